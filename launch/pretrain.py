@@ -1,0 +1,34 @@
+"""What every rank runs to pretrain: `deepspeed launch/pretrain.py --config configs/d4_cpu.json`; also under python, torchrun and mpirun."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that was not installed
+
+from megachat.errors import user_errors_end_the_program  # noqa: E402
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")))
+
+
+@user_errors_end_the_program(rank=rank)
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Pretrain a model.")
+    parser.add_argument("--config", required=True, help="JSON file with what differs from the defaults")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a setting; values are JSON; repeatable")
+    parser.add_argument("--resume", metavar="auto|PATH", help="continue from the run's newest complete checkpoint, or from the one named")
+    parser.add_argument("--dry-run", action="store_true", help="print config, plan, parameters and owners, and stop")
+    parser.add_argument("--world", type=int, help="with --dry-run: the number of ranks to plan for")
+    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    arguments = parser.parse_args()
+
+    from megachat.train.job import pretrain  # after parsing: --help need not load torch
+
+    pretrain(arguments.config, arguments.set, resume=arguments.resume, dry_run=arguments.dry_run, world=arguments.world)
+
+
+if __name__ == "__main__":
+    main()

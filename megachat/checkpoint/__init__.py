@@ -1,0 +1,1 @@
+"""Checkpoints by parameter name and whole shape: any layout loads any layout."""

@@ -1,0 +1,213 @@
+"""What was asked: frozen, strict settings. A file holds only what differs from these defaults; unknown keys are refused."""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from megachat.errors import UserError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class RunConfig(_Section):
+    name: str | None = Field(None, description="run folder's name; none: the config file's name")
+    folder: str = Field("runs", description="where run folders are made")
+    seed: int = Field(42, ge=0, description="keys the initial weights; sampling too")
+
+
+class ModelConfig(_Section):
+    depth: int = Field(12, ge=1, description="number of blocks; width, heads, batch, steps and rates follow from it")
+    aspect_ratio: int = Field(64, ge=1, description="width a block before rounding up to whole heads")
+    head_size: int = Field(128, ge=2, multiple_of=2, description="channels a head")
+    kv_heads: int | None = Field(None, ge=1, description="key/value heads; none: as many as query heads")
+    sequence_len: int = Field(2048, ge=2, description="tokens a row")
+    vocab_size: int | None = Field(None, ge=1, description="tokens in the vocabulary; none: the tokenizer's")
+    window_pattern: str = Field("SSSL", pattern="^[SL]+$", description="attention windows tiled over blocks: S quarter, L whole; the last is always L")
+    rotary: Literal["slices", "chunk"] = Field("slices", description="how halves of a head are taken; same maths")
+
+    @field_validator("depth")
+    @classmethod
+    def _depth_is_sane(cls, depth: int) -> int:
+        if depth > 1000:
+            raise ValueError("should be at most 1000")
+        return depth
+
+
+class DataConfig(_Section):
+    folder: str = Field("data/python", description="parquet shards with a text column; the last is validation")
+    tokenizer: str = Field("data/tokenizer", description="folder with the rank file and its JSON")
+    streams: int = Field(8, ge=1, description="packing streams; part of the order of rows, not of the layout")
+    buffer_documents: int = Field(1000, ge=1, description="documents a stream chooses from")
+    shuffle: bool = Field(False, description="visit row groups in a seeded order, another one each epoch")
+    tokenizer_threads: int = Field(2, ge=1, description="threads that tokenize ahead")
+    prefetch_steps: int = Field(2, ge=1, description="steps packed ahead in the background")
+
+
+class BatchConfig(_Section):
+    tokens: int | None = Field(None, ge=1, description="tokens a step over all ranks; none: from the horizon, or micro_rows x accumulation x ranks")
+    micro_rows: int | None = Field(None, ge=1, description="rows a rank works on at once; none: solved")
+    accumulation: int | None = Field(None, ge=1, description="micro-batches a step; none: solved")
+
+
+class HorizonConfig(_Section):
+    steps: int | None = Field(None, ge=1, description="optimizer steps; wins over flops")
+    flops: float | None = Field(None, gt=0, description="training FLOPs; wins over ratio")
+    ratio: float = Field(12.0, gt=0, description="tokens a scaling parameter")
+    stop_step: int | None = Field(None, ge=1, description="stop and save here, with the schedules of the whole horizon")
+
+
+class OptimizerConfig(_Section):
+    matrix_lr: float = Field(0.02, ge=0, description="Muon, before the batch and shape rules")
+    embedding_lr: float = Field(0.3, ge=0, description="wte; value embeddings take half of it")
+    unembedding_lr: float = Field(0.008, ge=0, description="lm_head")
+    scalar_lr: float = Field(0.5, ge=0, description="x0 lambdas; resid lambdas take a hundredth of it")
+    smear_lr: float = Field(0.2, ge=0, description="smear gate and lambda, backout lambda; not scaled by batch")
+    weight_decay: float = Field(0.28, ge=0, description="Muon's cautious decay before the horizon rule")
+    scale_to_batch: bool = Field(True, description="scale rates and Muon's decay from the d12 reference batch and horizon to this run's")
+    muon_multiplier: Literal["rows_over_cols", "flipped"] | dict[str, float] = Field(
+        "rows_over_cols", description="rate multiplier by matrix: a rule, or name pattern -> number"
+    )
+    gradient_wire: Literal["auto", "bfloat16", "float32"] = Field("auto", description="Muon's gradients between ranks; auto: the compute dtype")
+    clip_norm: float = Field(0.0, ge=0, description="clip the joint gradient norm; 0: off")
+    warmup_steps: int = Field(40, ge=0, description="linear warm-up of the rates")
+    warmdown_ratio: float = Field(0.65, ge=0, le=1, description="share of the steps in the final linear decay")
+    final_lr_fraction: float = Field(0.05, ge=0, le=1, description="rate multiplier at the last step")
+
+
+class PrecisionConfig(_Section):
+    compute: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="dtype of activations; auto: bfloat16 where native")
+    loss_scale: float = Field(65536.0, gt=0, description="first loss scale of float16")
+    loss_scale_window: int = Field(1000, ge=1, description="good steps before float16's loss scale doubles")
+    compile: bool = Field(False, description="torch.compile the blocks; the first step then takes long")
+
+
+class ParallelConfig(_Section):
+    tensor: int = Field(1, ge=1, description="ranks that share each matrix")
+    pipeline: int = Field(1, ge=1, description="stages that share the blocks")
+    timeout_s: int = Field(600, ge=1, description="seconds a collective may wait before the job stops")
+
+
+class EvaluateConfig(_Section):
+    every: int = Field(250, ge=0, description="steps between validations; 0: only at the end")
+    tokens: int | None = Field(None, ge=1, description="tokens of validation text, rounded down to whole rows; none: 20 batches")
+    prompts: tuple[str, ...] = Field(
+        (
+            "The capital of France is",
+            "The chemical symbol of gold is",
+            "If yesterday was Friday, then tomorrow will be",
+            "The opposite of hot is",
+            "The planets of the solar system are:",
+            "My favorite color is",
+            "If 5*x + 3 = 13, then x is",
+        ),
+        description="continued at the end of the run; empty: no samples",
+    )
+    sample_tokens: int = Field(16, ge=1, description="tokens a sample")
+
+
+class CheckpointConfig(_Section):
+    every: int = Field(1000, ge=0, description="steps between checkpoints; 0: only at the end")
+
+
+class LogConfig(_Section):
+    every: int = Field(1, ge=1, description="steps between console lines and metrics")
+    wandb: Literal["off", "online", "offline"] = Field("off", description="also send metrics to Weights & Biases")
+    wandb_project: str = Field("megachat", description="project there")
+
+
+class Config(_Section):
+    """Everything a run was asked for; see each section's fields."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    batch: BatchConfig = BatchConfig()
+    horizon: HorizonConfig = HorizonConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+
+def known_keys() -> list[str]:
+    """Every `section.key` there is."""
+    return [f"{section}.{key}" for section, field in Config.model_fields.items() for key in field.annotation.model_fields]
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The settings of a JSON file with `section.key=value` overrides on top (values are JSON; what is not JSON is a string).
+
+    Raises UserError with one line for each mistake: file missing or not JSON, unknown, duplicate or mistyped keys, values out of range.
+    """
+    path = Path(path)
+    mistakes: list[str] = []
+    try:
+        asked = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=lambda pairs: _no_duplicates(pairs, path, mistakes))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the config ({error.strerror or error}); name an existing JSON file, as configs/d4_cpu.json") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file; a config is JSON in UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON at line {error.lineno} column {error.colno}: {error.msg}") from None
+    if not isinstance(asked, dict):
+        raise UserError(f'{path}: a config is a JSON object of sections, as {{"model": {{"depth": 12}}}}')
+    for override in overrides:
+        _apply_override(asked, override, mistakes)
+    return _validated(asked, str(path), mistakes)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]], path: Path, mistakes: list[str]) -> dict[str, Any]:
+    for key in sorted({key for key, _ in pairs if [other for other, _ in pairs].count(key) > 1}):
+        mistakes.append(f"{path}: key {key!r} is given twice in one object; keep one")
+    return dict(pairs)
+
+
+def _apply_override(asked: dict[str, Any], override: str, mistakes: list[str]) -> None:
+    name, equals, text = override.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not (equals and dot and section and key):
+        mistakes.append(f"--set {override}: give section.key=value, as --set model.depth=12")
+        return
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    inner = asked.setdefault(section, {})
+    if isinstance(inner, dict):
+        inner[key] = value
+
+
+def _validated(asked: dict[str, Any], source: str, mistakes: list[str]) -> Config:
+    config = None
+    try:
+        config = Config.model_validate_json(json.dumps(asked))
+    except ValidationError as error:
+        mistakes += [_one_line(source, problem) for problem in error.errors()]
+    if mistakes:
+        raise UserError("\n".join(dict.fromkeys(mistakes)))
+    return config
+
+
+def _one_line(source: str, problem: dict[str, Any]) -> str:
+    location = [str(part) for part in problem["loc"]]
+    name = ".".join(location[:2])
+    if problem["type"] == "extra_forbidden":
+        candidates = list(Config.model_fields) if len(location) == 1 else known_keys()
+        elsewhere = [key for key in candidates if key.split(".")[-1] == location[-1]]  # the right key in the wrong section
+        near = elsewhere[:1] or difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
+        return f"{source}: unknown key {name}" + (f"; did you mean {near[0]}?" if near else "; see megachat/config.py for all keys")
+    text = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    return f"{source}: {name} is {json.dumps(problem['input'])} but {text}"
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Write only what differs from the defaults, so that the file can be run again as it is."""
+    differences = config.model_dump(mode="json", exclude_defaults=True)
+    Path(path).write_text(json.dumps(differences, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,85 @@
+"""Parameters, FLOPs and bytes from dimensions alone; no tensor is made."""
+
+from dataclasses import dataclass
+
+VOCAB_MULTIPLE = 64
+MLP_RATIO = 4
+SMEAR_CHANNELS = 24
+GATE_CHANNELS = 12
+WINDOW_TILE = 128  # short windows are whole tiles of the attention kernels
+
+
+def up_to_multiple(value: int, multiple: int) -> int:
+    """The smallest multiple that is not below `value`."""
+    return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """The sizes that fix a model. windows[i] is the number of earlier positions that block i's queries see (sequence_len: all)."""
+
+    depth: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    sequence_len: int
+    vocab_size: int
+    windows: tuple[int, ...]
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the tables."""
+        return up_to_multiple(self.vocab_size, VOCAB_MULTIPLE)
+
+    @property
+    def kv_width(self) -> int:
+        """Channels of all key/value heads."""
+        return self.kv_heads * self.head_size
+
+    def has_value_embedding(self, block: int) -> bool:
+        """Every other block, the last one always."""
+        return block % 2 == (self.depth - 1) % 2
+
+
+def window_sizes(pattern: str, depth: int, sequence_len: int) -> tuple[int, ...]:
+    """The pattern's letters tiled over the blocks: L the whole row, S a quarter of it in whole tiles; the last block is always L."""
+    short = up_to_multiple(-(-sequence_len // 4), WINDOW_TILE)
+    sizes = [{"L": sequence_len, "S": short}[pattern[block % len(pattern)]] for block in range(depth)]
+    return (*sizes[:-1], sequence_len)
+
+
+def parameter_counts(dims: Dimensions) -> dict[str, int]:
+    """Elements by kind: wte, value_embeds, lm_head, matrices (Muon's), scalars, total."""
+    value_blocks = sum(dims.has_value_embedding(block) for block in range(dims.depth))
+    attention = 2 * dims.width * dims.heads * dims.head_size + 2 * dims.width * dims.kv_width
+    counts = {
+        "wte": dims.padded_vocab * dims.width,
+        "value_embeds": value_blocks * dims.padded_vocab * dims.kv_width,
+        "lm_head": dims.padded_vocab * dims.width,
+        "matrices": dims.depth * (attention + 2 * MLP_RATIO * dims.width**2) + value_blocks * GATE_CHANNELS * dims.kv_heads,
+        "scalars": 2 * dims.depth + SMEAR_CHANNELS + 2,
+    }
+    return counts | {"total": sum(counts.values())}
+
+
+def scaling_parameters(dims: Dimensions) -> int:
+    """Block matrices and lm_head: the count that gives nanochat its cleanest scaling laws."""
+    counts = parameter_counts(dims)
+    return counts["matrices"] + counts["lm_head"]
+
+
+def flops_per_token(dims: Dimensions) -> int:
+    """Training FLOPs: 6 a matmul parameter, and 12 x heads x head_size x visible keys a block for attention (PaLM, arXiv 2204.02311)."""
+    matmul = scaling_parameters(dims) + SMEAR_CHANNELS
+    return 6 * matmul + sum(12 * dims.heads * dims.head_size * min(window, dims.sequence_len) for window in dims.windows)
+
+
+def zero1_state_bytes(adamw_elements: int, ranks: int) -> int:
+    """ZeRO-1's share a rank without padding: float32 master and two moments."""
+    return 12 * adamw_elements // ranks
+
+
+def muon_state_bytes(muon_elements: int, ranks: int) -> int:
+    """The Muon partition's share a rank: float32 master and momentum."""
+    return 8 * muon_elements // ranks

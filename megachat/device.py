@@ -1,0 +1,195 @@
+"""The only file that asks "cpu or cuda?" or reads the environment: devices, launch variables, dtypes, peak rates, versions."""
+
+import os
+import platform
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from megachat.errors import UserError
+
+# Dense bf16 tensor-core peaks from the vendors' data sheets. Unknown hardware has no entry and gets no MFU.
+_PEAK_BF16_FLOPS = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}
+
+# DeepSpeed looks for an accelerator when it is imported, and warns of a CPU; this tells it beforehand.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class LaunchEnvironment:
+    """Where this process stands in the job. launcher: which variables told it."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_size: int
+    launcher: str
+
+
+def bootstrap_environment() -> LaunchEnvironment:
+    """Settle RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, whoever started us, and write them back for torch and DeepSpeed.
+
+    Order: all five present (deepspeed, torchrun); Open MPI (through mpi4py when it is installed, else from its variables); Slurm; one process.
+    Raises UserError when a multi-node job does not say where rank 0 is.
+    """
+    env = os.environ
+    if all(name in env for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")):
+        launcher, rank, world, local = "torch variables", int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"])
+        local_size = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world)
+    elif "OMPI_COMM_WORLD_RANK" in env:
+        launcher, (rank, world, local, local_size) = "mpirun", _from_open_mpi()
+    elif int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
+        launcher, rank, world, local = "srun", int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"])
+        local_size = int(env.get("SLURM_NTASKS_PER_NODE", "1"))
+        _require_master("srun", world > local_size)
+    else:
+        launcher, rank, world, local, local_size = "one process", 0, 1, 0, 1
+        env["MASTER_ADDR"], env["MASTER_PORT"] = "127.0.0.1", str(_free_port())
+    env.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local), LOCAL_SIZE=str(local_size))
+    return LaunchEnvironment(rank, local, world, local_size, launcher)
+
+
+def _from_open_mpi() -> tuple[int, int, int, int]:
+    env = os.environ
+    rank, world = int(env["OMPI_COMM_WORLD_RANK"]), int(env["OMPI_COMM_WORLD_SIZE"])
+    local, local_size = int(env["OMPI_COMM_WORLD_LOCAL_RANK"]), int(env["OMPI_COMM_WORLD_LOCAL_SIZE"])
+    if world > 1 and ("MASTER_ADDR" not in env or "MASTER_PORT" not in env):
+        try:
+            from mpi4py import MPI
+        except ImportError:
+            _require_master("mpirun (without mpi4py)", world > local_size)
+        else:
+            address = "127.0.0.1" if world == local_size else socket.gethostbyname(socket.gethostname())
+            where = MPI.COMM_WORLD.bcast((env.get("MASTER_ADDR", address), env.get("MASTER_PORT") or str(_free_port())), root=0)
+            env["MASTER_ADDR"], env["MASTER_PORT"] = where
+    elif world == 1:
+        env.setdefault("MASTER_ADDR", "127.0.0.1")
+        env.setdefault("MASTER_PORT", str(_free_port()))
+    return rank, world, local, local_size
+
+
+def _require_master(launcher: str, several_nodes: bool) -> None:
+    env = os.environ
+    if "MASTER_ADDR" not in env and several_nodes:
+        raise UserError(f"{launcher} started ranks on several nodes without MASTER_ADDR: export MASTER_ADDR as rank 0's host name")
+    env.setdefault("MASTER_ADDR", "127.0.0.1")
+    env.setdefault("MASTER_PORT", "29500")
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def choose_device(environment: LaunchEnvironment) -> torch.device:
+    """This process's accelerator, or the CPU with the cores of the machine shared between its local ranks."""
+    if torch.cuda.is_available():
+        if environment.local_rank >= torch.cuda.device_count():
+            raise UserError(f"rank {environment.rank} wants GPU {environment.local_rank} but this host shows {torch.cuda.device_count()}: start fewer ranks")
+        torch.cuda.set_device(environment.local_rank)
+        return torch.device("cuda", environment.local_rank)
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun writes 1 when nobody asked, so 1 means "not asked"
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // environment.local_size))
+    return torch.device("cpu")
+
+
+def has_native_bfloat16(device: torch.device) -> bool:
+    """True on sm80 and newer and on CPUs with bf16 instructions."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    flags = _cpu_info("flags")
+    return any(flag in flags.split() for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def choose_compute_dtype(asked: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """(dtype of activations, the reason in words) for "auto", "bfloat16", "float16" or "float32"."""
+    if asked != "auto":
+        return getattr(torch, asked), "asked for"
+    if has_native_bfloat16(device):
+        return torch.bfloat16, f"this {device.type} has native bfloat16"
+    return torch.float32, f"this {device.type} has no native bfloat16"
+
+
+def collective_backend(device: torch.device) -> str:
+    """torch.distributed's backend for the device."""
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def device_name(device: torch.device) -> str:
+    """The vendor's name of the device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_info("model name") or platform.processor() or "unknown CPU"
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOPs a second of the device, or None when it is not known."""
+    name = device_name(device)
+    known = [peak for part, peak in _PEAK_BF16_FLOPS.items() if part in name]
+    return known[0] if device.type == "cuda" and known else None
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device's queue, so that a clock read next measures finished work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most bytes in use so far: allocated on a GPU, resident of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _cpu_info(key: str) -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.split(":")[0].strip() == key), "")
+
+
+def describe_environment(device: torch.device) -> dict[str, object]:
+    """Commit, versions, command and hardware, for environment.json."""
+    here = Path(__file__).resolve().parent
+    versions = {}
+    for package in ("torch", "deepspeed", "numpy", "pyarrow", "tiktoken", "pydantic", "mpi4py", "transformer-engine", "wandb"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "commit": _git(here, "rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git(here, "status", "--porcelain")),
+        "command": sys.argv,
+        "host": socket.gethostname(),
+        "device": device_name(device),
+        "device_count": torch.cuda.device_count() if device.type == "cuda" else 0,
+        "cpu_cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cuda": torch.version.cuda,
+        "packages": versions,
+    }
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

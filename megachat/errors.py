@@ -1,0 +1,44 @@
+"""The one way a user's mistake is reported: one sentence on stderr, exit status 2, no traceback."""
+
+import functools
+import sys
+import time
+from collections.abc import Callable
+
+EXIT_STATUS = 2
+_OTHER_RANKS_WAIT_S = 3.0
+
+
+class UserError(Exception):
+    """Something the user can repair. The message is one sentence: what is wrong, where, and what to change it to.
+
+    A message may hold several lines where several mistakes were found at once, one a line.
+    """
+
+
+def user_errors_end_the_program(main=None, *, rank: Callable[[], int] = lambda: 0):
+    """Wrap a program's `main()`: a `UserError` is printed as `error: ...` on stderr and ends with exit status 2.
+
+    rank: tells the process's place in a job. Ranks after the first wait a moment before they speak: what all found is said once, because
+    the launcher ends them when the first has gone, and what only one found is still said.
+    """
+    if main is None:
+        return functools.partial(user_errors_end_the_program, rank=rank)
+
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            sys.stdout.flush()
+            who = rank()
+            if who:
+                time.sleep(_OTHER_RANKS_WAIT_S)
+            for line in str(error).splitlines():
+                print(f"error: {f'[rank {who}] ' if who else ''}{line}", file=sys.stderr, flush=True)
+            sys.exit(EXIT_STATUS)
+        except KeyboardInterrupt:
+            print("error: interrupted", file=sys.stderr, flush=True)
+            sys.exit(130)
+
+    return wrapped

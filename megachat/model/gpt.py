@@ -1,0 +1,224 @@
+"""nanochat's GPT (github.com/karpathy/nanochat, nanochat/gpt.py) as layers that can run apart.
+
+The stream between layers is a plain tuple: x, x0 [batch, tokens, width] in the compute dtype, after the middle block also x_backout of that
+shape, and ids [batch, tokens] int64 last. The last block drops x0, which the head does not use.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megachat.counts import GATE_CHANNELS, MLP_RATIO, SMEAR_CHANNELS, Dimensions
+from megachat.kernels.attention import attention
+from megachat.kernels.cross_entropy import capped_cross_entropy, capped_logits
+from megachat.kernels.linear import Linear
+from megachat.model.parameters import Place, initialize, place
+
+NORM_EPSILON = 1.1920929e-07
+LOGIT_CAP = 15.0
+ROTARY_BASE = 100_000.0
+QK_SCALE = 1.2
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How to compute, not what: dtype of activations, rotary "slices" or "chunk"."""
+
+    compute_dtype: torch.dtype = torch.float32
+    rotary: str = "slices"
+
+    @property
+    def table_dtype(self) -> torch.dtype:
+        """Storage of wte and value embeddings: the compute dtype, but float32 under fp16, whose gradients need unscaling."""
+        return torch.float32 if self.compute_dtype == torch.float16 else self.compute_dtype
+
+
+def norm(x: torch.Tensor) -> torch.Tensor:
+    """Root-mean-square norm over the last dim, no weight."""
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPSILON)
+
+
+class Rotary(nn.Module):
+    """Tables cos and sin [1, sequence_len, 1, head_size / 2] in the compute dtype (RoFormer, arXiv 2104.09864), shared by the blocks."""
+
+    def __init__(self, dims: Dimensions, options: ModelOptions):
+        super().__init__()
+        frequencies = ROTARY_BASE ** -(torch.arange(0, dims.head_size, 2, dtype=torch.float32) / dims.head_size)
+        angles = torch.outer(torch.arange(dims.sequence_len, dtype=torch.float32), frequencies)[None, :, None, :]
+        self.chunk = options.rotary == "chunk"
+        self.register_buffer("cos", angles.cos().to(options.compute_dtype), persistent=False)
+        self.register_buffer("sin", angles.sin().to(options.compute_dtype), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Rotate heads x [batch, tokens, heads, head_size] by minus their position's angles, as nanochat does."""
+        cos, sin = self.cos[:, : x.size(1)], self.sin[:, : x.size(1)]
+        half = x.size(-1) // 2
+        x1, x2 = x.chunk(2, dim=-1) if self.chunk else (x[..., :half], x[..., half:])
+        return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+
+
+class Embed(nn.Module):
+    """ids -> stream: token embedding, norm, and the smear of the previous token's embedding."""
+
+    def __init__(self, dims: Dimensions, options: ModelOptions):
+        super().__init__()
+        self.compute_dtype = options.compute_dtype
+        self.wte = nn.Parameter(torch.empty(dims.padded_vocab, dims.width, dtype=options.table_dtype))
+        self.smear_gate = Linear(SMEAR_CHANNELS, 1)
+        self.smear_lambda = nn.Parameter(torch.empty(1))
+        place(self.wte, Place("transformer.wte.weight", tuple(self.wte.shape), -1, ("normal", 0.8), "vocabulary"))
+        place(self.smear_gate.weight, Place("smear_gate.weight", (1, SMEAR_CHANNELS), -1, ("uniform", 0.0, 0.02)))
+        place(self.smear_lambda, Place("smear_lambda", (1,), -1, ("constant", 0.0)))
+
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = norm(F.embedding(ids, self.wte).to(self.compute_dtype))
+        gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[:, 1:, :SMEAR_CHANNELS]))
+        x = torch.cat((x[:, :1], x[:, 1:] + gate * x[:, :-1]), dim=1)
+        return x, x, ids
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions, normed queries and keys, and a gated value embedding on some blocks."""
+
+    def __init__(self, dims: Dimensions, rotary: Rotary, block: int):
+        super().__init__()
+        self.dims, self.window, self.rotary = dims, dims.windows[block], rotary
+        self.c_q = Linear(dims.width, dims.heads * dims.head_size)
+        self.c_k = Linear(dims.width, dims.kv_width)
+        self.c_v = Linear(dims.width, dims.kv_width)
+        self.c_proj = Linear(dims.heads * dims.head_size, dims.width)
+        bound = (3 / dims.width) ** 0.5
+        for name, cut, start in (
+            ("c_q", "column", ("uniform", -bound, bound)),
+            ("c_k", "column", ("uniform", -bound, bound)),
+            ("c_v", "column", ("uniform", -bound, bound)),
+            ("c_proj", "row", ("constant", 0.0)),
+        ):
+            weight = getattr(self, name).weight
+            place(weight, Place(f"transformer.h.{block}.attn.{name}.weight", tuple(weight.shape), block, start, cut))
+        self.ve_gate = None
+        if dims.has_value_embedding(block):
+            self.ve_gate = Linear(GATE_CHANNELS, dims.kv_heads)
+            shape = tuple(self.ve_gate.weight.shape)
+            place(self.ve_gate.weight, Place(f"transformer.h.{block}.attn.ve_gate.weight", shape, block, ("uniform", 0.0, 0.02), "column"))
+
+    def forward(self, x: torch.Tensor, value_embedding: torch.Tensor | None) -> torch.Tensor:
+        """x [batch, tokens, width]; value_embedding [batch, tokens, kv_width] or None."""
+        heads = (*x.shape[:2], -1, self.dims.head_size)
+        q, k, v = self.c_q(x).view(heads), self.c_k(x).view(heads), self.c_v(x).view(heads)
+        if self.ve_gate is not None:
+            gate = 3 * torch.sigmoid(self.ve_gate(x[..., :GATE_CHANNELS]))
+            v = v + gate.unsqueeze(-1) * value_embedding.view(heads)
+        q, k = (norm(self.rotary(head)) * QK_SCALE for head in (q, k))
+        return self.c_proj(attention(q, k, v, self.window).flatten(2))
+
+
+class MLP(nn.Module):
+    """Two linears with a squared ReLU between them (Primer, arXiv 2109.08668)."""
+
+    def __init__(self, dims: Dimensions, block: int):
+        super().__init__()
+        self.c_fc = Linear(dims.width, MLP_RATIO * dims.width)
+        self.c_proj = Linear(MLP_RATIO * dims.width, dims.width)
+        bound = 0.4 * (3 / dims.width) ** 0.5
+        for name, cut, start in (("c_fc", "column", ("uniform", -bound, bound)), ("c_proj", "row", ("constant", 0.0))):
+            weight = getattr(self, name).weight
+            place(weight, Place(f"transformer.h.{block}.mlp.{name}.weight", tuple(weight.shape), block, start, cut))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c_proj(F.relu(self.c_fc(x)).square())
+
+
+class Block(nn.Module):
+    """stream -> stream: the residual mix, attention, MLP; the middle block adds x_backout."""
+
+    def __init__(self, dims: Dimensions, options: ModelOptions, rotary: Rotary, block: int):
+        super().__init__()
+        self.keeps_backout, self.is_last = block == dims.depth // 2, block == dims.depth - 1
+        self.attn, self.mlp = Attention(dims, rotary, block), MLP(dims, block)
+        self.resid_lambda, self.x0_lambda = nn.Parameter(torch.empty(1)), nn.Parameter(torch.empty(1))
+        along = block / max(dims.depth - 1, 1)
+        for name, value in (("resid_lambda", 1.15 - 0.10 * along), ("x0_lambda", 0.20 - 0.15 * along)):
+            where = Place(f"{name}s", (dims.depth,), block, ("constant", value), offset=(block,))
+            place(getattr(self, name), where)
+        self.value_embed = None
+        if dims.has_value_embedding(block):
+            self.value_embed = nn.Parameter(torch.empty(dims.padded_vocab, dims.kv_width, dtype=options.table_dtype))
+            bound = (3 / dims.width) ** 0.5
+            shape = tuple(self.value_embed.shape)
+            place(self.value_embed, Place(f"value_embeds.{block}.weight", shape, block, ("uniform", -bound, bound), "vocabulary"))
+
+    def forward(self, stream: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        x, x0, *backout, ids = stream
+        # 0-dim factors: a one-element float32 vector would promote bf16 activations to float32
+        x = self.resid_lambda[0] * x + self.x0_lambda[0] * x0
+        value_embedding = None if self.value_embed is None else F.embedding(ids, self.value_embed).to(x.dtype)
+        x = x + self.attn(norm(x), value_embedding)
+        x = x + self.mlp(norm(x))
+        if self.keeps_backout:
+            backout = [x]
+        return (x, *backout, ids) if self.is_last else (x, x0, *backout, ids)
+
+
+class Head(nn.Module):
+    """stream -> (hidden [batch, tokens, width] in the compute dtype, lm_head's weight): what loss and logits are computed from."""
+
+    def __init__(self, dims: Dimensions):
+        super().__init__()
+        self.backout_lambda = nn.Parameter(torch.empty(1))
+        self.lm_head = Linear(dims.width, dims.padded_vocab)
+        place(self.backout_lambda, Place("backout_lambda", (1,), dims.depth, ("constant", 0.2)))
+        place(self.lm_head.weight, Place("lm_head.weight", (dims.padded_vocab, dims.width), dims.depth, ("normal", 0.001), "vocabulary"))
+
+    def forward(self, stream: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        x, x_backout, _ = stream
+        return norm(x - self.backout_lambda.to(x.dtype) * x_backout), self.lm_head.weight
+
+
+class Loss(nn.Module):
+    """The head's output and targets [batch, tokens] -> in training the mean cross entropy in nats, 0-dim float32; in evaluation
+    [nats, bytes] float64 summed over the targets that have bytes (special tokens have none). A target of -1 is not counted."""
+
+    def __init__(self, dims: Dimensions, token_bytes: torch.Tensor):
+        super().__init__()
+        self.vocab_size = dims.vocab_size
+        self.register_buffer("token_bytes", token_bytes.to(torch.int64), persistent=False)
+
+    def forward(self, output: tuple[torch.Tensor, torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
+        hidden, weight = output
+        if self.training:
+            return capped_cross_entropy(hidden, weight, targets, self.vocab_size, LOGIT_CAP)
+        nats = capped_cross_entropy(hidden, weight, targets, self.vocab_size, LOGIT_CAP, reduction="none").double()
+        flat = targets.flatten()
+        size = torch.where(flat >= 0, self.token_bytes[flat.clamp_min(0)], 0)
+        return torch.stack(((nats * (size > 0)).sum(), size.sum().double()))
+
+
+def logits(output: tuple[torch.Tensor, torch.Tensor], dims: Dimensions) -> torch.Tensor:
+    """The head's output -> capped logits [batch, tokens, vocab_size] float32."""
+    return capped_logits(*output, dims.vocab_size, LOGIT_CAP)
+
+
+def layer_builders(dims: Dimensions, options: ModelOptions):
+    """Functions that build embed, each block and head, in order; a pipeline stage calls only its own."""
+    rotary = Rotary(dims, options)
+    blocks = [lambda block=block: Block(dims, options, rotary, block) for block in range(dims.depth)]
+    return [lambda: Embed(dims, options), *blocks, lambda: Head(dims)]
+
+
+def build_layers(dims: Dimensions, options: ModelOptions, seed: int | None = None) -> nn.ModuleList:
+    """The whole model on one process, with starting values when a seed is given."""
+    layers = nn.ModuleList(build() for build in layer_builders(dims, options))
+    if seed is not None:
+        initialize(layers, seed)
+    return layers
+
+
+def run_layers(layers, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids [batch, tokens] int64 through all layers; returns the head's output."""
+    stream = ids
+    for layer in layers:
+        stream = layer(stream)
+    return stream

@@ -1,0 +1,1 @@
+"""Who optimizes what: groups by name pattern, Muon's mathematics, and the partition that spreads it over ranks."""

@@ -1,0 +1,1 @@
+"""The mesh of processes, its collectives, and the engine. Never imports the model."""

@@ -1,0 +1,243 @@
+"""DeepSpeed as megachat uses it: one PipelineEngine for every layout, float32 mode, ZeRO-1 for AdamW's parameters only.
+
+The other parameters (Muon's matrices) ride on four overridden methods of the ZeRO optimizer, so that the gradient norm, clipping and the
+decision to skip a step are joint over both sets and all ranks. These methods are private to DeepSpeed: the version is pinned and their
+presence is checked at import.
+"""
+
+import contextlib
+import io
+import logging
+import warnings
+from typing import Protocol
+
+import torch
+from torch import nn
+
+import deepspeed
+import deepspeed.comm
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from deepspeed.runtime.pipe import schedule
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.module import PipelineModule
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+from megachat.parallel.collectives import all_reduce
+from megachat.parallel.mesh import Mesh
+
+_PRIVATE = (
+    "reduce_gradients scaled_global_norm has_overflow _update_scale step get_gradient_for_reduction _lazy_init_hp_params_optimizer_state"
+).split()
+_missing = [name for name in _PRIVATE if not hasattr(DeepSpeedZeroOptimizer, name)]
+if _missing or not hasattr(PipelineEngine, "_exec_backward_pass"):
+    raise ImportError(f"DeepSpeed {deepspeed.__version__} lacks {', '.join(_missing) or '_exec_backward_pass'}: install the version that setup.py pins")
+
+LOSS_SCALE_MINIMUM = 1.0
+
+
+class MatrixOptimizer(Protocol):
+    """What the engine asks of the optimizer of the matrices."""
+
+    def reduce(self) -> None: ...
+
+    def wait_reduce(self) -> None: ...
+
+    def sum_of_squares(self) -> torch.Tensor: ...
+
+    def drop(self) -> None: ...
+
+    def step(self, gradient_scale: float | torch.Tensor) -> None: ...
+
+    def wait(self) -> None: ...
+
+
+class JointZero1(DeepSpeedZeroOptimizer):
+    """ZeRO-1 that shares norm, clipping and skip with a MatrixOptimizer. Made by swapping the class of DeepSpeed's own instance."""
+
+    matrices: MatrixOptimizer
+    mesh: Mesh
+    joint_norm: torch.Tensor
+
+    def reduce_gradients(self, pipeline_parallel=False):
+        self.matrices.reduce()
+        # pipeline_parallel=True would only allocate a second reduction buffer that nothing uses
+        self.setup_buckets()
+        super().reduce_gradients(pipeline_parallel=False)
+
+    def has_overflow(self, partition_gradients=True):
+        return False  # decided by the joint norm, with no collective of its own
+
+    def scaled_global_norm(self, norm_type=2):
+        self.matrices.wait_reduce()
+        total = self.matrices.sum_of_squares()
+        for gradients, parameters in zip(self.averaged_gradients.values(), self.params_in_partition, strict=True):
+            own = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
+            for gradient, parameter in zip(own, parameters, strict=False):  # a trailing pad falls off
+                if getattr(parameter, "model_parallel", False) or self.mesh.tensor.rank == 0:
+                    total = total + gradient.float().square().sum()
+        all_reduce(total, self.mesh.world)
+        norm = total.sqrt()
+        norm = torch.where(torch.isfinite(norm), norm, torch.full_like(norm, torch.inf))
+        self.joint_norm = norm / self.loss_scale
+        return norm
+
+    def _update_scale(self, has_overflow=False):
+        # DeepSpeed calls this once a step, after the decision and before AdamW
+        if has_overflow:
+            self.matrices.drop()
+            super()._update_scale(True)
+            return
+        scale = 1.0 / self.loss_scale
+        if self.clip_grad > 0:
+            scale = scale / ((self.joint_norm + 1e-6) / self.clip_grad).clamp_min(1.0)
+        self.matrices.step(scale)
+        # on a good step the scale may grow; AdamW's gradients still carry the old one, so step() updates it last
+
+    def step(self, closure=None):
+        super().step(closure)
+        if not self.overflow:
+            super()._update_scale(False)
+        self.matrices.wait()
+
+
+class Engine(PipelineEngine):
+    """PipelineEngine with one backward over all tensors of a stage's output, so that every gradient hook fires once a micro-batch."""
+
+    def _exec_backward_pass(self, buffer_id):
+        if self.is_last_stage():
+            return PipelineEngine._exec_backward_pass(self, buffer_id)
+        outputs = self.pipe_buffers["outputs"][buffer_id]
+        gradients = self.grad_layer if isinstance(self.grad_layer, (list, tuple)) else (self.grad_layer,)
+        self._running_engine_backward = True
+        try:
+            torch.autograd.backward([tensor for tensor in outputs if tensor.is_floating_point()], list(gradients))
+        finally:
+            self._running_engine_backward = False
+        self.optimizer.backward_epilogue()
+        self.pipe_buffers["output_tensors"][buffer_id] = None
+        self.pipe_buffers["outputs"][buffer_id] = None
+
+    _INSTRUCTION_MAP = {**PipelineEngine._INSTRUCTION_MAP, schedule.BackwardPass: _exec_backward_pass}
+
+    def evaluate(self, micro_batches) -> list[torch.Tensor]:
+        """The loss function's evaluation output of each (ids, targets) of a list; on the last stage, elsewhere an empty list."""
+        self.total_loss = None
+        outputs = self.eval_batch(iter(micro_batches), reduce_output=None, bcast_loss=False, num_micro_batches=len(micro_batches))
+        self.total_loss = None
+        self.module.train()
+        return outputs or []
+
+    @property
+    def own_loss(self) -> torch.Tensor | None:
+        """This rank's mean loss of the last step before averaging over ranks; None where no loss is computed."""
+        return None if self.total_loss is None else self.total_loss / self.gradient_accumulation_steps()
+
+    @property
+    def joint_norm(self) -> torch.Tensor:
+        """Norm of the last step's whole gradient, unscaled, before clipping; inf when it was not finite."""
+        return self.optimizer.joint_norm
+
+
+def start_collectives(device: torch.device, backend: str, timeout) -> None:
+    """Initialise torch.distributed and DeepSpeed's view of it, from the launch variables. timeout is a datetime.timedelta."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed and we use names of collectives that torch 2.13 renames and older ones, which we also run on, know alone
+    warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+. is deprecated", category=FutureWarning)
+    # DeepSpeed would compile a shared-memory op for CPU collectives at the first start; gloo does without, and a machine may have no compiler
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    with quiet_output():
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
+
+
+@contextlib.contextmanager
+def quiet_output():
+    """Swallow what DeepSpeed prints while it starts; an exception still shows its own text."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def deepspeed_settings(*, micro_rows: int, accumulation: int, clip_norm: float, largest_adamw_tensor: int) -> dict:
+    """DeepSpeed's dictionary, the only place that knows its keys. Its defaults clip at 1.0 and reserve 2 GB for reduction, so both are given."""
+    return {
+        "train_micro_batch_size_per_gpu": micro_rows,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": clip_norm,
+        "zero_optimization": {"stage": 1, "reduce_bucket_size": largest_adamw_tensor, "overlap_comm": False},
+        "communication_data_type": "fp32",
+        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False},
+        "steps_per_print": 2**31 - 1,
+    }
+
+
+def build_module(layers: list[nn.Module], loss: nn.Module, mesh: Mesh) -> PipelineModule:
+    """The stage of this rank, as DeepSpeed's engine wants it."""
+    with quiet_output():
+        return PipelineModule(layers=layers, topology=mesh.topology, loss_fn=loss, partition_method="uniform")
+
+
+def build_engine(
+    module: PipelineModule, adamw_groups: list[dict], matrices: MatrixOptimizer, mesh: Mesh, settings: dict, loss_scaler: DynamicLossScaler | None
+) -> Engine:
+    """DeepSpeed's engine over the module, with AdamW's groups under ZeRO-1 and the matrices beside it.
+
+    adamw_groups: dictionaries of torch.optim.AdamW, each with a "name"; the first must hold float32 parameters, because ZeRO takes the
+    dtype of its decisions from it.
+    """
+    if adamw_groups[0]["params"][0].dtype != torch.float32:
+        raise ValueError("the first AdamW group must be float32")
+    optimizer = torch.optim.AdamW(adamw_groups, fused=True)
+    with quiet_output():
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            model_parameters=[parameter for group in adamw_groups for parameter in group["params"]],
+            config=settings,
+            dist_init_required=False,
+        )
+    zero = engine.optimizer
+    if type(zero) is not DeepSpeedZeroOptimizer or zero.partition_gradients:
+        raise RuntimeError(f"DeepSpeed made a {type(zero).__name__} where ZeRO stage 1 was asked for")
+    zero.__class__ = JointZero1
+    zero.matrices, zero.mesh = matrices, mesh
+    zero.joint_norm = torch.zeros((), device=mesh.device)
+    # tables may be bfloat16: their gradients are accumulated over micro-batches in float32, and reduced so
+    zero.use_separate_grad_accum = zero.use_grad_accum_attribute = True
+    if loss_scaler is not None:
+        zero.loss_scaler, zero.dynamic_loss_scale = loss_scaler, True
+    engine.__class__ = Engine
+    return engine
+
+
+def build_loss_scaler(initial: float, window: int) -> DynamicLossScaler:
+    """float16's loss scaler: halves at a skipped step, doubles after `window` good ones (mixed precision training, arXiv 1710.03740)."""
+    return DynamicLossScaler(
+        init_scale=initial, scale_window=window, min_scale=LOSS_SCALE_MINIMUM, delayed_shift=1, consecutive_hysteresis=False, dtype=torch.half
+    )
+
+
+def adamw_fragments(zero: JointZero1):
+    """Yield (parameter, start, length, {"master" | "exp_avg" | "exp_avg_sq": flat float32 view}) for this rank's part of every AdamW parameter.
+
+    start and length are in elements of the parameter, row-major. Views are live: a checkpoint is read into them in place. A parameter of
+    which this rank holds nothing is not yielded.
+    """
+    for index, flat in enumerate(zero.single_partition_of_fp32_groups):
+        state = zero.optimizer.state[flat]
+        if "exp_avg" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(flat), torch.zeros_like(flat)
+        rank, size = zero.mesh.data.rank, zero.partition_size[index]
+        begin, end = rank * size, (rank + 1) * size
+        offsets = zero.round_robin_bit16_offsets[index]
+        for parameter, offset in zip(zero.bit16_groups[index], offsets, strict=True):
+            low, high = max(begin, offset), min(end, offset + parameter.numel())
+            if low < high:
+                here = slice(low - begin, high - begin)
+                views = {"master": flat.detach()[here], "exp_avg": state["exp_avg"][here], "exp_avg_sq": state["exp_avg_sq"][here]}
+                yield parameter, low - offset, high - low, views
+
+
+def adamw_steps(zero: JointZero1) -> list[torch.Tensor]:
+    """The step counters of AdamW's groups, live."""
+    list(adamw_fragments(zero))  # makes state that does not exist yet
+    return [zero.optimizer.state[flat]["step"] for flat in zero.single_partition_of_fp32_groups]

@@ -1,0 +1,57 @@
+"""The mesh: which processes form the data, tensor and pipeline axes. The only place where process groups are made."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of the mesh, as seen by this process.
+
+    name: "data", "tensor", "pipeline" or "world". size: processes along it. rank: this process's place, 0 .. size - 1.
+    group: the torch process group (always there, also at size 1). ranks: the world ranks along it, in order.
+    """
+
+    name: str
+    size: int
+    rank: int
+    group: Any
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The axes and the device of this process; built once and passed along."""
+
+    world: Axis
+    data: Axis
+    tensor: Axis
+    pipeline: Axis
+    device: torch.device
+    topology: Any  # DeepSpeed's ProcessTopology, for PipelineModule
+
+
+def build_mesh(device: torch.device, *, tensor: int = 1, pipeline: int = 1) -> Mesh:
+    """Cut the running world into axes; the data axis takes what tensor and pipeline leave.
+
+    Ranks are numbered as DeepSpeed's PipeModelDataParallelTopology numbers them: pipeline slowest, then data, tensor fastest.
+    Needs torch.distributed to be initialised; every process of the world must call it. Raises ValueError when the product does not
+    divide the world (the Plan refuses that earlier, in a user's words).
+    """
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+
+    world = dist.get_world_size()
+    if world % (tensor * pipeline):
+        raise ValueError(f"tensor {tensor} x pipeline {pipeline} does not divide a world of {world}")
+    topology = PipeModelDataParallelTopology(num_pp=pipeline, num_mp=tensor, num_dp=world // (tensor * pipeline))
+    axes = {}
+    for name, axis in (("data", "data"), ("tensor", "model"), ("pipeline", "pipe")):
+        for ranks in topology.get_axis_comm_lists(axis) or [[rank] for rank in range(world)]:
+            group = dist.new_group(ranks)  # every process takes part in making every group, its own or not
+            if dist.get_rank() in ranks:
+                axes[name] = Axis(name, len(ranks), ranks.index(dist.get_rank()), group, tuple(ranks))
+    everyone = Axis("world", world, dist.get_rank(), dist.group.WORLD, tuple(range(world)))
+    return Mesh(world=everyone, device=device, topology=topology, **axes)

@@ -1,0 +1,39 @@
+"""Learning rate, momentum and weight decay as pure functions of the step (nanochat, scripts/base_train.py)."""
+
+import math
+
+MOMENTUM_START, MOMENTUM_TOP, MOMENTUM_END = 0.85, 0.97, 0.90
+MOMENTUM_WARMUP_STEPS = 400
+
+
+def due(step: int, every: int) -> bool:
+    """True on every `every`-th step; never when `every` is 0."""
+    return every > 0 and step % every == 0
+
+
+def learning_rate_multiplier(step: int, steps: int, *, warmup_steps: int, warmdown_ratio: float, final_fraction: float) -> float:
+    """Linear up over the warm-up, flat, then linear down to `final_fraction` at `steps`. Step counts from 0."""
+    warmdown = round(warmdown_ratio * steps)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if step <= steps - warmdown or not warmdown:
+        return 1.0
+    left = (steps - step) / warmdown
+    return left + (1 - left) * final_fraction
+
+
+def muon_momentum(step: int, steps: int, *, warmdown_ratio: float) -> float:
+    """Rises over the first 400 steps and falls over the learning rate's warm-down."""
+    start = steps - round(warmdown_ratio * steps)
+    if step < MOMENTUM_WARMUP_STEPS:
+        share = step / MOMENTUM_WARMUP_STEPS
+        return (1 - share) * MOMENTUM_START + share * MOMENTUM_TOP
+    if step >= start and steps > start:
+        share = (step - start) / (steps - start)
+        return MOMENTUM_TOP * (1 - share) + MOMENTUM_END * share
+    return MOMENTUM_TOP
+
+
+def weight_decay_multiplier(step: int, steps: int) -> float:
+    """Half a cosine from 1 to 0 over the run."""
+    return 0.5 * (1 + math.cos(math.pi * step / steps))

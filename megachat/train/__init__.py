@@ -1,0 +1,1 @@
+"""Where model meets parallel: build, state, step, loop, metrics."""

@@ -1,0 +1,169 @@
+"""Where model meets parallel: from config and plan to a run that can train."""
+
+import dataclasses
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from megachat.config import Config
+from megachat.data.loader import Loader
+from megachat.data.tokenizer import Tokenizer
+from megachat.device import LaunchEnvironment, choose_compute_dtype, collective_backend
+from megachat.errors import UserError
+from megachat.model.gpt import Loss, ModelOptions, build_layers
+from megachat.model.parameters import placed_parameters
+from megachat.optim.groups import ADAMW_EPSILON, GROUPS, MUON_BETA2, Group, assign, rate_multipliers
+from megachat.optim.partition import MuonPartition
+from megachat.optim.partition_plan import Matrix
+from megachat.parallel.collectives import all_gather_objects
+from megachat.parallel.engine import Engine, build_engine, build_loss_scaler, build_module, deepspeed_settings, start_collectives
+from megachat.parallel.mesh import Mesh, build_mesh
+from megachat.plan import Plan
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that a running job holds."""
+
+    config: Config
+    plan: Plan
+    mesh: Mesh
+    folder: Path
+    tokenizer: Tokenizer
+    layers: nn.ModuleList
+    engine: Engine
+    muon: MuonPartition
+    loader: Loader
+    compute_dtype: torch.dtype
+    dtype_reason: str
+
+    @property
+    def is_writer(self) -> bool:
+        """True on the one rank that prints and writes the run folder."""
+        return self.mesh.world.rank == 0
+
+
+def muon_matrices(places, groups: Mapping[str, Group], rule) -> list[Matrix]:
+    """The Muon partition's description of the matrices among the places, in model order."""
+    owned = [where for where in places if groups[where.name].optimizer == "muon"]
+    multipliers = rate_multipliers({where.name: where.whole for where in owned}, rule)
+    return [Matrix(where.name, where.whole, where.block, multipliers[where.name]) for where in owned]
+
+
+def adamw_groups(parameters: list[nn.Parameter], groups: Mapping[str, Group], rates: Mapping[str, float]) -> list[dict]:
+    """torch.optim.AdamW's groups, in the order of GROUPS, without empty ones."""
+    made = []
+    for group in GROUPS:
+        own = [parameter for parameter in parameters if groups[parameter.place.name] is group]
+        if group.optimizer == "adamw" and own:
+            settings = {"lr": rates[group.rate], "betas": group.betas, "weight_decay": group.weight_decay, "eps": ADAMW_EPSILON}
+            made.append({"name": group.name, "params": own} | settings)
+    return made
+
+
+def model_options(config: Config, compute_dtype: torch.dtype) -> ModelOptions:
+    """How the model computes, from the config."""
+    return ModelOptions(compute_dtype=compute_dtype, rotary=config.model.rotary)
+
+
+def gradient_wire(config: Config, compute_dtype: torch.dtype) -> torch.dtype:
+    """dtype of Muon's gradients between ranks."""
+    asked = config.optimizer.gradient_wire
+    if asked != "auto":
+        return getattr(torch, asked)
+    return torch.bfloat16 if compute_dtype == torch.bfloat16 else torch.float32
+
+
+def start(config: Config, device: torch.device) -> Mesh:
+    """Join the other ranks. All ranks call it once."""
+    start_collectives(device, collective_backend(device), timedelta(seconds=config.parallel.timeout_s))
+    return build_mesh(device, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
+
+
+def build_run(config: Config, plan: Plan, mesh: Mesh, tokenizer: Tokenizer, folder: Path, loader_state: dict | None = None) -> Run:
+    """Model, optimizers, engine and loader on every rank, with starting values; a checkpoint may be read into it afterwards.
+
+    Raises UserError when a setting does not fit this machine, or when ranks were given different settings.
+    """
+    _same_everywhere(config, tokenizer, mesh)
+    dtype, reason = choose_compute_dtype(config.precision.compute, mesh.device)
+    layers = build_layers(plan.dims, model_options(config, dtype), config.run.seed).to(mesh.device)
+    parameters = placed_parameters(layers)
+    groups = assign([parameter.place for parameter in parameters])
+    rule = config.optimizer.muon_multiplier
+    matrices = muon_matrices(dict.fromkeys(parameter.place for parameter in parameters), groups, rule)
+    names = {matrix.name for matrix in matrices}
+    loss = Loss(plan.dims, torch.from_numpy(tokenizer.token_bytes()))
+    module = build_module(list(layers), loss, mesh)
+    muon = MuonPartition(
+        {parameter.place.name: parameter for parameter in parameters if parameter.place.name in names},
+        matrices,
+        mesh.data,
+        compute_dtype=dtype,
+        gradient_wire=gradient_wire(config, dtype),
+        beta2=MUON_BETA2,
+    )
+    adamw = adamw_groups(parameters, groups, plan.rates)
+    engine = build_engine(
+        module,
+        adamw,
+        muon,
+        mesh,
+        deepspeed_settings(
+            micro_rows=plan.micro_rows,
+            accumulation=plan.accumulation,
+            clip_norm=config.optimizer.clip_norm,
+            largest_adamw_tensor=max(parameter.numel() for group in adamw for parameter in group["params"]),
+        ),
+        build_loss_scaler(config.precision.loss_scale, config.precision.loss_scale_window) if dtype == torch.float16 else None,
+    )
+    if config.precision.compile:
+        _compile(layers, mesh.device)
+    loader = build_loader(config, plan, mesh, tokenizer, loader_state)
+    return Run(config, plan, mesh, folder, tokenizer, layers, engine, muon, loader, dtype, reason)
+
+
+def build_loader(config: Config, plan: Plan, mesh: Mesh, tokenizer: Tokenizer, state: dict | None = None, *, validation: bool = False) -> Loader:
+    """This rank's rows; those of validation come in steps of one micro-batch a rank."""
+    data = config.data
+    return Loader(
+        data.folder,
+        tokenizer,
+        split="validation" if validation else "train",
+        row_tokens=plan.dims.sequence_len + 1,
+        rows=plan.micro_rows * mesh.data.size if validation else plan.rows_per_step,
+        ranks=mesh.data.size,
+        rank=mesh.data.rank,
+        streams=data.streams,
+        buffer_documents=data.buffer_documents,
+        seed=config.run.seed if data.shuffle and not validation else None,
+        tokenizer_threads=data.tokenizer_threads,
+        prefetch_steps=data.prefetch_steps,
+        state=state,
+    )
+
+
+def _same_everywhere(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> None:
+    asked = all_gather_objects((config.model_dump_json(exclude={"run": {"folder"}, "data": {"folder", "tokenizer"}}), tokenizer.fingerprint), mesh.world)
+    for rank, (settings, fingerprint) in enumerate(asked):
+        if settings != asked[0][0]:
+            raise UserError(f"rank {rank} was started with another config than rank 0: start all ranks with the same --config and --set")
+        if fingerprint != asked[0][1]:
+            raise UserError(f"rank {rank} has another tokenizer than rank 0: copy data.tokenizer of rank 0 to its host")
+
+
+def _compile(layers: nn.ModuleList, device: torch.device) -> None:
+    if device.type == "cpu" and not any(shutil.which(compiler) for compiler in ("g++", "clang++", "c++")):
+        raise UserError("precision.compile needs a C++ compiler on a CPU and this machine has none: install g++ or set precision.compile=false")
+    for layer in layers:
+        layer.compile(dynamic=False)
+
+
+def place_environment(environment: LaunchEnvironment) -> dict:
+    """The launch environment as JSON values."""
+    return dataclasses.asdict(environment)

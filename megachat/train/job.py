@@ -1,0 +1,125 @@
+"""A pretraining job from its command line to its last checkpoint, on every rank."""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from megachat.config import Config, load_config, save_config
+from megachat.data.tokenizer import Tokenizer, load_tokenizer
+from megachat.device import LaunchEnvironment, bootstrap_environment, choose_device, describe_environment, device_name, peak_flops
+from megachat.errors import UserError
+from megachat.parallel.collectives import all_gather_objects, barrier
+from megachat.plan import Plan, resolve
+from megachat.train.build import Run, build_run, place_environment, start
+from megachat.train.loop import end_collectives, train, write_atomically
+from megachat.train.metrics import Metrics
+from megachat.train.report import describe_config, describe_ownership, describe_plan, ownership, plan_values
+from megachat.train.state import LoopState, check_checkpoint, find_checkpoint, load_state
+
+_LOST_PEER = ("closed by peer", "reset by peer", "timed out", "timeout", "connection", "socket", "nccl", "gloo")
+
+
+def pretrain(config_path: str, overrides: list[str], *, resume: str | None = None, dry_run: bool = False, world: int | None = None) -> None:
+    """Run the job that the config asks for. dry_run prints what it would be, on `world` ranks when given, and stops."""
+    begin = time.perf_counter()
+    config = load_config(config_path, overrides)
+    name = config.run.name or Path(config_path).stem
+    folder = Path(config.run.folder) / name
+    environment = bootstrap_environment()
+    if dry_run:
+        if environment.rank == 0:
+            print(describe_job(config, world or environment.world_size))
+        return
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    plan = resolve(config, environment.world_size, vocabulary(config, tokenizer))
+    checkpoint, remarks = find_checkpoint(folder, resume)
+    device = choose_device(environment)
+    mesh = start(config, device)
+    try:
+        checkpoint = _agree(checkpoint, mesh)
+        loader_state = check_checkpoint(checkpoint, plan, tokenizer, mesh.data.rank, config) if checkpoint else None
+        run = build_run(config, plan, mesh, tokenizer, folder, loader_state)
+        with run.loader:
+            state = load_state(run, checkpoint) if checkpoint else LoopState()
+            _run_job(run, state, environment, remarks, checkpoint, begin)
+    except RuntimeError as error:
+        text = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        if mesh.world.size == 1 or not any(sign in str(error).lower() for sign in _LOST_PEER):
+            raise
+        raise UserError(
+            f"rank {mesh.world.rank} of {mesh.world.size} lost another rank, which stopped or cannot be reached ({text}): "
+            f"look for that rank's own message, then continue with --resume auto"
+        ) from error
+    end_collectives()
+
+
+def _run_job(run: Run, state: LoopState, environment: LaunchEnvironment, remarks: list[str], checkpoint: Path | None, begin: float) -> None:
+    if run.is_writer:
+        _write_run_folder(run, environment)
+    barrier(run.mesh.world)
+    name = run.folder.name
+    settings = {"config": run.config.model_dump(mode="json"), "plan": plan_values(run.plan)} if run.is_writer else {}
+    metrics = Metrics(
+        run.folder, run.config.log, writes=run.is_writer, first_step=state.step, steps=run.plan.steps, run_name=name, settings=settings
+    )
+    try:
+        for line in [*remarks, *_banner(run, environment)]:
+            metrics.say(line)
+        if checkpoint:
+            metrics.say(f"resumed from {checkpoint} at step {state.step}")
+        metrics.say(f"start-up took {time.perf_counter() - begin:.1f} s")
+        if state.step >= run.plan.stop_step:
+            metrics.say(f"nothing to do: step {state.step} is not before the last step {run.plan.stop_step}; raise horizon.steps or horizon.stop_step to go on")
+        state = train(run, state, metrics)
+        metrics.say(f"finished step {state.step}" + (f", best validation bpb {state.min_val_bpb:.6f}" if state.min_val_bpb is not None else ""))
+        metrics.say(f"run folder: {run.folder}")
+    finally:
+        metrics.close()
+
+
+def vocabulary(config: Config, tokenizer: Tokenizer) -> int:
+    """The tokenizer's vocabulary size; raises UserError when the config asks for another."""
+    asked = config.model.vocab_size
+    if asked is not None and asked != tokenizer.vocab_size:
+        raise UserError(f"model.vocab_size is {asked} but the tokenizer in {config.data.tokenizer} has {tokenizer.vocab_size} tokens: leave model.vocab_size out, or give the tokenizer that belongs to it")
+    return tokenizer.vocab_size
+
+
+def describe_job(config: Config, world: int) -> str:
+    """Config, plan, parameter table and ownership manifest of the job on `world` ranks; nothing is started and no data is read."""
+    vocab_size = config.model.vocab_size or load_tokenizer(config.data.tokenizer).vocab_size
+    plan: Plan = resolve(config, world, vocab_size)
+    return "\n\n".join((describe_config(config), describe_plan(plan), describe_ownership(ownership(config, plan))))
+
+
+def _agree(checkpoint: Path | None, mesh) -> Path | None:
+    """All ranks resume from the checkpoint that rank 0 found; one that cannot see it says so."""
+    asked = all_gather_objects(str(checkpoint) if checkpoint else None, mesh.world)
+    if any(other != asked[0] for other in asked):
+        rank = next(rank for rank, other in enumerate(asked) if other != asked[0])
+        raise UserError(f"rank 0 would resume from {asked[0]} and rank {rank} from {asked[rank]}: put run.folder on storage that all hosts share")
+    return checkpoint
+
+
+def _write_run_folder(run: Run, environment: LaunchEnvironment) -> None:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    save_config(run.config, run.folder / "config.json")
+    write_atomically(run.folder / "plan.json", json.dumps(plan_values(run.plan), indent=2))
+    path = run.folder / "environment.json"
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    now = describe_environment(run.mesh.device) | {"launch": place_environment(environment), "compute_dtype": str(run.compute_dtype)}
+    write_atomically(path, json.dumps([*earlier, now], indent=2))
+
+
+def _banner(run: Run, environment: LaunchEnvironment) -> list[str]:
+    plan, layout, device = run.plan, run.plan.layout, run.mesh.device
+    dtype = str(run.compute_dtype).removeprefix("torch.")
+    threads = f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    return [
+        f"megachat: {run.folder.name} on {layout.world} rank{'s' * (layout.world > 1)} (data {layout.data} x tensor {layout.tensor} x pipeline {layout.pipeline}), told by {environment.launcher}",
+        f"device {device_name(device)}{threads}; compute {dtype} ({run.dtype_reason}); peak FLOPs {'unknown, no MFU is printed' if peak_flops(device) is None else peak_flops(device)}",
+        f"depth {plan.dims.depth}, width {plan.dims.width}, {plan.parameters['total']:,} parameters; Muon has {len(run.muon.plan.matrices)} matrices, the rest is AdamW's",
+        f"{plan.steps} steps of {plan.tokens_per_step:,} tokens = {plan.rows_per_step} rows of {plan.dims.sequence_len} ({plan.micro_rows} rows x {plan.accumulation} micro-batches a rank)",
+    ]

@@ -1,0 +1,142 @@
+"""The one loop, for every layout. Axes differ below the engine, never here."""
+
+import gc
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megachat.device import peak_flops, peak_memory_bytes
+from megachat.errors import UserError
+from megachat.evals.bpb import ValidationRows, bits_per_byte
+from megachat.evals.sample import continue_greedily
+from megachat.model.gpt import logits, run_layers
+from megachat.parallel.collectives import barrier
+from megachat.schedule import due
+from megachat.train.build import Run, build_loader
+from megachat.train.metrics import Metrics, console_line
+from megachat.train.state import LoopState, save_state
+from megachat.train.step import StepResult, train_step
+
+UNTIMED_STEPS = 10  # the speedrun's clock starts after them
+MOST_SKIPS_IN_A_ROW = 20
+
+
+def train(run: Run, state: LoopState, metrics: Metrics) -> LoopState:
+    """Train from `state` to the plan's stop step, evaluating, saving and telling on the way; all ranks call it."""
+    first_step, skips_in_a_row = state.step, 0
+    validation = _Validation(run)
+    while state.step < run.plan.stop_step:
+        result = train_step(run, state.step)
+        skips_in_a_row = skips_in_a_row + 1 if result.skipped else 0
+        if skips_in_a_row > MOST_SKIPS_IN_A_ROW:
+            raise UserError(f"step {state.step}: the gradient was not finite for {skips_in_a_row} steps in a row, none of which changed a weight: lower the rates or use bfloat16")
+        _tell(run, state, result, metrics)
+        state.step += 1
+        if state.step - first_step == 1:
+            gc.collect()  # what exists now stays: scanning it again and again costs more than it frees
+            gc.freeze()
+        last = state.step == run.plan.stop_step
+        if due(state.step, run.config.evaluate.every) or (last and state.step == run.plan.steps):
+            _evaluate(run, state, validation, metrics)
+        if last and state.step == run.plan.steps:
+            _sample(run, state, metrics)
+        if last or due(state.step, run.config.checkpoint.every):
+            folder = save_state(run, state)
+            metrics.say(f"saved {folder}")
+    return state
+
+
+class _Validation:
+    """Packs the validation rows at the first evaluation and keeps them."""
+
+    def __init__(self, run: Run):
+        self.run, self.rows = run, None
+
+    def bits_per_byte(self) -> float:
+        run = self.run
+        if self.rows is None:
+            with build_loader(run.config, run.plan, run.mesh, run.tokenizer, validation=True) as loader:
+                self.rows = ValidationRows(loader, run.plan.evaluation_rows, run.plan.micro_rows, run.mesh)
+        return bits_per_byte(run.engine, self.rows, run.mesh)
+
+
+def _evaluate(run: Run, state: LoopState, validation: _Validation, metrics: Metrics) -> None:
+    state.val_bpb = validation.bits_per_byte()
+    state.min_val_bpb = min(state.val_bpb, math.inf if state.min_val_bpb is None else state.min_val_bpb)
+    metrics.say(f"step {state.step:05d} | validation bpb {state.val_bpb:.6f}")
+    metrics.record(_totals(run, state) | {"val/bpb": state.val_bpb})
+
+
+def _sample(run: Run, state: LoopState, metrics: Metrics) -> None:
+    """Greedy continuations of the configured prompts, on the writer alone; the others wait."""
+    prompts, asked = run.config.evaluate.prompts, run.config.evaluate
+    if run.is_writer and prompts:
+        dims = run.plan.dims
+        run.layers.eval()
+        texts = []
+        for prompt in prompts:
+            ids = np.concatenate(([run.tokenizer.bos], run.tokenizer.encode(prompt)))
+            row = continue_greedily(
+                lambda window: logits(run_layers(run.layers, window), dims), ids, asked.sample_tokens, dims.sequence_len, run.mesh.device
+            )
+            texts.append(run.tokenizer.decode(row[1:]))
+        run.layers.train()
+        write_atomically(run.folder / "samples" / f"step_{state.step:06d}.json", json.dumps(dict(zip(prompts, texts, strict=True)), indent=2, ensure_ascii=False))
+        for text in texts:
+            metrics.say(f"sample: {text!r}")
+    barrier(run.mesh.world)
+
+
+def _totals(run: Run, state: LoopState) -> dict:
+    return {
+        "step": state.step,
+        "total_training_flops": float(run.plan.flops_per_token) * run.plan.tokens_per_step * state.step,
+        "total_training_time": state.training_s,
+    }
+
+
+def _tell(run: Run, state: LoopState, result: StepResult, metrics: Metrics) -> None:
+    state.skipped_steps += result.skipped
+    if state.step > UNTIMED_STEPS:
+        state.training_s += result.seconds
+    last = state.step + 1 == run.plan.stop_step
+    if not (due(state.step, run.config.log.every) or result.skipped or last):
+        metrics.advance(state.step + 1)
+        return
+    values = _totals(run, state) | {
+        "train/loss": result.loss,
+        "train/grad_norm": result.norm if math.isfinite(result.norm) else None,
+        "train/lrm": result.rate_multiplier,
+        "train/dt": result.seconds,
+        "train/tok_per_sec": int(run.plan.tokens_per_step / result.seconds),
+        "train/epoch": run.loader.epoch,
+        "train/skipped": result.skipped,
+        "train/muon_matrices": run.muon.matrices_updated,
+        "train/peak_memory_bytes": peak_memory_bytes(run.mesh.device),
+    }
+    peak = peak_flops(run.mesh.device)
+    if peak:
+        values["train/mfu"] = 100 * run.plan.flops_per_token * run.plan.tokens_per_step / result.seconds / (peak * run.mesh.world.size)
+    timed = state.step - UNTIMED_STEPS
+    eta_s = state.training_s / timed * (run.plan.stop_step - state.step - 1) if timed > 0 else None
+    metrics.say(console_line(values | {"train/grad_norm": result.norm}, run.plan.steps, eta_s))
+    metrics.record(values)
+    metrics.advance(state.step + 1)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write under a temporary name, then rename; the folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def end_collectives() -> None:
+    """Leave the job in order, so that no rank sees another vanish."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,113 @@
+"""What a run tells: metrics.jsonl always, console lines, a progress bar on a terminal, wandb when asked for. One dictionary feeds all."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megachat.config import LogConfig
+from megachat.errors import UserError
+
+METRICS_NAME = "metrics.jsonl"
+
+
+class Metrics:
+    """The outlets of the one rank that writes; on the others (`writes` false) every call does nothing."""
+
+    def __init__(self, folder: Path, log: LogConfig, *, writes: bool, first_step: int, steps: int, run_name: str, settings: dict):
+        self.writes, self._file, self._bar, self._wandb = writes, None, None, None
+        if not writes:
+            return
+        path = folder / METRICS_NAME
+        _keep_until(path, first_step)
+        self._file = open(path, "a", encoding="utf-8")
+        if sys.stdout.isatty():
+            self._bar = tqdm(total=steps, initial=first_step, unit="step", file=sys.stdout, dynamic_ncols=True)
+        if log.wandb != "off":
+            self._wandb = _start_wandb(folder, log, run_name, settings)
+
+    def record(self, values: dict) -> None:
+        """Append one JSON object (it has "step") to metrics.jsonl and send the same dictionary to wandb."""
+        if self.writes:
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
+            if self._wandb is not None:
+                self._wandb.log(values, step=values["step"])
+
+    def say(self, line: str) -> None:
+        """Print a line on the console."""
+        if self.writes:
+            if self._bar is not None:
+                self._bar.write(line, file=sys.stdout)
+            else:
+                print(line, flush=True)
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar to `step` finished steps."""
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def close(self) -> None:
+        """Sync the file and end the outlets."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+        if self._bar is not None:
+            self._bar.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop lines of steps that will be run again, and a last line that a crash cut short, so that a resumed run continues one curve."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue
+        # training lines carry the number of the step they ran, evaluations the number of steps done before them
+        if values["step"] < step or (values["step"] == step and "train/loss" not in values):
+            kept.append(line + "\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _start_wandb(folder: Path, log: LogConfig, run_name: str, settings: dict):
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(f'log.wandb is "{log.wandb}" but wandb is not installed: pip install wandb, or set log.wandb=off') from None
+    identity = folder / "wandb_id.txt"
+    if not identity.exists():
+        identity.write_text(wandb.util.generate_id() + "\n")
+    return wandb.init(
+        project=log.wandb_project, name=run_name, id=identity.read_text().strip(), resume="allow", mode=log.wandb, config=settings, dir=str(folder)
+    )
+
+
+def console_line(values: dict, steps: int, eta_s: float | None) -> str:
+    """One training step in words; parts that are not known are left out."""
+    step = values["step"]
+    parts = [
+        f"step {step:05d}/{steps:05d} ({100 * step / steps:.2f}%)",
+        f"loss {values['train/loss']:.6f}",
+        f"norm {values['train/grad_norm']:.4f}",
+        f"lrm {values['train/lrm']:.2f}",
+        f"dt {1000 * values['train/dt']:.0f}ms",
+        f"tok/s {values['train/tok_per_sec']:,}",
+    ]
+    if "train/mfu" in values:
+        parts.append(f"mfu {values['train/mfu']:.2f}%")
+    parts.append(f"epoch {values['train/epoch']}")
+    if eta_s is not None:
+        parts.append(f"eta {eta_s / 60:.1f}m")
+    if values["train/skipped"]:
+        parts.append("SKIPPED: the gradient was not finite")
+    return " | ".join(parts)

@@ -1,0 +1,144 @@
+"""All that survives a restart: weights, both optimizers, loss scaler, loader, random numbers and the loop's own counters."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megachat.checkpoint.load import load_checkpoint, newest_complete, read_facts
+from megachat.checkpoint.save import save_checkpoint
+from megachat.data.loader_state import load_loader_state, save_loader_state
+from megachat.data.packing import owner_of, streams_of
+from megachat.data.tokenizer import Tokenizer
+from megachat.errors import UserError
+from megachat.parallel.engine import adamw_fragments, adamw_steps
+from megachat.parallel.rectangles import flat_rectangles
+from megachat.plan import Plan
+from megachat.train.build import Run
+
+_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+@dataclass
+class LoopState:
+    """The loop's counters. step: the next to run, from 0. training_s: seconds in steps after the tenth, as the speedrun counts them."""
+
+    step: int = 0
+    training_s: float = 0.0
+    skipped_steps: int = 0
+    val_bpb: float | None = None
+    min_val_bpb: float | None = None
+
+
+def checkpoints_folder(run_folder: Path) -> Path:
+    """Where a run's checkpoints are."""
+    return run_folder / "checkpoints"
+
+
+def state_pieces(run: Run) -> dict:
+    """Every tensor of the state as named rectangles of this rank; weights are the float32 masters, each element held by one rank."""
+    pieces: dict[str, tuple] = {}
+    for kind, name, shape, rectangles in run.muon.state_shards():
+        pieces["model/" + name if kind == "master" else f"muon/{name}/{kind}"] = (tuple(shape), rectangles)
+    for parameter, begin, _, views in adamw_fragments(run.engine.optimizer):
+        where = parameter.place
+        for kind, view in views.items():
+            name = f"model/{where.name}" if kind == "master" else f"adamw/{where.name}/{kind}"
+            rectangles = flat_rectangles(tuple(parameter.shape), view, begin, where.offset or None)
+            pieces.setdefault(name, (where.whole, []))[1].extend(rectangles)
+    return pieces
+
+
+def save_state(run: Run, state: LoopState) -> Path:
+    """Write checkpoint step_NNNNNN of the run; all ranks call it. Raises UserError (on all) when it cannot be written."""
+    scaler = run.engine.optimizer.loss_scaler
+    facts = {
+        "model": dataclasses.asdict(run.plan.dims),
+        "tokenizer": {"fingerprint": run.tokenizer.fingerprint, "vocab_size": run.tokenizer.vocab_size},
+        "loop": dataclasses.asdict(state),
+        "adamw_steps": int(adamw_steps(run.engine.optimizer)[0].item()),
+        "loss_scaler": {field: getattr(scaler, field) for field in _SCALER_FIELDS if hasattr(scaler, field)},
+        "config": run.config.model_dump(mode="json", exclude_defaults=True),
+        "layout": dataclasses.asdict(run.plan.layout),
+    }
+    loader_state = run.loader.state()
+
+    def write_own_files(folder: Path) -> None:
+        data, streams = run.mesh.data, run.config.data.streams
+        if run.mesh.tensor.rank == 0 and run.mesh.pipeline.rank == 0:
+            mine = [s for s in streams_of(data.rank, data.size, streams, run.plan.rows_per_step) if owner_of(s, data.size, streams, run.plan.rows_per_step) == data.rank]
+            save_loader_state(folder / "loader", loader_state, mine)
+        (folder / "random").mkdir(exist_ok=True)
+        np.savez(folder / "random" / f"rank_{run.mesh.world.rank:05d}.npz", **_random_state(run.mesh.device))
+
+    return save_checkpoint(checkpoints_folder(run.folder), state.step, state_pieces(run), facts, write_own_files, run.mesh.world)
+
+
+def load_state(run: Run, checkpoint: Path) -> LoopState:
+    """Read the checkpoint into the run, whatever layout wrote it; all ranks call it. The loader was given its state when it was built."""
+    facts = read_facts(checkpoint)
+    zero = run.engine.optimizer
+    load_checkpoint(checkpoint, state_pieces(run))
+    for counter in adamw_steps(zero):
+        counter.fill_(facts["adamw_steps"])
+    zero.update_lp_params()
+    run.muon.refresh_weights()
+    for field, value in facts["loss_scaler"].items():
+        if hasattr(zero.loss_scaler, field):
+            setattr(zero.loss_scaler, field, value)
+    own_random = checkpoint / "random" / f"rank_{run.mesh.world.rank:05d}.npz"
+    if own_random.is_file():
+        with np.load(own_random) as saved:
+            _restore_random({key: saved[key] for key in saved.files}, run.mesh.device)
+    else:  # more ranks than wrote it: a stream of its own
+        torch.manual_seed(hash((run.config.run.seed, facts["step"], run.mesh.world.rank)) % 2**63)
+    return LoopState(**facts["loop"])
+
+
+def find_checkpoint(run_folder: Path, resume: str | None) -> tuple[Path | None, list[str]]:
+    """(checkpoint to resume from or None, remarks): resume is None, "auto" (newest complete, or none yet) or a checkpoint's path.
+
+    Raises UserError when the run folder holds checkpoints and resuming was not asked for, or when the path is no complete checkpoint.
+    """
+    if resume and resume != "auto":
+        read_facts(Path(resume))
+        return Path(resume), []
+    newest, remarks = newest_complete(checkpoints_folder(run_folder))
+    if newest is not None and resume is None:
+        raise UserError(f"{run_folder} already holds checkpoints up to {newest.name}: continue with --resume auto, or start another with --set run.name=NAME")
+    if newest is None and remarks and resume == "auto":
+        raise UserError(f"{run_folder} holds no complete checkpoint to resume from: {remarks[0]}")
+    return newest, remarks
+
+
+def check_checkpoint(checkpoint: Path, plan: Plan, tokenizer: Tokenizer, loader_rank: int, config) -> dict:
+    """Raise UserError unless the checkpoint is of this model and tokenizer; return the loader's state for this data rank."""
+    facts = read_facts(checkpoint)
+    if facts["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
+        before = facts["tokenizer"]["vocab_size"]
+        raise UserError(
+            f"{checkpoint} was trained with another tokenizer ({before} tokens, fingerprint {facts['tokenizer']['fingerprint'][:12]}) than "
+            f"{config.data.tokenizer} ({tokenizer.vocab_size} tokens, {tokenizer.fingerprint[:12]}): set data.tokenizer to the one it was trained with"
+        )
+    asked, saved = dataclasses.asdict(plan.dims), facts["model"]
+    other = [key for key in asked if (list(asked[key]) if isinstance(asked[key], tuple) else asked[key]) != saved.get(key)]
+    if other:
+        listed = ", ".join(f"{key} {saved.get(key)} (asked for {asked[key]})" for key in other)
+        raise UserError(f"{checkpoint} is of another model: {listed}; use the config it was trained with, or another run.name")
+    needed = streams_of(loader_rank, plan.layout.data, config.data.streams, plan.rows_per_step)
+    return load_loader_state(checkpoint / "loader", needed)
+
+
+def _random_state(device: torch.device) -> dict[str, np.ndarray]:
+    states = {"cpu": torch.get_rng_state().numpy()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device).numpy()
+    return states
+
+
+def _restore_random(states: dict[str, np.ndarray], device: torch.device) -> None:
+    torch.set_rng_state(torch.from_numpy(states["cpu"]))
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(torch.from_numpy(states["cuda"]), device)

@@ -1,0 +1,74 @@
+"""One optimizer step: schedules in, batch through the engine, and a decision that all ranks share."""
+
+import math
+import socket
+import time
+from dataclasses import dataclass
+
+import torch
+
+from megachat.device import synchronize
+from megachat.errors import UserError
+from megachat.optim.groups import GROUPS
+from megachat.parallel.collectives import all_gather_objects
+from megachat.schedule import learning_rate_multiplier, muon_momentum, weight_decay_multiplier
+from megachat.train.build import Run
+
+_RATE_OF = {group.name: group.rate for group in GROUPS}
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """loss: mean over tokens and ranks, nats. norm: joint gradient norm before clipping, inf when not finite. seconds: wall time."""
+
+    loss: float
+    norm: float
+    skipped: bool
+    rate_multiplier: float
+    seconds: float
+
+
+def set_schedules(run: Run, step: int) -> float:
+    """Give both optimizers the step's rates, decay and momentum; returns the rate multiplier."""
+    plan, asked = run.plan, run.config.optimizer
+    multiplier = learning_rate_multiplier(
+        step, plan.steps, warmup_steps=asked.warmup_steps, warmdown_ratio=asked.warmdown_ratio, final_fraction=asked.final_lr_fraction
+    )
+    for group in run.engine.optimizer.param_groups:
+        group["lr"] = plan.rates[_RATE_OF[group["name"]]] * multiplier
+    run.muon.set_hyper(
+        lr=plan.rates["matrix"] * multiplier,
+        weight_decay=plan.weight_decay * weight_decay_multiplier(step, plan.steps),
+        momentum=muon_momentum(step, plan.steps, warmdown_ratio=asked.warmdown_ratio),
+    )
+    return multiplier
+
+
+def micro_batches(rows: torch.Tensor, micro_rows: int):
+    """Yield (ids, targets) [micro_rows, tokens] of a rank's rows [count, tokens + 1], in order."""
+    for chunk in rows.split(micro_rows):
+        yield chunk[:, :-1].contiguous(), chunk[:, 1:].contiguous()
+
+
+def train_step(run: Run, step: int) -> StepResult:
+    """Run step `step`. Raises UserError, on all ranks, when the loss is not finite; nothing was changed then."""
+    rows = next(run.loader)
+    synchronize(run.mesh.device)
+    begin = time.perf_counter()
+    multiplier = set_schedules(run, step)
+    loss = run.engine.train_batch(micro_batches(rows, run.plan.micro_rows)).item()
+    if not math.isfinite(loss):
+        _stop_for_loss(run, step, loss)
+    norm = run.engine.joint_norm.item()
+    synchronize(run.mesh.device)
+    return StepResult(loss, norm, bool(run.engine.optimizer.overflow), multiplier, time.perf_counter() - begin)
+
+
+def _stop_for_loss(run: Run, step: int, loss: float) -> None:
+    own = run.engine.own_loss
+    bad = None if own is None or math.isfinite(own.item()) else f"rank {run.mesh.world.rank} ({socket.gethostname()})"
+    named = [name for name in all_gather_objects(bad, run.mesh.world) if name]
+    raise UserError(
+        f"step {step}: the loss is {loss} on {', '.join(named) or 'no single rank'}; training stopped and this step changed no weight, "
+        f"checkpoints are untouched: continue with --resume auto and lower rates, or look at the rows of this step"
+    )
