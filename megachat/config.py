@@ -27,7 +27,9 @@ class ModelConfig(_Section):
     kv_heads: int | None = Field(None, ge=1, description="key/value heads; none: as many as query heads")
     sequence_len: int = Field(2048, ge=2, description="tokens a row")
     vocab_size: int | None = Field(None, ge=1, description="tokens in the vocabulary; none: the tokenizer's")
-    window_pattern: str = Field("SSSL", pattern="^[SL]+$", description="attention windows tiled over blocks: S quarter, L whole; the last is always L")
+    window_pattern: str = Field(
+        "SSSL", pattern="^[SL]+$", description="attention windows tiled over blocks: S quarter, L whole; the last is always L"
+    )
     rotary: Literal["slices", "chunk"] = Field("slices", description="how halves of a head are taken; same maths")
 
     @field_validator("depth")

@@ -99,7 +99,9 @@ def choose_device(environment: LaunchEnvironment) -> torch.device:
     """This process's accelerator, or the CPU with the cores of the machine shared between its local ranks."""
     if torch.cuda.is_available():
         if environment.local_rank >= torch.cuda.device_count():
-            raise UserError(f"rank {environment.rank} wants GPU {environment.local_rank} but this host shows {torch.cuda.device_count()}: start fewer ranks")
+            raise UserError(
+                f"rank {environment.rank} wants GPU {environment.local_rank} but this host shows {torch.cuda.device_count()}: start fewer ranks"
+            )
         torch.cuda.set_device(environment.local_rank)
         return torch.device("cuda", environment.local_rank)
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun writes 1 when nobody asked, so 1 means "not asked"

@@ -138,10 +138,14 @@ def _asked_tokens(config: Config, dims: Dimensions, layout: Layout, target: floa
         why["tokens_per_step"] = "batch.tokens"
         return batch.tokens
     if batch.micro_rows and batch.accumulation:
-        why["tokens_per_step"] = f"micro_rows * accumulation * data ranks * sequence_len = {batch.micro_rows} * {batch.accumulation} * {layout.data} * {dims.sequence_len}"
+        why["tokens_per_step"] = (
+            f"micro_rows * accumulation * data ranks * sequence_len = {batch.micro_rows} * {batch.accumulation} * {layout.data} * {dims.sequence_len}"
+        )
         return None
     tokens = 2 ** round(math.log2(REFERENCE_TOKENS * (target / reference) ** BATCH_EXPONENT))
-    why["tokens_per_step"] = f"2^round(log2(2^19 * (target_tokens / target_tokens at depth {REFERENCE_DEPTH})^{BATCH_EXPONENT})), ratio {target / reference:.4g}"
+    why["tokens_per_step"] = (
+        f"2^round(log2(2^19 * (target_tokens / target_tokens at depth {REFERENCE_DEPTH})^{BATCH_EXPONENT})), ratio {target / reference:.4g}"
+    )
     return tokens
 
 
@@ -171,7 +175,11 @@ def _solve_batch(config: Config, sequence_len: int, ranks: int, tokens: int | No
 
 
 def _nearest_batches(tokens: int, sequence_len: int, ranks: int, micro: int | None, accumulation: int | None, unit: int) -> str:
-    parts = [f"{ranks} data-parallel rank{'s' * (ranks > 1)}", *([f"{micro} rows a micro-batch"] if micro else []), *([f"{accumulation} micro-batches"] if accumulation else [])]
+    parts = [
+        f"{ranks} data-parallel rank{'s' * (ranks > 1)}",
+        *([f"{micro} rows a micro-batch"] if micro else []),
+        *([f"{accumulation} micro-batches"] if accumulation else []),
+    ]
     size = unit * sequence_len
     exact = bool(micro and accumulation)
     below = [] if exact else [size * (tokens // size)] * (tokens >= size)
@@ -179,7 +187,9 @@ def _nearest_batches(tokens: int, sequence_len: int, ranks: int, micro: int | No
     near = " or ".join(f"{value} ({value // sequence_len} rows)" for value in candidates)
     whole = f"{tokens / sequence_len:g} rows of {sequence_len}"
     alone = " in one step" if exact else ""
-    advice = f"set batch.tokens to {near}" + (f", or use a number of ranks that divides {tokens // sequence_len}" if tokens % sequence_len == 0 else "")
+    advice = f"set batch.tokens to {near}" + (
+        f", or use a number of ranks that divides {tokens // sequence_len}" if tokens % sequence_len == 0 else ""
+    )
     return f"a step of {tokens} tokens is {whole}, which {' x '.join(parts)} cannot share evenly{alone}: {advice}"
 
 
@@ -195,7 +205,9 @@ def _steps(config: Config, dims: Dimensions, tokens: int, target_tokens: float, 
         why["steps"] = f"target_tokens / tokens_per_step = {int(target_tokens):,} / {tokens:,}"
         steps = int(target_tokens // tokens)
     if steps < 1:
-        raise UserError(f"the horizon is shorter than one step of {tokens} tokens: set horizon.steps, or raise horizon.{'flops' if horizon.flops else 'ratio'}, or lower batch.tokens")
+        raise UserError(
+            f"the horizon is shorter than one step of {tokens} tokens: set horizon.steps, or raise horizon.{'flops' if horizon.flops else 'ratio'}, or lower batch.tokens"
+        )
     return steps
 
 
@@ -205,13 +217,17 @@ def _rates(config: Config, dims: Dimensions, tokens: int, target: float, referen
     shape = (dims.width / REFERENCE_WIDTH) ** -0.5
     horizon = reference / target if asked.scale_to_batch else 1.0
     by_batch = f"sqrt(tokens_per_step / 2^19) = {batch:.4g}" if asked.scale_to_batch else "1 (optimizer.scale_to_batch is off)"
-    why["rates.matrix"] = f"matrix_lr * {by_batch}; times each matrix's multiplier ({asked.muon_multiplier if isinstance(asked.muon_multiplier, str) else 'by name'})"
+    why["rates.matrix"] = (
+        f"matrix_lr * {by_batch}; times each matrix's multiplier ({asked.muon_multiplier if isinstance(asked.muon_multiplier, str) else 'by name'})"
+    )
     for name, source in (("unembedding", "unembedding_lr"), ("embedding", "embedding_lr"), ("value_embedding", "embedding_lr / 2")):
         why[f"rates.{name}"] = f"{source} * {by_batch} * (width / 768)^-0.5 = {shape:.4g}"
     why["rates.resid"] = f"scalar_lr / 100 * {by_batch}"
     why["rates.x0"] = f"scalar_lr * {by_batch}"
     why["rates.smear"] = "smear_lr"
-    why["weight_decay"] = f"weight_decay * {by_batch} * target_tokens at depth {REFERENCE_DEPTH} / target_tokens = {horizon:.4g}; a cosine takes it to 0"
+    why["weight_decay"] = (
+        f"weight_decay * {by_batch} * target_tokens at depth {REFERENCE_DEPTH} / target_tokens = {horizon:.4g}; a cosine takes it to 0"
+    )
     rates = {
         "matrix": asked.matrix_lr * batch,
         "unembedding": asked.unembedding_lr * batch * shape,

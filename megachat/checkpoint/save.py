@@ -68,7 +68,9 @@ def _together(action: Callable[[], object], world: Axis, final: Path) -> None:
     problems = [(rank, text) for rank, text in enumerate(all_gather_objects(problem, world)) if text]
     if problems:
         rank, text = problems[0]
-        raise UserError(f"checkpoint {final} could not be saved by rank {rank}: {text}; earlier checkpoints are untouched, free space there and use --resume auto")
+        raise UserError(
+            f"checkpoint {final} could not be saved by rank {rank}: {text}; earlier checkpoints are untouched, free space there and use --resume auto"
+        )
 
 
 def _innermost(error: BaseException) -> str:

@@ -37,7 +37,9 @@ def group_of(name: str, groups: Iterable[Group] = GROUPS) -> Group:
     """The one group whose patterns match the parameter's name. Raises ValueError when none or several do."""
     found = [group for group in groups if any(fnmatchcase(name, pattern) for pattern in group.patterns)]
     if len(found) != 1:
-        raise ValueError(f"parameter {name} is matched by {len(found)} optimizer groups ({', '.join(group.name for group in found) or 'none'}), not one")
+        raise ValueError(
+            f"parameter {name} is matched by {len(found)} optimizer groups ({', '.join(group.name for group in found) or 'none'}), not one"
+        )
     return found[0]
 
 

@@ -30,7 +30,9 @@ _PRIVATE = (
 ).split()
 _missing = [name for name in _PRIVATE if not hasattr(DeepSpeedZeroOptimizer, name)]
 if _missing or not hasattr(PipelineEngine, "_exec_backward_pass"):
-    raise ImportError(f"DeepSpeed {deepspeed.__version__} lacks {', '.join(_missing) or '_exec_backward_pass'}: install the version that setup.py pins")
+    raise ImportError(
+        f"DeepSpeed {deepspeed.__version__} lacks {', '.join(_missing) or '_exec_backward_pass'}: install the version that setup.py pins"
+    )
 
 LOSS_SCALE_MINIMUM = 1.0
 
@@ -211,7 +213,13 @@ def build_engine(
 def build_loss_scaler(initial: float, window: int) -> DynamicLossScaler:
     """float16's loss scaler: halves at a skipped step, doubles after `window` good ones (mixed precision training, arXiv 1710.03740)."""
     return DynamicLossScaler(
-        init_scale=initial, scale_window=window, min_scale=LOSS_SCALE_MINIMUM, delayed_shift=1, consecutive_hysteresis=False, dtype=torch.half
+        init_scale=initial,
+        scale_window=window,
+        min_scale=LOSS_SCALE_MINIMUM,
+        delayed_shift=1,
+        consecutive_hysteresis=False,
+        raise_error_at_min_scale=False,
+        dtype=torch.half,
     )
 
 

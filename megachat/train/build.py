@@ -27,20 +27,26 @@ from megachat.plan import Plan
 
 
 @dataclass(frozen=True)
-class Run:
-    """Everything that a running job holds."""
+class Training:
+    """What takes a step: the model under its engine and optimizers."""
 
     config: Config
     plan: Plan
     mesh: Mesh
-    folder: Path
-    tokenizer: Tokenizer
     layers: nn.ModuleList
     engine: Engine
     muon: MuonPartition
-    loader: Loader
     compute_dtype: torch.dtype
     dtype_reason: str
+
+
+@dataclass(frozen=True)
+class Run(Training):
+    """Everything that a running job holds."""
+
+    folder: Path
+    tokenizer: Tokenizer
+    loader: Loader
 
     @property
     def is_writer(self) -> bool:
@@ -85,21 +91,18 @@ def start(config: Config, device: torch.device) -> Mesh:
     return build_mesh(device, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
 
 
-def build_run(config: Config, plan: Plan, mesh: Mesh, tokenizer: Tokenizer, folder: Path, loader_state: dict | None = None) -> Run:
-    """Model, optimizers, engine and loader on every rank, with starting values; a checkpoint may be read into it afterwards.
+def build_training(config: Config, plan: Plan, mesh: Mesh, token_bytes: torch.Tensor) -> Training:
+    """Model, optimizers and engine on every rank, with starting values. token_bytes: int [vocab_size], for bits per byte.
 
-    Raises UserError when a setting does not fit this machine, or when ranks were given different settings.
+    Raises UserError when a setting does not fit this machine.
     """
-    _same_everywhere(config, tokenizer, mesh)
     dtype, reason = choose_compute_dtype(config.precision.compute, mesh.device)
     layers = build_layers(plan.dims, model_options(config, dtype), config.run.seed).to(mesh.device)
     parameters = placed_parameters(layers)
     groups = assign([parameter.place for parameter in parameters])
-    rule = config.optimizer.muon_multiplier
-    matrices = muon_matrices(dict.fromkeys(parameter.place for parameter in parameters), groups, rule)
+    matrices = muon_matrices(dict.fromkeys(parameter.place for parameter in parameters), groups, config.optimizer.muon_multiplier)
     names = {matrix.name for matrix in matrices}
-    loss = Loss(plan.dims, torch.from_numpy(tokenizer.token_bytes()))
-    module = build_module(list(layers), loss, mesh)
+    module = build_module(list(layers), Loss(plan.dims, token_bytes), mesh)
     muon = MuonPartition(
         {parameter.place.name: parameter for parameter in parameters if parameter.place.name in names},
         matrices,
@@ -109,23 +112,24 @@ def build_run(config: Config, plan: Plan, mesh: Mesh, tokenizer: Tokenizer, fold
         beta2=MUON_BETA2,
     )
     adamw = adamw_groups(parameters, groups, plan.rates)
-    engine = build_engine(
-        module,
-        adamw,
-        muon,
-        mesh,
-        deepspeed_settings(
-            micro_rows=plan.micro_rows,
-            accumulation=plan.accumulation,
-            clip_norm=config.optimizer.clip_norm,
-            largest_adamw_tensor=max(parameter.numel() for group in adamw for parameter in group["params"]),
-        ),
-        build_loss_scaler(config.precision.loss_scale, config.precision.loss_scale_window) if dtype == torch.float16 else None,
+    settings = deepspeed_settings(
+        micro_rows=plan.micro_rows,
+        accumulation=plan.accumulation,
+        clip_norm=config.optimizer.clip_norm,
+        largest_adamw_tensor=max(parameter.numel() for group in adamw for parameter in group["params"]),
     )
+    scaler = build_loss_scaler(config.precision.loss_scale, config.precision.loss_scale_window) if dtype == torch.float16 else None
+    engine = build_engine(module, adamw, muon, mesh, settings, scaler)
     if config.precision.compile:
         _compile(layers, mesh.device)
-    loader = build_loader(config, plan, mesh, tokenizer, loader_state)
-    return Run(config, plan, mesh, folder, tokenizer, layers, engine, muon, loader, dtype, reason)
+    return Training(config, plan, mesh, layers, engine, muon, dtype, reason)
+
+
+def build_run(config: Config, plan: Plan, mesh: Mesh, tokenizer: Tokenizer, folder: Path, loader_state: dict | None = None) -> Run:
+    """The whole run on every rank; a checkpoint may be read into it afterwards. Raises UserError, also when ranks were given different settings."""
+    _same_everywhere(config, tokenizer, mesh)
+    training = build_training(config, plan, mesh, torch.from_numpy(tokenizer.token_bytes()))
+    return Run(**vars(training), folder=folder, tokenizer=tokenizer, loader=build_loader(config, plan, mesh, tokenizer, loader_state))
 
 
 def build_loader(config: Config, plan: Plan, mesh: Mesh, tokenizer: Tokenizer, state: dict | None = None, *, validation: bool = False) -> Loader:
@@ -149,7 +153,9 @@ def build_loader(config: Config, plan: Plan, mesh: Mesh, tokenizer: Tokenizer, s
 
 
 def _same_everywhere(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> None:
-    asked = all_gather_objects((config.model_dump_json(exclude={"run": {"folder"}, "data": {"folder", "tokenizer"}}), tokenizer.fingerprint), mesh.world)
+    asked = all_gather_objects(
+        (config.model_dump_json(exclude={"run": {"folder"}, "data": {"folder", "tokenizer"}}), tokenizer.fingerprint), mesh.world
+    )
     for rank, (settings, fingerprint) in enumerate(asked):
         if settings != asked[0][0]:
             raise UserError(f"rank {rank} was started with another config than rank 0: start all ranks with the same --config and --set")

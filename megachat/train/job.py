@@ -61,9 +61,7 @@ def _run_job(run: Run, state: LoopState, environment: LaunchEnvironment, remarks
     barrier(run.mesh.world)
     name = run.folder.name
     settings = {"config": run.config.model_dump(mode="json"), "plan": plan_values(run.plan)} if run.is_writer else {}
-    metrics = Metrics(
-        run.folder, run.config.log, writes=run.is_writer, first_step=state.step, steps=run.plan.steps, run_name=name, settings=settings
-    )
+    metrics = Metrics(run.folder, run.config.log, writes=run.is_writer, first_step=state.step, steps=run.plan.steps, run_name=name, settings=settings)
     try:
         for line in [*remarks, *_banner(run, environment)]:
             metrics.say(line)
@@ -71,7 +69,9 @@ def _run_job(run: Run, state: LoopState, environment: LaunchEnvironment, remarks
             metrics.say(f"resumed from {checkpoint} at step {state.step}")
         metrics.say(f"start-up took {time.perf_counter() - begin:.1f} s")
         if state.step >= run.plan.stop_step:
-            metrics.say(f"nothing to do: step {state.step} is not before the last step {run.plan.stop_step}; raise horizon.steps or horizon.stop_step to go on")
+            metrics.say(
+                f"nothing to do: step {state.step} is not before the last step {run.plan.stop_step}; raise horizon.steps or horizon.stop_step to go on"
+            )
         state = train(run, state, metrics)
         metrics.say(f"finished step {state.step}" + (f", best validation bpb {state.min_val_bpb:.6f}" if state.min_val_bpb is not None else ""))
         metrics.say(f"run folder: {run.folder}")
@@ -83,7 +83,9 @@ def vocabulary(config: Config, tokenizer: Tokenizer) -> int:
     """The tokenizer's vocabulary size; raises UserError when the config asks for another."""
     asked = config.model.vocab_size
     if asked is not None and asked != tokenizer.vocab_size:
-        raise UserError(f"model.vocab_size is {asked} but the tokenizer in {config.data.tokenizer} has {tokenizer.vocab_size} tokens: leave model.vocab_size out, or give the tokenizer that belongs to it")
+        raise UserError(
+            f"model.vocab_size is {asked} but the tokenizer in {config.data.tokenizer} has {tokenizer.vocab_size} tokens: leave model.vocab_size out, or give the tokenizer that belongs to it"
+        )
     return tokenizer.vocab_size
 
 

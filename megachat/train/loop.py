@@ -33,7 +33,9 @@ def train(run: Run, state: LoopState, metrics: Metrics) -> LoopState:
         result = train_step(run, state.step)
         skips_in_a_row = skips_in_a_row + 1 if result.skipped else 0
         if skips_in_a_row > MOST_SKIPS_IN_A_ROW:
-            raise UserError(f"step {state.step}: the gradient was not finite for {skips_in_a_row} steps in a row, none of which changed a weight: lower the rates or use bfloat16")
+            raise UserError(
+                f"step {state.step}: the gradient was not finite for {skips_in_a_row} steps in a row, none of which changed a weight: lower the rates or use bfloat16"
+            )
         _tell(run, state, result, metrics)
         state.step += 1
         if state.step - first_step == 1:
@@ -85,7 +87,9 @@ def _sample(run: Run, state: LoopState, metrics: Metrics) -> None:
             )
             texts.append(run.tokenizer.decode(row[1:]))
         run.layers.train()
-        write_atomically(run.folder / "samples" / f"step_{state.step:06d}.json", json.dumps(dict(zip(prompts, texts, strict=True)), indent=2, ensure_ascii=False))
+        write_atomically(
+            run.folder / "samples" / f"step_{state.step:06d}.json", json.dumps(dict(zip(prompts, texts, strict=True)), indent=2, ensure_ascii=False)
+        )
         for text in texts:
             metrics.say(f"sample: {text!r}")
     barrier(run.mesh.world)

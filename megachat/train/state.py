@@ -16,7 +16,7 @@ from megachat.errors import UserError
 from megachat.parallel.engine import adamw_fragments, adamw_steps
 from megachat.parallel.rectangles import flat_rectangles
 from megachat.plan import Plan
-from megachat.train.build import Run
+from megachat.train.build import Run, Training
 
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -37,7 +37,7 @@ def checkpoints_folder(run_folder: Path) -> Path:
     return run_folder / "checkpoints"
 
 
-def state_pieces(run: Run) -> dict:
+def state_pieces(run: Training) -> dict:
     """Every tensor of the state as named rectangles of this rank; weights are the float32 masters, each element held by one rank."""
     pieces: dict[str, tuple] = {}
     for kind, name, shape, rectangles in run.muon.state_shards():
@@ -68,7 +68,11 @@ def save_state(run: Run, state: LoopState) -> Path:
     def write_own_files(folder: Path) -> None:
         data, streams = run.mesh.data, run.config.data.streams
         if run.mesh.tensor.rank == 0 and run.mesh.pipeline.rank == 0:
-            mine = [s for s in streams_of(data.rank, data.size, streams, run.plan.rows_per_step) if owner_of(s, data.size, streams, run.plan.rows_per_step) == data.rank]
+            mine = [
+                s
+                for s in streams_of(data.rank, data.size, streams, run.plan.rows_per_step)
+                if owner_of(s, data.size, streams, run.plan.rows_per_step) == data.rank
+            ]
             save_loader_state(folder / "loader", loader_state, mine)
         (folder / "random").mkdir(exist_ok=True)
         np.savez(folder / "random" / f"rank_{run.mesh.world.rank:05d}.npz", **_random_state(run.mesh.device))
@@ -107,7 +111,9 @@ def find_checkpoint(run_folder: Path, resume: str | None) -> tuple[Path | None, 
         return Path(resume), []
     newest, remarks = newest_complete(checkpoints_folder(run_folder))
     if newest is not None and resume is None:
-        raise UserError(f"{run_folder} already holds checkpoints up to {newest.name}: continue with --resume auto, or start another with --set run.name=NAME")
+        raise UserError(
+            f"{run_folder} already holds checkpoints up to {newest.name}: continue with --resume auto, or start another with --set run.name=NAME"
+        )
     if newest is None and remarks and resume == "auto":
         raise UserError(f"{run_folder} holds no complete checkpoint to resume from: {remarks[0]}")
     return newest, remarks

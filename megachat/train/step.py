@@ -12,7 +12,7 @@ from megachat.errors import UserError
 from megachat.optim.groups import GROUPS
 from megachat.parallel.collectives import all_gather_objects
 from megachat.schedule import learning_rate_multiplier, muon_momentum, weight_decay_multiplier
-from megachat.train.build import Run
+from megachat.train.build import Run, Training
 
 _RATE_OF = {group.name: group.rate for group in GROUPS}
 
@@ -28,7 +28,7 @@ class StepResult:
     seconds: float
 
 
-def set_schedules(run: Run, step: int) -> float:
+def set_schedules(run: Training, step: int) -> float:
     """Give both optimizers the step's rates, decay and momentum; returns the rate multiplier."""
     plan, asked = run.plan, run.config.optimizer
     multiplier = learning_rate_multiplier(

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# From nothing to a trained model: sets up .venv, cuts a corpus from this machine's own Python, trains a tokenizer, then pretrains with the
+# deepspeed launcher (two ranks on a CPU machine, every GPU on a GPU machine). A second call reuses what exists. Arguments go to pretrain.py.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/setup.sh
+
+python tools/prepare_data.py --source python --out data/python
+[ -e data/tokenizer/tokenizer.json ] || python tools/train_tokenizer.py --data data/python --vocab-size 4096 --out data/tokenizer
+
+ranks=()
+command -v nvidia-smi >/dev/null || ranks=(--num_accelerators 2)
+deepspeed "${ranks[@]}" launch/pretrain.py --config configs/demo.json --resume auto "$@"
+python tools/compare_with_unigram.py --run runs/demo

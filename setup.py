@@ -1,0 +1,27 @@
+"""Packaging. torch is named before everything else by launch/setup.sh, because an open range would download several GB of CUDA packages."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megachat",
+    version="0.1.0",
+    description="nanochat's GPT to GPT-2 capability, on one laptop CPU or many nodes, with equal results on every layout",
+    packages=find_packages(include=["megachat", "megachat.*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.11",
+        "deepspeed==0.19.8",  # private methods of its ZeRO-1 optimizer are overridden: see megachat/parallel/engine.py
+        "numpy",
+        "pyarrow",
+        "pydantic>=2",
+        "requests",
+        "rustbpe",
+        "tiktoken",
+        "tqdm",
+    ],
+    extras_require={
+        "test": ["pytest"],
+        "mpi": ["mpi4py"],
+        "wandb": ["wandb"],
+    },
+)

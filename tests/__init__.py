@@ -1,0 +1,1 @@
+"""Tests: unit (one process), ranks (gloo processes), runs (the real launcher)."""

@@ -1,0 +1,102 @@
+"""Several gloo processes on this machine running one function: how every test with more than one rank is written.
+
+Ranks are forked from a server process that has torch and DeepSpeed loaded, because importing them takes seconds and forking does not.
+"""
+
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import socket
+import tempfile
+import time
+import traceback
+from multiprocessing.connection import wait
+from pathlib import Path
+
+_PRELOADED = ["numpy", "pytest", "torch", "torch.distributed", "deepspeed", "deepspeed.runtime.pipe.engine"]
+_GRACE_SEC = 1.0  # after the first failure: the others' own failures are worth reading
+
+
+class RankError(RuntimeError):
+    """A rank raised, died, or did not answer in time; the message holds the rank and its traceback."""
+
+
+def run_ranks(function, world: int, *args, timeout_s: float = 120) -> list:
+    """Call `function(*args)` in `world` new processes and return what each returned, in rank order.
+
+    function: importable by name (defined at the top level of a module). In every process torch.distributed runs on gloo, torch uses one
+    thread, and RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_SIZE, MASTER_ADDR and MASTER_PORT are set. Arguments and results are pickled.
+    Raises RankError, after ending every process, when a rank raises, dies, or does not answer within timeout_s.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    deadline = time.monotonic() + timeout_s
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        port = _free_port()
+        processes, pipes = [], []
+        for rank in range(world):
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_rank, args=(sender, folder, rank, world, port, timeout_s, function, args), daemon=True)
+            process.start()
+            sender.close()
+            processes.append(process)
+            pipes.append(receiver)
+        try:
+            return _collect(pipes, deadline, Path(folder))
+        finally:
+            for process in processes:
+                process.kill()
+            for process in processes:
+                process.join()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _rank(sender, folder: str, rank: int, world: int, port: int, timeout_s: float, function, args) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_SIZE=str(world))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    import torch
+    import torch.distributed as dist
+
+    try:
+        with open(Path(folder, f"stack{rank}"), "w") as stack:
+            faulthandler.dump_traceback_later(max(0.1, timeout_s - 1), file=stack)
+            torch.set_num_threads(1)
+            dist.init_process_group("gloo", store=dist.FileStore(str(Path(folder, "store")), world), rank=rank, world_size=world)
+            result = function(*args)
+            answer = pickle.dumps((True, result))  # plain pickle: tensors by value, because this process ends before they are read
+            dist.barrier()  # nobody leaves while another still talks to it
+            faulthandler.cancel_dump_traceback_later()
+        sender.send_bytes(answer)
+        dist.destroy_process_group()
+    except BaseException:
+        sender.send_bytes(pickle.dumps((False, traceback.format_exc())))
+
+
+def _collect(pipes: list, deadline: float, folder: Path) -> list:
+    waiting, results, failures = dict(zip(pipes, range(len(pipes)), strict=True)), {}, {}
+    while waiting and (ready := wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))):
+        for pipe in ready:
+            rank = waiting.pop(pipe)
+            try:
+                good, value = pickle.loads(pipe.recv_bytes())
+            except EOFError:
+                good, value = False, "the process died\n"
+            (results if good else failures)[rank] = value
+        if failures:
+            deadline = min(deadline, time.monotonic() + _GRACE_SEC)
+    if failures:
+        raise RankError("\n".join(f"rank {rank} of {len(pipes)}:\n{text}" for rank, text in failures.items()))
+    if waiting:
+        stacks = "".join(f"\nrank {rank}:\n{_read(folder / f'stack{rank}')}" for rank in sorted(waiting.values()))
+        raise RankError(f"no answer from ranks {sorted(waiting.values())} of {len(pipes)} in time; where they were:{stacks}")
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _read(path: Path) -> str:
+    return path.read_text() if path.exists() else "(not started)"

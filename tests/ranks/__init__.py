@@ -1,0 +1,1 @@
+"""Several gloo processes, through tests.harness."""

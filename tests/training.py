@@ -1,0 +1,85 @@
+"""A model under its engine without data files: rows are given by the test. What the tests with ranks compare."""
+
+import torch
+
+from megachat.config import Config
+from megachat.parallel.engine import adamw_fragments, adamw_steps, start_collectives
+from megachat.parallel.mesh import build_mesh
+from megachat.plan import resolve
+from megachat.train.build import Training, build_training
+from megachat.train.state import state_pieces
+from megachat.train.step import micro_batches
+
+SMALL = {
+    "model": {"depth": 3, "aspect_ratio": 16, "head_size": 16, "kv_heads": 3, "sequence_len": 160, "window_pattern": "SL"},
+    "batch": {"tokens": 160 * 12, "micro_rows": 1},
+    "horizon": {"steps": 20},
+    "optimizer": {"scale_to_batch": False, "warmup_steps": 2},
+    "precision": {"compute": "float32"},
+}
+SMALL_VOCAB = 97
+
+
+def small_config(**changes: dict) -> Config:
+    """SMALL with sections overridden key by key."""
+    merged = {section: dict(values) for section, values in SMALL.items()}
+    for section, values in changes.items():
+        merged.setdefault(section, {}).update(values)
+    return Config.model_validate(merged)
+
+
+def build(config: Config, vocab_size: int) -> Training:
+    """On the ranks that torch.distributed already has."""
+    from datetime import timedelta
+
+    start_collectives(torch.device("cpu"), "gloo", timedelta(seconds=60))
+    mesh = build_mesh(torch.device("cpu"))
+    plan = resolve(config, mesh.world.size, vocab_size)
+    return build_training(config, plan, mesh, torch.ones(vocab_size, dtype=torch.int64))
+
+
+def random_rows(step: int, rows: int, tokens: int, vocab_size: int) -> torch.Tensor:
+    """[rows, tokens] int64 that depend on the step alone; neighbours are related, so that there is something to learn."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    steps = torch.randint(0, 5, (rows, tokens), generator=generator)
+    return (torch.randint(0, vocab_size, (rows, 1), generator=generator) + steps.cumsum(1)) % vocab_size
+
+
+def own_rows(training: Training, rows: torch.Tensor) -> torch.Tensor:
+    """This rank's rows of a step, dealt as the loader deals them."""
+    return rows[training.mesh.data.rank :: training.mesh.data.size]
+
+
+def take_step(training: Training, rows: torch.Tensor) -> tuple[float, float, bool]:
+    """(loss, joint norm, skipped) of one step over all ranks."""
+    loss = training.engine.train_batch(micro_batches(own_rows(training, rows), training.plan.micro_rows)).item()
+    return loss, training.engine.joint_norm.item(), bool(training.engine.optimizer.overflow)
+
+
+def whole_state(training: Training) -> dict[str, torch.Tensor]:
+    """Every state tensor by checkpoint name, assembled from all ranks, on every rank."""
+    from megachat.parallel.collectives import all_gather_objects
+
+    mine = [(name, shape, [(o, s, view.clone()) for o, s, view in rectangles]) for name, (shape, rectangles) in state_pieces(training).items()]
+    whole: dict[str, torch.Tensor] = {}
+    for pieces in all_gather_objects(mine, training.mesh.world):
+        for name, shape, rectangles in pieces:
+            target = whole.setdefault(name, torch.full(shape, torch.nan))
+            for offsets, sizes, view in rectangles:
+                target[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))] = view
+    return whole
+
+
+def load_whole_state(training: Training, whole: dict[str, torch.Tensor], adamw_step: int) -> None:
+    """Write whole tensors into the ranks' shards, as a checkpoint load does."""
+    with torch.no_grad():
+        for name, (_, rectangles) in state_pieces(training).items():
+            for offsets, sizes, view in rectangles:
+                view.copy_(whole[name][tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))])
+    for counter in adamw_steps(training.engine.optimizer):
+        counter.fill_(adamw_step)
+    training.engine.optimizer.update_lp_params()
+    training.muon.refresh_weights()
+
+
+__all__ = ["SMALL_VOCAB", "adamw_fragments", "build", "load_whole_state", "own_rows", "random_rows", "small_config", "take_step", "whole_state"]

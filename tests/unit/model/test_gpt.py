@@ -1,0 +1,154 @@
+"""The model against nanochat's numbers, and against a plain float64 transcription of the maths for shapes nanochat's checkpoint lacks."""
+
+import numpy as np
+import pytest
+import torch
+
+from megachat.counts import Dimensions, parameter_counts, window_sizes
+from megachat.model.gpt import Loss, ModelOptions, build_layers, logits, run_layers
+from megachat.model.parameters import load_whole, placed_parameters, starting_value
+from tests import reference
+
+
+def small(depth=5, heads=4, kv_heads=2, vocab=97, tokens=200, pattern="SSL") -> Dimensions:
+    return Dimensions(depth, heads * 16, heads, kv_heads, 16, tokens, vocab, window_sizes(pattern, depth, tokens))
+
+
+@reference.needs_reference
+def test_loss_logits_and_gradient_norms_are_nanochats():
+    dims = Dimensions(4, 128, 4, 4, 32, 512, 1024, window_sizes("SSSL", 4, 512))
+    layers = build_layers(dims, ModelOptions())
+    parameters, weights, expected = placed_parameters(layers), reference.weights(), reference.expected()
+    assert {parameter.place.name for parameter in parameters} == set(weights)
+    for parameter in parameters:
+        load_whole(parameter, weights[parameter.place.name])
+    rows = reference.rows(20)
+    output = run_layers(layers, rows[:, :-1])
+    loss = Loss(dims, torch.ones(1024))(output, rows[:, 1:])
+    loss.backward()
+    assert loss.item() == pytest.approx(expected["eval_loss_batch20"], rel=1e-5)
+    wanted = np.load(reference.FOLDER / "logits_batch20_last8.npy")
+    found = logits(output, dims)[:, -8:].detach().numpy()
+    assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
+    squares: dict[str, float] = {}
+    for parameter in parameters:
+        squares[parameter.place.name] = squares.get(parameter.place.name, 0.0) + parameter.grad.double().square().sum().item()
+    for name, norm in expected["grad_norms_batch20"].items():
+        assert squares[name] ** 0.5 == pytest.approx(norm, rel=1e-5), name
+
+
+def transcription(dims: Dimensions, weights: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+    """Logits by the formulas of the model, one head and one query at a time where that is plainer, in the weights' dtype."""
+
+    def norm(x):
+        return x / (x.square().mean(-1, keepdim=True) + 1.1920929e-07).sqrt()
+
+    def rotate(x):  # [tokens, size]
+        half = x.size(-1) // 2
+        angle = torch.arange(x.size(0), dtype=x.dtype)[:, None] / 100_000.0 ** (torch.arange(half, dtype=x.dtype) / half)
+        return torch.cat((x[:, :half] * angle.cos() + x[:, half:] * angle.sin(), x[:, half:] * angle.cos() - x[:, :half] * angle.sin()), 1)
+
+    def block(i, x, row):
+        name = f"transformer.h.{i}."
+        h, size = norm(x), dims.head_size
+        q, k, v = (h @ weights[f"{name}attn.{part}.weight"].T for part in ("c_q", "c_k", "c_v"))
+        out = torch.zeros_like(x)
+        for head in range(dims.heads):
+            shared = head // (dims.heads // dims.kv_heads)
+            values = v[:, shared * size : (shared + 1) * size]
+            if dims.has_value_embedding(i):
+                gate = 3 * torch.sigmoid(h[:, :12] @ weights[f"{name}attn.ve_gate.weight"][shared])
+                values = values + gate[:, None] * weights[f"value_embeds.{i}.weight"][row][:, shared * size : (shared + 1) * size]
+            queries = 1.2 * norm(rotate(q[:, head * size : (head + 1) * size]))
+            keys = 1.2 * norm(rotate(k[:, shared * size : (shared + 1) * size]))
+            for t in range(x.size(0)):
+                first = max(0, t - dims.windows[i])
+                share = torch.softmax(queries[t] @ keys[first : t + 1].T / size**0.5, 0)
+                out[t, head * size : (head + 1) * size] = share @ values[first : t + 1]
+        x = x + out @ weights[f"{name}attn.c_proj.weight"].T
+        return x + torch.relu(norm(x) @ weights[f"{name}mlp.c_fc.weight"].T).square() @ weights[f"{name}mlp.c_proj.weight"].T
+
+    found = []
+    for row in ids:
+        e = norm(weights["transformer.wte.weight"][row])
+        x = e.clone()
+        x[1:] += weights["smear_lambda"] * torch.sigmoid(e[1:, :24] @ weights["smear_gate.weight"].T) * e[:-1]
+        x0 = x
+        for i in range(dims.depth):
+            x = block(i, weights["resid_lambdas"][i] * x + weights["x0_lambdas"][i] * x0, row)
+            if i == dims.depth // 2:
+                backout = x
+        x = norm(x - weights["backout_lambda"] * backout)
+        found.append(15 * torch.tanh((x @ weights["lm_head.weight"].T)[:, : dims.vocab_size] / 15))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("rotary", ["slices", "chunk"])
+def test_gqa_windows_and_odd_vocabulary_follow_the_formulas(rotary):
+    dims = small()
+    layers = build_layers(dims, ModelOptions(compute_dtype=torch.float64, rotary=rotary)).double()
+    generator = torch.Generator().manual_seed(1)
+    weights: dict[str, torch.Tensor] = {}
+    for parameter in placed_parameters(layers):  # starting values have zeros that would hide parts of the formulas
+        name = parameter.place.name
+        if name not in weights:
+            weights[name] = torch.randn(parameter.place.whole, generator=generator, dtype=torch.float64) * 0.3
+        load_whole(parameter, weights[name])
+    ids = torch.randint(0, dims.vocab_size, (2, 200), generator=generator)
+    found = logits(run_layers(layers, ids), dims).double()  # float32 from the soft cap on
+    torch.testing.assert_close(found, transcription(dims, weights, ids), rtol=2e-5, atol=2e-5)
+
+
+def test_starting_values_depend_on_seed_and_name_only():
+    dims = small()
+    layers = build_layers(dims, ModelOptions(), seed=3)
+    parameters = placed_parameters(layers)
+    for parameter in parameters:
+        whole = starting_value(parameter.place, 3) if parameter.place.start[0] != "constant" else None
+        if whole is not None:
+            assert torch.equal(parameter, whole), parameter.place.name
+    by_name = {parameter.place.name: parameter for parameter in parameters}
+    assert by_name["transformer.wte.weight"].std().item() == pytest.approx(0.8, rel=0.05)
+    assert by_name["lm_head.weight"].std().item() == pytest.approx(0.001, rel=0.05)
+    assert by_name["transformer.h.0.mlp.c_fc.weight"].abs().max().item() <= 0.4 * (3 / dims.width) ** 0.5
+    assert not by_name["transformer.h.1.attn.c_proj.weight"].any()
+    lambdas = [parameter.item() for parameter in parameters if parameter.place.name == "resid_lambdas"]
+    assert lambdas == pytest.approx([1.15 - 0.10 * i / 4 for i in range(5)])
+    other = placed_parameters(build_layers(dims, ModelOptions(), seed=4))
+    assert not torch.equal(by_name["lm_head.weight"], next(p for p in other if p.place.name == "lm_head.weight"))
+
+
+@pytest.mark.parametrize("dims", [small(), small(depth=4, kv_heads=4, vocab=128), small(depth=1, heads=2, kv_heads=1)])
+def test_counts_are_the_built_models(dims):
+    parameters = placed_parameters(build_layers(dims, ModelOptions()))
+    counts = parameter_counts(dims)
+    assert counts["total"] == sum(parameter.numel() for parameter in parameters)
+    assert counts["matrices"] == sum(p.numel() for p in parameters if p.place.name.startswith("transformer.h."))
+    assert counts["value_embeds"] == sum(p.numel() for p in parameters if p.place.name.startswith("value_embeds."))
+
+
+def test_targets_of_minus_one_and_tokens_without_bytes_do_not_count():
+    dims = small(depth=2)
+    layers = build_layers(dims, ModelOptions(), seed=0)
+    sizes = torch.arange(97)  # token 0 has no bytes
+    loss = Loss(dims, sizes)
+    ids = torch.randint(0, 97, (1, 50), generator=torch.Generator().manual_seed(0))
+    output, targets = run_layers(layers, ids), ids.clone()
+    plain = torch.nn.functional.cross_entropy(logits(output, dims)[0], targets[0], reduction="none").double()
+    targets[0, :10], targets[0, 10] = -1, 0
+    plain_at_zero = torch.nn.functional.cross_entropy(logits(output, dims)[0, 10:11], torch.tensor([0])).double()
+    assert loss(output, targets).item() == pytest.approx(((plain[11:].sum() + plain_at_zero) / 40).item(), rel=1e-6)
+    counted = sizes[targets[0, 11:]] > 0
+    nats, size = loss.eval()(output, targets).tolist()
+    assert nats == pytest.approx(plain[11:][counted].sum().item(), rel=1e-9)
+    assert size == sizes[targets[0, 11:]].sum().item()
+
+
+def test_bfloat16_stays_bfloat16():
+    dims = small(depth=2)
+    layers = build_layers(dims, ModelOptions(compute_dtype=torch.bfloat16), seed=0)
+    seen = []
+    for layer in layers:
+        layer.register_forward_hook(lambda module, inputs, output: seen.extend(t.dtype for t in output[:-1] if t.is_floating_point()))
+    run_layers(layers, torch.zeros(1, 8, dtype=torch.int64))
+    assert set(seen) == {torch.bfloat16}

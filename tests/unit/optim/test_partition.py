@@ -1,0 +1,103 @@
+"""The partition on an axis of one: refusals, hooks, memory, and the order of calls. More ranks: tests/ranks/test_muon_partition.py."""
+
+import pytest
+import torch
+
+from megachat.optim.muon import Hyper, reference_step, second_moment_shape
+from megachat.optim.partition import MuonPartition
+from megachat.optim.partition_plan import Matrix
+from megachat.parallel.mesh import Axis
+
+ALONE = Axis("data", 1, 0, None, (0,))
+MATRICES = [Matrix("first", (160, 128), 0, 1.5), Matrix("second", (128, 160), 1), Matrix("tiny", (3, 5), 1)]
+
+
+def _build(compute=torch.float32, **changes):
+    generator = torch.Generator().manual_seed(0)
+    parameters = {matrix.name: torch.nn.Parameter(torch.randn(matrix.shape, generator=generator)) for matrix in MATRICES}
+    settings = {"compute_dtype": compute, "gradient_wire": torch.bfloat16, "beta2": 0.9} | changes
+    return parameters, MuonPartition(parameters, MATRICES, ALONE, **settings)
+
+
+def _backward(parameters, factor=1.0):
+    sum((factor * parameter.float().sin()).sum() for parameter in parameters.values()).backward()
+
+
+def test_parameters_become_views_of_bfloat16_buckets_and_masters_stay_float32():
+    parameters, partition = _build(torch.bfloat16)
+    initial, _ = _build()
+    for kind, name, shape, pieces in partition.state_shards():
+        if kind == "master":
+            assert parameters[name].shape == shape and parameters[name].dtype == torch.bfloat16
+            whole = torch.cat([view.flatten() for _, _, view in pieces]).view(shape)
+            assert torch.equal(whole, initial[name]) and torch.equal(whole.bfloat16(), parameters[name])
+    first, second = (parameters[name].untyped_storage().data_ptr() for name in ("first", "second"))
+    assert first == second
+
+
+def test_float32_weights_are_their_own_masters():
+    parameters, partition = _build()
+    views = {name: pieces[0][2] for kind, name, _, pieces in partition.state_shards() if kind == "master"}
+    assert all(views[name].data_ptr() == parameter.data_ptr() for name, parameter in parameters.items())
+    elements = sum(parameter.numel() for parameter in parameters.values())
+    assert partition.plan.padding < 64 * len(partition.plan.buckets)
+    held = partition.state_bytes()
+    assert held["master"] == held["momentum"] == 4 * (elements + partition.plan.padding)
+    assert held == partition.plan.state_bytes(0)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25, torch.tensor(0.25)])
+def test_a_step_is_the_whole_matrix_step_and_scales_the_gradient(scale):
+    parameters, partition = _build()
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    _backward(parameters)
+    _backward(parameters, 3.0)
+    partition.set_hyper(0.02, 0.1, 0.9)
+    partition.reduce()
+    assert float(partition.sum_of_squares()) == pytest.approx(sum((4 * w.cos()).square().sum().item() for w in before.values()), rel=1e-5)
+    partition.step(scale)
+    partition.wait()
+    assert partition.matrices_updated == len(MATRICES)
+    for matrix in MATRICES:
+        weight = before[matrix.name]
+        gradient = (weight.cos() + 3.0 * weight.cos()) * scale
+        hyper = Hyper(*(torch.tensor(value) for value in (0.02 * matrix.multiplier, 0.1, 0.9, 0.9)))
+        reference_step(weight, gradient, torch.zeros(matrix.shape), torch.zeros(second_moment_shape(matrix.shape)), hyper, torch.float32)
+        assert torch.equal(parameters[matrix.name].detach(), weight)
+
+
+def test_loaded_masters_reach_the_weights():
+    parameters, partition = _build(torch.bfloat16)
+    for _, _, _, pieces in partition.state_shards():
+        for _, _, view in pieces:
+            view.fill_(0.75)
+    partition.refresh_weights()
+    assert all(bool((parameter == 0.75).all()) for parameter in parameters.values())
+
+
+def test_calls_out_of_order_are_refused():
+    parameters, partition = _build()
+    with pytest.raises(RuntimeError, match="reduce"):
+        partition.step(1.0)
+    with pytest.raises(RuntimeError, match="reduce"):
+        partition.sum_of_squares()
+    _backward(parameters)
+    partition.reduce()
+    with pytest.raises(RuntimeError, match="twice"):
+        partition.reduce()
+    with pytest.raises(RuntimeError, match="first|second|tiny"):
+        _backward(parameters)
+    partition.drop()
+    partition.reduce()
+    assert partition.sum_of_squares() == 0, "dropped gradients must not come back"
+
+
+def test_unfitting_arguments_are_refused():
+    with pytest.raises(ValueError, match="gradient_wire"):
+        _build(gradient_wire=torch.float16)
+    parameters, _ = _build()
+    settings = {"compute_dtype": torch.float32, "gradient_wire": torch.float32, "beta2": 0.9}
+    with pytest.raises(ValueError, match="tiny"):
+        MuonPartition(parameters, MATRICES[:2], ALONE, **settings)
+    with pytest.raises(ValueError, match="second is"):
+        MuonPartition(parameters, [MATRICES[0], Matrix("second", (160, 128), 1), MATRICES[2]], ALONE, **settings)

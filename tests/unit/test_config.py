@@ -1,0 +1,79 @@
+import json
+
+import pytest
+
+from megachat.config import Config, known_keys, load_config, save_config
+from megachat.errors import UserError
+
+
+def write(tmp_path, text: str):
+    path = tmp_path / "c.json"
+    path.write_text(text)
+    return path
+
+
+def mistakes(path, *overrides) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        load_config(path, overrides)
+    return str(caught.value).splitlines()
+
+
+def test_a_file_holds_differences_and_overrides_win(tmp_path):
+    path = write(tmp_path, '{"model": {"depth": 4}, "evaluate": {"prompts": ["a"]}}')
+    config = load_config(path, ["model.depth=6", "run.name=x", 'optimizer.muon_multiplier={"*": 2.0}', "horizon.flops=1e18", "model.kv_heads=null"])
+    assert (config.model.depth, config.run.name, config.horizon.flops, config.model.kv_heads) == (6, "x", 1e18, None)
+    assert config.evaluate.prompts == ("a",)
+    assert config.optimizer.muon_multiplier == {"*": 2.0}
+    assert config.batch == Config().batch
+
+
+def test_saved_config_runs_again(tmp_path):
+    config = load_config(write(tmp_path, '{"model": {"depth": 4}, "horizon": {"ratio": 8}}'))
+    save_config(config, tmp_path / "again.json")
+    assert json.loads((tmp_path / "again.json").read_text()) == {"model": {"depth": 4}, "horizon": {"ratio": 8.0}}
+    assert load_config(tmp_path / "again.json") == config
+
+
+def test_all_mistakes_at_once_one_line_each_with_the_nearest_name(tmp_path):
+    path = write(tmp_path, '{"model": {"dept": 3, "depth": "4", "depth": 5}, "btch": {}, "batch": {"steps": 3, "tokens": -1, "micro_rows": 2.5}}')
+    lines = mistakes(path, "optimizer.matrix_lrr=1", "nonsense", "log.wandb=loud")
+    expected = (
+        "'depth' is given twice",
+        "--set nonsense: give section.key=value",
+        "unknown key model.dept; did you mean model.depth?",
+        "batch.tokens is -1",
+        "batch.micro_rows is 2.5",
+        "unknown key batch.steps; did you mean horizon.steps?",
+        "unknown key optimizer.matrix_lrr; did you mean optimizer.matrix_lr?",
+        "unknown key btch; did you mean batch?",
+        'log.wandb is "loud"',
+    )
+    for part in expected:
+        assert any(part in line for line in lines), (part, lines)
+    assert len(lines) == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("{", "not JSON at line 1 column 2"),
+        ("[1]", "a config is a JSON object"),
+        ('{"model": 3}', "model is 3"),
+        ('{"model": {"depth": true}}', "model.depth is true"),
+    ],
+)
+def test_what_is_no_config_says_so(tmp_path, text, part):
+    assert part in mistakes(write(tmp_path, text))[0]
+
+
+def test_a_missing_file_says_so(tmp_path):
+    assert "cannot read the config" in mistakes(tmp_path / "none.json")[0]
+
+
+def test_config_is_frozen_and_every_field_is_documented():
+    with pytest.raises(ValueError):
+        Config().model.depth = 3
+    for name, section in Config.model_fields.items():
+        for key, field in section.annotation.model_fields.items():
+            assert field.description, f"{name}.{key} has no description"
+    assert "model.depth" in known_keys()

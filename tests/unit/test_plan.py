@@ -1,0 +1,85 @@
+import pytest
+
+from megachat.config import Config
+from megachat.errors import UserError
+from megachat.plan import resolve
+
+
+def config(**sections) -> Config:
+    return Config.model_validate(sections)
+
+
+def test_the_speedrun_is_nanochats():
+    plan = resolve(config(model={"depth": 24}, horizon={"ratio": 8.0}, batch={"micro_rows": 16}), 8, 32768)
+    assert (plan.dims.width, plan.dims.heads, plan.steps, plan.tokens_per_step, plan.accumulation) == (1536, 12, 5568, 2**20, 4)
+    assert plan.weight_decay == pytest.approx(0.0597, abs=1e-4)
+    assert plan.flops_per_token == pytest.approx(4.775e9, rel=1e-4)
+    assert plan.total_flops == pytest.approx(2.79e19, rel=1e-3)
+    assert plan.rates["matrix"] == pytest.approx(0.02 * 2**0.5)
+    assert plan.rates["smear"] == 0.2
+    assert plan.rates["embedding"] == pytest.approx(0.3 * 2**0.5 * (1536 / 768) ** -0.5)
+    assert plan.dims.windows == (512, 512, 512, 2048) * 6
+
+
+def test_every_derived_number_has_its_formula():
+    plan = resolve(config(), 1, 32768)
+    wanted = {"width", "heads", "windows", "target_tokens", "tokens_per_step", "rows_per_step", "micro_rows", "accumulation", "steps"}
+    wanted |= {"total_tokens", "flops_per_token", "total_flops", "weight_decay", "evaluation_rows"} | {f"rates.{name}" for name in plan.rates}
+    assert wanted <= set(plan.why)
+
+
+def test_steps_win_over_flops_which_win_over_the_ratio():
+    batch = {"tokens": 2048 * 8}
+    by_ratio = resolve(config(model={"depth": 2}, batch=batch), 1, 1024)
+    by_flops = resolve(config(model={"depth": 2}, batch=batch, horizon={"flops": by_ratio.flops_per_token * 2048 * 8 * 7.4}), 1, 1024)
+    by_steps = resolve(config(model={"depth": 2}, batch=batch, horizon={"flops": 1e9, "steps": 5}), 1, 1024)
+    assert by_ratio.steps == int(12 * (by_ratio.parameters["matrices"] + by_ratio.parameters["lm_head"])) // (2048 * 8)
+    assert (by_flops.steps, by_steps.steps) == (7, 5)
+    assert resolve(config(model={"depth": 2}, batch=batch, horizon={"steps": 5, "stop_step": 3}), 1, 1024).stop_step == 3
+
+
+@pytest.mark.parametrize(
+    ("batch", "world", "solved"),
+    [
+        ({"tokens": 64 * 12, "micro_rows": 2}, 3, (12, 2, 2)),
+        ({"tokens": 64 * 12, "accumulation": 2}, 2, (12, 3, 2)),
+        ({"micro_rows": 2, "accumulation": 5}, 3, (30, 2, 5)),
+        ({"tokens": 64 * 12}, 1, (12, 12, 1)),
+        ({"tokens": 64 * 34}, 1, (34, 2, 17)),
+        ({"tokens": 64 * 30, "micro_rows": 2, "accumulation": 5}, 3, (30, 2, 5)),
+    ],
+)
+def test_any_two_of_batch_micro_and_accumulation_settle_the_third(batch, world, solved):
+    plan = resolve(config(model={"depth": 2, "sequence_len": 64}, batch=batch, horizon={"steps": 1}), world, 100)
+    assert (plan.rows_per_step, plan.micro_rows, plan.accumulation) == solved
+
+
+@pytest.mark.parametrize(
+    ("batch", "world", "parts"),
+    [
+        ({"tokens": 64 * 8}, 3, ("8 rows of 64", "3 data-parallel ranks", "384 (6 rows) or 576 (9 rows)", "divides 8")),
+        ({"tokens": 64 * 8, "micro_rows": 3}, 1, ("3 rows a micro-batch", "384 (6 rows) or 576 (9 rows)")),
+        ({"tokens": 100}, 1, ("1.5625 rows of 64", "64 (1 rows) or 128 (2 rows)")),
+        ({"tokens": 64 * 8, "micro_rows": 2, "accumulation": 2}, 1, ("in one step", "set batch.tokens to 256 (4 rows)")),
+    ],
+)
+def test_a_batch_that_does_not_fit_names_the_nearest_that_do(batch, world, parts):
+    with pytest.raises(UserError) as caught:
+        resolve(config(model={"depth": 2, "sequence_len": 64}, batch=batch, horizon={"steps": 1}), world, 100)
+    for part in parts:
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sections", "part"),
+    [
+        ({"parallel": {"tensor": 2}}, "set parallel.tensor=1"),
+        ({"model": {"kv_heads": 4}}, "the nearest that does is 3"),
+        ({"model": {"depth": 1, "aspect_ratio": 8, "head_size": 8}}, "24 channels"),
+        ({"batch": {"tokens": 2**40}}, "shorter than one step"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_sentence(sections, part):
+    with pytest.raises(UserError, match=part):
+        resolve(config(**sections), 1, 32768)
