@@ -7,7 +7,9 @@ import torch
 
 
 @torch.no_grad()
-def continue_greedily(next_logits: Callable[[torch.Tensor], torch.Tensor], ids: np.ndarray, tokens: int, longest: int, device: torch.device) -> list[int]:
+def continue_greedily(
+    next_logits: Callable[[torch.Tensor], torch.Tensor], ids: np.ndarray, tokens: int, longest: int, device: torch.device
+) -> list[int]:
     """`ids` with the most likely `tokens` more, as a list.
 
     next_logits: ids [1, length] int64 -> logits [1, length, vocabulary]; it sees at most the last `longest` tokens.

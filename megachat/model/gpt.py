@@ -12,7 +12,7 @@ from torch import nn
 
 from megachat.counts import GATE_CHANNELS, MLP_RATIO, SMEAR_CHANNELS, Dimensions
 from megachat.kernels.attention import attention
-from megachat.kernels.cross_entropy import capped_cross_entropy, capped_logits
+from megachat.kernels.cross_entropy import capped_cross_entropy, capped_logits, token_nats
 from megachat.kernels.linear import Linear
 from megachat.model.parameters import Place, initialize, place
 
@@ -190,7 +190,7 @@ class Loss(nn.Module):
         hidden, weight = output
         if self.training:
             return capped_cross_entropy(hidden, weight, targets, self.vocab_size, LOGIT_CAP)
-        nats = capped_cross_entropy(hidden, weight, targets, self.vocab_size, LOGIT_CAP, reduction="none").double()
+        nats = token_nats(hidden, weight, targets, self.vocab_size, LOGIT_CAP).double()
         flat = targets.flatten()
         size = torch.where(flat >= 0, self.token_bytes[flat.clamp_min(0)], 0)
         return torch.stack(((nats * (size > 0)).sum(), size.sum().double()))

@@ -1,0 +1,1 @@
+"""From raw text to training rows: parquet shards, tokenizer, packing, loader."""

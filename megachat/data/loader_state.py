@@ -1,0 +1,117 @@
+"""The loader's state in a checkpoint: one file a packing stream, so that any number of ranks can go on from it. NumPy arrays and JSON, no pickle."""
+
+import io
+import json
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from megachat.data.atomic import write_whole
+from megachat.data.packing import Held, StreamState
+from megachat.errors import UserError
+
+HEADER_FILE = "loader.json"
+_COUNTERS = ("next_document", "next_sequence", "rows", "read_tokens", "cropped_tokens")
+# What must be as it was for the rows to go on; how the user changes it back.
+_SAME = {
+    "split": "split",
+    "row_tokens": "tokens a row",
+    "rows": "rows a step",
+    "streams": "packing streams (data.streams)",
+    "buffer_documents": "documents in a buffer (data.buffer_documents)",
+    "seed": "data seed (data.shuffle, run.seed)",
+    "tokenizer": "tokenizer (SHA-256)",
+    "data": "training shards (SHA-256 over names, sizes and documents)",
+}
+
+
+def arrays_of(state: StreamState, dtype: np.dtype) -> dict[str, np.ndarray]:
+    """A stream's state as arrays: counters int64 [5], ledger uint8 [32], and for the n documents in its buffer, in the order they came,
+    sequence, documents (numbers) and lengths int64 [n] and their kept tokens end to end.
+    """
+    held = state.held
+    return {
+        "counters": np.array([getattr(state, name) for name in _COUNTERS], dtype=np.int64),
+        "ledger": np.frombuffer(state.ledger, dtype=np.uint8),
+        "sequence": np.fromiter(held, dtype=np.int64, count=len(held)),
+        "documents": np.array([document.number for document in held.values()], dtype=np.int64),
+        "lengths": np.array([document.length for document in held.values()], dtype=np.int64),
+        "tokens": np.concatenate([np.empty(0, dtype), *(document.tokens for document in held.values())]),
+    }
+
+
+def stream_of(arrays: dict[str, np.ndarray], row_tokens: int) -> StreamState:
+    """The inverse of `arrays_of`. Raises ValueError when the arrays do not fit together."""
+    kept = np.minimum(arrays["lengths"], row_tokens)
+    ends = np.cumsum(kept)
+    if len(arrays["tokens"]) != kept.sum() or not len(arrays["sequence"]) == len(arrays["documents"]) == len(kept):
+        raise ValueError("documents and tokens do not fit together")
+    pieces = np.split(arrays["tokens"], ends[:-1]) if len(kept) else []
+    held = {
+        sequence: Held(number, length, tokens)
+        for sequence, number, length, tokens in zip(
+            arrays["sequence"].tolist(), arrays["documents"].tolist(), arrays["lengths"].tolist(), pieces, strict=True
+        )
+    }
+    return StreamState(**dict(zip(_COUNTERS, arrays["counters"].tolist(), strict=True)), ledger=arrays["ledger"].tobytes(), held=held)
+
+
+def refuse_other(header: dict, current: dict) -> None:
+    """Raise UserError, naming both values, if a saved header belongs to other data, another tokenizer or other settings than `current`."""
+    for key, words in _SAME.items():
+        if header[key] != current[key]:
+            raise UserError(
+                f"the checkpoint's loader state has {words} {_brief(header[key])} but this run has {_brief(current[key])}: "
+                "go on with the checkpoint's, or start a new run"
+            )
+
+
+def _brief(value: object) -> object:
+    return value[:12] if isinstance(value, str) else value
+
+
+def rows_before(step: int, rows: int, stream: int, streams: int) -> int:
+    """Rows that a stream has packed when `step` steps are done."""
+    return (step * rows - stream + streams - 1) // streams
+
+
+def save_loader_state(folder: str | Path, state: dict, mine: Iterable[int]) -> None:
+    """Write `stream_00003.npz` for each stream in `mine`, and loader.json if stream 0 is among them. state: from `Loader.state()`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    mine = list(mine)
+    for stream in mine:
+        content = io.BytesIO()
+        np.savez(content, allow_pickle=False, **state["streams"][stream])
+        write_whole(_path(folder, stream), content.getvalue())
+    if 0 in mine:
+        write_whole(folder / HEADER_FILE, json.dumps(state["header"], indent=1).encode() + b"\n")
+
+
+def load_loader_state(folder: str | Path, needed: Iterable[int]) -> dict:
+    """The state with the streams in `needed`, whoever saved them. Raises UserError for a file that is missing, damaged or of another step."""
+    folder = Path(folder)
+    path = folder / HEADER_FILE
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+        streams = {}
+        for stream in needed:
+            path = _path(folder, stream)
+            if not 0 <= stream < header["streams"]:
+                raise UserError(f"{folder} holds {header['streams']} packing streams, not stream {stream}: set data.streams to {header['streams']}")
+            with np.load(path, allow_pickle=False) as file:
+                arrays = streams[stream] = {name: file[name] for name in ("counters", "ledger", "sequence", "documents", "lengths", "tokens")}
+            packed = stream_of(arrays, header["row_tokens"]).rows
+            if packed != rows_before(header["step"], header["rows"], stream, header["streams"]):
+                raise UserError(f"{path} is not of step {header['step']} as {HEADER_FILE} is: load another checkpoint")
+    except FileNotFoundError:
+        raise UserError(f"the loader state {path} is missing: load another checkpoint") from None
+    except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"the loader state {path} is damaged ({type(error).__name__}): load another checkpoint") from None
+    return {"header": header, "streams": streams}
+
+
+def _path(folder: Path, stream: int) -> Path:
+    return folder / f"stream_{stream:05d}.npz"

@@ -1,0 +1,1 @@
+"""Text to rows: shards, tokenizer, packing, loader."""

@@ -1,0 +1,265 @@
+import itertools
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from megachat.data import loader as loader_module
+from megachat.data.loader import Loader
+from megachat.data.loader_state import load_loader_state, save_loader_state
+from megachat.data.packing import REFILL_DOCUMENTS, owner_of, streams_of
+from megachat.data.shards import open_shards, split_of
+from megachat.data.tokenizer import Tokenizer
+from megachat.data.tokenizer_training import import_nanochat
+from megachat.errors import UserError
+from tests.unit.data.corpus import ENGLISH, NANOCHAT, byte_tokenizer, needs_shared, random_texts, write_folder
+from tests.unit.data.scan_packing import scan_rows
+
+ROW, ROWS = 40, 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    texts = random_texts(260, 3)
+    texts[5] = texts[17] = texts[100] = ""
+    return write_folder(tmp_path_factory.mktemp("loader") / "data", [texts[:90], texts[90:210], texts[210:]])
+
+
+def build(folder, tokenizer=None, **changes):
+    settings = {"split": "train", "row_tokens": ROW, "rows": ROWS, "streams": 3, "buffer_documents": 25, **changes}
+    return Loader(folder, tokenizer or byte_tokenizer(), **settings)
+
+
+def steps_of(loader, steps):
+    """Rows of some steps of one rank, [steps, rows / ranks, row_tokens]."""
+    return torch.stack([next(loader) for _ in range(steps)])
+
+
+def global_rows(folder, ranks, steps, states=None, **changes):
+    """(rows of all ranks, [steps, rows, row_tokens]; the ledgers of all streams; a state of each rank)."""
+    out = torch.zeros(steps, ROWS, ROW, dtype=torch.long)
+    ledgers, after = {}, []
+    for rank in range(ranks):
+        with build(folder, ranks=ranks, rank=rank, state=states[rank] if states else None, **changes) as loader:
+            out[:, rank::ranks] = steps_of(loader, steps)
+            for stream, ledger in loader.ledger().items():
+                assert ledgers.setdefault(stream, ledger) == ledger
+            after.append(loader.state())
+    return out, ledgers, after
+
+
+@pytest.mark.parametrize("streams", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("seed", [None, 7])
+def test_rows_do_not_depend_on_ranks(folder, streams, seed):
+    expected, ledgers, _ = global_rows(folder, 1, 9, streams=streams, seed=seed)
+    assert (expected[:, :, 0] == byte_tokenizer().bos).all() and len(ledgers) == streams
+    for ranks in (2, 3, 4):
+        rows, other_ledgers, _ = global_rows(folder, ranks, 9, streams=streams, seed=seed)
+        assert torch.equal(rows, expected) and other_ledgers == ledgers
+
+
+def save_by_owners(folder, states, ranks, streams):
+    for rank, state in enumerate(states):
+        mine = [stream for stream in streams_of(rank, ranks, streams, ROWS) if owner_of(stream, ranks, streams, ROWS) == rank]
+        save_loader_state(folder, state, mine)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 4), (4, 1), (2, 3), (3, 2), (4, 3)])
+@pytest.mark.parametrize("stop", [0, 1, 5, 11])
+def test_a_resume_on_any_ranks_goes_on_with_the_same_rows(folder, tmp_path, before, after, stop):
+    streams = 5
+    expected, ledgers, _ = global_rows(folder, 1, 14, streams=streams, seed=1)
+    states = []
+    for rank in range(before):
+        with build(folder, ranks=before, rank=rank, streams=streams, seed=1) as loader:
+            for step in range(stop):
+                assert torch.equal(next(loader), expected[step, rank::before])
+            states.append(loader.state())
+    save_by_owners(tmp_path, states, before, streams)
+    loaded = [load_loader_state(tmp_path, streams_of(rank, after, streams, ROWS)) for rank in range(after)]
+    rows, other_ledgers, _ = global_rows(folder, after, 14 - stop, loaded, streams=streams, seed=1)
+    assert torch.equal(rows, expected[stop:]) and other_ledgers == ledgers
+
+
+def test_state_is_of_the_last_batch_however_far_the_thread_is(folder):
+    expected, _, _ = global_rows(folder, 1, 8)
+    with build(folder, prefetch_steps=4) as loader:
+        steps_of(loader, 2)
+        while not loader._ahead.full():
+            threading.Event().wait(0.005)
+        state = loader.state()
+        assert loader.step == state["header"]["step"] == 2
+    with build(folder, state=state) as loader:
+        assert torch.equal(steps_of(loader, 6), expected[2:])
+        assert loader.step == 8
+
+
+def test_state_files_hold_no_pickle_and_the_header_is_json(folder, tmp_path):
+    with build(folder) as loader:
+        next(loader)
+        save_loader_state(tmp_path, loader.state(), [0, 1, 2])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loader.json", "stream_00000.npz", "stream_00001.npz", "stream_00002.npz"]
+    for path in tmp_path.glob("*.npz"):
+        with np.load(path, allow_pickle=False) as file:
+            assert file["tokens"].dtype == np.uint16 and len(file["sequence"]) == len(file["lengths"]) == len(file["documents"])
+
+
+def test_state_files_that_cannot_be_used(folder, tmp_path):
+    with build(folder) as loader:
+        next(loader)
+        save_loader_state(tmp_path, loader.state(), [0, 1, 2])
+        next(loader)
+        save_loader_state(tmp_path, loader.state(), [2])
+    load_loader_state(tmp_path, [0, 1])
+    with pytest.raises(UserError, match="stream_00002.npz is not of step 1"):
+        load_loader_state(tmp_path, [2])
+    with pytest.raises(UserError, match="3 packing streams, not stream 3"):
+        load_loader_state(tmp_path, [3])
+    path = tmp_path / "stream_00001.npz"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(UserError, match="stream_00001.npz is damaged"):
+        load_loader_state(tmp_path, [1])
+    path.unlink()
+    with pytest.raises(UserError, match="stream_00001.npz is missing"):
+        load_loader_state(tmp_path, [1])
+    (tmp_path / "loader.json").write_text("{")
+    with pytest.raises(UserError, match="loader.json is damaged"):
+        load_loader_state(tmp_path, [0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"row_tokens": 41}, "tokens a row 40 but this run has 41"),
+        ({"rows": 24}, "rows a step 12 but this run has 24"),
+        ({"streams": 4}, "packing streams (data.streams) 3 but this run has 4"),
+        ({"seed": 5}, "data seed (data.shuffle, run.seed) None but this run has 5"),
+        ({"buffer_documents": 26}, "documents in a buffer (data.buffer_documents) 25 but this run has 26"),
+        ({"split": "validation"}, "split train but this run has validation"),
+        ({"tokenizer": Tokenizer({bytes([byte]): 255 - byte for byte in range(256)})}, "tokenizer (SHA-256)"),
+    ],
+)
+def test_a_state_of_other_settings_is_refused(folder, changes, words):
+    with build(folder) as loader:
+        state = loader.state()
+    with pytest.raises(UserError) as caught:
+        build(folder, state=state, **changes)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_state_of_other_data_is_refused(folder, tmp_path):
+    with build(folder) as loader:
+        state = loader.state()
+    with pytest.raises(UserError, match="training shards .* but this run has"):
+        build(write_folder(tmp_path / "other", [["abc"] * 20, ["d"] * 20]), state=state)
+
+
+@pytest.mark.parametrize("buffer_documents", [3, 25, 1000])
+def test_one_stream_packs_like_the_plain_implementation(folder, buffer_documents):
+    tokenizer = byte_tokenizer()
+    texts = [text for text in random_texts(260, 3)[:210]]
+    texts[5] = texts[17] = texts[100] = ""
+    documents = ([tokenizer.bos, *text.encode()] for text in itertools.cycle(texts) if text)
+    least, refill = min(buffer_documents, 210 - 105 + 1), 105
+    expected = [row for row, _, _ in itertools.islice(scan_rows(documents, ROW, least, refill), 20 * ROWS)]
+    with build(folder, streams=1, buffer_documents=buffer_documents) as loader:
+        assert steps_of(loader, 20).reshape(-1, ROW).tolist() == expected
+        assert loader.epoch > 1 and 0 < loader.cropped_share < 1
+
+
+def test_validation_is_the_last_shard_and_begins_anew(tmp_path):
+    folder = write_folder(tmp_path, [["train"] * 50, ["train"] * 50, ["valid"] * 50])
+    with build(folder, split="validation") as loader:
+        first = steps_of(loader, 3)
+    assert set(byte_tokenizer().decode(first.flatten()).split("<|bos|>")) <= {"", *("valid"[:end] for end in range(6))}
+    with build(folder, split="validation", ranks=2, rank=1) as loader:
+        assert torch.equal(steps_of(loader, 3), first[:, 1::2])
+
+
+def test_no_batch_is_shared_and_rows_are_int64(folder):
+    with build(folder) as loader:
+        first = next(loader)
+        copy = first.clone()
+        second = next(loader)
+    assert first.dtype == torch.int64 and first.shape == (ROWS, ROW)
+    assert torch.equal(first, copy) and first.data_ptr() != second.data_ptr()
+
+
+def test_epoch_counts_documents_placed_or_cropped(tmp_path):
+    folder = write_folder(tmp_path, [["abcdefg"] * 40, ["x"] * 40])
+    with Loader(folder, byte_tokenizer(), split="train", row_tokens=16, rows=4, streams=2) as loader:
+        epochs = []
+        for _ in range(11):
+            epochs.append(loader.epoch)
+            next(loader)
+    assert epochs == [1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 3]  # 8 documents of 8 tokens a step
+
+
+def test_settings_that_do_not_fit(folder):
+    with pytest.raises(UserError, match="12 rows a step cannot be dealt evenly to 5 data-parallel ranks"):
+        build(folder, ranks=5)
+    with pytest.raises(UserError, match="210 documents in .*shard_00001.parquet, fewer than 211 packing streams: set data.streams to 210"):
+        build(folder, streams=211)
+    with pytest.raises(UserError, match="does not exist"):
+        build(folder / "nowhere")
+
+
+def test_a_stream_of_empty_documents_is_an_error_of_next(tmp_path):
+    folder = write_folder(tmp_path, [["a", ""] * 10, ["b"] * 4])
+    with build(folder, streams=2) as loader:
+        with pytest.raises(UserError, match="all documents of packing stream 1 .* are empty"):
+            next(loader)
+        with pytest.raises(StopIteration):
+            next(loader)
+
+
+def test_damage_found_while_reading_is_an_error_of_next(tmp_path):
+    folder = write_folder(tmp_path, [random_texts(300, 1), ["b"] * 40], group=100)
+    path = folder / "shard_00000.parquet"
+    whole = bytearray(path.read_bytes())
+    whole[4 : len(whole) // 2] = bytes(len(whole) // 2 - 4)
+    path.write_bytes(whole)
+    with build(folder) as loader, pytest.raises(UserError, match="shard_00000.parquet is damaged in row group"):
+        next(loader)
+
+
+def test_other_errors_of_the_thread_keep_their_type(folder, monkeypatch):
+    def fail(*_):
+        raise ZeroDivisionError("in the thread")
+
+    monkeypatch.setattr(loader_module.Stream, "pack", fail)
+    with build(folder) as loader, pytest.raises(ZeroDivisionError, match="in the thread"):
+        next(loader)
+
+
+def test_close_ends_the_threads(folder):
+    before = threading.active_count()
+    with build(folder) as loader:
+        next(loader)
+        assert threading.active_count() > before
+    loader._feed._pool.shutdown(wait=True)
+    assert threading.active_count() == before
+    with pytest.raises(StopIteration):
+        next(loader)
+
+
+@needs_shared
+@pytest.mark.parametrize("row_tokens", [513, 2049])
+def test_default_streams_crop_no_more_than_plain_packing(row_tokens):
+    tokenizer, rows = import_nanochat(NANOCHAT), 800
+    with Loader(ENGLISH, tokenizer, split="train", row_tokens=row_tokens, rows=16) as loader:
+        for _ in range(rows // 16):
+            next(loader)
+        ours = loader.cropped_share
+    plain = scan_rows(english_documents(tokenizer), row_tokens, 1000, REFILL_DOCUMENTS)
+    _, read, cropped = next(itertools.islice(plain, rows - 1, None))
+    assert ours < cropped / read + 0.01
+
+
+def english_documents(tokenizer):
+    import pyarrow.parquet as pq
+
+    for shard in itertools.cycle(split_of(open_shards(ENGLISH), "train")):
+        for tokens in tokenizer.encode_batch(pq.read_table(shard.path)["text"].to_pylist(), 2):
+            yield tokens.tolist()

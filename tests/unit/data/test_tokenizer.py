@@ -1,0 +1,106 @@
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from megachat.data.tokenizer import METADATA_FILE, RANK_FILE, SPECIAL_TOKENS, Tokenizer, load_origin, load_tokenizer, save_tokenizer
+from megachat.errors import UserError
+from tests.unit.data.corpus import byte_tokenizer
+
+TEXTS = ["", "hello", "don't 12345\r\n\r\n  x", "für 日本 🙂", "<|bos|> is text here", "a" * 5000]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_tokenizer(tmp_path / "tokenizer", byte_tokenizer(), {"made": "by hand"})
+    return tmp_path / "tokenizer"
+
+
+def test_texts_come_back_and_bos_stands_in_front():
+    tokenizer = byte_tokenizer()
+    assert (tokenizer.vocab_size, tokenizer.bos) == (265, 256)
+    for threads in (1, 3):
+        for text, tokens in zip(TEXTS, tokenizer.encode_batch(TEXTS, threads), strict=True):
+            assert tokens.dtype == np.uint16 and tokens[0] == tokenizer.bos and np.array_equal(tokens[1:], tokenizer.encode(text))
+            assert tokenizer.decode(tokens[1:]) == text and tokenizer.bos not in tokens[1:]
+            assert np.array_equal(tokenizer.encode(text, bos=True), tokens)
+
+
+def test_special_tokens_follow_the_merges_in_order():
+    assert list(byte_tokenizer().special_tokens.items()) == [(token, 256 + index) for index, token in enumerate(SPECIAL_TOKENS)]
+    assert byte_tokenizer().decode([264, 65]) == "<|output_end|>A"
+
+
+def test_what_is_not_utf8_is_replaced():
+    tokenizer = byte_tokenizer()
+    assert tokenizer.decode([0xFF, 65]) == "\ufffdA"
+    assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
+
+
+def test_token_bytes():
+    ranks = {bytes([byte]): byte for byte in range(256)} | {"日".encode()[:2]: 256, "日".encode(): 257, b" the": 258}
+    counts = Tokenizer(ranks).token_bytes()
+    assert counts.dtype == np.int32 and counts.tolist() == [1] * 256 + [2, 3, 4] + [0] * 9
+
+
+def test_a_large_vocabulary_needs_32_bits():
+    pairs = (bytes(pair) for pair in itertools.product(range(256), repeat=2))
+    ranks = {bytes([byte]): byte for byte in range(256)} | {pair: 256 + index for index, pair in enumerate(pairs)}
+    tokens = Tokenizer(ranks).encode("zz", bos=True)
+    assert tokens.dtype == np.uint32 and tokens.tolist() == [65792, 256 + 256 * ord("z") + ord("z")]
+
+
+def test_saved_and_loaded_it_is_the_same(folder):
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.fingerprint == byte_tokenizer().fingerprint and tokenizer.ranks == byte_tokenizer().ranks
+    assert load_origin(folder) == {"made": "by hand"}
+    assert (folder / RANK_FILE).read_text().splitlines()[:2] == ["AA== 0", "AQ== 1"]
+    assert sorted(path.name for path in folder.iterdir()) == [RANK_FILE, METADATA_FILE]
+
+
+def test_fingerprint_is_of_all_that_decides_the_ids():
+    ranks = byte_tokenizer().ranks
+    others = [Tokenizer({**ranks, b"ab": 256}), Tokenizer(ranks, ("<|bos|>",)), Tokenizer(ranks, pattern=r"\s+|\S+"), byte_tokenizer()]
+    assert len({tokenizer.fingerprint for tokenizer in others}) == 4
+    assert Tokenizer(ranks, name="renamed").fingerprint == byte_tokenizer().fingerprint
+
+
+def change(folder, **changes):
+    path = folder / METADATA_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_folders_that_are_refused(folder, tmp_path):
+    with pytest.raises(UserError, match="no tokenizer at .*nowhere .*train_tokenizer"):
+        load_tokenizer(tmp_path / "nowhere")
+    for changes in ({"pattern": r"\S+|\s+"}, {"special_tokens": list(SPECIAL_TOKENS[:-1])}, {"vocab_size": 300}):
+        save_tokenizer(folder, byte_tokenizer(), {})
+        change(folder, **changes)
+        with pytest.raises(UserError, match="tokenizer.json was altered"):
+            load_tokenizer(folder)
+    change(folder, pattern="(")
+    with pytest.raises(UserError, match="not a valid expression"):
+        load_tokenizer(folder)
+    change(folder, special_tokens=["<|end|>"])
+    with pytest.raises(UserError, match="begin with <.bos.>"):
+        load_tokenizer(folder)
+    for content in ("{", "[]", "{}"):
+        (folder / METADATA_FILE).write_text(content)
+        with pytest.raises(UserError, match="cannot be understood"):
+            load_tokenizer(folder)
+
+
+def test_an_altered_rank_file_is_refused(folder):
+    path = folder / RANK_FILE
+    path.write_bytes(path.read_bytes().replace(b"AA== 0\nAQ== 1\n", b"AA== 1\nAQ== 0\n"))
+    with pytest.raises(UserError, match="ranks.tiktoken was altered"):
+        load_tokenizer(folder)
+    path.unlink()
+    with pytest.raises(UserError, match="ranks.tiktoken is missing"):
+        load_tokenizer(folder)
+
+
+def test_ranks_with_gaps_are_refused():
+    with pytest.raises(UserError, match="256 single bytes"):
+        Tokenizer({bytes([byte]): byte + 1 for byte in range(256)})

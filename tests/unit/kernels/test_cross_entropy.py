@@ -1,0 +1,43 @@
+import pytest
+import torch
+
+from megachat.kernels import cross_entropy
+from megachat.kernels.cross_entropy import capped_cross_entropy, reference_cross_entropy, token_nats
+
+
+def case(dtype, rows=70, width=24, vocab=97, padded=128):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, rows // 2, width, generator=generator).to(dtype).requires_grad_()
+    weight = (2 * torch.randn(padded, width, generator=generator)).requires_grad_()
+    targets = torch.randint(0, vocab, (2, rows // 2), generator=generator)
+    targets[0, :3] = -1
+    return hidden, weight, targets, vocab
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 7, 1000])
+def test_value_and_gradients_are_the_plain_forms(chunk_rows, monkeypatch):
+    hidden, weight, targets, vocab = case(torch.float32)
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 4 * vocab * chunk_rows)
+    found, plain = capped_cross_entropy(hidden, weight, targets, vocab, 15.0), reference_cross_entropy(hidden, weight, targets, vocab, 15.0)
+    assert found.item() == pytest.approx(plain.item(), rel=1e-6)
+    for one, other in zip(torch.autograd.grad(3.0 * found, (hidden, weight)), torch.autograd.grad(3.0 * plain, (hidden, weight)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+        assert one.dtype == other.dtype
+    each = token_nats(hidden.detach(), weight.detach(), targets, vocab, 15.0)
+    assert each[targets.flatten() >= 0].mean().item() == pytest.approx(plain.item(), rel=1e-6)
+    assert not each[:3].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_keeps_small_gradients_under_a_loss_scale(dtype):
+    hidden, weight, targets, vocab = case(dtype)
+    wanted = torch.autograd.grad(reference_cross_entropy(hidden.float(), weight, targets, vocab, 15.0), (hidden, weight))
+    found = torch.autograd.grad(1024.0 * capped_cross_entropy(hidden, weight, targets, vocab, 15.0), (hidden, weight))
+    for one, other in zip(found, wanted, strict=True):
+        assert ((one.float() / 1024 - other.float()).norm() / other.float().norm()).item() < 2e-2
+
+
+def test_no_gradient_is_made_where_none_is_wanted():
+    hidden, weight, targets, vocab = case(torch.float32)
+    with torch.no_grad():
+        assert not capped_cross_entropy(hidden, weight, targets, vocab, 15.0).requires_grad

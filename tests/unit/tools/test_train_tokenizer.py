@@ -1,0 +1,74 @@
+import json
+
+import pytest
+
+from megachat.data.tokenizer import METADATA_FILE, RANK_FILE, load_tokenizer
+from tests.unit.data.corpus import ENGLISH, NANOCHAT, needs_shared, random_texts, write_folder
+from tools.train_tokenizer import main
+
+
+@pytest.fixture
+def data(tmp_path):
+    texts = random_texts(300, 0)
+    return write_folder(tmp_path / "data", [texts[:150], texts[150:250], texts[250:]])
+
+
+def run(*arguments):
+    main([str(argument) for argument in arguments])
+
+
+def refused(capsys, *arguments):
+    with pytest.raises(SystemExit) as caught:
+        run(*arguments)
+    message = capsys.readouterr().err
+    assert caught.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1, message
+    return message
+
+
+def test_training_saves_reports_and_does_nothing_the_second_time(tmp_path, data, capsys):
+    out = tmp_path / "tokenizer"
+    run("--data", data, "--vocab-size", 300, "--out", out)
+    said = capsys.readouterr().out
+    assert "trained 300 tokens" in said and "train: 1." in said and "validation: 1." in said and "bytes a token" in said
+    assert load_tokenizer(out).vocab_size == 300
+    assert sorted(path.name for path in out.iterdir()) == [RANK_FILE, METADATA_FILE]
+    metadata = json.loads((out / METADATA_FILE).read_text())
+    assert metadata["origin"] | {"data": None} == {"data": None, "vocab_size": 300, "max_chars": 2_000_000_000, "doc_cap": 10_000}
+    before = (out / METADATA_FILE).stat().st_mtime_ns
+    run("--data", data, "--vocab-size", 300, "--out", out)
+    assert "nothing to do" in capsys.readouterr().out and (out / METADATA_FILE).stat().st_mtime_ns == before
+
+
+def test_another_tokenizer_is_refused_unless_overwritten(tmp_path, data, capsys):
+    out = tmp_path / "tokenizer"
+    run("--data", data, "--vocab-size", 300, "--out", out)
+    assert "holds another tokenizer" in refused(capsys, "--data", data, "--vocab-size", 290, "--out", out)
+    assert load_tokenizer(out).vocab_size == 300
+    run("--data", data, "--vocab-size", 290, "--out", out, "--overwrite", "--max-chars", 3000, "--doc-cap", 50)
+    assert load_tokenizer(out).vocab_size == 290
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--vocab-size", 300], "neither --data to train on nor --import-nanochat"),
+        (["--import-nanochat", "nowhere", "--vocab-size", 300], "--vocab-size is for training"),
+        (["--import-nanochat", "nowhere"], "tokenizer.pkl is missing"),
+        (["--data", "nowhere"], "nowhere does not exist"),
+        (["--data", "DATA", "--vocab-size", 264], "264 tokens is too small"),
+        (["--data", "DATA", "--vocab-size", 30000], "give more text or --vocab-size"),
+        (["--data", "DATA", "--max-chars", 0], "--max-chars is 0"),
+    ],
+)
+def test_requests_that_make_no_sense(tmp_path, data, capsys, arguments, words):
+    arguments = [data if argument == "DATA" else argument for argument in arguments]
+    assert words in refused(capsys, *arguments, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@needs_shared
+def test_import_of_nanochats_tokenizer(tmp_path, capsys):
+    run("--import-nanochat", NANOCHAT, "--data", ENGLISH, "--out", tmp_path, "--max-chars", 200_000)
+    assert load_tokenizer(tmp_path).vocab_size == 1024
+    said = capsys.readouterr().out
+    assert "1,024 tokens" in said and "validation: 2." in said

@@ -1,0 +1,117 @@
+"""Measurements, side by side in one run, as ratios: timings on shared machines are noisy and their ratios less so.
+
+python tools/bench.py dtype|start|loader --config configs/d4_cpu.json [...]; prints one JSON object with hardware and commit.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import timedelta
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from megachat.config import load_config  # noqa: E402
+from megachat.device import bootstrap_environment, choose_device, collective_backend, describe_environment  # noqa: E402
+from megachat.errors import UserError, user_errors_end_the_program  # noqa: E402
+
+
+def in_turn(actions: dict, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each action, `rounds` times, taken in turn so that a busy neighbour slows all alike; the first round is not counted."""
+    seconds = {name: [] for name in actions}
+    for number in range(rounds + 1):
+        for name, action in actions.items():
+            begin = time.perf_counter()
+            action()
+            if number:
+                seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def compare(seconds: dict[str, list[float]], baseline: str, amount: int = 1) -> dict:
+    """Medians as rates of `amount` a second, and each one's ratio to the baseline: the median over rounds of their ratio in that round."""
+    found = {name: {"per_sec": amount / statistics.median(values), "rounds": len(values)} for name, values in seconds.items()}
+    for name, values in seconds.items():
+        ratios = [slow / fast for slow, fast in zip(seconds[baseline], values, strict=True)]
+        found[name]["times_faster_than_" + baseline] = round(statistics.median(ratios), 3)
+    return found
+
+
+def bench_dtype(arguments) -> dict:
+    """Tokens a second of whole training steps (forward, backward, both optimizers) of one model in bfloat16 and in float32, eager."""
+    import torch
+
+    from megachat.parallel.engine import start_collectives
+    from megachat.parallel.mesh import build_mesh
+    from megachat.plan import resolve
+    from megachat.train.build import build_training
+    from megachat.train.step import micro_batches, set_schedules
+
+    device = choose_device(bootstrap_environment())
+    start_collectives(device, collective_backend(device), timedelta(seconds=600))
+    mesh = build_mesh(device)
+    actions = {}
+    for dtype in ("float32", "bfloat16"):
+        config = load_config(arguments.config, [*arguments.set, f"precision.compute={dtype}"])
+        plan = resolve(config, 1, config.model.vocab_size or arguments.vocab_size)
+        training = build_training(config, plan, mesh, torch.ones(plan.dims.vocab_size, dtype=torch.int64))
+        set_schedules(training, 0)
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.randint(0, plan.dims.vocab_size, (plan.rows_per_step, plan.dims.sequence_len + 1), generator=generator)
+        actions[dtype] = lambda training=training, rows=rows: training.engine.train_batch(micro_batches(rows, training.plan.micro_rows)).item()
+    seconds = in_turn(actions, arguments.rounds)
+    return {"what": "training step, tokens a second", "threads": torch.get_num_threads()} | compare(seconds, "float32", plan.tokens_per_step)
+
+
+def bench_start(arguments) -> dict:
+    """Seconds from the start of `python launch/pretrain.py` to the end of its first optimizer step, and the start-up part of it."""
+    found = []
+    for _ in range(arguments.rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), "--config", arguments.config, "--set", f"run.folder={folder}"]
+            command += ["--set", "horizon.stop_step=1", *(part for setting in arguments.set for part in ("--set", setting))]
+            begin = time.perf_counter()
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for line in process.stdout:
+                if line.startswith("step 00000/"):
+                    found.append(time.perf_counter() - begin)
+            errors = process.stderr.read()
+            if process.wait():
+                raise UserError(f"pretrain.py failed: {errors.strip().splitlines()[-1]}")
+    return {"what": "seconds to the end of the first step", "median_s": statistics.median(found), "all_s": found}
+
+
+def bench_loader(arguments) -> dict:
+    """Tokens a second of the loader alone against one that scans the whole buffer for every placement, both tokenizing on one thread."""
+    from tests.unit.data.bench_packing import bench
+
+    return {"what": "loader alone, tokens a second"} | bench(arguments.data, arguments.tokenizer, arguments.rounds)
+
+
+@user_errors_end_the_program
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    kinds = {"dtype": bench_dtype, "start": bench_start, "loader": bench_loader}
+    parser.add_argument("kind", choices=kinds)
+    parser.add_argument("--config", default=str(ROOT / "configs" / "d4_cpu.json"))
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    parser.add_argument("--vocab-size", type=int, default=4096, help="where the config leaves it to a tokenizer")
+    parser.add_argument("--data", default="data/python", help="for loader")
+    parser.add_argument("--tokenizer", default="data/tokenizer", help="for loader")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    import torch
+
+    result = kinds[arguments.kind](arguments)
+    where = describe_environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    kept = {key: where[key] for key in ("commit", "uncommitted_changes", "device", "cpu_cores")} | {"torch": torch.__version__}
+    print(json.dumps({"bench": arguments.kind} | result | {"where": kept}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
