@@ -9,6 +9,9 @@ python tools/prepare_data.py --source python --out data/python
 [ -e data/tokenizer/tokenizer.json ] || python tools/train_tokenizer.py --data data/python --vocab-size 4096 --out data/tokenizer
 
 ranks=()
-command -v nvidia-smi >/dev/null || ranks=(--num_accelerators 2)
-deepspeed "${ranks[@]}" launch/pretrain.py --config configs/demo.json --resume auto "$@"
-python tools/compare_with_unigram.py --run runs/demo
+if ! command -v nvidia-smi >/dev/null; then
+    ranks=(--num_accelerators 2)
+    export DS_ACCELERATOR=cpu # said beforehand, so that the launcher does not search and warn
+fi
+deepspeed --quiet "${ranks[@]}" launch/pretrain.py --config configs/demo.json --resume auto "$@"
+python tools/unigram.py --data data/python --tokenizer data/tokenizer --run runs/demo

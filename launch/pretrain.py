@@ -24,6 +24,8 @@ def main() -> None:
     parser.add_argument("--world", type=int, help="with --dry-run: the number of ranks to plan for")
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     arguments = parser.parse_args()
+    if arguments.world is not None and (arguments.world < 1 or not arguments.dry_run):
+        parser.error("--world is the number of ranks, 1 or more, to plan for with --dry-run; a launcher says how many run")
 
     from megachat.train.job import pretrain  # after parsing: --help need not load torch
 

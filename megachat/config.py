@@ -15,12 +15,16 @@ class _Section(BaseModel):
 
 
 class RunConfig(_Section):
+    """Names and places of the run."""
+
     name: str | None = Field(None, description="run folder's name; none: the config file's name")
     folder: str = Field("runs", description="where run folders are made")
     seed: int = Field(42, ge=0, description="keys the initial weights; sampling too")
 
 
 class ModelConfig(_Section):
+    """Sizes; nearly all follow from depth."""
+
     depth: int = Field(12, ge=1, description="number of blocks; width, heads, batch, steps and rates follow from it")
     aspect_ratio: int = Field(64, ge=1, description="width a block before rounding up to whole heads")
     head_size: int = Field(128, ge=2, multiple_of=2, description="channels a head")
@@ -41,6 +45,8 @@ class ModelConfig(_Section):
 
 
 class DataConfig(_Section):
+    """Where rows come from, and their order."""
+
     folder: str = Field("data/python", description="parquet shards with a text column; the last is validation")
     tokenizer: str = Field("data/tokenizer", description="folder with the rank file and its JSON")
     streams: int = Field(8, ge=1, description="packing streams; part of the order of rows, not of the layout")
@@ -51,12 +57,16 @@ class DataConfig(_Section):
 
 
 class BatchConfig(_Section):
+    """Any two of the three settle the third."""
+
     tokens: int | None = Field(None, ge=1, description="tokens a step over all ranks; none: from the horizon, or micro_rows x accumulation x ranks")
     micro_rows: int | None = Field(None, ge=1, description="rows a rank works on at once; none: solved")
     accumulation: int | None = Field(None, ge=1, description="micro-batches a step; none: solved")
 
 
 class HorizonConfig(_Section):
+    """How long to train."""
+
     steps: int | None = Field(None, ge=1, description="optimizer steps; wins over flops")
     flops: float | None = Field(None, gt=0, description="training FLOPs; wins over ratio")
     ratio: float = Field(12.0, gt=0, description="tokens a scaling parameter")
@@ -64,6 +74,8 @@ class HorizonConfig(_Section):
 
 
 class OptimizerConfig(_Section):
+    """nanochat's settings, before the scaling rules of the plan."""
+
     matrix_lr: float = Field(0.02, ge=0, description="Muon, before the batch and shape rules")
     embedding_lr: float = Field(0.3, ge=0, description="wte; value embeddings take half of it")
     unembedding_lr: float = Field(0.008, ge=0, description="lm_head")
@@ -82,6 +94,8 @@ class OptimizerConfig(_Section):
 
 
 class PrecisionConfig(_Section):
+    """Dtypes and compilation."""
+
     compute: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="dtype of activations; auto: bfloat16 where native")
     loss_scale: float = Field(65536.0, gt=0, description="first loss scale of float16")
     loss_scale_window: int = Field(1000, ge=1, description="good steps before float16's loss scale doubles")
@@ -89,12 +103,16 @@ class PrecisionConfig(_Section):
 
 
 class ParallelConfig(_Section):
+    """Axes of the mesh; the data axis takes the remaining ranks."""
+
     tensor: int = Field(1, ge=1, description="ranks that share each matrix")
     pipeline: int = Field(1, ge=1, description="stages that share the blocks")
     timeout_s: int = Field(600, ge=1, description="seconds a collective may wait before the job stops")
 
 
 class EvaluateConfig(_Section):
+    """What is measured on the way and at the end."""
+
     every: int = Field(250, ge=0, description="steps between validations; 0: only at the end")
     tokens: int | None = Field(None, ge=1, description="tokens of validation text, rounded down to whole rows; none: 20 batches")
     prompts: tuple[str, ...] = Field(
@@ -113,10 +131,14 @@ class EvaluateConfig(_Section):
 
 
 class CheckpointConfig(_Section):
+    """When state is saved."""
+
     every: int = Field(1000, ge=0, description="steps between checkpoints; 0: only at the end")
 
 
 class LogConfig(_Section):
+    """What is told, and where."""
+
     every: int = Field(1, ge=1, description="steps between console lines and metrics")
     wandb: Literal["off", "online", "offline"] = Field("off", description="also send metrics to Weights & Biases")
     wandb_project: str = Field("megachat", description="project there")

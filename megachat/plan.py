@@ -206,7 +206,8 @@ def _steps(config: Config, dims: Dimensions, tokens: int, target_tokens: float, 
         steps = int(target_tokens // tokens)
     if steps < 1:
         raise UserError(
-            f"the horizon is shorter than one step of {tokens} tokens: set horizon.steps, or raise horizon.{'flops' if horizon.flops else 'ratio'}, or lower batch.tokens"
+            f"the horizon is shorter than one step of {tokens} tokens: set horizon.steps, or raise "
+            f"horizon.{'flops' if horizon.flops else 'ratio'}, or lower batch.tokens"
         )
     return steps
 

@@ -26,6 +26,7 @@ class ShardEntry:
 
 
 def shard_name(index: int) -> str:
+    """File name of shard `index`; names sort as shards follow each other."""
     return f"shard_{index:05d}.parquet"
 
 

@@ -19,7 +19,8 @@ class Group:
     weight_decay: float = 0.0
 
 
-# nanochat's settings (nanochat/gpt.py, setup_optimizer). The float32 scalars come first: every pipeline stage has some, and ZeRO takes its dtype there.
+# nanochat's settings (nanochat/gpt.py, setup_optimizer). The float32 scalars come first: every pipeline stage has some, and ZeRO takes its
+# dtype from the first group.
 GROUPS = (
     Group("resid", "adamw", ("resid_lambdas",), "resid", (0.8, 0.95), 0.05),
     Group("x0", "adamw", ("x0_lambdas",), "x0", (0.96, 0.95), 0.0),

@@ -11,23 +11,20 @@ import logging
 import warnings
 from typing import Protocol
 
-import torch
-from torch import nn
-
 import deepspeed
 import deepspeed.comm
+import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import nn
 
 from megachat.parallel.collectives import all_reduce
 from megachat.parallel.mesh import Mesh
 
-_PRIVATE = (
-    "reduce_gradients scaled_global_norm has_overflow _update_scale step get_gradient_for_reduction _lazy_init_hp_params_optimizer_state"
-).split()
+_PRIVATE = "reduce_gradients setup_buckets scaled_global_norm has_overflow _update_scale step update_lp_params".split()
 _missing = [name for name in _PRIVATE if not hasattr(DeepSpeedZeroOptimizer, name)]
 if _missing or not hasattr(PipelineEngine, "_exec_backward_pass"):
     raise ImportError(
@@ -72,8 +69,8 @@ class JointZero1(DeepSpeedZeroOptimizer):
     def scaled_global_norm(self, norm_type=2):
         self.matrices.wait_reduce()
         total = self.matrices.sum_of_squares()
-        for gradients, parameters in zip(self.averaged_gradients.values(), self.params_in_partition, strict=True):
-            own = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
+        for index, parameters in enumerate(self.params_in_partition):
+            own = [gradient for gradient in self.averaged_gradients[index] if not getattr(gradient, "_zero_padding", False)]
             for gradient, parameter in zip(own, parameters, strict=False):  # a trailing pad falls off
                 if getattr(parameter, "model_parallel", False) or self.mesh.tensor.rank == 0:
                     total = total + gradient.float().square().sum()

@@ -1,9 +1,5 @@
-"""Compare the loader with plain packing: share of cropped tokens, and speed with and without tokenizing. Run by hand; not a test.
+"""The loader beside plain packing: share of cropped tokens, and speed with and without tokenizing. What `tools/bench.py loader` runs."""
 
-python -m tests.unit.data.bench_packing --data ../shared/data/english --tokenizer DIR --row-tokens 513 --rows 2000
-"""
-
-import argparse
 import itertools
 import time
 
@@ -15,7 +11,6 @@ from megachat.data.loader import Loader
 from megachat.data.packing import REFILL_DOCUMENTS, Stream
 from megachat.data.shards import open_shards, split_of
 from megachat.data.tokenizer import Tokenizer, load_tokenizer
-from megachat.data.tokenizer_training import import_nanochat
 from tests.unit.data.scan_packing import scan_rows
 
 STEP_ROWS = 16
@@ -79,37 +74,20 @@ def loaded(folder, tokenizer, row_tokens, rows, streams, buffer_documents, threa
         return time.perf_counter() - start, loader.cropped_share
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--tokenizer", required=True, help="a tokenizer folder, nanochat's or ours")
-    parser.add_argument("--row-tokens", type=int, default=513)
-    parser.add_argument("--rows", type=int, default=2000)
-    parser.add_argument("--streams", type=int, default=8)
-    parser.add_argument("--buffer-documents", type=int, default=1000)
-    parser.add_argument("--threads", type=int, default=2)
-    asked = parser.parse_args()
-    try:
-        tokenizer = load_tokenizer(asked.tokenizer)
-    except Exception:
-        tokenizer = import_nanochat(asked.tokenizer)
-    common = asked.row_tokens, asked.buffer_documents, asked.rows
-    epoch = sum(shard.documents for shard in split_of(open_shards(asked.data), "train"))
-    lists = list(itertools.islice(tokenized_lists(asked.data, tokenizer, asked.threads), epoch))
+def measure(data, tokenizer_folder, *, row_tokens, rows, streams, buffer_documents, threads) -> dict:
+    """Name -> {tokens_per_sec, cropped_percent}: packing of documents that are already tokenized, and whole loaders; one after the other."""
+    tokenizer = load_tokenizer(tokenizer_folder)
+    common = row_tokens, buffer_documents, rows
+    epoch = sum(shard.documents for shard in split_of(open_shards(data), "train"))
+    lists = list(itertools.islice(tokenized_lists(data, tokenizer, threads), epoch))
     arrays = [np.array(ids, dtype=tokenizer.dtype) for ids in lists]
-    results = {
-        "plain packing": plain(itertools.cycle(lists), *common),
-        "our packing, one stream": packed_only(itertools.cycle(arrays), *common),
-        "plain with tokenizing": plain(tokenized_lists(asked.data, tokenizer, asked.threads), *common),
-        "our loader, one stream": loaded(asked.data, tokenizer, asked.row_tokens, asked.rows, 1, asked.buffer_documents, asked.threads),
-        f"our loader, {asked.streams} streams": loaded(
-            asked.data, tokenizer, asked.row_tokens, asked.rows, asked.streams, asked.buffer_documents, asked.threads
-        ),
+    found = {
+        "plain_packing": plain(itertools.cycle(lists), *common),
+        "our_packing": packed_only(itertools.cycle(arrays), *common),
+        "plain_with_tokenizing": plain(tokenized_lists(data, tokenizer, threads), *common),
+        "our_loader": loaded(data, tokenizer, row_tokens, rows, streams, buffer_documents, threads),
     }
-    print(f"{asked.rows} rows of {asked.row_tokens} tokens, {np.mean([len(ids) for ids in lists]):.0f} tokens a document, {epoch} documents an epoch")
-    for name, (seconds, cropped) in results.items():
-        print(f"{name:28} {asked.rows * asked.row_tokens / seconds / 1e6:8.2f} M tokens/s, {100 * cropped:6.2f} % cropped")
-
-
-if __name__ == "__main__":
-    main()
+    return {
+        name: {"tokens_per_sec": round(rows * row_tokens / seconds), "cropped_percent": round(100 * cropped, 2)}
+        for name, (seconds, cropped) in found.items()
+    }

@@ -1,0 +1,131 @@
+"""The rules of the house, read from the syntax trees: which way imports go, sizes, where the environment is read, what may be unpickled."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted((ROOT / "megachat").rglob("*.py"))
+PROGRAMS = sorted([*(ROOT / "launch").glob("*.py"), *(ROOT / "tools").glob("*.py")])
+LEVELS = (
+    ("errors",),
+    ("config", "counts", "schedule", "device"),
+    ("kernels", "plan"),
+    ("model", "parallel"),
+    ("optim", "data", "checkpoint"),
+    ("evals",),
+    ("train",),
+)
+LEVEL = {part: number for number, parts in enumerate(LEVELS) for part in parts}
+
+
+def part_of(module: str) -> str:
+    """megachat.train.loop -> train."""
+    return module.split(".")[1]
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported(path: Path) -> set[str]:
+    """megachat's modules that the file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    modules = {module_of(source) for source in SOURCES}
+    return {name for name in found if name in modules and name.count(".")}
+
+
+def test_every_part_has_a_level():
+    assert {part_of(module_of(path)) for path in SOURCES if module_of(path) != "megachat"} == set(LEVEL)
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if module_of(path) != "megachat"], ids=module_of)
+def test_imports_go_one_way(path):
+    own = part_of(module_of(path))
+    for name in imported(path):
+        other = part_of(name)
+        assert other == own or LEVEL[other] < LEVEL[own], f"{module_of(path)} imports {name} against the stream"
+
+
+def test_no_cycle_inside_a_part():
+    graph = {module_of(path): imported(path) - {module_of(path)} for path in SOURCES}
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, f"cycle: {' -> '.join((*above, name))}"
+        if name not in done:
+            for other in graph.get(name, ()):
+                visit(other, (*above, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_launch_is_short_and_never_imported():
+    for path in (ROOT / "launch").glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 60, path
+    for path in [*SOURCES, *(ROOT / "tools").glob("*.py"), *(ROOT / "tests").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            assert not any(name.split(".")[0] == "launch" for name in names), path
+
+
+def test_sizes():
+    total = 0
+    for path in [*SOURCES, *PROGRAMS]:
+        text = path.read_text(encoding="utf-8")
+        lines = len(text.splitlines())
+        assert lines <= 400, f"{path} has {lines} lines"
+        total += lines if path in SOURCES else 0
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                size = node.end_lineno - node.lineno + 1
+                assert size <= 60, f"{path}: {node.name} has {size} lines"
+    assert total <= 7000
+
+
+def test_the_environment_is_read_in_one_place():
+    for path in [*SOURCES, *(ROOT / "tools").glob("*.py")]:
+        if module_of(path) == "megachat.device":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            assert not (isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")), f"{path}:{node.lineno} reads the environment"
+
+
+def test_the_model_knows_no_distribution_and_nothing_is_unpickled():
+    for path in SOURCES:
+        text = path.read_text(encoding="utf-8")
+        if part_of(module_of(path) + ".") in ("model", "kernels"):
+            assert "torch.distributed" not in text and "deepspeed" not in text, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Import) and any(alias.name == "pickle" for alias in node.names):
+                # the importer of nanochat's tokenizer, through an unpickler that knows one class
+                assert module_of(path) == "megachat.data.tokenizer_training", path
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                assert "weights_only=True" in ast.unparse(node), path
+
+
+def test_public_functions_say_what_they_do():
+    for path in SOURCES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert ast.get_docstring(tree), path
+        for node in tree.body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{path}: {node.name} has no docstring"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.name)
+def test_every_config_resolves(path):
+    from megachat.config import load_config
+    from megachat.plan import resolve
+
+    json.loads(path.read_text())
+    assert resolve(load_config(path), 2, 4096).steps > 0
