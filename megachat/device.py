@@ -47,7 +47,8 @@ def bootstrap_environment() -> LaunchEnvironment:
     """
     env = os.environ
     if all(name in env for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")):
-        launcher, rank, world, local = "torch variables", int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"])
+        launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed" if "CROSS_SIZE" in env else "RANK and WORLD_SIZE"
+        rank, world, local = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"])
         local_size = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world)
     elif "OMPI_COMM_WORLD_RANK" in env:
         launcher, (rank, world, local, local_size) = "mpirun", _from_open_mpi()
@@ -56,7 +57,7 @@ def bootstrap_environment() -> LaunchEnvironment:
         local_size = int(env.get("SLURM_NTASKS_PER_NODE", "1"))
         _require_master("srun", world > local_size)
     else:
-        launcher, rank, world, local, local_size = "one process", 0, 1, 0, 1
+        launcher, rank, world, local, local_size = "python", 0, 1, 0, 1
         env["MASTER_ADDR"], env["MASTER_PORT"] = "127.0.0.1", str(_free_port())
     env.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local), LOCAL_SIZE=str(local_size))
     return LaunchEnvironment(rank, local, world, local_size, launcher)

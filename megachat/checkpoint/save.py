@@ -4,6 +4,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from torch.distributed.checkpoint.api import CheckpointException
+
 from megachat.checkpoint.storage import Pieces, save_pieces, write_json
 from megachat.errors import UserError
 from megachat.parallel.collectives import all_gather_objects, barrier
@@ -15,7 +17,7 @@ SPACE_MARGIN = 1.05  # containers and indices around the raw bytes
 
 
 def checkpoint_name(step: int) -> str:
-    """Folder name of a step's checkpoint; names sort as steps do."""
+    """Folder name of a step's checkpoint; names sort as steps do, up to a million."""
     return f"step_{step:06d}"
 
 
@@ -37,6 +39,7 @@ def save_checkpoint(folder: Path, step: int, pieces: Pieces, facts: dict, write_
     except UserError:
         if world.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
+        barrier(world)  # whoever leaves first may end the job, and the files would stay
         raise
     barrier(world)
     return final
@@ -48,7 +51,7 @@ def _prepare(temporary: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(temporary).free
     if free < needed_bytes:
         temporary.rmdir()
-        raise OSError(f"the disk has {free / 1e6:.0f} MB free and the checkpoint takes {needed_bytes / 1e6:.0f} MB")
+        raise OSError(f"the disk has {free / 1e6:,.1f} MB free and the checkpoint takes {needed_bytes / 1e6:,.1f} MB")
 
 
 def _finish(temporary: Path, final: Path, step: int, facts: dict) -> None:
@@ -59,13 +62,16 @@ def _finish(temporary: Path, final: Path, step: int, facts: dict) -> None:
 
 
 def _together(action: Callable[[], object], world: Axis, final: Path) -> None:
-    """Run on every rank; when it fails on one, all raise the first rank's reason."""
+    """Run on every rank; when it fails on one, all raise its reason."""
     problem = None
     try:
         action()
+    except CheckpointException as error:  # torch's, the same on every rank, with one error a rank; it is no Exception
+        rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
+        problem = rank, _in_words(cause)
     except Exception as error:  # whatever it was, no rank may wait for the others alone
-        problem = f"{_innermost(error)}"
-    problems = [(rank, text) for rank, text in enumerate(all_gather_objects(problem, world)) if text]
+        problem = world.rank, _in_words(error)
+    problems = [told for told in all_gather_objects(problem, world) if told]
     if problems:
         rank, text = problems[0]
         raise UserError(
@@ -73,8 +79,5 @@ def _together(action: Callable[[], object], world: Axis, final: Path) -> None:
         )
 
 
-def _innermost(error: BaseException) -> str:
-    failures = getattr(error, "failures", None)  # torch's CheckpointException holds one error a rank
-    if failures:
-        return _innermost(next(iter(failures.values()))[0])
+def _in_words(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if not isinstance(error, OSError) else str(error)

@@ -4,8 +4,11 @@ Every rank offers the rectangles it holds; a loading rank asks for those it need
 is executed: the index is JSON and tensors are read with weights_only.
 """
 
+import contextlib
 import json
+import math
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -64,6 +67,15 @@ class _Whole(torch.Tensor):
 class _Writer(dcp.FileSystemWriter):
     """Writes each rank's tensors as torch does, and the index as JSON."""
 
+    def write_data(self, plan, planner):
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:  # torch's complaint that its file is not as long as it should be, which hides why
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            raise cause or error from None
+
     def finish(self, metadata, results):
         tensors = {
             name: {"shape": list(entry.size), "dtype": str(entry.properties.dtype).removeprefix("torch."), "pieces": []}
@@ -71,6 +83,9 @@ class _Writer(dcp.FileSystemWriter):
         }
         places = {result.index: result.storage_data for rank_results in results for result in rank_results}
         for name, entry in metadata.state_dict_metadata.items():
+            held = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
+            if held != math.prod(entry.size):  # torch refuses overlaps itself, but would load a tensor with holes
+                raise ValueError(f"the ranks hold {held} of the {math.prod(entry.size)} elements of {name}")
             for chunk in entry.chunks:
                 place = places[MetadataIndex(name, chunk.offsets)]
                 piece = {"offset": list(chunk.offsets), "size": list(chunk.sizes)}
@@ -107,13 +122,22 @@ def write_json(path: Path, value) -> None:
         os.fsync(file.fileno())
 
 
+@contextlib.contextmanager
+def _alone_on_purpose():
+    """Without torch's warning that a process, such as a tool's, belongs to no group."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
 def save_pieces(folder: Path, pieces: Pieces) -> None:
     """Write every rank's rectangles; all ranks call it. Replicas must not be offered twice. Raises torch's CheckpointException on any failure."""
-    with torch.no_grad():
+    with torch.no_grad(), _alone_on_purpose():
         dcp.save({name: _Whole(shape, rectangles) for name, (shape, rectangles) in pieces.items()}, storage_writer=_Writer(folder))
 
 
 def load_pieces(folder: Path, pieces: Pieces) -> None:
-    """Fill the rectangles' tensors in place; all ranks call it. Raises torch's CheckpointException naming what is missing or of another shape."""
-    with torch.no_grad():
+    """Fill the rectangles' tensors in place; all ranks call it, or one process that has none. Raises torch's CheckpointException naming what is
+    missing or of another shape."""
+    with torch.no_grad(), _alone_on_purpose():
         dcp.load({name: _Whole(shape, rectangles) for name, (shape, rectangles) in pieces.items()}, storage_reader=_Reader(folder))

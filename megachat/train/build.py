@@ -121,7 +121,7 @@ def build_training(config: Config, plan: Plan, mesh: Mesh, token_bytes: torch.Te
     scaler = build_loss_scaler(config.precision.loss_scale, config.precision.loss_scale_window) if dtype == torch.float16 else None
     engine = build_engine(module, adamw, muon, mesh, settings, scaler)
     if config.precision.compile:
-        _compile(layers, mesh.device)
+        apply_compile(layers, mesh.device)
     return Training(config, plan, mesh, layers, engine, muon, dtype, reason)
 
 
@@ -163,7 +163,8 @@ def _same_everywhere(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> None:
             raise UserError(f"rank {rank} has another tokenizer than rank 0: copy data.tokenizer of rank 0 to its host")
 
 
-def _compile(layers: nn.ModuleList, device: torch.device) -> None:
+def apply_compile(layers: nn.ModuleList, device: torch.device) -> None:
+    """torch.compile each layer in place. Raises UserError on a CPU machine without a compiler."""
     if device.type == "cpu" and not any(shutil.which(compiler) for compiler in ("g++", "clang++", "c++")):
         raise UserError("precision.compile needs a C++ compiler on a CPU and this machine has none: install g++ or set precision.compile=false")
     for layer in layers:

@@ -1,5 +1,6 @@
 """A pretraining job from its command line to its last checkpoint, on every rank."""
 
+import errno
 import json
 import time
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import torch
 
 from megachat.config import Config, load_config, save_config
+from megachat.data.shards import DataSummary, check_data_folder
 from megachat.data.tokenizer import Tokenizer, load_tokenizer
 from megachat.device import LaunchEnvironment, bootstrap_environment, choose_device, describe_environment, device_name, peak_flops
 from megachat.errors import UserError
@@ -14,10 +16,11 @@ from megachat.parallel.collectives import all_gather_objects, barrier
 from megachat.plan import Plan, resolve
 from megachat.train.build import Run, build_run, place_environment, start
 from megachat.train.loop import end_collectives, train, write_atomically
-from megachat.train.metrics import Metrics
+from megachat.train.metrics import Metrics, check_wandb
 from megachat.train.report import describe_config, describe_ownership, describe_plan, ownership, plan_values
 from megachat.train.state import LoopState, check_checkpoint, find_checkpoint, load_state
 
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 _LOST_PEER = ("closed by peer", "reset by peer", "timed out", "timeout", "connection", "socket", "nccl", "gloo")
 
 
@@ -26,6 +29,7 @@ def pretrain(config_path: str, overrides: list[str], *, resume: str | None = Non
     begin = time.perf_counter()
     config = load_config(config_path, overrides)
     name = config.run.name or Path(config_path).stem
+    config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})  # so that the saved one runs under the same name
     folder = Path(config.run.folder) / name
     environment = bootstrap_environment()
     if dry_run:
@@ -35,6 +39,9 @@ def pretrain(config_path: str, overrides: list[str], *, resume: str | None = Non
     tokenizer = load_tokenizer(config.data.tokenizer)
     plan = resolve(config, environment.world_size, vocabulary(config, tokenizer))
     checkpoint, remarks = find_checkpoint(folder, resume)
+    remarks.append(f"data {check_data(config)}")
+    if environment.rank == 0:
+        check_wandb(config.log)
     device = choose_device(environment)
     mesh = start(config, device)
     try:
@@ -44,6 +51,13 @@ def pretrain(config_path: str, overrides: list[str], *, resume: str | None = Non
         with run.loader:
             state = load_state(run, checkpoint) if checkpoint else LoopState()
             _run_job(run, state, environment, remarks, checkpoint, begin)
+    except OSError as error:
+        if error.errno not in _STORAGE:
+            raise
+        raise UserError(
+            f"rank {mesh.world.rank} could not read or write {error.filename or folder} ({error.strerror}): "
+            "free space there or make it accessible, then continue with --resume auto"
+        ) from error
     except RuntimeError as error:
         text = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         if mesh.world.size == 1 or not any(sign in str(error).lower() for sign in _LOST_PEER):
@@ -70,7 +84,8 @@ def _run_job(run: Run, state: LoopState, environment: LaunchEnvironment, remarks
         metrics.say(f"start-up took {time.perf_counter() - begin:.1f} s")
         if state.step >= run.plan.stop_step:
             metrics.say(
-                f"nothing to do: step {state.step} is not before the last step {run.plan.stop_step}; raise horizon.steps or horizon.stop_step to go on"
+                f"nothing to do: step {state.step} is not before the last step {run.plan.stop_step}; "
+                "raise horizon.steps or horizon.stop_step to go on"
             )
         state = train(run, state, metrics)
         metrics.say(f"finished step {state.step}" + (f", best validation bpb {state.min_val_bpb:.6f}" if state.min_val_bpb is not None else ""))
@@ -84,9 +99,21 @@ def vocabulary(config: Config, tokenizer: Tokenizer) -> int:
     asked = config.model.vocab_size
     if asked is not None and asked != tokenizer.vocab_size:
         raise UserError(
-            f"model.vocab_size is {asked} but the tokenizer in {config.data.tokenizer} has {tokenizer.vocab_size} tokens: leave model.vocab_size out, or give the tokenizer that belongs to it"
+            f"model.vocab_size is {asked} but the tokenizer in {config.data.tokenizer} has {tokenizer.vocab_size} tokens: "
+            "leave model.vocab_size out, or give the tokenizer that belongs to it"
         )
     return tokenizer.vocab_size
+
+
+def check_data(config: Config) -> DataSummary:
+    """The data folder in figures; raises UserError for what would otherwise end the job at its first evaluation."""
+    summary = check_data_folder(config.data.folder)
+    if summary.validation_documents < config.data.streams:
+        raise UserError(
+            f"the validation shard of {config.data.folder} has {summary.validation_documents} documents, fewer than {config.data.streams} "
+            f"packing streams: set data.streams to {max(1, summary.validation_documents)} or fewer, or put more text in the last shard"
+        )
+    return summary
 
 
 def describe_job(config: Config, world: int) -> str:
@@ -119,9 +146,13 @@ def _banner(run: Run, environment: LaunchEnvironment) -> list[str]:
     plan, layout, device = run.plan, run.plan.layout, run.mesh.device
     dtype = str(run.compute_dtype).removeprefix("torch.")
     threads = f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    axes = f"data {layout.data} x tensor {layout.tensor} x pipeline {layout.pipeline}"
+    peak = peak_flops(device) or "unknown, no MFU is printed"
     return [
-        f"megachat: {run.folder.name} on {layout.world} rank{'s' * (layout.world > 1)} (data {layout.data} x tensor {layout.tensor} x pipeline {layout.pipeline}), told by {environment.launcher}",
-        f"device {device_name(device)}{threads}; compute {dtype} ({run.dtype_reason}); peak FLOPs {'unknown, no MFU is printed' if peak_flops(device) is None else peak_flops(device)}",
-        f"depth {plan.dims.depth}, width {plan.dims.width}, {plan.parameters['total']:,} parameters; Muon has {len(run.muon.plan.matrices)} matrices, the rest is AdamW's",
-        f"{plan.steps} steps of {plan.tokens_per_step:,} tokens = {plan.rows_per_step} rows of {plan.dims.sequence_len} ({plan.micro_rows} rows x {plan.accumulation} micro-batches a rank)",
+        f"megachat: {run.folder.name} on {layout.world} rank{'s' * (layout.world > 1)} ({axes}), started by {environment.launcher}",
+        f"device {device_name(device)}{threads}; compute {dtype} ({run.dtype_reason}); peak FLOPs {peak}",
+        f"depth {plan.dims.depth}, width {plan.dims.width}, {plan.parameters['total']:,} parameters; "
+        f"Muon has {len(run.muon.plan.matrices)} matrices, the rest is AdamW's",
+        f"{plan.steps} steps of {plan.tokens_per_step:,} tokens = {plan.rows_per_step} rows of {plan.dims.sequence_len} "
+        f"({plan.micro_rows} rows x {plan.accumulation} micro-batches a rank)",
     ]

@@ -34,7 +34,8 @@ def train(run: Run, state: LoopState, metrics: Metrics) -> LoopState:
         skips_in_a_row = skips_in_a_row + 1 if result.skipped else 0
         if skips_in_a_row > MOST_SKIPS_IN_A_ROW:
             raise UserError(
-                f"step {state.step}: the gradient was not finite for {skips_in_a_row} steps in a row, none of which changed a weight: lower the rates or use bfloat16"
+                f"step {state.step}: the gradient was not finite for {skips_in_a_row} steps in a row, none of which changed a weight: "
+                "lower the rates or use bfloat16"
             )
         _tell(run, state, result, metrics)
         state.step += 1
@@ -80,12 +81,13 @@ def _sample(run: Run, state: LoopState, metrics: Metrics) -> None:
         dims = run.plan.dims
         run.layers.eval()
         texts = []
-        for prompt in prompts:
-            ids = np.concatenate(([run.tokenizer.bos], run.tokenizer.encode(prompt)))
-            row = continue_greedily(
-                lambda window: logits(run_layers(run.layers, window), dims), ids, asked.sample_tokens, dims.sequence_len, run.mesh.device
-            )
-            texts.append(run.tokenizer.decode(row[1:]))
+        with torch.compiler.set_stance("force_eager"):  # each length would be compiled anew
+            for prompt in prompts:
+                ids = np.concatenate(([run.tokenizer.bos], run.tokenizer.encode(prompt)))
+                row = continue_greedily(
+                    lambda window: logits(run_layers(run.layers, window), dims), ids, asked.sample_tokens, dims.sequence_len, run.mesh.device
+                )
+                texts.append(run.tokenizer.decode(row[1:]))
         run.layers.train()
         write_atomically(
             run.folder / "samples" / f"step_{state.step:06d}.json", json.dumps(dict(zip(prompts, texts, strict=True)), indent=2, ensure_ascii=False)

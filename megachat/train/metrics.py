@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import sys
 from pathlib import Path
 
@@ -26,7 +27,7 @@ class Metrics:
         if sys.stdout.isatty():
             self._bar = tqdm(total=steps, initial=first_step, unit="step", file=sys.stdout, dynamic_ncols=True)
         if log.wandb != "off":
-            self._wandb = _start_wandb(folder, log, run_name, settings)
+            self._wandb = _start_wandb(folder, log, run_name, settings, anew=first_step == 0)
 
     def record(self, values: dict) -> None:
         """Append one JSON object (it has "step") to metrics.jsonl and send the same dictionary to wandb."""
@@ -69,27 +70,42 @@ def _keep_until(path: Path, step: int) -> None:
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             values = json.loads(line)
-        except ValueError:
+            # training lines carry the number of the step they ran, evaluations the number of steps done before them
+            stays = values["step"] < step or (values["step"] == step and "train/loss" not in values)
+        except (ValueError, TypeError, KeyError):
             continue
-        # training lines carry the number of the step they ran, evaluations the number of steps done before them
-        if values["step"] < step or (values["step"] == step and "train/loss" not in values):
+        if stays:
             kept.append(line + "\n")
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, path)
 
 
-def _start_wandb(folder: Path, log: LogConfig, run_name: str, settings: dict):
+def check_wandb(log: LogConfig) -> None:
+    """Raise UserError when wandb is asked for and not installed."""
+    if log.wandb != "off":
+        _import_wandb(log)
+
+
+def _import_wandb(log: LogConfig):
     try:
         import wandb
     except ImportError:
         raise UserError(f'log.wandb is "{log.wandb}" but wandb is not installed: pip install wandb, or set log.wandb=off') from None
+    return wandb
+
+
+def _start_wandb(folder: Path, log: LogConfig, run_name: str, settings: dict, *, anew: bool):
+    """A run of wandb whose identity lies in the run folder, so that a resumed run continues its curves there."""
+    wandb = _import_wandb(log)
     identity = folder / "wandb_id.txt"
-    if not identity.exists():
-        identity.write_text(wandb.util.generate_id() + "\n")
-    return wandb.init(
-        project=log.wandb_project, name=run_name, id=identity.read_text().strip(), resume="allow", mode=log.wandb, config=settings, dir=str(folder)
-    )
+    if anew or not identity.exists():
+        identity.write_text(secrets.token_hex(4) + "\n")
+    name = {"project": log.wandb_project, "name": run_name, "id": identity.read_text().strip()}
+    try:
+        return wandb.init(**name, resume="allow", mode=log.wandb, config=settings, dir=str(folder))
+    except Exception as error:  # wandb's own: no account, no network
+        raise UserError(f"wandb could not start ({error}): run `wandb login`, or set log.wandb=offline or off") from error
 
 
 def console_line(values: dict, steps: int, eta_s: float | None) -> str:

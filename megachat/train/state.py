@@ -126,7 +126,8 @@ def check_checkpoint(checkpoint: Path, plan: Plan, tokenizer: Tokenizer, loader_
         before = facts["tokenizer"]["vocab_size"]
         raise UserError(
             f"{checkpoint} was trained with another tokenizer ({before} tokens, fingerprint {facts['tokenizer']['fingerprint'][:12]}) than "
-            f"{config.data.tokenizer} ({tokenizer.vocab_size} tokens, {tokenizer.fingerprint[:12]}): set data.tokenizer to the one it was trained with"
+            f"{config.data.tokenizer} ({tokenizer.vocab_size} tokens, {tokenizer.fingerprint[:12]}): "
+            "set data.tokenizer to the one it was trained with"
         )
     asked, saved = dataclasses.asdict(plan.dims), facts["model"]
     other = [key for key in asked if (list(asked[key]) if isinstance(asked[key], tuple) else asked[key]) != saved.get(key)]

@@ -5,12 +5,14 @@ import math
 import pytest
 import torch
 
+from megachat.errors import UserError
 from megachat.model.gpt import Loss, ModelOptions, build_layers, run_layers
 from megachat.model.parameters import Place, load_whole, placed_parameters, starting_value
 from megachat.optim.groups import ADAMW_EPSILON, MUON_BETA2, assign, rate_multipliers
 from megachat.optim.muon import Hyper, reference_step, second_moment_shape
 from megachat.plan import resolve
 from megachat.schedule import learning_rate_multiplier, muon_momentum, weight_decay_multiplier
+from megachat.train.build import apply_compile
 from megachat.train.step import set_schedules
 from tests.harness import run_ranks
 from tests.training import SMALL_VOCAB, build, load_whole_state, random_rows, small_config, take_step, whole_state
@@ -197,3 +199,17 @@ def test_state_is_eight_bytes_a_muon_parameter_over_ranks_and_the_zero1_share(wo
         assert muon["master"] + muon["momentum"] == 8 * (parameters["matrices"] - gates + padded) // world
         tables = parameters["wte"] + parameters["value_embeds"] + parameters["lm_head"]
         assert 12 * tables // world <= adamw <= 12 * (tables + parameters["scalars"] + 6 * 2 * world) // world + 12
+
+
+def test_compiled_blocks_train_as_eager_ones():
+    model = {"depth": 2, "kv_heads": None}
+    eager, compiled = (run_ranks(train, 1, small_config(model=model, precision={"compile": flag}), 2, timeout_s=400)[0] for flag in (False, True))
+    for (loss, norm, _), (loss_eager, norm_eager, _) in zip(compiled[0], eager[0], strict=True):
+        assert loss == pytest.approx(loss_eager, rel=1e-6)
+        assert norm == pytest.approx(norm_eager, rel=1e-5)
+
+
+def test_compiling_without_a_compiler_is_refused(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="this machine has none"):
+        apply_compile(torch.nn.ModuleList(), torch.device("cpu"))

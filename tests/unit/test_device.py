@@ -19,24 +19,28 @@ keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER
 print(json.dumps([dataclasses.asdict(found), {key: os.environ[key] for key in keys}]))
 """
 
+_LAUNCH = ("RANK", "WORLD", "LOCAL", "MASTER", "OMPI", "SLURM", "CROSS", "TORCHELASTIC")
+
 
 def bootstrapped(**variables: str):
-    clean = {key: value for key, value in os.environ.items() if key.split("_")[0] not in ("RANK", "WORLD", "LOCAL", "MASTER", "OMPI", "SLURM")}
+    clean = {key: value for key, value in os.environ.items() if key.split("_")[0] not in _LAUNCH}
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, env=clean | variables, capture_output=True, text=True)
     return json.loads(done.stdout) if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
 
 
 def test_one_process_takes_a_free_port():
     found, env = bootstrapped()
-    assert (found["rank"], found["world_size"], found["launcher"], env["MASTER_ADDR"]) == (0, 1, "one process", "127.0.0.1")
+    assert (found["rank"], found["world_size"], found["launcher"], env["MASTER_ADDR"]) == (0, 1, "python", "127.0.0.1")
     assert int(env["MASTER_PORT"]) > 0
 
 
 def test_torch_variables_are_taken_as_they_are():
     given = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "5", "LOCAL_WORLD_SIZE": "2"}
     found, env = bootstrapped(**given)
-    assert found == {"rank": 3, "local_rank": 1, "world_size": 4, "local_size": 2, "launcher": "torch variables"}
+    assert found == {"rank": 3, "local_rank": 1, "world_size": 4, "local_size": 2, "launcher": "RANK and WORLD_SIZE"}
     assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == ("host", "5")
+    assert bootstrapped(**given, TORCHELASTIC_RUN_ID="1")[0]["launcher"] == "torchrun"
+    assert bootstrapped(**given, CROSS_SIZE="1")[0]["launcher"] == "deepspeed"
 
 
 def test_mpirun_with_a_master_needs_no_mpi4py():

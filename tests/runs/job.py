@@ -1,0 +1,193 @@
+"""A tiny job as a user starts it: text, a tokenizer, a config file, the launchers, and what a run leaves behind."""
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from megachat.checkpoint.load import load_checkpoint
+from megachat.checkpoint.storage import read_index
+from megachat.data.tokenizer import Tokenizer, save_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = "launch/pretrain.py"
+BIN = Path(sys.executable).parent  # where pip puts the launchers beside the interpreter
+STEPS = 6
+CONFIG = {
+    "model": {"depth": 2, "aspect_ratio": 16, "head_size": 16, "sequence_len": 64},
+    "batch": {"tokens": 6 * 64, "micro_rows": 1},  # 6 rows are shared evenly by 1, 2 and 3 ranks
+    "horizon": {"steps": STEPS},
+    "optimizer": {"scale_to_batch": False, "warmup_steps": 2},
+    "precision": {"compute": "float32"},
+    "evaluate": {"every": 3, "tokens": 7 * 64, "prompts": ["the old"], "sample_tokens": 4},  # 7 rows are not
+    "checkpoint": {"every": 2},
+}
+_WORDS = "the old river carried small boats past seven quiet towns while people on its banks sang about rain bread and winter".split()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the tests' inputs lie; every job gets its own config file and run folder under `runs`."""
+
+    data: Path
+    tokenizer: Path
+    runs: Path
+
+
+@dataclass(frozen=True)
+class Done:
+    """A program that has ended."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines of stderr that a user takes for errors."""
+        return [line for line in self.err.splitlines() if line.startswith("error:")]
+
+
+def write_shard(path: Path, documents: int, seed: int) -> None:
+    rng = random.Random(seed)
+    texts = [" ".join(rng.choice(_WORDS) for _ in range(rng.randint(3, 40))) + "." for _ in range(documents)]
+    pq.write_table(pa.table({"text": texts}), path, row_group_size=20)
+
+
+def make_place(folder: Path) -> Place:
+    place = Place(folder / "data", folder / "tokenizer", folder / "runs")
+    place.data.mkdir()
+    place.runs.mkdir()
+    for index, documents in enumerate((60, 60, 30)):
+        write_shard(place.data / f"shard_{index:05d}.parquet", documents, seed=index)
+    save_tokenizer(place.tokenizer, Tokenizer({bytes([byte]): byte for byte in range(256)}), {"source": "tests"})
+    return place
+
+
+def command(place: Place, name: str, *arguments: str, config: dict | None = None) -> list[str]:
+    """PROGRAM with a config file of this run; `config` overrides CONFIG key by key."""
+    merged = {section: dict(values) for section, values in CONFIG.items()}
+    merged["data"] = {"folder": str(place.data), "tokenizer": str(place.tokenizer), "streams": 4}
+    merged["run"] = {"folder": str(place.runs)}
+    for section, values in (config or {}).items():
+        merged.setdefault(section, {}).update(values)
+    path = place.runs / f"{name}.json"
+    path.write_text(json.dumps(merged))
+    return [PROGRAM, "--config", str(path), *arguments]
+
+
+def launched(launcher: str, world: int, program: list[str]) -> list[str]:
+    """The command line that starts `program` on `world` ranks of this machine."""
+    return {
+        "python": [sys.executable],
+        "deepspeed": [BIN / "deepspeed", "--num_accelerators", world, "--master_port", free_port()],
+        "torchrun": [BIN / "torchrun", "--nproc-per-node", world, "--master-port", free_port()],
+        "mpirun": [BIN / "mpirun", "-n", world, "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", sys.executable],
+    }[launcher] + program
+
+
+def environment() -> dict[str, str]:
+    """Without what a launcher or a GPU would tell: these tests are about CPUs. OpenMP's idle threads sleep, so that processes share few cores."""
+    told = ("RANK", "WORLD", "LOCAL", "MASTER", "OMPI", "PMIX", "SLURM", "OMP", "TORCHELASTIC", "GROUP", "ROLE", "CROSS")
+    clean = {key: value for key, value in os.environ.items() if key.split("_")[0] not in told}
+    return clean | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def begin(line: list, variables: dict[str, str] | None = None) -> subprocess.Popen:
+    """Start a command line from the repository's root, in a session of its own, with more environment variables."""
+    line, variables = [str(part) for part in line], environment() | (variables or {})
+    return subprocess.Popen(line, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def finish(process: subprocess.Popen, timeout_s: float = 120) -> Done:
+    try:
+        out, err = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        out, err = process.communicate()
+        raise AssertionError(f"no end after {timeout_s} s; it had said:\n{out}\n{err}") from None
+    return Done(process.returncode, out, err)
+
+
+def train(place: Place, name: str, *arguments: str, launcher: str | None = None, world: int = 1, config: dict | None = None) -> Path:
+    """Run a job that must succeed; returns its run folder."""
+    launcher = launcher or ("python" if world == 1 else "torchrun")
+    done = finish(begin(launched(launcher, world, command(place, name, *arguments, config=config))))
+    assert done.status == 0, f"{launcher} on {world} ended with {done.status}:\n{done.out}\n{done.err}"
+    return place.runs / name
+
+
+def refused(place: Place, name: str, *arguments: str, config: dict | None = None) -> str:
+    """Run a job in one process that must be refused with one sentence, which is returned, and nothing else on stderr."""
+    done = finish(begin(launched("python", 1, command(place, name, *arguments, config=config))))
+    assert done.status == 2, f"ended with {done.status}:\n{done.out}\n{done.err}"
+    assert done.err == f"{''.join(done.errors)}\n" and len(done.errors) == 1, done.err
+    return done.errors[0].removeprefix("error: ")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+# ---- what a run left behind
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Step -> training loss; a step that is told twice is an error."""
+    told = [(line["step"], line["train/loss"]) for line in metrics(run) if "train/loss" in line]
+    assert len({step for step, _ in told}) == len(told), "a step is told twice"
+    return dict(told)
+
+
+def bits_per_byte(run: Path) -> dict[int, float]:
+    return {line["step"]: line["val/bpb"] for line in metrics(run) if "val/bpb" in line}
+
+
+def checkpoints(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def checkpoint(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step_{step:06d}"
+
+
+def facts(path: Path) -> dict:
+    return json.loads((path / "checkpoint.json").read_text())
+
+
+def state(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whole, by name: weights and both optimizers."""
+    whole = {name: torch.full(entry["shape"], torch.nan) for name, entry in read_index(path).items()}
+    load_checkpoint(path, {name: (tuple(tensor.shape), [((0,) * tensor.ndim, tuple(tensor.shape), tensor)]) for name, tensor in whole.items()})
+    return whole
+
+
+def different(found: Path, wanted: Path) -> list[str]:
+    """Names of the tensors of two checkpoints that differ in any bit."""
+    one, other = state(found), state(wanted)
+    assert one.keys() == other.keys() and len(one) > 20
+    return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+def ledgers(path: Path) -> dict[str, bytes]:
+    """Stream file -> running hash of the documents that it has given out."""
+    found = {}
+    for file in sorted((path / "loader").glob("stream_*.npz")):
+        with np.load(file) as arrays:
+            found[file.name] = arrays["ledger"].tobytes()
+    return found

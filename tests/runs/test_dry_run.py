@@ -1,0 +1,80 @@
+"""--dry-run tells what would be done, and the owners it names are those of the real optimizers."""
+
+import re
+
+import pytest
+
+from megachat.optim.groups import assign
+from megachat.parallel.collectives import all_gather_objects
+from megachat.parallel.engine import adamw_fragments
+from megachat.plan import resolve
+from megachat.train.report import ownership
+from megachat.train.step import set_schedules
+from tests.harness import run_ranks
+from tests.runs.job import begin, command, finish, launched
+from tests.training import SMALL_VOCAB, build, small_config
+
+
+def dry_run(place, *arguments):
+    done = finish(begin(launched("python", 1, command(place, "dry", "--dry-run", *arguments))))
+    assert (done.status, done.err) == (0, "")
+    assert not (place.runs / "dry").exists()
+    return done.out
+
+
+def test_a_dry_run_prints_config_plan_and_owners(place):
+    out = dry_run(place, "--set", "optimizer.matrix_lr=0.03")
+    config, plan, owners = out.split("\n\n")
+    assert "* optimizer.matrix_lr = 0.03" in config and "  optimizer.embedding_lr = 0.3" in config and "* model.depth = 2" in config
+    assert "layout = data 1 x tensor 1 x pipeline 1" in plan
+    assert "width = 32   [depth * aspect_ratio up to whole heads = 2 * 16 up to a multiple of 16]" in plan
+    assert "accumulation = 6   [rows_per_step / (micro_rows * ranks)]" in plan
+    assert "rates.matrix = 0.03   [matrix_lr * 1 (optimizer.scale_to_batch is off)" in plan
+    assert "parameters.total = 55,350" in plan
+    lines = owners.splitlines()
+    assert lines[1].split() == ["parameter", "shape", "optimizer", "state", "on", "data", "ranks", "lead", "lr", "decay"]
+    assert lines[-1] == "13 matrices on Muon, 8 tensors on AdamW" and len(lines) == 2 + 21 + 1
+    (row,) = [line.split() for line in lines if line.startswith("transformer.h.1.mlp.c_fc.weight")]
+    assert row[1:] == ["128x32", "muon", "0", "0", "0.06", "0.28"]
+
+
+def test_a_dry_run_plans_for_any_number_of_ranks(place):
+    out = dry_run(place, "--world", "3", "--set", f"data.folder={place.data / 'none'}", "--set", "model.vocab_size=265")
+    assert "layout = data 3 x tensor 1 x pipeline 1" in out and "accumulation = 2 " in out
+    owners = [re.split(r"  +", line) for line in out.splitlines() if re.search(r" (muon|adamw) ", line)]
+    assert {row[4] for row in owners if row[2] == "muon"} == {"0", "1", "2"}, "all ranks lead some matrices"
+    assert all(row[4] == "-" for row in owners if row[2] == "adamw")
+
+
+def held(config):
+    """name -> optimizer, ranks that hold state, lead, rate and decay, as the running optimizers have them."""
+    training = build(config, SMALL_VOCAB)
+    set_schedules(training, 5)  # after the warm-up and before the decay the multiplier is 1
+    rank, zero = training.mesh.data.rank, training.engine.optimizer
+    groups = {parameter.place.name: group for group, flat in zip(zero.param_groups, zero.bit16_groups, strict=True) for parameter in flat}
+    mine = {
+        parameter.place.name: (rank, groups[parameter.place.name]["lr"], groups[parameter.place.name]["weight_decay"])
+        for parameter, _, _, _ in adamw_fragments(zero)
+    }
+    moments = {name for kind, name, _, pieces in training.muon.state_shards() if kind == "second_moment" and pieces}
+    masters = {name for kind, name, _, pieces in training.muon.state_shards() if kind == "master" and pieces}
+    return all_gather_objects((mine, masters, moments), training.mesh.world), assign(p.place for p in training.layers.parameters())
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_owners_are_those_of_the_running_optimizers(world):
+    config = small_config(optimizer={"muon_multiplier": "flipped"})
+    plan = resolve(config, world, SMALL_VOCAB)
+    (ranks, groups), *_ = run_ranks(held, world, config)
+    lines = ownership(config, plan)
+    assert {line.name for line in lines} == set(groups) and len(lines) == len(groups)
+    for line in lines:
+        assert line.optimizer == groups[line.name].optimizer
+        if line.optimizer == "muon":
+            assert line.owners == tuple(rank for rank, (_, masters, _) in enumerate(ranks) if line.name in masters), line.name
+            assert [line.lead] == [rank for rank, (_, _, moments) in enumerate(ranks) if line.name in moments], line.name
+        else:
+            owned = [adamw[line.name] for adamw, _, _ in ranks if line.name in adamw]
+            assert line.owners == tuple(rank for rank, _, _ in owned), line.name
+            assert {(line.lr, line.decay)} == {(lr, decay) for _, lr, decay in owned}, line.name
+    assert any(len(line.owners) == 1 for line in lines) and any(len(line.owners) == world for line in lines)

@@ -1,0 +1,94 @@
+"""The same config under every launcher: equal losses, and what a run folder holds."""
+
+import json
+import math
+
+import pytest
+
+from megachat.data.tokenizer import load_tokenizer
+from tests.runs.job import STEPS, begin, bits_per_byte, checkpoints, command, finish, launched, losses, metrics, train
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "mpirun"])
+def test_the_launchers_agree_bit_for_bit(launcher, two, place):
+    run = train(place, f"two_{launcher}", launcher=launcher, world=2)
+    assert len(losses(two)) == STEPS and len(bits_per_byte(two)) == 2
+    assert losses(run) == losses(two) and bits_per_byte(run) == bits_per_byte(two), f"{launcher} differs from torchrun"
+    told = json.loads((run / "environment.json").read_text())[0]["launch"]
+    assert (told["rank"], told["world_size"], told["local_size"], told["launcher"]) == (0, 2, 2, launcher)
+
+
+def test_two_ranks_have_the_losses_of_one_process(one, two):
+    alone, together = losses(one), losses(two)
+    assert [together[step] for step in range(STEPS)] == pytest.approx([alone[step] for step in range(STEPS)], rel=1e-5)
+    assert bits_per_byte(two) == pytest.approx(bits_per_byte(one), rel=1e-5)
+    assert alone[STEPS - 1] < alone[0] - 1, "nothing was learnt, so equal losses would say little"
+
+
+def test_three_ranks_have_the_losses_of_one_process(one, place):
+    three = train(place, "three", world=3)
+    alone, together = losses(one), losses(three)
+    assert together[0] == pytest.approx(alone[0], rel=1e-6)
+    # means over three ranks round otherwise, and orthogonalizing the nearly singular first gradients magnifies that
+    assert [together[step] for step in range(STEPS)] == pytest.approx([alone[step] for step in range(STEPS)], rel=5e-3)
+
+
+def test_a_run_folder_tells_everything(one, place):
+    files = sorted(path.name for path in one.iterdir())
+    assert files == ["checkpoints", "config.json", "environment.json", "metrics.jsonl", "plan.json", "samples"]
+    assert checkpoints(one) == ["step_000002", "step_000004", "step_000006"]
+    plan = json.loads((one / "plan.json").read_text())
+    assert (plan["steps"], plan["tokens_per_step"], plan["layout"]) == (STEPS, 384, {"data": 1, "tensor": 1, "pipeline": 1})
+    (environment,) = json.loads((one / "environment.json").read_text())
+    assert environment["compute_dtype"] == "torch.float32" and environment["packages"]["torch"] and "--config" in environment["command"]
+    (samples,) = (one / "samples").iterdir()
+    ((prompt, text),) = json.loads(samples.read_text()).items()
+    assert samples.name == f"step_{STEPS:06d}.json" and prompt == "the old" and text.startswith(prompt)
+    assert len(load_tokenizer(place.tokenizer).encode(text)) == len(prompt) + 4
+
+
+def test_metrics_have_the_dashboard_keys(one):
+    lines = [line for line in metrics(one) if "train/loss" in line]
+    assert [line["step"] for line in lines] == list(range(STEPS))
+    for line in lines:
+        assert {
+            "train/loss",
+            "train/lrm",
+            "train/dt",
+            "train/tok_per_sec",
+            "train/epoch",
+            "total_training_time",
+            "total_training_flops",
+        } <= line.keys()
+        assert "train/mfu" not in line, "the peak of a CPU is not known"
+        assert line["train/dt"] > 0 and line["train/epoch"] == 1 and math.isfinite(line["train/grad_norm"]) and not line["train/skipped"]
+        assert line["train/muon_matrices"] == 13
+    assert [line["train/lrm"] for line in lines[:3]] == [0.5, 1.0, 1.0]
+    flops = [line["total_training_flops"] for line in metrics(one)]
+    assert flops[0] == 0 and flops == sorted(flops)
+    evaluated = [line for line in metrics(one) if "val/bpb" in line]
+    assert [line["step"] for line in evaluated] == [3, STEPS] and all(
+        {"total_training_time", "total_training_flops"} <= line.keys() for line in evaluated
+    )
+    assert evaluated[1]["val/bpb"] < evaluated[0]["val/bpb"]
+    assert evaluated[1]["total_training_flops"] == pytest.approx(STEPS * 384 * json.loads((one / "plan.json").read_text())["flops_per_token"])
+
+
+def test_the_saved_config_runs_again(one, place):
+    arguments = ["--config", str(one / "config.json"), "--set", "run.folder=" + str(place.runs / "again")]
+    done = finish(begin(launched("python", 1, [command(place, "unused")[0], *arguments])))
+    assert done.status == 0, done.err
+    again = place.runs / "again" / "one"
+    assert losses(again) == losses(one) and bits_per_byte(again) == bits_per_byte(one)
+
+
+def test_ranks_started_with_other_settings_are_refused(place):
+    """As on two hosts with other copies of the config: rank 1 is told another seed."""
+    program = command(place, "unlike")
+    each = ["bash", "-c", f"exec {{}} {' '.join(program)} --set run.seed=$RANK"]
+    line = [part.format(launched("python", 1, [])[0]) for part in each]
+    torchrun = launched("torchrun", 2, [])
+    done = finish(begin([*torchrun, "--no-python", *line]))
+    assert done.status != 0
+    assert done.errors == ["error: rank 1 was started with another config than rank 0: start all ranks with the same --config and --set"]
+    assert not (place.runs / "unlike").exists()

@@ -1,0 +1,136 @@
+"""A run that stops and goes on equals the one that never stopped: bit for bit on as many ranks, row for row on any number."""
+
+import shutil
+
+import pytest
+import torch
+
+from megachat.checkpoint.load import load_model
+from tests.runs.job import (
+    STEPS,
+    begin,
+    bits_per_byte,
+    checkpoint,
+    checkpoints,
+    command,
+    different,
+    facts,
+    finish,
+    launched,
+    ledgers,
+    losses,
+    metrics,
+    refused,
+    train,
+)
+
+STOP = 3  # not a step at which checkpoint.every saves
+
+
+def stopped_copy(run, place, name):
+    """The run folder of a run that stopped, to go on with elsewhere."""
+    shutil.copytree(run, place.runs / name)
+    return place.runs / name
+
+
+def crash_after(run, step):
+    """What a crash leaves: later checkpoints do not exist, but the metrics of the steps after `step` do, the last line cut short."""
+    for name in checkpoints(run):
+        if name > f"step_{step:06d}":
+            shutil.rmtree(run / "checkpoints" / name)
+    path = run / "metrics.jsonl"
+    path.write_text(path.read_text()[:-20])
+
+
+def check_equal(run, uninterrupted):
+    """Losses and evaluations as written, weights, both optimizers, counters and the documents seen."""
+    assert losses(run) == losses(uninterrupted)
+    assert bits_per_byte(run) == bits_per_byte(uninterrupted)
+    final, wanted = checkpoint(run, STEPS), checkpoint(uninterrupted, STEPS)
+    assert different(final, wanted) == []
+    weights = load_model(final)
+    assert weights.keys() == load_model(wanted).keys() and all(bool(torch.isfinite(weight).all()) for weight in weights.values())
+    assert ledgers(final) == ledgers(wanted) and len(ledgers(final)) == 4
+    found, expected = facts(final), facts(wanted)
+    assert (found["adamw_steps"], found["loss_scaler"]) == (expected["adamw_steps"], expected["loss_scaler"])
+    for step in {4, STEPS}:  # the first holds the evaluation that was made before the stop
+        found, expected = facts(checkpoint(run, step))["loop"], facts(checkpoint(uninterrupted, step))["loop"]
+        assert found.pop("training_s") >= 0 and found.items() <= expected.items()
+
+
+@pytest.fixture(scope="module")
+def stopped(place):
+    """World size -> run folder of a run that was told to stop after STOP of its steps."""
+    settings = {"horizon": {"steps": STEPS, "stop_step": STOP}}
+    return {world: train(place, f"stopped_{world}", world=world, config=settings) for world in (1, 2)}
+
+
+def test_a_stopped_run_has_trained_on_the_schedule_of_the_whole(one, two, stopped):
+    for uninterrupted, run in ((one, stopped[1]), (two, stopped[2])):
+        assert losses(run) == {step: loss for step, loss in losses(uninterrupted).items() if step < STOP}
+        assert checkpoints(run) == ["step_000002", "step_000003"]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_stop_and_go_on_is_bit_for_bit_the_same(world, one, two, stopped, place):
+    run = stopped_copy(stopped[world], place, f"resumed_{world}")
+    train(place, run.name, "--resume", "auto", world=world)
+    check_equal(run, {1: one, 2: two}[world])
+    assert [line["step"] for line in metrics(run)] == [0, 1, 2, 3, 3, 4, 5, 6], (
+        "one curve: the evaluations after 3 and 6 steps among six training lines"
+    )
+    assert metrics(run)[-1]["total_training_flops"] == metrics(one)[-1]["total_training_flops"]
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)])
+def test_another_number_of_ranks_sees_the_same_rows(before, after, one, stopped, place):
+    run = stopped_copy(stopped[before], place, f"from_{before}_to_{after}")
+    train(place, run.name, "--resume", "auto", world=after)
+    assert ledgers(checkpoint(run, STEPS)) == ledgers(checkpoint(one, STEPS))
+    assert ledgers(checkpoint(run, STEPS)) != ledgers(checkpoint(one, 4))
+    assert losses(run) == pytest.approx(losses(one), rel=1e-4)
+    assert bits_per_byte(run) == pytest.approx(bits_per_byte(one), rel=1e-4)
+    assert facts(checkpoint(run, STEPS))["layout"]["data"] == after
+
+
+@pytest.mark.parametrize("compute", ["bfloat16", "float16"])
+def test_a_crash_in_half_precision_costs_nothing_but_time(compute, place):
+    # a scale that no float16 gradient survives: skipped steps and a scaler that has moved are part of what must come back
+    settings = {
+        "precision": {"compute": compute, "loss_scale": 2.0**24, "loss_scale_window": 2},
+        "evaluate": {"every": 0},
+        "checkpoint": {"every": 4},
+    }
+    uninterrupted = train(place, f"whole_{compute}", world=2, config=settings)
+    run = stopped_copy(uninterrupted, place, f"crashed_{compute}")
+    crash_after(run, 4)
+    train(place, run.name, "--resume", "auto", world=2, config=settings)
+    check_equal(run, uninterrupted)
+    if compute == "float16":
+        saved = facts(checkpoint(run, 4))
+        assert saved["loop"]["skipped_steps"] > 0 and saved["loss_scaler"]["cur_scale"] != 2.0**24
+        assert saved["adamw_steps"] == 4 - saved["loop"]["skipped_steps"]
+
+
+def test_starting_over_in_the_folder_of_another_run_is_refused(one, place):
+    before = sorted(one.rglob("*")), (one / "metrics.jsonl").read_bytes(), (one / "config.json").read_bytes()
+    assert (
+        refused(place, "one")
+        == f"{one} already holds checkpoints up to step_000006: continue with --resume auto, or start another with --set run.name=NAME"
+    )
+    assert (sorted(one.rglob("*")), (one / "metrics.jsonl").read_bytes(), (one / "config.json").read_bytes()) == before
+
+
+def test_resuming_a_finished_run_says_so(one, place):
+    told = losses(one), bits_per_byte(one)
+    done = finish(begin(launched("python", 1, command(place, "one", "--resume", "auto"))))
+    assert done.status == 0 and done.err == ""
+    assert "nothing to do: step 6 is not before the last step 6; raise horizon.steps or horizon.stop_step to go on" in done.out
+    assert f"resumed from {checkpoint(one, 6)} at step 6" in done.out
+    assert (losses(one), bits_per_byte(one)) == told
+
+
+def test_a_named_checkpoint_of_another_run_can_be_gone_on_with(one, place):
+    run = train(place, "branched", "--resume", str(checkpoint(one, 4)))
+    assert losses(run) == {step: loss for step, loss in losses(one).items() if step >= 4}
+    assert different(checkpoint(run, STEPS), checkpoint(one, STEPS)) == []

@@ -1,0 +1,182 @@
+"""metrics.jsonl as one curve, the console's line, the progress bar, and wandb's share of the same dictionary."""
+
+import contextlib
+import fcntl
+import json
+import os
+import pty
+import struct
+import sys
+import termios
+
+import pytest
+
+from megachat.config import LogConfig
+from megachat.errors import UserError
+from megachat.train.metrics import Metrics, check_wandb, console_line
+
+STAND_IN = """
+starts, logged, finished = [], [], []
+refuse = False
+class Run:
+    def log(self, values, step): logged.append((step, values))
+    def finish(self): finished.append(True)
+def init(**settings):
+    starts.append(settings)
+    if refuse: raise RuntimeError("no account")
+    return Run()
+"""
+
+
+def open_metrics(folder, first_step=0, *, writes=True, wandb="off"):
+    log = LogConfig(wandb=wandb, wandb_project="project")
+    return Metrics(folder, log, writes=writes, first_step=first_step, steps=10, run_name="name", settings={"plan": {"steps": 10}})
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def train_line(step, **more):
+    return {"step": step, "train/loss": 5.0 - step} | more
+
+
+def write_a_run(folder, steps):
+    """Training lines of steps 0 .. steps - 1, an evaluation after every second, as the loop writes them."""
+    metrics = open_metrics(folder)
+    for step in range(steps):
+        metrics.record(train_line(step))
+        if (step + 1) % 2 == 0:
+            metrics.record({"step": step + 1, "val/bpb": 1.0})
+    metrics.close()
+
+
+def test_each_record_is_a_line_at_once(tmp_path):
+    metrics = open_metrics(tmp_path)
+    metrics.record(train_line(0))
+    assert lines(tmp_path) == [train_line(0)], "a crash must not lose it"
+    metrics.close()
+
+
+def test_a_resumed_run_continues_one_curve(tmp_path):
+    write_a_run(tmp_path, 6)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "train/lo')  # the crash
+    metrics = open_metrics(tmp_path, 4)
+    metrics.record(train_line(4, again=True))
+    metrics.close()
+    assert [(line["step"], "val/bpb" in line) for line in lines(tmp_path)] == [(0, 0), (1, 0), (2, 1), (2, 0), (3, 0), (4, 1), (4, 0)]
+    assert lines(tmp_path)[-1]["again"]
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def test_what_was_done_after_the_checkpoint_is_forgotten(tmp_path):
+    write_a_run(tmp_path, 6)
+    open_metrics(tmp_path, 3).close()
+    assert [(line["step"], "val/bpb" in line) for line in lines(tmp_path)] == [(0, 0), (1, 0), (2, 1), (2, 0)]
+    open_metrics(tmp_path, 0).close()
+    assert lines(tmp_path) == []
+
+
+@pytest.mark.parametrize("damage", ["\n", "null\n", "3\n", '{"no step": 1}\n', "\0\0\0\n"])
+def test_lines_that_are_no_record_are_dropped(damage, tmp_path):
+    write_a_run(tmp_path, 2)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(damage)
+    open_metrics(tmp_path, 2).close()
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2]
+
+
+def test_other_ranks_write_nothing(tmp_path, capsys):
+    metrics = open_metrics(tmp_path, writes=False, wandb="online")
+    metrics.say("hello")
+    metrics.record(train_line(0))
+    metrics.advance(1)
+    metrics.close()
+    assert os.listdir(tmp_path) == [] and capsys.readouterr().out == ""
+
+
+def test_a_pipe_gets_lines_and_no_bar(tmp_path, capsys):
+    metrics = open_metrics(tmp_path)
+    metrics.say("hello")
+    metrics.advance(5)
+    metrics.close()
+    assert capsys.readouterr() == ("hello\n", "")
+
+
+def test_a_terminal_gets_a_bar_and_the_lines_above_it(tmp_path, monkeypatch):
+    screen, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    with os.fdopen(terminal, "w") as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        metrics = open_metrics(tmp_path, 4)
+        metrics.say("hello")
+        metrics.advance(6)
+        metrics.close()
+    shown = b""
+    with contextlib.suppress(OSError):  # how a terminal without programs ends
+        while part := os.read(screen, 4096):
+            shown += part
+    os.close(screen)
+    assert b"hello\r\n" in shown and shown.index(b"4/10") < shown.index(b"6/10")
+
+
+@pytest.fixture
+def wandb(tmp_path, monkeypatch):
+    """A module of this name in front of any that is installed."""
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "wandb.py").write_text(STAND_IN)
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    import wandb
+
+    yield wandb
+    del sys.modules["wandb"]
+
+
+def test_wandb_gets_the_same_dictionary(wandb, tmp_path):
+    metrics = open_metrics(tmp_path, wandb="offline")
+    metrics.record(train_line(0))
+    metrics.record({"step": 1, "val/bpb": 1.5})
+    metrics.close()
+    assert [values for _, values in wandb.logged] == lines(tmp_path) == [train_line(0), {"step": 1, "val/bpb": 1.5}]
+    assert [step for step, _ in wandb.logged] == [0, 1]
+    (start,) = wandb.starts
+    assert (start["project"], start["name"], start["mode"], start["config"]) == ("project", "name", "offline", {"plan": {"steps": 10}})
+    assert start["dir"] == str(tmp_path) and wandb.finished == [True]
+
+
+def test_wandb_continues_the_curve_of_a_resumed_run_only(wandb, tmp_path):
+    for first_step in (0, 4, 0):
+        open_metrics(tmp_path, first_step, wandb="online").close()
+    first, resumed, anew = [start["id"] for start in wandb.starts]
+    assert first == resumed != anew and len(first) >= 8 and all(start["resume"] == "allow" for start in wandb.starts)
+
+
+def test_a_wandb_that_does_not_start_is_told(wandb, tmp_path):
+    wandb.refuse = True
+    with pytest.raises(UserError, match=r"wandb could not start \(no account\): run `wandb login`, or set log.wandb=offline or off"):
+        open_metrics(tmp_path, wandb="online")
+
+
+def test_a_wandb_that_is_not_installed_is_told(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # what Python keeps for "there is none"
+    check_wandb(LogConfig())
+    with pytest.raises(UserError, match='log.wandb is "online" but wandb is not installed'):
+        check_wandb(LogConfig(wandb="online"))
+
+
+VALUES = {"step": 7, "train/loss": 3.25, "train/grad_norm": 0.5, "train/lrm": 0.75, "train/dt": 0.25, "train/tok_per_sec": 12345}
+VALUES |= {"train/epoch": 2, "train/skipped": False}
+
+
+def test_the_console_line_leaves_out_what_is_not_known():
+    assert console_line(VALUES, 20, None) == (
+        "step 00007/00020 (35.00%) | loss 3.250000 | norm 0.5000 | lrm 0.75 | dt 250ms | tok/s 12,345 | epoch 2"
+    )
+
+
+def test_the_console_line_tells_mfu_time_left_and_a_skipped_step():
+    line = console_line(VALUES | {"train/mfu": 41.236, "train/skipped": True, "train/grad_norm": float("inf")}, 20, 90.0)
+    assert line.split(" | ")[2] == "norm inf"
+    assert line.split(" | ")[6:] == ["mfu 41.24%", "epoch 2", "eta 1.5m", "SKIPPED: the gradient was not finite"]
