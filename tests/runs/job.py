@@ -1,5 +1,6 @@
 """A tiny job as a user starts it: text, a tokenizer, a config file, the launchers, and what a run leaves behind."""
 
+import contextlib
 import json
 import os
 import random
@@ -135,9 +136,12 @@ def refused(place: Place, name: str, *arguments: str, config: dict | None = None
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """One below those that the kernel gives to connections: it stays free for the seconds that a launcher takes to bind it."""
+    while True:
+        port = random.randint(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 # ---- what a run left behind
