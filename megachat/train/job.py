@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from megachat.config import Config, load_config, save_config
+from megachat.data.atomic import write_whole
 from megachat.data.shards import DataSummary, check_data_folder
 from megachat.data.tokenizer import Tokenizer, load_tokenizer
 from megachat.device import LaunchEnvironment, bootstrap_environment, choose_device, describe_environment, device_name, peak_flops
@@ -15,7 +16,7 @@ from megachat.errors import UserError
 from megachat.parallel.collectives import all_gather_objects, barrier
 from megachat.plan import Plan, resolve
 from megachat.train.build import Run, build_run, place_environment, start
-from megachat.train.loop import end_collectives, train, write_atomically
+from megachat.train.loop import end_collectives, train
 from megachat.train.metrics import Metrics, check_wandb
 from megachat.train.report import describe_config, describe_ownership, describe_plan, ownership, plan_values
 from megachat.train.state import LoopState, check_checkpoint, find_checkpoint, load_state
@@ -133,13 +134,16 @@ def _agree(checkpoint: Path | None, mesh) -> Path | None:
 
 
 def _write_run_folder(run: Run, environment: LaunchEnvironment) -> None:
-    run.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the run folder {run.folder} cannot be made ({error.strerror}): set run.folder to a place that can be written") from None
     save_config(run.config, run.folder / "config.json")
-    write_atomically(run.folder / "plan.json", json.dumps(plan_values(run.plan), indent=2))
+    write_whole(run.folder / "plan.json", json.dumps(plan_values(run.plan), indent=2).encode() + b"\n")
     path = run.folder / "environment.json"
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     now = describe_environment(run.mesh.device) | {"launch": place_environment(environment), "compute_dtype": str(run.compute_dtype)}
-    write_atomically(path, json.dumps([*earlier, now], indent=2))
+    write_whole(path, json.dumps([*earlier, now], indent=2).encode() + b"\n")
 
 
 def _banner(run: Run, environment: LaunchEnvironment) -> list[str]:

@@ -3,12 +3,11 @@
 import gc
 import json
 import math
-import os
-from pathlib import Path
 
 import numpy as np
 import torch
 
+from megachat.data.atomic import write_whole
 from megachat.device import peak_flops, peak_memory_bytes
 from megachat.errors import UserError
 from megachat.evals.bpb import ValidationRows, bits_per_byte
@@ -89,9 +88,9 @@ def _sample(run: Run, state: LoopState, metrics: Metrics) -> None:
                 )
                 texts.append(run.tokenizer.decode(row[1:]))
         run.layers.train()
-        write_atomically(
-            run.folder / "samples" / f"step_{state.step:06d}.json", json.dumps(dict(zip(prompts, texts, strict=True)), indent=2, ensure_ascii=False)
-        )
+        told = json.dumps(dict(zip(prompts, texts, strict=True)), indent=2, ensure_ascii=False)
+        (run.folder / "samples").mkdir(exist_ok=True)
+        write_whole(run.folder / "samples" / f"step_{state.step:06d}.json", told.encode() + b"\n")
         for text in texts:
             metrics.say(f"sample: {text!r}")
     barrier(run.mesh.world)
@@ -132,14 +131,6 @@ def _tell(run: Run, state: LoopState, result: StepResult, metrics: Metrics) -> N
     metrics.say(console_line(values | {"train/grad_norm": result.norm}, run.plan.steps, eta_s))
     metrics.record(values)
     metrics.advance(state.step + 1)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write under a temporary name, then rename; the folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def end_collectives() -> None:

@@ -1,0 +1,1 @@
+"""Tests that start the real programs, under the real launchers."""

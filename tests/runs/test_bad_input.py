@@ -43,6 +43,10 @@ CASES = {
         ["{folder}/cut/step_000004 is cut short: __0_0.distcp has 1000 bytes, not ", "--resume auto"],
     ),
     "damaged_index": (["--resume", "{folder}/damaged/step_000004"], ["{folder}/damaged/step_000004", "tensors.json"]),
+    "run_folder": (
+        ["--set", "run.folder={folder}/nothing/wandb.py"],
+        ["the run folder {folder}/nothing/wandb.py/run_folder cannot be made (Not a directory): set run.folder"],
+    ),
     "missing_loader": (["--resume", "{folder}/missing/step_000004"], ["is cut short: loader/stream_00002.npz is missing"]),
 }
 
