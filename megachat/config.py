@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megachat.errors import UserError
 
@@ -25,7 +25,7 @@ class RunConfig(_Section):
 class ModelConfig(_Section):
     """Sizes; nearly all follow from depth."""
 
-    depth: int = Field(12, ge=1, description="number of blocks; width, heads, batch, steps and rates follow from it")
+    depth: int = Field(12, ge=1, le=1000, description="number of blocks; width, heads, batch, steps and rates follow from it")
     aspect_ratio: int = Field(64, ge=1, description="width a block before rounding up to whole heads")
     head_size: int = Field(128, ge=2, multiple_of=2, description="channels a head")
     kv_heads: int | None = Field(None, ge=1, description="key/value heads; none: as many as query heads")
@@ -35,13 +35,6 @@ class ModelConfig(_Section):
         "SSSL", pattern="^[SL]+$", description="attention windows tiled over blocks: S quarter, L whole; the last is always L"
     )
     rotary: Literal["slices", "chunk"] = Field("slices", description="how halves of a head are taken; same maths")
-
-    @field_validator("depth")
-    @classmethod
-    def _depth_is_sane(cls, depth: int) -> int:
-        if depth > 1000:
-            raise ValueError("should be at most 1000")
-        return depth
 
 
 class DataConfig(_Section):
@@ -227,7 +220,7 @@ def _one_line(source: str, problem: dict[str, Any]) -> str:
         elsewhere = [key for key in candidates if key.split(".")[-1] == location[-1]]  # the right key in the wrong section
         near = elsewhere[:1] or difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
         return f"{source}: unknown key {name}" + (f"; did you mean {near[0]}?" if near else "; see megachat/config.py for all keys")
-    text = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    text = problem["msg"].replace("Input should", "should")
     return f"{source}: {name} is {json.dumps(problem['input'])} but {text}"
 
 

@@ -73,13 +73,3 @@ def flops_per_token(dims: Dimensions) -> int:
     """Training FLOPs: 6 a matmul parameter, and 12 x heads x head_size x visible keys a block for attention (PaLM, arXiv 2204.02311)."""
     matmul = scaling_parameters(dims) + SMEAR_CHANNELS
     return 6 * matmul + sum(12 * dims.heads * dims.head_size * min(window, dims.sequence_len) for window in dims.windows)
-
-
-def zero1_state_bytes(adamw_elements: int, ranks: int) -> int:
-    """ZeRO-1's share a rank without padding: float32 master and two moments."""
-    return 12 * adamw_elements // ranks
-
-
-def muon_state_bytes(muon_elements: int, ranks: int) -> int:
-    """The Muon partition's share a rank: float32 master and momentum."""
-    return 8 * muon_elements // ranks

@@ -139,9 +139,10 @@ def device_name(device: torch.device) -> str:
 
 def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 FLOPs a second of the device, or None when it is not known."""
+    if device.type != "cuda":
+        return None
     name = device_name(device)
-    known = [peak for part, peak in _PEAK_BF16_FLOPS.items() if part in name]
-    return known[0] if device.type == "cuda" and known else None
+    return next((peak for part, peak in _PEAK_BF16_FLOPS.items() if part in name), None)
 
 
 def synchronize(device: torch.device) -> None:

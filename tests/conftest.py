@@ -1,4 +1,5 @@
-"""One thread in the test process: the ranks it starts share the cores with it."""
+"""One thread in the test process, as in the ranks it starts: they share the cores with it, and other thread counts may cut a matrix
+multiplication elsewhere and give other bits."""
 
 import torch
 

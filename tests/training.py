@@ -1,9 +1,12 @@
 """A model under its engine without data files: rows are given by the test. What the tests with ranks compare."""
 
+from datetime import timedelta
+
 import torch
 
 from megachat.config import Config
-from megachat.parallel.engine import adamw_fragments, adamw_steps, start_collectives
+from megachat.parallel.collectives import all_gather_objects
+from megachat.parallel.engine import adamw_steps, start_collectives
 from megachat.parallel.mesh import build_mesh
 from megachat.plan import resolve
 from megachat.train.build import Training, build_training
@@ -30,8 +33,6 @@ def small_config(**changes: dict) -> Config:
 
 def build(config: Config, vocab_size: int) -> Training:
     """On the ranks that torch.distributed already has."""
-    from datetime import timedelta
-
     start_collectives(torch.device("cpu"), "gloo", timedelta(seconds=60))
     mesh = build_mesh(torch.device("cpu"))
     plan = resolve(config, mesh.world.size, vocab_size)
@@ -58,8 +59,6 @@ def take_step(training: Training, rows: torch.Tensor) -> tuple[float, float, boo
 
 def whole_state(training: Training) -> dict[str, torch.Tensor]:
     """Every state tensor by checkpoint name, assembled from all ranks, on every rank."""
-    from megachat.parallel.collectives import all_gather_objects
-
     mine = [(name, shape, [(o, s, view.clone()) for o, s, view in rectangles]) for name, (shape, rectangles) in state_pieces(training).items()]
     whole: dict[str, torch.Tensor] = {}
     for pieces in all_gather_objects(mine, training.mesh.world):
@@ -80,6 +79,3 @@ def load_whole_state(training: Training, whole: dict[str, torch.Tensor], adamw_s
         counter.fill_(adamw_step)
     training.engine.optimizer.update_lp_params()
     training.muon.refresh_weights()
-
-
-__all__ = ["SMALL_VOCAB", "adamw_fragments", "build", "load_whole_state", "own_rows", "random_rows", "small_config", "take_step", "whole_state"]

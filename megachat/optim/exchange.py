@@ -43,7 +43,7 @@ class Exchange:
         """This rank's shard of updates, flat, to the whole matrices [m, n] that it leads, by index; some are views of `updates`."""
         arrived = {}
         if self.needed:
-            parts = [[self._piece(updates, self.held[move.matrix]) for move in moves] for moves in self.sent]
+            parts = [[updates[self.held[move.matrix].in_shard] for move in moves] for moves in self.sent]
             counts = [sum(move.stop - move.start for move in moves) for moves in self.received]
             buffer = self._all_to_all(parts, counts, updates)
             order = [move for moves in self.received for move in moves]
@@ -77,11 +77,8 @@ class Exchange:
         all_to_all(received, sent, self.axis, receive_counts=receive_counts, send_counts=send_counts).wait()
         return received
 
-    def _piece(self, shard: torch.Tensor, piece: Fragment) -> torch.Tensor:
-        return shard[piece.offset : piece.offset + piece.stop - piece.start]
-
     def _assemble(self, index: int, updates: torch.Tensor, arrived: dict[tuple[int, int], torch.Tensor]) -> torch.Tensor:
-        parts = [self._piece(updates, piece) if piece.rank == self.axis.rank else arrived[index, piece.start] for piece in self.plan.fragments[index]]
+        parts = [updates[piece.in_shard] if piece.rank == self.axis.rank else arrived[index, piece.start] for piece in self.plan.fragments[index]]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(self.plan.matrices[index].shape)
 
     def _scale_part(self, index: int, piece: Fragment | Move, scale: torch.Tensor) -> torch.Tensor:

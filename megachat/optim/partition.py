@@ -100,7 +100,7 @@ class MuonPartition:
             matrix = self.plan.matrices[index]
             parameter = parameters[matrix.name]
             if piece := exchange.held.get(index):
-                bucket.master[piece.offset : piece.offset + piece.stop - piece.start] = parameter.reshape(-1)[piece.start : piece.stop]
+                bucket.master[piece.in_shard] = parameter.reshape(-1)[piece.start : piece.stop]
             view = bucket.part(bucket.weights, place, matrix)
             view.copy_(parameter)
             parameter.data = view
@@ -212,7 +212,7 @@ class MuonPartition:
     def _apply(self, bucket: _Buffers, directed: Directed) -> None:
         """The elementwise half of the step on one fragment, rectangle by rectangle, so that scales broadcast."""
         matrix, piece = self.plan.matrices[directed.matrix], directed.fragment
-        master = bucket.master[piece.offset : piece.offset + piece.stop - piece.start]
+        master = bucket.master[piece.in_shard]
         targets = flat_rectangles(matrix.shape, master, piece.start)
         directions = flat_rectangles(matrix.shape, directed.direction, piece.start)
         first_row = targets[0][0][0]
@@ -251,7 +251,7 @@ class MuonPartition:
             for index in bucket.layout.matrices:
                 matrix, piece = self.plan.matrices[index], exchange.held.get(index)
                 for kind, flat in (("master", bucket.master), ("momentum", bucket.momentum)):
-                    own = flat[piece.offset : piece.offset + piece.stop - piece.start] if piece else flat[:0]
+                    own = flat[piece.in_shard] if piece else flat[:0]
                     shards.append((kind, matrix.name, matrix.shape, flat_rectangles(matrix.shape, own, piece.start if piece else 0)))
                 shape, moment = second_moment_shape(matrix.shape), self._second_moment.get(index)
                 shards.append(("second_moment", matrix.name, shape, [] if moment is None else [((0, 0), shape, moment)]))

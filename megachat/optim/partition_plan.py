@@ -59,6 +59,11 @@ class Fragment:
     stop: int
     offset: int
 
+    @property
+    def in_shard(self) -> slice:
+        """Where it lies in its rank's shard."""
+        return slice(self.offset, self.offset + self.stop - self.start)
+
 
 @dataclass(frozen=True)
 class Bucket:

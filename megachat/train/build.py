@@ -1,6 +1,5 @@
 """Where model meets parallel: from config and plan to a run that can train."""
 
-import dataclasses
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from torch import nn
 from megachat.config import Config
 from megachat.data.loader import Loader
 from megachat.data.tokenizer import Tokenizer
-from megachat.device import LaunchEnvironment, choose_compute_dtype, collective_backend
+from megachat.device import choose_compute_dtype, collective_backend
 from megachat.errors import UserError
 from megachat.model.gpt import Loss, ModelOptions, build_layers
 from megachat.model.parameters import placed_parameters
@@ -169,8 +168,3 @@ def apply_compile(layers: nn.ModuleList, device: torch.device) -> None:
         raise UserError("precision.compile needs a C++ compiler on a CPU and this machine has none: install g++ or set precision.compile=false")
     for layer in layers:
         layer.compile(dynamic=False)
-
-
-def place_environment(environment: LaunchEnvironment) -> dict:
-    """The launch environment as JSON values."""
-    return dataclasses.asdict(environment)

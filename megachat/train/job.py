@@ -1,5 +1,6 @@
 """A pretraining job from its command line to its last checkpoint, on every rank."""
 
+import dataclasses
 import errno
 import json
 import time
@@ -15,7 +16,7 @@ from megachat.device import LaunchEnvironment, bootstrap_environment, choose_dev
 from megachat.errors import UserError
 from megachat.parallel.collectives import all_gather_objects, barrier
 from megachat.plan import Plan, resolve
-from megachat.train.build import Run, build_run, place_environment, start
+from megachat.train.build import Run, build_run, start
 from megachat.train.loop import end_collectives, train
 from megachat.train.metrics import Metrics, check_wandb
 from megachat.train.report import describe_config, describe_ownership, describe_plan, ownership, plan_values
@@ -142,7 +143,7 @@ def _write_run_folder(run: Run, environment: LaunchEnvironment) -> None:
     write_whole(run.folder / "plan.json", json.dumps(plan_values(run.plan), indent=2).encode() + b"\n")
     path = run.folder / "environment.json"
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    now = describe_environment(run.mesh.device) | {"launch": place_environment(environment), "compute_dtype": str(run.compute_dtype)}
+    now = describe_environment(run.mesh.device) | {"launch": dataclasses.asdict(environment), "compute_dtype": str(run.compute_dtype)}
     write_whole(path, json.dumps([*earlier, now], indent=2).encode() + b"\n")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megachat.config import LogConfig
+from megachat.data.atomic import write_whole
 from megachat.errors import UserError
 
 METRICS_NAME = "metrics.jsonl"
@@ -76,9 +77,7 @@ def _keep_until(path: Path, step: int) -> None:
             continue
         if stays:
             kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, "".join(kept).encode())
 
 
 def check_wandb(log: LogConfig) -> None:

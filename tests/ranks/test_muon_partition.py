@@ -269,15 +269,6 @@ def _different_plans():
 # ---- the tests
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """As the ranks: other thread counts may cut a matrix multiplication elsewhere, and give other bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("world", WORLDS)
 def test_every_bucket_size_gives_the_bits_of_one_process(world):
     settings = [(compute, BF16, layers, 1) for compute in (BF16, FP32) for layers in (1, 2, None)] + [(FP16, BF16, 3, 1)]
