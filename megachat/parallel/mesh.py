@@ -11,7 +11,7 @@ import torch.distributed as dist
 class Axis:
     """One axis of the mesh, as seen by this process.
 
-    name: "data", "tensor", "pipeline" or "world". size: processes along it. rank: this process's place, 0 .. size - 1.
+    name: "data", "tensor", "pipeline", "stage" or "world". size: processes along it. rank: this process's place, 0 .. size - 1.
     group: the torch process group (always there, also at size 1). ranks: the world ranks along it, in order.
     """
 
@@ -24,12 +24,16 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """The axes and the device of this process; built once and passed along."""
+    """The axes and the device of this process; built once and passed along.
+
+    stage: the data x tensor grid of this process's pipeline stage; its place there is data.rank * tensor.size + tensor.rank.
+    """
 
     world: Axis
     data: Axis
     tensor: Axis
     pipeline: Axis
+    stage: Axis
     device: torch.device
     topology: Any  # DeepSpeed's ProcessTopology, for PipelineModule
 
@@ -48,8 +52,10 @@ def build_mesh(device: torch.device, *, tensor: int = 1, pipeline: int = 1) -> M
         raise ValueError(f"tensor {tensor} x pipeline {pipeline} does not divide a world of {world}")
     topology = PipeModelDataParallelTopology(num_pp=pipeline, num_mp=tensor, num_dp=world // (tensor * pipeline))
     axes = {}
-    for name, axis in (("data", "data"), ("tensor", "model"), ("pipeline", "pipe")):
-        for ranks in topology.get_axis_comm_lists(axis) or [[rank] for rank in range(world)]:
+    lists = {name: topology.get_axis_comm_lists(axis) for name, axis in (("data", "data"), ("tensor", "model"), ("pipeline", "pipe"))}
+    lists["stage"] = [topology.get_axis_list("pipe", stage) for stage in range(pipeline)]
+    for name, groups in lists.items():
+        for ranks in groups or [[rank] for rank in range(world)]:
             group = dist.new_group(ranks)  # every process takes part in making every group, its own or not
             if dist.get_rank() in ranks:
                 axes[name] = Axis(name, len(ranks), ranks.index(dist.get_rank()), group, tuple(ranks))
