@@ -8,6 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that was not installed
 
 from megachat.errors import user_errors_end_the_program  # noqa: E402
+from megachat.hosts import check_launcher_hostfile  # noqa: E402
 
 
 def rank() -> int:
@@ -27,6 +28,8 @@ def main() -> None:
     if arguments.world is not None and (arguments.world < 1 or not arguments.dry_run):
         parser.error("--world is the number of ranks, 1 or more, to plan for with --dry-run; a launcher says how many run")
 
+    nodes = os.environ.get("CROSS_SIZE")  # deepspeed's number of hosts
+    check_launcher_hostfile(int(nodes) if nodes else None)
     from megachat.train.job import pretrain  # after parsing: --help need not load torch
 
     pretrain(arguments.config, arguments.set, resume=arguments.resume, dry_run=arguments.dry_run, world=arguments.world)

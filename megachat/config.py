@@ -99,8 +99,11 @@ class ParallelConfig(_Section):
     """Axes of the mesh; the data axis takes the remaining ranks."""
 
     tensor: int = Field(1, ge=1, description="ranks that share each matrix")
+    sequence: bool = Field(False, description="between tensor-parallel regions each rank keeps its share of the tokens only")
     pipeline: int = Field(1, ge=1, description="stages that share the blocks")
-    timeout_s: int = Field(600, ge=1, description="seconds a collective may wait before the job stops")
+    stall_s: int = Field(120, ge=1, description="seconds without any progress, one rank waiting for others, after which the job stops and says where")
+    rendezvous_s: int = Field(120, ge=1, description="seconds that the first ranks wait at start-up for the others")
+    timeout_s: int = Field(600, ge=1, description="torch's limit for one collective; start-up, evaluation and saving may take nine tenths of it")
 
 
 class EvaluateConfig(_Section):

@@ -63,6 +63,20 @@ def parameter_counts(dims: Dimensions) -> dict[str, int]:
     return counts | {"total": sum(counts.values())}
 
 
+def layer_costs(dims: Dimensions) -> list[tuple[int, int]]:
+    """(parameters, training FLOPs a token) of what each layer really holds: the embedding, every block with its value embedding, the head."""
+    table = dims.padded_vocab * dims.width
+    costs = [(table + SMEAR_CHANNELS + 1, 6 * SMEAR_CHANNELS)]
+    for block, window in enumerate(dims.windows):
+        matrices = 2 * dims.width * dims.heads * dims.head_size + 2 * dims.width * dims.kv_width + 2 * MLP_RATIO * dims.width**2
+        parameters = matrices + 2
+        if dims.has_value_embedding(block):
+            matrices += GATE_CHANNELS * dims.kv_heads
+            parameters += GATE_CHANNELS * dims.kv_heads + dims.padded_vocab * dims.kv_width
+        costs.append((parameters, 6 * matrices + 12 * dims.heads * dims.head_size * min(window, dims.sequence_len)))
+    return [*costs, (table + 1, 6 * table)]
+
+
 def scaling_parameters(dims: Dimensions) -> int:
     """Block matrices and lm_head: the count that gives nanochat its cleanest scaling laws."""
     counts = parameter_counts(dims)

@@ -1,4 +1,4 @@
-"""The one way a user's mistake is reported: one sentence on stderr, exit status 2, no traceback."""
+"""The one way a user's mistake is reported: one sentence on stderr, exit status 2, no traceback; and what the other exit statuses mean."""
 
 import functools
 import sys
@@ -6,6 +6,9 @@ import time
 from collections.abc import Callable
 
 EXIT_STATUS = 2
+LOST_RANK_STATUS = 3  # another rank died, failed or cannot be reached
+STALL_STATUS = 4  # the job stood still for parallel.stall_s
+STOPPED_STATUS = 143  # told to stop by SIGTERM (128 + 15, as a shell counts it), or the launcher has gone
 _OTHER_RANKS_WAIT_S = 3.0
 
 

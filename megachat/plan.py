@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from megachat.config import Config
-from megachat.counts import Dimensions, flops_per_token, parameter_counts, scaling_parameters, up_to_multiple, window_sizes
+from megachat.counts import Dimensions, flops_per_token, layer_costs, parameter_counts, scaling_parameters, up_to_multiple, window_sizes
 from megachat.errors import UserError
 
 REFERENCE_DEPTH = 12  # nanochat tunes its settings there and carries them to other depths
@@ -14,6 +14,7 @@ REFERENCE_TOKENS = 2**19  # best batch at the reference depth
 BATCH_EXPONENT = 0.383  # Power Lines, arXiv 2505.13738
 REFERENCE_WIDTH = 768
 LARGEST_AUTO_MICRO_ROWS = 16
+AUTO_MICRO_BATCHES_A_STAGE = 4  # keeps the pipeline's bubble below a fifth
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Plan:
 
     dims: Dimensions
     layout: Layout
+    stages: tuple[tuple[int, int], ...]  # layers [first, last) of each pipeline stage; layer 0 embeds, then the blocks, then the head
+    bubble: float  # share of a step that the ranks of a pipeline wait for each other, from FLOPs alone
     tokens_per_step: int
     rows_per_step: int
     micro_rows: int
@@ -57,17 +60,20 @@ def resolve(config: Config, world: int, vocab_size: int) -> Plan:
     Raises UserError for a layout or a batch that does not fit, with the nearest values that do.
     """
     why: dict[str, str] = {}
-    layout = resolve_layout(config, world)
     dims = resolve_dimensions(config, vocab_size, why=why)
+    layout = resolve_layout(config, dims, world)
+    stages = resolve_stages(dims, layout.pipeline)
     target_tokens, reference_tokens = _token_horizon(config, dims, vocab_size, why)
     asked = _asked_tokens(config, dims, layout, target_tokens, reference_tokens, why)
-    rows, micro_rows, accumulation = _solve_batch(config, dims.sequence_len, layout.data, asked, why)
+    rows, micro_rows, accumulation = _solve_batch(config, dims.sequence_len, layout, asked, why)
     tokens = rows * dims.sequence_len
     steps = _steps(config, dims, tokens, target_tokens, why)
     stop = min(steps, config.horizon.stop_step or steps)
     rates, decay = _rates(config, dims, tokens, target_tokens, reference_tokens, why)
     flops = flops_per_token(dims)
     evaluation_rows = max(1, (config.evaluate.tokens or 20 * tokens) // dims.sequence_len)
+    why["stages"] = "contiguous layers; the largest stage's share of FLOPs plus its share of parameters is as small as it can be"
+    why["bubble"] = "1 - m * sum / p / ((m - 1) * max + sum) of the p stages' FLOPs over m micro-batches; (p - 1) / (m + p - 1) if all are equal"
     why["total_tokens"] = f"steps * tokens_per_step = {steps} * {tokens}"
     why["flops_per_token"] = "6 * (block matrices + lm_head + smear gate) + sum of 12 * heads * head_size * min(window, sequence_len)"
     why["total_flops"] = f"flops_per_token * total_tokens = {flops:.4g} * {steps * tokens:.4g}"
@@ -75,6 +81,8 @@ def resolve(config: Config, world: int, vocab_size: int) -> Plan:
     return Plan(
         dims=dims,
         layout=layout,
+        stages=stages,
+        bubble=bubble_share([sum(flops for _, flops in layer_costs(dims)[first:last]) for first, last in stages], accumulation),
         tokens_per_step=tokens,
         rows_per_step=rows,
         micro_rows=micro_rows,
@@ -92,13 +100,55 @@ def resolve(config: Config, world: int, vocab_size: int) -> Plan:
     )
 
 
-def resolve_layout(config: Config, world: int) -> Layout:
-    """The axes of a world of `world` ranks. Raises UserError when they do not fit, or are not built yet."""
+def resolve_layout(config: Config, dims: Dimensions, world: int) -> Layout:
+    """The axes of a world of `world` ranks. Raises UserError when they do not fit the world or the model, with the nearest sizes that do."""
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
-    for name, size in (("tensor", tensor), ("pipeline", pipeline)):
-        if size > 1:
-            raise UserError(f"parallel.{name} is {size}, but this version has the data axis only: set parallel.{name}=1")
+    if world % (tensor * pipeline):
+        unit = tensor * pipeline
+        near = " or ".join(str(count) for count in (world // unit * unit, -(-world // unit) * unit) if count)
+        started = f"{world} ranks that were started" if world > 1 else "1 rank that was started"
+        raise UserError(
+            f"parallel.tensor {tensor} x parallel.pipeline {pipeline} does not divide the {started}: start {near} ranks, or lower one of the two"
+        )
+    for what, count in (("query heads", dims.heads), ("key/value heads", dims.kv_heads)):
+        if count % tensor:
+            near = max(size for size in range(1, tensor) if dims.heads % size == 0 and dims.kv_heads % size == 0)
+            raise UserError(f"parallel.tensor is {tensor}, which does not divide the model's {count} {what}: set parallel.tensor to {near}")
+    if config.parallel.sequence and (tensor == 1 or dims.sequence_len % tensor):
+        wanted = "parallel.tensor above 1" if tensor == 1 else f"a model.sequence_len that {tensor} divides, and {dims.sequence_len} is not"
+        raise UserError(f"parallel.sequence needs {wanted}: change that, or set parallel.sequence=false")
+    if pipeline > dims.depth:
+        told = f"parallel.pipeline is {pipeline}, more stages than the model's {dims.depth} blocks"
+        raise UserError(f"{told}: set parallel.pipeline to {dims.depth} or less")
     return Layout(world // (tensor * pipeline), tensor, pipeline)
+
+
+def resolve_stages(dims: Dimensions, stages: int) -> tuple[tuple[int, int], ...]:
+    """Layers [first, last) of each pipeline stage, so that the largest cost of a stage is least; cost is the share of all FLOPs plus the share
+    of all parameters, because the busiest stage sets the time and the fullest one must fit its memory."""
+    costs = layer_costs(dims)
+    all_parameters, all_flops = (sum(cost[kind] for cost in costs) for kind in (0, 1))
+    shares = [parameters / all_parameters + flops / all_flops for parameters, flops in costs]
+    sums = [0.0]
+    for share in shares:
+        sums.append(sums[-1] + share)
+    # best[count][last]: (the least largest stage when layers [0, last) form `count` stages, where the last of these begins)
+    best = [{0: (0.0, 0)}]
+    for count in range(1, stages + 1):
+        best.append({})
+        for last in range(count, len(costs) - (stages - count) + 1):
+            best[count][last] = min((max(best[count - 1][first][0], sums[last] - sums[first]), first) for first in best[count - 1] if first < last)
+    cuts = [len(costs)]
+    for count in range(stages, 0, -1):
+        cuts.append(best[count][cuts[-1]][1])
+    cuts.reverse()
+    return tuple(zip(cuts, cuts[1:], strict=False))
+
+
+def bubble_share(stage_flops: list[int], micro_batches: int) -> float:
+    """The share of a 1F1B step (PipeDream, arXiv 2006.09503) in which a rank waits, averaged over stages, if time were FLOPs alone."""
+    total = sum(stage_flops)
+    return 1 - micro_batches * total / len(stage_flops) / ((micro_batches - 1) * max(stage_flops) + total)
 
 
 def resolve_dimensions(config: Config, vocab_size: int, *, depth: int | None = None, why: dict[str, str] | None = None) -> Dimensions:
@@ -149,8 +199,9 @@ def _asked_tokens(config: Config, dims: Dimensions, layout: Layout, target: floa
     return tokens
 
 
-def _solve_batch(config: Config, sequence_len: int, ranks: int, tokens: int | None, why: dict[str, str]) -> tuple[int, int, int]:
+def _solve_batch(config: Config, sequence_len: int, layout: Layout, tokens: int | None, why: dict[str, str]) -> tuple[int, int, int]:
     """(rows a step, rows a micro-batch, micro-batches a step); any two of the three settle the third."""
+    ranks = layout.data
     micro, accumulation = config.batch.micro_rows, config.batch.accumulation
     why["rows_per_step"] = "tokens_per_step / sequence_len"
     why["micro_rows"] = "batch.micro_rows" if micro else "rows_per_step / (ranks * accumulation)"
@@ -169,8 +220,13 @@ def _solve_batch(config: Config, sequence_len: int, ranks: int, tokens: int | No
         return rows, micro, share
     if accumulation:
         return rows, share, accumulation
-    micro = max(n for n in range(1, LARGEST_AUTO_MICRO_ROWS + 1) if share % n == 0)
-    why["micro_rows"] = f"largest divisor of the {share} rows of a rank up to {LARGEST_AUTO_MICRO_ROWS}"
+    most = LARGEST_AUTO_MICRO_ROWS
+    if layout.pipeline > 1:
+        most = min(most, max(1, share // (AUTO_MICRO_BATCHES_A_STAGE * layout.pipeline)))
+    micro = max(n for n in range(1, most + 1) if share % n == 0)
+    why["micro_rows"] = f"largest divisor of the {share} rows of a rank up to {most}" + (
+        f", {AUTO_MICRO_BATCHES_A_STAGE} micro-batches a stage if there are so many rows" if layout.pipeline > 1 else ""
+    )
     return rows, micro, share // micro
 
 

@@ -11,8 +11,8 @@ SOURCES = sorted((ROOT / "megachat").rglob("*.py"))
 PROGRAMS = sorted([*(ROOT / "launch").glob("*.py"), *(ROOT / "tools").glob("*.py")])
 LEVELS = (
     ("errors",),
-    ("config", "counts", "schedule", "device"),
-    ("kernels", "plan"),
+    ("config", "counts", "schedule", "device", "probe"),
+    ("kernels", "plan", "hosts"),
     ("model", "parallel"),
     ("optim", "data", "checkpoint"),
     ("evals",),
@@ -89,7 +89,7 @@ def test_sizes():
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 size = node.end_lineno - node.lineno + 1
                 assert size <= 60, f"{path}: {node.name} has {size} lines"
-    assert total <= 7000
+    assert total <= 8500
 
 
 def test_the_environment_is_read_in_one_place():

@@ -12,6 +12,7 @@ from megachat.plan import resolve
 from megachat.train.build import Training, build_training
 from megachat.train.state import state_pieces
 from megachat.train.step import micro_batches
+from megachat.train.verify import related_rows
 
 SMALL = {
     "model": {"depth": 3, "aspect_ratio": 16, "head_size": 16, "kv_heads": 3, "sequence_len": 160, "window_pattern": "SL"},
@@ -21,6 +22,7 @@ SMALL = {
     "precision": {"compute": "float32"},
 }
 SMALL_VOCAB = 97
+random_rows = related_rows
 
 
 def small_config(**changes: dict) -> Config:
@@ -34,16 +36,9 @@ def small_config(**changes: dict) -> Config:
 def build(config: Config, vocab_size: int) -> Training:
     """On the ranks that torch.distributed already has."""
     start_collectives(torch.device("cpu"), "gloo", timedelta(seconds=60))
-    mesh = build_mesh(torch.device("cpu"))
+    mesh = build_mesh(torch.device("cpu"), tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
     plan = resolve(config, mesh.world.size, vocab_size)
     return build_training(config, plan, mesh, torch.ones(vocab_size, dtype=torch.int64))
-
-
-def random_rows(step: int, rows: int, tokens: int, vocab_size: int) -> torch.Tensor:
-    """[rows, tokens] int64 that depend on the step alone; neighbours are related, so that there is something to learn."""
-    generator = torch.Generator().manual_seed(1000 + step)
-    steps = torch.randint(0, 5, (rows, tokens), generator=generator)
-    return (torch.randint(0, vocab_size, (rows, 1), generator=generator) + steps.cumsum(1)) % vocab_size
 
 
 def own_rows(training: Training, rows: torch.Tensor) -> torch.Tensor:
@@ -54,18 +49,26 @@ def own_rows(training: Training, rows: torch.Tensor) -> torch.Tensor:
 def take_step(training: Training, rows: torch.Tensor) -> tuple[float, float, bool]:
     """(loss, joint norm, skipped) of one step over all ranks."""
     loss = training.engine.train_batch(micro_batches(own_rows(training, rows), training.plan.micro_rows)).item()
+    training.muon.wait()
     return loss, training.engine.joint_norm.item(), bool(training.engine.optimizer.overflow)
 
 
 def whole_state(training: Training) -> dict[str, torch.Tensor]:
     """Every state tensor by checkpoint name, assembled from all ranks, on every rank."""
-    mine = [(name, shape, [(o, s, view.clone()) for o, s, view in rectangles]) for name, (shape, rectangles) in state_pieces(training).items()]
+    return assembled(state_pieces(training), training)
+
+
+def assembled(pieces: dict, training: Training) -> dict[str, torch.Tensor]:
+    """Whole tensors by name from all ranks' rectangles, on every rank; what several ranks hold must be equal to the bit."""
+    mine = [(name, shape, [(o, s, view.clone()) for o, s, view in rectangles]) for name, (shape, rectangles) in pieces.items()]
     whole: dict[str, torch.Tensor] = {}
-    for pieces in all_gather_objects(mine, training.mesh.world):
-        for name, shape, rectangles in pieces:
+    for others in all_gather_objects(mine, training.mesh.world):
+        for name, shape, rectangles in others:
             target = whole.setdefault(name, torch.full(shape, torch.nan))
             for offsets, sizes, view in rectangles:
-                target[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))] = view
+                here = target[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))]
+                assert torch.equal(here[~here.isnan()], view[~here.isnan()]), f"ranks keep different values of {name}"
+                here.copy_(view)
     return whole
 
 

@@ -1,6 +1,6 @@
 """Measurements, side by side in one run, as ratios: timings on shared machines are noisy and their ratios less so.
 
-python tools/bench.py dtype|start|loader --config configs/d4_cpu.json [...]; prints one JSON object with hardware and commit.
+python tools/bench.py dtype|start|loader|layouts --config configs/d4_cpu.json [...]; prints one JSON object with hardware and commit.
 """
 
 import argparse
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from megachat.config import load_config  # noqa: E402
-from megachat.device import bootstrap_environment, choose_device, collective_backend, describe_environment  # noqa: E402
+from megachat.device import bootstrap_environment, choose_device, collective_backend, describe_environment, free_port  # noqa: E402
 from megachat.errors import UserError, user_errors_end_the_program  # noqa: E402
 
 
@@ -99,16 +99,44 @@ def bench_loader(arguments) -> dict:
     return {"what": "tokens a second", "asked": asked, "found": found} | {name: round(ratio, 2) for name, ratio in ratios.items()}
 
 
+def bench_layouts(arguments) -> dict:
+    """Loss curves of one process and of each layout in float32, from the same start over the same rows: the largest difference of any step."""
+    curves, seconds = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for layout in ("dp=1", *arguments.layouts.split()):
+            sizes = {"dp": 1, "tp": 1, "pp": 1} | {axis: int(size) for axis, size in (part.split("=") for part in layout.split(","))}
+            settings = [f"run.folder={folder}", f"run.name={layout}", "precision.compute=float32", f"horizon.stop_step={arguments.steps}"]
+            settings += [f"parallel.tensor={sizes['tp']}", f"parallel.pipeline={sizes['pp']}", "checkpoint.every=0", "evaluate.every=0"]
+            settings += [f"data.folder={arguments.data}", f"data.tokenizer={arguments.tokenizer}", "data.tokenizer_threads=1", *arguments.set]
+            # one core for one process: as many threads as each of the ranks has, because threads change the order of sums
+            pinned = ["taskset", "-c", "0"] if layout == "dp=1" else []
+            command = [*pinned, sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(sizes["dp"] * sizes["tp"] * sizes["pp"])]
+            command += ["--master-port", str(free_port()), str(ROOT / "launch" / "pretrain.py"), "--config", arguments.config]
+            done = subprocess.run([*command, *(part for setting in settings for part in ("--set", setting))], capture_output=True, text=True)
+            if done.returncode:
+                raise UserError(f"{layout} failed: {(done.stderr or done.stdout).strip().splitlines()[0]}")
+            lines = [json.loads(line) for line in (Path(folder) / layout / "metrics.jsonl").read_text().splitlines()]
+            curves[layout] = [line["train/loss"] for line in lines if "train/loss" in line]
+            seconds[layout] = statistics.median(line["train/dt"] for line in lines if "train/loss" in line)
+    found = {}
+    for layout, curve in curves.items():
+        apart = [abs(one - other) for one, other in zip(curve, curves["dp=1"], strict=True)]
+        found[layout] = {"largest_difference": max(apart), "at_step": apart.index(max(apart)), "last_loss": curve[-1], "step_s": seconds[layout]}
+    return {"what": f"loss over {arguments.steps} steps against one process", "found": found}
+
+
 @user_errors_end_the_program
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    kinds = {"dtype": bench_dtype, "start": bench_start, "loader": bench_loader}
+    kinds = {"dtype": bench_dtype, "start": bench_start, "loader": bench_loader, "layouts": bench_layouts}
     parser.add_argument("kind", choices=kinds)
     parser.add_argument("--config", default=str(ROOT / "configs" / "d4_cpu.json"))
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     parser.add_argument("--vocab-size", type=int, default=4096, help="where the config leaves it to a tokenizer")
-    parser.add_argument("--data", default="data/python", help="for loader")
-    parser.add_argument("--tokenizer", default="data/tokenizer", help="for loader")
+    parser.add_argument("--data", default="data/python", help="for loader and layouts")
+    parser.add_argument("--tokenizer", default="data/tokenizer", help="for loader and layouts")
+    parser.add_argument("--layouts", default="dp=2 tp=2 pp=2 dp=2,tp=2 dp=2,pp=2 tp=2,pp=2 dp=2,tp=2,pp=2", help="for layouts")
+    parser.add_argument("--steps", type=int, default=30, help="for layouts")
     parser.add_argument("--row-tokens", type=int, default=513, help="for loader")
     parser.add_argument("--rows", type=int, default=2000, help="for loader")
     parser.add_argument("--rounds", type=int, default=5, help="for dtype and start")

@@ -1,4 +1,10 @@
-"""Head and loss together: soft-capped logits and their cross entropy, in chunks of rows so that all logits never exist at once."""
+"""Head and loss together: soft-capped logits and their cross entropy, in chunks of rows so that all logits never exist at once.
+
+The table may be cut by rows over processes; each then computes its own logits, and only sums of exponentials and the target's logit are added up.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -6,13 +12,35 @@ import torch.nn.functional as F
 CHUNK_BYTES = 8 << 20  # float32 logits at a time: small enough for a CPU's cache, large enough for a GPU's matmul
 
 
-def capped_logits(hidden: torch.Tensor, weight: torch.Tensor, vocab_size: int, cap: float) -> torch.Tensor:
+@dataclass(frozen=True)
+class VocabularyPart:
+    """The rows of the table that this process holds: `start` is the token of its first row; `add` sums a tensor in place over all holders."""
+
+    start: int = 0
+    add: Callable[[torch.Tensor], object] = lambda tensor: None
+
+    def rows(self, table_rows: int, vocab_size: int) -> int:
+        """How many of the held rows are tokens and not padding."""
+        return max(0, min(table_rows, vocab_size - self.start))
+
+
+WHOLE = VocabularyPart()
+
+
+def capped_logits(hidden: torch.Tensor, weight: torch.Tensor, vocab_size: int, cap: float, part: VocabularyPart = WHOLE) -> torch.Tensor:
     """cap * tanh(hidden weight^T / cap) in float32, without the padding rows of the table.
 
-    hidden [..., width] in the compute dtype, weight [padded vocabulary, width]. Returns [..., vocab_size] float32.
+    hidden [..., width] in the compute dtype, weight [this part of the padded vocabulary, width]. Returns [..., vocab_size] float32, with a
+    gradient only when the table is whole.
     """
-    logits = F.linear(hidden, weight.to(hidden.dtype))[..., :vocab_size].float()
-    return cap * torch.tanh(logits / cap)
+    rows = part.rows(len(weight), vocab_size)
+    own = cap * torch.tanh(F.linear(hidden, weight[:rows].to(hidden.dtype)).float() / cap)
+    if part is WHOLE:
+        return own
+    whole = own.new_zeros(*own.shape[:-1], vocab_size)
+    whole[..., part.start : part.start + rows] = own
+    part.add(whole)
+    return whole
 
 
 def reference_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int, cap: float) -> torch.Tensor:
@@ -21,60 +49,81 @@ def reference_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets:
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=-1)
 
 
-def capped_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int, cap: float) -> torch.Tensor:
+def capped_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int, cap: float, part: VocabularyPart = WHOLE
+) -> torch.Tensor:
     """Mean cross entropy in nats, 0-dim float32, of `capped_logits` with targets [...] int64 below vocab_size, where -1 is not counted.
 
     Gradients are computed on the way forward, chunk by chunk, as Liger Kernel does (arXiv 2410.10989); cap must be at most 80, so that
-    exponentials of logits need no maximum subtracted. hidden [..., width], weight [padded vocabulary, width].
+    exponentials of logits need no maximum subtracted. hidden [..., width], weight [this part of the padded vocabulary, width]. The gradient
+    of `hidden` is this part's share of it.
     """
-    return _ChunkedCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), vocab_size, cap)
+    return _ChunkedCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), vocab_size, cap, part)
 
 
-def token_nats(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int, cap: float) -> torch.Tensor:
+@torch.no_grad()
+def token_nats(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int, cap: float, part: VocabularyPart = WHOLE
+) -> torch.Tensor:
     """Cross entropy of each target in nats, [rows] float32 (zero where the target is -1), without gradients."""
     rows, flat = hidden.flatten(0, -2), targets.flatten()
-    parts = [
-        F.cross_entropy(capped_logits(rows[chunk], weight, vocab_size, cap), flat[chunk], ignore_index=-1, reduction="none")
-        for chunk in _chunks(len(rows), vocab_size)
-    ]
+    table = weight[: part.rows(len(weight), vocab_size)].to(hidden.dtype)
+    parts = []
+    for chunk in _chunks(len(rows), max(1, len(table))):
+        sums, at_target, *_ = _chunk_terms(rows[chunk], table, flat[chunk], cap, part)
+        parts.append((sums.log() - at_target).squeeze(1) * (flat[chunk] >= 0))
     return torch.cat(parts)
 
 
-def _chunks(rows: int, vocab_size: int):
-    size = max(1, CHUNK_BYTES // (4 * vocab_size))
+def _chunks(rows: int, columns: int):
+    size = max(1, CHUNK_BYTES // (4 * columns))
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _chunk_terms(rows: torch.Tensor, table: torch.Tensor, targets: torch.Tensor, cap: float, part: VocabularyPart):
+    """(sums of exponentials [n, 1], capped logit at the target [n, 1], both over the whole vocabulary; the squashed logits [n, columns], their
+    exponentials, each target's column and 1 where it lies in this part)."""
+    local = targets - part.start
+    held = ((local >= 0) & (local < len(table))).float().unsqueeze(1)
+    index = local.clamp(0, max(0, len(table) - 1)).unsqueeze(1)
+    squashed = F.linear(rows, table).float().div_(cap).tanh_()
+    share = torch.mul(squashed, cap).exp_()
+    at_target = cap * squashed.gather(1, index) * held if len(table) else torch.zeros_like(held)
+    both = torch.cat((share.sum(dim=1, keepdim=True), at_target), dim=1)
+    part.add(both)
+    return both[:, :1], both[:, 1:], squashed, share, index, held
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, vocab_size, cap):
-        table = weight.to(hidden.dtype)[:vocab_size]
+    def forward(ctx, hidden, weight, targets, vocab_size, cap, part):
+        count = part.rows(len(weight), vocab_size)
+        table = weight.to(hidden.dtype)[:count]
         wanted = any(ctx.needs_input_grad[:2])
         hidden_gradient = torch.empty_like(hidden) if wanted else None
         table_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wanted else None
         total = torch.zeros((), device=hidden.device)
-        for chunk in _chunks(len(hidden), vocab_size):
+        for chunk in _chunks(len(hidden), max(1, count)):
             rows, target = hidden[chunk], targets[chunk]
             counted = (target >= 0).float().unsqueeze(1)
-            index = target.clamp_min(0).unsqueeze(1)
-            squashed = F.linear(rows, table).float().div_(cap).tanh_()
-            share = torch.mul(squashed, cap).exp_()
-            sums = share.sum(dim=1, keepdim=True)
-            total += ((sums.log() - cap * squashed.gather(1, index)) * counted).sum()
-            if wanted:
+            sums, at_target, squashed, share, index, held = _chunk_terms(rows, table, target, cap, part)
+            total += ((sums.log() - at_target) * counted).sum()
+            if wanted and not count:  # a part of nothing but padding
+                hidden_gradient[chunk] = 0
+            elif wanted:
                 # d loss / d raw logit = (softmax - one at the target) * (1 - tanh^2); the mean's division waits for backward,
                 # where float16's loss scale comes along and keeps small values alive
-                share.mul_(counted / sums).scatter_add_(1, index, -counted)
+                share.mul_(counted / sums).scatter_add_(1, index, -counted * held)
                 gradient = share.mul_(squashed.square_().neg_().add_(1.0)).to(hidden.dtype)
                 torch.mm(gradient, table, out=hidden_gradient[chunk])
-                table_gradient[:vocab_size] += gradient.T @ rows
-        count = (targets >= 0).sum()
+                table_gradient[:count] += gradient.T @ rows
+        targets_counted = (targets >= 0).sum()
         ctx.weight_dtype = weight.dtype
-        ctx.save_for_backward(hidden_gradient, table_gradient, count)
-        return total / count
+        ctx.save_for_backward(hidden_gradient, table_gradient, targets_counted)
+        return total / targets_counted
 
     @staticmethod
     def backward(ctx, outer):
         hidden_gradient, table_gradient, count = ctx.saved_tensors
         scale = outer / count
-        return hidden_gradient * scale, (table_gradient * scale).to(ctx.weight_dtype), None, None, None
+        return hidden_gradient * scale, (table_gradient * scale).to(ctx.weight_dtype), None, None, None, None

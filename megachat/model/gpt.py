@@ -12,7 +12,8 @@ from torch import nn
 
 from megachat.counts import GATE_CHANNELS, MLP_RATIO, SMEAR_CHANNELS, Dimensions
 from megachat.kernels.attention import attention
-from megachat.kernels.cross_entropy import capped_cross_entropy, capped_logits, token_nats
+from megachat.kernels.cross_entropy import WHOLE, VocabularyPart, capped_cross_entropy, capped_logits, token_nats
+from megachat.kernels.embedding import Table
 from megachat.kernels.linear import Linear
 from megachat.model.parameters import Place, initialize, place
 
@@ -65,15 +66,15 @@ class Embed(nn.Module):
     def __init__(self, dims: Dimensions, options: ModelOptions):
         super().__init__()
         self.compute_dtype = options.compute_dtype
-        self.wte = nn.Parameter(torch.empty(dims.padded_vocab, dims.width, dtype=options.table_dtype))
+        self.wte = Table(dims.padded_vocab, dims.width, options.table_dtype)
         self.smear_gate = Linear(SMEAR_CHANNELS, 1)
         self.smear_lambda = nn.Parameter(torch.empty(1))
-        place(self.wte, Place("transformer.wte.weight", tuple(self.wte.shape), -1, ("normal", 0.8), "vocabulary"))
+        place(self.wte.weight, Place("transformer.wte.weight", (dims.padded_vocab, dims.width), -1, ("normal", 0.8), "vocabulary"))
         place(self.smear_gate.weight, Place("smear_gate.weight", (1, SMEAR_CHANNELS), -1, ("uniform", 0.0, 0.02)))
         place(self.smear_lambda, Place("smear_lambda", (1,), -1, ("constant", 0.0)))
 
     def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        x = norm(F.embedding(ids, self.wte).to(self.compute_dtype))
+        x = norm(self.wte(ids).to(self.compute_dtype))
         gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[:, 1:, :SMEAR_CHANNELS]))
         x = torch.cat((x[:, :1], x[:, 1:] + gate * x[:, :-1]), dim=1)
         return x, x, ids
@@ -145,16 +146,15 @@ class Block(nn.Module):
             place(getattr(self, name), where)
         self.value_embed = None
         if dims.has_value_embedding(block):
-            self.value_embed = nn.Parameter(torch.empty(dims.padded_vocab, dims.kv_width, dtype=options.table_dtype))
-            bound = (3 / dims.width) ** 0.5
-            shape = tuple(self.value_embed.shape)
-            place(self.value_embed, Place(f"value_embeds.{block}.weight", shape, block, ("uniform", -bound, bound), "vocabulary"))
+            shape, bound = (dims.padded_vocab, dims.kv_width), (3 / dims.width) ** 0.5
+            self.value_embed = Table(*shape, options.table_dtype)
+            place(self.value_embed.weight, Place(f"value_embeds.{block}.weight", shape, block, ("uniform", -bound, bound), "feature"))
 
     def forward(self, stream: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         x, x0, *backout, ids = stream
         # 0-dim factors: a one-element float32 vector would promote bf16 activations to float32
         x = self.resid_lambda[0] * x + self.x0_lambda[0] * x0
-        value_embedding = None if self.value_embed is None else F.embedding(ids, self.value_embed).to(x.dtype)
+        value_embedding = None if self.value_embed is None else self.value_embed(ids).to(x.dtype)
         x = x + self.attn(norm(x), value_embedding)
         x = x + self.mlp(norm(x))
         if self.keeps_backout:
@@ -179,26 +179,40 @@ class Head(nn.Module):
 
 class Loss(nn.Module):
     """The head's output and targets [batch, tokens] -> in training the mean cross entropy in nats, 0-dim float32; in evaluation
-    [nats, bytes] float64 summed over the targets that have bytes (special tokens have none). A target of -1 is not counted."""
+    [nats, bytes] float64 summed over the targets that have bytes (special tokens have none). A target of -1 is not counted.
+    part: the rows of lm_head that the output comes with."""
 
-    def __init__(self, dims: Dimensions, token_bytes: torch.Tensor):
+    def __init__(self, dims: Dimensions, token_bytes: torch.Tensor, part: VocabularyPart = WHOLE):
         super().__init__()
-        self.vocab_size = dims.vocab_size
+        self.vocab_size, self.part = dims.vocab_size, part
         self.register_buffer("token_bytes", token_bytes.to(torch.int64), persistent=False)
 
     def forward(self, output: tuple[torch.Tensor, torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
         hidden, weight = output
         if self.training:
-            return capped_cross_entropy(hidden, weight, targets, self.vocab_size, LOGIT_CAP)
-        nats = token_nats(hidden, weight, targets, self.vocab_size, LOGIT_CAP).double()
+            return capped_cross_entropy(hidden, weight, targets, self.vocab_size, LOGIT_CAP, self.part)
+        nats = token_nats(hidden, weight, targets, self.vocab_size, LOGIT_CAP, self.part).double()
         flat = targets.flatten()
         size = torch.where(flat >= 0, self.token_bytes[flat.clamp_min(0)], 0)
         return torch.stack(((nats * (size > 0)).sum(), size.sum().double()))
 
 
-def logits(output: tuple[torch.Tensor, torch.Tensor], dims: Dimensions) -> torch.Tensor:
+def logits(output: tuple[torch.Tensor, torch.Tensor], dims: Dimensions, part: VocabularyPart = WHOLE) -> torch.Tensor:
     """The head's output -> capped logits [batch, tokens, vocab_size] float32."""
-    return capped_logits(*output, dims.vocab_size, LOGIT_CAP)
+    return capped_logits(*output, dims.vocab_size, LOGIT_CAP, part)
+
+
+class GreedyToken(nn.Module):
+    """The head's output [batch, tokens, ...] and positions [batch] int64 -> the most likely token after each row's position, [batch] int64."""
+
+    def __init__(self, dims: Dimensions, part: VocabularyPart = WHOLE):
+        super().__init__()
+        self.dims, self.part = dims, part
+
+    def forward(self, output: tuple[torch.Tensor, torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
+        hidden, weight = output
+        last = hidden[torch.arange(len(positions), device=hidden.device), positions]
+        return logits((last, weight), self.dims, self.part).argmax(dim=-1)
 
 
 def layer_builders(dims: Dimensions, options: ModelOptions):

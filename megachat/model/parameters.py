@@ -14,14 +14,15 @@ class Place:
 
     name: nanochat's checkpoint name. whole: shape of the tensor of that name. offset: where this parameter starts in it (per-layer scalars
     are one element each). block: index of the block it belongs to, -1 before the blocks, depth after them. cut: how the tensor axis may
-    divide it. start: ("normal", std), ("uniform", low, high) or ("constant", value).
+    divide it: matrices by "column" (output features, dim 0) or "row" (input features, dim 1), tables by "vocabulary" (dim 0) or "feature"
+    (dim 1, by key/value head), or not at all, "whole". start: ("normal", std), ("uniform", low, high) or ("constant", value).
     """
 
     name: str
     whole: tuple[int, ...]
     block: int
     start: tuple
-    cut: Literal["column", "row", "vocabulary", "whole"] = "whole"
+    cut: Literal["column", "row", "vocabulary", "feature", "whole"] = "whole"
     offset: tuple[int, ...] = ()
 
 

@@ -1,126 +1,111 @@
-"""The Muon partition: float32 masters and momentum in equal shards over the data axis, each matrix orthogonalized on one rank.
+"""The Muon partition: float32 masters and momentum in equal shards over the data x tensor grid of a pipeline stage, each matrix orthogonalized
+at one place of it.
 
-A step: gradients are summed over ranks into shards, momentum moves on shards, leads orthogonalize whole matrices, shards are updated,
-weights are gathered. The result depends on the ranks' gradients alone: neither the buckets nor the choice of leads changes a bit.
+A step: gradients are summed over the data axis into shards, momentum moves on shards, leads orthogonalize whole matrices, shards are updated,
+weights are gathered. The result depends on the gradients alone: neither the buckets nor the leads nor the tensor axis changes a bit.
 No state moves before step(), so a step can be given up until then.
 """
 
 import torch
 
+from megachat.optim.bucket_memory import BucketMemory
 from megachat.optim.exchange import Directed, Exchange
+from megachat.optim.matrix import Matrix
 from megachat.optim.muon import apply_update, momentum_update, orthogonalization_dtype, second_moment_shape, update_direction, update_scales
-from megachat.optim.partition_plan import Bucket, Matrix, make_plan
-from megachat.parallel.collectives import Pending, all_gather, all_gather_objects, all_to_all, reduce_scatter
-from megachat.parallel.mesh import Axis
-from megachat.parallel.rectangles import flat_rectangles
+from megachat.optim.partition_plan import make_plan
+from megachat.parallel.collectives import all_gather_objects
+from megachat.parallel.mesh import Mesh
+from megachat.parallel.rectangles import Rectangle, flat_rectangles
 
 _REDUCTIONS_IN_FLIGHT = 2  # buckets that hold wire buffers at a time: one on the wire while the next is packed
 
 
-class _Buffers:
-    """One bucket's memory on one rank; see partition_plan.Bucket for how matrices lie in it."""
-
-    def __init__(self, layout: Bucket, axis: Axis, weight_dtype: torch.dtype, device: torch.device):
-        self.layout = layout
-        self.own = slice(axis.rank * layout.shard, (axis.rank + 1) * layout.shard)
-        self.size = axis.size * layout.shard
-        self.weights = torch.zeros(self.size, dtype=weight_dtype, device=device)
-        # float32 weights are their own masters
-        self.master = self.weights[self.own] if weight_dtype == torch.float32 else torch.zeros(layout.shard, device=device)
-        self.momentum = torch.zeros(layout.shard, device=device)
-        self.wire: tuple[torch.Tensor, torch.Tensor] | None = None  # (received, sent) while a reduction in another dtype is under way
-        self.reducing: Pending | None = None
-        self.gathering = Pending()
-        self._gradients: torch.Tensor | None = None
-
-    @property
-    def gradients(self) -> torch.Tensor:
-        """float32 [ranks * shard], accumulated over micro-batches; this rank's part becomes the reduced gradient. Made at first use."""
-        if self._gradients is None:
-            self._gradients = torch.zeros(self.size, device=self.weights.device)
-        return self._gradients
-
-    def part(self, flat: torch.Tensor, place: int, matrix: Matrix) -> torch.Tensor:
-        """The matrix at `place` of the bucket, a view [m, n] of a whole flat buffer."""
-        offset = self.layout.offsets[place]
-        return flat[offset : offset + matrix.elements].view(matrix.shape)
-
-
 class MuonPartition:
-    """Muon over the data axis.
+    """Muon over the data and tensor axes.
 
-    parameters: float32 by name, equal on every rank; their storage is taken over: afterwards they are views of bfloat16 buckets when
-    computing in bfloat16, else of float32 buckets. matrices: the same names. gradient_wire: bfloat16 or float32, the dtype in which
-    gradients travel (they are summed in float32, in the order of ranks, in the first case); with one rank nothing is rounded.
+    parameters: float32 by name, this tensor rank's shards, equal on every data rank; their storage is taken over: afterwards they are views
+    of bfloat16 buckets when computing in bfloat16, else of float32 buckets. matrices: the same names, whole shapes. gradient_wire: bfloat16 or
+    float32, the dtype in which gradients travel (they are summed in float32, in the order of ranks, in the first case); with one data rank
+    nothing is rounded.
     Gradients are collected by hooks while backward runs; `grad` is None afterwards. A parameter without gradient in a step counts as zeros.
-    Order of calls in a step: backwards, reduce, wait_reduce, then sum_of_squares and either step and wait, or drop.
-    Raises ValueError when names, shapes or dtypes do not fit, RuntimeError when ranks disagree on the plan or calls come out of order.
+    Order of calls in a step: backwards, arm() before the last of them, reduce, wait_reduce, then sum_of_squares and either step or drop; wait,
+    or wait_layer of each block, before the parameters are read. Without arm() nothing is reduced before reduce().
+    Raises ValueError when names, shapes, cuts or dtypes do not fit, RuntimeError when ranks disagree on the plan or calls come out of order.
     """
 
     def __init__(
         self,
         parameters: dict[str, torch.nn.Parameter],
         matrices: list[Matrix],
-        axis: Axis,
+        mesh: Mesh,
         *,
         compute_dtype: torch.dtype,
         gradient_wire: torch.dtype,
         beta2: float,
         layers_per_bucket: int | None = None,
     ):
-        _check(parameters, matrices, gradient_wire)
-        self.axis, self.gradient_wire = axis, gradient_wire
-        self.plan = make_plan(matrices, axis.size, layers_per_bucket=layers_per_bucket)
-        if len(set(all_gather_objects(self.plan.digest, axis))) > 1:
-            raise RuntimeError(f"the ranks of the {axis.name} axis planned different Muon partitions: their parameters or settings differ")
+        self.mesh = mesh
+        self.plan = make_plan(matrices, mesh.data.size, tensor=mesh.tensor.size, layers_per_bucket=layers_per_bucket)
+        _check(parameters, matrices, mesh.tensor.size, gradient_wire)
+        if len(set(all_gather_objects(self.plan.digest, mesh.stage, name="Muon plans compared"))) > 1:
+            raise RuntimeError("the ranks of a pipeline stage planned different Muon partitions: their parameters or settings differ")
         self.direction_dtype = orthogonalization_dtype(compute_dtype)
         weight_dtype = torch.bfloat16 if compute_dtype == torch.bfloat16 else torch.float32
-        device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
-        self.matrices_updated = 0  # by this rank, in its last step
-        self._buckets = [_Buffers(layout, axis, weight_dtype, device) for layout in self.plan.buckets]
-        self._exchanges = [Exchange(self.plan, position, axis, self.direction_dtype) for position in range(len(self._buckets))]
+        device = next(iter(parameters.values())).device if parameters else mesh.device
+        self.matrices_updated = 0  # at this place, in its last step
+        numbers = range(len(self.plan.buckets))
+        self._buckets = [BucketMemory(self.plan, number, mesh.data, weight_dtype, gradient_wire, device) for number in numbers]
+        self._exchanges = [Exchange(self.plan, number, mesh.stage, self.direction_dtype) for number in numbers]
         self._second_moment = {
             index: torch.zeros(second_moment_shape(matrix.shape), device=device)
             for index, matrix in enumerate(self.plan.matrices)
-            if self.plan.leads[index] == axis.rank
+            if self.plan.leads[index] == mesh.stage.rank
         }
+        self._layer_buckets: dict[int, list[BucketMemory]] = {}
+        for bucket in self._buckets:
+            for layer in {self.plan.matrices[index].layer for index in bucket.layout.matrices}:
+                self._layer_buckets.setdefault(layer, []).append(bucket)
         self._lr = {matrix.multiplier: torch.zeros((), device=device) for matrix in self.plan.matrices}
         self._weight_decay, self._momentum = torch.zeros((), device=device), torch.zeros((), device=device)
         self._beta2 = torch.tensor(beta2, dtype=torch.float32, device=device)
         self._arrived: set[int] = set()  # matrices with a gradient in this step
+        self._awaited: list[set[int]] | None = None  # when armed, by bucket: matrices without a gradient in the last micro-batch
+        self._launched = 0  # buckets whose reduction was launched in this step, always the first ones
         self._reduced = False
-        for bucket, exchange in zip(self._buckets, self._exchanges, strict=True):
-            self._take_over(parameters, bucket, exchange)
+        for number, bucket in enumerate(self._buckets):
+            self._take_over(parameters, number, bucket)
 
     # ---- construction
 
     @torch.no_grad()
-    def _take_over(self, parameters: dict[str, torch.nn.Parameter], bucket: _Buffers, exchange: Exchange) -> None:
+    def _take_over(self, parameters: dict[str, torch.nn.Parameter], number: int, bucket: BucketMemory) -> None:
         for place, index in enumerate(bucket.layout.matrices):
-            matrix = self.plan.matrices[index]
-            parameter = parameters[matrix.name]
-            if piece := exchange.held.get(index):
+            parameter = parameters[self.plan.matrices[index].name]
+            if piece := self._exchanges[number].held.get(index):
                 bucket.master[piece.in_shard] = parameter.reshape(-1)[piece.start : piece.stop]
-            view = bucket.part(bucket.weights, place, matrix)
+            view = bucket.part(bucket.weights, place)
             view.copy_(parameter)
             parameter.data = view
             parameter.grad = None
-            parameter.register_post_accumulate_grad_hook(self._collector(bucket, place, index))
+            parameter.register_post_accumulate_grad_hook(self._collector(number, bucket, place, index))
 
-    def _collector(self, bucket: _Buffers, place: int, index: int):
-        matrix = self.plan.matrices[index]
+    def _collector(self, number: int, bucket: BucketMemory, place: int, index: int):
+        name = self.plan.matrices[index].name
 
         @torch.no_grad()
         def collect(parameter: torch.nn.Parameter) -> None:
-            if self._reduced:
-                raise RuntimeError(f"a gradient of {matrix.name} arrived after reduce() and before step() or drop()")
-            view = bucket.part(bucket.gradients, place, matrix)
+            if self._reduced or number < self._launched:
+                raise RuntimeError(f"a gradient of {name} arrived after its reduction was launched and before step() or drop()")
+            view = bucket.part(bucket.gradients, place)
             if index in self._arrived:
                 view.add_(parameter.grad)
             else:
                 view.copy_(parameter.grad)
                 self._arrived.add(index)
             parameter.grad = None
+            if self._awaited is not None:
+                self._awaited[number].discard(index)
+                self._launch_complete()
 
         return collect
 
@@ -133,105 +118,120 @@ class MuonPartition:
         self._weight_decay.fill_(weight_decay)
         self._momentum.fill_(momentum)
 
+    def arm(self) -> None:
+        """The next backward is the step's last: from now on a bucket is reduced as soon as all its gradients of this backward are there and the
+        buckets before it are launched, so that every rank launches in the order of the plan."""
+        if self._reduced or self._launched:
+            raise RuntimeError("arm() came after a reduction was launched and before step() or drop()")
+        self._awaited = [set(bucket.layout.matrices) for bucket in self._buckets]
+
     @torch.no_grad()
     def reduce(self) -> None:
-        """Launch the mean over the axis of what the hooks collected, bucket after bucket in the order of backward."""
+        """Launch the mean over the data axis of what the hooks collected, bucket after bucket in the order of backward; hooks may have launched
+        the first ones."""
         if self._reduced:
             raise RuntimeError("reduce() was called twice without step() or drop() in between")
+        while self._launched < len(self._buckets):
+            self._launch_next()
         self._reduced = True
-        for position, bucket in enumerate(self._buckets):
-            for place, index in enumerate(bucket.layout.matrices):
-                if index not in self._arrived:
-                    bucket.part(bucket.gradients, place, self.plan.matrices[index]).zero_()
-            self._launch_reduction(bucket)
-            if position >= _REDUCTIONS_IN_FLIGHT - 1:
-                self._finish_reduction(self._buckets[position - _REDUCTIONS_IN_FLIGHT + 1])
 
-    def _launch_reduction(self, bucket: _Buffers) -> None:
-        whole = bucket.gradients
-        if self.gradient_wire == torch.float32 or self.axis.size == 1:  # one rank: no wire, so no rounding for it
-            bucket.reducing = reduce_scatter(whole[bucket.own], whole, self.axis, asynchronous=True)
-        else:
-            bucket.wire = torch.empty_like(whole, dtype=self.gradient_wire), whole.to(self.gradient_wire)
-            bucket.reducing = all_to_all(*bucket.wire, self.axis, asynchronous=True)
+    def _launch_complete(self) -> None:
+        while self._launched < len(self._buckets) and not self._awaited[self._launched]:
+            self._launch_next()
 
-    def _finish_reduction(self, bucket: _Buffers) -> None:
-        if bucket.reducing is None:
-            return
-        bucket.reducing.wait()
-        mine = bucket.gradients[bucket.own]
-        if bucket.wire is not None:
-            first, *others = bucket.wire[0].view(self.axis.size, -1)
-            mine.copy_(first)
-            for other in others:  # in the order of ranks and in float32: the sum does not depend on how it was routed
-                mine.add_(other)
-        mine.div_(self.axis.size)
-        bucket.wire = bucket.reducing = None
+    def _launch_next(self) -> None:
+        bucket = self._buckets[self._launched]
+        for place, index in enumerate(bucket.layout.matrices):
+            if index not in self._arrived:
+                bucket.part(bucket.gradients, place).zero_()
+        if self._launched >= _REDUCTIONS_IN_FLIGHT:
+            self._buckets[self._launched - _REDUCTIONS_IN_FLIGHT].finish_reduction()
+        bucket.launch_reduction()
+        self._launched += 1
 
     @torch.no_grad()
     def wait_reduce(self) -> None:
         """Returns when the reduced gradients may be read."""
         for bucket in self._buckets:
-            self._finish_reduction(bucket)
+            bucket.finish_reduction()
 
     @torch.no_grad()
     def sum_of_squares(self) -> torch.Tensor:
-        """0-d float32: of this rank's shard of the reduced gradients. Added over the axis it counts every element once; inf and nan show."""
+        """0-d float32: of this place's shard of the reduced gradients. Added over the grid it counts every element once; inf and nan show."""
         self._require_reduced("sum_of_squares")
+        self.wait_reduce()
         # float64 sums, so that the order of buckets does not show in the norm
-        squares = [bucket.gradients[bucket.own].square().sum(dtype=torch.float64) for bucket in self._buckets]
+        squares = [bucket.reduced.square().sum(dtype=torch.float64) for bucket in self._buckets]
         return torch.stack(squares).sum().float() if squares else torch.zeros_like(self._momentum)
 
     def drop(self) -> None:
-        """Forget the gradients of this step; no state is touched."""
+        """Forget the gradients of this step; no state is touched. All ranks call it, like step()."""
+        if self._awaited is not None and not self._reduced:
+            self.reduce()  # other ranks' hooks may have launched more buckets than this one's
         self.wait_reduce()
-        self._arrived.clear()
-        self._reduced = False
+        self._forget_gradients()
         self.matrices_updated = 0
+
+    def _forget_gradients(self) -> None:
+        self._arrived.clear()
+        self._awaited, self._launched, self._reduced = None, 0, False
 
     @torch.no_grad()
     def step(self, gradient_scale: float | torch.Tensor) -> None:
-        """One step with the reduced gradients times `gradient_scale`; the gathers of the weights are launched, and awaited by wait()."""
+        """One step with the reduced gradients times `gradient_scale`. The gathers of the weights are launched, in the order of forward but those
+        of buckets without exchange first, and awaited by wait() or wait_layer()."""
         self._require_reduced("step")
         self.wait_reduce()
+        self.wait()  # of the step before: gathers read the weights that are now written
         self.matrices_updated = 0
-        for bucket, exchange in zip(reversed(self._buckets), reversed(self._exchanges), strict=True):  # the order of forward
-            gradients = bucket.gradients[bucket.own].mul_(gradient_scale)
-            updates = momentum_update(bucket.momentum, gradients, self._momentum).to(self.direction_dtype)
-            results = {}
-            for index, update in exchange.to_leads(updates).items():
-                direction = update_direction(update)
-                results[index] = (direction, *update_scales(direction, self._second_moment[index], self._beta2))
-                self.matrices_updated += 1
-            for directed in exchange.to_holders(results, updates):
-                self._apply(bucket, directed)
-            self._gather(bucket)
-        self._arrived.clear()
-        self._reduced = False
-
-    def _apply(self, bucket: _Buffers, directed: Directed) -> None:
-        """The elementwise half of the step on one fragment, rectangle by rectangle, so that scales broadcast."""
-        matrix, piece = self.plan.matrices[directed.matrix], directed.fragment
-        master = bucket.master[piece.in_shard]
-        targets = flat_rectangles(matrix.shape, master, piece.start)
-        directions = flat_rectangles(matrix.shape, directed.direction, piece.start)
-        first_row = targets[0][0][0]
-        for ((row, column), (rows, width), weight), (_, _, direction) in zip(targets, directions, strict=True):
-            if directed.scale.size(1) == 1:
-                scale = directed.scale[row - first_row : row - first_row + rows]
+        forward = list(zip(reversed(self._buckets), reversed(self._exchanges), strict=True))
+        outgoing, returning = [], []
+        for bucket, exchange in forward:
+            updates = momentum_update(bucket.momentum, bucket.reduced.mul_(gradient_scale), self._momentum).to(self.direction_dtype)
+            outgoing.append((exchange.to_leads(updates), updates))
+        # no place waits for another's orthogonalization before it has done its own: the busiest place alone sets the time
+        for (bucket, exchange), (arrive, updates) in zip(forward, outgoing, strict=True):
+            results = {index: self._orthogonalize(index, update) for index, update in arrive().items()}
+            arrive_back = exchange.to_holders(results, updates)
+            if exchange.needed:
+                returning.append((bucket, arrive_back))
             else:
-                scale = directed.scale[:, column : column + width]
-            apply_update(weight, direction, directed.norm, scale, self._lr[matrix.multiplier], self._weight_decay)
+                self._apply(bucket, arrive_back())
+        for bucket, arrive_back in returning:
+            self._apply(bucket, arrive_back())
+        self._forget_gradients()
 
-    def _gather(self, bucket: _Buffers) -> None:
-        mine = bucket.weights[bucket.own]
-        if mine.dtype != torch.float32:
-            mine.copy_(bucket.master)
-        bucket.gathering = all_gather(bucket.weights, mine, self.axis, asynchronous=True)
+    def _orthogonalize(self, index: int, update: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The whole-matrix half of the step: (direction [m, n], norm, scales); moves the second moment."""
+        direction = update_direction(update)
+        self.matrices_updated += 1
+        return direction, *update_scales(direction, self._second_moment[index], self._beta2)
+
+    def _apply(self, bucket: BucketMemory, fragments: list[Directed]) -> None:
+        """The elementwise half of the step, rectangle by rectangle, so that scales broadcast; then the bucket's gather is launched."""
+        for directed in fragments:
+            matrix, piece = self.plan.matrices[directed.matrix], directed.fragment
+            shape = matrix.local_shape(self.plan.tensor)
+            targets = flat_rectangles(shape, bucket.master[piece.in_shard], piece.start)
+            directions = flat_rectangles(shape, directed.direction, piece.start)
+            first_row = targets[0][0][0]
+            for ((row, column), (rows, width), weight), (_, _, direction) in zip(targets, directions, strict=True):
+                if directed.scale.size(1) == 1:
+                    scale = directed.scale[row - first_row : row - first_row + rows]
+                else:
+                    scale = directed.scale[:, column : column + width]
+                apply_update(weight, direction, directed.norm, scale, self._lr[matrix.multiplier], self._weight_decay)
+        bucket.launch_gather()
 
     def wait(self) -> None:
-        """Returns when the parameters hold the new weights on this rank."""
-        for bucket in self._buckets:
+        """Returns when all parameters hold the new weights on this rank."""
+        for bucket in reversed(self._buckets):
+            bucket.gathering.wait()
+
+    def wait_layer(self, layer: int) -> None:
+        """Returns when the block's parameters hold the new weights on this rank; other blocks' gathers may go on. Any other number waits for
+        nothing."""
+        for bucket in reversed(self._layer_buckets.get(layer, [])):
             bucket.gathering.wait()
 
     def _require_reduced(self, call: str) -> None:
@@ -240,32 +240,50 @@ class MuonPartition:
 
     # ---- state
 
-    def state_shards(self) -> list[tuple[str, str, tuple[int, int], list[tuple[tuple[int, ...], tuple[int, ...], torch.Tensor]]]]:
+    def state_shards(self) -> list[tuple[str, str, tuple[int, int], list[Rectangle]]]:
         """(kind, name, whole shape, [(offsets, sizes, view), ...]) of every matrix, the same list on every rank but for the rectangles.
 
         kind: "master", "momentum" or "second_moment", all float32. Views alias the live state: load into them in place, then call
-        refresh_weights(). Together the ranks' rectangles cover each tensor once.
+        refresh_weights(). Together the rectangles of a stage's ranks cover each tensor once. Gathers under way are waited for.
         """
+        self.wait()
         shards = []
         for bucket, exchange in zip(self._buckets, self._exchanges, strict=True):
             for index in bucket.layout.matrices:
-                matrix, piece = self.plan.matrices[index], exchange.held.get(index)
+                matrix = self.plan.matrices[index]
                 for kind, flat in (("master", bucket.master), ("momentum", bucket.momentum)):
-                    own = flat[piece.in_shard] if piece else flat[:0]
-                    shards.append((kind, matrix.name, matrix.shape, flat_rectangles(matrix.shape, own, piece.start if piece else 0)))
+                    shards.append((kind, matrix.name, matrix.shape, self._rectangles(exchange, index, flat)))
                 shape, moment = second_moment_shape(matrix.shape), self._second_moment.get(index)
                 shards.append(("second_moment", matrix.name, shape, [] if moment is None else [((0, 0), shape, moment)]))
         return shards
 
+    def gradient_shards(self) -> list[tuple[str, tuple[int, int], list[Rectangle]]]:
+        """(name, whole shape, rectangles) of every matrix's reduced gradient, between wait_reduce() and step() or drop(); views of live memory."""
+        self._require_reduced("gradient_shards")
+        return [
+            (self.plan.matrices[index].name, self.plan.matrices[index].shape, self._rectangles(exchange, index, bucket.reduced))
+            for bucket, exchange in zip(self._buckets, self._exchanges, strict=True)
+            for index in bucket.layout.matrices
+        ]
+
+    def _rectangles(self, exchange: Exchange, index: int, flat: torch.Tensor) -> list[Rectangle]:
+        """This place's part of a matrix, in whole coordinates; flat: this place's part of its bucket."""
+        piece = exchange.held.get(index)
+        if piece is None:
+            return []
+        matrix, tensor = self.plan.matrices[index], self.mesh.tensor
+        return flat_rectangles(matrix.local_shape(tensor.size), flat[piece.in_shard], piece.start, matrix.local_offset(tensor.size, tensor.rank))
+
     @torch.no_grad()
     def refresh_weights(self) -> None:
         """Make the parameters on every rank from the masters, after these were loaded."""
-        for bucket in self._buckets:
-            self._gather(bucket)
+        self.wait()
+        for bucket in reversed(self._buckets):
+            bucket.launch_gather()
         self.wait()
 
     def state_bytes(self) -> dict[str, int]:
-        """What this rank holds: {"master", "momentum", "second_moment"}. With float32 weights the masters are the weights themselves."""
+        """What this place holds: {"master", "momentum", "second_moment"}. With float32 weights the masters are the weights themselves."""
         kinds = {
             "master": [bucket.master for bucket in self._buckets],
             "momentum": [bucket.momentum for bucket in self._buckets],
@@ -274,13 +292,13 @@ class MuonPartition:
         return {kind: sum(tensor.numel() * tensor.element_size() for tensor in tensors) for kind, tensors in kinds.items()}
 
 
-def _check(parameters: dict[str, torch.nn.Parameter], matrices: list[Matrix], gradient_wire: torch.dtype) -> None:
+def _check(parameters: dict[str, torch.nn.Parameter], matrices: list[Matrix], tensor: int, gradient_wire: torch.dtype) -> None:
     if set(parameters) != {matrix.name for matrix in matrices}:
         different = sorted(set(parameters) ^ {matrix.name for matrix in matrices})
         raise ValueError(f"parameters and matrices differ in {', '.join(different[:5])}")
     for matrix in matrices:
-        parameter = parameters[matrix.name]
-        if tuple(parameter.shape) != matrix.shape or parameter.dtype != torch.float32:
-            raise ValueError(f"{matrix.name} is {tuple(parameter.shape)} {parameter.dtype}, expected {matrix.shape} float32")
+        parameter, shape = parameters[matrix.name], matrix.local_shape(tensor)
+        if tuple(parameter.shape) != shape or parameter.dtype != torch.float32:
+            raise ValueError(f"{matrix.name} is {tuple(parameter.shape)} {parameter.dtype}, expected {shape} float32")
     if gradient_wire not in (torch.bfloat16, torch.float32):
         raise ValueError(f"gradient_wire is {gradient_wire}, expected bfloat16 or float32")

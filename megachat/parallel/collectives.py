@@ -1,4 +1,7 @@
-"""Communication along one axis. An axis of size 1 costs nothing: the skip is here and nowhere else."""
+"""Communication along one axis, written down for the watch. An axis of size 1 costs nothing: the skip is here and nowhere else.
+
+Every function takes a `name`, by which a standing job tells where its ranks wait; without one, the operation is told.
+"""
 
 import torch
 import torch.distributed as dist
@@ -9,25 +12,34 @@ _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp
 
 
 class Pending:
-    """A collective under way; `wait()` returns when its result may be read. `Pending(None)` is already finished."""
+    """A collective under way; `wait()` returns when its result may be read. `Pending()` is already finished."""
 
-    def __init__(self, work=None):
-        self._work = work
+    def __init__(self, work=None, axis: Axis | None = None, entry=None):
+        self._work, self._axis, self._entry = work, axis, entry
 
     def wait(self) -> None:
         if self._work is not None:
+            self._axis.progress.wait(self._entry)
             self._work.wait()
+            self._axis.progress.end()
             self._work = None
 
 
-def all_reduce(tensor: torch.Tensor, axis: Axis, op: str = "sum", *, asynchronous: bool = False) -> Pending:
+def _recorded(name: str, axis: Axis, collective, *args, asynchronous: bool = False, **options) -> Pending:
+    entry = axis.progress.begin(name, axis.name, axis.ranks)
+    work = collective(*args, group=axis.group, async_op=asynchronous, **options)
+    axis.progress.end()
+    return Pending(work, axis, entry)
+
+
+def all_reduce(tensor: torch.Tensor, axis: Axis, op: str = "sum", *, name: str = "", asynchronous: bool = False) -> Pending:
     """Reduce `tensor` in place over the axis; op is "sum", "max" or "min"."""
     if axis.size == 1:
         return Pending()
-    return Pending(dist.all_reduce(tensor, op=_OPS[op], group=axis.group, async_op=asynchronous))
+    return _recorded(name or "all_reduce", axis, dist.all_reduce, tensor, op=_OPS[op], asynchronous=asynchronous)
 
 
-def reduce_scatter(shard: torch.Tensor, whole: torch.Tensor, axis: Axis, *, asynchronous: bool = False) -> Pending:
+def reduce_scatter(shard: torch.Tensor, whole: torch.Tensor, axis: Axis, *, name: str = "", asynchronous: bool = False) -> Pending:
     """Sum `whole` [size * n] over the axis; this rank's n elements land in `shard` [n], which may be its part of `whole`.
 
     Both one-dimensional and contiguous.
@@ -36,16 +48,16 @@ def reduce_scatter(shard: torch.Tensor, whole: torch.Tensor, axis: Axis, *, asyn
         if shard.data_ptr() != whole.data_ptr():
             shard.copy_(whole)
         return Pending()
-    return Pending(dist.reduce_scatter_tensor(shard, whole, group=axis.group, async_op=asynchronous))
+    return _recorded(name or "reduce_scatter", axis, dist.reduce_scatter_tensor, shard, whole, asynchronous=asynchronous)
 
 
-def all_gather(whole: torch.Tensor, shard: torch.Tensor, axis: Axis, *, asynchronous: bool = False) -> Pending:
+def all_gather(whole: torch.Tensor, shard: torch.Tensor, axis: Axis, *, name: str = "", asynchronous: bool = False) -> Pending:
     """Collect every rank's `shard` [n] into `whole` [size * n], in rank order; `shard` may be this rank's part of `whole`."""
     if axis.size == 1:
         if whole.data_ptr() != shard.data_ptr():
             whole.copy_(shard)
         return Pending()
-    return Pending(dist.all_gather_into_tensor(whole, shard, group=axis.group, async_op=asynchronous))
+    return _recorded(name or "all_gather", axis, dist.all_gather_into_tensor, whole, shard, asynchronous=asynchronous)
 
 
 def all_to_all(
@@ -55,25 +67,29 @@ def all_to_all(
     *,
     receive_counts: list[int] | None = None,
     send_counts: list[int] | None = None,
+    name: str = "",
     asynchronous: bool = False,
 ) -> Pending:
     """Send part r of `sent` to rank r of the axis; counts are in elements, equal parts when they are None."""
     if axis.size == 1:
         received.copy_(sent)
         return Pending()
-    return Pending(dist.all_to_all_single(received, sent, receive_counts, send_counts, group=axis.group, async_op=asynchronous))
+    arguments = (received, sent, receive_counts, send_counts)
+    return _recorded(name or "all_to_all", axis, dist.all_to_all_single, *arguments, asynchronous=asynchronous)
 
 
-def all_gather_objects(value, axis: Axis) -> list:
+def all_gather_objects(value, axis: Axis, *, name: str = "") -> list:
     """Every rank's `value` (anything that pickles; small), in rank order. For start-up and checkpoints, not for the step."""
     if axis.size == 1:
         return [value]
     values = [None] * axis.size
+    axis.progress.begin(name or "all_gather_objects", axis.name, axis.ranks)
     dist.all_gather_object(values, value, group=axis.group)
+    axis.progress.end()
     return values
 
 
-def barrier(axis: Axis) -> None:
+def barrier(axis: Axis, *, name: str = "") -> None:
     """Wait until every rank of the axis is here."""
     if axis.size > 1:
-        dist.barrier(group=axis.group)
+        _recorded(name or "barrier", axis, dist.barrier)

@@ -9,6 +9,7 @@ import contextlib
 import io
 import logging
 import warnings
+from collections.abc import Callable
 from typing import Protocol
 
 import deepspeed
@@ -24,7 +25,7 @@ from torch import nn
 from megachat.parallel.collectives import all_reduce
 from megachat.parallel.mesh import Mesh
 
-_PRIVATE = "reduce_gradients setup_buckets scaled_global_norm has_overflow _update_scale step update_lp_params".split()
+_PRIVATE = "reduce_gradients get_gradient_for_reduction setup_buckets scaled_global_norm has_overflow _update_scale step update_lp_params".split()
 _missing = [name for name in _PRIVATE if not hasattr(DeepSpeedZeroOptimizer, name)]
 if _missing or not hasattr(PipelineEngine, "_exec_backward_pass"):
     raise ImportError(
@@ -36,6 +37,8 @@ LOSS_SCALE_MINIMUM = 1.0
 
 class MatrixOptimizer(Protocol):
     """What the engine asks of the optimizer of the matrices."""
+
+    def arm(self) -> None: ...
 
     def reduce(self) -> None: ...
 
@@ -56,9 +59,17 @@ class JointZero1(DeepSpeedZeroOptimizer):
     matrices: MatrixOptimizer
     mesh: Mesh
     joint_norm: torch.Tensor
+    partial_over_tensor: list[nn.Parameter]
+    observe: Callable[[], None] | None = None  # called once a step, when all gradients are reduced and none is clipped or dropped yet
 
     def reduce_gradients(self, pipeline_parallel=False):
         self.matrices.reduce()
+        partial = [self.get_gradient_for_reduction(parameter) for parameter in self.partial_over_tensor]
+        if partial:  # sequence parallelism: each rank of the tensor axis saw its own tokens
+            total = torch.cat([gradient.flatten() for gradient in partial])
+            all_reduce(total, self.mesh.tensor, name="gradients of parameters that see own tokens")
+            for gradient, part in zip(partial, total.split([gradient.numel() for gradient in partial]), strict=True):
+                gradient.copy_(part.view_as(gradient))
         # pipeline_parallel=True would only allocate a second reduction buffer that nothing uses
         self.setup_buckets()
         super().reduce_gradients(pipeline_parallel=False)
@@ -68,6 +79,8 @@ class JointZero1(DeepSpeedZeroOptimizer):
 
     def scaled_global_norm(self, norm_type=2):
         self.matrices.wait_reduce()
+        if self.observe is not None:
+            self.observe()
         total = self.matrices.sum_of_squares()
         for index, parameters in enumerate(self.params_in_partition):
             own = [gradient for gradient in self.averaged_gradients[index] if not getattr(gradient, "_zero_padding", False)]
@@ -96,13 +109,47 @@ class JointZero1(DeepSpeedZeroOptimizer):
         super().step(closure)
         if not self.overflow:
             super()._update_scale(False)
-        self.matrices.wait()
+
+
+# What an instruction of DeepSpeed's schedule is called when a job stands still, and whether it needs another rank to go on.
+_INSTRUCTIONS = {
+    schedule.LoadMicroBatch: ("loading a micro-batch", False),
+    schedule.ForwardPass: ("forward", False),
+    schedule.BackwardPass: ("backward", False),
+    schedule.SendActivation: ("sending activations to the next stage", True),
+    schedule.RecvActivation: ("receiving activations from the stage before", True),
+    schedule.SendGrad: ("sending gradients to the stage before", True),
+    schedule.RecvGrad: ("receiving gradients from the next stage", True),
+    schedule.ReduceTiedGrads: ("reducing tied gradients", False),
+    schedule.ReduceGrads: ("reducing AdamW's gradients", True),
+    schedule.OptimizerStep: ("optimizer step", True),
+}
+
+
+def _noted(instruction, function):
+    """The function of an instruction, written down in the rank's progress when it begins."""
+    text, waits = _INSTRUCTIONS[instruction]
+
+    def execute(self, **arguments):
+        self.optimizer.mesh.world.progress.note(text, waits=waits)
+        return function(self, **arguments)
+
+    return execute
 
 
 class Engine(PipelineEngine):
     """PipelineEngine with one backward over all tensors of a stage's output, so that every gradient hook fires once a micro-batch."""
 
+    _backwards = 0  # of this step
+
+    def train_batch(self, data_iter=None):
+        self._backwards = 0
+        return super().train_batch(data_iter)
+
     def _exec_backward_pass(self, buffer_id):
+        self._backwards += 1
+        if self._backwards == self.micro_batches:
+            self.optimizer.matrices.arm()
         if self.is_last_stage():
             return PipelineEngine._exec_backward_pass(self, buffer_id)
         outputs = self.pipe_buffers["outputs"][buffer_id]
@@ -116,13 +163,27 @@ class Engine(PipelineEngine):
         self.pipe_buffers["output_tensors"][buffer_id] = None
         self.pipe_buffers["outputs"][buffer_id] = None
 
-    _INSTRUCTION_MAP = {**PipelineEngine._INSTRUCTION_MAP, schedule.BackwardPass: _exec_backward_pass}
+    # DeepSpeed calls the functions of this map, not the methods, so an override alone would do nothing
+    _INSTRUCTION_MAP = {
+        instruction: _noted(instruction, function)
+        for instruction, function in {**PipelineEngine._INSTRUCTION_MAP, schedule.BackwardPass: _exec_backward_pass}.items()
+    }
 
-    def evaluate(self, micro_batches) -> list[torch.Tensor]:
-        """The loss function's evaluation output of each (ids, targets) of a list; on the last stage, elsewhere an empty list."""
+    def evaluate(self, micro_batches, measure: nn.Module | None = None) -> list[torch.Tensor]:
+        """`measure` of each (ids, targets) of a list, the loss module's evaluation by default; on the last stage, elsewhere an empty list.
+
+        Every rank calls it with micro-batches of one shape, which need not be the shape of training. measure: called with the head's
+        output and targets.
+        """
         self.total_loss = None
-        outputs = self.eval_batch(iter(micro_batches), reduce_output=None, bcast_loss=False, num_micro_batches=len(micro_batches))
+        self.reset_activation_shape()  # the buffers between stages have the shape of training
+        loss, self.module.loss_fn = self.module.loss_fn, measure or self.module.loss_fn
+        try:
+            outputs = self.eval_batch(iter(micro_batches), reduce_output=None, bcast_loss=False, num_micro_batches=len(micro_batches))
+        finally:
+            self.module.loss_fn = loss
         self.total_loss = None
+        self.reset_activation_shape()
         self.module.train()
         return outputs or []
 
@@ -168,10 +229,19 @@ def deepspeed_settings(*, micro_rows: int, accumulation: int, clip_norm: float, 
     }
 
 
-def build_module(layers: list[nn.Module], loss: nn.Module, mesh: Mesh) -> PipelineModule:
-    """The stage of this rank, as DeepSpeed's engine wants it."""
+class _Stage(PipelineModule):
+    """A PipelineModule that is given this stage's layers alone: who holds what was decided in the Plan."""
+
+    def _partition_layers(self, method="uniform"):
+        self.parts = [0, len(self._layer_specs)]
+        self._set_bounds(start=0, stop=len(self._layer_specs))
+
+
+def build_module(layers: list[Callable], loss: nn.Module, mesh: Mesh) -> PipelineModule:
+    """The stage of this rank, as DeepSpeed's engine wants it. layers: this stage's modules in order; plain functions of the stream may stand
+    between them."""
     with quiet_output():
-        return PipelineModule(layers=layers, topology=mesh.topology, loss_fn=loss, partition_method="uniform")
+        return _Stage(layers=layers, topology=mesh.topology, loss_fn=loss)
 
 
 def build_engine(
@@ -198,6 +268,7 @@ def build_engine(
         raise RuntimeError(f"DeepSpeed made a {type(zero).__name__} where ZeRO stage 1 was asked for")
     zero.__class__ = JointZero1
     zero.matrices, zero.mesh = matrices, mesh
+    zero.partial_over_tensor = [parameter for parameter in module.parameters() if getattr(parameter, "partial_over_tensor", False)]
     zero.joint_norm = torch.zeros((), device=mesh.device)
     # tables may be bfloat16: their gradients are accumulated over micro-batches in float32, and reduced so
     zero.use_separate_grad_accum = zero.use_grad_accum_attribute = True
@@ -231,15 +302,27 @@ def adamw_fragments(zero: JointZero1):
         if "exp_avg" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(flat), torch.zeros_like(flat)
-        rank, size = zero.mesh.data.rank, zero.partition_size[index]
-        begin, end = rank * size, (rank + 1) * size
-        offsets = zero.round_robin_bit16_offsets[index]
-        for parameter, offset in zip(zero.bit16_groups[index], offsets, strict=True):
-            low, high = max(begin, offset), min(end, offset + parameter.numel())
-            if low < high:
-                here = slice(low - begin, high - begin)
-                views = {"master": flat.detach()[here], "exp_avg": state["exp_avg"][here], "exp_avg_sq": state["exp_avg_sq"][here]}
-                yield parameter, low - offset, high - low, views
+        for parameter, start, here in _held(zero, index):
+            views = {"master": flat.detach()[here], "exp_avg": state["exp_avg"][here], "exp_avg_sq": state["exp_avg_sq"][here]}
+            yield parameter, start, here.stop - here.start, views
+
+
+def adamw_gradients(zero: JointZero1):
+    """Yield (parameter, start, flat float32 gradient) for this rank's part of every AdamW parameter; for `JointZero1.observe` only."""
+    for index in range(len(zero.single_partition_of_fp32_groups)):
+        flat = torch.cat([gradient.flatten() for gradient in zero.averaged_gradients[index]])
+        for parameter, start, here in _held(zero, index):
+            yield parameter, start, flat[here].float()
+
+
+def _held(zero: JointZero1, index: int):
+    """Yield (parameter, first element of it that this rank holds, where these elements lie in the rank's share) of a group."""
+    rank, size = zero.mesh.data.rank, zero.partition_size[index]
+    begin, end = rank * size, (rank + 1) * size
+    for parameter, offset in zip(zero.bit16_groups[index], zero.round_robin_bit16_offsets[index], strict=True):
+        low, high = max(begin, offset), min(end, offset + parameter.numel())
+        if low < high:
+            yield parameter, low - offset, slice(low - begin, high - begin)
 
 
 def adamw_steps(zero: JointZero1) -> list[torch.Tensor]:

@@ -1,10 +1,12 @@
 """The mesh: which processes form the data, tensor and pipeline axes. The only place where process groups are made."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from megachat.parallel.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -13,6 +15,7 @@ class Axis:
 
     name: "data", "tensor", "pipeline", "stage" or "world". size: processes along it. rank: this process's place, 0 .. size - 1.
     group: the torch process group (always there, also at size 1). ranks: the world ranks along it, in order.
+    progress: where collectives along it are written down; all axes of one mesh share it.
     """
 
     name: str
@@ -20,6 +23,7 @@ class Axis:
     rank: int
     group: Any
     ranks: tuple[int, ...]
+    progress: Progress = field(default_factory=Progress, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -51,13 +55,13 @@ def build_mesh(device: torch.device, *, tensor: int = 1, pipeline: int = 1) -> M
     if world % (tensor * pipeline):
         raise ValueError(f"tensor {tensor} x pipeline {pipeline} does not divide a world of {world}")
     topology = PipeModelDataParallelTopology(num_pp=pipeline, num_mp=tensor, num_dp=world // (tensor * pipeline))
-    axes = {}
+    axes, progress = {}, Progress()
     lists = {name: topology.get_axis_comm_lists(axis) for name, axis in (("data", "data"), ("tensor", "model"), ("pipeline", "pipe"))}
     lists["stage"] = [topology.get_axis_list("pipe", stage) for stage in range(pipeline)]
     for name, groups in lists.items():
         for ranks in groups or [[rank] for rank in range(world)]:
             group = dist.new_group(ranks)  # every process takes part in making every group, its own or not
             if dist.get_rank() in ranks:
-                axes[name] = Axis(name, len(ranks), ranks.index(dist.get_rank()), group, tuple(ranks))
-    everyone = Axis("world", world, dist.get_rank(), dist.group.WORLD, tuple(range(world)))
+                axes[name] = Axis(name, len(ranks), ranks.index(dist.get_rank()), group, tuple(ranks), progress)
+    everyone = Axis("world", world, dist.get_rank(), dist.group.WORLD, tuple(range(world)), progress)
     return Mesh(world=everyone, device=device, topology=topology, **axes)

@@ -14,20 +14,21 @@ from megachat.data.loader import Loader
 from megachat.data.tokenizer import Tokenizer
 from megachat.device import choose_compute_dtype, collective_backend
 from megachat.errors import UserError
-from megachat.model.gpt import Loss, ModelOptions, build_layers
-from megachat.model.parameters import placed_parameters
+from megachat.model.gpt import Loss, ModelOptions, build_layers, layer_builders
+from megachat.model.parameters import initialize, placed_parameters
 from megachat.optim.groups import ADAMW_EPSILON, GROUPS, MUON_BETA2, Group, assign, rate_multipliers
 from megachat.optim.partition import MuonPartition
 from megachat.optim.partition_plan import Matrix
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.engine import Engine, build_engine, build_loss_scaler, build_module, deepspeed_settings, start_collectives
 from megachat.parallel.mesh import Mesh, build_mesh
+from megachat.parallel.tensor import apply_tensor, vocabulary_part
 from megachat.plan import Plan
 
 
 @dataclass(frozen=True)
 class Training:
-    """What takes a step: the model under its engine and optimizers."""
+    """What takes a step: the model under its engine and optimizers. layers: of this rank's pipeline stage, cut by the tensor axis."""
 
     config: Config
     plan: Plan
@@ -57,7 +58,10 @@ def muon_matrices(places, groups: Mapping[str, Group], rule) -> list[Matrix]:
     """The Muon partition's description of the matrices among the places, in model order."""
     owned = [where for where in places if groups[where.name].optimizer == "muon"]
     multipliers = rate_multipliers({where.name: where.whole for where in owned}, rule)
-    return [Matrix(where.name, where.whole, where.block, multipliers[where.name]) for where in owned]
+    return [
+        Matrix(where.name, where.whole, where.block, multipliers[where.name], where.cut if where.cut in ("column", "row") else "whole")
+        for where in owned
+    ]
 
 
 def adamw_groups(parameters: list[nn.Parameter], groups: Mapping[str, Group], rates: Mapping[str, float]) -> list[dict]:
@@ -96,20 +100,20 @@ def build_training(config: Config, plan: Plan, mesh: Mesh, token_bytes: torch.Te
     Raises UserError when a setting does not fit this machine.
     """
     dtype, reason = choose_compute_dtype(config.precision.compute, mesh.device)
-    layers = build_layers(plan.dims, model_options(config, dtype), config.run.seed).to(mesh.device)
+    layers = build_stage(config, plan, mesh, dtype)
     parameters = placed_parameters(layers)
     groups = assign([parameter.place for parameter in parameters])
     matrices = muon_matrices(dict.fromkeys(parameter.place for parameter in parameters), groups, config.optimizer.muon_multiplier)
     names = {matrix.name for matrix in matrices}
-    module = build_module(list(layers), Loss(plan.dims, token_bytes), mesh)
     muon = MuonPartition(
         {parameter.place.name: parameter for parameter in parameters if parameter.place.name in names},
         matrices,
-        mesh.data,
+        mesh,
         compute_dtype=dtype,
         gradient_wire=gradient_wire(config, dtype),
         beta2=MUON_BETA2,
     )
+    module = build_module(awaited(layers, muon), Loss(plan.dims, token_bytes, vocabulary_part(plan.dims.padded_vocab, mesh.tensor)), mesh)
     adamw = adamw_groups(parameters, groups, plan.rates)
     settings = deepspeed_settings(
         micro_rows=plan.micro_rows,
@@ -124,9 +128,36 @@ def build_training(config: Config, plan: Plan, mesh: Mesh, token_bytes: torch.Te
     return Training(config, plan, mesh, layers, engine, muon, dtype, reason)
 
 
+def build_stage(config: Config, plan: Plan, mesh: Mesh, dtype: torch.dtype) -> nn.ModuleList:
+    """This rank's layers with their starting values, cut by the tensor axis. All ranks call it: they check that the stages make up the model."""
+    first, last = plan.stages[mesh.pipeline.rank]
+    layers = nn.ModuleList(build() for build in layer_builders(plan.dims, model_options(config, dtype))[first:last])
+    apply_tensor(list(layers), mesh.tensor, sequence=config.parallel.sequence)
+    initialize(layers, config.run.seed)
+    with torch.device("meta"):
+        whole = placed_parameters(build_layers(plan.dims, model_options(config, dtype)))
+    held = [(where.name, where.block) for where in (parameter.place for parameter in placed_parameters(layers))]
+    held = [entry for stage in all_gather_objects(held, mesh.pipeline) for entry in stage]
+    if sorted(held) != sorted((parameter.place.name, parameter.place.block) for parameter in whole):
+        raise RuntimeError(f"the pipeline stages {plan.stages} together are not the model: they hold {len(held)} of its {len(whole)} parameters")
+    return layers.to(mesh.device)
+
+
+def awaited(layers: nn.ModuleList, muon: MuonPartition) -> list:
+    """The layers, each after a function that waits for the gather of its matrices: gathers overlap the forward pass of earlier layers."""
+
+    def waiting(block: int):
+        def wait(stream):
+            muon.wait_layer(block)
+            return stream
+
+        return wait
+
+    return [step for layer in layers for step in (waiting(next(layer.parameters()).place.block), layer)]
+
+
 def build_run(config: Config, plan: Plan, mesh: Mesh, tokenizer: Tokenizer, folder: Path, loader_state: dict | None = None) -> Run:
-    """The whole run on every rank; a checkpoint may be read into it afterwards. Raises UserError, also when ranks were given different settings."""
-    _same_everywhere(config, tokenizer, mesh)
+    """The whole run on every rank; a checkpoint may be read into it afterwards. Raises UserError."""
     training = build_training(config, plan, mesh, torch.from_numpy(tokenizer.token_bytes()))
     return Run(**vars(training), folder=folder, tokenizer=tokenizer, loader=build_loader(config, plan, mesh, tokenizer, loader_state))
 
@@ -149,17 +180,6 @@ def build_loader(config: Config, plan: Plan, mesh: Mesh, tokenizer: Tokenizer, s
         prefetch_steps=data.prefetch_steps,
         state=state,
     )
-
-
-def _same_everywhere(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> None:
-    asked = all_gather_objects(
-        (config.model_dump_json(exclude={"run": {"folder"}, "data": {"folder", "tokenizer"}}), tokenizer.fingerprint), mesh.world
-    )
-    for rank, (settings, fingerprint) in enumerate(asked):
-        if settings != asked[0][0]:
-            raise UserError(f"rank {rank} was started with another config than rank 0: start all ranks with the same --config and --set")
-        if fingerprint != asked[0][1]:
-            raise UserError(f"rank {rank} has another tokenizer than rank 0: copy data.tokenizer of rank 0 to its host")
 
 
 def apply_compile(layers: nn.ModuleList, device: torch.device) -> None:

@@ -12,18 +12,20 @@ from megachat.config import Config, load_config, save_config
 from megachat.data.atomic import write_whole
 from megachat.data.shards import DataSummary, check_data_folder
 from megachat.data.tokenizer import Tokenizer, load_tokenizer
-from megachat.device import LaunchEnvironment, bootstrap_environment, choose_device, describe_environment, device_name, peak_flops
+from megachat.device import LaunchEnvironment, bootstrap_environment, choose_device, describe_environment, device_name, peak_flops, rank_0_address
 from megachat.errors import UserError
 from megachat.parallel.collectives import all_gather_objects, barrier
+from megachat.parallel.watch import Watch
 from megachat.plan import Plan, resolve
+from megachat.train.agree import gathered
 from megachat.train.build import Run, build_run, start
 from megachat.train.loop import end_collectives, train
 from megachat.train.metrics import Metrics, check_wandb
-from megachat.train.report import describe_config, describe_ownership, describe_plan, ownership, plan_values
+from megachat.train.report import describe_config, describe_ownership, describe_plan, describe_stages, ownership, plan_values
 from megachat.train.state import LoopState, check_checkpoint, find_checkpoint, load_state
 
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-_LOST_PEER = ("closed by peer", "reset by peer", "timed out", "timeout", "connection", "socket", "nccl", "gloo")
+_SLOW_PART = 0.9  # of parallel.timeout_s, so that the watch speaks before torch does
 
 
 def pretrain(config_path: str, overrides: list[str], *, resume: str | None = None, dry_run: bool = False, world: int | None = None) -> None:
@@ -41,34 +43,33 @@ def pretrain(config_path: str, overrides: list[str], *, resume: str | None = Non
     tokenizer = load_tokenizer(config.data.tokenizer)
     plan = resolve(config, environment.world_size, vocabulary(config, tokenizer))
     checkpoint, remarks = find_checkpoint(folder, resume)
-    remarks.append(f"data {check_data(config)}")
+    data = check_data(config)
+    remarks.append(f"data {data}")
     if environment.rank == 0:
         check_wandb(config.log)
     device = choose_device(environment)
-    mesh = start(config, device)
-    try:
-        checkpoint = _agree(checkpoint, mesh)
-        loader_state = check_checkpoint(checkpoint, plan, tokenizer, mesh.data.rank, config) if checkpoint else None
-        run = build_run(config, plan, mesh, tokenizer, folder, loader_state)
-        with run.loader:
-            state = load_state(run, checkpoint) if checkpoint else LoopState()
-            _run_job(run, state, environment, remarks, checkpoint, begin)
-    except OSError as error:
-        if error.errno not in _STORAGE:
-            raise
-        raise UserError(
-            f"rank {mesh.world.rank} could not read or write {error.filename or folder} ({error.strerror}): "
-            "free space there or make it accessible, then continue with --resume auto"
-        ) from error
-    except RuntimeError as error:
-        text = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        if mesh.world.size == 1 or not any(sign in str(error).lower() for sign in _LOST_PEER):
-            raise
-        raise UserError(
-            f"rank {mesh.world.rank} of {mesh.world.size} lost another rank, which stopped or cannot be reached ({text}): "
-            f"look for that rank's own message, then continue with --resume auto"
-        ) from error
-    end_collectives()
+    with Watch(environment.rank) as watch:
+        with gathered(environment, config, tokenizer, data):
+            mesh = start(config, device)
+        limits = {"stall_s": config.parallel.stall_s, "slow_s": _SLOW_PART * config.parallel.timeout_s}
+        watch.connect(mesh, address=rank_0_address(), folder=folder, **limits)
+        try:
+            with mesh.world.progress.slowly("start-up"):
+                checkpoint = _agree(checkpoint, mesh)
+                loader_state = check_checkpoint(checkpoint, plan, tokenizer, mesh.data.rank, config) if checkpoint else None
+                run = build_run(config, plan, mesh, tokenizer, folder, loader_state)
+            with run.loader:
+                with mesh.world.progress.slowly("loading the checkpoint"):
+                    state = load_state(run, checkpoint) if checkpoint else LoopState()
+                _run_job(run, state, environment, remarks, checkpoint, begin)
+        except OSError as error:
+            if error.errno not in _STORAGE:
+                raise
+            raise UserError(
+                f"rank {mesh.world.rank} could not read or write {error.filename or folder} ({error.strerror}): "
+                "free space there or make it accessible, then continue with --resume auto"
+            ) from error
+        end_collectives()
 
 
 def _run_job(run: Run, state: LoopState, environment: LaunchEnvironment, remarks: list[str], checkpoint: Path | None, begin: float) -> None:
@@ -148,6 +149,8 @@ def _write_run_folder(run: Run, environment: LaunchEnvironment) -> None:
 
 
 def _banner(run: Run, environment: LaunchEnvironment) -> list[str]:
+    """All ranks call it; the first lines of the log."""
+    matrices = sum(all_gather_objects(len(run.muon.plan.matrices), run.mesh.pipeline))
     plan, layout, device = run.plan, run.plan.layout, run.mesh.device
     dtype = str(run.compute_dtype).removeprefix("torch.")
     threads = f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""
@@ -157,7 +160,8 @@ def _banner(run: Run, environment: LaunchEnvironment) -> list[str]:
         f"megachat: {run.folder.name} on {layout.world} rank{'s' * (layout.world > 1)} ({axes}), started by {environment.launcher}",
         f"device {device_name(device)}{threads}; compute {dtype} ({run.dtype_reason}); peak FLOPs {peak}",
         f"depth {plan.dims.depth}, width {plan.dims.width}, {plan.parameters['total']:,} parameters; "
-        f"Muon has {len(run.muon.plan.matrices)} matrices, the rest is AdamW's",
+        f"Muon has {matrices} matrices, the rest is AdamW's",
         f"{plan.steps} steps of {plan.tokens_per_step:,} tokens = {plan.rows_per_step} rows of {plan.dims.sequence_len} "
         f"({plan.micro_rows} rows x {plan.accumulation} micro-batches a rank)",
+        *([f"pipeline {describe_stages(plan)}; bubble {plan.bubble:.1%} of a step by FLOPs"] if layout.pipeline > 1 else []),
     ]

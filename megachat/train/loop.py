@@ -1,5 +1,6 @@
 """The one loop, for every layout. Axes differ below the engine, never here."""
 
+import contextlib
 import gc
 import json
 import math
@@ -12,8 +13,8 @@ from megachat.device import peak_flops, peak_memory_bytes
 from megachat.errors import UserError
 from megachat.evals.bpb import ValidationRows, bits_per_byte
 from megachat.evals.sample import continue_greedily
-from megachat.model.gpt import logits, run_layers
-from megachat.parallel.collectives import barrier
+from megachat.model.gpt import GreedyToken
+from megachat.parallel.tensor import vocabulary_part
 from megachat.schedule import due
 from megachat.train.build import Run, build_loader
 from megachat.train.metrics import Metrics, console_line
@@ -26,10 +27,12 @@ MOST_SKIPS_IN_A_ROW = 20
 
 def train(run: Run, state: LoopState, metrics: Metrics) -> LoopState:
     """Train from `state` to the plan's stop step, evaluating, saving and telling on the way; all ranks call it."""
+    slowly = run.mesh.world.progress.slowly  # all but a step that is not the first may take longer than the watch allows
     first_step, skips_in_a_row = state.step, 0
     validation = _Validation(run)
     while state.step < run.plan.stop_step:
-        result = train_step(run, state.step)
+        with slowly("first step") if state.step == first_step else contextlib.nullcontext():
+            result = train_step(run, state.step)
         skips_in_a_row = skips_in_a_row + 1 if result.skipped else 0
         if skips_in_a_row > MOST_SKIPS_IN_A_ROW:
             raise UserError(
@@ -43,11 +46,14 @@ def train(run: Run, state: LoopState, metrics: Metrics) -> LoopState:
             gc.freeze()
         last = state.step == run.plan.stop_step
         if due(state.step, run.config.evaluate.every) or (last and state.step == run.plan.steps):
-            _evaluate(run, state, validation, metrics)
+            with slowly("evaluation"):
+                _evaluate(run, state, validation, metrics)
         if last and state.step == run.plan.steps:
-            _sample(run, state, metrics)
+            with slowly("sampling"):
+                _sample(run, state, metrics)
         if last or due(state.step, run.config.checkpoint.every):
-            folder = save_state(run, state)
+            with slowly("saving the checkpoint"):
+                folder = save_state(run, state)
             metrics.say(f"saved {folder}")
     return state
 
@@ -74,26 +80,22 @@ def _evaluate(run: Run, state: LoopState, validation: _Validation, metrics: Metr
 
 
 def _sample(run: Run, state: LoopState, metrics: Metrics) -> None:
-    """Greedy continuations of the configured prompts, on the writer alone; the others wait."""
-    prompts, asked = run.config.evaluate.prompts, run.config.evaluate
-    if run.is_writer and prompts:
-        dims = run.plan.dims
-        run.layers.eval()
-        texts = []
-        with torch.compiler.set_stance("force_eager"):  # each length would be compiled anew
-            for prompt in prompts:
-                ids = np.concatenate(([run.tokenizer.bos], run.tokenizer.encode(prompt)))
-                row = continue_greedily(
-                    lambda window: logits(run_layers(run.layers, window), dims), ids, asked.sample_tokens, dims.sequence_len, run.mesh.device
-                )
-                texts.append(run.tokenizer.decode(row[1:]))
-        run.layers.train()
+    """Greedy continuations of the configured prompts, by all ranks; the writer keeps them."""
+    prompts, asked, dims = run.config.evaluate.prompts, run.config.evaluate, run.plan.dims
+    if not prompts:
+        return
+    ids = [np.concatenate(([run.tokenizer.bos], run.tokenizer.encode(prompt))) for prompt in prompts]
+    most_likely = GreedyToken(dims, vocabulary_part(dims.padded_vocab, run.mesh.tensor))
+    multiple = run.mesh.tensor.size if run.config.parallel.sequence else 1
+    with torch.compiler.set_stance("force_eager"):  # another shape would be compiled anew
+        rows = continue_greedily(run.engine, most_likely, ids, asked.sample_tokens, dims.sequence_len, run.mesh, multiple=multiple)
+    texts = [run.tokenizer.decode(row[1:]) for row in rows]
+    if run.is_writer:
         told = json.dumps(dict(zip(prompts, texts, strict=True)), indent=2, ensure_ascii=False)
         (run.folder / "samples").mkdir(exist_ok=True)
         write_whole(run.folder / "samples" / f"step_{state.step:06d}.json", told.encode() + b"\n")
-        for text in texts:
-            metrics.say(f"sample: {text!r}")
-    barrier(run.mesh.world)
+    for text in texts:
+        metrics.say(f"sample: {text!r}")
 
 
 def _totals(run: Run, state: LoopState) -> dict:

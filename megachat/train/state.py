@@ -37,13 +37,19 @@ def checkpoints_folder(run_folder: Path) -> Path:
     return run_folder / "checkpoints"
 
 
-def state_pieces(run: Training) -> dict:
-    """Every tensor of the state as named rectangles of this rank; weights are the float32 masters, each element held by one rank."""
+def state_pieces(run: Training, *, replicas: bool = True) -> dict:
+    """Every tensor of the state as named rectangles of this rank; weights are the float32 masters.
+
+    The ranks of the tensor axis all keep what it does not cut; without replicas, only the first of them offers it, so that over all ranks
+    each element is there once.
+    """
     pieces: dict[str, tuple] = {}
     for kind, name, shape, rectangles in run.muon.state_shards():
         pieces["model/" + name if kind == "master" else f"muon/{name}/{kind}"] = (tuple(shape), rectangles)
     for parameter, begin, _, views in adamw_fragments(run.engine.optimizer):
         where = parameter.place
+        if not replicas and where.cut == "whole" and run.mesh.tensor.rank > 0:
+            continue
         for kind, view in views.items():
             name = f"model/{where.name}" if kind == "master" else f"adamw/{where.name}/{kind}"
             rectangles = flat_rectangles(tuple(parameter.shape), view, begin, where.offset or None)
@@ -77,7 +83,7 @@ def save_state(run: Run, state: LoopState) -> Path:
         (folder / "random").mkdir(exist_ok=True)
         np.savez(folder / "random" / f"rank_{run.mesh.world.rank:05d}.npz", **_random_state(run.mesh.device))
 
-    return save_checkpoint(checkpoints_folder(run.folder), state.step, state_pieces(run), facts, write_own_files, run.mesh.world)
+    return save_checkpoint(checkpoints_folder(run.folder), state.step, state_pieces(run, replicas=False), facts, write_own_files, run.mesh.world)
 
 
 def load_state(run: Run, checkpoint: Path) -> LoopState:

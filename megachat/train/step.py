@@ -52,15 +52,20 @@ def micro_batches(rows: torch.Tensor, micro_rows: int):
 
 def train_step(run: Run, step: int) -> StepResult:
     """Run step `step`. Raises UserError, on all ranks, when the loss is not finite; nothing was changed then."""
+    progress = run.mesh.world.progress
+    progress.note(f"rows of step {step}")
     rows = next(run.loader)
     synchronize(run.mesh.device)
     begin = time.perf_counter()
     multiplier = set_schedules(run, step)
-    loss = run.engine.train_batch(micro_batches(rows, run.plan.micro_rows)).item()
+    loss = run.engine.train_batch(micro_batches(rows, run.plan.micro_rows))
+    progress.note(f"loss of step {step}", waits=True)  # a GPU still works off what it was given, other ranks' parts included
+    loss = loss.item()
     if not math.isfinite(loss):
         _stop_for_loss(run, step, loss)
     norm = run.engine.joint_norm.item()
     synchronize(run.mesh.device)
+    progress.note(f"after step {step}")
     return StepResult(loss, norm, bool(run.engine.optimizer.overflow), multiplier, time.perf_counter() - begin)
 
 

@@ -29,7 +29,7 @@ CASES = {
     "unknown_key": (["--set", "model.dept=3"], ["unknown key model.dept; did you mean model.depth?"]),
     "wrong_type": (["--set", "model.depth=two"], ['model.depth is "two" but should be a valid integer']),
     "batch": (["--set", "batch.tokens=400"], ["a step of 400 tokens is 6.25 rows of 64", "set batch.tokens to 384 (6 rows) or 448 (7 rows)"]),
-    "tensor": (["--set", "parallel.tensor=2"], ["parallel.tensor is 2", "set parallel.tensor=1"]),
+    "tensor": (["--set", "parallel.tensor=2"], ["parallel.tensor 2 x parallel.pipeline 1 does not divide the 1 rank", "start 2 ranks"]),
     "wandb": (["--set", "log.wandb=offline"], ['log.wandb is "offline" but wandb is not installed: pip install wandb, or set log.wandb=off']),
     "no_checkpoint": (["--resume", "{folder}/none"], ["{folder}/none is not a complete checkpoint: it has no checkpoint.json"]),
     "other_depth": (["--resume", "{one}/checkpoints/step_000004", "--set", "model.depth=3"], ["is of another model: depth 2 (asked for 3), "]),

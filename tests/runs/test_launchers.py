@@ -2,6 +2,7 @@
 
 import json
 import math
+import socket
 
 import pytest
 
@@ -90,5 +91,7 @@ def test_ranks_started_with_other_settings_are_refused(place):
     torchrun = launched("torchrun", 2, [])
     done = finish(begin([*torchrun, "--no-python", *line]))
     assert done.status != 0
-    assert done.errors == ["error: rank 1 was started with another config than rank 0: start all ranks with the same --config and --set"]
+    host = socket.gethostname()
+    told = f"rank 1 on {host} has another config than rank 0 on {host} (run.seed): start all ranks with the same --config and --set"
+    assert done.errors == [f"error: {told}"]
     assert not (place.runs / "unlike").exists()

@@ -1,8 +1,11 @@
+import itertools
+
 import pytest
 
 from megachat.config import Config
+from megachat.counts import flops_per_token, layer_costs, parameter_counts
 from megachat.errors import UserError
-from megachat.plan import resolve
+from megachat.plan import bubble_share, resolve, resolve_dimensions, resolve_stages
 
 
 def config(**sections) -> Config:
@@ -74,7 +77,8 @@ def test_a_batch_that_does_not_fit_names_the_nearest_that_do(batch, world, parts
 @pytest.mark.parametrize(
     ("sections", "part"),
     [
-        ({"parallel": {"tensor": 2}}, "set parallel.tensor=1"),
+        ({"parallel": {"tensor": 2}}, "does not divide the 1 rank that was started: start 2 ranks"),
+        ({"parallel": {"sequence": True}}, "parallel.sequence needs parallel.tensor above 1"),
         ({"model": {"kv_heads": 4}}, "the nearest that does is 3"),
         ({"model": {"depth": 1, "aspect_ratio": 8, "head_size": 8}}, "24 channels"),
         ({"batch": {"tokens": 2**40}}, "shorter than one step"),
@@ -83,3 +87,53 @@ def test_a_batch_that_does_not_fit_names_the_nearest_that_do(batch, world, parts
 def test_what_cannot_be_is_refused_in_one_sentence(sections, part):
     with pytest.raises(UserError, match=part):
         resolve(config(**sections), 1, 32768)
+
+
+@pytest.mark.parametrize(
+    ("sections", "world", "part"),
+    [
+        ({"parallel": {"tensor": 3, "pipeline": 2}}, 16, "does not divide the 16 ranks that were started: start 12 or 18 ranks"),
+        ({"parallel": {"tensor": 4}}, 8, "does not divide the model's 6 query heads: set parallel.tensor to 3"),
+        ({"parallel": {"tensor": 6}, "model": {"kv_heads": 2}}, 6, "does not divide the model's 2 key/value heads: set parallel.tensor to 2"),
+        ({"parallel": {"pipeline": 16}}, 16, "more stages than the model's 12 blocks: set parallel.pipeline to 12"),
+        ({"parallel": {"tensor": 3, "sequence": True}}, 3, "model.sequence_len that 3 divides, and 2048 is not"),
+    ],
+)
+def test_a_layout_that_does_not_fit_names_the_nearest_that_does(sections, world, part):
+    with pytest.raises(UserError, match=part):
+        resolve(config(**sections), world, 32768)
+
+
+@pytest.mark.parametrize("depth", [1, 5, 7, 24])
+def test_layers_cost_what_the_model_costs(depth):
+    dims = resolve_dimensions(config(model={"depth": depth}), 32768)
+    parameters, flops = (sum(cost[kind] for cost in layer_costs(dims)) for kind in (0, 1))
+    assert (parameters, flops) == (parameter_counts(dims)["total"], flops_per_token(dims))
+
+
+@pytest.mark.parametrize(("depth", "stages"), [(1, 1), (5, 2), (7, 3), (7, 7), (24, 4), (24, 8)])
+def test_stages_cover_the_layers_once_and_no_other_cut_is_better(depth, stages):
+    dims = resolve_dimensions(config(model={"depth": depth}), 32768)
+    costs = layer_costs(dims)
+    shares = [p / sum(p for p, _ in costs) + f / sum(f for _, f in costs) for p, f in costs]
+
+    def largest(cuts) -> float:
+        return max(sum(shares[first:last]) for first, last in cuts)
+
+    found = resolve_stages(dims, stages)
+    assert [layer for first, last in found for layer in range(first, last)] == list(range(depth + 2)) and len(found) == stages
+    for inner in itertools.combinations(range(1, depth + 2), stages - 1) if stages <= 4 else ():
+        cuts = (0, *inner, depth + 2)
+        assert largest(found) <= largest(zip(cuts, cuts[1:], strict=False)) + 1e-12
+    assert largest(found) < 1.5 * 2 / stages or stages == depth
+
+
+def test_the_bubble_of_equal_stages_is_the_textbooks_and_unequal_ones_wait_longer():
+    for stages, micro in ((1, 4), (2, 8), (4, 4), (8, 64)):
+        assert bubble_share([7] * stages, micro) == pytest.approx((stages - 1) / (micro + stages - 1))
+    assert bubble_share([6, 8], 8) > bubble_share([7, 7], 8)
+
+
+def test_a_pipeline_gets_enough_micro_batches_when_nobody_asked():
+    plan = resolve(config(parallel={"pipeline": 2}, batch={"tokens": 2048 * 64}, horizon={"steps": 1}), 4, 32768)
+    assert (plan.micro_rows, plan.accumulation) == (4, 8)

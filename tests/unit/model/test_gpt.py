@@ -140,7 +140,7 @@ def test_targets_of_minus_one_and_tokens_without_bytes_do_not_count():
     assert loss(output, targets).item() == pytest.approx(((plain[11:].sum() + plain_at_zero) / 40).item(), rel=1e-6)
     counted = sizes[targets[0, 11:]] > 0
     nats, size = loss.eval()(output, targets).tolist()
-    assert nats == pytest.approx(plain[11:][counted].sum().item(), rel=1e-9)
+    assert nats == pytest.approx(plain[11:][counted].sum().item(), rel=1e-7)
     assert size == sizes[targets[0, 11:]].sum().item()
 
 

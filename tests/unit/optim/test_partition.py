@@ -1,14 +1,17 @@
 """The partition on an axis of one: refusals, hooks, memory, and the order of calls. More ranks: tests/ranks/test_muon_partition.py."""
 
+import dataclasses
+
 import pytest
 import torch
 
+from megachat.optim.matrix import Matrix
 from megachat.optim.muon import Hyper, reference_step, second_moment_shape
 from megachat.optim.partition import MuonPartition
-from megachat.optim.partition_plan import Matrix
-from megachat.parallel.mesh import Axis
+from megachat.parallel.mesh import Axis, Mesh
 
-ALONE = Axis("data", 1, 0, None, (0,))
+AXES = {name: Axis(name, 1, 0, None, (0,)) for name in ("world", "data", "tensor", "pipeline", "stage")}
+ALONE = Mesh(**AXES, device=torch.device("cpu"), topology=None)
 MATRICES = [Matrix("first", (160, 128), 0, 1.5), Matrix("second", (128, 160), 1), Matrix("tiny", (3, 5), 1)]
 
 
@@ -87,9 +90,37 @@ def test_calls_out_of_order_are_refused():
         partition.reduce()
     with pytest.raises(RuntimeError, match="first|second|tiny"):
         _backward(parameters)
+    with pytest.raises(RuntimeError, match="arm"):
+        partition.arm()
     partition.drop()
     partition.reduce()
     assert partition.sum_of_squares() == 0, "dropped gradients must not come back"
+
+
+def test_a_gradient_after_its_launch_is_refused():
+    parameters, partition = _build()
+    partition.arm()
+    _backward(parameters)
+    with pytest.raises(RuntimeError, match="first|second|tiny"):
+        _backward(parameters)
+    partition.drop()
+    partition.arm()
+    _backward(parameters)
+    partition.reduce()
+    assert partition.sum_of_squares() > 0
+    with pytest.raises(RuntimeError, match="arm"):
+        partition.arm()
+
+
+def test_no_matrices_is_a_partition_too():
+    partition = MuonPartition({}, [], ALONE, compute_dtype=torch.float32, gradient_wire=torch.float32, beta2=0.9)
+    partition.arm()
+    partition.reduce()
+    assert partition.sum_of_squares() == 0
+    partition.step(1.0)
+    partition.wait_layer(0)
+    partition.wait()
+    assert partition.state_shards() == []
 
 
 def test_unfitting_arguments_are_refused():
@@ -101,3 +132,6 @@ def test_unfitting_arguments_are_refused():
         MuonPartition(parameters, MATRICES[:2], ALONE, **settings)
     with pytest.raises(ValueError, match="second is"):
         MuonPartition(parameters, [MATRICES[0], Matrix("second", (160, 128), 1), MATRICES[2]], ALONE, **settings)
+    cut = dataclasses.replace(ALONE, tensor=Axis("tensor", 2, 0, None, (0, 1)))
+    with pytest.raises(ValueError, match="first is not cut"):
+        MuonPartition(parameters, MATRICES, cut, **settings)

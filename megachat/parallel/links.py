@@ -1,0 +1,155 @@
+"""What the watch is made of below: who the ranks are, connections between them, the launchers above them, a thread's place in the code."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import sysconfig
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+SEND_S = 2.0
+_PACKAGE = Path(__file__).resolve().parents[1]
+_LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")} | {"<"})
+_COLLECTIVES = str(_PACKAGE / "parallel" / "collectives.py")  # every wait is there: its caller says more
+_LAUNCHERS = frozenset(
+    "deepspeed deepspeed.launcher.launch deepspeed.launcher.runner torchrun torch.distributed.run mpirun mpiexec prterun prted orted".split()
+)
+
+
+class Seat(NamedTuple):
+    """Where a rank runs. machine: equal for ranks that see each other's process ids. address, port: where its hub, if it becomes one, listens."""
+
+    rank: int
+    host: str
+    pid: int
+    machine: str
+    address: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (host {self.host}, pid {self.pid})"
+
+
+class Link:
+    """One connection of the watch: JSON objects, one a line, in both directions."""
+
+    def __init__(self, connection: socket.socket):
+        self.socket, self._rest = connection, b""
+        connection.settimeout(SEND_S)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a host that is gone closes nothing; the kernel finds out in 20 s
+        for option, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
+            if hasattr(socket, option):
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def fileno(self) -> int:
+        return self.socket.fileno()
+
+    def send(self, **message) -> None:
+        """What cannot be sent is lost: the other end's silence is noticed elsewhere."""
+        with contextlib.suppress(OSError):
+            self.socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def receive(self) -> list[dict] | None:
+        """The messages that have come; None when the other end has closed or died."""
+        try:
+            data = self.socket.recv(1 << 16)
+        except TimeoutError:
+            return []
+        except OSError:
+            return None
+        if not data:
+            return None
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+def listen() -> socket.socket:
+    """A listener on a free port of every interface."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096)
+    return socket.create_server(("", 0), backlog=4096)
+
+
+def own_address(toward: str) -> str:
+    """The address of this host on its way to the host `toward`; nothing is sent."""
+    with contextlib.suppress(OSError):
+        family, kind, protocol, _, place = socket.getaddrinfo(toward, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(place)
+            return probe.getsockname()[0]
+    return socket.gethostname()
+
+
+def machine() -> str:
+    """The same for two processes when they see each other's process ids."""
+    named = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        named += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+    return " ".join(named)
+
+
+def launchers_above() -> list[tuple[int, str]]:
+    """(pid, name) of the launchers among this process's ancestors, the nearest first; none where /proc is not."""
+    found, pid = [], os.getpid()
+    with contextlib.suppress(OSError, ValueError):
+        while pid > 1:
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")[:5]
+            name = next((Path(word).name for word in words if Path(word).name in _LAUNCHERS), None)
+            if name:
+                found.append((pid, name))
+    return found
+
+
+def code_place(thread: int) -> tuple[str, str]:
+    """(innermost line of megachat or of the user's code, innermost line at all) of a Python thread, as "data/loader.py:88 __next__"."""
+    frame, innermost = sys._current_frames().get(thread), ""
+    while frame:
+        file = frame.f_code.co_filename
+        line = f"{_short(file)}:{frame.f_lineno} {frame.f_code.co_name}"
+        innermost = innermost or line
+        if file != _COLLECTIVES and (file.startswith(str(_PACKAGE)) or not file.startswith(_LIBRARIES)):
+            return line, innermost
+        frame = frame.f_back
+    return innermost or "unknown", innermost or "unknown"
+
+
+def _short(file: str) -> str:
+    for root in (str(_PACKAGE), os.getcwd(), *_LIBRARIES):
+        if root != "<" and file.startswith(root + os.sep):
+            return file[len(root) + 1 :]
+    return file
+
+
+def say(text: str) -> None:
+    """Write to stderr past Python's buffers, whose locks a hanging thread may hold."""
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode() + b"\n")
+
+
+def end_process(status: int) -> None:
+    """End now, whatever the other threads do; what Python has buffered is written first if that goes quickly."""
+
+    def flush():
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+
+    flusher = threading.Thread(target=flush, daemon=True)
+    flusher.start()
+    flusher.join(1.0)
+    os._exit(status)
+
+
+def kill(pid: int) -> None:
+    """End a process of this job that cannot end itself."""
+    with contextlib.suppress(OSError):
+        os.kill(pid, signal.SIGKILL)

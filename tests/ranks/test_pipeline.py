@@ -1,0 +1,103 @@
+"""The pipeline axis under DeepSpeed's engine. Numbers name the traps of DeepSpeed's pipeline that each test guards against."""
+
+import dataclasses
+from datetime import timedelta
+
+import numpy as np
+import pytest
+import torch
+from deepspeed.runtime.pipe import schedule
+from deepspeed.runtime.pipe.engine import PipelineEngine
+
+from megachat.evals.bpb import ValidationRows, bits_per_byte
+from megachat.evals.sample import continue_greedily
+from megachat.model.gpt import GreedyToken
+from megachat.parallel.engine import Engine, deepspeed_settings, start_collectives
+from megachat.parallel.mesh import build_mesh
+from megachat.parallel.tensor import vocabulary_part
+from megachat.plan import resolve
+from megachat.train.build import build_stage
+from megachat.train.step import set_schedules
+from megachat.train.verify import warm_up
+from tests.harness import RankError, run_ranks
+from tests.oracle import ROWS, TOKENS
+from tests.training import SMALL_VOCAB, build, random_rows, small_config, take_step, whole_state
+
+GQA = {"aspect_ratio": 32, "head_size": 16, "kv_heads": 2}
+
+
+def hooks_of_a_step(config):
+    training = build(config, SMALL_VOCAB)
+    counts = {}
+    for parameter in training.layers.parameters():
+        key = parameter.place.name, parameter.place.block
+        counts[key] = 0
+
+        def count(_, key=key):
+            counts[key] += 1
+
+        parameter.register_post_accumulate_grad_hook(count)
+    take_step(training, random_rows(0, ROWS, TOKENS, SMALL_VOCAB))
+    groups = [group["name"] for group in training.engine.optimizer.param_groups]
+    return counts, groups, training.plan.accumulation
+
+
+def test_every_gradient_hook_fires_once_a_micro_batch_on_stages_with_unlike_groups():
+    """Traps 5 and 9: one backward over all tensors of a stage's output; no collective a group."""
+    answers = run_ranks(hooks_of_a_step, 3, small_config(parallel={"pipeline": 3}))
+    assert len({tuple(groups) for _, groups, _ in answers}) == 3, "the stages have the same groups, so this shows nothing"
+    for counts, _, accumulation in answers:
+        assert set(counts.values()) == {accumulation} and accumulation == 12
+
+
+def test_the_override_is_what_deepspeed_calls_and_its_defaults_are_off():
+    """Traps 10, 11 and 13."""
+    assert Engine._INSTRUCTION_MAP[schedule.BackwardPass] is not PipelineEngine._INSTRUCTION_MAP[schedule.BackwardPass]
+    pipeline = deepspeed_settings(micro_rows=1, accumulation=1, clip_norm=0.0, largest_adamw_tensor=1)["pipeline"]
+    assert pipeline == {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False}
+
+
+def evaluate_between(config, evaluates: bool):
+    training = build(config, SMALL_VOCAB)
+    warm_up(training)
+    told = []
+    for step in range(3):
+        set_schedules(training, step)
+        told.append(take_step(training, random_rows(step, ROWS, TOKENS, SMALL_VOCAB))[0])
+        if evaluates:
+            rows = random_rows(step, 8, 91, SMALL_VOCAB)[training.mesh.data.rank :: training.mesh.data.size]
+            validation = ValidationRows(iter(rows.split(1)), 7, 1, training.mesh)
+            told[-1] = told[-1], bits_per_byte(training.engine, validation, training.mesh)
+            ids = [np.arange(3 + step), np.arange(20) * 3]
+            token = GreedyToken(training.plan.dims, vocabulary_part(training.plan.dims.padded_vocab, training.mesh.tensor))
+            told[-1] += (continue_greedily(training.engine, token, ids, 6, 160, training.mesh, multiple=2),)
+    return told, whole_state(training)
+
+
+LAYOUTS = [(2, {"pipeline": 2}), (2, {"tensor": 2}), (4, {"tensor": 2, "pipeline": 2, "sequence": True}), (4, {"pipeline": 2})]
+
+
+@pytest.mark.parametrize(("world", "parallel"), LAYOUTS)
+def test_evaluating_and_sampling_other_shapes_between_steps_changes_nothing_and_is_right(world, parallel):
+    """Trap 12: the buffers between stages have the shape of the first batch that they saw."""
+    config = small_config(model=GQA, parallel=parallel)
+    without = run_ranks(evaluate_between, world, config, False)
+    with_both = run_ranks(evaluate_between, world, config, True)
+    ((alone, _),) = run_ranks(evaluate_between, 1, small_config(model=GQA), True)
+    for (plain, state), (told, state_after) in zip(without, with_both, strict=True):
+        assert [loss for loss, _, _ in told] == plain
+        assert all(torch.equal(state[name], state_after[name]) for name in state)
+        assert [tokens for _, _, tokens in told] == [tokens for _, _, tokens in alone]
+        assert [bpb for _, bpb, _ in told] == pytest.approx([bpb for _, bpb, _ in alone], rel=2e-6)
+
+
+def build_with_a_hole(config):
+    start_collectives(torch.device("cpu"), "gloo", timedelta(seconds=60))
+    mesh = build_mesh(torch.device("cpu"), pipeline=config.parallel.pipeline)
+    plan = resolve(config, mesh.world.size, SMALL_VOCAB)
+    build_stage(config, dataclasses.replace(plan, stages=((0, 2), (3, 5))), mesh, torch.float32)
+
+
+def test_stages_that_are_not_the_model_are_refused():
+    with pytest.raises(RankError, match=r"the pipeline stages \(\(0, 2\), \(3, 5\)\) together are not the model: they hold"):
+        run_ranks(build_with_a_hole, 2, small_config(parallel={"pipeline": 2}))

@@ -1,0 +1,172 @@
+"""The watch over gloo processes: who is elsewhere, which work is slow but alive, and that the watch itself does no harm."""
+
+import functools
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megachat.parallel.collectives import all_gather_objects, all_reduce, barrier
+from megachat.parallel.mesh import build_mesh
+from megachat.parallel.watch import Watch
+from tests.harness import RankError, run_ranks
+
+STALL_S = 2
+
+
+def watched(work, folder: str, slow_s: float = STALL_S):
+    """Call `work(mesh)` under the watch; what stderr gets of it goes to a file a rank."""
+    mesh = build_mesh(torch.device("cpu"))
+    os.dup2(os.open(Path(folder, f"err{mesh.world.rank}"), os.O_WRONLY | os.O_CREAT), 2)
+    with Watch(mesh.world.rank) as watch:
+        watch.connect(mesh, address="127.0.0.1", stall_s=STALL_S, slow_s=slow_s, folder=Path(folder))
+        return work(mesh)
+
+
+def stall_of(function, world: int, folder: Path) -> tuple[list[str], str]:
+    """(table, sentence) of a job that must come to an end by its watch, told by one rank and kept in the folder."""
+    with pytest.raises(RankError, match="the process died"):
+        run_ranks(function, world, str(folder), timeout_s=60)
+    told = [text for path in sorted(folder.glob("err*")) if (text := path.read_text())]
+    _, *table, sentence = (folder / "stall.txt").read_text().splitlines()
+    assert told == ["\n".join([*table, sentence]) + "\n"]
+    return table[1:], sentence
+
+
+def sleep_in_the_loader(mesh):
+    all_reduce(torch.ones(1), mesh.world, name="first")
+    if mesh.world.rank == 1:
+        mesh.world.progress.note("rows of step 7")
+        time.sleep(60)
+    all_reduce(torch.ones(1), mesh.world, name="norm of the gradient")
+
+
+def _loader(folder):
+    watched(sleep_in_the_loader, folder)
+
+
+def test_a_rank_that_is_elsewhere_is_named_with_its_line(tmp_path):
+    table, sentence = stall_of(_loader, 3, tmp_path)
+    line = next(number for number, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "time.sleep(60)" in text)
+    host = os.uname().nodename
+    assert sentence.startswith(f"error: rank 1 (host {host}) is elsewhere: it is in {short_path()}:{line} sleep_in_the_loader while the other ranks")
+    assert f'wait in "norm of the gradient" for {STALL_S} s; the table above is also in {tmp_path / "stall.txt"}; ' in sentence
+    assert [row.split()[0] for row in table] == ["0", "1", "2"]
+    assert 'waits in "norm of the gradient" (world 3)' in table[0] and 'in "rows of step 7"' in table[1]  # 1 is the meeting's
+
+
+def short_path() -> str:
+    return str(Path(__file__).relative_to(os.getcwd()))
+
+
+def one_collective_less(mesh):
+    if mesh.world.rank != 2:
+        barrier(mesh.world, name="before the step")
+    all_reduce(torch.ones(1), mesh.world, name="loss")
+
+
+def _less(folder):
+    watched(one_collective_less, folder)
+
+
+def test_the_rank_that_is_behind_is_named(tmp_path):
+    _, sentence = stall_of(_less, 3, tmp_path)
+    assert sentence.startswith("error: rank 2 (host ") and 'waiting in "loss", while the other ranks wait in "before the step"' in sentence
+
+
+def answer_nobody(mesh):
+    if mesh.world.rank == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    barrier(mesh.world, name="end of the step")
+
+
+def _stopped(folder):
+    watched(answer_nobody, folder)
+
+
+def test_a_stopped_rank_0_is_named_by_the_deputy(tmp_path):
+    _, sentence = stall_of(_stopped, 3, tmp_path)
+    assert sentence.startswith("error: rank 0 (host ") and ") does not answer, stopped or stuck in C code, while the other ranks wait in" in sentence
+
+
+def slow_work(mesh):
+    """Three ways to be slow: notes, a declared stretch, and all ranks at work with nobody waiting."""
+    progress = mesh.world.progress
+    for part in range(4):
+        if mesh.world.rank == 1:
+            time.sleep(0.7 * STALL_S)
+            progress.note(f"part {part}")
+    barrier(mesh.world)
+    with progress.slowly("saving"):
+        if mesh.world.rank == 0:
+            time.sleep(2 * STALL_S)
+        barrier(mesh.world)
+    time.sleep(1.5 * STALL_S)
+    return all_gather_objects(mesh.world.rank, mesh.world)
+
+
+def _slow(folder):
+    return watched(slow_work, folder, slow_s=60)
+
+
+def test_slow_work_that_is_alive_is_left_alone(tmp_path):
+    assert run_ranks(_slow, 2, str(tmp_path)) == [[0, 1]] * 2
+    assert not (tmp_path / "stall.txt").exists() and not any(path.read_text() for path in tmp_path.glob("err*"))
+
+
+def sleeping_child() -> int:
+    child = os.fork()
+    if not child:
+        time.sleep(20)
+        os._exit(0)
+    return child
+
+
+def end_children(folder, mesh):
+    """Forked children are ended by SIGTERM, and one outlives its rank: neither may be taken for the rank itself."""
+    child = sleeping_child()
+    time.sleep(0.5)
+    os.kill(child, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+    barrier(mesh.world)
+    sleeping_child()
+    if mesh.world.rank == 1:
+        Path(folder, "killed").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    barrier(mesh.world)
+
+
+def _children(folder):
+    return watched(functools.partial(end_children, folder), folder)
+
+
+def test_a_child_is_not_its_rank(tmp_path):
+    with pytest.raises(RankError, match="the process died"):
+        run_ranks(_children, 2, str(tmp_path), timeout_s=60)  # the harness, too, waits for the children
+    told = (tmp_path / "err0").read_text()
+    assert told.startswith("error: rank 1 (host ") and "died or cannot be reached" in told
+    assert (tmp_path / "err0").stat().st_mtime - (tmp_path / "killed").stat().st_mtime < 10
+
+
+def many_collectives(mesh):
+    """Microseconds that a record costs."""
+    progress, times = mesh.world.progress, 20_000
+    begin = time.perf_counter()
+    for _ in range(times):
+        progress.begin("all_reduce", "world", mesh.world.ranks)
+        progress.end()
+    return (time.perf_counter() - begin) / times * 1e6, progress.counts["world"]
+
+
+def _many(folder):
+    return watched(many_collectives, folder)
+
+
+def test_a_record_costs_microseconds_and_a_short_job_ends_in_order(tmp_path):
+    for cost_us, count in run_ranks(_many, 2, str(tmp_path)):
+        assert cost_us < 100 and count == 20_001
+    assert run_ranks(_many, 1, str(tmp_path))[0][1] == 20_000
+    assert not any(path.read_text() for path in tmp_path.glob("err*"))

@@ -1,0 +1,29 @@
+"""Real text, a real config: the loss curves of tensor and pipeline layouts beside one process's, by the tool that users have."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.reference import FOLDER, needs_reference
+from tests.runs.job import ROOT, environment
+from tools.train_tokenizer import main as train_tokenizer
+
+ENGLISH = FOLDER.parents[1] / "data" / "english"
+
+
+@needs_reference
+@pytest.mark.skipif(not ENGLISH.is_dir(), reason="../shared/data/english is absent: it comes with the developers' checkout")
+def test_thirty_steps_of_english_lie_within_two_thousandths_of_one_process(tmp_path):
+    train_tokenizer(["--import-nanochat", str(FOLDER / "tokenizer"), "--out", str(tmp_path / "tokenizer")])
+    # the config as it is but for a quarter of its batch; all layouts of the table in docs/benchmarks.md take ten times as long
+    line = [sys.executable, "tools/bench.py", "layouts", "--data", str(ENGLISH), "--tokenizer", str(tmp_path / "tokenizer")]
+    line += ["--layouts", "tp=2 pp=2 dp=2,tp=2,pp=2", "--set", "batch.tokens=4096", "--set", "batch.micro_rows=1"]
+    line += ["--set", "evaluate.tokens=4096", "--set", "evaluate.prompts=[]"]
+    done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["found"]
+    assert len(found) == 4 and found["dp=1"]["last_loss"] < 5.8
+    for layout, told in found.items():
+        assert told["largest_difference"] < 2e-3, f"{layout}: {told}"

@@ -1,0 +1,163 @@
+"""Ranks that die, stop or hang, and launchers that are ended: the job names the cause in one sentence and leaves no process behind."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from megachat.errors import LOST_RANK_STATUS, STALL_STATUS, STOPPED_STATUS
+from tests.runs.job import Done, Place, begin, command, finish, free_port, launched, metrics
+
+LONG = {"horizon": {"steps": 50_000}, "evaluate": {"every": 0}, "checkpoint": {"every": 0}, "log": {"every": 20}}  # ended by the test
+HOST = socket.gethostname()
+GONE_S = 20.0  # generous: the machine may be busy; DeepSpeed's own patience with one rank is 30 s
+
+
+def processes_of(config: str) -> dict[int, str | None]:
+    """Process id -> rank, None for the launchers, of all that were started with this config file."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words, variables = (folder / "cmdline").read_bytes().split(b"\0"), (folder / "environ").read_bytes().split(b"\0")
+        except OSError:  # it has ended
+            continue
+        told = dict(line.split(b"=", 1) for line in variables if b"=" in line)
+        rank = told.get(b"RANK", told.get(b"OMPI_COMM_WORLD_RANK"))
+        if config.encode() in words:
+            found[int(folder.name)] = rank.decode() if rank else None
+    return found
+
+
+def until(true, timeout_s: float, what: str) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline, f"no {what} in {timeout_s} s"
+        time.sleep(0.05)
+
+
+def until_training(process: subprocess.Popen, run: Path) -> None:
+    """The first step, in which the watch is more patient, is over."""
+    until(lambda: process.poll() is not None or (run / "metrics.jsonl").exists() and len(metrics(run)) > 1, 120, "step 20")
+    assert process.poll() is None, finish(process)
+
+
+class Job:
+    """A job of two ranks that trains; `end` leaves nothing of it behind, whatever the test found."""
+
+    def __init__(self, place: Place, name: str, launcher: str, **parallel):
+        program = command(place, name, config=LONG | {"parallel": parallel})
+        self.config, self.run = program[2], place.runs / name
+        self.launcher = begin(launched(launcher, 2, program))
+        try:
+            until_training(self.launcher, self.run)
+        except BaseException:
+            self.end()
+            raise
+
+    def rank(self, rank: int) -> int:
+        (pid,) = [pid for pid, place in processes_of(self.config).items() if place == str(rank)]
+        return pid
+
+    def done(self) -> Done:
+        """The job's end, which must come by itself, to the last process."""
+        try:
+            self.launcher.wait(60)
+            until(lambda: not processes_of(self.config), GONE_S, "end of the ranks")
+            return finish(self.launcher)
+        finally:
+            self.end()
+
+    def end(self) -> None:
+        for pid in processes_of(self.config):
+            os.kill(pid, signal.SIGKILL)
+        self.launcher.kill()
+
+
+@pytest.mark.parametrize("launcher, rank", [("deepspeed", 0), ("deepspeed", 1), ("torchrun", 0), ("torchrun", 1), ("mpirun", 1)])
+def test_a_killed_rank_is_named_first_and_once(launcher, rank, place):
+    job = Job(place, f"killed_{launcher}_{rank}", launcher)
+    pid = job.rank(rank)
+    os.kill(pid, signal.SIGKILL)
+    done = job.done()
+    assert done.status != 0
+    if launcher == "mpirun":  # it names the rank itself, and no longer forwards what others say
+        assert f"rank {rank} with PID {pid} on node" in done.err
+        return
+    (told,) = done.errors
+    assert told.startswith(f"error: rank {rank} (host {HOST}, pid {pid}) died or cannot be reached; the other ranks stop: ")
+    assert told.endswith("continue with --resume auto")
+    assert "Traceback" not in done.err.split(told)[0] and "RuntimeError" not in done.out + done.err
+
+
+@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL], ids=lambda kill: kill.name)
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "mpirun"])
+def test_an_ended_launcher_leaves_no_rank_behind(launcher, kill, place):
+    job = Job(place, f"ended_{launcher}_{kill.name}", launcher)
+    assert len(processes_of(job.config)) >= 3, "two ranks and a launcher"
+    os.kill(job.launcher.pid, kill)
+    done = job.done()
+    assert done.status != 0 and "megachat" not in done.err.replace(str(job.run), ""), "no traceback of ours"
+    if launcher == "mpirun":  # its ranks speak through it
+        return
+    (told,) = done.errors
+    assert re.search(r"(was told to stop \(SIGTERM\)|the launcher \w+ \(pid \d+\) above rank \d .+ has gone), so the job stops: ", told)
+
+
+def ranks_alone(place: Place, name: str, **parallel) -> tuple[list[subprocess.Popen], Path]:
+    """Two ranks without a launcher, whose own exit statuses can be read."""
+    program = launched("python", 1, command(place, name, config=LONG | {"parallel": parallel}))
+    told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [begin(program, told | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
+    run = place.runs / name
+    until_training(ranks[0], run)
+    return ranks, run
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_terminated_rank_ends_all_with_a_line(rank, place):
+    ranks, _ = ranks_alone(place, f"terminated_{rank}")
+    ranks[rank].terminate()
+    ends = [finish(each, 60) for each in ranks]
+    assert [each.status for each in ends] == [STOPPED_STATUS] * 2
+    assert "".join(each.err for each in ends) == (
+        f"error: rank {rank} (host {HOST}, pid {ranks[rank].pid}) was told to stop (SIGTERM), so the job stops: continue with --resume auto\n"
+    )
+
+
+def test_a_terminated_process_alone_ends_with_a_line(place):
+    program = launched("python", 1, command(place, "terminated", config=LONG))
+    process, run = begin(program), place.runs / "terminated"
+    until_training(process, run)
+    process.terminate()
+    done = finish(process, 60)
+    assert done.status == STOPPED_STATUS
+    assert re.fullmatch(r"error: rank 0 \(.+\) was told to stop \(SIGTERM\), so the job stops: continue with --resume auto\n", done.err)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_the_other_where_nobody_launched_them(rank, place):
+    """As with ranks on two hosts, whose launchers do not know of each other."""
+    ranks, _ = ranks_alone(place, f"alone_{rank}")
+    ranks[rank].kill()
+    ends = [finish(each, 60) for each in ranks]
+    assert ends[1 - rank].status == LOST_RANK_STATUS
+    (told,) = ends[1 - rank].err.splitlines()
+    assert told.startswith(f"error: rank {rank} (host {HOST}, pid {ranks[rank].pid}) died or cannot be reached; the other ranks stop: ")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_rank_is_named_and_all_end(rank, place):
+    """Stopped, it answers nobody; rank 0 is also the one that asks the others."""
+    ranks, run = ranks_alone(place, f"stopped_{rank}", stall_s=6)
+    ranks[rank].send_signal(signal.SIGSTOP)
+    ends = [finish(each, 60) for each in ranks]
+    assert ends[1 - rank].status == STALL_STATUS and ends[rank].status == -signal.SIGKILL
+    table, told = (run / "stall.txt").read_text().splitlines()[1:-1], ends[1 - rank].errors[0]
+    assert told.startswith(f"error: rank {rank} (host {HOST}, pid {ranks[rank].pid}) does not answer, stopped or stuck in C code, while the other")
+    assert told in (run / "stall.txt").read_text() and len(ends[1 - rank].errors) == 1
+    assert re.match(rf"{rank} +{HOST} +{ranks[rank].pid} +no answer", table[1 + rank]) and " waits in " in table[2 - rank]
