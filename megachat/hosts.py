@@ -68,7 +68,8 @@ def check_hosts(hosts: Sequence[Host], *, port: int, ssh_port: int | None = None
     refuses the key, no project or python at this machine's paths, other code or versions, more slots than GPUs or memory, the port in use.
     """
     with ThreadPoolExecutor(min(64, len(hosts))) as pool:
-        answers = list(pool.map(lambda host: _probe(host, port, ssh_port, root), hosts))
+        # port 0, which any host has free: two names of one host would else find the port taken by each other's probe
+        answers = list(pool.map(lambda host: _probe(host, port if host is hosts[0] else 0, ssh_port, root), hosts))
     mistakes = [answer for answer in answers if isinstance(answer, str)]
     found = [(host, answer) for host, answer in zip(hosts, answers, strict=True) if isinstance(answer, dict)]
     here = {"code": probe.code_hashes(root), "versions": probe.versions()}

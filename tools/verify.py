@@ -101,9 +101,8 @@ def verify_layout(asked: Config, sizes: dict[str, int], arguments, vocab_size: i
     told = certificate(differences, **facts)
     for kind in ("loss", "gradient", "weight"):
         own = [difference for difference in differences if difference.name.startswith(kind)]
-        print(
-            f"  {kind}: {len(own)} compared, largest error {max(entry.error for entry in own):.2e}, tolerance {min(entry.tolerance for entry in own):g}"
-        )
+        largest, tolerance = max(entry.error for entry in own), min(entry.tolerance for entry in own)
+        print(f"  {kind}: {len(own)} compared, largest error {largest:.2e}, tolerance {tolerance:g}")
     if first := told["first_difference"]:
         share = f"{first['outside']:.3%} of its elements outside {first['tolerance']:g}"
         print(f"  DIFFERENT: {first['name']} first: error {first['error']:.3g}, {share}")

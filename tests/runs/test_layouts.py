@@ -20,9 +20,9 @@ def twelve(place):
 
 
 @pytest.fixture(scope="module")
-def cut(place):
+def grid(place):
     """The same on two tensor ranks times two stages."""
-    return train(place, "cut", *layout(2, 2), launcher="deepspeed", world=4, config=ROWS12)
+    return train(place, "grid", *layout(2, 2), launcher="deepspeed", world=4, config=ROWS12)
 
 
 def check_like(run, wanted, tolerance):
@@ -42,10 +42,10 @@ def test_a_pipeline_repeats_one_process(place, one):
     assert samples.read_text() == wanted.read_text()
 
 
-def test_tensor_and_pipeline_together(cut, twelve):
-    check_like(cut, twelve, 5e-3)
-    assert json.loads((cut / "plan.json").read_text())["layout"] == {"data": 1, "tensor": 2, "pipeline": 2}
-    assert all(line["train/muon_matrices"] > 0 for line in metrics(cut) if "train/loss" in line)
+def test_tensor_and_pipeline_together(grid, twelve):
+    check_like(grid, twelve, 5e-3)
+    assert json.loads((grid / "plan.json").read_text())["layout"] == {"data": 1, "tensor": 2, "pipeline": 2}
+    assert all(line["train/muon_matrices"] > 0 for line in metrics(grid) if "train/loss" in line)
 
 
 def test_eight_ranks_on_three_axes_in_float16(place):
@@ -56,15 +56,15 @@ def test_eight_ranks_on_three_axes_in_float16(place):
     assert facts(checkpoint(run, STEPS))["loss_scaler"] == facts(checkpoint(wanted, STEPS))["loss_scaler"] != {}
 
 
-def test_a_run_goes_on_where_another_layout_stopped(place, cut):
+def test_a_run_goes_on_where_another_layout_stopped(place, grid):
     """tp2 x pp2 for two steps, then four data ranks for two, then one process."""
     first = train(place, "moves", *layout(2, 2), "--set", "horizon.stop_step=2", launcher="deepspeed", world=4, config=ROWS12)
-    assert losses(first) == {step: loss for step, loss in losses(cut).items() if step < 2}
+    assert losses(first) == {step: loss for step, loss in losses(grid).items() if step < 2}
     train(place, "moves", "--resume", "auto", "--set", "horizon.stop_step=4", launcher="torchrun", world=4, config=ROWS12)
     run = train(place, "moves", "--resume", "auto", config=ROWS12)
-    assert losses(run) == pytest.approx(losses(cut), rel=5e-3)
-    assert losses(run)[2] == pytest.approx(losses(cut)[2], rel=1e-6), "the first step after the move starts from the same weights and rows"
-    assert ledgers(checkpoint(run, STEPS)) == ledgers(checkpoint(cut, STEPS))
+    assert losses(run) == pytest.approx(losses(grid), rel=5e-3)
+    assert losses(run)[2] == pytest.approx(losses(grid)[2], rel=1e-6), "the first step after the move starts from the same weights and rows"
+    assert ledgers(checkpoint(run, STEPS)) == ledgers(checkpoint(grid, STEPS))
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_without_ssh_and_with_names_that_are_loopback_to_their_own_hosts(tmp_pat
             assert error.startswith(f"error: the host key of {name} is not known or has changed (Host key verification failed.): run `ssh {name}")
 
 
-def test_a_killed_rank_ends_the_other_host_too(hosts, both, place):
+def test_a_killed_rank_is_named_first_and_ends_the_other_host_too(hosts, both, place):
     program = command(place, "killed_there", config=LONG)
     job = begin(hosts.at("host-a", ["deepspeed", "--hostfile", both, *program]))
     deadline = time.monotonic() + 90
@@ -90,7 +90,10 @@ def test_a_killed_rank_ends_the_other_host_too(hosts, both, place):
         time.sleep(0.1)
     assert len(hosts.processes(program[2])) > 2
     hosts.do("host-b", "bash", "-c", f"kill -9 $(pgrep -f '^[^ ]*python[^ ]* -u launch/pretrain.py.*{program[2]}')")
-    assert finish(job, 90).status != 0
+    done = finish(job, 90)
+    assert done.status != 0
+    first = next(line for line in (done.err + done.out).splitlines() if "error:" in line)
+    assert "error: rank 1 (host host-b, pid " in first and "died or cannot be reached" in first, done.err
     deadline = time.monotonic() + 20
     while left := hosts.processes(program[2]):
         assert time.monotonic() < deadline, left

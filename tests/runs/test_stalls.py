@@ -155,9 +155,10 @@ def test_a_stopped_rank_is_named_and_all_end(rank, place):
     """Stopped, it answers nobody; rank 0 is also the one that asks the others."""
     ranks, run = ranks_alone(place, f"stopped_{rank}", stall_s=6)
     ranks[rank].send_signal(signal.SIGSTOP)
-    ends = [finish(each, 60) for each in ranks]
-    assert ends[1 - rank].status == STALL_STATUS and ends[rank].status == -signal.SIGKILL
-    table, told = (run / "stall.txt").read_text().splitlines()[1:-1], ends[1 - rank].errors[0]
+    other = finish(ranks[1 - rank], 60)
+    assert other.status == STALL_STATUS, other.out + other.err
+    assert finish(ranks[rank], 60).status == -signal.SIGKILL
+    table, told = (run / "stall.txt").read_text().splitlines()[1:-1], other.errors[0]
     assert told.startswith(f"error: rank {rank} (host {HOST}, pid {ranks[rank].pid}) does not answer, stopped or stuck in C code, while the other")
-    assert told in (run / "stall.txt").read_text() and len(ends[1 - rank].errors) == 1
+    assert told in (run / "stall.txt").read_text() and len(other.errors) == 1
     assert re.match(rf"{rank} +{HOST} +{ranks[rank].pid} +no answer", table[1 + rank]) and " waits in " in table[2 - rank]
