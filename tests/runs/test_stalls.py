@@ -153,7 +153,7 @@ def test_a_killed_rank_ends_the_other_where_nobody_launched_them(rank, place):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_stopped_rank_is_named_and_all_end(rank, place):
     """Stopped, it answers nobody; rank 0 is also the one that asks the others."""
-    ranks, run = ranks_alone(place, f"stopped_{rank}", stall_s=6)
+    ranks, run = ranks_alone(place, f"frozen_{rank}", stall_s=6)
     ranks[rank].send_signal(signal.SIGSTOP)
     other = finish(ranks[1 - rank], 60)
     assert other.status == STALL_STATUS, other.out + other.err
