@@ -32,9 +32,8 @@ class ValidationRows:
 def bits_per_byte(engine: Engine, rows: ValidationRows, mesh: Mesh) -> float:
     """Total nats / (ln 2 * total bytes) over the rows of all ranks; all ranks call it and get the same number."""
     total = torch.zeros(2, dtype=torch.float64, device=mesh.device)
-    outputs = engine.evaluate(rows.micro_batches)
-    for nats_and_bytes in outputs if mesh.tensor.rank == 0 else ():  # the ranks of the tensor axis all have the whole sums
-        total += nats_and_bytes
+    for nats_and_bytes in engine.evaluate(rows.micro_batches):
+        total += nats_and_bytes  # on every rank of the tensor axis alike, which leaves the quotient as it is
     all_reduce(total, mesh.world)
     nats, size = total.tolist()
     return nats / (math.log(2) * size) if size else math.inf

@@ -1,5 +1,7 @@
 """A checkpoint of any layout goes on at any other: the same state to the bit, and the losses of the run that never stopped."""
 
+import math
+
 import pytest
 
 from megachat.checkpoint.load import load_checkpoint
@@ -62,3 +64,19 @@ def test_any_layout_goes_on_from_any_other(saved_on, tmp_path):
             assert found.keys() == state.keys()
             assert [name for name in state if not found[name].equal(state[name])] == [], f"{saved_on} loaded on {layout}"
             assert others == pytest.approx(losses, rel=2e-6), f"{saved_on} gone on with on {layout}"
+
+
+def offered(config):
+    training = build(config, SMALL_VOCAB)
+    return {
+        name: (shape, sum(view.numel() for _, _, view in rectangles)) for name, (shape, rectangles) in state_pieces(training, replicas=False).items()
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_ranks_offer_each_element_once(layout):
+    counts: dict[str, int] = {}
+    for each in run_ranks(offered, LAYOUTS[layout][0], config_of(layout)):
+        for name, (shape, count) in each.items():
+            counts[name] = counts.get(name, 0) + count - math.prod(shape) * (name not in counts)
+    assert len(counts) > 60 and set(counts.values()) == {0}

@@ -91,6 +91,40 @@ def test_evaluating_and_sampling_other_shapes_between_steps_changes_nothing_and_
         assert [bpb for _, bpb, _ in told] == pytest.approx([bpb for _, bpb, _ in alone], rel=2e-6)
 
 
+class NotedWait:
+    """In the place of a gather under way: writes down when it is waited for."""
+
+    def __init__(self, events: list, layers: set[int]):
+        self.events, self.layers = events, layers
+
+    def wait(self) -> None:
+        self.events.append(("wait", self.layers))
+
+
+def order_of_waits(config):
+    training = build(config, SMALL_VOCAB)
+    take_step(training, random_rows(0, ROWS, TOKENS, SMALL_VOCAB))
+    events = []
+    for bucket in training.muon._buckets:
+        bucket.gathering = NotedWait(events, {training.muon.plan.matrices[index].layer for index in bucket.layout.matrices})
+    for layer in training.layers:
+        block = next(layer.parameters()).place.block
+        layer.register_forward_pre_hook(lambda _, inputs, block=block: events.append(("forward", block)))
+    rows = random_rows(1, 12, TOKENS, SMALL_VOCAB)[training.mesh.data.rank :: training.mesh.data.size]
+    training.engine.evaluate([(rows[:1, :-1], rows[:1, 1:])])
+    return events, [matrix.layer for matrix in training.muon.plan.matrices]
+
+
+@pytest.mark.parametrize(("world", "parallel"), [(1, {}), (2, {"pipeline": 2}), (2, {"tensor": 2})])
+def test_a_layer_waits_for_the_gather_of_its_matrices_before_it_runs(world, parallel):
+    for events, layers in run_ranks(order_of_waits, world, small_config(model=GQA, parallel=parallel)):
+        forwards = [block for kind, block in events if kind == "forward"]
+        assert set(layers) <= set(forwards)
+        for block in set(layers):
+            before = events[: events.index(("forward", block))]
+            assert any(kind == "wait" and block in told for kind, told in before if kind == "wait"), f"block {block} runs with old weights"
+
+
 def build_with_a_hole(config):
     start_collectives(torch.device("cpu"), "gloo", timedelta(seconds=60))
     mesh = build_mesh(torch.device("cpu"), pipeline=config.parallel.pipeline)

@@ -7,6 +7,7 @@ import random
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,6 +134,29 @@ def refused(place: Place, name: str, *arguments: str, config: dict | None = None
     assert done.status == 2, f"ended with {done.status}:\n{done.out}\n{done.err}"
     assert done.err == f"{''.join(done.errors)}\n" and len(done.errors) == 1, done.err
     return done.errors[0].removeprefix("error: ")
+
+
+def processes_of(config: str) -> dict[int, str | None]:
+    """Process id -> rank, None for the launchers, of all that were started with this config file."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words, variables = (folder / "cmdline").read_bytes().split(b"\0"), (folder / "environ").read_bytes().split(b"\0")
+        except OSError:  # it has ended
+            continue
+        told = dict(line.split(b"=", 1) for line in variables if b"=" in line)
+        rank = told.get(b"RANK", told.get(b"OMPI_COMM_WORLD_RANK"))
+        if config.encode() in words:
+            found[int(folder.name)] = rank.decode() if rank else None
+    return found
+
+
+def until(true, timeout_s: float, what: str, every_s: float = 0.05) -> None:
+    """Wait for true()."""
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline, f"no {what} in {timeout_s} s"
+        time.sleep(every_s)
 
 
 def free_port() -> int:

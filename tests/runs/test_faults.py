@@ -5,33 +5,16 @@ import re
 import shutil
 import signal
 import socket
-import time
 from pathlib import Path
 
-from tests.runs.job import STEPS, begin, checkpoint, checkpoints, command, different, finish, launched, losses, train
+from tests.runs.job import STEPS, begin, checkpoint, checkpoints, command, different, finish, launched, losses, processes_of, train, until
 
 LONG = {"horizon": {"steps": 5000}, "evaluate": {"every": 0}}  # ended by the test
 
 
 def ranks_of(config: str) -> dict[int, int]:
     """Rank -> process id of the processes that train with this config file."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            words, variables = (folder / "cmdline").read_bytes().split(b"\0"), (folder / "environ").read_bytes().split(b"\0")
-        except OSError:  # it has ended
-            continue
-        rank = [value[5:] for value in variables if value.startswith(b"RANK=")]
-        if rank and config.encode() in words:
-            found[int(rank[0])] = int(folder.name)
-    return found
-
-
-def until(true, timeout_s: float, what: str) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < deadline, f"no {what} in {timeout_s} s"
-        time.sleep(0.001)
+    return {int(rank): pid for pid, rank in processes_of(config).items() if rank is not None}
 
 
 def file_bytes(folder: Path) -> dict[str, bytes]:
@@ -71,7 +54,7 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(place):
     folder = place.runs / "torn" / "checkpoints"
     until((folder / "step_000001").is_dir, 60, "checkpoint")
     for _ in range(1000):
-        until(lambda: list(folder.glob("*.tmp")), 60, "saving")
+        until(lambda: list(folder.glob("*.tmp")), 60, "saving", every_s=0.001)
         os.kill(job.pid, signal.SIGSTOP)
         if torn := [path.name for path in folder.glob("*.tmp")]:
             break

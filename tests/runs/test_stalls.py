@@ -5,39 +5,16 @@ import re
 import signal
 import socket
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 from megachat.errors import LOST_RANK_STATUS, STALL_STATUS, STOPPED_STATUS
-from tests.runs.job import Done, Place, begin, command, finish, free_port, launched, metrics
+from tests.runs.job import Done, Place, begin, command, finish, free_port, launched, metrics, processes_of, until
 
 LONG = {"horizon": {"steps": 50_000}, "evaluate": {"every": 0}, "checkpoint": {"every": 0}, "log": {"every": 20}}  # ended by the test
 HOST = socket.gethostname()
 GONE_S = 20.0  # generous: the machine may be busy; DeepSpeed's own patience with one rank is 30 s
-
-
-def processes_of(config: str) -> dict[int, str | None]:
-    """Process id -> rank, None for the launchers, of all that were started with this config file."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            words, variables = (folder / "cmdline").read_bytes().split(b"\0"), (folder / "environ").read_bytes().split(b"\0")
-        except OSError:  # it has ended
-            continue
-        told = dict(line.split(b"=", 1) for line in variables if b"=" in line)
-        rank = told.get(b"RANK", told.get(b"OMPI_COMM_WORLD_RANK"))
-        if config.encode() in words:
-            found[int(folder.name)] = rank.decode() if rank else None
-    return found
-
-
-def until(true, timeout_s: float, what: str) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < deadline, f"no {what} in {timeout_s} s"
-        time.sleep(0.05)
 
 
 def until_training(process: subprocess.Popen, run: Path) -> None:
