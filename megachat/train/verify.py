@@ -132,7 +132,8 @@ def related_rows(step: int, rows: int, tokens: int, vocab_size: int) -> torch.Te
 
 
 def compare(found: Path, wanted: Path, order: list[str]) -> Iterator[Difference]:
-    """Every loss, gradient and weight of two observed runs. order: the parameters' names from the first layer to the last.
+    """Every loss, gradient and weight of two observed runs, in the order in which training makes them. order: the parameters' names from the
+    first layer to the last.
 
     Raises UserError when the runs do not hold the same tensors.
     """
@@ -142,15 +143,22 @@ def compare(found: Path, wanted: Path, order: list[str]) -> Iterator[Difference]
     names = {f"{kind}/{name}" for kind in kinds for name in order}
     for missing in sorted((indices[0].keys() ^ names) | (indices[1].keys() ^ names)):
         raise UserError(f"the two runs do not hold the same tensors: {missing} is not in both")
-    for step, (one, other) in enumerate(zip(*losses, strict=True)):
-        error = abs(one - other) / abs(other)
-        yield Difference(f"loss/step {step}", error, float(not error <= LOSS_TOLERANCE), LOSS_TOLERANCE, error <= LOSS_TOLERANCE)
+    loss_differences = [_loss_compared(step, *pair) for step, pair in enumerate(zip(*losses, strict=True))]
+    yield loss_differences[0]
     for kind, share in kinds.items():
         shapes = {name: tuple(indices[1][f"{kind}/{name}"]["shape"]) for name in order}
         largest = max(_whole(wanted, f"{kind}/{name}", shape).abs().max().item() for name, shape in shapes.items())
         for name, shape in shapes.items():
             tensors = (_whole(folder, f"{kind}/{name}", shape) for folder in (found, wanted))
             yield _compared(f"{kind}/{name}", *tensors, least_scale=LEAST_SCALE * largest, share=share)
+        if kind == "gradient":
+            yield from loss_differences[1:]
+
+
+def _loss_compared(step: int, found: float, wanted: float) -> Difference:
+    error = abs(found - wanted) / abs(wanted)
+    passed = error <= LOSS_TOLERANCE  # false for a loss that is no number
+    return Difference(f"loss/step {step}", error, float(not passed), LOSS_TOLERANCE, passed)
 
 
 def _whole(folder: Path, name: str, shape: tuple[int, ...]) -> torch.Tensor:

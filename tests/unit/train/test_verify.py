@@ -36,7 +36,7 @@ def test_rounding_is_equal_and_every_tensor_is_listed(tmp_path):
     told = verdict(tmp_path, [7.0 * (1 + 5e-7), 6.0], gradient__first=[5e-6], weight__second=[9e-6])
     assert told["passed"] and told["first_difference"] is None and told["layout"] == {"tensor": 2}
     assert [entry["name"] for entry in told["compared"]] == [
-        "loss/step 0", "loss/step 1", "gradient/first", "gradient/second", "weight/first", "weight/second",
+        "loss/step 0", "gradient/first", "gradient/second", "loss/step 1", "weight/first", "weight/second",
     ]  # fmt: skip
     assert json.loads(json.dumps(told)) == told
 
