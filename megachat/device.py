@@ -1,5 +1,6 @@
 """The only file that asks "cpu or cuda?" or reads the environment: devices, launch variables, dtypes, peak rates, versions."""
 
+import atexit
 import contextlib
 import ipaddress
 import os
@@ -88,6 +89,7 @@ def _from_open_mpi() -> tuple[int, int, int, int]:
             _require_master("mpirun (without mpi4py)", world > local_size)
         else:
             address = "127.0.0.1" if world == local_size else common_address(MPI.COMM_WORLD.allgather((socket.gethostname(), _own_networks())))
+            atexit.register(MPI.Finalize)  # mpi4py's own comes too late for a rank that ends at once, and mpirun takes that for a failure
             where = MPI.COMM_WORLD.bcast((env.get("MASTER_ADDR", address), env.get("MASTER_PORT") or str(free_port())), root=0)
             env["MASTER_ADDR"], env["MASTER_PORT"] = where
     elif world == 1:

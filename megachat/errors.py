@@ -1,6 +1,8 @@
 """The one way a user's mistake is reported: one sentence on stderr, exit status 2, no traceback; and what the other exit statuses mean."""
 
+import atexit
 import functools
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -19,29 +21,44 @@ class UserError(Exception):
     """
 
 
-def user_errors_end_the_program(main=None, *, rank: Callable[[], int] = lambda: 0):
+def user_errors_end_the_program(main=None, *, rank: Callable[[], int] | None = None):
     """Wrap a program's `main()`: a `UserError` is printed as `error: ...` on stderr and ends with exit status 2.
 
-    rank: tells the process's place in a job. Ranks after the first wait a moment before they speak: what all found is said once, because
-    the launcher ends them when the first has gone, and what only one found is still said.
+    rank: tells the process's place in a job, and that the program is one of several ranks. Ranks after the first wait a moment before they
+    speak: what all found is said once, because the launcher ends them when the first has gone, and what only one found is still said.
+    A rank ends at once where its `main()` ends.
     """
     if main is None:
         return functools.partial(user_errors_end_the_program, rank=rank)
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
+        status, leave = 0, sys.exit if rank is None else _end_at_once
         try:
-            return main(*args, **kwargs)
+            main(*args, **kwargs)
         except UserError as error:
             sys.stdout.flush()
-            who = rank()
+            who = rank() if rank else 0
             if who:
                 time.sleep(_OTHER_RANKS_WAIT_S)
             for line in str(error).splitlines():
                 print(f"error: {f'[rank {who}] ' if who else ''}{line}", file=sys.stderr, flush=True)
-            sys.exit(EXIT_STATUS)
+            status = EXIT_STATUS
         except KeyboardInterrupt:
             print("error: interrupted", file=sys.stderr, flush=True)
-            sys.exit(130)
+            status = 130
+        leave(status)
 
     return wrapped
+
+
+def _end_at_once(status: int) -> None:
+    """End without taking the interpreter apart, which aborts a process now and then after its work is done.
+
+    A thread of torch.distributed may just then let go of the last collective's tensor, asks for an interpreter that is going, and is ended by it
+    in the middle of C++ ("terminate called without an active exception").
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -1,5 +1,6 @@
 """Inputs that all runs share, written once, and the uninterrupted runs that others are compared with."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -8,15 +9,23 @@ from tests.runs.job import Place, make_place, train
 
 
 @pytest.fixture(scope="session")
-def place(tmp_path_factory) -> Place:
+def shared_place(tmp_path_factory) -> Place:
     return make_place(tmp_path_factory.mktemp("job"))
 
 
-@pytest.fixture(scope="session")
-def one(place) -> Path:
-    return train(place, "one", "--resume", "auto")  # with nothing there yet, it starts
+@pytest.fixture(scope="module")
+def place(shared_place, request) -> Place:
+    """The shared inputs, and a folder for this file's runs: tests in two files may give their runs one name."""
+    runs = shared_place.runs / request.module.__name__.rpartition(".")[2]
+    runs.mkdir()
+    return dataclasses.replace(shared_place, runs=runs)
 
 
 @pytest.fixture(scope="session")
-def two(place) -> Path:
-    return train(place, "two", launcher="torchrun", world=2)
+def one(shared_place) -> Path:
+    return train(shared_place, "one", "--resume", "auto")  # with nothing there yet, it starts
+
+
+@pytest.fixture(scope="session")
+def two(shared_place) -> Path:
+    return train(shared_place, "two", launcher="torchrun", world=2)

@@ -112,18 +112,18 @@ def test_a_crash_in_half_precision_costs_nothing_but_time(compute, place):
         assert saved["adamw_steps"] == 4 - saved["loop"]["skipped_steps"]
 
 
-def test_starting_over_in_the_folder_of_another_run_is_refused(one, place):
+def test_starting_over_in_the_folder_of_another_run_is_refused(one, shared_place):
     before = sorted(one.rglob("*")), (one / "metrics.jsonl").read_bytes(), (one / "config.json").read_bytes()
     assert (
-        refused(place, "one")
+        refused(shared_place, "one")
         == f"{one} already holds checkpoints up to step_000006: continue with --resume auto, or start another with --set run.name=NAME"
     )
     assert (sorted(one.rglob("*")), (one / "metrics.jsonl").read_bytes(), (one / "config.json").read_bytes()) == before
 
 
-def test_resuming_a_finished_run_says_so(one, place):
+def test_resuming_a_finished_run_says_so(one, shared_place):
     told = losses(one), bits_per_byte(one)
-    done = finish(begin(launched("python", 1, command(place, "one", "--resume", "auto"))))
+    done = finish(begin(launched("python", 1, command(shared_place, "one", "--resume", "auto"))))
     assert done.status == 0 and done.err == ""
     assert "nothing to do: step 6 is not before the last step 6; raise horizon.steps or horizon.stop_step to go on" in done.out
     assert f"resumed from {checkpoint(one, 6)} at step 6" in done.out

@@ -1,0 +1,47 @@
+"""How programs end, each in a process of its own."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.runs.job import ROOT
+
+PROGRAM = """
+import atexit, sys
+from megachat.errors import UserError, user_errors_end_the_program
+
+class Held:
+    def __del__(self):
+        print("taken apart")
+
+held = Held()
+atexit.register(print, "kept its promise")
+
+@user_errors_end_the_program{how}
+def main():
+    print("worked", end=" ")
+    if "wrong" in sys.argv:
+        raise UserError("first is wrong\\nsecond too")
+    if "interrupt" in sys.argv:
+        raise KeyboardInterrupt
+
+main()
+"""
+
+
+def ended(how: str, *words: str):
+    return subprocess.run([sys.executable, "-c", PROGRAM.format(how=how), *words], cwd=ROOT, capture_output=True, text=True, timeout=30)
+
+
+@pytest.mark.parametrize("how, end", [("", "kept its promise\ntaken apart\n"), ("(rank=lambda: 0)", "kept its promise\n")])
+@pytest.mark.parametrize(
+    "word, status, told", [("", 0, ""), ("wrong", 2, "error: first is wrong\nerror: second too\n"), ("interrupt", 130, "error: interrupted\n")]
+)
+def test_what_was_printed_and_promised_comes_out_and_only_a_tool_is_taken_apart(how, end, word, status, told):
+    done = ended(how, word)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "worked " + end, told)
+
+
+def test_another_rank_says_which_it_is():
+    assert ended("(rank=lambda: 3)", "wrong").stderr == "error: [rank 3] first is wrong\nerror: [rank 3] second too\n"
