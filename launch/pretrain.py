@@ -16,7 +16,7 @@ def rank() -> int:
 
 
 @user_errors_end_the_program(rank=rank)
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description="Pretrain a model.")
     parser.add_argument("--config", required=True, help="JSON file with what differs from the defaults")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a setting; values are JSON; repeatable")
@@ -32,7 +32,7 @@ def main() -> None:
     check_launcher_hostfile(int(nodes) if nodes else None)
     from megachat.train.job import pretrain  # after parsing: --help need not load torch
 
-    pretrain(arguments.config, arguments.set, resume=arguments.resume, dry_run=arguments.dry_run, world=arguments.world)
+    return pretrain(arguments.config, arguments.set, resume=arguments.resume, dry_run=arguments.dry_run, world=arguments.world)
 
 
 if __name__ == "__main__":

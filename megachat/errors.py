@@ -10,6 +10,7 @@ from collections.abc import Callable
 EXIT_STATUS = 2
 LOST_RANK_STATUS = 3  # another rank died, failed or cannot be reached
 STALL_STATUS = 4  # the job stood still for parallel.stall_s
+SAVED_STATUS = 75  # told to stop by SIGTERM or SIGUSR1, and saved: sysexits.h calls it a temporary failure, try again
 STOPPED_STATUS = 143  # told to stop by SIGTERM (128 + 15, as a shell counts it), or the launcher has gone
 _OTHER_RANKS_WAIT_S = 3.0
 
@@ -26,16 +27,16 @@ def user_errors_end_the_program(main=None, *, rank: Callable[[], int] | None = N
 
     rank: tells the process's place in a job, and that the program is one of several ranks. Ranks after the first wait a moment before they
     speak: what all found is said once, because the launcher ends them when the first has gone, and what only one found is still said.
-    A rank ends at once where its `main()` ends.
+    A rank ends at once where its `main()` ends. main: returns its exit status, None for 0.
     """
     if main is None:
         return functools.partial(user_errors_end_the_program, rank=rank)
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
-        status, leave = 0, sys.exit if rank is None else _end_at_once
+        leave = sys.exit if rank is None else _end_at_once
         try:
-            main(*args, **kwargs)
+            status = main(*args, **kwargs) or 0
         except UserError as error:
             sys.stdout.flush()
             who = rank() if rank else 0
@@ -47,7 +48,8 @@ def user_errors_end_the_program(main=None, *, rank: Callable[[], int] | None = N
         except KeyboardInterrupt:
             print("error: interrupted", file=sys.stderr, flush=True)
             status = 130
-        leave(status)
+        if status or rank:
+            leave(status)
 
     return wrapped
 
