@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from megachat.counts import NORM_EPSILON, QK_SCALE, ROTARY_BASE
 from megachat.errors import UserError
 
 
@@ -35,6 +36,13 @@ class ModelConfig(_Section):
         "SSSL", pattern="^[SL]+$", description="attention windows tiled over blocks: S quarter, L whole; the last is always L"
     )
     rotary: Literal["slices", "chunk"] = Field("slices", description="how halves of a head are taken; same maths")
+    rotary_base: float = Field(ROTARY_BASE, gt=1, description="base of the rotary frequencies")
+    qk_scale: float = Field(QK_SCALE, gt=0, description="factor on normed queries and keys")
+    norm_epsilon: float = Field(NORM_EPSILON, gt=0, description="added to the mean square in every norm")
+    value_embeddings: bool = Field(True, description="gated value embeddings on every other block")
+    lambdas: Literal["learned", "neutral"] = Field(
+        "learned", description="residual mix, smear and backout; neutral: without effect and not trained, as in transformers' NanoChat"
+    )
 
 
 class DataConfig(_Section):
@@ -130,6 +138,10 @@ class CheckpointConfig(_Section):
     """When state is saved."""
 
     every: int = Field(1000, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep_last: int | None = Field(None, ge=1, description="newest checkpoints that stay when a new one is complete; none given: all stay")
+    keep_every: int | None = Field(None, ge=1, description="with keep_last: checkpoints of multiples of this many steps stay as well")
+    background: bool = Field(True, description="write while training goes on, from a copy in host memory as large as the state")
+    stop_s: float = Field(25.0, gt=0, description="seconds for step and save after SIGTERM, before the job ends without; launchers kill after 30")
 
 
 class LogConfig(_Section):

@@ -1,42 +1,20 @@
 """Finding complete checkpoints and reading them, whatever layout wrote them."""
 
-import json
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megachat.checkpoint.save import FACTS_NAME, FORMAT_VERSION
+from megachat.checkpoint.facts import read_facts, step_of
 from megachat.checkpoint.storage import INDEX_NAME, Pieces, load_pieces, read_index
 from megachat.errors import UserError
 
 
-def read_facts(checkpoint: Path) -> dict:
-    """The JSON facts of a complete checkpoint. Raises UserError when it is none, is cut short, or is of a newer format."""
-    try:
-        facts = json.loads((checkpoint / FACTS_NAME).read_text(encoding="utf-8"))
-        if facts["format_version"] > FORMAT_VERSION:
-            raise UserError(f"{checkpoint} has format {facts['format_version']}, newer than this version's {FORMAT_VERSION}: update megachat")
-        files = dict(facts["files"])
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{checkpoint} is not a complete checkpoint: it has no {FACTS_NAME}; give another step's folder") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{checkpoint / FACTS_NAME} cannot be read ({type(error).__name__}: {error}); give another step's folder") from None
-    for name, size in files.items():
-        path = checkpoint / name
-        if not path.is_file():
-            raise UserError(f"{checkpoint} is cut short: {name} is missing; give another step's folder, or --resume auto for the newest complete one")
-        if path.stat().st_size != size:
-            raise UserError(
-                f"{checkpoint} is cut short: {name} has {path.stat().st_size} bytes, not {size}; give another step's folder, or --resume auto"
-            )
-    return facts
-
-
-def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
-    """(the newest complete checkpoint in the folder or None, why each newer one was passed over)."""
+def newest_complete(folder: Path, without: Collection[Path] = ()) -> tuple[Path | None, list[str]]:
+    """(the newest complete checkpoint in the folder or None, why each newer one was passed over). without: those known to be damaged."""
     passed_over = []
-    steps = {int(path.name[5:]): path for path in folder.glob("step_*") if path.name[5:].isdecimal() and path.is_dir()}
+    steps = {step: path for path in folder.glob("step_*") if (step := step_of(path)) is not None and path.is_dir() and path not in without}
     for _, checkpoint in sorted(steps.items(), reverse=True):
         try:
             read_facts(checkpoint)

@@ -1,24 +1,21 @@
 """Saving: written under a temporary name, complete only after the rename. A checkpoint that could not be finished leaves no trace."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megachat.checkpoint.storage import Pieces, save_pieces, write_json
+from megachat.checkpoint.facts import FACTS_NAME, checkpoint_name, step_of, write_facts
+from megachat.checkpoint.hashes import hash_files
+from megachat.checkpoint.storage import Pieces, save_pieces
 from megachat.errors import UserError
 from megachat.parallel.collectives import all_gather_objects, barrier
 from megachat.parallel.mesh import Axis
 
-FORMAT_VERSION = 1
-FACTS_NAME = "checkpoint.json"
 SPACE_MARGIN = 1.05  # containers and indices around the raw bytes
-
-
-def checkpoint_name(step: int) -> str:
-    """Folder name of a step's checkpoint; names sort as steps do, up to a million."""
-    return f"step_{step:06d}"
+_TEMPORARY, _REPLACED = ".tmp", ".old"
 
 
 def save_checkpoint(folder: Path, step: int, pieces: Pieces, facts: dict, write_own_files: Callable[[Path], None], world: Axis) -> Path:
@@ -28,14 +25,18 @@ def save_checkpoint(folder: Path, step: int, pieces: Pieces, facts: dict, write_
     the given folder. Raises UserError when the disk is full or cannot be written; earlier checkpoints stay as they are.
     """
     final = folder / checkpoint_name(step)
-    temporary = folder / (checkpoint_name(step) + ".tmp")
-    own_bytes = sum(view.numel() * view.element_size() for _, rectangles in pieces.values() for _, _, view in rectangles)
-    needed = int(SPACE_MARGIN * sum(all_gather_objects(own_bytes, world)))
-    _together(lambda: world.rank == 0 and _prepare(temporary, needed), world, final)
+    temporary = folder / (checkpoint_name(step) + _TEMPORARY)
+    needed = int(SPACE_MARGIN * sum(all_gather_objects(piece_bytes(pieces), world)))
+
+    def failed(text: str) -> str:
+        return f"checkpoint {final} could not be saved by {text}; earlier checkpoints are untouched, free space there and use --resume auto"
+
+    together(lambda: world.rank == 0 and _prepare(temporary, needed), world, failed)
     try:
-        _together(lambda: write_own_files(temporary), world, final)
-        _together(lambda: save_pieces(temporary, pieces), world, final)
-        _together(lambda: world.rank == 0 and _finish(temporary, final, step, facts), world, final)
+        together(lambda: write_own_files(temporary), world, failed)
+        together(lambda: save_pieces(temporary, pieces, world), world, failed)
+        files = _hashed(temporary, world, failed)
+        together(lambda: world.rank == 0 and _finish(temporary, final, facts | {"step": step, "files": files}), world, failed)
     except UserError:
         if world.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -43,6 +44,11 @@ def save_checkpoint(folder: Path, step: int, pieces: Pieces, facts: dict, write_
         raise
     barrier(world)
     return final
+
+
+def piece_bytes(pieces: Pieces) -> int:
+    """Bytes of a rank's rectangles."""
+    return sum(view.numel() * view.element_size() for _, rectangles in pieces.values() for _, _, view in rectangles)
 
 
 def _prepare(temporary: Path, needed_bytes: int) -> None:
@@ -54,19 +60,77 @@ def _prepare(temporary: Path, needed_bytes: int) -> None:
         raise OSError(f"the disk has {free / 1e6:,.1f} MB free and the checkpoint takes {needed_bytes / 1e6:,.1f} MB")
 
 
-def _finish(temporary: Path, final: Path, step: int, facts: dict) -> None:
-    files = {str(path.relative_to(temporary)): path.stat().st_size for path in sorted(temporary.rglob("*")) if path.is_file()}
-    write_json(temporary / FACTS_NAME, {"format_version": FORMAT_VERSION, "step": step, "files": files} | facts)
-    replaced = final.with_name(final.name + ".old")  # the same step saved again: the old one goes only after the new one is there
+def _hashed(temporary: Path, world: Axis, failed: Callable[[str], str]) -> dict[str, dict]:
+    """Name -> size and hash of every file, each hashed by one rank that sees it: network storage may show a rank others' files late."""
+    names = [str(path.relative_to(temporary)) for path in temporary.rglob("*") if path.is_file()]
+    seen_by: dict[str, list[int]] = {}
+    for rank, seen in enumerate(all_gather_objects(names, world)):
+        for name in seen:
+            seen_by.setdefault(name, []).append(rank)
+    own: dict[str, dict] = {}
+
+    def hash_own() -> None:
+        mine = [name for index, (name, ranks) in enumerate(sorted(seen_by.items())) if ranks[index % len(ranks)] == world.rank]
+        for name, digest in hash_files(temporary, mine).items():
+            own[name] = {"bytes": (temporary / name).stat().st_size, "sha256": digest}
+
+    together(hash_own, world, failed)
+    files = {name: entry for part in all_gather_objects(own, world) for name, entry in part.items()}
+    return dict(sorted(files.items()))
+
+
+def _finish(temporary: Path, final: Path, facts: dict) -> None:
+    write_facts(temporary, facts)
+    sync_folder(temporary)
+    replaced = final.with_name(final.name + _REPLACED)  # the same step saved again: the old one goes only after the new one is there
     shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():
         final.rename(replaced)
     temporary.rename(final)
+    sync_folder(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _together(action: Callable[[], object], world: Axis, final: Path) -> None:
-    """Run on every rank; when it fails on one, all raise its reason."""
+def sync_folder(folder: Path) -> None:
+    """Force a folder's names to disk, so that a rename in it outlives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def tidy(folder: Path) -> None:
+    """Put in order what a killed save or removal left in a checkpoints folder. Only for the job that holds the run folder's lock."""
+    for path in folder.glob("step_*"):
+        name = path.name.removesuffix(_REPLACED)
+        if path.name.endswith(_TEMPORARY):
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != name:
+            if (folder / name).exists():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.rename(folder / name)
+
+
+def retire(folder: Path, keep_last: int | None, keep_every: int | None, newest: int) -> list[Path]:
+    """Remove complete checkpoints up to step `newest` that are neither among its last `keep_last` nor of a multiple of `keep_every` steps.
+
+    keep_last None: all stay. Returns what was removed.
+    """
+    if keep_last is None:
+        return []
+    complete = (path for path in folder.glob("step_*") if (path / FACTS_NAME).is_file())
+    steps = {step: path for path in complete if (step := step_of(path)) is not None and step <= newest}
+    surplus = [step for step in sorted(steps)[:-keep_last] if not (keep_every and step % keep_every == 0)]
+    for step in surplus:
+        (steps[step] / FACTS_NAME).unlink(missing_ok=True)  # first: what a kill leaves of it then counts as none
+        shutil.rmtree(steps[step], ignore_errors=True)
+    return [steps[step] for step in surplus]
+
+
+def together(action: Callable[[], object], world: Axis, sentence: Callable[[str], str]) -> None:
+    """Run on every rank; when it fails on one, all raise UserError with sentence("rank R: what failed")."""
     problem = None
     try:
         action()
@@ -78,10 +142,8 @@ def _together(action: Callable[[], object], world: Axis, final: Path) -> None:
     problems = [told for told in all_gather_objects(problem, world) if told]
     if problems:
         rank, text = problems[0]
-        raise UserError(
-            f"checkpoint {final} could not be saved by rank {rank}: {text}; earlier checkpoints are untouched, free space there and use --resume auto"
-        )
+        raise UserError(sentence(f"rank {rank}: {text}"))
 
 
 def _in_words(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}" if not isinstance(error, OSError) else str(error)
+    return f"{type(error).__name__}: {error}" if not isinstance(error, (OSError, UserError)) else str(error)

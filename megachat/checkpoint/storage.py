@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, StorageMeta, TensorProperties, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from megachat.parallel.mesh import Axis
 from megachat.parallel.rectangles import Rectangle
 
 INDEX_NAME = "tensors.json"
@@ -130,10 +131,12 @@ def _alone_on_purpose():
         yield
 
 
-def save_pieces(folder: Path, pieces: Pieces) -> None:
-    """Write every rank's rectangles; all ranks call it. Replicas must not be offered twice. Raises torch's CheckpointException on any failure."""
+def save_pieces(folder: Path, pieces: Pieces, world: Axis) -> None:
+    """Write every rank's rectangles; all ranks of `world` call it. Replicas must not be offered twice. Raises torch's CheckpointException on any
+    failure."""
+    state = {name: _Whole(shape, rectangles) for name, (shape, rectangles) in pieces.items()}
     with torch.no_grad(), _alone_on_purpose():
-        dcp.save({name: _Whole(shape, rectangles) for name, (shape, rectangles) in pieces.items()}, storage_writer=_Writer(folder))
+        dcp.save(state, storage_writer=_Writer(folder), process_group=world.group if world.size > 1 else None, no_dist=world.size == 1)
 
 
 def load_pieces(folder: Path, pieces: Pieces) -> None:

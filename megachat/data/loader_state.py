@@ -1,5 +1,6 @@
 """The loader's state in a checkpoint: one file a packing stream, so that any number of ranks can go on from it. NumPy arrays and JSON, no pickle."""
 
+import hashlib
 import io
 import json
 import zipfile
@@ -75,6 +76,12 @@ def _brief(value: object) -> object:
 def rows_before(step: int, rows: int, stream: int, streams: int) -> int:
     """Rows that a stream has packed when `step` steps are done."""
     return (step * rows - stream + streams - 1) // streams
+
+
+def combined_ledger(streams: dict[int, bytes | str]) -> str:
+    """SHA-256 (hex) over the ledgers of all streams in the order of their numbers; a stream's ledger is given as bytes or hex."""
+    digests = (ledger if isinstance(ledger, bytes) else bytes.fromhex(ledger) for _, ledger in sorted(streams.items()))
+    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def save_loader_state(folder: str | Path, state: dict, mine: Iterable[int]) -> None:

@@ -59,6 +59,7 @@ class JointZero1(DeepSpeedZeroOptimizer):
     matrices: MatrixOptimizer
     mesh: Mesh
     joint_norm: torch.Tensor
+    wishes: torch.Tensor  # float32 [n]: before a step this rank's, after it the sum of all ranks'; they travel with the norm
     partial_over_tensor: list[nn.Parameter]
     observe: Callable[[], None] | None = None  # called once a step, when all gradients are reduced and none is clipped or dropped yet
 
@@ -87,7 +88,9 @@ class JointZero1(DeepSpeedZeroOptimizer):
             for gradient, parameter in zip(own, parameters, strict=False):  # a trailing pad falls off
                 if getattr(parameter, "model_parallel", False) or self.mesh.tensor.rank == 0:
                     total = total + gradient.float().square().sum()
-        all_reduce(total, self.mesh.world)
+        joint = torch.cat((total.view(1), self.wishes))
+        all_reduce(joint, self.mesh.world, name="gradient norm")
+        total, self.wishes = joint[0], joint[1:]
         norm = total.sqrt()
         norm = torch.where(torch.isfinite(norm), norm, torch.full_like(norm, torch.inf))
         self.joint_norm = norm / self.loss_scale
@@ -270,6 +273,7 @@ def build_engine(
     zero.matrices, zero.mesh = matrices, mesh
     zero.partial_over_tensor = [parameter for parameter in module.parameters() if getattr(parameter, "partial_over_tensor", False)]
     zero.joint_norm = torch.zeros((), device=mesh.device)
+    zero.wishes = torch.zeros(0, device=mesh.device)
     # tables may be bfloat16: their gradients are accumulated over micro-batches in float32, and reduced so
     zero.use_separate_grad_accum = zero.use_grad_accum_attribute = True
     if loss_scaler is not None:

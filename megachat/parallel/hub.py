@@ -43,6 +43,7 @@ class Hub:
         self._name_lost_at = self._judge_at = 0.0
         self._states: dict[int, dict] = {}
         self._broken: tuple[int, str] | None = None
+        self._asked = False  # a launcher tells all ranks to stop; it is said once
 
     @property
     def speaks(self) -> bool:
@@ -74,6 +75,10 @@ class Hub:
         elif "broken" in message:
             self._broken = self._broken or (rank, message["broken"])
             self._ask()
+        elif "asked" in message:
+            if not self._asked:
+                say(message["asked"])
+            self._asked = True
         elif "stop" in message and self._name_lost_at and self.speaks:
             self._name_lost()  # a launcher that ends the others for the same reason does not wait
         elif "stop" in message and not self._name_lost_at:

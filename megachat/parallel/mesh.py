@@ -1,5 +1,6 @@
 """The mesh: which processes form the data, tensor and pipeline axes. The only place where process groups are made."""
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,7 @@ class Mesh:
     """The axes and the device of this process; built once and passed along.
 
     stage: the data x tensor grid of this process's pipeline stage; its place there is data.rank * tensor.size + tensor.rank.
+    saving: all processes once more, with a gloo group and a progress of its own, for what threads do beside the training.
     """
 
     world: Axis
@@ -38,6 +40,7 @@ class Mesh:
     tensor: Axis
     pipeline: Axis
     stage: Axis
+    saving: Axis
     device: torch.device
     topology: Any  # DeepSpeed's ProcessTopology, for PipelineModule
 
@@ -64,4 +67,5 @@ def build_mesh(device: torch.device, *, tensor: int = 1, pipeline: int = 1) -> M
             if dist.get_rank() in ranks:
                 axes[name] = Axis(name, len(ranks), ranks.index(dist.get_rank()), group, tuple(ranks), progress)
     everyone = Axis("world", world, dist.get_rank(), dist.group.WORLD, tuple(range(world)), progress)
-    return Mesh(world=everyone, device=device, topology=topology, **axes)
+    aside = dataclasses.replace(everyone, name="saving", group=dist.new_group(backend="gloo"), progress=Progress())
+    return Mesh(world=everyone, saving=aside, device=device, topology=topology, **axes)

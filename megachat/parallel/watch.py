@@ -4,7 +4,8 @@ Rules, all of which concern the training thread's Progress:
 - A job stands still when one rank waits (in a collective, or a note with waits=True) for parallel.stall_s and no rank has begun or noted
   anything new meanwhile. Work that may keep others waiting longer is declared with Progress.slowly(); then nine tenths of parallel.timeout_s count.
 - A rank is dead when its connection closes without a farewell. An idle job sends nothing.
-- SIGTERM, and the end of a launcher among this process's ancestors (the deepspeed runner leaves its ranks behind), stop the job.
+- SIGTERM, SIGUSR1 and the end of a launcher among this process's ancestors (the deepspeed runner leaves its ranks behind) stop the job: while
+  it trains, by asking the training thread to save, which has a limited time but after SIGUSR1; before, at once.
 The thread needs the interpreter lock now and then; nothing else of the training thread, which may hang in C code. What goes wrong in the watch
 itself is told once and ends the watch, never the job.
 """
@@ -18,7 +19,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megachat.errors import LOST_RANK_STATUS, STOPPED_STATUS
@@ -28,6 +29,7 @@ from megachat.parallel.links import Link, Seat, code_place, end_process, kill, l
 from megachat.parallel.mesh import Mesh
 from megachat.parallel.progress import Progress
 
+_STOPPING = (signal.SIGTERM, signal.SIGUSR1)  # the first before a kill, the second as slurm and others are asked to warn
 TICK_S = 0.25
 CONNECT_S = 10.0
 VERDICT_S = 0.5  # an error may be the echo of a death that the kernel is about to tell
@@ -53,6 +55,8 @@ class Watch:
         self._failed: int | None = None  # a rank that said it has an error of its own
         self._reported = 0.0
         self._leaving = ""
+        self.asked = ""  # why the training shall save and end
+        self._grace_s: float | None = None  # while the training heeds that
         self._selector = selectors.DefaultSelector()
         self._bell, self._ear = socket.socketpair()
         self._launchers = launchers_above()
@@ -67,7 +71,8 @@ class Watch:
                 gone = functools.partial(self._launcher_gone, pid=pid, name=name)
                 self._selector.register(os.pidfd_open(pid), selectors.EVENT_READ, gone)
         # the handler does nothing: Python runs it in the main thread, which may hang; the number of the signal rings the bell at once
-        self._signals = signal.signal(signal.SIGTERM, lambda *_: None), signal.set_wakeup_fd(self._bell.fileno(), warn_on_full_buffer=False)
+        self._wakeup = signal.set_wakeup_fd(self._bell.fileno(), warn_on_full_buffer=False)
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in _STOPPING}
         os.register_at_fork(after_in_child=self._forked)
         self._thread.start()
         return self
@@ -103,15 +108,23 @@ class Watch:
         self._leaving = "failed" if error else "done"
         self._ring()
         self._thread.join(HUB_S)
-        handler, wakeup = self._signals
-        signal.set_wakeup_fd(wakeup)
-        signal.signal(signal.SIGTERM, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._handlers.items():
+            signal.signal(number, signal.SIG_IGN if self.asked else handler)  # told again while it ends as told
+
+    @contextlib.contextmanager
+    def heeding(self, grace_s: float) -> Iterator[None]:
+        """While inside, being told to stop sets `asked` instead of ending the job, which still ends grace_s seconds after a SIGTERM."""
+        self._grace_s = grace_s
+        yield
+        self._due.pop("_stop_late", None)
 
     def _forked(self) -> None:
         """In a forked child: its signals are not this rank's, and a connection that it held would hide this rank's death."""
         if not self._leaving:
             signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            for number in _STOPPING:
+                signal.signal(number, signal.SIG_DFL)
         for link in (*filter(None, self._hubs), *(self._hub.links.values() if self._hub else ())):
             link.close()
 
@@ -159,8 +172,9 @@ class Watch:
                 self._broken(what)
             else:
                 self._begin(*what)
-        if signal.SIGTERM in data:
-            self._stop(f"{self._me()} was told to stop (SIGTERM)")
+        for number in _STOPPING:
+            if number in data:
+                self._told_to_stop(f"{self._me()} was told to stop ({number.name})", at_last=number == signal.SIGTERM)
 
     def _begin(self, hub: Hub | None, listener: socket.socket, hubs: list[Link | None]) -> None:
         self._hub, self._hubs = hub, hubs
@@ -263,12 +277,30 @@ class Watch:
         told = {"text": now.text, "axis": now.axis, "ranks": now.ranks, "number": now.number, "waits": now.waits, "after": now.after}
         return told | {"slow": progress.slow, "for_s": time.monotonic() - now.since, "counts": dict(progress.counts), "line": code_place(thread)}
 
-    # ---- this rank told to stop. What is to be saved before a stop belongs in _stop.
+    # ---- this rank told to stop
 
     def _launcher_gone(self, descriptor: int, pid: int, name: str) -> None:
         self._selector.unregister(descriptor)
         os.close(descriptor)
-        self._stop(f"the launcher {name} (pid {pid}) above {self._me()} has gone")
+        self._told_to_stop(f"the launcher {name} (pid {pid}) above {self._me()} has gone", at_last=True)
+
+    def _told_to_stop(self, reason: str, at_last: bool) -> None:
+        if self._grace_s is None or self._failed is not None:
+            self._stop(reason)
+            return
+        if not self.asked:
+            told = f"{reason}: the job saves after this step and ends"
+            first = next(filter(None, self._hubs), None)
+            if first:
+                first.send(asked=told)
+            else:
+                say(told)
+        self.asked = self.asked or reason
+        if at_last:
+            self._due.setdefault("_stop_late", time.monotonic() + self._grace_s)
+
+    def _stop_late(self) -> None:
+        self._stop(f"{self.asked}, and step and save took longer than checkpoint.stop_s={self._grace_s:g}")
 
     def _stop(self, reason: str) -> None:
         if self._failed is not None:  # the launcher ends all because one failed, which that one tells

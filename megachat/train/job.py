@@ -13,7 +13,7 @@ from megachat.data.atomic import write_whole
 from megachat.data.shards import DataSummary, check_data_folder
 from megachat.data.tokenizer import Tokenizer, load_tokenizer
 from megachat.device import LaunchEnvironment, bootstrap_environment, choose_device, describe_environment, device_name, peak_flops, rank_0_address
-from megachat.errors import UserError
+from megachat.errors import SAVED_STATUS, UserError
 from megachat.parallel.collectives import all_gather_objects, barrier
 from megachat.parallel.watch import Watch
 from megachat.plan import Plan, resolve
@@ -22,14 +22,18 @@ from megachat.train.build import Run, build_run, start
 from megachat.train.loop import end_collectives, train
 from megachat.train.metrics import Metrics, check_wandb
 from megachat.train.report import describe_config, describe_ownership, describe_plan, describe_stages, ownership, plan_values
+from megachat.train.resume import held_run_folder, settle_checkpoint
 from megachat.train.state import LoopState, check_checkpoint, find_checkpoint, load_state
 
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 _SLOW_PART = 0.9  # of parallel.timeout_s, so that the watch speaks before torch does
 
 
-def pretrain(config_path: str, overrides: list[str], *, resume: str | None = None, dry_run: bool = False, world: int | None = None) -> None:
-    """Run the job that the config asks for. dry_run prints what it would be, on `world` ranks when given, and stops."""
+def pretrain(config_path: str, overrides: list[str], *, resume: str | None = None, dry_run: bool = False, world: int | None = None) -> int:
+    """Run the job that the config asks for; returns the exit status, SAVED_STATUS when it was told to stop and saved.
+
+    dry_run prints what it would be, on `world` ranks when given, and stops.
+    """
     begin = time.perf_counter()
     config = load_config(config_path, overrides)
     name = config.run.name or Path(config_path).stem
@@ -39,12 +43,11 @@ def pretrain(config_path: str, overrides: list[str], *, resume: str | None = Non
     if dry_run:
         if environment.rank == 0:
             print(describe_job(config, world or environment.world_size))
-        return
+        return 0
     tokenizer = load_tokenizer(config.data.tokenizer)
     plan = resolve(config, environment.world_size, vocabulary(config, tokenizer))
-    checkpoint, remarks = find_checkpoint(folder, resume)
+    find_checkpoint(folder, resume)  # what is wrong with it is told before anything starts
     data = check_data(config)
-    remarks.append(f"data {data}")
     if environment.rank == 0:
         check_wandb(config.log)
     device = choose_device(environment)
@@ -53,15 +56,18 @@ def pretrain(config_path: str, overrides: list[str], *, resume: str | None = Non
             mesh = start(config, device)
         limits = {"stall_s": config.parallel.stall_s, "slow_s": _SLOW_PART * config.parallel.timeout_s}
         watch.connect(mesh, address=rank_0_address(), folder=folder, **limits)
+        slowly = mesh.world.progress.slowly
         try:
-            with mesh.world.progress.slowly("start-up"):
-                checkpoint = _agree(checkpoint, mesh)
-                loader_state = check_checkpoint(checkpoint, plan, tokenizer, mesh.data.rank, config) if checkpoint else None
-                run = build_run(config, plan, mesh, tokenizer, folder, loader_state)
-            with run.loader:
-                with mesh.world.progress.slowly("loading the checkpoint"):
-                    state = load_state(run, checkpoint) if checkpoint else LoopState()
-                _run_job(run, state, environment, remarks, checkpoint, begin)
+            with held_run_folder(folder, mesh.world) as remarks:
+                with slowly("start-up"):
+                    checkpoint, told = settle_checkpoint(folder, resume, mesh.world)
+                    remarks += [*told, f"data {data}"]
+                    loader_state = check_checkpoint(checkpoint, plan, tokenizer, mesh.data.rank, config) if checkpoint else None
+                    run = build_run(config, plan, mesh, tokenizer, folder, loader_state)
+                with run.loader:
+                    with slowly("loading the checkpoint"):
+                        state = load_state(run, checkpoint) if checkpoint else LoopState()
+                    stopped = _run_job(run, state, environment, remarks, checkpoint, begin, watch)
         except OSError as error:
             if error.errno not in _STORAGE:
                 raise
@@ -70,9 +76,13 @@ def pretrain(config_path: str, overrides: list[str], *, resume: str | None = Non
                 "free space there or make it accessible, then continue with --resume auto"
             ) from error
         end_collectives()
+    return SAVED_STATUS if stopped else 0
 
 
-def _run_job(run: Run, state: LoopState, environment: LaunchEnvironment, remarks: list[str], checkpoint: Path | None, begin: float) -> None:
+def _run_job(
+    run: Run, state: LoopState, environment: LaunchEnvironment, remarks: list[str], checkpoint: Path | None, begin: float, watch: Watch
+) -> bool:
+    """Train and tell; whether it stopped because it was told to."""
     if run.is_writer:
         _write_run_folder(run, environment)
     barrier(run.mesh.world)
@@ -90,9 +100,13 @@ def _run_job(run: Run, state: LoopState, environment: LaunchEnvironment, remarks
                 f"nothing to do: step {state.step} is not before the last step {run.plan.stop_step}; "
                 "raise horizon.steps or horizon.stop_step to go on"
             )
-        state = train(run, state, metrics)
+        with watch.heeding(run.config.checkpoint.stop_s):
+            if train(run, state, metrics, lambda: bool(watch.asked)):
+                metrics.say(f"stopped after step {state.step}, which is saved: continue with --resume auto")
+                return True
         metrics.say(f"finished step {state.step}" + (f", best validation bpb {state.min_val_bpb:.6f}" if state.min_val_bpb is not None else ""))
         metrics.say(f"run folder: {run.folder}")
+        return False
     finally:
         metrics.close()
 
@@ -126,20 +140,7 @@ def describe_job(config: Config, world: int) -> str:
     return "\n\n".join((describe_config(config), describe_plan(plan), describe_ownership(ownership(config, plan))))
 
 
-def _agree(checkpoint: Path | None, mesh) -> Path | None:
-    """All ranks resume from the checkpoint that rank 0 found; one that cannot see it says so."""
-    asked = all_gather_objects(str(checkpoint) if checkpoint else None, mesh.world)
-    if any(other != asked[0] for other in asked):
-        rank = next(rank for rank, other in enumerate(asked) if other != asked[0])
-        raise UserError(f"rank 0 would resume from {asked[0]} and rank {rank} from {asked[rank]}: put run.folder on storage that all hosts share")
-    return checkpoint
-
-
 def _write_run_folder(run: Run, environment: LaunchEnvironment) -> None:
-    try:
-        run.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"the run folder {run.folder} cannot be made ({error.strerror}): set run.folder to a place that can be written") from None
     save_config(run.config, run.folder / "config.json")
     write_whole(run.folder / "plan.json", json.dumps(plan_values(run.plan), indent=2).encode() + b"\n")
     path = run.folder / "environment.json"

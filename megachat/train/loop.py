@@ -4,10 +4,12 @@ import contextlib
 import gc
 import json
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
+from megachat.checkpoint.saver import Saver
 from megachat.data.atomic import write_whole
 from megachat.device import peak_flops, peak_memory_bytes
 from megachat.errors import UserError
@@ -25,14 +27,20 @@ UNTIMED_STEPS = 10  # the speedrun's clock starts after them
 MOST_SKIPS_IN_A_ROW = 20
 
 
-def train(run: Run, state: LoopState, metrics: Metrics) -> LoopState:
-    """Train from `state` to the plan's stop step, evaluating, saving and telling on the way; all ranks call it."""
+def train(run: Run, state: LoopState, metrics: Metrics, asked_to_stop: Callable[[], bool] = lambda: False) -> bool:
+    """Train from `state` to the plan's stop step, evaluating, saving and telling on the way; all ranks call it.
+
+    asked_to_stop: this rank was told to stop. When one was, all save after the step and return True; otherwise False.
+    """
     slowly = run.mesh.world.progress.slowly  # all but a step that is not the first may take longer than the watch allows
-    first_step, skips_in_a_row = state.step, 0
-    validation = _Validation(run)
-    while state.step < run.plan.stop_step:
+    first_step, skips_in_a_row, stops = state.step, 0, False
+    validation, saver = _Validation(run), Saver(run.mesh.saving, background=run.config.checkpoint.background)
+    if state.owes_evaluation:
+        state.owes_evaluation = False
+        _do_what_is_due(run, state, validation, saver, metrics)
+    while state.step < run.plan.stop_step and not stops:
         with slowly("first step") if state.step == first_step else contextlib.nullcontext():
-            result = train_step(run, state.step)
+            result = train_step(run, state.step, wishes=(asked_to_stop(), saver.failed))
         skips_in_a_row = skips_in_a_row + 1 if result.skipped else 0
         if skips_in_a_row > MOST_SKIPS_IN_A_ROW:
             raise UserError(
@@ -44,18 +52,47 @@ def train(run: Run, state: LoopState, metrics: Metrics) -> LoopState:
         if state.step - first_step == 1:
             gc.collect()  # what exists now stays: scanning it again and again costs more than it frees
             gc.freeze()
-        last = state.step == run.plan.stop_step
-        if due(state.step, run.config.evaluate.every) or (last and state.step == run.plan.steps):
-            with slowly("evaluation"):
-                _evaluate(run, state, validation, metrics)
-        if last and state.step == run.plan.steps:
-            with slowly("sampling"):
-                _sample(run, state, metrics)
-        if last or due(state.step, run.config.checkpoint.every):
-            with slowly("saving the checkpoint"):
-                folder = save_state(run, state)
-            metrics.say(f"saved {folder}")
-    return state
+        stops, save_failed = result.wished
+        if save_failed:
+            saver.wait()  # raises on every rank: a save fails on all together
+        if stops:
+            state.owes_evaluation = _evaluation_due(run, state)
+            _save(run, state, saver)
+        else:
+            _do_what_is_due(run, state, validation, saver, metrics)
+        _tell_saved(state, saver, metrics)
+    with slowly("saving the checkpoint"):
+        saver.wait(blocks=True)
+    _tell_saved(state, saver, metrics)
+    return stops
+
+
+def _evaluation_due(run: Run, state: LoopState) -> bool:
+    return due(state.step, run.config.evaluate.every) or state.step == run.plan.stop_step == run.plan.steps
+
+
+def _do_what_is_due(run: Run, state: LoopState, validation: "_Validation", saver: Saver, metrics: Metrics) -> None:
+    """After a step: evaluation, samples, checkpoint."""
+    slowly, last = run.mesh.world.progress.slowly, state.step == run.plan.stop_step
+    if _evaluation_due(run, state):
+        with slowly("evaluation"):
+            _evaluate(run, state, validation, metrics)
+    if last and state.step == run.plan.steps:
+        with slowly("sampling"):
+            _sample(run, state, metrics)
+    if last or due(state.step, run.config.checkpoint.every):
+        _save(run, state, saver)
+
+
+def _save(run: Run, state: LoopState, saver: Saver) -> None:
+    with run.mesh.world.progress.slowly("copying the state to save it, or waiting for the save before"):
+        save_state(run, state, saver)
+
+
+def _tell_saved(state: LoopState, saver: Saver, metrics: Metrics) -> None:
+    for saved in saver.finished():
+        metrics.say(f"saved {saved.path} (training waited {saved.blocked_s:.2f} s of {saved.total_s:.2f} s)")
+        metrics.record({"step": state.step, "checkpoint/blocked_s": saved.blocked_s, "checkpoint/total_s": saved.total_s})
 
 
 class _Validation:

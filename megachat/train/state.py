@@ -1,19 +1,26 @@
 """All that survives a restart: weights, both optimizers, loss scaler, loader, random numbers and the loop's own counters."""
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from megachat.checkpoint.load import load_checkpoint, newest_complete, read_facts
-from megachat.checkpoint.save import save_checkpoint
-from megachat.data.loader_state import load_loader_state, save_loader_state
+from megachat.checkpoint.facts import read_facts
+from megachat.checkpoint.load import load_checkpoint, newest_complete
+from megachat.checkpoint.save import retire, save_checkpoint
+from megachat.checkpoint.saver import Saver
+from megachat.checkpoint.storage import Pieces
+from megachat.counts import saved_dimensions
+from megachat.data.loader_state import combined_ledger, load_loader_state, save_loader_state
 from megachat.data.packing import owner_of, streams_of
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError
+from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.engine import adamw_fragments, adamw_steps
+from megachat.parallel.mesh import Axis
 from megachat.parallel.rectangles import flat_rectangles
 from megachat.plan import Plan
 from megachat.train.build import Run, Training
@@ -23,13 +30,17 @@ _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis
 
 @dataclass
 class LoopState:
-    """The loop's counters. step: the next to run, from 0. training_s: seconds in steps after the tenth, as the speedrun counts them."""
+    """The loop's counters. step: the next to run, from 0. training_s: seconds in steps after the tenth, as the speedrun counts them.
+
+    owes_evaluation: the job was told to stop and saved before the evaluation that is due at this step.
+    """
 
     step: int = 0
     training_s: float = 0.0
     skipped_steps: int = 0
     val_bpb: float | None = None
     min_val_bpb: float | None = None
+    owes_evaluation: bool = False
 
 
 def checkpoints_folder(run_folder: Path) -> Path:
@@ -57,9 +68,9 @@ def state_pieces(run: Training, *, replicas: bool = True) -> dict:
     return pieces
 
 
-def save_state(run: Run, state: LoopState) -> Path:
-    """Write checkpoint step_NNNNNN of the run; all ranks call it. Raises UserError (on all) when it cannot be written."""
-    scaler = run.engine.optimizer.loss_scaler
+def save_state(run: Run, state: LoopState, saver: Saver) -> None:
+    """Begin to save checkpoint step_NNNNNN of the run as it is now; all ranks call it. Raises UserError when an earlier save failed."""
+    scaler, folder = run.engine.optimizer.loss_scaler, checkpoints_folder(run.folder)
     facts = {
         "model": dataclasses.asdict(run.plan.dims),
         "tokenizer": {"fingerprint": run.tokenizer.fingerprint, "vocab_size": run.tokenizer.vocab_size},
@@ -69,21 +80,29 @@ def save_state(run: Run, state: LoopState) -> Path:
         "config": run.config.model_dump(mode="json", exclude_defaults=True),
         "layout": dataclasses.asdict(run.plan.layout),
     }
-    loader_state = run.loader.state()
+    loader_state, ledger, random_state = run.loader.state(), run.loader.ledger(), _random_state(run.mesh.device)
+    data, streams, keep = run.mesh.data, run.config.data.streams, run.config.checkpoint
 
-    def write_own_files(folder: Path) -> None:
-        data, streams = run.mesh.data, run.config.data.streams
+    def write_own_files(temporary: Path) -> None:
         if run.mesh.tensor.rank == 0 and run.mesh.pipeline.rank == 0:
             mine = [
                 s
                 for s in streams_of(data.rank, data.size, streams, run.plan.rows_per_step)
                 if owner_of(s, data.size, streams, run.plan.rows_per_step) == data.rank
             ]
-            save_loader_state(folder / "loader", loader_state, mine)
-        (folder / "random").mkdir(exist_ok=True)
-        np.savez(folder / "random" / f"rank_{run.mesh.world.rank:05d}.npz", **_random_state(run.mesh.device))
+            save_loader_state(temporary / "loader", loader_state, mine)
+        (temporary / "random").mkdir(exist_ok=True)
+        np.savez(temporary / "random" / f"rank_{run.mesh.world.rank:05d}.npz", **random_state)
 
-    return save_checkpoint(checkpoints_folder(run.folder), state.step, state_pieces(run, replicas=False), facts, write_own_files, run.mesh.world)
+    def write(pieces: Pieces, axis: Axis) -> Path:
+        ledgers = {stream: told for part in all_gather_objects(ledger, axis) for stream, told in part.items()}
+        path = save_checkpoint(folder, state_step, pieces, facts | {"ledger": combined_ledger(ledgers)}, write_own_files, axis)
+        if axis.rank == 0:
+            retire(folder, keep.keep_last, keep.keep_every, state_step)
+        return path
+
+    state_step = state.step
+    saver.begin(state_pieces(run, replicas=False), write)
 
 
 def load_state(run: Run, checkpoint: Path) -> LoopState:
@@ -107,21 +126,24 @@ def load_state(run: Run, checkpoint: Path) -> LoopState:
     return LoopState(**facts["loop"])
 
 
-def find_checkpoint(run_folder: Path, resume: str | None) -> tuple[Path | None, list[str]]:
+def find_checkpoint(run_folder: Path, resume: str | None, damaged: Collection[Path] = ()) -> tuple[Path | None, list[str]]:
     """(checkpoint to resume from or None, remarks): resume is None, "auto" (newest complete, or none yet) or a checkpoint's path.
+
+    damaged: checkpoints that "auto" passes over.
 
     Raises UserError when the run folder holds checkpoints and resuming was not asked for, or when the path is no complete checkpoint.
     """
     if resume and resume != "auto":
         read_facts(Path(resume))
         return Path(resume), []
-    newest, remarks = newest_complete(checkpoints_folder(run_folder))
+    newest, remarks = newest_complete(checkpoints_folder(run_folder), damaged)
     if newest is not None and resume is None:
         raise UserError(
             f"{run_folder} already holds checkpoints up to {newest.name}: continue with --resume auto, or start another with --set run.name=NAME"
         )
-    if newest is None and remarks and resume == "auto":
-        raise UserError(f"{run_folder} holds no complete checkpoint to resume from: {remarks[0]}")
+    if newest is None and (remarks or damaged) and resume == "auto":
+        why = remarks[0] if remarks else f"{next(iter(damaged))} is damaged"
+        raise UserError(f"{run_folder} holds no complete checkpoint to resume from: {why}")
     return newest, remarks
 
 
@@ -135,10 +157,10 @@ def check_checkpoint(checkpoint: Path, plan: Plan, tokenizer: Tokenizer, loader_
             f"{config.data.tokenizer} ({tokenizer.vocab_size} tokens, {tokenizer.fingerprint[:12]}): "
             "set data.tokenizer to the one it was trained with"
         )
-    asked, saved = dataclasses.asdict(plan.dims), facts["model"]
-    other = [key for key in asked if (list(asked[key]) if isinstance(asked[key], tuple) else asked[key]) != saved.get(key)]
+    asked, saved = dataclasses.asdict(plan.dims), dataclasses.asdict(saved_dimensions(facts["model"]))
+    other = [key for key in asked if asked[key] != saved[key]]
     if other:
-        listed = ", ".join(f"{key} {saved.get(key)} (asked for {asked[key]})" for key in other)
+        listed = ", ".join(f"{key} {saved[key]} (asked for {asked[key]})" for key in other)
         raise UserError(f"{checkpoint} is of another model: {listed}; use the config it was trained with, or another run.name")
     needed = streams_of(loader_rank, plan.layout.data, config.data.streams, plan.rows_per_step)
     return load_loader_state(checkpoint / "loader", needed)

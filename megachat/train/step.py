@@ -3,6 +3,7 @@
 import math
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,13 +20,17 @@ _RATE_OF = {group.name: group.rate for group in GROUPS}
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean over tokens and ranks, nats. norm: joint gradient norm before clipping, inf when not finite. seconds: wall time."""
+    """loss: mean over tokens and ranks, nats. norm: joint gradient norm before clipping, inf when not finite. seconds: wall time.
+
+    wished: what any rank wished for, in the order of `train_step`'s wishes.
+    """
 
     loss: float
     norm: float
     skipped: bool
     rate_multiplier: float
     seconds: float
+    wished: tuple[bool, ...] = ()
 
 
 def set_schedules(run: Training, step: int) -> float:
@@ -50,14 +55,18 @@ def micro_batches(rows: torch.Tensor, micro_rows: int):
         yield chunk[:, :-1].contiguous(), chunk[:, 1:].contiguous()
 
 
-def train_step(run: Run, step: int) -> StepResult:
-    """Run step `step`. Raises UserError, on all ranks, when the loss is not finite; nothing was changed then."""
+def train_step(run: Run, step: int, wishes: Sequence[bool] = ()) -> StepResult:
+    """Run step `step`. Raises UserError, on all ranks, when the loss is not finite; nothing was changed then.
+
+    wishes: of this rank, as many on each; all ranks learn of them together, in the collective of the gradient norm.
+    """
     progress = run.mesh.world.progress
     progress.note(f"rows of step {step}")
     rows = next(run.loader)
     synchronize(run.mesh.device)
     begin = time.perf_counter()
     multiplier = set_schedules(run, step)
+    run.engine.optimizer.wishes = torch.tensor(wishes, dtype=torch.float32, device=run.mesh.device)
     loss = run.engine.train_batch(micro_batches(rows, run.plan.micro_rows))
     progress.note(f"loss of step {step}", waits=True)  # a GPU still works off what it was given, other ranks' parts included
     loss = loss.item()
@@ -66,7 +75,8 @@ def train_step(run: Run, step: int) -> StepResult:
     norm = run.engine.joint_norm.item()
     synchronize(run.mesh.device)
     progress.note(f"after step {step}")
-    return StepResult(loss, norm, bool(run.engine.optimizer.overflow), multiplier, time.perf_counter() - begin)
+    wished = tuple(count > 0 for count in run.engine.optimizer.wishes.tolist())
+    return StepResult(loss, norm, bool(run.engine.optimizer.overflow), multiplier, time.perf_counter() - begin, wished)
 
 
 def _stop_for_loss(run: Run, step: int, loss: float) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megachat.checkpoint.load import load_checkpoint, load_model, newest_complete, read_facts
+from megachat.checkpoint.facts import read_facts
+from megachat.checkpoint.load import load_checkpoint, load_model, newest_complete
 from megachat.checkpoint.save import save_checkpoint
 from megachat.errors import UserError
 from megachat.train.state import state_pieces

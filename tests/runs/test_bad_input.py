@@ -45,7 +45,7 @@ CASES = {
     "damaged_index": (["--resume", "{folder}/damaged/step_000004"], ["{folder}/damaged/step_000004", "tensors.json"]),
     "run_folder": (
         ["--set", "run.folder={folder}/nothing/wandb.py"],
-        ["the run folder {folder}/nothing/wandb.py/run_folder cannot be made (Not a directory): set run.folder"],
+        ["the run folder {folder}/nothing/wandb.py/run_folder cannot be made or written (Not a directory): set run.folder"],
     ),
     "missing_loader": (["--resume", "{folder}/missing/step_000004"], ["is cut short: loader/stream_00002.npz is missing"]),
 }

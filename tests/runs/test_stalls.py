@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megachat.errors import LOST_RANK_STATUS, STALL_STATUS, STOPPED_STATUS
+from megachat.checkpoint.load import newest_complete
+from megachat.errors import LOST_RANK_STATUS, STALL_STATUS
 from tests.runs.job import Done, Place, begin, command, finish, free_port, launched, metrics, processes_of, until
 
 LONG = {"horizon": {"steps": 50_000}, "evaluate": {"every": 0}, "checkpoint": {"every": 0}, "log": {"every": 20}}  # ended by the test
@@ -81,8 +82,12 @@ def test_an_ended_launcher_leaves_no_rank_behind(launcher, kill, place):
     assert done.status != 0 and "megachat" not in done.err.replace(str(job.run), ""), "no traceback of ours"
     if launcher == "mpirun":  # its ranks speak through it
         return
-    (told,) = done.errors
-    assert re.search(r"(was told to stop \(SIGTERM\)|the launcher \w+ \(pid \d+\) above rank \d .+ has gone), so the job stops: ", told)
+    told = [line for line in done.err.splitlines() if line.endswith(": the job saves after this step and ends")]
+    assert len(told) == 1 and done.errors == [], done.err
+    assert re.match(r"(rank \d .+ was told to stop \(SIGTERM\)|the launcher \w+ \(pid \d+\) above rank \d .+ has gone): ", told[0])
+    found, passed_over = newest_complete(job.run / "checkpoints")
+    assert found is not None and passed_over == []
+    assert f"stopped after step {int(found.name[5:])}, which is saved: continue with --resume auto" in done.out
 
 
 def ranks_alone(place: Place, name: str, **parallel) -> tuple[list[subprocess.Popen], Path]:
@@ -93,27 +98,6 @@ def ranks_alone(place: Place, name: str, **parallel) -> tuple[list[subprocess.Po
     run = place.runs / name
     until_training(ranks[0], run)
     return ranks, run
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_terminated_rank_ends_all_with_a_line(rank, place):
-    ranks, _ = ranks_alone(place, f"terminated_{rank}")
-    ranks[rank].terminate()
-    ends = [finish(each, 60) for each in ranks]
-    assert [each.status for each in ends] == [STOPPED_STATUS] * 2
-    assert "".join(each.err for each in ends) == (
-        f"error: rank {rank} (host {HOST}, pid {ranks[rank].pid}) was told to stop (SIGTERM), so the job stops: continue with --resume auto\n"
-    )
-
-
-def test_a_terminated_process_alone_ends_with_a_line(place):
-    program = launched("python", 1, command(place, "terminated", config=LONG))
-    process, run = begin(program), place.runs / "terminated"
-    until_training(process, run)
-    process.terminate()
-    done = finish(process, 60)
-    assert done.status == STOPPED_STATUS
-    assert re.fullmatch(r"error: rank 0 \(.+\) was told to stop \(SIGTERM\), so the job stops: continue with --resume auto\n", done.err)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

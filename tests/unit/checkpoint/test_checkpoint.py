@@ -1,5 +1,6 @@
 """A checkpoint folder on one process: JSON and tensors only, complete or refused, nothing in it executed."""
 
+import hashlib
 import io
 import json
 import os
@@ -9,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megachat.checkpoint.load import load_checkpoint, load_model, newest_complete, read_facts
-from megachat.checkpoint.save import checkpoint_name, save_checkpoint
+from megachat.checkpoint.facts import checkpoint_name, read_facts
+from megachat.checkpoint.hashes import check_files, file_hash
+from megachat.checkpoint.load import load_checkpoint, load_model, newest_complete
+from megachat.checkpoint.save import retire, save_checkpoint, tidy
 from megachat.checkpoint.storage import read_index
 from megachat.errors import UserError
 from megachat.parallel.mesh import Axis
@@ -58,8 +61,10 @@ def test_tensors_come_back_and_the_index_is_json(tmp_path):
     (piece,) = index["model/a"]["pieces"]
     assert (piece["offset"], piece["size"], piece["file"]) == ([0, 0], [3, 4], "__0_0.distcp")
     facts = read_facts(path)
-    assert (facts["format_version"], facts["step"], facts["loop"]) == (1, 7, {"step": 7})
-    assert facts["files"] == {name: (path / name).stat().st_size for name in ("__0_0.distcp", "own", "tensors.json")}
+    assert (facts["format_version"], facts["architecture_version"], facts["step"], facts["loop"]) == (2, 1, 7, {"step": 7})
+    sizes = {name: (path / name).stat().st_size for name in ("__0_0.distcp", "own", "tensors.json")}
+    assert facts["files"] == {name: {"bytes": size, "sha256": file_hash(path / name)} for name, size in sizes.items()}
+    assert facts["files"]["own"]["sha256"] == hashlib.sha256(b"mine").hexdigest() and check_files(path, facts) == []
     assert load_model(path).keys() == {"a", "b"} and torch.equal(load_model(path, ["b"])["b"], tensors["model/b"])
 
 
@@ -137,12 +142,16 @@ def test_tensors_that_were_overwritten_are_refused(tmp_path):
     ("content", "told"),
     [
         (None, "is not a complete checkpoint: it has no checkpoint.json"),
-        ('{"format_version": 2, "step": 7}', "has format 2, newer than this version's 1: update megachat"),
+        ('{"format_version": 3, "step": 7}', "has format 3, newer than this version's 2: update megachat"),
+        ('{"format_version": 2, "architecture_version": 2, "step": 7}', "is of architecture 2, newer than this version's 1: update megachat"),
+        ('{"format_version": 2, "architecture_version": 1, "step": 7, "files": {}, "sha256": "0"}', "is not as it was saved"),
+        ('{"format_version": 2, "architecture_version": 1, "step": 7, "files": {}}', "checkpoint.json cannot be read"),
+        ('{"format_version": 0, "step": 7, "files": {}}', "checkpoint.json cannot be read"),
         ('{"format_version": 1, "fi', "checkpoint.json cannot be read"),
         ('{"format_version": 1, "step": 7}', "checkpoint.json cannot be read"),
         ("[1, 2]", "checkpoint.json cannot be read"),
-        ('{"format_version": 1, "files": {"gone": 5}}', "is cut short: gone is missing"),
-        ('{"format_version": 1, "files": {"tensors.json": 5}}', r"is cut short: tensors.json has \d+ bytes, not 5"),
+        ('{"format_version": 1, "step": 7, "files": {"gone": 5}}', "is cut short: gone is missing"),
+        ('{"format_version": 1, "step": 7, "files": {"tensors.json": 5}}', r"is cut short: tensors.json has \d+ bytes, not 5"),
     ],
 )
 def test_a_folder_that_is_no_complete_checkpoint_is_refused(content, told, tmp_path):
@@ -198,3 +207,65 @@ def test_overlaps_and_holes_are_refused(rectangles, told, tmp_path):
     with pytest.raises(UserError, match=f"could not be saved by rank 0: .*{told}"):
         save_checkpoint(tmp_path, 1, pieces, {}, lambda _: None, ALONE)
     assert os.listdir(tmp_path) == []
+
+
+def damage(path: Path) -> None:
+    """Other content of the same size."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_every_file_that_was_changed_is_named(tmp_path):
+    path = save(tmp_path, own=lambda folder: [(folder / name).write_text(name) for name in ("first", "second", "third")])
+    facts = read_facts(path)
+    damage(path / "__0_0.distcp")
+    damage(path / "second")
+    (path / "third").unlink()
+    (path / "first").write_text("longer than it was")
+    told = ["__0_0.distcp is not as it was saved", "first has 18 bytes, not 5", "second is not as it was saved", "third is missing"]
+    assert [problem.split(" (")[0] for problem in sorted(check_files(path, facts))] == told
+    assert [problem.split(" (")[0] for problem in check_files(path, facts, {"second"})] == told[2:3]
+    text = (path / "checkpoint.json").read_text()
+    (path / "checkpoint.json").write_text(text.replace('"step": 7', '"step": 8'))
+    with pytest.raises(UserError, match="checkpoint.json is not as it was saved"):
+        read_facts(path)
+
+
+def test_a_format_without_hashes_is_compared_by_size(tmp_path):
+    path = save(tmp_path, 7, own=lambda folder: (folder / "own").write_text("mine"))
+    facts = {"format_version": 1, "step": 7, "files": {file.name: file.stat().st_size for file in path.iterdir() if file.name != "checkpoint.json"}}
+    (path / "checkpoint.json").write_text(json.dumps(facts))
+    upgraded = read_facts(path)
+    assert upgraded["files"]["own"] == {"bytes": 4, "sha256": None} and (upgraded["format_version"], upgraded["ledger"]) == (2, None)
+    damage(path / "own")
+    assert check_files(path, upgraded) == []
+    (path / "own").write_text("longer")
+    assert check_files(path, upgraded) == ["own has 6 bytes, not 4"]
+
+
+@pytest.mark.parametrize(
+    ("last", "every", "stay"),
+    [(None, None, [1, 2, 3, 4, 6, 8, 9]), (2, None, [6, 8, 9]), (1, None, [8, 9]), (2, 3, [3, 6, 8, 9]), (9, 3, [1, 2, 3, 4, 6, 8, 9])],
+)
+def test_retention_keeps_the_last_and_multiples_and_never_what_is_newer(last, every, stay, tmp_path):
+    for step in (1, 2, 3, 4, 6, 8, 9):
+        save(tmp_path, step)
+    (tmp_path / "step_000005").mkdir()  # not complete: not counted, not touched
+    retire(tmp_path, last, every, newest=8)
+    assert sorted(int(path.name[5:]) for path in tmp_path.glob("step_*") if (path / "checkpoint.json").exists()) == stay
+    assert (tmp_path / "step_000005").is_dir()
+
+
+def test_what_a_kill_leaves_is_put_in_order(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    (tmp_path / "step_000002").rename(tmp_path / "step_000002.old")  # killed between the two renames of a step saved again
+    (tmp_path / "step_000001").rename(tmp_path / "step_000001.old")
+    save(tmp_path, 1)
+    (tmp_path / "step_000001.old").mkdir(exist_ok=True)  # killed while the replaced one was removed
+    (tmp_path / "step_000009.tmp").mkdir()
+    tidy(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["step_000001", "step_000002", "step_000003"]
+    assert all(read_facts(path) for path in tmp_path.iterdir())
+    tidy(tmp_path / "none")

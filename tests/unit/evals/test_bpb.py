@@ -23,7 +23,7 @@ TOKEN_BYTES = torch.arange(SMALL_VOCAB) % 5  # every fifth token counts nothing,
 
 def mesh_of(ranks: int, rank: int) -> Mesh:
     alone, data = Axis("tensor", 1, 0, None, (0,)), Axis("data", ranks, rank, None, tuple(range(ranks)))
-    return Mesh(world=data, data=data, tensor=alone, pipeline=alone, stage=data, device=torch.device("cpu"), topology=None)
+    return Mesh(world=data, data=data, tensor=alone, pipeline=alone, stage=data, saving=data, device=torch.device("cpu"), topology=None)
 
 
 def dealt(rows: torch.Tensor, ranks: int, rank: int):

@@ -7,7 +7,7 @@ from megachat.evals.sample import continue_greedily
 from megachat.parallel.mesh import Axis, Mesh
 
 ALONE = Axis("world", 1, 0, None, (0,))
-MESH = Mesh(world=ALONE, data=ALONE, tensor=ALONE, pipeline=ALONE, stage=ALONE, device=torch.device("cpu"), topology=None)
+MESH = Mesh(world=ALONE, data=ALONE, tensor=ALONE, pipeline=ALONE, stage=ALONE, saving=ALONE, device=torch.device("cpu"), topology=None)
 
 
 class Counting:

@@ -10,7 +10,7 @@ from megachat.optim.muon import Hyper, reference_step, second_moment_shape
 from megachat.optim.partition import MuonPartition
 from megachat.parallel.mesh import Axis, Mesh
 
-AXES = {name: Axis(name, 1, 0, None, (0,)) for name in ("world", "data", "tensor", "pipeline", "stage")}
+AXES = {name: Axis(name, 1, 0, None, (0,)) for name in ("world", "data", "tensor", "pipeline", "stage", "saving")}
 ALONE = Mesh(**AXES, device=torch.device("cpu"), topology=None)
 MATRICES = [Matrix("first", (160, 128), 0, 1.5), Matrix("second", (128, 160), 1), Matrix("tiny", (3, 5), 1)]
 

@@ -1,0 +1,97 @@
+"""Saving behind the training: the loop waits for a copy in host memory, a thread on every rank writes it."""
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from megachat.checkpoint.save import piece_bytes
+from megachat.checkpoint.storage import Pieces
+from megachat.errors import UserError
+from megachat.parallel.mesh import Axis
+
+# writes the copied rectangles with the collectives of the given axis, which nothing else uses; returns the checkpoint
+Write = Callable[[Pieces, Axis], Path]
+
+
+class Saved(NamedTuple):
+    """A finished save. blocked_s: for which the training waited. total_s: until it was complete. held_bytes: of this rank's tensors."""
+
+    path: Path
+    blocked_s: float
+    total_s: float
+    held_bytes: int
+
+
+class Saver:
+    """Saves one checkpoint at a time in the background; all ranks call everything here in the same order.
+
+    axis: all ranks, with a group of its own, since its collectives run beside the training's.
+    """
+
+    def __init__(self, axis: Axis, *, background: bool = True):
+        self._axis, self._background = axis, background
+        self._copies: dict[tuple[str, int], torch.Tensor] = {}  # kept from save to save: fresh memory costs more than the copy
+        self._thread: threading.Thread | None = None
+        self._saved: list[Saved] = []
+        self._error: BaseException | None = None
+
+    def begin(self, pieces: Pieces, write: Write) -> None:
+        """Copy the rectangles and write them behind the caller's back. Waits for an earlier save first. Raises UserError when that one failed."""
+        begin = time.perf_counter()
+        self.wait()
+        copied = self._copy(pieces)
+        blocked_s = time.perf_counter() - begin
+        self._thread = threading.Thread(target=self._run, args=(copied, write, begin, blocked_s), name="saver")
+        self._thread.start()
+        if not self._background:
+            self.wait(blocks=True)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the save under way could not be finished; `wait` raises why."""
+        return self._error is not None
+
+    def finished(self) -> list[Saved]:
+        """The saves that became complete since the last call."""
+        done, self._saved = self._saved, []
+        return done
+
+    def wait(self, *, blocks: bool = False) -> None:
+        """Wait for the save under way. blocks: count this as time for which the training waited. Raises UserError when it failed."""
+        begin = time.perf_counter()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        if blocks and self._saved:
+            self._saved[-1] = self._saved[-1]._replace(blocked_s=self._saved[-1].blocked_s + time.perf_counter() - begin)
+
+    def _copy(self, pieces: Pieces) -> dict:
+        copied = {}
+        for name, (shape, rectangles) in pieces.items():
+            copies = []
+            for index, (offsets, sizes, view) in enumerate(rectangles):
+                copy = self._copies.get((name, index))
+                if copy is None:
+                    copy = self._copies[name, index] = torch.empty(view.shape, dtype=view.dtype, pin_memory=view.is_cuda)
+                copy.copy_(view.detach(), non_blocking=True)
+                copies.append((offsets, sizes, copy))
+            copied[name] = (shape, copies)
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        return copied
+
+    def _run(self, pieces: Pieces, write: Write, begin: float, blocked_s: float) -> None:
+        try:
+            path = write(pieces, self._axis)
+            self._saved.append(Saved(path, blocked_s, time.perf_counter() - begin, piece_bytes(pieces)))
+        except UserError as error:
+            self._error = error
+        except BaseException as error:  # raised in the training's thread
+            self._error = error

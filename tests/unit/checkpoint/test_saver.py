@@ -1,0 +1,59 @@
+"""The copy that is saved is of the moment of begin(), the writing goes on behind, and what fails there is raised in front."""
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from megachat.checkpoint.saver import Saver
+from megachat.errors import UserError
+from tests.unit.checkpoint.test_checkpoint import ALONE, whole
+
+
+class Writer:
+    """Waits to be let go, then notes what it was given."""
+
+    def __init__(self):
+        self.go, self.began, self.wrote = threading.Event(), threading.Event(), []
+
+    def __call__(self, pieces, axis) -> Path:
+        self.began.set()
+        assert self.go.wait(30) and axis is ALONE
+        self.wrote.append({name: rectangles[0][2].clone() for name, (_, rectangles) in pieces.items()})
+        return Path(f"saved {len(self.wrote)}")
+
+
+def test_training_goes_on_and_the_copy_does_not(tmp_path):
+    saver, write, weight = Saver(ALONE), Writer(), torch.arange(6.0).view(2, 3)
+    saver.begin(whole({"model/a": weight}), write)
+    weight += 1
+    assert write.began.wait(30) and saver.finished() == [] and not saver.failed
+    write.go.set()
+    saver.begin(whole({"model/a": weight}), write)  # waits for the first
+    assert len(write.wrote) >= 1
+    saver.wait()
+    assert [wrote["model/a"].tolist() for wrote in write.wrote] == [[[0, 1, 2], [3, 4, 5]], [[1, 2, 3], [4, 5, 6]]]
+    first, second = saver.finished()
+    assert (first.path, second.path, second.held_bytes) == (Path("saved 1"), Path("saved 2"), 24) and saver.finished() == []
+    assert 0 <= first.blocked_s <= first.total_s
+
+
+def test_in_front_when_asked(tmp_path):
+    saver, write = Saver(ALONE, background=False), Writer()
+    write.go.set()
+    saver.begin(whole({"model/a": torch.ones(2)}), write)
+    (saved,) = saver.finished()
+    assert len(write.wrote) == 1 and saved.blocked_s == pytest.approx(saved.total_s, rel=0.5)
+
+
+def test_a_save_that_fails_is_raised_once(tmp_path):
+    def fail(pieces, axis):
+        raise UserError("the disk is full")
+
+    saver = Saver(ALONE)
+    saver.begin(whole({"model/a": torch.ones(2)}), fail)
+    with pytest.raises(UserError, match="the disk is full"):
+        saver.wait()
+    saver.wait()
+    assert not saver.failed and saver.finished() == []
