@@ -1,9 +1,10 @@
 """All that survives a restart: weights, both optimizers, loss scaler, loader, random numbers and the loop's own counters."""
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from megachat.parallel.rectangles import flat_rectangles
 from megachat.plan import Plan
 from megachat.train.build import Run, Training
 
+_NONE: Mapping[Path, str] = MappingProxyType({})
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -126,10 +128,10 @@ def load_state(run: Run, checkpoint: Path) -> LoopState:
     return LoopState(**facts["loop"])
 
 
-def find_checkpoint(run_folder: Path, resume: str | None, damaged: Collection[Path] = ()) -> tuple[Path | None, list[str]]:
+def find_checkpoint(run_folder: Path, resume: str | None, damaged: Mapping[Path, str] = _NONE) -> tuple[Path | None, list[str]]:
     """(checkpoint to resume from or None, remarks): resume is None, "auto" (newest complete, or none yet) or a checkpoint's path.
 
-    damaged: checkpoints that "auto" passes over.
+    damaged: checkpoints that "auto" passes over, and why.
 
     Raises UserError when the run folder holds checkpoints and resuming was not asked for, or when the path is no complete checkpoint.
     """
@@ -142,13 +144,14 @@ def find_checkpoint(run_folder: Path, resume: str | None, damaged: Collection[Pa
             f"{run_folder} already holds checkpoints up to {newest.name}: continue with --resume auto, or start another with --set run.name=NAME"
         )
     if newest is None and (remarks or damaged) and resume == "auto":
-        why = remarks[0] if remarks else f"{next(iter(damaged))} is damaged"
-        raise UserError(f"{run_folder} holds no complete checkpoint to resume from: {why}")
+        why = [f"{path} is damaged: {problem}" for path, problem in damaged.items()] + remarks
+        raise UserError(f"{run_folder} holds no complete checkpoint to resume from: {why[0]}")
     return newest, remarks
 
 
-def check_checkpoint(checkpoint: Path, plan: Plan, tokenizer: Tokenizer, loader_rank: int, config) -> dict:
-    """Raise UserError unless the checkpoint is of this model and tokenizer; return the loader's state for this data rank."""
+def check_checkpoint(checkpoint: Path, plan: Plan, tokenizer: Tokenizer, loader_rank: int, config) -> dict | None:
+    """Raise UserError unless the checkpoint is of this model and tokenizer; return the loader's state for this data rank, or None where the
+    checkpoint was imported from a program whose place in the documents cannot be continued."""
     facts = read_facts(checkpoint)
     if facts["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
         before = facts["tokenizer"]["vocab_size"]
@@ -163,6 +166,8 @@ def check_checkpoint(checkpoint: Path, plan: Plan, tokenizer: Tokenizer, loader_
         listed = ", ".join(f"{key} {saved[key]} (asked for {asked[key]})" for key in other)
         raise UserError(f"{checkpoint} is of another model: {listed}; use the config it was trained with, or another run.name")
     needed = streams_of(loader_rank, plan.layout.data, config.data.streams, plan.rows_per_step)
+    if facts.get("imported") and not (checkpoint / "loader").exists():
+        return None
     return load_loader_state(checkpoint / "loader", needed)
 
 
