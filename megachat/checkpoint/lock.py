@@ -52,7 +52,9 @@ def _locked(folder: Path) -> tuple[int, str | None]:
     except BlockingIOError:
         holder = _holder(descriptor)
         os.close(descriptor)
-        raise UserError(f"{folder} is in use by {holder}: wait until that job has ended or end it, or start another with --set run.name=NAME") from None
+        raise UserError(
+            f"{folder} is in use by {holder}: wait until that job has ended or end it, or start another with --set run.name=NAME"
+        ) from None
     except OSError as error:
         if error.errno in _NO_LOCKS:
             return descriptor, f"the storage of {folder} knows no locks ({error.strerror}): a second job on this run folder would not be noticed"

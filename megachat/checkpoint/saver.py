@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +10,6 @@ import torch
 
 from megachat.checkpoint.save import piece_bytes
 from megachat.checkpoint.storage import Pieces
-from megachat.errors import UserError
 from megachat.parallel.mesh import Axis
 
 # writes the copied rectangles with the collectives of the given axis, which nothing else uses; returns the checkpoint
@@ -29,7 +28,8 @@ class Saved(NamedTuple):
 class Saver:
     """Saves one checkpoint at a time in the background; all ranks call everything here in the same order.
 
-    axis: all ranks, with a group of its own, since its collectives run beside the training's.
+    axis: all ranks, with a group of its own, since its collectives run beside the training's. background: false writes the rectangles
+    themselves, while the caller waits, and takes no memory for copies.
     """
 
     def __init__(self, axis: Axis, *, background: bool = True):
@@ -39,13 +39,27 @@ class Saver:
         self._saved: list[Saved] = []
         self._error: BaseException | None = None
 
+    def reserve(self, pieces: Pieces) -> None:
+        """Take the memory of the copies now: a job that has too little fails at its start, and the first save waits no longer than others."""
+        if self._background:
+            for copy, _ in self._pairs(pieces):
+                copy.zero_()
+
     def begin(self, pieces: Pieces, write: Write) -> None:
         """Copy the rectangles and write them behind the caller's back. Waits for an earlier save first. Raises UserError when that one failed."""
         begin = time.perf_counter()
         self.wait()
-        copied = self._copy(pieces)
+        if self._background:
+            for copy, view in self._pairs(pieces):
+                copy.copy_(view.detach(), non_blocking=True)
+            if torch.cuda.is_available() and torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+            pieces = {
+                name: (shape, [(offsets, sizes, self._copies[name, index]) for index, (offsets, sizes, _) in enumerate(rectangles)])
+                for name, (shape, rectangles) in pieces.items()
+            }
         blocked_s = time.perf_counter() - begin
-        self._thread = threading.Thread(target=self._run, args=(copied, write, begin, blocked_s), name="saver")
+        self._thread = threading.Thread(target=self._run, args=(pieces, write, begin, blocked_s), name="saver")
         self._thread.start()
         if not self._background:
             self.wait(blocks=True)
@@ -72,26 +86,17 @@ class Saver:
         if blocks and self._saved:
             self._saved[-1] = self._saved[-1]._replace(blocked_s=self._saved[-1].blocked_s + time.perf_counter() - begin)
 
-    def _copy(self, pieces: Pieces) -> dict:
-        copied = {}
-        for name, (shape, rectangles) in pieces.items():
-            copies = []
-            for index, (offsets, sizes, view) in enumerate(rectangles):
-                copy = self._copies.get((name, index))
-                if copy is None:
-                    copy = self._copies[name, index] = torch.empty(view.shape, dtype=view.dtype, pin_memory=view.is_cuda)
-                copy.copy_(view.detach(), non_blocking=True)
-                copies.append((offsets, sizes, copy))
-            copied[name] = (shape, copies)
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        return copied
+    def _pairs(self, pieces: Pieces) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(copy, view) of every rectangle."""
+        for name, (_, rectangles) in pieces.items():
+            for index, (_, _, view) in enumerate(rectangles):
+                if (name, index) not in self._copies:
+                    self._copies[name, index] = torch.empty(view.shape, dtype=view.dtype, pin_memory=view.is_cuda)
+                yield self._copies[name, index], view
 
     def _run(self, pieces: Pieces, write: Write, begin: float, blocked_s: float) -> None:
         try:
             path = write(pieces, self._axis)
             self._saved.append(Saved(path, blocked_s, time.perf_counter() - begin, piece_bytes(pieces)))
-        except UserError as error:
-            self._error = error
         except BaseException as error:  # raised in the training's thread
             self._error = error

@@ -20,7 +20,7 @@ from megachat.parallel.tensor import vocabulary_part
 from megachat.schedule import due
 from megachat.train.build import Run, build_loader
 from megachat.train.metrics import Metrics, console_line
-from megachat.train.state import LoopState, save_state
+from megachat.train.state import LoopState, save_state, state_pieces
 from megachat.train.step import StepResult, train_step
 
 UNTIMED_STEPS = 10  # the speedrun's clock starts after them
@@ -35,6 +35,7 @@ def train(run: Run, state: LoopState, metrics: Metrics, asked_to_stop: Callable[
     slowly = run.mesh.world.progress.slowly  # all but a step that is not the first may take longer than the watch allows
     first_step, skips_in_a_row, stops = state.step, 0, False
     validation, saver = _Validation(run), Saver(run.mesh.saving, background=run.config.checkpoint.background)
+    saver.reserve(state_pieces(run, replicas=False))
     if state.owes_evaluation:
         state.owes_evaluation = False
         _do_what_is_due(run, state, validation, saver, metrics)

@@ -135,3 +135,10 @@ def test_a_named_checkpoint_of_another_run_can_be_gone_on_with(one, place):
     run = train(place, "branched", "--resume", str(checkpoint(one, 4)))
     assert losses(run) == {step: loss for step, loss in losses(one).items() if step >= 4}
     assert different(checkpoint(run, STEPS), checkpoint(one, STEPS)) == []
+
+
+def test_old_checkpoints_are_removed_as_asked_and_writing_in_front_is_the_same(one, place):
+    kept = {"checkpoint": {"every": 1, "keep_last": 2, "keep_every": 3, "background": False}}
+    run = train(place, "kept", config=kept)
+    assert checkpoints(run) == ["step_000003", "step_000005", "step_000006"]
+    assert losses(run) == losses(one) and different(checkpoint(run, STEPS), checkpoint(one, STEPS)) == []
