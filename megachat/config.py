@@ -55,6 +55,9 @@ class DataConfig(_Section):
     shuffle: bool = Field(False, description="visit row groups in a seeded order, another one each epoch")
     tokenizer_threads: int = Field(2, ge=1, description="threads that tokenize ahead")
     prefetch_steps: int = Field(2, ge=1, description="steps packed ahead in the background")
+    resume: Literal["exact", "restart"] = Field(
+        "exact", description="when documents cannot go on where they stopped: refuse, or restart with the first; where they can they always do"
+    )
 
 
 class BatchConfig(_Section):

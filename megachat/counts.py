@@ -1,12 +1,18 @@
 """Parameters, FLOPs and bytes from dimensions alone; no tensor is made."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from megachat.errors import UserError
 
 VOCAB_MULTIPLE = 64
 MLP_RATIO = 4
 SMEAR_CHANNELS = 24
 GATE_CHANNELS = 12
 WINDOW_TILE = 128  # short windows are whole tiles of the attention kernels
+NORM_EPSILON = 1.1920929e-07
+ROTARY_BASE = 100_000.0
+QK_SCALE = 1.2
 
 
 def up_to_multiple(value: int, multiple: int) -> int:
@@ -16,7 +22,11 @@ def up_to_multiple(value: int, multiple: int) -> int:
 
 @dataclass(frozen=True)
 class Dimensions:
-    """The sizes that fix a model. windows[i] is the number of earlier positions that block i's queries see (sequence_len: all)."""
+    """The sizes that fix a model. windows[i] is the number of earlier positions that block i's queries see (sequence_len: all).
+
+    The fields with defaults are nanochat's choices; its first version, which transformers' NanoChat computes, made others: no value embeddings,
+    no scale on normed queries and keys, and no residual mix, smear or backout, which "neutral" lambdas leave without effect.
+    """
 
     depth: int
     width: int
@@ -26,6 +36,11 @@ class Dimensions:
     sequence_len: int
     vocab_size: int
     windows: tuple[int, ...]
+    rotary_base: float = ROTARY_BASE
+    qk_scale: float = QK_SCALE
+    norm_epsilon: float = NORM_EPSILON
+    value_embeddings: bool = True
+    lambdas: Literal["learned", "neutral"] = "learned"
 
     @property
     def padded_vocab(self) -> int:
@@ -38,8 +53,19 @@ class Dimensions:
         return self.kv_heads * self.head_size
 
     def has_value_embedding(self, block: int) -> bool:
-        """Every other block, the last one always."""
-        return block % 2 == (self.depth - 1) % 2
+        """Every other block, the last one always, where the model has any."""
+        return self.value_embeddings and block % 2 == (self.depth - 1) % 2
+
+
+def saved_dimensions(model: dict) -> Dimensions:
+    """The sizes in a checkpoint's facts; what older ones do not name is nanochat's. Raises UserError for keys that are missing or unknown."""
+    known = {field.name for field in fields(Dimensions)}
+    if unknown := sorted(set(model) - known):
+        raise UserError(f"the checkpoint's model has {unknown[0]}, which this version does not know: update megachat")
+    try:
+        return Dimensions(**(model | {"windows": tuple(model["windows"])}))
+    except (TypeError, KeyError) as error:
+        raise UserError(f"the checkpoint does not tell its model's sizes ({error}): give another one") from None
 
 
 def window_sizes(pattern: str, depth: int, sequence_len: int) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import dataclasses
 import ipaddress
 import os
 import platform
@@ -163,6 +164,12 @@ def _require_master(launcher: str, several_nodes: bool) -> None:
         raise UserError(f"{launcher} started ranks on several nodes without MASTER_ADDR: export MASTER_ADDR as rank 0's host name")
     env.setdefault("MASTER_ADDR", "127.0.0.1")
     env.setdefault("MASTER_PORT", "29500")
+
+
+def with_fewer_ranks(environment: LaunchEnvironment, world: int) -> LaunchEnvironment:
+    """The same process in a world of the first `world` ranks; for those that stay."""
+    os.environ["WORLD_SIZE"] = str(world)
+    return dataclasses.replace(environment, world_size=world, local_size=min(environment.local_size, world))
 
 
 def become_rank(rank: int, world: int, port: int) -> None:

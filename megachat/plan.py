@@ -100,6 +100,24 @@ def resolve(config: Config, world: int, vocab_size: int) -> Plan:
     )
 
 
+def usable_world(config: Config, world: int, vocab_size: int) -> int:
+    """The largest number of ranks, up to `world`, on which the run fits with its tensor and pipeline axes and the same global batch.
+
+    For a job that lost hosts: fewer data-parallel ranks take more micro-batches each. Raises UserError when no number fits, with what is wrong
+    on `world` ranks, and when the batch was given per rank.
+    """
+    if config.batch.tokens is None and config.batch.micro_rows and config.batch.accumulation:
+        raise UserError("batch.micro_rows and batch.accumulation without batch.tokens make the batch depend on the ranks: set batch.tokens instead")
+    unit = config.parallel.tensor * config.parallel.pipeline
+    for ranks in range(world // unit * unit, 0, -unit):
+        try:
+            resolve(config, ranks, vocab_size)
+        except UserError:
+            continue
+        return ranks
+    return resolve(config, world, vocab_size).layout.world  # which tells what does not fit
+
+
 def resolve_layout(config: Config, dims: Dimensions, world: int) -> Layout:
     """The axes of a world of `world` ranks. Raises UserError when they do not fit the world or the model, with the nearest sizes that do."""
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
@@ -169,7 +187,9 @@ def resolve_dimensions(config: Config, vocab_size: int, *, depth: int | None = N
     why["heads"] = f"width / head_size = {width} / {model.head_size}"
     why["windows"] = f"{model.window_pattern} tiled over {depth} blocks, the last L; S = sequence_len / 4 up to a multiple of 128"
     windows = window_sizes(model.window_pattern, depth, model.sequence_len)
-    return Dimensions(depth, width, heads, kv_heads, model.head_size, model.sequence_len, vocab_size, windows)
+    choices = {"rotary_base": model.rotary_base, "qk_scale": model.qk_scale, "norm_epsilon": model.norm_epsilon}
+    choices |= {"value_embeddings": model.value_embeddings, "lambdas": model.lambdas}
+    return Dimensions(depth, width, heads, kv_heads, model.head_size, model.sequence_len, vocab_size, windows, **choices)
 
 
 def _token_horizon(config: Config, dims: Dimensions, vocab_size: int, why: dict[str, str]) -> tuple[float, float]:
@@ -294,4 +314,7 @@ def _rates(config: Config, dims: Dimensions, tokens: int, target: float, referen
         "x0": asked.scalar_lr * batch,
         "smear": asked.smear_lr,
     }
+    if dims.lambdas == "neutral":
+        rates |= {name: 0.0 for name in ("resid", "x0", "smear")}
+        why |= {f"rates.{name}": "0 (model.lambdas is neutral)" for name in ("resid", "x0", "smear")}
     return rates, asked.weight_decay * batch * horizon

@@ -11,11 +11,12 @@ SOURCES = sorted((ROOT / "megachat").rglob("*.py"))
 PROGRAMS = sorted([*(ROOT / "launch").glob("*.py"), *(ROOT / "tools").glob("*.py")])
 LEVELS = (
     ("errors",),
-    ("config", "counts", "schedule", "device", "probe"),
+    ("counts",),
+    ("config", "schedule", "device", "probe"),
     ("kernels", "plan", "hosts"),
     ("model", "parallel"),
     ("optim", "data", "checkpoint"),
-    ("evals",),
+    ("evals", "convert"),
     ("train",),
 )
 LEVEL = {part: number for number, parts in enumerate(LEVELS) for part in parts}
@@ -89,7 +90,7 @@ def test_sizes():
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 size = node.end_lineno - node.lineno + 1
                 assert size <= 60, f"{path}: {node.name} has {size} lines"
-    assert total <= 8500
+    assert total <= 11_000
 
 
 def test_the_environment_is_read_in_one_place():

@@ -1,6 +1,6 @@
 """Measurements, side by side in one run, as ratios: timings on shared machines are noisy and their ratios less so.
 
-python tools/bench.py dtype|start|loader|layouts --config configs/d4_cpu.json [...]; prints one JSON object with hardware and commit.
+python tools/bench.py dtype|start|loader|layouts|checkpoint --config configs/d4_cpu.json [...]; prints one JSON object with hardware and commit.
 """
 
 import argparse
@@ -125,10 +125,22 @@ def bench_layouts(arguments) -> dict:
     return {"what": f"loss over {arguments.steps} steps against one process", "found": found}
 
 
+def bench_checkpoint(arguments) -> dict:
+    """Seconds for which training waits for a save, and until it is complete, beside torch.save of each rank's state; loading; bytes."""
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(arguments.ranks), "--master-port", str(free_port())]
+        command += [str(ROOT / "tools" / "bench_checkpoint.py"), "--config", arguments.config, "--vocab-size", str(arguments.vocab_size)]
+        command += ["--rounds", str(arguments.rounds), "--folder", folder, *(part for setting in arguments.set for part in ("--set", setting))]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"the ranks failed: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
+    return {"what": "seconds of saving and loading, of the slowest rank"} | json.loads(done.stdout.strip().splitlines()[-1])
+
+
 @user_errors_end_the_program
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    kinds = {"dtype": bench_dtype, "start": bench_start, "loader": bench_loader, "layouts": bench_layouts}
+    kinds = {"dtype": bench_dtype, "start": bench_start, "loader": bench_loader, "layouts": bench_layouts, "checkpoint": bench_checkpoint}
     parser.add_argument("kind", choices=kinds)
     parser.add_argument("--config", default=str(ROOT / "configs" / "d4_cpu.json"))
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
@@ -139,7 +151,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30, help="for layouts")
     parser.add_argument("--row-tokens", type=int, default=513, help="for loader")
     parser.add_argument("--rows", type=int, default=2000, help="for loader")
-    parser.add_argument("--rounds", type=int, default=5, help="for dtype and start")
+    parser.add_argument("--rounds", type=int, default=5, help="for dtype, start and checkpoint")
+    parser.add_argument("--ranks", type=int, default=2, help="for checkpoint")
+    parser.add_argument("--folder", help="for checkpoint: on the storage to be measured; default: the system's temporary folder")
     arguments = parser.parse_args()
     import torch
 

@@ -1,10 +1,12 @@
 """Does a layout compute what one process computes? `python tools/verify.py --config configs/d4_cpu.json --depth 2 --layout tp=2,pp=2,dp=2`
 
 Starts one process and the layout's ranks on this machine's CPU, in float32, and compares loss, every gradient and every weight after two
-steps. Exit status: 0 equal, 1 different, 2 could not be compared.
+steps. With --resume: does a run that is saved, ended, loaded and gone on with equal one that never stopped, in its losses, documents, weights,
+optimizers' state and counters? Exit status: 0 equal, 1 different, 2 could not be compared.
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import re
@@ -113,9 +115,13 @@ def verify_layout(asked: Config, sizes: dict[str, int], arguments, vocab_size: i
 
 @user_errors_end_the_program
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="JSON file with what differs from the defaults")
     parser.add_argument("--layout", required=True, action="append", help="axes and sizes, as tp=2,pp=2,dp=2; repeatable")
+    parser.add_argument("--resume", action="store_true", help="stop, save, load and go on, against not stopping")
+    parser.add_argument("--onto", action="append", default=[], metavar="LAYOUT", help="with --resume: go on with on this layout instead, in float32; "
+                        "repeatable")  # fmt: skip
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="with --resume: the runs' new folder, which stays")
     parser.add_argument("--depth", type=int, help="scale the model down to this depth")
     parser.add_argument("--rows", type=int, default=4, help="rows a data-parallel rank in a step (default 4)")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a setting; repeatable")
@@ -123,21 +129,32 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.rows < 1 or (arguments.depth is not None and arguments.depth < 1):
         parser.error("--rows and --depth are 1 or more")
+    if not arguments.resume and (arguments.onto or arguments.keep):
+        parser.error("--onto and --keep belong to --resume")
+    if arguments.keep and arguments.keep.exists():
+        raise UserError(f"--keep {arguments.keep} exists: name a folder that does not")
     config = load_config(arguments.config, arguments.set)
-    layouts = [parse_layout(text) for text in arguments.layout]
+    layouts, onto = ([parse_layout(text) for text in texts] for texts in (arguments.layout, arguments.onto))
     vocab_size = config.model.vocab_size
     if vocab_size is None:
         known = (Path(config.data.tokenizer) / "tokenizer.json").exists()
         vocab_size = load_tokenizer(config.data.tokenizer).vocab_size if known else DEFAULT_VOCABULARY
     import torch
 
-    with tempfile.TemporaryDirectory(prefix="verify-") as folder:
+    with contextlib.nullcontext(arguments.keep) if arguments.keep else tempfile.TemporaryDirectory(prefix="verify-") as folder:
         told = []
         for number, sizes in enumerate(layouts):
-            (Path(folder) / str(number)).mkdir()
-            told.append(verify_layout(config, sizes, arguments, vocab_size, Path(folder) / str(number)))
+            own = Path(folder) / str(number)
+            own.mkdir(parents=True)
+            if arguments.resume:
+                from tools.verify_resume import verify_resumes  # after parsing, as torch is
+
+                told += verify_resumes(config, sizes, onto or [sizes], arguments, vocab_size, own)
+            else:
+                told.append(verify_layout(config, sizes, arguments, vocab_size, own))
     passed = all(entry["passed"] for entry in told)
-    document = {"passed": passed, "environment": describe_environment(torch.device("cpu")), "layouts": told}
+    kind = "resumes" if arguments.resume else "layouts"
+    document = {"passed": passed, "environment": describe_environment(torch.device("cpu")), kind: told}
     write_whole(arguments.out, (json.dumps(document, indent=1) + "\n").encode())
     print(f"certificate: {arguments.out}")
     sys.exit(0 if passed else 1)

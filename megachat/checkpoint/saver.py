@@ -45,9 +45,12 @@ class Saver:
             for copy, _ in self._pairs(pieces):
                 copy.zero_()
 
-    def begin(self, pieces: Pieces, write: Write) -> None:
-        """Copy the rectangles and write them behind the caller's back. Waits for an earlier save first. Raises UserError when that one failed."""
-        begin = time.perf_counter()
+    def begin(self, pieces: Pieces, write: Write, since: float | None = None) -> None:
+        """Copy the rectangles and write them behind the caller's back. Waits for an earlier save first. Raises UserError when that one failed.
+
+        since: time.perf_counter() when the caller began to prepare this save; from then on its seconds count.
+        """
+        begin = time.perf_counter() if since is None else since
         self.wait()
         if self._background:
             for copy, view in self._pairs(pieces):

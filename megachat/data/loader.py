@@ -11,8 +11,8 @@ import torch
 
 from megachat.data import loader_state
 from megachat.data.feed import Feed
-from megachat.data.packing import FRESH, Stream, StreamState, buffer_of, streams_of
-from megachat.data.shards import Corpus, fingerprint, open_shards, split_of
+from megachat.data.packing import Stream, StreamState, buffer_of, streams_of
+from megachat.data.shards import Corpus, open_shards, split_of
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError
 
@@ -31,8 +31,8 @@ class Loader:
     Row slot k of a rank is row k * ranks + rank of the step. The rows depend on the data, seed, row_tokens, rows, streams and buffer_documents only,
     never on ranks or rank. row_tokens: sequence length + 1; every row starts with BOS. rows: rows of a step over all ranks. A stream's buffer holds
     at least buffer_documents documents, fewer where the stream has too few in one epoch (`packing.buffer_of`).
-    seed: None visits the row groups in file order. state: from `state()` or `load_loader_state`, of a run with any number of ranks.
-    Raises UserError for a data folder that is wrong, settings that do not divide, or a state of other settings.
+    seed: None visits the row groups in file order. state: from `state()` or `load_loader_state`, of a run with any number of ranks, or from
+    `begun_anew`. Raises UserError for a data folder that is wrong, settings that do not divide, or a state of other settings.
     """
 
     def __init__(
@@ -58,16 +58,8 @@ class Loader:
         corpus = Corpus(shards, seed)
         self._rows, self._ranks, self._rank, self._row_tokens, self._stream_count = rows, ranks, rank, row_tokens, streams
         self._documents, self._dtype = corpus.documents, tokenizer.dtype
-        self._settings = {
-            "split": split,
-            "row_tokens": row_tokens,
-            "rows": rows,
-            "streams": streams,
-            "buffer_documents": buffer_documents,
-            "seed": seed,
-            "tokenizer": tokenizer.fingerprint,
-            "data": fingerprint(shards),
-        }
+        order = {"split": split, "row_tokens": row_tokens, "rows": rows, "streams": streams, "buffer_documents": buffer_documents, "seed": seed}
+        self._settings = loader_state.settings_of(shards, tokenizer, order)
         mine = streams_of(rank, ranks, streams, rows)
         self._now = self._resume(state, mine)
         cursors = {stream: packed.next_document for stream, packed in self._now.streams.items()}
@@ -82,8 +74,9 @@ class Loader:
         self._thread.start()
 
     def _resume(self, state: dict | None, mine: list[int]) -> _Snapshot:
-        if state is None:
-            return _Snapshot(0, dict.fromkeys(mine, FRESH))
+        self._restarts = state["header"].get("restarts", []) if state else []
+        if state is None or state["streams"] is None:
+            return _Snapshot(0, dict.fromkeys(mine, loader_state.first_state(self._restarts)))
         loader_state.refuse_other(state["header"], self._settings)
         return _Snapshot(state["header"]["step"], {stream: loader_state.stream_of(state["streams"][stream], self._row_tokens) for stream in mine})
 
@@ -106,7 +99,7 @@ class Loader:
 
     @property
     def step(self) -> int:
-        """Steps done, those before a resume included."""
+        """Steps done since the documents were begun, those before a resume included."""
         return self._now.step
 
     @property
@@ -127,7 +120,9 @@ class Loader:
 
     def state(self) -> dict:
         """The state after the last batch given out, however far the background thread is: {"header": JSON-able, "streams": {stream: arrays}}."""
-        header = {"step": self._now.step, "epoch": self.epoch, **self._settings}
+        header = {"step": self._now.step, "epoch": self.epoch, **self._settings, "documents": self._documents}
+        if self._restarts:
+            header["restarts"] = self._restarts
         return {"header": header, "streams": {stream: loader_state.arrays_of(packed, self._dtype) for stream, packed in self._now.streams.items()}}
 
     def close(self) -> None:

@@ -1,16 +1,20 @@
 """The loader's state in a checkpoint: one file a packing stream, so that any number of ranks can go on from it. NumPy arrays and JSON, no pickle."""
 
+import contextlib
 import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from megachat.data.atomic import write_whole
-from megachat.data.packing import Held, StreamState
+from megachat.data.packing import FRESH, Held, StreamState
+from megachat.data.shards import Shard, fingerprint, footers
+from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError
 
 HEADER_FILE = "loader.json"
@@ -25,7 +29,12 @@ _SAME = {
     "seed": "data seed (data.shuffle, run.seed)",
     "tokenizer": "tokenizer (SHA-256)",
     "data": "training shards (SHA-256 over names, sizes and documents)",
+    "texts": "texts in shards of the same names and sizes (SHA-256 over the files' footers)",
 }
+
+
+class Unreadable(UserError):
+    """The storage failed just now; what lies there may be whole."""
 
 
 def arrays_of(state: StreamState, dtype: np.dtype) -> dict[str, np.ndarray]:
@@ -59,13 +68,18 @@ def stream_of(arrays: dict[str, np.ndarray], row_tokens: int) -> StreamState:
     return StreamState(**dict(zip(_COUNTERS, arrays["counters"].tolist(), strict=True)), ledger=arrays["ledger"].tobytes(), held=held)
 
 
+def settings_of(shards: list[Shard], tokenizer: Tokenizer, order: dict) -> dict:
+    """What a loader's rows depend on, for its header. order: its split, row_tokens, rows, streams, buffer_documents and seed."""
+    return {**order, "tokenizer": tokenizer.fingerprint, "data": fingerprint(shards), "texts": footers(shards)}
+
+
 def refuse_other(header: dict, current: dict) -> None:
     """Raise UserError, naming both values, if a saved header belongs to other data, another tokenizer or other settings than `current`."""
     for key, words in _SAME.items():
-        if header[key] != current[key]:
+        if header.get(key, current[key] if key == "texts" else None) != current[key]:  # early checkpoints do not tell of texts
             raise UserError(
-                f"the checkpoint's loader state has {words} {_brief(header[key])} but this run has {_brief(current[key])}: "
-                "go on with the checkpoint's, or start a new run"
+                f"the checkpoint's loader state has {words} {_brief(header.get(key))} but this run has {_brief(current[key])}: "
+                "go on with the checkpoint's or start a new run"
             )
 
 
@@ -84,6 +98,27 @@ def combined_ledger(streams: dict[int, bytes | str]) -> str:
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
+def begun_anew(checkpoint_step: int, ledger: str | None, header: dict | None) -> dict:
+    """A state in which all streams begin again with the first document; it remembers that it does, and so does their ledger.
+
+    checkpoint_step: steps that the run has done. ledger: combined, of the documents before, None where it is not known. header: of the loader
+    state that cannot be gone on with, None where there is none.
+    """
+    restarts = [*(header or {}).get("restarts", []), {"step": checkpoint_step, "ledger": ledger}]
+    return {"header": {"step": 0, "restarts": restarts}, "streams": None}
+
+
+def first_state(restarts: list[dict]) -> StreamState:
+    """A stream before its first row. restarts: the times at which the documents were begun anew, the oldest first: their steps and ledgers are
+    the beginning of the new ledger."""
+    return replace(FRESH, ledger=hashlib.sha256(json.dumps(restarts, sort_keys=True).encode()).digest()) if restarts else FRESH
+
+
+def run_step(header: dict) -> int:
+    """The run's step at which a loader state was saved; the header counts steps since the documents were last begun."""
+    return header["step"] + sum(restart["step"] for restart in header.get("restarts", [])[-1:])
+
+
 def save_loader_state(folder: str | Path, state: dict, mine: Iterable[int]) -> None:
     """Write `stream_00003.npz` for each stream in `mine`, and loader.json if stream 0 is among them. state: from `Loader.state()`."""
     folder = Path(folder)
@@ -97,27 +132,46 @@ def save_loader_state(folder: str | Path, state: dict, mine: Iterable[int]) -> N
         write_whole(folder / HEADER_FILE, json.dumps(state["header"], indent=1).encode() + b"\n")
 
 
-def load_loader_state(folder: str | Path, needed: Iterable[int]) -> dict:
-    """The state with the streams in `needed`, whoever saved them. Raises UserError for a file that is missing, damaged or of another step."""
-    folder = Path(folder)
-    path = folder / HEADER_FILE
-    try:
+def load_header(folder: str | Path) -> dict:
+    """What all streams share. Raises UserError for a file that is missing or damaged, Unreadable where the storage fails."""
+    path = Path(folder) / HEADER_FILE
+    with _in_words(path):
         header = json.loads(path.read_text(encoding="utf-8"))
-        streams = {}
-        for stream in needed:
-            path = _path(folder, stream)
+        [header[key] for key in ("step", "rows", "streams", "row_tokens")]
+        return header
+
+
+def load_loader_state(folder: str | Path, needed: Iterable[int]) -> dict:
+    """The state with the streams in `needed`, whoever saved them. Raises UserError for a file that is missing, damaged, of another step or of
+    another stream, Unreadable where the storage fails."""
+    folder = Path(folder)
+    header, streams = load_header(folder), {}
+    for stream in needed:
+        path = _path(folder, stream)
+        with _in_words(path):
             if not 0 <= stream < header["streams"]:
                 raise UserError(f"{folder} holds {header['streams']} packing streams, not stream {stream}: set data.streams to {header['streams']}")
             with np.load(path, allow_pickle=False) as file:
                 arrays = streams[stream] = {name: file[name] for name in ("counters", "ledger", "sequence", "documents", "lengths", "tokens")}
+            strangers = arrays["documents"] % header.get("documents", 1) % header["streams"] != stream
+            if "documents" in header and strangers.any():
+                raise UserError(f"{path} is of another stream or run: it holds documents that are not stream {stream}'s; load another checkpoint")
             packed = stream_of(arrays, header["row_tokens"]).rows
             if packed != rows_before(header["step"], header["rows"], stream, header["streams"]):
                 raise UserError(f"{path} is not of step {header['step']} as {HEADER_FILE} is: load another checkpoint")
-    except FileNotFoundError:
-        raise UserError(f"the loader state {path} is missing: load another checkpoint") from None
-    except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"the loader state {path} is damaged ({type(error).__name__}): load another checkpoint") from None
     return {"header": header, "streams": streams}
+
+
+@contextlib.contextmanager
+def _in_words(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"the loader state {path} is missing: load another checkpoint") from None
+    except OSError as error:
+        raise Unreadable(f"the loader state {path} cannot be read ({error.strerror or error}): make it readable and try again") from None
+    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"the loader state {path} is damaged ({type(error).__name__}): load another checkpoint") from None
 
 
 def _path(folder: Path, stream: int) -> Path:

@@ -1,4 +1,4 @@
-"""Where tokenizers come from: training on the shards of a data folder, and nanochat's pickle read without running it."""
+"""Where tokenizers come from: training on the shards of a data folder, and nanochat's pickle, read without running it, and written."""
 
 import io
 import pickle
@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import tiktoken
+import torch
 
+from megachat.data.atomic import write_whole
 from megachat.data.shards import open_shards, split_of
 from megachat.data.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 from megachat.errors import UserError
@@ -109,3 +112,12 @@ def import_nanochat(folder: str | Path) -> Tokenizer:
     if [special[token] for token in order] != list(range(len(ranks), len(ranks) + len(order))):
         raise UserError(f"{path} has special tokens whose ids do not follow the {len(ranks)} merges: only such tokenizers can be imported")
     return Tokenizer(ranks, order, pattern, name)
+
+
+def export_nanochat(tokenizer: Tokenizer, folder: str | Path) -> None:
+    """Write nanochat's tokenizer folder: tokenizer.pkl, its pickled tiktoken.Encoding, and token_bytes.pt, int32 [vocab_size]."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    encoding = tiktoken.Encoding(tokenizer.name, pat_str=tokenizer.pattern, mergeable_ranks=tokenizer.ranks, special_tokens=tokenizer.special_tokens)
+    write_whole(folder / "tokenizer.pkl", pickle.dumps(encoding))
+    torch.save(torch.from_numpy(tokenizer.token_bytes()), folder / "token_bytes.pt")

@@ -17,10 +17,7 @@ from megachat.kernels.embedding import Table
 from megachat.kernels.linear import Linear
 from megachat.model.parameters import Place, initialize, place
 
-NORM_EPSILON = 1.1920929e-07
 LOGIT_CAP = 15.0
-ROTARY_BASE = 100_000.0
-QK_SCALE = 1.2
 
 
 @dataclass(frozen=True)
@@ -36,9 +33,9 @@ class ModelOptions:
         return torch.float32 if self.compute_dtype == torch.float16 else self.compute_dtype
 
 
-def norm(x: torch.Tensor) -> torch.Tensor:
+def norm(x: torch.Tensor, epsilon: float) -> torch.Tensor:
     """Root-mean-square norm over the last dim, no weight."""
-    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPSILON)
+    return F.rms_norm(x, (x.size(-1),), eps=epsilon)
 
 
 class Rotary(nn.Module):
@@ -46,7 +43,7 @@ class Rotary(nn.Module):
 
     def __init__(self, dims: Dimensions, options: ModelOptions):
         super().__init__()
-        frequencies = ROTARY_BASE ** -(torch.arange(0, dims.head_size, 2, dtype=torch.float32) / dims.head_size)
+        frequencies = dims.rotary_base ** -(torch.arange(0, dims.head_size, 2, dtype=torch.float32) / dims.head_size)
         angles = torch.outer(torch.arange(dims.sequence_len, dtype=torch.float32), frequencies)[None, :, None, :]
         self.chunk = options.rotary == "chunk"
         self.register_buffer("cos", angles.cos().to(options.compute_dtype), persistent=False)
@@ -65,7 +62,7 @@ class Embed(nn.Module):
 
     def __init__(self, dims: Dimensions, options: ModelOptions):
         super().__init__()
-        self.compute_dtype = options.compute_dtype
+        self.compute_dtype, self.norm_epsilon = options.compute_dtype, dims.norm_epsilon
         self.wte = Table(dims.padded_vocab, dims.width, options.table_dtype)
         self.smear_gate = Linear(SMEAR_CHANNELS, 1)
         self.smear_lambda = nn.Parameter(torch.empty(1))
@@ -74,7 +71,7 @@ class Embed(nn.Module):
         place(self.smear_lambda, Place("smear_lambda", (1,), -1, ("constant", 0.0)))
 
     def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        x = norm(self.wte(ids).to(self.compute_dtype))
+        x = norm(self.wte(ids).to(self.compute_dtype), self.norm_epsilon)
         gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[:, 1:, :SMEAR_CHANNELS]))
         x = torch.cat((x[:, :1], x[:, 1:] + gate * x[:, :-1]), dim=1)
         return x, x, ids
@@ -112,7 +109,7 @@ class Attention(nn.Module):
         if self.ve_gate is not None:
             gate = 3 * torch.sigmoid(self.ve_gate(x[..., :GATE_CHANNELS]))
             v = v + gate.unsqueeze(-1) * value_embedding.view(heads)
-        q, k = (norm(self.rotary(head)) * QK_SCALE for head in (q, k))
+        q, k = (norm(self.rotary(head), self.dims.norm_epsilon) * self.dims.qk_scale for head in (q, k))
         return self.c_proj(attention(q, k, v, self.window).flatten(2))
 
 
@@ -137,11 +134,12 @@ class Block(nn.Module):
 
     def __init__(self, dims: Dimensions, options: ModelOptions, rotary: Rotary, block: int):
         super().__init__()
-        self.keeps_backout, self.is_last = block == dims.depth // 2, block == dims.depth - 1
+        self.keeps_backout, self.is_last, self.norm_epsilon = block == dims.depth // 2, block == dims.depth - 1, dims.norm_epsilon
         self.attn, self.mlp = Attention(dims, rotary, block), MLP(dims, block)
         self.resid_lambda, self.x0_lambda = nn.Parameter(torch.empty(1)), nn.Parameter(torch.empty(1))
         along = block / max(dims.depth - 1, 1)
-        for name, value in (("resid_lambda", 1.15 - 0.10 * along), ("x0_lambda", 0.20 - 0.15 * along)):
+        resid, x0 = (1.0, 0.0) if dims.lambdas == "neutral" else (1.15 - 0.10 * along, 0.20 - 0.15 * along)
+        for name, value in (("resid_lambda", resid), ("x0_lambda", x0)):
             where = Place(f"{name}s", (dims.depth,), block, ("constant", value), offset=(block,))
             place(getattr(self, name), where)
         self.value_embed = None
@@ -155,8 +153,8 @@ class Block(nn.Module):
         # 0-dim factors: a one-element float32 vector would promote bf16 activations to float32
         x = self.resid_lambda[0] * x + self.x0_lambda[0] * x0
         value_embedding = None if self.value_embed is None else self.value_embed(ids).to(x.dtype)
-        x = x + self.attn(norm(x), value_embedding)
-        x = x + self.mlp(norm(x))
+        x = x + self.attn(norm(x, self.norm_epsilon), value_embedding)
+        x = x + self.mlp(norm(x, self.norm_epsilon))
         if self.keeps_backout:
             backout = [x]
         return (x, *backout, ids) if self.is_last else (x, x0, *backout, ids)
@@ -167,14 +165,15 @@ class Head(nn.Module):
 
     def __init__(self, dims: Dimensions):
         super().__init__()
+        self.norm_epsilon, backout = dims.norm_epsilon, 0.0 if dims.lambdas == "neutral" else 0.2
         self.backout_lambda = nn.Parameter(torch.empty(1))
         self.lm_head = Linear(dims.width, dims.padded_vocab)
-        place(self.backout_lambda, Place("backout_lambda", (1,), dims.depth, ("constant", 0.2)))
+        place(self.backout_lambda, Place("backout_lambda", (1,), dims.depth, ("constant", backout)))
         place(self.lm_head.weight, Place("lm_head.weight", (dims.padded_vocab, dims.width), dims.depth, ("normal", 0.001), "vocabulary"))
 
     def forward(self, stream: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         x, x_backout, _ = stream
-        return norm(x - self.backout_lambda.to(x.dtype) * x_backout), self.lm_head.weight
+        return norm(x - self.backout_lambda.to(x.dtype) * x_backout, self.norm_epsilon), self.lm_head.weight
 
 
 class Loss(nn.Module):

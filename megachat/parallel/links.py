@@ -16,7 +16,9 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")} | {"<"})
 _COLLECTIVES = str(_PACKAGE / "parallel" / "collectives.py")  # every wait is there: its caller says more
 _LAUNCHERS = frozenset(
-    "deepspeed deepspeed.launcher.launch deepspeed.launcher.runner torchrun torch.distributed.run mpirun mpiexec prterun prted orted".split()
+    (
+        "deepspeed deepspeed.launcher.launch deepspeed.launcher.runner torchrun torch.distributed.run supervise.py mpirun mpiexec prterun prted orted"
+    ).split()
 )
 
 

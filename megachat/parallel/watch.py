@@ -19,7 +19,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from megachat.errors import LOST_RANK_STATUS, STOPPED_STATUS
@@ -56,6 +56,7 @@ class Watch:
         self._reported = 0.0
         self._leaving = ""
         self.asked = ""  # why the training shall save and end
+        self.before_stop: Callable[[], object] = lambda: None  # called before this process ends because it was told to
         self._grace_s: float | None = None  # while the training heeds that
         self._selector = selectors.DefaultSelector()
         self._bell, self._ear = socket.socketpair()
@@ -235,6 +236,11 @@ class Watch:
         for seat in (self._terms.seats[rank] for rank in silent):
             if seat.machine == self._terms.seats[self.rank].machine and seat.rank != self.rank:
                 kill(seat.pid)
+        self._leave(status)
+
+    def _leave(self, status: int) -> None:
+        if status == STOPPED_STATUS:
+            self.before_stop()
         end_process(status)
 
     def _hub_gone(self, link: Link, in_order: bool) -> None:
@@ -304,17 +310,17 @@ class Watch:
 
     def _stop(self, reason: str) -> None:
         if self._failed is not None:  # the launcher ends all because one failed, which that one tells
-            end_process(STOPPED_STATUS)
+            self._leave(STOPPED_STATUS)
         if not any(self._hubs):
             say(f"error: {reason}, so the job stops: continue with --resume auto")
-            end_process(STOPPED_STATUS)
+            self._leave(STOPPED_STATUS)
         if "_stop_alone" not in self._due:
             self._due["_stop_alone"] = time.monotonic() + HUB_S
             next(link for link in self._hubs if link).send(stop=reason)
 
     def _stop_alone(self) -> None:
         say(f"error: {self._me()} was told to stop, and no other rank answers")
-        end_process(STOPPED_STATUS)
+        self._leave(STOPPED_STATUS)
 
     # ---- this rank as the hub's
 

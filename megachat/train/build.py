@@ -91,7 +91,14 @@ def gradient_wire(config: Config, compute_dtype: torch.dtype) -> torch.dtype:
 def start(config: Config, device: torch.device) -> Mesh:
     """Join the other ranks. All ranks call it once."""
     start_collectives(device, collective_backend(device), timedelta(seconds=config.parallel.timeout_s))
-    return build_mesh(device, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
+    mesh = build_mesh(device, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
+    torch.manual_seed(random_seed(config.run.seed, 0, mesh.world.rank))
+    return mesh
+
+
+def random_seed(seed: int, step: int, rank: int) -> int:
+    """For torch's own random numbers, of which each rank has a stream; a new process would otherwise have any."""
+    return hash((seed, step, rank)) % 2**63
 
 
 def build_training(config: Config, plan: Plan, mesh: Mesh, token_bytes: torch.Tensor) -> Training:
@@ -162,20 +169,24 @@ def build_run(config: Config, plan: Plan, mesh: Mesh, tokenizer: Tokenizer, fold
     return Run(**vars(training), folder=folder, tokenizer=tokenizer, loader=build_loader(config, plan, mesh, tokenizer, loader_state))
 
 
+def order_of_rows(config: Config, plan: Plan) -> dict:
+    """The Loader's settings on which the training's rows depend."""
+    data = config.data
+    sizes = {"row_tokens": plan.dims.sequence_len + 1, "rows": plan.rows_per_step, "streams": data.streams, "buffer_documents": data.buffer_documents}
+    return {"split": "train", "seed": config.run.seed if data.shuffle else None} | sizes
+
+
 def build_loader(config: Config, plan: Plan, mesh: Mesh, tokenizer: Tokenizer, state: dict | None = None, *, validation: bool = False) -> Loader:
     """This rank's rows; those of validation come in steps of one micro-batch a rank."""
-    data = config.data
+    data, order = config.data, order_of_rows(config, plan)
+    if validation:
+        order |= {"split": "validation", "rows": plan.micro_rows * mesh.data.size, "seed": None}
     return Loader(
         data.folder,
         tokenizer,
-        split="validation" if validation else "train",
-        row_tokens=plan.dims.sequence_len + 1,
-        rows=plan.micro_rows * mesh.data.size if validation else plan.rows_per_step,
+        **order,
         ranks=mesh.data.size,
         rank=mesh.data.rank,
-        streams=data.streams,
-        buffer_documents=data.buffer_documents,
-        seed=config.run.seed if data.shuffle and not validation else None,
         tokenizer_threads=data.tokenizer_threads,
         prefetch_steps=data.prefetch_steps,
         state=state,

@@ -12,13 +12,24 @@ from megachat.config import Config, load_config, save_config
 from megachat.data.atomic import write_whole
 from megachat.data.shards import DataSummary, check_data_folder
 from megachat.data.tokenizer import Tokenizer, load_tokenizer
-from megachat.device import LaunchEnvironment, bootstrap_environment, choose_device, describe_environment, device_name, peak_flops, rank_0_address
+from megachat.device import (
+    LaunchEnvironment,
+    bootstrap_environment,
+    choose_device,
+    describe_environment,
+    device_name,
+    peak_flops,
+    rank_0_address,
+    with_fewer_ranks,
+)
 from megachat.errors import SAVED_STATUS, UserError
 from megachat.parallel.collectives import all_gather_objects, barrier
 from megachat.parallel.watch import Watch
-from megachat.plan import Plan, resolve
+from megachat.plan import Plan, resolve, usable_world
 from megachat.train.agree import gathered
+from megachat.train.attempts import Attempts, counted_attempt
 from megachat.train.build import Run, build_run, start
+from megachat.train.documents import resumed_documents
 from megachat.train.loop import end_collectives, train
 from megachat.train.metrics import Metrics, check_wandb
 from megachat.train.report import describe_config, describe_ownership, describe_plan, describe_stages, ownership, plan_values
@@ -29,10 +40,13 @@ _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, 
 _SLOW_PART = 0.9  # of parallel.timeout_s, so that the watch speaks before torch does
 
 
-def pretrain(config_path: str, overrides: list[str], *, resume: str | None = None, dry_run: bool = False, world: int | None = None) -> int:
+def pretrain(
+    config_path: str, overrides: list[str], *, resume: str | None = None, dry_run: bool = False, world: int | None = None, elastic: bool = False
+) -> int:
     """Run the job that the config asks for; returns the exit status, SAVED_STATUS when it was told to stop and saved.
 
-    dry_run prints what it would be, on `world` ranks when given, and stops.
+    dry_run prints what it would be, on `world` ranks when given, and stops. elastic: where the ranks that were started do not fit the batch, the
+    last ones end, with status 0, and the others train.
     """
     begin = time.perf_counter()
     config = load_config(config_path, overrides)
@@ -45,7 +59,12 @@ def pretrain(config_path: str, overrides: list[str], *, resume: str | None = Non
             print(describe_job(config, world or environment.world_size))
         return 0
     tokenizer = load_tokenizer(config.data.tokenizer)
-    plan = resolve(config, environment.world_size, vocabulary(config, tokenizer))
+    vocab_size = vocabulary(config, tokenizer)
+    if elastic:
+        environment = _fitting(environment, usable_world(config, environment.world_size, vocab_size))
+        if environment is None:
+            return 0
+    plan = resolve(config, environment.world_size, vocab_size)
     find_checkpoint(folder, resume)  # what is wrong with it is told before anything starts
     data = check_data(config)
     if environment.rank == 0:
@@ -61,13 +80,19 @@ def pretrain(config_path: str, overrides: list[str], *, resume: str | None = Non
             with held_run_folder(folder, mesh.world) as remarks:
                 with slowly("start-up"):
                     checkpoint, told = settle_checkpoint(folder, resume, mesh.world)
-                    remarks += [*told, f"data {data}"]
-                    loader_state = check_checkpoint(checkpoint, plan, tokenizer, mesh.data.rank, config) if checkpoint else None
-                    run = build_run(config, plan, mesh, tokenizer, folder, loader_state)
-                with run.loader:
-                    with slowly("loading the checkpoint"):
-                        state = load_state(run, checkpoint) if checkpoint else LoopState()
-                    stopped = _run_job(run, state, environment, remarks, checkpoint, begin, watch)
+                    facts = check_checkpoint(checkpoint, plan, tokenizer, config) if checkpoint else None
+                remarks += [*told, f"data {data}"]
+                chosen = resume not in (None, "auto")
+                with counted_attempt(folder, facts["step"] if facts else 0, mesh.world, forget=chosen) as attempts:
+                    watch.before_stop = attempts.end
+                    with slowly("start-up"):
+                        documents = None
+                        if facts:
+                            documents, told = resumed_documents(checkpoint, facts, config, plan, mesh, tokenizer)
+                            remarks += told
+                        run = build_run(config, plan, mesh, tokenizer, folder, documents)
+                    with run.loader:
+                        stopped = _run_job(run, checkpoint, environment, remarks, begin, watch, attempts)
         except OSError as error:
             if error.errno not in _STORAGE:
                 raise
@@ -79,10 +104,19 @@ def pretrain(config_path: str, overrides: list[str], *, resume: str | None = Non
     return SAVED_STATUS if stopped else 0
 
 
+def _fitting(environment: LaunchEnvironment, used: int) -> LaunchEnvironment | None:
+    """This rank's place among the first `used` ranks; None when it is none of them."""
+    if environment.rank == 0 and used < environment.world_size:
+        print(f"{environment.world_size} ranks were started, of which {used} fit the batch and train; the others have ended", flush=True)
+    return with_fewer_ranks(environment, used) if environment.rank < used else None
+
+
 def _run_job(
-    run: Run, state: LoopState, environment: LaunchEnvironment, remarks: list[str], checkpoint: Path | None, begin: float, watch: Watch
+    run: Run, checkpoint: Path | None, environment: LaunchEnvironment, remarks: list[str], begin: float, watch: Watch, attempts: Attempts
 ) -> bool:
-    """Train and tell; whether it stopped because it was told to."""
+    """Load, train and tell; whether it stopped because it was told to."""
+    with run.mesh.world.progress.slowly("loading the checkpoint"):
+        state = load_state(run, checkpoint) if checkpoint else LoopState()
     if run.is_writer:
         _write_run_folder(run, environment)
     barrier(run.mesh.world)
@@ -101,9 +135,10 @@ def _run_job(
                 "raise horizon.steps or horizon.stop_step to go on"
             )
         with watch.heeding(run.config.checkpoint.stop_s):
-            if train(run, state, metrics, lambda: bool(watch.asked)):
+            if train(run, state, metrics, lambda: bool(watch.asked), attempts.at):
                 metrics.say(f"stopped after step {state.step}, which is saved: continue with --resume auto")
                 return True
+        attempts.forget()
         metrics.say(f"finished step {state.step}" + (f", best validation bpb {state.min_val_bpb:.6f}" if state.min_val_bpb is not None else ""))
         metrics.say(f"run folder: {run.folder}")
         return False

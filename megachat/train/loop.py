@@ -27,10 +27,10 @@ UNTIMED_STEPS = 10  # the speedrun's clock starts after them
 MOST_SKIPS_IN_A_ROW = 20
 
 
-def train(run: Run, state: LoopState, metrics: Metrics, asked_to_stop: Callable[[], bool] = lambda: False) -> bool:
+def train(run: Run, state: LoopState, metrics: Metrics, asked_to_stop: Callable[[], bool], begins: Callable[[int], None]) -> bool:
     """Train from `state` to the plan's stop step, evaluating, saving and telling on the way; all ranks call it.
 
-    asked_to_stop: this rank was told to stop. When one was, all save after the step and return True; otherwise False.
+    asked_to_stop: this rank was told to stop. When one was, all save after the step and return True; otherwise False. begins: told each step.
     """
     slowly = run.mesh.world.progress.slowly  # all but a step that is not the first may take longer than the watch allows
     first_step, skips_in_a_row, stops = state.step, 0, False
@@ -40,6 +40,7 @@ def train(run: Run, state: LoopState, metrics: Metrics, asked_to_stop: Callable[
         state.owes_evaluation = False
         _do_what_is_due(run, state, validation, saver, metrics)
     while state.step < run.plan.stop_step and not stops:
+        begins(state.step)
         with slowly("first step") if state.step == first_step else contextlib.nullcontext():
             result = train_step(run, state.step, wishes=(asked_to_stop(), saver.failed))
         skips_in_a_row = skips_in_a_row + 1 if result.skipped else 0

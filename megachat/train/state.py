@@ -1,6 +1,7 @@
 """All that survives a restart: weights, both optimizers, loss scaler, loader, random numbers and the loop's own counters."""
 
 import dataclasses
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,9 @@ from megachat.checkpoint.load import load_checkpoint, newest_complete
 from megachat.checkpoint.save import retire, save_checkpoint
 from megachat.checkpoint.saver import Saver
 from megachat.checkpoint.storage import Pieces
+from megachat.config import Config
 from megachat.counts import saved_dimensions
-from megachat.data.loader_state import combined_ledger, load_loader_state, save_loader_state
+from megachat.data.loader_state import combined_ledger, save_loader_state
 from megachat.data.packing import owner_of, streams_of
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError
@@ -24,7 +26,7 @@ from megachat.parallel.engine import adamw_fragments, adamw_steps
 from megachat.parallel.mesh import Axis
 from megachat.parallel.rectangles import flat_rectangles
 from megachat.plan import Plan
-from megachat.train.build import Run, Training
+from megachat.train.build import Run, Training, random_seed
 
 _NONE: Mapping[Path, str] = MappingProxyType({})
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -72,6 +74,7 @@ def state_pieces(run: Training, *, replicas: bool = True) -> dict:
 
 def save_state(run: Run, state: LoopState, saver: Saver) -> None:
     """Begin to save checkpoint step_NNNNNN of the run as it is now; all ranks call it. Raises UserError when an earlier save failed."""
+    since = time.perf_counter()
     scaler, folder = run.engine.optimizer.loss_scaler, checkpoints_folder(run.folder)
     facts = {
         "model": dataclasses.asdict(run.plan.dims),
@@ -104,7 +107,7 @@ def save_state(run: Run, state: LoopState, saver: Saver) -> None:
         return path
 
     state_step = state.step
-    saver.begin(state_pieces(run, replicas=False), write)
+    saver.begin(state_pieces(run, replicas=False), write, since)
 
 
 def load_state(run: Run, checkpoint: Path) -> LoopState:
@@ -124,7 +127,7 @@ def load_state(run: Run, checkpoint: Path) -> LoopState:
         with np.load(own_random) as saved:
             _restore_random({key: saved[key] for key in saved.files}, run.mesh.device)
     else:  # more ranks than wrote it: a stream of its own
-        torch.manual_seed(hash((run.config.run.seed, facts["step"], run.mesh.world.rank)) % 2**63)
+        torch.manual_seed(random_seed(run.config.run.seed, facts["step"], run.mesh.world.rank))
     return LoopState(**facts["loop"])
 
 
@@ -149,9 +152,8 @@ def find_checkpoint(run_folder: Path, resume: str | None, damaged: Mapping[Path,
     return newest, remarks
 
 
-def check_checkpoint(checkpoint: Path, plan: Plan, tokenizer: Tokenizer, loader_rank: int, config) -> dict | None:
-    """Raise UserError unless the checkpoint is of this model and tokenizer; return the loader's state for this data rank, or None where the
-    checkpoint was imported from a program whose place in the documents cannot be continued."""
+def check_checkpoint(checkpoint: Path, plan: Plan, tokenizer: Tokenizer, config: Config) -> dict:
+    """The checkpoint's facts. Raises UserError unless it is of this model and tokenizer."""
     facts = read_facts(checkpoint)
     if facts["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
         before = facts["tokenizer"]["vocab_size"]
@@ -165,10 +167,7 @@ def check_checkpoint(checkpoint: Path, plan: Plan, tokenizer: Tokenizer, loader_
     if other:
         listed = ", ".join(f"{key} {saved[key]} (asked for {asked[key]})" for key in other)
         raise UserError(f"{checkpoint} is of another model: {listed}; use the config it was trained with, or another run.name")
-    needed = streams_of(loader_rank, plan.layout.data, config.data.streams, plan.rows_per_step)
-    if facts.get("imported") and not (checkpoint / "loader").exists():
-        return None
-    return load_loader_state(checkpoint / "loader", needed)
+    return facts
 
 
 def _random_state(device: torch.device) -> dict[str, np.ndarray]:

@@ -112,7 +112,7 @@ def observe(config: Config, vocab_size: int, device: torch.device, folder: Path)
         rows = related_rows(step, plan.rows_per_step, plan.dims.sequence_len + 1, vocab_size)[mesh.data.rank :: mesh.data.size]
         losses.append(training.engine.train_batch(micro_batches(rows, plan.micro_rows)).item())
     pieces.update({f"weight/{name[6:]}": piece for name, piece in state_pieces(training, replicas=False).items() if name.startswith("model/")})
-    save_pieces(folder, pieces)
+    save_pieces(folder, pieces, mesh.world)
     if mesh.world.rank == 0:
         write_json(folder / "losses.json", losses)
 
@@ -150,7 +150,7 @@ def compare(found: Path, wanted: Path, order: list[str]) -> Iterator[Difference]
         largest = max(_whole(wanted, f"{kind}/{name}", shape).abs().max().item() for name, shape in shapes.items())
         for name, shape in shapes.items():
             tensors = (_whole(folder, f"{kind}/{name}", shape) for folder in (found, wanted))
-            yield _compared(f"{kind}/{name}", *tensors, least_scale=LEAST_SCALE * largest, share=share)
+            yield compared(f"{kind}/{name}", *tensors, least_scale=LEAST_SCALE * largest, share=share)
         if kind == "gradient":
             yield from loss_differences[1:]
 
@@ -167,10 +167,15 @@ def _whole(folder: Path, name: str, shape: tuple[int, ...]) -> torch.Tensor:
     return whole
 
 
-def _compared(name: str, found: torch.Tensor, wanted: torch.Tensor, *, least_scale: float, share: float) -> Difference:
+def compared(
+    name: str, found: torch.Tensor, wanted: torch.Tensor, *, least_scale: float, share: float, tolerance: float = TENSOR_TOLERANCE
+) -> Difference:
+    """Two tensors of one name. least_scale: below which the tensor's largest element is none to measure by. share: of elements that may lie
+    outside the tolerance, one at least; 0: none."""
     error = (found - wanted).abs() / wanted.abs().max().clamp_min(max(least_scale, 1e-12))
     error = torch.where(error.isnan(), torch.inf, error)
-    tolerance = SCALAR_GRADIENT_TOLERANCE if found.ndim == 1 and not share else TENSOR_TOLERANCE
+    if found.ndim == 1 and not share:
+        tolerance = SCALAR_GRADIENT_TOLERANCE
     outside = int((error > tolerance).sum())
     allowed = max(1, int(share * error.numel())) if share else 0
     return Difference(name, error.max().item(), outside / error.numel(), tolerance, outside <= allowed)

@@ -1,18 +1,26 @@
 """A checkpoint of any layout goes on at any other: the same state to the bit, and the losses of the run that never stopped."""
 
 import math
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
+import torch
 
-from megachat.checkpoint.load import load_checkpoint
-from megachat.checkpoint.save import save_checkpoint
-from megachat.parallel.engine import adamw_steps
-from megachat.train.state import state_pieces
-from megachat.train.step import set_schedules
+from megachat.checkpoint.saver import Saver
+from megachat.data.tokenizer import Tokenizer
+from megachat.parallel.collectives import all_gather_objects
+from megachat.parallel.engine import adamw_steps, build_loss_scaler, start_collectives
+from megachat.parallel.mesh import build_mesh
+from megachat.plan import resolve
+from megachat.train.build import build_run
+from megachat.train.documents import resumed_documents
+from megachat.train.state import LoopState, check_checkpoint, load_state, save_state, state_pieces
+from megachat.train.step import train_step
 from megachat.train.verify import warm_up
 from tests.harness import run_ranks
-from tests.oracle import ROWS, TOKENS
-from tests.training import SMALL_VOCAB, build, random_rows, small_config, take_step, whole_state
+from tests.runs.job import write_shard
+from tests.training import SMALL_VOCAB, build, small_config, whole_state
 
 MODEL = {"aspect_ratio": 32, "head_size": 16, "kv_heads": 2}
 LAYOUTS = {
@@ -22,48 +30,89 @@ LAYOUTS = {
     "dp2 pp3": (6, {"pipeline": 3}),
     "dp2 tp2 sequence": (4, {"tensor": 2, "sequence": True}),
 }
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-def config_of(layout: str):
-    return small_config(model=MODEL, parallel=LAYOUTS[layout][1])
+def config_of(layout: str, data: Path | None = None):
+    return small_config(model=MODEL, parallel=LAYOUTS[layout][1], data={"folder": str(data), "streams": 5, "tokenizer_threads": 1})
 
 
-def steps(training, first: int, last: int) -> list[float]:
-    losses = []
-    for step in range(first, last):
-        set_schedules(training, step)
-        losses.append(take_step(training, random_rows(step, ROWS, TOKENS, SMALL_VOCAB))[0])
-    return losses
+def job(config, folder: Path, checkpoint: Path | None = None):
+    """(the run as a job builds it, from a checkpoint where one is given; its loop's counters).
+
+    With a loss scaler that doubles every other step: in float32 a power of two changes no loss.
+    """
+    tokenizer = Tokenizer({bytes([byte]): byte for byte in range(256)})
+    start_collectives(torch.device("cpu"), "gloo", timedelta(seconds=60))
+    mesh = build_mesh(torch.device("cpu"), tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
+    plan, documents = resolve(config, mesh.world.size, tokenizer.vocab_size), None
+    if checkpoint:
+        documents, told = resumed_documents(checkpoint, check_checkpoint(checkpoint, plan, tokenizer, config), config, plan, mesh, tokenizer)
+        assert told == []
+    run = build_run(config, plan, mesh, tokenizer, folder, documents)
+    run.engine.optimizer.loss_scaler, run.engine.optimizer.dynamic_loss_scale = build_loss_scaler(2.0**4 if checkpoint else 2.0**10, 2), True
+    return run, load_state(run, checkpoint) if checkpoint else LoopState()
+
+
+def steps(run, first: int, last: int) -> list[float]:
+    return [train_step(run, step).loss for step in range(first, last)]
+
+
+def counters(run) -> dict:
+    """Of the optimizers, the loss scaler and the documents."""
+    ledgers = {stream: ledger for part in all_gather_objects(run.loader.ledger(), run.mesh.world) for stream, ledger in part.items()}
+    scaler = {name: getattr(run.engine.optimizer.loss_scaler, name) for name in SCALER}
+    return {"adamw": {counter.item() for counter in adamw_steps(run.engine.optimizer)}, "scaler": scaler, "ledgers": ledgers}
 
 
 def save_and_go_on(config, folder):
-    """(checkpoint after two steps, its state, the losses of the next two)."""
-    training = build(config, SMALL_VOCAB)
-    warm_up(training)
-    steps(training, 0, 2)
-    path = save_checkpoint(folder, 2, state_pieces(training, replicas=False), {}, lambda _: None, training.mesh.world)
-    return path, whole_state(training), steps(training, 2, 4)
+    """(checkpoint after two steps, its state and counters; random numbers after it; losses and counters of the next three steps)."""
+    run, state = job(config, folder)
+    with run.loader:
+        warm_up(run)
+        steps(run, 0, 2)
+        torch.manual_seed(100 + run.mesh.world.rank)
+        torch.rand(7)
+        saver = Saver(run.mesh.saving)
+        save_state(run, LoopState(step=2, training_s=1.5, skipped_steps=1, val_bpb=2.0, min_val_bpb=1.0), saver)
+        saver.wait()
+        (saved,) = saver.finished()
+        before = whole_state(run), counters(run)
+        return saved.path, before, torch.rand(3), steps(run, 2, 5), counters(run)
 
 
-def load_and_go_on(config, path):
-    training = build(config, SMALL_VOCAB)
-    load_checkpoint(path, state_pieces(training))
-    for counter in adamw_steps(training.engine.optimizer):
-        counter.fill_(2)
-    training.engine.optimizer.update_lp_params()
-    training.muon.refresh_weights()
-    return whole_state(training), steps(training, 2, 4)
+def load_and_go_on(config, path, folder):
+    run, state = job(config, folder, path)
+    with run.loader:
+        assert state == LoopState(step=2, training_s=1.5, skipped_steps=1, val_bpb=2.0, min_val_bpb=1.0)
+        before = whole_state(run), counters(run)
+        return before, torch.rand(3), steps(run, 2, 5), counters(run)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for index, documents in enumerate((60, 60, 30)):
+        write_shard(folder / f"shard_{index:05d}.parquet", documents, seed=index)
+    return folder
 
 
 @pytest.mark.parametrize("saved_on", ["tp2 pp2", "one", "dp2 pp3"])
-def test_any_layout_goes_on_from_any_other(saved_on, tmp_path):
-    path, state, losses = run_ranks(save_and_go_on, LAYOUTS[saved_on][0], config_of(saved_on), tmp_path)[0]
-    assert len(state) > 60 and losses[1] < losses[0]
+def test_any_layout_goes_on_from_any_other(saved_on, data, tmp_path):
+    answers = run_ranks(save_and_go_on, LAYOUTS[saved_on][0], config_of(saved_on, data), tmp_path)
+    path, (state, counts), _, losses, end = answers[0]
+    assert len(state) > 60 and losses[2] < losses[0] and counts["scaler"]["cur_scale"] == 2.0**10 and end["scaler"]["cur_scale"] == 2.0**12
+    assert counts["adamw"] == {2} and end["adamw"] == {5} and len(end["ledgers"]) == 5 and end["ledgers"] != counts["ledgers"]
     for layout, (world, _) in LAYOUTS.items():
-        for found, others in run_ranks(load_and_go_on, world, config_of(layout), path):
-            assert found.keys() == state.keys()
-            assert [name for name in state if not found[name].equal(state[name])] == [], f"{saved_on} loaded on {layout}"
-            assert others == pytest.approx(losses, rel=2e-6), f"{saved_on} gone on with on {layout}"
+        found = run_ranks(load_and_go_on, world, config_of(layout, data), path, tmp_path)
+        for (loaded, loaded_counts), _, others, others_end in found:
+            assert loaded.keys() == state.keys()
+            assert [name for name in state if not loaded[name].equal(state[name])] == [], f"{saved_on} loaded on {layout}"
+            assert (loaded_counts, others_end) == (counts, end), f"{saved_on} loaded on {layout}"
+            assert others == pytest.approx(losses, rel=1e-6), f"{saved_on} gone on with on {layout}"
+        numbers = [tuple(answer[1].tolist()) for answer in found]
+        wanted = [tuple(answer[2].tolist()) for answer in answers]
+        assert numbers[: len(wanted)] == wanted[:world] and len(set(numbers)) == world, "each rank's random numbers go on, new ranks have their own"
 
 
 def offered(config):

@@ -9,6 +9,7 @@ from tests.training import SMALL_VOCAB, random_rows, small_config
 
 GQA = {"aspect_ratio": 32, "head_size": 16, "kv_heads": 2}  # depth 3: width 96, 6 heads
 EQUAL_HEADS = {"aspect_ratio": 32, "head_size": 24, "kv_heads": None}  # 4 heads
+FIRST_NANOCHAT = {"qk_scale": 1.0, "rotary_base": 5000.0, "norm_epsilon": 1e-5, "value_embeddings": False, "lambdas": "neutral"}
 CASES = {
     "one": (1, {}, {}),
     "dp2": (2, {}, {"optimizer": {"clip_norm": 0.2}}),
@@ -25,6 +26,7 @@ CASES = {
     "dp2 tp2": (4, {"tensor": 2}, {"model": GQA}),
     "dp2 pp2": (4, {"pipeline": 2}, {}),
     "tp2 pp2": (4, {"tensor": 2, "pipeline": 2}, {"model": GQA, "optimizer": {"clip_norm": 0.2}}),
+    "tp2 pp2, as transformers' NanoChat": (4, {"tensor": 2, "pipeline": 2}, {"model": GQA | FIRST_NANOCHAT}),
     "tp2 pp2 sequence": (4, {"tensor": 2, "pipeline": 2, "sequence": True}, {"model": EQUAL_HEADS}),
     "dp2 tp2 pp2": (8, {"tensor": 2, "pipeline": 2}, {"model": GQA, "batch": {"micro_rows": 2}}),
 }

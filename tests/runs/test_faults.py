@@ -1,12 +1,25 @@
-"""What a run survives: killed ranks, a kill while saving, a full disk, a loss that is not a number."""
+"""What a run survives: killed ranks, kills while saving, a full disk, one that cannot be written, a vanished folder, a second job, a loss that is
+not a number."""
 
+import contextlib
 import os
+import random
 import re
 import shutil
 import signal
 import socket
+import subprocess
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
+from megachat.checkpoint.facts import read_facts
+from megachat.checkpoint.hashes import check_files
+from megachat.checkpoint.load import newest_complete
+from megachat.errors import EXIT_STATUS, LOST_RANK_STATUS, SAVED_STATUS
+from tests.runs.forked import Ranks
 from tests.runs.job import STEPS, begin, checkpoint, checkpoints, command, different, finish, launched, losses, processes_of, train, until
 
 LONG = {"horizon": {"steps": 5000}, "evaluate": {"every": 0}}  # ended by the test
@@ -109,3 +122,132 @@ def test_a_loss_that_is_no_number_stops_all_ranks_and_spares_the_checkpoint(two,
     assert 3 not in losses(run), "the metrics end with the last good step"
     train(place, "diverged", "--resume", "auto", world=2)
     assert different(checkpoint(run, STEPS), checkpoint(two, STEPS)) == [] and losses(run) == losses(two)
+
+
+def forked(place, name: str, *arguments: str, config: dict, world: int = 2) -> Ranks:
+    program = command(place, name, "--resume", "auto", *arguments, config=config)
+    return Ranks(program, world, place.runs / f"{name}.log")
+
+
+@pytest.fixture(scope="module")
+def whole(place) -> Path:
+    """An uninterrupted run of LONG, with which the others are compared as far as they came."""
+    with forked(place, "whole", "--set", "horizon.stop_step=80", config=LONG | {"checkpoint": {"every": 1}}) as ranks:
+        assert ranks.end(120) == [0, 0], ranks.told
+    return place.runs / "whole"
+
+
+def assert_as_if_nothing_had_been(run: Path, whole: Path, step: int) -> None:
+    assert sorted(losses(run)) == list(range(step))
+    assert losses(run) == {step: loss for step, loss in losses(whole).items() if step in losses(run)}
+    assert different(checkpoint(run, step), checkpoint(whole, step)) == []
+
+
+def saved_step(told: str) -> int:
+    """The last that a job said was saved, or from which it went on."""
+    return max((int(step) for step in re.findall(r"(?:saved|resumed from) \S+/step_(\d+)", told)), default=0)
+
+
+def test_kills_at_any_moment_of_twenty_saves_lose_nothing(place, whole):
+    """One rank each time, every fifth time both, while a checkpoint is written and older ones are removed."""
+    rng, folder, step = random.Random(4), place.runs / "kills" / "checkpoints", 0
+    config = LONG | {"checkpoint": {"every": 1, "keep_last": 2}}
+    for attempt in range(20):
+        with forked(place, "kills", config=config) as ranks:
+            later = {f"step_{step + number:06d}.tmp" for number in range(2, 9)}  # after the first save: three kills at one step are a crash loop
+            until(lambda: not ranks.alive or any(path.name in later for path in folder.glob("*.tmp")), 60, "save", every_s=0.001)  # noqa: B023
+            time.sleep(rng.uniform(0.0, 0.2))
+            victims = [0, 1] if attempt % 5 == 4 else [rng.randrange(2)]
+            for victim in victims:
+                ranks.processes[victim].kill()
+            statuses = ranks.end()
+        assert statuses == [-signal.SIGKILL if rank in victims else LOST_RANK_STATUS for rank in range(2)], ranks.told
+        newest, passed_over = newest_complete(folder)
+        said, before = saved_step(ranks.told), step
+        step = int(newest.name[5:])
+        assert step >= max(said, before + 1) and passed_over == []
+        assert check_files(newest, read_facts(newest)) == [] and different(newest, checkpoint(whole, step)) == []
+    with forked(place, "kills", "--set", f"horizon.stop_step={step + 2}", config=config) as ranks:
+        assert ranks.end() == [0, 0], ranks.told
+    assert checkpoints(place.runs / "kills") == [f"step_{step + 1:06d}", f"step_{step + 2:06d}"]
+    assert_as_if_nothing_had_been(place.runs / "kills", whole, step + 2)
+
+
+@contextlib.contextmanager
+def disk(folder: Path, options: str) -> Iterator[None]:
+    """A file system of its own at the folder."""
+    folder.mkdir(parents=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", folder], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"a disk of its own for this test needs root and mount ({done.stderr.strip()})")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def remount(folder: Path, options: str) -> bool:
+    return subprocess.run(["mount", "-o", f"remount,{options}", folder], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("scarce, told", [("size=1500k", "the disk has .* MB free and the checkpoint takes"), ("nr_inodes=34", "No space left on")])
+def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_space(scarce, told, place, whole):
+    """Bytes are counted before anything is written; inodes run out in the middle."""
+    name = f"full_{scarce.partition('=')[0]}"
+    run = place.runs / name
+    with disk(run, scarce):
+        with forked(place, name, config=LONG | {"checkpoint": {"every": 2}}) as ranks:
+            assert ranks.end() == [EXIT_STATUS] * 2, ranks.told
+        (error,) = ranks.errors
+        assert re.match(
+            rf"error: checkpoint {checkpoint(run, 4)} could not be saved by rank 0: .*{told}.*; earlier checkpoints are untouched, ", error
+        )
+        assert checkpoints(run) == ["step_000002"] and check_files(checkpoint(run, 2), read_facts(checkpoint(run, 2))) == []
+        assert remount(run, "size=100m,nr_inodes=1000")
+        with forked(place, name, "--set", "horizon.stop_step=6", config=LONG | {"checkpoint": {"every": 2}}) as ranks:
+            assert ranks.end() == [0, 0] and f"resumed from {checkpoint(run, 2)}" in ranks.told, ranks.told
+        assert_as_if_nothing_had_been(run, whole, 6)
+
+
+def test_a_disk_that_becomes_read_only_is_told(place, whole):
+    run, config = place.runs / "read_only", LONG | {"checkpoint": {"every": 10}}
+    with disk(run / "checkpoints", "size=100m"):
+        with forked(place, "read_only", config=config) as ranks:
+            until(checkpoint(run, 10).is_dir, 60, "checkpoint", every_s=0.005)
+            until(lambda: remount(run / "checkpoints", "ro"), 10, "moment without open files", every_s=0.005)
+            assert ranks.end() == [EXIT_STATUS] * 2, ranks.told
+        (error,) = ranks.errors
+        assert re.match(r"error: checkpoint \S+ could not be saved by rank 0: \[Errno 30\] Read-only file system: ", error)
+        assert remount(run / "checkpoints", "rw")
+        last = int(checkpoints(run)[-1][5:])
+        assert check_files(checkpoint(run, last), read_facts(checkpoint(run, last))) == []
+        with forked(place, "read_only", "--set", f"horizon.stop_step={last + 2}", config=config) as ranks:
+            assert ranks.end() == [0, 0] and f"resumed from {checkpoint(run, last)}" in ranks.told, ranks.told
+        assert_as_if_nothing_had_been(run, whole, last + 2)
+
+
+def test_a_folder_that_vanishes_is_told(place):
+    run, config = place.runs / "vanished", LONG | {"checkpoint": {"every": 10}}
+    with forked(place, "vanished", config=config) as ranks:
+        until(checkpoint(run, 10).is_dir, 60, "checkpoint", every_s=0.005)
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.rmtree(run, ignore_errors=True)
+        assert ranks.end() == [EXIT_STATUS] * 2, ranks.told
+    (error,) = ranks.errors
+    assert str(run) in error and not run.exists()
+
+
+def test_a_second_job_on_the_run_folder_is_refused_and_does_not_disturb_the_first(place, whole):
+    run, config = place.runs / "taken", LONG | {"checkpoint": {"every": 5}}
+    with forked(place, "taken", config=config) as first:
+        until(checkpoint(run, 5).is_dir, 60, "checkpoint")
+        with Ranks(command(place, "taken", "--resume", "auto", config=config), 1, place.runs / "second.log") as second:
+            assert second.end() == [EXIT_STATUS], second.told
+        (error,) = second.errors
+        assert re.match(rf"error: \S+/taken is in use by another job, with rank 0 on \S+ \(pid {first.processes[0].pid}\) since 20", error)
+        last = len(checkpoints(run))
+        until(lambda: not first.alive or len(checkpoints(run)) > last + 1, 60, "further checkpoints")
+        first.processes[0].terminate()
+        assert first.end() == [SAVED_STATUS] * 2, first.told
+    assert sorted(losses(run)) == list(range(saved_step(first.told))) and first.errors == []
+    assert different(checkpoint(run, 5 * last), checkpoint(whole, 5 * last)) == []

@@ -1,5 +1,6 @@
 """A run that stops and goes on equals the one that never stopped: bit for bit on as many ranks, row for row on any number."""
 
+import json
 import shutil
 
 import pytest
@@ -142,3 +143,19 @@ def test_old_checkpoints_are_removed_as_asked_and_writing_in_front_is_the_same(o
     run = train(place, "kept", config=kept)
     assert checkpoints(run) == ["step_000003", "step_000005", "step_000006"]
     assert losses(run) == losses(one) and different(checkpoint(run, STEPS), checkpoint(one, STEPS)) == []
+
+
+def test_documents_begin_anew_once_when_that_is_allowed(stopped, place):
+    run = stopped_copy(stopped[2], place, "anew")
+    settings = {"data": {"buffer_documents": 20, "resume": "restart"}}
+    told = {}
+    for stop_step, world in ((5, 2), (6, 1)):
+        config = settings | {"horizon": {"steps": STEPS, "stop_step": stop_step}}
+        done = finish(begin(launched("torchrun", world, command(place, run.name, "--resume", "auto", config=config))))
+        assert done.status == 0, done.err
+        told[stop_step] = [line for line in done.out.splitlines() if "documents begin anew" in line]
+    (line,), again = told[5], told[6]
+    assert "documents begin anew with the first one at step 3 and may repeat earlier ones (data.resume=restart; the checkpoint's loader" in line
+    assert again == [], "the setting is still there, but they can go on"
+    (restart,) = json.loads((checkpoint(run, 6) / "loader" / "loader.json").read_text())["restarts"]
+    assert restart == {"step": 3, "ledger": facts(checkpoint(run, 3))["ledger"]} and len(restart["ledger"]) == 64

@@ -1,16 +1,31 @@
 """tools/verify.py as a user runs it."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
-from tests.runs.job import ROOT, environment
+import pytest
+import torch
+
+from megachat.checkpoint.facts import write_facts
+from megachat.checkpoint.hashes import file_hash
+from megachat.checkpoint.load import load_checkpoint
+from megachat.checkpoint.storage import read_index, save_pieces
+from megachat.config import load_config
+from megachat.errors import UserError
+from megachat.parallel.mesh import Axis
+from megachat.plan import resolve
+from megachat.train.verify import parameter_order
+from tests.runs.job import ROOT, checkpoint, command, environment, losses
+from tools.verify_resume import judge, run_job
 
 SMALL = ["--set", "model.sequence_len=64", "--set", "model.vocab_size=300", "--set", "model.head_size=32"]
 
 
-def verify(*arguments):
-    line = [sys.executable, "tools/verify.py", "--config", "configs/d4_cpu.json", *SMALL, *map(str, arguments)]
+def verify(*arguments, config="configs/d4_cpu.json", small=SMALL):
+    line = [sys.executable, "tools/verify.py", "--config", config, *small, *map(str, arguments)]
     return subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400)
 
 
@@ -30,3 +45,88 @@ def test_what_cannot_be_laid_out_is_refused_before_anything_starts(tmp_path):
     done = verify("--layout", "tp=3", "--out", out)
     assert done.returncode == 2 and not out.exists()
     assert done.stderr == "error: parallel.tensor is 3, which does not divide the model's 8 query heads: set parallel.tensor to 2\n"
+
+
+@pytest.fixture(scope="module")
+def resumed(place, tmp_path_factory) -> tuple[str, dict, Path, Path]:
+    """(what was printed, the certificate, the folder of the runs, the config) of a resume of two data ranks by two and by two stages."""
+    config = Path(command(place, "resumed")[2])
+    out, kept = tmp_path_factory.mktemp("certificate") / "certificate.json", tmp_path_factory.mktemp("kept") / "runs"
+    done = verify(
+        "--resume", "--layout", "dp=2", "--onto", "dp=2", "--onto", "pp=2", "--rows", 3, "--out", out, "--keep", kept, config=config, small=[]
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, json.loads(out.read_text()), kept / "0", config
+
+
+def test_a_resume_is_bit_equal_on_its_layout_and_token_equal_on_another(resumed):
+    told, document, runs, _ = resumed
+    assert "2 ranks; depth 2" in told and "6 rows of 64 tokens a step; 4 steps whole, and stopped after 2" in told
+    same, other = document["resumes"]
+    assert document["passed"] and same["onto"] == same["layout"] == {"data": 2, "tensor": 1, "pipeline": 1} and other["onto"]["pipeline"] == 2
+    assert (same["verdict"], same["differences"], same["first_difference"]) == ("bit-equal", [], None)
+    assert other["verdict"] == "token-equal" and other["differences"] and all(entry["within"] for entry in other["differences"])
+    assert min(entry["step"] for entry in other["differences"]) >= 2, "what is loaded is what was saved"
+    assert "  bit-equal: " in told and "  token-equal: the same documents, losses within 1e-06" in told
+    assert [sorted(losses(runs / name)) for name in ("whole", "half", "onto-dp2-tp1-pp1")] == [[0, 1, 2, 3], [0, 1], [0, 1, 2, 3]]
+
+
+ALONE = Axis("world", 1, 0, None, (0,))
+
+
+def changed(step_folder: Path, name: str) -> None:
+    """Rewrite a checkpoint with one element of one tensor changed, all hashes right."""
+    whole = {key: torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"])) for key, entry in read_index(step_folder).items()}
+    pieces = {key: (tuple(tensor.shape), [((0,) * tensor.ndim, tuple(tensor.shape), tensor)]) for key, tensor in whole.items()}
+    load_checkpoint(step_folder, pieces)
+    whole[name].view(-1)[3] += 1e-6
+    for path in step_folder.glob("*.distcp"):
+        path.unlink()
+    save_pieces(step_folder, pieces, ALONE)
+    rehashed(step_folder)
+
+
+def rehashed(step_folder: Path) -> None:
+    facts = json.loads((step_folder / "checkpoint.json").read_text())
+    paths = [path for path in step_folder.rglob("*") if path.is_file() and path.name != "checkpoint.json"]
+    files = {str(path.relative_to(step_folder)): {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in paths}
+    del facts["sha256"]
+    write_facts(step_folder, facts | {"files": files})
+
+
+def copied(runs: Path, name: str, into: Path) -> Path:
+    return Path(shutil.copytree(runs / name, into / name))
+
+
+def order_of(config: Path) -> list[str]:
+    return parameter_order(resolve(load_config(config), 1, 257).dims)
+
+
+def test_a_momentum_changed_between_the_halves_is_named(resumed, tmp_path):
+    _, _, runs, config = resumed
+    half = copied(runs, "half", tmp_path)
+    changed(checkpoint(half, 2), "muon/transformer.h.1.mlp.c_fc.weight/momentum")
+    after = copied(tmp_path, "half", tmp_path / "after")
+    run_job(load_config(runs / "half.json"), after, 2, 4, every=1, resume=True)
+    verdict, found = judge(runs / "whole", half, after, order_of(config), exact=True)
+    assert verdict == "different" and found[0].told.startswith("muon/transformer.h.1.mlp.c_fc.weight/momentum: relative ") and found[0].step == 2
+    # had the file been right and been read wrongly, the first step after it would tell: its own momentum, and nothing before it
+    verdict, found = judge(runs / "whole", runs / "half", after, order_of(config), exact=True)
+    assert verdict == "different" and (found[0].step, found[0].name) == (3, "muon/transformer.h.1.mlp.c_fc.weight/momentum")
+    verdict, found = judge(runs / "whole", half, after, order_of(config), exact=False)
+    assert verdict == "different" and found[0].step == 2, "what is saved has no tolerance on any layout"
+
+
+def test_swapped_streams_of_documents_are_named(resumed, tmp_path):
+    _, _, runs, config = resumed
+    half = copied(runs, "half", tmp_path)
+    one, other = (checkpoint(half, 2) / "loader" / f"stream_{stream:05d}.npz" for stream in (1, 3))
+    one.rename(one.with_suffix(".moved"))
+    other.rename(one)
+    one.with_suffix(".moved").rename(other)
+    rehashed(checkpoint(half, 2))
+    refused = "the job half failed: .*stream_00001.npz is of another stream or run: it holds documents that are not stream 1's"
+    with pytest.raises(UserError, match=refused):
+        run_job(load_config(runs / "half.json"), half, 2, 4, every=1, resume=True)
+    verdict, found = judge(runs / "whole", half, runs / "onto-dp2-tp1-pp1", order_of(config), exact=True)
+    assert verdict == "different" and found[0].name == "loader/stream_00001.npz: ledger"

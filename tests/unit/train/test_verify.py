@@ -8,12 +8,14 @@ import torch
 from megachat.checkpoint.storage import save_pieces
 from megachat.config import Config
 from megachat.errors import UserError
+from megachat.parallel.mesh import Axis
 from megachat.plan import resolve
 from megachat.train.verify import certificate, compare, parameter_order, verification_config
 from tests.training import SMALL_VOCAB, small_config
 from tools.verify import parse_layout
 
 ORDER = ["first", "second"]
+ALONE = Axis("world", 1, 0, None, (0,))
 
 
 def observed(folder, losses, **changes):
@@ -22,7 +24,7 @@ def observed(folder, losses, **changes):
     tensors = {f"{kind}/{name}": torch.linspace(-1, 1, 4000).view(40, 100).clone() for kind in ("gradient", "weight") for name in ORDER}
     for name, values in changes.items():
         tensors[name.replace("__", "/")].view(-1)[: len(values)] += torch.tensor(values)
-    save_pieces(folder, {name: ((40, 100), [((0, 0), (40, 100), tensor)]) for name, tensor in tensors.items()})
+    save_pieces(folder, {name: ((40, 100), [((0, 0), (40, 100), tensor)]) for name, tensor in tensors.items()}, ALONE)
     (folder / "losses.json").write_text(json.dumps(losses))
     return folder
 

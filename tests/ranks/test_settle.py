@@ -1,0 +1,88 @@
+"""All ranks agree on the checkpoint to go on from; what is damaged, on whichever rank's share it lies, is found before it is used."""
+
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+
+from megachat.checkpoint.save import save_checkpoint
+from megachat.errors import UserError
+from megachat.parallel.engine import start_collectives
+from megachat.parallel.mesh import build_mesh
+from megachat.train.resume import held_run_folder, settle_checkpoint
+from tests.harness import run_ranks
+from tests.unit.checkpoint.test_checkpoint import ALONE, damage, some_tensors, whole
+
+PARTS = ("tensors.json", "__0_0.distcp", "own", "checkpoint.json")
+
+
+def made(run: Path, steps=(2, 4)) -> Path:
+    for step in steps:
+        save_checkpoint(run / "checkpoints", step, whole(some_tensors()), {}, lambda folder: (folder / "own").write_text("mine"), ALONE)
+    return run
+
+
+def world_of_all():
+    start_collectives(torch.device("cpu"), "gloo", timedelta(seconds=60))
+    return build_mesh(torch.device("cpu")).world
+
+
+def settle(asked):
+    """What each of several (run folder, resume) comes to."""
+    world, answers = world_of_all(), []
+    for run, resume in asked:
+        try:
+            answers.append(settle_checkpoint(run, resume, world))
+        except UserError as error:
+            answers.append(str(error))
+    return answers
+
+
+def test_whatever_file_is_damaged_the_one_before_is_taken(tmp_path):
+    runs = [made(tmp_path / part) for part in PARTS]
+    for run, part in zip(runs, PARTS, strict=True):
+        damage(run / "checkpoints" / "step_000004" / part)
+    whole_run, none = made(tmp_path / "whole"), tmp_path / "none"
+    asked = [
+        *((run, "auto") for run in runs),
+        *((run, str(run / "checkpoints" / "step_000004")) for run in runs),
+        (whole_run, "auto"),
+        (none, "auto"),
+    ]
+    answers, *others = run_ranks(settle, 3, asked)
+    assert all(other == answers for other in others), "all ranks come to the same"
+    for run, part, auto, named in zip(runs, PARTS, answers, answers[len(PARTS) :], strict=False):
+        last = run / "checkpoints" / "step_000004"
+        found, (remark,) = auto
+        assert found == run / "checkpoints" / "step_000002" and str(last) in remark and part in remark
+        assert str(last) in named and part in named and "give another step's folder" in named
+    assert answers[-2:] == [(whole_run / "checkpoints" / "step_000004", []), (None, [])]
+
+
+def hold(folder):
+    world = world_of_all()
+    with held_run_folder(folder, world) as remarks:
+        try:
+            with held_run_folder(folder, world):
+                told = None
+        except UserError as error:
+            told = str(error)
+    with held_run_folder(folder, world):  # free again
+        return told, remarks
+
+
+def test_all_ranks_hear_that_the_folder_is_in_use(tmp_path):
+    for told, remarks in run_ranks(hold, 2, tmp_path / "run"):
+        assert told.startswith(f"{tmp_path / 'run'} is in use by another job, with rank 0 on ") and remarks == []
+
+
+def hold_where_none_can_be(folder):
+    with pytest.raises(UserError, match="cannot be made or written .Not a directory.: set run.folder"):
+        with held_run_folder(folder / "file" / "run", world_of_all()):
+            pass
+
+
+def test_a_folder_that_cannot_be_made_is_told_on_all_ranks(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    run_ranks(hold_where_none_can_be, 2, tmp_path)

@@ -1,0 +1,112 @@
+"""A supervised job goes on by itself after a crash, on the ranks that are left; it ends where a restart would not help."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megachat.checkpoint.load import newest_complete
+from megachat.errors import EXIT_STATUS
+from tests.runs.job import STEPS, begin, checkpoint, command, different, finish, losses, metrics, processes_of, train, until
+from tests.runs.network import two_hosts, why_not
+
+LONG = {"horizon": {"steps": 5000}, "evaluate": {"every": 0}}
+EVERY_STEP = {"checkpoint": {"every": 1}}
+
+
+def supervised(place, name: str, ranks: int, *options: str, config: dict | None = None) -> list:
+    return [sys.executable, "launch/supervise.py", "--ranks", ranks, *options, *command(place, name, config=config)[1:]]
+
+
+def rank_1(config: str) -> list[int]:
+    return [pid for pid, place in processes_of(config).items() if place == "1"]
+
+
+def crashes(run: Path) -> int:
+    path = run / "crashes.json"
+    return len(json.loads(path.read_text())) if path.exists() else 0
+
+
+def until_running(job: subprocess.Popen, run: Path, what, told: str, timeout_s: float = 120) -> None:
+    until(lambda: job.poll() is not None or what(), timeout_s, told)
+    assert job.poll() is None, finish(job)
+
+
+def test_a_killed_rank_costs_one_restart_and_no_step(place, two):
+    line = supervised(place, "killed", 2, config=EVERY_STEP)
+    job, run = begin(line), place.runs / "killed"
+    until_running(job, run, checkpoint(run, 1).is_dir, "a checkpoint")
+    (pid,) = rank_1(line[line.index("--config") + 1])
+    os.kill(pid, signal.SIGKILL)
+    done = finish(job, 180)
+    assert done.status == 0, done.out + done.err
+    assert len(re.findall(r"resumed from \S+ at step \d", done.out)) == 1 and "error: rank 1 " in done.err
+    assert losses(run) == losses(two) and different(checkpoint(run, STEPS), checkpoint(two, STEPS)) == []
+    assert not (run / "running").exists() and not (run / "crashes.json").exists()
+
+
+def test_a_mistake_is_told_once_and_not_tried_again(place):
+    done = finish(begin([*supervised(place, "mistaken", 2), "--set", "model.depht=3"]), 120)
+    assert done.status == EXIT_STATUS and "Traceback" not in done.err, done.err
+    assert len([told for told in done.errors if "[rank" not in told]) == 1 and "depht" in done.errors[0]
+
+
+def test_a_step_that_crashes_every_time_is_given_up(place):
+    slow = LONG | {"batch": {"tokens": 6 * 64 * 400}}
+    line = supervised(place, "hopeless", 2, config=slow)
+    job, run = begin(line), place.runs / "hopeless"
+    for times in range(3):
+        until_running(job, run, lambda times=times: crashes(run) == times and (run / "running").exists(), f"step 0 with {times} crashes")
+        (pid,) = rank_1(line[line.index("--config") + 1])
+        os.kill(pid, signal.SIGKILL)
+    done = finish(job, 120)
+    assert done.status == EXIT_STATUS
+    assert done.errors[-1].removeprefix("error: [rank 1] ").removeprefix("error: ").startswith(f"step 0 of {run} has failed 3 times in a row")
+
+
+def test_told_to_stop_it_saves_and_does_not_start_again(place):
+    line = supervised(place, "told", 2, config=LONG | {"checkpoint": {"every": 0}})
+    job, run = begin(line), place.runs / "told"
+    until_running(job, run, lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) > 2, "step 2")
+    job.terminate()
+    done = finish(job, 90)
+    assert done.status == 128 + signal.SIGTERM and "stopped after step" in done.out, done.out + done.err
+    saved, _ = newest_complete(run / "checkpoints")
+    assert saved is not None and not (run / "running").exists()
+    assert processes_of(line[line.index("--config") + 1]) == {}
+
+
+def test_more_ranks_than_fit_the_batch_end_and_the_others_train(place):
+    """Six rows a step on four ranks: three fit."""
+    done = finish(begin(supervised(place, "four", 4)), 180)
+    assert done.status == 0, done.out + done.err
+    assert "4 ranks were started, of which 3 fit the batch and train; the others have ended" in done.out
+    assert "four on 3 ranks" in done.out
+    assert losses(place.runs / "four") == losses(train(place, "three", launcher="torchrun", world=3))
+
+
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+def test_when_a_host_is_gone_the_other_goes_on(tmp_path, place):
+    """Each host has its supervisor; all processes of host-b end, its network stays, because host-a's end of the cable would go with it."""
+    config = {"horizon": {"steps": 24}, "evaluate": {"every": 0, "prompts": []}, "checkpoint": {"every": 2}}
+    whole = train(place, "whole", world=2, config=config)
+    with two_hosts(tmp_path) as network, contextlib.ExitStack() as stack:
+        line = supervised(place, "left", 1, "--hosts", "1:2", "--meet", "host-a:29400", config=config)
+        here, there = (begin(network.at(host, line)) for host in ("host-a", "host-b"))
+        stack.callback(there.communicate)
+        stack.callback(there.kill)
+        run = place.runs / "left"
+        until_running(here, run, checkpoint(run, 4).is_dir, "a checkpoint")
+        stack.enter_context(open(f"/proc/{network.pids['host-b']}/ns/net"))
+        os.kill(network.pids["host-b"], signal.SIGKILL)
+        done = finish(here, 240)
+    assert done.status == 0, done.out + done.err
+    assert "left on 2 ranks" in done.out and "left on 1 rank " in done.out and "resumed from" in done.out
+    assert "rows x 3 micro-batches" in done.out and "rows x 6 micro-batches" in done.out
+    assert losses(run) == pytest.approx(losses(whole), rel=1e-6)

@@ -1,0 +1,89 @@
+"""What the comparison of two checkpoints finds, on any layout."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from megachat.convert.difference import compared, difference
+from megachat.errors import UserError
+from tests.unit.convert.checkpoints import make_run, step_folder, tool
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("left") / "run")
+
+
+def test_another_layout_with_equal_tensors_is_equal(run, tmp_path, monkeypatch, capsys):
+    other = make_run(tmp_path / "run", parts=3)
+    found = difference(run, step_folder(other))
+    assert [entry.kind for entry in found] and not any(entry.counts for entry in found)
+    assert {entry.name for entry in found if not entry.name.startswith("config.")} == {"layout.data"}
+    status, out, _ = tool(monkeypatch, capsys, "diff", run, other)
+    assert status == 0 and out.endswith("equal\n") and "layout.data: 1 and 3" in out
+
+
+def test_changed_tensors_have_their_norms(run, tmp_path, monkeypatch, capsys):
+    def change(tensors):
+        tensors["model/lm_head.weight"] *= 1.5
+        tensors["muon/transformer.h.1.mlp.c_fc.weight/momentum"][3, 2] += 0.25
+
+    other = make_run(tmp_path / "run", parts=2, change=change)
+    found = {entry.name: entry for entry in difference(run, other) if entry.counts}
+    assert found.keys() == {"model/lm_head.weight", "muon/transformer.h.1.mlp.c_fc.weight/momentum"}
+    assert found["model/lm_head.weight"].relative == pytest.approx(0.5, rel=1e-6)
+    one = found["muon/transformer.h.1.mlp.c_fc.weight/momentum"]
+    assert (one.elements, one.max_abs) == (1, pytest.approx(0.25, rel=1e-6))
+    status, out, _ = tool(monkeypatch, capsys, "diff", run, other)
+    assert status == 1 and "model/lm_head.weight: relative 5.000e-01" in out and out.endswith("2 differences\n")
+
+
+def test_facts_loader_and_tensors_of_one_alone(run, tmp_path):
+    def change(tensors):
+        tensors["model/new"] = torch.ones(2)
+        del tensors["adamw/lm_head.weight/exp_avg"]
+
+    other = make_run(tmp_path / "run", change=change, facts={"adamw_steps": 8, "loop": {"step": 7, "training_s": 99.0, "val_bpb": 2.5}})
+    path = step_folder(other) / "loader" / "stream_00001.npz"
+    with np.load(path) as saved:
+        arrays = {name: saved[name] for name in saved.files}
+    np.savez(path, **(arrays | {"counters": arrays["counters"] + 1}))
+    found = {(entry.kind, entry.name) for entry in difference(run, other) if entry.counts}
+    moved = ("loader", "loader/stream_00001.npz: counters")
+    lacking = {("fact", "loop.skipped_steps"), ("fact", "loop.min_val_bpb")}
+    assert found == {("only", "model/new"), ("only", "adamw/lm_head.weight/exp_avg"), ("fact", "adamw_steps"), moved} | lacking
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "relative", "max_abs", "elements"),
+    [
+        ([0.0, 3.0, 4.0], [0.0, 3.0, 4.5], 0.1, 0.5, 1),
+        ([0.0, 1.0], [-0.0, 1.0], 0.0, 0.0, 0),  # other bits of equal value
+        ([math.nan, 1.0], [math.nan, 2.0], math.nan, 1.0, 1),
+        ([1.0, 1.0], [1.0, math.nan], math.inf, math.inf, 1),
+        ([math.inf, 1.0], [math.inf, 2.0], 0.0, 1.0, 1),
+        ([0.0, 0.0], [0.0, 1.0], math.inf, 1.0, 1),
+    ],
+)
+def test_one_tensor(left, right, relative, max_abs, elements):
+    found = compared("x", torch.tensor(left), torch.tensor(right))
+    assert (found.max_abs, found.elements) == (max_abs, elements)
+    assert found.relative == pytest.approx(relative) or math.isnan(relative)
+
+
+def test_equal_tensors_are_no_difference():
+    odd = torch.tensor([math.nan, -0.0, math.inf, 1.0])
+    assert compared("x", odd, odd.clone()) is None
+    assert compared("x", torch.tensor([0.5, 1.5]), torch.tensor([0.5, 1.5], dtype=torch.bfloat16)) is None
+    assert compared("x", torch.tensor([0.1]), torch.tensor([0.1], dtype=torch.bfloat16)) is not None
+
+
+def test_what_is_no_checkpoint(run, tmp_path):
+    for path, words in ((tmp_path / "nowhere", "is not a folder"), (tmp_path, "is not a complete checkpoint")):
+        with pytest.raises(UserError, match=words):
+            difference(run, path)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds no complete checkpoint yet"):
+        difference(tmp_path / "run", run)

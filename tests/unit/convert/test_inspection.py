@@ -1,0 +1,117 @@
+"""inspect and verify: what is told of a checkpoint, and that every kind of damage is named."""
+
+import json
+import shutil
+
+import pytest
+
+from megachat.checkpoint.facts import write_facts
+from megachat.checkpoint.hashes import hash_files
+from tests.unit.convert.checkpoints import STEP, make_run, step_folder, tool
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("inspection") / "run", parts=2)
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    return step_folder(tmp_path / "run")
+
+
+def test_inspect_tells_what_it_is(run, monkeypatch, capsys):
+    status, out, _ = tool(monkeypatch, capsys, "inspect", run, "--json")
+    told = json.loads(out)
+    assert status == 0 and (told["form"], told["facts"]["step"], told["folder"]) == ("megachat", STEP, str(step_folder(run)))
+    assert told["tensors"]["model/lm_head.weight"] == {"shape": [384, 48], "dtype": "float32"}
+    assert told["ledger"]["combined"] == told["facts"]["ledger"] and told["ledger"]["streams"].keys() == {"0", "1"}
+    status, out, _ = tool(monkeypatch, capsys, "inspect", step_folder(run))
+    lines = out.splitlines()
+    for words in (
+        'layout: {"data": 2',
+        "format_version: 2",
+        "architecture_version: 1",
+        "ledger of stream 1: ",
+        f"ledger of all streams: {told['facts']['ledger']}",
+    ):
+        assert any(words in line for line in lines), words
+    assert any(line.split() == ["model/lm_head.weight", "float32", "[384,", "48]"] for line in lines)
+    assert sum("SHA-256" in line for line in lines) == len(told["files"])
+
+
+def test_a_whole_one_is_good(run, monkeypatch, capsys):
+    status, out, err = tool(monkeypatch, capsys, "verify", run)
+    assert status == 0 and out.startswith(f"good: step_{STEP:06d}: ") and not err
+
+
+def resaved(folder, change):
+    """checkpoint.json as saving would write it over changed files: only what the files say can give them away."""
+    facts = json.loads((folder / "checkpoint.json").read_text())
+    facts.pop("sha256")
+    tensors = json.loads((folder / "tensors.json").read_text())
+    change(tensors, facts)
+    (folder / "tensors.json").write_text(json.dumps(tensors))
+    for name, digest in hash_files(folder, facts["files"]).items():
+        facts["files"][name] = {"bytes": (folder / name).stat().st_size, "sha256": digest}
+    write_facts(folder, facts)
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: flip(folder / "__0_0.distcp"), ["__0_0.distcp is not as it was saved"]),
+        (lambda folder: (folder / "loader" / "stream_00001.npz").write_bytes(b"x"), ["loader/stream_00001.npz has 1 bytes, not"]),
+        (lambda folder: (folder / "random" / "rank_00000.npz").unlink(), ["random/rank_00000.npz is missing"]),
+        (
+            lambda folder: [flip(folder / "tensors.json"), (folder / "loader" / "loader.json").unlink()],
+            ["loader/loader.json is missing", "tensors.json is not"],
+        ),
+        (lambda folder: flip(folder / "checkpoint.json"), ["checkpoint.json"]),
+        (lambda folder: (folder / "checkpoint.json").unlink(), ["no checkpoint.json"]),
+    ],
+)
+def test_each_bad_file_is_named(copy, damage, words, monkeypatch, capsys):
+    damage(copy)
+    status, _, err = tool(monkeypatch, capsys, "verify", copy)
+    assert status == 2 and all(line.startswith("error: ") for line in err.splitlines())
+    assert len(err.splitlines()) == len(words) and all(word in err for word in words), err
+
+
+def drop_piece(tensors, _):
+    tensors["model/lm_head.weight"]["pieces"].pop()
+
+
+def overlap(tensors, _):
+    pieces = tensors["model/lm_head.weight"]["pieces"]
+    pieces[1] |= {"offset": [pieces[1]["offset"][0] - 1, 0]}
+
+
+def outside_file(tensors, _):
+    tensors["model/lm_head.weight"]["pieces"][0]["at"] = 10**9
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (drop_piece, "model/lm_head.weight has 9,216 of its 18,432 elements"),
+        (overlap, "model/lm_head.weight has pieces that overlap"),
+        (outside_file, "model/lm_head.weight has a piece outside the file"),
+        (lambda tensors, _: tensors.pop("muon/transformer.h.0.attn.c_q.weight/momentum"), "c_q.weight/momentum is missing"),
+        (lambda tensors, _: tensors.update(more=tensors["model/lm_head.weight"]), "more is no tensor of this architecture"),
+        (lambda _, facts: facts.update(ledger="0" * 64), "loader tells of other documents than the ledger"),
+        (lambda _, facts: facts["model"].update(width=64), "is [384, 48], not [384, 64]"),
+        (lambda _, facts: facts["model"].update(experts=8), "has experts, which this version does not know"),
+    ],
+)
+def test_holes_overlaps_and_other_tensors_are_found(copy, change, words, monkeypatch, capsys):
+    resaved(copy, change)
+    status, _, err = tool(monkeypatch, capsys, "verify", copy)
+    assert status == 2 and words in err, err

@@ -1,0 +1,237 @@
+"""nanochat's files: those it wrote come back equal, and optimizer state of any number of ranks is cut as nanochat cuts it."""
+
+import json
+import math
+import os
+import shutil
+
+import pytest
+import torch
+
+from megachat.config import load_config
+from megachat.convert.conversions import from_nanochat, to_nanochat
+from megachat.convert.difference import difference
+from megachat.convert.nanochat import open_nanochat
+from megachat.convert.opened import open_megachat
+from megachat.convert.proof import compare_logits
+from megachat.data.tokenizer_training import import_nanochat
+from megachat.errors import UserError
+from megachat.plan import resolve
+from tests import reference
+from tests.unit.convert.checkpoints import HUGGINGFACE, STEP, VOCAB_SIZE, assert_same, left_in, make_run, step_folder, tokenizer, tool
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("nanochat") / "run")
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    """Ranks -> folder."""
+    folder = tmp_path_factory.mktemp("exported")
+    for ranks in (1, 2, 3):
+        to_nanochat(run, folder / str(ranks), ranks=ranks)
+    return {ranks: folder / str(ranks) for ranks in (1, 2, 3)}
+
+
+def loaded(path):
+    return torch.load(path, weights_only=True)
+
+
+@reference.needs_reference
+def test_what_nanochat_wrote_comes_back_file_by_file(tmp_path, monkeypatch, capsys):
+    assert tool(monkeypatch, capsys, "from-nanochat", reference.FOLDER, tmp_path / "run")[0] == 0
+    assert tool(monkeypatch, capsys, "to-nanochat", tmp_path / "run", tmp_path / "back")[0] == 0
+    for name in ("model_000020.pt", "optim_000020_rank0.pt", "tokenizer/token_bytes.pt"):
+        found, wanted = loaded(tmp_path / "back" / name), loaded(reference.FOLDER / name)
+        assert_same(dict(found) if isinstance(found, dict) else found, dict(wanted) if isinstance(wanted, dict) else wanted, name)
+    assert json.loads((tmp_path / "back" / "meta_000020.json").read_text()) == json.loads((reference.FOLDER / "meta_000020.json").read_text())
+    pickles = [(folder / "tokenizer" / "tokenizer.pkl").read_bytes() for folder in (tmp_path / "back", reference.FOLDER)]
+    assert pickles[0] == pickles[1]
+    assert difference(tmp_path / "run", reference.FOLDER) == []
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_shards_are_cut_as_nanochat_cuts_them(run, exported, ranks):
+    """The rule of nanochat's optim.py, said once more: _reduce_adamw and _compute_muon."""
+    model = loaded(exported[ranks] / f"model_{STEP:06d}.pt")
+    weights = {id_: name for id_, name in enumerate(parameter_order(model))}
+    for rank in range(ranks):
+        saved = loaded(exported[ranks] / f"optim_{STEP:06d}_rank{rank}.pt")
+        numbers = [number for group in saved["param_groups"] for number in group["params"]]
+        assert numbers == list(range(len(model)))
+        for group in saved["param_groups"]:
+            if group["kind"] == "adamw":
+                for number in group["params"]:
+                    shape, state = model[weights[number]].shape, saved["state"][number]
+                    own = shape if ranks == 1 or shape.numel() < 1024 else (shape[0] // ranks, *shape[1:])
+                    assert state["step"] == STEP and state["exp_avg"].shape == state["exp_avg_sq"].shape == own
+            else:
+                shape, count = model[weights[group["params"][0]]].shape, len(group["params"])
+                chunk = -(-count // ranks)
+                state = saved["state"][group["params"][0]]
+                assert state["momentum_buffer"].shape == (chunk, *shape)
+                assert state["second_momentum_buffer"].shape == ((chunk, shape[0], 1) if shape[0] >= shape[1] else (chunk, 1, shape[1]))
+                owned = min(chunk, max(0, count - rank * chunk))
+                assert not state["momentum_buffer"][owned:].any() and all(part.any() for part in state["momentum_buffer"][:owned])
+        assert saved["state"].keys() == {
+            number for group in saved["param_groups"] for number in (group["params"] if group["kind"] == "adamw" else group["params"][:1])
+        }
+
+
+def parameter_order(model):
+    """Names in the order of nanochat's param_groups: setup_optimizer in its gpt.py."""
+    names = ["lm_head.weight", "transformer.wte.weight", *(name for name in model if name.startswith("value_embeds."))]
+    names += ["resid_lambdas", "x0_lambdas", "smear_gate.weight", "smear_lambda", "backout_lambda"]
+    matrices = [name for name in model if name.startswith("transformer.h.")]
+    return names + [name for shape in sorted({model[name].shape for name in matrices}) for name in matrices if model[name].shape == shape]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_shards_of_any_number_of_ranks_come_back(run, exported, ranks, tmp_path):
+    told = from_nanochat(exported[ranks], tmp_path / "back")
+    assert told["passed"] and len(told["source"]["files"]) == 2 + ranks
+    assert {entry.name for entry in difference(tmp_path / "back", run) if entry.counts} == {"loss_scaler.cur_scale"}
+    whole = {name: tensor for name, tensor in open_nanochat(exported[1]).tensors()}
+    for name, tensor in open_nanochat(exported[ranks]).tensors():
+        assert torch.equal(tensor, whole[name]), name
+
+
+def test_the_settings_come_along(run, exported, tmp_path):
+    from_nanochat(exported[1], tmp_path / "back")
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config["batch"] == {"tokens": 640, "micro_rows": 2} and config["horizon"]["steps"] == 20
+    assert config["optimizer"]["warmup_steps"] == 3 and config["model"]["window_pattern"] == "SL" and config["model"]["kv_heads"] == 1
+    groups = loaded(exported[1] / f"optim_{STEP:06d}_rank0.pt")["param_groups"]
+    batch = (640 / 2**19) ** 0.5
+    assert groups[0]["initial_lr"] == pytest.approx(0.008 * batch * (48 / 768) ** -0.5) and groups[4]["initial_lr"] == pytest.approx(0.5 * batch)
+    assert groups[5]["lr"] == groups[5]["initial_lr"] == 0.2 and groups[0]["betas"] == (0.8, 0.96)  # step 6 of 20 is between warm-up and warm-down
+    plan = resolve(load_config(run / "config.json"), 1, VOCAB_SIZE)
+    assert groups[-1]["momentum"] == pytest.approx(0.85 + 6 / 400 * 0.12)
+    assert groups[-1]["weight_decay"] == pytest.approx(plan.weight_decay * 0.5 * (1 + math.cos(math.pi * 6 / 20)))
+    assert rates_of(tmp_path / "back") == pytest.approx(rates_of(run), rel=1e-9)
+    meta = json.loads((exported[1] / f"meta_{STEP:06d}.json").read_text())
+    assert (meta["val_bpb"], meta["loop_state"]["min_val_bpb"], meta["dataloader_state_dict"]) == (2.5, 2.25, None)
+    assert import_nanochat(exported[1] / "tokenizer").fingerprint == tokenizer().fingerprint
+
+
+def rates_of(run):
+    plan = resolve(load_config(run / "config.json"), 1, VOCAB_SIZE)
+    return dict(plan.rates) | {"weight_decay": plan.weight_decay}
+
+
+def test_rates_that_are_not_scaled_come_back_as_they_are(run, tmp_path):
+    """nanochat always scales its arguments to the batch; but where it resumes, the rates of its parameter groups win over its arguments."""
+    own = make_run(tmp_path / "own", optimizer={"scale_to_batch": False})
+    assert rates_of(own)["matrix"] == 0.02
+    to_nanochat(own, tmp_path / "nanochat")
+    told = from_nanochat(tmp_path / "nanochat", tmp_path / "back")
+    found, wanted = rates_of(tmp_path / "back"), rates_of(own)
+    del found["weight_decay"], wanted["weight_decay"]  # which nanochat computes from its arguments
+    assert found == pytest.approx(wanted, rel=1e-9) and "have other rates" in told["remarks"][0]
+
+
+def test_tables_in_bfloat16(run, tmp_path):
+    told = to_nanochat(run, tmp_path / "nanochat", tables="bfloat16")
+    model, state = (loaded(tmp_path / "nanochat" / name) for name in (f"model_{STEP:06d}.pt", f"optim_{STEP:06d}_rank0.pt"))
+    assert {name for name, tensor in model.items() if tensor.dtype == torch.bfloat16} == {
+        "transformer.wte.weight",
+        "value_embeds.0.weight",
+        "value_embeds.2.weight",
+    }
+    assert state["state"][1]["exp_avg"].dtype == torch.bfloat16 and state["state"][0]["exp_avg"].dtype == torch.float32
+    assert 0 < told["numbers"]["largest_logit_difference"] < 0.25 and "rounded to bfloat16" in told["remarks"][0]
+    from_nanochat(tmp_path / "nanochat", tmp_path / "back")
+    to_nanochat(tmp_path / "back", tmp_path / "again", tables="bfloat16")
+    assert_same(dict(loaded(tmp_path / "again" / f"model_{STEP:06d}.pt")), dict(model))
+
+
+def test_without_optimizer_state_it_begins_afresh_when_asked(exported, tmp_path):
+    shutil.copytree(exported[1], tmp_path / "weights")
+    (tmp_path / "weights" / f"optim_{STEP:06d}_rank0.pt").unlink()
+    with pytest.raises(UserError, match="no optimizer state of step 7"):
+        from_nanochat(tmp_path / "weights", tmp_path / "back")
+    from_nanochat(tmp_path / "weights", tmp_path / "back", fresh_optimizer=True)
+    from_nanochat(exported[1], tmp_path / "left", fresh_optimizer=True)
+    for run in tmp_path / "back", tmp_path / "left":
+        facts = json.loads((step_folder(run) / "checkpoint.json").read_text())
+        assert facts["adamw_steps"] == 0 and facts["step"] == STEP
+        assert not any(tensor.any() for name, tensor in open_megachat(step_folder(run)).tensors() if not name.startswith("model/"))
+
+
+class Attack:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def edit_meta(folder, change):
+    path = folder / f"meta_{STEP:06d}.json"
+    meta = json.loads(path.read_text())
+    change(meta)
+    path.write_text(json.dumps(meta))
+
+
+def edit_optimizer(folder, rank, change):
+    path = folder / f"optim_{STEP:06d}_rank{rank}.pt"
+    saved = loaded(path)
+    change(saved)
+    torch.save(saved, path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda f: (f / "meta_000007.json").unlink(), "meta_000007.json cannot be read"),
+        (lambda f: (f / "model_000007.pt").unlink(), "has no model_NNNNNN.pt|is not a complete checkpoint"),
+        (lambda f: (f / "optim_000007_rank0.pt").unlink(), "but not optim_000007_rank0.pt"),
+        (lambda f: (f / "optim_000007_rank1.pt").unlink(), "another number of ranks"),
+        (lambda f: (f / "model_000007.pt").write_bytes((f / "model_000007.pt").read_bytes()[:9000]), "model_000007.pt is refused: it is damaged"),
+        (lambda f: torch.save({"x": Attack(f / "executed")}, f / "model_000007.pt"), "model_000007.pt is refused"),
+        (lambda f: torch.save({"x": Attack(f / "executed")}, f / "optim_000007_rank1.pt"), "optim_000007_rank1.pt is refused"),
+        (lambda f: torch.save([1], f / "optim_000007_rank1.pt"), "holds a list"),
+        (lambda f: edit_meta(f, lambda meta: meta["model_config"].update(n_expert=8)), "model_config has n_expert"),
+        (lambda f: edit_meta(f, lambda meta: meta["model_config"].update(n_layer=4)), "is not of the model that meta_000007.json describes"),
+        (lambda f: edit_meta(f, lambda meta: meta.pop("model_config")), "does not tell the model's sizes"),
+        (lambda f: edit_meta(f, lambda meta: meta["model_config"].update(vocab_size=340)), "the tokenizer in .* has 330 tokens and the model 340"),
+        (lambda f: edit_optimizer(f, 1, lambda saved: saved["state"][0].update(step=8)), "steps differ between parameters or ranks"),
+        (
+            lambda f: edit_optimizer(f, 1, lambda saved: saved["state"][5]["exp_avg"].add_(1)),
+            "the ranks keep different values in exp_avg of x0_lambdas",
+        ),
+        (lambda f: edit_optimizer(f, 0, lambda saved: saved["param_groups"].pop()), "other parameter groups"),
+        (lambda f: edit_optimizer(f, 0, lambda saved: saved["state"].pop(2)), "is no optimizer state of nanochat's"),
+        (lambda f: shutil.rmtree(f / "tokenizer"), "there is no tokenizer at"),
+    ],
+)
+def test_bad_input_is_named_and_nothing_is_executed(exported, damage, words, tmp_path):
+    shutil.copytree(exported[2], tmp_path / "in" / "nanochat")
+    damage(tmp_path / "in" / "nanochat")
+    with pytest.raises(UserError, match=words) as refused:
+        from_nanochat(tmp_path / "in" / "nanochat", tmp_path / "back")
+    assert "\n" not in str(refused.value) and left_in(tmp_path) == ["in"] and not (tmp_path / "in" / "nanochat" / "executed").exists()
+
+
+def test_what_nanochat_cannot_hold_is_refused(run, tmp_path):
+    with pytest.raises(UserError, match="384 rows of its tables evenly, and 5 ranks cannot"):
+        to_nanochat(run, tmp_path / "nanochat", ranks=5)
+    other = make_run(tmp_path / "runs" / "other", model=HUGGINGFACE)
+    with pytest.raises(UserError, match="rotary_base 5000.0, and nanochat computes 100000.0"):
+        to_nanochat(other, tmp_path / "nanochat")
+    with pytest.raises(UserError, match="has no nanochat checkpoint of step 3: it has steps 7"):
+        to_nanochat(run, tmp_path / "nanochat")
+        from_nanochat(tmp_path / "nanochat", tmp_path / "back", step=3)
+    assert left_in(tmp_path) == ["nanochat", "nanochat.certificate.json", "runs"]
+
+
+def test_the_proof_sees_a_model_that_differs(exported):
+    """The numbers themselves: a logit moved by 0.5 at one place of two."""
+    logits = torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]])
+    moved = logits + torch.tensor([[0.0, 0.0, 0.0], [2.5, 0.0, 0.0]])
+    numbers = compare_logits(lambda: lambda row: logits, lambda: lambda row: moved, [torch.zeros(1, 2)])
+    p, q = logits[1].softmax(0), moved[1].softmax(0)
+    assert numbers["largest_logit_difference"] == 2.5 and numbers["argmax_agreement"] == 0.5
+    assert numbers["mean_kl_nats"] == pytest.approx((p * (p / q).log()).sum().item() / 2, rel=1e-5)
