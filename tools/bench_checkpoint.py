@@ -102,6 +102,8 @@ def round_of(training: Training, saver: Saver, state: dict, folder: Path, measur
             begin = time.perf_counter()
             take_step(training)
             measured.note("step_beside_it", time.perf_counter() - begin)
+        else:
+            saver.wait_copied()  # as if the next update came at once
         saver.wait()
         (saved,) = saver.finished()
         measured.note(name + "_blocked", saved.blocked_s)
@@ -141,6 +143,7 @@ def main() -> None:
     arguments = parser.parse_args()
     training = trained(arguments)
     saver, measured = Saver(training.mesh.saving), Measured(training)
+    training.engine.optimizer.before_update = saver.wait_copied
     pieces = state_pieces(training, replicas=False)
     saver.reserve(pieces)
     state = {

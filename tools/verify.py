@@ -117,7 +117,7 @@ def verify_layout(asked: Config, sizes: dict[str, int], arguments, vocab_size: i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="JSON file with what differs from the defaults")
-    parser.add_argument("--layout", required=True, action="append", help="axes and sizes, as tp=2,pp=2,dp=2; repeatable")
+    parser.add_argument("--layout", action="append", help="axes and sizes, as tp=2,pp=2,dp=2; repeatable; with --resume one process if left out")
     parser.add_argument("--resume", action="store_true", help="stop, save, load and go on, against not stopping")
     parser.add_argument("--onto", action="append", default=[], metavar="LAYOUT", help="with --resume: go on with on this layout instead, in float32; "
                         "repeatable")  # fmt: skip
@@ -131,10 +131,12 @@ def main() -> None:
         parser.error("--rows and --depth are 1 or more")
     if not arguments.resume and (arguments.onto or arguments.keep):
         parser.error("--onto and --keep belong to --resume")
+    if not arguments.resume and not arguments.layout:
+        parser.error("--layout says which layout is compared with one process")
     if arguments.keep and arguments.keep.exists():
         raise UserError(f"--keep {arguments.keep} exists: name a folder that does not")
     config = load_config(arguments.config, arguments.set)
-    layouts, onto = ([parse_layout(text) for text in texts] for texts in (arguments.layout, arguments.onto))
+    layouts, onto = ([parse_layout(text) for text in texts] for texts in (arguments.layout or ["dp=1"], arguments.onto))
     vocab_size = config.model.vocab_size
     if vocab_size is None:
         known = (Path(config.data.tokenizer) / "tokenizer.json").exists()

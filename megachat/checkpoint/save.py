@@ -29,6 +29,8 @@ def save_checkpoint(folder: Path, step: int, pieces: Pieces, facts: dict, write_
     needed = int(SPACE_MARGIN * sum(all_gather_objects(piece_bytes(pieces), world)))
 
     def failed(text: str) -> str:
+        if not folder.parent.exists():
+            return f"checkpoint {final} could not be saved, the run folder {folder.parent} has gone: bring it back from a copy, or start again"
         return f"checkpoint {final} could not be saved by {text}; earlier checkpoints are untouched, free space there and use --resume auto"
 
     together(lambda: world.rank == 0 and _prepare(temporary, needed), world, failed)
@@ -53,7 +55,8 @@ def piece_bytes(pieces: Pieces) -> int:
 
 def _prepare(temporary: Path, needed_bytes: int) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary.parent.mkdir(exist_ok=True)  # and not the run folder: one that was taken away is not made again, without all it held
+    temporary.mkdir()
     free = shutil.disk_usage(temporary).free
     if free < needed_bytes:
         temporary.rmdir()

@@ -1,4 +1,4 @@
-"""Saving behind the training: the loop waits for a copy in host memory, a thread on every rank writes it."""
+"""Saving behind the training: a thread on every rank copies the state to host memory, before the next update changes it, and writes it."""
 
 import threading
 import time
@@ -38,6 +38,9 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._saved: list[Saved] = []
         self._error: BaseException | None = None
+        self._copied = threading.Event()
+        self._copied.set()
+        self._blocked_s = 0.0
 
     def reserve(self, pieces: Pieces) -> None:
         """Take the memory of the copies now: a job that has too little fails at its start, and the first save waits no longer than others."""
@@ -46,26 +49,38 @@ class Saver:
                 copy.zero_()
 
     def begin(self, pieces: Pieces, write: Write, since: float | None = None) -> None:
-        """Copy the rectangles and write them behind the caller's back. Waits for an earlier save first. Raises UserError when that one failed.
+        """Write the rectangles behind the caller's back, who must not change them before `wait_copied`.
+
+        Waits for an earlier save first. Raises UserError when that one failed.
 
         since: time.perf_counter() when the caller began to prepare this save; from then on its seconds count.
         """
         begin = time.perf_counter() if since is None else since
         self.wait()
+        views = None
         if self._background:
-            for copy, view in self._pairs(pieces):
-                copy.copy_(view.detach(), non_blocking=True)
-            if torch.cuda.is_available() and torch.cuda.is_initialized():
+            views = list(self._pairs(pieces))
+            if any(view.is_cuda for _, view in views):  # in the order of the device's queue
+                self._copy(views)
                 torch.cuda.synchronize()
+                views = None
             pieces = {
                 name: (shape, [(offsets, sizes, self._copies[name, index]) for index, (offsets, sizes, _) in enumerate(rectangles)])
                 for name, (shape, rectangles) in pieces.items()
             }
-        blocked_s = time.perf_counter() - begin
-        self._thread = threading.Thread(target=self._run, args=(pieces, write, begin, blocked_s), name="saver")
+        self._copied.clear()
+        self._blocked_s = time.perf_counter() - begin
+        self._thread = threading.Thread(target=self._run, args=(views, pieces, write, begin), name="saver")
         self._thread.start()
         if not self._background:
             self.wait(blocks=True)
+
+    def wait_copied(self) -> None:
+        """To be called before anything that was given to `begin` changes: its copy may still be under way."""
+        if not self._copied.is_set():
+            begin = time.perf_counter()
+            self._copied.wait()
+            self._blocked_s += time.perf_counter() - begin
 
     @property
     def failed(self) -> bool:
@@ -87,7 +102,8 @@ class Saver:
             error, self._error = self._error, None
             raise error
         if blocks and self._saved:
-            self._saved[-1] = self._saved[-1]._replace(blocked_s=self._saved[-1].blocked_s + time.perf_counter() - begin)
+            last = self._saved[-1]
+            self._saved[-1] = last._replace(blocked_s=min(last.total_s, last.blocked_s + time.perf_counter() - begin))
 
     def _pairs(self, pieces: Pieces) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(copy, view) of every rectangle."""
@@ -97,9 +113,18 @@ class Saver:
                     self._copies[name, index] = torch.empty(view.shape, dtype=view.dtype, pin_memory=view.is_cuda)
                 yield self._copies[name, index], view
 
-    def _run(self, pieces: Pieces, write: Write, begin: float, blocked_s: float) -> None:
+    @staticmethod
+    def _copy(views: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        for copy, view in views:
+            copy.copy_(view.detach(), non_blocking=True)
+
+    def _run(self, views: list | None, pieces: Pieces, write: Write, begin: float) -> None:
         try:
+            try:
+                self._copy(views or [])
+            finally:
+                self._copied.set()
             path = write(pieces, self._axis)
-            self._saved.append(Saved(path, blocked_s, time.perf_counter() - begin, piece_bytes(pieces)))
+            self._saved.append(Saved(path, self._blocked_s, time.perf_counter() - begin, piece_bytes(pieces)))
         except BaseException as error:  # raised in the training's thread
             self._error = error

@@ -61,6 +61,7 @@ class JointZero1(DeepSpeedZeroOptimizer):
     joint_norm: torch.Tensor
     wishes: torch.Tensor  # float32 [n]: before a step this rank's, after it the sum of all ranks'; they travel with the norm
     partial_over_tensor: list[nn.Parameter]
+    before_update: Callable[[], None] = staticmethod(lambda: None)  # called once a step, before weights or states change
     observe: Callable[[], None] | None = None  # called once a step, when all gradients are reduced and none is clipped or dropped yet
 
     def reduce_gradients(self, pipeline_parallel=False):
@@ -109,6 +110,7 @@ class JointZero1(DeepSpeedZeroOptimizer):
         # on a good step the scale may grow; AdamW's gradients still carry the old one, so step() updates it last
 
     def step(self, closure=None):
+        self.before_update()
         super().step(closure)
         if not self.overflow:
             super()._update_scale(False)

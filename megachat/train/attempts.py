@@ -50,9 +50,13 @@ class Attempts:
         self.at(step)
 
     def at(self, step: int) -> None:
-        """The job is in `step` now."""
+        """The job is in `step` now. Raises UserError when the run folder has gone."""
         if self._file is not None:
             os.pwrite(self._file, b"%012d\n" % step, 0)
+            if not os.fstat(self._file).st_nlink:
+                raise UserError(
+                    f"step {step}: the run folder {self._folder} has gone: bring it back from a copy and continue with --resume auto, or start again"
+                )
 
     def end(self) -> None:
         """The job ends in order: finished, told to stop, or with a mistake that it tells."""

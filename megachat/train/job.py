@@ -86,10 +86,8 @@ def pretrain(
                 with counted_attempt(folder, facts["step"] if facts else 0, mesh.world, forget=chosen) as attempts:
                     watch.before_stop = attempts.end
                     with slowly("start-up"):
-                        documents = None
-                        if facts:
-                            documents, told = resumed_documents(checkpoint, facts, config, plan, mesh, tokenizer)
-                            remarks += told
+                        documents, told = resumed_documents(checkpoint, facts, config, plan, mesh, tokenizer) if facts else (None, [])
+                        remarks += told
                         run = build_run(config, plan, mesh, tokenizer, folder, documents)
                     with run.loader:
                         stopped = _run_job(run, checkpoint, environment, remarks, begin, watch, attempts)

@@ -36,6 +36,7 @@ def train(run: Run, state: LoopState, metrics: Metrics, asked_to_stop: Callable[
     first_step, skips_in_a_row, stops = state.step, 0, False
     validation, saver = _Validation(run), Saver(run.mesh.saving, background=run.config.checkpoint.background)
     saver.reserve(state_pieces(run, replicas=False))
+    run.engine.optimizer.before_update = saver.wait_copied
     if state.owes_evaluation:
         state.owes_evaluation = False
         _do_what_is_due(run, state, validation, saver, metrics)
