@@ -156,8 +156,9 @@ def main() -> None:
     seconds, least = measured.seconds, least_bytes(training)
     if training.mesh.world.rank == 0:
         ratios = {
-            f"blocked_over_{name}": statistics.median(ours / theirs for ours, theirs in zip(seconds["ours_blocked"], seconds[name], strict=True))
-            for name in ("torch.save", "torch.save_and_fsync")
+            f"{ours}_over_{theirs}": statistics.median(mine / other for mine, other in zip(seconds[ours], seconds[theirs], strict=True))
+            for ours in ("ours_beside_a_step_blocked", "ours_blocked")
+            for theirs in ("torch.save", "torch.save_and_fsync")
         }
         told = {"parameters": training.plan.parameters["total"], "ranks": training.mesh.world.size, "rounds": arguments.rounds}
         told |= {"median_s": {name: statistics.median(values) for name, values in seconds.items()}, "ratios": ratios}

@@ -70,25 +70,28 @@ def test_a_step_that_crashes_every_time_is_given_up(place):
     assert done.errors[-1].removeprefix("error: [rank 1] ").removeprefix("error: ").startswith(f"step 0 of {run} has failed 3 times in a row")
 
 
-def test_told_to_stop_it_saves_and_does_not_start_again(place):
-    line = supervised(place, "told", 2, config=LONG | {"checkpoint": {"every": 0}})
-    job, run = begin(line), place.runs / "told"
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+def test_however_it_ends_the_ranks_save_and_none_lives_on(number, place):
+    line = supervised(place, f"told_{number.name}", 2, config=LONG | {"checkpoint": {"every": 0}})
+    job, run = begin(line), place.runs / f"told_{number.name}"
     until_running(job, run, lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) > 2, "step 2")
-    job.terminate()
+    job.send_signal(number)
     done = finish(job, 90)
-    assert done.status == 128 + signal.SIGTERM and "stopped after step" in done.out, done.out + done.err
+    assert done.status == (128 + number if number == signal.SIGTERM else -number)
+    assert "stopped after step" in done.out and done.errors == [], done.out + done.err
     saved, _ = newest_complete(run / "checkpoints")
     assert saved is not None and not (run / "running").exists()
-    assert processes_of(line[line.index("--config") + 1]) == {}
+    until(lambda: processes_of(line[line.index("--config") + 1]) == {}, 20, "end of all processes")
 
 
 def test_more_ranks_than_fit_the_batch_end_and_the_others_train(place):
-    """Six rows a step on four ranks: three fit."""
-    done = finish(begin(supervised(place, "four", 4)), 180)
+    """Five rows a step on two ranks: one fits."""
+    five = {"batch": {"tokens": 5 * 64}}
+    done = finish(begin(supervised(place, "five", 2, config=five)), 180)
     assert done.status == 0, done.out + done.err
-    assert "4 ranks were started, of which 3 fit the batch and train; the others have ended" in done.out
-    assert "four on 3 ranks" in done.out
-    assert losses(place.runs / "four") == losses(train(place, "three", launcher="torchrun", world=3))
+    assert "2 ranks were started, of which 1 fit the batch and train; the others have ended" in done.out
+    assert "five on 1 rank " in done.out and "rows x 5 micro-batches" in done.out
+    assert losses(place.runs / "five") == pytest.approx(losses(train(place, "alone", config=five)), rel=1e-6)
 
 
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
