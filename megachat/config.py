@@ -5,10 +5,18 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 from megachat.counts import NORM_EPSILON, QK_SCALE, ROTARY_BASE
 from megachat.errors import UserError
+
+_FP8_WITHOUT_EQUIVALENT = {
+    "rowwise": "scales by row have no equivalent in Transformer Engine: set tensorwise, or blockwise, which is finer",
+    "delayed": "delayed scaling keeps a history of maxima that no checkpoint here holds: set tensorwise, which takes each tensor's own maximum",
+    "mxfp8": "MXFP8 needs a Blackwell GPU and is not supported: set blockwise",
+    "nvfp4": "four bits are not supported: set blockwise",
+}
 
 
 class _Section(BaseModel):
@@ -104,6 +112,21 @@ class PrecisionConfig(_Section):
     loss_scale: float = Field(65536.0, gt=0, description="first loss scale of float16")
     loss_scale_window: int = Field(1000, ge=1, description="good steps before float16's loss scale doubles")
     compile: bool = Field(False, description="torch.compile the blocks; the first step then takes long")
+    fp8: Literal["off", "tensorwise", "blockwise"] = Field(
+        "off", description="matrix products of training in FP8, with a scale a tensor or a scale a tile of 128 numbers; needs bfloat16"
+    )
+    fp8_backend: Literal["auto", "te", "torch"] = Field("auto", description="Transformer Engine or torch; auto: te if it works; the log says why")
+    fp8_head: bool = Field(True, description="with fp8: lm_head too")
+    attention: Literal["auto", "te", "flash3", "flash2", "flash4", "flex", "sdpa", "windowed"] = Field(
+        "auto", description="attention kernel; auto: the fastest that is here and exact, and the log says why"
+    )
+
+    @field_validator("fp8", mode="before")
+    @classmethod
+    def _known_recipe(cls, asked):
+        if isinstance(asked, str) and asked in _FP8_WITHOUT_EQUIVALENT:
+            raise PydanticCustomError("fp8_recipe", "{told}", {"told": _FP8_WITHOUT_EQUIVALENT[asked]})
+        return asked
 
 
 class ParallelConfig(_Section):

@@ -30,6 +30,8 @@ _PEAK_BF16_FLOPS = {
 
 # DeepSpeed looks for an accelerator when it is imported, and warns of a CPU; this tells it beforehand.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+# Where it finds no fast kernel, Transformer Engine would quietly take one that keeps all scores; this makes that an error.
+os.environ.setdefault("NVTE_UNFUSED_ATTN", "0")
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,11 @@ def has_native_bfloat16(device: torch.device) -> bool:
         return torch.cuda.get_device_capability(device) >= (8, 0)
     flags = _cpu_info("flags")
     return any(flag in flags.split() for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """CUDA's (major, minor) of the GPU, as (9, 0) for a Hopper; (0, 0) of a CPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 def choose_compute_dtype(asked: str, device: torch.device) -> tuple[torch.dtype, str]:

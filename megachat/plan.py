@@ -6,7 +6,19 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from megachat.config import Config
-from megachat.counts import Dimensions, flops_per_token, layer_costs, parameter_counts, scaling_parameters, up_to_multiple, window_sizes
+from megachat.counts import (
+    FP8_LEAST_SIDE,
+    FP8_TILES,
+    Dimensions,
+    fits_fp8,
+    flops_per_token,
+    layer_costs,
+    linear_shapes,
+    parameter_counts,
+    scaling_parameters,
+    up_to_multiple,
+    window_sizes,
+)
 from megachat.errors import UserError
 
 REFERENCE_DEPTH = 12  # nanochat tunes its settings there and carries them to other depths
@@ -66,6 +78,7 @@ def resolve(config: Config, world: int, vocab_size: int) -> Plan:
     target_tokens, reference_tokens = _token_horizon(config, dims, vocab_size, why)
     asked = _asked_tokens(config, dims, layout, target_tokens, reference_tokens, why)
     rows, micro_rows, accumulation = _solve_batch(config, dims.sequence_len, layout, asked, why)
+    _check_fp8(config, dims, layout, micro_rows)
     tokens = rows * dims.sequence_len
     steps = _steps(config, dims, tokens, target_tokens, why)
     stop = min(steps, config.horizon.stop_step or steps)
@@ -139,6 +152,30 @@ def resolve_layout(config: Config, dims: Dimensions, world: int) -> Layout:
         told = f"parallel.pipeline is {pipeline}, more stages than the model's {dims.depth} blocks"
         raise UserError(f"{told}: set parallel.pipeline to {dims.depth} or less")
     return Layout(world // (tensor * pipeline), tensor, pipeline)
+
+
+def _check_fp8(config: Config, dims: Dimensions, layout: Layout, micro_rows: int) -> None:
+    """Raises UserError when FP8 was asked for and the dtype, the micro-batch or every matrix is one that it cannot do."""
+    recipe, compute = config.precision.fp8, config.precision.compute
+    if recipe == "off":
+        return
+    if compute not in ("auto", "bfloat16"):
+        raise UserError(f"precision.fp8 is {recipe}, which needs bfloat16, and precision.compute is {compute}: set that to bfloat16, or fp8 to off")
+    tile, length = FP8_TILES[recipe], dims.sequence_len
+    if micro_rows * length % tile:
+        unit = tile // math.gcd(tile, length)
+        rows = " or ".join(str(count) for count in (micro_rows // unit * unit, up_to_multiple(micro_rows, unit)) if count)
+        lengths = " or ".join(str(count) for count in (length // tile * tile, up_to_multiple(length, tile)) if count)
+        raise UserError(
+            f"precision.fp8={recipe} needs a multiple of {tile} tokens in a micro-batch, and {micro_rows} rows of {length} are "
+            f"{micro_rows * length}: set batch.micro_rows to {rows}, or model.sequence_len to {lengths}"
+        )
+    if not any(fits_fp8(*shape, recipe) for shape in linear_shapes(dims, layout.tensor).values()):
+        cut = f" cut in {layout.tensor}" if layout.tensor > 1 else ""
+        raise UserError(
+            f"precision.fp8={recipe} would change nothing: no matrix of width {dims.width}{cut} has sides of at least {FP8_LEAST_SIDE} in "
+            f"multiples of {tile}: set precision.fp8=off, or a wider model"
+        )
 
 
 def resolve_stages(dims: Dimensions, stages: int) -> tuple[tuple[int, int], ...]:

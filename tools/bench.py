@@ -1,6 +1,6 @@
 """Measurements, side by side in one run, as ratios: timings on shared machines are noisy and their ratios less so.
 
-python tools/bench.py dtype|start|loader|layouts|checkpoint --config configs/d4_cpu.json [...]; prints one JSON object with hardware and commit.
+python tools/bench.py dtype|start|loader|layouts|checkpoint|gpu --config configs/d4_cpu.json [...]; prints one JSON object with hardware and commit.
 """
 
 import argparse
@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 from megachat.config import load_config  # noqa: E402
 from megachat.device import bootstrap_environment, choose_device, collective_backend, describe_environment, free_port  # noqa: E402
 from megachat.errors import UserError, user_errors_end_the_program  # noqa: E402
+from tools.bench_gpu import bench_gpu  # noqa: E402
 
 
 def in_turn(actions: dict, rounds: int) -> dict[str, list[float]]:
@@ -141,6 +142,7 @@ def bench_checkpoint(arguments) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     kinds = {"dtype": bench_dtype, "start": bench_start, "loader": bench_loader, "layouts": bench_layouts, "checkpoint": bench_checkpoint}
+    kinds["gpu"] = bench_gpu
     parser.add_argument("kind", choices=kinds)
     parser.add_argument("--config", default=str(ROOT / "configs" / "d4_cpu.json"))
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
@@ -154,6 +156,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="for dtype, start and checkpoint")
     parser.add_argument("--ranks", type=int, default=2, help="for checkpoint")
     parser.add_argument("--folder", help="for checkpoint: on the storage to be measured; default: the system's temporary folder")
+    parser.add_argument("--minutes", type=float, default=12, help="for gpu: cases that do not fit are left out")
+    parser.add_argument("--nanochat", help="for gpu: a clone of nanochat, whose own model is then measured, too")
+    parser.add_argument("--out", help="for gpu: Markdown file with the two marker comments to write the table between")
+    parser.add_argument("--checks", help="for gpu: the report of tests/gpu, to keep beside the numbers")
     arguments = parser.parse_args()
     import torch
 

@@ -9,15 +9,20 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-CHUNK_BYTES = 8 << 20  # float32 logits at a time: small enough for a CPU's cache, large enough for a GPU's matmul
+CHUNK_BYTES = 8 << 20  # float32 logits at a time on a CPU: as much as its cache holds
+GPU_CHUNK_BYTES = 256 << 20  # on a GPU: thousands of rows, or starting its kernels takes longer than they do
 
 
 @dataclass(frozen=True)
 class VocabularyPart:
-    """The rows of the table that this process holds: `start` is the token of its first row; `add` sums a tensor in place over all holders."""
+    """The rows of the table that this process holds: `start` is the token of its first row; `add` sums a tensor in place over all holders.
+
+    most_rows: of any holder. From it all choose the same chunks, because `add` is called once a chunk; 0: there is one holder.
+    """
 
     start: int = 0
     add: Callable[[torch.Tensor], object] = lambda tensor: None
+    most_rows: int = 0
 
     def rows(self, table_rows: int, vocab_size: int) -> int:
         """How many of the held rows are tokens and not padding."""
@@ -25,6 +30,24 @@ class VocabularyPart:
 
 
 WHOLE = VocabularyPart()
+
+
+class PlainProducts:
+    """The matrix products of head and loss, for one chunk of rows at a time. hidden [rows, width], table [columns, width], one dtype."""
+
+    row_multiple = 1  # chunks have multiples of so many rows, the last one too
+
+    def __init__(self, hidden: torch.Tensor, table: torch.Tensor):
+        self.hidden, self.table = hidden, table
+
+    def logits(self, chunk: slice) -> torch.Tensor:
+        """[rows of the chunk, columns]."""
+        return F.linear(self.hidden[chunk], self.table)
+
+    def gradients(self, gradient: torch.Tensor, chunk: slice, into_hidden: torch.Tensor, into_table: torch.Tensor) -> None:
+        """From that of the logits: write the gradient of the chunk's hidden rows, and add that of the table in float32."""
+        torch.mm(gradient, self.table, out=into_hidden)
+        into_table += gradient.T @ self.hidden[chunk]
 
 
 def capped_logits(hidden: torch.Tensor, weight: torch.Tensor, vocab_size: int, cap: float, part: VocabularyPart = WHOLE) -> torch.Tensor:
@@ -50,15 +73,21 @@ def reference_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets:
 
 
 def capped_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int, cap: float, part: VocabularyPart = WHOLE
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    vocab_size: int,
+    cap: float,
+    part: VocabularyPart = WHOLE,
+    products: type[PlainProducts] = PlainProducts,
 ) -> torch.Tensor:
     """Mean cross entropy in nats, 0-dim float32, of `capped_logits` with targets [...] int64 below vocab_size, where -1 is not counted.
 
     Gradients are computed on the way forward, chunk by chunk, as Liger Kernel does (arXiv 2410.10989); cap must be at most 80, so that
     exponentials of logits need no maximum subtracted. hidden [..., width], weight [this part of the padded vocabulary, width]. The gradient
-    of `hidden` is this part's share of it.
+    of `hidden` is this part's share of it. products: how matrices are multiplied.
     """
-    return _ChunkedCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), vocab_size, cap, part)
+    return _ChunkedCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), vocab_size, cap, part, products)
 
 
 @torch.no_grad()
@@ -69,26 +98,28 @@ def token_nats(
     rows, flat = hidden.flatten(0, -2), targets.flatten()
     table = weight[: part.rows(len(weight), vocab_size)].to(hidden.dtype)
     parts = []
-    for chunk in _chunks(len(rows), max(1, len(table))):
-        sums, at_target, *_ = _chunk_terms(rows[chunk], table, flat[chunk], cap, part)
+    for chunk in _chunks(rows, part.most_rows or max(1, len(table))):
+        sums, at_target, *_ = _chunk_terms(F.linear(rows[chunk], table), flat[chunk], cap, part)
         parts.append((sums.log() - at_target).squeeze(1) * (flat[chunk] >= 0))
     return torch.cat(parts)
 
 
-def _chunks(rows: int, columns: int):
-    size = max(1, CHUNK_BYTES // (4 * columns))
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+def _chunks(rows: torch.Tensor, columns: int, multiple: int = 1):
+    size = (GPU_CHUNK_BYTES if rows.is_cuda else CHUNK_BYTES) // (4 * columns)
+    size = max(multiple, size // multiple * multiple)
+    return [slice(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
 
 
-def _chunk_terms(rows: torch.Tensor, table: torch.Tensor, targets: torch.Tensor, cap: float, part: VocabularyPart):
+def _chunk_terms(logits: torch.Tensor, targets: torch.Tensor, cap: float, part: VocabularyPart):
     """(sums of exponentials [n, 1], capped logit at the target [n, 1], both over the whole vocabulary; the squashed logits [n, columns], their
     exponentials, each target's column and 1 where it lies in this part)."""
     local = targets - part.start
-    held = ((local >= 0) & (local < len(table))).float().unsqueeze(1)
-    index = local.clamp(0, max(0, len(table) - 1)).unsqueeze(1)
-    squashed = F.linear(rows, table).float().div_(cap).tanh_()
+    columns = logits.size(1)
+    held = ((local >= 0) & (local < columns)).float().unsqueeze(1)
+    index = local.clamp(0, max(0, columns - 1)).unsqueeze(1)
+    squashed = logits.float().div_(cap).tanh_()
     share = torch.mul(squashed, cap).exp_()
-    at_target = cap * squashed.gather(1, index) * held if len(table) else torch.zeros_like(held)
+    at_target = cap * squashed.gather(1, index) * held if columns else torch.zeros_like(held)
     both = torch.cat((share.sum(dim=1, keepdim=True), at_target), dim=1)
     part.add(both)
     return both[:, :1], both[:, 1:], squashed, share, index, held
@@ -96,17 +127,18 @@ def _chunk_terms(rows: torch.Tensor, table: torch.Tensor, targets: torch.Tensor,
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, vocab_size, cap, part):
+    def forward(ctx, hidden, weight, targets, vocab_size, cap, part, products):
         count = part.rows(len(weight), vocab_size)
         table = weight.to(hidden.dtype)[:count]
         wanted = any(ctx.needs_input_grad[:2])
         hidden_gradient = torch.empty_like(hidden) if wanted else None
         table_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wanted else None
         total = torch.zeros((), device=hidden.device)
-        for chunk in _chunks(len(hidden), max(1, count)):
-            rows, target = hidden[chunk], targets[chunk]
+        multiply = products(hidden, table)
+        for chunk in _chunks(hidden, part.most_rows or max(1, count), products.row_multiple):
+            target = targets[chunk]
             counted = (target >= 0).float().unsqueeze(1)
-            sums, at_target, squashed, share, index, held = _chunk_terms(rows, table, target, cap, part)
+            sums, at_target, squashed, share, index, held = _chunk_terms(multiply.logits(chunk), target, cap, part)
             total += ((sums.log() - at_target) * counted).sum()
             if wanted and not count:  # a part of nothing but padding
                 hidden_gradient[chunk] = 0
@@ -115,8 +147,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 # where float16's loss scale comes along and keeps small values alive
                 share.mul_(counted / sums).scatter_add_(1, index, -counted * held)
                 gradient = share.mul_(squashed.square_().neg_().add_(1.0)).to(hidden.dtype)
-                torch.mm(gradient, table, out=hidden_gradient[chunk])
-                table_gradient[:count] += gradient.T @ rows
+                multiply.gradients(gradient, chunk, hidden_gradient[chunk], table_gradient[:count])
         targets_counted = (targets >= 0).sum()
         ctx.weight_dtype = weight.dtype
         ctx.save_for_backward(hidden_gradient, table_gradient, targets_counted)
@@ -126,4 +157,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, outer):
         hidden_gradient, table_gradient, count = ctx.saved_tensors
         scale = outer / count
-        return hidden_gradient * scale, (table_gradient * scale).to(ctx.weight_dtype), None, None, None, None
+        return hidden_gradient * scale, (table_gradient * scale).to(ctx.weight_dtype), None, None, None, None, None

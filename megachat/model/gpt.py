@@ -4,6 +4,7 @@ The stream between layers is a plain tuple: x, x0 [batch, tokens, width] in the 
 shape, and ids [batch, tokens] int64 last. The last block drops x0, which the head does not use.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from megachat.counts import GATE_CHANNELS, MLP_RATIO, SMEAR_CHANNELS, Dimensions
 from megachat.kernels.attention import attention
-from megachat.kernels.cross_entropy import WHOLE, VocabularyPart, capped_cross_entropy, capped_logits, token_nats
+from megachat.kernels.cross_entropy import WHOLE, PlainProducts, VocabularyPart, capped_cross_entropy, capped_logits, token_nats
 from megachat.kernels.embedding import Table
 from megachat.kernels.linear import Linear
 from megachat.model.parameters import Place, initialize, place
@@ -22,10 +23,11 @@ LOGIT_CAP = 15.0
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """How to compute, not what: dtype of activations, rotary "slices" or "chunk"."""
+    """How to compute, not what: dtype of activations, rotary "slices" or "chunk", the attention kernel."""
 
     compute_dtype: torch.dtype = torch.float32
     rotary: str = "slices"
+    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor] = attention
 
     @property
     def table_dtype(self) -> torch.dtype:
@@ -80,9 +82,9 @@ class Embed(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention with rotary positions, normed queries and keys, and a gated value embedding on some blocks."""
 
-    def __init__(self, dims: Dimensions, rotary: Rotary, block: int):
+    def __init__(self, dims: Dimensions, options: ModelOptions, rotary: Rotary, block: int):
         super().__init__()
-        self.dims, self.window, self.rotary = dims, dims.windows[block], rotary
+        self.dims, self.window, self.rotary, self.attend = dims, dims.windows[block], rotary, options.attend
         self.c_q = Linear(dims.width, dims.heads * dims.head_size)
         self.c_k = Linear(dims.width, dims.kv_width)
         self.c_v = Linear(dims.width, dims.kv_width)
@@ -110,7 +112,7 @@ class Attention(nn.Module):
             gate = 3 * torch.sigmoid(self.ve_gate(x[..., :GATE_CHANNELS]))
             v = v + gate.unsqueeze(-1) * value_embedding.view(heads)
         q, k = (norm(self.rotary(head), self.dims.norm_epsilon) * self.dims.qk_scale for head in (q, k))
-        return self.c_proj(attention(q, k, v, self.window).flatten(2))
+        return self.c_proj(self.attend(q, k, v, self.window).flatten(2))
 
 
 class MLP(nn.Module):
@@ -135,7 +137,7 @@ class Block(nn.Module):
     def __init__(self, dims: Dimensions, options: ModelOptions, rotary: Rotary, block: int):
         super().__init__()
         self.keeps_backout, self.is_last, self.norm_epsilon = block == dims.depth // 2, block == dims.depth - 1, dims.norm_epsilon
-        self.attn, self.mlp = Attention(dims, rotary, block), MLP(dims, block)
+        self.attn, self.mlp = Attention(dims, options, rotary, block), MLP(dims, block)
         self.resid_lambda, self.x0_lambda = nn.Parameter(torch.empty(1)), nn.Parameter(torch.empty(1))
         along = block / max(dims.depth - 1, 1)
         resid, x0 = (1.0, 0.0) if dims.lambdas == "neutral" else (1.15 - 0.10 * along, 0.20 - 0.15 * along)
@@ -179,17 +181,17 @@ class Head(nn.Module):
 class Loss(nn.Module):
     """The head's output and targets [batch, tokens] -> in training the mean cross entropy in nats, 0-dim float32; in evaluation
     [nats, bytes] float64 summed over the targets that have bytes (special tokens have none). A target of -1 is not counted.
-    part: the rows of lm_head that the output comes with."""
+    part: the rows of lm_head that the output comes with. products: how training multiplies by them."""
 
-    def __init__(self, dims: Dimensions, token_bytes: torch.Tensor, part: VocabularyPart = WHOLE):
+    def __init__(self, dims: Dimensions, token_bytes: torch.Tensor, part: VocabularyPart = WHOLE, products: type[PlainProducts] = PlainProducts):
         super().__init__()
-        self.vocab_size, self.part = dims.vocab_size, part
+        self.vocab_size, self.part, self.products = dims.vocab_size, part, products
         self.register_buffer("token_bytes", token_bytes.to(torch.int64), persistent=False)
 
     def forward(self, output: tuple[torch.Tensor, torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
         hidden, weight = output
         if self.training:
-            return capped_cross_entropy(hidden, weight, targets, self.vocab_size, LOGIT_CAP, self.part)
+            return capped_cross_entropy(hidden, weight, targets, self.vocab_size, LOGIT_CAP, self.part, self.products)
         nats = token_nats(hidden, weight, targets, self.vocab_size, LOGIT_CAP, self.part).double()
         flat = targets.flatten()
         size = torch.where(flat >= 0, self.token_bytes[flat.clamp_min(0)], 0)

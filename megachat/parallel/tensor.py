@@ -37,7 +37,9 @@ def vocabulary_part(table_rows: int, axis: Axis) -> VocabularyPart:
     """This rank's rows of a table of `table_rows` rows, padding included."""
     if axis.size == 1:
         return WHOLE
-    return VocabularyPart(cut_range(table_rows, axis.size, axis.rank)[0], lambda tensor: all_reduce(tensor, axis, name="sum over the vocabulary"))
+    parts = [cut_range(table_rows, axis.size, rank) for rank in range(axis.size)]
+    most = max(last - first for first, last in parts)
+    return VocabularyPart(parts[axis.rank][0], lambda tensor: all_reduce(tensor, axis, name="sum over the vocabulary"), most)
 
 
 def apply_tensor(layers: list[nn.Module], axis: Axis, *, sequence: bool = False) -> None:

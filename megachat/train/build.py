@@ -14,6 +14,9 @@ from megachat.data.loader import Loader
 from megachat.data.tokenizer import Tokenizer
 from megachat.device import choose_compute_dtype, collective_backend
 from megachat.errors import UserError
+from megachat.kernels.attention import attention
+from megachat.kernels.attention_backends import Attend
+from megachat.kernels.fp8_backends import apply_fp8, head_products
 from megachat.model.gpt import Loss, ModelOptions, build_layers, layer_builders
 from megachat.model.parameters import initialize, placed_parameters
 from megachat.optim.groups import ADAMW_EPSILON, GROUPS, MUON_BETA2, Group, assign, rate_multipliers
@@ -24,6 +27,7 @@ from megachat.parallel.engine import Engine, build_engine, build_loss_scaler, bu
 from megachat.parallel.mesh import Mesh, build_mesh
 from megachat.parallel.tensor import apply_tensor, vocabulary_part
 from megachat.plan import Plan
+from megachat.train.kernels import Kernels, check_alike, choose_kernels
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Training:
     muon: MuonPartition
     compute_dtype: torch.dtype
     dtype_reason: str
+    kernels: Kernels
 
 
 @dataclass(frozen=True)
@@ -75,9 +80,9 @@ def adamw_groups(parameters: list[nn.Parameter], groups: Mapping[str, Group], ra
     return made
 
 
-def model_options(config: Config, compute_dtype: torch.dtype) -> ModelOptions:
-    """How the model computes, from the config."""
-    return ModelOptions(compute_dtype=compute_dtype, rotary=config.model.rotary)
+def model_options(config: Config, compute_dtype: torch.dtype, attend: Attend = attention) -> ModelOptions:
+    """How the model computes, from the config; with the plain attention unless another is given."""
+    return ModelOptions(compute_dtype=compute_dtype, rotary=config.model.rotary, attend=attend)
 
 
 def gradient_wire(config: Config, compute_dtype: torch.dtype) -> torch.dtype:
@@ -107,7 +112,11 @@ def build_training(config: Config, plan: Plan, mesh: Mesh, token_bytes: torch.Te
     Raises UserError when a setting does not fit this machine.
     """
     dtype, reason = choose_compute_dtype(config.precision.compute, mesh.device)
-    layers = build_stage(config, plan, mesh, dtype)
+    kernels = choose_kernels(config, plan, mesh.device)
+    check_alike(kernels, mesh)
+    layers = build_stage(config, plan, mesh, dtype, attend=kernels.attention.attend)
+    if kernels.fp8:
+        apply_fp8(list(layers), kernels.fp8)
     parameters = placed_parameters(layers)
     groups = assign([parameter.place for parameter in parameters])
     matrices = muon_matrices(dict.fromkeys(parameter.place for parameter in parameters), groups, config.optimizer.muon_multiplier)
@@ -120,7 +129,9 @@ def build_training(config: Config, plan: Plan, mesh: Mesh, token_bytes: torch.Te
         gradient_wire=gradient_wire(config, dtype),
         beta2=MUON_BETA2,
     )
-    module = build_module(awaited(layers, muon), Loss(plan.dims, token_bytes, vocabulary_part(plan.dims.padded_vocab, mesh.tensor)), mesh)
+    products = head_products(kernels.fp8 if config.precision.fp8_head else None, plan.dims, mesh.tensor.size)
+    loss = Loss(plan.dims, token_bytes, vocabulary_part(plan.dims.padded_vocab, mesh.tensor), products)
+    module = build_module(awaited(layers, muon), loss, mesh)
     adamw = adamw_groups(parameters, groups, plan.rates)
     settings = deepspeed_settings(
         micro_rows=plan.micro_rows,
@@ -132,13 +143,13 @@ def build_training(config: Config, plan: Plan, mesh: Mesh, token_bytes: torch.Te
     engine = build_engine(module, adamw, muon, mesh, settings, scaler)
     if config.precision.compile:
         apply_compile(layers, mesh.device)
-    return Training(config, plan, mesh, layers, engine, muon, dtype, reason)
+    return Training(config, plan, mesh, layers, engine, muon, dtype, reason, kernels)
 
 
-def build_stage(config: Config, plan: Plan, mesh: Mesh, dtype: torch.dtype) -> nn.ModuleList:
+def build_stage(config: Config, plan: Plan, mesh: Mesh, dtype: torch.dtype, *, attend: Attend = attention) -> nn.ModuleList:
     """This rank's layers with their starting values, cut by the tensor axis. All ranks call it: they check that the stages make up the model."""
     first, last = plan.stages[mesh.pipeline.rank]
-    layers = nn.ModuleList(build() for build in layer_builders(plan.dims, model_options(config, dtype))[first:last])
+    layers = nn.ModuleList(build() for build in layer_builders(plan.dims, model_options(config, dtype, attend))[first:last])
     apply_tensor(list(layers), mesh.tensor, sequence=config.parallel.sequence)
     initialize(layers, config.run.seed)
     with torch.device("meta"):

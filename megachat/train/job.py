@@ -30,6 +30,7 @@ from megachat.train.agree import gathered
 from megachat.train.attempts import Attempts, counted_attempt
 from megachat.train.build import Run, build_run, start
 from megachat.train.documents import resumed_documents
+from megachat.train.kernels import choose_kernels, describe_kernels
 from megachat.train.loop import end_collectives, train
 from megachat.train.metrics import Metrics, check_wandb
 from megachat.train.report import describe_config, describe_ownership, describe_plan, describe_stages, ownership, plan_values
@@ -70,6 +71,7 @@ def pretrain(
     if environment.rank == 0:
         check_wandb(config.log)
     device = choose_device(environment)
+    choose_kernels(config, plan, device)  # what cannot be had is told before anything starts
     with Watch(environment.rank) as watch:
         with gathered(environment, config, tokenizer, data):
             mesh = start(config, device)
@@ -193,6 +195,7 @@ def _banner(run: Run, environment: LaunchEnvironment) -> list[str]:
     return [
         f"megachat: {run.folder.name} on {layout.world} rank{'s' * (layout.world > 1)} ({axes}), started by {environment.launcher}",
         f"device {device_name(device)}{threads}; compute {dtype} ({run.dtype_reason}); peak FLOPs {peak}",
+        *describe_kernels(run.config, run.kernels, plan),
         f"depth {plan.dims.depth}, width {plan.dims.width}, {plan.parameters['total']:,} parameters; "
         f"Muon has {matrices} matrices, the rest is AdamW's",
         f"{plan.steps} steps of {plan.tokens_per_step:,} tokens = {plan.rows_per_step} rows of {plan.dims.sequence_len} "

@@ -62,7 +62,7 @@ def verification_config(config: Config, *, data: int, tensor: int, pipeline: int
         scaled = depth * model.aspect_ratio // heads // HEAD_MULTIPLE * HEAD_MULTIPLE
         head_size = max(scaled, up_to_multiple(depth, HEAD_MULTIPLE))  # at least the blocks' number: aspect_ratio times depth rounds up to the width
         sections["model"] |= {"depth": depth, "head_size": head_size, "aspect_ratio": heads * head_size // depth}
-    sections["precision"] |= {"compute": "float32", "compile": False}
+    sections["precision"] |= {"compute": "float32", "compile": False, "fp8": "off", "attention": "auto"}
     sections["parallel"] |= {"tensor": tensor, "pipeline": pipeline}
     if tensor == 1:
         sections["parallel"]["sequence"] = False

@@ -66,6 +66,20 @@ def test_what_is_no_config_says_so(tmp_path, text, part):
     assert part in mistakes(write(tmp_path, text))[0]
 
 
+@pytest.mark.parametrize(
+    ("recipe", "part"),
+    [
+        ("rowwise", "scales by row have no equivalent in Transformer Engine: set tensorwise, or blockwise"),
+        ("delayed", "delayed scaling keeps a history of maxima that no checkpoint here holds: set tensorwise"),
+        ("mxfp8", "MXFP8 needs a Blackwell GPU and is not supported: set blockwise"),
+        ("full", "should be 'off', 'tensorwise' or 'blockwise'"),
+    ],
+)
+def test_an_fp8_recipe_without_an_equivalent_is_refused_by_name(tmp_path, recipe, part):
+    (line,) = mistakes(write(tmp_path, "{}"), f"precision.fp8={recipe}")
+    assert f'precision.fp8 is "{recipe}" but {part}' in line
+
+
 def test_a_missing_file_says_so(tmp_path):
     assert "cannot read the config" in mistakes(tmp_path / "none.json")[0]
 

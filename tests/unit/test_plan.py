@@ -3,7 +3,7 @@ import itertools
 import pytest
 
 from megachat.config import Config
-from megachat.counts import flops_per_token, layer_costs, parameter_counts
+from megachat.counts import flops_per_token, layer_costs, linear_shapes, parameter_counts
 from megachat.errors import UserError
 from megachat.plan import bubble_share, resolve, resolve_dimensions, resolve_stages
 
@@ -102,6 +102,48 @@ def test_what_cannot_be_is_refused_in_one_sentence(sections, part):
 def test_a_layout_that_does_not_fit_names_the_nearest_that_does(sections, world, part):
     with pytest.raises(UserError, match=part):
         resolve(config(**sections), world, 32768)
+
+
+WIDE = {"depth": 2, "head_size": 128, "aspect_ratio": 128, "sequence_len": 64}
+
+
+@pytest.mark.parametrize(
+    ("sections", "world", "part"),
+    [
+        ({"precision": {"compute": "float16"}}, 1, "which needs bfloat16, and precision.compute is float16: set that to bfloat16, or fp8 to off"),
+        (
+            {"model": {"sequence_len": 100}, "batch": {"micro_rows": 3}},
+            1,
+            "multiple of 16 tokens in a micro-batch, and 3 rows of 100 are 300: set batch.micro_rows to 4, or model.sequence_len to 96 or 112",
+        ),
+        (
+            {"precision": {"fp8": "blockwise"}, "batch": {"micro_rows": 3}},
+            1,
+            "multiple of 128 tokens in a micro-batch, and 3 rows of 64 are 192: set batch.micro_rows to 2 or 4, or model.sequence_len to 128",
+        ),
+        ({"model": {"head_size": 24, "aspect_ratio": 12}}, 1, "would change nothing: no matrix of width 24 has sides of at least 128"),
+        ({"model": {"head_size": 60, "aspect_ratio": 60}, "parallel": {"tensor": 2}}, 2, "no matrix of width 120 cut in 2 has sides"),
+    ],
+)
+def test_fp8_that_does_not_fit_is_refused_with_what_does(sections, world, part):
+    merged = {"model": WIDE, "precision": {"fp8": "tensorwise"}, "batch": {"micro_rows": 2, "accumulation": 1}, "horizon": {"steps": 1}}
+    merged = {name: {**merged.get(name, {}), **sections.get(name, {})} for name in merged | sections}
+    with pytest.raises(UserError) as caught:
+        resolve(config(**merged), world, 100)
+    assert part in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_the_shapes_of_linears_are_the_models(tensor):
+    from megachat.model.gpt import ModelOptions, build_layers
+
+    asked = config(model=WIDE | {"kv_heads": 2 if tensor == 2 else 1})
+    dims = resolve_dimensions(asked, 100)
+    block = build_layers(dims, ModelOptions())[2]
+    for name, (rows, columns) in linear_shapes(dims, tensor).items():
+        weight = block.get_submodule(name).weight
+        row_cut = weight.place.cut == "row"
+        assert (rows, columns) == (weight.size(0) // (1 if row_cut else tensor), weight.size(1) // (tensor if row_cut else 1))
 
 
 @pytest.mark.parametrize("depth", [1, 5, 7, 24])

@@ -1,0 +1,1 @@
+"""What only a GPU can tell: bash tests/run_gpu.sh."""

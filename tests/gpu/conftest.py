@@ -1,0 +1,31 @@
+"""All tests here need a CUDA device and are skipped without; `report` keeps what they measured for docs/benchmarks.md."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if HERE in Path(item.fspath).parents:
+            item.add_marker(pytest.mark.gpu)
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="no CUDA device: run bash tests/run_gpu.sh on a machine with one"))
+
+
+@pytest.fixture
+def report(request):
+    """report(name, value): a line of the file that MEGACHAT_GPU_REPORT names."""
+
+    def tell(name, value):
+        path = os.environ.get("MEGACHAT_GPU_REPORT")
+        if path:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"test": request.node.name, "name": name, "value": value}) + "\n")
+
+    return tell

@@ -1,0 +1,46 @@
+"""Check 6: every attention kernel that is here against float32, whole rows, windows, shared heads."""
+
+import pytest
+import torch
+
+from megachat.counts import Dimensions
+from megachat.errors import UserError
+from megachat.kernels.attention import attention
+from megachat.kernels.attention_backends import choose_attention
+from tests.gpu.fp8 import DEVICE, rel
+
+TOKENS = 2048
+
+
+@pytest.mark.parametrize("window", [TOKENS, TOKENS - 1, 768, 128])
+@pytest.mark.parametrize("kv_heads", [6, 3])
+@pytest.mark.parametrize("name", ["te", "flash3", "flash4", "flash2", "flex", "sdpa"])
+def test_6_attention_sees_the_window_and_no_more(name, kv_heads, window, report):
+    dims = Dimensions(1, 768, 6, kv_heads, 128, TOKENS, 512, (window,))
+    try:
+        choice = choose_attention(name, DEVICE, torch.bfloat16, dims)
+    except UserError as error:
+        pytest.skip(str(error))
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    q, k, v = (torch.randn(2, TOKENS, heads, 128, generator=generator, device=DEVICE).bfloat16() for heads in (6, kv_heads, kv_heads))
+    q[:, ::7] *= 4  # some sharp rows: a key too many or too few would show
+    g = torch.randn(q.shape, generator=generator, device=DEVICE)
+
+    def measured(attend, dtype):
+        inputs = [t.to(dtype).requires_grad_() for t in (q, k, v)]
+        y = attend(*inputs, window)
+        return y.detach(), *torch.autograd.grad(y, inputs, g.to(dtype))
+
+    found, wanted = measured(choice.attend, torch.bfloat16), measured(attention, torch.float32)
+    off = [rel(one, other) for one, other in zip(found, wanted, strict=True)]
+    report(f"{name} window {window} kv {kv_heads}: y, dq, dk, dv", off)
+    assert found[0].shape == q.shape and off[0] < 8e-3 and max(off[1:]) < 2e-2
+    with torch.no_grad():  # a length of sampling
+        short = [t[:, :333] for t in (q, k, v)]
+        assert rel(choice.attend(*short, window), attention(*(t.float() for t in short), window)) < 8e-3
+
+
+def test_a_window_one_longer_is_another_result():
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    q, k, v = (torch.randn(1, TOKENS, 2, 128, generator=generator, device=DEVICE) for _ in "qkv")
+    assert rel(attention(q, k, v, 128), attention(q, k, v, 129)) > 8e-3, "check 6 would not notice"
