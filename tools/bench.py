@@ -1,6 +1,6 @@
 """Measurements, side by side in one run, as ratios: timings on shared machines are noisy and their ratios less so.
 
-python tools/bench.py dtype|start|loader|layouts|checkpoint --config configs/d4_cpu.json [...]; prints one JSON object with hardware and commit.
+python tools/bench.py KIND --config configs/d4_cpu.json [...]; KIND is one that --help names. Prints one JSON object with hardware and commit.
 """
 
 import argparse
@@ -137,10 +137,21 @@ def bench_checkpoint(arguments) -> dict:
     return {"what": "seconds of saving and loading, of the slowest rank"} | json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def bench_generation(arguments) -> dict:
+    """Greedy tokens a second of one process in float32, with the KV cache and without one."""
+    from tools.bench_generation import actions
+
+    choose_device(bootstrap_environment())
+    made, facts = actions(load_config(arguments.config, arguments.set), arguments.vocab_size, arguments.tokens)
+    found = {name: compare(in_turn(ways, arguments.rounds), "anew", facts["rows"][name] * arguments.tokens) for name, ways in made.items()}
+    return {"what": f"new tokens a second, {arguments.tokens} a row", "facts": facts, "found": found}
+
+
 @user_errors_end_the_program
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     kinds = {"dtype": bench_dtype, "start": bench_start, "loader": bench_loader, "layouts": bench_layouts, "checkpoint": bench_checkpoint}
+    kinds["generation"] = bench_generation
     parser.add_argument("kind", choices=kinds)
     parser.add_argument("--config", default=str(ROOT / "configs" / "d4_cpu.json"))
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
@@ -151,7 +162,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30, help="for layouts")
     parser.add_argument("--row-tokens", type=int, default=513, help="for loader")
     parser.add_argument("--rows", type=int, default=2000, help="for loader")
-    parser.add_argument("--rounds", type=int, default=5, help="for dtype, start and checkpoint")
+    parser.add_argument("--rounds", type=int, default=5, help="for dtype, start, checkpoint and generation")
+    parser.add_argument("--tokens", type=int, default=16, help="for generation: new tokens a row")
     parser.add_argument("--ranks", type=int, default=2, help="for checkpoint")
     parser.add_argument("--folder", help="for checkpoint: on the storage to be measured; default: the system's temporary folder")
     arguments = parser.parse_args()
