@@ -102,7 +102,7 @@ def _result(task: Task, right: Sequence[bool]) -> TaskResult:
 
 
 def _verdicts(asked: Sequence[Question], found: Sequence[float]) -> list[bool]:
-    """Whether each question was answered right. found: of each row, the mean nats of its answer, or how many of its tokens the model says otherwise."""
+    """Whether each question was answered right. found: of each row, the mean nats of its answer, or how many of its tokens are not the model's."""
     right, begin = [], 0
     for question in asked:
         own = found[begin : begin + len(question.rows)]
@@ -188,7 +188,9 @@ class _Answers(nn.Module):
         hidden, weight = output
         row, at = (targets >= 0).nonzero(as_tuple=True)
         asked, wanted = hidden[row, at], targets[row, at]
-        if self.exact:
+        if not len(asked):  # a micro-batch of nothing but padding
+            values = torch.zeros(0, dtype=torch.float64, device=targets.device)
+        elif self.exact:
             size = max(1, CHUNK_BYTES // (4 * self.dims.vocab_size))
             said = [logits((part, weight), self.dims, self.part).argmax(dim=-1) for part in asked.split(size)]
             values = (torch.cat(said) != wanted).double()
