@@ -16,10 +16,12 @@ _BETWEEN = "\n\n"  # shots
 
 @dataclass(frozen=True)
 class Row:
-    """One text of an example: its tokens, BOS first, and the place of the first token of the answer, which goes on to the end."""
+    """One text of an example: its tokens, BOS first unless it was cropped, the place of the first token of the answer, which goes on to the end,
+    and how many first tokens were taken away."""
 
     tokens: tuple[int, ...]
     start: int
+    cropped: int = 0
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,6 @@ class Question:
 
     rows: tuple[Row, ...]
     gold: int | None
-    prefix: int  # tokens in front of every row's answer that all rows have in common
 
 
 def shuffled(task: Task, max_per_task: int) -> list[dict]:
@@ -95,6 +96,5 @@ def _cropped(rows: Sequence[Row], gold: int | None, longest: int, what: str) -> 
             raise UserError(f"{what} has an answer of {answer} tokens and the model takes {longest}, one of them in front: leave the task out")
         if gold is None and row.start == len(row.tokens):
             raise UserError(f"{what} has an answer without tokens of its own: repair it or leave the task out")
-        kept.append(Row(row.tokens[more:], row.start - more))
-    prefix = min(common_prefix([row.tokens for row in kept]), min(row.start for row in kept))
-    return Question(tuple(kept), gold, prefix)
+        kept.append(Row(row.tokens[more:], row.start - more, more))
+    return Question(tuple(kept), gold)

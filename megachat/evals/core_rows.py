@@ -1,11 +1,11 @@
 """CORE's questions as passes of a model: rows of like length together, what the choices of a question have in common computed once, and the work
 dealt evenly to the data axis's ranks. Every rank makes the same plan of all ranks' passes."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megachat.counts import up_to_multiple
-from megachat.evals.core_prompts import Question
+from megachat.evals.core_prompts import Question, Row, common_prefix
 
 LEAST_SHARED = 16  # tokens in common below which a pass of their own costs more than it saves
 ALIKE = 0.8  # a batch's shortest row in tokens, of its longest
@@ -13,7 +13,7 @@ ALIKE = 0.8  # a batch's shortest row in tokens, of its longest
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a question's text that one row of a pass computes. start: of the answer, counted in these tokens; first: index of what is found."""
+    """The tokens of a question's text that one row of a pass computes. start: of the answer in them; found: index of what is found."""
 
     tokens: tuple[int, ...]
     start: int
@@ -31,7 +31,6 @@ class Batch:
     exact: bool
     contexts: tuple[tuple[int, ...], ...] = ()
     of: tuple[int, ...] = ()
-    questions: int = 0
 
     @property
     def passes(self) -> int:
@@ -55,35 +54,55 @@ class Batch:
 IDLE = Batch((Part((0, 0), 1, -1),), False)  # what a rank computes that has no more while others do
 
 
+@dataclass(frozen=True)
+class _Alike:
+    """Rows of one question that begin with the same `prefix` tokens, in front of their answers. found: index of what is found of each."""
+
+    rows: tuple[Row, ...]
+    found: tuple[int, ...]
+    prefix: int
+
+
 def batches(asked: Sequence[Question], tokens_a_pass: int) -> list[Batch]:
     """The questions in batches of about `tokens_a_pass` tokens each; what is found of question i's row j is at index sum of rows before + j."""
-    firsts, count = [], 0
+    shared: list[_Alike] = []
+    alone: dict[bool, list[Part]] = {False: [], True: []}  # by whether the answer must be exact
+    first = 0
     for question in asked:
-        firsts.append(count)
-        count += len(question.rows)
-    shared, choices, exact = [], [], []
-    for question, first in zip(asked, firsts, strict=True):
-        if len(question.rows) > 1 and question.prefix >= LEAST_SHARED:
-            shared.append((question, first))
-        else:
-            own = exact if question.gold is None else choices
-            own += [Part(row.tokens, row.start, first + number) for number, row in enumerate(question.rows)]
-    found = [_shared_batch(group) for group in _groups(shared, lambda entry: entry[0].prefix, tokens_a_pass)]
-    for parts, exactly in ((choices, False), (exact, True)):
-        for group in _groups(parts, lambda part: len(part.tokens), tokens_a_pass):
-            found.append(Batch(tuple(group), exactly, questions=len(group) if exactly else 0))
+        for alike in _alike(question, first):
+            if len(alike.rows) > 1 and alike.prefix >= LEAST_SHARED:
+                shared.append(alike)
+            else:
+                alone[question.gold is None] += [Part(row.tokens, row.start, at) for row, at in zip(alike.rows, alike.found, strict=True)]
+        first += len(question.rows)
+    found = [_shared_batch(group) for group in _groups(shared, lambda alike: alike.prefix, tokens_a_pass)]
+    for exact, parts in alone.items():
+        found += [Batch(tuple(group), exact) for group in _groups(parts, lambda part: len(part.tokens), tokens_a_pass)]
     return found
 
 
-def _shared_batch(group: Iterable[tuple[Question, int]]) -> Batch:
+def _alike(question: Question, first: int) -> list[_Alike]:
+    """A question's rows, those together of which as many tokens were taken away: others have other tokens at the same places."""
+    by_crop: dict[int, list[int]] = {}
+    for number, row in enumerate(question.rows):
+        by_crop.setdefault(row.cropped, []).append(number)
+    found = []
+    for numbers in by_crop.values():
+        rows = tuple(question.rows[number] for number in numbers)
+        prefix = min(common_prefix([row.tokens for row in rows]), min(row.start for row in rows))
+        found.append(_Alike(rows, tuple(first + number for number in numbers), prefix))
+    return found
+
+
+def _shared_batch(group: Sequence[_Alike]) -> Batch:
     contexts, rows, of = [], [], []
-    for question, first in group:
-        cut = question.prefix - 1  # each row begins with the context's last token: what follows it is the first that is asked
-        contexts.append(question.rows[0].tokens[:cut])
-        for number, row in enumerate(question.rows):
-            rows.append(Part(row.tokens[cut:], row.start - cut, first + number))
+    for alike in group:
+        cut = alike.prefix - 1  # each row begins with the context's last token: what follows it is the first that is asked
+        contexts.append(alike.rows[0].tokens[:cut])
+        for row, found in zip(alike.rows, alike.found, strict=True):
+            rows.append(Part(row.tokens[cut:], row.start - cut, found))
             of.append(len(contexts) - 1)
-    return Batch(tuple(rows), False, tuple(contexts), tuple(of), len(contexts))
+    return Batch(tuple(rows), False, tuple(contexts), tuple(of))
 
 
 def _groups(entries: list, length, tokens_a_pass: int) -> list[list]:
