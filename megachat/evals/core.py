@@ -77,6 +77,7 @@ def evaluate_core(
         for index, value in passes.of(batch):
             found[index] = value
         told(round(len(asked) * next(done_rows) / rows_left), len(asked))
+    told(len(asked), len(asked))
     all_reduce(found, mesh.world, name="CORE's answers")  # each from one rank, zeros from the others
     verdicts = _verdicts(asked, found.tolist())
     results, begin = {}, 0

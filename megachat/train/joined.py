@@ -23,10 +23,10 @@ def joined(environment: LaunchEnvironment, config: Config, own_facts: dict, fold
     """All ranks enter together, once in a process, and leave torch.distributed when the block ends in order.
 
     own_facts: from `agree.facts`. folder: where a standing job's table goes, and which is named where storage fails. then: what a user does
-    when the storage is there again. Raises UserError.
+    after the job has ended and the cause is gone. Raises UserError.
     """
     device = choose_device(environment)
-    with Watch(environment.rank) as watch:
+    with Watch(environment.rank, then=then) as watch:
         with gathered(environment, own_facts, config.parallel.rendezvous_s):
             mesh = start(config, device)
         limits = {"stall_s": config.parallel.stall_s, "slow_s": _SLOW_PART * config.parallel.timeout_s}
