@@ -7,14 +7,16 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import tempfile
+import threading
 import time
 import traceback
 from multiprocessing.connection import wait
 from pathlib import Path
 
-_PRELOADED = ["numpy", "pytest", "torch", "deepspeed.runtime.zero.muon.muon_optimizer", "megachat.train.build", "megachat.train.state"]
+PRELOADED = ["numpy", "pytest", "torch", "deepspeed.runtime.zero.muon.muon_optimizer", "megachat.train.build", "megachat.train.state"]
 _GRACE_SEC = 1.0  # after the first failure: the others' own failures are worth reading
 
 
@@ -30,7 +32,7 @@ def run_ranks(function, world: int, *args, timeout_s: float = 120) -> list:
     Raises RankError, after ending every process, when a rank raises, dies, or does not answer within timeout_s.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
+    context.set_forkserver_preload(PRELOADED)
     deadline = time.monotonic() + timeout_s
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         port = _free_port()
@@ -51,6 +53,16 @@ def run_ranks(function, world: int, *args, timeout_s: float = 120) -> list:
                 process.join()
 
 
+def end_with_the_tests() -> None:
+    """Have this forked rank killed when the process that asked for it is gone, however that ended: nobody else would end it."""
+
+    def watch() -> None:
+        wait([multiprocessing.parent_process().sentinel])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -58,6 +70,7 @@ def _free_port() -> int:
 
 
 def _rank(sender, folder: str, rank: int, world: int, port: int, timeout_s: float, function, args) -> None:
+    end_with_the_tests()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
     import torch

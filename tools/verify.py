@@ -86,7 +86,7 @@ def run(config: Config, world: int, vocab_size: int, folder: Path) -> None:
 
 def verify_layout(asked: Config, sizes: dict[str, int], arguments, vocab_size: int, folder: Path) -> dict:
     """Run one process and the layout, compare, print; returns the certificate."""
-    from megachat.train.verify import certificate, compare, parameter_order, verification_config
+    from megachat.train.verify import SCALAR_GRADIENT_TOLERANCE, certificate, compare, parameter_order, verification_config
 
     rows = arguments.rows * sizes["data"]
     name = ",".join(f"{short}={sizes[axis]}" for short, axis in _AXES.items())
@@ -103,8 +103,12 @@ def verify_layout(asked: Config, sizes: dict[str, int], arguments, vocab_size: i
     told = certificate(differences, **facts)
     for kind in ("loss", "gradient", "weight"):
         own = [difference for difference in differences if difference.name.startswith(kind)]
-        largest, tolerance = max(entry.error for entry in own), min(entry.tolerance for entry in own)
-        print(f"  {kind}: {len(own)} compared, largest error {largest:.2e}, tolerance {tolerance:g}")
+        for tolerance in sorted({entry.tolerance for entry in own}):
+            held = [entry for entry in own if entry.tolerance == tolerance]
+            beyond = sum(entry.outside > 0 for entry in held)
+            outside = f", with elements beyond it: {beyond}" if beyond else ""
+            what = "gradients of scalars" if tolerance == SCALAR_GRADIENT_TOLERANCE else kind
+            print(f"  {what}: {len(held)} compared, largest error {max(entry.error for entry in held):.2e}, tolerance {tolerance:g}{outside}")
     if first := told["first_difference"]:
         share = f"{first['outside']:.3%} of its elements outside {first['tolerance']:g}"
         print(f"  DIFFERENT: {first['name']} first: error {first['error']:.3g}, {share}")

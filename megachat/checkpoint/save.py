@@ -127,8 +127,10 @@ def retire(folder: Path, keep_last: int | None, keep_every: int | None, newest: 
     steps = {step: path for path in complete if (step := step_of(path)) is not None and step <= newest}
     surplus = [step for step in sorted(steps)[:-keep_last] if not (keep_every and step % keep_every == 0)]
     for step in surplus:
-        (steps[step] / FACTS_NAME).unlink(missing_ok=True)  # first: what a kill leaves of it then counts as none
-        shutil.rmtree(steps[step], ignore_errors=True)
+        going = folder / (steps[step].name + _TEMPORARY)  # what a kill leaves of it counts as none, and the next start removes it
+        shutil.rmtree(going, ignore_errors=True)
+        steps[step].rename(going)
+        shutil.rmtree(going, ignore_errors=True)
     return [steps[step] for step in surplus]
 
 

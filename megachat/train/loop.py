@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 
+from megachat.checkpoint.facts import step_of
 from megachat.checkpoint.saver import Saver
 from megachat.data.atomic import write_whole
 from megachat.device import peak_flops, peak_memory_bytes
@@ -115,7 +116,8 @@ def _save(run: Run, state: LoopState, saver: Saver) -> None:
 def _tell_saved(state: LoopState, saver: Saver, metrics: Metrics) -> None:
     for saved in saver.finished():
         metrics.say(f"saved {saved.path} (training waited {saved.blocked_s:.2f} s of {saved.total_s:.2f} s)")
-        metrics.record({"step": state.step, "checkpoint/blocked_s": saved.blocked_s, "checkpoint/total_s": saved.total_s})
+        times = {"checkpoint/blocked_s": saved.blocked_s, "checkpoint/total_s": saved.total_s}
+        metrics.record({"step": state.step, "checkpoint/step": step_of(saved.path)} | times)  # told later than it was saved
 
 
 class _Validation:

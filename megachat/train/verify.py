@@ -14,7 +14,7 @@ import torch
 from megachat.checkpoint.load import load_checkpoint
 from megachat.checkpoint.storage import read_index, save_pieces, write_json
 from megachat.config import Config
-from megachat.counts import Dimensions
+from megachat.counts import Dimensions, up_to_multiple
 from megachat.errors import UserError
 from megachat.model.gpt import ModelOptions, build_layers
 from megachat.model.parameters import Place, placed_parameters, starting_value
@@ -26,10 +26,12 @@ from megachat.train.state import state_pieces
 from megachat.train.step import micro_batches, set_schedules
 
 STEPS = 2
+HEAD_MULTIPLE = 16  # channels a head of a model scaled down
 LOSS_TOLERANCE = 1e-6  # relative
 TENSOR_TOLERANCE = 1e-5  # relative to the tensor's scale: its largest element
 LEAST_SCALE = 1e-3  # of the largest of all elements of its kind: a gradient that is zero but for rounding has no scale of its own
 SCALAR_GRADIENT_TOLERANCE = 1e-3  # it is a sum over all tokens and channels that nearly cancels
+SCALAR_LEAST_SCALE = 10  # times that of others: with few blocks backout_lambda's gradient is zero, and this sum's rounding all there is
 # Where a gradient is rounding noise around zero, the sign of AdamW's whole step (its epsilon is 1e-10) and the mask of Muon's cautious decay
 # are that noise's sign: this share of a weight's elements may lie outside the tolerance.
 FLIPPED_SHARE = 2e-3
@@ -49,11 +51,17 @@ class Difference:
 
 
 def verification_config(config: Config, *, data: int, tensor: int, pipeline: int, depth: int | None, rows_a_rank: int) -> Config:
-    """The config to run on the layout: float32, micro-batches of one row (their shape is the same on every layout), short horizon."""
+    """The config to run on the layout: float32, micro-batches of one row (their shape is the same on every layout), short horizon.
+
+    Another depth scales the model with its numbers of heads kept, so that every tensor axis of the config's own model fits.
+    """
     sections = config.model_dump(mode="json")
-    sections["model"]["depth"] = depth or config.model.depth
     if depth and depth != config.model.depth:
-        sections["model"]["kv_heads"] = None
+        model = config.model
+        heads = -(-model.depth * model.aspect_ratio // model.head_size)
+        scaled = depth * model.aspect_ratio // heads // HEAD_MULTIPLE * HEAD_MULTIPLE
+        head_size = max(scaled, up_to_multiple(depth, HEAD_MULTIPLE))  # at least the blocks' number: aspect_ratio times depth rounds up to the width
+        sections["model"] |= {"depth": depth, "head_size": head_size, "aspect_ratio": heads * head_size // depth}
     sections["precision"] |= {"compute": "float32", "compile": False}
     sections["parallel"] |= {"tensor": tensor, "pipeline": pipeline}
     if tensor == 1:
@@ -172,10 +180,10 @@ def compared(
 ) -> Difference:
     """Two tensors of one name. least_scale: below which the tensor's largest element is none to measure by. share: of elements that may lie
     outside the tolerance, one at least; 0: none."""
+    if found.ndim == 1 and not share:
+        tolerance, least_scale = SCALAR_GRADIENT_TOLERANCE, SCALAR_LEAST_SCALE * least_scale
     error = (found - wanted).abs() / wanted.abs().max().clamp_min(max(least_scale, 1e-12))
     error = torch.where(error.isnan(), torch.inf, error)
-    if found.ndim == 1 and not share:
-        tolerance = SCALAR_GRADIENT_TOLERANCE
     outside = int((error > tolerance).sum())
     allowed = max(1, int(share * error.numel())) if share else 0
     return Difference(name, error.max().item(), outside / error.numel(), tolerance, outside <= allowed)

@@ -7,7 +7,7 @@ import sys
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from tests.harness import _PRELOADED
+from tests.harness import PRELOADED, end_with_the_tests
 from tests.runs.job import ROOT, environment, free_port
 
 
@@ -16,7 +16,7 @@ class Ranks:
 
     def __init__(self, program: list[str], world: int, log: Path):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOADED)
+        context.set_forkserver_preload(PRELOADED)
         log.unlink(missing_ok=True)
         port, self.log = free_port(), log
         self.processes: list[BaseProcess] = [context.Process(target=_rank, args=(program, rank, world, port, str(log))) for rank in range(world)]
@@ -54,6 +54,7 @@ class Ranks:
 
 
 def _rank(program: list[str], rank: int, world: int, port: int, log: str) -> None:
+    end_with_the_tests()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -36,7 +36,7 @@ def test_three_ranks_have_the_losses_of_one_process(one, place):
 
 def test_a_run_folder_tells_everything(one, place):
     files = sorted(path.name for path in one.iterdir())
-    assert files == ["checkpoints", "config.json", "environment.json", "metrics.jsonl", "plan.json", "samples"]
+    assert files == ["checkpoints", "config.json", "environment.json", "lock", "metrics.jsonl", "plan.json", "samples"]
     assert checkpoints(one) == ["step_000002", "step_000004", "step_000006"]
     plan = json.loads((one / "plan.json").read_text())
     assert (plan["steps"], plan["tokens_per_step"], plan["layout"]) == (STEPS, 384, {"data": 1, "tensor": 1, "pipeline": 1})
@@ -65,8 +65,11 @@ def test_metrics_have_the_dashboard_keys(one):
         assert line["train/dt"] > 0 and line["train/epoch"] == 1 and math.isfinite(line["train/grad_norm"]) and not line["train/skipped"]
         assert line["train/muon_matrices"] == 13
     assert [line["train/lrm"] for line in lines[:3]] == [0.5, 1.0, 1.0]
-    flops = [line["total_training_flops"] for line in metrics(one)]
+    flops = [line["total_training_flops"] for line in metrics(one) if "total_training_flops" in line]
     assert flops[0] == 0 and flops == sorted(flops)
+    saved = [line for line in metrics(one) if "checkpoint/total_s" in line]
+    assert [line["checkpoint/step"] for line in saved] == [2, 4, STEPS]
+    assert all(0 <= line["checkpoint/blocked_s"] <= line["checkpoint/total_s"] for line in saved)
     evaluated = [line for line in metrics(one) if "val/bpb" in line]
     assert [line["step"] for line in evaluated] == [3, STEPS] and all(
         {"total_training_time", "total_training_flops"} <= line.keys() for line in evaluated

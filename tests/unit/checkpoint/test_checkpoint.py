@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import pickle
 from pathlib import Path
@@ -255,6 +256,23 @@ def test_retention_keeps_the_last_and_multiples_and_never_what_is_newer(last, ev
     retire(tmp_path, last, every, newest=8)
     assert sorted(int(path.name[5:]) for path in tmp_path.glob("step_*") if (path / "checkpoint.json").exists()) == stay
     assert (tmp_path / "step_000005").is_dir()
+
+
+def test_a_kill_during_a_removal_leaves_nothing_that_stays(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step)
+    old = tmp_path / "step_000001"
+    for number in range(5000):
+        (old / f"{number:05d}").touch()
+    removing = multiprocessing.get_context("fork").Process(target=retire, args=(tmp_path, 1, None, 2))
+    removing.start()
+    while sum(len(files) for folder, _, files in os.walk(tmp_path) if "step_000001" in folder) > 4900:
+        pass
+    removing.kill()
+    removing.join()
+    assert any("1" in name for name in os.listdir(tmp_path)), "it was quicker than the kill"
+    tidy(tmp_path)
+    assert os.listdir(tmp_path) == ["step_000002"]
 
 
 def test_what_a_kill_leaves_is_put_in_order(tmp_path):

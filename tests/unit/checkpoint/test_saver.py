@@ -58,3 +58,16 @@ def test_a_save_that_fails_is_raised_once(tmp_path):
         saver.wait()
     saver.wait()
     assert not saver.failed and saver.finished() == []
+
+
+def test_what_is_given_may_change_once_it_is_copied():
+    """Large, so that the copy is still under way when the change would come."""
+    saver, write = Saver(ALONE), Writer()
+    weights = {f"model/{name}": torch.zeros(2**24) for name in "abcd"}
+    saver.begin(whole(weights), write)
+    saver.wait_copied()
+    for weight in reversed(weights.values()):
+        weight.fill_(1)
+    write.go.set()
+    saver.wait()
+    assert not any(copy.any() for copy in write.wrote[0].values())

@@ -9,7 +9,7 @@ from megachat.checkpoint.storage import save_pieces
 from megachat.config import Config
 from megachat.errors import UserError
 from megachat.parallel.mesh import Axis
-from megachat.plan import resolve
+from megachat.plan import resolve, resolve_dimensions
 from megachat.train.verify import certificate, compare, parameter_order, verification_config
 from tests.training import SMALL_VOCAB, small_config
 from tools.verify import parse_layout
@@ -78,10 +78,22 @@ def test_the_order_is_the_models():
 def test_a_config_is_scaled_down_and_runs_in_float32_with_equal_micro_batches():
     asked = Config.model_validate({"model": {"depth": 24, "kv_heads": 3}, "parallel": {"sequence": True, "tensor": 4}})
     found = verification_config(asked, data=2, tensor=2, pipeline=2, depth=4, rows_a_rank=6)
-    assert (found.model.depth, found.model.kv_heads, found.precision.compute) == (4, None, "float32")
+    assert (found.model.depth, found.model.kv_heads, found.precision.compute) == (4, 3, "float32")
     assert (found.parallel.tensor, found.parallel.pipeline, found.parallel.sequence) == (2, 2, True)
     assert (found.batch.micro_rows, found.batch.accumulation) == (1, 6)
     assert not verification_config(asked, data=1, tensor=1, pipeline=1, depth=None, rows_a_rank=6).parallel.sequence
+
+
+@pytest.mark.parametrize(
+    "full", [{"depth": 4}, {"depth": 24}, {"depth": 32, "kv_heads": 4}, {"depth": 64, "head_size": 64}, {"depth": 5, "aspect_ratio": 48}]
+)
+def test_scaled_down_the_heads_stay_so_that_the_tensor_axis_fits(full):
+    asked = Config.model_validate({"model": full})
+    whole = resolve_dimensions(asked, SMALL_VOCAB)
+    for depth in (1, 2, 3, 7, 20):
+        found = resolve_dimensions(verification_config(asked, data=1, tensor=1, pipeline=1, depth=depth, rows_a_rank=1), SMALL_VOCAB)
+        assert (found.depth, found.heads, found.kv_heads) == (depth, whole.heads, whole.kv_heads) and found.width == found.heads * found.head_size
+        assert found.width <= whole.width or depth > whole.depth
 
 
 def test_layouts_are_read():
