@@ -14,6 +14,7 @@ setup(
         "numpy",
         "pyarrow",
         "pydantic>=2",
+        "pyyaml",
         "requests",
         "rustbpe",
         "safetensors",

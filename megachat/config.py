@@ -158,6 +158,10 @@ class EvaluateConfig(_Section):
         description="continued at the end of the run; empty: no samples",
     )
     sample_tokens: int = Field(16, ge=1, description="tokens a sample")
+    core_every: int = Field(0, ge=0, description="steps between evaluations of CORE, which is then also made at the end; 0: none")
+    core_bundle: str | None = Field(None, description="folder or zip with the metric's tasks; none: nanochat's, downloaded once into data/")
+    core_max_per_task: int = Field(500, ge=1, description="examples of a task; nanochat's on the way")
+    core_tasks: tuple[str, ...] | None = Field(None, min_length=1, description="labels of the tasks; none: all of the bundle")
 
 
 class CheckpointConfig(_Section):
@@ -216,9 +220,15 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise UserError(f"{path}: not JSON at line {error.lineno} column {error.colno}: {error.msg}") from None
     if not isinstance(asked, dict):
         raise UserError(f'{path}: a config is a JSON object of sections, as {{"model": {{"depth": 12}}}}')
+    return overridden(asked, str(path), overrides, mistakes)
+
+
+def overridden(asked: dict, source: str, overrides: list[str] | tuple[str, ...], mistakes: list[str] | None = None) -> Config:
+    """The settings of a dictionary with overrides on top; raises as `load_config`. mistakes: found before, told with the others."""
+    asked, mistakes = json.loads(json.dumps(asked)), [] if mistakes is None else mistakes
     for override in overrides:
         _apply_override(asked, override, mistakes)
-    return _validated(asked, str(path), mistakes)
+    return _validated(asked, source, mistakes)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]], path: Path, mistakes: list[str]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Measurements, side by side in one run, as ratios: timings on shared machines are noisy and their ratios less so.
 
-python tools/bench.py dtype|start|loader|layouts|checkpoint|gpu --config configs/d4_cpu.json [...]; prints one JSON object with hardware and commit.
+python tools/bench.py KIND --config configs/d4_cpu.json [...]; KIND is one that --help names. Prints one JSON object with hardware and commit.
 """
 
 import argparse
@@ -138,11 +138,32 @@ def bench_checkpoint(arguments) -> dict:
     return {"what": "seconds of saving and loading, of the slowest rank"} | json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def bench_generation(arguments) -> dict:
+    """Greedy tokens a second of one process in float32, with the KV cache and without one."""
+    from tools.bench_generation import actions
+
+    choose_device(bootstrap_environment())
+    made, facts = actions(load_config(arguments.config, arguments.set), arguments.vocab_size, arguments.tokens)
+    found = {name: compare(in_turn(ways, arguments.rounds), "anew", facts["rows"][name] * arguments.tokens) for name, ways in made.items()}
+    return {"what": f"new tokens a second, {arguments.tokens} a row", "facts": facts, "found": found}
+
+
+def bench_core(arguments) -> dict:
+    """CORE's examples a second of one process, in full batches and one at a time, both with the same answers."""
+    from tools.bench_core import actions
+
+    if not arguments.checkpoint or not arguments.bundle:
+        raise UserError("core needs --checkpoint and --bundle")
+    ways, facts = actions(Path(arguments.checkpoint), Path(arguments.bundle), arguments.set, arguments.max_per_task)
+    found = compare(in_turn(ways, arguments.rounds), "one by one", facts["examples"])
+    return {"what": "examples a second", "facts": facts, "found": found}
+
+
 @user_errors_end_the_program
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     kinds = {"dtype": bench_dtype, "start": bench_start, "loader": bench_loader, "layouts": bench_layouts, "checkpoint": bench_checkpoint}
-    kinds["gpu"] = bench_gpu
+    kinds |= {"generation": bench_generation, "core": bench_core, "gpu": bench_gpu}
     parser.add_argument("kind", choices=kinds)
     parser.add_argument("--config", default=str(ROOT / "configs" / "d4_cpu.json"))
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
@@ -153,7 +174,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30, help="for layouts")
     parser.add_argument("--row-tokens", type=int, default=513, help="for loader")
     parser.add_argument("--rows", type=int, default=2000, help="for loader")
-    parser.add_argument("--rounds", type=int, default=5, help="for dtype, start and checkpoint")
+    parser.add_argument("--rounds", type=int, default=5, help="for dtype, start, checkpoint, generation and core")
+    parser.add_argument("--tokens", type=int, default=16, help="for generation: new tokens a row")
+    parser.add_argument("--checkpoint", help="for core")
+    parser.add_argument("--bundle", help="for core: a folder or zip")
+    parser.add_argument("--max-per-task", type=int, default=-1, help="for core")
     parser.add_argument("--ranks", type=int, default=2, help="for checkpoint")
     parser.add_argument("--folder", help="for checkpoint: on the storage to be measured; default: the system's temporary folder")
     parser.add_argument("--minutes", type=float, default=12, help="for gpu: cases that do not fit are left out")

@@ -3,6 +3,7 @@
     python tools/prepare_data.py --source python --out data/python                    the source text of Python's standard library; no download
     python tools/prepare_data.py --source text --input notes/ --input book.txt --out data/mine
     python tools/prepare_data.py --source parquet --input tables/ --out data/tables
+    python tools/prepare_data.py --source text --input novels=books/ --input notes=notes/ --out data/both    bits per byte of each can be told
     python tools/prepare_data.py --source climbmix --shards 170 --out data/climbmix   nanochat's data from the Hugging Face hub
 
 Called again with the same arguments it does nothing, or finishes what was interrupted.
@@ -11,6 +12,8 @@ Called again with the same arguments it does nothing, or finishes what was inter
 import argparse
 import platform
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that was not installed
@@ -29,7 +32,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", required=True, choices=["python", "text", "parquet", *HUB_SOURCES])
     parser.add_argument("--out", required=True, type=Path, help="the data folder to make")
-    parser.add_argument("--input", action="append", default=[], type=Path, help="text, parquet: a file or folder; may be given several times")
+    told = "text, parquet: a file or folder, or NAME=PATH to keep the source's name; may be given several times"
+    parser.add_argument("--input", action="append", default=[], metavar="PATH", help=told)
     parser.add_argument("--shards", type=int, help=f"train shards; one for validation is added (downloads: {_HUB_SHARDS}; else by size)")
     parser.add_argument("--seed", type=int, default=0, help="order of the documents (not for downloads, which are shuffled already)")
     parser.add_argument(
@@ -66,29 +70,58 @@ def _download(asked: argparse.Namespace) -> dict | None:
     return finish(asked.out, request, download_shards(asked.out, source, train_shards, workers=asked.workers))
 
 
+def _named(inputs: list[str]) -> dict[str, list[Path]]:
+    """Source name -> its paths; one source without a name where none has one."""
+    found: dict[str, list[Path]] = {}
+    for text in inputs:
+        name, equals, path = text.partition("=")
+        if not equals or Path(text).exists():
+            name, path = "", text
+        found.setdefault(name, []).append(Path(path))
+    if "" in found and len(found) > 1:
+        raise UserError(f"--input {found[''][0]} has no name, but others have: give NAME=PATH for all of them, or for none")
+    return found
+
+
+def _labelled(documents: dict[str, Iterator[str]], labels: list[str]) -> Iterator[str]:
+    """All documents, source after source; the source of each goes into `labels`."""
+    for name, own in documents.items():
+        for document in own:
+            labels.append(name)
+            yield document
+
+
 def _cut_and_shuffle(asked: argparse.Namespace) -> dict | None:
+    labels: list[str] | None = None
     request = {"source": asked.source, "seed": asked.seed, "shards": asked.shards}
     if asked.source == "python":
         request |= {"document_bytes": asked.document_bytes, "python": platform.python_version()}
         documents = read_standard_library(asked.document_bytes)
     else:
-        files = find_inputs(asked.input, (".txt", ".md") if asked.source == "text" else (".parquet",))
+        suffixes = (".txt", ".md") if asked.source == "text" else (".parquet",)
+        named = _named(asked.input)
+        files_of = {name: find_inputs(paths, suffixes) for name, paths in named.items()}
+        files = find_inputs([path for paths in named.values() for path in paths], suffixes)
+        if sum(map(len, files_of.values())) > len(files):
+            raise UserError("two names were given for one file: give each --input once")
         inside = [path for path in files if path.resolve().is_relative_to(asked.out.resolve())]
         if inside:
             raise UserError(f"{inside[0]} lies in --out {asked.out}, where it would be replaced: give another --out")
         request |= {
-            "input": [str(path) for path in asked.input],
+            "input": [str(Path(text)) for text in asked.input],
             "input_files": len(files),
             "input_bytes": sum(path.stat().st_size for path in files),
         }
+        read = read_parquet_files
         if asked.source == "text":
             request["document_bytes"] = asked.document_bytes
-            documents = read_text_files(files, asked.document_bytes)
-        else:
-            documents = read_parquet_files(files)
+            read = partial(read_text_files, document_bytes=asked.document_bytes)
+        if "" not in named:
+            request["sources"], labels = list(named), []
+        documents = _labelled({name: read(own) for name, own in files_of.items()}, labels if labels is not None else [])
     if not begin(asked.out, request, overwrite=asked.overwrite):
         return None
-    return finish(asked.out, request, write_shards(asked.out, documents, asked.seed, asked.shards))
+    return finish(asked.out, request, write_shards(asked.out, documents, asked.seed, asked.shards, labels))
 
 
 @user_errors_end_the_program

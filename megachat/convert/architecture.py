@@ -63,15 +63,18 @@ def tensor_problems(opened: Opened) -> list[str]:
     return shape_problems({name: entry.shape for name, entry in opened.entries.items()}, wanted)
 
 
-def build_model(opened: Opened) -> torch.nn.ModuleList:
-    """The whole model in float32 on the CPU with the checkpoint's weights. Raises UserError when they are not the architecture's."""
+def build_model(opened: Opened, options: ModelOptions | None = None) -> torch.nn.ModuleList:
+    """The whole model on the CPU with the checkpoint's weights, computing in float32 by default. In another dtype the matrices are kept in it,
+    which gives the same numbers as converting them at each use. Raises UserError when they are not the architecture's."""
     if problems := tensor_problems(opened):
         raise UserError(f"{opened.folder}: {problems[0]}: it is not a checkpoint of this architecture")
-    layers = build_layers(dims_of(opened.facts), ModelOptions())
+    layers = build_layers(dims_of(opened.facts), options or ModelOptions())
     by_name: dict[str, list] = {}
     for parameter in placed_parameters(layers):
         by_name.setdefault(f"model/{parameter.place.name}", []).append(parameter)
     for name, whole in opened.tensors(by_name):
         for parameter in by_name[name]:
             load_whole(parameter, whole)
+            if options and parameter.ndim == 2:
+                parameter.data = parameter.data.to(options.compute_dtype)
     return layers.requires_grad_(False).eval()

@@ -68,6 +68,12 @@ def download_shards(
     return [future.result() for future in futures]
 
 
+def download_file(url: str, part: Path, *, retry_wait_s: float = 1.0) -> None:
+    """Download one file to `part`, from where an earlier call left it; retried. What came is for the caller to check. Raises UserError."""
+    with tqdm(desc=part.name, unit="B", unit_scale=True, disable=None) as bar:
+        _Fetch(url, part.parent, retry_wait_s, threading.Event(), bar, hint="the address").retried(url, part)
+
+
 @dataclass(frozen=True)
 class _Fetch:
     base_url: str
@@ -75,6 +81,7 @@ class _Fetch:
     retry_wait_s: float
     stop: threading.Event
     bar: tqdm
+    hint: str = "--base-url and --shards"
 
     def shard(self, name: str) -> ShardEntry:
         path, part = self.folder / name, self.folder / (name + PART)
@@ -84,7 +91,7 @@ class _Fetch:
             except UserError:
                 path.unlink()
         url = f"{self.base_url}/{name}"
-        self._retried(url, part)
+        self.retried(url, part)
         try:
             entry = measure_shard(part, name)
         except UserError:
@@ -95,7 +102,7 @@ class _Fetch:
         keep(part, path)
         return entry
 
-    def _retried(self, url: str, part: Path) -> None:
+    def retried(self, url: str, part: Path) -> None:
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 return self._once(url, part)
@@ -125,7 +132,7 @@ class _Fetch:
             if answer.status_code == 429 or answer.status_code >= 500:
                 raise _Retry(f"HTTP {answer.status_code}")
             if answer.status_code not in (200, 206):
-                raise UserError(f"{url} answers HTTP {answer.status_code}: check --base-url and --shards")
+                raise UserError(f"{url} answers HTTP {answer.status_code}: check {self.hint}")
             start, total = _extent(answer)
             if start not in (0, have):
                 part.unlink(missing_ok=True)

@@ -54,7 +54,7 @@ class Loader:
     ):
         if rows % ranks:
             raise UserError(f"{rows} rows a step cannot be dealt evenly to {ranks} data-parallel ranks: make the rows a multiple of {ranks}")
-        shards = split_of(open_shards(folder), split)
+        shards = split_of(open_shards(folder, least=1 if split == "validation" else 2), split)
         corpus = Corpus(shards, seed)
         self._rows, self._ranks, self._rank, self._row_tokens, self._stream_count = rows, ranks, rank, row_tokens, streams
         self._documents, self._dtype = corpus.documents, tokenizer.dtype

@@ -109,6 +109,7 @@ def finish(folder: Path, request: dict, entries: list[ShardEntry]) -> dict:
         "request": request,
         "source": request["source"],
         "seed": request.get("seed"),
+        **({"sources": request["sources"]} if "sources" in request else {}),
         "documents": sum(entry.documents for entry in entries),
         "bytes": sum(entry.text_bytes for entry in entries),
         "chars": sum(entry.text_chars for entry in entries),

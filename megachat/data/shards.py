@@ -88,8 +88,9 @@ def _footer_hash(path: Path, size: int, length: int) -> str:
         return hashlib.sha256(file.read(length)).hexdigest()
 
 
-def open_shards(folder: str | Path) -> list[Shard]:
-    """Every shard of a data folder in the order of names, all footers checked. Raises UserError; at least 2 shards are needed."""
+def open_shards(folder: str | Path, *, least: int = 2) -> list[Shard]:
+    """Every shard of a data folder in the order of names, all footers checked. Raises UserError, also for fewer than `least` shards: training
+    needs 2, one of them for validation, which alone needs 1."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"the data folder {folder} does not exist: make it with tools/prepare_data.py --out {folder}")
@@ -98,7 +99,7 @@ def open_shards(folder: str | Path) -> list[Shard]:
     paths = sorted(folder.glob("*.parquet"))
     if not paths:
         raise UserError(f"the data folder {folder} holds no .parquet file: make it with tools/prepare_data.py --out {folder} --overwrite")
-    if len(paths) == 1:
+    if len(paths) < least:
         raise UserError(
             f"the data folder {folder} holds one shard only, {paths[0].name}: at least 2 are needed, because the last one is for validation"
         )
@@ -124,13 +125,13 @@ def footers(shards: list[Shard]) -> str:
     return hashlib.sha256("".join(shard.footer for shard in shards).encode()).hexdigest()
 
 
-def check_data_folder(folder: str | Path, *, hashes: bool = False) -> DataSummary:
-    """Check a data folder before a run: every footer, at least 2 shards, and names and sizes (with `hashes` also SHA-256) against its manifest.
+def check_data_folder(folder: str | Path, *, hashes: bool = False, least: int = 2) -> DataSummary:
+    """Check a data folder before a run: every footer, at least `least` shards, and names and sizes (with `hashes` also SHA-256) against its manifest.
 
     Raises UserError naming the first file that is wrong.
     """
     folder = Path(folder)
-    shards = open_shards(folder)
+    shards = open_shards(folder, least=least)
     manifest = load_manifest(folder)
     if manifest is not None:
         _compare(folder, shards, manifest, hashes)

@@ -82,10 +82,11 @@ def read_parquet_files(files: Iterable[Path]) -> Iterator[str]:
             raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}): leave it out or write it again") from None
 
 
-def write_shards(folder: Path, documents: Iterable[str], seed: int, train_shards: int | None) -> list[ShardEntry]:
+def write_shards(folder: Path, documents: Iterable[str], seed: int, train_shards: int | None, sources: list[str] | None = None) -> list[ShardEntry]:
     """Shuffle documents and write them as train shards of equal numbers and a validation shard with 5 % of them (1 at least).
 
-    The order is a pure function of the texts and the seed. All documents are in memory at once. Raises UserError for fewer documents than shards.
+    sources: of each document, complete when all documents were read; becomes the column `source`. The order is a pure function of the texts and
+    the seed. All documents are in memory at once. Raises UserError for fewer documents than shards.
     """
     table, size = _in_memory(documents)
     if train_shards is None:
@@ -99,7 +100,11 @@ def write_shards(folder: Path, documents: Iterable[str], seed: int, train_shards
     order = _shuffled(table, seed)
     validation = min(max(1, round(len(order) * _VALIDATION_SHARE)), len(order) - train_shards)
     ends = [*np.linspace(0, len(order) - validation, train_shards + 1).astype(int).tolist(), len(order)]
-    return [_write_shard(folder, index, table.take(pa.array(order[ends[index] : ends[index + 1]]))) for index in range(train_shards + 1)]
+    columns = {"text": table}
+    if sources is not None:
+        columns["source"] = pa.chunked_array([pa.array(sources, pa.string()).dictionary_encode()])
+    shares = [pa.array(order[ends[index] : ends[index + 1]]) for index in range(train_shards + 1)]
+    return [_write_shard(folder, index, {name: column.take(share) for name, column in columns.items()}) for index, share in enumerate(shares)]
 
 
 def _in_memory(documents: Iterable[str]) -> tuple[pa.ChunkedArray, int]:
@@ -122,12 +127,14 @@ def _shuffled(table: pa.ChunkedArray, seed: int) -> np.ndarray:
     return np.argsort(np.frombuffer(b"".join(keys), dtype=">u8"), kind="stable")
 
 
-def _write_shard(folder: Path, index: int, texts: pa.ChunkedArray) -> ShardEntry:
+def _write_shard(folder: Path, index: int, columns: dict[str, pa.ChunkedArray]) -> ShardEntry:
     path = folder / shard_name(index)
     part = path.with_name(path.name + PART)
-    group = max(1, min(_GROUP_DOCUMENTS, math.ceil(len(texts) / _GROUPS)))
-    with pq.ParquetWriter(part, pa.schema([("text", pa.string())]), compression="zstd") as writer:
-        for start in range(0, len(texts), group):
-            writer.write_table(pa.table({"text": texts.slice(start, group).cast(pa.string())}), row_group_size=group)
+    documents = len(columns["text"])
+    group = max(1, min(_GROUP_DOCUMENTS, math.ceil(documents / _GROUPS)))
+    with pq.ParquetWriter(part, pa.schema([(name, pa.string()) for name in columns]), compression="zstd") as writer:
+        for start in range(0, documents, group):
+            rows = {name: column.slice(start, group).cast(pa.string()) for name, column in columns.items()}
+            writer.write_table(pa.table(rows), row_group_size=group)
     keep(part, path)
     return measure_shard(path)

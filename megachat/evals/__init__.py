@@ -1,1 +1,1 @@
-"""How good the model is: bits per byte and samples."""
+"""How good the model is: bits per byte, the CORE metric, samples."""

@@ -51,20 +51,24 @@ class Rotary(nn.Module):
         self.register_buffer("cos", angles.cos().to(options.compute_dtype), persistent=False)
         self.register_buffer("sin", angles.sin().to(options.compute_dtype), persistent=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, past=None) -> torch.Tensor:
         """Rotate heads x [batch, tokens, heads, head_size] by minus their position's angles, as nanochat does."""
-        cos, sin = self.cos[:, : x.size(1)], self.sin[:, : x.size(1)]
+        if past is None:
+            cos, sin = self.cos[:, : x.size(1)], self.sin[:, : x.size(1)]
+        else:
+            at = past.positions(x.size(1), x.device)
+            cos, sin = (table[:, at] if isinstance(at, slice) else table[0, at] for table in (self.cos, self.sin))
         half = x.size(-1) // 2
         x1, x2 = x.chunk(2, dim=-1) if self.chunk else (x[..., :half], x[..., half:])
         return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 
 class Embed(nn.Module):
-    """ids -> stream: token embedding, norm, and the smear of the previous token's embedding."""
+    """ids -> stream: token embedding, norm, and the smear of the previous token's embedding. past: see megachat.model.cache."""
 
     def __init__(self, dims: Dimensions, options: ModelOptions):
         super().__init__()
-        self.compute_dtype, self.norm_epsilon = options.compute_dtype, dims.norm_epsilon
+        self.compute_dtype, self.norm_epsilon, self.past = options.compute_dtype, dims.norm_epsilon, None
         self.wte = Table(dims.padded_vocab, dims.width, options.table_dtype)
         self.smear_gate = Linear(SMEAR_CHANNELS, 1)
         self.smear_lambda = nn.Parameter(torch.empty(1))
@@ -74,17 +78,23 @@ class Embed(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
         x = norm(self.wte(ids).to(self.compute_dtype), self.norm_epsilon)
-        gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[:, 1:, :SMEAR_CHANNELS]))
-        x = torch.cat((x[:, :1], x[:, 1:] + gate * x[:, :-1]), dim=1)
+        first = 1 if self.past is None else 0  # a text's first token has none before it
+        gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[:, first:, :SMEAR_CHANNELS]))
+        if self.past is None:
+            x = torch.cat((x[:, :1], x[:, 1:] + gate * x[:, :-1]), dim=1)
+        else:
+            x = x + gate * self.past.before(x)
         return x, x, ids
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions, normed queries and keys, and a gated value embedding on some blocks."""
+    """Causal self-attention with rotary positions, normed queries and keys, and a gated value embedding on some blocks. past: see
+    megachat.model.cache."""
 
     def __init__(self, dims: Dimensions, options: ModelOptions, rotary: Rotary, block: int):
         super().__init__()
-        self.dims, self.window, self.rotary, self.attend = dims, dims.windows[block], rotary, options.attend
+        self.dims, self.block, self.window, self.rotary, self.past = dims, block, dims.windows[block], rotary, None
+        self.attend = options.attend
         self.c_q = Linear(dims.width, dims.heads * dims.head_size)
         self.c_k = Linear(dims.width, dims.kv_width)
         self.c_v = Linear(dims.width, dims.kv_width)
@@ -111,8 +121,9 @@ class Attention(nn.Module):
         if self.ve_gate is not None:
             gate = 3 * torch.sigmoid(self.ve_gate(x[..., :GATE_CHANNELS]))
             v = v + gate.unsqueeze(-1) * value_embedding.view(heads)
-        q, k = (norm(self.rotary(head), self.dims.norm_epsilon) * self.dims.qk_scale for head in (q, k))
-        return self.c_proj(self.attend(q, k, v, self.window).flatten(2))
+        q, k = (norm(self.rotary(head, self.past), self.dims.norm_epsilon) * self.dims.qk_scale for head in (q, k))
+        y = self.attend(q, k, v, self.window) if self.past is None else self.past.attend(self.block, q, k, v, self.window)
+        return self.c_proj(y.flatten(2))
 
 
 class MLP(nn.Module):
@@ -203,17 +214,10 @@ def logits(output: tuple[torch.Tensor, torch.Tensor], dims: Dimensions, part: Vo
     return capped_logits(*output, dims.vocab_size, LOGIT_CAP, part)
 
 
-class GreedyToken(nn.Module):
-    """The head's output [batch, tokens, ...] and positions [batch] int64 -> the most likely token after each row's position, [batch] int64."""
-
-    def __init__(self, dims: Dimensions, part: VocabularyPart = WHOLE):
-        super().__init__()
-        self.dims, self.part = dims, part
-
-    def forward(self, output: tuple[torch.Tensor, torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
-        hidden, weight = output
-        last = hidden[torch.arange(len(positions), device=hidden.device), positions]
-        return logits((last, weight), self.dims, self.part).argmax(dim=-1)
+def last_logits(output: tuple[torch.Tensor, torch.Tensor], positions: torch.Tensor, dims: Dimensions, part: VocabularyPart = WHOLE) -> torch.Tensor:
+    """The head's output [batch, tokens, ...] and positions [batch] int64 -> the logits after each row's position, [batch, vocab_size] float32."""
+    hidden, weight = output
+    return logits((hidden[torch.arange(len(positions), device=hidden.device), positions], weight), dims, part)
 
 
 def layer_builders(dims: Dimensions, options: ModelOptions):

@@ -7,6 +7,7 @@ presence is checked at import.
 
 import contextlib
 import io
+import itertools
 import logging
 import warnings
 from collections.abc import Callable
@@ -33,6 +34,7 @@ if _missing or not hasattr(PipelineEngine, "_exec_backward_pass"):
     )
 
 LOSS_SCALE_MINIMUM = 1.0
+_PIPELINE = {"pipeline": {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False}}
 
 
 class MatrixOptimizer(Protocol):
@@ -136,7 +138,7 @@ def _noted(instruction, function):
     text, waits = _INSTRUCTIONS[instruction]
 
     def execute(self, **arguments):
-        self.optimizer.mesh.world.progress.note(text, waits=waits)
+        self.mesh.world.progress.note(text, waits=waits)
         return function(self, **arguments)
 
     return execute
@@ -145,6 +147,7 @@ def _noted(instruction, function):
 class Engine(PipelineEngine):
     """PipelineEngine with one backward over all tensors of a stage's output, so that every gradient hook fires once a micro-batch."""
 
+    mesh: Mesh
     _backwards = 0  # of this step
 
     def train_batch(self, data_iter=None):
@@ -174,12 +177,19 @@ class Engine(PipelineEngine):
         for instruction, function in {**PipelineEngine._INSTRUCTION_MAP, schedule.BackwardPass: _exec_backward_pass}.items()
     }
 
-    def evaluate(self, micro_batches, measure: nn.Module | None = None) -> list[torch.Tensor]:
+    def evaluate(self, micro_batches, measure: nn.Module | None = None, begins: Callable[[int], object] = lambda number: None) -> list[torch.Tensor]:
         """`measure` of each (ids, targets) of a list, the loss module's evaluation by default; on the last stage, elsewhere an empty list.
 
         Every rank calls it with micro-batches of one shape, which need not be the shape of training. measure: called with the head's
-        output and targets.
+        output and targets; what it returns has one shape for all. begins: called on every rank with the number of each micro-batch before it
+        passes this rank's stage.
         """
+        numbers = itertools.count()
+
+        def tell(module, inputs) -> None:
+            begins(next(numbers))
+
+        told = self.module.register_forward_pre_hook(tell)
         self.total_loss = None
         self.reset_activation_shape()  # the buffers between stages have the shape of training
         loss, self.module.loss_fn = self.module.loss_fn, measure or self.module.loss_fn
@@ -187,6 +197,7 @@ class Engine(PipelineEngine):
             outputs = self.eval_batch(iter(micro_batches), reduce_output=None, bcast_loss=False, num_micro_batches=len(micro_batches))
         finally:
             self.module.loss_fn = loss
+            told.remove()
         self.total_loss = None
         self.reset_activation_shape()
         self.module.train()
@@ -229,9 +240,8 @@ def deepspeed_settings(*, micro_rows: int, accumulation: int, clip_norm: float, 
         "gradient_clipping": clip_norm,
         "zero_optimization": {"stage": 1, "reduce_bucket_size": largest_adamw_tensor, "overlap_comm": False},
         "communication_data_type": "fp32",
-        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False},
         "steps_per_print": 2**31 - 1,
-    }
+    } | _PIPELINE
 
 
 class _Stage(PipelineModule):
@@ -280,7 +290,17 @@ def build_engine(
     zero.use_separate_grad_accum = zero.use_grad_accum_attribute = True
     if loss_scaler is not None:
         zero.loss_scaler, zero.dynamic_loss_scale = loss_scaler, True
-    engine.__class__ = Engine
+    engine.__class__, engine.mesh = Engine, mesh
+    return engine
+
+
+def build_evaluation_engine(module: PipelineModule, mesh: Mesh) -> Engine:
+    """An engine that only evaluates: no optimizer, no gradients, no memory but the weights'."""
+    module.requires_grad_(False)
+    settings = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "steps_per_print": 2**31 - 1}
+    with quiet_output():
+        engine, *_ = deepspeed.initialize(model=module, config=settings | _PIPELINE, dist_init_required=False)
+    engine.__class__, engine.mesh = Engine, mesh
     return engine
 
 

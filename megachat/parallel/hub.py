@@ -15,17 +15,19 @@ from megachat.parallel.links import Link, Seat, say
 
 ANSWER_S = 3.0  # for all ranks to say where they are
 TOGETHER_S = 0.1  # deaths this close are told in one sentence
-_RESUME = "continue with --resume auto"
+RESUME = "continue with --resume auto"
 
 
 class Terms(NamedTuple):
-    """What the hubs and ranks of one job share. token: tells this job's connections from a stranger's. folder: the run folder."""
+    """What the hubs and ranks of one job share. token: tells this job's connections from a stranger's. folder: the run folder. then: what a user
+    does after the job has ended and the cause is gone."""
 
     seats: tuple[Seat, ...]
     token: str
     stall_s: float
     slow_s: float
     folder: Path
+    then: str = RESUME
 
 
 class Hub:
@@ -82,7 +84,7 @@ class Hub:
         elif "stop" in message and self._name_lost_at and self.speaks:
             self._name_lost()  # a launcher that ends the others for the same reason does not wait
         elif "stop" in message and not self._name_lost_at:
-            self._finish(f"error: {message['stop']}, so the job stops: {_RESUME}", STOPPED_STATUS)
+            self._finish(f"error: {message['stop']}, so the job stops: {self.terms.then}", STOPPED_STATUS)
 
     def tick(self) -> None:
         """Do what is due."""
@@ -118,7 +120,7 @@ class Hub:
         named = " and ".join(str(self.terms.seats[rank]) for rank in sorted(self.lost))
         self._finish(
             f"error: {named} died or cannot be reached; the other ranks stop: look for a message of its own, for the out-of-memory killer (dmesg) "
-            f"and at its host, then {_RESUME}",
+            f"and at its host, then {self.terms.then}",
             LOST_RANK_STATUS,
         )
 
@@ -141,7 +143,7 @@ class Hub:
 
     def _advice(self) -> str:
         kept = f"the table above is also in {self.terms.folder / 'stall.txt'}" if self.terms.folder.is_dir() else "the table is above"
-        return f"{kept}; mend that, or raise parallel.stall_s if it may take so long, and {_RESUME}"
+        return f"{kept}; mend that, or raise parallel.stall_s if it may take so long, and {self.terms.then}"
 
 
 def table(seats: tuple[Seat, ...], states: dict[int, dict]) -> str:

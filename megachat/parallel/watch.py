@@ -24,7 +24,7 @@ from pathlib import Path
 
 from megachat.errors import LOST_RANK_STATUS, STOPPED_STATUS
 from megachat.parallel.collectives import all_gather_objects
-from megachat.parallel.hub import ANSWER_S, Hub, Terms, alive
+from megachat.parallel.hub import ANSWER_S, RESUME, Hub, Terms, alive
 from megachat.parallel.links import Link, Seat, code_place, end_process, kill, launchers_above, listen, machine, own_address, say
 from megachat.parallel.mesh import Mesh
 from megachat.parallel.progress import Progress
@@ -44,8 +44,8 @@ class Watch:
     Leaving the block in order says farewell. Leaving it with an exception waits a moment: if another rank is the cause, this process ends there.
     """
 
-    def __init__(self, rank: int = 0):
-        self.rank = rank
+    def __init__(self, rank: int = 0, *, then: str = RESUME):
+        self.rank, self.then = rank, then  # then: what a user does after the job has ended and the cause is gone
         self._progress: Progress | None = None
         self._terms: Terms | None = None
         self._hub: Hub | None = None
@@ -91,7 +91,7 @@ class Watch:
         seat = Seat(self.rank, socket.gethostname(), os.getpid(), machine(), here, listener.getsockname()[1])
         told = all_gather_objects((tuple(seat), secrets.token_hex(8)), mesh.world, name="meeting of the watch")
         seats = tuple(Seat(*fields) for fields, _ in told)
-        self._terms = Terms(seats, told[0][1], stall_s, max(stall_s, slow_s), folder)
+        self._terms = Terms(seats, told[0][1], stall_s, max(stall_s, slow_s), folder, self.then)
         deputy = next((other.rank for other in seats if other.machine != seats[0].machine), 1)
         hub = Hub(self._terms, self.rank) if self.rank in (0, deputy) else None
         hubs = [self._reach(seats[rank], warn=rank == 0) for rank in (0, deputy)]
@@ -255,7 +255,7 @@ class Watch:
     def _tell_hub_lost(self) -> None:
         seats, own = self._terms.seats, self._terms.seats[self.rank]
         if not any(alive(other.pid) for other in seats[: self.rank] if other.machine == own.machine):  # one on each machine speaks
-            say(f"error: {seats[0]} died or cannot be reached, so {own} stops: look at its host, then continue with --resume auto")
+            say(f"error: {seats[0]} died or cannot be reached, so {own} stops: look at its host, then {self.then}")
         end_process(LOST_RANK_STATUS)
 
     def _other_failed(self, rank: int) -> None:
@@ -312,7 +312,7 @@ class Watch:
         if self._failed is not None:  # the launcher ends all because one failed, which that one tells
             self._leave(STOPPED_STATUS)
         if not any(self._hubs):
-            say(f"error: {reason}, so the job stops: continue with --resume auto")
+            say(f"error: {reason}, so the job stops: {self.then}")
             self._leave(STOPPED_STATUS)
         if "_stop_alone" not in self._due:
             self._due["_stop_alone"] = time.monotonic() + HUB_S

@@ -14,7 +14,7 @@ from megachat.parallel.rendezvous import Arrival, meet
 from megachat.probe import code_hashes, versions
 
 _ROOT = Path(__file__).resolve().parents[2]
-_PLACES = ("run.folder", "data.folder", "data.tokenizer")  # may lie elsewhere on another host
+_PLACES = ("run.folder", "data.folder", "data.tokenizer", "evaluate.core_bundle")  # may lie elsewhere on another host
 # kind of fact -> (what a rank has otherwise, what to do), the first that explains the others first
 _KINDS = {
     "code": ("other code than", "copy the same files of the project to every host"),
@@ -22,13 +22,19 @@ _KINDS = {
     "config": ("another config than", "start all ranks with the same --config and --set"),
     "tokenizer": ("another tokenizer than", "copy data.tokenizer of rank 0 to its host"),
     "data": ("other data than", "copy data.folder of rank 0 to its host"),
+    "checkpoint": ("another checkpoint than", "copy the same files to every host, or give all ranks one --checkpoint"),
+    "bundle": ("another CORE bundle than", "copy rank 0's to its host"),
+    "evaluation": ("other options than", "start all ranks with the same"),
 }
 
 
 @contextlib.contextmanager
-def gathered(environment: LaunchEnvironment, config: Config, tokenizer: Tokenizer, data: DataSummary) -> Iterator[None]:
-    """All ranks are here and alike; inside, torch.distributed is to be initialised. Raises UserError naming a rank that is absent or unlike."""
-    meeting = meet(environment, facts(config, tokenizer, data), disagreement, config.parallel.rendezvous_s)
+def gathered(environment: LaunchEnvironment, own: dict[str, dict[str, str]], rendezvous_s: float) -> Iterator[None]:
+    """All ranks are here and alike; inside, torch.distributed is to be initialised. own: from `facts`.
+
+    Raises UserError naming a rank that is absent or unlike.
+    """
+    meeting = meet(environment, own, disagreement, rendezvous_s)
     if meeting.address:
         use_network_of(meeting.address, environment)
     try:
@@ -37,25 +43,29 @@ def gathered(environment: LaunchEnvironment, config: Config, tokenizer: Tokenize
         del meeting  # with rank 0's hold on the port, which torch's own store has by now
 
 
-def facts(config: Config, tokenizer: Tokenizer, data: DataSummary, root: Path = _ROOT) -> dict[str, dict[str, str]]:
-    """What this rank has: kind -> name -> hash or version, for `disagreement`."""
+def facts(config: Config, tokenizer: Tokenizer, data: DataSummary | None, root: Path = _ROOT, **others: dict[str, str]) -> dict[str, dict[str, str]]:
+    """What this rank has: kind -> name -> hash or version, for `disagreement`. others: of further kinds."""
     settings = {f"{section}.{key}": value for section, values in config.model_dump(mode="json").items() for key, value in values.items()}
     return {
         "code": code_hashes(root),
         "versions": versions(),
         "config": {name: _short(value) for name, value in settings.items() if name not in _PLACES},
         "tokenizer": {"fingerprint": tokenizer.fingerprint[:12]},
-        "data": {"train": data.train_fingerprint[:12], "validation": str(data.validation_documents), "bytes": str(data.size_bytes)},
-    }
+        "data": _data_facts(data) if data else {},
+    } | others
+
+
+def _data_facts(data: DataSummary) -> dict[str, str]:
+    return {"train": data.train_fingerprint[:12], "validation": str(data.validation_documents), "bytes": str(data.size_bytes)}
 
 
 def disagreement(arrivals: list[Arrival]) -> str | None:
     """What the first rank that is unlike rank 0 has otherwise, in one sentence; None when all are alike."""
     first = arrivals[0]
     for kind, (has, remedy) in _KINDS.items():
-        mine = first.facts[kind]
+        mine = first.facts.get(kind, {})
         for other in arrivals:
-            theirs = other.facts[kind]
+            theirs = other.facts.get(kind, {})
             names = [name for name in sorted(mine.keys() | theirs.keys()) if mine.get(name) != theirs.get(name)]
             if names:
                 shown = [f"{name} {theirs.get(name)}, not {mine.get(name)}" for name in names] if kind == "versions" else names

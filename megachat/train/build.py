@@ -14,6 +14,7 @@ from megachat.data.loader import Loader
 from megachat.data.tokenizer import Tokenizer
 from megachat.device import choose_compute_dtype, collective_backend
 from megachat.errors import UserError
+from megachat.evals.core_bundle import Bundle
 from megachat.kernels.attention import attention
 from megachat.kernels.attention_backends import Attend
 from megachat.kernels.fp8_backends import apply_fp8, head_products
@@ -52,6 +53,7 @@ class Run(Training):
     folder: Path
     tokenizer: Tokenizer
     loader: Loader
+    bundle: Bundle | None  # of CORE, where it is evaluated on the way
 
     @property
     def is_writer(self) -> bool:
@@ -146,12 +148,14 @@ def build_training(config: Config, plan: Plan, mesh: Mesh, token_bytes: torch.Te
     return Training(config, plan, mesh, layers, engine, muon, dtype, reason, kernels)
 
 
-def build_stage(config: Config, plan: Plan, mesh: Mesh, dtype: torch.dtype, *, attend: Attend = attention) -> nn.ModuleList:
-    """This rank's layers with their starting values, cut by the tensor axis. All ranks call it: they check that the stages make up the model."""
+def build_stage(config: Config, plan: Plan, mesh: Mesh, dtype: torch.dtype, *, start: bool = True, attend: Attend = attention) -> nn.ModuleList:
+    """This rank's layers, with their starting values unless `start` is off, cut by the tensor axis. All ranks call it: they check that the stages
+    make up the model."""
     first, last = plan.stages[mesh.pipeline.rank]
     layers = nn.ModuleList(build() for build in layer_builders(plan.dims, model_options(config, dtype, attend))[first:last])
     apply_tensor(list(layers), mesh.tensor, sequence=config.parallel.sequence)
-    initialize(layers, config.run.seed)
+    if start:
+        initialize(layers, config.run.seed)
     with torch.device("meta"):
         whole = placed_parameters(build_layers(plan.dims, model_options(config, dtype)))
     held = [(where.name, where.block) for where in (parameter.place for parameter in placed_parameters(layers))]
@@ -174,10 +178,19 @@ def awaited(layers: nn.ModuleList, muon: MuonPartition) -> list:
     return [step for layer in layers for step in (waiting(next(layer.parameters()).place.block), layer)]
 
 
-def build_run(config: Config, plan: Plan, mesh: Mesh, tokenizer: Tokenizer, folder: Path, loader_state: dict | None = None) -> Run:
+def build_run(
+    config: Config,
+    plan: Plan,
+    mesh: Mesh,
+    tokenizer: Tokenizer,
+    folder: Path,
+    loader_state: dict | None = None,
+    bundle: Bundle | None = None,
+) -> Run:
     """The whole run on every rank; a checkpoint may be read into it afterwards. Raises UserError."""
     training = build_training(config, plan, mesh, torch.from_numpy(tokenizer.token_bytes()))
-    return Run(**vars(training), folder=folder, tokenizer=tokenizer, loader=build_loader(config, plan, mesh, tokenizer, loader_state))
+    loader = build_loader(config, plan, mesh, tokenizer, loader_state)
+    return Run(**vars(training), folder=folder, tokenizer=tokenizer, loader=loader, bundle=bundle)
 
 
 def order_of_rows(config: Config, plan: Plan) -> dict:

@@ -1,7 +1,6 @@
 """A pretraining job from its command line to its last checkpoint, on every rank."""
 
 import dataclasses
-import errno
 import json
 import time
 from pathlib import Path
@@ -19,26 +18,24 @@ from megachat.device import (
     describe_environment,
     device_name,
     peak_flops,
-    rank_0_address,
     with_fewer_ranks,
 )
 from megachat.errors import SAVED_STATUS, UserError
 from megachat.parallel.collectives import all_gather_objects, barrier
 from megachat.parallel.watch import Watch
 from megachat.plan import Plan, resolve, usable_world
-from megachat.train.agree import gathered
+from megachat.train.agree import facts as facts_of_rank
 from megachat.train.attempts import Attempts, counted_attempt
-from megachat.train.build import Run, build_run, start
+from megachat.train.build import Run, build_run
+from megachat.train.core import describe_bundle, open_asked_bundle
 from megachat.train.documents import resumed_documents
+from megachat.train.joined import joined
 from megachat.train.kernels import choose_kernels, describe_kernels
-from megachat.train.loop import end_collectives, train
+from megachat.train.loop import train
 from megachat.train.metrics import Metrics, check_wandb
 from megachat.train.report import describe_config, describe_ownership, describe_plan, describe_stages, ownership, plan_values
 from megachat.train.resume import held_run_folder, settle_checkpoint
 from megachat.train.state import LoopState, check_checkpoint, find_checkpoint, load_state
-
-_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-_SLOW_PART = 0.9  # of parallel.timeout_s, so that the watch speaks before torch does
 
 
 def pretrain(
@@ -67,40 +64,28 @@ def pretrain(
             return 0
     plan = resolve(config, environment.world_size, vocab_size)
     find_checkpoint(folder, resume)  # what is wrong with it is told before anything starts
-    data = check_data(config)
+    data, bundle = check_data(config), open_asked_bundle(config.evaluate)
     if environment.rank == 0:
         check_wandb(config.log)
-    device = choose_device(environment)
-    choose_kernels(config, plan, device)  # what cannot be had is told before anything starts
-    with Watch(environment.rank) as watch:
-        with gathered(environment, config, tokenizer, data):
-            mesh = start(config, device)
-        limits = {"stall_s": config.parallel.stall_s, "slow_s": _SLOW_PART * config.parallel.timeout_s}
-        watch.connect(mesh, address=rank_0_address(), folder=folder, **limits)
+    choose_kernels(config, plan, choose_device(environment))  # what cannot be had is told before anything starts
+    bundle_facts = {"digest": bundle.digest[:12]} if bundle else {}
+    own_facts = facts_of_rank(config, tokenizer, data, bundle=bundle_facts)
+    with joined(environment, config, own_facts, folder, then="continue with --resume auto") as (mesh, watch):
         slowly = mesh.world.progress.slowly
-        try:
-            with held_run_folder(folder, mesh.world) as remarks:
+        with held_run_folder(folder, mesh.world) as remarks:
+            with slowly("start-up"):
+                checkpoint, told = settle_checkpoint(folder, resume, mesh.world)
+                facts = check_checkpoint(checkpoint, plan, tokenizer, config) if checkpoint else None
+            remarks += [*told, f"data {data}", *([describe_bundle(bundle)] if bundle else [])]
+            chosen = resume not in (None, "auto")
+            with counted_attempt(folder, facts["step"] if facts else 0, mesh.world, forget=chosen) as attempts:
+                watch.before_stop = attempts.end
                 with slowly("start-up"):
-                    checkpoint, told = settle_checkpoint(folder, resume, mesh.world)
-                    facts = check_checkpoint(checkpoint, plan, tokenizer, config) if checkpoint else None
-                remarks += [*told, f"data {data}"]
-                chosen = resume not in (None, "auto")
-                with counted_attempt(folder, facts["step"] if facts else 0, mesh.world, forget=chosen) as attempts:
-                    watch.before_stop = attempts.end
-                    with slowly("start-up"):
-                        documents, told = resumed_documents(checkpoint, facts, config, plan, mesh, tokenizer) if facts else (None, [])
-                        remarks += told
-                        run = build_run(config, plan, mesh, tokenizer, folder, documents)
-                    with run.loader:
-                        stopped = _run_job(run, checkpoint, environment, remarks, begin, watch, attempts)
-        except OSError as error:
-            if error.errno not in _STORAGE:
-                raise
-            raise UserError(
-                f"rank {mesh.world.rank} could not read or write {error.filename or folder} ({error.strerror}): "
-                "free space there or make it accessible, then continue with --resume auto"
-            ) from error
-        end_collectives()
+                    documents, told = resumed_documents(checkpoint, facts, config, plan, mesh, tokenizer) if facts else (None, [])
+                    remarks += told
+                    run = build_run(config, plan, mesh, tokenizer, folder, documents, bundle)
+                with run.loader:
+                    stopped = _run_job(run, checkpoint, environment, remarks, begin, watch, attempts)
     return SAVED_STATUS if stopped else 0
 
 
@@ -129,7 +114,7 @@ def _run_job(
         if checkpoint:
             metrics.say(f"resumed from {checkpoint} at step {state.step}")
         metrics.say(f"start-up took {time.perf_counter() - begin:.1f} s")
-        if state.step >= run.plan.stop_step:
+        if state.step >= run.plan.stop_step and not (state.owes_evaluation or state.owes_core):
             metrics.say(
                 f"nothing to do: step {state.step} is not before the last step {run.plan.stop_step}; "
                 "raise horizon.steps or horizon.stop_step to go on"
@@ -157,9 +142,9 @@ def vocabulary(config: Config, tokenizer: Tokenizer) -> int:
     return tokenizer.vocab_size
 
 
-def check_data(config: Config) -> DataSummary:
+def check_data(config: Config, *, least_shards: int = 2) -> DataSummary:
     """The data folder in figures; raises UserError for what would otherwise end the job at its first evaluation."""
-    summary = check_data_folder(config.data.folder)
+    summary = check_data_folder(config.data.folder, least=least_shards)
     if summary.validation_documents < config.data.streams:
         raise UserError(
             f"the validation shard of {config.data.folder} has {summary.validation_documents} documents, fewer than {config.data.streams} "
@@ -169,10 +154,13 @@ def check_data(config: Config) -> DataSummary:
 
 
 def describe_job(config: Config, world: int) -> str:
-    """Config, plan, parameter table and ownership manifest of the job on `world` ranks; nothing is started and no data is read."""
+    """Config, plan, parameter table and ownership manifest of the job on `world` ranks; nothing is started and no data is read but CORE's
+    bundle, where it is asked for."""
     vocab_size = config.model.vocab_size or load_tokenizer(config.data.tokenizer).vocab_size
     plan: Plan = resolve(config, world, vocab_size)
-    return "\n\n".join((describe_config(config), describe_plan(plan), describe_ownership(ownership(config, plan))))
+    parts = [describe_config(config), describe_plan(plan), describe_ownership(ownership(config, plan))]
+    bundle = open_asked_bundle(config.evaluate)
+    return "\n\n".join([*parts, describe_bundle(bundle)] if bundle else parts)
 
 
 def _write_run_folder(run: Run, environment: LaunchEnvironment) -> None:
@@ -181,6 +169,7 @@ def _write_run_folder(run: Run, environment: LaunchEnvironment) -> None:
     path = run.folder / "environment.json"
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     now = describe_environment(run.mesh.device) | {"launch": dataclasses.asdict(environment), "compute_dtype": str(run.compute_dtype)}
+    now |= {"core_bundle": run.bundle.digest} if run.bundle else {}
     write_whole(path, json.dumps([*earlier, now], indent=2).encode() + b"\n")
 
 

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable
 
-import numpy as np
 import torch
 
 from megachat.checkpoint.facts import step_of
@@ -15,12 +14,13 @@ from megachat.data.atomic import write_whole
 from megachat.device import peak_flops, peak_memory_bytes
 from megachat.errors import UserError
 from megachat.evals.bpb import ValidationRows, bits_per_byte
-from megachat.evals.sample import continue_greedily
-from megachat.model.gpt import GreedyToken
-from megachat.parallel.tensor import vocabulary_part
+from megachat.evals.results import core_lines, results_path, save_results
+from megachat.parallel.collectives import all_reduce
 from megachat.schedule import due
 from megachat.train.build import Run, build_loader
+from megachat.train.core import build_evaluator, evaluate_until
 from megachat.train.metrics import Metrics, console_line
+from megachat.train.samples import sampled
 from megachat.train.state import LoopState, save_state, state_pieces
 from megachat.train.step import StepResult, train_step
 
@@ -38,9 +38,11 @@ def train(run: Run, state: LoopState, metrics: Metrics, asked_to_stop: Callable[
     validation, saver = _Validation(run), Saver(run.mesh.saving, background=run.config.checkpoint.background)
     saver.reserve(state_pieces(run, replicas=False))
     run.engine.optimizer.before_update = saver.wait_copied
-    if state.owes_evaluation:
-        state.owes_evaluation = False
-        _do_what_is_due(run, state, validation, saver, metrics)
+    if state.owes_evaluation or state.owes_core:
+        only_core = not state.owes_evaluation
+        state.owes_evaluation = state.owes_core = False
+        stops = _do_what_is_due(run, state, validation, saver, metrics, asked_to_stop, only_core=only_core)
+        _tell_saved(state, saver, metrics)
     while state.step < run.plan.stop_step and not stops:
         begins(state.step)
         with slowly("first step") if state.step == first_step else contextlib.nullcontext():
@@ -60,10 +62,10 @@ def train(run: Run, state: LoopState, metrics: Metrics, asked_to_stop: Callable[
         if save_failed:
             saver.wait()  # raises on every rank: a save fails on all together
         if stops:
-            state.owes_evaluation = _evaluation_due(run, state)
+            state.owes_evaluation, state.owes_core = _evaluation_due(run, state), _core_due(run, state)
             _save(run, state, saver)
         else:
-            _do_what_is_due(run, state, validation, saver, metrics)
+            stops = _do_what_is_due(run, state, validation, saver, metrics, asked_to_stop)
         _tell_saved(state, saver, metrics)
     with slowly("saving the checkpoint"):
         saver.wait(blocks=True)
@@ -75,17 +77,35 @@ def _evaluation_due(run: Run, state: LoopState) -> bool:
     return due(state.step, run.config.evaluate.every) or state.step == run.plan.stop_step == run.plan.steps
 
 
-def _do_what_is_due(run: Run, state: LoopState, validation: "_Validation", saver: Saver, metrics: Metrics) -> None:
-    """After a step: evaluation, samples, checkpoint."""
-    slowly, last = run.mesh.world.progress.slowly, state.step == run.plan.stop_step
-    if _evaluation_due(run, state):
+def _core_due(run: Run, state: LoopState) -> bool:
+    every = run.config.evaluate.core_every
+    return every > 0 and (due(state.step, every) or state.step == run.plan.stop_step == run.plan.steps)
+
+
+def _do_what_is_due(
+    run: Run,
+    state: LoopState,
+    validation: "_Validation",
+    saver: Saver,
+    metrics: Metrics,
+    asked_to_stop: Callable[[], bool],
+    *,
+    only_core: bool = False,
+) -> bool:
+    """After a step: evaluation, samples, CORE, checkpoint. Returns whether a rank was told to stop meanwhile; then the state is saved."""
+    slowly, last, stops = run.mesh.world.progress.slowly, state.step == run.plan.stop_step, False
+    if _evaluation_due(run, state) and not only_core:
         with slowly("evaluation"):
             _evaluate(run, state, validation, metrics)
-    if last and state.step == run.plan.steps:
+    if last and state.step == run.plan.steps and not only_core:
         with slowly("sampling"):
             _sample(run, state, metrics)
-    if last or due(state.step, run.config.checkpoint.every):
+    if _core_due(run, state):
+        with slowly("evaluation of CORE"):
+            stops = state.owes_core = not _evaluate_core(run, state, metrics, asked_to_stop)
+    if last or stops or due(state.step, run.config.checkpoint.every):
         _save(run, state, saver)
+    return stops
 
 
 def _save(run: Run, state: LoopState, saver: Saver) -> None:
@@ -121,22 +141,37 @@ def _evaluate(run: Run, state: LoopState, validation: _Validation, metrics: Metr
     metrics.record(_totals(run, state) | {"val/bpb": state.val_bpb})
 
 
+def _evaluate_core(run: Run, state: LoopState, metrics: Metrics, asked_to_stop: Callable[[], bool]) -> bool:
+    """False when a rank was told to stop before it was done; then nothing of it is told."""
+
+    def stop() -> bool:
+        asked = torch.tensor(float(asked_to_stop()), device=run.mesh.device)
+        all_reduce(asked, run.mesh.world, "max", name="told to stop")
+        return bool(asked)
+
+    asked = run.config.evaluate
+    section = evaluate_until(stop, build_evaluator(run), run.bundle, run.tokenizer, max_per_task=asked.core_max_per_task)
+    if section is None:
+        return False
+    values = _totals(run, state) | {"centered_results": {label: task["centered"] for label, task in section["tasks"].items()}}
+    if section["core_metric"] is not None:
+        values["core_metric"] = section["core_metric"]
+    metrics.record(values)
+    for line in core_lines(section):
+        metrics.say(f"step {state.step:05d} | {line}")
+    if run.is_writer:
+        save_results(results_path(run.folder, state.step, in_training=True), {"run": run.folder.name, "step": state.step, "core": section})
+    return True
+
+
 def _sample(run: Run, state: LoopState, metrics: Metrics) -> None:
     """Greedy continuations of the configured prompts, by all ranks; the writer keeps them."""
-    prompts, asked, dims = run.config.evaluate.prompts, run.config.evaluate, run.plan.dims
-    if not prompts:
-        return
-    ids = [np.concatenate(([run.tokenizer.bos], run.tokenizer.encode(prompt))) for prompt in prompts]
-    most_likely = GreedyToken(dims, vocabulary_part(dims.padded_vocab, run.mesh.tensor))
-    multiple = run.mesh.tensor.size if run.config.parallel.sequence else 1
-    with torch.compiler.set_stance("force_eager"):  # another shape would be compiled anew
-        rows = continue_greedily(run.engine, most_likely, ids, asked.sample_tokens, dims.sequence_len, run.mesh, multiple=multiple)
-    texts = [run.tokenizer.decode(row[1:]) for row in rows]
-    if run.is_writer:
-        told = json.dumps(dict(zip(prompts, texts, strict=True)), indent=2, ensure_ascii=False)
+    texts = sampled(run.config, run.plan, run.mesh, run.engine, run.tokenizer)
+    if texts and run.is_writer:
         (run.folder / "samples").mkdir(exist_ok=True)
+        told = json.dumps(texts, indent=2, ensure_ascii=False)
         write_whole(run.folder / "samples" / f"step_{state.step:06d}.json", told.encode() + b"\n")
-    for text in texts:
+    for text in texts.values():
         metrics.say(f"sample: {text!r}")
 
 

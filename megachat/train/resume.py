@@ -47,12 +47,17 @@ def settle_checkpoint(folder: Path, resume: str | None, world: Axis) -> tuple[Pa
         remarks = [*remarks, *(f"{path} is damaged and passed over: {problem}" for path, problem in damaged.items())]
         if checkpoint is None:
             return None, remarks
-        problem = next((told for told in all_gather_objects(_own_problem(checkpoint, world), world) if told), None)
+        problem = damage(checkpoint, world)
         if problem is None:
             return checkpoint, remarks
         if resume != "auto":
             raise UserError(f"{checkpoint} is damaged: {problem}; give another step's folder, or --resume auto for the newest that is whole")
         damaged[checkpoint] = problem
+
+
+def damage(checkpoint: Path, world: Axis) -> str | None:
+    """What is wrong with a checkpoint's files, None when they are as they were saved; all ranks call it, hash a share each, and get the same."""
+    return next((told for told in all_gather_objects(_own_problem(checkpoint, world), world) if told), None)
 
 
 def _first_rank_finds(folder: Path, resume: str | None, damaged: dict[Path, str], world: Axis) -> tuple[Path | None, list[str]]:

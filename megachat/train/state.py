@@ -36,7 +36,7 @@ _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis
 class LoopState:
     """The loop's counters. step: the next to run, from 0. training_s: seconds in steps after the tenth, as the speedrun counts them.
 
-    owes_evaluation: the job was told to stop and saved before the evaluation that is due at this step.
+    owes_evaluation: the job was told to stop and saved before the evaluation that is due at this step. owes_core: before that of CORE was done.
     """
 
     step: int = 0
@@ -45,6 +45,7 @@ class LoopState:
     val_bpb: float | None = None
     min_val_bpb: float | None = None
     owes_evaluation: bool = False
+    owes_core: bool = False
 
 
 def checkpoints_folder(run_folder: Path) -> Path:

@@ -10,11 +10,10 @@ from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from megachat.evals.bpb import ValidationRows, bits_per_byte
-from megachat.evals.sample import continue_greedily
-from megachat.model.gpt import GreedyToken
+from megachat.evals.cached import OnRanks
+from megachat.evals.generation import generate
 from megachat.parallel.engine import Engine, deepspeed_settings, start_collectives
 from megachat.parallel.mesh import build_mesh
-from megachat.parallel.tensor import vocabulary_part
 from megachat.plan import resolve
 from megachat.train.build import build_stage
 from megachat.train.step import set_schedules
@@ -69,8 +68,7 @@ def evaluate_between(config, evaluates: bool):
             validation = ValidationRows(iter(rows.split(1)), 7, 1, training.mesh)
             told[-1] = told[-1], bits_per_byte(training.engine, validation, training.mesh)
             ids = [np.arange(3 + step), np.arange(20) * 3]
-            token = GreedyToken(training.plan.dims, vocabulary_part(training.plan.dims.padded_vocab, training.mesh.tensor))
-            told[-1] += (continue_greedily(training.engine, token, ids, 6, 160, training.mesh, multiple=2),)
+            told[-1] += (generate(OnRanks(training.engine, training.mesh, training.plan.dims, multiple=2), ids, tokens=6),)
     return told, whole_state(training)
 
 

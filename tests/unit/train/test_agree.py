@@ -62,3 +62,11 @@ def test_versions_tokenizer_and_data(own):
     assert "another tokenizer than rank 0 on a" in told(own, facts(Config(), Tokenizer(ranks), DATA))
     grown = DataSummary(Path("data"), 2, 100, 10, 5001, None, "ab" * 32)
     assert "other data than rank 0 on a (bytes): copy data.folder" in told(own, facts(Config(), TOKENIZER, grown))
+
+
+def test_what_an_evaluation_needs(own):
+    mine = facts(Config(), TOKENIZER, None, checkpoint={"content": "1"}, bundle={"digest": "2"}, evaluation={"parts": "3"})
+    assert told(mine, mine) is None
+    for kind, what in (("checkpoint", "another checkpoint than"), ("bundle", "another CORE bundle than"), ("evaluation", "other options than")):
+        assert what in told(mine, mine | {kind: {next(iter(mine[kind])): "4"}})
+    assert "another CORE bundle than rank 0 on a (digest)" in told(own | {"bundle": {"digest": "2"}}, own)

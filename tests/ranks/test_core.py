@@ -1,0 +1,115 @@
+"""CORE in batches on every layout against one example at a time in one process, and against nanochat's own answers."""
+
+import json
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+
+from megachat.data.tokenizer import Tokenizer
+from megachat.evals.core import Evaluator, core_metric, evaluate_core
+from megachat.evals.core_bundle import CORE_TASKS, Task, open_bundle
+from megachat.model.gpt import ModelOptions, build_layers
+from megachat.model.parameters import load_whole, placed_parameters, starting_value
+from megachat.parallel.engine import build_evaluation_engine, build_module, start_collectives
+from megachat.parallel.mesh import build_mesh
+from megachat.plan import resolve
+from megachat.train.build import build_stage
+from tests.harness import run_ranks
+from tests.reference import FOLDER as REFERENCE
+from tests.reference import needs_reference
+from tests.training import small_config
+from tests.unit.evals.bundle import write_bundle
+from tools.bench_core import one_by_one, opened
+
+BUNDLE = Path(__file__).resolve().parents[2].parent / "shared" / "eval_bundle"
+LAYOUTS = [(1, {}), (2, {}), (3, {}), (2, {"tensor": 2}), (2, {"tensor": 2, "sequence": True}), (3, {"pipeline": 3}), (4, {"pipeline": 2})]
+MODEL = {"aspect_ratio": 32, "head_size": 16, "kv_heads": 2, "sequence_len": 96, "window_pattern": "SL"}  # 3 blocks
+
+
+def tokenizer() -> Tokenizer:
+    return Tokenizer({bytes([byte]): byte for byte in range(256)}, ["<|bos|>"], r"(?s:.)")
+
+
+def some_values(layers, *, copying: bool) -> None:
+    """Attention and MLP say much, so that an answer hangs on its context; or little, and the head most of all that the last letter comes again."""
+    for parameter in placed_parameters(layers):
+        where = parameter.place
+        name = "transformer.wte.weight" if where.name == "lm_head.weight" else where.name
+        start = ("constant", 1.0 if "resid" in name else 0.2) if "lambda" in name else ("normal", 0.01 if copying and "c_proj" in name else 0.3)
+        load_whole(parameter, starting_value(where.__class__(name, where.whole, 0, start), seed=6))
+
+
+def copying_task() -> Task:
+    """One that the model can answer."""
+    words = "ab rr zz nn oo qe ww tr xx".split()
+    examples = tuple({"context": f"a {word[0]}", "continuation": word[0] * number + word[1]} for number, word in enumerate(words))
+    return Task("copying", "language_modeling", 0, "", 0.0, examples)
+
+
+def on_ranks(bundle: Path, parallel: dict, tokens_a_pass: int):
+    config, letters = small_config(model=MODEL, batch={"tokens": 96 * 12}, parallel=parallel), tokenizer()
+    start_collectives(torch.device("cpu"), "gloo", timedelta(seconds=60))
+    mesh = build_mesh(torch.device("cpu"), tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
+    plan = resolve(config, mesh.world.size, letters.vocab_size)
+    layers = build_stage(config, plan, mesh, torch.float32, start=False)
+    some_values(layers, copying=False)
+    engine = build_evaluation_engine(build_module(list(layers), torch.nn.Identity(), mesh), mesh)
+    told: list[tuple[int, int]] = []
+    model = Evaluator(engine, plan.dims, mesh, config.parallel.sequence, tokens_a_pass)
+    found = evaluate_core(model, open_bundle(bundle).tasks, letters, max_per_task=9, told=lambda *of: told.append(of))
+    some_values(layers, copying=True)
+    copied = evaluate_core(model, [copying_task()], letters, max_per_task=9)
+    right = {label: result.right for label, result in {**found.tasks, **copied.tasks}.items()}
+    return right, found.core_metric, found.padding_share, told
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> Path:
+    return write_bundle(tmp_path_factory.mktemp("bundle"), count=11)
+
+
+@pytest.fixture(scope="module")
+def oracle(bundle) -> dict[str, tuple[bool, ...]]:
+    letters = tokenizer()
+    dims = resolve(small_config(model=MODEL, batch={"tokens": 96 * 12}), 1, letters.vocab_size).dims
+    layers = build_layers(dims, ModelOptions()).requires_grad_(False)
+    some_values(layers, copying=False)
+    right = one_by_one(layers, dims, open_bundle(bundle).tasks, letters, 9)
+    some_values(layers, copying=True)
+    right |= one_by_one(layers, dims, (copying_task(),), letters, 9)
+    assert all(0 < sum(right[label]) < 9 for label in ("arc_easy", "winograd", "copying")), "all alike would say little"
+    return right
+
+
+@pytest.mark.parametrize(("world", "parallel"), LAYOUTS, ids=str)
+@pytest.mark.parametrize("tokens_a_pass", [100, 2000])
+def test_every_layout_finds_what_one_example_at_a_time_finds(world, parallel, tokens_a_pass, bundle, oracle):
+    for right, metric, padding, told in run_ranks(on_ranks, world, bundle, parallel, tokens_a_pass):
+        assert right == oracle and metric is None and 0 <= padding < 0.6
+        assert told[-1] == (27, 27) and told == sorted(told)
+
+
+@needs_reference
+@pytest.mark.skipif(not BUNDLE.is_dir(), reason="../shared/eval_bundle is absent: it comes with the developers' checkout")
+def test_nanochats_answers_example_by_example():
+    expected = json.loads((REFERENCE / "core_expected.json").read_text())
+    ((right, centered, metric),) = run_ranks(reference_answers, 1, expected["max_per_task"])
+    assert right == {label: task["right"] for label, task in expected["tasks"].items()}
+    assert centered == pytest.approx({label: task["centered"] for label, task in expected["tasks"].items()}, abs=1e-12)
+    assert sum(centered.values()) / len(centered) == pytest.approx(expected["core_metric"], abs=1e-12) and metric is None
+
+
+def reference_answers(max_per_task: int):
+    model, evaluator = opened(REFERENCE, [])
+    found = evaluate_core(evaluator, open_bundle(BUNDLE).tasks, model.tokenizer, max_per_task=max_per_task)
+    right = {label: [int(answer) for answer in result.right] for label, result in found.tasks.items()}
+    return right, {label: result.centered for label, result in found.tasks.items()}, found.core_metric
+
+
+def test_the_metric_is_the_plain_mean_of_all_its_tasks():
+    results = {label: type("R", (), {"centered": float(number)}) for number, label in enumerate(CORE_TASKS)}
+    assert core_metric(results) == sum(range(22)) / 22 == core_metric(results | {"another": results["copa"]})
+    del results["copa"]
+    assert core_metric(results) is None

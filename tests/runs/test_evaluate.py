@@ -1,0 +1,186 @@
+"""launch/evaluate.py as a user starts it, and CORE during training: equal on every launcher and layout, through stop and resume."""
+
+import json
+import signal
+
+import pytest
+
+from megachat.checkpoint.load import newest_complete
+from megachat.config import load_config
+from megachat.errors import SAVED_STATUS, UserError
+from megachat.train.evaluate import Asked, evaluate
+from megachat.train.job import describe_job
+from tests import reference
+from tests.runs.job import STEPS, begin, bits_per_byte, checkpoint, command, facts, finish, launched, losses, metrics, train
+from tests.unit.evals.bundle import ALL, write_bundle
+from tools.prepare_data import main as prepare
+
+BUNDLE = reference.FOLDER.parents[1] / "eval_bundle"
+CAP = 4  # examples of a task
+
+
+@pytest.fixture(scope="module")
+def bundle(place):
+    return write_bundle(place.runs / "bundle", ALL)
+
+
+def core(bundle, **more) -> dict:
+    """Config that has CORE evaluated at step 3 and at the end."""
+    return {"evaluate": {"core_every": 3, "core_bundle": str(bundle), "core_max_per_task": CAP} | more}
+
+
+@pytest.fixture(scope="module")
+def run(place, bundle):
+    """A run on two ranks with CORE on the way."""
+    return train(place, "core", launcher="torchrun", world=2, config=core(bundle))
+
+
+def evaluated(launcher: str, world: int, saved, out, *arguments) -> dict:
+    """Start launch/evaluate.py, which must succeed; the JSON file, with what was said under "said"."""
+    program = ["launch/evaluate.py", "--checkpoint", saved, "--out", out, *arguments]
+    done = finish(begin(launched(launcher, world, program)))
+    assert done.status == 0, f"{launcher} on {world} ended with {done.status}:\n{done.out}\n{done.err}"
+    return json.loads(out.read_text()) | {"said": done.out}
+
+
+def answers(told: dict) -> dict[str, str]:
+    return {label: task["right"] for label, task in told["core"]["tasks"].items()}
+
+
+def told_core(run) -> dict[int, dict]:
+    return {line["step"]: line for line in metrics(run) if "centered_results" in line}
+
+
+def in_training(run, step: int) -> dict:
+    return json.loads((run / "evaluations" / f"step_{step:06d}_in_training.json").read_text())
+
+
+def test_core_during_training(run, two, bundle):
+    told = told_core(run)
+    assert list(told) == [3, STEPS] and all(list(line["centered_results"]) == list(ALL) for line in told.values())
+    for step, line in told.items():
+        assert line["core_metric"] == pytest.approx(sum(line["centered_results"].values()) / 22)
+        assert in_training(run, step)["core"]["core_metric"] == line["core_metric"]
+        assert set(in_training(run, step)["core"]["tasks"]["copa"]["right"]) <= set("01") and not in_training(run, step)["core"]["whole"]
+    assert losses(run) == losses(two) and bits_per_byte(run) == bits_per_byte(two)  # training is as without
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment[-1]["core_bundle"] == in_training(run, 3)["core"]["bundle_digest"]
+
+
+def test_every_launcher_and_layout_tells_what_training_told(run, bundle, place, tmp_path, capsys):
+    texts = {name: place.runs / name for name in ("novels", "notes")}
+    for name, folder in texts.items():
+        folder.mkdir()
+        for number in range(60):
+            (folder / f"{number}.txt").write_text(f"the {name} of {number} old towns " * 3)
+    prepare(["--source", "text", *(part for name, folder in texts.items() for part in ("--input", f"{name}={folder}")), "--out", f"{tmp_path}/data"])
+    parts = ("--core", bundle, "--max-per-task", str(CAP))
+    alone = evaluated("python", 1, run, tmp_path / "alone.json", *parts, "--bpb", "--sample")
+    deepspeed = evaluated("deepspeed", 2, checkpoint(run, STEPS), tmp_path / "deepspeed.json", *parts, "--bpb", tmp_path / "data")
+    layout = ("--set", "parallel.tensor=2", "--set", "parallel.pipeline=2", "--bpb", tmp_path / "data", "--sample")
+    cut = evaluated("mpirun", 4, run, tmp_path / "cut.json", *parts, *layout)
+    expected = in_training(run, STEPS)
+    assert answers(alone) == answers(deepspeed) == answers(cut) == answers(expected)
+    assert alone["core"]["core_metric"] == expected["core"]["core_metric"] and alone["core"]["verdict"] == expected["core"]["verdict"]
+    assert alone["bpb"]["bpb"] == pytest.approx(bits_per_byte(run)[STEPS], rel=1e-6)
+    assert deepspeed["bpb"]["bpb"] == pytest.approx(cut["bpb"]["bpb"], rel=1e-6) and deepspeed["bpb"]["bpb"] != alone["bpb"]["bpb"]
+    assert list(cut["bpb"]["sources"]) == ["novels", "notes"] and all(source["rows"] > 0 for source in cut["bpb"]["sources"].values())
+    for name, source in cut["bpb"]["sources"].items():
+        assert deepspeed["bpb"]["sources"][name] == pytest.approx(source, rel=1e-6)
+    assert alone["samples"] == cut["samples"] == json.loads((run / "samples" / f"step_{STEPS:06d}.json").read_text())
+    assert "not the whole metric" in alone["said"] and "against GPT-2's: " in alone["said"] and alone["step"] == STEPS
+    assert cut["layout"] == {"data": 1, "tensor": 2, "pipeline": 2} and "samples" not in deepspeed
+
+
+def test_a_stop_breaks_core_off_and_the_resume_makes_it(place, bundle, run, one):
+    tasks = list(ALL)[:9]
+    config = core(bundle, tokens=1000 * 64, core_tasks=tasks)  # so many tokens before CORE that the signal comes in time
+    job = begin(launched("python", 1, command(place, "stopped", config=config)))
+    said = []
+    for line in job.stdout:
+        said.append(line)
+        if line.startswith("step 00002/"):  # whether to stop is asked again only before each task of CORE
+            job.send_signal(signal.SIGTERM)
+            break
+    done, stopped = finish(job), place.runs / "stopped"
+    assert done.status == SAVED_STATUS, (said, done)
+    saved, _ = newest_complete(stopped / "checkpoints")
+    loop = facts(saved)["loop"]
+    assert (loop["step"], loop["owes_core"], loop["owes_evaluation"]) == (3, True, False)
+    assert told_core(stopped) == {} and list(bits_per_byte(stopped)) == [3]
+    train(place, "stopped", "--resume", "auto", config=config)
+    for key in ("val/bpb", "centered_results"):  # each once
+        assert [line["step"] for line in metrics(stopped) if key in line] == [3, STEPS]
+    assert losses(stopped) == losses(one)
+    for step in (3, STEPS):
+        assert answers(in_training(stopped, step)) == {label: answers(in_training(run, step))[label] for label in tasks}
+        assert "core_metric" not in told_core(stopped)[step] and in_training(stopped, step)["core"]["core_metric"] is None
+    assert not facts(checkpoint(stopped, STEPS))["loop"]["owes_core"]
+
+
+@reference.needs_reference
+@pytest.mark.skipif(not BUNDLE.is_dir(), reason="../shared/eval_bundle is absent: it comes with the developers' checkout")
+def test_nanochats_checkpoint_as_it_is_and_imported(tmp_path):
+    expected = json.loads((reference.FOLDER / "core_expected.json").read_text())["tasks"]
+    tasks = ["openbook_qa", "winograd"]
+    imported = finish(begin(launched("python", 1, ["tools/convert_checkpoint.py", "from-nanochat", reference.FOLDER, tmp_path / "run"])))
+    assert imported.status == 0, imported.err
+    parts = ("--core", BUNDLE, "--tasks", ",".join(tasks), "--max-per-task", "40", "--set", "precision.compute=float32")
+    for number, saved in enumerate((reference.FOLDER, tmp_path / "run")):
+        told = evaluated("python", 1, saved, tmp_path / f"{number}.json", *parts)
+        assert answers(told) == {label: "".join(map(str, expected[label]["right"])) for label in tasks}
+        assert told["core"]["core_metric"] is None and "this is not CORE: 20 of its 22 tasks are missing" in told["said"]
+
+
+@pytest.fixture
+def told_ranks(monkeypatch):
+    """The launch variables of one rank, as they are written back, so that they go with the test."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+
+
+def refused(saved, *overrides, tokenizer=None, **asked) -> str:
+    """What is told before any rank meets another."""
+    everything = {"core": None, "bpb": None, "sample": False, "tasks": None, "max_per_task": -1, "out": None} | asked
+    with pytest.raises(UserError) as caught:
+        evaluate(saved, list(overrides), Asked(**everything), tokenizer=tokenizer)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_bad_input(run, bundle, tmp_path, told_ranks):
+    assert "nothing is to be evaluated: give one or more of --core, --bpb and --sample" in refused(run)
+    assert "is not a folder" in refused(tmp_path / "none", sample=True)
+    assert "is not a complete checkpoint" in refused(tmp_path, sample=True)
+    assert "essay is no task of" in refused(run, core=str(bundle), tasks=("copa", "essay"))
+    assert "--max-per-task is 1, too few for hellaswag_zeroshot with 1 shots: give 2 or more" in refused(run, core=str(bundle), max_per_task=1)
+    assert "--max-per-task is 0: give 1 or more, or -1 for all" in refused(run, core=str(bundle), max_per_task=0)
+    assert "--tasks and --max-per-task are for --core" in refused(run, sample=True, tasks=("copa",))
+    assert "the data folder" in refused(run, bpb=str(tmp_path / "none"))
+    assert "--set asks for another model than" in refused(run, "model.depth=3", sample=True)
+    assert "unknown key model.dept" in refused(run, "model.dept=3", sample=True)
+    assert "parallel.tensor 2 x parallel.pipeline 1 does not divide the 1 rank" in refused(run, "parallel.tensor=2", sample=True)
+    assert "is a folder: give a file" in refused(run, sample=True, out=tmp_path)
+    (tmp_path / "file").write_text("")
+    assert "cannot be written (File exists): give another place with --out" in refused(run, sample=True, out=tmp_path / "file" / "a.json")
+    assert "is not the checkpoint's tokenizer" in refused(run, sample=True, tokenizer=_other_tokenizer(tmp_path))
+
+
+def _other_tokenizer(folder):
+    from megachat.data.tokenizer import Tokenizer, save_tokenizer
+
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"th": 256}
+    save_tokenizer(folder / "tokenizer", Tokenizer(ranks), {})
+    return folder / "tokenizer"
+
+
+def test_bad_bundles_are_told_before_training(place, bundle, tmp_path):
+    done = finish(begin(launched("python", 1, command(place, "refused", config=core(tmp_path / "none")))))
+    assert done.status == 2 and done.errors == [
+        f"error: the CORE bundle {tmp_path / 'none'} does not exist: give a folder or zip with core.yaml, or none to download it"
+    ]
+    assert not (place.runs / "refused").exists()
+    with pytest.raises(UserError, match="evaluate.core_max_per_task is 1, too few for hellaswag_zeroshot with 1 shots"):
+        describe_job(load_config(command(place, "dry", config=core(bundle, core_max_per_task=1))[2]), 1)
+    told = describe_job(load_config(command(place, "dry", config=core(bundle, core_tasks=["copa"]))[2]), 1)
+    assert told.splitlines()[-1].startswith("CORE bundle: 1 tasks, 6 examples, digest ") and "21 of CORE's 22 tasks are missing" in told

@@ -1,0 +1,172 @@
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from megachat.data.shards import sha256_of
+from megachat.errors import UserError
+from megachat.evals import core_download
+from megachat.evals.core_bundle import CORE_TASKS, check_cap, open_bundle
+from tests.unit.data.test_download import mirror  # noqa: F401
+from tests.unit.evals.bundle import ALL, examples, write_bundle, zipped
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_bundle(tmp_path / "bundle")
+
+
+def refused(path, *arguments) -> str:
+    with pytest.raises(UserError) as caught:
+        open_bundle(path, *arguments)
+    message = str(caught.value)
+    assert "\n" not in message and ":" in message
+    return message
+
+
+def test_a_folder_and_its_zips_are_one_bundle(folder, tmp_path):
+    bundle = open_bundle(folder)
+    task = bundle.tasks[0]
+    assert (task.label, task.kind, task.shots, task.delimiter, task.baseline) == ("arc_easy", "multiple_choice", 1, "\nA: ", 0.5)
+    assert [task.delimiter for task in bundle.tasks[1:]] == [" ", " "] and task.examples == tuple(examples("multiple_choice", 6))
+    assert len(bundle.missing) == 19 and "copa" in bundle.missing and "winograd" not in bundle.missing
+    for inside in ("eval_bundle", "."):
+        assert open_bundle(zipped(folder, tmp_path / "one.zip", inside)) == bundle
+    folder.rename(tmp_path / "eval_bundle")
+    assert open_bundle(tmp_path) == bundle  # the folder around it
+
+
+def test_all_tasks_of_core_are_known(tmp_path):
+    assert len(set(CORE_TASKS)) == 22
+    bundle = open_bundle(write_bundle(tmp_path, ALL, 2))
+    assert bundle.missing == () and [task.label for task in bundle.tasks] == list(CORE_TASKS)
+    one = open_bundle(tmp_path, ["copa"])
+    assert [task.label for task in one.tasks] == ["copa"] and len(one.missing) == 21 and one.digest != bundle.digest
+
+
+def test_the_digest_tells_every_change(folder):
+    before = open_bundle(folder).digest
+    file = folder / "eval_meta_data.csv"
+    file.write_text(file.read_text().replace(",50\n", ",51\n", 1))
+    assert (other := open_bundle(folder).digest) != before
+    file = folder / "eval_data/schema/winograd.jsonl"
+    file.write_text(file.read_text().replace("old", "new", 1))
+    assert open_bundle(folder).digest not in (before, other)
+
+
+LINE = "eval_data/multiple_choice/arc_easy.jsonl line 3 "
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("{'query'", LINE + "is not JSON (Expecting property name"),
+        ("", LINE + "is not JSON"),
+        ("[1]", LINE + "is not a JSON object"),
+        ('{"choices": ["a", "b"], "gold": 0}', LINE + "has no text `query`, which a multiple_choice task needs"),
+        ('{"query": "a", "choices": ["a"], "gold": 0}', LINE + "has no two texts or more in `choices`"),
+        ('{"query": "a", "choices": ["a", "b"], "gold": 2}', LINE + "has `gold` 2, which is none of its 2 `choices`"),
+        ('{"query": "a", "choices": ["a", "b"], "gold": true}', LINE + "has `gold` True"),
+    ],
+)
+def test_a_broken_line_is_named(folder, tmp_path, line, why):
+    file = folder / "eval_data/multiple_choice/arc_easy.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines[:2], line, *lines[3:]]) + "\n")
+    assert why in refused(folder)
+    assert why in refused(zipped(folder, tmp_path / "broken.zip"))
+    open_bundle(folder, ["winograd"])  # which does not need it
+
+
+def rewritten(name: str, change):
+    def spoil(folder):
+        (folder / name).write_text(change((folder / name).read_text()))
+
+    return spoil
+
+
+def without(name: str):
+    return lambda folder: (folder / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (without("core.yaml"), "has no core.yaml: it is no CORE bundle"),
+        (without("eval_meta_data.csv"), "eval_meta_data.csv is missing from the CORE bundle"),
+        (without("eval_data/schema/winograd.jsonl"), "eval_data/schema/winograd.jsonl is missing from the CORE bundle"),
+        (rewritten("core.yaml", lambda text: "icl_tasks: ["), "core.yaml is not YAML"),
+        (rewritten("core.yaml", lambda text: "a: 1"), "core.yaml is no list of tasks (KeyError: 'icl_tasks')"),
+        (rewritten("core.yaml", lambda text: "icl_tasks: []"), "core.yaml lists no task"),
+        (rewritten("core.yaml", lambda text: text.replace("label: winograd", "label: arc_easy")), "core.yaml lists arc_easy twice"),
+        (rewritten("core.yaml", lambda text: text.replace("type: schema", "type: essay")), "winograd is of the unknown type 'essay'"),
+        (rewritten("core.yaml", lambda text: text.replace("- 1\n", "- 6\n", 1)), "has 6 examples, too few for 6 shots"),
+        (rewritten("eval_meta_data.csv", lambda text: text.replace("winograd", "wino")), "has no baseline for winograd"),
+        (rewritten("eval_meta_data.csv", lambda text: text.replace("winograd,schema,0,50", "winograd,schema,0,")), "the baseline of winograd is ''"),
+        (rewritten("eval_meta_data.csv", lambda text: text.replace("winograd,schema,0,50", "winograd,schema,0,100")), "less than 100"),
+        (rewritten("eval_meta_data.csv", lambda text: text.replace("Random baseline", "Random")), "has no columns"),
+        (lambda folder: (folder / "eval_data/schema/winograd.jsonl").write_bytes(b"\xff\n"), "winograd.jsonl is not UTF-8 text"),
+    ],
+)
+def test_bad_bundles(folder, spoil, why):
+    spoil(folder)
+    assert why in refused(folder)
+
+
+def test_bad_arguments(folder, tmp_path):
+    assert "does not exist" in refused(tmp_path / "none")
+    assert "copa is one of CORE's tasks but not in" in refused(folder, ["copa"]) and ": it has arc_easy, winograd" in refused(folder, ["copa"])
+    assert "essay is no task of" in refused(folder, ["winograd", "essay"])
+    (tmp_path / "text").write_text("no zip")
+    assert "neither a folder nor a whole zip" in refused(tmp_path / "text")
+    archive = zipped(folder, tmp_path / "cut.zip")
+    content = bytearray(archive.read_bytes())
+    at = content.index(b'"query"')
+    content[at : at + 4] = b"XXXX"  # its checksum does not fit any more
+    archive.write_bytes(content)
+    assert "cannot be read (Bad CRC-32" in refused(archive)
+    bundle = open_bundle(folder)
+    check_cap(bundle, -1, "--max-per-task")
+    check_cap(bundle, 2, "--max-per-task")
+    with pytest.raises(UserError, match="--max-per-task is 1, too few for arc_easy with 1 shots: give 2 or more"):
+        check_cap(bundle, 1, "--max-per-task")
+
+
+# ---- the download, from the server of tests/unit/data/test_download.py
+
+
+def download(mirror, path):  # noqa: F811
+    return core_download.downloaded_bundle(lambda line: None, url=f"{mirror.source.base_url}/eval_bundle.zip", path=path, retry_wait_s=0.001)
+
+
+def test_downloaded_once_by_all_and_resumed(folder, tmp_path, mirror):  # noqa: F811
+    write_bundle(folder, count=1000)
+    mirror.files["eval_bundle.zip"] = zipped(folder, tmp_path / "source.zip").read_bytes()
+    mirror.faults["eval_bundle.zip"] = ["503", "cut"]
+    path = tmp_path / "data" / "eval_bundle.zip"
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda _: download(mirror, path), range(4))) == [path] * 4
+    assert mirror.requests["eval_bundle.zip"] == 3 and mirror.ranges[0][1] > 0  # a refusal, a half, the rest
+    assert open_bundle(path) == open_bundle(folder)
+    assert (tmp_path / "data" / "eval_bundle.zip.sha256").read_text() == f"{sha256_of(path)}  eval_bundle.zip\n"
+
+
+def test_a_download_that_changed_is_refused(folder, tmp_path, mirror):  # noqa: F811
+    path, hashed = tmp_path / "eval_bundle.zip", tmp_path / "eval_bundle.zip.sha256"
+    zipped(folder, path)  # put there by hand
+    assert download(mirror, path) == path and hashed.exists() and mirror.requests["eval_bundle.zip"] == 0
+    zipped(write_bundle(tmp_path / "other", count=7), path)
+    with pytest.raises(UserError, match="eval_bundle.zip is not the file that was first there"):
+        download(mirror, path)
+    path.unlink()
+    mirror.files["eval_bundle.zip"] = zipped(write_bundle(tmp_path / "third", count=8), tmp_path / "source.zip").read_bytes()
+    with pytest.raises(UserError, match="is not the file that was first there"):  # nor is what comes now
+        download(mirror, path)
+    path.unlink()
+    hashed.unlink()
+    mirror.files["eval_bundle.zip"] = b"<html>"
+    with pytest.raises(UserError, match="is not a zip: check the address; it was not kept"):
+        download(mirror, path)
+    assert not path.exists() and not hashed.exists()
+    mirror.faults["eval_bundle.zip"] = ["404"]
+    with pytest.raises(UserError, match="eval_bundle.zip answers HTTP 404: check the address"):
+        download(mirror, path)

@@ -1,0 +1,60 @@
+"""Questions as batches: every row once, contexts that are the rows' own beginnings, and equal numbers of passes on all ranks."""
+
+import random
+
+import pytest
+
+from megachat.evals.core_prompts import Question, Row
+from megachat.evals.core_rows import IDLE, LEAST_SHARED, batches, dealt
+
+LONGEST = 200
+
+
+def some_questions(seed: int, count: int = 60) -> list[Question]:
+    rng, found = random.Random(seed), []
+    for _ in range(count):
+        prefix, choices = rng.randrange(1, 150), rng.choice([1, 2, 4])
+        context = [rng.randrange(50) for _ in range(prefix)]
+        rows = []
+        for number in range(choices):
+            tokens = [*context, 100 + number, *(rng.randrange(50) for _ in range(rng.randrange(70)))]
+            crop = max(0, len(tokens) - LONGEST)
+            rows.append(Row(tuple(tokens[crop:]), prefix - crop, crop))
+        found.append(Question(tuple(rows), None if choices == 1 else 0))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_row_is_computed_once_behind_its_own_context(seed):
+    asked = some_questions(seed)
+    rows = [row for question in asked for row in question.rows]
+    exact = [question.gold is None for question in asked for _ in question.rows]
+    seen = []
+    for batch in batches(asked, 1000):
+        for number, part in enumerate(batch.rows):
+            before = batch.contexts[batch.of[number]] if batch.contexts else ()
+            assert before + part.tokens == rows[part.found].tokens and len(before) + part.start == rows[part.found].start
+            assert part.start >= 1, "the logits that tell the first token of the answer come from a token of this pass"
+            assert batch.exact == exact[part.found] and (not batch.contexts or len(before) >= LEAST_SHARED - 1)
+            seen.append(part.found)
+        assert all(count * width <= 1000 or count == 1 for count, width in batch.shapes(1)[:1])
+    assert sorted(seen) == list(range(len(rows)))
+    computed = sum(batch.real_tokens for batch in batches(asked, 1000))
+    assert computed < 0.8 * sum(len(row.tokens) for row in rows), "choices share their context"
+
+
+@pytest.mark.parametrize(("ranks", "parts"), [(1, 1), (2, 1), (3, 2), (5, 3)])
+def test_ranks_have_equal_numbers_of_passes_and_like_work(ranks, parts):
+    found = batches(some_questions(7, 200), 1000)
+    lists = dealt(found, ranks, 2, parts)
+    assert len({sum(batch.passes for batch in own) for own in lists}) == 1
+    kept = [batch for own in lists for batch in own if batch is not IDLE]
+    assert sorted(map(id, kept)) == sorted(map(id, found))
+    work = [sum(batch.tokens(2, parts) for batch in own) for own in lists]
+    assert max(work) - min(work) <= max(batch.tokens(2, parts) for batch in found)
+
+
+def test_nothing_to_share_and_nothing_to_do():
+    assert batches([], 100) == [] and dealt([IDLE], 3, 1, 1)[1:] == [[IDLE], [IDLE]]
+    (one,) = batches([Question((Row((1, 2, 3), 2), Row((1, 2, 4), 2)), 0)], 100)
+    assert not one.contexts and one.shapes(4) == [(2, 4)] and one.real_tokens == 6
