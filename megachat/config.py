@@ -74,6 +74,9 @@ class BatchConfig(_Section):
     tokens: int | None = Field(None, ge=1, description="tokens a step over all ranks; none: from the horizon, or micro_rows x accumulation x ranks")
     micro_rows: int | None = Field(None, ge=1, description="rows a rank works on at once; none: solved")
     accumulation: int | None = Field(None, ge=1, description="micro-batches a step; none: solved")
+    recompute: Literal["none", "selective", "block"] = Field(
+        "none", description="what a block computes again in the backward pass instead of keeping it: nothing, its MLP, or all; less memory, more time"
+    )
 
 
 class HorizonConfig(_Section):

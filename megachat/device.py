@@ -6,6 +6,7 @@ import dataclasses
 import ipaddress
 import os
 import platform
+import re
 import socket
 import subprocess
 import sys
@@ -17,15 +18,19 @@ import torch
 
 from megachat.errors import UserError
 
-# Dense bf16 tensor-core peaks from the vendors' data sheets. Unknown hardware has no entry and gets no MFU.
+# Dense bf16 tensor-core peaks from NVIDIA's data sheets, which print twice as much for sparse matrices, by the whole name that the driver gives
+# (before it, "NVIDIA" is left out). Whole, because "RTX A1000", "GH200", "RTX 4090 D" and a MIG slice of an A100 are other devices: what is not
+# here is unknown and gets no MFU.
 _PEAK_BF16_FLOPS = {
-    "A100": 312e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
+    r"A100[- ](SXM4?|PCIE)-(40|80)GB|A100 80GB PCIe": 312e12,
+    r"H100 PCIe": 756e12,
+    r"H100 NVL": 835e12,
+    r"H100 80GB HBM3": 989e12,
+    r"H200 NVL": 835e12,
+    r"H200": 989e12,
+    r"B200": 2250e12,
+    r"L40S": 362e12,
+    r"(GeForce )?RTX 4090": 165.2e12,
 }
 
 # DeepSpeed looks for an accelerator when it is imported, and warns of a CPU; this tells it beforehand.
@@ -225,6 +230,8 @@ def choose_compute_dtype(asked: str, device: torch.device) -> tuple[torch.dtype,
         return getattr(torch, asked), "asked for"
     if has_native_bfloat16(device):
         return torch.bfloat16, f"this {device.type} has native bfloat16"
+    if compute_capability(device) >= (7, 0):
+        return torch.float16, "this GPU has no native bfloat16 but tensor cores for float16"
     return torch.float32, f"this {device.type} has no native bfloat16"
 
 
@@ -242,8 +249,25 @@ def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 FLOPs a second of the device, or None when it is not known."""
     if device.type != "cuda":
         return None
-    name = device_name(device)
-    return next((peak for part, peak in _PEAK_BF16_FLOPS.items() if part in name), None)
+    return peak_of_name(device_name(device))
+
+
+def peak_of_name(name: str) -> float | None:
+    """Dense bf16 FLOPs a second of the GPU that CUDA calls so, as "NVIDIA H100 80GB HBM3"; None when it is not known."""
+    name = name.removeprefix("NVIDIA ")
+    return next((peak for pattern, peak in _PEAK_BF16_FLOPS.items() if re.fullmatch(pattern, name)), None)
+
+
+def memory_bytes(device: torch.device, local_ranks: int) -> int:
+    """Of the GPU, or this process's share of the machine's memory when `local_ranks` of them run on its CPU."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local_ranks
+
+
+def variable(name: str) -> str | None:
+    """An environment variable of this process."""
+    return os.environ.get(name)
 
 
 def synchronize(device: torch.device) -> None:

@@ -135,30 +135,52 @@ def _ancestors() -> list[tuple[list[str], str]]:
     return found
 
 
+def remote_line(name: str, words: Sequence[str], ssh_port: int | None = None, root: Path = ROOT) -> list[str]:
+    """The command line that runs `words` on a host over ssh, in the project's folder there, with nobody to answer questions."""
+    at = ["-p", str(ssh_port)] if ssh_port else []
+    remote = shlex.join(["cd", str(root)]) + " && exec " + shlex.join(words)
+    return ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_S}", *at, name, remote]
+
+
+def run_on(host: Host, words: Sequence[str], *, text="", ssh_port: int | None = None, root=ROOT, timeout_s: float = _PROBE_S, good=(0,)) -> str:
+    """What `words` print on the host, given `text` on standard input. good: exit statuses that are no failure.
+
+    Raises UserError with the sentence that says why there is no answer.
+    """
+    name = host.name
+    try:
+        done = subprocess.run(remote_line(name, words, ssh_port, root), input=text, capture_output=True, text=True, timeout=timeout_s)
+    except FileNotFoundError:
+        raise UserError("there is no ssh on this machine: install openssh-client, or start every host by hand with launch/no_ssh.sh") from None
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{name} did not answer over ssh within {timeout_s:g} s: try `ssh {name} true`") from None
+    if done.returncode in good:
+        return done.stdout
+    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    if done.returncode == 255:
+        raise UserError(_ssh_refusal(name, done.stderr, last))
+    if done.returncode in (1, 2) and "cd:" in done.stderr:
+        raise UserError(f"{name} has no folder {root}: put the project at the same path on every host")
+    if done.returncode in (126, 127):
+        raise UserError(f"{name} has no python at {words[0]}: install the project at the same path on every host (bash launch/setup.sh)")
+    raise UserError(f"{name} could not be examined with {words[0]} ({last}): install the project there as here")
+
+
+def last_json(name: str, told: str) -> dict:
+    """The last line that the host printed, as JSON. Raises UserError when it is something else."""
+    try:
+        return json.loads(told.splitlines()[-1])
+    except (ValueError, IndexError):
+        raise UserError(f"{name} prints text of its own when ssh runs a command there: keep its shell start-up files silent") from None
+
+
 def _probe(host: Host, port: int, ssh_port: int | None, root: Path) -> dict | str:
     """The host's answer, or the sentence that says why there is none."""
-    at = ["-p", str(ssh_port)] if ssh_port else []
-    remote = shlex.join(["cd", str(root)]) + " && exec " + shlex.join([sys.executable, "-", str(root), str(port)])
-    line = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_S}", *at, host.name, remote]
+    source = Path(probe.__file__).read_text(encoding="utf-8")
     try:
-        done = subprocess.run(line, input=Path(probe.__file__).read_text(encoding="utf-8"), capture_output=True, text=True, timeout=_PROBE_S)
-    except FileNotFoundError:
-        return "there is no ssh on this machine: install openssh-client, or start every host by hand with launch/no_ssh.sh"
-    except subprocess.TimeoutExpired:
-        return f"{host.name} did not answer over ssh within {_PROBE_S} s: try `ssh {host.name} true`"
-    if done.returncode == 0:
-        try:
-            return json.loads(done.stdout.splitlines()[-1])
-        except (ValueError, IndexError):
-            return f"{host.name} prints text of its own when ssh runs a command there: keep its shell start-up files silent"
-    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    if done.returncode != 255:
-        if done.returncode in (1, 2) and "cd:" in done.stderr:
-            return f"{host.name} has no folder {root}: put the project at the same path on every host"
-        if done.returncode in (126, 127):
-            return f"{host.name} has no python at {sys.executable}: install the project at the same path on every host (bash launch/setup.sh)"
-        return f"{host.name} could not be examined with {sys.executable} ({last}): install the project there as here"
-    return _ssh_refusal(host.name, done.stderr, last)
+        return last_json(host.name, run_on(host, [sys.executable, "-", str(root), str(port)], text=source, ssh_port=ssh_port, root=root))
+    except UserError as error:
+        return str(error)
 
 
 def _ssh_refusal(name: str, text: str, last: str) -> str:

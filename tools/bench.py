@@ -185,6 +185,7 @@ def main() -> None:
     parser.add_argument("--nanochat", help="for gpu: a clone of nanochat, whose own model is then measured, too")
     parser.add_argument("--out", help="for gpu: Markdown file with the two marker comments to write the table between")
     parser.add_argument("--checks", help="for gpu: the report of tests/gpu, to keep beside the numbers")
+    parser.add_argument("--checks-log", help="for gpu: what pytest said of tests/gpu")
     arguments = parser.parse_args()
     import torch
 

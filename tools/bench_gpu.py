@@ -1,7 +1,7 @@
-"""The performance matrix of one GPU: linears x attention kernels at d24 and d12, each case in a process of its own, one table.
+"""The performance matrix of one GPU: linears x attention kernels at d24 and d12, each case in a process of its own, and attention layers alone.
 
-`python tools/bench.py gpu --out docs/benchmarks.md` measures what fits into --minutes, the most telling cases first, and writes the table between
-two marker comments and every number beside it as JSON. nanochat's own model takes part when --nanochat names a clone of it.
+`python tools/bench.py gpu --out docs/benchmarks.md` measures what fits into --minutes, the most telling cases first; tools/bench_gpu_report.py
+writes it down. nanochat's own model and optimizer take part when --nanochat names a clone of it.
 """
 
 import argparse
@@ -16,12 +16,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from megachat.config import Config  # noqa: E402
+from megachat.config import BatchConfig, Config  # noqa: E402
 from megachat.device import bootstrap_environment, choose_device, peak_flops, synchronize  # noqa: E402
 from megachat.errors import UserError  # noqa: E402
+from tools.bench_gpu_report import gpu_facts, label, report, write_report  # noqa: E402
 
 VOCAB, SEQUENCE, WARM_UP, TIMED, REFERENCE_TOKENS = 32768, 2048, 5, 10, 2**19
-BEGIN, END = "<!-- measured by tools/bench.py gpu: begin -->", "<!-- measured by tools/bench.py gpu: end -->"
 LINEARS = {  # name -> settings of precision
     "torch eager": {"compile": False},
     "torch compiled": {"compile": True},
@@ -30,7 +30,12 @@ LINEARS = {  # name -> settings of precision
     "te blockwise": {"compile": True, "fp8": "blockwise", "fp8_backend": "te"},
     "torch tensorwise": {"compile": True, "fp8": "tensorwise", "fp8_backend": "torch"},
 }
+KERNELS = ("te", "flash3", "flex", "flash2", "flash4", "sdpa")
 BATCH = {24: (16, 2), 12: (32, 1)}  # depth -> rows a micro-batch, micro-batches: 65,536 tokens a step
+ABOUT = (
+    f"bfloat16, rows of {SEQUENCE} tokens, vocabulary {VOCAB}, windows SSSL, {WARM_UP} steps of warm-up, medians of {TIMED} steps, each case in a "
+    f"process of its own. The optimizer's share is that of a step of {REFERENCE_TOKENS} tokens, from its own time and that of a micro-batch."
+)
 
 
 def cases(nanochat: str | None) -> list[dict]:
@@ -40,38 +45,30 @@ def cases(nanochat: str | None) -> list[dict]:
         return {"linears": linears, "attention": attention, "depth": depth, **more}
 
     found = [case("torch compiled"), case("te tensorwise")]
-    found += [case("nanochat", depth=24, path=nanochat), case("nanochat fp8", depth=24, path=nanochat)] if nanochat else []
-    found += [case("torch tensorwise"), case("torch compiled", depth=12), case("te tensorwise", depth=12)]
+    found += [case("nanochat", path=nanochat), case("nanochat fp8", path=nanochat)] if nanochat else []
+    found += [case("attention"), case("torch tensorwise"), case("torch compiled", depth=12), case("te tensorwise", depth=12)]
+    if "recompute" in BatchConfig.model_fields:
+        found += [case("torch compiled", recompute=kind) for kind in ("selective", "block")]
     found += [case("te bf16"), case("torch eager"), case("te blockwise"), case("torch tensorwise", depth=12)]
     found += [case("nanochat", depth=12, path=nanochat)] if nanochat else []
-    found += [case("torch compiled", name) for name in ("te", "flash3", "flex", "flash2", "flash4", "sdpa")]
-    found += [
-        case("torch compiled", "sdpa", pattern="L"),
-        case("te tensorwise", depth=12, micro_rows=8),
-        case("torch compiled", depth=12, micro_rows=8),
-    ]
+    found += [case("torch compiled", name) for name in KERNELS]
+    found += [case("torch compiled", "sdpa", pattern="L")]
+    found += [case(linears, depth=12, micro_rows=8) for linears in ("te tensorwise", "torch compiled")]  # few tokens: does the host keep up?
     return found + [case(linears, name) for linears in LINEARS for name in ("te", "flash3", "flex", "sdpa") if linears != "torch compiled"]
-
-
-def label(case: dict) -> str:
-    """One line that names a case."""
-    more = "".join(f", {key} {case[key]}" for key in ("pattern", "micro_rows") if key in case)
-    return f"d{case['depth']}, {case['linears']}, attention {case['attention']}{more}"
 
 
 def case_config(case: dict) -> Config:
     """The run of a case, on one rank."""
     rows, accumulation = BATCH[case["depth"]]
-    rows = case.get("micro_rows", rows)
+    batch = {"micro_rows": case.get("micro_rows", rows), "accumulation": accumulation}
+    batch |= {"recompute": case["recompute"]} if "recompute" in case else {}
     precision = {"compute": "bfloat16", "attention": case["attention"]} | LINEARS[case["linears"]]
     model = {"depth": case["depth"], "sequence_len": SEQUENCE, "window_pattern": case.get("pattern", "SSSL")}
-    return Config.model_validate(
-        {"model": model, "batch": {"micro_rows": rows, "accumulation": accumulation}, "horizon": {"steps": 100}, "precision": precision}
-    )
+    return Config.model_validate({"model": model, "batch": batch, "horizon": {"steps": 100}, "precision": precision})
 
 
 def build(case: dict, device):
-    """(take a step and return its loss, tokens a step, FLOPs a token, seconds of the optimizer in each step, what was chosen)."""
+    """(take a step and return its loss, the plan, seconds of the optimizer in each step that was told apart, attention, lines of what was chosen)."""
     import torch
     from deepspeed.runtime.pipe import schedule
 
@@ -116,7 +113,7 @@ def build(case: dict, device):
         engine.__dict__.pop("_INSTRUCTION_MAP", None)
         return loss
 
-    return step, plan.tokens_per_step, plan.flops_per_token, optimizer_s, describe_kernels(config, training.kernels, plan)
+    return step, plan, optimizer_s, training.kernels.attention.name, describe_kernels(config, training.kernels, plan)
 
 
 def build_nanochat(case: dict, device):
@@ -127,6 +124,7 @@ def build_nanochat(case: dict, device):
     from megachat.train.verify import related_rows
 
     sys.path.insert(0, case["path"])
+    from nanochat.flash_attention import USE_FA3
     from nanochat.gpt import GPT, GPTConfig
 
     plan = resolve(case_config(case | {"linears": "torch compiled"}), 1, VOCAB)
@@ -145,10 +143,11 @@ def build_nanochat(case: dict, device):
 
         convert_to_float8_training(model, config=Float8LinearConfig.from_recipe_name("tensorwise"), module_filter_fn=fits)
     optimizer, run, optimizer_s = model.setup_optimizer(), torch.compile(model, dynamic=False), []
-    rows = related_rows(0, plan.rows_per_step, SEQUENCE + 1, VOCAB).to(device)
+    rows = related_rows(0, plan.rows_per_step, SEQUENCE + 1, VOCAB)
 
     def step(apart: bool = False) -> float:
         for part in rows.split(plan.micro_rows):
+            part = part.to(device)
             loss = run(part[:, :-1].contiguous(), part[:, 1:].contiguous())
             (loss / plan.accumulation).backward()
         if apart:
@@ -161,7 +160,7 @@ def build_nanochat(case: dict, device):
         model.zero_grad(set_to_none=True)
         return loss.item()
 
-    return step, plan.tokens_per_step, plan.flops_per_token, optimizer_s, [f"nanochat in {case['path']}"]
+    return step, plan, optimizer_s, "flash3" if USE_FA3 else "sdpa", [f"nanochat in {case['path']}"]
 
 
 def measure(case: dict) -> dict:
@@ -169,7 +168,9 @@ def measure(case: dict) -> dict:
     import torch
 
     device = choose_device(bootstrap_environment())
-    step, tokens, flops, optimizer_s, chosen = (build_nanochat if "path" in case else build)(case, device)
+    if case["linears"] == "attention":
+        return measure_attention(case, device)
+    step, plan, optimizer_s, attention, chosen = (build_nanochat if "path" in case else build)(case, device)
     for _ in range(WARM_UP):
         step()
     if device.type == "cuda":
@@ -181,88 +182,77 @@ def measure(case: dict) -> dict:
         losses.append(step())
         synchronize(device)
         seconds.append(time.perf_counter() - begin)
+    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     for _ in range(3):
         step(apart=True)
     step_s, optimizer, peak = statistics.median(seconds), statistics.median(optimizer_s), peak_flops(device)
-    at_reference = optimizer / (optimizer + (step_s - optimizer) * REFERENCE_TOKENS / tokens)
+    at_reference = optimizer / (optimizer + (step_s - optimizer) * REFERENCE_TOKENS / plan.tokens_per_step)
     return {
-        "tokens_per_sec": tokens / step_s,
+        "tokens_per_sec": plan.tokens_per_step / step_s,
         "step_s": seconds,
-        "mfu": flops * tokens / step_s / peak if peak else None,
-        "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        "mfu": plan.flops_per_token * plan.tokens_per_step / step_s / peak if peak else None,
+        "peak_memory_bytes": memory,
         "optimizer_s": optimizer_s,
         "optimizer_share_at_reference_batch": at_reference,
         "last_loss": losses[-1],
+        "attention": attention,
         "chosen": chosen,
     }
 
 
-def measure_all(asked: list[dict], minutes: float) -> list[dict]:
-    """Each case in a process of its own until the time is over; what fails or is left over says so."""
+def measure_attention(case: dict, device) -> dict:
+    """Seconds of attention alone, forward and backward of one layer, with each kernel that is here, for short windows and whole rows."""
+    import torch
+
+    from megachat.kernels.attention_backends import choose_attention
+    from megachat.plan import resolve
+
+    plan = resolve(case_config(case | {"linears": "torch compiled", "attention": "auto"}), 1, VOCAB)
+    dims, told = plan.dims, {}
+    shapes = [(plan.micro_rows, SEQUENCE, heads, dims.head_size) for heads in (dims.heads, dims.kv_heads, dims.kv_heads)]
+    g, *inputs = (torch.randn(shape, device=device, dtype=torch.bfloat16).requires_grad_() for shape in (shapes[0], *shapes))
+    for name in KERNELS:
+        try:
+            attend = choose_attention(name, device, torch.bfloat16, dims).attend
+        except UserError as error:
+            told[name] = {"problem": str(error)}
+            continue
+        told[name] = {}
+        for kind, window in (("S", min(dims.windows)), ("L", SEQUENCE)):
+            seconds = []
+            for _ in range(WARM_UP + TIMED):
+                synchronize(device)
+                begin = time.perf_counter()
+                torch.autograd.grad(attend(*inputs, window), inputs, g)
+                synchronize(device)
+                seconds.append(time.perf_counter() - begin)
+            told[name][kind] = statistics.median(seconds[WARM_UP:])
+    return {"layers": told, "rows": plan.micro_rows}
+
+
+def measure_all(asked: list[dict], minutes: float, after=lambda found: None) -> list[dict]:
+    """Each case in a process of its own until the time is over; what fails or is left over says so. after: called with what there is after each."""
     end, found = time.monotonic() + 60 * minutes, []
     for case in asked:
         left = end - time.monotonic()
-        if left <= 0:
-            found.append({"case": case, "left_out": "no time was left"})
-            continue
-        command = [sys.executable, str(Path(__file__).resolve()), json.dumps(case)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=max(60, left))
-        except subprocess.TimeoutExpired:
-            found.append({"case": case, "left_out": "no time was left"})
-            continue
-        lines = done.stdout.strip().splitlines()
-        numbers = (
-            json.loads(lines[-1]) if not done.returncode and lines else {"failed": ((done.stderr.strip() or "no output").splitlines())[-1][:300]}
-        )
-        print(
-            f"{label(case)}: {numbers.get('failed') or format(numbers['tokens_per_sec'], ',.0f') + ' tokens a second'}", file=sys.stderr, flush=True
-        )
+        numbers = _measured_apart(case, left) if left > 0 else {"left_out": "no time was left"}
+        rate = f"{numbers['tokens_per_sec']:,.0f} tokens a second" if "mfu" in numbers else "done"
+        told = numbers.get("failed") or numbers.get("left_out") or rate
+        print(f"{label(case)}: {told}", file=sys.stderr, flush=True)
         found.append({"case": case} | numbers)
+        after(found)
     return found
 
 
-def table(found: list[dict], where: dict, checks: list[dict]) -> str:
-    """Markdown of the results. where: of describe_environment and versions. checks: lines of the GPU tests' report."""
-    versions = ", ".join(f"{name} {version}" for name, version in where["packages"].items() if version and name in ("torch", "transformer-engine"))
-    commit = str(where["commit"])[:7] + (" with changes" if where["uncommitted_changes"] else "")
-    lines = [
-        f"Commit {commit}, {where['device']}, {versions}; bfloat16, rows of {SEQUENCE} tokens, vocabulary {VOCAB}, windows SSSL, {WARM_UP} steps of "
-        f"warm-up, medians of {TIMED} steps. The optimizer's share is that of a batch of {REFERENCE_TOKENS} tokens, from its own time and that of a "
-        f"micro-batch. {len(checks)} lines of the GPU tests' report are in the JSON file.",
-        "",
-        "| model | linears | attention | tokens a second | of torch compiled | MFU | peak memory | optimizer |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    first: dict[int, float] = {}
-    for entry in found:
-        if "tokens_per_sec" in entry and entry["case"]["linears"] == "torch compiled" and "pattern" not in entry["case"]:
-            first.setdefault(entry["case"]["depth"], entry["tokens_per_sec"])
-    for entry in found:
-        case = entry["case"]
-        more = "".join(f", {key} {case[key]}" for key in ("pattern", "micro_rows") if key in case)
-        attention = next((line.split()[1] for line in entry.get("chosen", []) if line.startswith("attention ")), case["attention"])
-        head = f"| d{case['depth']}{more} | {case['linears']} | {attention} |"
-        if "tokens_per_sec" not in entry:
-            lines.append(f"{head} {entry.get('failed') or entry['left_out']} | | | | |".replace("\n", " "))
-            continue
-        ratio = f"{entry['tokens_per_sec'] / first[case['depth']]:.2f}" if case["depth"] in first else ""
-        memory = f"{entry['peak_memory_bytes'] / 2**30:.1f} GiB" if entry["peak_memory_bytes"] else "unknown"
-        mfu = f"{entry['mfu']:.1%}" if entry["mfu"] else "unknown"
-        lines.append(f"{head} {entry['tokens_per_sec']:,.0f} | {ratio} | {mfu} | {memory} | {entry['optimizer_share_at_reference_batch']:.1%} |")
-    return "\n".join(lines)
-
-
-def write_report(path: Path, text: str, raw: dict) -> None:
-    """Put the text between the markers of the Markdown file and the raw numbers beside it. Raises UserError without markers."""
-    from megachat.data.atomic import write_whole
-
-    page = path.read_text(encoding="utf-8")
-    if BEGIN not in page or END not in page:
-        raise UserError(f"{path} lacks the lines {BEGIN!r} and {END!r}: put them where the table is to stand")
-    before, _, rest = page.partition(BEGIN)
-    write_whole(path, f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}".encode())
-    write_whole(path.with_name(path.stem + "_gpu.json"), json.dumps(raw, indent=1).encode() + b"\n")
+def _measured_apart(case: dict, left_s: float) -> dict:
+    try:
+        done = subprocess.run([sys.executable, str(Path(__file__).resolve()), json.dumps(case)], capture_output=True, text=True, timeout=left_s)
+    except subprocess.TimeoutExpired:
+        return {"left_out": "no time was left"}
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.strip()] or ["no output"]
+        return {"failed": next((line for line in reversed(said) if "Error" in line), said[-1])[:300], "said": said[-30:]}
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def bench_gpu(arguments: argparse.Namespace) -> dict:
@@ -278,11 +268,17 @@ def bench_gpu(arguments: argparse.Namespace) -> dict:
             f"--nanochat {arguments.nanochat} is no clone of nanochat, whose nanochat/gpt.py is not there: give its folder or leave it out"
         )
     checks = [json.loads(line) for line in Path(arguments.checks).read_text().splitlines()] if arguments.checks else []
-    found, where = measure_all(cases(arguments.nanochat), arguments.minutes), describe_environment(torch.device("cuda"))
-    result = {"what": "training steps of one GPU", "checks": checks, "found": found}
-    if arguments.out:
-        write_report(Path(arguments.out), table(found, where, checks), result | {"where": where})
-    return result
+    log = Path(arguments.checks_log).read_text() if arguments.checks_log else ""
+    environment = describe_environment(torch.device("cuda"))
+    facts = gpu_facts()
+    where = environment | facts | {"packages": environment["packages"] | facts["packages"]}
+    result = {"what": "training steps of one GPU", "checks": checks}
+
+    def write(found: list[dict]) -> None:  # each time, so that a run that is broken off leaves what it has measured
+        if arguments.out:
+            write_report(Path(arguments.out), report(found, where, ABOUT, log), result | {"found": found, "where": where})
+
+    return result | {"found": measure_all(cases(arguments.nanochat), arguments.minutes, write)}
 
 
 if __name__ == "__main__":

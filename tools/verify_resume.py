@@ -11,13 +11,16 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from megachat.checkpoint.facts import checkpoint_name
 from megachat.config import Config, save_config
 from megachat.convert.difference import Difference as Entry
 from megachat.convert.difference import differences_of
 from megachat.convert.opened import Opened, open_megachat
-from megachat.device import free_port
+from megachat.device import choose_compute_dtype, free_port
 from megachat.errors import UserError
+from megachat.kernels.fp8_backends import choose_fp8
 from megachat.plan import Plan, resolve
 from megachat.train.verify import FLIPPED_SHARE, LEAST_SCALE, LOSS_TOLERANCE, compared, parameter_order, verification_config
 
@@ -45,11 +48,32 @@ def resume_config(asked: Config, base: Config, rows: int, sizes: dict[str, int],
     sections["parallel"] |= {"tensor": sizes["tensor"], "pipeline": sizes["pipeline"]}
     sections["batch"] = {"tokens": rows * asked.model.sequence_len, "micro_rows": 1, "accumulation": None}
     if exact:
-        sections["precision"] = asked.precision.model_dump(mode="json")
+        sections["precision"] = precision_here(asked)
     sections["evaluate"] |= {"every": 0}
     sections["log"] |= {"every": 1, "wandb": "off"}
     sections["data"]["resume"] = "exact"
     return Config.model_validate_json(json.dumps(sections))
+
+
+def precision_here(asked: Config) -> dict:
+    """The precision asked for by the kernels of this machine, which need not be the config's; without FP8 where this machine has none."""
+    precision = asked.precision.model_dump(mode="json") | {"attention": "auto", "fp8_backend": "auto"}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        choose_fp8(precision["fp8"], "auto", device, *choose_compute_dtype(precision["compute"], device))
+    except UserError:
+        precision["fp8"] = "off"
+    return precision
+
+
+def planned(config: Config, world: int, vocab_size: int) -> tuple[Config, Plan]:
+    """The config as it can be planned: without FP8 where a row at a time, or the model scaled down, cannot have it. Raises UserError."""
+    without = config.model_copy(update={"precision": config.precision.model_copy(update={"fp8": "off"})})
+    plan = resolve(without, world, vocab_size)
+    try:
+        return config, resolve(config, world, vocab_size)
+    except UserError:
+        return without, plan
 
 
 def run_job(config: Config, run: Path, world: int, stop_step: int, *, every: int, resume: bool = False) -> None:
@@ -143,9 +167,12 @@ def verify_resumes(asked: Config, layout: dict[str, int], onto: list[dict[str, i
     short = verification_config(asked, **layout, depth=arguments.depth, rows_a_rank=1)  # its model and horizon
     plans, configs = [], []
     for sizes in (layout, *onto):  # refuses what does not fit before anything is started
-        configs.append(resume_config(asked, short, rows, sizes, exact=exact))
-        plans.append(resolve(configs[-1], math.prod(sizes.values()), vocab_size))
+        config, plan = planned(resume_config(asked, short, rows, sizes, exact=exact), math.prod(sizes.values()), vocab_size)
+        configs.append(config)
+        plans.append(plan)
     plan, order = plans[0], parameter_order(plans[0].dims)
+    if exact and configs[0].precision.fp8 != asked.precision.fp8:
+        print(f"remark: without FP8 (precision.fp8={asked.precision.fp8}), which this machine or the model scaled down does not have", flush=True)
     print(f"{name_of(layout)}: {plan.layout.world} ranks; depth {plan.dims.depth}, {plan.parameters['total']:,} parameters, {rows} rows of "
           f"{plan.dims.sequence_len} tokens a step; {END} steps whole, and stopped after {STOP}", flush=True)  # fmt: skip
     whole, half = folder / "whole", folder / "half"

@@ -1,7 +1,6 @@
 """Which attention kernel a run uses, and why: one function of q, k, v and window for all, exact on each (see megachat.kernels.attention)."""
 
 import importlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,11 +10,13 @@ from megachat.counts import Dimensions
 from megachat.device import compute_capability, device_name
 from megachat.errors import UserError
 from megachat.kernels.attention import attention
+from megachat.kernels.attention_windowed import windowed_attention
 from megachat.kernels.te import TEAttention, te_attention_problem, te_version
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 _HALF = (torch.bfloat16, torch.float16)
 _LONG_SIZE = 256  # channels a head that the flash kernels go up to
+_TRIAL_TOKENS, _TRIAL_WINDOW, _TRIAL_TOLERANCE = 256, 32, 0.05  # one key too many or too few is further off, bfloat16's rounding is not
 
 
 @dataclass(frozen=True)
@@ -28,20 +29,23 @@ class AttentionChoice:
     warning: str | None = None
 
 
-def choose_attention(asked: str, device: torch.device, dtype: torch.dtype, dims: Dimensions) -> AttentionChoice:
-    """The kernel for "auto" or a name. Raises UserError when the one asked for cannot be had here: nothing else is taken in its place."""
+def choose_attention(asked: str, device: torch.device, dtype: torch.dtype, dims: Dimensions, *, must: bool = True) -> AttentionChoice:
+    """The kernel for "auto" or a name. Raises UserError when the one asked for cannot be had here: nothing else is taken in its place, unless
+    `must` is off, as where another machine's checkpoint is evaluated."""
     windows = any(window < dims.sequence_len - 1 for window in dims.windows)
+    passed_over = []
     if asked != "auto":
         problem = _problem(asked, device, dtype, dims)
-        if problem:
+        if problem is None:
+            return _choice(asked, "asked for", device, dtype, dims, windows)
+        if must:
             raise UserError(f"precision.attention is {asked} but {problem}: set precision.attention=auto, which takes what is here")
-        return _choice(asked, "asked for", device, dims, windows)
-    passed_over = []
-    for name in _order(device, dims, windows):
+        passed_over.append(f"{asked} ({problem})")
+    for name in (name for name in _order(device, dims, windows) if name != asked):
         problem = _problem(name, device, dtype, dims)
         if problem is None:
             reason = "auto: " + _WHY[name] + (f"; not {', '.join(passed_over)}" if passed_over else "")
-            return _choice(name, reason, device, dims, windows)
+            return _choice(name, reason, device, dtype, dims, windows)
         passed_over.append(f"{name} ({problem})")
     raise AssertionError("sdpa runs everywhere")
 
@@ -68,8 +72,6 @@ def _order(device: torch.device, dims: Dimensions, windows: bool) -> tuple[str, 
 
 def _problem(name: str, device: torch.device, dtype: torch.dtype, dims: Dimensions) -> str | None:
     """Why the kernel cannot be had, None when it can."""
-    if name == "windowed" and importlib.util.find_spec("megachat.kernels.attention_windowed") is None:
-        return "it is not written yet"
     if name == "sdpa" or (name == "windowed" and device.type == "cpu"):
         return None
     if name == "windowed":
@@ -79,7 +81,7 @@ def _problem(name: str, device: torch.device, dtype: torch.dtype, dims: Dimensio
     if dtype not in _HALF:
         return f"it computes in bfloat16 or float16, not in {str(dtype).removeprefix('torch.')}"
     if name == "te":
-        return te_attention_problem(device)
+        return te_attention_problem(device) or _trial(TEAttention(_TRIAL_TOKENS), device, dtype, dims)
     capability = compute_capability(device)
     generations = {"flash3": [9], "flash4": [9, 10], "flash2": [8, 9, 12], "flex": range(8, 100)}[name]
     if capability[0] not in generations:
@@ -92,25 +94,43 @@ def _problem(name: str, device: torch.device, dtype: torch.dtype, dims: Dimensio
         _flash_function(name)
     except Exception as error:  # OSError too: they load libraries while they are imported
         return f"{_FLASH[name]} cannot be imported ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+    return _trial(FlashAttention(name), device, dtype, dims)
+
+
+def _trial(attend: Attend, device: torch.device, dtype: torch.dtype, dims: Dimensions) -> str | None:
+    """What goes wrong when the kernel is called once forward and backward on one row, with a window and without; a package may be there and hold
+    no kernel for this GPU, for these heads, or for windows."""
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = [(1, _TRIAL_TOKENS, heads, dims.head_size) for heads in (dims.heads, dims.kv_heads, dims.kv_heads)]
+    g, *inputs = (torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_() for shape in (shapes[0], *shapes))
+    for window in sorted({_TRIAL_WINDOW if window < dims.sequence_len - 1 else _TRIAL_TOKENS for window in dims.windows}):
+        try:
+            with torch.enable_grad():
+                found, wanted = ([y := way(*inputs, window), *torch.autograd.grad(y, inputs, g)] for way in (attend, attention))
+            off = max(((one - other).float().norm() / other.float().norm()).item() for one, other in zip(found, wanted, strict=True))
+        except Exception as error:
+            return f"a trial of it failed ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+        if not off < _TRIAL_TOLERANCE:
+            return f"a trial of it with a window of {window} of {_TRIAL_TOKENS} tokens gave other results than torch, {off:.1%} off"
     return None
 
 
-def _choice(name: str, reason: str, device: torch.device, dims: Dimensions, windows: bool) -> AttentionChoice:
+def _choice(name: str, reason: str, device: torch.device, dtype: torch.dtype, dims: Dimensions, windows: bool) -> AttentionChoice:
     warning = None
     if name == "te":
-        attend, reason = TEAttention(), f"{reason} ({te_version()})"
+        attend, reason = TEAttention(dims.sequence_len), f"{reason} ({te_version()})"
     elif name in _FLASH:
         attend = FlashAttention(name)
     elif name == "flex":
         attend = FlexAttention(dims.sequence_len, compiled=device.type == "cuda")
     elif name == "windowed":
-        from megachat.kernels.attention_windowed import windowed_attention as attend
+        attend = windowed_attention
     else:
         attend = attention
         if windows and device.type == "cuda":
+            better = "precision.attention to te, flash3, flash2 or flex where they can be had" if dtype in _HALF else "precision.compute=bfloat16"
             warning = (
-                "attention sdpa computes windows with a mask over the whole row, without its fast kernels: set model.window_pattern=L, "
-                "or precision.attention to te, flash3, flash2 or flex where they can be had"
+                f"attention sdpa computes windows with a mask over the whole row, without its fast kernels: set model.window_pattern=L, or {better}"
             )
     return AttentionChoice(name, attend, reason, warning)
 

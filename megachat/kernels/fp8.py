@@ -18,11 +18,17 @@ TILE = FP8_TILES["blockwise"]
 
 
 def quantized(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x in the FP8 `dtype` filling its range, the float32 0-dim factor that restores it)."""
+    """(x in the FP8 `dtype` filling its range, row-major; the float32 0-dim factor that restores it)."""
     largest = torch.finfo(dtype).max
     peak = torch.linalg.vector_norm(x, torch.inf).float()
-    scale = torch.where(peak == 0, 1.0, (largest / peak).clamp(max=torch.finfo(torch.float32).max))
-    return (x.float() * scale).clamp(-largest, largest).to(dtype), scale.reciprocal()
+    scale = torch.where(peak == 0, 1.0, _quotient(largest, peak))
+    return (x.float() * scale).clamp(-largest, largest).to(dtype).contiguous(), scale.reciprocal()
+
+
+def _quotient(largest: float, peak: torch.Tensor) -> torch.Tensor:
+    """largest / peak, float32, not beyond its range. torch multiplies by the reciprocal: in float32 it would miss powers of two by a bit, with
+    which bfloat16 values lie on the other side of the middle between two FP8 numbers."""
+    return (largest / peak.double()).clamp(max=torch.finfo(torch.float32).max).float()
 
 
 def column_major(x: torch.Tensor) -> torch.Tensor:
@@ -59,7 +65,7 @@ def block_rounded(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     largest = torch.finfo(INPUT).max
     tiles = x.float().view(x.size(0) // rows, rows, x.size(1) // columns, columns)
     peak = tiles.abs().amax(dim=(1, 3), keepdim=True)
-    scale = torch.ldexp(torch.ones_like(peak), torch.frexp((largest / peak).clamp(max=torch.finfo(torch.float32).max)).exponent - 1)
+    scale = torch.ldexp(torch.ones_like(peak), torch.frexp(_quotient(largest, peak)).exponent - 1)
     scale = torch.where(peak == 0, 1.0, torch.where(peak.isfinite(), scale, torch.nan))
     return ((tiles * scale).clamp(-largest, largest).to(INPUT).float() / scale).view(x.shape).to(x.dtype)
 

@@ -4,6 +4,7 @@ Its modules stay outside of the model: they are given our weights at each call, 
 same as without them, and the tensor axis cuts and communicates as ever.
 """
 
+import contextlib
 from collections.abc import Callable
 from importlib import metadata
 
@@ -11,6 +12,7 @@ import torch
 
 from megachat.counts import FP8_TILES
 from megachat.device import compute_capability
+from megachat.kernels.attention import attention
 from megachat.kernels.fp8 import check_multiples
 
 OLDEST = (2, 9)  # the first with `autocast`; the design was checked against 2.20.2
@@ -87,28 +89,38 @@ class TELinears:
         rows, columns = weight.shape
         # on "meta" (the text: a torch.device is not recognised) it takes no memory and draws no random numbers
         linear = self._linear(columns, rows, bias=False, params_dtype=weight.dtype, init_method=lambda tensor: None, device="meta")
+        return _TEProduct(linear, self._tile, self._context)
 
-        @torch.compiler.disable
-        def multiplied(x: torch.Tensor, weight: torch.nn.Parameter) -> torch.Tensor:
-            check_multiples(x, weight, self._tile)
-            linear._parameters["weight"] = weight
-            if self._recipe is None:
-                return linear(x)
-            # entered for each product, so that a recomputed forward pass enters it as well; backward goes by what forward did
-            with self._autocast(enabled=True, recipe=self._recipe):
-                return linear(x)
+    def _context(self):
+        # entered for each product, so that a recomputed forward pass enters it as well; backward goes by what forward did
+        return self._autocast(enabled=True, recipe=self._recipe) if self._recipe else contextlib.nullcontext()
 
-        return multiplied
+
+class _TEProduct:
+    """te.Linear given its weight at each call; torch.compile makes no graph of it and does not compile the layers around it anew for each."""
+
+    def __init__(self, linear: torch.nn.Module, tile: int, context: Callable):
+        self._linear, self._tile, self._context = linear, tile, context
+
+    @torch.compiler.disable
+    def __call__(self, x: torch.Tensor, weight: torch.nn.Parameter) -> torch.Tensor:
+        check_multiples(x, weight, self._tile)
+        self._linear._parameters["weight"] = weight
+        with self._context():
+            return self._linear(x)
 
 
 class TEAttention:
-    """Attention by te.DotProductAttention, which takes cuDNN's kernel on Hopper; signature of megachat.kernels.attention.attention."""
+    """Attention by te.DotProductAttention, which takes cuDNN's kernel on Hopper, for rows of `tokens`; signature of
+    megachat.kernels.attention.attention, which other lengths take: cuDNN plans a kernel for each, and CORE's examples have many."""
 
-    def __init__(self):
-        self._modules = {}
+    def __init__(self, tokens: int):
+        self._tokens, self._modules = tokens, {}
 
     @torch.compiler.disable
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+        if q.size(1) != self._tokens:
+            return attention(q, k, v, window)
         heads, kv_heads, size = q.size(2), k.size(2), q.size(3)
         module = self._modules.get((heads, kv_heads, size))
         if module is None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from megachat.counts import GATE_CHANNELS, MLP_RATIO, SMEAR_CHANNELS, Dimensions
 from megachat.kernels.attention import attention
@@ -23,11 +24,13 @@ LOGIT_CAP = 15.0
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """How to compute, not what: dtype of activations, rotary "slices" or "chunk", the attention kernel."""
+    """How to compute, not what: dtype of activations, rotary "slices" or "chunk", the attention kernel, what blocks compute again in the
+    backward pass ("none", "selective" or "block", see Block)."""
 
     compute_dtype: torch.dtype = torch.float32
     rotary: str = "slices"
     attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor] = attention
+    recompute: str = "none"
 
     @property
     def table_dtype(self) -> torch.dtype:
@@ -38,6 +41,11 @@ class ModelOptions:
 def norm(x: torch.Tensor, epsilon: float) -> torch.Tensor:
     """Root-mean-square norm over the last dim, no weight."""
     return F.rms_norm(x, (x.size(-1),), eps=epsilon)
+
+
+def _computed_again(function: Callable, *inputs):
+    """The function's result; of its inside nothing is kept for the backward pass, which computes it again. It draws no random numbers."""
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class Rotary(nn.Module):
@@ -143,11 +151,17 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """stream -> stream: the residual mix, attention, MLP; the middle block adds x_backout."""
+    """stream -> stream: the residual mix, attention, MLP; the middle block adds x_backout.
+
+    recompute: "block" keeps nothing but the stream for the backward pass and computes the block again there (arXiv 1604.06174); "selective" keeps
+    what attention needs and computes the MLP's inside again, the largest part of a block for the least work (after arXiv 2205.05198). The same
+    operations in the same order: gradients are equal to the bit.
+    """
 
     def __init__(self, dims: Dimensions, options: ModelOptions, rotary: Rotary, block: int):
         super().__init__()
         self.keeps_backout, self.is_last, self.norm_epsilon = block == dims.depth // 2, block == dims.depth - 1, dims.norm_epsilon
+        self.recompute = options.recompute
         self.attn, self.mlp = Attention(dims, options, rotary, block), MLP(dims, block)
         self.resid_lambda, self.x0_lambda = nn.Parameter(torch.empty(1)), nn.Parameter(torch.empty(1))
         along = block / max(dims.depth - 1, 1)
@@ -162,15 +176,28 @@ class Block(nn.Module):
             place(self.value_embed.weight, Place(f"value_embeds.{block}.weight", shape, block, ("uniform", -bound, bound), "feature"))
 
     def forward(self, stream: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        again = self.recompute if self.training and torch.is_grad_enabled() else "none"
+        return _computed_again(self.whole, stream) if again == "block" else self.whole(stream, again)
+
+    def whole(self, stream: tuple[torch.Tensor, ...], recompute: str = "none") -> tuple[torch.Tensor, ...]:
+        """The block. recompute: "selective" as above."""
         x, x0, *backout, ids = stream
-        # 0-dim factors: a one-element float32 vector would promote bf16 activations to float32
-        x = self.resid_lambda[0] * x + self.x0_lambda[0] * x0
-        value_embedding = None if self.value_embed is None else self.value_embed(ids).to(x.dtype)
-        x = x + self.attn(norm(x, self.norm_epsilon), value_embedding)
-        x = x + self.mlp(norm(x, self.norm_epsilon))
+        x = self.mixed_and_attended(x, x0, ids)
+        x = _computed_again(self.through_mlp, x) if recompute == "selective" else self.through_mlp(x)
         if self.keeps_backout:
             backout = [x]
         return (x, *backout, ids) if self.is_last else (x, x0, *backout, ids)
+
+    def mixed_and_attended(self, x: torch.Tensor, x0: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """x and x0 [batch, tokens, width], ids [batch, tokens]: the residual mix, and attention added to it."""
+        # 0-dim factors: a one-element float32 vector would promote bf16 activations to float32
+        x = self.resid_lambda[0] * x + self.x0_lambda[0] * x0
+        value_embedding = None if self.value_embed is None else self.value_embed(ids).to(x.dtype)
+        return x + self.attn(norm(x, self.norm_epsilon), value_embedding)
+
+    def through_mlp(self, x: torch.Tensor) -> torch.Tensor:
+        """x [batch, tokens, width] with the MLP's result added."""
+        return x + self.mlp(norm(x, self.norm_epsilon))
 
 
 class Head(nn.Module):

@@ -194,7 +194,7 @@ def _gathered(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
     own = tensor.transpose(0, 1).contiguous()
     whole = own.new_empty(axis.size * own.size(0), *own.shape[1:])
     all_gather(whole.view(-1), own.view(-1), axis, name="tokens into a tensor-parallel region")
-    return whole.transpose(0, 1)
+    return whole.transpose(0, 1).contiguous()  # once: each matrix that takes it would else make and keep a copy of its own
 
 
 def _scattered(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:

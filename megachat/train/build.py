@@ -84,7 +84,7 @@ def adamw_groups(parameters: list[nn.Parameter], groups: Mapping[str, Group], ra
 
 def model_options(config: Config, compute_dtype: torch.dtype, attend: Attend = attention) -> ModelOptions:
     """How the model computes, from the config; with the plain attention unless another is given."""
-    return ModelOptions(compute_dtype=compute_dtype, rotary=config.model.rotary, attend=attend)
+    return ModelOptions(compute_dtype=compute_dtype, rotary=config.model.rotary, attend=attend, recompute=config.batch.recompute)
 
 
 def gradient_wire(config: Config, compute_dtype: torch.dtype) -> torch.dtype:

@@ -114,7 +114,8 @@ def _banner(saved: Saved, model: Evaluated) -> str:
     axes = f"data {layout.data} x tensor {layout.tensor} x pipeline {layout.pipeline}"
     ranks = f"{layout.world} rank{'s' * (layout.world > 1)} ({axes})"
     dtype = str(model.compute_dtype).removeprefix("torch.")
-    return f"{saved.opened.folder}: step {saved.step}, depth {model.plan.dims.depth}, on {ranks}; compute {dtype} ({model.dtype_reason})"
+    attention = f"attention {model.attention.name} ({model.attention.reason})"
+    return f"{saved.opened.folder}: step {saved.step}, depth {model.plan.dims.depth}, on {ranks}; compute {dtype} ({model.dtype_reason}); {attention}"
 
 
 def _identity(saved: Saved, model: Evaluated) -> dict:

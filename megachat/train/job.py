@@ -14,13 +14,17 @@ from megachat.data.tokenizer import Tokenizer, load_tokenizer
 from megachat.device import (
     LaunchEnvironment,
     bootstrap_environment,
+    choose_compute_dtype,
     choose_device,
     describe_environment,
     device_name,
+    memory_bytes,
     peak_flops,
     with_fewer_ranks,
 )
 from megachat.errors import SAVED_STATUS, UserError
+from megachat.evals.core_download import PLACE
+from megachat.memory import check_state_fits, describe_memory, memory_of_stages, memory_warning
 from megachat.parallel.collectives import all_gather_objects, barrier
 from megachat.parallel.watch import Watch
 from megachat.plan import Plan, resolve, usable_world
@@ -39,12 +43,19 @@ from megachat.train.state import LoopState, check_checkpoint, find_checkpoint, l
 
 
 def pretrain(
-    config_path: str, overrides: list[str], *, resume: str | None = None, dry_run: bool = False, world: int | None = None, elastic: bool = False
+    config_path: str,
+    overrides: list[str],
+    *,
+    resume: str | None = None,
+    dry_run: bool = False,
+    world: int | None = None,
+    memory_gb: float | None = None,
+    elastic: bool = False,
 ) -> int:
     """Run the job that the config asks for; returns the exit status, SAVED_STATUS when it was told to stop and saved.
 
-    dry_run prints what it would be, on `world` ranks when given, and stops. elastic: where the ranks that were started do not fit the batch, the
-    last ones end, with status 0, and the others train.
+    dry_run prints what it would be, on `world` ranks with GPUs of `memory_gb` when these are given, and stops. elastic: where the ranks that were
+    started do not fit the batch, the last ones end, with status 0, and the others train.
     """
     begin = time.perf_counter()
     config = load_config(config_path, overrides)
@@ -54,7 +65,7 @@ def pretrain(
     environment = bootstrap_environment()
     if dry_run:
         if environment.rank == 0:
-            print(describe_job(config, world or environment.world_size))
+            print(describe_job(config, world or environment.world_size, memory_gb))
         return 0
     tokenizer = load_tokenizer(config.data.tokenizer)
     vocab_size = vocabulary(config, tokenizer)
@@ -67,7 +78,11 @@ def pretrain(
     data, bundle = check_data(config), open_asked_bundle(config.evaluate)
     if environment.rank == 0:
         check_wandb(config.log)
-    choose_kernels(config, plan, choose_device(environment))  # what cannot be had is told before anything starts
+    device = choose_device(environment)
+    choose_kernels(config, plan, device)  # what cannot be had is told before anything starts
+    memory, *warnings = described_memory(config, plan, device, memory_bytes(device, environment.local_size))
+    if environment.rank == 0 and warnings:
+        print(*warnings, sep="\n", flush=True)  # now: a job that runs out of memory while it is built would not come to it
     bundle_facts = {"digest": bundle.digest[:12]} if bundle else {}
     own_facts = facts_of_rank(config, tokenizer, data, bundle=bundle_facts)
     with joined(environment, config, own_facts, folder, then="continue with --resume auto") as (mesh, watch):
@@ -76,7 +91,7 @@ def pretrain(
             with slowly("start-up"):
                 checkpoint, told = settle_checkpoint(folder, resume, mesh.world)
                 facts = check_checkpoint(checkpoint, plan, tokenizer, config) if checkpoint else None
-            remarks += [*told, f"data {data}", *([describe_bundle(bundle)] if bundle else [])]
+            remarks += [*told, memory, f"data {data}", *([describe_bundle(bundle)] if bundle else [])]
             chosen = resume not in (None, "auto")
             with counted_attempt(folder, facts["step"] if facts else 0, mesh.world, forget=chosen) as attempts:
                 watch.before_stop = attempts.end
@@ -153,14 +168,39 @@ def check_data(config: Config, *, least_shards: int = 2) -> DataSummary:
     return summary
 
 
-def describe_job(config: Config, world: int) -> str:
-    """Config, plan, parameter table and ownership manifest of the job on `world` ranks; nothing is started and no data is read but CORE's
-    bundle, where it is asked for."""
+def described_memory(config: Config, plan: Plan, device: torch.device, device_bytes: int) -> list[str]:
+    """What a rank will hold, and a warning where that is too much. Raises UserError where a GPU is too small for the weights and their state."""
+    dtype, on_gpu = choose_compute_dtype(config.precision.compute, device)[0], device.type == "cuda"
+    stages = memory_of_stages(config, plan, dtype, on_gpu=on_gpu)
+    if on_gpu:
+        check_state_fits(stages, device_bytes)
+    warning = memory_warning(config, plan, dtype, device_bytes, on_gpu=on_gpu)
+    return [describe_memory(stages, device_bytes), *([warning] if warning else [])]
+
+
+def _planned_memory(config: Config, plan: Plan, memory_gb: float | None) -> str:
+    """As `described_memory`, for GPUs of `memory_gb` or, when that is None, of this machine if it has any; bfloat16 there unless asked for."""
+    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = memory_gb is not None or here.type == "cuda"
+    asked = config.precision.compute
+    dtype = torch.bfloat16 if on_gpu and asked == "auto" else choose_compute_dtype(asked, here)[0]
+    device_bytes = int(memory_gb * 1e9) if memory_gb else memory_bytes(here, 1) if on_gpu else None
+    warning = memory_warning(config, plan, dtype, device_bytes) if device_bytes else None
+    line = f"{describe_memory(memory_of_stages(config, plan, dtype, on_gpu=on_gpu), device_bytes)}; computed in {str(dtype).removeprefix('torch.')}"
+    return "\n".join([line, warning] if warning else [line])
+
+
+def describe_job(config: Config, world: int, memory_gb: float | None = None) -> str:
+    """Config, plan, parameter table, ownership manifest and memory of the job on `world` ranks; nothing is started and no data is read but CORE's
+    bundle, where it is asked for. memory_gb: of the GPUs that are planned for."""
     vocab_size = config.model.vocab_size or load_tokenizer(config.data.tokenizer).vocab_size
     plan: Plan = resolve(config, world, vocab_size)
-    parts = [describe_config(config), describe_plan(plan), describe_ownership(ownership(config, plan))]
-    bundle = open_asked_bundle(config.evaluate)
-    return "\n\n".join([*parts, describe_bundle(bundle)] if bundle else parts)
+    parts = [describe_config(config), describe_plan(plan), describe_ownership(ownership(config, plan)), _planned_memory(config, plan, memory_gb)]
+    if config.evaluate.core_every and config.evaluate.core_bundle is None and not PLACE.exists():
+        parts.append(f"CORE bundle: downloaded to {PLACE} when the job starts")
+    elif bundle := open_asked_bundle(config.evaluate):
+        parts.append(describe_bundle(bundle))
+    return "\n\n".join(parts)
 
 
 def _write_run_folder(run: Run, environment: LaunchEnvironment) -> None:

@@ -35,6 +35,11 @@ def choose_kernels(config: Config, plan: Plan, device: torch.device) -> Kernels:
     return Kernels(choose_attention(asked.attention, device, dtype, plan.dims), choose_fp8(asked.fp8, asked.fp8_backend, device, dtype, reason))
 
 
+def evaluation_attention(config: Config, plan: Plan, device: torch.device, dtype: torch.dtype) -> AttentionChoice:
+    """The kernel of the run's training where it can be had here, another one elsewhere: a checkpoint is evaluated on any machine."""
+    return choose_attention(config.precision.attention, device, dtype, plan.dims, must=False)
+
+
 def check_alike(kernels: Kernels, mesh: Mesh) -> None:
     """Raises UserError, on all ranks, when one would train with other kernels than the first; all ranks call it."""
     told = all_gather_objects((kernels.names, socket.gethostname()), mesh.world)

@@ -120,9 +120,10 @@ def load_state(run: Run, checkpoint: Path) -> LoopState:
         counter.fill_(facts["adamw_steps"])
     zero.update_lp_params()
     run.muon.refresh_weights()
-    for field, value in facts["loss_scaler"].items():
-        if hasattr(zero.loss_scaler, field):
-            setattr(zero.loss_scaler, field, value)
+    scaler = facts["loss_scaler"]
+    if zero.dynamic_loss_scale and _SCALER_FIELDS[1] in scaler:  # the scale 1 of a checkpoint in another dtype would make float16's gradients 0
+        for field in _SCALER_FIELDS:
+            setattr(zero.loss_scaler, field, scaler[field])
     own_random = checkpoint / "random" / f"rank_{run.mesh.world.rank:05d}.npz"
     if own_random.is_file():
         with np.load(own_random) as saved:

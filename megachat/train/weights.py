@@ -18,6 +18,7 @@ from megachat.convert.opened import Opened
 from megachat.data.tokenizer import Tokenizer, load_tokenizer
 from megachat.device import choose_compute_dtype
 from megachat.errors import UserError
+from megachat.kernels.attention_backends import AttentionChoice
 from megachat.model.gpt import Loss
 from megachat.model.parameters import placed_parameters
 from megachat.optim.groups import assign
@@ -26,6 +27,7 @@ from megachat.parallel.mesh import Mesh
 from megachat.parallel.tensor import vocabulary_part
 from megachat.plan import Layout, Plan, resolve, resolve_dimensions
 from megachat.train.build import build_stage
+from megachat.train.kernels import evaluation_attention
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Evaluated:
     tokenizer: Tokenizer
     compute_dtype: torch.dtype
     dtype_reason: str
+    attention: AttentionChoice
 
 
 def open_saved(path: Path, overrides: list[str], tokenizer: Path | None = None) -> Saved:
@@ -105,6 +108,7 @@ def evaluation_plan(saved: Saved, world: int) -> Plan:
     sections = config.model_dump(mode="json")
     sections["batch"] = {"micro_rows": config.batch.micro_rows or training.micro_rows, "accumulation": 1}
     sections["horizon"] = {"steps": 1}
+    sections["precision"]["fp8"] = "off"  # of training alone, whose needs no evaluation has
     sections["evaluate"]["tokens"] = config.evaluate.tokens or training.evaluation_rows * training.dims.sequence_len
     return resolve(Config.model_validate_json(json.dumps(sections)), world, training.dims.vocab_size)
 
@@ -112,7 +116,8 @@ def evaluation_plan(saved: Saved, world: int) -> Plan:
 def build_evaluated(saved: Saved, plan: Plan, mesh: Mesh) -> Evaluated:
     """The model on every rank of the mesh, with the checkpoint's weights; all ranks call it. The same numbers as in training come out of it."""
     dtype, reason = choose_compute_dtype(saved.config.precision.compute, mesh.device)
-    layers = build_stage(saved.config, plan, mesh, dtype, start=False)
+    attention = evaluation_attention(saved.config, plan, mesh.device, dtype)
+    layers = build_stage(saved.config, plan, mesh, dtype, start=False, attend=attention.attend)
     parameters = placed_parameters(layers)
     if dtype == torch.bfloat16:  # as in training, where the matrices' masters are the optimizer's
         groups = assign([parameter.place for parameter in parameters])
@@ -122,7 +127,7 @@ def build_evaluated(saved: Saved, plan: Plan, mesh: Mesh) -> Evaluated:
     _load(saved.opened, parameters)
     loss = Loss(plan.dims, torch.from_numpy(saved.tokenizer.token_bytes()), vocabulary_part(plan.dims.padded_vocab, mesh.tensor))
     engine = build_evaluation_engine(build_module(list(layers), loss, mesh), mesh)
-    return Evaluated(saved.config, plan, mesh, layers, engine, saved.tokenizer, dtype, reason)
+    return Evaluated(saved.config, plan, mesh, layers, engine, saved.tokenizer, dtype, reason, attention)
 
 
 @torch.no_grad()

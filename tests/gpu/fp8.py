@@ -74,10 +74,10 @@ def dims_of(depth: int, sequence_len: int = 512, vocab_size: int = 4096, pattern
     return Dimensions(depth, heads * 128, heads, heads, 128, sequence_len, vocab_size, window_sizes(pattern, depth, sequence_len))
 
 
-def model(dims: Dimensions, *, backend: str | None = None, recipe: str | None = None, attend=None, compiled: bool = False):
-    """(layers, loss) of bfloat16 on the GPU; backend "te" without a recipe: Transformer Engine's linears in bfloat16."""
-    options = ModelOptions(torch.bfloat16) if attend is None else ModelOptions(torch.bfloat16, attend=attend)
-    layers = build_layers(dims, options)
+def model(dims: Dimensions, *, backend: str | None = None, recipe: str | None = None, compiled: bool = False, **options):
+    """(layers, loss) of bfloat16 on the GPU; backend "te" without a recipe: Transformer Engine's linears in bfloat16. options:
+    of the model, as attend and recompute."""
+    layers = build_layers(dims, ModelOptions(torch.bfloat16, **options))
     for parameter in placed_parameters(layers):
         where = parameter.place
         start = ("normal", 0.02) if where.start == ("constant", 0.0) and len(where.whole) == 2 else where.start
@@ -102,3 +102,11 @@ def loss_and_gradients(layers, loss, dims: Dimensions, rows: int = 4):
     value = loss(run_layers(layers, ids[:, :-1]), ids[:, 1:])
     value.backward()
     return value.item(), {(p.place.name, p.place.block): p.grad.detach().clone() for p in placed_parameters(layers)}
+
+
+def most_apart(found: dict, wanted: dict) -> tuple[float, float]:
+    """(largest relative distance of a matrix's gradient; that of a scalar's over the largest scalar's gradient, because such a sum over all tokens
+    nearly cancels in one layer or another, and then is rounding alone)."""
+    scale = max(gradient.abs().max().item() for gradient in wanted.values() if gradient.numel() == 1)
+    matrices = [rel(gradient, wanted[name]) for name, gradient in found.items() if gradient.numel() > 1]
+    return max(matrices), max((gradient - wanted[name]).abs().item() for name, gradient in found.items() if gradient.numel() == 1) / scale

@@ -40,6 +40,32 @@ def test_6_attention_sees_the_window_and_no_more(name, kv_heads, window, report)
         assert rel(choice.attend(*short, window), attention(*(t.float() for t in short), window)) < 8e-3
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["te", "flash3", "flash4", "flash2", "flex"])
+def test_no_kernel_keeps_all_scores(name, compiled, report):
+    """Alone, and called from a compiled function: torch.compiler.disable around flex_attention must not undo its own compilation."""
+    tokens, window = 4096, 1024
+    try:
+        attend = choose_attention(name, DEVICE, torch.bfloat16, Dimensions(1, 768, 6, 6, 128, tokens, 512, (window,))).attend
+    except UserError as error:
+        pytest.skip(str(error))
+    inputs = [torch.randn(2, tokens, 6, 128, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for _ in "qkv"]
+
+    def attended(q, k, v):
+        return attend(q, k, v, window) * 2
+
+    run = torch.compile(attended, dynamic=False) if compiled else attended
+    for _ in range(2):  # the first call compiles
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        torch.autograd.grad(run(*inputs).sum(), inputs)
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+    scores = 2 * 6 * tokens * tokens * 2
+    report(f"{name}: peak bytes, bytes of all scores", [peak, scores])
+    assert peak < scores / 2
+
+
 def test_a_window_one_longer_is_another_result():
     generator = torch.Generator(DEVICE).manual_seed(0)
     q, k, v = (torch.randn(1, TOKENS, 2, 128, generator=generator, device=DEVICE) for _ in "qkv")

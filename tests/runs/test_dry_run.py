@@ -21,9 +21,10 @@ def dry_run(place, *arguments):
     return done.out
 
 
-def test_a_dry_run_prints_config_plan_and_owners(place):
+def test_a_dry_run_prints_config_plan_owners_and_memory(place):
     out = dry_run(place, "--set", "optimizer.matrix_lr=0.03")
-    config, plan, owners = out.split("\n\n")
+    config, plan, owners, memory = out.split("\n\n")
+    assert re.fullmatch(r"memory by the count ([\d.]+ MB) on a rank: weights 0\.2 MB, .*, workspace [\d.]+ MB; computed in float32", memory.strip())
     assert "* optimizer.matrix_lr = 0.03" in config and "  optimizer.embedding_lr = 0.3" in config and "* model.depth = 2" in config
     assert "layout = data 1 x tensor 1 x pipeline 1" in plan
     assert "width = 32   [depth * aspect_ratio up to whole heads = 2 * 16 up to a multiple of 16]" in plan

@@ -114,6 +114,14 @@ def test_a_crash_in_half_precision_costs_nothing_but_time(compute, place):
         assert saved["adamw_steps"] == 4 - saved["loop"]["skipped_steps"]
 
 
+def test_float16_goes_on_from_another_dtype_with_a_scale_of_its_own(one, place):
+    run = stopped_copy(one, place, "to_float16")
+    crash_after(run, 4)
+    assert facts(checkpoint(run, 4))["loss_scaler"]["cur_scale"] == 1.0
+    train(place, run.name, "--resume", "auto", config={"precision": {"compute": "float16", "loss_scale": 2.0**10}})
+    assert facts(checkpoint(run, STEPS))["loss_scaler"]["cur_scale"] == 2.0**10
+
+
 def test_starting_over_in_the_folder_of_another_run_is_refused(one, shared_place):
     before = sorted(one.rglob("*")), (one / "metrics.jsonl").read_bytes(), (one / "config.json").read_bytes()
     assert (

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megachat.device import choose_compute_dtype, common_address, describe_environment, device_name, peak_flops
+from megachat.device import choose_compute_dtype, common_address, describe_environment, device_name, peak_flops, peak_of_name
 from megachat.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,6 +93,14 @@ def test_dtype_is_asked_for_or_explained():
     assert (dtype == torch.bfloat16) == ("has native" in reason)
 
 
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [((6, 1), torch.float32), ((7, 0), torch.float16), ((7, 5), torch.float16), ((8, 0), torch.bfloat16)]
+)
+def test_a_gpu_without_bfloat16_computes_in_float16_if_that_is_fast(capability, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choose_compute_dtype("auto", torch.device("cuda", 0))[0] == dtype
+
+
 def test_unknown_hardware_has_no_peak_and_the_environment_is_json():
     cpu = torch.device("cpu")
     assert peak_flops(cpu) is None
@@ -100,3 +108,34 @@ def test_unknown_hardware_has_no_peak_and_the_environment_is_json():
     json.dumps(described)
     assert described["packages"]["torch"] == torch.__version__
     assert described["device"] == device_name(cpu)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("A100-SXM4-40GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA A100-PCIE-40GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA GB200", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA L40", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA A100X", None),
+        ("NVIDIA H100", None),
+        ("Tesla V100-SXM2-16GB", None),
+    ],
+)
+def test_peaks_are_of_whole_names(name, peak):
+    assert peak_of_name(name) == peak

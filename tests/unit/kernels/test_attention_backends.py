@@ -19,9 +19,9 @@ ALL_PACKAGES = {"te", "flash2", "flash3", "flash4"}
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A GPU of some compute capability with some of the packages."""
+    """A GPU of some compute capability with some of the packages, some of them without a kernel for it."""
 
-    def pretend(capability, packages=frozenset()):
+    def pretend(capability, packages=frozenset(), broken=()):
         def flash_function(name):
             if name not in packages:
                 raise ImportError(f"No module named {name}")
@@ -31,6 +31,8 @@ def machine(monkeypatch):
         monkeypatch.setattr(attention_backends, "te_attention_problem", lambda device: None if "te" in packages else "the package is not installed")
         monkeypatch.setattr(attention_backends, "te_version", lambda: "2.20.2")
         monkeypatch.setattr(attention_backends, "_flash_function", flash_function)
+        monkeypatch.setattr(attention_backends, "FlashAttention", lambda name: name)
+        monkeypatch.setattr(attention_backends, "_trial", lambda attend, device, dtype, dims: "a trial of it failed" if attend in broken else None)
 
     return pretend
 
@@ -60,11 +62,43 @@ def test_auto_takes_the_fastest_that_is_there_and_says_why(capability, packages,
     assert (found.warning is None) == (name != "sdpa" or dims is FULL)
 
 
+def test_a_kernel_that_fails_its_trial_is_passed_over(machine):
+    machine((9, 0), ALL_PACKAGES - {"te"}, broken={"flash3"})
+    found = choose_attention("auto", GPU, BF16, DIMS)
+    assert found.name == "flash4" and "flash3 (a trial of it failed)" in found.reason
+    with pytest.raises(UserError, match="precision.attention is flash3 but a trial of it failed: set precision.attention=auto"):
+        choose_attention("flash3", GPU, BF16, DIMS)
+
+
+@pytest.mark.parametrize(
+    ("attend", "told"),
+    [
+        (attention, None),
+        (lambda q, k, v, window: attention(q, k, v, window - 1), "with a window of 32 of 256 tokens gave other results than torch"),
+        (lambda q, k, v, window: attention(q, k, v, window + 1), "with a window of 32 of 256 tokens gave other results than torch"),
+        (lambda q, k, v, window: attention(q, k, v, 256), "with a window of 32 of 256 tokens gave other results than torch"),
+        (lambda q, k, v, window: attention(q, k, v, 32), "with a window of 256 of 256 tokens gave other results than torch"),
+        (lambda q, k, v, window: attention(q, k.detach(), v, window), "a trial of it failed (RuntimeError: "),
+        (lambda q, k, v, window: attention(q, k, v, window) * torch.nan, "gave other results than torch, nan% off"),
+    ],
+)
+def test_a_trial_finds_wrong_windows_and_what_fails(attend, told):
+    found = attention_backends._trial(attend, CPU, BF16, dataclasses.replace(DIMS, kv_heads=1))
+    assert found == told if told is None else told in found
+
+
+@pytest.mark.parametrize("asked", ["te", "flash2", "flash3", "flash4", "flex"])
+def test_where_another_machine_trained_another_kernel_may_be_taken(asked):
+    found = choose_attention(asked, CPU, torch.float32, FULL, must=False)
+    assert (found.name, found.attend) == ("sdpa", attention) and found.reason.startswith(f"auto: torch's own; not {asked} (")
+
+
 def test_windows_in_a_mask_and_float32_on_a_gpu_are_said_loudly(machine):
     machine((9, 0), ALL_PACKAGES)
     found = choose_attention("auto", GPU, torch.float32, DIMS)
     assert (found.name, found.attend) == ("sdpa", attention)
     assert "te (it computes in bfloat16 or float16, not in float32)" in found.reason
+    assert found.warning.endswith("set model.window_pattern=L, or precision.compute=bfloat16")
     assert "set model.window_pattern=L, or precision.attention to te" in choose_attention("sdpa", GPU, BF16, DIMS).warning
     assert choose_attention("sdpa", GPU, BF16, FULL).warning is None and choose_attention("sdpa", CPU, BF16, DIMS).warning is None
 
@@ -125,3 +159,23 @@ def test_flash_attention_is_given_windows_as_it_counts_them(name, none, monkeypa
     attend = FlashAttention(name)
     assert all(attend(q, k, v, window) is q for window in (7, 18, 19, 20))
     assert calls == [(True, (7, 0)), (True, (18, 0)), (True, none), (True, none)]
+
+
+def test_compiled_functions_call_flash_attention_as_it_is(monkeypatch):
+    """It is no graph's business: what lies before and behind is compiled."""
+    graphs, given = [], []
+
+    def flash_attn_func(q, k, v, *, causal, window_size):
+        given.append((type(q), window_size))
+        return attention(q, k, v, window_size[0])
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(attention_backends, "_flash_function", lambda name: flash_attn_func)
+    attend, inputs = FlashAttention("flash3"), heads(20, 2)
+    torch._dynamo.reset()
+    found = torch.compile(lambda q, k, v: attend(q.sin(), k, v, 7).cos(), backend=count, dynamic=False)(*inputs)
+    assert torch.equal(found, attention(inputs[0].sin(), *inputs[1:], 7).cos())
+    assert given == [(torch.Tensor, (7, 0))] and len(graphs) == 2

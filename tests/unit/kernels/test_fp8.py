@@ -10,7 +10,7 @@ from megachat.counts import Dimensions, window_sizes
 from megachat.errors import UserError
 from megachat.kernels import cross_entropy, fp8_backends
 from megachat.kernels.cross_entropy import PlainProducts, capped_cross_entropy
-from megachat.kernels.fp8 import HEADS, PRODUCTS, block_rounded
+from megachat.kernels.fp8 import HEADS, PRODUCTS, block_rounded, quantized
 from megachat.kernels.fp8_backends import Fp8Choice, apply_fp8, choose_fp8, describe_fp8, head_products
 from megachat.model.gpt import Loss, ModelOptions, build_layers, logits, run_layers
 from megachat.model.parameters import load_whole, placed_parameters, starting_value
@@ -73,9 +73,34 @@ def test_value_and_gradients_are_the_recipes(recipe, oracle, weight_dtype):
         assert rel(one, bf16) > 1e-2, "nothing was rounded to eight bits"
 
 
+@pytest.mark.parametrize("peak", [None, 1.75, 1.53125, 0.0])
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+def test_rounding_is_nanochats_to_the_bit(dtype, peak):
+    """nanochat divides in float64. With a peak of 7/4 the scale is a power of two, and many bfloat16 values lie in the middle between two of FP8."""
+    largest = torch.finfo(dtype).max
+    for seed in range(20):
+        x = (
+            torch.randn(64, 128, generator=torch.Generator().manual_seed(seed))
+            .mul(10.0 ** (seed % 7 - 3))
+            .to((torch.bfloat16, torch.float32)[seed % 2])
+        )
+        x = x if peak is None else x.clamp(-peak, peak)
+        scale = (largest / x.float().abs().max().double().clamp(min=1e-12)).float()
+        wanted, (found, factor) = (x.float() * scale).clamp(-largest, largest).to(dtype), quantized(x, dtype)
+        assert torch.equal(found.float(), wanted.float()) and (peak == 0 or factor == scale.reciprocal())
+
+
+def test_rounded_matrices_are_row_major_as_the_gpu_wants_them():
+    x = torch.randn(32, 16)
+    for given in (x, x.t(), x[:1].expand(32, 16)):
+        assert quantized(given, E4M3)[0].is_contiguous()
+
+
 @pytest.mark.parametrize("rows, columns", [(1, 128), (128, 1), (128, 128)])
 def test_tiles_have_scales_of_their_own(rows, columns):
     x = case()[0].detach()
+    x[:128, :128].clamp_(-1.75, 1.75)  # peaks for which the scale is a power of two by itself
+    x[7] = 1.75
     assert torch.equal(block_rounded(x, rows, columns).double(), rounded_tiles(x, rows, columns))
 
 
@@ -162,13 +187,22 @@ def test_a_model_trains_in_fp8_and_is_evaluated_in_bfloat16():
         assert torch.equal(logits_then, plain_logits) and torch.equal(nats, plain_nats)
 
 
-def test_a_recomputed_forward_pass_is_in_fp8_too():
-    layers, _ = tiny_model("tensorwise")
-    x = torch.randn(2, 64, 128, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
-    stream = (x, x, torch.zeros(2, 64, dtype=torch.int64))
-    parameters = [p for p in layers[1].parameters()]
-    found = torch.autograd.grad(checkpoint(layers[1], stream, use_reentrant=False)[0].sum(), parameters)
-    for one, other in zip(found, torch.autograd.grad(layers[1](stream)[0].sum(), parameters), strict=True):
+@pytest.mark.parametrize("recipe", PRODUCTS)
+def test_a_recomputed_forward_pass_is_in_fp8_too(recipe):
+    """Of every layer and of the loss with the head's product in it."""
+    layers, loss = tiny_model(recipe)
+    ids = torch.randint(0, 128, (2, 65), generator=torch.Generator().manual_seed(4))
+    parameters = [parameter for parameter in layers.parameters() if parameter.requires_grad]
+
+    def gradients(call):
+        stream = ids[:, :-1]
+        for layer in layers:
+            stream = call(layer, stream)
+        return torch.autograd.grad(call(loss, stream, ids[:, 1:]), parameters)
+
+    wanted = gradients(lambda layer, *inputs: layer(*inputs))
+    found = gradients(lambda layer, *inputs: checkpoint(layer, *inputs, use_reentrant=False))
+    for one, other in zip(found, wanted, strict=True):
         assert torch.equal(one, other)
 
 

@@ -7,10 +7,14 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from megachat.counts import Dimensions
 from megachat.kernels import te
+from megachat.kernels.attention import attention
 from megachat.kernels.fp8_backends import Fp8Choice, apply_fp8
 from megachat.kernels.linear import Linear
+from megachat.model.gpt import MLP
 
 GPU = torch.device("cuda")
 
@@ -98,6 +102,7 @@ def test_linears_keep_our_weights_and_names_and_enter_fp8_in_training_alone(reci
     assert apply_fp8([layer], Fp8Choice(recipe, "te", "")) == 1
     ((columns, rows, settings),) = stand_in.built
     assert (columns, rows, settings["bias"], settings["device"]) == (128, 256, False, "meta")
+    assert settings.keys() == {"bias", "params_dtype", "init_method", "device"}, "the tensor axis communicates around it, as around our own"
     assert list(layer.state_dict()) == ["c_fc.weight", "gate.weight"], "no _extra_state"
     assert dict(layer.named_parameters()).keys() == before.keys() and torch.equal(torch.get_rng_state(), random)
     x = torch.randn(2, 64, 128).bfloat16()  # the weights are float32
@@ -113,6 +118,18 @@ def test_linears_keep_our_weights_and_names_and_enter_fp8_in_training_alone(reci
         layer["c_fc"](x[:, :3])
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_recomputed_forward_pass_enters_fp8_again(reentrant, installed):
+    stand_in = StandIn()
+    installed(stand_in, transformer_engine="2.20.2")
+    layer = nn.ModuleDict({"c_fc": Linear(128, 256)})
+    nn.init.normal_(layer["c_fc"].weight)
+    apply_fp8([layer], Fp8Choice("tensorwise", "te", ""))
+    x = torch.randn(16, 128).bfloat16().requires_grad_()
+    checkpoint(layer["c_fc"], x, use_reentrant=reentrant).float().sum().backward()
+    assert stand_in.contexts == [(True, "current")] * 2 and x.grad is not None
+
+
 def test_without_a_recipe_no_context_is_entered(installed):
     stand_in = StandIn()
     installed(stand_in, transformer_engine="2.20.2")
@@ -120,12 +137,36 @@ def test_without_a_recipe_no_context_is_entered(installed):
     assert te.TELinears(None).build(weight)(torch.ones(7, 3), weight).shape == (7, 5) and stand_in.contexts == [None]
 
 
+def test_compiled_layers_share_their_graphs(installed):
+    """Were what lies around each linear compiled anew for each layer, torch would give up after eight."""
+    stand_in = StandIn()
+    installed(stand_in, transformer_engine="2.20.2")
+    layers = [MLP(Dimensions(1, 128, 1, 1, 128, 16, 64, (16,)), 0) for _ in range(3)]
+    assert apply_fp8(layers, Fp8Choice("tensorwise", "te", "")) == 6
+    compiled = []
+
+    def count(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    x = torch.randn(1, 16, 128).bfloat16()
+    for layer in layers:
+        torch.nn.init.normal_(layer.c_fc.weight), torch.nn.init.normal_(layer.c_proj.weight)
+        layer.compile(dynamic=False, backend=count)
+        layer(x)
+        if layer is layers[0]:
+            first = len(compiled)
+    assert first > 0 and len(compiled) == first and stand_in.contexts == [(True, "current")] * 6
+
+
 def test_attention_is_given_windows_as_it_counts_them(installed):
     stand_in = StandIn()
     installed(stand_in, transformer_engine="2.20.2")
-    attend, q, k = te.TEAttention(), torch.randn(2, 20, 4, 16), torch.randn(2, 20, 2, 16)
+    attend, q, k = te.TEAttention(20), torch.randn(2, 20, 4, 16), torch.randn(2, 20, 2, 16)
     for window in (7, 18, 19, 20):
         assert torch.equal(attend(q, k, k, window), q)
     assert stand_in.contexts == [(7, 0), (18, 0), (-1, 0), (-1, 0)]
     ((heads, size, settings),) = stand_in.built
     assert (heads, size, settings["num_gqa_groups"], settings["qkv_format"], settings["attention_dropout"]) == (4, 16, 2, "bshd", 0.0)
+    assert torch.equal(attend(q[:, :9], k[:, :9], k[:, :9], 7), attention(q[:, :9], k[:, :9], k[:, :9], 7)) and len(stand_in.contexts) == 4

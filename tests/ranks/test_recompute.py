@@ -1,0 +1,35 @@
+"""What is computed again in the backward pass gives the same bits as what is kept, on every axis and in every dtype."""
+
+import pytest
+import torch
+
+from tests.harness import run_ranks
+from tests.oracle import train
+from tests.training import small_config
+
+EQUAL_HEADS = {"aspect_ratio": 32, "head_size": 24, "kv_heads": None}
+FP8 = {"depth": 2, "aspect_ratio": 128, "head_size": 64, "kv_heads": 2, "sequence_len": 160}
+CASES = {
+    "one": (1, {}, {}),
+    "one, float16": (1, {}, {"precision": {"compute": "float16"}}),
+    "tp2 sequence, bfloat16": (2, {"tensor": 2, "sequence": True}, {"model": EQUAL_HEADS, "precision": {"compute": "bfloat16"}}),
+    "tp2, fp8": (2, {"tensor": 2}, {"model": FP8, "precision": {"compute": "bfloat16", "fp8": "tensorwise", "fp8_backend": "torch"}}),
+    "dp2 pp2": (4, {"pipeline": 2}, {"batch": {"micro_rows": 2}}),
+    "tp2 pp2": (4, {"tensor": 2, "pipeline": 2}, {"model": EQUAL_HEADS}),
+}
+
+
+def train_each_way(parallel, changes):
+    batch = changes.pop("batch", {})
+    return [train(small_config(**changes, parallel=parallel, batch=batch | {"recompute": kind}), 2) for kind in ("none", "selective", "block")]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_results_are_equal_to_the_bit(case):
+    world, parallel, changes = CASES[case]
+    for kept, *again in run_ranks(train_each_way, world, parallel, changes):
+        for told, gradients, state, _ in again:
+            assert told == kept[0]
+            for found, wanted in ((gradients, kept[1]), (state, kept[2])):
+                assert found.keys() == wanted.keys()
+                assert not [name for name, tensor in wanted.items() if not torch.equal(found[name], tensor)]

@@ -1,0 +1,54 @@
+"""tools/doctor.py over two hosts, made of namespaces on this machine: what they have, how fast they are, and a slow cable between them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.runs.job import begin, finish
+from tests.runs.network import two_hosts, why_not
+from tools.doctor_hosts import described
+
+REASON = why_not()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory):
+    with two_hosts(tmp_path_factory.mktemp("hosts")) as network:
+        yield network
+
+
+def doctor(hosts, text: str):
+    line = [sys.executable, "tools/doctor.py", "--json", "--hostfile", hosts.hostfile("hosts", text)]
+    return finish(begin(hosts.at("host-a", line)), 240)
+
+
+def test_hosts_side_by_side(hosts):
+    """One with a trap behind a slow cable, one that does not answer."""
+    hosts.do("host-b", "prlimit", "--pid", "1", "--nofile=300:300")  # sshd there and all that it starts
+    try:
+        hosts.do("host-b", "tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", "800mbit", "burst", "64kb", "latency", "500ms")
+        slowed = True
+    except (subprocess.CalledProcessError, FileNotFoundError):
+        slowed = False  # the machine has no traffic control
+    done = doctor(hosts, "host-a slots=2\nhost-b slots=1\nhost-d slots=1\n")
+    assert done.status == 1, done.out + done.err
+    found = json.loads(done.out.splitlines()[-1])
+    (mistake,) = found["mistakes"]
+    assert mistake.startswith("the host host-d is unknown: correct its name in the hostfile") and found["unlike"] == {}
+    assert {name: [trap["name"] for trap in report["traps"]] for name, report in found["hosts"].items()} == {"host-a": [], "host-b": ["open-files"]}
+    assert {name: len(rates) for name, rates in found["matrix"].items()} == {"host-a": 1, "host-b": 1}
+    assert min(rate for rates in found["matrix"].values() for rate in rates) > 1e8
+    assert set(found["pairs"]) == {"host-a host-b", "host-b host-a"}
+    if slowed:
+        assert found["pairs"]["host-b host-a"] < 100e6 * 1.1  # 800 Mbit/s
+        assert found["slow"]["pairs"] == ["host-b host-a"]
+    lines = described(found, {"host-a": 2, "host-b": 1}).splitlines()
+    assert [line.split()[:3] for line in lines[:2]] == [["host", "slots", "cores"], ["host-a", "2", str(found["hosts"]["host-a"]["facts"]["cores"])]]
+    assert lines[2].endswith(" open-files") and ("*" in lines[2]) == bool(slowed or "host-b device 0" in found["slow"]["matrix"])
+    assert any(line.startswith("trap on host-b: open-files: a process may have 300 open files") for line in lines)
+    assert lines[-2] == f"mistake: {mistake}"
+    done = doctor(hosts, "host-a slot=2\n")
+    assert done.status == 2 and done.errors[0].endswith("`worker-1 slots=8`")

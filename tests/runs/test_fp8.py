@@ -1,0 +1,72 @@
+"""A job that trains in FP8 as a user starts it; it goes on without, and what it saved is used on machines that have none of its kernels."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from megachat.checkpoint.facts import read_facts, write_facts
+from megachat.config import Config
+from megachat.convert.conversions import to_nanochat
+from megachat.plan import Layout, resolve
+from tests.runs.job import STEPS, begin, bits_per_byte, checkpoint, command, finish, launched, losses, train
+from tools.generate import main as generate
+from tools.verify_resume import planned, resume_config
+
+STOP = 3
+MODEL = {"model": {"depth": 2, "aspect_ratio": 128, "head_size": 64, "sequence_len": 64, "window_pattern": "L"}}
+FP8 = MODEL | {"precision": {"compute": "bfloat16", "fp8": "tensorwise"}, "parallel": {"tensor": 2, "sequence": True}}
+FOREIGN = {"attention": "flash3", "fp8_backend": "te"}
+
+
+@pytest.fixture(scope="module")
+def told(place):
+    """(folder, what it said) of a run that stopped half-way, on two ranks of the tensor axis."""
+    done = finish(begin(launched("torchrun", 2, command(place, "fp8", "--set", f"horizon.stop_step={STOP}", config=FP8))))
+    assert done.status == 0, done.err
+    return place.runs / "fp8", done.out
+
+
+@pytest.fixture(scope="module")
+def foreign(told, place):
+    """Its checkpoint, as if a Hopper with flash-attention 3 and Transformer Engine had made it."""
+    shutil.copytree(told[0], place.runs / "foreign")
+    saved = checkpoint(place.runs / "foreign", STOP)
+    facts = read_facts(saved)
+    facts["config"]["precision"] |= FOREIGN
+    write_facts(saved, {key: value for key, value in facts.items() if not key.endswith("version")})
+    return place.runs / "foreign"
+
+
+def test_it_says_what_is_in_fp8_and_goes_on_without(told, place):
+    run, said = told
+    assert "fp8 tensorwise by torch (auto: not te, because this machine has no CUDA device; slow: this CPU has no FP8 units) for attn.c_q, " in said
+    shutil.copytree(run, place.runs / "onward")
+    onward = train(place, "onward", "--resume", "auto", config=MODEL | {"precision": {"compute": "bfloat16"}})
+    after = losses(onward)
+    assert list(after) == list(range(STEPS)) and after | losses(run) == after
+    assert np.isfinite(list(after.values())).all() and after[STEPS - 1] < after[0] - 0.1
+
+
+def test_what_it_saved_is_used_anywhere(told, foreign, tmp_path, capsys):
+    """Evaluated in a dtype without FP8 and on another layout, sampled from, and converted."""
+    line = ["launch/evaluate.py", "--checkpoint", foreign, "--bpb", "--sample", "--out", tmp_path / "out.json", "--set", "precision.compute=float32"]
+    done = finish(begin(launched("python", 1, [*line, "--set", "parallel.tensor=1", "--set", "parallel.sequence=false"])))
+    assert done.status == 0, done.err
+    run, told = told[0], json.loads((tmp_path / "out.json").read_text())
+    assert told["bpb"]["bpb"] == pytest.approx(bits_per_byte(run)[STOP], rel=5e-3) and told["samples"]
+    assert "attention sdpa (auto: torch's own; not flash3 (that needs a CUDA device))" in done.out
+    generate(["--checkpoint", str(foreign), "--prompt", "the old", "--tokens", "3", "--temperature", "0"])
+    assert capsys.readouterr().out.startswith("the old")
+    to_nanochat(foreign, tmp_path / "nanochat")
+    assert (tmp_path / "nanochat" / f"model_{STOP:06d}.pt").is_file()
+
+
+def test_its_resumption_is_verified_with_the_kernels_that_are_here():
+    asked = Config.model_validate(MODEL | {"precision": {"compute": "bfloat16", "fp8": "blockwise"} | FOREIGN})
+    config, plan = planned(resume_config(asked, asked, 4, vars(Layout(1, 1, 1)), exact=True), 1, 300)
+    assert (config.precision.attention, config.precision.fp8_backend, config.precision.fp8) == ("auto", "auto", "off")  # 64 tokens, not 128
+    tensorwise = asked.model_copy(update={"precision": asked.precision.model_copy(update={"fp8": "tensorwise"})})
+    config, again = planned(resume_config(tensorwise, tensorwise, 4, vars(Layout(1, 1, 1)), exact=True), 1, 300)
+    assert config.precision.fp8 == "tensorwise" and again == plan == resolve(config, 1, 300)

@@ -1,0 +1,179 @@
+"""What is installed here, what a run would choose from it and why, and what is wrong with it: `python tools/doctor.py`.
+
+With --hostfile all hosts side by side, with the rate of their matrix products and the bandwidth of every pair. Exit status 0: healthy; 1: a trap,
+a host that is unlike, slow or silent; 2: a mistake in the command line. docs/install.md tells what the traps are.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # works from a clone that was not installed
+
+from megachat.config import Config, load_config  # noqa: E402
+from megachat.errors import UserError, user_errors_end_the_program  # noqa: E402
+from megachat.hosts import parse_hostfile  # noqa: E402
+from tools.doctor_installed import COMPILERS, installed  # noqa: E402
+from tools.doctor_traps import traps  # noqa: E402
+
+_VOCAB = 32768  # where the config leaves it to a tokenizer
+_ATTENTION = ("te", "flash3", "flash4", "flash2", "flex", "windowed", "sdpa")
+
+
+def choices(config: Config) -> list[dict[str, str]]:
+    """For each thing that a run chooses: "what", the "choice" and its "reason". A chooser that cannot even run says so in its place."""
+    found = []
+    for what, choose in (("compute", _compute), ("attention", _attention), ("fp8", _fp8), ("gradient norm", _gradient_norm), ("compile", _compile)):
+        try:
+            found += [{"what": name, "choice": choice, "reason": reason} for name, choice, reason in choose(config, what)]
+        except UserError as error:
+            found.append({"what": what, "choice": "refused", "reason": str(error)})
+        except Exception as error:  # whatever is broken here must not hide the rest
+            found.append({"what": what, "choice": "unknown", "reason": f"{type(error).__name__}: {error}".partition("\n")[0]})
+    return found
+
+
+def _here(config: Config):
+    import torch
+
+    from megachat.device import choose_compute_dtype
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return device, *choose_compute_dtype(config.precision.compute, device)
+
+
+def _compute(config: Config, what: str):
+    from megachat.device import device_name, peak_flops
+
+    device, dtype, reason = _here(config)
+    yield "device", device_name(device), f"dense bf16 peak {peak_flops(device) or 'unknown'}"
+    yield what, str(dtype).removeprefix("torch."), reason
+
+
+def _attention(config: Config, what: str):
+    from megachat.kernels.attention_backends import choose_attention
+    from megachat.plan import resolve_dimensions
+
+    device, dtype, _ = _here(config)
+    dims = resolve_dimensions(config, config.model.vocab_size or _VOCAB)
+    choice = choose_attention(config.precision.attention, device, dtype, dims)
+    yield what, choice.name, choice.reason + (f"; {choice.warning}" if choice.warning else "")
+    for name in _ATTENTION:
+        if name != choice.name:
+            yield f"{what} {name}", *_possible(lambda name=name: choose_attention(name, device, dtype, dims))
+
+
+def _fp8(config: Config, what: str):
+    from megachat.kernels.fp8_backends import choose_fp8
+
+    device, dtype, reason = _here(config)
+    asked = config.precision.fp8
+    if asked == "off":
+        yield what, "off", "asked for"
+    else:
+        choice = choose_fp8(asked, config.precision.fp8_backend, device, dtype, reason)
+        yield what, choice.backend, choice.reason
+    for recipe in ("tensorwise", "blockwise"):
+        for backend in ("te", "torch"):
+            told = _possible(lambda recipe=recipe, backend=backend: choose_fp8(recipe, backend, device, dtype, reason))
+            yield f"{what} {recipe} {backend}", *told
+
+
+def _gradient_norm(config: Config, what: str):
+    try:
+        from megachat.kernels.gradient_norm import choose_gradient_norm
+    except ImportError:
+        yield what, "torch", "there is no other way yet"
+        return
+    choice = choose_gradient_norm(_here(config)[0])
+    yield what, choice.name, choice.reason
+
+
+def _compile(config: Config, what: str):
+    device, *_ = _here(config)
+    compiler = next((name for name in COMPILERS if shutil.which(name)), None)
+    possible = device.type == "cuda" and importlib.util.find_spec("triton") is not None or device.type == "cpu" and compiler is not None
+    needs = (
+        f"possible here, with {compiler or 'Triton'}" if possible else f"not possible here: no {'C++ compiler' if device.type == 'cpu' else 'Triton'}"
+    )
+    yield what, "on" if config.precision.compile else "off", f"precision.compile; {needs}"
+
+
+def _possible(choose) -> tuple[str, str]:
+    """("possible", "") or ("not here", why not, out of the chooser's own refusal)."""
+    try:
+        choose()
+    except UserError as error:
+        why = re.search(r" but (.*): set ", str(error))
+        return "not here", why[1] if why else str(error)
+    return "possible", ""
+
+
+def examination(config: Config) -> dict:
+    """Of this machine: {"facts", "choices", "traps"}, as JSON can hold them."""
+    facts = installed()
+    return {"facts": facts, "choices": choices(config), "traps": [dataclasses.asdict(trap) for trap in traps(facts, config)]}
+
+
+def described(found: dict) -> str:
+    """The examination as text."""
+    facts = dict(found["facts"])
+    packages, modules = facts.pop("packages"), facts.pop("modules")
+    rows = (
+        {name: value for name, value in facts.items() if value not in (None, [], {})}
+        | packages
+        | {name: "there" for name in modules if modules[name]}
+    )
+    width = max(map(len, rows))
+    lines = ["installed", *(f"  {name.ljust(width)}  {_shown(name, value)}" for name, value in rows.items()), "", "a run here would take"]
+    for choice in found["choices"]:
+        lines.append(f"  {choice['what']}: {choice['choice']}" + (f" ({choice['reason']})" if choice["reason"] else ""))
+    lines.append("")
+    for trap in found["traps"]:
+        lines += [f"trap {trap['name']}: {trap['what']}", f"    repair: {trap['repair']}"]
+    return "\n".join([*lines, "no trap was found" if not found["traps"] else f"{len(found['traps'])} found"])
+
+
+def _shown(name: str, value) -> str:
+    if name.endswith("_bytes"):
+        return f"{value / 1e9:.1f} GB"
+    if isinstance(value, list):
+        return " + ".join(f"{value.count(item)} x {item}" for item in dict.fromkeys(value)) if len(value) > 1 else str(value[0])
+    return ", ".join(f"{key or 'there'} {item}" for key, item in value.items()) if isinstance(value, dict) else str(value)
+
+
+@user_errors_end_the_program
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--config", help="judge what a run with this config would choose; default: the settings' defaults")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a setting of it")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON")
+    parser.add_argument("--hostfile", help="examine and measure all hosts of this file instead, over ssh")
+    parser.add_argument("--master_port", type=int, default=29500, help="with --hostfile: where the first host listens")
+    parser.add_argument("--ssh_port", type=int, help="with --hostfile: ssh's port on all hosts, when it is not 22")
+    arguments = parser.parse_args()
+    if arguments.set and not arguments.config:
+        parser.error("--set changes a setting of --config: give that too")
+    config = load_config(arguments.config, arguments.set) if arguments.config else Config()
+    if not arguments.hostfile:
+        found = examination(config)
+        print(json.dumps(found) if arguments.json else described(found))
+        return 1 if found["traps"] else 0
+    from tools import doctor_hosts
+
+    hosts = parse_hostfile(arguments.hostfile)
+    options = ["--config", arguments.config] if arguments.config else []
+    options += [part for setting in arguments.set for part in ("--set", setting)]
+    found = doctor_hosts.examine(hosts, options, port=arguments.master_port, ssh_port=arguments.ssh_port)
+    print(json.dumps(found) if arguments.json else doctor_hosts.described(found, {host.name: host.slots for host in hosts}))
+    return 0 if doctor_hosts.is_healthy(found) else 1
+
+
+if __name__ == "__main__":
+    main()
