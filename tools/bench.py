@@ -10,14 +10,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import timedelta
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from megachat.config import load_config  # noqa: E402
-from megachat.device import bootstrap_environment, choose_device, collective_backend, describe_environment, free_port  # noqa: E402
+from megachat.device import bootstrap_environment, choose_device, describe_environment, free_port  # noqa: E402
 from megachat.errors import UserError, user_errors_end_the_program  # noqa: E402
 from tools.bench_gpu import bench_gpu  # noqa: E402
 
@@ -45,28 +44,31 @@ def compare(seconds: dict[str, list[float]], baseline: str, amount: int = 1) -> 
 
 def bench_dtype(arguments) -> dict:
     """Tokens a second of whole training steps (forward, backward, both optimizers) of one model in bfloat16 and in float32, eager."""
-    import torch
+    from tools.bench_step import training_steps
 
-    from megachat.parallel.engine import start_collectives
-    from megachat.parallel.mesh import build_mesh
-    from megachat.plan import resolve
-    from megachat.train.build import build_training
-    from megachat.train.step import micro_batches, set_schedules
+    actions, plan = training_steps(arguments, {dtype: [f"precision.compute={dtype}"] for dtype in ("float32", "bfloat16")})
+    return {"what": "training step, tokens a second"} | compare(in_turn(actions, arguments.rounds), "float32", plan.tokens_per_step)
 
-    device = choose_device(bootstrap_environment())
-    start_collectives(device, collective_backend(device), timedelta(seconds=600))
-    mesh = build_mesh(device)
-    actions = {}
-    for dtype in ("float32", "bfloat16"):
-        config = load_config(arguments.config, [*arguments.set, f"precision.compute={dtype}"])
-        plan = resolve(config, 1, config.model.vocab_size or arguments.vocab_size)
-        training = build_training(config, plan, mesh, torch.ones(plan.dims.vocab_size, dtype=torch.int64))
-        set_schedules(training, 0)
-        generator = torch.Generator().manual_seed(0)
-        rows = torch.randint(0, plan.dims.vocab_size, (plan.rows_per_step, plan.dims.sequence_len + 1), generator=generator)
-        actions[dtype] = lambda training=training, rows=rows: training.engine.train_batch(micro_batches(rows, training.plan.micro_rows)).item()
-    seconds = in_turn(actions, arguments.rounds)
-    return {"what": "training step, tokens a second", "threads": torch.get_num_threads()} | compare(seconds, "float32", plan.tokens_per_step)
+
+def bench_recompute(arguments) -> dict:
+    """Tokens a second of whole training steps, and the most bytes that one makes, by what blocks compute again in the backward pass."""
+    from tools.bench_step import step_bytes, training_steps
+
+    actions, plan = training_steps(arguments, {kind: [f"batch.recompute={kind}"] for kind in ("none", "selective", "block")})
+    found = compare(in_turn(actions, arguments.rounds), "none", plan.tokens_per_step)
+    for kind, action in actions.items():
+        found[kind]["bytes_in_a_step"] = step_bytes(action)
+    return {"what": "training step, tokens a second and bytes", "rows_at_a_time": plan.micro_rows} | found
+
+
+def bench_attention(arguments) -> dict:
+    """Forward and backward passes a second of attention with windows on this CPU: under a mask, by tiles, and without windows."""
+    from tools.bench_step import attention_actions
+
+    made = {}
+    for tokens, windows in ((2048, (768, 512, 128)), (512, (128,))):
+        made |= attention_actions(tokens, windows, heads=4, head_size=64)
+    return {"what": "attention, passes a second", "found": {name: compare(in_turn(ways, arguments.rounds), "mask") for name, ways in made.items()}}
 
 
 def bench_start(arguments) -> dict:
@@ -163,7 +165,7 @@ def bench_core(arguments) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     kinds = {"dtype": bench_dtype, "start": bench_start, "loader": bench_loader, "layouts": bench_layouts, "checkpoint": bench_checkpoint}
-    kinds |= {"generation": bench_generation, "core": bench_core, "gpu": bench_gpu}
+    kinds |= {"generation": bench_generation, "core": bench_core, "gpu": bench_gpu, "recompute": bench_recompute, "attention": bench_attention}
     parser.add_argument("kind", choices=kinds)
     parser.add_argument("--config", default=str(ROOT / "configs" / "d4_cpu.json"))
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
@@ -174,7 +176,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30, help="for layouts")
     parser.add_argument("--row-tokens", type=int, default=513, help="for loader")
     parser.add_argument("--rows", type=int, default=2000, help="for loader")
-    parser.add_argument("--rounds", type=int, default=5, help="for dtype, start, checkpoint, generation and core")
+    parser.add_argument("--rounds", type=int, default=5, help="of all kinds that take turns")
     parser.add_argument("--tokens", type=int, default=16, help="for generation: new tokens a row")
     parser.add_argument("--checkpoint", help="for core")
     parser.add_argument("--bundle", help="for core: a folder or zip")

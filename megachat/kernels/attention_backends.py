@@ -15,6 +15,7 @@ from megachat.kernels.te import TEAttention, te_attention_problem, te_version
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 _HALF = (torch.bfloat16, torch.float16)
+_WORTH_TILES = 512  # tokens a row, from which tiles are faster than a mask on a CPU: tools/bench.py attention
 _LONG_SIZE = 256  # channels a head that the flash kernels go up to
 _TRIAL_TOKENS, _TRIAL_WINDOW, _TRIAL_TOLERANCE = 256, 32, 0.05  # one key too many or too few is further off, bfloat16's rounding is not
 
@@ -64,7 +65,7 @@ _WHY = {
 def _order(device: torch.device, dims: Dimensions, windows: bool) -> tuple[str, ...]:
     """Names from the fastest. Without windows torch's own takes a flash or cuDNN kernel by itself."""
     if device.type != "cuda":
-        worth = any(2 * window <= dims.sequence_len for window in dims.windows)
+        worth = dims.sequence_len >= _WORTH_TILES and any(2 * window <= dims.sequence_len for window in dims.windows)
         return ("windowed", "sdpa") if worth else ("sdpa",)
     first = ("te", "flash4", "flash3") if compute_capability(device) >= (10, 0) else ("te", "flash3", "flash4")
     return (*first, "flash2", "flex", "sdpa") if windows else (*first, "sdpa")

@@ -11,8 +11,8 @@ from megachat.memory import check_state_fits, describe_memory, kept_bytes_per_bl
 from megachat.model.gpt import Block, ModelOptions, Rotary
 from megachat.plan import resolve
 from tests.harness import run_ranks
-from tests.live import LiveBytes
 from tests.training import SMALL_VOCAB, build, own_rows, random_rows, small_config, take_step
+from tools.live_bytes import LiveBytes
 
 MODEL = {"depth": 4, "aspect_ratio": 32, "head_size": 16, "kv_heads": 4, "sequence_len": 256, "window_pattern": "L"}
 

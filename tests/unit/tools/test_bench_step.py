@@ -1,0 +1,31 @@
+"""tools/bench.py's training steps and attention: what they compare is what they say, and bytes are counted."""
+
+import json
+import subprocess
+import sys
+
+from tests.runs.job import ROOT, environment
+
+SMALL = ("model.depth=4", "model.aspect_ratio=16", "model.head_size=16", "batch.tokens=2048", "batch.micro_rows=8")  # activations prevail
+
+
+def measured(kind: str, *words: str) -> dict:
+    line = [sys.executable, "tools/bench.py", kind, "--config", "configs/d2_cpu.json", "--vocab-size", "300", "--rounds", "1", *words]
+    done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_recompute_has_fewer_bytes_at_every_level():
+    told = measured("recompute", *(word for setting in SMALL for word in ("--set", setting)))
+    assert told["rows_at_a_time"] == 8 and told["where"]["torch"]
+    none, selective, block = (told[kind]["bytes_in_a_step"] for kind in ("none", "selective", "block"))
+    assert none > selective > block > 0
+    assert all(told[kind]["per_sec"] > 0 and told[kind]["rounds"] == 1 for kind in ("none", "selective", "block"))
+
+
+def test_attention_is_compared_for_each_shape():
+    found = measured("attention")["found"]
+    assert len(found) == 8
+    for ways in found.values():
+        assert ways["mask"]["times_faster_than_mask"] == 1 and ways["windowed"]["per_sec"] > 0
