@@ -90,7 +90,7 @@ def test_sizes():
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 size = node.end_lineno - node.lineno + 1
                 assert size <= 60, f"{path}: {node.name} has {size} lines"
-    assert total <= 13_500
+    assert total <= 14_500
 
 
 def test_the_environment_is_read_in_one_place():
