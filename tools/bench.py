@@ -71,6 +71,25 @@ def bench_attention(arguments) -> dict:
     return {"what": "attention, passes a second", "found": {name: compare(in_turn(ways, arguments.rounds), "mask") for name, ways in made.items()}}
 
 
+def bench_nanochat(arguments) -> dict:
+    """Tokens a second of whole training steps on this CPU: ours in bfloat16 through the engine, nanochat's own float32 compiled one, both with
+    their optimizers, at one config's shapes. nanochat takes the rows at a time that suit it best."""
+    import torch
+
+    from tools.bench_nanochat import nanochat_steps, open_nanochat
+    from tools.bench_step import training_steps
+
+    gpt, _ = open_nanochat(arguments.nanochat)
+    compiled = {"bfloat16": "false", "bfloat16 compiled": "true"}
+    actions, plan = training_steps(arguments, {name: ["precision.compute=bfloat16", f"precision.compile={on}"] for name, on in compiled.items()})
+    actions |= nanochat_steps(arguments, plan, load_config(arguments.config, arguments.set).model.window_pattern)
+    seconds = in_turn(actions, arguments.rounds)
+    best = min(seconds.keys() - compiled.keys(), key=lambda name: statistics.median(seconds[name]))
+    found = compare(seconds, best, plan.tokens_per_step)
+    facts = {"threads": torch.get_num_threads(), "nanochat_computes_in": str(gpt.COMPUTE_DTYPE), "rows_at_a_time": plan.micro_rows, "baseline": best}
+    return {"what": "training step, tokens a second"} | facts | found
+
+
 def bench_start(arguments) -> dict:
     """Seconds from the start of `python launch/pretrain.py` to the end of its first optimizer step, and the start-up part of it."""
     found = []
@@ -150,6 +169,13 @@ def bench_generation(arguments) -> dict:
     return {"what": f"new tokens a second, {arguments.tokens} a row", "facts": facts, "found": found}
 
 
+def bench_profile(arguments) -> dict:
+    """Where the time of a training step goes."""
+    from tools.bench_profile import bench_profile
+
+    return bench_profile(arguments)
+
+
 def bench_core(arguments) -> dict:
     """CORE's examples a second of one process, in full batches and one at a time, both with the same answers."""
     from tools.bench_core import actions
@@ -166,6 +192,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     kinds = {"dtype": bench_dtype, "start": bench_start, "loader": bench_loader, "layouts": bench_layouts, "checkpoint": bench_checkpoint}
     kinds |= {"generation": bench_generation, "core": bench_core, "gpu": bench_gpu, "recompute": bench_recompute, "attention": bench_attention}
+    kinds |= {"profile": bench_profile, "nanochat": bench_nanochat}
     parser.add_argument("kind", choices=kinds)
     parser.add_argument("--config", default=str(ROOT / "configs" / "d4_cpu.json"))
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
@@ -173,10 +200,11 @@ def main() -> None:
     parser.add_argument("--data", default="data/python", help="for loader and layouts")
     parser.add_argument("--tokenizer", default="data/tokenizer", help="for loader and layouts")
     parser.add_argument("--layouts", default="dp=2 tp=2 pp=2 dp=2,tp=2 dp=2,pp=2 tp=2,pp=2 dp=2,tp=2,pp=2", help="for layouts")
+    parser.add_argument("--layout", default="dp=1", help="for profile: one, as in --layouts")
     parser.add_argument("--steps", type=int, default=30, help="for layouts")
     parser.add_argument("--row-tokens", type=int, default=513, help="for loader")
     parser.add_argument("--rows", type=int, default=2000, help="for loader")
-    parser.add_argument("--rounds", type=int, default=5, help="of all kinds that take turns")
+    parser.add_argument("--rounds", type=int, default=5, help="of all kinds that take turns; for profile: steps looked at")
     parser.add_argument("--tokens", type=int, default=16, help="for generation: new tokens a row")
     parser.add_argument("--checkpoint", help="for core")
     parser.add_argument("--bundle", help="for core: a folder or zip")
@@ -184,11 +212,12 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2, help="for checkpoint")
     parser.add_argument("--folder", help="for checkpoint: on the storage to be measured; default: the system's temporary folder")
     parser.add_argument("--minutes", type=float, default=12, help="for gpu: cases that do not fit are left out")
-    parser.add_argument("--nanochat", help="for gpu: a clone of nanochat, whose own model is then measured, too")
-    parser.add_argument("--out", help="for gpu: Markdown file with the two marker comments to write the table between")
+    parser.add_argument("--nanochat", help="for gpu and nanochat: a clone of nanochat, whose own model is then measured, too")
+    parser.add_argument("--nanochat-rows", default="1 2 4 8", help="for nanochat: rows at a time that its own model takes, the best of which counts")
+    parser.add_argument("--out", help="for gpu: Markdown file with the two marker comments to write the table between; for profile: an SVG picture")
     parser.add_argument("--checks", help="for gpu: the report of tests/gpu, to keep beside the numbers")
     parser.add_argument("--checks-log", help="for gpu: what pytest said of tests/gpu")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(["profile" if word == "--profile" else word for word in sys.argv[1:]])
     import torch
 
     result = kinds[arguments.kind](arguments)

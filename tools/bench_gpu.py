@@ -20,6 +20,7 @@ from megachat.config import BatchConfig, Config  # noqa: E402
 from megachat.device import bootstrap_environment, choose_device, peak_flops, synchronize  # noqa: E402
 from megachat.errors import UserError  # noqa: E402
 from tools.bench_gpu_report import gpu_facts, label, report, write_report  # noqa: E402
+from tools.bench_nanochat import accumulate, build_nanochat, open_nanochat, require_clone  # noqa: E402
 
 VOCAB, SEQUENCE, WARM_UP, TIMED, REFERENCE_TOKENS = 32768, 2048, 5, 10, 2**19
 LINEARS = {  # name -> settings of precision
@@ -116,40 +117,18 @@ def build(case: dict, device):
     return step, plan, optimizer_s, training.kernels.attention.name, describe_kernels(config, training.kernels, plan)
 
 
-def build_nanochat(case: dict, device):
+def nanochat_build(case: dict, device):
     """As `build`, of nanochat's own model and optimizer, compiled, as its training script sets them up."""
-    import torch
-
     from megachat.plan import resolve
     from megachat.train.verify import related_rows
 
-    sys.path.insert(0, case["path"])
-    from nanochat.flash_attention import USE_FA3
-    from nanochat.gpt import GPT, GPTConfig
-
     plan = resolve(case_config(case | {"linears": "torch compiled"}), 1, VOCAB)
-    dims = plan.dims
-    sizes = {"n_layer": dims.depth, "n_head": dims.heads, "n_kv_head": dims.kv_heads, "n_embd": dims.width}
-    with torch.device("meta"):
-        model = GPT(GPTConfig(sequence_len=SEQUENCE, vocab_size=VOCAB, window_pattern="SSSL", **sizes))
-    model.to_empty(device=device)
-    model.init_weights()
-    if case["linears"] == "nanochat fp8":
-        from nanochat.fp8 import Float8LinearConfig, convert_to_float8_training
-
-        def fits(module, name) -> bool:
-            sides = (getattr(module, "in_features", 0), getattr(module, "out_features", 0))
-            return isinstance(module, torch.nn.Linear) and min(sides) >= 128 and not any(side % 16 for side in sides)
-
-        convert_to_float8_training(model, config=Float8LinearConfig.from_recipe_name("tensorwise"), module_filter_fn=fits)
-    optimizer, run, optimizer_s = model.setup_optimizer(), torch.compile(model, dynamic=False), []
-    rows = related_rows(0, plan.rows_per_step, SEQUENCE + 1, VOCAB)
+    _, kernels = open_nanochat(case["path"])
+    model, run, optimizer = build_nanochat(case["path"], plan, "SSSL", device, fp8=case["linears"] == "nanochat fp8")
+    rows, optimizer_s = related_rows(0, plan.rows_per_step, SEQUENCE + 1, VOCAB), []
 
     def step(apart: bool = False) -> float:
-        for part in rows.split(plan.micro_rows):
-            part = part.to(device)
-            loss = run(part[:, :-1].contiguous(), part[:, 1:].contiguous())
-            (loss / plan.accumulation).backward()
+        loss = accumulate(run, rows, plan.micro_rows, device)
         if apart:
             synchronize(device)
         begin = time.perf_counter()
@@ -160,7 +139,7 @@ def build_nanochat(case: dict, device):
         model.zero_grad(set_to_none=True)
         return loss.item()
 
-    return step, plan, optimizer_s, "flash3" if USE_FA3 else "sdpa", [f"nanochat in {case['path']}"]
+    return step, plan, optimizer_s, "flash3" if kernels.USE_FA3 else "sdpa", [f"nanochat in {case['path']}"]
 
 
 def measure(case: dict) -> dict:
@@ -170,7 +149,7 @@ def measure(case: dict) -> dict:
     device = choose_device(bootstrap_environment())
     if case["linears"] == "attention":
         return measure_attention(case, device)
-    step, plan, optimizer_s, attention, chosen = (build_nanochat if "path" in case else build)(case, device)
+    step, plan, optimizer_s, attention, chosen = (nanochat_build if "path" in case else build)(case, device)
     for _ in range(WARM_UP):
         step()
     if device.type == "cuda":
@@ -263,10 +242,8 @@ def bench_gpu(arguments: argparse.Namespace) -> dict:
 
     if not torch.cuda.is_available():
         raise UserError("this machine has no CUDA device, which the GPU benchmark is about: run it on one, or another kind of tools/bench.py")
-    if arguments.nanochat and not (Path(arguments.nanochat) / "nanochat" / "gpt.py").is_file():
-        raise UserError(
-            f"--nanochat {arguments.nanochat} is no clone of nanochat, whose nanochat/gpt.py is not there: give its folder or leave it out"
-        )
+    if arguments.nanochat:
+        require_clone(arguments.nanochat)
     checks = [json.loads(line) for line in Path(arguments.checks).read_text().splitlines()] if arguments.checks else []
     log = Path(arguments.checks_log).read_text() if arguments.checks_log else ""
     environment = describe_environment(torch.device("cuda"))

@@ -86,11 +86,8 @@ def _fp8(config: Config, what: str):
 
 
 def _gradient_norm(config: Config, what: str):
-    try:
-        from megachat.kernels.gradient_norm import choose_gradient_norm
-    except ImportError:
-        yield what, "torch", "there is no other way yet"
-        return
+    from megachat.kernels.gradient_norm import choose_gradient_norm
+
     choice = choose_gradient_norm(_here(config)[0])
     yield what, choice.name, choice.reason
 

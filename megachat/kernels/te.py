@@ -1,4 +1,4 @@
-"""NVIDIA Transformer Engine (github.com/NVIDIA/TransformerEngine), imported nowhere else: linears in FP8 and cuDNN's attention.
+"""NVIDIA Transformer Engine (github.com/NVIDIA/TransformerEngine), imported nowhere else: linears in FP8, cuDNN's attention, norms.
 
 Its modules stay outside of the model: they are given our weights at each call, so names, starting values, random numbers and checkpoints are the
 same as without them, and the tensor axis cuts and communicates as ever.
@@ -130,6 +130,13 @@ class TEAttention:
             module = self._modules[heads, kv_heads, size] = DotProductAttention(heads, size, **groups)
         reach = -1 if window >= q.size(1) - 1 else window  # to Transformer Engine (tokens, 0) is a window, and only -1 is none
         return module(q.contiguous(), k.contiguous(), v.contiguous(), window_size=(reach, 0)).view(q.shape)
+
+
+def te_l2norm() -> tuple[Callable, Callable]:
+    """Its multi_tensor_applier and multi_tensor_l2norm."""
+    from transformer_engine.pytorch.optimizers import multi_tensor_applier, multi_tensor_l2norm
+
+    return multi_tensor_applier, multi_tensor_l2norm
 
 
 def te_attention_problem(device: torch.device) -> str | None:

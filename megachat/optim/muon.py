@@ -6,6 +6,7 @@ The order of operations and of dtype casts is nanochat's, so that both give the 
 Hyperparameters are 0-d float32 tensors on the device of the data.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -81,6 +82,22 @@ def apply_update(
     g = direction.float() * norm * scale
     mask = (g * weight) >= 0
     weight.sub_(lr * g + lr * weight_decay * weight * mask)
+
+
+@dataclass(frozen=True)
+class Functions:
+    """The four functions of a step, as they are or compiled. Hyperparameters are tensors, so that their values compile nothing anew."""
+
+    momentum_update: Callable = momentum_update
+    update_direction: Callable = update_direction
+    update_scales: Callable = update_scales
+    apply_update: Callable = apply_update
+
+
+def compiled_functions() -> Functions:
+    """By torch.compile: whole matrices have few shapes, each with its own code; rectangles have many, which share it."""
+    whole = {name: torch.compile(getattr(Functions, name), dynamic=False) for name in ("momentum_update", "update_direction", "update_scales")}
+    return Functions(**whole, apply_update=torch.compile(apply_update, dynamic=True))
 
 
 def reference_step(

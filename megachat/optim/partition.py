@@ -8,13 +8,15 @@ No state moves before step(), so a step can be given up until then.
 
 import torch
 
+from megachat.kernels.gradient_norm import SumOfSquares, torch_sum_of_squares
 from megachat.optim.bucket_memory import BucketMemory
 from megachat.optim.exchange import Directed, Exchange
 from megachat.optim.matrix import Matrix
-from megachat.optim.muon import apply_update, momentum_update, orthogonalization_dtype, second_moment_shape, update_direction, update_scales
+from megachat.optim.muon import Functions, orthogonalization_dtype, second_moment_shape
 from megachat.optim.partition_plan import make_plan
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.mesh import Mesh
+from megachat.parallel.progress import part
 from megachat.parallel.rectangles import Rectangle, flat_rectangles
 
 _REDUCTIONS_IN_FLIGHT = 2  # buckets that hold wire buffers at a time: one on the wire while the next is packed
@@ -43,8 +45,10 @@ class MuonPartition:
         gradient_wire: torch.dtype,
         beta2: float,
         layers_per_bucket: int | None = None,
+        squares: SumOfSquares = torch_sum_of_squares,
+        functions: Functions | None = None,
     ):
-        self.mesh = mesh
+        self.mesh, self._squares, self._functions = mesh, squares, functions or Functions()
         self.plan = make_plan(matrices, mesh.data.size, tensor=mesh.tensor.size, layers_per_bucket=layers_per_bucket)
         _check(parameters, matrices, mesh.tensor.size, gradient_wire)
         if len(set(all_gather_objects(self.plan.digest, mesh.stage, name="Muon plans compared"))) > 1:
@@ -144,25 +148,26 @@ class MuonPartition:
         for place, index in enumerate(bucket.layout.matrices):
             if index not in self._arrived:
                 bucket.part(bucket.gradients, place).zero_()
-        if self._launched >= _REDUCTIONS_IN_FLIGHT:
-            self._buckets[self._launched - _REDUCTIONS_IN_FLIGHT].finish_reduction()
-        bucket.launch_reduction()
+        with part("reduce"):
+            if self._launched >= _REDUCTIONS_IN_FLIGHT:
+                self._buckets[self._launched - _REDUCTIONS_IN_FLIGHT].finish_reduction()
+            bucket.launch_reduction()
         self._launched += 1
 
     @torch.no_grad()
     def wait_reduce(self) -> None:
         """Returns when the reduced gradients may be read."""
-        for bucket in self._buckets:
-            bucket.finish_reduction()
+        with part("reduce"):
+            for bucket in self._buckets:
+                bucket.finish_reduction()
 
     @torch.no_grad()
     def sum_of_squares(self) -> torch.Tensor:
         """0-d float32: of this place's shard of the reduced gradients. Added over the grid it counts every element once; inf and nan show."""
         self._require_reduced("sum_of_squares")
         self.wait_reduce()
-        # float64 sums, so that the order of buckets does not show in the norm
-        squares = [bucket.reduced.square().sum(dtype=torch.float64) for bucket in self._buckets]
-        return torch.stack(squares).sum().float() if squares else torch.zeros_like(self._momentum)
+        reduced = [bucket.reduced for bucket in self._buckets]
+        return self._squares(reduced) if reduced else torch.zeros_like(self._momentum)
 
     def drop(self) -> None:
         """Forget the gradients of this step; no state is touched. All ranks call it, like step()."""
@@ -187,7 +192,7 @@ class MuonPartition:
         forward = list(zip(reversed(self._buckets), reversed(self._exchanges), strict=True))
         outgoing, returning = [], []
         for bucket, exchange in forward:
-            updates = momentum_update(bucket.momentum, bucket.reduced.mul_(gradient_scale), self._momentum).to(self.direction_dtype)
+            updates = self._functions.momentum_update(bucket.momentum, bucket.reduced.mul_(gradient_scale), self._momentum).to(self.direction_dtype)
             outgoing.append((exchange.to_leads(updates), updates))
         # no place waits for another's orthogonalization before it has done its own: the busiest place alone sets the time
         for (bucket, exchange), (arrive, updates) in zip(forward, outgoing, strict=True):
@@ -203,9 +208,9 @@ class MuonPartition:
 
     def _orthogonalize(self, index: int, update: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The whole-matrix half of the step: (direction [m, n], norm, scales); moves the second moment."""
-        direction = update_direction(update)
+        direction = self._functions.update_direction(update)
         self.matrices_updated += 1
-        return direction, *update_scales(direction, self._second_moment[index], self._beta2)
+        return direction, *self._functions.update_scales(direction, self._second_moment[index], self._beta2)
 
     def _apply(self, bucket: BucketMemory, fragments: list[Directed]) -> None:
         """The elementwise half of the step, rectangle by rectangle, so that scales broadcast; then the bucket's gather is launched."""
@@ -220,19 +225,22 @@ class MuonPartition:
                     scale = directed.scale[row - first_row : row - first_row + rows]
                 else:
                     scale = directed.scale[:, column : column + width]
-                apply_update(weight, direction, directed.norm, scale, self._lr[matrix.multiplier], self._weight_decay)
-        bucket.launch_gather()
+                self._functions.apply_update(weight, direction, directed.norm, scale, self._lr[matrix.multiplier], self._weight_decay)
+        with part("gather"):
+            bucket.launch_gather()
 
     def wait(self) -> None:
         """Returns when all parameters hold the new weights on this rank."""
-        for bucket in reversed(self._buckets):
-            bucket.gathering.wait()
+        with part("gather"):
+            for bucket in reversed(self._buckets):
+                bucket.gathering.wait()
 
     def wait_layer(self, layer: int) -> None:
         """Returns when the block's parameters hold the new weights on this rank; other blocks' gathers may go on. Any other number waits for
         nothing."""
-        for bucket in reversed(self._layer_buckets.get(layer, [])):
-            bucket.gathering.wait()
+        with part("gather"):
+            for bucket in reversed(self._layer_buckets.get(layer, [])):
+                bucket.gathering.wait()
 
     def _require_reduced(self, call: str) -> None:
         if not self._reduced:

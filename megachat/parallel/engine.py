@@ -23,8 +23,10 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
+from megachat.kernels.gradient_norm import SumOfSquares, torch_sum_of_squares
 from megachat.parallel.collectives import all_reduce
 from megachat.parallel.mesh import Mesh
+from megachat.parallel.progress import part
 
 _PRIVATE = "reduce_gradients get_gradient_for_reduction setup_buckets scaled_global_norm has_overflow _update_scale step update_lp_params".split()
 _missing = [name for name in _PRIVATE if not hasattr(DeepSpeedZeroOptimizer, name)]
@@ -64,6 +66,7 @@ class JointZero1(DeepSpeedZeroOptimizer):
     wishes: torch.Tensor  # float32 [n]: before a step this rank's, after it the sum of all ranks'; they travel with the norm
     partial_over_tensor: list[nn.Parameter]
     before_update: Callable[[], None] = staticmethod(lambda: None)  # called once a step, before weights or states change
+    squares: SumOfSquares = staticmethod(torch_sum_of_squares)
     observe: Callable[[], None] | None = None  # called once a step, when all gradients are reduced and none is clipped or dropped yet
 
     def reduce_gradients(self, pipeline_parallel=False):
@@ -85,19 +88,25 @@ class JointZero1(DeepSpeedZeroOptimizer):
         self.matrices.wait_reduce()
         if self.observe is not None:
             self.observe()
-        total = self.matrices.sum_of_squares()
-        for index, parameters in enumerate(self.params_in_partition):
-            own = [gradient for gradient in self.averaged_gradients[index] if not getattr(gradient, "_zero_padding", False)]
-            for gradient, parameter in zip(own, parameters, strict=False):  # a trailing pad falls off
-                if getattr(parameter, "model_parallel", False) or self.mesh.tensor.rank == 0:
-                    total = total + gradient.float().square().sum()
-        joint = torch.cat((total.view(1), self.wishes))
-        all_reduce(joint, self.mesh.world, name="gradient norm")
+        with part("norm"):
+            total = self.squares(self._counted_here(), self.matrices.sum_of_squares())
+            joint = torch.cat((total.view(1), self.wishes))
+            all_reduce(joint, self.mesh.world, name="gradient norm")
         total, self.wishes = joint[0], joint[1:]
         norm = total.sqrt()
         norm = torch.where(torch.isfinite(norm), norm, torch.full_like(norm, torch.inf))
         self.joint_norm = norm / self.loss_scale
         return norm
+
+    def _counted_here(self) -> list[torch.Tensor]:
+        """This rank's reduced gradients of AdamW's parameters, such as all ranks of the tensor axis hold on the first of them alone."""
+        found = []
+        for index, parameters in enumerate(self.params_in_partition):
+            own = [gradient for gradient in self.averaged_gradients[index] if not getattr(gradient, "_zero_padding", False)]
+            for gradient, parameter in zip(own, parameters, strict=False):  # a trailing pad falls off
+                if getattr(parameter, "model_parallel", False) or self.mesh.tensor.rank == 0:
+                    found.append(gradient)
+        return found
 
     def _update_scale(self, has_overflow=False):
         # DeepSpeed calls this once a step, after the decision and before AdamW
@@ -118,28 +127,29 @@ class JointZero1(DeepSpeedZeroOptimizer):
             super()._update_scale(False)
 
 
-# What an instruction of DeepSpeed's schedule is called when a job stands still, and whether it needs another rank to go on.
+# What an instruction of DeepSpeed's schedule is called when a job stands still, whether it needs another rank to go on, and its part of a profile.
 _INSTRUCTIONS = {
-    schedule.LoadMicroBatch: ("loading a micro-batch", False),
-    schedule.ForwardPass: ("forward", False),
-    schedule.BackwardPass: ("backward", False),
-    schedule.SendActivation: ("sending activations to the next stage", True),
-    schedule.RecvActivation: ("receiving activations from the stage before", True),
-    schedule.SendGrad: ("sending gradients to the stage before", True),
-    schedule.RecvGrad: ("receiving gradients from the next stage", True),
-    schedule.ReduceTiedGrads: ("reducing tied gradients", False),
-    schedule.ReduceGrads: ("reducing AdamW's gradients", True),
-    schedule.OptimizerStep: ("optimizer step", True),
+    schedule.LoadMicroBatch: ("loading a micro-batch", False, "data"),
+    schedule.ForwardPass: ("forward", False, "forward"),
+    schedule.BackwardPass: ("backward", False, "backward"),
+    schedule.SendActivation: ("sending activations to the next stage", True, "stages"),
+    schedule.RecvActivation: ("receiving activations from the stage before", True, "stages"),
+    schedule.SendGrad: ("sending gradients to the stage before", True, "stages"),
+    schedule.RecvGrad: ("receiving gradients from the next stage", True, "stages"),
+    schedule.ReduceTiedGrads: ("reducing tied gradients", False, "reduce"),
+    schedule.ReduceGrads: ("reducing AdamW's gradients", True, "reduce"),
+    schedule.OptimizerStep: ("optimizer step", True, "optimizer"),
 }
 
 
 def _noted(instruction, function):
     """The function of an instruction, written down in the rank's progress when it begins."""
-    text, waits = _INSTRUCTIONS[instruction]
+    text, waits, name = _INSTRUCTIONS[instruction]
 
     def execute(self, **arguments):
         self.mesh.world.progress.note(text, waits=waits)
-        return function(self, **arguments)
+        with part(name):
+            return function(self, **arguments)
 
     return execute
 

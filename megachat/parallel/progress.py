@@ -6,6 +6,15 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from torch.profiler import record_function
+
+PART = "part "  # how ranges of a profile that are a part of the step begin
+
+
+def part(name: str) -> record_function:
+    """A context that a profile (torch.profiler, Nsight) shows under this name; parts may lie in parts. `tools/bench.py profile` adds them up."""
+    return record_function(PART + name)
+
 
 class Entry(NamedTuple):
     """One thing that the process does or did.

@@ -1,6 +1,5 @@
 """Where model meets parallel: from config and plan to a run that can train."""
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,7 +12,6 @@ from megachat.config import Config
 from megachat.data.loader import Loader
 from megachat.data.tokenizer import Tokenizer
 from megachat.device import choose_compute_dtype, collective_backend
-from megachat.errors import UserError
 from megachat.evals.core_bundle import Bundle
 from megachat.kernels.attention import attention
 from megachat.kernels.attention_backends import Attend
@@ -21,6 +19,7 @@ from megachat.kernels.fp8_backends import apply_fp8, head_products
 from megachat.model.gpt import Loss, ModelOptions, build_layers, layer_builders
 from megachat.model.parameters import initialize, placed_parameters
 from megachat.optim.groups import ADAMW_EPSILON, GROUPS, MUON_BETA2, Group, assign, rate_multipliers
+from megachat.optim.muon import compiled_functions
 from megachat.optim.partition import MuonPartition
 from megachat.optim.partition_plan import Matrix
 from megachat.parallel.collectives import all_gather_objects
@@ -28,6 +27,7 @@ from megachat.parallel.engine import Engine, build_engine, build_loss_scaler, bu
 from megachat.parallel.mesh import Mesh, build_mesh
 from megachat.parallel.tensor import apply_tensor, vocabulary_part
 from megachat.plan import Plan
+from megachat.train.compiled import apply_compile
 from megachat.train.kernels import Kernels, check_alike, choose_kernels
 
 
@@ -130,6 +130,8 @@ def build_training(config: Config, plan: Plan, mesh: Mesh, token_bytes: torch.Te
         compute_dtype=dtype,
         gradient_wire=gradient_wire(config, dtype),
         beta2=MUON_BETA2,
+        squares=kernels.norm.sum_of_squares,
+        functions=compiled_functions() if config.precision.compile else None,
     )
     products = head_products(kernels.fp8 if config.precision.fp8_head else None, plan.dims, mesh.tensor.size)
     loss = Loss(plan.dims, token_bytes, vocabulary_part(plan.dims.padded_vocab, mesh.tensor), products)
@@ -143,6 +145,7 @@ def build_training(config: Config, plan: Plan, mesh: Mesh, token_bytes: torch.Te
     )
     scaler = build_loss_scaler(config.precision.loss_scale, config.precision.loss_scale_window) if dtype == torch.float16 else None
     engine = build_engine(module, adamw, muon, mesh, settings, scaler)
+    engine.optimizer.squares = kernels.norm.sum_of_squares
     if config.precision.compile:
         apply_compile(layers, mesh.device)
     return Training(config, plan, mesh, layers, engine, muon, dtype, reason, kernels)
@@ -215,11 +218,3 @@ def build_loader(config: Config, plan: Plan, mesh: Mesh, tokenizer: Tokenizer, s
         prefetch_steps=data.prefetch_steps,
         state=state,
     )
-
-
-def apply_compile(layers: nn.ModuleList, device: torch.device) -> None:
-    """torch.compile each layer in place. Raises UserError on a CPU machine without a compiler."""
-    if device.type == "cpu" and not any(shutil.which(compiler) for compiler in ("g++", "clang++", "c++")):
-        raise UserError("precision.compile needs a C++ compiler on a CPU and this machine has none: install g++ or set precision.compile=false")
-    for layer in layers:
-        layer.compile(dynamic=False)

@@ -10,6 +10,7 @@ from megachat.device import choose_compute_dtype
 from megachat.errors import UserError
 from megachat.kernels.attention_backends import AttentionChoice, choose_attention
 from megachat.kernels.fp8_backends import Fp8Choice, choose_fp8, describe_fp8
+from megachat.kernels.gradient_norm import GradientNorm, choose_gradient_norm
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.mesh import Mesh
 from megachat.plan import Plan
@@ -21,6 +22,7 @@ class Kernels:
 
     attention: AttentionChoice
     fp8: Fp8Choice | None
+    norm: GradientNorm
 
     @property
     def names(self) -> tuple[str, str]:
@@ -32,7 +34,11 @@ def choose_kernels(config: Config, plan: Plan, device: torch.device) -> Kernels:
     """From the config and what is installed here. Raises UserError when what was asked for cannot be had."""
     dtype, reason = choose_compute_dtype(config.precision.compute, device)
     asked = config.precision
-    return Kernels(choose_attention(asked.attention, device, dtype, plan.dims), choose_fp8(asked.fp8, asked.fp8_backend, device, dtype, reason))
+    return Kernels(
+        choose_attention(asked.attention, device, dtype, plan.dims),
+        choose_fp8(asked.fp8, asked.fp8_backend, device, dtype, reason),
+        choose_gradient_norm(device),
+    )
 
 
 def evaluation_attention(config: Config, plan: Plan, device: torch.device, dtype: torch.dtype) -> AttentionChoice:
@@ -60,4 +66,4 @@ def describe_kernels(config: Config, kernels: Kernels, plan: Plan) -> list[str]:
         lines.append(f"warning: {attention.warning}")
     if kernels.fp8:
         lines.append(describe_fp8(kernels.fp8, plan.dims, plan.layout.tensor, head=config.precision.fp8_head))
-    return lines
+    return [*lines, f"gradient norm by {kernels.norm.name} ({kernels.norm.reason})"]

@@ -18,6 +18,7 @@ from megachat.evals.results import core_lines, results_path, save_results
 from megachat.parallel.collectives import all_reduce
 from megachat.schedule import due
 from megachat.train.build import Run, build_loader
+from megachat.train.compiled import NewGraphs
 from megachat.train.core import build_evaluator, evaluate_until
 from megachat.train.metrics import Metrics, console_line
 from megachat.train.samples import sampled
@@ -25,6 +26,7 @@ from megachat.train.state import LoopState, save_state, state_pieces
 from megachat.train.step import StepResult, train_step
 
 UNTIMED_STEPS = 10  # the speedrun's clock starts after them
+SETTLED_STEPS = 2  # by then everything of a step is compiled
 MOST_SKIPS_IN_A_ROW = 20
 
 
@@ -36,6 +38,7 @@ def train(run: Run, state: LoopState, metrics: Metrics, asked_to_stop: Callable[
     slowly = run.mesh.world.progress.slowly  # all but a step that is not the first may take longer than the watch allows
     first_step, skips_in_a_row, stops = state.step, 0, False
     validation, saver = _Validation(run), Saver(run.mesh.saving, background=run.config.checkpoint.background)
+    graphs = NewGraphs(compiles=run.config.precision.compile)
     saver.reserve(state_pieces(run, replicas=False))
     run.engine.optimizer.before_update = saver.wait_copied
     if state.owes_evaluation or state.owes_core:
@@ -45,6 +48,7 @@ def train(run: Run, state: LoopState, metrics: Metrics, asked_to_stop: Callable[
         _tell_saved(state, saver, metrics)
     while state.step < run.plan.stop_step and not stops:
         begins(state.step)
+        graphs.count()  # evaluation has graphs of its own
         with slowly("first step") if state.step == first_step else contextlib.nullcontext():
             result = train_step(run, state.step, wishes=(asked_to_stop(), saver.failed))
         skips_in_a_row = skips_in_a_row + 1 if result.skipped else 0
@@ -54,6 +58,8 @@ def train(run: Run, state: LoopState, metrics: Metrics, asked_to_stop: Callable[
                 "lower the rates or use bfloat16"
             )
         _tell(run, state, result, metrics)
+        if (made := graphs.count()) and state.step - first_step >= SETTLED_STEPS:
+            metrics.say(f"step {state.step:05d} | torch.compile made {made} new graphs, which takes time: TORCH_LOGS=recompiles tells why")
         state.step += 1
         if state.step - first_step == 1:
             gc.collect()  # what exists now stays: scanning it again and again costs more than it frees

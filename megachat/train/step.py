@@ -12,6 +12,7 @@ from megachat.device import synchronize
 from megachat.errors import UserError
 from megachat.optim.groups import GROUPS
 from megachat.parallel.collectives import all_gather_objects
+from megachat.parallel.progress import part
 from megachat.schedule import learning_rate_multiplier, muon_momentum, weight_decay_multiplier
 from megachat.train.build import Run, Training
 
@@ -62,7 +63,8 @@ def train_step(run: Run, step: int, wishes: Sequence[bool] = ()) -> StepResult:
     """
     progress = run.mesh.world.progress
     progress.note(f"rows of step {step}")
-    rows = next(run.loader)
+    with part("data"):
+        rows = next(run.loader)
     synchronize(run.mesh.device)
     begin = time.perf_counter()
     multiplier = set_schedules(run, step)

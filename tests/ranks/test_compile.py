@@ -1,0 +1,57 @@
+"""precision.compile: the same training, compiled once. Graphs are traced and differentiated as ever, but run without a C++ compiler's minutes:
+tests/runs/test_compile.py has the real thing."""
+
+import pytest
+import torch
+
+from megachat.evals.bpb import ValidationRows, bits_per_byte
+from megachat.train.compiled import NewGraphs
+from megachat.train.step import set_schedules
+from megachat.train.verify import warm_up
+from tests.harness import run_ranks
+from tests.training import build, random_rows, small_config, take_step
+
+VOCAB, ROWS, LENGTH, STEPS = 97, 4, 160, 4
+MODEL = {"aspect_ratio": 16, "head_size": 16, "kv_heads": None, "sequence_len": LENGTH, "window_pattern": "SSSL"}
+CASES = {
+    "one, all kinds of blocks": (1, {}, {"depth": 12, "aspect_ratio": 8}, {}),
+    "one, selective": (1, {}, {"depth": 4}, {"recompute": "selective"}),
+    "tp2 sequence, block": (2, {"tensor": 2, "sequence": True}, {"depth": 4}, {"recompute": "block"}),
+    "pp2": (2, {"pipeline": 2}, {"depth": 4}, {}),
+}
+
+
+def trained(config):
+    """(loss and norm of every step, bits per byte on the way, graphs made by each step)."""
+    training = build(config, VOCAB)
+    warm_up(training)
+    graphs, told, made = NewGraphs(compiles=config.precision.compile), [], []
+    for step in range(STEPS):
+        set_schedules(training, step)
+        graphs.count()
+        told.append(take_step(training, random_rows(step, ROWS, LENGTH + 1, VOCAB)))
+        made.append(graphs.count())
+        if step == 2:  # rows of two lengths, of which one is not training's
+            rows = [random_rows(9, 2, length, VOCAB) for length in (LENGTH + 1, 97)]
+            found = [bits_per_byte(training.engine, ValidationRows(iter(two.split(1)), 2, 1, training.mesh), training.mesh) for two in rows]
+    return told, found, made
+
+
+def trained_both_ways(config):
+    plain = trained(config)
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # or torch would go on without compiling
+    compile_function = torch.compile
+    torch.compile = lambda *functions, **options: compile_function(*functions, **options | {"backend": "aot_eager"})
+    return plain, trained(config.model_copy(update={"precision": config.precision.model_copy(update={"compile": True})}))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_is_compiled_after_the_second_step_and_nothing_changes(case):
+    world, parallel, model, batch = CASES[case]
+    batch = {"tokens": ROWS * LENGTH, "micro_rows": 2} | batch
+    for plain, compiled in run_ranks(trained_both_ways, world, small_config(model=MODEL | model, parallel=parallel, batch=batch), timeout_s=170):
+        assert plain[2] == [0] * STEPS
+        assert compiled[2][0] > 0 and compiled[2][2:] == [0] * (STEPS - 2), compiled[2]
+        for (loss, norm, _), (wanted, norm_wanted, _) in zip(compiled[0], plain[0], strict=True):
+            assert loss == pytest.approx(wanted, rel=1e-5) and norm == pytest.approx(norm_wanted, rel=1e-4)
+        assert compiled[1] == pytest.approx(plain[1], rel=1e-5)

@@ -1,0 +1,22 @@
+"""A job with precision.compile, by the real compiler, beside one without."""
+
+import shutil
+
+import pytest
+
+from tests.runs.job import begin, command, finish, launched, losses
+
+DONE = 4  # steps; without an evaluation, whose graphs would be compiled as well
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on a CPU needs g++")
+def test_a_compiled_job_trains_as_one_that_is_not(place):
+    found = {}
+    for compiles in (False, True):
+        asked = {"model": {"depth": 1, "aspect_ratio": 32}, "precision": {"compile": compiles}, "horizon": {"stop_step": DONE}, "evaluate": {"every": 0}}
+        told = finish(begin(launched("python", 1, command(place, f"compile_{compiles}", config=asked))))
+        assert told.status == 0 and "torch.compile made" not in told.out, told.out + told.err
+        found[compiles] = losses(place.runs / f"compile_{compiles}")
+    assert len(found[True]) == DONE and found[True][0] == pytest.approx(found[False][0], rel=1e-6)
+    for step, loss in found[True].items():  # from zero matrices other roundings grow; tests/ranks/test_compile.py starts elsewhere
+        assert loss == pytest.approx(found[False][step], rel=5e-3)
