@@ -30,7 +30,7 @@ RUN python -m pip list --format=freeze >/opt/image-packages.txt \
 COPY . .
 
 # There is no GPU while an image is built, so these are the CPU tests; bash tests/run_gpu.sh is for a machine that has one.
-RUN python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+RUN python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # The image's own entry point stays: it runs the command that is given, after a look at the driver.
 CMD ["python", "tools/doctor.py"]

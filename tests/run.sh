@@ -18,6 +18,6 @@ if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! { command -v pdsh &&
     fi
     if [ -n "$(trap -p EXIT)" ]; then rm -f "$policy" && trap - EXIT; fi
 fi
-# Two files at a time, because much of a test with several ranks or hosts is waiting; `-n 0` runs one after the other. Files in their order: the
+# Three files at a time, because much of a test with several ranks or hosts is waiting; `-n 0` runs one after the other. Files in their order: the
 # long ones come first.
-exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+exec python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
