@@ -13,7 +13,8 @@ DONE = 4  # steps; without an evaluation, whose graphs would be compiled as well
 def test_a_compiled_job_trains_as_one_that_is_not(place):
     found = {}
     for compiles in (False, True):
-        asked = {"model": {"depth": 1, "aspect_ratio": 32}, "precision": {"compile": compiles}, "horizon": {"stop_step": DONE}, "evaluate": {"every": 0}}
+        asked = {"model": {"depth": 1, "aspect_ratio": 32}, "horizon": {"stop_step": DONE}, "evaluate": {"every": 0}}
+        asked |= {"precision": {"compile": compiles}}
         told = finish(begin(launched("python", 1, command(place, f"compile_{compiles}", config=asked))))
         assert told.status == 0 and "torch.compile made" not in told.out, told.out + told.err
         found[compiles] = losses(place.runs / f"compile_{compiles}")
