@@ -3,8 +3,10 @@ tests/runs/test_compile.py has the real thing."""
 
 import pytest
 import torch
+from torch._dynamo.backends.debugging import aot_eager
 
 from megachat.evals.bpb import ValidationRows, bits_per_byte
+from megachat.plan import resolve
 from megachat.train.compiled import NewGraphs
 from megachat.train.step import set_schedules
 from megachat.train.verify import warm_up
@@ -40,18 +42,32 @@ def trained(config):
 def trained_both_ways(config):
     plain = trained(config)
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # or torch would go on without compiling
-    compile_function = torch.compile
-    torch.compile = lambda *functions, **options: compile_function(*functions, **options | {"backend": "aot_eager"})
-    return plain, trained(config.model_copy(update={"precision": config.precision.model_copy(update={"compile": True})}))
+    compile_function, attending = torch.compile, []
+
+    def backend(graph, inputs):
+        if not torch.is_inference_mode_enabled() and torch.is_grad_enabled():
+            attending.append(any("scaled_dot_product" in str(node.target) for node in graph.graph.nodes))
+        return aot_eager(graph, inputs)
+
+    torch.compile = lambda *functions, **options: compile_function(*functions, **options | {"backend": backend})
+    compiled = trained(config.model_copy(update={"precision": config.precision.model_copy(update={"compile": True})}))
+    return plain, compiled, sum(attending)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_nothing_is_compiled_after_the_second_step_and_nothing_changes(case):
     world, parallel, model, batch = CASES[case]
     batch = {"tokens": ROWS * LENGTH, "micro_rows": 2} | batch
-    for plain, compiled in run_ranks(trained_both_ways, world, small_config(model=MODEL | model, parallel=parallel, batch=batch), timeout_s=170):
+    config = small_config(model=MODEL | model, parallel=parallel, batch=batch)
+    for plain, compiled, attending in run_ranks(trained_both_ways, world, config, timeout_s=170):
         assert plain[2] == [0] * STEPS
         assert compiled[2][0] > 0 and compiled[2][2:] == [0] * (STEPS - 2), compiled[2]
         for (loss, norm, _), (wanted, norm_wanted, _) in zip(compiled[0], plain[0], strict=True):
             assert loss == pytest.approx(wanted, rel=1e-5) and norm == pytest.approx(norm_wanted, rel=1e-4)
         assert compiled[1] == pytest.approx(plain[1], rel=1e-5)
+        if world == 1 and not batch.get("recompute"):  # one graph for all blocks of a kind
+            dims = resolve(config, 1, VOCAB).dims
+            middle = dims.depth // 2  # from which the stream has a tensor more; before the first block two of it are one
+            places = [(block == 0, block > middle, block == middle, block == dims.depth - 1) for block in range(dims.depth)]
+            kinds = {(dims.windows[block], dims.has_value_embedding(block), *place) for block, place in enumerate(places)}
+            assert attending == len(kinds) < dims.depth

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megachat.errors import UserError
-from megachat.train.build import apply_compile
+from megachat.train.compiled import apply_compile
 from megachat.train.step import set_schedules
 from tests.harness import run_ranks
 from tests.oracle import ROWS, TOKENS, train
