@@ -3,6 +3,7 @@
 import atexit
 import functools
 import os
+import select
 import sys
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ EXIT_STATUS = 2
 LOST_RANK_STATUS = 3  # another rank died, failed or cannot be reached
 STALL_STATUS = 4  # the job stood still for parallel.stall_s
 SAVED_STATUS = 75  # told to stop by SIGTERM or SIGUSR1, and saved: sysexits.h calls it a temporary failure, try again
+UNREAD_STATUS = 141  # who read a tool's output has gone (128 + 13, as a shell counts SIGPIPE)
 STOPPED_STATUS = 143  # told to stop by SIGTERM (128 + 15, as a shell counts it), or the launcher has gone
 _OTHER_RANKS_WAIT_S = 3.0
 
@@ -27,7 +29,8 @@ def user_errors_end_the_program(main=None, *, rank: Callable[[], int] | None = N
 
     rank: tells the process's place in a job, and that the program is one of several ranks. Ranks after the first wait a moment before they
     speak: what all found is said once, because the launcher ends them when the first has gone, and what only one found is still said.
-    A rank ends at once where its `main()` ends. main: returns its exit status, None for 0.
+    A rank ends at once where its `main()` ends. A tool whose reader has gone, as `head` does, ends without a word. main: returns its exit status,
+    None for 0.
     """
     if main is None:
         return functools.partial(user_errors_end_the_program, rank=rank)
@@ -37,6 +40,7 @@ def user_errors_end_the_program(main=None, *, rank: Callable[[], int] | None = N
         leave = sys.exit if rank is None else _end_at_once
         try:
             status = main(*args, **kwargs) or 0
+            sys.stdout.flush()
         except UserError as error:
             sys.stdout.flush()
             who = rank() if rank else 0
@@ -48,10 +52,24 @@ def user_errors_end_the_program(main=None, *, rank: Callable[[], int] | None = N
         except KeyboardInterrupt:
             print("error: interrupted", file=sys.stderr, flush=True)
             status = 130
+        except BrokenPipeError:
+            if rank or not _reader_has_gone():
+                raise
+            status = UNREAD_STATUS
         if status or rank:
             leave(status)
 
     return wrapped
+
+
+def _reader_has_gone() -> bool:
+    """Whether it was the output that broke; then what is left of it goes nowhere, or Python's end would complain."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in output.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _end_at_once(status: int) -> None:

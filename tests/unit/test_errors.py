@@ -45,3 +45,18 @@ def test_what_was_printed_and_promised_comes_out_and_only_a_tool_is_taken_apart(
 
 def test_another_rank_says_which_it_is():
     assert ended("(rank=lambda: 3)", "wrong").stderr == "error: [rank 3] first is wrong\nerror: [rank 3] second too\n"
+
+
+@pytest.mark.parametrize("lines, said", [(1, ""), (100_000, "worked")])
+def test_a_tool_whose_reader_has_gone_ends_without_a_word(lines, said):
+    program = PROGRAM.format(how="").replace('print("worked", end=" ")', f"[print('worked') for _ in range({lines})]")
+    tool = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    read = tool.stdout.read(len(said))
+    tool.stdout.close()
+    assert read == said and tool.stderr.read() == "" and tool.wait(30) == 141
+
+
+def test_another_broken_pipe_is_no_end_of_the_reader():
+    program = PROGRAM.format(how="").replace("raise KeyboardInterrupt", "raise BrokenPipeError('a socket')")
+    done = subprocess.run([sys.executable, "-c", program, "interrupt"], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1 and "BrokenPipeError: a socket" in done.stderr
