@@ -6,10 +6,8 @@ a host that is unlike, slow or silent; 2: a mistake in the command line. docs/in
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -19,7 +17,7 @@ sys.path.insert(0, str(ROOT))  # works from a clone that was not installed
 from megachat.config import Config, load_config  # noqa: E402
 from megachat.errors import UserError, user_errors_end_the_program  # noqa: E402
 from megachat.hosts import parse_hostfile  # noqa: E402
-from tools.doctor_installed import COMPILERS, installed  # noqa: E402
+from tools.doctor_installed import installed  # noqa: E402
 from tools.doctor_traps import traps  # noqa: E402
 
 _VOCAB = 32768  # where the config leaves it to a tokenizer
@@ -93,13 +91,11 @@ def _gradient_norm(config: Config, what: str):
 
 
 def _compile(config: Config, what: str):
-    device, *_ = _here(config)
-    compiler = next((name for name in COMPILERS if shutil.which(name)), None)
-    possible = device.type == "cuda" and importlib.util.find_spec("triton") is not None or device.type == "cpu" and compiler is not None
-    needs = (
-        f"possible here, with {compiler or 'Triton'}" if possible else f"not possible here: no {'C++ compiler' if device.type == 'cpu' else 'Triton'}"
-    )
-    yield what, "on" if config.precision.compile else "off", f"precision.compile; {needs}"
+    from megachat.train.compiled import compile_problem
+
+    problem = compile_problem(_here(config)[0])
+    possible = f"not possible here: {problem}" if problem else "possible here"
+    yield what, "on" if config.precision.compile else "off", f"precision.compile; {possible}"
 
 
 def _possible(choose) -> tuple[str, str]:

@@ -19,7 +19,6 @@ from megachat.probe import PACKAGES, code_hashes
 
 TE_PACKAGES = ("transformer_engine", "transformer_engine_torch", "transformer_engine_cu12", "transformer_engine_cu13")
 _SHOWN = (*PACKAGES, *TE_PACKAGES, "flash-attn", "flash-attn-3", "flash-attn-4", "apex", "mpi4py", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
-COMPILERS = ("g++", "clang++", "c++")  # as megachat's compile looks for them
 _COMMAND_S = 20
 
 
@@ -38,7 +37,7 @@ def installed() -> dict:
         "nvcc": _nvcc(),
         "mpirun": _first_line("mpirun", "--version"),
         "pdsh": _first_line("pdsh", "-V"),
-        "compiler": next((line for name in COMPILERS if (line := _first_line(name, "--version"))), None),
+        "compiler": _first_line(_variable("CXX") or "g++", "--version"),  # as torch looks for it
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "shm_bytes": _size("/dev/shm"),

@@ -22,6 +22,7 @@ from megachat.device import choose_compute_dtype, free_port
 from megachat.errors import UserError
 from megachat.kernels.fp8_backends import choose_fp8
 from megachat.plan import Plan, resolve
+from megachat.train.compiled import compile_problem
 from megachat.train.verify import FLIPPED_SHARE, LEAST_SCALE, LOSS_TOLERANCE, compared, parameter_order, verification_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,9 +57,10 @@ def resume_config(asked: Config, base: Config, rows: int, sizes: dict[str, int],
 
 
 def precision_here(asked: Config) -> dict:
-    """The precision asked for by the kernels of this machine, which need not be the config's; without FP8 where this machine has none."""
+    """The precision asked for by the kernels of this machine, which need not be the config's; without FP8 or torch.compile where it has none."""
     precision = asked.precision.model_dump(mode="json") | {"attention": "auto", "fp8_backend": "auto"}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision["compile"] &= compile_problem(device) is None
     try:
         choose_fp8(precision["fp8"], "auto", device, *choose_compute_dtype(precision["compute"], device))
     except UserError:

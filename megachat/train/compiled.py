@@ -1,25 +1,38 @@
 """torch.compile for training: one graph for all blocks of a kind, and a count of what is compiled when nothing should be any more."""
 
+import importlib.util
 import shutil
 
 import torch
 from torch import nn
 
+from megachat.device import variable
 from megachat.errors import UserError
 from megachat.model.gpt import Block
 
 _GRAPHS_A_LAYER = 8  # at most: its function is cut at kernels that no graph holds, and evaluation has graphs of its own
 
 
+def compile_problem(device: torch.device) -> str | None:
+    """Why torch.compile cannot work on the device, in words that follow "but"; None when it can. It looks where torch and Triton look."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    # Triton compiles what calls its kernels, torch the kernels themselves
+    named, usual = ("CC", ("gcc", "clang")) if device.type == "cuda" else ("CXX", ("g++",))
+    compilers = (variable(named),) if variable(named) else usual
+    return None if any(map(shutil.which, compilers)) else f"this machine has no {' or '.join(compilers)}"
+
+
 def apply_compile(layers: nn.ModuleList, device: torch.device) -> None:
-    """torch.compile the layers in place, each block within what it computes again in the backward pass. Raises UserError on a CPU machine without
+    """torch.compile the layers in place, each block within what it computes again in the backward pass. Raises UserError on a machine without
     a compiler.
 
     Blocks of one kind (window, value embedding, place) share their code. torch gives up on a function of more kinds than a limit, without a word
     in the log: the limit is raised to what the model needs.
     """
-    if device.type == "cpu" and not any(shutil.which(compiler) for compiler in ("g++", "clang++", "c++")):
-        raise UserError("precision.compile needs a C++ compiler on a CPU and this machine has none: install g++ or set precision.compile=false")
+    problem = compile_problem(device)
+    if problem:
+        raise UserError(f"precision.compile is true but {problem}: install it, or set precision.compile=false")
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, _GRAPHS_A_LAYER * len(layers))
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 8 * limits.recompile_limit)

@@ -5,8 +5,6 @@ import math
 import pytest
 import torch
 
-from megachat.errors import UserError
-from megachat.train.compiled import apply_compile
 from megachat.train.step import set_schedules
 from tests.harness import run_ranks
 from tests.oracle import ROWS, TOKENS, train
@@ -88,9 +86,3 @@ def test_state_is_eight_bytes_a_muon_parameter_over_ranks_and_the_zero1_share(wo
         assert muon["master"] + muon["momentum"] == 8 * (parameters["matrices"] - gates + padded) // world
         tables = parameters["wte"] + parameters["value_embeds"] + parameters["lm_head"]
         assert 12 * tables // world <= adamw <= 12 * (tables + parameters["scalars"] + 6 * 2 * world) // world + 12
-
-
-def test_compiling_without_a_compiler_is_refused(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(UserError, match="this machine has none"):
-        apply_compile(torch.nn.ModuleList(), torch.device("cpu"))
