@@ -11,6 +11,7 @@ from torch import nn
 
 from megachat.kernels.cross_entropy import WHOLE, VocabularyPart
 from megachat.kernels.embedding import Table
+from megachat.kernels.graphs import outside_graphs
 from megachat.parallel.collectives import all_gather, all_reduce, reduce_scatter
 from megachat.parallel.mesh import Axis
 
@@ -94,7 +95,7 @@ def _join(module: nn.Module, axis: Axis, sequence: bool) -> None:
             module.register_forward_hook(lambda _, inputs, output: (_apply(enter, output[0], axis), *output[1:]))
 
 
-@torch.compiler.disable
+@outside_graphs
 def _apply(function, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
     return function.apply(tensor, axis)
 

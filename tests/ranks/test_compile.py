@@ -17,9 +17,9 @@ VOCAB, ROWS, LENGTH, STEPS = 97, 4, 160, 4
 MODEL = {"aspect_ratio": 16, "head_size": 16, "kv_heads": None, "sequence_len": LENGTH, "window_pattern": "SSSL"}
 CASES = {
     "one, all kinds of blocks": (1, {}, {"depth": 12, "aspect_ratio": 8}, {}),
-    "one, selective": (1, {}, {"depth": 4}, {"recompute": "selective"}),
-    "tp2 sequence, block": (2, {"tensor": 2, "sequence": True}, {"depth": 4}, {"recompute": "block"}),
-    "pp2": (2, {"pipeline": 2}, {"depth": 4}, {}),
+    "one, selective": (1, {}, {"depth": 2}, {"recompute": "selective"}),
+    "tp2 sequence, block": (2, {"tensor": 2, "sequence": True}, {"depth": 2}, {"recompute": "block"}),
+    "pp2": (2, {"pipeline": 2}, {"depth": 2}, {}),
 }
 
 
