@@ -11,7 +11,6 @@ from megachat.device import compute_capability, device_name
 from megachat.errors import UserError
 from megachat.kernels.attention import attention
 from megachat.kernels.attention_windowed import windowed_attention
-from megachat.kernels.graphs import outside_graphs
 from megachat.kernels.te import TEAttention, te_attention_problem, te_version
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
@@ -150,7 +149,7 @@ class FlashAttention:
     def __init__(self, name: str):
         self._function, self._none = _flash_function(name), None if name == "flash4" else -1
 
-    @outside_graphs
+    @torch.compiler.disable
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
         full = window >= q.size(1) - 1
         reach = (self._none, self._none) if full else (window, 0)
@@ -167,7 +166,7 @@ class FlexAttention:
         self._attend = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
         self._create_mask, self._tokens, self._masks = create_block_mask, tokens, {}
 
-    @outside_graphs
+    @torch.compiler.disable
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
         if q.size(1) != self._tokens:
             return attention(q, k, v, window)

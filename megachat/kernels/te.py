@@ -14,7 +14,6 @@ from megachat.counts import FP8_TILES
 from megachat.device import compute_capability
 from megachat.kernels.attention import attention
 from megachat.kernels.fp8 import check_multiples
-from megachat.kernels.graphs import outside_graphs
 
 OLDEST = (2, 9)  # the first with `autocast`; the design was checked against 2.20.2
 _ONE_VERSION = ("transformer_engine", "transformer_engine_torch", "transformer_engine_cu12", "transformer_engine_cu13")
@@ -103,7 +102,7 @@ class _TEProduct:
     def __init__(self, linear: torch.nn.Module, tile: int, context: Callable):
         self._linear, self._tile, self._context = linear, tile, context
 
-    @outside_graphs
+    @torch.compiler.disable
     def __call__(self, x: torch.Tensor, weight: torch.nn.Parameter) -> torch.Tensor:
         check_multiples(x, weight, self._tile)
         self._linear._parameters["weight"] = weight
@@ -118,7 +117,7 @@ class TEAttention:
     def __init__(self, tokens: int):
         self._tokens, self._modules = tokens, {}
 
-    @outside_graphs
+    @torch.compiler.disable
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
         if q.size(1) != self._tokens:
             return attention(q, k, v, window)

@@ -11,7 +11,6 @@ from torch import nn
 
 from megachat.kernels.cross_entropy import WHOLE, VocabularyPart
 from megachat.kernels.embedding import Table
-from megachat.kernels.graphs import outside_graphs
 from megachat.parallel.collectives import all_gather, all_reduce, reduce_scatter
 from megachat.parallel.mesh import Axis
 
@@ -95,7 +94,7 @@ def _join(module: nn.Module, axis: Axis, sequence: bool) -> None:
             module.register_forward_hook(lambda _, inputs, output: (_apply(enter, output[0], axis), *output[1:]))
 
 
-@outside_graphs
+@torch.compiler.disable
 def _apply(function, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
     return function.apply(tensor, axis)
 

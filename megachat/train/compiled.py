@@ -8,7 +8,6 @@ from torch import nn
 
 from megachat.device import variable
 from megachat.errors import UserError
-from megachat.kernels.graphs import leave_out_marked
 from megachat.model.gpt import Block
 
 _GRAPHS_A_LAYER = 8  # at most: its function is cut at kernels that no graph holds, and evaluation has graphs of its own
@@ -34,7 +33,6 @@ def apply_compile(layers: nn.ModuleList, device: torch.device) -> None:
     problem = compile_problem(device)
     if problem:
         raise UserError(f"precision.compile is true but {problem}: install it, or set precision.compile=false")
-    leave_out_marked()
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, _GRAPHS_A_LAYER * len(layers))
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 8 * limits.recompile_limit)

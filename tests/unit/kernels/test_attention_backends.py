@@ -10,7 +10,6 @@ from megachat.errors import UserError
 from megachat.kernels import attention_backends
 from megachat.kernels.attention import attention
 from megachat.kernels.attention_backends import FlashAttention, FlexAttention, choose_attention
-from megachat.kernels.graphs import leave_out_marked
 
 CPU, GPU, BF16 = torch.device("cpu"), torch.device("cuda"), torch.bfloat16
 DIMS = Dimensions(4, 256, 2, 2, 128, 2048, 512, window_sizes("SSSL", 4, 2048))
@@ -176,7 +175,6 @@ def test_compiled_functions_call_flash_attention_as_it_is(monkeypatch):
 
     monkeypatch.setattr(attention_backends, "_flash_function", lambda name: flash_attn_func)
     attend, inputs = FlashAttention("flash3"), heads(20, 2)
-    leave_out_marked()
     torch._dynamo.reset()
     found = torch.compile(lambda q, k, v: attend(q.sin(), k, v, 7).cos(), backend=count, dynamic=False)(*inputs)
     assert torch.equal(found, attention(inputs[0].sin(), *inputs[1:], 7).cos())
