@@ -197,6 +197,11 @@ def rank_0_address() -> str:
     return os.environ["MASTER_ADDR"]
 
 
+def this_device() -> torch.device:
+    """Of a process that is no rank: CUDA's current GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def choose_device(environment: LaunchEnvironment) -> torch.device:
     """This process's accelerator, or the CPU with the cores of the machine shared between its local ranks."""
     if torch.cuda.is_available():

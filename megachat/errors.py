@@ -24,6 +24,11 @@ class UserError(Exception):
     """
 
 
+def summary(error: BaseException) -> str:
+    """An error of somebody else's in one line: its kind, and the first line of what it says."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
 def user_errors_end_the_program(main=None, *, rank: Callable[[], int] | None = None):
     """Wrap a program's `main()`: a `UserError` is printed as `error: ...` on stderr and ends with exit status 2.
 

@@ -16,9 +16,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from megachat.config import load_config  # noqa: E402
-from megachat.device import bootstrap_environment, choose_device, describe_environment, free_port  # noqa: E402
+from megachat.device import bootstrap_environment, choose_device, describe_environment, free_port, this_device  # noqa: E402
 from megachat.errors import UserError, user_errors_end_the_program  # noqa: E402
 from tools.bench_gpu import bench_gpu  # noqa: E402
+from tools.ranks import run_ranks, set_options  # noqa: E402
 
 
 def in_turn(actions: dict, rounds: int) -> dict[str, list[float]]:
@@ -96,7 +97,7 @@ def bench_start(arguments) -> dict:
     for _ in range(arguments.rounds):
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), "--config", arguments.config, "--set", f"run.folder={folder}"]
-            command += ["--set", "horizon.stop_step=1", *(part for setting in arguments.set for part in ("--set", setting))]
+            command += ["--set", "horizon.stop_step=1", *set_options(arguments.set)]
             begin = time.perf_counter()
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             for line in process.stdout:
@@ -134,7 +135,7 @@ def bench_layouts(arguments) -> dict:
             pinned = ["taskset", "-c", "0"] if layout == "dp=1" else []
             command = [*pinned, sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(sizes["dp"] * sizes["tp"] * sizes["pp"])]
             command += ["--master-port", str(free_port()), str(ROOT / "launch" / "pretrain.py"), "--config", arguments.config]
-            done = subprocess.run([*command, *(part for setting in settings for part in ("--set", setting))], capture_output=True, text=True)
+            done = subprocess.run([*command, *set_options(settings)], capture_output=True, text=True)
             if done.returncode:
                 raise UserError(f"{layout} failed: {(done.stderr or done.stdout).strip().splitlines()[0]}")
             lines = [json.loads(line) for line in (Path(folder) / layout / "metrics.jsonl").read_text().splitlines()]
@@ -150,13 +151,10 @@ def bench_layouts(arguments) -> dict:
 def bench_checkpoint(arguments) -> dict:
     """Seconds for which training waits for a save, and until it is complete, beside torch.save of each rank's state; loading; bytes."""
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(arguments.ranks), "--master-port", str(free_port())]
-        command += [str(ROOT / "tools" / "bench_checkpoint.py"), "--config", arguments.config, "--vocab-size", str(arguments.vocab_size)]
-        command += ["--rounds", str(arguments.rounds), "--folder", folder, *(part for setting in arguments.set for part in ("--set", setting))]
-        done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"the ranks failed: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
-    return {"what": "seconds of saving and loading, of the slowest rank"} | json.loads(done.stdout.strip().splitlines()[-1])
+        program = [str(ROOT / "tools" / "bench_checkpoint.py"), "--config", arguments.config, "--vocab-size", str(arguments.vocab_size)]
+        program += ["--rounds", str(arguments.rounds), "--folder", folder, *set_options(arguments.set)]
+        told = run_ranks("the ranks", arguments.ranks, program)
+    return {"what": "seconds of saving and loading, of the slowest rank"} | json.loads(told.strip().splitlines()[-1])
 
 
 def bench_generation(arguments) -> dict:
@@ -221,7 +219,7 @@ def main() -> None:
     import torch
 
     result = kinds[arguments.kind](arguments)
-    where = describe_environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    where = describe_environment(this_device())
     kept = {key: where[key] for key in ("commit", "uncommitted_changes", "device", "cpu_cores")} | {"torch": torch.__version__}
     print(json.dumps({"bench": arguments.kind} | result | {"where": kept}, indent=1))
 

@@ -3,7 +3,6 @@
 The files lie in the page cache when they are read, on both sides.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -24,7 +23,7 @@ from megachat.checkpoint.save import save_checkpoint, sync_folder  # noqa: E402
 from megachat.checkpoint.saver import Saver  # noqa: E402
 from megachat.config import load_config  # noqa: E402
 from megachat.device import bootstrap_environment, choose_device  # noqa: E402
-from megachat.errors import UserError, user_errors_end_the_program  # noqa: E402
+from megachat.errors import user_errors_end_the_program  # noqa: E402
 from megachat.parallel.collectives import all_gather_objects, barrier  # noqa: E402
 from megachat.plan import resolve  # noqa: E402
 from megachat.train.build import Training, build_training, start  # noqa: E402
@@ -32,6 +31,7 @@ from megachat.train.loop import end_collectives  # noqa: E402
 from megachat.train.state import state_pieces  # noqa: E402
 from megachat.train.step import micro_batches, set_schedules  # noqa: E402
 from megachat.train.verify import related_rows  # noqa: E402
+from tools.ranks import rank_parser, require_ranks  # noqa: E402
 
 
 def trained(arguments) -> Training:
@@ -134,11 +134,7 @@ def _second_moments(training: Training) -> dict[str, tuple[int, ...]]:
 
 @user_errors_end_the_program
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--set", action="append", default=[])
-    parser.add_argument("--vocab-size", type=int, required=True)
-    parser.add_argument("--rounds", type=int, required=True)
+    parser = rank_parser(__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True)
     arguments = parser.parse_args()
     training = trained(arguments)
@@ -168,6 +164,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if not torch.distributed.is_torchelastic_launched():
-        raise UserError("start it through tools/bench.py checkpoint")
+    require_ranks("checkpoint")
     main()

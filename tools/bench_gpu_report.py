@@ -4,11 +4,11 @@ import json
 import platform
 import re
 import subprocess
-from importlib import metadata
 from pathlib import Path
 
 from megachat.data.atomic import write_whole
 from megachat.errors import UserError
+from tools.doctor_installed import version
 
 BEGIN, END = "<!-- measured by tools/bench.py gpu: begin -->", "<!-- measured by tools/bench.py gpu: end -->"
 PACKAGES = ("torch", "triton", "transformer-engine", "flash-attn", "flash-attn-3", "flash-attn-4", "deepspeed", "kernels")
@@ -37,14 +37,9 @@ def gpu_facts() -> dict:
         told = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True).stdout.strip().splitlines()
     except (OSError, subprocess.SubprocessError):
         told = None
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
+    packages = {package: version(package) for package in PACKAGES}
     cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
-    return {"gpus": told, "cuda": torch.version.cuda, "cudnn": cudnn, "packages": versions, "python": platform.python_version()}
+    return {"gpus": told, "cuda": torch.version.cuda, "cudnn": cudnn, "packages": packages, "python": platform.python_version()}
 
 
 def goals(found: list[dict]) -> list[tuple[str, str, str]]:

@@ -74,10 +74,11 @@ def row_counts(asked: str, rows_per_step: int) -> list[int]:
 
 def nanochat_steps(arguments: argparse.Namespace, plan: Plan, pattern: str) -> dict:
     """{"nanochat, N rows at a time": function that takes a step of one model with its optimizer}, for each N that is asked for."""
+    from tools.bench_step import random_rows  # its engine is no business of the others here
+
     counts, device = row_counts(arguments.nanochat_rows, plan.rows_per_step), torch.device("cpu")
     model, run, optimizer = build_nanochat(arguments.nanochat, plan, pattern, device)
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(0, plan.dims.vocab_size, (plan.rows_per_step, plan.dims.sequence_len + 1), generator=generator)
+    rows = random_rows(plan)
 
     def step(count: int) -> float:
         loss = accumulate(run, rows, count, device)

@@ -4,12 +4,10 @@ On a CPU a moment belongs to the innermost part that the training thread is in. 
 that runs then (the one that began first). What is left is the host gap, so that parts add up to the step.
 """
 
-import argparse
 import bisect
 import itertools
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -26,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile, record_function  # noqa: E
 
 from megachat.config import load_config  # noqa: E402
 from megachat.data.atomic import write_whole  # noqa: E402
-from megachat.device import bootstrap_environment, choose_device, free_port  # noqa: E402
+from megachat.device import bootstrap_environment, choose_device  # noqa: E402
 from megachat.errors import UserError, user_errors_end_the_program  # noqa: E402
 from megachat.parallel.progress import PART, part  # noqa: E402
 from megachat.plan import resolve  # noqa: E402
@@ -35,6 +33,7 @@ from megachat.train.kernels import describe_kernels  # noqa: E402
 from megachat.train.loop import end_collectives  # noqa: E402
 from megachat.train.step import train_step  # noqa: E402
 from tools.profile_picture import picture  # noqa: E402
+from tools.ranks import rank_parser, require_ranks, run_ranks, set_options  # noqa: E402
 
 STEP, WARM_UP, SHOWN = "training step", 2, 15
 GAP, OTHER = "host gap", "other"
@@ -248,26 +247,16 @@ def bench_profile(arguments) -> dict:
     if ranks == 1:
         result = measure(arguments.config, settings, arguments.vocab_size, arguments.rounds, arguments.out)
     else:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(free_port()), __file__]
-        command += ["--config", arguments.config, "--vocab-size", str(arguments.vocab_size), "--rounds", str(arguments.rounds)]
-        command += [*(["--out", arguments.out] if arguments.out else []), *(word for setting in settings for word in ("--set", setting))]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-            said = (errors or (done.stderr or done.stdout).strip().splitlines())[-1].removeprefix("error: ")
-            raise UserError(f"the ranks failed: {said}")
-        result = json.loads(done.stdout.strip().splitlines()[-1])
+        program = [__file__, "--config", arguments.config, "--vocab-size", str(arguments.vocab_size), "--rounds", str(arguments.rounds)]
+        program += [*(["--out", arguments.out] if arguments.out else []), *set_options(settings)]
+        result = json.loads(run_ranks("the ranks", ranks, program).strip().splitlines()[-1])
     print(table(result), file=sys.stderr)
     return {"what": "milliseconds of a training step, by parts"} | result
 
 
 @user_errors_end_the_program
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--set", action="append", default=[])
-    parser.add_argument("--vocab-size", type=int, required=True)
-    parser.add_argument("--rounds", type=int, required=True)
+    parser = rank_parser(__doc__.splitlines()[0])
     parser.add_argument("--out")
     arguments = parser.parse_args()
     result = measure(arguments.config, arguments.set, arguments.vocab_size, arguments.rounds, arguments.out)
@@ -277,6 +266,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if not torch.distributed.is_torchelastic_launched():
-        raise UserError("start it through tools/bench.py profile")
+    require_ranks("profile")
     main()

@@ -16,6 +16,11 @@ from megachat.train.step import micro_batches, set_schedules
 from tools.live_bytes import LiveBytes
 
 
+def random_rows(plan: Plan) -> torch.Tensor:
+    """A step's rows, int64 [rows, tokens + 1], the same each time."""
+    return torch.randint(0, plan.dims.vocab_size, (plan.rows_per_step, plan.dims.sequence_len + 1), generator=torch.Generator().manual_seed(0))
+
+
 def training_steps(arguments, settings: dict[str, list[str]]) -> tuple[dict, Plan]:
     """({name: function that takes a step of the config with these settings}, plan): forward, backward, both optimizers, on random rows."""
     device = choose_device(bootstrap_environment())
@@ -26,8 +31,7 @@ def training_steps(arguments, settings: dict[str, list[str]]) -> tuple[dict, Pla
         plan = resolve(config, 1, config.model.vocab_size or arguments.vocab_size)
         training = build_training(config, plan, mesh, torch.ones(plan.dims.vocab_size, dtype=torch.int64))
         set_schedules(training, 0)
-        generator = torch.Generator().manual_seed(0)
-        rows = torch.randint(0, plan.dims.vocab_size, (plan.rows_per_step, plan.dims.sequence_len + 1), generator=generator)
+        rows = random_rows(plan)
         actions[name] = lambda training=training, rows=rows: training.engine.train_batch(micro_batches(rows, training.plan.micro_rows)).item()
     return actions, plan
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # works from a clone that was not installed
 
 from megachat.config import Config, load_config  # noqa: E402
-from megachat.errors import UserError, user_errors_end_the_program  # noqa: E402
+from megachat.errors import UserError, summary, user_errors_end_the_program  # noqa: E402
 from megachat.hosts import parse_hostfile  # noqa: E402
 from tools.doctor_installed import installed  # noqa: E402
 from tools.doctor_traps import traps  # noqa: E402
@@ -33,16 +33,14 @@ def choices(config: Config) -> list[dict[str, str]]:
         except UserError as error:
             found.append({"what": what, "choice": "refused", "reason": str(error)})
         except Exception as error:  # whatever is broken here must not hide the rest
-            found.append({"what": what, "choice": "unknown", "reason": f"{type(error).__name__}: {error}".partition("\n")[0]})
+            found.append({"what": what, "choice": "unknown", "reason": summary(error)})
     return found
 
 
 def _here(config: Config):
-    import torch
+    from megachat.device import choose_compute_dtype, this_device
 
-    from megachat.device import choose_compute_dtype
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
     return device, *choose_compute_dtype(config.precision.compute, device)
 
 

@@ -15,6 +15,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+from megachat.errors import summary
 from megachat.probe import PACKAGES, code_hashes
 
 TE_PACKAGES = ("transformer_engine", "transformer_engine_torch", "transformer_engine_cu12", "transformer_engine_cu13")
@@ -32,7 +33,7 @@ def installed() -> dict:
         "code": hashlib.sha256(json.dumps(code_hashes(Path(__file__).resolve().parents[1])).encode()).hexdigest()[:8],  # of this project's files
         "driver": driver,
         "gpus": gpus,
-        "packages": {name: version for name in _SHOWN if (version := _version(name))},
+        "packages": {name: there for name in _SHOWN if (there := version(name))},
         "modules": {name: _has_module(name) for name in ("amp_C", "flash_attn_interface")} | {"apex.multi_tensor_apply": _is_nvidias_apex()},
         "nvcc": _nvcc(),
         "mpirun": _first_line("mpirun", "--version"),
@@ -55,7 +56,7 @@ def _torch_facts() -> dict:
     try:
         import torch
     except Exception as error:  # OSError too: it loads libraries
-        return nothing | {"torch_error": f"{type(error).__name__}: {error}".partition("\n")[0]}
+        return nothing | {"torch_error": summary(error)}
     found = nothing | {"torch_error": None, "cuda": torch.version.cuda}
     if torch.cuda.is_available():
         found["torch_sees"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
@@ -113,7 +114,8 @@ def _variable(name: str) -> str | None:
     return variable(name)
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Of an installed package; None where it is not."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

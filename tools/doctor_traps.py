@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from megachat.errors import summary
 from tools.doctor_installed import TE_PACKAGES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -154,7 +155,7 @@ def _import_error(module: str) -> str | None:
     try:
         importlib.import_module(module)
     except Exception as error:  # they load libraries and check versions while they are imported
-        return f"{type(error).__name__}: {error}".partition("\n")[0]
+        return summary(error)
     return None
 
 

@@ -6,24 +6,21 @@ Real jobs: torchrun starts launch/pretrain.py on the config's data, with every f
 import json
 import math
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import torch
 
 from megachat.checkpoint.facts import checkpoint_name
 from megachat.config import Config, save_config
 from megachat.convert.difference import Difference as Entry
 from megachat.convert.difference import differences_of
 from megachat.convert.opened import Opened, open_megachat
-from megachat.device import choose_compute_dtype, free_port
+from megachat.device import choose_compute_dtype, this_device
 from megachat.errors import UserError
 from megachat.kernels.fp8_backends import choose_fp8
 from megachat.plan import Plan, resolve
 from megachat.train.compiled import compile_problem
 from megachat.train.verify import FLIPPED_SHARE, LEAST_SCALE, LOSS_TOLERANCE, compared, parameter_order, verification_config
+from tools.ranks import run_ranks, set_options
 
 ROOT = Path(__file__).resolve().parents[1]
 STOP, END = 2, 4
@@ -59,7 +56,7 @@ def resume_config(asked: Config, base: Config, rows: int, sizes: dict[str, int],
 def precision_here(asked: Config) -> dict:
     """The precision asked for by the kernels of this machine, which need not be the config's; without FP8 or torch.compile where it has none."""
     precision = asked.precision.model_dump(mode="json") | {"attention": "auto", "fp8_backend": "auto"}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
     precision["compile"] &= compile_problem(device) is None
     try:
         choose_fp8(precision["fp8"], "auto", device, *choose_compute_dtype(precision["compute"], device))
@@ -85,12 +82,8 @@ def run_job(config: Config, run: Path, world: int, stop_step: int, *, every: int
     save_config(config, path)
     settings = {"run.folder": run.parent, "run.name": run.name, "horizon.stop_step": stop_step, "checkpoint.every": every}
     settings |= {"checkpoint.keep_last": END - STOP + 1, "checkpoint.keep_every": "null"}
-    line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world), "--master-port", str(free_port())]
-    line += [str(ROOT / "launch" / "pretrain.py"), "--config", str(path)] + (["--resume", "auto"] if resume else [])
-    done = subprocess.run([*line, *(f"--set={name}={value}" for name, value in settings.items())], capture_output=True, text=True)
-    if done.returncode:
-        said = [text for text in done.stderr.splitlines() if text.startswith("error:")] or (done.stderr or done.stdout).strip().splitlines()[-1:]
-        raise UserError(f"the job {run.name} failed: {''.join(said[:1]).removeprefix('error: ')}")
+    program = [str(ROOT / "launch" / "pretrain.py"), "--config", str(path)] + (["--resume", "auto"] if resume else [])
+    run_ranks(f"the job {run.name}", world, program + set_options([f"{name}={value}" for name, value in settings.items()]))
 
 
 def losses(run: Path) -> dict[int, float]:

@@ -8,7 +8,7 @@ import torch
 
 from megachat.counts import Dimensions
 from megachat.device import compute_capability, device_name
-from megachat.errors import UserError
+from megachat.errors import UserError, summary
 from megachat.kernels.attention import attention
 from megachat.kernels.attention_windowed import windowed_attention
 from megachat.kernels.te import TEAttention, te_attention_problem, te_version
@@ -94,7 +94,7 @@ def _problem(name: str, device: torch.device, dtype: torch.dtype, dims: Dimensio
     try:
         _flash_function(name)
     except Exception as error:  # OSError too: they load libraries while they are imported
-        return f"{_FLASH[name]} cannot be imported ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+        return f"{_FLASH[name]} cannot be imported ({summary(error)})"
     return _trial(FlashAttention(name), device, dtype, dims)
 
 
@@ -110,7 +110,7 @@ def _trial(attend: Attend, device: torch.device, dtype: torch.dtype, dims: Dimen
                 found, wanted = ([y := way(*inputs, window), *torch.autograd.grad(y, inputs, g)] for way in (attend, attention))
             off = max(((one - other).float().norm() / other.float().norm()).item() for one, other in zip(found, wanted, strict=True))
         except Exception as error:
-            return f"a trial of it failed ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+            return f"a trial of it failed ({summary(error)})"
         if not off < _TRIAL_TOLERANCE:
             return f"a trial of it with a window of {window} of {_TRIAL_TOKENS} tokens gave other results than torch, {off:.1%} off"
     return None

@@ -8,6 +8,7 @@ from importlib import util
 
 import torch
 
+from megachat.errors import summary
 from megachat.kernels.te import te_l2norm, te_problem, te_version
 
 SumOfSquares = Callable[..., torch.Tensor]  # (tensors, before=None) -> 0-d float32, as `torch_sum_of_squares`
@@ -80,7 +81,7 @@ def _te(device: torch.device) -> tuple[MultiTensor | None, str]:
     try:
         return MultiTensor(*te_l2norm()), f"Transformer Engine {te_version()}"
     except Exception as error:  # whatever its libraries raise while they are loaded
-        return None, f"it has no multi_tensor_l2norm ({_short(error)})"
+        return None, f"it has no multi_tensor_l2norm ({summary(error)})"
 
 
 def _apex(device: torch.device) -> tuple[MultiTensor | None, str]:
@@ -91,7 +92,7 @@ def _apex(device: torch.device) -> tuple[MultiTensor | None, str]:
         l2norm = importlib.import_module("amp_C").multi_tensor_l2norm
         return MultiTensor(importlib.import_module("apex.multi_tensor_apply").multi_tensor_applier, l2norm), "NVIDIA apex"
     except Exception as error:  # as above
-        return None, f"it cannot be imported ({_short(error)})"
+        return None, f"it cannot be imported ({summary(error)})"
 
 
 def _disagreement(function: SumOfSquares, device: torch.device) -> str | None:
@@ -103,9 +104,5 @@ def _disagreement(function: SumOfSquares, device: torch.device) -> str | None:
             if not (found == wanted or found != found and wanted != wanted or abs(found - wanted) <= _TOLERANCE * abs(wanted)):
                 return f"it finds {found} where torch finds {wanted}"
     except Exception as error:  # a kernel without code for this GPU
-        return f"it fails ({_short(error)})"
+        return f"it fails ({summary(error)})"
     return None
-
-
-def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

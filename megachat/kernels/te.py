@@ -12,6 +12,7 @@ import torch
 
 from megachat.counts import FP8_TILES
 from megachat.device import compute_capability
+from megachat.errors import summary
 from megachat.kernels.attention import attention
 from megachat.kernels.fp8 import check_multiples
 
@@ -41,7 +42,7 @@ def te_problem(device: torch.device, recipe: str | None = None) -> str | None:
         checks = {None: lambda return_reason: (True, ""), "tensorwise": te.is_fp8_available, "blockwise": te.is_fp8_block_scaling_available}
         works, why = checks[recipe](return_reason=True)
     except Exception as error:  # OSError and AssertionError too: it loads libraries and checks versions while it is imported
-        return f"transformer_engine cannot be imported ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+        return f"transformer_engine cannot be imported ({summary(error)})"
     return None if works else f"transformer_engine {found[_ONE_VERSION[0]]} says: {why}"
 
 

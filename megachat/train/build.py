@@ -108,13 +108,14 @@ def random_seed(seed: int, step: int, rank: int) -> int:
     return hash((seed, step, rank)) % 2**63
 
 
-def build_training(config: Config, plan: Plan, mesh: Mesh, token_bytes: torch.Tensor) -> Training:
-    """Model, optimizers and engine on every rank, with starting values. token_bytes: int [vocab_size], for bits per byte.
+def build_training(config: Config, plan: Plan, mesh: Mesh, token_bytes: torch.Tensor, kernels: Kernels | None = None) -> Training:
+    """Model, optimizers and engine on every rank, with starting values. token_bytes: int [vocab_size], for bits per byte. kernels: where they were
+    chosen before.
 
     Raises UserError when a setting does not fit this machine.
     """
     dtype, reason = choose_compute_dtype(config.precision.compute, mesh.device)
-    kernels = choose_kernels(config, plan, mesh.device)
+    kernels = kernels or choose_kernels(config, plan, mesh.device)
     check_alike(kernels, mesh)
     layers = build_stage(config, plan, mesh, dtype, attend=kernels.attention.attend)
     if kernels.fp8:
@@ -147,7 +148,7 @@ def build_training(config: Config, plan: Plan, mesh: Mesh, token_bytes: torch.Te
     engine = build_engine(module, adamw, muon, mesh, settings, scaler)
     engine.optimizer.squares = kernels.norm.sum_of_squares
     if config.precision.compile:
-        apply_compile(layers, mesh.device)
+        apply_compile(layers)
     return Training(config, plan, mesh, layers, engine, muon, dtype, reason, kernels)
 
 
@@ -189,9 +190,10 @@ def build_run(
     folder: Path,
     loader_state: dict | None = None,
     bundle: Bundle | None = None,
+    kernels: Kernels | None = None,
 ) -> Run:
-    """The whole run on every rank; a checkpoint may be read into it afterwards. Raises UserError."""
-    training = build_training(config, plan, mesh, torch.from_numpy(tokenizer.token_bytes()))
+    """The whole run on every rank; a checkpoint may be read into it afterwards. kernels: as `build_training`. Raises UserError."""
+    training = build_training(config, plan, mesh, torch.from_numpy(tokenizer.token_bytes()), kernels)
     loader = build_loader(config, plan, mesh, tokenizer, loader_state)
     return Run(**vars(training), folder=folder, tokenizer=tokenizer, loader=loader, bundle=bundle)
 

@@ -23,16 +23,19 @@ def compile_problem(device: torch.device) -> str | None:
     return None if any(map(shutil.which, compilers)) else f"this machine has no {' or '.join(compilers)}"
 
 
-def apply_compile(layers: nn.ModuleList, device: torch.device) -> None:
-    """torch.compile the layers in place, each block within what it computes again in the backward pass. Raises UserError on a machine without
-    a compiler.
+def check_compile(device: torch.device) -> None:
+    """Raises UserError where torch.compile cannot work on the device."""
+    problem = compile_problem(device)
+    if problem:
+        raise UserError(f"precision.compile is true but {problem}: install it, or set precision.compile=false")
+
+
+def apply_compile(layers: nn.ModuleList) -> None:
+    """torch.compile the layers in place, each block within what it computes again in the backward pass.
 
     Blocks of one kind (window, value embedding, place) share their code. torch gives up on a function of more kinds than a limit, without a word
     in the log: the limit is raised to what the model needs.
     """
-    problem = compile_problem(device)
-    if problem:
-        raise UserError(f"precision.compile is true but {problem}: install it, or set precision.compile=false")
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, _GRAPHS_A_LAYER * len(layers))
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 8 * limits.recompile_limit)

@@ -20,6 +20,7 @@ from megachat.device import (
     device_name,
     memory_bytes,
     peak_flops,
+    this_device,
     with_fewer_ranks,
 )
 from megachat.errors import SAVED_STATUS, UserError
@@ -79,7 +80,7 @@ def pretrain(
     if environment.rank == 0:
         check_wandb(config.log)
     device = choose_device(environment)
-    choose_kernels(config, plan, device)  # what cannot be had is told before anything starts
+    kernels = choose_kernels(config, plan, device)  # what cannot be had is told before anything starts
     memory, *warnings = described_memory(config, plan, device, memory_bytes(device, environment.local_size))
     if environment.rank == 0 and warnings:
         print(*warnings, sep="\n", flush=True)  # now: a job that runs out of memory while it is built would not come to it
@@ -98,7 +99,7 @@ def pretrain(
                 with slowly("start-up"):
                     documents, told = resumed_documents(checkpoint, facts, config, plan, mesh, tokenizer) if facts else (None, [])
                     remarks += told
-                    run = build_run(config, plan, mesh, tokenizer, folder, documents, bundle)
+                    run = build_run(config, plan, mesh, tokenizer, folder, documents, bundle, kernels)
                 with run.loader:
                     stopped = _run_job(run, checkpoint, environment, remarks, begin, watch, attempts)
     return SAVED_STATUS if stopped else 0
@@ -180,7 +181,7 @@ def described_memory(config: Config, plan: Plan, device: torch.device, device_by
 
 def _planned_memory(config: Config, plan: Plan, memory_gb: float | None) -> str:
     """As `described_memory`, for GPUs of `memory_gb` or, when that is None, of this machine if it has any; bfloat16 there unless asked for."""
-    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    here = this_device()
     on_gpu = memory_gb is not None or here.type == "cuda"
     asked = config.precision.compute
     dtype = torch.bfloat16 if on_gpu and asked == "auto" else choose_compute_dtype(asked, here)[0]

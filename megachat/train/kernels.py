@@ -14,6 +14,7 @@ from megachat.kernels.gradient_norm import GradientNorm, choose_gradient_norm
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.mesh import Mesh
 from megachat.plan import Plan
+from megachat.train.compiled import check_compile
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ def choose_kernels(config: Config, plan: Plan, device: torch.device) -> Kernels:
     """From the config and what is installed here. Raises UserError when what was asked for cannot be had."""
     dtype, reason = choose_compute_dtype(config.precision.compute, device)
     asked = config.precision
+    if asked.compile:
+        check_compile(device)
     return Kernels(
         choose_attention(asked.attention, device, dtype, plan.dims),
         choose_fp8(asked.fp8, asked.fp8_backend, device, dtype, reason),

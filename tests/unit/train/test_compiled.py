@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from megachat.errors import UserError
-from megachat.train.compiled import apply_compile, compile_problem
+from megachat.plan import resolve
+from megachat.train.compiled import compile_problem
+from megachat.train.kernels import choose_kernels
+from tests.training import small_config
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -24,8 +27,9 @@ def empty(monkeypatch, tmp_path):
 
 
 def test_without_a_compiler_it_is_refused(empty):
+    config = small_config(precision={"compile": True})
     with pytest.raises(UserError, match="^precision.compile is true but this machine has no g[+][+]: install it, or set precision.compile=false$"):
-        apply_compile(torch.nn.ModuleList(), CPU)
+        choose_kernels(config, resolve(config, 1, 97), CPU)
     assert compile_problem(GPU) == "this machine has no gcc or clang"
 
 
