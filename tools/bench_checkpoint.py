@@ -36,10 +36,10 @@ from tools.ranks import rank_parser, require_ranks  # noqa: E402
 
 def trained(arguments) -> Training:
     """A model after one step, so that no state is zero."""
-    device = choose_device(bootstrap_environment())
+    environment = bootstrap_environment()
     config = load_config(arguments.config, arguments.set)
-    mesh = start(config, device)
-    plan = resolve(config, mesh.world.size, config.model.vocab_size or arguments.vocab_size)
+    plan = resolve(config, environment.world_size, config.model.vocab_size or arguments.vocab_size)  # refuses what does not fit, first
+    mesh = start(config, choose_device(environment))
     training = build_training(config, plan, mesh, torch.ones(plan.dims.vocab_size, dtype=torch.int64))
     set_schedules(training, 0)
     take_step(training)
