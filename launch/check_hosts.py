@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that was not installed
 
 from megachat.errors import UserError, user_errors_end_the_program  # noqa: E402
-from megachat.hosts import check_hosts, parse_hostfile  # noqa: E402
+from megachat.job.hosts import check_hosts, parse_hostfile  # noqa: E402
 
 
 @user_errors_end_the_program

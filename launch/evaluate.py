@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that was not installed
 
 from megachat.errors import user_errors_end_the_program  # noqa: E402
-from megachat.hosts import check_launcher_hostfile  # noqa: E402
+from megachat.job.hosts import check_launcher_hostfile  # noqa: E402
 
 
 def rank() -> int:
@@ -36,7 +36,7 @@ def main() -> None:
     arguments = command_line().parse_args()
     nodes = os.environ.get("CROSS_SIZE")  # deepspeed's number of hosts
     check_launcher_hostfile(int(nodes) if nodes else None)
-    from megachat.train.evaluate import Asked, evaluate  # after parsing: --help need not load torch
+    from megachat.programs.evaluate import Asked, evaluate  # after parsing: --help need not load torch
 
     tasks = tuple(arguments.tasks.split(",")) if arguments.tasks else None
     asked = Asked(arguments.core, arguments.bpb, arguments.sample, tasks, arguments.max_per_task, arguments.out)

@@ -8,7 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that was not installed
 
 from megachat.errors import user_errors_end_the_program  # noqa: E402
-from megachat.hosts import check_launcher_hostfile  # noqa: E402
+from megachat.job.hosts import check_launcher_hostfile  # noqa: E402
 
 
 def rank() -> int:
@@ -34,7 +34,7 @@ def main() -> int:
 
     nodes = os.environ.get("CROSS_SIZE")  # deepspeed's number of hosts
     check_launcher_hostfile(int(nodes) if nodes else None)
-    from megachat.train.job import pretrain  # after parsing: --help need not load torch
+    from megachat.programs.pretrain import pretrain  # after parsing: --help need not load torch
 
     how = {"resume": arguments.resume, "dry_run": arguments.dry_run, "world": arguments.world, "elastic": arguments.elastic}
     how["memory_gb"] = arguments.memory_gb

@@ -29,7 +29,7 @@ def main() -> int:
         raise UserError(f"after a crash --resume {asked.resume} would go back there: start launch/pretrain.py from it once, then supervise")
     if asked.hosts != "1" and not asked.meet:
         raise UserError("several hosts need --meet HOST[:PORT], the same on each of them")
-    from megachat.parallel.elastic import supervise  # after parsing: --help need not load torch
+    from megachat.job.elastic import supervise  # after parsing: --help need not load torch
 
     program = Path(__file__).with_name("pretrain.py")
     arguments = ["--resume=auto", "--elastic", *arguments]

@@ -8,8 +8,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
-from megachat.counts import NORM_EPSILON, QK_SCALE, ROTARY_BASE
 from megachat.errors import UserError
+from megachat.planning.dimensions import NORM_EPSILON, QK_SCALE, ROTARY_BASE
 
 _FP8_WITHOUT_EQUIVALENT = {
     "rowwise": "scales by row have no equivalent in Transformer Engine: set tensorwise, or blockwise, which is finer",

@@ -9,10 +9,10 @@ from megachat.model.gpt import Loss, ModelOptions, build_layers, run_layers
 from megachat.model.parameters import load_whole, placed_parameters
 from megachat.optim.groups import ADAMW_EPSILON, MUON_BETA2, assign, rate_multipliers
 from megachat.optim.muon import Hyper, reference_step, second_moment_shape
-from megachat.plan import resolve
+from megachat.planning.plan import resolve
+from megachat.programs.verify import FLIPPED_SHARE, gradient_pieces, warm_noise, warm_up
 from megachat.schedule import learning_rate_multiplier, muon_momentum, weight_decay_multiplier
 from megachat.train.step import set_schedules
-from megachat.train.verify import FLIPPED_SHARE, gradient_pieces, warm_noise, warm_up
 from tests.training import SMALL_VOCAB, assembled, build, random_rows, take_step, whole_state
 
 ROWS, TOKENS = 12, 161

@@ -9,22 +9,30 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "megachat").rglob("*.py"))
 PROGRAMS = sorted([*(ROOT / "launch").glob("*.py"), *(ROOT / "tools").glob("*.py")])
+# From the bottom of the house to its top. A module imports from its own entry and from entries above it in this table. planning describes both
+# the least (dimensions) and the whole (memory, manifest), so its modules have entries of their own.
 LEVELS = (
-    ("errors",),
-    ("counts",),
-    ("config", "schedule", "device", "probe"),
-    ("kernels", "plan", "hosts"),
+    ("errors", "files"),
+    ("planning.dimensions", "planning.zero"),
+    ("config", "schedule", "device"),
+    ("planning.plan",),
+    ("kernels",),
     ("model", "parallel"),
-    ("optim", "data", "checkpoint"),
-    ("evals", "convert", "memory"),
+    ("optim", "data"),
+    ("prepare", "checkpoint", "planning.memory", "planning.manifest"),
+    ("job",),
+    ("evals",),
+    ("convert",),
     ("train",),
+    ("doctor", "programs"),
 )
 LEVEL = {part: number for number, parts in enumerate(LEVELS) for part in parts}
 
 
 def part_of(module: str) -> str:
-    """megachat.train.loop -> train."""
-    return module.split(".")[1]
+    """megachat.train.trainer -> train; megachat.planning.plan -> planning.plan."""
+    _, part, *inner = module.split(".")
+    return f"{part}.{inner[0]}" if inner and f"{part}.{inner[0]}" in LEVEL else part
 
 
 def module_of(path: Path) -> str:
@@ -44,10 +52,10 @@ def imported(path: Path) -> set[str]:
 
 
 def test_every_part_has_a_level():
-    assert {part_of(module_of(path)) for path in SOURCES if module_of(path) != "megachat"} == set(LEVEL)
+    assert {part_of(module_of(path)) for path in SOURCES if path.name != "__init__.py"} == set(LEVEL)
 
 
-@pytest.mark.parametrize("path", [path for path in SOURCES if module_of(path) != "megachat"], ids=module_of)
+@pytest.mark.parametrize("path", [path for path in SOURCES if path.name != "__init__.py"], ids=module_of)
 def test_imports_go_one_way(path):
     own = part_of(module_of(path))
     for name in imported(path):
@@ -90,12 +98,12 @@ def test_sizes():
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 size = node.end_lineno - node.lineno + 1
                 assert size <= 60, f"{path}: {node.name} has {size} lines"
-    assert total <= 14_500
+    assert total <= 17_000
 
 
 def test_the_environment_is_read_in_one_place():
-    for path in [*SOURCES, *(ROOT / "tools").glob("*.py")]:
-        if module_of(path) == "megachat.device":
+    for path in [*SOURCES, *(ROOT / "tools").rglob("*.py")]:
+        if module_of(path) == "megachat.device" or "job" in path.parts:
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             assert not (isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")), f"{path}:{node.lineno} reads the environment"
@@ -104,12 +112,12 @@ def test_the_environment_is_read_in_one_place():
 def test_the_model_knows_no_distribution_and_nothing_is_unpickled():
     for path in SOURCES:
         text = path.read_text(encoding="utf-8")
-        if part_of(module_of(path) + ".") in ("model", "kernels"):
+        if {"model", "kernels"} & set(module_of(path).split(".")[1:2]):
             assert "torch.distributed" not in text and "deepspeed" not in text, path
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Import) and any(alias.name == "pickle" for alias in node.names):
                 # the importer of nanochat's tokenizer, through an unpickler that knows one class
-                assert module_of(path) == "megachat.data.tokenizer_training", path
+                assert module_of(path) == "megachat.prepare.tokenizer_training", path
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
                 assert "weights_only=True" in ast.unparse(node), path
 
@@ -126,7 +134,7 @@ def test_public_functions_say_what_they_do():
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.name)
 def test_every_config_resolves(path):
     from megachat.config import load_config
-    from megachat.plan import resolve
+    from megachat.planning.plan import resolve
 
     json.loads(path.read_text())
     config = load_config(path)

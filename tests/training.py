@@ -8,11 +8,11 @@ from megachat.config import Config
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.engine import adamw_steps, start_collectives
 from megachat.parallel.mesh import build_mesh
-from megachat.plan import resolve
+from megachat.planning.plan import resolve
+from megachat.programs.verify import related_rows
 from megachat.train.build import Training, build_training
 from megachat.train.state import state_pieces
 from megachat.train.step import micro_batches
-from megachat.train.verify import related_rows
 
 SMALL = {
     "model": {"depth": 3, "aspect_ratio": 16, "head_size": 16, "kv_heads": 3, "sequence_len": 160, "window_pattern": "SL"},

@@ -16,10 +16,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from megachat.config import load_config  # noqa: E402
-from megachat.device import bootstrap_environment, choose_device, describe_environment, free_port, this_device  # noqa: E402
+from megachat.device import this_device  # noqa: E402
 from megachat.errors import UserError, user_errors_end_the_program  # noqa: E402
-from tools.bench_gpu import bench_gpu  # noqa: E402
-from tools.ranks import run_ranks, set_options  # noqa: E402
+from megachat.job.launch import bootstrap_environment, choose_device, describe_environment, free_port  # noqa: E402
+from megachat.job.local_ranks import run_ranks, set_options  # noqa: E402
+from tools.bench.gpu import bench_gpu  # noqa: E402
 
 
 def in_turn(actions: dict, rounds: int) -> dict[str, list[float]]:
@@ -45,7 +46,7 @@ def compare(seconds: dict[str, list[float]], baseline: str, amount: int = 1) -> 
 
 def bench_dtype(arguments) -> dict:
     """Tokens a second of whole training steps (forward, backward, both optimizers) of one model in bfloat16 and in float32, eager."""
-    from tools.bench_step import training_steps
+    from tools.bench.step import training_steps
 
     actions, plan = training_steps(arguments, {dtype: [f"precision.compute={dtype}"] for dtype in ("float32", "bfloat16")})
     return {"what": "training step, tokens a second"} | compare(in_turn(actions, arguments.rounds), "float32", plan.tokens_per_step)
@@ -53,7 +54,7 @@ def bench_dtype(arguments) -> dict:
 
 def bench_recompute(arguments) -> dict:
     """Tokens a second of whole training steps, and the most bytes that one makes, by what blocks compute again in the backward pass."""
-    from tools.bench_step import step_bytes, training_steps
+    from tools.bench.step import step_bytes, training_steps
 
     actions, plan = training_steps(arguments, {kind: [f"batch.recompute={kind}"] for kind in ("none", "selective", "block")})
     found = compare(in_turn(actions, arguments.rounds), "none", plan.tokens_per_step)
@@ -64,7 +65,7 @@ def bench_recompute(arguments) -> dict:
 
 def bench_attention(arguments) -> dict:
     """Forward and backward passes a second of attention with windows on this CPU: under a mask, by tiles, and without windows."""
-    from tools.bench_step import attention_actions
+    from tools.bench.step import attention_actions
 
     made = {}
     for tokens, windows in ((2048, (768, 512, 128)), (512, (128,))):
@@ -77,8 +78,8 @@ def bench_nanochat(arguments) -> dict:
     their optimizers, at one config's shapes. nanochat takes the rows at a time that suit it best."""
     import torch
 
-    from tools.bench_nanochat import nanochat_steps, open_nanochat
-    from tools.bench_step import training_steps
+    from tools.bench.nanochat import nanochat_steps, open_nanochat
+    from tools.bench.step import training_steps
 
     gpt, _ = open_nanochat(arguments.nanochat)
     compiled = {"bfloat16": "false", "bfloat16 compiled": "true"}
@@ -111,7 +112,7 @@ def bench_start(arguments) -> dict:
 
 def bench_loader(arguments) -> dict:
     """Tokens a second: packing and the whole loader, beside a plain implementation that scans the buffer for every placement."""
-    from tests.unit.data.bench_packing import measure
+    from tools.bench.packing import measure
 
     asked = {"row_tokens": arguments.row_tokens, "rows": arguments.rows, "streams": 8, "buffer_documents": 1000, "threads": 2}
     found = measure(arguments.data, arguments.tokenizer, **asked)
@@ -151,7 +152,7 @@ def bench_layouts(arguments) -> dict:
 def bench_checkpoint(arguments) -> dict:
     """Seconds for which training waits for a save, and until it is complete, beside torch.save of each rank's state; loading; bytes."""
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        program = [str(ROOT / "tools" / "bench_checkpoint.py"), "--config", arguments.config, "--vocab-size", str(arguments.vocab_size)]
+        program = [str(ROOT / "tools" / "bench" / "checkpoint.py"), "--config", arguments.config, "--vocab-size", str(arguments.vocab_size)]
         program += ["--rounds", str(arguments.rounds), "--folder", folder, *set_options(arguments.set)]
         told = run_ranks("the ranks", arguments.ranks, program)
     return {"what": "seconds of saving and loading, of the slowest rank"} | json.loads(told.strip().splitlines()[-1])
@@ -159,7 +160,7 @@ def bench_checkpoint(arguments) -> dict:
 
 def bench_generation(arguments) -> dict:
     """Greedy tokens a second of one process in float32, with the KV cache and without one."""
-    from tools.bench_generation import actions
+    from tools.bench.generation import actions
 
     choose_device(bootstrap_environment())
     made, facts = actions(load_config(arguments.config, arguments.set), arguments.vocab_size, arguments.tokens)
@@ -169,14 +170,14 @@ def bench_generation(arguments) -> dict:
 
 def bench_profile(arguments) -> dict:
     """Where the time of a training step goes."""
-    from tools.bench_profile import bench_profile
+    from tools.bench.step_profile import bench_profile
 
     return bench_profile(arguments)
 
 
 def bench_core(arguments) -> dict:
     """CORE's examples a second of one process, in full batches and one at a time, both with the same answers."""
-    from tools.bench_core import actions
+    from tools.bench.core import actions
 
     if not arguments.checkpoint or not arguments.bundle:
         raise UserError("core needs --checkpoint and --bundle")

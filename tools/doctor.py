@@ -15,10 +15,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # works from a clone that was not installed
 
 from megachat.config import Config, load_config  # noqa: E402
+from megachat.doctor.installed import installed  # noqa: E402
+from megachat.doctor.traps import traps  # noqa: E402
 from megachat.errors import UserError, summary, user_errors_end_the_program  # noqa: E402
-from megachat.hosts import parse_hostfile  # noqa: E402
-from tools.doctor_installed import installed  # noqa: E402
-from tools.doctor_traps import traps  # noqa: E402
+from megachat.job.hosts import parse_hostfile  # noqa: E402
 
 _VOCAB = 32768  # where the config leaves it to a tokenizer
 _ATTENTION = ("te", "flash3", "flash4", "flash2", "flex", "windowed", "sdpa")
@@ -54,7 +54,7 @@ def _compute(config: Config, what: str):
 
 def _attention(config: Config, what: str):
     from megachat.kernels.attention_backends import choose_attention
-    from megachat.plan import resolve_dimensions
+    from megachat.planning.plan import resolve_dimensions
 
     device, dtype, _ = _here(config)
     dims = resolve_dimensions(config, config.model.vocab_size or _VOCAB)
@@ -89,7 +89,7 @@ def _gradient_norm(config: Config, what: str):
 
 
 def _compile(config: Config, what: str):
-    from megachat.train.compiled import compile_problem
+    from megachat.kernels.choice import compile_problem
 
     problem = compile_problem(_here(config)[0])
     possible = f"not possible here: {problem}" if problem else "possible here"
@@ -156,7 +156,7 @@ def main() -> int:
         found = examination(config)
         print(json.dumps(found) if arguments.json else described(found))
         return 1 if found["traps"] else 0
-    from tools import doctor_hosts
+    from megachat.doctor import hosts as doctor_hosts
 
     hosts = parse_hostfile(arguments.hostfile)
     options = ["--config", arguments.config] if arguments.config else []

@@ -20,11 +20,12 @@ from megachat.convert.imported import foreign_tokenizer, tokenizer_folder  # noq
 from megachat.convert.nanochat_settings import nanochat_tokenizer_folder  # noqa: E402
 from megachat.convert.opened import Opened  # noqa: E402
 from megachat.data.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
-from megachat.device import bootstrap_environment, choose_compute_dtype, choose_device  # noqa: E402
+from megachat.device import choose_compute_dtype  # noqa: E402
 from megachat.errors import UserError, user_errors_end_the_program  # noqa: E402
 from megachat.evals.endings import GrowingText, stops_of  # noqa: E402
 from megachat.evals.generation import InProcess, check_prompt, generate  # noqa: E402
 from megachat.evals.sampling import Sampling  # noqa: E402
+from megachat.job.launch import bootstrap_environment, choose_device  # noqa: E402
 from megachat.model.gpt import ModelOptions  # noqa: E402
 
 

@@ -16,11 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that was not installed
 
-from megachat.data.atomic import write_whole  # noqa: E402
-from megachat.device import become_rank, describe_environment, free_port  # noqa: E402
 from megachat.errors import UserError, user_errors_end_the_program  # noqa: E402
+from megachat.files import write_whole  # noqa: E402
+from megachat.job.launch import become_rank, describe_environment, free_port  # noqa: E402
 from megachat.optim.matrix import Matrix  # noqa: E402
-from tools.partition_contenders import MEASURED, by_shape, dealt_by_cost, measure_here, model_matrices  # noqa: E402
+from tools.bench.partition_contenders import MEASURED, by_shape, dealt_by_cost, measure_here, model_matrices  # noqa: E402
 
 MODELS = {"d12": (12, 64), "d24": (24, 64), "d32": (32, 64), "7B": (32, 128)}  # depth, width a block
 RANKS = tuple(2**power for power in range(1, 11))

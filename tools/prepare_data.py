@@ -18,12 +18,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that was not installed
 
-from megachat.data.download import HUB_SOURCES, HubSource, download_shards  # noqa: E402
-from megachat.data.manifest import begin, finish  # noqa: E402
-from megachat.data.python_source import read_standard_library  # noqa: E402
 from megachat.data.shards import MANIFEST  # noqa: E402
-from megachat.data.sources import find_inputs, read_parquet_files, read_text_files, write_shards  # noqa: E402
 from megachat.errors import UserError, user_errors_end_the_program  # noqa: E402
+from megachat.prepare.download import HUB_SOURCES, HubSource, download_shards  # noqa: E402
+from megachat.prepare.manifest import begin, finish  # noqa: E402
+from megachat.prepare.python_source import read_standard_library  # noqa: E402
+from megachat.prepare.sources import find_inputs, read_parquet_files, read_text_files, write_shards  # noqa: E402
 
 _HUB_SHARDS = 8
 

@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clo
 
 from megachat.data.shards import check_data_folder  # noqa: E402
 from megachat.data.tokenizer import METADATA_FILE, load_origin, load_tokenizer, save_tokenizer  # noqa: E402
-from megachat.data.tokenizer_training import bytes_per_token, import_nanochat, read_texts, train_tokenizer  # noqa: E402
 from megachat.errors import UserError, user_errors_end_the_program  # noqa: E402
+from megachat.prepare.tokenizer_training import bytes_per_token, import_nanochat, read_texts, train_tokenizer  # noqa: E402
 
 _SAMPLE_CHARS = 10_000_000
 

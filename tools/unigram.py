@@ -14,8 +14,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that was not installed
 
 from megachat.data.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
-from megachat.data.tokenizer_training import read_texts  # noqa: E402
 from megachat.errors import UserError, user_errors_end_the_program  # noqa: E402
+from megachat.prepare.tokenizer_training import read_texts  # noqa: E402
 
 _SAMPLE_CHARS = 10_000_000
 

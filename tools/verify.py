@@ -18,11 +18,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that was not installed
 
 from megachat.config import Config, load_config  # noqa: E402
-from megachat.data.atomic import write_whole  # noqa: E402
 from megachat.data.tokenizer import load_tokenizer  # noqa: E402
-from megachat.device import become_rank, describe_environment, free_port  # noqa: E402
 from megachat.errors import UserError, user_errors_end_the_program  # noqa: E402
-from megachat.plan import resolve  # noqa: E402
+from megachat.files import write_whole  # noqa: E402
+from megachat.job.launch import become_rank, describe_environment, free_port  # noqa: E402
+from megachat.planning.plan import resolve  # noqa: E402
 
 DEFAULT_VOCABULARY = 4096
 _AXES = {"dp": "data", "tp": "tensor", "pp": "pipeline"}
@@ -44,8 +44,8 @@ def rank_program(rank: int, world: int, port: int, config: Config, vocab_size: i
     become_rank(rank, world, port)
     import torch
 
-    from megachat.train.loop import end_collectives
-    from megachat.train.verify import observe
+    from megachat.job.join import end_collectives
+    from megachat.programs.verify import observe
 
     torch.set_num_threads(1)  # as many on every layout: threads change the order of sums
     try:
@@ -60,7 +60,7 @@ def run(config: Config, world: int, vocab_size: int, folder: Path) -> None:
     """Start `world` ranks and wait for them. Raises UserError naming the first that failed."""
     folder.mkdir()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megachat.train.verify"])
+    context.set_forkserver_preload(["megachat.programs.verify"])
     port, ranks = free_port(), []
     for rank in range(world):
         receiver, sender = context.Pipe(duplex=False)
@@ -86,7 +86,13 @@ def run(config: Config, world: int, vocab_size: int, folder: Path) -> None:
 
 def verify_layout(asked: Config, sizes: dict[str, int], arguments, vocab_size: int, folder: Path) -> dict:
     """Run one process and the layout, compare, print; returns the certificate."""
-    from megachat.train.verify import SCALAR_GRADIENT_TOLERANCE, certificate, compare, parameter_order, verification_config
+    from megachat.programs.verify import (
+        SCALAR_GRADIENT_TOLERANCE,
+        certificate,
+        compare,
+        parameter_order,
+        verification_config,
+    )
 
     rows = arguments.rows * sizes["data"]
     name = ",".join(f"{short}={sizes[axis]}" for short, axis in _AXES.items())
@@ -153,7 +159,7 @@ def main() -> None:
             own = Path(folder) / str(number)
             own.mkdir(parents=True)
             if arguments.resume:
-                from tools.verify_resume import verify_resumes  # after parsing, as torch is
+                from megachat.programs.verify_resume import verify_resumes  # after parsing, as torch is
 
                 told += verify_resumes(config, sizes, onto or [sizes], arguments, vocab_size, own)
             else:

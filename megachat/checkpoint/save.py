@@ -5,13 +5,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from torch.distributed.checkpoint.api import CheckpointException
-
 from megachat.checkpoint.facts import FACTS_NAME, checkpoint_name, step_of, write_facts
 from megachat.checkpoint.hashes import hash_files
 from megachat.checkpoint.storage import Pieces, save_pieces
 from megachat.errors import UserError
-from megachat.parallel.collectives import all_gather_objects, barrier
+from megachat.parallel.collectives import all_gather_objects, barrier, together
 from megachat.parallel.mesh import Axis
 
 SPACE_MARGIN = 1.05  # containers and indices around the raw bytes
@@ -132,23 +130,3 @@ def retire(folder: Path, keep_last: int | None, keep_every: int | None, newest: 
         steps[step].rename(going)
         shutil.rmtree(going, ignore_errors=True)
     return [steps[step] for step in surplus]
-
-
-def together(action: Callable[[], object], world: Axis, sentence: Callable[[str], str]) -> None:
-    """Run on every rank; when it fails on one, all raise UserError with sentence("rank R: what failed")."""
-    problem = None
-    try:
-        action()
-    except CheckpointException as error:  # torch's, the same on every rank, with one error a rank; it is no Exception
-        rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
-        problem = rank, _in_words(cause)
-    except Exception as error:  # whatever it was, no rank may wait for the others alone
-        problem = world.rank, _in_words(error)
-    problems = [told for told in all_gather_objects(problem, world) if told]
-    if problems:
-        rank, text = problems[0]
-        raise UserError(sentence(f"rank {rank}: {text}"))
-
-
-def _in_words(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}" if not isinstance(error, (OSError, UserError)) else str(error)

@@ -5,12 +5,12 @@ from collections.abc import Iterable
 import torch
 
 from megachat.convert.opened import Opened
-from megachat.counts import Dimensions, saved_dimensions
 from megachat.errors import UserError
 from megachat.model.gpt import ModelOptions, build_layers
 from megachat.model.parameters import Place, load_whole, placed_parameters
 from megachat.optim.groups import assign
 from megachat.optim.muon import second_moment_shape
+from megachat.planning.dimensions import Dimensions, saved_dimensions
 
 
 def dims_of(facts: dict) -> Dimensions:

@@ -12,8 +12,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from megachat.convert.opened import Opened
-from megachat.data.atomic import write_whole
 from megachat.errors import UserError
+from megachat.files import write_whole
 
 
 def certificate_path(target: Path) -> Path:

@@ -36,9 +36,9 @@ from megachat.convert.nanochat_write import rounded, write_nanochat
 from megachat.convert.opened import Opened
 from megachat.convert.plain import open_plain, write_plain
 from megachat.convert.proof import Tolerance, prove
-from megachat.counts import VOCAB_MULTIPLE
 from megachat.data.tokenizer import load_origin, load_tokenizer
 from megachat.errors import UserError
+from megachat.planning.dimensions import VOCAB_MULTIPLE
 
 ROUNDED_TABLES = Tolerance(logit=0.25, kl=1e-3, argmax=0.95)  # against the source as it is: rounding is asked for, and its size is told
 OTHER_CODE = Tolerance(logit=5e-4, kl=1e-7, argmax=0.99)  # transformers' kernels add up in another order

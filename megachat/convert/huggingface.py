@@ -12,10 +12,10 @@ from megachat.checkpoint.storage import write_json
 from megachat.convert.architecture import dims_of, weight_shapes
 from megachat.convert.opened import Entry, Opened
 from megachat.convert.plain import SHARD_BYTES, open_tensors, save_tensors, shards_of
-from megachat.counts import MLP_RATIO, Dimensions
 from megachat.data.tokenizer import Tokenizer, save_tokenizer
 from megachat.errors import UserError
 from megachat.model.gpt import LOGIT_CAP
+from megachat.planning.dimensions import MLP_RATIO, Dimensions
 
 INDEX_FILE, WHOLE_FILE = "model.safetensors.index.json", "model.safetensors"
 TOKENIZER_FOLDER = "megachat_tokenizer"

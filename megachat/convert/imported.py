@@ -13,12 +13,12 @@ from megachat.checkpoint.storage import Pieces
 from megachat.config import Config, save_config
 from megachat.convert.architecture import state_shapes
 from megachat.convert.opened import Opened, open_megachat
-from megachat.counts import Dimensions
 from megachat.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
-from megachat.data.tokenizer_training import import_nanochat
 from megachat.errors import UserError
 from megachat.parallel.mesh import Axis
-from megachat.plan import Layout, resolve_dimensions
+from megachat.planning.dimensions import Dimensions
+from megachat.planning.plan import Layout, resolve_dimensions
+from megachat.prepare.tokenizer_training import import_nanochat
 
 _ALONE = Axis("world", 1, 0, None, (0,))
 

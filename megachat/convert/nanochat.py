@@ -16,10 +16,10 @@ import torch
 from megachat.checkpoint.storage import Pieces
 from megachat.convert.architecture import shape_problems, weight_shapes
 from megachat.convert.opened import Entry, Opened
-from megachat.counts import Dimensions, window_sizes
 from megachat.errors import UserError
 from megachat.optim.groups import GROUPS, group_of
 from megachat.optim.muon import second_moment_shape
+from megachat.planning.dimensions import Dimensions, window_sizes
 
 SMALL_ELEMENTS = 1024
 GROUP_ORDER = ("unembedding", "embedding", "value_embedding", "resid", "x0", "smear")  # nanochat's, as it numbers parameters

@@ -7,10 +7,10 @@ from pathlib import Path
 from megachat.config import Config
 from megachat.convert.nanochat import optimizer_groups
 from megachat.convert.opened import Opened
-from megachat.counts import Dimensions
 from megachat.optim.groups import ADAMW_EPSILON, GROUPS, MUON_BETA2
 from megachat.optim.matrix import NEWTON_SCHULZ_STEPS
-from megachat.plan import Plan, resolve
+from megachat.planning.dimensions import Dimensions
+from megachat.planning.plan import Plan, resolve
 from megachat.schedule import learning_rate_multiplier, muon_momentum, weight_decay_multiplier
 
 # nanochat's argument (scripts/base_train.py) -> our setting. -1 there is "none" or "never".

@@ -12,11 +12,11 @@ from megachat.convert.conversion import writing
 from megachat.convert.nanochat import adamw_shares, optimizer_groups
 from megachat.convert.nanochat_settings import meta_of, param_groups_of
 from megachat.convert.opened import Opened
-from megachat.counts import Dimensions
 from megachat.data.tokenizer import Tokenizer
-from megachat.data.tokenizer_training import export_nanochat
 from megachat.optim.muon import second_moment_shape
-from megachat.plan import resolve
+from megachat.planning.dimensions import Dimensions
+from megachat.planning.plan import resolve
+from megachat.prepare.tokenizer_training import export_nanochat
 
 _FIRST = ("resid_lambdas", "x0_lambdas", "smear_lambda", "backout_lambda", "transformer.wte.weight")
 _LAST = ("lm_head.weight", "smear_gate.weight")

@@ -12,8 +12,8 @@ from megachat.checkpoint.hashes import hash_files
 from megachat.convert.architecture import build_model, dims_of
 from megachat.convert.difference import differences_of
 from megachat.convert.opened import Opened
-from megachat.counts import Dimensions
 from megachat.model.gpt import logits, run_layers
+from megachat.planning.dimensions import Dimensions
 
 SHORT_ROWS, SHORT_TOKENS = 3, 64
 CHUNK_POSITIONS = 256  # of which float64 softmaxes exist at once

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from megachat.data.atomic import write_whole
 from megachat.data.packing import FRESH, Held, StreamState
 from megachat.data.shards import Shard, fingerprint, footers
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError
+from megachat.files import write_whole
 
 HEADER_FILE = "loader.json"
 _COUNTERS = ("next_document", "next_sequence", "rows", "read_tokens", "cropped_tokens")

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from megachat.data.atomic import write_whole
 from megachat.errors import UserError
+from megachat.files import write_whole
 
 RANK_FILE = "ranks.tiktoken"
 METADATA_FILE = "tokenizer.json"

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from megachat.counts import Dimensions
 from megachat.evals.generation import Choose, Passes
 from megachat.model.cache import Chunk, set_past
 from megachat.model.gpt import last_logits
@@ -13,6 +12,7 @@ from megachat.parallel.collectives import all_reduce
 from megachat.parallel.engine import Engine
 from megachat.parallel.mesh import Mesh
 from megachat.parallel.tensor import vocabulary_part
+from megachat.planning.dimensions import Dimensions
 
 
 def evaluate_chunks(engine: Engine, micro_batches: Sequence[tuple], chunks: Sequence[Chunk], measure: nn.Module | None = None) -> list[torch.Tensor]:

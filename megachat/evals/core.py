@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from megachat.counts import Dimensions
 from megachat.data.tokenizer import Tokenizer
 from megachat.evals.cached import evaluate_chunks
 from megachat.evals.core_bundle import CORE_TASKS, Task
@@ -23,6 +22,7 @@ from megachat.parallel.collectives import all_reduce
 from megachat.parallel.engine import Engine
 from megachat.parallel.mesh import Mesh
 from megachat.parallel.tensor import vocabulary_part
+from megachat.planning.dimensions import Dimensions
 
 TOKENS_A_PASS = 4096
 

@@ -5,10 +5,10 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from megachat.data.atomic import PART, keep, write_whole
-from megachat.data.download import download_file
 from megachat.data.shards import sha256_of
 from megachat.errors import UserError
+from megachat.files import PART, keep, write_whole
+from megachat.prepare.download import download_file
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # where nanochat takes it from
 PLACE = Path("data") / "eval_bundle.zip"

@@ -4,8 +4,8 @@ dealt evenly to the data axis's ranks. Every rank makes the same plan of all ran
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megachat.counts import up_to_multiple
 from megachat.evals.core_prompts import Question, Row, common_prefix
+from megachat.planning.dimensions import up_to_multiple
 
 LEAST_SHARED = 16  # tokens in common below which a pass of their own costs more than it saves
 ALIKE = 0.8  # a batch's shortest row in tokens, of its longest

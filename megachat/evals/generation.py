@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from megachat.counts import Dimensions, up_to_multiple
 from megachat.errors import UserError
 from megachat.evals.sampling import GREEDY, Sampling, choose_token
 from megachat.model.cache import Cache, Chunk, set_past
 from megachat.model.gpt import last_logits, run_layers
+from megachat.planning.dimensions import Dimensions, up_to_multiple
 
 Choose = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # logits [rows, vocab_size] float32 and the rows' numbers [rows] -> tokens [rows] int64
 Passes = Sequence[tuple[torch.Tensor, torch.Tensor]]  # ids [rows, tokens] and, of each row, [rows, 2]: its last token's place and its number

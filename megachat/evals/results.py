@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from megachat.data.atomic import write_whole
 from megachat.errors import UserError
 from megachat.evals.core_bundle import CORE_TASKS, Bundle, Task
 from megachat.evals.uncertainty import Estimate, estimate, scored, verdict
+from megachat.files import write_whole
 
 FORMAT = "megachat-evaluation-1"
 FOLDER = "evaluations"

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from megachat.counts import Dimensions
 from megachat.device import compute_capability, device_name
 from megachat.errors import UserError, summary
 from megachat.kernels.attention import attention
 from megachat.kernels.attention_windowed import windowed_attention
 from megachat.kernels.te import TEAttention, te_attention_problem, te_version
+from megachat.planning.dimensions import Dimensions
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 _HALF = (torch.bfloat16, torch.float16)

@@ -10,8 +10,8 @@ What is not finite stays so: a tensor with an infinity or NaN gives NaN.
 import torch
 import torch.nn.functional as F
 
-from megachat.counts import FP8_TILES
 from megachat.kernels.cross_entropy import PlainProducts
+from megachat.planning.dimensions import FP8_TILES
 
 INPUT, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
 TILE = FP8_TILES["blockwise"]

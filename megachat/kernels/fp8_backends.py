@@ -5,13 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from megachat.counts import FP8_LEAST_SIDE, FP8_TILES, Dimensions, fits_fp8, head_fits_fp8, linear_shapes
 from megachat.device import compute_capability, device_name
 from megachat.errors import UserError
 from megachat.kernels.cross_entropy import PlainProducts
 from megachat.kernels.fp8 import HEADS, PRODUCTS
 from megachat.kernels.linear import Linear
 from megachat.kernels.te import TELinears, te_problem, te_version
+from megachat.planning.dimensions import FP8_LEAST_SIDE, FP8_TILES, Dimensions, fits_fp8, head_fits_fp8, linear_shapes
 
 LEAST_CAPABILITY = (8, 9)  # the first GPUs with FP8 tensor cores
 

@@ -10,11 +10,11 @@ from importlib import metadata
 
 import torch
 
-from megachat.counts import FP8_TILES
 from megachat.device import compute_capability
 from megachat.errors import summary
 from megachat.kernels.attention import attention
 from megachat.kernels.fp8 import check_multiples
+from megachat.planning.dimensions import FP8_TILES
 
 OLDEST = (2, 9)  # the first with `autocast`; the design was checked against 2.20.2
 _ONE_VERSION = ("transformer_engine", "transformer_engine_torch", "transformer_engine_cu12", "transformer_engine_cu13")

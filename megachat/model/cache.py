@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from megachat.counts import Dimensions
 from megachat.kernels.attention import attention, masked_attention
+from megachat.planning.dimensions import Dimensions
 
 
 def cache_bytes(dims: Dimensions, rows: int, tokens: int, dtype: torch.dtype, *, blocks: range | None = None, kv_heads: int | None = None) -> int:

@@ -12,12 +12,19 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from megachat.counts import GATE_CHANNELS, MLP_RATIO, SMEAR_CHANNELS, Dimensions
 from megachat.kernels.attention import attention
-from megachat.kernels.cross_entropy import WHOLE, PlainProducts, VocabularyPart, capped_cross_entropy, capped_logits, token_nats
+from megachat.kernels.cross_entropy import (
+    WHOLE,
+    PlainProducts,
+    VocabularyPart,
+    capped_cross_entropy,
+    capped_logits,
+    token_nats,
+)
 from megachat.kernels.embedding import Table
 from megachat.kernels.linear import Linear
 from megachat.model.parameters import Place, initialize, place
+from megachat.planning.dimensions import GATE_CHANNELS, MLP_RATIO, SMEAR_CHANNELS, Dimensions
 
 LOGIT_CAP = 15.0
 

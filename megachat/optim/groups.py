@@ -4,7 +4,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from torch import nn
+
 from megachat.errors import UserError
+from megachat.optim.matrix import Matrix
 
 
 @dataclass(frozen=True)
@@ -79,3 +82,24 @@ def rate_multipliers(shapes: Mapping[str, tuple[int, int]], rule: str | Mapping[
     if unused:
         raise UserError(f"optimizer.muon_multiplier: pattern {sorted(unused)[0]!r} matches no matrix; matrices are named as {next(iter(shapes))}")
     return multipliers
+
+
+def muon_matrices(places, groups: Mapping[str, Group], rule) -> list[Matrix]:
+    """The Muon partition's description of the matrices among the places, in model order."""
+    owned = [where for where in places if groups[where.name].optimizer == "muon"]
+    multipliers = rate_multipliers({where.name: where.whole for where in owned}, rule)
+    return [
+        Matrix(where.name, where.whole, where.block, multipliers[where.name], where.cut if where.cut in ("column", "row") else "whole")
+        for where in owned
+    ]
+
+
+def adamw_groups(parameters: list[nn.Parameter], groups: Mapping[str, Group], rates: Mapping[str, float]) -> list[dict]:
+    """torch.optim.AdamW's groups, in the order of GROUPS, without empty ones."""
+    made = []
+    for group in GROUPS:
+        own = [parameter for parameter in parameters if groups[parameter.place.name] is group]
+        if group.optimizer == "adamw" and own:
+            settings = {"lr": rates[group.rate], "betas": group.betas, "weight_decay": group.weight_decay, "eps": ADAMW_EPSILON}
+            made.append({"name": group.name, "params": own} | settings)
+    return made

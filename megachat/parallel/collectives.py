@@ -3,9 +3,13 @@
 Every function takes a `name`, by which a standing job tells where its ranks wait; without one, the operation is told.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
+from megachat.errors import UserError
 from megachat.parallel.mesh import Axis
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
@@ -93,3 +97,23 @@ def barrier(axis: Axis, *, name: str = "") -> None:
     """Wait until every rank of the axis is here."""
     if axis.size > 1:
         _recorded(name or "barrier", axis, dist.barrier)
+
+
+def together(action: Callable[[], object], world: Axis, sentence: Callable[[str], str]) -> None:
+    """Run on every rank; when it fails on one, all raise UserError with sentence("rank R: what failed")."""
+    problem = None
+    try:
+        action()
+    except CheckpointException as error:  # torch's, the same on every rank, with one error a rank; it is no Exception
+        rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
+        problem = rank, _in_words(cause)
+    except Exception as error:  # whatever it was, no rank may wait for the others alone
+        problem = world.rank, _in_words(error)
+    problems = [told for told in all_gather_objects(problem, world) if told]
+    if problems:
+        rank, text = problems[0]
+        raise UserError(sentence(f"rank {rank}: {text}"))
+
+
+def _in_words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if not isinstance(error, (OSError, UserError)) else str(error)

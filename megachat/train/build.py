@@ -1,8 +1,7 @@
 """Where model meets parallel: from config and plan to a run that can train."""
 
-from collections.abc import Mapping
+import socket
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -11,24 +10,35 @@ from torch import nn
 from megachat.config import Config
 from megachat.data.loader import Loader
 from megachat.data.tokenizer import Tokenizer
-from megachat.device import choose_compute_dtype, collective_backend
+from megachat.device import choose_compute_dtype
+from megachat.errors import UserError
 from megachat.evals.core_bundle import Bundle
 from megachat.kernels.attention import attention
 from megachat.kernels.attention_backends import Attend
+from megachat.kernels.choice import Kernels, choose_kernels
 from megachat.kernels.fp8_backends import apply_fp8, head_products
 from megachat.model.gpt import Loss, ModelOptions, build_layers, layer_builders
 from megachat.model.parameters import initialize, placed_parameters
-from megachat.optim.groups import ADAMW_EPSILON, GROUPS, MUON_BETA2, Group, assign, rate_multipliers
+from megachat.optim.groups import (
+    MUON_BETA2,
+    adamw_groups,
+    assign,
+    muon_matrices,
+)
 from megachat.optim.muon import compiled_functions
 from megachat.optim.partition import MuonPartition
-from megachat.optim.partition_plan import Matrix
 from megachat.parallel.collectives import all_gather_objects
-from megachat.parallel.engine import Engine, build_engine, build_loss_scaler, build_module, deepspeed_settings, start_collectives
-from megachat.parallel.mesh import Mesh, build_mesh
+from megachat.parallel.engine import (
+    Engine,
+    build_engine,
+    build_loss_scaler,
+    build_module,
+    deepspeed_settings,
+)
+from megachat.parallel.mesh import Mesh
 from megachat.parallel.tensor import apply_tensor, vocabulary_part
-from megachat.plan import Plan
+from megachat.planning.plan import Plan
 from megachat.train.compiled import apply_compile
-from megachat.train.kernels import Kernels, check_alike, choose_kernels
 
 
 @dataclass(frozen=True)
@@ -61,27 +71,6 @@ class Run(Training):
         return self.mesh.world.rank == 0
 
 
-def muon_matrices(places, groups: Mapping[str, Group], rule) -> list[Matrix]:
-    """The Muon partition's description of the matrices among the places, in model order."""
-    owned = [where for where in places if groups[where.name].optimizer == "muon"]
-    multipliers = rate_multipliers({where.name: where.whole for where in owned}, rule)
-    return [
-        Matrix(where.name, where.whole, where.block, multipliers[where.name], where.cut if where.cut in ("column", "row") else "whole")
-        for where in owned
-    ]
-
-
-def adamw_groups(parameters: list[nn.Parameter], groups: Mapping[str, Group], rates: Mapping[str, float]) -> list[dict]:
-    """torch.optim.AdamW's groups, in the order of GROUPS, without empty ones."""
-    made = []
-    for group in GROUPS:
-        own = [parameter for parameter in parameters if groups[parameter.place.name] is group]
-        if group.optimizer == "adamw" and own:
-            settings = {"lr": rates[group.rate], "betas": group.betas, "weight_decay": group.weight_decay, "eps": ADAMW_EPSILON}
-            made.append({"name": group.name, "params": own} | settings)
-    return made
-
-
 def model_options(config: Config, compute_dtype: torch.dtype, attend: Attend = attention) -> ModelOptions:
     """How the model computes, from the config; with the plain attention unless another is given."""
     return ModelOptions(compute_dtype=compute_dtype, rotary=config.model.rotary, attend=attend, recompute=config.batch.recompute)
@@ -93,19 +82,6 @@ def gradient_wire(config: Config, compute_dtype: torch.dtype) -> torch.dtype:
     if asked != "auto":
         return getattr(torch, asked)
     return torch.bfloat16 if compute_dtype == torch.bfloat16 else torch.float32
-
-
-def start(config: Config, device: torch.device) -> Mesh:
-    """Join the other ranks. All ranks call it once."""
-    start_collectives(device, collective_backend(device), timedelta(seconds=config.parallel.timeout_s))
-    mesh = build_mesh(device, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
-    torch.manual_seed(random_seed(config.run.seed, 0, mesh.world.rank))
-    return mesh
-
-
-def random_seed(seed: int, step: int, rank: int) -> int:
-    """For torch's own random numbers, of which each rank has a stream; a new process would otherwise have any."""
-    return hash((seed, step, rank)) % 2**63
 
 
 def build_training(config: Config, plan: Plan, mesh: Mesh, token_bytes: torch.Tensor, kernels: Kernels | None = None) -> Training:
@@ -220,3 +196,15 @@ def build_loader(config: Config, plan: Plan, mesh: Mesh, tokenizer: Tokenizer, s
         prefetch_steps=data.prefetch_steps,
         state=state,
     )
+
+
+def check_alike(kernels: Kernels, mesh: Mesh) -> None:
+    """Raises UserError, on all ranks, when one would train with other kernels than the first; all ranks call it."""
+    told = all_gather_objects((kernels.names, socket.gethostname()), mesh.world)
+    for rank, (names, host) in enumerate(told):
+        if names != told[0][0]:
+            attention, fp8 = told[0][0]
+            raise UserError(
+                f"rank {rank} on {host} would train with attention {names[0]} and fp8 {names[1]}, but rank 0 on {told[0][1]} with {attention} and "
+                f"{fp8}: install the same packages on every host, or name them in precision.attention and precision.fp8_backend"
+            )

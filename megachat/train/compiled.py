@@ -1,33 +1,12 @@
 """torch.compile for training: one graph for all blocks of a kind, and a count of what is compiled when nothing should be any more."""
 
-import importlib.util
-import shutil
 
 import torch
 from torch import nn
 
-from megachat.device import variable
-from megachat.errors import UserError
 from megachat.model.gpt import Block
 
 _GRAPHS_A_LAYER = 8  # at most: its function is cut at kernels that no graph holds, and evaluation has graphs of its own
-
-
-def compile_problem(device: torch.device) -> str | None:
-    """Why torch.compile cannot work on the device, in words that follow "but"; None when it can. It looks where torch and Triton look."""
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    # Triton compiles what calls its kernels, torch the kernels themselves
-    named, usual = ("CC", ("gcc", "clang")) if device.type == "cuda" else ("CXX", ("g++",))
-    compilers = (variable(named),) if variable(named) else usual
-    return None if any(map(shutil.which, compilers)) else f"this machine has no {' or '.join(compilers)}"
-
-
-def check_compile(device: torch.device) -> None:
-    """Raises UserError where torch.compile cannot work on the device."""
-    problem = compile_problem(device)
-    if problem:
-        raise UserError(f"precision.compile is true but {problem}: install it, or set precision.compile=false")
 
 
 def apply_compile(layers: nn.ModuleList) -> None:

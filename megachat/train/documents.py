@@ -3,14 +3,23 @@
 from pathlib import Path
 
 from megachat.config import Config
-from megachat.data.loader_state import Unreadable, begun_anew, combined_ledger, load_header, load_loader_state, refuse_other, run_step, settings_of
+from megachat.data.loader_state import (
+    Unreadable,
+    begun_anew,
+    combined_ledger,
+    load_header,
+    load_loader_state,
+    refuse_other,
+    run_step,
+    settings_of,
+)
 from megachat.data.packing import streams_of
 from megachat.data.shards import open_shards, split_of
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.mesh import Mesh
-from megachat.plan import Plan
+from megachat.planning.plan import Plan
 from megachat.train.build import order_of_rows
 
 

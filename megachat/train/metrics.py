@@ -9,8 +9,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megachat.config import LogConfig
-from megachat.data.atomic import write_whole
 from megachat.errors import UserError
+from megachat.files import write_whole
 
 METRICS_NAME = "metrics.jsonl"
 

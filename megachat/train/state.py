@@ -2,33 +2,32 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 import torch
 
 from megachat.checkpoint.facts import read_facts
-from megachat.checkpoint.load import load_checkpoint, newest_complete
+from megachat.checkpoint.load import load_checkpoint
+from megachat.checkpoint.resume import checkpoints_folder
 from megachat.checkpoint.save import retire, save_checkpoint
 from megachat.checkpoint.saver import Saver
 from megachat.checkpoint.storage import Pieces
 from megachat.config import Config
-from megachat.counts import saved_dimensions
 from megachat.data.loader_state import combined_ledger, save_loader_state
 from megachat.data.packing import owner_of, streams_of
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError
+from megachat.job.join import random_seed
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.engine import adamw_fragments, adamw_steps
 from megachat.parallel.mesh import Axis
 from megachat.parallel.rectangles import flat_rectangles
-from megachat.plan import Plan
-from megachat.train.build import Run, Training, random_seed
+from megachat.planning.dimensions import saved_dimensions
+from megachat.planning.plan import Plan
+from megachat.train.build import Run, Training
 
-_NONE: Mapping[Path, str] = MappingProxyType({})
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -46,11 +45,6 @@ class LoopState:
     min_val_bpb: float | None = None
     owes_evaluation: bool = False
     owes_core: bool = False
-
-
-def checkpoints_folder(run_folder: Path) -> Path:
-    """Where a run's checkpoints are."""
-    return run_folder / "checkpoints"
 
 
 def state_pieces(run: Training, *, replicas: bool = True) -> dict:
@@ -131,27 +125,6 @@ def load_state(run: Run, checkpoint: Path) -> LoopState:
     else:  # more ranks than wrote it: a stream of its own
         torch.manual_seed(random_seed(run.config.run.seed, facts["step"], run.mesh.world.rank))
     return LoopState(**facts["loop"])
-
-
-def find_checkpoint(run_folder: Path, resume: str | None, damaged: Mapping[Path, str] = _NONE) -> tuple[Path | None, list[str]]:
-    """(checkpoint to resume from or None, remarks): resume is None, "auto" (newest complete, or none yet) or a checkpoint's path.
-
-    damaged: checkpoints that "auto" passes over, and why.
-
-    Raises UserError when the run folder holds checkpoints and resuming was not asked for, or when the path is no complete checkpoint.
-    """
-    if resume and resume != "auto":
-        read_facts(Path(resume))
-        return Path(resume), []
-    newest, remarks = newest_complete(checkpoints_folder(run_folder), damaged)
-    if newest is not None and resume is None:
-        raise UserError(
-            f"{run_folder} already holds checkpoints up to {newest.name}: continue with --resume auto, or start another with --set run.name=NAME"
-        )
-    if newest is None and (remarks or damaged) and resume == "auto":
-        why = [f"{path} is damaged: {problem}" for path, problem in damaged.items()] + remarks
-        raise UserError(f"{run_folder} holds no complete checkpoint to resume from: {why[0]}")
-    return newest, remarks
 
 
 def check_checkpoint(checkpoint: Path, plan: Plan, tokenizer: Tokenizer, config: Config) -> dict:

@@ -19,15 +19,15 @@ from megachat.data.tokenizer import Tokenizer, load_tokenizer
 from megachat.device import choose_compute_dtype
 from megachat.errors import UserError
 from megachat.kernels.attention_backends import AttentionChoice
+from megachat.kernels.choice import evaluation_attention
 from megachat.model.gpt import Loss
 from megachat.model.parameters import placed_parameters
 from megachat.optim.groups import assign
 from megachat.parallel.engine import Engine, build_evaluation_engine, build_module
 from megachat.parallel.mesh import Mesh
 from megachat.parallel.tensor import vocabulary_part
-from megachat.plan import Layout, Plan, resolve, resolve_dimensions
+from megachat.planning.plan import Layout, Plan, resolve, resolve_dimensions
 from megachat.train.build import build_stage
-from megachat.train.kernels import evaluation_attention
 
 
 @dataclass(frozen=True)

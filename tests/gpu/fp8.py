@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from megachat.counts import Dimensions, window_sizes
 from megachat.kernels.fp8 import PRODUCTS, block_rounded
 from megachat.kernels.fp8_backends import Fp8Choice, apply_fp8, head_products
 from megachat.kernels.linear import Linear
 from megachat.kernels.te import TELinears, te_problem
 from megachat.model.gpt import Loss, ModelOptions, build_layers, run_layers
 from megachat.model.parameters import load_whole, placed_parameters, starting_value
+from megachat.planning.dimensions import Dimensions, window_sizes
 
 DEVICE = torch.device("cuda")
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from megachat.counts import Dimensions
 from megachat.errors import UserError
 from megachat.kernels.attention import attention
 from megachat.kernels.attention_backends import choose_attention
+from megachat.planning.dimensions import Dimensions
 from tests.gpu.fp8 import DEVICE, rel
 
 TOKENS = 2048

@@ -1,13 +1,13 @@
-"""What a step really takes of the GPU beside what megachat/memory.py counts; on a CPU tests/unit/test_memory.py compares it tensor by tensor."""
+"""What a step really takes of the GPU beside what megachat/planning/memory.py counts; on a CPU tests/unit/planning/test_memory.py compares it tensor by tensor."""
 
 import pytest
 import torch
 
-from megachat.memory import memory_of_stages
-from megachat.plan import resolve
+from megachat.planning.memory import memory_of_stages
+from megachat.planning.plan import resolve
+from megachat.programs.verify import related_rows
 from megachat.train.build import build_training
 from megachat.train.step import set_schedules
-from megachat.train.verify import related_rows
 from tests.gpu.fp8 import need_fp8
 from tests.gpu.test_model import mesh  # noqa: F401
 from tests.training import small_config, take_step

@@ -78,10 +78,10 @@ def test_7_checkpoints_are_the_same_for_every_backend(plain):
 
 
 def trained(fp8: str, backend: str, mesh, steps: int = 50) -> list[float]:
-    from megachat.plan import resolve
+    from megachat.planning.plan import resolve
+    from megachat.programs.verify import related_rows
     from megachat.train.build import build_training
     from megachat.train.step import set_schedules
-    from megachat.train.verify import related_rows
 
     sizes = {"depth": 6, "aspect_ratio": 64, "head_size": 128, "kv_heads": None, "sequence_len": 512, "window_pattern": "SSSL"}
     precision = {"compute": "bfloat16", "fp8": fp8, "fp8_backend": backend}
@@ -97,7 +97,7 @@ def trained(fp8: str, backend: str, mesh, steps: int = 50) -> list[float]:
 
 @pytest.fixture(scope="module")
 def mesh():
-    from megachat.device import bootstrap_environment, choose_device
+    from megachat.job.launch import bootstrap_environment, choose_device
     from megachat.parallel.engine import start_collectives
     from megachat.parallel.mesh import build_mesh
 

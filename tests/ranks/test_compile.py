@@ -6,10 +6,10 @@ import torch
 from torch._dynamo.backends.debugging import aot_eager
 
 from megachat.evals.bpb import ValidationRows, bits_per_byte
-from megachat.plan import resolve
+from megachat.planning.plan import resolve
+from megachat.programs.verify import warm_up
 from megachat.train.compiled import NewGraphs
 from megachat.train.step import set_schedules
-from megachat.train.verify import warm_up
 from tests.harness import run_ranks
 from tests.training import build, random_rows, small_config, take_step
 

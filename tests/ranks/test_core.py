@@ -14,14 +14,14 @@ from megachat.model.gpt import ModelOptions, build_layers
 from megachat.model.parameters import load_whole, placed_parameters, starting_value
 from megachat.parallel.engine import build_evaluation_engine, build_module, start_collectives
 from megachat.parallel.mesh import build_mesh
-from megachat.plan import resolve
+from megachat.planning.plan import resolve
 from megachat.train.build import build_stage
 from tests.harness import run_ranks
 from tests.reference import FOLDER as REFERENCE
 from tests.reference import needs_reference
 from tests.training import small_config
 from tests.unit.evals.bundle import write_bundle
-from tools.bench_core import one_by_one, opened
+from tools.bench.core import one_by_one, opened
 
 BUNDLE = Path(__file__).resolve().parents[2].parent / "shared" / "eval_bundle"
 LAYOUTS = [(1, {}), (2, {}), (3, {}), (2, {"tensor": 2}), (2, {"tensor": 2, "sequence": True}), (3, {"pipeline": 3}), (4, {"pipeline": 2})]

@@ -17,7 +17,7 @@ from megachat.errors import UserError
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.engine import start_collectives
 from megachat.parallel.mesh import build_mesh
-from megachat.plan import resolve
+from megachat.planning.plan import resolve
 from megachat.train.build import build_loader
 from megachat.train.documents import resumed_documents
 from tests.harness import run_ranks

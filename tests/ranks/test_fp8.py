@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from megachat.evals.bpb import ValidationRows, bits_per_byte
+from megachat.programs.verify import warm_up
 from megachat.train.build import build_training
 from megachat.train.step import set_schedules
-from megachat.train.verify import warm_up
 from tests.harness import run_ranks
 from tests.training import build, load_whole_state, random_rows, small_config, take_step, whole_state
 

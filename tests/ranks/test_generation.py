@@ -10,7 +10,7 @@ from megachat.model.cache import Cache, cache_bytes
 from megachat.model.gpt import ModelOptions, build_layers, logits, run_layers
 from megachat.model.parameters import load_whole, placed_parameters, starting_value
 from megachat.parallel.tensor import vocabulary_part
-from megachat.plan import resolve
+from megachat.planning.plan import resolve
 from tests.harness import run_ranks
 from tests.training import SMALL_VOCAB, build, random_rows, small_config
 

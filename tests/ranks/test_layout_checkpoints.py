@@ -12,12 +12,12 @@ from megachat.data.tokenizer import Tokenizer
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.engine import adamw_steps, build_loss_scaler, start_collectives
 from megachat.parallel.mesh import build_mesh
-from megachat.plan import resolve
+from megachat.planning.plan import resolve
+from megachat.programs.verify import warm_up
 from megachat.train.build import build_run
 from megachat.train.documents import resumed_documents
 from megachat.train.state import LoopState, check_checkpoint, load_state, save_state, state_pieces
 from megachat.train.step import train_step
-from megachat.train.verify import warm_up
 from tests.harness import run_ranks
 from tests.runs.job import write_shard
 from tests.training import SMALL_VOCAB, build, small_config, whole_state

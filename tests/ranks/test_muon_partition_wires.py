@@ -10,7 +10,19 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.harness import run_ranks
-from tests.muon import BF16, FP32, LR, MOMENTA, WEIGHT_DECAY, backward, build, on_cpu, small_matrices, take_step, weight_dtype
+from tests.muon import (
+    BF16,
+    FP32,
+    LR,
+    MOMENTA,
+    WEIGHT_DECAY,
+    backward,
+    build,
+    on_cpu,
+    small_matrices,
+    take_step,
+    weight_dtype,
+)
 
 LAYOUTS = ((1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (1, 4), (2, 2))  # data, tensor
 COLLECTIVES = ("all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce")

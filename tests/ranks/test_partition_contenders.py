@@ -11,7 +11,7 @@ from megachat.optim.matrix import Matrix
 from megachat.parallel.engine import start_collectives
 from tests.harness import run_ranks
 from tests.muon import on_cpu
-from tools.partition_contenders import CONTENDERS, Wire
+from tools.bench.partition_contenders import CONTENDERS, Wire
 from tools.partition_table import lower_bound, planned_chunks, planned_megachat, planned_whole
 
 SHAPES = {"q": (160, 160), "k": (96, 160), "fc": (320, 160), "proj": (160, 320)}

@@ -14,10 +14,10 @@ from megachat.evals.cached import OnRanks
 from megachat.evals.generation import generate
 from megachat.parallel.engine import Engine, deepspeed_settings, start_collectives
 from megachat.parallel.mesh import build_mesh
-from megachat.plan import resolve
+from megachat.planning.plan import resolve
+from megachat.programs.verify import warm_up
 from megachat.train.build import build_stage
 from megachat.train.step import set_schedules
-from megachat.train.verify import warm_up
 from tests.harness import RankError, run_ranks
 from tests.oracle import ROWS, TOKENS
 from tests.training import SMALL_VOCAB, build, random_rows, small_config, take_step, whole_state

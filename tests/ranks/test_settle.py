@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from megachat.checkpoint.resume import settle_checkpoint
 from megachat.checkpoint.save import save_checkpoint
 from megachat.errors import UserError
+from megachat.job.run_lock import held_run_folder
 from megachat.parallel.engine import start_collectives
 from megachat.parallel.mesh import build_mesh
-from megachat.train.resume import held_run_folder, settle_checkpoint
 from tests.harness import run_ranks
 from tests.unit.checkpoint.test_checkpoint import ALONE, damage, some_tensors, whole
 

@@ -9,7 +9,7 @@ from megachat.model.parameters import load_whole, placed_parameters, starting_va
 from megachat.parallel import collectives, tensor
 from megachat.parallel.mesh import build_mesh
 from megachat.parallel.tensor import apply_tensor, cut_range, vocabulary_part
-from megachat.plan import resolve
+from megachat.planning.plan import resolve
 from tests.harness import run_ranks
 from tests.training import SMALL_VOCAB, random_rows, small_config
 

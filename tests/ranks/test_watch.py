@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megachat.job.failure_monitor import Watch
 from megachat.parallel.collectives import all_gather_objects, all_reduce, barrier
 from megachat.parallel.mesh import build_mesh
-from megachat.parallel.watch import Watch
 from tests.harness import RankError, run_ranks
 
 STALL_S = 2

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
+from megachat.doctor.hosts import described
 from tests.runs.job import begin, finish
 from tests.runs.network import two_hosts, why_not
-from tools.doctor_hosts import described
 
 REASON = why_not()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))

@@ -6,8 +6,8 @@ import pytest
 
 from megachat.optim.groups import assign
 from megachat.parallel.engine import adamw_fragments
-from megachat.plan import resolve
-from megachat.train.report import ownership
+from megachat.planning.manifest import ownership
+from megachat.planning.plan import resolve
 from megachat.train.step import set_schedules
 from tests.harness import run_ranks
 from tests.runs.job import begin, command, finish, launched

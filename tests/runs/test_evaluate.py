@@ -8,10 +8,22 @@ import pytest
 from megachat.checkpoint.load import newest_complete
 from megachat.config import load_config
 from megachat.errors import SAVED_STATUS, UserError
-from megachat.train.evaluate import Asked, evaluate
-from megachat.train.job import describe_job
+from megachat.programs.evaluate import Asked, evaluate
+from megachat.programs.pretrain import describe_job
 from tests import reference
-from tests.runs.job import STEPS, begin, bits_per_byte, checkpoint, command, facts, finish, launched, losses, metrics, train
+from tests.runs.job import (
+    STEPS,
+    begin,
+    bits_per_byte,
+    checkpoint,
+    command,
+    facts,
+    finish,
+    launched,
+    losses,
+    metrics,
+    train,
+)
 from tests.unit.evals.bundle import ALL, write_bundle
 from tools.prepare_data import main as prepare
 

@@ -20,7 +20,20 @@ from megachat.checkpoint.hashes import check_files
 from megachat.checkpoint.load import newest_complete
 from megachat.errors import EXIT_STATUS, LOST_RANK_STATUS, SAVED_STATUS
 from tests.runs.forked import Ranks
-from tests.runs.job import STEPS, begin, checkpoint, checkpoints, command, different, finish, launched, losses, processes_of, train, until
+from tests.runs.job import (
+    STEPS,
+    begin,
+    checkpoint,
+    checkpoints,
+    command,
+    different,
+    finish,
+    launched,
+    losses,
+    processes_of,
+    train,
+    until,
+)
 
 LONG = {"horizon": {"steps": 5000}, "evaluate": {"every": 0}}  # ended by the test
 

@@ -9,10 +9,10 @@ import pytest
 from megachat.checkpoint.facts import read_facts, write_facts
 from megachat.config import Config
 from megachat.convert.conversions import to_nanochat
-from megachat.plan import Layout, resolve
+from megachat.planning.plan import Layout, resolve
+from megachat.programs.verify_resume import planned, resume_config
 from tests.runs.job import STEPS, begin, bits_per_byte, checkpoint, command, finish, launched, losses, train
 from tools.generate import main as generate
-from tools.verify_resume import planned, resume_config
 
 STOP = 3
 MODEL = {"model": {"depth": 2, "aspect_ratio": 128, "head_size": 64, "sequence_len": 64, "window_pattern": "L"}}

@@ -4,7 +4,20 @@ import json
 
 import pytest
 
-from tests.runs.job import STEPS, begin, bits_per_byte, checkpoint, command, facts, finish, launched, ledgers, losses, metrics, train
+from tests.runs.job import (
+    STEPS,
+    begin,
+    bits_per_byte,
+    checkpoint,
+    command,
+    facts,
+    finish,
+    launched,
+    ledgers,
+    losses,
+    metrics,
+    train,
+)
 
 ROWS12 = {"batch": {"tokens": 12 * 64, "micro_rows": 1}}  # 12 rows are shared evenly by 1, 2 and 4 data ranks
 

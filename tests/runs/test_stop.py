@@ -9,7 +9,20 @@ import pytest
 
 from megachat.checkpoint.load import newest_complete
 from megachat.errors import SAVED_STATUS, STOPPED_STATUS
-from tests.runs.job import begin, bits_per_byte, command, different, facts, finish, free_port, launched, losses, metrics, train, until
+from tests.runs.job import (
+    begin,
+    bits_per_byte,
+    command,
+    different,
+    facts,
+    finish,
+    free_port,
+    launched,
+    losses,
+    metrics,
+    train,
+    until,
+)
 
 # an evaluation after every step, so that every stop comes before one that is due
 LONG = {"horizon": {"steps": 5000}, "evaluate": {"every": 1, "prompts": []}, "checkpoint": {"every": 0}}

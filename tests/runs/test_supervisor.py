@@ -13,7 +13,19 @@ import pytest
 
 from megachat.checkpoint.load import newest_complete
 from megachat.errors import EXIT_STATUS
-from tests.runs.job import STEPS, begin, checkpoint, command, different, finish, losses, metrics, processes_of, train, until
+from tests.runs.job import (
+    STEPS,
+    begin,
+    checkpoint,
+    command,
+    different,
+    finish,
+    losses,
+    metrics,
+    processes_of,
+    train,
+    until,
+)
 from tests.runs.network import two_hosts, why_not
 
 LONG = {"horizon": {"steps": 5000}, "evaluate": {"every": 0}}

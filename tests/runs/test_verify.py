@@ -16,10 +16,10 @@ from megachat.checkpoint.storage import read_index, save_pieces
 from megachat.config import load_config
 from megachat.errors import UserError
 from megachat.parallel.mesh import Axis
-from megachat.plan import resolve
-from megachat.train.verify import parameter_order
+from megachat.planning.plan import resolve
+from megachat.programs.verify import parameter_order
+from megachat.programs.verify_resume import judge, run_job
 from tests.runs.job import ROOT, checkpoint, command, environment, losses
-from tools.verify_resume import judge, run_job
 
 SMALL = ["--set", "model.sequence_len=64", "--set", "model.vocab_size=300", "--set", "model.head_size=32"]
 

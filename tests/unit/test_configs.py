@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from megachat.config import Config, load_config
-from megachat.memory import FILLS, memory_of_stages
-from megachat.plan import resolve
-from megachat.train.job import describe_job
+from megachat.planning.memory import FILLS, memory_of_stages
+from megachat.planning.plan import resolve
+from megachat.programs.pretrain import describe_job
 from tests.runs.job import ROOT, environment
 
 FOLDER = ROOT / "configs"

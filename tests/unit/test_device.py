@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megachat.device import choose_compute_dtype, common_address, describe_environment, device_name, peak_flops, peak_of_name
+from megachat.device import choose_compute_dtype, device_name, peak_flops, peak_of_name
 from megachat.errors import UserError
+from megachat.job.launch import common_address, describe_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """

@@ -14,7 +14,7 @@ from megachat.data.loader_state import combined_ledger, save_loader_state
 from megachat.data.packing import FRESH
 from megachat.data.tokenizer import Tokenizer, save_tokenizer
 from megachat.parallel.mesh import Axis
-from megachat.plan import resolve
+from megachat.planning.plan import resolve
 from tools.convert_checkpoint import main
 
 VOCAB_SIZE = 330  # tables of 384 rows: padded, and shared evenly by 2 and 3 ranks

@@ -14,11 +14,21 @@ from megachat.convert.difference import difference
 from megachat.convert.nanochat import open_nanochat
 from megachat.convert.opened import open_megachat
 from megachat.convert.proof import compare_logits
-from megachat.data.tokenizer_training import import_nanochat
 from megachat.errors import UserError
-from megachat.plan import resolve
+from megachat.planning.plan import resolve
+from megachat.prepare.tokenizer_training import import_nanochat
 from tests import reference
-from tests.unit.convert.checkpoints import HUGGINGFACE, STEP, VOCAB_SIZE, assert_same, left_in, make_run, step_folder, tokenizer, tool
+from tests.unit.convert.checkpoints import (
+    HUGGINGFACE,
+    STEP,
+    VOCAB_SIZE,
+    assert_same,
+    left_in,
+    make_run,
+    step_folder,
+    tokenizer,
+    tool,
+)
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ from megachat.data.loader_state import load_loader_state, save_loader_state
 from megachat.data.packing import REFILL_DOCUMENTS, owner_of, streams_of
 from megachat.data.shards import open_shards, split_of
 from megachat.data.tokenizer import Tokenizer
-from megachat.data.tokenizer_training import import_nanochat
 from megachat.errors import UserError
+from megachat.prepare.tokenizer_training import import_nanochat
 from tests.unit.data.corpus import ENGLISH, NANOCHAT, byte_tokenizer, needs_shared, random_texts, write_folder
-from tests.unit.data.scan_packing import scan_rows
+from tools.bench.scan_packing import scan_rows
 
 ROW, ROWS = 40, 12
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megachat.data.packing import REFILL_DOCUMENTS, Stream, buffer_of, owner_of, streams_of
-from tests.unit.data.scan_packing import scan_rows
+from tools.bench.scan_packing import scan_rows
 
 
 def documents_of(seed, lengths, count=3000):

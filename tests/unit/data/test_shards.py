@@ -6,9 +6,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megachat.data.manifest import finish, measure_shard
 from megachat.data.shards import UNFINISHED, Corpus, check_data_folder, fingerprint, open_shards, split_of
 from megachat.errors import UserError
+from megachat.prepare.manifest import finish, measure_shard
 from tests.unit.data.corpus import random_texts, write_folder
 
 

@@ -4,7 +4,15 @@ import json
 import numpy as np
 import pytest
 
-from megachat.data.tokenizer import METADATA_FILE, RANK_FILE, SPECIAL_TOKENS, Tokenizer, load_origin, load_tokenizer, save_tokenizer
+from megachat.data.tokenizer import (
+    METADATA_FILE,
+    RANK_FILE,
+    SPECIAL_TOKENS,
+    Tokenizer,
+    load_origin,
+    load_tokenizer,
+    save_tokenizer,
+)
 from megachat.errors import UserError
 from tests.unit.data.corpus import byte_tokenizer
 

@@ -11,7 +11,7 @@ from megachat.evals.bpb import ValidationRows, bits_per_byte
 from megachat.model.gpt import logits, run_layers
 from megachat.parallel.engine import start_collectives
 from megachat.parallel.mesh import Axis, Mesh, build_mesh
-from megachat.plan import resolve
+from megachat.planning.plan import resolve
 from megachat.train.build import build_training
 from megachat.train.step import set_schedules
 from tests.harness import run_ranks

@@ -9,7 +9,15 @@ import pytest
 
 from megachat.errors import UserError
 from megachat.evals.core_bundle import CORE_TASKS, Bundle, Task
-from megachat.evals.results import core_lines, core_section, core_table, load_results, newest_results, results_path, save_results
+from megachat.evals.results import (
+    core_lines,
+    core_section,
+    core_table,
+    load_results,
+    newest_results,
+    results_path,
+    save_results,
+)
 from megachat.evals.uncertainty import SIGMAS
 from tools.compare_runs import main
 

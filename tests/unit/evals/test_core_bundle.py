@@ -6,8 +6,8 @@ from megachat.data.shards import sha256_of
 from megachat.errors import UserError
 from megachat.evals import core_download
 from megachat.evals.core_bundle import CORE_TASKS, check_cap, open_bundle
-from tests.unit.data.test_download import mirror  # noqa: F401
 from tests.unit.evals.bundle import ALL, examples, write_bundle, zipped
+from tests.unit.prepare.test_download import mirror  # noqa: F401
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_bad_arguments(folder, tmp_path):
         check_cap(bundle, 1, "--max-per-task")
 
 
-# ---- the download, from the server of tests/unit/data/test_download.py
+# ---- the download, from the server of tests/unit/prepare/test_download.py
 
 
 def download(mirror, path):  # noqa: F811

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from megachat.counts import Dimensions
 from megachat.errors import UserError
 from megachat.evals.generation import InProcess, generate
 from megachat.evals.sampling import GREEDY, Sampling, choose_token
 from megachat.model.gpt import ModelOptions, build_layers, logits, run_layers
 from megachat.model.parameters import load_whole, placed_parameters, starting_value
+from megachat.planning.dimensions import Dimensions
 
 DIMS = Dimensions(3, 64, 4, 2, 16, 48, 97, (6, 48, 48))
 PROMPTS = [[5, 9, 2, 77, 3, 3, 8, 1, 60, 41], [11], [4, 8]]

@@ -5,7 +5,18 @@ import math
 import numpy as np
 import pytest
 
-from megachat.evals.uncertainty import GPT2_CORE, RUN_DEVIATION, SIGMAS, Estimate, Scored, difference, estimate, run_deviation, scored, verdict
+from megachat.evals.uncertainty import (
+    GPT2_CORE,
+    RUN_DEVIATION,
+    SIGMAS,
+    Estimate,
+    Scored,
+    difference,
+    estimate,
+    run_deviation,
+    scored,
+    verdict,
+)
 
 SEVEN_RUNS = [0.25373, 0.2584, 0.25489, 0.2568, 0.25732, 0.26765, 0.25119]
 SIZES, BASELINES, CHANCES = (32, 300, 1000, 5000), (0.0, 0.25, 0.5, 0.4), (0.1, 0.4, 0.7, 0.5)

@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from megachat.counts import Dimensions, window_sizes
 from megachat.errors import UserError
 from megachat.kernels import attention_backends
 from megachat.kernels.attention import attention
 from megachat.kernels.attention_backends import FlashAttention, FlexAttention, choose_attention
+from megachat.planning.dimensions import Dimensions, window_sizes
 
 CPU, GPU, BF16 = torch.device("cpu"), torch.device("cuda"), torch.bfloat16
 DIMS = Dimensions(4, 256, 2, 2, 128, 2048, 512, window_sizes("SSSL", 4, 2048))

@@ -5,7 +5,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megachat.kernels.attention import attention
 from megachat.kernels.attention_windowed import TILE, windowed_attention
 from megachat.model.gpt import Loss, ModelOptions, build_layers, run_layers
-from megachat.plan import resolve
+from megachat.planning.plan import resolve
 from tests.training import small_config
 
 

@@ -3,7 +3,7 @@ import torch
 
 from megachat.kernels import cross_entropy
 from megachat.kernels.cross_entropy import CHUNK_BYTES, capped_cross_entropy, reference_cross_entropy, token_nats
-from tools.live_bytes import LiveBytes
+from tools.bench.live_bytes import LiveBytes
 
 
 def case(dtype, rows=70, width=24, vocab=97, padded=128):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from megachat.counts import Dimensions, window_sizes
 from megachat.errors import UserError
 from megachat.kernels import cross_entropy, fp8_backends
 from megachat.kernels.cross_entropy import PlainProducts, capped_cross_entropy
@@ -14,6 +13,7 @@ from megachat.kernels.fp8 import HEADS, PRODUCTS, block_rounded, quantized
 from megachat.kernels.fp8_backends import Fp8Choice, apply_fp8, choose_fp8, describe_fp8, head_products
 from megachat.model.gpt import Loss, ModelOptions, build_layers, logits, run_layers
 from megachat.model.parameters import load_whole, placed_parameters, starting_value
+from megachat.planning.dimensions import Dimensions, window_sizes
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from megachat.counts import Dimensions
 from megachat.kernels import te
 from megachat.kernels.attention import attention
 from megachat.kernels.fp8_backends import Fp8Choice, apply_fp8
 from megachat.kernels.linear import Linear
 from megachat.model.gpt import MLP
+from megachat.planning.dimensions import Dimensions
 
 GPU = torch.device("cuda")
 

@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 
-from megachat.counts import Dimensions
 from megachat.model.cache import Cache, cache_bytes, set_past
 from megachat.model.gpt import ModelOptions, build_layers, logits, run_layers
 from megachat.model.parameters import load_whole, placed_parameters, starting_value
+from megachat.planning.dimensions import Dimensions
 
 DIMS = Dimensions(4, 64, 4, 2, 16, 64, 97, (7, 20, 64, 64))  # two windows much shorter than the texts, and shared heads
 LENGTHS = [1, 3, 40, 64, 17, 9]

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from megachat.counts import Dimensions, parameter_counts, window_sizes
 from megachat.model.gpt import Loss, ModelOptions, build_layers, logits, run_layers
 from megachat.model.parameters import load_whole, placed_parameters, starting_value
+from megachat.planning.dimensions import Dimensions, parameter_counts, window_sizes
 from tests import reference
 
 

@@ -6,7 +6,7 @@ import torch
 from megachat.model.gpt import Loss, ModelOptions, build_layers
 from megachat.model.parameters import placed_parameters
 from megachat.optim.groups import GROUPS, assign
-from megachat.plan import resolve
+from megachat.planning.plan import resolve
 from tests.training import SMALL_VOCAB, random_rows, small_config
 
 

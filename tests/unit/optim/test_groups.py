@@ -2,11 +2,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from megachat.counts import Dimensions, window_sizes
 from megachat.errors import UserError
 from megachat.model.gpt import ModelOptions, build_layers
 from megachat.model.parameters import placed_parameters
 from megachat.optim.groups import GROUPS, Group, assign, rate_multipliers
+from megachat.planning.dimensions import Dimensions, window_sizes
 
 DIMS = Dimensions(4, 64, 4, 2, 16, 32, 100, window_sizes("SL", 4, 32))
 

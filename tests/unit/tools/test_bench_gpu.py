@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from megachat.errors import UserError
-from megachat.plan import resolve
+from megachat.planning.plan import resolve
 from tests.gpu.missing import missing
 from tests.harness import run_ranks
 from tests.runs.job import ROOT
-from tools import bench_gpu as bench
-from tools.bench_gpu import ABOUT, VOCAB, bench_gpu, case_config, cases
-from tools.bench_gpu_report import BEGIN, END, checks_summary, goals, gpu_facts, label, report, write_report
+from tools.bench import gpu as bench
+from tools.bench.gpu import ABOUT, VOCAB, bench_gpu, case_config, cases
+from tools.bench.gpu_report import BEGIN, END, checks_summary, goals, gpu_facts, label, report, write_report
 
 WHERE = {"commit": "0123456789", "uncommitted_changes": True, "device": "H200", "gpus": ["NVIDIA H200, 580.1, 143771 MiB"], "cuda": "13.0"}
 WHERE |= {"cudnn": 91900, "packages": {"torch": "2.11.0", "transformer-engine": None}}

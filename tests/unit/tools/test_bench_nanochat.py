@@ -8,7 +8,7 @@ import torch
 
 from megachat.errors import UserError
 from tests.runs.job import ROOT, environment
-from tools.bench_nanochat import accumulate, open_nanochat, row_counts
+from tools.bench.nanochat import accumulate, open_nanochat, row_counts
 
 
 def test_no_clone_is_one_sentence(tmp_path):

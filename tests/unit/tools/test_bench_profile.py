@@ -12,8 +12,21 @@ from megachat.errors import UserError
 from megachat.parallel.progress import PART
 from tests.harness import run_ranks
 from tests.runs.job import ROOT, environment
-from tools.bench_profile import GAP, OTHER, PARTS, STEP, Segment, bench_profile, innermost, layout_sizes, measure, running, segments_of_steps, table
-from tools.profile_picture import lane, picture
+from tools.bench.profile_picture import lane, picture
+from tools.bench.step_profile import (
+    GAP,
+    OTHER,
+    PARTS,
+    STEP,
+    Segment,
+    bench_profile,
+    innermost,
+    layout_sizes,
+    measure,
+    running,
+    segments_of_steps,
+    table,
+)
 
 TINY = ("model.depth=2", "model.aspect_ratio=16", "model.head_size=16", "model.sequence_len=32", "batch.tokens=128", "batch.micro_rows=2")
 SVG = "{http://www.w3.org/2000/svg}"

@@ -6,10 +6,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from megachat.data.manifest import begin
 from megachat.data.shards import MANIFEST, UNFINISHED, check_data_folder, load_manifest, sha256_of
+from megachat.prepare.manifest import begin
 from tests.unit.data.corpus import random_texts, write_folder
-from tests.unit.data.test_download import mirror  # noqa: F401
+from tests.unit.prepare.test_download import mirror  # noqa: F401
 from tools.prepare_data import main
 
 ROOT = Path(__file__).parents[3]

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from megachat.errors import UserError
-from megachat.plan import resolve
-from megachat.train.compiled import compile_problem
-from megachat.train.kernels import choose_kernels
+from megachat.kernels.choice import choose_kernels, compile_problem
+from megachat.planning.plan import resolve
 from tests.training import small_config
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

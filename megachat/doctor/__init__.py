@@ -1,0 +1,1 @@
+"""Diagnosis of an installation, on one host or on all hosts of a hostfile."""

@@ -1,0 +1,1 @@
+"""Starting, joining and supervising the ranks of a job."""

@@ -1,0 +1,1 @@
+"""Programs of several ranks, from their arguments to their exit status."""

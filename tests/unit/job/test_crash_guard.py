@@ -1,0 +1,71 @@
+"""A step that fails three times in a row is told; a job that ends in order, or gets further, leaves no trace."""
+
+import json
+
+import pytest
+
+from megachat.errors import UserError
+from megachat.job.crash_guard import Attempts
+
+
+def crash(folder, start: int, step: int) -> None:
+    """A job that dies in `step`."""
+    attempts = Attempts(folder, writes=True)
+    attempts.begin(start)
+    for number in range(start, step + 1):
+        attempts.at(number)
+
+
+def crashes(folder) -> list[int]:
+    return [told["step"] for told in json.loads((folder / "crashes.json").read_text())]
+
+
+def test_the_same_step_three_times_is_refused_until_the_user_chooses(tmp_path):
+    for _ in range(3):
+        crash(tmp_path, 4, 7)
+    for _ in range(2):  # again and again
+        with pytest.raises(UserError, match=r"step 7 of .* has failed 3 times in a row, the last time on 20\d\d-.* or remove crashes.json there"):
+            Attempts(tmp_path, writes=True).begin(4)
+    assert crashes(tmp_path) == [7, 7, 7]
+    attempts = Attempts(tmp_path, writes=True)
+    attempts.begin(2, forget=True)
+    assert not (tmp_path / "crashes.json").exists() and (tmp_path / "running").read_text() == "000000000002\n"
+    attempts.end()
+    Attempts(tmp_path, writes=True).begin(4)
+
+
+def test_two_times_or_another_step_between_are_not(tmp_path):
+    crash(tmp_path, 4, 7)
+    crash(tmp_path, 4, 7)
+    crash(tmp_path, 4, 9)
+    crash(tmp_path, 8, 9)
+    Attempts(tmp_path, writes=True).begin(8)
+    assert crashes(tmp_path) == [7, 7, 9, 9]
+
+
+def test_an_end_in_order_is_no_crash(tmp_path):
+    for _ in range(4):
+        attempts = Attempts(tmp_path, writes=True)
+        attempts.begin(3)
+        attempts.at(5)
+        attempts.end()
+        assert list(tmp_path.iterdir()) == []
+    crash(tmp_path, 0, 1)
+    attempts = Attempts(tmp_path, writes=True)
+    attempts.begin(0)
+    attempts.end()
+    attempts.forget()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_the_writer_writes(tmp_path):
+    attempts = Attempts(tmp_path, writes=False)
+    attempts.begin(3)
+    attempts.at(4)
+    attempts.end()
+    attempts.forget()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "running").write_text("torn")
+    (tmp_path / "crashes.json").write_text("[{")
+    Attempts(tmp_path, writes=True).begin(1)  # unreadable records count as none
+    assert not (tmp_path / "crashes.json").exists()

@@ -1,0 +1,158 @@
+"""Ranks that gather, as threads over real sockets: all come, one is missing, comes twice, dies, is unlike; the port is another's."""
+
+import socket
+import threading
+import time
+from datetime import timedelta
+
+import pytest
+from torch.distributed import TCPStore
+
+from megachat.errors import UserError
+from megachat.job.launch import LaunchEnvironment
+from megachat.job.rendezvous import _ranks, meet
+
+HOST = socket.gethostname()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def gather(ranks, world: int, *, port: int | None = None, address="127.0.0.1", limit_s=20.0, judge=lambda arrivals: None, agent=False, said=None):
+    """What each of `ranks` got, in their order: a Meeting or a UserError's text. A rank may be (rank, world it believes in)."""
+    port, found = port or free_port(), {}
+
+    def one(place: int, rank) -> None:
+        rank, own_world = rank if isinstance(rank, tuple) else (rank, world)
+        environment = LaunchEnvironment(rank, rank, own_world, own_world, "test", address, port, agent, 0)
+        try:
+            found[place] = meet(environment, {"kind": {"rank": str(rank)}}, judge, limit_s, (said if said is not None else []).append)
+        except UserError as error:
+            found[place] = str(error)
+
+    threads = [threading.Thread(target=one, args=(place, rank), daemon=True) for place, rank in enumerate(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return [found[place] for place in range(len(threads))]
+
+
+def test_all_come_in_any_order_and_the_store_takes_the_port():
+    heard, port = [], free_port()
+    found = gather([2, 1, 0], 3, port=port, judge=lambda arrivals: heard.extend(arrivals))
+    assert [meeting.address for meeting in found] == [None] * 3
+    assert [(arrival.rank, arrival.host, arrival.facts) for arrival in heard] == [(rank, HOST, {"kind": {"rank": str(rank)}}) for rank in range(3)]
+    found[2].store.set("key", "value")
+    assert TCPStore("127.0.0.1", port, None, False, timedelta(seconds=5), wait_for_workers=False).get("key") == b"value"
+
+
+def test_one_process_meets_nobody():
+    assert gather([0], 1)[0].store is None
+
+
+def test_missing_ranks_are_named_to_all_that_are_here(monkeypatch):
+    monkeypatch.setattr("megachat.job.rendezvous.NOTICE_S", 0.5)
+    said: list[str] = []
+    begin = time.monotonic()
+    found = gather([0, 1, 3], 6, limit_s=2, said=said)
+    assert time.monotonic() - begin < 8
+    assert len(set(found)) == 1
+    assert found[0].startswith(f"ranks 2, 4-5 of 6 did not come within 2 s, here are ranks 0-1, 3 on {HOST}: look for ")
+    assert said == ["waiting for ranks 2, 4-5 of 6, up to 2 s (parallel.rendezvous_s)"]
+
+
+def test_a_rank_that_comes_twice_is_told_at_once():
+    begin = time.monotonic()
+    found = gather([0, 1, 1], 3)
+    assert time.monotonic() - begin < 8 and len(set(found)) == 1
+    assert found[0].startswith(f"rank 1 came twice, from {HOST} and from {HOST}: give every host its own --node_rank")
+
+
+def test_ranks_that_believe_in_other_numbers_are_told():
+    found = gather([0, (1, 3)], 2)
+    assert set(found) == {"rank 1 on " + HOST + " was started for 3 ranks and rank 0 for 2: start all hosts with the same numbers"}
+
+
+def test_what_the_judge_says_reaches_every_rank():
+    assert set(gather([0, 1, 2], 3, judge=lambda arrivals: "rank 2 is unlike")) == {"rank 2 is unlike"}
+
+
+def test_an_error_in_the_judge_is_no_hang():
+    assert set(gather([0, 1], 2, judge=lambda arrivals: 1 / 0)) == {"rank 0 could not gather the ranks (ZeroDivisionError: division by zero)"}
+
+
+def test_a_rank_that_dies_while_the_others_wait_is_named():
+    port = free_port()
+    started = threading.Thread(target=lambda: found.extend(gather([0], 3, port=port)), daemon=True)
+    found: list[str] = []
+    started.start()
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            link = socket.create_connection(("127.0.0.1", port))
+            break
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    with link:
+        link.sendall(b'{"rank": 1, "world": 3, "host": "other", "address": "127.0.0.1", "facts": {}}\n')
+        time.sleep(0.3)
+    started.join(20)
+    assert found == ["rank 1 on other ended before all ranks had come: look for its own message"]
+
+
+def test_a_stranger_at_the_port_disturbs_nobody():
+    port = free_port()
+    found: list = []
+    ranks = threading.Thread(target=lambda: found.extend(gather([0], 2, port=port)), daemon=True)
+    ranks.start()
+    time.sleep(0.5)
+    for words in (b"GET / HTTP/1.0\r\n\r\n", b"", b"[1]\n", b'{"rank": "x"}\n'):
+        with socket.create_connection(("127.0.0.1", port)) as stranger:
+            stranger.sendall(words)
+    (other,) = gather([1], 2, port=port)
+    ranks.join(20)
+    assert other.store is None and found[0].store is not None
+
+
+def test_a_port_in_use_is_told_by_rank_0_and_by_the_others():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        threading.Thread(target=lambda: server.accept()[0].sendall(b"SSH-2.0-OpenSSH\r\n"), daemon=True).start()
+        zero, one = gather([0, 1], 2, port=port)
+    assert zero.startswith(f"port {port} on {HOST}, where rank 0 listens, cannot be used (Address already in use): ") and "--master_port" in zero
+    assert one.startswith(f"at 127.0.0.1:{port} is another program, not rank 0 of this job: ")
+
+
+def test_a_silent_program_at_the_port_is_no_hang(monkeypatch):
+    monkeypatch.setattr("megachat.job.rendezvous._SILENCE_S", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        (one,) = gather([1], 2, port=server.getsockname()[1])
+    assert "is another program" in one
+
+
+@pytest.mark.parametrize("address, why", [("127.0.0.1", "nothing listens there"), ("no-such-host.invalid", "the name no-such-host.invalid does not")])
+def test_a_rank_0_that_cannot_be_reached_is_told(address, why):
+    port = free_port()
+    (found,) = gather([1], 2, address=address, port=port, limit_s=1)
+    assert found.startswith(f"rank 1 on {HOST} could not reach rank 0 at {address}:{port} within 1 s ({why}")
+
+
+def test_torchruns_agent_keeps_its_port():
+    agent = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=20), wait_for_workers=False)
+    found = gather([0, 1, 2], 3, port=agent.port, agent=True)
+    assert [(meeting.address, meeting.store) for meeting in found] == [(None, None)] * 3
+
+
+def test_many_ranks_gather_quickly():
+    begin = time.monotonic()
+    assert all(meeting.address is None for meeting in gather(list(range(64)), 64))
+    assert time.monotonic() - begin < 20
+
+
+def test_ranks_are_written_shortly():
+    assert (_ranks([5]), _ranks([0, 1, 2, 4, 6, 7])) == ("rank 5", "ranks 0-2, 4, 6-7")

@@ -1,0 +1,181 @@
+import itertools
+
+import pytest
+
+from megachat.config import Config
+from megachat.errors import UserError
+from megachat.planning.dimensions import flops_per_token, layer_costs, linear_shapes, parameter_counts
+from megachat.planning.plan import bubble_share, resolve, resolve_dimensions, resolve_stages
+
+
+def config(**sections) -> Config:
+    return Config.model_validate(sections)
+
+
+def test_the_speedrun_is_nanochats():
+    plan = resolve(config(model={"depth": 24}, horizon={"ratio": 8.0}, batch={"micro_rows": 16}), 8, 32768)
+    assert (plan.dims.width, plan.dims.heads, plan.steps, plan.tokens_per_step, plan.accumulation) == (1536, 12, 5568, 2**20, 4)
+    assert plan.weight_decay == pytest.approx(0.0597, abs=1e-4)
+    assert plan.flops_per_token == pytest.approx(4.775e9, rel=1e-4)
+    assert plan.total_flops == pytest.approx(2.79e19, rel=1e-3)
+    assert plan.rates["matrix"] == pytest.approx(0.02 * 2**0.5)
+    assert plan.rates["smear"] == 0.2
+    assert plan.rates["embedding"] == pytest.approx(0.3 * 2**0.5 * (1536 / 768) ** -0.5)
+    assert plan.dims.windows == (512, 512, 512, 2048) * 6
+
+
+def test_every_derived_number_has_its_formula():
+    plan = resolve(config(), 1, 32768)
+    wanted = {"width", "heads", "windows", "target_tokens", "tokens_per_step", "rows_per_step", "micro_rows", "accumulation", "steps"}
+    wanted |= {"total_tokens", "flops_per_token", "total_flops", "weight_decay", "evaluation_rows"} | {f"rates.{name}" for name in plan.rates}
+    assert wanted <= set(plan.why)
+
+
+def test_steps_win_over_flops_which_win_over_the_ratio():
+    batch = {"tokens": 2048 * 8}
+    by_ratio = resolve(config(model={"depth": 2}, batch=batch), 1, 1024)
+    by_flops = resolve(config(model={"depth": 2}, batch=batch, horizon={"flops": by_ratio.flops_per_token * 2048 * 8 * 7.4}), 1, 1024)
+    by_steps = resolve(config(model={"depth": 2}, batch=batch, horizon={"flops": 1e9, "steps": 5}), 1, 1024)
+    assert by_ratio.steps == int(12 * (by_ratio.parameters["matrices"] + by_ratio.parameters["lm_head"])) // (2048 * 8)
+    assert (by_flops.steps, by_steps.steps) == (7, 5)
+    assert resolve(config(model={"depth": 2}, batch=batch, horizon={"steps": 5, "stop_step": 3}), 1, 1024).stop_step == 3
+
+
+@pytest.mark.parametrize(
+    ("batch", "world", "solved"),
+    [
+        ({"tokens": 64 * 12, "micro_rows": 2}, 3, (12, 2, 2)),
+        ({"tokens": 64 * 12, "accumulation": 2}, 2, (12, 3, 2)),
+        ({"micro_rows": 2, "accumulation": 5}, 3, (30, 2, 5)),
+        ({"tokens": 64 * 12}, 1, (12, 12, 1)),
+        ({"tokens": 64 * 34}, 1, (34, 2, 17)),
+        ({"tokens": 64 * 30, "micro_rows": 2, "accumulation": 5}, 3, (30, 2, 5)),
+    ],
+)
+def test_any_two_of_batch_micro_and_accumulation_settle_the_third(batch, world, solved):
+    plan = resolve(config(model={"depth": 2, "sequence_len": 64}, batch=batch, horizon={"steps": 1}), world, 100)
+    assert (plan.rows_per_step, plan.micro_rows, plan.accumulation) == solved
+
+
+@pytest.mark.parametrize(
+    ("batch", "world", "parts"),
+    [
+        ({"tokens": 64 * 8}, 3, ("8 rows of 64", "3 data-parallel ranks", "384 (6 rows) or 576 (9 rows)", "divides 8")),
+        ({"tokens": 64 * 8, "micro_rows": 3}, 1, ("3 rows a micro-batch", "384 (6 rows) or 576 (9 rows)")),
+        ({"tokens": 100}, 1, ("1.5625 rows of 64", "64 (1 rows) or 128 (2 rows)")),
+        ({"tokens": 64 * 8, "micro_rows": 2, "accumulation": 2}, 1, ("in one step", "set batch.tokens to 256 (4 rows)")),
+    ],
+)
+def test_a_batch_that_does_not_fit_names_the_nearest_that_do(batch, world, parts):
+    with pytest.raises(UserError) as caught:
+        resolve(config(model={"depth": 2, "sequence_len": 64}, batch=batch, horizon={"steps": 1}), world, 100)
+    for part in parts:
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sections", "part"),
+    [
+        ({"parallel": {"tensor": 2}}, "does not divide the 1 rank that was started: start 2 ranks"),
+        ({"parallel": {"sequence": True}}, "parallel.sequence needs parallel.tensor above 1"),
+        ({"model": {"kv_heads": 4}}, "the nearest that does is 3"),
+        ({"model": {"depth": 1, "aspect_ratio": 8, "head_size": 8}}, "24 channels"),
+        ({"batch": {"tokens": 2**40}}, "shorter than one step"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_sentence(sections, part):
+    with pytest.raises(UserError, match=part):
+        resolve(config(**sections), 1, 32768)
+
+
+@pytest.mark.parametrize(
+    ("sections", "world", "part"),
+    [
+        ({"parallel": {"tensor": 3, "pipeline": 2}}, 16, "does not divide the 16 ranks that were started: start 12 or 18 ranks"),
+        ({"parallel": {"tensor": 4}}, 8, "does not divide the model's 6 query heads: set parallel.tensor to 3"),
+        ({"parallel": {"tensor": 6}, "model": {"kv_heads": 2}}, 6, "does not divide the model's 2 key/value heads: set parallel.tensor to 2"),
+        ({"parallel": {"pipeline": 16}}, 16, "more stages than the model's 12 blocks: set parallel.pipeline to 12"),
+        ({"parallel": {"tensor": 3, "sequence": True}}, 3, "model.sequence_len that 3 divides, and 2048 is not"),
+    ],
+)
+def test_a_layout_that_does_not_fit_names_the_nearest_that_does(sections, world, part):
+    with pytest.raises(UserError, match=part):
+        resolve(config(**sections), world, 32768)
+
+
+WIDE = {"depth": 2, "head_size": 128, "aspect_ratio": 128, "sequence_len": 64}
+
+
+@pytest.mark.parametrize(
+    ("sections", "world", "part"),
+    [
+        ({"precision": {"compute": "float16"}}, 1, "which needs bfloat16, and precision.compute is float16: set that to bfloat16, or fp8 to off"),
+        (
+            {"model": {"sequence_len": 100}, "batch": {"micro_rows": 3}},
+            1,
+            "multiple of 16 tokens in a micro-batch, and 3 rows of 100 are 300: set batch.micro_rows to 4, or model.sequence_len to 96 or 112",
+        ),
+        (
+            {"precision": {"fp8": "blockwise"}, "batch": {"micro_rows": 3}},
+            1,
+            "multiple of 128 tokens in a micro-batch, and 3 rows of 64 are 192: set batch.micro_rows to 2 or 4, or model.sequence_len to 128",
+        ),
+        ({"model": {"head_size": 24, "aspect_ratio": 12}}, 1, "would change nothing: no matrix of width 24 has sides of at least 128"),
+        ({"model": {"head_size": 60, "aspect_ratio": 60}, "parallel": {"tensor": 2}}, 2, "no matrix of width 120 cut in 2 has sides"),
+    ],
+)
+def test_fp8_that_does_not_fit_is_refused_with_what_does(sections, world, part):
+    merged = {"model": WIDE, "precision": {"fp8": "tensorwise"}, "batch": {"micro_rows": 2, "accumulation": 1}, "horizon": {"steps": 1}}
+    merged = {name: {**merged.get(name, {}), **sections.get(name, {})} for name in merged | sections}
+    with pytest.raises(UserError) as caught:
+        resolve(config(**merged), world, 100)
+    assert part in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_the_shapes_of_linears_are_the_models(tensor):
+    from megachat.model.gpt import ModelOptions, build_layers
+
+    asked = config(model=WIDE | {"kv_heads": 2 if tensor == 2 else 1})
+    dims = resolve_dimensions(asked, 100)
+    block = build_layers(dims, ModelOptions())[2]
+    for name, (rows, columns) in linear_shapes(dims, tensor).items():
+        weight = block.get_submodule(name).weight
+        row_cut = weight.place.cut == "row"
+        assert (rows, columns) == (weight.size(0) // (1 if row_cut else tensor), weight.size(1) // (tensor if row_cut else 1))
+
+
+@pytest.mark.parametrize("depth", [1, 5, 7, 24])
+def test_layers_cost_what_the_model_costs(depth):
+    dims = resolve_dimensions(config(model={"depth": depth}), 32768)
+    parameters, flops = (sum(cost[kind] for cost in layer_costs(dims)) for kind in (0, 1))
+    assert (parameters, flops) == (parameter_counts(dims)["total"], flops_per_token(dims))
+
+
+@pytest.mark.parametrize(("depth", "stages"), [(1, 1), (5, 2), (7, 3), (7, 7), (24, 4), (24, 8)])
+def test_stages_cover_the_layers_once_and_no_other_cut_is_better(depth, stages):
+    dims = resolve_dimensions(config(model={"depth": depth}), 32768)
+    costs = layer_costs(dims)
+    shares = [p / sum(p for p, _ in costs) + f / sum(f for _, f in costs) for p, f in costs]
+
+    def largest(cuts) -> float:
+        return max(sum(shares[first:last]) for first, last in cuts)
+
+    found = resolve_stages(dims, stages)
+    assert [layer for first, last in found for layer in range(first, last)] == list(range(depth + 2)) and len(found) == stages
+    for inner in itertools.combinations(range(1, depth + 2), stages - 1) if stages <= 4 else ():
+        cuts = (0, *inner, depth + 2)
+        assert largest(found) <= largest(zip(cuts, cuts[1:], strict=False)) + 1e-12
+    assert largest(found) < 1.5 * 2 / stages or stages == depth
+
+
+def test_the_bubble_of_equal_stages_is_the_textbooks_and_unequal_ones_wait_longer():
+    for stages, micro in ((1, 4), (2, 8), (4, 4), (8, 64)):
+        assert bubble_share([7] * stages, micro) == pytest.approx((stages - 1) / (micro + stages - 1))
+    assert bubble_share([6, 8], 8) > bubble_share([7, 7], 8)
+
+
+def test_a_pipeline_gets_enough_micro_batches_when_nobody_asked():
+    plan = resolve(config(parallel={"pipeline": 2}, batch={"tokens": 2048 * 64}, horizon={"steps": 1}), 4, 32768)
+    assert (plan.micro_rows, plan.accumulation) == (4, 8)

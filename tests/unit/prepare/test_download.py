@@ -1,0 +1,194 @@
+import hashlib
+import io
+import re
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from megachat.errors import UserError
+from megachat.prepare.download import _PIECE_BYTES, HUB_SOURCES, HubSource, download_shards
+from tests.unit.data.corpus import random_texts
+
+
+def shard_bytes(seed):
+    file = io.BytesIO()
+    pq.write_table(pa.table({"text": random_texts(4000, seed)}), file, compression="none")
+    return file.getvalue()
+
+
+class Mirror(ThreadingHTTPServer):
+    """Serves `files`; `faults[name]` is a list of what to do wrong with the next requests of that file."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), _Answer)
+        self.files = {f"shard_{index:05d}.parquet": shard_bytes(index) for index in (0, 1, 2, 9)}
+        self.faults: dict[str, list[str]] = {}
+        self.requests = Counter()
+        self.sent_bytes = Counter()
+        self.ranges = []
+        self.knows_ranges = True
+
+    @property
+    def source(self):
+        return HubSource(f"http://127.0.0.1:{self.server_address[1]}", 9)
+
+
+class _Answer(BaseHTTPRequestHandler):
+    def do_GET(self):
+        mirror, name = self.server, self.path.strip("/")
+        mirror.requests[name] += 1
+        faults = mirror.faults.get(name, [])
+        fault = faults.pop(0) if faults else None
+        content = mirror.files.get(name)
+        if content is None or fault in ("404", "403", "500", "503", "429"):
+            return self.send_error(int(fault or 404))
+        start = 0
+        if self.headers["Range"] and mirror.knows_ranges:
+            start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1])
+            mirror.ranges.append((name, start))
+        if self.headers["Range"] and start >= len(content):
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(content)}")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        self.send_response(206 if start else 200)
+        length = len(content) - start + (1000 if fault == "too long" else 0)
+        self.send_header("Content-Length", str(length))
+        if start:
+            shown = start + 1 if fault == "other range" else start
+            self.send_header("Content-Range", f"bytes {shown}-{len(content) - 1}/{len(content)}")
+        self.end_headers()
+        sent = content[start : start + (len(content) - start) // 2] if fault == "cut" else content[start:]
+        mirror.sent_bytes[name] += len(sent)
+        self.wfile.write(sent)
+        self.close_connection = True
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def mirror():
+    server = Mirror()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def download(folder, mirror, shards=2, **changes):
+    folder.mkdir(exist_ok=True)
+    said = []
+    entries = download_shards(folder, mirror.source, shards, retry_wait_s=0.001, say=said.append, **changes)
+    return entries, said
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_first_shards_and_always_the_last(tmp_path, mirror):
+    entries, said = download(tmp_path / "out", mirror)
+    names = ["shard_00000.parquet", "shard_00001.parquet", "shard_00009.parquet"]
+    assert names_in(tmp_path / "out") == names == [entry.name for entry in entries] and len(said) == 3
+    for entry in entries:
+        content = mirror.files[entry.name]
+        assert (tmp_path / "out" / entry.name).read_bytes() == content
+        assert (entry.bytes, entry.sha256, entry.documents) == (len(content), hashlib.sha256(content).hexdigest(), 4000)
+        assert entry.text_chars == sum(map(len, random_texts(4000, int(entry.name[6:11]))))
+    download(tmp_path / "out", mirror)
+    assert set(mirror.requests.values()) == {1}
+
+
+def check_recovery(folder, mirror, faults):
+    name = "shard_00001.parquet"
+    mirror.faults[name] = list(faults)
+    download(folder, mirror)
+    assert names_in(folder) == ["shard_00000.parquet", name, "shard_00009.parquet"]
+    assert (folder / name).read_bytes() == mirror.files[name]
+    assert mirror.requests[name] == len(faults) + 1
+    return mirror.sent_bytes[name] / len(mirror.files[name])
+
+
+@pytest.mark.parametrize(
+    "faults", [["500"], ["503", "429", "cut"], ["cut", "cut", "cut", "cut"], ["too long"], ["cut", "other range"], ["cut", "500", "cut"]]
+)
+def test_a_server_in_trouble_is_asked_again(tmp_path, mirror, faults):
+    sent = check_recovery(tmp_path, mirror, faults)
+    assert "other range" in faults or sent <= 1 + len(faults) * _PIECE_BYTES / len(mirror.files["shard_00001.parquet"])
+
+
+def test_a_server_that_ignores_ranges_starts_the_file_again(tmp_path, mirror):
+    mirror.knows_ranges = False
+    assert check_recovery(tmp_path, mirror, ["cut", "500", "cut"]) == pytest.approx(2, abs=0.01)
+
+
+def test_a_later_call_goes_on_from_the_part(tmp_path, mirror):
+    name = "shard_00000.parquet"
+    mirror.faults[name] = ["cut"] + ["500"] * 4
+    with pytest.raises(UserError) as caught:
+        download(tmp_path, mirror, workers=1)
+    kept = (tmp_path / (name + ".part")).stat().st_size
+    assert f"{mirror.source.base_url}/{name} failed 5 times, at last with HTTP 500" in str(caught.value) and f"the {kept:,} bytes kept" in str(
+        caught.value
+    )
+    assert 0 < kept < len(mirror.files[name]) and not (tmp_path / name).exists()
+    download(tmp_path, mirror)
+    assert (name, kept) in mirror.ranges and (tmp_path / name).read_bytes() == mirror.files[name]
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_parts_that_are_whole_or_of_another_file(tmp_path, mirror):
+    whole, longer = "shard_00000.parquet", "shard_00001.parquet"
+    (tmp_path / (whole + ".part")).write_bytes(mirror.files[whole])
+    (tmp_path / (longer + ".part")).write_bytes(mirror.files[longer] + b"more")
+    download(tmp_path, mirror)
+    assert mirror.sent_bytes[whole] == 0
+    assert all((tmp_path / name).read_bytes() == mirror.files[name] for name in (whole, longer))
+
+
+@pytest.mark.parametrize("status", ["404", "403"])
+def test_a_refusal_is_not_asked_again(tmp_path, mirror, status):
+    mirror.faults["shard_00009.parquet"] = [status] * 9
+    with pytest.raises(UserError, match=f"shard_00009.parquet answers HTTP {status}: check --base-url and --shards"):
+        download(tmp_path, mirror)
+    assert mirror.requests["shard_00009.parquet"] == 1
+
+
+@pytest.mark.parametrize("content", [b"<html>sorry</html>" * 100, shard_bytes(1)[:5000], b"", "damaged"])
+def test_what_is_no_whole_parquet_file_is_not_kept(tmp_path, mirror, content):
+    name = "shard_00001.parquet"
+    if content == "damaged":
+        good = mirror.files[name]
+        content = good[:4] + bytes(len(good) // 2) + good[4 + len(good) // 2 :]
+    mirror.files[name] = content
+    with pytest.raises(UserError, match=f"{name} is not a whole parquet file .* it was not kept"):
+        download(tmp_path, mirror, workers=1)
+    assert not any(name in path.name for path in tmp_path.iterdir())
+
+
+def test_a_damaged_shard_in_place_is_fetched_again(tmp_path, mirror):
+    name = "shard_00000.parquet"
+    (tmp_path / name).write_bytes(mirror.files[name][:-100])
+    download(tmp_path, mirror)
+    assert (tmp_path / name).read_bytes() == mirror.files[name]
+
+
+def test_no_server(tmp_path, mirror):
+    mirror.shutdown()
+    mirror.server_close()
+    with pytest.raises(UserError, match="failed 5 times, at last with ConnectionError"):
+        download(tmp_path, mirror)
+
+
+def test_the_addresses_are_nanochats():
+    assert HUB_SOURCES["climbmix"] == HubSource("https://huggingface.co/datasets/karpathy/climbmix-400b-shuffle/resolve/main", 6542)
+    assert HUB_SOURCES["fineweb-edu"] == HubSource("https://huggingface.co/datasets/karpathy/fineweb-edu-100b-shuffle/resolve/main", 1822)

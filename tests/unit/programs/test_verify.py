@@ -1,0 +1,103 @@
+"""The comparison behind tools/verify.py: what counts as equal, what is named first, and what cannot be compared."""
+
+import json
+
+import pytest
+import torch
+
+from megachat.checkpoint.storage import save_pieces
+from megachat.config import Config
+from megachat.errors import UserError
+from megachat.parallel.mesh import Axis
+from megachat.planning.plan import resolve, resolve_dimensions
+from megachat.programs.verify import certificate, compare, parameter_order, verification_config
+from tests.training import SMALL_VOCAB, small_config
+from tools.verify import parse_layout
+
+ORDER = ["first", "second"]
+ALONE = Axis("world", 1, 0, None, (0,))
+
+
+def observed(folder, losses, **changes):
+    """A run's folder; changes: tensor name -> elements to add to its front."""
+    folder.mkdir()
+    tensors = {f"{kind}/{name}": torch.linspace(-1, 1, 4000).view(40, 100).clone() for kind in ("gradient", "weight") for name in ORDER}
+    for name, values in changes.items():
+        tensors[name.replace("__", "/")].view(-1)[: len(values)] += torch.tensor(values)
+    save_pieces(folder, {name: ((40, 100), [((0, 0), (40, 100), tensor)]) for name, tensor in tensors.items()}, ALONE)
+    (folder / "losses.json").write_text(json.dumps(losses))
+    return folder
+
+
+def verdict(tmp_path, losses, **changes) -> dict:
+    wanted = observed(tmp_path / "wanted", [7.0, 6.0])
+    return certificate(list(compare(observed(tmp_path / "found", losses, **changes), wanted, ORDER)), layout={"tensor": 2})
+
+
+def test_rounding_is_equal_and_every_tensor_is_listed(tmp_path):
+    told = verdict(tmp_path, [7.0 * (1 + 5e-7), 6.0], gradient__first=[5e-6], weight__second=[9e-6])
+    assert told["passed"] and told["first_difference"] is None and told["layout"] == {"tensor": 2}
+    assert [entry["name"] for entry in told["compared"]] == [
+        "loss/step 0", "gradient/first", "gradient/second", "loss/step 1", "weight/first", "weight/second",
+    ]  # fmt: skip
+    assert json.loads(json.dumps(told)) == told
+
+
+@pytest.mark.parametrize(
+    ("losses", "changes", "first"),
+    [
+        ([7.0, 6.00002], {}, "loss/step 1"),
+        ([7.0, float("nan")], {}, "loss/step 1"),
+        ([7.0, 6.0], {"gradient__second": [2e-5], "weight__first": [1.0] * 9}, "gradient/second"),
+        ([7.0, 6.0], {"weight__first": [2e-5] * 9}, "weight/first"),
+        ([7.0, 6.0], {"weight__second": [float("nan")] * 9}, "weight/second"),
+    ],
+)
+def test_the_first_difference_is_named(tmp_path, losses, changes, first):
+    told = verdict(tmp_path, losses, **changes)
+    assert not told["passed"] and told["first_difference"]["name"] == first
+
+
+def test_few_weights_may_have_taken_the_other_sign_but_no_gradient(tmp_path):
+    told = verdict(tmp_path, [7.0, 6.0], weight__first=[0.01] * 8)
+    assert told["passed"]
+    assert {entry["name"]: entry["error"] for entry in told["compared"]}["weight/first"] == pytest.approx(0.01, rel=1e-3)
+
+
+def test_runs_with_other_tensors_cannot_be_compared(tmp_path):
+    with pytest.raises(UserError, match="gradient/third is not in both"):
+        list(compare(observed(tmp_path / "a", [1.0]), observed(tmp_path / "b", [1.0]), [*ORDER, "third"]))
+
+
+def test_the_order_is_the_models():
+    names = parameter_order(resolve(small_config(), 1, SMALL_VOCAB).dims)
+    assert names[0] == "transformer.wte.weight" or names[0].startswith("smear") and names[-1] in ("lm_head.weight", "backout_lambda")
+    assert names.index("transformer.h.0.attn.c_q.weight") < names.index("transformer.h.2.mlp.c_proj.weight") and len(set(names)) == len(names)
+
+
+def test_a_config_is_scaled_down_and_runs_in_float32_with_equal_micro_batches():
+    asked = Config.model_validate({"model": {"depth": 24, "kv_heads": 3}, "parallel": {"sequence": True, "tensor": 4}})
+    found = verification_config(asked, data=2, tensor=2, pipeline=2, depth=4, rows_a_rank=6)
+    assert (found.model.depth, found.model.kv_heads, found.precision.compute) == (4, 3, "float32")
+    assert (found.parallel.tensor, found.parallel.pipeline, found.parallel.sequence) == (2, 2, True)
+    assert (found.batch.micro_rows, found.batch.accumulation) == (1, 6)
+    assert not verification_config(asked, data=1, tensor=1, pipeline=1, depth=None, rows_a_rank=6).parallel.sequence
+
+
+@pytest.mark.parametrize(
+    "full", [{"depth": 4}, {"depth": 24}, {"depth": 32, "kv_heads": 4}, {"depth": 64, "head_size": 64}, {"depth": 5, "aspect_ratio": 48}]
+)
+def test_scaled_down_the_heads_stay_so_that_the_tensor_axis_fits(full):
+    asked = Config.model_validate({"model": full})
+    whole = resolve_dimensions(asked, SMALL_VOCAB)
+    for depth in (1, 2, 3, 7, 20):
+        found = resolve_dimensions(verification_config(asked, data=1, tensor=1, pipeline=1, depth=depth, rows_a_rank=1), SMALL_VOCAB)
+        assert (found.depth, found.heads, found.kv_heads) == (depth, whole.heads, whole.kv_heads) and found.width == found.heads * found.head_size
+        assert found.width <= whole.width or depth > whole.depth
+
+
+def test_layouts_are_read():
+    assert parse_layout("tp=2,pp=4,dp=8") == {"data": 8, "tensor": 2, "pipeline": 4} and parse_layout("pp=2")["data"] == 1
+    for text in ("tp", "tp=0", "cp=2", "tp=2;pp=2", ""):
+        with pytest.raises(UserError, match="give them as tp=2,pp=2,dp=2"):
+            parse_layout(text)

@@ -1,0 +1,171 @@
+"""What each rank runs for `tools/bench.py checkpoint`: saving and loading of one state, ours beside torch's own, in turn. Rank 0 prints JSON.
+
+The files lie in the page cache when they are read, on both sides.
+"""
+
+import json
+import os
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch  # noqa: E402
+
+from megachat.checkpoint.facts import checkpoint_name, read_facts  # noqa: E402
+from megachat.checkpoint.hashes import check_files, share  # noqa: E402
+from megachat.checkpoint.load import load_checkpoint  # noqa: E402
+from megachat.checkpoint.save import save_checkpoint, sync_folder  # noqa: E402
+from megachat.checkpoint.saver import Saver  # noqa: E402
+from megachat.config import load_config  # noqa: E402
+from megachat.errors import user_errors_end_the_program  # noqa: E402
+from megachat.job.join import (
+    end_collectives,  # noqa: E402
+    start,  # noqa: E402
+)
+from megachat.job.launch import bootstrap_environment, choose_device  # noqa: E402
+from megachat.job.local_ranks import rank_parser, require_ranks  # noqa: E402
+from megachat.parallel.collectives import all_gather_objects, barrier  # noqa: E402
+from megachat.planning.plan import resolve  # noqa: E402
+from megachat.programs.verify import related_rows  # noqa: E402
+from megachat.train.build import Training, build_training  # noqa: E402
+from megachat.train.state import state_pieces  # noqa: E402
+from megachat.train.step import micro_batches, set_schedules  # noqa: E402
+
+
+def trained(arguments) -> Training:
+    """A model after one step, so that no state is zero."""
+    environment = bootstrap_environment()
+    config = load_config(arguments.config, arguments.set)
+    plan = resolve(config, environment.world_size, config.model.vocab_size or arguments.vocab_size)  # refuses what does not fit, first
+    mesh = start(config, choose_device(environment))
+    training = build_training(config, plan, mesh, torch.ones(plan.dims.vocab_size, dtype=torch.int64))
+    set_schedules(training, 0)
+    take_step(training)
+    return training
+
+
+def take_step(training: Training) -> None:
+    """One optimizer step on rows of its own."""
+    plan, data = training.plan, training.mesh.data
+    rows = related_rows(0, plan.rows_per_step, plan.dims.sequence_len + 1, plan.dims.vocab_size)[data.rank :: data.size]
+    training.engine.train_batch(micro_batches(rows, plan.micro_rows)).item()
+
+
+class Measured:
+    """Seconds of each action over the rounds, of the rank that took longest."""
+
+    def __init__(self, training: Training):
+        self.world, self.seconds = training.mesh.world, {}
+
+    def note(self, name: str, seconds: float) -> None:
+        """All ranks call it."""
+        self.seconds.setdefault(name, []).append(max(all_gather_objects(seconds, self.world)))
+
+    def time(self, name: str, action: Callable[[], object]) -> None:
+        """All ranks begin together, with nothing of what was written before left to be written."""
+        if self.world.rank == 0:
+            os.sync()
+        barrier(self.world)
+        begin = time.perf_counter()
+        action()
+        self.note(name, time.perf_counter() - begin)
+
+
+def save_with_torch(state: dict, path: Path, *, sync: bool) -> None:
+    """What a script would do."""
+    with open(path, "wb") as file:
+        torch.save(state, file)
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
+    if sync:
+        sync_folder(path.parent)
+
+
+def round_of(training: Training, saver: Saver, state: dict, folder: Path, measured: Measured) -> dict[str, int]:
+    """Each way once, and loading; returns bytes on disk."""
+    world, pieces, own = training.mesh.world, state_pieces(training, replicas=False), folder / f"rank_{training.mesh.world.rank}.pt"
+    for name, sync in (("torch.save", False), ("torch.save_and_fsync", True)):
+        measured.time(name, lambda sync=sync: save_with_torch(state, own, sync=sync))
+    barrier(world)
+    torch_bytes = sum(path.stat().st_size for path in folder.glob("rank_*.pt"))
+    measured.time("step", lambda: take_step(training))
+    for name, trains in (("ours_beside_a_step", True), ("ours", False)):
+        if world.rank == 0:
+            shutil.rmtree(folder / checkpoint_name(1), ignore_errors=True)
+            os.sync()
+        barrier(world)
+        saver.begin(pieces, lambda copies, axis: save_checkpoint(folder, 1, copies, {}, lambda _: None, axis))
+        if trains:
+            begin = time.perf_counter()
+            take_step(training)
+            measured.note("step_beside_it", time.perf_counter() - begin)
+        else:
+            saver.wait_copied()  # as if the next update came at once
+        saver.wait()
+        (saved,) = saver.finished()
+        measured.note(name + "_blocked", saved.blocked_s)
+        measured.note(name + "_total", saved.total_s)
+    facts = read_facts(saved.path)
+    measured.time("ours_check_hashes", lambda: check_files(saved.path, facts, share(facts, world.rank, world.size)))
+    measured.time("ours_load", lambda: load_checkpoint(saved.path, state_pieces(training)))
+    measured.time("torch.load", lambda: [state[name].copy_(tensor) for name, tensor in torch.load(own, weights_only=True).items()])
+    ours_bytes = sum(path.stat().st_size for path in saved.path.rglob("*") if path.is_file())
+    barrier(world)
+    own.unlink()
+    if world.rank == 0:
+        shutil.rmtree(saved.path)
+    return {"ours": ours_bytes, "torch.save": torch_bytes}
+
+
+def least_bytes(training: Training) -> int:
+    """Float32 master and momentum of Muon's parameters and their second moments; master and two moments of AdamW's."""
+    parameters = training.plan.parameters
+    others = parameters["total"] - parameters["matrices"]
+    moments = {name: shape for part in all_gather_objects(_second_moments(training), training.mesh.world) for name, shape in part.items()}
+    return 8 * parameters["matrices"] + 12 * others + 4 * sum(torch.Size(shape).numel() for shape in moments.values())
+
+
+def _second_moments(training: Training) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(shape) for name, (shape, _) in state_pieces(training).items() if name.endswith("/second_moment")}
+
+
+@user_errors_end_the_program
+def main() -> None:
+    parser = rank_parser(__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, required=True)
+    arguments = parser.parse_args()
+    training = trained(arguments)
+    saver, measured = Saver(training.mesh.saving), Measured(training)
+    training.engine.optimizer.before_update = saver.wait_copied
+    pieces = state_pieces(training, replicas=False)
+    saver.reserve(pieces)
+    state = {
+        f"{name} {index}": view.detach().cpu().clone() for name, (_, rectangles) in pieces.items() for index, (_, _, view) in enumerate(rectangles)
+    }
+    for number in range(arguments.rounds + 1):
+        sizes = round_of(training, saver, state, arguments.folder, measured)
+        if not number:
+            measured.seconds.clear()  # the first is not counted
+    seconds, least = measured.seconds, least_bytes(training)
+    if training.mesh.world.rank == 0:
+        ratios = {
+            f"{ours}_over_{theirs}": statistics.median(mine / other for mine, other in zip(seconds[ours], seconds[theirs], strict=True))
+            for ours in ("ours_beside_a_step_blocked", "ours_blocked")
+            for theirs in ("torch.save", "torch.save_and_fsync")
+        }
+        told = {"parameters": training.plan.parameters["total"], "ranks": training.mesh.world.size, "rounds": arguments.rounds}
+        told |= {"median_s": {name: statistics.median(values) for name, values in seconds.items()}, "ratios": ratios}
+        told |= {"bytes": sizes | {"least": least}, "bytes_over_least": sizes["ours"] / least, "all_s": seconds}
+        print(json.dumps(told), flush=True)
+    end_collectives()
+
+
+if __name__ == "__main__":
+    require_ranks("checkpoint")
+    main()

@@ -1,0 +1,147 @@
+"""The report of tools/bench/gpu.py: tables between two marker comments of a Markdown file, and every number beside it as JSON."""
+
+import json
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+from megachat.doctor.installed import version
+from megachat.errors import UserError
+from megachat.files import write_whole
+
+BEGIN, END = "<!-- measured by tools/bench.py gpu: begin -->", "<!-- measured by tools/bench.py gpu: end -->"
+PACKAGES = ("torch", "triton", "transformer-engine", "flash-attn", "flash-attn-3", "flash-attn-4", "deepspeed", "kernels")
+OPTIONS = ("pattern", "micro_rows", "recompute")  # of a case: what is not as in the others
+_COUNTED = re.compile(r"(\d+) (passed|failed|skipped|errors?)\b")
+
+
+def label(case: dict) -> str:
+    """One line that names a case."""
+    if case["linears"] == "attention":
+        return f"attention of one layer of d{case['depth']}"
+    return f"d{case['depth']}, {case['linears']}, attention {case['attention']}{options(case)}"
+
+
+def options(case: dict) -> str:
+    """What sets the case apart, as ", micro_rows 8"."""
+    return "".join(f", {name} {case[name]}" for name in OPTIONS if name in case)
+
+
+def gpu_facts() -> dict:
+    """Name, driver and memory of the GPUs as nvidia-smi tells them, versions, and the processor; what cannot be known is None."""
+    import torch
+
+    asked = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True).stdout.strip().splitlines()
+    except (OSError, subprocess.SubprocessError):
+        told = None
+    packages = {package: version(package) for package in PACKAGES}
+    cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+    return {"gpus": told, "cuda": torch.version.cuda, "cudnn": cudnn, "packages": packages, "python": platform.python_version()}
+
+
+def goals(found: list[dict]) -> list[tuple[str, str, str]]:
+    """(what was to be reached, what was measured, yes, no or unknown) from the cases."""
+
+    def best(depth: int, *linears: str, key: str = "tokens_per_sec") -> float | None:
+        values = [entry[key] for entry in found if _plain(entry, depth) and entry["case"]["linears"] in linears and entry.get(key)]
+        return max(values, default=None)
+
+    def row(what: str, value: float | None, reached: bool | None, shown: str) -> tuple[str, str, str]:
+        return what, "not measured" if value is None else shown.format(value), "unknown" if value is None or reached is None else _yes(reached)
+
+    def ratio(one: float | None, other: float | None) -> float | None:
+        return one / other if one and other else None
+
+    ours, theirs = best(24, "torch compiled"), best(24, "nanochat")
+    fp8, of_depth_12 = best(24, "te tensorwise", "torch tensorwise"), best(12, "te tensorwise", "torch tensorwise")
+    memory = ratio(best(24, "torch compiled", key="peak_memory_bytes"), best(24, "nanochat", key="peak_memory_bytes"))
+    share, mfu = (best(24, "torch compiled", key=key) for key in ("optimizer_share_at_reference_batch", "mfu"))
+    kernel = next((entry["attention"] for entry in found if entry["case"]["linears"] == "nanochat" and "attention" in entry), "")
+    beside = f"{{:.2f}} times; its attention was {kernel}"
+    to_theirs, to_bf16, small = ratio(ours, theirs), ratio(fp8, ours), ratio(of_depth_12, best(12, "torch compiled"))
+    return [
+        row("d24 in bfloat16: MFU at least 55 %", mfu, mfu and mfu >= 0.55, "{:.1%}"),
+        row("d24 in bfloat16: at least 1.10 times nanochat's tokens a second", to_theirs, to_theirs and to_theirs >= 1.10, beside),
+        row("d24 in FP8: at least 1.15 times our bfloat16", to_bf16, to_bf16 and to_bf16 >= 1.15, "{:.2f} times"),
+        row("d12 in FP8 beside our bfloat16", small, None, "{:.2f} times"),
+        row("d24, 16 rows: peak memory at most 0.8 of nanochat's", memory, memory and memory <= 0.8, "{:.2f}"),
+        row("d24: the optimizer at most 3 % of a step of 2^19 tokens", share, share and share <= 0.03, "{:.1%}"),
+    ]
+
+
+def _plain(entry: dict, depth: int) -> bool:
+    """Whether it is a case of the depth without options, with the kernel that a user gets."""
+    case = entry["case"]
+    return case["depth"] == depth and case["attention"] == "auto" and not options(case)
+
+
+def _yes(reached: bool) -> str:
+    return "yes" if reached else "no"
+
+
+def report(found: list[dict], where: dict, about: str, checks_log: str) -> str:
+    """Markdown of the results. where: of describe_environment and `gpu_facts`. about: how was measured. checks_log: what pytest said."""
+    versions = ", ".join(f"{name} {version}" for name, version in where["packages"].items() if version)
+    commit = f"commit {where['commit'][:7]}" if where["commit"] else "commit unknown"
+    gpus = "; ".join(where["gpus"]) if where["gpus"] else where["device"]
+    commit += " with changes" if where["uncommitted_changes"] else ""
+    parts = [
+        f"{commit.capitalize()}, {gpus}; CUDA {where['cuda']}, cuDNN {where['cudnn']}, {versions}. {about}",
+        _table(["goal", "measured", "reached"], goals(found)),
+        _steps(found),
+        *(_attention(entry) for entry in found if entry["case"]["linears"] == "attention"),
+        f"Checks of tests/gpu: {checks_summary(checks_log)}. What they measured is in the JSON file.",
+    ]
+    return "\n\n".join(parts)
+
+
+def checks_summary(log: str) -> str:
+    """The counts of pytest's last line that has any, or that there is none."""
+    counted = [line for line in log.splitlines() if _COUNTED.search(line) and " in " in line]
+    return ", ".join(f"{count} {what}" for count, what in _COUNTED.findall(counted[-1])) if counted else "not run to their end"
+
+
+def _table(head: list[str], rows) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(str(cell).replace("|", "/").replace("\n", " ") for cell in row) + " |" for row in rows)])
+
+
+def _steps(found: list[dict]) -> str:
+    base = {entry["case"]["depth"]: entry["tokens_per_sec"] for entry in reversed(found) if entry["case"]["linears"] == "torch compiled" and
+            _plain(entry, entry["case"]["depth"]) and "tokens_per_sec" in entry}  # fmt: skip
+    rows = []
+    for entry in found:
+        case = entry["case"]
+        if case["linears"] == "attention":
+            continue
+        start = [f"d{case['depth']}{options(case)}", case["linears"], entry.get("attention") or case["attention"]]
+        if "tokens_per_sec" not in entry:
+            rows.append([*start, entry.get("failed") or entry["left_out"], "", "", "", ""])
+            continue
+        ratio = f"{entry['tokens_per_sec'] / base[case['depth']]:.2f}" if case["depth"] in base else "unknown"
+        mfu = f"{entry['mfu']:.1%}" if entry["mfu"] else "unknown"
+        memory = f"{entry['peak_memory_bytes'] / 2**30:.1f} GiB" if entry["peak_memory_bytes"] else "unknown"
+        rows.append([*start, f"{entry['tokens_per_sec']:,.0f}", ratio, mfu, memory, f"{entry['optimizer_share_at_reference_batch']:.1%}"])
+    return _table(["model", "linears", "attention", "tokens a second", "of torch compiled", "MFU", "peak memory", "optimizer"], rows)
+
+
+def _attention(entry: dict) -> str:
+    if "layers" not in entry:
+        return f"Attention of one layer: {entry.get('failed') or entry['left_out']}."
+    rows = [[name, *(f"{told[kind] * 1000:.2f} ms" for kind in ("S", "L"))] if "S" in told else [name, told["problem"], ""]
+            for name, told in entry["layers"].items()]  # fmt: skip
+    about = f"Attention alone, forward and backward of one layer of d{entry['case']['depth']}, {entry['rows']} rows; S: the short window."
+    return f"{about}\n\n" + _table(["kernel", "S", "L"], rows)
+
+
+def write_report(path: Path, text: str, raw: dict) -> None:
+    """Put the text between the markers of the Markdown file and the raw numbers beside it. Raises UserError without markers."""
+    page = path.read_text(encoding="utf-8")
+    if BEGIN not in page or END not in page:
+        raise UserError(f"{path} lacks the lines {BEGIN!r} and {END!r}: put them where the table is to stand")
+    before, _, rest = page.partition(BEGIN)
+    write_whole(path, f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}".encode())
+    write_whole(path.with_name(path.stem + "_gpu.json"), json.dumps(raw, indent=1).encode() + b"\n")

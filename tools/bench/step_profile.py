@@ -1,0 +1,273 @@
+"""What `tools/bench.py profile` measures: where the time of a training step goes, by parts, on random rows; of several ranks, where the first's goes.
+
+On a CPU a moment belongs to the innermost part that the training thread is in. On a GPU it belongs to the part from which the kernel was launched
+that runs then (the one that began first). What is left is the host gap, so that parts add up to the step.
+"""
+
+import bisect
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from deepspeed.runtime.zero.stage_1_and_2 import OPTIMIZER_ALLGATHER_TIMER  # noqa: E402
+from deepspeed.utils.timer import NoopTimer  # noqa: E402
+from torch.autograd import DeviceType  # noqa: E402
+from torch.profiler import ProfilerActivity, profile, record_function  # noqa: E402
+
+from megachat.config import load_config  # noqa: E402
+from megachat.errors import UserError, user_errors_end_the_program  # noqa: E402
+from megachat.files import write_whole  # noqa: E402
+from megachat.job.join import (
+    end_collectives,  # noqa: E402
+    start,  # noqa: E402
+)
+from megachat.job.launch import bootstrap_environment, choose_device  # noqa: E402
+from megachat.job.local_ranks import rank_parser, require_ranks, run_ranks, set_options  # noqa: E402
+from megachat.kernels.choice import describe_kernels  # noqa: E402
+from megachat.parallel.progress import PART, part  # noqa: E402
+from megachat.planning.plan import resolve  # noqa: E402
+from megachat.train.build import Run, build_training  # noqa: E402
+from megachat.train.step import train_step  # noqa: E402
+from tools.bench.profile_picture import picture  # noqa: E402
+
+STEP, WARM_UP, SHOWN = "training step", 2, 15
+GAP, OTHER = "host gap", "other"
+PARTS = {
+    "forward": "forward pass and loss, with the backward pass of lm_head",
+    "backward": "backward pass, what is recomputed in it included",
+    "reduce": "gradients between ranks: launched, waited for, averaged",
+    "norm": "the gradient norm and its collective",
+    "optimizer": "Muon, AdamW, and what Muon sends between ranks",
+    "gather": "new weights to all ranks: launched, waited for",
+    "stages": "activations and gradients between pipeline stages",
+    "data": "rows, and their way to the device",
+    OTHER: "kernels that no part launched",
+    GAP: "the rest: on a CPU time in no part, on a GPU time without a kernel",
+}
+_LAUNCHES, _KERNELS = ("cuda_runtime", "cuda_driver"), ("kernel", "gpu_memcpy", "gpu_memset")
+
+
+class Segment(NamedTuple):
+    """Microseconds of the trace's clock, and the part that they belong to."""
+
+    begin: float
+    end: float
+    part: str
+
+
+def innermost(ranges: list[Segment], begin: float, end: float) -> list[Segment]:
+    """From begin to end without holes, each moment with the innermost of the ranges, which lie in or beside each other; GAP where there is none."""
+    found, stack, now = [], [(end, GAP)], begin
+
+    def until(moment: float) -> None:
+        nonlocal now
+        if moment > now:
+            found.append(Segment(now, moment, stack[-1][1]))
+            now = moment
+
+    for range_begin, range_end, name in sorted(ranges, key=lambda own: (own.begin, -own.end)):
+        low, high = max(range_begin, begin), min(range_end, end)
+        if low >= high:
+            continue
+        while stack[-1][0] <= low:
+            until(stack[-1][0])
+            stack.pop()
+        until(low)
+        stack.append((min(high, stack[-1][0]), name))
+    while stack:
+        until(stack[-1][0])
+        stack.pop()
+    return found
+
+
+def running(kernels: list[Segment], begin: float, end: float) -> list[Segment]:
+    """From begin to end without holes, each moment with the kernel that runs; with the one that began first of several, with GAP for none."""
+    found, now = [], begin
+    for low, high, name in sorted(kernels):
+        low, high = max(low, now), min(high, end)
+        if low >= high:
+            continue
+        found += [Segment(now, low, GAP)] if low > now else []
+        found.append(Segment(low, high, name))
+        now = high
+    return found + ([Segment(now, end, GAP)] if end > now else [])
+
+
+def segments_of_steps(events: list[dict]) -> list[list[Segment]]:
+    """Each step's segments. events: "traceEvents" of a trace of torch.profiler."""
+    complete = [event for event in events if event.get("ph") == "X"]
+    marks = [event for event in complete if event.get("cat") == "user_annotation"]
+    launched_by = {event["args"]["correlation"]: event for event in complete if event.get("cat") in _LAUNCHES and "correlation" in event["args"]}
+    kernels = [event for event in complete if event.get("cat") in _KERNELS]
+    steps = []
+    for step in sorted((mark for mark in marks if mark["name"] == STEP), key=lambda mark: mark["ts"]):
+        begin, end, threads = step["ts"], step["ts"] + step["dur"], {}
+        for mark in marks:
+            if mark["name"].startswith(PART):
+                threads.setdefault(mark["tid"], []).append(Segment(mark["ts"], mark["ts"] + mark["dur"], mark["name"].removeprefix(PART)))
+        told = {thread: innermost(ranges, begin, end) for thread, ranges in threads.items()}
+        main = told.get(step["tid"], [Segment(begin, end, GAP)])
+        if not kernels:
+            steps.append(main)
+            continue
+        parted = []
+        for kernel in kernels:
+            launch = launched_by.get(kernel["args"].get("correlation"))
+            # backward passes of a GPU launch from threads of their own, in which not every part has a mark
+            own = _part_at(told.get(launch["tid"], []), launch["ts"]) if launch else GAP
+            if launch and own == GAP:
+                own = _part_at(main, launch["ts"])
+            parted.append(Segment(kernel["ts"], kernel["ts"] + kernel["dur"], OTHER if own == GAP else own))
+        steps.append(running(parted, begin, end))
+    return steps
+
+
+def _part_at(segments: list[Segment], moment: float) -> str:
+    place = bisect.bisect_right(segments, moment, key=lambda segment: segment.begin) - 1
+    return segments[place].part if place >= 0 and moment <= segments[place].end else GAP
+
+
+class _Timers(NoopTimer):
+    """DeepSpeed times its parts of a step with these; its gather of weights has no function of its own that could be marked."""
+
+    class _Gather(NoopTimer.Timer):
+        def start(self):
+            self.mark = part("gather")
+            self.mark.__enter__()
+
+        def stop(self, **settings):
+            self.mark.__exit__(None, None, None)
+
+    def __init__(self):
+        super().__init__()
+        self._gather = self._Gather()
+
+    def __call__(self, name):
+        return self._gather if name == OPTIMIZER_ALLGATHER_TIMER else super().__call__(name)
+
+
+def layout_sizes(text: str) -> dict[str, int]:
+    """Ranks on each axis of "dp=2,tp=2". Raises UserError."""
+    sizes = {"dp": 1, "tp": 1, "pp": 1}
+    for word in text.split(","):
+        axis, _, size = word.partition("=")
+        if axis not in sizes or not size.isdecimal() or int(size) < 1:
+            raise UserError(f"--layout {text}: {word!r} is no axis with its ranks; write it like dp=2,tp=2, of dp, tp and pp")
+        sizes[axis] = int(size)
+    return sizes
+
+
+def operators(profiled: profile, steps: int, step_us: float) -> list[dict]:
+    """Those with the most time of their own: on the GPU where there is one, else on the CPU."""
+    times = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    own = [entry for entry in profiled.key_averages() if entry.device_type == DeviceType.CPU and not entry.key.startswith((PART, STEP))]
+    own = sorted(own, key=lambda entry: -getattr(entry, times))[:SHOWN]
+    return [
+        {
+            "name": entry.key,
+            "ms": getattr(entry, times) / steps / 1000,
+            "share": getattr(entry, times) / steps / step_us,
+            "calls": entry.count / steps,
+        }
+        for entry in own
+    ]
+
+
+def measure(config_path: str, settings: list[str], vocab_size: int, rounds: int, out: str | None) -> dict:
+    """All ranks call it; the first writes the picture to `out`, if given, and its result is the one to tell. rounds: steps that are looked at."""
+    device = choose_device(bootstrap_environment())
+    config = load_config(config_path, settings)
+    mesh = start(config, device)
+    plan = resolve(config, mesh.world.size, config.model.vocab_size or vocab_size)
+    training = build_training(config, plan, mesh, torch.ones(plan.dims.vocab_size, dtype=torch.int64))
+    generator = torch.Generator().manual_seed(mesh.data.rank)
+    rows = torch.randint(0, plan.dims.vocab_size, (plan.micro_rows * plan.accumulation, plan.dims.sequence_len + 1), generator=generator)
+    run = Run(**vars(training), folder=Path(), tokenizer=None, loader=itertools.repeat(rows), bundle=None)
+    run.engine.optimizer.timers = _Timers()
+    plain = [train_step(run, 0).seconds for _ in range(WARM_UP + rounds)][WARM_UP:]
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=activities) as profiled:
+        for _ in range(rounds):
+            with record_function(STEP):
+                train_step(run, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiled.export_chrome_trace(str(trace))
+        steps = segments_of_steps(json.loads(trace.read_text())["traceEvents"])
+    lasting = [own[-1].end - own[0].begin for own in steps]
+    step_us = statistics.mean(lasting)
+    parts = {name: sum(one.end - one.begin for own in steps for one in own if one.part == name) / rounds for name in PARTS}
+    facts = {"depth": plan.dims.depth, "width": plan.dims.width, "rows_of": plan.dims.sequence_len, "micro_rows": plan.micro_rows}
+    facts |= {"micro_batches": plan.accumulation, "compute": str(run.compute_dtype).removeprefix("torch."), "steps": rounds}
+    facts |= {"ranks": {"data": mesh.data.size, "tensor": mesh.tensor.size, "pipeline": mesh.pipeline.size}, "rank": mesh.world.rank}
+    facts |= {"threads": torch.get_num_threads(), "chosen": describe_kernels(config, run.kernels, plan)}
+    result = {"facts": facts, "step_ms": step_us / 1000, "step_ms_without_profiler": 1000 * statistics.median(plain)}
+    result["parts"] = {name: {"ms": us / 1000, "share": us / step_us} for name, us in parts.items()}
+    result["operators"] = operators(profiled, rounds, step_us)
+    if out and mesh.world.rank == 0:
+        middle = steps[lasting.index(sorted(lasting)[len(lasting) // 2])]
+        title = f"A training step: depth {plan.dims.depth}, {plan.rows_per_step} rows of {plan.dims.sequence_len}, {facts['compute']}"
+        write_whole(Path(out), picture(title, result["parts"], middle).encode())
+        result["picture"] = out
+    return result
+
+
+def table(result: dict) -> str:
+    """For people: parts without time are left out."""
+    lines = [f"{'part':<12}{'ms':>10}{'share':>8}"]
+    for name, own in result["parts"].items():
+        if own["ms"]:
+            lines.append(f"{name:<12}{own['ms']:>10.1f}{own['share']:>8.1%}  {PARTS[name]}")
+    plain = result["step_ms_without_profiler"]
+    lines += [
+        f"{'step':<12}{result['step_ms']:>10.1f}{1:>8.1%}  without the profiler {plain:.1f} ms",
+        "",
+        f"{'operator, its own time':<44}{'ms':>10}",
+    ]
+    lines[-1] += f"{'share':>8}{'calls':>8}"
+    for own in result["operators"]:
+        lines.append(f"{own['name'][:42]:<44}{own['ms']:>10.1f}{own['share']:>8.1%}{own['calls']:>8.0f}")
+    return "\n".join(lines)
+
+
+def bench_profile(arguments) -> dict:
+    """Milliseconds of a training step by parts, and the operators that take most; a picture with --out."""
+    if arguments.rounds < 1:
+        raise UserError(f"--rounds {arguments.rounds} is no number of steps to look at: give 1 or more")
+    if arguments.out and not Path(arguments.out).resolve().parent.is_dir():
+        raise UserError(f"--out {arguments.out} lies in a folder that does not exist: make it first")
+    sizes = layout_sizes(arguments.layout)
+    settings = [*arguments.set, f"parallel.tensor={sizes['tp']}", f"parallel.pipeline={sizes['pp']}"] if arguments.layout != "dp=1" else arguments.set
+    ranks = sizes["dp"] * sizes["tp"] * sizes["pp"]
+    if ranks == 1:
+        result = measure(arguments.config, settings, arguments.vocab_size, arguments.rounds, arguments.out)
+    else:
+        program = [__file__, "--config", arguments.config, "--vocab-size", str(arguments.vocab_size), "--rounds", str(arguments.rounds)]
+        program += [*(["--out", arguments.out] if arguments.out else []), *set_options(settings)]
+        result = json.loads(run_ranks("the ranks", ranks, program).strip().splitlines()[-1])
+    print(table(result), file=sys.stderr)
+    return {"what": "milliseconds of a training step, by parts"} | result
+
+
+@user_errors_end_the_program
+def main() -> None:
+    parser = rank_parser(__doc__.splitlines()[0])
+    parser.add_argument("--out")
+    arguments = parser.parse_args()
+    result = measure(arguments.config, arguments.set, arguments.vocab_size, arguments.rounds, arguments.out)
+    if result["facts"]["rank"] == 0:
+        print(json.dumps(result), flush=True)
+    end_collectives()
+
+
+if __name__ == "__main__":
+    require_ranks("profile")
+    main()
