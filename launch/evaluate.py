@@ -18,16 +18,44 @@ def rank() -> int:
 
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Evaluate a checkpoint: CORE, bits per byte, samples.")
-    parser.add_argument("--checkpoint", required=True, type=Path, help="a run's folder (its newest step), a step's, or nanochat's")
-    parser.add_argument("--core", nargs="?", const="", metavar="BUNDLE", help="the CORE metric; a folder or zip, else nanochat's is downloaded once")
-    parser.add_argument("--bpb", nargs="?", const="", metavar="FOLDER", help="bits per byte on validation text; a data folder, else the run's")
+    parser.add_argument(
+        "--checkpoint", required=True, type=Path, help="a run's folder (its newest step), a step's, or nanochat's"
+    )
+    parser.add_argument(
+        "--core",
+        nargs="?",
+        const="",
+        metavar="BUNDLE",
+        help="the CORE metric; a folder or zip, else nanochat's is downloaded once",
+    )
+    parser.add_argument(
+        "--bpb",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="bits per byte on validation text; a data folder, else the run's",
+    )
     parser.add_argument("--sample", action="store_true", help="continue the configured prompts")
-    parser.add_argument("--max-per-task", type=int, default=-1, metavar="N", help="of CORE, examples of a task at most; -1: all, which is the metric")
+    parser.add_argument(
+        "--max-per-task",
+        type=int,
+        default=-1,
+        metavar="N",
+        help="of CORE, examples of a task at most; -1: all, which is the metric",
+    )
     parser.add_argument("--tasks", metavar="LABEL,LABEL", help="of CORE, only these")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the JSON file; else RUN/evaluations/step_NNNNNN.json")
     parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="where it is not found by itself")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a setting, as parallel.tensor=2")
-    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="override a setting, as parallel.tensor=2",
+    )
+    parser.add_argument(
+        "--local_rank", type=int, default=-1, help=argparse.SUPPRESS
+    )  # the deepspeed launcher passes it
     return parser
 
 

@@ -18,15 +18,23 @@ from megachat.errors import UserError, user_errors_end_the_program  # noqa: E402
 
 @user_errors_end_the_program
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--ranks", type=int, default=1, help="on this host, usually its GPUs")
-    parser.add_argument("--hosts", default="1", metavar="N or MIN:MAX", help="how many hosts take part, and with how few it goes on")
-    parser.add_argument("--meet", metavar="HOST[:PORT]", help="where the hosts find each other; its supervisor has to live")
+    parser.add_argument(
+        "--hosts", default="1", metavar="N or MIN:MAX", help="how many hosts take part, and with how few it goes on"
+    )
+    parser.add_argument(
+        "--meet", metavar="HOST[:PORT]", help="where the hosts find each other; its supervisor has to live"
+    )
     parser.add_argument("--restarts", type=int, default=100, help="most restarts in all")
     parser.add_argument("--resume", default="auto", help="only auto, which needs not be said")
     asked, arguments = parser.parse_known_args()
     if asked.resume != "auto":
-        raise UserError(f"after a crash --resume {asked.resume} would go back there: start launch/pretrain.py from it once, then supervise")
+        raise UserError(
+            f"after a crash --resume {asked.resume} would go back there: start launch/pretrain.py from it once, then supervise"
+        )
     if asked.hosts != "1" and not asked.meet:
         raise UserError("several hosts need --meet HOST[:PORT], the same on each of them")
     from megachat.job.elastic import supervise  # after parsing: --help need not load torch

@@ -64,7 +64,11 @@ def collective_backend(device: torch.device) -> str:
 
 def device_name(device: torch.device) -> str:
     """The vendor's name of the device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_info("model name") or platform.processor() or "unknown CPU"
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else _cpu_info("model name") or platform.processor() or "unknown CPU"
+    )
 
 
 def peak_flops(device: torch.device) -> float | None:

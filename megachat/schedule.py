@@ -11,7 +11,9 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def learning_rate_multiplier(step: int, steps: int, *, warmup_steps: int, warmdown_ratio: float, final_fraction: float) -> float:
+def learning_rate_multiplier(
+    step: int, steps: int, *, warmup_steps: int, warmdown_ratio: float, final_fraction: float
+) -> float:
     """Linear up over the warm-up, flat, then linear down to `final_fraction` at `steps`. Step counts from 0."""
     warmdown = round(warmdown_ratio * steps)
     if step < warmup_steps:

@@ -16,7 +16,14 @@ import traceback
 from multiprocessing.connection import wait
 from pathlib import Path
 
-PRELOADED = ["numpy", "pytest", "torch", "deepspeed.runtime.zero.muon.muon_optimizer", "megachat.train.build", "megachat.train.state"]
+PRELOADED = [
+    "numpy",
+    "pytest",
+    "torch",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "megachat.train.build",
+    "megachat.train.state",
+]
 _GRACE_SEC = 1.0  # after the first failure: the others' own failures are worth reading
 
 
@@ -39,7 +46,9 @@ def run_ranks(function, world: int, *args, timeout_s: float = 120) -> list:
         processes, pipes = [], []
         for rank in range(world):
             receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_rank, args=(sender, folder, rank, world, port, timeout_s, function, args), daemon=True)
+            process = context.Process(
+                target=_rank, args=(sender, folder, rank, world, port, timeout_s, function, args), daemon=True
+            )
             process.start()
             sender.close()
             processes.append(process)
@@ -80,9 +89,13 @@ def _rank(sender, folder: str, rank: int, world: int, port: int, timeout_s: floa
         with open(Path(folder, f"stack{rank}"), "w") as stack:
             faulthandler.dump_traceback_later(max(0.1, timeout_s - 1), file=stack)
             torch.set_num_threads(1)
-            dist.init_process_group("gloo", store=dist.FileStore(str(Path(folder, "store")), world), rank=rank, world_size=world)
+            dist.init_process_group(
+                "gloo", store=dist.FileStore(str(Path(folder, "store")), world), rank=rank, world_size=world
+            )
             result = function(*args)
-            answer = pickle.dumps((True, result))  # plain pickle: tensors by value, because this process ends before they are read
+            answer = pickle.dumps(
+                (True, result)
+            )  # plain pickle: tensors by value, because this process ends before they are read
             dist.barrier()  # nobody leaves while another still talks to it
             faulthandler.cancel_dump_traceback_later()
         sender.send_bytes(answer)
@@ -107,7 +120,9 @@ def _collect(pipes: list, deadline: float, folder: Path) -> list:
         raise RankError("\n".join(f"rank {rank} of {len(pipes)}:\n{text}" for rank, text in failures.items()))
     if waiting:
         stacks = "".join(f"\nrank {rank}:\n{_read(folder / f'stack{rank}')}" for rank in sorted(waiting.values()))
-        raise RankError(f"no answer from ranks {sorted(waiting.values())} of {len(pipes)} in time; where they were:{stacks}")
+        raise RankError(
+            f"no answer from ranks {sorted(waiting.values())} of {len(pipes)} in time; where they were:{stacks}"
+        )
     return [results[rank] for rank in range(len(pipes))]
 
 

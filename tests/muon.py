@@ -33,7 +33,10 @@ def small_matrices() -> list[Matrix]:
     """Three blocks, and matrices that fit nowhere: odd sides, a tall one cut by row, tiny ones."""
     found = []
     for layer in range(3):
-        found += [Matrix(f"{layer}.{name}", shape, layer, max(1.0, shape[0] / shape[1]) ** 0.5, cut) for name, (shape, cut) in SHAPES.items()]
+        found += [
+            Matrix(f"{layer}.{name}", shape, layer, max(1.0, shape[0] / shape[1]) ** 0.5, cut)
+            for name, (shape, cut) in SHAPES.items()
+        ]
     found += [Matrix("0.down", (208, 92), 0, 1.3, "row"), Matrix("1.odd", (132, 127), 1, 1.7, "column")]
     return found + [Matrix("0.gate", (4, 12), 0, 1.0, "column"), Matrix("2.gate", (4, 12), 2, 1.0, "column")]
 
@@ -68,18 +71,34 @@ def weight_dtype(compute: torch.dtype) -> torch.dtype:
 
 def shard(matrix: Matrix, whole: torch.Tensor, mesh: Mesh) -> torch.Tensor:
     """This tensor rank's part."""
-    (row, column), (rows, columns) = matrix.local_offset(mesh.tensor.size, mesh.tensor.rank), matrix.local_shape(mesh.tensor.size)
+    (row, column), (rows, columns) = (
+        matrix.local_offset(mesh.tensor.size, mesh.tensor.rank),
+        matrix.local_shape(mesh.tensor.size),
+    )
     return whole[row : row + rows, column : column + columns].contiguous()
 
 
-def build(matrices, mesh: Mesh, compute, wire=BF16, layers_per_bucket=None) -> tuple[dict[str, torch.nn.Parameter], MuonPartition]:
+def build(
+    matrices, mesh: Mesh, compute, wire=BF16, layers_per_bucket=None
+) -> tuple[dict[str, torch.nn.Parameter], MuonPartition]:
     """Parameters with their starting values, and the partition over them."""
     parameters = {matrix.name: torch.nn.Parameter(shard(matrix, initial(matrix), mesh)) for matrix in matrices}
     settings = {"compute_dtype": compute, "gradient_wire": wire, "beta2": BETA2, "layers_per_bucket": layers_per_bucket}
     return parameters, MuonPartition(parameters, matrices, mesh, **settings)
 
 
-def backward(parameters, matrices, mesh: Mesh, step: int, micros: int, *, rank=None, spoil=False, last=lambda: None, shuffled=False) -> None:
+def backward(
+    parameters,
+    matrices,
+    mesh: Mesh,
+    step: int,
+    micros: int,
+    *,
+    rank=None,
+    spoil=False,
+    last=lambda: None,
+    shuffled=False,
+) -> None:
     """Real backward passes whose gradients are the wanted ones. last: called before the last of them. spoil: an inf among the gradients.
 
     shuffled: hooks come in another order in every micro-batch and on every rank.
@@ -87,7 +106,9 @@ def backward(parameters, matrices, mesh: Mesh, step: int, micros: int, *, rank=N
     for micro in range(micros):
         if micro == micros - 1:
             last()
-        order = random.Random(f"{step} {micro} {mesh.world.rank}").sample(matrices, len(matrices)) if shuffled else matrices
+        order = (
+            random.Random(f"{step} {micro} {mesh.world.rank}").sample(matrices, len(matrices)) if shuffled else matrices
+        )
         loss = torch.zeros(())
         for matrix in order:
             whole = gradient(matrix, step, mesh.data.rank if rank is None else rank, micro)
@@ -99,9 +120,20 @@ def backward(parameters, matrices, mesh: Mesh, step: int, micros: int, *, rank=N
     assert all(parameter.grad is None for parameter in parameters.values())
 
 
-def take_step(parameters, partition, matrices, mesh: Mesh, step: int, micros=1, *, rank=None, armed=True, shuffled=True, wait=True) -> float:
+def take_step(
+    parameters, partition, matrices, mesh: Mesh, step: int, micros=1, *, rank=None, armed=True, shuffled=True, wait=True
+) -> float:
     """One step as the engine takes it; returns the sum of squares of the whole mean gradient."""
-    backward(parameters, matrices, mesh, step, micros, rank=rank, last=partition.arm if armed else lambda: None, shuffled=shuffled)
+    backward(
+        parameters,
+        matrices,
+        mesh,
+        step,
+        micros,
+        rank=rank,
+        last=partition.arm if armed else lambda: None,
+        shuffled=shuffled,
+    )
     partition.set_hyper(LR, WEIGHT_DECAY, MOMENTA[step])
     partition.reduce()
     partition.wait_reduce()
@@ -115,7 +147,10 @@ def take_step(parameters, partition, matrices, mesh: Mesh, step: int, micros=1, 
 
 def state(partition) -> list:
     """A copy of state_shards()."""
-    return [(kind, name, shape, [(at, size, view.clone()) for at, size, view in pieces]) for kind, name, shape, pieces in partition.state_shards()]
+    return [
+        (kind, name, shape, [(at, size, view.clone()) for at, size, view in pieces])
+        for kind, name, shape, pieces in partition.state_shards()
+    ]
 
 
 def weights(parameters) -> dict[str, torch.Tensor]:
@@ -157,20 +192,32 @@ def hyper(matrix, step) -> Hyper:
 
 
 @functools.cache
-def oracle(data, compute, wire=BF16, micros=1, steps=3) -> tuple[dict[tuple[str, str], torch.Tensor], tuple[float, ...]]:
+def oracle(
+    data, compute, wire=BF16, micros=1, steps=3
+) -> tuple[dict[tuple[str, str], torch.Tensor], tuple[float, ...]]:
     """State after `steps`, and the sum of squares of each step's gradient, on one process and whole matrices."""
     expected, squares = {}, [0.0] * steps
     for matrix in small_matrices():
-        weight, momentum, moment = initial(matrix), torch.zeros(matrix.shape), torch.zeros(second_moment_shape(matrix.shape))
+        weight, momentum, moment = (
+            initial(matrix),
+            torch.zeros(matrix.shape),
+            torch.zeros(second_moment_shape(matrix.shape)),
+        )
         for step in range(steps):
             mean = mean_gradient(matrix, step, data, compute, wire, micros)
             squares[step] += mean.double().square().sum().item()
             reference_step(weight, mean, momentum, moment, hyper(matrix, step), compute)
-        expected["master", matrix.name], expected["momentum", matrix.name], expected["second_moment", matrix.name] = weight, momentum, moment
+        expected["master", matrix.name], expected["momentum", matrix.name], expected["second_moment", matrix.name] = (
+            weight,
+            momentum,
+            moment,
+        )
     return expected, tuple(squares)
 
 
 def different(found, expected) -> list[str]:
     """What is not equal, bit for bit."""
     assert found.keys() == expected.keys()
-    return [f"{kind} of {name}" for (kind, name), tensor in expected.items() if not torch.equal(found[kind, name], tensor)]
+    return [
+        f"{kind} of {name}" for (kind, name), tensor in expected.items() if not torch.equal(found[kind, name], tensor)
+    ]

@@ -32,18 +32,29 @@ class Oracle:
         self.first_gradients = None
         self.groups = assign([p.place for p in self.parameters])
         self.muon = [p for p in self.parameters if self.groups[p.place.name].optimizer == "muon"]
-        self.multiplier = rate_multipliers({p.place.name: p.place.whole for p in self.muon}, config.optimizer.muon_multiplier)
+        self.multiplier = rate_multipliers(
+            {p.place.name: p.place.whole for p in self.muon}, config.optimizer.muon_multiplier
+        )
         self.momentum = {p: torch.zeros_like(p) for p in self.muon}
         self.second = {p: torch.zeros(second_moment_shape(tuple(p.shape))) for p in self.muon}
-        self.adamw = torch.optim.AdamW([{"params": [p]} | self._settings(p) for p in self.parameters if p not in self.momentum], eps=ADAMW_EPSILON)
+        self.adamw = torch.optim.AdamW(
+            [{"params": [p]} | self._settings(p) for p in self.parameters if p not in self.momentum], eps=ADAMW_EPSILON
+        )
 
     def _settings(self, parameter):
         group = self.groups[parameter.place.name]
-        return {"betas": group.betas, "weight_decay": group.weight_decay, "rate": self.plan.rates[group.rate], "lr": 0.0}
+        return {
+            "betas": group.betas,
+            "weight_decay": group.weight_decay,
+            "rate": self.plan.rates[group.rate],
+            "lr": 0.0,
+        }
 
     def step(self, number: int, rows: torch.Tensor) -> tuple[float, float]:
         asked, plan = self.config.optimizer, self.plan
-        loss = Loss(plan.dims, torch.ones(self.plan.dims.vocab_size))(run_layers(self.layers, rows[:, :-1]), rows[:, 1:])
+        loss = Loss(plan.dims, torch.ones(self.plan.dims.vocab_size))(
+            run_layers(self.layers, rows[:, :-1]), rows[:, 1:]
+        )
         loss.backward()
         if self.first_gradients is None:
             self.first_gradients = self._by_name([p.grad.clone() for p in self.parameters])

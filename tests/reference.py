@@ -10,7 +10,9 @@ import torch
 from megachat.config import Config
 
 FOLDER = Path(__file__).resolve().parents[2] / "shared" / "reference" / "nanochat_d4"
-needs_reference = pytest.mark.skipif(not FOLDER.is_dir(), reason="../shared/reference/nanochat_d4 is absent: it comes with the developers' checkout")
+needs_reference = pytest.mark.skipif(
+    not FOLDER.is_dir(), reason="../shared/reference/nanochat_d4 is absent: it comes with the developers' checkout"
+)
 CONFIG = {
     "model": {"depth": 4, "aspect_ratio": 32, "head_size": 32, "sequence_len": 512},
     "batch": {"tokens": 1024, "micro_rows": 1},
@@ -44,7 +46,14 @@ def state() -> dict[str, torch.Tensor]:
     saved = torch.load(FOLDER / "optim_000020_rank0.pt", weights_only=True)
     model = weights()
     whole = {f"model/{name}": tensor for name, tensor in model.items()}
-    adamw = ["lm_head.weight", "transformer.wte.weight", "value_embeds.1.weight", "value_embeds.3.weight", "resid_lambdas", "x0_lambdas"]
+    adamw = [
+        "lm_head.weight",
+        "transformer.wte.weight",
+        "value_embeds.1.weight",
+        "value_embeds.3.weight",
+        "resid_lambdas",
+        "x0_lambdas",
+    ]
     adamw += ["smear_gate.weight", "smear_lambda", "backout_lambda"]
     for index, name in enumerate(adamw):
         for kind in ("exp_avg", "exp_avg_sq"):

@@ -83,7 +83,13 @@ def test_launch_is_short_and_never_imported():
         assert len(path.read_text().splitlines()) <= 60, path
     for path in [*SOURCES, *(ROOT / "tools").glob("*.py"), *(ROOT / "tests").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names = (
+                [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else []
+            )
             assert not any(name.split(".")[0] == "launch" for name in names), path
 
 
@@ -106,7 +112,9 @@ def test_the_environment_is_read_in_one_place():
         if module_of(path) == "megachat.device" or "job" in path.parts:
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            assert not (isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")), f"{path}:{node.lineno} reads the environment"
+            assert not (isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")), (
+                f"{path}:{node.lineno} reads the environment"
+            )
 
 
 def test_the_model_knows_no_distribution_and_nothing_is_unpickled():

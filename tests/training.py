@@ -15,7 +15,14 @@ from megachat.train.state import state_pieces
 from megachat.train.step import micro_batches
 
 SMALL = {
-    "model": {"depth": 3, "aspect_ratio": 16, "head_size": 16, "kv_heads": 3, "sequence_len": 160, "window_pattern": "SL"},
+    "model": {
+        "depth": 3,
+        "aspect_ratio": 16,
+        "head_size": 16,
+        "kv_heads": 3,
+        "sequence_len": 160,
+        "window_pattern": "SL",
+    },
     "batch": {"tokens": 160 * 12, "micro_rows": 1},
     "horizon": {"steps": 20},
     "optimizer": {"scale_to_batch": False, "warmup_steps": 2},
@@ -60,7 +67,10 @@ def whole_state(training: Training) -> dict[str, torch.Tensor]:
 
 def assembled(pieces: dict, training: Training) -> dict[str, torch.Tensor]:
     """Whole tensors by name from all ranks' rectangles, on every rank; what several ranks hold must be equal to the bit."""
-    mine = [(name, shape, [(o, s, view.clone()) for o, s, view in rectangles]) for name, (shape, rectangles) in pieces.items()]
+    mine = [
+        (name, shape, [(o, s, view.clone()) for o, s, view in rectangles])
+        for name, (shape, rectangles) in pieces.items()
+    ]
     whole: dict[str, torch.Tensor] = {}
     for others in all_gather_objects(mine, training.mesh.world):
         for name, shape, rectangles in others:

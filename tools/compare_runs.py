@@ -28,9 +28,19 @@ def evaluation(path: Path) -> tuple[Path, dict]:
 
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the two to be compared, or with --against those of the first side")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="the two to be compared, or with --against those of the first side",
+    )
     parser.add_argument("--against", nargs="+", type=Path, metavar="RUN", help="those of the second side, or gpt2")
-    parser.add_argument("--same-weights", action="store_true", help="both sides are evaluations of one set of weights: add no run-to-run deviation")
+    parser.add_argument(
+        "--same-weights",
+        action="store_true",
+        help="both sides are evaluations of one set of weights: add no run-to-run deviation",
+    )
     parser.add_argument("--json", dest="as_json", action="store_true", help="as JSON")
     return parser
 

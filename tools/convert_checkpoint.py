@@ -75,21 +75,63 @@ def command_line() -> argparse.ArgumentParser:
     add("verify", verify_command, "are all files as they were saved, and all tensors whole", checkpoint="CHECKPOINT")
     add("diff", diff_command, "which tensors and facts differ, and by how much", left="LEFT", right="RIGHT")
     makers = {
-        "to-nanochat": add("to-nanochat", conversion(conversions.to_nanochat), "to nanochat's files", source="CHECKPOINT", target="FOLDER"),
-        "from-nanochat": add("from-nanochat", conversion(conversions.from_nanochat), "from nanochat's files", source="FOLDER", target="TARGET"),
-        "to-hf": add("to-hf", conversion(conversions.to_hf), "to transformers' NanoChat class", source="CHECKPOINT", target="FOLDER"),
-        "from-hf": add("from-hf", conversion(conversions.from_hf), "from transformers' NanoChat class", source="FOLDER", target="TARGET"),
-        "to-safetensors": add("to-safetensors", conversion(conversions.to_safetensors), "all of it, plain", source="CHECKPOINT", target="FOLDER"),
-        "from-safetensors": add("from-safetensors", conversion(conversions.from_safetensors), "back from there", source="FOLDER", target="TARGET"),
+        "to-nanochat": add(
+            "to-nanochat",
+            conversion(conversions.to_nanochat),
+            "to nanochat's files",
+            source="CHECKPOINT",
+            target="FOLDER",
+        ),
+        "from-nanochat": add(
+            "from-nanochat",
+            conversion(conversions.from_nanochat),
+            "from nanochat's files",
+            source="FOLDER",
+            target="TARGET",
+        ),
+        "to-hf": add(
+            "to-hf",
+            conversion(conversions.to_hf),
+            "to transformers' NanoChat class",
+            source="CHECKPOINT",
+            target="FOLDER",
+        ),
+        "from-hf": add(
+            "from-hf",
+            conversion(conversions.from_hf),
+            "from transformers' NanoChat class",
+            source="FOLDER",
+            target="TARGET",
+        ),
+        "to-safetensors": add(
+            "to-safetensors",
+            conversion(conversions.to_safetensors),
+            "all of it, plain",
+            source="CHECKPOINT",
+            target="FOLDER",
+        ),
+        "from-safetensors": add(
+            "from-safetensors",
+            conversion(conversions.from_safetensors),
+            "back from there",
+            source="FOLDER",
+            target="TARGET",
+        ),
     }
     for name, command in makers.items():
         command.add_argument("--tokenizer", type=Path, help="its folder, where it is not found by itself")
         if name.startswith("from-"):
             command.epilog = "TARGET is a new run folder, or a new step's folder (step_000020) without a run around it."
-    makers["to-nanochat"].add_argument("--ranks", type=int, default=1, help="of the nanochat job that will go on (default 1)")
-    makers["to-nanochat"].add_argument("--tables", choices=("float32", "bfloat16"), default="float32", help="dtype of embeddings (default float32)")
+    makers["to-nanochat"].add_argument(
+        "--ranks", type=int, default=1, help="of the nanochat job that will go on (default 1)"
+    )
+    makers["to-nanochat"].add_argument(
+        "--tables", choices=("float32", "bfloat16"), default="float32", help="dtype of embeddings (default float32)"
+    )
     makers["from-nanochat"].add_argument("--step", type=int, help="the newest otherwise")
-    makers["from-nanochat"].add_argument("--fresh-optimizer", action="store_true", help="leave its optimizer's state away")
+    makers["from-nanochat"].add_argument(
+        "--fresh-optimizer", action="store_true", help="leave its optimizer's state away"
+    )
     return parser
 
 

@@ -27,9 +27,17 @@ _ATTENTION = ("te", "flash3", "flash4", "flash2", "flex", "windowed", "sdpa")
 def choices(config: Config) -> list[dict[str, str]]:
     """For each thing that a run chooses: "what", the "choice" and its "reason". A chooser that cannot even run says so in its place."""
     found = []
-    for what, choose in (("compute", _compute), ("attention", _attention), ("fp8", _fp8), ("gradient norm", _gradient_norm), ("compile", _compile)):
+    for what, choose in (
+        ("compute", _compute),
+        ("attention", _attention),
+        ("fp8", _fp8),
+        ("gradient norm", _gradient_norm),
+        ("compile", _compile),
+    ):
         try:
-            found += [{"what": name, "choice": choice, "reason": reason} for name, choice, reason in choose(config, what)]
+            found += [
+                {"what": name, "choice": choice, "reason": reason} for name, choice, reason in choose(config, what)
+            ]
         except UserError as error:
             found.append({"what": what, "choice": "refused", "reason": str(error)})
         except Exception as error:  # whatever is broken here must not hide the rest
@@ -109,7 +117,11 @@ def _possible(choose) -> tuple[str, str]:
 def examination(config: Config) -> dict:
     """Of this machine: {"facts", "choices", "traps"}, as JSON can hold them."""
     facts = installed()
-    return {"facts": facts, "choices": choices(config), "traps": [dataclasses.asdict(trap) for trap in traps(facts, config)]}
+    return {
+        "facts": facts,
+        "choices": choices(config),
+        "traps": [dataclasses.asdict(trap) for trap in traps(facts, config)],
+    }
 
 
 def described(found: dict) -> str:
@@ -122,7 +134,12 @@ def described(found: dict) -> str:
         | {name: "there" for name in modules if modules[name]}
     )
     width = max(map(len, rows))
-    lines = ["installed", *(f"  {name.ljust(width)}  {_shown(name, value)}" for name, value in rows.items()), "", "a run here would take"]
+    lines = [
+        "installed",
+        *(f"  {name.ljust(width)}  {_shown(name, value)}" for name, value in rows.items()),
+        "",
+        "a run here would take",
+    ]
     for choice in found["choices"]:
         lines.append(f"  {choice['what']}: {choice['choice']}" + (f" ({choice['reason']})" if choice["reason"] else ""))
     lines.append("")
@@ -135,15 +152,25 @@ def _shown(name: str, value) -> str:
     if name.endswith("_bytes"):
         return f"{value / 1e9:.1f} GB"
     if isinstance(value, list):
-        return " + ".join(f"{value.count(item)} x {item}" for item in dict.fromkeys(value)) if len(value) > 1 else str(value[0])
-    return ", ".join(f"{key or 'there'} {item}" for key, item in value.items()) if isinstance(value, dict) else str(value)
+        return (
+            " + ".join(f"{value.count(item)} x {item}" for item in dict.fromkeys(value))
+            if len(value) > 1
+            else str(value[0])
+        )
+    return (
+        ", ".join(f"{key or 'there'} {item}" for key, item in value.items()) if isinstance(value, dict) else str(value)
+    )
 
 
 @user_errors_end_the_program
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--config", help="judge what a run with this config would choose; default: the settings' defaults")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a setting of it")
+    parser.add_argument(
+        "--config", help="judge what a run with this config would choose; default: the settings' defaults"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a setting of it"
+    )
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     parser.add_argument("--hostfile", help="examine and measure all hosts of this file instead, over ssh")
     parser.add_argument("--master_port", type=int, default=29500, help="with --hostfile: where the first host listens")
@@ -162,7 +189,11 @@ def main() -> int:
     options = ["--config", arguments.config] if arguments.config else []
     options += [part for setting in arguments.set for part in ("--set", setting)]
     found = doctor_hosts.examine(hosts, options, port=arguments.master_port, ssh_port=arguments.ssh_port)
-    print(json.dumps(found) if arguments.json else doctor_hosts.described(found, {host.name: host.slots for host in hosts}))
+    print(
+        json.dumps(found)
+        if arguments.json
+        else doctor_hosts.described(found, {host.name: host.slots for host in hosts})
+    )
     return 0 if doctor_hosts.is_healthy(found) else 1
 
 

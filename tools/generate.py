@@ -51,12 +51,16 @@ def tokenizer_of(opened: Opened, asked: Path | None) -> Tokenizer:
     """The checkpoint's. Raises UserError when there is none, or the one asked for is another."""
     vocab_size = dims_of(opened.facts).vocab_size
     if opened.form == "nanochat":
-        return foreign_tokenizer(asked or nanochat_tokenizer_folder(opened.folder) or opened.folder / "tokenizer", vocab_size, vocab_size)[0]
+        return foreign_tokenizer(
+            asked or nanochat_tokenizer_folder(opened.folder) or opened.folder / "tokenizer", vocab_size, vocab_size
+        )[0]
     if opened.form == "huggingface":
         return foreign_tokenizer(asked or opened.folder / "megachat_tokenizer", 1, vocab_size)[0]
     found = tokenizer_folder(opened, asked)
     if found is None:
-        raise UserError(f"the tokenizer of {opened.folder} is not where its config says: give its folder with --tokenizer")
+        raise UserError(
+            f"the tokenizer of {opened.folder} is not where its config says: give its folder with --tokenizer"
+        )
     return load_tokenizer(found)
 
 
@@ -94,7 +98,9 @@ def continued(by: Continuing, prompts: list[str], first: int, screen=Screen) -> 
         if shows:
             shows.show(number - first, bool(why))
 
-    found = generate(by.model, ids, tokens=by.tokens, sampling=by.sampling, ends=ends, told=told, slide=by.slide, first=first)
+    found = generate(
+        by.model, ids, tokens=by.tokens, sampling=by.sampling, ends=ends, told=told, slide=by.slide, first=first
+    )
     for number, row in enumerate(found, first + 1):
         if row.why == "length":
             remark = f"remark: prompt {number} and its continuation fill the model's {by.model.dims.sequence_len} tokens, where it ended"
@@ -139,29 +145,55 @@ def lines_of(path: str) -> list[str]:
         content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
         lines = content.decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompts cannot be read from {'standard input' if path == '-' else path} ({error}): give UTF-8 text, one a line") from None
+        raise UserError(
+            f"prompts cannot be read from {'standard input' if path == '-' else path} ({error}): give UTF-8 text, one a line"
+        ) from None
     if not lines:
-        raise UserError(f"{'standard input' if path == '-' else path} holds no prompt: give one a line, or use --prompt")
+        raise UserError(
+            f"{'standard input' if path == '-' else path} holds no prompt: give one a line, or use --prompt"
+        )
     return lines
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a run's folder (its newest checkpoint), a step's, or one of another format")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        help="a run's folder (its newest checkpoint), a step's, or one of another format",
+    )
     parser.add_argument("--tokenizer", type=Path, help="its folder, where it is not found by itself")
     parser.add_argument("--prompt", action="append", default=[], help="text to continue; may be given several times")
     parser.add_argument("--prompts", metavar="FILE", help="prompts to continue, one a line; - is standard input")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token (default 0.8)")
     parser.add_argument("--top-k", type=int, default=0, help="choose from so many most likely tokens (default 0: all)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="choose from the fewest tokens that have this probability together (default 1)")
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="choose from the fewest tokens that have this probability together (default 1)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random choices (default 0)")
     parser.add_argument("--tokens", type=int, default=128, help="new tokens at most (default 128)")
-    parser.add_argument("--stop", action="append", default=[], help="text, or a special token's name, at which to end; may be given several times")
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        help="text, or a special token's name, at which to end; may be given several times",
+    )
     parser.add_argument("--slide", action="store_true", help="go on beyond the model's sequence length")
     parser.add_argument("--batch", type=int, default=8, help="prompts computed together (default 8)")
-    parser.add_argument("--json", action="store_true", help="a line of JSON a prompt: prompt, text, tokens, why it ended")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="to compute in (default auto: by the device)")
+    parser.add_argument(
+        "--json", action="store_true", help="a line of JSON a prompt: prompt, text, tokens, why it ended"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="to compute in (default auto: by the device)",
+    )
     return parser
 
 

@@ -80,7 +80,9 @@ def show_planned(table: dict) -> None:
     """Markdown: load max / mean and bytes over the lower bound."""
     for model, rules in table.items():
         counts = list(next(iter(rules.values())))
-        print(f"\n| {model}: load, bytes | {' | '.join(f'{count:,}' for count in counts)} |\n|{'---|' * (len(counts) + 1)}")
+        print(
+            f"\n| {model}: load, bytes | {' | '.join(f'{count:,}' for count in counts)} |\n|{'---|' * (len(counts) + 1)}"
+        )
         for rule, found in rules.items():
             cells = ["{load:.2f}, {bytes:.2f}".format(**found[count]) for count in counts]
             print(f"| {rule} | {' | '.join(cells)} |")
@@ -149,8 +151,18 @@ def summary(answers: list[dict]) -> dict:
 @user_errors_end_the_program
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ranks", type=lambda text: tuple(map(int, text.split(","))), default=RANKS, help="rank counts of the planned table")
-    parser.add_argument("--measure", type=lambda text: tuple(map(int, text.split(","))), default=(), help="gloo ranks to run here, as 2,4,8")
+    parser.add_argument(
+        "--ranks",
+        type=lambda text: tuple(map(int, text.split(","))),
+        default=RANKS,
+        help="rank counts of the planned table",
+    )
+    parser.add_argument(
+        "--measure",
+        type=lambda text: tuple(map(int, text.split(","))),
+        default=(),
+        help="gloo ranks to run here, as 2,4,8",
+    )
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default 7)")
     parser.add_argument("--json", type=Path, help="write everything there, too")
     arguments = parser.parse_args()

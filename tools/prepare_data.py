@@ -34,14 +34,25 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, type=Path, help="the data folder to make")
     told = "text, parquet: a file or folder, or NAME=PATH to keep the source's name; may be given several times"
     parser.add_argument("--input", action="append", default=[], metavar="PATH", help=told)
-    parser.add_argument("--shards", type=int, help=f"train shards; one for validation is added (downloads: {_HUB_SHARDS}; else by size)")
-    parser.add_argument("--seed", type=int, default=0, help="order of the documents (not for downloads, which are shuffled already)")
     parser.add_argument(
-        "--document-bytes", type=int, default=4096, help="text, python: longer texts are cut into documents of about this size (4096)"
+        "--shards", type=int, help=f"train shards; one for validation is added (downloads: {_HUB_SHARDS}; else by size)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="order of the documents (not for downloads, which are shuffled already)"
+    )
+    parser.add_argument(
+        "--document-bytes",
+        type=int,
+        default=4096,
+        help="text, python: longer texts are cut into documents of about this size (4096)",
     )
     parser.add_argument("--base-url", help="downloads: where shard_00000.parquet and its fellows lie, for a mirror")
     parser.add_argument("--workers", type=int, default=4, help="downloads: shards at once (4)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the .parquet files in --out; whole shards of the same address are kept")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the .parquet files in --out; whole shards of the same address are kept",
+    )
     return parser
 
 
@@ -63,7 +74,9 @@ def _download(asked: argparse.Namespace) -> dict | None:
     source = HubSource(asked.base_url or known.base_url, known.last_index)
     train_shards = asked.shards or _HUB_SHARDS
     if train_shards > source.last_index:
-        raise UserError(f"{asked.source} has {source.last_index} train shards, not {train_shards}: give --shards {source.last_index} or less")
+        raise UserError(
+            f"{asked.source} has {source.last_index} train shards, not {train_shards}: give --shards {source.last_index} or less"
+        )
     request = {"source": asked.source, "base_url": source.base_url, "shards": train_shards}
     if not begin(asked.out, request, overwrite=asked.overwrite, keep_shards=True):
         return None
@@ -79,7 +92,9 @@ def _named(inputs: list[str]) -> dict[str, list[Path]]:
             name, path = "", text
         found.setdefault(name, []).append(Path(path))
     if "" in found and len(found) > 1:
-        raise UserError(f"--input {found[''][0]} has no name, but others have: give NAME=PATH for all of them, or for none")
+        raise UserError(
+            f"--input {found[''][0]} has no name, but others have: give NAME=PATH for all of them, or for none"
+        )
     return found
 
 

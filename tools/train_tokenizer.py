@@ -23,12 +23,19 @@ _SAMPLE_CHARS = 10_000_000
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="data folder; needed unless a tokenizer is imported, then used to report compression")
+    parser.add_argument(
+        "--data", type=Path, help="data folder; needed unless a tokenizer is imported, then used to report compression"
+    )
     parser.add_argument("--vocab-size", type=int, help="tokens in all, the 9 special ones included (32768)")
     parser.add_argument("--out", type=Path, required=True, help="the tokenizer folder to make")
     parser.add_argument("--max-chars", type=int, default=2_000_000_000, help="characters to train on at most")
     parser.add_argument("--doc-cap", type=int, default=10_000, help="characters of one document at most")
-    parser.add_argument("--import-nanochat", type=Path, metavar="DIR", help="take nanochat's tokenizer.pkl from here instead of training")
+    parser.add_argument(
+        "--import-nanochat",
+        type=Path,
+        metavar="DIR",
+        help="take nanochat's tokenizer.pkl from here instead of training",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the tokenizer in --out")
     return parser
 
@@ -38,7 +45,9 @@ def make(asked: argparse.Namespace) -> bool:
     if not asked.data and not asked.import_nanochat:
         raise UserError("neither --data to train on nor --import-nanochat was given: give one of them")
     if asked.import_nanochat and asked.vocab_size is not None:
-        raise UserError("--vocab-size is for training, and --import-nanochat takes the tokenizer as it is: leave one of them out")
+        raise UserError(
+            "--vocab-size is for training, and --import-nanochat takes the tokenizer as it is: leave one of them out"
+        )
     for option in ("max_chars", "doc_cap"):
         if getattr(asked, option) < 1:
             raise UserError(f"--{option.replace('_', '-')} is {getattr(asked, option)}: give 1 or more")
@@ -48,7 +57,12 @@ def make(asked: argparse.Namespace) -> bool:
         tokenizer = import_nanochat(asked.import_nanochat)
         origin = {"imported_from": "nanochat", "fingerprint": tokenizer.fingerprint}
     else:
-        origin = {"data": data.train_fingerprint, "vocab_size": vocab_size, "max_chars": asked.max_chars, "doc_cap": asked.doc_cap}
+        origin = {
+            "data": data.train_fingerprint,
+            "vocab_size": vocab_size,
+            "max_chars": asked.max_chars,
+            "doc_cap": asked.doc_cap,
+        }
     if (asked.out / METADATA_FILE).exists() and not asked.overwrite:
         load_tokenizer(asked.out)
         if load_origin(asked.out) == origin:
@@ -62,7 +76,9 @@ def make(asked: argparse.Namespace) -> bool:
     tokenizer = load_tokenizer(asked.out)
     print(f"{asked.out}: {tokenizer.vocab_size:,} tokens, fingerprint {tokenizer.fingerprint[:12]}")
     for split in ("train", "validation") if asked.data else ():
-        ratio = bytes_per_token(tokenizer, read_texts(asked.data, split, min(_SAMPLE_CHARS, asked.max_chars), asked.doc_cap))
+        ratio = bytes_per_token(
+            tokenizer, read_texts(asked.data, split, min(_SAMPLE_CHARS, asked.max_chars), asked.doc_cap)
+        )
         print(f"{split}: {ratio:.3f} bytes a token")
     return True
 

@@ -48,7 +48,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
-    parser.add_argument("--run", type=Path, help="compare with this run's last validation; exit status 1 when it is not below")
+    parser.add_argument(
+        "--run", type=Path, help="compare with this run's last validation; exit status 1 when it is not below"
+    )
     arguments = parser.parse_args()
     nats, bits = unigram_entropy(arguments.data, load_tokenizer(arguments.tokenizer))
     print(f"unigram entropy of the validation text: {nats:.4f} nats a token, {bits:.4f} bits per byte")

@@ -64,7 +64,9 @@ def run(config: Config, world: int, vocab_size: int, folder: Path) -> None:
     port, ranks = free_port(), []
     for rank in range(world):
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=rank_program, args=(rank, world, port, config, vocab_size, folder, sender), daemon=True)
+        process = context.Process(
+            target=rank_program, args=(rank, world, port, config, vocab_size, folder, sender), daemon=True
+        )
         process.start()
         sender.close()
         ranks.append((process, receiver))
@@ -114,12 +116,16 @@ def verify_layout(asked: Config, sizes: dict[str, int], arguments, vocab_size: i
             beyond = sum(entry.outside > 0 for entry in held)
             outside = f", with elements beyond it: {beyond}" if beyond else ""
             what = "gradients of scalars" if tolerance == SCALAR_GRADIENT_TOLERANCE else kind
-            print(f"  {what}: {len(held)} compared, largest error {max(entry.error for entry in held):.2e}, tolerance {tolerance:g}{outside}")
+            print(
+                f"  {what}: {len(held)} compared, largest error {max(entry.error for entry in held):.2e}, tolerance {tolerance:g}{outside}"
+            )
     if first := told["first_difference"]:
         share = f"{first['outside']:.3%} of its elements outside {first['tolerance']:g}"
         print(f"  DIFFERENT: {first['name']} first: error {first['error']:.3g}, {share}")
     else:
-        print(f"  equal ({told['flipped_share']:.1%} of a weight's elements may differ: rounding decides some steps' sign)")
+        print(
+            f"  equal ({told['flipped_share']:.1%} of a weight's elements may differ: rounding decides some steps' sign)"
+        )
     return told
 
 
@@ -127,14 +133,20 @@ def verify_layout(asked: Config, sizes: dict[str, int], arguments, vocab_size: i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="JSON file with what differs from the defaults")
-    parser.add_argument("--layout", action="append", help="axes and sizes, as tp=2,pp=2,dp=2; repeatable; with --resume one process if left out")
+    parser.add_argument(
+        "--layout",
+        action="append",
+        help="axes and sizes, as tp=2,pp=2,dp=2; repeatable; with --resume one process if left out",
+    )
     parser.add_argument("--resume", action="store_true", help="stop, save, load and go on, against not stopping")
     parser.add_argument("--onto", action="append", default=[], metavar="LAYOUT", help="with --resume: go on with on this layout instead, in float32; "
                         "repeatable")  # fmt: skip
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="with --resume: the runs' new folder, which stays")
     parser.add_argument("--depth", type=int, help="scale the model down to this depth")
     parser.add_argument("--rows", type=int, default=4, help="rows a data-parallel rank in a step (default 4)")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a setting; repeatable")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a setting; repeatable"
+    )
     parser.add_argument("--out", type=Path, default=Path("verify.json"), help="the certificate (default verify.json)")
     arguments = parser.parse_args()
     if arguments.rows < 1 or (arguments.depth is not None and arguments.depth < 1):
@@ -153,7 +165,11 @@ def main() -> None:
         vocab_size = load_tokenizer(config.data.tokenizer).vocab_size if known else DEFAULT_VOCABULARY
     import torch
 
-    with contextlib.nullcontext(arguments.keep) if arguments.keep else tempfile.TemporaryDirectory(prefix="verify-") as folder:
+    with (
+        contextlib.nullcontext(arguments.keep)
+        if arguments.keep
+        else tempfile.TemporaryDirectory(prefix="verify-") as folder
+    ):
         told = []
         for number, sizes in enumerate(layouts):
             own = Path(folder) / str(number)

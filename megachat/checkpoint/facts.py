@@ -39,25 +39,39 @@ def read_facts(checkpoint: Path) -> dict:
         facts = json.loads(path.read_text(encoding="utf-8"))
         version, architecture = int(facts["format_version"]), int(facts.get("architecture_version", 1))
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{checkpoint} is not a complete checkpoint: it has no {FACTS_NAME}; give another step's folder") from None
+        raise UserError(
+            f"{checkpoint} is not a complete checkpoint: it has no {FACTS_NAME}; give another step's folder"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); give another step's folder") from None
+        raise UserError(
+            f"{path} cannot be read ({type(error).__name__}: {error}); give another step's folder"
+        ) from None
     if version > FORMAT_VERSION:
-        raise UserError(f"{checkpoint} has format {version}, newer than this version's {FORMAT_VERSION}: update megachat")
+        raise UserError(
+            f"{checkpoint} has format {version}, newer than this version's {FORMAT_VERSION}: update megachat"
+        )
     if architecture > ARCHITECTURE_VERSION:
-        raise UserError(f"{checkpoint} is of architecture {architecture}, newer than this version's {ARCHITECTURE_VERSION}: update megachat")
+        raise UserError(
+            f"{checkpoint} is of architecture {architecture}, newer than this version's {ARCHITECTURE_VERSION}: update megachat"
+        )
     try:
         if version >= 2 and facts.pop("sha256") != _own_hash(facts):
-            raise UserError(f"{path} is not as it was saved (SHA-256): it was changed or damaged; give another step's folder")
+            raise UserError(
+                f"{path} is not as it was saved (SHA-256): it was changed or damaged; give another step's folder"
+            )
         while version < FORMAT_VERSION:
             facts = _UPGRADES[version](facts)
             version += 1
         missing = size_problems(checkpoint, facts)
         int(facts["step"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); give another step's folder") from None
+        raise UserError(
+            f"{path} cannot be read ({type(error).__name__}: {error}); give another step's folder"
+        ) from None
     if missing:
-        raise UserError(f"{checkpoint} is cut short: {missing[0]}; give another step's folder, or --resume auto for the newest complete one")
+        raise UserError(
+            f"{checkpoint} is cut short: {missing[0]}; give another step's folder, or --resume auto for the newest complete one"
+        )
     return facts
 
 

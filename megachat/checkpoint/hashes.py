@@ -43,7 +43,11 @@ def check_files(folder: Path, facts: dict, names: Collection[str] | None = None)
 
     def found(name: str) -> str:
         try:
-            return "" if file_hash(folder / name) == wanted[name] else f"{name} is not as it was saved (SHA-256): it was changed or damaged"
+            return (
+                ""
+                if file_hash(folder / name) == wanted[name]
+                else f"{name} is not as it was saved (SHA-256): it was changed or damaged"
+            )
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
 

@@ -14,7 +14,11 @@ from megachat.errors import UserError
 def newest_complete(folder: Path, without: Collection[Path] = ()) -> tuple[Path | None, list[str]]:
     """(the newest complete checkpoint in the folder or None, why each newer one was passed over). without: those known to be damaged."""
     passed_over = []
-    steps = {step: path for path in folder.glob("step_*") if (step := step_of(path)) is not None and path.is_dir() and path not in without}
+    steps = {
+        step: path
+        for path in folder.glob("step_*")
+        if (step := step_of(path)) is not None and path.is_dir() and path not in without
+    }
     for _, checkpoint in sorted(steps.items(), reverse=True):
         try:
             read_facts(checkpoint)
@@ -29,7 +33,9 @@ def _shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     try:
         return {name: tuple(entry["shape"]) for name, entry in read_index(checkpoint).items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{checkpoint / INDEX_NAME} cannot be read ({type(error).__name__}: {error}); give another step's folder") from None
+        raise UserError(
+            f"{checkpoint / INDEX_NAME} cannot be read ({type(error).__name__}: {error}); give another step's folder"
+        ) from None
 
 
 def load_checkpoint(checkpoint: Path, pieces: Pieces) -> None:
@@ -37,14 +43,20 @@ def load_checkpoint(checkpoint: Path, pieces: Pieces) -> None:
     saved = _shapes(checkpoint)
     for name, (shape, _) in pieces.items():
         if name not in saved:
-            raise UserError(f"{checkpoint} has no {name}: it is a checkpoint of another model; use the config it was made with")
+            raise UserError(
+                f"{checkpoint} has no {name}: it is a checkpoint of another model; use the config it was made with"
+            )
         if saved[name] != tuple(shape):
-            raise UserError(f"{checkpoint} has {name} as {list(saved[name])}, the model as {list(shape)}: use the config it was made with")
+            raise UserError(
+                f"{checkpoint} has {name} as {list(saved[name])}, the model as {list(shape)}: use the config it was made with"
+            )
     try:
         load_pieces(checkpoint, pieces)
     except CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
-        raise UserError(f"{checkpoint} could not be read on rank {rank}: {type(cause).__name__}: {cause}; give another step's folder") from error
+        raise UserError(
+            f"{checkpoint} could not be read on rank {rank}: {type(cause).__name__}: {cause}; give another step's folder"
+        ) from error
 
 
 def load_model(checkpoint: Path, names: list[str] | None = None) -> dict[str, torch.Tensor]:

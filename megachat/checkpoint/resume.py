@@ -28,7 +28,9 @@ def settle_checkpoint(folder: Path, resume: str | None, world: Axis) -> tuple[Pa
         if problem is None:
             return checkpoint, remarks
         if resume != "auto":
-            raise UserError(f"{checkpoint} is damaged: {problem}; give another step's folder, or --resume auto for the newest that is whole")
+            raise UserError(
+                f"{checkpoint} is damaged: {problem}; give another step's folder, or --resume auto for the newest that is whole"
+            )
         damaged[checkpoint] = problem
 
 
@@ -37,7 +39,9 @@ def damage(checkpoint: Path, world: Axis) -> str | None:
     return next((told for told in all_gather_objects(_own_problem(checkpoint, world), world) if told), None)
 
 
-def _first_rank_finds(folder: Path, resume: str | None, damaged: dict[Path, str], world: Axis) -> tuple[Path | None, list[str]]:
+def _first_rank_finds(
+    folder: Path, resume: str | None, damaged: dict[Path, str], world: Axis
+) -> tuple[Path | None, list[str]]:
     found: list = [None, []]
 
     def find() -> None:
@@ -67,7 +71,9 @@ def checkpoints_folder(run_folder: Path) -> Path:
     return run_folder / "checkpoints"
 
 
-def find_checkpoint(run_folder: Path, resume: str | None, damaged: Mapping[Path, str] = _NONE) -> tuple[Path | None, list[str]]:
+def find_checkpoint(
+    run_folder: Path, resume: str | None, damaged: Mapping[Path, str] = _NONE
+) -> tuple[Path | None, list[str]]:
     """(checkpoint to resume from or None, remarks): resume is None, "auto" (newest complete, or none yet) or a checkpoint's path.
 
     damaged: checkpoints that "auto" passes over, and why.

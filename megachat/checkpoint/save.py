@@ -16,7 +16,9 @@ SPACE_MARGIN = 1.05  # containers and indices around the raw bytes
 _TEMPORARY, _REPLACED = ".tmp", ".old"
 
 
-def save_checkpoint(folder: Path, step: int, pieces: Pieces, facts: dict, write_own_files: Callable[[Path], None], world: Axis) -> Path:
+def save_checkpoint(
+    folder: Path, step: int, pieces: Pieces, facts: dict, write_own_files: Callable[[Path], None], world: Axis
+) -> Path:
     """Write `folder`/step_NNNNNN; all ranks call it and all return, or all raise, together.
 
     pieces: this rank's rectangles. facts: small JSON values, the same on all ranks. write_own_files: writes what else this rank keeps into
@@ -36,7 +38,9 @@ def save_checkpoint(folder: Path, step: int, pieces: Pieces, facts: dict, write_
         together(lambda: write_own_files(temporary), world, failed)
         together(lambda: save_pieces(temporary, pieces, world), world, failed)
         files = _hashed(temporary, world, failed)
-        together(lambda: world.rank == 0 and _finish(temporary, final, facts | {"step": step, "files": files}), world, failed)
+        together(
+            lambda: world.rank == 0 and _finish(temporary, final, facts | {"step": step, "files": files}), world, failed
+        )
     except UserError:
         if world.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -53,7 +57,9 @@ def piece_bytes(pieces: Pieces) -> int:
 
 def _prepare(temporary: Path, needed_bytes: int) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.parent.mkdir(exist_ok=True)  # and not the run folder: one that was taken away is not made again, without all it held
+    temporary.parent.mkdir(
+        exist_ok=True
+    )  # and not the run folder: one that was taken away is not made again, without all it held
     temporary.mkdir()
     free = shutil.disk_usage(temporary).free
     if free < needed_bytes:
@@ -71,7 +77,11 @@ def _hashed(temporary: Path, world: Axis, failed: Callable[[str], str]) -> dict[
     own: dict[str, dict] = {}
 
     def hash_own() -> None:
-        mine = [name for index, (name, ranks) in enumerate(sorted(seen_by.items())) if ranks[index % len(ranks)] == world.rank]
+        mine = [
+            name
+            for index, (name, ranks) in enumerate(sorted(seen_by.items()))
+            if ranks[index % len(ranks)] == world.rank
+        ]
         for name, digest in hash_files(temporary, mine).items():
             own[name] = {"bytes": (temporary / name).stat().st_size, "sha256": digest}
 
@@ -83,7 +93,9 @@ def _hashed(temporary: Path, world: Axis, failed: Callable[[str], str]) -> dict[
 def _finish(temporary: Path, final: Path, facts: dict) -> None:
     write_facts(temporary, facts)
     sync_folder(temporary)
-    replaced = final.with_name(final.name + _REPLACED)  # the same step saved again: the old one goes only after the new one is there
+    replaced = final.with_name(
+        final.name + _REPLACED
+    )  # the same step saved again: the old one goes only after the new one is there
     shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():
         final.rename(replaced)
@@ -125,7 +137,9 @@ def retire(folder: Path, keep_last: int | None, keep_every: int | None, newest: 
     steps = {step: path for path in complete if (step := step_of(path)) is not None and step <= newest}
     surplus = [step for step in sorted(steps)[:-keep_last] if not (keep_every and step % keep_every == 0)]
     for step in surplus:
-        going = folder / (steps[step].name + _TEMPORARY)  # what a kill leaves of it counts as none, and the next start removes it
+        going = folder / (
+            steps[step].name + _TEMPORARY
+        )  # what a kill leaves of it counts as none, and the next start removes it
         shutil.rmtree(going, ignore_errors=True)
         steps[step].rename(going)
         shutil.rmtree(going, ignore_errors=True)

@@ -34,7 +34,9 @@ class Saver:
 
     def __init__(self, axis: Axis, *, background: bool = True):
         self._axis, self._background = axis, background
-        self._copies: dict[tuple[str, int], torch.Tensor] = {}  # kept from save to save: fresh memory costs more than the copy
+        self._copies: dict[
+            tuple[str, int], torch.Tensor
+        ] = {}  # kept from save to save: fresh memory costs more than the copy
         self._thread: threading.Thread | None = None
         self._saved: list[Saved] = []
         self._error: BaseException | None = None
@@ -65,7 +67,13 @@ class Saver:
                 torch.cuda.synchronize()
                 views = None
             pieces = {
-                name: (shape, [(offsets, sizes, self._copies[name, index]) for index, (offsets, sizes, _) in enumerate(rectangles)])
+                name: (
+                    shape,
+                    [
+                        (offsets, sizes, self._copies[name, index])
+                        for index, (offsets, sizes, _) in enumerate(rectangles)
+                    ],
+                )
                 for name, (shape, rectangles) in pieces.items()
             }
         self._copied.clear()

@@ -66,7 +66,10 @@ class _Whole(torch.Tensor):
         ]
 
     def __create_chunk_list__(self):
-        return [ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes)) for offsets, sizes, _ in self.rectangles]
+        return [
+            ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes))
+            for offsets, sizes, _ in self.rectangles
+        ]
 
     def __get_tensor_shard__(self, index):
         return next(view for offsets, _, view in self.rectangles if tuple(offsets) == tuple(index.offset))
@@ -97,7 +100,9 @@ class _Writer(dcp.FileSystemWriter):
             for chunk in entry.chunks:
                 place = places[MetadataIndex(name, chunk.offsets)]
                 piece = {"offset": list(chunk.offsets), "size": list(chunk.sizes)}
-                tensors[name]["pieces"].append(piece | {"file": place.relative_path, "at": place.offset, "bytes": place.length})
+                tensors[name]["pieces"].append(
+                    piece | {"file": place.relative_path, "at": place.offset, "bytes": place.length}
+                )
         write_json(Path(self.path) / INDEX_NAME, tensors)
 
 
@@ -109,10 +114,16 @@ class _Reader(dcp.FileSystemReader):
         for name, entry in read_index(Path(self.path)).items():
             chunks = []
             for piece in entry["pieces"]:
-                chunks.append(ChunkStorageMetadata(offsets=torch.Size(piece["offset"]), sizes=torch.Size(piece["size"])))
-                metadata.storage_data[MetadataIndex(name, piece["offset"])] = _StorageInfo(piece["file"], piece["at"], piece["bytes"])
+                chunks.append(
+                    ChunkStorageMetadata(offsets=torch.Size(piece["offset"]), sizes=torch.Size(piece["size"]))
+                )
+                metadata.storage_data[MetadataIndex(name, piece["offset"])] = _StorageInfo(
+                    piece["file"], piece["at"], piece["bytes"]
+                )
             properties = TensorProperties(dtype=getattr(torch, entry["dtype"]))
-            metadata.state_dict_metadata[name] = TensorStorageMetadata(properties=properties, size=torch.Size(entry["shape"]), chunks=chunks)
+            metadata.state_dict_metadata[name] = TensorStorageMetadata(
+                properties=properties, size=torch.Size(entry["shape"]), chunks=chunks
+            )
         return metadata
 
 
@@ -143,11 +154,19 @@ def save_pieces(folder: Path, pieces: Pieces, world: Axis) -> None:
     failure."""
     state = {name: _Whole(shape, rectangles) for name, (shape, rectangles) in pieces.items()}
     with torch.no_grad(), _alone_on_purpose():
-        dcp.save(state, storage_writer=_Writer(folder), process_group=world.group if world.size > 1 else None, no_dist=world.size == 1)
+        dcp.save(
+            state,
+            storage_writer=_Writer(folder),
+            process_group=world.group if world.size > 1 else None,
+            no_dist=world.size == 1,
+        )
 
 
 def load_pieces(folder: Path, pieces: Pieces) -> None:
     """Fill the rectangles' tensors in place; all ranks call it, or one process that has none. Raises torch's CheckpointException naming what is
     missing or of another shape."""
     with torch.no_grad(), _alone_on_purpose():
-        dcp.load({name: _Whole(shape, rectangles) for name, (shape, rectangles) in pieces.items()}, storage_reader=_Reader(folder))
+        dcp.load(
+            {name: _Whole(shape, rectangles) for name, (shape, rectangles) in pieces.items()},
+            storage_reader=_Reader(folder),
+        )

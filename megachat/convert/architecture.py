@@ -46,7 +46,11 @@ def state_shapes(dims: Dimensions) -> dict[str, tuple[int, ...]]:
 def shape_problems(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> list[str]:
     """What is missing, has another shape or is too much, in words."""
     problems = [f"{name} is missing" for name in wanted if name not in found]
-    problems += [f"{name} is {list(found[name])}, not {list(shape)}" for name, shape in wanted.items() if name in found and found[name] != shape]
+    problems += [
+        f"{name} is {list(found[name])}, not {list(shape)}"
+        for name, shape in wanted.items()
+        if name in found and found[name] != shape
+    ]
     return problems + [f"{name} is no tensor of this architecture" for name in found if name not in wanted]
 
 

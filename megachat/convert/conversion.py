@@ -68,7 +68,9 @@ def convert(kind: str, source: Opened, target: Path, make: Callable[[Path], tupl
         temporary.rename(target)
         done = True
     except OSError as error:
-        raise UserError(f"{target} could not be written ({error.strerror or error}): free space there or choose another place") from error
+        raise UserError(
+            f"{target} could not be written ({error.strerror or error}): free space there or choose another place"
+        ) from error
     finally:
         if not done:
             shutil.rmtree(temporary, ignore_errors=True)

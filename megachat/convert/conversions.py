@@ -40,7 +40,9 @@ from megachat.data.tokenizer import load_origin, load_tokenizer
 from megachat.errors import UserError
 from megachat.planning.dimensions import VOCAB_MULTIPLE
 
-ROUNDED_TABLES = Tolerance(logit=0.25, kl=1e-3, argmax=0.95)  # against the source as it is: rounding is asked for, and its size is told
+ROUNDED_TABLES = Tolerance(
+    logit=0.25, kl=1e-3, argmax=0.95
+)  # against the source as it is: rounding is asked for, and its size is told
 OTHER_CODE = Tolerance(logit=5e-4, kl=1e-7, argmax=0.99)  # transformers' kernels add up in another order
 
 _OF_SAVING = ("files", "sha256", "format_version", "architecture_version", "step", "tokenizer")
@@ -64,11 +66,26 @@ def from_safetensors(folder: Path, target: Path, *, tokenizer: Path | None = Non
     found = needed_tokenizer(source, tokenizer)
     facts = {key: value for key, value in source.facts.items() if key not in _OF_SAVING}
     copies = tuple(name for name in source.files if name.startswith(("loader/", "random/")))
-    made = Import(source.facts["step"], whole_pieces(source), facts, load_tokenizer(found), load_origin(found), source.folder, copies)
-    return convert("from-safetensors", source, target, lambda temporary: prove(source, write_import(made, temporary, target), Tolerance()))
+    made = Import(
+        source.facts["step"],
+        whole_pieces(source),
+        facts,
+        load_tokenizer(found),
+        load_origin(found),
+        source.folder,
+        copies,
+    )
+    return convert(
+        "from-safetensors",
+        source,
+        target,
+        lambda temporary: prove(source, write_import(made, temporary, target), Tolerance()),
+    )
 
 
-def to_nanochat(checkpoint: Path, target: Path, *, ranks: int = 1, tables: str = "float32", tokenizer: Path | None = None) -> dict:
+def to_nanochat(
+    checkpoint: Path, target: Path, *, ranks: int = 1, tables: str = "float32", tokenizer: Path | None = None
+) -> dict:
     """nanochat's weights, meta, tokenizer, and the optimizer's state for a job of `ranks` ranks. tables: dtype of embeddings and their moments.
 
     Raises UserError also for a model that nanochat does not have.
@@ -78,28 +95,46 @@ def to_nanochat(checkpoint: Path, target: Path, *, ranks: int = 1, tables: str =
     source = _source(checkpoint, "megachat")
     refuse_others(dims_of(source.facts))
     found, dtype = load_tokenizer(needed_tokenizer(source, tokenizer)), getattr(torch, tables)
-    expected = adjusted(source, list(source.entries), lambda name, tensor: rounded(name, tensor, dtype).to(tensor.dtype))
-    remarks = [] if tables == "float32" else [f"embeddings and their moments are rounded to {tables}; the logits are compared with the unrounded"]
+    expected = adjusted(
+        source, list(source.entries), lambda name, tensor: rounded(name, tensor, dtype).to(tensor.dtype)
+    )
+    remarks = (
+        []
+        if tables == "float32"
+        else [f"embeddings and their moments are rounded to {tables}; the logits are compared with the unrounded"]
+    )
 
     def make(temporary: Path):
         write_nanochat(source, temporary, found, ranks, dtype)
-        return prove(source, open_nanochat(temporary), ROUNDED_TABLES if remarks else Tolerance(), expected=expected, remarks=remarks)
+        return prove(
+            source,
+            open_nanochat(temporary),
+            ROUNDED_TABLES if remarks else Tolerance(),
+            expected=expected,
+            remarks=remarks,
+        )
 
     return convert("to-nanochat", source, target, make)
 
 
-def from_nanochat(folder: Path, target: Path, *, step: int | None = None, tokenizer: Path | None = None, fresh_optimizer: bool = False) -> dict:
+def from_nanochat(
+    folder: Path, target: Path, *, step: int | None = None, tokenizer: Path | None = None, fresh_optimizer: bool = False
+) -> dict:
     """A run folder, or a step's folder, that goes on where nanochat stopped. fresh_optimizer: leave its optimizer's state away."""
     source = _source(folder, "nanochat", step)
     dims = dims_of(source.facts)
     if not has_optimizer(source.entries) and not fresh_optimizer:
-        raise UserError(f"{folder} has no optimizer state of step {source.facts['step']}: copy its optim files too, or give --fresh-optimizer")
+        raise UserError(
+            f"{folder} has no optimizer state of step {source.facts['step']}: copy its optim files too, or give --fresh-optimizer"
+        )
     if fresh_optimizer:
         weights = [name for name in source.entries if name.startswith("model/")]
         source = adjusted(source, weights, facts=source.facts | {"adamw_steps": 0})
     config, remarks = config_of(source, dims)
     check_sizes(config, dims, folder)
-    found = foreign_tokenizer(tokenizer or nanochat_tokenizer_folder(folder) or folder / "tokenizer", dims.vocab_size, dims.vocab_size)
+    found = foreign_tokenizer(
+        tokenizer or nanochat_tokenizer_folder(folder) or folder / "tokenizer", dims.vocab_size, dims.vocab_size
+    )
     facts = imported_facts(source.facts, dims, config) | {"loop": loop_of(source.facts["imported"]["meta"])}
     pieces = whole_pieces(source) | (fresh_state(dims) if fresh_optimizer else {})
     made = Import(source.facts["step"], pieces, facts, *found, source.folder)
@@ -118,7 +153,9 @@ def to_hf(checkpoint: Path, target: Path, *, tokenizer: Path | None = None) -> d
         raise UserError("\n".join(f"transformers' NanoChat does not compute this model's {what}" for what in missing))
     dims, place, names = dims_of(source.facts), needed_tokenizer(source, tokenizer), carried(source)
     expected = adjusted(source, names, lambda name, tensor: without_padding(name, tensor, dims.vocab_size))
-    remarks = [f"not carried: the optimizer's state, the loader, {dims.padded_vocab - dims.vocab_size} padding rows a table"]
+    remarks = [
+        f"not carried: the optimizer's state, the loader, {dims.padded_vocab - dims.vocab_size} padding rows a table"
+    ]
 
     def make(temporary: Path):
         write_huggingface(source, temporary, load_tokenizer(place), load_origin(place))
@@ -147,7 +184,10 @@ def from_hf(folder: Path, target: Path, *, tokenizer: Path | None = None) -> dic
 
     def make(temporary: Path):
         back = adjusted(write_import(made, temporary, target), list(source.entries))
-        build, remarks = partial(transformers_logits, folder, dims.vocab_size), ["the optimizer, the schedule and the documents begin afresh"]
+        build, remarks = (
+            partial(transformers_logits, folder, dims.vocab_size),
+            ["the optimizer, the schedule and the documents begin afresh"],
+        )
         return prove(source, back, OTHER_CODE, build_source=build, remarks=remarks)
 
     return convert("from-hf", source, target, make)
@@ -157,7 +197,9 @@ def needed_tokenizer(source: Opened, asked: Path | None) -> Path:
     """`tokenizer_folder`, but a UserError when there is none."""
     found = tokenizer_folder(source, asked)
     if found is None:
-        raise UserError(f"the tokenizer of {source.folder} is not where its config says: give its folder with --tokenizer")
+        raise UserError(
+            f"the tokenizer of {source.folder} is not where its config says: give its folder with --tokenizer"
+        )
     return found
 
 

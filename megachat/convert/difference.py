@@ -65,7 +65,11 @@ def differences_of(left: Opened, right: Opened) -> list[Difference]:
             found.append(Difference("shape", name, str(list(pair[0].shape)), str(list(pair[1].shape))))
         elif pair[0].dtype != pair[1].dtype:
             found.append(Difference("note", f"{name} dtype", pair[0].dtype, pair[1].dtype))
-    common = [name for name, entry in left.entries.items() if name in right.entries and right.entries[name].shape == entry.shape]
+    common = [
+        name
+        for name, entry in left.entries.items()
+        if name in right.entries and right.entries[name].shape == entry.shape
+    ]
     for (name, one), (_, other) in zip(left.tensors(common), right.tensors(common), strict=True):
         if (changed := compared(name, one, other)) is not None:
             found.append(changed)
@@ -80,7 +84,9 @@ def compared(name: str, left: torch.Tensor, right: torch.Tensor) -> Difference |
     left, right = left.to(dtype).contiguous(), right.to(dtype).contiguous()
     if torch.equal(left.flatten().view(torch.uint8), right.flatten().view(torch.uint8)):
         return None
-    distance = torch.where(left == right, 0.0, (right.float() - left.float()))  # the same infinity in both is no difference
+    distance = torch.where(
+        left == right, 0.0, (right.float() - left.float())
+    )  # the same infinity in both is no difference
     distance = torch.where(left.isnan() & right.isnan(), 0.0, distance)
     distance = torch.where(distance.isnan(), torch.inf, distance)
     norm = torch.linalg.vector_norm(left.float(), dtype=torch.float64).item()
@@ -103,23 +109,38 @@ def _facts_that_differ(left: dict, right: dict) -> list[Difference]:
         one, other = _flat(left[key], key), _flat(right[key], key)
         for name in dict.fromkeys((*one, *other)):
             if one.get(name) != other.get(name) and name not in _SECONDS:
-                found.append(Difference("fact" if key in _FACTS else "note", name, str(one.get(name)), str(other.get(name))))
+                found.append(
+                    Difference("fact" if key in _FACTS else "note", name, str(one.get(name)), str(other.get(name)))
+                )
     return found
 
 
 def _arrays_that_differ(left: Opened, right: Opened) -> list[Difference]:
     found = []
     for kind in ("loader", "random"):
-        files = [{name for name in opened.files if name.startswith(f"{kind}/") and name.endswith(".npz")} for opened in (left, right)]
+        files = [
+            {name for name in opened.files if name.startswith(f"{kind}/") and name.endswith(".npz")}
+            for opened in (left, right)
+        ]
         if not all(files):
             continue  # a format without them
         if files[0] != files[1]:  # random numbers belong to ranks: another layout has others
-            found.append(Difference("note" if kind == "random" else "loader", kind, f"{len(files[0])} files", f"{len(files[1])} files"))
+            found.append(
+                Difference(
+                    "note" if kind == "random" else "loader", kind, f"{len(files[0])} files", f"{len(files[1])} files"
+                )
+            )
             continue
         for name in sorted(files[0]):
             one, other = (load_arrays(opened.folder / name) for opened in (left, right))
-            changed = [key for key in dict.fromkeys((*one, *other)) if key not in one or key not in other or not np.array_equal(one[key], other[key])]
-            found += [Difference(kind, f"{name}: {key}", _brief(one.get(key)), _brief(other.get(key))) for key in changed]
+            changed = [
+                key
+                for key in dict.fromkeys((*one, *other))
+                if key not in one or key not in other or not np.array_equal(one[key], other[key])
+            ]
+            found += [
+                Difference(kind, f"{name}: {key}", _brief(one.get(key)), _brief(other.get(key))) for key in changed
+            ]
     return found
 
 

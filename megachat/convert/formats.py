@@ -16,7 +16,9 @@ def open_checkpoint(path: Path, step: int | None = None) -> Opened:
     """
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"{path} is not a folder: give a checkpoint's step folder, a run folder, or a folder of another format")
+        raise UserError(
+            f"{path} is not a folder: give a checkpoint's step folder, a run folder, or a folder of another format"
+        )
     if (path / FACTS_FILE).is_file():
         return open_plain(path)
     if is_huggingface(path):

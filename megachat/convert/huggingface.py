@@ -39,10 +39,36 @@ _FIXED = {
     "final_logit_softcapping": LOGIT_CAP,
     "attention_dropout": 0.0,
 }
-_KNOWN = {"model_type", "intermediate_size", "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_parameters", "rope_theta", "rope_scaling"}
+_KNOWN = {
+    "model_type",
+    "intermediate_size",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "rope_parameters",
+    "rope_theta",
+    "rope_scaling",
+}
 # What does not change the logits.
-_KNOWN |= {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "initializer_range", "_name_or_path"}
-_KNOWN |= {"bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "problem_type", "is_encoder_decoder", "chunk_size_feed_forward"}
+_KNOWN |= {
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+    "initializer_range",
+    "_name_or_path",
+}
+_KNOWN |= {
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "is_encoder_decoder",
+    "chunk_size_feed_forward",
+}
 _KNOWN |= {"return_dict", "output_hidden_states", "output_attentions"}
 
 
@@ -97,7 +123,9 @@ def write_huggingface(source: Opened, folder: Path, tokenizer: Tokenizer, origin
     for number, names in enumerate(shards, start=1):
         file = WHOLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {key_of(name.removeprefix("model/")): tensor for name, tensor in source.tensors(names)}
-        tensors = {key: tensor[: dims.vocab_size] if key in _TABLES.values() else tensor for key, tensor in tensors.items()}
+        tensors = {
+            key: tensor[: dims.vocab_size] if key in _TABLES.values() else tensor for key, tensor in tensors.items()
+        }
         save_tensors(tensors, folder / file)
         placed |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
@@ -134,9 +162,13 @@ def dims_of_config(told: dict, path: Path) -> Dimensions:
         raise UserError(f"{path} is of a {told.get('model_type')} model: only transformers' nanochat can be converted")
     for key, value in told.items():
         if key in _FIXED and value != _FIXED[key] and not (key == "attention_dropout" and not value):
-            raise UserError(f"{path}: {key} is {json.dumps(value)}, and megachat's model has {json.dumps(_FIXED[key])}: it cannot be converted")
+            raise UserError(
+                f"{path}: {key} is {json.dumps(value)}, and megachat's model has {json.dumps(_FIXED[key])}: it cannot be converted"
+            )
         if key not in _FIXED and key not in _KNOWN and key not in _SIZES:
-            raise UserError(f"{path}: {key} is nothing that megachat knows of transformers' nanochat: remove it if it does not change the model")
+            raise UserError(
+                f"{path}: {key} is nothing that megachat knows of transformers' nanochat: remove it if it does not change the model"
+            )
     rope = dict(told.get("rope_parameters") or {"rope_theta": told.get("rope_theta", _ROTARY_BASE)})
     if rope.get("rope_type", "default") != "default" or told.get("rope_scaling"):
         raise UserError(
@@ -146,11 +178,21 @@ def dims_of_config(told: dict, path: Path) -> Dimensions:
         depth, width, heads, length, vocab_size = (int(told[key]) for key in _SIZES)
         head_size = told.get("head_dim") or width // heads
         if told.get("intermediate_size") != MLP_RATIO * width or head_size * heads != width:
-            raise UserError(f"{path}: intermediate_size must be {MLP_RATIO} x hidden_size, and heads x head_dim hidden_size: it cannot be converted")
+            raise UserError(
+                f"{path}: intermediate_size must be {MLP_RATIO} x hidden_size, and heads x head_dim hidden_size: it cannot be converted"
+            )
         base, epsilon = float(rope.get("rope_theta", _ROTARY_BASE)), float(told.get("rms_norm_eps", 1e-6))
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"{path} does not tell the model's sizes ({type(error).__name__}: {error}): copy it again") from None
-    choices = {"rotary_base": base, "qk_scale": 1.0, "norm_epsilon": epsilon, "value_embeddings": False, "lambdas": "neutral"}
+        raise UserError(
+            f"{path} does not tell the model's sizes ({type(error).__name__}: {error}): copy it again"
+        ) from None
+    choices = {
+        "rotary_base": base,
+        "qk_scale": 1.0,
+        "norm_epsilon": epsilon,
+        "value_embeddings": False,
+        "lambdas": "neutral",
+    }
     kv_heads = told.get("num_key_value_heads") or heads
     return Dimensions(depth, width, heads, kv_heads, head_size, length, vocab_size, (length,) * depth, **choices)
 
@@ -164,19 +206,30 @@ def open_huggingface(folder: Path) -> Opened:
     shapes = {f"model/{name}": shape for name, shape in weight_shapes(dims).items()}
     keys = {name: key_of(name.removeprefix("model/")) for name in shapes}
     for key in {key for key in keys.values() if key} ^ stored.keys():
-        raise UserError(f"{folder}: {key} is {'not among' if key not in stored else 'too much for'} the weights of the model in config.json")
+        raise UserError(
+            f"{folder}: {key} is {'not among' if key not in stored else 'too much for'} the weights of the model in config.json"
+        )
     for name, key in keys.items():
         shape = (dims.vocab_size, dims.width) if key in _TABLES.values() else shapes[name]
         if key and stored[key].shape != shape:
-            raise UserError(f"{folder}: {key} is {list(stored[key].shape)}, and the model in config.json has {list(shape)}")
+            raise UserError(
+                f"{folder}: {key} is {list(stored[key].shape)}, and the model in config.json has {list(shape)}"
+            )
 
     def read(names: list[str]) -> dict[str, torch.Tensor]:
         found = read_stored([keys[name] for name in names if keys[name]])
-        return {name: _padded(found[keys[name]], shapes[name]) if keys[name] else _neutral(name, shapes[name]) for name in names}
+        return {
+            name: _padded(found[keys[name]], shapes[name]) if keys[name] else _neutral(name, shapes[name])
+            for name in names
+        }
 
-    entries = {name: Entry(shape, stored[keys[name]].dtype if keys[name] else "float32") for name, shape in shapes.items()}
+    entries = {
+        name: Entry(shape, stored[keys[name]].dtype if keys[name] else "float32") for name, shape in shapes.items()
+    }
     facts = {"step": 0, "model": vars(dims), "imported": {"form": "huggingface", "step": 0}}
-    return Opened("huggingface", folder, facts, entries, read, ("config.json", *files, *([INDEX_FILE] if index else [])))
+    return Opened(
+        "huggingface", folder, facts, entries, read, ("config.json", *files, *([INDEX_FILE] if index else []))
+    )
 
 
 def _padded(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

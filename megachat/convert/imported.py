@@ -44,7 +44,9 @@ def write_import(made: Import, temporary: Path, target: Path) -> Opened:
     """
     if step_of(target) is not None:
         if target.name != checkpoint_name(made.step):
-            raise UserError(f"{target} is not {checkpoint_name(made.step)}, the checkpoint's step: give that name, or a run folder")
+            raise UserError(
+                f"{target} is not {checkpoint_name(made.step)}, the checkpoint's step: give that name, or a run folder"
+            )
         folder = temporary.with_name(f"{temporary.name}.steps")  # save_checkpoint names the step's folder itself
         try:
             _save(made, folder, made.facts["config"])
@@ -67,7 +69,9 @@ def _save(made: Import, folder: Path, config: dict) -> None:
             shutil.copyfile(made.source_folder / name, step_folder / name)
 
     told = {"fingerprint": made.tokenizer.fingerprint, "vocab_size": made.tokenizer.vocab_size}
-    save_checkpoint(folder, made.step, made.pieces, made.facts | {"tokenizer": told, "config": config}, write_copies, _ALONE)
+    save_checkpoint(
+        folder, made.step, made.pieces, made.facts | {"tokenizer": told, "config": config}, write_copies, _ALONE
+    )
 
 
 def run_config(config: dict, run_folder: Path) -> Config:
@@ -80,16 +84,31 @@ def run_config(config: dict, run_folder: Path) -> Config:
 
 def settings_of_dims(dims: Dimensions) -> dict:
     """A config that asks for a model whose blocks all see the whole row."""
-    model = {"depth": dims.depth, "aspect_ratio": max(1, dims.width // dims.depth), "head_size": dims.head_size, "sequence_len": dims.sequence_len}
-    model |= {"window_pattern": "L", "kv_heads": dims.kv_heads, "rotary_base": dims.rotary_base, "qk_scale": dims.qk_scale}
-    return {"model": model | {"norm_epsilon": dims.norm_epsilon, "value_embeddings": dims.value_embeddings, "lambdas": dims.lambdas}}
+    model = {
+        "depth": dims.depth,
+        "aspect_ratio": max(1, dims.width // dims.depth),
+        "head_size": dims.head_size,
+        "sequence_len": dims.sequence_len,
+    }
+    model |= {
+        "window_pattern": "L",
+        "kv_heads": dims.kv_heads,
+        "rotary_base": dims.rotary_base,
+        "qk_scale": dims.qk_scale,
+    }
+    return {
+        "model": model
+        | {"norm_epsilon": dims.norm_epsilon, "value_embeddings": dims.value_embeddings, "lambdas": dims.lambdas}
+    }
 
 
 def check_sizes(config: dict, dims: Dimensions, source: Path) -> None:
     """Raise UserError unless a config made for the model gives exactly its sizes."""
     made = resolve_dimensions(Config.model_validate_json(json.dumps(config)), dims.vocab_size)
     if made != dims:
-        raise UserError(f"{source} has a model of {dims}, and the nearest that a config can ask for is {made}: it cannot be continued here")
+        raise UserError(
+            f"{source} has a model of {dims}, and the nearest that a config can ask for is {made}: it cannot be continued here"
+        )
 
 
 def tokenizer_folder(source: Opened, asked: Path | None) -> Path | None:
@@ -99,7 +118,9 @@ def tokenizer_folder(source: Opened, asked: Path | None) -> Path | None:
     """
     wanted = (source.facts.get("tokenizer") or {}).get("fingerprint")
     by_config = (source.facts.get("config") or {}).get("data", {}).get("tokenizer", Config().data.tokenizer)
-    for folder in [asked] if asked else [source.folder / "tokenizer", source.folder.parent.parent / "tokenizer", Path(by_config)]:
+    for folder in (
+        [asked] if asked else [source.folder / "tokenizer", source.folder.parent.parent / "tokenizer", Path(by_config)]
+    ):
         try:
             found = load_tokenizer(folder).fingerprint
         except UserError:
@@ -109,7 +130,9 @@ def tokenizer_folder(source: Opened, asked: Path | None) -> Path | None:
         if found == wanted or wanted is None:
             return folder
         if asked:
-            raise UserError(f"{asked} is not the checkpoint's tokenizer: it has fingerprint {found[:12]}, not {wanted[:12]}")
+            raise UserError(
+                f"{asked} is not the checkpoint's tokenizer: it has fingerprint {found[:12]}, not {wanted[:12]}"
+            )
     return None
 
 
@@ -132,15 +155,25 @@ def _whole(tensor: torch.Tensor):
 def imported_facts(facts: dict, dims: Dimensions, config: dict) -> dict:
     """A checkpoint's facts of another program's; the counters are those of a start where it tells of none."""
     loop = {"step": facts["step"], "training_s": 0.0, "skipped_steps": 0, "val_bpb": None, "min_val_bpb": None}
-    told = {"model": asdict(dims), "loop": loop, "adamw_steps": facts.get("adamw_steps", 0), "loss_scaler": {}, "config": config}
+    told = {
+        "model": asdict(dims),
+        "loop": loop,
+        "adamw_steps": facts.get("adamw_steps", 0),
+        "loss_scaler": {},
+        "config": config,
+    }
     return told | {"layout": asdict(Layout(1, 1, 1)), "ledger": None, "imported": facts["imported"]}
 
 
 def foreign_tokenizer(place: Path, least: int, most: int) -> tuple[Tokenizer, dict]:
     """(tokenizer, its origin) of a folder of nanochat's or ours. Raises UserError when it has fewer or more tokens than the model can."""
     if not place.is_dir():
-        raise UserError(f"there is no tokenizer at {place}: give the folder of the model's own, megachat's or nanochat's, with --tokenizer")
+        raise UserError(
+            f"there is no tokenizer at {place}: give the folder of the model's own, megachat's or nanochat's, with --tokenizer"
+        )
     found = import_nanochat(place) if (place / "tokenizer.pkl").is_file() else load_tokenizer(place)
     if not least <= found.vocab_size <= most:
-        raise UserError(f"the tokenizer in {place} has {found.vocab_size} tokens and the model {most}: give the model's own with --tokenizer")
+        raise UserError(
+            f"the tokenizer in {place} has {found.vocab_size} tokens and the model {most}: give the model's own with --tokenizer"
+        )
     return found, {"imported": str(place)}

@@ -19,7 +19,12 @@ def inspect(opened: Opened) -> dict:
     """JSON values: form, facts, tensors with shape and dtype, files, and the ledger of each packing stream."""
     tensors = {name: {"shape": list(entry.shape), "dtype": entry.dtype} for name, entry in opened.entries.items()}
     elements = sum(entry.elements for name, entry in opened.entries.items() if name.startswith("model/"))
-    summary = {"form": opened.form, "folder": str(opened.folder), "parameters": elements, "bytes": sum(e.bytes for e in opened.entries.values())}
+    summary = {
+        "form": opened.form,
+        "folder": str(opened.folder),
+        "parameters": elements,
+        "bytes": sum(e.bytes for e in opened.entries.values()),
+    }
     told = {"facts": opened.facts, "files": list(opened.files), "ledger": ledgers(opened), "tensors": tensors}
     return summary | {"remarks": list(opened.remarks)} | told
 
@@ -31,26 +36,50 @@ def ledgers(opened: Opened) -> dict:
         if name.startswith("loader/stream_") and name.endswith(".npz"):
             saved = load_arrays(opened.folder / name)
             counters = saved["counters"].tolist()
-            streams[int(name[-9:-4])] = {"ledger": saved["ledger"].tobytes().hex(), "rows": counters[2], "next_document": counters[0]}
+            streams[int(name[-9:-4])] = {
+                "ledger": saved["ledger"].tobytes().hex(),
+                "rows": counters[2],
+                "next_document": counters[0],
+            }
     combined = combined_ledger({stream: entry["ledger"] for stream, entry in streams.items()})
     return {"combined": combined, "streams": streams} if streams else {}
 
 
 def describe(told: dict) -> str:
     """`inspect`'s values as text."""
-    facts, lines = told["facts"], [f"{told['folder']}: {told['form']}, {told['parameters']:,} parameters, {told['bytes'] / 1e6:,.1f} MB of tensors"]
-    for key in ("step", "format_version", "architecture_version", "layout", "model", "tokenizer", "loop", "adamw_steps", "loss_scaler", "config"):
+    facts, lines = (
+        told["facts"],
+        [
+            f"{told['folder']}: {told['form']}, {told['parameters']:,} parameters, {told['bytes'] / 1e6:,.1f} MB of tensors"
+        ],
+    )
+    for key in (
+        "step",
+        "format_version",
+        "architecture_version",
+        "layout",
+        "model",
+        "tokenizer",
+        "loop",
+        "adamw_steps",
+        "loss_scaler",
+        "config",
+    ):
         if key in facts:
             lines.append(f"  {key}: {facts[key] if not isinstance(facts[key], dict) else json.dumps(facts[key])}")
     lines += [f"  remark: {remark}" for remark in told["remarks"]]
     for stream, entry in sorted(told["ledger"].get("streams", {}).items()):
-        lines.append(f"  ledger of stream {stream}: {entry['ledger']} ({entry['rows']:,} rows, next document {entry['next_document']:,})")
+        lines.append(
+            f"  ledger of stream {stream}: {entry['ledger']} ({entry['rows']:,} rows, next document {entry['next_document']:,})"
+        )
     if told["ledger"]:
         lines.append(f"  ledger of all streams: {told['ledger']['combined']}")
     hashes = facts.get("files", {}) if told["form"] in ("megachat", "safetensors") else {}
     for name in told["files"]:
         entry = hashes.get(name, {})
-        lines.append(f"  file {name}" + (f": {entry['bytes']:,} bytes, SHA-256 {entry['sha256'] or 'not kept'}" if entry else ""))
+        lines.append(
+            f"  file {name}" + (f": {entry['bytes']:,} bytes, SHA-256 {entry['sha256'] or 'not kept'}" if entry else "")
+        )
     width = max(map(len, told["tensors"]), default=0)
     lines += [f"  {name:{width}} {entry['dtype']:8} {entry['shape']}" for name, entry in told["tensors"].items()]
     return "\n".join(lines)
@@ -92,7 +121,10 @@ def _problems_of_damaged(path: Path) -> list[str]:
     """Every bad file of a checkpoint whose facts are refused, as far as its list of files can still be read."""
     try:
         facts = json.loads((path / FACTS_NAME).read_text(encoding="utf-8"))
-        files = {name: entry if isinstance(entry, dict) else {"bytes": int(entry), "sha256": None} for name, entry in facts["files"].items()}
+        files = {
+            name: entry if isinstance(entry, dict) else {"bytes": int(entry), "sha256": None}
+            for name, entry in facts["files"].items()
+        }
         return check_files(path, {"files": files})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
@@ -106,7 +138,11 @@ def _coverage_problems(path: Path, facts: dict) -> list[str]:
         held = sum(math.prod(size) for _, size in boxes)
         if held != math.prod(entry["shape"]):
             problems.append(f"{name} has {held:,} of its {math.prod(entry['shape']):,} elements in its pieces")
-        outside = any(o < 0 or o + s > whole for offset, size in boxes for o, s, whole in zip(offset, size, entry["shape"], strict=True))
+        outside = any(
+            o < 0 or o + s > whole
+            for offset, size in boxes
+            for o, s, whole in zip(offset, size, entry["shape"], strict=True)
+        )
         if outside or _overlap(boxes):
             problems.append(f"{name} has pieces that overlap or lie outside it")
         for piece in entry["pieces"]:

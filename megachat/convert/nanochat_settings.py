@@ -33,14 +33,24 @@ _SETTINGS = {
 }
 _ZERO_IS_NEVER = ("evaluate.every", "checkpoint.every")
 # group of parameters -> the setting that gives its rate
-_RATE_OF = {"unembedding": "unembedding_lr", "embedding": "embedding_lr", "x0": "scalar_lr", "smear": "smear_lr", "matrix": "matrix_lr"}
+_RATE_OF = {
+    "unembedding": "unembedding_lr",
+    "embedding": "embedding_lr",
+    "x0": "scalar_lr",
+    "smear": "smear_lr",
+    "matrix": "matrix_lr",
+}
 
 
 def config_of(opened: Opened, dims: Dimensions) -> tuple[dict, list[str]]:
     """(config, remarks): the run as far as the meta file tells it; what it does not tell stays at the defaults, and the remarks say so."""
     meta, groups = opened.facts["imported"]["meta"], opened.facts["imported"]["param_groups"]
     asked = meta.get("user_config") or {}
-    config: dict[str, dict] = {"model": _model_settings(dims, meta["model_config"], asked.get("aspect_ratio")), "optimizer": {}, "data": {}}
+    config: dict[str, dict] = {
+        "model": _model_settings(dims, meta["model_config"], asked.get("aspect_ratio")),
+        "optimizer": {},
+        "data": {},
+    }
     remarks = []
     if asked:
         for theirs, ours in _SETTINGS.items():
@@ -59,7 +69,9 @@ def config_of(opened: Opened, dims: Dimensions) -> tuple[dict, list[str]]:
         config.setdefault("batch", {})["tokens"] = tokens
     if asked and groups:
         remarks += _take_rates(config, groups, dims)
-    remarks.append("nanochat's place in the documents cannot be continued: the loader starts at the first ones; set data.folder to the shards")
+    remarks.append(
+        "nanochat's place in the documents cannot be continued: the loader starts at the first ones; set data.folder to the shards"
+    )
     return config, remarks
 
 
@@ -79,17 +91,24 @@ def _take_rates(config: dict, groups: list[dict], dims: Dimensions) -> list[str]
     """Set the parameter groups' rates where user_config gives others: a resumed nanochat goes on with those of the groups. Returns remarks."""
     plan = resolve(Config.model_validate_json(json.dumps(config)), 1, dims.vocab_size)
     rates = {group.name: plan.rates[group.rate] for group in GROUPS}
-    if all(math.isclose(rates[name], group["initial_lr"], rel_tol=1e-6) for (name, _), group in zip(optimizer_groups(dims), groups, strict=True)):
+    if all(
+        math.isclose(rates[name], group["initial_lr"], rel_tol=1e-6)
+        for (name, _), group in zip(optimizer_groups(dims), groups, strict=True)
+    ):
         return []
     config["optimizer"] |= _settings_of_groups(groups, dims) | {"weight_decay": plan.weight_decay}
-    return ["the parameter groups have other rates than user_config gives: they are taken as they are, not scaled to the batch"]
+    return [
+        "the parameter groups have other rates than user_config gives: they are taken as they are, not scaled to the batch"
+    ]
 
 
 def _settings_of_groups(groups: list[dict], dims: Dimensions) -> dict:
     """Rates as they are in the parameter groups, not scaled again; Muon's decay is the one of the last step."""
     found = {name: group for (name, _), group in zip(optimizer_groups(dims), groups, strict=True)}
     by_width = (dims.width / 768) ** -0.5
-    settings = {_RATE_OF[name]: found[name]["initial_lr"] / (by_width if "embedding" in name else 1) for name in _RATE_OF}
+    settings = {
+        _RATE_OF[name]: found[name]["initial_lr"] / (by_width if "embedding" in name else 1) for name in _RATE_OF
+    }
     settings = {key: float(f"{value:.12g}") for key, value in settings.items()}  # 0.008, not 0.00799..98
     return settings | {"scale_to_batch": False, "weight_decay": found["matrix"]["weight_decay"]}
 
@@ -98,19 +117,41 @@ def loop_of(meta: dict) -> dict:
     """The loop's counters."""
     saved = meta.get("loop_state") or {}
     numbers = {"val_bpb": meta.get("val_bpb"), "min_val_bpb": saved.get("min_val_bpb")}
-    numbers = {key: value if isinstance(value, (int, float)) and math.isfinite(value) else None for key, value in numbers.items()}
-    return {"step": meta["step"], "training_s": float(saved.get("total_training_time") or 0.0), "skipped_steps": 0} | numbers
+    numbers = {
+        key: value if isinstance(value, (int, float)) and math.isfinite(value) else None
+        for key, value in numbers.items()
+    }
+    return {
+        "step": meta["step"],
+        "training_s": float(saved.get("total_training_time") or 0.0),
+        "skipped_steps": 0,
+    } | numbers
 
 
 def meta_of(facts: dict, dims: Dimensions, config: Config, plan: Plan) -> dict:
     """nanochat's meta file. Its loader's place is null: nanochat then starts at the first documents."""
     loop = facts["loop"]
-    model = {"sequence_len": dims.sequence_len, "vocab_size": dims.vocab_size, "n_layer": dims.depth, "n_head": dims.heads}
+    model = {
+        "sequence_len": dims.sequence_len,
+        "vocab_size": dims.vocab_size,
+        "n_layer": dims.depth,
+        "n_head": dims.heads,
+    }
     model |= {"n_kv_head": dims.kv_heads, "n_embd": dims.width, "window_pattern": config.model.window_pattern}
-    settings = {theirs: getattr(getattr(config, ours.split(".")[0]), ours.split(".")[1]) for theirs, ours in _SETTINGS.items()}
-    settings = {theirs: -1 if value is None or (value == 0 and _SETTINGS[theirs] in _ZERO_IS_NEVER) else value for theirs, value in settings.items()}
+    settings = {
+        theirs: getattr(getattr(config, ours.split(".")[0]), ours.split(".")[1]) for theirs, ours in _SETTINGS.items()
+    }
+    settings = {
+        theirs: -1 if value is None or (value == 0 and _SETTINGS[theirs] in _ZERO_IS_NEVER) else value
+        for theirs, value in settings.items()
+    }
     settings["eval_tokens"] = plan.evaluation_rows * dims.sequence_len
-    sizes = {"depth": dims.depth, "aspect_ratio": config.model.aspect_ratio, "head_dim": dims.head_size, "max_seq_len": dims.sequence_len}
+    sizes = {
+        "depth": dims.depth,
+        "aspect_ratio": config.model.aspect_ratio,
+        "head_dim": dims.head_size,
+        "max_seq_len": dims.sequence_len,
+    }
     return {
         "step": facts["step"],
         "val_bpb": loop.get("val_bpb"),
@@ -132,9 +173,16 @@ def param_groups_of(facts: dict, dims: Dimensions, config: Config, plan: Plan) -
     """nanochat's parameter groups after the checkpoint's last step: exactly those it was imported with, or what config and schedule give."""
     imported = facts.get("imported") or {}
     if imported.get("form") == "nanochat" and imported["step"] == facts["step"] and imported["param_groups"]:
-        return [{key: tuple(value) if key == "betas" else value for key, value in group.items()} for group in imported["param_groups"]]
+        return [
+            {key: tuple(value) if key == "betas" else value for key, value in group.items()}
+            for group in imported["param_groups"]
+        ]
     asked, last = config.optimizer, facts["step"] - 1  # nanochat keeps the values with which it took its last step
-    schedule = {"warmup_steps": asked.warmup_steps, "warmdown_ratio": asked.warmdown_ratio, "final_fraction": asked.final_lr_fraction}
+    schedule = {
+        "warmup_steps": asked.warmup_steps,
+        "warmdown_ratio": asked.warmdown_ratio,
+        "final_fraction": asked.final_lr_fraction,
+    }
     multiplier = learning_rate_multiplier(last, plan.steps, **schedule) if last >= 0 else 1.0
     muon = {"momentum": 0.95, "ns_steps": NEWTON_SCHULZ_STEPS, "beta2": MUON_BETA2, "weight_decay": plan.weight_decay}
     if last >= 0:
@@ -145,7 +193,11 @@ def param_groups_of(facts: dict, dims: Dimensions, config: Config, plan: Plan) -
     made, first, ours = [], 0, {group.name: group for group in GROUPS}
     for name, members in optimizer_groups(dims):
         group, rate = ours[name], plan.rates[ours[name].rate]
-        own = muon if name == "matrix" else {"betas": group.betas, "eps": ADAMW_EPSILON, "weight_decay": group.weight_decay}
+        own = (
+            muon
+            if name == "matrix"
+            else {"betas": group.betas, "eps": ADAMW_EPSILON, "weight_decay": group.weight_decay}
+        )
         numbers = list(range(first, first + len(members)))
         made.append({"kind": group.optimizer, "lr": rate * multiplier} | own | {"initial_lr": rate, "params": numbers})
         first += len(members)

@@ -53,7 +53,9 @@ def write_nanochat(source: Opened, folder: Path, tokenizer: Tokenizer, ranks: in
     meta = imported["meta"] if unchanged else meta_of(source.facts, dims, config, plan)
     (folder / f"meta_{step:06d}.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
     order = [f"model/{name}" for name in state_order(dims)]
-    model = OrderedDict((name.removeprefix("model/"), rounded(name, tensor, tables)) for name, tensor in source.tensors(order))
+    model = OrderedDict(
+        (name.removeprefix("model/"), rounded(name, tensor, tables)) for name, tensor in source.tensors(order)
+    )
     _save(model, folder / f"model_{step:06d}.pt")
     if has_optimizer(source.entries):
         groups = param_groups_of(source.facts, dims, config, plan)
@@ -78,13 +80,18 @@ def rank_state(source: Opened, dims: Dimensions, rank: int, ranks: int, tables: 
             for offset, name in enumerate(names):
                 begin, end = adamw_shares(shapes[name], ranks)[rank]
                 moments = dict(source.tensors([f"adamw/{name}/exp_avg", f"adamw/{name}/exp_avg_sq"]))
-                parts = {key.split("/")[-1]: rounded(name, whole[begin:end], tables).clone() for key, whole in moments.items()}
+                parts = {
+                    key.split("/")[-1]: rounded(name, whole[begin:end], tables).clone()
+                    for key, whole in moments.items()
+                }
                 state[number + offset] = {"step": int(source.facts["adamw_steps"])} | parts
         number += len(names)
     return state
 
 
-def _stacked(source: Opened, names: list[str], shape: tuple[int, int], rank: int, ranks: int) -> dict[str, torch.Tensor]:
+def _stacked(
+    source: Opened, names: list[str], shape: tuple[int, int], rank: int, ranks: int
+) -> dict[str, torch.Tensor]:
     """A rank's chunk of the stack of one shape, zeros where the stack has ended."""
     chunk = -(-len(names) // ranks)
     buffers = {"momentum": torch.zeros(chunk, *shape), "second_moment": torch.zeros(chunk, *second_moment_shape(shape))}

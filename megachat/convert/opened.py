@@ -62,13 +62,19 @@ def open_megachat(step_folder: Path) -> Opened:
     """A complete checkpoint folder. Raises UserError when it is none."""
     facts = read_facts(step_folder)
     try:
-        entries = {name: Entry(tuple(entry["shape"]), entry["dtype"]) for name, entry in read_index(step_folder).items()}
+        entries = {
+            name: Entry(tuple(entry["shape"]), entry["dtype"]) for name, entry in read_index(step_folder).items()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{step_folder}: its list of tensors cannot be read ({type(error).__name__}: {error}); give another step's folder") from None
+        raise UserError(
+            f"{step_folder}: its list of tensors cannot be read ({type(error).__name__}: {error}); give another step's folder"
+        ) from None
 
     def read(names: list[str]) -> dict[str, torch.Tensor]:
         whole = {name: torch.empty(entries[name].shape, dtype=getattr(torch, entries[name].dtype)) for name in names}
-        load_checkpoint(step_folder, {name: (tuple(t.shape), [((0,) * t.ndim, tuple(t.shape), t)]) for name, t in whole.items()})
+        load_checkpoint(
+            step_folder, {name: (tuple(t.shape), [((0,) * t.ndim, tuple(t.shape), t)]) for name, t in whole.items()}
+        )
         return whole
 
     return Opened("megachat", step_folder, facts, entries, read, tuple(sorted(facts["files"])))

@@ -23,7 +23,15 @@ from megachat.errors import UserError
 FACTS_FILE = "checkpoint_facts.json"
 VERSION = 1
 SHARD_BYTES = 2 << 30
-DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16", "I64": "int64", "I32": "int32", "U8": "uint8"}
+DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "I64": "int64",
+    "I32": "int32",
+    "U8": "uint8",
+}
 _OWN_FACTS = ("files", "sha256")  # of the checkpoint's own files
 
 
@@ -43,7 +51,10 @@ def write_plain(source: Opened, folder: Path, tokenizer: Path | None) -> None:
     if tokenizer:
         shutil.copytree(tokenizer, folder / "tokenizer", copy_function=shutil.copyfile)
     names = files_below(folder)
-    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": digest} for name, digest in hash_files(folder, names).items()}
+    files = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": digest}
+        for name, digest in hash_files(folder, names).items()
+    }
     facts = {key: value for key, value in source.facts.items() if key not in _OWN_FACTS}
     write_json(folder / FACTS_FILE, {"plain_version": VERSION, "facts": facts, "tensors": placed, "files": files})
 
@@ -80,14 +91,20 @@ def open_plain(folder: Path) -> Opened:
         version, architecture = told["plain_version"], told["facts"].get("architecture_version", 1)
         facts, placed, files = told["facts"] | {"files": told["files"]}, dict(told["tensors"]), dict(told["files"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}): convert the checkpoint again") from None
+        raise UserError(
+            f"{path} cannot be read ({type(error).__name__}: {error}): convert the checkpoint again"
+        ) from None
     if version > VERSION or architecture > ARCHITECTURE_VERSION:
-        raise UserError(f"{folder} is of version {version} and architecture {architecture}, newer than this version reads: update megachat")
+        raise UserError(
+            f"{folder} is of version {version} and architecture {architecture}, newer than this version reads: update megachat"
+        )
     keys = {(file, key_of(name)): name for name, file in placed.items()}
     entries, read = open_tensors(folder, sorted(set(placed.values())), lambda file, key: keys.get((file, key)))
     if missing := [name for name in placed if name not in entries]:
         raise UserError(f"{folder / placed[missing[0]]} has no {missing[0]}: convert the checkpoint again")
-    return Opened("safetensors", folder, facts, {name: entries[name] for name in placed}, read, (*sorted(files), FACTS_FILE))
+    return Opened(
+        "safetensors", folder, facts, {name: entries[name] for name in placed}, read, (*sorted(files), FACTS_FILE)
+    )
 
 
 def open_tensors(folder: Path, files: list[str], rename):
@@ -104,7 +121,9 @@ def open_tensors(folder: Path, files: list[str], rename):
                 if name is not None:
                     dtype = described.get_dtype()
                     if dtype not in DTYPES:
-                        raise UserError(f"{folder / file} has {key} as {dtype}, which is none of {', '.join(DTYPES)}: save it in one of these")
+                        raise UserError(
+                            f"{folder / file} has {key} as {dtype}, which is none of {', '.join(DTYPES)}: save it in one of these"
+                        )
                     entries[name], where[name] = Entry(tuple(described.get_shape()), DTYPES[dtype]), (file, key)
 
     def read(names: list[str]) -> dict[str, torch.Tensor]:

@@ -50,7 +50,9 @@ def logits_of(opened: Opened) -> Logits:
     return compute
 
 
-def compare_logits(build_source: Callable[[], Logits], build_target: Callable[[], Logits], rows: list[torch.Tensor]) -> dict:
+def compare_logits(
+    build_source: Callable[[], Logits], build_target: Callable[[], Logits], rows: list[torch.Tensor]
+) -> dict:
     """Largest logit difference, mean KL of target from source in nats, share of equal argmax. Only one of the models is in memory at a time."""
     model = build_source()
     wanted = [model(row) for row in rows]
@@ -74,7 +76,14 @@ def compare_logits(build_source: Callable[[], Logits], build_target: Callable[[]
 
 
 def prove(
-    source: Opened, target: Opened, tolerance: Tolerance, *, expected: Opened | None = None, build_source=None, build_target=None, remarks=()
+    source: Opened,
+    target: Opened,
+    tolerance: Tolerance,
+    *,
+    expected: Opened | None = None,
+    build_source=None,
+    build_target=None,
+    remarks=(),
 ) -> tuple[dict, str | None]:
     """(JSON values of the certificate, what differed first or None when it passed). Tensors and facts that both can hold must be equal to the bit.
 
@@ -84,7 +93,9 @@ def prove(
     different = [found for found in differences_of(expected or source, target) if found.counts]
     tensors = [found for found in different if found.kind in ("tensor", "shape", "only")]
     rows = token_rows(dims_of(source.facts))
-    numbers = compare_logits(build_source or (lambda: logits_of(source)), build_target or (lambda: logits_of(target)), rows)
+    numbers = compare_logits(
+        build_source or (lambda: logits_of(source)), build_target or (lambda: logits_of(target)), rows
+    )
     problems = [f"{found.kind} {found}" for found in different]
     for key, limit, good in (
         ("largest_logit_difference", tolerance.logit, numbers["largest_logit_difference"] <= tolerance.logit),
@@ -98,8 +109,14 @@ def prove(
         "first_difference": problems[0] if problems else None,
         "numbers": numbers,
         "tolerance": asdict(tolerance),
-        "rows": {"tokens": [row.shape[1] for row in rows], "sha256": hashlib.sha256(b"".join(row.numpy().tobytes() for row in rows)).hexdigest()},
-        "tensors": {"compared": len((expected or source).entries.keys() & target.entries.keys()), "different": len(tensors)},
+        "rows": {
+            "tokens": [row.shape[1] for row in rows],
+            "sha256": hashlib.sha256(b"".join(row.numpy().tobytes() for row in rows)).hexdigest(),
+        },
+        "tensors": {
+            "compared": len((expected or source).entries.keys() & target.entries.keys()),
+            "different": len(tensors),
+        },
         "source": side(source),
         "target": side(target),
         "remarks": [*source.remarks, *remarks],
@@ -110,7 +127,12 @@ def prove(
 
 def side(opened: Opened) -> dict:
     """What a certificate says of one side: form, folder, step and the SHA-256 of every file."""
-    return {"form": opened.form, "folder": str(opened.folder), "step": opened.facts.get("step"), "files": hash_files(opened.folder, opened.files)}
+    return {
+        "form": opened.form,
+        "folder": str(opened.folder),
+        "step": opened.facts.get("step"),
+        "files": hash_files(opened.folder, opened.files),
+    }
 
 
 def _version(package: str) -> str | None:

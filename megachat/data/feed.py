@@ -72,7 +72,14 @@ class Feed:
     def _submit(self, first: int, texts: pa.ChunkedArray) -> tuple[int, list[int], list[Future]]:
         numbers = np.arange(first, first + len(texts))
         wanted = np.flatnonzero(numbers >= self._wanted_from[numbers % self._corpus.documents % self._streams])
-        found = [(first + at, text) for at, text in zip(wanted.tolist(), texts.take(pa.array(wanted)).to_pylist(), strict=True) if text]
+        found = [
+            (first + at, text)
+            for at, text in zip(wanted.tolist(), texts.take(pa.array(wanted)).to_pylist(), strict=True)
+            if text
+        ]
         encode = partial(self._pool.submit, self._tokenizer.encode_batch)
-        tasks = [encode([text for _, text in found[start : start + _TASK_DOCUMENTS]]) for start in range(0, len(found), _TASK_DOCUMENTS)]
+        tasks = [
+            encode([text for _, text in found[start : start + _TASK_DOCUMENTS]])
+            for start in range(0, len(found), _TASK_DOCUMENTS)
+        ]
         return len(texts), [number for number, _ in found], tasks

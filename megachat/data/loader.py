@@ -53,12 +53,27 @@ class Loader:
         state: dict | None = None,
     ):
         if rows % ranks:
-            raise UserError(f"{rows} rows a step cannot be dealt evenly to {ranks} data-parallel ranks: make the rows a multiple of {ranks}")
+            raise UserError(
+                f"{rows} rows a step cannot be dealt evenly to {ranks} data-parallel ranks: make the rows a multiple of {ranks}"
+            )
         shards = split_of(open_shards(folder, least=1 if split == "validation" else 2), split)
         corpus = Corpus(shards, seed)
-        self._rows, self._ranks, self._rank, self._row_tokens, self._stream_count = rows, ranks, rank, row_tokens, streams
+        self._rows, self._ranks, self._rank, self._row_tokens, self._stream_count = (
+            rows,
+            ranks,
+            rank,
+            row_tokens,
+            streams,
+        )
         self._documents, self._dtype = corpus.documents, tokenizer.dtype
-        order = {"split": split, "row_tokens": row_tokens, "rows": rows, "streams": streams, "buffer_documents": buffer_documents, "seed": seed}
+        order = {
+            "split": split,
+            "row_tokens": row_tokens,
+            "rows": rows,
+            "streams": streams,
+            "buffer_documents": buffer_documents,
+            "seed": seed,
+        }
         self._settings = loader_state.settings_of(shards, tokenizer, order)
         mine = streams_of(rank, ranks, streams, rows)
         self._now = self._resume(state, mine)
@@ -67,10 +82,14 @@ class Loader:
         self._streams = {}
         for stream in mine:
             buffer = buffer_of(self._share(stream), buffer_documents)
-            self._streams[stream] = Stream(partial(self._feed.take, stream), row_tokens, buffer, corpus.documents, self._now.streams[stream])
+            self._streams[stream] = Stream(
+                partial(self._feed.take, stream), row_tokens, buffer, corpus.documents, self._now.streams[stream]
+            )
         self._ahead: queue.Queue = queue.Queue(maxsize=prefetch_steps)
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._pack_ahead, args=(self._now.step,), name=f"loader-{split}", daemon=True)
+        self._thread = threading.Thread(
+            target=self._pack_ahead, args=(self._now.step,), name=f"loader-{split}", daemon=True
+        )
         self._thread.start()
 
     def _resume(self, state: dict | None, mine: list[int]) -> _Snapshot:
@@ -78,7 +97,10 @@ class Loader:
         if state is None or state["streams"] is None:
             return _Snapshot(0, dict.fromkeys(mine, loader_state.first_state(self._restarts)))
         loader_state.refuse_other(state["header"], self._settings)
-        return _Snapshot(state["header"]["step"], {stream: loader_state.stream_of(state["streams"][stream], self._row_tokens) for stream in mine})
+        return _Snapshot(
+            state["header"]["step"],
+            {stream: loader_state.stream_of(state["streams"][stream], self._row_tokens) for stream in mine},
+        )
 
     def _share(self, stream: int) -> int:
         """Documents of a stream in one epoch."""
@@ -123,7 +145,12 @@ class Loader:
         header = {"step": self._now.step, "epoch": self.epoch, **self._settings, "documents": self._documents}
         if self._restarts:
             header["restarts"] = self._restarts
-        return {"header": header, "streams": {stream: loader_state.arrays_of(packed, self._dtype) for stream, packed in self._now.streams.items()}}
+        return {
+            "header": header,
+            "streams": {
+                stream: loader_state.arrays_of(packed, self._dtype) for stream, packed in self._now.streams.items()
+            },
+        }
 
     def close(self) -> None:
         """Stop the background threads."""
@@ -146,7 +173,9 @@ class Loader:
             while not self._stopped.is_set():
                 batch = self._pack(step)
                 step += 1
-                self._ahead.put((batch, _Snapshot(step, {stream: packer.state() for stream, packer in self._streams.items()})))
+                self._ahead.put(
+                    (batch, _Snapshot(step, {stream: packer.state() for stream, packer in self._streams.items()}))
+                )
         except BaseException as error:  # surfaces in next()
             self._ahead.put(error)
 

@@ -65,7 +65,9 @@ def stream_of(arrays: dict[str, np.ndarray], row_tokens: int) -> StreamState:
             arrays["sequence"].tolist(), arrays["documents"].tolist(), arrays["lengths"].tolist(), pieces, strict=True
         )
     }
-    return StreamState(**dict(zip(_COUNTERS, arrays["counters"].tolist(), strict=True)), ledger=arrays["ledger"].tobytes(), held=held)
+    return StreamState(
+        **dict(zip(_COUNTERS, arrays["counters"].tolist(), strict=True)), ledger=arrays["ledger"].tobytes(), held=held
+    )
 
 
 def settings_of(shards: list[Shard], tokenizer: Tokenizer, order: dict) -> dict:
@@ -76,7 +78,9 @@ def settings_of(shards: list[Shard], tokenizer: Tokenizer, order: dict) -> dict:
 def refuse_other(header: dict, current: dict) -> None:
     """Raise UserError, naming both values, if a saved header belongs to other data, another tokenizer or other settings than `current`."""
     for key, words in _SAME.items():
-        if header.get(key, current[key] if key == "texts" else None) != current[key]:  # early checkpoints do not tell of texts
+        if (
+            header.get(key, current[key] if key == "texts" else None) != current[key]
+        ):  # early checkpoints do not tell of texts
             raise UserError(
                 f"the checkpoint's loader state has {words} {_brief(header.get(key))} but this run has {_brief(current[key])}: "
                 "go on with the checkpoint's or start a new run"
@@ -111,7 +115,11 @@ def begun_anew(checkpoint_step: int, ledger: str | None, header: dict | None) ->
 def first_state(restarts: list[dict]) -> StreamState:
     """A stream before its first row. restarts: the times at which the documents were begun anew, the oldest first: their steps and ledgers are
     the beginning of the new ledger."""
-    return replace(FRESH, ledger=hashlib.sha256(json.dumps(restarts, sort_keys=True).encode()).digest()) if restarts else FRESH
+    return (
+        replace(FRESH, ledger=hashlib.sha256(json.dumps(restarts, sort_keys=True).encode()).digest())
+        if restarts
+        else FRESH
+    )
 
 
 def run_step(header: dict) -> int:
@@ -150,12 +158,18 @@ def load_loader_state(folder: str | Path, needed: Iterable[int]) -> dict:
         path = _path(folder, stream)
         with _in_words(path):
             if not 0 <= stream < header["streams"]:
-                raise UserError(f"{folder} holds {header['streams']} packing streams, not stream {stream}: set data.streams to {header['streams']}")
+                raise UserError(
+                    f"{folder} holds {header['streams']} packing streams, not stream {stream}: set data.streams to {header['streams']}"
+                )
             with np.load(path, allow_pickle=False) as file:
-                arrays = streams[stream] = {name: file[name] for name in ("counters", "ledger", "sequence", "documents", "lengths", "tokens")}
+                arrays = streams[stream] = {
+                    name: file[name] for name in ("counters", "ledger", "sequence", "documents", "lengths", "tokens")
+                }
             strangers = arrays["documents"] % header.get("documents", 1) % header["streams"] != stream
             if "documents" in header and strangers.any():
-                raise UserError(f"{path} is of another stream or run: it holds documents that are not stream {stream}'s; load another checkpoint")
+                raise UserError(
+                    f"{path} is of another stream or run: it holds documents that are not stream {stream}'s; load another checkpoint"
+                )
             packed = stream_of(arrays, header["row_tokens"]).rows
             if packed != rows_before(header["step"], header["rows"], stream, header["streams"]):
                 raise UserError(f"{path} is not of step {header['step']} as {HEADER_FILE} is: load another checkpoint")
@@ -169,9 +183,13 @@ def _in_words(path: Path) -> Iterator[None]:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"the loader state {path} is missing: load another checkpoint") from None
     except OSError as error:
-        raise Unreadable(f"the loader state {path} cannot be read ({error.strerror or error}): make it readable and try again") from None
+        raise Unreadable(
+            f"the loader state {path} cannot be read ({error.strerror or error}): make it readable and try again"
+        ) from None
     except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"the loader state {path} is damaged ({type(error).__name__}): load another checkpoint") from None
+        raise UserError(
+            f"the loader state {path} is damaged ({type(error).__name__}): load another checkpoint"
+        ) from None
 
 
 def _path(folder: Path, stream: int) -> Path:

@@ -80,7 +80,12 @@ class Stream:
     """
 
     def __init__(
-        self, take: Callable[[], tuple[int, np.ndarray]], row_tokens: int, buffer: tuple[int, int], epoch_documents: int, state: StreamState = FRESH
+        self,
+        take: Callable[[], tuple[int, np.ndarray]],
+        row_tokens: int,
+        buffer: tuple[int, int],
+        epoch_documents: int,
+        state: StreamState = FRESH,
     ):
         self._take, self._row_tokens, self._epoch_documents = take, row_tokens, epoch_documents
         self._least, self._refill = buffer
@@ -92,7 +97,13 @@ class Stream:
     def state(self) -> StreamState:
         """The state now, in microseconds: only references are copied."""
         return StreamState(
-            self._next_document, self._next_sequence, self._rows, self._read_tokens, self._cropped_tokens, self._ledger, self._held.copy()
+            self._next_document,
+            self._next_sequence,
+            self._rows,
+            self._read_tokens,
+            self._cropped_tokens,
+            self._ledger,
+            self._held.copy(),
         )
 
     def pack(self, row: np.ndarray) -> None:
@@ -112,7 +123,9 @@ class Stream:
             start += placed
             self._read_tokens += held.length
             self._cropped_tokens += held.length - placed
-            self._ledger = hashlib.sha256(self._ledger + struct.pack("<qq", *divmod(held.number, self._epoch_documents))).digest()
+            self._ledger = hashlib.sha256(
+                self._ledger + struct.pack("<qq", *divmod(held.number, self._epoch_documents))
+            ).digest()
         self._rows += 1
 
     def _hold(self, number: int, tokens: np.ndarray) -> None:

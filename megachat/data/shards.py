@@ -71,14 +71,18 @@ def open_shard(path: Path) -> Shard:
             schema, metadata = file.schema_arrow, file.metadata
         footer = _footer_hash(path, size, length)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read as parquet ({_first_line(error)}): download or prepare it again") from None
+        raise UserError(
+            f"{path} cannot be read as parquet ({_first_line(error)}): download or prepare it again"
+        ) from None
     if "text" not in schema.names:
         raise UserError(
             f"{path} has no `text` column (it has {', '.join(schema.names) or 'none'}): rename the column that holds the documents to `text`"
         )
     kind = schema.field("text").type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise UserError(f"{path} has a `text` column of {kind}, not of strings: write it again with one string for each document")
+        raise UserError(
+            f"{path} has a `text` column of {kind}, not of strings: write it again with one string for each document"
+        )
     return Shard(path, size, tuple(metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)), footer)
 
 
@@ -95,10 +99,14 @@ def open_shards(folder: str | Path, *, least: int = 2) -> list[Shard]:
     if not folder.is_dir():
         raise UserError(f"the data folder {folder} does not exist: make it with tools/prepare_data.py --out {folder}")
     if (folder / UNFINISHED).exists():
-        raise UserError(f"the preparation of {folder} has not ended: run the same tools/prepare_data.py command again to finish it")
+        raise UserError(
+            f"the preparation of {folder} has not ended: run the same tools/prepare_data.py command again to finish it"
+        )
     paths = sorted(folder.glob("*.parquet"))
     if not paths:
-        raise UserError(f"the data folder {folder} holds no .parquet file: make it with tools/prepare_data.py --out {folder} --overwrite")
+        raise UserError(
+            f"the data folder {folder} holds no .parquet file: make it with tools/prepare_data.py --out {folder} --overwrite"
+        )
     if len(paths) < least:
         raise UserError(
             f"the data folder {folder} holds one shard only, {paths[0].name}: at least 2 are needed, because the last one is for validation"
@@ -152,11 +160,16 @@ def load_manifest(folder: Path) -> dict | None:
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        manifest["request"]["source"], [(entry["name"], entry["bytes"], entry["sha256"]) for entry in manifest["shards"]]
+        (
+            manifest["request"]["source"],
+            [(entry["name"], entry["bytes"], entry["sha256"]) for entry in manifest["shards"]],
+        )
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{path} cannot be understood ({_first_line(error)}): prepare the folder again with --overwrite") from None
+        raise UserError(
+            f"{path} cannot be understood ({_first_line(error)}): prepare the folder again with --overwrite"
+        ) from None
     return manifest
 
 
@@ -172,7 +185,9 @@ def _compare(folder: Path, shards: list[Shard], manifest: dict, hashes: bool) ->
                 "prepare the folder again with --overwrite"
             )
         if hashes and sha256_of(folder / name) != entry["sha256"]:
-            raise UserError(f"{folder / name} differs from the SHA-256 in {MANIFEST}: prepare the folder again with --overwrite")
+            raise UserError(
+                f"{folder / name} differs from the SHA-256 in {MANIFEST}: prepare the folder again with --overwrite"
+            )
 
 
 def sha256_of(path: Path) -> str:
@@ -200,14 +215,21 @@ class Corpus:
         self.shards, self.seed = shards, seed
         self.documents = sum(shard.documents for shard in shards)
         if not self.documents:
-            raise UserError(f"{shards[0].path.parent} holds no document in {', '.join(shard.path.name for shard in shards)}: add text")
+            raise UserError(
+                f"{shards[0].path.parent} holds no document in {', '.join(shard.path.name for shard in shards)}: add text"
+            )
 
     def groups(self, epoch: int) -> list[tuple[int, int]]:
         """(shard, row group) in the order of an epoch (counted from 0)."""
         pairs = [(index, group) for index, shard in enumerate(self.shards) for group in range(len(shard.group_rows))]
         if self.seed is None:
             return pairs
-        return sorted(pairs, key=lambda pair: hashlib.sha256(f"{self.seed} {epoch} {self.shards[pair[0]].path.name} {pair[1]}".encode()).digest())
+        return sorted(
+            pairs,
+            key=lambda pair: hashlib.sha256(
+                f"{self.seed} {epoch} {self.shards[pair[0]].path.name} {pair[1]}".encode()
+            ).digest(),
+        )
 
     def read_from(self, number: int) -> Iterator[tuple[int, pa.ChunkedArray]]:
         """Row groups without end, from the one that holds document `number` on: (number of its first document, its `text` column)."""
@@ -227,4 +249,6 @@ class Corpus:
             with pq.ParquetFile(path) as file:
                 return file.read_row_group(group, columns=["text"]).column("text")
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path} is damaged in row group {group} ({_first_line(error)}): download or prepare it again") from None
+            raise UserError(
+                f"{path} is damaged in row group {group} ({_first_line(error)}): download or prepare it again"
+            ) from None

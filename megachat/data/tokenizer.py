@@ -29,7 +29,9 @@ SPECIAL_TOKENS = (
     "<|output_end|>",
 )
 # nanochat's: GPT-4's with numbers in groups of two digits at most, which spends fewer tokens of a small vocabulary on numbers.
-SPLIT_PATTERN = r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
+SPLIT_PATTERN = (
+    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
+)
 
 
 class Tokenizer:
@@ -38,9 +40,17 @@ class Tokenizer:
     fingerprint: SHA-256 (hex) over ranks, special tokens and pattern, all that decides what a text becomes.
     """
 
-    def __init__(self, ranks: dict[bytes, int], special_tokens: Sequence[str] = SPECIAL_TOKENS, pattern: str = SPLIT_PATTERN, name: str = "megachat"):
+    def __init__(
+        self,
+        ranks: dict[bytes, int],
+        special_tokens: Sequence[str] = SPECIAL_TOKENS,
+        pattern: str = SPLIT_PATTERN,
+        name: str = "megachat",
+    ):
         if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([byte]) not in ranks for byte in range(256)):
-            raise UserError(f"the ranks of tokenizer {name} are not 0 to {len(ranks) - 1} with all 256 single bytes among them: train it again")
+            raise UserError(
+                f"the ranks of tokenizer {name} are not 0 to {len(ranks) - 1} with all 256 single bytes among them: train it again"
+            )
         if not special_tokens or special_tokens[0] != BOS or len(set(special_tokens)) != len(special_tokens):
             raise UserError(
                 f"the special tokens of tokenizer {name} are {', '.join(special_tokens) or 'none'}: they must differ and begin with {BOS}"
@@ -53,16 +63,22 @@ class Tokenizer:
         described = json.dumps([hashlib.sha256(rank_file_of(ranks)).hexdigest(), list(special_tokens), pattern])
         self.fingerprint = hashlib.sha256(described.encode()).hexdigest()
         try:
-            self._encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special_tokens)
+            self._encoding = tiktoken.Encoding(
+                name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special_tokens
+            )
         except ValueError as error:
-            raise UserError(f"the split pattern of tokenizer {name} is not a valid expression ({error}): train it again") from None
+            raise UserError(
+                f"the split pattern of tokenizer {name} is not a valid expression ({error}): train it again"
+            ) from None
 
     def encode(self, text: str, *, bos: bool = False) -> np.ndarray:
         """Ids [n] of a text, uint16 (uint32 above 65,536 tokens); `bos` puts BOS in front. Names of special tokens in a text are ordinary text."""
         try:
             ids = self._encoding.encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError:  # lone surrogates, which no UTF-8 can hold
-            ids = self._encoding.encode_to_numpy(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), disallowed_special=())
+            ids = self._encoding.encode_to_numpy(
+                text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), disallowed_special=()
+            )
         tokens = np.empty(len(ids) + bos, dtype=self.dtype)
         tokens[:bos] = self.bos
         tokens[bos:] = ids
@@ -89,7 +105,9 @@ class Tokenizer:
 
 def rank_file_of(ranks: dict[bytes, int]) -> bytes:
     """The rank file's content: a line for each rank, in order."""
-    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda item: item[1]))
+    return b"".join(
+        base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda item: item[1])
+    )
 
 
 def save_tokenizer(folder: str | Path, tokenizer: Tokenizer, origin: dict) -> None:
@@ -130,7 +148,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             f"there is no tokenizer at {folder} ({Path(error.filename).name} is missing): make one with tools/train_tokenizer.py"
         ) from None
     except (ValueError, KeyError, TypeError, OSError, binascii.Error) as error:
-        raise UserError(f"the tokenizer at {folder} cannot be understood ({type(error).__name__}: {error}): train it again") from None
+        raise UserError(
+            f"the tokenizer at {folder} cannot be understood ({type(error).__name__}: {error}): train it again"
+        ) from None
     if (tokenizer.vocab_size, tokenizer.fingerprint) != recorded:
         raise UserError(
             f"{folder / METADATA_FILE} was altered: it does not have its own fingerprint; train the tokenizer again or copy the folder anew"

@@ -22,14 +22,21 @@ def examine(hosts: Sequence[Host], options: Sequence[str], *, port: int, ssh_por
     def ask(host: Host) -> dict | str:
         line = [sys.executable, "tools/doctor.py", "--json", *options]
         try:
-            return last_json(host.name, run_on(host, line, ssh_port=ssh_port, timeout_s=_EXAMINE_S, good=_HEALTHY_OR_NOT))
+            return last_json(
+                host.name, run_on(host, line, ssh_port=ssh_port, timeout_s=_EXAMINE_S, good=_HEALTHY_OR_NOT)
+            )
         except UserError as error:
             return str(error)
 
     with ThreadPoolExecutor(min(64, len(hosts))) as pool:
         answers = dict(zip((host.name for host in hosts), pool.map(ask, hosts), strict=True))
     reports = {name: answer for name, answer in answers.items() if isinstance(answer, dict)}
-    found = {"hosts": reports, "mistakes": [answer for answer in answers.values() if isinstance(answer, str)], "matrix": {}, "pairs": {}}
+    found = {
+        "hosts": reports,
+        "mistakes": [answer for answer in answers.values() if isinstance(answer, str)],
+        "matrix": {},
+        "pairs": {},
+    }
     found["unlike"] = unlike({name: shown_facts(report["facts"]) for name, report in reports.items()})
     if reports:
         try:
@@ -40,8 +47,12 @@ def examine(hosts: Sequence[Host], options: Sequence[str], *, port: int, ssh_por
             found["matrix"] = {name: rank["matrix"] for name, rank in zip(reports, told, strict=True)}
             names = list(reports)
             pairs = {pair: rate for rank in told for pair, rate in rank["pairs"].items()}
-            found["pairs"] = {" ".join(names[int(place)] for place in pair.split()): rate for pair, rate in sorted(pairs.items())}
-    devices = {f"{name} device {index}": rate for name, rates in found["matrix"].items() for index, rate in enumerate(rates)}
+            found["pairs"] = {
+                " ".join(names[int(place)] for place in pair.split()): rate for pair, rate in sorted(pairs.items())
+            }
+    devices = {
+        f"{name} device {index}": rate for name, rates in found["matrix"].items() for index, rate in enumerate(rates)
+    }
     found["slow"] = {"matrix": slow(devices), "pairs": slow(found["pairs"])}
     return found
 
@@ -70,7 +81,14 @@ def _measured(names: Sequence[str], port: int, ssh_port: int | None) -> list[dic
     """What every host's rank of megachat/doctor/rank.py tells, in their order. Raises UserError with the first complaint."""
     started = []
     for rank, name in enumerate(names):
-        told = {"RANK": rank, "WORLD_SIZE": len(names), "LOCAL_RANK": 0, "LOCAL_SIZE": 1, "MASTER_ADDR": names[0], "MASTER_PORT": port}
+        told = {
+            "RANK": rank,
+            "WORLD_SIZE": len(names),
+            "LOCAL_RANK": 0,
+            "LOCAL_SIZE": 1,
+            "MASTER_ADDR": names[0],
+            "MASTER_PORT": port,
+        }
         line = ["env", *(f"{key}={value}" for key, value in told.items()), sys.executable, "megachat/doctor/rank.py"]
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "stdin": subprocess.DEVNULL}
         started.append(subprocess.Popen(remote_line(name, line, ssh_port), **streams))
@@ -84,7 +102,9 @@ def _measured(names: Sequence[str], port: int, ssh_port: int | None) -> list[dic
             err += f"no answer within {_MEASURE_S} s"
         if process.returncode:
             lines = err.strip().splitlines() or ["no message"]
-            mistakes.append(f"{name} could not be measured: {next((x for x in lines if x.startswith('error:')), lines[-1]).removeprefix('error: ')}")
+            mistakes.append(
+                f"{name} could not be measured: {next((x for x in lines if x.startswith('error:')), lines[-1]).removeprefix('error: ')}"
+            )
         first = out if rank == 0 else first
     if mistakes:
         raise UserError("\n".join(mistakes))
@@ -96,36 +116,84 @@ def described(found: dict, slots: Mapping[str, int]) -> str:
     matrix, pairs, reports = found["matrix"], found["pairs"], found["hosts"]
     rows = [("host", "slots", "cores", "memory", "gpus", "matrix TFLOP/s", "slowest to", "GB/s", "traps")]
     for name, report in reports.items():
-        rates = [_marked(f"{rate / 1e12:.3g}", f"{name} device {n}" in found["slow"]["matrix"]) for n, rate in enumerate(matrix.get(name, []))]
-        pair, rate = min(((pair, rate) for pair, rate in pairs.items() if pair.split()[0] == name), key=lambda item: item[1], default=("- -", None))
+        rates = [
+            _marked(f"{rate / 1e12:.3g}", f"{name} device {n}" in found["slow"]["matrix"])
+            for n, rate in enumerate(matrix.get(name, []))
+        ]
+        pair, rate = min(
+            ((pair, rate) for pair, rate in pairs.items() if pair.split()[0] == name),
+            key=lambda item: item[1],
+            default=("- -", None),
+        )
         speed = "-" if rate is None else _marked(f"{rate / 1e9:.3g}", pair in found["slow"]["pairs"])
-        memory, traps = f"{report['facts']['memory_bytes'] / 1e9:.0f} GB", ", ".join(trap["name"] for trap in report["traps"]) or "none"
+        memory, traps = (
+            f"{report['facts']['memory_bytes'] / 1e9:.0f} GB",
+            ", ".join(trap["name"] for trap in report["traps"]) or "none",
+        )
         gpus = shown_facts(report["facts"])["gpus"]
-        rows.append((name, str(slots[name]), str(report["facts"]["cores"]), memory, gpus, " ".join(rates) or "-", pair.split()[1], speed, traps))
+        rows.append(
+            (
+                name,
+                str(slots[name]),
+                str(report["facts"]["cores"]),
+                memory,
+                gpus,
+                " ".join(rates) or "-",
+                pair.split()[1],
+                speed,
+                traps,
+            )
+        )
     lines = [*table(rows), f"(* below {SLOW} of the median of all)"]
     same = next(iter(reports.values()), None)
     if same and len(reports) > 1:
         alike = [f"{name} {value}" for name, value in shown_facts(same["facts"]).items() if name not in found["unlike"]]
         lines += ["", "the same on all: " + ", ".join(alike)]
-    lines += [f"unlike: {fact}: " + ", ".join(f"{host} {value}" for host, value in by_host.items()) for fact, by_host in found["unlike"].items()]
+    lines += [
+        f"unlike: {fact}: " + ", ".join(f"{host} {value}" for host, value in by_host.items())
+        for fact, by_host in found["unlike"].items()
+    ]
     if len(pairs) > 2:
         names = list(reports)
         lines += ["", "GB/s from row to column"]
         grid = [("", *names)]
         for one in names:
             cells = [(f"{one} {other}", pairs.get(f"{one} {other}")) for other in names]
-            grid.append((one, *("-" if rate is None else _marked(f"{rate / 1e9:.3g}", pair in found["slow"]["pairs"]) for pair, rate in cells)))
+            grid.append(
+                (
+                    one,
+                    *(
+                        "-" if rate is None else _marked(f"{rate / 1e9:.3g}", pair in found["slow"]["pairs"])
+                        for pair, rate in cells
+                    ),
+                )
+            )
         lines += table(grid)
     for name, report in reports.items():
-        lines += [f"trap on {name}: {trap['name']}: {trap['what']}\n    repair there: {trap['repair']}" for trap in report["traps"]]
+        lines += [
+            f"trap on {name}: {trap['name']}: {trap['what']}\n    repair there: {trap['repair']}"
+            for trap in report["traps"]
+        ]
     lines += [f"slow: {name}" for kind in ("matrix", "pairs") for name in found["slow"][kind]]
     lines += [f"mistake: {line}" for mistake in found["mistakes"] for line in mistake.splitlines()]
-    return "\n".join([*lines, "all hosts are healthy and alike" if is_healthy(found) else "this is not as it should be: see the lines above"])
+    return "\n".join(
+        [
+            *lines,
+            "all hosts are healthy and alike"
+            if is_healthy(found)
+            else "this is not as it should be: see the lines above",
+        ]
+    )
 
 
 def is_healthy(found: dict) -> bool:
     """Nothing was found on any host or between them."""
-    return not (found["mistakes"] or found["unlike"] or any(found["slow"].values()) or any(report["traps"] for report in found["hosts"].values()))
+    return not (
+        found["mistakes"]
+        or found["unlike"]
+        or any(found["slow"].values())
+        or any(report["traps"] for report in found["hosts"].values())
+    )
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:

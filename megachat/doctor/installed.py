@@ -19,7 +19,17 @@ from megachat.errors import summary
 from megachat.job.host_probe import PACKAGES, code_hashes
 
 TE_PACKAGES = ("transformer_engine", "transformer_engine_torch", "transformer_engine_cu12", "transformer_engine_cu13")
-_SHOWN = (*PACKAGES, *TE_PACKAGES, "flash-attn", "flash-attn-3", "flash-attn-4", "apex", "mpi4py", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
+_SHOWN = (
+    *PACKAGES,
+    *TE_PACKAGES,
+    "flash-attn",
+    "flash-attn-3",
+    "flash-attn-4",
+    "apex",
+    "mpi4py",
+    "nvidia-cudnn-cu12",
+    "nvidia-cudnn-cu13",
+)
 _COMMAND_S = 20
 
 
@@ -30,11 +40,14 @@ def installed() -> dict:
         "host": socket.gethostname(),
         "python": platform.python_version(),
         "interpreter": sys.executable,
-        "code": hashlib.sha256(json.dumps(code_hashes(Path(__file__).resolve().parents[2])).encode()).hexdigest()[:8],  # of this project's files
+        "code": hashlib.sha256(json.dumps(code_hashes(Path(__file__).resolve().parents[2])).encode()).hexdigest()[
+            :8
+        ],  # of this project's files
         "driver": driver,
         "gpus": gpus,
         "packages": {name: there for name in _SHOWN if (there := version(name))},
-        "modules": {name: _has_module(name) for name in ("amp_C", "flash_attn_interface")} | {"apex.multi_tensor_apply": _is_nvidias_apex()},
+        "modules": {name: _has_module(name) for name in ("amp_C", "flash_attn_interface")}
+        | {"apex.multi_tensor_apply": _is_nvidias_apex()},
         "nvcc": _nvcc(),
         "mpirun": _first_line("mpirun", "--version"),
         "pdsh": _first_line("pdsh", "-V"),
@@ -51,7 +64,15 @@ def installed() -> dict:
 
 def _torch_facts() -> dict:
     """torch_error: why torch cannot be imported, else None; then its build, what it sees, and the libraries that it has loaded."""
-    nothing = {"cuda": None, "torch_sees": [], "cudnn": None, "cudnn_error": None, "cudnn_files": [], "cudnn_elsewhere": {}, "nccl": None}
+    nothing = {
+        "cuda": None,
+        "torch_sees": [],
+        "cudnn": None,
+        "cudnn_error": None,
+        "cudnn_files": [],
+        "cudnn_elsewhere": {},
+        "nccl": None,
+    }
     nothing |= {name: _variable(name) for name in ("LD_BIND_NOW", "CUDA_HOME", "CUDA_VISIBLE_DEVICES")}
     try:
         import torch
@@ -67,9 +88,15 @@ def _torch_facts() -> dict:
             torch.nn.functional.conv2d(torch.zeros(1, 1, 8, 8, device="cuda"), torch.zeros(1, 1, 3, 3, device="cuda"))
     except RuntimeError as error:
         found["cudnn_error"] = str(error).partition("\n")[0]
-    found["cudnn_files"] = sorted({line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libcudnn" in line})
-    where = {name: _variable(name) for name in ("CUDNN_HOME", "CUDNN_PATH", "CUDA_HOME", "CUDA_PATH")} | {"": "/usr/local/cuda"}
-    found["cudnn_elsewhere"] = {name: file for name, folder in where.items() if folder and (file := _cudnn_below(folder))}
+    found["cudnn_files"] = sorted(
+        {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libcudnn" in line}
+    )
+    where = {name: _variable(name) for name in ("CUDNN_HOME", "CUDNN_PATH", "CUDA_HOME", "CUDA_PATH")} | {
+        "": "/usr/local/cuda"
+    }
+    found["cudnn_elsewhere"] = {
+        name: file for name, folder in where.items() if folder and (file := _cudnn_below(folder))
+    }
     return found
 
 
@@ -129,7 +156,11 @@ def _has_module(name: str) -> bool:
 def _is_nvidias_apex() -> bool:
     """Whether the package apex, if there is one, is NVIDIA's; it is not imported, because it may be anything."""
     spec = importlib.util.find_spec("apex")
-    return any(Path(folder, "multi_tensor_apply").is_dir() for folder in (spec.submodule_search_locations or ())) if spec else False
+    return (
+        any(Path(folder, "multi_tensor_apply").is_dir() for folder in (spec.submodule_search_locations or ()))
+        if spec
+        else False
+    )
 
 
 def _told(*line: str) -> str | None:

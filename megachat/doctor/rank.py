@@ -31,7 +31,9 @@ def matrix_rates(device: torch.device) -> list[float]:
     found = []
     for index in range(torch.cuda.device_count() if kind == "cuda" else 1):
         where = torch.device(kind, index) if kind == "cuda" else device
-        one = torch.ones(_SIDE[kind], _SIDE[kind], device=where, dtype=torch.bfloat16 if kind == "cuda" else torch.float32)
+        one = torch.ones(
+            _SIDE[kind], _SIDE[kind], device=where, dtype=torch.bfloat16 if kind == "cuda" else torch.float32
+        )
         seconds = []
         for _ in range(_TIMES + 1):
             synchronize(where)
@@ -40,7 +42,9 @@ def matrix_rates(device: torch.device) -> list[float]:
                 one @ one
             synchronize(where)
             seconds.append(time.perf_counter() - begin)
-        found.append(2 * _SIDE[kind] ** 3 * _PRODUCTS[kind] / statistics.median(seconds[1:]))  # the first is not counted
+        found.append(
+            2 * _SIDE[kind] ** 3 * _PRODUCTS[kind] / statistics.median(seconds[1:])
+        )  # the first is not counted
     return found
 
 
@@ -58,7 +62,10 @@ def rounds_of_pairs(count: int) -> list[list[tuple[int, int]]]:
 
 def sent_rate(sender: bool, other: int, device: torch.device) -> float:
     """Bytes a second from one rank to another, the median of some; both call it."""
-    data, answer = torch.zeros(_SENT_BYTES[device.type], dtype=torch.uint8, device=device), torch.zeros(1, device=device)
+    data, answer = (
+        torch.zeros(_SENT_BYTES[device.type], dtype=torch.uint8, device=device),
+        torch.zeros(1, device=device),
+    )
     seconds = []
     for _ in range(_TIMES + 1):
         synchronize(device)
@@ -88,7 +95,11 @@ def main() -> None:
     """Measures on this rank and, on rank 0, prints every rank's result as JSON."""
     environment = bootstrap_environment()
     device = choose_device(environment)
-    own = {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "matrix": matrix_rates(device), "pairs": {}}
+    own = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "matrix": matrix_rates(device),
+        "pairs": {},
+    }
     told = [own]
     if environment.world_size > 1:
         with gathered(environment, {}, _GATHER_S), contextlib.redirect_stdout(sys.stderr):

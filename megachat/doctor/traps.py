@@ -35,13 +35,25 @@ def _torch(facts: dict) -> list[Trap]:
     packages, cuda = facts["packages"], facts["cuda"]
     if facts["torch_error"]:
         what = f"torch {packages.get('torch', '(none)')} cannot be imported: {facts['torch_error']}"
-        return [Trap("torch", what, "pip install --force-reinstall torch" if "torch" in packages else "source launch/setup.sh")]
+        return [
+            Trap(
+                "torch",
+                what,
+                "pip install --force-reinstall torch" if "torch" in packages else "source launch/setup.sh",
+            )
+        ]
     found = []
     driver = _numbers(facts["driver"] or "")
     if facts["gpus"] and cuda is None:
         index = "cu130" if driver >= _OLDEST_DRIVER[13] else "cu126"
         what = f"this machine has {len(facts['gpus'])} GPU(s) ({facts['gpus'][0]}) but torch {packages.get('torch')} is a CPU build"
-        found.append(Trap("torch-cpu", what, f"pip install --force-reinstall 'torch>=2.11' --index-url https://download.pytorch.org/whl/{index}"))
+        found.append(
+            Trap(
+                "torch-cpu",
+                what,
+                f"pip install --force-reinstall 'torch>=2.11' --index-url https://download.pytorch.org/whl/{index}",
+            )
+        )
     elif cuda and facts["driver"] and driver < (oldest := _OLDEST_DRIVER.get(int(cuda.partition(".")[0]), ())):
         needed = ".".join(map(str, oldest))
         what = f"the driver {facts['driver']} is older than {needed}, which the CUDA {cuda} of torch {packages.get('torch')} needs"
@@ -66,7 +78,9 @@ def _packages(facts: dict) -> list[Trap]:
         what = f"deepspeed is {packages.get('deepspeed', 'not installed')}, and megachat overrides private methods of {pinned}"
         found.append(Trap("deepspeed", what, f"pip install deepspeed=={pinned}"))
     if facts["torch_sees"] and "flash-attn" in packages and (error := _import_error("flash_attn")):
-        repair = "FLASH_ATTENTION_FORCE_BUILD=TRUE pip install --no-build-isolation --no-deps --force-reinstall flash-attn"
+        repair = (
+            "FLASH_ATTENTION_FORCE_BUILD=TRUE pip install --no-build-isolation --no-deps --force-reinstall flash-attn"
+        )
         found.append(Trap("flash-attn", f"flash-attn {packages['flash-attn']} cannot be imported: {error}", repair))
     return found
 
@@ -76,14 +90,24 @@ def _te(facts: dict) -> list[Trap]:
     if not packages or facts["torch_error"]:
         return []
     cores = [name for name in packages if "_cu" in name]
-    repair = _TE.format(12 if cores == ["transformer_engine_cu12"] else 13, packages.get("transformer_engine", _TE_VERSION).partition("+")[0])
+    repair = _TE.format(
+        12 if cores == ["transformer_engine_cu12"] else 13,
+        packages.get("transformer_engine", _TE_VERSION).partition("+")[0],
+    )
     found = []
     if facts["LD_BIND_NOW"]:
         what = "LD_BIND_NOW is set, and Transformer Engine refers to functions that the cuBLAS of torch may lack and that it never calls"
         found.append(Trap("LD_BIND_NOW", what, "unset LD_BIND_NOW"))
     if len({version.partition("+")[0] for version in packages.values()}) > 1:
         told = ", ".join(f"{name} {version}" for name, version in packages.items())
-        return [*found, Trap("te-versions", f"Transformer Engine's packages have several versions ({told}), which must be one", repair)]
+        return [
+            *found,
+            Trap(
+                "te-versions",
+                f"Transformer Engine's packages have several versions ({told}), which must be one",
+                repair,
+            ),
+        ]
     built = re.search(r"torch(\d+\.\d+)", packages.get("transformer_engine_torch", ""))
     torch = facts["packages"].get("torch", "")
     if built and not torch.startswith(built[1] + "."):
@@ -107,10 +131,18 @@ def _cudnn(facts: dict) -> list[Trap]:
         return [Trap("cudnn", f"torch cannot use its cuDNN: {facts['cudnn_error']}", "unset LD_LIBRARY_PATH")]
     both = [name for name in ("nvidia-cudnn-cu12", "nvidia-cudnn-cu13") if name in packages]
     if len(both) == 2:
-        what = f"cuDNN is installed twice into one folder: {both[0]} {packages[both[0]]} and {both[1]} {packages[both[1]]}"
+        what = (
+            f"cuDNN is installed twice into one folder: {both[0]} {packages[both[0]]} and {both[1]} {packages[both[1]]}"
+        )
         other = both[0] if (facts["cuda"] or "13").startswith("13") else both[1]
         kept = both[1] if other == both[0] else both[0]
-        return [Trap("cudnn", what, f"pip uninstall -y {other} && pip install --force-reinstall --no-deps {kept}=={packages[kept]}")]
+        return [
+            Trap(
+                "cudnn",
+                what,
+                f"pip uninstall -y {other} && pip install --force-reinstall --no-deps {kept}=={packages[kept]}",
+            )
+        ]
     folders = sorted({str(Path(file).parent) for file in facts["cudnn_files"]})
     if len(folders) > 1:
         return [Trap("cudnn", f"torch has loaded parts of cuDNN from {' and '.join(folders)}", "unset LD_LIBRARY_PATH")]
@@ -131,14 +163,18 @@ def _machine(facts: dict, config) -> list[Trap]:
     found = []
     if facts["cuda"] and facts["gpus"] and facts["nvcc"] is None:
         home, major = facts["CUDA_HOME"], facts["cuda"].replace(".", "-")
-        what = (
-            f"{'CUDA_HOME=' + home + ' has no bin/nvcc' if home else 'there is no nvcc'}: neither DeepSpeed's ops nor Transformer Engine can be built"
-        )
+        what = f"{'CUDA_HOME=' + home + ' has no bin/nvcc' if home else 'there is no nvcc'}: neither DeepSpeed's ops nor Transformer Engine can be built"
         toolkits = sorted(str(path.parents[2]) for path in Path("/usr/local").glob("cuda*/bin/nvcc"))
         repair = f"export CUDA_HOME={toolkits[-1]}" if toolkits else f"sudo apt-get install -y cuda-toolkit-{major}"
         found.append(Trap("nvcc", what, repair))
     if facts["compiler"] is None and (config.precision.compile or facts["torch_sees"]):
-        found.append(Trap("compiler", "there is no C++ compiler, which torch.compile and Triton need", "sudo apt-get install -y g++"))
+        found.append(
+            Trap(
+                "compiler",
+                "there is no C++ compiler, which torch.compile and Triton need",
+                "sudo apt-get install -y g++",
+            )
+        )
     if len(facts["gpus"]) > 1 and facts["shm_bytes"] is not None and facts["shm_bytes"] < _LEAST_SHM_BYTES:
         what = f"/dev/shm has {facts['shm_bytes'] >> 20} MiB, too little for NCCL between {len(facts['gpus'])} GPUs (docker run --ipc=host avoids it)"
         found.append(Trap("shm", what, "sudo mount -o remount,size=8G /dev/shm"))

@@ -15,7 +15,9 @@ from megachat.parallel.tensor import vocabulary_part
 from megachat.planning.dimensions import Dimensions
 
 
-def evaluate_chunks(engine: Engine, micro_batches: Sequence[tuple], chunks: Sequence[Chunk], measure: nn.Module | None = None) -> list[torch.Tensor]:
+def evaluate_chunks(
+    engine: Engine, micro_batches: Sequence[tuple], chunks: Sequence[Chunk], measure: nn.Module | None = None
+) -> list[torch.Tensor]:
     """`engine.evaluate`, where micro-batch i is the pass of chunks[i]; all ranks call it alike.
 
     The ids [rows, tokens] of all micro-batches have one shape: `tokens` is a multiple of the tensor axis under parallel.sequence, and at least
@@ -23,7 +25,9 @@ def evaluate_chunks(engine: Engine, micro_batches: Sequence[tuple], chunks: Sequ
     """
     try:
         with torch.compiler.set_stance("force_eager"):  # each shape would be compiled anew
-            return engine.evaluate(micro_batches, measure, begins=lambda number: set_past(engine.module, chunks[number]))
+            return engine.evaluate(
+                micro_batches, measure, begins=lambda number: set_past(engine.module, chunks[number])
+            )
     finally:
         set_past(engine.module, None)
 

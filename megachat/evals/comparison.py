@@ -21,14 +21,20 @@ def compare(first: Side, second: Side, *, same_weights: bool = False) -> dict:
     every = [set(tasks) for side in sections for tasks in side]
     shared = [label for label in sections[0][0] if all(label in tasks for tasks in every)]
     if not shared:
-        path = next((path for side in (first, second) for path, told in side if not told.get("core", {}).get("tasks")), None)
+        path = next(
+            (path for side in (first, second) for path, told in side if not told.get("core", {}).get("tasks")), None
+        )
         why = f"{path} has no CORE" if path else "they have no task in common"
-        raise UserError(f"these evaluations cannot be compared, because {why}: evaluate with launch/evaluate.py --core and the same tasks")
+        raise UserError(
+            f"these evaluations cannot be compared, because {why}: evaluate with launch/evaluate.py --core and the same tasks"
+        )
     left, right = (_scored(side, tasks, shared) for side, tasks in zip((first, second), sections, strict=True))
     same = {label: _examples(sections[0][0][label]) == _examples(sections[1][0][label]) for label in shared}
     for label in shared:
         if left[label].baseline != right[label].baseline:
-            raise UserError(f"{first[0][0]} and {second[0][0]} have other baselines of {label}: evaluate both with the same bundle")
+            raise UserError(
+                f"{first[0][0]} and {second[0][0]} have other baselines of {label}: evaluate both with the same bundle"
+            )
     found = difference(left, right, same_examples=same, same_weights=same_weights)
     word = "cannot tell"
     if abs(found.value) > SIGMAS * found.both:
@@ -62,7 +68,9 @@ def _scored(side: Side, tasks: list[dict], labels: list[str]) -> dict[str, Score
     for label in labels:
         for (path, _), task in zip(side, tasks, strict=True):
             if _examples(task[label]) != _examples(tasks[0][label]):
-                raise UserError(f"{path} answered other examples of {label} than {side[0][0]}: evaluate both with one bundle and --max-per-task")
+                raise UserError(
+                    f"{path} answered other examples of {label} than {side[0][0]}: evaluate both with one bundle and --max-per-task"
+                )
     answers = [{label: [answer == "1" for answer in task[label]["right"]] for label in labels} for task in tasks]
     return scored(answers, {label: tasks[0][label]["baseline"] for label in labels})
 
@@ -71,7 +79,9 @@ def judge(side: Side) -> dict:
     """JSON values: the mean CORE of runs of one recipe, its error, and the verdict against GPT-2. Raises UserError when one of them has no CORE."""
     for path, told in side:
         if told.get("core", {}).get("core_metric") is None:
-            raise UserError(f"{path} has no value of CORE, which takes all of its {len(CORE_TASKS)} tasks: evaluate with the whole bundle")
+            raise UserError(
+                f"{path} has no value of CORE, which takes all of its {len(CORE_TASKS)} tasks: evaluate with the whole bundle"
+            )
     found = estimate(_scored(side, [told["core"]["tasks"] for _, told in side], list(CORE_TASKS)))
     return {
         "runs": [str(path) for path, _ in side],
@@ -98,10 +108,24 @@ def describe(told: dict) -> list[str]:
     rows = [("task", "first", "second", "centered difference", "+-", "")]
     for label, task in told["tasks"].items():
         means = [f"{mean:.4f}" for mean in task["means"]]
-        rows.append((label, *means, f"{task['difference']:+.4f}", f"{task['deviation']:.4f}", "" if task["paired"] else "other examples"))
+        rows.append(
+            (
+                label,
+                *means,
+                f"{task['difference']:+.4f}",
+                f"{task['deviation']:.4f}",
+                "" if task["paired"] else "other examples",
+            )
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:], strict=False)), row[-1]])
+        "  ".join(
+            [
+                row[0].ljust(widths[0]),
+                *(cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:], strict=False)),
+                row[-1],
+            ]
+        )
         for row in rows
     ]
     deviation = told["deviation"]

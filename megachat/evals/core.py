@@ -59,13 +59,20 @@ class CoreResults:
 
 
 def evaluate_core(
-    model: Evaluator, tasks: Sequence[Task], tokenizer: Tokenizer, *, max_per_task: int, told: Callable[[int, int], object] = lambda done, of: None
+    model: Evaluator,
+    tasks: Sequence[Task],
+    tokenizer: Tokenizer,
+    *,
+    max_per_task: int,
+    told: Callable[[int, int], object] = lambda done, of: None,
 ) -> CoreResults:
     """Ask every example of the tasks; all ranks call it and get the same. max_per_task: -1 for all. told: (examples done, of), on every rank.
 
     Raises UserError as `questions` does.
     """
-    asked = [question for task in tasks for question in questions(task, tokenizer, model.dims.sequence_len, max_per_task)]
+    asked = [
+        question for task in tasks for question in questions(task, tokenizer, model.dims.sequence_len, max_per_task)
+    ]
     mesh, multiple = model.mesh, model.mesh.tensor.size if model.sequence else 1
     parts = mesh.pipeline.size  # micro-batches of a pass, so that no stage waits while another works
     all_ranks = dealt(batches(asked, model.tokens_a_pass), mesh.data.size, multiple, parts)
@@ -135,9 +142,13 @@ class _Passes:
         chunks, rows, each = [None] * self.parts, list(batch.rows), -(-len(batch.rows) // self.parts)
         if batch.contexts:
             of_part = _cut(range(len(batch.contexts)), self.parts)
-            caches = [Cache(self.model.dims, max(1, max(map(len, of_part))), max(map(len, batch.contexts))) for _ in of_part]
+            caches = [
+                Cache(self.model.dims, max(1, max(map(len, of_part))), max(map(len, batch.contexts))) for _ in of_part
+            ]
             self._prefill(batch, of_part, caches, shapes[0][1])
-            rows_of_part = [[row for row, context in zip(batch.rows, batch.of, strict=True) if context in own] for own in of_part]
+            rows_of_part = [
+                [row for row, context in zip(batch.rows, batch.of, strict=True) if context in own] for own in of_part
+            ]
             each = max(map(len, rows_of_part))
             chunks = [
                 cache.branch(_filled([context - own.start for context in batch.of if context in own], each, 0))
@@ -166,7 +177,11 @@ class _Passes:
     def _told(self, rows_of_part: list, found: list[torch.Tensor]) -> list[tuple[int, float]]:
         if not found or self.model.mesh.tensor.rank:
             return []
-        pairs = [pair for own, values in zip(rows_of_part, found, strict=True) for pair in zip(own, values.tolist(), strict=False)]
+        pairs = [
+            pair
+            for own, values in zip(rows_of_part, found, strict=True)
+            for pair in zip(own, values.tolist(), strict=False)
+        ]
         return [(row.found, value) for row, value in pairs if row.found >= 0]
 
 
@@ -198,7 +213,9 @@ class _Answers(nn.Module):
         else:
             values = token_nats(asked, weight, wanted, self.dims.vocab_size, LOGIT_CAP, self.part).double()
         total = torch.zeros(len(targets), dtype=torch.float64, device=targets.device).index_add_(0, row, values)
-        return total if self.exact else total / (targets >= 0).sum(dim=1)  # nan for an answer without tokens, as where one choice begins another
+        return (
+            total if self.exact else total / (targets >= 0).sum(dim=1)
+        )  # nan for an answer without tokens, as where one choice begins another
 
 
 def _micro_batch(rows: Sequence, each: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -73,7 +73,9 @@ class Bundle:
     digest: str
 
 
-def open_bundle(path: str | Path | None, only: Collection[str] | None = None, *, say: Callable[[str], None] = print) -> Bundle:
+def open_bundle(
+    path: str | Path | None, only: Collection[str] | None = None, *, say: Callable[[str], None] = print
+) -> Bundle:
     """The tasks of a bundle, in its order: a folder, a zip, or None for the one that is downloaded once. only: labels of the tasks to take.
 
     Every line of every task taken is read and checked. Raises UserError naming the file, and the line, that is wrong; for a label that is unknown.
@@ -101,13 +103,17 @@ def check_cap(bundle: Bundle, max_per_task: int, option: str) -> None:
         raise UserError(f"{option} is {max_per_task}: give 1 or more, or -1 for all")
     for task in bundle.tasks:
         if 0 <= max_per_task <= task.shots:
-            raise UserError(f"{option} is {max_per_task}, too few for {task.label} with {task.shots} shots: give {task.shots + 1} or more")
+            raise UserError(
+                f"{option} is {max_per_task}, too few for {task.label} with {task.shots} shots: give {task.shots + 1} or more"
+            )
 
 
 def _root(path: Path) -> Path | zipfile.Path:
     """The folder with core.yaml: the one given, or `eval_bundle` in it, in a zip too."""
     if not path.exists():
-        raise UserError(f"the CORE bundle {path} does not exist: give a folder or zip with {_INDEX}, or none to download it")
+        raise UserError(
+            f"the CORE bundle {path} does not exist: give a folder or zip with {_INDEX}, or none to download it"
+        )
     try:
         root = path if path.is_dir() else zipfile.Path(path)
     except (zipfile.BadZipFile, OSError) as error:
@@ -124,7 +130,9 @@ def _text(file: Path | zipfile.Path) -> str:
     try:
         return file.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start:,}): get the bundle again") from None
+        raise UserError(
+            f"{file} is not UTF-8 text ({error.reason} at byte {error.start:,}): get the bundle again"
+        ) from None
 
 
 def _listed(root: Path | zipfile.Path) -> list[dict]:
@@ -153,7 +161,9 @@ def _listed(root: Path | zipfile.Path) -> list[dict]:
         if labels.count(entry["label"]) > 1:
             raise UserError(f"{file} lists {entry['label']} twice: keep one")
         if entry["kind"] not in _KINDS:
-            raise UserError(f"{file}: {entry['label']} is of the unknown type {entry['kind']!r}: it can be {', '.join(_KINDS)}")
+            raise UserError(
+                f"{file}: {entry['label']} is of the unknown type {entry['kind']!r}: it can be {', '.join(_KINDS)}"
+            )
         if entry["shots"] < 0:
             raise UserError(f"{file}: {entry['label']} has {entry['shots']} shots: give 0 or more")
     if not listed:
@@ -167,7 +177,9 @@ def _baselines(file: Path | zipfile.Path) -> dict[str, str]:
         rows = list(csv.DictReader(io.StringIO(_text(file))))
         return {row["Eval Task"]: row["Random baseline"] for row in rows}
     except (KeyError, csv.Error) as error:
-        raise UserError(f"{file} has no columns `Eval Task` and `Random baseline` ({error}): get the bundle again") from None
+        raise UserError(
+            f"{file} has no columns `Eval Task` and `Random baseline` ({error}): get the bundle again"
+        ) from None
 
 
 def _task(root: Path | zipfile.Path, entry: dict, baselines: dict[str, str]) -> Task:
@@ -179,13 +191,23 @@ def _task(root: Path | zipfile.Path, entry: dict, baselines: dict[str, str]) -> 
         if not 0 <= baseline < 1:
             raise ValueError
     except (TypeError, ValueError):
-        raise UserError(f"{table}: the baseline of {label} is {baselines[label]!r}: give percent, 0 or more and less than 100") from None
+        raise UserError(
+            f"{table}: the baseline of {label} is {baselines[label]!r}: give percent, 0 or more and less than 100"
+        ) from None
     content = _text(file)
-    examples = tuple(_example(line, number, file, entry["kind"]) for number, line in enumerate(content.removesuffix("\n").split("\n"), 1))
+    examples = tuple(
+        _example(line, number, file, entry["kind"])
+        for number, line in enumerate(content.removesuffix("\n").split("\n"), 1)
+    )
     if len(examples) <= entry["shots"]:
-        raise UserError(f"{file} has {len(examples)} examples, too few for {entry['shots']} shots and a question: add more")
+        raise UserError(
+            f"{file} has {len(examples)} examples, too few for {entry['shots']} shots and a question: add more"
+        )
     task = Task(label, entry["kind"], entry["shots"], entry["delimiter"], baseline, examples)
-    facts = json.dumps([task.label, task.kind, task.shots, task.delimiter, task.baseline]) + hashlib.sha256(content.encode()).hexdigest()
+    facts = (
+        json.dumps([task.label, task.kind, task.shots, task.delimiter, task.baseline])
+        + hashlib.sha256(content.encode()).hexdigest()
+    )
     return replace(task, digest=hashlib.sha256(facts.encode()).hexdigest())
 
 
@@ -195,17 +217,25 @@ def _example(line: str, number: int, file: Path | zipfile.Path, kind: str) -> di
     try:
         example = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON ({error.msg} at column {error.colno}): repair it or get the bundle again") from None
+        raise UserError(
+            f"{where} is not JSON ({error.msg} at column {error.colno}): repair it or get the bundle again"
+        ) from None
     if not isinstance(example, dict):
         raise UserError(f"{where} is not a JSON object: repair it or get the bundle again")
     choices, texts = _KINDS[kind]
     for key in texts:
         if not isinstance(example.get(key), str):
-            raise UserError(f"{where} has no text `{key}`, which a {kind} task needs: repair it or get the bundle again")
+            raise UserError(
+                f"{where} has no text `{key}`, which a {kind} task needs: repair it or get the bundle again"
+            )
     if choices:
         options, gold = example.get(choices), example.get("gold")
         if not (isinstance(options, list) and len(options) > 1 and all(isinstance(option, str) for option in options)):
-            raise UserError(f"{where} has no two texts or more in `{choices}`, which a {kind} task needs: repair it or get the bundle again")
+            raise UserError(
+                f"{where} has no two texts or more in `{choices}`, which a {kind} task needs: repair it or get the bundle again"
+            )
         if type(gold) is not int or not 0 <= gold < len(options):
-            raise UserError(f"{where} has `gold` {gold!r}, which is none of its {len(options)} `{choices}`, counted from 0: repair it")
+            raise UserError(
+                f"{where} has `gold` {gold!r}, which is none of its {len(options)} `{choices}`, counted from 0: repair it"
+            )
     return example

@@ -14,7 +14,9 @@ BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip
 PLACE = Path("data") / "eval_bundle.zip"
 
 
-def downloaded_bundle(say: Callable[[str], None] = print, *, url: str = BUNDLE_URL, path: Path = PLACE, retry_wait_s: float = 1.0) -> Path:
+def downloaded_bundle(
+    say: Callable[[str], None] = print, *, url: str = BUNDLE_URL, path: Path = PLACE, retry_wait_s: float = 1.0
+) -> Path:
     """`path`, downloaded when it is not there; other processes that ask wait for the one that downloads.
 
     No hash of the bundle is published. The SHA-256 of what came first is written beside it and compared at every use. Raises UserError when the
@@ -32,7 +34,9 @@ def downloaded_bundle(say: Callable[[str], None] = print, *, url: str = BUNDLE_U
                 elif not hashed.exists():  # put there by hand
                     _remember(hashed, path)
         except OSError as error:
-            raise UserError(f"{path} cannot be written or locked ({error.strerror}): download {url} yourself and give the file") from None
+            raise UserError(
+                f"{path} cannot be written or locked ({error.strerror}): download {url} yourself and give the file"
+            ) from None
     wanted, found = hashed.read_text(encoding="utf-8").split()[0], sha256_of(path)
     if found != wanted:
         raise UserError(

@@ -46,7 +46,9 @@ def questions(task: Task, tokenizer: Tokenizer, longest: int, max_per_task: int)
     """
     examples = shuffled(task, max_per_task)
     if len(examples) <= task.shots:
-        raise UserError(f"{task.label} has {task.shots} shots and {len(examples)} examples to draw them from: take more examples")
+        raise UserError(
+            f"{task.label} has {task.shots} shots and {len(examples)} examples to draw them from: take more examples"
+        )
     found = []
     for number, example in enumerate(examples):
         others = [index for index in range(len(examples)) if index != number]
@@ -63,7 +65,9 @@ def texts(task: Task, example: dict, shots: Sequence[dict]) -> list[str]:
         before = "".join(f"{shot['query']}{delimiter}{shot['choices'][shot['gold']]}{_BETWEEN}" for shot in shots)
         return [f"{before}{example['query']}{delimiter}{choice}" for choice in example["choices"]]
     if task.kind == "schema":
-        before = "".join(f"{shot['context_options'][shot['gold']]}{delimiter}{shot['continuation']}{_BETWEEN}" for shot in shots)
+        before = "".join(
+            f"{shot['context_options'][shot['gold']]}{delimiter}{shot['continuation']}{_BETWEEN}" for shot in shots
+        )
         return [f"{before}{context}{delimiter}{example['continuation']}" for context in example["context_options"]]
     before = "".join(f"{shot['context'].strip()}{delimiter}{shot['continuation']}{_BETWEEN}" for shot in shots)
     question = f"{before}{example['context'].strip()}{delimiter}"
@@ -93,7 +97,9 @@ def _cropped(rows: Sequence[Row], gold: int | None, longest: int, what: str) -> 
         more = max(0, len(row.tokens) - longest)
         if row.start - more < 1:
             answer = len(row.tokens) - row.start
-            raise UserError(f"{what} has an answer of {answer} tokens and the model takes {longest}, one of them in front: leave the task out")
+            raise UserError(
+                f"{what} has an answer of {answer} tokens and the model takes {longest}, one of them in front: leave the task out"
+            )
         if gold is None and row.start == len(row.tokens):
             raise UserError(f"{what} has an answer without tokens of its own: repair it or leave the task out")
         kept.append(Row(row.tokens[more:], row.start - more, more))

@@ -73,7 +73,9 @@ def batches(asked: Sequence[Question], tokens_a_pass: int) -> list[Batch]:
             if len(alike.rows) > 1 and alike.prefix >= LEAST_SHARED:
                 shared.append(alike)
             else:
-                alone[question.gold is None] += [Part(row.tokens, row.start, at) for row, at in zip(alike.rows, alike.found, strict=True)]
+                alone[question.gold is None] += [
+                    Part(row.tokens, row.start, at) for row, at in zip(alike.rows, alike.found, strict=True)
+                ]
         first += len(question.rows)
     found = [_shared_batch(group) for group in _groups(shared, lambda alike: alike.prefix, tokens_a_pass)]
     for exact, parts in alone.items():
@@ -97,7 +99,9 @@ def _alike(question: Question, first: int) -> list[_Alike]:
 def _shared_batch(group: Sequence[_Alike]) -> Batch:
     contexts, rows, of = [], [], []
     for alike in group:
-        cut = alike.prefix - 1  # each row begins with the context's last token: what follows it is the first that is asked
+        cut = (
+            alike.prefix - 1
+        )  # each row begins with the context's last token: what follows it is the first that is asked
         contexts.append(alike.rows[0].tokens[:cut])
         for row, found in zip(alike.rows, alike.found, strict=True):
             rows.append(Part(row.tokens[cut:], row.start - cut, found))
@@ -110,7 +114,11 @@ def _groups(entries: list, length, tokens_a_pass: int) -> list[list]:
     groups: list[list] = []
     for entry in sorted(entries, key=length, reverse=True):
         longest = length(groups[-1][0]) if groups else 0
-        if not groups or (len(groups[-1]) + 1) * longest > tokens_a_pass or length(entry) < ALIKE * longest - LEAST_SHARED:
+        if (
+            not groups
+            or (len(groups[-1]) + 1) * longest > tokens_a_pass
+            or length(entry) < ALIKE * longest - LEAST_SHARED
+        ):
             groups.append([])
         groups[-1].append(entry)
     return groups

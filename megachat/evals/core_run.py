@@ -23,7 +23,11 @@ def describe_bundle(bundle: Bundle) -> str:
     """One line for the log."""
     examples = sum(len(task.examples) for task in bundle.tasks)
     what = f"CORE bundle: {len(bundle.tasks)} tasks, {examples:,} examples, digest {bundle.digest[:12]}"
-    return what + (f"; {len(bundle.missing)} of CORE's {len(CORE_TASKS)} tasks are missing, so their mean is not CORE" if bundle.missing else "")
+    return what + (
+        f"; {len(bundle.missing)} of CORE's {len(CORE_TASKS)} tasks are missing, so their mean is not CORE"
+        if bundle.missing
+        else ""
+    )
 
 
 def build_evaluator(model) -> Evaluator:
@@ -32,7 +36,12 @@ def build_evaluator(model) -> Evaluator:
 
 
 def evaluate_bundle(
-    evaluator: Evaluator, bundle: Bundle, tokenizer: Tokenizer, *, max_per_task: int, told: Callable[[int, int], object] = lambda done, of: None
+    evaluator: Evaluator,
+    bundle: Bundle,
+    tokenizer: Tokenizer,
+    *,
+    max_per_task: int,
+    told: Callable[[int, int], object] = lambda done, of: None,
 ) -> dict:
     """CORE's section of an evaluation's JSON; all ranks call it and get the same. max_per_task: -1 for all. told: (examples done, of)."""
     begin = time.perf_counter()
@@ -40,7 +49,9 @@ def evaluate_bundle(
     return _section(bundle, found.tasks, max_per_task, begin, found.padding_share)
 
 
-def evaluate_until(stop: Callable[[], bool], evaluator: Evaluator, bundle: Bundle, tokenizer: Tokenizer, *, max_per_task: int) -> dict | None:
+def evaluate_until(
+    stop: Callable[[], bool], evaluator: Evaluator, bundle: Bundle, tokenizer: Tokenizer, *, max_per_task: int
+) -> dict | None:
     """The same, task after task, or None as soon as stop() between two of them, which must be the same on all ranks: a job that is told to
     stop has seconds, and an evaluation may take minutes."""
     begin, tasks, padding = time.perf_counter(), {}, []
@@ -53,6 +64,15 @@ def evaluate_until(stop: Callable[[], bool], evaluator: Evaluator, bundle: Bundl
     return _section(bundle, tasks, max_per_task, begin, sum(padding) / len(padding))
 
 
-def _section(bundle: Bundle, tasks: dict[str, TaskResult], max_per_task: int, begin: float, padding_share: float) -> dict:
+def _section(
+    bundle: Bundle, tasks: dict[str, TaskResult], max_per_task: int, begin: float, padding_share: float
+) -> dict:
     right = {label: result.right for label, result in tasks.items()}
-    return core_section(bundle, right, core_metric(tasks), max_per_task, padding_share=padding_share, seconds=time.perf_counter() - begin)
+    return core_section(
+        bundle,
+        right,
+        core_metric(tasks),
+        max_per_task,
+        padding_share=padding_share,
+        seconds=time.perf_counter() - begin,
+    )

@@ -19,8 +19,12 @@ from megachat.model.cache import Cache, Chunk, set_past
 from megachat.model.gpt import last_logits, run_layers
 from megachat.planning.dimensions import Dimensions, up_to_multiple
 
-Choose = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # logits [rows, vocab_size] float32 and the rows' numbers [rows] -> tokens [rows] int64
-Passes = Sequence[tuple[torch.Tensor, torch.Tensor]]  # ids [rows, tokens] and, of each row, [rows, 2]: its last token's place and its number
+Choose = Callable[
+    [torch.Tensor, torch.Tensor], torch.Tensor
+]  # logits [rows, vocab_size] float32 and the rows' numbers [rows] -> tokens [rows] int64
+Passes = Sequence[
+    tuple[torch.Tensor, torch.Tensor]
+]  # ids [rows, tokens] and, of each row, [rows, 2]: its last token's place and its number
 
 
 class Model(Protocol):
@@ -98,7 +102,10 @@ def generate(
     Raises UserError for a prompt that is empty or, without slide, longer than the model can take.
     """
     longest = model.dims.sequence_len
-    rows = [_Row(number, [int(i) for i in ids], len(ids), sampling.stream(number)) for number, ids in enumerate(prompts, first)]
+    rows = [
+        _Row(number, [int(i) for i in ids], len(ids), sampling.stream(number))
+        for number, ids in enumerate(prompts, first)
+    ]
     for row in rows:
         check_prompt(row.ids, row.number, longest, slide=slide)
     if not rows:
@@ -109,7 +116,10 @@ def generate(
             return found.argmax(dim=-1)
         found = found.cpu()
         return torch.tensor(
-            [choose_token(line, sampling, rows[n - first].random.random()) if n >= 0 else 0 for line, n in zip(found, numbers.tolist(), strict=True)]
+            [
+                choose_token(line, sampling, rows[n - first].random.random()) if n >= 0 else 0
+                for line, n in zip(found, numbers.tolist(), strict=True)
+            ]
         )
 
     each = -(-len(rows) // model.parts)
@@ -136,7 +146,9 @@ def check_prompt(ids: Sequence[int], number: int, longest: int, *, slide: bool =
         raise UserError(f"prompt {number + 1} has {len(ids)} tokens and the model can take {longest}: shorten it")
 
 
-def _passes(groups: list[list[_Row]], caches: list[Cache], each: int, most: int, multiple: int) -> tuple[list, list[Chunk]]:
+def _passes(
+    groups: list[list[_Row]], caches: list[Cache], each: int, most: int, multiple: int
+) -> tuple[list, list[Chunk]]:
     """One pass a group with the last `most` tokens of each row that goes on, nothing of others; all of one shape."""
     news = [[row.ids[-most:] if not row.why else [] for row in group] + [[]] * (each - len(group)) for group in groups]
     width = up_to_multiple(max(len(new) for group in news for new in group), multiple)
@@ -144,7 +156,9 @@ def _passes(groups: list[list[_Row]], caches: list[Cache], each: int, most: int,
     for group, new_of, cache in zip(groups, news, caches, strict=True):
         ids = torch.tensor([new + [0] * (width - len(new)) for new in new_of])
         numbers = [row.number if not row.why else -1 for row in group] + [-1] * (each - len(group))
-        passes.append((ids, torch.tensor([[max(0, len(new) - 1), number] for new, number in zip(new_of, numbers, strict=True)])))
+        passes.append(
+            (ids, torch.tensor([[max(0, len(new) - 1), number] for new, number in zip(new_of, numbers, strict=True)]))
+        )
         chunks.append(cache.extend([len(new) for new in new_of]))
     return passes, chunks
 

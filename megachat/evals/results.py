@@ -19,7 +19,9 @@ def results_path(run_folder: Path, step: int, *, in_training: bool = False) -> P
     return run_folder / FOLDER / f"step_{step:06d}{'_in_training' * in_training}.json"
 
 
-def core_section(bundle: Bundle, right: Mapping[str, tuple[bool, ...]], core_metric: float | None, max_per_task: int, **more) -> dict:
+def core_section(
+    bundle: Bundle, right: Mapping[str, tuple[bool, ...]], core_metric: float | None, max_per_task: int, **more
+) -> dict:
     """JSON values of one evaluation of CORE. right: task -> each example right or not. core_metric: None where tasks are missing."""
     tasks = {task.label: task for task in bundle.tasks}
     all_scored = scored([right], {label: tasks[label].baseline for label in right})
@@ -72,13 +74,19 @@ def load_results(path: Path) -> dict:
         if told["format"] != FORMAT:
             raise ValueError(f"format {told['format']!r}")
         for label, task in told.get("core", {}).get("tasks", {}).items():
-            if len(task["right"]) != task["examples"] or set(task["right"]) - set("01") or not isinstance(task["digest"], str):
+            if (
+                len(task["right"]) != task["examples"]
+                or set(task["right"]) - set("01")
+                or not isinstance(task["digest"], str)
+            ):
                 raise ValueError(f"answers of {label}")
             if not 0 <= task["baseline"] < 1:
                 raise ValueError(f"baseline of {label}")
         return told
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no evaluation of launch/evaluate.py ({type(error).__name__}: {error}): make it again") from None
+        raise UserError(
+            f"{path} is no evaluation of launch/evaluate.py ({type(error).__name__}: {error}): make it again"
+        ) from None
 
 
 def newest_results(run_folder: Path) -> Path:
@@ -89,7 +97,9 @@ def newest_results(run_folder: Path) -> Path:
         if tasks := told.get("core", {}).get("tasks"):
             found.append((told["step"], sum(task["examples"] for task in tasks.values()), path))
     if not found:
-        raise UserError(f"{run_folder} holds no evaluation with CORE: make one with launch/evaluate.py --checkpoint {run_folder} --core")
+        raise UserError(
+            f"{run_folder} holds no evaluation with CORE: make one with launch/evaluate.py --checkpoint {run_folder} --core"
+        )
     return max(found)[2]
 
 
@@ -97,19 +107,36 @@ def core_table(section: dict) -> list[str]:
     """Lines: each task's accuracy, its error and the centered accuracy; the mean, what it is, and the verdict."""
     rows = [("task", "examples", "accuracy", "centered", "+-")]
     for label, task in section["tasks"].items():
-        rows.append((label, f"{task['examples']:,}", f"{task['accuracy']:.4f}", f"{task['centered']:.4f}", f"{task['deviation']:.4f}"))
+        rows.append(
+            (
+                label,
+                f"{task['examples']:,}",
+                f"{task['accuracy']:.4f}",
+                f"{task['centered']:.4f}",
+                f"{task['deviation']:.4f}",
+            )
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]) for row in rows]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]
     return [*lines, *core_lines(section)]
 
 
 def core_lines(section: dict) -> list[str]:
     """The mean with its error, and the verdict against GPT-2 where it is CORE."""
     deviation = section["deviation"]
-    error = f"+- {deviation['both']:.4f} (examples {deviation['examples']:.4f}, from run to run {deviation['runs']:.4f})"
+    error = (
+        f"+- {deviation['both']:.4f} (examples {deviation['examples']:.4f}, from run to run {deviation['runs']:.4f})"
+    )
     if section["core_metric"] is None:
         missing = f"{len(section['missing'])} of its {len(CORE_TASKS)} tasks are missing"
-        return [f"mean of {len(section['tasks'])} tasks {section['mean_centered']:.6f} {error}; this is not CORE: {missing}"]
+        return [
+            f"mean of {len(section['tasks'])} tasks {section['mean_centered']:.6f} {error}; this is not CORE: {missing}"
+        ]
     told = [f"CORE {section['core_metric']:.6f} {error}", f"against GPT-2's: {section['verdict']['text']}"]
     if not section["whole"]:
         told.append(f"at most {section['max_per_task']:,} examples a task: not the whole metric")

@@ -19,4 +19,6 @@ def sampled(config: Config, plan: Plan, mesh: Mesh, engine: Engine, tokenizer: T
     ids = [np.concatenate(([tokenizer.bos], tokenizer.encode(prompt))) for prompt in prompts]
     model = OnRanks(engine, mesh, plan.dims, multiple=mesh.tensor.size if config.parallel.sequence else 1)
     found = generate(model, ids, tokens=asked.sample_tokens, slide=True)
-    return {prompt: tokenizer.decode([*own[1:], *more.new]) for prompt, own, more in zip(prompts, ids, found, strict=True)}
+    return {
+        prompt: tokenizer.decode([*own[1:], *more.new]) for prompt, own, more in zip(prompts, ids, found, strict=True)
+    }

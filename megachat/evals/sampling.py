@@ -23,7 +23,9 @@ class Sampling:
         if not 0 <= self.temperature < math.inf:
             raise UserError(f"the temperature is {self.temperature}: give 0, for the most likely token, or more")
         if self.top_k < 0:
-            raise UserError(f"top-k is {self.top_k}: give 0, for all tokens, or how many of the most likely ones to choose from")
+            raise UserError(
+                f"top-k is {self.top_k}: give 0, for all tokens, or how many of the most likely ones to choose from"
+            )
         if not 0 < self.top_p <= 1:
             raise UserError(f"top-p is {self.top_p}: give a probability above 0 and up to 1")
         if self.seed < 0:

@@ -26,7 +26,9 @@ def sources_of(folder: Path) -> tuple[str, ...]:
     names = tuple((load_manifest(folder) or {}).get("sources") or ())
     shard = split_of(open_shards(folder, least=1), "validation")[0].path
     if names and "source" not in pq.read_schema(shard).names:
-        raise UserError(f"{shard} has no `source` column, though the manifest names sources: prepare the folder again with --overwrite")
+        raise UserError(
+            f"{shard} has no `source` column, though the manifest names sources: prepare the folder again with --overwrite"
+        )
     return names
 
 
@@ -37,7 +39,17 @@ class SourceRows:
     at most `most_rows`; 0 where the source has no document there.
     """
 
-    def __init__(self, folder: Path, source: str, tokenizer: Tokenizer, *, tokens: int, most_rows: int, micro_rows: int, data: Axis):
+    def __init__(
+        self,
+        folder: Path,
+        source: str,
+        tokenizer: Tokenizer,
+        *,
+        tokens: int,
+        most_rows: int,
+        micro_rows: int,
+        data: Axis,
+    ):
         text = _tokens(folder, source, tokenizer, most_rows * tokens + 1)
         self.rows = -(-(len(text) - 1) // tokens) if len(text) > 1 else 0
         ids, targets = np.zeros((self.rows, tokens), np.int64), np.full((self.rows, tokens), -1, np.int64)
@@ -73,4 +85,6 @@ def _documents(folder: Path, source: str) -> Iterator[list[str]]:
                 texts = batch.filter(pc.equal(batch.column("source").cast(pa.string()), source)).column("text")
                 yield [text for text in texts.to_pylist() if text]
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}): prepare the folder again with --overwrite") from None
+        raise UserError(
+            f"{path} is damaged ({str(error).splitlines()[0]}): prepare the folder again with --overwrite"
+        ) from None

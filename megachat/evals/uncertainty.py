@@ -16,7 +16,9 @@ RUN_DEVIATION = 0.0052  # of CORE over its 22 tasks
 CORE_TASK_COUNT = 22
 GPT2_CORE = 0.256525  # GPT-2 XL's, which the speedrun has to exceed
 CONFIDENCE = 0.95
-SIGMAS = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)  # how many deviations a two-sided statement of that confidence takes
+SIGMAS = NormalDist().inv_cdf(
+    (1 + CONFIDENCE) / 2
+)  # how many deviations a two-sided statement of that confidence takes
 RESAMPLES = 10_000
 
 
@@ -64,7 +66,12 @@ def estimate(tasks: Mapping[str, Scored], *, seed: int = 0) -> Estimate:
 
 
 def difference(
-    first: Mapping[str, Scored], second: Mapping[str, Scored], *, same_examples: Mapping[str, bool], same_weights: bool, seed: int = 0
+    first: Mapping[str, Scored],
+    second: Mapping[str, Scored],
+    *,
+    same_examples: Mapping[str, bool],
+    same_weights: bool,
+    seed: int = 0,
 ) -> Estimate:
     """first - second, of the same tasks.
 
@@ -141,4 +148,6 @@ def _runs(count: int) -> str:
 
 def scored(results: Sequence[Mapping[str, Sequence[bool]]], baselines: Mapping[str, float]) -> dict[str, Scored]:
     """By task, of one evaluation or several that answered the same examples. results: label -> right, one mapping an evaluation."""
-    return {label: Scored(np.array([run[label] for run in results], dtype=bool), baselines[label]) for label in results[0]}
+    return {
+        label: Scored(np.array([run[label] for run in results], dtype=bool), baselines[label]) for label in results[0]
+    }

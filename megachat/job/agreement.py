@@ -43,9 +43,15 @@ def gathered(environment: LaunchEnvironment, own: dict[str, dict[str, str]], ren
         del meeting  # with rank 0's hold on the port, which torch's own store has by now
 
 
-def facts(config: Config, tokenizer: Tokenizer, data: DataSummary | None, root: Path = _ROOT, **others: dict[str, str]) -> dict[str, dict[str, str]]:
+def facts(
+    config: Config, tokenizer: Tokenizer, data: DataSummary | None, root: Path = _ROOT, **others: dict[str, str]
+) -> dict[str, dict[str, str]]:
     """What this rank has: kind -> name -> hash or version, for `disagreement`. others: of further kinds."""
-    settings = {f"{section}.{key}": value for section, values in config.model_dump(mode="json").items() for key, value in values.items()}
+    settings = {
+        f"{section}.{key}": value
+        for section, values in config.model_dump(mode="json").items()
+        for key, value in values.items()
+    }
     return {
         "code": code_hashes(root),
         "versions": versions(),
@@ -56,7 +62,11 @@ def facts(config: Config, tokenizer: Tokenizer, data: DataSummary | None, root: 
 
 
 def _data_facts(data: DataSummary) -> dict[str, str]:
-    return {"train": data.train_fingerprint[:12], "validation": str(data.validation_documents), "bytes": str(data.size_bytes)}
+    return {
+        "train": data.train_fingerprint[:12],
+        "validation": str(data.validation_documents),
+        "bytes": str(data.size_bytes),
+    }
 
 
 def disagreement(arrivals: list[Arrival]) -> str | None:
@@ -68,7 +78,11 @@ def disagreement(arrivals: list[Arrival]) -> str | None:
             theirs = other.facts.get(kind, {})
             names = [name for name in sorted(mine.keys() | theirs.keys()) if mine.get(name) != theirs.get(name)]
             if names:
-                shown = [f"{name} {theirs.get(name)}, not {mine.get(name)}" for name in names] if kind == "versions" else names
+                shown = (
+                    [f"{name} {theirs.get(name)}, not {mine.get(name)}" for name in names]
+                    if kind == "versions"
+                    else names
+                )
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""
                 return f"rank {other.rank} on {other.host} has {has} rank 0 on {first.host} ({', '.join(shown[:3])}{more}): {remedy}"
     return None

@@ -74,12 +74,20 @@ class Attempts:
     def _crashes(self) -> list[dict]:
         """Those on record and the one that `running` tells of."""
         try:
-            crashes = [{"step": int(crash["step"]), "seen": str(crash["seen"])} for crash in json.loads((self._folder / CRASHES_NAME).read_text())]
+            crashes = [
+                {"step": int(crash["step"]), "seen": str(crash["seen"])}
+                for crash in json.loads((self._folder / CRASHES_NAME).read_text())
+            ]
         except (OSError, ValueError, KeyError, TypeError):
             crashes = []
         with contextlib.suppress(OSError, ValueError):
             running = self._folder / RUNNING_NAME
-            crashes.append({"step": int(running.read_text()), "seen": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(running.stat().st_mtime))})
+            crashes.append(
+                {
+                    "step": int(running.read_text()),
+                    "seen": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(running.stat().st_mtime)),
+                }
+            )
         return crashes
 
 

@@ -24,7 +24,9 @@ class Agent(api.LocalElasticAgent):
 
     def _monitor_workers(self, group):
         result = super()._monitor_workers(group)
-        if result.state == WorkerState.FAILED and any(failure.exitcode in self.final for failure in result.failures.values()):
+        if result.state == WorkerState.FAILED and any(
+            failure.exitcode in self.final for failure in result.failures.values()
+        ):
             self._remaining_restarts = 0
         if result.state == WorkerState.SUCCEEDED:
             # ranks that do not fit the batch end at once: their host stays, for the next start, until the ranks of the first have finished
@@ -47,10 +49,17 @@ def supervise(program: Path, arguments: list[str], *, hosts: str, ranks: int, me
     hosts: "N" or "MIN:MAX". ranks: on this host. meet: HOST[:PORT] of the hosts' rendezvous. Raises UserError for a torch without this agent.
     """
     if not hasattr(api.LocalElasticAgent, "_monitor_workers"):
-        raise UserError("this torch has another elastic agent than megachat knows: install torch 2.13, or use torchrun --max-restarts")
+        raise UserError(
+            "this torch has another elastic agent than megachat knows: install torch 2.13, or use torchrun --max-restarts"
+        )
     api.LocalElasticAgent = AgentOfOneHost if hosts == "1" else Agent
     line = [f"--nnodes={hosts}", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", "--monitor-interval=0.5"]
-    line += ["--rdzv-backend=c10d", f"--rdzv-endpoint={meet or 'localhost:0'}", "--rdzv-id=megachat", f"--signals-to-handle={_SIGNALS}"]
+    line += [
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={meet or 'localhost:0'}",
+        "--rdzv-id=megachat",
+        f"--signals-to-handle={_SIGNALS}",
+    ]
     line += [f"--rdzv-conf={_MEETING}", *([] if meet else ["--local-addr=localhost"])]
     try:
         run.main([*line, str(program), *arguments])
@@ -61,7 +70,11 @@ def supervise(program: Path, arguments: list[str], *, hosts: str, ranks: int, me
         return 128 + error.sigval
     except RendezvousError as error:
         closed = isinstance(error, RendezvousClosedError)
-        why = "another host's supervisor has ended the job and tells why" if closed else f"{meet}: {type(error).__name__}, is its host up?"
+        why = (
+            "another host's supervisor has ended the job and tells why"
+            if closed
+            else f"{meet}: {type(error).__name__}, is its host up?"
+        )
         print(f"error: the hosts could not meet again: {why}", file=sys.stderr, flush=True)
         return LOST_RANK_STATUS
     return 0

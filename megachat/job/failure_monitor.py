@@ -40,7 +40,10 @@ from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.mesh import Mesh
 from megachat.parallel.progress import Progress
 
-_STOPPING = (signal.SIGTERM, signal.SIGUSR1)  # the first before a kill, the second as slurm and others are asked to warn
+_STOPPING = (
+    signal.SIGTERM,
+    signal.SIGUSR1,
+)  # the first before a kill, the second as slurm and others are asked to warn
 TICK_S = 0.25
 CONNECT_S = 10.0
 VERDICT_S = 0.5  # an error may be the echo of a death that the kernel is about to tell
@@ -116,7 +119,9 @@ class Watch:
                 text = (str(error).strip().splitlines() or [kind.__name__])[-1]
                 self._joining.append(f'{text} in "{now.text}"')
                 self._ring()
-            self._thread.join(ANSWER_S + HUB_S + VERDICT_S if now.waits else VERDICT_S)  # it ends this process when another rank is the cause
+            self._thread.join(
+                ANSWER_S + HUB_S + VERDICT_S if now.waits else VERDICT_S
+            )  # it ends this process when another rank is the cause
         self._leaving = "failed" if error else "done"
         self._ring()
         self._thread.join(HUB_S)
@@ -198,7 +203,11 @@ class Watch:
             self._selector.register(link, selectors.EVENT_READ, self._from_hub)
 
     def _me(self) -> str:
-        return str(self._terms.seats[self.rank]) if self._terms else f"rank {self.rank} (host {socket.gethostname()}, pid {os.getpid()})"
+        return (
+            str(self._terms.seats[self.rank])
+            if self._terms
+            else f"rank {self.rank} (host {socket.gethostname()}, pid {os.getpid()})"
+        )
 
     # ---- this rank as one of many
 
@@ -207,7 +216,9 @@ class Watch:
             link = Link(socket.create_connection((seat.address, seat.port), timeout=CONNECT_S))
         except OSError as error:
             if warn:
-                say(f"rank {self.rank} cannot reach rank 0 at {seat.address} port {seat.port} ({error}): stalls and deaths will not be told")
+                say(
+                    f"rank {self.rank} cannot reach rank 0 at {seat.address} port {seat.port} ({error}): stalls and deaths will not be told"
+                )
             return None
         link.send(token=self._terms.token, rank=self.rank)
         return link
@@ -265,7 +276,9 @@ class Watch:
 
     def _tell_hub_lost(self) -> None:
         seats, own = self._terms.seats, self._terms.seats[self.rank]
-        if not any(alive(other.pid) for other in seats[: self.rank] if other.machine == own.machine):  # one on each machine speaks
+        if not any(
+            alive(other.pid) for other in seats[: self.rank] if other.machine == own.machine
+        ):  # one on each machine speaks
             say(f"error: {seats[0]} died or cannot be reached, so {own} stops: look at its host, then {self.then}")
         end_process(LOST_RANK_STATUS)
 
@@ -291,8 +304,20 @@ class Watch:
     def _state(self) -> dict:
         now, progress = self._progress.now, self._progress
         thread = now.thread if now.waits else threading.main_thread().ident
-        told = {"text": now.text, "axis": now.axis, "ranks": now.ranks, "number": now.number, "waits": now.waits, "after": now.after}
-        return told | {"slow": progress.slow, "for_s": time.monotonic() - now.since, "counts": dict(progress.counts), "line": code_place(thread)}
+        told = {
+            "text": now.text,
+            "axis": now.axis,
+            "ranks": now.ranks,
+            "number": now.number,
+            "waits": now.waits,
+            "after": now.after,
+        }
+        return told | {
+            "slow": progress.slow,
+            "for_s": time.monotonic() - now.since,
+            "counts": dict(progress.counts),
+            "line": code_place(thread),
+        }
 
     # ---- this rank told to stop
 

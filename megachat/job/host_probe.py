@@ -19,7 +19,11 @@ PACKAGES = ("torch", "deepspeed", "numpy")
 def code_hashes(root: Path) -> dict[str, str]:
     """File below root -> first 12 hex digits of its SHA-256, for every .py of megachat/ and launch/pretrain.py."""
     paths = [*sorted((root / "megachat").rglob("*.py")), root / "launch" / "pretrain.py"]
-    return {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in paths if path.is_file()}
+    return {
+        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        for path in paths
+        if path.is_file()
+    }
 
 
 def versions() -> dict[str, str]:

@@ -33,7 +33,9 @@ def parse_hostfile(path: str | Path) -> list[Host]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise UserError(f"the hostfile {path} cannot be read ({error.strerror}): name an existing file, as launch/hostfile.example") from None
+        raise UserError(
+            f"the hostfile {path} cannot be read ({error.strerror}): name an existing file, as launch/hostfile.example"
+        ) from None
     except UnicodeDecodeError:
         raise UserError(f"the hostfile {path} is no text file: write lines as `worker-1 slots=8`") from None
     hosts: dict[str, Host] = {}
@@ -105,12 +107,21 @@ def check_launcher_hostfile(nodes: int | None) -> None:
         listed = len(parse_hostfile(path))
         chosen = any(word.startswith(("--inc", "--exc", "--num_n", "-i", "-e")) for word in words)
         if nodes is not None and nodes != listed and not chosen:
-            raise UserError(f"the hostfile {asked} lists {listed} hosts but deepspeed started {nodes}: start it again with the file as it is now")
+            raise UserError(
+                f"the hostfile {asked} lists {listed} hosts but deepspeed started {nodes}: start it again with the file as it is now"
+            )
 
 
 def _launcher_hostfile(words: Sequence[str]) -> str | None:
     """The hostfile in the command line of `deepspeed`; None when it names none or is another program."""
-    start = next((number for number, word in enumerate(words[:4]) if Path(word).name in ("deepspeed", "deepspeed.launcher.runner", "ds")), None)
+    start = next(
+        (
+            number
+            for number, word in enumerate(words[:4])
+            if Path(word).name in ("deepspeed", "deepspeed.launcher.runner", "ds")
+        ),
+        None,
+    )
     stop = next((number for number, word in enumerate(words) if Path(word).name == "pretrain.py"), len(words))
     options = [] if start is None else list(words[start + 1 : stop])
     for number, word in enumerate(options):
@@ -142,16 +153,29 @@ def remote_line(name: str, words: Sequence[str], ssh_port: int | None = None, ro
     return ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_S}", *at, name, remote]
 
 
-def run_on(host: Host, words: Sequence[str], *, text="", ssh_port: int | None = None, root=ROOT, timeout_s: float = _PROBE_S, good=(0,)) -> str:
+def run_on(
+    host: Host,
+    words: Sequence[str],
+    *,
+    text="",
+    ssh_port: int | None = None,
+    root=ROOT,
+    timeout_s: float = _PROBE_S,
+    good=(0,),
+) -> str:
     """What `words` print on the host, given `text` on standard input. good: exit statuses that are no failure.
 
     Raises UserError with the sentence that says why there is no answer.
     """
     name = host.name
     try:
-        done = subprocess.run(remote_line(name, words, ssh_port, root), input=text, capture_output=True, text=True, timeout=timeout_s)
+        done = subprocess.run(
+            remote_line(name, words, ssh_port, root), input=text, capture_output=True, text=True, timeout=timeout_s
+        )
     except FileNotFoundError:
-        raise UserError("there is no ssh on this machine: install openssh-client, or start every host by hand with launch/no_ssh.sh") from None
+        raise UserError(
+            "there is no ssh on this machine: install openssh-client, or start every host by hand with launch/no_ssh.sh"
+        ) from None
     except subprocess.TimeoutExpired:
         raise UserError(f"{name} did not answer over ssh within {timeout_s:g} s: try `ssh {name} true`") from None
     if done.returncode in good:
@@ -162,7 +186,9 @@ def run_on(host: Host, words: Sequence[str], *, text="", ssh_port: int | None = 
     if done.returncode in (1, 2) and "cd:" in done.stderr:
         raise UserError(f"{name} has no folder {root}: put the project at the same path on every host")
     if done.returncode in (126, 127):
-        raise UserError(f"{name} has no python at {words[0]}: install the project at the same path on every host (bash launch/setup.sh)")
+        raise UserError(
+            f"{name} has no python at {words[0]}: install the project at the same path on every host (bash launch/setup.sh)"
+        )
     raise UserError(f"{name} could not be examined with {words[0]} ({last}): install the project there as here")
 
 
@@ -171,14 +197,19 @@ def last_json(name: str, told: str) -> dict:
     try:
         return json.loads(told.splitlines()[-1])
     except (ValueError, IndexError):
-        raise UserError(f"{name} prints text of its own when ssh runs a command there: keep its shell start-up files silent") from None
+        raise UserError(
+            f"{name} prints text of its own when ssh runs a command there: keep its shell start-up files silent"
+        ) from None
 
 
 def _probe(host: Host, port: int, ssh_port: int | None, root: Path) -> dict | str:
     """The host's answer, or the sentence that says why there is none."""
     source = Path(probe.__file__).read_text(encoding="utf-8")
     try:
-        return last_json(host.name, run_on(host, [sys.executable, "-", str(root), str(port)], text=source, ssh_port=ssh_port, root=root))
+        return last_json(
+            host.name,
+            run_on(host, [sys.executable, "-", str(root), str(port)], text=source, ssh_port=ssh_port, root=root),
+        )
     except UserError as error:
         return str(error)
 
@@ -202,7 +233,9 @@ def _differences(host: Host, answer: dict, here: dict, root: Path) -> list[str]:
     files = _unlike(answer["code"], here["code"])
     if files:
         names = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
-        told.append(f"{host.name} has other code than this machine in {root} ({names}): copy the same files to every host")
+        told.append(
+            f"{host.name} has other code than this machine in {root} ({names}): copy the same files to every host"
+        )
     for name in _unlike(answer["versions"], here["versions"]):
         told.append(
             f"{host.name} has {name} {answer['versions'].get(name)}, this machine has {here['versions'].get(name)}: install the same on every host"
@@ -218,10 +251,14 @@ def _too_many(host: Host, answer: dict, with_gpus: bool) -> list[str]:
     """GPUs are counted. On CPUs more ranks than cores are only slow, but ranks that do not fit in memory bring the host down."""
     if with_gpus:
         if host.slots > answer["gpus"]:
-            return [f"{host.name} has {answer['gpus']} GPUs but slots={host.slots}: set slots to {answer['gpus'] or 'what it has, or take it out'}"]
+            return [
+                f"{host.name} has {answer['gpus']} GPUs but slots={host.slots}: set slots to {answer['gpus'] or 'what it has, or take it out'}"
+            ]
         return []
     fit = max(1, answer["memory_bytes"] // RANK_MEMORY_BYTES)
     if host.slots > fit:
         gigabytes = answer["memory_bytes"] / 1e9
-        return [f"{host.name} has {gigabytes:.1f} GB of memory, too little for slots={host.slots}: set slots to {fit} or fewer"]
+        return [
+            f"{host.name} has {gigabytes:.1f} GB of memory, too little for slots={host.slots}: set slots to {fit} or fewer"
+        ]
     return []

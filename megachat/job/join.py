@@ -22,7 +22,9 @@ _SLOW_PART = 0.9  # of parallel.timeout_s, so that the watch speaks before torch
 
 
 @contextlib.contextmanager
-def joined(environment: LaunchEnvironment, config: Config, own_facts: dict, folder: Path, *, then: str) -> Iterator[tuple[Mesh, Watch]]:
+def joined(
+    environment: LaunchEnvironment, config: Config, own_facts: dict, folder: Path, *, then: str
+) -> Iterator[tuple[Mesh, Watch]]:
     """All ranks enter together, once in a process, and leave torch.distributed when the block ends in order.
 
     own_facts: from `agree.facts`. folder: where a standing job's table goes, and which is named where storage fails. then: what a user does

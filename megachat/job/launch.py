@@ -45,13 +45,24 @@ def bootstrap_environment() -> LaunchEnvironment:
     """
     env = os.environ
     if all(name in env for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")):
-        launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed" if "CROSS_SIZE" in env else "RANK and WORLD_SIZE"
+        launcher = (
+            "torchrun"
+            if "TORCHELASTIC_RUN_ID" in env
+            else "deepspeed"
+            if "CROSS_SIZE" in env
+            else "RANK and WORLD_SIZE"
+        )
         rank, world, local = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"])
         local_size = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world)
     elif "OMPI_COMM_WORLD_RANK" in env:
         launcher, (rank, world, local, local_size) = "mpirun", _from_open_mpi()
     elif int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
-        launcher, rank, world, local = "srun", int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"])
+        launcher, rank, world, local = (
+            "srun",
+            int(env["SLURM_PROCID"]),
+            int(env["SLURM_NTASKS"]),
+            int(env["SLURM_LOCALID"]),
+        )
         local_size = _slurm_local_size()
         _require_master("srun", world > local_size)
     else:
@@ -76,9 +87,17 @@ def _from_open_mpi() -> tuple[int, int, int, int]:
         except ImportError:
             _require_master("mpirun (without mpi4py)", world > local_size)
         else:
-            address = "127.0.0.1" if world == local_size else common_address(MPI.COMM_WORLD.allgather((socket.gethostname(), _own_networks())))
-            atexit.register(MPI.Finalize)  # mpi4py's own comes too late for a rank that ends at once, and mpirun takes that for a failure
-            where = MPI.COMM_WORLD.bcast((env.get("MASTER_ADDR", address), env.get("MASTER_PORT") or str(free_port())), root=0)
+            address = (
+                "127.0.0.1"
+                if world == local_size
+                else common_address(MPI.COMM_WORLD.allgather((socket.gethostname(), _own_networks())))
+            )
+            atexit.register(
+                MPI.Finalize
+            )  # mpi4py's own comes too late for a rank that ends at once, and mpirun takes that for a failure
+            where = MPI.COMM_WORLD.bcast(
+                (env.get("MASTER_ADDR", address), env.get("MASTER_PORT") or str(free_port())), root=0
+            )
             env["MASTER_ADDR"], env["MASTER_PORT"] = where
     elif world == 1:
         env.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -100,7 +119,12 @@ def _own_networks() -> list[str]:
     import psutil  # DeepSpeed needs it, so it is there
 
     up = {name for name, state in psutil.net_if_stats().items() if state.isup}
-    found = [(name, entry) for name, entries in psutil.net_if_addrs().items() for entry in entries if entry.family == socket.AF_INET and name in up]
+    found = [
+        (name, entry)
+        for name, entries in psutil.net_if_addrs().items()
+        for entry in entries
+        if entry.family == socket.AF_INET and name in up
+    ]
     return [f"{entry.address}/{entry.netmask}" for _, entry in found if not entry.address.startswith("127.")]
 
 
@@ -114,10 +138,14 @@ def common_address(told: list[tuple[str, list[str]]]) -> str:
     theirs = [[ipaddress.ip_interface(text).ip for text in networks] for networks in others]
     for text in own:
         here = ipaddress.ip_interface(text)
-        if all(here.ip not in addresses and any(address in here.network for address in addresses) for addresses in theirs):
+        if all(
+            here.ip not in addresses and any(address in here.network for address in addresses) for addresses in theirs
+        ):
             return str(here.ip)
     if not own:
-        raise UserError(f"the host {told[0][0]} of rank 0 has no network but loopback: export MASTER_ADDR and MASTER_PORT")
+        raise UserError(
+            f"the host {told[0][0]} of rank 0 has no network but loopback: export MASTER_ADDR and MASTER_PORT"
+        )
     return own[0].partition("/")[0]
 
 
@@ -139,7 +167,14 @@ def use_network_of(address: str, environment: LaunchEnvironment) -> None:
     with contextlib.suppress(OSError):
         if socket.gethostbyname(environment.master_address).startswith("127."):
             env["MASTER_ADDR"] = own
-    name = next((name for name, entries in psutil.net_if_addrs().items() if any(entry.address.partition("%")[0] == own for entry in entries)), None)
+    name = next(
+        (
+            name
+            for name, entries in psutil.net_if_addrs().items()
+            if any(entry.address.partition("%")[0] == own for entry in entries)
+        ),
+        None,
+    )
     if name:
         env.setdefault("GLOO_SOCKET_IFNAME", name)
         env.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # exactly this one: without the sign NCCL takes a prefix
@@ -148,7 +183,9 @@ def use_network_of(address: str, environment: LaunchEnvironment) -> None:
 def _require_master(launcher: str, several_nodes: bool) -> None:
     env = os.environ
     if "MASTER_ADDR" not in env and several_nodes:
-        raise UserError(f"{launcher} started ranks on several nodes without MASTER_ADDR: export MASTER_ADDR as rank 0's host name")
+        raise UserError(
+            f"{launcher} started ranks on several nodes without MASTER_ADDR: export MASTER_ADDR as rank 0's host name"
+        )
     env.setdefault("MASTER_ADDR", "127.0.0.1")
     env.setdefault("MASTER_PORT", "29500")
 
@@ -195,7 +232,17 @@ def describe_environment(device: torch.device) -> dict[str, object]:
     """Commit, versions, command and hardware, for environment.json."""
     here = Path(__file__).resolve().parents[1]
     versions = {}
-    for package in ("torch", "deepspeed", "numpy", "pyarrow", "tiktoken", "pydantic", "mpi4py", "transformer-engine", "wandb"):
+    for package in (
+        "torch",
+        "deepspeed",
+        "numpy",
+        "pyarrow",
+        "tiktoken",
+        "pydantic",
+        "mpi4py",
+        "transformer-engine",
+        "wandb",
+    ):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -217,6 +264,8 @@ def describe_environment(device: torch.device) -> dict[str, object]:
 
 def _git(folder: Path, *arguments: str) -> str | None:
     try:
-        return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

@@ -12,10 +12,21 @@ from megachat.job.launch import free_port
 
 def run_ranks(what: str, ranks: int, program: list[str]) -> str:
     """What the program's `ranks` ranks, started by torchrun, print. Raises UserError, "`what` failed: " and the first error that was told."""
-    line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(free_port()), *program]
+    line = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(ranks),
+        "--master-port",
+        str(free_port()),
+        *program,
+    ]
     done = subprocess.run(line, capture_output=True, text=True)
     if done.returncode:
-        said = [text for text in done.stderr.splitlines() if text.startswith("error:")] or (done.stderr or done.stdout).strip().splitlines()[-1:]
+        said = [text for text in done.stderr.splitlines() if text.startswith("error:")] or (
+            done.stderr or done.stdout
+        ).strip().splitlines()[-1:]
         raise UserError(f"{what} failed: {''.join(said[:1]).removeprefix('error: ')}")
     return done.stdout
 

@@ -41,7 +41,9 @@ class Hub:
         self.links: dict[int, Link] = {}
         self.lost: set[int] = set()
         self.left: set[int] = set()
-        self.end: tuple[int, tuple[int, ...]] | None = None  # (status, silent ranks) once the job ends, for this rank as for all
+        self.end: tuple[int, tuple[int, ...]] | None = (
+            None  # (status, silent ranks) once the job ends, for this rank as for all
+        )
         self._name_lost_at = self._judge_at = 0.0
         self._states: dict[int, dict] = {}
         self._broken: tuple[int, str] | None = None
@@ -89,9 +91,15 @@ class Hub:
     def tick(self) -> None:
         """Do what is due."""
         now = time.monotonic()
-        if self._name_lost_at and now >= self._name_lost_at and (self.speaks or self._judge_at):  # asked though it is a deputy's: rank 0 is silent
+        if (
+            self._name_lost_at and now >= self._name_lost_at and (self.speaks or self._judge_at)
+        ):  # asked though it is a deputy's: rank 0 is silent
             self._name_lost()
-        elif self._judge_at and not self._name_lost_at and (now >= self._judge_at or self._states.keys() >= self.links.keys()):
+        elif (
+            self._judge_at
+            and not self._name_lost_at
+            and (now >= self._judge_at or self._states.keys() >= self.links.keys())
+        ):
             self._judge_at = 0.0
             self._judge()
 
@@ -138,11 +146,17 @@ class Hub:
         sentence = f"error: {verdict(terms.seats, states, silent, self._broken)}; {self._advice()}"
         with contextlib.suppress(OSError):
             if terms.folder.is_dir():
-                (terms.folder / "stall.txt").write_text(f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n{report}\n{sentence}\n", encoding="utf-8")
+                (terms.folder / "stall.txt").write_text(
+                    f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n{report}\n{sentence}\n", encoding="utf-8"
+                )
         self._finish(f"{report}\n{sentence}", STALL_STATUS, silent)
 
     def _advice(self) -> str:
-        kept = f"the table above is also in {self.terms.folder / 'stall.txt'}" if self.terms.folder.is_dir() else "the table is above"
+        kept = (
+            f"the table above is also in {self.terms.folder / 'stall.txt'}"
+            if self.terms.folder.is_dir()
+            else "the table is above"
+        )
         return f"{kept}; mend that, or raise parallel.stall_s if it may take so long, and {self.terms.then}"
 
 
@@ -154,7 +168,9 @@ def table(seats: tuple[Seat, ...], states: dict[int, dict]) -> str:
         told = (_doing(state), f"{state['for_s']:.0f} s", *state["line"]) if state else ("no answer", "", "", "")
         rows.append((str(seat.rank), seat.host, str(seat.pid), *told))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def _doing(state: dict) -> str:
@@ -174,7 +190,11 @@ def elsewhere(states: dict[int, dict], silent: tuple[int, ...]) -> list[int]:
     if busy := [rank for rank, state in states.items() if not state["waits"]]:
         return sorted(busy)
     for state in states.values():
-        if behind := [rank for rank in state["ranks"] if rank in states and states[rank]["counts"].get(state["axis"], 0) < state["number"]]:
+        if behind := [
+            rank
+            for rank in state["ranks"]
+            if rank in states and states[rank]["counts"].get(state["axis"], 0) < state["number"]
+        ]:
             fewest = min(states[rank]["counts"].get(state["axis"], 0) for rank in behind)
             return [rank for rank in behind if states[rank]["counts"].get(state["axis"], 0) == fewest]
     places: dict[str, list[int]] = {}
@@ -184,7 +204,9 @@ def elsewhere(states: dict[int, dict], silent: tuple[int, ...]) -> list[int]:
     return fewest if len(places) > 1 and len(fewest) * 2 <= len(states) else []
 
 
-def verdict(seats: tuple[Seat, ...], states: dict[int, dict], silent: tuple[int, ...], broken: tuple[int, str] | None) -> str:
+def verdict(
+    seats: tuple[Seat, ...], states: dict[int, dict], silent: tuple[int, ...], broken: tuple[int, str] | None
+) -> str:
     """One sentence on a job that stands still, or in which a collective raised an error (rank, text)."""
     culprits = elsewhere(states, silent)
     others = [state for rank, state in states.items() if rank not in culprits and state["waits"]]
@@ -193,7 +215,9 @@ def verdict(seats: tuple[Seat, ...], states: dict[int, dict], silent: tuple[int,
     error = f" (rank {broken[0]} got: {broken[1]})" if broken else ""
     if not culprits:
         return f"all ranks wait for one another, the first in {waiting}{error}"
-    named = " and ".join(f"rank {rank} (host {seats[rank].host})" for rank in culprits[:8]) + (" and more" if len(culprits) > 8 else "")
+    named = " and ".join(f"rank {rank} (host {seats[rank].host})" for rank in culprits[:8]) + (
+        " and more" if len(culprits) > 8 else ""
+    )
     one = len(culprits) == 1
     if silent:
         named = " and ".join(str(seats[rank]) for rank in silent[:8]) + (" and more" if len(silent) > 8 else "")

@@ -42,7 +42,9 @@ class Link:
     def __init__(self, connection: socket.socket):
         self.socket, self._rest = connection, b""
         connection.settimeout(SEND_S)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a host that is gone closes nothing; the kernel finds out in 20 s
+        connection.setsockopt(
+            socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1
+        )  # a host that is gone closes nothing; the kernel finds out in 20 s
         for option, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
             if hasattr(socket, option):
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)

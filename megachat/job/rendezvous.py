@@ -71,10 +71,18 @@ def meet(
         threading.Thread(target=desk.run, name="rendezvous", daemon=True).start()
     link = _reach(place, environment, begin, limit_s, say)
     with link.socket:
-        link.send(rank=environment.rank, world=environment.world_size, host=socket.gethostname(), address=link.socket.getpeername()[0], facts=facts)
+        link.send(
+            rank=environment.rank,
+            world=environment.world_size,
+            host=socket.gethostname(),
+            address=link.socket.getpeername()[0],
+            facts=facts,
+        )
         verdict = _next(link, time.monotonic() + limit_s + _SLACK_S)
     if not verdict:
-        raise UserError(f"rank 0 at {_text(place)} ended or fell silent while the ranks were gathering: look for its own message")
+        raise UserError(
+            f"rank 0 at {_text(place)} ended or fell silent while the ranks were gathering: look for its own message"
+        )
     if "mistake" in verdict:
         raise UserError(verdict["mistake"])
     return Meeting(verdict["address"], desk.store if desk is not None else None)
@@ -108,10 +116,16 @@ class _Desk:
         if mistake is None and self.store_port is not None:
             try:  # every client of the store is told of it by the verdict, so nobody knocks too early
                 forever = timedelta(seconds=self.limit_s)
-                self.store = TCPStore("127.0.0.1", self.store_port, None, True, forever, wait_for_workers=False, multi_tenant=True)
+                self.store = TCPStore(
+                    "127.0.0.1", self.store_port, None, True, forever, wait_for_workers=False, multi_tenant=True
+                )
             except DistError as error:
                 mistake = f"port {self.store_port} on {socket.gethostname()} was lost to another program ({error}): choose another, {_OTHER_PORT}"
-        reached = [address for _, _, address in self._here.values() if not ipaddress.ip_address(address.partition("%")[0]).is_loopback]
+        reached = [
+            address
+            for _, _, address in self._here.values()
+            if not ipaddress.ip_address(address.partition("%")[0]).is_loopback
+        ]
         verdict = {"mistake": mistake} if mistake else {"address": reached[0] if reached else None}
         own = self._here[0][0] if 0 in self._here else None
         for link in sorted(self._links, key=lambda link: link is own):
@@ -126,7 +140,9 @@ class _Desk:
                 return self._missing(f"did not come within {self.limit_s:g} s")
             if waited >= NOTICE_S and not told:
                 told = True
-                self.say(f"waiting for {_ranks(self._absent())} of {self.world}, up to {self.limit_s:g} s (parallel.rendezvous_s)")
+                self.say(
+                    f"waiting for {_ranks(self._absent())} of {self.world}, up to {self.limit_s:g} s (parallel.rendezvous_s)"
+                )
             for key, _ in self._selector.select(min(1.0, self.limit_s - waited)):
                 if key.fileobj is self.listener:
                     self._selector.register(self._greet(), selectors.EVENT_READ)
@@ -205,7 +221,9 @@ def _meeting_place(environment: LaunchEnvironment, limit_s: float) -> tuple[tupl
         store.set(key, json.dumps(place))
         return place, _Desk(listener, None)
     except DistError as error:
-        raise UserError(f"rank 0 did not come to torchrun's store at {address}:{port} ({str(error).splitlines()[0]}): look for its message") from None
+        raise UserError(
+            f"rank 0 did not come to torchrun's store at {address}:{port} ({str(error).splitlines()[0]}): look for its message"
+        ) from None
 
 
 def _listen(port: int) -> socket.socket:
@@ -226,7 +244,9 @@ def _reach(place: tuple[str, int], environment: LaunchEnvironment, begin: float,
     while True:
         try:
             link = Link(socket.create_connection(place, timeout=_CONNECT_S))
-            if link.socket.getsockname() != link.socket.getpeername():  # a client that gets its own target's port is connected to itself
+            if (
+                link.socket.getsockname() != link.socket.getpeername()
+            ):  # a client that gets its own target's port is connected to itself
                 return _greeted(link, place)
             link.close()
             why = "nothing listens there"
@@ -238,7 +258,9 @@ def _reach(place: tuple[str, int], environment: LaunchEnvironment, begin: float,
             why = f"{error.strerror or error}: host down, or a firewall between"
         waited, here = time.monotonic() - begin, f"rank {environment.rank} on {socket.gethostname()}"
         if waited >= limit_s:
-            raise UserError(f"{here} could not reach rank 0 at {_text(place)} within {limit_s:g} s ({why}): correct MASTER_ADDR or mend that")
+            raise UserError(
+                f"{here} could not reach rank 0 at {_text(place)} within {limit_s:g} s ({why}): correct MASTER_ADDR or mend that"
+            )
         if waited >= NOTICE_S and not told and environment.local_rank == 0:
             told = True
             say(f"{here} waits for rank 0 at {_text(place)} ({why})")

@@ -61,7 +61,10 @@ def _locked(folder: Path) -> tuple[int, str | None]:
         ) from None
     except OSError as error:
         if error.errno in _NO_LOCKS:
-            return descriptor, f"the storage of {folder} knows no locks ({error.strerror}): a second job on this run folder would not be noticed"
+            return (
+                descriptor,
+                f"the storage of {folder} knows no locks ({error.strerror}): a second job on this run folder would not be noticed",
+            )
         os.close(descriptor)
         raise
 

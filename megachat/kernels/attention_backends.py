@@ -17,7 +17,11 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 _HALF = (torch.bfloat16, torch.float16)
 _WORTH_TILES = 512  # tokens a row, from which tiles are faster than a mask on a CPU: tools/bench.py attention
 _LONG_SIZE = 256  # channels a head that the flash kernels go up to
-_TRIAL_TOKENS, _TRIAL_WINDOW, _TRIAL_TOLERANCE = 256, 32, 0.05  # one key too many or too few is further off, bfloat16's rounding is not
+_TRIAL_TOKENS, _TRIAL_WINDOW, _TRIAL_TOLERANCE = (
+    256,
+    32,
+    0.05,
+)  # one key too many or too few is further off, bfloat16's rounding is not
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,9 @@ class AttentionChoice:
     warning: str | None = None
 
 
-def choose_attention(asked: str, device: torch.device, dtype: torch.dtype, dims: Dimensions, *, must: bool = True) -> AttentionChoice:
+def choose_attention(
+    asked: str, device: torch.device, dtype: torch.dtype, dims: Dimensions, *, must: bool = True
+) -> AttentionChoice:
     """The kernel for "auto" or a name. Raises UserError when the one asked for cannot be had here: nothing else is taken in its place, unless
     `must` is off, as where another machine's checkpoint is evaluated."""
     windows = any(window < dims.sequence_len - 1 for window in dims.windows)
@@ -40,7 +46,9 @@ def choose_attention(asked: str, device: torch.device, dtype: torch.dtype, dims:
         if problem is None:
             return _choice(asked, "asked for", device, dtype, dims, windows)
         if must:
-            raise UserError(f"precision.attention is {asked} but {problem}: set precision.attention=auto, which takes what is here")
+            raise UserError(
+                f"precision.attention is {asked} but {problem}: set precision.attention=auto, which takes what is here"
+            )
         passed_over.append(f"{asked} ({problem})")
     for name in (name for name in _order(device, dims, windows) if name != asked):
         problem = _problem(name, device, dtype, dims)
@@ -103,12 +111,22 @@ def _trial(attend: Attend, device: torch.device, dtype: torch.dtype, dims: Dimen
     no kernel for this GPU, for these heads, or for windows."""
     generator = torch.Generator(device).manual_seed(0)
     shapes = [(1, _TRIAL_TOKENS, heads, dims.head_size) for heads in (dims.heads, dims.kv_heads, dims.kv_heads)]
-    g, *inputs = (torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_() for shape in (shapes[0], *shapes))
-    for window in sorted({_TRIAL_WINDOW if window < dims.sequence_len - 1 else _TRIAL_TOKENS for window in dims.windows}):
+    g, *inputs = (
+        torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_()
+        for shape in (shapes[0], *shapes)
+    )
+    for window in sorted(
+        {_TRIAL_WINDOW if window < dims.sequence_len - 1 else _TRIAL_TOKENS for window in dims.windows}
+    ):
         try:
             with torch.enable_grad():
-                found, wanted = ([y := way(*inputs, window), *torch.autograd.grad(y, inputs, g)] for way in (attend, attention))
-            off = max(((one - other).float().norm() / other.float().norm()).item() for one, other in zip(found, wanted, strict=True))
+                found, wanted = (
+                    [y := way(*inputs, window), *torch.autograd.grad(y, inputs, g)] for way in (attend, attention)
+                )
+            off = max(
+                ((one - other).float().norm() / other.float().norm()).item()
+                for one, other in zip(found, wanted, strict=True)
+            )
         except Exception as error:
             return f"a trial of it failed ({summary(error)})"
         if not off < _TRIAL_TOLERANCE:
@@ -116,7 +134,9 @@ def _trial(attend: Attend, device: torch.device, dtype: torch.dtype, dims: Dimen
     return None
 
 
-def _choice(name: str, reason: str, device: torch.device, dtype: torch.dtype, dims: Dimensions, windows: bool) -> AttentionChoice:
+def _choice(
+    name: str, reason: str, device: torch.device, dtype: torch.dtype, dims: Dimensions, windows: bool
+) -> AttentionChoice:
     warning = None
     if name == "te":
         attend, reason = TEAttention(dims.sequence_len), f"{reason} ({te_version()})"
@@ -129,14 +149,20 @@ def _choice(name: str, reason: str, device: torch.device, dtype: torch.dtype, di
     else:
         attend = attention
         if windows and device.type == "cuda":
-            better = "precision.attention to te, flash3, flash2 or flex where they can be had" if dtype in _HALF else "precision.compute=bfloat16"
-            warning = (
-                f"attention sdpa computes windows with a mask over the whole row, without its fast kernels: set model.window_pattern=L, or {better}"
+            better = (
+                "precision.attention to te, flash3, flash2 or flex where they can be had"
+                if dtype in _HALF
+                else "precision.compute=bfloat16"
             )
+            warning = f"attention sdpa computes windows with a mask over the whole row, without its fast kernels: set model.window_pattern=L, or {better}"
     return AttentionChoice(name, attend, reason, warning)
 
 
-_FLASH = {"flash2": "flash_attn", "flash3": "flash_attn_interface", "flash4": "flash_attn.cute"}  # the modules of its three generations
+_FLASH = {
+    "flash2": "flash_attn",
+    "flash3": "flash_attn_interface",
+    "flash4": "flash_attn.cute",
+}  # the modules of its three generations
 
 
 def _flash_function(name: str):

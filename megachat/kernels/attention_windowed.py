@@ -20,7 +20,10 @@ def windowed_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window
     tiles = -(-(tokens - window) // TILE)
     missing = window + tiles * TILE - tokens  # what pads the last tile is seen by padding alone
     queries = F.pad(q[:, window:], (0, 0, 0, 0, 0, missing)).unflatten(1, (tiles, TILE)).flatten(0, 1)
-    keys, values = (F.pad(part, (0, 0, 0, 0, 0, missing)).unfold(1, window + TILE, TILE).permute(0, 1, 4, 2, 3).flatten(0, 1) for part in (k, v))
+    keys, values = (
+        F.pad(part, (0, 0, 0, 0, 0, missing)).unfold(1, window + TILE, TILE).permute(0, 1, 4, 2, 3).flatten(0, 1)
+        for part in (k, v)
+    )
     behind = window + torch.arange(TILE, device=q.device)[:, None] - torch.arange(window + TILE, device=q.device)
     tiled = masked_attention(queries, keys, values, (behind >= 0) & (behind <= window))
     rest = tiled.unflatten(0, (-1, tiles)).flatten(1, 2)[:, : tokens - window]

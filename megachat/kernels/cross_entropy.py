@@ -44,13 +44,17 @@ class PlainProducts:
         """[rows of the chunk, columns]."""
         return F.linear(self.hidden[chunk], self.table)
 
-    def gradients(self, gradient: torch.Tensor, chunk: slice, into_hidden: torch.Tensor, into_table: torch.Tensor) -> None:
+    def gradients(
+        self, gradient: torch.Tensor, chunk: slice, into_hidden: torch.Tensor, into_table: torch.Tensor
+    ) -> None:
         """From that of the logits: write the gradient of the chunk's hidden rows, and add that of the table in float32."""
         torch.mm(gradient, self.table, out=into_hidden)
         into_table += gradient.T @ self.hidden[chunk]
 
 
-def capped_logits(hidden: torch.Tensor, weight: torch.Tensor, vocab_size: int, cap: float, part: VocabularyPart = WHOLE) -> torch.Tensor:
+def capped_logits(
+    hidden: torch.Tensor, weight: torch.Tensor, vocab_size: int, cap: float, part: VocabularyPart = WHOLE
+) -> torch.Tensor:
     """cap * tanh(hidden weight^T / cap) in float32, without the padding rows of the table.
 
     hidden [..., width] in the compute dtype, weight [this part of the padded vocabulary, width]. Returns [..., vocab_size] float32, with a
@@ -66,7 +70,9 @@ def capped_logits(hidden: torch.Tensor, weight: torch.Tensor, vocab_size: int, c
     return whole
 
 
-def reference_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int, cap: float) -> torch.Tensor:
+def reference_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int, cap: float
+) -> torch.Tensor:
     """The plain form of `capped_cross_entropy`, which keeps every logit for the backward pass."""
     logits = capped_logits(hidden, weight, vocab_size, cap)
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=-1)
@@ -92,7 +98,12 @@ def capped_cross_entropy(
 
 @torch.no_grad()
 def token_nats(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int, cap: float, part: VocabularyPart = WHOLE
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    vocab_size: int,
+    cap: float,
+    part: VocabularyPart = WHOLE,
 ) -> torch.Tensor:
     """Cross entropy of each target in nats, [rows] float32 (zero where the target is -1), without gradients."""
     rows, flat = hidden.flatten(0, -2), targets.flatten()

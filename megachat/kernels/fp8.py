@@ -36,7 +36,15 @@ def column_major(x: torch.Tensor) -> torch.Tensor:
     return x.t().contiguous().t()
 
 
-def scaled_product(a: torch.Tensor, b: torch.Tensor, restore_a: torch.Tensor, restore_b: torch.Tensor, out: torch.dtype, *, fast: bool = False):
+def scaled_product(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    restore_a: torch.Tensor,
+    restore_b: torch.Tensor,
+    out: torch.dtype,
+    *,
+    fast: bool = False,
+):
     """a [m, k] times b [k, n], column-major, both FP8, with their factors -> [m, n] of dtype `out`. fast: sum in fewer bits, where the GPU can."""
     return torch._scaled_mm(a, b, scale_a=restore_a, scale_b=restore_b, out_dtype=out, use_fast_accum=fast)
 
@@ -53,10 +61,16 @@ class _Tensorwise(torch.autograd.Function):
     def backward(ctx, gradient):
         x8, x_factor, w8, w_factor = ctx.saved_tensors
         g8, g_factor = quantized(gradient, GRADIENT)
-        into_x = scaled_product(g8, column_major(w8), g_factor, w_factor, gradient.dtype) if ctx.needs_input_grad[0] else None
+        into_x = (
+            scaled_product(g8, column_major(w8), g_factor, w_factor, gradient.dtype)
+            if ctx.needs_input_grad[0]
+            else None
+        )
         into_weight = None
         if ctx.needs_input_grad[1]:
-            into_weight = scaled_product(g8.t().contiguous(), column_major(x8), g_factor, x_factor, gradient.dtype).to(ctx.weight_dtype)
+            into_weight = scaled_product(g8.t().contiguous(), column_major(x8), g_factor, x_factor, gradient.dtype).to(
+                ctx.weight_dtype
+            )
         return into_x, into_weight
 
 
@@ -119,16 +133,25 @@ class TensorwiseHead(PlainProducts):
 
     def __init__(self, hidden: torch.Tensor, table: torch.Tensor):
         self.dtype = hidden.dtype
-        (self.hidden, self.hidden_factor), (self.table, self.table_factor) = quantized(hidden, INPUT), quantized(table, INPUT)
+        (self.hidden, self.hidden_factor), (self.table, self.table_factor) = (
+            quantized(hidden, INPUT),
+            quantized(table, INPUT),
+        )
         self.table_columns = column_major(self.table)
 
     def logits(self, chunk: slice) -> torch.Tensor:
-        return scaled_product(self.hidden[chunk], self.table.t(), self.hidden_factor, self.table_factor, self.dtype, fast=True)
+        return scaled_product(
+            self.hidden[chunk], self.table.t(), self.hidden_factor, self.table_factor, self.dtype, fast=True
+        )
 
-    def gradients(self, gradient: torch.Tensor, chunk: slice, into_hidden: torch.Tensor, into_table: torch.Tensor) -> None:
+    def gradients(
+        self, gradient: torch.Tensor, chunk: slice, into_hidden: torch.Tensor, into_table: torch.Tensor
+    ) -> None:
         g8, factor = quantized(gradient, GRADIENT)
         into_hidden.copy_(scaled_product(g8, self.table_columns, factor, self.table_factor, self.dtype))
-        into_table += scaled_product(g8.t().contiguous(), column_major(self.hidden[chunk]), factor, self.hidden_factor, self.dtype)
+        into_table += scaled_product(
+            g8.t().contiguous(), column_major(self.hidden[chunk]), factor, self.hidden_factor, self.dtype
+        )
 
 
 class BlockwiseHead(PlainProducts):
@@ -142,7 +165,9 @@ class BlockwiseHead(PlainProducts):
     def logits(self, chunk: slice) -> torch.Tensor:
         return F.linear(block_rounded(self.hidden[chunk], 1, TILE), self.table)
 
-    def gradients(self, gradient: torch.Tensor, chunk: slice, into_hidden: torch.Tensor, into_table: torch.Tensor) -> None:
+    def gradients(
+        self, gradient: torch.Tensor, chunk: slice, into_hidden: torch.Tensor, into_table: torch.Tensor
+    ) -> None:
         torch.mm(block_rounded(gradient, 1, TILE), self.table, out=into_hidden)
         into_table += block_rounded(gradient, TILE, 1).T @ block_rounded(self.hidden[chunk], TILE, 1)
 

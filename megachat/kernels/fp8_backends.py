@@ -25,7 +25,9 @@ class Fp8Choice:
     reason: str
 
 
-def choose_fp8(recipe: str, backend: str, device: torch.device, dtype: torch.dtype, dtype_reason: str) -> Fp8Choice | None:
+def choose_fp8(
+    recipe: str, backend: str, device: torch.device, dtype: torch.dtype, dtype_reason: str
+) -> Fp8Choice | None:
     """None for the recipe "off". Raises UserError when the run's dtype, its GPU or the backend asked for cannot do it."""
     if recipe == "off":
         return None
@@ -43,7 +45,9 @@ def choose_fp8(recipe: str, backend: str, device: torch.device, dtype: torch.dty
         )
     problem = te_problem(device, recipe) if backend != "torch" else None
     if backend == "te" and problem:
-        raise UserError(f"precision.fp8_backend is te but {problem}: set precision.fp8_backend=torch, or precision.fp8=off")
+        raise UserError(
+            f"precision.fp8_backend is te but {problem}: set precision.fp8_backend=torch, or precision.fp8=off"
+        )
     if backend != "torch" and not problem:
         return Fp8Choice(recipe, "te", f"{'auto: ' if backend == 'auto' else ''}Transformer Engine {te_version()}")
     reason = "asked for" if backend == "torch" else f"auto: not te, because {problem}"
@@ -56,9 +60,16 @@ def choose_fp8(recipe: str, backend: str, device: torch.device, dtype: torch.dty
 def apply_fp8(layers: list[nn.Module], choice: Fp8Choice) -> int:
     """Have every linear of the layers whose weight fits, as it is cut here, multiply in FP8 while it trains; returns how many do. The head's
     table is multiplied in the loss: see `head_products`."""
-    linears = [module for layer in layers for name, module in layer.named_modules() if isinstance(module, Linear) and name != "lm_head"]
+    linears = [
+        module
+        for layer in layers
+        for name, module in layer.named_modules()
+        if isinstance(module, Linear) and name != "lm_head"
+    ]
     fitting = [linear for linear in linears if fits_fp8(*linear.weight.shape, choice.recipe)]
-    build = TELinears(choice.recipe).build if choice.backend == "te" and fitting else lambda weight: PRODUCTS[choice.recipe]
+    build = (
+        TELinears(choice.recipe).build if choice.backend == "te" and fitting else lambda weight: PRODUCTS[choice.recipe]
+    )
     for linear in fitting:
         linear.product = build(linear.weight)
     return len(fitting)
@@ -78,4 +89,8 @@ def describe_fp8(choice: Fp8Choice, dims: Dimensions, tensor: int, *, head: bool
         (fitting if head_fits_fp8(dims, tensor, choice.recipe) else plain).append("lm_head")
     said = f"fp8 {choice.recipe} by {choice.backend} ({choice.reason}) for {', '.join(fitting)} in training"
     tile = FP8_TILES[choice.recipe]
-    return said + (f"; not for {', '.join(plain)}, whose sides are not multiples of {tile} from {FP8_LEAST_SIDE} on" if plain else "")
+    return said + (
+        f"; not for {', '.join(plain)}, whose sides are not multiples of {tile} from {FP8_LEAST_SIDE} on"
+        if plain
+        else ""
+    )

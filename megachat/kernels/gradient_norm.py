@@ -85,12 +85,21 @@ def _te(device: torch.device) -> tuple[MultiTensor | None, str]:
 
 
 def _apex(device: torch.device) -> tuple[MultiTensor | None, str]:
-    if util.find_spec("amp_C") is None:  # looked for first: PyPI's apex is another program, which is better not imported
+    if (
+        util.find_spec("amp_C") is None
+    ):  # looked for first: PyPI's apex is another program, which is better not imported
         wrong = util.find_spec("apex") is not None
-        return None, "the apex here lacks amp_C: it is another package, or built without CUDA extensions" if wrong else "it is not installed"
+        return (
+            None,
+            "the apex here lacks amp_C: it is another package, or built without CUDA extensions"
+            if wrong
+            else "it is not installed",
+        )
     try:
         l2norm = importlib.import_module("amp_C").multi_tensor_l2norm
-        return MultiTensor(importlib.import_module("apex.multi_tensor_apply").multi_tensor_applier, l2norm), "NVIDIA apex"
+        return MultiTensor(
+            importlib.import_module("apex.multi_tensor_apply").multi_tensor_applier, l2norm
+        ), "NVIDIA apex"
     except Exception as error:  # as above
         return None, f"it cannot be imported ({summary(error)})"
 
@@ -99,9 +108,18 @@ def _disagreement(function: SumOfSquares, device: torch.device) -> str | None:
     """Why not to use the function, if it fails or finds other sums than torch; also such that are not finite."""
     few = [torch.linspace(-1, 1, size, device=device) for size in (1, 100_003)]
     try:
-        for tensors in (few, [*few, torch.full((3,), torch.inf, device=device)], [*few, torch.full((3,), torch.nan, device=device)]):
+        for tensors in (
+            few,
+            [*few, torch.full((3,), torch.inf, device=device)],
+            [*few, torch.full((3,), torch.nan, device=device)],
+        ):
             found, wanted = function(tensors).item(), torch_sum_of_squares(tensors).item()
-            if not (found == wanted or found != found and wanted != wanted or abs(found - wanted) <= _TOLERANCE * abs(wanted)):
+            if not (
+                found == wanted
+                or found != found
+                and wanted != wanted
+                or abs(found - wanted) <= _TOLERANCE * abs(wanted)
+            ):
                 return f"it finds {found} where torch finds {wanted}"
     except Exception as error:  # a kernel without code for this GPU
         return f"it fails ({summary(error)})"

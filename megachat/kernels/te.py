@@ -39,9 +39,15 @@ def te_problem(device: torch.device, recipe: str | None = None) -> str | None:
     try:
         import transformer_engine.pytorch as te
 
-        checks = {None: lambda return_reason: (True, ""), "tensorwise": te.is_fp8_available, "blockwise": te.is_fp8_block_scaling_available}
+        checks = {
+            None: lambda return_reason: (True, ""),
+            "tensorwise": te.is_fp8_available,
+            "blockwise": te.is_fp8_block_scaling_available,
+        }
         works, why = checks[recipe](return_reason=True)
-    except Exception as error:  # OSError and AssertionError too: it loads libraries and checks versions while it is imported
+    except (
+        Exception
+    ) as error:  # OSError and AssertionError too: it loads libraries and checks versions while it is imported
         return f"transformer_engine cannot be imported ({summary(error)})"
     return None if works else f"transformer_engine {found[_ONE_VERSION[0]]} says: {why}"
 
@@ -89,7 +95,9 @@ class TELinears:
         """
         rows, columns = weight.shape
         # on "meta" (the text: a torch.device is not recognised) it takes no memory and draws no random numbers
-        linear = self._linear(columns, rows, bias=False, params_dtype=weight.dtype, init_method=lambda tensor: None, device="meta")
+        linear = self._linear(
+            columns, rows, bias=False, params_dtype=weight.dtype, init_method=lambda tensor: None, device="meta"
+        )
         return _TEProduct(linear, self._tile, self._context)
 
     def _context(self):
@@ -127,9 +135,16 @@ class TEAttention:
         if module is None:
             from transformer_engine.pytorch import DotProductAttention
 
-            groups = {"num_gqa_groups": kv_heads, "attention_dropout": 0.0, "qkv_format": "bshd", "attn_mask_type": "causal"}
+            groups = {
+                "num_gqa_groups": kv_heads,
+                "attention_dropout": 0.0,
+                "qkv_format": "bshd",
+                "attn_mask_type": "causal",
+            }
             module = self._modules[heads, kv_heads, size] = DotProductAttention(heads, size, **groups)
-        reach = -1 if window >= q.size(1) - 1 else window  # to Transformer Engine (tokens, 0) is a window, and only -1 is none
+        reach = (
+            -1 if window >= q.size(1) - 1 else window
+        )  # to Transformer Engine (tokens, 0) is a window, and only -1 is none
         return module(q.contiguous(), k.contiguous(), v.contiguous(), window_size=(reach, 0)).view(q.shape)
 
 

@@ -14,12 +14,22 @@ from megachat.kernels.attention import attention, masked_attention
 from megachat.planning.dimensions import Dimensions
 
 
-def cache_bytes(dims: Dimensions, rows: int, tokens: int, dtype: torch.dtype, *, blocks: range | None = None, kv_heads: int | None = None) -> int:
+def cache_bytes(
+    dims: Dimensions,
+    rows: int,
+    tokens: int,
+    dtype: torch.dtype,
+    *,
+    blocks: range | None = None,
+    kv_heads: int | None = None,
+) -> int:
     """Memory of a Cache in bytes once a chunk has passed. blocks and kv_heads: those of a process; by default the whole model's. The last
     embedding of each row is counted where block 0 is."""
     blocks = range(dims.depth) if blocks is None else blocks
     slots = sum(min(tokens, dims.windows[block] + 1) for block in blocks)
-    elements = 2 * slots * (dims.kv_heads if kv_heads is None else kv_heads) * dims.head_size + (dims.width if 0 in blocks else 0)
+    elements = 2 * slots * (dims.kv_heads if kv_heads is None else kv_heads) * dims.head_size + (
+        dims.width if 0 in blocks else 0
+    )
     return rows * elements * dtype.itemsize
 
 
@@ -33,7 +43,9 @@ class Cache:
         if not 1 <= tokens <= dims.sequence_len:
             raise ValueError(f"a cache of {tokens} tokens for a model of {dims.sequence_len}")
         self.dims, self.tokens, self.lengths = dims, tokens, [0] * rows
-        self._buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of each block: keys and values [rows, slots, kv_heads, head_size]
+        self._buffers: dict[
+            int, tuple[torch.Tensor, torch.Tensor]
+        ] = {}  # of each block: keys and values [rows, slots, kv_heads, head_size]
         self._embedding: torch.Tensor | None = None  # of each row's last token, before smear: [rows, width]
 
     def extend(self, lengths: Sequence[int]) -> "Chunk":
@@ -43,7 +55,9 @@ class Cache:
         """
         starts = self.lengths
         if len(lengths) != len(starts) or max(map(sum, zip(starts, lengths, strict=True))) > self.tokens:
-            raise ValueError(f"rows of {starts} tokens cannot grow by {list(lengths)} in a cache of {len(starts)} rows of {self.tokens} tokens")
+            raise ValueError(
+                f"rows of {starts} tokens cannot grow by {list(lengths)} in a cache of {len(starts)} rows of {self.tokens} tokens"
+            )
         self.lengths = [start + length for start, length in zip(starts, lengths, strict=True)]
         return Chunk(self, starts, list(lengths), None)
 
@@ -55,14 +69,18 @@ class Cache:
         """A cache of its own whose row i is a copy of row rows[i]; for going on from one prefix in several ways that are kept."""
         chosen = Cache(self.dims, len(rows), self.tokens)
         chosen.lengths = [self.lengths[row] for row in rows]
-        chosen._buffers = {block: (keys[list(rows)], values[list(rows)]) for block, (keys, values) in self._buffers.items()}
+        chosen._buffers = {
+            block: (keys[list(rows)], values[list(rows)]) for block, (keys, values) in self._buffers.items()
+        }
         chosen._embedding = None if self._embedding is None else self._embedding[list(rows)]
         return chosen
 
     @property
     def bytes(self) -> int:
         """Memory of what this process keeps."""
-        held = [tensor for pair in self._buffers.values() for tensor in pair] + ([] if self._embedding is None else [self._embedding])
+        held = [tensor for pair in self._buffers.values() for tensor in pair] + (
+            [] if self._embedding is None else [self._embedding]
+        )
         return sum(tensor.nbytes for tensor in held)
 
 
@@ -78,7 +96,11 @@ class Chunk:
         """Of the batch's tokens, for the rotary tables: a slice, or int64 [batch, tokens]; those of padding are any."""
         if self._alike and self.starts[0] + tokens <= self.cache.dims.sequence_len:
             return slice(self.starts[0], self.starts[0] + tokens)
-        return self._once("positions", device, lambda: self._queries(tokens).clamp(max=self.cache.dims.sequence_len - 1).expand(len(self.starts), -1))
+        return self._once(
+            "positions",
+            device,
+            lambda: self._queries(tokens).clamp(max=self.cache.dims.sequence_len - 1).expand(len(self.starts), -1),
+        )
 
     def before(self, x: torch.Tensor) -> torch.Tensor:
         """Embeddings x [batch, tokens, width] -> each token's previous one's, zeros before a row's first; keeps the last for the next chunk."""
@@ -99,18 +121,30 @@ class Chunk:
             if self.rows is None:
                 self._keep(block, k, v, slots)
             return attention(q, k, v, window)
-        if self.rows is None and (seen + tokens <= slots or tokens == 1):  # nothing that these tokens see is overwritten by them
+        if self.rows is None and (
+            seen + tokens <= slots or tokens == 1
+        ):  # nothing that these tokens see is overwritten by them
             keys, values = (whole[:, : min(slots, seen + tokens)] for whole in self._keep(block, k, v, slots))
             if tokens == 1 and self._alike:
                 return masked_attention(q, keys, values, None)
-            return masked_attention(q, keys, values, self._once(("mask", window), q.device, lambda: self._mask(window, slots, tokens, inside=True)))
+            return masked_attention(
+                q,
+                keys,
+                values,
+                self._once(("mask", window), q.device, lambda: self._mask(window, slots, tokens, inside=True)),
+            )
         keys, values = (whole[:, : min(slots, seen)] for whole in self.cache._buffers[block])
         if self.rows is not None:
             keys, values = keys[self.rows], values[self.rows]
         keys, values = torch.cat((keys, k), dim=1), torch.cat((values, v), dim=1)
         if self.rows is None:
             self._keep(block, k, v, slots)
-        return masked_attention(q, keys, values, self._once(("mask", window), q.device, lambda: self._mask(window, slots, tokens, inside=False)))
+        return masked_attention(
+            q,
+            keys,
+            values,
+            self._once(("mask", window), q.device, lambda: self._mask(window, slots, tokens, inside=False)),
+        )
 
     def _keep(self, block: int, k: torch.Tensor, v: torch.Tensor, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Write new keys and values into their slots; returns the block's buffers."""
@@ -119,7 +153,11 @@ class Chunk:
             self.cache._buffers[block] = k.new_zeros(shape), v.new_zeros(shape)
         tokens, first = k.size(1), self.starts[0] % slots
         for whole, new in zip(self.cache._buffers[block], (k, v), strict=True):
-            if self._alike and first + tokens <= slots and (self.starts[0] < slots or all(length == tokens for length in self.lengths)):
+            if (
+                self._alike
+                and first + tokens <= slots
+                and (self.starts[0] < slots or all(length == tokens for length in self.lengths))
+            ):
                 whole[:, first : first + tokens] = new  # padding too: no later token sees it before it is overwritten
             else:
                 rows, at, slot = self._once(("places", slots), k.device, lambda: self._places(tokens, slots))

@@ -87,7 +87,10 @@ class Embed(nn.Module):
         self.wte = Table(dims.padded_vocab, dims.width, options.table_dtype)
         self.smear_gate = Linear(SMEAR_CHANNELS, 1)
         self.smear_lambda = nn.Parameter(torch.empty(1))
-        place(self.wte.weight, Place("transformer.wte.weight", (dims.padded_vocab, dims.width), -1, ("normal", 0.8), "vocabulary"))
+        place(
+            self.wte.weight,
+            Place("transformer.wte.weight", (dims.padded_vocab, dims.width), -1, ("normal", 0.8), "vocabulary"),
+        )
         place(self.smear_gate.weight, Place("smear_gate.weight", (1, SMEAR_CHANNELS), -1, ("uniform", 0.0, 0.02)))
         place(self.smear_lambda, Place("smear_lambda", (1,), -1, ("constant", 0.0)))
 
@@ -127,7 +130,10 @@ class Attention(nn.Module):
         if dims.has_value_embedding(block):
             self.ve_gate = Linear(GATE_CHANNELS, dims.kv_heads)
             shape = tuple(self.ve_gate.weight.shape)
-            place(self.ve_gate.weight, Place(f"transformer.h.{block}.attn.ve_gate.weight", shape, block, ("uniform", 0.0, 0.02), "column"))
+            place(
+                self.ve_gate.weight,
+                Place(f"transformer.h.{block}.attn.ve_gate.weight", shape, block, ("uniform", 0.0, 0.02), "column"),
+            )
 
     def forward(self, x: torch.Tensor, value_embedding: torch.Tensor | None) -> torch.Tensor:
         """x [batch, tokens, width]; value_embedding [batch, tokens, kv_width] or None."""
@@ -137,7 +143,11 @@ class Attention(nn.Module):
             gate = 3 * torch.sigmoid(self.ve_gate(x[..., :GATE_CHANNELS]))
             v = v + gate.unsqueeze(-1) * value_embedding.view(heads)
         q, k = (norm(self.rotary(head, self.past), self.dims.norm_epsilon) * self.dims.qk_scale for head in (q, k))
-        y = self.attend(q, k, v, self.window) if self.past is None else self.past.attend(self.block, q, k, v, self.window)
+        y = (
+            self.attend(q, k, v, self.window)
+            if self.past is None
+            else self.past.attend(self.block, q, k, v, self.window)
+        )
         return self.c_proj(y.flatten(2))
 
 
@@ -167,7 +177,11 @@ class Block(nn.Module):
 
     def __init__(self, dims: Dimensions, options: ModelOptions, rotary: Rotary, block: int):
         super().__init__()
-        self.keeps_backout, self.is_last, self.norm_epsilon = block == dims.depth // 2, block == dims.depth - 1, dims.norm_epsilon
+        self.keeps_backout, self.is_last, self.norm_epsilon = (
+            block == dims.depth // 2,
+            block == dims.depth - 1,
+            dims.norm_epsilon,
+        )
         self.recompute = options.recompute
         self.attn, self.mlp = Attention(dims, options, rotary, block), MLP(dims, block)
         self.resid_lambda, self.x0_lambda = nn.Parameter(torch.empty(1)), nn.Parameter(torch.empty(1))
@@ -180,7 +194,10 @@ class Block(nn.Module):
         if dims.has_value_embedding(block):
             shape, bound = (dims.padded_vocab, dims.kv_width), (3 / dims.width) ** 0.5
             self.value_embed = Table(*shape, options.table_dtype)
-            place(self.value_embed.weight, Place(f"value_embeds.{block}.weight", shape, block, ("uniform", -bound, bound), "feature"))
+            place(
+                self.value_embed.weight,
+                Place(f"value_embeds.{block}.weight", shape, block, ("uniform", -bound, bound), "feature"),
+            )
 
     def forward(self, stream: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         again = self.recompute if self.training and torch.is_grad_enabled() else "none"
@@ -216,7 +233,10 @@ class Head(nn.Module):
         self.backout_lambda = nn.Parameter(torch.empty(1))
         self.lm_head = Linear(dims.width, dims.padded_vocab)
         place(self.backout_lambda, Place("backout_lambda", (1,), dims.depth, ("constant", backout)))
-        place(self.lm_head.weight, Place("lm_head.weight", (dims.padded_vocab, dims.width), dims.depth, ("normal", 0.001), "vocabulary"))
+        place(
+            self.lm_head.weight,
+            Place("lm_head.weight", (dims.padded_vocab, dims.width), dims.depth, ("normal", 0.001), "vocabulary"),
+        )
 
     def forward(self, stream: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         x, x_backout, _ = stream
@@ -228,7 +248,13 @@ class Loss(nn.Module):
     [nats, bytes] float64 summed over the targets that have bytes (special tokens have none). A target of -1 is not counted.
     part: the rows of lm_head that the output comes with. products: how training multiplies by them."""
 
-    def __init__(self, dims: Dimensions, token_bytes: torch.Tensor, part: VocabularyPart = WHOLE, products: type[PlainProducts] = PlainProducts):
+    def __init__(
+        self,
+        dims: Dimensions,
+        token_bytes: torch.Tensor,
+        part: VocabularyPart = WHOLE,
+        products: type[PlainProducts] = PlainProducts,
+    ):
         super().__init__()
         self.vocab_size, self.part, self.products = dims.vocab_size, part, products
         self.register_buffer("token_bytes", token_bytes.to(torch.int64), persistent=False)
@@ -248,7 +274,9 @@ def logits(output: tuple[torch.Tensor, torch.Tensor], dims: Dimensions, part: Vo
     return capped_logits(*output, dims.vocab_size, LOGIT_CAP, part)
 
 
-def last_logits(output: tuple[torch.Tensor, torch.Tensor], positions: torch.Tensor, dims: Dimensions, part: VocabularyPart = WHOLE) -> torch.Tensor:
+def last_logits(
+    output: tuple[torch.Tensor, torch.Tensor], positions: torch.Tensor, dims: Dimensions, part: VocabularyPart = WHOLE
+) -> torch.Tensor:
     """The head's output [batch, tokens, ...] and positions [batch] int64 -> the logits after each row's position, [batch, vocab_size] float32."""
     hidden, weight = output
     return logits((hidden[torch.arange(len(positions), device=hidden.device), positions], weight), dims, part)

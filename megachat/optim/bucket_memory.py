@@ -10,17 +10,29 @@ from megachat.parallel.mesh import Axis
 class BucketMemory:
     """See buckets.Bucket for how the local shards of matrices lie in it. data: the data axis. wire: dtype of gradients between ranks."""
 
-    def __init__(self, plan: PartitionPlan, number: int, data: Axis, weight_dtype: torch.dtype, wire: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        plan: PartitionPlan,
+        number: int,
+        data: Axis,
+        weight_dtype: torch.dtype,
+        wire: torch.dtype,
+        device: torch.device,
+    ):
         self.layout, self.data, self._name = plan.buckets[number], data, f"Muon bucket {number}"
         self._shapes = [plan.matrices[index].local_shape(plan.tensor) for index in self.layout.matrices]
         self._own = slice(data.rank * self.layout.shard, (data.rank + 1) * self.layout.shard)
         self.weights = torch.zeros(data.size * self.layout.shard, dtype=weight_dtype, device=device)
         # float32 weights are their own masters
-        self.master = self.weights[self._own] if weight_dtype == torch.float32 else torch.zeros(self.layout.shard, device=device)
+        self.master = (
+            self.weights[self._own] if weight_dtype == torch.float32 else torch.zeros(self.layout.shard, device=device)
+        )
         self.momentum = torch.zeros(self.layout.shard, device=device)
         self.gathering = Pending()
         self._wire_dtype = torch.float32 if data.size == 1 else wire  # one rank: no wire, so no rounding for it
-        self._wire: tuple[torch.Tensor, torch.Tensor] | None = None  # (received, sent) while a reduction in another dtype is under way
+        self._wire: tuple[torch.Tensor, torch.Tensor] | None = (
+            None  # (received, sent) while a reduction in another dtype is under way
+        )
         self._reducing: Pending | None = None
         self._gradients: torch.Tensor | None = None
 

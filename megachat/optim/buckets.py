@@ -38,7 +38,9 @@ class Bucket:
     offsets: tuple[int, ...]
 
 
-def lay_out(matrices: Sequence[Matrix], sizes: Sequence[int], ranks: int, layers_per_bucket: int, align: int) -> list[Bucket]:
+def lay_out(
+    matrices: Sequence[Matrix], sizes: Sequence[int], ranks: int, layers_per_bucket: int, align: int
+) -> list[Bucket]:
     """Layer groups in the order of backward, each an aligned and a flat bucket (either may be missing), then the tiny matrices.
 
     sizes: local elements of each matrix. ranks: of the data axis.

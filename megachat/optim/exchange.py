@@ -17,7 +17,9 @@ from megachat.parallel.collectives import Pending, all_to_all
 from megachat.parallel.mesh import Axis
 
 _ALIGNED_BYTES = 16
-Result = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # a lead's (direction [m, n], norm [1, 1], scale [m, 1] or [1, n])
+Result = tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor
+]  # a lead's (direction [m, n], norm [1, 1], scale [m, 1] or [1, n])
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,9 @@ class Exchange:
         self.needed = bool(moves)  # the same at every place
         places = range(grid.size)
         self.sent = [[move for move in moves if move.holder == grid.rank and move.lead == place] for place in places]
-        self.received = [[move for move in moves if move.lead == grid.rank and move.holder == place] for place in places]
+        self.received = [
+            [move for move in moves if move.lead == grid.rank and move.holder == place] for place in places
+        ]
         members = plan.buckets[bucket].matrices
         self.held = {index: piece for index in members for piece in plan.fragments[index] if piece.rank == grid.rank}
         self.led = [index for index in members if plan.leads[index] == grid.rank]
@@ -69,8 +73,15 @@ class Exchange:
         fragments. like: gives the device."""
         pending, buffer = Pending(), like[:0]
         if self.needed:
-            local = {(index, rank): self._local(index, rank, result[0]) for index, result in results.items() for rank in range(self.plan.tensor)}
-            parts = [[part for move in moves for part in self._packed(move, local, *results[move.matrix][1:])] for moves in self.received]
+            local = {
+                (index, rank): self._local(index, rank, result[0])
+                for index, result in results.items()
+                for rank in range(self.plan.tensor)
+            }
+            parts = [
+                [part for move in moves for part in self._packed(move, local, *results[move.matrix][1:])]
+                for moves in self.received
+            ]
             counts = [sum(map(self._packed_count, moves)) for moves in self.sent]
             pending, buffer = self._all_to_all(parts, counts, like, "directions to holders")
 
@@ -79,11 +90,16 @@ class Exchange:
             order = [move for moves in self.sent for move in moves]
             parts = buffer.split([self._packed_count(move) for move in order]) if order else ()
             returned = {move.matrix: self._unpacked(move, part) for move, part in zip(order, parts, strict=True)}
-            return [Directed(index, piece, *(returned.get(index) or self._own(piece, index, *results[index]))) for index, piece in self.held.items()]
+            return [
+                Directed(index, piece, *(returned.get(index) or self._own(piece, index, *results[index])))
+                for index, piece in self.held.items()
+            ]
 
         return arrived
 
-    def _all_to_all(self, parts: list[list[torch.Tensor]], receive_counts: list[int], like: torch.Tensor, what: str) -> tuple[Pending, torch.Tensor]:
+    def _all_to_all(
+        self, parts: list[list[torch.Tensor]], receive_counts: list[int], like: torch.Tensor, what: str
+    ) -> tuple[Pending, torch.Tensor]:
         send_counts = [sum(part.numel() for part in own) for own in parts]
         sent = torch.cat([part for own in parts for part in own] or [like.new_empty(0, dtype=self.dtype)])
         received = like.new_empty(sum(receive_counts), dtype=self.dtype)
@@ -91,9 +107,14 @@ class Exchange:
         counts = {"receive_counts": receive_counts, "send_counts": send_counts}
         return all_to_all(received, sent, self.grid, **counts, name=name, asynchronous=True), received
 
-    def _assemble(self, index: int, updates: torch.Tensor, arrived: dict[tuple[int, int], torch.Tensor]) -> torch.Tensor:
+    def _assemble(
+        self, index: int, updates: torch.Tensor, arrived: dict[tuple[int, int], torch.Tensor]
+    ) -> torch.Tensor:
         plan, matrix = self.plan, self.plan.matrices[index]
-        parts = [updates[piece.in_shard] if piece.rank == self.grid.rank else arrived[index, piece.rank] for piece in plan.fragments[index]]
+        parts = [
+            updates[piece.in_shard] if piece.rank == self.grid.rank else arrived[index, piece.rank]
+            for piece in plan.fragments[index]
+        ]
         flat = parts[0] if len(parts) == 1 else torch.cat(parts)  # tensor rank after tensor rank
         if flat.data_ptr() % _ALIGNED_BYTES:  # a library may choose another kernel, with other bits
             flat = flat.clone()
@@ -116,11 +137,19 @@ class Exchange:
         first, last = touched_rows(columns, piece.start, piece.stop)
         return scale[row + first : row + last] if matrix.scaled_by_row else scale[:, column : column + columns]
 
-    def _own(self, piece: Fragment, index: int, direction: torch.Tensor, norm: torch.Tensor, scale: torch.Tensor) -> Result:
+    def _own(
+        self, piece: Fragment, index: int, direction: torch.Tensor, norm: torch.Tensor, scale: torch.Tensor
+    ) -> Result:
         rank = self.grid.rank % self.plan.tensor
-        return self._local(index, rank, direction)[piece.start : piece.stop], norm, self._scales(index, piece, rank, scale)
+        return (
+            self._local(index, rank, direction)[piece.start : piece.stop],
+            norm,
+            self._scales(index, piece, rank, scale),
+        )
 
-    def _packed(self, move: Move, local: dict[tuple[int, int], torch.Tensor], norm: torch.Tensor, scale: torch.Tensor) -> list[torch.Tensor]:
+    def _packed(
+        self, move: Move, local: dict[tuple[int, int], torch.Tensor], norm: torch.Tensor, scale: torch.Tensor
+    ) -> list[torch.Tensor]:
         rank = move.holder % self.plan.tensor
         scales = torch.cat([norm.reshape(-1), self._scales(move.matrix, move, rank, scale).reshape(-1)])
         return [local[move.matrix, rank][move.start : move.stop], scales.view(self.dtype)]
@@ -131,4 +160,8 @@ class Exchange:
     def _unpacked(self, move: Move, part: torch.Tensor) -> Result:
         direction, scales = part.split([move.stop - move.start, part.numel() - (move.stop - move.start)])
         scales = scales.clone().view(torch.float32)  # a copy, because the part may begin in the middle of a float32
-        return direction, scales[:1].view(1, 1), scales[1:].view((-1, 1) if self.plan.matrices[move.matrix].scaled_by_row else (1, -1))
+        return (
+            direction,
+            scales[:1].view(1, 1),
+            scales[1:].view((-1, 1) if self.plan.matrices[move.matrix].scaled_by_row else (1, -1)),
+        )

@@ -56,7 +56,9 @@ def assign(places: Iterable, groups: Iterable[Group] = GROUPS) -> dict[str, Grou
     for where in places:
         group = group_of(where.name, groups)
         if where.cut in ("column", "row") and group.optimizer != "muon":
-            raise ValueError(f"matrix {where.name} should be on Muon but group {group.name} gives it to {group.optimizer}")
+            raise ValueError(
+                f"matrix {where.name} should be on Muon but group {group.name} gives it to {group.optimizer}"
+            )
         if group.optimizer == "muon" and len(where.whole) != 2:
             raise ValueError(f"{where.name} has shape {where.whole}: Muon takes matrices only")
         assigned[where.name] = group
@@ -76,11 +78,15 @@ def rate_multipliers(shapes: Mapping[str, tuple[int, int]], rule: str | Mapping[
         ratio = columns / rows if rule == "flipped" and ".mlp." in name else rows / columns
         matches = [pattern for pattern in explicit if fnmatchcase(name, pattern)]
         if len(matches) > 1:
-            raise UserError(f"optimizer.muon_multiplier: {name} matches {' and '.join(repr(match) for match in matches)}; leave one pattern for it")
+            raise UserError(
+                f"optimizer.muon_multiplier: {name} matches {' and '.join(repr(match) for match in matches)}; leave one pattern for it"
+            )
         multipliers[name] = explicit[matches[0]] if matches else max(1.0, ratio) ** 0.5
         unused -= set(matches)
     if unused:
-        raise UserError(f"optimizer.muon_multiplier: pattern {sorted(unused)[0]!r} matches no matrix; matrices are named as {next(iter(shapes))}")
+        raise UserError(
+            f"optimizer.muon_multiplier: pattern {sorted(unused)[0]!r} matches no matrix; matrices are named as {next(iter(shapes))}"
+        )
     return multipliers
 
 
@@ -89,7 +95,13 @@ def muon_matrices(places, groups: Mapping[str, Group], rule) -> list[Matrix]:
     owned = [where for where in places if groups[where.name].optimizer == "muon"]
     multipliers = rate_multipliers({where.name: where.whole for where in owned}, rule)
     return [
-        Matrix(where.name, where.whole, where.block, multipliers[where.name], where.cut if where.cut in ("column", "row") else "whole")
+        Matrix(
+            where.name,
+            where.whole,
+            where.block,
+            multipliers[where.name],
+            where.cut if where.cut in ("column", "row") else "whole",
+        )
         for where in owned
     ]
 
@@ -100,6 +112,11 @@ def adamw_groups(parameters: list[nn.Parameter], groups: Mapping[str, Group], ra
     for group in GROUPS:
         own = [parameter for parameter in parameters if groups[parameter.place.name] is group]
         if group.optimizer == "adamw" and own:
-            settings = {"lr": rates[group.rate], "betas": group.betas, "weight_decay": group.weight_decay, "eps": ADAMW_EPSILON}
+            settings = {
+                "lr": rates[group.rate],
+                "betas": group.betas,
+                "weight_decay": group.weight_decay,
+                "eps": ADAMW_EPSILON,
+            }
             made.append({"name": group.name, "params": own} | settings)
     return made

@@ -18,7 +18,9 @@ def lightest_makespan(costs: list[int], ranks: int) -> int:
     return max(heap)
 
 
-def choose_leads(matrices: Sequence[Matrix], pieces: Sequence[tuple[Fragment, ...]], pinned: set[int], ranks: int, tensor: int) -> list[int]:
+def choose_leads(
+    matrices: Sequence[Matrix], pieces: Sequence[tuple[Fragment, ...]], pinned: set[int], ranks: int, tensor: int
+) -> list[int]:
     """Each matrix's lead, a place (data rank x tensor + tensor rank) of the grid.
 
     pieces: what the data ranks hold of each matrix, the same on every tensor rank. pinned: aligned matrices, which stay with the tensor ranks
@@ -37,24 +39,41 @@ def choose_leads(matrices: Sequence[Matrix], pieces: Sequence[tuple[Fragment, ..
 
 
 def _best_leads(
-    matrices: Sequence[Matrix], pieces: Sequence[tuple[Fragment, ...]], pinned: set[int], ranks: int, tensor: int, makespan: int
+    matrices: Sequence[Matrix],
+    pieces: Sequence[tuple[Fragment, ...]],
+    pinned: set[int],
+    ranks: int,
+    tensor: int,
+    makespan: int,
 ) -> tuple[list[int], int]:
     costs = [matrix.flops for matrix in matrices]
     least = max(math.ceil(sum(costs) / (ranks * tensor)), max(costs))
     order = sorted(range(len(costs)), key=lambda index: (index not in pinned, -costs[index], index))
     homes = [  # (elements held, data rank), the largest piece first
-        [(piece.stop - piece.start, piece.rank) for piece in sorted(own, key=lambda piece: (piece.start - piece.stop, piece.rank))] for own in pieces
+        [
+            (piece.stop - piece.start, piece.rank)
+            for piece in sorted(own, key=lambda piece: (piece.start - piece.stop, piece.rank))
+        ]
+        for own in pieces
     ]
     tried = []
     for limit in dict.fromkeys((least, least * 1.05, max(least * 1.1, makespan), makespan, 0)):
         tried.append(_leads_under(limit, order, costs, homes, pinned, ranks, tensor))
     lightest = min(heaviest for _, heaviest, _ in tried)
-    leads, heaviest, _ = max((attempt for attempt in tried if attempt[1] <= 1.001 * lightest), key=lambda attempt: (attempt[2], -attempt[1]))
+    leads, heaviest, _ = max(
+        (attempt for attempt in tried if attempt[1] <= 1.001 * lightest), key=lambda attempt: (attempt[2], -attempt[1])
+    )
     return leads, heaviest
 
 
 def _leads_under(
-    limit: float, order: list[int], costs: list[int], homes: list[list[tuple[int, int]]], pinned: set[int], ranks: int, tensor: int
+    limit: float,
+    order: list[int],
+    costs: list[int],
+    homes: list[list[tuple[int, int]]],
+    pinned: set[int],
+    ranks: int,
+    tensor: int,
 ) -> tuple[list[int], int, int]:
     """(leads, heaviest load, elements that need not move) when no holder takes a matrix that would lift it over the limit."""
     loads = [0] * (ranks * tensor)

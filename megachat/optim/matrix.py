@@ -49,7 +49,9 @@ class Matrix:
             raise ValueError(f"{self.name} is not cut by the tensor axis, which has {tensor} ranks")
         rows, columns = self.shape
         if (rows if self.cut == "column" else columns) % tensor:
-            raise ValueError(f"{self.name} has shape {self.shape}: its {self.cut} cut does not divide into {tensor} equal parts")
+            raise ValueError(
+                f"{self.name} has shape {self.shape}: its {self.cut} cut does not divide into {tensor} equal parts"
+            )
         return (rows // tensor, columns) if self.cut == "column" else (rows, columns // tensor)
 
     def local_offset(self, tensor: int, rank: int) -> tuple[int, int]:

@@ -53,7 +53,9 @@ def update_direction(update: torch.Tensor) -> torch.Tensor:
     return polar_express(equilibrate_rows(update))
 
 
-def update_scales(direction: torch.Tensor, second_moment: torch.Tensor, beta2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def update_scales(
+    direction: torch.Tensor, second_moment: torch.Tensor, beta2: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What the direction [m, n] is to be multiplied with: a float32 [1, 1] norm and a float32 vector of second_moment's shape.
 
     The first sets the Frobenius norm to sqrt(min(m, n)). The second divides rows (tall or square) or columns (wide) by the root of their
@@ -73,7 +75,12 @@ def update_scales(direction: torch.Tensor, second_moment: torch.Tensor, beta2: t
 
 
 def apply_update(
-    weight: torch.Tensor, direction: torch.Tensor, norm: torch.Tensor, scale: torch.Tensor, lr: torch.Tensor, weight_decay: torch.Tensor
+    weight: torch.Tensor,
+    direction: torch.Tensor,
+    norm: torch.Tensor,
+    scale: torch.Tensor,
+    lr: torch.Tensor,
+    weight_decay: torch.Tensor,
 ) -> None:
     """Elementwise on any rectangle of the matrix: `weight` (float32) in place; `norm` and `scale` broadcast against it.
 
@@ -96,12 +103,20 @@ class Functions:
 
 def compiled_functions() -> Functions:
     """By torch.compile: whole matrices have few shapes, each with its own code; rectangles have many, which share it."""
-    whole = {name: torch.compile(getattr(Functions, name), dynamic=False) for name in ("momentum_update", "update_direction", "update_scales")}
+    whole = {
+        name: torch.compile(getattr(Functions, name), dynamic=False)
+        for name in ("momentum_update", "update_direction", "update_scales")
+    }
     return Functions(**whole, apply_update=torch.compile(apply_update, dynamic=True))
 
 
 def reference_step(
-    weight: torch.Tensor, gradient: torch.Tensor, momentum: torch.Tensor, second_moment: torch.Tensor, hyper: Hyper, compute_dtype: torch.dtype
+    weight: torch.Tensor,
+    gradient: torch.Tensor,
+    momentum: torch.Tensor,
+    second_moment: torch.Tensor,
+    hyper: Hyper,
+    compute_dtype: torch.dtype,
 ) -> None:
     """One step of one whole matrix [m, n] on one process, all float32 tensors, in place (`gradient` is left alone): the partition's oracle."""
     update = momentum_update(momentum, gradient.clone(), hyper.momentum)

@@ -52,13 +52,17 @@ class MuonPartition:
         self.plan = make_plan(matrices, mesh.data.size, tensor=mesh.tensor.size, layers_per_bucket=layers_per_bucket)
         _check(parameters, matrices, mesh.tensor.size, gradient_wire)
         if len(set(all_gather_objects(self.plan.digest, mesh.stage, name="Muon plans compared"))) > 1:
-            raise RuntimeError("the ranks of a pipeline stage planned different Muon partitions: their parameters or settings differ")
+            raise RuntimeError(
+                "the ranks of a pipeline stage planned different Muon partitions: their parameters or settings differ"
+            )
         self.direction_dtype = orthogonalization_dtype(compute_dtype)
         weight_dtype = torch.bfloat16 if compute_dtype == torch.bfloat16 else torch.float32
         device = next(iter(parameters.values())).device if parameters else mesh.device
         self.matrices_updated = 0  # at this place, in its last step
         numbers = range(len(self.plan.buckets))
-        self._buckets = [BucketMemory(self.plan, number, mesh.data, weight_dtype, gradient_wire, device) for number in numbers]
+        self._buckets = [
+            BucketMemory(self.plan, number, mesh.data, weight_dtype, gradient_wire, device) for number in numbers
+        ]
         self._exchanges = [Exchange(self.plan, number, mesh.stage, self.direction_dtype) for number in numbers]
         self._second_moment = {
             index: torch.zeros(second_moment_shape(matrix.shape), device=device)
@@ -73,7 +77,9 @@ class MuonPartition:
         self._weight_decay, self._momentum = torch.zeros((), device=device), torch.zeros((), device=device)
         self._beta2 = torch.tensor(beta2, dtype=torch.float32, device=device)
         self._arrived: set[int] = set()  # matrices with a gradient in this step
-        self._awaited: list[set[int]] | None = None  # when armed, by bucket: matrices without a gradient in the last micro-batch
+        self._awaited: list[set[int]] | None = (
+            None  # when armed, by bucket: matrices without a gradient in the last micro-batch
+        )
         self._launched = 0  # buckets whose reduction was launched in this step, always the first ones
         self._reduced = False
         for number, bucket in enumerate(self._buckets):
@@ -99,7 +105,9 @@ class MuonPartition:
         @torch.no_grad()
         def collect(parameter: torch.nn.Parameter) -> None:
             if self._reduced or number < self._launched:
-                raise RuntimeError(f"a gradient of {name} arrived after its reduction was launched and before step() or drop()")
+                raise RuntimeError(
+                    f"a gradient of {name} arrived after its reduction was launched and before step() or drop()"
+                )
             view = bucket.part(bucket.gradients, place)
             if index in self._arrived:
                 view.add_(parameter.grad)
@@ -192,7 +200,9 @@ class MuonPartition:
         forward = list(zip(reversed(self._buckets), reversed(self._exchanges), strict=True))
         outgoing, returning = [], []
         for bucket, exchange in forward:
-            updates = self._functions.momentum_update(bucket.momentum, bucket.reduced.mul_(gradient_scale), self._momentum).to(self.direction_dtype)
+            updates = self._functions.momentum_update(
+                bucket.momentum, bucket.reduced.mul_(gradient_scale), self._momentum
+            ).to(self.direction_dtype)
             outgoing.append((exchange.to_leads(updates), updates))
         # no place waits for another's orthogonalization before it has done its own: the busiest place alone sets the time
         for (bucket, exchange), (arrive, updates) in zip(forward, outgoing, strict=True):
@@ -225,7 +235,9 @@ class MuonPartition:
                     scale = directed.scale[row - first_row : row - first_row + rows]
                 else:
                     scale = directed.scale[:, column : column + width]
-                self._functions.apply_update(weight, direction, directed.norm, scale, self._lr[matrix.multiplier], self._weight_decay)
+                self._functions.apply_update(
+                    weight, direction, directed.norm, scale, self._lr[matrix.multiplier], self._weight_decay
+                )
         with part("gather"):
             bucket.launch_gather()
 
@@ -262,14 +274,20 @@ class MuonPartition:
                 for kind, flat in (("master", bucket.master), ("momentum", bucket.momentum)):
                     shards.append((kind, matrix.name, matrix.shape, self._rectangles(exchange, index, flat)))
                 shape, moment = second_moment_shape(matrix.shape), self._second_moment.get(index)
-                shards.append(("second_moment", matrix.name, shape, [] if moment is None else [((0, 0), shape, moment)]))
+                shards.append(
+                    ("second_moment", matrix.name, shape, [] if moment is None else [((0, 0), shape, moment)])
+                )
         return shards
 
     def gradient_shards(self) -> list[tuple[str, tuple[int, int], list[Rectangle]]]:
         """(name, whole shape, rectangles) of every matrix's reduced gradient, between wait_reduce() and step() or drop(); views of live memory."""
         self._require_reduced("gradient_shards")
         return [
-            (self.plan.matrices[index].name, self.plan.matrices[index].shape, self._rectangles(exchange, index, bucket.reduced))
+            (
+                self.plan.matrices[index].name,
+                self.plan.matrices[index].shape,
+                self._rectangles(exchange, index, bucket.reduced),
+            )
             for bucket, exchange in zip(self._buckets, self._exchanges, strict=True)
             for index in bucket.layout.matrices
         ]
@@ -280,7 +298,12 @@ class MuonPartition:
         if piece is None:
             return []
         matrix, tensor = self.plan.matrices[index], self.mesh.tensor
-        return flat_rectangles(matrix.local_shape(tensor.size), flat[piece.in_shard], piece.start, matrix.local_offset(tensor.size, tensor.rank))
+        return flat_rectangles(
+            matrix.local_shape(tensor.size),
+            flat[piece.in_shard],
+            piece.start,
+            matrix.local_offset(tensor.size, tensor.rank),
+        )
 
     @torch.no_grad()
     def refresh_weights(self) -> None:
@@ -297,10 +320,14 @@ class MuonPartition:
             "momentum": [bucket.momentum for bucket in self._buckets],
             "second_moment": list(self._second_moment.values()),
         }
-        return {kind: sum(tensor.numel() * tensor.element_size() for tensor in tensors) for kind, tensors in kinds.items()}
+        return {
+            kind: sum(tensor.numel() * tensor.element_size() for tensor in tensors) for kind, tensors in kinds.items()
+        }
 
 
-def _check(parameters: dict[str, torch.nn.Parameter], matrices: list[Matrix], tensor: int, gradient_wire: torch.dtype) -> None:
+def _check(
+    parameters: dict[str, torch.nn.Parameter], matrices: list[Matrix], tensor: int, gradient_wire: torch.dtype
+) -> None:
     if set(parameters) != {matrix.name for matrix in matrices}:
         different = sorted(set(parameters) ^ {matrix.name for matrix in matrices})
         raise ValueError(f"parameters and matrices differ in {', '.join(different[:5])}")

@@ -75,7 +75,12 @@ class PartitionPlan:
         if self.tensor == 1:
             return self.pieces
         return tuple(
-            tuple(Fragment(p.rank * self.tensor + rank, p.start, p.stop, p.offset) for rank in range(self.tensor) for p in own) for own in self.pieces
+            tuple(
+                Fragment(p.rank * self.tensor + rank, p.start, p.stop, p.offset)
+                for rank in range(self.tensor)
+                for p in own
+            )
+            for own in self.pieces
         )
 
     @cached_property
@@ -130,7 +135,9 @@ class PartitionPlan:
             near_by[self.leads[index]] += near
             far_by[self.leads[index]] += far
         wires = 2 * 2 * sum(bucket.shard for bucket in self.buckets) * (self.ranks - 1)
-        exchange = max(2 * 2 * near / _NODE_BYTES_PER_SEC + 2 * 2 * far / rate for near, far in zip(near_by, far_by, strict=True))
+        exchange = max(
+            2 * 2 * near / _NODE_BYTES_PER_SEC + 2 * 2 * far / rate for near, far in zip(near_by, far_by, strict=True)
+        )
         return wires / rate / max(1, len(self.buckets)) + exchange + _BUCKET_SEC * len(self.buckets)
 
     def newton_schulz_flops(self, place: int) -> int:
@@ -150,7 +157,11 @@ class PartitionPlan:
         """
         shard = (self.ranks - 1) * sum(bucket.shard for bucket in self.buckets)
         elements, scales = self._exchanged[place]
-        return {"reduce": gradient_bytes * shard, "exchange": direction_bytes * elements + 4 * scales, "gather": weight_bytes * shard}
+        return {
+            "reduce": gradient_bytes * shard,
+            "exchange": direction_bytes * elements + 4 * scales,
+            "gather": weight_bytes * shard,
+        }
 
     @cached_property
     def _exchanged(self) -> list[tuple[int, int]]:
@@ -172,7 +183,12 @@ class PartitionPlan:
 
 
 def make_plan(
-    matrices: Iterable[Matrix], ranks: int, *, tensor: int = 1, layers_per_bucket: int | None = None, align: int = ALIGNMENT
+    matrices: Iterable[Matrix],
+    ranks: int,
+    *,
+    tensor: int = 1,
+    layers_per_bucket: int | None = None,
+    align: int = ALIGNMENT,
 ) -> PartitionPlan:
     """Divide the matrices over `ranks` data ranks x `tensor` tensor ranks; the order in which they are given does not matter.
 
@@ -185,11 +201,16 @@ def make_plan(
     if len({matrix.name for matrix in matrices}) != len(matrices):
         raise ValueError("two matrices of the Muon partition have the same name")
     if min(ranks, tensor) < 1 or (layers_per_bucket is not None and layers_per_bucket < 1):
-        raise ValueError(f"{ranks} ranks, {tensor} tensor ranks and {layers_per_bucket} layers a bucket: all must be at least 1")
+        raise ValueError(
+            f"{ranks} ranks, {tensor} tensor ranks and {layers_per_bucket} layers a bucket: all must be at least 1"
+        )
     if layers_per_bucket is not None:
         return _plan(matrices, ranks, tensor, layers_per_bucket, align)
     depth = len({matrix.layer for matrix in matrices}) or 1
-    powers, divisors = {2**power for power in range(depth.bit_length())}, {count for count in range(1, depth + 1) if depth % count == 0}
+    powers, divisors = (
+        {2**power for power in range(depth.bit_length())},
+        {count for count in range(1, depth + 1) if depth % count == 0},
+    )
     plans = [_plan(matrices, ranks, tensor, choice, align) for choice in sorted(powers | divisors)]
     costs = [plan.exposed_sec for plan in plans]
     best = min(costs)

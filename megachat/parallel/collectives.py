@@ -36,14 +36,18 @@ def _recorded(name: str, axis: Axis, collective, *args, asynchronous: bool = Fal
     return Pending(work, axis, entry)
 
 
-def all_reduce(tensor: torch.Tensor, axis: Axis, op: str = "sum", *, name: str = "", asynchronous: bool = False) -> Pending:
+def all_reduce(
+    tensor: torch.Tensor, axis: Axis, op: str = "sum", *, name: str = "", asynchronous: bool = False
+) -> Pending:
     """Reduce `tensor` in place over the axis; op is "sum", "max" or "min"."""
     if axis.size == 1:
         return Pending()
     return _recorded(name or "all_reduce", axis, dist.all_reduce, tensor, op=_OPS[op], asynchronous=asynchronous)
 
 
-def reduce_scatter(shard: torch.Tensor, whole: torch.Tensor, axis: Axis, *, name: str = "", asynchronous: bool = False) -> Pending:
+def reduce_scatter(
+    shard: torch.Tensor, whole: torch.Tensor, axis: Axis, *, name: str = "", asynchronous: bool = False
+) -> Pending:
     """Sum `whole` [size * n] over the axis; this rank's n elements land in `shard` [n], which may be its part of `whole`.
 
     Both one-dimensional and contiguous.
@@ -52,10 +56,14 @@ def reduce_scatter(shard: torch.Tensor, whole: torch.Tensor, axis: Axis, *, name
         if shard.data_ptr() != whole.data_ptr():
             shard.copy_(whole)
         return Pending()
-    return _recorded(name or "reduce_scatter", axis, dist.reduce_scatter_tensor, shard, whole, asynchronous=asynchronous)
+    return _recorded(
+        name or "reduce_scatter", axis, dist.reduce_scatter_tensor, shard, whole, asynchronous=asynchronous
+    )
 
 
-def all_gather(whole: torch.Tensor, shard: torch.Tensor, axis: Axis, *, name: str = "", asynchronous: bool = False) -> Pending:
+def all_gather(
+    whole: torch.Tensor, shard: torch.Tensor, axis: Axis, *, name: str = "", asynchronous: bool = False
+) -> Pending:
     """Collect every rank's `shard` [n] into `whole` [size * n], in rank order; `shard` may be this rank's part of `whole`."""
     if axis.size == 1:
         if whole.data_ptr() != shard.data_ptr():

@@ -63,11 +63,17 @@ class JointZero1(DeepSpeedZeroOptimizer):
     matrices: MatrixOptimizer
     mesh: Mesh
     joint_norm: torch.Tensor
-    wishes: torch.Tensor  # float32 [n]: before a step this rank's, after it the sum of all ranks'; they travel with the norm
+    wishes: (
+        torch.Tensor
+    )  # float32 [n]: before a step this rank's, after it the sum of all ranks'; they travel with the norm
     partial_over_tensor: list[nn.Parameter]
-    before_update: Callable[[], None] = staticmethod(lambda: None)  # called once a step, before weights or states change
+    before_update: Callable[[], None] = staticmethod(
+        lambda: None
+    )  # called once a step, before weights or states change
     squares: SumOfSquares = staticmethod(torch_sum_of_squares)
-    observe: Callable[[], None] | None = None  # called once a step, when all gradients are reduced and none is clipped or dropped yet
+    observe: Callable[[], None] | None = (
+        None  # called once a step, when all gradients are reduced and none is clipped or dropped yet
+    )
 
     def reduce_gradients(self, pipeline_parallel=False):
         self.matrices.reduce()
@@ -102,7 +108,9 @@ class JointZero1(DeepSpeedZeroOptimizer):
         """This rank's reduced gradients of AdamW's parameters, such as all ranks of the tensor axis hold on the first of them alone."""
         found = []
         for index, parameters in enumerate(self.params_in_partition):
-            own = [gradient for gradient in self.averaged_gradients[index] if not getattr(gradient, "_zero_padding", False)]
+            own = [
+                gradient for gradient in self.averaged_gradients[index] if not getattr(gradient, "_zero_padding", False)
+            ]
             for gradient, parameter in zip(own, parameters, strict=False):  # a trailing pad falls off
                 if getattr(parameter, "model_parallel", False) or self.mesh.tensor.rank == 0:
                     found.append(gradient)
@@ -184,10 +192,15 @@ class Engine(PipelineEngine):
     # DeepSpeed calls the functions of this map, not the methods, so an override alone would do nothing
     _INSTRUCTION_MAP = {
         instruction: _noted(instruction, function)
-        for instruction, function in {**PipelineEngine._INSTRUCTION_MAP, schedule.BackwardPass: _exec_backward_pass}.items()
+        for instruction, function in {
+            **PipelineEngine._INSTRUCTION_MAP,
+            schedule.BackwardPass: _exec_backward_pass,
+        }.items()
     }
 
-    def evaluate(self, micro_batches, measure: nn.Module | None = None, begins: Callable[[int], object] = lambda number: None) -> list[torch.Tensor]:
+    def evaluate(
+        self, micro_batches, measure: nn.Module | None = None, begins: Callable[[int], object] = lambda number: None
+    ) -> list[torch.Tensor]:
         """`measure` of each (ids, targets) of a list, the loss module's evaluation by default; on the last stage, elsewhere an empty list.
 
         Every rank calls it with micro-batches of one shape, which need not be the shape of training. measure: called with the head's
@@ -204,7 +217,9 @@ class Engine(PipelineEngine):
         self.reset_activation_shape()  # the buffers between stages have the shape of training
         loss, self.module.loss_fn = self.module.loss_fn, measure or self.module.loss_fn
         try:
-            outputs = self.eval_batch(iter(micro_batches), reduce_output=None, bcast_loss=False, num_micro_batches=len(micro_batches))
+            outputs = self.eval_batch(
+                iter(micro_batches), reduce_output=None, bcast_loss=False, num_micro_batches=len(micro_batches)
+            )
         finally:
             self.module.loss_fn = loss
             told.remove()
@@ -270,7 +285,12 @@ def build_module(layers: list[Callable], loss: nn.Module, mesh: Mesh) -> Pipelin
 
 
 def build_engine(
-    module: PipelineModule, adamw_groups: list[dict], matrices: MatrixOptimizer, mesh: Mesh, settings: dict, loss_scaler: DynamicLossScaler | None
+    module: PipelineModule,
+    adamw_groups: list[dict],
+    matrices: MatrixOptimizer,
+    mesh: Mesh,
+    settings: dict,
+    loss_scaler: DynamicLossScaler | None,
 ) -> Engine:
     """DeepSpeed's engine over the module, with AdamW's groups under ZeRO-1 and the matrices beside it.
 
@@ -293,7 +313,9 @@ def build_engine(
         raise RuntimeError(f"DeepSpeed made a {type(zero).__name__} where ZeRO stage 1 was asked for")
     zero.__class__ = JointZero1
     zero.matrices, zero.mesh = matrices, mesh
-    zero.partial_over_tensor = [parameter for parameter in module.parameters() if getattr(parameter, "partial_over_tensor", False)]
+    zero.partial_over_tensor = [
+        parameter for parameter in module.parameters() if getattr(parameter, "partial_over_tensor", False)
+    ]
     zero.joint_norm = torch.zeros((), device=mesh.device)
     zero.wishes = torch.zeros(0, device=mesh.device)
     # tables may be bfloat16: their gradients are accumulated over micro-batches in float32, and reduced so
@@ -339,7 +361,11 @@ def adamw_fragments(zero: JointZero1):
             state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(flat), torch.zeros_like(flat)
         for parameter, start, here in _held(zero, index):
-            views = {"master": flat.detach()[here], "exp_avg": state["exp_avg"][here], "exp_avg_sq": state["exp_avg_sq"][here]}
+            views = {
+                "master": flat.detach()[here],
+                "exp_avg": state["exp_avg"][here],
+                "exp_avg_sq": state["exp_avg_sq"][here],
+            }
             yield parameter, start, here.stop - here.start, views
 
 

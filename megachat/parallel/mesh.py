@@ -59,7 +59,10 @@ def build_mesh(device: torch.device, *, tensor: int = 1, pipeline: int = 1) -> M
         raise ValueError(f"tensor {tensor} x pipeline {pipeline} does not divide a world of {world}")
     topology = PipeModelDataParallelTopology(num_pp=pipeline, num_mp=tensor, num_dp=world // (tensor * pipeline))
     axes, progress = {}, Progress()
-    lists = {name: topology.get_axis_comm_lists(axis) for name, axis in (("data", "data"), ("tensor", "model"), ("pipeline", "pipe"))}
+    lists = {
+        name: topology.get_axis_comm_lists(axis)
+        for name, axis in (("data", "data"), ("tensor", "model"), ("pipeline", "pipe"))
+    }
     lists["stage"] = [topology.get_axis_list("pipe", stage) for stage in range(pipeline)]
     for name, groups in lists.items():
         for ranks in groups or [[rank] for rank in range(world)]:

@@ -64,7 +64,9 @@ class Progress:
     def end(self) -> None:
         """The collective has returned, or goes on in the background; the note within which it began holds again."""
         done = self.now
-        self.now = self._note._replace(since=time.monotonic(), thread=done.thread, after=(done.text, done.axis, done.number))
+        self.now = self._note._replace(
+            since=time.monotonic(), thread=done.thread, after=(done.text, done.axis, done.number)
+        )
 
     @contextlib.contextmanager
     def slowly(self, what: str) -> Iterator[None]:

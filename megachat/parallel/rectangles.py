@@ -5,7 +5,9 @@ import torch
 Rectangle = tuple[tuple[int, ...], tuple[int, ...], torch.Tensor]  # (offsets in the whole, sizes, view)
 
 
-def flat_rectangles(shape: tuple[int, ...], flat: torch.Tensor, start: int, base: tuple[int, ...] | None = None) -> list[Rectangle]:
+def flat_rectangles(
+    shape: tuple[int, ...], flat: torch.Tensor, start: int, base: tuple[int, ...] | None = None
+) -> list[Rectangle]:
     """Elements [start, start + len(flat)) of a row-major tensor of `shape` (1-D or 2-D) as at most three (offsets, sizes, view).
 
     flat: those elements, one-dimensional and contiguous; the views alias it. In order: the end of a row, whole rows, the beginning of a row;

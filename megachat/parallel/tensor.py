@@ -39,7 +39,9 @@ def vocabulary_part(table_rows: int, axis: Axis) -> VocabularyPart:
         return WHOLE
     parts = [cut_range(table_rows, axis.size, rank) for rank in range(axis.size)]
     most = max(last - first for first, last in parts)
-    return VocabularyPart(parts[axis.rank][0], lambda tensor: all_reduce(tensor, axis, name="sum over the vocabulary"), most)
+    return VocabularyPart(
+        parts[axis.rank][0], lambda tensor: all_reduce(tensor, axis, name="sum over the vocabulary"), most
+    )
 
 
 def apply_tensor(layers: list[nn.Module], axis: Axis, *, sequence: bool = False) -> None:
@@ -90,7 +92,11 @@ def _join(module: nn.Module, axis: Axis, sequence: bool) -> None:
         if where is not None and where.cut == "row":
             module.register_forward_pre_hook(lambda _, inputs: (_apply(enter, inputs[0], axis), *inputs[1:]))
             getattr(module, name).register_forward_hook(lambda _, inputs, output: _apply(leave, output, axis))
-        elif where is not None and where.cut == "vocabulary" and not isinstance(getattr(module, name), Table | _VocabularyTable):
+        elif (
+            where is not None
+            and where.cut == "vocabulary"
+            and not isinstance(getattr(module, name), Table | _VocabularyTable)
+        ):
             module.register_forward_hook(lambda _, inputs, output: (_apply(enter, output[0], axis), *output[1:]))
 
 
@@ -102,7 +108,9 @@ def _apply(function, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
 def _slice_stream(stream: tuple[torch.Tensor, ...], axis: Axis) -> tuple[torch.Tensor, ...]:
     """Own tokens of the floating tensors; x and x0, which are one tensor here, stay one. The ids stay whole."""
     own: dict[int, torch.Tensor] = {}
-    return tuple(own.setdefault(id(part), _apply(_Slice, part, axis)) if part.is_floating_point() else part for part in stream)
+    return tuple(
+        own.setdefault(id(part), _apply(_Slice, part, axis)) if part.is_floating_point() else part for part in stream
+    )
 
 
 class _VocabularyTable(nn.Module):
@@ -194,7 +202,9 @@ def _gathered(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
     own = tensor.transpose(0, 1).contiguous()
     whole = own.new_empty(axis.size * own.size(0), *own.shape[1:])
     all_gather(whole.view(-1), own.view(-1), axis, name="tokens into a tensor-parallel region")
-    return whole.transpose(0, 1).contiguous()  # once: each matrix that takes it would else make and keep a copy of its own
+    return whole.transpose(
+        0, 1
+    ).contiguous()  # once: each matrix that takes it would else make and keep a copy of its own
 
 
 def _scattered(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:

@@ -13,7 +13,10 @@ WINDOW_TILE = 128  # short windows are whole tiles of the attention kernels
 NORM_EPSILON = 1.1920929e-07
 ROTARY_BASE = 100_000.0
 QK_SCALE = 1.2
-FP8_TILES = {"tensorwise": 16, "blockwise": 128}  # both sides of an FP8 weight and the tokens that meet it are multiples of this
+FP8_TILES = {
+    "tensorwise": 16,
+    "blockwise": 128,
+}  # both sides of an FP8 weight and the tokens that meet it are multiples of this
 FP8_LEAST_SIDE = 128  # smaller matrices cost more to round than they save
 
 
@@ -85,7 +88,8 @@ def parameter_counts(dims: Dimensions) -> dict[str, int]:
         "wte": dims.padded_vocab * dims.width,
         "value_embeds": value_blocks * dims.padded_vocab * dims.kv_width,
         "lm_head": dims.padded_vocab * dims.width,
-        "matrices": dims.depth * (attention + 2 * MLP_RATIO * dims.width**2) + value_blocks * GATE_CHANNELS * dims.kv_heads,
+        "matrices": dims.depth * (attention + 2 * MLP_RATIO * dims.width**2)
+        + value_blocks * GATE_CHANNELS * dims.kv_heads,
         "scalars": 2 * dims.depth + SMEAR_CHANNELS + 2,
     }
     return counts | {"total": sum(counts.values())}
@@ -96,7 +100,11 @@ def layer_costs(dims: Dimensions) -> list[tuple[int, int]]:
     table = dims.padded_vocab * dims.width
     costs = [(table + SMEAR_CHANNELS + 1, 6 * SMEAR_CHANNELS)]
     for block, window in enumerate(dims.windows):
-        matrices = 2 * dims.width * dims.heads * dims.head_size + 2 * dims.width * dims.kv_width + 2 * MLP_RATIO * dims.width**2
+        matrices = (
+            2 * dims.width * dims.heads * dims.head_size
+            + 2 * dims.width * dims.kv_width
+            + 2 * MLP_RATIO * dims.width**2
+        )
         parameters = matrices + 2
         if dims.has_value_embedding(block):
             matrices += GATE_CHANNELS * dims.kv_heads
@@ -114,7 +122,9 @@ def scaling_parameters(dims: Dimensions) -> int:
 def flops_per_token(dims: Dimensions) -> int:
     """Training FLOPs: 6 a matmul parameter, and 12 x heads x head_size x visible keys a block for attention (PaLM, arXiv 2204.02311)."""
     matmul = scaling_parameters(dims) + SMEAR_CHANNELS
-    return 6 * matmul + sum(12 * dims.heads * dims.head_size * min(window, dims.sequence_len) for window in dims.windows)
+    return 6 * matmul + sum(
+        12 * dims.heads * dims.head_size * min(window, dims.sequence_len) for window in dims.windows
+    )
 
 
 def fits_fp8(rows: int, columns: int, recipe: str) -> bool:
@@ -125,11 +135,21 @@ def fits_fp8(rows: int, columns: int, recipe: str) -> bool:
 def linear_shapes(dims: Dimensions, tensor: int = 1) -> dict[str, tuple[int, int]]:
     """The weights [rows, columns] of a block's linears but the gate, as each of `tensor` ranks of the tensor axis holds them."""
     inner, hidden = dims.heads * dims.head_size // tensor, MLP_RATIO * dims.width // tensor
-    shapes = {"attn.c_q": (inner, dims.width), "attn.c_k": (dims.kv_width // tensor, dims.width), "attn.c_v": (dims.kv_width // tensor, dims.width)}
-    return shapes | {"attn.c_proj": (dims.width, inner), "mlp.c_fc": (hidden, dims.width), "mlp.c_proj": (dims.width, hidden)}
+    shapes = {
+        "attn.c_q": (inner, dims.width),
+        "attn.c_k": (dims.kv_width // tensor, dims.width),
+        "attn.c_v": (dims.kv_width // tensor, dims.width),
+    }
+    return shapes | {
+        "attn.c_proj": (dims.width, inner),
+        "mlp.c_fc": (hidden, dims.width),
+        "mlp.c_proj": (dims.width, hidden),
+    }
 
 
 def head_fits_fp8(dims: Dimensions, tensor: int, recipe: str) -> bool:
     """Whether every rank's rows of lm_head, padding left out, can be multiplied in FP8."""
     tile = FP8_TILES[recipe]
-    return fits_fp8(dims.padded_vocab // tensor, dims.width, recipe) and not (dims.padded_vocab % (tile * tensor) or dims.vocab_size % tile)
+    return fits_fp8(dims.padded_vocab // tensor, dims.width, recipe) and not (
+        dims.padded_vocab % (tile * tensor) or dims.vocab_size % tile
+    )

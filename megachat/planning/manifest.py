@@ -41,10 +41,14 @@ def ownership(config: Config, plan: Plan) -> list[Ownership]:
     for stage, (first, last) in enumerate(plan.stages):
         parameters = placed_parameters(layers[first:last])
         groups = assign([parameter.place for parameter in parameters])
-        matrices = muon_matrices(dict.fromkeys(parameter.place for parameter in parameters), groups, config.optimizer.muon_multiplier)
+        matrices = muon_matrices(
+            dict.fromkeys(parameter.place for parameter in parameters), groups, config.optimizer.muon_multiplier
+        )
         multipliers = {matrix.name: matrix.multiplier for matrix in matrices}
         owners, leads = _muon_owners(matrices, plan, stage)
-        held = _adamw_owners([parameter for parameter in parameters if parameter.place.name not in owners], groups, plan, stage)
+        held = _adamw_owners(
+            [parameter for parameter in parameters if parameter.place.name not in owners], groups, plan, stage
+        )
         for where in (parameter.place for parameter in parameters):
             group, before = groups[where.name], lines.get(where.name)
             rate = plan.rates[group.rate] * multipliers.get(where.name, 1.0)
@@ -53,7 +57,15 @@ def ownership(config: Config, plan: Plan) -> list[Ownership]:
             stages = {stage, *(before.stages if before else ())}
             lead, cut = leads.get(where.name), where.cut if plan.layout.tensor > 1 else "whole"
             lines[where.name] = Ownership(
-                where.name, where.whole, group.optimizer, tuple(sorted(stages)), cut, tuple(sorted(ranks)), lead, rate, decay
+                where.name,
+                where.whole,
+                group.optimizer,
+                tuple(sorted(stages)),
+                cut,
+                tuple(sorted(ranks)),
+                lead,
+                rate,
+                decay,
             )
     return list(lines.values())
 
@@ -76,7 +88,9 @@ def _adamw_owners(parameters: list, groups: Mapping, plan: Plan, stage: int) -> 
         for rank in range(tensor):
             shapes = [cut_shape(tuple(parameter.shape), parameter.place.cut, tensor, rank)[0] for parameter in own]
             for parameter, owners in zip(own, zero1_owners([math.prod(shape) for shape in shapes], data), strict=True):
-                held.setdefault(parameter.place, set()).update((stage * data + owner) * tensor + rank for owner in owners)
+                held.setdefault(parameter.place, set()).update(
+                    (stage * data + owner) * tensor + rank for owner in owners
+                )
     return held
 
 
@@ -97,7 +111,9 @@ def describe_plan(plan: Plan) -> str:
     for field in dataclasses.fields(plan):
         value = getattr(plan, field.name)
         if field.name == "dims":
-            lines += _numbers("", {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}, plan.why)
+            lines += _numbers(
+                "", {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}, plan.why
+            )
         elif field.name == "layout":
             lines.append(f"  layout = data {value.data} x tensor {value.tensor} x pipeline {value.pipeline}")
         elif field.name == "stages":
@@ -116,7 +132,10 @@ def describe_stages(plan: Plan) -> str:
     def share(kind: int, first: int, last: int) -> float:
         return sum(cost[kind] for cost in costs[first:last]) / sum(cost[kind] for cost in costs)
 
-    told = [f"layers {a}-{b - 1} ({share(0, a, b):.0%} of parameters, {share(1, a, b):.0%} of FLOPs)" for a, b in plan.stages]
+    told = [
+        f"layers {a}-{b - 1} ({share(0, a, b):.0%} of parameters, {share(1, a, b):.0%} of FLOPs)"
+        for a, b in plan.stages
+    ]
     return ", ".join(told)
 
 
@@ -124,7 +143,10 @@ def _numbers(prefix: str, values: Mapping[str, object], why: Mapping[str, str]) 
     def shown(value) -> str:
         return f"{value:,}" if isinstance(value, int) else f"{value:.6g}" if isinstance(value, float) else str(value)
 
-    return [f"  {prefix}{name} = {shown(value)}" + (f"   [{why[prefix + name]}]" if prefix + name in why else "") for name, value in values.items()]
+    return [
+        f"  {prefix}{name} = {shown(value)}" + (f"   [{why[prefix + name]}]" if prefix + name in why else "")
+        for name, value in values.items()
+    ]
 
 
 def describe_ownership(lines: list[Ownership]) -> str:
@@ -138,7 +160,9 @@ def describe_ownership(lines: list[Ownership]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     muon = sum(line.optimizer == "muon" for line in lines)
-    return "\n".join(["parameters and their owners", *table, f"{muon} matrices on Muon, {len(lines) - muon} tensors on AdamW"])
+    return "\n".join(
+        ["parameters and their owners", *table, f"{muon} matrices on Muon, {len(lines) - muon} tensors on AdamW"]
+    )
 
 
 def _ranges(ranks: tuple[int, ...]) -> str:

@@ -54,7 +54,10 @@ def memory_of_stages(config: Config, plan: Plan, dtype: torch.dtype, *, on_gpu: 
     options = ModelOptions(compute_dtype=dtype)
     with torch.device("meta"):
         layers = build_layers(plan.dims, options)
-    return [_stage_memory(config, plan, options, stage, layers[first:last], on_gpu) for stage, (first, last) in enumerate(plan.stages)]
+    return [
+        _stage_memory(config, plan, options, stage, layers[first:last], on_gpu)
+        for stage, (first, last) in enumerate(plan.stages)
+    ]
 
 
 def _stage_memory(config: Config, plan: Plan, options: ModelOptions, stage: int, layers, on_gpu: bool) -> Memory:
@@ -75,14 +78,19 @@ def _stage_memory(config: Config, plan: Plan, options: ModelOptions, stage: int,
         held["moments"] += 8 * share
         held["gradients"] += 4 * sum(sizes)
         largest = {"tensor": max(largest["tensor"], *sizes), "group": max(largest["group"], share)}
-    places = dict.fromkeys(parameter.place for parameter in parameters if groups[parameter.place.name].optimizer == "muon")
+    places = dict.fromkeys(
+        parameter.place for parameter in parameters if groups[parameter.place.name].optimizer == "muon"
+    )
     matrices = [Matrix(where.name, where.whole, where.block, 1.0, where.cut) for where in places]
     partition = make_plan(matrices, data, tensor=tensor)
     shards = sum(bucket.shard for bucket in partition.buckets)
     narrow = dtype == torch.bfloat16
     held["weights"] += (2 if narrow else 4) * data * shards
     held["masters"] += 4 * shards if narrow else 0  # float32 weights are their own masters
-    held["moments"] += max(sum(partition.state_bytes(place)[kind] for kind in ("momentum", "second_moment")) for place in range(partition.places))
+    held["moments"] += max(
+        sum(partition.state_bytes(place)[kind] for kind in ("momentum", "second_moment"))
+        for place in range(partition.places)
+    )
     held["gradients"] += 4 * data * shards
     activations = stage_activations(config, plan, stage, dtype)
     forward = _forward_workspace(config, plan, stage, dtype, on_gpu) + _pipeline_buffers(config, plan, stage, dtype)
@@ -94,7 +102,15 @@ def _stage_memory(config: Config, plan: Plan, options: ModelOptions, stage: int,
 
 
 def kept_bytes_per_block(
-    dims: Dimensions, block: int, tokens: int, *, itemsize: int = 2, tensor: int = 1, sequence=False, fp8: str = "off", recompute: str = "none"
+    dims: Dimensions,
+    block: int,
+    tokens: int,
+    *,
+    itemsize: int = 2,
+    tensor: int = 1,
+    sequence=False,
+    fp8: str = "off",
+    recompute: str = "none",
 ) -> int:
     """Bytes that a block keeps of a micro-batch of `tokens` tokens for its backward pass, its input included, on one rank.
 
@@ -106,10 +122,14 @@ def kept_bytes_per_block(
         return own * width * itemsize
     inner, kv_inner = heads * dims.head_size, kv_heads * dims.head_size
     values = 3 * own * width  # the stream as it came, after the residual mix, and after attention
-    values += tokens * (3 * inner + 3 * kv_inner)  # queries and keys before and after their norms, values, attention's result
+    values += tokens * (
+        3 * inner + 3 * kv_inner
+    )  # queries and keys before and after their norms, values, attention's result
     if dims.has_value_embedding(block):
         values += tokens * (kv_inner + 2 * kv_heads)
-    kept = values * itemsize + 4 * (own + tokens * (2 * heads + kv_heads))  # the factor of every norm, and attention's sums
+    kept = values * itemsize + 4 * (
+        own + tokens * (2 * heads + kv_heads)
+    )  # the factor of every norm, and attention's sums
     shapes = linear_shapes(dims, tensor)
     rounded = {name for name, shape in shapes.items() if fp8 != "off" and fits_fp8(*shape, fp8)}
     together = [("attn.c_q", "attn.c_k", "attn.c_v"), ("attn.c_proj",)]
@@ -133,10 +153,14 @@ def stage_activations(config: Config, plan: Plan, stage: int, dtype: torch.dtype
     own = tokens // layout.tensor if sequence else tokens
     how = {"itemsize": size, "tensor": layout.tensor, "sequence": sequence, "fp8": config.precision.fp8}
     how |= {"recompute": config.batch.recompute}
-    kept = sum(kept_bytes_per_block(dims, layer - 1, tokens, **how) for layer in range(first, last) if 0 < layer <= dims.depth)
+    kept = sum(
+        kept_bytes_per_block(dims, layer - 1, tokens, **how) for layer in range(first, last) if 0 < layer <= dims.depth
+    )
     if dtype == torch.float16:  # weights are float32 and cast at each use
         kinds = {"none": ("attn", "mlp"), "selective": ("attn",), "block": ()}[config.batch.recompute]
-        matrices = sum(math.prod(shape) for name, shape in linear_shapes(dims, layout.tensor).items() if name.startswith(kinds))
+        matrices = sum(
+            math.prod(shape) for name, shape in linear_shapes(dims, layout.tensor).items() if name.startswith(kinds)
+        )
         kept += size * matrices * (min(last, dims.depth + 1) - max(first, 1))
     under_way = min(layout.pipeline - stage, plan.accumulation)
     if first == 0:
@@ -144,7 +168,9 @@ def stage_activations(config: Config, plan: Plan, stage: int, dtype: torch.dtype
     else:
         kept += (_passing(dims, first) - 1) * own * dims.width * size  # x is counted as the first block's input
     if last == dims.depth + 2:
-        kept += (own + 2 * tokens) * dims.width * size + 4 * table  # the norm's input and result, and the gradients of result and table
+        kept += (
+            own + 2 * tokens
+        ) * dims.width * size + 4 * table  # the norm's input and result, and the gradients of result and table
     else:
         kept += own * dims.width * size  # what the last block gives to the next stage
     return under_way * kept
@@ -171,12 +197,16 @@ def _forward_workspace(config: Config, plan: Plan, stage: int, dtype: torch.dtyp
     hidden = tokens * MLP_RATIO * dims.width // tensor
     block = (2 * hidden + 6 * tokens * dims.width) * size + 4 * MLP_RATIO * dims.width**2 // tensor
     if config.batch.recompute != "none":
-        block += kept_bytes_per_block(dims, dims.depth - 1, tokens, itemsize=size, tensor=tensor, fp8=config.precision.fp8)
+        block += kept_bytes_per_block(
+            dims, dims.depth - 1, tokens, itemsize=size, tensor=tensor, fp8=config.precision.fp8
+        )
     if plan.stages[stage][1] != dims.depth + 2:
         return block
     table, logits = dims.padded_vocab * dims.width // tensor, GPU_CHUNK_BYTES if on_gpu else CHUNK_BYTES
     piece = min(logits, 4 * tokens * dims.padded_vocab // tensor)
-    head = table * size * 2 + 2 * piece + piece * size // 2  # two float32 forms of the logits, and logits and gradient in the compute dtype
+    head = (
+        table * size * 2 + 2 * piece + piece * size // 2
+    )  # two float32 forms of the logits, and logits and gradient in the compute dtype
     return max(block, head, 4 * table)
 
 
@@ -202,7 +232,9 @@ def describe_memory(stages: list[Memory], device_bytes: int | None) -> str:
     return f"memory by the count {_told(fullest.total)} on {where}: {parts}{device}"
 
 
-def memory_warning(config: Config, plan: Plan, dtype: torch.dtype, device_bytes: int, *, on_gpu: bool = True) -> str | None:
+def memory_warning(
+    config: Config, plan: Plan, dtype: torch.dtype, device_bytes: int, *, on_gpu: bool = True
+) -> str | None:
     """The sentence for a run that will not fit, with what each setting that helps would bring it to; None when it fits."""
     worst = max(stage.total for stage in memory_of_stages(config, plan, dtype, on_gpu=on_gpu))
     if worst <= FILLS * device_bytes:
@@ -229,12 +261,22 @@ def _lighter(config: Config, plan: Plan) -> list[tuple[str, str | int, Config]]:
     """(setting, value, the config with it) of what takes less memory, the cheapest in time first."""
     halves = [plan.micro_rows >> times for times in range(1, 8) if plan.micro_rows % 2**times == 0]
     asked = [("batch", "micro_rows", rows) for rows in halves]
-    asked += [("batch", "recompute", kind) for kind in ("selective", "block") if config.batch.recompute not in (kind, "block")]
+    asked += [
+        ("batch", "recompute", kind) for kind in ("selective", "block") if config.batch.recompute not in (kind, "block")
+    ]
     asked += [("parallel", "tensor", plan.layout.tensor * 2), ("parallel", "pipeline", plan.layout.pipeline * 2)]
     found = []
     for section, key, value in asked:
-        values = {key: value} | ({"accumulation": None} if key == "micro_rows" else {})  # the micro-batches follow from the rows
-        found.append((f"{section}.{key}", value, config.model_copy(update={section: getattr(config, section).model_copy(update=values)})))
+        values = {key: value} | (
+            {"accumulation": None} if key == "micro_rows" else {}
+        )  # the micro-batches follow from the rows
+        found.append(
+            (
+                f"{section}.{key}",
+                value,
+                config.model_copy(update={section: getattr(config, section).model_copy(update=values)}),
+            )
+        )
     return found
 
 

@@ -48,7 +48,9 @@ class Plan:
 
     dims: Dimensions
     layout: Layout
-    stages: tuple[tuple[int, int], ...]  # layers [first, last) of each pipeline stage; layer 0 embeds, then the blocks, then the head
+    stages: tuple[
+        tuple[int, int], ...
+    ]  # layers [first, last) of each pipeline stage; layer 0 embeds, then the blocks, then the head
     bubble: float  # share of a step that the ranks of a pipeline wait for each other, from FLOPs alone
     tokens_per_step: int
     rows_per_step: int
@@ -85,17 +87,25 @@ def resolve(config: Config, world: int, vocab_size: int) -> Plan:
     rates, decay = _rates(config, dims, tokens, target_tokens, reference_tokens, why)
     flops = flops_per_token(dims)
     evaluation_rows = max(1, (config.evaluate.tokens or 20 * tokens) // dims.sequence_len)
-    why["stages"] = "contiguous layers; the largest stage's share of FLOPs plus its share of parameters is as small as it can be"
-    why["bubble"] = "1 - m * sum / p / ((m - 1) * max + sum) of the p stages' FLOPs over m micro-batches; (p - 1) / (m + p - 1) if all are equal"
+    why["stages"] = (
+        "contiguous layers; the largest stage's share of FLOPs plus its share of parameters is as small as it can be"
+    )
+    why["bubble"] = (
+        "1 - m * sum / p / ((m - 1) * max + sum) of the p stages' FLOPs over m micro-batches; (p - 1) / (m + p - 1) if all are equal"
+    )
     why["total_tokens"] = f"steps * tokens_per_step = {steps} * {tokens}"
-    why["flops_per_token"] = "6 * (block matrices + lm_head + smear gate) + sum of 12 * heads * head_size * min(window, sequence_len)"
+    why["flops_per_token"] = (
+        "6 * (block matrices + lm_head + smear gate) + sum of 12 * heads * head_size * min(window, sequence_len)"
+    )
     why["total_flops"] = f"flops_per_token * total_tokens = {flops:.4g} * {steps * tokens:.4g}"
     why["evaluation_rows"] = "evaluate.tokens / sequence_len" if config.evaluate.tokens else "20 batches"
     return Plan(
         dims=dims,
         layout=layout,
         stages=stages,
-        bubble=bubble_share([sum(flops for _, flops in layer_costs(dims)[first:last]) for first, last in stages], accumulation),
+        bubble=bubble_share(
+            [sum(flops for _, flops in layer_costs(dims)[first:last]) for first, last in stages], accumulation
+        ),
         tokens_per_step=tokens,
         rows_per_step=rows,
         micro_rows=micro_rows,
@@ -120,7 +130,9 @@ def usable_world(config: Config, world: int, vocab_size: int) -> int:
     on `world` ranks, and when the batch was given per rank.
     """
     if config.batch.tokens is None and config.batch.micro_rows and config.batch.accumulation:
-        raise UserError("batch.micro_rows and batch.accumulation without batch.tokens make the batch depend on the ranks: set batch.tokens instead")
+        raise UserError(
+            "batch.micro_rows and batch.accumulation without batch.tokens make the batch depend on the ranks: set batch.tokens instead"
+        )
     unit = config.parallel.tensor * config.parallel.pipeline
     for ranks in range(world // unit * unit, 0, -unit):
         try:
@@ -144,9 +156,15 @@ def resolve_layout(config: Config, dims: Dimensions, world: int) -> Layout:
     for what, count in (("query heads", dims.heads), ("key/value heads", dims.kv_heads)):
         if count % tensor:
             near = max(size for size in range(1, tensor) if dims.heads % size == 0 and dims.kv_heads % size == 0)
-            raise UserError(f"parallel.tensor is {tensor}, which does not divide the model's {count} {what}: set parallel.tensor to {near}")
+            raise UserError(
+                f"parallel.tensor is {tensor}, which does not divide the model's {count} {what}: set parallel.tensor to {near}"
+            )
     if config.parallel.sequence and (tensor == 1 or dims.sequence_len % tensor):
-        wanted = "parallel.tensor above 1" if tensor == 1 else f"a model.sequence_len that {tensor} divides, and {dims.sequence_len} is not"
+        wanted = (
+            "parallel.tensor above 1"
+            if tensor == 1
+            else f"a model.sequence_len that {tensor} divides, and {dims.sequence_len} is not"
+        )
         raise UserError(f"parallel.sequence needs {wanted}: change that, or set parallel.sequence=false")
     if pipeline > dims.depth:
         told = f"parallel.pipeline is {pipeline}, more stages than the model's {dims.depth} blocks"
@@ -160,11 +178,15 @@ def _check_fp8(config: Config, dims: Dimensions, layout: Layout, micro_rows: int
     if recipe == "off":
         return
     if compute not in ("auto", "bfloat16"):
-        raise UserError(f"precision.fp8 is {recipe}, which needs bfloat16, and precision.compute is {compute}: set that to bfloat16, or fp8 to off")
+        raise UserError(
+            f"precision.fp8 is {recipe}, which needs bfloat16, and precision.compute is {compute}: set that to bfloat16, or fp8 to off"
+        )
     tile, length = FP8_TILES[recipe], dims.sequence_len
     if micro_rows * length % tile:
         unit = tile // math.gcd(tile, length)
-        rows = " or ".join(str(count) for count in (micro_rows // unit * unit, up_to_multiple(micro_rows, unit)) if count)
+        rows = " or ".join(
+            str(count) for count in (micro_rows // unit * unit, up_to_multiple(micro_rows, unit)) if count
+        )
         lengths = " or ".join(str(count) for count in (length // tile * tile, up_to_multiple(length, tile)) if count)
         raise UserError(
             f"precision.fp8={recipe} needs a multiple of {tile} tokens in a micro-batch, and {micro_rows} rows of {length} are "
@@ -192,7 +214,11 @@ def resolve_stages(dims: Dimensions, stages: int) -> tuple[tuple[int, int], ...]
     for count in range(1, stages + 1):
         best.append({})
         for last in range(count, len(costs) - (stages - count) + 1):
-            best[count][last] = min((max(best[count - 1][first][0], sums[last] - sums[first]), first) for first in best[count - 1] if first < last)
+            best[count][last] = min(
+                (max(best[count - 1][first][0], sums[last] - sums[first]), first)
+                for first in best[count - 1]
+                if first < last
+            )
     cuts = [len(costs)]
     for count in range(stages, 0, -1):
         cuts.append(best[count][cuts[-1]][1])
@@ -206,7 +232,9 @@ def bubble_share(stage_flops: list[int], micro_batches: int) -> float:
     return 1 - micro_batches * total / len(stage_flops) / ((micro_batches - 1) * max(stage_flops) + total)
 
 
-def resolve_dimensions(config: Config, vocab_size: int, *, depth: int | None = None, why: dict[str, str] | None = None) -> Dimensions:
+def resolve_dimensions(
+    config: Config, vocab_size: int, *, depth: int | None = None, why: dict[str, str] | None = None
+) -> Dimensions:
     """The model's sizes from the depth dial; another `depth` gives that member of the same family."""
     model = config.model
     why = {} if why is None else why
@@ -217,16 +245,26 @@ def resolve_dimensions(config: Config, vocab_size: int, *, depth: int | None = N
     if heads % kv_heads:
         fits = [n for n in range(1, heads + 1) if heads % n == 0]
         near = min(fits, key=lambda n: (abs(n - kv_heads), n))
-        raise UserError(f"model.kv_heads is {kv_heads}, which does not divide {heads} heads (depth {depth}): the nearest that does is {near}")
+        raise UserError(
+            f"model.kv_heads is {kv_heads}, which does not divide {heads} heads (depth {depth}): the nearest that does is {near}"
+        )
     if width < 24:
-        raise UserError(f"width {width} is below the 24 channels that the smear gate reads: raise model.depth or model.aspect_ratio")
-    why["width"] = f"depth * aspect_ratio up to whole heads = {depth} * {model.aspect_ratio} up to a multiple of {model.head_size}"
+        raise UserError(
+            f"width {width} is below the 24 channels that the smear gate reads: raise model.depth or model.aspect_ratio"
+        )
+    why["width"] = (
+        f"depth * aspect_ratio up to whole heads = {depth} * {model.aspect_ratio} up to a multiple of {model.head_size}"
+    )
     why["heads"] = f"width / head_size = {width} / {model.head_size}"
-    why["windows"] = f"{model.window_pattern} tiled over {depth} blocks, the last L; S = sequence_len / 4 up to a multiple of 128"
+    why["windows"] = (
+        f"{model.window_pattern} tiled over {depth} blocks, the last L; S = sequence_len / 4 up to a multiple of 128"
+    )
     windows = window_sizes(model.window_pattern, depth, model.sequence_len)
     choices = {"rotary_base": model.rotary_base, "qk_scale": model.qk_scale, "norm_epsilon": model.norm_epsilon}
     choices |= {"value_embeddings": model.value_embeddings, "lambdas": model.lambdas}
-    return Dimensions(depth, width, heads, kv_heads, model.head_size, model.sequence_len, vocab_size, windows, **choices)
+    return Dimensions(
+        depth, width, heads, kv_heads, model.head_size, model.sequence_len, vocab_size, windows, **choices
+    )
 
 
 def _token_horizon(config: Config, dims: Dimensions, vocab_size: int, why: dict[str, str]) -> tuple[float, float]:
@@ -238,7 +276,9 @@ def _token_horizon(config: Config, dims: Dimensions, vocab_size: int, why: dict[
     return target, target_reference
 
 
-def _asked_tokens(config: Config, dims: Dimensions, layout: Layout, target: float, reference: float, why: dict[str, str]) -> int | None:
+def _asked_tokens(
+    config: Config, dims: Dimensions, layout: Layout, target: float, reference: float, why: dict[str, str]
+) -> int | None:
     """Tokens a step that the user or the scaling rule asks for; None when micro_rows x accumulation say it."""
     batch = config.batch
     if batch.tokens:
@@ -256,7 +296,9 @@ def _asked_tokens(config: Config, dims: Dimensions, layout: Layout, target: floa
     return tokens
 
 
-def _solve_batch(config: Config, sequence_len: int, layout: Layout, tokens: int | None, why: dict[str, str]) -> tuple[int, int, int]:
+def _solve_batch(
+    config: Config, sequence_len: int, layout: Layout, tokens: int | None, why: dict[str, str]
+) -> tuple[int, int, int]:
     """(rows a step, rows a micro-batch, micro-batches a step); any two of the three settle the third."""
     ranks = layout.data
     micro, accumulation = config.batch.micro_rows, config.batch.accumulation
@@ -287,7 +329,9 @@ def _solve_batch(config: Config, sequence_len: int, layout: Layout, tokens: int 
     return rows, micro, share // micro
 
 
-def _nearest_batches(tokens: int, sequence_len: int, ranks: int, micro: int | None, accumulation: int | None, unit: int) -> str:
+def _nearest_batches(
+    tokens: int, sequence_len: int, ranks: int, micro: int | None, accumulation: int | None, unit: int
+) -> str:
     parts = [
         f"{ranks} data-parallel rank{'s' * (ranks > 1)}",
         *([f"{micro} rows a micro-batch"] if micro else []),
@@ -312,7 +356,9 @@ def _steps(config: Config, dims: Dimensions, tokens: int, target_tokens: float, 
         why["steps"] = "horizon.steps"
         return horizon.steps
     if horizon.flops:
-        why["steps"] = f"flops / (flops_per_token * tokens_per_step) = {horizon.flops:g} / ({flops_per_token(dims)} * {tokens})"
+        why["steps"] = (
+            f"flops / (flops_per_token * tokens_per_step) = {horizon.flops:g} / ({flops_per_token(dims)} * {tokens})"
+        )
         steps = round(horizon.flops / (flops_per_token(dims) * tokens))
     else:
         why["steps"] = f"target_tokens / tokens_per_step = {int(target_tokens):,} / {tokens:,}"
@@ -325,16 +371,24 @@ def _steps(config: Config, dims: Dimensions, tokens: int, target_tokens: float, 
     return steps
 
 
-def _rates(config: Config, dims: Dimensions, tokens: int, target: float, reference: float, why: dict[str, str]) -> tuple[dict[str, float], float]:
+def _rates(
+    config: Config, dims: Dimensions, tokens: int, target: float, reference: float, why: dict[str, str]
+) -> tuple[dict[str, float], float]:
     asked = config.optimizer
     batch = math.sqrt(tokens / REFERENCE_TOKENS) if asked.scale_to_batch else 1.0
     shape = (dims.width / REFERENCE_WIDTH) ** -0.5
     horizon = reference / target if asked.scale_to_batch else 1.0
-    by_batch = f"sqrt(tokens_per_step / 2^19) = {batch:.4g}" if asked.scale_to_batch else "1 (optimizer.scale_to_batch is off)"
+    by_batch = (
+        f"sqrt(tokens_per_step / 2^19) = {batch:.4g}" if asked.scale_to_batch else "1 (optimizer.scale_to_batch is off)"
+    )
     why["rates.matrix"] = (
         f"matrix_lr * {by_batch}; times each matrix's multiplier ({asked.muon_multiplier if isinstance(asked.muon_multiplier, str) else 'by name'})"
     )
-    for name, source in (("unembedding", "unembedding_lr"), ("embedding", "embedding_lr"), ("value_embedding", "embedding_lr / 2")):
+    for name, source in (
+        ("unembedding", "unembedding_lr"),
+        ("embedding", "embedding_lr"),
+        ("value_embedding", "embedding_lr / 2"),
+    ):
         why[f"rates.{name}"] = f"{source} * {by_batch} * (width / 768)^-0.5 = {shape:.4g}"
     why["rates.resid"] = f"scalar_lr / 100 * {by_batch}"
     why["rates.x0"] = f"scalar_lr * {by_batch}"

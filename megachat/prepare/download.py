@@ -42,7 +42,13 @@ class _Stopped(Exception):
 
 
 def download_shards(
-    folder: Path, source: HubSource, train_shards: int, *, workers: int = 4, retry_wait_s: float = 1.0, say: Callable[[str], None] = print
+    folder: Path,
+    source: HubSource,
+    train_shards: int,
+    *,
+    workers: int = 4,
+    retry_wait_s: float = 1.0,
+    say: Callable[[str], None] = print,
 ) -> list[ShardEntry]:
     """Download shards 0 to train_shards-1 and the last one into `folder`. Whole shards that are already there stay.
 
@@ -52,7 +58,10 @@ def download_shards(
     names = [shard_name(index) for index in (*range(train_shards), source.last_index)]
     stop = threading.Event()
     # disable=None: only on a terminal.
-    with tqdm(desc=f"0/{len(names)} shards", unit="B", unit_scale=True, disable=None) as bar, ThreadPoolExecutor(workers) as pool:
+    with (
+        tqdm(desc=f"0/{len(names)} shards", unit="B", unit_scale=True, disable=None) as bar,
+        ThreadPoolExecutor(workers) as pool,
+    ):
         fetch = _Fetch(source.base_url.rstrip("/"), folder, retry_wait_s, stop, bar)
         futures = [pool.submit(fetch.shard, name) for name in names]
         try:
@@ -116,14 +125,18 @@ class _Fetch:
                 if self.stop.wait(self.retry_wait_s * 2 ** (attempt - 1)):
                     raise _Stopped from None
             except OSError as error:
-                raise UserError(f"{part} cannot be written ({error}): free the disk and run the same command again") from None
+                raise UserError(
+                    f"{part} cannot be written ({error}): free the disk and run the same command again"
+                ) from None
 
     def _once(self, url: str, part: Path) -> None:
         """Fetch what is missing of `part`. Raises _Retry when the answer is cut short or the server is in trouble."""
         have = part.stat().st_size if part.exists() else 0
         headers = {"Range": f"bytes={have}-"} if have else {}
         # identity: a compressed answer could not be resumed by byte.
-        with requests.get(url, headers={**headers, "Accept-Encoding": "identity"}, stream=True, timeout=_TIMEOUT_S) as answer:
+        with requests.get(
+            url, headers={**headers, "Accept-Encoding": "identity"}, stream=True, timeout=_TIMEOUT_S
+        ) as answer:
             if answer.status_code == 416:  # nothing is missing, or the part is of another file
                 if have and answer.headers.get("Content-Range") == f"bytes */{have}":
                     return

@@ -77,11 +77,17 @@ def _refuse_other(folder: Path, request: dict, manifest: dict | None) -> None:
         return
     other = interrupted or (manifest or {}).get("request")
     if other is None:
-        raise UserError(f"{folder} is not empty and was not made by this program: give another --out, or --overwrite to replace its .parquet files")
+        raise UserError(
+            f"{folder} is not empty and was not made by this program: give another --out, or --overwrite to replace its .parquet files"
+        )
     changed = [
-        f"{key} {other.get(key)!r} there, {request.get(key)!r} asked" for key in sorted({*other, *request}) if other.get(key) != request.get(key)
+        f"{key} {other.get(key)!r} there, {request.get(key)!r} asked"
+        for key in sorted({*other, *request})
+        if other.get(key) != request.get(key)
     ]
-    raise UserError(f"{folder} holds another data set ({'; '.join(changed)}): give another --out, or --overwrite to replace it")
+    raise UserError(
+        f"{folder} holds another data set ({'; '.join(changed)}): give another --out, or --overwrite to replace it"
+    )
 
 
 def _unfinished(folder: Path) -> dict | None:

@@ -33,7 +33,9 @@ def read_standard_library(document_bytes: int, folder: Path | None = None) -> It
                     seen.add(document)
                     yield document
     if not seen:
-        raise UserError(f"this Python has no source of its standard library at {folder}: use --source text with some text files")
+        raise UserError(
+            f"this Python has no source of its standard library at {folder}: use --source text with some text files"
+        )
 
 
 def _read(path: Path) -> str:
@@ -52,7 +54,9 @@ def cut_module(text: str, document_bytes: int) -> list[str]:
             tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError):
         return []
-    lines = [line + "\n" for line in text.split("\n")]  # as the parser counts them; splitlines() also cuts at form feeds
+    lines = [
+        line + "\n" for line in text.split("\n")
+    ]  # as the parser counts them; splitlines() also cuts at form feeds
     for statement in tree.body:
         first, last = statement.lineno - 1, statement.end_lineno
         if isinstance(statement, ast.Assign) and sum(map(len, lines[first:last])) > _TABLE_DOCUMENTS * document_bytes:

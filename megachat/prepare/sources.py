@@ -79,10 +79,14 @@ def read_parquet_files(files: Iterable[Path]) -> Iterator[str]:
                 for batch in file.iter_batches(batch_size=1024, columns=["text"]):
                     yield from filter(None, batch.column("text").to_pylist())
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}): leave it out or write it again") from None
+            raise UserError(
+                f"{path} is damaged ({str(error).splitlines()[0]}): leave it out or write it again"
+            ) from None
 
 
-def write_shards(folder: Path, documents: Iterable[str], seed: int, train_shards: int | None, sources: list[str] | None = None) -> list[ShardEntry]:
+def write_shards(
+    folder: Path, documents: Iterable[str], seed: int, train_shards: int | None, sources: list[str] | None = None
+) -> list[ShardEntry]:
     """Shuffle documents and write them as train shards of equal numbers and a validation shard with 5 % of them (1 at least).
 
     sources: of each document, complete when all documents were read; becomes the column `source`. The order is a pure function of the texts and
@@ -104,7 +108,10 @@ def write_shards(folder: Path, documents: Iterable[str], seed: int, train_shards
     if sources is not None:
         columns["source"] = pa.chunked_array([pa.array(sources, pa.string()).dictionary_encode()])
     shares = [pa.array(order[ends[index] : ends[index + 1]]) for index in range(train_shards + 1)]
-    return [_write_shard(folder, index, {name: column.take(share) for name, column in columns.items()}) for index, share in enumerate(shares)]
+    return [
+        _write_shard(folder, index, {name: column.take(share) for name, column in columns.items()})
+        for index, share in enumerate(shares)
+    ]
 
 
 def _in_memory(documents: Iterable[str]) -> tuple[pa.ChunkedArray, int]:

@@ -31,7 +31,9 @@ def read_texts(folder: str | Path, split: str, max_chars: int, doc_cap: int) -> 
                         if left <= 0:
                             return
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{shard.path} is damaged ({str(error).splitlines()[0]}): download or prepare it again") from None
+            raise UserError(
+                f"{shard.path} is damaged ({str(error).splitlines()[0]}): download or prepare it again"
+            ) from None
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int, name: str = "megachat") -> Tokenizer:
@@ -90,7 +92,9 @@ class _EncodingOnly(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> type:
         if (module, name) in {("tiktoken.core", "Encoding"), ("tiktoken", "Encoding")}:
             return _PickledEncoding
-        raise UserError(f"it asks for {module}.{name}, and nothing but tiktoken.core.Encoding is allowed: take the file from a source you trust")
+        raise UserError(
+            f"it asks for {module}.{name}, and nothing but tiktoken.core.Encoding is allowed: take the file from a source you trust"
+        )
 
 
 def import_nanochat(folder: str | Path) -> Tokenizer:
@@ -104,13 +108,19 @@ def import_nanochat(folder: str | Path) -> Tokenizer:
     except UserError as error:
         raise UserError(f"{path} is refused: {error}") from None
     except Exception as error:  # a damaged pickle may raise anything
-        raise UserError(f"{path} is not a pickled tiktoken.Encoding ({type(error).__name__}: {error}): export it from nanochat again") from None
+        raise UserError(
+            f"{path} is not a pickled tiktoken.Encoding ({type(error).__name__}: {error}): export it from nanochat again"
+        ) from None
     sound = isinstance(name, str) and isinstance(pattern, str) and isinstance(ranks, dict) and isinstance(special, dict)
     if not sound or not all(isinstance(token, bytes) and isinstance(rank, int) for token, rank in ranks.items()):
-        raise UserError(f"{path} does not hold a tokenizer's name, pattern, ranks and special tokens: export it from nanochat again")
+        raise UserError(
+            f"{path} does not hold a tokenizer's name, pattern, ranks and special tokens: export it from nanochat again"
+        )
     order = sorted(special, key=special.__getitem__)
     if [special[token] for token in order] != list(range(len(ranks), len(ranks) + len(order))):
-        raise UserError(f"{path} has special tokens whose ids do not follow the {len(ranks)} merges: only such tokenizers can be imported")
+        raise UserError(
+            f"{path} has special tokens whose ids do not follow the {len(ranks)} merges: only such tokenizers can be imported"
+        )
     return Tokenizer(ranks, order, pattern, name)
 
 
@@ -118,6 +128,11 @@ def export_nanochat(tokenizer: Tokenizer, folder: str | Path) -> None:
     """Write nanochat's tokenizer folder: tokenizer.pkl, its pickled tiktoken.Encoding, and token_bytes.pt, int32 [vocab_size]."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    encoding = tiktoken.Encoding(tokenizer.name, pat_str=tokenizer.pattern, mergeable_ranks=tokenizer.ranks, special_tokens=tokenizer.special_tokens)
+    encoding = tiktoken.Encoding(
+        tokenizer.name,
+        pat_str=tokenizer.pattern,
+        mergeable_ranks=tokenizer.ranks,
+        special_tokens=tokenizer.special_tokens,
+    )
     write_whole(folder / "tokenizer.pkl", pickle.dumps(encoding))
     torch.save(torch.from_numpy(tokenizer.token_bytes()), folder / "token_bytes.pt")

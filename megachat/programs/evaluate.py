@@ -63,7 +63,9 @@ def evaluate(checkpoint: Path, overrides: list[str], asked: Asked, *, tokenizer:
         data,
         checkpoint={"content": saved.sha256[:12]},
         bundle={"digest": bundle.digest[:12]} if bundle else {},
-        evaluation={"parts": json.dumps([asked.core is None, asked.bpb is None, asked.sample, asked.tasks, asked.max_per_task])},
+        evaluation={
+            "parts": json.dumps([asked.core is None, asked.bpb is None, asked.sample, asked.tasks, asked.max_per_task])
+        },
     )
     with joined(environment, saved.config, facts, saved.run_folder, then="start the evaluation again") as (mesh, _):
         say = print if mesh.world.rank == 0 else _say_nothing
@@ -84,7 +86,9 @@ def _say_nothing(*lines, **options) -> None:
 
 def _with_data(saved: Saved, folder: str) -> Saved:
     config = saved.config
-    return dataclasses.replace(saved, config=config.model_copy(update={"data": config.data.model_copy(update={"folder": folder})}))
+    return dataclasses.replace(
+        saved, config=config.model_copy(update={"data": config.data.model_copy(update={"folder": folder})})
+    )
 
 
 def _bundle(asked: Asked) -> Bundle | None:
@@ -136,9 +140,16 @@ def _measured(model: Evaluated, asked: Asked, bundle: Bundle | None, say: Callab
     if asked.bpb is not None:
         with slowly("evaluation"):
             told["bpb"] = _bits_per_byte(model)
-        say(f"validation bpb {told['bpb']['bpb']:.6f} over {told['bpb']['rows']:,} rows of {told['bpb']['folder']}", flush=True)
+        say(
+            f"validation bpb {told['bpb']['bpb']:.6f} over {told['bpb']['rows']:,} rows of {told['bpb']['folder']}",
+            flush=True,
+        )
         for name, value in told["bpb"].get("sources", {}).items():
-            told_of = "no document of it in the validation shard" if value["bpb"] is None else f"bpb {value['bpb']:.6f} over {value['rows']:,} rows"
+            told_of = (
+                "no document of it in the validation shard"
+                if value["bpb"] is None
+                else f"bpb {value['bpb']:.6f} over {value['rows']:,} rows"
+            )
             say(f"  {name}: {told_of}", flush=True)
     if asked.sample:
         with slowly("sampling"):
@@ -148,7 +159,9 @@ def _measured(model: Evaluated, asked: Asked, bundle: Bundle | None, say: Callab
     if bundle:
         say(describe_bundle(bundle), flush=True)
         with slowly("evaluation of CORE"), contextlib.closing(_Bar(shown=model.mesh.world.rank == 0)) as bar:
-            told["core"] = evaluate_bundle(build_evaluator(model), bundle, model.tokenizer, max_per_task=asked.max_per_task, told=bar.told)
+            told["core"] = evaluate_bundle(
+                build_evaluator(model), bundle, model.tokenizer, max_per_task=asked.max_per_task, told=bar.told
+            )
         for line in core_table(told["core"]):
             say(line, flush=True)
     return told
@@ -170,7 +183,10 @@ class _Bar:
         elif self.shown and passed_s > self.next_s and done:
             self.next_s = passed_s + LINE_EVERY_S
             left_s = passed_s / done * (of - done)
-            print(f"CORE: {done:,} of {of:,} examples, {done / passed_s:,.1f} a second, {left_s / 60:.1f} minutes left", flush=True)
+            print(
+                f"CORE: {done:,} of {of:,} examples, {done / passed_s:,.1f} a second, {left_s / 60:.1f} minutes left",
+                flush=True,
+            )
 
     def close(self) -> None:
         """End the bar's line."""
@@ -182,10 +198,16 @@ def _bits_per_byte(model: Evaluated) -> dict:
     begin, plan = time.perf_counter(), model.plan
     with build_loader(model.config, plan, model.mesh, model.tokenizer, validation=True) as loader:
         rows = ValidationRows(loader, plan.evaluation_rows, plan.micro_rows, model.mesh)
-    told = {"folder": model.config.data.folder, "bpb": bits_per_byte(model.engine, rows, model.mesh), "rows": plan.evaluation_rows}
+    told = {
+        "folder": model.config.data.folder,
+        "bpb": bits_per_byte(model.engine, rows, model.mesh),
+        "rows": plan.evaluation_rows,
+    }
     names = sources_of(Path(model.config.data.folder))
     if names:
-        told["sources"] = {name: _bits_per_byte_of(model, name, max(1, plan.evaluation_rows // len(names))) for name in names}
+        told["sources"] = {
+            name: _bits_per_byte_of(model, name, max(1, plan.evaluation_rows // len(names))) for name in names
+        }
     return told | {"seconds": time.perf_counter() - begin}
 
 

@@ -65,7 +65,9 @@ def pretrain(
     begin = time.perf_counter()
     config = load_config(config_path, overrides)
     name = config.run.name or Path(config_path).stem
-    config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})  # so that the saved one runs under the same name
+    config = config.model_copy(
+        update={"run": config.run.model_copy(update={"name": name})}
+    )  # so that the saved one runs under the same name
     folder = Path(config.run.folder) / name
     environment = bootstrap_environment()
     if dry_run:
@@ -87,7 +89,9 @@ def pretrain(
     kernels = choose_kernels(config, plan, device)  # what cannot be had is told before anything starts
     memory, *warnings = described_memory(config, plan, device, memory_bytes(device, environment.local_size))
     if environment.rank == 0 and warnings:
-        print(*warnings, sep="\n", flush=True)  # now: a job that runs out of memory while it is built would not come to it
+        print(
+            *warnings, sep="\n", flush=True
+        )  # now: a job that runs out of memory while it is built would not come to it
     bundle_facts = {"digest": bundle.digest[:12]} if bundle else {}
     own_facts = facts_of_rank(config, tokenizer, data, bundle=bundle_facts)
     with joined(environment, config, own_facts, folder, then="continue with --resume auto") as (mesh, watch):
@@ -101,7 +105,9 @@ def pretrain(
             with counted_attempt(folder, facts["step"] if facts else 0, mesh.world, forget=chosen) as attempts:
                 watch.before_stop = attempts.end
                 with slowly("start-up"):
-                    documents, told = resumed_documents(checkpoint, facts, config, plan, mesh, tokenizer) if facts else (None, [])
+                    documents, told = (
+                        resumed_documents(checkpoint, facts, config, plan, mesh, tokenizer) if facts else (None, [])
+                    )
                     remarks += told
                     run = build_run(config, plan, mesh, tokenizer, folder, documents, bundle, kernels)
                 with run.loader:
@@ -112,12 +118,21 @@ def pretrain(
 def _fitting(environment: LaunchEnvironment, used: int) -> LaunchEnvironment | None:
     """This rank's place among the first `used` ranks; None when it is none of them."""
     if environment.rank == 0 and used < environment.world_size:
-        print(f"{environment.world_size} ranks were started, of which {used} fit the batch and train; the others have ended", flush=True)
+        print(
+            f"{environment.world_size} ranks were started, of which {used} fit the batch and train; the others have ended",
+            flush=True,
+        )
     return with_fewer_ranks(environment, used) if environment.rank < used else None
 
 
 def _run_job(
-    run: Run, checkpoint: Path | None, environment: LaunchEnvironment, remarks: list[str], begin: float, watch: Watch, attempts: Attempts
+    run: Run,
+    checkpoint: Path | None,
+    environment: LaunchEnvironment,
+    remarks: list[str],
+    begin: float,
+    watch: Watch,
+    attempts: Attempts,
 ) -> bool:
     """Load, train and tell; whether it stopped because it was told to."""
     with run.mesh.world.progress.slowly("loading the checkpoint"):
@@ -127,7 +142,15 @@ def _run_job(
     barrier(run.mesh.world)
     name = run.folder.name
     settings = {"config": run.config.model_dump(mode="json"), "plan": plan_values(run.plan)} if run.is_writer else {}
-    metrics = Metrics(run.folder, run.config.log, writes=run.is_writer, first_step=state.step, steps=run.plan.steps, run_name=name, settings=settings)
+    metrics = Metrics(
+        run.folder,
+        run.config.log,
+        writes=run.is_writer,
+        first_step=state.step,
+        steps=run.plan.steps,
+        run_name=name,
+        settings=settings,
+    )
     try:
         for line in [*remarks, *_banner(run, environment)]:
             metrics.say(line)
@@ -144,7 +167,10 @@ def _run_job(
                 metrics.say(f"stopped after step {state.step}, which is saved: continue with --resume auto")
                 return True
         attempts.forget()
-        metrics.say(f"finished step {state.step}" + (f", best validation bpb {state.min_val_bpb:.6f}" if state.min_val_bpb is not None else ""))
+        metrics.say(
+            f"finished step {state.step}"
+            + (f", best validation bpb {state.min_val_bpb:.6f}" if state.min_val_bpb is not None else "")
+        )
         metrics.say(f"run folder: {run.folder}")
         return False
     finally:
@@ -200,7 +226,12 @@ def describe_job(config: Config, world: int, memory_gb: float | None = None) -> 
     bundle, where it is asked for. memory_gb: of the GPUs that are planned for."""
     vocab_size = config.model.vocab_size or load_tokenizer(config.data.tokenizer).vocab_size
     plan: Plan = resolve(config, world, vocab_size)
-    parts = [describe_config(config), describe_plan(plan), describe_ownership(ownership(config, plan)), _planned_memory(config, plan, memory_gb)]
+    parts = [
+        describe_config(config),
+        describe_plan(plan),
+        describe_ownership(ownership(config, plan)),
+        _planned_memory(config, plan, memory_gb),
+    ]
     if config.evaluate.core_every and config.evaluate.core_bundle is None and not PLACE.exists():
         parts.append(f"CORE bundle: downloaded to {PLACE} when the job starts")
     elif bundle := open_asked_bundle(config.evaluate):
@@ -213,7 +244,10 @@ def _write_run_folder(run: Run, environment: LaunchEnvironment) -> None:
     write_whole(run.folder / "plan.json", json.dumps(plan_values(run.plan), indent=2).encode() + b"\n")
     path = run.folder / "environment.json"
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    now = describe_environment(run.mesh.device) | {"launch": dataclasses.asdict(environment), "compute_dtype": str(run.compute_dtype)}
+    now = describe_environment(run.mesh.device) | {
+        "launch": dataclasses.asdict(environment),
+        "compute_dtype": str(run.compute_dtype),
+    }
     now |= {"core_bundle": run.bundle.digest} if run.bundle else {}
     write_whole(path, json.dumps([*earlier, now], indent=2).encode() + b"\n")
 
@@ -234,5 +268,9 @@ def _banner(run: Run, environment: LaunchEnvironment) -> list[str]:
         f"Muon has {matrices} matrices, the rest is AdamW's",
         f"{plan.steps} steps of {plan.tokens_per_step:,} tokens = {plan.rows_per_step} rows of {plan.dims.sequence_len} "
         f"({plan.micro_rows} rows x {plan.accumulation} micro-batches a rank)",
-        *([f"pipeline {describe_stages(plan)}; bubble {plan.bubble:.1%} of a step by FLOPs"] if layout.pipeline > 1 else []),
+        *(
+            [f"pipeline {describe_stages(plan)}; bubble {plan.bubble:.1%} of a step by FLOPs"]
+            if layout.pipeline > 1
+            else []
+        ),
     ]

@@ -30,9 +30,13 @@ STEPS = 2
 HEAD_MULTIPLE = 16  # channels a head of a model scaled down
 LOSS_TOLERANCE = 1e-6  # relative
 TENSOR_TOLERANCE = 1e-5  # relative to the tensor's scale: its largest element
-LEAST_SCALE = 1e-3  # of the largest of all elements of its kind: a gradient that is zero but for rounding has no scale of its own
+LEAST_SCALE = (
+    1e-3  # of the largest of all elements of its kind: a gradient that is zero but for rounding has no scale of its own
+)
 SCALAR_GRADIENT_TOLERANCE = 1e-3  # it is a sum over all tokens and channels that nearly cancels
-SCALAR_LEAST_SCALE = 10  # times that of others: with few blocks backout_lambda's gradient is zero, and this sum's rounding all there is
+SCALAR_LEAST_SCALE = (
+    10  # times that of others: with few blocks backout_lambda's gradient is zero, and this sum's rounding all there is
+)
 # Where a gradient is rounding noise around zero, the sign of AdamW's whole step (its epsilon is 1e-10) and the mask of Muon's cautious decay
 # are that noise's sign: this share of a weight's elements may lie outside the tolerance.
 FLIPPED_SHARE = 2e-3
@@ -51,7 +55,9 @@ class Difference:
     passed: bool
 
 
-def verification_config(config: Config, *, data: int, tensor: int, pipeline: int, depth: int | None, rows_a_rank: int) -> Config:
+def verification_config(
+    config: Config, *, data: int, tensor: int, pipeline: int, depth: int | None, rows_a_rank: int
+) -> Config:
     """The config to run on the layout: float32, micro-batches of one row (their shape is the same on every layout), short horizon.
 
     Another depth scales the model with its numbers of heads kept, so that every tensor axis of the config's own model fits.
@@ -61,7 +67,9 @@ def verification_config(config: Config, *, data: int, tensor: int, pipeline: int
         model = config.model
         heads = -(-model.depth * model.aspect_ratio // model.head_size)
         scaled = depth * model.aspect_ratio // heads // HEAD_MULTIPLE * HEAD_MULTIPLE
-        head_size = max(scaled, up_to_multiple(depth, HEAD_MULTIPLE))  # at least the blocks' number: aspect_ratio times depth rounds up to the width
+        head_size = max(
+            scaled, up_to_multiple(depth, HEAD_MULTIPLE)
+        )  # at least the blocks' number: aspect_ratio times depth rounds up to the width
         sections["model"] |= {"depth": depth, "head_size": head_size, "aspect_ratio": heads * head_size // depth}
     sections["precision"] |= {"compute": "float32", "compile": False, "fp8": "off", "attention": "auto"}
     sections["parallel"] |= {"tensor": tensor, "pipeline": pipeline}
@@ -112,15 +120,25 @@ def observe(config: Config, vocab_size: int, device: torch.device, folder: Path)
     warm_up(training)
     pieces, losses = {}, []
 
-    def note_gradients() -> None:  # of the first step; those of later ones belong to weights that may differ by their flips
+    def note_gradients() -> (
+        None
+    ):  # of the first step; those of later ones belong to weights that may differ by their flips
         pieces.update({f"gradient/{name}": piece for name, piece in gradient_pieces(training).items()})
 
     for step in range(STEPS):
         training.engine.optimizer.observe = note_gradients if step == 0 else None
         set_schedules(training, step)
-        rows = related_rows(step, plan.rows_per_step, plan.dims.sequence_len + 1, vocab_size)[mesh.data.rank :: mesh.data.size]
+        rows = related_rows(step, plan.rows_per_step, plan.dims.sequence_len + 1, vocab_size)[
+            mesh.data.rank :: mesh.data.size
+        ]
         losses.append(training.engine.train_batch(micro_batches(rows, plan.micro_rows)).item())
-    pieces.update({f"weight/{name[6:]}": piece for name, piece in state_pieces(training, replicas=False).items() if name.startswith("model/")})
+    pieces.update(
+        {
+            f"weight/{name[6:]}": piece
+            for name, piece in state_pieces(training, replicas=False).items()
+            if name.startswith("model/")
+        }
+    )
     save_pieces(folder, pieces, mesh.world)
     if mesh.world.rank == 0:
         write_json(folder / "losses.json", losses)
@@ -177,7 +195,13 @@ def _whole(folder: Path, name: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def compared(
-    name: str, found: torch.Tensor, wanted: torch.Tensor, *, least_scale: float, share: float, tolerance: float = TENSOR_TOLERANCE
+    name: str,
+    found: torch.Tensor,
+    wanted: torch.Tensor,
+    *,
+    least_scale: float,
+    share: float,
+    tolerance: float = TENSOR_TOLERANCE,
 ) -> Difference:
     """Two tensors of one name. least_scale: below which the tensor's largest element is none to measure by. share: of elements that may lie
     outside the tolerance, one at least; 0: none."""

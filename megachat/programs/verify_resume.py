@@ -87,10 +87,17 @@ def run_job(config: Config, run: Path, world: int, stop_step: int, *, every: int
     run.parent.mkdir(parents=True, exist_ok=True)
     path = run.with_name(run.name + ".json")
     save_config(config, path)
-    settings = {"run.folder": run.parent, "run.name": run.name, "horizon.stop_step": stop_step, "checkpoint.every": every}
+    settings = {
+        "run.folder": run.parent,
+        "run.name": run.name,
+        "horizon.stop_step": stop_step,
+        "checkpoint.every": every,
+    }
     settings |= {"checkpoint.keep_last": END - STOP + 1, "checkpoint.keep_every": "null"}
     program = [str(ROOT / "launch" / "pretrain.py"), "--config", str(path)] + (["--resume", "auto"] if resume else [])
-    run_ranks(f"the job {run.name}", world, program + set_options([f"{name}={value}" for name, value in settings.items()]))
+    run_ranks(
+        f"the job {run.name}", world, program + set_options([f"{name}={value}" for name, value in settings.items()])
+    )
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -111,7 +118,9 @@ def judge(whole: Path, half: Path, resumed: Path, order: list[str], *, exact: bo
         if other != wanted:
             relative = abs(other - wanted) / abs(wanted)
             within = not exact and step >= STOP and relative <= LOSS_TOLERANCE
-            found.append(Found(step, f"loss of step {step}", f"loss of step {step}: {other!r}, not {wanted!r}", relative, within))
+            found.append(
+                Found(step, f"loss of step {step}", f"loss of step {step}: {other!r}, not {wanted!r}", relative, within)
+            )
         if step + 1 >= STOP:
             run, name = half if step + 1 == STOP else resumed, checkpoint_name(step + 1)
             pair = (open_megachat(each / "checkpoints" / name) for each in (whole, run))
@@ -123,7 +132,9 @@ def judge(whole: Path, half: Path, resumed: Path, order: list[str], *, exact: bo
 
 def _states(wanted: Opened, other: Opened, step: int, order: list[str], *, exact: bool) -> list[Found]:
     """What differs in everything that two checkpoints hold."""
-    entries = [entry for entry in differences_of(wanted, other) if entry.counts and (exact or entry.kind != "random")]  # it belongs to ranks
+    entries = [
+        entry for entry in differences_of(wanted, other) if entry.counts and (exact or entry.kind != "random")
+    ]  # it belongs to ranks
     rounding = {} if exact else _compared(wanted, other, [entry.name for entry in entries if entry.kind == "tensor"])
     entries.sort(key=lambda entry: _place(entry, order))
     found = []
@@ -144,7 +155,14 @@ def _compared(wanted: Opened, other: Opened, names: list[str]) -> dict:
     for name, tensor in wanted.tensors():
         largest[str(kinds[name])] = max(largest.get(str(kinds[name]), 0.0), tensor.abs().max().item())
     return {
-        name: compared(name, found, tensor, least_scale=LEAST_SCALE * largest[str(kinds[name])], share=FLIPPED_SHARE, tolerance=TENSOR_TOLERANCE)
+        name: compared(
+            name,
+            found,
+            tensor,
+            least_scale=LEAST_SCALE * largest[str(kinds[name])],
+            share=FLIPPED_SHARE,
+            tolerance=TENSOR_TOLERANCE,
+        )
         for (name, tensor), (_, found) in zip(wanted.tensors(names), other.tensors(names), strict=True)
     }
 
@@ -159,7 +177,9 @@ def _place(entry: Entry, order: list[str]) -> tuple:
     return 2, 0, entry.name
 
 
-def verify_resumes(asked: Config, layout: dict[str, int], onto: list[dict[str, int]], arguments, vocab_size: int, folder: Path) -> list[dict]:
+def verify_resumes(
+    asked: Config, layout: dict[str, int], onto: list[dict[str, int]], arguments, vocab_size: int, folder: Path
+) -> list[dict]:
     """Run the job on a layout whole and in two halves, the second on each layout of `onto`; returns the certificates of the pairs.
 
     arguments: rows, depth and onto of the command line. Raises UserError when a layout does not fit, or a job fails.
@@ -169,12 +189,17 @@ def verify_resumes(asked: Config, layout: dict[str, int], onto: list[dict[str, i
     short = verification_config(asked, **layout, depth=arguments.depth, rows_a_rank=1)  # its model and horizon
     plans, configs = [], []
     for sizes in (layout, *onto):  # refuses what does not fit before anything is started
-        config, plan = planned(resume_config(asked, short, rows, sizes, exact=exact), math.prod(sizes.values()), vocab_size)
+        config, plan = planned(
+            resume_config(asked, short, rows, sizes, exact=exact), math.prod(sizes.values()), vocab_size
+        )
         configs.append(config)
         plans.append(plan)
     plan, order = plans[0], parameter_order(plans[0].dims)
     if exact and configs[0].precision.fp8 != asked.precision.fp8:
-        print(f"remark: without FP8 (precision.fp8={asked.precision.fp8}), which this machine or the model scaled down does not have", flush=True)
+        print(
+            f"remark: without FP8 (precision.fp8={asked.precision.fp8}), which this machine or the model scaled down does not have",
+            flush=True,
+        )
     print(f"{name_of(layout)}: {plan.layout.world} ranks; depth {plan.dims.depth}, {plan.parameters['total']:,} parameters, {rows} rows of "
           f"{plan.dims.sequence_len} tokens a step; {END} steps whole, and stopped after {STOP}", flush=True)  # fmt: skip
     whole, half = folder / "whole", folder / "half"
@@ -183,7 +208,12 @@ def verify_resumes(asked: Config, layout: dict[str, int], onto: list[dict[str, i
     told = []
     for sizes, config, other in zip(onto, configs[1:], plans[1:], strict=True):
         print(f"gone on with on {name_of(sizes)}", flush=True)
-        facts = {"layout": layout, "onto": sizes, "config": config.model_dump(mode="json", exclude_defaults=True), "vocab_size": vocab_size}
+        facts = {
+            "layout": layout,
+            "onto": sizes,
+            "config": config.model_dump(mode="json", exclude_defaults=True),
+            "vocab_size": vocab_size,
+        }
         told.append(facts | verify_pair(whole, half, config, other, order, exact=sizes == layout))
     return told
 
@@ -203,12 +233,18 @@ def verify_pair(whole: Path, half: Path, config: Config, plan: Plan, order: list
     passed = verdict == "bit-equal" or verdict == "token-equal" and not exact
     first = next((entry for entry in found if not entry.within), found[0] if found else None)
     if verdict == "bit-equal":
-        print(f"  bit-equal: losses, documents, weights, both optimizers' state and counters after {STOP}, {STOP + 1} and {END} steps")
+        print(
+            f"  bit-equal: losses, documents, weights, both optimizers' state and counters after {STOP}, {STOP + 1} and {END} steps"
+        )
     elif verdict == "token-equal":
         print(f"  token-equal: the same documents, losses within {LOSS_TOLERANCE:g}, tensors within {TENSOR_TOLERANCE:g} "
               f"but for {FLIPPED_SHARE:.1%} of their elements; first after {first.step} steps, {first.name}: {first.relative:.1e}")  # fmt: skip
     else:
         print(f"  DIFFERENT: after {first.step} steps, first {first.told}")
-    allowed = {"loss": 0.0, "tensor": 0.0, "share": 0.0} if exact else {"loss": LOSS_TOLERANCE, "tensor": TENSOR_TOLERANCE, "share": FLIPPED_SHARE}
+    allowed = (
+        {"loss": 0.0, "tensor": 0.0, "share": 0.0}
+        if exact
+        else {"loss": LOSS_TOLERANCE, "tensor": TENSOR_TOLERANCE, "share": FLIPPED_SHARE}
+    )
     told = {"verdict": verdict, "passed": passed, "tolerances": allowed, "first_difference": first and asdict(first)}
     return told | {"differences": [asdict(entry) for entry in found]}

@@ -73,7 +73,9 @@ class Run(Training):
 
 def model_options(config: Config, compute_dtype: torch.dtype, attend: Attend = attention) -> ModelOptions:
     """How the model computes, from the config; with the plain attention unless another is given."""
-    return ModelOptions(compute_dtype=compute_dtype, rotary=config.model.rotary, attend=attend, recompute=config.batch.recompute)
+    return ModelOptions(
+        compute_dtype=compute_dtype, rotary=config.model.rotary, attend=attend, recompute=config.batch.recompute
+    )
 
 
 def gradient_wire(config: Config, compute_dtype: torch.dtype) -> torch.dtype:
@@ -84,7 +86,9 @@ def gradient_wire(config: Config, compute_dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if compute_dtype == torch.bfloat16 else torch.float32
 
 
-def build_training(config: Config, plan: Plan, mesh: Mesh, token_bytes: torch.Tensor, kernels: Kernels | None = None) -> Training:
+def build_training(
+    config: Config, plan: Plan, mesh: Mesh, token_bytes: torch.Tensor, kernels: Kernels | None = None
+) -> Training:
     """Model, optimizers and engine on every rank, with starting values. token_bytes: int [vocab_size], for bits per byte. kernels: where they were
     chosen before.
 
@@ -98,7 +102,9 @@ def build_training(config: Config, plan: Plan, mesh: Mesh, token_bytes: torch.Te
         apply_fp8(list(layers), kernels.fp8)
     parameters = placed_parameters(layers)
     groups = assign([parameter.place for parameter in parameters])
-    matrices = muon_matrices(dict.fromkeys(parameter.place for parameter in parameters), groups, config.optimizer.muon_multiplier)
+    matrices = muon_matrices(
+        dict.fromkeys(parameter.place for parameter in parameters), groups, config.optimizer.muon_multiplier
+    )
     names = {matrix.name for matrix in matrices}
     muon = MuonPartition(
         {parameter.place.name: parameter for parameter in parameters if parameter.place.name in names},
@@ -120,7 +126,11 @@ def build_training(config: Config, plan: Plan, mesh: Mesh, token_bytes: torch.Te
         clip_norm=config.optimizer.clip_norm,
         largest_adamw_tensor=max(parameter.numel() for group in adamw for parameter in group["params"]),
     )
-    scaler = build_loss_scaler(config.precision.loss_scale, config.precision.loss_scale_window) if dtype == torch.float16 else None
+    scaler = (
+        build_loss_scaler(config.precision.loss_scale, config.precision.loss_scale_window)
+        if dtype == torch.float16
+        else None
+    )
     engine = build_engine(module, adamw, muon, mesh, settings, scaler)
     engine.optimizer.squares = kernels.norm.sum_of_squares
     if config.precision.compile:
@@ -128,11 +138,15 @@ def build_training(config: Config, plan: Plan, mesh: Mesh, token_bytes: torch.Te
     return Training(config, plan, mesh, layers, engine, muon, dtype, reason, kernels)
 
 
-def build_stage(config: Config, plan: Plan, mesh: Mesh, dtype: torch.dtype, *, start: bool = True, attend: Attend = attention) -> nn.ModuleList:
+def build_stage(
+    config: Config, plan: Plan, mesh: Mesh, dtype: torch.dtype, *, start: bool = True, attend: Attend = attention
+) -> nn.ModuleList:
     """This rank's layers, with their starting values unless `start` is off, cut by the tensor axis. All ranks call it: they check that the stages
     make up the model."""
     first, last = plan.stages[mesh.pipeline.rank]
-    layers = nn.ModuleList(build() for build in layer_builders(plan.dims, model_options(config, dtype, attend))[first:last])
+    layers = nn.ModuleList(
+        build() for build in layer_builders(plan.dims, model_options(config, dtype, attend))[first:last]
+    )
     apply_tensor(list(layers), mesh.tensor, sequence=config.parallel.sequence)
     if start:
         initialize(layers, config.run.seed)
@@ -141,7 +155,9 @@ def build_stage(config: Config, plan: Plan, mesh: Mesh, dtype: torch.dtype, *, s
     held = [(where.name, where.block) for where in (parameter.place for parameter in placed_parameters(layers))]
     held = [entry for stage in all_gather_objects(held, mesh.pipeline) for entry in stage]
     if sorted(held) != sorted((parameter.place.name, parameter.place.block) for parameter in whole):
-        raise RuntimeError(f"the pipeline stages {plan.stages} together are not the model: they hold {len(held)} of its {len(whole)} parameters")
+        raise RuntimeError(
+            f"the pipeline stages {plan.stages} together are not the model: they hold {len(held)} of its {len(whole)} parameters"
+        )
     return layers.to(mesh.device)
 
 
@@ -177,11 +193,18 @@ def build_run(
 def order_of_rows(config: Config, plan: Plan) -> dict:
     """The Loader's settings on which the training's rows depend."""
     data = config.data
-    sizes = {"row_tokens": plan.dims.sequence_len + 1, "rows": plan.rows_per_step, "streams": data.streams, "buffer_documents": data.buffer_documents}
+    sizes = {
+        "row_tokens": plan.dims.sequence_len + 1,
+        "rows": plan.rows_per_step,
+        "streams": data.streams,
+        "buffer_documents": data.buffer_documents,
+    }
     return {"split": "train", "seed": config.run.seed if data.shuffle else None} | sizes
 
 
-def build_loader(config: Config, plan: Plan, mesh: Mesh, tokenizer: Tokenizer, state: dict | None = None, *, validation: bool = False) -> Loader:
+def build_loader(
+    config: Config, plan: Plan, mesh: Mesh, tokenizer: Tokenizer, state: dict | None = None, *, validation: bool = False
+) -> Loader:
     """This rank's rows; those of validation come in steps of one micro-batch a rank."""
     data, order = config.data, order_of_rows(config, plan)
     if validation:

@@ -1,6 +1,5 @@
 """torch.compile for training: one graph for all blocks of a kind, and a count of what is compiled when nothing should be any more."""
 
-
 import torch
 from torch import nn
 

@@ -23,7 +23,9 @@ from megachat.planning.plan import Plan
 from megachat.train.build import order_of_rows
 
 
-def resumed_documents(checkpoint: Path, facts: dict, config: Config, plan: Plan, mesh: Mesh, tokenizer: Tokenizer) -> tuple[dict, list[str]]:
+def resumed_documents(
+    checkpoint: Path, facts: dict, config: Config, plan: Plan, mesh: Mesh, tokenizer: Tokenizer
+) -> tuple[dict, list[str]]:
     """(this rank's state for the Loader, what to tell the user); all ranks call it, and all decide alike.
 
     facts: the checkpoint's. Raises UserError, on all ranks, where going on would repeat or skip a document, unless data.resume is "restart" or
@@ -33,10 +35,17 @@ def resumed_documents(checkpoint: Path, facts: dict, config: Config, plan: Plan,
     header, state, problem, transient = None, None, None, False
     try:
         header = load_header(folder)
-        refuse_other(header, settings_of(split_of(open_shards(config.data.folder), "train"), tokenizer, order_of_rows(config, plan)))
+        refuse_other(
+            header,
+            settings_of(split_of(open_shards(config.data.folder), "train"), tokenizer, order_of_rows(config, plan)),
+        )
         if run_step(header) != facts["step"]:
-            raise UserError(f"{folder} is of step {run_step(header)}, the checkpoint of step {facts['step']}: load another checkpoint")
-        state = load_loader_state(folder, streams_of(mesh.data.rank, mesh.data.size, config.data.streams, plan.rows_per_step))
+            raise UserError(
+                f"{folder} is of step {run_step(header)}, the checkpoint of step {facts['step']}: load another checkpoint"
+            )
+        state = load_loader_state(
+            folder, streams_of(mesh.data.rank, mesh.data.size, config.data.streams, plan.rows_per_step)
+        )
     except UserError as error:
         problem, transient = str(error), isinstance(error, Unreadable)
     ledgers = {stream: arrays["ledger"].tobytes() for stream, arrays in state["streams"].items()} if state else {}
@@ -52,6 +61,12 @@ def resumed_documents(checkpoint: Path, facts: dict, config: Config, plan: Plan,
     imported = bool(facts.get("imported")) and not folder.exists()
     if config.data.resume == "exact" and not imported:
         raise UserError(f"{problem}, or set data.resume=restart, which begins with the first document again")
-    why = f"{checkpoint} was imported without a place in them" if imported else f"data.resume=restart; {problem.rpartition(': ')[0]}"
+    why = (
+        f"{checkpoint} was imported without a place in them"
+        if imported
+        else f"data.resume=restart; {problem.rpartition(': ')[0]}"
+    )
     state = begun_anew(facts["step"], facts.get("ledger"), everyone[0][3])
-    return state, [f"documents begin anew with the first one at step {facts['step']} and may repeat earlier ones ({why})"]
+    return state, [
+        f"documents begin anew with the first one at step {facts['step']} and may repeat earlier ones ({why})"
+    ]

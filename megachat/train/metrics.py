@@ -18,7 +18,9 @@ METRICS_NAME = "metrics.jsonl"
 class Metrics:
     """The outlets of the one rank that writes; on the others (`writes` false) every call does nothing."""
 
-    def __init__(self, folder: Path, log: LogConfig, *, writes: bool, first_step: int, steps: int, run_name: str, settings: dict):
+    def __init__(
+        self, folder: Path, log: LogConfig, *, writes: bool, first_step: int, steps: int, run_name: str, settings: dict
+    ):
         self.writes, self._file, self._bar, self._wandb = writes, None, None, None
         if not writes:
             return
@@ -90,7 +92,9 @@ def _import_wandb(log: LogConfig):
     try:
         import wandb
     except ImportError:
-        raise UserError(f'log.wandb is "{log.wandb}" but wandb is not installed: pip install wandb, or set log.wandb=off') from None
+        raise UserError(
+            f'log.wandb is "{log.wandb}" but wandb is not installed: pip install wandb, or set log.wandb=off'
+        ) from None
     return wandb
 
 
@@ -104,7 +108,9 @@ def _start_wandb(folder: Path, log: LogConfig, run_name: str, settings: dict, *,
     try:
         return wandb.init(**name, resume="allow", mode=log.wandb, config=settings, dir=str(folder))
     except Exception as error:  # wandb's own: no account, no network
-        raise UserError(f"wandb could not start ({error}): run `wandb login`, or set log.wandb=offline or off") from error
+        raise UserError(
+            f"wandb could not start ({error}): run `wandb login`, or set log.wandb=offline or off"
+        ) from error
 
 
 def console_line(values: dict, steps: int, eta_s: float | None) -> str:

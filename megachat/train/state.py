@@ -96,7 +96,9 @@ def save_state(run: Run, state: LoopState, saver: Saver) -> None:
 
     def write(pieces: Pieces, axis: Axis) -> Path:
         ledgers = {stream: told for part in all_gather_objects(ledger, axis) for stream, told in part.items()}
-        path = save_checkpoint(folder, state_step, pieces, facts | {"ledger": combined_ledger(ledgers)}, write_own_files, axis)
+        path = save_checkpoint(
+            folder, state_step, pieces, facts | {"ledger": combined_ledger(ledgers)}, write_own_files, axis
+        )
         if axis.rank == 0:
             retire(folder, keep.keep_last, keep.keep_every, state_step)
         return path
@@ -115,7 +117,9 @@ def load_state(run: Run, checkpoint: Path) -> LoopState:
     zero.update_lp_params()
     run.muon.refresh_weights()
     scaler = facts["loss_scaler"]
-    if zero.dynamic_loss_scale and _SCALER_FIELDS[1] in scaler:  # the scale 1 of a checkpoint in another dtype would make float16's gradients 0
+    if (
+        zero.dynamic_loss_scale and _SCALER_FIELDS[1] in scaler
+    ):  # the scale 1 of a checkpoint in another dtype would make float16's gradients 0
         for field in _SCALER_FIELDS:
             setattr(zero.loss_scaler, field, scaler[field])
     own_random = checkpoint / "random" / f"rank_{run.mesh.world.rank:05d}.npz"
@@ -141,7 +145,9 @@ def check_checkpoint(checkpoint: Path, plan: Plan, tokenizer: Tokenizer, config:
     other = [key for key in asked if asked[key] != saved[key]]
     if other:
         listed = ", ".join(f"{key} {saved[key]} (asked for {asked[key]})" for key in other)
-        raise UserError(f"{checkpoint} is of another model: {listed}; use the config it was trained with, or another run.name")
+        raise UserError(
+            f"{checkpoint} is of another model: {listed}; use the config it was trained with, or another run.name"
+        )
     return facts
 
 

@@ -38,7 +38,11 @@ def set_schedules(run: Training, step: int) -> float:
     """Give both optimizers the step's rates, decay and momentum; returns the rate multiplier."""
     plan, asked = run.plan, run.config.optimizer
     multiplier = learning_rate_multiplier(
-        step, plan.steps, warmup_steps=asked.warmup_steps, warmdown_ratio=asked.warmdown_ratio, final_fraction=asked.final_lr_fraction
+        step,
+        plan.steps,
+        warmup_steps=asked.warmup_steps,
+        warmdown_ratio=asked.warmdown_ratio,
+        final_fraction=asked.final_lr_fraction,
     )
     for group in run.engine.optimizer.param_groups:
         group["lr"] = plan.rates[_RATE_OF[group["name"]]] * multiplier
@@ -70,7 +74,9 @@ def train_step(run: Run, step: int, wishes: Sequence[bool] = ()) -> StepResult:
     multiplier = set_schedules(run, step)
     run.engine.optimizer.wishes = torch.tensor(wishes, dtype=torch.float32, device=run.mesh.device)
     loss = run.engine.train_batch(micro_batches(rows, run.plan.micro_rows))
-    progress.note(f"loss of step {step}", waits=True)  # a GPU still works off what it was given, other ranks' parts included
+    progress.note(
+        f"loss of step {step}", waits=True
+    )  # a GPU still works off what it was given, other ranks' parts included
     loss = loss.item()
     if not math.isfinite(loss):
         _stop_for_loss(run, step, loss)

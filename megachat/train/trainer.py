@@ -30,12 +30,16 @@ SETTLED_STEPS = 2  # by then everything of a step is compiled
 MOST_SKIPS_IN_A_ROW = 20
 
 
-def train(run: Run, state: LoopState, metrics: Metrics, asked_to_stop: Callable[[], bool], begins: Callable[[int], None]) -> bool:
+def train(
+    run: Run, state: LoopState, metrics: Metrics, asked_to_stop: Callable[[], bool], begins: Callable[[int], None]
+) -> bool:
     """Train from `state` to the plan's stop step, evaluating, saving and telling on the way; all ranks call it.
 
     asked_to_stop: this rank was told to stop. When one was, all save after the step and return True; otherwise False. begins: told each step.
     """
-    slowly = run.mesh.world.progress.slowly  # all but a step that is not the first may take longer than the watch allows
+    slowly = (
+        run.mesh.world.progress.slowly
+    )  # all but a step that is not the first may take longer than the watch allows
     first_step, skips_in_a_row, stops = state.step, 0, False
     validation, saver = _Validation(run), Saver(run.mesh.saving, background=run.config.checkpoint.background)
     graphs = NewGraphs(compiles=run.config.precision.compile)
@@ -59,7 +63,9 @@ def train(run: Run, state: LoopState, metrics: Metrics, asked_to_stop: Callable[
             )
         _tell(run, state, result, metrics)
         if (made := graphs.count()) and state.step - first_step >= SETTLED_STEPS:
-            metrics.say(f"step {state.step:05d} | torch.compile made {made} new graphs, which takes time: TORCH_LOGS=recompiles tells why")
+            metrics.say(
+                f"step {state.step:05d} | torch.compile made {made} new graphs, which takes time: TORCH_LOGS=recompiles tells why"
+            )
         state.step += 1
         if state.step - first_step == 1:
             gc.collect()  # what exists now stays: scanning it again and again costs more than it frees
@@ -123,7 +129,9 @@ def _tell_saved(state: LoopState, saver: Saver, metrics: Metrics) -> None:
     for saved in saver.finished():
         metrics.say(f"saved {saved.path} (training waited {saved.blocked_s:.2f} s of {saved.total_s:.2f} s)")
         times = {"checkpoint/blocked_s": saved.blocked_s, "checkpoint/total_s": saved.total_s}
-        metrics.record({"step": state.step, "checkpoint/step": step_of(saved.path)} | times)  # told later than it was saved
+        metrics.record(
+            {"step": state.step, "checkpoint/step": step_of(saved.path)} | times
+        )  # told later than it was saved
 
 
 class _Validation:
@@ -156,17 +164,24 @@ def _evaluate_core(run: Run, state: LoopState, metrics: Metrics, asked_to_stop: 
         return bool(asked)
 
     asked = run.config.evaluate
-    section = evaluate_until(stop, build_evaluator(run), run.bundle, run.tokenizer, max_per_task=asked.core_max_per_task)
+    section = evaluate_until(
+        stop, build_evaluator(run), run.bundle, run.tokenizer, max_per_task=asked.core_max_per_task
+    )
     if section is None:
         return False
-    values = _totals(run, state) | {"centered_results": {label: task["centered"] for label, task in section["tasks"].items()}}
+    values = _totals(run, state) | {
+        "centered_results": {label: task["centered"] for label, task in section["tasks"].items()}
+    }
     if section["core_metric"] is not None:
         values["core_metric"] = section["core_metric"]
     metrics.record(values)
     for line in core_lines(section):
         metrics.say(f"step {state.step:05d} | {line}")
     if run.is_writer:
-        save_results(results_path(run.folder, state.step, in_training=True), {"run": run.folder.name, "step": state.step, "core": section})
+        save_results(
+            results_path(run.folder, state.step, in_training=True),
+            {"run": run.folder.name, "step": state.step, "core": section},
+        )
     return True
 
 
@@ -210,7 +225,9 @@ def _tell(run: Run, state: LoopState, result: StepResult, metrics: Metrics) -> N
     }
     peak = peak_flops(run.mesh.device)
     if peak:
-        values["train/mfu"] = 100 * run.plan.flops_per_token * run.plan.tokens_per_step / result.seconds / (peak * run.mesh.world.size)
+        values["train/mfu"] = (
+            100 * run.plan.flops_per_token * run.plan.tokens_per_step / result.seconds / (peak * run.mesh.world.size)
+        )
     timed = state.step - UNTIMED_STEPS
     eta_s = state.training_s / timed * (run.plan.stop_step - state.step - 1) if timed > 0 else None
     metrics.say(console_line(values | {"train/grad_norm": result.norm}, run.plan.steps, eta_s))

@@ -75,16 +75,22 @@ def open_saved(path: Path, overrides: list[str], tokenizer: Path | None = None) 
     dims = dims_of(opened.facts)
     if opened.form == "nanochat":
         values, _ = config_of(opened, dims)
-        found, _ = foreign_tokenizer(tokenizer or nanochat_tokenizer_folder(path) or path / "tokenizer", dims.vocab_size, dims.vocab_size)
+        found, _ = foreign_tokenizer(
+            tokenizer or nanochat_tokenizer_folder(path) or path / "tokenizer", dims.vocab_size, dims.vocab_size
+        )
     elif opened.form == "huggingface":
-        raise UserError(f"{path} is a model of transformers: make a run folder of it with tools/convert_checkpoint.py from-hf")
+        raise UserError(
+            f"{path} is a model of transformers: make a run folder of it with tools/convert_checkpoint.py from-hf"
+        )
     else:
         values, found = opened.facts["config"], load_tokenizer(needed_tokenizer(opened, tokenizer))
     config = overridden(values, str(opened.folder), overrides)
     asked = resolve_dimensions(config, dims.vocab_size)
     if asked != dims:
         other = [name for name, value in vars(dims).items() if getattr(asked, name) != value]
-        raise UserError(f"--set asks for another model than {opened.folder} is, in {', '.join(other)}: leave the model's settings as they are")
+        raise UserError(
+            f"--set asks for another model than {opened.folder} is, in {', '.join(other)}: leave the model's settings as they are"
+        )
     return Saved(opened, config, found, _run_folder(opened), _training_plan(opened, values))
 
 
@@ -125,7 +131,9 @@ def build_evaluated(saved: Saved, plan: Plan, mesh: Mesh) -> Evaluated:
             if groups[parameter.place.name].optimizer == "muon":
                 parameter.data = parameter.data.to(dtype)
     _load(saved.opened, parameters)
-    loss = Loss(plan.dims, torch.from_numpy(saved.tokenizer.token_bytes()), vocabulary_part(plan.dims.padded_vocab, mesh.tensor))
+    loss = Loss(
+        plan.dims, torch.from_numpy(saved.tokenizer.token_bytes()), vocabulary_part(plan.dims.padded_vocab, mesh.tensor)
+    )
     engine = build_evaluation_engine(build_module(list(layers), loss, mesh), mesh)
     return Evaluated(saved.config, plan, mesh, layers, engine, saved.tokenizer, dtype, reason, attention)
 

@@ -15,7 +15,9 @@ def pytest_collection_modifyitems(items):
         if HERE in Path(item.fspath).parents:
             item.add_marker(pytest.mark.gpu)
             if not torch.cuda.is_available():
-                item.add_marker(pytest.mark.skip(reason="no CUDA device: run bash tests/run_gpu.sh on a machine with one"))
+                item.add_marker(
+                    pytest.mark.skip(reason="no CUDA device: run bash tests/run_gpu.sh on a machine with one")
+                )
 
 
 @pytest.fixture

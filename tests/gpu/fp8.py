@@ -47,7 +47,11 @@ def emulated(recipe: str, x: torch.Tensor, w: torch.Tensor, g: torch.Tensor) -> 
         x8, w8, g8 = rounded(x, E4M3), rounded(w, E4M3), rounded(g, E5M2)
         return x8 @ w8.T, g8 @ w8, g8.T @ x8
     x, w, g = x.float(), block_rounded(w.float(), 128, 128), g.float()
-    return block_rounded(x, 1, 128) @ w.T, block_rounded(g, 1, 128) @ w, block_rounded(g, 128, 1).T @ block_rounded(x, 128, 1)
+    return (
+        block_rounded(x, 1, 128) @ w.T,
+        block_rounded(g, 1, 128) @ w,
+        block_rounded(g, 128, 1).T @ block_rounded(x, 128, 1),
+    )
 
 
 def product(backend: str, recipe: str | None, weight: torch.Tensor):
@@ -71,10 +75,14 @@ def results(multiply, x, weight, g) -> tuple[torch.Tensor, ...]:
 def dims_of(depth: int, sequence_len: int = 512, vocab_size: int = 4096, pattern: str = "SSSL") -> Dimensions:
     width = 64 * depth
     heads = -(-width // 128)
-    return Dimensions(depth, heads * 128, heads, heads, 128, sequence_len, vocab_size, window_sizes(pattern, depth, sequence_len))
+    return Dimensions(
+        depth, heads * 128, heads, heads, 128, sequence_len, vocab_size, window_sizes(pattern, depth, sequence_len)
+    )
 
 
-def model(dims: Dimensions, *, backend: str | None = None, recipe: str | None = None, compiled: bool = False, **options):
+def model(
+    dims: Dimensions, *, backend: str | None = None, recipe: str | None = None, compiled: bool = False, **options
+):
     """(layers, loss) of bfloat16 on the GPU; backend "te" without a recipe: Transformer Engine's linears in bfloat16. options:
     of the model, as attend and recompute."""
     layers = build_layers(dims, ModelOptions(torch.bfloat16, **options))
@@ -82,13 +90,18 @@ def model(dims: Dimensions, *, backend: str | None = None, recipe: str | None = 
         where = parameter.place
         start = ("normal", 0.02) if where.start == ("constant", 0.0) and len(where.whole) == 2 else where.start
         start = ("constant", 0.5) if where.name == "smear_lambda" else start
-        load_whole(parameter, starting_value(where.__class__(where.name, where.whole, where.block, start, offset=where.offset), seed=3))
+        load_whole(
+            parameter,
+            starting_value(where.__class__(where.name, where.whole, where.block, start, offset=where.offset), seed=3),
+        )
     layers = layers.to(DEVICE)
     choice = Fp8Choice(recipe, backend, "") if recipe else None
     if recipe:
         assert apply_fp8(list(layers), choice)
     elif backend == "te":
-        for linear in (module for module in layers.modules() if isinstance(module, Linear) and min(module.weight.shape) >= 128):
+        for linear in (
+            module for module in layers.modules() if isinstance(module, Linear) and min(module.weight.shape) >= 128
+        ):
             linear.product = TELinears(None).build(linear.weight)
     if compiled:
         for layer in layers:
@@ -97,7 +110,9 @@ def model(dims: Dimensions, *, backend: str | None = None, recipe: str | None = 
 
 
 def loss_and_gradients(layers, loss, dims: Dimensions, rows: int = 4):
-    ids = torch.randint(0, dims.vocab_size, (rows, dims.sequence_len + 1), generator=torch.Generator().manual_seed(4)).to(DEVICE)
+    ids = torch.randint(
+        0, dims.vocab_size, (rows, dims.sequence_len + 1), generator=torch.Generator().manual_seed(4)
+    ).to(DEVICE)
     layers.zero_grad()
     value = loss(run_layers(layers, ids[:, :-1]), ids[:, 1:])
     value.backward()
@@ -109,4 +124,6 @@ def most_apart(found: dict, wanted: dict) -> tuple[float, float]:
     nearly cancels in one layer or another, and then is rounding alone)."""
     scale = max(gradient.abs().max().item() for gradient in wanted.values() if gradient.numel() == 1)
     matrices = [rel(gradient, wanted[name]) for name, gradient in found.items() if gradient.numel() > 1]
-    return max(matrices), max((gradient - wanted[name]).abs().item() for name, gradient in found.items() if gradient.numel() == 1) / scale
+    return max(matrices), max(
+        (gradient - wanted[name]).abs().item() for name, gradient in found.items() if gradient.numel() == 1
+    ) / scale

@@ -22,7 +22,10 @@ def test_6_attention_sees_the_window_and_no_more(name, kv_heads, window, report)
     except UserError as error:
         pytest.skip(str(error))
     generator = torch.Generator(DEVICE).manual_seed(0)
-    q, k, v = (torch.randn(2, TOKENS, heads, 128, generator=generator, device=DEVICE).bfloat16() for heads in (6, kv_heads, kv_heads))
+    q, k, v = (
+        torch.randn(2, TOKENS, heads, 128, generator=generator, device=DEVICE).bfloat16()
+        for heads in (6, kv_heads, kv_heads)
+    )
     q[:, ::7] *= 4  # some sharp rows: a key too many or too few would show
     g = torch.randn(q.shape, generator=generator, device=DEVICE)
 
@@ -46,7 +49,9 @@ def test_no_kernel_keeps_all_scores(name, compiled, report):
     """Alone, and called from a compiled function: torch.compiler.disable around flex_attention must not undo its own compilation."""
     tokens, window = 4096, 1024
     try:
-        attend = choose_attention(name, DEVICE, torch.bfloat16, Dimensions(1, 768, 6, 6, 128, tokens, 512, (window,))).attend
+        attend = choose_attention(
+            name, DEVICE, torch.bfloat16, Dimensions(1, 768, 6, 6, 128, tokens, 512, (window,))
+        ).attend
     except UserError as error:
         pytest.skip(str(error))
     inputs = [torch.randn(2, tokens, 6, 128, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for _ in "qkv"]

@@ -36,7 +36,10 @@ def test_1_what_is_there(report):
 def test_2_linears_of_transformer_engine_are_torchs_in_bfloat16(columns, rows, weight_dtype):
     need_te()
     x, weight, g = linear_case(4096, columns, rows, weight_dtype)
-    found, wanted = results(product("te", None, weight), x, weight, g), results(product("torch", None, weight), x, weight, g)
+    found, wanted = (
+        results(product("te", None, weight), x, weight, g),
+        results(product("torch", None, weight), x, weight, g),
+    )
     assert found[2].dtype == weight_dtype
     for name, one, other in zip(("y", "dx", "dw"), found, wanted, strict=True):
         assert rel(one, other) < 5e-3, name
@@ -48,7 +51,10 @@ def test_3_fp8_follows_its_recipe_and_is_not_bfloat16(columns, rows, backend, re
     needed(backend, recipe)
     x, weight, g = linear_case(4096, columns, rows)
     found = results(product(backend, recipe, weight), x, weight, g)
-    wanted, plain = emulated(recipe, x.detach(), weight.detach(), g), results(product("torch", None, weight), x, weight, g)
+    wanted, plain = (
+        emulated(recipe, x.detach(), weight.detach(), g),
+        results(product("torch", None, weight), x, weight, g),
+    )
     off = [rel(one, other) for one, other in zip(found, wanted, strict=True)]
     from_bf16 = [rel(one, other) for one, other in zip(found, plain, strict=True)]
     report(f"{backend} {recipe} {columns}x{rows}: y, dx, dw against the recipe, against bfloat16", [off, from_bf16])

@@ -17,7 +17,14 @@ from tests.training import small_config, take_step
 def test_a_step_takes_what_is_counted(fp8, rows, mesh, report):  # noqa: F811
     if fp8 != "off":
         need_fp8()
-    model = {"depth": 8, "aspect_ratio": 64, "head_size": 128, "kv_heads": None, "sequence_len": 2048, "window_pattern": "L"}
+    model = {
+        "depth": 8,
+        "aspect_ratio": 64,
+        "head_size": 128,
+        "kv_heads": None,
+        "sequence_len": 2048,
+        "window_pattern": "L",
+    }
     precision = {"compute": "bfloat16", "fp8": fp8, "fp8_backend": "torch", "attention": "sdpa"}
     config = small_config(model=model, batch={"tokens": 32 * 2048, "micro_rows": rows}, precision=precision)
     plan = resolve(config, 1, 32768)
@@ -29,5 +36,7 @@ def test_a_step_takes_what_is_counted(fp8, rows, mesh, report):  # noqa: F811
         torch.cuda.reset_peak_memory_stats()
         take_step(training, related_rows(step, plan.rows_per_step, 2049, 32768))
     peak = torch.cuda.max_memory_allocated() - before
-    report(f"fp8 {fp8}, {rows} rows: bytes at the peak, counted, their ratio", [peak, counted.total, counted.total / peak])
+    report(
+        f"fp8 {fp8}, {rows} rows: bytes at the peak, counted, their ratio", [peak, counted.total, counted.total / peak]
+    )
     assert 0.95 * peak < counted.total < 1.3 * peak

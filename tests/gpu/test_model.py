@@ -24,7 +24,9 @@ def check_near(value, gradients, plain):
 def test_7_transformer_engine_in_bfloat16_is_torch(plain, report):
     need_te()
     dims = dims_of(4)
-    value, gradients = loss_and_gradients(*model(dims, backend="te", attend=choose_attention("te", DEVICE, torch.bfloat16, dims).attend), dims)
+    value, gradients = loss_and_gradients(
+        *model(dims, backend="te", attend=choose_attention("te", DEVICE, torch.bfloat16, dims).attend), dims
+    )
     report("loss, plain", [value, plain[0]])
     check_near(value, gradients, plain)
 
@@ -36,7 +38,10 @@ def test_4_a_recomputed_model_is_in_fp8_again(backend, recompute):
     if backend == "te":
         need_te("tensorwise")
     dims = dims_of(4)
-    kept, again = (loss_and_gradients(*model(dims, backend=backend, recipe="tensorwise", recompute=kind), dims) for kind in ("none", recompute))
+    kept, again = (
+        loss_and_gradients(*model(dims, backend=backend, recipe="tensorwise", recompute=kind), dims)
+        for kind in ("none", recompute)
+    )
     matrices, _ = most_apart(again[1], kept[1])  # not to the bit: attention and the tables add up in any order
     assert abs(again[0] - kept[0]) < 1e-4 and matrices < 5e-3
 
@@ -51,14 +56,20 @@ def test_7_a_compiled_model_with_other_attention_is_the_plain_one(name, plain, r
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize(("backend", "recipe"), [("te", "tensorwise"), ("te", "blockwise"), ("torch", "tensorwise"), ("torch", "blockwise")])
+@pytest.mark.parametrize(
+    ("backend", "recipe"), [("te", "tensorwise"), ("te", "blockwise"), ("torch", "tensorwise"), ("torch", "blockwise")]
+)
 def test_7_fp8_is_near_bfloat16_and_is_not_it(backend, recipe, compiled, plain, report):
     need_fp8()
     if backend == "te":
         need_te(recipe)
     dims = dims_of(4)
     value, gradients = loss_and_gradients(*model(dims, backend=backend, recipe=recipe, compiled=compiled), dims)
-    matrices = {name: cosine(gradient, plain[1][name]) for name, gradient in gradients.items() if ".attn.c_" in name[0] or ".mlp." in name[0]}
+    matrices = {
+        name: cosine(gradient, plain[1][name])
+        for name, gradient in gradients.items()
+        if ".attn.c_" in name[0] or ".mlp." in name[0]
+    }
     report(f"{backend} {recipe}: loss, plain, least cosine", [value, plain[0], min(matrices.values())])
     assert 0 < abs(value - plain[0]) < 2e-2 and min(matrices.values()) > 0.98
     assert max(matrices.values()) < 1 - 1e-5, "FP8 changed nothing"
@@ -83,9 +94,18 @@ def trained(fp8: str, backend: str, mesh, steps: int = 50) -> list[float]:
     from megachat.train.build import build_training
     from megachat.train.step import set_schedules
 
-    sizes = {"depth": 6, "aspect_ratio": 64, "head_size": 128, "kv_heads": None, "sequence_len": 512, "window_pattern": "SSSL"}
+    sizes = {
+        "depth": 6,
+        "aspect_ratio": 64,
+        "head_size": 128,
+        "kv_heads": None,
+        "sequence_len": 512,
+        "window_pattern": "SSSL",
+    }
     precision = {"compute": "bfloat16", "fp8": fp8, "fp8_backend": backend}
-    config = small_config(model=sizes, batch={"tokens": 16 * 512, "micro_rows": 8}, horizon={"steps": steps}, precision=precision)
+    config = small_config(
+        model=sizes, batch={"tokens": 16 * 512, "micro_rows": 8}, horizon={"steps": steps}, precision=precision
+    )
     plan = resolve(config, 1, 4096)
     training = build_training(config, plan, mesh, torch.ones(4096, dtype=torch.int64))
     losses = []

@@ -36,7 +36,9 @@ def train_and_save(folder, *configs):
     answers = []
     for number, config in enumerate(configs):
         training = trained(config, 2)
-        path = save_checkpoint(folder / str(number), 2, state_pieces(training), {"told": "by the test"}, note_rank, training.mesh.world)
+        path = save_checkpoint(
+            folder / str(number), 2, state_pieces(training), {"told": "by the test"}, note_rank, training.mesh.world
+        )
         answers.append((path, whole_state(training)))
     return answers
 
@@ -96,10 +98,14 @@ def test_another_model_is_refused(tmp_path):
     (((path, _),),) = run_ranks(train_and_save, 1, tmp_path, small_config())
     wider, deeper = small_config(model={"aspect_ratio": 32}), small_config(model={"depth": 4, "aspect_ratio": 12})
     for shapes, names in run_ranks(load_others, 2, path, wider, deeper):
-        assert f"{path} has model/transformer.h.0.mlp.c_fc.weight as [192, 48], the model as [384, 96]: use the config it was made with" == shapes
+        assert (
+            f"{path} has model/transformer.h.0.mlp.c_fc.weight as [192, 48], the model as [384, 96]: use the config it was made with"
+            == shapes
+        )
         # value embeddings and their gates lie in every other block from the last one back, so the deeper model has them elsewhere
         assert (
-            f"{path} has no model/transformer.h.1.attn.ve_gate.weight: it is a checkpoint of another model; use the config it was made with" == names
+            f"{path} has no model/transformer.h.1.attn.ve_gate.weight: it is a checkpoint of another model; use the config it was made with"
+            == names
         )
 
 
@@ -127,12 +133,16 @@ def save_three_times(folder, breaks):
     return told, left
 
 
-@pytest.mark.parametrize(("breaks", "reason"), [("own files", "No such file or directory"), ("tensors", "File too large")])
+@pytest.mark.parametrize(
+    ("breaks", "reason"), [("own files", "No such file or directory"), ("tensors", "File too large")]
+)
 def test_one_rank_that_cannot_write_makes_all_give_up_together(breaks, reason, tmp_path):
     answers = run_ranks(save_three_times, 3, tmp_path, breaks)
     for told, left in answers:
         assert told == answers[0][0], "all ranks say the same"
-        assert told.startswith(f"checkpoint {tmp_path / 'step_000002'} could not be saved by rank 1: ") and reason in told
+        assert (
+            told.startswith(f"checkpoint {tmp_path / 'step_000002'} could not be saved by rank 1: ") and reason in told
+        )
         assert "earlier checkpoints are untouched" in told
         assert left == ["step_000001"]
     assert newest_complete(tmp_path) == (tmp_path / "step_000003", [])
@@ -160,7 +170,9 @@ def save_large(config, folder):
 @pytest.mark.parametrize("compute", ["bfloat16", "float32"])
 def test_a_checkpoint_holds_no_byte_twice(compute, tmp_path):
     """Master and two moments for AdamW's parameters, master and momentum for Muon's; the weights are among these."""
-    config = small_config(model={"depth": 4, "aspect_ratio": 48, "head_size": 64, "kv_heads": None}, precision={"compute": compute})
+    config = small_config(
+        model={"depth": 4, "aspect_ratio": 48, "head_size": 64, "kv_heads": None}, precision={"compute": compute}
+    )
     path, parameters = run_ranks(save_large, 2, config, tmp_path)[0]
     least = 8 * parameters["matrices"] + 12 * (parameters["total"] - parameters["matrices"])
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

@@ -35,7 +35,10 @@ def trained(config):
         made.append(graphs.count())
         if step == 2:  # rows of two lengths, of which one is not training's
             rows = [random_rows(9, 2, length, VOCAB) for length in (LENGTH + 1, 97)]
-            found = [bits_per_byte(training.engine, ValidationRows(iter(two.split(1)), 2, 1, training.mesh), training.mesh) for two in rows]
+            found = [
+                bits_per_byte(training.engine, ValidationRows(iter(two.split(1)), 2, 1, training.mesh), training.mesh)
+                for two in rows
+            ]
     return told, found, made
 
 
@@ -67,7 +70,13 @@ def test_nothing_is_compiled_after_the_second_step_and_nothing_changes(case):
         assert compiled[1] == pytest.approx(plain[1], rel=1e-5)
         if world == 1 and not batch.get("recompute"):  # one graph for all blocks of a kind
             dims = resolve(config, 1, VOCAB).dims
-            middle = dims.depth // 2  # from which the stream has a tensor more; before the first block two of it are one
-            places = [(block == 0, block > middle, block == middle, block == dims.depth - 1) for block in range(dims.depth)]
-            kinds = {(dims.windows[block], dims.has_value_embedding(block), *place) for block, place in enumerate(places)}
+            middle = (
+                dims.depth // 2
+            )  # from which the stream has a tensor more; before the first block two of it are one
+            places = [
+                (block == 0, block > middle, block == middle, block == dims.depth - 1) for block in range(dims.depth)
+            ]
+            kinds = {
+                (dims.windows[block], dims.has_value_embedding(block), *place) for block, place in enumerate(places)
+            }
             assert attending == len(kinds) < dims.depth

@@ -24,7 +24,15 @@ from tests.unit.evals.bundle import write_bundle
 from tools.bench.core import one_by_one, opened
 
 BUNDLE = Path(__file__).resolve().parents[2].parent / "shared" / "eval_bundle"
-LAYOUTS = [(1, {}), (2, {}), (3, {}), (2, {"tensor": 2}), (2, {"tensor": 2, "sequence": True}), (3, {"pipeline": 3}), (4, {"pipeline": 2})]
+LAYOUTS = [
+    (1, {}),
+    (2, {}),
+    (3, {}),
+    (2, {"tensor": 2}),
+    (2, {"tensor": 2, "sequence": True}),
+    (3, {"pipeline": 3}),
+    (4, {"pipeline": 2}),
+]
 MODEL = {"aspect_ratio": 32, "head_size": 16, "kv_heads": 2, "sequence_len": 96, "window_pattern": "SL"}  # 3 blocks
 
 
@@ -37,14 +45,20 @@ def some_values(layers, *, copying: bool) -> None:
     for parameter in placed_parameters(layers):
         where = parameter.place
         name = "transformer.wte.weight" if where.name == "lm_head.weight" else where.name
-        start = ("constant", 1.0 if "resid" in name else 0.2) if "lambda" in name else ("normal", 0.01 if copying and "c_proj" in name else 0.3)
+        start = (
+            ("constant", 1.0 if "resid" in name else 0.2)
+            if "lambda" in name
+            else ("normal", 0.01 if copying and "c_proj" in name else 0.3)
+        )
         load_whole(parameter, starting_value(where.__class__(name, where.whole, 0, start), seed=6))
 
 
 def copying_task() -> Task:
     """One that the model can answer."""
     words = "ab rr zz nn oo qe ww tr xx".split()
-    examples = tuple({"context": f"a {word[0]}", "continuation": word[0] * number + word[1]} for number, word in enumerate(words))
+    examples = tuple(
+        {"context": f"a {word[0]}", "continuation": word[0] * number + word[1]} for number, word in enumerate(words)
+    )
     return Task("copying", "language_modeling", 0, "", 0.0, examples)
 
 
@@ -92,13 +106,17 @@ def test_every_layout_finds_what_one_example_at_a_time_finds(world, parallel, to
 
 
 @needs_reference
-@pytest.mark.skipif(not BUNDLE.is_dir(), reason="../shared/eval_bundle is absent: it comes with the developers' checkout")
+@pytest.mark.skipif(
+    not BUNDLE.is_dir(), reason="../shared/eval_bundle is absent: it comes with the developers' checkout"
+)
 def test_nanochats_answers_example_by_example():
     expected = json.loads((REFERENCE / "core_expected.json").read_text())
     ((right, centered, metric),) = run_ranks(reference_answers, 1, expected["max_per_task"])
     assert right == {label: task["right"] for label, task in expected["tasks"].items()}
     assert centered == pytest.approx({label: task["centered"] for label, task in expected["tasks"].items()}, abs=1e-12)
-    assert sum(centered.values()) / len(centered) == pytest.approx(expected["core_metric"], abs=1e-12) and metric is None
+    assert (
+        sum(centered.values()) / len(centered) == pytest.approx(expected["core_metric"], abs=1e-12) and metric is None
+    )
 
 
 def reference_answers(max_per_task: int):

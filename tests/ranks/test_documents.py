@@ -51,9 +51,17 @@ class Ranks:
     def save(self, checkpoint: Path, loader, step: int, **more) -> str:
         """What a job saves of its documents."""
         size, rank, rows = self.mesh.data.size, self.mesh.data.rank, self.plan.rows_per_step
-        mine = [stream for stream in streams_of(rank, size, STREAMS, rows) if owner_of(stream, size, STREAMS, rows) == rank]
+        mine = [
+            stream for stream in streams_of(rank, size, STREAMS, rows) if owner_of(stream, size, STREAMS, rows) == rank
+        ]
         save_loader_state(checkpoint / "loader", loader.state(), mine)
-        ledger = combined_ledger({stream: told for part in all_gather_objects(loader.ledger(), self.mesh.world) for stream, told in part.items()})
+        ledger = combined_ledger(
+            {
+                stream: told
+                for part in all_gather_objects(loader.ledger(), self.mesh.world)
+                for stream, told in part.items()
+            }
+        )
         (checkpoint / "facts.json").write_text(json.dumps({"step": step, "ledger": ledger} | more))
         return ledger
 
@@ -120,7 +128,9 @@ def test_other_settings_and_other_data_are_refused(place, tmp_path):
     assert shard.stat().st_size == size
     changes = {
         "training shards (SHA-256 over names, sizes and documents) ": {"data": {"folder": str(tmp_path / "missing")}},
-        "texts in shards of the same names and sizes (SHA-256 over the files' footers) ": {"data": {"folder": str(tmp_path / "changed")}},
+        "texts in shards of the same names and sizes (SHA-256 over the files' footers) ": {
+            "data": {"folder": str(tmp_path / "changed")}
+        },
         "data seed (data.shuffle, run.seed) None but this run has 42": {"data": {"shuffle": True}},
         "packing streams (data.streams) 4 but this run has 2": {"data": {"streams": 2}},
         "packing streams (data.streams) 4 but this run has 5": {"data": {"streams": 5}},
@@ -185,7 +195,9 @@ def begun_anew(folder: Path, target: Path, source: str) -> tuple:
         ledger = ranks.save(target / "second", loader, STEP + 2)
     with ranks.loader() as loader:
         assert torch.equal(rows_of(loader, 2), first), "the order of this run, from its beginning"
-        assert ledger != combined_ledger({s: t for part in all_gather_objects(loader.ledger(), ranks.mesh.world) for s, t in part.items()})
+        assert ledger != combined_ledger(
+            {s: t for part in all_gather_objects(loader.ledger(), ranks.mesh.world) for s, t in part.items()}
+        )
         rest = rows_of(loader, 2)
     state, again = ranks.documents(target / "second")
     assert again == [], "where documents can go on they do, whatever data.resume says"
@@ -194,7 +206,12 @@ def begun_anew(folder: Path, target: Path, source: str) -> tuple:
         ranks.save(target / "third", loader, STEP + 4)
     assert Ranks(folder, data={"buffer_documents": 20}).documents(target / "third")[1] == []
     once_more, _ = Ranks(folder, data={"buffer_documents": 30, "resume": "restart"}).documents(target / "third")
-    return told, ledger, json.loads((target / "third" / "loader" / "loader.json").read_text()), once_more["header"]["restarts"]
+    return (
+        told,
+        ledger,
+        json.loads((target / "third" / "loader" / "loader.json").read_text()),
+        once_more["header"]["restarts"],
+    )
 
 
 def test_documents_that_begin_anew_go_on_exactly_from_then_on(place, tmp_path):
@@ -205,7 +222,9 @@ def test_documents_that_begin_anew_go_on_exactly_from_then_on(place, tmp_path):
     assert told == [f"documents begin anew with the first one at step 3 and may repeat earlier ones ({why})"]
     assert header["restarts"] == [{"step": 3, "ledger": before}] and header["step"] == 4
     assert restarts == [*header["restarts"], {"step": 7, "ledger": facts(tmp_path / "third")["ledger"]}]
-    assert [answer[1] for answer in run_ranks(begun_anew, 3, place, tmp_path / "three", "checkpoint")] == [ledger] * 3, "on any number of ranks"
+    assert [answer[1] for answer in run_ranks(begun_anew, 3, place, tmp_path / "three", "checkpoint")] == [
+        ledger
+    ] * 3, "on any number of ranks"
 
 
 def test_an_imported_checkpoint_has_been_told_otherwise(place, tmp_path):

@@ -28,7 +28,15 @@ def skip_then_go_on(config, poison: str, bad_rank: int):
     _, _, skipped_next = take_step(training, random_rows(2, ROWS, TOKENS, SMALL_VOCAB))
     same = [name for name in before if torch.equal(before[name], after[name])]
     changed_next = sum(not torch.equal(after[name], tensor) for name, tensor in whole_state(training).items())
-    return math.isfinite(loss), norm, skipped, len(same) == len(before), halved, skipped_next, changed_next / len(before)
+    return (
+        math.isfinite(loss),
+        norm,
+        skipped,
+        len(same) == len(before),
+        halved,
+        skipped_next,
+        changed_next / len(before),
+    )
 
 
 @pytest.mark.parametrize("poison", ["transformer.h.1.mlp.c_fc.weight", "lm_head.weight"])
@@ -38,7 +46,9 @@ def test_inf_in_one_gradient_of_one_rank_skips_everything_everywhere(world, para
     model = {"aspect_ratio": 32, "head_size": 16, "kv_heads": 2}
     config = small_config(model=model, precision={"compute": compute, "loss_scale": 1024.0}, parallel=parallel)
     bad_rank = 1 if world == 2 or poison != "lm_head.weight" else 3  # the second of the last stage
-    for finite, norm, skipped, untouched, halved, skipped_next, changed in run_ranks(skip_then_go_on, world, config, poison, bad_rank):
+    for finite, norm, skipped, untouched, halved, skipped_next, changed in run_ranks(
+        skip_then_go_on, world, config, poison, bad_rank
+    ):
         assert finite and skipped and norm == math.inf
         assert untouched, "a skipped step changed state"
         assert halved == (0.5 if compute == "float16" else 1.0)
@@ -71,7 +81,10 @@ def state_size(config):
     take_step(training, random_rows(0, ROWS, TOKENS, SMALL_VOCAB))
     zero = training.engine.optimizer
     adamw = sum(
-        t.numel() * t.element_size() for flat in zero.single_partition_of_fp32_groups for t in (flat, *zero.optimizer.state[flat].values()) if t.ndim
+        t.numel() * t.element_size()
+        for flat in zero.single_partition_of_fp32_groups
+        for t in (flat, *zero.optimizer.state[flat].values())
+        if t.ndim
     )
     return training.muon.state_bytes(), adamw, dict(training.plan.parameters)
 

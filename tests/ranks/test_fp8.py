@@ -18,7 +18,12 @@ LAYOUTS = [(1, {}), (2, {"tensor": 2}), (2, {"tensor": 2, "sequence": True}), (2
 
 def asked(fp8: str, parallel: dict, **batch):
     batch |= {"tokens": ROWS * 64, "micro_rows": 2}
-    return small_config(model=MODEL, batch=batch, parallel=parallel, precision={"compute": "bfloat16", "fp8": fp8, "fp8_backend": "torch"})
+    return small_config(
+        model=MODEL,
+        batch=batch,
+        parallel=parallel,
+        precision={"compute": "bfloat16", "fp8": fp8, "fp8_backend": "torch"},
+    )
 
 
 def bits(training) -> float:
@@ -66,7 +71,11 @@ def alone():
 @pytest.mark.parametrize(("world", "parallel"), LAYOUTS)
 def test_every_layout_trains_in_fp8_and_evaluates_in_bfloat16(world, parallel, alone):
     same = parallel == {}
-    ranks = [alone] if same else run_ranks(train_then_evaluate_without, world, asked("tensorwise", parallel), asked("off", parallel))
+    ranks = (
+        [alone]
+        if same
+        else run_ranks(train_then_evaluate_without, world, asked("tensorwise", parallel), asked("off", parallel))
+    )
     assert sum(products for *_, products in ranks) == (12 if "pipeline" in parallel else 12 * world)
     for losses, norms, found, wanted, *pairs, _ in ranks:
         assert found == wanted, "evaluation was in FP8, or the state is not what was evaluated"

@@ -14,7 +14,11 @@ from megachat.planning.plan import resolve
 from tests.harness import run_ranks
 from tests.training import SMALL_VOCAB, build, random_rows, small_config
 
-MODEL = {"aspect_ratio": 32, "head_size": 16, "kv_heads": 2}  # 3 blocks in stages of unlike depth, 6 heads; the first sees 128 of 160 tokens
+MODEL = {
+    "aspect_ratio": 32,
+    "head_size": 16,
+    "kv_heads": 2,
+}  # 3 blocks in stages of unlike depth, 6 heads; the first sees 128 of 160 tokens
 LAYOUTS = [{"pipeline": 2}, {"tensor": 2}, {"tensor": 2, "sequence": True}]
 LENGTHS = [[150, 20], [140, 7]]  # two micro-batches
 CUTS = [[128, 8], [131, 0]], [[137, 17], [131, 3]], [[138, 18], [132, 4]]  # how much of each is cached after each pass
@@ -55,7 +59,9 @@ def generated(model):
     """Sampled with a row that stops, greedy up to the model's length, and beyond it."""
     at_its_end = random_rows(2, 1, 156, SMALL_VOCAB)[0].tolist()
     return (
-        generate(model, prompts(), tokens=12, sampling=SAMPLING, ends=lambda number, new: number == 1 and len(new) == 5),
+        generate(
+            model, prompts(), tokens=12, sampling=SAMPLING, ends=lambda number, new: number == 1 and len(new) == 5
+        ),
         generate(model, [at_its_end, [1, 2]], tokens=8),
         generate(model, [at_its_end, [1, 2]], tokens=8, slide=True),
     )
@@ -74,7 +80,9 @@ def cached(config):
     caches = [Cache(dims, 2, 150) for _ in LENGTHS]
     done, found = [[0, 0], [0, 0]], []
     for cuts in CUTS:
-        parts = [[text[a:b] for text, a, b in zip(*group, strict=True)] for group in zip(texts(), done, cuts, strict=True)]
+        parts = [
+            [text[a:b] for text, a, b in zip(*group, strict=True)] for group in zip(texts(), done, cuts, strict=True)
+        ]
         whole = padded([part for group in parts for part in group]).split(2)
         chunks = [cache.extend([len(part) for part in group]) for cache, group in zip(caches, parts, strict=True)]
         found.append(evaluate_chunks(training.engine, [(ids, ids) for ids in whole], chunks, measure))
@@ -100,7 +108,11 @@ def test_the_cache_and_generation_are_the_same_on_every_layout():
     some_values(layers)
     whole = [[logits(run_layers(layers, text[None]), dims)[0] for text in group] for group in texts()]
     alone = generated(InProcess(layers, dims))
-    assert [row.why for row in alone[0]] == ["tokens", "stop", "tokens"] and [len(row.new) for row in alone[0]] == [12, 5, 12]
+    assert [row.why for row in alone[0]] == ["tokens", "stop", "tokens"] and [len(row.new) for row in alone[0]] == [
+        12,
+        5,
+        12,
+    ]
     assert [row.why for row in alone[1]] == ["length", "tokens"] and len(alone[1][0].new) == 5
     assert alone[2][0].new[:5] == alone[1][0].new and len(alone[2][0].new) == 8 and alone[2][1] == alone[1][1]
     answers = run_ranks(cached_on_ranks, 2, LAYOUTS)

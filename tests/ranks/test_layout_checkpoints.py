@@ -34,7 +34,9 @@ SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def config_of(layout: str, data: Path | None = None):
-    return small_config(model=MODEL, parallel=LAYOUTS[layout][1], data={"folder": str(data), "streams": 5, "tokenizer_threads": 1})
+    return small_config(
+        model=MODEL, parallel=LAYOUTS[layout][1], data={"folder": str(data), "streams": 5, "tokenizer_threads": 1}
+    )
 
 
 def job(config, folder: Path, checkpoint: Path | None = None):
@@ -47,10 +49,15 @@ def job(config, folder: Path, checkpoint: Path | None = None):
     mesh = build_mesh(torch.device("cpu"), tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
     plan, documents = resolve(config, mesh.world.size, tokenizer.vocab_size), None
     if checkpoint:
-        documents, told = resumed_documents(checkpoint, check_checkpoint(checkpoint, plan, tokenizer, config), config, plan, mesh, tokenizer)
+        documents, told = resumed_documents(
+            checkpoint, check_checkpoint(checkpoint, plan, tokenizer, config), config, plan, mesh, tokenizer
+        )
         assert told == []
     run = build_run(config, plan, mesh, tokenizer, folder, documents)
-    run.engine.optimizer.loss_scaler, run.engine.optimizer.dynamic_loss_scale = build_loss_scaler(2.0**4 if checkpoint else 2.0**10, 2), True
+    run.engine.optimizer.loss_scaler, run.engine.optimizer.dynamic_loss_scale = (
+        build_loss_scaler(2.0**4 if checkpoint else 2.0**10, 2),
+        True,
+    )
     return run, load_state(run, checkpoint) if checkpoint else LoopState()
 
 
@@ -60,9 +67,17 @@ def steps(run, first: int, last: int) -> list[float]:
 
 def counters(run) -> dict:
     """Of the optimizers, the loss scaler and the documents."""
-    ledgers = {stream: ledger for part in all_gather_objects(run.loader.ledger(), run.mesh.world) for stream, ledger in part.items()}
+    ledgers = {
+        stream: ledger
+        for part in all_gather_objects(run.loader.ledger(), run.mesh.world)
+        for stream, ledger in part.items()
+    }
     scaler = {name: getattr(run.engine.optimizer.loss_scaler, name) for name in SCALER}
-    return {"adamw": {counter.item() for counter in adamw_steps(run.engine.optimizer)}, "scaler": scaler, "ledgers": ledgers}
+    return {
+        "adamw": {counter.item() for counter in adamw_steps(run.engine.optimizer)},
+        "scaler": scaler,
+        "ledgers": ledgers,
+    }
 
 
 def save_and_go_on(config, folder):
@@ -101,24 +116,39 @@ def data(tmp_path_factory) -> Path:
 def test_any_layout_goes_on_from_any_other(saved_on, data, tmp_path):
     answers = run_ranks(save_and_go_on, LAYOUTS[saved_on][0], config_of(saved_on, data), tmp_path)
     path, (state, counts), _, losses, end = answers[0]
-    assert len(state) > 60 and losses[2] < losses[0] and counts["scaler"]["cur_scale"] == 2.0**10 and end["scaler"]["cur_scale"] == 2.0**12
-    assert counts["adamw"] == {2} and end["adamw"] == {5} and len(end["ledgers"]) == 5 and end["ledgers"] != counts["ledgers"]
+    assert (
+        len(state) > 60
+        and losses[2] < losses[0]
+        and counts["scaler"]["cur_scale"] == 2.0**10
+        and end["scaler"]["cur_scale"] == 2.0**12
+    )
+    assert (
+        counts["adamw"] == {2}
+        and end["adamw"] == {5}
+        and len(end["ledgers"]) == 5
+        and end["ledgers"] != counts["ledgers"]
+    )
     for layout, (world, _) in LAYOUTS.items():
         found = run_ranks(load_and_go_on, world, config_of(layout, data), path, tmp_path)
         for (loaded, loaded_counts), _, others, others_end in found:
             assert loaded.keys() == state.keys()
-            assert [name for name in state if not loaded[name].equal(state[name])] == [], f"{saved_on} loaded on {layout}"
+            assert [name for name in state if not loaded[name].equal(state[name])] == [], (
+                f"{saved_on} loaded on {layout}"
+            )
             assert (loaded_counts, others_end) == (counts, end), f"{saved_on} loaded on {layout}"
             assert others == pytest.approx(losses, rel=1e-6), f"{saved_on} gone on with on {layout}"
         numbers = [tuple(answer[1].tolist()) for answer in found]
         wanted = [tuple(answer[2].tolist()) for answer in answers]
-        assert numbers[: len(wanted)] == wanted[:world] and len(set(numbers)) == world, "each rank's random numbers go on, new ranks have their own"
+        assert numbers[: len(wanted)] == wanted[:world] and len(set(numbers)) == world, (
+            "each rank's random numbers go on, new ranks have their own"
+        )
 
 
 def offered(config):
     training = build(config, SMALL_VOCAB)
     return {
-        name: (shape, sum(view.numel() for _, _, view in rectangles)) for name, (shape, rectangles) in state_pieces(training, replicas=False).items()
+        name: (shape, sum(view.numel() for _, _, view in rectangles))
+        for name, (shape, rectangles) in state_pieces(training, replicas=False).items()
     }
 
 

@@ -9,7 +9,13 @@ from tests.training import SMALL_VOCAB, random_rows, small_config
 
 GQA = {"aspect_ratio": 32, "head_size": 16, "kv_heads": 2}  # depth 3: width 96, 6 heads
 EQUAL_HEADS = {"aspect_ratio": 32, "head_size": 24, "kv_heads": None}  # 4 heads
-FIRST_NANOCHAT = {"qk_scale": 1.0, "rotary_base": 5000.0, "norm_epsilon": 1e-5, "value_embeddings": False, "lambdas": "neutral"}
+FIRST_NANOCHAT = {
+    "qk_scale": 1.0,
+    "rotary_base": 5000.0,
+    "norm_epsilon": 1e-5,
+    "value_embeddings": False,
+    "lambdas": "neutral",
+}
 CASES = {
     "one": (1, {}, {}),
     "dp2": (2, {}, {"optimizer": {"clip_norm": 0.2}}),

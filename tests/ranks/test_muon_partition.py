@@ -67,7 +67,9 @@ def _spoiled_step(layout, compute):
     dist.all_reduce(squares)
     partition.drop()
     after = state(partition)
-    untouched = all(torch.equal(a[2], b[2]) for x, y in zip(before, after, strict=True) for a, b in zip(x[3], y[3], strict=True))
+    untouched = all(
+        torch.equal(a[2], b[2]) for x, y in zip(before, after, strict=True) for a, b in zip(x[3], y[3], strict=True)
+    )
     untouched &= all(torch.equal(kept[name], parameter) for name, parameter in parameters.items())
     for step in (1, 2):
         take_step(parameters, partition, matrices, mesh, step)
@@ -83,7 +85,10 @@ def _resumed(layout, whole, compute):
             view.copy_(whole[kind, name][row : row + rows, column : column + width])
     partition.refresh_weights()
     loaded = all(
-        torch.equal(shard(matrix, whole["master", matrix.name], mesh).to(weight_dtype(compute)), parameters[matrix.name]) for matrix in matrices
+        torch.equal(
+            shard(matrix, whole["master", matrix.name], mesh).to(weight_dtype(compute)), parameters[matrix.name]
+        )
+        for matrix in matrices
     )
     take_step(parameters, partition, matrices, mesh, 2, rank=0)
     return loaded, state(partition)
@@ -95,7 +100,10 @@ def _reduced_gradients(layout):
     backward(parameters, matrices, mesh, 0, 1, last=partition.arm)
     partition.reduce()
     partition.wait_reduce()
-    return [("gradient", name, shape, [(at, size, view.clone()) for at, size, view in pieces]) for name, shape, pieces in partition.gradient_shards()]
+    return [
+        ("gradient", name, shape, [(at, size, view.clone()) for at, size, view in pieces])
+        for name, shape, pieces in partition.gradient_shards()
+    ]
 
 
 def _even_bytes(layout, compute):
@@ -103,7 +111,11 @@ def _even_bytes(layout, compute):
     shapes = (("a", (192, 128), "column"), ("b", (128, 384), "row"))
     matrices = [Matrix(f"{layer}.{name}", shape, layer, 1.0, cut) for layer in range(6) for name, shape, cut in shapes]
     _, partition = build(matrices, mesh, compute)
-    return partition.state_bytes(), partition.plan.state_bytes(mesh.stage.rank), sum(matrix.elements for matrix in matrices)
+    return (
+        partition.state_bytes(),
+        partition.plan.state_bytes(mesh.stage.rank),
+        sum(matrix.elements for matrix in matrices),
+    )
 
 
 def _different_plans(layout):
@@ -124,26 +136,46 @@ def test_every_grid_and_bucket_size_gives_the_bits_of_one_process(layout):
 
 @pytest.mark.parametrize("layout", [(2, 1), (2, 2)])
 def test_micro_batches_accumulate_in_float32(layout):
-    settings = [(BF16, BF16, None, 2, True), (BF16, BF16, 1, 4, True), (FP32, BF16, 1, 2, True), (FP32, BF16, 2, 4, False)]
+    settings = [
+        (BF16, BF16, None, 2, True),
+        (BF16, BF16, 1, 4, True),
+        (FP32, BF16, 1, 2, True),
+        (FP32, BF16, 2, 4, False),
+    ]
     _compare(layout, settings, run_ranks(_train, _ranks(layout), layout, settings))
 
 
 def _compare(layout, settings, answers):
     for index, (compute, wire, layers, micros, armed) in enumerate(settings):
         expected, squares = oracle(layout[0], compute, wire, micros)
-        assert not different(whole_state([answer[index][0] for _, answer in answers]), expected), (compute, layers, armed)
+        assert not different(whole_state([answer[index][0] for _, answer in answers]), expected), (
+            compute,
+            layers,
+            armed,
+        )
         for tensor_rank, answer in answers:
             _, found, found_squares = answer[index]
             for matrix in small_matrices():
-                (row, column), (rows, columns) = matrix.local_offset(layout[1], tensor_rank), matrix.local_shape(layout[1])
+                (row, column), (rows, columns) = (
+                    matrix.local_offset(layout[1], tensor_rank),
+                    matrix.local_shape(layout[1]),
+                )
                 part = expected["master", matrix.name][row : row + rows, column : column + columns]
-                assert torch.equal(found[matrix.name], part.to(weight_dtype(compute))), (compute, layers, armed, matrix.name)
+                assert torch.equal(found[matrix.name], part.to(weight_dtype(compute))), (
+                    compute,
+                    layers,
+                    armed,
+                    matrix.name,
+                )
             assert found_squares == pytest.approx(squares, rel=1e-6)
 
 
 @pytest.mark.parametrize("layout", [(1, 1), (3, 1), (4, 1), (2, 2)])
 def test_a_float32_wire_differs_only_by_the_order_of_summation(layout):
-    (expected, _), answers = oracle(layout[0], FP32, FP32), run_ranks(_train, _ranks(layout), layout, [(FP32, FP32, 2, 1, True)])
+    (expected, _), answers = (
+        oracle(layout[0], FP32, FP32),
+        run_ranks(_train, _ranks(layout), layout, [(FP32, FP32, 2, 1, True)]),
+    )
     found = whole_state([answer[0][0] for _, answer in answers])
     apart = {key: (found[key] - tensor).abs() for key, tensor in expected.items()}
     assert all(float(value.max()) < 1e-6 for (kind, _), value in apart.items() if kind != "master")
@@ -175,11 +207,17 @@ def test_state_of_one_grid_goes_on_with_another(saved, others, compute):
         resumed = run_ranks(_resumed, _ranks(layout), layout, whole, compute)
         expected = {}
         for matrix in small_matrices():
-            weight, momentum, moment = (whole[kind, matrix.name].clone() for kind in ("master", "momentum", "second_moment"))
+            weight, momentum, moment = (
+                whole[kind, matrix.name].clone() for kind in ("master", "momentum", "second_moment")
+            )
             one = gradient(matrix, 2, 0, 0).to(weight_dtype(compute))
             one = one.to(BF16).float() if layout[0] > 1 else one.float()
             reference_step(weight, sum([one] * layout[0]) / layout[0], momentum, moment, hyper(matrix, 2), compute)
-            expected |= {("master", matrix.name): weight, ("momentum", matrix.name): momentum, ("second_moment", matrix.name): moment}
+            expected |= {
+                ("master", matrix.name): weight,
+                ("momentum", matrix.name): momentum,
+                ("second_moment", matrix.name): moment,
+            }
         assert not different(whole_state([found for _, found in resumed]), expected), layout
         assert all(loaded for loaded, _ in resumed)
 
@@ -187,7 +225,9 @@ def test_state_of_one_grid_goes_on_with_another(saved, others, compute):
 def test_reduced_gradients_can_be_read_by_name_and_whole_shape():
     found = whole_state(run_ranks(_reduced_gradients, 4, (2, 2)))
     for matrix in small_matrices():
-        torch.testing.assert_close(found["gradient", matrix.name], mean_gradient(matrix, 0, 2, FP32, FP32, 1), rtol=0, atol=1e-8)
+        torch.testing.assert_close(
+            found["gradient", matrix.name], mean_gradient(matrix, 0, 2, FP32, FP32, 1), rtol=0, atol=1e-8
+        )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

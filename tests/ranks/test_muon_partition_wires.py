@@ -111,7 +111,11 @@ def _measured(layout, settings):
             "direction_bytes": partition.direction_dtype.itemsize,
         }
         planned = partition.plan.wire_bytes(mesh.stage.rank, **sizes)
-        counts = (flops.get_total_flops(), partition.plan.newton_schulz_flops(mesh.stage.rank), partition.matrices_updated)
+        counts = (
+            flops.get_total_flops(),
+            partition.plan.newton_schulz_flops(mesh.stage.rank),
+            partition.matrices_updated,
+        )
         calls = [call[:-1] for call in reducing + stepping]
         exchanges = sum(axis == "stage" for axis, *_ in calls), 2 * sum(map(bool, partition.plan.moves))
         elements = partition.plan.elements
@@ -166,7 +170,9 @@ def _gathers_waited_for(layout, compute):
     plan = partition.plan
     take_step(parameters, partition, matrices, mesh, 0, wait=False)
     begun = [event[1] for event in recorder.events if event[0] == "begin" and event[3] == "all_gather_into_tensor"]
-    launched = sorted(reversed(range(len(plan.buckets))), key=lambda number: bool(plan.moves[number]))  # what needs no exchange is done first
+    launched = sorted(
+        reversed(range(len(plan.buckets))), key=lambda number: bool(plan.moves[number])
+    )  # what needs no exchange is done first
     bucket_of = dict(zip(begun, launched, strict=True))
     recorder.taken()
     by_layer = {}
@@ -174,7 +180,10 @@ def _gathers_waited_for(layout, compute):
         partition.wait_layer(layer)
         by_layer[layer] = [bucket_of[event[1]] for event in recorder.events if event[0] == "wait"]
         recorder.taken()
-    holding = {layer: [n for n, b in enumerate(plan.buckets) if layer in {plan.matrices[i].layer for i in b.matrices}] for layer in (0, 1, 2)}
+    holding = {
+        layer: [n for n, b in enumerate(plan.buckets) if layer in {plan.matrices[i].layer for i in b.matrices}]
+        for layer in (0, 1, 2)
+    }
     backward(parameters, matrices, mesh, 2, 1, last=partition.arm)
     partition.reduce()
     partition.wait_reduce()
@@ -203,15 +212,25 @@ def _dropped_before_reduce(layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bytes_work_and_order_are_those_of_the_plan(layout):
-    settings = [(BF16, BF16, 1, True), (BF16, BF16, None, False), (BF16, FP32, 2, True), (FP32, BF16, 2, False), (FP32, FP32, 3, True)]
+    settings = [
+        (BF16, BF16, 1, True),
+        (BF16, BF16, None, False),
+        (BF16, FP32, 2, True),
+        (FP32, BF16, 2, False),
+        (FP32, FP32, 3, True),
+    ]
     answers = run_ranks(_measured, layout[0] * layout[1], layout, settings)
     for index, setting in enumerate(settings):
-        for found, planned, (flops, planned_flops, _), calls, (exchanges, planned_exchanges), _ in (answer[index] for answer in answers):
+        for found, planned, (flops, planned_flops, _), calls, (exchanges, planned_exchanges), _ in (
+            answer[index] for answer in answers
+        ):
             assert found == planned, setting
             assert flops == planned_flops, setting
             assert calls == answers[0][index][3], setting  # on every axis, and between axes too
             assert exchanges == planned_exchanges, setting
-            assert bool(exchanges) == bool(calls) == (len(answers) > 1), setting  # some matrices are cut, so the exchange is tested
+            assert bool(exchanges) == bool(calls) == (len(answers) > 1), (
+                setting
+            )  # some matrices are cut, so the exchange is tested
         assert sum(answer[index][2][2] for answer in answers) == len(small_matrices())
         _check_bound(layout, setting, [answer[index] for answer in answers])
 
@@ -246,9 +265,13 @@ def test_only_the_armed_micro_batch_launches():
 
 @pytest.mark.parametrize("compute, layout", [(BF16, (2, 1)), (FP32, (2, 2))])
 def test_gathers_go_on_until_their_layer_is_read_or_written(compute, layout):
-    for by_layer, holding, waited, before_writing, at_the_end, buckets in run_ranks(_gathers_waited_for, layout[0] * layout[1], layout, compute):
+    for by_layer, holding, waited, before_writing, at_the_end, buckets in run_ranks(
+        _gathers_waited_for, layout[0] * layout[1], layout, compute
+    ):
         assert by_layer[-1] == by_layer[3] == []
-        assert sorted(by_layer[0]) == holding[0] and sorted(by_layer[1]) == [number for number in holding[1] if number not in holding[0]]
+        assert sorted(by_layer[0]) == holding[0] and sorted(by_layer[1]) == [
+            number for number in holding[1] if number not in holding[0]
+        ]
         assert sorted(waited) == [number for number in holding[2] if number not in holding[0] + holding[1]] and waited
         assert before_writing
         assert at_the_end == buckets, "state_shards() waits for the gathers under way"

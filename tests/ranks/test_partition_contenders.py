@@ -41,7 +41,11 @@ def _two_steps():
 @pytest.mark.parametrize("world", [2, 3])
 def test_contenders_agree_and_send_what_they_say(world):
     answers = run_ranks(_two_steps, world)
-    planned = {"megachat": planned_megachat, "nanochat's chunks": planned_chunks, "whole matrices by cost": planned_whole}
+    planned = {
+        "megachat": planned_megachat,
+        "nanochat's chunks": planned_chunks,
+        "whole matrices by cost": planned_whole,
+    }
     for name, plan in planned.items():
         assert sum(answer[name][1] for answer in answers) / world == pytest.approx(plan(MATRICES, world)[1]), name
     bound = lower_bound(MATRICES, world)

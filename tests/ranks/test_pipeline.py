@@ -44,7 +44,9 @@ def hooks_of_a_step(config):
 def test_every_gradient_hook_fires_once_a_micro_batch_on_stages_with_unlike_groups():
     """Traps 5 and 9: one backward over all tensors of a stage's output; no collective a group."""
     answers = run_ranks(hooks_of_a_step, 3, small_config(parallel={"pipeline": 3}))
-    assert len({tuple(groups) for _, groups, _ in answers}) == 3, "the stages have the same groups, so this shows nothing"
+    assert len({tuple(groups) for _, groups, _ in answers}) == 3, (
+        "the stages have the same groups, so this shows nothing"
+    )
     for counts, _, accumulation in answers:
         assert set(counts.values()) == {accumulation} and accumulation == 12
 
@@ -68,11 +70,18 @@ def evaluate_between(config, evaluates: bool):
             validation = ValidationRows(iter(rows.split(1)), 7, 1, training.mesh)
             told[-1] = told[-1], bits_per_byte(training.engine, validation, training.mesh)
             ids = [np.arange(3 + step), np.arange(20) * 3]
-            told[-1] += (generate(OnRanks(training.engine, training.mesh, training.plan.dims, multiple=2), ids, tokens=6),)
+            told[-1] += (
+                generate(OnRanks(training.engine, training.mesh, training.plan.dims, multiple=2), ids, tokens=6),
+            )
     return told, whole_state(training)
 
 
-LAYOUTS = [(2, {"pipeline": 2}), (2, {"tensor": 2}), (4, {"tensor": 2, "pipeline": 2, "sequence": True}), (4, {"pipeline": 2})]
+LAYOUTS = [
+    (2, {"pipeline": 2}),
+    (2, {"tensor": 2}),
+    (4, {"tensor": 2, "pipeline": 2, "sequence": True}),
+    (4, {"pipeline": 2}),
+]
 
 
 @pytest.mark.parametrize(("world", "parallel"), LAYOUTS)
@@ -104,7 +113,9 @@ def order_of_waits(config):
     take_step(training, random_rows(0, ROWS, TOKENS, SMALL_VOCAB))
     events = []
     for bucket in training.muon._buckets:
-        bucket.gathering = NotedWait(events, {training.muon.plan.matrices[index].layer for index in bucket.layout.matrices})
+        bucket.gathering = NotedWait(
+            events, {training.muon.plan.matrices[index].layer for index in bucket.layout.matrices}
+        )
     for layer in training.layers:
         block = next(layer.parameters()).place.block
         layer.register_forward_pre_hook(lambda _, inputs, block=block: events.append(("forward", block)))
@@ -120,7 +131,9 @@ def test_a_layer_waits_for_the_gather_of_its_matrices_before_it_runs(world, para
         assert set(layers) <= set(forwards)
         for block in set(layers):
             before = events[: events.index(("forward", block))]
-            assert any(kind == "wait" and block in told for kind, told in before if kind == "wait"), f"block {block} runs with old weights"
+            assert any(kind == "wait" and block in told for kind, told in before if kind == "wait"), (
+                f"block {block} runs with old weights"
+            )
 
 
 def build_with_a_hole(config):
@@ -131,5 +144,7 @@ def build_with_a_hole(config):
 
 
 def test_stages_that_are_not_the_model_are_refused():
-    with pytest.raises(RankError, match=r"the pipeline stages \(\(0, 2\), \(3, 5\)\) together are not the model: they hold"):
+    with pytest.raises(
+        RankError, match=r"the pipeline stages \(\(0, 2\), \(3, 5\)\) together are not the model: they hold"
+    ):
         run_ranks(build_with_a_hole, 2, small_config(parallel={"pipeline": 2}))

@@ -12,8 +12,16 @@ FP8 = {"depth": 2, "aspect_ratio": 128, "head_size": 64, "kv_heads": 2, "sequenc
 CASES = {
     "one": (1, {}, {}),
     "one, float16": (1, {}, {"precision": {"compute": "float16"}}),
-    "tp2 sequence, bfloat16": (2, {"tensor": 2, "sequence": True}, {"model": EQUAL_HEADS, "precision": {"compute": "bfloat16"}}),
-    "tp2, fp8": (2, {"tensor": 2}, {"model": FP8, "precision": {"compute": "bfloat16", "fp8": "tensorwise", "fp8_backend": "torch"}}),
+    "tp2 sequence, bfloat16": (
+        2,
+        {"tensor": 2, "sequence": True},
+        {"model": EQUAL_HEADS, "precision": {"compute": "bfloat16"}},
+    ),
+    "tp2, fp8": (
+        2,
+        {"tensor": 2},
+        {"model": FP8, "precision": {"compute": "bfloat16", "fp8": "tensorwise", "fp8_backend": "torch"}},
+    ),
     "dp2 pp2": (4, {"pipeline": 2}, {"batch": {"micro_rows": 2}}),
     "tp2 pp2": (4, {"tensor": 2, "pipeline": 2}, {"model": EQUAL_HEADS}),
 }
@@ -21,7 +29,10 @@ CASES = {
 
 def train_each_way(parallel, changes):
     batch = changes.pop("batch", {})
-    return [train(small_config(**changes, parallel=parallel, batch=batch | {"recompute": kind}), 2) for kind in ("none", "selective", "block")]
+    return [
+        train(small_config(**changes, parallel=parallel, batch=batch | {"recompute": kind}), 2)
+        for kind in ("none", "selective", "block")
+    ]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -12,7 +12,9 @@ def ten_steps() -> tuple[list[float], dict[str, float]]:
     load_whole_state(training, reference.state(), adamw_step=reference.FIRST_STEP)
     training.muon.set_hyper(lr=0.02, weight_decay=0.28, momentum=0.95)
     losses = [take_step(training, reference.rows(reference.FIRST_STEP + step))[0] for step in range(10)]
-    return losses, {name[6:]: tensor.norm().item() for name, tensor in whole_state(training).items() if name.startswith("model/")}
+    return losses, {
+        name[6:]: tensor.norm().item() for name, tensor in whole_state(training).items() if name.startswith("model/")
+    }
 
 
 @reference.needs_reference

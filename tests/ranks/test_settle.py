@@ -21,7 +21,14 @@ PARTS = ("tensors.json", "__0_0.distcp", "own", "checkpoint.json")
 def made(run: Path, steps=(2, 4)) -> Path:
     run.mkdir()
     for step in steps:
-        save_checkpoint(run / "checkpoints", step, whole(some_tensors()), {}, lambda folder: (folder / "own").write_text("mine"), ALONE)
+        save_checkpoint(
+            run / "checkpoints",
+            step,
+            whole(some_tensors()),
+            {},
+            lambda folder: (folder / "own").write_text("mine"),
+            ALONE,
+        )
     return run
 
 

@@ -19,7 +19,12 @@ GQA = {"head_size": 8, "kv_heads": 2}
 def some_values(layers) -> None:
     """Values of which none is zero, so that no gradient is."""
     for parameter in placed_parameters(layers):
-        load_whole(parameter, starting_value(parameter.place.__class__(parameter.place.name, parameter.place.whole, 0, ("normal", 0.1)), seed=3))
+        load_whole(
+            parameter,
+            starting_value(
+                parameter.place.__class__(parameter.place.name, parameter.place.whole, 0, ("normal", 0.1)), seed=3
+            ),
+        )
 
 
 def measured(layers, dims, part, rows):
@@ -78,8 +83,12 @@ def test_a_cut_model_has_the_loss_and_every_gradient_of_the_whole_one(tensor_siz
             assert model_parallel == (where.cut != "whole")
             start = where.offset if where.cut != "whole" else (0,) * gradient.ndim
             here = tuple(slice(first, first + size) for first, size in zip(start, gradient.shape, strict=True))
-            near = 1e-5 if gradient.ndim == 2 else 1e-4  # a scalar's gradient is a sum over all tokens and channels that nearly cancels
-            assert torch.allclose(gradient, gradients[key][here], rtol=1e-5, atol=near * gradients[key].abs().max()), where.name
+            near = (
+                1e-5 if gradient.ndim == 2 else 1e-4
+            )  # a scalar's gradient is a sum over all tokens and channels that nearly cancels
+            assert torch.allclose(gradient, gradients[key][here], rtol=1e-5, atol=near * gradients[key].abs().max()), (
+                where.name
+            )
             covered[key][here] += 1
     for (name, _), count in covered.items():
         assert set(count.unique().tolist()) <= {1.0, float(tensor_size)}, f"{name} is not held once or by all"
@@ -93,7 +102,9 @@ def count_collectives(config, sequence: bool):
     some_values(layers)
     rows, counts = random_rows(0, 2, 161, SMALL_VOCAB), []
     before = dict(mesh.world.progress.counts)
-    value = Loss(dims, torch.ones(SMALL_VOCAB), vocabulary_part(dims.padded_vocab, mesh.tensor))(run_layers(layers, rows[:, :-1]), rows[:, 1:])
+    value = Loss(dims, torch.ones(SMALL_VOCAB), vocabulary_part(dims.padded_vocab, mesh.tensor))(
+        run_layers(layers, rows[:, :-1]), rows[:, 1:]
+    )
     for action in (lambda: None, value.backward):
         action()
         counts.append(mesh.world.progress.counts["tensor"] - before.get("tensor", 0))

@@ -50,12 +50,21 @@ def _loader(folder):
 
 def test_a_rank_that_is_elsewhere_is_named_with_its_line(tmp_path):
     table, sentence = stall_of(_loader, 3, tmp_path)
-    line = next(number for number, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "time.sleep(60)" in text)
+    line = next(
+        number for number, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "time.sleep(60)" in text
+    )
     host = os.uname().nodename
-    assert sentence.startswith(f"error: rank 1 (host {host}) is elsewhere: it is in {short_path()}:{line} sleep_in_the_loader while the other ranks")
-    assert f'wait in "norm of the gradient" for {STALL_S} s; the table above is also in {tmp_path / "stall.txt"}; ' in sentence
+    assert sentence.startswith(
+        f"error: rank 1 (host {host}) is elsewhere: it is in {short_path()}:{line} sleep_in_the_loader while the other ranks"
+    )
+    assert (
+        f'wait in "norm of the gradient" for {STALL_S} s; the table above is also in {tmp_path / "stall.txt"}; '
+        in sentence
+    )
     assert [row.split()[0] for row in table] == ["0", "1", "2"]
-    assert 'waits in "norm of the gradient" (world 3)' in table[0] and 'in "rows of step 7"' in table[1]  # 1 is the meeting's
+    assert (
+        'waits in "norm of the gradient" (world 3)' in table[0] and 'in "rows of step 7"' in table[1]
+    )  # 1 is the meeting's
 
 
 def short_path() -> str:
@@ -74,7 +83,10 @@ def _less(folder):
 
 def test_the_rank_that_is_behind_is_named(tmp_path):
     _, sentence = stall_of(_less, 3, tmp_path)
-    assert sentence.startswith("error: rank 2 (host ") and 'waiting in "loss", while the other ranks wait in "before the step"' in sentence
+    assert (
+        sentence.startswith("error: rank 2 (host ")
+        and 'waiting in "loss", while the other ranks wait in "before the step"' in sentence
+    )
 
 
 def answer_nobody(mesh):
@@ -89,7 +101,10 @@ def _stopped(folder):
 
 def test_a_stopped_rank_0_is_named_by_the_deputy(tmp_path):
     _, sentence = stall_of(_stopped, 3, tmp_path)
-    assert sentence.startswith("error: rank 0 (host ") and ") does not answer, stopped or stuck in C code, while the other ranks wait in" in sentence
+    assert (
+        sentence.startswith("error: rank 0 (host ")
+        and ") does not answer, stopped or stuck in C code, while the other ranks wait in" in sentence
+    )
 
 
 def slow_work(mesh):

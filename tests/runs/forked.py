@@ -19,7 +19,9 @@ class Ranks:
         context.set_forkserver_preload(PRELOADED)
         log.unlink(missing_ok=True)
         port, self.log = free_port(), log
-        self.processes: list[BaseProcess] = [context.Process(target=_rank, args=(program, rank, world, port, str(log))) for rank in range(world)]
+        self.processes: list[BaseProcess] = [
+            context.Process(target=_rank, args=(program, rank, world, port, str(log))) for rank in range(world)
+        ]
         for process in self.processes:
             process.start()
 
@@ -38,7 +40,11 @@ class Ranks:
     @property
     def errors(self) -> list[str]:
         """What a user would see of the errors: a launcher ends the ranks after the first before they repeat them."""
-        return [line for line in self.told.splitlines() if line.startswith("error:") and not line.startswith("error: [rank ")]
+        return [
+            line
+            for line in self.told.splitlines()
+            if line.startswith("error:") and not line.startswith("error: [rank ")
+        ]
 
     @property
     def alive(self) -> bool:
@@ -59,7 +65,14 @@ def _rank(program: list[str], rank: int, world: int, port: int, log: str) -> Non
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.chdir(ROOT)
-    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    told = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world,
+        "LOCAL_WORLD_SIZE": world,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     os.environ.clear()
     os.environ.update(environment() | {key: str(value) for key, value in told.items()})
     sys.argv = program

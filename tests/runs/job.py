@@ -93,13 +93,35 @@ def launched(launcher: str, world: int, program: list[str]) -> list[str]:
         "python": [sys.executable],
         "deepspeed": [BIN / "deepspeed", "--num_accelerators", world, "--master_port", free_port()],
         "torchrun": [BIN / "torchrun", "--nproc-per-node", world, "--master-port", free_port()],
-        "mpirun": [BIN / "mpirun", "-n", world, "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", sys.executable],
+        "mpirun": [
+            BIN / "mpirun",
+            "-n",
+            world,
+            "--allow-run-as-root",
+            "--oversubscribe",
+            "--bind-to",
+            "none",
+            sys.executable,
+        ],
     }[launcher] + program
 
 
 def environment() -> dict[str, str]:
     """Without what a launcher or a GPU would tell: these tests are about CPUs. OpenMP's idle threads sleep, so that processes share few cores."""
-    told = ("RANK", "WORLD", "LOCAL", "MASTER", "OMPI", "PMIX", "SLURM", "OMP", "TORCHELASTIC", "GROUP", "ROLE", "CROSS")
+    told = (
+        "RANK",
+        "WORLD",
+        "LOCAL",
+        "MASTER",
+        "OMPI",
+        "PMIX",
+        "SLURM",
+        "OMP",
+        "TORCHELASTIC",
+        "GROUP",
+        "ROLE",
+        "CROSS",
+    )
     clean = {key: value for key, value in os.environ.items() if key.split("_")[0] not in told}
     return clean | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "PASSIVE"}
 
@@ -107,7 +129,9 @@ def environment() -> dict[str, str]:
 def begin(line: list, variables: dict[str, str] | None = None) -> subprocess.Popen:
     """Start a command line from the repository's root, in a session of its own, with more environment variables."""
     line, variables = [str(part) for part in line], environment() | (variables or {})
-    return subprocess.Popen(line, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        line, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
 
 
 def finish(process: subprocess.Popen, timeout_s: float = 120) -> Done:
@@ -120,7 +144,9 @@ def finish(process: subprocess.Popen, timeout_s: float = 120) -> Done:
     return Done(process.returncode, out, err)
 
 
-def train(place: Place, name: str, *arguments: str, launcher: str | None = None, world: int = 1, config: dict | None = None) -> Path:
+def train(
+    place: Place, name: str, *arguments: str, launcher: str | None = None, world: int = 1, config: dict | None = None
+) -> Path:
     """Run a job that must succeed; returns its run folder."""
     launcher = launcher or ("python" if world == 1 else "torchrun")
     done = finish(begin(launched(launcher, world, command(place, name, *arguments, config=config))))
@@ -141,7 +167,10 @@ def processes_of(config: str) -> dict[int, str | None]:
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            words, variables = (folder / "cmdline").read_bytes().split(b"\0"), (folder / "environ").read_bytes().split(b"\0")
+            words, variables = (
+                (folder / "cmdline").read_bytes().split(b"\0"),
+                (folder / "environ").read_bytes().split(b"\0"),
+            )
         except OSError:  # it has ended
             continue
         told = dict(line.split(b"=", 1) for line in variables if b"=" in line)
@@ -201,7 +230,13 @@ def facts(path: Path) -> dict:
 def state(path: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, whole, by name: weights and both optimizers."""
     whole = {name: torch.full(entry["shape"], torch.nan) for name, entry in read_index(path).items()}
-    load_checkpoint(path, {name: (tuple(tensor.shape), [((0,) * tensor.ndim, tuple(tensor.shape), tensor)]) for name, tensor in whole.items()})
+    load_checkpoint(
+        path,
+        {
+            name: (tuple(tensor.shape), [((0,) * tensor.ndim, tuple(tensor.shape), tensor)])
+            for name, tensor in whole.items()
+        },
+    )
     return whole
 
 

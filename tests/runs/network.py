@@ -54,10 +54,18 @@ def why_not() -> str | None:
     """What this machine lacks for two hosts; None when it can be done."""
     if os.geteuid() != 0:
         return "two hosts on this machine need root"
-    for program, package in (("ip", "iproute2"), ("unshare", "util-linux"), ("sshd", "openssh-server"), ("pdsh", "pdsh"), ("ssh", "openssh-client")):
+    for program, package in (
+        ("ip", "iproute2"),
+        ("unshare", "util-linux"),
+        ("sshd", "openssh-server"),
+        ("pdsh", "pdsh"),
+        ("ssh", "openssh-client"),
+    ):
         if shutil.which(program, path=_path()) is None:
             return f"two hosts on this machine need {program}: apt-get install {package}"
-    tried = subprocess.run(["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "true"], capture_output=True, text=True)
+    tried = subprocess.run(
+        ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "true"], capture_output=True, text=True
+    )
     return f"this machine gives no namespaces ({tried.stderr.strip()})" if tried.returncode else None
 
 
@@ -78,11 +86,23 @@ class Network:
         told.pop("PYTHONPATH", None)
         shell = 'cd "$0" && exec "$@"'  # after entering: the folder may be another one there
         enter = ["nsenter", "-t", self.pids[host], "--net", "--uts", "--mount", "--pid"]
-        return [*enter, "env", "-i", *(f"{key}={value}" for key, value in told.items()), "bash", "-c", shell, ROOT, *line]
+        return [
+            *enter,
+            "env",
+            "-i",
+            *(f"{key}={value}" for key, value in told.items()),
+            "bash",
+            "-c",
+            shell,
+            ROOT,
+            *line,
+        ]
 
     def do(self, host: str, *line: str) -> str:
         """Run a short command on a host and return what it printed."""
-        return subprocess.run([str(part) for part in self.at(host, list(line))], check=True, capture_output=True, text=True, timeout=30).stdout
+        return subprocess.run(
+            [str(part) for part in self.at(host, list(line))], check=True, capture_output=True, text=True, timeout=30
+        ).stdout
 
     def hostfile(self, name: str, text: str) -> Path:
         path = self.folder / name
@@ -91,11 +111,18 @@ class Network:
 
     def processes(self, words: str) -> list[str]:
         """Command lines on both hosts that hold `words`."""
-        return [line for host in self.pids for line in self.do(host, "ps", "-eo", "args", "-ww").splitlines() if words in line]
+        return [
+            line
+            for host in self.pids
+            for line in self.do(host, "ps", "-eo", "args", "-ww").splitlines()
+            if words in line
+        ]
 
 
 @contextlib.contextmanager
-def two_hosts(folder: Path, *, other_tree: Path | None = None, known: bool = True, loopback_names: bool = False) -> Iterator[Network]:
+def two_hosts(
+    folder: Path, *, other_tree: Path | None = None, known: bool = True, loopback_names: bool = False
+) -> Iterator[Network]:
     """The hosts, up and reachable. other_tree: what host-b has in place of the folder megachat/. known: each other's host keys are known.
 
     loopback_names: a host's own name is 127.0.1.1 to itself, as Debian's installer writes it.
@@ -104,16 +131,48 @@ def two_hosts(folder: Path, *, other_tree: Path | None = None, known: bool = Tru
     holders, pids = {}, {}
     try:
         for name, tree in (("host-a", None), ("host-b", other_tree)):
-            init = _INIT.format(folder=folder, name=name, other=tree or "", root=ROOT, sshd=shutil.which("sshd", path=_path()))
-            line = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "bash", "-c", init]
+            init = _INIT.format(
+                folder=folder, name=name, other=tree or "", root=ROOT, sshd=shutil.which("sshd", path=_path())
+            )
+            line = [
+                "unshare",
+                "--net",
+                "--uts",
+                "--mount",
+                "--pid",
+                "--fork",
+                "--kill-child",
+                "--mount-proc",
+                "bash",
+                "-c",
+                init,
+            ]
             log = open(folder / f"{name}.log", "w")
-            holders[name] = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+            holders[name] = subprocess.Popen(
+                line, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
             log.close()
             _until(lambda name=name: (folder / f"{name}.up").exists(), holders[name], folder / f"{name}.log")
             children = Path(f"/proc/{holders[name].pid}/task/{holders[name].pid}/children").read_text().split()
             pids[name] = int(children[0])
         network = Network(folder, pids)
-        _run("nsenter", "-t", pids["host-a"], "--net", "ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", pids["host-b"])
+        _run(
+            "nsenter",
+            "-t",
+            pids["host-a"],
+            "--net",
+            "ip",
+            "link",
+            "add",
+            "eth0",
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "eth0",
+            "netns",
+            pids["host-b"],
+        )
         for number, name in enumerate(pids, 1):
             network.do(name, "ip", "address", "add", f"{SUBNET}.{number}/24", "dev", "eth0")
             network.do(name, "ip", "link", "set", "eth0", "up")
@@ -148,7 +207,10 @@ def _write_settings(folder: Path, known: bool, loopback_names: bool) -> None:
 def _answers(network: Network, name: str) -> bool:
     address = f"{SUBNET}.{1 + (name == 'host-b')}"
     try:
-        return network.do(name, "ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=2", address, "hostname").strip() == name
+        return (
+            network.do(name, "ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=2", address, "hostname").strip()
+            == name
+        )
     except subprocess.SubprocessError:
         return False
 

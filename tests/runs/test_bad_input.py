@@ -15,29 +15,68 @@ from tests.runs.job import begin, checkpoint, command, different, finish, launch
 
 # name -> (arguments; {folder} stands for the inputs of this module, {one} for a finished run; what the sentence must say)
 CASES = {
-    "no_data": (["--set", "data.folder={folder}/none"], ["the data folder {folder}/none does not exist", "tools/prepare_data.py"]),
-    "empty_data": (["--set", "data.folder={folder}/empty"], ["{folder}/empty holds no .parquet file", "tools/prepare_data.py"]),
-    "not_parquet": (["--set", "data.folder={folder}/not_parquet"], ["{folder}/not_parquet/shard_00001.parquet is not a parquet file"]),
-    "no_text": (["--set", "data.folder={folder}/no_text"], ["no_text/shard_00001.parquet has no `text` column (it has body)"]),
+    "no_data": (
+        ["--set", "data.folder={folder}/none"],
+        ["the data folder {folder}/none does not exist", "tools/prepare_data.py"],
+    ),
+    "empty_data": (
+        ["--set", "data.folder={folder}/empty"],
+        ["{folder}/empty holds no .parquet file", "tools/prepare_data.py"],
+    ),
+    "not_parquet": (
+        ["--set", "data.folder={folder}/not_parquet"],
+        ["{folder}/not_parquet/shard_00001.parquet is not a parquet file"],
+    ),
+    "no_text": (
+        ["--set", "data.folder={folder}/no_text"],
+        ["no_text/shard_00001.parquet has no `text` column (it has body)"],
+    ),
     "cut_data": (["--set", "data.folder={folder}/cut_data"], ["{folder}/cut_data/shard_00001.parquet", "cut short"]),
     "few_documents": (
         ["--set", "data.folder={folder}/few_documents"],
         ["the validation shard", "has 2 documents, fewer than 4 packing streams", "set data.streams to 2"],
     ),
-    "no_tokenizer": (["--set", "data.tokenizer={folder}/none"], ["no tokenizer at {folder}/none", "tools/train_tokenizer.py"]),
-    "other_vocabulary": (["--set", "model.vocab_size=300"], ["model.vocab_size is 300 but the tokenizer in", "has 265 tokens"]),
+    "no_tokenizer": (
+        ["--set", "data.tokenizer={folder}/none"],
+        ["no tokenizer at {folder}/none", "tools/train_tokenizer.py"],
+    ),
+    "other_vocabulary": (
+        ["--set", "model.vocab_size=300"],
+        ["model.vocab_size is 300 but the tokenizer in", "has 265 tokens"],
+    ),
     "unknown_key": (["--set", "model.dept=3"], ["unknown key model.dept; did you mean model.depth?"]),
     "wrong_type": (["--set", "model.depth=two"], ['model.depth is "two" but should be a valid integer']),
-    "batch": (["--set", "batch.tokens=400"], ["a step of 400 tokens is 6.25 rows of 64", "set batch.tokens to 384 (6 rows) or 448 (7 rows)"]),
-    "tensor": (["--set", "parallel.tensor=2"], ["parallel.tensor 2 x parallel.pipeline 1 does not divide the 1 rank", "start 2 ranks"]),
-    "wandb": (["--set", "log.wandb=offline"], ['log.wandb is "offline" but wandb is not installed: pip install wandb, or set log.wandb=off']),
-    "no_checkpoint": (["--resume", "{folder}/none"], ["{folder}/none is not a complete checkpoint: it has no checkpoint.json"]),
-    "other_depth": (["--resume", "{one}/checkpoints/step_000004", "--set", "model.depth=3"], ["is of another model: depth 2 (asked for 3), "]),
+    "batch": (
+        ["--set", "batch.tokens=400"],
+        ["a step of 400 tokens is 6.25 rows of 64", "set batch.tokens to 384 (6 rows) or 448 (7 rows)"],
+    ),
+    "tensor": (
+        ["--set", "parallel.tensor=2"],
+        ["parallel.tensor 2 x parallel.pipeline 1 does not divide the 1 rank", "start 2 ranks"],
+    ),
+    "wandb": (
+        ["--set", "log.wandb=offline"],
+        ['log.wandb is "offline" but wandb is not installed: pip install wandb, or set log.wandb=off'],
+    ),
+    "no_checkpoint": (
+        ["--resume", "{folder}/none"],
+        ["{folder}/none is not a complete checkpoint: it has no checkpoint.json"],
+    ),
+    "other_depth": (
+        ["--resume", "{one}/checkpoints/step_000004", "--set", "model.depth=3"],
+        ["is of another model: depth 2 (asked for 3), "],
+    ),
     "other_tokenizer": (
         ["--resume", "{one}/checkpoints/step_000004", "--set", "data.tokenizer={folder}/other_tokenizer"],
-        ["step_000004 was trained with another tokenizer (265 tokens, fingerprint ", "set data.tokenizer to the one it was trained with"],
+        [
+            "step_000004 was trained with another tokenizer (265 tokens, fingerprint ",
+            "set data.tokenizer to the one it was trained with",
+        ],
     ),
-    "other_streams": (["--resume", "{one}/checkpoints/step_000004", "--set", "data.streams=2"], ["packing streams (data.streams) 4", "has 2"]),
+    "other_streams": (
+        ["--resume", "{one}/checkpoints/step_000004", "--set", "data.streams=2"],
+        ["packing streams (data.streams) 4", "has 2"],
+    ),
     "cut_checkpoint": (
         ["--resume", "{folder}/cut/step_000004"],
         ["{folder}/cut/step_000004 is cut short: __0_0.distcp has 1000 bytes, not ", "--resume auto"],
@@ -45,9 +84,14 @@ CASES = {
     "damaged_index": (["--resume", "{folder}/damaged/step_000004"], ["{folder}/damaged/step_000004", "tensors.json"]),
     "run_folder": (
         ["--set", "run.folder={folder}/nothing/wandb.py"],
-        ["the run folder {folder}/nothing/wandb.py/run_folder cannot be made or written (Not a directory): set run.folder"],
+        [
+            "the run folder {folder}/nothing/wandb.py/run_folder cannot be made or written (Not a directory): set run.folder"
+        ],
     ),
-    "missing_loader": (["--resume", "{folder}/missing/step_000004"], ["is cut short: loader/stream_00002.npz is missing"]),
+    "missing_loader": (
+        ["--resume", "{folder}/missing/step_000004"],
+        ["is cut short: loader/stream_00002.npz is missing"],
+    ),
 }
 
 
@@ -79,7 +123,9 @@ def told(tmp_path_factory, place, one):
 
     def run(name):
         arguments = [argument.format(folder=folder, one=one) for argument in CASES[name][0]]
-        return finish(begin(launched("python", 1, command(place, name, *arguments)), {"PYTHONPATH": str(folder / "nothing")}))
+        return finish(
+            begin(launched("python", 1, command(place, name, *arguments)), {"PYTHONPATH": str(folder / "nothing")})
+        )
 
     with ThreadPoolExecutor(2) as pool:
         return folder, dict(zip(CASES, pool.map(run, CASES), strict=True))
@@ -98,7 +144,15 @@ def test_a_mistake_is_told_in_one_sentence(name, told, place, one):
 
 
 def test_several_mistakes_are_told_at_once(place):
-    done = finish(begin(launched("python", 1, command(place, "several", "--set", "model.dept=3", "--set", "run.seed=-1", "--set", "depth=3"))))
+    done = finish(
+        begin(
+            launched(
+                "python",
+                1,
+                command(place, "several", "--set", "model.dept=3", "--set", "run.seed=-1", "--set", "depth=3"),
+            )
+        )
+    )
     assert done.status == 2 and len(done.errors) == len(done.err.splitlines()) == 3, done.err
 
 
@@ -112,14 +166,19 @@ def test_a_config_that_is_no_json_names_the_line(place):
 def test_two_ranks_tell_a_mistake_once(place):
     done = finish(begin(launched("deepspeed", 2, command(place, "twice", "--set", "data.folder=nowhere"))))
     assert done.status == 2
-    assert done.errors == ["error: the data folder nowhere does not exist: make it with tools/prepare_data.py --out nowhere"]
+    assert done.errors == [
+        "error: the data folder nowhere does not exist: make it with tools/prepare_data.py --out nowhere"
+    ]
     assert "Traceback" not in done.out + done.err and not (place.runs / "twice").exists()
 
 
 def test_a_batch_for_other_ranks_is_told_with_the_nearest(place):
     done = finish(begin(launched("deepspeed", 2, command(place, "uneven", "--set", "batch.tokens=448"))))
     assert done.status == 2 and len(done.errors) == 1
-    assert "a step of 448 tokens is 7 rows of 64, which 2 data-parallel ranks x 1 rows a micro-batch cannot share evenly" in done.err
+    assert (
+        "a step of 448 tokens is 7 rows of 64, which 2 data-parallel ranks x 1 rows a micro-batch cannot share evenly"
+        in done.err
+    )
     assert "set batch.tokens to 384 (6 rows) or 512 (8 rows)" in done.err
 
 
@@ -139,7 +198,9 @@ def test_auto_with_nothing_complete_is_refused(one, place):
     shutil.copytree(checkpoint(one, 4), checkpoint(run, 4))
     (checkpoint(run, 4) / "checkpoint.json").write_text(json.dumps({"format_version": 99, "files": {}}))
     told = refused(place, "nothing_left", "--resume", "auto")
-    assert told.startswith(f"{run} holds no complete checkpoint to resume from: ") and "newer than this version's" in told
+    assert (
+        told.startswith(f"{run} holds no complete checkpoint to resume from: ") and "newer than this version's" in told
+    )
 
 
 def test_more_ranks_than_the_rows_allow(place, two):
@@ -152,4 +213,6 @@ def test_more_ranks_than_the_rows_allow(place, two):
 
 def test_world_without_a_dry_run_is_refused(place):
     done = finish(begin(launched("python", 1, command(place, "world", "--world", "3"))))
-    assert done.status == 2 and "error: --world is the number of ranks" in done.err and not (place.runs / "world").exists()
+    assert (
+        done.status == 2 and "error: --world is the number of ranks" in done.err and not (place.runs / "world").exists()
+    )

@@ -19,5 +19,7 @@ def test_a_compiled_job_trains_as_one_that_is_not(place):
         assert told.status == 0 and "torch.compile made" not in told.out, told.out + told.err
         found[compiles] = losses(place.runs / f"compile_{compiles}")
     assert len(found[True]) == DONE and found[True][0] == pytest.approx(found[False][0], rel=1e-6)
-    for step, loss in found[True].items():  # from zero matrices other roundings grow; tests/ranks/test_compile.py starts elsewhere
+    for step, loss in found[
+        True
+    ].items():  # from zero matrices other roundings grow; tests/ranks/test_compile.py starts elsewhere
         assert loss == pytest.approx(found[False][step], rel=5e-3)

@@ -38,7 +38,9 @@ def ten_steps(saved):
     training.muon.refresh_weights()
     training.muon.set_hyper(lr=0.02, weight_decay=0.28, momentum=0.95)
     told = [take_step(training, reference.rows(reference.FIRST_STEP + step))[0] for step in range(10)]
-    return told, {name[6:]: tensor.norm().item() for name, tensor in whole_state(training).items() if name.startswith("model/")}
+    return told, {
+        name[6:]: tensor.norm().item() for name, tensor in whole_state(training).items() if name.startswith("model/")
+    }
 
 
 @reference.needs_reference
@@ -56,8 +58,25 @@ def test_an_imported_run_goes_on_and_on(place, tmp_path):
     converted("to-nanochat", source, tmp_path / "nanochat", "--ranks", "2")
     run = place.runs / "imported"
     assert "the loader starts at the first ones" in converted("from-nanochat", tmp_path / "nanochat", run)
-    start = ["launch/pretrain.py", "--config", run / "config.json", "--resume", "auto", "--set", f"data.folder={place.data}"]
-    start += ["--set", "data.streams=2", "--set", "evaluate.tokens=128", "--set", "evaluate.every=0", "--set", "precision.compute=float32"]
+    start = [
+        "launch/pretrain.py",
+        "--config",
+        run / "config.json",
+        "--resume",
+        "auto",
+        "--set",
+        f"data.folder={place.data}",
+    ]
+    start += [
+        "--set",
+        "data.streams=2",
+        "--set",
+        "evaluate.tokens=128",
+        "--set",
+        "evaluate.every=0",
+        "--set",
+        "precision.compute=float32",
+    ]
 
     def train(stop: int) -> str:
         done = finish(begin([sys.executable, *start, "--set", f"horizon.stop_step={stop}"]))
@@ -65,7 +84,10 @@ def test_an_imported_run_goes_on_and_on(place, tmp_path):
         return done.out
 
     first = train(STEP + 2)
-    assert f"resumed from {checkpoint(run, STEP)} at step {STEP}" in first and f"documents begin anew with the first one at step {STEP}" in first
+    assert (
+        f"resumed from {checkpoint(run, STEP)} at step {STEP}" in first
+        and f"documents begin anew with the first one at step {STEP}" in first
+    )
     second = train(STEP + 4)
     assert f"resumed from {checkpoint(run, STEP + 2)} at step {STEP + 2}" in second and "begin anew" not in second
     assert list(losses(run)) == list(range(STEP, STEP + 4))
@@ -77,4 +99,9 @@ def test_an_imported_run_goes_on_and_on(place, tmp_path):
 
 def test_the_tool_says_what_is_wrong_in_one_line(tmp_path):
     done = finish(begin([*TOOL, "from-nanochat", tmp_path, tmp_path / "new"]))
-    assert done.status == 2 and len(done.errors) == 1 and done.err == done.errors[0] + "\n" and not list(tmp_path.iterdir())
+    assert (
+        done.status == 2
+        and len(done.errors) == 1
+        and done.err == done.errors[0] + "\n"
+        and not list(tmp_path.iterdir())
+    )

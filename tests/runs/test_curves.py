@@ -14,11 +14,21 @@ ENGLISH = FOLDER.parents[1] / "data" / "english"
 
 
 @needs_reference
-@pytest.mark.skipif(not ENGLISH.is_dir(), reason="../shared/data/english is absent: it comes with the developers' checkout")
+@pytest.mark.skipif(
+    not ENGLISH.is_dir(), reason="../shared/data/english is absent: it comes with the developers' checkout"
+)
 def test_thirty_steps_of_english_lie_within_two_thousandths_of_one_process(tmp_path):
     train_tokenizer(["--import-nanochat", str(FOLDER / "tokenizer"), "--out", str(tmp_path / "tokenizer")])
     # the config as it is but for a sixteenth of its batch; docs/benchmarks.md has the table of all layouts, which takes five times as long
-    line = [sys.executable, "tools/bench.py", "layouts", "--data", str(ENGLISH), "--tokenizer", str(tmp_path / "tokenizer")]
+    line = [
+        sys.executable,
+        "tools/bench.py",
+        "layouts",
+        "--data",
+        str(ENGLISH),
+        "--tokenizer",
+        str(tmp_path / "tokenizer"),
+    ]
     line += ["--layouts", "dp=2,tp=2,pp=2", "--set", "batch.tokens=1024", "--set", "batch.micro_rows=1"]
     line += ["--set", "evaluate.tokens=4096", "--set", "evaluate.prompts=[]"]
     done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900)

@@ -29,7 +29,22 @@ def test_hosts_side_by_side(hosts):
     """One with a trap behind a slow cable, one that does not answer."""
     hosts.do("host-b", "prlimit", "--pid", "1", "--nofile=300:300")  # sshd there and all that it starts
     try:
-        hosts.do("host-b", "tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", "800mbit", "burst", "64kb", "latency", "500ms")
+        hosts.do(
+            "host-b",
+            "tc",
+            "qdisc",
+            "add",
+            "dev",
+            "eth0",
+            "root",
+            "tbf",
+            "rate",
+            "800mbit",
+            "burst",
+            "64kb",
+            "latency",
+            "500ms",
+        )
         slowed = True
     except (subprocess.CalledProcessError, FileNotFoundError):
         slowed = False  # the machine has no traffic control
@@ -38,7 +53,10 @@ def test_hosts_side_by_side(hosts):
     found = json.loads(done.out.splitlines()[-1])
     (mistake,) = found["mistakes"]
     assert mistake.startswith("the host host-d is unknown: correct its name in the hostfile") and found["unlike"] == {}
-    assert {name: [trap["name"] for trap in report["traps"]] for name, report in found["hosts"].items()} == {"host-a": [], "host-b": ["open-files"]}
+    assert {name: [trap["name"] for trap in report["traps"]] for name, report in found["hosts"].items()} == {
+        "host-a": [],
+        "host-b": ["open-files"],
+    }
     assert {name: len(rates) for name, rates in found["matrix"].items()} == {"host-a": 1, "host-b": 1}
     assert min(rate for rates in found["matrix"].values() for rate in rates) > 1e8
     assert set(found["pairs"]) == {"host-a host-b", "host-b host-a"}
@@ -46,8 +64,13 @@ def test_hosts_side_by_side(hosts):
         assert found["pairs"]["host-b host-a"] < 100e6 * 1.1  # 800 Mbit/s
         assert found["slow"]["pairs"] == ["host-b host-a"]
     lines = described(found, {"host-a": 2, "host-b": 1}).splitlines()
-    assert [line.split()[:3] for line in lines[:2]] == [["host", "slots", "cores"], ["host-a", "2", str(found["hosts"]["host-a"]["facts"]["cores"])]]
-    assert lines[2].endswith(" open-files") and ("*" in lines[2]) == bool(slowed or "host-b device 0" in found["slow"]["matrix"])
+    assert [line.split()[:3] for line in lines[:2]] == [
+        ["host", "slots", "cores"],
+        ["host-a", "2", str(found["hosts"]["host-a"]["facts"]["cores"])],
+    ]
+    assert lines[2].endswith(" open-files") and ("*" in lines[2]) == bool(
+        slowed or "host-b device 0" in found["slow"]["matrix"]
+    )
     assert any(line.startswith("trap on host-b: open-files: a process may have 300 open files") for line in lines)
     assert lines[-2] == f"mistake: {mistake}"
     done = doctor(hosts, "host-a slot=2\n")

@@ -24,15 +24,34 @@ def dry_run(place, *arguments):
 def test_a_dry_run_prints_config_plan_owners_and_memory(place):
     out = dry_run(place, "--set", "optimizer.matrix_lr=0.03")
     config, plan, owners, memory = out.split("\n\n")
-    assert re.fullmatch(r"memory by the count ([\d.]+ MB) on a rank: weights 0\.2 MB, .*, workspace [\d.]+ MB; computed in float32", memory.strip())
-    assert "* optimizer.matrix_lr = 0.03" in config and "  optimizer.embedding_lr = 0.3" in config and "* model.depth = 2" in config
+    assert re.fullmatch(
+        r"memory by the count ([\d.]+ MB) on a rank: weights 0\.2 MB, .*, workspace [\d.]+ MB; computed in float32",
+        memory.strip(),
+    )
+    assert (
+        "* optimizer.matrix_lr = 0.03" in config
+        and "  optimizer.embedding_lr = 0.3" in config
+        and "* model.depth = 2" in config
+    )
     assert "layout = data 1 x tensor 1 x pipeline 1" in plan
     assert "width = 32   [depth * aspect_ratio up to whole heads = 2 * 16 up to a multiple of 16]" in plan
     assert "accumulation = 6   [rows_per_step / (micro_rows * ranks)]" in plan
     assert "rates.matrix = 0.03   [matrix_lr * 1 (optimizer.scale_to_batch is off)" in plan
     assert "parameters.total = 55,350" in plan
     lines = owners.splitlines()
-    assert lines[1].split() == ["parameter", "shape", "optimizer", "stage", "cut", "state", "on", "ranks", "lead", "lr", "decay"]
+    assert lines[1].split() == [
+        "parameter",
+        "shape",
+        "optimizer",
+        "stage",
+        "cut",
+        "state",
+        "on",
+        "ranks",
+        "lead",
+        "lr",
+        "decay",
+    ]
     assert lines[-1] == "13 matrices on Muon, 8 tensors on AdamW" and len(lines) == 2 + 21 + 1
     (row,) = [line.split() for line in lines if line.startswith("transformer.h.1.mlp.c_fc.weight")]
     assert row[1:] == ["128x32", "muon", "0", "whole", "0", "0", "0.06", "0.28"]
@@ -51,7 +70,11 @@ def held(config):
     training = build(config, SMALL_VOCAB)
     set_schedules(training, 5)  # after the warm-up and before the decay the multiplier is 1
     zero = training.engine.optimizer
-    groups = {parameter.place.name: group for group, flat in zip(zero.param_groups, zero.bit16_groups, strict=True) for parameter in flat}
+    groups = {
+        parameter.place.name: group
+        for group, flat in zip(zero.param_groups, zero.bit16_groups, strict=True)
+        for parameter in flat
+    }
     mine = {
         parameter.place.name: (groups[parameter.place.name]["lr"], groups[parameter.place.name]["weight_decay"])
         for parameter, _, _, _ in adamw_fragments(zero)
@@ -61,10 +84,14 @@ def held(config):
     return mine, masters, moments, assign(p.place for p in training.layers.parameters())
 
 
-@pytest.mark.parametrize(("world", "parallel"), [(2, {}), (3, {}), (4, {"tensor": 2, "pipeline": 2}), (8, {"tensor": 2, "pipeline": 2})])
+@pytest.mark.parametrize(
+    ("world", "parallel"), [(2, {}), (3, {}), (4, {"tensor": 2, "pipeline": 2}), (8, {"tensor": 2, "pipeline": 2})]
+)
 def test_the_owners_are_those_of_the_running_optimizers(world, parallel):
     model = {"aspect_ratio": 32, "head_size": 16, "kv_heads": 2}
-    config = small_config(model=model, optimizer={"muon_multiplier": "flipped"}, parallel=parallel, batch={"tokens": 160 * 12})
+    config = small_config(
+        model=model, optimizer={"muon_multiplier": "flipped"}, parallel=parallel, batch={"tokens": 160 * 12}
+    )
     ranks = run_ranks(held, world, config)
     groups = {name: group for *_, found in ranks for name, group in found.items()}
     lines = ownership(config, resolve(config, world, SMALL_VOCAB))
@@ -72,8 +99,12 @@ def test_the_owners_are_those_of_the_running_optimizers(world, parallel):
     for line in lines:
         assert line.optimizer == groups[line.name].optimizer
         if line.optimizer == "muon":
-            assert line.owners == tuple(rank for rank, (_, masters, _, _) in enumerate(ranks) if line.name in masters), line.name
-            assert [line.lead] == [rank for rank, (_, _, moments, _) in enumerate(ranks) if line.name in moments], line.name
+            assert line.owners == tuple(
+                rank for rank, (_, masters, _, _) in enumerate(ranks) if line.name in masters
+            ), line.name
+            assert [line.lead] == [rank for rank, (_, _, moments, _) in enumerate(ranks) if line.name in moments], (
+                line.name
+            )
         else:
             assert line.owners == tuple(rank for rank, (adamw, *_) in enumerate(ranks) if line.name in adamw), line.name
             assert {(line.lr, line.decay)} == {adamw[line.name] for adamw, *_ in ranks if line.name in adamw}, line.name

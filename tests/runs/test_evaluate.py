@@ -73,7 +73,10 @@ def test_core_during_training(run, two, bundle):
     for step, line in told.items():
         assert line["core_metric"] == pytest.approx(sum(line["centered_results"].values()) / 22)
         assert in_training(run, step)["core"]["core_metric"] == line["core_metric"]
-        assert set(in_training(run, step)["core"]["tasks"]["copa"]["right"]) <= set("01") and not in_training(run, step)["core"]["whole"]
+        assert (
+            set(in_training(run, step)["core"]["tasks"]["copa"]["right"]) <= set("01")
+            and not in_training(run, step)["core"]["whole"]
+        )
     assert losses(run) == losses(two) and bits_per_byte(run) == bits_per_byte(two)  # training is as without
     environment = json.loads((run / "environment.json").read_text())
     assert environment[-1]["core_bundle"] == in_training(run, 3)["core"]["bundle_digest"]
@@ -85,18 +88,36 @@ def test_every_launcher_and_layout_tells_what_training_told(run, bundle, place, 
         folder.mkdir()
         for number in range(60):
             (folder / f"{number}.txt").write_text(f"the {name} of {number} old towns " * 3)
-    prepare(["--source", "text", *(part for name, folder in texts.items() for part in ("--input", f"{name}={folder}")), "--out", f"{tmp_path}/data"])
+    prepare(
+        [
+            "--source",
+            "text",
+            *(part for name, folder in texts.items() for part in ("--input", f"{name}={folder}")),
+            "--out",
+            f"{tmp_path}/data",
+        ]
+    )
     parts = ("--core", bundle, "--max-per-task", str(CAP))
     alone = evaluated("python", 1, run, tmp_path / "alone.json", *parts, "--bpb", "--sample")
-    deepspeed = evaluated("deepspeed", 2, checkpoint(run, STEPS), tmp_path / "deepspeed.json", *parts, "--bpb", tmp_path / "data")
+    deepspeed = evaluated(
+        "deepspeed", 2, checkpoint(run, STEPS), tmp_path / "deepspeed.json", *parts, "--bpb", tmp_path / "data"
+    )
     layout = ("--set", "parallel.tensor=2", "--set", "parallel.pipeline=2", "--bpb", tmp_path / "data", "--sample")
     cut = evaluated("mpirun", 4, run, tmp_path / "cut.json", *parts, *layout)
     expected = in_training(run, STEPS)
     assert answers(alone) == answers(deepspeed) == answers(cut) == answers(expected)
-    assert alone["core"]["core_metric"] == expected["core"]["core_metric"] and alone["core"]["verdict"] == expected["core"]["verdict"]
+    assert (
+        alone["core"]["core_metric"] == expected["core"]["core_metric"]
+        and alone["core"]["verdict"] == expected["core"]["verdict"]
+    )
     assert alone["bpb"]["bpb"] == pytest.approx(bits_per_byte(run)[STEPS], rel=1e-6)
-    assert deepspeed["bpb"]["bpb"] == pytest.approx(cut["bpb"]["bpb"], rel=1e-6) and deepspeed["bpb"]["bpb"] != alone["bpb"]["bpb"]
-    assert list(cut["bpb"]["sources"]) == ["novels", "notes"] and all(source["rows"] > 0 for source in cut["bpb"]["sources"].values())
+    assert (
+        deepspeed["bpb"]["bpb"] == pytest.approx(cut["bpb"]["bpb"], rel=1e-6)
+        and deepspeed["bpb"]["bpb"] != alone["bpb"]["bpb"]
+    )
+    assert list(cut["bpb"]["sources"]) == ["novels", "notes"] and all(
+        source["rows"] > 0 for source in cut["bpb"]["sources"].values()
+    )
     for name, source in cut["bpb"]["sources"].items():
         assert deepspeed["bpb"]["sources"][name] == pytest.approx(source, rel=1e-6)
     assert alone["samples"] == cut["samples"] == json.loads((run / "samples" / f"step_{STEPS:06d}.json").read_text())
@@ -106,7 +127,9 @@ def test_every_launcher_and_layout_tells_what_training_told(run, bundle, place, 
 
 def test_a_stop_breaks_core_off_and_the_resume_makes_it(place, bundle, run, one):
     tasks = list(ALL)[:9]
-    config = core(bundle, tokens=1000 * 64, core_tasks=tasks)  # so many tokens before CORE that the signal comes in time
+    config = core(
+        bundle, tokens=1000 * 64, core_tasks=tasks
+    )  # so many tokens before CORE that the signal comes in time
     job = begin(launched("python", 1, command(place, "stopped", config=config)))
     said = []
     for line in job.stdout:
@@ -126,28 +149,45 @@ def test_a_stop_breaks_core_off_and_the_resume_makes_it(place, bundle, run, one)
     assert losses(stopped) == losses(one)
     for step in (3, STEPS):
         assert answers(in_training(stopped, step)) == {label: answers(in_training(run, step))[label] for label in tasks}
-        assert "core_metric" not in told_core(stopped)[step] and in_training(stopped, step)["core"]["core_metric"] is None
+        assert (
+            "core_metric" not in told_core(stopped)[step] and in_training(stopped, step)["core"]["core_metric"] is None
+        )
     assert not facts(checkpoint(stopped, STEPS))["loop"]["owes_core"]
 
 
 @reference.needs_reference
-@pytest.mark.skipif(not BUNDLE.is_dir(), reason="../shared/eval_bundle is absent: it comes with the developers' checkout")
+@pytest.mark.skipif(
+    not BUNDLE.is_dir(), reason="../shared/eval_bundle is absent: it comes with the developers' checkout"
+)
 def test_nanochats_checkpoint_as_it_is_and_imported(tmp_path):
     expected = json.loads((reference.FOLDER / "core_expected.json").read_text())["tasks"]
     tasks = ["openbook_qa", "winograd"]
-    imported = finish(begin(launched("python", 1, ["tools/convert_checkpoint.py", "from-nanochat", reference.FOLDER, tmp_path / "run"])))
+    imported = finish(
+        begin(
+            launched("python", 1, ["tools/convert_checkpoint.py", "from-nanochat", reference.FOLDER, tmp_path / "run"])
+        )
+    )
     assert imported.status == 0, imported.err
     parts = ("--core", BUNDLE, "--tasks", ",".join(tasks), "--max-per-task", "40", "--set", "precision.compute=float32")
     for number, saved in enumerate((reference.FOLDER, tmp_path / "run")):
         told = evaluated("python", 1, saved, tmp_path / f"{number}.json", *parts)
         assert answers(told) == {label: "".join(map(str, expected[label]["right"])) for label in tasks}
-        assert told["core"]["core_metric"] is None and "this is not CORE: 20 of its 22 tasks are missing" in told["said"]
+        assert (
+            told["core"]["core_metric"] is None and "this is not CORE: 20 of its 22 tasks are missing" in told["said"]
+        )
 
 
 @pytest.fixture
 def told_ranks(monkeypatch):
     """The launch variables of one rank, as they are written back, so that they go with the test."""
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "LOCAL_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }.items():
         monkeypatch.setenv(name, value)
 
 
@@ -165,16 +205,22 @@ def test_bad_input(run, bundle, tmp_path, told_ranks):
     assert "is not a folder" in refused(tmp_path / "none", sample=True)
     assert "is not a complete checkpoint" in refused(tmp_path, sample=True)
     assert "essay is no task of" in refused(run, core=str(bundle), tasks=("copa", "essay"))
-    assert "--max-per-task is 1, too few for hellaswag_zeroshot with 1 shots: give 2 or more" in refused(run, core=str(bundle), max_per_task=1)
+    assert "--max-per-task is 1, too few for hellaswag_zeroshot with 1 shots: give 2 or more" in refused(
+        run, core=str(bundle), max_per_task=1
+    )
     assert "--max-per-task is 0: give 1 or more, or -1 for all" in refused(run, core=str(bundle), max_per_task=0)
     assert "--tasks and --max-per-task are for --core" in refused(run, sample=True, tasks=("copa",))
     assert "the data folder" in refused(run, bpb=str(tmp_path / "none"))
     assert "--set asks for another model than" in refused(run, "model.depth=3", sample=True)
     assert "unknown key model.dept" in refused(run, "model.dept=3", sample=True)
-    assert "parallel.tensor 2 x parallel.pipeline 1 does not divide the 1 rank" in refused(run, "parallel.tensor=2", sample=True)
+    assert "parallel.tensor 2 x parallel.pipeline 1 does not divide the 1 rank" in refused(
+        run, "parallel.tensor=2", sample=True
+    )
     assert "is a folder: give a file" in refused(run, sample=True, out=tmp_path)
     (tmp_path / "file").write_text("")
-    assert "cannot be written (File exists): give another place with --out" in refused(run, sample=True, out=tmp_path / "file" / "a.json")
+    assert "cannot be written (File exists): give another place with --out" in refused(
+        run, sample=True, out=tmp_path / "file" / "a.json"
+    )
     assert "is not the checkpoint's tokenizer" in refused(run, sample=True, tokenizer=_other_tokenizer(tmp_path))
 
 
@@ -195,4 +241,7 @@ def test_bad_bundles_are_told_before_training(place, bundle, tmp_path):
     with pytest.raises(UserError, match="evaluate.core_max_per_task is 1, too few for hellaswag_zeroshot with 1 shots"):
         describe_job(load_config(command(place, "dry", config=core(bundle, core_max_per_task=1))[2]), 1)
     told = describe_job(load_config(command(place, "dry", config=core(bundle, core_tasks=["copa"]))[2]), 1)
-    assert told.splitlines()[-1].startswith("CORE bundle: 1 tasks, 6 examples, digest ") and "21 of CORE's 22 tasks are missing" in told
+    assert (
+        told.splitlines()[-1].startswith("CORE bundle: 1 tasks, 6 examples, digest ")
+        and "21 of CORE's 22 tasks are missing" in told
+    )

@@ -66,7 +66,9 @@ def test_a_killed_rank_ends_the_job_and_the_next_start_goes_on(place):
     assert sorted(ranks) == [0, 1]
     os.kill(ranks[1], signal.SIGKILL)
     done = finish(job, 60)
-    assert done.status != 0 and [told.split(" died ")[0] for told in done.errors] == [f"error: rank 1 (host {socket.gethostname()}, pid {ranks[1]})"]
+    assert done.status != 0 and [told.split(" died ")[0] for told in done.errors] == [
+        f"error: rank 1 (host {socket.gethostname()}, pid {ranks[1]})"
+    ]
     assert ranks_of(config) == {}, "a rank lives on"
     last = int(max(name for name in checkpoints(run) if not name.endswith(".tmp")).removeprefix("step_"))
     again = finish(begin(launched("deepspeed", 2, [*program, "--set", f"horizon.stop_step={last + 2}"])))
@@ -99,7 +101,9 @@ def test_no_space_while_saving_is_told_and_leaves_no_trace(one, place):
     run = copy_until(one, place, "full", 2)
     before = file_bytes(checkpoint(run, 2))
     line = launched("python", 1, command(place, "full", "--resume", "auto"))
-    limited = f"ulimit -f 200; exec {' '.join(map(str, line))}"  # no file above 200 KiB: metrics fit, a checkpoint does not
+    limited = (
+        f"ulimit -f 200; exec {' '.join(map(str, line))}"  # no file above 200 KiB: metrics fit, a checkpoint does not
+    )
     done = finish(begin(["bash", "-c", limited]))
     assert done.status == 2
     final = checkpoint(run, 4)
@@ -129,7 +133,10 @@ def test_a_loss_that_is_no_number_stops_all_ranks_and_spares_the_checkpoint(two,
     done = finish(begin(launched("deepspeed", 2, command(place, "diverged", "--resume", "auto", *absurd))))
     assert done.status == 2
     (told,) = done.errors
-    assert re.match(r"error: step 3: the loss is nan on rank 0 \(.+\), rank 1 \(.+\); training stopped and this step changed no weight, ", told)
+    assert re.match(
+        r"error: step 3: the loss is nan on rank 0 \(.+\), rank 1 \(.+\); training stopped and this step changed no weight, ",
+        told,
+    )
     assert "Traceback" not in done.out + done.err
     assert checkpoints(run) == ["step_000002"] and file_bytes(checkpoint(run, 2)) == before
     assert 3 not in losses(run), "the metrics end with the last good step"
@@ -168,7 +175,12 @@ def test_kills_at_any_moment_of_twenty_saves_lose_nothing(place, whole):
     for attempt in range(20):
         with forked(place, "kills", config=config) as ranks:
             later = f"step_{step + 2:06d}"  # not the first save: three kills at one step are a crash loop
-            until(lambda: not ranks.alive or any(path.name > later for path in folder.glob("*.tmp")), 60, "save", every_s=0.001)  # noqa: B023
+            until(
+                lambda: not ranks.alive or any(path.name > later for path in folder.glob("*.tmp")),
+                60,
+                "save",
+                every_s=0.001,
+            )  # noqa: B023
             time.sleep(rng.uniform(0.0, 0.2))
             victims = [0, 1] if attempt % 5 == 4 else [rng.randrange(2)]
             for victim in victims:
@@ -203,7 +215,10 @@ def remount(folder: Path, options: str) -> bool:
     return subprocess.run(["mount", "-o", f"remount,{options}", folder], capture_output=True).returncode == 0
 
 
-@pytest.mark.parametrize("scarce, told", [("size=1200k", "the disk has .* MB free and the checkpoint takes"), ("nr_inodes=34", "No space left on")])
+@pytest.mark.parametrize(
+    "scarce, told",
+    [("size=1200k", "the disk has .* MB free and the checkpoint takes"), ("nr_inodes=34", "No space left on")],
+)
 def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_space(scarce, told, place, whole):
     """Bytes are counted before anything is written; inodes run out in the middle."""
     name = f"full_{scarce.partition('=')[0]}"
@@ -213,9 +228,13 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_space(scarce, tol
             assert ranks.end() == [EXIT_STATUS] * 2, ranks.told
         (error,) = ranks.errors
         assert re.match(
-            rf"error: checkpoint {checkpoint(run, 4)} could not be saved by rank 0: .*{told}.*; earlier checkpoints are untouched, ", error
+            rf"error: checkpoint {checkpoint(run, 4)} could not be saved by rank 0: .*{told}.*; earlier checkpoints are untouched, ",
+            error,
         )
-        assert checkpoints(run) == ["step_000002"] and check_files(checkpoint(run, 2), read_facts(checkpoint(run, 2))) == []
+        assert (
+            checkpoints(run) == ["step_000002"]
+            and check_files(checkpoint(run, 2), read_facts(checkpoint(run, 2))) == []
+        )
         assert remount(run, "size=100m,nr_inodes=1000")
         with forked(place, name, "--set", "horizon.stop_step=6", config=LONG | {"checkpoint": {"every": 2}}) as ranks:
             assert ranks.end() == [0, 0] and f"resumed from {checkpoint(run, 2)}" in ranks.told, ranks.told
@@ -230,7 +249,9 @@ def test_a_disk_that_becomes_read_only_is_told(place, whole):
             until(lambda: remount(run / "checkpoints", "ro"), 10, "moment without open files", every_s=0.005)
             assert ranks.end() == [EXIT_STATUS] * 2, ranks.told
         (error,) = ranks.errors
-        assert re.match(r"error: checkpoint \S+ could not be saved by rank 0: \[Errno 30\] Read-only file system: ", error)
+        assert re.match(
+            r"error: checkpoint \S+ could not be saved by rank 0: \[Errno 30\] Read-only file system: ", error
+        )
         assert remount(run / "checkpoints", "rw")
         last = int(checkpoints(run)[-1][5:])
         assert check_files(checkpoint(run, last), read_facts(checkpoint(run, last))) == []
@@ -257,7 +278,10 @@ def test_a_second_job_on_the_run_folder_is_refused_and_does_not_disturb_the_firs
         with Ranks(command(place, "taken", "--resume", "auto", config=config), 1, place.runs / "second.log") as second:
             assert second.end() == [EXIT_STATUS], second.told
         (error,) = second.errors
-        assert re.match(rf"error: \S+/taken is in use by another job, with rank 0 on \S+ \(pid {first.processes[0].pid}\) since 20", error)
+        assert re.match(
+            rf"error: \S+/taken is in use by another job, with rank 0 on \S+ \(pid {first.processes[0].pid}\) since 20",
+            error,
+        )
         last = saved_step(first.told)
         until(lambda: not first.alive or saved_step(first.told) > last, 60, "further checkpoint")
         first.processes[0].terminate()

@@ -41,7 +41,9 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(one, place):
     line = command(place, run.name, "--resume", "auto", "--set", "horizon.stop_step=5")
     done = finish(begin(launched("torchrun", 2, line)))
     assert done.status == 0 and f"resumed from {checkpoint(run, 4)} at step 4" in done.out, done.out + done.err
-    assert f"{checkpoint(run, 6)} is damaged and passed over: loader/stream_00001.npz is not as it was saved" in done.out
+    assert (
+        f"{checkpoint(run, 6)} is damaged and passed over: loader/stream_00001.npz is not as it was saved" in done.out
+    )
     told = refused(place, run.name, "--resume", str(checkpoint(run, 6)))
     assert told.startswith(f"{checkpoint(run, 6)} is damaged: loader/stream_00001.npz is not as it was saved (SHA-256)")
 
@@ -51,4 +53,6 @@ def test_with_all_damaged_nothing_starts(one, place):
     for step in (2, 4, 6):
         damage(checkpoint(run, step) / "__0_0.distcp")
     told = refused(place, run.name, "--resume", "auto")
-    assert told.startswith(f"{run} holds no complete checkpoint to resume from: {checkpoint(run, 6)} is damaged: __0_0.distcp is not as it was saved")
+    assert told.startswith(
+        f"{run} holds no complete checkpoint to resume from: {checkpoint(run, 6)} is damaged: __0_0.distcp is not as it was saved"
+    )

@@ -23,7 +23,9 @@ FOREIGN = {"attention": "flash3", "fp8_backend": "te"}
 @pytest.fixture(scope="module")
 def told(place):
     """(folder, what it said) of a run that stopped half-way, on two ranks of the tensor axis."""
-    done = finish(begin(launched("torchrun", 2, command(place, "fp8", "--set", f"horizon.stop_step={STOP}", config=FP8))))
+    done = finish(
+        begin(launched("torchrun", 2, command(place, "fp8", "--set", f"horizon.stop_step={STOP}", config=FP8)))
+    )
     assert done.status == 0, done.err
     return place.runs / "fp8", done.out
 
@@ -41,7 +43,10 @@ def foreign(told, place):
 
 def test_it_says_what_is_in_fp8_and_goes_on_without(told, place):
     run, said = told
-    assert "fp8 tensorwise by torch (auto: not te, because this machine has no CUDA device; slow: this CPU has no FP8 units) for attn.c_q, " in said
+    assert (
+        "fp8 tensorwise by torch (auto: not te, because this machine has no CUDA device; slow: this CPU has no FP8 units) for attn.c_q, "
+        in said
+    )
     shutil.copytree(run, place.runs / "onward")
     onward = train(place, "onward", "--resume", "auto", config=MODEL | {"precision": {"compute": "bfloat16"}})
     after = losses(onward)
@@ -51,8 +56,20 @@ def test_it_says_what_is_in_fp8_and_goes_on_without(told, place):
 
 def test_what_it_saved_is_used_anywhere(told, foreign, tmp_path, capsys):
     """Evaluated in a dtype without FP8 and on another layout, sampled from, and converted."""
-    line = ["launch/evaluate.py", "--checkpoint", foreign, "--bpb", "--sample", "--out", tmp_path / "out.json", "--set", "precision.compute=float32"]
-    done = finish(begin(launched("python", 1, [*line, "--set", "parallel.tensor=1", "--set", "parallel.sequence=false"])))
+    line = [
+        "launch/evaluate.py",
+        "--checkpoint",
+        foreign,
+        "--bpb",
+        "--sample",
+        "--out",
+        tmp_path / "out.json",
+        "--set",
+        "precision.compute=float32",
+    ]
+    done = finish(
+        begin(launched("python", 1, [*line, "--set", "parallel.tensor=1", "--set", "parallel.sequence=false"]))
+    )
     assert done.status == 0, done.err
     run, told = told[0], json.loads((tmp_path / "out.json").read_text())
     assert told["bpb"]["bpb"] == pytest.approx(bits_per_byte(run)[STOP], rel=5e-3) and told["samples"]
@@ -66,7 +83,11 @@ def test_what_it_saved_is_used_anywhere(told, foreign, tmp_path, capsys):
 def test_its_resumption_is_verified_with_the_kernels_that_are_here():
     asked = Config.model_validate(MODEL | {"precision": {"compute": "bfloat16", "fp8": "blockwise"} | FOREIGN})
     config, plan = planned(resume_config(asked, asked, 4, vars(Layout(1, 1, 1)), exact=True), 1, 300)
-    assert (config.precision.attention, config.precision.fp8_backend, config.precision.fp8) == ("auto", "auto", "off")  # 64 tokens, not 128
+    assert (config.precision.attention, config.precision.fp8_backend, config.precision.fp8) == (
+        "auto",
+        "auto",
+        "off",
+    )  # 64 tokens, not 128
     tensorwise = asked.model_copy(update={"precision": asked.precision.model_copy(update={"fp8": "tensorwise"})})
     config, again = planned(resume_config(tensorwise, tensorwise, 4, vars(Layout(1, 1, 1)), exact=True), 1, 300)
     assert config.precision.fp8 == "tensorwise" and again == plan == resolve(config, 1, 300)

@@ -37,7 +37,9 @@ def test_a_process_continues_prompts_from_standard_input_as_the_run_did(one):
     """The run's own sample is greedy, through the engine."""
     sample = json.loads((one / "samples" / "step_000006.json").read_text())["the old"]
     line = [sys.executable, "tools/generate.py", "--checkpoint", one, "--temperature", 0, "--tokens", 4, *EXACT]
-    done = subprocess.run([*map(str, line)], cwd=ROOT, env=environment(), input=b"the old\nthe\n", capture_output=True, timeout=120)
+    done = subprocess.run(
+        [*map(str, line)], cwd=ROOT, env=environment(), input=b"the old\nthe\n", capture_output=True, timeout=120
+    )
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout.decode().startswith(f"{sample}\n\nthe") and done.stdout.endswith(b"\n")
 
@@ -45,7 +47,9 @@ def test_a_process_continues_prompts_from_standard_input_as_the_run_did(one):
 def test_on_a_terminal_prompts_are_asked_for_and_a_bad_one_is_asked_for_again(made):
     ours, theirs = pty.openpty()
     line = [sys.executable, "tools/generate.py", "--checkpoint", made, "--tokens", "3", *EXACT]
-    process = subprocess.Popen([*map(str, line)], cwd=ROOT, env=environment(), stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*map(str, line)], cwd=ROOT, env=environment(), stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     os.close(theirs)
     os.write(ours, b"abab\n\n" + b"z " * 200 + b"\nabab\n\x04")
     out, err = process.communicate(timeout=120)
@@ -53,7 +57,9 @@ def test_on_a_terminal_prompts_are_asked_for_and_a_bad_one_is_asked_for_again(ma
     assert process.returncode == 0, err.decode()
     assert err.decode() == "error: prompt 2 has 401 tokens and the model can take 160: shorten it\n"
     first, empty, bad, second, end = out.decode().split("> ")[1:]
-    assert first.startswith("abab") and second.startswith("abab") and first != second, "the same prompt was not continued in another way"
+    assert first.startswith("abab") and second.startswith("abab") and first != second, (
+        "the same prompt was not continued in another way"
+    )
     assert (empty, bad, end) == ("", "", "\n")
 
 
@@ -62,12 +68,17 @@ def test_a_batch_is_what_each_prompt_gives_alone_in_any_order_of_batches(made, c
     asked = ["--checkpoint", made, "--prompts", tmp_path / "prompts", "--tokens", 8, "--seed", 5]
     found = lines(capsys, *asked)
     assert [line["prompt"] for line in found] == ["abcdefgh", "zz", "", "ab", "ab"]
-    assert all(len(line["tokens"]) == 8 or line["why"] == "stop" for line in found) and found[3]["text"] != found[4]["text"]
+    assert (
+        all(len(line["tokens"]) == 8 or line["why"] == "stop" for line in found)
+        and found[3]["text"] != found[4]["text"]
+    )
     assert lines(capsys, *asked, "--batch", 2) == found, "a row depends on the batch"
     assert lines(capsys, "--checkpoint", step_folder(made), *asked[2:]) == found
     assert lines(capsys, *asked[:-1], 6) != found
     told, _ = said(capsys, *asked)
-    assert told == "\n".join(f"{line['prompt']}{line['text']}\n" for line in found), "what is shown on the way is not the text"
+    assert told == "\n".join(f"{line['prompt']}{line['text']}\n" for line in found), (
+        "what is shown on the way is not the text"
+    )
     most_likely = [lines(capsys, *asked[:-2], "--temperature", 0, *more) for more in ([], ["--seed", 9])]
     assert most_likely[0] == most_likely[1]
 
@@ -77,7 +88,11 @@ def test_it_ends_where_it_is_told_to(made, capsys):
     (whole,) = lines(capsys, *asked)
     stop = whole["text"][8:10]
     (found,) = lines(capsys, *asked, "--stop", stop, "--stop", "no such text")
-    assert found["why"] == "stop" and found["text"] == whole["text"][: whole["text"].index(stop)] and len(found["tokens"]) < len(whole["tokens"])
+    assert (
+        found["why"] == "stop"
+        and found["text"] == whole["text"][: whole["text"].index(stop)]
+        and len(found["tokens"]) < len(whole["tokens"])
+    )
     told, err = said(capsys, "--checkpoint", made, "--prompt", "ab" * 75, "--tokens", 200, "--seed", 3)
     assert err.startswith("remark: prompt 1 and its continuation fill the model's 160 tokens") and err.count("\n") == 1
     assert len(lines(capsys, "--checkpoint", made, "--prompt", "ab" * 300, "--slide", "--tokens", 3)[0]["tokens"]) == 3
@@ -85,7 +100,9 @@ def test_it_ends_where_it_is_told_to(made, capsys):
 
 def test_checkpoints_of_early_formats_continue_with_a_tokenizer_given(capsys):
     found = [
-        lines(capsys, "--checkpoint", FIXTURES / f / "step_000003", "--tokenizer", FIXTURES / "tokenizer", "--prompt", "x")
+        lines(
+            capsys, "--checkpoint", FIXTURES / f / "step_000003", "--tokenizer", FIXTURES / "tokenizer", "--prompt", "x"
+        )
         for f in ("format_1", "format_2")
     ]
     assert found[0] == found[1] and found[0][0]["tokens"]

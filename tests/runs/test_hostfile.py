@@ -17,7 +17,10 @@ IN_PATH = {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
 
 def test_a_hostfile_that_does_not_exist_is_refused(place):
     """DeepSpeed itself only warns, and trains on this host."""
-    for launcher, option in (([BIN / "deepspeed"], ["--hostfile", "nowhere"]), ([sys.executable, "-m", "deepspeed.launcher.runner"], ["-H=nowhere"])):
+    for launcher, option in (
+        ([BIN / "deepspeed"], ["--hostfile", "nowhere"]),
+        ([sys.executable, "-m", "deepspeed.launcher.runner"], ["-H=nowhere"]),
+    ):
         line = [*launcher, *option, "--master_port", free_port(), *command(place, "nowhere")]
         done = finish(begin(line))
         assert done.status == 2, done.err
@@ -37,7 +40,10 @@ def test_mistakes_in_a_hostfile_end_the_check_at_once(place):
     assert done.status == 2 and len(done.errors) == 2
     path.write_text("worker-1 slots=2\n")
     done = finish(begin(["bash", "launch/no_ssh.sh", path, "1", "localhost", "configs/d4_cpu.json"], IN_PATH))
-    assert (done.status, done.err) == (2, f"error: node rank 1 is not in {path}, which has 1 host with 2 ranks: give 0 to 0\n")
+    assert (done.status, done.err) == (
+        2,
+        f"error: node rank 1 is not in {path}, which has 1 host with 2 ranks: give 0 to 0\n",
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -56,15 +62,21 @@ def test_the_script_for_data_parallelism_trains_as_any_launcher(two, place):
     program = command(place, "script")
     done = finish(begin(["bash", "launch/data.sh", program[2], "--set", "log.every=2"], IN_PATH | {"RANKS": "2"}))
     assert done.status == 0, done.err
-    assert losses(place.runs / "script") == {step: loss for step, loss in losses(two).items() if step % 2 == 0 or step == max(losses(two))}
+    assert losses(place.runs / "script") == {
+        step: loss for step, loss in losses(two).items() if step % 2 == 0 or step == max(losses(two))
+    }
 
 
-@pytest.mark.parametrize("script, axes", [("tensor.sh", (1, 2, 1)), ("pipeline.sh", (1, 1, 2)), ("three_d.sh", (1, 2, 2))])
+@pytest.mark.parametrize(
+    "script, axes", [("tensor.sh", (1, 2, 1)), ("pipeline.sh", (1, 1, 2)), ("three_d.sh", (1, 2, 2))]
+)
 def test_the_scripts_for_layouts_ask_for_them(script, axes, place):
     """The layouts themselves are tests/ranks' and tests/runs/test_layouts.py's."""
     program = command(place, script)
     few = {} if script == "tensor.sh" else {"RANKS": "1"}  # importing torch once is quicker; the plan is for --world
-    done = finish(begin(["bash", f"launch/{script}", program[2], "--dry-run", "--world", str(math.prod(axes))], IN_PATH | few))
+    done = finish(
+        begin(["bash", f"launch/{script}", program[2], "--dry-run", "--world", str(math.prod(axes))], IN_PATH | few)
+    )
     assert done.status == 0, done.err
     assert "layout = data {} x tensor {} x pipeline {}".format(*axes) in done.out
 

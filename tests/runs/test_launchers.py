@@ -39,9 +39,17 @@ def test_a_run_folder_tells_everything(one, place):
     assert files == ["checkpoints", "config.json", "environment.json", "lock", "metrics.jsonl", "plan.json", "samples"]
     assert checkpoints(one) == ["step_000002", "step_000004", "step_000006"]
     plan = json.loads((one / "plan.json").read_text())
-    assert (plan["steps"], plan["tokens_per_step"], plan["layout"]) == (STEPS, 384, {"data": 1, "tensor": 1, "pipeline": 1})
+    assert (plan["steps"], plan["tokens_per_step"], plan["layout"]) == (
+        STEPS,
+        384,
+        {"data": 1, "tensor": 1, "pipeline": 1},
+    )
     (environment,) = json.loads((one / "environment.json").read_text())
-    assert environment["compute_dtype"] == "torch.float32" and environment["packages"]["torch"] and "--config" in environment["command"]
+    assert (
+        environment["compute_dtype"] == "torch.float32"
+        and environment["packages"]["torch"]
+        and "--config" in environment["command"]
+    )
     (samples,) = (one / "samples").iterdir()
     ((prompt, text),) = json.loads(samples.read_text()).items()
     assert samples.name == f"step_{STEPS:06d}.json" and prompt == "the old" and text.startswith(prompt)
@@ -62,7 +70,12 @@ def test_metrics_have_the_dashboard_keys(one):
             "total_training_flops",
         } <= line.keys()
         assert "train/mfu" not in line, "the peak of a CPU is not known"
-        assert line["train/dt"] > 0 and line["train/epoch"] == 1 and math.isfinite(line["train/grad_norm"]) and not line["train/skipped"]
+        assert (
+            line["train/dt"] > 0
+            and line["train/epoch"] == 1
+            and math.isfinite(line["train/grad_norm"])
+            and not line["train/skipped"]
+        )
         assert line["train/muon_matrices"] == 13
     assert [line["train/lrm"] for line in lines[:3]] == [0.5, 1.0, 1.0]
     flops = [line["total_training_flops"] for line in metrics(one) if "total_training_flops" in line]
@@ -75,7 +88,9 @@ def test_metrics_have_the_dashboard_keys(one):
         {"total_training_time", "total_training_flops"} <= line.keys() for line in evaluated
     )
     assert evaluated[1]["val/bpb"] < evaluated[0]["val/bpb"]
-    assert evaluated[1]["total_training_flops"] == pytest.approx(STEPS * 384 * json.loads((one / "plan.json").read_text())["flops_per_token"])
+    assert evaluated[1]["total_training_flops"] == pytest.approx(
+        STEPS * 384 * json.loads((one / "plan.json").read_text())["flops_per_token"]
+    )
 
 
 def test_the_saved_config_runs_again(one, place):

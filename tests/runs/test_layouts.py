@@ -71,21 +71,39 @@ def test_eight_ranks_on_three_axes_in_float16(place):
 
 def test_a_run_goes_on_where_another_layout_stopped(place, grid):
     """tp2 x pp2 for two steps, then four data ranks for two, then one process."""
-    first = train(place, "moves", *layout(2, 2), "--set", "horizon.stop_step=2", launcher="deepspeed", world=4, config=ROWS12)
+    first = train(
+        place, "moves", *layout(2, 2), "--set", "horizon.stop_step=2", launcher="deepspeed", world=4, config=ROWS12
+    )
     assert losses(first) == {step: loss for step, loss in losses(grid).items() if step < 2}
-    train(place, "moves", "--resume", "auto", "--set", "horizon.stop_step=4", launcher="torchrun", world=4, config=ROWS12)
+    train(
+        place, "moves", "--resume", "auto", "--set", "horizon.stop_step=4", launcher="torchrun", world=4, config=ROWS12
+    )
     run = train(place, "moves", "--resume", "auto", config=ROWS12)
     assert losses(run) == pytest.approx(losses(grid), rel=5e-3)
-    assert losses(run)[2] == pytest.approx(losses(grid)[2], rel=1e-6), "the first step after the move starts from the same weights and rows"
+    assert losses(run)[2] == pytest.approx(losses(grid)[2], rel=1e-6), (
+        "the first step after the move starts from the same weights and rows"
+    )
     assert ledgers(checkpoint(run, STEPS)) == ledgers(checkpoint(grid, STEPS))
 
 
 @pytest.mark.parametrize(
     ("world", "arguments", "told"),
     [
-        (3, layout(2, 1), "parallel.tensor 2 x parallel.pipeline 1 does not divide the 3 ranks that were started: start 2 or 4 ranks"),
-        (3, layout(3, 1), "parallel.tensor is 3, which does not divide the model's 2 query heads: set parallel.tensor to 2"),
-        (3, layout(1, 3), "parallel.pipeline is 3, more stages than the model's 2 blocks: set parallel.pipeline to 2 or less"),
+        (
+            3,
+            layout(2, 1),
+            "parallel.tensor 2 x parallel.pipeline 1 does not divide the 3 ranks that were started: start 2 or 4 ranks",
+        ),
+        (
+            3,
+            layout(3, 1),
+            "parallel.tensor is 3, which does not divide the model's 2 query heads: set parallel.tensor to 2",
+        ),
+        (
+            3,
+            layout(1, 3),
+            "parallel.pipeline is 3, more stages than the model's 2 blocks: set parallel.pipeline to 2 or less",
+        ),
     ],
 )
 def test_a_layout_that_does_not_fit_is_refused_before_anything_starts(place, world, arguments, told):

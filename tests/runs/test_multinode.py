@@ -34,9 +34,13 @@ def ended(network: Network, host: str, *line, timeout_s: float = 150, **variable
     return finish(begin(network.at(host, list(line), **variables)), timeout_s)
 
 
-def on_both(network: Network, hostfile: Path, programs: list[list[str]], address: str = "host-a", **variables: str) -> list[Done]:
+def on_both(
+    network: Network, hostfile: Path, programs: list[list[str]], address: str = "host-a", **variables: str
+) -> list[Done]:
     """launch/no_ssh.sh on each host with its own program line."""
-    lines = [["bash", "launch/no_ssh.sh", hostfile, node, address, *program[2:]] for node, program in enumerate(programs)]
+    lines = [
+        ["bash", "launch/no_ssh.sh", hostfile, node, address, *program[2:]] for node, program in enumerate(programs)
+    ]
     started = [begin(network.at(host, line, **variables)) for host, line in zip(network.pids, lines, strict=False)]
     return [finish(process, 150) for process in started]
 
@@ -70,7 +74,19 @@ def test_without_ssh_and_with_names_that_are_loopback_to_their_own_hosts(tmp_pat
         for done in on_both(network, both, [command(place, "no_ssh")] * 2):
             assert done.status == 0, done.out + done.err
         assert losses(place.runs / "no_ssh") == losses(two)
-        line = ["torchrun", "--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend", "c10d", "--rdzv-endpoint", "host-a:29400", "--rdzv-id", "job"]
+        line = [
+            "torchrun",
+            "--nnodes",
+            2,
+            "--nproc-per-node",
+            1,
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            "host-a:29400",
+            "--rdzv-id",
+            "job",
+        ]
         started = [begin(network.at(host, [*line, *command(place, "torchrun")])) for host in network.pids]
         for done in [finish(process, 150) for process in started]:
             assert done.status == 0, done.out + done.err
@@ -78,7 +94,9 @@ def test_without_ssh_and_with_names_that_are_loopback_to_their_own_hosts(tmp_pat
         done = ended(network, "host-a", sys.executable, "launch/check_hosts.py", both)
         assert done.status == 2 and len(done.errors) == 2, "ssh has not seen these hosts"
         for name, error in zip(network.pids, done.errors, strict=True):
-            assert error.startswith(f"error: the host key of {name} is not known or has changed (Host key verification failed.): run `ssh {name}")
+            assert error.startswith(
+                f"error: the host key of {name} is not known or has changed (Host key verification failed.): run `ssh {name}"
+            )
 
 
 def test_a_killed_rank_is_named_first_and_ends_the_other_host_too(hosts, both, place):
@@ -108,19 +126,27 @@ def test_hosts_that_cannot_be_used_are_told_before_anything_starts(hosts, place)
     hosts.do("host-a", "sh", "-c", "python3 -m http.server 29500 >/dev/null 2>&1 & sleep 1; true")
     try:
         key.write_text(good.replace("AAAA", "AAAB"))  # what sshd compares with
-        done = ended(hosts, "host-a", "bash", "launch/hostfile.sh", hosts.hostfile("bad", text), *command(place, "bad_hosts")[2:])
+        done = ended(
+            hosts, "host-a", "bash", "launch/hostfile.sh", hosts.hostfile("bad", text), *command(place, "bad_hosts")[2:]
+        )
     finally:
         key.write_text(good)
     assert (done.status, done.out) == (2, "")
     refused, refused_b, down, unknown = done.errors
-    assert refused.startswith("error: host-a refuses this user's ssh key") and refused_b.startswith("error: host-b refuses")
-    assert down.startswith("error: host-c cannot be reached over ssh (") and unknown.startswith("error: the host host-d is unknown: ")
+    assert refused.startswith("error: host-a refuses this user's ssh key") and refused_b.startswith(
+        "error: host-b refuses"
+    )
+    assert down.startswith("error: host-c cannot be reached over ssh (") and unknown.startswith(
+        "error: the host host-d is unknown: "
+    )
     many = hosts.hostfile("many", "host-a slots=1\nhost-b slots=9999999\n")
     done = ended(hosts, "host-a", "bash", "launch/hostfile.sh", many, *command(place, "too_many")[2:])
     hosts.do("host-a", "pkill", "-f", "http.server 29500")
     assert done.status == 2
     slots, port = done.errors
-    assert "too little for slots=9999999: set slots to" in slots and port.startswith("error: port 29500 is in use on host-a, where rank 0")
+    assert "too little for slots=9999999: set slots to" in slots and port.startswith(
+        "error: port 29500 is in use on host-a, where rank 0"
+    )
 
 
 def test_a_cut_cable_is_told_by_ssh_and_by_the_ranks(hosts, both, place):
@@ -129,7 +155,9 @@ def test_a_cut_cable_is_told_by_ssh_and_by_the_ranks(hosts, both, place):
         begun = time.monotonic()
         done = ended(hosts, "host-a", sys.executable, "launch/check_hosts.py", both, timeout_s=60)
         assert time.monotonic() - begun < 30
-        assert done.status == 2 and re.match(r"error: host-b cannot be reached over ssh \(.*(No route to host|timed out)", done.errors[0]), done.err
+        assert done.status == 2 and re.match(
+            r"error: host-b cannot be reached over ssh \(.*(No route to host|timed out)", done.errors[0]
+        ), done.err
         program = command(place, "cut", "--set", "parallel.rendezvous_s=6")
         here, there = on_both(hosts, both, [program] * 2, address=f"{SUBNET}.1")
     finally:
@@ -148,7 +176,9 @@ def test_a_node_rank_that_is_given_twice_is_told(hosts, place):
     ends = [finish(process, 90) for process in started]
     assert [done.status for done in ends] == [2, 2, 2]
     for done in ends:
-        assert re.search(r"rank 1 came twice, from host-(a and from host-b|b and from host-a): give every host its own", done.err), done.err
+        assert re.search(
+            r"rank 1 came twice, from host-(a and from host-b|b and from host-a): give every host its own", done.err
+        ), done.err
 
 
 def test_another_config_on_a_host_is_refused(hosts, both, place):
@@ -178,7 +208,10 @@ def test_other_code_on_a_host_is_refused(tmp_path, place):
         ]
         direct = ended(network, "host-a", "deepspeed", "--hostfile", both, *program)
     assert direct.status != 0 and not (place.runs / "other_code").exists()
-    assert "error: rank 1 on host-b has other code than rank 0 on host-a (megachat/schedule.py): copy the same files" in direct.err
+    assert (
+        "error: rank 1 on host-b has other code than rank 0 on host-a (megachat/schedule.py): copy the same files"
+        in direct.err
+    )
 
 
 def test_a_port_in_use_ends_both_hosts(hosts, both, place):

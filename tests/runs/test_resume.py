@@ -50,7 +50,9 @@ def check_equal(run, uninterrupted):
     final, wanted = checkpoint(run, STEPS), checkpoint(uninterrupted, STEPS)
     assert different(final, wanted) == []
     weights = load_model(final)
-    assert weights.keys() == load_model(wanted).keys() and all(bool(torch.isfinite(weight).all()) for weight in weights.values())
+    assert weights.keys() == load_model(wanted).keys() and all(
+        bool(torch.isfinite(weight).all()) for weight in weights.values()
+    )
     assert ledgers(final) == ledgers(wanted) and len(ledgers(final)) == 4
     found, expected = facts(final), facts(wanted)
     assert (found["adamw_steps"], found["loss_scaler"]) == (expected["adamw_steps"], expected["loss_scaler"])
@@ -78,7 +80,9 @@ def test_stop_and_go_on_is_bit_for_bit_the_same(world, one, two, stopped, place)
     train(place, run.name, "--resume", "auto", world=world)
     check_equal(run, {1: one, 2: two}[world])
     curve = [line for line in metrics(run) if "checkpoint/total_s" not in line]
-    assert [line["step"] for line in curve] == [0, 1, 2, 3, 3, 4, 5, 6], "one curve: the evaluations after 3 and 6 steps among six training lines"
+    assert [line["step"] for line in curve] == [0, 1, 2, 3, 3, 4, 5, 6], (
+        "one curve: the evaluations after 3 and 6 steps among six training lines"
+    )
     assert curve[-1]["total_training_flops"] == max(line.get("total_training_flops", 0) for line in metrics(one))
     saves = [line for line in metrics(run) if "checkpoint/total_s" in line]
     assert len(saves) == 4 and all(0 <= line["checkpoint/blocked_s"] <= line["checkpoint/total_s"] for line in saves)
@@ -135,7 +139,10 @@ def test_resuming_a_finished_run_says_so(one, shared_place):
     told = losses(one), bits_per_byte(one)
     done = finish(begin(launched("python", 1, command(shared_place, "one", "--resume", "auto"))))
     assert done.status == 0 and done.err == ""
-    assert "nothing to do: step 6 is not before the last step 6; raise horizon.steps or horizon.stop_step to go on" in done.out
+    assert (
+        "nothing to do: step 6 is not before the last step 6; raise horizon.steps or horizon.stop_step to go on"
+        in done.out
+    )
     assert f"resumed from {checkpoint(one, 6)} at step 6" in done.out
     assert (losses(one), bits_per_byte(one)) == told
 
@@ -163,7 +170,10 @@ def test_documents_begin_anew_once_when_that_is_allowed(stopped, place):
         assert done.status == 0, done.err
         told[stop_step] = [line for line in done.out.splitlines() if "documents begin anew" in line]
     (line,), again = told[5], told[6]
-    assert "documents begin anew with the first one at step 3 and may repeat earlier ones (data.resume=restart; the checkpoint's loader" in line
+    assert (
+        "documents begin anew with the first one at step 3 and may repeat earlier ones (data.resume=restart; the checkpoint's loader"
+        in line
+    )
     assert again == [], "the setting is still there, but they can go on"
     (restart,) = json.loads((checkpoint(run, 6) / "loader" / "loader.json").read_text())["restarts"]
     assert restart == {"step": 3, "ledger": facts(checkpoint(run, 3))["ledger"]} and len(restart["ledger"]) == 64

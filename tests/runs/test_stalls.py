@@ -13,14 +13,21 @@ from megachat.checkpoint.load import newest_complete
 from megachat.errors import LOST_RANK_STATUS, STALL_STATUS
 from tests.runs.job import Done, Place, begin, command, finish, free_port, launched, metrics, processes_of, until
 
-LONG = {"horizon": {"steps": 50_000}, "evaluate": {"every": 0}, "checkpoint": {"every": 0}, "log": {"every": 20}}  # ended by the test
+LONG = {
+    "horizon": {"steps": 50_000},
+    "evaluate": {"every": 0},
+    "checkpoint": {"every": 0},
+    "log": {"every": 20},
+}  # ended by the test
 HOST = socket.gethostname()
 GONE_S = 20.0  # generous: the machine may be busy; DeepSpeed's own patience with one rank is 30 s
 
 
 def until_training(process: subprocess.Popen, run: Path) -> None:
     """The first step, in which the watch is more patient, is over."""
-    until(lambda: process.poll() is not None or (run / "metrics.jsonl").exists() and len(metrics(run)) > 1, 120, "step 20")
+    until(
+        lambda: process.poll() is not None or (run / "metrics.jsonl").exists() and len(metrics(run)) > 1, 120, "step 20"
+    )
     assert process.poll() is None, finish(process)
 
 
@@ -56,7 +63,9 @@ class Job:
         self.launcher.kill()
 
 
-@pytest.mark.parametrize("launcher, rank", [("deepspeed", 0), ("deepspeed", 1), ("torchrun", 0), ("torchrun", 1), ("mpirun", 1)])
+@pytest.mark.parametrize(
+    "launcher, rank", [("deepspeed", 0), ("deepspeed", 1), ("torchrun", 0), ("torchrun", 1), ("mpirun", 1)]
+)
 def test_a_killed_rank_is_named_first_and_once(launcher, rank, place):
     job = Job(place, f"killed_{launcher}_{rank}", launcher)
     pid = job.rank(rank)
@@ -67,7 +76,9 @@ def test_a_killed_rank_is_named_first_and_once(launcher, rank, place):
         assert f"rank {rank} with PID {pid} on node" in done.err
         return
     (told,) = done.errors
-    assert told.startswith(f"error: rank {rank} (host {HOST}, pid {pid}) died or cannot be reached; the other ranks stop: ")
+    assert told.startswith(
+        f"error: rank {rank} (host {HOST}, pid {pid}) died or cannot be reached; the other ranks stop: "
+    )
     assert told.endswith("continue with --resume auto")
     assert "Traceback" not in done.err.split(told)[0] and "RuntimeError" not in done.out + done.err
 
@@ -84,7 +95,9 @@ def test_an_ended_launcher_leaves_no_rank_behind(launcher, kill, place):
         return
     told = [line for line in done.err.splitlines() if line.endswith(": the job saves after this step and ends")]
     assert len(told) == 1 and done.errors == [], done.err
-    assert re.match(r"(rank \d .+ was told to stop \(SIGTERM\)|the launcher \w+ \(pid \d+\) above rank \d .+ has gone): ", told[0])
+    assert re.match(
+        r"(rank \d .+ was told to stop \(SIGTERM\)|the launcher \w+ \(pid \d+\) above rank \d .+ has gone): ", told[0]
+    )
     found, passed_over = newest_complete(job.run / "checkpoints")
     assert found is not None and passed_over == []
     assert f"stopped after step {int(found.name[5:])}, which is saved: continue with --resume auto" in done.out
@@ -108,7 +121,9 @@ def test_a_killed_rank_ends_the_other_where_nobody_launched_them(rank, place):
     ends = [finish(each, 60) for each in ranks]
     assert ends[1 - rank].status == LOST_RANK_STATUS
     (told,) = ends[1 - rank].err.splitlines()
-    assert told.startswith(f"error: rank {rank} (host {HOST}, pid {ranks[rank].pid}) died or cannot be reached; the other ranks stop: ")
+    assert told.startswith(
+        f"error: rank {rank} (host {HOST}, pid {ranks[rank].pid}) died or cannot be reached; the other ranks stop: "
+    )
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -120,6 +135,10 @@ def test_a_stopped_rank_is_named_and_all_end(rank, place):
     assert other.status == STALL_STATUS, other.out + other.err
     assert finish(ranks[rank], 60).status == -signal.SIGKILL
     table, told = (run / "stall.txt").read_text().splitlines()[1:-1], other.errors[0]
-    assert told.startswith(f"error: rank {rank} (host {HOST}, pid {ranks[rank].pid}) does not answer, stopped or stuck in C code, while the other")
+    assert told.startswith(
+        f"error: rank {rank} (host {HOST}, pid {ranks[rank].pid}) does not answer, stopped or stuck in C code, while the other"
+    )
     assert told in (run / "stall.txt").read_text() and len(other.errors) == 1
-    assert re.match(rf"{rank} +{HOST} +{ranks[rank].pid} +no answer", table[1 + rank]) and " waits in " in table[2 - rank]
+    assert (
+        re.match(rf"{rank} +{HOST} +{ranks[rank].pid} +no answer", table[1 + rank]) and " waits in " in table[2 - rank]
+    )

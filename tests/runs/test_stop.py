@@ -34,11 +34,19 @@ def ranks_alone(place, name: str, world: int, config: dict) -> tuple[list[subpro
     told = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [begin(program, told | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(world)]
     run = place.runs / name
-    until(lambda: any(rank.poll() is not None for rank in ranks) or (run / "metrics.jsonl").exists() and len(metrics(run)) > 6, 90, "step 3")
+    until(
+        lambda: (
+            any(rank.poll() is not None for rank in ranks) or (run / "metrics.jsonl").exists() and len(metrics(run)) > 6
+        ),
+        90,
+        "step 3",
+    )
     return ranks, run
 
 
-@pytest.mark.parametrize("world, rank, number", [(1, 0, signal.SIGTERM), (2, 1, signal.SIGTERM), (2, 0, signal.SIGUSR1)])
+@pytest.mark.parametrize(
+    "world, rank, number", [(1, 0, signal.SIGTERM), (2, 1, signal.SIGTERM), (2, 0, signal.SIGUSR1)]
+)
 def test_a_stop_costs_nothing(world, rank, number, place):
     name = f"stopped_{world}_{rank}_{number.name}"
     ranks, run = ranks_alone(place, name, world, LONG)
@@ -47,11 +55,15 @@ def test_a_stop_costs_nothing(world, rank, number, place):
     assert [each.status for each in ends] == [SAVED_STATUS] * world, ends
     told = "".join(each.err for each in ends)
     assert re.fullmatch(
-        rf"rank {rank} \(.*pid {ranks[rank].pid}\) was told to stop \({number.name}\): the job saves after this step and ends\n", told
+        rf"rank {rank} \(.*pid {ranks[rank].pid}\) was told to stop \({number.name}\): the job saves after this step and ends\n",
+        told,
     )
     saved, _ = newest_complete(run / "checkpoints")
     step = facts(saved)["step"]
-    assert f"stopped after step {step}, which is saved: continue with --resume auto" in ends[0].out and facts(saved)["loop"]["owes_evaluation"]
+    assert (
+        f"stopped after step {step}, which is saved: continue with --resume auto" in ends[0].out
+        and facts(saved)["loop"]["owes_evaluation"]
+    )
     assert max(bits_per_byte(run)) == step - 1 and max(losses(run)) == step - 1
     until_step = {"horizon": LONG["horizon"] | {"stop_step": step + 2}}
     train(place, name, "--resume", "auto", world=world, config=LONG | until_step)
@@ -77,8 +89,17 @@ def test_a_step_that_takes_too_long_is_not_waited_for(place):
 
 
 def test_before_it_trains_a_job_ends_at_once(place):
-    job = begin(launched("python", 1, command(place, "early", config={"parallel": {"rendezvous_s": 60}})), {"WORLD_SIZE": "2", "RANK": "0"} | ALONE)
-    until(lambda: job.poll() is not None or b"SigCgt" in Path(f"/proc/{job.pid}/status").read_bytes() and listens(job.pid), 60, "rank 0 to listen")
+    job = begin(
+        launched("python", 1, command(place, "early", config={"parallel": {"rendezvous_s": 60}})),
+        {"WORLD_SIZE": "2", "RANK": "0"} | ALONE,
+    )
+    until(
+        lambda: (
+            job.poll() is not None or b"SigCgt" in Path(f"/proc/{job.pid}/status").read_bytes() and listens(job.pid)
+        ),
+        60,
+        "rank 0 to listen",
+    )
     job.send_signal(signal.SIGUSR1)
     done = finish(job, 60)
     assert done.status == STOPPED_STATUS and "was told to stop (SIGUSR1), so the job stops" in done.errors[0]

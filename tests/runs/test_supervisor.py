@@ -74,12 +74,22 @@ def test_a_step_that_crashes_every_time_is_given_up(place):
     line = supervised(place, "hopeless", 2, config=slow)
     job, run = begin(line), place.runs / "hopeless"
     for times in range(3):
-        until_running(job, run, lambda times=times: crashes(run) == times and (run / "running").exists(), f"step 0 with {times} crashes")
+        until_running(
+            job,
+            run,
+            lambda times=times: crashes(run) == times and (run / "running").exists(),
+            f"step 0 with {times} crashes",
+        )
         (pid,) = rank_1(line[line.index("--config") + 1])
         os.kill(pid, signal.SIGKILL)
     done = finish(job, 120)
     assert done.status == EXIT_STATUS
-    assert done.errors[-1].removeprefix("error: [rank 1] ").removeprefix("error: ").startswith(f"step 0 of {run} has failed 3 times in a row")
+    assert (
+        done.errors[-1]
+        .removeprefix("error: [rank 1] ")
+        .removeprefix("error: ")
+        .startswith(f"step 0 of {run} has failed 3 times in a row")
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)

@@ -30,9 +30,24 @@ def verify(*arguments, config="configs/d4_cpu.json", small=SMALL):
 
 
 def test_two_layouts_are_equal_and_certified(tmp_path):
-    done = verify("--depth", 2, "--layout", "tp=2,pp=2,dp=2", "--layout", "tp=2", "--rows", 2, "--out", tmp_path / "certificate.json")
+    done = verify(
+        "--depth",
+        2,
+        "--layout",
+        "tp=2,pp=2,dp=2",
+        "--layout",
+        "tp=2",
+        "--rows",
+        2,
+        "--out",
+        tmp_path / "certificate.json",
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("  equal") == 2 and "8 ranks against one process" in done.stdout and "tolerance 1e-05" in done.stdout
+    assert (
+        done.stdout.count("  equal") == 2
+        and "8 ranks against one process" in done.stdout
+        and "tolerance 1e-05" in done.stdout
+    )
     told = json.loads((tmp_path / "certificate.json").read_text())
     assert told["passed"] and [entry["layout"] for entry in told["layouts"]] == [
         {"data": 2, "tensor": 2, "pipeline": 2}, {"data": 1, "tensor": 2, "pipeline": 1},
@@ -44,7 +59,10 @@ def test_what_cannot_be_laid_out_is_refused_before_anything_starts(tmp_path):
     out = tmp_path / "certificate.json"
     done = verify("--layout", "tp=3", "--out", out)
     assert done.returncode == 2 and not out.exists()
-    assert done.stderr == "error: parallel.tensor is 3, which does not divide the model's 8 query heads: set parallel.tensor to 2\n"
+    assert (
+        done.stderr
+        == "error: parallel.tensor is 3, which does not divide the model's 8 query heads: set parallel.tensor to 2\n"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +71,21 @@ def resumed(place, tmp_path_factory) -> tuple[str, dict, Path, Path]:
     config = Path(command(place, "resumed")[2])
     out, kept = tmp_path_factory.mktemp("certificate") / "certificate.json", tmp_path_factory.mktemp("kept") / "runs"
     done = verify(
-        "--resume", "--layout", "dp=2", "--onto", "dp=2", "--onto", "pp=2", "--rows", 3, "--out", out, "--keep", kept, config=config, small=[]
+        "--resume",
+        "--layout",
+        "dp=2",
+        "--onto",
+        "dp=2",
+        "--onto",
+        "pp=2",
+        "--rows",
+        3,
+        "--out",
+        out,
+        "--keep",
+        kept,
+        config=config,
+        small=[],
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, json.loads(out.read_text()), kept / "0", config
@@ -63,12 +95,24 @@ def test_a_resume_is_bit_equal_on_its_layout_and_token_equal_on_another(resumed)
     told, document, runs, _ = resumed
     assert "2 ranks; depth 2" in told and "6 rows of 64 tokens a step; 4 steps whole, and stopped after 2" in told
     same, other = document["resumes"]
-    assert document["passed"] and same["onto"] == same["layout"] == {"data": 2, "tensor": 1, "pipeline": 1} and other["onto"]["pipeline"] == 2
+    assert (
+        document["passed"]
+        and same["onto"] == same["layout"] == {"data": 2, "tensor": 1, "pipeline": 1}
+        and other["onto"]["pipeline"] == 2
+    )
     assert (same["verdict"], same["differences"], same["first_difference"]) == ("bit-equal", [], None)
-    assert other["verdict"] == "token-equal" and other["differences"] and all(entry["within"] for entry in other["differences"])
+    assert (
+        other["verdict"] == "token-equal"
+        and other["differences"]
+        and all(entry["within"] for entry in other["differences"])
+    )
     assert min(entry["step"] for entry in other["differences"]) >= 2, "what is loaded is what was saved"
     assert "  bit-equal: " in told and "  token-equal: the same documents, losses within 1e-06" in told
-    assert [sorted(losses(runs / name)) for name in ("whole", "half", "onto-dp2-tp1-pp1")] == [[0, 1, 2, 3], [0, 1], [0, 1, 2, 3]]
+    assert [sorted(losses(runs / name)) for name in ("whole", "half", "onto-dp2-tp1-pp1")] == [
+        [0, 1, 2, 3],
+        [0, 1],
+        [0, 1, 2, 3],
+    ]
 
 
 ALONE = Axis("world", 1, 0, None, (0,))
@@ -76,8 +120,13 @@ ALONE = Axis("world", 1, 0, None, (0,))
 
 def changed(step_folder: Path, name: str) -> None:
     """Rewrite a checkpoint with one element of one tensor changed, all hashes right."""
-    whole = {key: torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"])) for key, entry in read_index(step_folder).items()}
-    pieces = {key: (tuple(tensor.shape), [((0,) * tensor.ndim, tuple(tensor.shape), tensor)]) for key, tensor in whole.items()}
+    whole = {
+        key: torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
+        for key, entry in read_index(step_folder).items()
+    }
+    pieces = {
+        key: (tuple(tensor.shape), [((0,) * tensor.ndim, tuple(tensor.shape), tensor)]) for key, tensor in whole.items()
+    }
     load_checkpoint(step_folder, pieces)
     whole[name].view(-1)[3] += 1e-6
     for path in step_folder.glob("*.distcp"):
@@ -89,7 +138,9 @@ def changed(step_folder: Path, name: str) -> None:
 def rehashed(step_folder: Path) -> None:
     facts = json.loads((step_folder / "checkpoint.json").read_text())
     paths = [path for path in step_folder.rglob("*") if path.is_file() and path.name != "checkpoint.json"]
-    files = {str(path.relative_to(step_folder)): {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in paths}
+    files = {
+        str(path.relative_to(step_folder)): {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in paths
+    }
     del facts["sha256"]
     write_facts(step_folder, facts | {"files": files})
 
@@ -109,10 +160,17 @@ def test_a_momentum_changed_between_the_halves_is_named(resumed, tmp_path):
     after = copied(tmp_path, "half", tmp_path / "after")
     run_job(load_config(runs / "half.json"), after, 2, 4, every=1, resume=True)
     verdict, found = judge(runs / "whole", half, after, order_of(config), exact=True)
-    assert verdict == "different" and found[0].told.startswith("muon/transformer.h.1.mlp.c_fc.weight/momentum: relative ") and found[0].step == 2
+    assert (
+        verdict == "different"
+        and found[0].told.startswith("muon/transformer.h.1.mlp.c_fc.weight/momentum: relative ")
+        and found[0].step == 2
+    )
     # had the file been right and been read wrongly, the first step after it would tell: its own momentum, and nothing before it
     verdict, found = judge(runs / "whole", runs / "half", after, order_of(config), exact=True)
-    assert verdict == "different" and (found[0].step, found[0].name) == (3, "muon/transformer.h.1.mlp.c_fc.weight/momentum")
+    assert verdict == "different" and (found[0].step, found[0].name) == (
+        3,
+        "muon/transformer.h.1.mlp.c_fc.weight/momentum",
+    )
     verdict, found = judge(runs / "whole", half, after, order_of(config), exact=False)
     assert verdict == "different" and found[0].step == 2, "what is saved has no tolerance on any layout"
 

@@ -20,7 +20,16 @@ def mistakes(path, *overrides) -> list[str]:
 
 def test_a_file_holds_differences_and_overrides_win(tmp_path):
     path = write(tmp_path, '{"model": {"depth": 4}, "evaluate": {"prompts": ["a"]}}')
-    config = load_config(path, ["model.depth=6", "run.name=x", 'optimizer.muon_multiplier={"*": 2.0}', "horizon.flops=1e18", "model.kv_heads=null"])
+    config = load_config(
+        path,
+        [
+            "model.depth=6",
+            "run.name=x",
+            'optimizer.muon_multiplier={"*": 2.0}',
+            "horizon.flops=1e18",
+            "model.kv_heads=null",
+        ],
+    )
     assert (config.model.depth, config.run.name, config.horizon.flops, config.model.kv_heads) == (6, "x", 1e18, None)
     assert config.evaluate.prompts == ("a",)
     assert config.optimizer.muon_multiplier == {"*": 2.0}
@@ -35,7 +44,10 @@ def test_saved_config_runs_again(tmp_path):
 
 
 def test_all_mistakes_at_once_one_line_each_with_the_nearest_name(tmp_path):
-    path = write(tmp_path, '{"model": {"dept": 3, "depth": "4", "depth": 5}, "btch": {}, "batch": {"steps": 3, "tokens": -1, "micro_rows": 2.5}}')
+    path = write(
+        tmp_path,
+        '{"model": {"dept": 3, "depth": "4", "depth": 5}, "btch": {}, "batch": {"steps": 3, "tokens": -1, "micro_rows": 2.5}}',
+    )
     lines = mistakes(path, "optimizer.matrix_lrr=1", "nonsense", "log.wandb=loud")
     expected = (
         "'depth' is given twice",

@@ -26,12 +26,20 @@ GPU_NAMES = [name for name in NAMES if TABLE.get(name, (0, ""))[1] == "GPU"]
 def config_of(name: str) -> Config:
     """Where a tokenizer would tell the vocabulary, the tests do."""
     config = load_config(FOLDER / f"{name}.json")
-    return config if config.model.vocab_size else config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 4096})})
+    return (
+        config
+        if config.model.vocab_size
+        else config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 4096})})
+    )
 
 
 def test_the_table_has_every_config():
     assert sorted(TABLE) == NAMES
-    wanted = {f"{base}{axis}" for base in ("d12", "d20", "d24", "d24_fp8", "d26_fp8", "d32_fp8") for axis in ("", "_tp2", "_pp2")}
+    wanted = {
+        f"{base}{axis}"
+        for base in ("d12", "d20", "d24", "d24_fp8", "d26_fp8", "d32_fp8")
+        for axis in ("", "_tp2", "_pp2")
+    }
     assert wanted - {"d26_fp8_tp2"} <= set(GPU_NAMES), "13 heads are not divided by 2"
 
 
@@ -70,11 +78,22 @@ def test_a_variant_is_its_base_on_another_layout(name):
 
 def test_the_readmes_config_through_the_program_itself():
     """Without data, tokenizer or CORE's bundle being there."""
-    line = [sys.executable, "launch/pretrain.py", "--config", "configs/d24_fp8.json", "--dry-run", "--world", "8", "--memory-gb", "24"]
+    line = [
+        sys.executable,
+        "launch/pretrain.py",
+        "--config",
+        "configs/d24_fp8.json",
+        "--dry-run",
+        "--world",
+        "8",
+        "--memory-gb",
+        "24",
+    ]
     done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     assert "layout = data 8 x tensor 1 x pipeline 1" in done.stdout and "tokens_per_step = 1,048,576" in done.stdout
     assert re.search(
-        r"WARNING: this run needs [\d.]+ GB on a rank by the count, and the device has 24\.0 GB: .*: set batch\.micro_rows=", done.stdout
+        r"WARNING: this run needs [\d.]+ GB on a rank by the count, and the device has 24\.0 GB: .*: set batch\.micro_rows=",
+        done.stdout,
     )
     assert not (ROOT / "data" / "eval_bundle.zip").exists() or "CORE bundle" in done.stdout

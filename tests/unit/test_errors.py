@@ -31,12 +31,21 @@ main()
 
 
 def ended(how: str, *words: str):
-    return subprocess.run([sys.executable, "-c", PROGRAM.format(how=how), *words], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(how=how), *words], cwd=ROOT, capture_output=True, text=True, timeout=30
+    )
 
 
-@pytest.mark.parametrize("how, end", [("", "kept its promise\ntaken apart\n"), ("(rank=lambda: 0)", "kept its promise\n")])
 @pytest.mark.parametrize(
-    "word, status, told", [("", 0, ""), ("wrong", 2, "error: first is wrong\nerror: second too\n"), ("interrupt", 130, "error: interrupted\n")]
+    "how, end", [("", "kept its promise\ntaken apart\n"), ("(rank=lambda: 0)", "kept its promise\n")]
+)
+@pytest.mark.parametrize(
+    "word, status, told",
+    [
+        ("", 0, ""),
+        ("wrong", 2, "error: first is wrong\nerror: second too\n"),
+        ("interrupt", 130, "error: interrupted\n"),
+    ],
 )
 def test_what_was_printed_and_promised_comes_out_and_only_a_tool_is_taken_apart(how, end, word, status, told):
     done = ended(how, word)
@@ -50,7 +59,9 @@ def test_another_rank_says_which_it_is():
 @pytest.mark.parametrize("lines, said", [(1, ""), (100_000, "worked")])
 def test_a_tool_whose_reader_has_gone_ends_without_a_word(lines, said):
     program = PROGRAM.format(how="").replace('print("worked", end=" ")', f"[print('worked') for _ in range({lines})]")
-    tool = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    tool = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     read = tool.stdout.read(len(said))
     tool.stdout.close()
     assert read == said and tool.stderr.read() == "" and tool.wait(30) == 141
@@ -58,5 +69,7 @@ def test_a_tool_whose_reader_has_gone_ends_without_a_word(lines, said):
 
 def test_another_broken_pipe_is_no_end_of_the_reader():
     program = PROGRAM.format(how="").replace("raise KeyboardInterrupt", "raise BrokenPipeError('a socket')")
-    done = subprocess.run([sys.executable, "-c", program, "interrupt"], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(
+        [sys.executable, "-c", program, "interrupt"], cwd=ROOT, capture_output=True, text=True, timeout=30
+    )
     assert done.returncode == 1 and "BrokenPipeError: a socket" in done.stderr

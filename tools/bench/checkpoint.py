@@ -41,7 +41,9 @@ def trained(arguments) -> Training:
     """A model after one step, so that no state is zero."""
     environment = bootstrap_environment()
     config = load_config(arguments.config, arguments.set)
-    plan = resolve(config, environment.world_size, config.model.vocab_size or arguments.vocab_size)  # refuses what does not fit, first
+    plan = resolve(
+        config, environment.world_size, config.model.vocab_size or arguments.vocab_size
+    )  # refuses what does not fit, first
     mesh = start(config, choose_device(environment))
     training = build_training(config, plan, mesh, torch.ones(plan.dims.vocab_size, dtype=torch.int64))
     set_schedules(training, 0)
@@ -89,7 +91,11 @@ def save_with_torch(state: dict, path: Path, *, sync: bool) -> None:
 
 def round_of(training: Training, saver: Saver, state: dict, folder: Path, measured: Measured) -> dict[str, int]:
     """Each way once, and loading; returns bytes on disk."""
-    world, pieces, own = training.mesh.world, state_pieces(training, replicas=False), folder / f"rank_{training.mesh.world.rank}.pt"
+    world, pieces, own = (
+        training.mesh.world,
+        state_pieces(training, replicas=False),
+        folder / f"rank_{training.mesh.world.rank}.pt",
+    )
     for name, sync in (("torch.save", False), ("torch.save_and_fsync", True)):
         measured.time(name, lambda sync=sync: save_with_torch(state, own, sync=sync))
     barrier(world)
@@ -114,7 +120,9 @@ def round_of(training: Training, saver: Saver, state: dict, folder: Path, measur
     facts = read_facts(saved.path)
     measured.time("ours_check_hashes", lambda: check_files(saved.path, facts, share(facts, world.rank, world.size)))
     measured.time("ours_load", lambda: load_checkpoint(saved.path, state_pieces(training)))
-    measured.time("torch.load", lambda: [state[name].copy_(tensor) for name, tensor in torch.load(own, weights_only=True).items()])
+    measured.time(
+        "torch.load", lambda: [state[name].copy_(tensor) for name, tensor in torch.load(own, weights_only=True).items()]
+    )
     ours_bytes = sum(path.stat().st_size for path in saved.path.rglob("*") if path.is_file())
     barrier(world)
     own.unlink()
@@ -127,12 +135,18 @@ def least_bytes(training: Training) -> int:
     """Float32 master and momentum of Muon's parameters and their second moments; master and two moments of AdamW's."""
     parameters = training.plan.parameters
     others = parameters["total"] - parameters["matrices"]
-    moments = {name: shape for part in all_gather_objects(_second_moments(training), training.mesh.world) for name, shape in part.items()}
+    moments = {
+        name: shape
+        for part in all_gather_objects(_second_moments(training), training.mesh.world)
+        for name, shape in part.items()
+    }
     return 8 * parameters["matrices"] + 12 * others + 4 * sum(torch.Size(shape).numel() for shape in moments.values())
 
 
 def _second_moments(training: Training) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(shape) for name, (shape, _) in state_pieces(training).items() if name.endswith("/second_moment")}
+    return {
+        name: tuple(shape) for name, (shape, _) in state_pieces(training).items() if name.endswith("/second_moment")
+    }
 
 
 @user_errors_end_the_program
@@ -146,7 +160,9 @@ def main() -> None:
     pieces = state_pieces(training, replicas=False)
     saver.reserve(pieces)
     state = {
-        f"{name} {index}": view.detach().cpu().clone() for name, (_, rectangles) in pieces.items() for index, (_, _, view) in enumerate(rectangles)
+        f"{name} {index}": view.detach().cpu().clone()
+        for name, (_, rectangles) in pieces.items()
+        for index, (_, _, view) in enumerate(rectangles)
     }
     for number in range(arguments.rounds + 1):
         sizes = round_of(training, saver, state, arguments.folder, measured)
@@ -155,11 +171,17 @@ def main() -> None:
     seconds, least = measured.seconds, least_bytes(training)
     if training.mesh.world.rank == 0:
         ratios = {
-            f"{ours}_over_{theirs}": statistics.median(mine / other for mine, other in zip(seconds[ours], seconds[theirs], strict=True))
+            f"{ours}_over_{theirs}": statistics.median(
+                mine / other for mine, other in zip(seconds[ours], seconds[theirs], strict=True)
+            )
             for ours in ("ours_beside_a_step_blocked", "ours_blocked")
             for theirs in ("torch.save", "torch.save_and_fsync")
         }
-        told = {"parameters": training.plan.parameters["total"], "ranks": training.mesh.world.size, "rounds": arguments.rounds}
+        told = {
+            "parameters": training.plan.parameters["total"],
+            "ranks": training.mesh.world.size,
+            "rounds": arguments.rounds,
+        }
         told |= {"median_s": {name: statistics.median(values) for name, values in seconds.items()}, "ratios": ratios}
         told |= {"bytes": sizes | {"least": least}, "bytes_over_least": sizes["ours"] / least, "all_s": seconds}
         print(json.dumps(told), flush=True)

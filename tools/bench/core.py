@@ -57,5 +57,14 @@ def actions(checkpoint: Path, bundle: Path, overrides: list[str], max_per_task: 
         "in batches": lambda: evaluate_core(evaluator, tasks, model.tokenizer, max_per_task=max_per_task),
     }
     examples = sum(len(right) for right in alone.values())
-    facts = {"examples": examples, "padding_share": together.padding_share, "tasks": {task.label: len(alone[task.label]) for task in tasks}}
-    return ways, facts | {"depth": dims.depth, "width": dims.width, "threads": torch.get_num_threads(), "tokens_a_pass": evaluator.tokens_a_pass}
+    facts = {
+        "examples": examples,
+        "padding_share": together.padding_share,
+        "tasks": {task.label: len(alone[task.label]) for task in tasks},
+    }
+    return ways, facts | {
+        "depth": dims.depth,
+        "width": dims.width,
+        "threads": torch.get_num_threads(),
+        "tokens_a_pass": evaluator.tokens_a_pass,
+    }

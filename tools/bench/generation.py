@@ -31,7 +31,9 @@ def computed_anew(model: InProcess, prompts: list[list[int]], tokens: int) -> li
     for _ in range(tokens):
         width = max(map(len, rows))
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-        found = last_logits(run_layers(model.layers, ids), torch.tensor([len(row) - 1 for row in rows]), model.dims).argmax(-1)
+        found = last_logits(
+            run_layers(model.layers, ids), torch.tensor([len(row) - 1 for row in rows]), model.dims
+        ).argmax(-1)
         for row, token in zip(rows, found.tolist(), strict=True):
             row.append(token)
     return [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
@@ -45,7 +47,10 @@ def actions(config: Config, vocab_size: int, tokens: int) -> tuple[dict, dict]:
     cases["8 of 8 lengths"] = [SHORTEST + (longest - SHORTEST) * i // 7 for i in range(8)]
     made = {}
     for name, lengths in cases.items():
-        prompts = [row[:length].tolist() for row, length in zip(related_rows(0, len(lengths), longest, vocab_size), lengths, strict=True)]
+        prompts = [
+            row[:length].tolist()
+            for row, length in zip(related_rows(0, len(lengths), longest, vocab_size), lengths, strict=True)
+        ]
         made[name] = {
             "anew": lambda prompts=prompts: computed_anew(model, prompts, tokens),
             "cached": lambda prompts=prompts: [row.new for row in generate(model, prompts, tokens=tokens)],
@@ -53,5 +58,11 @@ def actions(config: Config, vocab_size: int, tokens: int) -> tuple[dict, dict]:
         if made[name]["anew"]() != made[name]["cached"]():
             raise RuntimeError(f"{name}: the ways give other tokens")
     kept = {f"{n} rows": cache_bytes(dims, n, dims.sequence_len, torch.float32) for n in ROWS}
-    facts = {"width": dims.width, "depth": dims.depth, "windows": dims.windows, "sequence_len": dims.sequence_len, "cache_bytes": kept}
+    facts = {
+        "width": dims.width,
+        "depth": dims.depth,
+        "windows": dims.windows,
+        "sequence_len": dims.sequence_len,
+        "cache_bytes": kept,
+    }
     return made, facts | {"rows": {name: len(lengths) for name, lengths in cases.items()}}

@@ -48,15 +48,27 @@ def cases(nanochat: str | None) -> list[dict]:
 
     found = [case("torch compiled"), case("te tensorwise")]
     found += [case("nanochat", path=nanochat), case("nanochat fp8", path=nanochat)] if nanochat else []
-    found += [case("attention"), case("torch tensorwise"), case("torch compiled", depth=12), case("te tensorwise", depth=12)]
+    found += [
+        case("attention"),
+        case("torch tensorwise"),
+        case("torch compiled", depth=12),
+        case("te tensorwise", depth=12),
+    ]
     if "recompute" in BatchConfig.model_fields:
         found += [case("torch compiled", recompute=kind) for kind in ("selective", "block")]
     found += [case("te bf16"), case("torch eager"), case("te blockwise"), case("torch tensorwise", depth=12)]
     found += [case("nanochat", depth=12, path=nanochat)] if nanochat else []
     found += [case("torch compiled", name) for name in KERNELS]
     found += [case("torch compiled", "sdpa", pattern="L")]
-    found += [case(linears, depth=12, micro_rows=8) for linears in ("te tensorwise", "torch compiled")]  # few tokens: does the host keep up?
-    return found + [case(linears, name) for linears in LINEARS for name in ("te", "flash3", "flex", "sdpa") if linears != "torch compiled"]
+    found += [
+        case(linears, depth=12, micro_rows=8) for linears in ("te tensorwise", "torch compiled")
+    ]  # few tokens: does the host keep up?
+    return found + [
+        case(linears, name)
+        for linears in LINEARS
+        for name in ("te", "flash3", "flex", "sdpa")
+        if linears != "torch compiled"
+    ]
 
 
 def case_config(case: dict) -> Config:
@@ -90,7 +102,11 @@ def build(case: dict, device):
     plan = resolve(config, 1, VOCAB)
     training = build_training(config, plan, build_mesh(device), torch.ones(VOCAB, dtype=torch.int64))
     if case["linears"] == "te bf16":
-        for linear in (module for module in training.layers.modules() if isinstance(module, Linear) and min(module.weight.shape) >= 128):
+        for linear in (
+            module
+            for module in training.layers.modules()
+            if isinstance(module, Linear) and min(module.weight.shape) >= 128
+        ):
             linear.product = TELinears(None).build(linear.weight)
     set_schedules(training, 10)
     rows, optimizer_s = related_rows(0, plan.rows_per_step, SEQUENCE + 1, VOCAB), []
@@ -107,10 +123,14 @@ def build(case: dict, device):
         return execute
 
     def step(apart: bool = False) -> float:
-        if apart:  # waiting for the device around the optimizer costs time, so these steps are not those that are counted
+        if (
+            apart
+        ):  # waiting for the device around the optimizer costs time, so these steps are not those that are counted
             optimizer_s.append(0.0)
             kinds = (schedule.ReduceGrads, schedule.OptimizerStep)
-            engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | {kind: timed(engine._INSTRUCTION_MAP[kind]) for kind in kinds}
+            engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | {
+                kind: timed(engine._INSTRUCTION_MAP[kind]) for kind in kinds
+            }
         loss = engine.train_batch(micro_batches(rows, plan.micro_rows)).item()
         engine.__dict__.pop("_INSTRUCTION_MAP", None)
         return loss
@@ -171,7 +191,9 @@ def measure(case: dict) -> dict:
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     whole, _ = timed(3, apart=True)
     step_s, optimizer, peak = statistics.median(seconds), statistics.median(optimizer_s), peak_flops(device)
-    passes = statistics.median(one - own for one, own in zip(whole, optimizer_s, strict=True))  # of the same steps: others may be faster
+    passes = statistics.median(
+        one - own for one, own in zip(whole, optimizer_s, strict=True)
+    )  # of the same steps: others may be faster
     at_reference = optimizer / (optimizer + passes * REFERENCE_TOKENS / plan.tokens_per_step)
     return {
         "tokens_per_sec": plan.tokens_per_step / step_s,
@@ -195,8 +217,12 @@ def measure_attention(case: dict, device) -> dict:
 
     plan = resolve(case_config(case | {"linears": "torch compiled", "attention": "auto"}), 1, VOCAB)
     dims, told = plan.dims, {}
-    shapes = [(plan.micro_rows, SEQUENCE, heads, dims.head_size) for heads in (dims.heads, dims.kv_heads, dims.kv_heads)]
-    g, *inputs = (torch.randn(shape, device=device, dtype=torch.bfloat16).requires_grad_() for shape in (shapes[0], *shapes))
+    shapes = [
+        (plan.micro_rows, SEQUENCE, heads, dims.head_size) for heads in (dims.heads, dims.kv_heads, dims.kv_heads)
+    ]
+    g, *inputs = (
+        torch.randn(shape, device=device, dtype=torch.bfloat16).requires_grad_() for shape in (shapes[0], *shapes)
+    )
     for name in KERNELS:
         try:
             attend = choose_attention(name, device, torch.bfloat16, dims).attend
@@ -232,12 +258,20 @@ def measure_all(asked: list[dict], minutes: float, after=lambda found: None) -> 
 
 def _measured_apart(case: dict, left_s: float) -> dict:
     try:
-        done = subprocess.run([sys.executable, str(Path(__file__).resolve()), json.dumps(case)], capture_output=True, text=True, timeout=left_s)
+        done = subprocess.run(
+            [sys.executable, str(Path(__file__).resolve()), json.dumps(case)],
+            capture_output=True,
+            text=True,
+            timeout=left_s,
+        )
     except subprocess.TimeoutExpired:
         return {"left_out": "no time was left"}
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.strip()] or ["no output"]
-        return {"failed": next((line for line in reversed(said) if "Error" in line), said[-1])[:300], "said": said[-30:]}
+        return {
+            "failed": next((line for line in reversed(said) if "Error" in line), said[-1])[:300],
+            "said": said[-30:],
+        }
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -248,7 +282,9 @@ def bench_gpu(arguments: argparse.Namespace) -> dict:
     from megachat.job.launch import describe_environment
 
     if not torch.cuda.is_available():
-        raise UserError("this machine has no CUDA device, which the GPU benchmark is about: run it on one, or another kind of tools/bench.py")
+        raise UserError(
+            "this machine has no CUDA device, which the GPU benchmark is about: run it on one, or another kind of tools/bench.py"
+        )
     if arguments.nanochat:
         require_clone(arguments.nanochat)
     checks = [json.loads(line) for line in Path(arguments.checks).read_text().splitlines()] if arguments.checks else []
@@ -260,7 +296,9 @@ def bench_gpu(arguments: argparse.Namespace) -> dict:
 
     def write(found: list[dict]) -> None:  # each time, so that a run that is broken off leaves what it has measured
         if arguments.out:
-            write_report(Path(arguments.out), report(found, where, ABOUT, log), result | {"found": found, "where": where})
+            write_report(
+                Path(arguments.out), report(found, where, ABOUT, log), result | {"found": found, "where": where}
+            )
 
     return result | {"found": measure_all(cases(arguments.nanochat), arguments.minutes, write)}
 

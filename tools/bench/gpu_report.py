@@ -11,7 +11,16 @@ from megachat.errors import UserError
 from megachat.files import write_whole
 
 BEGIN, END = "<!-- measured by tools/bench.py gpu: begin -->", "<!-- measured by tools/bench.py gpu: end -->"
-PACKAGES = ("torch", "triton", "transformer-engine", "flash-attn", "flash-attn-3", "flash-attn-4", "deepspeed", "kernels")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformer-engine",
+    "flash-attn",
+    "flash-attn-3",
+    "flash-attn-4",
+    "deepspeed",
+    "kernels",
+)
 OPTIONS = ("pattern", "micro_rows", "recompute")  # of a case: what is not as in the others
 _COUNTED = re.compile(r"(\d+) (passed|failed|skipped|errors?)\b")
 
@@ -39,18 +48,32 @@ def gpu_facts() -> dict:
         told = None
     packages = {package: version(package) for package in PACKAGES}
     cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
-    return {"gpus": told, "cuda": torch.version.cuda, "cudnn": cudnn, "packages": packages, "python": platform.python_version()}
+    return {
+        "gpus": told,
+        "cuda": torch.version.cuda,
+        "cudnn": cudnn,
+        "packages": packages,
+        "python": platform.python_version(),
+    }
 
 
 def goals(found: list[dict]) -> list[tuple[str, str, str]]:
     """(what was to be reached, what was measured, yes, no or unknown) from the cases."""
 
     def best(depth: int, *linears: str, key: str = "tokens_per_sec") -> float | None:
-        values = [entry[key] for entry in found if _plain(entry, depth) and entry["case"]["linears"] in linears and entry.get(key)]
+        values = [
+            entry[key]
+            for entry in found
+            if _plain(entry, depth) and entry["case"]["linears"] in linears and entry.get(key)
+        ]
         return max(values, default=None)
 
     def row(what: str, value: float | None, reached: bool | None, shown: str) -> tuple[str, str, str]:
-        return what, "not measured" if value is None else shown.format(value), "unknown" if value is None or reached is None else _yes(reached)
+        return (
+            what,
+            "not measured" if value is None else shown.format(value),
+            "unknown" if value is None or reached is None else _yes(reached),
+        )
 
     def ratio(one: float | None, other: float | None) -> float | None:
         return one / other if one and other else None
@@ -59,12 +82,19 @@ def goals(found: list[dict]) -> list[tuple[str, str, str]]:
     fp8, of_depth_12 = best(24, "te tensorwise", "torch tensorwise"), best(12, "te tensorwise", "torch tensorwise")
     memory = ratio(best(24, "torch compiled", key="peak_memory_bytes"), best(24, "nanochat", key="peak_memory_bytes"))
     share, mfu = (best(24, "torch compiled", key=key) for key in ("optimizer_share_at_reference_batch", "mfu"))
-    kernel = next((entry["attention"] for entry in found if entry["case"]["linears"] == "nanochat" and "attention" in entry), "")
+    kernel = next(
+        (entry["attention"] for entry in found if entry["case"]["linears"] == "nanochat" and "attention" in entry), ""
+    )
     beside = f"{{:.2f}} times; its attention was {kernel}"
     to_theirs, to_bf16, small = ratio(ours, theirs), ratio(fp8, ours), ratio(of_depth_12, best(12, "torch compiled"))
     return [
         row("d24 in bfloat16: MFU at least 55 %", mfu, mfu and mfu >= 0.55, "{:.1%}"),
-        row("d24 in bfloat16: at least 1.10 times nanochat's tokens a second", to_theirs, to_theirs and to_theirs >= 1.10, beside),
+        row(
+            "d24 in bfloat16: at least 1.10 times nanochat's tokens a second",
+            to_theirs,
+            to_theirs and to_theirs >= 1.10,
+            beside,
+        ),
         row("d24 in FP8: at least 1.15 times our bfloat16", to_bf16, to_bf16 and to_bf16 >= 1.15, "{:.2f} times"),
         row("d12 in FP8 beside our bfloat16", small, None, "{:.2f} times"),
         row("d24, 16 rows: peak memory at most 0.8 of nanochat's", memory, memory and memory <= 0.8, "{:.2f}"),
@@ -101,12 +131,21 @@ def report(found: list[dict], where: dict, about: str, checks_log: str) -> str:
 def checks_summary(log: str) -> str:
     """The counts of pytest's last line that has any, or that there is none."""
     counted = [line for line in log.splitlines() if _COUNTED.search(line) and " in " in line]
-    return ", ".join(f"{count} {what}" for count, what in _COUNTED.findall(counted[-1])) if counted else "not run to their end"
+    return (
+        ", ".join(f"{count} {what}" for count, what in _COUNTED.findall(counted[-1]))
+        if counted
+        else "not run to their end"
+    )
 
 
 def _table(head: list[str], rows) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(str(cell).replace("|", "/").replace("\n", " ") for cell in row) + " |" for row in rows)])
+    return "\n".join(
+        [
+            *lines,
+            *("| " + " | ".join(str(cell).replace("|", "/").replace("\n", " ") for cell in row) + " |" for row in rows),
+        ]
+    )
 
 
 def _steps(found: list[dict]) -> str:
@@ -124,8 +163,20 @@ def _steps(found: list[dict]) -> str:
         ratio = f"{entry['tokens_per_sec'] / base[case['depth']]:.2f}" if case["depth"] in base else "unknown"
         mfu = f"{entry['mfu']:.1%}" if entry["mfu"] else "unknown"
         memory = f"{entry['peak_memory_bytes'] / 2**30:.1f} GiB" if entry["peak_memory_bytes"] else "unknown"
-        rows.append([*start, f"{entry['tokens_per_sec']:,.0f}", ratio, mfu, memory, f"{entry['optimizer_share_at_reference_batch']:.1%}"])
-    return _table(["model", "linears", "attention", "tokens a second", "of torch compiled", "MFU", "peak memory", "optimizer"], rows)
+        rows.append(
+            [
+                *start,
+                f"{entry['tokens_per_sec']:,.0f}",
+                ratio,
+                mfu,
+                memory,
+                f"{entry['optimizer_share_at_reference_batch']:.1%}",
+            ]
+        )
+    return _table(
+        ["model", "linears", "attention", "tokens a second", "of torch compiled", "MFU", "peak memory", "optimizer"],
+        rows,
+    )
 
 
 def _attention(entry: dict) -> str:

@@ -16,9 +16,13 @@ from megachat.planning.plan import Plan
 def require_clone(folder: str | None) -> None:
     """Raises UserError when `folder` is not one with nanochat's model in it."""
     if not folder:
-        raise UserError("this measurement needs a clone of nanochat and --nanochat is not given: give the folder of one")
+        raise UserError(
+            "this measurement needs a clone of nanochat and --nanochat is not given: give the folder of one"
+        )
     if not (Path(folder) / "nanochat" / "gpt.py").is_file():
-        raise UserError(f"--nanochat {folder} is no clone of nanochat, because it lacks nanochat/gpt.py: give the folder of one")
+        raise UserError(
+            f"--nanochat {folder} is no clone of nanochat, because it lacks nanochat/gpt.py: give the folder of one"
+        )
 
 
 def open_nanochat(clone: str | None) -> tuple[ModuleType, ModuleType]:
@@ -29,7 +33,9 @@ def open_nanochat(clone: str | None) -> tuple[ModuleType, ModuleType]:
     try:
         return importlib.import_module("nanochat.gpt"), importlib.import_module("nanochat.flash_attention")
     except ImportError as error:
-        raise UserError(f"nanochat in {clone} cannot be imported ({error}): install what its pyproject.toml names") from error
+        raise UserError(
+            f"nanochat in {clone} cannot be imported ({error}): install what its pyproject.toml names"
+        ) from error
 
 
 def build_nanochat(clone: str, plan: Plan, pattern: str, device: torch.device, *, fp8: bool = False):
@@ -37,8 +43,13 @@ def build_nanochat(clone: str, plan: Plan, pattern: str, device: torch.device, *
     gpt, _ = open_nanochat(clone)
     dims = plan.dims
     sizes = {"n_layer": dims.depth, "n_head": dims.heads, "n_kv_head": dims.kv_heads, "n_embd": dims.width}
-    with torch.device("meta"), contextlib.redirect_stdout(sys.stderr):  # it prints, and standard output is the measurement's
-        model = gpt.GPT(gpt.GPTConfig(sequence_len=dims.sequence_len, vocab_size=dims.vocab_size, window_pattern=pattern, **sizes))
+    with (
+        torch.device("meta"),
+        contextlib.redirect_stdout(sys.stderr),
+    ):  # it prints, and standard output is the measurement's
+        model = gpt.GPT(
+            gpt.GPTConfig(sequence_len=dims.sequence_len, vocab_size=dims.vocab_size, window_pattern=pattern, **sizes)
+        )
     model.to_empty(device=device)
     model.init_weights()
     if fp8:
@@ -48,7 +59,9 @@ def build_nanochat(clone: str, plan: Plan, pattern: str, device: torch.device, *
             sides = (getattr(module, "in_features", 0), getattr(module, "out_features", 0))
             return isinstance(module, torch.nn.Linear) and min(sides) >= 128 and not any(side % 16 for side in sides)
 
-        convert_to_float8_training(model, config=Float8LinearConfig.from_recipe_name("tensorwise"), module_filter_fn=fits)
+        convert_to_float8_training(
+            model, config=Float8LinearConfig.from_recipe_name("tensorwise"), module_filter_fn=fits
+        )
     with contextlib.redirect_stdout(sys.stderr):
         optimizer = model.setup_optimizer()
     return model, torch.compile(model, dynamic=False), optimizer
@@ -68,7 +81,9 @@ def row_counts(asked: str, rows_per_step: int) -> list[int]:
     """Rows at a time, of which one after the other is tried. Raises UserError for what does not divide a step."""
     counts = [int(word) if word.isdigit() else 0 for word in asked.split()]
     if not counts or any(count < 1 or rows_per_step % count for count in counts):
-        raise UserError(f"--nanochat-rows {asked!r} must be divisors of the {rows_per_step} rows of a step, with spaces between them")
+        raise UserError(
+            f"--nanochat-rows {asked!r} must be divisors of the {rows_per_step} rows of a step, with spaces between them"
+        )
     return counts
 
 

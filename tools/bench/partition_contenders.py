@@ -138,7 +138,10 @@ class DeepSpeed(Contender):
         settings = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_clipping": 0.0,  # it would clip the orthogonalized update
-            "optimizer": {"type": "Muon", "params": {"lr": LR, "momentum": MOMENTUM, "weight_decay": 0.0, "ns_method": "standard"}},
+            "optimizer": {
+                "type": "Muon",
+                "params": {"lr": LR, "momentum": MOMENTUM, "weight_decay": 0.0, "ns_method": "standard"},
+            },
             "bf16": {"enabled": True},
             "zero_optimization": {"stage": 1},
             "steps_per_print": 2**31 - 1,
@@ -155,7 +158,9 @@ class DeepSpeed(Contender):
     def state_bytes(self) -> int:
         """float32 masters of the shards, and what the optimizer keeps beside them."""
         zero = self.engine.optimizer
-        kept = [tensor for state in zero.optimizer.state.values() for tensor in state.values() if torch.is_tensor(tensor)]
+        kept = [
+            tensor for state in zero.optimizer.state.values() for tensor in state.values() if torch.is_tensor(tensor)
+        ]
         return sum(tensor.numel() * tensor.element_size() for tensor in [*kept, *zero.single_partition_of_fp32_groups])
 
 
@@ -167,7 +172,10 @@ class Chunks(Contender):
         self.axis, self.stacks, self.states = mesh.data, by_shape(matrices), []
         for stack in self.stacks:
             chunk = -(-len(stack) // self.axis.size)
-            momentum, second = torch.zeros(chunk, *stack[0].shape), torch.zeros(chunk, *muon.second_moment_shape(stack[0].shape))
+            momentum, second = (
+                torch.zeros(chunk, *stack[0].shape),
+                torch.zeros(chunk, *muon.second_moment_shape(stack[0].shape)),
+            )
             self.states.append({"momentum": momentum, "second": second})
 
     def step(self, gradients: dict) -> None:
@@ -179,7 +187,9 @@ class Chunks(Contender):
                 whole = torch.zeros(self.axis.size * len(state["momentum"]), *stack[0].shape)
                 torch.stack([self.parameters[matrix.name].grad for matrix in stack], out=whole[: len(stack)])
                 mine = torch.empty_like(state["momentum"])
-                reductions.append((whole, mine, reduce_scatter(mine.view(-1), whole.view(-1), self.axis, asynchronous=True)))
+                reductions.append(
+                    (whole, mine, reduce_scatter(mine.view(-1), whole.view(-1), self.axis, asynchronous=True))
+                )
             for stack, state, (whole, mine, pending) in zip(self.stacks, self.states, reductions, strict=True):
                 pending.wait()
                 first = self.axis.rank * len(mine)
@@ -188,7 +198,9 @@ class Chunks(Contender):
                     torch.stack([self.parameters[matrix.name] for matrix in own], out=updated[: len(own)])
                     part = {key: tensor[: len(own)] for key, tensor in state.items()}
                     self.momentum_step(mine[: len(own)].div_(self.axis.size), part, own[0], updated[: len(own)])
-                gathers.append((stack, whole, updated, all_gather(whole.view(-1), updated.view(-1), self.axis, asynchronous=True)))
+                gathers.append(
+                    (stack, whole, updated, all_gather(whole.view(-1), updated.view(-1), self.axis, asynchronous=True))
+                )
             for stack, whole, _, pending in gathers:
                 pending.wait()
                 for matrix, value in zip(stack, whole, strict=False):
@@ -209,7 +221,10 @@ class WholeByCost(Contender):
         self.fullest = max(sum(matrix.elements for matrix in own) for own in self.dealt)
         self.states = {}
         for matrix in self.dealt[self.axis.rank]:
-            kept = {"momentum": torch.zeros(matrix.shape), "second": torch.zeros(muon.second_moment_shape(matrix.shape))}
+            kept = {
+                "momentum": torch.zeros(matrix.shape),
+                "second": torch.zeros(muon.second_moment_shape(matrix.shape)),
+            }
             self.states[matrix.name] = kept | {"master": self.parameters[matrix.name].detach()}
         for parameter in self.parameters.values():
             parameter.data = parameter.data.bfloat16()
@@ -242,7 +257,12 @@ class WholeByCost(Contender):
         return sum(4 * tensor.numel() for state in self.states.values() for tensor in state.values())
 
 
-CONTENDERS = {"megachat": Megachat, "DeepSpeed's Muon, ZeRO-1": DeepSpeed, "nanochat's chunks": Chunks, "whole matrices by cost": WholeByCost}
+CONTENDERS = {
+    "megachat": Megachat,
+    "DeepSpeed's Muon, ZeRO-1": DeepSpeed,
+    "nanochat's chunks": Chunks,
+    "whole matrices by cost": WholeByCost,
+}
 
 
 def measure_here(rounds: int) -> dict:
@@ -265,7 +285,11 @@ def measure_here(rounds: int) -> dict:
             if number == 0:  # warms up, too
                 with FlopCounterMode(display=False) as flops:
                     contender.step(gradients)
-                found[name] |= {"bytes": wire.bytes - before, "flops": flops.get_total_flops(), "state": contender.state_bytes()}
+                found[name] |= {
+                    "bytes": wire.bytes - before,
+                    "flops": flops.get_total_flops(),
+                    "state": contender.state_bytes(),
+                }
                 continue
             contender.step(gradients)
             dist.barrier()

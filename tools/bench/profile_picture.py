@@ -28,22 +28,33 @@ def picture(title: str, parts: Mapping[str, Mapping[str, float]], step: list[tup
     for name, own in parts.items():
         if own["ms"] > 0:
             told = f"<title>{escape(name)}: {own['ms']:.2f} ms, {own['share']:.1%}</title>"
-            drawn.append(f'<rect class="part" data-part={quoteattr(name)} x="{x:.2f}" y="40" width="{WIDTH * own["share"]:.2f}" height="36" ')
+            drawn.append(
+                f'<rect class="part" data-part={quoteattr(name)} x="{x:.2f}" y="40" width="{WIDTH * own["share"]:.2f}" height="36" '
+            )
             drawn[-1] += f'fill="{colours[name]}">{told}</rect>'
             x += WIDTH * own["share"]
     top = 92
     for number, (name, own) in enumerate(parts.items()):
         column, row = LEFT + number % 4 * (WIDTH // 4), top + number // 4 * LINE
         drawn.append(f'<rect x="{column}" y="{row}" width="12" height="12" fill="{colours[name]}"/>')
-        drawn.append(f'<text class="legend" x="{column + 18}" y="{row + 11}">{escape(name)} {own["ms"]:.1f} ms, {own["share"]:.1%}</text>')
+        drawn.append(
+            f'<text class="legend" x="{column + 18}" y="{row + 11}">{escape(name)} {own["ms"]:.1f} ms, {own["share"]:.1%}</text>'
+        )
     top += (len(parts) + 3) // 4 * LINE + 30
     drawn.append(f'<text x="{LEFT}" y="{top - 8}">one step, {(end - begin) / 1000:.1f} ms</text>')
     for number, name in enumerate(shown):
         y, scale = top + number * LINE, WIDTH / (end - begin)
         drawn.append(f'<text x="{LEFT - 8}" y="{y + 14}" text-anchor="end">{escape(name)}</text>')
-        spans = ((LEFT + (low - begin) * scale, LEFT + (high - begin) * scale) for low, high, part in step if part == name)
-        boxes = (f'<rect x="{low:.2f}" y="{y}" width="{max(high - low, LEAST):.2f}" height="{LINE - 4}"/>' for low, high in lane(spans))
+        spans = (
+            (LEFT + (low - begin) * scale, LEFT + (high - begin) * scale) for low, high, part in step if part == name
+        )
+        boxes = (
+            f'<rect x="{low:.2f}" y="{y}" width="{max(high - low, LEAST):.2f}" height="{LINE - 4}"/>'
+            for low, high in lane(spans)
+        )
         drawn.append(f'<g class="lane" data-part={quoteattr(name)} fill="{colours[name]}">{"".join(boxes)}</g>')
     height = top + len(shown) * LINE + 12
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {LEFT + WIDTH + 20} {height}" font-family="sans-serif" font-size="12" role="img">'
-    return "\n".join([head, f'<rect width="{LEFT + WIDTH + 20}" height="{height}" fill="white"/>', *drawn, "</svg>", ""])
+    return "\n".join(
+        [head, f'<rect width="{LEFT + WIDTH + 20}" height="{height}" fill="white"/>', *drawn, "</svg>", ""]
+    )

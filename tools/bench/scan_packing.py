@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 
 
-def scan_rows(documents: Iterator[list[int]], row_tokens: int, buffer_documents: int, refill: int = 1) -> Iterator[tuple[list[int], int, int]]:
+def scan_rows(
+    documents: Iterator[list[int]], row_tokens: int, buffer_documents: int, refill: int = 1
+) -> Iterator[tuple[list[int], int, int]]:
     """(row, tokens read so far, tokens cropped so far) without end. refill: documents added at a time while the buffer holds too few."""
     buffer: list[list[int]] = []
     read = cropped = 0

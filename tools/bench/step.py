@@ -19,7 +19,12 @@ from tools.bench.live_bytes import LiveBytes
 
 def random_rows(plan: Plan) -> torch.Tensor:
     """A step's rows, int64 [rows, tokens + 1], the same each time."""
-    return torch.randint(0, plan.dims.vocab_size, (plan.rows_per_step, plan.dims.sequence_len + 1), generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        0,
+        plan.dims.vocab_size,
+        (plan.rows_per_step, plan.dims.sequence_len + 1),
+        generator=torch.Generator().manual_seed(0),
+    )
 
 
 def training_steps(arguments, settings: dict[str, list[str]]) -> tuple[dict, Plan]:
@@ -33,7 +38,9 @@ def training_steps(arguments, settings: dict[str, list[str]]) -> tuple[dict, Pla
         training = build_training(config, plan, mesh, torch.ones(plan.dims.vocab_size, dtype=torch.int64))
         set_schedules(training, 0)
         rows = random_rows(plan)
-        actions[name] = lambda training=training, rows=rows: training.engine.train_batch(micro_batches(rows, training.plan.micro_rows)).item()
+        actions[name] = lambda training=training, rows=rows: training.engine.train_batch(
+            micro_batches(rows, training.plan.micro_rows)
+        ).item()
     return actions, plan
 
 

@@ -105,14 +105,20 @@ def segments_of_steps(events: list[dict]) -> list[list[Segment]]:
     """Each step's segments. events: "traceEvents" of a trace of torch.profiler."""
     complete = [event for event in events if event.get("ph") == "X"]
     marks = [event for event in complete if event.get("cat") == "user_annotation"]
-    launched_by = {event["args"]["correlation"]: event for event in complete if event.get("cat") in _LAUNCHES and "correlation" in event["args"]}
+    launched_by = {
+        event["args"]["correlation"]: event
+        for event in complete
+        if event.get("cat") in _LAUNCHES and "correlation" in event["args"]
+    }
     kernels = [event for event in complete if event.get("cat") in _KERNELS]
     steps = []
     for step in sorted((mark for mark in marks if mark["name"] == STEP), key=lambda mark: mark["ts"]):
         begin, end, threads = step["ts"], step["ts"] + step["dur"], {}
         for mark in marks:
             if mark["name"].startswith(PART):
-                threads.setdefault(mark["tid"], []).append(Segment(mark["ts"], mark["ts"] + mark["dur"], mark["name"].removeprefix(PART)))
+                threads.setdefault(mark["tid"], []).append(
+                    Segment(mark["ts"], mark["ts"] + mark["dur"], mark["name"].removeprefix(PART))
+                )
         told = {thread: innermost(ranges, begin, end) for thread, ranges in threads.items()}
         main = told.get(step["tid"], [Segment(begin, end, GAP)])
         if not kernels:
@@ -160,7 +166,9 @@ def layout_sizes(text: str) -> dict[str, int]:
     for word in text.split(","):
         axis, _, size = word.partition("=")
         if axis not in sizes or not size.isdecimal() or int(size) < 1:
-            raise UserError(f"--layout {text}: {word!r} is no axis with its ranks; write it like dp=2,tp=2, of dp, tp and pp")
+            raise UserError(
+                f"--layout {text}: {word!r} is no axis with its ranks; write it like dp=2,tp=2, of dp, tp and pp"
+            )
         sizes[axis] = int(size)
     return sizes
 
@@ -168,7 +176,11 @@ def layout_sizes(text: str) -> dict[str, int]:
 def operators(profiled: profile, steps: int, step_us: float) -> list[dict]:
     """Those with the most time of their own: on the GPU where there is one, else on the CPU."""
     times = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    own = [entry for entry in profiled.key_averages() if entry.device_type == DeviceType.CPU and not entry.key.startswith((PART, STEP))]
+    own = [
+        entry
+        for entry in profiled.key_averages()
+        if entry.device_type == DeviceType.CPU and not entry.key.startswith((PART, STEP))
+    ]
     own = sorted(own, key=lambda entry: -getattr(entry, times))[:SHOWN]
     return [
         {
@@ -189,7 +201,9 @@ def measure(config_path: str, settings: list[str], vocab_size: int, rounds: int,
     plan = resolve(config, mesh.world.size, config.model.vocab_size or vocab_size)
     training = build_training(config, plan, mesh, torch.ones(plan.dims.vocab_size, dtype=torch.int64))
     generator = torch.Generator().manual_seed(mesh.data.rank)
-    rows = torch.randint(0, plan.dims.vocab_size, (plan.micro_rows * plan.accumulation, plan.dims.sequence_len + 1), generator=generator)
+    rows = torch.randint(
+        0, plan.dims.vocab_size, (plan.micro_rows * plan.accumulation, plan.dims.sequence_len + 1), generator=generator
+    )
     run = Run(**vars(training), folder=Path(), tokenizer=None, loader=itertools.repeat(rows), bundle=None)
     run.engine.optimizer.timers = _Timers()
     plain = [train_step(run, 0).seconds for _ in range(WARM_UP + rounds)][WARM_UP:]
@@ -204,10 +218,24 @@ def measure(config_path: str, settings: list[str], vocab_size: int, rounds: int,
         steps = segments_of_steps(json.loads(trace.read_text())["traceEvents"])
     lasting = [own[-1].end - own[0].begin for own in steps]
     step_us = statistics.mean(lasting)
-    parts = {name: sum(one.end - one.begin for own in steps for one in own if one.part == name) / rounds for name in PARTS}
-    facts = {"depth": plan.dims.depth, "width": plan.dims.width, "rows_of": plan.dims.sequence_len, "micro_rows": plan.micro_rows}
-    facts |= {"micro_batches": plan.accumulation, "compute": str(run.compute_dtype).removeprefix("torch."), "steps": rounds}
-    facts |= {"ranks": {"data": mesh.data.size, "tensor": mesh.tensor.size, "pipeline": mesh.pipeline.size}, "rank": mesh.world.rank}
+    parts = {
+        name: sum(one.end - one.begin for own in steps for one in own if one.part == name) / rounds for name in PARTS
+    }
+    facts = {
+        "depth": plan.dims.depth,
+        "width": plan.dims.width,
+        "rows_of": plan.dims.sequence_len,
+        "micro_rows": plan.micro_rows,
+    }
+    facts |= {
+        "micro_batches": plan.accumulation,
+        "compute": str(run.compute_dtype).removeprefix("torch."),
+        "steps": rounds,
+    }
+    facts |= {
+        "ranks": {"data": mesh.data.size, "tensor": mesh.tensor.size, "pipeline": mesh.pipeline.size},
+        "rank": mesh.world.rank,
+    }
     facts |= {"threads": torch.get_num_threads(), "chosen": describe_kernels(config, run.kernels, plan)}
     result = {"facts": facts, "step_ms": step_us / 1000, "step_ms_without_profiler": 1000 * statistics.median(plain)}
     result["parts"] = {name: {"ms": us / 1000, "share": us / step_us} for name, us in parts.items()}
@@ -245,12 +273,24 @@ def bench_profile(arguments) -> dict:
     if arguments.out and not Path(arguments.out).resolve().parent.is_dir():
         raise UserError(f"--out {arguments.out} lies in a folder that does not exist: make it first")
     sizes = layout_sizes(arguments.layout)
-    settings = [*arguments.set, f"parallel.tensor={sizes['tp']}", f"parallel.pipeline={sizes['pp']}"] if arguments.layout != "dp=1" else arguments.set
+    settings = (
+        [*arguments.set, f"parallel.tensor={sizes['tp']}", f"parallel.pipeline={sizes['pp']}"]
+        if arguments.layout != "dp=1"
+        else arguments.set
+    )
     ranks = sizes["dp"] * sizes["tp"] * sizes["pp"]
     if ranks == 1:
         result = measure(arguments.config, settings, arguments.vocab_size, arguments.rounds, arguments.out)
     else:
-        program = [__file__, "--config", arguments.config, "--vocab-size", str(arguments.vocab_size), "--rounds", str(arguments.rounds)]
+        program = [
+            __file__,
+            "--config",
+            arguments.config,
+            "--vocab-size",
+            str(arguments.vocab_size),
+            "--rounds",
+            str(arguments.rounds),
+        ]
         program += [*(["--out", arguments.out] if arguments.out else []), *set_options(settings)]
         result = json.loads(run_ranks("the ranks", ranks, program).strip().splitlines()[-1])
     print(table(result), file=sys.stderr)

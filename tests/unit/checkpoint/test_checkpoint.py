@@ -33,7 +33,10 @@ class Attack:
 
 
 def whole(tensors: dict[str, torch.Tensor]) -> dict:
-    return {name: (tuple(tensor.shape), [((0,) * tensor.ndim, tuple(tensor.shape), tensor)]) for name, tensor in tensors.items()}
+    return {
+        name: (tuple(tensor.shape), [((0,) * tensor.ndim, tuple(tensor.shape), tensor)])
+        for name, tensor in tensors.items()
+    }
 
 
 def some_tensors() -> dict[str, torch.Tensor]:
@@ -62,7 +65,12 @@ def test_tensors_come_back_and_the_index_is_json(tmp_path):
     (piece,) = index["model/a"]["pieces"]
     assert (piece["offset"], piece["size"], piece["file"]) == ([0, 0], [3, 4], "__0_0.distcp")
     facts = read_facts(path)
-    assert (facts["format_version"], facts["architecture_version"], facts["step"], facts["loop"]) == (2, 1, 7, {"step": 7})
+    assert (facts["format_version"], facts["architecture_version"], facts["step"], facts["loop"]) == (
+        2,
+        1,
+        7,
+        {"step": 7},
+    )
     sizes = {name: (path / name).stat().st_size for name in ("__0_0.distcp", "own", "tensors.json")}
     assert facts["files"] == {name: {"bytes": size, "sha256": file_hash(path / name)} for name, size in sizes.items()}
     assert facts["files"]["own"]["sha256"] == hashlib.sha256(b"mine").hexdigest() and check_files(path, facts) == []
@@ -144,15 +152,24 @@ def test_tensors_that_were_overwritten_are_refused(tmp_path):
     [
         (None, "is not a complete checkpoint: it has no checkpoint.json"),
         ('{"format_version": 3, "step": 7}', "has format 3, newer than this version's 2: update megachat"),
-        ('{"format_version": 2, "architecture_version": 2, "step": 7}', "is of architecture 2, newer than this version's 1: update megachat"),
-        ('{"format_version": 2, "architecture_version": 1, "step": 7, "files": {}, "sha256": "0"}', "is not as it was saved"),
+        (
+            '{"format_version": 2, "architecture_version": 2, "step": 7}',
+            "is of architecture 2, newer than this version's 1: update megachat",
+        ),
+        (
+            '{"format_version": 2, "architecture_version": 1, "step": 7, "files": {}, "sha256": "0"}',
+            "is not as it was saved",
+        ),
         ('{"format_version": 2, "architecture_version": 1, "step": 7, "files": {}}', "checkpoint.json cannot be read"),
         ('{"format_version": 0, "step": 7, "files": {}}', "checkpoint.json cannot be read"),
         ('{"format_version": 1, "fi', "checkpoint.json cannot be read"),
         ('{"format_version": 1, "step": 7}', "checkpoint.json cannot be read"),
         ("[1, 2]", "checkpoint.json cannot be read"),
         ('{"format_version": 1, "step": 7, "files": {"gone": 5}}', "is cut short: gone is missing"),
-        ('{"format_version": 1, "step": 7, "files": {"tensors.json": 5}}', r"is cut short: tensors.json has \d+ bytes, not 5"),
+        (
+            '{"format_version": 1, "step": 7, "files": {"tensors.json": 5}}',
+            r"is cut short: tensors.json has \d+ bytes, not 5",
+        ),
     ],
 )
 def test_a_folder_that_is_no_complete_checkpoint_is_refused(content, told, tmp_path):
@@ -178,14 +195,19 @@ def test_the_newest_complete_checkpoint_is_found_by_step(tmp_path):
     (tmp_path / "step_999999" / "checkpoint.json").unlink()
     found, passed_over = newest_complete(tmp_path)
     assert found == tmp_path / "step_000010"
-    assert [reason.split()[0] for reason in passed_over] == [str(tmp_path / "step_1000000"), str(tmp_path / "step_999999")]
+    assert [reason.split()[0] for reason in passed_over] == [
+        str(tmp_path / "step_1000000"),
+        str(tmp_path / "step_999999"),
+    ]
     assert checkpoint_name(10) == "step_000010"
 
 
 def test_a_disk_that_is_too_small_is_told_before_writing(tmp_path):
     save(tmp_path)
     huge = torch.empty(1).expand(2**50)  # 4 PiB that take no memory
-    with pytest.raises(UserError, match=r"could not be saved by rank 0: the disk has \S+ MB free and the checkpoint takes \S+ MB"):
+    with pytest.raises(
+        UserError, match=r"could not be saved by rank 0: the disk has \S+ MB free and the checkpoint takes \S+ MB"
+    ):
         save(tmp_path, 8, {"model/huge": huge})
     assert os.listdir(tmp_path) == ["step_000007"]
 
@@ -197,12 +219,18 @@ def test_what_fails_while_writing_leaves_no_trace(error, tmp_path):
         raise error
 
     before = save(tmp_path)
-    with pytest.raises(UserError, match="step_000008 could not be saved by rank 0: .*(no cable|odd|gone).*earlier checkpoints are untouched"):
+    with pytest.raises(
+        UserError,
+        match="step_000008 could not be saved by rank 0: .*(no cable|odd|gone).*earlier checkpoints are untouched",
+    ):
         save(tmp_path, 8, own=fail)
     assert os.listdir(tmp_path) == ["step_000007"] and read_facts(before)
 
 
-@pytest.mark.parametrize(("rectangles", "told"), [([(0, 3), (2, 3)], "overlapping"), ([(0, 3)], "the ranks hold 3 of the 5 elements of model/a")])
+@pytest.mark.parametrize(
+    ("rectangles", "told"),
+    [([(0, 3), (2, 3)], "overlapping"), ([(0, 3)], "the ranks hold 3 of the 5 elements of model/a")],
+)
 def test_overlaps_and_holes_are_refused(rectangles, told, tmp_path):
     pieces = {"model/a": ((5,), [((start,), (size,), torch.zeros(size)) for start, size in rectangles])}
     with pytest.raises(UserError, match=f"could not be saved by rank 0: .*{told}"):
@@ -218,13 +246,20 @@ def damage(path: Path) -> None:
 
 
 def test_every_file_that_was_changed_is_named(tmp_path):
-    path = save(tmp_path, own=lambda folder: [(folder / name).write_text(name) for name in ("first", "second", "third")])
+    path = save(
+        tmp_path, own=lambda folder: [(folder / name).write_text(name) for name in ("first", "second", "third")]
+    )
     facts = read_facts(path)
     damage(path / "__0_0.distcp")
     damage(path / "second")
     (path / "third").unlink()
     (path / "first").write_text("longer than it was")
-    told = ["__0_0.distcp is not as it was saved", "first has 18 bytes, not 5", "second is not as it was saved", "third is missing"]
+    told = [
+        "__0_0.distcp is not as it was saved",
+        "first has 18 bytes, not 5",
+        "second is not as it was saved",
+        "third is missing",
+    ]
     assert [problem.split(" (")[0] for problem in sorted(check_files(path, facts))] == told
     assert [problem.split(" (")[0] for problem in check_files(path, facts, {"second"})] == told[2:3]
     text = (path / "checkpoint.json").read_text()
@@ -235,10 +270,17 @@ def test_every_file_that_was_changed_is_named(tmp_path):
 
 def test_a_format_without_hashes_is_compared_by_size(tmp_path):
     path = save(tmp_path, 7, own=lambda folder: (folder / "own").write_text("mine"))
-    facts = {"format_version": 1, "step": 7, "files": {file.name: file.stat().st_size for file in path.iterdir() if file.name != "checkpoint.json"}}
+    facts = {
+        "format_version": 1,
+        "step": 7,
+        "files": {file.name: file.stat().st_size for file in path.iterdir() if file.name != "checkpoint.json"},
+    }
     (path / "checkpoint.json").write_text(json.dumps(facts))
     upgraded = read_facts(path)
-    assert upgraded["files"]["own"] == {"bytes": 4, "sha256": None} and (upgraded["format_version"], upgraded["ledger"]) == (2, None)
+    assert upgraded["files"]["own"] == {"bytes": 4, "sha256": None} and (
+        upgraded["format_version"],
+        upgraded["ledger"],
+    ) == (2, None)
     damage(path / "own")
     assert check_files(path, upgraded) == []
     (path / "own").write_text("longer")
@@ -247,7 +289,13 @@ def test_a_format_without_hashes_is_compared_by_size(tmp_path):
 
 @pytest.mark.parametrize(
     ("last", "every", "stay"),
-    [(None, None, [1, 2, 3, 4, 6, 8, 9]), (2, None, [6, 8, 9]), (1, None, [8, 9]), (2, 3, [3, 6, 8, 9]), (9, 3, [1, 2, 3, 4, 6, 8, 9])],
+    [
+        (None, None, [1, 2, 3, 4, 6, 8, 9]),
+        (2, None, [6, 8, 9]),
+        (1, None, [8, 9]),
+        (2, 3, [3, 6, 8, 9]),
+        (9, 3, [1, 2, 3, 4, 6, 8, 9]),
+    ],
 )
 def test_retention_keeps_the_last_and_multiples_and_never_what_is_newer(last, every, stay, tmp_path):
     for step in (1, 2, 3, 4, 6, 8, 9):
@@ -278,7 +326,9 @@ def test_a_kill_during_a_removal_leaves_nothing_that_stays(tmp_path):
 def test_what_a_kill_leaves_is_put_in_order(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step)
-    (tmp_path / "step_000002").rename(tmp_path / "step_000002.old")  # killed between the two renames of a step saved again
+    (tmp_path / "step_000002").rename(
+        tmp_path / "step_000002.old"
+    )  # killed between the two renames of a step saved again
     (tmp_path / "step_000001").rename(tmp_path / "step_000001.old")
     save(tmp_path, 1)
     (tmp_path / "step_000001.old").mkdir(exist_ok=True)  # killed while the replaced one was removed

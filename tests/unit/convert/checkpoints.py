@@ -21,7 +21,14 @@ VOCAB_SIZE = 330  # tables of 384 rows: padded, and shared evenly by 2 and 3 ran
 STEP = 7
 # Muon's matrices: one alone in its shape, two, three and more; the AdamW tensors: some whole on every rank, some cut
 MODEL = {"depth": 3, "aspect_ratio": 16, "head_size": 16, "kv_heads": 1, "sequence_len": 160, "window_pattern": "SL"}
-HUGGINGFACE = {"rotary_base": 5000.0, "qk_scale": 1.0, "norm_epsilon": 1e-5, "value_embeddings": False, "lambdas": "neutral", "window_pattern": "L"}
+HUGGINGFACE = {
+    "rotary_base": 5000.0,
+    "qk_scale": 1.0,
+    "norm_epsilon": 1e-5,
+    "value_embeddings": False,
+    "lambdas": "neutral",
+    "window_pattern": "L",
+}
 NEUTRAL = {"resid_lambdas": 1.0, "x0_lambdas": 0.0, "smear_lambda": 0.0, "backout_lambda": 0.0}
 
 
@@ -52,11 +59,21 @@ def rectangles(tensor: torch.Tensor, parts: int) -> list:
     return found
 
 
-def make_run(folder: Path, *, parts: int = 1, change=lambda tensors: None, facts=None, model=None, optimizer=None) -> Path:
+def make_run(
+    folder: Path, *, parts: int = 1, change=lambda tensors: None, facts=None, model=None, optimizer=None
+) -> Path:
     """A run folder with the checkpoint of STEP, its tokenizer and its config; `change` works on the tensors."""
     run = {"name": folder.name, "folder": str(folder.parent)}
-    sections = {"run": run, "model": MODEL | (model or {}), "data": {"tokenizer": str(folder / "tokenizer"), "streams": 2}}
-    sections |= {"batch": {"tokens": 640, "micro_rows": 2}, "horizon": {"steps": 20}, "optimizer": {"warmup_steps": 3} | (optimizer or {})}
+    sections = {
+        "run": run,
+        "model": MODEL | (model or {}),
+        "data": {"tokenizer": str(folder / "tokenizer"), "streams": 2},
+    }
+    sections |= {
+        "batch": {"tokens": 640, "micro_rows": 2},
+        "horizon": {"steps": 20},
+        "optimizer": {"warmup_steps": 3} | (optimizer or {}),
+    }
     config = Config.model_validate_json(json.dumps(sections))
     dims = resolve(config, 1, VOCAB_SIZE).dims
     tensors = values(dims)

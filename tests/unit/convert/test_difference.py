@@ -45,7 +45,11 @@ def test_facts_loader_and_tensors_of_one_alone(run, tmp_path):
         tensors["model/new"] = torch.ones(2)
         del tensors["adamw/lm_head.weight/exp_avg"]
 
-    other = make_run(tmp_path / "run", change=change, facts={"adamw_steps": 8, "loop": {"step": 7, "training_s": 99.0, "val_bpb": 2.5}})
+    other = make_run(
+        tmp_path / "run",
+        change=change,
+        facts={"adamw_steps": 8, "loop": {"step": 7, "training_s": 99.0, "val_bpb": 2.5}},
+    )
     path = step_folder(other) / "loader" / "stream_00001.npz"
     with np.load(path) as saved:
         arrays = {name: saved[name] for name in saved.files}
@@ -53,7 +57,10 @@ def test_facts_loader_and_tensors_of_one_alone(run, tmp_path):
     found = {(entry.kind, entry.name) for entry in difference(run, other) if entry.counts}
     moved = ("loader", "loader/stream_00001.npz: counters")
     lacking = {("fact", "loop.skipped_steps"), ("fact", "loop.min_val_bpb")}
-    assert found == {("only", "model/new"), ("only", "adamw/lm_head.weight/exp_avg"), ("fact", "adamw_steps"), moved} | lacking
+    assert (
+        found
+        == {("only", "model/new"), ("only", "adamw/lm_head.weight/exp_avg"), ("fact", "adamw_steps"), moved} | lacking
+    )
 
 
 @pytest.mark.parametrize(

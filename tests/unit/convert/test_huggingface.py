@@ -47,7 +47,11 @@ def theirs(tmp_path_factory):
 def test_ours_in_their_class(run, exported):
     """The logits are compared by the conversion; here that it compared them with transformers' model and is narrow."""
     told = json.loads((exported.parent / "hf.certificate.json").read_text())
-    assert told["passed"] and told["numbers"]["largest_logit_difference"] < 5e-5 and told["numbers"]["argmax_agreement"] == 1
+    assert (
+        told["passed"]
+        and told["numbers"]["largest_logit_difference"] < 5e-5
+        and told["numbers"]["argmax_agreement"] == 1
+    )
     assert told["versions"]["transformers"] == transformers.__version__ and "54 padding rows" in told["remarks"][0]
     model = transformers.AutoModelForCausalLM.from_pretrained(exported)
     assert type(model).__name__ == "NanoChatForCausalLM" and model.config.vocab_size == VOCAB_SIZE
@@ -61,12 +65,16 @@ def test_theirs_in_ours_and_back(theirs, tmp_path, monkeypatch, capsys):
     status, out, err = tool(monkeypatch, capsys, "from-hf", theirs, tmp_path / "run", "--tokenizer", place)
     assert status == 0 and "same argmax 100.00%" in out, err
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["model"] | {"value_embeddings": False, "lambdas": "neutral", "qk_scale": 1.0, "rotary_base": 10000.0} == config["model"]
+    assert (
+        config["model"] | {"value_embeddings": False, "lambdas": "neutral", "qk_scale": 1.0, "rotary_base": 10000.0}
+        == config["model"]
+    )
     assert not [entry for entry in difference(tmp_path / "run", theirs) if entry.kind in ("tensor", "shape")]
     status, out, err = tool(monkeypatch, capsys, "to-hf", tmp_path / "run", tmp_path / "back")
     assert status == 0, err
     assert_same(
-        dict(sorted(load_file(tmp_path / "back" / "model.safetensors").items())), dict(sorted(load_file(theirs / "model.safetensors").items()))
+        dict(sorted(load_file(tmp_path / "back" / "model.safetensors").items())),
+        dict(sorted(load_file(theirs / "model.safetensors").items())),
     )
     own, their = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "back", theirs))
     assert {key for key in own if own[key] != their.get(key)} == {"bos_token_id", "eos_token_id"}
@@ -75,7 +83,10 @@ def test_theirs_in_ours_and_back(theirs, tmp_path, monkeypatch, capsys):
 def test_large_ones_are_cut_into_files(run, exported, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface, "SHARD_BYTES", 40_000)
     to_hf(run, tmp_path / "hf")
-    assert len(list((tmp_path / "hf").glob("model-*-of-*.safetensors"))) > 3 and (tmp_path / "hf" / "model.safetensors.index.json").is_file()
+    assert (
+        len(list((tmp_path / "hf").glob("model-*-of-*.safetensors"))) > 3
+        and (tmp_path / "hf" / "model.safetensors.index.json").is_file()
+    )
     assert difference(tmp_path / "hf", exported) == []
     from_hf(tmp_path / "hf", tmp_path / "back")
 
@@ -90,7 +101,9 @@ def test_what_it_cannot_carry_is_listed(change, words, tmp_path, monkeypatch, ca
     run = make_run(tmp_path / "runs" / "run", model=HUGGINGFACE | change)
     status, _, err = tool(monkeypatch, capsys, "to-hf", run, tmp_path / "hf")
     lines = err.splitlines()
-    assert status == 2 and len(lines) == len(words) and all(word in line for word, line in zip(words, lines, strict=True)), err
+    assert (
+        status == 2 and len(lines) == len(words) and all(word in line for word, line in zip(words, lines, strict=True))
+    ), err
     assert all("train with model." in line for line in lines) and left_in(tmp_path) == ["runs"]
 
 
@@ -110,7 +123,11 @@ def test_the_check_with_their_class_finds_what_is_wrong(run, wrong, tmp_path, mo
         monkeypatch.setitem(huggingface._BLOCK, "attn.c_q", "self_attn.o_proj")
         monkeypatch.setitem(huggingface._BLOCK, "attn.c_proj", "self_attn.q_proj")
     status, _, err = tool(monkeypatch, capsys, "to-hf", run, tmp_path / "hf")
-    assert status == 2 and "what was read back is not the source: largest_logit_difference is" in err and left_in(tmp_path) == []
+    assert (
+        status == 2
+        and "what was read back is not the source: largest_logit_difference is" in err
+        and left_in(tmp_path) == []
+    )
 
 
 def edit(folder, change):
@@ -130,13 +147,25 @@ def without(folder, key):
     ("damage", "words"),
     [
         (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
-        (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]), "is no whole safetensors file"),
+        (
+            lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]),
+            "is no whole safetensors file",
+        ),
         (lambda f: without(f, "lm_head.weight"), "lm_head.weight is not among the weights"),
         (lambda f: edit(f, lambda told: told.update(num_experts=8)), "num_experts is nothing that megachat knows"),
         (lambda f: edit(f, lambda told: told.update(model_type="llama")), "is of a llama model"),
-        (lambda f: edit(f, lambda told: told.update(hidden_act="gelu")), 'hidden_act is "gelu", and megachat\'s model has "relu2"'),
-        (lambda f: edit(f, lambda told: told["rope_parameters"].update(rope_type="yarn")), "rotary positions of type yarn"),
-        (lambda f: edit(f, lambda told: told.update(intermediate_size=100)), "intermediate_size must be 4 x hidden_size"),
+        (
+            lambda f: edit(f, lambda told: told.update(hidden_act="gelu")),
+            'hidden_act is "gelu", and megachat\'s model has "relu2"',
+        ),
+        (
+            lambda f: edit(f, lambda told: told["rope_parameters"].update(rope_type="yarn")),
+            "rotary positions of type yarn",
+        ),
+        (
+            lambda f: edit(f, lambda told: told.update(intermediate_size=100)),
+            "intermediate_size must be 4 x hidden_size",
+        ),
         (lambda f: edit(f, lambda told: told.update(vocab_size=340)), "embed_tokens.weight is|lm_head.weight is"),
         (lambda f: edit(f, lambda told: told.pop("hidden_size")), "does not tell the model's sizes"),
         (lambda f: shutil.rmtree(f / "megachat_tokenizer"), "there is no tokenizer at .*megachat_tokenizer: give"),

@@ -24,7 +24,11 @@ def copy(run, tmp_path):
 def test_inspect_tells_what_it_is(run, monkeypatch, capsys):
     status, out, _ = tool(monkeypatch, capsys, "inspect", run, "--json")
     told = json.loads(out)
-    assert status == 0 and (told["form"], told["facts"]["step"], told["folder"]) == ("megachat", STEP, str(step_folder(run)))
+    assert status == 0 and (told["form"], told["facts"]["step"], told["folder"]) == (
+        "megachat",
+        STEP,
+        str(step_folder(run)),
+    )
     assert told["tensors"]["model/lm_head.weight"] == {"shape": [384, 48], "dtype": "float32"}
     assert told["ledger"]["combined"] == told["facts"]["ledger"] and told["ledger"]["streams"].keys() == {"0", "1"}
     status, out, _ = tool(monkeypatch, capsys, "inspect", step_folder(run))
@@ -68,7 +72,10 @@ def flip(path):
     ("damage", "words"),
     [
         (lambda folder: flip(folder / "__0_0.distcp"), ["__0_0.distcp is not as it was saved"]),
-        (lambda folder: (folder / "loader" / "stream_00001.npz").write_bytes(b"x"), ["loader/stream_00001.npz has 1 bytes, not"]),
+        (
+            lambda folder: (folder / "loader" / "stream_00001.npz").write_bytes(b"x"),
+            ["loader/stream_00001.npz has 1 bytes, not"],
+        ),
         (lambda folder: (folder / "random" / "rank_00000.npz").unlink(), ["random/rank_00000.npz is missing"]),
         (
             lambda folder: [flip(folder / "tensors.json"), (folder / "loader" / "loader.json").unlink()],
@@ -104,8 +111,14 @@ def outside_file(tensors, _):
         (drop_piece, "model/lm_head.weight has 9,216 of its 18,432 elements"),
         (overlap, "model/lm_head.weight has pieces that overlap"),
         (outside_file, "model/lm_head.weight has a piece outside the file"),
-        (lambda tensors, _: tensors.pop("muon/transformer.h.0.attn.c_q.weight/momentum"), "c_q.weight/momentum is missing"),
-        (lambda tensors, _: tensors.update(more=tensors["model/lm_head.weight"]), "more is no tensor of this architecture"),
+        (
+            lambda tensors, _: tensors.pop("muon/transformer.h.0.attn.c_q.weight/momentum"),
+            "c_q.weight/momentum is missing",
+        ),
+        (
+            lambda tensors, _: tensors.update(more=tensors["model/lm_head.weight"]),
+            "more is no tensor of this architecture",
+        ),
         (lambda _, facts: facts.update(ledger="0" * 64), "loader tells of other documents than the ledger"),
         (lambda _, facts: facts["model"].update(width=64), "is [384, 48], not [384, 64]"),
         (lambda _, facts: facts["model"].update(experts=8), "has experts, which this version does not know"),

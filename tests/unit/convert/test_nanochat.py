@@ -55,9 +55,17 @@ def test_what_nanochat_wrote_comes_back_file_by_file(tmp_path, monkeypatch, caps
     assert tool(monkeypatch, capsys, "to-nanochat", tmp_path / "run", tmp_path / "back")[0] == 0
     for name in ("model_000020.pt", "optim_000020_rank0.pt", "tokenizer/token_bytes.pt"):
         found, wanted = loaded(tmp_path / "back" / name), loaded(reference.FOLDER / name)
-        assert_same(dict(found) if isinstance(found, dict) else found, dict(wanted) if isinstance(wanted, dict) else wanted, name)
-    assert json.loads((tmp_path / "back" / "meta_000020.json").read_text()) == json.loads((reference.FOLDER / "meta_000020.json").read_text())
-    pickles = [(folder / "tokenizer" / "tokenizer.pkl").read_bytes() for folder in (tmp_path / "back", reference.FOLDER)]
+        assert_same(
+            dict(found) if isinstance(found, dict) else found,
+            dict(wanted) if isinstance(wanted, dict) else wanted,
+            name,
+        )
+    assert json.loads((tmp_path / "back" / "meta_000020.json").read_text()) == json.loads(
+        (reference.FOLDER / "meta_000020.json").read_text()
+    )
+    pickles = [
+        (folder / "tokenizer" / "tokenizer.pkl").read_bytes() for folder in (tmp_path / "back", reference.FOLDER)
+    ]
     assert pickles[0] == pickles[1]
     assert difference(tmp_path / "run", reference.FOLDER) == []
 
@@ -82,11 +90,17 @@ def test_shards_are_cut_as_nanochat_cuts_them(run, exported, ranks):
                 chunk = -(-count // ranks)
                 state = saved["state"][group["params"][0]]
                 assert state["momentum_buffer"].shape == (chunk, *shape)
-                assert state["second_momentum_buffer"].shape == ((chunk, shape[0], 1) if shape[0] >= shape[1] else (chunk, 1, shape[1]))
+                assert state["second_momentum_buffer"].shape == (
+                    (chunk, shape[0], 1) if shape[0] >= shape[1] else (chunk, 1, shape[1])
+                )
                 owned = min(chunk, max(0, count - rank * chunk))
-                assert not state["momentum_buffer"][owned:].any() and all(part.any() for part in state["momentum_buffer"][:owned])
+                assert not state["momentum_buffer"][owned:].any() and all(
+                    part.any() for part in state["momentum_buffer"][:owned]
+                )
         assert saved["state"].keys() == {
-            number for group in saved["param_groups"] for number in (group["params"] if group["kind"] == "adamw" else group["params"][:1])
+            number
+            for group in saved["param_groups"]
+            for number in (group["params"] if group["kind"] == "adamw" else group["params"][:1])
         }
 
 
@@ -95,7 +109,12 @@ def parameter_order(model):
     names = ["lm_head.weight", "transformer.wte.weight", *(name for name in model if name.startswith("value_embeds."))]
     names += ["resid_lambdas", "x0_lambdas", "smear_gate.weight", "smear_lambda", "backout_lambda"]
     matrices = [name for name in model if name.startswith("transformer.h.")]
-    return names + [name for shape in sorted({model[name].shape for name in matrices}) for name in matrices if model[name].shape == shape]
+    return names + [
+        name
+        for shape in sorted({model[name].shape for name in matrices})
+        for name in matrices
+        if model[name].shape == shape
+    ]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -112,11 +131,20 @@ def test_the_settings_come_along(run, exported, tmp_path):
     from_nanochat(exported[1], tmp_path / "back")
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert config["batch"] == {"tokens": 640, "micro_rows": 2} and config["horizon"]["steps"] == 20
-    assert config["optimizer"]["warmup_steps"] == 3 and config["model"]["window_pattern"] == "SL" and config["model"]["kv_heads"] == 1
+    assert (
+        config["optimizer"]["warmup_steps"] == 3
+        and config["model"]["window_pattern"] == "SL"
+        and config["model"]["kv_heads"] == 1
+    )
     groups = loaded(exported[1] / f"optim_{STEP:06d}_rank0.pt")["param_groups"]
     batch = (640 / 2**19) ** 0.5
-    assert groups[0]["initial_lr"] == pytest.approx(0.008 * batch * (48 / 768) ** -0.5) and groups[4]["initial_lr"] == pytest.approx(0.5 * batch)
-    assert groups[5]["lr"] == groups[5]["initial_lr"] == 0.2 and groups[0]["betas"] == (0.8, 0.96)  # step 6 of 20 is between warm-up and warm-down
+    assert groups[0]["initial_lr"] == pytest.approx(0.008 * batch * (48 / 768) ** -0.5) and groups[4][
+        "initial_lr"
+    ] == pytest.approx(0.5 * batch)
+    assert groups[5]["lr"] == groups[5]["initial_lr"] == 0.2 and groups[0]["betas"] == (
+        0.8,
+        0.96,
+    )  # step 6 of 20 is between warm-up and warm-down
     plan = resolve(load_config(run / "config.json"), 1, VOCAB_SIZE)
     assert groups[-1]["momentum"] == pytest.approx(0.85 + 6 / 400 * 0.12)
     assert groups[-1]["weight_decay"] == pytest.approx(plan.weight_decay * 0.5 * (1 + math.cos(math.pi * 6 / 20)))
@@ -144,7 +172,9 @@ def test_rates_that_are_not_scaled_come_back_as_they_are(run, tmp_path):
 
 def test_tables_in_bfloat16(run, tmp_path):
     told = to_nanochat(run, tmp_path / "nanochat", tables="bfloat16")
-    model, state = (loaded(tmp_path / "nanochat" / name) for name in (f"model_{STEP:06d}.pt", f"optim_{STEP:06d}_rank0.pt"))
+    model, state = (
+        loaded(tmp_path / "nanochat" / name) for name in (f"model_{STEP:06d}.pt", f"optim_{STEP:06d}_rank0.pt")
+    )
     assert {name for name, tensor in model.items() if tensor.dtype == torch.bfloat16} == {
         "transformer.wte.weight",
         "value_embeds.0.weight",
@@ -167,7 +197,9 @@ def test_without_optimizer_state_it_begins_afresh_when_asked(exported, tmp_path)
     for run in tmp_path / "back", tmp_path / "left":
         facts = json.loads((step_folder(run) / "checkpoint.json").read_text())
         assert facts["adamw_steps"] == 0 and facts["step"] == STEP
-        assert not any(tensor.any() for name, tensor in open_megachat(step_folder(run)).tensors() if not name.startswith("model/"))
+        assert not any(
+            tensor.any() for name, tensor in open_megachat(step_folder(run)).tensors() if not name.startswith("model/")
+        )
 
 
 class Attack:
@@ -199,15 +231,30 @@ def edit_optimizer(folder, rank, change):
         (lambda f: (f / "model_000007.pt").unlink(), "has no model_NNNNNN.pt|is not a complete checkpoint"),
         (lambda f: (f / "optim_000007_rank0.pt").unlink(), "but not optim_000007_rank0.pt"),
         (lambda f: (f / "optim_000007_rank1.pt").unlink(), "another number of ranks"),
-        (lambda f: (f / "model_000007.pt").write_bytes((f / "model_000007.pt").read_bytes()[:9000]), "model_000007.pt is refused: it is damaged"),
+        (
+            lambda f: (f / "model_000007.pt").write_bytes((f / "model_000007.pt").read_bytes()[:9000]),
+            "model_000007.pt is refused: it is damaged",
+        ),
         (lambda f: torch.save({"x": Attack(f / "executed")}, f / "model_000007.pt"), "model_000007.pt is refused"),
-        (lambda f: torch.save({"x": Attack(f / "executed")}, f / "optim_000007_rank1.pt"), "optim_000007_rank1.pt is refused"),
+        (
+            lambda f: torch.save({"x": Attack(f / "executed")}, f / "optim_000007_rank1.pt"),
+            "optim_000007_rank1.pt is refused",
+        ),
         (lambda f: torch.save([1], f / "optim_000007_rank1.pt"), "holds a list"),
         (lambda f: edit_meta(f, lambda meta: meta["model_config"].update(n_expert=8)), "model_config has n_expert"),
-        (lambda f: edit_meta(f, lambda meta: meta["model_config"].update(n_layer=4)), "is not of the model that meta_000007.json describes"),
+        (
+            lambda f: edit_meta(f, lambda meta: meta["model_config"].update(n_layer=4)),
+            "is not of the model that meta_000007.json describes",
+        ),
         (lambda f: edit_meta(f, lambda meta: meta.pop("model_config")), "does not tell the model's sizes"),
-        (lambda f: edit_meta(f, lambda meta: meta["model_config"].update(vocab_size=340)), "the tokenizer in .* has 330 tokens and the model 340"),
-        (lambda f: edit_optimizer(f, 1, lambda saved: saved["state"][0].update(step=8)), "steps differ between parameters or ranks"),
+        (
+            lambda f: edit_meta(f, lambda meta: meta["model_config"].update(vocab_size=340)),
+            "the tokenizer in .* has 330 tokens and the model 340",
+        ),
+        (
+            lambda f: edit_optimizer(f, 1, lambda saved: saved["state"][0].update(step=8)),
+            "steps differ between parameters or ranks",
+        ),
         (
             lambda f: edit_optimizer(f, 1, lambda saved: saved["state"][5]["exp_avg"].add_(1)),
             "the ranks keep different values in exp_avg of x0_lambdas",
@@ -222,7 +269,11 @@ def test_bad_input_is_named_and_nothing_is_executed(exported, damage, words, tmp
     damage(tmp_path / "in" / "nanochat")
     with pytest.raises(UserError, match=words) as refused:
         from_nanochat(tmp_path / "in" / "nanochat", tmp_path / "back")
-    assert "\n" not in str(refused.value) and left_in(tmp_path) == ["in"] and not (tmp_path / "in" / "nanochat" / "executed").exists()
+    assert (
+        "\n" not in str(refused.value)
+        and left_in(tmp_path) == ["in"]
+        and not (tmp_path / "in" / "nanochat" / "executed").exists()
+    )
 
 
 def test_what_nanochat_cannot_hold_is_refused(run, tmp_path):

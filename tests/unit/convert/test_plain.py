@@ -44,7 +44,9 @@ def test_everything_comes_back(run, exported, tmp_path, monkeypatch, capsys):
     alone = tmp_path / f"step_{STEP:06d}"
     from_safetensors(exported, alone)
     assert not any(entry.counts for entry in difference(alone, run))
-    assert left_in(tmp_path) == ["runs", alone.name, f"{alone.name}.certificate.json"] and left_in(tmp_path / "runs") == [
+    assert left_in(tmp_path) == ["runs", alone.name, f"{alone.name}.certificate.json"] and left_in(
+        tmp_path / "runs"
+    ) == [
         "back",
         "back.certificate.json",
     ]
@@ -54,11 +56,21 @@ def test_the_files_are_plain(run, exported):
     weights = load_file(exported / "model-00001.safetensors")
     assert weights["transformer.h.1.attn.c_k.weight"].shape == (16, 48)
     with safe_open(exported / "optimizer-00001.safetensors", framework="np") as file:
-        assert "muon/transformer.h.1.attn.c_k.weight/momentum" in file.keys() and "adamw/lm_head.weight/exp_avg_sq" in file.keys()
+        assert (
+            "muon/transformer.h.1.attn.c_k.weight/momentum" in file.keys()
+            and "adamw/lm_head.weight/exp_avg_sq" in file.keys()
+        )
     told = json.loads((exported.parent / "plain.certificate.json").read_text())
     assert told["passed"] and told["numbers"]["largest_logit_difference"] == 0 and told["tensors"]["different"] == 0
-    assert told["target"]["files"].keys() == {str(path.relative_to(exported)) for path in exported.rglob("*") if path.is_file()}
-    assert told["source"]["files"]["__0_0.distcp"] and told["target"]["folder"] == str(exported) and told["tolerance"] and told["versions"]["torch"]
+    assert told["target"]["files"].keys() == {
+        str(path.relative_to(exported)) for path in exported.rglob("*") if path.is_file()
+    }
+    assert (
+        told["source"]["files"]["__0_0.distcp"]
+        and told["target"]["folder"] == str(exported)
+        and told["tolerance"]
+        and told["versions"]["torch"]
+    )
 
 
 def test_large_ones_are_cut_into_files(run, tmp_path, monkeypatch):
@@ -92,7 +104,9 @@ def test_a_rename_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
     assert left_in(tmp_path) == []
 
 
-@pytest.mark.parametrize(("command", "source"), [("to-safetensors", "run"), ("to-nanochat", "run"), ("from-safetensors", "exported")])
+@pytest.mark.parametrize(
+    ("command", "source"), [("to-safetensors", "run"), ("to-nanochat", "run"), ("from-safetensors", "exported")]
+)
 def test_a_disk_that_is_full_is_told_and_nothing_is_left(command, source, request, tmp_path, monkeypatch, capsys):
     source = request.getfixturevalue(source)
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -120,13 +134,22 @@ def flip(path):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda folder: cut(folder / "model-00001.safetensors"), "model-00001.safetensors is no whole safetensors file"),
-        (lambda folder: flip(folder / "optimizer-00001.safetensors"), "optimizer-00001.safetensors is not as it was saved"),
+        (
+            lambda folder: cut(folder / "model-00001.safetensors"),
+            "model-00001.safetensors is no whole safetensors file",
+        ),
+        (
+            lambda folder: flip(folder / "optimizer-00001.safetensors"),
+            "optimizer-00001.safetensors is not as it was saved",
+        ),
         (lambda folder: (folder / "optimizer-00001.safetensors").unlink(), "optimizer-00001.safetensors is missing"),
         (lambda folder: (folder / "loader" / "stream_00000.npz").unlink(), "loader/stream_00000.npz is missing"),
         (lambda folder: cut(folder / "checkpoint_facts.json"), "checkpoint_facts.json cannot be read"),
         (lambda folder: rewrite(folder, lambda told: told.update(plain_version=9)), "is of version 9"),
-        (lambda folder: rewrite(folder, lambda told: told["facts"]["model"].update(experts=8)), "has experts, which this version does not know"),
+        (
+            lambda folder: rewrite(folder, lambda told: told["facts"]["model"].update(experts=8)),
+            "has experts, which this version does not know",
+        ),
         (lambda folder: shutil.rmtree(folder / "tokenizer"), "tokenizer"),
     ],
 )

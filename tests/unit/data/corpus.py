@@ -13,7 +13,8 @@ SHARED = Path(__file__).parents[4] / "shared"
 ENGLISH = SHARED / "data" / "english"
 NANOCHAT = SHARED / "reference" / "nanochat_d4" / "tokenizer"
 needs_shared = pytest.mark.skipif(
-    not (ENGLISH.is_dir() and NANOCHAT.is_dir()), reason="../shared with the English shards and nanochat's tokenizer is absent"
+    not (ENGLISH.is_dir() and NANOCHAT.is_dir()),
+    reason="../shared with the English shards and nanochat's tokenizer is absent",
 )
 
 
@@ -25,7 +26,11 @@ def byte_tokenizer() -> Tokenizer:
 def write_folder(folder: Path, shards: list[list[str]], group: int = 7) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for index, texts in enumerate(shards):
-        pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), folder / f"shard_{index:05d}.parquet", row_group_size=group)
+        pq.write_table(
+            pa.table({"text": pa.array(texts, pa.string())}),
+            folder / f"shard_{index:05d}.parquet",
+            row_group_size=group,
+        )
     return folder
 
 
@@ -33,5 +38,7 @@ def random_texts(count: int, seed: int, longest: int = 90) -> list[str]:
     """Texts that differ, some longer than a row of the tests, many of equal length."""
     rng = random.Random(seed)
     return [
-        "".join(rng.choice("abcdefgh ") for _ in range(rng.choice((3, 8, 8, 20, 31, rng.randint(1, longest))))) + str(index) for index in range(count)
+        "".join(rng.choice("abcdefgh ") for _ in range(rng.choice((3, 8, 8, 20, 31, rng.randint(1, longest)))))
+        + str(index)
+        for index in range(count)
     ]

@@ -61,7 +61,11 @@ def test_rows_do_not_depend_on_ranks(folder, streams, seed):
 
 def save_by_owners(folder, states, ranks, streams):
     for rank, state in enumerate(states):
-        mine = [stream for stream in streams_of(rank, ranks, streams, ROWS) if owner_of(stream, ranks, streams, ROWS) == rank]
+        mine = [
+            stream
+            for stream in streams_of(rank, ranks, streams, ROWS)
+            if owner_of(stream, ranks, streams, ROWS) == rank
+        ]
         save_loader_state(folder, state, mine)
 
 
@@ -99,10 +103,17 @@ def test_state_files_hold_no_pickle_and_the_header_is_json(folder, tmp_path):
     with build(folder) as loader:
         next(loader)
         save_loader_state(tmp_path, loader.state(), [0, 1, 2])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["loader.json", "stream_00000.npz", "stream_00001.npz", "stream_00002.npz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "loader.json",
+        "stream_00000.npz",
+        "stream_00001.npz",
+        "stream_00002.npz",
+    ]
     for path in tmp_path.glob("*.npz"):
         with np.load(path, allow_pickle=False) as file:
-            assert file["tokens"].dtype == np.uint16 and len(file["sequence"]) == len(file["lengths"]) == len(file["documents"])
+            assert file["tokens"].dtype == np.uint16 and len(file["sequence"]) == len(file["lengths"]) == len(
+                file["documents"]
+            )
 
 
 def test_state_files_that_cannot_be_used(folder, tmp_path):
@@ -199,7 +210,10 @@ def test_epoch_counts_documents_placed_or_cropped(tmp_path):
 def test_settings_that_do_not_fit(folder):
     with pytest.raises(UserError, match="12 rows a step cannot be dealt evenly to 5 data-parallel ranks"):
         build(folder, ranks=5)
-    with pytest.raises(UserError, match="210 documents in .*shard_00001.parquet, fewer than 211 packing streams: set data.streams to 210"):
+    with pytest.raises(
+        UserError,
+        match="210 documents in .*shard_00001.parquet, fewer than 211 packing streams: set data.streams to 210",
+    ):
         build(folder, streams=211)
     with pytest.raises(UserError, match="does not exist"):
         build(folder / "nowhere")

@@ -44,7 +44,9 @@ def test_a_state_stays_as_it_was_while_packing_goes_on():
     packed(stream, 33, 20)
     state = stream.state()
     expected = packed(stream, 33, 30)
-    numbered = iter([(index, np.array(documents[index], dtype=np.uint32)) for index in range(state.next_document, len(documents))])
+    numbered = iter(
+        [(index, np.array(documents[index], dtype=np.uint32)) for index in range(state.next_document, len(documents))]
+    )
     again = Stream(lambda: next(numbered), 33, (50, 8), len(documents), state)
     assert packed(again, 33, 30) == expected
     assert again.state().ledger == stream.state().ledger != state.ledger
@@ -63,7 +65,10 @@ def test_ledger_tells_other_orders_and_epochs_apart():
 def test_no_more_of_a_long_document_is_kept_than_a_row_can_take():
     stream = stream_over([list(range(5000))] * 40, 17, (20, 4))
     packed(stream, 17, 3)
-    assert all(held.length == 5000 and len(held.tokens) == 17 and held.tokens.base is None for held in stream.state().held.values())
+    assert all(
+        held.length == 5000 and len(held.tokens) == 17 and held.tokens.base is None
+        for held in stream.state().held.values()
+    )
 
 
 def test_streams_of_ranks_are_those_whose_rows_they_take():
@@ -73,7 +78,9 @@ def test_streams_of_ranks_are_those_whose_rows_they_take():
             taken = {row % streams for row in range(rows * streams * ranks) if row % rows % ranks == rank}
             assert streams_of(rank, ranks, streams, rows) == sorted(taken)
         for stream in range(streams):
-            assert owner_of(stream, ranks, streams, rows) == min(rank for rank in range(ranks) if stream in streams_of(rank, ranks, streams, rows))
+            assert owner_of(stream, ranks, streams, rows) == min(
+                rank for rank in range(ranks) if stream in streams_of(rank, ranks, streams, rows)
+            )
 
 
 def test_rows_that_cannot_be_dealt_are_refused():
@@ -104,5 +111,8 @@ def test_packing_is_at_least_three_times_as_fast_as_looking_through_the_buffer()
 
     plain = scan_rows(itertools.cycle(documents), 1025, 1000, REFILL_DOCUMENTS)
     numbered = enumerate(itertools.cycle(arrays))
-    stream, row = Stream(lambda: next(numbered), 1025, (1000, REFILL_DOCUMENTS), len(documents)), np.empty(1025, dtype=np.int64)
+    stream, row = (
+        Stream(lambda: next(numbered), 1025, (1000, REFILL_DOCUMENTS), len(documents)),
+        np.empty(1025, dtype=np.int64),
+    )
     assert seconds(lambda: next(plain)) > 3 * seconds(lambda: stream.pack(row))

@@ -25,7 +25,12 @@ def one_sentence(caught, *words):
 
 def test_summary(folder):
     summary = check_data_folder(folder)
-    assert (summary.train_shards, summary.train_documents, summary.validation_documents, summary.source) == (2, 40, 10, None)
+    assert (summary.train_shards, summary.train_documents, summary.validation_documents, summary.source) == (
+        2,
+        40,
+        10,
+        None,
+    )
     assert "40 documents" in str(summary) and len(summary.train_fingerprint) == 64
 
 

@@ -30,13 +30,19 @@ def test_texts_come_back_and_bos_stands_in_front():
     assert (tokenizer.vocab_size, tokenizer.bos) == (265, 256)
     for threads in (1, 3):
         for text, tokens in zip(TEXTS, tokenizer.encode_batch(TEXTS, threads), strict=True):
-            assert tokens.dtype == np.uint16 and tokens[0] == tokenizer.bos and np.array_equal(tokens[1:], tokenizer.encode(text))
+            assert (
+                tokens.dtype == np.uint16
+                and tokens[0] == tokenizer.bos
+                and np.array_equal(tokens[1:], tokenizer.encode(text))
+            )
             assert tokenizer.decode(tokens[1:]) == text and tokenizer.bos not in tokens[1:]
             assert np.array_equal(tokenizer.encode(text, bos=True), tokens)
 
 
 def test_special_tokens_follow_the_merges_in_order():
-    assert list(byte_tokenizer().special_tokens.items()) == [(token, 256 + index) for index, token in enumerate(SPECIAL_TOKENS)]
+    assert list(byte_tokenizer().special_tokens.items()) == [
+        (token, 256 + index) for index, token in enumerate(SPECIAL_TOKENS)
+    ]
     assert byte_tokenizer().decode([264, 65]) == "<|output_end|>A"
 
 
@@ -69,7 +75,12 @@ def test_saved_and_loaded_it_is_the_same(folder):
 
 def test_fingerprint_is_of_all_that_decides_the_ids():
     ranks = byte_tokenizer().ranks
-    others = [Tokenizer({**ranks, b"ab": 256}), Tokenizer(ranks, ("<|bos|>",)), Tokenizer(ranks, pattern=r"\s+|\S+"), byte_tokenizer()]
+    others = [
+        Tokenizer({**ranks, b"ab": 256}),
+        Tokenizer(ranks, ("<|bos|>",)),
+        Tokenizer(ranks, pattern=r"\s+|\S+"),
+        byte_tokenizer(),
+    ]
     assert len({tokenizer.fingerprint for tokenizer in others}) == 4
     assert Tokenizer(ranks, name="renamed").fingerprint == byte_tokenizer().fingerprint
 

@@ -52,11 +52,24 @@ class Site:
         (self.programs / name).write_text(text)
         (self.programs / name).chmod(0o755)
 
-    def doctor(self, *arguments: str, within: tuple[str, ...] = (), before: str = "", **variables: str) -> subprocess.CompletedProcess:
+    def doctor(
+        self, *arguments: str, within: tuple[str, ...] = (), before: str = "", **variables: str
+    ) -> subprocess.CompletedProcess:
         """within: a program that starts the shell. before: what the shell does first."""
-        told = environment() | {"PYTHONPATH": str(self.packages), "PATH": f"{self.programs}{os.pathsep}{os.environ['PATH']}"} | variables
+        told = (
+            environment()
+            | {"PYTHONPATH": str(self.packages), "PATH": f"{self.programs}{os.pathsep}{os.environ['PATH']}"}
+            | variables
+        )
         line = f'{before} exec "{sys.executable}" tools/doctor.py "$@"'
-        return subprocess.run([*within, "bash", "-c", line, "doctor", *arguments], cwd=ROOT, env=told, capture_output=True, text=True, timeout=120)
+        return subprocess.run(
+            [*within, "bash", "-c", line, "doctor", *arguments],
+            cwd=ROOT,
+            env=told,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
 
     def traps(self, **how) -> dict[str, dict]:
         done = self.doctor("--json", **how)
@@ -75,7 +88,9 @@ def test_a_healthy_cpu_machine(site):
     """With NVIDIA's apex and the true flash-attention 3, whose names others took."""
     site.install("apex", "0.1", {"apex/__init__.py": "", "apex/multi_tensor_apply/__init__.py": ""})
     site.install("flash-attn-3", "3.0.0", {"flash_attn_interface.py": ""})
-    done = site.doctor("--config", "configs/d24_fp8.json", "--set", "precision.compute=bfloat16", "--set", "precision.compile=false")
+    done = site.doctor(
+        "--config", "configs/d24_fp8.json", "--set", "precision.compute=bfloat16", "--set", "precision.compile=false"
+    )
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
     lines = [line.strip() for line in done.stdout.splitlines()]
     assert lines[-1] == "no trap was found"
@@ -84,15 +99,23 @@ def test_a_healthy_cpu_machine(site):
     assert "compute: bfloat16 (asked for)" in lines
     assert any(line.startswith("fp8: torch (auto: not te, because this machine has no CUDA device") for line in lines)
     assert "attention flash3: not here (that needs a CUDA device)" in lines
-    assert any(line.startswith("attention: ") for line in lines) and any(line.startswith("gradient norm: ") for line in lines)
-    assert any(line.startswith("compile: off (precision.compile; ") for line in lines) and not any(": unknown (" in line for line in lines)
+    assert any(line.startswith("attention: ") for line in lines) and any(
+        line.startswith("gradient norm: ") for line in lines
+    )
+    assert any(line.startswith("compile: off (precision.compile; ") for line in lines) and not any(
+        ": unknown (" in line for line in lines
+    )
 
 
 def test_wrong_packages_are_named_with_their_repair(site):
     site.install("apex", "0.9.10.dev0", {"apex/__init__.py": "raise ImportError('a toolkit for web pages')"})
     site.install("flash-attn-3", "0.0.0")
     site.install("deepspeed", "0.15.0")
-    for name, version in (("transformer_engine", "2.20.2"), ("transformer_engine_torch", "2.19.0"), ("transformer_engine_cu13", "2.20.2")):
+    for name, version in (
+        ("transformer_engine", "2.20.2"),
+        ("transformer_engine_torch", "2.19.0"),
+        ("transformer_engine_cu13", "2.20.2"),
+    ):
         site.install(name, version)
     site.install("nvidia-cudnn-cu12", "9.10.2.21")
     site.install("nvidia-cudnn-cu13", "9.19.0.56")
@@ -109,42 +132,62 @@ def test_wrong_packages_are_named_with_their_repair(site):
 def test_a_gpu_machine_with_the_cpu_build_and_an_engine_for_another_torch(site, tmp_path):
     site.install("torch", "2.13.0+cpu", {"torch/__init__.py": TORCH.format(cuda=None, cudnn=0)})
     symbol = "raise ImportError('libtransformer_engine.so: undefined symbol: _ZN3c104cuda9SetDeviceEa')"
-    site.install("transformer_engine", "2.20.2", {"transformer_engine/__init__.py": "", "transformer_engine/pytorch.py": symbol})
+    site.install(
+        "transformer_engine", "2.20.2", {"transformer_engine/__init__.py": "", "transformer_engine/pytorch.py": symbol}
+    )
     site.install("nvidia-cudnn-cu13", "9.19.0.56")
     library = tmp_path / "cuda" / "lib64" / "libcudnn.so.9.10.2"
     library.parent.mkdir(parents=True)
     library.touch()
     library.with_name("libcudnn.so.9").symlink_to(library)
     how = {"GPUS": "H200 H200", "DRIVER": "570.86.10", "CUDA_HOME": str(tmp_path / "cuda")}
-    private = not subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode  # may mount what no other process sees
+    private = not subprocess.run(
+        ["unshare", "--mount", "true"], capture_output=True
+    ).returncode  # may mount what no other process sees
     if private:
         how |= {"within": ("unshare", "--mount"), "before": "mount -t tmpfs -o size=64m none /dev/shm;"}
     found = site.traps(**how)
     assert set(found) == {"torch-cpu", "te-torch", "cudnn", *(["shm"] if private else [])}
     assert "2 GPU(s) (NVIDIA H200)" in found["torch-cpu"]["what"] and found["torch-cpu"]["repair"].endswith("whl/cu126")
-    assert "was built for another torch" in found["te-torch"]["what"] and "undefined symbol" in found["te-torch"]["what"]
+    assert (
+        "was built for another torch" in found["te-torch"]["what"] and "undefined symbol" in found["te-torch"]["what"]
+    )
     assert "cuDNN 9.10.2" in found["cudnn"]["what"] and f"CUDA_HOME={tmp_path / 'cuda'}" in found["cudnn"]["what"]
     assert not private or "64 MiB" in found["shm"]["what"]
 
 
 def test_a_driver_that_is_too_old_and_no_compiler_of_cuda(site, tmp_path):
     site.install("torch", "2.13.0+cu130", {"torch/__init__.py": TORCH.format(cuda="13.0", cudnn="91900")})
-    site.install("transformer_engine", "2.20.2", {"transformer_engine/__init__.py": "raise OSError('libnvrtc.so: cannot open shared object file')"})
+    site.install(
+        "transformer_engine",
+        "2.20.2",
+        {"transformer_engine/__init__.py": "raise OSError('libnvrtc.so: cannot open shared object file')"},
+    )
     found = site.traps(GPUS="H100", DRIVER="535.183.01", CUDA_HOME=str(tmp_path))
     assert set(found) == {"driver", "nvcc", "te-import"} and found["te-import"]["what"].endswith(
         "OSError: libnvrtc.so: cannot open shared object file"
     )
-    assert "535.183.01 is older than 580" in found["driver"]["what"] and f"CUDA_HOME={tmp_path} has no bin/nvcc" in found["nvcc"]["what"]
+    assert (
+        "535.183.01 is older than 580" in found["driver"]["what"]
+        and f"CUDA_HOME={tmp_path} has no bin/nvcc" in found["nvcc"]["what"]
+    )
     found = site.traps(GPUS="H100", DRIVER="580.65.06", CUDA_HOME=str(tmp_path), CUDA_VISIBLE_DEVICES="7")
-    assert set(found) == {"gpus-hidden", "nvcc", "te-import"} and found["gpus-hidden"]["what"].endswith("CUDA_VISIBLE_DEVICES is '7'")
+    assert set(found) == {"gpus-hidden", "nvcc", "te-import"} and found["gpus-hidden"]["what"].endswith(
+        "CUDA_VISIBLE_DEVICES is '7'"
+    )
 
 
 def test_a_torch_that_cannot_be_imported_is_one_trap_among_others(site):
-    site.install("torch", "2.13.0", {"torch/__init__.py": "raise OSError('libcudart.so.13: cannot open shared object file')"})
+    site.install(
+        "torch", "2.13.0", {"torch/__init__.py": "raise OSError('libcudart.so.13: cannot open shared object file')"}
+    )
     site.install("apex", "0.9.10.dev0", {"apex/__init__.py": ""})
     found = site.traps()
     assert set(found) == {"torch", "apex"}
-    assert "OSError: libcudart.so.13" in found["torch"]["what"] and found["torch"]["repair"] == "pip install --force-reinstall torch"
+    assert (
+        "OSError: libcudart.so.13" in found["torch"]["what"]
+        and found["torch"]["repair"] == "pip install --force-reinstall torch"
+    )
 
 
 def test_mistakes_in_the_command_line(site):
@@ -156,7 +199,9 @@ def test_mistakes_in_the_command_line(site):
 def test_compiling_without_a_compiler(site):
     site.install("torch", "2.13.0+cpu", {"torch/__init__.py": TORCH.format(cuda=None, cudnn=0)})
     (site.programs / "bash").symlink_to("/bin/bash")
-    done = site.doctor("--json", "--config", "configs/d2_cpu.json", "--set", "precision.compile=true", PATH=str(site.programs))
+    done = site.doctor(
+        "--json", "--config", "configs/d2_cpu.json", "--set", "precision.compile=true", PATH=str(site.programs)
+    )
     (trap,) = json.loads(done.stdout)["traps"]
     assert (done.returncode, trap["name"], trap["repair"]) == (1, "compiler", "sudo apt-get install -y g++")
 
@@ -168,5 +213,8 @@ def test_a_cudnn_that_torch_refuses_and_an_engine_that_names_its_torch(site):
     site.install("transformer_engine_torch", "2.20.2+cu13torch2.11.0cxx11abiTRUE")
     found = site.traps()
     assert set(found) == {"cudnn", "te-torch"}
-    assert found["cudnn"]["what"].endswith("compiled against (9, 20, 0) but found (9, 1, 0)") and found["cudnn"]["repair"] == "unset LD_LIBRARY_PATH"
+    assert (
+        found["cudnn"]["what"].endswith("compiled against (9, 20, 0) but found (9, 1, 0)")
+        and found["cudnn"]["repair"] == "unset LD_LIBRARY_PATH"
+    )
     assert "was built for torch 2.11, and here is 2.13.0+cu130" in found["te-torch"]["what"]

@@ -17,6 +17,8 @@ def test_facts_that_one_host_lacks_are_unlike():
 def test_every_pair_meets_once_and_nobody_twice_in_a_round():
     for count in range(1, 10):
         rounds = rounds_of_pairs(count)
-        assert sorted(pair for pairs in rounds for pair in pairs) == [(one, other) for one in range(count) for other in range(one + 1, count)]
+        assert sorted(pair for pairs in rounds for pair in pairs) == [
+            (one, other) for one in range(count) for other in range(one + 1, count)
+        ]
         assert all(len({place for pair in pairs for place in pair}) == 2 * len(pairs) for pairs in rounds)
         assert len(rounds) == (count - 1 if count % 2 == 0 else count if count > 1 else 1)

@@ -21,7 +21,10 @@ _THINGS = "boat town river bread song rain bank wine".split()
 def examples(kind: str, count: int) -> list[dict]:
     pairs = [(_THINGS[number % 8], _THINGS[(3 * number + 1) % 8]) for number in range(count)]
     if kind == "multiple_choice":
-        return [{"query": f"Q: a {one}?", "choices": [f"{one} {number}", other], "gold": number % 2} for number, (one, other) in enumerate(pairs)]
+        return [
+            {"query": f"Q: a {one}?", "choices": [f"{one} {number}", other], "gold": number % 2}
+            for number, (one, other) in enumerate(pairs)
+        ]
     if kind == "schema":
         return [
             {"context_options": [f"the {one} {number}", f"a {other}"], "continuation": "is old", "gold": number % 2}

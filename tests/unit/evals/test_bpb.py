@@ -23,7 +23,16 @@ TOKEN_BYTES = torch.arange(SMALL_VOCAB) % 5  # every fifth token counts nothing,
 
 def mesh_of(ranks: int, rank: int) -> Mesh:
     alone, data = Axis("tensor", 1, 0, None, (0,)), Axis("data", ranks, rank, None, tuple(range(ranks)))
-    return Mesh(world=data, data=data, tensor=alone, pipeline=alone, stage=data, saving=data, device=torch.device("cpu"), topology=None)
+    return Mesh(
+        world=data,
+        data=data,
+        tensor=alone,
+        pipeline=alone,
+        stage=data,
+        saving=data,
+        device=torch.device("cpu"),
+        topology=None,
+    )
 
 
 def dealt(rows: torch.Tensor, ranks: int, rank: int):
@@ -39,7 +48,9 @@ def test_the_first_rows_count_once_and_the_others_not(ranks):
     for rank in range(ranks):
         share = ValidationRows(dealt(rows, ranks, rank), ROWS, MICRO_ROWS, mesh_of(ranks, rank))
         assert all(ids.shape == targets.shape == (MICRO_ROWS, TOKENS - 1) for ids, targets in share.micro_batches)
-        assert len(share.micro_batches) == math.ceil(ROWS / (MICRO_ROWS * ranks)), "all ranks have as many, or they would wait for each other"
+        assert len(share.micro_batches) == math.ceil(ROWS / (MICRO_ROWS * ranks)), (
+            "all ranks have as many, or they would wait for each other"
+        )
         for ids, targets in share.micro_batches:
             for row, target in zip(ids, targets, strict=True):
                 (number,) = [index for index, whole in enumerate(rows) if torch.equal(whole[:-1], row)]

@@ -29,7 +29,9 @@ def bundle(labels=CORE_TASKS, digest: str = "0") -> Bundle:
     return Bundle(tasks, tuple(label for label in CORE_TASKS if label not in labels), digest)
 
 
-def evaluated(path, chance: float, seed: int, labels=CORE_TASKS, digest: str = "0", step: int = 7, examples: int = EXAMPLES):
+def evaluated(
+    path, chance: float, seed: int, labels=CORE_TASKS, digest: str = "0", step: int = 7, examples: int = EXAMPLES
+):
     """A file of a model that is right with that chance; one seed means one set of hard examples."""
     hard = np.random.default_rng(seed).random((len(labels), examples))
     right = {label: tuple(bool(right) for right in row < chance) for label, row in zip(labels, hard, strict=True)}
@@ -60,13 +62,23 @@ def test_a_file_tells_the_metric_its_error_and_the_verdict(tmp_path):
     assert section["deviation"]["both"] == pytest.approx(np.hypot(0.0052, 2 * np.sqrt(0.21 / EXAMPLES / 22)), rel=0.05)
     assert section["tasks"]["copa"]["examples"] == EXAMPLES == len(section["tasks"]["copa"]["right"])
     lines = core_table(section)
-    assert len(lines) == 1 + 22 + 2 and lines[0].split()[:2] == ["task", "examples"] and lines[-1] == "against GPT-2's: above"
+    assert (
+        len(lines) == 1 + 22 + 2
+        and lines[0].split()[:2] == ["task", "examples"]
+        and lines[-1] == "against GPT-2's: above"
+    )
     few = load_results(evaluated(tmp_path / "few.json", 0.7, 1, examples=50))["core"]
     assert section["whole"] and not few["whole"] and core_lines(few)[-1].endswith("not the whole metric")
     part = load_results(evaluated(tmp_path / "b.json", 0.7, 1, labels=("copa", "own task")))["core"]
-    assert part["core_metric"] is None and part["verdict"] is None and "this is not CORE: 21 of its 22 tasks are missing" in core_lines(part)[0]
+    assert (
+        part["core_metric"] is None
+        and part["verdict"] is None
+        and "this is not CORE: 21 of its 22 tasks are missing" in core_lines(part)[0]
+    )
     more = load_results(evaluated(tmp_path / "c.json", 0.7, 1, labels=(*CORE_TASKS, "own task")))["core"]
-    assert more["mean_centered"] == pytest.approx(more["core_metric"], abs=1e-12) and len(more["tasks"]) == 23  # the 23rd does not count
+    assert (
+        more["mean_centered"] == pytest.approx(more["core_metric"], abs=1e-12) and len(more["tasks"]) == 23
+    )  # the 23rd does not count
 
 
 def test_sections_of_one_checkpoint_are_kept_and_those_of_another_are_not(tmp_path):
@@ -95,7 +107,12 @@ def test_differences_are_told_when_they_are_real(tmp_path, capsys):
     a = evaluated(tmp_path / "a.json", 0.62, 1)
     b = evaluated(tmp_path / "b.json", 0.60, 1)
     told = compared(capsys, a, b)
-    assert told["is_core"] and told["same_examples"] and told["verdict"] == "the first is better" and told["tasks"]["copa"]["paired"]
+    assert (
+        told["is_core"]
+        and told["same_examples"]
+        and told["verdict"] == "the first is better"
+        and told["tasks"]["copa"]["paired"]
+    )
     assert told["deviation"]["runs"] == pytest.approx(0.0052 * 2**0.5)
     reverse = compared(capsys, b, a)
     assert reverse["verdict"] == "the second is better" and reverse["difference"] == pytest.approx(-told["difference"])
@@ -121,12 +138,16 @@ def test_several_runs_on_each_side(tmp_path, capsys):
 def test_runs_of_a_recipe_against_gpt2(tmp_path, capsys):
     runs = [evaluated(tmp_path / f"a{seed}.json", 0.65, seed) for seed in range(3)]
     told = compared(capsys, *runs, "--against", "gpt2")
-    assert told["core_metric"] == pytest.approx(0.3, abs=0.03) and told["deviation"]["runs"] == pytest.approx(0.0052 / 3**0.5)
+    assert told["core_metric"] == pytest.approx(0.3, abs=0.03) and told["deviation"]["runs"] == pytest.approx(
+        0.0052 / 3**0.5
+    )
     assert told["verdict"]["word"] == "above" and told["whole"]
     main([str(evaluated(tmp_path / "near.json", 0.635, 1)), "--against", "gpt2"])
     assert "against GPT-2's 0.256525: cannot tell: " in capsys.readouterr().out
     part = evaluated(tmp_path / "part.json", 0.65, 1, labels=("copa",))
-    assert "part.json has no value of CORE, which takes all of its 22 tasks" in refused(capsys, part, "--against", "gpt2")
+    assert "part.json has no value of CORE, which takes all of its 22 tasks" in refused(
+        capsys, part, "--against", "gpt2"
+    )
 
 
 def test_tasks_that_not_all_have_are_left_out_and_named(tmp_path, capsys):
@@ -161,5 +182,9 @@ def test_in_a_process_of_its_own(tmp_path):
     done = subprocess.run([sys.executable, "tools/compare_runs.py", a, b], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0].split()[:3] == ["task", "first", "second"] and len(lines) == 1 + 22 + 2 and lines[-2].startswith("CORE: +0.")
+    assert (
+        lines[0].split()[:3] == ["task", "first", "second"]
+        and len(lines) == 1 + 22 + 2
+        and lines[-2].startswith("CORE: +0.")
+    )
     assert lines[-1].startswith("the first is better (95%") and SIGMAS > 1.9

@@ -26,8 +26,16 @@ def refused(path, *arguments) -> str:
 def test_a_folder_and_its_zips_are_one_bundle(folder, tmp_path):
     bundle = open_bundle(folder)
     task = bundle.tasks[0]
-    assert (task.label, task.kind, task.shots, task.delimiter, task.baseline) == ("arc_easy", "multiple_choice", 1, "\nA: ", 0.5)
-    assert [task.delimiter for task in bundle.tasks[1:]] == [" ", " "] and task.examples == tuple(examples("multiple_choice", 6))
+    assert (task.label, task.kind, task.shots, task.delimiter, task.baseline) == (
+        "arc_easy",
+        "multiple_choice",
+        1,
+        "\nA: ",
+        0.5,
+    )
+    assert [task.delimiter for task in bundle.tasks[1:]] == [" ", " "] and task.examples == tuple(
+        examples("multiple_choice", 6)
+    )
     assert len(bundle.missing) == 19 and "copa" in bundle.missing and "winograd" not in bundle.missing
     for inside in ("eval_bundle", "."):
         assert open_bundle(zipped(folder, tmp_path / "one.zip", inside)) == bundle
@@ -97,14 +105,32 @@ def without(name: str):
         (rewritten("core.yaml", lambda text: "icl_tasks: ["), "core.yaml is not YAML"),
         (rewritten("core.yaml", lambda text: "a: 1"), "core.yaml is no list of tasks (KeyError: 'icl_tasks')"),
         (rewritten("core.yaml", lambda text: "icl_tasks: []"), "core.yaml lists no task"),
-        (rewritten("core.yaml", lambda text: text.replace("label: winograd", "label: arc_easy")), "core.yaml lists arc_easy twice"),
-        (rewritten("core.yaml", lambda text: text.replace("type: schema", "type: essay")), "winograd is of the unknown type 'essay'"),
+        (
+            rewritten("core.yaml", lambda text: text.replace("label: winograd", "label: arc_easy")),
+            "core.yaml lists arc_easy twice",
+        ),
+        (
+            rewritten("core.yaml", lambda text: text.replace("type: schema", "type: essay")),
+            "winograd is of the unknown type 'essay'",
+        ),
         (rewritten("core.yaml", lambda text: text.replace("- 1\n", "- 6\n", 1)), "has 6 examples, too few for 6 shots"),
-        (rewritten("eval_meta_data.csv", lambda text: text.replace("winograd", "wino")), "has no baseline for winograd"),
-        (rewritten("eval_meta_data.csv", lambda text: text.replace("winograd,schema,0,50", "winograd,schema,0,")), "the baseline of winograd is ''"),
-        (rewritten("eval_meta_data.csv", lambda text: text.replace("winograd,schema,0,50", "winograd,schema,0,100")), "less than 100"),
+        (
+            rewritten("eval_meta_data.csv", lambda text: text.replace("winograd", "wino")),
+            "has no baseline for winograd",
+        ),
+        (
+            rewritten("eval_meta_data.csv", lambda text: text.replace("winograd,schema,0,50", "winograd,schema,0,")),
+            "the baseline of winograd is ''",
+        ),
+        (
+            rewritten("eval_meta_data.csv", lambda text: text.replace("winograd,schema,0,50", "winograd,schema,0,100")),
+            "less than 100",
+        ),
         (rewritten("eval_meta_data.csv", lambda text: text.replace("Random baseline", "Random")), "has no columns"),
-        (lambda folder: (folder / "eval_data/schema/winograd.jsonl").write_bytes(b"\xff\n"), "winograd.jsonl is not UTF-8 text"),
+        (
+            lambda folder: (folder / "eval_data/schema/winograd.jsonl").write_bytes(b"\xff\n"),
+            "winograd.jsonl is not UTF-8 text",
+        ),
     ],
 )
 def test_bad_bundles(folder, spoil, why):
@@ -114,7 +140,9 @@ def test_bad_bundles(folder, spoil, why):
 
 def test_bad_arguments(folder, tmp_path):
     assert "does not exist" in refused(tmp_path / "none")
-    assert "copa is one of CORE's tasks but not in" in refused(folder, ["copa"]) and ": it has arc_easy, winograd" in refused(folder, ["copa"])
+    assert "copa is one of CORE's tasks but not in" in refused(
+        folder, ["copa"]
+    ) and ": it has arc_easy, winograd" in refused(folder, ["copa"])
     assert "essay is no task of" in refused(folder, ["winograd", "essay"])
     (tmp_path / "text").write_text("no zip")
     assert "neither a folder nor a whole zip" in refused(tmp_path / "text")
@@ -135,7 +163,9 @@ def test_bad_arguments(folder, tmp_path):
 
 
 def download(mirror, path):  # noqa: F811
-    return core_download.downloaded_bundle(lambda line: None, url=f"{mirror.source.base_url}/eval_bundle.zip", path=path, retry_wait_s=0.001)
+    return core_download.downloaded_bundle(
+        lambda line: None, url=f"{mirror.source.base_url}/eval_bundle.zip", path=path, retry_wait_s=0.001
+    )
 
 
 def test_downloaded_once_by_all_and_resumed(folder, tmp_path, mirror):  # noqa: F811
@@ -158,7 +188,9 @@ def test_a_download_that_changed_is_refused(folder, tmp_path, mirror):  # noqa: 
     with pytest.raises(UserError, match="eval_bundle.zip is not the file that was first there"):
         download(mirror, path)
     path.unlink()
-    mirror.files["eval_bundle.zip"] = zipped(write_bundle(tmp_path / "third", count=8), tmp_path / "source.zip").read_bytes()
+    mirror.files["eval_bundle.zip"] = zipped(
+        write_bundle(tmp_path / "third", count=8), tmp_path / "source.zip"
+    ).read_bytes()
     with pytest.raises(UserError, match="is not the file that was first there"):  # nor is what comes now
         download(mirror, path)
     path.unlink()

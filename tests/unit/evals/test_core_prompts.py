@@ -32,7 +32,10 @@ def task(kind: str, shots: int = 0, count: int = 6, delimiter: str = " ", own: t
 
 def test_the_texts_of_each_kind():
     shot, asked = {"query": "1+1", "choices": ["3", "2"], "gold": 1}, {"query": "2+2", "choices": ["5", "4"], "gold": 1}
-    assert texts(task("multiple_choice", delimiter="\nA: "), asked, [shot]) == ["1+1\nA: 2\n\n2+2\nA: 5", "1+1\nA: 2\n\n2+2\nA: 4"]
+    assert texts(task("multiple_choice", delimiter="\nA: "), asked, [shot]) == [
+        "1+1\nA: 2\n\n2+2\nA: 5",
+        "1+1\nA: 2\n\n2+2\nA: 4",
+    ]
     shot = {"context_options": ["a", "b"], "continuation": "runs", "gold": 0}
     asked = {"context_options": ["c", "d"], "continuation": "sits", "gold": 0}
     assert texts(task("schema"), asked, [shot, shot]) == ["a runs\n\na runs\n\nc sits", "a runs\n\na runs\n\nd sits"]
@@ -44,10 +47,15 @@ def test_the_texts_of_each_kind():
 def test_answers_begin_where_choices_differ_and_where_contexts_have_ended():
     own = ({"query": "ab", "choices": ["xyz", "xq"], "gold": 0},)
     (found,) = questions(task("multiple_choice", own=own), Letters(), 64, -1)
-    assert [(row.start, len(row.tokens)) for row in found.rows] == [(4, 6), (4, 5)] and found.gold == 0  # BOS a b " x" | y z
+    assert [(row.start, len(row.tokens)) for row in found.rows] == [
+        (4, 6),
+        (4, 5),
+    ] and found.gold == 0  # BOS a b " x" | y z
     own = ({"context_options": ["abc", "dc"], "continuation": "xy", "gold": 1},)
     (found,) = questions(task("schema", own=own), Letters(), 64, -1)
-    assert [row.tokens[row.start :] for row in found.rows] == [(99, 1120, 121)] * 2  # c too, which both contexts end with
+    assert [row.tokens[row.start :] for row in found.rows] == [
+        (99, 1120, 121)
+    ] * 2  # c too, which both contexts end with
     own = ({"context": "ab ", "continuation": "xyz"},)
     (found,) = questions(task("language_modeling", own=own), Letters(), 64, -1)
     assert found.rows == (Row((0, 97, 98, 1120, 121, 122), 3),) and found.gold is None
@@ -70,21 +78,38 @@ def test_shots_are_others_drawn_for_each_example_and_the_cap_comes_first():
 def test_long_texts_lose_their_beginning():
     own = ({"query": "abcdef", "choices": ["x", "yzw"], "gold": 0},)
     (found,) = questions(task("multiple_choice", own=own), Letters(), 8, -1)
-    assert found.rows == (Row((0, 97, 98, 99, 100, 101, 102, 1120), 7), Row((98, 99, 100, 101, 102, 1121, 122, 119), 5, 2))
+    assert found.rows == (
+        Row((0, 97, 98, 99, 100, 101, 102, 1120), 7),
+        Row((98, 99, 100, 101, 102, 1121, 122, 119), 5, 2),
+    )
 
 
 @pytest.mark.parametrize(
     ("kind", "example", "told"),
     [
-        ("language_modeling", {"context": "a", "continuation": "bcdefghij"}, "an answer of 9 tokens and the model takes 8, one of them in front"),
+        (
+            "language_modeling",
+            {"context": "a", "continuation": "bcdefghij"},
+            "an answer of 9 tokens and the model takes 8, one of them in front",
+        ),
         ("language_modeling", {"context": "ab", "continuation": ""}, "an answer without tokens of its own"),
-        ("schema", {"context_options": ["a", "b"], "continuation": "cdefghij", "gold": 0}, "an answer of 8 tokens and the model takes 8"),
+        (
+            "schema",
+            {"context_options": ["a", "b"], "continuation": "cdefghij", "gold": 0},
+            "an answer of 8 tokens and the model takes 8",
+        ),
     ],
 )
 def test_what_cannot_be_asked_is_told(kind, example, told):
     with pytest.raises(UserError, match=f"^example 1 of some_task has {told}"):
-        questions(task(kind, own=(example,), delimiter="" if example.get("continuation") == "" else " "), Letters(), 8, -1)
+        questions(
+            task(kind, own=(example,), delimiter="" if example.get("continuation") == "" else " "), Letters(), 8, -1
+        )
 
 
 def test_the_common_prefix():
-    assert (common_prefix([(1, 2, 3), (1, 2, 4)]), common_prefix([(1, 2), (1, 2, 4)]), common_prefix([(1,), (2,)])) == (2, 2, 0)
+    assert (common_prefix([(1, 2, 3), (1, 2, 4)]), common_prefix([(1, 2), (1, 2, 4)]), common_prefix([(1,), (2,)])) == (
+        2,
+        2,
+        0,
+    )

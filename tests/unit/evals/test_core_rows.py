@@ -33,7 +33,9 @@ def test_every_row_is_computed_once_behind_its_own_context(seed):
     for batch in batches(asked, 1000):
         for number, part in enumerate(batch.rows):
             before = batch.contexts[batch.of[number]] if batch.contexts else ()
-            assert before + part.tokens == rows[part.found].tokens and len(before) + part.start == rows[part.found].start
+            assert (
+                before + part.tokens == rows[part.found].tokens and len(before) + part.start == rows[part.found].start
+            )
             assert part.start >= 1, "the logits that tell the first token of the answer come from a token of this pass"
             assert batch.exact == exact[part.found] and (not batch.contexts or len(before) >= LEAST_SHARED - 1)
             seen.append(part.found)

@@ -36,9 +36,13 @@ def anew(model, prompt, number, tokens, sampling):
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
 def test_several_prompts_at_once_are_what_computing_anew_gives(model, sampling):
     found = generate(model, PROMPTS, tokens=30, sampling=sampling)
-    assert [row.new for row in found] == [anew(model, prompt, number, 30, sampling) for number, prompt in enumerate(PROMPTS)]
+    assert [row.new for row in found] == [
+        anew(model, prompt, number, 30, sampling) for number, prompt in enumerate(PROMPTS)
+    ]
     assert {row.why for row in found} == {"tokens"} and len({tuple(row.new) for row in found}) == 3
-    assert generate(model, PROMPTS[1:], tokens=30, sampling=sampling, first=1) == found[1:], "a row depends on the others"
+    assert generate(model, PROMPTS[1:], tokens=30, sampling=sampling, first=1) == found[1:], (
+        "a row depends on the others"
+    )
     if sampling is SAMPLED:
         other = Sampling(1.1, top_k=40, top_p=0.95, seed=3)
         assert generate(model, PROMPTS, tokens=30, sampling=other) != found
@@ -54,17 +58,29 @@ def test_a_row_ends_where_it_is_told_to_and_the_others_go_on(model):
         ends=lambda number, new: (number, len(new)) in ((0, 1), (2, 7)),
         told=lambda *row: told.append(row),
     )
-    assert [(row.why, row.new) for row in found] == [("stop", whole[0].new[:1]), ("tokens", whole[1].new), ("stop", whole[2].new[:7])]
+    assert [(row.why, row.new) for row in found] == [
+        ("stop", whole[0].new[:1]),
+        ("tokens", whole[1].new),
+        ("stop", whole[2].new[:7]),
+    ]
     for number, row in enumerate(found):
-        assert [(token, why) for n, token, why in told if n == number] == [*((token, "") for token in row.new[:-1]), (row.new[-1], row.why)]
+        assert [(token, why) for n, token, why in told if n == number] == [
+            *((token, "") for token in row.new[:-1]),
+            (row.new[-1], row.why),
+        ]
 
 
 def test_at_the_models_length_it_ends_or_slides(model):
     prompts = [list(range(1, 46)), [7]]
     found = generate(model, prompts, tokens=12)
-    assert [(row.why, len(row.new)) for row in found] == [("length", 4), ("tokens", 12)]  # the last token was chosen after all that it can take
+    assert [(row.why, len(row.new)) for row in found] == [
+        ("length", 4),
+        ("tokens", 12),
+    ]  # the last token was chosen after all that it can take
     slid = generate(model, [*prompts, list(range(60))], tokens=12, slide=True)
-    assert [row.new for row in slid] == [anew(model, prompt, number, 12, GREEDY) for number, prompt in enumerate([*prompts, list(range(60))])]
+    assert [row.new for row in slid] == [
+        anew(model, prompt, number, 12, GREEDY) for number, prompt in enumerate([*prompts, list(range(60))])
+    ]
     assert found[0].new == slid[0].new[:4] and {row.why for row in slid} == {"tokens"}
 
 

@@ -29,11 +29,15 @@ def folder(tmp_path):
 
 
 def of(folder, source, **changes) -> SourceRows:
-    return SourceRows(folder, source, TOKENIZER, **({"tokens": 8, "most_rows": 1000, "micro_rows": 2, "data": ALONE} | changes))
+    return SourceRows(
+        folder, source, TOKENIZER, **({"tokens": 8, "most_rows": 1000, "micro_rows": 2, "data": ALONE} | changes)
+    )
 
 
 def validation(folder, letter: str) -> list[str]:
-    return [text for text in pq.read_table(sorted(folder.glob("*.parquet"))[-1])["text"].to_pylist() if text[0] == letter]
+    return [
+        text for text in pq.read_table(sorted(folder.glob("*.parquet"))[-1])["text"].to_pylist() if text[0] == letter
+    ]
 
 
 def test_the_manifest_and_the_shards_name_the_sources(folder, tmp_path):
@@ -41,9 +45,13 @@ def test_the_manifest_and_the_shards_name_the_sources(folder, tmp_path):
     for path in folder.glob("*.parquet"):
         table = pq.read_table(path)
         assert table.column_names == ["text", "source"]
-        assert all((source == "novels") == (text[0] == "n") for text, source in zip(*table.to_pydict().values(), strict=True))
+        assert all(
+            (source == "novels") == (text[0] == "n") for text, source in zip(*table.to_pydict().values(), strict=True)
+        )
     main(["--source", "text", "--input", str(tmp_path / "notes"), "--out", str(tmp_path / "plain")])
-    assert sources_of(tmp_path / "plain") == () and pq.read_table(tmp_path / "plain" / "shard_00000.parquet").column_names == ["text"]
+    assert sources_of(tmp_path / "plain") == () and pq.read_table(
+        tmp_path / "plain" / "shard_00000.parquet"
+    ).column_names == ["text"]
 
 
 def test_every_token_of_a_source_is_predicted_once(folder):
@@ -60,9 +68,14 @@ def test_every_token_of_a_source_is_predicted_once(folder):
 def test_ranks_share_the_rows(folder):
     alone = of(folder, "notes", micro_rows=1)
     for ranks in (2, 3):
-        shares = [of(folder, "notes", data=dataclasses.replace(ALONE, size=ranks, rank=rank)).micro_batches for rank in range(ranks)]
+        shares = [
+            of(folder, "notes", data=dataclasses.replace(ALONE, size=ranks, rank=rank)).micro_batches
+            for rank in range(ranks)
+        ]
         assert len({len(share) for share in shares}) == 1
-        found = [targets[slot].tolist() for each in zip(*shares, strict=True) for slot in range(2) for _, targets in each]
+        found = [
+            targets[slot].tolist() for each in zip(*shares, strict=True) for slot in range(2) for _, targets in each
+        ]
         assert [row for row in found if max(row) >= 0] == [targets[0].tolist() for _, targets in alone.micro_batches]
 
 
@@ -78,5 +91,13 @@ def test_bad_input(folder, tmp_path, capsys):
         ([f"a={tmp_path / 'none'}"], "does not exist"),
     ):
         with pytest.raises(SystemExit) as caught:
-            main(["--source", "text", "--out", str(tmp_path / "other"), *(part for each in inputs for part in ("--input", each))])
+            main(
+                [
+                    "--source",
+                    "text",
+                    "--out",
+                    str(tmp_path / "other"),
+                    *(part for each in inputs for part in ("--input", each)),
+                ]
+            )
         assert caught.value.code == 2 and why in capsys.readouterr().err and not (tmp_path / "other").exists()

@@ -47,9 +47,13 @@ def test_the_run_deviation_is_that_of_the_seven_runs():
 def test_the_bootstrap_gives_a_means_deviation(runs):
     tasks = drawn(np.random.default_rng(1), runs)
     found, (each, mean) = estimate(tasks, seed=2), analytic(tasks)
-    assert found.value == pytest.approx(np.mean([(task.right.mean() - task.baseline) / (1 - task.baseline) for task in tasks.values()]), abs=1e-12)
+    assert found.value == pytest.approx(
+        np.mean([(task.right.mean() - task.baseline) / (1 - task.baseline) for task in tasks.values()]), abs=1e-12
+    )
     assert found.task_examples == pytest.approx(each, rel=0.03) and found.examples == pytest.approx(mean, rel=0.03)
-    assert found.runs == pytest.approx(run_deviation(4) / math.sqrt(runs)) and found.both == pytest.approx(math.hypot(found.examples, found.runs))
+    assert found.runs == pytest.approx(run_deviation(4) / math.sqrt(runs)) and found.both == pytest.approx(
+        math.hypot(found.examples, found.runs)
+    )
     assert estimate(tasks, seed=2) == found and estimate(tasks, seed=3).examples != found.examples
 
 
@@ -63,13 +67,17 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
 def test_a_paired_difference_cancels_what_is_hard_for_both():
     rng = np.random.default_rng(7)
     first = drawn(rng)
-    flipped = {label: Scored(task.right ^ (rng.random(task.right.shape) < 0.02), task.baseline) for label, task in first.items()}
+    flipped = {
+        label: Scored(task.right ^ (rng.random(task.right.shape) < 0.02), task.baseline)
+        for label, task in first.items()
+    }
     same, other = dict.fromkeys(first, True), dict.fromkeys(first, False)
     paired = difference(first, flipped, same_examples=same, same_weights=True)
     unpaired = difference(first, flipped, same_examples=other, same_weights=True)
     assert paired.value == unpaired.value and paired.examples < unpaired.examples / 3 and paired.runs == 0
     expected = {
-        label: np.std(one.right.astype(int) - flipped[label].right) / math.sqrt(one.right.size) / (1 - one.baseline) for label, one in first.items()
+        label: np.std(one.right.astype(int) - flipped[label].right) / math.sqrt(one.right.size) / (1 - one.baseline)
+        for label, one in first.items()
     }
     assert paired.task_examples == pytest.approx(expected, rel=0.05)
     assert unpaired.examples == pytest.approx(math.hypot(analytic(first)[1], analytic(flipped)[1]), rel=0.03)
@@ -82,9 +90,15 @@ def of(value: float, examples: float, runs: int = 1) -> Estimate:
 
 
 def test_verdicts():
-    assert verdict(of(GPT2_CORE + 0.03, 0.005), 1).text == "above" and verdict(of(GPT2_CORE - 0.03, 0.005), 1).text == "below"
+    assert (
+        verdict(of(GPT2_CORE + 0.03, 0.005), 1).text == "above"
+        and verdict(of(GPT2_CORE - 0.03, 0.005), 1).text == "below"
+    )
     edge = SIGMAS * math.hypot(0.001, RUN_DEVIATION)
-    assert verdict(of(GPT2_CORE + edge + 1e-9, 0.001), 1).word == "above" and verdict(of(GPT2_CORE - edge + 1e-9, 0.001), 1).word == "cannot tell"
+    assert (
+        verdict(of(GPT2_CORE + edge + 1e-9, 0.001), 1).word == "above"
+        and verdict(of(GPT2_CORE - edge + 1e-9, 0.001), 1).word == "cannot tell"
+    )
     for value, runs in ((GPT2_CORE + 0.004, 1), (GPT2_CORE - 0.004, 2), (GPT2_CORE + 0.004, 5)):
         more = verdict(of(value, 0.001, runs), runs).more_runs
         assert verdict(of(value, 0.001, runs + more), runs + more).word != "cannot tell" and more > 0
@@ -94,7 +108,10 @@ def test_verdicts():
     assert hopeless.more_runs is None and hopeless.text == (
         "cannot tell: 1 more run would for these very examples, no number of runs for others like them"
     )
-    assert verdict(of(GPT2_CORE + 0.02, 0.03), 1).text == "cannot tell: above for these very examples, no number of runs for others like them"
+    assert (
+        verdict(of(GPT2_CORE + 0.02, 0.03), 1).text
+        == "cannot tell: above for these very examples, no number of runs for others like them"
+    )
     assert verdict(of(GPT2_CORE, 0.006), 1).more_runs is None
 
 

@@ -65,8 +65,14 @@ def test_versions_tokenizer_and_data(own):
 
 
 def test_what_an_evaluation_needs(own):
-    mine = facts(Config(), TOKENIZER, None, checkpoint={"content": "1"}, bundle={"digest": "2"}, evaluation={"parts": "3"})
+    mine = facts(
+        Config(), TOKENIZER, None, checkpoint={"content": "1"}, bundle={"digest": "2"}, evaluation={"parts": "3"}
+    )
     assert told(mine, mine) is None
-    for kind, what in (("checkpoint", "another checkpoint than"), ("bundle", "another CORE bundle than"), ("evaluation", "other options than")):
+    for kind, what in (
+        ("checkpoint", "another checkpoint than"),
+        ("bundle", "another CORE bundle than"),
+        ("evaluation", "other options than"),
+    ):
         assert what in told(mine, mine | {kind: {next(iter(mine[kind])): "4"}})
     assert "another CORE bundle than rank 0 on a (digest)" in told(own | {"bundle": {"digest": "2"}}, own)

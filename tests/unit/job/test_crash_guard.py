@@ -24,7 +24,10 @@ def test_the_same_step_three_times_is_refused_until_the_user_chooses(tmp_path):
     for _ in range(3):
         crash(tmp_path, 4, 7)
     for _ in range(2):  # again and again
-        with pytest.raises(UserError, match=r"step 7 of .* has failed 3 times in a row, the last time on 20\d\d-.* or remove crashes.json there"):
+        with pytest.raises(
+            UserError,
+            match=r"step 7 of .* has failed 3 times in a row, the last time on 20\d\d-.* or remove crashes.json there",
+        ):
             Attempts(tmp_path, writes=True).begin(4)
     assert crashes(tmp_path) == [7, 7, 7]
     attempts = Attempts(tmp_path, writes=True)

@@ -87,7 +87,10 @@ def test_every_mistake_in_a_hostfile_is_told_with_its_line(tmp_path):
 
 
 def test_a_missing_or_empty_hostfile_is_told(tmp_path):
-    for path, part in ((tmp_path / "none", "cannot be read (No such file"), (written(tmp_path, "# nobody\n"), "lists no host")):
+    for path, part in (
+        (tmp_path / "none", "cannot be read (No such file"),
+        (written(tmp_path, "# nobody\n"), "lists no host"),
+    ):
         with pytest.raises(UserError, match=part.replace("(", r"\(")):
             parse_hostfile(path)
 
@@ -101,7 +104,13 @@ def test_hosts_like_this_one_are_good(programs, port):
 def test_ssh_failures_are_told_apart_and_all_at_once(programs, port):
     names = ("nowhere", "locked", "stranger", "down", "closed", "loud", "bare", "here")
     told = refusal([Host(name, 1) for name in names], port)
-    parts = ("nowhere is unknown", "refuses this user's ssh key", "host key of stranger", "down cannot be reached", "closed has no ssh server")
+    parts = (
+        "nowhere is unknown",
+        "refuses this user's ssh key",
+        "host key of stranger",
+        "down cannot be reached",
+        "closed has no ssh server",
+    )
     parts = (*parts, "loud prints text of its own", f"bare has no python at {sys.executable}")
     assert len(told) == len(parts)
     for line, part in zip(told, parts, strict=True):
@@ -142,5 +151,7 @@ def test_a_port_in_use_is_told(programs):
 
 def test_the_probe_needs_nothing_but_python(port):
     line = [sys.executable, "-S", "-", str(ROOT), str(port)]
-    done = subprocess.run(line, input=(ROOT / "megachat" / "probe.py").read_text(), capture_output=True, text=True, cwd="/")
+    done = subprocess.run(
+        line, input=(ROOT / "megachat" / "probe.py").read_text(), capture_output=True, text=True, cwd="/"
+    )
     assert done.returncode == 0 and '"torch": "none"' in done.stdout, done.stderr

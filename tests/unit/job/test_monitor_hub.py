@@ -3,8 +3,23 @@
 from megachat.job.monitor_hub import elsewhere
 
 
-def state(text: str, *, waits: bool = True, axis: str = "", ranks: tuple[int, ...] = (), number: int = 0, counts: dict | None = None) -> dict:
-    return {"text": text, "waits": waits, "axis": axis, "ranks": list(ranks), "number": number, "counts": counts or {axis: number}}
+def state(
+    text: str,
+    *,
+    waits: bool = True,
+    axis: str = "",
+    ranks: tuple[int, ...] = (),
+    number: int = 0,
+    counts: dict | None = None,
+) -> dict:
+    return {
+        "text": text,
+        "waits": waits,
+        "axis": axis,
+        "ranks": list(ranks),
+        "number": number,
+        "counts": counts or {axis: number},
+    }
 
 
 def collective(number: int, text: str = "bucket 2") -> dict:

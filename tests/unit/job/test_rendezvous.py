@@ -21,7 +21,17 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def gather(ranks, world: int, *, port: int | None = None, address="127.0.0.1", limit_s=20.0, judge=lambda arrivals: None, agent=False, said=None):
+def gather(
+    ranks,
+    world: int,
+    *,
+    port: int | None = None,
+    address="127.0.0.1",
+    limit_s=20.0,
+    judge=lambda arrivals: None,
+    agent=False,
+    said=None,
+):
     """What each of `ranks` got, in their order: a Meeting or a UserError's text. A rank may be (rank, world it believes in)."""
     port, found = port or free_port(), {}
 
@@ -29,7 +39,9 @@ def gather(ranks, world: int, *, port: int | None = None, address="127.0.0.1", l
         rank, own_world = rank if isinstance(rank, tuple) else (rank, world)
         environment = LaunchEnvironment(rank, rank, own_world, own_world, "test", address, port, agent, 0)
         try:
-            found[place] = meet(environment, {"kind": {"rank": str(rank)}}, judge, limit_s, (said if said is not None else []).append)
+            found[place] = meet(
+                environment, {"kind": {"rank": str(rank)}}, judge, limit_s, (said if said is not None else []).append
+            )
         except UserError as error:
             found[place] = str(error)
 
@@ -45,7 +57,9 @@ def test_all_come_in_any_order_and_the_store_takes_the_port():
     heard, port = [], free_port()
     found = gather([2, 1, 0], 3, port=port, judge=lambda arrivals: heard.extend(arrivals))
     assert [meeting.address for meeting in found] == [None] * 3
-    assert [(arrival.rank, arrival.host, arrival.facts) for arrival in heard] == [(rank, HOST, {"kind": {"rank": str(rank)}}) for rank in range(3)]
+    assert [(arrival.rank, arrival.host, arrival.facts) for arrival in heard] == [
+        (rank, HOST, {"kind": {"rank": str(rank)}}) for rank in range(3)
+    ]
     found[2].store.set("key", "value")
     assert TCPStore("127.0.0.1", port, None, False, timedelta(seconds=5), wait_for_workers=False).get("key") == b"value"
 
@@ -74,7 +88,9 @@ def test_a_rank_that_comes_twice_is_told_at_once():
 
 def test_ranks_that_believe_in_other_numbers_are_told():
     found = gather([0, (1, 3)], 2)
-    assert set(found) == {"rank 1 on " + HOST + " was started for 3 ranks and rank 0 for 2: start all hosts with the same numbers"}
+    assert set(found) == {
+        "rank 1 on " + HOST + " was started for 3 ranks and rank 0 for 2: start all hosts with the same numbers"
+    }
 
 
 def test_what_the_judge_says_reaches_every_rank():
@@ -82,7 +98,9 @@ def test_what_the_judge_says_reaches_every_rank():
 
 
 def test_an_error_in_the_judge_is_no_hang():
-    assert set(gather([0, 1], 2, judge=lambda arrivals: 1 / 0)) == {"rank 0 could not gather the ranks (ZeroDivisionError: division by zero)"}
+    assert set(gather([0, 1], 2, judge=lambda arrivals: 1 / 0)) == {
+        "rank 0 could not gather the ranks (ZeroDivisionError: division by zero)"
+    }
 
 
 def test_a_rank_that_dies_while_the_others_wait_is_named():
@@ -124,7 +142,10 @@ def test_a_port_in_use_is_told_by_rank_0_and_by_the_others():
         port = server.getsockname()[1]
         threading.Thread(target=lambda: server.accept()[0].sendall(b"SSH-2.0-OpenSSH\r\n"), daemon=True).start()
         zero, one = gather([0, 1], 2, port=port)
-    assert zero.startswith(f"port {port} on {HOST}, where rank 0 listens, cannot be used (Address already in use): ") and "--master_port" in zero
+    assert (
+        zero.startswith(f"port {port} on {HOST}, where rank 0 listens, cannot be used (Address already in use): ")
+        and "--master_port" in zero
+    )
     assert one.startswith(f"at 127.0.0.1:{port} is another program, not rank 0 of this job: ")
 
 
@@ -135,7 +156,10 @@ def test_a_silent_program_at_the_port_is_no_hang(monkeypatch):
     assert "is another program" in one
 
 
-@pytest.mark.parametrize("address, why", [("127.0.0.1", "nothing listens there"), ("no-such-host.invalid", "the name no-such-host.invalid does not")])
+@pytest.mark.parametrize(
+    "address, why",
+    [("127.0.0.1", "nothing listens there"), ("no-such-host.invalid", "the name no-such-host.invalid does not")],
+)
 def test_a_rank_0_that_cannot_be_reached_is_told(address, why):
     port = free_port()
     (found,) = gather([1], 2, address=address, port=port, limit_s=1)

@@ -21,7 +21,9 @@ def test_the_second_is_told_who_has_it_until_the_first_ends_however(tmp_path):
     holder = context.Process(target=hold, args=(tmp_path / "run", taken, end))
     holder.start()
     assert taken.wait(30)
-    with pytest.raises(UserError, match=rf"run is in use by another job, with rank 0 on \S+ \(pid {holder.pid}\) since ") as error:
+    with pytest.raises(
+        UserError, match=rf"run is in use by another job, with rank 0 on \S+ \(pid {holder.pid}\) since "
+    ) as error:
         with run_lock(tmp_path / "run"):
             pass
     assert "--set run.name=NAME" in str(error.value)

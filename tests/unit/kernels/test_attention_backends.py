@@ -28,11 +28,19 @@ def machine(monkeypatch):
 
         monkeypatch.setattr(attention_backends, "compute_capability", lambda device: capability)
         monkeypatch.setattr(attention_backends, "device_name", lambda device: "GPU")
-        monkeypatch.setattr(attention_backends, "te_attention_problem", lambda device: None if "te" in packages else "the package is not installed")
+        monkeypatch.setattr(
+            attention_backends,
+            "te_attention_problem",
+            lambda device: None if "te" in packages else "the package is not installed",
+        )
         monkeypatch.setattr(attention_backends, "te_version", lambda: "2.20.2")
         monkeypatch.setattr(attention_backends, "_flash_function", flash_function)
         monkeypatch.setattr(attention_backends, "FlashAttention", lambda name: name)
-        monkeypatch.setattr(attention_backends, "_trial", lambda attend, device, dtype, dims: "a trial of it failed" if attend in broken else None)
+        monkeypatch.setattr(
+            attention_backends,
+            "_trial",
+            lambda attend, device, dtype, dims: "a trial of it failed" if attend in broken else None,
+        )
 
     return pretend
 
@@ -66,7 +74,9 @@ def test_a_kernel_that_fails_its_trial_is_passed_over(machine):
     machine((9, 0), ALL_PACKAGES - {"te"}, broken={"flash3"})
     found = choose_attention("auto", GPU, BF16, DIMS)
     assert found.name == "flash4" and "flash3 (a trial of it failed)" in found.reason
-    with pytest.raises(UserError, match="precision.attention is flash3 but a trial of it failed: set precision.attention=auto"):
+    with pytest.raises(
+        UserError, match="precision.attention is flash3 but a trial of it failed: set precision.attention=auto"
+    ):
         choose_attention("flash3", GPU, BF16, DIMS)
 
 
@@ -74,10 +84,22 @@ def test_a_kernel_that_fails_its_trial_is_passed_over(machine):
     ("attend", "told"),
     [
         (attention, None),
-        (lambda q, k, v, window: attention(q, k, v, window - 1), "with a window of 32 of 256 tokens gave other results than torch"),
-        (lambda q, k, v, window: attention(q, k, v, window + 1), "with a window of 32 of 256 tokens gave other results than torch"),
-        (lambda q, k, v, window: attention(q, k, v, 256), "with a window of 32 of 256 tokens gave other results than torch"),
-        (lambda q, k, v, window: attention(q, k, v, 32), "with a window of 256 of 256 tokens gave other results than torch"),
+        (
+            lambda q, k, v, window: attention(q, k, v, window - 1),
+            "with a window of 32 of 256 tokens gave other results than torch",
+        ),
+        (
+            lambda q, k, v, window: attention(q, k, v, window + 1),
+            "with a window of 32 of 256 tokens gave other results than torch",
+        ),
+        (
+            lambda q, k, v, window: attention(q, k, v, 256),
+            "with a window of 32 of 256 tokens gave other results than torch",
+        ),
+        (
+            lambda q, k, v, window: attention(q, k, v, 32),
+            "with a window of 256 of 256 tokens gave other results than torch",
+        ),
         (lambda q, k, v, window: attention(q, k.detach(), v, window), "a trial of it failed (RuntimeError: "),
         (lambda q, k, v, window: attention(q, k, v, window) * torch.nan, "gave other results than torch, nan% off"),
     ],
@@ -90,7 +112,9 @@ def test_a_trial_finds_wrong_windows_and_what_fails(attend, told):
 @pytest.mark.parametrize("asked", ["te", "flash2", "flash3", "flash4", "flex"])
 def test_where_another_machine_trained_another_kernel_may_be_taken(asked):
     found = choose_attention(asked, CPU, torch.float32, FULL, must=False)
-    assert (found.name, found.attend) == ("sdpa", attention) and found.reason.startswith(f"auto: torch's own; not {asked} (")
+    assert (found.name, found.attend) == ("sdpa", attention) and found.reason.startswith(
+        f"auto: torch's own; not {asked} ("
+    )
 
 
 def test_windows_in_a_mask_and_float32_on_a_gpu_are_said_loudly(machine):
@@ -99,8 +123,13 @@ def test_windows_in_a_mask_and_float32_on_a_gpu_are_said_loudly(machine):
     assert (found.name, found.attend) == ("sdpa", attention)
     assert "te (it computes in bfloat16 or float16, not in float32)" in found.reason
     assert found.warning.endswith("set model.window_pattern=L, or precision.compute=bfloat16")
-    assert "set model.window_pattern=L, or precision.attention to te" in choose_attention("sdpa", GPU, BF16, DIMS).warning
-    assert choose_attention("sdpa", GPU, BF16, FULL).warning is None and choose_attention("sdpa", CPU, BF16, DIMS).warning is None
+    assert (
+        "set model.window_pattern=L, or precision.attention to te" in choose_attention("sdpa", GPU, BF16, DIMS).warning
+    )
+    assert (
+        choose_attention("sdpa", GPU, BF16, FULL).warning is None
+        and choose_attention("sdpa", CPU, BF16, DIMS).warning is None
+    )
 
 
 @pytest.mark.parametrize(

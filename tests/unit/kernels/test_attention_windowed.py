@@ -10,7 +10,9 @@ from tests.training import small_config
 
 
 def heads(tokens: int, heads: int, size: int = 16, dtype=torch.float64):
-    return torch.randn(2, tokens, heads, size, dtype=dtype, generator=torch.Generator().manual_seed(heads)).requires_grad_()
+    return torch.randn(
+        2, tokens, heads, size, dtype=dtype, generator=torch.Generator().manual_seed(heads)
+    ).requires_grad_()
 
 
 @pytest.mark.parametrize("window", [0, 1, 100, TILE, 300, 571, 572, 600, 699, 700, 5000])
@@ -21,7 +23,9 @@ def test_it_is_attention(window, kv_heads):
     assert found.shape == wanted.shape
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
     gradient = heads(700, 4).detach()
-    for one, other in zip(torch.autograd.grad(found, inputs, gradient), torch.autograd.grad(wanted, inputs, gradient), strict=True):
+    for one, other in zip(
+        torch.autograd.grad(found, inputs, gradient), torch.autograd.grad(wanted, inputs, gradient), strict=True
+    ):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
@@ -29,7 +33,9 @@ def test_it_is_attention(window, kv_heads):
 def test_any_length(tokens):
     inputs = heads(tokens, 2), heads(tokens, 2), heads(tokens, 2)
     for window in (0, 1, TILE):
-        torch.testing.assert_close(windowed_attention(*inputs, window), attention(*inputs, window), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            windowed_attention(*inputs, window), attention(*inputs, window), rtol=1e-12, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -78,7 +84,9 @@ def test_the_model_with_it_has_the_same_loss_and_gradients():
         told.append((loss.item(), {parameter.place: parameter.grad for parameter in layers.parameters()}))
     (loss, gradients), (wanted, others) = told
     assert loss == pytest.approx(wanted, rel=1e-6)
-    scalars = max(gradient.norm() for gradient in others.values() if gradient.dim() < 2)  # one may be a sum that nearly cancels
+    scalars = max(
+        gradient.norm() for gradient in others.values() if gradient.dim() < 2
+    )  # one may be a sum that nearly cancels
     for place, gradient in others.items():
         size = gradient.norm() if gradient.dim() == 2 else scalars
         assert (gradients[place] - gradient).norm() <= 2e-5 * size, place.name

@@ -119,7 +119,9 @@ def test_zeros_stay_and_what_is_not_finite_is_not_hidden(recipe):
         assert into_x[7].isnan().all() and into_w[9].isnan().all()
 
 
-@pytest.mark.parametrize(("recipe", "tokens", "rows"), [("tensorwise", 120, 128), ("tensorwise", 128, 136), ("blockwise", 112, 128)])
+@pytest.mark.parametrize(
+    ("recipe", "tokens", "rows"), [("tensorwise", 120, 128), ("tensorwise", 128, 136), ("blockwise", 112, 128)]
+)
 def test_sizes_that_a_gpu_cannot_multiply_are_refused(recipe, tokens, rows):
     x, w, _ = case(tokens, 256, rows)
     with pytest.raises(ValueError, match=f"FP8 needs multiples of .*: {tokens} tokens, weight"):
@@ -159,7 +161,9 @@ def tiny_model(recipe=None):
         load_whole(parameter, starting_value(where.__class__(where.name, where.whole, 0, start), seed=3))
     choice = Fp8Choice(recipe, "torch", "") if recipe else None
     if recipe:
-        assert apply_fp8(list(layers), choice) == 8  # c_q, c_proj, c_fc, c_proj of two blocks; keys and values have 64 channels
+        assert (
+            apply_fp8(list(layers), choice) == 8
+        )  # c_q, c_proj, c_fc, c_proj of two blocks; keys and values have 64 channels
     return layers, Loss(DIMS, torch.ones(128), products=head_products(choice, DIMS, 1))
 
 
@@ -211,13 +215,19 @@ def test_only_matrices_that_fit_are_in_fp8():
     layers = build_layers(dims, ModelOptions(torch.bfloat16))
     assert apply_fp8(list(layers), Fp8Choice("blockwise", "torch", "")) == 12
     names = {name for name, module in layers.named_modules() if getattr(module, "product", None)}
-    assert names == {f"{layer}.{name}" for layer in (1, 2) for name in ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
+    assert names == {
+        f"{layer}.{name}"
+        for layer in (1, 2)
+        for name in ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    }
     told = describe_fp8(Fp8Choice("blockwise", "torch", "asked for"), dims, 3, head=True)
     assert told == (
         "fp8 blockwise by torch (asked for) for attn.c_q, attn.c_proj, mlp.c_fc, mlp.c_proj in training; not for attn.c_k, attn.c_v, lm_head, "
         "whose sides are not multiples of 128 from 128 on"
     )
-    assert head_products(None, dims, 1) is head_products(Fp8Choice("blockwise", "torch", ""), dims, 1) is PlainProducts  # 320 tokens
+    assert (
+        head_products(None, dims, 1) is head_products(Fp8Choice("blockwise", "torch", ""), dims, 1) is PlainProducts
+    )  # 320 tokens
     assert head_products(Fp8Choice("tensorwise", "torch", ""), dims, 1) is HEADS["tensorwise"]
     assert head_products(Fp8Choice("tensorwise", "torch", ""), dims, 3) is PlainProducts
 
@@ -237,8 +247,18 @@ def test_only_matrices_that_fit_are_in_fp8():
             torch.bfloat16,
             "precision.fp8_backend is te but this machine has no CUDA device: set precision.fp8_backend=torch",
         ),
-        (("blockwise", "torch", GPU), (8, 0), torch.bfloat16, "but A100 has compute capability 8.0, and FP8 begins with 8.9: set precision.fp8=off"),
-        (("tensorwise", "te", GPU), (9, 0), torch.bfloat16, "precision.fp8_backend is te but the package transformer_engine is not installed"),
+        (
+            ("blockwise", "torch", GPU),
+            (8, 0),
+            torch.bfloat16,
+            "but A100 has compute capability 8.0, and FP8 begins with 8.9: set precision.fp8=off",
+        ),
+        (
+            ("tensorwise", "te", GPU),
+            (9, 0),
+            torch.bfloat16,
+            "precision.fp8_backend is te but the package transformer_engine is not installed",
+        ),
     ],
 )
 def test_what_cannot_be_had_is_refused(asked, capability, dtype, told, monkeypatch):
@@ -252,10 +272,14 @@ def test_what_cannot_be_had_is_refused(asked, capability, dtype, told, monkeypat
 def test_the_choice_says_why(monkeypatch):
     assert choose_fp8("off", "te", CPU, torch.float32, "") is None
     found = choose_fp8("tensorwise", "auto", CPU, torch.bfloat16, "")
-    assert found == Fp8Choice("tensorwise", "torch", "auto: not te, because this machine has no CUDA device; slow: this CPU has no FP8 units")
+    assert found == Fp8Choice(
+        "tensorwise", "torch", "auto: not te, because this machine has no CUDA device; slow: this CPU has no FP8 units"
+    )
     assert "products in bfloat16" in choose_fp8("blockwise", "torch", CPU, torch.bfloat16, "").reason
     monkeypatch.setattr(fp8_backends, "compute_capability", lambda device: (9, 0))
     monkeypatch.setattr(fp8_backends, "te_problem", lambda device, recipe: None)
     monkeypatch.setattr(fp8_backends, "te_version", lambda: "2.20.2")
-    assert choose_fp8("tensorwise", "auto", GPU, torch.bfloat16, "") == Fp8Choice("tensorwise", "te", "auto: Transformer Engine 2.20.2")
+    assert choose_fp8("tensorwise", "auto", GPU, torch.bfloat16, "") == Fp8Choice(
+        "tensorwise", "te", "auto: Transformer Engine 2.20.2"
+    )
     assert choose_fp8("tensorwise", "torch", GPU, torch.bfloat16, "") == Fp8Choice("tensorwise", "torch", "asked for")

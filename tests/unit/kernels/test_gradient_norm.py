@@ -116,7 +116,10 @@ def test_torchs_sums():
     before = torch.tensor(2.0)
     in_order = ((before + tensors[0].square().sum()) + tensors[1].square().sum()) + tensors[2].square().sum()
     assert torch.equal(torch_sum_of_squares(tensors, before), in_order) and before == 2
-    assert torch_sum_of_squares([*tensors, torch.tensor([torch.inf])]).isinf() and torch_sum_of_squares([torch.tensor([torch.nan])], before).isnan()
+    assert (
+        torch_sum_of_squares([*tensors, torch.tensor([torch.inf])]).isinf()
+        and torch_sum_of_squares([torch.tensor([torch.nan])], before).isnan()
+    )
 
 
 def test_a_long_tensor_is_given_in_parts(monkeypatch):

@@ -56,10 +56,18 @@ class StandIn:
             yield
             self.inside = None
 
-        answers = {"is_fp8_available": lambda return_reason: fp8, "is_fp8_block_scaling_available": lambda return_reason: blocks}
-        self.pytorch = types.SimpleNamespace(Linear=TheirLinear, DotProductAttention=TheirAttention, autocast=autocast, **answers)
+        answers = {
+            "is_fp8_available": lambda return_reason: fp8,
+            "is_fp8_block_scaling_available": lambda return_reason: blocks,
+        }
+        self.pytorch = types.SimpleNamespace(
+            Linear=TheirLinear, DotProductAttention=TheirAttention, autocast=autocast, **answers
+        )
         recipe = types.SimpleNamespace(Float8CurrentScaling=lambda: "current", Float8BlockScaling=lambda: "block")
-        self.modules = {"transformer_engine": types.SimpleNamespace(pytorch=self.pytorch), "transformer_engine.pytorch": self.pytorch}
+        self.modules = {
+            "transformer_engine": types.SimpleNamespace(pytorch=self.pytorch),
+            "transformer_engine.pytorch": self.pytorch,
+        }
         self.modules["transformer_engine.common"] = types.SimpleNamespace(recipe=recipe)
 
 
@@ -71,7 +79,9 @@ def installed(monkeypatch):
         monkeypatch.setattr(te, "_versions", lambda: versions)
         monkeypatch.setattr(te, "compute_capability", lambda device: (9, 0))
         for name in ("transformer_engine", "transformer_engine.pytorch", "transformer_engine.common"):
-            monkeypatch.setitem(sys.modules, name, stand_in.modules[name] if stand_in else None)  # None: importing it fails
+            monkeypatch.setitem(
+                sys.modules, name, stand_in.modules[name] if stand_in else None
+            )  # None: importing it fails
 
     return put
 
@@ -81,7 +91,9 @@ def test_why_it_cannot_be_used(installed):
     installed()
     assert te.te_problem(GPU) == "the package transformer_engine is not installed"
     installed(transformer_engine="2.20.2", transformer_engine_torch="2.19.0")
-    assert te.te_problem(GPU).startswith("its packages have several versions (transformer_engine 2.20.2, transformer_engine_torch 2.19.0)")
+    assert te.te_problem(GPU).startswith(
+        "its packages have several versions (transformer_engine 2.20.2, transformer_engine_torch 2.19.0)"
+    )
     installed(transformer_engine="2.8.0")
     assert te.te_problem(GPU) == "transformer_engine 2.8.0 is older than 2.9"
     installed(transformer_engine="2.20.2", transformer_engine_torch="2.20.2")
@@ -102,7 +114,9 @@ def test_linears_keep_our_weights_and_names_and_enter_fp8_in_training_alone(reci
     assert apply_fp8([layer], Fp8Choice(recipe, "te", "")) == 1
     ((columns, rows, settings),) = stand_in.built
     assert (columns, rows, settings["bias"], settings["device"]) == (128, 256, False, "meta")
-    assert settings.keys() == {"bias", "params_dtype", "init_method", "device"}, "the tensor axis communicates around it, as around our own"
+    assert settings.keys() == {"bias", "params_dtype", "init_method", "device"}, (
+        "the tensor axis communicates around it, as around our own"
+    )
     assert list(layer.state_dict()) == ["c_fc.weight", "gate.weight"], "no _extra_state"
     assert dict(layer.named_parameters()).keys() == before.keys() and torch.equal(torch.get_rng_state(), random)
     x = torch.randn(2, 64, 128).bfloat16()  # the weights are float32
@@ -168,5 +182,14 @@ def test_attention_is_given_windows_as_it_counts_them(installed):
         assert torch.equal(attend(q, k, k, window), q)
     assert stand_in.contexts == [(7, 0), (18, 0), (-1, 0), (-1, 0)]
     ((heads, size, settings),) = stand_in.built
-    assert (heads, size, settings["num_gqa_groups"], settings["qkv_format"], settings["attention_dropout"]) == (4, 16, 2, "bshd", 0.0)
-    assert torch.equal(attend(q[:, :9], k[:, :9], k[:, :9], 7), attention(q[:, :9], k[:, :9], k[:, :9], 7)) and len(stand_in.contexts) == 4
+    assert (heads, size, settings["num_gqa_groups"], settings["qkv_format"], settings["attention_dropout"]) == (
+        4,
+        16,
+        2,
+        "bshd",
+        0.0,
+    )
+    assert (
+        torch.equal(attend(q[:, :9], k[:, :9], k[:, :9], 7), attention(q[:, :9], k[:, :9], k[:, :9], 7))
+        and len(stand_in.contexts) == 4
+    )

@@ -25,7 +25,10 @@ def layers():
 
 @pytest.fixture(scope="module")
 def texts():
-    return [torch.randint(0, DIMS.vocab_size, (length,), generator=torch.Generator().manual_seed(length)) for length in LENGTHS]
+    return [
+        torch.randint(0, DIMS.vocab_size, (length,), generator=torch.Generator().manual_seed(length))
+        for length in LENGTHS
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +62,12 @@ def padded(parts, width, garbage=5):
 def test_chunks_of_any_size_give_the_logits_of_the_whole_text(layers, texts, wanted, sizes, extra, chosen):
     """All chosen texts at once, which end in different chunks; `extra`: more padding than needed."""
     texts, wanted = [texts[i] for i in chosen], [wanted[i] for i in chosen]
-    cache, begin, found, turns = Cache(DIMS, len(texts), 64), 0, [[] for _ in texts], itertools.chain(sizes, itertools.repeat(sizes[-1]))
+    cache, begin, found, turns = (
+        Cache(DIMS, len(texts), 64),
+        0,
+        [[] for _ in texts],
+        itertools.chain(sizes, itertools.repeat(sizes[-1])),
+    )
     while begin < max(LENGTHS):
         size = next(turns)
         parts = [text[begin : begin + size] for text in texts]
@@ -67,7 +75,9 @@ def test_chunks_of_any_size_give_the_logits_of_the_whole_text(layers, texts, wan
         output = computed(layers, padded(parts, size + extra), chunk)
         for slots in (8, 21, 64):
             places = chunk._places(size + extra, slots)[[0, 2]]
-            assert places.unique(dim=1).size(1) == places.size(1), "two tokens in one slot: which is kept would be chance on a GPU"
+            assert places.unique(dim=1).size(1) == places.size(1), (
+                "two tokens in one slot: which is kept would be chance on a GPU"
+            )
         for kept, row, part in zip(found, output, parts, strict=True):
             kept.append(row[: len(part)])
         begin += size

@@ -32,7 +32,9 @@ def test_loss_logits_and_gradient_norms_are_nanochats():
     assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
     squares: dict[str, float] = {}
     for parameter in parameters:
-        squares[parameter.place.name] = squares.get(parameter.place.name, 0.0) + parameter.grad.double().square().sum().item()
+        squares[parameter.place.name] = (
+            squares.get(parameter.place.name, 0.0) + parameter.grad.double().square().sum().item()
+        )
     for name, norm in expected["grad_norms_batch20"].items():
         assert squares[name] ** 0.5 == pytest.approx(norm, rel=1e-5), name
 
@@ -45,8 +47,16 @@ def transcription(dims: Dimensions, weights: dict[str, torch.Tensor], ids: torch
 
     def rotate(x):  # [tokens, size]
         half = x.size(-1) // 2
-        angle = torch.arange(x.size(0), dtype=x.dtype)[:, None] / 100_000.0 ** (torch.arange(half, dtype=x.dtype) / half)
-        return torch.cat((x[:, :half] * angle.cos() + x[:, half:] * angle.sin(), x[:, half:] * angle.cos() - x[:, :half] * angle.sin()), 1)
+        angle = torch.arange(x.size(0), dtype=x.dtype)[:, None] / 100_000.0 ** (
+            torch.arange(half, dtype=x.dtype) / half
+        )
+        return torch.cat(
+            (
+                x[:, :half] * angle.cos() + x[:, half:] * angle.sin(),
+                x[:, half:] * angle.cos() - x[:, :half] * angle.sin(),
+            ),
+            1,
+        )
 
     def block(i, x, row):
         name = f"transformer.h.{i}."
@@ -58,7 +68,10 @@ def transcription(dims: Dimensions, weights: dict[str, torch.Tensor], ids: torch
             values = v[:, shared * size : (shared + 1) * size]
             if dims.has_value_embedding(i):
                 gate = 3 * torch.sigmoid(h[:, :12] @ weights[f"{name}attn.ve_gate.weight"][shared])
-                values = values + gate[:, None] * weights[f"value_embeds.{i}.weight"][row][:, shared * size : (shared + 1) * size]
+                values = (
+                    values
+                    + gate[:, None] * weights[f"value_embeds.{i}.weight"][row][:, shared * size : (shared + 1) * size]
+                )
             queries = 1.2 * norm(rotate(q[:, head * size : (head + 1) * size]))
             keys = 1.2 * norm(rotate(k[:, shared * size : (shared + 1) * size]))
             for t in range(x.size(0)):
@@ -66,7 +79,10 @@ def transcription(dims: Dimensions, weights: dict[str, torch.Tensor], ids: torch
                 share = torch.softmax(queries[t] @ keys[first : t + 1].T / size**0.5, 0)
                 out[t, head * size : (head + 1) * size] = share @ values[first : t + 1]
         x = x + out @ weights[f"{name}attn.c_proj.weight"].T
-        return x + torch.relu(norm(x) @ weights[f"{name}mlp.c_fc.weight"].T).square() @ weights[f"{name}mlp.c_proj.weight"].T
+        return (
+            x
+            + torch.relu(norm(x) @ weights[f"{name}mlp.c_fc.weight"].T).square() @ weights[f"{name}mlp.c_proj.weight"].T
+        )
 
     found = []
     for row in ids:
@@ -149,6 +165,8 @@ def test_bfloat16_stays_bfloat16():
     layers = build_layers(dims, ModelOptions(compute_dtype=torch.bfloat16), seed=0)
     seen = []
     for layer in layers:
-        layer.register_forward_hook(lambda module, inputs, output: seen.extend(t.dtype for t in output[:-1] if t.is_floating_point()))
+        layer.register_forward_hook(
+            lambda module, inputs, output: seen.extend(t.dtype for t in output[:-1] if t.is_floating_point())
+        )
     run_layers(layers, torch.zeros(1, 8, dtype=torch.int64))
     assert set(seen) == {torch.bfloat16}

@@ -28,14 +28,18 @@ def test_every_cut_gives_the_gradients_of_the_uncut_model(depth):
         for number, layer in enumerate(layers):
             if number == cut:
                 sent = stream
-                received = tuple(part.detach().clone().requires_grad_() if part.is_floating_point() else part for part in stream)
+                received = tuple(
+                    part.detach().clone().requires_grad_() if part.is_floating_point() else part for part in stream
+                )
                 assert all(part.requires_grad for part in sent if part.is_floating_point())
                 stream = received
             stream = layer(stream)
         loss(stream, rows[:, 1:]).backward()
         if cut is not None:
             floating = [(mine, theirs) for mine, theirs in zip(sent, received, strict=True) if mine.is_floating_point()]
-            assert all(theirs.grad is not None for _, theirs in floating), f"cut before layer {cut}: a tensor is sent and not used"
+            assert all(theirs.grad is not None for _, theirs in floating), (
+                f"cut before layer {cut}: a tensor is sent and not used"
+            )
             torch.autograd.backward([mine for mine, _ in floating], [theirs.grad for _, theirs in floating])
         found = [parameter.grad.clone() for parameter in layers.parameters()]
         layers.zero_grad()
@@ -52,6 +56,8 @@ def test_every_layer_alone_has_a_float32_adamw_group_and_no_0_dim_parameter():
     for layer in small(3)[1]:
         parameters = placed_parameters([layer])
         groups = assign([parameter.place for parameter in parameters])
-        first = [p for group in GROUPS for p in parameters if groups[p.place.name] is group and group.optimizer == "adamw"][0]
+        first = [
+            p for group in GROUPS for p in parameters if groups[p.place.name] is group and group.optimizer == "adamw"
+        ][0]
         assert first.dtype == torch.float32
         assert all(parameter.ndim >= 1 for parameter in parameters)

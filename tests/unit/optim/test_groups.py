@@ -35,13 +35,21 @@ def test_a_parameter_in_no_group_or_in_two_is_an_error():
 def test_a_matrix_that_is_not_on_muon_and_a_vector_that_is_are_errors():
     others = tuple(group for group in GROUPS if group.optimizer != "muon")
     with pytest.raises(ValueError, match="should be on Muon"):
-        assign([where("transformer.h.0.attn.c_q.weight", cut="column")], (*others, Group("late", "adamw", ("transformer.h.*",), "x0")))
+        assign(
+            [where("transformer.h.0.attn.c_q.weight", cut="column")],
+            (*others, Group("late", "adamw", ("transformer.h.*",), "x0")),
+        )
     with pytest.raises(ValueError, match="Muon takes matrices only"):
         assign([where("transformer.h.0.attn.bias.weight", whole=(4,))])
 
 
 def test_multipliers_by_rule_and_by_name():
-    shapes = {"h.0.attn.c_q.weight": (8, 8), "h.0.mlp.c_fc.weight": (32, 8), "h.0.mlp.c_proj.weight": (8, 32), "h.0.attn.c_k.weight": (4, 8)}
+    shapes = {
+        "h.0.attn.c_q.weight": (8, 8),
+        "h.0.mlp.c_fc.weight": (32, 8),
+        "h.0.mlp.c_proj.weight": (8, 32),
+        "h.0.attn.c_k.weight": (4, 8),
+    }
     assert list(rate_multipliers(shapes, "rows_over_cols").values()) == [1.0, 2.0, 1.0, 1.0]
     assert list(rate_multipliers(shapes, "flipped").values()) == [1.0, 1.0, 2.0, 1.0]
     assert list(rate_multipliers(shapes, {"*.c_q.*": 3.0}).values()) == [3.0, 2.0, 1.0, 1.0]

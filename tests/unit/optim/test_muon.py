@@ -88,7 +88,9 @@ def test_scales_set_and_keep_the_norm_and_level_the_longer_side(shape):
     direction = update_direction(_random(4, shape) * torch.logspace(-1, 1, shape[1]))
     moment = torch.zeros(second_moment_shape(shape))
     norm, scale = update_scales(direction, moment, torch.tensor(0.0))  # beta2 0: only this step counts
-    assert norm.shape == (1, 1) and scale.shape == moment.shape == ((shape[0], 1) if shape[0] >= shape[1] else (1, shape[1]))
+    assert norm.shape == (1, 1) and scale.shape == moment.shape == (
+        (shape[0], 1) if shape[0] >= shape[1] else (1, shape[1])
+    )
     torch.testing.assert_close((direction * norm * scale).norm(), torch.tensor(float(min(shape))).sqrt())
     lengths = (direction * norm * scale).norm(dim=1 if shape[0] >= shape[1] else 0)
     torch.testing.assert_close(lengths, lengths[:1].expand(max(shape)), rtol=1e-4, atol=0)
@@ -111,7 +113,9 @@ def test_the_update_is_blind_to_the_scale_of_the_gradient():
     results = []
     for factor in (1.0, 1024.0):
         weight, shape = _random(0, (32, 16), 0.1), (32, 16)
-        reference_step(weight, factor * _random(1, shape), torch.zeros(shape), torch.zeros(32, 1), _hyper(), torch.float32)
+        reference_step(
+            weight, factor * _random(1, shape), torch.zeros(shape), torch.zeros(32, 1), _hyper(), torch.float32
+        )
         results.append(weight)
     torch.testing.assert_close(*results, rtol=0, atol=1e-6)
 

@@ -17,7 +17,9 @@ MATRICES = [Matrix("first", (160, 128), 0, 1.5), Matrix("second", (128, 160), 1)
 
 def _build(compute=torch.float32, **changes):
     generator = torch.Generator().manual_seed(0)
-    parameters = {matrix.name: torch.nn.Parameter(torch.randn(matrix.shape, generator=generator)) for matrix in MATRICES}
+    parameters = {
+        matrix.name: torch.nn.Parameter(torch.randn(matrix.shape, generator=generator)) for matrix in MATRICES
+    }
     settings = {"compute_dtype": compute, "gradient_wire": torch.bfloat16, "beta2": 0.9} | changes
     return parameters, MuonPartition(parameters, MATRICES, ALONE, **settings)
 
@@ -57,7 +59,9 @@ def test_a_step_is_the_whole_matrix_step_and_scales_the_gradient(scale):
     _backward(parameters, 3.0)
     partition.set_hyper(0.02, 0.1, 0.9)
     partition.reduce()
-    assert float(partition.sum_of_squares()) == pytest.approx(sum((4 * w.cos()).square().sum().item() for w in before.values()), rel=1e-5)
+    assert float(partition.sum_of_squares()) == pytest.approx(
+        sum((4 * w.cos()).square().sum().item() for w in before.values()), rel=1e-5
+    )
     partition.step(scale)
     partition.wait()
     assert partition.matrices_updated == len(MATRICES)
@@ -65,7 +69,14 @@ def test_a_step_is_the_whole_matrix_step_and_scales_the_gradient(scale):
         weight = before[matrix.name]
         gradient = (weight.cos() + 3.0 * weight.cos()) * scale
         hyper = Hyper(*(torch.tensor(value) for value in (0.02 * matrix.multiplier, 0.1, 0.9, 0.9)))
-        reference_step(weight, gradient, torch.zeros(matrix.shape), torch.zeros(second_moment_shape(matrix.shape)), hyper, torch.float32)
+        reference_step(
+            weight,
+            gradient,
+            torch.zeros(matrix.shape),
+            torch.zeros(second_moment_shape(matrix.shape)),
+            hyper,
+            torch.float32,
+        )
         assert torch.equal(parameters[matrix.name].detach(), weight)
 
 

@@ -42,7 +42,10 @@ def _model(depth, width, kv_width, gates=None):
         shapes |= {"fc": (4 * width, width), "proj": (width, 4 * width)}
         if layer % 2 == (depth - 1) % 2:
             shapes["gate"] = (gates or kv_width // 128, 12)
-        found += [Matrix(f"{layer}.{name}", shape, layer, 1.0, "row" if name in ("o", "proj") else "column") for name, shape in shapes.items()]
+        found += [
+            Matrix(f"{layer}.{name}", shape, layer, 1.0, "row" if name in ("o", "proj") else "column")
+            for name, shape in shapes.items()
+        ]
     return found
 
 
@@ -72,7 +75,10 @@ def test_invariants(model, ranks, tensor):
             assert offset >= position, "matrices of a bucket overlap"
             position = offset + elements
             assert pieces[0].start == 0 and pieces[-1].stop == elements
-            assert all(left.stop == right.start and left.rank + 1 == right.rank for left, right in zip(pieces, pieces[1:], strict=False))
+            assert all(
+                left.stop == right.start and left.rank + 1 == right.rank
+                for left, right in zip(pieces, pieces[1:], strict=False)
+            )
             for piece in pieces:  # the fragment's place in the shard is its place in the bucket
                 assert piece.rank * bucket.shard + piece.offset == offset + piece.start
                 assert 0 <= piece.offset and piece.offset + piece.stop - piece.start <= bucket.shard
@@ -95,19 +101,26 @@ def _check_fragments(plan):
     for matrix, pieces, fragments in zip(plan.matrices, plan.pieces, plan.fragments, strict=True):
         for rank in range(plan.tensor):  # every tensor rank has the whole of its shard, held like everyone's
             own = [fragment for fragment in fragments if fragment.rank % plan.tensor == rank]
-            assert [(f.rank // plan.tensor, f.start, f.stop, f.offset) for f in own] == [(p.rank, p.start, p.stop, p.offset) for p in pieces]
+            assert [(f.rank // plan.tensor, f.start, f.stop, f.offset) for f in own] == [
+                (p.rank, p.start, p.stop, p.offset) for p in pieces
+            ]
         assert sum(fragment.stop - fragment.start for fragment in fragments) == matrix.elements
 
 
 def _check_bytes(plan):
     moves = [move for moves in plan.moves for move in moves]
     moved = sum(move.stop - move.start for move in moves)
-    assert moved <= plan.elements and plan.moved <= moved <= plan.moved + sum(m.elements for m in plan.matrices if m.elements < 16384)
+    assert moved <= plan.elements and plan.moved <= moved <= plan.moved + sum(
+        m.elements for m in plan.matrices if m.elements < 16384
+    )
     assert all(move.holder != move.lead == plan.leads[move.matrix] for move in moves)
     sent = [plan.wire_bytes(place, gradient_bytes=2, weight_bytes=2, direction_bytes=2) for place in range(plan.places)]
     scales = sum(4 * plan.returned_scales(move) for move in moves)
     assert sum(one["exchange"] for one in sent) == 2 * 2 * moved + scales
-    assert all(one["reduce"] == one["gather"] == 2 * (plan.ranks - 1) * (plan.elements + plan.padding) // plan.places for one in sent)
+    assert all(
+        one["reduce"] == one["gather"] == 2 * (plan.ranks - 1) * (plan.elements + plan.padding) // plan.places
+        for one in sent
+    )
     assert (plan.places > 1) or not any(sum(one.values()) for one in sent)
     if plan.ranks > 1:
         bound = 2 * 2 * plan.elements * (plan.ranks - 1) / plan.ranks / plan.tensor
@@ -120,12 +133,18 @@ def test_a_matrix_goes_to_one_lead_that_may_be_anywhere_in_the_grid():
     plan = make_plan(_model(12, 768, 768, gates=8), 2, tensor=4)
     assert set(plan.leads) == set(range(8)) and max(_loads(plan)) <= 1.001 * min(_loads(plan))
     large = [index for index, matrix in enumerate(plan.matrices) if matrix.elements > 16384]
-    assert all(sum(fragment.rank == plan.leads[index] for fragment in plan.fragments[index]) == 1 for index in large), "the lead holds a shard"
+    assert all(sum(fragment.rank == plan.leads[index] for fragment in plan.fragments[index]) == 1 for index in large), (
+        "the lead holds a shard"
+    )
     assert not plan.crosses and plan.moved == sum(plan.matrices[index].elements for index in large) * 3 // 4
 
 
 def test_scales_that_go_back_are_those_of_the_local_shard():
-    matrices = [Matrix("tall", (512, 128), 0, 1.0, "row"), Matrix("wide", (128, 512), 0, 1.0, "row"), Matrix("column", (512, 128), 0, 1.0, "column")]
+    matrices = [
+        Matrix("tall", (512, 128), 0, 1.0, "row"),
+        Matrix("wide", (128, 512), 0, 1.0, "row"),
+        Matrix("column", (512, 128), 0, 1.0, "column"),
+    ]
     plan = make_plan(matrices, 1, tensor=4)
     returned = {plan.matrices[move.matrix].name: plan.returned_scales(move) for moves in plan.moves for move in moves}
     assert returned == {"tall": 1 + 512, "wide": 1 + 128, "column": 1 + 128}
@@ -181,7 +200,12 @@ def test_the_order_given_does_not_matter_but_everything_else_does():
     assert make_plan(shuffled, 6) == plan and make_plan(shuffled, 6).digest == plan.digest
     renamed = [Matrix("other", *(getattr(matrices[0], key) for key in ("shape", "layer")))] + matrices[1:]
     scaled = [Matrix(matrices[0].name, matrices[0].shape, 0, 2.0)] + matrices[1:]
-    others = [make_plan(matrices, 5), make_plan(matrices, 6, layers_per_bucket=5), make_plan(renamed, 6), make_plan(scaled, 6)]
+    others = [
+        make_plan(matrices, 5),
+        make_plan(matrices, 6, layers_per_bucket=5),
+        make_plan(renamed, 6),
+        make_plan(scaled, 6),
+    ]
     cut = [matrix for matrix in matrices if not matrix.name.endswith("gate")]
     recut = [Matrix("0.q", cut[0].shape, 0, 1.0, "row")] + cut[1:]
     others += [make_plan(cut, 6, tensor=2), make_plan(recut, 6, tensor=2), make_plan(cut, 3, tensor=4)]
@@ -193,7 +217,10 @@ def test_the_digest_is_the_same_in_another_process():
         "from megachat.optim.partition_plan import Matrix, make_plan; import sys;"
         "print(make_plan({Matrix(str(i), (128 + 8 * i, 256), i) for i in range(9)}, 4).digest, 'torch' in sys.modules)"
     )
-    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in range(2)]
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    ]
     assert runs[0] == runs[1] and len(runs[0].split()[0]) == 64
     assert runs[0].split()[1] == "False", "planning must not need torch"
 
@@ -235,7 +262,8 @@ def test_no_matrices_is_a_plan_too():
 
 
 @pytest.mark.parametrize(
-    "matrices, ranks, tensor, layers", [([Matrix("a", (2, 2), 0)] * 2, 1, 1, None), ([], 0, 1, None), ([], 1, 0, None), ([], 1, 1, 0)]
+    "matrices, ranks, tensor, layers",
+    [([Matrix("a", (2, 2), 0)] * 2, 1, 1, None), ([], 0, 1, None), ([], 1, 0, None), ([], 1, 1, 0)],
 )
 def test_mistakes_are_refused(matrices, ranks, tensor, layers):
     with pytest.raises(ValueError):

@@ -28,7 +28,10 @@ def test_views_alias_the_flat_tensor():
 
 
 def test_a_base_shifts_the_offsets():
-    assert [found[:2] for found in flat_rectangles((4, 5), torch.zeros(12), 3, (10, 100))] == [((10, 103), (1, 2)), ((11, 100), (2, 5))]
+    assert [found[:2] for found in flat_rectangles((4, 5), torch.zeros(12), 3, (10, 100))] == [
+        ((10, 103), (1, 2)),
+        ((11, 100), (2, 5)),
+    ]
 
 
 def test_one_dimension():

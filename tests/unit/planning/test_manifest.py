@@ -17,7 +17,9 @@ from megachat.planning.manifest import (
 )
 from megachat.planning.plan import resolve
 
-CONFIG = Config.model_validate({"model": {"depth": 4, "aspect_ratio": 32, "head_size": 32, "sequence_len": 128}, "horizon": {"steps": 7}})
+CONFIG = Config.model_validate(
+    {"model": {"depth": 4, "aspect_ratio": 32, "head_size": 32, "sequence_len": 128}, "horizon": {"steps": 7}}
+)
 
 
 def test_the_config_marks_what_differs():
@@ -32,12 +34,23 @@ def test_the_plan_has_every_number_once_with_its_formula():
     lines = describe_plan(plan).splitlines()
     names = [line.split(" = ")[0].strip() for line in lines[1:]]
     assert len(set(names)) == len(names)
-    assert {"depth", "width", "layout", "tokens_per_step", "rates.matrix", "parameters.total", "total_flops", "weight_decay"} <= set(names)
+    assert {
+        "depth",
+        "width",
+        "layout",
+        "tokens_per_step",
+        "rates.matrix",
+        "parameters.total",
+        "total_flops",
+        "weight_decay",
+    } <= set(names)
     assert f"  parameters.total = {plan.parameters['total']:,}" in lines
     (steps,) = [line for line in lines if line.startswith("  steps = ")]
     assert steps == "  steps = 7   [horizon.steps]"
     assert all(
-        any(line.startswith(f"  {name} = ") and line.endswith(f"[{why}]") for line in lines) for name, why in plan.why.items() if name in names
+        any(line.startswith(f"  {name} = ") and line.endswith(f"[{why}]") for line in lines)
+        for name, why in plan.why.items()
+        if name in names
     )
 
 
@@ -48,7 +61,9 @@ def test_plan_values_are_json():
     assert values["dims"]["windows"] == list(plan.dims.windows) and values["why"]["steps"] == "horizon.steps"
 
 
-@pytest.mark.parametrize(("world", "tensor", "pipeline"), [(1, 1, 1), (2, 1, 1), (5, 1, 1), (2, 2, 1), (3, 1, 3), (8, 2, 2)])
+@pytest.mark.parametrize(
+    ("world", "tensor", "pipeline"), [(1, 1, 1), (2, 1, 1), (5, 1, 1), (2, 2, 1), (3, 1, 3), (8, 2, 2)]
+)
 def test_every_parameter_has_owners(world, tensor, pipeline):
     rows = BatchConfig(tokens=world // (tensor * pipeline) * 128)
     config = CONFIG.model_copy(update={"batch": rows, "parallel": ParallelConfig(tensor=tensor, pipeline=pipeline)})
@@ -64,18 +79,28 @@ def test_every_parameter_has_owners(world, tensor, pipeline):
         of_stage = {rank for stage in line.stages for rank in range(world) if rank // (world // pipeline) == stage}
         assert line.owners and set(line.owners) <= of_stage and (line.lead is None or line.lead in of_stage)
         if tensor > 1:
-            assert {rank % tensor for rank in line.owners} == set(range(tensor)), "every tensor rank holds a part or a copy"
+            assert {rank % tensor for rank in line.owners} == set(range(tensor)), (
+                "every tensor rank holds a part or a copy"
+            )
             assert (line.cut == "whole") == (line.optimizer == "adamw" and len(line.shape) == 1 or "smear" in line.name)
     assert {stage for line in lines for stage in line.stages} == set(range(pipeline))
     assert len({line.stages for line in lines if line.name == "resid_lambdas"}) == 1
     table = describe_ownership(lines).splitlines()
-    assert len(table) == len(lines) + 3 and table[-1] == f"{len(muon)} matrices on Muon, {len(lines) - len(muon)} tensors on AdamW"
+    assert (
+        len(table) == len(lines) + 3
+        and table[-1] == f"{len(muon)} matrices on Muon, {len(lines) - len(muon)} tensors on AdamW"
+    )
 
 
 def test_stages_are_told_with_what_they_weigh():
     plan = resolve(CONFIG.model_copy(update={"parallel": ParallelConfig(pipeline=3)}), 3, 1000)
     told = describe_stages(plan).split("), ")
-    assert len(told) == 3 and told[0].startswith("layers 0-") and "of parameters" in told[1] and told[2].endswith("% of FLOPs)")
+    assert (
+        len(told) == 3
+        and told[0].startswith("layers 0-")
+        and "of parameters" in told[1]
+        and told[2].endswith("% of FLOPs)")
+    )
 
 
 def test_ranks_are_told_as_ranges():
@@ -84,4 +109,7 @@ def test_ranks_are_told_as_ranges():
         Ownership("b", (2,), "muon", (0, 1), "row", (7,), 7, 0.02, 0.28),
     ]
     rows = [line.split() for line in describe_ownership(lines).splitlines()[2:4]]
-    assert rows == [["a", "3x4", "adamw", "0", "whole", "0-2,5", "-", "0.1", "0"], ["b", "2", "muon", "0-1", "row", "7", "7", "0.02", "0.28"]]
+    assert rows == [
+        ["a", "3x4", "adamw", "0", "whole", "0-2,5", "-", "0.1", "0"],
+        ["b", "2", "muon", "0-1", "row", "7", "7", "0.02", "0.28"],
+    ]

@@ -52,11 +52,15 @@ def held(config) -> tuple[int, dict[str, int]]:
     zero, muon, plan = training.engine.optimizer, training.muon, training.plan
     found, count = {}, {"now": 0, "most": 0}
 
-    def observe() -> None:  # when all gradients are there; those of AdamW that another rank updates are already given back
+    def observe() -> (
+        None
+    ):  # when all gradients are there; those of AdamW that another rank updates are already given back
         parameters = [parameter for group in zero.bit16_groups for parameter in group]
         given = [parameter.grad_accum for parameter in parameters if parameter.grad_accum is not None]
         assert given and all(tensor.dtype == torch.float32 for tensor in given)
-        found["gradients"] = sum(storages(bucket.gradients for bucket in muon._buckets).values()) + sum(4 * one.numel() for one in parameters)
+        found["gradients"] = sum(storages(bucket.gradients for bucket in muon._buckets).values()) + sum(
+            4 * one.numel() for one in parameters
+        )
 
     zero.observe = observe
     parameters = list(training.layers.parameters())
@@ -66,9 +70,16 @@ def held(config) -> tuple[int, dict[str, int]]:
         take_step(training, rows)
     weights = storages(parameters)
     masters = storages([*(bucket.master for bucket in muon._buckets), *zero.single_partition_of_fp32_groups])
-    moments = [zero.optimizer.state[flat][kind] for flat in zero.single_partition_of_fp32_groups for kind in ("exp_avg", "exp_avg_sq")]
+    moments = [
+        zero.optimizer.state[flat][kind]
+        for flat in zero.single_partition_of_fp32_groups
+        for kind in ("exp_avg", "exp_avg_sq")
+    ]
     moments += [*(bucket.momentum for bucket in muon._buckets), *muon._second_moment.values()]
-    found |= {"weights": sum(weights.values()), "masters": sum(masters[place] for place in masters.keys() - weights.keys())}
+    found |= {
+        "weights": sum(weights.values()),
+        "masters": sum(masters[place] for place in masters.keys() - weights.keys()),
+    }
     found |= {"moments": sum(storages(moments).values()), "activations": count["most"]}
     assert len(own_rows(training, rows)) == plan.micro_rows * plan.accumulation
     return training.mesh.pipeline.rank, found
@@ -85,7 +96,9 @@ def held_at_the_loss(config) -> int:
 
     rows = random_rows(0, plan.rows_per_step, plan.dims.sequence_len + 1, SMALL_VOCAB)
     before = alive()
-    training.engine.module.loss_fn.register_forward_hook(lambda *_: found.append({**alive(), **dict.fromkeys(before, 0)}))
+    training.engine.module.loss_fn.register_forward_hook(
+        lambda *_: found.append({**alive(), **dict.fromkeys(before, 0)})
+    )
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (tensor,), lambda kept: kept[0]):
         take_step(training, rows)
     return sum(found[0].values())
@@ -116,7 +129,9 @@ def counted(config, world: int, dtype: torch.dtype = torch.float32):
     ],
 )
 def test_the_count_is_what_ranks_hold(world, parallel, settings):
-    config = small_config(**({"model": MODEL, "parallel": parallel, "batch": {"tokens": 256 * 24, "micro_rows": 2}} | settings))
+    config = small_config(
+        **({"model": MODEL, "parallel": parallel, "batch": {"tokens": 256 * 24, "micro_rows": 2}} | settings)
+    )
     dtype = getattr(torch, config.precision.compute)
     stages = counted(config, world, dtype)
     most = [dict.fromkeys(("weights", "masters", "moments", "gradients", "activations"), 0) for _ in stages]
@@ -132,11 +147,16 @@ def test_the_count_is_what_ranks_hold(world, parallel, settings):
 def test_fp8_keeps_a_byte_for_each_number():
     """What the recipe saves and adds, beside a run without it: a CPU's norms are the same in both."""
     config = small_config(model=MODEL, batch={"tokens": 256 * 8, "micro_rows": 2}, precision={"compute": "bfloat16"})
-    fp8 = config.model_copy(update={"precision": config.precision.model_copy(update={"fp8": "tensorwise", "fp8_head": False})})
+    fp8 = config.model_copy(
+        update={"precision": config.precision.model_copy(update={"fp8": "tensorwise", "fp8_head": False})}
+    )
     (_, plain), (_, rounded) = (run_ranks(held, 1, asked)[0] for asked in (config, fp8))
     (own,), (other,) = counted(config, 1, torch.bfloat16), counted(fp8, 1, torch.bfloat16)
     assert other.activations != own.activations
-    assert abs((rounded["activations"] - plain["activations"]) - (other.activations - own.activations)) < 0.03 * plain["activations"]
+    assert (
+        abs((rounded["activations"] - plain["activations"]) - (other.activations - own.activations))
+        < 0.03 * plain["activations"]
+    )
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "block"])
@@ -152,7 +172,9 @@ def test_a_block_keeps_what_is_counted(block, recompute):
     with LiveBytes() as live:
         result = made((x, x, ids))
         kept = live.now
-    assert kept - result[0].nbytes + x.nbytes == kept_bytes_per_block(dims, block, ids.numel(), itemsize=4, recompute=recompute)
+    assert kept - result[0].nbytes + x.nbytes == kept_bytes_per_block(
+        dims, block, ids.numel(), itemsize=4, recompute=recompute
+    )
 
 
 def test_what_does_not_fit_is_told_with_what_helps():
@@ -170,5 +192,7 @@ def test_what_does_not_fit_is_told_with_what_helps():
         assert (memory_warning(less, resolve(less, 1, SMALL_VOCAB), torch.float32, stage.total // 2) is None) == fits
     assert describe_memory([stage], 80_000_000_000).endswith("; the device has 80.0 GB")
     check_state_fits([stage], stage.state)
-    with pytest.raises(UserError, match=r"weights and optimizer state take ([\d.]+ MB) on a rank of stage 0 and the device has \1"):
+    with pytest.raises(
+        UserError, match=r"weights and optimizer state take ([\d.]+ MB) on a rank of stage 0 and the device has \1"
+    ):
         check_state_fits([stage], stage.state - 1)

@@ -14,7 +14,13 @@ def config(**sections) -> Config:
 
 def test_the_speedrun_is_nanochats():
     plan = resolve(config(model={"depth": 24}, horizon={"ratio": 8.0}, batch={"micro_rows": 16}), 8, 32768)
-    assert (plan.dims.width, plan.dims.heads, plan.steps, plan.tokens_per_step, plan.accumulation) == (1536, 12, 5568, 2**20, 4)
+    assert (plan.dims.width, plan.dims.heads, plan.steps, plan.tokens_per_step, plan.accumulation) == (
+        1536,
+        12,
+        5568,
+        2**20,
+        4,
+    )
     assert plan.weight_decay == pytest.approx(0.0597, abs=1e-4)
     assert plan.flops_per_token == pytest.approx(4.775e9, rel=1e-4)
     assert plan.total_flops == pytest.approx(2.79e19, rel=1e-3)
@@ -26,19 +32,35 @@ def test_the_speedrun_is_nanochats():
 
 def test_every_derived_number_has_its_formula():
     plan = resolve(config(), 1, 32768)
-    wanted = {"width", "heads", "windows", "target_tokens", "tokens_per_step", "rows_per_step", "micro_rows", "accumulation", "steps"}
-    wanted |= {"total_tokens", "flops_per_token", "total_flops", "weight_decay", "evaluation_rows"} | {f"rates.{name}" for name in plan.rates}
+    wanted = {
+        "width",
+        "heads",
+        "windows",
+        "target_tokens",
+        "tokens_per_step",
+        "rows_per_step",
+        "micro_rows",
+        "accumulation",
+        "steps",
+    }
+    wanted |= {"total_tokens", "flops_per_token", "total_flops", "weight_decay", "evaluation_rows"} | {
+        f"rates.{name}" for name in plan.rates
+    }
     assert wanted <= set(plan.why)
 
 
 def test_steps_win_over_flops_which_win_over_the_ratio():
     batch = {"tokens": 2048 * 8}
     by_ratio = resolve(config(model={"depth": 2}, batch=batch), 1, 1024)
-    by_flops = resolve(config(model={"depth": 2}, batch=batch, horizon={"flops": by_ratio.flops_per_token * 2048 * 8 * 7.4}), 1, 1024)
+    by_flops = resolve(
+        config(model={"depth": 2}, batch=batch, horizon={"flops": by_ratio.flops_per_token * 2048 * 8 * 7.4}), 1, 1024
+    )
     by_steps = resolve(config(model={"depth": 2}, batch=batch, horizon={"flops": 1e9, "steps": 5}), 1, 1024)
     assert by_ratio.steps == int(12 * (by_ratio.parameters["matrices"] + by_ratio.parameters["lm_head"])) // (2048 * 8)
     assert (by_flops.steps, by_steps.steps) == (7, 5)
-    assert resolve(config(model={"depth": 2}, batch=batch, horizon={"steps": 5, "stop_step": 3}), 1, 1024).stop_step == 3
+    assert (
+        resolve(config(model={"depth": 2}, batch=batch, horizon={"steps": 5, "stop_step": 3}), 1, 1024).stop_step == 3
+    )
 
 
 @pytest.mark.parametrize(
@@ -63,7 +85,11 @@ def test_any_two_of_batch_micro_and_accumulation_settle_the_third(batch, world, 
         ({"tokens": 64 * 8}, 3, ("8 rows of 64", "3 data-parallel ranks", "384 (6 rows) or 576 (9 rows)", "divides 8")),
         ({"tokens": 64 * 8, "micro_rows": 3}, 1, ("3 rows a micro-batch", "384 (6 rows) or 576 (9 rows)")),
         ({"tokens": 100}, 1, ("1.5625 rows of 64", "64 (1 rows) or 128 (2 rows)")),
-        ({"tokens": 64 * 8, "micro_rows": 2, "accumulation": 2}, 1, ("in one step", "set batch.tokens to 256 (4 rows)")),
+        (
+            {"tokens": 64 * 8, "micro_rows": 2, "accumulation": 2},
+            1,
+            ("in one step", "set batch.tokens to 256 (4 rows)"),
+        ),
     ],
 )
 def test_a_batch_that_does_not_fit_names_the_nearest_that_do(batch, world, parts):
@@ -92,9 +118,17 @@ def test_what_cannot_be_is_refused_in_one_sentence(sections, part):
 @pytest.mark.parametrize(
     ("sections", "world", "part"),
     [
-        ({"parallel": {"tensor": 3, "pipeline": 2}}, 16, "does not divide the 16 ranks that were started: start 12 or 18 ranks"),
+        (
+            {"parallel": {"tensor": 3, "pipeline": 2}},
+            16,
+            "does not divide the 16 ranks that were started: start 12 or 18 ranks",
+        ),
         ({"parallel": {"tensor": 4}}, 8, "does not divide the model's 6 query heads: set parallel.tensor to 3"),
-        ({"parallel": {"tensor": 6}, "model": {"kv_heads": 2}}, 6, "does not divide the model's 2 key/value heads: set parallel.tensor to 2"),
+        (
+            {"parallel": {"tensor": 6}, "model": {"kv_heads": 2}},
+            6,
+            "does not divide the model's 2 key/value heads: set parallel.tensor to 2",
+        ),
         ({"parallel": {"pipeline": 16}}, 16, "more stages than the model's 12 blocks: set parallel.pipeline to 12"),
         ({"parallel": {"tensor": 3, "sequence": True}}, 3, "model.sequence_len that 3 divides, and 2048 is not"),
     ],
@@ -110,7 +144,11 @@ WIDE = {"depth": 2, "head_size": 128, "aspect_ratio": 128, "sequence_len": 64}
 @pytest.mark.parametrize(
     ("sections", "world", "part"),
     [
-        ({"precision": {"compute": "float16"}}, 1, "which needs bfloat16, and precision.compute is float16: set that to bfloat16, or fp8 to off"),
+        (
+            {"precision": {"compute": "float16"}},
+            1,
+            "which needs bfloat16, and precision.compute is float16: set that to bfloat16, or fp8 to off",
+        ),
         (
             {"model": {"sequence_len": 100}, "batch": {"micro_rows": 3}},
             1,
@@ -121,12 +159,25 @@ WIDE = {"depth": 2, "head_size": 128, "aspect_ratio": 128, "sequence_len": 64}
             1,
             "multiple of 128 tokens in a micro-batch, and 3 rows of 64 are 192: set batch.micro_rows to 2 or 4, or model.sequence_len to 128",
         ),
-        ({"model": {"head_size": 24, "aspect_ratio": 12}}, 1, "would change nothing: no matrix of width 24 has sides of at least 128"),
-        ({"model": {"head_size": 60, "aspect_ratio": 60}, "parallel": {"tensor": 2}}, 2, "no matrix of width 120 cut in 2 has sides"),
+        (
+            {"model": {"head_size": 24, "aspect_ratio": 12}},
+            1,
+            "would change nothing: no matrix of width 24 has sides of at least 128",
+        ),
+        (
+            {"model": {"head_size": 60, "aspect_ratio": 60}, "parallel": {"tensor": 2}},
+            2,
+            "no matrix of width 120 cut in 2 has sides",
+        ),
     ],
 )
 def test_fp8_that_does_not_fit_is_refused_with_what_does(sections, world, part):
-    merged = {"model": WIDE, "precision": {"fp8": "tensorwise"}, "batch": {"micro_rows": 2, "accumulation": 1}, "horizon": {"steps": 1}}
+    merged = {
+        "model": WIDE,
+        "precision": {"fp8": "tensorwise"},
+        "batch": {"micro_rows": 2, "accumulation": 1},
+        "horizon": {"steps": 1},
+    }
     merged = {name: {**merged.get(name, {}), **sections.get(name, {})} for name in merged | sections}
     with pytest.raises(UserError) as caught:
         resolve(config(**merged), world, 100)
@@ -143,7 +194,10 @@ def test_the_shapes_of_linears_are_the_models(tensor):
     for name, (rows, columns) in linear_shapes(dims, tensor).items():
         weight = block.get_submodule(name).weight
         row_cut = weight.place.cut == "row"
-        assert (rows, columns) == (weight.size(0) // (1 if row_cut else tensor), weight.size(1) // (tensor if row_cut else 1))
+        assert (rows, columns) == (
+            weight.size(0) // (1 if row_cut else tensor),
+            weight.size(1) // (tensor if row_cut else 1),
+        )
 
 
 @pytest.mark.parametrize("depth", [1, 5, 7, 24])
@@ -163,7 +217,9 @@ def test_stages_cover_the_layers_once_and_no_other_cut_is_better(depth, stages):
         return max(sum(shares[first:last]) for first, last in cuts)
 
     found = resolve_stages(dims, stages)
-    assert [layer for first, last in found for layer in range(first, last)] == list(range(depth + 2)) and len(found) == stages
+    assert [layer for first, last in found for layer in range(first, last)] == list(range(depth + 2)) and len(
+        found
+    ) == stages
     for inner in itertools.combinations(range(1, depth + 2), stages - 1) if stages <= 4 else ():
         cuts = (0, *inner, depth + 2)
         assert largest(found) <= largest(zip(cuts, cuts[1:], strict=False)) + 1e-12

@@ -7,7 +7,10 @@ from tests.training import SMALL_VOCAB, build, small_config
 
 
 def held(config):
-    return [parameter.place.name + str(parameter.place.offset) for parameter, *_ in adamw_fragments(build(config, SMALL_VOCAB).engine.optimizer)]
+    return [
+        parameter.place.name + str(parameter.place.offset)
+        for parameter, *_ in adamw_fragments(build(config, SMALL_VOCAB).engine.optimizer)
+    ]
 
 
 @pytest.mark.parametrize("world", [1, 3])
@@ -22,7 +25,10 @@ def test_owners_are_deepspeeds(world):
 
 def sizes(config):
     zero = build(config, SMALL_VOCAB).engine.optimizer
-    return [[(parameter.place.name + str(parameter.place.offset), parameter.numel()) for parameter in group] for group in zero.bit16_groups]
+    return [
+        [(parameter.place.name + str(parameter.place.offset), parameter.numel()) for parameter in group]
+        for group in zero.bit16_groups
+    ]
 
 
 def test_a_padded_share():

@@ -119,7 +119,15 @@ def check_recovery(folder, mirror, faults):
 
 
 @pytest.mark.parametrize(
-    "faults", [["500"], ["503", "429", "cut"], ["cut", "cut", "cut", "cut"], ["too long"], ["cut", "other range"], ["cut", "500", "cut"]]
+    "faults",
+    [
+        ["500"],
+        ["503", "429", "cut"],
+        ["cut", "cut", "cut", "cut"],
+        ["too long"],
+        ["cut", "other range"],
+        ["cut", "500", "cut"],
+    ],
 )
 def test_a_server_in_trouble_is_asked_again(tmp_path, mirror, faults):
     sent = check_recovery(tmp_path, mirror, faults)
@@ -137,9 +145,9 @@ def test_a_later_call_goes_on_from_the_part(tmp_path, mirror):
     with pytest.raises(UserError) as caught:
         download(tmp_path, mirror, workers=1)
     kept = (tmp_path / (name + ".part")).stat().st_size
-    assert f"{mirror.source.base_url}/{name} failed 5 times, at last with HTTP 500" in str(caught.value) and f"the {kept:,} bytes kept" in str(
+    assert f"{mirror.source.base_url}/{name} failed 5 times, at last with HTTP 500" in str(
         caught.value
-    )
+    ) and f"the {kept:,} bytes kept" in str(caught.value)
     assert 0 < kept < len(mirror.files[name]) and not (tmp_path / name).exists()
     download(tmp_path, mirror)
     assert (name, kept) in mirror.ranges and (tmp_path / name).read_bytes() == mirror.files[name]
@@ -190,5 +198,9 @@ def test_no_server(tmp_path, mirror):
 
 
 def test_the_addresses_are_nanochats():
-    assert HUB_SOURCES["climbmix"] == HubSource("https://huggingface.co/datasets/karpathy/climbmix-400b-shuffle/resolve/main", 6542)
-    assert HUB_SOURCES["fineweb-edu"] == HubSource("https://huggingface.co/datasets/karpathy/fineweb-edu-100b-shuffle/resolve/main", 1822)
+    assert HUB_SOURCES["climbmix"] == HubSource(
+        "https://huggingface.co/datasets/karpathy/climbmix-400b-shuffle/resolve/main", 6542
+    )
+    assert HUB_SOURCES["fineweb-edu"] == HubSource(
+        "https://huggingface.co/datasets/karpathy/fineweb-edu-100b-shuffle/resolve/main", 1822
+    )

@@ -81,7 +81,9 @@ def test_shards_hold_every_document_once_in_a_seeded_order(tmp_path, train_shard
 def test_layout_of_a_shard(tmp_path):
     write_shards(tmp_path, (str(index) for index in range(20_000)), 0, 1)
     train, validation = open_shards(tmp_path)
-    assert train.group_rows[:-1] == (1024,) * 18 and max(validation.group_rows) == 125 and len(validation.group_rows) == 8
+    assert (
+        train.group_rows[:-1] == (1024,) * 18 and max(validation.group_rows) == 125 and len(validation.group_rows) == 8
+    )
     metadata = pq.ParquetFile(train.path)
     assert metadata.schema_arrow.field("text").type == "string"
     assert metadata.metadata.row_group(0).column(0).compression == "ZSTD"
@@ -128,14 +130,22 @@ def test_modules_are_cut_at_definitions():
     whole = cut_module(MODULE, 10_000)
     assert len(whole) == 1 and "0x0002" not in whole[0] and "x01" not in whole[0] and "\x0c" not in whole[0]
     pieces = cut_module(MODULE, 120)
-    assert [piece.strip().splitlines()[0] for piece in pieces] == ['"""What it is."""', "def first(self):", "# about second"]
-    assert "\n".join(line for piece in pieces for line in piece.split("\n") if line) == "\n".join(line for line in whole[0].split("\n") if line)
+    assert [piece.strip().splitlines()[0] for piece in pieces] == [
+        '"""What it is."""',
+        "def first(self):",
+        "# about second",
+    ]
+    assert "\n".join(line for piece in pieces for line in piece.split("\n") if line) == "\n".join(
+        line for line in whole[0].split("\n") if line
+    )
     assert cut_module("def broken(:", 100) == []
 
 
 def test_large_tables_are_left_out():
     table = "NAMES = {\n" + "".join(f"    'name{index}': 'value',\n" for index in range(100)) + "}\n"
-    assert cut_module("import os\n\n" + table + "\n\ndef f():\n    pass\n", 200) == ["import os\n\n\n\ndef f():\n    pass"]
+    assert cut_module("import os\n\n" + table + "\n\ndef f():\n    pass\n", 200) == [
+        "import os\n\n\n\ndef f():\n    pass"
+    ]
 
 
 def test_folders_and_files_that_are_left_out(tmp_path):

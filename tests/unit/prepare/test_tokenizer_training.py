@@ -58,7 +58,12 @@ def test_training_on_the_same_text_gives_nanochats_tokenizer():
 
 
 def encoding(**changes):
-    settings = {"pat_str": r"\S+|\s+", "mergeable_ranks": byte_tokenizer().ranks, "special_tokens": {"<|bos|>": 256}, **changes}
+    settings = {
+        "pat_str": r"\S+|\s+",
+        "mergeable_ranks": byte_tokenizer().ranks,
+        "special_tokens": {"<|bos|>": 256},
+        **changes,
+    }
     return tiktoken.Encoding("test", **settings)
 
 

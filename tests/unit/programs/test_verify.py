@@ -21,7 +21,11 @@ ALONE = Axis("world", 1, 0, None, (0,))
 def observed(folder, losses, **changes):
     """A run's folder; changes: tensor name -> elements to add to its front."""
     folder.mkdir()
-    tensors = {f"{kind}/{name}": torch.linspace(-1, 1, 4000).view(40, 100).clone() for kind in ("gradient", "weight") for name in ORDER}
+    tensors = {
+        f"{kind}/{name}": torch.linspace(-1, 1, 4000).view(40, 100).clone()
+        for kind in ("gradient", "weight")
+        for name in ORDER
+    }
     for name, values in changes.items():
         tensors[name.replace("__", "/")].view(-1)[: len(values)] += torch.tensor(values)
     save_pieces(folder, {name: ((40, 100), [((0, 0), (40, 100), tensor)]) for name, tensor in tensors.items()}, ALONE)
@@ -31,7 +35,9 @@ def observed(folder, losses, **changes):
 
 def verdict(tmp_path, losses, **changes) -> dict:
     wanted = observed(tmp_path / "wanted", [7.0, 6.0])
-    return certificate(list(compare(observed(tmp_path / "found", losses, **changes), wanted, ORDER)), layout={"tensor": 2})
+    return certificate(
+        list(compare(observed(tmp_path / "found", losses, **changes), wanted, ORDER)), layout={"tensor": 2}
+    )
 
 
 def test_rounding_is_equal_and_every_tensor_is_listed(tmp_path):
@@ -61,7 +67,9 @@ def test_the_first_difference_is_named(tmp_path, losses, changes, first):
 def test_few_weights_may_have_taken_the_other_sign_but_no_gradient(tmp_path):
     told = verdict(tmp_path, [7.0, 6.0], weight__first=[0.01] * 8)
     assert told["passed"]
-    assert {entry["name"]: entry["error"] for entry in told["compared"]}["weight/first"] == pytest.approx(0.01, rel=1e-3)
+    assert {entry["name"]: entry["error"] for entry in told["compared"]}["weight/first"] == pytest.approx(
+        0.01, rel=1e-3
+    )
 
 
 def test_runs_with_other_tensors_cannot_be_compared(tmp_path):
@@ -71,8 +79,14 @@ def test_runs_with_other_tensors_cannot_be_compared(tmp_path):
 
 def test_the_order_is_the_models():
     names = parameter_order(resolve(small_config(), 1, SMALL_VOCAB).dims)
-    assert names[0] == "transformer.wte.weight" or names[0].startswith("smear") and names[-1] in ("lm_head.weight", "backout_lambda")
-    assert names.index("transformer.h.0.attn.c_q.weight") < names.index("transformer.h.2.mlp.c_proj.weight") and len(set(names)) == len(names)
+    assert (
+        names[0] == "transformer.wte.weight"
+        or names[0].startswith("smear")
+        and names[-1] in ("lm_head.weight", "backout_lambda")
+    )
+    assert names.index("transformer.h.0.attn.c_q.weight") < names.index("transformer.h.2.mlp.c_proj.weight") and len(
+        set(names)
+    ) == len(names)
 
 
 def test_a_config_is_scaled_down_and_runs_in_float32_with_equal_micro_batches():
@@ -85,19 +99,34 @@ def test_a_config_is_scaled_down_and_runs_in_float32_with_equal_micro_batches():
 
 
 @pytest.mark.parametrize(
-    "full", [{"depth": 4}, {"depth": 24}, {"depth": 32, "kv_heads": 4}, {"depth": 64, "head_size": 64}, {"depth": 5, "aspect_ratio": 48}]
+    "full",
+    [
+        {"depth": 4},
+        {"depth": 24},
+        {"depth": 32, "kv_heads": 4},
+        {"depth": 64, "head_size": 64},
+        {"depth": 5, "aspect_ratio": 48},
+    ],
 )
 def test_scaled_down_the_heads_stay_so_that_the_tensor_axis_fits(full):
     asked = Config.model_validate({"model": full})
     whole = resolve_dimensions(asked, SMALL_VOCAB)
     for depth in (1, 2, 3, 7, 20):
-        found = resolve_dimensions(verification_config(asked, data=1, tensor=1, pipeline=1, depth=depth, rows_a_rank=1), SMALL_VOCAB)
-        assert (found.depth, found.heads, found.kv_heads) == (depth, whole.heads, whole.kv_heads) and found.width == found.heads * found.head_size
+        found = resolve_dimensions(
+            verification_config(asked, data=1, tensor=1, pipeline=1, depth=depth, rows_a_rank=1), SMALL_VOCAB
+        )
+        assert (found.depth, found.heads, found.kv_heads) == (
+            depth,
+            whole.heads,
+            whole.kv_heads,
+        ) and found.width == found.heads * found.head_size
         assert found.width <= whole.width or depth > whole.depth
 
 
 def test_layouts_are_read():
-    assert parse_layout("tp=2,pp=4,dp=8") == {"data": 8, "tensor": 2, "pipeline": 4} and parse_layout("pp=2")["data"] == 1
+    assert (
+        parse_layout("tp=2,pp=4,dp=8") == {"data": 8, "tensor": 2, "pipeline": 4} and parse_layout("pp=2")["data"] == 1
+    )
     for text in ("tp", "tp=0", "cp=2", "tp=2;pp=2", ""):
         with pytest.raises(UserError, match="give them as tp=2,pp=2,dp=2"):
             parse_layout(text)

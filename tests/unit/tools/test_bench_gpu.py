@@ -16,9 +16,21 @@ from tools.bench import gpu as bench
 from tools.bench.gpu import ABOUT, VOCAB, bench_gpu, case_config, cases
 from tools.bench.gpu_report import BEGIN, END, checks_summary, goals, gpu_facts, label, report, write_report
 
-WHERE = {"commit": "0123456789", "uncommitted_changes": True, "device": "H200", "gpus": ["NVIDIA H200, 580.1, 143771 MiB"], "cuda": "13.0"}
+WHERE = {
+    "commit": "0123456789",
+    "uncommitted_changes": True,
+    "device": "H200",
+    "gpus": ["NVIDIA H200, 580.1, 143771 MiB"],
+    "cuda": "13.0",
+}
 WHERE |= {"cudnn": 91900, "packages": {"torch": "2.11.0", "transformer-engine": None}}
-NUMBERS = {"peak_memory_bytes": 2**34, "mfu": 0.56, "optimizer_share_at_reference_batch": 0.021, "attention": "te", "chosen": []}
+NUMBERS = {
+    "peak_memory_bytes": 2**34,
+    "mfu": 0.56,
+    "optimizer_share_at_reference_batch": 0.021,
+    "attention": "te",
+    "chosen": [],
+}
 LOG = "....s\nSKIPPED [1] x: 3 passed in words\n2 failed, 40 passed, 11 skipped in 100.1s\nand a line more"
 
 
@@ -33,7 +45,10 @@ def test_every_case_is_a_run_that_fits():
         if "path" not in case and case["linears"] != "attention":
             plan = resolve(case_config(case), 1, VOCAB)
             assert plan.tokens_per_step == (2**14 if "micro_rows" in case else 2**16)
-    assert {case["linears"] for case in named} - {case["linears"] for case in cases(None)} == {"nanochat", "nanochat fp8"}
+    assert {case["linears"] for case in named} - {case["linears"] for case in cases(None)} == {
+        "nanochat",
+        "nanochat fp8",
+    }
 
 
 def test_the_tables_stand_between_the_markers_and_the_numbers_beside_them(tmp_path):
@@ -45,14 +60,21 @@ def test_the_tables_stand_between_the_markers_and_the_numbers_beside_them(tmp_pa
         measured("te tensorwise", 120_000.0),
         {"case": {"linears": "attention", "attention": "auto", "depth": 24}, "layers": layers, "rows": 16},
         {"case": {"linears": "te blockwise", "attention": "auto", "depth": 24}, "failed": "RuntimeError: no"},
-        {"case": {"linears": "torch compiled", "attention": "sdpa", "depth": 24, "pattern": "L"}, "left_out": "no time was left"},
+        {
+            "case": {"linears": "torch compiled", "attention": "sdpa", "depth": 24, "pattern": "L"},
+            "left_out": "no time was left",
+        },
     ]
     write_report(page, report(found, WHERE, ABOUT, LOG), {"found": found})
     text = page.read_text()
-    assert text.startswith(f"before\n{BEGIN}\nCommit 0123456 with changes, NVIDIA H200, 580.1, 143771 MiB; CUDA 13.0, cuDNN 91900, torch 2.11.0. bf")
+    assert text.startswith(
+        f"before\n{BEGIN}\nCommit 0123456 with changes, NVIDIA H200, 580.1, 143771 MiB; CUDA 13.0, cuDNN 91900, torch 2.11.0. bf"
+    )
     assert text.endswith(f"{END}\nafter\n") and "old" not in text
     assert "| d24 | te tensorwise | te | 120,000 | 1.20 | 56.0% | 16.0 GiB | 2.1% |" in text
-    assert "| d24 | te blockwise | auto | RuntimeError: no | | | | |".replace("| |", "|  |").replace("| |", "|  |") in text
+    assert (
+        "| d24 | te blockwise | auto | RuntimeError: no | | | | |".replace("| |", "|  |").replace("| |", "|  |") in text
+    )
     assert "| d24, pattern L | torch compiled | sdpa | no time was left |" in text
     assert "| te | 1.20 ms | 3.40 ms |" in text and "| flex | a / b |  |" in text
     assert "Checks of tests/gpu: 2 failed, 40 passed, 11 skipped." in text
@@ -68,9 +90,19 @@ def test_what_was_to_be_reached_is_judged():
 
     assert told([]) == [("not measured", "unknown")] * 6
     theirs = measured("nanochat", 90_000.0, peak_memory_bytes=2**34 * 2, attention="sdpa")
-    found = [measured("torch compiled", 100_000.0), measured("torch tensorwise", 120_000.0), theirs, measured("te tensorwise", 90_000.0)]
+    found = [
+        measured("torch compiled", 100_000.0),
+        measured("torch tensorwise", 120_000.0),
+        theirs,
+        measured("te tensorwise", 90_000.0),
+    ]
     found += [measured("torch compiled", 400_000.0, 12), measured("te tensorwise", 300_000.0, 12)]
-    rates = [("56.0%", "yes"), ("1.11 times; its attention was sdpa", "yes"), ("1.20 times", "yes"), ("0.75 times", "unknown")]
+    rates = [
+        ("56.0%", "yes"),
+        ("1.11 times; its attention was sdpa", "yes"),
+        ("1.20 times", "yes"),
+        ("0.75 times", "unknown"),
+    ]
     assert told(found) == [*rates, ("0.50", "yes"), ("2.1%", "yes")]
     worse = {"mfu": 0.5, "peak_memory_bytes": 2**34 * 2, "optimizer_share_at_reference_batch": 0.04}
     found[:2] = [measured("torch compiled", 98_000.0, **worse), measured("torch tensorwise", 100_000.0)]
@@ -86,7 +118,12 @@ def test_a_case_is_measured_in_a_process_and_what_fails_says_why(monkeypatch, tm
     program.write_text(
         "import json, sys; print('noise'); print(json.dumps({'depth': json.loads(sys.argv[1])['depth'], 'mfu': 1, 'tokens_per_sec': 2}))"
     )
-    assert bench.measure_all(cases(None)[:1], 1)[0] == {"case": cases(None)[0], "depth": 24, "mfu": 1, "tokens_per_sec": 2}
+    assert bench.measure_all(cases(None)[:1], 1)[0] == {
+        "case": cases(None)[0],
+        "depth": 24,
+        "mfu": 1,
+        "tokens_per_sec": 2,
+    }
     program.write_text(
         "import sys; print('torch.OutOfMemoryError: all is full', file=sys.stderr); print('[rank0] ended', file=sys.stderr); sys.exit(1)"
     )
@@ -106,8 +143,16 @@ def measured_small() -> dict:
 def test_the_steps_of_a_case_are_measured():
     """On the CPU, of a small model: every part of a case but the GPU."""
     (told,) = run_ranks(measured_small, 1)
-    assert len(told["step_s"]) == 2 and len(told["optimizer_s"]) == 3 and 0 < told["optimizer_share_at_reference_batch"] < 1
-    assert told["attention"] == "sdpa" and told["mfu"] is None and any("fp8 tensorwise by torch" in line for line in told["chosen"])
+    assert (
+        len(told["step_s"]) == 2
+        and len(told["optimizer_s"]) == 3
+        and 0 < told["optimizer_share_at_reference_batch"] < 1
+    )
+    assert (
+        told["attention"] == "sdpa"
+        and told["mfu"] is None
+        and any("fp8 tensorwise by torch" in line for line in told["chosen"])
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -118,12 +163,19 @@ def test_without_a_gpu_it_says_so():
     assert facts["gpus"] is None and facts["packages"]["torch"] and facts["packages"]["flash-attn-4"] is None
 
     def said(*arguments):
-        done = subprocess.run(["bash", "tests/run_gpu.sh", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            ["bash", "tests/run_gpu.sh", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == 2 and not done.stdout
         return done.stderr
 
-    assert said() == "error: this machine has no NVIDIA GPU, which these tests are for: run them on one, or bash tests/run.sh here\n"
-    assert "--minutes 1.5 is no whole number" in said("--minutes", "1.5") and "unknown option --fast" in said("--fast", "1")
+    assert (
+        said()
+        == "error: this machine has no NVIDIA GPU, which these tests are for: run them on one, or bash tests/run.sh here\n"
+    )
+    assert "--minutes 1.5 is no whole number" in said("--minutes", "1.5") and "unknown option --fast" in said(
+        "--fast", "1"
+    )
     assert "--part both is neither checks nor performance" in said("--part", "both")
     assert "--wheels nowhere is no folder" in said("--wheels", "nowhere")
 

@@ -24,7 +24,9 @@ def test_what_nanochat_lacks_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "nanochat").mkdir()
     (tmp_path / "nanochat" / "gpt.py").write_text("import a_package_that_nobody_has\n")
-    with pytest.raises(UserError, match="cannot be imported .*a_package_that_nobody_has.*: install what its pyproject.toml names"):
+    with pytest.raises(
+        UserError, match="cannot be imported .*a_package_that_nobody_has.*: install what its pyproject.toml names"
+    ):
         open_nanochat(str(tmp_path))
 
 
@@ -42,7 +44,12 @@ def test_gradients_do_not_depend_on_rows_at_a_time():
 
     def gradient(micro_rows: int) -> torch.Tensor:
         table.grad = None
-        accumulate(lambda ids, targets: torch.nn.functional.cross_entropy(table[ids].mT, targets), rows, micro_rows, torch.device("cpu"))
+        accumulate(
+            lambda ids, targets: torch.nn.functional.cross_entropy(table[ids].mT, targets),
+            rows,
+            micro_rows,
+            torch.device("cpu"),
+        )
         return table.grad
 
     whole = torch.nn.functional.cross_entropy(table[rows[:, :-1]].mT, rows[:, 1:])

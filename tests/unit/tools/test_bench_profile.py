@@ -28,28 +28,63 @@ from tools.bench.step_profile import (
     table,
 )
 
-TINY = ("model.depth=2", "model.aspect_ratio=16", "model.head_size=16", "model.sequence_len=32", "batch.tokens=128", "batch.micro_rows=2")
+TINY = (
+    "model.depth=2",
+    "model.aspect_ratio=16",
+    "model.head_size=16",
+    "model.sequence_len=32",
+    "batch.tokens=128",
+    "batch.micro_rows=2",
+)
 SVG = "{http://www.w3.org/2000/svg}"
 
 
 def covers(segments, begin, end):
     assert segments[0].begin == begin and segments[-1].end == end
-    assert all(one.end == other.begin and one.begin < one.end for one, other in zip(segments, segments[1:], strict=False))
+    assert all(
+        one.end == other.begin and one.begin < one.end for one, other in zip(segments, segments[1:], strict=False)
+    )
     return segments
 
 
 def test_each_moment_belongs_to_the_innermost_part():
-    ranges = [Segment(10, 50, "a"), Segment(20, 30, "b"), Segment(30, 40, "c"), Segment(32, 34, "b"), Segment(60, 99, "d"), Segment(-9, 0, "e")]
+    ranges = [
+        Segment(10, 50, "a"),
+        Segment(20, 30, "b"),
+        Segment(30, 40, "c"),
+        Segment(32, 34, "b"),
+        Segment(60, 99, "d"),
+        Segment(-9, 0, "e"),
+    ]
     found = covers(innermost(ranges, 0, 80), 0, 80)
-    wanted = [(0, 10, GAP), (10, 20, "a"), (20, 30, "b"), (30, 32, "c"), (32, 34, "b"), (34, 40, "c"), (40, 50, "a"), (50, 60, GAP), (60, 80, "d")]
+    wanted = [
+        (0, 10, GAP),
+        (10, 20, "a"),
+        (20, 30, "b"),
+        (30, 32, "c"),
+        (32, 34, "b"),
+        (34, 40, "c"),
+        (40, 50, "a"),
+        (50, 60, GAP),
+        (60, 80, "d"),
+    ]
     assert found == wanted
     assert innermost([], 1, 3) == [(1, 3, GAP)]
-    assert innermost([Segment(0, 5, "a"), Segment(0, 2, "b"), Segment(2, 5, "c")], 0, 5) == [(0, 2, "b"), (2, 5, "c")], "all of it is in others"
+    assert innermost([Segment(0, 5, "a"), Segment(0, 2, "b"), Segment(2, 5, "c")], 0, 5) == [
+        (0, 2, "b"),
+        (2, 5, "c"),
+    ], "all of it is in others"
 
 
 def test_each_moment_belongs_to_the_kernel_that_began_first():
     kernels = [Segment(5, 15, "a"), Segment(8, 12, "b"), Segment(14, 20, "c"), Segment(30, 45, "d")]
-    assert covers(running(kernels, 0, 40), 0, 40) == [(0, 5, GAP), (5, 15, "a"), (15, 20, "c"), (20, 30, GAP), (30, 40, "d")]
+    assert covers(running(kernels, 0, 40), 0, 40) == [
+        (0, 5, GAP),
+        (5, 15, "a"),
+        (15, 20, "c"),
+        (20, 30, GAP),
+        (30, 40, "d"),
+    ]
     assert running([], 1, 3) == [(1, 3, GAP)]
 
 
@@ -61,7 +96,12 @@ def test_kernels_have_the_part_that_launched_them():
     def mark(name, thread, begin, end):
         return event("user_annotation", name, thread, begin, end)
 
-    trace = [mark(STEP, 1, 100, 200), mark(PART + "forward", 1, 105, 110), mark(PART + "backward", 1, 110, 150), mark(PART + "reduce", 2, 120, 125)]
+    trace = [
+        mark(STEP, 1, 100, 200),
+        mark(PART + "forward", 1, 105, 110),
+        mark(PART + "backward", 1, 110, 150),
+        mark(PART + "reduce", 2, 120, 125),
+    ]
     trace += [event("gpu_user_annotation", PART + "forward", 7, 130, 190), {"ph": "M", "name": "process_name"}]
     launches = {
         1: (1, 107, 140, 150),
@@ -72,18 +112,33 @@ def test_kernels_have_the_part_that_launched_them():
     for number, (thread, at, begin, end) in launches.items():
         trace += [event("cuda_runtime", "cudaLaunchKernel", thread, at, at + 1, correlation=number)]
         trace += [event("kernel", "gemm", 7, begin, end, correlation=number)]
-    trace += [event("gpu_memcpy", "Memcpy", 7, 185, 190, correlation=99), event("kernel", "of no step", 7, 300, 400, correlation=1)]
+    trace += [
+        event("gpu_memcpy", "Memcpy", 7, 185, 190, correlation=99),
+        event("kernel", "of no step", 7, 300, 400, correlation=1),
+    ]
     (step,) = segments_of_steps(trace)
-    wanted = [(100, 140, GAP), (140, 150, "forward"), (150, 155, "backward"), (155, 160, "reduce"), (160, 170, GAP), (170, 180, OTHER)]
+    wanted = [
+        (100, 140, GAP),
+        (140, 150, "forward"),
+        (150, 155, "backward"),
+        (155, 160, "reduce"),
+        (160, 170, GAP),
+        (170, 180, OTHER),
+    ]
     assert covers(step, 100, 200) == [*wanted, (180, 185, GAP), (185, 190, OTHER), (190, 200, GAP)]
 
 
 def test_what_cannot_be_told_apart_is_drawn_as_one():
     assert lane([(0, 1), (1.1, 2), (5, 6), (6.29, 7), (8, 9)]) == [(0, 2), (5, 7), (8, 9)]
-    parts = {name: {"ms": 0.0, "share": 0.0} for name in PARTS} | {"forward": {"ms": 4.0, "share": 0.5}, GAP: {"ms": 4.0, "share": 0.5}}
+    parts = {name: {"ms": 0.0, "share": 0.0} for name in PARTS} | {
+        "forward": {"ms": 4.0, "share": 0.5},
+        GAP: {"ms": 4.0, "share": 0.5},
+    }
     root = ElementTree.fromstring(picture("a < b & c", parts, [(0.0, 4000.0, "forward"), (4000.0, 8000.0, GAP)]))
     assert [box.get("data-part") for box in root.iter(f"{SVG}rect") if box.get("class") == "part"] == ["forward", GAP]
-    assert [box.get("data-part") for box in root.iter(f"{SVG}g")] == ["forward", GAP] and root.find(f"{SVG}text").text == "a < b & c"
+    assert [box.get("data-part") for box in root.iter(f"{SVG}g")] == ["forward", GAP] and root.find(
+        f"{SVG}text"
+    ).text == "a < b & c"
 
 
 def profiled(out: str) -> dict:
@@ -103,7 +158,10 @@ def test_the_parts_of_real_steps(ranks, tmp_path):
         assert sum(part["share"] for part in own["parts"].values()) == pytest.approx(1, rel=1e-6)
         calls = {entry["name"]: entry["calls"] for entry in own["operators"]}
         assert "aten::mm" in calls and not any(name.startswith((PART, STEP)) for name in calls)
-        assert own["facts"]["ranks"] == {"data": ranks, "tensor": 1, "pipeline": 1} and own["facts"]["compute"] == "bfloat16"
+        assert (
+            own["facts"]["ranks"] == {"data": ranks, "tensor": 1, "pipeline": 1}
+            and own["facts"]["compute"] == "bfloat16"
+        )
         shown = table(own)
         assert all((f"\n{name} " in shown) == (name in busy) for name in PARTS) and "aten::mm" in shown
     root = ElementTree.parse(out).getroot()
@@ -114,7 +172,11 @@ def test_the_parts_of_real_steps(ranks, tmp_path):
 
 
 def test_words_of_the_command_line():
-    assert layout_sizes("dp=1") == {"dp": 1, "tp": 1, "pp": 1} and layout_sizes("pp=2,dp=3") == {"dp": 3, "tp": 1, "pp": 2}
+    assert layout_sizes("dp=1") == {"dp": 1, "tp": 1, "pp": 1} and layout_sizes("pp=2,dp=3") == {
+        "dp": 3,
+        "tp": 1,
+        "pp": 2,
+    }
     for wrong in ("dp", "dp=0", "ep=2", "dp=2,", "tp=two"):
         with pytest.raises(UserError, match=f"--layout {wrong}: .* is no axis with its ranks"):
             layout_sizes(wrong)
@@ -126,10 +188,24 @@ def test_words_of_the_command_line():
 
 
 def test_a_layout_is_started_from_the_command_line():
-    line = [sys.executable, "tools/bench.py", "--profile", "--config", "configs/d2_cpu.json", "--vocab-size", "300", "--rounds", "1"]
+    line = [
+        sys.executable,
+        "tools/bench.py",
+        "--profile",
+        "--config",
+        "configs/d2_cpu.json",
+        "--vocab-size",
+        "300",
+        "--rounds",
+        "1",
+    ]
     line += ["--layout", "pp=2", *(word for setting in TINY for word in ("--set", setting))]
     done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
-    assert told["bench"] == "profile" and told["facts"]["ranks"] == {"data": 1, "tensor": 1, "pipeline": 2} and told["parts"]["stages"]["ms"] > 0
+    assert (
+        told["bench"] == "profile"
+        and told["facts"]["ranks"] == {"data": 1, "tensor": 1, "pipeline": 2}
+        and told["parts"]["stages"]["ms"] > 0
+    )
     assert "without the profiler" in done.stderr

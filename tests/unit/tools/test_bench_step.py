@@ -6,11 +6,28 @@ import sys
 
 from tests.runs.job import ROOT, environment
 
-SMALL = ("model.depth=4", "model.aspect_ratio=16", "model.head_size=16", "batch.tokens=2048", "batch.micro_rows=8")  # activations prevail
+SMALL = (
+    "model.depth=4",
+    "model.aspect_ratio=16",
+    "model.head_size=16",
+    "batch.tokens=2048",
+    "batch.micro_rows=8",
+)  # activations prevail
 
 
 def measured(kind: str, *words: str) -> dict:
-    line = [sys.executable, "tools/bench.py", kind, "--config", "configs/d2_cpu.json", "--vocab-size", "300", "--rounds", "1", *words]
+    line = [
+        sys.executable,
+        "tools/bench.py",
+        kind,
+        "--config",
+        "configs/d2_cpu.json",
+        "--vocab-size",
+        "300",
+        "--rounds",
+        "1",
+        *words,
+    ]
     done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

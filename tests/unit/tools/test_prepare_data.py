@@ -45,7 +45,11 @@ def test_python_source_in_a_process_of_its_own(tmp_path):
     command = [sys.executable, "tools/prepare_data.py", "--source", "python", "--out", str(out)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     first = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert first.returncode == 0 and first.stderr == "" and "4 train shards and shard_00004.parquet for validation" in first.stdout, first.stderr
+    assert (
+        first.returncode == 0
+        and first.stderr == ""
+        and "4 train shards and shard_00004.parquet for validation" in first.stdout
+    ), first.stderr
     summary = check_data_folder(out, hashes=True)
     assert summary.train_documents > 1000 and summary.source == "python" and summary.validation_documents > 50
     before = content_of(out)
@@ -59,11 +63,16 @@ def test_text_with_its_manifest(tmp_path, texts, capsys):
     out = tmp_path / "out"
     run("--source", "text", "--input", texts, "--out", out, "--shards", 3, "--seed", 5)
     manifest = load_manifest(out)
-    assert sorted(path.name for path in out.iterdir()) == [MANIFEST, *(f"shard_{index:05d}.parquet" for index in range(4))]
+    assert sorted(path.name for path in out.iterdir()) == [
+        MANIFEST,
+        *(f"shard_{index:05d}.parquet" for index in range(4)),
+    ]
     assert (manifest["source"], manifest["seed"], manifest["documents"], len(manifest["shards"])) == ("text", 5, 40, 4)
     documents = sum((pq.read_table(out / entry["name"])["text"].to_pylist() for entry in manifest["shards"]), [])
     assert sorted(documents) == sorted(random_texts(40, 0))
-    assert manifest["chars"] == sum(map(len, documents)) and manifest["bytes"] == sum(len(text.encode()) for text in documents)
+    assert manifest["chars"] == sum(map(len, documents)) and manifest["bytes"] == sum(
+        len(text.encode()) for text in documents
+    )
     assert all(entry["sha256"] == sha256_of(out / entry["name"]) for entry in manifest["shards"])
     assert "40 documents" in capsys.readouterr().out
 
@@ -71,8 +80,23 @@ def test_text_with_its_manifest(tmp_path, texts, capsys):
 def test_parquet_is_cut_anew(tmp_path):
     documents = random_texts(90, 1)
     tables = write_folder(tmp_path / "tables", [documents[:50], documents[50:]])
-    run("--source", "parquet", "--input", tables / "shard_00000.parquet", "--input", tables, "--out", tmp_path / "out", "--shards", 2)
-    written = [text for path in sorted((tmp_path / "out").glob("*.parquet")) for text in pq.read_table(path)["text"].to_pylist()]
+    run(
+        "--source",
+        "parquet",
+        "--input",
+        tables / "shard_00000.parquet",
+        "--input",
+        tables,
+        "--out",
+        tmp_path / "out",
+        "--shards",
+        2,
+    )
+    written = [
+        text
+        for path in sorted((tmp_path / "out").glob("*.parquet"))
+        for text in pq.read_table(path)["text"].to_pylist()
+    ]
     assert sorted(written) == sorted(documents) and written != documents
 
 
@@ -135,7 +159,11 @@ def test_download_and_growing_it(tmp_path, mirror, capsys):  # noqa: F811
     assert "shard_00001.parquet answers HTTP 404" in refused(capsys, *arguments, 2, "--workers", 1)
     assert (out / UNFINISHED).exists() and (out / "shard_00000.parquet").exists()
     run(*arguments, 2)
-    assert [entry["name"] for entry in load_manifest(out)["shards"]] == ["shard_00000.parquet", "shard_00001.parquet", "shard_01822.parquet"]
+    assert [entry["name"] for entry in load_manifest(out)["shards"]] == [
+        "shard_00000.parquet",
+        "shard_00001.parquet",
+        "shard_01822.parquet",
+    ]
     assert check_data_folder(out, hashes=True).train_documents == 8000
     run(*arguments, 2)
     assert "nothing to do" in capsys.readouterr().out
@@ -177,5 +205,7 @@ def test_requests_that_make_no_sense(tmp_path, capsys, arguments, words):
 
 def test_input_inside_out_is_refused(tmp_path, capsys):
     folder = write_folder(tmp_path / "data", [["a"] * 10])
-    assert "would be replaced" in refused(capsys, "--source", "parquet", "--input", folder, "--out", folder, "--overwrite")
+    assert "would be replaced" in refused(
+        capsys, "--source", "parquet", "--input", folder, "--out", folder, "--overwrite"
+    )
     assert (folder / "shard_00000.parquet").exists()

@@ -33,7 +33,12 @@ def test_training_saves_reports_and_does_nothing_the_second_time(tmp_path, data,
     assert load_tokenizer(out).vocab_size == 300
     assert sorted(path.name for path in out.iterdir()) == [RANK_FILE, METADATA_FILE]
     metadata = json.loads((out / METADATA_FILE).read_text())
-    assert metadata["origin"] | {"data": None} == {"data": None, "vocab_size": 300, "max_chars": 2_000_000_000, "doc_cap": 10_000}
+    assert metadata["origin"] | {"data": None} == {
+        "data": None,
+        "vocab_size": 300,
+        "max_chars": 2_000_000_000,
+        "doc_cap": 10_000,
+    }
     before = (out / METADATA_FILE).stat().st_mtime_ns
     run("--data", data, "--vocab-size", 300, "--out", out)
     assert "nothing to do" in capsys.readouterr().out and (out / METADATA_FILE).stat().st_mtime_ns == before

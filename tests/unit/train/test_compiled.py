@@ -27,7 +27,10 @@ def empty(monkeypatch, tmp_path):
 
 def test_without_a_compiler_it_is_refused(empty):
     config = small_config(precision={"compile": True})
-    with pytest.raises(UserError, match="^precision.compile is true but this machine has no g[+][+]: install it, or set precision.compile=false$"):
+    with pytest.raises(
+        UserError,
+        match="^precision.compile is true but this machine has no g[+][+]: install it, or set precision.compile=false$",
+    ):
         choose_kernels(config, resolve(config, 1, 97), CPU)
     assert compile_problem(GPU) == "this machine has no gcc or clang"
 

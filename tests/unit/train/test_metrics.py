@@ -30,7 +30,9 @@ def init(**settings):
 
 def open_metrics(folder, first_step=0, *, writes=True, wandb="off"):
     log = LogConfig(wandb=wandb, wandb_project="project")
-    return Metrics(folder, log, writes=writes, first_step=first_step, steps=10, run_name="name", settings={"plan": {"steps": 10}})
+    return Metrics(
+        folder, log, writes=writes, first_step=first_step, steps=10, run_name="name", settings={"plan": {"steps": 10}}
+    )
 
 
 def lines(folder):
@@ -65,7 +67,15 @@ def test_a_resumed_run_continues_one_curve(tmp_path):
     metrics = open_metrics(tmp_path, 4)
     metrics.record(train_line(4, again=True))
     metrics.close()
-    assert [(line["step"], "val/bpb" in line) for line in lines(tmp_path)] == [(0, 0), (1, 0), (2, 1), (2, 0), (3, 0), (4, 1), (4, 0)]
+    assert [(line["step"], "val/bpb" in line) for line in lines(tmp_path)] == [
+        (0, 0),
+        (1, 0),
+        (2, 1),
+        (2, 0),
+        (3, 0),
+        (4, 1),
+        (4, 0),
+    ]
     assert lines(tmp_path)[-1]["again"]
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
 
@@ -142,7 +152,12 @@ def test_wandb_gets_the_same_dictionary(wandb, tmp_path):
     assert [values for _, values in wandb.logged] == lines(tmp_path) == [train_line(0), {"step": 1, "val/bpb": 1.5}]
     assert [step for step, _ in wandb.logged] == [0, 1]
     (start,) = wandb.starts
-    assert (start["project"], start["name"], start["mode"], start["config"]) == ("project", "name", "offline", {"plan": {"steps": 10}})
+    assert (start["project"], start["name"], start["mode"], start["config"]) == (
+        "project",
+        "name",
+        "offline",
+        {"plan": {"steps": 10}},
+    )
     assert start["dir"] == str(tmp_path) and wandb.finished == [True]
 
 
@@ -155,7 +170,9 @@ def test_wandb_continues_the_curve_of_a_resumed_run_only(wandb, tmp_path):
 
 def test_a_wandb_that_does_not_start_is_told(wandb, tmp_path):
     wandb.refuse = True
-    with pytest.raises(UserError, match=r"wandb could not start \(no account\): run `wandb login`, or set log.wandb=offline or off"):
+    with pytest.raises(
+        UserError, match=r"wandb could not start \(no account\): run `wandb login`, or set log.wandb=offline or off"
+    ):
         open_metrics(tmp_path, wandb="online")
 
 
@@ -166,7 +183,14 @@ def test_a_wandb_that_is_not_installed_is_told(tmp_path, monkeypatch):
         check_wandb(LogConfig(wandb="online"))
 
 
-VALUES = {"step": 7, "train/loss": 3.25, "train/grad_norm": 0.5, "train/lrm": 0.75, "train/dt": 0.25, "train/tok_per_sec": 12345}
+VALUES = {
+    "step": 7,
+    "train/loss": 3.25,
+    "train/grad_norm": 0.5,
+    "train/lrm": 0.75,
+    "train/dt": 0.25,
+    "train/tok_per_sec": 12345,
+}
 VALUES |= {"train/epoch": 2, "train/skipped": False}
 
 
@@ -177,6 +201,8 @@ def test_the_console_line_leaves_out_what_is_not_known():
 
 
 def test_the_console_line_tells_mfu_time_left_and_a_skipped_step():
-    line = console_line(VALUES | {"train/mfu": 41.236, "train/skipped": True, "train/grad_norm": float("inf")}, 20, 90.0)
+    line = console_line(
+        VALUES | {"train/mfu": 41.236, "train/skipped": True, "train/grad_norm": float("inf")}, 20, 90.0
+    )
     assert line.split(" | ")[2] == "norm inf"
     assert line.split(" | ")[6:] == ["mfu 41.24%", "epoch 2", "eta 1.5m", "SKIPPED: the gradient was not finite"]
