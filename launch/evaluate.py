@@ -64,10 +64,12 @@ def main() -> None:
     arguments = command_line().parse_args()
     nodes = os.environ.get("CROSS_SIZE")  # deepspeed's number of hosts
     check_launcher_hostfile(int(nodes) if nodes else None)
-    from megachat.programs.evaluate import Asked, evaluate  # after parsing: --help need not load torch
+    from megachat.programs.evaluate import EvaluationRequest, evaluate  # after parsing: --help need not load torch
 
     tasks = tuple(arguments.tasks.split(",")) if arguments.tasks else None
-    asked = Asked(arguments.core, arguments.bpb, arguments.sample, tasks, arguments.max_per_task, arguments.out)
+    asked = EvaluationRequest(
+        arguments.core, arguments.bpb, arguments.sample, tasks, arguments.max_per_task, arguments.out
+    )
     evaluate(arguments.checkpoint, arguments.set, asked, tokenizer=arguments.tokenizer)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that was not installed
 
 from megachat.errors import UserError, user_errors_end_the_program  # noqa: E402
-from megachat.evals.comparison import compare, describe, describe_judged, judge  # noqa: E402
+from megachat.evals.comparison import compare_evaluations, compare_with_gpt2, comparison_lines, gpt2_lines  # noqa: E402
 from megachat.evals.results import load_results, newest_results  # noqa: E402
 
 
@@ -57,8 +57,8 @@ def main(arguments: list[str] | None = None) -> None:
         files = [file.resolve() for file, _ in side]
         if twice := next((file for file in files if files.count(file) > 1), None):
             raise UserError(f"{twice} is given twice on one side: give each run once")
-    told = judge(sides[0]) if threshold else compare(*sides, same_weights=asked.same_weights)
-    lines = describe_judged(told) if threshold else describe(told)
+    told = compare_with_gpt2(sides[0]) if threshold else compare_evaluations(*sides, same_weights=asked.same_weights)
+    lines = gpt2_lines(told) if threshold else comparison_lines(told)
     print(json.dumps(told, indent=1) if asked.as_json else "\n".join(lines))
 
 

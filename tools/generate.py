@@ -22,8 +22,8 @@ from megachat.convert.opened import Opened  # noqa: E402
 from megachat.data.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 from megachat.device import choose_compute_dtype  # noqa: E402
 from megachat.errors import UserError, user_errors_end_the_program  # noqa: E402
-from megachat.evals.endings import GrowingText, stops_of  # noqa: E402
-from megachat.evals.generation import InProcess, check_prompt, generate  # noqa: E402
+from megachat.evals.generation import LocalModel, check_prompt, generate  # noqa: E402
+from megachat.evals.growing_text import GrowingText, parse_stops  # noqa: E402
 from megachat.evals.sampling import Sampling  # noqa: E402
 from megachat.job.launch import bootstrap_environment, choose_device  # noqa: E402
 from megachat.model.gpt import ModelOptions  # noqa: E402
@@ -33,7 +33,7 @@ from megachat.model.gpt import ModelOptions  # noqa: E402
 class Continuing:
     """What continues prompts, as asked for on the command line."""
 
-    model: InProcess
+    model: LocalModel
     tokenizer: Tokenizer
     sampling: Sampling
     stop: tuple
@@ -206,12 +206,12 @@ def main(arguments: list[str] | None = None) -> None:
             raise UserError(f"--{option} is {getattr(asked, option)}: give 1 or more")
     opened = open_checkpoint(asked.checkpoint)
     tokenizer = tokenizer_of(opened, asked.tokenizer)
-    stop, device = stops_of(asked.stop, tokenizer), choose_device(bootstrap_environment())
+    stop, device = parse_stops(asked.stop, tokenizer), choose_device(bootstrap_environment())
     prompts = asked.prompt + (lines_of(asked.prompts) if asked.prompts else [])
     if not prompts and (asked.json or not sys.stdin.isatty()):
         prompts = lines_of("-")
     options = ModelOptions(compute_dtype=choose_compute_dtype(asked.dtype, device)[0])
-    model = InProcess(build_model(opened, options).to(device), dims_of(opened.facts))
+    model = LocalModel(build_model(opened, options).to(device), dims_of(opened.facts))
     by = Continuing(model, tokenizer, sampling, stop, asked.tokens, asked.slide)
     batches(by, prompts, asked.batch, as_json=asked.json) if prompts else interactive(by)
 

@@ -6,12 +6,21 @@ from pathlib import Path
 
 from megachat.errors import UserError
 from megachat.evals.core_bundle import CORE_TASKS
-from megachat.evals.uncertainty import CONFIDENCE, GPT2_CORE, SIGMAS, Scored, difference, estimate, scored, verdict
+from megachat.evals.uncertainty import (
+    CONFIDENCE,
+    GPT2_CORE,
+    SIGMAS,
+    TaskScores,
+    estimate,
+    estimate_difference,
+    judge_against,
+    score_tasks,
+)
 
 Side = Sequence[tuple[Path, dict]]  # (JSON file, what load_results gives) of each run
 
 
-def compare(first: Side, second: Side, *, same_weights: bool = False) -> dict:
+def compare_evaluations(first: Side, second: Side, *, same_weights: bool = False) -> dict:
     """JSON values: each task's means and difference with its error, the mean of the differences, and the verdict.
 
     Tasks that only some of the evaluations have are left out and named. Raises UserError when no task is left, or when the runs of one side
@@ -35,7 +44,7 @@ def compare(first: Side, second: Side, *, same_weights: bool = False) -> dict:
             raise UserError(
                 f"{first[0][0]} and {second[0][0]} have other baselines of {label}: evaluate both with the same bundle"
             )
-    found = difference(left, right, same_examples=same, same_weights=same_weights)
+    found = estimate_difference(left, right, same_examples=same, same_weights=same_weights)
     word = "cannot tell"
     if abs(found.value) > SIGMAS * found.both:
         word = "the first is better" if found.value > 0 else "the second is better"
@@ -64,7 +73,7 @@ def _examples(task: dict) -> tuple:
     return task["digest"], task["examples"]
 
 
-def _scored(side: Side, tasks: list[dict], labels: list[str]) -> dict[str, Scored]:
+def _scored(side: Side, tasks: list[dict], labels: list[str]) -> dict[str, TaskScores]:
     for label in labels:
         for (path, _), task in zip(side, tasks, strict=True):
             if _examples(task[label]) != _examples(tasks[0][label]):
@@ -72,10 +81,10 @@ def _scored(side: Side, tasks: list[dict], labels: list[str]) -> dict[str, Score
                     f"{path} answered other examples of {label} than {side[0][0]}: evaluate both with one bundle and --max-per-task"
                 )
     answers = [{label: [answer == "1" for answer in task[label]["right"]] for label in labels} for task in tasks]
-    return scored(answers, {label: tasks[0][label]["baseline"] for label in labels})
+    return score_tasks(answers, {label: tasks[0][label]["baseline"] for label in labels})
 
 
-def judge(side: Side) -> dict:
+def compare_with_gpt2(side: Side) -> dict:
     """JSON values: the mean CORE of runs of one recipe, its error, and the verdict against GPT-2. Raises UserError when one of them has no CORE."""
     for path, told in side:
         if told.get("core", {}).get("core_metric") is None:
@@ -87,12 +96,12 @@ def judge(side: Side) -> dict:
         "runs": [str(path) for path, _ in side],
         "core_metric": found.value,
         "deviation": {"examples": found.examples, "runs": found.runs, "both": found.both},
-        "verdict": asdict(verdict(found, len(side))),
+        "verdict": asdict(judge_against(found, len(side))),
         "whole": all(told["core"]["whole"] for _, told in side),
     }
 
 
-def describe_judged(told: dict) -> list[str]:
+def gpt2_lines(told: dict) -> list[str]:
     """Lines for a person."""
     count, deviation = len(told["runs"]), told["deviation"]
     lines = [
@@ -103,7 +112,7 @@ def describe_judged(told: dict) -> list[str]:
     return lines if told["whole"] else [*lines, "not of all examples: not the whole metric"]
 
 
-def describe(told: dict) -> list[str]:
+def comparison_lines(told: dict) -> list[str]:
     """Lines for a person."""
     rows = [("task", "first", "second", "centered difference", "+-", "")]
     for label, task in told["tasks"].items():

@@ -4,6 +4,7 @@ batches, with what an example's choices have in common computed once.
 CORE: DCLM, arXiv 2406.11794; the definition in detail is nanochat's (github.com/karpathy/nanochat, nanochat/core_eval.py).
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,10 +12,11 @@ import torch
 from torch import nn
 
 from megachat.data.tokenizer import Tokenizer
-from megachat.evals.cached import evaluate_chunks
-from megachat.evals.core_bundle import CORE_TASKS, Task
-from megachat.evals.core_prompts import Question, questions
-from megachat.evals.core_rows import Batch, batches, dealt
+from megachat.evals.core_batches import Batch, assign_batches, build_batches
+from megachat.evals.core_bundle import CORE_TASKS, Bundle, Task
+from megachat.evals.core_prompts import Question, build_questions
+from megachat.evals.engine_model import evaluate_chunks
+from megachat.evals.results import core_section
 from megachat.kernels.cross_entropy import CHUNK_BYTES, VocabularyPart, token_nats
 from megachat.model.cache import Cache
 from megachat.model.gpt import LOGIT_CAP, logits
@@ -24,18 +26,18 @@ from megachat.parallel.mesh import Mesh
 from megachat.parallel.tensor import vocabulary_part
 from megachat.planning.dimensions import Dimensions
 
-TOKENS_A_PASS = 4096
+TOKENS_PER_PASS = 4096
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """What an evaluation needs of a built run. sequence: parallel.sequence. tokens_a_pass: of a batch, about."""
+    """What an evaluation needs of a built run. sequence: parallel.sequence. tokens_per_pass: of a batch, about."""
 
     engine: Engine
     dims: Dimensions
     mesh: Mesh
     sequence: bool = False
-    tokens_a_pass: int = TOKENS_A_PASS
+    tokens_per_pass: int = TOKENS_PER_PASS
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,13 @@ def evaluate_core(
     Raises UserError as `questions` does.
     """
     asked = [
-        question for task in tasks for question in questions(task, tokenizer, model.dims.sequence_len, max_per_task)
+        question
+        for task in tasks
+        for question in build_questions(task, tokenizer, model.dims.sequence_len, max_per_task)
     ]
     mesh, multiple = model.mesh, model.mesh.tensor.size if model.sequence else 1
     parts = mesh.pipeline.size  # micro-batches of a pass, so that no stage waits while another works
-    all_ranks = dealt(batches(asked, model.tokens_a_pass), mesh.data.size, multiple, parts)
+    all_ranks = assign_batches(build_batches(asked, model.tokens_per_pass), mesh.data.size, multiple, parts)
     found = torch.zeros(sum(len(question.rows) for question in asked), dtype=torch.float64, device=mesh.device)
     passes = _Passes(model, multiple, parts)
     rows_left = sum(len(batch.rows) for own in all_ranks for batch in own)
@@ -102,6 +106,43 @@ def core_metric(results: dict[str, TaskResult]) -> float | None:
     if any(label not in results for label in CORE_TASKS):
         return None
     return sum(results[label].centered for label in CORE_TASKS) / len(CORE_TASKS)
+
+
+def build_evaluator(model) -> Evaluator:
+    """Evaluator of a run in training (train.build.Training) or of a checkpoint's weights (train.weights.EvaluationModel)."""
+    return Evaluator(model.engine, model.plan.dims, model.mesh, sequence=model.config.parallel.sequence)
+
+
+def evaluate_bundle(
+    evaluator: Evaluator,
+    bundle: Bundle,
+    tokenizer: Tokenizer,
+    *,
+    max_per_task: int,
+    told: Callable[[int, int], object] = lambda done, of: None,
+    stop: Callable[[], bool] | None = None,
+) -> dict | None:
+    """Evaluates all tasks and returns the CORE section of an evaluation's JSON; all ranks call it and get the same.
+
+    max_per_task: -1 for all examples. told: called with (examples done, of). stop: if given, tasks are evaluated one by one, and None is returned
+    as soon as stop() is true before one of them. It must return the same on all ranks.
+    """
+    begin, results, padding = time.perf_counter(), {}, []
+    for tasks in [bundle.tasks] if stop is None else [(task,) for task in bundle.tasks]:
+        if stop is not None and stop():
+            return None
+        found = evaluate_core(evaluator, tasks, tokenizer, max_per_task=max_per_task, told=told)
+        results |= found.tasks
+        padding.append(found.padding_share)
+    right = {label: result.right for label, result in results.items()}
+    return core_section(
+        bundle,
+        right,
+        core_metric(results),
+        max_per_task,
+        padding_share=sum(padding) / len(padding),
+        seconds=time.perf_counter() - begin,
+    )
 
 
 def _result(task: Task, right: Sequence[bool]) -> TaskResult:

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import yaml
 
+from megachat.config import EvaluateConfig
 from megachat.errors import UserError
-from megachat.evals.core_download import downloaded_bundle
+from megachat.evals.core_download import download_bundle
 
 CORE_TASKS = (
     "hellaswag_zeroshot",
@@ -80,7 +81,7 @@ def open_bundle(
 
     Every line of every task taken is read and checked. Raises UserError naming the file, and the line, that is wrong; for a label that is unknown.
     """
-    path = downloaded_bundle(say) if path is None else Path(path)
+    path = download_bundle(say) if path is None else Path(path)
     root = _root(path)
     try:
         listed, baselines = _listed(root), _baselines(root / _BASELINES)
@@ -97,7 +98,7 @@ def open_bundle(
     return Bundle(tasks, tuple(label for label in CORE_TASKS if label not in labels), digest)
 
 
-def check_cap(bundle: Bundle, max_per_task: int, option: str) -> None:
+def check_max_per_task(bundle: Bundle, max_per_task: int, option: str) -> None:
     """Raise UserError when so few examples leave none to ask after a task's shots, which are drawn from them; -1: all examples."""
     if max_per_task < 1 and max_per_task != -1:
         raise UserError(f"{option} is {max_per_task}: give 1 or more, or -1 for all")
@@ -106,6 +107,26 @@ def check_cap(bundle: Bundle, max_per_task: int, option: str) -> None:
             raise UserError(
                 f"{option} is {max_per_task}, too few for {task.label} with {task.shots} shots: give {task.shots + 1} or more"
             )
+
+
+def open_configured_bundle(asked: EvaluateConfig) -> Bundle | None:
+    """The bundle for CORE during training; None when it is off. Raises UserError for all that is wrong with it."""
+    if not asked.core_every:
+        return None
+    bundle = open_bundle(asked.core_bundle, asked.core_tasks)
+    check_max_per_task(bundle, asked.core_max_per_task, "evaluate.core_max_per_task")
+    return bundle
+
+
+def describe_bundle(bundle: Bundle) -> str:
+    """One line for the log."""
+    examples = sum(len(task.examples) for task in bundle.tasks)
+    what = f"CORE bundle: {len(bundle.tasks)} tasks, {examples:,} examples, digest {bundle.digest[:12]}"
+    return what + (
+        f"; {len(bundle.missing)} of CORE's {len(CORE_TASKS)} tasks are missing, so their mean is not CORE"
+        if bundle.missing
+        else ""
+    )
 
 
 def _root(path: Path) -> Path | zipfile.Path:

@@ -11,11 +11,11 @@ from megachat.files import PART, keep, write_whole
 from megachat.prepare.download import download_file
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # where nanochat takes it from
-PLACE = Path("data") / "eval_bundle.zip"
+BUNDLE_PATH = Path("data") / "eval_bundle.zip"
 
 
-def downloaded_bundle(
-    say: Callable[[str], None] = print, *, url: str = BUNDLE_URL, path: Path = PLACE, retry_wait_s: float = 1.0
+def download_bundle(
+    say: Callable[[str], None] = print, *, url: str = BUNDLE_URL, path: Path = BUNDLE_PATH, retry_wait_s: float = 1.0
 ) -> Path:
     """`path`, downloaded when it is not there; other processes that ask wait for the one that downloads.
 

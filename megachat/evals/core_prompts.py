@@ -32,19 +32,19 @@ class Question:
     gold: int | None
 
 
-def shuffled(task: Task, max_per_task: int) -> list[dict]:
+def shuffle_examples(task: Task, max_per_task: int) -> list[dict]:
     """The task's examples in the metric's order, the first `max_per_task` of them; -1: all."""
     examples = list(task.examples)
     random.Random(SHUFFLE_SEED).shuffle(examples)
     return examples[:max_per_task] if max_per_task > 0 else examples
 
 
-def questions(task: Task, tokenizer: Tokenizer, longest: int, max_per_task: int) -> list[Question]:
+def build_questions(task: Task, tokenizer: Tokenizer, longest: int, max_per_task: int) -> list[Question]:
     """All examples of a task as rows of at most `longest` tokens, from which the first tokens are taken away where they would be longer.
 
     Raises UserError when an answer alone is longer, or has no tokens of its own, and when there are too few examples to draw the shots from.
     """
-    examples = shuffled(task, max_per_task)
+    examples = shuffle_examples(task, max_per_task)
     if len(examples) <= task.shots:
         raise UserError(
             f"{task.label} has {task.shots} shots and {len(examples)} examples to draw them from: take more examples"
@@ -58,7 +58,7 @@ def questions(task: Task, tokenizer: Tokenizer, longest: int, max_per_task: int)
     return found
 
 
-def texts(task: Task, example: dict, shots: Sequence[dict]) -> list[str]:
+def build_texts(task: Task, example: dict, shots: Sequence[dict]) -> list[str]:
     """The example's texts after its shots: one a choice, or in language modelling one without and one with the answer."""
     delimiter = task.delimiter
     if task.kind == "multiple_choice":
@@ -81,7 +81,7 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> int:
 
 
 def _rows(task: Task, example: dict, shots: Sequence[dict], tokenizer: Tokenizer) -> list[Row]:
-    encoded = [tuple(tokenizer.encode(text, bos=True).tolist()) for text in texts(task, example, shots)]
+    encoded = [tuple(tokenizer.encode(text, bos=True).tolist()) for text in build_texts(task, example, shots)]
     if task.kind == "multiple_choice":  # what differs is the answer
         start = common_prefix(encoded)
         return [Row(tokens, start) for tokens in encoded]

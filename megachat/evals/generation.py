@@ -28,7 +28,7 @@ Passes = Sequence[
 
 
 class Model(Protocol):
-    """What `generate` computes with: InProcess, or where ranks work together megachat.evals.cached.OnRanks.
+    """What `generate` computes with: LocalModel, or where ranks work together megachat.evals.engine_model.EngineModel.
 
     parts: of a pass, that rows are dealt to. multiple: of which the tokens of a pass must be one.
     """
@@ -59,7 +59,7 @@ class _Row:
     why: str = field(default="")  # it has ended; empty: it goes on
 
 
-class InProcess:
+class LocalModel:
     """The whole model in this process, without an engine."""
 
     parts, multiple = 1, 1

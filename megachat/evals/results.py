@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megachat.errors import UserError
 from megachat.evals.core_bundle import CORE_TASKS, Bundle, Task
-from megachat.evals.uncertainty import Estimate, estimate, scored, verdict
+from megachat.evals.uncertainty import Estimate, estimate, judge_against, score_tasks
 from megachat.files import write_whole
 
 FORMAT = "megachat-evaluation-1"
@@ -24,7 +24,7 @@ def core_section(
 ) -> dict:
     """JSON values of one evaluation of CORE. right: task -> each example right or not. core_metric: None where tasks are missing."""
     tasks = {task.label: task for task in bundle.tasks}
-    all_scored = scored([right], {label: tasks[label].baseline for label in right})
+    all_scored = score_tasks([right], {label: tasks[label].baseline for label in right})
     each = estimate(all_scored)
     counted = CORE_TASKS if core_metric is not None else right  # a bundle may hold tasks beside the metric's
     found = estimate({label: all_scored[label] for label in counted})
@@ -32,7 +32,7 @@ def core_section(
         "core_metric": core_metric,
         "mean_centered": found.value,
         "deviation": {"examples": found.examples, "runs": found.runs, "both": found.both},
-        "verdict": None if core_metric is None else asdict(verdict(found, runs=1)),
+        "verdict": None if core_metric is None else asdict(judge_against(found, runs=1)),
         "missing": list(bundle.missing),
         "bundle_digest": bundle.digest,
         "max_per_task": max_per_task,

@@ -21,7 +21,7 @@ from megachat.parallel.mesh import Axis
 _BATCH_DOCUMENTS = 256
 
 
-def sources_of(folder: Path) -> tuple[str, ...]:
+def source_names(folder: Path) -> tuple[str, ...]:
     """The names in the folder's manifest; none where it has none. Raises UserError when its validation shard does not say them."""
     names = tuple((load_manifest(folder) or {}).get("sources") or ())
     shard = split_of(open_shards(folder, least=1), "validation")[0].path

@@ -38,7 +38,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Scored:
+class TaskScores:
     """A task's examples, right or not, over one run or several. right: [runs, examples] bool. baseline: the accuracy of guessing."""
 
     right: np.ndarray
@@ -50,7 +50,7 @@ def run_deviation(tasks: int) -> float:
     return RUN_DEVIATION * math.sqrt(CORE_TASK_COUNT / tasks)
 
 
-def estimate(tasks: Mapping[str, Scored], *, seed: int = 0) -> Estimate:
+def estimate(tasks: Mapping[str, TaskScores], *, seed: int = 0) -> Estimate:
     """The mean over tasks and runs of the centered accuracy, (accuracy - baseline) / (1 - baseline), with its error.
 
     The runs saw the same examples: these are drawn for all runs together, so that more runs do not make their error smaller.
@@ -65,9 +65,9 @@ def estimate(tasks: Mapping[str, Scored], *, seed: int = 0) -> Estimate:
     return _summary(values, draws, run_deviation(len(tasks)) / math.sqrt(runs))
 
 
-def difference(
-    first: Mapping[str, Scored],
-    second: Mapping[str, Scored],
+def estimate_difference(
+    first: Mapping[str, TaskScores],
+    second: Mapping[str, TaskScores],
     *,
     same_examples: Mapping[str, bool],
     same_weights: bool,
@@ -115,7 +115,7 @@ class Verdict:
     text: str
 
 
-def verdict(found: Estimate, runs: int, *, against: float = GPT2_CORE) -> Verdict:
+def judge_against(found: Estimate, runs: int, *, against: float = GPT2_CORE) -> Verdict:
     """Is the recipe's mean CORE above `against`? found: from `runs` runs of it.
 
     The mean of n runs lies d = value - against away, with the deviation s(n) = sqrt(examples^2 + one_run^2 / n): runs average out, the examples
@@ -146,8 +146,11 @@ def _runs(count: int) -> str:
     return f"{count:,} more run{'s' * (count != 1)}"
 
 
-def scored(results: Sequence[Mapping[str, Sequence[bool]]], baselines: Mapping[str, float]) -> dict[str, Scored]:
+def score_tasks(
+    results: Sequence[Mapping[str, Sequence[bool]]], baselines: Mapping[str, float]
+) -> dict[str, TaskScores]:
     """By task, of one evaluation or several that answered the same examples. results: label -> right, one mapping an evaluation."""
     return {
-        label: Scored(np.array([run[label] for run in results], dtype=bool), baselines[label]) for label in results[0]
+        label: TaskScores(np.array([run[label] for run in results], dtype=bool), baselines[label])
+        for label in results[0]
     }

@@ -14,24 +14,30 @@ from tqdm import tqdm
 from megachat.checkpoint.resume import damage
 from megachat.errors import UserError
 from megachat.evals.bpb import ValidationRows, bits_per_byte
-from megachat.evals.core_bundle import Bundle, check_cap, open_bundle
-from megachat.evals.core_run import build_evaluator, describe_bundle, evaluate_bundle
+from megachat.evals.core import build_evaluator, evaluate_bundle
+from megachat.evals.core_bundle import Bundle, check_max_per_task, describe_bundle, open_bundle
+from megachat.evals.engine_model import sample_prompts
 from megachat.evals.results import core_table, results_path, save_results
-from megachat.evals.samples import sampled
-from megachat.evals.sources import SourceRows, sources_of
+from megachat.evals.sources import SourceRows, source_names
 from megachat.job.agreement import facts as facts_of_rank
 from megachat.job.join import joined
 from megachat.job.launch import bootstrap_environment
 from megachat.programs.pretrain import check_data
 from megachat.train.build import build_loader
-from megachat.train.weights import Evaluated, Saved, build_evaluated, evaluation_plan, open_saved
+from megachat.train.weights import (
+    EvaluationModel,
+    SavedModel,
+    build_evaluation_model,
+    evaluation_plan,
+    open_saved_model,
+)
 
 LINE_EVERY_S = 30.0
 DEFAULT = ""  # a part is asked for without saying which bundle or folder
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvaluationRequest:
     """What is to be measured. core: the bundle's place, DEFAULT for the downloaded one, None for no CORE. bpb: a data folder, DEFAULT for the
     run's own. max_per_task: -1 for all. tasks: labels, None for all. out: the JSON file, None for its place beside the run."""
 
@@ -43,12 +49,14 @@ class Asked:
     out: Path | None
 
 
-def evaluate(checkpoint: Path, overrides: list[str], asked: Asked, *, tokenizer: Path | None = None) -> None:
+def evaluate(
+    checkpoint: Path, overrides: list[str], asked: EvaluationRequest, *, tokenizer: Path | None = None
+) -> None:
     """Measure and tell; all ranks call it. Raises UserError for what is wrong, before any rank works where that can be known."""
     if asked.core is None and asked.bpb is None and not asked.sample:
         raise UserError("nothing is to be evaluated: give one or more of --core, --bpb and --sample")
     environment = bootstrap_environment()
-    saved = open_saved(checkpoint, overrides, tokenizer)
+    saved = open_saved_model(checkpoint, overrides, tokenizer)
     if asked.bpb:
         saved = _with_data(saved, asked.bpb)
     plan = evaluation_plan(saved, environment.world_size)
@@ -72,7 +80,7 @@ def evaluate(checkpoint: Path, overrides: list[str], asked: Asked, *, tokenizer:
         with mesh.world.progress.slowly("loading the checkpoint"):
             if saved.opened.form == "megachat" and (problem := damage(saved.opened.folder, mesh.world)):
                 raise UserError(f"{saved.opened.folder} is damaged: {problem}; evaluate another step")
-            model = build_evaluated(saved, plan, mesh)
+            model = build_evaluation_model(saved, plan, mesh)
         say(_banner(saved, model), flush=True)
         told = _measured(model, asked, bundle, say)
         if mesh.world.rank == 0:
@@ -84,20 +92,20 @@ def _say_nothing(*lines, **options) -> None:
     pass
 
 
-def _with_data(saved: Saved, folder: str) -> Saved:
+def _with_data(saved: SavedModel, folder: str) -> SavedModel:
     config = saved.config
     return dataclasses.replace(
         saved, config=config.model_copy(update={"data": config.data.model_copy(update={"folder": folder})})
     )
 
 
-def _bundle(asked: Asked) -> Bundle | None:
+def _bundle(asked: EvaluationRequest) -> Bundle | None:
     if asked.core is None:
         if asked.tasks or asked.max_per_task != -1:
             raise UserError("--tasks and --max-per-task are for --core: give that too, or leave them out")
         return None
     bundle = open_bundle(asked.core or None, asked.tasks)
-    check_cap(bundle, asked.max_per_task, "--max-per-task")
+    check_max_per_task(bundle, asked.max_per_task, "--max-per-task")
     return bundle
 
 
@@ -113,7 +121,7 @@ def _check_writable(out: Path) -> None:
         raise UserError(f"{out} cannot be written ({error.strerror}): give another place with --out") from None
 
 
-def _banner(saved: Saved, model: Evaluated) -> str:
+def _banner(saved: SavedModel, model: EvaluationModel) -> str:
     layout = model.plan.layout
     axes = f"data {layout.data} x tensor {layout.tensor} x pipeline {layout.pipeline}"
     ranks = f"{layout.world} rank{'s' * (layout.world > 1)} ({axes})"
@@ -122,7 +130,7 @@ def _banner(saved: Saved, model: Evaluated) -> str:
     return f"{saved.opened.folder}: step {saved.step}, depth {model.plan.dims.depth}, on {ranks}; compute {dtype} ({model.dtype_reason}); {attention}"
 
 
-def _identity(saved: Saved, model: Evaluated) -> dict:
+def _identity(saved: SavedModel, model: EvaluationModel) -> dict:
     return {
         "run": saved.run_folder.name,
         "step": saved.step,
@@ -134,7 +142,7 @@ def _identity(saved: Saved, model: Evaluated) -> dict:
     }
 
 
-def _measured(model: Evaluated, asked: Asked, bundle: Bundle | None, say: Callable) -> dict:
+def _measured(model: EvaluationModel, asked: EvaluationRequest, bundle: Bundle | None, say: Callable) -> dict:
     """The sections of the JSON file that were asked for; all ranks call it."""
     told, slowly = {}, model.mesh.world.progress.slowly
     if asked.bpb is not None:
@@ -153,7 +161,7 @@ def _measured(model: Evaluated, asked: Asked, bundle: Bundle | None, say: Callab
             say(f"  {name}: {told_of}", flush=True)
     if asked.sample:
         with slowly("sampling"):
-            told["samples"] = sampled(model.config, model.plan, model.mesh, model.engine, model.tokenizer)
+            told["samples"] = sample_prompts(model.config, model.plan, model.mesh, model.engine, model.tokenizer)
         for text in told["samples"].values():
             say(f"sample: {text!r}", flush=True)
     if bundle:
@@ -194,7 +202,7 @@ class _Bar:
             self.bar.close()
 
 
-def _bits_per_byte(model: Evaluated) -> dict:
+def _bits_per_byte(model: EvaluationModel) -> dict:
     begin, plan = time.perf_counter(), model.plan
     with build_loader(model.config, plan, model.mesh, model.tokenizer, validation=True) as loader:
         rows = ValidationRows(loader, plan.evaluation_rows, plan.micro_rows, model.mesh)
@@ -203,7 +211,7 @@ def _bits_per_byte(model: Evaluated) -> dict:
         "bpb": bits_per_byte(model.engine, rows, model.mesh),
         "rows": plan.evaluation_rows,
     }
-    names = sources_of(Path(model.config.data.folder))
+    names = source_names(Path(model.config.data.folder))
     if names:
         told["sources"] = {
             name: _bits_per_byte_of(model, name, max(1, plan.evaluation_rows // len(names))) for name in names
@@ -211,7 +219,7 @@ def _bits_per_byte(model: Evaluated) -> dict:
     return told | {"seconds": time.perf_counter() - begin}
 
 
-def _bits_per_byte_of(model: Evaluated, source: str, most_rows: int) -> dict:
+def _bits_per_byte_of(model: EvaluationModel, source: str, most_rows: int) -> dict:
     plan, folder = model.plan, Path(model.config.data.folder)
     sizes = {"tokens": plan.dims.sequence_len, "most_rows": most_rows, "micro_rows": plan.micro_rows}
     rows = SourceRows(folder, source, model.tokenizer, **sizes, data=model.mesh.data)

@@ -13,8 +13,8 @@ from megachat.data.shards import DataSummary, check_data_folder
 from megachat.data.tokenizer import Tokenizer, load_tokenizer
 from megachat.device import choose_compute_dtype, device_name, memory_bytes, peak_flops, this_device
 from megachat.errors import SAVED_STATUS, UserError
-from megachat.evals.core_download import PLACE
-from megachat.evals.core_run import describe_bundle, open_asked_bundle
+from megachat.evals.core_bundle import describe_bundle, open_configured_bundle
+from megachat.evals.core_download import BUNDLE_PATH
 from megachat.files import write_whole
 from megachat.job.agreement import facts as facts_of_rank
 from megachat.job.crash_guard import Attempts, counted_attempt
@@ -82,7 +82,7 @@ def pretrain(
             return 0
     plan = resolve(config, environment.world_size, vocab_size)
     find_checkpoint(folder, resume)  # what is wrong with it is told before anything starts
-    data, bundle = check_data(config), open_asked_bundle(config.evaluate)
+    data, bundle = check_data(config), open_configured_bundle(config.evaluate)
     if environment.rank == 0:
         check_wandb(config.log)
     device = choose_device(environment)
@@ -232,9 +232,9 @@ def describe_job(config: Config, world: int, memory_gb: float | None = None) -> 
         describe_ownership(ownership(config, plan)),
         _planned_memory(config, plan, memory_gb),
     ]
-    if config.evaluate.core_every and config.evaluate.core_bundle is None and not PLACE.exists():
-        parts.append(f"CORE bundle: downloaded to {PLACE} when the job starts")
-    elif bundle := open_asked_bundle(config.evaluate):
+    if config.evaluate.core_every and config.evaluate.core_bundle is None and not BUNDLE_PATH.exists():
+        parts.append(f"CORE bundle: downloaded to {BUNDLE_PATH} when the job starts")
+    elif bundle := open_configured_bundle(config.evaluate):
         parts.append(describe_bundle(bundle))
     return "\n\n".join(parts)
 

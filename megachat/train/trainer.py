@@ -13,9 +13,9 @@ from megachat.checkpoint.saver import Saver
 from megachat.device import peak_flops, peak_memory_bytes
 from megachat.errors import UserError
 from megachat.evals.bpb import ValidationRows, bits_per_byte
-from megachat.evals.core_run import build_evaluator, evaluate_until
+from megachat.evals.core import build_evaluator, evaluate_bundle
+from megachat.evals.engine_model import sample_prompts
 from megachat.evals.results import core_lines, results_path, save_results
-from megachat.evals.samples import sampled
 from megachat.files import write_whole
 from megachat.parallel.collectives import all_reduce
 from megachat.schedule import due
@@ -164,8 +164,8 @@ def _evaluate_core(run: Run, state: LoopState, metrics: Metrics, asked_to_stop: 
         return bool(asked)
 
     asked = run.config.evaluate
-    section = evaluate_until(
-        stop, build_evaluator(run), run.bundle, run.tokenizer, max_per_task=asked.core_max_per_task
+    section = evaluate_bundle(
+        build_evaluator(run), run.bundle, run.tokenizer, max_per_task=asked.core_max_per_task, stop=stop
     )
     if section is None:
         return False
@@ -187,7 +187,7 @@ def _evaluate_core(run: Run, state: LoopState, metrics: Metrics, asked_to_stop: 
 
 def _sample(run: Run, state: LoopState, metrics: Metrics) -> None:
     """Greedy continuations of the configured prompts, by all ranks; the writer keeps them."""
-    texts = sampled(run.config, run.plan, run.mesh, run.engine, run.tokenizer)
+    texts = sample_prompts(run.config, run.plan, run.mesh, run.engine, run.tokenizer)
     if texts and run.is_writer:
         (run.folder / "samples").mkdir(exist_ok=True)
         told = json.dumps(texts, indent=2, ensure_ascii=False)

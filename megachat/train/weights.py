@@ -31,7 +31,7 @@ from megachat.train.build import build_stage
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedModel:
     """A checkpoint, opened. run_folder: where its evaluations go. training: as its run was planned."""
 
     opened: Opened
@@ -52,7 +52,7 @@ class Saved:
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class EvaluationModel:
     """What evaluates: the model with a checkpoint's weights under an engine without optimizer."""
 
     config: Config
@@ -66,7 +66,7 @@ class Evaluated:
     attention: AttentionChoice
 
 
-def open_saved(path: Path, overrides: list[str], tokenizer: Path | None = None) -> Saved:
+def open_saved_model(path: Path, overrides: list[str], tokenizer: Path | None = None) -> SavedModel:
     """A step's folder, a run's folder, or a folder of nanochat's, with its config under the overrides and its tokenizer.
 
     Raises UserError when it is none of these, when its tokenizer is not found, and for overrides that would make it another model.
@@ -91,7 +91,7 @@ def open_saved(path: Path, overrides: list[str], tokenizer: Path | None = None) 
         raise UserError(
             f"--set asks for another model than {opened.folder} is, in {', '.join(other)}: leave the model's settings as they are"
         )
-    return Saved(opened, config, found, _run_folder(opened), _training_plan(opened, values))
+    return SavedModel(opened, config, found, _run_folder(opened), _training_plan(opened, values))
 
 
 def _run_folder(opened: Opened) -> Path:
@@ -107,7 +107,7 @@ def _training_plan(opened: Opened, values: dict) -> Plan:
     return resolve(overridden(values, str(opened.folder), ()), layout.world, dims_of(opened.facts).vocab_size)
 
 
-def evaluation_plan(saved: Saved, world: int) -> Plan:
+def evaluation_plan(saved: SavedModel, world: int) -> Plan:
     """The layout and the micro-batches of an evaluation on `world` ranks; as many validation rows as the run's own evaluations have, unless
     evaluate.tokens says otherwise. Raises UserError for a layout that does not fit."""
     config, training = saved.config, saved.training
@@ -119,7 +119,7 @@ def evaluation_plan(saved: Saved, world: int) -> Plan:
     return resolve(Config.model_validate_json(json.dumps(sections)), world, training.dims.vocab_size)
 
 
-def build_evaluated(saved: Saved, plan: Plan, mesh: Mesh) -> Evaluated:
+def build_evaluation_model(saved: SavedModel, plan: Plan, mesh: Mesh) -> EvaluationModel:
     """The model on every rank of the mesh, with the checkpoint's weights; all ranks call it. The same numbers as in training come out of it."""
     dtype, reason = choose_compute_dtype(saved.config.precision.compute, mesh.device)
     attention = evaluation_attention(saved.config, plan, mesh.device, dtype)
@@ -135,7 +135,7 @@ def build_evaluated(saved: Saved, plan: Plan, mesh: Mesh) -> Evaluated:
         plan.dims, torch.from_numpy(saved.tokenizer.token_bytes()), vocabulary_part(plan.dims.padded_vocab, mesh.tensor)
     )
     engine = build_evaluation_engine(build_module(list(layers), loss, mesh), mesh)
-    return Evaluated(saved.config, plan, mesh, layers, engine, saved.tokenizer, dtype, reason, attention)
+    return EvaluationModel(saved.config, plan, mesh, layers, engine, saved.tokenizer, dtype, reason, attention)
 
 
 @torch.no_grad()

@@ -62,7 +62,7 @@ def copying_task() -> Task:
     return Task("copying", "language_modeling", 0, "", 0.0, examples)
 
 
-def on_ranks(bundle: Path, parallel: dict, tokens_a_pass: int):
+def on_ranks(bundle: Path, parallel: dict, tokens_per_pass: int):
     config, letters = small_config(model=MODEL, batch={"tokens": 96 * 12}, parallel=parallel), tokenizer()
     start_collectives(torch.device("cpu"), "gloo", timedelta(seconds=60))
     mesh = build_mesh(torch.device("cpu"), tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
@@ -71,7 +71,7 @@ def on_ranks(bundle: Path, parallel: dict, tokens_a_pass: int):
     some_values(layers, copying=False)
     engine = build_evaluation_engine(build_module(list(layers), torch.nn.Identity(), mesh), mesh)
     told: list[tuple[int, int]] = []
-    model = Evaluator(engine, plan.dims, mesh, config.parallel.sequence, tokens_a_pass)
+    model = Evaluator(engine, plan.dims, mesh, config.parallel.sequence, tokens_per_pass)
     found = evaluate_core(model, open_bundle(bundle).tasks, letters, max_per_task=9, told=lambda *of: told.append(of))
     some_values(layers, copying=True)
     copied = evaluate_core(model, [copying_task()], letters, max_per_task=9)
@@ -98,9 +98,9 @@ def oracle(bundle) -> dict[str, tuple[bool, ...]]:
 
 
 @pytest.mark.parametrize(("world", "parallel"), LAYOUTS, ids=str)
-@pytest.mark.parametrize("tokens_a_pass", [100, 2000])
-def test_every_layout_finds_what_one_example_at_a_time_finds(world, parallel, tokens_a_pass, bundle, oracle):
-    for right, metric, padding, told in run_ranks(on_ranks, world, bundle, parallel, tokens_a_pass):
+@pytest.mark.parametrize("tokens_per_pass", [100, 2000])
+def test_every_layout_finds_what_one_example_at_a_time_finds(world, parallel, tokens_per_pass, bundle, oracle):
+    for right, metric, padding, told in run_ranks(on_ranks, world, bundle, parallel, tokens_per_pass):
         assert right == oracle and metric is None and 0 <= padding < 0.6
         assert told[-1] == (27, 27) and told == sorted(told)
 

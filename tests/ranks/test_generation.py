@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from megachat.evals.cached import OnRanks, evaluate_chunks
-from megachat.evals.generation import InProcess, generate
+from megachat.evals.engine_model import EngineModel, evaluate_chunks
+from megachat.evals.generation import LocalModel, generate
 from megachat.evals.sampling import Sampling
 from megachat.model.cache import Cache, cache_bytes
 from megachat.model.gpt import ModelOptions, build_layers, logits, run_layers
@@ -94,7 +94,7 @@ def cached(config):
     first, last = training.plan.stages[mesh.pipeline.rank]
     blocks = range(max(0, first - 1), min(dims.depth, last - 1))
     foretold = cache_bytes(dims, 2, 150, torch.float32, blocks=blocks, kv_heads=dims.kv_heads // mesh.tensor.size)
-    return found, generated(OnRanks(training.engine, mesh, dims, multiple=multiple)), caches[0].bytes, foretold
+    return found, generated(EngineModel(training.engine, mesh, dims, multiple=multiple)), caches[0].bytes, foretold
 
 
 def close(found, wanted):
@@ -107,7 +107,7 @@ def test_the_cache_and_generation_are_the_same_on_every_layout():
     layers = build_layers(dims, ModelOptions()).requires_grad_(False)
     some_values(layers)
     whole = [[logits(run_layers(layers, text[None]), dims)[0] for text in group] for group in texts()]
-    alone = generated(InProcess(layers, dims))
+    alone = generated(LocalModel(layers, dims))
     assert [row.why for row in alone[0]] == ["tokens", "stop", "tokens"] and [len(row.new) for row in alone[0]] == [
         12,
         5,

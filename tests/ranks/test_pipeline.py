@@ -10,7 +10,7 @@ from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from megachat.evals.bpb import ValidationRows, bits_per_byte
-from megachat.evals.cached import OnRanks
+from megachat.evals.engine_model import EngineModel
 from megachat.evals.generation import generate
 from megachat.parallel.engine import Engine, deepspeed_settings, start_collectives
 from megachat.parallel.mesh import build_mesh
@@ -71,7 +71,7 @@ def evaluate_between(config, evaluates: bool):
             told[-1] = told[-1], bits_per_byte(training.engine, validation, training.mesh)
             ids = [np.arange(3 + step), np.arange(20) * 3]
             told[-1] += (
-                generate(OnRanks(training.engine, training.mesh, training.plan.dims, multiple=2), ids, tokens=6),
+                generate(EngineModel(training.engine, training.mesh, training.plan.dims, multiple=2), ids, tokens=6),
             )
     return told, whole_state(training)
 

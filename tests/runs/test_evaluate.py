@@ -8,7 +8,7 @@ import pytest
 from megachat.checkpoint.load import newest_complete
 from megachat.config import load_config
 from megachat.errors import SAVED_STATUS, UserError
-from megachat.programs.evaluate import Asked, evaluate
+from megachat.programs.evaluate import EvaluationRequest, evaluate
 from megachat.programs.pretrain import describe_job
 from tests import reference
 from tests.runs.job import (
@@ -195,7 +195,7 @@ def refused(saved, *overrides, tokenizer=None, **asked) -> str:
     """What is told before any rank meets another."""
     everything = {"core": None, "bpb": None, "sample": False, "tasks": None, "max_per_task": -1, "out": None} | asked
     with pytest.raises(UserError) as caught:
-        evaluate(saved, list(overrides), Asked(**everything), tokenizer=tokenizer)
+        evaluate(saved, list(overrides), EvaluationRequest(**everything), tokenizer=tokenizer)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 

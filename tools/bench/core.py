@@ -5,14 +5,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from megachat.evals.core import Evaluator, evaluate_core
+from megachat.evals.core import Evaluator, build_evaluator, evaluate_core
 from megachat.evals.core_bundle import Task, open_bundle
-from megachat.evals.core_prompts import Question, questions
-from megachat.evals.core_run import build_evaluator
+from megachat.evals.core_prompts import Question, build_questions
 from megachat.job.join import start
 from megachat.job.launch import bootstrap_environment, choose_device
 from megachat.model.gpt import logits, run_layers
-from megachat.train.weights import Evaluated, build_evaluated, evaluation_plan, open_saved
+from megachat.train.weights import EvaluationModel, build_evaluation_model, evaluation_plan, open_saved_model
 
 
 @torch.no_grad()
@@ -31,15 +30,15 @@ def right_alone(layers, dims, question: Question) -> bool:
 
 def one_by_one(layers, dims, tasks: tuple[Task, ...], tokenizer, max_per_task: int) -> dict[str, tuple[bool, ...]]:
     """Task -> each example right or not, one after the other; for one process."""
-    asked = {task.label: questions(task, tokenizer, dims.sequence_len, max_per_task) for task in tasks}
+    asked = {task.label: build_questions(task, tokenizer, dims.sequence_len, max_per_task) for task in tasks}
     return {label: tuple(right_alone(layers, dims, question) for question in own) for label, own in asked.items()}
 
 
-def opened(checkpoint: Path, overrides: list[str]) -> tuple[Evaluated, Evaluator]:
+def opened(checkpoint: Path, overrides: list[str]) -> tuple[EvaluationModel, Evaluator]:
     """The checkpoint's model in this process, in float32 unless the overrides say otherwise."""
     device = choose_device(bootstrap_environment())
-    saved = open_saved(checkpoint, ["precision.compute=float32", *overrides])
-    model = build_evaluated(saved, evaluation_plan(saved, 1), start(saved.config, device))
+    saved = open_saved_model(checkpoint, ["precision.compute=float32", *overrides])
+    model = build_evaluation_model(saved, evaluation_plan(saved, 1), start(saved.config, device))
     return model, build_evaluator(model)
 
 
@@ -66,5 +65,5 @@ def actions(checkpoint: Path, bundle: Path, overrides: list[str], max_per_task: 
         "depth": dims.depth,
         "width": dims.width,
         "threads": torch.get_num_threads(),
-        "tokens_a_pass": evaluator.tokens_a_pass,
+        "tokens_a_pass": evaluator.tokens_per_pass,
     }

@@ -3,7 +3,7 @@
 import torch
 
 from megachat.config import Config
-from megachat.evals.generation import InProcess, generate
+from megachat.evals.generation import LocalModel, generate
 from megachat.model.cache import cache_bytes
 from megachat.model.gpt import ModelOptions, build_layers, last_logits, run_layers
 from megachat.model.parameters import load_whole, placed_parameters, starting_value
@@ -15,17 +15,17 @@ ROWS = (1, 8)
 SHORTEST = 8  # tokens of a prompt; the longest leaves room for what is generated
 
 
-def random_model(dims: Dimensions) -> InProcess:
+def random_model(dims: Dimensions) -> LocalModel:
     """Weights of which none is zero, so that texts differ."""
     layers = build_layers(dims, ModelOptions()).requires_grad_(False)
     for parameter in placed_parameters(layers):
         where = parameter.place
         load_whole(parameter, starting_value(where.__class__(where.name, where.whole, 0, ("normal", 0.1)), seed=1))
-    return InProcess(layers, dims)
+    return LocalModel(layers, dims)
 
 
 @torch.no_grad()
-def computed_anew(model: InProcess, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+def computed_anew(model: LocalModel, prompts: list[list[int]], tokens: int) -> list[list[int]]:
     """Greedy continuations without a cache: all rows whole, padded at the end, once for each token."""
     rows = [list(prompt) for prompt in prompts]
     for _ in range(tokens):

@@ -5,7 +5,7 @@ import pytest
 from megachat.data.shards import sha256_of
 from megachat.errors import UserError
 from megachat.evals import core_download
-from megachat.evals.core_bundle import CORE_TASKS, check_cap, open_bundle
+from megachat.evals.core_bundle import CORE_TASKS, check_max_per_task, open_bundle
 from tests.unit.evals.bundle import ALL, examples, write_bundle, zipped
 from tests.unit.prepare.test_download import mirror  # noqa: F401
 
@@ -153,17 +153,17 @@ def test_bad_arguments(folder, tmp_path):
     archive.write_bytes(content)
     assert "cannot be read (Bad CRC-32" in refused(archive)
     bundle = open_bundle(folder)
-    check_cap(bundle, -1, "--max-per-task")
-    check_cap(bundle, 2, "--max-per-task")
+    check_max_per_task(bundle, -1, "--max-per-task")
+    check_max_per_task(bundle, 2, "--max-per-task")
     with pytest.raises(UserError, match="--max-per-task is 1, too few for arc_easy with 1 shots: give 2 or more"):
-        check_cap(bundle, 1, "--max-per-task")
+        check_max_per_task(bundle, 1, "--max-per-task")
 
 
 # ---- the download, from the server of tests/unit/prepare/test_download.py
 
 
 def download(mirror, path):  # noqa: F811
-    return core_download.downloaded_bundle(
+    return core_download.download_bundle(
         lambda line: None, url=f"{mirror.source.base_url}/eval_bundle.zip", path=path, retry_wait_s=0.001
     )
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megachat.errors import UserError
-from megachat.evals.generation import InProcess, generate
+from megachat.evals.generation import LocalModel, generate
 from megachat.evals.sampling import GREEDY, Sampling, choose_token
 from megachat.model.gpt import ModelOptions, build_layers, logits, run_layers
 from megachat.model.parameters import load_whole, placed_parameters, starting_value
@@ -21,7 +21,7 @@ def model():
     for parameter in placed_parameters(layers):
         where = parameter.place
         load_whole(parameter, starting_value(where.__class__(where.name, where.whole, 0, ("normal", 0.25)), seed=4))
-    return InProcess(layers, DIMS)
+    return LocalModel(layers, DIMS)
 
 
 def anew(model, prompt, number, tokens, sampling):

@@ -7,7 +7,7 @@ import pytest
 from megachat.data.shards import load_manifest
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError
-from megachat.evals.sources import SourceRows, sources_of
+from megachat.evals.sources import SourceRows, source_names
 from megachat.parallel.mesh import Axis
 from tools.prepare_data import main
 
@@ -41,7 +41,7 @@ def validation(folder, letter: str) -> list[str]:
 
 
 def test_the_manifest_and_the_shards_name_the_sources(folder, tmp_path):
-    assert sources_of(folder) == ("novels", "notes") and load_manifest(folder)["documents"] == 200
+    assert source_names(folder) == ("novels", "notes") and load_manifest(folder)["documents"] == 200
     for path in folder.glob("*.parquet"):
         table = pq.read_table(path)
         assert table.column_names == ["text", "source"]
@@ -49,7 +49,7 @@ def test_the_manifest_and_the_shards_name_the_sources(folder, tmp_path):
             (source == "novels") == (text[0] == "n") for text, source in zip(*table.to_pydict().values(), strict=True)
         )
     main(["--source", "text", "--input", str(tmp_path / "notes"), "--out", str(tmp_path / "plain")])
-    assert sources_of(tmp_path / "plain") == () and pq.read_table(
+    assert source_names(tmp_path / "plain") == () and pq.read_table(
         tmp_path / "plain" / "shard_00000.parquet"
     ).column_names == ["text"]
 
@@ -84,7 +84,7 @@ def test_bad_input(folder, tmp_path, capsys):
     assert of(folder, "films").rows == 0 and of(folder, "films").micro_batches == []
     pq.write_table(pq.read_table(last).select(["text"]), last)
     with pytest.raises(UserError, match="has no `source` column, though the manifest names sources"):
-        sources_of(folder)
+        source_names(folder)
     for inputs, why in (
         ([f"a={tmp_path / 'notes'}", str(tmp_path / "novels")], "has no name, but others have"),
         ([f"a={tmp_path / 'notes'}", f"b={tmp_path / 'notes'}"], "two names were given for one file"),

@@ -10,27 +10,27 @@ from megachat.evals.uncertainty import (
     RUN_DEVIATION,
     SIGMAS,
     Estimate,
-    Scored,
-    difference,
+    TaskScores,
     estimate,
+    estimate_difference,
+    judge_against,
     run_deviation,
-    scored,
-    verdict,
+    score_tasks,
 )
 
 SEVEN_RUNS = [0.25373, 0.2584, 0.25489, 0.2568, 0.25732, 0.26765, 0.25119]
 SIZES, BASELINES, CHANCES = (32, 300, 1000, 5000), (0.0, 0.25, 0.5, 0.4), (0.1, 0.4, 0.7, 0.5)
 
 
-def drawn(rng, runs: int = 1) -> dict[str, Scored]:
+def drawn(rng, runs: int = 1) -> dict[str, TaskScores]:
     """Answers of a model that is right with each task's chance, on the same examples in each run, half of each answer being the example's."""
     tasks = {}
     for number, (size, baseline, chance) in enumerate(zip(SIZES, BASELINES, CHANCES, strict=True)):
-        tasks[f"task {number}"] = Scored(rng.random((runs, size)) < chance, baseline)
+        tasks[f"task {number}"] = TaskScores(rng.random((runs, size)) < chance, baseline)
     return tasks
 
 
-def analytic(tasks: dict[str, Scored]) -> tuple[dict[str, float], float]:
+def analytic(tasks: dict[str, TaskScores]) -> tuple[dict[str, float], float]:
     each = {}
     for label, task in tasks.items():
         scores = task.right.mean(axis=0)
@@ -68,12 +68,12 @@ def test_a_paired_difference_cancels_what_is_hard_for_both():
     rng = np.random.default_rng(7)
     first = drawn(rng)
     flipped = {
-        label: Scored(task.right ^ (rng.random(task.right.shape) < 0.02), task.baseline)
+        label: TaskScores(task.right ^ (rng.random(task.right.shape) < 0.02), task.baseline)
         for label, task in first.items()
     }
     same, other = dict.fromkeys(first, True), dict.fromkeys(first, False)
-    paired = difference(first, flipped, same_examples=same, same_weights=True)
-    unpaired = difference(first, flipped, same_examples=other, same_weights=True)
+    paired = estimate_difference(first, flipped, same_examples=same, same_weights=True)
+    unpaired = estimate_difference(first, flipped, same_examples=other, same_weights=True)
     assert paired.value == unpaired.value and paired.examples < unpaired.examples / 3 and paired.runs == 0
     expected = {
         label: np.std(one.right.astype(int) - flipped[label].right) / math.sqrt(one.right.size) / (1 - one.baseline)
@@ -81,7 +81,7 @@ def test_a_paired_difference_cancels_what_is_hard_for_both():
     }
     assert paired.task_examples == pytest.approx(expected, rel=0.05)
     assert unpaired.examples == pytest.approx(math.hypot(analytic(first)[1], analytic(flipped)[1]), rel=0.03)
-    found = difference(drawn(rng, 2), drawn(rng, 3), same_examples=same, same_weights=False)
+    found = estimate_difference(drawn(rng, 2), drawn(rng, 3), same_examples=same, same_weights=False)
     assert found.runs == pytest.approx(run_deviation(4) * math.sqrt(1 / 2 + 1 / 3))
 
 
@@ -91,30 +91,30 @@ def of(value: float, examples: float, runs: int = 1) -> Estimate:
 
 def test_verdicts():
     assert (
-        verdict(of(GPT2_CORE + 0.03, 0.005), 1).text == "above"
-        and verdict(of(GPT2_CORE - 0.03, 0.005), 1).text == "below"
+        judge_against(of(GPT2_CORE + 0.03, 0.005), 1).text == "above"
+        and judge_against(of(GPT2_CORE - 0.03, 0.005), 1).text == "below"
     )
     edge = SIGMAS * math.hypot(0.001, RUN_DEVIATION)
     assert (
-        verdict(of(GPT2_CORE + edge + 1e-9, 0.001), 1).word == "above"
-        and verdict(of(GPT2_CORE - edge + 1e-9, 0.001), 1).word == "cannot tell"
+        judge_against(of(GPT2_CORE + edge + 1e-9, 0.001), 1).word == "above"
+        and judge_against(of(GPT2_CORE - edge + 1e-9, 0.001), 1).word == "cannot tell"
     )
     for value, runs in ((GPT2_CORE + 0.004, 1), (GPT2_CORE - 0.004, 2), (GPT2_CORE + 0.004, 5)):
-        more = verdict(of(value, 0.001, runs), runs).more_runs
-        assert verdict(of(value, 0.001, runs + more), runs + more).word != "cannot tell" and more > 0
-        assert verdict(of(value, 0.001, runs + more - 1), runs + more - 1).word == "cannot tell"
-    assert verdict(of(GPT2_CORE + 0.004, 0.001), 1).text == "cannot tell: 8 more runs"
-    hopeless = verdict(of(GPT2_CORE + 0.01, 0.006), 1)
+        more = judge_against(of(value, 0.001, runs), runs).more_runs
+        assert judge_against(of(value, 0.001, runs + more), runs + more).word != "cannot tell" and more > 0
+        assert judge_against(of(value, 0.001, runs + more - 1), runs + more - 1).word == "cannot tell"
+    assert judge_against(of(GPT2_CORE + 0.004, 0.001), 1).text == "cannot tell: 8 more runs"
+    hopeless = judge_against(of(GPT2_CORE + 0.01, 0.006), 1)
     assert hopeless.more_runs is None and hopeless.text == (
         "cannot tell: 1 more run would for these very examples, no number of runs for others like them"
     )
     assert (
-        verdict(of(GPT2_CORE + 0.02, 0.03), 1).text
+        judge_against(of(GPT2_CORE + 0.02, 0.03), 1).text
         == "cannot tell: above for these very examples, no number of runs for others like them"
     )
-    assert verdict(of(GPT2_CORE, 0.006), 1).more_runs is None
+    assert judge_against(of(GPT2_CORE, 0.006), 1).more_runs is None
 
 
 def test_answers_become_scores():
-    found = scored([{"a": (True, False)}, {"a": [True, True]}], {"a": 0.25})
+    found = score_tasks([{"a": (True, False)}, {"a": [True, True]}], {"a": 0.25})
     assert found["a"].right.tolist() == [[True, False], [True, True]] and found["a"].baseline == 0.25

@@ -9,7 +9,7 @@ _UNKNOWN = "\ufffd"  # what bytes that are not (yet) UTF-8 are decoded to
 
 
 class GrowingText:
-    """Tokens of a continuation, one by one. It ends at one of the tokens or in front of one of the texts of `stop` (see `stops_of`).
+    """Tokens of a continuation, one by one. It ends at one of the tokens or in front of one of the texts of `stop` (see `parse_stops`).
 
     text: so far, without what it ended at.
     """
@@ -42,7 +42,7 @@ class GrowingText:
         return max((n for stop in self.stop_texts for n in range(1, len(stop)) if whole.endswith(stop[:n])), default=0)
 
 
-def stops_of(stops: Sequence[str], tokenizer: Tokenizer) -> tuple[frozenset[int], tuple[str, ...]]:
+def parse_stops(stops: Sequence[str], tokenizer: Tokenizer) -> tuple[frozenset[int], tuple[str, ...]]:
     """(tokens, texts) at which continuations end: the names of special tokens mean these, anything else is text; BOS always, where another document
     begins. Raises UserError for an empty one."""
     if "" in stops:

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
+from megachat.evals.core_batches import IDLE, LEAST_SHARED, assign_batches, build_batches
 from megachat.evals.core_prompts import Question, Row
-from megachat.evals.core_rows import IDLE, LEAST_SHARED, batches, dealt
 
 LONGEST = 200
 
@@ -30,7 +30,7 @@ def test_every_row_is_computed_once_behind_its_own_context(seed):
     rows = [row for question in asked for row in question.rows]
     exact = [question.gold is None for question in asked for _ in question.rows]
     seen = []
-    for batch in batches(asked, 1000):
+    for batch in build_batches(asked, 1000):
         for number, part in enumerate(batch.rows):
             before = batch.contexts[batch.of[number]] if batch.contexts else ()
             assert (
@@ -41,14 +41,14 @@ def test_every_row_is_computed_once_behind_its_own_context(seed):
             seen.append(part.found)
         assert all(count * width <= 1000 or count == 1 for count, width in batch.shapes(1)[:1])
     assert sorted(seen) == list(range(len(rows)))
-    computed = sum(batch.real_tokens for batch in batches(asked, 1000))
+    computed = sum(batch.real_tokens for batch in build_batches(asked, 1000))
     assert computed < 0.8 * sum(len(row.tokens) for row in rows), "choices share their context"
 
 
 @pytest.mark.parametrize(("ranks", "parts"), [(1, 1), (2, 1), (3, 2), (5, 3)])
 def test_ranks_have_equal_numbers_of_passes_and_like_work(ranks, parts):
-    found = batches(some_questions(7, 200), 1000)
-    lists = dealt(found, ranks, 2, parts)
+    found = build_batches(some_questions(7, 200), 1000)
+    lists = assign_batches(found, ranks, 2, parts)
     assert len({sum(batch.passes for batch in own) for own in lists}) == 1
     kept = [batch for own in lists for batch in own if batch is not IDLE]
     assert sorted(map(id, kept)) == sorted(map(id, found))
@@ -57,6 +57,6 @@ def test_ranks_have_equal_numbers_of_passes_and_like_work(ranks, parts):
 
 
 def test_nothing_to_share_and_nothing_to_do():
-    assert batches([], 100) == [] and dealt([IDLE], 3, 1, 1)[1:] == [[IDLE], [IDLE]]
-    (one,) = batches([Question((Row((1, 2, 3), 2), Row((1, 2, 4), 2)), 0)], 100)
+    assert build_batches([], 100) == [] and assign_batches([IDLE], 3, 1, 1)[1:] == [[IDLE], [IDLE]]
+    (one,) = build_batches([Question((Row((1, 2, 3), 2), Row((1, 2, 4), 2)), 0)], 100)
     assert not one.contexts and one.shapes(4) == [(2, 4)] and one.real_tokens == 6

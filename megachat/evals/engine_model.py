@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import nn
 
-from megachat.evals.generation import Choose, Passes
+from megachat.config import Config
+from megachat.data.tokenizer import Tokenizer
+from megachat.evals.generation import Choose, Passes, generate
 from megachat.model.cache import Chunk, set_past
 from megachat.model.gpt import last_logits
 from megachat.parallel.collectives import all_reduce
@@ -13,6 +16,7 @@ from megachat.parallel.engine import Engine
 from megachat.parallel.mesh import Mesh
 from megachat.parallel.tensor import vocabulary_part
 from megachat.planning.dimensions import Dimensions
+from megachat.planning.plan import Plan
 
 
 def evaluate_chunks(
@@ -32,7 +36,7 @@ def evaluate_chunks(
         set_past(engine.module, None)
 
 
-class OnRanks:
+class EngineModel:
     """The model under its engine, on any layout: all ranks call `generate` with it. The ranks of the data axis do the same.
 
     multiple: of which the tokens of a pass must be one; the tensor axis's size under parallel.sequence.
@@ -64,3 +68,16 @@ class _Chosen(nn.Module):
         if self.mesh.stage.rank:
             return torch.zeros(len(labels), dtype=torch.int64, device=labels.device)
         return self.choose(found, labels[:, 1]).to(labels.device)
+
+
+def sample_prompts(config: Config, plan: Plan, mesh: Mesh, engine: Engine, tokenizer: Tokenizer) -> dict[str, str]:
+    """Prompt -> the prompt and what follows, the same on every rank; all call it."""
+    prompts, asked = config.evaluate.prompts, config.evaluate
+    if not prompts:
+        return {}
+    ids = [np.concatenate(([tokenizer.bos], tokenizer.encode(prompt))) for prompt in prompts]
+    model = EngineModel(engine, mesh, plan.dims, multiple=mesh.tensor.size if config.parallel.sequence else 1)
+    found = generate(model, ids, tokens=asked.sample_tokens, slide=True)
+    return {
+        prompt: tokenizer.decode([*own[1:], *more.new]) for prompt, own, more in zip(prompts, ids, found, strict=True)
+    }

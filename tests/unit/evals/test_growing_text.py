@@ -4,14 +4,14 @@ import pytest
 
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError
-from megachat.evals.endings import GrowingText, stops_of
+from megachat.evals.growing_text import GrowingText, parse_stops
 
 BYTES = Tokenizer({bytes([byte]): byte for byte in range(256)})
 
 
 def grown(content: bytes, *stops: str):
     """(the text, what was shown after each token, tokens until it ended)."""
-    text, shown = GrowingText(BYTES, stops_of(stops, BYTES)), []
+    text, shown = GrowingText(BYTES, parse_stops(stops, BYTES)), []
     for count, token in enumerate(content, 1):
         text.add(token)
         shown.append(text.shown(last=count == len(content)))
@@ -38,9 +38,9 @@ def test_it_ends_in_front_of_a_text_no_part_of_which_was_shown():
 def test_it_ends_at_bos_and_at_special_tokens_by_name():
     end = BYTES.special_tokens["<|assistant_end|>"]
     for stops, token, ends in (((), BYTES.bos, True), (("<|assistant_end|>",), end, True), ((), end, False)):
-        text = GrowingText(BYTES, stops_of(stops, BYTES))
+        text = GrowingText(BYTES, parse_stops(stops, BYTES))
         for each in (*b"so", token):
             text.add(each)
         assert text.ended == ends and text.text == ("so" if ends else "so<|assistant_end|>")
     with pytest.raises(UserError, match="a stop text is empty"):
-        stops_of(["."], BYTES) and stops_of([".", ""], BYTES)
+        parse_stops(["."], BYTES) and parse_stops([".", ""], BYTES)

@@ -63,8 +63,8 @@ class _Alike:
     prefix: int
 
 
-def batches(asked: Sequence[Question], tokens_a_pass: int) -> list[Batch]:
-    """The questions in batches of about `tokens_a_pass` tokens each; what is found of question i's row j is at index sum of rows before + j."""
+def build_batches(asked: Sequence[Question], tokens_per_pass: int) -> list[Batch]:
+    """The questions in batches of about `tokens_per_pass` tokens each; what is found of question i's row j is at index sum of rows before + j."""
     shared: list[_Alike] = []
     alone: dict[bool, list[Part]] = {False: [], True: []}  # by whether the answer must be exact
     first = 0
@@ -77,9 +77,11 @@ def batches(asked: Sequence[Question], tokens_a_pass: int) -> list[Batch]:
                     Part(row.tokens, row.start, at) for row, at in zip(alike.rows, alike.found, strict=True)
                 ]
         first += len(question.rows)
-    found = [_shared_batch(group) for group in _groups(shared, lambda alike: alike.prefix, tokens_a_pass)]
+    found = [_shared_batch(group) for group in _groups(shared, lambda alike: alike.prefix, tokens_per_pass)]
     for exact, parts in alone.items():
-        found += [Batch(tuple(group), exact) for group in _groups(parts, lambda part: len(part.tokens), tokens_a_pass)]
+        found += [
+            Batch(tuple(group), exact) for group in _groups(parts, lambda part: len(part.tokens), tokens_per_pass)
+        ]
     return found
 
 
@@ -109,14 +111,14 @@ def _shared_batch(group: Sequence[_Alike]) -> Batch:
     return Batch(tuple(rows), False, tuple(contexts), tuple(of))
 
 
-def _groups(entries: list, length, tokens_a_pass: int) -> list[list]:
+def _groups(entries: list, length, tokens_per_pass: int) -> list[list]:
     """Entries in the order of their lengths, cut where a group is full or its lengths are too unlike."""
     groups: list[list] = []
     for entry in sorted(entries, key=length, reverse=True):
         longest = length(groups[-1][0]) if groups else 0
         if (
             not groups
-            or (len(groups[-1]) + 1) * longest > tokens_a_pass
+            or (len(groups[-1]) + 1) * longest > tokens_per_pass
             or length(entry) < ALIKE * longest - LEAST_SHARED
         ):
             groups.append([])
@@ -124,7 +126,7 @@ def _groups(entries: list, length, tokens_a_pass: int) -> list[list]:
     return groups
 
 
-def dealt(found: Sequence[Batch], ranks: int, multiple: int, parts: int) -> list[list[Batch]]:
+def assign_batches(found: Sequence[Batch], ranks: int, multiple: int, parts: int) -> list[list[Batch]]:
     """The batches of each rank of the data axis, the costliest first to whoever has least, and idle ones at the end of those that would have
     fewer passes than others: every pass of the engine has all ranks wait for each other."""
     lists: list[list[Batch]] = [[] for _ in range(ranks)]
