@@ -9,6 +9,7 @@ from megachat.model.gpt import Loss, ModelOptions, build_layers, run_layers
 from megachat.model.parameters import load_whole, placed_parameters
 from megachat.optim.groups import ADAMW_EPSILON, MUON_BETA2, assign, rate_multipliers
 from megachat.optim.muon import Hyper, reference_step, second_moment_shape
+from megachat.place import place_of
 from megachat.planning.plan import resolve
 from megachat.programs.verify import FLIPPED_SHARE, gradient_pieces, warm_noise, warm_up
 from megachat.schedule import learning_rate_multiplier, muon_momentum, weight_decay_multiplier
@@ -28,12 +29,12 @@ class Oracle:
         self.parameters = placed_parameters(self.layers)
         for p in self.parameters:  # see verify.warm_up for why
             if p.ndim == 2:
-                load_whole(p, p.detach() + warm_noise(p.place.name, p.place.whole))
+                load_whole(p, p.detach() + warm_noise(place_of(p).name, place_of(p).whole))
         self.first_gradients = None
-        self.groups = assign([p.place for p in self.parameters])
-        self.muon = [p for p in self.parameters if self.groups[p.place.name].optimizer == "muon"]
+        self.groups = assign([place_of(p) for p in self.parameters])
+        self.muon = [p for p in self.parameters if self.groups[place_of(p).name].optimizer == "muon"]
         self.multiplier = rate_multipliers(
-            {p.place.name: p.place.whole for p in self.muon}, config.optimizer.muon_multiplier
+            {place_of(p).name: place_of(p).whole for p in self.muon}, config.optimizer.muon_multiplier
         )
         self.momentum = {p: torch.zeros_like(p) for p in self.muon}
         self.second = {p: torch.zeros(second_moment_shape(tuple(p.shape))) for p in self.muon}
@@ -42,7 +43,7 @@ class Oracle:
         )
 
     def _settings(self, parameter):
-        group = self.groups[parameter.place.name]
+        group = self.groups[place_of(parameter).name]
         return {
             "betas": group.betas,
             "weight_decay": group.weight_decay,
@@ -70,7 +71,7 @@ class Oracle:
         with torch.no_grad():
             for p in self.muon:
                 hyper = Hyper(
-                    lr=torch.tensor(plan.rates["matrix"] * lrm * self.multiplier[p.place.name]),
+                    lr=torch.tensor(plan.rates["matrix"] * lrm * self.multiplier[place_of(p).name]),
                     weight_decay=torch.tensor(plan.weight_decay * weight_decay_multiplier(number, plan.steps)),
                     momentum=torch.tensor(muon_momentum(number, plan.steps, warmdown_ratio=asked.warmdown_ratio)),
                     beta2=torch.tensor(MUON_BETA2),
@@ -86,7 +87,7 @@ class Oracle:
     def _by_name(self, tensors: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         whole: dict[str, list] = {}
         for p, tensor in zip(self.parameters, tensors, strict=True):
-            whole.setdefault(p.place.name, []).append(tensor)
+            whole.setdefault(place_of(p).name, []).append(tensor)
         return {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in whole.items()}
 
 
@@ -107,5 +108,7 @@ def train(config, steps: int, vocab_size: int = SMALL_VOCAB):
         training.engine.optimizer.observe = None if step else lambda: gradients.update(gradient_pieces(training))
         set_schedules(training, step)
         told.append(take_step(training, random_rows(step, ROWS, TOKENS, vocab_size)))
-    views = {p.place.name: (p.place, p.detach().float().clone()) for p in training.layers.parameters() if p.ndim == 2}
+    views = {
+        place_of(p).name: (place_of(p), p.detach().float().clone()) for p in training.layers.parameters() if p.ndim == 2
+    }
     return told, assembled(gradients, training), whole_state(training), views

@@ -7,9 +7,10 @@ import torch
 from megachat.convert.opened import Opened
 from megachat.errors import UserError
 from megachat.model.gpt import ModelOptions, build_layers
-from megachat.model.parameters import Place, load_whole, placed_parameters
+from megachat.model.parameters import load_whole, placed_parameters
 from megachat.optim.groups import assign
 from megachat.optim.muon import second_moment_shape
+from megachat.place import Place, place_of
 from megachat.planning.dimensions import Dimensions, saved_dimensions
 
 
@@ -22,7 +23,7 @@ def places(dims: Dimensions) -> list[Place]:
     """Every parameter once by its whole tensor, in model order; no tensor is made."""
     with torch.device("meta"):
         parameters = placed_parameters(build_layers(dims, ModelOptions()))
-    return list({parameter.place.name: parameter.place for parameter in parameters}.values())
+    return list({place_of(parameter).name: place_of(parameter) for parameter in parameters}.values())
 
 
 def weight_shapes(dims: Dimensions) -> dict[str, tuple[int, ...]]:
@@ -75,7 +76,7 @@ def build_model(opened: Opened, options: ModelOptions | None = None) -> torch.nn
     layers = build_layers(dims_of(opened.facts), options or ModelOptions())
     by_name: dict[str, list] = {}
     for parameter in placed_parameters(layers):
-        by_name.setdefault(f"model/{parameter.place.name}", []).append(parameter)
+        by_name.setdefault(f"model/{place_of(parameter).name}", []).append(parameter)
     for name, whole in opened.tensors(by_name):
         for parameter in by_name[name]:
             load_whole(parameter, whole)

@@ -23,7 +23,8 @@ from megachat.kernels.cross_entropy import (
 )
 from megachat.kernels.embedding import Table
 from megachat.kernels.linear import Linear
-from megachat.model.parameters import Place, initialize, place
+from megachat.model.parameters import initialize
+from megachat.place import Place, set_place
 from megachat.planning.dimensions import GATE_CHANNELS, MLP_RATIO, SMEAR_CHANNELS, Dimensions
 
 LOGIT_CAP = 15.0
@@ -87,12 +88,12 @@ class Embed(nn.Module):
         self.wte = Table(dims.padded_vocab, dims.width, options.table_dtype)
         self.smear_gate = Linear(SMEAR_CHANNELS, 1)
         self.smear_lambda = nn.Parameter(torch.empty(1))
-        place(
+        set_place(
             self.wte.weight,
             Place("transformer.wte.weight", (dims.padded_vocab, dims.width), -1, ("normal", 0.8), "vocabulary"),
         )
-        place(self.smear_gate.weight, Place("smear_gate.weight", (1, SMEAR_CHANNELS), -1, ("uniform", 0.0, 0.02)))
-        place(self.smear_lambda, Place("smear_lambda", (1,), -1, ("constant", 0.0)))
+        set_place(self.smear_gate.weight, Place("smear_gate.weight", (1, SMEAR_CHANNELS), -1, ("uniform", 0.0, 0.02)))
+        set_place(self.smear_lambda, Place("smear_lambda", (1,), -1, ("constant", 0.0)))
 
     def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
         x = norm(self.wte(ids).to(self.compute_dtype), self.norm_epsilon)
@@ -125,12 +126,14 @@ class Attention(nn.Module):
             ("c_proj", "row", ("constant", 0.0)),
         ):
             weight = getattr(self, name).weight
-            place(weight, Place(f"transformer.h.{block}.attn.{name}.weight", tuple(weight.shape), block, start, cut))
+            set_place(
+                weight, Place(f"transformer.h.{block}.attn.{name}.weight", tuple(weight.shape), block, start, cut)
+            )
         self.ve_gate = None
         if dims.has_value_embedding(block):
             self.ve_gate = Linear(GATE_CHANNELS, dims.kv_heads)
             shape = tuple(self.ve_gate.weight.shape)
-            place(
+            set_place(
                 self.ve_gate.weight,
                 Place(f"transformer.h.{block}.attn.ve_gate.weight", shape, block, ("uniform", 0.0, 0.02), "column"),
             )
@@ -161,7 +164,7 @@ class MLP(nn.Module):
         bound = 0.4 * (3 / dims.width) ** 0.5
         for name, cut, start in (("c_fc", "column", ("uniform", -bound, bound)), ("c_proj", "row", ("constant", 0.0))):
             weight = getattr(self, name).weight
-            place(weight, Place(f"transformer.h.{block}.mlp.{name}.weight", tuple(weight.shape), block, start, cut))
+            set_place(weight, Place(f"transformer.h.{block}.mlp.{name}.weight", tuple(weight.shape), block, start, cut))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.c_proj(F.relu(self.c_fc(x)).square())
@@ -189,12 +192,12 @@ class Block(nn.Module):
         resid, x0 = (1.0, 0.0) if dims.lambdas == "neutral" else (1.15 - 0.10 * along, 0.20 - 0.15 * along)
         for name, value in (("resid_lambda", resid), ("x0_lambda", x0)):
             where = Place(f"{name}s", (dims.depth,), block, ("constant", value), offset=(block,))
-            place(getattr(self, name), where)
+            set_place(getattr(self, name), where)
         self.value_embed = None
         if dims.has_value_embedding(block):
             shape, bound = (dims.padded_vocab, dims.kv_width), (3 / dims.width) ** 0.5
             self.value_embed = Table(*shape, options.table_dtype)
-            place(
+            set_place(
                 self.value_embed.weight,
                 Place(f"value_embeds.{block}.weight", shape, block, ("uniform", -bound, bound), "feature"),
             )
@@ -232,8 +235,8 @@ class Head(nn.Module):
         self.norm_epsilon, backout = dims.norm_epsilon, 0.0 if dims.lambdas == "neutral" else 0.2
         self.backout_lambda = nn.Parameter(torch.empty(1))
         self.lm_head = Linear(dims.width, dims.padded_vocab)
-        place(self.backout_lambda, Place("backout_lambda", (1,), dims.depth, ("constant", backout)))
-        place(
+        set_place(self.backout_lambda, Place("backout_lambda", (1,), dims.depth, ("constant", backout)))
+        set_place(
             self.lm_head.weight,
             Place("lm_head.weight", (dims.padded_vocab, dims.width), dims.depth, ("normal", 0.001), "vocabulary"),
         )

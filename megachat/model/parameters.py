@@ -1,34 +1,11 @@
-"""What a parameter is called, where it lies in its whole tensor, how it may be cut, and how it starts."""
+"""Naming, initializing and loading parameters by their place (see megachat.place)."""
 
 import hashlib
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
 
-
-@dataclass(frozen=True)
-class Place:
-    """A parameter's identity, the same on every layout.
-
-    name: nanochat's checkpoint name. whole: shape of the tensor of that name. offset: where this parameter starts in it (per-layer scalars
-    are one element each). block: index of the block it belongs to, -1 before the blocks, depth after them. cut: how the tensor axis may
-    divide it: matrices by "column" (output features, dim 0) or "row" (input features, dim 1), tables by "vocabulary" (dim 0) or "feature"
-    (dim 1, by key/value head), or not at all, "whole". start: ("normal", std), ("uniform", low, high) or ("constant", value).
-    """
-
-    name: str
-    whole: tuple[int, ...]
-    block: int
-    start: tuple
-    cut: Literal["column", "row", "vocabulary", "feature", "whole"] = "whole"
-    offset: tuple[int, ...] = ()
-
-
-def place(parameter: nn.Parameter, where: Place) -> None:
-    """Attach the identity to the parameter; everything that names parameters reads it from there."""
-    parameter.place = where
+from megachat.place import Place, has_place, place_of
 
 
 def placed_parameters(layers) -> list[nn.Parameter]:
@@ -36,7 +13,7 @@ def placed_parameters(layers) -> list[nn.Parameter]:
     found = []
     for layer in layers:
         for local_name, parameter in layer.named_parameters():
-            if not hasattr(parameter, "place"):
+            if not has_place(parameter):
                 raise ValueError(f"parameter {local_name} of {type(layer).__name__} has no name")
             found.append(parameter)
     return found
@@ -57,7 +34,7 @@ def starting_value(where: Place, seed: int) -> torch.Tensor:
 
 def load_whole(parameter: nn.Parameter, whole: torch.Tensor) -> None:
     """Copy this parameter's part of the whole tensor into it, cast to its dtype. Raises ValueError for another shape."""
-    where = parameter.place
+    where = place_of(parameter)
     if tuple(whole.shape) != where.whole:
         raise ValueError(f"{where.name} is {tuple(whole.shape)}, not {where.whole}")
     offset = where.offset or (0,) * whole.ndim
@@ -69,7 +46,7 @@ def load_whole(parameter: nn.Parameter, whole: torch.Tensor) -> None:
 def initialize(layers, seed: int) -> None:
     """Give every parameter of the layers its starting value."""
     for parameter in placed_parameters(layers):
-        where = parameter.place
+        where = place_of(parameter)
         if where.start[0] == "constant":
             with torch.no_grad():
                 parameter.fill_(where.start[1])

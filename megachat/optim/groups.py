@@ -8,6 +8,7 @@ from torch import nn
 
 from megachat.errors import UserError
 from megachat.optim.matrix import Matrix
+from megachat.place import place_of
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def adamw_groups(parameters: list[nn.Parameter], groups: Mapping[str, Group], ra
     """torch.optim.AdamW's groups, in the order of GROUPS, without empty ones."""
     made = []
     for group in GROUPS:
-        own = [parameter for parameter in parameters if groups[parameter.place.name] is group]
+        own = [parameter for parameter in parameters if groups[place_of(parameter).name] is group]
         if group.optimizer == "adamw" and own:
             settings = {
                 "lr": rates[group.rate],

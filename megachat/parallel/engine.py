@@ -27,6 +27,7 @@ from megachat.kernels.gradient_norm import SumOfSquares, torch_sum_of_squares
 from megachat.parallel.collectives import all_reduce
 from megachat.parallel.mesh import Mesh
 from megachat.parallel.progress import part
+from megachat.place import is_partial_over_tensor, is_tensor_shard
 
 _PRIVATE = "reduce_gradients get_gradient_for_reduction setup_buckets scaled_global_norm has_overflow _update_scale step update_lp_params".split()
 _missing = [name for name in _PRIVATE if not hasattr(DeepSpeedZeroOptimizer, name)]
@@ -112,7 +113,7 @@ class JointZero1(DeepSpeedZeroOptimizer):
                 gradient for gradient in self.averaged_gradients[index] if not getattr(gradient, "_zero_padding", False)
             ]
             for gradient, parameter in zip(own, parameters, strict=False):  # a trailing pad falls off
-                if getattr(parameter, "model_parallel", False) or self.mesh.tensor.rank == 0:
+                if is_tensor_shard(parameter) or self.mesh.tensor.rank == 0:
                     found.append(gradient)
         return found
 
@@ -313,9 +314,7 @@ def build_engine(
         raise RuntimeError(f"DeepSpeed made a {type(zero).__name__} where ZeRO stage 1 was asked for")
     zero.__class__ = JointZero1
     zero.matrices, zero.mesh = matrices, mesh
-    zero.partial_over_tensor = [
-        parameter for parameter in module.parameters() if getattr(parameter, "partial_over_tensor", False)
-    ]
+    zero.partial_over_tensor = [parameter for parameter in module.parameters() if is_partial_over_tensor(parameter)]
     zero.joint_norm = torch.zeros((), device=mesh.device)
     zero.wishes = torch.zeros(0, device=mesh.device)
     # tables may be bfloat16: their gradients are accumulated over micro-batches in float32, and reduced so

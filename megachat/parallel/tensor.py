@@ -13,6 +13,7 @@ from megachat.kernels.cross_entropy import WHOLE, VocabularyPart
 from megachat.kernels.embedding import Table
 from megachat.parallel.collectives import all_gather, all_reduce, reduce_scatter
 from megachat.parallel.mesh import Axis
+from megachat.place import mark_partial_over_tensor, mark_tensor_shard, place_of, set_place
 
 _CUT_DIM = {"column": 0, "row": 1, "vocabulary": 0, "feature": 1}
 
@@ -61,7 +62,8 @@ def apply_tensor(layers: list[nn.Module], axis: Axis, *, sequence: bool = False)
             layer.register_forward_hook(lambda _, inputs, stream: _slice_stream(stream, axis))
         elif sequence:
             for parameter in layer.parameters():
-                parameter.partial_over_tensor = parameter.place.cut == "whole"
+                if place_of(parameter).cut == "whole":
+                    mark_partial_over_tensor(parameter)
 
 
 def _cut(layer: nn.Module, axis: Axis) -> bool:
@@ -69,34 +71,32 @@ def _cut(layer: nn.Module, axis: Axis) -> bool:
     embeds = False
     for module in list(layer.modules()):
         for name, parameter in list(module.named_parameters(recurse=False)):
-            where = parameter.place
+            where = place_of(parameter)
             if where.cut == "whole":
                 continue
             shape, offset = cut_shape(where.whole, where.cut, axis.size, axis.rank)
             shard = nn.Parameter(torch.empty(shape, dtype=parameter.dtype, device=parameter.device))
-            shard.place, shard.model_parallel = dataclasses.replace(where, offset=offset), True
+            set_place(shard, dataclasses.replace(where, offset=offset))
+            mark_tensor_shard(shard)
             setattr(module, name, shard)
     for module in list(layer.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, Table) and child.weight.place.cut == "vocabulary":
+            if isinstance(child, Table) and place_of(child.weight).cut == "vocabulary":
                 setattr(module, name, _VocabularyTable(child.weight, axis))
                 embeds = True
     return embeds
 
 
 def _join(module: nn.Module, axis: Axis, sequence: bool) -> None:
-    """Hooks where a region begins and ends, and where the head's hidden states meet the cut vocabulary."""
+    """Adds hooks where a region begins and ends, and where the head's hidden states meet the cut vocabulary."""
     enter, leave = (_GatherTokens, _ScatterTokens) if sequence else (_Enter, _Leave)
-    cuts = {name: getattr(getattr(child, "weight", None), "place", None) for name, child in module.named_children()}
-    for name, where in cuts.items():
-        if where is not None and where.cut == "row":
+    for child in module.children():
+        weight = getattr(child, "weight", None)
+        cut = place_of(weight).cut if isinstance(weight, nn.Parameter) else "whole"
+        if cut == "row":
             module.register_forward_pre_hook(lambda _, inputs: (_apply(enter, inputs[0], axis), *inputs[1:]))
-            getattr(module, name).register_forward_hook(lambda _, inputs, output: _apply(leave, output, axis))
-        elif (
-            where is not None
-            and where.cut == "vocabulary"
-            and not isinstance(getattr(module, name), Table | _VocabularyTable)
-        ):
+            child.register_forward_hook(lambda _, inputs, output: _apply(leave, output, axis))
+        elif cut == "vocabulary" and not isinstance(child, Table | _VocabularyTable):
             module.register_forward_hook(lambda _, inputs, output: (_apply(enter, output[0], axis), *output[1:]))
 
 
@@ -119,7 +119,7 @@ class _VocabularyTable(nn.Module):
     def __init__(self, weight: nn.Parameter, axis: Axis):
         super().__init__()
         self.weight, self.axis = weight, axis
-        self.start = weight.place.offset[0]
+        self.start = place_of(weight).offset[0]
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         local = ids - self.start

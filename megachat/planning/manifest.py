@@ -8,10 +8,11 @@ import torch
 
 from megachat.config import Config
 from megachat.model.gpt import ModelOptions, build_layers
-from megachat.model.parameters import Place, placed_parameters
+from megachat.model.parameters import placed_parameters
 from megachat.optim.groups import GROUPS, assign, muon_matrices
 from megachat.optim.partition_plan import Matrix, make_plan
 from megachat.parallel.tensor import cut_shape
+from megachat.place import Place, place_of
 from megachat.planning.dimensions import layer_costs
 from megachat.planning.plan import Plan
 from megachat.planning.zero import zero1_owners
@@ -40,16 +41,16 @@ def ownership(config: Config, plan: Plan) -> list[Ownership]:
     lines: dict[str, Ownership] = {}
     for stage, (first, last) in enumerate(plan.stages):
         parameters = placed_parameters(layers[first:last])
-        groups = assign([parameter.place for parameter in parameters])
+        groups = assign([place_of(parameter) for parameter in parameters])
         matrices = muon_matrices(
-            dict.fromkeys(parameter.place for parameter in parameters), groups, config.optimizer.muon_multiplier
+            dict.fromkeys(place_of(parameter) for parameter in parameters), groups, config.optimizer.muon_multiplier
         )
         multipliers = {matrix.name: matrix.multiplier for matrix in matrices}
         owners, leads = _muon_owners(matrices, plan, stage)
         held = _adamw_owners(
-            [parameter for parameter in parameters if parameter.place.name not in owners], groups, plan, stage
+            [parameter for parameter in parameters if place_of(parameter).name not in owners], groups, plan, stage
         )
-        for where in (parameter.place for parameter in parameters):
+        for where in (place_of(parameter) for parameter in parameters):
             group, before = groups[where.name], lines.get(where.name)
             rate = plan.rates[group.rate] * multipliers.get(where.name, 1.0)
             decay = plan.weight_decay if where.name in owners else group.weight_decay
@@ -84,11 +85,11 @@ def _adamw_owners(parameters: list, groups: Mapping, plan: Plan, stage: int) -> 
     data, tensor = plan.layout.data, plan.layout.tensor
     held: dict[Place, set[int]] = {}
     for group in GROUPS:
-        own = [parameter for parameter in parameters if groups[parameter.place.name] is group]
+        own = [parameter for parameter in parameters if groups[place_of(parameter).name] is group]
         for rank in range(tensor):
-            shapes = [cut_shape(tuple(parameter.shape), parameter.place.cut, tensor, rank)[0] for parameter in own]
+            shapes = [cut_shape(tuple(parameter.shape), place_of(parameter).cut, tensor, rank)[0] for parameter in own]
             for parameter, owners in zip(own, zero1_owners([math.prod(shape) for shape in shapes], data), strict=True):
-                held.setdefault(parameter.place, set()).update(
+                held.setdefault(place_of(parameter), set()).update(
                     (stage * data + owner) * tensor + rank for owner in owners
                 )
     return held

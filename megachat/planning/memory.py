@@ -18,6 +18,7 @@ from megachat.optim.groups import GROUPS, assign
 from megachat.optim.matrix import Matrix
 from megachat.optim.partition_plan import PartitionPlan, make_plan
 from megachat.parallel.tensor import cut_shape
+from megachat.place import place_of
 from megachat.planning.dimensions import MLP_RATIO, Dimensions, fits_fp8, linear_shapes
 from megachat.planning.plan import Plan, resolve
 from megachat.planning.zero import zero1_share
@@ -63,15 +64,17 @@ def memory_of_stages(config: Config, plan: Plan, dtype: torch.dtype, *, on_gpu: 
 def _stage_memory(config: Config, plan: Plan, options: ModelOptions, stage: int, layers, on_gpu: bool) -> Memory:
     data, tensor, dtype = plan.layout.data, plan.layout.tensor, options.compute_dtype
     parameters = placed_parameters(layers)
-    groups = assign([parameter.place for parameter in parameters])
+    groups = assign([place_of(parameter) for parameter in parameters])
     held = {"weights": 0, "masters": 0, "moments": 0, "gradients": 0}
     largest = {"tensor": 0, "group": 0}
     for group in GROUPS:
-        own = [parameter for parameter in parameters if groups[parameter.place.name] is group]
+        own = [parameter for parameter in parameters if groups[place_of(parameter).name] is group]
         if group.optimizer != "adamw" or not own:
             continue
         # the first rank of a tensor axis that does not divide the vocabulary has more of it than the others
-        sizes = [math.prod(cut_shape(tuple(parameter.shape), parameter.place.cut, tensor, 0)[0]) for parameter in own]
+        sizes = [
+            math.prod(cut_shape(tuple(parameter.shape), place_of(parameter).cut, tensor, 0)[0]) for parameter in own
+        ]
         share = zero1_share(sum(sizes), data)
         held["weights"] += own[0].dtype.itemsize * data * share
         held["masters"] += 4 * share
@@ -79,7 +82,7 @@ def _stage_memory(config: Config, plan: Plan, options: ModelOptions, stage: int,
         held["gradients"] += 4 * sum(sizes)
         largest = {"tensor": max(largest["tensor"], *sizes), "group": max(largest["group"], share)}
     places = dict.fromkeys(
-        parameter.place for parameter in parameters if groups[parameter.place.name].optimizer == "muon"
+        place_of(parameter) for parameter in parameters if groups[place_of(parameter).name].optimizer == "muon"
     )
     matrices = [Matrix(where.name, where.whole, where.block, 1.0, where.cut) for where in places]
     partition = make_plan(matrices, data, tensor=tensor)

@@ -17,9 +17,10 @@ from megachat.config import Config
 from megachat.errors import UserError
 from megachat.job.join import start
 from megachat.model.gpt import ModelOptions, build_layers
-from megachat.model.parameters import Place, placed_parameters, starting_value
+from megachat.model.parameters import placed_parameters, starting_value
 from megachat.parallel.engine import adamw_gradients
 from megachat.parallel.rectangles import flat_rectangles
+from megachat.place import Place, place_of
 from megachat.planning.dimensions import Dimensions, up_to_multiple
 from megachat.planning.plan import resolve
 from megachat.train.build import Training, build_training
@@ -105,7 +106,7 @@ def gradient_pieces(training: Training) -> dict:
     for name, whole, rectangles in training.muon.gradient_shards():
         pieces[name] = (tuple(whole), [(offsets, sizes, view.clone()) for offsets, sizes, view in rectangles])
     for parameter, begin, flat in adamw_gradients(training.engine.optimizer):
-        where = parameter.place
+        where = place_of(parameter)
         if where.cut != "whole" or training.mesh.tensor.rank == 0:
             rectangles = flat_rectangles(tuple(parameter.shape), flat.clone(), begin, where.offset or None)
             pieces.setdefault(where.name, (where.whole, []))[1].extend(rectangles)
@@ -148,7 +149,7 @@ def parameter_order(dims: Dimensions) -> list[str]:
     """Names from the first layer to the last; the per-layer scalars where their first layer is."""
     with torch.device("meta"):
         parameters = placed_parameters(build_layers(dims, ModelOptions()))
-    return list(dict.fromkeys(parameter.place.name for parameter in parameters))
+    return list(dict.fromkeys(place_of(parameter).name for parameter in parameters))
 
 
 def related_rows(step: int, rows: int, tokens: int, vocab_size: int) -> torch.Tensor:

@@ -37,6 +37,7 @@ from megachat.parallel.engine import (
 )
 from megachat.parallel.mesh import Mesh
 from megachat.parallel.tensor import apply_tensor, vocabulary_part
+from megachat.place import place_of
 from megachat.planning.plan import Plan
 from megachat.train.compiled import apply_compile
 
@@ -101,13 +102,13 @@ def build_training(
     if kernels.fp8:
         apply_fp8(list(layers), kernels.fp8)
     parameters = placed_parameters(layers)
-    groups = assign([parameter.place for parameter in parameters])
+    groups = assign([place_of(parameter) for parameter in parameters])
     matrices = muon_matrices(
-        dict.fromkeys(parameter.place for parameter in parameters), groups, config.optimizer.muon_multiplier
+        dict.fromkeys(place_of(parameter) for parameter in parameters), groups, config.optimizer.muon_multiplier
     )
     names = {matrix.name for matrix in matrices}
     muon = MuonPartition(
-        {parameter.place.name: parameter for parameter in parameters if parameter.place.name in names},
+        {place_of(parameter).name: parameter for parameter in parameters if place_of(parameter).name in names},
         matrices,
         mesh,
         compute_dtype=dtype,
@@ -152,9 +153,9 @@ def build_stage(
         initialize(layers, config.run.seed)
     with torch.device("meta"):
         whole = placed_parameters(build_layers(plan.dims, model_options(config, dtype)))
-    held = [(where.name, where.block) for where in (parameter.place for parameter in placed_parameters(layers))]
+    held = [(where.name, where.block) for where in (place_of(parameter) for parameter in placed_parameters(layers))]
     held = [entry for stage in all_gather_objects(held, mesh.pipeline) for entry in stage]
-    if sorted(held) != sorted((parameter.place.name, parameter.place.block) for parameter in whole):
+    if sorted(held) != sorted((place_of(parameter).name, place_of(parameter).block) for parameter in whole):
         raise RuntimeError(
             f"the pipeline stages {plan.stages} together are not the model: they hold {len(held)} of its {len(whole)} parameters"
         )
@@ -171,7 +172,7 @@ def awaited(layers: nn.ModuleList, muon: MuonPartition) -> list:
 
         return wait
 
-    return [step for layer in layers for step in (waiting(next(layer.parameters()).place.block), layer)]
+    return [step for layer in layers for step in (waiting(place_of(next(layer.parameters())).block), layer)]
 
 
 def build_run(

@@ -24,6 +24,7 @@ from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.engine import adamw_fragments, adamw_steps
 from megachat.parallel.mesh import Axis
 from megachat.parallel.rectangles import flat_rectangles
+from megachat.place import place_of
 from megachat.planning.dimensions import saved_dimensions
 from megachat.planning.plan import Plan
 from megachat.train.build import Run, Training
@@ -57,7 +58,7 @@ def state_pieces(run: Training, *, replicas: bool = True) -> dict:
     for kind, name, shape, rectangles in run.muon.state_shards():
         pieces["model/" + name if kind == "master" else f"muon/{name}/{kind}"] = (tuple(shape), rectangles)
     for parameter, begin, _, views in adamw_fragments(run.engine.optimizer):
-        where = parameter.place
+        where = place_of(parameter)
         if not replicas and where.cut == "whole" and run.mesh.tensor.rank > 0:
             continue
         for kind, view in views.items():

@@ -26,6 +26,7 @@ from megachat.optim.groups import assign
 from megachat.parallel.engine import Engine, build_evaluation_engine, build_module
 from megachat.parallel.mesh import Mesh
 from megachat.parallel.tensor import vocabulary_part
+from megachat.place import place_of
 from megachat.planning.plan import Layout, Plan, resolve, resolve_dimensions
 from megachat.train.build import build_stage
 
@@ -126,9 +127,9 @@ def build_evaluation_model(saved: SavedModel, plan: Plan, mesh: Mesh) -> Evaluat
     layers = build_stage(saved.config, plan, mesh, dtype, start=False, attend=attention.attend)
     parameters = placed_parameters(layers)
     if dtype == torch.bfloat16:  # as in training, where the matrices' masters are the optimizer's
-        groups = assign([parameter.place for parameter in parameters])
+        groups = assign([place_of(parameter) for parameter in parameters])
         for parameter in parameters:
-            if groups[parameter.place.name].optimizer == "muon":
+            if groups[place_of(parameter).name].optimizer == "muon":
                 parameter.data = parameter.data.to(dtype)
     _load(saved.opened, parameters)
     loss = Loss(
@@ -143,7 +144,7 @@ def _load(opened: Opened, parameters: list[torch.nn.Parameter]) -> None:
     """This rank's part of every weight: by rectangles of our files, from the whole tensors of others, one after the other."""
     pieces: dict[str, tuple] = {}
     for parameter in parameters:
-        where = parameter.place
+        where = place_of(parameter)
         rectangle = (where.offset or (0,) * len(where.whole), tuple(parameter.shape), parameter.data)
         pieces.setdefault(f"model/{where.name}", (where.whole, []))[1].append(rectangle)
     if opened.form == "megachat":

@@ -9,6 +9,7 @@ from megachat.kernels.linear import Linear
 from megachat.kernels.te import TELinears, te_problem
 from megachat.model.gpt import Loss, ModelOptions, build_layers, run_layers
 from megachat.model.parameters import load_whole, placed_parameters, starting_value
+from megachat.place import place_of
 from megachat.planning.dimensions import Dimensions, window_sizes
 
 DEVICE = torch.device("cuda")
@@ -87,7 +88,7 @@ def model(
     of the model, as attend and recompute."""
     layers = build_layers(dims, ModelOptions(torch.bfloat16, **options))
     for parameter in placed_parameters(layers):
-        where = parameter.place
+        where = place_of(parameter)
         start = ("normal", 0.02) if where.start == ("constant", 0.0) and len(where.whole) == 2 else where.start
         start = ("constant", 0.5) if where.name == "smear_lambda" else start
         load_whole(
@@ -116,7 +117,9 @@ def loss_and_gradients(layers, loss, dims: Dimensions, rows: int = 4):
     layers.zero_grad()
     value = loss(run_layers(layers, ids[:, :-1]), ids[:, 1:])
     value.backward()
-    return value.item(), {(p.place.name, p.place.block): p.grad.detach().clone() for p in placed_parameters(layers)}
+    return value.item(), {
+        (place_of(p).name, place_of(p).block): p.grad.detach().clone() for p in placed_parameters(layers)
+    }
 
 
 def most_apart(found: dict, wanted: dict) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from megachat.model.gpt import ModelOptions, build_layers
 from megachat.model.parameters import load_whole, placed_parameters, starting_value
 from megachat.parallel.engine import build_evaluation_engine, build_module, start_collectives
 from megachat.parallel.mesh import build_mesh
+from megachat.place import place_of
 from megachat.planning.plan import resolve
 from megachat.train.build import build_stage
 from tests.harness import run_ranks
@@ -43,7 +44,7 @@ def tokenizer() -> Tokenizer:
 def some_values(layers, *, copying: bool) -> None:
     """Attention and MLP say much, so that an answer hangs on its context; or little, and the head most of all that the last letter comes again."""
     for parameter in placed_parameters(layers):
-        where = parameter.place
+        where = place_of(parameter)
         name = "transformer.wte.weight" if where.name == "lm_head.weight" else where.name
         start = (
             ("constant", 1.0 if "resid" in name else 0.2)

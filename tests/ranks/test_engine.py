@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from megachat.place import place_of
 from megachat.train.step import set_schedules
 from tests.harness import run_ranks
 from tests.oracle import ROWS, TOKENS, train
@@ -17,7 +18,7 @@ def skip_then_go_on(config, poison: str, bad_rank: int):
     take_step(training, random_rows(0, ROWS, TOKENS, SMALL_VOCAB))
     before = whole_state(training)
     if training.mesh.world.rank == bad_rank:
-        parameter = next(p for p in training.layers.parameters() if p.place.name == poison)
+        parameter = next(p for p in training.layers.parameters() if place_of(p).name == poison)
         hook = parameter.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
     scale = training.engine.optimizer.loss_scale
     loss, norm, skipped = take_step(training, random_rows(1, ROWS, TOKENS, SMALL_VOCAB))

@@ -10,6 +10,7 @@ from megachat.model.cache import Cache, cache_bytes
 from megachat.model.gpt import ModelOptions, build_layers, logits, run_layers
 from megachat.model.parameters import load_whole, placed_parameters, starting_value
 from megachat.parallel.tensor import vocabulary_part
+from megachat.place import place_of
 from megachat.planning.plan import resolve
 from tests.harness import run_ranks
 from tests.training import SMALL_VOCAB, build, random_rows, small_config
@@ -27,7 +28,7 @@ SAMPLING = Sampling(temperature=0.9, top_k=20, top_p=0.9, seed=3)
 
 def some_values(layers) -> None:
     for parameter in placed_parameters(layers):
-        where = parameter.place
+        where = place_of(parameter)
         load_whole(parameter, starting_value(where.__class__(where.name, where.whole, 0, ("normal", 0.2)), seed=3))
 
 

@@ -14,6 +14,7 @@ from megachat.evals.engine_model import EngineModel
 from megachat.evals.generation import generate
 from megachat.parallel.engine import Engine, deepspeed_settings, start_collectives
 from megachat.parallel.mesh import build_mesh
+from megachat.place import place_of
 from megachat.planning.plan import resolve
 from megachat.programs.verify import warm_up
 from megachat.train.build import build_stage
@@ -29,7 +30,7 @@ def hooks_of_a_step(config):
     training = build(config, SMALL_VOCAB)
     counts = {}
     for parameter in training.layers.parameters():
-        key = parameter.place.name, parameter.place.block
+        key = place_of(parameter).name, place_of(parameter).block
         counts[key] = 0
 
         def count(_, key=key):
@@ -117,7 +118,7 @@ def order_of_waits(config):
             events, {training.muon.plan.matrices[index].layer for index in bucket.layout.matrices}
         )
     for layer in training.layers:
-        block = next(layer.parameters()).place.block
+        block = place_of(next(layer.parameters())).block
         layer.register_forward_pre_hook(lambda _, inputs, block=block: events.append(("forward", block)))
     rows = random_rows(1, 12, TOKENS, SMALL_VOCAB)[training.mesh.data.rank :: training.mesh.data.size]
     training.engine.evaluate([(rows[:1, :-1], rows[:1, 1:])])

@@ -9,6 +9,7 @@ from megachat.model.parameters import load_whole, placed_parameters, starting_va
 from megachat.parallel import collectives, tensor
 from megachat.parallel.mesh import build_mesh
 from megachat.parallel.tensor import apply_tensor, cut_range, vocabulary_part
+from megachat.place import is_partial_over_tensor, is_tensor_shard, place_of
 from megachat.planning.plan import resolve
 from tests.harness import run_ranks
 from tests.training import SMALL_VOCAB, random_rows, small_config
@@ -22,7 +23,8 @@ def some_values(layers) -> None:
         load_whole(
             parameter,
             starting_value(
-                parameter.place.__class__(parameter.place.name, parameter.place.whole, 0, ("normal", 0.1)), seed=3
+                place_of(parameter).__class__(place_of(parameter).name, place_of(parameter).whole, 0, ("normal", 0.1)),
+                seed=3,
             ),
         )
 
@@ -50,9 +52,9 @@ def cut_model(config, sequence: bool, tokens: int, vocab_size: int):
     value, nats, found = measured(layers, dims, vocabulary_part(dims.padded_vocab, mesh.tensor), rows)
     gradients = []
     for parameter in placed_parameters(layers):
-        if getattr(parameter, "partial_over_tensor", False):
+        if is_partial_over_tensor(parameter):
             collectives.all_reduce(parameter.grad, mesh.tensor)
-        gradients.append((parameter.place, parameter.grad, getattr(parameter, "model_parallel", False)))
+        gradients.append((place_of(parameter), parameter.grad, is_tensor_shard(parameter)))
     return value, nats, found, gradients
 
 
@@ -73,7 +75,7 @@ def test_a_cut_model_has_the_loss_and_every_gradient_of_the_whole_one(tensor_siz
     some_values(whole)
     rows = random_rows(0, 2, 160 // tensor_size * tensor_size + 1, vocab_size)
     wanted = measured(whole, dims, tensor.WHOLE, rows)
-    gradients = {(p.place.name, p.place.block): p.grad for p in placed_parameters(whole)}
+    gradients = {(place_of(p).name, place_of(p).block): p.grad for p in placed_parameters(whole)}
     covered = {key: torch.zeros_like(gradient) for key, gradient in gradients.items()}
     for value, nats, tokens, parts in run_ranks(cut_model, tensor_size, config, sequence, rows.size(1), vocab_size):
         assert value == pytest.approx(wanted[0], rel=1e-6)

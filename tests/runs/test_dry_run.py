@@ -6,6 +6,7 @@ import pytest
 
 from megachat.optim.groups import assign
 from megachat.parallel.engine import adamw_fragments
+from megachat.place import place_of
 from megachat.planning.manifest import ownership
 from megachat.planning.plan import resolve
 from megachat.train.step import set_schedules
@@ -71,17 +72,20 @@ def held(config):
     set_schedules(training, 5)  # after the warm-up and before the decay the multiplier is 1
     zero = training.engine.optimizer
     groups = {
-        parameter.place.name: group
+        place_of(parameter).name: group
         for group, flat in zip(zero.param_groups, zero.bit16_groups, strict=True)
         for parameter in flat
     }
     mine = {
-        parameter.place.name: (groups[parameter.place.name]["lr"], groups[parameter.place.name]["weight_decay"])
+        place_of(parameter).name: (
+            groups[place_of(parameter).name]["lr"],
+            groups[place_of(parameter).name]["weight_decay"],
+        )
         for parameter, _, _, _ in adamw_fragments(zero)
     }
     moments = {name for kind, name, _, pieces in training.muon.state_shards() if kind == "second_moment" and pieces}
     masters = {name for kind, name, _, pieces in training.muon.state_shards() if kind == "master" and pieces}
-    return mine, masters, moments, assign(p.place for p in training.layers.parameters())
+    return mine, masters, moments, assign(place_of(p) for p in training.layers.parameters())
 
 
 @pytest.mark.parametrize(

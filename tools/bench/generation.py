@@ -7,6 +7,7 @@ from megachat.evals.generation import LocalModel, generate
 from megachat.model.cache import cache_bytes
 from megachat.model.gpt import ModelOptions, build_layers, last_logits, run_layers
 from megachat.model.parameters import load_whole, placed_parameters, starting_value
+from megachat.place import place_of
 from megachat.planning.dimensions import Dimensions
 from megachat.planning.plan import resolve_dimensions
 from megachat.programs.verify import related_rows
@@ -19,7 +20,7 @@ def random_model(dims: Dimensions) -> LocalModel:
     """Weights of which none is zero, so that texts differ."""
     layers = build_layers(dims, ModelOptions()).requires_grad_(False)
     for parameter in placed_parameters(layers):
-        where = parameter.place
+        where = place_of(parameter)
         load_whole(parameter, starting_value(where.__class__(where.name, where.whole, 0, ("normal", 0.1)), seed=1))
     return LocalModel(layers, dims)
 

@@ -19,6 +19,7 @@ from megachat.optim.partition import MuonPartition
 from megachat.parallel.collectives import all_gather, all_to_all, reduce_scatter
 from megachat.parallel.engine import quiet_output, start_collectives
 from megachat.parallel.mesh import Mesh, build_mesh
+from megachat.place import place_of
 from megachat.planning.plan import resolve_dimensions
 
 MEASURED = (6, 42)  # depth, width a block
@@ -31,7 +32,7 @@ def model_matrices(depth: int, aspect_ratio: int) -> list[Matrix]:
     config = Config.model_validate({"model": {"depth": depth, "aspect_ratio": aspect_ratio}})
     with torch.device("meta"):
         parameters = placed_parameters(build_layers(resolve_dimensions(config, 65536), ModelOptions()))
-    places = list(dict.fromkeys(parameter.place for parameter in parameters))
+    places = list(dict.fromkeys(place_of(parameter) for parameter in parameters))
     return muon_matrices(places, assign(places), "rows_over_cols")
 
 

@@ -8,6 +8,7 @@ from megachat.evals.generation import LocalModel, generate
 from megachat.evals.sampling import GREEDY, Sampling, choose_token
 from megachat.model.gpt import ModelOptions, build_layers, logits, run_layers
 from megachat.model.parameters import load_whole, placed_parameters, starting_value
+from megachat.place import place_of
 from megachat.planning.dimensions import Dimensions
 
 DIMS = Dimensions(3, 64, 4, 2, 16, 48, 97, (6, 48, 48))
@@ -19,7 +20,7 @@ SAMPLED = Sampling(1.1, top_k=40, top_p=0.95, seed=2)
 def model():
     layers = build_layers(DIMS, ModelOptions()).requires_grad_(False)
     for parameter in placed_parameters(layers):
-        where = parameter.place
+        where = place_of(parameter)
         load_whole(parameter, starting_value(where.__class__(where.name, where.whole, 0, ("normal", 0.25)), seed=4))
     return LocalModel(layers, DIMS)
 

@@ -5,6 +5,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megachat.kernels.attention import attention
 from megachat.kernels.attention_windowed import TILE, windowed_attention
 from megachat.model.gpt import Loss, ModelOptions, build_layers, run_layers
+from megachat.place import place_of
 from megachat.planning.plan import resolve
 from tests.training import small_config
 
@@ -81,7 +82,7 @@ def test_the_model_with_it_has_the_same_loss_and_gradients():
                 torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(parameter.numel()))
         loss = Loss(dims, torch.ones(97))(run_layers(layers, rows[:, :-1]), rows[:, 1:])
         loss.backward()
-        told.append((loss.item(), {parameter.place: parameter.grad for parameter in layers.parameters()}))
+        told.append((loss.item(), {place_of(parameter): parameter.grad for parameter in layers.parameters()}))
     (loss, gradients), (wanted, others) = told
     assert loss == pytest.approx(wanted, rel=1e-6)
     scalars = max(

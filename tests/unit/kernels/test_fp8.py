@@ -13,6 +13,7 @@ from megachat.kernels.fp8 import HEADS, PRODUCTS, block_rounded, quantized
 from megachat.kernels.fp8_backends import Fp8Choice, apply_fp8, choose_fp8, describe_fp8, head_products
 from megachat.model.gpt import Loss, ModelOptions, build_layers, logits, run_layers
 from megachat.model.parameters import load_whole, placed_parameters, starting_value
+from megachat.place import place_of
 from megachat.planning.dimensions import Dimensions, window_sizes
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -156,7 +157,7 @@ def test_the_head_in_chunks_has_the_recipes_loss_and_gradients(recipe, monkeypat
 def tiny_model(recipe=None):
     layers = build_layers(DIMS, ModelOptions(torch.bfloat16))
     for parameter in placed_parameters(layers):
-        where = parameter.place
+        where = place_of(parameter)
         start = ("normal", 0.05) if len(where.whole) == 2 else where.start
         load_whole(parameter, starting_value(where.__class__(where.name, where.whole, 0, start), seed=3))
     choice = Fp8Choice(recipe, "torch", "") if recipe else None
@@ -171,7 +172,9 @@ def loss_and_gradients_then_evaluation(layers, loss):
     ids = torch.randint(0, 128, (2, 65), generator=torch.Generator().manual_seed(4))
     value = loss(run_layers(layers, ids[:, :-1]), ids[:, 1:])
     value.backward()
-    gradients = {(p.place.name, p.place.block): p.grad.float() for p in placed_parameters(layers) if p.ndim == 2}
+    gradients = {
+        (place_of(p).name, place_of(p).block): p.grad.float() for p in placed_parameters(layers) if p.ndim == 2
+    }
     layers.eval(), loss.eval()
     with torch.no_grad():
         output = run_layers(layers, ids[:1, :37])

@@ -8,6 +8,7 @@ import torch
 from megachat.model.cache import Cache, cache_bytes, set_past
 from megachat.model.gpt import ModelOptions, build_layers, logits, run_layers
 from megachat.model.parameters import load_whole, placed_parameters, starting_value
+from megachat.place import place_of
 from megachat.planning.dimensions import Dimensions
 
 DIMS = Dimensions(4, 64, 4, 2, 16, 64, 97, (7, 20, 64, 64))  # two windows much shorter than the texts, and shared heads
@@ -18,7 +19,7 @@ LENGTHS = [1, 3, 40, 64, 17, 9]
 def layers():
     built = build_layers(DIMS, ModelOptions())
     for parameter in placed_parameters(built):  # none is zero, smear's among them
-        where = parameter.place
+        where = place_of(parameter)
         load_whole(parameter, starting_value(where.__class__(where.name, where.whole, 0, ("normal", 0.3)), seed=3))
     return built.requires_grad_(False)
 

@@ -6,6 +6,7 @@ import torch
 
 from megachat.model.gpt import Loss, ModelOptions, build_layers, logits, run_layers
 from megachat.model.parameters import load_whole, placed_parameters, starting_value
+from megachat.place import place_of
 from megachat.planning.dimensions import Dimensions, parameter_counts, window_sizes
 from tests import reference
 
@@ -19,9 +20,9 @@ def test_loss_logits_and_gradient_norms_are_nanochats():
     dims = Dimensions(4, 128, 4, 4, 32, 512, 1024, window_sizes("SSSL", 4, 512))
     layers = build_layers(dims, ModelOptions())
     parameters, weights, expected = placed_parameters(layers), reference.weights(), reference.expected()
-    assert {parameter.place.name for parameter in parameters} == set(weights)
+    assert {place_of(parameter).name for parameter in parameters} == set(weights)
     for parameter in parameters:
-        load_whole(parameter, weights[parameter.place.name])
+        load_whole(parameter, weights[place_of(parameter).name])
     rows = reference.rows(20)
     output = run_layers(layers, rows[:, :-1])
     loss = Loss(dims, torch.ones(1024))(output, rows[:, 1:])
@@ -32,8 +33,8 @@ def test_loss_logits_and_gradient_norms_are_nanochats():
     assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
     squares: dict[str, float] = {}
     for parameter in parameters:
-        squares[parameter.place.name] = (
-            squares.get(parameter.place.name, 0.0) + parameter.grad.double().square().sum().item()
+        squares[place_of(parameter).name] = (
+            squares.get(place_of(parameter).name, 0.0) + parameter.grad.double().square().sum().item()
         )
     for name, norm in expected["grad_norms_batch20"].items():
         assert squares[name] ** 0.5 == pytest.approx(norm, rel=1e-5), name
@@ -106,9 +107,9 @@ def test_gqa_windows_and_odd_vocabulary_follow_the_formulas(rotary):
     generator = torch.Generator().manual_seed(1)
     weights: dict[str, torch.Tensor] = {}
     for parameter in placed_parameters(layers):  # starting values have zeros that would hide parts of the formulas
-        name = parameter.place.name
+        name = place_of(parameter).name
         if name not in weights:
-            weights[name] = torch.randn(parameter.place.whole, generator=generator, dtype=torch.float64) * 0.3
+            weights[name] = torch.randn(place_of(parameter).whole, generator=generator, dtype=torch.float64) * 0.3
         load_whole(parameter, weights[name])
     ids = torch.randint(0, dims.vocab_size, (2, 200), generator=generator)
     found = logits(run_layers(layers, ids), dims).double()  # float32 from the soft cap on
@@ -120,18 +121,18 @@ def test_starting_values_depend_on_seed_and_name_only():
     layers = build_layers(dims, ModelOptions(), seed=3)
     parameters = placed_parameters(layers)
     for parameter in parameters:
-        whole = starting_value(parameter.place, 3) if parameter.place.start[0] != "constant" else None
+        whole = starting_value(place_of(parameter), 3) if place_of(parameter).start[0] != "constant" else None
         if whole is not None:
-            assert torch.equal(parameter, whole), parameter.place.name
-    by_name = {parameter.place.name: parameter for parameter in parameters}
+            assert torch.equal(parameter, whole), place_of(parameter).name
+    by_name = {place_of(parameter).name: parameter for parameter in parameters}
     assert by_name["transformer.wte.weight"].std().item() == pytest.approx(0.8, rel=0.05)
     assert by_name["lm_head.weight"].std().item() == pytest.approx(0.001, rel=0.05)
     assert by_name["transformer.h.0.mlp.c_fc.weight"].abs().max().item() <= 0.4 * (3 / dims.width) ** 0.5
     assert not by_name["transformer.h.1.attn.c_proj.weight"].any()
-    lambdas = [parameter.item() for parameter in parameters if parameter.place.name == "resid_lambdas"]
+    lambdas = [parameter.item() for parameter in parameters if place_of(parameter).name == "resid_lambdas"]
     assert lambdas == pytest.approx([1.15 - 0.10 * i / 4 for i in range(5)])
     other = placed_parameters(build_layers(dims, ModelOptions(), seed=4))
-    assert not torch.equal(by_name["lm_head.weight"], next(p for p in other if p.place.name == "lm_head.weight"))
+    assert not torch.equal(by_name["lm_head.weight"], next(p for p in other if place_of(p).name == "lm_head.weight"))
 
 
 @pytest.mark.parametrize("dims", [small(), small(depth=4, kv_heads=4, vocab=128), small(depth=1, heads=2, kv_heads=1)])
@@ -139,8 +140,8 @@ def test_counts_are_the_built_models(dims):
     parameters = placed_parameters(build_layers(dims, ModelOptions()))
     counts = parameter_counts(dims)
     assert counts["total"] == sum(parameter.numel() for parameter in parameters)
-    assert counts["matrices"] == sum(p.numel() for p in parameters if p.place.name.startswith("transformer.h."))
-    assert counts["value_embeds"] == sum(p.numel() for p in parameters if p.place.name.startswith("value_embeds."))
+    assert counts["matrices"] == sum(p.numel() for p in parameters if place_of(p).name.startswith("transformer.h."))
+    assert counts["value_embeds"] == sum(p.numel() for p in parameters if place_of(p).name.startswith("value_embeds."))
 
 
 def test_targets_of_minus_one_and_tokens_without_bytes_do_not_count():

@@ -6,6 +6,7 @@ from megachat.errors import UserError
 from megachat.model.gpt import ModelOptions, build_layers
 from megachat.model.parameters import placed_parameters
 from megachat.optim.groups import GROUPS, Group, assign, rate_multipliers
+from megachat.place import place_of
 from megachat.planning.dimensions import Dimensions, window_sizes
 
 DIMS = Dimensions(4, 64, 4, 2, 16, 32, 100, window_sizes("SL", 4, 32))
@@ -16,7 +17,7 @@ def where(name, whole=(4, 4), cut="whole"):
 
 
 def test_every_parameter_has_one_group_and_every_matrix_is_on_muon():
-    places = [parameter.place for parameter in placed_parameters(build_layers(DIMS, ModelOptions()))]
+    places = [place_of(parameter) for parameter in placed_parameters(build_layers(DIMS, ModelOptions()))]
     assigned = assign(places)
     assert set(assigned) == {place.name for place in places}
     on_muon = {name for name, group in assigned.items() if group.optimizer == "muon"}

@@ -4,6 +4,7 @@ import pytest
 
 from megachat.config import Config
 from megachat.errors import UserError
+from megachat.place import place_of
 from megachat.planning.dimensions import flops_per_token, layer_costs, linear_shapes, parameter_counts
 from megachat.planning.plan import bubble_share, resolve, resolve_dimensions, resolve_stages
 
@@ -193,7 +194,7 @@ def test_the_shapes_of_linears_are_the_models(tensor):
     block = build_layers(dims, ModelOptions())[2]
     for name, (rows, columns) in linear_shapes(dims, tensor).items():
         weight = block.get_submodule(name).weight
-        row_cut = weight.place.cut == "row"
+        row_cut = place_of(weight).cut == "row"
         assert (rows, columns) == (
             weight.size(0) // (1 if row_cut else tensor),
             weight.size(1) // (tensor if row_cut else 1),

@@ -1,0 +1,65 @@
+"""The identity of a parameter, and the only access to what is attached to parameters: layers below and beside the model read it here."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+_PLACE = "place"
+_IS_SHARD = "model_parallel"  # DeepSpeed reads an attribute of this name
+_IS_PARTIAL = "partial_over_tensor"
+Cut = Literal["column", "row", "vocabulary", "feature", "whole"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Identifies a parameter, the same on every layout.
+
+    name: nanochat's checkpoint name. whole: shape of the tensor with that name. offset: where this parameter starts in it (per-layer scalars
+    are one element each). block: index of the block that the parameter belongs to, -1 before the blocks, depth after them.
+    cut: how the tensor axis may divide it. Matrices are cut by "column" (output features, dim 0) or "row" (input features, dim 1), tables by
+    "vocabulary" (dim 0) or "feature" (dim 1, by key/value head); "whole" is never cut.
+    start: the initial value, ("normal", std), ("uniform", low, high) or ("constant", value).
+    """
+
+    name: str
+    whole: tuple[int, ...]
+    block: int
+    start: tuple
+    cut: Cut = "whole"
+    offset: tuple[int, ...] = ()
+
+
+def set_place(parameter: nn.Parameter, place: Place) -> None:
+    """Attaches the identity to the parameter."""
+    setattr(parameter, _PLACE, place)
+
+
+def has_place(parameter: nn.Parameter) -> bool:
+    """Returns whether the parameter has an identity."""
+    return hasattr(parameter, _PLACE)
+
+
+def place_of(parameter: nn.Parameter) -> Place:
+    """Returns the parameter's identity. Raises AttributeError if it has none."""
+    return getattr(parameter, _PLACE)
+
+
+def mark_tensor_shard(parameter: nn.Parameter) -> None:
+    """Marks a parameter of which each rank of the tensor axis holds another shard: every rank's gradient counts in the norm."""
+    setattr(parameter, _IS_SHARD, True)
+
+
+def is_tensor_shard(parameter: nn.Parameter) -> bool:
+    """Returns whether each rank of the tensor axis holds another shard of the parameter."""
+    return getattr(parameter, _IS_SHARD, False)
+
+
+def mark_partial_over_tensor(parameter: nn.Parameter) -> None:
+    """Marks a replicated parameter that sees this tensor rank's tokens only: its gradients must be summed over the tensor axis."""
+    setattr(parameter, _IS_PARTIAL, True)
+
+
+def is_partial_over_tensor(parameter: nn.Parameter) -> bool:
+    """Returns whether the parameter's gradients must be summed over the tensor axis."""
+    return getattr(parameter, _IS_PARTIAL, False)
