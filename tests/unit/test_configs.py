@@ -1,6 +1,5 @@
-"""Every file in configs/: what its line in configs/README.md says of it, what --dry-run says, and that it fits the GPU it is made for."""
+"""Every config and every `--set` variant in configs/README.md: the numbers of the table, the dry run, the memory."""
 
-import json
 import re
 import subprocess
 import sys
@@ -17,83 +16,90 @@ from tests.runs.job import ROOT, environment
 FOLDER = ROOT / "configs"
 GPU_GB = 80
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
-# name -> (ranks that it is made for, "GPU" or "CPU", rows x micro-batches, GB), as the table has them
-LINE = r"^\| \[(\w+)\]\(\1\.json\) \| (\d+) (GPU|CPU)s? \| ([\d x]+) \| [\d,]+ \| [\d,]+ \| (\d+|-) \|$"
-TABLE = {name: (int(ranks), *rest) for name, ranks, *rest in re.findall(LINE, (FOLDER / "README.md").read_text(), re.M)}
-GPU_NAMES = [name for name in NAMES if TABLE.get(name, (0, ""))[1] == "GPU"]
+# The columns of the table: name, options, devices, "GPU" or "CPU", rows x micro-batches, tokens per step, steps, GB
+LINE = (
+    r"^\| \[(\w+)\]\(\1\.json\) \| (?:`(.+)` )?\| (\d+) (GPU|CPU)s? \| ([\d x]+) \| ([\d,]+) \| ([\d,]+) \| (\d+|-) \|$"
+)
+TABLE = re.findall(LINE, (FOLDER / "README.md").read_text(), re.M)
+GPU_TABLE = [line for line in TABLE if line[3] == "GPU"]
 
 
-def config_of(name: str) -> Config:
-    """Where a tokenizer would tell the vocabulary, the tests do."""
-    config = load_config(FOLDER / f"{name}.json")
-    return (
-        config
-        if config.model.vocab_size
-        else config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 4096})})
-    )
+def line_id(line: tuple) -> str:
+    return " ".join((line[0], *settings_of(line[1])))
 
 
-def test_the_table_has_every_config():
-    assert sorted(TABLE) == NAMES
-    wanted = {
-        f"{base}{axis}"
-        for base in ("d12", "d20", "d24", "d24_fp8", "d26_fp8", "d32_fp8")
-        for axis in ("", "_tp2", "_pp2")
-    }
-    assert wanted - {"d26_fp8_tp2"} <= set(GPU_NAMES), "13 heads are not divided by 2"
+def settings_of(options: str) -> list[str]:
+    """The settings in `--set A=1 --set B=2`."""
+    words = options.split()
+    assert words[::2] == ["--set"] * (len(words) // 2)
+    return words[1::2]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_dry_run_on_the_ranks_it_is_made_for(name):
-    ranks, kind, shape, _ = TABLE[name]
-    config = config_of(name)
-    told = describe_job(config, ranks, GPU_GB if kind == "GPU" else None)
-    assert "memory by the count" in told and "WARNING" not in told
-    plan = resolve(config, ranks, config.model.vocab_size)
+def config_of(name: str, options: str) -> Config:
+    """Loads a config as a command line does; a config whose vocabulary comes from a tokenizer gets 4,096 tokens."""
+    config = load_config(FOLDER / f"{name}.json", settings_of(options))
+    if config.model.vocab_size:
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 4096})})
+
+
+def test_the_table_has_every_config_and_variant():
+    assert {line[0] for line in TABLE} == set(NAMES) and len({line[:3] for line in TABLE}) == len(TABLE)
+    assert sorted(line[0] for line in TABLE if not line[1]) == NAMES
+    axes = {(line[0], axis) for line in GPU_TABLE for axis in re.findall(r"parallel\.(\w+)=2", line[1])}
+    names = {line[0] for line in GPU_TABLE}
+    assert {"d12", "d20", "d24", "d24_fp8", "d26_fp8", "d32_fp8"} == names
+    expected = {(name, axis) for name in names for axis in ("tensor", "pipeline")}
+    assert axes == expected - {("d26_fp8", "tensor")}, "2 does not divide the 13 heads of d26"
+    assert ("d32_fp8", "--set parallel.tensor=2 --set parallel.pipeline=2", "16") in {line[:3] for line in TABLE}
+
+
+@pytest.mark.parametrize("line", TABLE, ids=line_id)
+def test_a_dry_run_on_the_documented_devices(line):
+    name, options, devices, kind, shape, tokens, steps, _ = line
+    config = config_of(name, options)
+    text = describe_job(config, int(devices), GPU_GB if kind == "GPU" else None)
+    assert "memory" in text and "WARNING" not in text
+    plan = resolve(config, int(devices), config.model.vocab_size)
     assert f"{plan.micro_rows} x {plan.accumulation}" == shape
-    assert f"accumulation = {plan.accumulation}   [" in told
+    assert (f"{plan.tokens_per_step:,}", f"{plan.steps:,}") == (tokens, steps)
+    assert f"accumulation = {plan.accumulation}   [" in text
 
 
-@pytest.mark.parametrize("name", GPU_NAMES)
-def test_it_fits_one_gpu_and_keeps_its_pipeline_busy(name):
-    config, (ranks, _, _, told_gb) = config_of(name), TABLE[name]
-    plan = resolve(config, ranks, config.model.vocab_size)
+@pytest.mark.parametrize("line", GPU_TABLE, ids=line_id)
+def test_it_fits_one_gpu_and_keeps_its_pipeline_busy(line):
+    name, options, devices, _, _, _, _, documented_gb = line
+    config = config_of(name, options)
+    plan = resolve(config, int(devices), config.model.vocab_size)
     total = max(stage.total for stage in memory_of_stages(config, plan, torch.bfloat16))
-    assert total <= FILLS * GPU_GB * 1e9 and f"{total / 1e9:.0f}" == told_gb
+    assert total <= FILLS * GPU_GB * 1e9 and f"{total / 1e9:.0f}" == documented_gb
     assert plan.bubble < 0.2
     assert (config.precision.fp8 != "off") == ("fp8" in name)
     assert config.model.sequence_len == 2048 and config.model.head_size == 128 and config.model.vocab_size == 32768
 
 
-@pytest.mark.parametrize("name", [name for name in GPU_NAMES if re.search("_(tp|pp)2", name)])
-def test_a_variant_is_its_base_on_another_layout(name):
-    base = re.sub("_(tp|pp)2", "", name)
-    own, other = (json.loads((FOLDER / f"{file}.json").read_text()) for file in (name, base))
-    axes = own.pop("parallel")
-    assert axes == {axis: 2 for short, axis in (("_tp2", "tensor"), ("_pp2", "pipeline")) if short in name}
-    for settings in (own, other):
-        settings["batch"] = {}  # rows a micro-batch may be others; tokens a step are the plan's
-    assert own == other
+@pytest.mark.parametrize("line", [line for line in GPU_TABLE if line[1]], ids=line_id)
+def test_a_variant_changes_only_the_layout_and_the_rows_per_micro_batch(line):
+    keys = [setting.partition("=")[0] for setting in settings_of(line[1])]
+    assert set(keys) <= {"parallel.tensor", "parallel.pipeline", "batch.micro_rows"}
+    base = resolve(config_of(line[0], ""), 8, 32768)
+    variant = resolve(config_of(*line[:2]), int(line[2]), 32768)
+    assert (variant.tokens_per_step, variant.steps) == (base.tokens_per_step, base.steps)
 
 
-def test_the_readmes_config_through_the_program_itself():
-    """Without data, tokenizer or CORE's bundle being there."""
-    line = [
-        sys.executable,
-        "launch/pretrain.py",
-        "--config",
-        "configs/d24_fp8.json",
-        "--dry-run",
-        "--world",
-        "8",
-        "--memory-gb",
-        "24",
-    ]
-    done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+def test_the_config_of_the_readme_in_a_dry_run():
+    """The program needs neither data, nor a tokenizer, nor the CORE bundle for it."""
+    options = ["--config", "configs/d24_fp8.json", "--dry-run", "--world", "8", "--memory-gb", "24"]
+    done = subprocess.run(
+        [sys.executable, "launch/pretrain.py", *options],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert "layout = data 8 x tensor 1 x pipeline 1" in done.stdout and "tokens_per_step = 1,048,576" in done.stdout
-    assert re.search(
-        r"WARNING: this run needs [\d.]+ GB on a rank by the count, and the device has 24\.0 GB: .*: set batch\.micro_rows=",
-        done.stdout,
-    )
+    (warning,) = (line for line in done.stdout.splitlines() if line.startswith("WARNING: "))
+    assert re.search(r"[\d.]+ GB .*24\.0 GB", warning) and "set batch.micro_rows=" in warning
     assert not (ROOT / "data" / "eval_bundle.zip").exists() or "CORE bundle" in done.stdout
