@@ -12,7 +12,7 @@ PROGRAMS = sorted([*(ROOT / "launch").glob("*.py"), *(ROOT / "tools").glob("*.py
 # From the bottom of the house to its top. A module imports from its own entry and from entries above it in this table. planning describes both
 # the least (dimensions) and the whole (memory, manifest), so its modules have entries of their own.
 LEVELS = (
-    ("errors", "files", "place"),
+    ("errors", "files", "text", "place"),
     ("planning.dimensions", "planning.zero"),
     ("config", "schedule", "device"),
     ("planning.plan",),

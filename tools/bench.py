@@ -19,7 +19,7 @@ from megachat.config import load_config  # noqa: E402
 from megachat.device import this_device  # noqa: E402
 from megachat.errors import UserError, user_errors_end_the_program  # noqa: E402
 from megachat.job.launch import bootstrap_environment, choose_device, describe_environment, free_port  # noqa: E402
-from megachat.job.local_ranks import run_ranks, set_options  # noqa: E402
+from megachat.job.local_ranks import run_with_torchrun, set_options  # noqa: E402
 from tools.bench.gpu import bench_gpu  # noqa: E402
 
 
@@ -228,7 +228,7 @@ def bench_checkpoint(arguments) -> dict:
             str(arguments.vocab_size),
         ]
         program += ["--rounds", str(arguments.rounds), "--folder", folder, *set_options(arguments.set)]
-        told = run_ranks("the ranks", arguments.ranks, program)
+        told = run_with_torchrun("the ranks", arguments.ranks, program)
     return {"what": "seconds of saving and loading, of the slowest rank"} | json.loads(told.strip().splitlines()[-1])
 
 

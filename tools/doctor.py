@@ -19,6 +19,7 @@ from megachat.doctor.installed import installed  # noqa: E402
 from megachat.doctor.traps import traps  # noqa: E402
 from megachat.errors import UserError, summary, user_errors_end_the_program  # noqa: E402
 from megachat.job.hosts import parse_hostfile  # noqa: E402
+from megachat.text import text_table  # noqa: E402
 
 _VOCAB = 32768  # where the config leaves it to a tokenizer
 _ATTENTION = ("te", "flash3", "flash4", "flash2", "flex", "windowed", "sdpa")
@@ -133,10 +134,9 @@ def described(found: dict) -> str:
         | packages
         | {name: "there" for name in modules if modules[name]}
     )
-    width = max(map(len, rows))
     lines = [
         "installed",
-        *(f"  {name.ljust(width)}  {_shown(name, value)}" for name, value in rows.items()),
+        *(f"  {line}" for line in text_table([(name, _shown(name, value)) for name, value in rows.items()])),
         "",
         "a run here would take",
     ]

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from megachat.errors import UserError
 from megachat.job.hosts import Host, last_json, remote_line, run_on
+from megachat.text import text_table
 
 SLOW = 0.9  # of the median
 _EXAMINE_S, _MEASURE_S = 180, 300
@@ -144,7 +145,7 @@ def described(found: dict, slots: Mapping[str, int]) -> str:
                 traps,
             )
         )
-    lines = [*table(rows), f"(* below {SLOW} of the median of all)"]
+    lines = [*text_table(rows), f"(* below {SLOW} of the median of all)"]
     same = next(iter(reports.values()), None)
     if same and len(reports) > 1:
         alike = [f"{name} {value}" for name, value in shown_facts(same["facts"]).items() if name not in found["unlike"]]
@@ -168,7 +169,7 @@ def described(found: dict, slots: Mapping[str, int]) -> str:
                     ),
                 )
             )
-        lines += table(grid)
+        lines += text_table(grid)
     for name, report in reports.items():
         lines += [
             f"trap on {name}: {trap['name']}: {trap['what']}\n    repair there: {trap['repair']}"
@@ -194,12 +195,6 @@ def is_healthy(found: dict) -> bool:
         or any(found["slow"].values())
         or any(report["traps"] for report in found["hosts"].values())
     )
-
-
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines with columns of equal width."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _marked(text: str, marked: bool) -> str:

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # works from a clo
 
 from megachat.device import collective_backend, synchronize  # noqa: E402
 from megachat.errors import user_errors_end_the_program  # noqa: E402
-from megachat.job.agreement import gathered  # noqa: E402
+from megachat.job.agreement import meet_ranks  # noqa: E402
 from megachat.job.launch import bootstrap_environment, choose_device  # noqa: E402
 
 _SIDE = {"cuda": 8192, "cpu": 1024}
@@ -102,7 +102,7 @@ def main() -> None:
     }
     told = [own]
     if environment.world_size > 1:
-        with gathered(environment, {}, _GATHER_S), contextlib.redirect_stdout(sys.stderr):
+        with meet_ranks(environment, {}, _GATHER_S), contextlib.redirect_stdout(sys.stderr):
             dist.init_process_group(collective_backend(device), timeout=timedelta(seconds=2 * _GATHER_S))
         own["pairs"] = pair_rates(device)
         told = [None] * environment.world_size

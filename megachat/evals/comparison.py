@@ -16,6 +16,7 @@ from megachat.evals.uncertainty import (
     judge_against,
     score_tasks,
 )
+from megachat.text import text_table
 
 Side = Sequence[tuple[Path, dict]]  # (JSON file, what load_results gives) of each run
 
@@ -126,17 +127,7 @@ def comparison_lines(told: dict) -> list[str]:
                 "" if task["paired"] else "other examples",
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            [
-                row[0].ljust(widths[0]),
-                *(cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:], strict=False)),
-                row[-1],
-            ]
-        )
-        for row in rows
-    ]
+    lines = text_table(rows, right=range(1, 5))
     deviation = told["deviation"]
     what = "CORE" if told["is_core"] else f"mean of {len(told['tasks'])} tasks, which is not CORE"
     counts = " against ".join(f"{len(side)} run{'s' * (len(side) > 1)}" for side in told["runs"])

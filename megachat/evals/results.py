@@ -9,6 +9,7 @@ from megachat.errors import UserError
 from megachat.evals.core_bundle import CORE_TASKS, Bundle, Task
 from megachat.evals.uncertainty import Estimate, estimate, judge_against, score_tasks
 from megachat.files import write_whole
+from megachat.text import text_table
 
 FORMAT = "megachat-evaluation-1"
 FOLDER = "evaluations"
@@ -116,14 +117,7 @@ def core_table(section: dict) -> list[str]:
                 f"{task['deviation']:.4f}",
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    ]
-    return [*lines, *core_lines(section)]
+    return [*text_table(rows, right=range(1, 5)), *core_lines(section)]
 
 
 def core_lines(section: dict) -> list[str]:

@@ -29,8 +29,8 @@ _KINDS = {
 
 
 @contextlib.contextmanager
-def gathered(environment: LaunchEnvironment, own: dict[str, dict[str, str]], rendezvous_s: float) -> Iterator[None]:
-    """All ranks are here and alike; inside, torch.distributed is to be initialised. own: from `facts`.
+def meet_ranks(environment: LaunchEnvironment, own: dict[str, dict[str, str]], rendezvous_s: float) -> Iterator[None]:
+    """All ranks are here and alike; inside, torch.distributed is to be initialised. own: from `rank_facts`.
 
     Raises UserError naming a rank that is absent or unlike.
     """
@@ -43,7 +43,7 @@ def gathered(environment: LaunchEnvironment, own: dict[str, dict[str, str]], ren
         del meeting  # with rank 0's hold on the port, which torch's own store has by now
 
 
-def facts(
+def rank_facts(
     config: Config, tokenizer: Tokenizer, data: DataSummary | None, root: Path = _ROOT, **others: dict[str, str]
 ) -> dict[str, dict[str, str]]:
     """What this rank has: kind -> name -> hash or version, for `disagreement`. others: of further kinds."""

@@ -20,7 +20,7 @@ RUNNING_NAME, CRASHES_NAME = "running", "crashes.json"
 MOST_CRASHES = 3  # in a row, at one step
 
 
-class Attempts:
+class CrashGuard:
     """The record of one run folder, kept by the one rank that writes; on others every call does nothing."""
 
     def __init__(self, folder: Path, writes: bool):
@@ -30,7 +30,7 @@ class Attempts:
     def begin(self, step: int, *, forget: bool = False) -> None:
         """The job goes on from `step`. forget: earlier crashes do not count, because the user chose where to go on.
 
-        Raises UserError when the last attempts all crashed at one step.
+        Raises UserError when the last guard all crashed at one step.
         """
         if not self._writes:
             return
@@ -47,9 +47,9 @@ class Attempts:
                 f"the log and at metrics.jsonl there, mend the cause, and go on with --resume and a checkpoint's path, or remove {CRASHES_NAME} there"
             )
         self._file = os.open(self._folder / RUNNING_NAME, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        self.at(step)
+        self.record_step(step)
 
-    def at(self, step: int) -> None:
+    def record_step(self, step: int) -> None:
         """The job is in `step` now. Raises UserError when the run folder has gone."""
         if self._file is not None:
             os.pwrite(self._file, b"%012d\n" % step, 0)
@@ -92,14 +92,14 @@ class Attempts:
 
 
 @contextlib.contextmanager
-def counted_attempt(folder: Path, step: int, world: Axis, *, forget: bool) -> Iterator[Attempts]:
+def guard_crashes(folder: Path, step: int, world: Axis, *, forget: bool) -> Iterator[CrashGuard]:
     """The record of a job that goes on from `step` in the run folder; all ranks enter together. What leaves the block with anything but a
-    mistake that is told, or a storage that failed, is a crash. Raises UserError on all ranks as `Attempts.begin` does."""
-    attempts = Attempts(folder, writes=world.rank == 0)
-    together(lambda: attempts.begin(step, forget=forget), world, lambda text: text.partition(": ")[2])
+    mistake that is told, or a storage that failed, is a crash. Raises UserError on all ranks as `CrashGuard.begin` does."""
+    guard = CrashGuard(folder, writes=world.rank == 0)
+    together(lambda: guard.begin(step, forget=forget), world, lambda text: text.partition(": ")[2])
     try:
-        yield attempts
+        yield guard
     except (UserError, OSError, KeyboardInterrupt):
-        attempts.end()
+        guard.end()
         raise
-    attempts.end()
+    guard.end()

@@ -2,7 +2,7 @@
 
 Rules, all of which concern the training thread's Progress:
 - A job stands still when one rank waits (in a collective, or a note with waits=True) for parallel.stall_s and no rank has begun or noted
-  anything new meanwhile. Work that may keep others waiting longer is declared with Progress.slowly(); then nine tenths of parallel.timeout_s count.
+  anything new meanwhile. Work that may keep others waiting longer is declared with Progress.long_running(); then nine tenths of parallel.timeout_s count.
 - A rank is dead when its connection closes without a farewell. An idle job sends nothing.
 - SIGTERM, SIGUSR1 and the end of a launcher among this process's ancestors (the deepspeed runner leaves its ranks behind) stop the job: while
   it trains, by asking the training thread to save, which has a limited time but after SIGUSR1; before, at once.
@@ -23,10 +23,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from megachat.errors import LOST_RANK_STATUS, STOPPED_STATUS
-from megachat.job.monitor_hub import ANSWER_S, RESUME, Hub, Terms, alive
+from megachat.job.monitor_hub import ANSWER_S, RESUME, JobInfo, MonitorHub, alive
 from megachat.job.monitor_links import (
     Link,
-    Seat,
+    RankAddress,
     code_place,
     end_process,
     kill,
@@ -51,8 +51,8 @@ HUB_S = 2.0  # for the hub, or the deputy, to speak before this rank does
 FAREWELL_S = 6.0  # ranks that fail speak within 3 s; then the others go
 
 
-class Watch:
-    """Used as `with Watch(rank) as watch: mesh = ...; watch.connect(mesh, ...); train`.
+class FailureMonitor:
+    """Used as `with FailureMonitor(rank) as watch: mesh = ...; watch.connect(mesh, ...); train`.
 
     Signals and launchers are watched from the start, the other ranks from connect() on.
     Leaving the block in order says farewell. Leaving it with an exception waits a moment: if another rank is the cause, this process ends there.
@@ -61,15 +61,15 @@ class Watch:
     def __init__(self, rank: int = 0, *, then: str = RESUME):
         self.rank, self.then = rank, then  # then: what a user does after the job has ended and the cause is gone
         self._progress: Progress | None = None
-        self._terms: Terms | None = None
-        self._hub: Hub | None = None
+        self._terms: JobInfo | None = None
+        self._hub: MonitorHub | None = None
         self._hubs: list[Link | None] = []  # to rank 0's hub and to the deputy's; None once it has gone
         self._joining: list = []  # what connect() hands over to the thread
         self._due: dict[str, float] = {}  # what this rank does by itself at a time, unless a hub speaks before
         self._failed: int | None = None  # a rank that said it has an error of its own
         self._reported = 0.0
         self._leaving = ""
-        self.asked = ""  # why the training shall save and end
+        self.stop_requested = ""  # why the training shall save and end
         self.before_stop: Callable[[], object] = lambda: None  # called before this process ends because it was told to
         self._grace_s: float | None = None  # while the training heeds that
         self._selector = selectors.DefaultSelector()
@@ -102,12 +102,12 @@ class Watch:
             return
         listener = listen()
         here = address if self.rank == 0 else own_address(address)
-        seat = Seat(self.rank, socket.gethostname(), os.getpid(), machine(), here, listener.getsockname()[1])
+        seat = RankAddress(self.rank, socket.gethostname(), os.getpid(), machine(), here, listener.getsockname()[1])
         told = all_gather_objects((tuple(seat), secrets.token_hex(8)), mesh.world, name="meeting of the watch")
-        seats = tuple(Seat(*fields) for fields, _ in told)
-        self._terms = Terms(seats, told[0][1], stall_s, max(stall_s, slow_s), folder, self.then)
+        seats = tuple(RankAddress(*fields) for fields, _ in told)
+        self._terms = JobInfo(seats, told[0][1], stall_s, max(stall_s, slow_s), folder, self.then)
         deputy = next((other.rank for other in seats if other.machine != seats[0].machine), 1)
-        hub = Hub(self._terms, self.rank) if self.rank in (0, deputy) else None
+        hub = MonitorHub(self._terms, self.rank) if self.rank in (0, deputy) else None
         hubs = [self._reach(seats[rank], warn=rank == 0) for rank in (0, deputy)]
         self._joining.append((hub, listener, hubs))
         self._ring()
@@ -127,10 +127,12 @@ class Watch:
         self._thread.join(HUB_S)
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._handlers.items():
-            signal.signal(number, signal.SIG_IGN if self.asked else handler)  # told again while it ends as told
+            signal.signal(
+                number, signal.SIG_IGN if self.stop_requested else handler
+            )  # told again while it ends as told
 
     @contextlib.contextmanager
-    def heeding(self, grace_s: float) -> Iterator[None]:
+    def defer_stop(self, grace_s: float) -> Iterator[None]:
         """While inside, being told to stop sets `asked` instead of ending the job, which still ends grace_s seconds after a SIGTERM."""
         self._grace_s = grace_s
         yield
@@ -193,7 +195,7 @@ class Watch:
             if number in data:
                 self._told_to_stop(f"{self._me()} was told to stop ({number.name})", at_last=number == signal.SIGTERM)
 
-    def _begin(self, hub: Hub | None, listener: socket.socket, hubs: list[Link | None]) -> None:
+    def _begin(self, hub: MonitorHub | None, listener: socket.socket, hubs: list[Link | None]) -> None:
         self._hub, self._hubs = hub, hubs
         if hub:
             self._selector.register(listener, selectors.EVENT_READ, self._guest)
@@ -211,7 +213,7 @@ class Watch:
 
     # ---- this rank as one of many
 
-    def _reach(self, seat: Seat, warn: bool) -> Link | None:
+    def _reach(self, seat: RankAddress, warn: bool) -> Link | None:
         try:
             link = Link(socket.create_connection((seat.address, seat.port), timeout=CONNECT_S))
         except OSError as error:
@@ -330,19 +332,19 @@ class Watch:
         if self._grace_s is None or self._failed is not None:
             self._stop(reason)
             return
-        if not self.asked:
+        if not self.stop_requested:
             told = f"{reason}: the job saves after this step and ends"
             first = next(filter(None, self._hubs), None)
             if first:
                 first.send(asked=told)
             else:
                 say(told)
-        self.asked = self.asked or reason
+        self.stop_requested = self.stop_requested or reason
         if at_last:
             self._due.setdefault("_stop_late", time.monotonic() + self._grace_s)
 
     def _stop_late(self) -> None:
-        self._stop(f"{self.asked}, and step and save took longer than checkpoint.stop_s={self._grace_s:g}")
+        self._stop(f"{self.stop_requested}, and step and save took longer than checkpoint.stop_s={self._grace_s:g}")
 
     def _stop(self, reason: str) -> None:
         if self._failed is not None:  # the launcher ends all because one failed, which that one tells

@@ -11,8 +11,8 @@ import torch
 from megachat.config import Config
 from megachat.device import collective_backend
 from megachat.errors import UserError
-from megachat.job.agreement import gathered
-from megachat.job.failure_monitor import Watch
+from megachat.job.agreement import meet_ranks
+from megachat.job.failure_monitor import FailureMonitor
 from megachat.job.launch import LaunchEnvironment, choose_device, rank_0_address
 from megachat.parallel.engine import start_collectives
 from megachat.parallel.mesh import Mesh, build_mesh
@@ -22,22 +22,22 @@ _SLOW_PART = 0.9  # of parallel.timeout_s, so that the watch speaks before torch
 
 
 @contextlib.contextmanager
-def joined(
+def join_job(
     environment: LaunchEnvironment, config: Config, own_facts: dict, folder: Path, *, then: str
-) -> Iterator[tuple[Mesh, Watch]]:
+) -> Iterator[tuple[Mesh, FailureMonitor]]:
     """All ranks enter together, once in a process, and leave torch.distributed when the block ends in order.
 
-    own_facts: from `agree.facts`. folder: where a standing job's table goes, and which is named where storage fails. then: what a user does
+    own_facts: from `agreement.rank_facts`. folder: where a standing job's table goes, and which is named where storage fails. then: what a user does
     after the job has ended and the cause is gone. Raises UserError.
     """
     device = choose_device(environment)
-    with Watch(environment.rank, then=then) as watch:
-        with gathered(environment, own_facts, config.parallel.rendezvous_s):
-            mesh = start(config, device)
+    with FailureMonitor(environment.rank, then=then) as monitor:
+        with meet_ranks(environment, own_facts, config.parallel.rendezvous_s):
+            mesh = start_mesh(config, device)
         limits = {"stall_s": config.parallel.stall_s, "slow_s": _SLOW_PART * config.parallel.timeout_s}
-        watch.connect(mesh, address=rank_0_address(), folder=folder, **limits)
+        monitor.connect(mesh, address=rank_0_address(), folder=folder, **limits)
         try:
-            yield mesh, watch
+            yield mesh, monitor
         except OSError as error:
             if error.errno not in _STORAGE:
                 raise
@@ -48,7 +48,7 @@ def joined(
         end_collectives()
 
 
-def start(config: Config, device: torch.device) -> Mesh:
+def start_mesh(config: Config, device: torch.device) -> Mesh:
     """Join the other ranks. All ranks call it once."""
     start_collectives(device, collective_backend(device), timedelta(seconds=config.parallel.timeout_s))
     mesh = build_mesh(device, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)

@@ -10,7 +10,7 @@ from megachat.errors import UserError
 from megachat.job.launch import free_port
 
 
-def run_ranks(what: str, ranks: int, program: list[str]) -> str:
+def run_with_torchrun(what: str, ranks: int, program: list[str]) -> str:
     """What the program's `ranks` ranks, started by torchrun, print. Raises UserError, "`what` failed: " and the first error that was told."""
     line = [
         sys.executable,

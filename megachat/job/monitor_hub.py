@@ -11,18 +11,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megachat.errors import LOST_RANK_STATUS, STALL_STATUS, STOPPED_STATUS
-from megachat.job.monitor_links import Link, Seat, say
+from megachat.job.monitor_links import Link, RankAddress, say
+from megachat.text import text_table
 
 ANSWER_S = 3.0  # for all ranks to say where they are
 TOGETHER_S = 0.1  # deaths this close are told in one sentence
 RESUME = "continue with --resume auto"
 
 
-class Terms(NamedTuple):
+class JobInfo(NamedTuple):
     """What the hubs and ranks of one job share. token: tells this job's connections from a stranger's. folder: the run folder. then: what a user
     does after the job has ended and the cause is gone."""
 
-    seats: tuple[Seat, ...]
+    seats: tuple[RankAddress, ...]
     token: str
     stall_s: float
     slow_s: float
@@ -30,13 +31,13 @@ class Terms(NamedTuple):
     then: str = RESUME
 
 
-class Hub:
+class MonitorHub:
     """The side of the watch that decides. Its rank's watch thread calls everything here; nothing blocks.
 
     links: rank -> its connection. lost, left: ranks whose connection closed without and after a farewell.
     """
 
-    def __init__(self, terms: Terms, rank: int):
+    def __init__(self, terms: JobInfo, rank: int):
         self.terms, self.rank = terms, rank
         self.links: dict[int, Link] = {}
         self.lost: set[int] = set()
@@ -160,17 +161,14 @@ class Hub:
         return f"{kept}; mend that, or raise parallel.stall_s if it may take so long, and {self.terms.then}"
 
 
-def table(seats: tuple[Seat, ...], states: dict[int, dict]) -> str:
+def table(seats: tuple[RankAddress, ...], states: dict[int, dict]) -> str:
     """Where every rank is, one a line."""
     rows = [("rank", "host", "pid", "what it does", "for", "line", "innermost line")]
     for seat in seats:
         state = states.get(seat.rank)
         told = (_doing(state), f"{state['for_s']:.0f} s", *state["line"]) if state else ("no answer", "", "", "")
         rows.append((str(seat.rank), seat.host, str(seat.pid), *told))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    return "\n".join(text_table(rows))
 
 
 def _doing(state: dict) -> str:
@@ -179,7 +177,7 @@ def _doing(state: dict) -> str:
     return f'{"waits in" if state["waits"] else "in"} "{state["text"]}"{number}{after}'
 
 
-def elsewhere(states: dict[int, dict], silent: tuple[int, ...]) -> list[int]:
+def blocking_ranks(states: dict[int, dict], silent: tuple[int, ...]) -> list[int]:
     """The ranks for which the others wait; empty when the states do not tell.
 
     Ranks that do not answer; else those that wait for nobody; else those that have begun fewer collectives of an axis than another rank that
@@ -205,10 +203,10 @@ def elsewhere(states: dict[int, dict], silent: tuple[int, ...]) -> list[int]:
 
 
 def verdict(
-    seats: tuple[Seat, ...], states: dict[int, dict], silent: tuple[int, ...], broken: tuple[int, str] | None
+    seats: tuple[RankAddress, ...], states: dict[int, dict], silent: tuple[int, ...], broken: tuple[int, str] | None
 ) -> str:
     """One sentence on a job that stands still, or in which a collective raised an error (rank, text)."""
-    culprits = elsewhere(states, silent)
+    culprits = blocking_ranks(states, silent)
     others = [state for rank, state in states.items() if rank not in culprits and state["waits"]]
     longest = max(others or list(states.values()), key=lambda state: state["for_s"], default=None)
     waiting = f'"{longest["text"]}" for {longest["for_s"]:.0f} s' if longest else ""

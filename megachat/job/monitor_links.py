@@ -22,7 +22,7 @@ _LAUNCHERS = frozenset(
 )
 
 
-class Seat(NamedTuple):
+class RankAddress(NamedTuple):
     """Where a rank runs. machine: equal for ranks that see each other's process ids. address, port: where its hub, if it becomes one, listens."""
 
     rank: int

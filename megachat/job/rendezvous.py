@@ -22,6 +22,7 @@ from torch.distributed import DistError, TCPStore
 from megachat.errors import UserError
 from megachat.job.launch import LaunchEnvironment
 from megachat.job.monitor_links import Link, own_address
+from megachat.text import number_ranges
 
 NOTICE_S = 10.0  # after which a wait is told, once
 _RETRY_S = 0.2
@@ -298,12 +299,5 @@ def _text(place: tuple[str, int]) -> str:
 
 
 def _ranks(ranks: list[int]) -> str:
-    """[2, 3, 4, 6] -> "ranks 2-4, 6"."""
-    spans: list[list[int]] = []
-    for rank in ranks:
-        if spans and rank == spans[-1][1] + 1:
-            spans[-1][1] = rank
-        else:
-            spans.append([rank, rank])
-    named = ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in spans)
-    return f"rank{'s' * (len(ranks) != 1)} {named}"
+    """[2, 3, 4, 6] -> "ranks 2-4,6"."""
+    return f"rank{'s' * (len(ranks) != 1)} {number_ranges(ranks)}"

@@ -78,7 +78,7 @@ def _holder(descriptor: int) -> str:
 
 
 @contextlib.contextmanager
-def held_run_folder(folder: Path, world: Axis) -> Iterator[list[str]]:
+def lock_run_folder(folder: Path, world: Axis) -> Iterator[list[str]]:
     """The run folder locked by rank 0, and tidied; gives remarks. All ranks enter together. Raises UserError on all when another job has it."""
     with contextlib.ExitStack() as stack:
         remarks = []

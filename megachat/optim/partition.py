@@ -16,7 +16,7 @@ from megachat.optim.muon import Functions, orthogonalization_dtype, second_momen
 from megachat.optim.partition_plan import make_plan
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.mesh import Mesh
-from megachat.parallel.progress import part
+from megachat.parallel.progress import profile_range
 from megachat.parallel.rectangles import Rectangle, flat_rectangles
 
 _REDUCTIONS_IN_FLIGHT = 2  # buckets that hold wire buffers at a time: one on the wire while the next is packed
@@ -156,7 +156,7 @@ class MuonPartition:
         for place, index in enumerate(bucket.layout.matrices):
             if index not in self._arrived:
                 bucket.part(bucket.gradients, place).zero_()
-        with part("reduce"):
+        with profile_range("reduce"):
             if self._launched >= _REDUCTIONS_IN_FLIGHT:
                 self._buckets[self._launched - _REDUCTIONS_IN_FLIGHT].finish_reduction()
             bucket.launch_reduction()
@@ -165,7 +165,7 @@ class MuonPartition:
     @torch.no_grad()
     def wait_reduce(self) -> None:
         """Returns when the reduced gradients may be read."""
-        with part("reduce"):
+        with profile_range("reduce"):
             for bucket in self._buckets:
                 bucket.finish_reduction()
 
@@ -238,19 +238,19 @@ class MuonPartition:
                 self._functions.apply_update(
                     weight, direction, directed.norm, scale, self._lr[matrix.multiplier], self._weight_decay
                 )
-        with part("gather"):
+        with profile_range("gather"):
             bucket.launch_gather()
 
     def wait(self) -> None:
         """Returns when all parameters hold the new weights on this rank."""
-        with part("gather"):
+        with profile_range("gather"):
             for bucket in reversed(self._buckets):
                 bucket.gathering.wait()
 
     def wait_layer(self, layer: int) -> None:
         """Returns when the block's parameters hold the new weights on this rank; other blocks' gathers may go on. Any other number waits for
         nothing."""
-        with part("gather"):
+        with profile_range("gather"):
             for bucket in reversed(self._layer_buckets.get(layer, [])):
                 bucket.gathering.wait()
 

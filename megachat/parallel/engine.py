@@ -26,7 +26,7 @@ from torch import nn
 from megachat.kernels.gradient_norm import SumOfSquares, torch_sum_of_squares
 from megachat.parallel.collectives import all_reduce
 from megachat.parallel.mesh import Mesh
-from megachat.parallel.progress import part
+from megachat.parallel.progress import profile_range
 from megachat.place import is_partial_over_tensor, is_tensor_shard
 
 _PRIVATE = "reduce_gradients get_gradient_for_reduction setup_buckets scaled_global_norm has_overflow _update_scale step update_lp_params".split()
@@ -95,7 +95,7 @@ class JointZero1(DeepSpeedZeroOptimizer):
         self.matrices.wait_reduce()
         if self.observe is not None:
             self.observe()
-        with part("norm"):
+        with profile_range("norm"):
             total = self.squares(self._counted_here(), self.matrices.sum_of_squares())
             joint = torch.cat((total.view(1), self.wishes))
             all_reduce(joint, self.mesh.world, name="gradient norm")
@@ -157,7 +157,7 @@ def _noted(instruction, function):
 
     def execute(self, **arguments):
         self.mesh.world.progress.note(text, waits=waits)
-        with part(name):
+        with profile_range(name):
             return function(self, **arguments)
 
     return execute

@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 from torch.profiler import record_function
 
-PART = "part "  # how ranges of a profile that are a part of the step begin
+PROFILE_PREFIX = "part "  # how ranges of a profile that are a part of the step begin
 
 
-def part(name: str) -> record_function:
+def profile_range(name: str) -> record_function:
     """A context that a profile (torch.profiler, Nsight) shows under this name; parts may lie in parts. `tools/bench.py profile` adds them up."""
-    return record_function(PART + name)
+    return record_function(PROFILE_PREFIX + name)
 
 
 class Entry(NamedTuple):
@@ -69,7 +69,7 @@ class Progress:
         )
 
     @contextlib.contextmanager
-    def slowly(self, what: str) -> Iterator[None]:
+    def long_running(self, what: str) -> Iterator[None]:
         """Work inside may keep other ranks waiting longer than parallel.stall_s, up to torch's own limit, parallel.timeout_s."""
         before, self.slow = self.slow, what
         self.note(what)

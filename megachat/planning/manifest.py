@@ -16,6 +16,7 @@ from megachat.place import Place, place_of
 from megachat.planning.dimensions import layer_costs
 from megachat.planning.plan import Plan
 from megachat.planning.zero import zero1_owners
+from megachat.text import number_ranges, text_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,25 +157,16 @@ def describe_ownership(lines: list[Ownership]) -> str:
     for line in lines:
         shape = "x".join(map(str, line.shape))
         lead = "-" if line.lead is None else str(line.lead)
-        where = (_ranges(line.stages), line.cut, _ranges(line.owners), lead)
+        where = (number_ranges(line.stages), line.cut, number_ranges(line.owners), lead)
         rows.append((line.name, shape, line.optimizer, *where, f"{line.lr:.4g}", f"{line.decay:.4g}"))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     muon = sum(line.optimizer == "muon" for line in lines)
     return "\n".join(
-        ["parameters and their owners", *table, f"{muon} matrices on Muon, {len(lines) - muon} tensors on AdamW"]
+        [
+            "parameters and their owners",
+            *text_table(rows),
+            f"{muon} matrices on Muon, {len(lines) - muon} tensors on AdamW",
+        ]
     )
-
-
-def _ranges(ranks: tuple[int, ...]) -> str:
-    """0,1,2,5 -> "0-2,5"."""
-    parts: list[list[int]] = []
-    for rank in ranks:
-        if parts and rank == parts[-1][1] + 1:
-            parts[-1][1] = rank
-        else:
-            parts.append([rank, rank])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
 
 
 def plan_values(plan: Plan) -> dict:

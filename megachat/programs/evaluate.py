@@ -19,8 +19,8 @@ from megachat.evals.core_bundle import Bundle, check_max_per_task, describe_bund
 from megachat.evals.engine_model import sample_prompts
 from megachat.evals.results import core_table, results_path, save_results
 from megachat.evals.sources import SourceRows, source_names
-from megachat.job.agreement import facts as facts_of_rank
-from megachat.job.join import joined
+from megachat.job.agreement import rank_facts
+from megachat.job.join import join_job
 from megachat.job.launch import bootstrap_environment
 from megachat.programs.pretrain import check_data
 from megachat.train.build import build_loader
@@ -65,7 +65,7 @@ def evaluate(
     out = asked.out or results_path(saved.run_folder, saved.step)
     if environment.rank == 0:
         _check_writable(out)
-    facts = facts_of_rank(
+    facts = rank_facts(
         saved.config,
         saved.tokenizer,
         data,
@@ -75,9 +75,9 @@ def evaluate(
             "parts": json.dumps([asked.core is None, asked.bpb is None, asked.sample, asked.tasks, asked.max_per_task])
         },
     )
-    with joined(environment, saved.config, facts, saved.run_folder, then="start the evaluation again") as (mesh, _):
+    with join_job(environment, saved.config, facts, saved.run_folder, then="start the evaluation again") as (mesh, _):
         say = print if mesh.world.rank == 0 else _say_nothing
-        with mesh.world.progress.slowly("loading the checkpoint"):
+        with mesh.world.progress.long_running("loading the checkpoint"):
             if saved.opened.form == "megachat" and (problem := damage(saved.opened.folder, mesh.world)):
                 raise UserError(f"{saved.opened.folder} is damaged: {problem}; evaluate another step")
             model = build_evaluation_model(saved, plan, mesh)
@@ -144,9 +144,9 @@ def _identity(saved: SavedModel, model: EvaluationModel) -> dict:
 
 def _measured(model: EvaluationModel, asked: EvaluationRequest, bundle: Bundle | None, say: Callable) -> dict:
     """The sections of the JSON file that were asked for; all ranks call it."""
-    told, slowly = {}, model.mesh.world.progress.slowly
+    told, long_running = {}, model.mesh.world.progress.long_running
     if asked.bpb is not None:
-        with slowly("evaluation"):
+        with long_running("evaluation"):
             told["bpb"] = _bits_per_byte(model)
         say(
             f"validation bpb {told['bpb']['bpb']:.6f} over {told['bpb']['rows']:,} rows of {told['bpb']['folder']}",
@@ -160,13 +160,13 @@ def _measured(model: EvaluationModel, asked: EvaluationRequest, bundle: Bundle |
             )
             say(f"  {name}: {told_of}", flush=True)
     if asked.sample:
-        with slowly("sampling"):
+        with long_running("sampling"):
             told["samples"] = sample_prompts(model.config, model.plan, model.mesh, model.engine, model.tokenizer)
         for text in told["samples"].values():
             say(f"sample: {text!r}", flush=True)
     if bundle:
         say(describe_bundle(bundle), flush=True)
-        with slowly("evaluation of CORE"), contextlib.closing(_Bar(shown=model.mesh.world.rank == 0)) as bar:
+        with long_running("evaluation of CORE"), contextlib.closing(_Bar(shown=model.mesh.world.rank == 0)) as bar:
             told["core"] = evaluate_bundle(
                 build_evaluator(model), bundle, model.tokenizer, max_per_task=asked.max_per_task, told=bar.told
             )

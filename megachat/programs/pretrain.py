@@ -16,10 +16,10 @@ from megachat.errors import SAVED_STATUS, UserError
 from megachat.evals.core_bundle import describe_bundle, open_configured_bundle
 from megachat.evals.core_download import BUNDLE_PATH
 from megachat.files import write_whole
-from megachat.job.agreement import facts as facts_of_rank
-from megachat.job.crash_guard import Attempts, counted_attempt
-from megachat.job.failure_monitor import Watch
-from megachat.job.join import joined
+from megachat.job.agreement import rank_facts
+from megachat.job.crash_guard import CrashGuard, guard_crashes
+from megachat.job.failure_monitor import FailureMonitor
+from megachat.job.join import join_job
 from megachat.job.launch import (
     LaunchEnvironment,
     bootstrap_environment,
@@ -27,7 +27,7 @@ from megachat.job.launch import (
     describe_environment,
     with_fewer_ranks,
 )
-from megachat.job.run_lock import held_run_folder
+from megachat.job.run_lock import lock_run_folder
 from megachat.kernels.choice import choose_kernels, describe_kernels
 from megachat.parallel.collectives import all_gather_objects, barrier
 from megachat.planning.manifest import (
@@ -93,25 +93,25 @@ def pretrain(
             *warnings, sep="\n", flush=True
         )  # now: a job that runs out of memory while it is built would not come to it
     bundle_facts = {"digest": bundle.digest[:12]} if bundle else {}
-    own_facts = facts_of_rank(config, tokenizer, data, bundle=bundle_facts)
-    with joined(environment, config, own_facts, folder, then="continue with --resume auto") as (mesh, watch):
-        slowly = mesh.world.progress.slowly
-        with held_run_folder(folder, mesh.world) as remarks:
-            with slowly("start-up"):
+    own_facts = rank_facts(config, tokenizer, data, bundle=bundle_facts)
+    with join_job(environment, config, own_facts, folder, then="continue with --resume auto") as (mesh, monitor):
+        long_running = mesh.world.progress.long_running
+        with lock_run_folder(folder, mesh.world) as remarks:
+            with long_running("start-up"):
                 checkpoint, told = settle_checkpoint(folder, resume, mesh.world)
                 facts = check_checkpoint(checkpoint, plan, tokenizer, config) if checkpoint else None
             remarks += [*told, memory, f"data {data}", *([describe_bundle(bundle)] if bundle else [])]
             chosen = resume not in (None, "auto")
-            with counted_attempt(folder, facts["step"] if facts else 0, mesh.world, forget=chosen) as attempts:
-                watch.before_stop = attempts.end
-                with slowly("start-up"):
+            with guard_crashes(folder, facts["step"] if facts else 0, mesh.world, forget=chosen) as guard:
+                monitor.before_stop = guard.end
+                with long_running("start-up"):
                     documents, told = (
                         resumed_documents(checkpoint, facts, config, plan, mesh, tokenizer) if facts else (None, [])
                     )
                     remarks += told
                     run = build_run(config, plan, mesh, tokenizer, folder, documents, bundle, kernels)
                 with run.loader:
-                    stopped = _run_job(run, checkpoint, environment, remarks, begin, watch, attempts)
+                    stopped = _run_job(run, checkpoint, environment, remarks, begin, monitor, guard)
     return SAVED_STATUS if stopped else 0
 
 
@@ -131,11 +131,11 @@ def _run_job(
     environment: LaunchEnvironment,
     remarks: list[str],
     begin: float,
-    watch: Watch,
-    attempts: Attempts,
+    monitor: FailureMonitor,
+    guard: CrashGuard,
 ) -> bool:
     """Load, train and tell; whether it stopped because it was told to."""
-    with run.mesh.world.progress.slowly("loading the checkpoint"):
+    with run.mesh.world.progress.long_running("loading the checkpoint"):
         state = load_state(run, checkpoint) if checkpoint else LoopState()
     if run.is_writer:
         _write_run_folder(run, environment)
@@ -162,11 +162,11 @@ def _run_job(
                 f"nothing to do: step {state.step} is not before the last step {run.plan.stop_step}; "
                 "raise horizon.steps or horizon.stop_step to go on"
             )
-        with watch.heeding(run.config.checkpoint.stop_s):
-            if train(run, state, metrics, lambda: bool(watch.asked), attempts.at):
+        with monitor.defer_stop(run.config.checkpoint.stop_s):
+            if train(run, state, metrics, lambda: bool(monitor.stop_requested), guard.record_step):
                 metrics.say(f"stopped after step {state.step}, which is saved: continue with --resume auto")
                 return True
-        attempts.forget()
+        guard.forget()
         metrics.say(
             f"finished step {state.step}"
             + (f", best validation bpb {state.min_val_bpb:.6f}" if state.min_val_bpb is not None else "")

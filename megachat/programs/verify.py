@@ -15,7 +15,7 @@ from megachat.checkpoint.load import load_checkpoint
 from megachat.checkpoint.storage import read_index, save_pieces, write_json
 from megachat.config import Config
 from megachat.errors import UserError
-from megachat.job.join import start
+from megachat.job.join import start_mesh
 from megachat.model.gpt import ModelOptions, build_layers
 from megachat.model.parameters import placed_parameters, starting_value
 from megachat.parallel.engine import adamw_gradients
@@ -115,7 +115,7 @@ def gradient_pieces(training: Training) -> dict:
 
 def observe(config: Config, vocab_size: int, device: torch.device, folder: Path) -> None:
     """Take STEPS steps on the ranks that the launch variables name, and write what was computed into `folder`; all ranks call it."""
-    mesh = start(config, device)
+    mesh = start_mesh(config, device)
     plan = resolve(config, mesh.world.size, vocab_size)
     training = build_training(config, plan, mesh, torch.ones(vocab_size, dtype=torch.int64))
     warm_up(training)

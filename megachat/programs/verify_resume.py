@@ -16,7 +16,7 @@ from megachat.convert.difference import differences_of
 from megachat.convert.opened import Opened, open_megachat
 from megachat.device import choose_compute_dtype, this_device
 from megachat.errors import UserError
-from megachat.job.local_ranks import run_ranks, set_options
+from megachat.job.local_ranks import run_with_torchrun, set_options
 from megachat.kernels.choice import compile_problem
 from megachat.kernels.fp8_backends import choose_fp8
 from megachat.planning.plan import Plan, resolve
@@ -95,7 +95,7 @@ def run_job(config: Config, run: Path, world: int, stop_step: int, *, every: int
     }
     settings |= {"checkpoint.keep_last": END - STOP + 1, "checkpoint.keep_every": "null"}
     program = [str(ROOT / "launch" / "pretrain.py"), "--config", str(path)] + (["--resume", "auto"] if resume else [])
-    run_ranks(
+    run_with_torchrun(
         f"the job {run.name}", world, program + set_options([f"{name}={value}" for name, value in settings.items()])
     )
 

@@ -12,7 +12,7 @@ from megachat.device import synchronize
 from megachat.errors import UserError
 from megachat.optim.groups import GROUPS
 from megachat.parallel.collectives import all_gather_objects
-from megachat.parallel.progress import part
+from megachat.parallel.progress import profile_range
 from megachat.schedule import learning_rate_multiplier, muon_momentum, weight_decay_multiplier
 from megachat.train.build import Run, Training
 
@@ -67,7 +67,7 @@ def train_step(run: Run, step: int, wishes: Sequence[bool] = ()) -> StepResult:
     """
     progress = run.mesh.world.progress
     progress.note(f"rows of step {step}")
-    with part("data"):
+    with profile_range("data"):
         rows = next(run.loader)
     synchronize(run.mesh.device)
     begin = time.perf_counter()

@@ -37,8 +37,8 @@ def train(
 
     asked_to_stop: this rank was told to stop. When one was, all save after the step and return True; otherwise False. begins: told each step.
     """
-    slowly = (
-        run.mesh.world.progress.slowly
+    long_running = (
+        run.mesh.world.progress.long_running
     )  # all but a step that is not the first may take longer than the watch allows
     first_step, skips_in_a_row, stops = state.step, 0, False
     validation, saver = _Validation(run), Saver(run.mesh.saving, background=run.config.checkpoint.background)
@@ -53,7 +53,7 @@ def train(
     while state.step < run.plan.stop_step and not stops:
         begins(state.step)
         graphs.count()  # evaluation has graphs of its own
-        with slowly("first step") if state.step == first_step else contextlib.nullcontext():
+        with long_running("first step") if state.step == first_step else contextlib.nullcontext():
             result = train_step(run, state.step, wishes=(asked_to_stop(), saver.failed))
         skips_in_a_row = skips_in_a_row + 1 if result.skipped else 0
         if skips_in_a_row > MOST_SKIPS_IN_A_ROW:
@@ -79,7 +79,7 @@ def train(
         else:
             stops = _do_what_is_due(run, state, validation, saver, metrics, asked_to_stop)
         _tell_saved(state, saver, metrics)
-    with slowly("saving the checkpoint"):
+    with long_running("saving the checkpoint"):
         saver.wait(blocks=True)
     _tell_saved(state, saver, metrics)
     return stops
@@ -105,15 +105,15 @@ def _do_what_is_due(
     only_core: bool = False,
 ) -> bool:
     """After a step: evaluation, samples, CORE, checkpoint. Returns whether a rank was told to stop meanwhile; then the state is saved."""
-    slowly, last, stops = run.mesh.world.progress.slowly, state.step == run.plan.stop_step, False
+    long_running, last, stops = run.mesh.world.progress.long_running, state.step == run.plan.stop_step, False
     if _evaluation_due(run, state) and not only_core:
-        with slowly("evaluation"):
+        with long_running("evaluation"):
             _evaluate(run, state, validation, metrics)
     if last and state.step == run.plan.steps and not only_core:
-        with slowly("sampling"):
+        with long_running("sampling"):
             _sample(run, state, metrics)
     if _core_due(run, state):
-        with slowly("evaluation of CORE"):
+        with long_running("evaluation of CORE"):
             stops = state.owes_core = not _evaluate_core(run, state, metrics, asked_to_stop)
     if last or stops or due(state.step, run.config.checkpoint.every):
         _save(run, state, saver)
@@ -121,7 +121,7 @@ def _do_what_is_due(
 
 
 def _save(run: Run, state: LoopState, saver: Saver) -> None:
-    with run.mesh.world.progress.slowly("copying the state to save it, or waiting for the save before"):
+    with run.mesh.world.progress.long_running("copying the state to save it, or waiting for the save before"):
         save_state(run, state, saver)
 
 

@@ -9,7 +9,7 @@ import torch
 from megachat.checkpoint.resume import settle_checkpoint
 from megachat.checkpoint.save import save_checkpoint
 from megachat.errors import UserError
-from megachat.job.run_lock import held_run_folder
+from megachat.job.run_lock import lock_run_folder
 from megachat.parallel.engine import start_collectives
 from megachat.parallel.mesh import build_mesh
 from tests.harness import run_ranks
@@ -71,13 +71,13 @@ def test_whatever_file_is_damaged_the_one_before_is_taken(tmp_path):
 
 def hold(folder):
     world = world_of_all()
-    with held_run_folder(folder, world) as remarks:
+    with lock_run_folder(folder, world) as remarks:
         try:
-            with held_run_folder(folder, world):
+            with lock_run_folder(folder, world):
                 told = None
         except UserError as error:
             told = str(error)
-    with held_run_folder(folder, world):  # free again
+    with lock_run_folder(folder, world):  # free again
         return told, remarks
 
 
@@ -88,7 +88,7 @@ def test_all_ranks_hear_that_the_folder_is_in_use(tmp_path):
 
 def hold_where_none_can_be(folder):
     with pytest.raises(UserError, match="cannot be made or written .Not a directory.: set run.folder"):
-        with held_run_folder(folder / "file" / "run", world_of_all()):
+        with lock_run_folder(folder / "file" / "run", world_of_all()):
             pass
 
 

@@ -106,5 +106,5 @@ def test_a_rank_that_is_never_started_is_named(place):
     for done in ended:
         assert done.status == 2 and "Traceback" not in done.err
         (error,) = done.errors
-        assert "rank 1 of 3 did not come within 5 s, here are rank 0, 2" in error.replace("ranks 0, 2", "rank 0, 2")
+        assert "rank 1 of 3 did not come within 5 s, here are ranks 0,2 on " in error
     assert not (place.runs / "absent").exists()

@@ -23,10 +23,7 @@ from megachat.checkpoint.save import save_checkpoint, sync_folder  # noqa: E402
 from megachat.checkpoint.saver import Saver  # noqa: E402
 from megachat.config import load_config  # noqa: E402
 from megachat.errors import user_errors_end_the_program  # noqa: E402
-from megachat.job.join import (
-    end_collectives,  # noqa: E402
-    start,  # noqa: E402
-)
+from megachat.job.join import end_collectives, start_mesh  # noqa: E402
 from megachat.job.launch import bootstrap_environment, choose_device  # noqa: E402
 from megachat.job.local_ranks import rank_parser, require_ranks  # noqa: E402
 from megachat.parallel.collectives import all_gather_objects, barrier  # noqa: E402
@@ -44,7 +41,7 @@ def trained(arguments) -> Training:
     plan = resolve(
         config, environment.world_size, config.model.vocab_size or arguments.vocab_size
     )  # refuses what does not fit, first
-    mesh = start(config, choose_device(environment))
+    mesh = start_mesh(config, choose_device(environment))
     training = build_training(config, plan, mesh, torch.ones(plan.dims.vocab_size, dtype=torch.int64))
     set_schedules(training, 0)
     take_step(training)

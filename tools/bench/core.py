@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from megachat.evals.core import Evaluator, build_evaluator, evaluate_core
 from megachat.evals.core_bundle import Task, open_bundle
 from megachat.evals.core_prompts import Question, build_questions
-from megachat.job.join import start
+from megachat.job.join import start_mesh
 from megachat.job.launch import bootstrap_environment, choose_device
 from megachat.model.gpt import logits, run_layers
 from megachat.train.weights import EvaluationModel, build_evaluation_model, evaluation_plan, open_saved_model
@@ -38,7 +38,7 @@ def opened(checkpoint: Path, overrides: list[str]) -> tuple[EvaluationModel, Eva
     """The checkpoint's model in this process, in float32 unless the overrides say otherwise."""
     device = choose_device(bootstrap_environment())
     saved = open_saved_model(checkpoint, ["precision.compute=float32", *overrides])
-    model = build_evaluation_model(saved, evaluation_plan(saved, 1), start(saved.config, device))
+    model = build_evaluation_model(saved, evaluation_plan(saved, 1), start_mesh(saved.config, device))
     return model, build_evaluator(model)
 
 

@@ -25,14 +25,11 @@ from torch.profiler import ProfilerActivity, profile, record_function  # noqa: E
 from megachat.config import load_config  # noqa: E402
 from megachat.errors import UserError, user_errors_end_the_program  # noqa: E402
 from megachat.files import write_whole  # noqa: E402
-from megachat.job.join import (
-    end_collectives,  # noqa: E402
-    start,  # noqa: E402
-)
+from megachat.job.join import end_collectives, start_mesh  # noqa: E402
 from megachat.job.launch import bootstrap_environment, choose_device  # noqa: E402
-from megachat.job.local_ranks import rank_parser, require_ranks, run_ranks, set_options  # noqa: E402
+from megachat.job.local_ranks import rank_parser, require_ranks, run_with_torchrun, set_options  # noqa: E402
 from megachat.kernels.choice import describe_kernels  # noqa: E402
-from megachat.parallel.progress import PART, part  # noqa: E402
+from megachat.parallel.progress import PROFILE_PREFIX, profile_range  # noqa: E402
 from megachat.planning.plan import resolve  # noqa: E402
 from megachat.train.build import Run, build_training  # noqa: E402
 from megachat.train.step import train_step  # noqa: E402
@@ -115,9 +112,9 @@ def segments_of_steps(events: list[dict]) -> list[list[Segment]]:
     for step in sorted((mark for mark in marks if mark["name"] == STEP), key=lambda mark: mark["ts"]):
         begin, end, threads = step["ts"], step["ts"] + step["dur"], {}
         for mark in marks:
-            if mark["name"].startswith(PART):
+            if mark["name"].startswith(PROFILE_PREFIX):
                 threads.setdefault(mark["tid"], []).append(
-                    Segment(mark["ts"], mark["ts"] + mark["dur"], mark["name"].removeprefix(PART))
+                    Segment(mark["ts"], mark["ts"] + mark["dur"], mark["name"].removeprefix(PROFILE_PREFIX))
                 )
         told = {thread: innermost(ranges, begin, end) for thread, ranges in threads.items()}
         main = told.get(step["tid"], [Segment(begin, end, GAP)])
@@ -146,7 +143,7 @@ class _Timers(NoopTimer):
 
     class _Gather(NoopTimer.Timer):
         def start(self):
-            self.mark = part("gather")
+            self.mark = profile_range("gather")
             self.mark.__enter__()
 
         def stop(self, **settings):
@@ -179,7 +176,7 @@ def operators(profiled: profile, steps: int, step_us: float) -> list[dict]:
     own = [
         entry
         for entry in profiled.key_averages()
-        if entry.device_type == DeviceType.CPU and not entry.key.startswith((PART, STEP))
+        if entry.device_type == DeviceType.CPU and not entry.key.startswith((PROFILE_PREFIX, STEP))
     ]
     own = sorted(own, key=lambda entry: -getattr(entry, times))[:SHOWN]
     return [
@@ -197,7 +194,7 @@ def measure(config_path: str, settings: list[str], vocab_size: int, rounds: int,
     """All ranks call it; the first writes the picture to `out`, if given, and its result is the one to tell. rounds: steps that are looked at."""
     device = choose_device(bootstrap_environment())
     config = load_config(config_path, settings)
-    mesh = start(config, device)
+    mesh = start_mesh(config, device)
     plan = resolve(config, mesh.world.size, config.model.vocab_size or vocab_size)
     training = build_training(config, plan, mesh, torch.ones(plan.dims.vocab_size, dtype=torch.int64))
     generator = torch.Generator().manual_seed(mesh.data.rank)
@@ -292,7 +289,7 @@ def bench_profile(arguments) -> dict:
             str(arguments.rounds),
         ]
         program += [*(["--out", arguments.out] if arguments.out else []), *set_options(settings)]
-        result = json.loads(run_ranks("the ranks", ranks, program).strip().splitlines()[-1])
+        result = json.loads(run_with_torchrun("the ranks", ranks, program).strip().splitlines()[-1])
     print(table(result), file=sys.stderr)
     return {"what": "milliseconds of a training step, by parts"} | result
 

@@ -9,7 +9,7 @@ import pytest
 from megachat.config import Config, DataConfig, HorizonConfig, ModelConfig, RunConfig
 from megachat.data.shards import DataSummary
 from megachat.data.tokenizer import Tokenizer
-from megachat.job.agreement import disagreement, facts
+from megachat.job.agreement import disagreement, rank_facts
 from megachat.job.rendezvous import Arrival
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -23,18 +23,18 @@ def told(own: dict, other: dict) -> str | None:
 
 @pytest.fixture(scope="module")
 def own() -> dict:
-    return facts(Config(), TOKENIZER, DATA)
+    return rank_facts(Config(), TOKENIZER, DATA)
 
 
 def test_like_ranks_agree_wherever_their_files_lie(own):
     elsewhere = Config(run=RunConfig(folder="/x"), data=DataConfig(folder="/y", tokenizer="/z"))
-    assert told(own, facts(elsewhere, TOKENIZER, DATA)) is None
+    assert told(own, rank_facts(elsewhere, TOKENIZER, DATA)) is None
     assert len(json.dumps(own)) < 16_000, "every rank of the job sends this to rank 0"
 
 
 def test_settings_are_named(own):
     other = Config(model=ModelConfig(depth=3), horizon=HorizonConfig(steps=5))
-    assert told(own, facts(other, TOKENIZER, DATA)) == (
+    assert told(own, rank_facts(other, TOKENIZER, DATA)) == (
         "rank 2 on b has another config than rank 0 on a (horizon.steps, model.depth): start all ranks with the same --config and --set"
     )
 
@@ -43,11 +43,11 @@ def test_code_comes_before_what_follows_from_it(own, tmp_path):
     shutil.copytree(ROOT / "megachat", tmp_path / "megachat", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "launch").mkdir()
     shutil.copy(ROOT / "launch" / "pretrain.py", tmp_path / "launch")
-    same = facts(Config(), TOKENIZER, DATA, root=tmp_path)
+    same = rank_facts(Config(), TOKENIZER, DATA, root=tmp_path)
     assert told(own, same) is None
     (tmp_path / "megachat" / "model" / "gpt.py").write_text("pass\n")
     (tmp_path / "megachat" / "new.py").write_text("pass\n")
-    other = facts(Config(model=ModelConfig(depth=3)), TOKENIZER, DATA, root=tmp_path)
+    other = rank_facts(Config(model=ModelConfig(depth=3)), TOKENIZER, DATA, root=tmp_path)
     assert told(own, other) == (
         "rank 2 on b has other code than rank 0 on a (megachat/model/gpt.py, megachat/new.py): copy the same files of the project to every host"
     )
@@ -59,13 +59,13 @@ def test_versions_tokenizer_and_data(own):
         f"rank 2 on b has other packages than rank 0 on a (torch 2.0, not {own['versions']['torch']}): install the same versions on every host"
     )
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"th": 256}
-    assert "another tokenizer than rank 0 on a" in told(own, facts(Config(), Tokenizer(ranks), DATA))
+    assert "another tokenizer than rank 0 on a" in told(own, rank_facts(Config(), Tokenizer(ranks), DATA))
     grown = DataSummary(Path("data"), 2, 100, 10, 5001, None, "ab" * 32)
-    assert "other data than rank 0 on a (bytes): copy data.folder" in told(own, facts(Config(), TOKENIZER, grown))
+    assert "other data than rank 0 on a (bytes): copy data.folder" in told(own, rank_facts(Config(), TOKENIZER, grown))
 
 
 def test_what_an_evaluation_needs(own):
-    mine = facts(
+    mine = rank_facts(
         Config(), TOKENIZER, None, checkpoint={"content": "1"}, bundle={"digest": "2"}, evaluation={"parts": "3"}
     )
     assert told(mine, mine) is None

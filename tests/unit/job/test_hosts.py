@@ -120,14 +120,16 @@ def test_ssh_failures_are_told_apart_and_all_at_once(programs, port):
 def test_other_code_and_another_place_are_told(programs, port, tmp_path):
     shutil.copytree(ROOT / "megachat", tmp_path / "megachat", ignore=shutil.ignore_patterns("__pycache__"))
     before = code_hashes(tmp_path)
-    (tmp_path / "megachat" / "plan.py").write_text("pass\n")
-    assert {name for name, digest in code_hashes(tmp_path).items() if before[name] != digest} == {"megachat/plan.py"}
+    (tmp_path / "megachat" / "config.py").write_text("pass\n")
+    assert {name for name, digest in code_hashes(tmp_path).items() if before[name] != digest} == {"megachat/config.py"}
     moved = (programs / "ssh").read_text().replace('"$command"', f'"$(echo "$command" | sed s,{ROOT},{tmp_path},g)"')
     (programs / "ssh").write_text(moved)
     if sys.executable.startswith(str(ROOT)):
         (tmp_path / ".venv").symlink_to(ROOT / ".venv")
     (told,) = refusal([Host("there", 1)], port)
-    assert told.startswith(f"there has other code than this machine in {ROOT} (launch/pretrain.py, megachat/plan.py): ")
+    assert told.startswith(
+        f"there has other code than this machine in {ROOT} (launch/pretrain.py, megachat/config.py): "
+    )
     assert refusal([Host("there", 1)], port, root=tmp_path / "none") == [
         f"there has no folder {tmp_path / 'none'}: put the project at the same path on every host"
     ]
@@ -152,6 +154,6 @@ def test_a_port_in_use_is_told(programs):
 def test_the_probe_needs_nothing_but_python(port):
     line = [sys.executable, "-S", "-", str(ROOT), str(port)]
     done = subprocess.run(
-        line, input=(ROOT / "megachat" / "probe.py").read_text(), capture_output=True, text=True, cwd="/"
+        line, input=(ROOT / "megachat" / "job" / "host_probe.py").read_text(), capture_output=True, text=True, cwd="/"
     )
     assert done.returncode == 0 and '"torch": "none"' in done.stdout, done.stderr

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from megachat.errors import UserError
-from megachat.parallel.progress import PART
+from megachat.parallel.progress import PROFILE_PREFIX
 from tests.harness import run_ranks
 from tests.runs.job import ROOT, environment
 from tools.bench.profile_picture import lane, picture
@@ -98,11 +98,14 @@ def test_kernels_have_the_part_that_launched_them():
 
     trace = [
         mark(STEP, 1, 100, 200),
-        mark(PART + "forward", 1, 105, 110),
-        mark(PART + "backward", 1, 110, 150),
-        mark(PART + "reduce", 2, 120, 125),
+        mark(PROFILE_PREFIX + "forward", 1, 105, 110),
+        mark(PROFILE_PREFIX + "backward", 1, 110, 150),
+        mark(PROFILE_PREFIX + "reduce", 2, 120, 125),
     ]
-    trace += [event("gpu_user_annotation", PART + "forward", 7, 130, 190), {"ph": "M", "name": "process_name"}]
+    trace += [
+        event("gpu_user_annotation", PROFILE_PREFIX + "forward", 7, 130, 190),
+        {"ph": "M", "name": "process_name"},
+    ]
     launches = {
         1: (1, 107, 140, 150),
         2: (2, 115, 150, 155),
@@ -157,7 +160,7 @@ def test_the_parts_of_real_steps(ranks, tmp_path):
         assert sum(part["ms"] for part in own["parts"].values()) == pytest.approx(own["step_ms"], rel=1e-6)
         assert sum(part["share"] for part in own["parts"].values()) == pytest.approx(1, rel=1e-6)
         calls = {entry["name"]: entry["calls"] for entry in own["operators"]}
-        assert "aten::mm" in calls and not any(name.startswith((PART, STEP)) for name in calls)
+        assert "aten::mm" in calls and not any(name.startswith((PROFILE_PREFIX, STEP)) for name in calls)
         assert (
             own["facts"]["ranks"] == {"data": ranks, "tensor": 1, "pipeline": 1}
             and own["facts"]["compute"] == "bfloat16"

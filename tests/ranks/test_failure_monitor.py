@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megachat.job.failure_monitor import Watch
+from megachat.job.failure_monitor import FailureMonitor
 from megachat.parallel.collectives import all_gather_objects, all_reduce, barrier
 from megachat.parallel.mesh import build_mesh
 from tests.harness import RankError, run_ranks
@@ -21,7 +21,7 @@ def watched(work, folder: str, slow_s: float = STALL_S):
     """Call `work(mesh)` under the watch; what stderr gets of it goes to a file a rank."""
     mesh = build_mesh(torch.device("cpu"))
     os.dup2(os.open(Path(folder, f"err{mesh.world.rank}"), os.O_WRONLY | os.O_CREAT), 2)
-    with Watch(mesh.world.rank) as watch:
+    with FailureMonitor(mesh.world.rank) as watch:
         watch.connect(mesh, address="127.0.0.1", stall_s=STALL_S, slow_s=slow_s, folder=Path(folder))
         return work(mesh)
 
@@ -115,7 +115,7 @@ def slow_work(mesh):
             time.sleep(0.7 * STALL_S)
             progress.note(f"part {part}")
     barrier(mesh.world)
-    with progress.slowly("saving"):
+    with progress.long_running("saving"):
         if mesh.world.rank == 0:
             time.sleep(2 * STALL_S)
         barrier(mesh.world)

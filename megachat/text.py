@@ -1,0 +1,27 @@
+"""Text layout for people: tables with aligned columns, short lists of numbers."""
+
+from collections.abc import Iterable, Sequence
+
+
+def text_table(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> list[str]:
+    """Return one line per row, with columns of equal width. right: the columns that are aligned to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    right = set(right)
+    return [
+        "  ".join(
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def number_ranges(numbers: Iterable[int]) -> str:
+    """Return sorted numbers with neighbors joined: 0, 1, 2, 5 -> "0-2,5"."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)

@@ -1,0 +1,12 @@
+"""Tables and number ranges."""
+
+from megachat.text import number_ranges, text_table
+
+
+def test_columns_are_aligned():
+    assert text_table([("task", "n", ""), ("a", "1,000", "new")], right=[1]) == ["task      n", "a     1,000  new"]
+    assert text_table([("a", "b"), ("long", "")]) == ["a     b", "long"]
+
+
+def test_number_ranges():
+    assert [number_ranges(numbers) for numbers in ([], [5], [0, 1, 2, 4, 6, 7])] == ["", "5", "0-2,4,6-7"]
