@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that was not installed
 
 from megachat.errors import UserError, user_errors_end_the_program  # noqa: E402
-from megachat.files import write_whole  # noqa: E402
+from megachat.files import write_atomically  # noqa: E402
 from megachat.job.launch import become_rank, describe_environment, free_port  # noqa: E402
 from megachat.optim.matrix import Matrix  # noqa: E402
 from tools.bench.partition_contenders import MEASURED, by_shape, dealt_by_cost, measure_here, model_matrices  # noqa: E402
@@ -180,7 +180,7 @@ def main() -> None:
         for name, row in document["measured"][world].items():
             print(f"| {name} | {' | '.join(f'{row[key]:.3g}' for key in keys)} |", flush=True)
     if arguments.json:
-        write_whole(arguments.json, (json.dumps(document, indent=1) + "\n").encode())
+        write_atomically(arguments.json, (json.dumps(document, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clo
 from megachat.data.shards import MANIFEST  # noqa: E402
 from megachat.errors import UserError, user_errors_end_the_program  # noqa: E402
 from megachat.prepare.download import HUB_SOURCES, HubSource, download_shards  # noqa: E402
-from megachat.prepare.manifest import begin, finish  # noqa: E402
+from megachat.prepare.manifest import begin_preparation, finish_preparation  # noqa: E402
 from megachat.prepare.python_source import read_standard_library  # noqa: E402
-from megachat.prepare.sources import find_inputs, read_parquet_files, read_text_files, write_shards  # noqa: E402
+from megachat.prepare.sources import find_input_files, read_parquet_files, read_text_files, write_shards  # noqa: E402
 
 _HUB_SHARDS = 8
 
@@ -78,9 +78,11 @@ def _download(asked: argparse.Namespace) -> dict | None:
             f"{asked.source} has {source.last_index} train shards, not {train_shards}: give --shards {source.last_index} or less"
         )
     request = {"source": asked.source, "base_url": source.base_url, "shards": train_shards}
-    if not begin(asked.out, request, overwrite=asked.overwrite, keep_shards=True):
+    if not begin_preparation(asked.out, request, overwrite=asked.overwrite, keep_shards=True):
         return None
-    return finish(asked.out, request, download_shards(asked.out, source, train_shards, workers=asked.workers))
+    return finish_preparation(
+        asked.out, request, download_shards(asked.out, source, train_shards, workers=asked.workers)
+    )
 
 
 def _named(inputs: list[str]) -> dict[str, list[Path]]:
@@ -115,8 +117,8 @@ def _cut_and_shuffle(asked: argparse.Namespace) -> dict | None:
     else:
         suffixes = (".txt", ".md") if asked.source == "text" else (".parquet",)
         named = _named(asked.input)
-        files_of = {name: find_inputs(paths, suffixes) for name, paths in named.items()}
-        files = find_inputs([path for paths in named.values() for path in paths], suffixes)
+        files_of = {name: find_input_files(paths, suffixes) for name, paths in named.items()}
+        files = find_input_files([path for paths in named.values() for path in paths], suffixes)
         if sum(map(len, files_of.values())) > len(files):
             raise UserError("two names were given for one file: give each --input once")
         inside = [path for path in files if path.resolve().is_relative_to(asked.out.resolve())]
@@ -134,9 +136,9 @@ def _cut_and_shuffle(asked: argparse.Namespace) -> dict | None:
         if "" not in named:
             request["sources"], labels = list(named), []
         documents = _labelled({name: read(own) for name, own in files_of.items()}, labels if labels is not None else [])
-    if not begin(asked.out, request, overwrite=asked.overwrite):
+    if not begin_preparation(asked.out, request, overwrite=asked.overwrite):
         return None
-    return finish(asked.out, request, write_shards(asked.out, documents, asked.seed, asked.shards, labels))
+    return finish_preparation(asked.out, request, write_shards(asked.out, documents, asked.seed, asked.shards, labels))
 
 
 @user_errors_end_the_program

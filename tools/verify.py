@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clo
 from megachat.config import Config, load_config  # noqa: E402
 from megachat.data.tokenizer import load_tokenizer  # noqa: E402
 from megachat.errors import UserError, user_errors_end_the_program  # noqa: E402
-from megachat.files import write_whole  # noqa: E402
+from megachat.files import write_atomically  # noqa: E402
 from megachat.job.launch import become_rank, describe_environment, free_port  # noqa: E402
 from megachat.planning.plan import resolve  # noqa: E402
 
@@ -183,7 +183,7 @@ def main() -> None:
     passed = all(entry["passed"] for entry in told)
     kind = "resumes" if arguments.resume else "layouts"
     document = {"passed": passed, "environment": describe_environment(torch.device("cpu")), kind: told}
-    write_whole(arguments.out, (json.dumps(document, indent=1) + "\n").encode())
+    write_atomically(arguments.out, (json.dumps(document, indent=1) + "\n").encode())
     print(f"certificate: {arguments.out}")
     sys.exit(0 if passed else 1)
 

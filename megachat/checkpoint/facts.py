@@ -2,14 +2,17 @@
 
 import hashlib
 import json
+from collections.abc import Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from megachat.checkpoint.storage import write_json
 from megachat.errors import UserError
+from megachat.files import file_sha256, write_json
 
 FACTS_NAME = "checkpoint.json"
 FORMAT_VERSION = 2
 ARCHITECTURE_VERSION = 1  # of the model's parameters: their names, shapes and meaning
+HASH_THREADS = 4  # hashlib releases the interpreter lock
 
 
 def checkpoint_name(step: int) -> str:
@@ -17,7 +20,7 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:06d}"
 
 
-def step_of(path: Path) -> int | None:
+def checkpoint_step(path: Path) -> int | None:
     """The step that a checkpoint folder's name tells; None for other names."""
     digits = path.name.removeprefix("step_")
     return int(digits) if path.name.startswith("step_") and digits.isdecimal() else None
@@ -62,7 +65,7 @@ def read_facts(checkpoint: Path) -> dict:
         while version < FORMAT_VERSION:
             facts = _UPGRADES[version](facts)
             version += 1
-        missing = size_problems(checkpoint, facts)
+        missing = find_size_problems(checkpoint, facts)
         int(facts["step"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
@@ -75,7 +78,7 @@ def read_facts(checkpoint: Path) -> dict:
     return facts
 
 
-def size_problems(checkpoint: Path, facts: dict, names=None) -> list[str]:
+def find_size_problems(checkpoint: Path, facts: dict, names=None) -> list[str]:
     """Which of the checkpoint's files (or of those named) are missing or of another size, in words."""
     problems = []
     for name, entry in facts["files"].items():
@@ -87,6 +90,51 @@ def size_problems(checkpoint: Path, facts: dict, names=None) -> list[str]:
         elif path.stat().st_size != entry["bytes"]:
             problems.append(f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}")
     return problems
+
+
+def hash_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Name -> SHA-256 of files in the folder. Raises OSError."""
+    names = list(names)
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        return dict(zip(names, pool.map(lambda name: file_sha256(folder / name), names), strict=True))
+
+
+def find_file_problems(folder: Path, facts: dict, names: Collection[str] | None = None) -> list[str]:
+    """What is wrong with the checkpoint's files (or those named), in words, one a file: missing, of another size, of other content.
+
+    facts: from `read_facts`. A file saved without a hash, by format 1, is compared by size alone.
+    """
+    problems = find_size_problems(folder, facts, names)
+    wrong = {problem.split()[0] for problem in problems}
+    wanted = {
+        name: entry["sha256"]
+        for name, entry in facts["files"].items()
+        if (names is None or name in names) and entry["sha256"] is not None and name not in wrong
+    }
+
+    def found(name: str) -> str:
+        try:
+            return (
+                ""
+                if file_sha256(folder / name) == wanted[name]
+                else f"{name} is not as it was saved (SHA-256): it was changed or damaged"
+            )
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        return problems + [problem for problem in pool.map(found, wanted) if problem]
+
+
+def files_of_rank(facts: dict, rank: int, ranks: int) -> set[str]:
+    """The files that rank `rank` of `ranks` checks, so that all are checked once and each rank reads about as many bytes."""
+    loads, mine = [0] * ranks, set()
+    for name, entry in sorted(facts["files"].items(), key=lambda item: (-item[1]["bytes"], item[0])):
+        least = loads.index(min(loads))
+        loads[least] += entry["bytes"]
+        if least == rank:
+            mine.add(name)
+    return mine
 
 
 def _from_format_1(facts: dict) -> dict:

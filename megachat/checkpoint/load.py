@@ -1,32 +1,12 @@
 """Finding complete checkpoints and reading them, whatever layout wrote them."""
 
-from collections.abc import Collection
 from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megachat.checkpoint.facts import read_facts, step_of
-from megachat.checkpoint.storage import INDEX_NAME, Pieces, load_pieces, read_index
+from megachat.checkpoint.storage import INDEX_NAME, RectanglesByName, load_rectangles, read_index
 from megachat.errors import UserError
-
-
-def newest_complete(folder: Path, without: Collection[Path] = ()) -> tuple[Path | None, list[str]]:
-    """(the newest complete checkpoint in the folder or None, why each newer one was passed over). without: those known to be damaged."""
-    passed_over = []
-    steps = {
-        step: path
-        for path in folder.glob("step_*")
-        if (step := step_of(path)) is not None and path.is_dir() and path not in without
-    }
-    for _, checkpoint in sorted(steps.items(), reverse=True):
-        try:
-            read_facts(checkpoint)
-        except UserError as error:
-            passed_over.append(str(error))
-            continue
-        return checkpoint, passed_over
-    return None, passed_over
 
 
 def _shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
@@ -38,7 +18,7 @@ def _shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
         ) from None
 
 
-def load_checkpoint(checkpoint: Path, pieces: Pieces) -> None:
+def load_checkpoint(checkpoint: Path, pieces: RectanglesByName) -> None:
     """Fill the rectangles from the checkpoint, in place; all ranks call it. Raises UserError when names or shapes are another model's."""
     saved = _shapes(checkpoint)
     for name, (shape, _) in pieces.items():
@@ -51,7 +31,7 @@ def load_checkpoint(checkpoint: Path, pieces: Pieces) -> None:
                 f"{checkpoint} has {name} as {list(saved[name])}, the model as {list(shape)}: use the config it was made with"
             )
     try:
-        load_pieces(checkpoint, pieces)
+        load_rectangles(checkpoint, pieces)
     except CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
         raise UserError(
@@ -59,7 +39,7 @@ def load_checkpoint(checkpoint: Path, pieces: Pieces) -> None:
         ) from error
 
 
-def load_model(checkpoint: Path, names: list[str] | None = None) -> dict[str, torch.Tensor]:
+def load_model_weights(checkpoint: Path, names: list[str] | None = None) -> dict[str, torch.Tensor]:
     """Whole float32 weights by name on this one process, all of them or those named."""
     saved = _shapes(checkpoint)
     wanted = names or [name.removeprefix("model/") for name in saved if name.startswith("model/")]

@@ -1,18 +1,16 @@
 """From which checkpoint a job goes on: agreed between all ranks, its files compared with their hashes before anything of it is used."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from megachat.checkpoint.facts import read_facts
-from megachat.checkpoint.hashes import check_files, share
-from megachat.checkpoint.load import newest_complete
+from megachat.checkpoint.facts import checkpoint_step, files_of_rank, find_file_problems, read_facts
 from megachat.errors import UserError
-from megachat.parallel.collectives import all_gather_objects, together
+from megachat.parallel.collectives import all_gather_objects, on_all_ranks_or_raise
 from megachat.parallel.mesh import Axis
 
 
-def settle_checkpoint(folder: Path, resume: str | None, world: Axis) -> tuple[Path | None, list[str]]:
+def choose_checkpoint(folder: Path, resume: str | None, world: Axis) -> tuple[Path | None, list[str]]:
     """(the checkpoint to go on from or None, remarks); all ranks call it and get the same. Each rank hashes a share of its files.
 
     With "auto" a damaged checkpoint is passed over for the one before. Raises UserError, on all ranks, as `find_checkpoint` does, for a named
@@ -24,7 +22,7 @@ def settle_checkpoint(folder: Path, resume: str | None, world: Axis) -> tuple[Pa
         remarks = [*remarks, *(f"{path} is damaged and passed over: {problem}" for path, problem in damaged.items())]
         if checkpoint is None:
             return None, remarks
-        problem = damage(checkpoint, world)
+        problem = find_damage(checkpoint, world)
         if problem is None:
             return checkpoint, remarks
         if resume != "auto":
@@ -34,7 +32,7 @@ def settle_checkpoint(folder: Path, resume: str | None, world: Axis) -> tuple[Pa
         damaged[checkpoint] = problem
 
 
-def damage(checkpoint: Path, world: Axis) -> str | None:
+def find_damage(checkpoint: Path, world: Axis) -> str | None:
     """What is wrong with a checkpoint's files, None when they are as they were saved; all ranks call it, hash a share each, and get the same."""
     return next((told for told in all_gather_objects(_own_problem(checkpoint, world), world) if told), None)
 
@@ -48,7 +46,7 @@ def _first_rank_finds(
         if world.rank == 0:
             found[:] = find_checkpoint(folder, resume, damaged)
 
-    together(find, world, lambda text: text.partition(": ")[2])
+    on_all_ranks_or_raise(find, world, lambda text: text.partition(": ")[2])
     path, remarks = all_gather_objects((str(found[0]) if found[0] else None, found[1]), world)[0]
     return Path(path) if path else None, remarks
 
@@ -59,7 +57,7 @@ def _own_problem(checkpoint: Path, world: Axis) -> str | None:
         facts = read_facts(checkpoint)
     except UserError as error:
         return f"rank {world.rank}: {error}"
-    problems = check_files(checkpoint, facts, share(facts, world.rank, world.size))
+    problems = find_file_problems(checkpoint, facts, files_of_rank(facts, world.rank, world.size))
     return problems[0] if problems else None
 
 
@@ -69,6 +67,24 @@ _NONE: Mapping[Path, str] = MappingProxyType({})
 def checkpoints_folder(run_folder: Path) -> Path:
     """Where a run's checkpoints are."""
     return run_folder / "checkpoints"
+
+
+def newest_complete(folder: Path, without: Collection[Path] = ()) -> tuple[Path | None, list[str]]:
+    """(the newest complete checkpoint in the folder or None, why each newer one was passed over). without: those known to be damaged."""
+    passed_over = []
+    steps = {
+        step: path
+        for path in folder.glob("step_*")
+        if (step := checkpoint_step(path)) is not None and path.is_dir() and path not in without
+    }
+    for _, checkpoint in sorted(steps.items(), reverse=True):
+        try:
+            read_facts(checkpoint)
+        except UserError as error:
+            passed_over.append(str(error))
+            continue
+        return checkpoint, passed_over
+    return None, passed_over
 
 
 def find_checkpoint(

@@ -1,15 +1,14 @@
 """Saving: written under a temporary name, complete only after the rename. A checkpoint that could not be finished leaves no trace."""
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from megachat.checkpoint.facts import FACTS_NAME, checkpoint_name, step_of, write_facts
-from megachat.checkpoint.hashes import hash_files
-from megachat.checkpoint.storage import Pieces, save_pieces
+from megachat.checkpoint.facts import FACTS_NAME, checkpoint_name, checkpoint_step, hash_files, write_facts
+from megachat.checkpoint.storage import RectanglesByName, save_rectangles
 from megachat.errors import UserError
-from megachat.parallel.collectives import all_gather_objects, barrier, together
+from megachat.files import sync_to_disk
+from megachat.parallel.collectives import all_gather_objects, barrier, on_all_ranks_or_raise
 from megachat.parallel.mesh import Axis
 
 SPACE_MARGIN = 1.05  # containers and indices around the raw bytes
@@ -17,28 +16,33 @@ _TEMPORARY, _REPLACED = ".tmp", ".old"
 
 
 def save_checkpoint(
-    folder: Path, step: int, pieces: Pieces, facts: dict, write_own_files: Callable[[Path], None], world: Axis
+    folder: Path,
+    step: int,
+    pieces: RectanglesByName,
+    facts: dict,
+    write_rank_files: Callable[[Path], None],
+    world: Axis,
 ) -> Path:
     """Write `folder`/step_NNNNNN; all ranks call it and all return, or all raise, together.
 
-    pieces: this rank's rectangles. facts: small JSON values, the same on all ranks. write_own_files: writes what else this rank keeps into
+    pieces: this rank's rectangles. facts: small JSON values, the same on all ranks. write_rank_files: writes what else this rank keeps into
     the given folder. Raises UserError when the disk is full or cannot be written; earlier checkpoints stay as they are.
     """
     final = folder / checkpoint_name(step)
     temporary = folder / (checkpoint_name(step) + _TEMPORARY)
-    needed = int(SPACE_MARGIN * sum(all_gather_objects(piece_bytes(pieces), world)))
+    needed = int(SPACE_MARGIN * sum(all_gather_objects(rectangle_bytes(pieces), world)))
 
     def failed(text: str) -> str:
         if not folder.parent.exists():
             return f"checkpoint {final} could not be saved, the run folder {folder.parent} has gone: bring it back from a copy, or start again"
         return f"checkpoint {final} could not be saved by {text}; earlier checkpoints are untouched, free space there and use --resume auto"
 
-    together(lambda: world.rank == 0 and _prepare(temporary, needed), world, failed)
+    on_all_ranks_or_raise(lambda: world.rank == 0 and _prepare(temporary, needed), world, failed)
     try:
-        together(lambda: write_own_files(temporary), world, failed)
-        together(lambda: save_pieces(temporary, pieces, world), world, failed)
+        on_all_ranks_or_raise(lambda: write_rank_files(temporary), world, failed)
+        on_all_ranks_or_raise(lambda: save_rectangles(temporary, pieces, world), world, failed)
         files = _hashed(temporary, world, failed)
-        together(
+        on_all_ranks_or_raise(
             lambda: world.rank == 0 and _finish(temporary, final, facts | {"step": step, "files": files}), world, failed
         )
     except UserError:
@@ -50,7 +54,7 @@ def save_checkpoint(
     return final
 
 
-def piece_bytes(pieces: Pieces) -> int:
+def rectangle_bytes(pieces: RectanglesByName) -> int:
     """Bytes of a rank's rectangles."""
     return sum(view.numel() * view.element_size() for _, rectangles in pieces.values() for _, _, view in rectangles)
 
@@ -85,14 +89,14 @@ def _hashed(temporary: Path, world: Axis, failed: Callable[[str], str]) -> dict[
         for name, digest in hash_files(temporary, mine).items():
             own[name] = {"bytes": (temporary / name).stat().st_size, "sha256": digest}
 
-    together(hash_own, world, failed)
+    on_all_ranks_or_raise(hash_own, world, failed)
     files = {name: entry for part in all_gather_objects(own, world) for name, entry in part.items()}
     return dict(sorted(files.items()))
 
 
 def _finish(temporary: Path, final: Path, facts: dict) -> None:
     write_facts(temporary, facts)
-    sync_folder(temporary)
+    sync_to_disk(temporary)
     replaced = final.with_name(
         final.name + _REPLACED
     )  # the same step saved again: the old one goes only after the new one is there
@@ -100,20 +104,11 @@ def _finish(temporary: Path, final: Path, facts: dict) -> None:
     if final.exists():
         final.rename(replaced)
     temporary.rename(final)
-    sync_folder(final.parent)
+    sync_to_disk(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """Force a folder's names to disk, so that a rename in it outlives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def tidy(folder: Path) -> None:
+def repair_checkpoints_folder(folder: Path) -> None:
     """Put in order what a killed save or removal left in a checkpoints folder. Only for the job that holds the run folder's lock."""
     for path in folder.glob("step_*"):
         name = path.name.removesuffix(_REPLACED)
@@ -126,7 +121,7 @@ def tidy(folder: Path) -> None:
                 path.rename(folder / name)
 
 
-def retire(folder: Path, keep_last: int | None, keep_every: int | None, newest: int) -> list[Path]:
+def remove_old_checkpoints(folder: Path, keep_last: int | None, keep_every: int | None, newest: int) -> list[Path]:
     """Remove complete checkpoints up to step `newest` that are neither among its last `keep_last` nor of a multiple of `keep_every` steps.
 
     keep_last None: all stay. Returns what was removed.
@@ -134,7 +129,7 @@ def retire(folder: Path, keep_last: int | None, keep_every: int | None, newest: 
     if keep_last is None:
         return []
     complete = (path for path in folder.glob("step_*") if (path / FACTS_NAME).is_file())
-    steps = {step: path for path in complete if (step := step_of(path)) is not None and step <= newest}
+    steps = {step: path for path in complete if (step := checkpoint_step(path)) is not None and step <= newest}
     surplus = [step for step in sorted(steps)[:-keep_last] if not (keep_every and step % keep_every == 0)]
     for step in surplus:
         going = folder / (

@@ -8,21 +8,21 @@ from typing import NamedTuple
 
 import torch
 
-from megachat.checkpoint.save import piece_bytes
-from megachat.checkpoint.storage import Pieces
+from megachat.checkpoint.save import rectangle_bytes
+from megachat.checkpoint.storage import RectanglesByName
 from megachat.parallel.mesh import Axis
 
 # writes the copied rectangles with the collectives of the given axis, which nothing else uses; returns the checkpoint
-Write = Callable[[Pieces, Axis], Path]
+Write = Callable[[RectanglesByName, Axis], Path]
 
 
 class Saved(NamedTuple):
-    """A finished save. blocked_s: for which the training waited. total_s: until it was complete. held_bytes: of this rank's tensors."""
+    """A finished save. blocked_s: for which the training waited. total_s: until it was complete. local_bytes: of this rank's tensors."""
 
     path: Path
     blocked_s: float
     total_s: float
-    held_bytes: int
+    local_bytes: int
 
 
 class Saver:
@@ -44,13 +44,13 @@ class Saver:
         self._copied.set()
         self._blocked_s = 0.0
 
-    def reserve(self, pieces: Pieces) -> None:
+    def reserve(self, pieces: RectanglesByName) -> None:
         """Take the memory of the copies now: a job that has too little fails at its start, and the first save waits no longer than others."""
         if self._background:
             for copy, _ in self._pairs(pieces):
                 copy.zero_()
 
-    def begin(self, pieces: Pieces, write: Write, since: float | None = None) -> None:
+    def begin(self, pieces: RectanglesByName, write: Write, since: float | None = None) -> None:
         """Write the rectangles behind the caller's back, who must not change them before `wait_copied`.
 
         Waits for an earlier save first. Raises UserError when that one failed.
@@ -113,7 +113,7 @@ class Saver:
             last = self._saved[-1]
             self._saved[-1] = last._replace(blocked_s=min(last.total_s, last.blocked_s + time.perf_counter() - begin))
 
-    def _pairs(self, pieces: Pieces) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _pairs(self, pieces: RectanglesByName) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(copy, view) of every rectangle."""
         for name, (_, rectangles) in pieces.items():
             for index, (_, _, view) in enumerate(rectangles):
@@ -126,13 +126,13 @@ class Saver:
         for copy, view in views:
             copy.copy_(view.detach(), non_blocking=True)
 
-    def _run(self, views: list | None, pieces: Pieces, write: Write, begin: float) -> None:
+    def _run(self, views: list | None, pieces: RectanglesByName, write: Write, begin: float) -> None:
         try:
             try:
                 self._copy(views or [])
             finally:
                 self._copied.set()
             path = write(pieces, self._axis)
-            self._saved.append(Saved(path, self._blocked_s, time.perf_counter() - begin, piece_bytes(pieces)))
+            self._saved.append(Saved(path, self._blocked_s, time.perf_counter() - begin, rectangle_bytes(pieces)))
         except BaseException as error:  # raised in the training's thread
             self._error = error

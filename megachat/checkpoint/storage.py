@@ -7,7 +7,6 @@ is executed: the index is JSON and tensors are read with weights_only.
 import contextlib
 import json
 import math
-import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,13 +24,14 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from megachat.files import write_json
 from megachat.parallel.mesh import Axis
 from megachat.parallel.rectangles import Rectangle
 
 INDEX_NAME = "tensors.json"
 
 # name -> (whole shape, the rectangles of it that this rank holds)
-Pieces = Mapping[str, tuple[tuple[int, ...], list[Rectangle]]]
+RectanglesByName = Mapping[str, tuple[tuple[int, ...], list[Rectangle]]]
 
 
 class _Whole(torch.Tensor):
@@ -132,15 +132,6 @@ def read_index(folder: Path) -> dict:
     return json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
 
 
-def write_json(path: Path, value) -> None:
-    """Write and sync."""
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
 @contextlib.contextmanager
 def _alone_on_purpose():
     """Without torch's warning that a process, such as a tool's, belongs to no group."""
@@ -149,7 +140,7 @@ def _alone_on_purpose():
         yield
 
 
-def save_pieces(folder: Path, pieces: Pieces, world: Axis) -> None:
+def save_rectangles(folder: Path, pieces: RectanglesByName, world: Axis) -> None:
     """Write every rank's rectangles; all ranks of `world` call it. Replicas must not be offered twice. Raises torch's CheckpointException on any
     failure."""
     state = {name: _Whole(shape, rectangles) for name, (shape, rectangles) in pieces.items()}
@@ -162,7 +153,7 @@ def save_pieces(folder: Path, pieces: Pieces, world: Axis) -> None:
         )
 
 
-def load_pieces(folder: Path, pieces: Pieces) -> None:
+def load_rectangles(folder: Path, pieces: RectanglesByName) -> None:
     """Fill the rectangles' tensors in place; all ranks call it, or one process that has none. Raises torch's CheckpointException naming what is
     missing or of another shape."""
     with torch.no_grad(), _alone_on_purpose():

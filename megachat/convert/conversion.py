@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from megachat.convert.opened import Opened
 from megachat.errors import UserError
-from megachat.files import write_whole
+from megachat.files import sync_to_disk, write_atomically
 
 
 def certificate_path(target: Path) -> Path:
@@ -64,7 +64,7 @@ def convert(kind: str, source: Opened, target: Path, make: Callable[[Path], tupl
         told["target"]["folder"] = told["target"]["folder"].replace(str(temporary), str(target))
         told = {"conversion": kind, **told}
         _sync(temporary)
-        write_whole(certificate_path(target), (json.dumps(told, indent=1) + "\n").encode())
+        write_atomically(certificate_path(target), (json.dumps(told, indent=1) + "\n").encode())
         temporary.rename(target)
         done = True
     except OSError as error:
@@ -84,16 +84,8 @@ def convert(kind: str, source: Opened, target: Path, make: Callable[[Path], tupl
 def _sync(folder: Path) -> None:
     """Force the files and folders to disk, so that the rename is last."""
     for path in sorted(folder.rglob("*"), reverse=True):
-        _fsync(path)
-    _fsync(folder)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync_to_disk(path)
+    sync_to_disk(folder)
 
 
 def adjusted(opened: Opened, names: list[str], change: Callable | None = None, facts: dict | None = None) -> Opened:

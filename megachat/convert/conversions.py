@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from megachat.checkpoint.hashes import check_files
+from megachat.checkpoint.facts import find_file_problems
 from megachat.convert.architecture import dims_of, has_optimizer
 from megachat.convert.conversion import adjusted, convert
 from megachat.convert.formats import open_checkpoint
@@ -207,6 +207,6 @@ def _source(path: Path, form: str, step: int | None = None) -> Opened:
     opened = open_checkpoint(path, step)
     if opened.form != form:
         raise UserError(f"{path} is of the form {opened.form}, not {form}: use the conversion for that")
-    if "files" in opened.facts and (problems := check_files(opened.folder, opened.facts)):
+    if "files" in opened.facts and (problems := find_file_problems(opened.folder, opened.facts)):
         raise UserError(f"{opened.folder} is damaged: {problems[0]}")
     return opened

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from megachat.checkpoint.storage import write_json
 from megachat.convert.architecture import dims_of, weight_shapes
 from megachat.convert.opened import Entry, Opened
 from megachat.convert.plain import SHARD_BYTES, open_tensors, save_tensors, shards_of
 from megachat.data.tokenizer import Tokenizer, save_tokenizer
 from megachat.errors import UserError
+from megachat.files import write_json
 from megachat.model.gpt import LOGIT_CAP
 from megachat.planning.dimensions import MLP_RATIO, Dimensions
 

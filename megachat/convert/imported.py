@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from megachat.checkpoint.facts import checkpoint_name, step_of
+from megachat.checkpoint.facts import checkpoint_name, checkpoint_step
 from megachat.checkpoint.save import save_checkpoint
-from megachat.checkpoint.storage import Pieces
+from megachat.checkpoint.storage import RectanglesByName
 from megachat.config import Config, save_config
 from megachat.convert.architecture import state_shapes
 from megachat.convert.opened import Opened, open_megachat
@@ -29,7 +29,7 @@ class Import:
     copies: files of `source_folder` that go into the checkpoint as they are."""
 
     step: int
-    pieces: Pieces
+    pieces: RectanglesByName
     facts: dict
     tokenizer: Tokenizer
     origin: dict
@@ -42,7 +42,7 @@ def write_import(made: Import, temporary: Path, target: Path) -> Opened:
 
     Raises UserError when the target's name is another step's, or the config does not give the model's sizes.
     """
-    if step_of(target) is not None:
+    if checkpoint_step(target) is not None:
         if target.name != checkpoint_name(made.step):
             raise UserError(
                 f"{target} is not {checkpoint_name(made.step)}, the checkpoint's step: give that name, or a run folder"
@@ -136,13 +136,13 @@ def tokenizer_folder(source: Opened, asked: Path | None) -> Path | None:
     return None
 
 
-def fresh_state(dims: Dimensions) -> Pieces:
+def fresh_state(dims: Dimensions) -> RectanglesByName:
     """Zeros for every tensor of optimizer state, as at the start of a run."""
     shapes = {name: shape for name, shape in state_shapes(dims).items() if not name.startswith("model/")}
     return {name: _whole(torch.zeros(shape)) for name, shape in shapes.items()}
 
 
-def whole_pieces(source: Opened) -> Pieces:
+def whole_pieces(source: Opened) -> RectanglesByName:
     """All tensors in float32; those that a file has so stay in it until they are written."""
     return {name: _whole(tensor.float()) for name, tensor in source.tensors()}
 

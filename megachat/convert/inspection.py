@@ -5,8 +5,7 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from megachat.checkpoint.facts import FACTS_NAME, read_facts
-from megachat.checkpoint.hashes import check_files
+from megachat.checkpoint.facts import FACTS_NAME, find_file_problems, read_facts
 from megachat.checkpoint.storage import INDEX_NAME, read_index
 from megachat.convert.architecture import tensor_problems
 from megachat.convert.formats import open_checkpoint
@@ -99,7 +98,7 @@ def verify(path: Path) -> tuple[str, list[str]]:
     except UserError as error:
         problems = _problems_of_damaged(path)
         return f"{path.name}: its files", problems if problems else [str(error)]
-    problems = check_files(path, facts)
+    problems = find_file_problems(path, facts)
     if not any(problem.startswith(INDEX_NAME) for problem in problems):
         opened = open_megachat(path)
         problems += _coverage_problems(path, facts) + tensor_problems(opened)
@@ -114,7 +113,7 @@ def _told(name: str, files, entries) -> str:
 
 
 def _saved_hashes(opened: Opened) -> list[str]:
-    return check_files(opened.folder, opened.facts) if opened.form == "safetensors" else []
+    return find_file_problems(opened.folder, opened.facts) if opened.form == "safetensors" else []
 
 
 def _problems_of_damaged(path: Path) -> list[str]:
@@ -125,7 +124,7 @@ def _problems_of_damaged(path: Path) -> list[str]:
             name: entry if isinstance(entry, dict) else {"bytes": int(entry), "sha256": None}
             for name, entry in facts["files"].items()
         }
-        return check_files(path, {"files": files})
+        return find_file_problems(path, {"files": files})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
 

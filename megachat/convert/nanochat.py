@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from megachat.checkpoint.storage import Pieces
+from megachat.checkpoint.storage import RectanglesByName
 from megachat.convert.architecture import shape_problems, weight_shapes
 from megachat.convert.opened import Entry, Opened
 from megachat.errors import UserError
@@ -127,7 +127,7 @@ def open_nanochat(folder: Path, step: int | None = None) -> Opened:
 
 
 def _opened(
-    folder: Path, meta: dict, dims: Dimensions, pieces: Pieces, adamw_steps, groups, files: list[str]
+    folder: Path, meta: dict, dims: Dimensions, pieces: RectanglesByName, adamw_steps, groups, files: list[str]
 ) -> Opened:
     def read(names: list[str]) -> dict[str, torch.Tensor]:
         return {name: assembled(*pieces[name]) for name in names}
@@ -183,7 +183,9 @@ def _shards(folder: Path, step: int) -> list[Path]:
     return [found[rank] for rank in sorted(found)]
 
 
-def optimizer_pieces(states: list[dict], dims: Dimensions, files: list[Path]) -> tuple[Pieces, int, list[dict]]:
+def optimizer_pieces(
+    states: list[dict], dims: Dimensions, files: list[Path]
+) -> tuple[RectanglesByName, int, list[dict]]:
     """(rectangles by our names, AdamW's steps, param_groups of rank 0) of the shards of all ranks. Raises UserError when they do not fit."""
     pieces: dict[str, tuple] = {}
     steps = set()

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megachat.checkpoint.load import load_checkpoint, newest_complete, read_facts
+from megachat.checkpoint.facts import read_facts
+from megachat.checkpoint.load import load_checkpoint
+from megachat.checkpoint.resume import newest_complete
 from megachat.checkpoint.storage import read_index
 from megachat.errors import UserError
 

@@ -13,12 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from megachat.checkpoint.facts import ARCHITECTURE_VERSION
-from megachat.checkpoint.hashes import hash_files
-from megachat.checkpoint.storage import write_json
+from megachat.checkpoint.facts import ARCHITECTURE_VERSION, hash_files
 from megachat.convert.conversion import writing
 from megachat.convert.opened import Entry, Opened, files_below
 from megachat.errors import UserError
+from megachat.files import write_json
 
 FACTS_FILE = "checkpoint_facts.json"
 VERSION = 1

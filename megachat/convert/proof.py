@@ -8,7 +8,7 @@ from importlib import metadata
 
 import torch
 
-from megachat.checkpoint.hashes import hash_files
+from megachat.checkpoint.facts import hash_files
 from megachat.convert.architecture import build_model, dims_of
 from megachat.convert.difference import differences_of
 from megachat.convert.opened import Opened

@@ -2,19 +2,94 @@
 
 import queue
 import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from megachat.data import loader_state
-from megachat.data.feed import Feed
-from megachat.data.packing import Stream, StreamState, buffer_of, streams_of
-from megachat.data.shards import Corpus, open_shards, split_of
+from megachat.data.packing import Stream, StreamState, buffer_sizes, streams_of_rank
+from megachat.data.shards import Corpus, open_shards, split_shards
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError
+
+# Documents looked at together, few enough that a foreign file with one huge row group starts at once; batches ahead, so that the threads never wait.
+_BATCH_DOCUMENTS = 256
+_BATCHES_AHEAD = 2
+# Documents of one task for a thread: small, because one document may be as long as a hundred others.
+_TASK_DOCUMENTS = 8
+
+
+class Feed:
+    """Deals documents to streams. cursors: stream -> first document number it wants; only these streams' documents are tokenized."""
+
+    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, cursors: dict[int, int], streams: int, threads: int):
+        if corpus.documents < streams:
+            names = ", ".join(shard.path.name for shard in corpus.shards)
+            raise UserError(
+                f"{corpus.shards[0].path.parent} has {corpus.documents} documents in {names}, fewer than {streams} packing streams: "
+                f"set data.streams to {corpus.documents} or fewer, or add text"
+            )
+        self._corpus, self._tokenizer, self._streams = corpus, tokenizer, streams
+        self._wanted_from = np.full(streams, np.iinfo(np.int64).max)
+        for stream, cursor in cursors.items():
+            self._wanted_from[stream] = cursor
+        self._waiting: dict[int, deque[tuple[int, np.ndarray]]] = {stream: deque() for stream in cursors}
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tokenizer")
+        self._batches = self._batches_from(min(cursors.values()))
+        self._ahead: deque[tuple[int, list[int], list[Future]]] = deque()
+
+    def take(self, stream: int) -> tuple[int, np.ndarray]:
+        """(number, tokens: uint [n], BOS first) of the stream's next document that is not empty. Raises UserError if an epoch holds none."""
+        waiting, looked_at = self._waiting[stream], 0
+        while not waiting:
+            if looked_at > 2 * self._corpus.documents:
+                raise UserError(
+                    f"all documents of packing stream {stream} in {self._corpus.shards[0].path.parent} are empty: "
+                    "prepare the data again or set fewer data.streams"
+                )
+            looked_at += self._deal()
+        return waiting.popleft()
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _batches_from(self, number: int) -> Iterator[tuple[int, pa.ChunkedArray]]:
+        for first, texts in self._corpus.read_from(number):
+            for start in range(0, len(texts), _BATCH_DOCUMENTS):
+                yield first + start, texts.slice(start, _BATCH_DOCUMENTS)
+
+    def _deal(self) -> int:
+        """Hand the oldest batch to its streams; returns how many documents were looked at."""
+        while len(self._ahead) <= _BATCHES_AHEAD:
+            self._ahead.append(self._submit(*next(self._batches)))
+        looked_at, numbers, tasks = self._ahead.popleft()
+        documents = [tokens for task in tasks for tokens in task.result()]
+        for number, tokens in zip(numbers, documents, strict=True):
+            self._waiting[number % self._corpus.documents % self._streams].append((number, tokens))
+        return looked_at
+
+    def _submit(self, first: int, texts: pa.ChunkedArray) -> tuple[int, list[int], list[Future]]:
+        numbers = np.arange(first, first + len(texts))
+        wanted = np.flatnonzero(numbers >= self._wanted_from[numbers % self._corpus.documents % self._streams])
+        found = [
+            (first + at, text)
+            for at, text in zip(wanted.tolist(), texts.take(pa.array(wanted)).to_pylist(), strict=True)
+            if text
+        ]
+        encode = partial(self._pool.submit, self._tokenizer.encode_batch)
+        tasks = [
+            encode([text for _, text in found[start : start + _TASK_DOCUMENTS]])
+            for start in range(0, len(found), _TASK_DOCUMENTS)
+        ]
+        return len(texts), [number for number, _ in found], tasks
 
 
 @dataclass(frozen=True)
@@ -30,9 +105,9 @@ class Loader:
 
     Row slot k of a rank is row k * ranks + rank of the step. The rows depend on the data, seed, row_tokens, rows, streams and buffer_documents only,
     never on ranks or rank. row_tokens: sequence length + 1; every row starts with BOS. rows: rows of a step over all ranks. A stream's buffer holds
-    at least buffer_documents documents, fewer where the stream has too few in one epoch (`packing.buffer_of`).
+    at least buffer_documents documents, fewer where the stream has too few in one epoch (`packing.buffer_sizes`).
     seed: None visits the row groups in file order. state: from `state()` or `load_loader_state`, of a run with any number of ranks, or from
-    `begun_anew`. Raises UserError for a data folder that is wrong, settings that do not divide, or a state of other settings.
+    `restarted_state`. Raises UserError for a data folder that is wrong, settings that do not divide, or a state of other settings.
     """
 
     def __init__(
@@ -56,7 +131,7 @@ class Loader:
             raise UserError(
                 f"{rows} rows a step cannot be dealt evenly to {ranks} data-parallel ranks: make the rows a multiple of {ranks}"
             )
-        shards = split_of(open_shards(folder, least=1 if split == "validation" else 2), split)
+        shards = split_shards(open_shards(folder, min_shards=1 if split == "validation" else 2), split)
         corpus = Corpus(shards, seed)
         self._rows, self._ranks, self._rank, self._row_tokens, self._stream_count = (
             rows,
@@ -74,14 +149,14 @@ class Loader:
             "buffer_documents": buffer_documents,
             "seed": seed,
         }
-        self._settings = loader_state.settings_of(shards, tokenizer, order)
-        mine = streams_of(rank, ranks, streams, rows)
+        self._settings = loader_state.loader_settings(shards, tokenizer, order)
+        mine = streams_of_rank(rank, ranks, streams, rows)
         self._now = self._resume(state, mine)
         cursors = {stream: packed.next_document for stream, packed in self._now.streams.items()}
         self._feed = Feed(corpus, tokenizer, cursors, streams, tokenizer_threads)
         self._streams = {}
         for stream in mine:
-            buffer = buffer_of(self._share(stream), buffer_documents)
+            buffer = buffer_sizes(self._share(stream), buffer_documents)
             self._streams[stream] = Stream(
                 partial(self._feed.take, stream), row_tokens, buffer, corpus.documents, self._now.streams[stream]
             )
@@ -95,11 +170,11 @@ class Loader:
     def _resume(self, state: dict | None, mine: list[int]) -> _Snapshot:
         self._restarts = state["header"].get("restarts", []) if state else []
         if state is None or state["streams"] is None:
-            return _Snapshot(0, dict.fromkeys(mine, loader_state.first_state(self._restarts)))
-        loader_state.refuse_other(state["header"], self._settings)
+            return _Snapshot(0, dict.fromkeys(mine, loader_state.initial_stream_state(self._restarts)))
+        loader_state.require_same_settings(state["header"], self._settings)
         return _Snapshot(
             state["header"]["step"],
-            {stream: loader_state.stream_of(state["streams"][stream], self._row_tokens) for stream in mine},
+            {stream: loader_state.stream_from_arrays(state["streams"][stream], self._row_tokens) for stream in mine},
         )
 
     def _share(self, stream: int) -> int:
@@ -148,7 +223,8 @@ class Loader:
         return {
             "header": header,
             "streams": {
-                stream: loader_state.arrays_of(packed, self._dtype) for stream, packed in self._now.streams.items()
+                stream: loader_state.stream_to_arrays(packed, self._dtype)
+                for stream, packed in self._now.streams.items()
             },
         }
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from megachat.data.packing import FRESH, Held, StreamState
-from megachat.data.shards import Shard, fingerprint, footers
+from megachat.data.packing import FRESH, BufferedDocument, StreamState
+from megachat.data.shards import Shard, footers_digest, shards_fingerprint
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError
-from megachat.files import write_whole
+from megachat.files import write_atomically
 
 HEADER_FILE = "loader.json"
 _COUNTERS = ("next_document", "next_sequence", "rows", "read_tokens", "cropped_tokens")
@@ -33,11 +33,11 @@ _SAME = {
 }
 
 
-class Unreadable(UserError):
+class TransientReadError(UserError):
     """The storage failed just now; what lies there may be whole."""
 
 
-def arrays_of(state: StreamState, dtype: np.dtype) -> dict[str, np.ndarray]:
+def stream_to_arrays(state: StreamState, dtype: np.dtype) -> dict[str, np.ndarray]:
     """A stream's state as arrays: counters int64 [5], ledger uint8 [32], and for the n documents in its buffer, in the order they came,
     sequence, documents (numbers) and lengths int64 [n] and their kept tokens end to end.
     """
@@ -52,15 +52,15 @@ def arrays_of(state: StreamState, dtype: np.dtype) -> dict[str, np.ndarray]:
     }
 
 
-def stream_of(arrays: dict[str, np.ndarray], row_tokens: int) -> StreamState:
-    """The inverse of `arrays_of`. Raises ValueError when the arrays do not fit together."""
+def stream_from_arrays(arrays: dict[str, np.ndarray], row_tokens: int) -> StreamState:
+    """The inverse of `stream_to_arrays`. Raises ValueError when the arrays do not fit together."""
     kept = np.minimum(arrays["lengths"], row_tokens)
     ends = np.cumsum(kept)
     if len(arrays["tokens"]) != kept.sum() or not len(arrays["sequence"]) == len(arrays["documents"]) == len(kept):
         raise ValueError("documents and tokens do not fit together")
     pieces = np.split(arrays["tokens"], ends[:-1]) if len(kept) else []
     held = {
-        sequence: Held(number, length, tokens)
+        sequence: BufferedDocument(number, length, tokens)
         for sequence, number, length, tokens in zip(
             arrays["sequence"].tolist(), arrays["documents"].tolist(), arrays["lengths"].tolist(), pieces, strict=True
         )
@@ -70,12 +70,17 @@ def stream_of(arrays: dict[str, np.ndarray], row_tokens: int) -> StreamState:
     )
 
 
-def settings_of(shards: list[Shard], tokenizer: Tokenizer, order: dict) -> dict:
+def loader_settings(shards: list[Shard], tokenizer: Tokenizer, order: dict) -> dict:
     """What a loader's rows depend on, for its header. order: its split, row_tokens, rows, streams, buffer_documents and seed."""
-    return {**order, "tokenizer": tokenizer.fingerprint, "data": fingerprint(shards), "texts": footers(shards)}
+    return {
+        **order,
+        "tokenizer": tokenizer.fingerprint,
+        "data": shards_fingerprint(shards),
+        "texts": footers_digest(shards),
+    }
 
 
-def refuse_other(header: dict, current: dict) -> None:
+def require_same_settings(header: dict, current: dict) -> None:
     """Raise UserError, naming both values, if a saved header belongs to other data, another tokenizer or other settings than `current`."""
     for key, words in _SAME.items():
         if (
@@ -102,7 +107,7 @@ def combined_ledger(streams: dict[int, bytes | str]) -> str:
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-def begun_anew(checkpoint_step: int, ledger: str | None, header: dict | None) -> dict:
+def restarted_state(checkpoint_step: int, ledger: str | None, header: dict | None) -> dict:
     """A state in which all streams begin again with the first document; it remembers that it does, and so does their ledger.
 
     checkpoint_step: steps that the run has done. ledger: combined, of the documents before, None where it is not known. header: of the loader
@@ -112,7 +117,7 @@ def begun_anew(checkpoint_step: int, ledger: str | None, header: dict | None) ->
     return {"header": {"step": 0, "restarts": restarts}, "streams": None}
 
 
-def first_state(restarts: list[dict]) -> StreamState:
+def initial_stream_state(restarts: list[dict]) -> StreamState:
     """A stream before its first row. restarts: the times at which the documents were begun anew, the oldest first: their steps and ledgers are
     the beginning of the new ledger."""
     return (
@@ -122,7 +127,7 @@ def first_state(restarts: list[dict]) -> StreamState:
     )
 
 
-def run_step(header: dict) -> int:
+def step_of_run(header: dict) -> int:
     """The run's step at which a loader state was saved; the header counts steps since the documents were last begun."""
     return header["step"] + sum(restart["step"] for restart in header.get("restarts", [])[-1:])
 
@@ -135,13 +140,13 @@ def save_loader_state(folder: str | Path, state: dict, mine: Iterable[int]) -> N
     for stream in mine:
         content = io.BytesIO()
         np.savez(content, allow_pickle=False, **state["streams"][stream])
-        write_whole(_path(folder, stream), content.getvalue())
+        write_atomically(_path(folder, stream), content.getvalue())
     if 0 in mine:
-        write_whole(folder / HEADER_FILE, json.dumps(state["header"], indent=1).encode() + b"\n")
+        write_atomically(folder / HEADER_FILE, json.dumps(state["header"], indent=1).encode() + b"\n")
 
 
 def load_header(folder: str | Path) -> dict:
-    """What all streams share. Raises UserError for a file that is missing or damaged, Unreadable where the storage fails."""
+    """What all streams share. Raises UserError for a file that is missing or damaged, TransientReadError where the storage fails."""
     path = Path(folder) / HEADER_FILE
     with _in_words(path):
         header = json.loads(path.read_text(encoding="utf-8"))
@@ -151,7 +156,7 @@ def load_header(folder: str | Path) -> dict:
 
 def load_loader_state(folder: str | Path, needed: Iterable[int]) -> dict:
     """The state with the streams in `needed`, whoever saved them. Raises UserError for a file that is missing, damaged, of another step or of
-    another stream, Unreadable where the storage fails."""
+    another stream, TransientReadError where the storage fails."""
     folder = Path(folder)
     header, streams = load_header(folder), {}
     for stream in needed:
@@ -170,7 +175,7 @@ def load_loader_state(folder: str | Path, needed: Iterable[int]) -> dict:
                 raise UserError(
                     f"{path} is of another stream or run: it holds documents that are not stream {stream}'s; load another checkpoint"
                 )
-            packed = stream_of(arrays, header["row_tokens"]).rows
+            packed = stream_from_arrays(arrays, header["row_tokens"]).rows
             if packed != rows_before(header["step"], header["rows"], stream, header["streams"]):
                 raise UserError(f"{path} is not of step {header['step']} as {HEADER_FILE} is: load another checkpoint")
     return {"header": header, "streams": streams}
@@ -183,7 +188,7 @@ def _in_words(path: Path) -> Iterator[None]:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"the loader state {path} is missing: load another checkpoint") from None
     except OSError as error:
-        raise Unreadable(
+        raise TransientReadError(
             f"the loader state {path} cannot be read ({error.strerror or error}): make it readable and try again"
         ) from None
     except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:

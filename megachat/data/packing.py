@@ -22,7 +22,7 @@ _SEQUENCE_BITS = 40
 REFILL_DOCUMENTS = 128
 
 
-def streams_of(rank: int, ranks: int, streams: int, rows: int) -> list[int]:
+def streams_of_rank(rank: int, ranks: int, streams: int, rows: int) -> list[int]:
     """The streams a data-parallel rank runs: those that pack one of its rows n (n % ranks == rank) at some step. rows: a step, divisible by ranks."""
     if rows % ranks:
         raise ValueError(f"{rows} rows a step cannot be dealt evenly to {ranks} ranks")
@@ -30,7 +30,7 @@ def streams_of(rank: int, ranks: int, streams: int, rows: int) -> list[int]:
     return [stream for stream in range(streams) if stream % shared == rank % shared]
 
 
-def owner_of(stream: int, ranks: int, streams: int, rows: int) -> int:
+def saving_rank(stream: int, ranks: int, streams: int, rows: int) -> int:
     """The first rank that runs a stream; it saves the stream's state."""
     if rows % ranks:
         raise ValueError(f"{rows} rows a step cannot be dealt evenly to {ranks} ranks")
@@ -38,7 +38,7 @@ def owner_of(stream: int, ranks: int, streams: int, rows: int) -> int:
 
 
 @dataclass(frozen=True)
-class Held:
+class BufferedDocument:
     """A document in a buffer."""
 
     number: int  # in the endless sequence of epochs
@@ -56,13 +56,13 @@ class StreamState:
     read_tokens: int  # of the documents placed or cropped
     cropped_tokens: int  # thrown away of these
     ledger: bytes  # running SHA-256 of the documents placed or cropped
-    held: dict[int, Held]  # by sequence number, in its order
+    held: dict[int, BufferedDocument]  # by sequence number, in its order
 
 
 FRESH = StreamState(0, 0, 0, 0, 0, bytes(32), {})
 
 
-def buffer_of(share: int, buffer_documents: int) -> tuple[int, int]:
+def buffer_sizes(share: int, buffer_documents: int) -> tuple[int, int]:
     """(least, refill): a stream with fewer than `least` documents in its buffer takes `refill` more.
 
     share: the stream's documents in one epoch; a small corpus gets a smaller buffer, so that it never holds more documents than that.
@@ -76,7 +76,7 @@ def buffer_of(share: int, buffer_documents: int) -> tuple[int, int]:
 class Stream:
     """One packing stream.
 
-    take: gives (number, tokens: uint [n], BOS first) of the stream's next document. buffer: from `buffer_of`. epoch_documents: of the whole corpus.
+    take: gives (number, tokens: uint [n], BOS first) of the stream's next document. buffer: from `buffer_sizes`. epoch_documents: of the whole corpus.
     """
 
     def __init__(
@@ -132,6 +132,6 @@ class Stream:
         length, sequence = len(tokens), self._next_sequence
         # A long document's tail is dropped here: a view would keep it in memory and in every checkpoint.
         kept = tokens if length <= self._row_tokens else tokens[: self._row_tokens].copy()
-        self._held[sequence] = Held(number, length, kept)
+        self._held[sequence] = BufferedDocument(number, length, kept)
         insort(self._keys, length << _SEQUENCE_BITS | sequence)
         self._next_document, self._next_sequence = number + 1, sequence + 1

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megachat.errors import UserError
+from megachat.files import file_sha256
 
 MANIFEST = "manifest.json"
 # Lies in a folder as long as its preparation has not ended, so that half a data set is never trained on.
@@ -92,8 +93,8 @@ def _footer_hash(path: Path, size: int, length: int) -> str:
         return hashlib.sha256(file.read(length)).hexdigest()
 
 
-def open_shards(folder: str | Path, *, least: int = 2) -> list[Shard]:
-    """Every shard of a data folder in the order of names, all footers checked. Raises UserError, also for fewer than `least` shards: training
+def open_shards(folder: str | Path, *, min_shards: int = 2) -> list[Shard]:
+    """Every shard of a data folder in the order of names, all footers checked. Raises UserError, also for fewer than `min_shards` shards: training
     needs 2, one of them for validation, which alone needs 1."""
     folder = Path(folder)
     if not folder.is_dir():
@@ -107,7 +108,7 @@ def open_shards(folder: str | Path, *, least: int = 2) -> list[Shard]:
         raise UserError(
             f"the data folder {folder} holds no .parquet file: make it with tools/prepare_data.py --out {folder} --overwrite"
         )
-    if len(paths) < least:
+    if len(paths) < min_shards:
         raise UserError(
             f"the data folder {folder} holds one shard only, {paths[0].name}: at least 2 are needed, because the last one is for validation"
         )
@@ -116,34 +117,34 @@ def open_shards(folder: str | Path, *, least: int = 2) -> list[Shard]:
         return list(pool.map(open_shard, paths))
 
 
-def split_of(shards: list[Shard], split: str) -> list[Shard]:
+def split_shards(shards: list[Shard], split: str) -> list[Shard]:
     """The shards of "train" (all but the last) or of "validation" (the last)."""
     return {"train": shards[:-1], "validation": shards[-1:]}[split]
 
 
-def fingerprint(shards: list[Shard]) -> str:
+def shards_fingerprint(shards: list[Shard]) -> str:
     """SHA-256 (hex) over names, sizes and numbers of documents: tells data sets apart without reading them."""
     listed = [[shard.path.name, shard.size_bytes, shard.documents] for shard in shards]
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
-def footers(shards: list[Shard]) -> str:
+def footers_digest(shards: list[Shard]) -> str:
     """SHA-256 (hex) over the footers: differs as well where shards of the same names and sizes were written again with other texts. Only a file
     changed in place below an unchanged footer escapes it; `check_data_folder` with hashes reads everything."""
     return hashlib.sha256("".join(shard.footer for shard in shards).encode()).hexdigest()
 
 
-def check_data_folder(folder: str | Path, *, hashes: bool = False, least: int = 2) -> DataSummary:
-    """Check a data folder before a run: every footer, at least `least` shards, and names and sizes (with `hashes` also SHA-256) against its manifest.
+def check_data_folder(folder: str | Path, *, hashes: bool = False, min_shards: int = 2) -> DataSummary:
+    """Check a data folder before a run: every footer, at least `min_shards` shards, and names and sizes (with `hashes` also SHA-256) against its manifest.
 
     Raises UserError naming the first file that is wrong.
     """
     folder = Path(folder)
-    shards = open_shards(folder, least=least)
+    shards = open_shards(folder, min_shards=min_shards)
     manifest = load_manifest(folder)
     if manifest is not None:
         _compare(folder, shards, manifest, hashes)
-    train, validation = split_of(shards, "train"), split_of(shards, "validation")
+    train, validation = split_shards(shards, "train"), split_shards(shards, "validation")
     return DataSummary(
         folder=folder,
         train_shards=len(train),
@@ -151,7 +152,7 @@ def check_data_folder(folder: str | Path, *, hashes: bool = False, least: int = 
         validation_documents=validation[0].documents,
         size_bytes=sum(shard.size_bytes for shard in shards),
         source=manifest["request"]["source"] if manifest else None,
-        train_fingerprint=fingerprint(train),
+        train_fingerprint=shards_fingerprint(train),
     )
 
 
@@ -184,19 +185,10 @@ def _compare(folder: Path, shards: list[Shard], manifest: dict, hashes: bool) ->
                 f"{folder / name} has {found[name].size_bytes:,} bytes but {MANIFEST} says {entry['bytes']:,}: "
                 "prepare the folder again with --overwrite"
             )
-        if hashes and sha256_of(folder / name) != entry["sha256"]:
+        if hashes and file_sha256(folder / name) != entry["sha256"]:
             raise UserError(
                 f"{folder / name} differs from the SHA-256 in {MANIFEST}: prepare the folder again with --overwrite"
             )
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 (hex) of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _first_line(error: BaseException) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import tiktoken
 
 from megachat.errors import UserError
-from megachat.files import write_whole
+from megachat.files import write_atomically
 
 RANK_FILE = "ranks.tiktoken"
 METADATA_FILE = "tokenizer.json"
@@ -60,7 +60,7 @@ class Tokenizer:
         self.vocab_size = len(ranks) + len(special_tokens)
         self.bos = self.special_tokens[BOS]
         self.dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
-        described = json.dumps([hashlib.sha256(rank_file_of(ranks)).hexdigest(), list(special_tokens), pattern])
+        described = json.dumps([hashlib.sha256(rank_file_content(ranks)).hexdigest(), list(special_tokens), pattern])
         self.fingerprint = hashlib.sha256(described.encode()).hexdigest()
         try:
             self._encoding = tiktoken.Encoding(
@@ -103,7 +103,7 @@ class Tokenizer:
         return counts
 
 
-def rank_file_of(ranks: dict[bytes, int]) -> bytes:
+def rank_file_content(ranks: dict[bytes, int]) -> bytes:
     """The rank file's content: a line for each rank, in order."""
     return b"".join(
         base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda item: item[1])
@@ -114,7 +114,7 @@ def save_tokenizer(folder: str | Path, tokenizer: Tokenizer, origin: dict) -> No
     """Write the rank file, then tokenizer.json, which vouches for it. origin: JSON-able, how the tokenizer was made."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    ranks = rank_file_of(tokenizer.ranks)
+    ranks = rank_file_content(tokenizer.ranks)
     metadata = {
         "name": tokenizer.name,
         "vocab_size": tokenizer.vocab_size,
@@ -126,8 +126,8 @@ def save_tokenizer(folder: str | Path, tokenizer: Tokenizer, origin: dict) -> No
         "origin": origin,
     }
     (folder / METADATA_FILE).unlink(missing_ok=True)
-    write_whole(folder / RANK_FILE, ranks)
-    write_whole(folder / METADATA_FILE, json.dumps(metadata, indent=1, ensure_ascii=False).encode() + b"\n")
+    write_atomically(folder / RANK_FILE, ranks)
+    write_atomically(folder / METADATA_FILE, json.dumps(metadata, indent=1, ensure_ascii=False).encode() + b"\n")
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

@@ -5,9 +5,8 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from megachat.data.shards import sha256_of
 from megachat.errors import UserError
-from megachat.files import PART, keep, write_whole
+from megachat.files import PART, file_sha256, sync_and_rename, write_atomically
 from megachat.prepare.download import download_file
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # where nanochat takes it from
@@ -37,7 +36,7 @@ def download_bundle(
             raise UserError(
                 f"{path} cannot be written or locked ({error.strerror}): download {url} yourself and give the file"
             ) from None
-    wanted, found = hashed.read_text(encoding="utf-8").split()[0], sha256_of(path)
+    wanted, found = hashed.read_text(encoding="utf-8").split()[0], file_sha256(path)
     if found != wanted:
         raise UserError(
             f"{path} is not the file that was first there (SHA-256 {found[:12]}, not {wanted[:12]}): remove it and {hashed.name} to get it again"
@@ -53,9 +52,9 @@ def _download(url: str, path: Path, hashed: Path, retry_wait_s: float) -> None:
         raise UserError(f"what {url} sent is not a zip: check the address; it was not kept")
     if not hashed.exists():
         _remember(hashed, part, path.name)
-    keep(part, path)
+    sync_and_rename(part, path)
 
 
 def _remember(hashed: Path, file: Path, name: str | None = None) -> None:
     """In sha256sum's format."""
-    write_whole(hashed, f"{sha256_of(file)}  {name or file.name}\n".encode())
+    write_atomically(hashed, f"{file_sha256(file)}  {name or file.name}\n".encode())

@@ -8,7 +8,7 @@ from pathlib import Path
 from megachat.errors import UserError
 from megachat.evals.core_bundle import CORE_TASKS, Bundle, Task
 from megachat.evals.uncertainty import Estimate, estimate, judge_against, score_tasks
-from megachat.files import write_whole
+from megachat.files import write_atomically
 from megachat.text import text_table
 
 FORMAT = "megachat-evaluation-1"
@@ -64,7 +64,7 @@ def save_results(path: Path, told: dict) -> dict:
     if earlier.get("checkpoint_sha256") == told.get("checkpoint_sha256") is not None:
         told = earlier | told
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(told, indent=1, ensure_ascii=False).encode() + b"\n")
+    write_atomically(path, json.dumps(told, indent=1, ensure_ascii=False).encode() + b"\n")
     return told
 
 

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from megachat.data.shards import load_manifest, open_shards, split_of
+from megachat.data.shards import load_manifest, open_shards, split_shards
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError
 from megachat.parallel.mesh import Axis
@@ -24,7 +24,7 @@ _BATCH_DOCUMENTS = 256
 def source_names(folder: Path) -> tuple[str, ...]:
     """The names in the folder's manifest; none where it has none. Raises UserError when its validation shard does not say them."""
     names = tuple((load_manifest(folder) or {}).get("sources") or ())
-    shard = split_of(open_shards(folder, least=1), "validation")[0].path
+    shard = split_shards(open_shards(folder, min_shards=1), "validation")[0].path
     if names and "source" not in pq.read_schema(shard).names:
         raise UserError(
             f"{shard} has no `source` column, though the manifest names sources: prepare the folder again with --overwrite"
@@ -78,7 +78,7 @@ def _tokens(folder: Path, source: str, tokenizer: Tokenizer, most: int) -> np.nd
 
 
 def _documents(folder: Path, source: str) -> Iterator[list[str]]:
-    path = split_of(open_shards(folder, least=1), "validation")[0].path
+    path = split_shards(open_shards(folder, min_shards=1), "validation")[0].path
     try:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=_BATCH_DOCUMENTS, columns=["text", "source"]):

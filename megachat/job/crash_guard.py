@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megachat.errors import UserError
-from megachat.files import write_whole
-from megachat.parallel.collectives import together
+from megachat.files import write_atomically
+from megachat.parallel.collectives import on_all_ranks_or_raise
 from megachat.parallel.mesh import Axis
 
 RUNNING_NAME, CRASHES_NAME = "running", "crashes.json"
@@ -36,7 +36,7 @@ class CrashGuard:
             return
         crashes = [] if forget else self._crashes()
         if crashes:
-            write_whole(self._folder / CRASHES_NAME, json.dumps(crashes, indent=1).encode() + b"\n")
+            write_atomically(self._folder / CRASHES_NAME, json.dumps(crashes, indent=1).encode() + b"\n")
         else:
             (self._folder / CRASHES_NAME).unlink(missing_ok=True)
         (self._folder / RUNNING_NAME).unlink(missing_ok=True)
@@ -96,7 +96,7 @@ def guard_crashes(folder: Path, step: int, world: Axis, *, forget: bool) -> Iter
     """The record of a job that goes on from `step` in the run folder; all ranks enter together. What leaves the block with anything but a
     mistake that is told, or a storage that failed, is a crash. Raises UserError on all ranks as `CrashGuard.begin` does."""
     guard = CrashGuard(folder, writes=world.rank == 0)
-    together(lambda: guard.begin(step, forget=forget), world, lambda text: text.partition(": ")[2])
+    on_all_ranks_or_raise(lambda: guard.begin(step, forget=forget), world, lambda text: text.partition(": ")[2])
     try:
         yield guard
     except (UserError, OSError, KeyboardInterrupt):

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megachat.checkpoint.resume import checkpoints_folder
-from megachat.checkpoint.save import tidy
+from megachat.checkpoint.save import repair_checkpoints_folder
 from megachat.errors import UserError
-from megachat.parallel.collectives import together
+from megachat.parallel.collectives import on_all_ranks_or_raise
 from megachat.parallel.mesh import Axis
 
 LOCK_NAME = "lock"
@@ -92,7 +92,7 @@ def lock_run_folder(folder: Path, world: Axis) -> Iterator[list[str]]:
                         f"the run folder {folder} cannot be made or written ({error.strerror}): set run.folder to a place that can be written"
                     ) from None
                 remarks.extend([remark] if remark else [])
-                tidy(checkpoints_folder(folder))
+                repair_checkpoints_folder(checkpoints_folder(folder))
 
-        together(hold, world, lambda text: text.partition(": ")[2])
+        on_all_ranks_or_raise(hold, world, lambda text: text.partition(": ")[2])
         yield remarks

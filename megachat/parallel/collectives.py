@@ -107,7 +107,7 @@ def barrier(axis: Axis, *, name: str = "") -> None:
         _recorded(name or "barrier", axis, dist.barrier)
 
 
-def together(action: Callable[[], object], world: Axis, sentence: Callable[[str], str]) -> None:
+def on_all_ranks_or_raise(action: Callable[[], object], world: Axis, sentence: Callable[[str], str]) -> None:
     """Run on every rank; when it fails on one, all raise UserError with sentence("rank R: what failed")."""
     problem = None
     try:

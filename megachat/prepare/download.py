@@ -11,7 +11,7 @@ import requests
 from tqdm import tqdm
 
 from megachat.errors import UserError
-from megachat.files import PART, keep
+from megachat.files import PART, sync_and_rename
 from megachat.prepare.manifest import ShardEntry, measure_shard, shard_name
 
 
@@ -48,7 +48,7 @@ def download_shards(
     *,
     workers: int = 4,
     retry_wait_s: float = 1.0,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> list[ShardEntry]:
     """Download shards 0 to train_shards-1 and the last one into `folder`. Whole shards that are already there stay.
 
@@ -69,7 +69,7 @@ def download_shards(
                 entry = future.result()
                 bar.set_description(f"{done}/{len(names)} shards")
                 if bar.disable:
-                    say(f"{done}/{len(names)}: {entry.name}, {entry.bytes:,} bytes, {entry.documents:,} documents")
+                    log(f"{done}/{len(names)}: {entry.name}, {entry.bytes:,} bytes, {entry.documents:,} documents")
         except BaseException:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
@@ -108,7 +108,7 @@ class _Fetch:
             raise UserError(
                 f"what {url} sent for {name} is not a whole parquet file with a `text` column of strings: check the address; it was not kept"
             ) from None
-        keep(part, path)
+        sync_and_rename(part, path)
         return entry
 
     def retried(self, url: str, part: Path) -> None:

@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from megachat.data.shards import MANIFEST, UNFINISHED, check_data_folder, load_manifest, open_shard, sha256_of
+from megachat.data.shards import MANIFEST, UNFINISHED, check_data_folder, load_manifest, open_shard
 from megachat.errors import UserError
-from megachat.files import PART, write_whole
+from megachat.files import PART, file_sha256, write_atomically
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ def measure_shard(path: Path, name: str | None = None) -> ShardEntry:
                 text_chars += pc.sum(pc.utf8_length(batch.column("text"))).as_py() or 0
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}): download or prepare it again") from None
-    return ShardEntry(name or path.name, sha256_of(path), shard.size_bytes, shard.documents, text_bytes, text_chars)
+    return ShardEntry(name or path.name, file_sha256(path), shard.size_bytes, shard.documents, text_bytes, text_chars)
 
 
-def begin(folder: Path, request: dict, *, overwrite: bool, keep_shards: bool = False) -> bool:
+def begin_preparation(folder: Path, request: dict, *, overwrite: bool, keep_shards: bool = False) -> bool:
     """Make `folder` ready for a request; False when it already holds exactly that, intact.
 
     keep_shards: finished shards may stay for reuse (downloads of the same address). Raises UserError when the folder holds anything else and
@@ -62,7 +62,7 @@ def begin(folder: Path, request: dict, *, overwrite: bool, keep_shards: bool = F
         _refuse_other(folder, request, manifest)
     folder.mkdir(parents=True, exist_ok=True)
     reusable = keep_shards and _same_origin(folder, request)
-    write_whole(folder / UNFINISHED, json.dumps(request, indent=1).encode())
+    write_atomically(folder / UNFINISHED, json.dumps(request, indent=1).encode())
     (folder / MANIFEST).unlink(missing_ok=True)
     if not reusable:
         for path in (*folder.glob("*.parquet"), *folder.glob("*" + PART)):
@@ -106,7 +106,7 @@ def _same_origin(folder: Path, request: dict) -> bool:
     return isinstance(earlier, dict) and {**earlier, "shards": None} == {**request, "shards": None}
 
 
-def finish(folder: Path, request: dict, entries: list[ShardEntry]) -> dict:
+def finish_preparation(folder: Path, request: dict, entries: list[ShardEntry]) -> dict:
     """Write the manifest and take the unfinished mark away. Shards that do not belong to `entries` are removed. Returns the manifest."""
     for path in set(folder.glob("*.parquet")) - {folder / entry.name for entry in entries}:
         path.unlink()
@@ -121,6 +121,6 @@ def finish(folder: Path, request: dict, entries: list[ShardEntry]) -> dict:
         "chars": sum(entry.text_chars for entry in entries),
         "shards": [vars(entry) for entry in entries],
     }
-    write_whole(folder / MANIFEST, json.dumps(manifest, indent=1).encode() + b"\n")
+    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1).encode() + b"\n")
     (folder / UNFINISHED).unlink()
     return manifest

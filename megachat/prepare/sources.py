@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from megachat.data.shards import open_shard
 from megachat.errors import UserError
-from megachat.files import PART, keep
+from megachat.files import PART, sync_and_rename
 from megachat.prepare.manifest import ShardEntry, measure_shard, shard_name
 
 _SHARD_BYTES = 100_000_000  # of text in a train shard where the number of shards is not given: near that of nanochat's
@@ -21,7 +21,7 @@ _GROUPS = 8  # at least, in a shard of a small corpus: shuffling works on row gr
 _VALIDATION_SHARE = 0.05
 
 
-def find_inputs(inputs: Iterable[str | Path], suffixes: tuple[str, ...]) -> list[Path]:
+def find_input_files(inputs: Iterable[str | Path], suffixes: tuple[str, ...]) -> list[Path]:
     """Files given by name, and those with a suffix in folders (at any depth, by path). Raises UserError for what is missing or empty."""
     files: list[Path] = []
     for given in map(Path, inputs):
@@ -143,5 +143,5 @@ def _write_shard(folder: Path, index: int, columns: dict[str, pa.ChunkedArray]) 
         for start in range(0, documents, group):
             rows = {name: column.slice(start, group).cast(pa.string()) for name, column in columns.items()}
             writer.write_table(pa.table(rows), row_group_size=group)
-    keep(part, path)
+    sync_and_rename(part, path)
     return measure_shard(path)

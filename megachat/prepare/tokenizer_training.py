@@ -10,16 +10,16 @@ import pyarrow.parquet as pq
 import tiktoken
 import torch
 
-from megachat.data.shards import open_shards, split_of
+from megachat.data.shards import open_shards, split_shards
 from megachat.data.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 from megachat.errors import UserError
-from megachat.files import write_whole
+from megachat.files import write_atomically
 
 
 def read_texts(folder: str | Path, split: str, max_chars: int, doc_cap: int) -> Iterator[str]:
     """The first `doc_cap` characters of each document of a split in the order of files, `max_chars` in all."""
     left = max_chars
-    for shard in split_of(open_shards(folder), split):
+    for shard in split_shards(open_shards(folder), split):
         try:
             with pq.ParquetFile(shard.path) as file:
                 for batch in file.iter_batches(batch_size=256, columns=["text"]):
@@ -134,5 +134,5 @@ def export_nanochat(tokenizer: Tokenizer, folder: str | Path) -> None:
         mergeable_ranks=tokenizer.ranks,
         special_tokens=tokenizer.special_tokens,
     )
-    write_whole(folder / "tokenizer.pkl", pickle.dumps(encoding))
+    write_atomically(folder / "tokenizer.pkl", pickle.dumps(encoding))
     torch.save(torch.from_numpy(tokenizer.token_bytes()), folder / "token_bytes.pt")

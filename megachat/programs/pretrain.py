@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megachat.checkpoint.resume import find_checkpoint, settle_checkpoint
+from megachat.checkpoint.resume import choose_checkpoint, find_checkpoint
 from megachat.config import Config, load_config, save_config
 from megachat.data.shards import DataSummary, check_data_folder
 from megachat.data.tokenizer import Tokenizer, load_tokenizer
@@ -15,7 +15,7 @@ from megachat.device import choose_compute_dtype, device_name, memory_bytes, pea
 from megachat.errors import SAVED_STATUS, UserError
 from megachat.evals.core_bundle import describe_bundle, open_configured_bundle
 from megachat.evals.core_download import BUNDLE_PATH
-from megachat.files import write_whole
+from megachat.files import write_atomically
 from megachat.job.agreement import rank_facts
 from megachat.job.crash_guard import CrashGuard, guard_crashes
 from megachat.job.failure_monitor import FailureMonitor
@@ -41,7 +41,7 @@ from megachat.planning.manifest import (
 from megachat.planning.memory import check_state_fits, describe_memory, memory_of_stages, memory_warning
 from megachat.planning.plan import Plan, resolve, usable_world
 from megachat.train.build import Run, build_run
-from megachat.train.documents import resumed_documents
+from megachat.train.documents import resume_documents
 from megachat.train.metrics import Metrics, check_wandb
 from megachat.train.state import LoopState, check_checkpoint, load_state
 from megachat.train.trainer import train
@@ -98,7 +98,7 @@ def pretrain(
         long_running = mesh.world.progress.long_running
         with lock_run_folder(folder, mesh.world) as remarks:
             with long_running("start-up"):
-                checkpoint, told = settle_checkpoint(folder, resume, mesh.world)
+                checkpoint, told = choose_checkpoint(folder, resume, mesh.world)
                 facts = check_checkpoint(checkpoint, plan, tokenizer, config) if checkpoint else None
             remarks += [*told, memory, f"data {data}", *([describe_bundle(bundle)] if bundle else [])]
             chosen = resume not in (None, "auto")
@@ -106,7 +106,7 @@ def pretrain(
                 monitor.before_stop = guard.end
                 with long_running("start-up"):
                     documents, told = (
-                        resumed_documents(checkpoint, facts, config, plan, mesh, tokenizer) if facts else (None, [])
+                        resume_documents(checkpoint, facts, config, plan, mesh, tokenizer) if facts else (None, [])
                     )
                     remarks += told
                     run = build_run(config, plan, mesh, tokenizer, folder, documents, bundle, kernels)
@@ -190,7 +190,7 @@ def vocabulary(config: Config, tokenizer: Tokenizer) -> int:
 
 def check_data(config: Config, *, least_shards: int = 2) -> DataSummary:
     """The data folder in figures; raises UserError for what would otherwise end the job at its first evaluation."""
-    summary = check_data_folder(config.data.folder, least=least_shards)
+    summary = check_data_folder(config.data.folder, min_shards=least_shards)
     if summary.validation_documents < config.data.streams:
         raise UserError(
             f"the validation shard of {config.data.folder} has {summary.validation_documents} documents, fewer than {config.data.streams} "
@@ -241,7 +241,7 @@ def describe_job(config: Config, world: int, memory_gb: float | None = None) -> 
 
 def _write_run_folder(run: Run, environment: LaunchEnvironment) -> None:
     save_config(run.config, run.folder / "config.json")
-    write_whole(run.folder / "plan.json", json.dumps(plan_values(run.plan), indent=2).encode() + b"\n")
+    write_atomically(run.folder / "plan.json", json.dumps(plan_values(run.plan), indent=2).encode() + b"\n")
     path = run.folder / "environment.json"
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     now = describe_environment(run.mesh.device) | {
@@ -249,7 +249,7 @@ def _write_run_folder(run: Run, environment: LaunchEnvironment) -> None:
         "compute_dtype": str(run.compute_dtype),
     }
     now |= {"core_bundle": run.bundle.digest} if run.bundle else {}
-    write_whole(path, json.dumps([*earlier, now], indent=2).encode() + b"\n")
+    write_atomically(path, json.dumps([*earlier, now], indent=2).encode() + b"\n")
 
 
 def _banner(run: Run, environment: LaunchEnvironment) -> list[str]:

@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 
 from megachat.checkpoint.load import load_checkpoint
-from megachat.checkpoint.storage import read_index, save_pieces, write_json
+from megachat.checkpoint.storage import read_index, save_rectangles
 from megachat.config import Config
 from megachat.errors import UserError
+from megachat.files import write_json
 from megachat.job.join import start_mesh
 from megachat.model.gpt import ModelOptions, build_layers
 from megachat.model.parameters import placed_parameters, starting_value
@@ -140,7 +141,7 @@ def observe(config: Config, vocab_size: int, device: torch.device, folder: Path)
             if name.startswith("model/")
         }
     )
-    save_pieces(folder, pieces, mesh.world)
+    save_rectangles(folder, pieces, mesh.world)
     if mesh.world.rank == 0:
         write_json(folder / "losses.json", losses)
 

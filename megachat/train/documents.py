@@ -4,17 +4,17 @@ from pathlib import Path
 
 from megachat.config import Config
 from megachat.data.loader_state import (
-    Unreadable,
-    begun_anew,
+    TransientReadError,
     combined_ledger,
     load_header,
     load_loader_state,
-    refuse_other,
-    run_step,
-    settings_of,
+    loader_settings,
+    require_same_settings,
+    restarted_state,
+    step_of_run,
 )
-from megachat.data.packing import streams_of
-from megachat.data.shards import open_shards, split_of
+from megachat.data.packing import streams_of_rank
+from megachat.data.shards import open_shards, split_shards
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError
 from megachat.parallel.collectives import all_gather_objects
@@ -23,7 +23,7 @@ from megachat.planning.plan import Plan
 from megachat.train.build import order_of_rows
 
 
-def resumed_documents(
+def resume_documents(
     checkpoint: Path, facts: dict, config: Config, plan: Plan, mesh: Mesh, tokenizer: Tokenizer
 ) -> tuple[dict, list[str]]:
     """(this rank's state for the Loader, what to tell the user); all ranks call it, and all decide alike.
@@ -35,19 +35,21 @@ def resumed_documents(
     header, state, problem, transient = None, None, None, False
     try:
         header = load_header(folder)
-        refuse_other(
+        require_same_settings(
             header,
-            settings_of(split_of(open_shards(config.data.folder), "train"), tokenizer, order_of_rows(config, plan)),
+            loader_settings(
+                split_shards(open_shards(config.data.folder), "train"), tokenizer, order_of_rows(config, plan)
+            ),
         )
-        if run_step(header) != facts["step"]:
+        if step_of_run(header) != facts["step"]:
             raise UserError(
-                f"{folder} is of step {run_step(header)}, the checkpoint of step {facts['step']}: load another checkpoint"
+                f"{folder} is of step {step_of_run(header)}, the checkpoint of step {facts['step']}: load another checkpoint"
             )
         state = load_loader_state(
-            folder, streams_of(mesh.data.rank, mesh.data.size, config.data.streams, plan.rows_per_step)
+            folder, streams_of_rank(mesh.data.rank, mesh.data.size, config.data.streams, plan.rows_per_step)
         )
     except UserError as error:
-        problem, transient = str(error), isinstance(error, Unreadable)
+        problem, transient = str(error), isinstance(error, TransientReadError)
     ledgers = {stream: arrays["ledger"].tobytes() for stream, arrays in state["streams"].items()} if state else {}
     everyone = all_gather_objects((problem, transient, ledgers, header), mesh.world)
     problem = next((told[0] for told in everyone if told[0]), None)
@@ -66,7 +68,7 @@ def resumed_documents(
         if imported
         else f"data.resume=restart; {problem.rpartition(': ')[0]}"
     )
-    state = begun_anew(facts["step"], facts.get("ledger"), everyone[0][3])
+    state = restarted_state(facts["step"], facts.get("ledger"), everyone[0][3])
     return state, [
         f"documents begin anew with the first one at step {facts['step']} and may repeat earlier ones ({why})"
     ]

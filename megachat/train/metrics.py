@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from megachat.config import LogConfig
 from megachat.errors import UserError
-from megachat.files import write_whole
+from megachat.files import write_atomically
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -79,7 +79,7 @@ def _keep_until(path: Path, step: int) -> None:
             continue
         if stays:
             kept.append(line + "\n")
-    write_whole(path, "".join(kept).encode())
+    write_atomically(path, "".join(kept).encode())
 
 
 def check_wandb(log: LogConfig) -> None:

@@ -11,12 +11,12 @@ import torch
 from megachat.checkpoint.facts import read_facts
 from megachat.checkpoint.load import load_checkpoint
 from megachat.checkpoint.resume import checkpoints_folder
-from megachat.checkpoint.save import retire, save_checkpoint
+from megachat.checkpoint.save import remove_old_checkpoints, save_checkpoint
 from megachat.checkpoint.saver import Saver
-from megachat.checkpoint.storage import Pieces
+from megachat.checkpoint.storage import RectanglesByName
 from megachat.config import Config
 from megachat.data.loader_state import combined_ledger, save_loader_state
-from megachat.data.packing import owner_of, streams_of
+from megachat.data.packing import saving_rank, streams_of_rank
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError
 from megachat.job.join import random_seed
@@ -84,24 +84,24 @@ def save_state(run: Run, state: LoopState, saver: Saver) -> None:
     loader_state, ledger, random_state = run.loader.state(), run.loader.ledger(), _random_state(run.mesh.device)
     data, streams, keep = run.mesh.data, run.config.data.streams, run.config.checkpoint
 
-    def write_own_files(temporary: Path) -> None:
+    def write_rank_files(temporary: Path) -> None:
         if run.mesh.tensor.rank == 0 and run.mesh.pipeline.rank == 0:
             mine = [
                 s
-                for s in streams_of(data.rank, data.size, streams, run.plan.rows_per_step)
-                if owner_of(s, data.size, streams, run.plan.rows_per_step) == data.rank
+                for s in streams_of_rank(data.rank, data.size, streams, run.plan.rows_per_step)
+                if saving_rank(s, data.size, streams, run.plan.rows_per_step) == data.rank
             ]
             save_loader_state(temporary / "loader", loader_state, mine)
         (temporary / "random").mkdir(exist_ok=True)
         np.savez(temporary / "random" / f"rank_{run.mesh.world.rank:05d}.npz", **random_state)
 
-    def write(pieces: Pieces, axis: Axis) -> Path:
+    def write(pieces: RectanglesByName, axis: Axis) -> Path:
         ledgers = {stream: told for part in all_gather_objects(ledger, axis) for stream, told in part.items()}
         path = save_checkpoint(
-            folder, state_step, pieces, facts | {"ledger": combined_ledger(ledgers)}, write_own_files, axis
+            folder, state_step, pieces, facts | {"ledger": combined_ledger(ledgers)}, write_rank_files, axis
         )
         if axis.rank == 0:
-            retire(folder, keep.keep_last, keep.keep_every, state_step)
+            remove_old_checkpoints(folder, keep.keep_last, keep.keep_every, state_step)
         return path
 
     state_step = state.step

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from megachat.checkpoint.facts import step_of
+from megachat.checkpoint.facts import checkpoint_step
 from megachat.checkpoint.saver import Saver
 from megachat.device import peak_flops, peak_memory_bytes
 from megachat.errors import UserError
@@ -16,7 +16,7 @@ from megachat.evals.bpb import ValidationRows, bits_per_byte
 from megachat.evals.core import build_evaluator, evaluate_bundle
 from megachat.evals.engine_model import sample_prompts
 from megachat.evals.results import core_lines, results_path, save_results
-from megachat.files import write_whole
+from megachat.files import write_atomically
 from megachat.parallel.collectives import all_reduce
 from megachat.schedule import due
 from megachat.train.build import Run, build_loader
@@ -130,7 +130,7 @@ def _tell_saved(state: LoopState, saver: Saver, metrics: Metrics) -> None:
         metrics.say(f"saved {saved.path} (training waited {saved.blocked_s:.2f} s of {saved.total_s:.2f} s)")
         times = {"checkpoint/blocked_s": saved.blocked_s, "checkpoint/total_s": saved.total_s}
         metrics.record(
-            {"step": state.step, "checkpoint/step": step_of(saved.path)} | times
+            {"step": state.step, "checkpoint/step": checkpoint_step(saved.path)} | times
         )  # told later than it was saved
 
 
@@ -191,7 +191,7 @@ def _sample(run: Run, state: LoopState, metrics: Metrics) -> None:
     if texts and run.is_writer:
         (run.folder / "samples").mkdir(exist_ok=True)
         told = json.dumps(texts, indent=2, ensure_ascii=False)
-        write_whole(run.folder / "samples" / f"step_{state.step:06d}.json", told.encode() + b"\n")
+        write_atomically(run.folder / "samples" / f"step_{state.step:06d}.json", told.encode() + b"\n")
     for text in texts.values():
         metrics.say(f"sample: {text!r}")
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from megachat.checkpoint.facts import read_facts
-from megachat.checkpoint.load import load_checkpoint, load_model, newest_complete
+from megachat.checkpoint.load import load_checkpoint, load_model_weights
+from megachat.checkpoint.resume import newest_complete
 from megachat.checkpoint.save import save_checkpoint
 from megachat.errors import UserError
 from megachat.train.state import state_pieces
@@ -71,10 +72,10 @@ def test_four_ranks_write_and_any_number_reads(tmp_path):
     for path, state in saved:
         each = [*(f"__{rank}_0.distcp" for rank in range(4)), *(f"own_{rank}" for rank in range(4)), "tensors.json"]
         assert sorted(read_facts(path)["files"]) == each and read_facts(path)["told"] == "by the test"
-        weights = load_model(path)  # in this process, which belongs to no group
+        weights = load_model_weights(path)  # in this process, which belongs to no group
         assert {f"model/{name}" for name in weights} == {name for name in state if name.startswith("model/")}
         assert all(torch.equal(weight, state[f"model/{name}"]) for name, weight in weights.items())
-        assert list(load_model(path, ["lm_head.weight"])) == ["lm_head.weight"]
+        assert list(load_model_weights(path, ["lm_head.weight"])) == ["lm_head.weight"]
 
 
 def test_one_rank_writes_and_four_read(tmp_path):
@@ -115,7 +116,7 @@ def save_three_times(folder, breaks):
     pieces, world = state_pieces(training), training.mesh.world
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def write_own_files(path: Path) -> None:
+    def write_rank_files(path: Path) -> None:
         if world.rank == 1 and breaks == "own files":
             (path / "no" / "such" / "folder").write_text("")
         if world.rank == 1 and breaks == "tensors":
@@ -123,7 +124,7 @@ def save_three_times(folder, breaks):
 
     save_checkpoint(folder, 1, pieces, {}, note_rank, world)
     try:
-        save_checkpoint(folder, 2, pieces, {}, write_own_files, world)
+        save_checkpoint(folder, 2, pieces, {}, write_rank_files, world)
         told = None
     except UserError as error:
         told = str(error)

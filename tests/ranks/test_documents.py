@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megachat.data.loader_state import combined_ledger, save_loader_state
-from megachat.data.packing import owner_of, streams_of
+from megachat.data.packing import saving_rank, streams_of_rank
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError
 from megachat.parallel.collectives import all_gather_objects
@@ -19,7 +19,7 @@ from megachat.parallel.engine import start_collectives
 from megachat.parallel.mesh import build_mesh
 from megachat.planning.plan import resolve
 from megachat.train.build import build_loader
-from megachat.train.documents import resumed_documents
+from megachat.train.documents import resume_documents
 from tests.harness import run_ranks
 from tests.runs.job import write_shard
 from tests.training import small_config
@@ -43,7 +43,7 @@ class Ranks:
         self.plan = resolve(self.config, self.mesh.world.size, 257)
 
     def documents(self, checkpoint: Path):
-        return resumed_documents(checkpoint, facts(checkpoint), self.config, self.plan, self.mesh, tokenizer())
+        return resume_documents(checkpoint, facts(checkpoint), self.config, self.plan, self.mesh, tokenizer())
 
     def loader(self, state=None):
         return build_loader(self.config, self.plan, self.mesh, tokenizer(), state)
@@ -52,7 +52,9 @@ class Ranks:
         """What a job saves of its documents."""
         size, rank, rows = self.mesh.data.size, self.mesh.data.rank, self.plan.rows_per_step
         mine = [
-            stream for stream in streams_of(rank, size, STREAMS, rows) if owner_of(stream, size, STREAMS, rows) == rank
+            stream
+            for stream in streams_of_rank(rank, size, STREAMS, rows)
+            if saving_rank(stream, size, STREAMS, rows) == rank
         ]
         save_loader_state(checkpoint / "loader", loader.state(), mine)
         ledger = combined_ledger(
@@ -183,7 +185,7 @@ def test_loader_files_that_are_not_the_checkpoints_are_refused(place, tmp_path):
     assert told[-1].endswith("): load another checkpoint" + WAY_OUT)
 
 
-def begun_anew(folder: Path, target: Path, source: str) -> tuple:
+def restarted_state(folder: Path, target: Path, source: str) -> tuple:
     """Resume with a smaller buffer and data.resume=restart, train two steps, save, resume twice more; what the first says, and what is saved."""
     (target / "second").mkdir(parents=True, exist_ok=True)
     (target / "third").mkdir(exist_ok=True)
@@ -216,13 +218,13 @@ def begun_anew(folder: Path, target: Path, source: str) -> tuple:
 
 def test_documents_that_begin_anew_go_on_exactly_from_then_on(place, tmp_path):
     before = facts(place / "checkpoint")["ledger"]
-    (told, ledger, header, restarts), *others = run_ranks(begun_anew, 2, place, tmp_path, "checkpoint")
+    (told, ledger, header, restarts), *others = run_ranks(restarted_state, 2, place, tmp_path, "checkpoint")
     assert [other[:2] for other in others] == [(told, ledger)]
     why = "data.resume=restart; the checkpoint's loader state has documents in a buffer (data.buffer_documents) 1000 but this run has 20"
     assert told == [f"documents begin anew with the first one at step 3 and may repeat earlier ones ({why})"]
     assert header["restarts"] == [{"step": 3, "ledger": before}] and header["step"] == 4
     assert restarts == [*header["restarts"], {"step": 7, "ledger": facts(tmp_path / "third")["ledger"]}]
-    assert [answer[1] for answer in run_ranks(begun_anew, 3, place, tmp_path / "three", "checkpoint")] == [
+    assert [answer[1] for answer in run_ranks(restarted_state, 3, place, tmp_path / "three", "checkpoint")] == [
         ledger
     ] * 3, "on any number of ranks"
 

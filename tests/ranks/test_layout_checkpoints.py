@@ -15,7 +15,7 @@ from megachat.parallel.mesh import build_mesh
 from megachat.planning.plan import resolve
 from megachat.programs.verify import warm_up
 from megachat.train.build import build_run
-from megachat.train.documents import resumed_documents
+from megachat.train.documents import resume_documents
 from megachat.train.state import LoopState, check_checkpoint, load_state, save_state, state_pieces
 from megachat.train.step import train_step
 from tests.harness import run_ranks
@@ -49,7 +49,7 @@ def job(config, folder: Path, checkpoint: Path | None = None):
     mesh = build_mesh(torch.device("cpu"), tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
     plan, documents = resolve(config, mesh.world.size, tokenizer.vocab_size), None
     if checkpoint:
-        documents, told = resumed_documents(
+        documents, told = resume_documents(
             checkpoint, check_checkpoint(checkpoint, plan, tokenizer, config), config, plan, mesh, tokenizer
         )
         assert told == []

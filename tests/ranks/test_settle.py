@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megachat.checkpoint.resume import settle_checkpoint
+from megachat.checkpoint.resume import choose_checkpoint
 from megachat.checkpoint.save import save_checkpoint
 from megachat.errors import UserError
 from megachat.job.run_lock import lock_run_folder
@@ -42,7 +42,7 @@ def settle(asked):
     world, answers = world_of_all(), []
     for run, resume in asked:
         try:
-            answers.append(settle_checkpoint(run, resume, world))
+            answers.append(choose_checkpoint(run, resume, world))
         except UserError as error:
             answers.append(str(error))
     return answers

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from megachat.checkpoint.load import load_checkpoint, read_facts
+from megachat.checkpoint.facts import read_facts
+from megachat.checkpoint.load import load_checkpoint
 from megachat.parallel.engine import adamw_steps
 from megachat.train.state import state_pieces
 from tests import reference

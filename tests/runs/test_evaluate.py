@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from megachat.checkpoint.load import newest_complete
+from megachat.checkpoint.resume import newest_complete
 from megachat.config import load_config
 from megachat.errors import SAVED_STATUS, UserError
 from megachat.programs.evaluate import EvaluationRequest, evaluate

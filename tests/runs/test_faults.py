@@ -15,9 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from megachat.checkpoint.facts import read_facts
-from megachat.checkpoint.hashes import check_files
-from megachat.checkpoint.load import newest_complete
+from megachat.checkpoint.facts import find_file_problems, read_facts
+from megachat.checkpoint.resume import newest_complete
 from megachat.errors import EXIT_STATUS, LOST_RANK_STATUS, SAVED_STATUS
 from tests.runs.forked import Ranks
 from tests.runs.job import (
@@ -191,7 +190,7 @@ def test_kills_at_any_moment_of_twenty_saves_lose_nothing(place, whole):
         said, before = saved_step(ranks.told), step
         step = int(newest.name[5:])
         assert step >= max(said, before + 1) and passed_over == []
-        assert check_files(newest, read_facts(newest)) == [] and different(newest, checkpoint(whole, step)) == []
+        assert find_file_problems(newest, read_facts(newest)) == [] and different(newest, checkpoint(whole, step)) == []
     with forked(place, "kills", "--set", f"horizon.stop_step={step + 2}", config=config) as ranks:
         assert ranks.end() == [0, 0], ranks.told
     assert checkpoints(place.runs / "kills") == [f"step_{step + 1:06d}", f"step_{step + 2:06d}"]
@@ -233,7 +232,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_space(scarce, tol
         )
         assert (
             checkpoints(run) == ["step_000002"]
-            and check_files(checkpoint(run, 2), read_facts(checkpoint(run, 2))) == []
+            and find_file_problems(checkpoint(run, 2), read_facts(checkpoint(run, 2))) == []
         )
         assert remount(run, "size=100m,nr_inodes=1000")
         with forked(place, name, "--set", "horizon.stop_step=6", config=LONG | {"checkpoint": {"every": 2}}) as ranks:
@@ -254,7 +253,7 @@ def test_a_disk_that_becomes_read_only_is_told(place, whole):
         )
         assert remount(run / "checkpoints", "rw")
         last = int(checkpoints(run)[-1][5:])
-        assert check_files(checkpoint(run, last), read_facts(checkpoint(run, last))) == []
+        assert find_file_problems(checkpoint(run, last), read_facts(checkpoint(run, last))) == []
         with forked(place, "read_only", "--set", f"horizon.stop_step={last + 2}", config=config) as ranks:
             assert ranks.end() == [0, 0] and f"resumed from {checkpoint(run, last)}" in ranks.told, ranks.told
         assert_as_if_nothing_had_been(run, whole, last + 2)

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from megachat.checkpoint.load import load_model
+from megachat.checkpoint.load import load_model_weights
 from tests.runs.job import (
     STEPS,
     begin,
@@ -49,8 +49,8 @@ def check_equal(run, uninterrupted):
     assert bits_per_byte(run) == bits_per_byte(uninterrupted)
     final, wanted = checkpoint(run, STEPS), checkpoint(uninterrupted, STEPS)
     assert different(final, wanted) == []
-    weights = load_model(final)
-    assert weights.keys() == load_model(wanted).keys() and all(
+    weights = load_model_weights(final)
+    assert weights.keys() == load_model_weights(wanted).keys() and all(
         bool(torch.isfinite(weight).all()) for weight in weights.values()
     )
     assert ledgers(final) == ledgers(wanted) and len(ledgers(final)) == 4

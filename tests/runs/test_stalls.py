@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megachat.checkpoint.load import newest_complete
+from megachat.checkpoint.resume import newest_complete
 from megachat.errors import LOST_RANK_STATUS, STALL_STATUS
 from tests.runs.job import Done, Place, begin, command, finish, free_port, launched, metrics, processes_of, until
 

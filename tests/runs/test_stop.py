@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megachat.checkpoint.load import newest_complete
+from megachat.checkpoint.resume import newest_complete
 from megachat.errors import SAVED_STATUS, STOPPED_STATUS
 from tests.runs.job import (
     begin,

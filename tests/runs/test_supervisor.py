@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megachat.checkpoint.load import newest_complete
+from megachat.checkpoint.resume import newest_complete
 from megachat.errors import EXIT_STATUS
 from tests.runs.job import (
     STEPS,

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from megachat.checkpoint.facts import write_facts
-from megachat.checkpoint.hashes import file_hash
 from megachat.checkpoint.load import load_checkpoint
-from megachat.checkpoint.storage import read_index, save_pieces
+from megachat.checkpoint.storage import read_index, save_rectangles
 from megachat.config import load_config
 from megachat.errors import UserError
+from megachat.files import file_sha256
 from megachat.parallel.mesh import Axis
 from megachat.planning.plan import resolve
 from megachat.programs.verify import parameter_order
@@ -131,7 +131,7 @@ def changed(step_folder: Path, name: str) -> None:
     whole[name].view(-1)[3] += 1e-6
     for path in step_folder.glob("*.distcp"):
         path.unlink()
-    save_pieces(step_folder, pieces, ALONE)
+    save_rectangles(step_folder, pieces, ALONE)
     rehashed(step_folder)
 
 
@@ -139,7 +139,8 @@ def rehashed(step_folder: Path) -> None:
     facts = json.loads((step_folder / "checkpoint.json").read_text())
     paths = [path for path in step_folder.rglob("*") if path.is_file() and path.name != "checkpoint.json"]
     files = {
-        str(path.relative_to(step_folder)): {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in paths
+        str(path.relative_to(step_folder)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in paths
     }
     del facts["sha256"]
     write_facts(step_folder, facts | {"files": files})

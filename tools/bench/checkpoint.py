@@ -16,13 +16,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
 
-from megachat.checkpoint.facts import checkpoint_name, read_facts  # noqa: E402
-from megachat.checkpoint.hashes import check_files, share  # noqa: E402
+from megachat.checkpoint.facts import checkpoint_name, files_of_rank, find_file_problems, read_facts  # noqa: E402  # noqa: E402
 from megachat.checkpoint.load import load_checkpoint  # noqa: E402
-from megachat.checkpoint.save import save_checkpoint, sync_folder  # noqa: E402
+from megachat.checkpoint.save import save_checkpoint  # noqa: E402
 from megachat.checkpoint.saver import Saver  # noqa: E402
 from megachat.config import load_config  # noqa: E402
 from megachat.errors import user_errors_end_the_program  # noqa: E402
+from megachat.files import sync_to_disk  # noqa: E402
 from megachat.job.join import end_collectives, start_mesh  # noqa: E402
 from megachat.job.launch import bootstrap_environment, choose_device  # noqa: E402
 from megachat.job.local_ranks import rank_parser, require_ranks  # noqa: E402
@@ -83,7 +83,7 @@ def save_with_torch(state: dict, path: Path, *, sync: bool) -> None:
             file.flush()
             os.fsync(file.fileno())
     if sync:
-        sync_folder(path.parent)
+        sync_to_disk(path.parent)
 
 
 def round_of(training: Training, saver: Saver, state: dict, folder: Path, measured: Measured) -> dict[str, int]:
@@ -115,7 +115,9 @@ def round_of(training: Training, saver: Saver, state: dict, folder: Path, measur
         measured.note(name + "_blocked", saved.blocked_s)
         measured.note(name + "_total", saved.total_s)
     facts = read_facts(saved.path)
-    measured.time("ours_check_hashes", lambda: check_files(saved.path, facts, share(facts, world.rank, world.size)))
+    measured.time(
+        "ours_check_hashes", lambda: find_file_problems(saved.path, facts, files_of_rank(facts, world.rank, world.size))
+    )
     measured.time("ours_load", lambda: load_checkpoint(saved.path, state_pieces(training)))
     measured.time(
         "torch.load", lambda: [state[name].copy_(tensor) for name, tensor in torch.load(own, weights_only=True).items()]

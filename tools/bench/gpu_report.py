@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megachat.doctor.installed import version
 from megachat.errors import UserError
-from megachat.files import write_whole
+from megachat.files import write_atomically
 
 BEGIN, END = "<!-- measured by tools/bench.py gpu: begin -->", "<!-- measured by tools/bench.py gpu: end -->"
 PACKAGES = (
@@ -194,5 +194,5 @@ def write_report(path: Path, text: str, raw: dict) -> None:
     if BEGIN not in page or END not in page:
         raise UserError(f"{path} lacks the lines {BEGIN!r} and {END!r}: put them where the table is to stand")
     before, _, rest = page.partition(BEGIN)
-    write_whole(path, f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}".encode())
-    write_whole(path.with_name(path.stem + "_gpu.json"), json.dumps(raw, indent=1).encode() + b"\n")
+    write_atomically(path, f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}".encode())
+    write_atomically(path.with_name(path.stem + "_gpu.json"), json.dumps(raw, indent=1).encode() + b"\n")

@@ -9,7 +9,7 @@ import torch
 
 from megachat.data.loader import Loader
 from megachat.data.packing import REFILL_DOCUMENTS, Stream
-from megachat.data.shards import open_shards, split_of
+from megachat.data.shards import open_shards, split_shards
 from megachat.data.tokenizer import Tokenizer, load_tokenizer
 from tools.bench.scan_packing import scan_rows
 
@@ -18,7 +18,7 @@ STEP_ROWS = 16
 
 def texts_without_end(folder):
     while True:
-        for shard in split_of(open_shards(folder), "train"):
+        for shard in split_shards(open_shards(folder), "train"):
             file = pq.ParquetFile(shard.path)
             for group in range(file.num_row_groups):
                 yield from file.read_row_group(group).column("text").to_pylist()
@@ -78,7 +78,7 @@ def measure(data, tokenizer_folder, *, row_tokens, rows, streams, buffer_documen
     """Name -> {tokens_per_sec, cropped_percent}: packing of documents that are already tokenized, and whole loaders; one after the other."""
     tokenizer = load_tokenizer(tokenizer_folder)
     common = row_tokens, buffer_documents, rows
-    epoch = sum(shard.documents for shard in split_of(open_shards(data), "train"))
+    epoch = sum(shard.documents for shard in split_shards(open_shards(data), "train"))
     lists = list(itertools.islice(tokenized_lists(data, tokenizer, threads), epoch))
     arrays = [np.array(ids, dtype=tokenizer.dtype) for ids in lists]
     found = {

@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile, record_function  # noqa: E
 
 from megachat.config import load_config  # noqa: E402
 from megachat.errors import UserError, user_errors_end_the_program  # noqa: E402
-from megachat.files import write_whole  # noqa: E402
+from megachat.files import write_atomically  # noqa: E402
 from megachat.job.join import end_collectives, start_mesh  # noqa: E402
 from megachat.job.launch import bootstrap_environment, choose_device  # noqa: E402
 from megachat.job.local_ranks import rank_parser, require_ranks, run_with_torchrun, set_options  # noqa: E402
@@ -240,7 +240,7 @@ def measure(config_path: str, settings: list[str], vocab_size: int, rounds: int,
     if out and mesh.world.rank == 0:
         middle = steps[lasting.index(sorted(lasting)[len(lasting) // 2])]
         title = f"A training step: depth {plan.dims.depth}, {plan.rows_per_step} rows of {plan.dims.sequence_len}, {facts['compute']}"
-        write_whole(Path(out), picture(title, result["parts"], middle).encode())
+        write_atomically(Path(out), picture(title, result["parts"], middle).encode())
         result["picture"] = out
     return result
 

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from megachat.checkpoint.facts import checkpoint_name, read_facts
-from megachat.checkpoint.hashes import check_files, file_hash
-from megachat.checkpoint.load import load_checkpoint, load_model, newest_complete
-from megachat.checkpoint.save import retire, save_checkpoint, tidy
+from megachat.checkpoint.facts import checkpoint_name, find_file_problems, read_facts
+from megachat.checkpoint.load import load_checkpoint, load_model_weights
+from megachat.checkpoint.resume import newest_complete
+from megachat.checkpoint.save import remove_old_checkpoints, repair_checkpoints_folder, save_checkpoint
 from megachat.checkpoint.storage import read_index
 from megachat.errors import UserError
+from megachat.files import file_sha256
 from megachat.parallel.mesh import Axis
 
 ALONE = Axis("world", 1, 0, None, (0,))
@@ -72,9 +73,13 @@ def test_tensors_come_back_and_the_index_is_json(tmp_path):
         {"step": 7},
     )
     sizes = {name: (path / name).stat().st_size for name in ("__0_0.distcp", "own", "tensors.json")}
-    assert facts["files"] == {name: {"bytes": size, "sha256": file_hash(path / name)} for name, size in sizes.items()}
-    assert facts["files"]["own"]["sha256"] == hashlib.sha256(b"mine").hexdigest() and check_files(path, facts) == []
-    assert load_model(path).keys() == {"a", "b"} and torch.equal(load_model(path, ["b"])["b"], tensors["model/b"])
+    assert facts["files"] == {name: {"bytes": size, "sha256": file_sha256(path / name)} for name, size in sizes.items()}
+    assert (
+        facts["files"]["own"]["sha256"] == hashlib.sha256(b"mine").hexdigest() and find_file_problems(path, facts) == []
+    )
+    assert load_model_weights(path).keys() == {"a", "b"} and torch.equal(
+        load_model_weights(path, ["b"])["b"], tensors["model/b"]
+    )
 
 
 def test_rectangles_of_a_whole_are_read_on_their_own(tmp_path):
@@ -102,7 +107,7 @@ def test_a_pickled_index_is_not_read(tmp_path):
     assert not (path / ".metadata").exists()
     (path / ".metadata").write_bytes(pickle.dumps(Attack(tmp_path / "executed")))
     read_facts(path)
-    assert torch.equal(read(path, tensors)["model/a"], tensors["model/a"]) and load_model(path)
+    assert torch.equal(read(path, tensors)["model/a"], tensors["model/a"]) and load_model_weights(path)
     assert not (tmp_path / "executed").exists()
     pickle.loads((path / ".metadata").read_bytes())
     assert (tmp_path / "executed").exists(), "the attack works where it is read"
@@ -260,8 +265,8 @@ def test_every_file_that_was_changed_is_named(tmp_path):
         "second is not as it was saved",
         "third is missing",
     ]
-    assert [problem.split(" (")[0] for problem in sorted(check_files(path, facts))] == told
-    assert [problem.split(" (")[0] for problem in check_files(path, facts, {"second"})] == told[2:3]
+    assert [problem.split(" (")[0] for problem in sorted(find_file_problems(path, facts))] == told
+    assert [problem.split(" (")[0] for problem in find_file_problems(path, facts, {"second"})] == told[2:3]
     text = (path / "checkpoint.json").read_text()
     (path / "checkpoint.json").write_text(text.replace('"step": 7', '"step": 8'))
     with pytest.raises(UserError, match="checkpoint.json is not as it was saved"):
@@ -282,9 +287,9 @@ def test_a_format_without_hashes_is_compared_by_size(tmp_path):
         upgraded["ledger"],
     ) == (2, None)
     damage(path / "own")
-    assert check_files(path, upgraded) == []
+    assert find_file_problems(path, upgraded) == []
     (path / "own").write_text("longer")
-    assert check_files(path, upgraded) == ["own has 6 bytes, not 4"]
+    assert find_file_problems(path, upgraded) == ["own has 6 bytes, not 4"]
 
 
 @pytest.mark.parametrize(
@@ -301,7 +306,7 @@ def test_retention_keeps_the_last_and_multiples_and_never_what_is_newer(last, ev
     for step in (1, 2, 3, 4, 6, 8, 9):
         save(tmp_path, step)
     (tmp_path / "step_000005").mkdir()  # not complete: not counted, not touched
-    retire(tmp_path, last, every, newest=8)
+    remove_old_checkpoints(tmp_path, last, every, newest=8)
     assert sorted(int(path.name[5:]) for path in tmp_path.glob("step_*") if (path / "checkpoint.json").exists()) == stay
     assert (tmp_path / "step_000005").is_dir()
 
@@ -312,14 +317,14 @@ def test_a_kill_during_a_removal_leaves_nothing_that_stays(tmp_path):
     old = tmp_path / "step_000001"
     for number in range(5000):
         (old / f"{number:05d}").touch()
-    removing = multiprocessing.get_context("fork").Process(target=retire, args=(tmp_path, 1, None, 2))
+    removing = multiprocessing.get_context("fork").Process(target=remove_old_checkpoints, args=(tmp_path, 1, None, 2))
     removing.start()
     while sum(len(files) for folder, _, files in os.walk(tmp_path) if "step_000001" in folder) > 4900:
         pass
     removing.kill()
     removing.join()
     assert any("1" in name for name in os.listdir(tmp_path)), "it was quicker than the kill"
-    tidy(tmp_path)
+    repair_checkpoints_folder(tmp_path)
     assert os.listdir(tmp_path) == ["step_000002"]
 
 
@@ -333,7 +338,7 @@ def test_what_a_kill_leaves_is_put_in_order(tmp_path):
     save(tmp_path, 1)
     (tmp_path / "step_000001.old").mkdir(exist_ok=True)  # killed while the replaced one was removed
     (tmp_path / "step_000009.tmp").mkdir()
-    tidy(tmp_path)
+    repair_checkpoints_folder(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["step_000001", "step_000002", "step_000003"]
     assert all(read_facts(path) for path in tmp_path.iterdir())
-    tidy(tmp_path / "none")
+    repair_checkpoints_folder(tmp_path / "none")

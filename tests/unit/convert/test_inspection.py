@@ -5,8 +5,7 @@ import shutil
 
 import pytest
 
-from megachat.checkpoint.facts import write_facts
-from megachat.checkpoint.hashes import hash_files
+from megachat.checkpoint.facts import hash_files, write_facts
 from tests.unit.convert.checkpoints import STEP, make_run, step_folder, tool
 
 

@@ -8,8 +8,8 @@ import torch
 from megachat.data import loader as loader_module
 from megachat.data.loader import Loader
 from megachat.data.loader_state import load_loader_state, save_loader_state
-from megachat.data.packing import REFILL_DOCUMENTS, owner_of, streams_of
-from megachat.data.shards import open_shards, split_of
+from megachat.data.packing import REFILL_DOCUMENTS, saving_rank, streams_of_rank
+from megachat.data.shards import open_shards, split_shards
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError
 from megachat.prepare.tokenizer_training import import_nanochat
@@ -63,8 +63,8 @@ def save_by_owners(folder, states, ranks, streams):
     for rank, state in enumerate(states):
         mine = [
             stream
-            for stream in streams_of(rank, ranks, streams, ROWS)
-            if owner_of(stream, ranks, streams, ROWS) == rank
+            for stream in streams_of_rank(rank, ranks, streams, ROWS)
+            if saving_rank(stream, ranks, streams, ROWS) == rank
         ]
         save_loader_state(folder, state, mine)
 
@@ -81,7 +81,7 @@ def test_a_resume_on_any_ranks_goes_on_with_the_same_rows(folder, tmp_path, befo
                 assert torch.equal(next(loader), expected[step, rank::before])
             states.append(loader.state())
     save_by_owners(tmp_path, states, before, streams)
-    loaded = [load_loader_state(tmp_path, streams_of(rank, after, streams, ROWS)) for rank in range(after)]
+    loaded = [load_loader_state(tmp_path, streams_of_rank(rank, after, streams, ROWS)) for rank in range(after)]
     rows, other_ledgers, _ = global_rows(folder, after, 14 - stop, loaded, streams=streams, seed=1)
     assert torch.equal(rows, expected[stop:]) and other_ledgers == ledgers
 
@@ -274,6 +274,6 @@ def test_default_streams_crop_no_more_than_plain_packing(row_tokens):
 def english_documents(tokenizer):
     import pyarrow.parquet as pq
 
-    for shard in itertools.cycle(split_of(open_shards(ENGLISH), "train")):
+    for shard in itertools.cycle(split_shards(open_shards(ENGLISH), "train")):
         for tokens in tokenizer.encode_batch(pq.read_table(shard.path)["text"].to_pylist(), 2):
             yield tokens.tolist()

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from megachat.data.packing import REFILL_DOCUMENTS, Stream, buffer_of, owner_of, streams_of
+from megachat.data.packing import REFILL_DOCUMENTS, Stream, buffer_sizes, saving_rank, streams_of_rank
 from tools.bench.scan_packing import scan_rows
 
 
@@ -76,24 +76,24 @@ def test_streams_of_ranks_are_those_whose_rows_they_take():
         rows = 2 * ranks
         for rank in range(ranks):
             taken = {row % streams for row in range(rows * streams * ranks) if row % rows % ranks == rank}
-            assert streams_of(rank, ranks, streams, rows) == sorted(taken)
+            assert streams_of_rank(rank, ranks, streams, rows) == sorted(taken)
         for stream in range(streams):
-            assert owner_of(stream, ranks, streams, rows) == min(
-                rank for rank in range(ranks) if stream in streams_of(rank, ranks, streams, rows)
+            assert saving_rank(stream, ranks, streams, rows) == min(
+                rank for rank in range(ranks) if stream in streams_of_rank(rank, ranks, streams, rows)
             )
 
 
 def test_rows_that_cannot_be_dealt_are_refused():
     with pytest.raises(ValueError, match="7 rows"):
-        streams_of(0, 2, 8, 7)
+        streams_of_rank(0, 2, 8, 7)
     with pytest.raises(ValueError, match="7 rows"):
-        owner_of(0, 2, 8, 7)
+        saving_rank(0, 2, 8, 7)
 
 
 def test_a_buffer_never_holds_more_than_an_epoch():
-    assert buffer_of(10_000, 1000) == (1000, REFILL_DOCUMENTS)
+    assert buffer_sizes(10_000, 1000) == (1000, REFILL_DOCUMENTS)
     for share in range(1, 2000):
-        least, refill = buffer_of(share, 1000)
+        least, refill = buffer_sizes(share, 1000)
         assert least >= 1 and refill >= 1 and least - 1 + refill <= max(share, 1000 - 1 + REFILL_DOCUMENTS)
         assert share > 1127 or least - 1 + refill <= share
 

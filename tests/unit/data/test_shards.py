@@ -6,9 +6,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megachat.data.shards import UNFINISHED, Corpus, check_data_folder, fingerprint, open_shards, split_of
+from megachat.data.shards import UNFINISHED, Corpus, check_data_folder, open_shards, shards_fingerprint, split_shards
 from megachat.errors import UserError
-from megachat.prepare.manifest import finish, measure_shard
+from megachat.prepare.manifest import finish_preparation, measure_shard
 from tests.unit.data.corpus import random_texts, write_folder
 
 
@@ -93,7 +93,7 @@ def test_shards_that_are_refused_by_name(folder, kind, words):
 def test_manifest_must_agree_with_the_files(folder):
     entries = [measure_shard(path) for path in sorted(folder.glob("*.parquet"))]
     (folder / UNFINISHED).write_text("{}")
-    finish(folder, {"source": "test"}, entries)
+    finish_preparation(folder, {"source": "test"}, entries)
     assert check_data_folder(folder, hashes=True).source == "test"
     path = folder / "shard_00000.parquet"
     whole = path.read_bytes()
@@ -145,7 +145,7 @@ def read(corpus, number, count):
 
 def test_documents_come_in_file_order_epoch_after_epoch(folder):
     texts = random_texts(50, 0)[:40]
-    corpus = Corpus(split_of(open_shards(folder), "train"))
+    corpus = Corpus(split_shards(open_shards(folder), "train"))
     assert corpus.documents == 40
     assert read(corpus, 0, 40) == texts
     first, held = next(corpus.read_from(33))
@@ -154,7 +154,7 @@ def test_documents_come_in_file_order_epoch_after_epoch(folder):
 
 
 def test_a_seed_visits_row_groups_in_another_order_each_epoch(folder):
-    shards = split_of(open_shards(folder), "train")
+    shards = split_shards(open_shards(folder), "train")
     texts = random_texts(50, 0)[:40]
     epochs = [read(Corpus(shards, seed), epoch * 40, 40) for seed in (1, 2) for epoch in (0, 1)]
     assert all(sorted(epoch) == sorted(texts) and epoch != texts for epoch in epochs)
@@ -167,10 +167,10 @@ def test_a_seed_visits_row_groups_in_another_order_each_epoch(folder):
 def test_a_split_without_documents_is_refused(tmp_path):
     folder = write_folder(tmp_path, [["a"], []])
     with pytest.raises(UserError, match="no document in shard_00001.parquet"):
-        Corpus(split_of(open_shards(folder), "validation"))
+        Corpus(split_shards(open_shards(folder), "validation"))
 
 
 def test_fingerprint_is_of_names_sizes_and_documents(folder):
     shards = open_shards(folder)
     listed = [[shard.path.name, shard.size_bytes, shard.documents] for shard in shards]
-    assert fingerprint(shards) == hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+    assert shards_fingerprint(shards) == hashlib.sha256(json.dumps(listed).encode()).hexdigest()

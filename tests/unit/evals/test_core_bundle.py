@@ -2,10 +2,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from megachat.data.shards import sha256_of
 from megachat.errors import UserError
 from megachat.evals import core_download
 from megachat.evals.core_bundle import CORE_TASKS, check_max_per_task, open_bundle
+from megachat.files import file_sha256
 from tests.unit.evals.bundle import ALL, examples, write_bundle, zipped
 from tests.unit.prepare.test_download import mirror  # noqa: F401
 
@@ -177,7 +177,7 @@ def test_downloaded_once_by_all_and_resumed(folder, tmp_path, mirror):  # noqa: 
         assert list(pool.map(lambda _: download(mirror, path), range(4))) == [path] * 4
     assert mirror.requests["eval_bundle.zip"] == 3 and mirror.ranges[0][1] > 0  # a refusal, a half, the rest
     assert open_bundle(path) == open_bundle(folder)
-    assert (tmp_path / "data" / "eval_bundle.zip.sha256").read_text() == f"{sha256_of(path)}  eval_bundle.zip\n"
+    assert (tmp_path / "data" / "eval_bundle.zip.sha256").read_text() == f"{file_sha256(path)}  eval_bundle.zip\n"
 
 
 def test_a_download_that_changed_is_refused(folder, tmp_path, mirror):  # noqa: F811

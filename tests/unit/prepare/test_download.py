@@ -87,7 +87,7 @@ def mirror():
 def download(folder, mirror, shards=2, **changes):
     folder.mkdir(exist_ok=True)
     said = []
-    entries = download_shards(folder, mirror.source, shards, retry_wait_s=0.001, say=said.append, **changes)
+    entries = download_shards(folder, mirror.source, shards, retry_wait_s=0.001, log=said.append, **changes)
     return entries, said
 
 

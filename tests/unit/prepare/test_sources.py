@@ -7,7 +7,7 @@ import pytest
 from megachat.data.shards import open_shards
 from megachat.errors import UserError
 from megachat.prepare.python_source import cut_module, read_standard_library
-from megachat.prepare.sources import cut_text, find_inputs, read_parquet_files, read_text_files, write_shards
+from megachat.prepare.sources import cut_text, find_input_files, read_parquet_files, read_text_files, write_shards
 from tests.unit.data.corpus import random_texts, write_folder
 
 
@@ -34,15 +34,15 @@ def test_inputs_are_files_by_name_and_folders_by_suffix(tmp_path):
     for name in ("b.txt", "a.md", "deep/c.txt", "skipped.html"):
         (tmp_path / name).write_text(name)
     named = tmp_path / "skipped.html"
-    found = find_inputs([tmp_path, named, tmp_path / "b.txt"], (".txt", ".md"))
+    found = find_input_files([tmp_path, named, tmp_path / "b.txt"], (".txt", ".md"))
     assert [path.name for path in found] == ["a.md", "b.txt", "c.txt", "skipped.html"]
     assert list(read_text_files(found, 1000)) == ["a.md", "b.txt", "deep/c.txt", "skipped.html"]
     with pytest.raises(UserError, match="nowhere does not exist"):
-        find_inputs([tmp_path / "nowhere"], (".txt",))
+        find_input_files([tmp_path / "nowhere"], (".txt",))
     with pytest.raises(UserError, match="holds no .rst file"):
-        find_inputs([tmp_path], (".rst",))
+        find_input_files([tmp_path], (".rst",))
     with pytest.raises(UserError, match="no --input"):
-        find_inputs([], (".txt",))
+        find_input_files([], (".txt",))
 
 
 def test_text_that_is_not_utf8_is_refused(tmp_path):

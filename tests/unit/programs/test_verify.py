@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from megachat.checkpoint.storage import save_pieces
+from megachat.checkpoint.storage import save_rectangles
 from megachat.config import Config
 from megachat.errors import UserError
 from megachat.parallel.mesh import Axis
@@ -28,7 +28,9 @@ def observed(folder, losses, **changes):
     }
     for name, values in changes.items():
         tensors[name.replace("__", "/")].view(-1)[: len(values)] += torch.tensor(values)
-    save_pieces(folder, {name: ((40, 100), [((0, 0), (40, 100), tensor)]) for name, tensor in tensors.items()}, ALONE)
+    save_rectangles(
+        folder, {name: ((40, 100), [((0, 0), (40, 100), tensor)]) for name, tensor in tensors.items()}, ALONE
+    )
     (folder / "losses.json").write_text(json.dumps(losses))
     return folder
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from megachat.data.shards import MANIFEST, UNFINISHED, check_data_folder, load_manifest, sha256_of
-from megachat.prepare.manifest import begin
+from megachat.data.shards import MANIFEST, UNFINISHED, check_data_folder, load_manifest
+from megachat.files import file_sha256
+from megachat.prepare.manifest import begin_preparation
 from tests.unit.data.corpus import random_texts, write_folder
 from tests.unit.prepare.test_download import mirror  # noqa: F401
 from tools.prepare_data import main
@@ -37,7 +38,7 @@ def run(*arguments):
 
 
 def content_of(folder):
-    return {path.name: (path.stat().st_mtime_ns, sha256_of(path)) for path in folder.iterdir()}
+    return {path.name: (path.stat().st_mtime_ns, file_sha256(path)) for path in folder.iterdir()}
 
 
 def test_python_source_in_a_process_of_its_own(tmp_path):
@@ -73,7 +74,7 @@ def test_text_with_its_manifest(tmp_path, texts, capsys):
     assert manifest["chars"] == sum(map(len, documents)) and manifest["bytes"] == sum(
         len(text.encode()) for text in documents
     )
-    assert all(entry["sha256"] == sha256_of(out / entry["name"]) for entry in manifest["shards"])
+    assert all(entry["sha256"] == file_sha256(out / entry["name"]) for entry in manifest["shards"])
     assert "40 documents" in capsys.readouterr().out
 
 
@@ -177,12 +178,18 @@ def test_download_and_growing_it(tmp_path, mirror, capsys):  # noqa: F811
 
 def test_shards_of_another_address_are_not_reused(tmp_path):
     out = write_folder(tmp_path, [["a"], ["b"]])
-    begin(out, {"source": "climbmix", "base_url": "http://one", "shards": 1}, overwrite=True, keep_shards=True)
+    begin_preparation(
+        out, {"source": "climbmix", "base_url": "http://one", "shards": 1}, overwrite=True, keep_shards=True
+    )
     assert [path.name for path in out.iterdir()] == [UNFINISHED]
     write_folder(out, [["a"]])
-    begin(out, {"source": "climbmix", "base_url": "http://one", "shards": 2}, overwrite=True, keep_shards=True)
+    begin_preparation(
+        out, {"source": "climbmix", "base_url": "http://one", "shards": 2}, overwrite=True, keep_shards=True
+    )
     assert (out / "shard_00000.parquet").exists()
-    begin(out, {"source": "climbmix", "base_url": "http://two", "shards": 2}, overwrite=True, keep_shards=True)
+    begin_preparation(
+        out, {"source": "climbmix", "base_url": "http://two", "shards": 2}, overwrite=True, keep_shards=True
+    )
     assert not (out / "shard_00000.parquet").exists()
 
 
