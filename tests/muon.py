@@ -131,17 +131,17 @@ def take_step(
         step,
         micros,
         rank=rank,
-        last=partition.arm if armed else lambda: None,
+        last=partition.start_async_reduce if armed else lambda: None,
         shuffled=shuffled,
     )
     partition.set_hyper(LR, WEIGHT_DECAY, MOMENTA[step])
-    partition.reduce()
-    partition.wait_reduce()
+    partition.start_reduce()
+    partition.wait_for_reduce()
     squares = partition.sum_of_squares().clone()
     dist.all_reduce(squares)
     partition.step(1.0)
     if wait:
-        partition.wait()
+        partition.wait_for_gather()
     return squares.item()
 
 

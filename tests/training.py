@@ -56,7 +56,7 @@ def own_rows(training: Training, rows: torch.Tensor) -> torch.Tensor:
 def take_step(training: Training, rows: torch.Tensor) -> tuple[float, float, bool]:
     """(loss, joint norm, skipped) of one step over all ranks."""
     loss = training.engine.train_batch(micro_batches(own_rows(training, rows), training.plan.micro_rows)).item()
-    training.muon.wait()
+    training.muon.wait_for_gather()
     return loss, training.engine.joint_norm.item(), bool(training.engine.optimizer.overflow)
 
 

@@ -31,8 +31,8 @@ def planned_megachat(matrices: list[Matrix], ranks: int) -> tuple[list[int], flo
     from megachat.optim.partition_plan import make_plan
 
     plan, loads = make_plan(matrices, ranks), [0] * ranks
-    for matrix, lead in zip(plan.matrices, plan.leads, strict=True):
-        loads[lead] += matrix.flops
+    for matrix, owner in zip(plan.matrices, plan.owners, strict=True):
+        loads[owner] += matrix.flops
     wires = {"gradient_bytes": 2, "weight_bytes": 2, "direction_bytes": 2}
     return loads, sum(sum(plan.wire_bytes(rank, **wires).values()) for rank in range(ranks)) / ranks
 

@@ -1,4 +1,4 @@
-"""How matrices lie in flat buckets that are cut into equal shards, one a data rank: the pure layout, without leads. No torch.
+"""How matrices lie in flat buckets that are cut into equal shards, one a data rank: the pure layout, without owners. No torch.
 
 The order inside a bucket puts the cuts between matrices where counts allow. On a tensor axis every rank lays out its own shards of the
 matrices, all in the same way, because these shards are equal.

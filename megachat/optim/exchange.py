@@ -1,7 +1,7 @@
-"""The ragged exchange of one bucket over the data x tensor grid: fragments to their matrices' leads, and what the leads made of them back.
+"""The ragged exchange of one bucket over the data x tensor grid: fragments to their matrices' owners, and what the owners made of them back.
 
 Both ways are lossless: fragments travel in the dtype that orthogonalization consumes and produces, scales in float32. A matrix whose only
-holder is its lead is not sent, and a bucket of such matrices communicates nothing. A lead puts the shards of the tensor ranks together to the
+holder is its owner is not sent, and a bucket of such matrices communicates nothing. An owner puts the shards of the tensor ranks together to the
 whole matrix, so that what it computes knows no cut.
 """
 
@@ -19,7 +19,7 @@ from megachat.parallel.mesh import Axis
 _ALIGNED_BYTES = 16
 Result = tuple[
     torch.Tensor, torch.Tensor, torch.Tensor
-]  # a lead's (direction [m, n], norm [1, 1], scale [m, 1] or [1, n])
+]  # an owner's (direction [m, n], norm [1, 1], scale [m, 1] or [1, n])
 
 
 @dataclass(frozen=True)
@@ -42,34 +42,34 @@ class Exchange:
         moves = plan.moves[bucket]
         self.needed = bool(moves)  # the same at every place
         places = range(grid.size)
-        self.sent = [[move for move in moves if move.holder == grid.rank and move.lead == place] for place in places]
+        self.sent = [[move for move in moves if move.holder == grid.rank and move.owner == place] for place in places]
         self.received = [
-            [move for move in moves if move.lead == grid.rank and move.holder == place] for place in places
+            [move for move in moves if move.owner == grid.rank and move.holder == place] for place in places
         ]
         members = plan.buckets[bucket].matrices
         self.held = {index: piece for index in members for piece in plan.fragments[index] if piece.rank == grid.rank}
-        self.led = [index for index in members if plan.leads[index] == grid.rank]
+        self.owned = [index for index in members if plan.owners[index] == grid.rank]
 
-    def to_leads(self, updates: torch.Tensor) -> Callable[[], dict[int, torch.Tensor]]:
-        """Send this place's part of the bucket, flat. The returned function waits and gives the whole matrices [m, n] that this place leads, by
+    def to_owners(self, updates: torch.Tensor) -> Callable[[], dict[int, torch.Tensor]]:
+        """Send this place's part of the bucket, flat. The returned function waits and gives the whole matrices [m, n] that this place owns, by
         index; some are views of `updates`."""
         pending, buffer = Pending(), updates[:0]
         if self.needed:
             parts = [[updates[self.held[move.matrix].in_shard] for move in moves] for moves in self.sent]
             counts = [sum(move.stop - move.start for move in moves) for moves in self.received]
-            pending, buffer = self._all_to_all(parts, counts, updates, "updates to leads")
+            pending, buffer = self._all_to_all(parts, counts, updates, "updates to owners")
 
         def arrived() -> dict[int, torch.Tensor]:
             pending.wait()
             order = [move for moves in self.received for move in moves]
             pieces = buffer.split([move.stop - move.start for move in order]) if order else ()
             found = {(move.matrix, move.holder): piece for move, piece in zip(order, pieces, strict=True)}
-            return {index: self._assemble(index, updates, found) for index in self.led}
+            return {index: self._assemble(index, updates, found) for index in self.owned}
 
         return arrived
 
     def to_holders(self, results: dict[int, Result], like: torch.Tensor) -> Callable[[], list[Directed]]:
-        """Send the results of the matrices that this place leads. The returned function waits and gives what this place applies to its own
+        """Send the results of the matrices that this place owns. The returned function waits and gives what this place applies to its own
         fragments. like: gives the device."""
         pending, buffer = Pending(), like[:0]
         if self.needed:

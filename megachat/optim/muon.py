@@ -1,4 +1,4 @@
-"""Muon's mathematics, cut where the layout cuts it: elementwise parts run on shards, whole-matrix parts on the matrix's lead.
+"""Muon's mathematics, cut where the layout cuts it: elementwise parts run on shards, whole-matrix parts on the matrix's owner.
 
 Momentum and orthogonalization: Muon (kellerjordan.github.io/posts/muon). Row equilibration: MuonEq (arXiv 2603.28254). Frobenius norm:
 Muon+ (arXiv 2602.21545). Variance reduction: NorMuon (arXiv 2510.05491). Cautious decay: arXiv 2411.16085 and 2510.12402.

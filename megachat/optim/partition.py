@@ -1,8 +1,8 @@
 """The Muon partition: float32 masters and momentum in equal shards over the data x tensor grid of a pipeline stage, each matrix orthogonalized
 at one place of it.
 
-A step: gradients are summed over the data axis into shards, momentum moves on shards, leads orthogonalize whole matrices, shards are updated,
-weights are gathered. The result depends on the gradients alone: neither the buckets nor the leads nor the tensor axis changes a bit.
+A step: gradients are summed over the data axis into shards, momentum moves on shards, owners orthogonalize whole matrices, shards are updated,
+weights are gathered. The result depends on the gradients alone: neither the buckets nor the owners nor the tensor axis changes a bit.
 No state moves before step(), so a step can be given up until then.
 """
 
@@ -30,8 +30,8 @@ class MuonPartition:
     float32, the dtype in which gradients travel (they are summed in float32, in the order of ranks, in the first case); with one data rank
     nothing is rounded.
     Gradients are collected by hooks while backward runs; `grad` is None afterwards. A parameter without gradient in a step counts as zeros.
-    Order of calls in a step: backwards, arm() before the last of them, reduce, wait_reduce, then sum_of_squares and either step or drop; wait,
-    or wait_layer of each block, before the parameters are read. Without arm() nothing is reduced before reduce().
+    Order of calls in a step: backwards, start_async_reduce() before the last of them, reduce, wait_for_reduce, then sum_of_squares and either step or drop; wait,
+    or wait_for_layer of each block, before the parameters are read. Without start_async_reduce() nothing is reduced before start_reduce().
     Raises ValueError when names, shapes, cuts or dtypes do not fit, RuntimeError when ranks disagree on the plan or calls come out of order.
     """
 
@@ -67,7 +67,7 @@ class MuonPartition:
         self._second_moment = {
             index: torch.zeros(second_moment_shape(matrix.shape), device=device)
             for index, matrix in enumerate(self.plan.matrices)
-            if self.plan.leads[index] == mesh.stage.rank
+            if self.plan.owners[index] == mesh.stage.rank
         }
         self._layer_buckets: dict[int, list[BucketMemory]] = {}
         for bucket in self._buckets:
@@ -106,7 +106,7 @@ class MuonPartition:
         def collect(parameter: torch.nn.Parameter) -> None:
             if self._reduced or number < self._launched:
                 raise RuntimeError(
-                    f"a gradient of {name} arrived after its reduction was launched and before step() or drop()"
+                    f"a gradient of {name} arrived after its reduction was launched and before step() or discard_gradients()"
                 )
             view = bucket.part(bucket.gradients, place)
             if index in self._arrived:
@@ -130,19 +130,21 @@ class MuonPartition:
         self._weight_decay.fill_(weight_decay)
         self._momentum.fill_(momentum)
 
-    def arm(self) -> None:
+    def start_async_reduce(self) -> None:
         """The next backward is the step's last: from now on a bucket is reduced as soon as all its gradients of this backward are there and the
         buckets before it are launched, so that every rank launches in the order of the plan."""
         if self._reduced or self._launched:
-            raise RuntimeError("arm() came after a reduction was launched and before step() or drop()")
+            raise RuntimeError(
+                "start_async_reduce() came after a reduction was launched and before step() or discard_gradients()"
+            )
         self._awaited = [set(bucket.layout.matrices) for bucket in self._buckets]
 
     @torch.no_grad()
-    def reduce(self) -> None:
+    def start_reduce(self) -> None:
         """Launch the mean over the data axis of what the hooks collected, bucket after bucket in the order of backward; hooks may have launched
         the first ones."""
         if self._reduced:
-            raise RuntimeError("reduce() was called twice without step() or drop() in between")
+            raise RuntimeError("start_reduce() was called twice without step() or discard_gradients() in between")
         while self._launched < len(self._buckets):
             self._launch_next()
         self._reduced = True
@@ -163,7 +165,7 @@ class MuonPartition:
         self._launched += 1
 
     @torch.no_grad()
-    def wait_reduce(self) -> None:
+    def wait_for_reduce(self) -> None:
         """Returns when the reduced gradients may be read."""
         with profile_range("reduce"):
             for bucket in self._buckets:
@@ -173,15 +175,15 @@ class MuonPartition:
     def sum_of_squares(self) -> torch.Tensor:
         """0-d float32: of this place's shard of the reduced gradients. Added over the grid it counts every element once; inf and nan show."""
         self._require_reduced("sum_of_squares")
-        self.wait_reduce()
+        self.wait_for_reduce()
         reduced = [bucket.reduced for bucket in self._buckets]
         return self._squares(reduced) if reduced else torch.zeros_like(self._momentum)
 
-    def drop(self) -> None:
+    def discard_gradients(self) -> None:
         """Forget the gradients of this step; no state is touched. All ranks call it, like step()."""
         if self._awaited is not None and not self._reduced:
-            self.reduce()  # other ranks' hooks may have launched more buckets than this one's
-        self.wait_reduce()
+            self.start_reduce()  # other ranks' hooks may have launched more buckets than this one's
+        self.wait_for_reduce()
         self._forget_gradients()
         self.matrices_updated = 0
 
@@ -192,10 +194,10 @@ class MuonPartition:
     @torch.no_grad()
     def step(self, gradient_scale: float | torch.Tensor) -> None:
         """One step with the reduced gradients times `gradient_scale`. The gathers of the weights are launched, in the order of forward but those
-        of buckets without exchange first, and awaited by wait() or wait_layer()."""
+        of buckets without exchange first, and awaited by wait_for_gather() or wait_for_layer()."""
         self._require_reduced("step")
-        self.wait_reduce()
-        self.wait()  # of the step before: gathers read the weights that are now written
+        self.wait_for_reduce()
+        self.wait_for_gather()  # of the step before: gathers read the weights that are now written
         self.matrices_updated = 0
         forward = list(zip(reversed(self._buckets), reversed(self._exchanges), strict=True))
         outgoing, returning = [], []
@@ -203,7 +205,7 @@ class MuonPartition:
             updates = self._functions.momentum_update(
                 bucket.momentum, bucket.reduced.mul_(gradient_scale), self._momentum
             ).to(self.direction_dtype)
-            outgoing.append((exchange.to_leads(updates), updates))
+            outgoing.append((exchange.to_owners(updates), updates))
         # no place waits for another's orthogonalization before it has done its own: the busiest place alone sets the time
         for (bucket, exchange), (arrive, updates) in zip(forward, outgoing, strict=True):
             results = {index: self._orthogonalize(index, update) for index, update in arrive().items()}
@@ -241,13 +243,13 @@ class MuonPartition:
         with profile_range("gather"):
             bucket.launch_gather()
 
-    def wait(self) -> None:
+    def wait_for_gather(self) -> None:
         """Returns when all parameters hold the new weights on this rank."""
         with profile_range("gather"):
             for bucket in reversed(self._buckets):
                 bucket.gathering.wait()
 
-    def wait_layer(self, layer: int) -> None:
+    def wait_for_layer(self, layer: int) -> None:
         """Returns when the block's parameters hold the new weights on this rank; other blocks' gathers may go on. Any other number waits for
         nothing."""
         with profile_range("gather"):
@@ -256,7 +258,7 @@ class MuonPartition:
 
     def _require_reduced(self, call: str) -> None:
         if not self._reduced:
-            raise RuntimeError(f"{call}() needs reduce() first")
+            raise RuntimeError(f"{call}() needs start_reduce() first")
 
     # ---- state
 
@@ -266,7 +268,7 @@ class MuonPartition:
         kind: "master", "momentum" or "second_moment", all float32. Views alias the live state: load into them in place, then call
         refresh_weights(). Together the rectangles of a stage's ranks cover each tensor once. Gathers under way are waited for.
         """
-        self.wait()
+        self.wait_for_gather()
         shards = []
         for bucket, exchange in zip(self._buckets, self._exchanges, strict=True):
             for index in bucket.layout.matrices:
@@ -280,7 +282,7 @@ class MuonPartition:
         return shards
 
     def gradient_shards(self) -> list[tuple[str, tuple[int, int], list[Rectangle]]]:
-        """(name, whole shape, rectangles) of every matrix's reduced gradient, between wait_reduce() and step() or drop(); views of live memory."""
+        """(name, whole shape, rectangles) of every matrix's reduced gradient, between wait_for_reduce() and step() or discard_gradients(); views of live memory."""
         self._require_reduced("gradient_shards")
         return [
             (
@@ -308,10 +310,10 @@ class MuonPartition:
     @torch.no_grad()
     def refresh_weights(self) -> None:
         """Make the parameters on every rank from the masters, after these were loaded."""
-        self.wait()
+        self.wait_for_gather()
         for bucket in reversed(self._buckets):
             bucket.launch_gather()
-        self.wait()
+        self.wait_for_gather()
 
     def state_bytes(self) -> dict[str, int]:
         """What this place holds: {"master", "momentum", "second_moment"}. With float32 weights the masters are the weights themselves."""

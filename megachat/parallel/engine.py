@@ -43,19 +43,19 @@ _PIPELINE = {"pipeline": {"pipe_partitioned": False, "grad_partitioned": False, 
 class MatrixOptimizer(Protocol):
     """What the engine asks of the optimizer of the matrices."""
 
-    def arm(self) -> None: ...
+    def start_async_reduce(self) -> None: ...
 
-    def reduce(self) -> None: ...
+    def start_reduce(self) -> None: ...
 
-    def wait_reduce(self) -> None: ...
+    def wait_for_reduce(self) -> None: ...
 
     def sum_of_squares(self) -> torch.Tensor: ...
 
-    def drop(self) -> None: ...
+    def discard_gradients(self) -> None: ...
 
     def step(self, gradient_scale: float | torch.Tensor) -> None: ...
 
-    def wait(self) -> None: ...
+    def wait_for_gather(self) -> None: ...
 
 
 class JointZero1(DeepSpeedZeroOptimizer):
@@ -77,7 +77,7 @@ class JointZero1(DeepSpeedZeroOptimizer):
     )
 
     def reduce_gradients(self, pipeline_parallel=False):
-        self.matrices.reduce()
+        self.matrices.start_reduce()
         partial = [self.get_gradient_for_reduction(parameter) for parameter in self.partial_over_tensor]
         if partial:  # sequence parallelism: each rank of the tensor axis saw its own tokens
             total = torch.cat([gradient.flatten() for gradient in partial])
@@ -92,7 +92,7 @@ class JointZero1(DeepSpeedZeroOptimizer):
         return False  # decided by the joint norm, with no collective of its own
 
     def scaled_global_norm(self, norm_type=2):
-        self.matrices.wait_reduce()
+        self.matrices.wait_for_reduce()
         if self.observe is not None:
             self.observe()
         with profile_range("norm"):
@@ -120,7 +120,7 @@ class JointZero1(DeepSpeedZeroOptimizer):
     def _update_scale(self, has_overflow=False):
         # DeepSpeed calls this once a step, after the decision and before AdamW
         if has_overflow:
-            self.matrices.drop()
+            self.matrices.discard_gradients()
             super()._update_scale(True)
             return
         scale = 1.0 / self.loss_scale
@@ -176,7 +176,7 @@ class Engine(PipelineEngine):
     def _exec_backward_pass(self, buffer_id):
         self._backwards += 1
         if self._backwards == self.micro_batches:
-            self.optimizer.matrices.arm()
+            self.optimizer.matrices.start_async_reduce()
         if self.is_last_stage():
             return PipelineEngine._exec_backward_pass(self, buffer_id)
         outputs = self.pipe_buffers["outputs"][buffer_id]

@@ -21,16 +21,16 @@ from megachat.text import number_ranges, text_table
 
 @dataclasses.dataclass(frozen=True)
 class Ownership:
-    """One line of the manifest. stages: the pipeline stages that hold some of it. cut: how the tensor axis divides it. owners: the world ranks
-    that hold its state; lead: the one that orthogonalizes it (Muon only); lr and decay at multiplier 1."""
+    """One line of the manifest. stages: the pipeline stages that hold some of it. cut: how the tensor axis divides it. state_ranks: the world
+    ranks that hold its state; owner: the one that orthogonalizes it (Muon only); lr and decay at multiplier 1."""
 
     name: str
     shape: tuple[int, ...]
     optimizer: str
     stages: tuple[int, ...]
     cut: str
-    owners: tuple[int, ...]
-    lead: int | None
+    state_ranks: tuple[int, ...]
+    owner: int | None
     lr: float
     decay: float
 
@@ -47,17 +47,17 @@ def ownership(config: Config, plan: Plan) -> list[Ownership]:
             dict.fromkeys(place_of(parameter) for parameter in parameters), groups, config.optimizer.muon_multiplier
         )
         multipliers = {matrix.name: matrix.multiplier for matrix in matrices}
-        owners, leads = _muon_owners(matrices, plan, stage)
+        state_ranks, owners = _muon_ranks(matrices, plan, stage)
         held = _adamw_owners(
-            [parameter for parameter in parameters if place_of(parameter).name not in owners], groups, plan, stage
+            [parameter for parameter in parameters if place_of(parameter).name not in state_ranks], groups, plan, stage
         )
         for where in (place_of(parameter) for parameter in parameters):
             group, before = groups[where.name], lines.get(where.name)
             rate = plan.rates[group.rate] * multipliers.get(where.name, 1.0)
-            decay = plan.weight_decay if where.name in owners else group.weight_decay
-            ranks = {*(owners.get(where.name) or held[where]), *(before.owners if before else ())}
+            decay = plan.weight_decay if where.name in state_ranks else group.weight_decay
+            ranks = {*(state_ranks.get(where.name) or held[where]), *(before.state_ranks if before else ())}
             stages = {stage, *(before.stages if before else ())}
-            lead, cut = leads.get(where.name), where.cut if plan.layout.tensor > 1 else "whole"
+            owner, cut = owners.get(where.name), where.cut if plan.layout.tensor > 1 else "whole"
             lines[where.name] = Ownership(
                 where.name,
                 where.whole,
@@ -65,20 +65,20 @@ def ownership(config: Config, plan: Plan) -> list[Ownership]:
                 tuple(sorted(stages)),
                 cut,
                 tuple(sorted(ranks)),
-                lead,
+                owner,
                 rate,
                 decay,
             )
     return list(lines.values())
 
 
-def _muon_owners(matrices: list[Matrix], plan: Plan, stage: int) -> tuple[dict[str, set[int]], dict[str, int]]:
-    """World ranks of a stage that hold each matrix's state, and the one that leads it."""
+def _muon_ranks(matrices: list[Matrix], plan: Plan, stage: int) -> tuple[dict[str, set[int]], dict[str, int]]:
+    """World ranks of a stage that hold each matrix's state, and the one that orthogonalizes it."""
     first = stage * plan.layout.data * plan.layout.tensor
     partition = make_plan(matrices, plan.layout.data, tensor=plan.layout.tensor)
-    each = list(zip(partition.matrices, partition.fragments, partition.leads, strict=True))
-    owners = {matrix.name: {first + fragment.rank for fragment in fragments} for matrix, fragments, _ in each}
-    return owners, {matrix.name: first + lead for matrix, _, lead in each}
+    each = list(zip(partition.matrices, partition.fragments, partition.owners, strict=True))
+    state_ranks = {matrix.name: {first + fragment.rank for fragment in fragments} for matrix, fragments, _ in each}
+    return state_ranks, {matrix.name: first + owner for matrix, _, owner in each}
 
 
 def _adamw_owners(parameters: list, groups: Mapping, plan: Plan, stage: int) -> dict[Place, set[int]]:
@@ -153,11 +153,11 @@ def _numbers(prefix: str, values: Mapping[str, object], why: Mapping[str, str]) 
 
 def describe_ownership(lines: list[Ownership]) -> str:
     """The manifest as a table, with a count by optimizer at the end."""
-    rows = [("parameter", "shape", "optimizer", "stage", "cut", "state on ranks", "lead", "lr", "decay")]
+    rows = [("parameter", "shape", "optimizer", "stage", "cut", "state on ranks", "owner", "lr", "decay")]
     for line in lines:
         shape = "x".join(map(str, line.shape))
-        lead = "-" if line.lead is None else str(line.lead)
-        where = (number_ranges(line.stages), line.cut, number_ranges(line.owners), lead)
+        owner = "-" if line.owner is None else str(line.owner)
+        where = (number_ranges(line.stages), line.cut, number_ranges(line.state_ranks), owner)
         rows.append((line.name, shape, line.optimizer, *where, f"{line.lr:.4g}", f"{line.decay:.4g}"))
     muon = sum(line.optimizer == "muon" for line in lines)
     return "\n".join(

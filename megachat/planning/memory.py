@@ -92,7 +92,7 @@ def _stage_memory(config: Config, plan: Plan, options: ModelOptions, stage: int,
     held["masters"] += 4 * shards if narrow else 0  # float32 weights are their own masters
     held["moments"] += max(
         sum(partition.state_bytes(place)[kind] for kind in ("momentum", "second_moment"))
-        for place in range(partition.places)
+        for place in range(partition.grid_size)
     )
     held["gradients"] += 4 * data * shards
     activations = stage_activations(config, plan, stage, dtype)
@@ -217,11 +217,11 @@ def _update_workspace(partition: PartitionPlan, largest_group: int, narrow: bool
     """The optimizer step, when no activation exists: a flat gradient of one group, or Muon's updates, directions and the matrix at work."""
     size = 2 if narrow else 4
     shards = sum(bucket.shard for bucket in partition.buckets)
-    led = [0] * partition.places
-    for matrix, lead in zip(partition.matrices, partition.leads, strict=True):
-        led[lead] += matrix.elements
+    owned = [0] * partition.grid_size
+    for matrix, owner in zip(partition.matrices, partition.owners, strict=True):
+        owned[owner] += matrix.elements
     at_work = max((matrix.elements for matrix in partition.matrices), default=0) * _NEWTON_SCHULZ_BYTES
-    exchanged = (2 if partition.places > 1 else 1) * max(led) * size
+    exchanged = (2 if partition.grid_size > 1 else 1) * max(owned) * size
     return max(4 * largest_group, (shards * size if narrow else 0) + exchanged + at_work)
 
 

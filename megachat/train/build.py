@@ -167,7 +167,7 @@ def awaited(layers: nn.ModuleList, muon: MuonPartition) -> list:
 
     def waiting(block: int):
         def wait(stream):
-            muon.wait_layer(block)
+            muon.wait_for_layer(block)
             return stream
 
         return wait

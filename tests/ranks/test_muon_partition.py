@@ -2,7 +2,7 @@
 
 Seen to fail with: ranks summed in another order, gradients rounded to bfloat16, shards cut by row joined like those cut by column, every place
 given the first shard's directions or scales, scales of a fragment taken from the first rows, a returned fragment shifted by one element, state
-without the tensor offset or with a wrong one, hooks that overwrite instead of adding, a missing gradient not zeroed, drop() that forgets nothing.
+without the tensor offset or with a wrong one, hooks that overwrite instead of adding, a missing gradient not zeroed, discard_gradients() that forgets nothing.
 """
 
 import pytest
@@ -60,12 +60,20 @@ def _spoiled_step(layout, compute):
     parameters, partition = build(matrices, mesh, compute)
     take_step(parameters, partition, matrices, mesh, 0)
     before, kept = state(partition), weights(parameters)
-    backward(parameters, matrices, mesh, 1, 1, last=partition.arm, spoil=mesh.world.rank == mesh.world.size - 1)
-    partition.reduce()
-    partition.wait_reduce()
+    backward(
+        parameters,
+        matrices,
+        mesh,
+        1,
+        1,
+        last=partition.start_async_reduce,
+        spoil=mesh.world.rank == mesh.world.size - 1,
+    )
+    partition.start_reduce()
+    partition.wait_for_reduce()
     squares = partition.sum_of_squares()
     dist.all_reduce(squares)
-    partition.drop()
+    partition.discard_gradients()
     after = state(partition)
     untouched = all(
         torch.equal(a[2], b[2]) for x, y in zip(before, after, strict=True) for a, b in zip(x[3], y[3], strict=True)
@@ -97,9 +105,9 @@ def _resumed(layout, whole, compute):
 def _reduced_gradients(layout):
     mesh, matrices = on_cpu(layout), small_matrices()
     parameters, partition = build(matrices, mesh, FP32, FP32)
-    backward(parameters, matrices, mesh, 0, 1, last=partition.arm)
-    partition.reduce()
-    partition.wait_reduce()
+    backward(parameters, matrices, mesh, 0, 1, last=partition.start_async_reduce)
+    partition.start_reduce()
+    partition.wait_for_reduce()
     return [
         ("gradient", name, shape, [(at, size, view.clone()) for at, size, view in pieces])
         for name, shape, pieces in partition.gradient_shards()

@@ -1,7 +1,7 @@
 """What the Muon partition sends, when, and in which order, seen at torch.distributed's own functions; and who computes.
 
 Seen to fail with: hooks that launch whatever is complete, that stay armed for the next step, or that count gradients of earlier micro-batches;
-three reductions in flight; a step that writes while gathers read, wait_layer() that waits for all, state_shards() that waits for none; drop()
+three reductions in flight; a step that writes while gathers read, wait_for_layer() that waits for all, state_shards() that waits for none; discard_gradients()
 that leaves launched reductions alone; a plan that counts the reduction over the grid instead of the data axis.
 """
 
@@ -91,14 +91,22 @@ def _measured(layout, settings):
     for compute, wire, layers_per_bucket, armed in settings:
         parameters, partition = build(matrices, mesh, compute, wire, layers_per_bucket)
         recorder.taken()
-        backward(parameters, matrices, mesh, 0, 1, last=partition.arm if armed else lambda: None, shuffled=True)
+        backward(
+            parameters,
+            matrices,
+            mesh,
+            0,
+            1,
+            last=partition.start_async_reduce if armed else lambda: None,
+            shuffled=True,
+        )
         partition.set_hyper(LR, WEIGHT_DECAY, MOMENTA[0])
-        partition.reduce()
-        partition.wait_reduce()
+        partition.start_reduce()
+        partition.wait_for_reduce()
         reducing = recorder.taken()
         with FlopCounterMode(display=False) as flops:
             partition.step(1.0)
-        partition.wait()
+        partition.wait_for_gather()
         stepping = recorder.taken()
         found = {
             "reduce": sum(call[-1] for call in reducing),
@@ -131,10 +139,10 @@ def _launched_while_backward_ran(layout, missing):
     parameters, partition = build(matrices, mesh, BF16, layers_per_bucket=1)
     recorder.taken()
     step = int(missing)
-    backward(parameters, matrices, mesh, step, 2, last=partition.arm, shuffled=True)
+    backward(parameters, matrices, mesh, step, 2, last=partition.start_async_reduce, shuffled=True)
     early = len([event for event in recorder.events if event[0] == "begin"])
-    partition.reduce()
-    partition.wait_reduce()
+    partition.start_reduce()
+    partition.wait_for_reduce()
     flying = most = 0
     for kind, *_ in recorder.events:
         flying += 1 if kind == "begin" else -1
@@ -150,14 +158,14 @@ def _armed_only_for_the_last(layout):
     recorder = _Recorder(mesh)
     parameters, partition = build(matrices, mesh, BF16)
     counts = []
-    for finish in (lambda: partition.step(1.0), partition.drop, lambda: None):
+    for finish in (lambda: partition.step(1.0), partition.discard_gradients, lambda: None):
         recorder.taken()
         for micro in range(3):
             if micro == 2:
-                partition.arm()
+                partition.start_async_reduce()
             backward(parameters, matrices, mesh, 0, 1, shuffled=True)
             counts.append(len(recorder.taken()))
-        partition.reduce()
+        partition.start_reduce()
         finish()
     return counts, len(partition.plan.buckets)
 
@@ -177,16 +185,16 @@ def _gathers_waited_for(layout, compute):
     recorder.taken()
     by_layer = {}
     for layer in (-1, 0, 1, 3):
-        partition.wait_layer(layer)
+        partition.wait_for_layer(layer)
         by_layer[layer] = [bucket_of[event[1]] for event in recorder.events if event[0] == "wait"]
         recorder.taken()
     holding = {
         layer: [n for n, b in enumerate(plan.buckets) if layer in {plan.matrices[i].layer for i in b.matrices}]
         for layer in (0, 1, 2)
     }
-    backward(parameters, matrices, mesh, 2, 1, last=partition.arm)
-    partition.reduce()
-    partition.wait_reduce()
+    backward(parameters, matrices, mesh, 2, 1, last=partition.start_async_reduce)
+    partition.start_reduce()
+    partition.wait_for_reduce()
     recorder.taken()
     partition.step(1.0)
     waited = [bucket_of[event[1]] for event in recorder.events if event[0] == "wait" and event[1] in bucket_of]
@@ -200,10 +208,10 @@ def _dropped_before_reduce(layout):
     """A step given up between backward and reduce(), after hooks of some ranks had launched reductions; then a good one."""
     mesh, matrices = on_cpu(layout), small_matrices()
     parameters, partition = build(matrices, mesh, FP32, layers_per_bucket=1)
-    partition.arm()
+    partition.start_async_reduce()
     if mesh.data.rank == 0:
         backward(parameters, matrices, mesh, 0, 1)
-    partition.drop()
+    partition.discard_gradients()
     return take_step(parameters, partition, matrices, mesh, 0)
 
 

@@ -49,7 +49,7 @@ def test_a_dry_run_prints_config_plan_owners_and_memory(place):
         "state",
         "on",
         "ranks",
-        "lead",
+        "owner",
         "lr",
         "decay",
     ]
@@ -62,12 +62,12 @@ def test_a_dry_run_plans_for_any_number_of_ranks(place):
     out = dry_run(place, "--world", "3", "--set", f"data.folder={place.data / 'none'}", "--set", "model.vocab_size=265")
     assert "layout = data 3 x tensor 1 x pipeline 1" in out and "accumulation = 2 " in out
     owners = [re.split(r"  +", line) for line in out.splitlines() if re.search(r" (muon|adamw) ", line)]
-    assert {row[6] for row in owners if row[2] == "muon"} == {"0", "1", "2"}, "all ranks lead some matrices"
+    assert {row[6] for row in owners if row[2] == "muon"} == {"0", "1", "2"}, "all ranks own some matrices"
     assert all(row[6] == "-" for row in owners if row[2] == "adamw")
 
 
 def held(config):
-    """Each rank's AdamW state as name -> (rate, decay), names of its masters and of the matrices that it leads, and every name's group."""
+    """Each rank's AdamW state as name -> (rate, decay), names of its masters and of the matrices that it orthogonalizes, and every name's group."""
     training = build(config, SMALL_VOCAB)
     set_schedules(training, 5)  # after the warm-up and before the decay the multiplier is 1
     zero = training.engine.optimizer
@@ -103,13 +103,15 @@ def test_the_owners_are_those_of_the_running_optimizers(world, parallel):
     for line in lines:
         assert line.optimizer == groups[line.name].optimizer
         if line.optimizer == "muon":
-            assert line.owners == tuple(
+            assert line.state_ranks == tuple(
                 rank for rank, (_, masters, _, _) in enumerate(ranks) if line.name in masters
             ), line.name
-            assert [line.lead] == [rank for rank, (_, _, moments, _) in enumerate(ranks) if line.name in moments], (
+            assert [line.owner] == [rank for rank, (_, _, moments, _) in enumerate(ranks) if line.name in moments], (
                 line.name
             )
         else:
-            assert line.owners == tuple(rank for rank, (adamw, *_) in enumerate(ranks) if line.name in adamw), line.name
+            assert line.state_ranks == tuple(rank for rank, (adamw, *_) in enumerate(ranks) if line.name in adamw), (
+                line.name
+            )
             assert {(line.lr, line.decay)} == {adamw[line.name] for adamw, *_ in ranks if line.name in adamw}, line.name
-    assert len({len(line.owners) for line in lines}) > 1 or world == 4  # two data ranks share some and not others
+    assert len({len(line.state_ranks) for line in lines}) > 1 or world == 4  # two data ranks share some and not others

@@ -117,11 +117,11 @@ class Megachat(Contender):
         self.partition.set_hyper(LR, 0.0, MOMENTUM)
 
     def step(self, gradients: dict) -> None:
-        self.partition.arm()
+        self.partition.start_async_reduce()
         self.loss(gradients).backward()
-        self.partition.reduce()
+        self.partition.start_reduce()
         self.partition.step(1.0)
-        self.partition.wait()
+        self.partition.wait_for_gather()
 
     def state_bytes(self) -> int:
         return sum(self.partition.state_bytes().values())

@@ -58,12 +58,12 @@ def test_a_step_is_the_whole_matrix_step_and_scales_the_gradient(scale):
     _backward(parameters)
     _backward(parameters, 3.0)
     partition.set_hyper(0.02, 0.1, 0.9)
-    partition.reduce()
+    partition.start_reduce()
     assert float(partition.sum_of_squares()) == pytest.approx(
         sum((4 * w.cos()).square().sum().item() for w in before.values()), rel=1e-5
     )
     partition.step(scale)
-    partition.wait()
+    partition.wait_for_gather()
     assert partition.matrices_updated == len(MATRICES)
     for matrix in MATRICES:
         weight = before[matrix.name]
@@ -96,41 +96,41 @@ def test_calls_out_of_order_are_refused():
     with pytest.raises(RuntimeError, match="reduce"):
         partition.sum_of_squares()
     _backward(parameters)
-    partition.reduce()
+    partition.start_reduce()
     with pytest.raises(RuntimeError, match="twice"):
-        partition.reduce()
+        partition.start_reduce()
     with pytest.raises(RuntimeError, match="first|second|tiny"):
         _backward(parameters)
-    with pytest.raises(RuntimeError, match="arm"):
-        partition.arm()
-    partition.drop()
-    partition.reduce()
+    with pytest.raises(RuntimeError, match="start_async_reduce"):
+        partition.start_async_reduce()
+    partition.discard_gradients()
+    partition.start_reduce()
     assert partition.sum_of_squares() == 0, "dropped gradients must not come back"
 
 
 def test_a_gradient_after_its_launch_is_refused():
     parameters, partition = _build()
-    partition.arm()
+    partition.start_async_reduce()
     _backward(parameters)
     with pytest.raises(RuntimeError, match="first|second|tiny"):
         _backward(parameters)
-    partition.drop()
-    partition.arm()
+    partition.discard_gradients()
+    partition.start_async_reduce()
     _backward(parameters)
-    partition.reduce()
+    partition.start_reduce()
     assert partition.sum_of_squares() > 0
-    with pytest.raises(RuntimeError, match="arm"):
-        partition.arm()
+    with pytest.raises(RuntimeError, match="start_async_reduce"):
+        partition.start_async_reduce()
 
 
 def test_no_matrices_is_a_partition_too():
     partition = MuonPartition({}, [], ALONE, compute_dtype=torch.float32, gradient_wire=torch.float32, beta2=0.9)
-    partition.arm()
-    partition.reduce()
+    partition.start_async_reduce()
+    partition.start_reduce()
     assert partition.sum_of_squares() == 0
     partition.step(1.0)
-    partition.wait_layer(0)
-    partition.wait()
+    partition.wait_for_layer(0)
+    partition.wait_for_gather()
     assert partition.state_shards() == []
 
 

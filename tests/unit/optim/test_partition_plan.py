@@ -1,6 +1,6 @@
 """The plan's invariants over the models that megachat trains, from 1 to 1024 data ranks and 1 to 8 tensor ranks.
 
-Seen to fail with: leads on the first tensor rank only, fragments in another order, a digest without the cuts, scales of whole columns sent to
+Seen to fail with: owners on the first tensor rank only, fragments in another order, a digest without the cuts, scales of whole columns sent to
 each shard, the reduction counted over the grid.
 """
 
@@ -12,8 +12,8 @@ import time
 import pytest
 
 from megachat.optim.buckets import ALIGNMENT
-from megachat.optim.leads import lightest_makespan
 from megachat.optim.matrix import NEWTON_SCHULZ_STEPS, Matrix
+from megachat.optim.owners import lightest_makespan
 from megachat.optim.partition_plan import make_plan
 
 MODELS = {
@@ -50,9 +50,9 @@ def _model(depth, width, kv_width, gates=None):
 
 
 def _loads(plan):
-    loads = [0] * plan.places
-    for matrix, lead in zip(plan.matrices, plan.leads, strict=True):
-        loads[lead] += matrix.flops
+    loads = [0] * plan.grid_size
+    for matrix, owner in zip(plan.matrices, plan.owners, strict=True):
+        loads[owner] += matrix.flops
     return loads
 
 
@@ -90,9 +90,9 @@ def test_invariants(model, ranks, tensor):
             assert all(len(plan.pieces[index]) == 1 for index in bucket.matrices)
     assert placed == [1] * len(plan.matrices)
     loads, costs = _loads(plan), [matrix.flops for matrix in plan.matrices]
-    assert sum(loads) == sum(costs) and max(loads) <= 1.02 * lightest_makespan(costs, plan.places)
-    assert len(plan.leads) == len(plan.matrices) and all(0 <= lead < plan.places for lead in plan.leads)
-    if plan.places <= 256:
+    assert sum(loads) == sum(costs) and max(loads) <= 1.02 * lightest_makespan(costs, plan.grid_size)
+    assert len(plan.owners) == len(plan.matrices) and all(0 <= owner < plan.grid_size for owner in plan.owners)
+    if plan.grid_size <= 256:
         _check_fragments(plan)
         _check_bytes(plan)
 
@@ -113,29 +113,31 @@ def _check_bytes(plan):
     assert moved <= plan.elements and plan.moved <= moved <= plan.moved + sum(
         m.elements for m in plan.matrices if m.elements < 16384
     )
-    assert all(move.holder != move.lead == plan.leads[move.matrix] for move in moves)
-    sent = [plan.wire_bytes(place, gradient_bytes=2, weight_bytes=2, direction_bytes=2) for place in range(plan.places)]
+    assert all(move.holder != move.owner == plan.owners[move.matrix] for move in moves)
+    sent = [
+        plan.wire_bytes(place, gradient_bytes=2, weight_bytes=2, direction_bytes=2) for place in range(plan.grid_size)
+    ]
     scales = sum(4 * plan.returned_scales(move) for move in moves)
     assert sum(one["exchange"] for one in sent) == 2 * 2 * moved + scales
     assert all(
-        one["reduce"] == one["gather"] == 2 * (plan.ranks - 1) * (plan.elements + plan.padding) // plan.places
+        one["reduce"] == one["gather"] == 2 * (plan.ranks - 1) * (plan.elements + plan.padding) // plan.grid_size
         for one in sent
     )
-    assert (plan.places > 1) or not any(sum(one.values()) for one in sent)
+    assert (plan.grid_size > 1) or not any(sum(one.values()) for one in sent)
     if plan.ranks > 1:
         bound = 2 * 2 * plan.elements * (plan.ranks - 1) / plan.ranks / plan.tensor
-        mean = (sum(sum(one.values()) for one in sent) - scales) / plan.places
-        padding = 2 * 2 * plan.padding * (plan.ranks - 1) / plan.places
+        mean = (sum(sum(one.values()) for one in sent) - scales) / plan.grid_size
+        padding = 2 * 2 * plan.padding * (plan.ranks - 1) / plan.grid_size
         assert bound + padding <= mean <= bound * (1 + 1 / (plan.ranks - 1)) + padding
 
 
-def test_a_matrix_goes_to_one_lead_that_may_be_anywhere_in_the_grid():
+def test_a_matrix_goes_to_one_owner_that_may_be_anywhere_in_the_grid():
     plan = make_plan(_model(12, 768, 768, gates=8), 2, tensor=4)
-    assert set(plan.leads) == set(range(8)) and max(_loads(plan)) <= 1.001 * min(_loads(plan))
+    assert set(plan.owners) == set(range(8)) and max(_loads(plan)) <= 1.001 * min(_loads(plan))
     large = [index for index, matrix in enumerate(plan.matrices) if matrix.elements > 16384]
-    assert all(sum(fragment.rank == plan.leads[index] for fragment in plan.fragments[index]) == 1 for index in large), (
-        "the lead holds a shard"
-    )
+    assert all(
+        sum(fragment.rank == plan.owners[index] for fragment in plan.fragments[index]) == 1 for index in large
+    ), "the owner holds a shard"
     assert not plan.crosses and plan.moved == sum(plan.matrices[index].elements for index in large) * 3 // 4
 
 
@@ -179,7 +181,7 @@ def test_aligned_matrices_stay_at_home():
     assert [len(moves) for moves in plan.moves[:-1]] == [0] * 6
 
 
-def test_leads_leave_home_when_that_lightens_the_heaviest_rank():
+def test_owners_leave_home_when_that_lightens_the_heaviest_rank():
     # one class divides evenly and is pinned; the other's single big matrix then has to share a rank with it
     matrices = [Matrix(f"a{place}", (256, 256), 0) for place in range(4)] + [Matrix("b", (512, 512), 0)]
     plan = make_plan(matrices, 2, layers_per_bucket=1)
@@ -239,8 +241,8 @@ def test_state_is_eight_bytes_an_element_divided_by_the_places():
     for ranks, tensor in ((1, 1), (2, 1), (3, 1), (4, 1), (8, 1), (16, 1), (64, 1), (1, 8), (8, 4), (3, 2)):
         plan = make_plan(matrices, ranks, tensor=tensor)
         assert plan.padding == 0
-        held = [plan.state_bytes(place) for place in range(plan.places)]
-        assert {one["master"] + one["momentum"] for one in held} == {8 * plan.elements // plan.places}
+        held = [plan.state_bytes(place) for place in range(plan.grid_size)]
+        assert {one["master"] + one["momentum"] for one in held} == {8 * plan.elements // plan.grid_size}
         assert sum(one["second_moment"] for one in held) == 4 * sum(max(matrix.shape) for matrix in matrices)
 
 

@@ -74,12 +74,12 @@ def test_every_parameter_has_owners(world, tensor, pipeline):
     muon = [line for line in lines if line.optimizer == "muon"]
     assert sum(math.prod(line.shape) for line in muon) == plan.parameters["matrices"]
     if pipeline == 1:
-        assert {line.lead for line in muon} == set(range(world)), "a rank orthogonalizes nothing"
+        assert {line.owner for line in muon} == set(range(world)), "a rank orthogonalizes nothing"
     for line in lines:
         of_stage = {rank for stage in line.stages for rank in range(world) if rank // (world // pipeline) == stage}
-        assert line.owners and set(line.owners) <= of_stage and (line.lead is None or line.lead in of_stage)
+        assert line.state_ranks and set(line.state_ranks) <= of_stage and (line.owner is None or line.owner in of_stage)
         if tensor > 1:
-            assert {rank % tensor for rank in line.owners} == set(range(tensor)), (
+            assert {rank % tensor for rank in line.state_ranks} == set(range(tensor)), (
                 "every tensor rank holds a part or a copy"
             )
             assert (line.cut == "whole") == (line.optimizer == "adamw" and len(line.shape) == 1 or "smear" in line.name)

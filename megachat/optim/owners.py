@@ -1,4 +1,4 @@
-"""Who orthogonalizes which matrix: one lead a matrix, balanced by cost over the whole data x tensor grid of a pipeline stage. No torch."""
+"""Who orthogonalizes which matrix: one owner a matrix, balanced by cost over the whole data x tensor grid of a pipeline stage. No torch."""
 
 import heapq
 import math
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from megachat.optim.buckets import Fragment
 from megachat.optim.matrix import Matrix
 
-_BALANCE_TOLERANCE = 1.02  # leads leave aligned matrices only when that lightens the heaviest rank by more
+_BALANCE_TOLERANCE = 1.02  # owners leave aligned matrices only when that lightens the heaviest rank by more
 
 
 def lightest_makespan(costs: list[int], ranks: int) -> int:
@@ -18,10 +18,10 @@ def lightest_makespan(costs: list[int], ranks: int) -> int:
     return max(heap)
 
 
-def choose_leads(
+def assign_owners(
     matrices: Sequence[Matrix], pieces: Sequence[tuple[Fragment, ...]], pinned: set[int], ranks: int, tensor: int
 ) -> list[int]:
-    """Each matrix's lead, a place (data rank x tensor + tensor rank) of the grid.
+    """Each matrix's owner, a place (data rank x tensor + tensor rank) of the grid.
 
     pieces: what the data ranks hold of each matrix, the same on every tensor rank. pinned: aligned matrices, which stay with the tensor ranks
     of their holder, on the least loaded of them; others go, in decreasing cost, to the holder of the largest piece that is not full yet.
@@ -30,15 +30,15 @@ def choose_leads(
     if not matrices:
         return []
     makespan = lightest_makespan([matrix.flops for matrix in matrices], ranks * tensor)
-    leads, heaviest = _best_leads(matrices, pieces, pinned, ranks, tensor, makespan)
+    owners, heaviest = _best_owners(matrices, pieces, pinned, ranks, tensor, makespan)
     if heaviest > _BALANCE_TOLERANCE * makespan and pinned:
-        unpinned, lighter = _best_leads(matrices, pieces, set(), ranks, tensor, makespan)
+        unpinned, lighter = _best_owners(matrices, pieces, set(), ranks, tensor, makespan)
         if lighter < heaviest:
             return unpinned
-    return leads
+    return owners
 
 
-def _best_leads(
+def _best_owners(
     matrices: Sequence[Matrix],
     pieces: Sequence[tuple[Fragment, ...]],
     pinned: set[int],
@@ -58,15 +58,15 @@ def _best_leads(
     ]
     tried = []
     for limit in dict.fromkeys((least, least * 1.05, max(least * 1.1, makespan), makespan, 0)):
-        tried.append(_leads_under(limit, order, costs, homes, pinned, ranks, tensor))
+        tried.append(_owners_under(limit, order, costs, homes, pinned, ranks, tensor))
     lightest = min(heaviest for _, heaviest, _ in tried)
-    leads, heaviest, _ = max(
+    owners, heaviest, _ = max(
         (attempt for attempt in tried if attempt[1] <= 1.001 * lightest), key=lambda attempt: (attempt[2], -attempt[1])
     )
-    return leads, heaviest
+    return owners, heaviest
 
 
-def _leads_under(
+def _owners_under(
     limit: float,
     order: list[int],
     costs: list[int],
@@ -75,24 +75,24 @@ def _leads_under(
     ranks: int,
     tensor: int,
 ) -> tuple[list[int], int, int]:
-    """(leads, heaviest load, elements that need not move) when no holder takes a matrix that would lift it over the limit."""
+    """(owners, heaviest load, elements that need not move) when no holder takes a matrix that would lift it over the limit."""
     loads = [0] * (ranks * tensor)
     heap = [(0, place) for place in range(ranks * tensor)]  # entries may be out of date; the true load decides
     lightest = [rank * tensor for rank in range(ranks)]  # of each data rank's places
-    leads, kept = [0] * len(costs), 0
+    owners, kept = [0] * len(costs), 0
     for index in order:
         while loads[heap[0][1]] != heap[0][0]:
             heapq.heappop(heap)
-        cost, lead = costs[index], heap[0][1]
+        cost, owner = costs[index], heap[0][1]
         if index in pinned:
-            lead = lightest[homes[index][0][1]]
-        elif loads[lead] + cost <= limit:  # else every holder is full, too
-            lead = next((lightest[rank] for _, rank in homes[index] if loads[lightest[rank]] + cost <= limit), lead)
-        loads[lead] += cost
-        heapq.heappush(heap, (loads[lead], lead))
-        leads[index] = lead
-        rank = lead // tensor
+            owner = lightest[homes[index][0][1]]
+        elif loads[owner] + cost <= limit:  # else every holder is full, too
+            owner = next((lightest[rank] for _, rank in homes[index] if loads[lightest[rank]] + cost <= limit), owner)
+        loads[owner] += cost
+        heapq.heappush(heap, (loads[owner], owner))
+        owners[index] = owner
+        rank = owner // tensor
         kept += next((held for held, holder in homes[index] if holder == rank), 0)
-        if tensor > 1 and lead == lightest[rank]:
+        if tensor > 1 and owner == lightest[rank]:
             lightest[rank] = min(range(rank * tensor, (rank + 1) * tensor), key=lambda place: (loads[place], place))
-    return leads, max(loads), kept
+    return owners, max(loads), kept
