@@ -1,143 +1,106 @@
-"""Look into checkpoints, compare them, and convert them: `python tools/convert_checkpoint.py inspect runs/demo`.
+"""Inspects, compares and converts checkpoints: `python tools/convert_checkpoint.py inspect runs/demo`.
 
-A CHECKPOINT is a step's folder, a run's folder (then its newest complete checkpoint), or a folder of another format. Every conversion is
-proved: what was written is read back, and the output is there only if both models give the same logits and all tensors are equal; the
-certificate, TARGET.certificate.json, says so. Exit status: 0 done, good or equal; 1 different (diff); 2 not good (verify) or refused.
+A CHECKPOINT is a step's folder, a run's folder (its newest complete checkpoint), or a folder of another format. Every conversion is proved:
+what was written is read back, and the output is kept only if both models give the same logits and all tensors are equal. The certificate,
+TARGET.certificate.json, records that. Exit status: 0 done, good or equal; 1 different (diff); 2 not good (verify) or refused.
 """
 
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that was not installed
 
-from megachat.convert import conversions  # noqa: E402
-from megachat.convert.conversion import certificate_path  # noqa: E402
-from megachat.convert.difference import difference  # noqa: E402
+from megachat.convert.conversion import certificate_path, export_checkpoint, import_checkpoint  # noqa: E402
+from megachat.convert.differences import compare_checkpoints  # noqa: E402
 from megachat.convert.formats import open_checkpoint  # noqa: E402
-from megachat.convert.inspection import describe, inspect, verify  # noqa: E402
+from megachat.convert.inspection import format_inspection, inspect_checkpoint, verify_checkpoint  # noqa: E402
 from megachat.errors import UserError, user_errors_end_the_program  # noqa: E402
+
+# Format's command -> (help of "to", help of "from").
+ABOUT = {
+    "nanochat": ("to nanochat's files", "from nanochat's files"),
+    "hf": ("to transformers' NanoChat class", "from transformers' NanoChat class"),
+    "safetensors": ("everything as plain safetensors and JSON", "back from to-safetensors"),
+}
 
 
 def inspect_command(checkpoint: Path, step: int | None, as_json: bool) -> None:
-    told = inspect(open_checkpoint(checkpoint, step))
-    print(json.dumps(told, indent=1) if as_json else describe(told))
+    values = inspect_checkpoint(open_checkpoint(checkpoint, step))
+    print(json.dumps(values, indent=1) if as_json else format_inspection(values))
 
 
 def verify_command(checkpoint: Path) -> None:
-    told, problems = verify(checkpoint)
+    checked, problems = verify_checkpoint(checkpoint)
     if problems:
         raise UserError("\n".join(f"{checkpoint}: {problem}" for problem in problems))
-    print(f"good: {told}")
+    print(f"good: {checked}")
 
 
 def diff_command(left: Path, right: Path) -> int:
-    found = difference(left, right)
-    for entry in found:
-        print(f"{entry.kind:6} {entry}")
-    different = sum(entry.counts for entry in found)
-    print(f"{different} differences" if different else "equal")
-    return 1 if different else 0
+    differences = compare_checkpoints(open_checkpoint(left), open_checkpoint(right))
+    for difference in differences:
+        print(f"{difference.kind:6} {difference}")
+    counted = sum(difference.counts for difference in differences)
+    print(f"{counted} differences" if counted else "equal")
+    return 1 if counted else 0
 
 
-def conversion(convert):
-    """The command of a conversion: it prints what was measured."""
-
-    def command(source: Path, target: Path, **options) -> None:
-        told = convert(source, target, **options)
-        numbers, tensors = told["numbers"], told["tensors"]
-        print(
-            f"wrote {target}: {tensors['compared']} tensors equal; over {numbers['positions']} positions largest logit difference "
-            f"{numbers['largest_logit_difference']:.2e}, KL {numbers['mean_kl_nats']:.2e} nats, same argmax {numbers['argmax_agreement']:.2%}"
-        )
-        for remark in told["remarks"]:
-            print(f"remark: {remark}")
-        print(f"certificate: {certificate_path(target)}")
-
-    return command
+def convert_command(convert, source: Path, target: Path, **options) -> None:
+    """Converts and prints what the proof measured."""
+    certificate = convert(source, target, **options)
+    numbers, tensors = certificate["numbers"], certificate["tensors"]
+    print(
+        f"wrote {target}: {tensors['compared']} tensors equal; over {numbers['positions']} positions largest logit difference "
+        f"{numbers['largest_logit_difference']:.2e}, KL {numbers['mean_kl_nats']:.2e} nats, same argmax {numbers['argmax_agreement']:.2%}"
+    )
+    for remark in certificate["remarks"]:
+        print(f"remark: {remark}")
+    print(f"certificate: {certificate_path(target)}")
 
 
-def command_line() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, run, about: str, **paths: str):
         command = commands.add_parser(name, help=about, description=about)
         command.set_defaults(run=run)
-        for path, shown in paths.items():
-            command.add_argument(path, metavar=shown, type=Path)
+        for path, metavar in paths.items():
+            command.add_argument(path, metavar=metavar, type=Path)
         return command
 
-    command = add("inspect", inspect_command, "what is in a checkpoint of any format", checkpoint="CHECKPOINT")
+    command = add("inspect", inspect_command, "show what a checkpoint of any format contains", checkpoint="CHECKPOINT")
     command.add_argument("--json", dest="as_json", action="store_true", help="as JSON")
-    command.add_argument("--step", type=int, help="of a nanochat folder that has several; the newest otherwise")
-    add("verify", verify_command, "are all files as they were saved, and all tensors whole", checkpoint="CHECKPOINT")
-    add("diff", diff_command, "which tensors and facts differ, and by how much", left="LEFT", right="RIGHT")
-    makers = {
-        "to-nanochat": add(
-            "to-nanochat",
-            conversion(conversions.to_nanochat),
-            "to nanochat's files",
-            source="CHECKPOINT",
-            target="FOLDER",
-        ),
-        "from-nanochat": add(
-            "from-nanochat",
-            conversion(conversions.from_nanochat),
-            "from nanochat's files",
-            source="FOLDER",
-            target="TARGET",
-        ),
-        "to-hf": add(
-            "to-hf",
-            conversion(conversions.to_hf),
-            "to transformers' NanoChat class",
-            source="CHECKPOINT",
-            target="FOLDER",
-        ),
-        "from-hf": add(
-            "from-hf",
-            conversion(conversions.from_hf),
-            "from transformers' NanoChat class",
-            source="FOLDER",
-            target="TARGET",
-        ),
-        "to-safetensors": add(
-            "to-safetensors",
-            conversion(conversions.to_safetensors),
-            "all of it, plain",
-            source="CHECKPOINT",
-            target="FOLDER",
-        ),
-        "from-safetensors": add(
-            "from-safetensors",
-            conversion(conversions.from_safetensors),
-            "back from there",
-            source="FOLDER",
-            target="TARGET",
-        ),
-    }
-    for name, command in makers.items():
-        command.add_argument("--tokenizer", type=Path, help="its folder, where it is not found by itself")
-        if name.startswith("from-"):
-            command.epilog = "TARGET is a new run folder, or a new step's folder (step_000020) without a run around it."
-    makers["to-nanochat"].add_argument(
-        "--ranks", type=int, default=1, help="of the nanochat job that will go on (default 1)"
-    )
-    makers["to-nanochat"].add_argument(
-        "--tables", choices=("float32", "bfloat16"), default="float32", help="dtype of embeddings (default float32)"
-    )
-    makers["from-nanochat"].add_argument("--step", type=int, help="the newest otherwise")
-    makers["from-nanochat"].add_argument(
-        "--fresh-optimizer", action="store_true", help="leave its optimizer's state away"
-    )
+    command.add_argument("--step", type=int, help="of a nanochat folder that has several (default: the newest)")
+    add("verify", verify_command, "check that all files are as saved and all tensors whole", checkpoint="CHECKPOINT")
+    add("diff", diff_command, "show which tensors and facts differ, and by how much", left="LEFT", right="RIGHT")
+    for name, (about_export, about_import) in ABOUT.items():
+        run = partial(convert_command, partial(export_checkpoint, name))
+        export = add(f"to-{name}", run, about_export, source="CHECKPOINT", target="FOLDER")
+        run = partial(convert_command, partial(import_checkpoint, name))
+        imported = add(f"from-{name}", run, about_import, source="FOLDER", target="TARGET")
+        imported.epilog = "TARGET is a new run folder, or a new step's folder (step_000020) without a run around it."
+        for command in (export, imported):
+            command.add_argument("--tokenizer", type=Path, help="its folder, if it is not detected automatically")
+        if name == "nanochat":
+            export.add_argument("--ranks", type=int, default=1, help="of the nanochat job that continues (default 1)")
+            export.add_argument(
+                "--tables",
+                choices=("float32", "bfloat16"),
+                default="float32",
+                help="dtype of embeddings (default float32)",
+            )
+            imported.add_argument("--step", type=int, help="which one (default: the newest)")
+            imported.add_argument("--fresh-optimizer", action="store_true", help="leave out its optimizer's state")
     return parser
 
 
 @user_errors_end_the_program
 def main() -> int | None:
-    options = vars(command_line().parse_args())
+    options = vars(build_parser().parse_args())
     return options.pop("run")(**options)
 
 

@@ -14,12 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that was not installed
 
-from megachat.convert.architecture import build_model, dims_of  # noqa: E402
+from megachat.convert.architecture import build_model  # noqa: E402
 from megachat.convert.formats import open_checkpoint  # noqa: E402
-from megachat.convert.imported import foreign_tokenizer, tokenizer_folder  # noqa: E402
-from megachat.convert.nanochat_settings import nanochat_tokenizer_folder  # noqa: E402
-from megachat.convert.opened import Opened  # noqa: E402
-from megachat.data.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
+from megachat.convert.tokenizers import load_tokenizer_of  # noqa: E402
+from megachat.data.tokenizer import Tokenizer  # noqa: E402
 from megachat.device import choose_compute_dtype  # noqa: E402
 from megachat.errors import UserError, user_errors_end_the_program  # noqa: E402
 from megachat.evals.generation import LocalModel, check_prompt, generate  # noqa: E402
@@ -45,23 +43,6 @@ class Continuing:
         ids = self.tokenizer.encode(prompt, bos=True).tolist()
         check_prompt(ids, number, self.model.dims.sequence_len, slide=self.slide)
         return ids
-
-
-def tokenizer_of(opened: Opened, asked: Path | None) -> Tokenizer:
-    """The checkpoint's. Raises UserError when there is none, or the one asked for is another."""
-    vocab_size = dims_of(opened.facts).vocab_size
-    if opened.form == "nanochat":
-        return foreign_tokenizer(
-            asked or nanochat_tokenizer_folder(opened.folder) or opened.folder / "tokenizer", vocab_size, vocab_size
-        )[0]
-    if opened.form == "huggingface":
-        return foreign_tokenizer(asked or opened.folder / "megachat_tokenizer", 1, vocab_size)[0]
-    found = tokenizer_folder(opened, asked)
-    if found is None:
-        raise UserError(
-            f"the tokenizer of {opened.folder} is not where its config says: give its folder with --tokenizer"
-        )
-    return load_tokenizer(found)
 
 
 class Screen:
@@ -205,13 +186,13 @@ def main(arguments: list[str] | None = None) -> None:
         if getattr(asked, option) < 1:
             raise UserError(f"--{option} is {getattr(asked, option)}: give 1 or more")
     opened = open_checkpoint(asked.checkpoint)
-    tokenizer = tokenizer_of(opened, asked.tokenizer)
+    tokenizer, _ = load_tokenizer_of(opened, asked.tokenizer)
     stop, device = parse_stops(asked.stop, tokenizer), choose_device(bootstrap_environment())
     prompts = asked.prompt + (lines_of(asked.prompts) if asked.prompts else [])
     if not prompts and (asked.json or not sys.stdin.isatty()):
         prompts = lines_of("-")
     options = ModelOptions(compute_dtype=choose_compute_dtype(asked.dtype, device)[0])
-    model = LocalModel(build_model(opened, options).to(device), dims_of(opened.facts))
+    model = LocalModel(build_model(opened, options).to(device), opened.dims)
     by = Continuing(model, tokenizer, sampling, stop, asked.tokens, asked.slide)
     batches(by, prompts, asked.batch, as_json=asked.json) if prompts else interactive(by)
 

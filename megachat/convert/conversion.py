@@ -1,98 +1,119 @@
-"""A conversion from beginning to end: written under a temporary name, read back, proved, renamed; or nothing is left."""
+"""A conversion from beginning to end: written under a temporary name, read back, proved, renamed. If it fails, nothing is left."""
 
-import contextlib
-import errno
 import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from megachat.convert.opened import Opened
+from megachat.checkpoint.facts import find_file_problems
+from megachat.convert.formats import FORMATS, open_checkpoint
+from megachat.convert.megachat import write_megachat
+from megachat.convert.proof import prove
+from megachat.convert.reader import CheckpointReader
 from megachat.errors import UserError
 from megachat.files import sync_to_disk, write_atomically
 
 
 def certificate_path(target: Path) -> Path:
-    """Beside the output."""
+    """Returns the path of a conversion's certificate, which is next to its output."""
     return target.with_name(f"{target.name}.certificate.json")
 
 
-def refuse_existing(target: Path) -> None:
-    """Raise UserError when the target is there."""
-    if target.exists() or target.is_symlink():
-        raise UserError(f"{target} exists: give another name, or remove it")
+def export_checkpoint(command: str, checkpoint: Path, target: Path, tokenizer: Path | None = None, **options) -> dict:
+    """Converts a megachat checkpoint into the new folder `target` of another format and returns the certificate.
 
+    command: of an entry in FORMATS. options: of its prepare_export. Raises UserError, and leaves nothing, if the conversion or its proof fails.
+    """
+    form = next(each for each in FORMATS if each.command == command)
+    source = _open_source(checkpoint, "megachat")
+    export = form.prepare_export(source, tokenizer, **options)
 
-@contextlib.contextmanager
-def writing(path: Path):
-    """What torch and safetensors raise when a file cannot be written, as OSError."""
-    try:
-        yield
-    except (RuntimeError, SafetensorError) as error:
-        raise OSError(errno.EIO, f"{path.name}: {str(error).splitlines()[0]}") from error
-
-
-def _check_space(target: Path, needed_bytes: int) -> None:
-    there = next(parent for parent in target.absolute().parents if parent.exists())
-    free = shutil.disk_usage(there).free
-    if free < needed_bytes:
-        raise UserError(
-            f"{target} takes {needed_bytes / 1e6:,.1f} MB and {there} has {free / 1e6:,.1f} MB free: free space there or choose another place"
+    def make(temporary: Path) -> dict:
+        export.write(temporary)
+        build = export.target_logits
+        return prove(
+            source,
+            export.read_back(temporary),
+            export.tolerance,
+            expected=export.expected,
+            target_logits=(lambda: build(temporary)) if build else None,
+            remarks=export.remarks,
         )
 
+    return _write_proved(f"to-{command}", source, target, make)
 
-def convert(kind: str, source: Opened, target: Path, make: Callable[[Path], tuple[dict, str | None]]) -> dict:
-    """Make the folder `target` of the source; returns its certificate, which is beside it.
 
-    make: fills the folder it is given, reads it back, and returns what `proof.prove` says of it.
-    Raises UserError when the target exists, cannot be written, or when the check fails; then there is no trace of it.
+def import_checkpoint(
+    command: str, folder: Path, target: Path, tokenizer: Path | None = None, step: int | None = None, **options
+) -> dict:
+    """Converts a folder of another format into a run folder, or into a step's folder if `target` has a step's name; see `export_checkpoint`.
+
+    step: which one, if the folder holds several. options: of the format's prepare_import.
     """
-    refuse_existing(target)
+    form = next(each for each in FORMATS if each.command == command)
+    source = _open_source(folder, form.name, step)
+    new = form.prepare_import(source, tokenizer, **options)
+    expected = new.source.select(new.source.entries, facts=new.source.facts | new.facts)
+
+    def make(temporary: Path) -> dict:
+        target_reader = write_megachat(new, temporary, target).select(expected.entries)
+        return prove(expected, target_reader, new.tolerance, source_logits=new.source_logits, remarks=new.remarks)
+
+    return _write_proved(f"from-{command}", new.source, target, make)
+
+
+def _open_source(path: Path, name: str, step: int | None = None) -> CheckpointReader:
+    source = open_checkpoint(path, step)
+    if source.format != name:
+        raise UserError(f"{path} has the format {source.format}, not {name}: use the conversion for that format")
+    if "files" in source.facts and (problems := find_file_problems(source.folder, source.facts)):
+        raise UserError(f"{source.folder} is damaged: {problems[0]}")
+    return source
+
+
+def _write_proved(kind: str, source: CheckpointReader, target: Path, make: Callable[[Path], dict]) -> dict:
+    """Has `make` fill a temporary folder and prove it, renames the folder to `target`, and returns the certificate.
+
+    Raises UserError if the target exists or cannot be written, or if the proof fails. Then no trace of it is left.
+    """
+    if target.exists() or target.is_symlink():
+        raise UserError(f"{target} exists: give another name, or remove it")
     _check_space(target, sum(entry.bytes for entry in source.entries.values()))
-    made = [parent for parent in target.absolute().parents if not parent.exists()]
+    new_parents = [parent for parent in target.absolute().parents if not parent.exists()]
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     done = False
     try:
         temporary.mkdir(parents=True)
-        told, problem = make(temporary)
-        if problem:
+        certificate = {"conversion": kind} | make(temporary)
+        if problem := certificate["first_difference"]:
             raise UserError(f"{target} was not written, because what was read back is not the source: {problem}")
-        told["target"]["folder"] = told["target"]["folder"].replace(str(temporary), str(target))
-        told = {"conversion": kind, **told}
-        _sync(temporary)
-        write_atomically(certificate_path(target), (json.dumps(told, indent=1) + "\n").encode())
+        side = certificate["target"]
+        side["folder"] = side["folder"].replace(str(temporary), str(target))
+        for path in (*sorted(temporary.rglob("*"), reverse=True), temporary):  # so that the rename is last on disk, too
+            sync_to_disk(path)
+        write_atomically(certificate_path(target), (json.dumps(certificate, indent=1) + "\n").encode())
         temporary.rename(target)
         done = True
     except OSError as error:
         raise UserError(
-            f"{target} could not be written ({error.strerror or error}): free space there or choose another place"
+            f"{target} could not be written ({error.strerror or error}): free space there or choose another folder"
         ) from error
     finally:
         if not done:
             shutil.rmtree(temporary, ignore_errors=True)
             certificate_path(target).unlink(missing_ok=True)
-            for parent in made:
+            for parent in new_parents:
                 if parent.is_dir() and not any(parent.iterdir()):
                     parent.rmdir()
-    return told
+    return certificate
 
 
-def _sync(folder: Path) -> None:
-    """Force the files and folders to disk, so that the rename is last."""
-    for path in sorted(folder.rglob("*"), reverse=True):
-        sync_to_disk(path)
-    sync_to_disk(folder)
-
-
-def adjusted(opened: Opened, names: list[str], change: Callable | None = None, facts: dict | None = None) -> Opened:
-    """The checkpoint with the named tensors only, each as `change(name, tensor)` makes it, of the same shape and dtype; with other facts if given."""
-
-    def read(wanted: list[str]) -> dict:
-        return {name: change(name, tensor) if change else tensor for name, tensor in opened.read(wanted).items()}
-
-    entries = {name: opened.entries[name] for name in names}
-    return replace(opened, facts=opened.facts if facts is None else facts, entries=entries, read=read)
+def _check_space(target: Path, needed_bytes: int) -> None:
+    existing = next(parent for parent in target.absolute().parents if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise UserError(
+            f"{target} takes {needed_bytes / 1e6:,.1f} MB and {existing} has {free / 1e6:,.1f} MB free: free space there or choose "
+            "another folder"
+        )

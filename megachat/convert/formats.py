@@ -1,28 +1,32 @@
-"""Which format a folder is of."""
+"""The table of checkpoint formats, and opening a folder of any of them."""
 
 from pathlib import Path
 
-from megachat.convert.huggingface import is_huggingface, open_huggingface
-from megachat.convert.nanochat import open_nanochat, steps_in
-from megachat.convert.opened import Opened, open_megachat, step_folder_of
-from megachat.convert.plain import FACTS_FILE, open_plain
+from megachat.convert.declaration import Format
+from megachat.convert.huggingface import export_huggingface, import_huggingface, is_huggingface, open_huggingface
+from megachat.convert.megachat import find_step_folder, open_megachat
+from megachat.convert.nanochat import export_nanochat, import_nanochat_run, open_nanochat, saved_steps
+from megachat.convert.plain import export_plain, import_plain, is_plain, open_plain
+from megachat.convert.reader import CheckpointReader
 from megachat.errors import UserError
 
+# In the order in which a folder is tried; the last one takes any folder and says what is missing in it.
+FORMATS = (
+    Format("safetensors", "safetensors", is_plain, open_plain, export_plain, import_plain),
+    Format("huggingface", "hf", is_huggingface, open_huggingface, export_huggingface, import_huggingface),
+    Format("nanochat", "nanochat", lambda f: bool(saved_steps(f)), open_nanochat, export_nanochat, import_nanochat_run),
+    Format("megachat", "megachat", lambda folder: True, lambda path, step: open_megachat(find_step_folder(path))),
+)
 
-def open_checkpoint(path: Path, step: int | None = None) -> Opened:
-    """Open a folder of any known format: a step or run folder of megachat, or a folder of another. step: where it holds several.
 
-    Raises UserError when it is none of them or cannot be read.
+def open_checkpoint(path: Path, step: int | None = None) -> CheckpointReader:
+    """Opens a folder of any known format; megachat's may be a step folder or a run folder. step: which one, if a folder holds several.
+
+    Raises UserError if it is none of them or cannot be read.
     """
     path = Path(path)
     if not path.is_dir():
         raise UserError(
             f"{path} is not a folder: give a checkpoint's step folder, a run folder, or a folder of another format"
         )
-    if (path / FACTS_FILE).is_file():
-        return open_plain(path)
-    if is_huggingface(path):
-        return open_huggingface(path)
-    if steps_in(path):
-        return open_nanochat(path, step)
-    return open_megachat(step_folder_of(path))
+    return next(each for each in FORMATS if each.recognizes(path)).open(path, step)

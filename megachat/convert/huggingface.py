@@ -1,16 +1,22 @@
 """The folder that transformers' NanoChatForCausalLM loads: config.json and safetensors.
 
-That class is nanochat's first GPT (transformers, models/nanochat). What it does not compute, it cannot carry: see `not_carried`.
+That class is nanochat's first GPT (transformers, models/nanochat). What it does not compute cannot be exported: see `find_obstacles`.
 """
 
 import json
+import re
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from megachat.convert.architecture import dims_of, weight_shapes
-from megachat.convert.opened import Entry, Opened
-from megachat.convert.plain import SHARD_BYTES, open_tensors, save_tensors, shards_of
+from megachat.convert.architecture import places, weight_shapes
+from megachat.convert.declaration import Export, Import, Logits, Tolerance
+from megachat.convert.megachat import first_facts
+from megachat.convert.plain import open_tensors, save_tensors, split_into_shards
+from megachat.convert.reader import CheckpointReader, TensorInfo
+from megachat.convert.tokenizers import load_tokenizer_of
 from megachat.data.tokenizer import Tokenizer, save_tokenizer
 from megachat.errors import UserError
 from megachat.files import write_json
@@ -19,57 +25,45 @@ from megachat.planning.dimensions import MLP_RATIO, Dimensions
 
 INDEX_FILE, WHOLE_FILE = "model.safetensors.index.json", "model.safetensors"
 TOKENIZER_FOLDER = "megachat_tokenizer"
-_ROTARY_BASE = 10_000.0  # transformers' own default, where the config names none
-_BLOCK = {
-    "attn.c_q": "self_attn.q_proj",
-    "attn.c_k": "self_attn.k_proj",
-    "attn.c_v": "self_attn.v_proj",
-    "attn.c_proj": "self_attn.o_proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
+SHARD_BYTES = 2 << 30
+TOLERANCE = Tolerance(logit=5e-4, kl=1e-7, argmax=0.99)  # transformers' kernels add up in another order
+_ROTARY_BASE = 10_000.0  # transformers' default, if the config has none
+
+# Our names -> transformers'; N is the number of a block. Everything else that our model has must have no effect.
+TENSORS = {
+    "transformer.wte.weight": "model.embed_tokens.weight",
+    "transformer.h.N.attn.c_q.weight": "model.layers.N.self_attn.q_proj.weight",
+    "transformer.h.N.attn.c_k.weight": "model.layers.N.self_attn.k_proj.weight",
+    "transformer.h.N.attn.c_v.weight": "model.layers.N.self_attn.v_proj.weight",
+    "transformer.h.N.attn.c_proj.weight": "model.layers.N.self_attn.o_proj.weight",
+    "transformer.h.N.mlp.c_fc.weight": "model.layers.N.mlp.fc1.weight",
+    "transformer.h.N.mlp.c_proj.weight": "model.layers.N.mlp.fc2.weight",
+    "lm_head.weight": "lm_head.weight",
 }
-_TABLES = {"transformer.wte.weight": "model.embed_tokens.weight", "lm_head.weight": "lm_head.weight"}
-_NEUTRAL = {"resid_lambdas": 1.0, "x0_lambdas": 0.0, "smear_lambda": 0.0, "backout_lambda": 0.0}
-_SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", "vocab_size")
-# What a config.json may say, and must say so where it does: transformers' class can do it otherwise, our model cannot.
-_FIXED = {
+# Keys of config.json -> our sizes.
+SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "width",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "heads",
+    "max_position_embeddings": "sequence_len",
+}
+# Keys that may be absent and otherwise have these values: transformers' class can compute something else, our model cannot.
+FIXED = {
     "hidden_act": "relu2",
     "attention_bias": False,
     "tie_word_embeddings": False,
     "final_logit_softcapping": LOGIT_CAP,
     "attention_dropout": 0.0,
 }
-_KNOWN = {
-    "model_type",
-    "intermediate_size",
-    "num_key_value_heads",
-    "head_dim",
-    "rms_norm_eps",
-    "rope_parameters",
-    "rope_theta",
-    "rope_scaling",
-}
-# What does not change the logits.
-_KNOWN |= {
-    "architectures",
-    "dtype",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-    "initializer_range",
-    "_name_or_path",
-}
-_KNOWN |= {
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "id2label",
-    "label2id",
-    "problem_type",
-    "is_encoder_decoder",
-    "chunk_size_feed_forward",
-}
-_KNOWN |= {"return_dict", "output_hidden_states", "output_attentions"}
+_CHECKED = frozenset(
+    "model_type intermediate_size num_key_value_heads head_dim rms_norm_eps rope_parameters rope_theta rope_scaling".split()
+)
+_WITHOUT_EFFECT = frozenset(
+    """architectures dtype torch_dtype transformers_version use_cache initializer_range _name_or_path bos_token_id eos_token_id
+    pad_token_id id2label label2id problem_type is_encoder_decoder chunk_size_feed_forward return_dict output_hidden_states
+    output_attentions""".split()
+)
 
 
 def is_huggingface(folder: Path) -> bool:
@@ -78,76 +72,123 @@ def is_huggingface(folder: Path) -> bool:
 
 
 def key_of(name: str) -> str | None:
-    """transformers' name of a parameter; None for those it does not have."""
-    if name in _TABLES:
-        return _TABLES[name]
-    _, _, block, *rest = [*name.split("."), "", ""]
-    inner = _BLOCK.get(".".join(rest).removesuffix("..").removesuffix(".weight"))
-    return f"model.layers.{block}.{inner}.weight" if inner else None
+    """Returns transformers' name of one of our tensors ("model/..."), or None if it has no such parameter."""
+    block = re.search(r"\.h\.(\d+)\.", name)
+    key = TENSORS.get(re.sub(r"\.h\.\d+\.", ".h.N.", name.removeprefix("model/")))
+    return key and key.replace(".N.", f".{block[1]}." if block else "")
 
 
-def not_carried(source: Opened) -> list[str]:
-    """What of the model transformers' class does not compute, in words; empty when it computes the same."""
-    dims, found = dims_of(source.facts), []
+def neutral_scalars(dims: Dimensions) -> dict[str, float]:
+    """Returns the value at which each of the model's scalars has no effect, by tensor name."""
+    wheres = places(replace(dims, lambdas="neutral"))
+    return {f"model/{where.name}": where.start[1] for where in wheres if len(where.whole) == 1}
+
+
+def vocabulary_tables(dims: Dimensions) -> set[str]:
+    """Returns the names of the tensors with one row per token, which have no padding rows in transformers' files."""
+    return {f"model/{where.name}" for where in places(dims) if where.cut == "vocabulary"}
+
+
+def export_huggingface(source: CheckpointReader, requested_tokenizer: Path | None) -> Export:
+    """The weights and config.json. Raises UserError with everything that cannot be carried, if the model has such parts."""
+    if obstacles := find_obstacles(source):
+        raise UserError("\n".join(f"transformers' NanoChat does not compute this model's {part}" for part in obstacles))
+    dims = source.dims
+    tokenizer, origin = load_tokenizer_of(source, requested_tokenizer)
+    names = [name for name in source.entries if name.startswith("model/") and key_of(name)]
+    tables = vocabulary_tables(dims)
+
+    def clear_padding(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return _pad_rows(tensor[: dims.vocab_size], dims.padded_vocab) if name in tables else tensor
+
+    padding = dims.padded_vocab - dims.vocab_size
+    return Export(
+        lambda folder: write_huggingface(source, names, folder, tokenizer, origin),
+        lambda folder: open_huggingface(folder).select(names, facts={}),
+        TOLERANCE,
+        source.select(names, clear_padding),
+        lambda folder: transformers_logits(folder, dims.vocab_size),
+        (f"not carried: the optimizer's state, the loader, {padding} padding rows per table",),
+    )
+
+
+def import_huggingface(source: CheckpointReader, requested_tokenizer: Path | None) -> Import:
+    """A checkpoint of step 0. transformers counts a table's padding rows as tokens, so the tokenizer decides how many tokens there are."""
+    tokenizer, origin = load_tokenizer_of(source, requested_tokenizer)
+    rows, dims = source.dims.vocab_size, replace(source.dims, vocab_size=tokenizer.vocab_size)
+    if dims.padded_vocab < rows:
+        raise UserError(
+            f"{source.folder} has tables of {rows} rows, and a model of {dims.vocab_size} tokens has {dims.padded_vocab}: "
+            "give its own --tokenizer"
+        )
+    source = source.select(source.entries, facts=source.facts | {"model": vars(dims)})
+    settings = {
+        "depth": dims.depth,
+        "aspect_ratio": max(1, dims.width // dims.depth),
+        "window_pattern": "L",
+        **{key: getattr(dims, key) for key in ("head_size", "sequence_len", "kv_heads", "rotary_base", "qk_scale")},
+        **{key: getattr(dims, key) for key in ("norm_epsilon", "value_embeddings", "lambdas")},
+    }
+    return Import(
+        source,
+        first_facts(source, {"model": settings}, {}),
+        tokenizer,
+        origin,
+        tolerance=TOLERANCE,
+        source_logits=partial(transformers_logits, source.folder, dims.vocab_size),
+        remarks=("the optimizer, the schedule and the documents start from the beginning",),
+    )
+
+
+def find_obstacles(source: CheckpointReader) -> list[str]:
+    """Returns what transformers' class does not compute, and how to train without it; empty if it computes the same."""
+    dims, obstacles = source.dims, []
     if dims.value_embeddings:
-        found.append("value embeddings: train with model.value_embeddings=false")
+        obstacles.append("value embeddings: train with model.value_embeddings=false")
     if dims.qk_scale != 1.0:
-        found.append(f"queries and keys scaled by {dims.qk_scale:g} after their norm: train with model.qk_scale=1")
+        obstacles.append(f"queries and keys scaled by {dims.qk_scale:g} after their norm: train with model.qk_scale=1")
     if short := sorted({window for window in dims.windows if window < dims.sequence_len}):
-        found.append(f"attention windows of {short[0]} tokens: train with model.window_pattern=L")
-    scalars = dict(source.tensors([f"model/{name}" for name in _NEUTRAL]))
-    for name, neutral in _NEUTRAL.items():
-        if not bool((scalars[f"model/{name}"] == neutral).all()):
-            found.append(f"{name} other than {neutral:g}: train with model.lambdas=neutral")
-    return found
+        obstacles.append(f"attention windows of {short[0]} tokens: train with model.window_pattern=L")
+    neutral = neutral_scalars(dims)
+    for name, scalar in source.tensors(neutral):
+        if not bool((scalar == neutral[name]).all()):
+            value = f"{name.removeprefix('model/')} other than {neutral[name]:g}"
+            obstacles.append(f"{value}: train with model.lambdas=neutral")
+    return obstacles
 
 
-def carried(source: Opened) -> list[str]:
-    """Names of the tensors it holds."""
-    return [name for name in source.entries if name.startswith("model/") and key_of(name.removeprefix("model/"))]
-
-
-def without_padding(name: str, tensor: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """The tensor with zeros in the rows of tables that are no tokens, as it comes back from a folder without them."""
-    if name.removeprefix("model/") not in _TABLES:
-        return tensor
-    tensor = tensor.clone()
-    tensor[vocab_size:] = 0
-    return tensor
-
-
-def write_huggingface(source: Opened, folder: Path, tokenizer: Tokenizer, origin: dict) -> None:
-    """Write config.json, the weights in float32 and megachat's tokenizer folder. The caller has looked at `not_carried`."""
-    dims = dims_of(source.facts)
-    shards, placed = shards_of(source, carried(source), SHARD_BYTES), {}
-    for number, names in enumerate(shards, start=1):
+def write_huggingface(
+    source: CheckpointReader, names: list[str], folder: Path, tokenizer: Tokenizer, origin: dict
+) -> None:
+    """Writes config.json, the named weights in float32 and megachat's tokenizer folder. The caller has checked `find_obstacles`."""
+    dims, file_of = source.dims, {}
+    tables = vocabulary_tables(dims)
+    shards = split_into_shards(source, names, SHARD_BYTES)
+    for number, shard in enumerate(shards, start=1):
         file = WHOLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {key_of(name.removeprefix("model/")): tensor for name, tensor in source.tensors(names)}
         tensors = {
-            key: tensor[: dims.vocab_size] if key in _TABLES.values() else tensor for key, tensor in tensors.items()
+            key_of(name): tensor[: dims.vocab_size] if name in tables else tensor
+            for name, tensor in source.tensors(shard)
         }
         save_tensors(tensors, folder / file)
-        placed |= dict.fromkeys(tensors, file)
+        file_of |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
-        size = sum(source.entries[name].bytes for names in shards for name in names)
-        write_json(folder / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": placed})
+        size = sum(source.entries[name].bytes for name in names)
+        write_json(folder / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": file_of})
     write_json(folder / "config.json", config_of_dims(dims, tokenizer.bos))
     save_tokenizer(folder / TOKENIZER_FOLDER, tokenizer, origin)
 
 
 def config_of_dims(dims: Dimensions, bos: int) -> dict:
-    """transformers' config.json. A document begins, and so the one before it ends, with BOS; no token is padding."""
-    return _FIXED | {
+    """Returns transformers' config.json. BOS begins a document, and so ends the one before it; no token is padding."""
+    return {
+        **FIXED,
+        **{key: getattr(dims, ours) for key, ours in SIZES.items()},
         "architectures": ["NanoChatForCausalLM"],
         "model_type": "nanochat",
         "dtype": "float32",
-        "vocab_size": dims.vocab_size,
-        "hidden_size": dims.width,
         "intermediate_size": MLP_RATIO * dims.width,
-        "num_hidden_layers": dims.depth,
-        "num_attention_heads": dims.heads,
         "num_key_value_heads": dims.kv_heads,
-        "max_position_embeddings": dims.sequence_len,
         "rms_norm_eps": dims.norm_epsilon,
         "rope_parameters": {"rope_type": "default", "rope_theta": dims.rotary_base},
         "bos_token_id": bos,
@@ -156,94 +197,93 @@ def config_of_dims(dims: Dimensions, bos: int) -> dict:
     }
 
 
-def dims_of_config(told: dict, path: Path) -> Dimensions:
-    """The model's sizes. Raises UserError for what our model cannot do, by name."""
-    if told.get("model_type") != "nanochat":
-        raise UserError(f"{path} is of a {told.get('model_type')} model: only transformers' nanochat can be converted")
-    for key, value in told.items():
-        if key in _FIXED and value != _FIXED[key] and not (key == "attention_dropout" and not value):
-            raise UserError(
-                f"{path}: {key} is {json.dumps(value)}, and megachat's model has {json.dumps(_FIXED[key])}: it cannot be converted"
-            )
-        if key not in _FIXED and key not in _KNOWN and key not in _SIZES:
-            raise UserError(
-                f"{path}: {key} is nothing that megachat knows of transformers' nanochat: remove it if it does not change the model"
-            )
-    rope = dict(told.get("rope_parameters") or {"rope_theta": told.get("rope_theta", _ROTARY_BASE)})
-    if rope.get("rope_type", "default") != "default" or told.get("rope_scaling"):
+def dims_of_config(config: dict, path: Path) -> Dimensions:
+    """Returns the model's sizes. Raises UserError naming what our model cannot compute."""
+    if config.get("model_type") != "nanochat":
         raise UserError(
-            f"{path}: rotary positions of type {rope.get('rope_type') or told['rope_scaling']} are not megachat's: it cannot be converted"
+            f"{path} describes a {config.get('model_type')} model: only transformers' nanochat can be converted"
+        )
+    for key, value in config.items():
+        if key in FIXED and value != FIXED[key] and not (key == "attention_dropout" and not value):
+            raise UserError(
+                f"{path}: {key} is {json.dumps(value)}, and megachat's model has {json.dumps(FIXED[key])}: it cannot be converted"
+            )
+        if key not in {*FIXED, *SIZES, *_CHECKED, *_WITHOUT_EFFECT}:
+            raise UserError(
+                f"{path}: {key} is unknown to megachat for transformers' nanochat: remove it if it does not change the model"
+            )
+    rope = dict(config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", _ROTARY_BASE)})
+    if rope.get("rope_type", "default") != "default" or config.get("rope_scaling"):
+        raise UserError(
+            f"{path}: rotary positions of type {rope.get('rope_type') or config['rope_scaling']} are not megachat's: "
+            "it cannot be converted"
         )
     try:
-        depth, width, heads, length, vocab_size = (int(told[key]) for key in _SIZES)
-        head_size = told.get("head_dim") or width // heads
-        if told.get("intermediate_size") != MLP_RATIO * width or head_size * heads != width:
+        sizes = {ours: int(config[key]) for key, ours in SIZES.items()}
+        width, heads, length = sizes["width"], sizes["heads"], sizes["sequence_len"]
+        head_size = config.get("head_dim") or width // heads
+        if config.get("intermediate_size") != MLP_RATIO * width or head_size * heads != width:
             raise UserError(
                 f"{path}: intermediate_size must be {MLP_RATIO} x hidden_size, and heads x head_dim hidden_size: it cannot be converted"
             )
-        base, epsilon = float(rope.get("rope_theta", _ROTARY_BASE)), float(told.get("rms_norm_eps", 1e-6))
+        return Dimensions(
+            **sizes,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_size=head_size,
+            windows=(length,) * sizes["depth"],
+            rotary_base=float(rope.get("rope_theta", _ROTARY_BASE)),
+            qk_scale=1.0,
+            norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
+            value_embeddings=False,
+            lambdas="neutral",
+        )
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(
-            f"{path} does not tell the model's sizes ({type(error).__name__}: {error}): copy it again"
+            f"{path} does not give the model's sizes ({type(error).__name__}: {error}): copy it again"
         ) from None
-    choices = {
-        "rotary_base": base,
-        "qk_scale": 1.0,
-        "norm_epsilon": epsilon,
-        "value_embeddings": False,
-        "lambdas": "neutral",
-    }
-    kv_heads = told.get("num_key_value_heads") or heads
-    return Dimensions(depth, width, heads, kv_heads, head_size, length, vocab_size, (length,) * depth, **choices)
 
 
-def open_huggingface(folder: Path) -> Opened:
-    """Weights by our names: tables padded with zero rows, and neutral scalars for what it does not have. Raises UserError."""
+def open_huggingface(folder: Path, step: int | None = None) -> CheckpointReader:
+    """Opens the weights under our names: tables padded with zero rows, and neutral values for what transformers lacks. Raises UserError."""
     dims = dims_of_config(_read_json(folder / "config.json") or {}, folder / "config.json")
     index = _read_json(folder / INDEX_FILE)
     files = sorted(set(index["weight_map"].values())) if index else [WHOLE_FILE]
     stored, read_stored = open_tensors(folder, files, lambda _, key: key)
     shapes = {f"model/{name}": shape for name, shape in weight_shapes(dims).items()}
-    keys = {name: key_of(name.removeprefix("model/")) for name in shapes}
+    keys, neutral, tables = {name: key_of(name) for name in shapes}, neutral_scalars(dims), vocabulary_tables(dims)
     for key in {key for key in keys.values() if key} ^ stored.keys():
         raise UserError(
             f"{folder}: {key} is {'not among' if key not in stored else 'too much for'} the weights of the model in config.json"
         )
     for name, key in keys.items():
-        shape = (dims.vocab_size, dims.width) if key in _TABLES.values() else shapes[name]
+        shape = (dims.vocab_size, dims.width) if name in tables else shapes[name]
         if key and stored[key].shape != shape:
             raise UserError(
                 f"{folder}: {key} is {list(stored[key].shape)}, and the model in config.json has {list(shape)}"
             )
 
     def read(names: list[str]) -> dict[str, torch.Tensor]:
-        found = read_stored([keys[name] for name in names if keys[name]])
-        return {
-            name: _padded(found[keys[name]], shapes[name]) if keys[name] else _neutral(name, shapes[name])
-            for name in names
-        }
+        tensors = read_stored([keys[name] for name in names if keys[name]])
+        absent = {name: torch.full(shapes[name], neutral.get(name, 0.0)) for name in names if not keys[name]}
+        padded = {name: _pad_rows(tensors[keys[name]], shapes[name][0]) for name in names if keys[name]}
+        return {name: (absent | padded)[name] for name in names}
 
     entries = {
-        name: Entry(shape, stored[keys[name]].dtype if keys[name] else "float32") for name, shape in shapes.items()
+        name: TensorInfo(shape, stored[keys[name]].dtype if keys[name] else "float32") for name, shape in shapes.items()
     }
     facts = {"step": 0, "model": vars(dims), "imported": {"form": "huggingface", "step": 0}}
-    return Opened(
-        "huggingface", folder, facts, entries, read, ("config.json", *files, *([INDEX_FILE] if index else []))
+    names = ("config.json", *files, *([INDEX_FILE] if index else []))
+    return CheckpointReader("huggingface", folder, facts, entries, read, names, (folder / TOKENIZER_FOLDER,))
+
+
+def _pad_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    return (
+        torch.cat((tensor, tensor.new_zeros(rows - len(tensor), *tensor.shape[1:]))) if len(tensor) < rows else tensor
     )
 
 
-def _padded(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    if tuple(tensor.shape) == shape:
-        return tensor
-    return torch.cat((tensor, tensor.new_zeros(shape[0] - len(tensor), *shape[1:])))
-
-
-def _neutral(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.full(shape, _NEUTRAL.get(name.removeprefix("model/"), 0.0))
-
-
-def transformers_logits(folder: Path, vocab_size: int):
-    """transformers' own model in float32 from the folder, as a function (see `proof.Logits`). Raises UserError where it is not installed."""
+def transformers_logits(folder: Path, vocab_size: int) -> Logits:
+    """Loads transformers' own model in float32 from the folder. Raises UserError if transformers is not installed."""
     try:
         from transformers import NanoChatForCausalLM
         from transformers.utils.logging import disable_progress_bar
@@ -263,9 +303,9 @@ def transformers_logits(folder: Path, vocab_size: int):
 
 def _read_json(path: Path) -> dict | None:
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): copy it again") from None
-    return told if isinstance(told, dict) else None
+    return value if isinstance(value, dict) else None

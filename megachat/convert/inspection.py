@@ -1,4 +1,4 @@
-"""What a checkpoint is, in figures and words, and whether it is good."""
+"""What a checkpoint contains, in figures and words, and whether it is intact."""
 
 import json
 import math
@@ -9,115 +9,96 @@ from megachat.checkpoint.facts import FACTS_NAME, find_file_problems, read_facts
 from megachat.checkpoint.storage import INDEX_NAME, read_index
 from megachat.convert.architecture import tensor_problems
 from megachat.convert.formats import open_checkpoint
-from megachat.convert.opened import Opened, load_arrays, open_megachat, step_folder_of
+from megachat.convert.megachat import find_step_folder, open_megachat
+from megachat.convert.reader import CheckpointReader, load_arrays
 from megachat.data.loader_state import combined_ledger
 from megachat.errors import UserError
 
+_SHOWN_FACTS = (
+    "step format_version architecture_version layout model tokenizer loop adamw_steps loss_scaler config".split()
+)
 
-def inspect(opened: Opened) -> dict:
-    """JSON values: form, facts, tensors with shape and dtype, files, and the ledger of each packing stream."""
-    tensors = {name: {"shape": list(entry.shape), "dtype": entry.dtype} for name, entry in opened.entries.items()}
-    elements = sum(entry.elements for name, entry in opened.entries.items() if name.startswith("model/"))
-    summary = {
-        "form": opened.form,
-        "folder": str(opened.folder),
-        "parameters": elements,
-        "bytes": sum(e.bytes for e in opened.entries.values()),
+
+def inspect_checkpoint(checkpoint: CheckpointReader) -> dict:
+    """Returns JSON values: format, facts, tensors with shape and dtype, files, and the ledger of each packing stream."""
+    entries = checkpoint.entries
+    return {
+        "form": checkpoint.format,
+        "folder": str(checkpoint.folder),
+        "parameters": sum(entry.elements for name, entry in entries.items() if name.startswith("model/")),
+        "bytes": sum(entry.bytes for entry in entries.values()),
+        "remarks": list(checkpoint.remarks),
+        "facts": checkpoint.facts,
+        "files": list(checkpoint.files),
+        "ledger": read_ledgers(checkpoint),
+        "tensors": {name: {"shape": list(entry.shape), "dtype": entry.dtype} for name, entry in entries.items()},
     }
-    told = {"facts": opened.facts, "files": list(opened.files), "ledger": ledgers(opened), "tensors": tensors}
-    return summary | {"remarks": list(opened.remarks)} | told
 
 
-def ledgers(opened: Opened) -> dict:
-    """{"combined": hex, "streams": {stream: {"ledger": hex, "rows": n, "next_document": n}}}; empty where no loader state is kept."""
+def read_ledgers(checkpoint: CheckpointReader) -> dict:
+    """Returns {"combined": hex, "streams": {stream: {"ledger": hex, "rows": n, "next_document": n}}}, or {} without loader state."""
     streams = {}
-    for name in opened.files:
+    for name in checkpoint.files:
         if name.startswith("loader/stream_") and name.endswith(".npz"):
-            saved = load_arrays(opened.folder / name)
-            counters = saved["counters"].tolist()
-            streams[int(name[-9:-4])] = {
-                "ledger": saved["ledger"].tobytes().hex(),
-                "rows": counters[2],
-                "next_document": counters[0],
-            }
+            arrays = load_arrays(checkpoint.folder / name)
+            next_document, _, rows, *_ = arrays["counters"].tolist()
+            ledger = arrays["ledger"].tobytes().hex()
+            streams[int(name[-9:-4])] = {"ledger": ledger, "rows": rows, "next_document": next_document}
     combined = combined_ledger({stream: entry["ledger"] for stream, entry in streams.items()})
     return {"combined": combined, "streams": streams} if streams else {}
 
 
-def describe(told: dict) -> str:
-    """`inspect`'s values as text."""
-    facts, lines = (
-        told["facts"],
-        [
-            f"{told['folder']}: {told['form']}, {told['parameters']:,} parameters, {told['bytes'] / 1e6:,.1f} MB of tensors"
-        ],
-    )
-    for key in (
-        "step",
-        "format_version",
-        "architecture_version",
-        "layout",
-        "model",
-        "tokenizer",
-        "loop",
-        "adamw_steps",
-        "loss_scaler",
-        "config",
-    ):
+def format_inspection(values: dict) -> str:
+    """Returns the values of `inspect_checkpoint` as text."""
+    facts, ledger = values["facts"], values["ledger"]
+    size = f"{values['parameters']:,} parameters, {values['bytes'] / 1e6:,.1f} MB of tensors"
+    lines = [f"{values['folder']}: {values['form']}, {size}"]
+    for key in _SHOWN_FACTS:
         if key in facts:
-            lines.append(f"  {key}: {facts[key] if not isinstance(facts[key], dict) else json.dumps(facts[key])}")
-    lines += [f"  remark: {remark}" for remark in told["remarks"]]
-    for stream, entry in sorted(told["ledger"].get("streams", {}).items()):
-        lines.append(
-            f"  ledger of stream {stream}: {entry['ledger']} ({entry['rows']:,} rows, next document {entry['next_document']:,})"
-        )
-    if told["ledger"]:
-        lines.append(f"  ledger of all streams: {told['ledger']['combined']}")
-    hashes = facts.get("files", {}) if told["form"] in ("megachat", "safetensors") else {}
-    for name in told["files"]:
-        entry = hashes.get(name, {})
-        lines.append(
-            f"  file {name}" + (f": {entry['bytes']:,} bytes, SHA-256 {entry['sha256'] or 'not kept'}" if entry else "")
-        )
-    width = max(map(len, told["tensors"]), default=0)
-    lines += [f"  {name:{width}} {entry['dtype']:8} {entry['shape']}" for name, entry in told["tensors"].items()]
+            lines.append(f"  {key}: {json.dumps(facts[key]) if isinstance(facts[key], dict) else facts[key]}")
+    lines += [f"  remark: {remark}" for remark in values["remarks"]]
+    for stream, entry in sorted(ledger.get("streams", {}).items()):
+        position = f"{entry['rows']:,} rows, next document {entry['next_document']:,}"
+        lines.append(f"  ledger of stream {stream}: {entry['ledger']} ({position})")
+    if ledger:
+        lines.append(f"  ledger of all streams: {ledger['combined']}")
+    hashes = facts.get("files", {}) if values["form"] in ("megachat", "safetensors") else {}
+    for name in values["files"]:
+        entry = hashes.get(name)
+        content = f": {entry['bytes']:,} bytes, SHA-256 {entry['sha256'] or 'not recorded'}" if entry else ""
+        lines.append(f"  file {name}{content}")
+    width = max(map(len, values["tensors"]), default=0)
+    lines += [f"  {name:{width}} {entry['dtype']:8} {entry['shape']}" for name, entry in values["tensors"].items()]
     return "\n".join(lines)
 
 
-def verify(path: Path) -> tuple[str, list[str]]:
-    """(what was checked, every problem in words): files and their hashes, that each tensor is covered once, that nothing is missing.
+def verify_checkpoint(path: Path) -> tuple[str, list[str]]:
+    """Checks files, their hashes, that each element of a tensor is stored once, and that no tensor is missing.
 
-    path: as for `open_checkpoint`. Raises UserError when it is no checkpoint of any format.
+    Returns (what was checked, one phrase per problem). path: as for `open_checkpoint`. Raises UserError if it has no known format.
     """
-    path = step_folder_of(Path(path))
+    path = find_step_folder(Path(path))
     if not (path / FACTS_NAME).is_file():
-        opened = open_checkpoint(path)
-        return _told(opened.form, opened.files, opened.entries), _saved_hashes(opened) + tensor_problems(opened)
+        checkpoint = open_checkpoint(path)
+        problems = find_file_problems(checkpoint.folder, checkpoint.facts) if checkpoint.format == "safetensors" else []
+        problems += tensor_problems(checkpoint)
+        return f"{checkpoint.format}: {len(checkpoint.files)} files, {len(checkpoint.entries)} tensors", problems
     try:
         facts = read_facts(path)
     except UserError as error:
-        problems = _problems_of_damaged(path)
-        return f"{path.name}: its files", problems if problems else [str(error)]
-    problems = find_file_problems(path, facts)
+        return f"{path.name}: its files", _problems_of_refused_facts(path) or [str(error)]
+    problems, tensors = find_file_problems(path, facts), 0
     if not any(problem.startswith(INDEX_NAME) for problem in problems):
-        opened = open_megachat(path)
-        problems += _coverage_problems(path, facts) + tensor_problems(opened)
-        if not problems and facts.get("ledger") not in (None, ledgers(opened).get("combined")):
-            problems.append(f"loader tells of other documents than the ledger in {FACTS_NAME}")
-        return _told(path.name, facts["files"], opened.entries), problems
-    return _told(path.name, facts["files"], ()), problems
+        checkpoint = open_megachat(path)
+        tensors = len(checkpoint.entries)
+        problems += _coverage_problems(path, facts) + tensor_problems(checkpoint)
+        if not problems and facts.get("ledger") not in (None, read_ledgers(checkpoint).get("combined")):
+            problems.append(f"loader has read other documents than the ledger in {FACTS_NAME} says")
+    return f"{path.name}: {len(facts['files'])} files, {tensors} tensors", problems
 
 
-def _told(name: str, files, entries) -> str:
-    return f"{name}: {len(files)} files, {len(entries)} tensors"
-
-
-def _saved_hashes(opened: Opened) -> list[str]:
-    return find_file_problems(opened.folder, opened.facts) if opened.form == "safetensors" else []
-
-
-def _problems_of_damaged(path: Path) -> list[str]:
-    """Every bad file of a checkpoint whose facts are refused, as far as its list of files can still be read."""
+def _problems_of_refused_facts(path: Path) -> list[str]:
+    """Returns the bad files of a checkpoint whose facts are refused, as far as the list of its files can still be read."""
     try:
         facts = json.loads((path / FACTS_NAME).read_text(encoding="utf-8"))
         files = {
@@ -130,28 +111,27 @@ def _problems_of_damaged(path: Path) -> list[str]:
 
 
 def _coverage_problems(path: Path, facts: dict) -> list[str]:
-    """Elements of a tensor that no piece holds, or two do; pieces outside their file."""
+    """Returns the tensors with elements that no rectangle or two rectangles hold, and rectangles outside their tensor or file."""
     problems = []
     for name, entry in read_index(path).items():
-        boxes = [(piece["offset"], piece["size"]) for piece in entry["pieces"]]
-        held = sum(math.prod(size) for _, size in boxes)
-        if held != math.prod(entry["shape"]):
-            problems.append(f"{name} has {held:,} of its {math.prod(entry['shape']):,} elements in its pieces")
-        outside = any(
-            o < 0 or o + s > whole
-            for offset, size in boxes
-            for o, s, whole in zip(offset, size, entry["shape"], strict=True)
-        )
-        if outside or _overlap(boxes):
-            problems.append(f"{name} has pieces that overlap or lie outside it")
-        for piece in entry["pieces"]:
-            if piece["at"] + piece["bytes"] > facts["files"].get(piece["file"], {"bytes": -1})["bytes"]:
-                problems.append(f"{name} has a piece outside the file {piece['file']}")
+        shape, rectangles = entry["shape"], entry["pieces"]
+        boxes = [(rectangle["offset"], rectangle["size"]) for rectangle in rectangles]
+        stored = sum(math.prod(size) for _, size in boxes)
+        if stored != math.prod(shape):
+            problems.append(f"{name} has {stored:,} of its {math.prod(shape):,} elements in its rectangles")
+        if any(o < 0 or o + s > whole for box in boxes for o, s, whole in zip(*box, shape, strict=True)) or _overlap(
+            boxes
+        ):
+            problems.append(f"{name} has rectangles that overlap or lie outside it")
+        for rectangle in rectangles:
+            file_bytes = facts["files"].get(rectangle["file"], {"bytes": -1})["bytes"]
+            if rectangle["at"] + rectangle["bytes"] > file_bytes:
+                problems.append(f"{name} has a rectangle outside the file {rectangle['file']}")
     return problems
 
 
 def _overlap(boxes: Iterable[tuple[list[int], list[int]]]) -> bool:
-    """True when two boxes share an element; each is compared with those that begin before it ends along dim 0."""
+    """True if two boxes (offset, size) share an element. Each is compared with those that begin before it ends along dim 0."""
     ordered = sorted(boxes)
     for index, (offset, size) in enumerate(ordered):
         for other, other_size in ordered[index + 1 :]:

@@ -1,47 +1,36 @@
-"""The proof of a conversion: both models' logits on fixed token rows, every tensor compared, and the certificate that says so."""
+"""The proof of a conversion: logits of both models on fixed token rows, every tensor compared, and the certificate that records both."""
 
 import hashlib
 import platform
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import metadata
 
 import torch
 
 from megachat.checkpoint.facts import hash_files
-from megachat.convert.architecture import build_model, dims_of
-from megachat.convert.difference import differences_of
-from megachat.convert.opened import Opened
+from megachat.convert.architecture import build_model
+from megachat.convert.declaration import BuildLogits, Logits, Tolerance
+from megachat.convert.differences import compare_checkpoints
+from megachat.convert.reader import CheckpointReader
 from megachat.model.gpt import logits, run_layers
 from megachat.planning.dimensions import Dimensions
 
 SHORT_ROWS, SHORT_TOKENS = 3, 64
-CHUNK_POSITIONS = 256  # of which float64 softmaxes exist at once
+CHUNK_POSITIONS = 256  # positions whose float64 softmax exists at once
 _VERSIONS = ("megachat", "torch", "numpy", "safetensors", "transformers")
-
-Logits = Callable[[torch.Tensor], torch.Tensor]  # ids [1, tokens] int64 -> [tokens, vocab_size] float32
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """Largest difference of a logit; largest mean Kullback-Leibler divergence in nats; least share of positions with the same argmax."""
-
-    logit: float = 1e-5
-    kl: float = 1e-8
-    argmax: float = 1.0
 
 
 def token_rows(dims: Dimensions) -> list[torch.Tensor]:
-    """The rows [1, tokens] int64 on which models are compared, the same for all of one vocabulary and length: one as long as the model
-    allows, so that every window matters, and some short ones."""
+    """Returns the rows [1, tokens] int64 on which models are compared, always the same for one vocabulary and length: one as long as the
+    model allows, so that every window matters, and some short ones."""
     generator = torch.Generator().manual_seed(20)
     lengths = [dims.sequence_len, *[min(SHORT_TOKENS, dims.sequence_len)] * SHORT_ROWS]
     return [torch.randint(0, dims.vocab_size, (1, length), generator=generator) for length in lengths]
 
 
-def logits_of(opened: Opened) -> Logits:
-    """megachat's model in float32, with the weights read back from the checkpoint's files."""
-    dims, layers = dims_of(opened.facts), build_model(opened)
+def _megachat_logits(checkpoint: CheckpointReader) -> Logits:
+    """Builds megachat's model in float32 with the weights from the checkpoint's files."""
+    dims, layers = checkpoint.dims, build_model(checkpoint)
 
     def compute(ids: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -50,15 +39,16 @@ def logits_of(opened: Opened) -> Logits:
     return compute
 
 
-def compare_logits(
-    build_source: Callable[[], Logits], build_target: Callable[[], Logits], rows: list[torch.Tensor]
-) -> dict:
-    """Largest logit difference, mean KL of target from source in nats, share of equal argmax. Only one of the models is in memory at a time."""
+def compare_logits(build_source: BuildLogits, build_target: BuildLogits, rows: list[torch.Tensor]) -> dict:
+    """Returns the largest logit difference, the mean KL of the target from the source in nats, and the share of equal argmax.
+
+    Only one of the models is in memory at a time.
+    """
     model = build_source()
-    wanted = [model(row) for row in rows]
+    expected = [model(row) for row in rows]
     model = build_target()
     largest, kl, same, positions = 0.0, 0.0, 0, 0
-    for row, source in zip(rows, wanted, strict=True):
+    for row, source in zip(rows, expected, strict=True):
         target = model(row)
         difference = (target - source).abs()
         largest = max(largest, torch.where(difference.isnan(), torch.inf, difference).max().item())
@@ -76,62 +66,60 @@ def compare_logits(
 
 
 def prove(
-    source: Opened,
-    target: Opened,
+    source: CheckpointReader,
+    target: CheckpointReader,
     tolerance: Tolerance,
     *,
-    expected: Opened | None = None,
-    build_source=None,
-    build_target=None,
-    remarks=(),
-) -> tuple[dict, str | None]:
-    """(JSON values of the certificate, what differed first or None when it passed). Tensors and facts that both can hold must be equal to the bit.
+    expected: CheckpointReader | None = None,
+    source_logits: BuildLogits | None = None,
+    target_logits: BuildLogits | None = None,
+    remarks: tuple[str, ...] = (),
+) -> dict:
+    """Returns the certificate as JSON values; its "first_difference" is None if the proof passed. Tensors and facts that both formats can
+    hold must be equal to the bit.
 
-    expected: the source as the target should hold it, where the conversion changes something on purpose. build_source, build_target: other
-    models than megachat's own.
+    expected: the source as the target should hold it, if the conversion changes something on purpose. source_logits, target_logits: build
+    models other than megachat's own.
     """
-    different = [found for found in differences_of(expected or source, target) if found.counts]
-    tensors = [found for found in different if found.kind in ("tensor", "shape", "only")]
-    rows = token_rows(dims_of(source.facts))
+    expected = expected or source
+    differences = [difference for difference in compare_checkpoints(expected, target) if difference.counts]
+    rows = token_rows(source.dims)
     numbers = compare_logits(
-        build_source or (lambda: logits_of(source)), build_target or (lambda: logits_of(target)), rows
+        source_logits or (lambda: _megachat_logits(source)), target_logits or (lambda: _megachat_logits(target)), rows
     )
-    problems = [f"{found.kind} {found}" for found in different]
-    for key, limit, good in (
+    problems = [f"{difference.kind} {difference}" for difference in differences]
+    for key, limit, passed in (
         ("largest_logit_difference", tolerance.logit, numbers["largest_logit_difference"] <= tolerance.logit),
         ("mean_kl_nats", tolerance.kl, numbers["mean_kl_nats"] <= tolerance.kl),
         ("argmax_agreement", tolerance.argmax, numbers["argmax_agreement"] >= tolerance.argmax),
     ):
-        if not good:
+        if not passed:
             problems.append(f"{key} is {numbers[key]:.3g}, beyond {limit:g}")
-    told = {
+    digest = hashlib.sha256(b"".join(row.numpy().tobytes() for row in rows)).hexdigest()
+    return {
         "passed": not problems,
         "first_difference": problems[0] if problems else None,
         "numbers": numbers,
         "tolerance": asdict(tolerance),
-        "rows": {
-            "tokens": [row.shape[1] for row in rows],
-            "sha256": hashlib.sha256(b"".join(row.numpy().tobytes() for row in rows)).hexdigest(),
-        },
+        "rows": {"tokens": [row.shape[1] for row in rows], "sha256": digest},
         "tensors": {
-            "compared": len((expected or source).entries.keys() & target.entries.keys()),
-            "different": len(tensors),
+            "compared": len(expected.entries.keys() & target.entries.keys()),
+            "different": sum(difference.kind in ("tensor", "shape", "only") for difference in differences),
         },
-        "source": side(source),
-        "target": side(target),
+        "source": _describe_side(source),
+        "target": _describe_side(target),
         "remarks": [*source.remarks, *remarks],
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _VERSIONS},
     }
-    return told, problems[0] if problems else None
 
 
-def side(opened: Opened) -> dict:
-    """What a certificate says of one side: form, folder, step and the SHA-256 of every file."""
+def _describe_side(checkpoint: CheckpointReader) -> dict:
+    """Returns format, folder, step and the SHA-256 of every file."""
     return {
-        "form": opened.form,
-        "folder": str(opened.folder),
-        "step": opened.facts.get("step"),
-        "files": hash_files(opened.folder, opened.files),
+        "form": checkpoint.format,
+        "folder": str(checkpoint.folder),
+        "step": checkpoint.facts.get("step"),
+        "files": hash_files(checkpoint.folder, checkpoint.files),
     }
 
 

@@ -78,7 +78,7 @@ def evaluate(
     with join_job(environment, saved.config, facts, saved.run_folder, then="start the evaluation again") as (mesh, _):
         say = print if mesh.world.rank == 0 else _say_nothing
         with mesh.world.progress.long_running("loading the checkpoint"):
-            if saved.opened.form == "megachat" and (problem := find_damage(saved.opened.folder, mesh.world)):
+            if saved.opened.format == "megachat" and (problem := find_damage(saved.opened.folder, mesh.world)):
                 raise UserError(f"{saved.opened.folder} is damaged: {problem}; evaluate another step")
             model = build_evaluation_model(saved, plan, mesh)
         say(_banner(saved, model), flush=True)

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from megachat.checkpoint.facts import checkpoint_name
 from megachat.config import Config, save_config
-from megachat.convert.difference import Difference as Entry
-from megachat.convert.difference import differences_of
-from megachat.convert.opened import Opened, open_megachat
+from megachat.convert.differences import Difference as Entry
+from megachat.convert.differences import compare_checkpoints
+from megachat.convert.megachat import open_megachat
+from megachat.convert.reader import CheckpointReader
 from megachat.device import choose_compute_dtype, this_device
 from megachat.errors import UserError
 from megachat.job.local_ranks import run_with_torchrun, set_options
@@ -130,10 +131,12 @@ def judge(whole: Path, half: Path, resumed: Path, order: list[str], *, exact: bo
     return "token-equal" if all(entry.within for entry in found) else "different", found
 
 
-def _states(wanted: Opened, other: Opened, step: int, order: list[str], *, exact: bool) -> list[Found]:
+def _states(
+    wanted: CheckpointReader, other: CheckpointReader, step: int, order: list[str], *, exact: bool
+) -> list[Found]:
     """What differs in everything that two checkpoints hold."""
     entries = [
-        entry for entry in differences_of(wanted, other) if entry.counts and (exact or entry.kind != "random")
+        entry for entry in compare_checkpoints(wanted, other) if entry.counts and (exact or entry.kind != "random")
     ]  # it belongs to ranks
     rounding = {} if exact else _compared(wanted, other, [entry.name for entry in entries if entry.kind == "tensor"])
     entries.sort(key=lambda entry: _place(entry, order))
@@ -145,7 +148,7 @@ def _states(wanted: Opened, other: Opened, step: int, order: list[str], *, exact
     return found
 
 
-def _compared(wanted: Opened, other: Opened, names: list[str]) -> dict:
+def _compared(wanted: CheckpointReader, other: CheckpointReader, names: list[str]) -> dict:
     """Tensors by name, held to what tools/verify.py allows other layouts: some elements of a weight may differ by a step's flipped sign, and
     moments follow."""
     if not names:

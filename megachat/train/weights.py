@@ -9,13 +9,11 @@ import torch
 
 from megachat.checkpoint.load import load_checkpoint
 from megachat.config import Config, overridden
-from megachat.convert.architecture import dims_of
-from megachat.convert.conversions import needed_tokenizer
 from megachat.convert.formats import open_checkpoint
-from megachat.convert.imported import foreign_tokenizer
-from megachat.convert.nanochat_settings import config_of, nanochat_tokenizer_folder
-from megachat.convert.opened import Opened
-from megachat.data.tokenizer import Tokenizer, load_tokenizer
+from megachat.convert.nanochat_settings import config_of
+from megachat.convert.reader import CheckpointReader
+from megachat.convert.tokenizers import load_tokenizer_of
+from megachat.data.tokenizer import Tokenizer
 from megachat.device import choose_compute_dtype
 from megachat.errors import UserError
 from megachat.kernels.attention_backends import AttentionChoice
@@ -35,7 +33,7 @@ from megachat.train.build import build_stage
 class SavedModel:
     """A checkpoint, opened. run_folder: where its evaluations go. training: as its run was planned."""
 
-    opened: Opened
+    opened: CheckpointReader
     config: Config
     tokenizer: Tokenizer
     run_folder: Path
@@ -73,18 +71,12 @@ def open_saved_model(path: Path, overrides: list[str], tokenizer: Path | None = 
     Raises UserError when it is none of these, when its tokenizer is not found, and for overrides that would make it another model.
     """
     opened = open_checkpoint(path)
-    dims = dims_of(opened.facts)
-    if opened.form == "nanochat":
-        values, _ = config_of(opened, dims)
-        found, _ = foreign_tokenizer(
-            tokenizer or nanochat_tokenizer_folder(path) or path / "tokenizer", dims.vocab_size, dims.vocab_size
-        )
-    elif opened.form == "huggingface":
+    if opened.format == "huggingface":
         raise UserError(
             f"{path} is a model of transformers: make a run folder of it with tools/convert_checkpoint.py from-hf"
         )
-    else:
-        values, found = opened.facts["config"], load_tokenizer(needed_tokenizer(opened, tokenizer))
+    loaded_tokenizer, _ = load_tokenizer_of(opened, tokenizer)
+    dims, values = opened.dims, config_of(opened)[0] if opened.format == "nanochat" else opened.facts["config"]
     config = overridden(values, str(opened.folder), overrides)
     asked = resolve_dimensions(config, dims.vocab_size)
     if asked != dims:
@@ -92,20 +84,20 @@ def open_saved_model(path: Path, overrides: list[str], tokenizer: Path | None = 
         raise UserError(
             f"--set asks for another model than {opened.folder} is, in {', '.join(other)}: leave the model's settings as they are"
         )
-    return SavedModel(opened, config, found, _run_folder(opened), _training_plan(opened, values))
+    return SavedModel(opened, config, loaded_tokenizer, _run_folder(opened), _training_plan(opened, values))
 
 
-def _run_folder(opened: Opened) -> Path:
+def _run_folder(opened: CheckpointReader) -> Path:
     """The run's folder of a step in it, the checkpoint's own of another format; of a step alone, the folder it lies in."""
-    if opened.form == "nanochat":
+    if opened.format == "nanochat":
         return opened.folder
     return opened.folder.parent.parent if opened.folder.parent.name == "checkpoints" else opened.folder.parent
 
 
-def _training_plan(opened: Opened, values: dict) -> Plan:
+def _training_plan(opened: CheckpointReader, values: dict) -> Plan:
     """As the run that wrote the checkpoint derived it, on its own layout."""
     layout = Layout(**opened.facts.get("layout", {"data": 1, "tensor": 1, "pipeline": 1}))
-    return resolve(overridden(values, str(opened.folder), ()), layout.world, dims_of(opened.facts).vocab_size)
+    return resolve(overridden(values, str(opened.folder), ()), layout.world, opened.dims.vocab_size)
 
 
 def evaluation_plan(saved: SavedModel, world: int) -> Plan:
@@ -140,14 +132,14 @@ def build_evaluation_model(saved: SavedModel, plan: Plan, mesh: Mesh) -> Evaluat
 
 
 @torch.no_grad()
-def _load(opened: Opened, parameters: list[torch.nn.Parameter]) -> None:
+def _load(opened: CheckpointReader, parameters: list[torch.nn.Parameter]) -> None:
     """This rank's part of every weight: by rectangles of our files, from the whole tensors of others, one after the other."""
     pieces: dict[str, tuple] = {}
     for parameter in parameters:
         where = place_of(parameter)
         rectangle = (where.offset or (0,) * len(where.whole), tuple(parameter.shape), parameter.data)
         pieces.setdefault(f"model/{where.name}", (where.whole, []))[1].append(rectangle)
-    if opened.form == "megachat":
+    if opened.format == "megachat":
         return load_checkpoint(opened.folder, pieces)
     for name, tensor in opened.tensors(pieces):
         for offsets, sizes, part in pieces[name][1]:

@@ -8,7 +8,7 @@ import pytest
 
 from megachat.checkpoint.facts import read_facts, write_facts
 from megachat.config import Config
-from megachat.convert.conversions import to_nanochat
+from megachat.convert.conversion import export_checkpoint
 from megachat.planning.plan import Layout, resolve
 from megachat.programs.verify_resume import planned, resume_config
 from tests.runs.job import STEPS, begin, bits_per_byte, checkpoint, command, finish, launched, losses, train
@@ -76,7 +76,7 @@ def test_what_it_saved_is_used_anywhere(told, foreign, tmp_path, capsys):
     assert "attention sdpa (auto: torch's own; not flash3 (that needs a CUDA device))" in done.out
     generate(["--checkpoint", str(foreign), "--prompt", "the old", "--tokens", "3", "--temperature", "0"])
     assert capsys.readouterr().out.startswith("the old")
-    to_nanochat(foreign, tmp_path / "nanochat")
+    export_checkpoint("nanochat", foreign, tmp_path / "nanochat")
     assert (tmp_path / "nanochat" / f"model_{STOP:06d}.pt").is_file()
 
 

@@ -113,7 +113,7 @@ def test_a_checkpoint_without_its_tokenizer_is_refused(tmp_path, capsys):
     shutil.rmtree(run / "tokenizer")
     assert "the tokenizer of" in refused(capsys, "--checkpoint", run, "--prompt", "x")
     told = refused(capsys, "--checkpoint", run, "--prompt", "x", "--tokenizer", FIXTURES / "tokenizer")
-    assert "is not the checkpoint's tokenizer: it has fingerprint" in told
+    assert "is not the checkpoint's tokenizer: its fingerprint is" in told
 
 
 def refused(capsys, *arguments) -> str:

@@ -10,6 +10,8 @@ import torch
 from megachat.checkpoint.save import save_checkpoint
 from megachat.config import Config
 from megachat.convert.architecture import state_shapes
+from megachat.convert.differences import Difference, compare_checkpoints
+from megachat.convert.formats import open_checkpoint
 from megachat.data.loader_state import combined_ledger, save_loader_state
 from megachat.data.packing import FRESH
 from megachat.data.tokenizer import Tokenizer, save_tokenizer
@@ -118,6 +120,11 @@ def tool(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
         status = ended.code
     said = capsys.readouterr()
     return status, said.out, said.err
+
+
+def differences_between(left: Path, right: Path) -> list[Difference]:
+    """What compare_checkpoints finds in two folders of any format."""
+    return compare_checkpoints(open_checkpoint(left), open_checkpoint(right))
 
 
 def left_in(folder: Path) -> list[str]:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from megachat.convert.difference import compared, difference
+from megachat.convert.differences import compare_tensors
 from megachat.errors import UserError
-from tests.unit.convert.checkpoints import make_run, step_folder, tool
+from tests.unit.convert.checkpoints import differences_between, make_run, step_folder, tool
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def run(tmp_path_factory):
 
 def test_another_layout_with_equal_tensors_is_equal(run, tmp_path, monkeypatch, capsys):
     other = make_run(tmp_path / "run", parts=3)
-    found = difference(run, step_folder(other))
+    found = differences_between(run, step_folder(other))
     assert [entry.kind for entry in found] and not any(entry.counts for entry in found)
     assert {entry.name for entry in found if not entry.name.startswith("config.")} == {"layout.data"}
     status, out, _ = tool(monkeypatch, capsys, "diff", run, other)
@@ -31,7 +31,7 @@ def test_changed_tensors_have_their_norms(run, tmp_path, monkeypatch, capsys):
         tensors["muon/transformer.h.1.mlp.c_fc.weight/momentum"][3, 2] += 0.25
 
     other = make_run(tmp_path / "run", parts=2, change=change)
-    found = {entry.name: entry for entry in difference(run, other) if entry.counts}
+    found = {entry.name: entry for entry in differences_between(run, other) if entry.counts}
     assert found.keys() == {"model/lm_head.weight", "muon/transformer.h.1.mlp.c_fc.weight/momentum"}
     assert found["model/lm_head.weight"].relative == pytest.approx(0.5, rel=1e-6)
     one = found["muon/transformer.h.1.mlp.c_fc.weight/momentum"]
@@ -54,7 +54,7 @@ def test_facts_loader_and_tensors_of_one_alone(run, tmp_path):
     with np.load(path) as saved:
         arrays = {name: saved[name] for name in saved.files}
     np.savez(path, **(arrays | {"counters": arrays["counters"] + 1}))
-    found = {(entry.kind, entry.name) for entry in difference(run, other) if entry.counts}
+    found = {(entry.kind, entry.name) for entry in differences_between(run, other) if entry.counts}
     moved = ("loader", "loader/stream_00001.npz: counters")
     lacking = {("fact", "loop.skipped_steps"), ("fact", "loop.min_val_bpb")}
     assert (
@@ -75,22 +75,22 @@ def test_facts_loader_and_tensors_of_one_alone(run, tmp_path):
     ],
 )
 def test_one_tensor(left, right, relative, max_abs, elements):
-    found = compared("x", torch.tensor(left), torch.tensor(right))
+    found = compare_tensors("x", torch.tensor(left), torch.tensor(right))
     assert (found.max_abs, found.elements) == (max_abs, elements)
     assert found.relative == pytest.approx(relative) or math.isnan(relative)
 
 
 def test_equal_tensors_are_no_difference():
     odd = torch.tensor([math.nan, -0.0, math.inf, 1.0])
-    assert compared("x", odd, odd.clone()) is None
-    assert compared("x", torch.tensor([0.5, 1.5]), torch.tensor([0.5, 1.5], dtype=torch.bfloat16)) is None
-    assert compared("x", torch.tensor([0.1]), torch.tensor([0.1], dtype=torch.bfloat16)) is not None
+    assert compare_tensors("x", odd, odd.clone()) is None
+    assert compare_tensors("x", torch.tensor([0.5, 1.5]), torch.tensor([0.5, 1.5], dtype=torch.bfloat16)) is None
+    assert compare_tensors("x", torch.tensor([0.1]), torch.tensor([0.1], dtype=torch.bfloat16)) is not None
 
 
 def test_what_is_no_checkpoint(run, tmp_path):
     for path, words in ((tmp_path / "nowhere", "is not a folder"), (tmp_path, "is not a complete checkpoint")):
         with pytest.raises(UserError, match=words):
-            difference(run, path)
+            differences_between(run, path)
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match="holds no complete checkpoint yet"):
-        difference(tmp_path / "run", run)
+        differences_between(tmp_path / "run", run)

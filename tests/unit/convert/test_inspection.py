@@ -108,8 +108,8 @@ def outside_file(tensors, _):
     ("change", "words"),
     [
         (drop_piece, "model/lm_head.weight has 9,216 of its 18,432 elements"),
-        (overlap, "model/lm_head.weight has pieces that overlap"),
-        (outside_file, "model/lm_head.weight has a piece outside the file"),
+        (overlap, "model/lm_head.weight has rectangles that overlap"),
+        (outside_file, "model/lm_head.weight has a rectangle outside the file"),
         (
             lambda tensors, _: tensors.pop("muon/transformer.h.0.attn.c_q.weight/momentum"),
             "c_q.weight/momentum is missing",
@@ -118,7 +118,7 @@ def outside_file(tensors, _):
             lambda tensors, _: tensors.update(more=tensors["model/lm_head.weight"]),
             "more is no tensor of this architecture",
         ),
-        (lambda _, facts: facts.update(ledger="0" * 64), "loader tells of other documents than the ledger"),
+        (lambda _, facts: facts.update(ledger="0" * 64), "other documents than the ledger in checkpoint.json"),
         (lambda _, facts: facts["model"].update(width=64), "is [384, 48], not [384, 64]"),
         (lambda _, facts: facts["model"].update(experts=8), "has experts, which this version does not know"),
     ],

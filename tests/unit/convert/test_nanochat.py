@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from megachat.config import load_config
-from megachat.convert.conversions import from_nanochat, to_nanochat
-from megachat.convert.difference import difference
+from megachat.convert.conversion import export_checkpoint, import_checkpoint
+from megachat.convert.megachat import open_megachat
 from megachat.convert.nanochat import open_nanochat
-from megachat.convert.opened import open_megachat
 from megachat.convert.proof import compare_logits
 from megachat.errors import UserError
 from megachat.planning.plan import resolve
@@ -23,6 +22,7 @@ from tests.unit.convert.checkpoints import (
     STEP,
     VOCAB_SIZE,
     assert_same,
+    differences_between,
     left_in,
     make_run,
     step_folder,
@@ -41,7 +41,7 @@ def exported(run, tmp_path_factory):
     """Ranks -> folder."""
     folder = tmp_path_factory.mktemp("exported")
     for ranks in (1, 2, 3):
-        to_nanochat(run, folder / str(ranks), ranks=ranks)
+        export_checkpoint("nanochat", run, folder / str(ranks), ranks=ranks)
     return {ranks: folder / str(ranks) for ranks in (1, 2, 3)}
 
 
@@ -67,7 +67,7 @@ def test_what_nanochat_wrote_comes_back_file_by_file(tmp_path, monkeypatch, caps
         (folder / "tokenizer" / "tokenizer.pkl").read_bytes() for folder in (tmp_path / "back", reference.FOLDER)
     ]
     assert pickles[0] == pickles[1]
-    assert difference(tmp_path / "run", reference.FOLDER) == []
+    assert differences_between(tmp_path / "run", reference.FOLDER) == []
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -119,16 +119,18 @@ def parameter_order(model):
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_shards_of_any_number_of_ranks_come_back(run, exported, ranks, tmp_path):
-    told = from_nanochat(exported[ranks], tmp_path / "back")
+    told = import_checkpoint("nanochat", exported[ranks], tmp_path / "back")
     assert told["passed"] and len(told["source"]["files"]) == 2 + ranks
-    assert {entry.name for entry in difference(tmp_path / "back", run) if entry.counts} == {"loss_scaler.cur_scale"}
+    assert {entry.name for entry in differences_between(tmp_path / "back", run) if entry.counts} == {
+        "loss_scaler.cur_scale"
+    }
     whole = {name: tensor for name, tensor in open_nanochat(exported[1]).tensors()}
     for name, tensor in open_nanochat(exported[ranks]).tensors():
         assert torch.equal(tensor, whole[name]), name
 
 
 def test_the_settings_come_along(run, exported, tmp_path):
-    from_nanochat(exported[1], tmp_path / "back")
+    import_checkpoint("nanochat", exported[1], tmp_path / "back")
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert config["batch"] == {"tokens": 640, "micro_rows": 2} and config["horizon"]["steps"] == 20
     assert (
@@ -163,15 +165,15 @@ def test_rates_that_are_not_scaled_come_back_as_they_are(run, tmp_path):
     """nanochat always scales its arguments to the batch; but where it resumes, the rates of its parameter groups win over its arguments."""
     own = make_run(tmp_path / "own", optimizer={"scale_to_batch": False})
     assert rates_of(own)["matrix"] == 0.02
-    to_nanochat(own, tmp_path / "nanochat")
-    told = from_nanochat(tmp_path / "nanochat", tmp_path / "back")
+    export_checkpoint("nanochat", own, tmp_path / "nanochat")
+    told = import_checkpoint("nanochat", tmp_path / "nanochat", tmp_path / "back")
     found, wanted = rates_of(tmp_path / "back"), rates_of(own)
     del found["weight_decay"], wanted["weight_decay"]  # which nanochat computes from its arguments
     assert found == pytest.approx(wanted, rel=1e-9) and "have other rates" in told["remarks"][0]
 
 
 def test_tables_in_bfloat16(run, tmp_path):
-    told = to_nanochat(run, tmp_path / "nanochat", tables="bfloat16")
+    told = export_checkpoint("nanochat", run, tmp_path / "nanochat", tables="bfloat16")
     model, state = (
         loaded(tmp_path / "nanochat" / name) for name in (f"model_{STEP:06d}.pt", f"optim_{STEP:06d}_rank0.pt")
     )
@@ -182,8 +184,8 @@ def test_tables_in_bfloat16(run, tmp_path):
     }
     assert state["state"][1]["exp_avg"].dtype == torch.bfloat16 and state["state"][0]["exp_avg"].dtype == torch.float32
     assert 0 < told["numbers"]["largest_logit_difference"] < 0.25 and "rounded to bfloat16" in told["remarks"][0]
-    from_nanochat(tmp_path / "nanochat", tmp_path / "back")
-    to_nanochat(tmp_path / "back", tmp_path / "again", tables="bfloat16")
+    import_checkpoint("nanochat", tmp_path / "nanochat", tmp_path / "back")
+    export_checkpoint("nanochat", tmp_path / "back", tmp_path / "again", tables="bfloat16")
     assert_same(dict(loaded(tmp_path / "again" / f"model_{STEP:06d}.pt")), dict(model))
 
 
@@ -191,9 +193,9 @@ def test_without_optimizer_state_it_begins_afresh_when_asked(exported, tmp_path)
     shutil.copytree(exported[1], tmp_path / "weights")
     (tmp_path / "weights" / f"optim_{STEP:06d}_rank0.pt").unlink()
     with pytest.raises(UserError, match="no optimizer state of step 7"):
-        from_nanochat(tmp_path / "weights", tmp_path / "back")
-    from_nanochat(tmp_path / "weights", tmp_path / "back", fresh_optimizer=True)
-    from_nanochat(exported[1], tmp_path / "left", fresh_optimizer=True)
+        import_checkpoint("nanochat", tmp_path / "weights", tmp_path / "back")
+    import_checkpoint("nanochat", tmp_path / "weights", tmp_path / "back", fresh_optimizer=True)
+    import_checkpoint("nanochat", exported[1], tmp_path / "left", fresh_optimizer=True)
     for run in tmp_path / "back", tmp_path / "left":
         facts = json.loads((step_folder(run) / "checkpoint.json").read_text())
         assert facts["adamw_steps"] == 0 and facts["step"] == STEP
@@ -246,7 +248,7 @@ def edit_optimizer(folder, rank, change):
             lambda f: edit_meta(f, lambda meta: meta["model_config"].update(n_layer=4)),
             "is not of the model that meta_000007.json describes",
         ),
-        (lambda f: edit_meta(f, lambda meta: meta.pop("model_config")), "does not tell the model's sizes"),
+        (lambda f: edit_meta(f, lambda meta: meta.pop("model_config")), "meta_000007.json .*KeyError: 'model_config'"),
         (
             lambda f: edit_meta(f, lambda meta: meta["model_config"].update(vocab_size=340)),
             "the tokenizer in .* has 330 tokens and the model 340",
@@ -257,7 +259,7 @@ def edit_optimizer(folder, rank, change):
         ),
         (
             lambda f: edit_optimizer(f, 1, lambda saved: saved["state"][5]["exp_avg"].add_(1)),
-            "the ranks keep different values in exp_avg of x0_lambdas",
+            "different values in exp_avg of x0_lambdas",
         ),
         (lambda f: edit_optimizer(f, 0, lambda saved: saved["param_groups"].pop()), "other parameter groups"),
         (lambda f: edit_optimizer(f, 0, lambda saved: saved["state"].pop(2)), "is no optimizer state of nanochat's"),
@@ -268,7 +270,7 @@ def test_bad_input_is_named_and_nothing_is_executed(exported, damage, words, tmp
     shutil.copytree(exported[2], tmp_path / "in" / "nanochat")
     damage(tmp_path / "in" / "nanochat")
     with pytest.raises(UserError, match=words) as refused:
-        from_nanochat(tmp_path / "in" / "nanochat", tmp_path / "back")
+        import_checkpoint("nanochat", tmp_path / "in" / "nanochat", tmp_path / "back")
     assert (
         "\n" not in str(refused.value)
         and left_in(tmp_path) == ["in"]
@@ -278,13 +280,13 @@ def test_bad_input_is_named_and_nothing_is_executed(exported, damage, words, tmp
 
 def test_what_nanochat_cannot_hold_is_refused(run, tmp_path):
     with pytest.raises(UserError, match="384 rows of its tables evenly, and 5 ranks cannot"):
-        to_nanochat(run, tmp_path / "nanochat", ranks=5)
+        export_checkpoint("nanochat", run, tmp_path / "nanochat", ranks=5)
     other = make_run(tmp_path / "runs" / "other", model=HUGGINGFACE)
     with pytest.raises(UserError, match="rotary_base 5000.0, and nanochat computes 100000.0"):
-        to_nanochat(other, tmp_path / "nanochat")
+        export_checkpoint("nanochat", other, tmp_path / "nanochat")
     with pytest.raises(UserError, match="has no nanochat checkpoint of step 3: it has steps 7"):
-        to_nanochat(run, tmp_path / "nanochat")
-        from_nanochat(tmp_path / "nanochat", tmp_path / "back", step=3)
+        export_checkpoint("nanochat", run, tmp_path / "nanochat")
+        import_checkpoint("nanochat", tmp_path / "nanochat", tmp_path / "back", step=3)
     assert left_in(tmp_path) == ["nanochat", "nanochat.certificate.json", "runs"]
 
 

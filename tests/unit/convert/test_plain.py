@@ -10,11 +10,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from megachat.convert import plain
-from megachat.convert.conversions import from_safetensors, to_safetensors
-from megachat.convert.difference import difference
+from megachat.convert.conversion import export_checkpoint, import_checkpoint
 from megachat.data.tokenizer import load_tokenizer
 from megachat.errors import UserError
-from tests.unit.convert.checkpoints import STEP, left_in, make_run, step_folder, tokenizer, tool
+from tests.unit.convert.checkpoints import STEP, differences_between, left_in, make_run, step_folder, tokenizer, tool
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +24,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported") / "plain"
-    to_safetensors(run, folder)
+    export_checkpoint("safetensors", run, folder)
     return folder
 
 
@@ -33,7 +32,7 @@ def test_everything_comes_back(run, exported, tmp_path, monkeypatch, capsys):
     status, out, _ = tool(monkeypatch, capsys, "from-safetensors", exported, tmp_path / "runs" / "back")
     assert status == 0 and "logit difference 0.00e+00" in out
     back = tmp_path / "runs" / "back"
-    notes = {entry.name for entry in difference(run, back)}
+    notes = {entry.name for entry in differences_between(run, back)}
     assert notes == {"layout.data", "config.run.name", "config.run.folder", "config.data.tokenizer"} - {"layout.data"}
     assert load_tokenizer(back / "tokenizer").fingerprint == tokenizer().fingerprint
     config = json.loads((back / "config.json").read_text())
@@ -42,8 +41,8 @@ def test_everything_comes_back(run, exported, tmp_path, monkeypatch, capsys):
         assert (step_folder(back) / name).read_bytes() == (step_folder(run) / name).read_bytes()
     assert tool(monkeypatch, capsys, "verify", back)[0] == 0
     alone = tmp_path / f"step_{STEP:06d}"
-    from_safetensors(exported, alone)
-    assert not any(entry.counts for entry in difference(alone, run))
+    import_checkpoint("safetensors", exported, alone)
+    assert not any(entry.counts for entry in differences_between(alone, run))
     assert left_in(tmp_path) == ["runs", alone.name, f"{alone.name}.certificate.json"] and left_in(
         tmp_path / "runs"
     ) == [
@@ -75,10 +74,10 @@ def test_the_files_are_plain(run, exported):
 
 def test_large_ones_are_cut_into_files(run, tmp_path, monkeypatch):
     monkeypatch.setattr(plain, "SHARD_BYTES", 100_000)
-    to_safetensors(run, tmp_path / "plain")
+    export_checkpoint("safetensors", run, tmp_path / "plain")
     assert len(list((tmp_path / "plain").glob("model-*.safetensors"))) > 2
-    from_safetensors(tmp_path / "plain", tmp_path / "back")
-    assert not any(entry.counts for entry in difference(tmp_path / "back", run))
+    import_checkpoint("safetensors", tmp_path / "plain", tmp_path / "back")
+    assert not any(entry.counts for entry in differences_between(tmp_path / "back", run))
 
 
 def test_a_conversion_that_goes_wrong_leaves_nothing(run, tmp_path, monkeypatch, capsys):
@@ -100,7 +99,7 @@ def test_a_rename_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr("pathlib.Path.rename", rename)
         with pytest.raises(UserError, match="could not be written .Read-only file system."):
-            to_safetensors(run, tmp_path / "plain")
+            export_checkpoint("safetensors", run, tmp_path / "plain")
     assert left_in(tmp_path) == []
 
 
@@ -145,7 +144,7 @@ def flip(path):
         (lambda folder: (folder / "optimizer-00001.safetensors").unlink(), "optimizer-00001.safetensors is missing"),
         (lambda folder: (folder / "loader" / "stream_00000.npz").unlink(), "loader/stream_00000.npz is missing"),
         (lambda folder: cut(folder / "checkpoint_facts.json"), "checkpoint_facts.json cannot be read"),
-        (lambda folder: rewrite(folder, lambda told: told.update(plain_version=9)), "is of version 9"),
+        (lambda folder: rewrite(folder, lambda told: told.update(plain_version=9)), "version 9"),
         (
             lambda folder: rewrite(folder, lambda told: told["facts"]["model"].update(experts=8)),
             "has experts, which this version does not know",
@@ -170,14 +169,14 @@ def rewrite(folder, change):
 def test_targets_and_sources_that_do_not_fit(run, exported, tmp_path):
     (tmp_path / "there").mkdir()
     for convert, source, target, words in (
-        (to_safetensors, run, tmp_path / "there", "there exists"),
-        (from_safetensors, exported, tmp_path / "there", "there exists"),
-        (from_safetensors, exported, tmp_path / "step_000008", "is not step_000007"),
-        (from_safetensors, run, tmp_path / "new", "is of the form megachat, not safetensors"),
-        (to_safetensors, exported, tmp_path / "new", "is of the form safetensors, not megachat"),
+        (export_checkpoint, run, tmp_path / "there", "there exists"),
+        (import_checkpoint, exported, tmp_path / "there", "there exists"),
+        (import_checkpoint, exported, tmp_path / "step_000008", "is not step_000007"),
+        (import_checkpoint, run, tmp_path / "new", "megachat, not safetensors"),
+        (export_checkpoint, exported, tmp_path / "new", "safetensors, not megachat"),
     ):
         with pytest.raises(UserError, match=words):
-            convert(source, target)
+            convert("safetensors", source, target)
     with pytest.raises(UserError, match="no tokenizer at"):
-        from_safetensors(exported, tmp_path / "new", tokenizer=tmp_path)
+        import_checkpoint("safetensors", exported, tmp_path / "new", tokenizer=tmp_path)
     assert left_in(tmp_path) == ["there"]

@@ -1,0 +1,131 @@
+"""Compares two checkpoints tensor by tensor and fact by fact, whatever layout or format wrote them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megachat.convert.reader import CheckpointReader, load_arrays
+
+# A difference in _FACTS counts: training continues from them. One in _NOTES does not, nor does a duration.
+_FACTS = ("step", "model", "tokenizer", "adamw_steps", "loss_scaler", "loop", "ledger")
+_NOTES = ("config", "layout", "format_version", "architecture_version")
+_DURATIONS = ("loop.training_s",)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One difference between two checkpoints.
+
+    kind: "tensor" (values), "shape", "only" (present in one of the two), "loader" and "random" (saved arrays), "fact", or "note": what may
+    differ between equal checkpoints, for example the layout. relative: Frobenius norm of right - left over that of left; max_abs: largest
+    element of right - left; elements: how many differ. All three are 0 for anything but a tensor.
+    """
+
+    kind: str
+    name: str
+    left: str = ""
+    right: str = ""
+    relative: float = 0.0
+    max_abs: float = 0.0
+    elements: int = 0
+
+    @property
+    def counts(self) -> bool:
+        """True unless it is only a note."""
+        return self.kind != "note"
+
+    def __str__(self) -> str:
+        if self.kind == "tensor":
+            return f"{self.name}: relative {self.relative:.3e}, largest {self.max_abs:.3e}, {self.elements:,} elements"
+        if self.kind == "only":
+            return f"{self.name}: only in {self.left or self.right}"
+        return f"{self.name}: {self.left} and {self.right}"
+
+
+def compare_checkpoints(left: CheckpointReader, right: CheckpointReader) -> list[Difference]:
+    """Returns every difference, notes last; an empty list if both are the same to the bit. Reads a few tensors at a time.
+
+    Facts and arrays that only one of the formats can hold are not compared.
+    """
+    differences = []
+    for name in dict.fromkeys((*left.entries, *right.entries)):
+        one, other = left.entries.get(name), right.entries.get(name)
+        if one is None or other is None:
+            differences.append(
+                Difference("only", name, "the first" if other is None else "", "the second" if one is None else "")
+            )
+        elif one.shape != other.shape:
+            differences.append(Difference("shape", name, str(list(one.shape)), str(list(other.shape))))
+        elif one.dtype != other.dtype:
+            differences.append(Difference("note", f"{name} dtype", one.dtype, other.dtype))
+    common = [name for name in left.entries if name in right.entries]
+    common = [name for name in common if left.entries[name].shape == right.entries[name].shape]
+    for (name, first), (_, second) in zip(left.tensors(common), right.tensors(common), strict=True):
+        if (difference := compare_tensors(name, first, second)) is not None:
+            differences.append(difference)
+    differences += _compare_arrays(left, right) + _compare_facts(left.facts, right.facts)
+    return sorted(differences, key=lambda difference: not difference.counts)
+
+
+def compare_tensors(name: str, left: torch.Tensor, right: torch.Tensor) -> Difference | None:
+    """Returns None if both are equal to the bit in the wider of their dtypes. NaN equals NaN and is infinitely far from any number."""
+    dtype = torch.promote_types(left.dtype, right.dtype)
+    left, right = left.to(dtype).contiguous(), right.to(dtype).contiguous()
+    if torch.equal(left.flatten().view(torch.uint8), right.flatten().view(torch.uint8)):
+        return None
+    equal = (left == right) | (left.isnan() & right.isnan())  # the difference of two equal infinities would be NaN
+    distance = torch.where(equal, 0.0, right.float() - left.float())
+    distance = torch.where(distance.isnan(), torch.inf, distance)
+    norm = torch.linalg.vector_norm(left.float(), dtype=torch.float64).item()
+    size = torch.linalg.vector_norm(distance, dtype=torch.float64).item()
+    relative = size / norm if norm > 0 else float("inf") if size else 0.0
+    return Difference("tensor", name, "", "", relative, distance.abs().max().item(), int((distance != 0).sum()))
+
+
+def _flatten(value, prefix: str) -> dict[str, object]:
+    if isinstance(value, dict):
+        parts = (_flatten(inner, f"{prefix}.{key}") for key, inner in value.items())
+        return {name: leaf for part in parts for name, leaf in part.items()}
+    return {prefix: list(value) if isinstance(value, tuple) else value}
+
+
+def _compare_facts(left: dict, right: dict) -> list[Difference]:
+    differences = []
+    for key in (*_FACTS, *_NOTES):
+        if left.get(key) is None or right.get(key) is None:
+            continue
+        one, other = _flatten(left[key], key), _flatten(right[key], key)
+        for name in dict.fromkeys((*one, *other)):
+            if one.get(name) != other.get(name) and name not in _DURATIONS:
+                kind = "fact" if key in _FACTS else "note"
+                differences.append(Difference(kind, name, str(one.get(name)), str(other.get(name))))
+    return differences
+
+
+def _compare_arrays(left: CheckpointReader, right: CheckpointReader) -> list[Difference]:
+    differences = []
+    for kind in ("loader", "random"):
+        prefix = f"{kind}/"
+        one, other = (
+            {name for name in side.files if name.startswith(prefix) and name.endswith(".npz")} for side in (left, right)
+        )
+        if not one or not other:
+            continue  # a format without such files
+        if one != other:  # random state belongs to ranks, and another layout has other ranks
+            counted = "note" if kind == "random" else "loader"
+            differences.append(Difference(counted, kind, f"{len(one)} files", f"{len(other)} files"))
+            continue
+        for name in sorted(one):
+            first, second = load_arrays(left.folder / name), load_arrays(right.folder / name)
+            for key in dict.fromkeys((*first, *second)):
+                pair = first.get(key), second.get(key)
+                if pair[0] is None or pair[1] is None or not np.array_equal(pair[0], pair[1]):
+                    differences.append(Difference(kind, f"{name}: {key}", *map(_array_in_words, pair)))
+    return differences
+
+
+def _array_in_words(array: np.ndarray | None) -> str:
+    if array is None:
+        return "absent"
+    return f"{list(array.shape)} of {array.dtype}" if array.size > 8 else str(array.tolist())
