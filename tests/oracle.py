@@ -105,9 +105,9 @@ def train(config, steps: int, vocab_size: int = SMALL_VOCAB):
     warm_up(training)
     told, gradients = [], {}
     for step in range(steps):
-        training.engine.optimizer.observe = None if step else lambda: gradients.update(gradient_pieces(training))
         set_schedules(training, step)
-        told.append(take_step(training, random_rows(step, ROWS, TOKENS, vocab_size)))
+        inspect = None if step else lambda: gradients.update(gradient_pieces(training))
+        told.append(take_step(training, random_rows(step, ROWS, TOKENS, vocab_size), inspect_gradients=inspect))
     views = {
         place_of(p).name: (place_of(p), p.detach().float().clone()) for p in training.layers.parameters() if p.ndim == 2
     }

@@ -6,13 +6,13 @@ import torch
 
 from megachat.config import Config
 from megachat.parallel.collectives import all_gather_objects
-from megachat.parallel.engine import adamw_steps, start_collectives
+from megachat.parallel.engine import start_collectives
 from megachat.parallel.mesh import build_mesh
 from megachat.planning.plan import resolve
 from megachat.programs.verify import related_rows
 from megachat.train.build import Training, build_training
 from megachat.train.state import state_pieces
-from megachat.train.step import micro_batches
+from megachat.train.step import update
 
 SMALL = {
     "model": {
@@ -53,11 +53,11 @@ def own_rows(training: Training, rows: torch.Tensor) -> torch.Tensor:
     return rows[training.mesh.data.rank :: training.mesh.data.size]
 
 
-def take_step(training: Training, rows: torch.Tensor) -> tuple[float, float, bool]:
-    """(loss, joint norm, skipped) of one step over all ranks."""
-    loss = training.engine.train_batch(micro_batches(own_rows(training, rows), training.plan.micro_rows)).item()
+def take_step(training: Training, rows: torch.Tensor, **how) -> tuple[float, float, bool]:
+    """(loss, joint norm, skipped) of one step over all ranks. how: further arguments of train.step.update."""
+    loss, outcome = update(training, own_rows(training, rows), **how)
     training.muon.wait_for_gather()
-    return loss, training.engine.joint_norm.item(), bool(training.engine.optimizer.overflow)
+    return loss.item(), outcome.norm, outcome.skipped
 
 
 def whole_state(training: Training) -> dict[str, torch.Tensor]:
@@ -88,7 +88,7 @@ def load_whole_state(training: Training, whole: dict[str, torch.Tensor], adamw_s
         for name, (_, rectangles) in state_pieces(training).items():
             for offsets, sizes, view in rectangles:
                 view.copy_(whole[name][tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))])
-    for counter in adamw_steps(training.engine.optimizer):
+    for counter in training.engine.adamw.step_counters():
         counter.fill_(adamw_step)
-    training.engine.optimizer.update_lp_params()
+    training.engine.adamw.refresh_weights()
     training.muon.refresh_weights()

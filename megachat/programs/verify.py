@@ -19,14 +19,13 @@ from megachat.files import write_json
 from megachat.job.join import start_mesh
 from megachat.model.gpt import ModelOptions, build_layers
 from megachat.model.parameters import placed_parameters, starting_value
-from megachat.parallel.engine import adamw_gradients
 from megachat.parallel.rectangles import flat_rectangles
 from megachat.place import Place, place_of
 from megachat.planning.dimensions import Dimensions, up_to_multiple
 from megachat.planning.plan import resolve
 from megachat.train.build import Training, build_training
 from megachat.train.state import state_pieces
-from megachat.train.step import micro_batches, set_schedules
+from megachat.train.step import set_schedules, update
 
 STEPS = 2
 HEAD_MULTIPLE = 16  # channels a head of a model scaled down
@@ -91,7 +90,7 @@ def warm_up(training: Training) -> None:
                 noise = warm_noise(name.removeprefix("model/"), whole) if rectangles else None
                 for offsets, sizes, view in rectangles:
                     view += noise[tuple(slice(first, first + size) for first, size in zip(offsets, sizes, strict=True))]
-    training.engine.optimizer.update_lp_params()
+    training.engine.adamw.refresh_weights()
     training.muon.refresh_weights()
 
 
@@ -101,12 +100,12 @@ def warm_noise(name: str, whole: tuple[int, ...]) -> torch.Tensor:
 
 
 def gradient_pieces(training: Training) -> dict:
-    """Copies of this rank's part of the step's mean gradients as named rectangles; for `JointZero1.observe`. Each element is there once over
+    """Copies of this rank's part of the step's mean gradients as named rectangles; for `inspect_gradients` of train.step.update. Each element is there once over
     all ranks."""
     pieces: dict[str, tuple] = {}
     for name, whole, rectangles in training.muon.gradient_shards():
         pieces[name] = (tuple(whole), [(offsets, sizes, view.clone()) for offsets, sizes, view in rectangles])
-    for parameter, begin, flat in adamw_gradients(training.engine.optimizer):
+    for parameter, begin, flat in training.engine.adamw.gradient_fragments():
         where = place_of(parameter)
         if where.cut != "whole" or training.mesh.tensor.rank == 0:
             rectangles = flat_rectangles(tuple(parameter.shape), flat.clone(), begin, where.offset or None)
@@ -128,12 +127,12 @@ def observe(config: Config, vocab_size: int, device: torch.device, folder: Path)
         pieces.update({f"gradient/{name}": piece for name, piece in gradient_pieces(training).items()})
 
     for step in range(STEPS):
-        training.engine.optimizer.observe = note_gradients if step == 0 else None
         set_schedules(training, step)
         rows = related_rows(step, plan.rows_per_step, plan.dims.sequence_len + 1, vocab_size)[
             mesh.data.rank :: mesh.data.size
         ]
-        losses.append(training.engine.train_batch(micro_batches(rows, plan.micro_rows)).item())
+        loss, _ = update(training, rows, inspect_gradients=note_gradients if step == 0 else None)
+        losses.append(loss.item())
     pieces.update(
         {
             f"weight/{name[6:]}": piece

@@ -33,7 +33,6 @@ from megachat.parallel.engine import (
     build_engine,
     build_loss_scaler,
     build_module,
-    deepspeed_settings,
 )
 from megachat.parallel.mesh import Mesh
 from megachat.parallel.tensor import apply_tensor, vocabulary_part
@@ -121,19 +120,21 @@ def build_training(
     loss = Loss(plan.dims, token_bytes, vocabulary_part(plan.dims.padded_vocab, mesh.tensor), products)
     module = build_module(awaited(layers, muon), loss, mesh)
     adamw = adamw_groups(parameters, groups, plan.rates)
-    settings = deepspeed_settings(
-        micro_rows=plan.micro_rows,
-        accumulation=plan.accumulation,
-        clip_norm=config.optimizer.clip_norm,
-        largest_adamw_tensor=max(parameter.numel() for group in adamw for parameter in group["params"]),
-    )
     scaler = (
         build_loss_scaler(config.precision.loss_scale, config.precision.loss_scale_window)
         if dtype == torch.float16
         else None
     )
-    engine = build_engine(module, adamw, muon, mesh, settings, scaler)
-    engine.optimizer.squares = kernels.norm.sum_of_squares
+    engine = build_engine(
+        module,
+        adamw,
+        muon,
+        mesh,
+        micro_rows=plan.micro_rows,
+        accumulation=plan.accumulation,
+        clip_norm=config.optimizer.clip_norm,
+        loss_scaler=scaler,
+    )
     if config.precision.compile:
         apply_compile(layers)
     return Training(config, plan, mesh, layers, engine, muon, dtype, reason, kernels)

@@ -1,8 +1,10 @@
-"""All that survives a restart: weights, both optimizers, loss scaler, loader, random numbers and the loop's own counters."""
+"""The state that survives a restart: weights, both optimizers, loss scaler, loader, random numbers and the loop's
+counters.
+"""
 
 import dataclasses
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,6 @@ from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError
 from megachat.job.join import random_seed
 from megachat.parallel.collectives import all_gather_objects
-from megachat.parallel.engine import adamw_fragments, adamw_steps
 from megachat.parallel.mesh import Axis
 from megachat.parallel.rectangles import flat_rectangles
 from megachat.place import place_of
@@ -29,14 +30,14 @@ from megachat.planning.dimensions import saved_dimensions
 from megachat.planning.plan import Plan
 from megachat.train.build import Run, Training
 
-_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
 
 @dataclass
 class LoopState:
-    """The loop's counters. step: the next to run, from 0. training_s: seconds in steps after the tenth, as the speedrun counts them.
+    """The loop's counters, saved in every checkpoint.
 
-    owes_evaluation: the job was told to stop and saved before the evaluation that is due at this step. owes_core: before that of CORE was done.
+    step: the next to run, from 0. training_s: seconds in steps after the tenth, as the speedrun counts them. pending:
+    names of the tasks of this step (train/tasks.py) that were due and not done when the checkpoint was made; a resumed
+    job runs them first.
     """
 
     step: int = 0
@@ -44,40 +45,48 @@ class LoopState:
     skipped_steps: int = 0
     val_bpb: float | None = None
     min_val_bpb: float | None = None
-    owes_evaluation: bool = False
-    owes_core: bool = False
+    pending: list[str] = field(default_factory=list)
+
+    @classmethod
+    def from_saved(cls, saved: dict) -> "LoopState":
+        """Reads the counters of a checkpoint; earlier ones have two flags in place of `pending`."""
+        values = dict(saved)
+        flags = {"validation": values.pop("owes_evaluation", False), "core": values.pop("owes_core", False)}
+        return cls(**{"pending": [task for task, flag in flags.items() if flag]} | values)
 
 
 def state_pieces(run: Training, *, replicas: bool = True) -> dict:
-    """Every tensor of the state as named rectangles of this rank; weights are the float32 masters.
+    """Returns every tensor of the state as this rank's named rectangles; weights are the float32 masters.
 
-    The ranks of the tensor axis all keep what it does not cut; without replicas, only the first of them offers it, so that over all ranks
-    each element is there once.
+    Ranks of the tensor axis each hold a copy of what the axis does not cut. With replicas=False only tensor rank 0
+    lists it, so that over all ranks each element is listed once.
     """
     pieces: dict[str, tuple] = {}
     for kind, name, shape, rectangles in run.muon.state_shards():
         pieces["model/" + name if kind == "master" else f"muon/{name}/{kind}"] = (tuple(shape), rectangles)
-    for parameter, begin, _, views in adamw_fragments(run.engine.optimizer):
-        where = place_of(parameter)
-        if not replicas and where.cut == "whole" and run.mesh.tensor.rank > 0:
+    for parameter, begin, _, views in run.engine.adamw.fragments():
+        place = place_of(parameter)
+        if not replicas and place.cut == "whole" and run.mesh.tensor.rank > 0:
             continue
         for kind, view in views.items():
-            name = f"model/{where.name}" if kind == "master" else f"adamw/{where.name}/{kind}"
-            rectangles = flat_rectangles(tuple(parameter.shape), view, begin, where.offset or None)
-            pieces.setdefault(name, (where.whole, []))[1].extend(rectangles)
+            name = f"model/{place.name}" if kind == "master" else f"adamw/{place.name}/{kind}"
+            rectangles = flat_rectangles(tuple(parameter.shape), view, begin, place.offset or None)
+            pieces.setdefault(name, (place.whole, []))[1].extend(rectangles)
     return pieces
 
 
 def save_state(run: Run, state: LoopState, saver: Saver) -> None:
-    """Begin to save checkpoint step_NNNNNN of the run as it is now; all ranks call it. Raises UserError when an earlier save failed."""
+    """Starts saving checkpoint step_NNNNNN of the run as it is now; all ranks call it. Raises UserError when an earlier
+    save failed.
+    """
     since = time.perf_counter()
-    scaler, folder = run.engine.optimizer.loss_scaler, checkpoints_folder(run.folder)
+    step, folder, adamw = state.step, checkpoints_folder(run.folder), run.engine.adamw
     facts = {
         "model": dataclasses.asdict(run.plan.dims),
         "tokenizer": {"fingerprint": run.tokenizer.fingerprint, "vocab_size": run.tokenizer.vocab_size},
         "loop": dataclasses.asdict(state),
-        "adamw_steps": int(adamw_steps(run.engine.optimizer)[0].item()),
-        "loss_scaler": {field: getattr(scaler, field) for field in _SCALER_FIELDS if hasattr(scaler, field)},
+        "adamw_steps": int(adamw.step_counters()[0].item()),
+        "loss_scaler": adamw.loss_scaler_state(),
         "config": run.config.model_dump(mode="json", exclude_defaults=True),
         "layout": dataclasses.asdict(run.plan.layout),
     }
@@ -86,68 +95,58 @@ def save_state(run: Run, state: LoopState, saver: Saver) -> None:
 
     def write_rank_files(temporary: Path) -> None:
         if run.mesh.tensor.rank == 0 and run.mesh.pipeline.rank == 0:
-            mine = [
-                s
-                for s in streams_of_rank(data.rank, data.size, streams, run.plan.rows_per_step)
-                if saving_rank(s, data.size, streams, run.plan.rows_per_step) == data.rank
-            ]
+            rows = run.plan.rows_per_step
+            candidates = streams_of_rank(data.rank, data.size, streams, rows)
+            mine = [stream for stream in candidates if saving_rank(stream, data.size, streams, rows) == data.rank]
             save_loader_state(temporary / "loader", loader_state, mine)
         (temporary / "random").mkdir(exist_ok=True)
         np.savez(temporary / "random" / f"rank_{run.mesh.world.rank:05d}.npz", **random_state)
 
     def write(pieces: RectanglesByName, axis: Axis) -> Path:
-        ledgers = {stream: told for part in all_gather_objects(ledger, axis) for stream, told in part.items()}
-        path = save_checkpoint(
-            folder, state_step, pieces, facts | {"ledger": combined_ledger(ledgers)}, write_rank_files, axis
-        )
+        ledgers = {stream: value for ranks in all_gather_objects(ledger, axis) for stream, value in ranks.items()}
+        all_facts = facts | {"ledger": combined_ledger(ledgers)}
+        path = save_checkpoint(folder, step, pieces, all_facts, write_rank_files, axis)
         if axis.rank == 0:
-            remove_old_checkpoints(folder, keep.keep_last, keep.keep_every, state_step)
+            remove_old_checkpoints(folder, keep.keep_last, keep.keep_every, step)
         return path
 
-    state_step = state.step
     saver.begin(state_pieces(run, replicas=False), write, since)
 
 
 def load_state(run: Run, checkpoint: Path) -> LoopState:
-    """Read the checkpoint into the run, whatever layout wrote it; all ranks call it. The loader was given its state when it was built."""
-    facts = read_facts(checkpoint)
-    zero = run.engine.optimizer
+    """Reads a checkpoint of any layout into the run; all ranks call it. The loader got its state when it was built."""
+    facts, adamw = read_facts(checkpoint), run.engine.adamw
     load_checkpoint(checkpoint, state_pieces(run))
-    for counter in adamw_steps(zero):
+    for counter in adamw.step_counters():
         counter.fill_(facts["adamw_steps"])
-    zero.update_lp_params()
+    adamw.refresh_weights()
     run.muon.refresh_weights()
-    scaler = facts["loss_scaler"]
-    if (
-        zero.dynamic_loss_scale and _SCALER_FIELDS[1] in scaler
-    ):  # the scale 1 of a checkpoint in another dtype would make float16's gradients 0
-        for field in _SCALER_FIELDS:
-            setattr(zero.loss_scaler, field, scaler[field])
-    own_random = checkpoint / "random" / f"rank_{run.mesh.world.rank:05d}.npz"
-    if own_random.is_file():
-        with np.load(own_random) as saved:
+    adamw.load_loss_scaler_state(facts["loss_scaler"])
+    random_file = checkpoint / "random" / f"rank_{run.mesh.world.rank:05d}.npz"
+    if random_file.is_file():
+        with np.load(random_file) as saved:
             _restore_random({key: saved[key] for key in saved.files}, run.mesh.device)
-    else:  # more ranks than wrote it: a stream of its own
+    else:  # the checkpoint was written by fewer ranks: this one starts a stream
         torch.manual_seed(random_seed(run.config.run.seed, facts["step"], run.mesh.world.rank))
-    return LoopState(**facts["loop"])
+    return LoopState.from_saved(facts["loop"])
 
 
 def check_checkpoint(checkpoint: Path, plan: Plan, tokenizer: Tokenizer, config: Config) -> dict:
-    """The checkpoint's facts. Raises UserError unless it is of this model and tokenizer."""
+    """Returns the checkpoint's facts. Raises UserError when it belongs to another model or tokenizer."""
     facts = read_facts(checkpoint)
     if facts["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
         before = facts["tokenizer"]["vocab_size"]
         raise UserError(
-            f"{checkpoint} was trained with another tokenizer ({before} tokens, fingerprint {facts['tokenizer']['fingerprint'][:12]}) than "
-            f"{config.data.tokenizer} ({tokenizer.vocab_size} tokens, {tokenizer.fingerprint[:12]}): "
+            f"{checkpoint} was trained with another tokenizer ({before} tokens, fingerprint "
+            f"{facts['tokenizer']['fingerprint'][:12]}) than {config.data.tokenizer} ({tokenizer.vocab_size} tokens, {tokenizer.fingerprint[:12]}): "
             "set data.tokenizer to the one it was trained with"
         )
-    asked, saved = dataclasses.asdict(plan.dims), dataclasses.asdict(saved_dimensions(facts["model"]))
-    other = [key for key in asked if asked[key] != saved[key]]
-    if other:
-        listed = ", ".join(f"{key} {saved[key]} (asked for {asked[key]})" for key in other)
+    configured, saved = dataclasses.asdict(plan.dims), dataclasses.asdict(saved_dimensions(facts["model"]))
+    differing = [key for key in configured if configured[key] != saved[key]]
+    if differing:
+        listed = ", ".join(f"{key} {saved[key]} (configured: {configured[key]})" for key in differing)
         raise UserError(
-            f"{checkpoint} is of another model: {listed}; use the config it was trained with, or another run.name"
+            f"{checkpoint} holds another model: {listed}; use the config it was trained with, or another run.name"
         )
     return facts
 

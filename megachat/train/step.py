@@ -1,9 +1,9 @@
-"""One optimizer step: schedules in, batch through the engine, and a decision that all ranks share."""
+"""One training step: schedules, rows, forward and backward, and the optimizer step (optim/joint.py)."""
 
 import math
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,19 +11,21 @@ import torch
 from megachat.device import synchronize
 from megachat.errors import UserError
 from megachat.optim.groups import GROUPS
+from megachat.optim.joint import StepOutcome, optimizer_step
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.progress import profile_range
 from megachat.schedule import learning_rate_multiplier, muon_momentum, weight_decay_multiplier
 from megachat.train.build import Run, Training
 
-_RATE_OF = {group.name: group.rate for group in GROUPS}
+_RATE_OF_GROUP = {group.name: group.rate for group in GROUPS}
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean over tokens and ranks, nats. norm: joint gradient norm before clipping, inf when not finite. seconds: wall time.
+    """loss: mean over tokens and ranks, nats. norm: joint gradient norm before clipping, inf when not finite. seconds:
+    wall time.
 
-    wished: what any rank wished for, in the order of `train_step`'s wishes.
+    requests: for each request that `train_step` was given, whether any rank made it.
     """
 
     loss: float
@@ -31,40 +33,67 @@ class StepResult:
     skipped: bool
     rate_multiplier: float
     seconds: float
-    wished: tuple[bool, ...] = ()
+    requests: tuple[bool, ...]
 
 
 def set_schedules(run: Training, step: int) -> float:
-    """Give both optimizers the step's rates, decay and momentum; returns the rate multiplier."""
-    plan, asked = run.plan, run.config.optimizer
+    """Sets both optimizers' rates, decay and momentum for the step; returns the rate multiplier."""
+    plan, config = run.plan, run.config.optimizer
     multiplier = learning_rate_multiplier(
         step,
         plan.steps,
-        warmup_steps=asked.warmup_steps,
-        warmdown_ratio=asked.warmdown_ratio,
-        final_fraction=asked.final_lr_fraction,
+        warmup_steps=config.warmup_steps,
+        warmdown_ratio=config.warmdown_ratio,
+        final_fraction=config.final_lr_fraction,
     )
-    for group in run.engine.optimizer.param_groups:
-        group["lr"] = plan.rates[_RATE_OF[group["name"]]] * multiplier
+    for group in run.engine.adamw.param_groups:
+        group["lr"] = plan.rates[_RATE_OF_GROUP[group["name"]]] * multiplier
     run.muon.set_hyper(
         lr=plan.rates["matrix"] * multiplier,
         weight_decay=plan.weight_decay * weight_decay_multiplier(step, plan.steps),
-        momentum=muon_momentum(step, plan.steps, warmdown_ratio=asked.warmdown_ratio),
+        momentum=muon_momentum(step, plan.steps, warmdown_ratio=config.warmdown_ratio),
     )
     return multiplier
 
 
-def micro_batches(rows: torch.Tensor, micro_rows: int):
-    """Yield (ids, targets) [micro_rows, tokens] of a rank's rows [count, tokens + 1], in order."""
+def micro_batches(rows: torch.Tensor, micro_rows: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yields (ids, targets), each [micro_rows, tokens], of a rank's rows [count, tokens + 1] in order."""
     for chunk in rows.split(micro_rows):
         yield chunk[:, :-1].contiguous(), chunk[:, 1:].contiguous()
 
 
-def train_step(run: Run, step: int, wishes: Sequence[bool] = ()) -> StepResult:
-    """Run step `step`. Raises UserError, on all ranks, when the loss is not finite; nothing was changed then.
+def update(
+    run: Training,
+    rows: torch.Tensor,
+    *,
+    requests: Sequence[bool] = (),
+    before_update: Callable[[], object] | None = None,
+    inspect_gradients: Callable[[], object] | None = None,
+) -> tuple[torch.Tensor, StepOutcome]:
+    """Trains on this rank's rows of a step, int64 [rows, tokens + 1]; all ranks call it.
 
-    wishes: of this rank, as many on each; all ranks learn of them together, in the collective of the gradient norm.
+    Returns the mean loss over tokens and ranks (0-d, nats) and the outcome. The other arguments are those of
+    optim.joint.optimizer_step.
     """
+
+    def step_optimizers() -> StepOutcome:
+        return optimizer_step(
+            run.engine.adamw,
+            run.muon,
+            run.mesh,
+            run.kernels.norm.sum_of_squares,
+            requests=requests,
+            before_update=before_update,
+            inspect_gradients=inspect_gradients,
+        )
+
+    return run.engine.train_step(micro_batches(rows, run.plan.micro_rows), step_optimizers)
+
+
+def train_step(
+    run: Run, step: int, *, requests: Sequence[bool] = (), before_update: Callable[[], object] | None = None
+) -> StepResult:
+    """Runs step `step`. Raises UserError on all ranks when the loss is not finite; such a step has changed nothing."""
     progress = run.mesh.world.progress
     progress.note(f"rows of step {step}")
     with profile_range("data"):
@@ -72,26 +101,23 @@ def train_step(run: Run, step: int, wishes: Sequence[bool] = ()) -> StepResult:
     synchronize(run.mesh.device)
     begin = time.perf_counter()
     multiplier = set_schedules(run, step)
-    run.engine.optimizer.wishes = torch.tensor(wishes, dtype=torch.float32, device=run.mesh.device)
-    loss = run.engine.train_batch(micro_batches(rows, run.plan.micro_rows))
-    progress.note(
-        f"loss of step {step}", waits=True
-    )  # a GPU still works off what it was given, other ranks' parts included
-    loss = loss.item()
+    loss_tensor, outcome = update(run, rows, requests=requests, before_update=before_update)
+    progress.note(f"loss of step {step}", waits=True)  # a GPU may still be working, and wait for other ranks
+    loss = loss_tensor.item()
     if not math.isfinite(loss):
         _stop_for_loss(run, step, loss)
-    norm = run.engine.joint_norm.item()
     synchronize(run.mesh.device)
     progress.note(f"after step {step}")
-    wished = tuple(count > 0 for count in run.engine.optimizer.wishes.tolist())
-    return StepResult(loss, norm, bool(run.engine.optimizer.overflow), multiplier, time.perf_counter() - begin, wished)
+    seconds = time.perf_counter() - begin
+    return StepResult(loss, outcome.norm, outcome.skipped, multiplier, seconds, outcome.requests)
 
 
 def _stop_for_loss(run: Run, step: int, loss: float) -> None:
-    own = run.engine.own_loss
-    bad = None if own is None or math.isfinite(own.item()) else f"rank {run.mesh.world.rank} ({socket.gethostname()})"
-    named = [name for name in all_gather_objects(bad, run.mesh.world) if name]
+    local_loss = run.engine.local_loss
+    finite = local_loss is None or math.isfinite(local_loss.item())
+    rank = None if finite else f"rank {run.mesh.world.rank} ({socket.gethostname()})"
+    ranks = [name for name in all_gather_objects(rank, run.mesh.world) if name]
     raise UserError(
-        f"step {step}: the loss is {loss} on {', '.join(named) or 'no single rank'}; training stopped and this step changed no weight, "
-        f"checkpoints are untouched: continue with --resume auto and lower rates, or look at the rows of this step"
+        f"step {step}: the loss is {loss} on {', '.join(ranks) or 'no single rank'}; this step changed no weight and the "
+        "checkpoints are untouched: continue with --resume auto and lower rates, or look at the rows of this step"
     )

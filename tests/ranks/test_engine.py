@@ -20,12 +20,12 @@ def skip_then_go_on(config, poison: str, bad_rank: int):
     if training.mesh.world.rank == bad_rank:
         parameter = next(p for p in training.layers.parameters() if place_of(p).name == poison)
         hook = parameter.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
-    scale = training.engine.optimizer.loss_scale
+    scale = training.engine.adamw.loss_scale
     loss, norm, skipped = take_step(training, random_rows(1, ROWS, TOKENS, SMALL_VOCAB))
     after = whole_state(training)
     if training.mesh.world.rank == bad_rank:
         hook.remove()
-    halved = training.engine.optimizer.loss_scale / scale
+    halved = training.engine.adamw.loss_scale / scale
     _, _, skipped_next = take_step(training, random_rows(2, ROWS, TOKENS, SMALL_VOCAB))
     same = [name for name in before if torch.equal(before[name], after[name])]
     changed_next = sum(not torch.equal(after[name], tensor) for name, tensor in whole_state(training).items())
@@ -80,7 +80,7 @@ def test_bfloat16_tables_accumulate_gradients_in_float32():
 def state_size(config):
     training = build(config, SMALL_VOCAB)
     take_step(training, random_rows(0, ROWS, TOKENS, SMALL_VOCAB))
-    zero = training.engine.optimizer
+    zero = training.engine.adamw
     adamw = sum(
         t.numel() * t.element_size()
         for flat in zero.single_partition_of_fp32_groups

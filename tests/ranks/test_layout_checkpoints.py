@@ -10,7 +10,7 @@ import torch
 from megachat.checkpoint.saver import Saver
 from megachat.data.tokenizer import Tokenizer
 from megachat.parallel.collectives import all_gather_objects
-from megachat.parallel.engine import adamw_steps, build_loss_scaler, start_collectives
+from megachat.parallel.engine import build_loss_scaler, start_collectives
 from megachat.parallel.mesh import build_mesh
 from megachat.planning.plan import resolve
 from megachat.programs.verify import warm_up
@@ -54,7 +54,7 @@ def job(config, folder: Path, checkpoint: Path | None = None):
         )
         assert told == []
     run = build_run(config, plan, mesh, tokenizer, folder, documents)
-    run.engine.optimizer.loss_scaler, run.engine.optimizer.dynamic_loss_scale = (
+    run.engine.adamw.loss_scaler, run.engine.adamw.dynamic_loss_scale = (
         build_loss_scaler(2.0**4 if checkpoint else 2.0**10, 2),
         True,
     )
@@ -72,9 +72,9 @@ def counters(run) -> dict:
         for part in all_gather_objects(run.loader.ledger(), run.mesh.world)
         for stream, ledger in part.items()
     }
-    scaler = {name: getattr(run.engine.optimizer.loss_scaler, name) for name in SCALER}
+    scaler = {name: getattr(run.engine.adamw.loss_scaler, name) for name in SCALER}
     return {
-        "adamw": {counter.item() for counter in adamw_steps(run.engine.optimizer)},
+        "adamw": {counter.item() for counter in run.engine.adamw.step_counters()},
         "scaler": scaler,
         "ledgers": ledgers,
     }

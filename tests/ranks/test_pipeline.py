@@ -38,7 +38,7 @@ def hooks_of_a_step(config):
 
         parameter.register_post_accumulate_grad_hook(count)
     take_step(training, random_rows(0, ROWS, TOKENS, SMALL_VOCAB))
-    groups = [group["name"] for group in training.engine.optimizer.param_groups]
+    groups = [group["name"] for group in training.engine.adamw.param_groups]
     return counts, groups, training.plan.accumulation
 
 

@@ -7,7 +7,6 @@ import pytest
 
 from megachat.checkpoint.facts import read_facts
 from megachat.checkpoint.load import load_checkpoint
-from megachat.parallel.engine import adamw_steps
 from megachat.train.state import state_pieces
 from tests import reference
 from tests.harness import run_ranks
@@ -33,9 +32,9 @@ def ten_steps(saved):
     """The steps of tests/ranks/test_reference_steps.py, but from the imported checkpoint's files."""
     training = build(reference.config(), reference.VOCAB_SIZE)
     load_checkpoint(saved, state_pieces(training))
-    for counter in adamw_steps(training.engine.optimizer):
+    for counter in training.engine.adamw.step_counters():
         counter.fill_(read_facts(saved)["adamw_steps"])
-    training.engine.optimizer.update_lp_params()
+    training.engine.adamw.refresh_weights()
     training.muon.refresh_weights()
     training.muon.set_hyper(lr=0.02, weight_decay=0.28, momentum=0.95)
     told = [take_step(training, reference.rows(reference.FIRST_STEP + step))[0] for step in range(10)]

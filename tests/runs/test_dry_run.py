@@ -5,7 +5,6 @@ import re
 import pytest
 
 from megachat.optim.groups import assign
-from megachat.parallel.engine import adamw_fragments
 from megachat.place import place_of
 from megachat.planning.manifest import ownership
 from megachat.planning.plan import resolve
@@ -70,7 +69,7 @@ def held(config):
     """Each rank's AdamW state as name -> (rate, decay), names of its masters and of the matrices that it orthogonalizes, and every name's group."""
     training = build(config, SMALL_VOCAB)
     set_schedules(training, 5)  # after the warm-up and before the decay the multiplier is 1
-    zero = training.engine.optimizer
+    zero = training.engine.adamw
     groups = {
         place_of(parameter).name: group
         for group, flat in zip(zero.param_groups, zero.bit16_groups, strict=True)
@@ -81,7 +80,7 @@ def held(config):
             groups[place_of(parameter).name]["lr"],
             groups[place_of(parameter).name]["weight_decay"],
         )
-        for parameter, _, _, _ in adamw_fragments(zero)
+        for parameter, _, _, _ in zero.fragments()
     }
     moments = {name for kind, name, _, pieces in training.muon.state_shards() if kind == "second_moment" and pieces}
     masters = {name for kind, name, _, pieces in training.muon.state_shards() if kind == "master" and pieces}

@@ -8,8 +8,8 @@ import pytest
 from megachat.checkpoint.resume import newest_complete
 from megachat.config import load_config
 from megachat.errors import SAVED_STATUS, UserError
+from megachat.programs.dry_run import describe_job
 from megachat.programs.evaluate import EvaluationRequest, evaluate
-from megachat.programs.pretrain import describe_job
 from tests import reference
 from tests.runs.job import (
     STEPS,
@@ -141,7 +141,7 @@ def test_a_stop_breaks_core_off_and_the_resume_makes_it(place, bundle, run, one)
     assert done.status == SAVED_STATUS, (said, done)
     saved, _ = newest_complete(stopped / "checkpoints")
     loop = facts(saved)["loop"]
-    assert (loop["step"], loop["owes_core"], loop["owes_evaluation"]) == (3, True, False)
+    assert (loop["step"], loop["pending"]) == (3, ["core"])
     assert told_core(stopped) == {} and list(bits_per_byte(stopped)) == [3]
     train(place, "stopped", "--resume", "auto", config=config)
     for key in ("val/bpb", "centered_results"):  # each once
@@ -152,7 +152,9 @@ def test_a_stop_breaks_core_off_and_the_resume_makes_it(place, bundle, run, one)
         assert (
             "core_metric" not in told_core(stopped)[step] and in_training(stopped, step)["core"]["core_metric"] is None
         )
-    assert not facts(checkpoint(stopped, STEPS))["loop"]["owes_core"]
+    assert facts(checkpoint(stopped, STEPS))["loop"]["pending"] == ["core"], "the step is saved before CORE"
+    again = train(place, "stopped", "--resume", "auto", config=config)
+    assert [line["step"] for line in metrics(again) if "centered_results" in line] == [3, STEPS], "CORE ran again"
 
 
 @reference.needs_reference

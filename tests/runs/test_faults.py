@@ -133,7 +133,7 @@ def test_a_loss_that_is_no_number_stops_all_ranks_and_spares_the_checkpoint(two,
     assert done.status == 2
     (told,) = done.errors
     assert re.match(
-        r"error: step 3: the loss is nan on rank 0 \(.+\), rank 1 \(.+\); training stopped and this step changed no weight, ",
+        r"error: step 3: the loss is nan on rank 0 \(.+\), rank 1 \(.+\); this step changed no weight and the checkpoints are untouched: ",
         told,
     )
     assert "Traceback" not in done.out + done.err

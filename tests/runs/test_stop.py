@@ -62,7 +62,7 @@ def test_a_stop_costs_nothing(world, rank, number, place):
     step = facts(saved)["step"]
     assert (
         f"stopped after step {step}, which is saved: continue with --resume auto" in ends[0].out
-        and facts(saved)["loop"]["owes_evaluation"]
+        and facts(saved)["loop"]["pending"][0] == "validation"
     )
     assert max(bits_per_byte(run)) == step - 1 and max(losses(run)) == step - 1
     until_step = {"horizon": LONG["horizon"] | {"stop_step": step + 2}}

@@ -10,7 +10,7 @@ import torch
 from megachat.config import Config, load_config
 from megachat.planning.memory import FILLS, memory_of_stages
 from megachat.planning.plan import resolve
-from megachat.programs.pretrain import describe_job
+from megachat.programs.dry_run import describe_job
 from tests.runs.job import ROOT, environment
 
 FOLDER = ROOT / "configs"

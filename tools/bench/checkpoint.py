@@ -31,7 +31,7 @@ from megachat.planning.plan import resolve  # noqa: E402
 from megachat.programs.verify import related_rows  # noqa: E402
 from megachat.train.build import Training, build_training  # noqa: E402
 from megachat.train.state import state_pieces  # noqa: E402
-from megachat.train.step import micro_batches, set_schedules  # noqa: E402
+from megachat.train.step import set_schedules, update  # noqa: E402
 
 
 def trained(arguments) -> Training:
@@ -48,11 +48,11 @@ def trained(arguments) -> Training:
     return training
 
 
-def take_step(training: Training) -> None:
+def take_step(training: Training, before_update=None) -> None:
     """One optimizer step on rows of its own."""
     plan, data = training.plan, training.mesh.data
     rows = related_rows(0, plan.rows_per_step, plan.dims.sequence_len + 1, plan.dims.vocab_size)[data.rank :: data.size]
-    training.engine.train_batch(micro_batches(rows, plan.micro_rows)).item()
+    update(training, rows, before_update=before_update)[0].item()
 
 
 class Measured:
@@ -106,7 +106,7 @@ def round_of(training: Training, saver: Saver, state: dict, folder: Path, measur
         saver.begin(pieces, lambda copies, axis: save_checkpoint(folder, 1, copies, {}, lambda _: None, axis))
         if trains:
             begin = time.perf_counter()
-            take_step(training)
+            take_step(training, before_update=saver.wait_copied)
             measured.note("step_beside_it", time.perf_counter() - begin)
         else:
             saver.wait_copied()  # as if the next update came at once
@@ -155,7 +155,6 @@ def main() -> None:
     arguments = parser.parse_args()
     training = trained(arguments)
     saver, measured = Saver(training.mesh.saving), Measured(training)
-    training.engine.optimizer.before_update = saver.wait_copied
     pieces = state_pieces(training, replicas=False)
     saver.reserve(pieces)
     state = {

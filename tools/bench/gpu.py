@@ -95,7 +95,7 @@ def build(case: dict, device):
     from megachat.planning.plan import resolve
     from megachat.programs.verify import related_rows
     from megachat.train.build import build_training
-    from megachat.train.step import micro_batches, set_schedules
+    from megachat.train.step import set_schedules, update
 
     start_collectives(device, collective_backend(device), timedelta(seconds=600))
     config = case_config(case)
@@ -131,7 +131,7 @@ def build(case: dict, device):
             engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | {
                 kind: timed(engine._INSTRUCTION_MAP[kind]) for kind in kinds
             }
-        loss = engine.train_batch(micro_batches(rows, plan.micro_rows)).item()
+        loss = update(training, rows)[0].item()
         engine.__dict__.pop("_INSTRUCTION_MAP", None)
         return loss
 

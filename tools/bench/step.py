@@ -13,7 +13,7 @@ from megachat.parallel.engine import start_collectives
 from megachat.parallel.mesh import build_mesh
 from megachat.planning.plan import Plan, resolve
 from megachat.train.build import build_training
-from megachat.train.step import micro_batches, set_schedules
+from megachat.train.step import set_schedules, update
 from tools.bench.live_bytes import LiveBytes
 
 
@@ -38,9 +38,7 @@ def training_steps(arguments, settings: dict[str, list[str]]) -> tuple[dict, Pla
         training = build_training(config, plan, mesh, torch.ones(plan.dims.vocab_size, dtype=torch.int64))
         set_schedules(training, 0)
         rows = random_rows(plan)
-        actions[name] = lambda training=training, rows=rows: training.engine.train_batch(
-            micro_batches(rows, training.plan.micro_rows)
-        ).item()
+        actions[name] = lambda training=training, rows=rows: update(training, rows)[0].item()
     return actions, plan
 
 

@@ -202,7 +202,7 @@ def measure(config_path: str, settings: list[str], vocab_size: int, rounds: int,
         0, plan.dims.vocab_size, (plan.micro_rows * plan.accumulation, plan.dims.sequence_len + 1), generator=generator
     )
     run = Run(**vars(training), folder=Path(), tokenizer=None, loader=itertools.repeat(rows), bundle=None)
-    run.engine.optimizer.timers = _Timers()
+    run.engine.adamw.timers = _Timers()
     plain = [train_step(run, 0).seconds for _ in range(WARM_UP + rounds)][WARM_UP:]
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with profile(activities=activities) as profiled:

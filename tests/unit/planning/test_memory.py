@@ -49,12 +49,11 @@ def storages(tensors) -> dict[int, int]:
 def held(config) -> tuple[int, dict[str, int]]:
     """(this rank's stage, bytes that it has by kind in a step and after it)."""
     training = build(config, SMALL_VOCAB)
-    zero, muon, plan = training.engine.optimizer, training.muon, training.plan
+    zero, muon, plan = training.engine.adamw, training.muon, training.plan
     found, count = {}, {"now": 0, "most": 0}
 
-    def observe() -> (
-        None
-    ):  # when all gradients are there; those of AdamW that another rank updates are already given back
+    # when all gradients exist; those of AdamW that another rank updates are already freed
+    def count_gradients() -> None:
         parameters = [parameter for group in zero.bit16_groups for parameter in group]
         given = [parameter.grad_accum for parameter in parameters if parameter.grad_accum is not None]
         assert given and all(tensor.dtype == torch.float32 for tensor in given)
@@ -62,12 +61,11 @@ def held(config) -> tuple[int, dict[str, int]]:
             4 * one.numel() for one in parameters
         )
 
-    zero.observe = observe
     parameters = list(training.layers.parameters())
     apart = set(storages([*parameters, *training.layers.buffers()]))
     rows = random_rows(0, plan.rows_per_step, plan.dims.sequence_len + 1, SMALL_VOCAB)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: Kept(tensor, apart, count), lambda kept: kept.tensor):
-        take_step(training, rows)
+        take_step(training, rows, inspect_gradients=count_gradients)
     weights = storages(parameters)
     masters = storages([*(bucket.master for bucket in muon._buckets), *zero.single_partition_of_fp32_groups])
     moments = [

@@ -1,6 +1,5 @@
 import pytest
 
-from megachat.parallel.engine import adamw_fragments
 from megachat.place import place_of
 from megachat.planning.zero import zero1_owners
 from tests.harness import run_ranks
@@ -10,7 +9,7 @@ from tests.training import SMALL_VOCAB, build, small_config
 def held(config):
     return [
         place_of(parameter).name + str(place_of(parameter).offset)
-        for parameter, *_ in adamw_fragments(build(config, SMALL_VOCAB).engine.optimizer)
+        for parameter, *_ in build(config, SMALL_VOCAB).engine.adamw.fragments()
     ]
 
 
@@ -25,7 +24,7 @@ def test_owners_are_deepspeeds(world):
 
 
 def sizes(config):
-    zero = build(config, SMALL_VOCAB).engine.optimizer
+    zero = build(config, SMALL_VOCAB).engine.adamw
     return [
         [(place_of(parameter).name + str(place_of(parameter).offset), parameter.numel()) for parameter in group]
         for group in zero.bit16_groups

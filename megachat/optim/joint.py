@@ -1,0 +1,78 @@
+"""The optimizer step: from reduced gradients to updated weights, for AdamW (under ZeRO-1) and Muon together.
+
+Both see one gradient norm, one clipping factor, one loss scale and one decision to skip, whatever the layout.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megachat.kernels.gradient_norm import SumOfSquares
+from megachat.optim.partition import MuonPartition
+from megachat.parallel.collectives import all_reduce
+from megachat.parallel.engine import ZeroAdamW
+from megachat.parallel.mesh import Mesh
+from megachat.parallel.progress import profile_range
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What all ranks know after a step. norm: of the whole gradient, without loss scale, before clipping; inf if it was
+    not finite.
+
+    skipped: the gradient was not finite, so nothing was changed. requests: for each request, whether any rank made it.
+    """
+
+    norm: float
+    skipped: bool
+    requests: tuple[bool, ...]
+
+
+@torch.no_grad()
+def optimizer_step(
+    adamw: ZeroAdamW,
+    muon: MuonPartition,
+    mesh: Mesh,
+    sum_of_squares: SumOfSquares,
+    *,
+    requests: Sequence[bool] = (),
+    before_update: Callable[[], object] | None = None,
+    inspect_gradients: Callable[[], object] | None = None,
+) -> StepOutcome:
+    """Updates the weights with the reduced gradients, or skips the step on all ranks; all ranks call it.
+
+    requests: this rank's, as many on every rank; they travel with the norm. inspect_gradients: called when all
+    gradients are reduced, and not yet clipped or discarded. before_update: called before any weight or state changes.
+    """
+    # 1. Gradients: ZeRO has averaged AdamW's shares; Muon's last buckets may still be on the wire.
+    muon.wait_reduce()
+    if inspect_gradients:
+        inspect_gradients()
+
+    # 2. One all-reduce over all ranks carries the squared norm of the whole gradient and the requests.
+    with profile_range("norm"):
+        squares = sum_of_squares(adamw.local_gradients(), muon.sum_of_squares())
+        joint = torch.cat((squares.view(1), torch.tensor(requests, dtype=torch.float32, device=mesh.device)))
+        all_reduce(joint, mesh.world, name="gradient norm")
+        scaled_norm = joint[0].sqrt()  # the loss scale is still in it
+        finite = bool(torch.isfinite(scaled_norm))  # the host waits here for the device, once per step
+
+    # 3. Not finite: no rank touches a weight or a state, and the loss scale falls.
+    # 4. Finite: the inverse of loss scale and clipping is one number for both sets. ZeRO computes the same for AdamW's.
+    # 5. Update. Muon launches the gathers of its weights; each layer waits for its own in the next forward pass (6).
+    if before_update:
+        before_update()
+    norm = scaled_norm / adamw.loss_scale
+    if finite:
+        gradient_scale = 1.0 / adamw.loss_scale
+        if adamw.clip_grad > 0:
+            gradient_scale = gradient_scale / ((norm + 1e-6) / adamw.clip_grad).clamp_min(1.0)
+        muon.step(gradient_scale)
+        adamw.apply(scaled_norm)
+    else:
+        muon.discard_gradients()
+        adamw.apply(torch.full_like(scaled_norm, torch.inf))
+    counts = joint[1:].tolist()
+    return StepOutcome(norm.item() if finite else math.inf, not finite, tuple(count > 0 for count in counts))

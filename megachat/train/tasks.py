@@ -1,0 +1,198 @@
+"""Periodic work of a training run: five tasks, in the order in which they run after a step.
+
+Log, validation and checkpoint come before samples and CORE, which may fail or take minutes: by then the step is saved.
+A task that was due and did not run is listed in LoopState.pending, so that the resumed job runs it first.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from megachat.device import peak_flops, peak_memory_bytes
+from megachat.evals.bpb import ValidationRows, bits_per_byte
+from megachat.evals.core import build_evaluator, evaluate_bundle
+from megachat.evals.engine_model import sample_prompts
+from megachat.evals.results import core_lines, results_path, save_results
+from megachat.files import write_atomically
+from megachat.parallel.collectives import all_reduce
+from megachat.schedule import due
+from megachat.train.build import Run, build_loader
+from megachat.train.metrics import console_line
+from megachat.train.state import LoopState, save_state
+
+if TYPE_CHECKING:
+    from megachat.train.trainer import Trainer
+
+UNTIMED_STEPS = 10  # the speedrun's clock starts after them
+
+
+class Task:
+    """One kind of periodic work; all ranks call everything.
+
+    name: its name in LoopState.pending. activity: what the failure monitor reports while it runs, when other ranks may
+    wait longer than usual. runs_on_stop: whether a job that was requested to stop still runs it.
+    """
+
+    name = activity = ""
+    runs_on_stop = False
+
+    def due(self, trainer: "Trainer") -> bool:
+        """Returns whether it runs now, after step trainer.state.step - 1."""
+        raise NotImplementedError
+
+    def run(self, trainer: "Trainer") -> bool:
+        """Does the work. Returns False when a stop request interrupted it."""
+        raise NotImplementedError
+
+    def has_result(self, run_folder: Path, step: int) -> bool:
+        """Returns whether the run folder has its result for `step`."""
+        return False
+
+
+class Log(Task):
+    """Writes the last step to the console and to metrics.jsonl: every log.every steps, and skipped and last steps."""
+
+    name, runs_on_stop = "log", True
+
+    def due(self, trainer: "Trainer") -> bool:
+        step, plan, every = trainer.state.step, trainer.run.plan, trainer.run.config.log.every
+        return due(step - 1, every) or trainer.last_result.skipped or step == plan.stop_step
+
+    def run(self, trainer: "Trainer") -> bool:
+        run, state, result = trainer.run, trainer.state, trainer.last_result
+        step, tokens = state.step - 1, run.plan.tokens_per_step
+        values = totals(run, state, step) | {
+            "train/loss": result.loss,
+            "train/grad_norm": result.norm if math.isfinite(result.norm) else None,
+            "train/lrm": result.rate_multiplier,
+            "train/dt": result.seconds,
+            "train/tok_per_sec": int(tokens / result.seconds),
+            "train/epoch": run.loader.epoch,
+            "train/skipped": result.skipped,
+            "train/muon_matrices": run.muon.matrices_updated,
+            "train/peak_memory_bytes": peak_memory_bytes(run.mesh.device),
+        }
+        if peak := peak_flops(run.mesh.device):
+            values["train/mfu"] = (
+                100 * run.plan.flops_per_token * tokens / result.seconds / (peak * run.mesh.world.size)
+            )
+        timed_steps = step - UNTIMED_STEPS
+        eta_s = state.training_s / timed_steps * (run.plan.stop_step - state.step) if timed_steps > 0 else None
+        trainer.metrics.say(console_line(values | {"train/grad_norm": result.norm}, run.plan.steps, eta_s))
+        trainer.metrics.record(values)
+        return True
+
+
+class Validation(Task):
+    """Computes bits per byte on the validation rows, every evaluate.every steps and at the end of training."""
+
+    name, activity = "validation", "evaluation"
+
+    def __init__(self) -> None:
+        self._rows: ValidationRows | None = None  # packed at the first run and kept
+
+    def due(self, trainer: "Trainer") -> bool:
+        return due(trainer.state.step, trainer.run.config.evaluate.every) or trainer.at_end
+
+    def run(self, trainer: "Trainer") -> bool:
+        run, state = trainer.run, trainer.state
+        if self._rows is None:
+            with build_loader(run.config, run.plan, run.mesh, run.tokenizer, validation=True) as loader:
+                self._rows = ValidationRows(loader, run.plan.evaluation_rows, run.plan.micro_rows, run.mesh)
+        state.val_bpb = bits_per_byte(run.engine, self._rows, run.mesh)
+        state.min_val_bpb = min(state.val_bpb, math.inf if state.min_val_bpb is None else state.min_val_bpb)
+        trainer.metrics.say(f"step {state.step:05d} | validation bpb {state.val_bpb:.6f}")
+        trainer.metrics.record(totals(run, state, state.step) | {"val/bpb": state.val_bpb})
+        return True
+
+
+class Checkpoint(Task):
+    """Starts saving the state, every checkpoint.every steps and at this job's last step; training goes on meanwhile."""
+
+    name, runs_on_stop = "checkpoint", True
+    activity = "copying the state to save it, or waiting for the save before"
+
+    def due(self, trainer: "Trainer") -> bool:
+        step = trainer.state.step
+        return due(step, trainer.run.config.checkpoint.every) or step == trainer.run.plan.stop_step
+
+    def run(self, trainer: "Trainer") -> bool:
+        save_state(trainer.run, trainer.state, trainer.saver)
+        trainer.saved_step = trainer.state.step
+        return True
+
+
+class Samples(Task):
+    """Continues the configured prompts greedily at the end of training; rank 0 writes the texts to samples/."""
+
+    name, activity = "samples", "sampling"
+
+    def due(self, trainer: "Trainer") -> bool:
+        return trainer.at_end and bool(trainer.run.config.evaluate.prompts)
+
+    def run(self, trainer: "Trainer") -> bool:
+        run = trainer.run
+        texts = sample_prompts(run.config, run.plan, run.mesh, run.engine, run.tokenizer)
+        if run.is_writer:
+            path = _samples_path(run.folder, trainer.state.step)
+            path.parent.mkdir(exist_ok=True)
+            write_atomically(path, json.dumps(texts, indent=2, ensure_ascii=False).encode() + b"\n")
+        for text in texts.values():
+            trainer.metrics.say(f"sample: {text!r}")
+        return True
+
+    def has_result(self, run_folder: Path, step: int) -> bool:
+        return _samples_path(run_folder, step).exists()
+
+
+class Core(Task):
+    """Evaluates the CORE metric, every evaluate.core_every steps and at the end of training; never when that is 0."""
+
+    name, activity = "core", "evaluation of CORE"
+
+    def due(self, trainer: "Trainer") -> bool:
+        every = trainer.run.config.evaluate.core_every
+        return every > 0 and (due(trainer.state.step, every) or trainer.at_end)
+
+    def run(self, trainer: "Trainer") -> bool:
+        run, state = trainer.run, trainer.state
+
+        def stop_requested_on_any_rank() -> bool:  # asked between two of CORE's tasks: each may take minutes
+            requested = torch.tensor(float(trainer.stop_requested()), device=run.mesh.device)
+            all_reduce(requested, run.mesh.world, "max", name="stop requests")
+            return bool(requested)
+
+        limit, evaluator = run.config.evaluate.core_max_per_task, build_evaluator(run)
+        section = evaluate_bundle(
+            evaluator, run.bundle, run.tokenizer, max_per_task=limit, stop=stop_requested_on_any_rank
+        )
+        if section is None:
+            return False
+        centered = {label: task["centered"] for label, task in section["tasks"].items()}
+        metric = {} if section["core_metric"] is None else {"core_metric": section["core_metric"]}
+        trainer.metrics.record(totals(run, state, state.step) | {"centered_results": centered} | metric)
+        for line in core_lines(section):
+            trainer.metrics.say(f"step {state.step:05d} | {line}")
+        if run.is_writer:
+            results = {"run": run.folder.name, "step": state.step, "core": section}
+            save_results(results_path(run.folder, state.step, in_training=True), results)
+        return True
+
+    def has_result(self, run_folder: Path, step: int) -> bool:
+        return results_path(run_folder, step, in_training=True).exists()
+
+
+def totals(run: Run, state: LoopState, step: int) -> dict:
+    """Returns what every evaluation and every step records: the step, and FLOPs and seconds of training until then."""
+    return {
+        "step": step,
+        "total_training_flops": float(run.plan.flops_per_token) * run.plan.tokens_per_step * step,
+        "total_training_time": state.training_s,
+    }
+
+
+def _samples_path(run_folder: Path, step: int) -> Path:
+    return run_folder / "samples" / f"step_{step:06d}.json"
