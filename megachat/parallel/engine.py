@@ -48,7 +48,7 @@ PRIVATE_NAMES = {
 }
 _LOSS_SCALER_STATE = PRIVATE_NAMES[DynamicLossScaler]
 LOSS_SCALE_MINIMUM = 1.0
-_PIPELINE_SETTINGS = {"pipeline": {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False}}
+PIPELINE_SETTINGS = {"pipeline": {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False}}
 Outcome = TypeVar("Outcome")
 
 check_deepspeed(deepspeed.__version__, DEEPSPEED_VERSION, PRIVATE_NAMES)
@@ -399,7 +399,7 @@ def build_evaluation_engine(module: PipelineModule, mesh: Mesh) -> Engine:
 
 
 def _initialize(module: PipelineModule, mesh: Mesh, settings: dict, optimizer=None, parameters=None) -> Engine:
-    settings = settings | {"steps_per_print": 2**31 - 1} | _PIPELINE_SETTINGS
+    settings = settings | {"steps_per_print": 2**31 - 1} | PIPELINE_SETTINGS
     with quiet_output():
         engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, model_parameters=parameters, config=settings, dist_init_required=False

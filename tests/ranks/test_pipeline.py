@@ -12,7 +12,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from megachat.evals.bpb import ValidationRows, bits_per_byte
 from megachat.evals.engine_model import EngineModel
 from megachat.evals.generation import generate
-from megachat.parallel.engine import Engine, deepspeed_settings, start_collectives
+from megachat.parallel.engine import PIPELINE_SETTINGS, Engine, start_collectives
 from megachat.parallel.mesh import build_mesh
 from megachat.place import place_of
 from megachat.planning.plan import resolve
@@ -55,7 +55,7 @@ def test_every_gradient_hook_fires_once_a_micro_batch_on_stages_with_unlike_grou
 def test_the_override_is_what_deepspeed_calls_and_its_defaults_are_off():
     """Traps 10, 11 and 13."""
     assert Engine._INSTRUCTION_MAP[schedule.BackwardPass] is not PipelineEngine._INSTRUCTION_MAP[schedule.BackwardPass]
-    pipeline = deepspeed_settings(micro_rows=1, accumulation=1, clip_norm=0.0, largest_adamw_tensor=1)["pipeline"]
+    pipeline = PIPELINE_SETTINGS["pipeline"]
     assert pipeline == {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False}
 
 
