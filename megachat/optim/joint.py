@@ -47,7 +47,7 @@ def optimizer_step(
     gradients are reduced, and not yet clipped or discarded. before_update: called before any weight or state changes.
     """
     # 1. Gradients: ZeRO has averaged AdamW's shares; Muon's last buckets may still be on the wire.
-    muon.wait_reduce()
+    muon.wait_for_reduce()
     if inspect_gradients:
         inspect_gradients()
 

@@ -6,11 +6,13 @@ A task that was due and did not run is listed in LoopState.pending, so that the 
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
+from megachat.checkpoint.saver import Saver
 from megachat.device import peak_flops, peak_memory_bytes
 from megachat.evals.bpb import ValidationRows, bits_per_byte
 from megachat.evals.core import build_evaluator, evaluate_bundle
@@ -20,13 +22,27 @@ from megachat.files import write_atomically
 from megachat.parallel.collectives import all_reduce
 from megachat.schedule import due
 from megachat.train.build import Run, build_loader
-from megachat.train.metrics import console_line
+from megachat.train.metrics import Metrics, console_line
 from megachat.train.state import LoopState, save_state
-
-if TYPE_CHECKING:
-    from megachat.train.trainer import Trainer
+from megachat.train.step import StepResult
 
 UNTIMED_STEPS = 10  # the speedrun's clock starts after them
+
+
+class Trainer(Protocol):
+    """What a task uses of train.trainer.Trainer, which calls it."""
+
+    run: Run
+    state: LoopState
+    metrics: Metrics
+    saver: Saver
+    last_result: StepResult
+    saved_step: int | None
+    stop_requested: Callable[[], bool]
+
+    @property
+    def at_end(self) -> bool:
+        """Whether the whole training is done."""
 
 
 class Task:
@@ -39,11 +55,11 @@ class Task:
     name = activity = ""
     runs_on_stop = False
 
-    def due(self, trainer: "Trainer") -> bool:
+    def due(self, trainer: Trainer) -> bool:
         """Returns whether it runs now, after step trainer.state.step - 1."""
         raise NotImplementedError
 
-    def run(self, trainer: "Trainer") -> bool:
+    def run(self, trainer: Trainer) -> bool:
         """Does the work. Returns False when a stop request interrupted it."""
         raise NotImplementedError
 
@@ -57,11 +73,11 @@ class Log(Task):
 
     name, runs_on_stop = "log", True
 
-    def due(self, trainer: "Trainer") -> bool:
+    def due(self, trainer: Trainer) -> bool:
         step, plan, every = trainer.state.step, trainer.run.plan, trainer.run.config.log.every
         return due(step - 1, every) or trainer.last_result.skipped or step == plan.stop_step
 
-    def run(self, trainer: "Trainer") -> bool:
+    def run(self, trainer: Trainer) -> bool:
         run, state, result = trainer.run, trainer.state, trainer.last_result
         step, tokens = state.step - 1, run.plan.tokens_per_step
         values = totals(run, state, step) | {
@@ -94,10 +110,10 @@ class Validation(Task):
     def __init__(self) -> None:
         self._rows: ValidationRows | None = None  # packed at the first run and kept
 
-    def due(self, trainer: "Trainer") -> bool:
+    def due(self, trainer: Trainer) -> bool:
         return due(trainer.state.step, trainer.run.config.evaluate.every) or trainer.at_end
 
-    def run(self, trainer: "Trainer") -> bool:
+    def run(self, trainer: Trainer) -> bool:
         run, state = trainer.run, trainer.state
         if self._rows is None:
             with build_loader(run.config, run.plan, run.mesh, run.tokenizer, validation=True) as loader:
@@ -115,11 +131,11 @@ class Checkpoint(Task):
     name, runs_on_stop = "checkpoint", True
     activity = "copying the state to save it, or waiting for the save before"
 
-    def due(self, trainer: "Trainer") -> bool:
+    def due(self, trainer: Trainer) -> bool:
         step = trainer.state.step
         return due(step, trainer.run.config.checkpoint.every) or step == trainer.run.plan.stop_step
 
-    def run(self, trainer: "Trainer") -> bool:
+    def run(self, trainer: Trainer) -> bool:
         save_state(trainer.run, trainer.state, trainer.saver)
         trainer.saved_step = trainer.state.step
         return True
@@ -130,10 +146,10 @@ class Samples(Task):
 
     name, activity = "samples", "sampling"
 
-    def due(self, trainer: "Trainer") -> bool:
+    def due(self, trainer: Trainer) -> bool:
         return trainer.at_end and bool(trainer.run.config.evaluate.prompts)
 
-    def run(self, trainer: "Trainer") -> bool:
+    def run(self, trainer: Trainer) -> bool:
         run = trainer.run
         texts = sample_prompts(run.config, run.plan, run.mesh, run.engine, run.tokenizer)
         if run.is_writer:
@@ -153,11 +169,11 @@ class Core(Task):
 
     name, activity = "core", "evaluation of CORE"
 
-    def due(self, trainer: "Trainer") -> bool:
+    def due(self, trainer: Trainer) -> bool:
         every = trainer.run.config.evaluate.core_every
         return every > 0 and (due(trainer.state.step, every) or trainer.at_end)
 
-    def run(self, trainer: "Trainer") -> bool:
+    def run(self, trainer: Trainer) -> bool:
         run, state = trainer.run, trainer.state
 
         def stop_requested_on_any_rank() -> bool:  # asked between two of CORE's tasks: each may take minutes
