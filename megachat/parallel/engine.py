@@ -11,7 +11,7 @@ import itertools
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
 import deepspeed
 import deepspeed.comm
@@ -43,7 +43,7 @@ PRIVATE_NAMES = {
         _update_scale update_lp_params set_gradient_accumulation_boundary check_grad_overflow overflow loss_scale
         loss_scaler dynamic_loss_scale clip_grad averaged_gradients params_in_partition partition_size bit16_groups
         round_robin_bit16_offsets partition_gradients single_partition_of_fp32_groups use_separate_grad_accum
-        use_grad_accum_attribute""".split(),
+        use_grad_accum_attribute _zero_padding""".split(),
     DynamicLossScaler: "cur_scale cur_iter last_overflow_iter cur_hysteresis".split(),
 }
 _LOSS_SCALER_STATE = PRIVATE_NAMES[DynamicLossScaler]
@@ -55,9 +55,7 @@ check_deepspeed(deepspeed.__version__, DEEPSPEED_VERSION, PRIVATE_NAMES)
 
 
 class MatrixOptimizer(Protocol):
-    """The calls of the engine to the optimizer of the matrices (optim.partition.MuonPartition) before the optimizer
-    step.
-    """
+    """What the engine calls of the optimizer of the matrices (optim.partition.MuonPartition)."""
 
     def start_async_reduce(self) -> None: ...
 
@@ -65,11 +63,9 @@ class MatrixOptimizer(Protocol):
 
 
 class ZeroAdamW(DeepSpeedZeroOptimizer):
-    """AdamW under ZeRO-1, with the gradient norm and the decision to skip the step given by the caller
-    (optim/joint.py).
+    """AdamW under ZeRO-1 with the gradient norm, and so the decision to skip, given by the caller (optim/joint.py).
 
-    Made by swapping the class of DeepSpeed's own instance. Two methods are overridden, both called by DeepSpeed's
-    step().
+    Made by swapping the class of DeepSpeed's own instance. Both overridden methods are called by DeepSpeed's step().
     """
 
     mesh: Mesh
@@ -93,13 +89,11 @@ class ZeroAdamW(DeepSpeedZeroOptimizer):
                 gradient.copy_(summed.view_as(gradient))
         self.set_gradient_accumulation_boundary(True)
         self.setup_buckets()
-        self.reduce_gradients(
-            pipeline_parallel=False
-        )  # True would only allocate a second reduction buffer that nothing uses
+        # pipeline_parallel=True would only allocate a second reduction buffer that nothing uses
+        self.reduce_gradients(pipeline_parallel=False)
 
     def local_gradients(self) -> list[torch.Tensor]:
-        """Returns this rank's reduced gradients. Gradients that are replicated over the tensor axis are on tensor rank
-        0 only, so that the sum over all ranks counts each element once."""
+        """Returns this rank's reduced gradients, replicated ones on tensor rank 0 only: over all ranks each counts once."""
         local = []
         for index, parameters in enumerate(self.params_in_partition):
             gradients = [g for g in self.averaged_gradients[index] if not getattr(g, "_zero_padding", False)]
@@ -109,11 +103,9 @@ class ZeroAdamW(DeepSpeedZeroOptimizer):
         return local
 
     def apply(self, scaled_norm: torch.Tensor) -> None:
-        """Updates this rank's shares with the clipped gradients and gathers the weights. Changes nothing when the norm
-        is inf.
+        """Clips and updates this rank's shares, then gathers the weights; if the norm is inf, changes nothing.
 
-        scaled_norm: 0-d, of the whole gradient, with the loss scale still in it. The loss scale moves last: until then
-        the gradients carry it.
+        scaled_norm: 0-d, of the whole gradient with the loss scale in it. The loss scale moves last: gradients carry it.
         """
         self._scaled_norm = scaled_norm
         self.step()
@@ -121,11 +113,10 @@ class ZeroAdamW(DeepSpeedZeroOptimizer):
         super()._update_scale(self.overflow)
 
     def fragments(self) -> Iterator[tuple[nn.Parameter, int, int, dict[str, torch.Tensor]]]:
-        """Yields (parameter, start, length, {"master" | "exp_avg" | "exp_avg_sq": flat float32 view}) for this rank's
-        share of each parameter.
+        """Yields (parameter, start, length, {"master" | "exp_avg" | "exp_avg_sq": flat float32 view}) of this rank's share.
 
-        start and length count the parameter's elements, row-major. The views are live: a checkpoint is read into them
-        in place. A parameter without an element on this rank is not yielded.
+        start and length count the parameter's elements, row-major. The views are live: a checkpoint is read into them.
+        A parameter without an element on this rank is left out.
         """
         for index, flat in enumerate(self.single_partition_of_fp32_groups):
             state = self.optimizer.state[flat]
@@ -137,18 +128,14 @@ class ZeroAdamW(DeepSpeedZeroOptimizer):
                 yield parameter, start, here.stop - here.start, {"master": flat.detach()[here]} | moments
 
     def gradient_fragments(self) -> Iterator[tuple[nn.Parameter, int, torch.Tensor]]:
-        """Yields (parameter, start, flat float32 gradient) for this rank's share of each parameter, between reduce()
-        and apply().
-        """
+        """Yields (parameter, start, flat float32 gradient) of this rank's share, between reduce() and apply()."""
         for index in range(len(self.single_partition_of_fp32_groups)):
             flat = torch.cat([gradient.flatten() for gradient in self.averaged_gradients[index]])
             for parameter, start, here in self._share(index):
                 yield parameter, start, flat[here].float()
 
     def _share(self, index: int) -> Iterator[tuple[nn.Parameter, int, slice]]:
-        """Yields (parameter, its first element on this rank, where its elements lie in the rank's share) of group
-        `index`.
-        """
+        """Yields (parameter, its first element on this rank, its slice of the rank's share) of group `index`."""
         rank, size = self.mesh.data.rank, self.partition_size[index]
         begin, end = rank * size, (rank + 1) * size
         for parameter, offset in zip(self.bit16_groups[index], self.round_robin_bit16_offsets[index], strict=True):
@@ -193,9 +180,7 @@ _INSTRUCTIONS = {
 
 
 def _recorded(instruction, function):
-    """Returns `function`, which executes an instruction, with a note of its begin in the rank's progress and a range in
-    profiles.
-    """
+    """Returns `function`, noted in the rank's progress when it begins, and with a range in profiles."""
     text, waits, range_name = _INSTRUCTIONS[instruction]
 
     def execute(self, **arguments):
@@ -227,12 +212,10 @@ class Engine(PipelineEngine):
         """
         self._backwards, self._optimizer_step = 0, optimizer_step
         loss = self.train_batch(micro_batches)
-        return loss, self._outcome  # type: ignore[return-value]  # DeepSpeed's schedule calls optimizer_step exactly once
+        return loss, cast(Outcome, self._outcome)  # the schedule calls optimizer_step once
 
     def _exec_backward_pass(self, buffer_id):
-        """One backward over all tensors of the stage's output, so that every gradient hook fires once per
-        micro-batch.
-        """
+        """One backward over all tensors of a stage's output, so that every gradient hook fires once per micro-batch."""
         self._backwards += 1
         if self._backwards == self.micro_batches:
             self.matrices.start_async_reduce()
@@ -310,9 +293,7 @@ class Engine(PipelineEngine):
 
 
 def start_collectives(device: torch.device, backend: str, timeout) -> None:
-    """Initializes torch.distributed and DeepSpeed's view of it from the launch variables. timeout is a
-    datetime.timedelta.
-    """
+    """Initializes torch.distributed and DeepSpeed's view of it. timeout: a datetime.timedelta."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # torch 2.13 renames collectives that DeepSpeed and we call by the names that older versions know
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+. is deprecated", category=FutureWarning)
@@ -323,11 +304,9 @@ def start_collectives(device: torch.device, backend: str, timeout) -> None:
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
 
 
-@contextlib.contextmanager
-def quiet_output():
-    """Discards what DeepSpeed prints while it starts; an exception still shows its own text."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
+def quiet_output() -> contextlib.AbstractContextManager:
+    """Returns a context that discards what DeepSpeed prints while it starts; an exception still shows its own text."""
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 class _Stage(PipelineModule):
@@ -339,9 +318,7 @@ class _Stage(PipelineModule):
 
 
 def build_module(layers: list[Callable], loss: nn.Module, mesh: Mesh) -> PipelineModule:
-    """Returns this rank's stage in the form that DeepSpeed's engine takes. layers: modules and plain functions of the
-    stream, in order.
-    """
+    """Returns this rank's stage for DeepSpeed's engine. layers: modules and plain functions of the stream, in order."""
     with quiet_output():
         return _Stage(layers=layers, topology=mesh.topology, loss_fn=loss)
 
@@ -409,9 +386,7 @@ def _initialize(module: PipelineModule, mesh: Mesh, settings: dict, optimizer=No
 
 
 def build_loss_scaler(initial: float, window: int) -> DynamicLossScaler:
-    """Returns float16's loss scaler: it halves at a skipped step and doubles after `window` good ones (arXiv
-    1710.03740).
-    """
+    """Returns float16's loss scaler: halves at a skipped step, doubles after `window` good ones (arXiv 1710.03740)."""
     hysteresis = {"delayed_shift": 1, "consecutive_hysteresis": False}
     limits = {"min_scale": LOSS_SCALE_MINIMUM, "raise_error_at_min_scale": False}
     return DynamicLossScaler(init_scale=initial, scale_window=window, dtype=torch.half, **hysteresis, **limits)
