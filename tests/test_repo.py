@@ -114,7 +114,7 @@ def test_sizes():
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 size = node.end_lineno - node.lineno + 1
                 assert size <= LONGER.get(f"{name} {node.name}", 60), f"{path}: {node.name} has {size} lines"
-    assert total <= 17_300
+    assert total <= 17_800
 
 
 def test_the_environment_is_read_in_one_place():
