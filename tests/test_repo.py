@@ -31,7 +31,6 @@ LONGER = {
     "launch/evaluate.py": 80,
     "launch/pretrain.py": 72,
     "megachat/planning/plan.py": 411,
-    "megachat/doctor/hosts.py described": 73,
     "megachat/programs/pretrain.py pretrain": 66,
     "tools/bench.py main": 65,
     "tools/convert_checkpoint.py command_line": 75,

@@ -1,4 +1,4 @@
-"""What tools/doctor.py finds on this machine: versions, devices, limits. Facts only, as JSON can hold them; nothing is judged here."""
+"""Collects what this machine has: versions, devices, limits. The result is JSON-compatible; traps.py judges it."""
 
 import glob
 import hashlib
@@ -18,153 +18,124 @@ from pathlib import Path
 from megachat.errors import summary
 from megachat.job.host_probe import PACKAGES, code_hashes
 
+ROOT = Path(__file__).resolve().parents[2]
 TE_PACKAGES = ("transformer_engine", "transformer_engine_torch", "transformer_engine_cu12", "transformer_engine_cu13")
-_SHOWN = (
-    *PACKAGES,
-    *TE_PACKAGES,
-    "flash-attn",
-    "flash-attn-3",
-    "flash-attn-4",
-    "apex",
-    "mpi4py",
-    "nvidia-cudnn-cu12",
-    "nvidia-cudnn-cu13",
-)
+_OPTIONAL = ("flash-attn", "flash-attn-3", "flash-attn-4", "apex", "mpi4py", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
 _COMMAND_S = 20
 
 
-def installed() -> dict:
-    """Every fact. Imports torch, and takes no other heavy package."""
-    gpus, driver = _driver()
-    found = {
+def installed_facts() -> dict:
+    """Returns all facts. Imports torch and no other large package."""
+    gpus, driver = _gpus_and_driver()
+    versions = {name: package_version(name) for name in (*PACKAGES, *TE_PACKAGES, *_OPTIONAL)}
+    modules = {name: importlib.util.find_spec(name) is not None for name in ("amp_C", "flash_attn_interface")}
+    return {
         "host": socket.gethostname(),
         "python": platform.python_version(),
         "interpreter": sys.executable,
-        "code": hashlib.sha256(json.dumps(code_hashes(Path(__file__).resolve().parents[2])).encode()).hexdigest()[
-            :8
-        ],  # of this project's files
+        "code": hashlib.sha256(json.dumps(code_hashes(ROOT)).encode()).hexdigest()[:8],
         "driver": driver,
         "gpus": gpus,
-        "packages": {name: there for name in _SHOWN if (there := version(name))},
-        "modules": {name: _has_module(name) for name in ("amp_C", "flash_attn_interface")}
-        | {"apex.multi_tensor_apply": _is_nvidias_apex()},
-        "nvcc": _nvcc(),
+        "packages": {name: version for name, version in versions.items() if version},
+        "modules": modules | {"apex.multi_tensor_apply": _is_nvidia_apex()},
+        "nvcc": _nvcc_version(),
         "mpirun": _first_line("mpirun", "--version"),
         "pdsh": _first_line("pdsh", "-V"),
-        "compiler": _first_line(_variable("CXX") or "g++", "--version"),  # as torch looks for it
+        "compiler": _first_line(_variable("CXX") or "g++", "--version"),  # torch's choice
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "shm_bytes": _size("/dev/shm"),
-        "open_files": _limit(resource.RLIMIT_NOFILE),
-        "locked_bytes": _limit(resource.RLIMIT_MEMLOCK),
+        "shm_bytes": shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else None,
+        "open_files": _soft_limit(resource.RLIMIT_NOFILE),
+        "locked_bytes": _soft_limit(resource.RLIMIT_MEMLOCK),
         "infiniband": sorted(path.name for path in Path("/sys/class/infiniband").glob("*")),
+        **_torch_facts(),
     }
-    return found | _torch_facts()
 
 
 def _torch_facts() -> dict:
-    """torch_error: why torch cannot be imported, else None; then its build, what it sees, and the libraries that it has loaded."""
-    nothing = {
-        "cuda": None,
-        "torch_sees": [],
-        "cudnn": None,
-        "cudnn_error": None,
-        "cudnn_files": [],
-        "cudnn_elsewhere": {},
-        "nccl": None,
-    }
-    nothing |= {name: _variable(name) for name in ("LD_BIND_NOW", "CUDA_HOME", "CUDA_VISIBLE_DEVICES")}
+    """Returns torch's build, the devices that it sees and the libraries that it loaded, or why its import fails."""
+    facts: dict = {"cuda": None, "torch_sees": [], "cudnn": None, "cudnn_error": None, "cudnn_files": []}
+    facts |= {"cudnn_elsewhere": {}, "nccl": None, "torch_error": None}
+    facts |= {name: _variable(name) for name in ("LD_BIND_NOW", "CUDA_HOME", "CUDA_VISIBLE_DEVICES")}
     try:
         import torch
-    except Exception as error:  # OSError too: it loads libraries
-        return nothing | {"torch_error": summary(error)}
-    found = nothing | {"torch_error": None, "cuda": torch.version.cuda}
+    except Exception as error:  # also OSError, from loading its libraries
+        return facts | {"torch_error": summary(error)}
+    facts["cuda"] = torch.version.cuda
     if torch.cuda.is_available():
-        found["torch_sees"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        facts["torch_sees"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     try:
-        found["cudnn"] = _cudnn_version(torch.backends.cudnn.version())
-        if found["torch_sees"]:  # the parts of cuDNN are loaded where a convolution asks for them
+        facts["cudnn"] = _format_cudnn_version(torch.backends.cudnn.version())
+        if facts["torch_sees"]:  # a convolution makes cuDNN load its sublibraries
             torch.nn.functional.conv2d(torch.zeros(1, 1, 8, 8, device="cuda"), torch.zeros(1, 1, 3, 3, device="cuda"))
     except RuntimeError as error:
-        found["cudnn_error"] = str(error).partition("\n")[0]
-    found["cudnn_files"] = sorted(
-        {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libcudnn" in line}
-    )
-    where = {name: _variable(name) for name in ("CUDNN_HOME", "CUDNN_PATH", "CUDA_HOME", "CUDA_PATH")} | {
-        "": "/usr/local/cuda"
-    }
-    found["cudnn_elsewhere"] = {
-        name: file for name, folder in where.items() if folder and (file := _cudnn_below(folder))
-    }
-    return found
+        facts["cudnn_error"] = str(error).partition("\n")[0]
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    facts["cudnn_files"] = sorted({line.split()[-1] for line in maps if "libcudnn" in line})
+    folders = {name: _variable(name) for name in ("CUDNN_HOME", "CUDNN_PATH", "CUDA_HOME", "CUDA_PATH")}
+    folders |= {"": "/usr/local/cuda"}
+    files = {name: _cudnn_library(folder) for name, folder in folders.items() if folder}
+    facts["cudnn_elsewhere"] = {name: file for name, file in files.items() if file}
+    return facts
 
 
-def _cudnn_version(number: int | None) -> str | None:
-    """91900 -> 9.19.0; before version 9 a minor version was a hundred and not ten thousand."""
+def _format_cudnn_version(number: int | None) -> str | None:
+    """91900 -> 9.19.0. Before version 9, the major version counted 1000 and not 10,000."""
     if number is None:
         return None
-    major = number // 10_000 if number >= 90_000 else number // 1000
-    return f"{major}.{number % (10_000 if number >= 90_000 else 1000) // 100}.{number % 100}"
+    unit = 10_000 if number >= 90_000 else 1000
+    return f"{number // unit}.{number % unit // 100}.{number % 100}"
 
 
-def _cudnn_below(folder: str) -> str | None:
-    """The cuDNN in a folder that Transformer Engine would load before torch's, with its version: the name that its links end in."""
+def _cudnn_library(folder: str) -> str | None:
+    """Returns the cuDNN library in a folder, whose name has the version. Transformer Engine loads it before torch's."""
     files = [file for file in glob.glob(f"{folder}/**/libcudnn.so*", recursive=True) if "stub" not in file]
-    return os.path.realpath(sorted(files, key=os.path.basename)[-1]) if files else None
+    return os.path.realpath(max(files, key=os.path.basename)) if files else None
 
 
-def _driver() -> tuple[list[str], str | None]:
-    """(names of the GPUs, version of the driver) that nvidia-smi tells."""
-    told = _told("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
-    rows = [line.rpartition(", ") for line in (told or "").splitlines() if ", " in line]
+def _gpus_and_driver() -> tuple[list[str], str | None]:
+    """Returns the names of the GPUs and the version of the driver, from nvidia-smi."""
+    output = _output_of("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader") or ""
+    rows = [line.rpartition(", ") for line in output.splitlines() if ", " in line]
     return [name for name, _, _ in rows], rows[0][2] if rows else None
 
 
-def _nvcc() -> str | None:
-    """Version of the CUDA compiler where torch's extensions look for it: CUDA_HOME, PATH, /usr/local/cuda."""
-    from_home = [f"{home}/bin/nvcc" for name in ("CUDA_HOME", "CUDA_PATH") if (home := _variable(name))]
-    for program in (*from_home, "nvcc", "/usr/local/cuda/bin/nvcc"):
-        found = re.search(r"release ([\d.]+)", _told(program, "--version") or "")
-        if found:
-            return found[1]
-        if program in from_home:  # a CUDA_HOME that is set wins, also when it is wrong
-            return None
+def _nvcc_version() -> str | None:
+    """Returns the version of the CUDA compiler that torch's extensions use: from CUDA_HOME, PATH or /usr/local/cuda."""
+    home = _variable("CUDA_HOME") or _variable("CUDA_PATH")  # if set, it wins even if it is wrong
+    for program in [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]:
+        match = re.search(r"release ([\d.]+)", _output_of(program, "--version") or "")
+        if match:
+            return match[1]
     return None
 
 
 def _variable(name: str) -> str | None:
     try:
         from megachat.device import variable
-    except Exception:  # it imports torch, which may be what is broken
+    except Exception:  # it imports torch, which may be broken
         return None
     return variable(name)
 
 
-def version(package: str) -> str | None:
-    """Of an installed package; None where it is not."""
+def package_version(package: str) -> str | None:
+    """Returns the version of an installed package, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
 
-def _has_module(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
-
-
-def _is_nvidias_apex() -> bool:
-    """Whether the package apex, if there is one, is NVIDIA's; it is not imported, because it may be anything."""
+def _is_nvidia_apex() -> bool:
+    """Returns True if an installed apex is NVIDIA's. Does not import it: the apex on PyPI is another project."""
     spec = importlib.util.find_spec("apex")
-    return (
-        any(Path(folder, "multi_tensor_apply").is_dir() for folder in (spec.submodule_search_locations or ()))
-        if spec
-        else False
-    )
+    folders = (spec.submodule_search_locations or ()) if spec else ()
+    return any(Path(folder, "multi_tensor_apply").is_dir() for folder in folders)
 
 
-def _told(*line: str) -> str | None:
-    """What a command prints on both streams; None where it is not there or fails."""
+def _output_of(*line: str) -> str | None:
+    """Returns what a command prints on both streams, or None if it does not exist or fails."""
     try:
         done = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=_COMMAND_S)
     except (OSError, subprocess.TimeoutExpired):
@@ -173,19 +144,14 @@ def _told(*line: str) -> str | None:
 
 
 def _first_line(program: str, option: str) -> str | None:
-    """Of what the program prints: the one beside this interpreter, which is first in PATH where its environment is active, or the one in PATH."""
-    found = shutil.which(program, path=Path(sys.executable).parent) or shutil.which(program)
-    return ((_told(found, option) or "").strip().splitlines() or ["there, but it fails"])[0] if found else None
-
-
-def _size(folder: str) -> int | None:
-    try:
-        return shutil.disk_usage(folder).total
-    except OSError:
+    """Returns the first line that a program prints. A program beside this interpreter comes before those in PATH."""
+    path = shutil.which(program, path=Path(sys.executable).parent) or shutil.which(program)
+    if path is None:
         return None
+    return ((_output_of(path, option) or "").strip().splitlines() or ["installed, but it fails"])[0]
 
 
-def _limit(kind: int) -> int | None:
-    """The soft limit; None: unlimited."""
+def _soft_limit(kind: int) -> int | None:
+    """Returns the soft limit of a resource, or None if it is unlimited."""
     soft, _ = resource.getrlimit(kind)
     return None if soft == resource.RLIM_INFINITY else soft

@@ -1,4 +1,4 @@
-"""tools/doctor.py over two hosts, made of namespaces on this machine: what they have, how fast they are, and a slow cable between them."""
+"""tools/doctor.py over two hosts, made of namespaces on this machine: their facts, their speed, a slow cable."""
 
 import json
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from megachat.doctor.hosts import described
+from megachat.doctor.hosts import describe_hosts
 from tests.runs.job import begin, finish
 from tests.runs.network import two_hosts, why_not
 
@@ -50,26 +50,29 @@ def test_hosts_side_by_side(hosts):
         slowed = False  # the machine has no traffic control
     done = doctor(hosts, "host-a slots=2\nhost-b slots=1\nhost-d slots=1\n")
     assert done.status == 1, done.out + done.err
-    found = json.loads(done.out.splitlines()[-1])
-    (mistake,) = found["mistakes"]
-    assert mistake.startswith("the host host-d is unknown: correct its name in the hostfile") and found["unlike"] == {}
-    assert {name: [trap["name"] for trap in report["traps"]] for name, report in found["hosts"].items()} == {
+    examination = json.loads(done.out.splitlines()[-1])
+    (mistake,) = examination["mistakes"]
+    assert (
+        mistake.startswith("the host host-d is unknown: correct its name in the hostfile")
+        and examination["unlike"] == {}
+    )
+    assert {name: [trap["name"] for trap in report["traps"]] for name, report in examination["hosts"].items()} == {
         "host-a": [],
         "host-b": ["open-files"],
     }
-    assert {name: len(rates) for name, rates in found["matrix"].items()} == {"host-a": 1, "host-b": 1}
-    assert min(rate for rates in found["matrix"].values() for rate in rates) > 1e8
-    assert set(found["pairs"]) == {"host-a host-b", "host-b host-a"}
+    assert {name: len(rates) for name, rates in examination["matrix"].items()} == {"host-a": 1, "host-b": 1}
+    assert min(rate for rates in examination["matrix"].values() for rate in rates) > 1e8
+    assert set(examination["pairs"]) == {"host-a host-b", "host-b host-a"}
     if slowed:
-        assert found["pairs"]["host-b host-a"] < 100e6 * 1.1  # 800 Mbit/s
-        assert found["slow"]["pairs"] == ["host-b host-a"]
-    lines = described(found, {"host-a": 2, "host-b": 1}).splitlines()
+        assert examination["pairs"]["host-b host-a"] < 100e6 * 1.1  # 800 Mbit/s
+        assert examination["slow"]["pairs"] == ["host-b host-a"]
+    lines = describe_hosts(examination, {"host-a": 2, "host-b": 1}).splitlines()
     assert [line.split()[:3] for line in lines[:2]] == [
         ["host", "slots", "cores"],
-        ["host-a", "2", str(found["hosts"]["host-a"]["facts"]["cores"])],
+        ["host-a", "2", str(examination["hosts"]["host-a"]["facts"]["cores"])],
     ]
     assert lines[2].endswith(" open-files") and ("*" in lines[2]) == bool(
-        slowed or "host-b device 0" in found["slow"]["matrix"]
+        slowed or "host-b device 0" in examination["slow"]["matrix"]
     )
     assert any(line.startswith("trap on host-b: open-files: a process may have 300 open files") for line in lines)
     assert lines[-2] == f"mistake: {mistake}"

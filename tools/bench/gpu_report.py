@@ -6,7 +6,7 @@ import re
 import subprocess
 from pathlib import Path
 
-from megachat.doctor.installed import version
+from megachat.doctor.installed import package_version
 from megachat.errors import UserError
 from megachat.files import write_atomically
 
@@ -46,7 +46,7 @@ def gpu_facts() -> dict:
         told = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True).stdout.strip().splitlines()
     except (OSError, subprocess.SubprocessError):
         told = None
-    packages = {package: version(package) for package in PACKAGES}
+    packages = {package: package_version(package) for package in PACKAGES}
     cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
     return {
         "gpus": told,
