@@ -93,7 +93,9 @@ class ZeroAdamW(DeepSpeedZeroOptimizer):
         self.reduce_gradients(pipeline_parallel=False)
 
     def local_gradients(self) -> list[torch.Tensor]:
-        """Returns this rank's reduced gradients, replicated ones on tensor rank 0 only: over all ranks each counts once."""
+        """Returns this rank's reduced gradients, replicated ones on tensor rank 0 only: over all ranks each counts
+        once.
+        """
         local = []
         for index, parameters in enumerate(self.params_in_partition):
             gradients = [g for g in self.averaged_gradients[index] if not getattr(g, "_zero_padding", False)]
@@ -105,7 +107,8 @@ class ZeroAdamW(DeepSpeedZeroOptimizer):
     def apply(self, scaled_norm: torch.Tensor) -> None:
         """Clips and updates this rank's shares, then gathers the weights; if the norm is inf, changes nothing.
 
-        scaled_norm: 0-d, of the whole gradient with the loss scale in it. The loss scale moves last: gradients carry it.
+        scaled_norm: 0-d, of the whole gradient with the loss scale in it. The loss scale moves last: gradients carry
+        it.
         """
         self._scaled_norm = scaled_norm
         self.step()
@@ -113,7 +116,8 @@ class ZeroAdamW(DeepSpeedZeroOptimizer):
         super()._update_scale(self.overflow)
 
     def fragments(self) -> Iterator[tuple[nn.Parameter, int, int, dict[str, torch.Tensor]]]:
-        """Yields (parameter, start, length, {"master" | "exp_avg" | "exp_avg_sq": flat float32 view}) of this rank's share.
+        """Yields (parameter, start, length, {"master" | "exp_avg" | "exp_avg_sq": flat float32 view}) of this rank's
+        share.
 
         start and length count the parameter's elements, row-major. The views are live: a checkpoint is read into them.
         A parameter without an element on this rank is left out.

@@ -185,20 +185,20 @@ def _train(
     metrics = _open_metrics(run, state)
     try:
         for line in [*notes, *_banner(run, environment)]:
-            metrics.say(line)
+            metrics.log(line)
         if checkpoint:
-            metrics.say(f"resumed from {checkpoint} at step {state.step}")
-        metrics.say(f"start-up took {time.perf_counter() - begin:.1f} s")
+            metrics.log(f"resumed from {checkpoint} at step {state.step}")
+        metrics.log(f"start-up took {time.perf_counter() - begin:.1f} s")
         source = checkpoint.parent.parent if checkpoint else None
         trainer = Trainer(run, state, metrics, lambda: bool(monitor.stop_requested), guard.record_step, source)
         with monitor.defer_stop(run.config.checkpoint.stop_s):
             if trainer.fit():
-                metrics.say(f"stopped after step {state.step}, which is saved: continue with --resume auto")
+                metrics.log(f"stopped after step {state.step}, which is saved: continue with --resume auto")
                 return True
         guard.forget()
         best = "" if state.min_val_bpb is None else f", best validation bpb {state.min_val_bpb:.6f}"
-        metrics.say(f"finished step {state.step}{best}")
-        metrics.say(f"run folder: {run.folder}")
+        metrics.log(f"finished step {state.step}{best}")
+        metrics.log(f"run folder: {run.folder}")
         return False
     finally:
         metrics.close()
@@ -274,6 +274,7 @@ def _banner(run: Run, environment: LaunchEnvironment) -> list[str]:
     threads = f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     axes = f"data {layout.data} x tensor {layout.tensor} x pipeline {layout.pipeline}"
     peak = peak_flops(device) or "unknown, no MFU is printed"
+    pipeline = [f"pipeline {describe_stages(plan)}; bubble {plan.bubble:.1%} of a step, by FLOPs"]
     return [
         f"megachat: {run.folder.name} on {layout.world} rank{'s' * (layout.world > 1)} ({axes}), started by "
         f"{environment.launcher}",
@@ -281,11 +282,7 @@ def _banner(run: Run, environment: LaunchEnvironment) -> list[str]:
         *describe_kernels(run.config, run.kernels, plan),
         f"depth {plan.dims.depth}, width {plan.dims.width}, {plan.parameters['total']:,} parameters; "
         f"Muon has {matrices} matrices, AdamW the rest",
-        f"{plan.steps} steps of {plan.tokens_per_step:,} tokens = {plan.rows_per_step} rows of {plan.dims.sequence_len} "
-        f"({plan.micro_rows} rows x {plan.accumulation} micro-batches per rank)",
-        *(
-            [f"pipeline {describe_stages(plan)}; bubble {plan.bubble:.1%} of a step, by FLOPs"]
-            if layout.pipeline > 1
-            else []
-        ),
+        f"{plan.steps} steps of {plan.tokens_per_step:,} tokens = {plan.rows_per_step} rows of "
+        f"{plan.dims.sequence_len} ({plan.micro_rows} rows x {plan.accumulation} micro-batches per rank)",
+        *(pipeline if layout.pipeline > 1 else []),
     ]

@@ -1,4 +1,4 @@
-"""Where model meets parallel: from config and plan to a run that can train."""
+"""Builds a run that can train, from config and plan: here the model meets the parallel axes and the optimizers."""
 
 import socket
 from dataclasses import dataclass
@@ -43,7 +43,10 @@ from megachat.train.compiled import apply_compile
 
 @dataclass(frozen=True)
 class Training:
-    """What takes a step: the model under its engine and optimizers. layers: of this rank's pipeline stage, cut by the tensor axis."""
+    """All that a training step needs: the model, its engine and both optimizers.
+
+    layers: this rank's pipeline stage, cut by the tensor axis.
+    """
 
     config: Config
     plan: Plan
@@ -58,45 +61,44 @@ class Training:
 
 @dataclass(frozen=True)
 class Run(Training):
-    """Everything that a running job holds."""
+    """Training with its run folder and its data."""
 
     folder: Path
     tokenizer: Tokenizer
     loader: Loader
-    bundle: Bundle | None  # of CORE, where it is evaluated on the way
+    bundle: Bundle | None  # of CORE, if it is evaluated during training
 
     @property
     def is_writer(self) -> bool:
-        """True on the one rank that prints and writes the run folder."""
+        """Whether this rank writes the log and the run folder: rank 0."""
         return self.mesh.world.rank == 0
 
 
 def model_options(config: Config, compute_dtype: torch.dtype, attend: Attend = attention) -> ModelOptions:
-    """How the model computes, from the config; with the plain attention unless another is given."""
+    """Returns how the model computes. attend: the attention kernel, by default the reference."""
     return ModelOptions(
         compute_dtype=compute_dtype, rotary=config.model.rotary, attend=attend, recompute=config.batch.recompute
     )
 
 
 def gradient_wire(config: Config, compute_dtype: torch.dtype) -> torch.dtype:
-    """dtype of Muon's gradients between ranks."""
-    asked = config.optimizer.gradient_wire
-    if asked != "auto":
-        return getattr(torch, asked)
+    """Returns the dtype in which Muon's gradients travel between ranks."""
+    if config.optimizer.gradient_wire != "auto":
+        return getattr(torch, config.optimizer.gradient_wire)
     return torch.bfloat16 if compute_dtype == torch.bfloat16 else torch.float32
 
 
 def build_training(
     config: Config, plan: Plan, mesh: Mesh, token_bytes: torch.Tensor, kernels: Kernels | None = None
 ) -> Training:
-    """Model, optimizers and engine on every rank, with starting values. token_bytes: int [vocab_size], for bits per byte. kernels: where they were
-    chosen before.
+    """Builds model, optimizers and engine with their initial values; all ranks call it.
 
-    Raises UserError when a setting does not fit this machine.
+    token_bytes: int [vocab_size], for bits per byte. kernels: as choose_kernels returned them, chosen here by default.
+    Raises UserError when a setting does not work on this machine or the ranks chose different kernels.
     """
     dtype, reason = choose_compute_dtype(config.precision.compute, mesh.device)
     kernels = kernels or choose_kernels(config, plan, mesh.device)
-    check_alike(kernels, mesh)
+    require_same_kernels(kernels, mesh)
     layers = build_stage(config, plan, mesh, dtype, attend=kernels.attention.attend)
     if kernels.fp8:
         apply_fp8(list(layers), kernels.fp8)
@@ -118,13 +120,11 @@ def build_training(
     )
     products = head_products(kernels.fp8 if config.precision.fp8_head else None, plan.dims, mesh.tensor.size)
     loss = Loss(plan.dims, token_bytes, vocabulary_part(plan.dims.padded_vocab, mesh.tensor), products)
-    module = build_module(awaited(layers, muon), loss, mesh)
+    module = build_module(with_gather_waits(layers, muon), loss, mesh)
     adamw = adamw_groups(parameters, groups, plan.rates)
-    scaler = (
-        build_loss_scaler(config.precision.loss_scale, config.precision.loss_scale_window)
-        if dtype == torch.float16
-        else None
-    )
+    precision, scaler = config.precision, None
+    if dtype == torch.float16:
+        scaler = build_loss_scaler(precision.loss_scale, precision.loss_scale_window)
     engine = build_engine(
         module,
         adamw,
@@ -143,8 +143,10 @@ def build_training(
 def build_stage(
     config: Config, plan: Plan, mesh: Mesh, dtype: torch.dtype, *, start: bool = True, attend: Attend = attention
 ) -> nn.ModuleList:
-    """This rank's layers, with their starting values unless `start` is off, cut by the tensor axis. All ranks call it: they check that the stages
-    make up the model."""
+    """Builds this rank's layers, cut by the tensor axis; all ranks call it. start: whether to set initial values.
+
+    Raises RuntimeError when the stages of all ranks together are not the model.
+    """
     first, last = plan.stages[mesh.pipeline.rank]
     layers = nn.ModuleList(
         build() for build in layer_builders(plan.dims, model_options(config, dtype, attend))[first:last]
@@ -154,26 +156,28 @@ def build_stage(
         initialize(layers, config.run.seed)
     with torch.device("meta"):
         whole = placed_parameters(build_layers(plan.dims, model_options(config, dtype)))
-    held = [(where.name, where.block) for where in (place_of(parameter) for parameter in placed_parameters(layers))]
-    held = [entry for stage in all_gather_objects(held, mesh.pipeline) for entry in stage]
-    if sorted(held) != sorted((place_of(parameter).name, place_of(parameter).block) for parameter in whole):
+    places = [place_of(parameter) for parameter in placed_parameters(layers)]
+    stages = all_gather_objects([(place.name, place.block) for place in places], mesh.pipeline)
+    built = [entry for stage in stages for entry in stage]
+    if sorted(built) != sorted((place_of(parameter).name, place_of(parameter).block) for parameter in whole):
         raise RuntimeError(
-            f"the pipeline stages {plan.stages} together are not the model: they hold {len(held)} of its {len(whole)} parameters"
+            f"the pipeline stages {plan.stages} together are not the model: they have {len(built)} of its "
+            f"{len(whole)} parameters"
         )
     return layers.to(mesh.device)
 
 
-def awaited(layers: nn.ModuleList, muon: MuonPartition) -> list:
-    """The layers, each after a function that waits for the gather of its matrices: gathers overlap the forward pass of earlier layers."""
+def with_gather_waits(layers: nn.ModuleList, muon: MuonPartition) -> list:
+    """Returns the layers, each after a function that waits for its matrices: gathers overlap the forward pass."""
 
-    def waiting(block: int):
+    def wait_for(block: int):
         def wait(stream):
             muon.wait_for_layer(block)
             return stream
 
         return wait
 
-    return [step for layer in layers for step in (waiting(place_of(next(layer.parameters())).block), layer)]
+    return [step for layer in layers for step in (wait_for(place_of(next(layer.parameters())).block), layer)]
 
 
 def build_run(
@@ -186,14 +190,17 @@ def build_run(
     bundle: Bundle | None = None,
     kernels: Kernels | None = None,
 ) -> Run:
-    """The whole run on every rank; a checkpoint may be read into it afterwards. kernels: as `build_training`. Raises UserError."""
+    """Builds the run on every rank; a checkpoint may be loaded into it afterwards.
+
+    loader_state: of this rank, as train.documents returned it. kernels: see build_training. Raises UserError.
+    """
     training = build_training(config, plan, mesh, torch.from_numpy(tokenizer.token_bytes()), kernels)
     loader = build_loader(config, plan, mesh, tokenizer, loader_state)
     return Run(**vars(training), folder=folder, tokenizer=tokenizer, loader=loader, bundle=bundle)
 
 
 def order_of_rows(config: Config, plan: Plan) -> dict:
-    """The Loader's settings on which the training's rows depend."""
+    """Returns the Loader's settings on which the training rows depend."""
     data = config.data
     sizes = {
         "row_tokens": plan.dims.sequence_len + 1,
@@ -207,7 +214,7 @@ def order_of_rows(config: Config, plan: Plan) -> dict:
 def build_loader(
     config: Config, plan: Plan, mesh: Mesh, tokenizer: Tokenizer, state: dict | None = None, *, validation: bool = False
 ) -> Loader:
-    """This rank's rows; those of validation come in steps of one micro-batch a rank."""
+    """Returns the loader of this rank's rows. A step of validation rows is one micro-batch per rank."""
     data, order = config.data, order_of_rows(config, plan)
     if validation:
         order |= {"split": "validation", "rows": plan.micro_rows * mesh.data.size, "seed": None}
@@ -223,13 +230,14 @@ def build_loader(
     )
 
 
-def check_alike(kernels: Kernels, mesh: Mesh) -> None:
-    """Raises UserError, on all ranks, when one would train with other kernels than the first; all ranks call it."""
-    told = all_gather_objects((kernels.names, socket.gethostname()), mesh.world)
-    for rank, (names, host) in enumerate(told):
-        if names != told[0][0]:
-            attention, fp8 = told[0][0]
+def require_same_kernels(kernels: Kernels, mesh: Mesh) -> None:
+    """Raises UserError on all ranks when one chose other kernels than rank 0; all ranks call it."""
+    ranks = all_gather_objects((kernels.names, socket.gethostname()), mesh.world)
+    (attention_0, fp8_0), host_0 = ranks[0]
+    for rank, ((kernel, fp8), host) in enumerate(ranks):
+        if (kernel, fp8) != (attention_0, fp8_0):
             raise UserError(
-                f"rank {rank} on {host} would train with attention {names[0]} and fp8 {names[1]}, but rank 0 on {told[0][1]} with {attention} and "
-                f"{fp8}: install the same packages on every host, or name them in precision.attention and precision.fp8_backend"
+                f"rank {rank} on {host} would train with attention {kernel} and fp8 {fp8}, but rank 0 on {host_0} "
+                f"with {attention_0} and {fp8_0}: install the same packages on every host, or name the kernels in "
+                "precision.attention and precision.fp8_backend"
             )

@@ -1,21 +1,22 @@
-"""torch.compile for training: one graph for all blocks of a kind, and a count of what is compiled when nothing should be any more."""
+"""torch.compile for training: all blocks of a kind share a graph; graphs that are compiled late are counted."""
 
 import torch
 from torch import nn
 
 from megachat.model.gpt import Block
 
-_GRAPHS_A_LAYER = 8  # at most: its function is cut at kernels that no graph holds, and evaluation has graphs of its own
+# At most: a layer is cut at kernels that a graph cannot hold, and evaluation has graphs of its own.
+_GRAPHS_PER_LAYER = 8
 
 
 def apply_compile(layers: nn.ModuleList) -> None:
-    """torch.compile the layers in place, each block within what it computes again in the backward pass.
+    """Compiles the layers in place, each block within the part that it recomputes in the backward pass.
 
-    Blocks of one kind (window, value embedding, place) share their code. torch gives up on a function of more kinds than a limit, without a word
-    in the log: the limit is raised to what the model needs.
+    Blocks of one kind (window, value embedding, position) share their code. torch silently stops compiling a function
+    that has more kinds than its limit, so the limit is raised to what the model needs.
     """
     limits = torch._dynamo.config
-    limits.recompile_limit = max(limits.recompile_limit, _GRAPHS_A_LAYER * len(layers))
+    limits.recompile_limit = max(limits.recompile_limit, _GRAPHS_PER_LAYER * len(layers))
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 8 * limits.recompile_limit)
     for layer in layers:
         if not isinstance(layer, Block):
@@ -28,13 +29,13 @@ def apply_compile(layers: nn.ModuleList) -> None:
 
 
 class NewGraphs:
-    """Counts what torch.compile makes in this process. compiles: whether the run does at all; if not, nothing is loaded for it."""
+    """Counts the graphs that torch.compile makes in this process. compiles: whether the run compiles at all."""
 
     def __init__(self, *, compiles: bool):
         self._compiles, self._before = compiles, 0
 
     def count(self) -> int:
-        """How many graphs were made since the last call."""
+        """Returns how many graphs were made since the last call."""
         if not self._compiles:
             return 0
         made = torch._dynamo.utils.counters["stats"]["unique_graphs"]

@@ -1,4 +1,7 @@
-"""What a run tells: metrics.jsonl always, console lines, a progress bar on a terminal, wandb when asked for. One dictionary feeds all."""
+"""The outputs of a run: metrics.jsonl, console lines, a progress bar on a terminal, and Weights & Biases if configured.
+
+One dictionary of values feeds all of them.
+"""
 
 import json
 import os
@@ -16,7 +19,10 @@ METRICS_NAME = "metrics.jsonl"
 
 
 class Metrics:
-    """The outlets of the one rank that writes; on the others (`writes` false) every call does nothing."""
+    """The outputs of the rank that writes; on other ranks (`writes` false) every call does nothing.
+
+    first_step: the step from which this job trains; lines of it and of later steps are dropped from metrics.jsonl.
+    """
 
     def __init__(
         self, folder: Path, log: LogConfig, *, writes: bool, first_step: int, steps: int, run_name: str, settings: dict
@@ -25,23 +31,23 @@ class Metrics:
         if not writes:
             return
         path = folder / METRICS_NAME
-        _keep_until(path, first_step)
+        _drop_lines_from(path, first_step)
         self._file = open(path, "a", encoding="utf-8")
         if sys.stdout.isatty():
             self._bar = tqdm(total=steps, initial=first_step, unit="step", file=sys.stdout, dynamic_ncols=True)
         if log.wandb != "off":
-            self._wandb = _start_wandb(folder, log, run_name, settings, anew=first_step == 0)
+            self._wandb = _start_wandb(folder, log, run_name, settings, new=first_step == 0)
 
     def record(self, values: dict) -> None:
-        """Append one JSON object (it has "step") to metrics.jsonl and send the same dictionary to wandb."""
+        """Appends one JSON object, which has "step", to metrics.jsonl and sends it to wandb."""
         if self.writes:
             self._file.write(json.dumps(values) + "\n")
             self._file.flush()
             if self._wandb is not None:
                 self._wandb.log(values, step=values["step"])
 
-    def say(self, line: str) -> None:
-        """Print a line on the console."""
+    def log(self, line: str) -> None:
+        """Prints a line on the console."""
         if self.writes:
             if self._bar is not None:
                 self._bar.write(line, file=sys.stdout)
@@ -49,12 +55,12 @@ class Metrics:
                 print(line, flush=True)
 
     def advance(self, step: int) -> None:
-        """Move the progress bar to `step` finished steps."""
+        """Moves the progress bar to `step` finished steps."""
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
     def close(self) -> None:
-        """Sync the file and end the outlets."""
+        """Syncs the file and closes all outputs."""
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -65,25 +71,27 @@ class Metrics:
             self._wandb.finish()
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Drop lines of steps that will be run again, and a last line that a crash cut short, so that a resumed run continues one curve."""
+def _drop_lines_from(path: Path, step: int) -> None:
+    """Drops the lines of steps that will run again, and a line that a crash cut short: a resumed run continues one
+    curve.
+    """
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             values = json.loads(line)
-            # training lines carry the number of the step they ran, evaluations the number of steps done before them
-            stays = values["step"] < step or (values["step"] == step and "train/loss" not in values)
+            # a training line has the number of its step, an evaluation the number of steps before it
+            keep = values["step"] < step or (values["step"] == step and "train/loss" not in values)
         except (ValueError, TypeError, KeyError):
             continue
-        if stays:
+        if keep:
             kept.append(line + "\n")
     write_atomically(path, "".join(kept).encode())
 
 
 def check_wandb(log: LogConfig) -> None:
-    """Raise UserError when wandb is asked for and not installed."""
+    """Raises UserError when wandb is configured but not installed."""
     if log.wandb != "off":
         _import_wandb(log)
 
@@ -98,11 +106,11 @@ def _import_wandb(log: LogConfig):
     return wandb
 
 
-def _start_wandb(folder: Path, log: LogConfig, run_name: str, settings: dict, *, anew: bool):
-    """A run of wandb whose identity lies in the run folder, so that a resumed run continues its curves there."""
+def _start_wandb(folder: Path, log: LogConfig, run_name: str, settings: dict, *, new: bool):
+    """Starts or resumes the wandb run whose id is in the run folder, so that a resumed run continues its curves."""
     wandb = _import_wandb(log)
     identity = folder / "wandb_id.txt"
-    if anew or not identity.exists():
+    if new or not identity.exists():
         identity.write_text(secrets.token_hex(4) + "\n")
     name = {"project": log.wandb_project, "name": run_name, "id": identity.read_text().strip()}
     try:
@@ -114,7 +122,7 @@ def _start_wandb(folder: Path, log: LogConfig, run_name: str, settings: dict, *,
 
 
 def console_line(values: dict, steps: int, eta_s: float | None) -> str:
-    """One training step in words; parts that are not known are left out."""
+    """Returns the console line of one training step; values that are not known are left out."""
     step = values["step"]
     parts = [
         f"step {step:05d}/{steps:05d} ({100 * step / steps:.2f}%)",

@@ -135,11 +135,11 @@ def check_checkpoint(checkpoint: Path, plan: Plan, tokenizer: Tokenizer, config:
     """Returns the checkpoint's facts. Raises UserError when it belongs to another model or tokenizer."""
     facts = read_facts(checkpoint)
     if facts["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
-        before = facts["tokenizer"]["vocab_size"]
+        saved = facts["tokenizer"]
         raise UserError(
-            f"{checkpoint} was trained with another tokenizer ({before} tokens, fingerprint "
-            f"{facts['tokenizer']['fingerprint'][:12]}) than {config.data.tokenizer} ({tokenizer.vocab_size} tokens, {tokenizer.fingerprint[:12]}): "
-            "set data.tokenizer to the one it was trained with"
+            f"{checkpoint} was trained with another tokenizer ({saved['vocab_size']} tokens, fingerprint "
+            f"{saved['fingerprint'][:12]}) than {config.data.tokenizer} ({tokenizer.vocab_size} tokens, fingerprint "
+            f"{tokenizer.fingerprint[:12]}): set data.tokenizer to the one it was trained with"
         )
     configured, saved = dataclasses.asdict(plan.dims), dataclasses.asdict(saved_dimensions(facts["model"]))
     differing = [key for key in configured if configured[key] != saved[key]]

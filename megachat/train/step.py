@@ -118,6 +118,6 @@ def _stop_for_loss(run: Run, step: int, loss: float) -> None:
     rank = None if finite else f"rank {run.mesh.world.rank} ({socket.gethostname()})"
     ranks = [name for name in all_gather_objects(rank, run.mesh.world) if name]
     raise UserError(
-        f"step {step}: the loss is {loss} on {', '.join(ranks) or 'no single rank'}; this step changed no weight and the "
-        "checkpoints are untouched: continue with --resume auto and lower rates, or look at the rows of this step"
+        f"step {step}: the loss is {loss} on {', '.join(ranks) or 'no single rank'}; this step changed no weight and "
+        "the checkpoints are untouched: continue with --resume auto and lower rates, or look at the rows of this step"
     )

@@ -97,7 +97,7 @@ class Log(Task):
             )
         timed_steps = step - UNTIMED_STEPS
         eta_s = state.training_s / timed_steps * (run.plan.stop_step - state.step) if timed_steps > 0 else None
-        trainer.metrics.say(console_line(values | {"train/grad_norm": result.norm}, run.plan.steps, eta_s))
+        trainer.metrics.log(console_line(values | {"train/grad_norm": result.norm}, run.plan.steps, eta_s))
         trainer.metrics.record(values)
         return True
 
@@ -120,7 +120,7 @@ class Validation(Task):
                 self._rows = ValidationRows(loader, run.plan.evaluation_rows, run.plan.micro_rows, run.mesh)
         state.val_bpb = bits_per_byte(run.engine, self._rows, run.mesh)
         state.min_val_bpb = min(state.val_bpb, math.inf if state.min_val_bpb is None else state.min_val_bpb)
-        trainer.metrics.say(f"step {state.step:05d} | validation bpb {state.val_bpb:.6f}")
+        trainer.metrics.log(f"step {state.step:05d} | validation bpb {state.val_bpb:.6f}")
         trainer.metrics.record(totals(run, state, state.step) | {"val/bpb": state.val_bpb})
         return True
 
@@ -157,7 +157,7 @@ class Samples(Task):
             path.parent.mkdir(exist_ok=True)
             write_atomically(path, json.dumps(texts, indent=2, ensure_ascii=False).encode() + b"\n")
         for text in texts.values():
-            trainer.metrics.say(f"sample: {text!r}")
+            trainer.metrics.log(f"sample: {text!r}")
         return True
 
     def has_result(self, run_folder: Path, step: int) -> bool:
@@ -191,7 +191,7 @@ class Core(Task):
         metric = {} if section["core_metric"] is None else {"core_metric": section["core_metric"]}
         trainer.metrics.record(totals(run, state, state.step) | {"centered_results": centered} | metric)
         for line in core_lines(section):
-            trainer.metrics.say(f"step {state.step:05d} | {line}")
+            trainer.metrics.log(f"step {state.step:05d} | {line}")
         if run.is_writer:
             results = {"run": run.folder.name, "step": state.step, "core": section}
             save_results(results_path(run.folder, state.step, in_training=True), results)

@@ -24,7 +24,8 @@ class Trainer:
     """Trains a run from `state` to the plan's stop step. All ranks build one and call fit().
 
     stop_requested: whether this rank was requested to stop. before_step: called with the number of each step. source:
-    the run folder that `state` was loaded from; tasks pending in the state that have their result there do not run again.
+    the run folder that `state` was loaded from; tasks pending in the state that have their result there do not run
+    again.
     """
 
     last_result: StepResult
@@ -54,7 +55,7 @@ class Trainer:
         """
         run, state, tasks = self.run, self.state, self._pending_tasks()
         if state.step >= run.plan.stop_step and not tasks:
-            self.metrics.say(
+            self.metrics.log(
                 f"nothing to do: step {state.step} is not before the last step {run.plan.stop_step}; "
                 "raise horizon.steps or horizon.stop_step to continue"
             )
@@ -91,7 +92,7 @@ class Trainer:
                 "which changed a weight: lower the rates or use bfloat16"
             )
         if (made := self._graphs.count()) and state.step - self._first_step >= SETTLED_STEPS:
-            self.metrics.say(
+            self.metrics.log(
                 f"step {state.step:05d} | torch.compile made {made} new graphs, which takes time: "
                 "TORCH_LOGS=recompiles shows why"
             )
@@ -143,7 +144,7 @@ class Trainer:
 
     def _log_saves(self) -> None:
         for saved in self.saver.finished():
-            self.metrics.say(f"saved {saved.path} (training waited {saved.blocked_s:.2f} s of {saved.total_s:.2f} s)")
+            self.metrics.log(f"saved {saved.path} (training waited {saved.blocked_s:.2f} s of {saved.total_s:.2f} s)")
             seconds = {"checkpoint/blocked_s": saved.blocked_s, "checkpoint/total_s": saved.total_s}
             # "step" is the current one: the save finished after its own
             self.metrics.record({"step": self.state.step, "checkpoint/step": checkpoint_step(saved.path)} | seconds)

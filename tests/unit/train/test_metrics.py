@@ -99,7 +99,7 @@ def test_lines_that_are_no_record_are_dropped(damage, tmp_path):
 
 def test_other_ranks_write_nothing(tmp_path, capsys):
     metrics = open_metrics(tmp_path, writes=False, wandb="online")
-    metrics.say("hello")
+    metrics.log("hello")
     metrics.record(train_line(0))
     metrics.advance(1)
     metrics.close()
@@ -108,7 +108,7 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
 
 def test_a_pipe_gets_lines_and_no_bar(tmp_path, capsys):
     metrics = open_metrics(tmp_path)
-    metrics.say("hello")
+    metrics.log("hello")
     metrics.advance(5)
     metrics.close()
     assert capsys.readouterr() == ("hello\n", "")
@@ -120,7 +120,7 @@ def test_a_terminal_gets_a_bar_and_the_lines_above_it(tmp_path, monkeypatch):
     with os.fdopen(terminal, "w") as file:
         monkeypatch.setattr(sys, "stdout", file)
         metrics = open_metrics(tmp_path, 4)
-        metrics.say("hello")
+        metrics.log("hello")
         metrics.advance(6)
         metrics.close()
     shown = b""
