@@ -49,7 +49,7 @@ def compute_capability(device: torch.device) -> tuple[int, int]:
 def choose_compute_dtype(asked: str, device: torch.device) -> tuple[torch.dtype, str]:
     """(dtype of activations, the reason in words) for "auto", "bfloat16", "float16" or "float32"."""
     if asked != "auto":
-        return getattr(torch, asked), "asked for"
+        return getattr(torch, asked), "requested"
     if has_native_bfloat16(device):
         return torch.bfloat16, f"this {device.type} has native bfloat16"
     if compute_capability(device) >= (7, 0):

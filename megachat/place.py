@@ -1,4 +1,6 @@
-"""The identity of a parameter, and the only access to what is attached to parameters: layers below and beside the model read it here."""
+"""The identity of a parameter, and the only access to what is attached to parameters: layers below and beside the model
+read it here.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -15,11 +17,11 @@ Cut = Literal["column", "row", "vocabulary", "feature", "whole"]
 class Place:
     """Identifies a parameter, the same on every layout.
 
-    name: nanochat's checkpoint name. whole: shape of the tensor with that name. offset: where this parameter starts in it (per-layer scalars
-    are one element each). block: index of the block that the parameter belongs to, -1 before the blocks, depth after them.
-    cut: how the tensor axis may divide it. Matrices are cut by "column" (output features, dim 0) or "row" (input features, dim 1), tables by
-    "vocabulary" (dim 0) or "feature" (dim 1, by key/value head); "whole" is never cut.
-    start: the initial value, ("normal", std), ("uniform", low, high) or ("constant", value).
+    name: nanochat's checkpoint name. whole: shape of the tensor with that name. offset: where this parameter starts in
+    it (per-layer scalars are one element each). block: index of the block that the parameter belongs to, -1 before the
+    blocks, depth after them. cut: how the tensor axis may divide it. Matrices are cut by "column" (output features, dim
+    0) or "row" (input features, dim 1), tables by "vocabulary" (dim 0) or "feature" (dim 1, by key/value head); "whole"
+    is never cut. start: the initial value, ("normal", std), ("uniform", low, high) or ("constant", value).
     """
 
     name: str
@@ -46,7 +48,9 @@ def place_of(parameter: nn.Parameter) -> Place:
 
 
 def mark_tensor_shard(parameter: nn.Parameter) -> None:
-    """Marks a parameter of which each rank of the tensor axis holds another shard: every rank's gradient counts in the norm."""
+    """Marks a parameter of which each rank of the tensor axis holds another shard: every rank's gradient counts in the
+    norm.
+    """
     setattr(parameter, _IS_SHARD, True)
 
 
@@ -56,7 +60,9 @@ def is_tensor_shard(parameter: nn.Parameter) -> bool:
 
 
 def mark_partial_over_tensor(parameter: nn.Parameter) -> None:
-    """Marks a replicated parameter that sees this tensor rank's tokens only: its gradients must be summed over the tensor axis."""
+    """Marks a replicated parameter that sees this tensor rank's tokens only: its gradients must be summed over the
+    tensor axis.
+    """
     setattr(parameter, _IS_PARTIAL, True)
 
 

@@ -65,7 +65,7 @@ def _compute_choices(config: Config) -> Choices:
 
 
 def _attention_choices(config: Config) -> Choices:
-    from megachat.kernels.attention_backends import choose_attention
+    from megachat.kernels.choice import choose_attention
     from megachat.planning.plan import resolve_dimensions
 
     device, dtype, _ = _device_and_dtype(config)
@@ -78,7 +78,7 @@ def _attention_choices(config: Config) -> Choices:
 
 
 def _fp8_choices(config: Config) -> Choices:
-    from megachat.kernels.fp8_backends import choose_fp8
+    from megachat.kernels.choice import choose_fp8
 
     device, dtype, reason = _device_and_dtype(config)
     recipe = config.precision.fp8
@@ -94,7 +94,7 @@ def _fp8_choices(config: Config) -> Choices:
 
 
 def _gradient_norm_choice(config: Config) -> Choices:
-    from megachat.kernels.gradient_norm import choose_gradient_norm
+    from megachat.kernels.choice import choose_gradient_norm
 
     choice = choose_gradient_norm(_device_and_dtype(config)[0])
     yield "gradient norm", choice.name, choice.reason

@@ -1,1 +1,1 @@
-"""The few operations worth a fast version, each beside its plain-torch reference."""
+"""The few operations worth a fast version, each beside its plain-torch reference; `choice` selects among them."""

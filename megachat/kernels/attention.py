@@ -1,37 +1,116 @@
-"""Causal attention with a sliding window; the plain-torch form that every faster backend is compared with."""
+"""Causal attention with a sliding window: the plain-torch reference and its faster versions.
+
+Each version takes q, k, v and the window, and computes what `attention` computes. Transformer Engine's is in
+megachat.kernels.te.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+# Queries per tile of windowed_attention. Each tile is multiplied with window + TILE keys: a smaller one wastes less and
+# starts more kernels.
+TILE = 128
+FLASH_MODULES = {"flash2": "flash_attn", "flash3": "flash_attn_interface", "flash4": "flash_attn.cute"}
+
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
-    """Softmax attention where query i sees keys i - window .. i.
+    """Computes softmax attention where query i sees keys i - window .. i.
 
-    q [batch, tokens, heads, head_size]; k, v [batch, tokens, kv_heads, head_size]; all of one dtype. Returns q's shape and dtype.
-    Key/value heads are shared by heads / kv_heads query heads each (GQA, arXiv 2305.13245).
+    q [batch, tokens, heads, head_size]; k, v [batch, tokens, kv_heads, head_size]; all of one dtype. Returns q's shape
+    and dtype. Each key/value head is shared by heads / kv_heads query heads (GQA, arXiv 2305.13245).
     """
     tokens = q.size(1)
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    shared = q.size(1) != k.size(1)
     if window >= tokens - 1:
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
-    else:
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=window_mask(tokens, window, q.device), enable_gqa=shared)
-    return y.transpose(1, 2)
+        return _sdpa(q, k, v, is_causal=True)
+    position = torch.arange(tokens, device=q.device)
+    behind = position[:, None] - position[None, :]
+    return masked_attention(q, k, v, (behind >= 0) & (behind <= window))
 
 
 def masked_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
-    """Softmax attention where query i of row b sees the keys j with visible[b, 0, i, j]; with None every query sees every key.
+    """Computes softmax attention where query i of row b sees key j if visible[b, 0, i, j]; with None, all see all.
 
-    q [batch, tokens, heads, head_size]; k, v [batch, keys, kv_heads, head_size]; visible boolean [batch or 1, 1, tokens, keys]. A query must see
-    a key. Returns q's shape and dtype.
+    q [batch, tokens, heads, head_size]; k, v [batch, keys, kv_heads, head_size]; visible: boolean, broadcastable to
+    [batch, 1, tokens, keys]. Every query must see at least one key. Returns q's shape and dtype.
     """
+    return _sdpa(q, k, v, attn_mask=visible)
+
+
+def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **mask) -> torch.Tensor:
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.size(1) != k.size(1), **mask).transpose(1, 2)
 
 
-def window_mask(tokens: int, window: int, device: torch.device) -> torch.Tensor:
-    """Boolean [tokens, tokens], true where query (row) sees key (column)."""
-    position = torch.arange(tokens, device=device)
-    behind = position[:, None] - position[None, :]
-    return (behind >= 0) & (behind <= window)
+def windowed_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+    """Computes `attention` on a CPU without a mask over the whole row, in the tiles that the window touches.
+
+    The first `window` queries see all tokens before them, which is plain causal attention. The others are cut into
+    tiles. The keys of a tile are a copy that overlaps the next tile's by the window, so one mask serves all tiles (as
+    in Longformer, arXiv 2004.05150).
+    """
+    tokens = q.size(1)
+    if window + TILE >= tokens:
+        return attention(q, k, v, window)
+    tiles = -(-(tokens - window) // TILE)
+    missing = window + tiles * TILE - tokens  # the padding of the last tile is seen by padding queries only
+    queries = F.pad(q[:, window:], (0, 0, 0, 0, 0, missing)).unflatten(1, (tiles, TILE)).flatten(0, 1)
+    keys, values = (
+        F.pad(tensor, (0, 0, 0, 0, 0, missing)).unfold(1, window + TILE, TILE).permute(0, 1, 4, 2, 3).flatten(0, 1)
+        for tensor in (k, v)
+    )
+    behind = window + torch.arange(TILE, device=q.device)[:, None] - torch.arange(window + TILE, device=q.device)
+    tiled = masked_attention(queries, keys, values, (behind >= 0) & (behind <= window))
+    rest = tiled.unflatten(0, (-1, tiles)).flatten(1, 2)[:, : tokens - window]
+    first = attention(q[:, :window], k[:, :window], v[:, :window], window)
+    return torch.cat((first, rest), dim=1)
+
+
+def flash_function(name: str) -> Callable:
+    """Imports a generation of flash-attention ("flash2", "flash3" or "flash4") and returns its function."""
+    return importlib.import_module(FLASH_MODULES[name]).flash_attn_func
+
+
+class FlashAttention:
+    """Calls flash-attention 2 (arXiv 2307.08691), 3 (arXiv 2407.08608) or 4; they count windows as `attention`."""
+
+    def __init__(self, name: str):
+        self._function, self._unlimited = flash_function(name), None if name == "flash4" else -1
+
+    @torch.compiler.disable
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+        full = window >= q.size(1) - 1
+        window_size = (self._unlimited, self._unlimited) if full else (window, 0)
+        output = self._function(q, k, v, causal=True, window_size=window_size)
+        return output[0] if isinstance(output, tuple) else output  # some versions also return the sums of exponentials
+
+
+class FlexAttention:
+    """Calls torch's flex_attention with windows as block masks; rows of other lengths than `tokens` use the reference."""
+
+    def __init__(self, tokens: int, *, compiled: bool = True):
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        self._attend = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+        self._create_mask, self._tokens = create_block_mask, tokens
+        self._masks: dict[int, Any] = {}
+
+    @torch.compiler.disable
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+        if q.size(1) != self._tokens:
+            return attention(q, k, v, window)
+        mask = self._mask(min(window, self._tokens - 1), q.device)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return self._attend(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
+
+    def _mask(self, window: int, device: torch.device):
+        def visible(batch, head, query, key):
+            return (query >= key) & (query - key <= window)
+
+        if window not in self._masks:
+            self._masks[window] = self._create_mask(visible, None, None, self._tokens, self._tokens, device=device)
+        return self._masks[window]

@@ -1,6 +1,7 @@
-"""Head and loss together: soft-capped logits and their cross entropy, in chunks of rows so that all logits never exist at once.
+"""Head and loss together, in chunks of rows: soft-capped logits and their cross entropy without all logits at once.
 
-The table may be cut by rows over processes; each then computes its own logits, and only sums of exponentials and the target's logit are added up.
+The table may be cut by rows over processes. Each process then computes its own logits; only the sums of exponentials
+and the target's logit are summed over them.
 """
 
 from collections.abc import Callable
@@ -9,15 +10,19 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-CHUNK_BYTES = 8 << 20  # float32 logits at a time on a CPU: as much as its cache holds
-GPU_CHUNK_BYTES = 256 << 20  # on a GPU: thousands of rows, or starting its kernels takes longer than they do
+CHUNK_BYTES = 8 << 20  # float32 logits per chunk on a CPU: what its cache holds
+GPU_CHUNK_BYTES = (
+    256 << 20
+)  # on a GPU: thousands of rows, because with fewer the kernels take less time than their launches
 
 
 @dataclass(frozen=True)
 class VocabularyPart:
-    """The rows of the table that this process holds: `start` is the token of its first row; `add` sums a tensor in place over all holders.
+    """The rows of the table that this process holds.
 
-    most_rows: of any holder. From it all choose the same chunks, because `add` is called once a chunk; 0: there is one holder.
+    start: the token of the first row. add: sums a tensor in place over all holders. most_rows: the largest number of
+    rows of any holder, 0 if there is one holder. All holders derive the same chunks from it, because `add` is called
+    once per chunk.
     """
 
     start: int = 0
@@ -25,7 +30,7 @@ class VocabularyPart:
     most_rows: int = 0
 
     def rows(self, table_rows: int, vocab_size: int) -> int:
-        """How many of the held rows are tokens and not padding."""
+        """Returns how many of the local rows are tokens and not padding."""
         return max(0, min(table_rows, vocab_size - self.start))
 
 
@@ -33,39 +38,41 @@ WHOLE = VocabularyPart()
 
 
 class PlainProducts:
-    """The matrix products of head and loss, for one chunk of rows at a time. hidden [rows, width], table [columns, width], one dtype."""
+    """The matrix products of head and loss by chunks of rows. hidden [rows, width], table [columns, width], one dtype."""
 
-    row_multiple = 1  # chunks have multiples of so many rows, the last one too
+    row_multiple = 1  # the number of rows of every chunk, the last one included, is a multiple of this
 
     def __init__(self, hidden: torch.Tensor, table: torch.Tensor):
         self.hidden, self.table = hidden, table
 
     def logits(self, chunk: slice) -> torch.Tensor:
-        """[rows of the chunk, columns]."""
+        """Returns the chunk's logits [rows of the chunk, columns]."""
         return F.linear(self.hidden[chunk], self.table)
 
-    def gradients(
-        self, gradient: torch.Tensor, chunk: slice, into_hidden: torch.Tensor, into_table: torch.Tensor
+    def write_gradients(
+        self, gradient: torch.Tensor, chunk: slice, hidden_gradient: torch.Tensor, table_gradient: torch.Tensor
     ) -> None:
-        """From that of the logits: write the gradient of the chunk's hidden rows, and add that of the table in float32."""
-        torch.mm(gradient, self.table, out=into_hidden)
-        into_table += gradient.T @ self.hidden[chunk]
+        """Given the gradient of the chunk's logits, writes its hidden rows' gradient and adds the table's in
+        float32.
+        """
+        torch.mm(gradient, self.table, out=hidden_gradient)
+        table_gradient += gradient.T @ self.hidden[chunk]
 
 
 def capped_logits(
     hidden: torch.Tensor, weight: torch.Tensor, vocab_size: int, cap: float, part: VocabularyPart = WHOLE
 ) -> torch.Tensor:
-    """cap * tanh(hidden weight^T / cap) in float32, without the padding rows of the table.
+    """Computes cap * tanh(hidden weight^T / cap) in float32, without the padding rows of the table.
 
-    hidden [..., width] in the compute dtype, weight [this part of the padded vocabulary, width]. Returns [..., vocab_size] float32, with a
-    gradient only when the table is whole.
+    hidden [..., width] in the compute dtype, weight [this part of the padded vocabulary, width]. Returns [...,
+    vocab_size] float32, with a gradient only if the table is whole.
     """
     rows = part.rows(len(weight), vocab_size)
-    own = cap * torch.tanh(F.linear(hidden, weight[:rows].to(hidden.dtype)).float() / cap)
+    local = cap * torch.tanh(F.linear(hidden, weight[:rows].to(hidden.dtype)).float() / cap)
     if part is WHOLE:
-        return own
-    whole = own.new_zeros(*own.shape[:-1], vocab_size)
-    whole[..., part.start : part.start + rows] = own
+        return local
+    whole = local.new_zeros(*local.shape[:-1], vocab_size)
+    whole[..., part.start : part.start + rows] = local
     part.add(whole)
     return whole
 
@@ -73,7 +80,7 @@ def capped_logits(
 def reference_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int, cap: float
 ) -> torch.Tensor:
-    """The plain form of `capped_cross_entropy`, which keeps every logit for the backward pass."""
+    """Computes `capped_cross_entropy` without chunks, keeping every logit for the backward pass."""
     logits = capped_logits(hidden, weight, vocab_size, cap)
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=-1)
 
@@ -87,11 +94,13 @@ def capped_cross_entropy(
     part: VocabularyPart = WHOLE,
     products: type[PlainProducts] = PlainProducts,
 ) -> torch.Tensor:
-    """Mean cross entropy in nats, 0-dim float32, of `capped_logits` with targets [...] int64 below vocab_size, where -1 is not counted.
+    """Computes the mean cross entropy of `capped_logits` in nats, 0-dim float32, for targets [...] int64; targets of -1
+    are not counted.
 
-    Gradients are computed on the way forward, chunk by chunk, as Liger Kernel does (arXiv 2410.10989); cap must be at most 80, so that
-    exponentials of logits need no maximum subtracted. hidden [..., width], weight [this part of the padded vocabulary, width]. The gradient
-    of `hidden` is this part's share of it. products: how matrices are multiplied.
+    Gradients are computed during the forward pass, chunk by chunk, as Liger Kernel does (arXiv 2410.10989). cap must be
+    at most 80, so that exponentials of logits need no maximum subtracted. hidden [..., width], weight [this part of the
+    padded vocabulary, width]. The gradient of `hidden` is this part's share of it. products: the implementation of the
+    matrix products.
     """
     return _ChunkedCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), vocab_size, cap, part, products)
 
@@ -105,25 +114,29 @@ def token_nats(
     cap: float,
     part: VocabularyPart = WHOLE,
 ) -> torch.Tensor:
-    """Cross entropy of each target in nats, [rows] float32 (zero where the target is -1), without gradients."""
+    """Computes the cross entropy of each target in nats, [rows] float32 (zero for a target of -1), without
+    gradients.
+    """
     rows, flat = hidden.flatten(0, -2), targets.flatten()
     table = weight[: part.rows(len(weight), vocab_size)].to(hidden.dtype)
-    parts = []
+    nats = []
     for chunk in _chunks(rows, part.most_rows or max(1, len(table))):
         sums, at_target, *_ = _chunk_terms(F.linear(rows[chunk], table), flat[chunk], cap, part)
-        parts.append((sums.log() - at_target).squeeze(1) * (flat[chunk] >= 0))
-    return torch.cat(parts)
+        nats.append((sums.log() - at_target).squeeze(1) * (flat[chunk] >= 0))
+    return torch.cat(nats)
 
 
-def _chunks(rows: torch.Tensor, columns: int, multiple: int = 1):
+def _chunks(rows: torch.Tensor, columns: int, multiple: int = 1) -> list[slice]:
     size = (GPU_CHUNK_BYTES if rows.is_cuda else CHUNK_BYTES) // (4 * columns)
     size = max(multiple, size // multiple * multiple)
     return [slice(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
 
 
 def _chunk_terms(logits: torch.Tensor, targets: torch.Tensor, cap: float, part: VocabularyPart):
-    """(sums of exponentials [n, 1], capped logit at the target [n, 1], both over the whole vocabulary; the squashed logits [n, columns], their
-    exponentials, each target's column and 1 where it lies in this part)."""
+    """Returns the terms of a chunk's loss: (sums of exponentials [n, 1] and capped logit at the target [n, 1], both
+    over the whole vocabulary; tanh of the scaled logits [n, columns], their exponentials, each target's column, and 1
+    where it is in this part).
+    """
     local = targets - part.start
     columns = logits.size(1)
     held = ((local >= 0) & (local < columns)).float().unsqueeze(1)
@@ -141,9 +154,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, vocab_size, cap, part, products):
         count = part.rows(len(weight), vocab_size)
         table = weight.to(hidden.dtype)[:count]
-        wanted = any(ctx.needs_input_grad[:2])
-        hidden_gradient = torch.empty_like(hidden) if wanted else None
-        table_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wanted else None
+        hidden_gradient = table_gradient = None
+        if any(ctx.needs_input_grad[:2]):
+            hidden_gradient = torch.empty_like(hidden)
+            table_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         total = torch.zeros((), device=hidden.device)
         multiply = products(hidden, table)
         for chunk in _chunks(hidden, part.most_rows or max(1, count), products.row_multiple):
@@ -151,14 +165,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             counted = (target >= 0).float().unsqueeze(1)
             sums, at_target, squashed, share, index, held = _chunk_terms(multiply.logits(chunk), target, cap, part)
             total += ((sums.log() - at_target) * counted).sum()
-            if wanted and not count:  # a part of nothing but padding
+            if hidden_gradient is None or table_gradient is None:
+                continue
+            if not count:  # this part holds padding only
                 hidden_gradient[chunk] = 0
-            elif wanted:
-                # d loss / d raw logit = (softmax - one at the target) * (1 - tanh^2); the mean's division waits for backward,
-                # where float16's loss scale comes along and keeps small values alive
-                share.mul_(counted / sums).scatter_add_(1, index, -counted * held)
-                gradient = share.mul_(squashed.square_().neg_().add_(1.0)).to(hidden.dtype)
-                multiply.gradients(gradient, chunk, hidden_gradient[chunk], table_gradient[:count])
+                continue
+            # d loss / d raw logit = (softmax - one at the target) * (1 - tanh^2). The division by the mean's count
+            # happens in backward, where float16's loss scale is multiplied in and keeps small values from underflowing.
+            share.mul_(counted / sums).scatter_add_(1, index, -counted * held)
+            gradient = share.mul_(squashed.square_().neg_().add_(1.0)).to(hidden.dtype)
+            multiply.write_gradients(gradient, chunk, hidden_gradient[chunk], table_gradient[:count])
         targets_counted = (targets >= 0).sum()
         ctx.weight_dtype = weight.dtype
         ctx.save_for_backward(hidden_gradient, table_gradient, targets_counted)

@@ -1,38 +1,48 @@
-"""Matrix products in eight bits with torch alone: on GPUs without Transformer Engine, on CPUs, and as the oracle of its results.
+"""Matrix products in FP8 with torch alone: the reference for Transformer Engine's, and the version for CPUs and GPUs
+without it.
 
-tensorwise: nanochat's recipe and Transformer Engine's Float8CurrentScaling. Inputs and weights in e4m3, gradients of outputs in e5m2 (FP8 formats,
-arXiv 2209.05433), one scale a tensor from its own largest magnitude at each use. blockwise: Float8BlockScaling, as in DeepSeek-V3 (arXiv
-2412.19437): e4m3 everywhere, a power of two for each 128 numbers along the sum, for each 128 x 128 of a weight.
+tensorwise: nanochat's recipe and Transformer Engine's Float8CurrentScaling. Inputs and weights are e4m3, output
+gradients e5m2 (FP8 formats, arXiv 2209.05433), with one scale per tensor from its largest magnitude at each use.
+blockwise: Float8BlockScaling, as in DeepSeek-V3 (arXiv 2412.19437). Everything is e4m3, with a power of two per 128
+numbers along the summed dim, and per 128 x 128 of a weight.
 
-What is not finite stays so: a tensor with an infinity or NaN gives NaN.
+A tensor with an infinity or NaN gives NaN.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from megachat.kernels.cross_entropy import PlainProducts
-from megachat.planning.dimensions import FP8_TILES
+from megachat.kernels.linear import Linear
+from megachat.kernels.te import TELinears
+from megachat.planning.dimensions import FP8_TILES, Dimensions, check_fp8_multiples, fits_fp8, head_fits_fp8
 
 INPUT, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
 TILE = FP8_TILES["blockwise"]
 
 
 def quantized(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x in the FP8 `dtype` filling its range, row-major; the float32 0-dim factor that restores it)."""
+    """Returns (x in the FP8 `dtype` scaled to its full range, row-major; the float32 0-dim factor that restores x)."""
     largest = torch.finfo(dtype).max
     peak = torch.linalg.vector_norm(x, torch.inf).float()
-    scale = torch.where(peak == 0, 1.0, _quotient(largest, peak))
+    scale = torch.where(peak == 0, 1.0, _scale_to(largest, peak))
     return (x.float() * scale).clamp(-largest, largest).to(dtype).contiguous(), scale.reciprocal()
 
 
-def _quotient(largest: float, peak: torch.Tensor) -> torch.Tensor:
-    """largest / peak, float32, not beyond its range. torch multiplies by the reciprocal: in float32 it would miss powers of two by a bit, with
-    which bfloat16 values lie on the other side of the middle between two FP8 numbers."""
+def _scale_to(largest: float, peak: torch.Tensor) -> torch.Tensor:
+    """Returns largest / peak in float32, clamped to float32's range.
+
+    The division is float64: torch multiplies by the reciprocal, which in float32 misses powers of two by one bit.
+    bfloat16 values in the middle between two FP8 numbers would then be rounded the other way.
+    """
     return (largest / peak.double()).clamp(max=torch.finfo(torch.float32).max).float()
 
 
 def column_major(x: torch.Tensor) -> torch.Tensor:
-    """The same matrix with its columns in a row in memory, as the second factor of an FP8 product must lie."""
+    """Returns the matrix stored column by column, as the second factor of an FP8 product must be."""
     return x.t().contiguous().t()
 
 
@@ -45,7 +55,10 @@ def scaled_product(
     *,
     fast: bool = False,
 ):
-    """a [m, k] times b [k, n], column-major, both FP8, with their factors -> [m, n] of dtype `out`. fast: sum in fewer bits, where the GPU can."""
+    """Multiplies a [m, k] by b [k, n] (column-major), both FP8, and restores their scales: [m, n] of dtype `out`.
+
+    fast: sum in fewer bits where the GPU can.
+    """
     return torch._scaled_mm(a, b, scale_a=restore_a, scale_b=restore_b, out_dtype=out, use_fast_accum=fast)
 
 
@@ -61,31 +74,31 @@ class _Tensorwise(torch.autograd.Function):
     def backward(ctx, gradient):
         x8, x_factor, w8, w_factor = ctx.saved_tensors
         g8, g_factor = quantized(gradient, GRADIENT)
-        into_x = (
-            scaled_product(g8, column_major(w8), g_factor, w_factor, gradient.dtype)
-            if ctx.needs_input_grad[0]
-            else None
-        )
-        into_weight = None
+        x_gradient = weight_gradient = None
+        if ctx.needs_input_grad[0]:
+            x_gradient = scaled_product(g8, column_major(w8), g_factor, w_factor, gradient.dtype)
         if ctx.needs_input_grad[1]:
-            into_weight = scaled_product(g8.t().contiguous(), column_major(x8), g_factor, x_factor, gradient.dtype).to(
-                ctx.weight_dtype
-            )
-        return into_x, into_weight
+            product = scaled_product(g8.t().contiguous(), column_major(x8), g_factor, x_factor, gradient.dtype)
+            weight_gradient = product.to(ctx.weight_dtype)
+        return x_gradient, weight_gradient
 
 
 def block_rounded(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """x [n, m] rounded to what e4m3 with one power of two for each [rows, columns] tile can hold. bfloat16 holds that exactly."""
+    """Rounds x [n, m] to what e4m3 can hold with one power of two per [rows, columns] tile. bfloat16 holds the result
+    exactly.
+    """
     largest = torch.finfo(INPUT).max
     tiles = x.float().view(x.size(0) // rows, rows, x.size(1) // columns, columns)
     peak = tiles.abs().amax(dim=(1, 3), keepdim=True)
-    scale = torch.ldexp(torch.ones_like(peak), torch.frexp(_quotient(largest, peak)).exponent - 1)
+    scale = torch.ldexp(torch.ones_like(peak), torch.frexp(_scale_to(largest, peak)).exponent - 1)
     scale = torch.where(peak == 0, 1.0, torch.where(peak.isfinite(), scale, torch.nan))
     return ((tiles * scale).clamp(-largest, largest).to(INPUT).float() / scale).view(x.shape).to(x.dtype)
 
 
 class _Blockwise(torch.autograd.Function):
-    """The tiles' values are exact in bfloat16, whose products the hardware sums in float32: the recipe's results, but not its speed."""
+    """Multiplies the rounded values in bfloat16, which holds them exactly and is summed in float32: the recipe's
+    results, not its speed.
+    """
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -97,65 +110,59 @@ class _Blockwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         x, w = ctx.saved_tensors
-        into_x = block_rounded(gradient, 1, TILE) @ w if ctx.needs_input_grad[0] else None
-        into_weight = None
-        if ctx.needs_input_grad[1]:  # the sum goes over tokens here, and the tiles with it
-            into_weight = (block_rounded(gradient, TILE, 1).t() @ block_rounded(x, TILE, 1)).to(ctx.weight_dtype)
-        return into_x, into_weight
+        x_gradient = block_rounded(gradient, 1, TILE) @ w if ctx.needs_input_grad[0] else None
+        weight_gradient = None
+        if ctx.needs_input_grad[1]:  # summed over tokens, so the tiles run along tokens
+            product = block_rounded(gradient, TILE, 1).t() @ block_rounded(x, TILE, 1)
+            weight_gradient = product.to(ctx.weight_dtype)
+        return x_gradient, weight_gradient
 
 
 def tensorwise(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [..., in] weight^T [in, out] with one scale a tensor. Raises ValueError for sides or tokens that are not multiples of the tile."""
-    return _multiplied(_Tensorwise, x, weight, FP8_TILES["tensorwise"])
+    """Computes x [..., in] weight^T [in, out] with one scale per tensor. Raises ValueError unless tokens and sides are
+    multiples of the tile.
+    """
+    return _multiply(_Tensorwise, x, weight, FP8_TILES["tensorwise"])
 
 
 def blockwise(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [..., in] weight^T [in, out] with a scale a tile, computed in x's dtype (bfloat16). Raises ValueError as `tensorwise` does."""
-    return _multiplied(_Blockwise, x, weight, TILE)
+    """Computes x [..., in] weight^T [in, out] with one scale per tile, in x's dtype (bfloat16). Raises ValueError as
+    `tensorwise`.
+    """
+    return _multiply(_Blockwise, x, weight, TILE)
 
 
-def _multiplied(function, x: torch.Tensor, weight: torch.Tensor, tile: int) -> torch.Tensor:
-    check_multiples(x, weight, tile)
+def _multiply(function, x: torch.Tensor, weight: torch.Tensor, tile: int) -> torch.Tensor:
+    check_fp8_multiples(x.numel() // x.size(-1), weight.shape, tile)
     return function.apply(x.reshape(-1, x.size(-1)), weight).view(*x.shape[:-1], weight.size(0))
 
 
-def check_multiples(x: torch.Tensor, weight: torch.Tensor, tile: int) -> None:
-    """Raises ValueError unless the rows of x and both sides of the weight are multiples of the tile."""
-    tokens = x.numel() // x.size(-1)
-    if tokens % tile or weight.size(0) % tile or weight.size(1) % tile:
-        raise ValueError(f"FP8 needs multiples of {tile}: {tokens} tokens, weight {tuple(weight.shape)}")
-
-
 class TensorwiseHead(PlainProducts):
-    """Hidden states and table rounded once, with a scale each; the gradient of the logits with a scale a chunk."""
+    """Rounds hidden states and table once, with a scale each, and the logits' gradient with a scale per chunk."""
 
     row_multiple = FP8_TILES["tensorwise"]
 
     def __init__(self, hidden: torch.Tensor, table: torch.Tensor):
         self.dtype = hidden.dtype
-        (self.hidden, self.hidden_factor), (self.table, self.table_factor) = (
-            quantized(hidden, INPUT),
-            quantized(table, INPUT),
-        )
+        self.hidden, self.hidden_factor = quantized(hidden, INPUT)
+        self.table, self.table_factor = quantized(table, INPUT)
         self.table_columns = column_major(self.table)
 
     def logits(self, chunk: slice) -> torch.Tensor:
-        return scaled_product(
-            self.hidden[chunk], self.table.t(), self.hidden_factor, self.table_factor, self.dtype, fast=True
-        )
+        factors = self.hidden_factor, self.table_factor
+        return scaled_product(self.hidden[chunk], self.table.t(), *factors, self.dtype, fast=True)
 
-    def gradients(
-        self, gradient: torch.Tensor, chunk: slice, into_hidden: torch.Tensor, into_table: torch.Tensor
+    def write_gradients(
+        self, gradient: torch.Tensor, chunk: slice, hidden_gradient: torch.Tensor, table_gradient: torch.Tensor
     ) -> None:
         g8, factor = quantized(gradient, GRADIENT)
-        into_hidden.copy_(scaled_product(g8, self.table_columns, factor, self.table_factor, self.dtype))
-        into_table += scaled_product(
-            g8.t().contiguous(), column_major(self.hidden[chunk]), factor, self.hidden_factor, self.dtype
-        )
+        hidden_gradient.copy_(scaled_product(g8, self.table_columns, factor, self.table_factor, self.dtype))
+        hidden = column_major(self.hidden[chunk])
+        table_gradient += scaled_product(g8.t().contiguous(), hidden, factor, self.hidden_factor, self.dtype)
 
 
 class BlockwiseHead(PlainProducts):
-    """As `blockwise`, chunk by chunk."""
+    """Multiplies as `blockwise`, chunk by chunk."""
 
     row_multiple = TILE
 
@@ -165,12 +172,42 @@ class BlockwiseHead(PlainProducts):
     def logits(self, chunk: slice) -> torch.Tensor:
         return F.linear(block_rounded(self.hidden[chunk], 1, TILE), self.table)
 
-    def gradients(
-        self, gradient: torch.Tensor, chunk: slice, into_hidden: torch.Tensor, into_table: torch.Tensor
+    def write_gradients(
+        self, gradient: torch.Tensor, chunk: slice, hidden_gradient: torch.Tensor, table_gradient: torch.Tensor
     ) -> None:
-        torch.mm(block_rounded(gradient, 1, TILE), self.table, out=into_hidden)
-        into_table += block_rounded(gradient, TILE, 1).T @ block_rounded(self.hidden[chunk], TILE, 1)
+        torch.mm(block_rounded(gradient, 1, TILE), self.table, out=hidden_gradient)
+        table_gradient += block_rounded(gradient, TILE, 1).T @ block_rounded(self.hidden[chunk], TILE, 1)
 
 
 PRODUCTS = {"tensorwise": tensorwise, "blockwise": blockwise}
-HEADS = {"tensorwise": TensorwiseHead, "blockwise": BlockwiseHead}
+HEADS: dict[str, type[PlainProducts]] = {"tensorwise": TensorwiseHead, "blockwise": BlockwiseHead}
+
+
+@dataclass(frozen=True)
+class Fp8Choice:
+    """recipe: "tensorwise" or "blockwise". backend: "te" or "torch". reason: why this backend."""
+
+    recipe: str
+    backend: str
+    reason: str
+
+
+def apply_fp8(layers: list[nn.Module], choice: Fp8Choice) -> int:
+    """Makes every linear of the layers train in FP8 if its weight, as this rank holds it, fits; returns how many do.
+
+    lm_head is multiplied in the loss: see `head_products`.
+    """
+    named = [named for layer in layers for named in layer.named_modules()]
+    linears = [module for name, module in named if isinstance(module, Linear) and name != "lm_head"]
+    fitting = [linear for linear in linears if fits_fp8(*tuple(linear.weight.shape), choice.recipe)]
+    te_linears = TELinears(choice.recipe) if choice.backend == "te" and fitting else None
+    for linear in fitting:
+        linear.product = te_linears.build(linear.weight) if te_linears else PRODUCTS[choice.recipe]
+    return len(fitting)
+
+
+def head_products(choice: Fp8Choice | None, dims: Dimensions, tensor: int) -> type[PlainProducts]:
+    """Returns how the head multiplies in training. FP8 is always torch's here: Transformer Engine's layers cannot make
+    logits in chunks.
+    """
+    return HEADS[choice.recipe] if choice and head_fits_fp8(dims, tensor, choice.recipe) else PlainProducts

@@ -1,34 +1,39 @@
-"""The sum of squares under the one gradient norm: in a few launches by Transformer Engine's or NVIDIA apex's multi-tensor kernel on a GPU, else by
-torch."""
+"""The sum of squares under the joint gradient norm: the torch reference, and the multi-tensor kernel of Transformer
+Engine or NVIDIA apex.
+
+The kernel needs a few launches where torch needs one per tensor.
+"""
 
 import importlib
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib import util
+from typing import Protocol
 
 import torch
 
 from megachat.errors import summary
 from megachat.kernels.te import te_l2norm, te_problem, te_version
 
-SumOfSquares = Callable[..., torch.Tensor]  # (tensors, before=None) -> 0-d float32, as `torch_sum_of_squares`
-_LARGEST = 2**30  # elements of a tensor that a kernel is given: they count in 32 bits
+_LARGEST = 2**30  # elements per tensor given to a kernel, which counts in 32 bits
 _TOLERANCE = 1e-5
 
 
-@dataclass(frozen=True)
-class GradientNorm:
-    """name: "te", "apex" or "torch". reason: in words."""
+class SumOfSquares(Protocol):
+    """Computes what `torch_sum_of_squares` computes."""
 
-    name: str
-    sum_of_squares: SumOfSquares
-    reason: str
+    def __call__(self, tensors: Sequence[torch.Tensor], before: torch.Tensor | None = None) -> torch.Tensor: ...
+
+
+class KernelUnavailable(Exception):
+    """A kernel cannot be used here; the message says why."""
 
 
 def torch_sum_of_squares(tensors: Sequence[torch.Tensor], before: torch.Tensor | None = None) -> torch.Tensor:
-    """0-d float32: of all elements of at least one tensor, or `before` and them. Inf and nan show.
+    """Returns `before` plus the sum of the squares of all elements, 0-dim float32. Infinity and NaN propagate.
 
-    With `before`, 0-d float32, tensors are added to it in their order; without it sums are float64, so that the order does not show.
+    With `before` (0-dim float32), the tensors are added to it in their order. Without it there must be at least one
+    tensor; sums are float64, so that the result does not depend on the order.
     """
     if before is None:
         return torch.stack([tensor.float().square().sum(dtype=torch.float64) for tensor in tensors]).sum().float()
@@ -37,90 +42,66 @@ def torch_sum_of_squares(tensors: Sequence[torch.Tensor], before: torch.Tensor |
     return before
 
 
-class MultiTensor:
-    """`torch_sum_of_squares` by a multi-tensor kernel. applier, l2norm: of Transformer Engine or apex, whose interfaces are one:
-    applier(l2norm, int32 flag, [tensors of one dtype], False) -> (norm, unused)."""
+def multi_tensor_sum_of_squares(applier: Callable, l2norm: Callable) -> SumOfSquares:
+    """Builds `torch_sum_of_squares` from a multi-tensor kernel.
 
-    def __init__(self, applier: Callable, l2norm: Callable):
-        self._applier, self._l2norm = applier, l2norm
+    applier, l2norm: of Transformer Engine or apex, which share one interface:
+    applier(l2norm, int32 flag, [tensors of one dtype], False) -> (norm, unused).
+    """
 
-    def __call__(self, tensors: Sequence[torch.Tensor], before: torch.Tensor | None = None) -> torch.Tensor:
+    def sum_of_squares(tensors: Sequence[torch.Tensor], before: torch.Tensor | None = None) -> torch.Tensor:
         if not tensors and before is None:
-            raise ValueError("no tensors and nothing before them")
-        kinds: dict[torch.dtype, list[torch.Tensor]] = {}
+            raise ValueError("no tensors to sum, and no sum before them")
+        by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
         for tensor in tensors:
-            if tensor.numel():  # the kernels fail at an empty list and may at an empty tensor
-                kinds.setdefault(tensor.dtype, []).extend(tensor.detach().reshape(-1).split(_LARGEST))
+            if tensor.numel():  # the kernels fail on an empty list, and may fail on an empty tensor
+                by_dtype.setdefault(tensor.dtype, []).extend(tensor.detach().reshape(-1).split(_LARGEST))
         total = torch.zeros((), device=tensors[0].device) if before is None else before
-        for same in kinds.values():
-            flag = torch.zeros(1, dtype=torch.int32, device=same[0].device)
-            norm, _ = self._applier(self._l2norm, flag, [same], False)
+        for same_dtype in by_dtype.values():
+            flag = torch.zeros(1, dtype=torch.int32, device=same_dtype[0].device)
+            norm, _ = applier(l2norm, flag, [same_dtype], False)
             total = total + norm.float().square().view(())
         return total
 
-
-def choose_gradient_norm(device: torch.device, trial: torch.device | None = None) -> GradientNorm:
-    """The first of Transformer Engine, apex and torch that works on the device; each is tried beside torch. trial: where, if not there."""
-    if device.type != "cuda":
-        return GradientNorm("torch", torch_sum_of_squares, "this device has no other")
-    passed_over = []
-    for name, build in (("te", _te), ("apex", _apex)):
-        found, said = build(device)
-        problem = said if found is None else _disagreement(found, trial or device)
-        if problem is None:
-            return GradientNorm(name, found, "; ".join([said, *passed_over]))
-        passed_over.append(f"not {name}, because {problem}")
-    return GradientNorm("torch", torch_sum_of_squares, "; ".join(passed_over))
+    return sum_of_squares
 
 
-def _te(device: torch.device) -> tuple[MultiTensor | None, str]:
-    """(the function, its version), or (None, why not)."""
-    problem = te_problem(device)
-    if problem:
-        return None, problem
+def load_te(device: torch.device) -> tuple[SumOfSquares, str]:
+    """Returns (Transformer Engine's function, a description). Raises KernelUnavailable."""
+    if problem := te_problem(device):
+        raise KernelUnavailable(problem)
     try:
-        return MultiTensor(*te_l2norm()), f"Transformer Engine {te_version()}"
-    except Exception as error:  # whatever its libraries raise while they are loaded
-        return None, f"it has no multi_tensor_l2norm ({summary(error)})"
+        return multi_tensor_sum_of_squares(*te_l2norm()), f"Transformer Engine {te_version()}"
+    except Exception as error:  # its libraries raise many kinds while they are loaded
+        raise KernelUnavailable(f"it has no multi_tensor_l2norm ({summary(error)})") from None
 
 
-def _apex(device: torch.device) -> tuple[MultiTensor | None, str]:
-    if (
-        util.find_spec("amp_C") is None
-    ):  # looked for first: PyPI's apex is another program, which is better not imported
-        wrong = util.find_spec("apex") is not None
-        return (
-            None,
-            "the apex here lacks amp_C: it is another package, or built without CUDA extensions"
-            if wrong
-            else "it is not installed",
+def load_apex(device: torch.device) -> tuple[SumOfSquares, str]:
+    """Returns (NVIDIA apex's function, a description). Raises KernelUnavailable."""
+    if util.find_spec("amp_C") is None:  # checked before the import: PyPI's apex is another program
+        if util.find_spec("apex") is None:
+            raise KernelUnavailable("it is not installed")
+        raise KernelUnavailable(
+            "the installed apex lacks amp_C: it is another package, or built without CUDA extensions"
         )
     try:
         l2norm = importlib.import_module("amp_C").multi_tensor_l2norm
-        return MultiTensor(
-            importlib.import_module("apex.multi_tensor_apply").multi_tensor_applier, l2norm
-        ), "NVIDIA apex"
+        applier = importlib.import_module("apex.multi_tensor_apply").multi_tensor_applier
     except Exception as error:  # as above
-        return None, f"it cannot be imported ({summary(error)})"
+        raise KernelUnavailable(f"it cannot be imported ({summary(error)})") from None
+    return multi_tensor_sum_of_squares(applier, l2norm), "NVIDIA apex"
 
 
-def _disagreement(function: SumOfSquares, device: torch.device) -> str | None:
-    """Why not to use the function, if it fails or finds other sums than torch; also such that are not finite."""
+def check_sums(function: SumOfSquares, device: torch.device) -> None:
+    """Compares the function with torch on the device, infinity and NaN included. Raises KernelUnavailable if it fails
+    or differs.
+    """
     few = [torch.linspace(-1, 1, size, device=device) for size in (1, 100_003)]
-    try:
-        for tensors in (
-            few,
-            [*few, torch.full((3,), torch.inf, device=device)],
-            [*few, torch.full((3,), torch.nan, device=device)],
-        ):
-            found, wanted = function(tensors).item(), torch_sum_of_squares(tensors).item()
-            if not (
-                found == wanted
-                or found != found
-                and wanted != wanted
-                or abs(found - wanted) <= _TOLERANCE * abs(wanted)
-            ):
-                return f"it finds {found} where torch finds {wanted}"
-    except Exception as error:  # a kernel without code for this GPU
-        return f"it fails ({summary(error)})"
-    return None
+    for special in ([], [torch.inf], [torch.nan]):
+        tensors = [*few, *(torch.full((3,), value, device=device) for value in special)]
+        try:
+            result, expected = function(tensors).item(), torch_sum_of_squares(tensors).item()
+        except Exception as error:  # a kernel without code for this GPU
+            raise KernelUnavailable(f"it fails ({summary(error)})") from None
+        if not (math.isclose(result, expected, rel_tol=_TOLERANCE) or (math.isnan(result) and math.isnan(expected))):
+            raise KernelUnavailable(f"it computes {result} where torch computes {expected}")

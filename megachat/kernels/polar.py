@@ -1,4 +1,4 @@
-"""Polar Express: the orthogonal factor of a matrix by five matrix-multiplication-only steps (arXiv 2505.16932)."""
+"""Polar Express: the orthogonal factor of a matrix in five steps of matrix multiplications (arXiv 2505.16932)."""
 
 import torch
 
@@ -13,12 +13,14 @@ COEFFICIENTS = (
 
 
 def polar_express(x: torch.Tensor) -> torch.Tensor:
-    """Replace the singular values of `x` [..., m, n] (bfloat16 or float32) by values near 1; singular vectors stay. A new tensor, same dtype.
+    """Returns `x` [..., m, n] (bfloat16 or float32) with its singular values replaced by values near 1; same dtype,
+    same singular vectors.
 
-    The Gram matrix is formed on the smaller side. A batch may give other bits than its matrices one by one, because libraries choose
-    other kernels for it; the partition therefore calls this with two dimensions.
+    The Gram matrix is formed on the smaller side. A batch may give other bits than its matrices one by one, because
+    libraries choose other kernels for it. The Muon partition therefore passes two-dimensional matrices.
     """
-    # 1.01 keeps the largest singular value inside the interval that the first quintic was made for, rounding included
+    # 1.01 keeps the largest singular value, with its rounding, inside the interval for which the first quintic was
+    # computed
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-6)
     tall = x.size(-2) > x.size(-1)
     for a, b, c in COEFFICIENTS:

@@ -1,130 +1,140 @@
-"""NVIDIA Transformer Engine (github.com/NVIDIA/TransformerEngine), imported nowhere else: linears in FP8, cuDNN's attention, norms.
+"""NVIDIA Transformer Engine (github.com/NVIDIA/TransformerEngine), imported in this file only: linears in FP8, cuDNN's
+attention, norms.
 
-Its modules stay outside of the model: they are given our weights at each call, so names, starting values, random numbers and checkpoints are the
-same as without them, and the tensor axis cuts and communicates as ever.
+Its modules stay outside of the model. They are given our weights at each call, so names, initial values, random numbers
+and checkpoints are the same as without them, and the tensor axis cuts and communicates as usual.
 """
 
 import contextlib
 from collections.abc import Callable
 from importlib import metadata
+from typing import Any
 
 import torch
+from torch import nn
 
 from megachat.device import compute_capability
 from megachat.errors import summary
 from megachat.kernels.attention import attention
-from megachat.kernels.fp8 import check_multiples
-from megachat.planning.dimensions import FP8_TILES
+from megachat.kernels.linear import Product
+from megachat.planning.dimensions import FP8_TILES, check_fp8_multiples
 
-OLDEST = (2, 9)  # the first with `autocast`; the design was checked against 2.20.2
-_ONE_VERSION = ("transformer_engine", "transformer_engine_torch", "transformer_engine_cu12", "transformer_engine_cu13")
+OLDEST = (2, 9)  # the first version with `autocast`; the code was written against 2.20.2
+_PACKAGES = ("transformer_engine", "transformer_engine_torch", "transformer_engine_cu12", "transformer_engine_cu13")
 
 
 def te_version() -> str | None:
-    """The installed version; None where there is none."""
-    return _versions().get(_ONE_VERSION[0])
+    """Returns the installed version, or None."""
+    return _versions().get(_PACKAGES[0])
 
 
 def te_problem(device: torch.device, recipe: str | None = None) -> str | None:
-    """Why Transformer Engine cannot be used on the device, in words that follow "because"; None when it can. recipe: FP8 recipe that it must know."""
+    """Returns why Transformer Engine cannot be used on the device, or None if it can. recipe: an FP8 recipe that it
+    must support.
+    """
     if device.type != "cuda":
         return "this machine has no CUDA device"
-    found = _versions()
-    if _ONE_VERSION[0] not in found:
+    versions = _versions()
+    if _PACKAGES[0] not in versions:
         return "the package transformer_engine is not installed"
-    if len(set(found.values())) > 1:
-        return f"its packages have several versions ({', '.join(f'{name} {version}' for name, version in found.items())}), which must be one"
-    if _numbers(found[_ONE_VERSION[0]]) < OLDEST:
-        return f"transformer_engine {found[_ONE_VERSION[0]]} is older than {OLDEST[0]}.{OLDEST[1]}"
+    if len(set(versions.values())) > 1:
+        listed = ", ".join(f"{name} {version}" for name, version in versions.items())
+        return f"its packages must have one version, but these are installed: {listed}"
+    version = versions[_PACKAGES[0]]
+    if tuple(int(number) for number in version.split(".")[:2]) < OLDEST:
+        return f"transformer_engine {version} is older than {OLDEST[0]}.{OLDEST[1]}"
     try:
         import transformer_engine.pytorch as te
 
-        checks = {
-            None: lambda return_reason: (True, ""),
-            "tensorwise": te.is_fp8_available,
-            "blockwise": te.is_fp8_block_scaling_available,
-        }
-        works, why = checks[recipe](return_reason=True)
-    except (
-        Exception
-    ) as error:  # OSError and AssertionError too: it loads libraries and checks versions while it is imported
+        checks = {"tensorwise": te.is_fp8_available, "blockwise": te.is_fp8_block_scaling_available}
+        works, why = checks[recipe](return_reason=True) if recipe else (True, "")
+    except Exception as error:  # OSError and AssertionError too: the import loads libraries and checks versions
         return f"transformer_engine cannot be imported ({summary(error)})"
-    return None if works else f"transformer_engine {found[_ONE_VERSION[0]]} says: {why}"
+    return None if works else f"transformer_engine {version} reports: {why}"
+
+
+def te_attention_problem(device: torch.device) -> str | None:
+    """Returns why Transformer Engine's attention cannot be used on the device, or None if it can."""
+    problem = te_problem(device)
+    if problem is None and compute_capability(device) < (8, 0):
+        return "its attention needs compute capability 8.0"
+    return problem
 
 
 def _versions() -> dict[str, str]:
-    found = {}
-    for package in _ONE_VERSION:
-        try:
-            found[package] = metadata.version(package).partition("+")[0]
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2])
-
-
-def te_recipe(name: str):
-    """Transformer Engine's recipe for ours. Never its default, which on Hopper would be delayed scaling."""
-    from transformer_engine.common import recipe
-
-    return {"tensorwise": recipe.Float8CurrentScaling, "blockwise": recipe.Float8BlockScaling}[name]()
+    versions = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package).partition("+")[0]
+    return versions
 
 
 class TELinears:
-    """Builds te.Linear products, all of one recipe; recipe None: in the input's dtype, not in FP8."""
+    """Builds products by te.Linear, all with one FP8 recipe. recipe None: in the input's dtype instead of FP8."""
 
     def __init__(self, recipe: str | None):
         import transformer_engine.pytorch as te
+        from transformer_engine.common import recipe as recipes
 
         class Linear(te.Linear):
-            """Takes weights of another dtype than its input, which te.Linear refuses outside of torch.autocast."""
+            """Accepts weights of another dtype than its input, which te.Linear refuses outside of torch.autocast."""
 
             def set_activation_dtype(self, inp):
                 self.fast_setattr("activation_dtype", inp.dtype)
 
+        # each recipe is named: Transformer Engine's default is delayed scaling on Hopper
+        theirs = {"tensorwise": recipes.Float8CurrentScaling, "blockwise": recipes.Float8BlockScaling}
         self._linear, self._autocast = Linear, te.autocast
-        self._recipe, self._tile = (te_recipe(recipe), FP8_TILES[recipe]) if recipe else (None, 1)
+        self._recipe = theirs[recipe]() if recipe else None
+        self._tile = FP8_TILES[recipe] if recipe else 1
 
-    def build(self, weight: torch.Tensor) -> Callable[[torch.Tensor, torch.nn.Parameter], torch.Tensor]:
-        """(x [..., in], weight [out, in]) -> [..., out] in x's dtype, for weights of the shape of this one; see megachat.kernels.linear.
+    def build(self, weight: torch.Tensor) -> Product:
+        """Returns (x [..., in], weight [out, in]) -> [..., out] in x's dtype, for weights of this shape; see
+        megachat.kernels.linear.
 
-        Raises ValueError where `megachat.kernels.fp8.tensorwise` does: te.Linear would fail in the backward pass alone.
+        The product raises ValueError where `megachat.kernels.fp8.tensorwise` does; te.Linear would fail in the backward
+        pass only.
         """
         rows, columns = weight.shape
-        # on "meta" (the text: a torch.device is not recognised) it takes no memory and draws no random numbers
+        # on "meta" (as text: Transformer Engine does not recognize a torch.device) it takes no memory and draws no
+        # random numbers
         linear = self._linear(
             columns, rows, bias=False, params_dtype=weight.dtype, init_method=lambda tensor: None, device="meta"
         )
         return _TEProduct(linear, self._tile, self._context)
 
     def _context(self):
-        # entered for each product, so that a recomputed forward pass enters it as well; backward goes by what forward did
+        # entered for each product, so that a recomputed forward pass enters it too; the backward pass follows its
+        # forward pass
         return self._autocast(enabled=True, recipe=self._recipe) if self._recipe else contextlib.nullcontext()
 
 
 class _TEProduct:
-    """te.Linear given its weight at each call; torch.compile makes no graph of it and does not compile the layers around it anew for each."""
+    """Calls te.Linear with the weight of each call. torch.compile skips it, and so does not compile the code around it
+    per layer.
+    """
 
-    def __init__(self, linear: torch.nn.Module, tile: int, context: Callable):
+    def __init__(self, linear: nn.Module, tile: int, context: Callable):
         self._linear, self._tile, self._context = linear, tile, context
 
     @torch.compiler.disable
-    def __call__(self, x: torch.Tensor, weight: torch.nn.Parameter) -> torch.Tensor:
-        check_multiples(x, weight, self._tile)
+    def __call__(self, x: torch.Tensor, weight: nn.Parameter) -> torch.Tensor:
+        check_fp8_multiples(x.numel() // x.size(-1), weight.shape, self._tile)
         self._linear._parameters["weight"] = weight
         with self._context():
             return self._linear(x)
 
 
 class TEAttention:
-    """Attention by te.DotProductAttention, which takes cuDNN's kernel on Hopper, for rows of `tokens`; signature of
-    megachat.kernels.attention.attention, which other lengths take: cuDNN plans a kernel for each, and CORE's examples have many."""
+    """Computes `megachat.kernels.attention.attention` by te.DotProductAttention, which uses cuDNN's kernel on Hopper,
+    for rows of `tokens`.
+
+    Other lengths use the reference: cuDNN plans a kernel for each length, and CORE's examples have many.
+    """
 
     def __init__(self, tokens: int):
-        self._tokens, self._modules = tokens, {}
+        self._tokens = tokens
+        self._modules: dict[tuple[int, int, int], Any] = {}
 
     @torch.compiler.disable
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
@@ -135,29 +145,16 @@ class TEAttention:
         if module is None:
             from transformer_engine.pytorch import DotProductAttention
 
-            groups = {
-                "num_gqa_groups": kv_heads,
-                "attention_dropout": 0.0,
-                "qkv_format": "bshd",
-                "attn_mask_type": "causal",
-            }
-            module = self._modules[heads, kv_heads, size] = DotProductAttention(heads, size, **groups)
-        reach = (
-            -1 if window >= q.size(1) - 1 else window
-        )  # to Transformer Engine (tokens, 0) is a window, and only -1 is none
+            settings = {"num_gqa_groups": kv_heads, "attention_dropout": 0.0}
+            settings |= {"qkv_format": "bshd", "attn_mask_type": "causal"}
+            module = self._modules[heads, kv_heads, size] = DotProductAttention(heads, size, **settings)
+        # to Transformer Engine (tokens, 0) is a window; only -1 means none
+        reach = -1 if window >= q.size(1) - 1 else window
         return module(q.contiguous(), k.contiguous(), v.contiguous(), window_size=(reach, 0)).view(q.shape)
 
 
 def te_l2norm() -> tuple[Callable, Callable]:
-    """Its multi_tensor_applier and multi_tensor_l2norm."""
+    """Returns Transformer Engine's multi_tensor_applier and multi_tensor_l2norm."""
     from transformer_engine.pytorch.optimizers import multi_tensor_applier, multi_tensor_l2norm
 
     return multi_tensor_applier, multi_tensor_l2norm
-
-
-def te_attention_problem(device: torch.device) -> str | None:
-    """As `te_problem`, for attention."""
-    problem = te_problem(device)
-    if problem is None and compute_capability(device) < (8, 0):
-        return "its attention needs compute capability 8.0"
-    return problem

@@ -21,8 +21,7 @@ from megachat.kernels.cross_entropy import (
     capped_logits,
     token_nats,
 )
-from megachat.kernels.embedding import Table
-from megachat.kernels.linear import Linear
+from megachat.kernels.linear import Linear, Table
 from megachat.model.parameters import initialize
 from megachat.place import Place, set_place
 from megachat.planning.dimensions import GATE_CHANNELS, MLP_RATIO, SMEAR_CHANNELS, Dimensions

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from megachat.kernels.cross_entropy import WHOLE, VocabularyPart
-from megachat.kernels.embedding import Table
+from megachat.kernels.linear import Table
 from megachat.parallel.collectives import all_gather, all_reduce, reduce_scatter
 from megachat.parallel.mesh import Axis
 from megachat.place import mark_partial_over_tensor, mark_tensor_shard, place_of, set_place

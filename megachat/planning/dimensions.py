@@ -132,6 +132,12 @@ def fits_fp8(rows: int, columns: int, recipe: str) -> bool:
     return min(rows, columns) >= FP8_LEAST_SIDE and not (rows % FP8_TILES[recipe] or columns % FP8_TILES[recipe])
 
 
+def check_fp8_multiples(tokens: int, weight: tuple[int, ...], tile: int) -> None:
+    """Raises ValueError unless the tokens and both sides of the weight are multiples of the tile."""
+    if any(size % tile for size in (tokens, *weight)):
+        raise ValueError(f"FP8 needs multiples of {tile}: {tokens} tokens, weight {tuple(weight)}")
+
+
 def linear_shapes(dims: Dimensions, tensor: int = 1) -> dict[str, tuple[int, int]]:
     """The weights [rows, columns] of a block's linears but the gate, as each of `tensor` ranks of the tensor axis holds them."""
     inner, hidden = dims.heads * dims.head_size // tensor, MLP_RATIO * dims.width // tensor

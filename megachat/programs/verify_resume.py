@@ -18,8 +18,7 @@ from megachat.convert.reader import CheckpointReader
 from megachat.device import choose_compute_dtype, this_device
 from megachat.errors import UserError
 from megachat.job.local_ranks import run_with_torchrun, set_options
-from megachat.kernels.choice import compile_problem
-from megachat.kernels.fp8_backends import choose_fp8
+from megachat.kernels.choice import choose_fp8, compile_problem
 from megachat.planning.plan import Plan, resolve
 from megachat.programs.verify import (
     FLIPPED_SHARE,

@@ -13,10 +13,9 @@ from megachat.data.tokenizer import Tokenizer
 from megachat.device import choose_compute_dtype
 from megachat.errors import UserError
 from megachat.evals.core_bundle import Bundle
-from megachat.kernels.attention import attention
-from megachat.kernels.attention_backends import Attend
+from megachat.kernels.attention import Attend, attention
 from megachat.kernels.choice import Kernels, choose_kernels
-from megachat.kernels.fp8_backends import apply_fp8, head_products
+from megachat.kernels.fp8 import apply_fp8, head_products
 from megachat.model.gpt import Loss, ModelOptions, build_layers, layer_builders
 from megachat.model.parameters import initialize, placed_parameters
 from megachat.optim.groups import (

@@ -16,8 +16,7 @@ from megachat.convert.tokenizers import load_tokenizer_of
 from megachat.data.tokenizer import Tokenizer
 from megachat.device import choose_compute_dtype
 from megachat.errors import UserError
-from megachat.kernels.attention_backends import AttentionChoice
-from megachat.kernels.choice import evaluation_attention
+from megachat.kernels.choice import AttentionChoice, choose_attention
 from megachat.model.gpt import Loss
 from megachat.model.parameters import placed_parameters
 from megachat.optim.groups import assign
@@ -115,7 +114,8 @@ def evaluation_plan(saved: SavedModel, world: int) -> Plan:
 def build_evaluation_model(saved: SavedModel, plan: Plan, mesh: Mesh) -> EvaluationModel:
     """The model on every rank of the mesh, with the checkpoint's weights; all ranks call it. The same numbers as in training come out of it."""
     dtype, reason = choose_compute_dtype(saved.config.precision.compute, mesh.device)
-    attention = evaluation_attention(saved.config, plan, mesh.device, dtype)
+    # another machine may not have the kernel that the run trained with
+    attention = choose_attention(saved.config.precision.attention, mesh.device, dtype, plan.dims, must=False)
     layers = build_stage(saved.config, plan, mesh, dtype, start=False, attend=attention.attend)
     parameters = placed_parameters(layers)
     if dtype == torch.bfloat16:  # as in training, where the matrices' masters are the optimizer's

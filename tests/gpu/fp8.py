@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from megachat.kernels.fp8 import PRODUCTS, block_rounded
-from megachat.kernels.fp8_backends import Fp8Choice, apply_fp8, head_products
+from megachat.kernels.fp8 import PRODUCTS, Fp8Choice, apply_fp8, block_rounded, head_products
 from megachat.kernels.linear import Linear
 from megachat.kernels.te import TELinears, te_problem
 from megachat.model.gpt import Loss, ModelOptions, build_layers, run_layers

@@ -5,7 +5,7 @@ import torch
 
 from megachat.errors import UserError
 from megachat.kernels.attention import attention
-from megachat.kernels.attention_backends import choose_attention
+from megachat.kernels.choice import choose_attention
 from megachat.planning.dimensions import Dimensions
 from tests.gpu.fp8 import DEVICE, rel
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from megachat.kernels.fp8_backends import Fp8Choice, apply_fp8
+from megachat.kernels.fp8 import Fp8Choice, apply_fp8
 from megachat.kernels.linear import Linear
 from tests.gpu.fp8 import DEVICE, emulated, linear_case, need_fp8, need_te, product, rel, results
 

@@ -5,7 +5,7 @@ from datetime import timedelta
 import pytest
 import torch
 
-from megachat.kernels.attention_backends import choose_attention
+from megachat.kernels.choice import choose_attention
 from tests.gpu.fp8 import DEVICE, cosine, dims_of, loss_and_gradients, model, most_apart, need_fp8, need_te
 from tests.training import small_config, take_step
 

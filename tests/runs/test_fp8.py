@@ -73,7 +73,7 @@ def test_what_it_saved_is_used_anywhere(told, foreign, tmp_path, capsys):
     assert done.status == 0, done.err
     run, told = told[0], json.loads((tmp_path / "out.json").read_text())
     assert told["bpb"]["bpb"] == pytest.approx(bits_per_byte(run)[STOP], rel=5e-3) and told["samples"]
-    assert "attention sdpa (auto: torch's own; not flash3 (that needs a CUDA device))" in done.out
+    assert "attention sdpa (auto: torch's own; not available: flash3 (it needs a CUDA device))" in done.out
     generate(["--checkpoint", str(foreign), "--prompt", "the old", "--tokens", "3", "--temperature", "0"])
     assert capsys.readouterr().out.startswith("the old")
     export_checkpoint("nanochat", foreign, tmp_path / "nanochat")

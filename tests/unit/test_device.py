@@ -126,7 +126,7 @@ def test_collectives_use_the_network_of_rank_0():
 
 def test_dtype_is_asked_for_or_explained():
     cpu = torch.device("cpu")
-    assert choose_compute_dtype("float16", cpu) == (torch.float16, "asked for")
+    assert choose_compute_dtype("float16", cpu) == (torch.float16, "requested")
     dtype, reason = choose_compute_dtype("auto", cpu)
     assert (dtype == torch.bfloat16) == ("has native" in reason)
 

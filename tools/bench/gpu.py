@@ -212,7 +212,7 @@ def measure_attention(case: dict, device) -> dict:
     """Seconds of attention alone, forward and backward of one layer, with each kernel that is here, for short windows and whole rows."""
     import torch
 
-    from megachat.kernels.attention_backends import choose_attention
+    from megachat.kernels.choice import choose_attention
     from megachat.planning.plan import resolve
 
     plan = resolve(case_config(case | {"linears": "torch compiled", "attention": "auto"}), 1, VOCAB)

@@ -7,8 +7,7 @@ import torch
 from megachat.config import load_config
 from megachat.device import collective_backend, synchronize
 from megachat.job.launch import bootstrap_environment, choose_device
-from megachat.kernels.attention import attention
-from megachat.kernels.attention_windowed import windowed_attention
+from megachat.kernels.attention import attention, windowed_attention
 from megachat.parallel.engine import start_collectives
 from megachat.parallel.mesh import build_mesh
 from megachat.planning.plan import Plan, resolve

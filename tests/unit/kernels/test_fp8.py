@@ -7,10 +7,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from megachat.errors import UserError
-from megachat.kernels import cross_entropy, fp8_backends
+from megachat.kernels import choice, cross_entropy
+from megachat.kernels.choice import choose_fp8, describe_fp8
 from megachat.kernels.cross_entropy import PlainProducts, capped_cross_entropy
-from megachat.kernels.fp8 import HEADS, PRODUCTS, block_rounded, quantized
-from megachat.kernels.fp8_backends import Fp8Choice, apply_fp8, choose_fp8, describe_fp8, head_products
+from megachat.kernels.fp8 import HEADS, PRODUCTS, Fp8Choice, apply_fp8, block_rounded, head_products, quantized
 from megachat.model.gpt import Loss, ModelOptions, build_layers, logits, run_layers
 from megachat.model.parameters import load_whole, placed_parameters, starting_value
 from megachat.place import place_of
@@ -21,8 +21,8 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 DIMS = Dimensions(2, 128, 2, 1, 64, 64, 128, window_sizes("L", 2, 64))
 
 
-def rel(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return ((found.double() - wanted.double()).norm() / wanted.double().norm()).item()
+def rel(result: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((result.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 def rounded_tensor(x, dtype):
@@ -34,13 +34,13 @@ def rounded_tensor(x, dtype):
 
 def rounded_tiles(x, rows, columns):
     """Tile by tile: the largest power of two that keeps the tile below e4m3's 448."""
-    found = torch.empty_like(x, dtype=torch.float64)
+    result = torch.empty_like(x, dtype=torch.float64)
     for top in range(0, x.size(0), rows):
         for left in range(0, x.size(1), columns):
             tile = x[top : top + rows, left : left + columns].double()
             scale = 2.0 ** math.floor(math.log2(448 / tile.abs().max().item()))
-            found[top : top + rows, left : left + columns] = (tile * scale).to(E4M3).double() / scale
-    return found
+            result[top : top + rows, left : left + columns] = (tile * scale).to(E4M3).double() / scale
+    return result
 
 
 def tensorwise_oracle(x, w, g):
@@ -66,11 +66,11 @@ def case(tokens=128, columns=256, rows=128, weight_dtype=torch.float32):
 def test_value_and_gradients_are_the_recipes(recipe, oracle, weight_dtype):
     x, w, g = case(weight_dtype=weight_dtype)
     y = PRODUCTS[recipe](x.view(2, 64, -1), w)
-    found = (y.flatten(0, 1), *torch.autograd.grad(y, (x, w), g.view_as(y)))
+    result = (y.flatten(0, 1), *torch.autograd.grad(y, (x, w), g.view_as(y)))
     plain = (x @ w.bfloat16().T, g @ w.bfloat16(), g.T @ x)
-    assert y.shape == (2, 64, 128) and [t.dtype for t in found] == [torch.bfloat16, torch.bfloat16, weight_dtype]
-    for one, wanted, bf16 in zip(found, oracle(x.detach(), w.detach(), g), plain, strict=True):
-        assert rel(one, wanted) < 4e-3, "the output's rounding to bfloat16 alone"
+    assert y.shape == (2, 64, 128) and [t.dtype for t in result] == [torch.bfloat16, torch.bfloat16, weight_dtype]
+    for one, expected, bf16 in zip(result, oracle(x.detach(), w.detach(), g), plain, strict=True):
+        assert rel(one, expected) < 4e-3, "the output's rounding to bfloat16 alone"
         assert rel(one, bf16) > 1e-2, "nothing was rounded to eight bits"
 
 
@@ -87,8 +87,8 @@ def test_rounding_is_nanochats_to_the_bit(dtype, peak):
         )
         x = x if peak is None else x.clamp(-peak, peak)
         scale = (largest / x.float().abs().max().double().clamp(min=1e-12)).float()
-        wanted, (found, factor) = (x.float() * scale).clamp(-largest, largest).to(dtype), quantized(x, dtype)
-        assert torch.equal(found.float(), wanted.float()) and (peak == 0 or factor == scale.reciprocal())
+        expected, (result, factor) = (x.float() * scale).clamp(-largest, largest).to(dtype), quantized(x, dtype)
+        assert torch.equal(result.float(), expected.float()) and (peak == 0 or factor == scale.reciprocal())
 
 
 def test_rounded_matrices_are_row_major_as_the_gpu_wants_them():
@@ -146,12 +146,12 @@ def test_the_head_in_chunks_has_the_recipes_loss_and_gradients(recipe, monkeypat
         h8, w8 = rounded_tensor(h, E4M3), rounded_tensor(w, E4M3)
     else:
         h8, w8 = rounded_tiles(h, 1, 128), rounded_tiles(w, 128, 128)
-    wanted = torch.nn.functional.cross_entropy(15 * torch.tanh(h8 @ w8.T / 15), targets)
-    found, plain = measured(HEADS[recipe]), measured(PlainProducts)
-    assert found[0].item() == pytest.approx(wanted.item(), rel=2e-3) and found[0] != plain[0]
-    for one, bf16 in zip(found[1:], plain[1:], strict=True):
+    expected = torch.nn.functional.cross_entropy(15 * torch.tanh(h8 @ w8.T / 15), targets)
+    result, plain = measured(HEADS[recipe]), measured(PlainProducts)
+    assert result[0].item() == pytest.approx(expected.item(), rel=2e-3) and result[0] != plain[0]
+    for one, bf16 in zip(result[1:], plain[1:], strict=True):
         assert 1e-2 < rel(one, bf16) < 9e-2 and one.dtype == bf16.dtype
-    assert not found[2][256:].any(), "padding"
+    assert not result[2][256:].any(), "padding"
 
 
 def tiny_model(recipe=None):
@@ -187,10 +187,10 @@ def test_a_model_trains_in_fp8_and_is_evaluated_in_bfloat16():
         loss, gradients, logits_then, nats = loss_and_gradients_then_evaluation(*tiny_model(recipe))
         assert 1e-4 < abs(loss - plain_loss) < 2e-2, "FP8 changed nothing, or too much"
         for (name, block), gradient in gradients.items():
-            wanted = plain_gradients[name, block]
+            expected = plain_gradients[name, block]
             if name != "smear_gate.weight":  # behind a factor of zero
-                assert torch.nn.functional.cosine_similarity(gradient.flatten(), wanted.flatten(), dim=0) > 0.97, name
-                assert not torch.equal(gradient, wanted), name
+                assert torch.nn.functional.cosine_similarity(gradient.flatten(), expected.flatten(), dim=0) > 0.97, name
+                assert not torch.equal(gradient, expected), name
         assert torch.equal(logits_then, plain_logits) and torch.equal(nats, plain_nats)
 
 
@@ -207,9 +207,9 @@ def test_a_recomputed_forward_pass_is_in_fp8_too(recipe):
             stream = call(layer, stream)
         return torch.autograd.grad(call(loss, stream, ids[:, 1:]), parameters)
 
-    wanted = gradients(lambda layer, *inputs: layer(*inputs))
-    found = gradients(lambda layer, *inputs: checkpoint(layer, *inputs, use_reentrant=False))
-    for one, other in zip(found, wanted, strict=True):
+    expected = gradients(lambda layer, *inputs: layer(*inputs))
+    result = gradients(lambda layer, *inputs: checkpoint(layer, *inputs, use_reentrant=False))
+    for one, other in zip(result, expected, strict=True):
         assert torch.equal(one, other)
 
 
@@ -223,11 +223,9 @@ def test_only_matrices_that_fit_are_in_fp8():
         for layer in (1, 2)
         for name in ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     }
-    told = describe_fp8(Fp8Choice("blockwise", "torch", "asked for"), dims, 3, head=True)
-    assert told == (
-        "fp8 blockwise by torch (asked for) for attn.c_q, attn.c_proj, mlp.c_fc, mlp.c_proj in training; not for attn.c_k, attn.c_v, lm_head, "
-        "whose sides are not multiples of 128 from 128 on"
-    )
+    line = describe_fp8(Fp8Choice("blockwise", "torch", "requested"), dims, 3, head=True)
+    assert "fp8 blockwise by torch (requested) for attn.c_q, attn.c_proj, mlp.c_fc, mlp.c_proj in training" in line
+    assert "not for attn.c_k, attn.c_v, lm_head: " in line and "multiples of 128" in line
     assert (
         head_products(None, dims, 1) is head_products(Fp8Choice("blockwise", "torch", ""), dims, 1) is PlainProducts
     )  # 320 tokens
@@ -236,53 +234,53 @@ def test_only_matrices_that_fit_are_in_fp8():
 
 
 @pytest.mark.parametrize(
-    ("asked", "capability", "dtype", "told"),
+    ("requested", "capability", "dtype", "problem"),
     [
         (
             ("tensorwise", "auto", CPU),
             (0, 0),
             torch.float32,
-            "needs bfloat16, and this run computes in float32 (why so): set precision.compute=bfloat16",
+            "needs bfloat16, but this run computes in float32 (why so): set precision.compute=bfloat16",
         ),
         (
             ("tensorwise", "te", CPU),
             (0, 0),
             torch.bfloat16,
-            "precision.fp8_backend is te but this machine has no CUDA device: set precision.fp8_backend=torch",
+            "precision.fp8_backend is te, but this machine has no CUDA device: set precision.fp8_backend=torch",
         ),
         (
             ("blockwise", "torch", GPU),
             (8, 0),
             torch.bfloat16,
-            "but A100 has compute capability 8.0, and FP8 begins with 8.9: set precision.fp8=off",
+            "but A100 has compute capability 8.0 and FP8 needs 8.9: set precision.fp8=off",
         ),
         (
             ("tensorwise", "te", GPU),
             (9, 0),
             torch.bfloat16,
-            "precision.fp8_backend is te but the package transformer_engine is not installed",
+            "precision.fp8_backend is te, but the package transformer_engine is not installed",
         ),
     ],
 )
-def test_what_cannot_be_had_is_refused(asked, capability, dtype, told, monkeypatch):
-    monkeypatch.setattr(fp8_backends, "compute_capability", lambda device: capability)
-    monkeypatch.setattr(fp8_backends, "device_name", lambda device: "A100")
+def test_what_cannot_be_had_is_refused(requested, capability, dtype, problem, monkeypatch):
+    monkeypatch.setattr(choice, "compute_capability", lambda device: capability)
+    monkeypatch.setattr(choice, "device_name", lambda device: "A100")
     with pytest.raises(UserError) as caught:
-        choose_fp8(*asked, dtype, "why so")
-    assert told in str(caught.value) and "\n" not in str(caught.value)
+        choose_fp8(*requested, dtype, "why so")
+    assert problem in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_the_choice_says_why(monkeypatch):
     assert choose_fp8("off", "te", CPU, torch.float32, "") is None
-    found = choose_fp8("tensorwise", "auto", CPU, torch.bfloat16, "")
-    assert found == Fp8Choice(
+    result = choose_fp8("tensorwise", "auto", CPU, torch.bfloat16, "")
+    assert result == Fp8Choice(
         "tensorwise", "torch", "auto: not te, because this machine has no CUDA device; slow: this CPU has no FP8 units"
     )
-    assert "products in bfloat16" in choose_fp8("blockwise", "torch", CPU, torch.bfloat16, "").reason
-    monkeypatch.setattr(fp8_backends, "compute_capability", lambda device: (9, 0))
-    monkeypatch.setattr(fp8_backends, "te_problem", lambda device, recipe: None)
-    monkeypatch.setattr(fp8_backends, "te_version", lambda: "2.20.2")
+    assert "multiplies in bfloat16" in choose_fp8("blockwise", "torch", CPU, torch.bfloat16, "").reason
+    monkeypatch.setattr(choice, "compute_capability", lambda device: (9, 0))
+    monkeypatch.setattr(choice, "te_problem", lambda device, recipe: None)
+    monkeypatch.setattr(choice, "te_version", lambda: "2.20.2")
     assert choose_fp8("tensorwise", "auto", GPU, torch.bfloat16, "") == Fp8Choice(
         "tensorwise", "te", "auto: Transformer Engine 2.20.2"
     )
-    assert choose_fp8("tensorwise", "torch", GPU, torch.bfloat16, "") == Fp8Choice("tensorwise", "torch", "asked for")
+    assert choose_fp8("tensorwise", "torch", GPU, torch.bfloat16, "") == Fp8Choice("tensorwise", "torch", "requested")

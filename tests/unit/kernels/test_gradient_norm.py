@@ -1,4 +1,4 @@
-"""Who sums squares, with stand-ins of Transformer Engine and apex that lie on the path of a process of its own; tests/gpu has the real ones."""
+"""The choice of the kernel for sums of squares, with stand-ins of Transformer Engine and apex; tests/gpu uses the real ones."""
 
 import subprocess
 import sys
@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from megachat.kernels.gradient_norm import MultiTensor, choose_gradient_norm, torch_sum_of_squares
+from megachat.kernels.choice import choose_gradient_norm
+from megachat.kernels.gradient_norm import multi_tensor_sum_of_squares, torch_sum_of_squares
 from tests.runs.job import ROOT
 
 KERNEL = """
@@ -36,7 +37,7 @@ CASES = {
     "PyPI's apex": (
         {"apex/__init__.py": "import pyramid_of_another_program"},
         "torch",
-        f"{NO_TE}; not apex, because the apex here lacks amp_C: it is another package, or built without CUDA extensions",
+        f"{NO_TE}; not apex, because the installed apex lacks amp_C: it is another package, or built without CUDA extensions",
     ),
     "amp_C of another torch": (
         APEX | {"amp_C.py": "raise OSError('undefined symbol: c10\\nand more')"},
@@ -48,10 +49,10 @@ CASES = {
         "apex",
         "NVIDIA apex; not te, because it has no multi_tensor_l2norm (ImportError: cannot import name 'multi_tensor_applier' from ",
     ),
-    "a kernel that finds other sums": (
+    "a kernel with other sums": (
         APEX | TE | {"transformer_engine/pytorch/optimizers.py": WRONG + APPLIER},
         "apex",
-        "NVIDIA apex; not te, because it finds 33",
+        "NVIDIA apex; not te, because it computes 33",
     ),
     "a kernel that fails": (
         APEX | {"amp_C.py": "def multi_tensor_l2norm(*given):\n    raise RuntimeError('no kernel image')"},
@@ -64,20 +65,22 @@ import os, sys
 root, folder, *cases = sys.argv[1:]
 sys.path.insert(0, root)
 import torch
-from megachat.kernels.gradient_norm import choose_gradient_norm, torch_sum_of_squares
+from megachat.kernels import choice
+from megachat.kernels.gradient_norm import check_sums, torch_sum_of_squares
 
 def check():
-    chosen = choose_gradient_norm(torch.device("cuda"), trial=torch.device("cpu"))
+    choice.check_sums = lambda function, device: check_sums(function, torch.device("cpu"))
+    chosen = choice.choose_gradient_norm(torch.device("cuda"))
     print(chosen.name, chosen.reason, sep=": ", flush=True)
     tensors = [torch.randn(1000), torch.randn(3, 50).t(), torch.randn(7).bfloat16(), torch.zeros(0)]
     for before in (None, torch.tensor(5.0)):
-        found = chosen.sum_of_squares(tensors, before)
-        assert found.shape == () and found.dtype == torch.float32
-        torch.testing.assert_close(found, torch_sum_of_squares(tensors, before), rtol=1e-5, atol=0)
+        result = chosen.sum_of_squares(tensors, before)
+        assert result.shape == () and result.dtype == torch.float32
+        torch.testing.assert_close(result, torch_sum_of_squares(tensors, before), rtol=1e-5, atol=0)
     assert chosen.sum_of_squares([], torch.tensor(5.0)) == 5
     assert torch.equal(torch.tensor(5.0), before)
 
-for case in cases:  # torch is imported once, what lies on the path in a process for each
+for case in cases:  # torch is imported once, the stand-ins in one process per case
     child = os.fork()
     if not child:
         sys.path.insert(0, f"{folder}/{case}")
@@ -87,7 +90,7 @@ for case in cases:  # torch is imported once, what lies on the path in a process
 """
 
 
-def test_the_first_that_works_is_chosen_and_the_others_have_reasons(tmp_path):
+def test_the_first_that_works_is_chosen_and_the_rejected_have_reasons(tmp_path):
     for number, (files, _, _) in enumerate(CASES.values()):
         (tmp_path / str(number)).mkdir()
         for path, text in files.items():
@@ -102,16 +105,16 @@ def test_the_first_that_works_is_chosen_and_the_others_have_reasons(tmp_path):
         assert line == f"{name}: {reason}" or reason.endswith(("from ", " 33")), case
 
 
-def test_a_cpu_has_torch_alone():
+def test_a_cpu_uses_torch():
     chosen = choose_gradient_norm(torch.device("cpu"))
     assert chosen.name == "torch" and chosen.sum_of_squares is torch_sum_of_squares
 
 
-def test_torchs_sums():
+def test_torch_sums_are_exact_and_in_order():
     torch.manual_seed(0)
     tensors = [torch.randn(size) * 10**power for size, power in ((1000, 0), (3, 4), (5000, -3))]
-    wanted = sum(tensor.double().square().sum().item() for tensor in tensors)
-    assert torch_sum_of_squares(tensors).item() == pytest.approx(wanted, rel=1e-7)
+    expected = sum(tensor.double().square().sum().item() for tensor in tensors)
+    assert torch_sum_of_squares(tensors).item() == pytest.approx(expected, rel=1e-7)
     assert torch.equal(torch_sum_of_squares(tensors), torch_sum_of_squares(tensors[::-1]))
     before = torch.tensor(2.0)
     in_order = ((before + tensors[0].square().sum()) + tensors[1].square().sum()) + tensors[2].square().sum()
@@ -122,7 +125,7 @@ def test_torchs_sums():
     )
 
 
-def test_a_long_tensor_is_given_in_parts(monkeypatch):
+def test_a_long_tensor_is_split(monkeypatch):
     monkeypatch.setattr("megachat.kernels.gradient_norm._LARGEST", 100)
     sizes = []
 
@@ -130,7 +133,7 @@ def test_a_long_tensor_is_given_in_parts(monkeypatch):
         sizes.extend(tensor.numel() for tensor in lists[0])
         return torch.cat(lists[0]).norm().view(1), None
 
-    function, tensors = MultiTensor(applier, None), [torch.randn(250), torch.randn(7)]
+    function, tensors = multi_tensor_sum_of_squares(applier, None), [torch.randn(250), torch.randn(7)]
     torch.testing.assert_close(function(tensors), torch_sum_of_squares(tensors))
     assert sizes == [100, 100, 50, 7]
     with pytest.raises(ValueError, match="no tensors"):

@@ -1,4 +1,4 @@
-"""What we ask of Transformer Engine and when; it needs a GPU, so a stand-in with its interface takes the calls here, and tests/gpu the real one."""
+"""How Transformer Engine is called. It needs a GPU, so a stand-in with its interface takes the calls; tests/gpu uses the real one."""
 
 import sys
 import types
@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megachat.kernels import te
 from megachat.kernels.attention import attention
-from megachat.kernels.fp8_backends import Fp8Choice, apply_fp8
+from megachat.kernels.fp8 import Fp8Choice, apply_fp8
 from megachat.kernels.linear import Linear
 from megachat.model.gpt import MLP
 from megachat.planning.dimensions import Dimensions
@@ -20,7 +20,7 @@ GPU = torch.device("cuda")
 
 
 class StandIn:
-    """transformer_engine.pytorch and transformer_engine.common: writes down how it is called."""
+    """transformer_engine.pytorch and transformer_engine.common; records how they are called."""
 
     def __init__(self, fp8=(True, ""), blocks=(False, "needs CUDA 12.9")):
         self.built, self.contexts, self.inside = [], [], None
@@ -73,7 +73,7 @@ class StandIn:
 
 @pytest.fixture
 def installed(monkeypatch):
-    """Put a stand-in, or nothing, in the place of the package."""
+    """Replaces the package by a stand-in, or by nothing."""
 
     def put(stand_in=None, **versions):
         monkeypatch.setattr(te, "_versions", lambda: versions)
@@ -86,13 +86,13 @@ def installed(monkeypatch):
     return put
 
 
-def test_why_it_cannot_be_used(installed):
+def test_the_reason_why_it_cannot_be_used(installed):
     assert te.te_problem(torch.device("cpu")) == "this machine has no CUDA device"
     installed()
     assert te.te_problem(GPU) == "the package transformer_engine is not installed"
     installed(transformer_engine="2.20.2", transformer_engine_torch="2.19.0")
     assert te.te_problem(GPU).startswith(
-        "its packages have several versions (transformer_engine 2.20.2, transformer_engine_torch 2.19.0)"
+        "its packages must have one version, but these are installed: transformer_engine 2.20.2, transformer_engine_torch"
     )
     installed(transformer_engine="2.8.0")
     assert te.te_problem(GPU) == "transformer_engine 2.8.0 is older than 2.9"
@@ -100,8 +100,8 @@ def test_why_it_cannot_be_used(installed):
     assert te.te_problem(GPU).startswith("transformer_engine cannot be imported (ModuleNotFoundError: ")
     installed(StandIn(fp8=(False, "no FP8")), transformer_engine="2.20.2")
     assert te.te_problem(GPU) is None and te.te_attention_problem(GPU) is None
-    assert te.te_problem(GPU, "tensorwise") == "transformer_engine 2.20.2 says: no FP8"
-    assert te.te_problem(GPU, "blockwise") == "transformer_engine 2.20.2 says: needs CUDA 12.9"
+    assert te.te_problem(GPU, "tensorwise") == "transformer_engine 2.20.2 reports: no FP8"
+    assert te.te_problem(GPU, "blockwise") == "transformer_engine 2.20.2 reports: needs CUDA 12.9"
 
 
 @pytest.mark.parametrize(("recipe", "theirs"), [("tensorwise", "current"), ("blockwise", "block")])
@@ -152,7 +152,7 @@ def test_without_a_recipe_no_context_is_entered(installed):
 
 
 def test_compiled_layers_share_their_graphs(installed):
-    """Were what lies around each linear compiled anew for each layer, torch would give up after eight."""
+    """If the code around each linear were compiled per layer, torch would stop compiling after eight."""
     stand_in = StandIn()
     installed(stand_in, transformer_engine="2.20.2")
     layers = [MLP(Dimensions(1, 128, 1, 1, 128, 16, 64, (16,)), 0) for _ in range(3)]
@@ -174,7 +174,7 @@ def test_compiled_layers_share_their_graphs(installed):
     assert first > 0 and len(compiled) == first and stand_in.contexts == [(True, "current")] * 6
 
 
-def test_attention_is_given_windows_as_it_counts_them(installed):
+def test_attention_gets_windows_in_its_own_convention(installed):
     stand_in = StandIn()
     installed(stand_in, transformer_engine="2.20.2")
     attend, q, k = te.TEAttention(20), torch.randn(2, 20, 4, 16), torch.randn(2, 20, 2, 16)
