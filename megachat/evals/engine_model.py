@@ -30,7 +30,7 @@ def evaluate_chunks(
     try:
         with torch.compiler.set_stance("force_eager"):  # each shape would be compiled anew
             return engine.evaluate(
-                micro_batches, measure, begins=lambda number: set_past(engine.module, chunks[number])
+                micro_batches, measure, before_forward=lambda number: set_past(engine.module, chunks[number])
             )
     finally:
         set_past(engine.module, None)
