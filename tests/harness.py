@@ -16,13 +16,15 @@ import traceback
 from multiprocessing.connection import wait
 from pathlib import Path
 
+from tests.limits import limit_s
+
 PRELOADED = [
     "numpy",
     "pytest",
     "torch",
     "deepspeed.runtime.zero.muon.muon_optimizer",
-    "megachat.train.build",
-    "megachat.train.state",
+    "megachat.programs.pretrain",
+    "megachat.programs.evaluate",
 ]
 _GRACE_SEC = 1.0  # after the first failure: the others' own failures are worth reading
 
@@ -31,16 +33,21 @@ class RankError(RuntimeError):
     """A rank raised, died, or did not answer in time; the message holds the rank and its traceback."""
 
 
-def run_ranks(function, world: int, *args, timeout_s: float = 120) -> list:
+def warm_context():
+    """Returns the multiprocessing context whose processes are forked from a server that has everything imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def run_ranks(function, world: int, *args, timeout_s: float | None = None) -> list:
     """Call `function(*args)` in `world` new processes and return what each returned, in rank order.
 
     function: importable by name (defined at the top level of a module). In every process torch.distributed runs on gloo, torch uses one
     thread, and RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_SIZE, MASTER_ADDR and MASTER_PORT are set. Arguments and results are pickled.
-    Raises RankError, after ending every process, when a rank raises, dies, or does not answer within timeout_s.
+    Raises RankError, after ending every process, when a rank raises, dies, or does not answer within timeout_s (default: what a hang takes).
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    deadline = time.monotonic() + timeout_s
+    context, timeout_s = warm_context(), timeout_s or limit_s()
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         port = _free_port()
         processes, pipes = [], []
@@ -54,7 +61,7 @@ def run_ranks(function, world: int, *args, timeout_s: float = 120) -> list:
             processes.append(process)
             pipes.append(receiver)
         try:
-            return _collect(pipes, deadline, Path(folder))
+            return _collect(pipes, time.monotonic() + timeout_s, Path(folder))
         finally:
             for process in processes:
                 process.kill()

@@ -28,4 +28,4 @@ def one(shared_place) -> Path:
 
 @pytest.fixture(scope="session")
 def two(shared_place) -> Path:
-    return train(shared_place, "two", launcher="torchrun", world=2)
+    return train(shared_place, "two", world=2)

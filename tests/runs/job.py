@@ -1,10 +1,8 @@
 """A tiny job as a user starts it: text, a tokenizer, a config file, the launchers, and what a run leaves behind."""
 
-import contextlib
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 import time
@@ -19,8 +17,9 @@ import torch
 from megachat.checkpoint.load import load_checkpoint
 from megachat.checkpoint.storage import read_index
 from megachat.data.tokenizer import Tokenizer, save_tokenizer
+from tests.limits import limit_s
+from tests.runs.forked import ROOT, Done, environment, free_port, run_forked
 
-ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = "launch/pretrain.py"
 BIN = Path(sys.executable).parent  # where pip puts the launchers beside the interpreter
 STEPS = 6
@@ -43,20 +42,6 @@ class Place:
     data: Path
     tokenizer: Path
     runs: Path
-
-
-@dataclass(frozen=True)
-class Done:
-    """A program that has ended."""
-
-    status: int
-    out: str
-    err: str
-
-    @property
-    def errors(self) -> list[str]:
-        """The lines of stderr that a user takes for errors."""
-        return [line for line in self.err.splitlines() if line.startswith("error:")]
 
 
 def write_shard(path: Path, documents: int, seed: int) -> None:
@@ -106,26 +91,6 @@ def launched(launcher: str, world: int, program: list[str]) -> list[str]:
     }[launcher] + program
 
 
-def environment() -> dict[str, str]:
-    """Without what a launcher or a GPU would tell: these tests are about CPUs. OpenMP's idle threads sleep, so that processes share few cores."""
-    told = (
-        "RANK",
-        "WORLD",
-        "LOCAL",
-        "MASTER",
-        "OMPI",
-        "PMIX",
-        "SLURM",
-        "OMP",
-        "TORCHELASTIC",
-        "GROUP",
-        "ROLE",
-        "CROSS",
-    )
-    clean = {key: value for key, value in os.environ.items() if key.split("_")[0] not in told}
-    return clean | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "PASSIVE"}
-
-
 def begin(line: list, variables: dict[str, str] | None = None) -> subprocess.Popen:
     """Start a command line from the repository's root, in a session of its own, with more environment variables."""
     line, variables = [str(part) for part in line], environment() | (variables or {})
@@ -134,29 +99,29 @@ def begin(line: list, variables: dict[str, str] | None = None) -> subprocess.Pop
     )
 
 
-def finish(process: subprocess.Popen, timeout_s: float = 120) -> Done:
+def finish(process: subprocess.Popen) -> Done:
     try:
-        out, err = process.communicate(timeout=timeout_s)
+        out, err = process.communicate(timeout=limit_s())
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, 9)
         out, err = process.communicate()
-        raise AssertionError(f"no end after {timeout_s} s; it had said:\n{out}\n{err}") from None
+        raise AssertionError(f"no end in {limit_s():.0f} s; it printed:\n{out}\n{err}") from None
     return Done(process.returncode, out, err)
 
 
 def train(
     place: Place, name: str, *arguments: str, launcher: str | None = None, world: int = 1, config: dict | None = None
 ) -> Path:
-    """Run a job that must succeed; returns its run folder."""
-    launcher = launcher or ("python" if world == 1 else "torchrun")
-    done = finish(begin(launched(launcher, world, command(place, name, *arguments, config=config))))
+    """Run a job that must succeed, on forked ranks if no launcher is named; returns its run folder."""
+    program = command(place, name, *arguments, config=config)
+    done = finish(begin(launched(launcher, world, program))) if launcher else run_forked(program, world)
     assert done.status == 0, f"{launcher} on {world} ended with {done.status}:\n{done.out}\n{done.err}"
     return place.runs / name
 
 
 def refused(place: Place, name: str, *arguments: str, config: dict | None = None) -> str:
     """Run a job in one process that must be refused with one sentence, which is returned, and nothing else on stderr."""
-    done = finish(begin(launched("python", 1, command(place, name, *arguments, config=config))))
+    done = run_forked(command(place, name, *arguments, config=config))
     assert done.status == 2, f"ended with {done.status}:\n{done.out}\n{done.err}"
     assert done.err == f"{''.join(done.errors)}\n" and len(done.errors) == 1, done.err
     return done.errors[0].removeprefix("error: ")
@@ -180,21 +145,12 @@ def processes_of(config: str) -> dict[int, str | None]:
     return found
 
 
-def until(true, timeout_s: float, what: str, every_s: float = 0.05) -> None:
+def until(true, what: str, every_s: float = 0.05) -> None:
     """Wait for true()."""
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + limit_s()
     while not true():
-        assert time.monotonic() < deadline, f"no {what} in {timeout_s} s"
+        assert time.monotonic() < deadline, f"no {what} in {limit_s():.0f} s"
         time.sleep(every_s)
-
-
-def free_port() -> int:
-    """One below those that the kernel gives to connections: it stays free for the seconds that a launcher takes to bind it."""
-    while True:
-        port = random.randint(20_000, 32_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 # ---- what a run left behind

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megachat.data.tokenizer import Tokenizer, save_tokenizer
+from tests.runs.forked import run_forked
 from tests.runs.job import begin, checkpoint, command, different, finish, launched, losses, refused
 
 # name -> (arguments; {folder} stands for the inputs of this module, {one} for a finished run; what the sentence must say)
@@ -117,18 +117,15 @@ def write_inputs(folder: Path, place, one) -> None:
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory, place, one):
-    """name -> how the program ended, two programs at a time."""
+    """name -> how the program ended."""
     folder = tmp_path_factory.mktemp("bad")
     write_inputs(folder, place, one)
 
-    def run(name):
+    def end(name):
         arguments = [argument.format(folder=folder, one=one) for argument in CASES[name][0]]
-        return finish(
-            begin(launched("python", 1, command(place, name, *arguments)), {"PYTHONPATH": str(folder / "nothing")})
-        )
+        return run_forked(command(place, name, *arguments), variables={"PYTHONPATH": str(folder / "nothing")})
 
-    with ThreadPoolExecutor(2) as pool:
-        return folder, dict(zip(CASES, pool.map(run, CASES), strict=True))
+    return folder, {name: end(name) for name in CASES}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -144,22 +141,14 @@ def test_a_mistake_is_told_in_one_sentence(name, told, place, one):
 
 
 def test_several_mistakes_are_told_at_once(place):
-    done = finish(
-        begin(
-            launched(
-                "python",
-                1,
-                command(place, "several", "--set", "model.dept=3", "--set", "run.seed=-1", "--set", "depth=3"),
-            )
-        )
-    )
+    done = run_forked(command(place, "several", "--set", "model.dept=3", "--set", "run.seed=-1", "--set", "depth=3"))
     assert done.status == 2 and len(done.errors) == len(done.err.splitlines()) == 3, done.err
 
 
 def test_a_config_that_is_no_json_names_the_line(place):
     path = place.runs / "broken.json"
     path.write_text('{"model": {"depth": 2},\n "batch": }\n')
-    done = finish(begin(launched("python", 1, [command(place, "unused")[0], "--config", str(path)])))
+    done = run_forked([command(place, "unused")[0], "--config", str(path)])
     assert (done.status, done.err) == (2, f"error: {path}: not JSON at line 2 column 11: Expecting value\n")
 
 
@@ -173,7 +162,7 @@ def test_two_ranks_tell_a_mistake_once(place):
 
 
 def test_a_batch_for_other_ranks_is_told_with_the_nearest(place):
-    done = finish(begin(launched("deepspeed", 2, command(place, "uneven", "--set", "batch.tokens=448"))))
+    done = run_forked(command(place, "uneven", "--set", "batch.tokens=448"), 2)
     assert done.status == 2 and len(done.errors) == 1
     assert (
         "a step of 448 tokens is 7 rows of 64, which 2 data-parallel ranks x 1 rows a micro-batch cannot share evenly"
@@ -186,7 +175,7 @@ def test_auto_passes_over_a_checkpoint_that_was_cut_short(one, place):
     run = place.runs / "fallback"
     shutil.copytree(one, run)
     os.truncate(checkpoint(run, 6) / "__0_0.distcp", 1000)
-    done = finish(begin(launched("python", 1, command(place, "fallback", "--resume", "auto"))))
+    done = run_forked(command(place, "fallback", "--resume", "auto"))
     assert done.status == 0 and done.err == ""
     assert f"{checkpoint(run, 6)} is cut short: __0_0.distcp has 1000 bytes" in done.out
     assert f"resumed from {checkpoint(run, 4)} at step 4" in done.out
@@ -206,13 +195,13 @@ def test_auto_with_nothing_complete_is_refused(one, place):
 def test_more_ranks_than_the_rows_allow(place, two):
     """A resume at a number of ranks that does not divide the batch is refused with numbers that do, and the run stays as it is."""
     before = sorted(two.rglob("*"))
-    done = finish(begin(launched("torchrun", 4, command(place, "two", "--resume", "auto"))))
+    done = run_forked(command(place, "two", "--resume", "auto"), 4)
     assert [line for line in done.errors if "4 data-parallel ranks" in line] == done.errors and len(done.errors) == 1
     assert sorted(two.rglob("*")) == before
 
 
 def test_world_without_a_dry_run_is_refused(place):
-    done = finish(begin(launched("python", 1, command(place, "world", "--world", "3"))))
+    done = run_forked(command(place, "world", "--world", "3"))
     assert (
         done.status == 2 and "error: --world is the number of ranks" in done.err and not (place.runs / "world").exists()
     )

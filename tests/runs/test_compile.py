@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 
-from tests.runs.job import begin, command, finish, launched, losses
+from tests.runs.forked import run_forked
+from tests.runs.job import command, losses
 
 DONE = 4  # steps; without an evaluation, whose graphs would be compiled as well
 
@@ -15,7 +16,7 @@ def test_a_compiled_job_trains_as_one_that_is_not(place):
     for compiles in (False, True):
         asked = {"model": {"depth": 1, "aspect_ratio": 32}, "horizon": {"stop_step": DONE}, "evaluate": {"every": 0}}
         asked |= {"precision": {"compile": compiles}}
-        told = finish(begin(launched("python", 1, command(place, f"compile_{compiles}", config=asked))))
+        told = run_forked(command(place, f"compile_{compiles}", config=asked))
         assert told.status == 0 and "torch.compile made" not in told.out, told.out + told.err
         found[compiles] = losses(place.runs / f"compile_{compiles}")
     assert len(found[True]) == DONE and found[True][0] == pytest.approx(found[False][0], rel=1e-6)

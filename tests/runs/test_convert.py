@@ -1,7 +1,6 @@
 """nanochat's checkpoint, imported as a user does it, goes on: with nanochat's own losses, and from the command line."""
 
 import json
-import sys
 
 import pytest
 
@@ -10,15 +9,16 @@ from megachat.checkpoint.load import load_checkpoint
 from megachat.train.state import state_pieces
 from tests import reference
 from tests.harness import run_ranks
-from tests.runs.job import Place, begin, checkpoint, finish, losses, make_place
+from tests.runs.forked import run_forked
+from tests.runs.job import Place, checkpoint, losses, make_place
 from tests.training import build, take_step, whole_state
 from tests.unit.convert.checkpoints import STEP, make_run
 
-TOOL = [sys.executable, "tools/convert_checkpoint.py"]
+TOOL = ["tools/convert_checkpoint.py"]
 
 
 def converted(*arguments) -> str:
-    done = finish(begin([*TOOL, *arguments]))
+    done = run_forked([*TOOL, *arguments])
     assert done.status == 0, done.err
     return done.out
 
@@ -79,7 +79,7 @@ def test_an_imported_run_goes_on_and_on(place, tmp_path):
     ]
 
     def train(stop: int) -> str:
-        done = finish(begin([sys.executable, *start, "--set", f"horizon.stop_step={stop}"]))
+        done = run_forked([*start, "--set", f"horizon.stop_step={stop}"])
         assert done.status == 0, done.out + done.err
         return done.out
 
@@ -98,7 +98,7 @@ def test_an_imported_run_goes_on_and_on(place, tmp_path):
 
 
 def test_the_tool_says_what_is_wrong_in_one_line(tmp_path):
-    done = finish(begin([*TOOL, "from-nanochat", tmp_path, tmp_path / "new"]))
+    done = run_forked([*TOOL, "from-nanochat", tmp_path, tmp_path / "new"])
     assert (
         done.status == 2
         and len(done.errors) == 1

@@ -10,12 +10,13 @@ from megachat.planning.manifest import ownership
 from megachat.planning.plan import resolve
 from megachat.train.step import set_schedules
 from tests.harness import run_ranks
-from tests.runs.job import begin, command, finish, launched
+from tests.runs.forked import run_forked
+from tests.runs.job import command
 from tests.training import SMALL_VOCAB, build, small_config
 
 
 def dry_run(place, *arguments):
-    done = finish(begin(launched("python", 1, command(place, "dry", "--dry-run", *arguments))))
+    done = run_forked(command(place, "dry", "--dry-run", *arguments))
     assert (done.status, done.err) == (0, "")
     assert not (place.runs / "dry").exists()
     return done.out

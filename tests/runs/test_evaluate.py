@@ -1,6 +1,7 @@
 """launch/evaluate.py as a user starts it, and CORE during training: equal on every launcher and layout, through stop and resume."""
 
 import json
+import os
 import signal
 
 import pytest
@@ -11,6 +12,7 @@ from megachat.errors import SAVED_STATUS, UserError
 from megachat.programs.dry_run import describe_job
 from megachat.programs.evaluate import EvaluationRequest, evaluate
 from tests import reference
+from tests.runs.forked import Ranks, run_forked
 from tests.runs.job import (
     STEPS,
     begin,
@@ -23,6 +25,7 @@ from tests.runs.job import (
     losses,
     metrics,
     train,
+    until,
 )
 from tests.unit.evals.bundle import ALL, write_bundle
 from tools.prepare_data import main as prepare
@@ -42,15 +45,15 @@ def core(bundle, **more) -> dict:
 
 
 @pytest.fixture(scope="module")
-def run(place, bundle):
+def core_run(place, bundle):
     """A run on two ranks with CORE on the way."""
     return train(place, "core", launcher="torchrun", world=2, config=core(bundle))
 
 
-def evaluated(launcher: str, world: int, saved, out, *arguments) -> dict:
+def evaluated(launcher: str | None, world: int, saved, out, *arguments) -> dict:
     """Start launch/evaluate.py, which must succeed; the JSON file, with what was said under "said"."""
     program = ["launch/evaluate.py", "--checkpoint", saved, "--out", out, *arguments]
-    done = finish(begin(launched(launcher, world, program)))
+    done = finish(begin(launched(launcher, world, program))) if launcher else run_forked(program, world)
     assert done.status == 0, f"{launcher} on {world} ended with {done.status}:\n{done.out}\n{done.err}"
     return json.loads(out.read_text()) | {"said": done.out}
 
@@ -67,22 +70,22 @@ def in_training(run, step: int) -> dict:
     return json.loads((run / "evaluations" / f"step_{step:06d}_in_training.json").read_text())
 
 
-def test_core_during_training(run, two, bundle):
-    told = told_core(run)
+def test_core_during_training(core_run, two, bundle):
+    told = told_core(core_run)
     assert list(told) == [3, STEPS] and all(list(line["centered_results"]) == list(ALL) for line in told.values())
     for step, line in told.items():
         assert line["core_metric"] == pytest.approx(sum(line["centered_results"].values()) / 22)
-        assert in_training(run, step)["core"]["core_metric"] == line["core_metric"]
+        assert in_training(core_run, step)["core"]["core_metric"] == line["core_metric"]
         assert (
-            set(in_training(run, step)["core"]["tasks"]["copa"]["right"]) <= set("01")
-            and not in_training(run, step)["core"]["whole"]
+            set(in_training(core_run, step)["core"]["tasks"]["copa"]["right"]) <= set("01")
+            and not in_training(core_run, step)["core"]["whole"]
         )
-    assert losses(run) == losses(two) and bits_per_byte(run) == bits_per_byte(two)  # training is as without
-    environment = json.loads((run / "environment.json").read_text())
-    assert environment[-1]["core_bundle"] == in_training(run, 3)["core"]["bundle_digest"]
+    assert losses(core_run) == losses(two) and bits_per_byte(core_run) == bits_per_byte(two)  # training is as without
+    environment = json.loads((core_run / "environment.json").read_text())
+    assert environment[-1]["core_bundle"] == in_training(core_run, 3)["core"]["bundle_digest"]
 
 
-def test_every_launcher_and_layout_tells_what_training_told(run, bundle, place, tmp_path, capsys):
+def test_every_launcher_and_layout_tells_what_training_told(core_run, bundle, place, tmp_path, capsys):
     texts = {name: place.runs / name for name in ("novels", "notes")}
     for name, folder in texts.items():
         folder.mkdir()
@@ -98,19 +101,19 @@ def test_every_launcher_and_layout_tells_what_training_told(run, bundle, place, 
         ]
     )
     parts = ("--core", bundle, "--max-per-task", str(CAP))
-    alone = evaluated("python", 1, run, tmp_path / "alone.json", *parts, "--bpb", "--sample")
+    alone = evaluated(None, 1, core_run, tmp_path / "alone.json", *parts, "--bpb", "--sample")
     deepspeed = evaluated(
-        "deepspeed", 2, checkpoint(run, STEPS), tmp_path / "deepspeed.json", *parts, "--bpb", tmp_path / "data"
+        "deepspeed", 2, checkpoint(core_run, STEPS), tmp_path / "deepspeed.json", *parts, "--bpb", tmp_path / "data"
     )
     layout = ("--set", "parallel.tensor=2", "--set", "parallel.pipeline=2", "--bpb", tmp_path / "data", "--sample")
-    cut = evaluated("mpirun", 4, run, tmp_path / "cut.json", *parts, *layout)
-    expected = in_training(run, STEPS)
+    cut = evaluated(None, 4, core_run, tmp_path / "cut.json", *parts, *layout)
+    expected = in_training(core_run, STEPS)
     assert answers(alone) == answers(deepspeed) == answers(cut) == answers(expected)
     assert (
         alone["core"]["core_metric"] == expected["core"]["core_metric"]
         and alone["core"]["verdict"] == expected["core"]["verdict"]
     )
-    assert alone["bpb"]["bpb"] == pytest.approx(bits_per_byte(run)[STEPS], rel=1e-6)
+    assert alone["bpb"]["bpb"] == pytest.approx(bits_per_byte(core_run)[STEPS], rel=1e-6)
     assert (
         deepspeed["bpb"]["bpb"] == pytest.approx(cut["bpb"]["bpb"], rel=1e-6)
         and deepspeed["bpb"]["bpb"] != alone["bpb"]["bpb"]
@@ -120,25 +123,24 @@ def test_every_launcher_and_layout_tells_what_training_told(run, bundle, place, 
     )
     for name, source in cut["bpb"]["sources"].items():
         assert deepspeed["bpb"]["sources"][name] == pytest.approx(source, rel=1e-6)
-    assert alone["samples"] == cut["samples"] == json.loads((run / "samples" / f"step_{STEPS:06d}.json").read_text())
+    assert (
+        alone["samples"] == cut["samples"] == json.loads((core_run / "samples" / f"step_{STEPS:06d}.json").read_text())
+    )
     assert "not the whole metric" in alone["said"] and "against GPT-2's: " in alone["said"] and alone["step"] == STEPS
     assert cut["layout"] == {"data": 1, "tensor": 2, "pipeline": 2} and "samples" not in deepspeed
 
 
-def test_a_stop_breaks_core_off_and_the_resume_makes_it(place, bundle, run, one):
+def test_a_stop_breaks_core_off_and_the_resume_makes_it(place, bundle, core_run, one):
     tasks = list(ALL)[:9]
     config = core(
         bundle, tokens=1000 * 64, core_tasks=tasks
     )  # so many tokens before CORE that the signal comes in time
-    job = begin(launched("python", 1, command(place, "stopped", config=config)))
-    said = []
-    for line in job.stdout:
-        said.append(line)
-        if line.startswith("step 00002/"):  # whether to stop is asked again only before each task of CORE
-            job.send_signal(signal.SIGTERM)
-            break
-    done, stopped = finish(job), place.runs / "stopped"
-    assert done.status == SAVED_STATUS, (said, done)
+    with Ranks(command(place, "stopped", config=config)) as job:
+        # whether to stop is looked at again only before each task of CORE
+        until(lambda: not job.alive or "\nstep 00002/" in job.out, "step 2", every_s=0.005)
+        os.kill(job.pids[0], signal.SIGTERM)
+        done, stopped = job.done(), place.runs / "stopped"
+    assert done.status == SAVED_STATUS, done
     saved, _ = newest_complete(stopped / "checkpoints")
     loop = facts(saved)["loop"]
     assert (loop["step"], loop["pending"]) == (3, ["core"])
@@ -148,7 +150,9 @@ def test_a_stop_breaks_core_off_and_the_resume_makes_it(place, bundle, run, one)
         assert [line["step"] for line in metrics(stopped) if key in line] == [3, STEPS]
     assert losses(stopped) == losses(one)
     for step in (3, STEPS):
-        assert answers(in_training(stopped, step)) == {label: answers(in_training(run, step))[label] for label in tasks}
+        assert answers(in_training(stopped, step)) == {
+            label: answers(in_training(core_run, step))[label] for label in tasks
+        }
         assert (
             "core_metric" not in told_core(stopped)[step] and in_training(stopped, step)["core"]["core_metric"] is None
         )
@@ -164,15 +168,11 @@ def test_a_stop_breaks_core_off_and_the_resume_makes_it(place, bundle, run, one)
 def test_nanochats_checkpoint_as_it_is_and_imported(tmp_path):
     expected = json.loads((reference.FOLDER / "core_expected.json").read_text())["tasks"]
     tasks = ["openbook_qa", "winograd"]
-    imported = finish(
-        begin(
-            launched("python", 1, ["tools/convert_checkpoint.py", "from-nanochat", reference.FOLDER, tmp_path / "run"])
-        )
-    )
+    imported = run_forked(["tools/convert_checkpoint.py", "from-nanochat", reference.FOLDER, tmp_path / "run"])
     assert imported.status == 0, imported.err
     parts = ("--core", BUNDLE, "--tasks", ",".join(tasks), "--max-per-task", "40", "--set", "precision.compute=float32")
     for number, saved in enumerate((reference.FOLDER, tmp_path / "run")):
-        told = evaluated("python", 1, saved, tmp_path / f"{number}.json", *parts)
+        told = evaluated(None, 1, saved, tmp_path / f"{number}.json", *parts)
         assert answers(told) == {label: "".join(map(str, expected[label]["right"])) for label in tasks}
         assert (
             told["core"]["core_metric"] is None and "this is not CORE: 20 of its 22 tasks are missing" in told["said"]
@@ -202,28 +202,28 @@ def refused(saved, *overrides, tokenizer=None, **asked) -> str:
     return str(caught.value)
 
 
-def test_bad_input(run, bundle, tmp_path, told_ranks):
-    assert "nothing is to be evaluated: give one or more of --core, --bpb and --sample" in refused(run)
+def test_bad_input(core_run, bundle, tmp_path, told_ranks):
+    assert "nothing is to be evaluated: give one or more of --core, --bpb and --sample" in refused(core_run)
     assert "is not a folder" in refused(tmp_path / "none", sample=True)
     assert "is not a complete checkpoint" in refused(tmp_path, sample=True)
-    assert "essay is no task of" in refused(run, core=str(bundle), tasks=("copa", "essay"))
+    assert "essay is no task of" in refused(core_run, core=str(bundle), tasks=("copa", "essay"))
     assert "--max-per-task is 1, too few for hellaswag_zeroshot with 1 shots: give 2 or more" in refused(
-        run, core=str(bundle), max_per_task=1
+        core_run, core=str(bundle), max_per_task=1
     )
-    assert "--max-per-task is 0: give 1 or more, or -1 for all" in refused(run, core=str(bundle), max_per_task=0)
-    assert "--tasks and --max-per-task are for --core" in refused(run, sample=True, tasks=("copa",))
-    assert "the data folder" in refused(run, bpb=str(tmp_path / "none"))
-    assert "--set asks for another model than" in refused(run, "model.depth=3", sample=True)
-    assert "unknown key model.dept" in refused(run, "model.dept=3", sample=True)
+    assert "--max-per-task is 0: give 1 or more, or -1 for all" in refused(core_run, core=str(bundle), max_per_task=0)
+    assert "--tasks and --max-per-task are for --core" in refused(core_run, sample=True, tasks=("copa",))
+    assert "the data folder" in refused(core_run, bpb=str(tmp_path / "none"))
+    assert "--set asks for another model than" in refused(core_run, "model.depth=3", sample=True)
+    assert "unknown key model.dept" in refused(core_run, "model.dept=3", sample=True)
     assert "parallel.tensor 2 x parallel.pipeline 1 does not divide the 1 rank" in refused(
-        run, "parallel.tensor=2", sample=True
+        core_run, "parallel.tensor=2", sample=True
     )
-    assert "is a folder: give a file" in refused(run, sample=True, out=tmp_path)
+    assert "is a folder: give a file" in refused(core_run, sample=True, out=tmp_path)
     (tmp_path / "file").write_text("")
     assert "cannot be written (File exists): give another place with --out" in refused(
-        run, sample=True, out=tmp_path / "file" / "a.json"
+        core_run, sample=True, out=tmp_path / "file" / "a.json"
     )
-    assert "is not the checkpoint's tokenizer" in refused(run, sample=True, tokenizer=_other_tokenizer(tmp_path))
+    assert "is not the checkpoint's tokenizer" in refused(core_run, sample=True, tokenizer=_other_tokenizer(tmp_path))
 
 
 def _other_tokenizer(folder):
@@ -235,7 +235,7 @@ def _other_tokenizer(folder):
 
 
 def test_bad_bundles_are_told_before_training(place, bundle, tmp_path):
-    done = finish(begin(launched("python", 1, command(place, "refused", config=core(tmp_path / "none")))))
+    done = run_forked(command(place, "refused", config=core(tmp_path / "none")))
     assert done.status == 2 and done.errors == [
         f"error: the CORE bundle {tmp_path / 'none'} does not exist: give a folder or zip with core.yaml, or none to download it"
     ]

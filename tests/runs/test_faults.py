@@ -18,7 +18,7 @@ import pytest
 from megachat.checkpoint.facts import find_file_problems, read_facts
 from megachat.checkpoint.resume import newest_complete
 from megachat.errors import EXIT_STATUS, LOST_RANK_STATUS, SAVED_STATUS
-from tests.runs.forked import Ranks
+from tests.runs.forked import Ranks, run_forked
 from tests.runs.job import (
     STEPS,
     begin,
@@ -29,17 +29,11 @@ from tests.runs.job import (
     finish,
     launched,
     losses,
-    processes_of,
     train,
     until,
 )
 
 LONG = {"horizon": {"steps": 5000}, "evaluate": {"every": 0}}  # ended by the test
-
-
-def ranks_of(config: str) -> dict[int, int]:
-    """Rank -> process id of the processes that train with this config file."""
-    return {int(rank): pid for pid, rank in processes_of(config).items() if rank is not None}
 
 
 def file_bytes(folder: Path) -> dict[str, bytes]:
@@ -58,39 +52,37 @@ def copy_until(run: Path, place, name: str, step: int) -> Path:
 
 def test_a_killed_rank_ends_the_job_and_the_next_start_goes_on(place):
     program = command(place, "killed", "--resume", "auto", config=LONG | {"checkpoint": {"every": 4}})
-    run, config = place.runs / "killed", program[2]
-    job = begin(launched("deepspeed", 2, program))
-    until(checkpoint(run, 8).is_dir, 90, "checkpoint")
-    ranks = ranks_of(config)
-    assert sorted(ranks) == [0, 1]
-    os.kill(ranks[1], signal.SIGKILL)
-    done = finish(job, 60)
-    assert done.status != 0 and [told.split(" died ")[0] for told in done.errors] == [
-        f"error: rank 1 (host {socket.gethostname()}, pid {ranks[1]})"
-    ]
-    assert ranks_of(config) == {}, "a rank lives on"
-    last = int(max(name for name in checkpoints(run) if not name.endswith(".tmp")).removeprefix("step_"))
-    again = finish(begin(launched("deepspeed", 2, [*program, "--set", f"horizon.stop_step={last + 2}"])))
-    assert again.status == 0 and f"resumed from {checkpoint(run, last)} at step {last}" in again.out
-    assert sorted(losses(run)) == list(range(last + 2))
+    run_folder = place.runs / "killed"
+    with Ranks(program, 2) as job:
+        until(lambda: not job.alive or checkpoint(run_folder, 8).is_dir(), "checkpoint")
+        job.processes[1].kill()
+        assert job.end() == [LOST_RANK_STATUS, -signal.SIGKILL], job.printed
+        assert [told.split(" died ")[0] for told in job.errors] == [
+            f"error: rank 1 (host {socket.gethostname()}, pid {job.pids[1]})"
+        ]
+    last = int(max(name for name in checkpoints(run_folder) if not name.endswith(".tmp")).removeprefix("step_"))
+    again = run_forked([*program, "--set", f"horizon.stop_step={last + 2}"], 2)
+    assert again.status == 0 and f"resumed from {checkpoint(run_folder, last)} at step {last}" in again.out
+    assert sorted(losses(run_folder)) == list(range(last + 2))
 
 
 def test_a_kill_while_saving_leaves_the_checkpoint_before(place):
     program = command(place, "torn", "--resume", "auto", config=LONG | {"checkpoint": {"every": 1}})
-    job = begin(launched("python", 1, program))
     folder = place.runs / "torn" / "checkpoints"
-    until((folder / "step_000001").is_dir, 60, "checkpoint")
-    for _ in range(1000):
-        until(lambda: list(folder.glob("*.tmp")), 60, "saving", every_s=0.001)
-        os.kill(job.pid, signal.SIGSTOP)
-        if torn := [path.name for path in folder.glob("*.tmp")]:
-            break
-        os.kill(job.pid, signal.SIGCONT)  # it was quicker; there is a next step
-    os.kill(job.pid, signal.SIGKILL)
-    assert finish(job).status == -signal.SIGKILL
+    with Ranks(program) as job:
+        (pid,) = job.pids
+        until((folder / "step_000001").is_dir, "checkpoint")
+        for _ in range(1000):
+            until(lambda: list(folder.glob("*.tmp")), "saving", every_s=0.001)
+            os.kill(pid, signal.SIGSTOP)
+            if torn := [path.name for path in folder.glob("*.tmp")]:
+                break
+            os.kill(pid, signal.SIGCONT)  # it was quicker; there is a next step
+        os.kill(pid, signal.SIGKILL)
+        assert job.end() == [-signal.SIGKILL]
     step = int(torn[0].removeprefix("step_").removesuffix(".tmp"))
     assert checkpoints(place.runs / "torn") == [f"step_{number:06d}" for number in range(1, step)] + torn
-    done = finish(begin(launched("python", 1, [*program, "--set", f"horizon.stop_step={step + 1}"])))
+    done = run_forked([*program, "--set", f"horizon.stop_step={step + 1}"])
     assert done.status == 0 and f"resumed from {folder / f'step_{step - 1:06d}'} at step {step - 1}" in done.out
     assert checkpoints(place.runs / "torn") == [f"step_{number:06d}" for number in range(1, step + 2)]
     assert sorted(losses(place.runs / "torn")) == list(range(step + 1))
@@ -129,7 +121,7 @@ def test_a_loss_that_is_no_number_stops_all_ranks_and_spares_the_checkpoint(two,
     run = copy_until(two, place, "diverged", 2)
     before = file_bytes(checkpoint(run, 2))
     absurd = ["--set", "optimizer.unembedding_lr=1e38", "--set", "checkpoint.every=0"]
-    done = finish(begin(launched("deepspeed", 2, command(place, "diverged", "--resume", "auto", *absurd))))
+    done = run_forked(command(place, "diverged", "--resume", "auto", *absurd), 2)
     assert done.status == 2
     (told,) = done.errors
     assert re.match(
@@ -144,15 +136,14 @@ def test_a_loss_that_is_no_number_stops_all_ranks_and_spares_the_checkpoint(two,
 
 
 def forked(place, name: str, *arguments: str, config: dict, world: int = 2) -> Ranks:
-    program = command(place, name, "--resume", "auto", *arguments, config=config)
-    return Ranks(program, world, place.runs / f"{name}.log")
+    return Ranks(command(place, name, "--resume", "auto", *arguments, config=config), world)
 
 
 @pytest.fixture(scope="module")
 def whole(place) -> Path:
     """An uninterrupted run of LONG, with which the others are compared as far as they came."""
     with forked(place, "whole", "--set", "horizon.stop_step=100", config=LONG | {"checkpoint": {"every": 1}}) as ranks:
-        assert ranks.end(120) == [0, 0], ranks.told
+        assert ranks.end() == [0, 0], ranks.printed
     return place.runs / "whole"
 
 
@@ -176,7 +167,6 @@ def test_kills_at_any_moment_of_twenty_saves_lose_nothing(place, whole):
             later = f"step_{step + 2:06d}"  # not the first save: three kills at one step are a crash loop
             until(
                 lambda: not ranks.alive or any(path.name > later for path in folder.glob("*.tmp")),
-                60,
                 "save",
                 every_s=0.001,
             )  # noqa: B023
@@ -185,14 +175,16 @@ def test_kills_at_any_moment_of_twenty_saves_lose_nothing(place, whole):
             for victim in victims:
                 ranks.processes[victim].kill()
             statuses = ranks.end()
-        assert statuses == [-signal.SIGKILL if rank in victims else LOST_RANK_STATUS for rank in range(2)], ranks.told
+        assert statuses == [-signal.SIGKILL if rank in victims else LOST_RANK_STATUS for rank in range(2)], (
+            ranks.printed
+        )
         newest, passed_over = newest_complete(folder)
-        said, before = saved_step(ranks.told), step
+        said, before = saved_step(ranks.printed), step
         step = int(newest.name[5:])
         assert step >= max(said, before + 1) and passed_over == []
         assert find_file_problems(newest, read_facts(newest)) == [] and different(newest, checkpoint(whole, step)) == []
     with forked(place, "kills", "--set", f"horizon.stop_step={step + 2}", config=config) as ranks:
-        assert ranks.end() == [0, 0], ranks.told
+        assert ranks.end() == [0, 0], ranks.printed
     assert checkpoints(place.runs / "kills") == [f"step_{step + 1:06d}", f"step_{step + 2:06d}"]
     assert_as_if_nothing_had_been(place.runs / "kills", whole, step + 2)
 
@@ -224,7 +216,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_space(scarce, tol
     run = place.runs / name
     with disk(run, scarce):
         with forked(place, name, config=LONG | {"checkpoint": {"every": 2}}) as ranks:
-            assert ranks.end() == [EXIT_STATUS] * 2, ranks.told
+            assert ranks.end() == [EXIT_STATUS] * 2, ranks.printed
         (error,) = ranks.errors
         assert re.match(
             rf"error: checkpoint {checkpoint(run, 4)} could not be saved by rank 0: .*{told}.*; earlier checkpoints are untouched, ",
@@ -236,7 +228,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_space(scarce, tol
         )
         assert remount(run, "size=100m,nr_inodes=1000")
         with forked(place, name, "--set", "horizon.stop_step=6", config=LONG | {"checkpoint": {"every": 2}}) as ranks:
-            assert ranks.end() == [0, 0] and f"resumed from {checkpoint(run, 2)}" in ranks.told, ranks.told
+            assert ranks.end() == [0, 0] and f"resumed from {checkpoint(run, 2)}" in ranks.printed, ranks.printed
         assert_as_if_nothing_had_been(run, whole, 6)
 
 
@@ -244,9 +236,9 @@ def test_a_disk_that_becomes_read_only_is_told(place, whole):
     run, config = place.runs / "read_only", LONG | {"checkpoint": {"every": 10}}
     with disk(run / "checkpoints", "size=100m"):
         with forked(place, "read_only", config=config) as ranks:
-            until(checkpoint(run, 10).is_dir, 60, "checkpoint", every_s=0.005)
-            until(lambda: remount(run / "checkpoints", "ro"), 10, "moment without open files", every_s=0.005)
-            assert ranks.end() == [EXIT_STATUS] * 2, ranks.told
+            until(checkpoint(run, 10).is_dir, "checkpoint", every_s=0.005)
+            until(lambda: remount(run / "checkpoints", "ro"), "moment without open files", every_s=0.005)
+            assert ranks.end() == [EXIT_STATUS] * 2, ranks.printed
         (error,) = ranks.errors
         assert re.match(
             r"error: checkpoint \S+ could not be saved by rank 0: \[Errno 30\] Read-only file system: ", error
@@ -255,7 +247,7 @@ def test_a_disk_that_becomes_read_only_is_told(place, whole):
         last = int(checkpoints(run)[-1][5:])
         assert find_file_problems(checkpoint(run, last), read_facts(checkpoint(run, last))) == []
         with forked(place, "read_only", "--set", f"horizon.stop_step={last + 2}", config=config) as ranks:
-            assert ranks.end() == [0, 0] and f"resumed from {checkpoint(run, last)}" in ranks.told, ranks.told
+            assert ranks.end() == [0, 0] and f"resumed from {checkpoint(run, last)}" in ranks.printed, ranks.printed
         assert_as_if_nothing_had_been(run, whole, last + 2)
 
 
@@ -263,9 +255,9 @@ def test_a_folder_that_vanishes_is_told(place):
     """It is not made again, without what the run had in it."""
     run, config = place.runs / "vanished", LONG | {"checkpoint": {"every": 10}}
     with forked(place, "vanished", config=config) as ranks:
-        until(checkpoint(run, 10).is_dir, 60, "checkpoint", every_s=0.005)
-        until(lambda: not shutil.rmtree(run, ignore_errors=True) and not run.exists(), 10, "empty folder")
-        assert ranks.end()[0] == EXIT_STATUS, ranks.told
+        until(checkpoint(run, 10).is_dir, "checkpoint", every_s=0.005)
+        until(lambda: not shutil.rmtree(run, ignore_errors=True) and not run.exists(), "empty folder")
+        assert ranks.end()[0] == EXIT_STATUS, ranks.printed
     (error,) = ranks.errors
     assert re.match(rf"error: .*the run folder {run} has gone: ", error) and not run.exists()
 
@@ -273,17 +265,17 @@ def test_a_folder_that_vanishes_is_told(place):
 def test_a_second_job_on_the_run_folder_is_refused_and_does_not_disturb_the_first(place, whole):
     run, config = place.runs / "taken", LONG | {"checkpoint": {"every": 5}}
     with forked(place, "taken", config=config) as first:
-        until(checkpoint(run, 5).is_dir, 60, "checkpoint")
-        with Ranks(command(place, "taken", "--resume", "auto", config=config), 1, place.runs / "second.log") as second:
-            assert second.end() == [EXIT_STATUS], second.told
+        until(checkpoint(run, 5).is_dir, "checkpoint")
+        with Ranks(command(place, "taken", "--resume", "auto", config=config)) as second:
+            assert second.end() == [EXIT_STATUS], second.printed
         (error,) = second.errors
         assert re.match(
-            rf"error: \S+/taken is in use by another job, with rank 0 on \S+ \(pid {first.processes[0].pid}\) since 20",
+            rf"error: \S+/taken is in use by another job, with rank 0 on \S+ \(pid {first.pids[0]}\) since 20",
             error,
         )
-        last = saved_step(first.told)
-        until(lambda: not first.alive or saved_step(first.told) > last, 60, "further checkpoint")
+        last = saved_step(first.printed)
+        until(lambda: not first.alive or saved_step(first.printed) > last, "further checkpoint")
         first.processes[0].terminate()
-        assert first.end() == [SAVED_STATUS] * 2, first.told
-    assert sorted(losses(run)) == list(range(saved_step(first.told))) and first.errors == []
+        assert first.end() == [SAVED_STATUS] * 2, first.printed
+    assert sorted(losses(run)) == list(range(saved_step(first.printed))) and first.errors == []
     assert different(checkpoint(run, last), checkpoint(whole, last)) == []

@@ -6,7 +6,8 @@ import shutil
 import pytest
 
 from megachat.checkpoint.facts import FORMAT_VERSION
-from tests.runs.job import ROOT, Place, begin, checkpoint, command, finish, launched, losses, refused, train
+from tests.runs.forked import run_forked
+from tests.runs.job import ROOT, Place, checkpoint, command, losses, refused, train
 from tests.unit.checkpoint.test_checkpoint import damage
 
 # tests/fixtures: what a run of two ranks saved after three steps, in each format that there was, and the losses of all its steps
@@ -39,7 +40,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(one, place):
     run = copied(one, place, "damaged")
     damage(checkpoint(run, 6) / "loader" / "stream_00001.npz")
     line = command(place, run.name, "--resume", "auto", "--set", "horizon.stop_step=5")
-    done = finish(begin(launched("torchrun", 2, line)))
+    done = run_forked(line, 2)
     assert done.status == 0 and f"resumed from {checkpoint(run, 4)} at step 4" in done.out, done.out + done.err
     assert (
         f"{checkpoint(run, 6)} is damaged and passed over: loader/stream_00001.npz is not as it was saved" in done.out

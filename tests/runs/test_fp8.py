@@ -11,7 +11,8 @@ from megachat.config import Config
 from megachat.convert.conversion import export_checkpoint
 from megachat.planning.plan import Layout, resolve
 from megachat.programs.verify_resume import planned, resume_config
-from tests.runs.job import STEPS, begin, bits_per_byte, checkpoint, command, finish, launched, losses, train
+from tests.runs.forked import run_forked
+from tests.runs.job import STEPS, bits_per_byte, checkpoint, command, losses, train
 from tools.generate import main as generate
 
 STOP = 3
@@ -23,9 +24,7 @@ FOREIGN = {"attention": "flash3", "fp8_backend": "te"}
 @pytest.fixture(scope="module")
 def told(place):
     """(folder, what it said) of a run that stopped half-way, on two ranks of the tensor axis."""
-    done = finish(
-        begin(launched("torchrun", 2, command(place, "fp8", "--set", f"horizon.stop_step={STOP}", config=FP8)))
-    )
+    done = run_forked(command(place, "fp8", "--set", f"horizon.stop_step={STOP}", config=FP8), 2)
     assert done.status == 0, done.err
     return place.runs / "fp8", done.out
 
@@ -67,9 +66,7 @@ def test_what_it_saved_is_used_anywhere(told, foreign, tmp_path, capsys):
         "--set",
         "precision.compute=float32",
     ]
-    done = finish(
-        begin(launched("python", 1, [*line, "--set", "parallel.tensor=1", "--set", "parallel.sequence=false"]))
-    )
+    done = run_forked([*line, "--set", "parallel.tensor=1", "--set", "parallel.sequence=false"])
     assert done.status == 0, done.err
     run, told = told[0], json.loads((tmp_path / "out.json").read_text())
     assert told["bpb"]["bpb"] == pytest.approx(bits_per_byte(run)[STOP], rel=5e-3) and told["samples"]

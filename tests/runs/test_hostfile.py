@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from tests.runs.job import BIN, ROOT, begin, command, finish, free_port, launched, losses
+from tests.runs.forked import Ranks
+from tests.runs.job import BIN, ROOT, begin, command, finish, free_port, losses
 
 DOORS = ("data.sh", "tensor.sh", "pipeline.sh", "three_d.sh")  # each calls run.sh with a layout
 SCRIPTS = ("run.sh", *DOORS, "hostfile.sh", "no_ssh.sh", "mpirun.sh", "slurm.sbatch")
@@ -99,12 +100,10 @@ def test_what_each_script_starts_on_a_machine_without_gpus(tmp_path):
 
 
 def test_a_rank_that_is_never_started_is_named(place):
-    program = launched("python", 1, command(place, "absent", "--set", "parallel.rendezvous_s=5"))
-    told = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [begin(program, told | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 2)]
-    ended = [finish(rank, 90) for rank in ranks]
-    for done in ended:
-        assert done.status == 2 and "Traceback" not in done.err
-        (error,) = done.errors
+    with Ranks(command(place, "absent", "--set", "parallel.rendezvous_s=5"), 3, start=[0, 2]) as ranks:
+        assert ranks.end() == [2, 2] and "Traceback" not in ranks.err, ranks.err
+    errors = [line for line in ranks.err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 2, "each rank reports it"
+    for error in errors:
         assert "rank 1 of 3 did not come within 5 s, here are ranks 0,2 on " in error
     assert not (place.runs / "absent").exists()

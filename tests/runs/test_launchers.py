@@ -7,14 +7,18 @@ import socket
 import pytest
 
 from megachat.data.tokenizer import load_tokenizer
+from tests.runs.forked import run_forked
 from tests.runs.job import STEPS, begin, bits_per_byte, checkpoints, command, finish, launched, losses, metrics, train
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "mpirun"])
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", "mpirun"])
 def test_the_launchers_agree_bit_for_bit(launcher, two, place):
+    """Every launcher starts the job that forked ranks are."""
     run = train(place, f"two_{launcher}", launcher=launcher, world=2)
     assert len(losses(two)) == STEPS and len(bits_per_byte(two)) == 2
-    assert losses(run) == losses(two) and bits_per_byte(run) == bits_per_byte(two), f"{launcher} differs from torchrun"
+    assert losses(run) == losses(two) and bits_per_byte(run) == bits_per_byte(two), (
+        f"{launcher} differs from ranks without a launcher"
+    )
     told = json.loads((run / "environment.json").read_text())[0]["launch"]
     assert (told["rank"], told["world_size"], told["local_size"], told["launcher"]) == (0, 2, 2, launcher)
 
@@ -93,7 +97,7 @@ def test_metrics_have_the_dashboard_keys(one):
     )
 
 
-def test_the_saved_config_runs_again(one, place):
+def test_the_saved_config_runs_again_under_plain_python(one, place):
     arguments = ["--config", str(one / "config.json"), "--set", "run.folder=" + str(place.runs / "again")]
     done = finish(begin(launched("python", 1, [command(place, "unused")[0], *arguments])))
     assert done.status == 0, done.err
@@ -103,11 +107,7 @@ def test_the_saved_config_runs_again(one, place):
 
 def test_ranks_started_with_other_settings_are_refused(place):
     """As on two hosts with other copies of the config: rank 1 is told another seed."""
-    program = command(place, "unlike")
-    each = ["bash", "-c", f"exec {{}} {' '.join(program)} --set run.seed=$RANK"]
-    line = [part.format(launched("python", 1, [])[0]) for part in each]
-    torchrun = launched("torchrun", 2, [])
-    done = finish(begin([*torchrun, "--no-python", *line]))
+    done = run_forked(command(place, "unlike"), 2, extra={1: ["--set", "run.seed=1"]})
     assert done.status != 0
     host = socket.gethostname()
     told = f"rank 1 on {host} has another config than rank 0 on {host} (run.seed): start all ranks with the same --config and --set"

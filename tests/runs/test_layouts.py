@@ -1,18 +1,16 @@
-"""Tensor and pipeline axes as a user starts them: the losses, evaluations, samples and resumes of one process, through the real launchers."""
+"""Tensor and pipeline axes as a user starts them: the losses, evaluations, samples and resumes of one process."""
 
 import json
 
 import pytest
 
+from tests.runs.forked import run_forked
 from tests.runs.job import (
     STEPS,
-    begin,
     bits_per_byte,
     checkpoint,
     command,
     facts,
-    finish,
-    launched,
     ledgers,
     losses,
     metrics,
@@ -35,7 +33,7 @@ def twelve(place):
 @pytest.fixture(scope="module")
 def grid(place):
     """The same on two tensor ranks times two stages."""
-    return train(place, "grid", *layout(2, 2), launcher="deepspeed", world=4, config=ROWS12)
+    return train(place, "grid", *layout(2, 2), world=4, config=ROWS12)
 
 
 def check_like(run, wanted, tolerance):
@@ -49,7 +47,7 @@ def check_like(run, wanted, tolerance):
 
 
 def test_a_pipeline_repeats_one_process(place, one):
-    run = train(place, "stages", *layout(1, 2), launcher="torchrun", world=2)
+    run = train(place, "stages", *layout(1, 2), world=2)
     check_like(run, one, 1e-6)
     (samples,), (wanted,) = (run / "samples").iterdir(), (one / "samples").iterdir()
     assert samples.read_text() == wanted.read_text()
@@ -63,7 +61,7 @@ def test_tensor_and_pipeline_together(grid, twelve):
 
 def test_eight_ranks_on_three_axes_in_float16(place):
     half = {"precision": {"compute": "float16", "loss_scale": 256.0}, "optimizer": {"clip_norm": 0.5}}
-    run = train(place, "eight", *layout(2, 2), launcher="torchrun", world=8, config=ROWS12 | half)
+    run = train(place, "eight", *layout(2, 2), world=8, config=ROWS12 | half)
     wanted = train(place, "eight_alone", config=ROWS12 | half)
     assert losses(run) == pytest.approx(losses(wanted), rel=2e-2)
     assert facts(checkpoint(run, STEPS))["loss_scaler"] == facts(checkpoint(wanted, STEPS))["loss_scaler"] != {}
@@ -71,13 +69,9 @@ def test_eight_ranks_on_three_axes_in_float16(place):
 
 def test_a_run_goes_on_where_another_layout_stopped(place, grid):
     """tp2 x pp2 for two steps, then four data ranks for two, then one process."""
-    first = train(
-        place, "moves", *layout(2, 2), "--set", "horizon.stop_step=2", launcher="deepspeed", world=4, config=ROWS12
-    )
+    first = train(place, "moves", *layout(2, 2), "--set", "horizon.stop_step=2", world=4, config=ROWS12)
     assert losses(first) == {step: loss for step, loss in losses(grid).items() if step < 2}
-    train(
-        place, "moves", "--resume", "auto", "--set", "horizon.stop_step=4", launcher="torchrun", world=4, config=ROWS12
-    )
+    train(place, "moves", "--resume", "auto", "--set", "horizon.stop_step=4", world=4, config=ROWS12)
     run = train(place, "moves", "--resume", "auto", config=ROWS12)
     assert losses(run) == pytest.approx(losses(grid), rel=5e-3)
     assert losses(run)[2] == pytest.approx(losses(grid)[2], rel=1e-6), (
@@ -107,6 +101,6 @@ def test_a_run_goes_on_where_another_layout_stopped(place, grid):
     ],
 )
 def test_a_layout_that_does_not_fit_is_refused_before_anything_starts(place, world, arguments, told):
-    done = finish(begin(launched("torchrun", world, command(place, "misfit", *arguments))))
+    done = run_forked(command(place, "misfit", *arguments), world)
     assert done.status != 0 and not (place.runs / "misfit").exists()
     assert [error for error in done.errors if told in error] and "Traceback" not in done.out

@@ -31,7 +31,7 @@ def both(hosts) -> Path:
 
 
 def ended(network: Network, host: str, *line, timeout_s: float = 150, **variables: str) -> Done:
-    return finish(begin(network.at(host, list(line), **variables)), timeout_s)
+    return finish(begin(network.at(host, list(line), **variables)))
 
 
 def on_both(
@@ -42,7 +42,7 @@ def on_both(
         ["bash", "launch/no_ssh.sh", hostfile, node, address, *program[2:]] for node, program in enumerate(programs)
     ]
     started = [begin(network.at(host, line, **variables)) for host, line in zip(network.pids, lines, strict=False)]
-    return [finish(process, 150) for process in started]
+    return [finish(process) for process in started]
 
 
 def test_pdsh_trains_on_two_hosts_as_one_host_does(hosts, both, two, place):
@@ -88,7 +88,7 @@ def test_without_ssh_and_with_names_that_are_loopback_to_their_own_hosts(tmp_pat
             "job",
         ]
         started = [begin(network.at(host, [*line, *command(place, "torchrun")])) for host in network.pids]
-        for done in [finish(process, 150) for process in started]:
+        for done in [finish(process) for process in started]:
             assert done.status == 0, done.out + done.err
         assert losses(place.runs / "torchrun") == losses(two)
         done = ended(network, "host-a", sys.executable, "launch/check_hosts.py", both)
@@ -108,7 +108,7 @@ def test_a_killed_rank_is_named_first_and_ends_the_other_host_too(hosts, both, p
         time.sleep(0.1)
     assert len(hosts.processes(program[2])) > 2
     hosts.do("host-b", "bash", "-c", f"kill -9 $(pgrep -f '^[^ ]*python[^ ]* -u launch/pretrain.py.*{program[2]}')")
-    done = finish(job, 90)
+    done = finish(job)
     assert done.status != 0
     first = next(line for line in (done.err + done.out).splitlines() if "error:" in line)
     assert "error: rank 1 (host host-b, pid " in first and "died or cannot be reached" in first, done.err
@@ -173,7 +173,7 @@ def test_a_node_rank_that_is_given_twice_is_told(hosts, place):
     three = hosts.hostfile("three", "a slots=1\nb slots=1\nc slots=1\n")
     lines = [["bash", "launch/no_ssh.sh", three, node, "host-a", *program[2:]] for node in (0, 1, 1)]
     started = [begin(hosts.at(host, line)) for host, line in zip(("host-a", "host-a", "host-b"), lines, strict=True)]
-    ends = [finish(process, 90) for process in started]
+    ends = [finish(process) for process in started]
     assert [done.status for done in ends] == [2, 2, 2]
     for done in ends:
         assert re.search(

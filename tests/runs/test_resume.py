@@ -7,17 +7,15 @@ import pytest
 import torch
 
 from megachat.checkpoint.load import load_model_weights
+from tests.runs.forked import run_forked
 from tests.runs.job import (
     STEPS,
-    begin,
     bits_per_byte,
     checkpoint,
     checkpoints,
     command,
     different,
     facts,
-    finish,
-    launched,
     ledgers,
     losses,
     metrics,
@@ -137,7 +135,7 @@ def test_starting_over_in_the_folder_of_another_run_is_refused(one, shared_place
 
 def test_resuming_a_finished_run_says_so(one, shared_place):
     told = losses(one), bits_per_byte(one)
-    done = finish(begin(launched("python", 1, command(shared_place, "one", "--resume", "auto"))))
+    done = run_forked(command(shared_place, "one", "--resume", "auto"))
     assert done.status == 0 and done.err == ""
     assert (
         "nothing to do: step 6 is not before the last step 6; raise horizon.steps or horizon.stop_step to go on"
@@ -166,7 +164,7 @@ def test_documents_begin_anew_once_when_that_is_allowed(stopped, place):
     told = {}
     for stop_step, world in ((5, 2), (6, 1)):
         config = settings | {"horizon": {"steps": STEPS, "stop_step": stop_step}}
-        done = finish(begin(launched("torchrun", world, command(place, run.name, "--resume", "auto", config=config))))
+        done = run_forked(command(place, run.name, "--resume", "auto", config=config), world)
         assert done.status == 0, done.err
         told[stop_step] = [line for line in done.out.splitlines() if "documents begin anew" in line]
     (line,), again = told[5], told[6]

@@ -46,7 +46,7 @@ def crashes(run: Path) -> int:
 
 
 def until_running(job: subprocess.Popen, run: Path, what, told: str, timeout_s: float = 120) -> None:
-    until(lambda: job.poll() is not None or what(), timeout_s, told)
+    until(lambda: job.poll() is not None or what(), told)
     assert job.poll() is None, finish(job)
 
 
@@ -56,7 +56,7 @@ def test_a_killed_rank_costs_one_restart_and_no_step(place, two):
     until_running(job, run, checkpoint(run, 1).is_dir, "a checkpoint")
     (pid,) = rank_1(line[line.index("--config") + 1])
     os.kill(pid, signal.SIGKILL)
-    done = finish(job, 180)
+    done = finish(job)
     assert done.status == 0, done.out + done.err
     assert len(re.findall(r"resumed from \S+ at step \d", done.out)) == 1 and "error: rank 1 " in done.err
     assert losses(run) == losses(two) and different(checkpoint(run, STEPS), checkpoint(two, STEPS)) == []
@@ -64,7 +64,7 @@ def test_a_killed_rank_costs_one_restart_and_no_step(place, two):
 
 
 def test_a_mistake_is_told_once_and_not_tried_again(place):
-    done = finish(begin([*supervised(place, "mistaken", 2), "--set", "model.depht=3"]), 120)
+    done = finish(begin([*supervised(place, "mistaken", 2), "--set", "model.depht=3"]))
     assert done.status == EXIT_STATUS and "Traceback" not in done.err, done.err
     assert len([told for told in done.errors if "[rank" not in told]) == 1 and "depht" in done.errors[0]
 
@@ -82,7 +82,7 @@ def test_a_step_that_crashes_every_time_is_given_up(place):
         )
         (pid,) = rank_1(line[line.index("--config") + 1])
         os.kill(pid, signal.SIGKILL)
-    done = finish(job, 120)
+    done = finish(job)
     assert done.status == EXIT_STATUS
     assert (
         done.errors[-1]
@@ -98,18 +98,18 @@ def test_however_it_ends_the_ranks_save_and_none_lives_on(number, place):
     job, run = begin(line), place.runs / f"told_{number.name}"
     until_running(job, run, lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) > 2, "step 2")
     job.send_signal(number)
-    done = finish(job, 90)
+    done = finish(job)
     assert done.status == (128 + number if number == signal.SIGTERM else -number)
     assert "stopped after step" in done.out and done.errors == [], done.out + done.err
     saved, _ = newest_complete(run / "checkpoints")
     assert saved is not None and not (run / "running").exists()
-    until(lambda: processes_of(line[line.index("--config") + 1]) == {}, 20, "end of all processes")
+    until(lambda: processes_of(line[line.index("--config") + 1]) == {}, "end of all processes")
 
 
 def test_more_ranks_than_fit_the_batch_end_and_the_others_train(place):
     """Five rows a step on two ranks: one fits."""
     five = {"batch": {"tokens": 5 * 64}}
-    done = finish(begin(supervised(place, "five", 2, config=five)), 180)
+    done = finish(begin(supervised(place, "five", 2, config=five)))
     assert done.status == 0, done.out + done.err
     assert "2 ranks were started, of which 1 fit the batch and train; the others have ended" in done.out
     assert "five on 1 rank " in done.out and "rows x 5 micro-batches" in done.out
@@ -130,7 +130,7 @@ def test_when_a_host_is_gone_the_other_goes_on(tmp_path, place):
         until_running(here, run, checkpoint(run, 4).is_dir, "a checkpoint")
         stack.enter_context(open(f"/proc/{network.pids['host-b']}/ns/net"))
         os.kill(network.pids["host-b"], signal.SIGKILL)
-        done = finish(here, 240)
+        done = finish(here)
     assert done.status == 0, done.out + done.err
     assert "left on 2 ranks" in done.out and "left on 1 rank " in done.out and "resumed from" in done.out
     assert "rows x 3 micro-batches" in done.out and "rows x 6 micro-batches" in done.out
