@@ -41,6 +41,6 @@ def test_results_are_equal_to_the_bit(case):
     for kept, *again in run_ranks(train_each_way, world, parallel, changes):
         for told, gradients, state, _ in again:
             assert told == kept[0]
-            for found, wanted in ((gradients, kept[1]), (state, kept[2])):
+            for found, wanted in (*zip(gradients, kept[1], strict=True), (state, kept[2])):
                 assert found.keys() == wanted.keys()
                 assert not [name for name, tensor in wanted.items() if not torch.equal(found[name], tensor)]
