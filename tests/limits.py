@@ -1,7 +1,9 @@
-"""Time limits that end a test that hangs. They never judge speed: ten times what is usual, and more on a slow or busy machine."""
+"""What tests have instead of a clock: limits that end a hang, which grow with the machine's slowness, and counts of calls for what must be quick."""
 
 import functools
+import sys
 import time
+from collections.abc import Callable
 
 _USUAL_MEASURE_S = 0.15  # of _work() on one core of a 2023 server
 
@@ -21,3 +23,19 @@ def _work() -> int:
 def limit_s(usual_s: float = 60.0) -> float:
     """Seconds after which a step that usually takes `usual_s` is taken for a hang."""
     return 10 * usual_s * slowness()
+
+
+def calls_of(function: Callable[[], object]) -> int:
+    """Returns how many Python and C functions are called: the same number on every machine, busy or not."""
+    count = 0
+
+    def note(frame, event, argument) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count

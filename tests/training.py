@@ -42,7 +42,7 @@ def small_config(**changes: dict) -> Config:
 
 def build(config: Config, vocab_size: int) -> Training:
     """On the ranks that torch.distributed already has."""
-    start_collectives(torch.device("cpu"), "gloo", timedelta(seconds=60))
+    start_collectives(torch.device("cpu"), "gloo", timedelta(seconds=600))
     mesh = build_mesh(torch.device("cpu"), tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
     plan = resolve(config, mesh.world.size, vocab_size)
     return build_training(config, plan, mesh, torch.ones(vocab_size, dtype=torch.int64))

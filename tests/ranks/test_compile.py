@@ -62,7 +62,7 @@ def test_nothing_is_compiled_after_the_second_step_and_nothing_changes(case):
     world, parallel, model, batch = CASES[case]
     batch = {"tokens": ROWS * LENGTH, "micro_rows": 2} | batch
     config = small_config(model=MODEL | model, parallel=parallel, batch=batch)
-    for plain, compiled, attending in run_ranks(trained_both_ways, world, config, timeout_s=170):
+    for plain, compiled, attending in run_ranks(trained_both_ways, world, config):
         assert plain[2] == [0] * STEPS
         assert compiled[2][0] > 0 and compiled[2][2:] == [0] * (STEPS - 2), compiled[2]
         for (loss, norm, _), (wanted, norm_wanted, _) in zip(compiled[0], plain[0], strict=True):

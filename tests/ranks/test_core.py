@@ -65,7 +65,7 @@ def copying_task() -> Task:
 
 def on_ranks(bundle: Path, parallel: dict, tokens_per_pass: int):
     config, letters = small_config(model=MODEL, batch={"tokens": 96 * 12}, parallel=parallel), tokenizer()
-    start_collectives(torch.device("cpu"), "gloo", timedelta(seconds=60))
+    start_collectives(torch.device("cpu"), "gloo", timedelta(seconds=600))
     mesh = build_mesh(torch.device("cpu"), tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
     plan = resolve(config, mesh.world.size, letters.vocab_size)
     layers = build_stage(config, plan, mesh, torch.float32, start=False)

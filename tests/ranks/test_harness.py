@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from megachat.parallel.mesh import build_mesh
 from tests.harness import RankError, run_ranks
+from tests.limits import slowness
 
 
 def _whoami(offset):
@@ -36,7 +37,7 @@ def _one_dies():
 
 def _one_sleeps():
     if dist.get_rank() == 1:
-        time.sleep(60)
+        time.sleep(6000)
     dist.barrier()
 
 
@@ -61,7 +62,5 @@ def test_a_dead_process_is_reported():
 
 
 def test_a_hang_ends_with_the_stacks():
-    begin = time.monotonic()
     with pytest.raises(RankError, match="(?s)no answer from ranks .0, 1. of 2.*_one_sleeps"):
-        run_ranks(_one_sleeps, 2, timeout_s=4)
-    assert time.monotonic() - begin < 10
+        run_ranks(_one_sleeps, 2, timeout_s=4 * slowness())

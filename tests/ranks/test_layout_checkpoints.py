@@ -45,7 +45,7 @@ def job(config, folder: Path, checkpoint: Path | None = None):
     With a loss scaler that doubles every other step: in float32 a power of two changes no loss.
     """
     tokenizer = Tokenizer({bytes([byte]): byte for byte in range(256)})
-    start_collectives(torch.device("cpu"), "gloo", timedelta(seconds=60))
+    start_collectives(torch.device("cpu"), "gloo", timedelta(seconds=600))
     mesh = build_mesh(torch.device("cpu"), tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
     plan, documents = resolve(config, mesh.world.size, tokenizer.vocab_size), None
     if checkpoint:

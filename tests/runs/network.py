@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.limits import limit_s
 from tests.runs.job import BIN, ROOT, environment
 
 SUBNET = "10.77.7"
@@ -101,7 +102,11 @@ class Network:
     def do(self, host: str, *line: str) -> str:
         """Run a short command on a host and return what it printed."""
         return subprocess.run(
-            [str(part) for part in self.at(host, list(line))], check=True, capture_output=True, text=True, timeout=30
+            [str(part) for part in self.at(host, list(line))],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=limit_s(),
         ).stdout
 
     def hostfile(self, name: str, text: str) -> Path:
@@ -216,11 +221,11 @@ def _answers(network: Network, name: str) -> bool:
 
 
 def _until(true, holder: subprocess.Popen, log: Path) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + limit_s()
     while not true():
         assert holder.poll() is None and time.monotonic() < deadline, f"the host is not up: {log.read_text()}"
         time.sleep(0.02)
 
 
 def _run(*line) -> None:
-    subprocess.run([str(part) for part in line], check=True, capture_output=True, timeout=30)
+    subprocess.run([str(part) for part in line], check=True, capture_output=True, timeout=limit_s())

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from tests.limits import limit_s
 from tests.reference import FOLDER, needs_reference
 from tests.runs.job import ROOT, environment
 from tools.train_tokenizer import main as train_tokenizer
@@ -31,7 +32,7 @@ def test_thirty_steps_of_english_lie_within_two_thousandths_of_one_process(tmp_p
     ]
     line += ["--layouts", "dp=2,tp=2,pp=2", "--set", "batch.tokens=1024", "--set", "batch.micro_rows=1"]
     line += ["--set", "evaluate.tokens=4096", "--set", "evaluate.prompts=[]"]
-    done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900)
+    done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=limit_s())
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)["found"]
     assert len(found) == 2 and found["dp=1"]["last_loss"] < 5.8

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from tests.limits import limit_s
 from tests.runs.job import ROOT, environment
 from tests.unit.convert.checkpoints import make_run, step_folder
 from tools.generate import main
@@ -38,7 +39,7 @@ def test_a_process_continues_prompts_from_standard_input_as_the_run_did(one):
     sample = json.loads((one / "samples" / "step_000006.json").read_text())["the old"]
     line = [sys.executable, "tools/generate.py", "--checkpoint", one, "--temperature", 0, "--tokens", 4, *EXACT]
     done = subprocess.run(
-        [*map(str, line)], cwd=ROOT, env=environment(), input=b"the old\nthe\n", capture_output=True, timeout=120
+        [*map(str, line)], cwd=ROOT, env=environment(), input=b"the old\nthe\n", capture_output=True, timeout=limit_s()
     )
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout.decode().startswith(f"{sample}\n\nthe") and done.stdout.endswith(b"\n")
@@ -52,7 +53,7 @@ def test_on_a_terminal_prompts_are_asked_for_and_a_bad_one_is_asked_for_again(ma
     )
     os.close(theirs)
     os.write(ours, b"abab\n\n" + b"z " * 200 + b"\nabab\n\x04")
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=limit_s())
     os.close(ours)
     assert process.returncode == 0, err.decode()
     assert err.decode() == "error: prompt 2 has 401 tokens and the model can take 160: shorten it\n"

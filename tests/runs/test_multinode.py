@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.limits import limit_s
 from tests.runs.job import ROOT, Done, begin, bits_per_byte, checkpoint, command, finish, losses, train
 from tests.runs.network import SUBNET, Network, two_hosts, why_not
 
@@ -30,7 +31,7 @@ def both(hosts) -> Path:
     return hosts.hostfile("both", "host-a slots=1\nhost-b slots=1\n")
 
 
-def ended(network: Network, host: str, *line, timeout_s: float = 150, **variables: str) -> Done:
+def ended(network: Network, host: str, *line, **variables: str) -> Done:
     return finish(begin(network.at(host, list(line), **variables)))
 
 
@@ -102,7 +103,7 @@ def test_without_ssh_and_with_names_that_are_loopback_to_their_own_hosts(tmp_pat
 def test_a_killed_rank_is_named_first_and_ends_the_other_host_too(hosts, both, place):
     program = command(place, "killed_there", config=LONG)
     job = begin(hosts.at("host-a", ["deepspeed", "--hostfile", both, *program]))
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + limit_s()
     while not checkpoint(place.runs / "killed_there", 4).is_dir():
         assert time.monotonic() < deadline and job.poll() is None, "no checkpoint"
         time.sleep(0.1)
@@ -112,7 +113,7 @@ def test_a_killed_rank_is_named_first_and_ends_the_other_host_too(hosts, both, p
     assert done.status != 0
     first = next(line for line in (done.err + done.out).splitlines() if "error:" in line)
     assert "error: rank 1 (host host-b, pid " in first and "died or cannot be reached" in first, done.err
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + limit_s()
     while left := hosts.processes(program[2]):
         assert time.monotonic() < deadline, left
         time.sleep(0.2)
@@ -152,9 +153,7 @@ def test_hosts_that_cannot_be_used_are_told_before_anything_starts(hosts, place)
 def test_a_cut_cable_is_told_by_ssh_and_by_the_ranks(hosts, both, place):
     hosts.do("host-b", "ip", "link", "set", "eth0", "down")
     try:
-        begun = time.monotonic()
-        done = ended(hosts, "host-a", sys.executable, "launch/check_hosts.py", both, timeout_s=60)
-        assert time.monotonic() - begun < 30
+        done = ended(hosts, "host-a", sys.executable, "launch/check_hosts.py", both)
         assert done.status == 2 and re.match(
             r"error: host-b cannot be reached over ssh \(.*(No route to host|timed out)", done.errors[0]
         ), done.err
@@ -219,7 +218,7 @@ def test_a_port_in_use_ends_both_hosts(hosts, both, place):
     holder = begin(hosts.at("host-a", [sys.executable, "-c", holds]))
     assert holder.stdout.readline() == "1\n"
     program = command(place, "taken", "--set", "parallel.rendezvous_s=8")
-    done = ended(hosts, "host-a", "deepspeed", "--hostfile", both, *program, timeout_s=90)
+    done = ended(hosts, "host-a", "deepspeed", "--hostfile", both, *program)
     hosts.do("host-a", "pkill", "-f", "create_server")
     finish(holder)
     assert done.status == 2
@@ -233,7 +232,7 @@ def test_nothing_is_left_behind(tmp_path):
         pids = list(network.pids.values())
         assert all(Path(f"/proc/{pid}").exists() for pid in pids) and socket.gethostname() not in network.pids
         raise RuntimeError("in the middle")
-    deadline = time.monotonic() + 10  # the kernel takes a moment
+    deadline = time.monotonic() + limit_s()  # the kernel takes a moment
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -45,7 +45,7 @@ def crashes(run: Path) -> int:
     return len(json.loads(path.read_text())) if path.exists() else 0
 
 
-def until_running(job: subprocess.Popen, run: Path, what, told: str, timeout_s: float = 120) -> None:
+def until_running(job: subprocess.Popen, run: Path, what, told: str) -> None:
     until(lambda: job.poll() is not None or what(), told)
     assert job.poll() is None, finish(job)
 

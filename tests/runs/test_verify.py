@@ -19,6 +19,7 @@ from megachat.parallel.mesh import Axis
 from megachat.planning.plan import resolve
 from megachat.programs.verify import parameter_order
 from megachat.programs.verify_resume import judge, run_job
+from tests.limits import limit_s
 from tests.runs.job import ROOT, checkpoint, command, environment, losses
 
 SMALL = ["--set", "model.sequence_len=64", "--set", "model.vocab_size=300", "--set", "model.head_size=32"]
@@ -26,7 +27,7 @@ SMALL = ["--set", "model.sequence_len=64", "--set", "model.vocab_size=300", "--s
 
 def verify(*arguments, config="configs/d4_cpu.json", small=SMALL):
     line = [sys.executable, "tools/verify.py", "--config", config, *small, *map(str, arguments)]
-    return subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400)
+    return subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=limit_s())
 
 
 def test_two_layouts_are_equal_and_certified(tmp_path):

@@ -11,6 +11,7 @@ from megachat.config import Config, load_config
 from megachat.planning.memory import FILLS, memory_of_stages
 from megachat.planning.plan import resolve
 from megachat.programs.dry_run import describe_job
+from tests.limits import limit_s
 from tests.runs.job import ROOT, environment
 
 FOLDER = ROOT / "configs"
@@ -96,7 +97,7 @@ def test_the_config_of_the_readme_in_a_dry_run():
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=limit_s(),
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "layout = data 8 x tensor 1 x pipeline 1" in done.stdout and "tokens_per_step = 1,048,576" in done.stdout

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from tests.limits import limit_s
 from tests.runs.job import ROOT
 
 PROGRAM = """
@@ -32,7 +33,11 @@ main()
 
 def ended(how: str, *words: str):
     return subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(how=how), *words], cwd=ROOT, capture_output=True, text=True, timeout=30
+        [sys.executable, "-c", PROGRAM.format(how=how), *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=limit_s(),
     )
 
 
@@ -70,6 +75,6 @@ def test_a_tool_whose_reader_has_gone_ends_without_a_word(lines, said):
 def test_another_broken_pipe_is_no_end_of_the_reader():
     program = PROGRAM.format(how="").replace("raise KeyboardInterrupt", "raise BrokenPipeError('a socket')")
     done = subprocess.run(
-        [sys.executable, "-c", program, "interrupt"], cwd=ROOT, capture_output=True, text=True, timeout=30
+        [sys.executable, "-c", program, "interrupt"], cwd=ROOT, capture_output=True, text=True, timeout=limit_s()
     )
     assert done.returncode == 1 and "BrokenPipeError: a socket" in done.stderr

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.limits import limit_s
 from tests.runs.job import environment
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -69,7 +70,7 @@ class Site:
             env=variables,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=limit_s(),
         )
 
     def traps(self, **how) -> dict[str, dict]:

@@ -11,6 +11,7 @@ from torch.distributed import TCPStore
 from megachat.errors import UserError
 from megachat.job.launch import LaunchEnvironment
 from megachat.job.rendezvous import _ranks, meet
+from tests.limits import limit_s
 
 HOST = socket.gethostname()
 
@@ -21,13 +22,24 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def connect(port: int) -> socket.socket:
+    """A connection to the port, as soon as somebody listens there."""
+    deadline = time.monotonic() + limit_s()
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port))
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
 def gather(
     ranks,
     world: int,
     *,
     port: int | None = None,
     address="127.0.0.1",
-    limit_s=20.0,
+    rendezvous_s=600.0,
     judge=lambda arrivals: None,
     agent=False,
     said=None,
@@ -40,7 +52,11 @@ def gather(
         environment = LaunchEnvironment(rank, rank, own_world, own_world, "test", address, port, agent, 0)
         try:
             found[place] = meet(
-                environment, {"kind": {"rank": str(rank)}}, judge, limit_s, (said if said is not None else []).append
+                environment,
+                {"kind": {"rank": str(rank)}},
+                judge,
+                rendezvous_s,
+                (said if said is not None else []).append,
             )
         except UserError as error:
             found[place] = str(error)
@@ -49,7 +65,7 @@ def gather(
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(limit_s())
     return [found[place] for place in range(len(threads))]
 
 
@@ -71,18 +87,15 @@ def test_one_process_meets_nobody():
 def test_missing_ranks_are_named_to_all_that_are_here(monkeypatch):
     monkeypatch.setattr("megachat.job.rendezvous.NOTICE_S", 0.5)
     said: list[str] = []
-    begin = time.monotonic()
-    found = gather([0, 1, 3], 6, limit_s=2, said=said)
-    assert time.monotonic() - begin < 8
+    found = gather([0, 1, 3], 6, rendezvous_s=2, said=said)
     assert len(set(found)) == 1
     assert found[0].startswith(f"ranks 2,4-5 of 6 did not come within 2 s, here are ranks 0-1,3 on {HOST}: look for ")
     assert said == ["waiting for ranks 2,4-5 of 6, up to 2 s (parallel.rendezvous_s)"]
 
 
 def test_a_rank_that_comes_twice_is_told_at_once():
-    begin = time.monotonic()
     found = gather([0, 1, 1], 3)
-    assert time.monotonic() - begin < 8 and len(set(found)) == 1
+    assert len(set(found)) == 1
     assert found[0].startswith(f"rank 1 came twice, from {HOST} and from {HOST}: give every host its own --node_rank")
 
 
@@ -108,18 +121,10 @@ def test_a_rank_that_dies_while_the_others_wait_is_named():
     started = threading.Thread(target=lambda: found.extend(gather([0], 3, port=port)), daemon=True)
     found: list[str] = []
     started.start()
-    deadline = time.monotonic() + 20
-    while True:
-        try:
-            link = socket.create_connection(("127.0.0.1", port))
-            break
-        except ConnectionRefusedError:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-    with link:
+    with connect(port) as link:
         link.sendall(b'{"rank": 1, "world": 3, "host": "other", "address": "127.0.0.1", "facts": {}}\n')
         time.sleep(0.3)
-    started.join(20)
+    started.join(limit_s())
     assert found == ["rank 1 on other ended before all ranks had come: look for its own message"]
 
 
@@ -128,12 +133,12 @@ def test_a_stranger_at_the_port_disturbs_nobody():
     found: list = []
     ranks = threading.Thread(target=lambda: found.extend(gather([0], 2, port=port)), daemon=True)
     ranks.start()
-    time.sleep(0.5)
+    connect(port).close()
     for words in (b"GET / HTTP/1.0\r\n\r\n", b"", b"[1]\n", b'{"rank": "x"}\n'):
         with socket.create_connection(("127.0.0.1", port)) as stranger:
             stranger.sendall(words)
     (other,) = gather([1], 2, port=port)
-    ranks.join(20)
+    ranks.join(limit_s())
     assert other.store is None and found[0].store is not None
 
 
@@ -162,7 +167,7 @@ def test_a_silent_program_at_the_port_is_no_hang(monkeypatch):
 )
 def test_a_rank_0_that_cannot_be_reached_is_told(address, why):
     port = free_port()
-    (found,) = gather([1], 2, address=address, port=port, limit_s=1)
+    (found,) = gather([1], 2, address=address, port=port, rendezvous_s=1)
     assert found.startswith(f"rank 1 on {HOST} could not reach rank 0 at {address}:{port} within 1 s ({why}")
 
 
@@ -172,10 +177,8 @@ def test_torchruns_agent_keeps_its_port():
     assert [(meeting.address, meeting.store) for meeting in found] == [(None, None)] * 3
 
 
-def test_many_ranks_gather_quickly():
-    begin = time.monotonic()
+def test_many_ranks_gather():
     assert all(meeting.address is None for meeting in gather(list(range(64)), 64))
-    assert time.monotonic() - begin < 20
 
 
 def test_ranks_are_written_shortly():

@@ -8,6 +8,7 @@ import torch
 
 from megachat.kernels.choice import choose_gradient_norm
 from megachat.kernels.gradient_norm import multi_tensor_sum_of_squares, torch_sum_of_squares
+from tests.limits import limit_s
 from tests.runs.job import ROOT
 
 KERNEL = """
@@ -97,7 +98,7 @@ def test_the_first_that_works_is_chosen_and_the_rejected_have_reasons(tmp_path):
             (tmp_path / str(number) / path).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / str(number) / path).write_text(text)
     program = [sys.executable, "-c", PROGRAM, str(ROOT), str(tmp_path), *map(str, range(len(CASES)))]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(program, capture_output=True, text=True, timeout=limit_s())
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     for case, (_, name, reason), line in zip(CASES, CASES.values(), lines, strict=True):

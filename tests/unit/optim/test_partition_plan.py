@@ -7,7 +7,6 @@ each shard, the reduction counted over the grid.
 import random
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -15,6 +14,7 @@ from megachat.optim.buckets import ALIGNMENT
 from megachat.optim.matrix import NEWTON_SCHULZ_STEPS, Matrix
 from megachat.optim.owners import lightest_makespan
 from megachat.optim.partition_plan import make_plan
+from tests.limits import calls_of
 
 MODELS = {
     "d4": (4, 256, 256),
@@ -229,11 +229,10 @@ def test_the_digest_is_the_same_in_another_process():
 
 @pytest.mark.parametrize("model", ["d24", "7B"])
 @pytest.mark.parametrize("tensor", [1, 8])
-def test_a_plan_for_1024_data_ranks_takes_less_than_a_second(model, tensor):
+def test_a_plan_for_1024_data_ranks_takes_few_calls(model, tensor):
+    """A million calls take about a second; less than half of that is needed."""
     matrices = _model(*MODELS[model], gates=8)
-    begin = time.process_time()
-    make_plan(matrices, 1024, tensor=tensor).digest  # noqa: B018
-    assert time.process_time() - begin < 1.0
+    assert calls_of(lambda: make_plan(matrices, 1024, tensor=tensor).digest) < 1_000_000
 
 
 def test_state_is_eight_bytes_an_element_divided_by_the_places():

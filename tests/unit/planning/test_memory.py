@@ -90,6 +90,7 @@ def held_at_the_loss(config) -> int:
     plan, found = training.plan, []
 
     def alive() -> dict[int, int]:
+        gc.collect()  # what is garbage lies there until the collector comes by, which depends on what else was made
         return storages(thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor) and not thing.is_meta)
 
     rows = random_rows(0, plan.rows_per_step, plan.dims.sequence_len + 1, SMALL_VOCAB)

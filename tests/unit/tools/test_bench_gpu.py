@@ -11,6 +11,7 @@ from megachat.errors import UserError
 from megachat.planning.plan import resolve
 from tests.gpu.missing import missing
 from tests.harness import run_ranks
+from tests.limits import limit_s
 from tests.runs.job import ROOT
 from tools.bench import gpu as bench
 from tools.bench.gpu import ABOUT, VOCAB, bench_gpu, case_config, cases
@@ -164,7 +165,7 @@ def test_without_a_gpu_it_says_so():
 
     def said(*arguments):
         done = subprocess.run(
-            ["bash", "tests/run_gpu.sh", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
+            ["bash", "tests/run_gpu.sh", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=limit_s()
         )
         assert done.returncode == 2 and not done.stdout
         return done.stderr

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from megachat.errors import UserError
+from tests.limits import limit_s
 from tests.runs.job import ROOT, environment
 from tools.bench.nanochat import accumulate, open_nanochat, row_counts
 
 
 def test_no_clone_is_one_sentence(tmp_path):
     line = [sys.executable, "tools/bench.py", "nanochat", "--nanochat", str(tmp_path)]
-    done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
+    done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=limit_s())
     said = f"error: --nanochat {tmp_path} is no clone of nanochat, because it lacks nanochat/gpt.py: give the folder of one\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
     with pytest.raises(UserError, match="--nanochat is not given"):

@@ -11,6 +11,7 @@ import pytest
 from megachat.errors import UserError
 from megachat.parallel.progress import PROFILE_PREFIX
 from tests.harness import run_ranks
+from tests.limits import limit_s
 from tests.runs.job import ROOT, environment
 from tools.bench.profile_picture import lane, picture
 from tools.bench.step_profile import (
@@ -203,7 +204,7 @@ def test_a_layout_is_started_from_the_command_line():
         "1",
     ]
     line += ["--layout", "pp=2", *(word for setting in TINY for word in ("--set", setting))]
-    done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
+    done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=limit_s())
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert (

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+from tests.limits import limit_s
 from tests.runs.job import ROOT, environment
 
 SMALL = (
@@ -28,7 +29,7 @@ def measured(kind: str, *words: str) -> dict:
         "1",
         *words,
     ]
-    done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
+    done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=limit_s())
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
