@@ -11,7 +11,7 @@ from megachat.optim.groups import ADAMW_EPSILON, MUON_BETA2, assign, rate_multip
 from megachat.optim.muon import Hyper, reference_step, second_moment_shape
 from megachat.place import place_of
 from megachat.planning.plan import resolve
-from megachat.programs.verify import gradient_pieces, warm_noise, warm_up
+from megachat.programs.verify_layout import gradient_pieces, warm_noise, warm_up
 from megachat.schedule import learning_rate_multiplier, muon_momentum, weight_decay_multiplier
 from megachat.train.step import set_schedules
 from tests.training import SMALL_VOCAB, assembled, build, random_rows, take_step, whole_state

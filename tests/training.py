@@ -9,7 +9,7 @@ from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.engine import start_collectives
 from megachat.parallel.mesh import build_mesh
 from megachat.planning.plan import resolve
-from megachat.programs.verify import related_rows
+from megachat.programs.verify_layout import related_rows
 from megachat.train.build import Training, build_training
 from megachat.train.state import state_pieces
 from megachat.train.step import update

@@ -1,8 +1,9 @@
 """Inspects, compares and converts checkpoints: `python tools/convert_checkpoint.py inspect runs/demo`.
 
-A CHECKPOINT is a step's folder, a run's folder (its newest complete checkpoint), or a folder of another format. Every conversion is proved:
-what was written is read back, and the output is kept only if both models give the same logits and all tensors are equal. The certificate,
-TARGET.certificate.json, records that. Exit status: 0 done, good or equal; 1 different (diff); 2 not good (verify) or refused.
+A CHECKPOINT is a step's folder, a run's folder (its newest complete checkpoint), or a folder of another format. Every
+conversion is proved: what was written is read back, and the output is kept only if both models give the same logits and
+all tensors are equal. The certificate, TARGET.certificate.json, records that. Exit status: 0 done, good or equal; 1
+different (diff); 2 not good (verify) or refused.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""What a checkpoint must hold, derived from the model's sizes alone; and the model itself, built from a checkpoint's tensors."""
+"""What a checkpoint must hold, derived from the model's sizes alone; and the model itself, built from a checkpoint's
+tensors."""
 
 from collections.abc import Mapping
 
@@ -38,7 +39,8 @@ def table_names(dims: Dimensions) -> frozenset[str]:
 
 
 def state_shapes(dims: Dimensions) -> dict[str, Shape]:
-    """Returns name -> shape of every tensor of a complete checkpoint: weights, AdamW's moments, Muon's momentum and second moment."""
+    """Returns name -> shape of every tensor of a complete checkpoint: weights, AdamW's moments, Muon's momentum and
+    second moment."""
     wheres = places(dims)
     shapes = {f"model/{where.name}": where.whole for where in wheres}
     for name, group in assign(wheres).items():
@@ -70,7 +72,8 @@ def tensor_problems(checkpoint: CheckpointReader) -> list[str]:
 
 
 def build_model(checkpoint: CheckpointReader, options: ModelOptions | None = None) -> torch.nn.ModuleList:
-    """Returns the whole model on the CPU with the checkpoint's weights, computing in float32 unless options say otherwise.
+    """Returns the whole model on the CPU with the checkpoint's weights, computing in float32 unless options say
+    otherwise.
 
     With another compute dtype the matrices are stored in it, which gives the same numbers as casting them at each use.
     Raises UserError if the tensors are not those of the architecture.

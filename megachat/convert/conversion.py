@@ -1,4 +1,5 @@
-"""A conversion from beginning to end: written under a temporary name, read back, proved, renamed. If it fails, nothing is left."""
+"""A conversion from beginning to end: written under a temporary name, read back, proved, renamed. If it fails, nothing
+is left."""
 
 import json
 import os
@@ -23,7 +24,8 @@ def certificate_path(target: Path) -> Path:
 def export_checkpoint(command: str, checkpoint: Path, target: Path, tokenizer: Path | None = None, **options) -> dict:
     """Converts a megachat checkpoint into the new folder `target` of another format and returns the certificate.
 
-    command: of an entry in FORMATS. options: of its prepare_export. Raises UserError, and leaves nothing, if the conversion or its proof fails.
+    command: of an entry in FORMATS. options: of its prepare_export. Raises UserError, and leaves nothing, if the
+    conversion or its proof fails.
     """
     form = next(each for each in FORMATS if each.command == command)
     source = _open_source(checkpoint, "megachat")
@@ -47,7 +49,8 @@ def export_checkpoint(command: str, checkpoint: Path, target: Path, tokenizer: P
 def import_checkpoint(
     command: str, folder: Path, target: Path, tokenizer: Path | None = None, step: int | None = None, **options
 ) -> dict:
-    """Converts a folder of another format into a run folder, or into a step's folder if `target` has a step's name; see `export_checkpoint`.
+    """Converts a folder of another format into a run folder, or into a step's folder if `target` has a step's name; see
+    `export_checkpoint`.
 
     step: which one, if the folder holds several. options: of the format's prepare_import.
     """

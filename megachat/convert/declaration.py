@@ -1,4 +1,5 @@
-"""What a checkpoint format declares: how a folder of it is recognized and opened, and how its tensors and settings get there and back."""
+"""What a checkpoint format declares: how a folder of it is recognized and opened, and how its tensors and settings get
+there and back."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ BuildLogits = Callable[[], Logits]
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Largest difference of a logit; largest mean Kullback-Leibler divergence in nats; smallest share of positions with the same argmax."""
+    """Largest difference of a logit; largest mean Kullback-Leibler divergence in nats; smallest share of positions with
+    the same argmax."""
 
     logit: float = 1e-5
     kl: float = 1e-8
@@ -26,8 +28,9 @@ class Tolerance:
 class Export:
     """How a megachat checkpoint becomes a folder of another format.
 
-    write: fills the folder. read_back: opens it again. expected: the checkpoint as the folder should hold it, if the conversion changes
-    something on purpose. target_logits: computes logits with another program's model from the folder.
+    write: fills the folder. read_back: opens it again. expected: the checkpoint as the folder should hold it, if the
+    conversion changes something on purpose. target_logits: computes logits with another program's model from the
+    folder.
     """
 
     write: Callable[[Path], None]
@@ -40,10 +43,11 @@ class Export:
 
 @dataclass(frozen=True)
 class Import:
-    """How a folder of another format becomes a megachat checkpoint: the source's tensors, with these facts (the config among them).
+    """How a folder of another format becomes a megachat checkpoint: the source's tensors, with these facts (the config
+    among them).
 
-    Optimizer state that the source does not have starts at zero. tokenizer, origin: for the run folder. copies: files of the source that
-    belong into the checkpoint. source_logits: computes logits with another program's model.
+    Optimizer state that the source does not have starts at zero. tokenizer, origin: for the run folder. copies: files
+    of the source that belong into the checkpoint. source_logits: computes logits with another program's model.
     """
 
     source: CheckpointReader
@@ -60,9 +64,9 @@ class Import:
 class Format:
     """A checkpoint format. command: its name on the command line and in certificates, as in "to-hf".
 
-    recognizes: whether a folder has this format. open: (folder, step or None for the newest) -> its reader. prepare_export,
-    prepare_import: (source, folder of the requested tokenizer or None, options) -> what the conversion does; None for our own format.
-    All raise UserError.
+    recognizes: whether a folder has this format. open: (folder, step or None for the newest) -> its reader.
+    prepare_export, prepare_import: (source, folder of the requested tokenizer or None, options) -> what the conversion
+    does; None for our own format. All raise UserError.
     """
 
     name: str

@@ -17,9 +17,10 @@ _DURATIONS = ("loop.training_s",)
 class Difference:
     """One difference between two checkpoints.
 
-    kind: "tensor" (values), "shape", "only" (present in one of the two), "loader" and "random" (saved arrays), "fact", or "note": what may
-    differ between equal checkpoints, for example the layout. relative: Frobenius norm of right - left over that of left; max_abs: largest
-    element of right - left; elements: how many differ. All three are 0 for anything but a tensor.
+    kind: "tensor" (values), "shape", "only" (present in one of the two), "loader" and "random" (saved arrays), "fact",
+    or "note": what may differ between equal checkpoints, for example the layout. relative: Frobenius norm of right -
+    left over that of left; max_abs: largest element of right - left; elements: how many differ. All three are 0 for
+    anything but a tensor.
     """
 
     kind: str
@@ -44,7 +45,8 @@ class Difference:
 
 
 def compare_checkpoints(left: CheckpointReader, right: CheckpointReader) -> list[Difference]:
-    """Returns every difference, notes last; an empty list if both are the same to the bit. Reads a few tensors at a time.
+    """Returns every difference, notes last; an empty list if both are the same to the bit. Reads a few tensors at a
+    time.
 
     Facts and arrays that only one of the formats can hold are not compared.
     """
@@ -69,7 +71,8 @@ def compare_checkpoints(left: CheckpointReader, right: CheckpointReader) -> list
 
 
 def compare_tensors(name: str, left: torch.Tensor, right: torch.Tensor) -> Difference | None:
-    """Returns None if both are equal to the bit in the wider of their dtypes. NaN equals NaN and is infinitely far from any number."""
+    """Returns None if both are equal to the bit in the wider of their dtypes. NaN equals NaN and is infinitely far from
+    any number."""
     dtype = torch.promote_types(left.dtype, right.dtype)
     left, right = left.to(dtype).contiguous(), right.to(dtype).contiguous()
     if torch.equal(left.flatten().view(torch.uint8), right.flatten().view(torch.uint8)):

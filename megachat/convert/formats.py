@@ -20,7 +20,8 @@ FORMATS = (
 
 
 def open_checkpoint(path: Path, step: int | None = None) -> CheckpointReader:
-    """Opens a folder of any known format; megachat's may be a step folder or a run folder. step: which one, if a folder holds several.
+    """Opens a folder of any known format; megachat's may be a step folder or a run folder. step: which one, if a folder
+    holds several.
 
     Raises UserError if it is none of them or cannot be read.
     """

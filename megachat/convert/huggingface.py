@@ -1,6 +1,7 @@
 """The folder that transformers' NanoChatForCausalLM loads: config.json and safetensors.
 
-That class is nanochat's first GPT (transformers, models/nanochat). What it does not compute cannot be exported: see `find_obstacles`.
+That class is nanochat's first GPT (transformers, models/nanochat). What it does not compute cannot be exported: see
+`find_obstacles`.
 """
 
 import json
@@ -48,7 +49,8 @@ SIZES = {
     "num_attention_heads": "heads",
     "max_position_embeddings": "sequence_len",
 }
-# Keys that may be absent and otherwise have these values: transformers' class can compute something else, our model cannot.
+# Keys that may be absent and otherwise have these values: transformers' class can compute something else, our model
+# cannot.
 FIXED = {
     "hidden_act": "relu2",
     "attention_bias": False,
@@ -60,9 +62,9 @@ _CHECKED = frozenset(
     "model_type intermediate_size num_key_value_heads head_dim rms_norm_eps rope_parameters rope_theta rope_scaling".split()
 )
 _WITHOUT_EFFECT = frozenset(
-    """architectures dtype torch_dtype transformers_version use_cache initializer_range _name_or_path bos_token_id eos_token_id
-    pad_token_id id2label label2id problem_type is_encoder_decoder chunk_size_feed_forward return_dict output_hidden_states
-    output_attentions""".split()
+    """architectures dtype torch_dtype transformers_version use_cache initializer_range _name_or_path bos_token_id
+    eos_token_id pad_token_id id2label label2id problem_type is_encoder_decoder chunk_size_feed_forward return_dict
+    output_hidden_states output_attentions""".split()
 )
 
 
@@ -90,7 +92,8 @@ def vocabulary_tables(dims: Dimensions) -> set[str]:
 
 
 def export_huggingface(source: CheckpointReader, requested_tokenizer: Path | None) -> Export:
-    """The weights and config.json. Raises UserError with everything that cannot be carried, if the model has such parts."""
+    """The weights and config.json. Raises UserError with everything that cannot be carried, if the model has such
+    parts."""
     if obstacles := find_obstacles(source):
         raise UserError("\n".join(f"transformers' NanoChat does not compute this model's {part}" for part in obstacles))
     dims = source.dims
@@ -113,7 +116,8 @@ def export_huggingface(source: CheckpointReader, requested_tokenizer: Path | Non
 
 
 def import_huggingface(source: CheckpointReader, requested_tokenizer: Path | None) -> Import:
-    """A checkpoint of step 0. transformers counts a table's padding rows as tokens, so the tokenizer decides how many tokens there are."""
+    """A checkpoint of step 0. transformers counts a table's padding rows as tokens, so the tokenizer decides how many
+    tokens there are."""
     tokenizer, origin = load_tokenizer_of(source, requested_tokenizer)
     rows, dims = source.dims.vocab_size, replace(source.dims, vocab_size=tokenizer.vocab_size)
     if dims.padded_vocab < rows:
@@ -160,7 +164,8 @@ def find_obstacles(source: CheckpointReader) -> list[str]:
 def write_huggingface(
     source: CheckpointReader, names: list[str], folder: Path, tokenizer: Tokenizer, origin: dict
 ) -> None:
-    """Writes config.json, the named weights in float32 and megachat's tokenizer folder. The caller has checked `find_obstacles`."""
+    """Writes config.json, the named weights in float32 and megachat's tokenizer folder. The caller has checked
+    `find_obstacles`."""
     dims, file_of = source.dims, {}
     tables = vocabulary_tables(dims)
     shards = split_into_shards(source, names, SHARD_BYTES)
@@ -244,7 +249,8 @@ def dims_of_config(config: dict, path: Path) -> Dimensions:
 
 
 def open_huggingface(folder: Path, step: int | None = None) -> CheckpointReader:
-    """Opens the weights under our names: tables padded with zero rows, and neutral values for what transformers lacks. Raises UserError."""
+    """Opens the weights under our names: tables padded with zero rows, and neutral values for what transformers lacks.
+    Raises UserError."""
     dims = dims_of_config(_read_json(folder / "config.json") or {}, folder / "config.json")
     index = _read_json(folder / INDEX_FILE)
     files = sorted(set(index["weight_map"].values())) if index else [WHOLE_FILE]

@@ -20,7 +20,8 @@ _SHOWN_FACTS = (
 
 
 def inspect_checkpoint(checkpoint: CheckpointReader) -> dict:
-    """Returns JSON values: format, facts, tensors with shape and dtype, files, and the ledger of each packing stream."""
+    """Returns JSON values: format, facts, tensors with shape and dtype, files, and the ledger of each packing
+    stream."""
     entries = checkpoint.entries
     return {
         "form": checkpoint.format,
@@ -36,7 +37,8 @@ def inspect_checkpoint(checkpoint: CheckpointReader) -> dict:
 
 
 def read_ledgers(checkpoint: CheckpointReader) -> dict:
-    """Returns {"combined": hex, "streams": {stream: {"ledger": hex, "rows": n, "next_document": n}}}, or {} without loader state."""
+    """Returns {"combined": hex, "streams": {stream: {"ledger": hex, "rows": n, "next_document": n}}}, or {} without
+    loader state."""
     streams = {}
     for name in checkpoint.files:
         if name.startswith("loader/stream_") and name.endswith(".npz"):
@@ -75,7 +77,8 @@ def format_inspection(values: dict) -> str:
 def verify_checkpoint(path: Path) -> tuple[str, list[str]]:
     """Checks files, their hashes, that each element of a tensor is stored once, and that no tensor is missing.
 
-    Returns (what was checked, one phrase per problem). path: as for `open_checkpoint`. Raises UserError if it has no known format.
+    Returns (what was checked, one phrase per problem). path: as for `open_checkpoint`. Raises UserError if it has no
+    known format.
     """
     path = find_step_folder(Path(path))
     if not (path / FACTS_NAME).is_file():
@@ -98,7 +101,8 @@ def verify_checkpoint(path: Path) -> tuple[str, list[str]]:
 
 
 def _problems_of_refused_facts(path: Path) -> list[str]:
-    """Returns the bad files of a checkpoint whose facts are refused, as far as the list of its files can still be read."""
+    """Returns the bad files of a checkpoint whose facts are refused, as far as the list of its files can still be
+    read."""
     try:
         facts = json.loads((path / FACTS_NAME).read_text(encoding="utf-8"))
         files = {
@@ -111,7 +115,8 @@ def _problems_of_refused_facts(path: Path) -> list[str]:
 
 
 def _coverage_problems(path: Path, facts: dict) -> list[str]:
-    """Returns the tensors with elements that no rectangle or two rectangles hold, and rectangles outside their tensor or file."""
+    """Returns the tensors with elements that no rectangle or two rectangles hold, and rectangles outside their tensor
+    or file."""
     problems = []
     for name, entry in read_index(path).items():
         shape, rectangles = entry["shape"], entry["pieces"]
@@ -131,7 +136,8 @@ def _coverage_problems(path: Path, facts: dict) -> list[str]:
 
 
 def _overlap(boxes: Iterable[tuple[list[int], list[int]]]) -> bool:
-    """True if two boxes (offset, size) share an element. Each is compared with those that begin before it ends along dim 0."""
+    """True if two boxes (offset, size) share an element. Each is compared with those that begin before it ends along
+    dim 0."""
     ordered = sorted(boxes)
     for index, (offset, size) in enumerate(ordered):
         for other, other_size in ordered[index + 1 :]:

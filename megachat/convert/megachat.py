@@ -1,4 +1,5 @@
-"""Our own format: opening a checkpoint folder, and writing one, with a run folder around it, from another format's tensors."""
+"""Our own format: opening a checkpoint folder, and writing one, with a run folder around it, from another format's
+tensors."""
 
 import json
 import shutil
@@ -51,7 +52,8 @@ def tokenizer_folders(folder: Path, facts: dict) -> tuple[Path, ...]:
 
 
 def find_step_folder(path: Path) -> Path:
-    """Returns a run folder's newest complete checkpoint, and any other path as it is. Raises UserError if a run folder has none."""
+    """Returns a run folder's newest complete checkpoint, and any other path as it is. Raises UserError if a run folder
+    has none."""
     folder = path / "checkpoints"
     if not folder.is_dir():
         return path
@@ -63,7 +65,8 @@ def find_step_folder(path: Path) -> Path:
 
 @dataclass(frozen=True)
 class NewCheckpoint:
-    """What becomes a megachat checkpoint: the source's tensors and files named in `copies`, with these facts (the config among them).
+    """What becomes a megachat checkpoint: the source's tensors and files named in `copies`, with these facts (the
+    config among them).
 
     Optimizer state that the source does not have starts at zero. tokenizer, origin: for the run folder.
     """
@@ -76,9 +79,11 @@ class NewCheckpoint:
 
 
 def write_megachat(new: NewCheckpoint, temporary: Path, target: Path) -> CheckpointReader:
-    """Writes a run folder, or only a step's folder if the target has a step's name, and returns the checkpoint, opened again.
+    """Writes a run folder, or only a step's folder if the target has a step's name, and returns the checkpoint, opened
+    again.
 
-    temporary: the folder to fill; it will be renamed to `target`. Raises UserError if the target is named after another step.
+    temporary: the folder to fill; it will be renamed to `target`. Raises UserError if the target is named after another
+    step.
     """
     step = new.source.facts["step"]
     if checkpoint_step(target) is None:
@@ -125,7 +130,8 @@ def whole_piece(tensor: torch.Tensor):
 
 
 def _run_config(config: dict, run_folder: Path) -> Config:
-    """Returns the config with which the run in `run_folder` continues: name, folder and tokenizer are those of the run folder."""
+    """Returns the config with which the run in `run_folder` continues: name, folder and tokenizer are those of the run
+    folder."""
     changes = {
         "run": {"name": run_folder.name, "folder": str(run_folder.parent)},
         "data": {"tokenizer": str(run_folder / "tokenizer")},
@@ -135,7 +141,8 @@ def _run_config(config: dict, run_folder: Path) -> Config:
 
 
 def first_facts(source: CheckpointReader, config: dict, loop: dict) -> dict:
-    """Returns the facts of a checkpoint that another program wrote. Counters that it does not have are those of a run's start.
+    """Returns the facts of a checkpoint that another program wrote. Counters that it does not have are those of a run's
+    start.
 
     Raises UserError unless the config gives exactly the model's sizes.
     """

@@ -150,7 +150,8 @@ def _assemble(shape: tuple[int, ...], rectangles: list) -> torch.Tensor:
 
 
 def _load_file(path: Path) -> dict:
-    """Loads a dictionary that torch.save wrote; its tensors are read when they are used. Executes nothing; raises UserError."""
+    """Loads a dictionary that torch.save wrote; its tensors are read when they are used. Executes nothing; raises
+    UserError."""
     try:
         loaded = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except FileNotFoundError:
@@ -180,7 +181,8 @@ def _optimizer_files(folder: Path, step: int) -> list[Path]:
 
 
 def write_nanochat(source: CheckpointReader, folder: Path, tokenizer: Tokenizer, ranks: int) -> None:
-    """Writes weights, meta file, the optimizer's state for `ranks` ranks and the tokenizer. Weights and one rank's state are in memory.
+    """Writes weights, meta file, the optimizer's state for `ranks` ranks and the tokenizer. Weights and one rank's
+    state are in memory.
 
     Raises UserError if nanochat cannot divide its tables over the ranks.
     """

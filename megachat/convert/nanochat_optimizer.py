@@ -1,7 +1,8 @@
 """nanochat's optimizer state (its optim.py): parameter groups, and one file per rank of the job that wrote it.
 
-AdamW's moments are whole on every rank for parameters below SMALL_ELEMENTS; otherwise each rank has an equal share of dim 0. Muon's are
-stacked over all matrices of one shape; each rank has a chunk of the stack, and the last chunks are padded with zeros.
+AdamW's moments are whole on every rank for parameters below SMALL_ELEMENTS; otherwise each rank has an equal share of
+dim 0. Muon's are stacked over all matrices of one shape; each rank has a chunk of the stack, and the last chunks are
+padded with zeros.
 """
 
 from fnmatch import fnmatchcase
@@ -26,7 +27,8 @@ STACKS = {"momentum": "momentum_buffer", "second_moment": "second_momentum_buffe
 
 
 def optimizer_groups(dims: Dimensions) -> list[tuple[Group, list[str]]]:
-    """Returns nanochat's parameter groups in its order: (our group, parameter names). Muon's have one shape each, smaller shapes first."""
+    """Returns nanochat's parameter groups in its order: (our group, parameter names). Muon's have one shape each,
+    smaller shapes first."""
     shapes, by_name = weight_shapes(dims), {group.name: group for group in GROUPS}
     by_shape: dict[Shape, list[str]] = {}
     for name in shapes:

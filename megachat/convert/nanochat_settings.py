@@ -43,7 +43,8 @@ SETTINGS = {
     "save_every": "checkpoint.every",
 }
 ZERO_IS_NEVER = ("evaluate.every", "checkpoint.every")
-# Groups of parameters whose rates determine all others -> the setting of the rate, and its scaling with the model's width.
+# Groups of parameters whose rates determine all others -> the setting of the rate, and its scaling with the model's
+# width.
 RATES = {
     "unembedding": ("unembedding_lr", True),
     "embedding": ("embedding_lr", True),
@@ -81,7 +82,8 @@ def _window_pattern(model_config: dict) -> str:
 
 
 def config_of(source: CheckpointReader) -> tuple[dict, list[str]]:
-    """Returns (config, remarks): the run as far as the meta file describes it. The rest keeps its defaults, and the remarks say so."""
+    """Returns (config, remarks): the run as far as the meta file describes it. The rest keeps its defaults, and the
+    remarks say so."""
     dims, imported = source.dims, source.facts["imported"]
     meta, groups = imported["meta"], imported["param_groups"]
     arguments = meta.get("user_config") or {}
@@ -123,7 +125,8 @@ def _model_settings(dims: Dimensions, pattern: str, aspect: int | None) -> dict:
 
 
 def _take_rates(config: dict, groups: list[dict], dims: Dimensions) -> list[str]:
-    """Sets the parameter groups' rates if user_config gives others: a resumed nanochat uses those of the groups. Returns remarks."""
+    """Sets the parameter groups' rates if user_config gives others: a resumed nanochat uses those of the groups.
+    Returns remarks."""
     plan = resolve(Config.model_validate_json(json.dumps(config)), 1, dims.vocab_size)
     pairs = zip(optimizer_groups(dims), groups, strict=True)
     if all(math.isclose(plan.rates[ours.rate], group["initial_lr"], rel_tol=1e-6) for (ours, _), group in pairs):
@@ -154,14 +157,15 @@ def loop_of(meta: dict) -> dict:
 
 
 def _imported_and_unchanged(facts: dict) -> dict | None:
-    """Returns what was imported from nanochat at the checkpoint's own step, from which nothing has been trained since."""
+    """Returns what was imported from nanochat at the checkpoint's own step, from which nothing has been trained
+    since."""
     imported = facts.get("imported") or {}
     return imported if imported.get("form") == "nanochat" and imported["step"] == facts["step"] else None
 
 
 def meta_of(facts: dict, dims: Dimensions, config: Config, plan: Plan) -> dict:
-    """Returns nanochat's meta file: the imported one, if there is one of this step. In a new one the loader's position is null: nanochat then
-    starts at the first documents."""
+    """Returns nanochat's meta file: the imported one, if there is one of this step. In a new one the loader's position
+    is null: nanochat then starts at the first documents."""
     if imported := _imported_and_unchanged(facts):
         return imported["meta"]
     loop, pattern = facts["loop"], config.model.window_pattern
@@ -195,7 +199,8 @@ def meta_of(facts: dict, dims: Dimensions, config: Config, plan: Plan) -> dict:
 
 
 def param_groups_of(facts: dict, dims: Dimensions, config: Config, plan: Plan) -> list[dict]:
-    """Returns nanochat's parameter groups after the checkpoint's last step: the imported ones, or what config and schedule give."""
+    """Returns nanochat's parameter groups after the checkpoint's last step: the imported ones, or what config and
+    schedule give."""
     imported = _imported_and_unchanged(facts)
     if imported and imported["param_groups"]:
         return [

@@ -1,8 +1,8 @@
 """Plain safetensors and JSON: everything that a checkpoint holds, in files that any tool can read.
 
-model-00001.safetensors and so on have the weights under nanochat's names; optimizer-00001.safetensors and so on have "adamw/NAME/exp_avg",
-"muon/NAME/momentum" and the like. checkpoint_facts.json has the facts, the file of each tensor and the SHA-256 of each file. loader/ and
-random/ are copied, and the tokenizer if it is available.
+model-00001.safetensors and so on have the weights under nanochat's names; optimizer-00001.safetensors and so on have
+"adamw/NAME/exp_avg", "muon/NAME/momentum" and the like. checkpoint_facts.json has the facts, the file of each tensor
+and the SHA-256 of each file. loader/ and random/ are copied, and the tokenizer if it is available.
 """
 
 import contextlib
@@ -131,7 +131,8 @@ def split_into_shards(source: CheckpointReader, names: Iterable[str], max_bytes:
 def open_tensors(
     folder: Path, files: list[str], rename: Callable[[str, str], str | None]
 ) -> tuple[dict[str, TensorInfo], Callable[[list[str]], dict[str, torch.Tensor]]]:
-    """Returns (entries, read) of safetensors files for a CheckpointReader. rename: (file, key in it) -> name, or None to leave it out.
+    """Returns (entries, read) of safetensors files for a CheckpointReader. rename: (file, key in it) -> name, or None
+    to leave it out.
 
     Raises UserError for a file that is missing or damaged.
     """

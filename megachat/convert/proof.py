@@ -1,4 +1,5 @@
-"""The proof of a conversion: logits of both models on fixed token rows, every tensor compared, and the certificate that records both."""
+"""The proof of a conversion: logits of both models on fixed token rows, every tensor compared, and the certificate that
+records both."""
 
 import hashlib
 import platform
@@ -21,8 +22,8 @@ _VERSIONS = ("megachat", "torch", "numpy", "safetensors", "transformers")
 
 
 def token_rows(dims: Dimensions) -> list[torch.Tensor]:
-    """Returns the rows [1, tokens] int64 on which models are compared, always the same for one vocabulary and length: one as long as the
-    model allows, so that every window matters, and some short ones."""
+    """Returns the rows [1, tokens] int64 on which models are compared, always the same for one vocabulary and length:
+    one as long as the model allows, so that every window matters, and some short ones."""
     generator = torch.Generator().manual_seed(20)
     lengths = [dims.sequence_len, *[min(SHORT_TOKENS, dims.sequence_len)] * SHORT_ROWS]
     return [torch.randint(0, dims.vocab_size, (1, length), generator=generator) for length in lengths]
@@ -40,7 +41,8 @@ def _megachat_logits(checkpoint: CheckpointReader) -> Logits:
 
 
 def compare_logits(build_source: BuildLogits, build_target: BuildLogits, rows: list[torch.Tensor]) -> dict:
-    """Returns the largest logit difference, the mean KL of the target from the source in nats, and the share of equal argmax.
+    """Returns the largest logit difference, the mean KL of the target from the source in nats, and the share of equal
+    argmax.
 
     Only one of the models is in memory at a time.
     """
@@ -75,11 +77,11 @@ def prove(
     target_logits: BuildLogits | None = None,
     remarks: tuple[str, ...] = (),
 ) -> dict:
-    """Returns the certificate as JSON values; its "first_difference" is None if the proof passed. Tensors and facts that both formats can
-    hold must be equal to the bit.
+    """Returns the certificate as JSON values; its "first_difference" is None if the proof passed. Tensors and facts
+    that both formats can hold must be equal to the bit.
 
-    expected: the source as the target should hold it, if the conversion changes something on purpose. source_logits, target_logits: build
-    models other than megachat's own.
+    expected: the source as the target should hold it, if the conversion changes something on purpose. source_logits,
+    target_logits: build models other than megachat's own.
     """
     expected = expected or source
     differences = [difference for difference in compare_checkpoints(expected, target) if difference.counts]

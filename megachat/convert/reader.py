@@ -1,4 +1,5 @@
-"""CheckpointReader: a checkpoint of any format, opened for reading. Tensors carry megachat's names and are read a few at a time."""
+"""CheckpointReader: a checkpoint of any format, opened for reading. Tensors carry megachat's names and are read a few
+at a time."""
 
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -36,9 +37,9 @@ class TensorInfo:
 class CheckpointReader:
     """A checkpoint whose tensors can be read by name.
 
-    format: "megachat", "nanochat", "safetensors" or "huggingface". facts: the content of checkpoint.json, as far as the format has it.
-    entries: every tensor by name. read: returns whole tensors by name. files: relative paths of the files that `folder` consists of.
-    tokenizer_folders: where the format keeps the tokenizer, in order of preference.
+    format: "megachat", "nanochat", "safetensors" or "huggingface". facts: the content of checkpoint.json, as far as the
+    format has it. entries: every tensor by name. read: returns whole tensors by name. files: relative paths of the
+    files that `folder` consists of. tokenizer_folders: where the format keeps the tokenizer, in order of preference.
     """
 
     format: str
@@ -76,8 +77,8 @@ class CheckpointReader:
     def select(
         self, names: Iterable[str], change: Callable | None = None, facts: dict | None = None
     ) -> "CheckpointReader":
-        """Returns a reader of the named tensors only. change(name, tensor) may replace a tensor by one of equal shape and dtype;
-        facts replaces the facts."""
+        """Returns a reader of the named tensors only. change(name, tensor) may replace a tensor by one of equal shape
+        and dtype; facts replaces the facts."""
 
         def read(requested: list[str]) -> dict[str, torch.Tensor]:
             tensors = self.read(requested)

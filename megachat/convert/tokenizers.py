@@ -1,4 +1,5 @@
-"""Which tokenizer belongs to a checkpoint: identified by its fingerprint in megachat's formats, by the number of tokens in others."""
+"""Which tokenizer belongs to a checkpoint: identified by its fingerprint in megachat's formats, by the number of tokens
+in others."""
 
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from megachat.prepare.tokenizer_training import import_nanochat
 
 
 def find_tokenizer(source: CheckpointReader, requested: Path | None) -> Path | None:
-    """Returns the folder of a checkpoint's tokenizer: the requested one, else the first of its tokenizer folders that has it, else None.
+    """Returns the folder of a checkpoint's tokenizer: the requested one, else the first of its tokenizer folders that
+    has it, else None.
 
     Raises UserError if the requested tokenizer cannot be read or is not the checkpoint's.
     """

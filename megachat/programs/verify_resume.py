@@ -1,4 +1,4 @@
-"""Does a run that was saved, ended and loaded equal one that never stopped? The part of tools/verify.py behind --resume.
+"""Compares a run that was saved, ended and loaded with one that never stopped: what tools/verify.py --resume does.
 
 Real jobs: torchrun starts launch/pretrain.py on the config's data, with every file, hash and check of a long run.
 """
@@ -11,8 +11,8 @@ from pathlib import Path
 
 from megachat.checkpoint.facts import checkpoint_name
 from megachat.config import Config, save_config
-from megachat.convert.differences import Difference as Entry
-from megachat.convert.differences import compare_checkpoints
+from megachat.convert.architecture import weight_shapes
+from megachat.convert.differences import Difference, compare_checkpoints
 from megachat.convert.megachat import open_megachat
 from megachat.convert.reader import CheckpointReader
 from megachat.device import choose_compute_dtype, this_device
@@ -20,25 +20,28 @@ from megachat.errors import UserError
 from megachat.job.local_ranks import run_with_torchrun, set_options
 from megachat.kernels.choice import choose_fp8, compile_problem
 from megachat.planning.plan import Plan, resolve
-from megachat.programs.verify import (
+from megachat.programs.verify_layout import (
     FLIPPED_SHARE,
     LEAST_SCALE,
     LOSS_TOLERANCE,
-    compared,
-    parameter_order,
+    Comparison,
+    compare_values,
+    layout_name,
     verification_config,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
 STOP, END = 2, 4
-# Relative to a tensor's largest element. Ten times that of verify.py's other part, which warms the model up: here the steps are the first ones from
-# nanochat's zero matrices, whose nearly singular gradients magnify rounding. A moment that was lost, or another's, differs by its own size.
+# Relative to a tensor's largest element. Ten times that of verify_layout, which warms the model up: here the steps are
+# the first ones from nanochat's zero matrices, whose nearly singular gradients magnify rounding. A moment that was lost
+# or mixed up differs by its own size.
 TENSOR_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
-class Found:
-    """One thing that is not equal to the bit. step: training steps done when it was seen. within: it is rounding, as another layout may do."""
+class ResumeDifference:
+    """Something that is not equal to the bit. step: training steps taken when it was seen. within: it is rounding, as
+    another layout may cause. told: the difference in words."""
 
     step: int
     name: str
@@ -47,22 +50,23 @@ class Found:
     within: bool
 
 
-def resume_config(asked: Config, base: Config, rows: int, sizes: dict[str, int], *, exact: bool) -> Config:
-    """The config of the jobs on a layout. base: `verification_config`'s. rows: of a step. exact: with the precision asked for, else float32."""
+def resume_config(config: Config, base: Config, rows: int, layout: dict[str, int], *, exact: bool) -> Config:
+    """Returns the config of the jobs on a layout. base: from `verification_config`. rows: per step. exact: with the
+    configured precision, otherwise in float32."""
     sections = base.model_dump(mode="json")
-    sections["parallel"] |= {"tensor": sizes["tensor"], "pipeline": sizes["pipeline"]}
-    sections["batch"] = {"tokens": rows * asked.model.sequence_len, "micro_rows": 1, "accumulation": None}
+    sections["parallel"] |= {"tensor": layout["tensor"], "pipeline": layout["pipeline"]}
+    sections["batch"] = {"tokens": rows * config.model.sequence_len, "micro_rows": 1, "accumulation": None}
     if exact:
-        sections["precision"] = precision_here(asked)
+        sections["precision"] = available_precision(config)
     sections["evaluate"] |= {"every": 0}
     sections["log"] |= {"every": 1, "wandb": "off"}
     sections["data"]["resume"] = "exact"
     return Config.model_validate_json(json.dumps(sections))
 
 
-def precision_here(asked: Config) -> dict:
-    """The precision asked for by the kernels of this machine, which need not be the config's; without FP8 or torch.compile where it has none."""
-    precision = asked.precision.model_dump(mode="json") | {"attention": "auto", "fp8_backend": "auto"}
+def available_precision(config: Config) -> dict:
+    """Returns the configured precision with this machine's kernels, without FP8 or torch.compile if it has none."""
+    precision = config.precision.model_dump(mode="json") | {"attention": "auto", "fp8_backend": "auto"}
     device = this_device()
     precision["compile"] &= compile_problem(device) is None
     try:
@@ -72,8 +76,9 @@ def precision_here(asked: Config) -> dict:
     return precision
 
 
-def planned(config: Config, world: int, vocab_size: int) -> tuple[Config, Plan]:
-    """The config as it can be planned: without FP8 where a row at a time, or the model scaled down, cannot have it. Raises UserError."""
+def resolve_without_fp8_if_needed(config: Config, world: int, vocab_size: int) -> tuple[Config, Plan]:
+    """Returns (config, plan), without FP8 if micro-batches of one row or the scaled model do not allow it. Raises
+    UserError."""
     without = config.model_copy(update={"precision": config.precision.model_copy(update={"fp8": "off"})})
     plan = resolve(without, world, vocab_size)
     try:
@@ -83,94 +88,104 @@ def planned(config: Config, world: int, vocab_size: int) -> tuple[Config, Plan]:
 
 
 def run_job(config: Config, run: Path, world: int, stop_step: int, *, every: int, resume: bool = False) -> None:
-    """Train in the run folder to `stop_step`, saving there and every `every` steps. Raises UserError with what the job said when it failed."""
+    """Trains in the run folder to `stop_step`, saving there and every `every` steps. Raises UserError with the job's
+    error if it fails."""
     run.parent.mkdir(parents=True, exist_ok=True)
     path = run.with_name(run.name + ".json")
     save_config(config, path)
-    settings = {
-        "run.folder": run.parent,
-        "run.name": run.name,
-        "horizon.stop_step": stop_step,
-        "checkpoint.every": every,
-    }
-    settings |= {"checkpoint.keep_last": END - STOP + 1, "checkpoint.keep_every": "null"}
-    program = [str(ROOT / "launch" / "pretrain.py"), "--config", str(path)] + (["--resume", "auto"] if resume else [])
-    run_with_torchrun(
-        f"the job {run.name}", world, program + set_options([f"{name}={value}" for name, value in settings.items()])
-    )
+    settings = [
+        f"run.folder={run.parent}",
+        f"run.name={run.name}",
+        f"horizon.stop_step={stop_step}",
+        f"checkpoint.every={every}",
+        f"checkpoint.keep_last={END - STOP + 1}",
+        "checkpoint.keep_every=null",
+    ]
+    program = [str(ROOT / "launch" / "pretrain.py"), "--config", str(path), *(["--resume", "auto"] if resume else [])]
+    run_with_torchrun(f"the job {run.name}", world, program + set_options(settings))
 
 
-def losses(run: Path) -> dict[int, float]:
-    """Step -> loss, as the run's metrics hold them."""
+def read_losses(run: Path) -> dict[int, float]:
+    """Returns step -> loss from the run's metrics."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
 
 
-def judge(whole: Path, half: Path, resumed: Path, order: list[str], *, exact: bool) -> tuple[str, list[Found]]:
-    """("bit-equal", "token-equal" or "different", everything that is not equal to the bit, in the order of training).
+def compare_resumed_run(
+    whole: Path, half: Path, resumed: Path, order: list[str], *, exact: bool
+) -> tuple[str, list[ResumeDifference]]:
+    """Returns ("bit-equal", "token-equal" or "different", everything that is not equal to the bit, in the order of
+    training).
 
-    whole: the run that never stopped; half: the one that did; resumed: its copy that went on. order: the parameters' names from the first
-    layer to the last. exact: the layout is the same, so that no rounding is allowed.
+    whole: the run that never stopped; half: the one that did; resumed: its copy that continued. order: parameter names
+    from the first layer to the last. exact: the layout is the same, so that no rounding is allowed.
     """
-    found, curves = [], [losses(run) for run in (whole, half, resumed)]
+    differences = []
+    whole_losses, half_losses, resumed_losses = (read_losses(run) for run in (whole, half, resumed))
     for step in range(END):
-        wanted, other = curves[0][step], curves[1 if step < STOP else 2].get(step, float("nan"))
-        if other != wanted:
-            relative = abs(other - wanted) / abs(wanted)
+        expected, loss = whole_losses[step], (half_losses if step < STOP else resumed_losses).get(step, float("nan"))
+        if loss != expected:
+            relative, name = abs(loss - expected) / abs(expected), f"loss of step {step}"
             within = not exact and step >= STOP and relative <= LOSS_TOLERANCE
-            found.append(
-                Found(step, f"loss of step {step}", f"loss of step {step}: {other!r}, not {wanted!r}", relative, within)
-            )
-        if step + 1 >= STOP:
-            run, name = half if step + 1 == STOP else resumed, checkpoint_name(step + 1)
-            pair = (open_megachat(each / "checkpoints" / name) for each in (whole, run))
-            found += _states(*pair, step + 1, order, exact=exact or step + 1 == STOP)
-    if not found:
-        return "bit-equal", found
-    return "token-equal" if all(entry.within for entry in found) else "different", found
+            differences.append(ResumeDifference(step, name, f"{name}: {loss!r}, not {expected!r}", relative, within))
+        done = step + 1
+        if done >= STOP:
+            run = half if done == STOP else resumed
+            pair = (open_megachat(each / "checkpoints" / checkpoint_name(done)) for each in (whole, run))
+            differences += _compare_states(*pair, done, order, exact=exact or done == STOP)
+    if not differences:
+        return "bit-equal", []
+    return "token-equal" if all(entry.within for entry in differences) else "different", differences
 
 
-def _states(
-    wanted: CheckpointReader, other: CheckpointReader, step: int, order: list[str], *, exact: bool
-) -> list[Found]:
-    """What differs in everything that two checkpoints hold."""
+def _compare_states(
+    expected: CheckpointReader, actual: CheckpointReader, step: int, order: list[str], *, exact: bool
+) -> list[ResumeDifference]:
+    """Compares everything that two checkpoints hold. Random state belongs to ranks, so that only `exact` compares
+    it."""
     entries = [
-        entry for entry in compare_checkpoints(wanted, other) if entry.counts and (exact or entry.kind != "random")
-    ]  # it belongs to ranks
-    rounding = {} if exact else _compared(wanted, other, [entry.name for entry in entries if entry.kind == "tensor"])
-    entries.sort(key=lambda entry: _place(entry, order))
-    found = []
-    for entry in entries:
+        entry for entry in compare_checkpoints(expected, actual) if entry.counts and (exact or entry.kind != "random")
+    ]
+    tensors = [entry.name for entry in entries if entry.kind == "tensor"]
+    rounding = {} if exact or not tensors else _compare_with_tolerance(expected, actual, tensors)
+    differences = []
+    for entry in sorted(entries, key=lambda entry: _training_order(entry, order)):
         rounded = rounding.get(entry.name)
         relative = rounded.error if rounded else entry.relative
-        found.append(Found(step, entry.name, str(entry), relative, bool(rounded and rounded.passed)))
-    return found
+        differences.append(
+            ResumeDifference(step, entry.name, str(entry), relative, rounded is not None and rounded.passed)
+        )
+    return differences
 
 
-def _compared(wanted: CheckpointReader, other: CheckpointReader, names: list[str]) -> dict:
-    """Tensors by name, held to what tools/verify.py allows other layouts: some elements of a weight may differ by a step's flipped sign, and
+def _compare_with_tolerance(
+    expected: CheckpointReader, actual: CheckpointReader, names: list[str]
+) -> dict[str, Comparison]:
+    """Compares tensors as verify_layout does with weights: some elements may differ by a step's flipped sign, and
     moments follow."""
-    if not names:
-        return {}
-    kinds = {name: name.split("/")[::2] for name in wanted.entries}  # ["adamw", "exp_avg"], ["model"]
+
+    def kind(name: str) -> str:
+        return str(name.split("/")[::2])  # of "adamw/NAME/exp_avg": "adamw" and "exp_avg"
+
     largest: dict[str, float] = {}
-    for name, tensor in wanted.tensors():
-        largest[str(kinds[name])] = max(largest.get(str(kinds[name]), 0.0), tensor.abs().max().item())
+    for name, tensor in expected.tensors():
+        largest[kind(name)] = max(largest.get(kind(name), 0.0), tensor.abs().max().item())
     return {
-        name: compared(
+        name: compare_values(
             name,
-            found,
-            tensor,
-            least_scale=LEAST_SCALE * largest[str(kinds[name])],
+            values,
+            reference,
+            least_scale=LEAST_SCALE * largest[kind(name)],
             share=FLIPPED_SHARE,
             tolerance=TENSOR_TOLERANCE,
         )
-        for (name, tensor), (_, found) in zip(wanted.tensors(names), other.tensors(names), strict=True)
+        for (name, reference), (_, values) in zip(expected.tensors(names), actual.tensors(names), strict=True)
     }
 
 
-def _place(entry: Entry, order: list[str]) -> tuple:
-    """Where in a step it is made: rows first, then each layer's moments and weights, then counters."""
+def _training_order(entry: Difference, order: list[str]) -> tuple:
+    """Returns a sort key: when in a step it is computed. Documents come first, then each layer's moments and weights,
+    then counters."""
     if entry.kind == "loader" or entry.name == "ledger":
         return 0, not entry.name.endswith(": ledger"), entry.name
     kind, *rest = entry.name.split("/")
@@ -180,73 +195,75 @@ def _place(entry: Entry, order: list[str]) -> tuple:
 
 
 def verify_resumes(
-    asked: Config, layout: dict[str, int], onto: list[dict[str, int]], arguments, vocab_size: int, folder: Path
+    config: Config,
+    layout: dict[str, int],
+    onto: list[dict[str, int]],
+    vocab_size: int,
+    folder: Path,
+    *,
+    depth: int | None,
+    rows: int,
 ) -> list[dict]:
-    """Run the job on a layout whole and in two halves, the second on each layout of `onto`; returns the certificates of the pairs.
+    """Runs the job on a layout whole and in two halves, the second on each layout of `onto`, or on the same one with
+    the configured precision if there is none. Returns the certificates.
 
-    arguments: rows, depth and onto of the command line. Raises UserError when a layout does not fit, or a job fails.
+    rows: per data-parallel rank and step. Raises UserError if a layout does not fit or a job fails.
     """
-    exact = not arguments.onto
-    rows = arguments.rows * math.lcm(*(sizes["data"] for sizes in (layout, *onto)))
-    short = verification_config(asked, **layout, depth=arguments.depth, rows_a_rank=1)  # its model and horizon
-    plans, configs = [], []
-    for sizes in (layout, *onto):  # refuses what does not fit before anything is started
-        config, plan = planned(
-            resume_config(asked, short, rows, sizes, exact=exact), math.prod(sizes.values()), vocab_size
-        )
-        configs.append(config)
-        plans.append(plan)
-    plan, order = plans[0], parameter_order(plans[0].dims)
-    if exact and configs[0].precision.fp8 != asked.precision.fp8:
+    exact, targets = not onto, onto or [layout]
+    total_rows = rows * math.lcm(*(sizes["data"] for sizes in (layout, *targets)))
+    base = verification_config(config, **layout, depth=depth, rows_per_rank=1)  # for its model and horizon
+    jobs = []
+    for sizes in (layout, *targets):  # refuses what does not fit before anything is started
+        job = resume_config(config, base, total_rows, sizes, exact=exact)
+        jobs.append(resolve_without_fp8_if_needed(job, math.prod(sizes.values()), vocab_size))
+    first, plan = jobs[0]
+    if exact and first.precision.fp8 != config.precision.fp8:
         print(
-            f"remark: without FP8 (precision.fp8={asked.precision.fp8}), which this machine or the model scaled down does not have",
+            f"remark: without FP8 (precision.fp8={config.precision.fp8}), which this machine or the scaled model does not support",
             flush=True,
         )
-    print(f"{name_of(layout)}: {plan.layout.world} ranks; depth {plan.dims.depth}, {plan.parameters['total']:,} parameters, {rows} rows of "
-          f"{plan.dims.sequence_len} tokens a step; {END} steps whole, and stopped after {STOP}", flush=True)  # fmt: skip
+    print(
+        f"{layout_name(layout)}: {plan.layout.world} ranks; depth {plan.dims.depth}, {plan.parameters['total']:,} parameters, "
+        f"{total_rows} rows of {plan.dims.sequence_len} tokens per step; {END} steps whole, and stopped after {STOP}",
+        flush=True,
+    )
     whole, half = folder / "whole", folder / "half"
-    run_job(configs[0], whole, plan.layout.world, END, every=1)
-    run_job(configs[0], half, plan.layout.world, STOP, every=0)
-    told = []
-    for sizes, config, other in zip(onto, configs[1:], plans[1:], strict=True):
-        print(f"gone on with on {name_of(sizes)}", flush=True)
-        facts = {
-            "layout": layout,
-            "onto": sizes,
-            "config": config.model_dump(mode="json", exclude_defaults=True),
-            "vocab_size": vocab_size,
-        }
-        told.append(facts | verify_pair(whole, half, config, other, order, exact=sizes == layout))
-    return told
+    run_job(first, whole, plan.layout.world, END, every=1)
+    run_job(first, half, plan.layout.world, STOP, every=0)
+    order, certificates = list(weight_shapes(plan.dims)), []
+    for sizes, (job, target) in zip(targets, jobs[1:], strict=True):
+        print(f"continued on {layout_name(sizes)}", flush=True)
+        resumed = half.with_name("onto-" + layout_name(sizes).replace("=", "").replace(",", "-"))
+        shutil.copytree(half, resumed)
+        run_job(job, resumed, target.layout.world, END, every=1, resume=True)
+        same = sizes == layout
+        verdict, differences = compare_resumed_run(whole, half, resumed, order, exact=same)
+        settings = job.model_dump(mode="json", exclude_defaults=True)
+        facts = {"layout": layout, "onto": sizes, "config": settings, "vocab_size": vocab_size}
+        certificates.append(facts | report_verdict(verdict, differences, exact=same))
+    return certificates
 
 
-def name_of(sizes: dict[str, int]) -> str:
-    """As it is asked for: "dp=1,tp=2,pp=1"."""
-    return f"dp={sizes['data']},tp={sizes['tensor']},pp={sizes['pipeline']}"
-
-
-def verify_pair(whole: Path, half: Path, config: Config, plan: Plan, order: list[str], *, exact: bool) -> dict:
-    """Go on from a copy of the half run on a layout, compare, print; returns the certificate of the pair."""
-    layout = plan.layout
-    resumed = half.with_name(f"onto-dp{layout.data}-tp{layout.tensor}-pp{layout.pipeline}")
-    shutil.copytree(half, resumed)
-    run_job(config, resumed, layout.world, END, every=1, resume=True)
-    verdict, found = judge(whole, half, resumed, order, exact=exact)
-    passed = verdict == "bit-equal" or verdict == "token-equal" and not exact
-    first = next((entry for entry in found if not entry.within), found[0] if found else None)
-    if verdict == "bit-equal":
+def report_verdict(verdict: str, differences: list[ResumeDifference], *, exact: bool) -> dict:
+    """Prints the verdict of a pair and returns it as JSON values."""
+    first = next((entry for entry in differences if not entry.within), differences[0] if differences else None)
+    if first is None:
         print(
-            f"  bit-equal: losses, documents, weights, both optimizers' state and counters after {STOP}, {STOP + 1} and {END} steps"
+            "  bit-equal: losses, documents, weights, both optimizers' state and counters after "
+            f"{STOP}, {STOP + 1} and {END} steps"
         )
     elif verdict == "token-equal":
-        print(f"  token-equal: the same documents, losses within {LOSS_TOLERANCE:g}, tensors within {TENSOR_TOLERANCE:g} "
-              f"but for {FLIPPED_SHARE:.1%} of their elements; first after {first.step} steps, {first.name}: {first.relative:.1e}")  # fmt: skip
+        print(
+            f"  token-equal: the same documents, losses within {LOSS_TOLERANCE:g}, tensors within {TENSOR_TOLERANCE:g} but for "
+            f"{FLIPPED_SHARE:.1%} of their elements; first after {first.step} steps, {first.name}: {first.relative:.1e}"
+        )
     else:
         print(f"  DIFFERENT: after {first.step} steps, first {first.told}")
-    allowed = (
-        {"loss": 0.0, "tensor": 0.0, "share": 0.0}
-        if exact
-        else {"loss": LOSS_TOLERANCE, "tensor": TENSOR_TOLERANCE, "share": FLIPPED_SHARE}
-    )
-    told = {"verdict": verdict, "passed": passed, "tolerances": allowed, "first_difference": first and asdict(first)}
-    return told | {"differences": [asdict(entry) for entry in found]}
+    tolerances = {"loss": LOSS_TOLERANCE, "tensor": TENSOR_TOLERANCE, "share": FLIPPED_SHARE}
+    return {
+        "verdict": verdict,
+        "passed": verdict == "bit-equal" or (verdict == "token-equal" and not exact),
+        "tolerances": dict.fromkeys(tolerances, 0.0) if exact else tolerances,
+        "first_difference": first and asdict(first),
+        "differences": [asdict(entry) for entry in differences],
+    }

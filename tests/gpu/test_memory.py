@@ -5,7 +5,7 @@ import torch
 
 from megachat.planning.memory import memory_of_stages
 from megachat.planning.plan import resolve
-from megachat.programs.verify import related_rows
+from megachat.programs.verify_layout import related_rows
 from megachat.train.build import build_training
 from megachat.train.step import set_schedules
 from tests.gpu.fp8 import need_fp8

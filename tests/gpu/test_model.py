@@ -90,7 +90,7 @@ def test_7_checkpoints_are_the_same_for_every_backend(plain):
 
 def trained(fp8: str, backend: str, mesh, steps: int = 50) -> list[float]:
     from megachat.planning.plan import resolve
-    from megachat.programs.verify import related_rows
+    from megachat.programs.verify_layout import related_rows
     from megachat.train.build import build_training
     from megachat.train.step import set_schedules
 

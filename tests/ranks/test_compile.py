@@ -7,7 +7,7 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from megachat.evals.bpb import ValidationRows, bits_per_byte
 from megachat.planning.plan import resolve
-from megachat.programs.verify import warm_up
+from megachat.programs.verify_layout import warm_up
 from megachat.train.compiled import NewGraphs
 from megachat.train.step import set_schedules
 from tests.harness import run_ranks

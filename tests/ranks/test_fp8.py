@@ -6,7 +6,7 @@ import torch
 
 from megachat.evals.bpb import ValidationRows, bits_per_byte
 from megachat.place import place_of
-from megachat.programs.verify import gradient_pieces, warm_up
+from megachat.programs.verify_layout import gradient_pieces, warm_up
 from megachat.train.build import build_training
 from megachat.train.step import set_schedules
 from tests.harness import run_ranks

@@ -13,7 +13,7 @@ from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.engine import build_loss_scaler, start_collectives
 from megachat.parallel.mesh import build_mesh
 from megachat.planning.plan import resolve
-from megachat.programs.verify import warm_up
+from megachat.programs.verify_layout import warm_up
 from megachat.train.build import build_run
 from megachat.train.documents import resume_documents
 from megachat.train.state import LoopState, check_checkpoint, load_state, save_state, state_pieces

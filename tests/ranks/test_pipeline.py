@@ -16,7 +16,7 @@ from megachat.parallel.engine import PIPELINE_SETTINGS, Engine, start_collective
 from megachat.parallel.mesh import build_mesh
 from megachat.place import place_of
 from megachat.planning.plan import resolve
-from megachat.programs.verify import warm_up
+from megachat.programs.verify_layout import warm_up
 from megachat.train.build import build_stage
 from megachat.train.step import set_schedules
 from tests.harness import RankError, run_ranks

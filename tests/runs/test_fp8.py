@@ -10,7 +10,7 @@ from megachat.checkpoint.facts import read_facts, write_facts
 from megachat.config import Config
 from megachat.convert.conversion import export_checkpoint
 from megachat.planning.plan import Layout, resolve
-from megachat.programs.verify_resume import planned, resume_config
+from megachat.programs.verify_resume import resolve_without_fp8_if_needed, resume_config
 from tests.runs.forked import run_forked
 from tests.runs.job import STEPS, bits_per_byte, checkpoint, command, losses, train
 from tools.generate import main as generate
@@ -79,12 +79,16 @@ def test_what_it_saved_is_used_anywhere(told, foreign, tmp_path, capsys):
 
 def test_its_resumption_is_verified_with_the_kernels_that_are_here():
     asked = Config.model_validate(MODEL | {"precision": {"compute": "bfloat16", "fp8": "blockwise"} | FOREIGN})
-    config, plan = planned(resume_config(asked, asked, 4, vars(Layout(1, 1, 1)), exact=True), 1, 300)
+    config, plan = resolve_without_fp8_if_needed(
+        resume_config(asked, asked, 4, vars(Layout(1, 1, 1)), exact=True), 1, 300
+    )
     assert (config.precision.attention, config.precision.fp8_backend, config.precision.fp8) == (
         "auto",
         "auto",
         "off",
     )  # 64 tokens, not 128
     tensorwise = asked.model_copy(update={"precision": asked.precision.model_copy(update={"fp8": "tensorwise"})})
-    config, again = planned(resume_config(tensorwise, tensorwise, 4, vars(Layout(1, 1, 1)), exact=True), 1, 300)
+    config, again = resolve_without_fp8_if_needed(
+        resume_config(tensorwise, tensorwise, 4, vars(Layout(1, 1, 1)), exact=True), 1, 300
+    )
     assert config.precision.fp8 == "tensorwise" and again == plan == resolve(config, 1, 300)

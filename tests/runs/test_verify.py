@@ -13,12 +13,12 @@ from megachat.checkpoint.facts import write_facts
 from megachat.checkpoint.load import load_checkpoint
 from megachat.checkpoint.storage import read_index, save_rectangles
 from megachat.config import load_config
+from megachat.convert.architecture import weight_shapes
 from megachat.errors import UserError
 from megachat.files import file_sha256
 from megachat.parallel.mesh import Axis
 from megachat.planning.plan import resolve
-from megachat.programs.verify import parameter_order
-from megachat.programs.verify_resume import judge, run_job
+from megachat.programs.verify_resume import compare_resumed_run, run_job
 from tests.limits import limit_s
 from tests.runs.job import ROOT, checkpoint, command, environment, losses
 
@@ -94,7 +94,7 @@ def resumed(place, tmp_path_factory) -> tuple[str, dict, Path, Path]:
 
 def test_a_resume_is_bit_equal_on_its_layout_and_token_equal_on_another(resumed):
     told, document, runs, _ = resumed
-    assert "2 ranks; depth 2" in told and "6 rows of 64 tokens a step; 4 steps whole, and stopped after 2" in told
+    assert "2 ranks; depth 2" in told and "6 rows of 64 tokens per step; 4 steps whole, and stopped after 2" in told
     same, other = document["resumes"]
     assert (
         document["passed"]
@@ -152,7 +152,7 @@ def copied(runs: Path, name: str, into: Path) -> Path:
 
 
 def order_of(config: Path) -> list[str]:
-    return parameter_order(resolve(load_config(config), 1, 257).dims)
+    return list(weight_shapes(resolve(load_config(config), 1, 257).dims))
 
 
 def test_a_momentum_changed_between_the_halves_is_named(resumed, tmp_path):
@@ -161,19 +161,19 @@ def test_a_momentum_changed_between_the_halves_is_named(resumed, tmp_path):
     changed(checkpoint(half, 2), "muon/transformer.h.1.mlp.c_fc.weight/momentum")
     after = copied(tmp_path, "half", tmp_path / "after")
     run_job(load_config(runs / "half.json"), after, 2, 4, every=1, resume=True)
-    verdict, found = judge(runs / "whole", half, after, order_of(config), exact=True)
+    verdict, found = compare_resumed_run(runs / "whole", half, after, order_of(config), exact=True)
     assert (
         verdict == "different"
         and found[0].told.startswith("muon/transformer.h.1.mlp.c_fc.weight/momentum: relative ")
         and found[0].step == 2
     )
     # had the file been right and been read wrongly, the first step after it would tell: its own momentum, and nothing before it
-    verdict, found = judge(runs / "whole", runs / "half", after, order_of(config), exact=True)
+    verdict, found = compare_resumed_run(runs / "whole", runs / "half", after, order_of(config), exact=True)
     assert verdict == "different" and (found[0].step, found[0].name) == (
         3,
         "muon/transformer.h.1.mlp.c_fc.weight/momentum",
     )
-    verdict, found = judge(runs / "whole", half, after, order_of(config), exact=False)
+    verdict, found = compare_resumed_run(runs / "whole", half, after, order_of(config), exact=False)
     assert verdict == "different" and found[0].step == 2, "what is saved has no tolerance on any layout"
 
 
@@ -188,5 +188,5 @@ def test_swapped_streams_of_documents_are_named(resumed, tmp_path):
     refused = "the job half failed: .*stream_00001.npz is of another stream or run: it holds documents that are not stream 1's"
     with pytest.raises(UserError, match=refused):
         run_job(load_config(runs / "half.json"), half, 2, 4, every=1, resume=True)
-    verdict, found = judge(runs / "whole", half, runs / "onto-dp2-tp1-pp1", order_of(config), exact=True)
+    verdict, found = compare_resumed_run(runs / "whole", half, runs / "onto-dp2-tp1-pp1", order_of(config), exact=True)
     assert verdict == "different" and found[0].name == "loader/stream_00001.npz: ledger"

@@ -28,7 +28,7 @@ from megachat.job.launch import bootstrap_environment, choose_device  # noqa: E4
 from megachat.job.local_ranks import rank_parser, require_ranks  # noqa: E402
 from megachat.parallel.collectives import all_gather_objects, barrier  # noqa: E402
 from megachat.planning.plan import resolve  # noqa: E402
-from megachat.programs.verify import related_rows  # noqa: E402
+from megachat.programs.verify_layout import related_rows  # noqa: E402
 from megachat.train.build import Training, build_training  # noqa: E402
 from megachat.train.state import state_pieces  # noqa: E402
 from megachat.train.step import set_schedules, update  # noqa: E402

@@ -10,7 +10,7 @@ from megachat.model.parameters import load_whole, placed_parameters, starting_va
 from megachat.place import place_of
 from megachat.planning.dimensions import Dimensions
 from megachat.planning.plan import resolve_dimensions
-from megachat.programs.verify import related_rows
+from megachat.programs.verify_layout import related_rows
 
 ROWS = (1, 8)
 SHORTEST = 8  # tokens of a prompt; the longest leaves room for what is generated

@@ -93,7 +93,7 @@ def build(case: dict, device):
     from megachat.parallel.engine import start_collectives
     from megachat.parallel.mesh import build_mesh
     from megachat.planning.plan import resolve
-    from megachat.programs.verify import related_rows
+    from megachat.programs.verify_layout import related_rows
     from megachat.train.build import build_training
     from megachat.train.step import set_schedules, update
 
@@ -141,7 +141,7 @@ def build(case: dict, device):
 def nanochat_build(case: dict, device):
     """As `build`, of nanochat's own model and optimizer, compiled, as its training script sets them up."""
     from megachat.planning.plan import resolve
-    from megachat.programs.verify import related_rows
+    from megachat.programs.verify_layout import related_rows
 
     plan = resolve(case_config(case | {"linears": "torch compiled"}), 1, VOCAB)
     _, kernels = open_nanochat(case["path"])

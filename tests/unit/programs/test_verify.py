@@ -7,12 +7,13 @@ import torch
 
 from megachat.checkpoint.storage import save_rectangles
 from megachat.config import Config
+from megachat.convert.architecture import weight_shapes
 from megachat.errors import UserError
 from megachat.parallel.mesh import Axis
 from megachat.planning.plan import resolve, resolve_dimensions
-from megachat.programs.verify import certificate, compare, parameter_order, verification_config
+from megachat.programs.verify import parse_layout
+from megachat.programs.verify_layout import certificate, compare_runs, verification_config
 from tests.training import SMALL_VOCAB, small_config
-from tools.verify import parse_layout
 
 ORDER = ["first", "second"]
 ALONE = Axis("world", 1, 0, None, (0,))
@@ -38,7 +39,7 @@ def observed(folder, losses, **changes):
 def verdict(tmp_path, losses, **changes) -> dict:
     wanted = observed(tmp_path / "wanted", [7.0, 6.0])
     return certificate(
-        list(compare(observed(tmp_path / "found", losses, **changes), wanted, ORDER)), layout={"tensor": 2}
+        list(compare_runs(observed(tmp_path / "found", losses, **changes), wanted, ORDER)), layout={"tensor": 2}
     )
 
 
@@ -76,11 +77,11 @@ def test_few_weights_may_have_taken_the_other_sign_but_no_gradient(tmp_path):
 
 def test_runs_with_other_tensors_cannot_be_compared(tmp_path):
     with pytest.raises(UserError, match="gradient/third is not in both"):
-        list(compare(observed(tmp_path / "a", [1.0]), observed(tmp_path / "b", [1.0]), [*ORDER, "third"]))
+        list(compare_runs(observed(tmp_path / "a", [1.0]), observed(tmp_path / "b", [1.0]), [*ORDER, "third"]))
 
 
 def test_the_order_is_the_models():
-    names = parameter_order(resolve(small_config(), 1, SMALL_VOCAB).dims)
+    names = list(weight_shapes(resolve(small_config(), 1, SMALL_VOCAB).dims))
     assert (
         names[0] == "transformer.wte.weight"
         or names[0].startswith("smear")
@@ -93,11 +94,11 @@ def test_the_order_is_the_models():
 
 def test_a_config_is_scaled_down_and_runs_in_float32_with_equal_micro_batches():
     asked = Config.model_validate({"model": {"depth": 24, "kv_heads": 3}, "parallel": {"sequence": True, "tensor": 4}})
-    found = verification_config(asked, data=2, tensor=2, pipeline=2, depth=4, rows_a_rank=6)
+    found = verification_config(asked, data=2, tensor=2, pipeline=2, depth=4, rows_per_rank=6)
     assert (found.model.depth, found.model.kv_heads, found.precision.compute) == (4, 3, "float32")
     assert (found.parallel.tensor, found.parallel.pipeline, found.parallel.sequence) == (2, 2, True)
     assert (found.batch.micro_rows, found.batch.accumulation) == (1, 6)
-    assert not verification_config(asked, data=1, tensor=1, pipeline=1, depth=None, rows_a_rank=6).parallel.sequence
+    assert not verification_config(asked, data=1, tensor=1, pipeline=1, depth=None, rows_per_rank=6).parallel.sequence
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,7 @@ def test_scaled_down_the_heads_stay_so_that_the_tensor_axis_fits(full):
     whole = resolve_dimensions(asked, SMALL_VOCAB)
     for depth in (1, 2, 3, 7, 20):
         found = resolve_dimensions(
-            verification_config(asked, data=1, tensor=1, pipeline=1, depth=depth, rows_a_rank=1), SMALL_VOCAB
+            verification_config(asked, data=1, tensor=1, pipeline=1, depth=depth, rows_per_rank=1), SMALL_VOCAB
         )
         assert (found.depth, found.heads, found.kv_heads) == (
             depth,
