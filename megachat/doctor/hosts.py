@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from megachat.errors import UserError
-from megachat.job.hosts import Host, last_json, remote_line, run_on
+from megachat.job.hosts import Host, run_on_host, ssh_command
 from megachat.text import text_table
 
 SLOW = 0.9  # of the median
@@ -28,8 +28,7 @@ def examine_hosts(hosts: Sequence[Host], options: Sequence[str], *, port: int, s
     def examine_host(host: Host) -> dict | str:
         line = [sys.executable, "tools/doctor.py", "--json", *options]
         try:
-            output = run_on(host, line, ssh_port=ssh_port, timeout_s=_EXAMINE_S, good=_HEALTHY_OR_NOT)
-            return last_json(host.name, output)
+            return run_on_host(host.name, line, ssh_port=ssh_port, timeout_s=_EXAMINE_S, accepted=_HEALTHY_OR_NOT)
         except UserError as error:
             return str(error)
 
@@ -88,7 +87,7 @@ def _measure_hosts(names: Sequence[str], port: int, ssh_port: int | None) -> lis
         variables: dict[str, object] = {"RANK": rank, "WORLD_SIZE": len(names), "LOCAL_RANK": 0, "LOCAL_SIZE": 1}
         variables |= {"MASTER_ADDR": names[0], "MASTER_PORT": port}
         settings = [f"{key}={value}" for key, value in variables.items()]
-        line = remote_line(name, ["env", *settings, sys.executable, "megachat/doctor/rank.py"], ssh_port)
+        line = ssh_command(name, ["env", *settings, sys.executable, "megachat/doctor/rank.py"], ssh_port)
         pipe = subprocess.PIPE
         processes.append(subprocess.Popen(line, stdout=pipe, stderr=pipe, stdin=subprocess.DEVNULL, text=True))
     mistakes, outputs = [], []

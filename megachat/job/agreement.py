@@ -1,4 +1,4 @@
-"""What must be the same on every rank before training: code, versions, settings, tokenizer, data. Compared by hash where the ranks gather."""
+"""What must be equal on every rank before training: code, versions, settings, tokenizer, data. Ranks compare hashes."""
 
 import contextlib
 import hashlib
@@ -11,11 +11,11 @@ from megachat.data.shards import DataSummary
 from megachat.data.tokenizer import Tokenizer
 from megachat.job.host_probe import code_hashes, versions
 from megachat.job.launch import LaunchEnvironment, use_network_of
-from megachat.job.rendezvous import Arrival, meet
+from megachat.job.rendezvous import Arrival, RankFacts, meet
 
 _ROOT = Path(__file__).resolve().parents[2]
-_PLACES = ("run.folder", "data.folder", "data.tokenizer", "evaluate.core_bundle")  # may lie elsewhere on another host
-# kind of fact -> (what a rank has otherwise, what to do), the first that explains the others first
+_PATHS = ("run.folder", "data.folder", "data.tokenizer", "evaluate.core_bundle")  # may differ between hosts
+# kind of fact -> (what differs, the fix); a kind comes before those that differ because of it
 _KINDS = {
     "code": ("other code than", "copy the same files of the project to every host"),
     "versions": ("other packages than", "install the same versions on every host"),
@@ -24,69 +24,63 @@ _KINDS = {
     "data": ("other data than", "copy data.folder of rank 0 to its host"),
     "checkpoint": ("another checkpoint than", "copy the same files to every host, or give all ranks one --checkpoint"),
     "bundle": ("another CORE bundle than", "copy rank 0's to its host"),
-    "evaluation": ("other options than", "start all ranks with the same"),
+    "evaluation": ("other options than", "start all ranks with the same options"),
 }
 
 
 @contextlib.contextmanager
-def meet_ranks(environment: LaunchEnvironment, own: dict[str, dict[str, str]], rendezvous_s: float) -> Iterator[None]:
-    """All ranks are here and alike; inside, torch.distributed is to be initialised. own: from `rank_facts`.
+def meet_ranks(environment: LaunchEnvironment, facts: RankFacts, rendezvous_s: float) -> Iterator[None]:
+    """Wait until all ranks are here and have equal facts; torch.distributed is to be initialized inside the block.
 
-    Raises UserError naming a rank that is absent or unlike.
+    Raises UserError that names a rank that is absent or differs.
     """
-    meeting = meet(environment, own, disagreement, rendezvous_s)
+    meeting = meet(environment, facts, find_disagreement, rendezvous_s)
     if meeting.address:
         use_network_of(meeting.address, environment)
     try:
         yield
     finally:
-        del meeting  # with rank 0's hold on the port, which torch's own store has by now
+        del meeting  # it held the port, which torch's store has taken over by now
 
 
 def rank_facts(
     config: Config, tokenizer: Tokenizer, data: DataSummary | None, root: Path = _ROOT, **others: dict[str, str]
-) -> dict[str, dict[str, str]]:
-    """What this rank has: kind -> name -> hash or version, for `disagreement`. others: of further kinds."""
+) -> RankFacts:
+    """Return what this rank has, for find_disagreement. others: facts of further kinds."""
     settings = {
-        f"{section}.{key}": value
+        f"{section}.{key}": hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
         for section, values in config.model_dump(mode="json").items()
         for key, value in values.items()
+        if f"{section}.{key}" not in _PATHS
     }
-    return {
-        "code": code_hashes(root),
-        "versions": versions(),
-        "config": {name: _short(value) for name, value in settings.items() if name not in _PLACES},
-        "tokenizer": {"fingerprint": tokenizer.fingerprint[:12]},
-        "data": _data_facts(data) if data else {},
-    } | others
-
-
-def _data_facts(data: DataSummary) -> dict[str, str]:
-    return {
+    data_facts = data and {
         "train": data.train_fingerprint[:12],
         "validation": str(data.validation_documents),
         "bytes": str(data.size_bytes),
     }
+    return {
+        "code": code_hashes(root),
+        "versions": versions(),
+        "config": settings,
+        "tokenizer": {"fingerprint": tokenizer.fingerprint[:12]},
+        "data": data_facts or {},
+    } | others
 
 
-def disagreement(arrivals: list[Arrival]) -> str | None:
-    """What the first rank that is unlike rank 0 has otherwise, in one sentence; None when all are alike."""
+def find_disagreement(arrivals: list[Arrival]) -> str | None:
+    """Return in one sentence how the first rank that differs from rank 0 differs; None when all are equal."""
     first = arrivals[0]
-    for kind, (has, remedy) in _KINDS.items():
-        mine = first.facts.get(kind, {})
+    for kind, (has, fix) in _KINDS.items():
+        expected = first.facts.get(kind, {})
         for other in arrivals:
-            theirs = other.facts.get(kind, {})
-            names = [name for name in sorted(mine.keys() | theirs.keys()) if mine.get(name) != theirs.get(name)]
+            facts = other.facts.get(kind, {})
+            names = sorted(name for name in expected.keys() | facts.keys() if expected.get(name) != facts.get(name))
             if names:
-                shown = (
-                    [f"{name} {theirs.get(name)}, not {mine.get(name)}" for name in names]
-                    if kind == "versions"
-                    else names
-                )
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                return f"rank {other.rank} on {other.host} has {has} rank 0 on {first.host} ({', '.join(shown[:3])}{more}): {remedy}"
+                if kind == "versions":
+                    names = [f"{name} {facts.get(name)}, not {expected.get(name)}" for name in names]
+                return (
+                    f"rank {other.rank} on {other.host} has {has} rank 0 on {first.host} "
+                    f"({', '.join(names[:3])}{more}): {fix}"
+                )
     return None
-
-
-def _short(value) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]

@@ -1,7 +1,9 @@
-"""Crashes of a run, remembered in its folder, so that a step which fails again and again is told instead of tried for ever.
+"""Crashes of a run, remembered in its folder, so that a step which fails again and again is told instead of tried for
+ever.
 
-`running` holds the step that a job is in, while it lives; a job that ends in order removes it. What a start finds of it is a crash, which goes
-into `crashes.json`. A killed process loses nothing of what it has written to a file, so this needs no syncing and costs a step microseconds.
+`running` holds the step that a job is in, while it lives; a job that ends in order removes it. What a start finds of it
+is a crash, which goes into `crashes.json`. A killed process loses nothing of what it has written to a file, so this
+needs no syncing and costs a step microseconds.
 """
 
 import contextlib
@@ -93,8 +95,10 @@ class CrashGuard:
 
 @contextlib.contextmanager
 def guard_crashes(folder: Path, step: int, world: Axis, *, forget: bool) -> Iterator[CrashGuard]:
-    """The record of a job that goes on from `step` in the run folder; all ranks enter together. What leaves the block with anything but a
-    mistake that is told, or a storage that failed, is a crash. Raises UserError on all ranks as `CrashGuard.begin` does."""
+    """The record of a job that goes on from `step` in the run folder; all ranks enter together. What leaves the block
+    with anything but a mistake that is told, or a storage that failed, is a crash. Raises UserError on all ranks as
+    `CrashGuard.begin` does.
+    """
     guard = CrashGuard(folder, writes=world.rank == 0)
     on_all_ranks_or_raise(lambda: guard.begin(step, forget=forget), world, lambda text: text.partition(": ")[2])
     try:

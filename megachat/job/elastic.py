@@ -29,7 +29,8 @@ class Agent(api.LocalElasticAgent):
         ):
             self._remaining_restarts = 0
         if result.state == WorkerState.SUCCEEDED:
-            # ranks that do not fit the batch end at once: their host stays, for the next start, until the ranks of the first have finished
+            # ranks that do not fit the batch end at once: their host stays, for the next start, until the ranks of the
+            # first have finished
             if group.group_rank == 0:
                 group.store.set("finished", "")
             elif not group.store.check(["finished"]):
@@ -46,7 +47,8 @@ class AgentOfOneHost(Agent):
 def supervise(program: Path, arguments: list[str], *, hosts: str, ranks: int, meet: str | None, restarts: int) -> int:
     """Run the program's ranks on this host, again after each crash; returns the exit status.
 
-    hosts: "N" or "MIN:MAX". ranks: on this host. meet: HOST[:PORT] of the hosts' rendezvous. Raises UserError for a torch without this agent.
+    hosts: "N" or "MIN:MAX". ranks: on this host. meet: HOST[:PORT] of the hosts' rendezvous. Raises UserError for a
+    torch without this agent.
     """
     if not hasattr(api.LocalElasticAgent, "_monitor_workers"):
         raise UserError(

@@ -1,18 +1,23 @@
-"""The watch: a thread on every rank that names a rank which died, stands still or was told to stop, and ends the job everywhere.
+"""Failure monitor: one thread per rank that detects dead, stalled and stopped ranks, reports which one it is, and ends
+the job everywhere.
 
-Rules, all of which concern the training thread's Progress:
-- A job stands still when one rank waits (in a collective, or a note with waits=True) for parallel.stall_s and no rank has begun or noted
-  anything new meanwhile. Work that may keep others waiting longer is declared with Progress.long_running(); then nine tenths of parallel.timeout_s count.
-- A rank is dead when its connection closes without a farewell. An idle job sends nothing.
-- SIGTERM, SIGUSR1 and the end of a launcher among this process's ancestors (the deepspeed runner leaves its ranks behind) stop the job: while
-  it trains, by asking the training thread to save, which has a limited time but after SIGUSR1; before, at once.
-The thread needs the interpreter lock now and then; nothing else of the training thread, which may hang in C code. What goes wrong in the watch
-itself is told once and ends the watch, never the job.
+It reads the training thread's Progress, and follows these rules:
+- A job is stalled when one rank has waited for parallel.stall_s (in a collective, or in a note with waits=True) and
+  meanwhile no rank began or noted anything new. While a rank is inside Progress.long_running(), nine tenths of
+  parallel.timeout_s count instead.
+- A rank is dead when its connection closes without a goodbye. An idle job sends nothing.
+- SIGTERM, SIGUSR1 and the end of a launcher above this process (the deepspeed runner leaves its ranks behind) stop the
+  job. Outside defer_stop() it ends at once. Inside, the training thread is asked to save; after SIGUSR1 without a time
+  limit.
+
+The thread needs the interpreter lock now and then, and nothing else from the training thread, which may hang in C code.
+An error in the monitor itself is reported once and ends the monitor, never the job.
 """
 
 import contextlib
 import functools
 import os
+import queue
 import secrets
 import selectors
 import signal
@@ -23,243 +28,256 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from megachat.errors import LOST_RANK_STATUS, STOPPED_STATUS
-from megachat.job.monitor_hub import ANSWER_S, RESUME, JobInfo, MonitorHub, alive
+from megachat.job.monitor_hub import ANSWER_S, RESUME_HINT, JobInfo, MonitorHub
 from megachat.job.monitor_links import (
     Link,
     RankAddress,
-    code_place,
+    code_lines,
     end_process,
-    kill,
+    is_alive,
+    kill_process,
     launchers_above,
     listen,
-    machine,
-    own_address,
-    say,
+    local_address,
+    machine_id,
+    write_stderr,
 )
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.mesh import Mesh
 from megachat.parallel.progress import Progress
 
-_STOPPING = (
+STOP_SIGNALS = (
     signal.SIGTERM,
     signal.SIGUSR1,
-)  # the first before a kill, the second as slurm and others are asked to warn
+)  # sent before a kill; sent early by slurm where a job requests a warning
 TICK_S = 0.25
 CONNECT_S = 10.0
-VERDICT_S = 0.5  # an error may be the echo of a death that the kernel is about to tell
-HUB_S = 2.0  # for the hub, or the deputy, to speak before this rank does
-FAREWELL_S = 6.0  # ranks that fail speak within 3 s; then the others go
+ECHO_S = 0.5  # an error may be the consequence of a death that the kernel is about to report
+HUB_S = 2.0  # how long the hubs have to speak before this rank does
+GOODBYE_S = 6.0  # ranks that fail print their error within 3 s; then the others end
 
 
 class FailureMonitor:
-    """Used as `with FailureMonitor(rank) as watch: mesh = ...; watch.connect(mesh, ...); train`.
+    """Used as `with FailureMonitor(rank) as monitor: mesh = ...; monitor.connect(mesh, ...); train`.
 
-    Signals and launchers are watched from the start, the other ranks from connect() on.
-    Leaving the block in order says farewell. Leaving it with an exception waits a moment: if another rank is the cause, this process ends there.
+    Signals and launchers are monitored from the start, the other ranks from connect() on. Leaving the block with an
+    exception waits a moment: where another rank is the cause, this process ends there. restart_hint: what the user does
+    once the cause is fixed.
     """
 
-    def __init__(self, rank: int = 0, *, then: str = RESUME):
-        self.rank, self.then = rank, then  # then: what a user does after the job has ended and the cause is gone
-        self._progress: Progress | None = None
-        self._terms: JobInfo | None = None
+    _progress: Progress  # this and the job's JobInfo are set by connect()
+    _job: JobInfo
+
+    def __init__(self, rank: int = 0, *, restart_hint: str = RESUME_HINT):
+        self.rank, self.restart_hint = rank, restart_hint
+        self.stop_requested = ""  # the reason why training must save and end
+        self.before_stop: Callable[[], object] = lambda: None  # called before a requested stop ends this process
+        self._grace_s: float | None = None  # set inside defer_stop()
+        self._name = f"rank {rank} (host {socket.gethostname()}, pid {os.getpid()})"
         self._hub: MonitorHub | None = None
-        self._hubs: list[Link | None] = []  # to rank 0's hub and to the deputy's; None once it has gone
-        self._joining: list = []  # what connect() hands over to the thread
-        self._due: dict[str, float] = {}  # what this rank does by itself at a time, unless a hub speaks before
-        self._failed: int | None = None  # a rank that said it has an error of its own
-        self._reported = 0.0
-        self._leaving = ""
-        self.stop_requested = ""  # why the training shall save and end
-        self.before_stop: Callable[[], object] = lambda: None  # called before this process ends because it was told to
-        self._grace_s: float | None = None  # while the training heeds that
+        self._hub_links: list[Link | None] = []  # to rank 0's hub and to the backup monitor's; None once closed
+        self._deadlines: dict[Callable[[], None], float] = {}  # what to do at which time, unless it is canceled before
+        self._failed_rank: int | None = None  # a rank that reported an error of its own
+        self._last_report = 0.0
+        self._leaving = ""  # "done" or "failed" once the block is left
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # from the training thread to this one
         self._selector = selectors.DefaultSelector()
-        self._bell, self._ear = socket.socketpair()
+        self._wakeup_in, self._wakeup_out = socket.socketpair()
         self._launchers = launchers_above()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="failure monitor", daemon=True)
 
     def __enter__(self):
-        for end in (self._bell, self._ear):
+        for end in (self._wakeup_in, self._wakeup_out):
             end.setblocking(False)
-        self._selector.register(self._ear, selectors.EVENT_READ, self._rung)
+        self._selector.register(self._wakeup_out, selectors.EVENT_READ, self._on_wakeup)
         for pid, name in self._launchers:
-            with contextlib.suppress(OSError, AttributeError):  # gone already, or not Linux
-                gone = functools.partial(self._launcher_gone, pid=pid, name=name)
-                self._selector.register(os.pidfd_open(pid), selectors.EVENT_READ, gone)
-        # the handler does nothing: Python runs it in the main thread, which may hang; the number of the signal rings the bell at once
-        self._wakeup = signal.set_wakeup_fd(self._bell.fileno(), warn_on_full_buffer=False)
-        self._handlers = {number: signal.signal(number, lambda *_: None) for number in _STOPPING}
-        os.register_at_fork(after_in_child=self._forked)
+            with contextlib.suppress(OSError, AttributeError):  # it has ended already, or this is not Linux
+                on_end = functools.partial(self._on_launcher_end, pid=pid, name=name)
+                self._selector.register(os.pidfd_open(pid), selectors.EVENT_READ, on_end)
+        # the handler does nothing: Python runs it in the main thread, which may hang; the signal's number is written to
+        # the pipe at once
+        self._previous_fd = signal.set_wakeup_fd(self._wakeup_in.fileno(), warn_on_full_buffer=False)
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
+        os.register_at_fork(after_in_child=self._after_fork)
         self._thread.start()
         return self
 
     def connect(self, mesh: Mesh, *, address: str, stall_s: float, slow_s: float, folder: Path) -> None:
-        """Meet the other ranks; all call it. address: rank 0's host as the launcher gave it. folder: where stall.txt goes.
+        """Connect this rank to the hubs; all ranks call it. A rank that cannot be reached is reported and not
+        monitored.
 
-        A rank that cannot be reached is told and not watched.
+        address: rank 0's host as the launcher named it. folder: where stall.txt is written.
         """
-        self.rank, self._progress, world = mesh.world.rank, mesh.world.progress, mesh.world.size
-        if world == 1:
+        self.rank, self._progress = mesh.world.rank, mesh.world.progress
+        if mesh.world.size == 1:
             return
-        listener = listen()
-        here = address if self.rank == 0 else own_address(address)
-        seat = RankAddress(self.rank, socket.gethostname(), os.getpid(), machine(), here, listener.getsockname()[1])
-        told = all_gather_objects((tuple(seat), secrets.token_hex(8)), mesh.world, name="meeting of the watch")
-        seats = tuple(RankAddress(*fields) for fields, _ in told)
-        self._terms = JobInfo(seats, told[0][1], stall_s, max(stall_s, slow_s), folder, self.then)
-        deputy = next((other.rank for other in seats if other.machine != seats[0].machine), 1)
-        hub = MonitorHub(self._terms, self.rank) if self.rank in (0, deputy) else None
-        hubs = [self._reach(seats[rank], warn=rank == 0) for rank in (0, deputy)]
-        self._joining.append((hub, listener, hubs))
-        self._ring()
+        listener = listen(0)
+        host = address if self.rank == 0 else local_address(address)
+        port = listener.getsockname()[1]
+        here = RankAddress(self.rank, socket.gethostname(), os.getpid(), machine_id(), host, port)
+        every = all_gather_objects(
+            (tuple(here), secrets.token_hex(8)), mesh.world, name="connecting the failure monitor"
+        )
+        addresses = tuple(RankAddress(*fields) for fields, _ in every)
+        self._name = str(here)
+        self._job = JobInfo(addresses, every[0][1], stall_s, max(stall_s, slow_s), folder, self.restart_hint)
+        links = [self._connect_to(addresses[rank]) for rank in self._job.hub_ranks]
+        self._call(functools.partial(self._begin, listener, links))
 
     def __exit__(self, kind, error, trace):
-        if isinstance(error, RuntimeError) and self._hubs:
+        if isinstance(error, RuntimeError) and self._hub_links:
             now = self._progress.now
             if now.waits:
                 text = (str(error).strip().splitlines() or [kind.__name__])[-1]
-                self._joining.append(f'{text} in "{now.text}"')
-                self._ring()
-            self._thread.join(
-                ANSWER_S + HUB_S + VERDICT_S if now.waits else VERDICT_S
-            )  # it ends this process when another rank is the cause
+                self._call(functools.partial(self._report_broken, f'{text} in "{now.text}"'))
+            # the thread ends this process if another rank is the cause
+            self._thread.join(ANSWER_S + HUB_S + ECHO_S if now.waits else ECHO_S)
         self._leaving = "failed" if error else "done"
-        self._ring()
+        self._wake()
         self._thread.join(HUB_S)
-        signal.set_wakeup_fd(self._wakeup)
+        signal.set_wakeup_fd(self._previous_fd)
         for number, handler in self._handlers.items():
-            signal.signal(
-                number, signal.SIG_IGN if self.stop_requested else handler
-            )  # told again while it ends as told
+            signal.signal(number, signal.SIG_IGN if self.stop_requested else handler)  # a second signal changes nothing
 
     @contextlib.contextmanager
     def defer_stop(self, grace_s: float) -> Iterator[None]:
-        """While inside, being told to stop sets `asked` instead of ending the job, which still ends grace_s seconds after a SIGTERM."""
+        """Inside, a stop sets `stop_requested` instead of ending the job. After SIGTERM the job still ends grace_s
+        seconds later.
+        """
         self._grace_s = grace_s
         yield
-        self._due.pop("_stop_late", None)
+        self._deadlines.pop(self._stop_late, None)
 
-    def _forked(self) -> None:
-        """In a forked child: its signals are not this rank's, and a connection that it held would hide this rank's death."""
+    def _after_fork(self) -> None:
+        """Detach a forked child: its signals are not this rank's, and a connection that it held would hide this rank's
+        death.
+        """
         if not self._leaving:
             signal.set_wakeup_fd(-1)
-            for number in _STOPPING:
+            for number in STOP_SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
-        for link in (*filter(None, self._hubs), *(self._hub.links.values() if self._hub else ())):
+        for link in (*filter(None, self._hub_links), *(self._hub.links.values() if self._hub else ())):
             link.close()
 
-    # ---- below: the thread
+    def _call(self, function: Callable[[], None]) -> None:
+        """Run the function in the monitor's thread."""
+        self._calls.put(function)
+        self._wake()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):
+            self._wakeup_in.send(b"\0")
+
+    # ---- everything below runs in the monitor's thread
 
     def _run(self) -> None:
         try:
             while not self._leaving:
                 for key, _ in self._selector.select(TICK_S):
                     key.data(key.fileobj)
-                self._tick()
-            for link in filter(None, self._hubs):
-                link.send(bye=self._leaving)
+                self._tick(time.monotonic())
+            self._send_hubs(bye=self._leaving)
             if self._hub:
-                self._hub.leave(self._leaving == "failed")
+                self._hub.leave(self._leaving)
         except Exception as error:
-            say(f"the watch of rank {self.rank} ended with {type(error).__name__}: {error}; the job goes on without it")
+            write_stderr(
+                f"the failure monitor of rank {self.rank} ended with {type(error).__name__}: {error}; "
+                "the job continues without it"
+            )
 
-    def _tick(self) -> None:
+    def _tick(self, now: float) -> None:
         if self._hub:
-            self._hub.tick()
+            self._hub.tick(now)
             if self._hub.end:
                 self._end(*self._hub.end)
-        now = time.monotonic()
-        for act, at in list(self._due.items()):
+        for action, at in list(self._deadlines.items()):
             if now >= at:
-                del self._due[act]
-                getattr(self, act)()
-        state = self._progress.now if self._progress and self._terms and any(self._hubs) else None
-        if state and state.waits:
-            limit = self._terms.slow_s if self._progress.slow else self._terms.stall_s
-            if now - max(state.since, self._reported) >= limit:
-                self._reported = now - limit + 1.0  # again in a second
-                self._to_hub("_report_to_deputy", stalled=True)
+                del self._deadlines[action]
+                action()
+        if any(self._hub_links) and (entry := self._progress.now).waits:
+            limit = self._job.slow_s if self._progress.slow else self._job.stall_s
+            if now - max(entry.since, self._last_report) >= limit:
+                self._last_report = now - limit + 1.0  # again in a second
+                self._send_hubs(stalled=True)
 
-    def _ring(self) -> None:
-        with contextlib.suppress(OSError):
-            self._bell.send(b"\0")
+    def _on_wakeup(self, pipe: socket.socket) -> None:
+        numbers = pipe.recv(4096)
+        while not self._calls.empty():
+            self._calls.get()()
+        for number in STOP_SIGNALS:
+            if number in numbers:
+                self._request_stop(f"{self._name} received {number.name}", limited=number == signal.SIGTERM)
 
-    def _rung(self, ear) -> None:
-        data = ear.recv(4096)
-        for what in list(self._joining):
-            self._joining.remove(what)
-            if isinstance(what, str):
-                self._broken(what)
-            else:
-                self._begin(*what)
-        for number in _STOPPING:
-            if number in data:
-                self._told_to_stop(f"{self._me()} was told to stop ({number.name})", at_last=number == signal.SIGTERM)
+    # ---- this rank and the hubs
 
-    def _begin(self, hub: MonitorHub | None, listener: socket.socket, hubs: list[Link | None]) -> None:
-        self._hub, self._hubs = hub, hubs
-        if hub:
-            self._selector.register(listener, selectors.EVENT_READ, self._guest)
-        else:
-            listener.close()
-        for link in filter(None, hubs):
-            self._selector.register(link, selectors.EVENT_READ, self._from_hub)
-
-    def _me(self) -> str:
-        return (
-            str(self._terms.seats[self.rank])
-            if self._terms
-            else f"rank {self.rank} (host {socket.gethostname()}, pid {os.getpid()})"
-        )
-
-    # ---- this rank as one of many
-
-    def _reach(self, seat: RankAddress, warn: bool) -> Link | None:
+    def _connect_to(self, address: RankAddress) -> Link | None:
         try:
-            link = Link(socket.create_connection((seat.address, seat.port), timeout=CONNECT_S))
+            link = Link(socket.create_connection((address.address, address.port), timeout=CONNECT_S))
         except OSError as error:
-            if warn:
-                say(
-                    f"rank {self.rank} cannot reach rank 0 at {seat.address} port {seat.port} ({error}): stalls and deaths will not be told"
+            if address.rank == 0:
+                write_stderr(
+                    f"rank {self.rank} cannot reach rank 0 at {address.address} port {address.port} ({error}): "
+                    "stalls and deaths will not be reported"
                 )
             return None
-        link.send(token=self._terms.token, rank=self.rank)
+        link.send(token=self._job.token, rank=self.rank)
         return link
 
-    def _to_hub(self, otherwise: str, **message) -> None:
-        """Send to rank 0's hub; when nobody has reacted in time, `otherwise` is done."""
-        self._due.setdefault(otherwise, time.monotonic() + (ANSWER_S + HUB_S if self._hubs[0] else 0.0))
-        self._unheard = message
-        if self._hubs[0]:
-            self._hubs[0].send(**message)
+    def _begin(self, listener: socket.socket, links: list[Link | None]) -> None:
+        self._hub_links = links
+        if self.rank in self._job.hub_ranks:
+            self._hub = MonitorHub(self._job, self.rank, listener, self._selector)
+        else:
+            listener.close()
+        for link in filter(None, links):
+            self._selector.register(link, selectors.EVENT_READ, self._on_hub_message)
 
-    def _report_to_deputy(self) -> None:
-        if self._hubs[1]:
-            self._hubs[1].send(**self._unheard)
+    def _send_hubs(self, **message) -> None:
+        for link in filter(None, self._hub_links):
+            link.send(**message)
 
-    def _from_hub(self, link: Link) -> None:
+    def _on_hub_message(self, link: Link) -> None:
         messages = link.receive()
         if messages is None:
-            self._hub_gone(link, in_order=False)
+            self._drop_hub(link, said_goodbye=False)
             return
         for message in messages:
-            self._due.pop("_report_to_deputy", None)
-            if "ask" in message:
+            if self._hub and link is self._hub_links[0]:
+                self._hub.stand_down()
+            if "report_state" in message:
                 link.send(state=self._state())
             elif "end" in message:
                 self._end(message["end"], message["silent"])
             elif "failed" in message:
-                self._other_failed(message["failed"])
+                self._on_failed_rank(message["failed"])
             elif "bye" in message:
                 if message["bye"] == "failed":
-                    self._other_failed(message["rank"])
-                self._hub_gone(link, in_order=True)
+                    self._on_failed_rank(message["rank"])
+                self._drop_hub(link, said_goodbye=True)
                 return
 
+    def _state(self) -> dict:
+        """What this rank is doing, for the hub."""
+        entry, progress = self._progress.now, self._progress
+        thread = entry.thread if entry.waits else threading.main_thread().ident
+        return entry._asdict() | {
+            "slow": progress.slow,
+            "for_s": time.monotonic() - entry.since,
+            "counts": dict(progress.counts),
+            "lines": code_lines(thread),
+        }
+
+    def _report_broken(self, text: str) -> None:
+        """Report a collective that raised an error, which another rank may have caused."""
+        if self._failed_rank is not None:
+            self._end_with_failed_rank()
+        self._send_hubs(broken=text)
+
     def _end(self, status: int, silent: Sequence[int]) -> None:
-        """End this process, and those of this machine that answer nobody, which no SIGTERM would end."""
-        for seat in (self._terms.seats[rank] for rank in silent):
-            if seat.machine == self._terms.seats[self.rank].machine and seat.rank != self.rank:
-                kill(seat.pid)
+        """End this process, and those of this machine that do not answer, which no SIGTERM would end."""
+        for address in (self._job.addresses[rank] for rank in silent):
+            if address.machine == self._job.addresses[self.rank].machine and address.rank != self.rank:
+                kill_process(address.pid)
         self._leave(status)
 
     def _leave(self, status: int) -> None:
@@ -267,126 +285,78 @@ class FailureMonitor:
             self.before_stop()
         end_process(status)
 
-    def _hub_gone(self, link: Link, in_order: bool) -> None:
+    def _drop_hub(self, link: Link, said_goodbye: bool) -> None:
         with contextlib.suppress(KeyError):
             self._selector.unregister(link)
-        was_first = link is self._hubs[0]
-        self._hubs = [None if other is link else other for other in self._hubs]
-        if was_first and not in_order:
-            deputy_acts = self._hubs[1] is not None
-            self._due["_tell_hub_lost"] = time.monotonic() + (HUB_S if deputy_acts else 0.0)
+        primary, backup = self._hub_links
+        self._hub_links = [None if other is link else other for other in self._hub_links]
+        if link is primary and not said_goodbye:
+            self._deadlines[self._end_without_hub] = time.monotonic() + (HUB_S if backup else 0.0)
 
-    def _tell_hub_lost(self) -> None:
-        seats, own = self._terms.seats, self._terms.seats[self.rank]
-        if not any(
-            alive(other.pid) for other in seats[: self.rank] if other.machine == own.machine
-        ):  # one on each machine speaks
-            say(f"error: {seats[0]} died or cannot be reached, so {own} stops: look at its host, then {self.then}")
+    def _speaks_for_machine(self) -> bool:
+        """Whether no lower rank of this machine is alive, so that one rank of each machine speaks."""
+        here = self._job.addresses[self.rank]
+        lower = self._job.addresses[: self.rank]
+        return not any(is_alive(other.pid) for other in lower if other.machine == here.machine)
+
+    def _end_without_hub(self) -> None:
+        if self._speaks_for_machine():
+            write_stderr(
+                f"error: {self._job.addresses[0]} died or cannot be reached, so {self._name} stops: "
+                f"look at its host, then {self.restart_hint}"
+            )
         end_process(LOST_RANK_STATUS)
 
-    def _other_failed(self, rank: int) -> None:
-        if self._failed is None and rank != self.rank:
-            self._failed = rank
-            self._due["_follow"] = time.monotonic() + FAREWELL_S
+    def _on_failed_rank(self, rank: int) -> None:
+        if self._failed_rank is None and rank != self.rank:
+            self._failed_rank = rank
+            self._deadlines[self._end_with_failed_rank] = time.monotonic() + GOODBYE_S
 
-    def _follow(self) -> None:
-        """A rank stopped with an error that it told itself, on its own host's console."""
-        seats, own = self._terms.seats, self._terms.seats[self.rank]
-        elsewhere = seats[self._failed].machine != own.machine
-        if elsewhere and not any(alive(other.pid) for other in seats[: self.rank] if other.machine == own.machine):
-            say(f"error: {seats[self._failed]} stopped with an error, which its host's log tells; {own} stops with it")
+    def _end_with_failed_rank(self) -> None:
+        """End because another rank failed with an error that it printed itself, on its host's console."""
+        assert self._failed_rank is not None
+        failed = self._job.addresses[self._failed_rank]
+        if failed.machine != self._job.addresses[self.rank].machine and self._speaks_for_machine():
+            write_stderr(f"error: {failed} stopped with an error, see its host's log; {self._name} stops too")
         end_process(LOST_RANK_STATUS)
 
-    def _broken(self, text: str) -> None:
-        if self._failed is not None:
-            self._follow()
-        if any(self._hubs):
-            self._to_hub("_report_to_deputy", broken=text)
+    # ---- this rank is requested to stop
 
-    def _state(self) -> dict:
-        now, progress = self._progress.now, self._progress
-        thread = now.thread if now.waits else threading.main_thread().ident
-        told = {
-            "text": now.text,
-            "axis": now.axis,
-            "ranks": now.ranks,
-            "number": now.number,
-            "waits": now.waits,
-            "after": now.after,
-        }
-        return told | {
-            "slow": progress.slow,
-            "for_s": time.monotonic() - now.since,
-            "counts": dict(progress.counts),
-            "line": code_place(thread),
-        }
-
-    # ---- this rank told to stop
-
-    def _launcher_gone(self, descriptor: int, pid: int, name: str) -> None:
+    def _on_launcher_end(self, descriptor: int, pid: int, name: str) -> None:
         self._selector.unregister(descriptor)
         os.close(descriptor)
-        self._told_to_stop(f"the launcher {name} (pid {pid}) above {self._me()} has gone", at_last=True)
+        self._request_stop(f"the launcher {name} (pid {pid}) of {self._name} has ended", limited=True)
 
-    def _told_to_stop(self, reason: str, at_last: bool) -> None:
-        if self._grace_s is None or self._failed is not None:
+    def _request_stop(self, reason: str, limited: bool) -> None:
+        if self._grace_s is None or self._failed_rank is not None:
             self._stop(reason)
             return
         if not self.stop_requested:
-            told = f"{reason}: the job saves after this step and ends"
-            first = next(filter(None, self._hubs), None)
-            if first:
-                first.send(asked=told)
+            self.stop_requested = reason
+            notice = f"{reason}: the job saves after this step and ends"
+            if link := next(filter(None, self._hub_links), None):
+                link.send(stop_notice=notice)
             else:
-                say(told)
-        self.stop_requested = self.stop_requested or reason
-        if at_last:
-            self._due.setdefault("_stop_late", time.monotonic() + self._grace_s)
+                write_stderr(notice)
+        if limited:
+            self._deadlines.setdefault(self._stop_late, time.monotonic() + self._grace_s)
 
     def _stop_late(self) -> None:
         self._stop(f"{self.stop_requested}, and step and save took longer than checkpoint.stop_s={self._grace_s:g}")
 
     def _stop(self, reason: str) -> None:
-        if self._failed is not None:  # the launcher ends all because one failed, which that one tells
+        if (
+            self._failed_rank is not None
+        ):  # the launcher ends all ranks because that one failed, which it reports itself
             self._leave(STOPPED_STATUS)
-        if not any(self._hubs):
-            say(f"error: {reason}, so the job stops: {self.then}")
+        link = next(filter(None, self._hub_links), None)
+        if link is None:
+            write_stderr(f"error: {reason}, so the job stops: {self.restart_hint}")
             self._leave(STOPPED_STATUS)
-        if "_stop_alone" not in self._due:
-            self._due["_stop_alone"] = time.monotonic() + HUB_S
-            next(link for link in self._hubs if link).send(stop=reason)
+        elif self._stop_alone not in self._deadlines:
+            self._deadlines[self._stop_alone] = time.monotonic() + HUB_S
+            link.send(stop=reason)
 
     def _stop_alone(self) -> None:
-        say(f"error: {self._me()} was told to stop, and no other rank answers")
+        write_stderr(f"error: {self._name} was requested to stop, and no other rank answers")
         self._leave(STOPPED_STATUS)
-
-    # ---- this rank as the hub's
-
-    def _guest(self, listener: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            link = Link(listener.accept()[0])
-            self._selector.register(link, selectors.EVENT_READ, self._introduce)
-
-    def _introduce(self, link: Link) -> None:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            messages = link.receive()
-            if messages == []:
-                return
-            first = messages[0]
-            if secrets.compare_digest(first["token"], self._terms.token):
-                self._hub.join(first["rank"], link)
-                self._selector.modify(link, selectors.EVENT_READ, lambda _: self._from_rank(first["rank"], link))
-                for message in messages[1:]:
-                    self._hub.hear(first["rank"], message)
-                return
-        self._selector.unregister(link)
-        link.close()
-
-    def _from_rank(self, rank: int, link: Link) -> None:
-        messages = link.receive()
-        if messages is None:
-            self._selector.unregister(link)
-            self._hub.lose(rank)
-            return
-        for message in messages:
-            self._hub.hear(rank, message)

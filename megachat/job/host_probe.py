@@ -1,6 +1,7 @@
 """What a host has: this project's code, versions, cores, memory, GPUs, a free port.
 
-Only the standard library, so that `ssh host python - ROOT PORT < megachat/job/host_probe.py` also runs where nothing else is installed.
+It uses the standard library only, so that `ssh host python - ROOT PORT < megachat/job/host_probe.py` also runs where
+nothing else is installed.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ PACKAGES = ("torch", "deepspeed", "numpy")
 
 
 def code_hashes(root: Path) -> dict[str, str]:
-    """File below root -> first 12 hex digits of its SHA-256, for every .py of megachat/ and launch/pretrain.py."""
+    """Return file -> first 12 hex digits of its SHA-256, for every .py of megachat/ and launch/pretrain.py below root."""
     paths = [*sorted((root / "megachat").rglob("*.py")), root / "launch" / "pretrain.py"]
     return {
         path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:12]
@@ -26,19 +27,21 @@ def code_hashes(root: Path) -> dict[str, str]:
     }
 
 
+def installed_version(package: str) -> str | None:
+    """Return the version of an installed package, else None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def versions() -> dict[str, str]:
-    """python and PACKAGES -> version, "none" where a package is not installed."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "none"
-    return found
+    """Return the versions of python and PACKAGES, "none" where a package is not installed."""
+    return {"python": platform.python_version()} | {name: installed_version(name) or "none" for name in PACKAGES}
 
 
 def gpu_count() -> int:
-    """GPUs that the NVIDIA driver lists; 0 without a driver."""
+    """Return the number of GPUs that the NVIDIA driver lists; 0 without a driver."""
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20).stdout
     except (OSError, subprocess.TimeoutExpired):
@@ -47,7 +50,7 @@ def gpu_count() -> int:
 
 
 def port_is_free(port: int) -> bool:
-    """True when a server could listen on the TCP port now."""
+    """Return whether a server could listen on the TCP port now."""
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -59,7 +62,7 @@ def port_is_free(port: int) -> bool:
 
 
 def probe(root: Path, port: int) -> dict:
-    """All of it, as JSON can hold it. memory_bytes is the host's physical memory."""
+    """Return all of it as JSON values. memory_bytes is the host's physical memory."""
     return {
         "host": socket.gethostname(),
         "code": code_hashes(root),

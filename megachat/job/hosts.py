@@ -1,4 +1,6 @@
-"""Several hosts, before anything is started on them: the hostfile, and whether every host can be reached and holds the same as this one."""
+"""Checks of several hosts before anything is started on them: the hostfile, and that every host can be reached and
+equals this one.
+"""
 
 import json
 import re
@@ -11,166 +13,164 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megachat.errors import UserError
-from megachat.job import host_probe as probe
+from megachat.job import host_probe
 
 ROOT = Path(__file__).resolve().parents[2]
 RANK_MEMORY_BYTES = 500 * 2**20  # what python, torch and DeepSpeed take before there is a model
 _CONNECT_S, _PROBE_S = 5, 60
-_LINE = re.compile(r"(\S+)\s+slots=(\S+)")
 
 
 @dataclass(frozen=True)
 class Host:
-    """A line of a hostfile. slots: ranks on it."""
+    """A line of a hostfile. slots: the number of ranks on the host."""
 
     name: str
     slots: int
 
 
 def parse_hostfile(path: str | Path) -> list[Host]:
-    """The hosts of a file with lines `NAME slots=N`, comments and empty lines left out, in order. Raises UserError with a line for each mistake."""
+    """Return the hosts of a file with lines `NAME slots=N`; comments and empty lines are ignored.
+
+    Raises UserError with a line for each mistake.
+    """
     path = Path(path)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise UserError(
-            f"the hostfile {path} cannot be read ({error.strerror}): name an existing file, as launch/hostfile.example"
+            f"the hostfile {path} cannot be read ({error.strerror}): name an existing file, see launch/hostfile.example"
         ) from None
     except UnicodeDecodeError:
-        raise UserError(f"the hostfile {path} is no text file: write lines as `worker-1 slots=8`") from None
+        raise UserError(f"the hostfile {path} is not a text file: write lines like `worker-1 slots=8`") from None
     hosts: dict[str, Host] = {}
     mistakes = []
     for number, line in enumerate(lines, 1):
         text = line.partition("#")[0].strip()
         if not text:
             continue
-        found = _LINE.fullmatch(text)
-        where = f"{path} line {number}"
-        if not found:
-            mistakes.append(f"{where}: {text!r} is not `NAME slots=N`, as `worker-1 slots=8`")
-        elif not re.fullmatch("[0-9]+", found[2]):
-            mistakes.append(f"{where}: slots={found[2]} of {found[1]} is not a number: write how many ranks run there")
-        elif int(found[2]) == 0:
-            mistakes.append(f"{where}: {found[1]} has no slots: write slots=1 or more, or take the line out")
-        elif found[1] in hosts:
-            mistakes.append(f"{where}: {found[1]} was listed before: keep one line for a host")
+        match = re.fullmatch(r"(\S+)\s+slots=(\S+)", text)
+        name, slots = match.groups() if match else ("", "")
+        if not match:
+            mistake = f"{text!r} is not `NAME slots=N`, e.g. `worker-1 slots=8`"
+        elif not re.fullmatch("[0-9]+", slots):
+            mistake = f"slots={slots} of {name} is not a number: write how many ranks run there"
+        elif int(slots) == 0:
+            mistake = f"{name} has no slots: write slots=1 or more, or remove the line"
+        elif name in hosts:
+            mistake = f"{name} was listed before: keep one line per host"
         else:
-            hosts[found[1]] = Host(found[1], int(found[2]))
+            hosts[name] = Host(name, int(slots))
+            continue
+        mistakes.append(f"{path} line {number}: {mistake}")
     if not hosts and not mistakes:
-        mistakes.append(f"the hostfile {path} lists no host: write lines as `worker-1 slots=8`")
+        mistakes.append(f"the hostfile {path} lists no host: write lines like `worker-1 slots=8`")
     if mistakes:
         raise UserError("\n".join(mistakes))
     return list(hosts.values())
 
 
 def check_hosts(hosts: Sequence[Host], *, port: int, ssh_port: int | None = None, root: Path = ROOT) -> list[str]:
-    """Probe every host over ssh, all at once, and compare them with this machine. Returns remarks that need no change.
+    """Probe every host over ssh, all at once, and compare it with this machine. Returns remarks that need no change.
 
-    port: where rank 0, on the first host, will listen. Raises UserError with a line for each mistake: a host that is unknown, unreachable or
-    refuses the key, no project or python at this machine's paths, other code or versions, more slots than GPUs or memory, the port in use.
+    port: where rank 0, on the first host, will listen. Raises UserError with a line for each mistake: a host that is
+    unknown, unreachable or refuses the key; no project or python at this machine's paths; other code or versions; more
+    slots than GPUs or memory; the port in use.
     """
     with ThreadPoolExecutor(min(64, len(hosts))) as pool:
-        # port 0, which any host has free: two names of one host would else find the port taken by each other's probe
+        # port 0 is free on any host; two names of one host would otherwise find the port taken by each other's probe
         answers = list(pool.map(lambda host: _probe(host, port if host is hosts[0] else 0, ssh_port, root), hosts))
     mistakes = [answer for answer in answers if isinstance(answer, str)]
-    found = [(host, answer) for host, answer in zip(hosts, answers, strict=True) if isinstance(answer, dict)]
-    here = {"code": probe.code_hashes(root), "versions": probe.versions()}
+    probes = [(host, answer) for host, answer in zip(hosts, answers, strict=True) if isinstance(answer, dict)]
+    here = {"code": host_probe.code_hashes(root), "versions": host_probe.versions()}
+    with_gpus = any(probe["gpus"] for _, probe in probes)
     remarks = []
-    for host, answer in found:
-        mistakes += _differences(host, answer, here, root)
-        mistakes += _too_many(host, answer, any(other["gpus"] for _, other in found))
-        if not answer["gpus"] and host.slots > answer["cores"]:
-            remarks.append(f"{host.name} has {answer['cores']} cores for {host.slots} ranks: it will be slow")
+    for host, probe in probes:
+        mistakes += _differences_from_here(host, probe, here, root) + _excess_slots(host, probe, with_gpus)
+        if not probe["gpus"] and host.slots > probe["cores"]:
+            remarks.append(f"{host.name} has {probe['cores']} cores for {host.slots} ranks: it will be slow")
     if isinstance(answers[0], dict) and not answers[0]["port_is_free"]:
         mistakes.append(
-            f"port {port} is in use on {hosts[0].name}, where rank 0 would listen: end the job that holds it or choose another with --master_port"
+            f"port {port} is in use on {hosts[0].name}, where rank 0 would listen: "
+            "end the job that holds it or choose another with --master_port"
         )
     if mistakes:
         raise UserError("\n".join(mistakes))
     return remarks
 
 
-def check_launcher_hostfile(nodes: int | None) -> None:
-    """Raise UserError when the deepspeed launcher above this process was given a hostfile that is not there: it only warns, and uses one host.
+def check_launcher_hostfile(nodes: str | None) -> None:
+    """Raise UserError if the deepspeed launcher above was given a missing hostfile: it only warns, and uses one host.
 
-    nodes: the hosts that the launcher says it uses (CROSS_SIZE); they must be those of the hostfile, unless some were left out on purpose.
+    nodes: the number of hosts that the launcher uses (CROSS_SIZE). It must be that of the hostfile, unless some were
+    excluded on purpose.
     """
-    for words, folder in _ancestors():
-        asked = _launcher_hostfile(words)
-        if asked is None:
+    import psutil  # a dependency of DeepSpeed
+
+    for process in psutil.Process().parents():
+        try:
+            words, folder = process.cmdline(), process.cwd()
+        except psutil.Error:
             continue
-        path = Path(folder) / asked
+        name = _launcher_hostfile(words)
+        if name is None:
+            continue
+        path = Path(folder) / name
         if not path.is_file():
             raise UserError(
-                f"the hostfile {asked} does not exist, so deepspeed would train on this host alone: name an existing file, or leave --hostfile out"
+                f"the hostfile {name} does not exist, so deepspeed would train on this host alone: "
+                "name an existing file, or omit --hostfile"
             )
         listed = len(parse_hostfile(path))
         chosen = any(word.startswith(("--inc", "--exc", "--num_n", "-i", "-e")) for word in words)
-        if nodes is not None and nodes != listed and not chosen:
+        if nodes and int(nodes) != listed and not chosen:
             raise UserError(
-                f"the hostfile {asked} lists {listed} hosts but deepspeed started {nodes}: start it again with the file as it is now"
+                f"the hostfile {name} lists {listed} hosts but deepspeed started {nodes}: "
+                "start it again with the file as it is now"
             )
 
 
 def _launcher_hostfile(words: Sequence[str]) -> str | None:
-    """The hostfile in the command line of `deepspeed`; None when it names none or is another program."""
-    start = next(
-        (
-            number
-            for number, word in enumerate(words[:4])
-            if Path(word).name in ("deepspeed", "deepspeed.launcher.runner", "ds")
-        ),
-        None,
-    )
-    stop = next((number for number, word in enumerate(words) if Path(word).name == "pretrain.py"), len(words))
-    options = [] if start is None else list(words[start + 1 : stop])
-    for number, word in enumerate(options):
+    """Return the hostfile in a command line of `deepspeed`; None when it names none or is another program."""
+    names = [Path(word).name for word in words]
+    launchers = {"deepspeed", "deepspeed.launcher.runner", "ds"}
+    start = next((number for number, name in enumerate(names[:4]) if name in launchers), None)
+    if start is None:
+        return None
+    stop = names.index("pretrain.py") if "pretrain.py" in names else len(words)
+    options = list(words[start + 1 : stop])
+    for word, following in zip(options, [*options[1:], None], strict=True):
         name, equals, value = word.partition("=")
         if word.startswith("-H") and len(word) > 2:
             return word[2:].removeprefix("=")
         if name == "-H" or (name.startswith("--ho") and "--hostfile".startswith(name)):
-            return value if equals else options[number + 1] if number + 1 < len(options) else None
+            return value if equals else following
     return None
 
 
-def _ancestors() -> list[tuple[list[str], str]]:
-    """(command line, working folder) of the processes above this one, as far as they may be seen."""
-    import psutil  # DeepSpeed needs it, so it is there
-
-    found = []
-    for process in psutil.Process().parents():
-        try:
-            found.append((process.cmdline(), process.cwd()))
-        except psutil.Error:
-            continue
-    return found
-
-
-def remote_line(name: str, words: Sequence[str], ssh_port: int | None = None, root: Path = ROOT) -> list[str]:
-    """The command line that runs `words` on a host over ssh, in the project's folder there, with nobody to answer questions."""
-    at = ["-p", str(ssh_port)] if ssh_port else []
+def ssh_command(name: str, words: Sequence[str], ssh_port: int | None = None, root: Path = ROOT) -> list[str]:
+    """Return the command that runs `words` on a host over ssh, in the project's folder there, without questions."""
+    port = ["-p", str(ssh_port)] if ssh_port else []
     remote = shlex.join(["cd", str(root)]) + " && exec " + shlex.join(words)
-    return ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_S}", *at, name, remote]
+    return ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_S}", *port, name, remote]
 
 
-def run_on(
-    host: Host,
+def run_on_host(
+    name: str,
     words: Sequence[str],
     *,
     text="",
     ssh_port: int | None = None,
     root=ROOT,
     timeout_s: float = _PROBE_S,
-    good=(0,),
-) -> str:
-    """What `words` print on the host, given `text` on standard input. good: exit statuses that are no failure.
+    accepted=(0,),
+) -> dict:
+    """Run `words` on the host with `text` on standard input, and return the JSON object in the last line of its output.
 
-    Raises UserError with the sentence that says why there is no answer.
+    accepted: exit statuses that are not failures. Raises UserError that says why there is no answer.
     """
-    name = host.name
     try:
         done = subprocess.run(
-            remote_line(name, words, ssh_port, root), input=text, capture_output=True, text=True, timeout=timeout_s
+            ssh_command(name, words, ssh_port, root), input=text, capture_output=True, text=True, timeout=timeout_s
         )
     except FileNotFoundError:
         raise UserError(
@@ -178,49 +178,43 @@ def run_on(
         ) from None
     except subprocess.TimeoutExpired:
         raise UserError(f"{name} did not answer over ssh within {timeout_s:g} s: try `ssh {name} true`") from None
-    if done.returncode in good:
-        return done.stdout
     last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    if done.returncode == 255:
-        raise UserError(_ssh_refusal(name, done.stderr, last))
-    if done.returncode in (1, 2) and "cd:" in done.stderr:
-        raise UserError(f"{name} has no folder {root}: put the project at the same path on every host")
-    if done.returncode in (126, 127):
-        raise UserError(
-            f"{name} has no python at {words[0]}: install the project at the same path on every host (bash launch/setup.sh)"
+    if done.returncode in accepted:
+        try:
+            return json.loads(done.stdout.splitlines()[-1])
+        except (ValueError, IndexError):
+            problem = "prints text of its own when ssh runs a command there: keep its shell start-up files silent"
+    elif done.returncode == 255:
+        raise UserError(_explain_ssh_failure(name, done.stderr, last))
+    elif done.returncode in (1, 2) and "cd:" in done.stderr:
+        problem = f"has no folder {root}: put the project at the same path on every host"
+    elif done.returncode in (126, 127):
+        problem = (
+            f"has no python at {words[0]}: install the project at the same path on every host (bash launch/setup.sh)"
         )
-    raise UserError(f"{name} could not be examined with {words[0]} ({last}): install the project there as here")
-
-
-def last_json(name: str, told: str) -> dict:
-    """The last line that the host printed, as JSON. Raises UserError when it is something else."""
-    try:
-        return json.loads(told.splitlines()[-1])
-    except (ValueError, IndexError):
-        raise UserError(
-            f"{name} prints text of its own when ssh runs a command there: keep its shell start-up files silent"
-        ) from None
+    else:
+        problem = f"could not be examined with {words[0]} ({last}): install the project there as here"
+    raise UserError(f"{name} {problem}")
 
 
 def _probe(host: Host, port: int, ssh_port: int | None, root: Path) -> dict | str:
-    """The host's answer, or the sentence that says why there is none."""
-    source = Path(probe.__file__).read_text(encoding="utf-8")
+    """Return the host's answer, or the sentence that says why there is none."""
+    source = Path(host_probe.__file__).read_text(encoding="utf-8")
     try:
-        return last_json(
-            host.name,
-            run_on(host, [sys.executable, "-", str(root), str(port)], text=source, ssh_port=ssh_port, root=root),
-        )
+        words = [sys.executable, "-", str(root), str(port)]
+        return run_on_host(host.name, words, text=source, ssh_port=ssh_port, root=root)
     except UserError as error:
         return str(error)
 
 
-def _ssh_refusal(name: str, text: str, last: str) -> str:
-    """What ssh's own failure means."""
+def _explain_ssh_failure(name: str, text: str, last: str) -> str:
     lower = text.lower()
     if "could not resolve" in lower or "name or service not known" in lower:
         return f"the host {name} is unknown: correct its name in the hostfile or add it to DNS or /etc/hosts"
     if "permission denied" in lower:
-        return f"{name} refuses this user's ssh key: add it there with `ssh-copy-id {name}`, so that ssh asks for no password"
+        return (
+            f"{name} refuses this user's ssh key: add it there with `ssh-copy-id {name}`, so that ssh needs no password"
+        )
     if "host key" in lower:
         return f"the host key of {name} is not known or has changed ({last}): run `ssh {name} true` once and accept it"
     if "refused" in lower:
@@ -228,37 +222,30 @@ def _ssh_refusal(name: str, text: str, last: str) -> str:
     return f"{name} cannot be reached over ssh ({last}): check that it is up, and the network and firewall between"
 
 
-def _differences(host: Host, answer: dict, here: dict, root: Path) -> list[str]:
-    told = []
-    files = _unlike(answer["code"], here["code"])
-    if files:
+def _differences_from_here(host: Host, probe: dict, here: dict, root: Path) -> list[str]:
+    mistakes = []
+    if files := _unequal_keys(probe["code"], here["code"]):
         names = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
-        told.append(
+        mistakes.append(
             f"{host.name} has other code than this machine in {root} ({names}): copy the same files to every host"
         )
-    for name in _unlike(answer["versions"], here["versions"]):
-        told.append(
-            f"{host.name} has {name} {answer['versions'].get(name)}, this machine has {here['versions'].get(name)}: install the same on every host"
+    for name in _unequal_keys(probe["versions"], here["versions"]):
+        mistakes.append(
+            f"{host.name} has {name} {probe['versions'].get(name)}, this machine has {here['versions'].get(name)}: "
+            "install the same on every host"
         )
-    return told
+    return mistakes
 
 
-def _unlike(one: dict, other: dict) -> list[str]:
+def _unequal_keys(one: dict, other: dict) -> list[str]:
     return sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
 
 
-def _too_many(host: Host, answer: dict, with_gpus: bool) -> list[str]:
-    """GPUs are counted. On CPUs more ranks than cores are only slow, but ranks that do not fit in memory bring the host down."""
+def _excess_slots(host: Host, probe: dict, with_gpus: bool) -> list[str]:
+    """GPUs are a limit. On CPUs more ranks than cores are only slow, but ranks beyond its memory bring a host down."""
     if with_gpus:
-        if host.slots > answer["gpus"]:
-            return [
-                f"{host.name} has {answer['gpus']} GPUs but slots={host.slots}: set slots to {answer['gpus'] or 'what it has, or take it out'}"
-            ]
-        return []
-    fit = max(1, answer["memory_bytes"] // RANK_MEMORY_BYTES)
-    if host.slots > fit:
-        gigabytes = answer["memory_bytes"] / 1e9
-        return [
-            f"{host.name} has {gigabytes:.1f} GB of memory, too little for slots={host.slots}: set slots to {fit} or fewer"
-        ]
-    return []
+        fix = f"set slots to {probe['gpus']}" if probe["gpus"] else "set slots to what it has, or remove its line"
+        return [f"{host.name} has {probe['gpus']} GPUs but slots={host.slots}: {fix}"] * (host.slots > probe["gpus"])
+    fitting = max(1, probe["memory_bytes"] // RANK_MEMORY_BYTES)
+    memory = f"{probe['memory_bytes'] / 1e9:.1f} GB of memory, too little for slots={host.slots}"
+    return [f"{host.name} has {memory}: set slots to {fitting} or fewer"] * (host.slots > fitting)

@@ -1,4 +1,4 @@
-"""The start of every program of several ranks: found alike, watched, and the errors of storage told as a user's."""
+"""How every program of several ranks starts: the ranks meet, are monitored, and storage errors become user errors."""
 
 import contextlib
 import errno
@@ -11,30 +11,31 @@ import torch
 from megachat.config import Config
 from megachat.device import collective_backend
 from megachat.errors import UserError
-from megachat.job.agreement import meet_ranks
+from megachat.job.agreement import RankFacts, meet_ranks
 from megachat.job.failure_monitor import FailureMonitor
 from megachat.job.launch import LaunchEnvironment, choose_device, rank_0_address
+from megachat.job.monitor_hub import RESUME_HINT
 from megachat.parallel.engine import start_collectives
 from megachat.parallel.mesh import Mesh, build_mesh
 
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-_SLOW_PART = 0.9  # of parallel.timeout_s, so that the watch speaks before torch does
+_SLOW_SHARE = 0.9  # of parallel.timeout_s, so that the failure monitor reports before torch does
 
 
 @contextlib.contextmanager
 def join_job(
-    environment: LaunchEnvironment, config: Config, own_facts: dict, folder: Path, *, then: str
+    environment: LaunchEnvironment, config: Config, facts: RankFacts, folder: Path, *, restart_hint: str = RESUME_HINT
 ) -> Iterator[tuple[Mesh, FailureMonitor]]:
-    """All ranks enter together, once in a process, and leave torch.distributed when the block ends in order.
+    """Join the other ranks, and leave torch.distributed when the block ends without an error. All ranks enter it once.
 
-    own_facts: from `agreement.rank_facts`. folder: where a standing job's table goes, and which is named where storage fails. then: what a user does
-    after the job has ended and the cause is gone. Raises UserError.
+    facts: from agreement.rank_facts. folder: for stall.txt, and named where storage fails. restart_hint: what the user
+    does once the cause of a failure is fixed. Raises UserError.
     """
     device = choose_device(environment)
-    with FailureMonitor(environment.rank, then=then) as monitor:
-        with meet_ranks(environment, own_facts, config.parallel.rendezvous_s):
+    with FailureMonitor(environment.rank, restart_hint=restart_hint) as monitor:
+        with meet_ranks(environment, facts, config.parallel.rendezvous_s):
             mesh = start_mesh(config, device)
-        limits = {"stall_s": config.parallel.stall_s, "slow_s": _SLOW_PART * config.parallel.timeout_s}
+        limits = {"stall_s": config.parallel.stall_s, "slow_s": _SLOW_SHARE * config.parallel.timeout_s}
         monitor.connect(mesh, address=rank_0_address(), folder=folder, **limits)
         try:
             yield mesh, monitor
@@ -43,13 +44,13 @@ def join_job(
                 raise
             raise UserError(
                 f"rank {mesh.world.rank} could not read or write {error.filename or folder} ({error.strerror}): "
-                f"free space there or make it accessible, then {then}"
+                f"free space there or make it accessible, then {restart_hint}"
             ) from error
         end_collectives()
 
 
 def start_mesh(config: Config, device: torch.device) -> Mesh:
-    """Join the other ranks. All ranks call it once."""
+    """Start torch.distributed, build the mesh and seed torch. All ranks call it once."""
     start_collectives(device, collective_backend(device), timedelta(seconds=config.parallel.timeout_s))
     mesh = build_mesh(device, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
     torch.manual_seed(random_seed(config.run.seed, 0, mesh.world.rank))
@@ -57,11 +58,11 @@ def start_mesh(config: Config, device: torch.device) -> Mesh:
 
 
 def random_seed(seed: int, step: int, rank: int) -> int:
-    """For torch's own random numbers, of which each rank has a stream; a new process would otherwise have any."""
+    """Return the seed of torch's global generator, one stream per rank. Otherwise a process starts with any seed."""
     return hash((seed, step, rank)) % 2**63
 
 
 def end_collectives() -> None:
-    """Leave the job in order, so that no rank sees another vanish."""
+    """Leave torch.distributed, so that no rank sees another one vanish."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

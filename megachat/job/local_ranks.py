@@ -11,7 +11,9 @@ from megachat.job.launch import free_port
 
 
 def run_with_torchrun(what: str, ranks: int, program: list[str]) -> str:
-    """What the program's `ranks` ranks, started by torchrun, print. Raises UserError, "`what` failed: " and the first error that was told."""
+    """What the program's `ranks` ranks, started by torchrun, print. Raises UserError, "`what` failed: " and the first
+    error that was told.
+    """
     line = [
         sys.executable,
         "-m",

@@ -1,4 +1,4 @@
-"""What the watch is made of below: who the ranks are, connections between them, the launchers above them, a thread's place in the code."""
+"""Parts of the failure monitor: rank addresses, connections, launchers above a process, code lines of a thread."""
 
 import contextlib
 import json
@@ -14,16 +14,17 @@ from typing import NamedTuple
 SEND_S = 2.0
 _PACKAGE = Path(__file__).resolve().parents[1]
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")} | {"<"})
-_COLLECTIVES = str(_PACKAGE / "parallel" / "collectives.py")  # every wait is there: its caller says more
+_COLLECTIVES = str(_PACKAGE / "parallel" / "collectives.py")  # every wait is there, so its caller says more
 _LAUNCHERS = frozenset(
-    (
-        "deepspeed deepspeed.launcher.launch deepspeed.launcher.runner torchrun torch.distributed.run supervise.py mpirun mpiexec prterun prted orted"
-    ).split()
+    "deepspeed deepspeed.launcher.launch deepspeed.launcher.runner torchrun torch.distributed.run supervise.py "
+    "mpirun mpiexec prterun prted orted".split()
 )
 
 
 class RankAddress(NamedTuple):
-    """Where a rank runs. machine: equal for ranks that see each other's process ids. address, port: where its hub, if it becomes one, listens."""
+    """Where a rank runs. machine: equal for ranks that see each other's process ids. address, port: where its hub would
+    listen.
+    """
 
     rank: int
     host: str
@@ -37,14 +38,13 @@ class RankAddress(NamedTuple):
 
 
 class Link:
-    """One connection of the watch: JSON objects, one a line, in both directions."""
+    """One connection between ranks: JSON objects, one per line, in both directions."""
 
     def __init__(self, connection: socket.socket):
         self.socket, self._rest = connection, b""
         connection.settimeout(SEND_S)
-        connection.setsockopt(
-            socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1
-        )  # a host that is gone closes nothing; the kernel finds out in 20 s
+        # a host that is gone closes nothing; with these the kernel notices within 20 s
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
             if hasattr(socket, option):
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
@@ -54,12 +54,12 @@ class Link:
         return self.socket.fileno()
 
     def send(self, **message) -> None:
-        """What cannot be sent is lost: the other end's silence is noticed elsewhere."""
+        """Send a message. One that cannot be sent is lost: the silence of the other end is noticed elsewhere."""
         with contextlib.suppress(OSError):
             self.socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> list[dict] | None:
-        """The messages that have come; None when the other end has closed or died."""
+        """Return the messages that have arrived; None when the other end has closed or died."""
         try:
             data = self.socket.recv(1 << 16)
         except TimeoutError:
@@ -75,47 +75,50 @@ class Link:
         self.socket.close()
 
 
-def listen() -> socket.socket:
-    """A listener on a free port of every interface."""
+def listen(port: int) -> socket.socket:
+    """Listen on every interface. port: 0 for a free one."""
     if socket.has_dualstack_ipv6():
-        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096)
-    return socket.create_server(("", 0), backlog=4096)
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096)
+    return socket.create_server(("", port), backlog=4096)
 
 
-def own_address(toward: str) -> str:
-    """The address of this host on its way to the host `toward`; nothing is sent."""
+def local_address(toward: str) -> str:
+    """Return this host's address on the route to the host `toward`; nothing is sent."""
     with contextlib.suppress(OSError):
-        family, kind, protocol, _, place = socket.getaddrinfo(toward, 9, type=socket.SOCK_DGRAM)[0]
+        family, kind, protocol, _, target = socket.getaddrinfo(toward, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, protocol) as probe:
-            probe.connect(place)
+            probe.connect(target)
             return probe.getsockname()[0]
     return socket.gethostname()
 
 
-def machine() -> str:
-    """The same for two processes when they see each other's process ids."""
-    named = [socket.gethostname()]
+def machine_id() -> str:
+    """Return a string that is equal for two processes if they see each other's process ids."""
+    parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
-        named += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
-    return " ".join(named)
+        parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+    return " ".join(parts)
 
 
 def launchers_above() -> list[tuple[int, str]]:
-    """(pid, name) of the launchers among this process's ancestors, the nearest first; none where /proc is not."""
-    found, pid = [], os.getpid()
+    """Return (pid, name) of the launchers among this process's ancestors, the nearest first; none where there is no
+    /proc.
+    """
+    launchers, pid = [], os.getpid()
     with contextlib.suppress(OSError, ValueError):
         while pid > 1:
             pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
             words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")[:5]
-            name = next((Path(word).name for word in words if Path(word).name in _LAUNCHERS), None)
-            if name:
-                found.append((pid, name))
-    return found
+            if name := next((Path(word).name for word in words if Path(word).name in _LAUNCHERS), None):
+                launchers.append((pid, name))
+    return launchers
 
 
-def code_place(thread: int) -> tuple[str, str]:
-    """(innermost line of megachat or of the user's code, innermost line at all) of a Python thread, as "data/loader.py:88 __next__"."""
-    frame, innermost = sys._current_frames().get(thread), ""
+def code_lines(thread: int | None) -> tuple[str, str]:
+    """Return where a Python thread is, as "data/loader.py:88 __next__": its innermost line in megachat or the user's
+    code, and its innermost line.
+    """
+    frame, innermost = sys._current_frames().get(thread or 0), ""
     while frame:
         file = frame.f_code.co_filename
         line = f"{_short(file)}:{frame.f_lineno} {frame.f_code.co_name}"
@@ -133,14 +136,14 @@ def _short(file: str) -> str:
     return file
 
 
-def say(text: str) -> None:
+def write_stderr(text: str) -> None:
     """Write to stderr past Python's buffers, whose locks a hanging thread may hold."""
     with contextlib.suppress(OSError):
         os.write(2, text.encode() + b"\n")
 
 
 def end_process(status: int) -> None:
-    """End now, whatever the other threads do; what Python has buffered is written first if that goes quickly."""
+    """End now, whatever the other threads do. What Python has buffered is written first if that is quick."""
 
     def flush():
         for stream in (sys.stdout, sys.stderr):
@@ -153,7 +156,20 @@ def end_process(status: int) -> None:
     os._exit(status)
 
 
-def kill(pid: int) -> None:
-    """End a process of this job that cannot end itself."""
+def kill_process(pid: int) -> None:
+    """Kill a process of this job that cannot end itself."""
     with contextlib.suppress(OSError):
         os.kill(pid, signal.SIGKILL)
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether a process of this machine runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.kill(pid, 0)
+            return True
+        return False

@@ -1,8 +1,10 @@
-"""Before torch.distributed: every rank checks in with rank 0, so that one that never comes is named and ranks that are unlike are refused.
+"""The rendezvous before torch.distributed: ranks check in with rank 0, which names absent ranks and refuses unequal
+ones.
 
-torch's own rendezvous waits for absent ranks in silence until its timeout. Here rank 0 listens at MASTER_ADDR:MASTER_PORT itself, hears who is
-there and what each rank has (its facts), and answers all with one verdict; only then does torch's store take the port over, so that nobody
-finds it closed in between. Under torchrun, whose agent holds that port, rank 0 takes a free one and tells it through the agent's store.
+torch's rendezvous waits for absent ranks in silence until its timeout. Here rank 0 listens at MASTER_ADDR:MASTER_PORT
+itself, receives every rank's facts, and sends one verdict to all. Only then does torch's store take over the port, so
+that no rank finds it closed in between. Under torchrun, whose agent holds that port, rank 0 takes a free one and
+publishes it in the agent's store.
 """
 
 import contextlib
@@ -21,31 +23,38 @@ from torch.distributed import DistError, TCPStore
 
 from megachat.errors import UserError
 from megachat.job.launch import LaunchEnvironment
-from megachat.job.monitor_links import Link, own_address
+from megachat.job.monitor_links import Link, listen, local_address
 from megachat.text import number_ranges
 
-NOTICE_S = 10.0  # after which a wait is told, once
+NOTICE_S = 10.0  # after which a wait is logged, once
 _RETRY_S = 0.2
 _CONNECT_S = 3.0
-_SILENCE_S = 10.0  # a rank 0 greets at once
-_LATE_S = 2.0  # to those who come while a mistake is told
-_SLACK_S = 10.0  # for rank 0's verdict to arrive after its own limit
+_GREETING_S = 10.0  # rank 0 greets at once
+_LATE_S = 2.0  # for ranks that arrive while an error is reported
+_VERDICT_S = 10.0  # for rank 0's verdict to arrive after its own limit
 _GREETING = "megachat rank 0"
 _OTHER_PORT = "--master_port (deepspeed), --master-port (torchrun) or MASTER_PORT (srun, mpirun)"
+
+RankFacts = Mapping[str, Mapping[str, str]]  # kind -> name -> hash or short text, compared between ranks
+Judge = Callable[[list["Arrival"]], str | None]
+Address = tuple[str, int]
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """A rank that has checked in. facts: kind -> name -> hash or short text, compared between ranks."""
+    """A rank that has checked in."""
 
     rank: int
     host: str
-    facts: Mapping[str, Mapping[str, str]]
+    facts: RankFacts
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """All ranks are here. address: of rank 0's host, as another host reached it; None when all came over loopback. store: keeps the port."""
+    """The result once all ranks are here.
+
+    address: rank 0's host as another host reached it; None if all came over loopback. store: holds the port.
+    """
 
     address: str | None
     store: TCPStore | None = None
@@ -53,24 +62,25 @@ class Meeting:
 
 def meet(
     environment: LaunchEnvironment,
-    facts: Mapping[str, Mapping[str, str]],
-    judge: Callable[[list[Arrival]], str | None],
+    facts: RankFacts,
+    judge: Judge,
     limit_s: float,
-    say: Callable[[str], None] = lambda line: print(line, flush=True),
+    log: Callable[[str], None] = lambda line: print(line, flush=True),
 ) -> Meeting:
-    """Wait for all ranks, which all call this once. judge, on rank 0, gets the arrivals in rank order and returns what is wrong, in a sentence.
+    """Wait for all ranks; each calls this once. judge gets the arrivals in rank order on rank 0, and returns an error.
 
-    Raises UserError on every rank that is here, all with the same sentence: ranks that did not come within limit_s, that came twice or died,
-    what judge says; and on the rank concerned: the port in use, a rank 0 that is not there.
+    Raises UserError with the same sentence on every rank that is here: ranks that did not arrive within limit_s, that
+    arrived twice or died, or judge's error. On a single rank: the port is in use, or rank 0 cannot be reached.
     """
     if environment.world_size == 1:
         return Meeting(None)
-    begin = time.monotonic()
-    place, desk = _meeting_place(environment, limit_s)
-    if desk is not None:
-        desk.world, desk.judge, desk.limit_s, desk.say = environment.world_size, judge, limit_s, say
+    begin, desk = time.monotonic(), None
+    address, listener = _meeting_point(environment, limit_s)
+    if listener:
+        store_port = None if environment.agent_has_store else address[1]
+        desk = _Desk(listener, store_port, environment.world_size, judge, limit_s, log)
         threading.Thread(target=desk.run, name="rendezvous", daemon=True).start()
-    link = _reach(place, environment, begin, limit_s, say)
+    link = _reach(address, environment, begin, limit_s, log)
     with link.socket:
         link.send(
             rank=environment.rank,
@@ -79,80 +89,84 @@ def meet(
             address=link.socket.getpeername()[0],
             facts=facts,
         )
-        verdict = _next(link, time.monotonic() + limit_s + _SLACK_S)
+        verdict = _next_message(link, time.monotonic() + limit_s + _VERDICT_S)
     if not verdict:
         raise UserError(
-            f"rank 0 at {_text(place)} ended or fell silent while the ranks were gathering: look for its own message"
+            f"rank 0 at {address[0]}:{address[1]} ended or fell silent during the rendezvous: "
+            "look for its error message"
         )
-    if "mistake" in verdict:
-        raise UserError(verdict["mistake"])
-    return Meeting(verdict["address"], desk.store if desk is not None else None)
+    if "error" in verdict:
+        raise UserError(verdict["error"])
+    return Meeting(verdict["address"], desk.store if desk else None)
 
 
 class _Desk:
-    """Rank 0's side, in a thread of its own: hears all ranks and answers them."""
+    """Rank 0's side, in a thread of its own: registers all ranks and sends them the verdict."""
 
-    world: int
-    judge: Callable[[list[Arrival]], str | None]
-    limit_s: float
-    say: Callable[[str], None]
-
-    def __init__(self, listener: socket.socket, store_port: int | None):
-        self.listener, self.store_port = listener, store_port
+    def __init__(
+        self,
+        listener: socket.socket,
+        store_port: int | None,
+        world: int,
+        judge: Judge,
+        limit_s: float,
+        log: Callable[[str], None],
+    ):
+        self.listener, self.store_port, self.world = listener, store_port, world
+        self.judge, self.limit_s, self.log = judge, limit_s, log
         self.store: TCPStore | None = None
-        self._here: dict[int, tuple[Link, Arrival, str]] = {}
-        self._links: list[Link] = []  # of all who have knocked and not left
+        self._arrivals: dict[int, tuple[Link, Arrival, str]] = {}  # rank -> its link, itself, rank 0's address for it
+        self._links: list[Link] = []  # all open connections
         self._selector = selectors.DefaultSelector()
 
     def run(self) -> None:
-        """Until all are here, one may not come in, or the time is over; then the verdict."""
+        """Wait until all ranks are here, one is refused, or the time is over; then send the verdict."""
         try:
-            mistake = self._gather() or self.judge([arrival for _, (_, arrival, _) in sorted(self._here.items())])
-        except Exception as error:  # told to all ranks: they wait for a verdict
-            mistake = f"rank 0 could not gather the ranks ({type(error).__name__}: {error})"
-        if mistake and len(self._here) < self.world:
-            self._let_in()
+            error = self._gather() or self.judge([arrival for _, (_, arrival, _) in sorted(self._arrivals.items())])
+        except Exception as exception:  # sent to all ranks, because they wait for a verdict
+            error = f"rank 0 could not gather the ranks ({type(exception).__name__}: {exception})"
+        if error and len(self._arrivals) < self.world:
+            self._greet_late_ranks()
         self.listener.close()
         self._selector.close()
-        if mistake is None and self.store_port is not None:
-            try:  # every client of the store is told of it by the verdict, so nobody knocks too early
-                forever = timedelta(seconds=self.limit_s)
-                self.store = TCPStore(
-                    "127.0.0.1", self.store_port, None, True, forever, wait_for_workers=False, multi_tenant=True
-                )
-            except DistError as error:
-                mistake = f"port {self.store_port} on {socket.gethostname()} was lost to another program ({error}): choose another, {_OTHER_PORT}"
-        reached = [
-            address
-            for _, _, address in self._here.values()
-            if not ipaddress.ip_address(address.partition("%")[0]).is_loopback
-        ]
-        verdict = {"mistake": mistake} if mistake else {"address": reached[0] if reached else None}
-        own = self._here[0][0] if 0 in self._here else None
-        for link in sorted(self._links, key=lambda link: link is own):
-            link.send(**verdict)  # rank 0 last: with a mistake its process ends when it hears
+        if error is None and self.store_port is not None:
+            error = self._open_store(self.store_port)
+        addresses = [address for _, _, address in self._arrivals.values()]
+        other = [each for each in addresses if not ipaddress.ip_address(each.partition("%")[0]).is_loopback]
+        verdict = {"error": error} if error else {"address": other[0] if other else None}
+        rank_0 = self._arrivals[0][0] if 0 in self._arrivals else None
+        for link in sorted(self._links, key=lambda link: link is rank_0):
+            link.send(**verdict)  # rank 0 last: with an error its process ends when it receives this
+
+    def _open_store(self, port: int) -> str | None:
+        """Start torch's store; its clients wait for the verdict, so none connects too early. Returns an error."""
+        timeout = timedelta(seconds=self.limit_s)
+        try:
+            self.store = TCPStore("127.0.0.1", port, None, True, timeout, wait_for_workers=False, multi_tenant=True)
+            return None
+        except DistError as error:
+            return f"port {port} on {socket.gethostname()} was lost to another program ({error}): choose another with {_OTHER_PORT}"
 
     def _gather(self) -> str | None:
-        begin, told = time.monotonic(), False
+        begin, logged = time.monotonic(), False
         self._selector.register(self.listener, selectors.EVENT_READ)
-        while len(self._here) < self.world:
+        while len(self._arrivals) < self.world:
             waited = time.monotonic() - begin
             if waited >= self.limit_s:
-                return self._missing(f"did not come within {self.limit_s:g} s")
-            if waited >= NOTICE_S and not told:
-                told = True
-                self.say(
-                    f"waiting for {_ranks(self._absent())} of {self.world}, up to {self.limit_s:g} s (parallel.rendezvous_s)"
-                )
+                return self._describe_missing()
+            if waited >= NOTICE_S and not logged:
+                logged = True
+                limit = f"up to {self.limit_s:g} s (parallel.rendezvous_s)"
+                self.log(f"waiting for {_name_ranks(self._absent())} of {self.world}, {limit}")
             for key, _ in self._selector.select(min(1.0, self.limit_s - waited)):
                 if key.fileobj is self.listener:
                     self._selector.register(self._greet(), selectors.EVENT_READ)
-                elif mistake := self._hear(key.fileobj):
-                    return mistake
+                elif isinstance(key.fileobj, Link) and (error := self._receive(key.fileobj)):
+                    return error
         return None
 
-    def _let_in(self) -> None:
-        """Ranks that come a moment late, rank 0's own among them, hear the mistake as well."""
+    def _greet_late_ranks(self) -> None:
+        """Let ranks that arrive a moment late, among them perhaps rank 0, receive the error as well."""
         end = time.monotonic() + _LATE_S
         while (left := end - time.monotonic()) > 0:
             self.listener.settimeout(left)
@@ -165,126 +179,130 @@ class _Desk:
         link.send(greeting=_GREETING)
         return link
 
-    def _hear(self, link: Link) -> str | None:
+    def _receive(self, link: Link) -> str | None:
         try:
             messages = link.receive()
             if messages:
-                return self._admit(link, **messages[0])
-        except (ValueError, TypeError):  # not one of us
+                return self._register(link, **messages[0])
+        except (ValueError, TypeError):  # another program
             messages = None
         if messages is None:
             self._selector.unregister(link)
             self._links.remove(link)
             link.close()
-            gone = next((arrival for other, arrival, _ in self._here.values() if other is link), None)
-            if gone:
-                return f"rank {gone.rank} on {gone.host} ended before all ranks had come: look for its own message"
+            for other, arrival, _ in self._arrivals.values():
+                if other is link:
+                    return f"rank {arrival.rank} on {arrival.host} ended before all ranks had arrived: look for its error message"
         return None
 
-    def _admit(self, link: Link, rank: int, world: int, host: str, address: str, facts: dict) -> str | None:
-        if rank in self._here or world != self.world or not 0 <= rank < world:
-            if world != self.world:
-                return f"rank {rank} on {host} was started for {world} ranks and rank 0 for {self.world}: start all hosts with the same numbers"
+    def _register(self, link: Link, rank: int, world: int, host: str, address: str, facts: dict) -> str | None:
+        if world != self.world or not 0 <= rank < world:
             return (
-                f"rank {rank} came twice, from {self._here[rank][1].host} and from {host}: give every host its own --node_rank, "
-                "and end what an earlier start left running"
+                f"rank {rank} on {host} was started for {world} ranks and rank 0 for {self.world}: "
+                "start all hosts with the same numbers"
             )
-        self._here[rank] = link, Arrival(rank, host, facts), address
+        if rank in self._arrivals:
+            return (
+                f"rank {rank} arrived twice, from {self._arrivals[rank][1].host} and from {host}: "
+                "give every host its own --node_rank, and end what an earlier start left running"
+            )
+        self._arrivals[rank] = link, Arrival(rank, host, facts), address
         return None
 
     def _absent(self) -> list[int]:
-        return [rank for rank in range(self.world) if rank not in self._here]
+        return [rank for rank in range(self.world) if rank not in self._arrivals]
 
-    def _missing(self, what: str) -> str:
+    def _describe_missing(self) -> str:
         hosts: dict[str, list[int]] = {}
-        for rank, (_, arrival, _) in sorted(self._here.items()):
+        for rank, (_, arrival, _) in sorted(self._arrivals.items()):
             hosts.setdefault(arrival.host, []).append(rank)
-        here = ", ".join(f"{_ranks(ranks)} on {host}" for host, ranks in list(hosts.items())[:8]) or "nobody"
+        here = ", ".join(f"{_name_ranks(ranks)} on {host}" for host, ranks in list(hosts.items())[:8]) or "nobody"
         return (
-            f"{_ranks(self._absent())} of {self.world} {what}, here {'are' if len(self._here) > 1 else 'is'} {here}: look for the missing ranks' own "
-            "messages and whether their hosts were started and reach this one (docs/multinode.md); parallel.rendezvous_s sets how long to wait"
+            f"{_name_ranks(self._absent())} of {self.world} did not arrive within {self.limit_s:g} s, "
+            f"here {'are' if len(self._arrivals) > 1 else 'is'} {here}: look for the missing ranks' own messages "
+            "and whether their hosts were started and reach this one (docs/multinode.md); "
+            "parallel.rendezvous_s sets how long to wait"
         )
 
 
-def _meeting_place(environment: LaunchEnvironment, limit_s: float) -> tuple[tuple[str, int], _Desk | None]:
-    """Where to check in, and rank 0's desk there."""
+def _meeting_point(environment: LaunchEnvironment, limit_s: float) -> tuple[Address, socket.socket | None]:
+    """Return where to check in, and on rank 0 the listener there."""
     address, port = environment.master_address, environment.master_port
     if not environment.agent_has_store:
-        return (address, port), _Desk(_listen(port), port) if environment.rank == 0 else None
+        return (address, port), _listen(port) if environment.rank == 0 else None
     key = f"megachat/{environment.attempt}/rank 0"
     try:
         store = TCPStore(address, port, None, False, timedelta(seconds=limit_s), wait_for_workers=False)
         if environment.rank != 0:
-            return tuple(json.loads(store.get(key))), None
+            host, port = json.loads(store.get(key))
+            return (host, port), None
         listener = _listen(0)
-        own = own_address(address)  # loopback when MASTER_ADDR names this host: then the others reach it by that name
-        place = address if own.startswith("127.") or own == "::1" else own, listener.getsockname()[1]
-        store.set(key, json.dumps(place))
-        return place, _Desk(listener, None)
+        local = local_address(address)  # loopback if MASTER_ADDR names this host: then the others reach it by that name
+        here = address if local.startswith("127.") or local == "::1" else local, listener.getsockname()[1]
+        store.set(key, json.dumps(here))
+        return here, listener
     except DistError as error:
         raise UserError(
-            f"rank 0 did not come to torchrun's store at {address}:{port} ({str(error).splitlines()[0]}): look for its message"
+            f"rank 0 did not come to torchrun's store at {address}:{port} ({str(error).splitlines()[0]}): "
+            "look for its error message"
         ) from None
 
 
 def _listen(port: int) -> socket.socket:
     try:
-        if socket.has_dualstack_ipv6():
-            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096)
-        return socket.create_server(("", port), backlog=4096)
+        return listen(port)
     except OSError as error:
         raise UserError(
-            f"port {port} on {socket.gethostname()}, where rank 0 listens, cannot be used ({os.strerror(error.errno or 0)}): "
-            f"end the earlier job that holds it, or choose another with {_OTHER_PORT}"
+            f"port {port} on {socket.gethostname()}, where rank 0 listens, cannot be used "
+            f"({os.strerror(error.errno or 0)}): end the earlier job that holds it, or choose another with {_OTHER_PORT}"
         ) from None
 
 
-def _reach(place: tuple[str, int], environment: LaunchEnvironment, begin: float, limit_s: float, say) -> Link:
-    """A connection to rank 0, which may not be up yet."""
-    told = False
+def _reach(
+    address: Address, environment: LaunchEnvironment, begin: float, limit_s: float, log: Callable[[str], None]
+) -> Link:
+    """Return a connection to rank 0, which may not be up yet."""
+    here, logged = f"rank {environment.rank} on {socket.gethostname()}", False
+    target = f"rank 0 at {address[0]}:{address[1]}"
     while True:
         try:
-            link = Link(socket.create_connection(place, timeout=_CONNECT_S))
-            if (
-                link.socket.getsockname() != link.socket.getpeername()
-            ):  # a client that gets its own target's port is connected to itself
-                return _greeted(link, place)
+            link = Link(socket.create_connection(address, timeout=_CONNECT_S))
+            if link.socket.getsockname() != link.socket.getpeername():  # a client may be given the port that it wants
+                return _greeted(link, address)
             link.close()
             why = "nothing listens there"
         except socket.gaierror:
-            why = f"the name {place[0]} does not resolve"
+            why = f"the name {address[0]} does not resolve"
         except ConnectionRefusedError:
             why = "nothing listens there: rank 0 was not started, has ended, or is on another host"
         except OSError as error:
             why = f"{error.strerror or error}: host down, or a firewall between"
-        waited, here = time.monotonic() - begin, f"rank {environment.rank} on {socket.gethostname()}"
+        waited = time.monotonic() - begin
         if waited >= limit_s:
             raise UserError(
-                f"{here} could not reach rank 0 at {_text(place)} within {limit_s:g} s ({why}): correct MASTER_ADDR or mend that"
+                f"{here} could not reach {target} within {limit_s:g} s ({why}): correct MASTER_ADDR or fix the cause"
             )
-        if waited >= NOTICE_S and not told and environment.local_rank == 0:
-            told = True
-            say(f"{here} waits for rank 0 at {_text(place)} ({why})")
+        if waited >= NOTICE_S and not logged and environment.local_rank == 0:
+            logged = True
+            log(f"{here} waits for {target} ({why})")
         time.sleep(_RETRY_S)
 
 
-def _greeted(link: Link, place: tuple[str, int]) -> Link:
-    """The link, once it is known to lead to a rank 0 of this program."""
-    try:
-        message = _next(link, time.monotonic() + _SILENCE_S)
-        good = isinstance(message, dict) and message.get("greeting") == _GREETING
-    except ValueError:
-        good = False
-    if not good:
+def _greeted(link: Link, address: Address) -> Link:
+    """Return the link once it is known to lead to rank 0 of a megachat job."""
+    message = None
+    with contextlib.suppress(ValueError):
+        message = _next_message(link, time.monotonic() + _GREETING_S)
+    if not isinstance(message, dict) or message.get("greeting") != _GREETING:
         raise UserError(
-            f"at {_text(place)} is another program, not rank 0 of this job: end the earlier job that holds the port, "
-            f"or choose another with {_OTHER_PORT}"
+            f"at {address[0]}:{address[1]} is another program, not rank 0 of this job: end the earlier job that holds "
+            f"the port, or choose another with {_OTHER_PORT}"
         )
     return link
 
 
-def _next(link: Link, deadline: float) -> dict | None:
-    """The next message; None when the other end closed or the time is over."""
+def _next_message(link: Link, deadline: float) -> dict | None:
+    """Return the next message; None when the other end closed or the time is over."""
     while time.monotonic() < deadline:
         messages = link.receive()
         if messages is None:
@@ -294,10 +312,6 @@ def _next(link: Link, deadline: float) -> dict | None:
     return None
 
 
-def _text(place: tuple[str, int]) -> str:
-    return f"{place[0]}:{place[1]}"
-
-
-def _ranks(ranks: list[int]) -> str:
+def _name_ranks(ranks: list[int]) -> str:
     """[2, 3, 4, 6] -> "ranks 2-4,6"."""
     return f"rank{'s' * (len(ranks) != 1)} {number_ranges(ranks)}"

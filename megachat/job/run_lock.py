@@ -25,7 +25,8 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 def run_lock(folder: Path) -> Iterator[str | None]:
     """Hold the run folder, which is made when it is not there; gives a remark, where the storage knows no locks.
 
-    Raises UserError when another job holds it, and OSError when the folder cannot be made. On NFS the lock holds between hosts (Linux, NFS 4).
+    Raises UserError when another job holds it, and OSError when the folder cannot be made. On NFS the lock holds
+    between hosts (Linux, NFS 4).
     """
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +80,9 @@ def _holder(descriptor: int) -> str:
 
 @contextlib.contextmanager
 def lock_run_folder(folder: Path, world: Axis) -> Iterator[list[str]]:
-    """The run folder locked by rank 0, and tidied; gives remarks. All ranks enter together. Raises UserError on all when another job has it."""
+    """The run folder locked by rank 0, and tidied; gives remarks. All ranks enter together. Raises UserError on all
+    when another job has it.
+    """
     with contextlib.ExitStack() as stack:
         remarks = []
 

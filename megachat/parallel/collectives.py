@@ -1,4 +1,4 @@
-"""Communication along one axis, written down for the watch. An axis of size 1 costs nothing: the skip is here and nowhere else.
+"""Communication along one axis, recorded for the failure monitor. An axis of size 1 costs nothing: the skip is here and nowhere else.
 
 Every function takes a `name`, by which a standing job tells where its ranks wait; without one, the operation is told.
 """

@@ -1,4 +1,6 @@
-"""What this process is doing, written down at every collective and note, so that the watch can tell where a job stands still."""
+"""What this process is doing, recorded at every collective and note, so that the failure monitor can report where a job
+is stalled.
+"""
 
 import contextlib
 import threading
@@ -8,21 +10,24 @@ from typing import NamedTuple
 
 from torch.profiler import record_function
 
-PROFILE_PREFIX = "part "  # how ranges of a profile that are a part of the step begin
+PROFILE_PREFIX = "part "  # of the ranges of a profile that are a part of the step
 
 
 def profile_range(name: str) -> record_function:
-    """A context that a profile (torch.profiler, Nsight) shows under this name; parts may lie in parts. `tools/bench.py profile` adds them up."""
+    """Return a context that profilers (torch.profiler, Nsight) show under this name; ranges may nest. `tools/bench.py
+    profile` adds them up.
+    """
     return record_function(PROFILE_PREFIX + name)
 
 
 class Entry(NamedTuple):
-    """One thing that the process does or did.
+    """One operation of the process.
 
-    text: its name. axis, ranks, number: of a collective, the axis, its world ranks and the how manyth collective there it is, from 1; else "",
-    () and 0. waits: the process cannot go on before another rank does something. since: time.monotonic() when this became so.
-    thread: who does it (PyTorch runs gradient hooks of a GPU in threads of its own). after: of a note, text, axis and number of the last
-    collective that returned within it; else None.
+    axis, ranks, number: for a collective, its axis, the axis's world ranks, and its count on the axis, from 1; else "",
+    () and 0.
+    waits: the process cannot continue before another rank does something. since: time.monotonic() when this became so.
+    thread: the one that does it (PyTorch runs the gradient hooks of a GPU in threads of its own).
+    after: for a note, text, axis and number of the last collective that returned within it; else None.
     """
 
     text: str
@@ -36,46 +41,50 @@ class Entry(NamedTuple):
 
 
 class Progress:
-    """The recorder that all axes of one mesh share. Written by the thread that trains, read by the watch; every write is one assignment.
+    """The recorder shared by all axes of one mesh. The training thread writes it, the failure monitor reads it; every
+    write is one assignment.
 
-    counts: axis name -> collectives begun there. Ranks of one axis begin the same collectives in the same order, so their numbers compare.
-    slow: what takes long at the moment and for good reasons (compiling, saving), else "": the watch is more patient then.
+    counts: axis name -> collectives begun there. The ranks of an axis begin the same collectives in the same order, so
+    their counts compare.
+    slow: legitimately long work that is under way (compiling, saving), else ""; the failure monitor then waits longer.
     """
 
     def __init__(self):
         self.counts: dict[str, int] = {}
         self.slow = ""
-        self.now = self._note = Entry("starting", "", (), 0, False, time.monotonic(), threading.get_ident())
+        self.note("starting")
 
     def note(self, text: str, *, waits: bool = False) -> None:
-        """Something other than a collective begins. waits: it lasts until another rank, or the device, does its part (a receive, reading a loss)."""
+        """Record the begin of something other than a collective. waits: it lasts until another rank or the device has
+        done its part.
+        """
         self.now = self._note = Entry(text, "", (), 0, waits, time.monotonic(), threading.get_ident())
 
     def begin(self, text: str, axis: str, ranks: tuple[int, ...]) -> Entry:
-        """A collective begins; an error in it leaves it so."""
+        """Record the begin of a collective. An error in it leaves the record so."""
         number = self.counts[axis] = self.counts.get(axis, 0) + 1
         entry = self.now = Entry(text, axis, ranks, number, True, time.monotonic(), threading.get_ident())
         return entry
 
     def wait(self, entry: Entry) -> None:
-        """An asynchronous collective that was begun is waited for."""
+        """Record that an asynchronous collective, begun before, is now waited for."""
         self.now = entry._replace(waits=True, since=time.monotonic(), thread=threading.get_ident())
 
     def end(self) -> None:
-        """The collective has returned, or goes on in the background; the note within which it began holds again."""
+        """Return to the note in which a collective began: it has returned, or continues in the background."""
         done = self.now
-        self.now = self._note._replace(
-            since=time.monotonic(), thread=done.thread, after=(done.text, done.axis, done.number)
-        )
+        after = (done.text, done.axis, done.number)
+        self.now = self._note._replace(since=time.monotonic(), thread=done.thread, after=after)
 
     @contextlib.contextmanager
     def long_running(self, what: str) -> Iterator[None]:
-        """Work inside may keep other ranks waiting longer than parallel.stall_s, up to torch's own limit, parallel.timeout_s."""
+        """Allow the work inside to keep other ranks waiting longer than parallel.stall_s, up to torch's limit,
+        parallel.timeout_s.
+        """
         before, self.slow = self.slow, what
         self.note(what)
         try:
             yield
         finally:
             self.slow = before
-            # an error leaves the entry where it happened
-        self.note(f"after {what}")
+        self.note(f"after {what}")  # an error leaves the entry where it happened

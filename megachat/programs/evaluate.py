@@ -75,7 +75,10 @@ def evaluate(
             "parts": json.dumps([asked.core is None, asked.bpb is None, asked.sample, asked.tasks, asked.max_per_task])
         },
     )
-    with join_job(environment, saved.config, facts, saved.run_folder, then="start the evaluation again") as (mesh, _):
+    with join_job(environment, saved.config, facts, saved.run_folder, restart_hint="start the evaluation again") as (
+        mesh,
+        _,
+    ):
         say = print if mesh.world.rank == 0 else _say_nothing
         with mesh.world.progress.long_running("loading the checkpoint"):
             if saved.opened.format == "megachat" and (problem := find_damage(saved.opened.folder, mesh.world)):

@@ -91,9 +91,8 @@ def pretrain(
     job = _check_job(config, environment, resume, elastic)
     if job is None:
         return 0
-    then = "continue with --resume auto"
     with (
-        join_job(job.environment, config, job.facts, job.folder, then=then) as (mesh, monitor),
+        join_job(job.environment, config, job.facts, job.folder) as (mesh, monitor),
         lock_run_folder(job.folder, mesh.world) as notes,
     ):
         checkpoint, facts, chosen_notes = _agreed_checkpoint(job, resume, mesh)

@@ -56,7 +56,7 @@ def test_a_rank_that_is_elsewhere_is_named_with_its_line(tmp_path):
     )
     host = os.uname().nodename
     assert sentence.startswith(
-        f"error: rank 1 (host {host}) is elsewhere: it is in {short_path()}:{line} sleep_in_the_loader while the other ranks"
+        f"error: rank 1 (host {host}) is holding up the others: it is in {short_path()}:{line} sleep_in_the_loader while the other ranks"
     )
     assert (
         f'wait in "norm of the gradient" for {STALL_S} s; the table above is also in {tmp_path / "stall.txt"}; '

@@ -105,5 +105,5 @@ def test_a_rank_that_is_never_started_is_named(place):
     errors = [line for line in ranks.err.splitlines() if line.startswith("error:")]
     assert len(errors) == 2, "each rank reports it"
     for error in errors:
-        assert "rank 1 of 3 did not come within 5 s, here are ranks 0,2 on " in error
+        assert "rank 1 of 3 did not arrive within 5 s, here are ranks 0,2 on " in error
     assert not (place.runs / "absent").exists()

@@ -162,7 +162,7 @@ def test_a_cut_cable_is_told_by_ssh_and_by_the_ranks(hosts, both, place):
     finally:
         hosts.do("host-b", "ip", "link", "set", "eth0", "up")
     assert (here.status, there.status) == (2, 2)
-    assert here.errors[0].startswith("error: rank 1 of 2 did not come within 6 s, here is rank 0 on host-a: ")
+    assert here.errors[0].startswith("error: rank 1 of 2 did not arrive within 6 s, here is rank 0 on host-a: ")
     assert f"rank 1 on host-b could not reach rank 0 at {SUBNET}.1:29500 within 6 s (" in there.err
     assert not (place.runs / "cut").exists()
 
@@ -176,7 +176,7 @@ def test_a_node_rank_that_is_given_twice_is_told(hosts, place):
     assert [done.status for done in ends] == [2, 2, 2]
     for done in ends:
         assert re.search(
-            r"rank 1 came twice, from host-(a and from host-b|b and from host-a): give every host its own", done.err
+            r"rank 1 arrived twice, from host-(a and from host-b|b and from host-a): give every host its own", done.err
         ), done.err
 
 

@@ -99,9 +99,7 @@ def test_an_ended_launcher_leaves_no_rank_behind(launcher, kill, place):
         return
     told = [line for line in done.err.splitlines() if line.endswith(": the job saves after this step and ends")]
     assert len(told) == 1 and done.errors == [], done.err
-    assert re.match(
-        r"(rank \d .+ was told to stop \(SIGTERM\)|the launcher \w+ \(pid \d+\) above rank \d .+ has gone): ", told[0]
-    )
+    assert re.match(r"(rank \d .+ received SIGTERM|the launcher \w+ \(pid \d+\) of rank \d .+ has ended): ", told[0])
     found, passed_over = newest_complete(job.run / "checkpoints")
     assert found is not None and passed_over == []
     assert f"stopped after step {int(found.name[5:])}, which is saved: continue with --resume auto" in done.out

@@ -37,7 +37,7 @@ def test_a_stop_costs_nothing(world, rank, number, place):
         os.kill(ranks.pids[rank], number)
         assert ranks.end() == [SAVED_STATUS] * world, ranks.printed
     assert re.fullmatch(
-        rf"rank {rank} \(.*pid {ranks.pids[rank]}\) was told to stop \({number.name}\): the job saves after this step and ends\n",
+        rf"rank {rank} \(.*pid {ranks.pids[rank]}\) received {number.name}: the job saves after this step and ends\n",
         ranks.err,
     )
     saved, _ = newest_complete(run / "checkpoints")
@@ -64,7 +64,7 @@ def test_a_step_that_takes_too_long_is_not_waited_for(place):
         assert job.end() == [STOPPED_STATUS], job.printed
     (told,) = job.errors
     assert told.endswith(
-        "was told to stop (SIGTERM), and step and save took longer than checkpoint.stop_s=0.1, so the job stops: continue with --resume auto"
+        "received SIGTERM, and step and save took longer than checkpoint.stop_s=0.1, so the job stops: continue with --resume auto"
     )
     assert not list((run / "checkpoints").glob("step_*"))
 
@@ -76,7 +76,7 @@ def test_before_it_trains_a_job_ends_at_once(place):
         until(lambda: not job.alive or listens(job.pids[0], port), "rank 0 to listen")
         os.kill(job.pids[0], signal.SIGUSR1)
         assert job.end() == [STOPPED_STATUS], job.printed
-    assert "was told to stop (SIGUSR1), so the job stops" in job.errors[0]
+    assert "received SIGUSR1, so the job stops" in job.errors[0]
     assert not (place.runs / "early").exists()
 
 

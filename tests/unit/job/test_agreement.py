@@ -9,7 +9,7 @@ import pytest
 from megachat.config import Config, DataConfig, HorizonConfig, ModelConfig, RunConfig
 from megachat.data.shards import DataSummary
 from megachat.data.tokenizer import Tokenizer
-from megachat.job.agreement import disagreement, rank_facts
+from megachat.job.agreement import find_disagreement, rank_facts
 from megachat.job.rendezvous import Arrival
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -18,7 +18,7 @@ DATA = DataSummary(Path("data"), 2, 100, 10, 5000, None, "ab" * 32)
 
 
 def told(own: dict, other: dict) -> str | None:
-    return disagreement([Arrival(0, "a", own), Arrival(1, "a", own), Arrival(2, "b", other)])
+    return find_disagreement([Arrival(0, "a", own), Arrival(1, "a", own), Arrival(2, "b", other)])
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,159 @@
+"""The launch environment as each launcher leaves it, in processes of their own, and the threads of a CPU rank."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megachat.device import device_name
+from megachat.errors import UserError
+from megachat.job.launch import LaunchEnvironment, choose_device, common_address, describe_environment
+
+ROOT = Path(__file__).resolve().parents[3]
+PROGRAM = """
+import dataclasses, json, os
+from megachat.job.launch import bootstrap_environment
+environment = bootstrap_environment()
+keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+print(json.dumps([dataclasses.asdict(environment), {key: os.environ[key] for key in keys}]))
+"""
+
+_LAUNCH = ("RANK", "WORLD", "LOCAL", "MASTER", "OMPI", "SLURM", "CROSS", "TORCHELASTIC")
+
+
+def bootstrapped(**variables: str):
+    clean = {key: value for key, value in os.environ.items() if key.split("_")[0] not in _LAUNCH}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], cwd=ROOT, env=clean | variables, capture_output=True, text=True
+    )
+    return json.loads(done.stdout) if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
+
+
+def test_one_process_takes_a_free_port():
+    environment, env = bootstrapped()
+    assert (environment["rank"], environment["world_size"], environment["launcher"], env["MASTER_ADDR"]) == (
+        0,
+        1,
+        "python",
+        "127.0.0.1",
+    )
+    assert int(env["MASTER_PORT"]) > 0
+
+
+def test_torch_variables_are_taken_as_they_are():
+    given = {
+        "RANK": "3",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "host",
+        "MASTER_PORT": "5",
+        "LOCAL_WORLD_SIZE": "2",
+    }
+    environment, env = bootstrapped(**given)
+    place = {"master_address": "host", "master_port": 5, "agent_has_store": False, "attempt": 0}
+    assert (
+        environment
+        == {"rank": 3, "local_rank": 1, "world_size": 4, "local_size": 2, "launcher": "RANK and WORLD_SIZE"} | place
+    )
+    assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == ("host", "5")
+    elastic, _ = bootstrapped(
+        **given, TORCHELASTIC_RUN_ID="1", TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="2"
+    )
+    assert (elastic["launcher"], elastic["agent_has_store"], elastic["attempt"]) == ("torchrun", True, 2)
+    assert "MASTER_PORT is 'ssh': set it to a number" in bootstrapped(**given | {"MASTER_PORT": "ssh"})
+    assert bootstrapped(**given, CROSS_SIZE="1")[0]["launcher"] == "deepspeed"
+
+
+def test_mpirun_with_a_master_needs_no_mpi4py():
+    given = {
+        "OMPI_COMM_WORLD_RANK": "1",
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+        "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    }
+    environment, env = bootstrapped(**given, MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
+    assert (environment["rank"], environment["world_size"], environment["launcher"]) == (1, 2, "mpirun")
+    assert env["MASTER_PORT"] == "29511"
+
+
+def test_slurm_on_several_nodes_needs_a_master():
+    given = {"SLURM_NTASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "4"}
+    assert "export MASTER_ADDR" in bootstrapped(**given)
+    environment, _ = bootstrapped(**given, MASTER_ADDR="n0")
+    assert (environment["rank"], environment["local_rank"], environment["world_size"], environment["local_size"]) == (
+        5,
+        1,
+        8,
+        4,
+    )
+
+
+def test_slurm_nodes_may_have_unequal_tasks():
+    given = {
+        "SLURM_NTASKS": "9",
+        "SLURM_PROCID": "8",
+        "SLURM_LOCALID": "0",
+        "SLURM_TASKS_PER_NODE": "4(x2),1",
+        "MASTER_ADDR": "n0",
+    }
+    assert [bootstrapped(**given, SLURM_NODEID=node)[0]["local_size"] for node in "012"] == [4, 4, 1]
+
+
+def test_rank_0_is_reached_by_a_network_that_all_hosts_have():
+    bridge, data = "172.17.0.1/255.255.0.0", "10.0.0.{}/255.255.255.0"
+    own = ["192.168.5.1/255.255.255.0", bridge, data.format(1)]
+    hosts = [("a", own), ("a", own), ("b", [bridge, data.format(2)]), ("c", [bridge, data.format(3)])]
+    assert common_address(hosts) == "10.0.0.1"
+    assert common_address([("a", own), ("b", [bridge])]) == "192.168.5.1", "through a router"
+    with pytest.raises(UserError, match="no network but loopback"):
+        common_address([("a", []), ("b", own)])
+
+
+def test_collectives_use_the_network_of_rank_0():
+    program = PROGRAM.splitlines()[1:3] + [
+        "from megachat.job.launch import use_network_of",
+        "environment = bootstrap_environment()",
+    ]
+    program += ["use_network_of('127.0.0.1', environment)", "print(json.dumps([os.environ.get(k) for k in KEYS]))"]
+    program.insert(0, 'KEYS = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "MASTER_ADDR")')
+    given = {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "5",
+        "GLOO_SOCKET_IFNAME": "mine",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(program)], cwd=ROOT, env=os.environ | given, capture_output=True, text=True
+    )
+    assert json.loads(done.stdout) == ["mine", "=lo", "127.0.0.1"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variable", "launcher", "shared"),
+    [(None, "deepspeed", True), ("1", "torchrun", True), ("1", "deepspeed", False), ("3", "torchrun", False)],
+)
+def test_local_ranks_share_the_cores_unless_the_user_set_the_threads(variable, launcher, shared, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    if variable is None:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    else:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    choose_device(LaunchEnvironment(0, 0, 2, 2, launcher, "localhost", 29500))
+    assert threads == [4] * shared
+
+
+def test_the_environment_is_json():
+    cpu = torch.device("cpu")
+    described = describe_environment(cpu)
+    json.dumps(described)
+    assert described["packages"]["torch"] == torch.__version__ and described["packages"]["wandb"] is None
+    assert described["device"] == device_name(cpu)
