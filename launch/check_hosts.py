@@ -1,4 +1,4 @@
-"""Checks the hosts of a hostfile before a job is started on them: `python launch/check_hosts.py HOSTFILE`. Exit status 2 says what is wrong."""
+"""Checks the hosts of a hostfile before a job starts: `python launch/check_hosts.py HOSTFILE`; exit status 2 if bad."""
 
 import argparse
 import sys
@@ -15,19 +15,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Check the hosts of a hostfile over ssh: reachable, same code and versions, enough GPUs, port free."
     )
-    parser.add_argument("hostfile", help="lines `NAME slots=N`, as launch/hostfile.example")
+    parser.add_argument("hostfile", help="lines `NAME slots=N`, see launch/hostfile.example")
     parser.add_argument(
         "--master_port", type=int, default=29500, help="the port where rank 0, on the first host, will listen"
     )
-    parser.add_argument("--ssh_port", type=int, help="ssh's port on all hosts, when it is not 22")
+    parser.add_argument("--ssh_port", type=int, help="ssh's port on all hosts, if not 22")
     parser.add_argument("--no_ssh", action="store_true", help="only read the file")
-    parser.add_argument("--node_rank", type=int, help="with --no_ssh: a place that must be in the file")
+    parser.add_argument("--node_rank", type=int, help="with --no_ssh: a node rank that must be in the file")
     arguments = parser.parse_args()
     hosts = parse_hostfile(arguments.hostfile)
     count = f"{len(hosts)} host{'s' * (len(hosts) > 1)} with {sum(host.slots for host in hosts)} ranks"
     if arguments.node_rank is not None and not 0 <= arguments.node_rank < len(hosts):
         raise UserError(
-            f"node rank {arguments.node_rank} is not in {arguments.hostfile}, which has {count}: give 0 to {len(hosts) - 1}"
+            f"node rank {arguments.node_rank} is not in {arguments.hostfile}, which has {count}: "
+            f"give 0 to {len(hosts) - 1}"
         )
     if arguments.no_ssh:
         return

@@ -2,18 +2,13 @@
 torchrun and mpirun. docs/evaluation.md tells what the numbers mean."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that was not installed
 
 from megachat.errors import user_errors_end_the_program  # noqa: E402
-from megachat.job.hosts import check_launcher_hostfile  # noqa: E402
-
-
-def rank() -> int:
-    return int(os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")))
+from megachat.job.hosts import check_launcher_hostfile, launcher_rank  # noqa: E402
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -59,11 +54,10 @@ def command_line() -> argparse.ArgumentParser:
     return parser
 
 
-@user_errors_end_the_program(rank=rank)
+@user_errors_end_the_program(rank=launcher_rank)
 def main() -> None:
     arguments = command_line().parse_args()
-    nodes = os.environ.get("CROSS_SIZE")  # deepspeed's number of hosts
-    check_launcher_hostfile(int(nodes) if nodes else None)
+    check_launcher_hostfile()
     from megachat.programs.evaluate import EvaluationRequest, evaluate  # after parsing: --help need not load torch
 
     tasks = tuple(arguments.tasks.split(",")) if arguments.tasks else None

@@ -18,7 +18,7 @@ PACKAGES = ("torch", "deepspeed", "numpy")
 
 
 def code_hashes(root: Path) -> dict[str, str]:
-    """Return file -> first 12 hex digits of its SHA-256, for every .py of megachat/ and launch/pretrain.py below root."""
+    """Return file -> 12 hex digits of its SHA-256, for every .py of megachat/ and launch/pretrain.py below root."""
     paths = [*sorted((root / "megachat").rglob("*.py")), root / "launch" / "pretrain.py"]
     return {
         path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:12]

@@ -3,6 +3,7 @@ equals this one.
 """
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -98,14 +99,19 @@ def check_hosts(hosts: Sequence[Host], *, port: int, ssh_port: int | None = None
     return remarks
 
 
-def check_launcher_hostfile(nodes: str | None) -> None:
+def launcher_rank() -> int:
+    """Return this process's rank as its launcher set it; 0 without a launcher."""
+    return int(os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")))
+
+
+def check_launcher_hostfile() -> None:
     """Raise UserError if the deepspeed launcher above was given a missing hostfile: it only warns, and uses one host.
 
-    nodes: the number of hosts that the launcher uses (CROSS_SIZE). It must be that of the hostfile, unless some were
-    excluded on purpose.
+    Its number of hosts must be that of the hostfile, unless some were excluded on purpose.
     """
     import psutil  # a dependency of DeepSpeed
 
+    nodes = os.environ.get("CROSS_SIZE")  # set by deepspeed
     for process in psutil.Process().parents():
         try:
             words, folder = process.cmdline(), process.cwd()

@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 from torch.distributed import DistError, TCPStore
@@ -65,7 +65,6 @@ def meet(
     facts: RankFacts,
     judge: Judge,
     limit_s: float,
-    log: Callable[[str], None] = lambda line: print(line, flush=True),
 ) -> Meeting:
     """Wait for all ranks; each calls this once. judge gets the arrivals in rank order on rank 0, and returns an error.
 
@@ -78,9 +77,9 @@ def meet(
     address, listener = _meeting_point(environment, limit_s)
     if listener:
         store_port = None if environment.agent_has_store else address[1]
-        desk = _Desk(listener, store_port, environment.world_size, judge, limit_s, log)
+        desk = _Desk(listener, store_port, environment.world_size, judge, limit_s)
         threading.Thread(target=desk.run, name="rendezvous", daemon=True).start()
-    link = _reach(address, environment, begin, limit_s, log)
+    link = _reach(address, environment, begin, limit_s)
     with link.socket:
         link.send(
             rank=environment.rank,
@@ -100,42 +99,37 @@ def meet(
     return Meeting(verdict["address"], desk.store if desk else None)
 
 
+@dataclass
 class _Desk:
     """Rank 0's side, in a thread of its own: registers all ranks and sends them the verdict."""
 
-    def __init__(
-        self,
-        listener: socket.socket,
-        store_port: int | None,
-        world: int,
-        judge: Judge,
-        limit_s: float,
-        log: Callable[[str], None],
-    ):
-        self.listener, self.store_port, self.world = listener, store_port, world
-        self.judge, self.limit_s, self.log = judge, limit_s, log
-        self.store: TCPStore | None = None
-        self._arrivals: dict[int, tuple[Link, Arrival, str]] = {}  # rank -> its link, itself, rank 0's address for it
-        self._links: list[Link] = []  # all open connections
-        self._selector = selectors.DefaultSelector()
+    listener: socket.socket
+    store_port: int | None
+    world: int
+    judge: Judge
+    limit_s: float
+    store: TCPStore | None = None
+    arrivals: dict[int, tuple[Link, Arrival, str]] = field(default_factory=dict)  # with rank 0's address for the rank
+    links: list[Link] = field(default_factory=list)  # all open connections
+    selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
 
     def run(self) -> None:
         """Wait until all ranks are here, one is refused, or the time is over; then send the verdict."""
         try:
-            error = self._gather() or self.judge([arrival for _, (_, arrival, _) in sorted(self._arrivals.items())])
+            error = self._gather() or self.judge([arrival for _, (_, arrival, _) in sorted(self.arrivals.items())])
         except Exception as exception:  # sent to all ranks, because they wait for a verdict
             error = f"rank 0 could not gather the ranks ({type(exception).__name__}: {exception})"
-        if error and len(self._arrivals) < self.world:
+        if error and len(self.arrivals) < self.world:
             self._greet_late_ranks()
         self.listener.close()
-        self._selector.close()
+        self.selector.close()
         if error is None and self.store_port is not None:
             error = self._open_store(self.store_port)
-        addresses = [address for _, _, address in self._arrivals.values()]
+        addresses = [address for _, _, address in self.arrivals.values()]
         other = [each for each in addresses if not ipaddress.ip_address(each.partition("%")[0]).is_loopback]
         verdict = {"error": error} if error else {"address": other[0] if other else None}
-        rank_0 = self._arrivals[0][0] if 0 in self._arrivals else None
-        for link in sorted(self._links, key=lambda link: link is rank_0):
+        rank_0 = self.arrivals[0][0] if 0 in self.arrivals else None
+        for link in sorted(self.links, key=lambda link: link is rank_0):
             link.send(**verdict)  # rank 0 last: with an error its process ends when it receives this
 
     def _open_store(self, port: int) -> str | None:
@@ -145,22 +139,23 @@ class _Desk:
             self.store = TCPStore("127.0.0.1", port, None, True, timeout, wait_for_workers=False, multi_tenant=True)
             return None
         except DistError as error:
-            return f"port {port} on {socket.gethostname()} was lost to another program ({error}): choose another with {_OTHER_PORT}"
+            where = f"port {port} on {socket.gethostname()}"
+            return f"{where} was lost to another program ({error}): choose another with {_OTHER_PORT}"
 
     def _gather(self) -> str | None:
         begin, logged = time.monotonic(), False
-        self._selector.register(self.listener, selectors.EVENT_READ)
-        while len(self._arrivals) < self.world:
+        self.selector.register(self.listener, selectors.EVENT_READ)
+        while len(self.arrivals) < self.world:
             waited = time.monotonic() - begin
             if waited >= self.limit_s:
                 return self._describe_missing()
             if waited >= NOTICE_S and not logged:
                 logged = True
-                limit = f"up to {self.limit_s:g} s (parallel.rendezvous_s)"
-                self.log(f"waiting for {_name_ranks(self._absent())} of {self.world}, {limit}")
-            for key, _ in self._selector.select(min(1.0, self.limit_s - waited)):
+                missing = f"{_name_ranks(self._absent())} of {self.world}"
+                print(f"waiting for {missing}, up to {self.limit_s:g} s (parallel.rendezvous_s)", flush=True)
+            for key, _ in self.selector.select(min(1.0, self.limit_s - waited)):
                 if key.fileobj is self.listener:
-                    self._selector.register(self._greet(), selectors.EVENT_READ)
+                    self.selector.register(self._greet(), selectors.EVENT_READ)
                 elif isinstance(key.fileobj, Link) and (error := self._receive(key.fileobj)):
                     return error
         return None
@@ -175,7 +170,7 @@ class _Desk:
 
     def _greet(self) -> Link:
         link = Link(self.listener.accept()[0])
-        self._links.append(link)
+        self.links.append(link)
         link.send(greeting=_GREETING)
         return link
 
@@ -187,12 +182,13 @@ class _Desk:
         except (ValueError, TypeError):  # another program
             messages = None
         if messages is None:
-            self._selector.unregister(link)
-            self._links.remove(link)
+            self.selector.unregister(link)
+            self.links.remove(link)
             link.close()
-            for other, arrival, _ in self._arrivals.values():
+            for other, arrival, _ in self.arrivals.values():
                 if other is link:
-                    return f"rank {arrival.rank} on {arrival.host} ended before all ranks had arrived: look for its error message"
+                    rank = f"rank {arrival.rank} on {arrival.host}"
+                    return f"{rank} ended before all ranks had arrived: look for its error message"
         return None
 
     def _register(self, link: Link, rank: int, world: int, host: str, address: str, facts: dict) -> str | None:
@@ -201,25 +197,25 @@ class _Desk:
                 f"rank {rank} on {host} was started for {world} ranks and rank 0 for {self.world}: "
                 "start all hosts with the same numbers"
             )
-        if rank in self._arrivals:
+        if rank in self.arrivals:
             return (
-                f"rank {rank} arrived twice, from {self._arrivals[rank][1].host} and from {host}: "
+                f"rank {rank} arrived twice, from {self.arrivals[rank][1].host} and from {host}: "
                 "give every host its own --node_rank, and end what an earlier start left running"
             )
-        self._arrivals[rank] = link, Arrival(rank, host, facts), address
+        self.arrivals[rank] = link, Arrival(rank, host, facts), address
         return None
 
     def _absent(self) -> list[int]:
-        return [rank for rank in range(self.world) if rank not in self._arrivals]
+        return [rank for rank in range(self.world) if rank not in self.arrivals]
 
     def _describe_missing(self) -> str:
         hosts: dict[str, list[int]] = {}
-        for rank, (_, arrival, _) in sorted(self._arrivals.items()):
+        for rank, (_, arrival, _) in sorted(self.arrivals.items()):
             hosts.setdefault(arrival.host, []).append(rank)
         here = ", ".join(f"{_name_ranks(ranks)} on {host}" for host, ranks in list(hosts.items())[:8]) or "nobody"
         return (
             f"{_name_ranks(self._absent())} of {self.world} did not arrive within {self.limit_s:g} s, "
-            f"here {'are' if len(self._arrivals) > 1 else 'is'} {here}: look for the missing ranks' own messages "
+            f"here {'are' if len(self.arrivals) > 1 else 'is'} {here}: look for the missing ranks' own messages "
             "and whether their hosts were started and reach this one (docs/multinode.md); "
             "parallel.rendezvous_s sets how long to wait"
         )
@@ -254,13 +250,12 @@ def _listen(port: int) -> socket.socket:
     except OSError as error:
         raise UserError(
             f"port {port} on {socket.gethostname()}, where rank 0 listens, cannot be used "
-            f"({os.strerror(error.errno or 0)}): end the earlier job that holds it, or choose another with {_OTHER_PORT}"
+            f"({os.strerror(error.errno or 0)}): end the earlier job that holds it, "
+            f"or choose another with {_OTHER_PORT}"
         ) from None
 
 
-def _reach(
-    address: Address, environment: LaunchEnvironment, begin: float, limit_s: float, log: Callable[[str], None]
-) -> Link:
+def _reach(address: Address, environment: LaunchEnvironment, begin: float, limit_s: float) -> Link:
     """Return a connection to rank 0, which may not be up yet."""
     here, logged = f"rank {environment.rank} on {socket.gethostname()}", False
     target = f"rank 0 at {address[0]}:{address[1]}"
@@ -284,7 +279,7 @@ def _reach(
             )
         if waited >= NOTICE_S and not logged and environment.local_rank == 0:
             logged = True
-            log(f"{here} waits for {target} ({why})")
+            print(f"{here} waits for {target} ({why})", flush=True)
         time.sleep(_RETRY_S)
 
 

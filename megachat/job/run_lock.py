@@ -1,4 +1,4 @@
-"""One job at a time on a run folder: a lock that the kernel gives back when its holder ends, however it ends."""
+"""One job at a time on a run folder: a lock that the kernel releases when its holder ends, however it ends."""
 
 import contextlib
 import errno
@@ -23,79 +23,80 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 @contextlib.contextmanager
 def run_lock(folder: Path) -> Iterator[str | None]:
-    """Hold the run folder, which is made when it is not there; gives a remark, where the storage knows no locks.
+    """Create the run folder if needed and lock it; yields a remark where the storage does not support locks.
 
-    Raises UserError when another job holds it, and OSError when the folder cannot be made. On NFS the lock holds
+    Raises UserError when another job holds it, OSError when the folder cannot be created. On NFS the lock also holds
     between hosts (Linux, NFS 4).
     """
-    made = not folder.exists()
+    created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor, remark = _locked(folder)
+    descriptor, remark = _open_locked(folder)
     try:
         os.ftruncate(descriptor, 0)
-        told = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        os.pwrite(descriptor, json.dumps(told).encode() + b"\n", 0)
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        os.pwrite(descriptor, json.dumps(holder).encode() + b"\n", 0)
         yield remark
     finally:
         with contextlib.suppress(OSError):
-            if made and [path.name for path in folder.iterdir()] == [LOCK_NAME]:  # nothing came of this job
+            if created and [path.name for path in folder.iterdir()] == [LOCK_NAME]:  # this job wrote nothing
                 shutil.rmtree(folder)
-        os.close(descriptor)  # and with it the lock
+        os.close(descriptor)  # releases the lock
 
 
-def _locked(folder: Path) -> tuple[int, str | None]:
-    """(the open and locked file, a remark)."""
+def _open_locked(folder: Path) -> tuple[int, str | None]:
+    """Return the open and locked file, and a remark."""
     path = folder / LOCK_NAME
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if path.exists() and os.stat(path).st_ino == os.fstat(descriptor).st_ino:
             return descriptor, None
-        os.close(descriptor)  # removed by its holder between our open and lock
+        os.close(descriptor)  # its holder removed it between our open and lock
         folder.mkdir(parents=True, exist_ok=True)
-        return _locked(folder)
+        return _open_locked(folder)
     except BlockingIOError:
-        holder = _holder(descriptor)
+        holder = _describe_holder(descriptor)
         os.close(descriptor)
         raise UserError(
-            f"{folder} is in use by {holder}: wait until that job has ended or end it, or start another with --set run.name=NAME"
+            f"{folder} is in use by {holder}: wait until that job has ended or end it, "
+            "or start another with --set run.name=NAME"
         ) from None
     except OSError as error:
         if error.errno in _NO_LOCKS:
-            return (
-                descriptor,
-                f"the storage of {folder} knows no locks ({error.strerror}): a second job on this run folder would not be noticed",
-            )
+            why = f"the storage of {folder} does not support locks ({error.strerror})"
+            return descriptor, f"{why}: a second job on this run folder would not be noticed"
         os.close(descriptor)
         raise
 
 
-def _holder(descriptor: int) -> str:
+def _describe_holder(descriptor: int) -> str:
     try:
-        told = json.loads(os.pread(descriptor, 1000, 0))
-        return f"another job, with rank 0 on {told['host']} (pid {told['pid']}) since {told['since']}"
-    except (ValueError, KeyError, TypeError):  # it is writing just now
+        holder = json.loads(os.pread(descriptor, 1000, 0))
+        return f"another job, with rank 0 on {holder['host']} (pid {holder['pid']}) since {holder['since']}"
+    except (ValueError, KeyError, TypeError):  # it is being written at this moment
         return "another job"
 
 
 @contextlib.contextmanager
 def lock_run_folder(folder: Path, world: Axis) -> Iterator[list[str]]:
-    """The run folder locked by rank 0, and tidied; gives remarks. All ranks enter together. Raises UserError on all
-    when another job has it.
+    """Lock the run folder on rank 0 and repair its checkpoints folder; yields remarks. All ranks enter together.
+
+    Raises UserError on all ranks when another job holds it.
     """
     with contextlib.ExitStack() as stack:
         remarks = []
 
-        def hold() -> None:
+        def lock() -> None:
             if world.rank == 0:
                 try:
                     remark = stack.enter_context(run_lock(folder))
                 except OSError as error:
                     raise UserError(
-                        f"the run folder {folder} cannot be made or written ({error.strerror}): set run.folder to a place that can be written"
+                        f"the run folder {folder} cannot be created or written ({error.strerror}): "
+                        "set run.folder to a writable path"
                     ) from None
                 remarks.extend([remark] if remark else [])
                 repair_checkpoints_folder(checkpoints_folder(folder))
 
-        on_all_ranks_or_raise(hold, world, lambda text: text.partition(": ")[2])
+        on_all_ranks_or_raise(lock, world, lambda text: text.partition(": ")[2])
         yield remarks

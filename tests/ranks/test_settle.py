@@ -87,7 +87,7 @@ def test_all_ranks_hear_that_the_folder_is_in_use(tmp_path):
 
 
 def hold_where_none_can_be(folder):
-    with pytest.raises(UserError, match="cannot be made or written .Not a directory.: set run.folder"):
+    with pytest.raises(UserError, match="cannot be created or written .Not a directory.: set run.folder"):
         with lock_run_folder(folder / "file" / "run", world_of_all()):
             pass
 

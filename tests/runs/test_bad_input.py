@@ -85,7 +85,7 @@ CASES = {
     "run_folder": (
         ["--set", "run.folder={folder}/nothing/wandb.py"],
         [
-            "the run folder {folder}/nothing/wandb.py/run_folder cannot be made or written (Not a directory): set run.folder"
+            "the run folder {folder}/nothing/wandb.py/run_folder cannot be created or written (Not a directory): set run.folder"
         ],
     ),
     "missing_loader": (

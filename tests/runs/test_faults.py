@@ -259,7 +259,7 @@ def test_a_folder_that_vanishes_is_told(place):
         until(lambda: not shutil.rmtree(run, ignore_errors=True) and not run.exists(), "empty folder")
         assert ranks.end()[0] == EXIT_STATUS, ranks.printed
     (error,) = ranks.errors
-    assert re.match(rf"error: .*the run folder {run} has gone: ", error) and not run.exists()
+    assert re.match(rf"error: .*the run folder {run} no longer exists: ", error) and not run.exists()
 
 
 def test_a_second_job_on_the_run_folder_is_refused_and_does_not_disturb_the_first(place, whole):
