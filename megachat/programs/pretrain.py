@@ -27,7 +27,6 @@ from megachat.job.launch import (
     describe_environment,
     with_fewer_ranks,
 )
-from megachat.job.monitor_hub import RESUME_HINT
 from megachat.job.run_lock import lock_run_folder
 from megachat.kernels.choice import Kernels, choose_kernels, describe_kernels
 from megachat.parallel.collectives import all_gather_objects, barrier

@@ -1,4 +1,4 @@
-"""The watch over gloo processes: who is elsewhere, which work is slow but alive, and that the watch itself does no harm."""
+"""The failure monitor over gloo processes: it names the rank that holds up the others and tolerates slow work."""
 
 import functools
 import os
@@ -18,22 +18,22 @@ from tests.limits import calls_of
 STALL_S = 2
 
 
-def watched(work, folder: str, slow_s: float = STALL_S):
-    """Call `work(mesh)` under the watch; what stderr gets of it goes to a file a rank."""
+def monitored(work, folder: str, slow_s: float = STALL_S):
+    """Call `work(mesh)` under the failure monitor; stderr goes to one file per rank."""
     mesh = build_mesh(torch.device("cpu"))
     os.dup2(os.open(Path(folder, f"err{mesh.world.rank}"), os.O_WRONLY | os.O_CREAT), 2)
-    with FailureMonitor(mesh.world.rank) as watch:
-        watch.connect(mesh, address="127.0.0.1", stall_s=STALL_S, slow_s=slow_s, folder=Path(folder))
+    with FailureMonitor(mesh.world.rank) as monitor:
+        monitor.connect(mesh, address="127.0.0.1", stall_s=STALL_S, slow_s=slow_s, folder=Path(folder))
         return work(mesh)
 
 
 def stall_of(function, world: int, folder: Path) -> tuple[list[str], str]:
-    """(table, sentence) of a job that must come to an end by its watch, told by one rank and kept in the folder."""
+    """Return (table, sentence) of a job that its monitor must end, printed by one rank and kept in the folder."""
     with pytest.raises(RankError, match="the process died"):
         run_ranks(function, world, str(folder))
-    told = [text for path in sorted(folder.glob("err*")) if (text := path.read_text())]
+    printed = [text for path in sorted(folder.glob("err*")) if (text := path.read_text())]
     _, *table, sentence = (folder / "stall.txt").read_text().splitlines()
-    assert told == ["\n".join([*table, sentence]) + "\n"]
+    assert printed == ["\n".join([*table, sentence]) + "\n"]
     return table[1:], sentence
 
 
@@ -46,26 +46,22 @@ def sleep_in_the_loader(mesh):
 
 
 def _loader(folder):
-    watched(sleep_in_the_loader, folder)
+    monitored(sleep_in_the_loader, folder)
 
 
-def test_a_rank_that_is_elsewhere_is_named_with_its_line(tmp_path):
+def test_a_rank_that_holds_up_the_others_is_named_with_its_line(tmp_path):
     table, sentence = stall_of(_loader, 3, tmp_path)
     line = next(
         number for number, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "time.sleep(60)" in text
     )
     host = os.uname().nodename
-    assert sentence.startswith(
-        f"error: rank 1 (host {host}) is holding up the others: it is in {short_path()}:{line} sleep_in_the_loader while the other ranks"
-    )
-    assert (
-        f'wait in "norm of the gradient" for {STALL_S} s; the table above is also in {tmp_path / "stall.txt"}; '
-        in sentence
-    )
+    assert sentence.startswith(f"error: rank 1 (host {host}) is holding up the others: it is in {short_path()}:{line} ")
+    assert f'sleep_in_the_loader while the other ranks wait in "norm of the gradient" for {STALL_S} s; ' in sentence
+    assert f"the table above is also in {tmp_path / 'stall.txt'}; " in sentence
     assert [row.split()[0] for row in table] == ["0", "1", "2"]
     assert (
         'waits in "norm of the gradient" (world 3)' in table[0] and 'in "rows of step 7"' in table[1]
-    )  # 1 is the meeting's
+    )  # 1 is the monitor's
 
 
 def short_path() -> str:
@@ -79,7 +75,7 @@ def one_collective_less(mesh):
 
 
 def _less(folder):
-    watched(one_collective_less, folder)
+    monitored(one_collective_less, folder)
 
 
 def test_the_rank_that_is_behind_is_named(tmp_path):
@@ -97,10 +93,10 @@ def answer_nobody(mesh):
 
 
 def _stopped(folder):
-    watched(answer_nobody, folder)
+    monitored(answer_nobody, folder)
 
 
-def test_a_stopped_rank_0_is_named_by_the_deputy(tmp_path):
+def test_a_stopped_rank_0_is_named_by_the_backup_monitor(tmp_path):
     _, sentence = stall_of(_stopped, 3, tmp_path)
     assert (
         sentence.startswith("error: rank 0 (host ")
@@ -125,7 +121,7 @@ def slow_work(mesh):
 
 
 def _slow(folder):
-    return watched(slow_work, folder, slow_s=60)
+    return monitored(slow_work, folder, slow_s=60)
 
 
 def test_slow_work_that_is_alive_is_left_alone(tmp_path):
@@ -156,14 +152,14 @@ def end_children(folder, mesh):
 
 
 def _children(folder):
-    return watched(functools.partial(end_children, folder), folder)
+    return monitored(functools.partial(end_children, folder), folder)
 
 
 def test_a_child_is_not_its_rank(tmp_path):
     with pytest.raises(RankError, match="the process died"):
         run_ranks(_children, 2, str(tmp_path))  # the harness, too, waits for the children
-    told = (tmp_path / "err0").read_text()
-    assert told.startswith("error: rank 1 (host ") and "died or cannot be reached" in told
+    printed = (tmp_path / "err0").read_text()
+    assert printed.startswith("error: rank 1 (host ") and "died or cannot be reached" in printed
     assert (tmp_path / "err0").stat().st_mtime - (tmp_path / "killed").stat().st_mtime < 10
 
 
@@ -180,7 +176,7 @@ def many_collectives(mesh):
 
 
 def _many(folder):
-    return watched(many_collectives, folder)
+    return monitored(many_collectives, folder)
 
 
 def test_a_record_takes_few_calls_and_a_short_job_ends_in_order(tmp_path):

@@ -1,4 +1,4 @@
-"""All ranks agree on the checkpoint to go on from; what is damaged, on whichever rank's share it lies, is found before it is used."""
+"""All ranks choose the same checkpoint to resume from; damage on any rank is detected before the checkpoint is used."""
 
 from datetime import timedelta
 from pathlib import Path
@@ -74,24 +74,24 @@ def hold(folder):
     with lock_run_folder(folder, world) as remarks:
         try:
             with lock_run_folder(folder, world):
-                told = None
+                message = None
         except UserError as error:
-            told = str(error)
+            message = str(error)
     with lock_run_folder(folder, world):  # free again
-        return told, remarks
+        return message, remarks
 
 
 def test_all_ranks_hear_that_the_folder_is_in_use(tmp_path):
-    for told, remarks in run_ranks(hold, 2, tmp_path / "run"):
-        assert told.startswith(f"{tmp_path / 'run'} is in use by another job, with rank 0 on ") and remarks == []
+    for message, remarks in run_ranks(hold, 2, tmp_path / "run"):
+        assert message.startswith(f"{tmp_path / 'run'} is in use by another job, with rank 0 on ") and remarks == []
 
 
-def hold_where_none_can_be(folder):
+def hold_where_no_folder_can_be(folder):
     with pytest.raises(UserError, match="cannot be created or written .Not a directory.: set run.folder"):
         with lock_run_folder(folder / "file" / "run", world_of_all()):
             pass
 
 
-def test_a_folder_that_cannot_be_made_is_told_on_all_ranks(tmp_path):
+def test_a_folder_that_cannot_be_created_is_reported_on_all_ranks(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    run_ranks(hold_where_none_can_be, 2, tmp_path)
+    run_ranks(hold_where_no_folder_can_be, 2, tmp_path)

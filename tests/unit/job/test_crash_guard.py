@@ -1,4 +1,4 @@
-"""A step that fails three times in a row is told; a job that ends in order, or gets further, leaves no trace."""
+"""A step that fails three times in a row is refused; a job that ends in order, or gets further, leaves no trace."""
 
 import json
 
@@ -17,7 +17,7 @@ def crash(folder, start: int, step: int) -> None:
 
 
 def crashes(folder) -> list[int]:
-    return [told["step"] for told in json.loads((folder / "crashes.json").read_text())]
+    return [crash["step"] for crash in json.loads((folder / "crashes.json").read_text())]
 
 
 def test_the_same_step_three_times_is_refused_until_the_user_chooses(tmp_path):

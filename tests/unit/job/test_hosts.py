@@ -1,4 +1,4 @@
-"""Hostfiles, and what is said of hosts that do not fit; ssh is a script that runs the command here or refuses as ssh does."""
+"""Hostfiles, and messages about unusable hosts. ssh is a script that runs the command here or fails as ssh does."""
 
 import os
 import shutil
@@ -53,9 +53,9 @@ def written(tmp_path, text: str) -> Path:
 
 
 def refusal(hosts: list[Host], port: int, **where) -> list[str]:
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         check_hosts(hosts, port=port, **where)
-    return str(told.value).splitlines()
+    return str(error.value).splitlines()
 
 
 def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path):
@@ -67,11 +67,11 @@ def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path):
     assert parse_hostfile(ROOT / "launch" / "hostfile.example") == [Host("worker-1", 8), Host("worker-2", 8)]
 
 
-def test_every_mistake_in_a_hostfile_is_told_with_its_line(tmp_path):
+def test_every_mistake_in_a_hostfile_is_reported_with_its_line(tmp_path):
     text = "a slots=1\nb slot=2\nc slots=x\nd slots=0\na slots=3\ne\nf slots=2 slots=3\ng slots=-1\n"
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         parse_hostfile(written(tmp_path, text))
-    lines = str(told.value).splitlines()
+    lines = str(error.value).splitlines()
     wanted = {
         2: "'b slot=2' is not `NAME slots=N`",
         3: "slots=x of c is not a number",
@@ -86,7 +86,7 @@ def test_every_mistake_in_a_hostfile_is_told_with_its_line(tmp_path):
         assert f"hostfile line {number}: " in line and part in line
 
 
-def test_a_missing_or_empty_hostfile_is_told(tmp_path):
+def test_a_missing_or_empty_hostfile_is_reported(tmp_path):
     for path, part in (
         (tmp_path / "none", "cannot be read (No such file"),
         (written(tmp_path, "# nobody\n"), "lists no host"),
@@ -101,9 +101,9 @@ def test_hosts_like_this_one_are_good(programs, port):
     assert remark.startswith("here has ") and "it will be slow" in remark
 
 
-def test_ssh_failures_are_told_apart_and_all_at_once(programs, port):
+def test_ssh_failures_are_distinguished_and_all_at_once(programs, port):
     names = ("nowhere", "locked", "stranger", "down", "closed", "loud", "bare", "here")
-    told = refusal([Host(name, 1) for name in names], port)
+    messages = refusal([Host(name, 1) for name in names], port)
     parts = (
         "nowhere is unknown",
         "refuses this user's ssh key",
@@ -112,12 +112,12 @@ def test_ssh_failures_are_told_apart_and_all_at_once(programs, port):
         "closed has no ssh server",
     )
     parts = (*parts, "loud prints text of its own", f"bare has no python at {sys.executable}")
-    assert len(told) == len(parts)
-    for line, part in zip(told, parts, strict=True):
+    assert len(messages) == len(parts)
+    for line, part in zip(messages, parts, strict=True):
         assert part in line
 
 
-def test_other_code_and_another_place_are_told(programs, port, tmp_path):
+def test_other_code_and_another_place_are_reported(programs, port, tmp_path):
     shutil.copytree(ROOT / "megachat", tmp_path / "megachat", ignore=shutil.ignore_patterns("__pycache__"))
     before = code_hashes(tmp_path)
     (tmp_path / "megachat" / "config.py").write_text("pass\n")
@@ -126,8 +126,8 @@ def test_other_code_and_another_place_are_told(programs, port, tmp_path):
     (programs / "ssh").write_text(moved)
     if sys.executable.startswith(str(ROOT)):
         (tmp_path / ".venv").symlink_to(ROOT / ".venv")
-    (told,) = refusal([Host("there", 1)], port)
-    assert told.startswith(
+    (message,) = refusal([Host("there", 1)], port)
+    assert message.startswith(
         f"there has other code than this machine in {ROOT} (launch/pretrain.py, megachat/config.py): "
     )
     assert refusal([Host("there", 1)], port, root=tmp_path / "none") == [
@@ -136,19 +136,21 @@ def test_other_code_and_another_place_are_told(programs, port, tmp_path):
 
 
 def test_slots_beyond_gpus_or_memory_are_refused(programs, port):
-    (told,) = refusal([Host("here", 10**7)], port)
-    assert "GB of memory, too little for slots=10000000: set slots to " in told
+    (message,) = refusal([Host("here", 10**7)], port)
+    assert "GB of memory, too little for slots=10000000: set slots to " in message
     (programs / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: one (UUID: 0)'\necho 'GPU 1: two (UUID: 1)'\n")
     (programs / "nvidia-smi").chmod(0o755)
     assert check_hosts([Host("here", 2)], port=port) == []
     assert refusal([Host("here", 3), Host("there", 2)], port) == ["here has 2 GPUs but slots=3: set slots to 2"]
 
 
-def test_a_port_in_use_is_told(programs):
+def test_a_port_in_use_is_reported(programs):
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
-        (told,) = refusal([Host("here", 1), Host("there", 1)], port)
-    assert told.startswith(f"port {port} is in use on here, where rank 0 would listen: ") and "--master_port" in told
+        (message,) = refusal([Host("here", 1), Host("there", 1)], port)
+    assert (
+        message.startswith(f"port {port} is in use on here, where rank 0 would listen: ") and "--master_port" in message
+    )
 
 
 def test_the_probe_needs_nothing_but_python(port):

@@ -1,4 +1,4 @@
-"""Which rank is elsewhere, from what the ranks say."""
+"""Which rank holds up the others, from what the ranks report."""
 
 from megachat.job.monitor_hub import blocking_ranks
 
@@ -38,6 +38,6 @@ def test_of_ranks_that_all_wait_the_one_that_is_behind_on_the_axis():
     assert blocking_ranks({0: collective(4), 1: collective(4), 2: collective(2)}, ()) == [2]
 
 
-def test_else_the_few_that_wait_elsewhere_or_nobody():
+def test_else_the_few_that_wait_in_another_operation_or_nobody():
     assert blocking_ranks({0: collective(4), 1: collective(4, "norm"), 2: collective(4)}, ()) == [1]
     assert blocking_ranks({rank: collective(4) for rank in range(3)}, ()) == []

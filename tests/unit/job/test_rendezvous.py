@@ -1,4 +1,4 @@
-"""Ranks that gather, as threads over real sockets: all come, one is missing, comes twice, dies, is unlike; the port is another's."""
+"""The rendezvous, with ranks as threads over real sockets: all arrive, one is missing, arrives twice, dies, differs."""
 
 import socket
 import threading
@@ -10,7 +10,7 @@ from torch.distributed import TCPStore
 
 from megachat.errors import UserError
 from megachat.job.launch import LaunchEnvironment
-from megachat.job.rendezvous import _ranks, meet
+from megachat.job.rendezvous import _name_ranks, meet
 from tests.limits import limit_s
 
 HOST = socket.gethostname()
@@ -42,41 +42,34 @@ def gather(
     rendezvous_s=600.0,
     judge=lambda arrivals: None,
     agent=False,
-    said=None,
 ):
-    """What each of `ranks` got, in their order: a Meeting or a UserError's text. A rank may be (rank, world it believes in)."""
-    port, found = port or free_port(), {}
+    """Return what each rank got: a Meeting or a UserError's text. A rank may be (rank, world it was started with)."""
+    port, results = port or free_port(), {}
 
-    def one(place: int, rank) -> None:
-        rank, own_world = rank if isinstance(rank, tuple) else (rank, world)
-        environment = LaunchEnvironment(rank, rank, own_world, own_world, "test", address, port, agent, 0)
+    def one(index: int, rank) -> None:
+        rank, rank_world = rank if isinstance(rank, tuple) else (rank, world)
+        environment = LaunchEnvironment(rank, rank, rank_world, rank_world, "test", address, port, agent, 0)
         try:
-            found[place] = meet(
-                environment,
-                {"kind": {"rank": str(rank)}},
-                judge,
-                rendezvous_s,
-                (said if said is not None else []).append,
-            )
+            results[index] = meet(environment, {"kind": {"rank": str(rank)}}, judge, rendezvous_s)
         except UserError as error:
-            found[place] = str(error)
+            results[index] = str(error)
 
-    threads = [threading.Thread(target=one, args=(place, rank), daemon=True) for place, rank in enumerate(ranks)]
+    threads = [threading.Thread(target=one, args=(index, rank), daemon=True) for index, rank in enumerate(ranks)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(limit_s())
-    return [found[place] for place in range(len(threads))]
+    return [results[index] for index in range(len(threads))]
 
 
-def test_all_come_in_any_order_and_the_store_takes_the_port():
+def test_all_arrive_in_any_order_and_the_store_takes_the_port():
     heard, port = [], free_port()
-    found = gather([2, 1, 0], 3, port=port, judge=lambda arrivals: heard.extend(arrivals))
-    assert [meeting.address for meeting in found] == [None] * 3
+    results = gather([2, 1, 0], 3, port=port, judge=lambda arrivals: heard.extend(arrivals))
+    assert [meeting.address for meeting in results] == [None] * 3
     assert [(arrival.rank, arrival.host, arrival.facts) for arrival in heard] == [
         (rank, HOST, {"kind": {"rank": str(rank)}}) for rank in range(3)
     ]
-    found[2].store.set("key", "value")
+    results[2].store.set("key", "value")
     assert TCPStore("127.0.0.1", port, None, False, timedelta(seconds=5), wait_for_workers=False).get("key") == b"value"
 
 
@@ -84,24 +77,27 @@ def test_one_process_meets_nobody():
     assert gather([0], 1)[0].store is None
 
 
-def test_missing_ranks_are_named_to_all_that_are_here(monkeypatch):
+def test_missing_ranks_are_named_to_all_that_are_here(monkeypatch, capsys):
     monkeypatch.setattr("megachat.job.rendezvous.NOTICE_S", 0.5)
-    said: list[str] = []
-    found = gather([0, 1, 3], 6, rendezvous_s=2, said=said)
-    assert len(set(found)) == 1
-    assert found[0].startswith(f"ranks 2,4-5 of 6 did not come within 2 s, here are ranks 0-1,3 on {HOST}: look for ")
-    assert said == ["waiting for ranks 2,4-5 of 6, up to 2 s (parallel.rendezvous_s)"]
+    results = gather([0, 1, 3], 6, rendezvous_s=2)
+    assert len(set(results)) == 1
+    assert results[0].startswith(
+        f"ranks 2,4-5 of 6 did not arrive within 2 s, here are ranks 0-1,3 on {HOST}: look for "
+    )
+    assert capsys.readouterr().out == "waiting for ranks 2,4-5 of 6, up to 2 s (parallel.rendezvous_s)\n"
 
 
-def test_a_rank_that_comes_twice_is_told_at_once():
-    found = gather([0, 1, 1], 3)
-    assert len(set(found)) == 1
-    assert found[0].startswith(f"rank 1 came twice, from {HOST} and from {HOST}: give every host its own --node_rank")
+def test_a_rank_that_arrives_twice_is_reported_at_once():
+    results = gather([0, 1, 1], 3)
+    assert len(set(results)) == 1
+    assert results[0].startswith(
+        f"rank 1 arrived twice, from {HOST} and from {HOST}: give every host its own --node_rank"
+    )
 
 
-def test_ranks_that_believe_in_other_numbers_are_told():
-    found = gather([0, (1, 3)], 2)
-    assert set(found) == {
+def test_ranks_that_believe_in_other_numbers_are_reported():
+    results = gather([0, (1, 3)], 2)
+    assert set(results) == {
         "rank 1 on " + HOST + " was started for 3 ranks and rank 0 for 2: start all hosts with the same numbers"
     }
 
@@ -118,20 +114,20 @@ def test_an_error_in_the_judge_is_no_hang():
 
 def test_a_rank_that_dies_while_the_others_wait_is_named():
     port = free_port()
-    started = threading.Thread(target=lambda: found.extend(gather([0], 3, port=port)), daemon=True)
-    found: list[str] = []
+    started = threading.Thread(target=lambda: results.extend(gather([0], 3, port=port)), daemon=True)
+    results: list[str] = []
     started.start()
     with connect(port) as link:
         link.sendall(b'{"rank": 1, "world": 3, "host": "other", "address": "127.0.0.1", "facts": {}}\n')
         time.sleep(0.3)
     started.join(limit_s())
-    assert found == ["rank 1 on other ended before all ranks had come: look for its own message"]
+    assert results == ["rank 1 on other ended before all ranks had arrived: look for its error message"]
 
 
 def test_a_stranger_at_the_port_disturbs_nobody():
     port = free_port()
-    found: list = []
-    ranks = threading.Thread(target=lambda: found.extend(gather([0], 2, port=port)), daemon=True)
+    results: list = []
+    ranks = threading.Thread(target=lambda: results.extend(gather([0], 2, port=port)), daemon=True)
     ranks.start()
     connect(port).close()
     for words in (b"GET / HTTP/1.0\r\n\r\n", b"", b"[1]\n", b'{"rank": "x"}\n'):
@@ -139,10 +135,10 @@ def test_a_stranger_at_the_port_disturbs_nobody():
             stranger.sendall(words)
     (other,) = gather([1], 2, port=port)
     ranks.join(limit_s())
-    assert other.store is None and found[0].store is not None
+    assert other.store is None and results[0].store is not None
 
 
-def test_a_port_in_use_is_told_by_rank_0_and_by_the_others():
+def test_a_port_in_use_is_reported_by_rank_0_and_by_the_others():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         threading.Thread(target=lambda: server.accept()[0].sendall(b"SSH-2.0-OpenSSH\r\n"), daemon=True).start()
@@ -155,7 +151,7 @@ def test_a_port_in_use_is_told_by_rank_0_and_by_the_others():
 
 
 def test_a_silent_program_at_the_port_is_no_hang(monkeypatch):
-    monkeypatch.setattr("megachat.job.rendezvous._SILENCE_S", 1.0)
+    monkeypatch.setattr("megachat.job.rendezvous._GREETING_S", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as server:
         (one,) = gather([1], 2, port=server.getsockname()[1])
     assert "is another program" in one
@@ -165,16 +161,16 @@ def test_a_silent_program_at_the_port_is_no_hang(monkeypatch):
     "address, why",
     [("127.0.0.1", "nothing listens there"), ("no-such-host.invalid", "the name no-such-host.invalid does not")],
 )
-def test_a_rank_0_that_cannot_be_reached_is_told(address, why):
+def test_a_rank_0_that_cannot_be_reached_is_reported(address, why):
     port = free_port()
-    (found,) = gather([1], 2, address=address, port=port, rendezvous_s=1)
-    assert found.startswith(f"rank 1 on {HOST} could not reach rank 0 at {address}:{port} within 1 s ({why}")
+    (results,) = gather([1], 2, address=address, port=port, rendezvous_s=1)
+    assert results.startswith(f"rank 1 on {HOST} could not reach rank 0 at {address}:{port} within 1 s ({why}")
 
 
 def test_torchruns_agent_keeps_its_port():
     agent = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=20), wait_for_workers=False)
-    found = gather([0, 1, 2], 3, port=agent.port, agent=True)
-    assert [(meeting.address, meeting.store) for meeting in found] == [(None, None)] * 3
+    results = gather([0, 1, 2], 3, port=agent.port, agent=True)
+    assert [(meeting.address, meeting.store) for meeting in results] == [(None, None)] * 3
 
 
 def test_many_ranks_gather():
@@ -182,4 +178,4 @@ def test_many_ranks_gather():
 
 
 def test_ranks_are_written_shortly():
-    assert (_ranks([5]), _ranks([0, 1, 2, 4])) == ("rank 5", "ranks 0-2,4")
+    assert (_name_ranks([5]), _name_ranks([0, 1, 2, 4])) == ("rank 5", "ranks 0-2,4")

@@ -15,7 +15,7 @@ def hold(folder, taken, end) -> None:
         end.wait(30)
 
 
-def test_the_second_is_told_who_has_it_until_the_first_ends_however(tmp_path):
+def test_the_second_learns_who_has_it_until_the_first_ends_however(tmp_path):
     context = multiprocessing.get_context("fork")
     taken, end = context.Event(), context.Event()
     holder = context.Process(target=hold, args=(tmp_path / "run", taken, end))
