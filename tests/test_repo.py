@@ -13,14 +13,14 @@ PROGRAMS = sorted([*(ROOT / "launch").glob("*.py"), *(ROOT / "tools").glob("*.py
 # the least (dimensions) and the whole (memory, manifest), so its modules have entries of their own.
 LEVELS = (
     ("errors", "files", "text", "place"),
-    ("planning.dimensions", "planning.zero"),
+    ("planning.dimensions",),
     ("config", "schedule", "device"),
     ("planning.plan",),
-    ("kernels",),
+    ("kernels", "planning.explain"),
     ("model", "parallel"),
     ("optim", "data"),
-    ("prepare", "checkpoint", "planning.memory", "planning.manifest"),
-    ("job",),
+    ("prepare", "checkpoint", "planning.manifest"),
+    ("job", "planning.memory"),
     ("evals",),
     ("convert",),
     ("train",),

@@ -1,28 +1,35 @@
-"""What a run will do, before it does it: config, plan with formulas, parameters, and who owns what."""
+"""Who owns what: the ranks that hold each parameter's optimizer state, from config and plan; no memory is taken for the
+model.
+"""
 
-import dataclasses
 import math
-from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from megachat.config import Config
 from megachat.model.gpt import ModelOptions, build_layers
 from megachat.model.parameters import placed_parameters
-from megachat.optim.groups import GROUPS, assign, muon_matrices
-from megachat.optim.partition_plan import Matrix, make_plan
+from megachat.optim.groups import GROUPS, assign, group_of, muon_matrices
+from megachat.optim.matrix import Matrix
+from megachat.optim.partition_plan import PartitionPlan, make_plan
 from megachat.parallel.tensor import cut_shape
-from megachat.place import Place, place_of
-from megachat.planning.dimensions import layer_costs
-from megachat.planning.plan import Plan
-from megachat.planning.zero import zero1_owners
+from megachat.place import place_of
+from megachat.planning.plan import Layout, Plan
 from megachat.text import number_ranges, text_table
 
+_ZERO1_ALIGNMENT = 2  # DeepSpeed aligns a rank's share to this many elements (nccl_start_alignment_factor)
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclass(frozen=True)
 class Ownership:
-    """One line of the manifest. stages: the pipeline stages that hold some of it. cut: how the tensor axis divides it. state_ranks: the world
-    ranks that hold its state; owner: the one that orthogonalizes it (Muon only); lr and decay at multiplier 1."""
+    """One line of the manifest.
+
+    stages: the pipeline stages that hold some of the parameter. cut: how the tensor axis divides it. state_ranks: the
+    world ranks that hold its optimizer state. owner: the world rank that orthogonalizes it (Muon only). lr and decay
+    are at schedule multiplier 1.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -35,142 +42,102 @@ class Ownership:
     decay: float
 
 
+@dataclass(frozen=True)
+class AdamWShares:
+    """One AdamW group of a pipeline stage, laid end to end on one tensor rank and shared by ZeRO-1 over the data ranks.
+
+    sizes: elements of each parameter on the tensor rank. share: elements whose state each data rank holds, padding
+    included. owners: for each parameter, the data ranks that hold part of its state.
+    """
+
+    parameters: list[nn.Parameter]
+    sizes: list[int]
+    share: int
+    owners: list[tuple[int, ...]]
+
+
+def zero1_shares(sizes: list[int], ranks: int) -> tuple[int, list[tuple[int, ...]]]:
+    """Returns AdamWShares' share and owners for parameters of `sizes` elements, as DeepSpeed's ZeRO-1 cuts them over
+    `ranks` data ranks.
+    """
+    unit = _ZERO1_ALIGNMENT * ranks
+    share = -(-sum(sizes) // unit) * unit // ranks
+    owners, start = [], 0
+    for size in sizes:
+        owners.append(tuple(range(start // share, (start + size - 1) // share + 1)))
+        start += size
+    return share, owners
+
+
+def adamw_shares(parameters: list[nn.Parameter], layout: Layout, tensor_rank: int) -> list[AdamWShares]:
+    """Returns the AdamW groups of a stage's whole (uncut) parameters on one tensor rank, without empty groups."""
+    assigned = assign([place_of(parameter) for parameter in parameters])
+    shares = []
+    for group in GROUPS:
+        members = [parameter for parameter in parameters if assigned[place_of(parameter).name] is group]
+        if group.optimizer == "adamw" and members:
+            shapes = [
+                cut_shape(tuple(parameter.shape), place_of(parameter).cut, layout.tensor, tensor_rank)[0]
+                for parameter in members
+            ]
+            sizes = [math.prod(shape) for shape in shapes]
+            shares.append(AdamWShares(members, sizes, *zero1_shares(sizes, layout.data)))
+    return shares
+
+
+def muon_plan(config: Config, layout: Layout, parameters: list[nn.Parameter]) -> PartitionPlan:
+    """Returns the Muon partition of a stage's whole (uncut) parameters."""
+    places = dict.fromkeys(place_of(parameter) for parameter in parameters)
+    matrices = muon_matrices(places, assign(places), config.optimizer.muon_multiplier)
+    return make_plan(matrices, layout.data, tensor=layout.tensor)
+
+
 def ownership(config: Config, plan: Plan) -> list[Ownership]:
-    """Every parameter with its optimizer and owners, in model order; no memory is taken for the model."""
+    """Returns every parameter with its optimizer and the ranks that hold its state, in model order."""
     with torch.device("meta"):
         layers = build_layers(plan.dims, ModelOptions())
-    lines: dict[str, Ownership] = {}
+    tensor, stage_size = plan.layout.tensor, plan.layout.data * plan.layout.tensor
+    state_ranks: dict[str, set[int]] = {}
+    muon: dict[str, tuple[Matrix, int]] = {}  # with the owner rank
     for stage, (first, last) in enumerate(plan.stages):
         parameters = placed_parameters(layers[first:last])
-        groups = assign([place_of(parameter) for parameter in parameters])
-        matrices = muon_matrices(
-            dict.fromkeys(place_of(parameter) for parameter in parameters), groups, config.optimizer.muon_multiplier
-        )
-        multipliers = {matrix.name: matrix.multiplier for matrix in matrices}
-        state_ranks, owners = _muon_ranks(matrices, plan, stage)
-        held = _adamw_owners(
-            [parameter for parameter in parameters if place_of(parameter).name not in state_ranks], groups, plan, stage
-        )
-        for where in (place_of(parameter) for parameter in parameters):
-            group, before = groups[where.name], lines.get(where.name)
-            rate = plan.rates[group.rate] * multipliers.get(where.name, 1.0)
-            decay = plan.weight_decay if where.name in state_ranks else group.weight_decay
-            ranks = {*(state_ranks.get(where.name) or held[where]), *(before.state_ranks if before else ())}
-            stages = {stage, *(before.stages if before else ())}
-            owner, cut = owners.get(where.name), where.cut if plan.layout.tensor > 1 else "whole"
-            lines[where.name] = Ownership(
-                where.name,
-                where.whole,
-                group.optimizer,
-                tuple(sorted(stages)),
-                cut,
-                tuple(sorted(ranks)),
-                owner,
-                rate,
-                decay,
-            )
-    return list(lines.values())
-
-
-def _muon_ranks(matrices: list[Matrix], plan: Plan, stage: int) -> tuple[dict[str, set[int]], dict[str, int]]:
-    """World ranks of a stage that hold each matrix's state, and the one that orthogonalizes it."""
-    first = stage * plan.layout.data * plan.layout.tensor
-    partition = make_plan(matrices, plan.layout.data, tensor=plan.layout.tensor)
-    each = list(zip(partition.matrices, partition.fragments, partition.owners, strict=True))
-    state_ranks = {matrix.name: {first + fragment.rank for fragment in fragments} for matrix, fragments, _ in each}
-    return state_ranks, {matrix.name: first + owner for matrix, _, owner in each}
-
-
-def _adamw_owners(parameters: list, groups: Mapping, plan: Plan, stage: int) -> dict[Place, set[int]]:
-    """World ranks of a stage that hold each AdamW parameter's state, as ZeRO-1 lays the stage's groups out on every tensor rank."""
-    data, tensor = plan.layout.data, plan.layout.tensor
-    held: dict[Place, set[int]] = {}
-    for group in GROUPS:
-        own = [parameter for parameter in parameters if groups[place_of(parameter).name] is group]
+        partition = muon_plan(config, plan.layout, parameters)
+        for matrix, fragments, owner in zip(partition.matrices, partition.fragments, partition.owners, strict=True):
+            muon[matrix.name] = matrix, stage * stage_size + owner
+            state_ranks[matrix.name] = {stage * stage_size + fragment.rank for fragment in fragments}
         for rank in range(tensor):
-            shapes = [cut_shape(tuple(parameter.shape), place_of(parameter).cut, tensor, rank)[0] for parameter in own]
-            for parameter, owners in zip(own, zero1_owners([math.prod(shape) for shape in shapes], data), strict=True):
-                held.setdefault(place_of(parameter), set()).update(
-                    (stage * data + owner) * tensor + rank for owner in owners
-                )
-    return held
-
-
-def describe_config(config: Config) -> str:
-    """Every setting, one a line; those that differ from the defaults are marked."""
-    changed = config.model_dump(exclude_defaults=True)
-    lines = ["config (* differs from the default)"]
-    for section, settings in config.model_dump().items():
-        for key, value in settings.items():
-            mark = "*" if key in changed.get(section, {}) else " "
-            lines.append(f"{mark} {section}.{key} = {value!r}")
-    return "\n".join(lines)
-
-
-def describe_plan(plan: Plan) -> str:
-    """Every derived number with its formula."""
-    lines = ["plan"]
-    for field in dataclasses.fields(plan):
-        value = getattr(plan, field.name)
-        if field.name == "dims":
-            lines += _numbers(
-                "", {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}, plan.why
+            for shares in adamw_shares(parameters, plan.layout, rank):
+                for parameter, owners in zip(shares.parameters, shares.owners, strict=True):
+                    state_ranks.setdefault(place_of(parameter).name, set()).update(
+                        stage * stage_size + owner * tensor + rank for owner in owners
+                    )
+    lines = []
+    for place in {place_of(parameter).name: place_of(parameter) for parameter in layers.parameters()}.values():
+        group, ranks = group_of(place.name), sorted(state_ranks[place.name])
+        matrix, owner = muon.get(place.name, (None, None))
+        lines.append(
+            Ownership(
+                name=place.name,
+                shape=place.whole,
+                optimizer=group.optimizer,
+                stages=tuple(sorted({rank // stage_size for rank in ranks})),
+                cut=place.cut if tensor > 1 else "whole",
+                state_ranks=tuple(ranks),
+                owner=owner,
+                lr=plan.rates[group.rate] * (matrix.multiplier if matrix else 1.0),
+                decay=plan.weight_decay if matrix else group.weight_decay,
             )
-        elif field.name == "layout":
-            lines.append(f"  layout = data {value.data} x tensor {value.tensor} x pipeline {value.pipeline}")
-        elif field.name == "stages":
-            lines.append(f"  stages = {describe_stages(plan)}   [{plan.why['stages']}]")
-        elif field.name in ("rates", "parameters"):
-            lines += _numbers(f"{field.name}.", value, plan.why)
-        elif field.name != "why":
-            lines += _numbers("", {field.name: value}, plan.why)
-    return "\n".join(lines)
-
-
-def describe_stages(plan: Plan) -> str:
-    """Each pipeline stage's layers and what they weigh, on one line."""
-    costs = layer_costs(plan.dims)
-
-    def share(kind: int, first: int, last: int) -> float:
-        return sum(cost[kind] for cost in costs[first:last]) / sum(cost[kind] for cost in costs)
-
-    told = [
-        f"layers {a}-{b - 1} ({share(0, a, b):.0%} of parameters, {share(1, a, b):.0%} of FLOPs)"
-        for a, b in plan.stages
-    ]
-    return ", ".join(told)
-
-
-def _numbers(prefix: str, values: Mapping[str, object], why: Mapping[str, str]) -> list[str]:
-    def shown(value) -> str:
-        return f"{value:,}" if isinstance(value, int) else f"{value:.6g}" if isinstance(value, float) else str(value)
-
-    return [
-        f"  {prefix}{name} = {shown(value)}" + (f"   [{why[prefix + name]}]" if prefix + name in why else "")
-        for name, value in values.items()
-    ]
+        )
+    return lines
 
 
 def describe_ownership(lines: list[Ownership]) -> str:
-    """The manifest as a table, with a count by optimizer at the end."""
+    """Returns the manifest as a table, with the number of parameters per optimizer at the end."""
     rows = [("parameter", "shape", "optimizer", "stage", "cut", "state on ranks", "owner", "lr", "decay")]
     for line in lines:
-        shape = "x".join(map(str, line.shape))
-        owner = "-" if line.owner is None else str(line.owner)
-        where = (number_ranges(line.stages), line.cut, number_ranges(line.state_ranks), owner)
-        rows.append((line.name, shape, line.optimizer, *where, f"{line.lr:.4g}", f"{line.decay:.4g}"))
+        shape, owner = "x".join(map(str, line.shape)), "-" if line.owner is None else str(line.owner)
+        ranks = number_ranges(line.stages), line.cut, number_ranges(line.state_ranks), owner
+        rows.append((line.name, shape, line.optimizer, *ranks, f"{line.lr:.4g}", f"{line.decay:.4g}"))
     muon = sum(line.optimizer == "muon" for line in lines)
-    return "\n".join(
-        [
-            "parameters and their owners",
-            *text_table(rows),
-            f"{muon} matrices on Muon, {len(lines) - muon} tensors on AdamW",
-        ]
-    )
-
-
-def plan_values(plan: Plan) -> dict:
-    """The plan as JSON values."""
-    values = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
-    plain = {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
-    return plain | {"dims": dataclasses.asdict(plan.dims), "layout": dataclasses.asdict(plan.layout)}
+    total = f"{muon} matrices on Muon, {len(lines) - muon} tensors on AdamW"
+    return "\n".join(["parameters and their owners", *text_table(rows), total])

@@ -7,7 +7,8 @@ from megachat.data.tokenizer import load_tokenizer
 from megachat.device import choose_compute_dtype, memory_bytes, this_device
 from megachat.evals.core_bundle import describe_bundle, open_configured_bundle
 from megachat.evals.core_download import BUNDLE_PATH
-from megachat.planning.manifest import describe_config, describe_ownership, describe_plan, ownership
+from megachat.planning.explain import describe_config, describe_plan
+from megachat.planning.manifest import describe_ownership, ownership
 from megachat.planning.memory import describe_memory, memory_of_stages, memory_warning
 from megachat.planning.plan import Plan, resolve
 

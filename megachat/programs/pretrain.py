@@ -31,10 +31,7 @@ from megachat.job.run_lock import lock_run_folder
 from megachat.kernels.choice import Kernels, choose_kernels, describe_kernels
 from megachat.parallel.collectives import all_gather_objects, barrier
 from megachat.parallel.mesh import Mesh
-from megachat.planning.manifest import (
-    describe_stages,
-    plan_values,
-)
+from megachat.planning.explain import describe_stages, plan_values
 from megachat.planning.memory import check_state_fits, describe_memory, memory_of_stages, memory_warning
 from megachat.planning.plan import Plan, resolve, usable_world
 from megachat.programs.dry_run import describe_job

@@ -26,7 +26,7 @@ def test_a_dry_run_prints_config_plan_owners_and_memory(place):
     out = dry_run(place, "--set", "optimizer.matrix_lr=0.03")
     config, plan, owners, memory = out.split("\n\n")
     assert re.fullmatch(
-        r"memory by the count ([\d.]+ MB) on a rank: weights 0\.2 MB, .*, workspace [\d.]+ MB; computed in float32",
+        r"estimated memory per rank: [\d.]+ MB \(weights 0\.2 MB, .*, workspace [\d.]+ MB\); computed in float32",
         memory.strip(),
     )
     assert (

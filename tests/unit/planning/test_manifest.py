@@ -1,64 +1,19 @@
-"""What a run will do, in words: tables and JSON of config, plan and owners."""
+"""The owner ranks of every parameter."""
 
-import json
 import math
 
 import pytest
 
 from megachat.config import BatchConfig, Config, ParallelConfig
-from megachat.planning.manifest import (
-    Ownership,
-    describe_config,
-    describe_ownership,
-    describe_plan,
-    describe_stages,
-    ownership,
-    plan_values,
-)
+from megachat.place import place_of
+from megachat.planning.manifest import Ownership, describe_ownership, ownership, zero1_shares
 from megachat.planning.plan import resolve
+from tests.harness import run_ranks
+from tests.training import SMALL_VOCAB, build, small_config
 
 CONFIG = Config.model_validate(
     {"model": {"depth": 4, "aspect_ratio": 32, "head_size": 32, "sequence_len": 128}, "horizon": {"steps": 7}}
 )
-
-
-def test_the_config_marks_what_differs():
-    lines = describe_config(CONFIG).splitlines()
-    assert "* model.depth = 4" in lines and "  model.kv_heads = None" in lines and "* horizon.steps = 7" in lines
-    assert len(lines) == 1 + sum(len(section) for section in CONFIG.model_dump().values())
-    assert sum(line.startswith("* ") for line in lines) == 5
-
-
-def test_the_plan_has_every_number_once_with_its_formula():
-    plan = resolve(CONFIG, 2, 1000)
-    lines = describe_plan(plan).splitlines()
-    names = [line.split(" = ")[0].strip() for line in lines[1:]]
-    assert len(set(names)) == len(names)
-    assert {
-        "depth",
-        "width",
-        "layout",
-        "tokens_per_step",
-        "rates.matrix",
-        "parameters.total",
-        "total_flops",
-        "weight_decay",
-    } <= set(names)
-    assert f"  parameters.total = {plan.parameters['total']:,}" in lines
-    (steps,) = [line for line in lines if line.startswith("  steps = ")]
-    assert steps == "  steps = 7   [horizon.steps]"
-    assert all(
-        any(line.startswith(f"  {name} = ") and line.endswith(f"[{why}]") for line in lines)
-        for name, why in plan.why.items()
-        if name in names
-    )
-
-
-def test_plan_values_are_json():
-    plan = resolve(CONFIG, 2, 1000)
-    values = json.loads(json.dumps(plan_values(plan)))
-    assert values["layout"] == {"data": 2, "tensor": 1, "pipeline": 1} and values["rates"] == dict(plan.rates)
-    assert values["dims"]["windows"] == list(plan.dims.windows) and values["why"]["steps"] == "horizon.steps"
 
 
 @pytest.mark.parametrize(
@@ -92,18 +47,7 @@ def test_every_parameter_has_owners(world, tensor, pipeline):
     )
 
 
-def test_stages_are_told_with_what_they_weigh():
-    plan = resolve(CONFIG.model_copy(update={"parallel": ParallelConfig(pipeline=3)}), 3, 1000)
-    told = describe_stages(plan).split("), ")
-    assert (
-        len(told) == 3
-        and told[0].startswith("layers 0-")
-        and "of parameters" in told[1]
-        and told[2].endswith("% of FLOPs)")
-    )
-
-
-def test_ranks_are_told_as_ranges():
+def test_ranks_are_listed_as_ranges():
     lines = [
         Ownership("a", (3, 4), "adamw", (0,), "whole", (0, 1, 2, 5), None, 0.1, 0.0),
         Ownership("b", (2,), "muon", (0, 1), "row", (7,), 7, 0.02, 0.28),
@@ -113,3 +57,33 @@ def test_ranks_are_told_as_ranges():
         ["a", "3x4", "adamw", "0", "whole", "0-2,5", "-", "0.1", "0"],
         ["b", "2", "muon", "0-1", "row", "7", "7", "0.02", "0.28"],
     ]
+
+
+def held_names(config):
+    return [
+        place_of(parameter).name + str(place_of(parameter).offset)
+        for parameter, *_ in build(config, SMALL_VOCAB).engine.adamw.fragments()
+    ]
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_adamw_owners_are_deepspeeds(world):
+    config = small_config()
+    by_rank = run_ranks(held_names, world, config)
+    training_groups = run_ranks(group_sizes, 1, config)[0]
+    for members in training_groups:
+        for (name, _), owners in zip(members, zero1_shares([size for _, size in members], world)[1], strict=True):
+            assert owners == tuple(rank for rank in range(world) if name in by_rank[rank]), name
+
+
+def group_sizes(config):
+    zero = build(config, SMALL_VOCAB).engine.adamw
+    return [
+        [(place_of(parameter).name + str(place_of(parameter).offset), parameter.numel()) for parameter in group]
+        for group in zero.bit16_groups
+    ]
+
+
+def test_a_padded_share():
+    assert zero1_shares([1, 1, 1], 4) == (2, [(0,), (0,), (1,)])
+    assert zero1_shares([100], 2) == (50, [(0, 1)])

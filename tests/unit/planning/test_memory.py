@@ -1,4 +1,6 @@
-"""The count of a rank's bytes against what really lies there: weights, optimizers' tensors and gradients to the byte, and what autograd keeps."""
+"""The memory estimate against what ranks really hold: weights, optimizer state and gradients to the byte, and what
+autograd keeps.
+"""
 
 import gc
 import re
@@ -24,7 +26,7 @@ MODEL = {"depth": 4, "aspect_ratio": 32, "head_size": 16, "kv_heads": 4, "sequen
 
 
 class Kept:
-    """A tensor that autograd keeps. The bytes of all storages that are kept at a time, but for those in `apart`, are counted in `count`."""
+    """A tensor that autograd keeps. `count` gets the bytes of all storages kept at a time, except those in `apart`."""
 
     def __init__(self, tensor: torch.Tensor, apart: set[int], count: dict):
         storage = tensor.untyped_storage()
@@ -47,17 +49,17 @@ def storages(tensors) -> dict[int, int]:
 
 
 def held(config) -> tuple[int, dict[str, int]]:
-    """(this rank's stage, bytes that it has by kind in a step and after it)."""
+    """Returns (this rank's stage, the bytes that it holds by use, in a step and after it)."""
     training = build(config, SMALL_VOCAB)
     zero, muon, plan = training.engine.adamw, training.muon, training.plan
-    found, count = {}, {"now": 0, "most": 0}
+    actual, count = {}, {"now": 0, "most": 0}
 
-    # when all gradients exist; those of AdamW that another rank updates are already freed
+    # called when all gradients exist; AdamW gradients that another rank updates are already freed
     def count_gradients() -> None:
         parameters = [parameter for group in zero.bit16_groups for parameter in group]
         given = [parameter.grad_accum for parameter in parameters if parameter.grad_accum is not None]
         assert given and all(tensor.dtype == torch.float32 for tensor in given)
-        found["gradients"] = sum(storages(bucket.gradients for bucket in muon._buckets).values()) + sum(
+        actual["gradients"] = sum(storages(bucket.gradients for bucket in muon._buckets).values()) + sum(
             4 * one.numel() for one in parameters
         )
 
@@ -74,20 +76,21 @@ def held(config) -> tuple[int, dict[str, int]]:
         for kind in ("exp_avg", "exp_avg_sq")
     ]
     moments += [*(bucket.momentum for bucket in muon._buckets), *muon._second_moment.values()]
-    found |= {
+    actual |= {
         "weights": sum(weights.values()),
         "masters": sum(masters[place] for place in masters.keys() - weights.keys()),
     }
-    found |= {"moments": sum(storages(moments).values()), "activations": count["most"]}
+    actual |= {"moments": sum(storages(moments).values()), "activations": count["most"]}
     assert len(own_rows(training, rows)) == plan.micro_rows * plan.accumulation
-    return training.mesh.pipeline.rank, found
+    return training.mesh.pipeline.rank, actual
 
 
 def held_at_the_loss(config) -> int:
-    """Bytes of all tensors that there are when the first micro-batch has its loss and were not there before: those that autograd keeps, and
-    those that are held to compute others again."""
+    """Returns the bytes of all new tensors when the first micro-batch has its loss: those kept for backward or for
+    recomputing.
+    """
     training = build(config, SMALL_VOCAB)
-    plan, found = training.plan, []
+    plan, actual = training.plan, []
 
     def alive() -> dict[int, int]:
         gc.collect()  # what is garbage lies there until the collector comes by, which depends on what else was made
@@ -96,23 +99,23 @@ def held_at_the_loss(config) -> int:
     rows = random_rows(0, plan.rows_per_step, plan.dims.sequence_len + 1, SMALL_VOCAB)
     before = alive()
     training.engine.module.loss_fn.register_forward_hook(
-        lambda *_: found.append({**alive(), **dict.fromkeys(before, 0)})
+        lambda *_: actual.append({**alive(), **dict.fromkeys(before, 0)})
     )
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (tensor,), lambda kept: kept[0]):
         take_step(training, rows)
-    return sum(found[0].values())
+    return sum(actual[0].values())
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "block"])
 def test_what_is_computed_again_is_not_kept(recompute):
     batch = {"tokens": 256 * 24, "micro_rows": 4, "recompute": recompute}
     config = small_config(model=MODEL | {"depth": 6}, batch=batch, parallel={"tensor": 2, "sequence": True})
-    (stage,) = counted(config, 2)
-    for found in run_ranks(held_at_the_loss, 2, config):
-        assert 0.97 * found <= stage.activations <= 1.06 * found
+    (stage,) = estimate(config, 2)
+    for actual in run_ranks(held_at_the_loss, 2, config):
+        assert 0.97 * actual <= stage.activations <= 1.06 * actual
 
 
-def counted(config, world: int, dtype: torch.dtype = torch.float32):
+def estimate(config, world: int, dtype: torch.dtype = torch.float32):
     return memory_of_stages(config, resolve(config, world, SMALL_VOCAB), dtype, on_gpu=False)
 
 
@@ -127,41 +130,41 @@ def counted(config, world: int, dtype: torch.dtype = torch.float32):
         (4, {"pipeline": 2}, {"precision": {"compute": "bfloat16"}}),
     ],
 )
-def test_the_count_is_what_ranks_hold(world, parallel, settings):
+def test_the_estimate_is_what_ranks_hold(world, parallel, settings):
     config = small_config(
         **({"model": MODEL, "parallel": parallel, "batch": {"tokens": 256 * 24, "micro_rows": 2}} | settings)
     )
     dtype = getattr(torch, config.precision.compute)
-    stages = counted(config, world, dtype)
+    stages = estimate(config, world, dtype)
     most = [dict.fromkeys(("weights", "masters", "moments", "gradients", "activations"), 0) for _ in stages]
-    for stage, found in run_ranks(held, world, config):
-        most[stage] = {kind: max(before, found[kind]) for kind, before in most[stage].items()}
-    for stage, found in zip(stages, most, strict=True):
+    for stage, actual in run_ranks(held, world, config):
+        most[stage] = {kind: max(before, actual[kind]) for kind, before in most[stage].items()}
+    for stage, actual in zip(stages, most, strict=True):
         exact = ("weights", "masters", "moments", "gradients")
-        assert {kind: getattr(stage, kind) for kind in exact} == {kind: found[kind] for kind in exact}
+        assert {kind: getattr(stage, kind) for kind in exact} == {kind: actual[kind] for kind in exact}
         if dtype == torch.float32:  # in bfloat16 a CPU's norms keep float32 copies, which a GPU's do not
-            assert found["activations"] <= stage.activations <= 1.06 * found["activations"], stage
+            assert actual["activations"] <= stage.activations <= 1.06 * actual["activations"], stage
 
 
 def test_fp8_keeps_a_byte_for_each_number():
-    """What the recipe saves and adds, beside a run without it: a CPU's norms are the same in both."""
+    """Compares the difference that the recipe makes: a CPU's norms are the same with and without it."""
     config = small_config(model=MODEL, batch={"tokens": 256 * 8, "micro_rows": 2}, precision={"compute": "bfloat16"})
     fp8 = config.model_copy(
         update={"precision": config.precision.model_copy(update={"fp8": "tensorwise", "fp8_head": False})}
     )
-    (_, plain), (_, rounded) = (run_ranks(held, 1, asked)[0] for asked in (config, fp8))
-    (own,), (other,) = counted(config, 1, torch.bfloat16), counted(fp8, 1, torch.bfloat16)
-    assert other.activations != own.activations
+    (_, plain), (_, rounded) = (run_ranks(held, 1, one)[0] for one in (config, fp8))
+    (in_bf16,), (in_fp8,) = estimate(config, 1, torch.bfloat16), estimate(fp8, 1, torch.bfloat16)
+    assert in_fp8.activations != in_bf16.activations
     assert (
-        abs((rounded["activations"] - plain["activations"]) - (other.activations - own.activations))
+        abs((rounded["activations"] - plain["activations"]) - (in_fp8.activations - in_bf16.activations))
         < 0.03 * plain["activations"]
     )
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "block"])
 @pytest.mark.parametrize("block", [0, 1])  # the second has a value embedding
-def test_a_block_keeps_what_is_counted(block, recompute):
-    """What exists more after a forward pass than before it, by torch's own allocations."""
+def test_a_block_keeps_what_is_estimated(block, recompute):
+    """Compares with torch's allocations before and after a forward pass."""
     dims = resolve(small_config(model=MODEL, batch={"tokens": 256 * 2}), 1, SMALL_VOCAB).dims
     options = ModelOptions(recompute=recompute)
     made = Block(dims, options, Rotary(dims, options), block)
@@ -176,22 +179,20 @@ def test_a_block_keeps_what_is_counted(block, recompute):
     )
 
 
-def test_what_does_not_fit_is_told_with_what_helps():
+def test_a_run_that_does_not_fit_is_warned_about_with_what_helps():
     config = small_config(model=MODEL, batch={"tokens": 256 * 24, "micro_rows": 8})
     plan = resolve(config, 1, SMALL_VOCAB)
     (stage,) = memory_of_stages(config, plan, torch.float32)
     assert memory_warning(config, plan, torch.float32, 2 * stage.total) is None
-    told = memory_warning(config, plan, torch.float32, stage.total // 2)
-    wanted = r"WARNING: this run needs 0\.1 GB on a rank by the count, and the device has 0\.1 GB: it will run out of memory: "
-    assert re.match(wanted + r"set batch\.micro_rows=2 \([\d.]+ MB\)", told), told
-    told = memory_warning(config, plan, torch.float32, stage.state)
-    assert "not enough alone is batch.micro_rows=1 (" in told and told.endswith("set several, or take more ranks")
+    warning = memory_warning(config, plan, torch.float32, stage.total // 2)
+    assert re.match(r"WARNING: .* 0\.1 GB, but the device has 0\.1 GB", warning), warning
+    assert re.search(r": set batch\.micro_rows=2 \([\d.]+ MB\)", warning), warning
+    warning = memory_warning(config, plan, torch.float32, stage.state)
+    assert "not enough alone is batch.micro_rows=1 (" in warning and warning.endswith("use more ranks")
     for rows, fits in ((4, False), (2, True)):
         less = config.model_copy(update={"batch": config.batch.model_copy(update={"micro_rows": rows})})
         assert (memory_warning(less, resolve(less, 1, SMALL_VOCAB), torch.float32, stage.total // 2) is None) == fits
     assert describe_memory([stage], 80_000_000_000).endswith("; the device has 80.0 GB")
     check_state_fits([stage], stage.state)
-    with pytest.raises(
-        UserError, match=r"weights and optimizer state take ([\d.]+ MB) on a rank of stage 0 and the device has \1"
-    ):
+    with pytest.raises(UserError, match=r"need ([\d.]+ MB) per rank on stage 0, but the device has \1: .*model.depth"):
         check_state_fits([stage], stage.state - 1)

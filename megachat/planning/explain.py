@@ -1,0 +1,70 @@
+"""Config and plan in words: every setting, every derived number with its formula, every pipeline stage; and the plan as
+JSON.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+from megachat.config import Config
+from megachat.planning.dimensions import layer_costs
+from megachat.planning.plan import Plan
+
+
+def describe_config(config: Config) -> str:
+    """Returns every setting, one per line; those that differ from the default are marked."""
+    changed = config.model_dump(exclude_defaults=True)
+    lines = ["config (* differs from the default)"]
+    for section, settings in config.model_dump().items():
+        for key, value in settings.items():
+            mark = "*" if key in changed.get(section, {}) else " "
+            lines.append(f"{mark} {section}.{key} = {value!r}")
+    return "\n".join(lines)
+
+
+def describe_plan(plan: Plan) -> str:
+    """Returns every derived number with its formula, one per line."""
+    lines = ["plan"]
+    for name, value in _fields(plan).items():
+        if name == "dims":
+            lines += _numbers("", _fields(value), plan.why)
+        elif name == "layout":
+            lines.append(f"  layout = data {value.data} x tensor {value.tensor} x pipeline {value.pipeline}")
+        elif name == "stages":
+            lines.append(f"  stages = {describe_stages(plan)}   [{plan.why['stages']}]")
+        elif name in ("rates", "parameters"):
+            lines += _numbers(f"{name}.", value, plan.why)
+        elif name != "why":
+            lines += _numbers("", {name: value}, plan.why)
+    return "\n".join(lines)
+
+
+def describe_stages(plan: Plan) -> str:
+    """Returns each pipeline stage's layers with their shares of parameters and FLOPs, on one line."""
+    costs = layer_costs(plan.dims)
+
+    def share(kind: int, first: int, last: int) -> float:
+        return sum(cost[kind] for cost in costs[first:last]) / sum(cost[kind] for cost in costs)
+
+    return ", ".join(
+        f"layers {a}-{b - 1} ({share(0, a, b):.0%} of parameters, {share(1, a, b):.0%} of FLOPs)"
+        for a, b in plan.stages
+    )
+
+
+def plan_values(plan: Plan) -> dict:
+    """Returns the plan as JSON values."""
+    values = {name: dict(value) if isinstance(value, Mapping) else value for name, value in _fields(plan).items()}
+    return values | {"dims": dataclasses.asdict(plan.dims), "layout": dataclasses.asdict(plan.layout)}
+
+
+def _fields(value) -> dict:
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+
+
+def _numbers(prefix: str, values: Mapping[str, object], why: Mapping[str, str]) -> list[str]:
+    lines = []
+    for name, value in values.items():
+        text = f"{value:,}" if isinstance(value, int) else f"{value:.6g}" if isinstance(value, float) else str(value)
+        formula = why.get(prefix + name)
+        lines.append(f"  {prefix}{name} = {text}" + (f"   [{formula}]" if formula else ""))
+    return lines
