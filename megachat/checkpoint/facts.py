@@ -1,4 +1,4 @@
-"""checkpoint.json: what a checkpoint is, of which files, with their hashes; versions and how older ones are read."""
+"""checkpoint.json: what a checkpoint holds, its files with sizes and hashes, and how older format versions are read."""
 
 import hashlib
 import json
@@ -16,135 +16,119 @@ HASH_THREADS = 4  # hashlib releases the interpreter lock
 
 
 def checkpoint_name(step: int) -> str:
-    """Folder name of a step's checkpoint; names sort as steps do, up to a million."""
+    """Return the folder name of a step's checkpoint. Names sort like steps, up to step 999,999."""
     return f"step_{step:06d}"
 
 
 def checkpoint_step(path: Path) -> int | None:
-    """The step that a checkpoint folder's name tells; None for other names."""
+    """Return the step in a checkpoint folder's name, None for other names."""
     digits = path.name.removeprefix("step_")
     return int(digits) if path.name.startswith("step_") and digits.isdecimal() else None
 
 
 def write_facts(checkpoint: Path, facts: dict) -> None:
-    """Write checkpoint.json with its versions and its own hash; `facts` has "step" and "files", name -> {"bytes", "sha256"}."""
+    """Write checkpoint.json with the versions and a hash of its content.
+
+    facts: must have "step" and "files", a dict of name -> {"bytes", "sha256"}.
+    """
     facts = {"format_version": FORMAT_VERSION, "architecture_version": ARCHITECTURE_VERSION} | facts
-    write_json(checkpoint / FACTS_NAME, facts | {"sha256": _own_hash(facts)})
+    write_json(checkpoint / FACTS_NAME, facts | {"sha256": _hash_of_facts(facts)})
 
 
 def read_facts(checkpoint: Path) -> dict:
-    """The facts of a complete checkpoint, in this version's form whatever wrote them; its files are there with their sizes.
+    """Read checkpoint.json, upgraded to the current format, and check that all files exist with their sizes.
 
-    Raises UserError when it is none, is cut short, was changed, or is of a newer format or architecture.
+    Raises UserError when the checkpoint is incomplete, was changed, or has a newer format or architecture.
     """
     path = checkpoint / FACTS_NAME
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
         version, architecture = int(facts["format_version"]), int(facts.get("architecture_version", 1))
+        for name, saved, supported in (
+            ("format", version, FORMAT_VERSION),
+            ("architecture", architecture, ARCHITECTURE_VERSION),
+        ):
+            if saved > supported:
+                raise UserError(
+                    f"{checkpoint} has {name} version {saved}, newer than this program's {supported}: update megachat"
+                )
+        if version >= 2 and facts.pop("sha256") != _hash_of_facts(facts):
+            raise UserError(
+                f"{path} does not match its SHA-256: it was changed or damaged; use another step's checkpoint"
+            )
+        for old_version in range(version, FORMAT_VERSION):
+            facts = _UPGRADES[old_version](facts)
+        problems = find_file_problems(checkpoint, facts, sizes_only=True)
+        int(facts["step"])
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
-            f"{checkpoint} is not a complete checkpoint: it has no {FACTS_NAME}; give another step's folder"
+            f"{checkpoint} is not a complete checkpoint: it has no {FACTS_NAME}; use another step's checkpoint"
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} cannot be read ({type(error).__name__}: {error}); give another step's folder"
+            f"{path} cannot be read ({type(error).__name__}: {error}); use another step's checkpoint"
         ) from None
-    if version > FORMAT_VERSION:
+    if problems:
         raise UserError(
-            f"{checkpoint} has format {version}, newer than this version's {FORMAT_VERSION}: update megachat"
-        )
-    if architecture > ARCHITECTURE_VERSION:
-        raise UserError(
-            f"{checkpoint} is of architecture {architecture}, newer than this version's {ARCHITECTURE_VERSION}: update megachat"
-        )
-    try:
-        if version >= 2 and facts.pop("sha256") != _own_hash(facts):
-            raise UserError(
-                f"{path} is not as it was saved (SHA-256): it was changed or damaged; give another step's folder"
-            )
-        while version < FORMAT_VERSION:
-            facts = _UPGRADES[version](facts)
-            version += 1
-        missing = find_size_problems(checkpoint, facts)
-        int(facts["step"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} cannot be read ({type(error).__name__}: {error}); give another step's folder"
-        ) from None
-    if missing:
-        raise UserError(
-            f"{checkpoint} is cut short: {missing[0]}; give another step's folder, or --resume auto for the newest complete one"
+            f"{checkpoint} is incomplete: {problems[0]}; use another step's checkpoint, "
+            "or --resume auto for the newest complete one"
         )
     return facts
 
 
-def find_size_problems(checkpoint: Path, facts: dict, names=None) -> list[str]:
-    """Which of the checkpoint's files (or of those named) are missing or of another size, in words."""
-    problems = []
-    for name, entry in facts["files"].items():
-        if names is not None and name not in names:
-            continue
-        path = checkpoint / name
-        if not path.is_file():
-            problems.append(f"{name} is missing")
-        elif path.stat().st_size != entry["bytes"]:
-            problems.append(f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}")
-    return problems
-
-
 def hash_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Name -> SHA-256 of files in the folder. Raises OSError."""
+    """Return name -> SHA-256 of the named files in the folder. Raises OSError."""
     names = list(names)
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         return dict(zip(names, pool.map(lambda name: file_sha256(folder / name), names), strict=True))
 
 
-def find_file_problems(folder: Path, facts: dict, names: Collection[str] | None = None) -> list[str]:
-    """What is wrong with the checkpoint's files (or those named), in words, one a file: missing, of another size, of other content.
+def find_file_problems(
+    folder: Path, facts: dict, names: Collection[str] | None = None, *, sizes_only: bool = False
+) -> list[str]:
+    """Return one sentence for each of the checkpoint's files that is missing or has another size or content.
 
-    facts: from `read_facts`. A file saved without a hash, by format 1, is compared by size alone.
+    facts: from `read_facts`. names: the files to check, None for all. Files saved by format 1 have no hash; only their
+    sizes are compared.
     """
-    problems = find_size_problems(folder, facts, names)
-    wrong = {problem.split()[0] for problem in problems}
-    wanted = {
-        name: entry["sha256"]
-        for name, entry in facts["files"].items()
-        if (names is None or name in names) and entry["sha256"] is not None and name not in wrong
-    }
 
-    def found(name: str) -> str:
+    def find_problem(name: str) -> str | None:
+        path, saved = folder / name, facts["files"][name]
         try:
-            return (
-                ""
-                if file_sha256(folder / name) == wanted[name]
-                else f"{name} is not as it was saved (SHA-256): it was changed or damaged"
-            )
+            if not path.is_file():
+                return f"{name} is missing"
+            if (size := path.stat().st_size) != saved["bytes"]:
+                return f"{name} has {size} bytes, not {saved['bytes']}"
+            if sizes_only or saved["sha256"] is None or file_sha256(path) == saved["sha256"]:
+                return None
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
+        return f"{name} does not match its SHA-256: it was changed or damaged"
 
     with ThreadPoolExecutor(HASH_THREADS) as pool:
-        return problems + [problem for problem in pool.map(found, wanted) if problem]
+        problems = pool.map(find_problem, [name for name in facts["files"] if names is None or name in names])
+        return [problem for problem in problems if problem]
 
 
 def files_of_rank(facts: dict, rank: int, ranks: int) -> set[str]:
-    """The files that rank `rank` of `ranks` checks, so that all are checked once and each rank reads about as many bytes."""
-    loads, mine = [0] * ranks, set()
+    """Return the files that a rank checks: each file is checked by one rank, and the bytes per rank are balanced."""
+    bytes_of_rank, names = [0] * ranks, set()
     for name, entry in sorted(facts["files"].items(), key=lambda item: (-item[1]["bytes"], item[0])):
-        least = loads.index(min(loads))
-        loads[least] += entry["bytes"]
-        if least == rank:
-            mine.add(name)
-    return mine
+        least_loaded = bytes_of_rank.index(min(bytes_of_rank))
+        bytes_of_rank[least_loaded] += entry["bytes"]
+        if least_loaded == rank:
+            names.add(name)
+    return names
 
 
-def _from_format_1(facts: dict) -> dict:
-    """Format 1 had sizes without hashes, no ledger and no architecture version; its architecture is the first."""
+def _upgrade_format_1(facts: dict) -> dict:
+    """Format 1 had sizes without hashes, no ledger, and the first architecture without a version number."""
     files = {name: {"bytes": size, "sha256": None} for name, size in facts["files"].items()}
     return facts | {"format_version": 2, "architecture_version": 1, "files": files, "ledger": None}
 
 
-_UPGRADES = {1: _from_format_1}  # version -> to the next one
+_UPGRADES = {1: _upgrade_format_1}  # version -> upgrade to the next version
 
 
-def _own_hash(facts: dict) -> str:
+def _hash_of_facts(facts: dict) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

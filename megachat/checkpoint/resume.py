@@ -1,8 +1,7 @@
-"""From which checkpoint a job goes on: agreed between all ranks, its files compared with their hashes before anything of it is used."""
+"""Choosing the checkpoint that a job resumes from: all ranks agree, and its files are compared with their hashes."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 from megachat.checkpoint.facts import checkpoint_step, files_of_rank, find_file_problems, read_facts
 from megachat.errors import UserError
@@ -10,16 +9,30 @@ from megachat.parallel.collectives import all_gather_objects, on_all_ranks_or_ra
 from megachat.parallel.mesh import Axis
 
 
-def choose_checkpoint(folder: Path, resume: str | None, world: Axis) -> tuple[Path | None, list[str]]:
-    """(the checkpoint to go on from or None, remarks); all ranks call it and get the same. Each rank hashes a share of its files.
+def checkpoints_folder(run_folder: Path) -> Path:
+    """Return the folder of a run's checkpoints."""
+    return run_folder / "checkpoints"
 
-    With "auto" a damaged checkpoint is passed over for the one before. Raises UserError, on all ranks, as `find_checkpoint` does, for a named
-    checkpoint that is damaged, and when a rank cannot see what rank 0 sees.
+
+def choose_checkpoint(run_folder: Path, resume: str | None, world: Axis) -> tuple[Path | None, list[str]]:
+    """Return (the checkpoint to resume from or None, remarks for the log), the same on all ranks; all ranks call it.
+
+    Rank 0 finds the checkpoint as `find_checkpoint` does, then each rank hashes a share of its files. With "auto", a
+    damaged checkpoint is skipped for the one before. Raises UserError on all ranks when `find_checkpoint` does, when a
+    checkpoint given by its path is damaged, and when a rank cannot see the files that rank 0 sees.
     """
     damaged: dict[Path, str] = {}
+    choice: tuple[Path | None, list[str]] = None, []
+
+    def find_on_rank_0() -> None:
+        nonlocal choice
+        if world.rank == 0:
+            choice = find_checkpoint(run_folder, resume, damaged)
+
     while True:
-        checkpoint, remarks = _first_rank_finds(folder, resume, damaged, world)
-        remarks = [*remarks, *(f"{path} is damaged and passed over: {problem}" for path, problem in damaged.items())]
+        on_all_ranks_or_raise(find_on_rank_0, world, lambda text: text.partition(": ")[2])
+        checkpoint, remarks = all_gather_objects(choice, world)[0]
+        remarks = [*remarks, *(f"{path} is damaged and was skipped: {problem}" for path, problem in damaged.items())]
         if checkpoint is None:
             return None, remarks
         problem = find_damage(checkpoint, world)
@@ -27,84 +40,66 @@ def choose_checkpoint(folder: Path, resume: str | None, world: Axis) -> tuple[Pa
             return checkpoint, remarks
         if resume != "auto":
             raise UserError(
-                f"{checkpoint} is damaged: {problem}; give another step's folder, or --resume auto for the newest that is whole"
+                f"{checkpoint} is damaged: {problem}; use another step's checkpoint, "
+                "or --resume auto for the newest undamaged one"
             )
         damaged[checkpoint] = problem
 
 
 def find_damage(checkpoint: Path, world: Axis) -> str | None:
-    """What is wrong with a checkpoint's files, None when they are as they were saved; all ranks call it, hash a share each, and get the same."""
-    return next((told for told in all_gather_objects(_own_problem(checkpoint, world), world) if told), None)
+    """Return a problem with a checkpoint's files, None when all match their hashes.
 
-
-def _first_rank_finds(
-    folder: Path, resume: str | None, damaged: dict[Path, str], world: Axis
-) -> tuple[Path | None, list[str]]:
-    found: list = [None, []]
-
-    def find() -> None:
-        if world.rank == 0:
-            found[:] = find_checkpoint(folder, resume, damaged)
-
-    on_all_ranks_or_raise(find, world, lambda text: text.partition(": ")[2])
-    path, remarks = all_gather_objects((str(found[0]) if found[0] else None, found[1]), world)[0]
-    return Path(path) if path else None, remarks
-
-
-def _own_problem(checkpoint: Path, world: Axis) -> str | None:
-    """What is wrong in this rank's share of the files."""
+    All ranks call it and get the same result; each hashes a share of the files.
+    """
+    problems: list[str] = []
     try:
         facts = read_facts(checkpoint)
+        problems = find_file_problems(checkpoint, facts, files_of_rank(facts, world.rank, world.size))
     except UserError as error:
-        return f"rank {world.rank}: {error}"
-    problems = find_file_problems(checkpoint, facts, files_of_rank(facts, world.rank, world.size))
-    return problems[0] if problems else None
+        problems = [f"rank {world.rank}: {error}"]
+    return next((others[0] for others in all_gather_objects(problems, world) if others), None)
 
 
-_NONE: Mapping[Path, str] = MappingProxyType({})
+def newest_complete(folder: Path, skip: Collection[Path] = ()) -> tuple[Path | None, list[str]]:
+    """Return (the newest complete checkpoint in the folder or None, why each newer one is not complete).
 
-
-def checkpoints_folder(run_folder: Path) -> Path:
-    """Where a run's checkpoints are."""
-    return run_folder / "checkpoints"
-
-
-def newest_complete(folder: Path, without: Collection[Path] = ()) -> tuple[Path | None, list[str]]:
-    """(the newest complete checkpoint in the folder or None, why each newer one was passed over). without: those known to be damaged."""
-    passed_over = []
-    steps = {
+    skip: checkpoints that are not considered.
+    """
+    problems = []
+    checkpoints = {
         step: path
         for path in folder.glob("step_*")
-        if (step := checkpoint_step(path)) is not None and path.is_dir() and path not in without
+        if (step := checkpoint_step(path)) is not None and path.is_dir() and path not in skip
     }
-    for _, checkpoint in sorted(steps.items(), reverse=True):
+    for _, checkpoint in sorted(checkpoints.items(), reverse=True):
         try:
             read_facts(checkpoint)
+            return checkpoint, problems
         except UserError as error:
-            passed_over.append(str(error))
-            continue
-        return checkpoint, passed_over
-    return None, passed_over
+            problems.append(str(error))
+    return None, problems
 
 
 def find_checkpoint(
-    run_folder: Path, resume: str | None, damaged: Mapping[Path, str] = _NONE
+    run_folder: Path, resume: str | None, damaged: Mapping[Path, str] | None = None
 ) -> tuple[Path | None, list[str]]:
-    """(checkpoint to resume from or None, remarks): resume is None, "auto" (newest complete, or none yet) or a checkpoint's path.
+    """Return (the checkpoint to resume from or None, remarks for the log).
 
-    damaged: checkpoints that "auto" passes over, and why.
-
-    Raises UserError when the run folder holds checkpoints and resuming was not asked for, or when the path is no complete checkpoint.
+    resume: None for a new run, a checkpoint's path, or "auto" for the newest complete checkpoint, if there is one.
+    damaged: checkpoints that "auto" skips, and why. Raises UserError when a new run would start in a folder that
+    already holds checkpoints, when the path is not a complete checkpoint, or when "auto" finds only bad ones.
     """
+    damaged = damaged or {}
     if resume and resume != "auto":
         read_facts(Path(resume))
         return Path(resume), []
     newest, remarks = newest_complete(checkpoints_folder(run_folder), damaged)
     if newest is not None and resume is None:
         raise UserError(
-            f"{run_folder} already holds checkpoints up to {newest.name}: continue with --resume auto, or start another with --set run.name=NAME"
+            f"{run_folder} already holds checkpoints up to {newest.name}: continue with --resume auto, "
+            "or start another run with --set run.name=NAME"
         )
     if newest is None and (remarks or damaged) and resume == "auto":
-        why = [f"{path} is damaged: {problem}" for path, problem in damaged.items()] + remarks
-        raise UserError(f"{run_folder} holds no complete checkpoint to resume from: {why[0]}")
+        problems = [f"{path} is damaged: {problem}" for path, problem in damaged.items()] + remarks
+        raise UserError(f"{run_folder} holds no complete checkpoint to resume from: {problems[0]}")
     return newest, remarks

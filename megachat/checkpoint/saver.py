@@ -1,4 +1,4 @@
-"""Saving behind the training: a thread on every rank copies the state to host memory, before the next update changes it, and writes it."""
+"""Saving in the background: a thread on every rank copies the state to host memory and writes the copy."""
 
 import threading
 import time
@@ -12,31 +12,30 @@ from megachat.checkpoint.save import rectangle_bytes
 from megachat.checkpoint.storage import RectanglesByName
 from megachat.parallel.mesh import Axis
 
-# writes the copied rectangles with the collectives of the given axis, which nothing else uses; returns the checkpoint
+# Writes the copied rectangles with collectives of the given axis, which nothing else uses; returns the checkpoint.
 Write = Callable[[RectanglesByName, Axis], Path]
 
 
 class Saved(NamedTuple):
-    """A finished save. blocked_s: for which the training waited. total_s: until it was complete. local_bytes: of this rank's tensors."""
+    """A completed save."""
 
     path: Path
-    blocked_s: float
-    total_s: float
-    local_bytes: int
+    blocked_s: float  # for which the training waited
+    total_s: float  # until the checkpoint was complete
+    local_bytes: int  # of this rank's tensors
 
 
 class Saver:
     """Saves one checkpoint at a time in the background; all ranks call everything here in the same order.
 
-    axis: all ranks, with a group of its own, since its collectives run beside the training's. background: false writes the rectangles
-    themselves, while the caller waits, and takes no memory for copies.
+    axis: all ranks, with a process group for saving alone, because its collectives run beside the training's.
+    background: False makes the caller wait until the checkpoint is written, and needs no memory for copies.
     """
 
     def __init__(self, axis: Axis, *, background: bool = True):
         self._axis, self._background = axis, background
-        self._copies: dict[
-            tuple[str, int], torch.Tensor
-        ] = {}  # kept from save to save: fresh memory costs more than the copy
+        # Kept from save to save: allocating memory costs more than copying.
+        self._copies: dict[tuple[str, int], torch.Tensor] = {}
         self._thread: threading.Thread | None = None
         self._saved: list[Saved] = []
         self._error: BaseException | None = None
@@ -44,65 +43,58 @@ class Saver:
         self._copied.set()
         self._blocked_s = 0.0
 
-    def reserve(self, pieces: RectanglesByName) -> None:
-        """Take the memory of the copies now: a job that has too little fails at its start, and the first save waits no longer than others."""
+    def reserve(self, tensors: RectanglesByName) -> None:
+        """Allocate the memory of the copies, so that a job with too little memory fails at its start."""
         if self._background:
-            for copy, _ in self._pairs(pieces):
+            for copy, _ in self._pairs(tensors):
                 copy.zero_()
 
-    def begin(self, pieces: RectanglesByName, write: Write, since: float | None = None) -> None:
-        """Write the rectangles behind the caller's back, who must not change them before `wait_copied`.
+    def begin(self, tensors: RectanglesByName, write: Write, since: float | None = None) -> None:
+        """Write in the background. The caller must not modify the tensors until `wait_copied` returns.
 
-        Waits for an earlier save first. Raises UserError when that one failed.
-
-        since: time.perf_counter() when the caller began to prepare this save; from then on its seconds count.
+        Waits for an earlier save first. Raises UserError when the earlier save failed. since: time.perf_counter() when
+        the caller started to prepare this save; `blocked_s` counts from there.
         """
-        begin = time.perf_counter() if since is None else since
+        start = time.perf_counter() if since is None else since
         self.wait()
-        views = None
+        pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         if self._background:
-            views = list(self._pairs(pieces))
-            if any(view.is_cuda for _, view in views):  # in the order of the device's queue
-                self._copy(views)
+            pairs = list(self._pairs(tensors))
+            if any(view.is_cuda for _, view in pairs):  # in the order of the device's queue
+                self._copy(pairs)
                 torch.cuda.synchronize()
-                views = None
-            pieces = {
-                name: (
-                    shape,
-                    [
-                        (offsets, sizes, self._copies[name, index])
-                        for index, (offsets, sizes, _) in enumerate(rectangles)
-                    ],
-                )
-                for name, (shape, rectangles) in pieces.items()
+                pairs = []
+            tensors = {
+                name: (shape, [(offsets, sizes, self._copies[name, i]) for i, (offsets, sizes, _) in enumerate(parts)])
+                for name, (shape, parts) in tensors.items()
             }
         self._copied.clear()
-        self._blocked_s = time.perf_counter() - begin
-        self._thread = threading.Thread(target=self._run, args=(views, pieces, write, begin), name="saver")
+        self._blocked_s = time.perf_counter() - start
+        self._thread = threading.Thread(target=self._run, args=(pairs, tensors, write, start), name="saver")
         self._thread.start()
         if not self._background:
             self.wait(blocks=True)
 
     def wait_copied(self) -> None:
-        """To be called before anything that was given to `begin` changes: its copy may still be under way."""
+        """Wait until the tensors given to `begin` are copied; call it before modifying any of them."""
         if not self._copied.is_set():
-            begin = time.perf_counter()
+            start = time.perf_counter()
             self._copied.wait()
-            self._blocked_s += time.perf_counter() - begin
+            self._blocked_s += time.perf_counter() - start
 
     @property
     def failed(self) -> bool:
-        """Whether the save under way could not be finished; `wait` raises why."""
+        """Whether the current save failed; `wait` raises its error."""
         return self._error is not None
 
     def finished(self) -> list[Saved]:
-        """The saves that became complete since the last call."""
-        done, self._saved = self._saved, []
-        return done
+        """Return the saves that were completed since the last call."""
+        saved, self._saved = self._saved, []
+        return saved
 
     def wait(self, *, blocks: bool = False) -> None:
-        """Wait for the save under way. blocks: count this as time for which the training waited. Raises UserError when it failed."""
-        begin = time.perf_counter()
+        """Wait for the current save. Raises UserError when it failed. blocks: count the wait into its `blocked_s`."""
+        start = time.perf_counter()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -111,28 +103,28 @@ class Saver:
             raise error
         if blocks and self._saved:
             last = self._saved[-1]
-            self._saved[-1] = last._replace(blocked_s=min(last.total_s, last.blocked_s + time.perf_counter() - begin))
+            self._saved[-1] = last._replace(blocked_s=min(last.total_s, last.blocked_s + time.perf_counter() - start))
 
-    def _pairs(self, pieces: RectanglesByName) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(copy, view) of every rectangle."""
-        for name, (_, rectangles) in pieces.items():
+    def _pairs(self, tensors: RectanglesByName) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield (copy, view) of every rectangle; allocates missing copies."""
+        for name, (_, rectangles) in tensors.items():
             for index, (_, _, view) in enumerate(rectangles):
                 if (name, index) not in self._copies:
                     self._copies[name, index] = torch.empty(view.shape, dtype=view.dtype, pin_memory=view.is_cuda)
                 yield self._copies[name, index], view
 
     @staticmethod
-    def _copy(views: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        for copy, view in views:
+    def _copy(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        for copy, view in pairs:
             copy.copy_(view.detach(), non_blocking=True)
 
-    def _run(self, views: list | None, pieces: RectanglesByName, write: Write, begin: float) -> None:
+    def _run(self, pairs: list, tensors: RectanglesByName, write: Write, start: float) -> None:
         try:
             try:
-                self._copy(views or [])
+                self._copy(pairs)
             finally:
                 self._copied.set()
-            path = write(pieces, self._axis)
-            self._saved.append(Saved(path, self._blocked_s, time.perf_counter() - begin, rectangle_bytes(pieces)))
-        except BaseException as error:  # raised in the training's thread
+            path = write(tensors, self._axis)
+            self._saved.append(Saved(path, self._blocked_s, time.perf_counter() - start, rectangle_bytes(tensors)))
+        except BaseException as error:  # raised by wait(), in the training's thread
             self._error = error

@@ -1,4 +1,4 @@
-"""Batches for one data-parallel rank, packed ahead in a background thread, with an exact state after every step."""
+"""Rows for one data-parallel rank, packed ahead in a background thread, with an exact state after each step."""
 
 import queue
 import threading
@@ -19,43 +19,47 @@ from megachat.data.shards import Corpus, open_shards, split_shards
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError
 
-# Documents looked at together, few enough that a foreign file with one huge row group starts at once; batches ahead, so that the threads never wait.
-_BATCH_DOCUMENTS = 256
-_BATCHES_AHEAD = 2
-# Documents of one task for a thread: small, because one document may be as long as a hundred others.
-_TASK_DOCUMENTS = 8
+_BATCH_DOCUMENTS = 256  # few, so that another program's file with one huge row group starts without delay
+_BATCHES_AHEAD = 2  # so that the threads never wait
+_TASK_DOCUMENTS = 8  # per task of a thread: few, because one document may be as long as a hundred others
 
 
-class Feed:
-    """Deals documents to streams. cursors: stream -> first document number it wants; only these streams' documents are tokenized."""
+class DocumentReader:
+    """Reads row groups once, tokenizes them ahead in threads and distributes the documents over this rank's streams.
+
+    cursors: stream -> number of the first document that it needs. Only documents of these streams are tokenized.
+    """
 
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer, cursors: dict[int, int], streams: int, threads: int):
         if corpus.documents < streams:
             names = ", ".join(shard.path.name for shard in corpus.shards)
             raise UserError(
-                f"{corpus.shards[0].path.parent} has {corpus.documents} documents in {names}, fewer than {streams} packing streams: "
-                f"set data.streams to {corpus.documents} or fewer, or add text"
+                f"{corpus.shards[0].path.parent} has {corpus.documents} documents in {names}, fewer than "
+                f"{streams} packing streams: set data.streams to {corpus.documents} or fewer, or add text"
             )
         self._corpus, self._tokenizer, self._streams = corpus, tokenizer, streams
-        self._wanted_from = np.full(streams, np.iinfo(np.int64).max)
+        self._first_needed = np.full(streams, np.iinfo(np.int64).max)
         for stream, cursor in cursors.items():
-            self._wanted_from[stream] = cursor
-        self._waiting: dict[int, deque[tuple[int, np.ndarray]]] = {stream: deque() for stream in cursors}
+            self._first_needed[stream] = cursor
+        self._ready: dict[int, deque[tuple[int, np.ndarray]]] = {stream: deque() for stream in cursors}
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tokenizer")
         self._batches = self._batches_from(min(cursors.values()))
-        self._ahead: deque[tuple[int, list[int], list[Future]]] = deque()
+        self._submitted: deque[tuple[int, list[int], list[Future]]] = deque()
 
-    def take(self, stream: int) -> tuple[int, np.ndarray]:
-        """(number, tokens: uint [n], BOS first) of the stream's next document that is not empty. Raises UserError if an epoch holds none."""
-        waiting, looked_at = self._waiting[stream], 0
-        while not waiting:
-            if looked_at > 2 * self._corpus.documents:
+    def next_document(self, stream: int) -> tuple[int, np.ndarray]:
+        """Return (number, tokens: uint [n] with BOS first) of the stream's next document that is not empty.
+
+        Raises UserError if all documents of an epoch are empty.
+        """
+        ready, visited = self._ready[stream], 0
+        while not ready:
+            if visited > 2 * self._corpus.documents:
                 raise UserError(
                     f"all documents of packing stream {stream} in {self._corpus.shards[0].path.parent} are empty: "
                     "prepare the data again or set fewer data.streams"
                 )
-            looked_at += self._deal()
-        return waiting.popleft()
+            visited += self._distribute_batch()
+        return ready.popleft()
 
     def close(self) -> None:
         """Stop the threads."""
@@ -66,30 +70,29 @@ class Feed:
             for start in range(0, len(texts), _BATCH_DOCUMENTS):
                 yield first + start, texts.slice(start, _BATCH_DOCUMENTS)
 
-    def _deal(self) -> int:
-        """Hand the oldest batch to its streams; returns how many documents were looked at."""
-        while len(self._ahead) <= _BATCHES_AHEAD:
-            self._ahead.append(self._submit(*next(self._batches)))
-        looked_at, numbers, tasks = self._ahead.popleft()
+    def _distribute_batch(self) -> int:
+        """Give the documents of the oldest batch to their streams; returns the size of the batch."""
+        while len(self._submitted) <= _BATCHES_AHEAD:
+            self._submitted.append(self._submit(*next(self._batches)))
+        size, numbers, tasks = self._submitted.popleft()
         documents = [tokens for task in tasks for tokens in task.result()]
         for number, tokens in zip(numbers, documents, strict=True):
-            self._waiting[number % self._corpus.documents % self._streams].append((number, tokens))
-        return looked_at
+            self._ready[number % self._corpus.documents % self._streams].append((number, tokens))
+        return size
 
     def _submit(self, first: int, texts: pa.ChunkedArray) -> tuple[int, list[int], list[Future]]:
+        """Start to tokenize a batch; returns (size of the batch, numbers of the needed documents, tasks)."""
         numbers = np.arange(first, first + len(texts))
-        wanted = np.flatnonzero(numbers >= self._wanted_from[numbers % self._corpus.documents % self._streams])
-        found = [
-            (first + at, text)
-            for at, text in zip(wanted.tolist(), texts.take(pa.array(wanted)).to_pylist(), strict=True)
-            if text
-        ]
-        encode = partial(self._pool.submit, self._tokenizer.encode_batch)
+        needed = np.flatnonzero(numbers >= self._first_needed[numbers % self._corpus.documents % self._streams])
+        texts_needed = texts.take(pa.array(needed)).to_pylist()
+        documents = [(first + at, text) for at, text in zip(needed.tolist(), texts_needed, strict=True) if text]
         tasks = [
-            encode([text for _, text in found[start : start + _TASK_DOCUMENTS]])
-            for start in range(0, len(found), _TASK_DOCUMENTS)
+            self._pool.submit(
+                self._tokenizer.encode_batch, [text for _, text in documents[start : start + _TASK_DOCUMENTS]]
+            )
+            for start in range(0, len(documents), _TASK_DOCUMENTS)
         ]
-        return len(texts), [number for number, _ in found], tasks
+        return len(texts), [number for number, _ in documents], tasks
 
 
 @dataclass(frozen=True)
@@ -101,13 +104,15 @@ class _Snapshot:
 
 
 class Loader:
-    """An endless iterator over one rank's rows: `next(loader)` is the next step's int64 tensor [rows / ranks, row_tokens] on the CPU.
+    """Endless iterator over one rank's rows: next(loader) is an int64 CPU tensor [rows / ranks, row_tokens] per step.
 
-    Row slot k of a rank is row k * ranks + rank of the step. The rows depend on the data, seed, row_tokens, rows, streams and buffer_documents only,
-    never on ranks or rank. row_tokens: sequence length + 1; every row starts with BOS. rows: rows of a step over all ranks. A stream's buffer holds
-    at least buffer_documents documents, fewer where the stream has too few in one epoch (`packing.buffer_sizes`).
-    seed: None visits the row groups in file order. state: from `state()` or `load_loader_state`, of a run with any number of ranks, or from
-    `restarted_state`. Raises UserError for a data folder that is wrong, settings that do not divide, or a state of other settings.
+    Row k of a rank is row k * ranks + rank of the step. The rows depend on the data, tokenizer, seed, row_tokens, rows,
+    streams and buffer_documents only, never on ranks or rank. Raises UserError for invalid data, settings that do not
+    divide, or a state of other settings.
+
+    row_tokens: sequence length + 1; each row starts with BOS. rows: rows per step over all ranks. buffer_documents:
+    minimum of documents in a stream's buffer, see `packing.buffer_sizes`. seed: None visits the row groups in file
+    order. state: from `state()` or `load_loader_state` of a run on any number of ranks, or from `restarted_state`.
     """
 
     def __init__(
@@ -129,17 +134,13 @@ class Loader:
     ):
         if rows % ranks:
             raise UserError(
-                f"{rows} rows a step cannot be dealt evenly to {ranks} data-parallel ranks: make the rows a multiple of {ranks}"
+                f"{rows} rows per step cannot be split evenly over {ranks} data-parallel ranks: "
+                f"make the rows a multiple of {ranks}"
             )
         shards = split_shards(open_shards(folder, min_shards=1 if split == "validation" else 2), split)
         corpus = Corpus(shards, seed)
-        self._rows, self._ranks, self._rank, self._row_tokens, self._stream_count = (
-            rows,
-            ranks,
-            rank,
-            row_tokens,
-            streams,
-        )
+        self._rows, self._ranks, self._rank = rows, ranks, rank
+        self._row_tokens, self._stream_count = row_tokens, streams
         self._documents, self._dtype = corpus.documents, tokenizer.dtype
         order = {
             "split": split,
@@ -150,36 +151,40 @@ class Loader:
             "seed": seed,
         }
         self._settings = loader_state.loader_settings(shards, tokenizer, order)
-        mine = streams_of_rank(rank, ranks, streams, rows)
-        self._now = self._resume(state, mine)
-        cursors = {stream: packed.next_document for stream, packed in self._now.streams.items()}
-        self._feed = Feed(corpus, tokenizer, cursors, streams, tokenizer_threads)
-        self._streams = {}
-        for stream in mine:
-            buffer = buffer_sizes(self._share(stream), buffer_documents)
-            self._streams[stream] = Stream(
-                partial(self._feed.take, stream), row_tokens, buffer, corpus.documents, self._now.streams[stream]
+        self._restarts = state["header"].get("restarts", []) if state else []
+        self._now = self._first_snapshot(state, streams_of_rank(rank, ranks, streams, rows))
+        cursors = {stream: saved.next_document for stream, saved in self._now.streams.items()}
+        self._reader = DocumentReader(corpus, tokenizer, cursors, streams, tokenizer_threads)
+        self._streams = {
+            stream: Stream(
+                partial(self._reader.next_document, stream),
+                row_tokens,
+                buffer_sizes(self._stream_documents(stream), buffer_documents),
+                corpus.documents,
+                saved,
             )
-        self._ahead: queue.Queue = queue.Queue(maxsize=prefetch_steps)
+            for stream, saved in self._now.streams.items()
+        }
+        self._packed: queue.Queue = queue.Queue(maxsize=prefetch_steps)
         self._stopped = threading.Event()
         self._thread = threading.Thread(
             target=self._pack_ahead, args=(self._now.step,), name=f"loader-{split}", daemon=True
         )
         self._thread.start()
 
-    def _resume(self, state: dict | None, mine: list[int]) -> _Snapshot:
-        self._restarts = state["header"].get("restarts", []) if state else []
+    def _first_snapshot(self, state: dict | None, streams: list[int]) -> _Snapshot:
         if state is None or state["streams"] is None:
-            return _Snapshot(0, dict.fromkeys(mine, loader_state.initial_stream_state(self._restarts)))
+            return _Snapshot(0, dict.fromkeys(streams, loader_state.initial_stream_state(self._restarts)))
         loader_state.require_same_settings(state["header"], self._settings)
+        saved = state["streams"]
         return _Snapshot(
             state["header"]["step"],
-            {stream: loader_state.stream_from_arrays(state["streams"][stream], self._row_tokens) for stream in mine},
+            {stream: loader_state.stream_from_arrays(saved[stream], self._row_tokens) for stream in streams},
         )
 
-    def _share(self, stream: int) -> int:
-        """Documents of a stream in one epoch."""
-        return (self._documents - stream + self._stream_count - 1) // self._stream_count
+    def _stream_documents(self, stream: int) -> int:
+        """Return the documents of a stream per epoch."""
+        return len(range(stream, self._documents, self._stream_count))
 
     def __iter__(self) -> "Loader":
         return self
@@ -187,7 +192,7 @@ class Loader:
     def __next__(self) -> torch.Tensor:
         if self._stopped.is_set():
             raise StopIteration
-        packed = self._ahead.get()
+        packed = self._packed.get()
         if isinstance(packed, BaseException):
             self.close()
             raise packed
@@ -196,45 +201,45 @@ class Loader:
 
     @property
     def step(self) -> int:
-        """Steps done since the documents were begun, those before a resume included."""
+        """Steps since the first document, including those before a resume."""
         return self._now.step
 
     @property
     def epoch(self) -> int:
-        """The epoch, from 1, of this rank's furthest stream at the last batch, by documents placed or cropped (those in its buffer do not count)."""
-        done = {stream: packed.next_sequence - len(packed.held) for stream, packed in self._now.streams.items()}
-        return 1 + max(documents // self._share(stream) for stream, documents in done.items())
+        """Epoch (from 1) of this rank's most advanced stream at the last batch; buffered documents do not count."""
+        return 1 + max(
+            (saved.next_sequence - len(saved.buffer)) // self._stream_documents(stream)
+            for stream, saved in self._now.streams.items()
+        )
 
     @property
     def cropped_share(self) -> float:
-        """Tokens cropped over tokens read, over this rank's streams up to the last batch."""
-        packed = self._now.streams.values()
-        return sum(stream.cropped_tokens for stream in packed) / max(1, sum(stream.read_tokens for stream in packed))
+        """Cropped tokens over read tokens of this rank's streams up to the last batch."""
+        streams = self._now.streams.values()
+        return sum(saved.cropped_tokens for saved in streams) / max(1, sum(saved.read_tokens for saved in streams))
 
     def ledger(self) -> dict[int, str]:
-        """Stream -> running SHA-256 (hex) of the (epoch, document) pairs it has placed or cropped; the same on every layout."""
-        return {stream: packed.ledger.hex() for stream, packed in self._now.streams.items()}
+        """Return stream -> running SHA-256 (hex) of the (epoch, document) pairs it used; the same on every layout."""
+        return {stream: saved.ledger.hex() for stream, saved in self._now.streams.items()}
 
     def state(self) -> dict:
-        """The state after the last batch given out, however far the background thread is: {"header": JSON-able, "streams": {stream: arrays}}."""
+        """Return the state after the last returned batch: {"header": JSON-able, "streams": {stream: arrays}}."""
         header = {"step": self._now.step, "epoch": self.epoch, **self._settings, "documents": self._documents}
         if self._restarts:
             header["restarts"] = self._restarts
+        streams = self._now.streams.items()
         return {
             "header": header,
-            "streams": {
-                stream: loader_state.stream_to_arrays(packed, self._dtype)
-                for stream, packed in self._now.streams.items()
-            },
+            "streams": {stream: loader_state.stream_to_arrays(saved, self._dtype) for stream, saved in streams},
         }
 
     def close(self) -> None:
         """Stop the background threads."""
         self._stopped.set()
-        self._feed.close()  # whoever waits for tokens stops waiting
+        self._reader.close()  # whoever waits for tokens stops waiting
         while self._thread.is_alive():
             try:
-                self._ahead.get_nowait()  # it may be waiting for room
+                self._packed.get_nowait()  # the thread may be waiting for space in the queue
             except queue.Empty:
                 self._thread.join(0.01)
 
@@ -249,18 +254,17 @@ class Loader:
             while not self._stopped.is_set():
                 batch = self._pack(step)
                 step += 1
-                self._ahead.put(
-                    (batch, _Snapshot(step, {stream: packer.state() for stream, packer in self._streams.items()}))
-                )
-        except BaseException as error:  # surfaces in next()
-            self._ahead.put(error)
+                states = {stream: packer.state() for stream, packer in self._streams.items()}
+                self._packed.put((batch, _Snapshot(step, states)))
+        except BaseException as error:  # raised by __next__
+            self._packed.put(error)
 
     def _pack(self, step: int) -> np.ndarray:
         batch = np.empty((self._rows // self._ranks, self._row_tokens), dtype=np.int64)
-        unneeded = np.empty(self._row_tokens, dtype=np.int64)
+        other_ranks_row = np.empty(self._row_tokens, dtype=np.int64)
         for row in range(self._rows):
             stream = self._streams.get((step * self._rows + row) % self._stream_count)
             if stream is not None:
-                slot, owner = divmod(row, self._ranks)
-                stream.pack(batch[slot] if owner == self._rank else unneeded)
+                index, owner_rank = divmod(row, self._ranks)
+                stream.pack(batch[index] if owner_rank == self._rank else other_ranks_row)
         return batch

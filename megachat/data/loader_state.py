@@ -1,4 +1,7 @@
-"""The loader's state in a checkpoint: one file a packing stream, so that any number of ranks can go on from it. NumPy arrays and JSON, no pickle."""
+"""The loader's state in a checkpoint: one file per packing stream, so that any number of ranks can resume from it.
+
+The files are NumPy arrays and JSON, without pickle.
+"""
 
 import contextlib
 import hashlib
@@ -11,178 +14,173 @@ from pathlib import Path
 
 import numpy as np
 
-from megachat.data.packing import FRESH, BufferedDocument, StreamState
+from megachat.data.packing import EMPTY_STREAM, BufferedDocument, StreamState
 from megachat.data.shards import Shard, footers_digest, shards_fingerprint
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError
-from megachat.files import write_atomically
+from megachat.files import write_atomically, write_json
 
 HEADER_FILE = "loader.json"
 _COUNTERS = ("next_document", "next_sequence", "rows", "read_tokens", "cropped_tokens")
-# What must be as it was for the rows to go on; how the user changes it back.
+_ARRAYS = ("counters", "ledger", "sequence", "documents", "lengths", "tokens")
+# Header keys that must not change, because the rows depend on them; and what the user changes to restore them.
 _SAME = {
     "split": "split",
-    "row_tokens": "tokens a row",
-    "rows": "rows a step",
+    "row_tokens": "tokens per row",
+    "rows": "rows per step",
     "streams": "packing streams (data.streams)",
     "buffer_documents": "documents in a buffer (data.buffer_documents)",
     "seed": "data seed (data.shuffle, run.seed)",
     "tokenizer": "tokenizer (SHA-256)",
-    "data": "training shards (SHA-256 over names, sizes and documents)",
-    "texts": "texts in shards of the same names and sizes (SHA-256 over the files' footers)",
+    "data": "training shards (SHA-256 of names, sizes and document counts)",
+    "texts": "texts in shards of the same names and sizes (SHA-256 of the files' footers)",
 }
 
 
 class TransientReadError(UserError):
-    """The storage failed just now; what lies there may be whole."""
+    """The storage failed at this moment; the files may be intact."""
 
 
 def stream_to_arrays(state: StreamState, dtype: np.dtype) -> dict[str, np.ndarray]:
-    """A stream's state as arrays: counters int64 [5], ledger uint8 [32], and for the n documents in its buffer, in the order they came,
-    sequence, documents (numbers) and lengths int64 [n] and their kept tokens end to end.
+    """Convert a stream's state to arrays: counters int64 [5], ledger uint8 [32], and the n documents in its buffer.
+
+    The documents are sequence, documents (numbers) and lengths, int64 [n], in the order in which they were read, and
+    their kept tokens, concatenated.
     """
-    held = state.held
+    documents = state.buffer.values()
     return {
         "counters": np.array([getattr(state, name) for name in _COUNTERS], dtype=np.int64),
         "ledger": np.frombuffer(state.ledger, dtype=np.uint8),
-        "sequence": np.fromiter(held, dtype=np.int64, count=len(held)),
-        "documents": np.array([document.number for document in held.values()], dtype=np.int64),
-        "lengths": np.array([document.length for document in held.values()], dtype=np.int64),
-        "tokens": np.concatenate([np.empty(0, dtype), *(document.tokens for document in held.values())]),
+        "sequence": np.array(list(state.buffer), dtype=np.int64),
+        "documents": np.array([document.number for document in documents], dtype=np.int64),
+        "lengths": np.array([document.length for document in documents], dtype=np.int64),
+        "tokens": np.concatenate([np.empty(0, dtype), *(document.tokens for document in documents)]),
     }
 
 
 def stream_from_arrays(arrays: dict[str, np.ndarray], row_tokens: int) -> StreamState:
-    """The inverse of `stream_to_arrays`. Raises ValueError when the arrays do not fit together."""
+    """Invert `stream_to_arrays`. Raises ValueError if the arrays do not fit together."""
     kept = np.minimum(arrays["lengths"], row_tokens)
-    ends = np.cumsum(kept)
     if len(arrays["tokens"]) != kept.sum() or not len(arrays["sequence"]) == len(arrays["documents"]) == len(kept):
         raise ValueError("documents and tokens do not fit together")
-    pieces = np.split(arrays["tokens"], ends[:-1]) if len(kept) else []
-    held = {
-        sequence: BufferedDocument(number, length, tokens)
-        for sequence, number, length, tokens in zip(
-            arrays["sequence"].tolist(), arrays["documents"].tolist(), arrays["lengths"].tolist(), pieces, strict=True
-        )
+    tokens = np.split(arrays["tokens"], np.cumsum(kept)[:-1]) if len(kept) else []
+    columns = (arrays[name].tolist() for name in ("sequence", "documents", "lengths"))
+    buffer = {
+        sequence: BufferedDocument(number, length, kept_tokens)
+        for sequence, number, length, kept_tokens in zip(*columns, tokens, strict=True)
     }
-    return StreamState(
-        **dict(zip(_COUNTERS, arrays["counters"].tolist(), strict=True)), ledger=arrays["ledger"].tobytes(), held=held
-    )
+    counters = dict(zip(_COUNTERS, arrays["counters"].tolist(), strict=True))
+    return StreamState(**counters, ledger=arrays["ledger"].tobytes(), buffer=buffer)
 
 
 def loader_settings(shards: list[Shard], tokenizer: Tokenizer, order: dict) -> dict:
-    """What a loader's rows depend on, for its header. order: its split, row_tokens, rows, streams, buffer_documents and seed."""
-    return {
-        **order,
-        "tokenizer": tokenizer.fingerprint,
-        "data": shards_fingerprint(shards),
-        "texts": footers_digest(shards),
-    }
+    """Return everything that a loader's rows depend on, for its header.
+
+    order: the loader's split, row_tokens, rows, streams, buffer_documents and seed.
+    """
+    data = {"data": shards_fingerprint(shards), "texts": footers_digest(shards)}
+    return {**order, "tokenizer": tokenizer.fingerprint, **data}
 
 
 def require_same_settings(header: dict, current: dict) -> None:
-    """Raise UserError, naming both values, if a saved header belongs to other data, another tokenizer or other settings than `current`."""
-    for key, words in _SAME.items():
-        if (
-            header.get(key, current[key] if key == "texts" else None) != current[key]
-        ):  # early checkpoints do not tell of texts
+    """Raise UserError, with both values, if a saved header has other settings, another tokenizer or other data."""
+    for key, name in _SAME.items():
+        if key == "texts" and key not in header:  # early checkpoints do not have it
+            continue
+        if header.get(key) != current[key]:
+            saved, new = (value[:12] if isinstance(value, str) else value for value in (header.get(key), current[key]))
             raise UserError(
-                f"the checkpoint's loader state has {words} {_brief(header.get(key))} but this run has {_brief(current[key])}: "
-                "go on with the checkpoint's or start a new run"
+                f"the checkpoint's loader state has {name} {saved} but this run has {new}: "
+                "restore the checkpoint's value or start a new run"
             )
 
 
-def _brief(value: object) -> object:
-    return value[:12] if isinstance(value, str) else value
-
-
-def rows_before(step: int, rows: int, stream: int, streams: int) -> int:
-    """Rows that a stream has packed when `step` steps are done."""
-    return (step * rows - stream + streams - 1) // streams
-
-
 def combined_ledger(streams: dict[int, bytes | str]) -> str:
-    """SHA-256 (hex) over the ledgers of all streams in the order of their numbers; a stream's ledger is given as bytes or hex."""
+    """Return the SHA-256 (hex) over the ledgers (bytes or hex) of all streams, in the order of their numbers."""
     digests = (ledger if isinstance(ledger, bytes) else bytes.fromhex(ledger) for _, ledger in sorted(streams.items()))
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-def restarted_state(checkpoint_step: int, ledger: str | None, header: dict | None) -> dict:
-    """A state in which all streams begin again with the first document; it remembers that it does, and so does their ledger.
+def restarted_state(run_step: int, ledger: str | None, header: dict | None) -> dict:
+    """Return a state in which all streams restart with the first document; it and the new ledger record the restart.
 
-    checkpoint_step: steps that the run has done. ledger: combined, of the documents before, None where it is not known. header: of the loader
-    state that cannot be gone on with, None where there is none.
+    run_step: steps that the run has done. ledger: combined, of the documents before, None if unknown. header: of the
+    loader state that cannot be continued, None if there is none.
     """
-    restarts = [*(header or {}).get("restarts", []), {"step": checkpoint_step, "ledger": ledger}]
+    restarts = [*(header or {}).get("restarts", []), {"step": run_step, "ledger": ledger}]
     return {"header": {"step": 0, "restarts": restarts}, "streams": None}
 
 
 def initial_stream_state(restarts: list[dict]) -> StreamState:
-    """A stream before its first row. restarts: the times at which the documents were begun anew, the oldest first: their steps and ledgers are
-    the beginning of the new ledger."""
-    return (
-        replace(FRESH, ledger=hashlib.sha256(json.dumps(restarts, sort_keys=True).encode()).digest())
-        if restarts
-        else FRESH
-    )
+    """Return the state of a stream before its first row. Its ledger starts with the restarts' steps and ledgers."""
+    if not restarts:
+        return EMPTY_STREAM
+    return replace(EMPTY_STREAM, ledger=hashlib.sha256(json.dumps(restarts, sort_keys=True).encode()).digest())
 
 
 def step_of_run(header: dict) -> int:
-    """The run's step at which a loader state was saved; the header counts steps since the documents were last begun."""
+    """Return the run's step of a saved loader state; the header counts steps since the documents were restarted."""
     return header["step"] + sum(restart["step"] for restart in header.get("restarts", [])[-1:])
 
 
-def save_loader_state(folder: str | Path, state: dict, mine: Iterable[int]) -> None:
-    """Write `stream_00003.npz` for each stream in `mine`, and loader.json if stream 0 is among them. state: from `Loader.state()`."""
+def save_loader_state(folder: str | Path, state: dict, streams: Iterable[int]) -> None:
+    """Write `stream_00003.npz` for each of `streams`, and loader.json if stream 0 is among them.
+
+    state: from `Loader.state()`.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    mine = list(mine)
-    for stream in mine:
+    for stream in streams:
         content = io.BytesIO()
         np.savez(content, allow_pickle=False, **state["streams"][stream])
-        write_atomically(_path(folder, stream), content.getvalue())
-    if 0 in mine:
-        write_atomically(folder / HEADER_FILE, json.dumps(state["header"], indent=1).encode() + b"\n")
+        write_atomically(_stream_path(folder, stream), content.getvalue())
+        if stream == 0:
+            write_json(folder / HEADER_FILE, state["header"])
 
 
 def load_header(folder: str | Path) -> dict:
-    """What all streams share. Raises UserError for a file that is missing or damaged, TransientReadError where the storage fails."""
+    """Read loader.json. Raises UserError if it is missing or damaged, TransientReadError if the storage fails."""
     path = Path(folder) / HEADER_FILE
-    with _in_words(path):
+    with _errors_to_user(path):
         header = json.loads(path.read_text(encoding="utf-8"))
-        [header[key] for key in ("step", "rows", "streams", "row_tokens")]
+        _ = [header[key] for key in ("step", "rows", "streams", "row_tokens")]
         return header
 
 
-def load_loader_state(folder: str | Path, needed: Iterable[int]) -> dict:
-    """The state with the streams in `needed`, whoever saved them. Raises UserError for a file that is missing, damaged, of another step or of
-    another stream, TransientReadError where the storage fails."""
+def load_loader_state(folder: str | Path, streams: Iterable[int]) -> dict:
+    """Read the state of the given streams, whichever ranks saved them.
+
+    Raises UserError if a file is missing, damaged, or of another step or stream, TransientReadError if the storage
+    fails.
+    """
     folder = Path(folder)
-    header, streams = load_header(folder), {}
-    for stream in needed:
-        path = _path(folder, stream)
-        with _in_words(path):
-            if not 0 <= stream < header["streams"]:
+    header, loaded = load_header(folder), {}
+    count = header["streams"]
+    for stream in streams:
+        path = _stream_path(folder, stream)
+        with _errors_to_user(path):
+            if not 0 <= stream < count:
                 raise UserError(
-                    f"{folder} holds {header['streams']} packing streams, not stream {stream}: set data.streams to {header['streams']}"
+                    f"{folder} has {count} packing streams, not stream {stream}: set data.streams to {count}"
                 )
             with np.load(path, allow_pickle=False) as file:
-                arrays = streams[stream] = {
-                    name: file[name] for name in ("counters", "ledger", "sequence", "documents", "lengths", "tokens")
-                }
-            strangers = arrays["documents"] % header.get("documents", 1) % header["streams"] != stream
-            if "documents" in header and strangers.any():
+                arrays = loaded[stream] = {name: file[name] for name in _ARRAYS}
+            if "documents" in header and (arrays["documents"] % header["documents"] % count != stream).any():
                 raise UserError(
-                    f"{path} is of another stream or run: it holds documents that are not stream {stream}'s; load another checkpoint"
+                    f"{path} is of another stream or run: it has documents that do not belong to stream {stream}; "
+                    "load another checkpoint"
                 )
-            packed = stream_from_arrays(arrays, header["row_tokens"]).rows
-            if packed != rows_before(header["step"], header["rows"], stream, header["streams"]):
-                raise UserError(f"{path} is not of step {header['step']} as {HEADER_FILE} is: load another checkpoint")
-    return {"header": header, "streams": streams}
+            rows = len(range(stream, header["step"] * header["rows"], count))
+            if stream_from_arrays(arrays, header["row_tokens"]).rows != rows:
+                raise UserError(
+                    f"{path} is not of step {header['step']}, which {HEADER_FILE} has: load another checkpoint"
+                )
+    return {"header": header, "streams": loaded}
 
 
 @contextlib.contextmanager
-def _in_words(path: Path) -> Iterator[None]:
+def _errors_to_user(path: Path) -> Iterator[None]:
+    """Raise errors from reading a file of the loader's state as UserError."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError):
@@ -197,5 +195,5 @@ def _in_words(path: Path) -> Iterator[None]:
         ) from None
 
 
-def _path(folder: Path, stream: int) -> Path:
+def _stream_path(folder: Path, stream: int) -> Path:
     return folder / f"stream_{stream:05d}.npz"

@@ -1,10 +1,13 @@
 """Best-fit packing of documents into rows, and which stream packs which row.
 
-Method: nanochat's BOS-aligned best-fit packing (https://github.com/karpathy/nanochat). Of the documents in a buffer the largest that fits whole into
-what is left of the row is placed; when none fits, the shortest is cropped to fill the row and its rest thrown away. Among equals the oldest goes
-first. Here a sorted list finds both in O(log n), and the work is dealt to a fixed number of streams, so that the rows do not depend on the number of
-ranks: row n of the run (n = step * rows + row of the step) is the next row of stream n % streams, and stream s packs the documents whose index in
-their epoch is s modulo streams.
+The method is nanochat's BOS-aligned best-fit packing (https://github.com/karpathy/nanochat). The largest document in a
+buffer that fits whole into the rest of the row is placed. If none fits, the shortest is cropped to fill the row, and
+its remaining tokens are dropped. Among documents of equal length the oldest goes first. A sorted list makes both
+searches O(log n).
+
+A fixed number of streams does the work, so that the rows do not depend on the number of ranks. Row n of the run
+(n = step * rows per step + row of the step) is the next row of stream n % streams. Stream s packs the documents with
+index % streams == s in their epoch.
 """
 
 import hashlib
@@ -18,84 +21,91 @@ import numpy as np
 
 # A key of the sorted list is length << _SEQUENCE_BITS | sequence number: integers compare faster than pairs.
 _SEQUENCE_BITS = 40
-# As many as nanochat tokenizes at once.
-REFILL_DOCUMENTS = 128
+REFILL_DOCUMENTS = 128  # as many as nanochat tokenizes at once
 
 
 def streams_of_rank(rank: int, ranks: int, streams: int, rows: int) -> list[int]:
-    """The streams a data-parallel rank runs: those that pack one of its rows n (n % ranks == rank) at some step. rows: a step, divisible by ranks."""
-    if rows % ranks:
-        raise ValueError(f"{rows} rows a step cannot be dealt evenly to {ranks} ranks")
-    shared = math.gcd(ranks, streams)
-    return [stream for stream in range(streams) if stream % shared == rank % shared]
+    """Return the streams that pack rows of a data-parallel rank, which takes the rows n with n % ranks == rank.
+
+    rows: rows per step, divisible by ranks.
+    """
+    period = _stream_period(ranks, streams, rows)
+    return list(range(rank % period, streams, period))
 
 
 def saving_rank(stream: int, ranks: int, streams: int, rows: int) -> int:
-    """The first rank that runs a stream; it saves the stream's state."""
+    """Return the first rank that runs a stream; it saves the stream's state."""
+    return stream % _stream_period(ranks, streams, rows)
+
+
+def _stream_period(ranks: int, streams: int, rows: int) -> int:
+    """Return p such that streams s and s + p run on the same ranks."""
     if rows % ranks:
-        raise ValueError(f"{rows} rows a step cannot be dealt evenly to {ranks} ranks")
-    return stream % math.gcd(ranks, streams)
+        raise ValueError(f"{rows} rows per step cannot be split evenly over {ranks} ranks")
+    return math.gcd(ranks, streams)
 
 
 @dataclass(frozen=True)
 class BufferedDocument:
-    """A document in a buffer."""
+    """A document in a stream's buffer."""
 
     number: int  # in the endless sequence of epochs
-    length: int  # tokens of the whole document, BOS included
-    tokens: np.ndarray  # its first row_tokens tokens at most: no row can ever take more
+    length: int  # tokens of the whole document, with BOS
+    tokens: np.ndarray  # at most the first row_tokens tokens: no row can take more
 
 
 @dataclass(frozen=True)
 class StreamState:
     """A stream between two rows. Documents are shared, not copied: they never change."""
 
-    next_document: int  # the stream's first document number that it has not yet looked at
+    next_document: int  # number of the first document that the stream has not read yet
     next_sequence: int
     rows: int  # packed so far
-    read_tokens: int  # of the documents placed or cropped
-    cropped_tokens: int  # thrown away of these
-    ledger: bytes  # running SHA-256 of the documents placed or cropped
-    held: dict[int, BufferedDocument]  # by sequence number, in its order
+    read_tokens: int  # of the documents that were placed or cropped
+    cropped_tokens: int  # the part of read_tokens that was dropped
+    ledger: bytes  # running SHA-256 of the documents that were placed or cropped
+    buffer: dict[int, BufferedDocument]  # by sequence number, in ascending order
 
 
-FRESH = StreamState(0, 0, 0, 0, 0, bytes(32), {})
+EMPTY_STREAM = StreamState(0, 0, 0, 0, 0, bytes(32), {})
 
 
-def buffer_sizes(share: int, buffer_documents: int) -> tuple[int, int]:
-    """(least, refill): a stream with fewer than `least` documents in its buffer takes `refill` more.
+def buffer_sizes(stream_documents: int, buffer_documents: int) -> tuple[int, int]:
+    """Return (minimum, refill): a stream with fewer than `minimum` buffered documents reads `refill` more.
 
-    share: the stream's documents in one epoch; a small corpus gets a smaller buffer, so that it never holds more documents than that.
-    Refilling one by one would crop far more: documents longer than a row gather in the buffer, and only what came with the last refill is left to
-    choose from (6,400 rows of 2,049 tokens of English: 39 % cropped one by one, 9 % with 128).
+    stream_documents: the stream's documents per epoch. A small corpus gets a smaller buffer, which never holds more
+    than one epoch. Refilling one by one would crop far more: documents longer than a row accumulate in the buffer,
+    and only the last refill offers a choice (6,400 rows of 2,049 tokens of English: 39 % cropped with refills of 1,
+    9 % with refills of 128).
     """
-    refill = min(REFILL_DOCUMENTS, max(1, share // 2))
-    return min(buffer_documents, share - refill + 1), refill
+    refill = min(REFILL_DOCUMENTS, max(1, stream_documents // 2))
+    return min(buffer_documents, stream_documents - refill + 1), refill
 
 
 class Stream:
     """One packing stream.
 
-    take: gives (number, tokens: uint [n], BOS first) of the stream's next document. buffer: from `buffer_sizes`. epoch_documents: of the whole corpus.
+    read_document: returns (number, tokens: uint [n] with BOS first) of the stream's next document. buffer: from
+    `buffer_sizes`. epoch_documents: documents per epoch of the whole corpus.
     """
 
     def __init__(
         self,
-        take: Callable[[], tuple[int, np.ndarray]],
+        read_document: Callable[[], tuple[int, np.ndarray]],
         row_tokens: int,
         buffer: tuple[int, int],
         epoch_documents: int,
-        state: StreamState = FRESH,
+        state: StreamState = EMPTY_STREAM,
     ):
-        self._take, self._row_tokens, self._epoch_documents = take, row_tokens, epoch_documents
-        self._least, self._refill = buffer
+        self._read_document, self._row_tokens, self._epoch_documents = read_document, row_tokens, epoch_documents
+        self._minimum, self._refill = buffer
         self._next_document, self._next_sequence, self._rows = state.next_document, state.next_sequence, state.rows
         self._read_tokens, self._cropped_tokens, self._ledger = state.read_tokens, state.cropped_tokens, state.ledger
-        self._held = dict(state.held)
-        self._keys = sorted(held.length << _SEQUENCE_BITS | sequence for sequence, held in self._held.items())
+        self._buffer = dict(state.buffer)
+        self._keys = sorted(document.length << _SEQUENCE_BITS | sequence for sequence, document in self._buffer.items())
 
     def state(self) -> StreamState:
-        """The state now, in microseconds: only references are copied."""
+        """Return the current state. It takes microseconds: only references are copied."""
         return StreamState(
             self._next_document,
             self._next_sequence,
@@ -103,35 +113,35 @@ class Stream:
             self._read_tokens,
             self._cropped_tokens,
             self._ledger,
-            self._held.copy(),
+            self._buffer.copy(),
         )
 
     def pack(self, row: np.ndarray) -> None:
         """Fill `row` (int64 [row_tokens]) with the stream's next row."""
         keys, start, end = self._keys, 0, self._row_tokens
         while start < end:
-            while len(keys) < self._least:
+            while len(keys) < self._minimum:
                 for _ in range(self._refill):
-                    self._hold(*self._take())
+                    self._add_to_buffer(*self._read_document())
             space = end - start
             after = bisect_left(keys, space + 1 << _SEQUENCE_BITS)
-            # after == 0: nothing fits and the first key, the shortest document, is cropped. Otherwise go back to the oldest of the largest length.
+            # after == 0: nothing fits, and the first key, the shortest document, is cropped.
+            # Otherwise: the oldest document of the largest length that fits.
             at = bisect_left(keys, keys[after - 1] >> _SEQUENCE_BITS << _SEQUENCE_BITS) if after else 0
-            held = self._held.pop(keys.pop(at) & (1 << _SEQUENCE_BITS) - 1)
-            placed = min(held.length, space)
-            row[start : start + placed] = held.tokens[:placed]
+            document = self._buffer.pop(keys.pop(at) & (1 << _SEQUENCE_BITS) - 1)
+            placed = min(document.length, space)
+            row[start : start + placed] = document.tokens[:placed]
             start += placed
-            self._read_tokens += held.length
-            self._cropped_tokens += held.length - placed
-            self._ledger = hashlib.sha256(
-                self._ledger + struct.pack("<qq", *divmod(held.number, self._epoch_documents))
-            ).digest()
+            self._read_tokens += document.length
+            self._cropped_tokens += document.length - placed
+            epoch_and_index = struct.pack("<qq", *divmod(document.number, self._epoch_documents))
+            self._ledger = hashlib.sha256(self._ledger + epoch_and_index).digest()
         self._rows += 1
 
-    def _hold(self, number: int, tokens: np.ndarray) -> None:
+    def _add_to_buffer(self, number: int, tokens: np.ndarray) -> None:
         length, sequence = len(tokens), self._next_sequence
-        # A long document's tail is dropped here: a view would keep it in memory and in every checkpoint.
+        # The end of a long document is dropped with a copy: a view would keep it in memory and in every checkpoint.
         kept = tokens if length <= self._row_tokens else tokens[: self._row_tokens].copy()
-        self._held[sequence] = BufferedDocument(number, length, kept)
+        self._buffer[sequence] = BufferedDocument(number, length, kept)
         insort(self._keys, length << _SEQUENCE_BITS | sequence)
         self._next_document, self._next_sequence = number + 1, sequence + 1

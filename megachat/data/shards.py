@@ -1,7 +1,8 @@
-"""Parquet shards of text: checking a data folder, and the order in which a split's documents are visited.
+"""Parquet shards of text: checking a data folder, reading texts, and the order in which the documents are visited.
 
-A data folder holds `*.parquet` files with a string column `text`; in the order of their names the last is validation, the others are for training
-(nanochat's layout, which is read as it is). A `manifest.json` beside them, where there is one, must agree with the files.
+A data folder holds `*.parquet` files with a string column `text`. Sorted by name, the last file is the validation split
+and the others are the train split, as in nanochat, whose folders can be used as they are. If there is a manifest.json,
+the files must agree with it.
 """
 
 import hashlib
@@ -14,22 +15,22 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megachat.errors import UserError
+from megachat.errors import UserError, summary
 from megachat.files import file_sha256
 
 MANIFEST = "manifest.json"
-# Lies in a folder as long as its preparation has not ended, so that half a data set is never trained on.
-UNFINISHED = "unfinished.json"
+UNFINISHED = "unfinished.json"  # marks a folder whose preparation was interrupted, so that nothing trains on half of it
+_OPEN_THREADS = 16
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One parquet file whose footer and `text` column have been checked."""
+    """One parquet file with a checked footer and `text` column."""
 
     path: Path
     size_bytes: int
     group_rows: tuple[int, ...]  # documents in each row group
-    footer: str  # SHA-256 (hex) of the file's footer: sizes and extremes of the text of each row group
+    footer: str  # SHA-256 (hex) of the file's footer, which has sizes and extremes of the texts in each row group
 
     @property
     def documents(self) -> int:
@@ -38,7 +39,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What a data folder holds. source: from the manifest, None without one."""
+    """What a data folder holds. source: from the manifest, None if there is no manifest."""
 
     folder: Path
     train_shards: int
@@ -49,101 +50,110 @@ class DataSummary:
     train_fingerprint: str
 
     def __str__(self) -> str:
-        made_from = f" from {self.source}" if self.source else ""
+        source = f" from {self.source}" if self.source else ""
         return (
-            f"{self.folder}: {self.train_shards} train shards with {self.train_documents:,} documents and a validation shard with "
-            f"{self.validation_documents:,}, {self.size_bytes / 1e6:,.1f} MB{made_from}"
+            f"{self.folder}: {self.train_shards} train shards with {self.train_documents:,} documents and "
+            f"a validation shard with {self.validation_documents:,}, {self.size_bytes / 1e6:,.1f} MB{source}"
         )
 
 
 def open_shard(path: Path) -> Shard:
-    """Read and check one file's footer. Raises UserError naming the file: not parquet, cut short, no `text` column, not strings."""
+    """Read and check one file's footer. Raises UserError, with the path, if the file is damaged or has no texts."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             head = file.read(4)
             file.seek(max(0, size - 8))
-            length, tail = int.from_bytes(file.read(4), "little"), file.read(4)
-        if head == b"PAR1" and (tail != b"PAR1" or size < 12):
-            raise UserError(f"{path} is a parquet file cut short after {size:,} bytes: download or prepare it again")
-        if head != b"PAR1":
-            raise UserError(f"{path} is not a parquet file: download or prepare it again, or move it out of the folder")
+            footer_size, tail = int.from_bytes(file.read(4), "little"), file.read(4)
+            if head != b"PAR1":
+                raise UserError(f"{path} is not a parquet file: download or prepare it again, or remove it")
+            if tail != b"PAR1" or size < 12:
+                raise UserError(f"{path} is truncated after {size:,} bytes: download or prepare it again")
+            file.seek(size - 8 - footer_size)
+            footer = hashlib.sha256(file.read(footer_size)).hexdigest()
         with pq.ParquetFile(path) as file:
             schema, metadata = file.schema_arrow, file.metadata
-        footer = _footer_hash(path, size, length)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(
-            f"{path} cannot be read as parquet ({_first_line(error)}): download or prepare it again"
-        ) from None
+        raise UserError(f"{path} cannot be read as parquet ({summary(error)}): download or prepare it again") from None
     if "text" not in schema.names:
         raise UserError(
-            f"{path} has no `text` column (it has {', '.join(schema.names) or 'none'}): rename the column that holds the documents to `text`"
+            f"{path} has no `text` column (it has {', '.join(schema.names) or 'none'}): "
+            "rename the column with the documents to `text`"
         )
     kind = schema.field("text").type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise UserError(
-            f"{path} has a `text` column of {kind}, not of strings: write it again with one string for each document"
-        )
+        raise UserError(f"{path} has a `text` column of {kind}: write it again with one string per document")
     return Shard(path, size, tuple(metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)), footer)
 
 
-def _footer_hash(path: Path, size: int, length: int) -> str:
-    with path.open("rb") as file:
-        file.seek(size - 8 - length)
-        return hashlib.sha256(file.read(length)).hexdigest()
-
-
 def open_shards(folder: str | Path, *, min_shards: int = 2) -> list[Shard]:
-    """Every shard of a data folder in the order of names, all footers checked. Raises UserError, also for fewer than `min_shards` shards: training
-    needs 2, one of them for validation, which alone needs 1."""
+    """Open and check every shard of a data folder, sorted by name.
+
+    min_shards: training needs 2, one of them for validation; an evaluation needs 1. Raises UserError.
+    """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"the data folder {folder} does not exist: make it with tools/prepare_data.py --out {folder}")
+        raise UserError(f"the data folder {folder} does not exist: create it with tools/prepare_data.py --out {folder}")
     if (folder / UNFINISHED).exists():
         raise UserError(
-            f"the preparation of {folder} has not ended: run the same tools/prepare_data.py command again to finish it"
+            f"the preparation of {folder} has not finished: run the same tools/prepare_data.py command again"
         )
     paths = sorted(folder.glob("*.parquet"))
     if not paths:
         raise UserError(
-            f"the data folder {folder} holds no .parquet file: make it with tools/prepare_data.py --out {folder} --overwrite"
+            f"the data folder {folder} has no .parquet file: "
+            f"create it with tools/prepare_data.py --out {folder} --overwrite"
         )
     if len(paths) < min_shards:
         raise UserError(
-            f"the data folder {folder} holds one shard only, {paths[0].name}: at least 2 are needed, because the last one is for validation"
+            f"the data folder {folder} has only one shard, {paths[0].name}: "
+            "at least 2 are needed, because the last one is for validation"
         )
-    # Footers of thousands of shards on a network disk: waiting for them one by one would take minutes.
-    with ThreadPoolExecutor(16) as pool:
+    # In parallel: opening thousands of shards on a network disk one by one takes minutes.
+    with ThreadPoolExecutor(_OPEN_THREADS) as pool:
         return list(pool.map(open_shard, paths))
 
 
 def split_shards(shards: list[Shard], split: str) -> list[Shard]:
-    """The shards of "train" (all but the last) or of "validation" (the last)."""
+    """Return the shards of "train" (all but the last) or "validation" (the last)."""
     return {"train": shards[:-1], "validation": shards[-1:]}[split]
 
 
 def shards_fingerprint(shards: list[Shard]) -> str:
-    """SHA-256 (hex) over names, sizes and numbers of documents: tells data sets apart without reading them."""
+    """Return a SHA-256 (hex) over names, sizes and document counts, which distinguishes data sets without reading."""
     listed = [[shard.path.name, shard.size_bytes, shard.documents] for shard in shards]
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
 def footers_digest(shards: list[Shard]) -> str:
-    """SHA-256 (hex) over the footers: differs as well where shards of the same names and sizes were written again with other texts. Only a file
-    changed in place below an unchanged footer escapes it; `check_data_folder` with hashes reads everything."""
+    """Return a SHA-256 (hex) over the footers.
+
+    Unlike the fingerprint, it also differs when shards of the same names and sizes were written with other texts. It
+    misses only a file that was changed in place under an unchanged footer; `check_data_folder` with hashes finds that.
+    """
     return hashlib.sha256("".join(shard.footer for shard in shards).encode()).hexdigest()
 
 
-def check_data_folder(folder: str | Path, *, hashes: bool = False, min_shards: int = 2) -> DataSummary:
-    """Check a data folder before a run: every footer, at least `min_shards` shards, and names and sizes (with `hashes` also SHA-256) against its manifest.
+def read_text_batches(path: Path, batch_documents: int) -> Iterator[pa.Array]:
+    """Read the `text` column of a shard in batches. Raises UserError if the file is damaged."""
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=batch_documents, columns=["text"]):
+                yield batch.column("text")
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} is damaged ({summary(error)}): download it or write it again") from None
 
-    Raises UserError naming the first file that is wrong.
+
+def check_data_folder(folder: str | Path, *, hashes: bool = False, min_shards: int = 2) -> DataSummary:
+    """Check a data folder before a run: all footers, and names and sizes against the manifest.
+
+    hashes: compare the SHA-256 of each file as well, which reads everything. Raises UserError with the first bad file.
     """
     folder = Path(folder)
     shards = open_shards(folder, min_shards=min_shards)
     manifest = load_manifest(folder)
     if manifest is not None:
-        _compare(folder, shards, manifest, hashes)
+        _check_against_manifest(folder, shards, manifest, hashes)
     train, validation = split_shards(shards, "train"), split_shards(shards, "validation")
     return DataSummary(
         folder=folder,
@@ -157,90 +167,79 @@ def check_data_folder(folder: str | Path, *, hashes: bool = False, min_shards: i
 
 
 def load_manifest(folder: Path) -> dict | None:
-    """The manifest of a data folder, None where there is none. Raises UserError when it cannot be understood."""
+    """Read the manifest of a data folder, None if there is none. Raises UserError if it is not valid."""
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        (
-            manifest["request"]["source"],
-            [(entry["name"], entry["bytes"], entry["sha256"]) for entry in manifest["shards"]],
-        )
+        _ = manifest["request"]["source"], [(e["name"], e["bytes"], e["sha256"]) for e in manifest["shards"]]
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(
-            f"{path} cannot be understood ({_first_line(error)}): prepare the folder again with --overwrite"
+            f"{path} is not a valid manifest ({summary(error)}): prepare the folder again with --overwrite"
         ) from None
     return manifest
 
 
-def _compare(folder: Path, shards: list[Shard], manifest: dict, hashes: bool) -> None:
-    found, listed = {shard.path.name: shard for shard in shards}, {entry["name"]: entry for entry in manifest["shards"]}
-    for name in sorted(found.keys() ^ listed.keys()):
-        why = "lies in the folder but not in" if name in found else "is missing but listed in"
-        raise UserError(f"{folder / name} {why} {MANIFEST}: prepare the folder again with --overwrite")
-    for name, entry in listed.items():
-        if found[name].size_bytes != entry["bytes"]:
-            raise UserError(
-                f"{folder / name} has {found[name].size_bytes:,} bytes but {MANIFEST} says {entry['bytes']:,}: "
-                "prepare the folder again with --overwrite"
-            )
-        if hashes and file_sha256(folder / name) != entry["sha256"]:
-            raise UserError(
-                f"{folder / name} differs from the SHA-256 in {MANIFEST}: prepare the folder again with --overwrite"
-            )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _check_against_manifest(folder: Path, shards: list[Shard], manifest: dict, hashes: bool) -> None:
+    sizes = {shard.path.name: shard.size_bytes for shard in shards}
+    listed = {entry["name"]: entry for entry in manifest["shards"]}
+    for name in sorted(sizes.keys() | listed.keys()):
+        if name not in listed:
+            problem = f"is in the folder but not in {MANIFEST}"
+        elif name not in sizes:
+            problem = f"is missing but listed in {MANIFEST}"
+        elif sizes[name] != listed[name]["bytes"]:
+            problem = f"has {sizes[name]:,} bytes but {MANIFEST} has {listed[name]['bytes']:,}"
+        elif hashes and file_sha256(folder / name) != listed[name]["sha256"]:
+            problem = f"does not match its SHA-256 in {MANIFEST}"
+        else:
+            continue
+        raise UserError(f"{folder / name} {problem}: prepare the folder again with --overwrite")
 
 
 class Corpus:
     """The documents of one split in the order of each epoch.
 
-    Without a seed the order is that of files and rows, as in nanochat. With one, each epoch visits the row groups in another order, a pure function
-    of (seed, epoch, shard name, row group) that depends on no library's random numbers. `documents` counts one epoch; document n of the endless
-    sequence is document n % documents of epoch n // documents.
+    Without a seed the order is that of files and rows, as in nanochat. With a seed, each epoch visits the row groups in
+    another order, which depends on (seed, epoch, shard name, row group) only and on no library's random numbers.
+    `documents` counts one epoch. Document n of the endless sequence is document n % documents of epoch n // documents.
     """
 
     def __init__(self, shards: list[Shard], seed: int | None = None):
         self.shards, self.seed = shards, seed
         self.documents = sum(shard.documents for shard in shards)
         if not self.documents:
-            raise UserError(
-                f"{shards[0].path.parent} holds no document in {', '.join(shard.path.name for shard in shards)}: add text"
-            )
+            names = ", ".join(shard.path.name for shard in shards)
+            raise UserError(f"{shards[0].path.parent} has no document in {names}: add text")
 
     def groups(self, epoch: int) -> list[tuple[int, int]]:
-        """(shard, row group) in the order of an epoch (counted from 0)."""
+        """Return (shard, row group) pairs in the order of an epoch (counted from 0)."""
+
+        def key(pair: tuple[int, int]) -> bytes:
+            return hashlib.sha256(f"{self.seed} {epoch} {self.shards[pair[0]].path.name} {pair[1]}".encode()).digest()
+
         pairs = [(index, group) for index, shard in enumerate(self.shards) for group in range(len(shard.group_rows))]
-        if self.seed is None:
-            return pairs
-        return sorted(
-            pairs,
-            key=lambda pair: hashlib.sha256(
-                f"{self.seed} {epoch} {self.shards[pair[0]].path.name} {pair[1]}".encode()
-            ).digest(),
-        )
+        return pairs if self.seed is None else sorted(pairs, key=key)
 
     def read_from(self, number: int) -> Iterator[tuple[int, pa.ChunkedArray]]:
-        """Row groups without end, from the one that holds document `number` on: (number of its first document, its `text` column)."""
+        """Read row groups without end, from the one with document `number`: (number of the first document, texts)."""
         epoch = number // self.documents
         while True:
             first = epoch * self.documents
             for index, group in self.groups(epoch):
                 rows = self.shards[index].group_rows[group]
                 if rows and first + rows > number:
-                    yield first, self._read(self.shards[index].path, group)
+                    yield first, self._read_group(self.shards[index].path, group)
                 first += rows
             epoch += 1
 
     @staticmethod
-    def _read(path: Path, group: int) -> pa.ChunkedArray:
+    def _read_group(path: Path, group: int) -> pa.ChunkedArray:
         try:
             with pq.ParquetFile(path) as file:
                 return file.read_row_group(group, columns=["text"]).column("text")
         except (pa.ArrowException, OSError) as error:
             raise UserError(
-                f"{path} is damaged in row group {group} ({_first_line(error)}): download or prepare it again"
+                f"{path} is damaged in row group {group} ({summary(error)}): download or prepare it again"
             ) from None

@@ -1,4 +1,4 @@
-"""The tokenizer: a folder with a rank file (tiktoken's text format, `base64 rank` a line) and tokenizer.json; encoding by tiktoken. No pickle."""
+"""The tokenizer: a folder with a rank file (tiktoken's text format) and tokenizer.json; tiktoken encodes. No pickle."""
 
 import base64
 import binascii
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from megachat.errors import UserError
+from megachat.errors import UserError, summary
 from megachat.files import write_atomically
 
 RANK_FILE = "ranks.tiktoken"
@@ -28,16 +28,16 @@ SPECIAL_TOKENS = (
     "<|output_start|>",
     "<|output_end|>",
 )
-# nanochat's: GPT-4's with numbers in groups of two digits at most, which spends fewer tokens of a small vocabulary on numbers.
+# nanochat's pattern: GPT-4's, but with at most two digits per group, so that numbers take less of a small vocabulary.
 SPLIT_PATTERN = (
     r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
 )
 
 
 class Tokenizer:
-    """Byte-level BPE. Ids 0..len(ranks)-1 are the merges (rank = id), then the special tokens in order.
+    """Byte-level BPE. Ids 0 to len(ranks) - 1 are the merges (rank = id), followed by the special tokens in order.
 
-    fingerprint: SHA-256 (hex) over ranks, special tokens and pattern, all that decides what a text becomes.
+    fingerprint: SHA-256 (hex) over ranks, special tokens and pattern, which together determine the ids of a text.
     """
 
     def __init__(
@@ -49,54 +49,57 @@ class Tokenizer:
     ):
         if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([byte]) not in ranks for byte in range(256)):
             raise UserError(
-                f"the ranks of tokenizer {name} are not 0 to {len(ranks) - 1} with all 256 single bytes among them: train it again"
+                f"the ranks of tokenizer {name} are not 0 to {len(ranks) - 1} with all 256 single bytes: train it again"
             )
         if not special_tokens or special_tokens[0] != BOS or len(set(special_tokens)) != len(special_tokens):
             raise UserError(
-                f"the special tokens of tokenizer {name} are {', '.join(special_tokens) or 'none'}: they must differ and begin with {BOS}"
+                f"the special tokens of tokenizer {name} are {', '.join(special_tokens) or 'none'}: "
+                f"they must be different and begin with {BOS}"
             )
         self.name, self.pattern, self.ranks = name, pattern, ranks
         self.special_tokens = {token: len(ranks) + index for index, token in enumerate(special_tokens)}
         self.vocab_size = len(ranks) + len(special_tokens)
         self.bos = self.special_tokens[BOS]
-        self.dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
-        described = json.dumps([hashlib.sha256(rank_file_content(ranks)).hexdigest(), list(special_tokens), pattern])
-        self.fingerprint = hashlib.sha256(described.encode()).hexdigest()
+        self.dtype: np.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+        content = json.dumps([hashlib.sha256(rank_file_content(ranks)).hexdigest(), list(special_tokens), pattern])
+        self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
         try:
             self._encoding = tiktoken.Encoding(
                 name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special_tokens
             )
         except ValueError as error:
             raise UserError(
-                f"the split pattern of tokenizer {name} is not a valid expression ({error}): train it again"
+                f"the split pattern of tokenizer {name} is not a valid regular expression ({error}): train it again"
             ) from None
 
     def encode(self, text: str, *, bos: bool = False) -> np.ndarray:
-        """Ids [n] of a text, uint16 (uint32 above 65,536 tokens); `bos` puts BOS in front. Names of special tokens in a text are ordinary text."""
+        """Return the ids [n] of a text, uint16 (uint32 above 65,536 tokens). bos: put BOS first.
+
+        Names of special tokens in a text are ordinary text.
+        """
         try:
             ids = self._encoding.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:  # lone surrogates, which no UTF-8 can hold
-            ids = self._encoding.encode_to_numpy(
-                text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), disallowed_special=()
-            )
+        except UnicodeEncodeError:  # lone surrogates, which UTF-8 cannot represent
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            ids = self._encoding.encode_to_numpy(text, disallowed_special=())
         tokens = np.empty(len(ids) + bos, dtype=self.dtype)
         tokens[:bos] = self.bos
         tokens[bos:] = ids
         return tokens
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
-        """Each text as `encode` gives it with BOS in front. tiktoken leaves the interpreter lock, so threads run at once."""
+        """Encode each text with BOS first. Threads run in parallel, because tiktoken releases the interpreter lock."""
         if threads == 1 or len(texts) < 2:
             return [self.encode(text, bos=True) for text in texts]
         with ThreadPoolExecutor(threads) as pool:
             return list(pool.map(lambda text: self.encode(text, bos=True), texts))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of ids; bytes that are not UTF-8 become U+FFFD. Raises KeyError for an id outside the vocabulary."""
+        """Return the text; bytes that are not UTF-8 become U+FFFD. Raises KeyError for an id outside the vocabulary."""
         return self._encoding.decode([int(i) for i in ids], errors="replace")
 
     def token_bytes(self) -> np.ndarray:
-        """Bytes of each token, int32 [vocab_size]; special tokens count 0, so that bits per byte is about the text alone."""
+        """Return the bytes per token, int32 [vocab_size]; 0 for special tokens, which bits per byte must not count."""
         counts = np.zeros(self.vocab_size, dtype=np.int32)
         for token, rank in self.ranks.items():
             counts[rank] = len(token)
@@ -104,14 +107,14 @@ class Tokenizer:
 
 
 def rank_file_content(ranks: dict[bytes, int]) -> bytes:
-    """The rank file's content: a line for each rank, in order."""
+    """Return the rank file's content: one line `base64 rank` per token, in the order of ranks."""
     return b"".join(
         base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda item: item[1])
     )
 
 
 def save_tokenizer(folder: str | Path, tokenizer: Tokenizer, origin: dict) -> None:
-    """Write the rank file, then tokenizer.json, which vouches for it. origin: JSON-able, how the tokenizer was made."""
+    """Write the rank file, then tokenizer.json with its hash. origin: JSON-able, how the tokenizer was made."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     ranks = rank_file_content(tokenizer.ranks)
@@ -131,33 +134,34 @@ def save_tokenizer(folder: str | Path, tokenizer: Tokenizer, origin: dict) -> No
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a folder. Raises UserError when it is missing, cannot be understood or was altered."""
+    """Load the tokenizer of a folder. Raises UserError if it is missing, invalid or modified."""
     folder = Path(folder)
     try:
         metadata = json.loads((folder / METADATA_FILE).read_text(encoding="utf-8"))
         content = (folder / RANK_FILE).read_bytes()
         if hashlib.sha256(content).hexdigest() != metadata["rank_file_sha256"]:
             raise UserError(
-                f"{folder / RANK_FILE} was altered: its SHA-256 is not the one in {METADATA_FILE}; train the tokenizer again or copy the folder anew"
+                f"{folder / RANK_FILE} was modified: it does not match its SHA-256 in {METADATA_FILE}; "
+                "train the tokenizer again or copy the folder again"
             )
         ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in content.splitlines())}
         tokenizer = Tokenizer(ranks, metadata["special_tokens"], metadata["pattern"], metadata["name"])
-        recorded = metadata["vocab_size"], metadata["fingerprint"]
+        saved = metadata["vocab_size"], metadata["fingerprint"]
     except FileNotFoundError as error:
         raise UserError(
-            f"there is no tokenizer at {folder} ({Path(error.filename).name} is missing): make one with tools/train_tokenizer.py"
+            f"there is no tokenizer at {folder} ({Path(error.filename).name} is missing): "
+            "make one with tools/train_tokenizer.py"
         ) from None
     except (ValueError, KeyError, TypeError, OSError, binascii.Error) as error:
+        raise UserError(f"the tokenizer at {folder} is not valid ({summary(error)}): train it again") from None
+    if (tokenizer.vocab_size, tokenizer.fingerprint) != saved:
         raise UserError(
-            f"the tokenizer at {folder} cannot be understood ({type(error).__name__}: {error}): train it again"
-        ) from None
-    if (tokenizer.vocab_size, tokenizer.fingerprint) != recorded:
-        raise UserError(
-            f"{folder / METADATA_FILE} was altered: it does not have its own fingerprint; train the tokenizer again or copy the folder anew"
+            f"{folder / METADATA_FILE} was modified: its fingerprint or vocab_size does not match its content; "
+            "train the tokenizer again or copy the folder again"
         )
     return tokenizer
 
 
 def load_origin(folder: str | Path) -> dict:
-    """How the tokenizer of a folder was made, as given to `save_tokenizer`."""
+    """Return how the tokenizer of a folder was made, as given to `save_tokenizer`."""
     return json.loads((Path(folder) / METADATA_FILE).read_text(encoding="utf-8")).get("origin", {})

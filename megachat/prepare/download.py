@@ -1,4 +1,4 @@
-"""Numbered parquet shards from the Hugging Face hub (or a mirror): parallel, retried, resumed where they stopped, checked before they count."""
+"""Downloads of numbered parquet shards from the Hugging Face hub or a mirror: parallel, with retries, and checked."""
 
 import re
 import threading
@@ -17,20 +17,20 @@ from megachat.prepare.manifest import ShardEntry, measure_shard, shard_name
 
 @dataclass(frozen=True)
 class HubSource:
-    """A data set of shards 0 to last_index at base_url. The last is the validation shard, however few of the others are taken."""
+    """A data set of shards 0 to last_index at base_url. The last is always the validation shard."""
 
     base_url: str
     last_index: int
 
 
-# The addresses that nanochat trains on, so that results compare.
+# The data sets that nanochat trains on, so that results can be compared.
 HUB_SOURCES = {
     "climbmix": HubSource("https://huggingface.co/datasets/karpathy/climbmix-400b-shuffle/resolve/main", 6542),
     "fineweb-edu": HubSource("https://huggingface.co/datasets/karpathy/fineweb-edu-100b-shuffle/resolve/main", 1822),
 }
 _ATTEMPTS = 5
 _TIMEOUT_S = 30
-_PIECE_BYTES = 1 << 15  # what a cut connection can lose
+_PIECE_BYTES = 1 << 15  # at most this much is lost when a connection breaks
 
 
 class _Retry(Exception):
@@ -38,7 +38,7 @@ class _Retry(Exception):
 
 
 class _Stopped(Exception):
-    """Another shard failed for good."""
+    """Another shard failed on its last attempt."""
 
 
 def download_shards(
@@ -50,20 +50,22 @@ def download_shards(
     retry_wait_s: float = 1.0,
     log: Callable[[str], None] = print,
 ) -> list[ShardEntry]:
-    """Download shards 0 to train_shards-1 and the last one into `folder`. Whole shards that are already there stay.
+    """Download shards 0 to train_shards - 1 and the last one into `folder`. Complete shards there are kept.
 
-    A shard under way is `NAME.part` and goes on from there, in this call or a later one. retry_wait_s: before the second attempt, doubled for each
-    further one. Raises UserError for the first shard that fails for good; the others' parts stay for the next call.
+    A partial shard is `NAME.part`; this call or a later one continues it. retry_wait_s: wait before the second
+    attempt, doubled before each further one. Raises UserError for the first shard that fails on its last attempt; the
+    other partial shards are kept for the next call.
     """
     names = [shard_name(index) for index in (*range(train_shards), source.last_index)]
     stop = threading.Event()
-    # disable=None: only on a terminal.
     with (
+        # disable=None shows the bar on a terminal only.
         tqdm(desc=f"0/{len(names)} shards", unit="B", unit_scale=True, disable=None) as bar,
         ThreadPoolExecutor(workers) as pool,
     ):
-        fetch = _Fetch(source.base_url.rstrip("/"), folder, retry_wait_s, stop, bar)
-        futures = [pool.submit(fetch.shard, name) for name in names]
+        downloader = _Downloader(retry_wait_s, stop, bar, options="--base-url and --shards")
+        base_url = source.base_url.rstrip("/")
+        futures = [pool.submit(_download_shard, downloader, f"{base_url}/{name}", folder / name) for name in names]
         try:
             for done, future in enumerate(as_completed(futures), 1):
                 entry = future.result()
@@ -78,66 +80,69 @@ def download_shards(
 
 
 def download_file(url: str, part: Path, *, retry_wait_s: float = 1.0) -> None:
-    """Download one file to `part`, from where an earlier call left it; retried. What came is for the caller to check. Raises UserError."""
+    """Download one file to `part`, with retries; an earlier call's partial file is continued.
+
+    The caller checks the content. Raises UserError.
+    """
     with tqdm(desc=part.name, unit="B", unit_scale=True, disable=None) as bar:
-        _Fetch(url, part.parent, retry_wait_s, threading.Event(), bar, hint="the address").retried(url, part)
+        _Downloader(retry_wait_s, threading.Event(), bar, options="the address").download(url, part)
+
+
+def _download_shard(downloader: "_Downloader", url: str, path: Path) -> ShardEntry:
+    part = path.with_name(path.name + PART)
+    if path.exists():
+        try:
+            return measure_shard(path)
+        except UserError:
+            path.unlink()
+    downloader.download(url, part)
+    try:
+        entry = measure_shard(part, path.name)
+    except UserError:
+        part.unlink(missing_ok=True)
+        raise UserError(
+            f"{url} did not return a complete parquet file with a `text` column of strings: check the address; "
+            f"{path.name} was not kept"
+        ) from None
+    sync_and_rename(part, path)
+    return entry
 
 
 @dataclass(frozen=True)
-class _Fetch:
-    base_url: str
-    folder: Path
+class _Downloader:
+    """Downloads files with retries. options: what the user checks when the server refuses a file."""
+
     retry_wait_s: float
     stop: threading.Event
     bar: tqdm
-    hint: str = "--base-url and --shards"
+    options: str
 
-    def shard(self, name: str) -> ShardEntry:
-        path, part = self.folder / name, self.folder / (name + PART)
-        if path.exists():
-            try:
-                return measure_shard(path)
-            except UserError:
-                path.unlink()
-        url = f"{self.base_url}/{name}"
-        self.retried(url, part)
-        try:
-            entry = measure_shard(part, name)
-        except UserError:
-            part.unlink(missing_ok=True)
-            raise UserError(
-                f"what {url} sent for {name} is not a whole parquet file with a `text` column of strings: check the address; it was not kept"
-            ) from None
-        sync_and_rename(part, path)
-        return entry
-
-    def retried(self, url: str, part: Path) -> None:
+    def download(self, url: str, part: Path) -> None:
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                return self._once(url, part)
+                return self._attempt(url, part)
             except (_Retry, requests.RequestException) as error:
                 if attempt == _ATTEMPTS:
                     kept = part.stat().st_size if part.exists() else 0
                     raise UserError(
-                        f"{url} failed {_ATTEMPTS} times, at last with {_brief(error)}: run the same command again to go on "
-                        f"from the {kept:,} bytes kept"
+                        f"{url} failed {_ATTEMPTS} times, the last time with {_describe(error)}: "
+                        f"run the same command again to continue after the {kept:,} bytes kept"
                     ) from None
                 if self.stop.wait(self.retry_wait_s * 2 ** (attempt - 1)):
                     raise _Stopped from None
             except OSError as error:
                 raise UserError(
-                    f"{part} cannot be written ({error}): free the disk and run the same command again"
+                    f"{part} cannot be written ({error}): free disk space and run the same command again"
                 ) from None
 
-    def _once(self, url: str, part: Path) -> None:
-        """Fetch what is missing of `part`. Raises _Retry when the answer is cut short or the server is in trouble."""
+    def _attempt(self, url: str, part: Path) -> None:
+        """Download the missing bytes of `part`. Raises _Retry if the server fails or the answer is incomplete."""
         have = part.stat().st_size if part.exists() else 0
-        headers = {"Range": f"bytes={have}-"} if have else {}
-        # identity: a compressed answer could not be resumed by byte.
-        with requests.get(
-            url, headers={**headers, "Accept-Encoding": "identity"}, stream=True, timeout=_TIMEOUT_S
-        ) as answer:
-            if answer.status_code == 416:  # nothing is missing, or the part is of another file
+        headers = {"Accept-Encoding": "identity"}  # a compressed answer could not be continued by byte
+        if have:
+            headers["Range"] = f"bytes={have}-"
+        with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT_S) as answer:
+            if answer.status_code == 416:  # nothing is missing, or the partial file is of another file
                 if have and answer.headers.get("Content-Range") == f"bytes */{have}":
                     return
                 part.unlink(missing_ok=True)
@@ -145,26 +150,26 @@ class _Fetch:
             if answer.status_code == 429 or answer.status_code >= 500:
                 raise _Retry(f"HTTP {answer.status_code}")
             if answer.status_code not in (200, 206):
-                raise UserError(f"{url} answers HTTP {answer.status_code}: check {self.hint}")
+                raise UserError(f"{url} answers HTTP {answer.status_code}: check {self.options}")
             start, total = _extent(answer)
             if start not in (0, have):
                 part.unlink(missing_ok=True)
-                raise _Retry("an answer for other bytes than asked")
+                raise _Retry("an answer with other bytes than requested")
             with part.open("ab" if start else "wb") as file:
                 for piece in answer.iter_content(_PIECE_BYTES):
                     if self.stop.is_set():
                         raise _Stopped
                     file.write(piece)
                     self.bar.update(len(piece))
-        got = part.stat().st_size
-        if total is not None and got != total:
-            if got > total:
+        size = part.stat().st_size
+        if total is not None and size != total:
+            if size > total:
                 part.unlink(missing_ok=True)
-            raise _Retry(f"{got:,} of {total:,} bytes")
+            raise _Retry(f"{size:,} of {total:,} bytes")
 
 
 def _extent(answer: requests.Response) -> tuple[int, int | None]:
-    """(first byte sent, size of the whole file or None). A server that ignores Range answers 200 and starts from 0."""
+    """Return (first byte sent, size of the whole file or None). Status 200 means that the server ignored the range."""
     if answer.status_code == 206:
         match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", ""))
         if match is None:
@@ -174,5 +179,5 @@ def _extent(answer: requests.Response) -> tuple[int, int | None]:
     return 0, int(length) if length.isdigit() else None
 
 
-def _brief(error: Exception) -> str:
-    return f"{error}" if isinstance(error, _Retry) else f"{type(error).__name__} ({str(error).splitlines()[0][:120]})"
+def _describe(error: Exception) -> str:
+    return str(error) if isinstance(error, _Retry) else f"{type(error).__name__} ({str(error).splitlines()[0][:120]})"

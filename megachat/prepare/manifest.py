@@ -1,21 +1,26 @@
-"""How a data folder is prepared: marked unfinished first, files under temporary names, the manifest, which remembers the request, last."""
+"""Preparing a data folder: it is marked unfinished first, and the manifest with the request is written last."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from megachat.data.shards import MANIFEST, UNFINISHED, check_data_folder, load_manifest, open_shard
+from megachat.data.shards import (
+    MANIFEST,
+    UNFINISHED,
+    check_data_folder,
+    load_manifest,
+    open_shard,
+    read_text_batches,
+)
 from megachat.errors import UserError
-from megachat.files import PART, file_sha256, write_atomically
+from megachat.files import PART, file_sha256, write_atomically, write_json
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """A shard's line in the manifest. bytes and sha256 are of the file; text_bytes (UTF-8) and text_chars of its documents."""
+    """A shard in the manifest. bytes and sha256: of the file. text_bytes (UTF-8) and text_chars: of its documents."""
 
     name: str
     sha256: str
@@ -26,88 +31,81 @@ class ShardEntry:
 
 
 def shard_name(index: int) -> str:
-    """File name of shard `index`; names sort as shards follow each other."""
+    """Return the file name of a shard. Names sort like indices."""
     return f"shard_{index:05d}.parquet"
 
 
 def measure_shard(path: Path, name: str | None = None) -> ShardEntry:
-    """Read a shard from end to end, which also proves that it is whole. Raises UserError naming it as `path`."""
+    """Read a whole shard, which also proves that it is complete. name: in the manifest. Raises UserError."""
     shard = open_shard(path)
     text_bytes = text_chars = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024, columns=["text"]):
-                text_bytes += pc.sum(pc.binary_length(batch.column("text"))).as_py() or 0
-                text_chars += pc.sum(pc.utf8_length(batch.column("text"))).as_py() or 0
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}): download or prepare it again") from None
+    for texts in read_text_batches(path, 1024):
+        text_bytes += pc.sum(pc.binary_length(texts)).as_py() or 0
+        text_chars += pc.sum(pc.utf8_length(texts)).as_py() or 0
     return ShardEntry(name or path.name, file_sha256(path), shard.size_bytes, shard.documents, text_bytes, text_chars)
 
 
 def begin_preparation(folder: Path, request: dict, *, overwrite: bool, keep_shards: bool = False) -> bool:
-    """Make `folder` ready for a request; False when it already holds exactly that, intact.
+    """Make `folder` ready for a request. Returns False if it already holds exactly that data, undamaged.
 
-    keep_shards: finished shards may stay for reuse (downloads of the same address). Raises UserError when the folder holds anything else and
-    `overwrite` is off.
+    keep_shards: complete shards that were downloaded from the same address are reused. Raises UserError if the folder
+    holds anything else and `overwrite` is False.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: give --out a folder")
-    manifest = None
-    if not overwrite and folder.is_dir() and not (folder / UNFINISHED).exists():
-        manifest = load_manifest(folder)
-        if manifest is not None and manifest["request"] == request:
-            check_data_folder(folder)
-            return False
     if not overwrite and folder.is_dir() and any(folder.iterdir()):
-        _refuse_other(folder, request, manifest)
+        interrupted = _unfinished_request(folder)
+        if not (folder / UNFINISHED).exists() and (manifest := load_manifest(folder)) is not None:
+            if manifest["request"] == request:
+                check_data_folder(folder)
+                return False
+            _refuse(folder, manifest["request"], request)
+        if interrupted != request:
+            _refuse(folder, interrupted, request)
     folder.mkdir(parents=True, exist_ok=True)
-    reusable = keep_shards and _same_origin(folder, request)
+    reuse = keep_shards and _has_same_origin(folder, request)
     write_atomically(folder / UNFINISHED, json.dumps(request, indent=1).encode())
     (folder / MANIFEST).unlink(missing_ok=True)
-    if not reusable:
+    if not reuse:
         for path in (*folder.glob("*.parquet"), *folder.glob("*" + PART)):
             path.unlink()
     return True
 
 
-def _refuse_other(folder: Path, request: dict, manifest: dict | None) -> None:
-    """Raise UserError unless an earlier run of the same request was interrupted in `folder`."""
-    interrupted = _unfinished(folder)
-    if interrupted == request:
-        return
-    other = interrupted or (manifest or {}).get("request")
-    if other is None:
+def _refuse(folder: Path, existing: dict | None, request: dict) -> None:
+    if not existing:
         raise UserError(
-            f"{folder} is not empty and was not made by this program: give another --out, or --overwrite to replace its .parquet files"
+            f"{folder} is not empty and was not made by this program: give another --out, "
+            "or --overwrite to replace its .parquet files"
         )
     changed = [
-        f"{key} {other.get(key)!r} there, {request.get(key)!r} asked"
-        for key in sorted({*other, *request})
-        if other.get(key) != request.get(key)
+        f"{key} is {existing.get(key)!r} there, but {request.get(key)!r} is requested"
+        for key in sorted({*existing, *request})
+        if existing.get(key) != request.get(key)
     ]
     raise UserError(
         f"{folder} holds another data set ({'; '.join(changed)}): give another --out, or --overwrite to replace it"
     )
 
 
-def _unfinished(folder: Path) -> dict | None:
+def _unfinished_request(folder: Path) -> dict | None:
     try:
         return json.loads((folder / UNFINISHED).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 
 
-def _same_origin(folder: Path, request: dict) -> bool:
-    """Whether the shards in `folder` come from the request's address, whatever their number."""
+def _has_same_origin(folder: Path, request: dict) -> bool:
+    """Return whether the shards in `folder` come from the request's address, whatever their number."""
     try:
-        earlier = _unfinished(folder) or (load_manifest(folder) or {}).get("request")
+        existing = _unfinished_request(folder) or (load_manifest(folder) or {}).get("request")
     except UserError:
         return False
-    return isinstance(earlier, dict) and {**earlier, "shards": None} == {**request, "shards": None}
+    return isinstance(existing, dict) and {**existing, "shards": None} == {**request, "shards": None}
 
 
 def finish_preparation(folder: Path, request: dict, entries: list[ShardEntry]) -> dict:
-    """Write the manifest and take the unfinished mark away. Shards that do not belong to `entries` are removed. Returns the manifest."""
+    """Remove shards that are not in `entries`, write the manifest and return it, and remove the unfinished mark."""
     for path in set(folder.glob("*.parquet")) - {folder / entry.name for entry in entries}:
         path.unlink()
     manifest = {
@@ -121,6 +119,6 @@ def finish_preparation(folder: Path, request: dict, entries: list[ShardEntry]) -
         "chars": sum(entry.text_chars for entry in entries),
         "shards": [vars(entry) for entry in entries],
     }
-    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1).encode() + b"\n")
+    write_json(folder / MANIFEST, manifest)
     (folder / UNFINISHED).unlink()
     return manifest

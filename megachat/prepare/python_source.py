@@ -1,4 +1,4 @@
-"""The embedded corpus: the source text of this machine's own Python standard library, so that a run needs no download anywhere."""
+"""The built-in corpus: source text of this machine's Python standard library, so that a run needs no download."""
 
 import ast
 import re
@@ -10,25 +10,25 @@ from pathlib import Path
 from megachat.errors import UserError
 
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "idlelib", "site-packages", "dist-packages", "__pycache__"}
-# Tables and parsers that a program wrote: their first lines say so.
+# Tables and parsers that were written by a program have this in their first lines.
 _GENERATED = re.compile(r"generated (by|from|and used)|auto-?generated|automatically generated", re.IGNORECASE)
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd]")
 _DIGIT = re.compile(r"\d")
-_LONGEST_LINE = 300
-# One assignment that fills so many documents is a table.
-_TABLE_DOCUMENTS = 4
+_MAX_LINE = 300
+_TABLE_DOCUMENTS = 4  # one assignment longer than this many documents is a table
 
 
 def read_standard_library(document_bytes: int, folder: Path | None = None) -> Iterator[str]:
-    """Documents of at most about `document_bytes`: the docstring, classes and functions of each module, neighbours together, no text twice.
+    """Yield documents of at most about `document_bytes`, without duplicates, from modules in the order of their paths.
 
-    folder: None for this Python's. Files in the order of paths. Raises UserError when there is no source.
+    A document is a module's docstring, classes and functions, as many neighbors as fit. folder: None for the running
+    Python's library. Raises UserError if there is no source.
     """
     folder = folder or Path(sysconfig.get_path("stdlib"))
     seen: set[str] = set()
     for path in sorted(folder.rglob("*.py")):
         if _SKIPPED_FOLDERS.isdisjoint(path.relative_to(folder).parts):
-            for document in cut_module(_read(path), document_bytes):
+            for document in cut_module(_read_module(path), document_bytes):
                 if document not in seen:
                     seen.add(document)
                     yield document
@@ -38,7 +38,7 @@ def read_standard_library(document_bytes: int, folder: Path | None = None) -> It
         )
 
 
-def _read(path: Path) -> str:
+def _read_module(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
     except (UnicodeDecodeError, OSError):
@@ -47,7 +47,7 @@ def _read(path: Path) -> str:
 
 
 def cut_module(text: str, document_bytes: int) -> list[str]:
-    """A module's documents: pieces between definitions, joined while they stay within `document_bytes`. What cannot be parsed gives none."""
+    """Cut a module between definitions, joining neighbors up to `document_bytes`. A module with errors gives none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -58,7 +58,7 @@ def cut_module(text: str, document_bytes: int) -> list[str]:
         line + "\n" for line in text.split("\n")
     ]  # as the parser counts them; splitlines() also cuts at form feeds
     for statement in tree.body:
-        first, last = statement.lineno - 1, statement.end_lineno
+        first, last = _lines_of(statement)
         if isinstance(statement, ast.Assign) and sum(map(len, lines[first:last])) > _TABLE_DOCUMENTS * document_bytes:
             lines[first:last] = [""] * (last - first)
     documents, current = [], ""
@@ -73,16 +73,22 @@ def cut_module(text: str, document_bytes: int) -> list[str]:
 
 
 def _cuts(body: list[ast.stmt], document_bytes: int, lines: list[str]) -> Iterator[int]:
-    """Lines at which the text may be cut: after each statement, and after each one inside a class that is too long."""
+    """Yield the lines at which to cut: after each statement, also after those inside a class that is too long."""
     for statement in body:
-        first, last = statement.lineno - 1, statement.end_lineno
+        first, last = _lines_of(statement)
         if isinstance(statement, ast.ClassDef) and sum(map(len, lines[first:last])) > document_bytes:
             yield from _cuts(statement.body[:-1], document_bytes, lines)
         yield last
 
 
+def _lines_of(statement: ast.stmt) -> tuple[int, int]:
+    """Return (first line, end) of a statement, counted from 0."""
+    assert statement.end_lineno is not None  # the parser sets it
+    return statement.lineno - 1, statement.end_lineno
+
+
 def _is_text(line: str) -> bool:
-    """False for lines of tables and of escaped bytes, and for very long ones."""
-    if len(line) > _LONGEST_LINE or _UNPRINTABLE.search(line) or line.count("\\x") + line.count("\\u") > 4:
+    """Return False for lines of tables or escaped bytes and for very long lines."""
+    if len(line) > _MAX_LINE or _UNPRINTABLE.search(line) or line.count("\\x") + line.count("\\u") > 4:
         return False
     return len(line) < 40 or not _DIGIT.search(line) or 4 * sum(map(str.isalpha, line)) >= len(line)

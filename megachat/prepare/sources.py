@@ -1,6 +1,7 @@
-"""Local sources of text (text files, parquet files; the Python standard library is in python_source) and how documents become shards."""
+"""Local sources of text (text files and parquet files), and writing documents as shards."""
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -9,37 +10,41 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megachat.data.shards import open_shard
+from megachat.data.shards import open_shard, read_text_batches
 from megachat.errors import UserError
 from megachat.files import PART, sync_and_rename
 from megachat.prepare.manifest import ShardEntry, measure_shard, shard_name
 
-_SHARD_BYTES = 100_000_000  # of text in a train shard where the number of shards is not given: near that of nanochat's
-_LEAST_SHARDS = 4
+_SHARD_BYTES = 100_000_000  # of text per train shard if the number of shards is not given; about nanochat's size
+_MIN_SHARDS = 4
 _GROUP_DOCUMENTS = 1024
-_GROUPS = 8  # at least, in a shard of a small corpus: shuffling works on row groups
+_MIN_GROUPS = 8  # in a shard of a small corpus, because shuffling works on row groups
 _VALIDATION_SHARE = 0.05
+_BATCH_DOCUMENTS = 4096
 
 
 def find_input_files(inputs: Iterable[str | Path], suffixes: tuple[str, ...]) -> list[Path]:
-    """Files given by name, and those with a suffix in folders (at any depth, by path). Raises UserError for what is missing or empty."""
+    """Return the files in `inputs`, and all files with one of the suffixes below its folders, sorted by path.
+
+    Raises UserError if an input does not exist or has no such file.
+    """
     files: list[Path] = []
-    for given in map(Path, inputs):
-        if given.is_file():
-            files.append(given)
+    for path in map(Path, inputs):
+        if path.is_file():
+            files.append(path)
             continue
-        found = sorted(path for path in given.rglob("*") if path.suffix in suffixes and path.is_file())
-        if not found:
-            why = f"holds no {' or '.join(suffixes)} file" if given.is_dir() else "does not exist"
-            raise UserError(f"--input {given} {why}: give a file, or a folder that holds some")
-        files += found
+        inside = sorted(file for file in path.rglob("*") if file.suffix in suffixes and file.is_file())
+        if not inside:
+            problem = f"has no {' or '.join(suffixes)} file" if path.is_dir() else "does not exist"
+            raise UserError(f"--input {path} {problem}: give a file, or a folder with such files")
+        files += inside
     if not files:
-        raise UserError(f"no --input was given: name the files or folders ({', '.join(suffixes)}) to read")
+        raise UserError(f"no --input was given: give the files or folders ({', '.join(suffixes)}) to read")
     return list(dict.fromkeys(files))
 
 
 def read_text_files(files: Iterable[Path], document_bytes: int) -> Iterator[str]:
-    """Documents of UTF-8 text files: a whole file, or pieces of at most `document_bytes` where it is longer."""
+    """Yield the texts of UTF-8 files, cut into pieces if they are longer than `document_bytes`."""
     for path in files:
         try:
             text = path.read_text(encoding="utf-8-sig")
@@ -51,7 +56,10 @@ def read_text_files(files: Iterable[Path], document_bytes: int) -> Iterator[str]
 
 
 def cut_text(text: str, document_bytes: int) -> Iterator[str]:
-    """Pieces of at most `document_bytes` UTF-8 bytes (4 or more), cut at the last empty line, else line, else space, else character."""
+    """Cut a text into pieces of at most `document_bytes` UTF-8 bytes (4 or more).
+
+    Each piece ends at its last empty line; without one at its last line, then space, then character.
+    """
     data, start = text.encode("utf-8", "replace"), 0
     while start < len(data):
         end = min(len(data), start + document_bytes)
@@ -71,74 +79,63 @@ def cut_text(text: str, document_bytes: int) -> Iterator[str]:
 
 
 def read_parquet_files(files: Iterable[Path]) -> Iterator[str]:
-    """The documents of parquet files with a `text` column; empty ones are left out."""
+    """Yield the documents of parquet files with a `text` column, without empty ones."""
     for path in files:
         open_shard(path)
-        try:
-            with pq.ParquetFile(path) as file:
-                for batch in file.iter_batches(batch_size=1024, columns=["text"]):
-                    yield from filter(None, batch.column("text").to_pylist())
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(
-                f"{path} is damaged ({str(error).splitlines()[0]}): leave it out or write it again"
-            ) from None
+        for texts in read_text_batches(path, 1024):
+            yield from filter(None, texts.to_pylist())
 
 
 def write_shards(
     folder: Path, documents: Iterable[str], seed: int, train_shards: int | None, sources: list[str] | None = None
 ) -> list[ShardEntry]:
-    """Shuffle documents and write them as train shards of equal numbers and a validation shard with 5 % of them (1 at least).
+    """Shuffle documents and write train shards of equal counts and a validation shard with 5 % of them (at least 1).
 
-    sources: of each document, complete when all documents were read; becomes the column `source`. The order is a pure function of the texts and
-    the seed. All documents are in memory at once. Raises UserError for fewer documents than shards.
+    train_shards: None chooses by size. sources: the source of each document, filled while `documents` is read; becomes
+    the column `source`. The order depends on the texts and the seed only. All documents are in memory at the same time.
+    Raises UserError if there are fewer documents than shards.
     """
-    table, size = _in_memory(documents)
+    texts = _to_arrow(documents)
     if train_shards is None:
-        train_shards = max(_LEAST_SHARDS, math.ceil(size / _SHARD_BYTES))
-        train_shards = max(1, min(train_shards, len(table) - 1))
-    if len(table) < train_shards + 1:
+        train_shards = max(_MIN_SHARDS, math.ceil(texts.nbytes / _SHARD_BYTES))
+        train_shards = max(1, min(train_shards, len(texts) - 1))
+    if len(texts) < train_shards + 1:
         raise UserError(
-            f"the input has {len(table)} documents, too few for {train_shards} train shards and a validation shard: give more text, "
-            "or a smaller --document-bytes or --shards"
+            f"the input has {len(texts)} documents, too few for {train_shards} train shards and a validation shard: "
+            "give more text, or a smaller --document-bytes or --shards"
         )
-    order = _shuffled(table, seed)
+    order = _shuffled_order(len(texts), seed)
     validation = min(max(1, round(len(order) * _VALIDATION_SHARE)), len(order) - train_shards)
     ends = [*np.linspace(0, len(order) - validation, train_shards + 1).astype(int).tolist(), len(order)]
-    columns = {"text": table}
+    columns = {"text": texts}
     if sources is not None:
         columns["source"] = pa.chunked_array([pa.array(sources, pa.string()).dictionary_encode()])
-    shares = [pa.array(order[ends[index] : ends[index + 1]]) for index in range(train_shards + 1)]
-    return [
-        _write_shard(folder, index, {name: column.take(share) for name, column in columns.items()})
-        for index, share in enumerate(shares)
-    ]
+    entries = []
+    for index, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
+        documents_of_shard = pa.array(order[start:end])
+        shard = {name: column.take(documents_of_shard) for name, column in columns.items()}
+        entries.append(_write_shard(folder / shard_name(index), shard))
+    return entries
 
 
-def _in_memory(documents: Iterable[str]) -> tuple[pa.ChunkedArray, int]:
-    """All documents as one Arrow column, and their UTF-8 bytes; far smaller than as Python strings."""
-    chunks: list[pa.Array] = []
-    batch: list[str] = []
-    for document in documents:
-        batch.append(document)
-        if len(batch) == 4096:
-            chunks.append(pa.array(batch, pa.large_string()))
-            batch = []
-    chunks.append(pa.array(batch, pa.large_string()))
-    table = pa.chunked_array(chunks)
-    return table, table.nbytes
+def _to_arrow(documents: Iterable[str]) -> pa.ChunkedArray:
+    """Collect all documents in one Arrow column, which is far smaller than Python strings."""
+    documents, chunks = iter(documents), []
+    while batch := list(itertools.islice(documents, _BATCH_DOCUMENTS)):
+        chunks.append(pa.array(batch, pa.large_string()))
+    return pa.chunked_array(chunks, pa.large_string())
 
 
-def _shuffled(table: pa.ChunkedArray, seed: int) -> np.ndarray:
-    """Indices in the order of a hash of (seed, index): the same for every version of every library."""
-    keys = [hashlib.sha256(f"{seed} {index}".encode()).digest()[:8] for index in range(len(table))]
+def _shuffled_order(count: int, seed: int) -> np.ndarray:
+    """Return indices sorted by a hash of (seed, index), which is the same for every version of every library."""
+    keys = [hashlib.sha256(f"{seed} {index}".encode()).digest()[:8] for index in range(count)]
     return np.argsort(np.frombuffer(b"".join(keys), dtype=">u8"), kind="stable")
 
 
-def _write_shard(folder: Path, index: int, columns: dict[str, pa.ChunkedArray]) -> ShardEntry:
-    path = folder / shard_name(index)
+def _write_shard(path: Path, columns: dict[str, pa.ChunkedArray]) -> ShardEntry:
     part = path.with_name(path.name + PART)
     documents = len(columns["text"])
-    group = max(1, min(_GROUP_DOCUMENTS, math.ceil(documents / _GROUPS)))
+    group = max(1, min(_GROUP_DOCUMENTS, math.ceil(documents / _MIN_GROUPS)))
     with pq.ParquetWriter(part, pa.schema([(name, pa.string()) for name in columns]), compression="zstd") as writer:
         for start in range(0, documents, group):
             rows = {name: column.slice(start, group).cast(pa.string()) for name, column in columns.items()}

@@ -99,15 +99,11 @@ def test_another_model_is_refused(tmp_path):
     (((path, _),),) = run_ranks(train_and_save, 1, tmp_path, small_config())
     wider, deeper = small_config(model={"aspect_ratio": 32}), small_config(model={"depth": 4, "aspect_ratio": 12})
     for shapes, names in run_ranks(load_others, 2, path, wider, deeper):
-        assert (
-            f"{path} has model/transformer.h.0.mlp.c_fc.weight as [192, 48], the model as [384, 96]: use the config it was made with"
-            == shapes
-        )
-        # value embeddings and their gates lie in every other block from the last one back, so the deeper model has them elsewhere
-        assert (
-            f"{path} has no model/transformer.h.1.attn.ve_gate.weight: it is a checkpoint of another model; use the config it was made with"
-            == names
-        )
+        for fact in (f"{path} has model/transformer.h.0.mlp.c_fc.weight", "[192, 48]", "[384, 96]", "use the config"):
+            assert fact in shapes
+        # every other block has value embeddings, counted from the last one: the deeper model has them in other blocks
+        assert names.startswith(f"{path} has no tensor model/transformer.h.1.attn.ve_gate.weight: ")
+        assert "another model" in names and "use the config" in names
 
 
 def save_three_times(folder, breaks):

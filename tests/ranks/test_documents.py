@@ -25,7 +25,7 @@ from tests.runs.job import write_shard
 from tests.training import small_config
 
 STREAMS, STEP = 4, 3
-WAY_OUT = ", or set data.resume=restart, which begins with the first document again"
+WAY_OUT = ", or set data.resume=restart, which restarts from the first document"
 
 
 def tokenizer() -> Tokenizer:
@@ -129,22 +129,24 @@ def test_other_settings_and_other_data_are_refused(place, tmp_path):
     uncompressed(shard, [text.upper() for text in texts])
     assert shard.stat().st_size == size
     changes = {
-        "training shards (SHA-256 over names, sizes and documents) ": {"data": {"folder": str(tmp_path / "missing")}},
-        "texts in shards of the same names and sizes (SHA-256 over the files' footers) ": {
+        "training shards (SHA-256 of names, sizes and document counts) ": {
+            "data": {"folder": str(tmp_path / "missing")}
+        },
+        "texts in shards of the same names and sizes (SHA-256 of the files' footers) ": {
             "data": {"folder": str(tmp_path / "changed")}
         },
         "data seed (data.shuffle, run.seed) None but this run has 42": {"data": {"shuffle": True}},
         "packing streams (data.streams) 4 but this run has 2": {"data": {"streams": 2}},
         "packing streams (data.streams) 4 but this run has 5": {"data": {"streams": 5}},
         "documents in a buffer (data.buffer_documents) 1000 but this run has 20": {"data": {"buffer_documents": 20}},
-        "tokens a row 161 but this run has 81": {"model": {"sequence_len": 80}},
-        "rows a step 12 but this run has 24": {"batch": {"tokens": 160 * 24}},
+        "tokens per row 161 but this run has 81": {"model": {"sequence_len": 80}},
+        "rows per step 12 but this run has 24": {"batch": {"tokens": 160 * 24}},
     }
     told = of_all_ranks(2, place, [place / "checkpoint"], [{}, *changes.values()])
     assert told[0] is True
     for sentence, words in zip(told[1:], changes, strict=True):
         assert sentence.startswith(f"the checkpoint's loader state has {words}"), sentence
-        assert sentence.endswith("go on with the checkpoint's or start a new run" + WAY_OUT) and "\n" not in sentence
+        assert sentence.endswith("start a new run" + WAY_OUT) and "\n" not in sentence
 
 
 def swap(folder: Path, one: int, other: int) -> None:
@@ -175,14 +177,14 @@ def test_loader_files_that_are_not_the_checkpoints_are_refused(place, tmp_path):
         "no folder": "the loader state {0}/loader/loader.json is missing: load another checkpoint",
         "no file": "the loader state {0}/loader/stream_00001.npz is missing: load another checkpoint",
         "cut short": "the loader state {0}/loader/stream_00003.npz is damaged (BadZipFile): load another checkpoint",
-        "swapped": "{0}/loader/stream_00001.npz is of another stream or run: it holds documents that are not stream 1's; load another checkpoint",
-        "one of another step": "{0}/loader/stream_00002.npz is not of step 3 as loader.json is: load another checkpoint",
-        "all of another step": "{0}/loader is of step 4, the checkpoint of step 3: load another checkpoint",
+        "swapped": "{0}/loader/stream_00001.npz is of another stream or run: it has documents that do not belong to stream 1; load another checkpoint",
+        "one of another step": "{0}/loader/stream_00002.npz is not of step 3, which loader.json has: load another checkpoint",
+        "all of another step": "{0}/loader is of step 4, but the checkpoint of step 3: load another checkpoint",
     }
     told = of_all_ranks(3, place, [tmp_path / name for name in [*wanted, "one of another run"]], [{}])
     assert told[:-1] == [sentence.format(tmp_path / name) + WAY_OUT for name, sentence in wanted.items()]
-    assert told[-1].startswith(f"{tmp_path / 'one of another run'}/loader tells of other documents (ledger ")
-    assert told[-1].endswith("): load another checkpoint" + WAY_OUT)
+    assert told[-1].startswith(f"{tmp_path / 'one of another run'}/loader has the ledger ")
+    assert told[-1].endswith(": load another checkpoint" + WAY_OUT)
 
 
 def restarted_state(folder: Path, target: Path, source: str) -> tuple:
@@ -221,7 +223,7 @@ def test_documents_that_begin_anew_go_on_exactly_from_then_on(place, tmp_path):
     (told, ledger, header, restarts), *others = run_ranks(restarted_state, 2, place, tmp_path, "checkpoint")
     assert [other[:2] for other in others] == [(told, ledger)]
     why = "data.resume=restart; the checkpoint's loader state has documents in a buffer (data.buffer_documents) 1000 but this run has 20"
-    assert told == [f"documents begin anew with the first one at step 3 and may repeat earlier ones ({why})"]
+    assert told == [f"documents restart from the first one at step 3 and may repeat earlier ones ({why})"]
     assert header["restarts"] == [{"step": 3, "ledger": before}] and header["step"] == 4
     assert restarts == [*header["restarts"], {"step": 7, "ledger": facts(tmp_path / "third")["ledger"]}]
     assert [answer[1] for answer in run_ranks(restarted_state, 3, place, tmp_path / "three", "checkpoint")] == [
@@ -232,9 +234,9 @@ def test_documents_that_begin_anew_go_on_exactly_from_then_on(place, tmp_path):
 def test_an_imported_checkpoint_has_been_told_otherwise(place, tmp_path):
     (tmp_path / "facts.json").write_text(json.dumps({"step": 20, "imported": {"format": "nanochat"}}))
     (told,) = run_ranks(imported, 1, place, tmp_path)
-    assert told == [
-        f"documents begin anew with the first one at step 20 and may repeat earlier ones ({tmp_path} was imported without a place in them)"
-    ]
+    (remark,) = told
+    assert remark.startswith("documents restart from the first one at step 20 and may repeat earlier ones")
+    assert f"{tmp_path} was imported" in remark
 
 
 def imported(folder: Path, checkpoint: Path) -> list[str]:

@@ -65,7 +65,7 @@ def test_whatever_file_is_damaged_the_one_before_is_taken(tmp_path):
         last = run / "checkpoints" / "step_000004"
         found, (remark,) = auto
         assert found == run / "checkpoints" / "step_000002" and str(last) in remark and part in remark
-        assert str(last) in named and part in named and "give another step's folder" in named
+        assert str(last) in named and part in named and "another step's checkpoint" in named
     assert answers[-2:] == [(whole_run / "checkpoints" / "step_000004", []), (None, [])]
 
 

@@ -79,7 +79,7 @@ CASES = {
     ),
     "cut_checkpoint": (
         ["--resume", "{folder}/cut/step_000004"],
-        ["{folder}/cut/step_000004 is cut short: __0_0.distcp has 1000 bytes, not ", "--resume auto"],
+        ["{folder}/cut/step_000004 is incomplete: __0_0.distcp has 1000 bytes, not ", "--resume auto"],
     ),
     "damaged_index": (["--resume", "{folder}/damaged/step_000004"], ["{folder}/damaged/step_000004", "tensors.json"]),
     "run_folder": (
@@ -90,7 +90,7 @@ CASES = {
     ),
     "missing_loader": (
         ["--resume", "{folder}/missing/step_000004"],
-        ["is cut short: loader/stream_00002.npz is missing"],
+        ["is incomplete: loader/stream_00002.npz is missing"],
     ),
 }
 
@@ -177,7 +177,7 @@ def test_auto_passes_over_a_checkpoint_that_was_cut_short(one, place):
     os.truncate(checkpoint(run, 6) / "__0_0.distcp", 1000)
     done = run_forked(command(place, "fallback", "--resume", "auto"))
     assert done.status == 0 and done.err == ""
-    assert f"{checkpoint(run, 6)} is cut short: __0_0.distcp has 1000 bytes" in done.out
+    assert f"{checkpoint(run, 6)} is incomplete: __0_0.distcp has 1000 bytes" in done.out
     assert f"resumed from {checkpoint(run, 4)} at step 4" in done.out
     assert losses(run) == losses(one) and different(checkpoint(run, 6), checkpoint(one, 6)) == []
 
@@ -188,7 +188,7 @@ def test_auto_with_nothing_complete_is_refused(one, place):
     (checkpoint(run, 4) / "checkpoint.json").write_text(json.dumps({"format_version": 99, "files": {}}))
     told = refused(place, "nothing_left", "--resume", "auto")
     assert (
-        told.startswith(f"{run} holds no complete checkpoint to resume from: ") and "newer than this version's" in told
+        told.startswith(f"{run} holds no complete checkpoint to resume from: ") and "newer than this program's" in told
     )
 
 

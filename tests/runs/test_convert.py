@@ -86,10 +86,12 @@ def test_an_imported_run_goes_on_and_on(place, tmp_path):
     first = train(STEP + 2)
     assert (
         f"resumed from {checkpoint(run, STEP)} at step {STEP}" in first
-        and f"documents begin anew with the first one at step {STEP}" in first
+        and f"documents restart from the first one at step {STEP}" in first
     )
     second = train(STEP + 4)
-    assert f"resumed from {checkpoint(run, STEP + 2)} at step {STEP + 2}" in second and "begin anew" not in second
+    assert (
+        f"resumed from {checkpoint(run, STEP + 2)} at step {STEP + 2}" in second and "documents restart" not in second
+    )
     assert list(losses(run)) == list(range(STEP, STEP + 4))
     facts = json.loads((checkpoint(run, STEP + 4) / "checkpoint.json").read_text())
     assert facts["step"] == facts["adamw_steps"] == STEP + 4 and "imported" not in facts

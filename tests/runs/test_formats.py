@@ -42,11 +42,10 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(one, place):
     line = command(place, run.name, "--resume", "auto", "--set", "horizon.stop_step=5")
     done = run_forked(line, 2)
     assert done.status == 0 and f"resumed from {checkpoint(run, 4)} at step 4" in done.out, done.out + done.err
-    assert (
-        f"{checkpoint(run, 6)} is damaged and passed over: loader/stream_00001.npz is not as it was saved" in done.out
-    )
+    problem = "loader/stream_00001.npz does not match its SHA-256"
+    assert f"{checkpoint(run, 6)} is damaged and was skipped: {problem}" in done.out
     told = refused(place, run.name, "--resume", str(checkpoint(run, 6)))
-    assert told.startswith(f"{checkpoint(run, 6)} is damaged: loader/stream_00001.npz is not as it was saved (SHA-256)")
+    assert told.startswith(f"{checkpoint(run, 6)} is damaged: {problem}")
 
 
 def test_with_all_damaged_nothing_starts(one, place):
@@ -55,5 +54,5 @@ def test_with_all_damaged_nothing_starts(one, place):
         damage(checkpoint(run, step) / "__0_0.distcp")
     told = refused(place, run.name, "--resume", "auto")
     assert told.startswith(
-        f"{run} holds no complete checkpoint to resume from: {checkpoint(run, 6)} is damaged: __0_0.distcp is not as it was saved"
+        f"{run} holds no complete checkpoint to resume from: {checkpoint(run, 6)} is damaged: __0_0.distcp does not match its SHA-256"
     )

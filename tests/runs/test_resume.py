@@ -166,10 +166,10 @@ def test_documents_begin_anew_once_when_that_is_allowed(stopped, place):
         config = settings | {"horizon": {"steps": STEPS, "stop_step": stop_step}}
         done = run_forked(command(place, run.name, "--resume", "auto", config=config), world)
         assert done.status == 0, done.err
-        told[stop_step] = [line for line in done.out.splitlines() if "documents begin anew" in line]
+        told[stop_step] = [line for line in done.out.splitlines() if "documents restart" in line]
     (line,), again = told[5], told[6]
     assert (
-        "documents begin anew with the first one at step 3 and may repeat earlier ones (data.resume=restart; the checkpoint's loader"
+        "documents restart from the first one at step 3 and may repeat earlier ones (data.resume=restart; the checkpoint's loader"
         in line
     )
     assert again == [], "the setting is still there, but they can go on"

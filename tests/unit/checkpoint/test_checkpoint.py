@@ -130,9 +130,9 @@ def test_a_pickled_tensor_is_not_executed(tmp_path):
 
 def test_other_names_and_shapes_are_refused(tmp_path):
     path = save(tmp_path)
-    with pytest.raises(UserError, match="has no model/c: it is a checkpoint of another model"):
+    with pytest.raises(UserError, match="has no tensor model/c: .*another model"):
         read(path, {"model/c": torch.zeros(1)})
-    with pytest.raises(UserError, match=r"has model/a as \[3, 4\], the model as \[3, 5\]"):
+    with pytest.raises(UserError, match=r"has model/a .*\[3, 4\].*\[3, 5\]: use the config"):
         read(path, {"model/a": torch.zeros(3, 5)})
 
 
@@ -156,24 +156,24 @@ def test_tensors_that_were_overwritten_are_refused(tmp_path):
     ("content", "told"),
     [
         (None, "is not a complete checkpoint: it has no checkpoint.json"),
-        ('{"format_version": 3, "step": 7}', "has format 3, newer than this version's 2: update megachat"),
+        ('{"format_version": 3, "step": 7}', "has format version 3, newer than .* 2: update megachat"),
         (
             '{"format_version": 2, "architecture_version": 2, "step": 7}',
-            "is of architecture 2, newer than this version's 1: update megachat",
+            "has architecture version 2, newer than .* 1: update megachat",
         ),
         (
             '{"format_version": 2, "architecture_version": 1, "step": 7, "files": {}, "sha256": "0"}',
-            "is not as it was saved",
+            "does not match its SHA-256",
         ),
         ('{"format_version": 2, "architecture_version": 1, "step": 7, "files": {}}', "checkpoint.json cannot be read"),
         ('{"format_version": 0, "step": 7, "files": {}}', "checkpoint.json cannot be read"),
         ('{"format_version": 1, "fi', "checkpoint.json cannot be read"),
         ('{"format_version": 1, "step": 7}', "checkpoint.json cannot be read"),
         ("[1, 2]", "checkpoint.json cannot be read"),
-        ('{"format_version": 1, "step": 7, "files": {"gone": 5}}', "is cut short: gone is missing"),
+        ('{"format_version": 1, "step": 7, "files": {"gone": 5}}', "is incomplete: gone is missing"),
         (
             '{"format_version": 1, "step": 7, "files": {"tensors.json": 5}}',
-            r"is cut short: tensors.json has \d+ bytes, not 5",
+            r"is incomplete: tensors.json has \d+ bytes, not 5",
         ),
     ],
 )
@@ -234,7 +234,7 @@ def test_what_fails_while_writing_leaves_no_trace(error, tmp_path):
 
 @pytest.mark.parametrize(
     ("rectangles", "told"),
-    [([(0, 3), (2, 3)], "overlapping"), ([(0, 3)], "the ranks hold 3 of the 5 elements of model/a")],
+    [([(0, 3), (2, 3)], "overlapping"), ([(0, 3)], "3 of the 5 elements of model/a")],
 )
 def test_overlaps_and_holes_are_refused(rectangles, told, tmp_path):
     pieces = {"model/a": ((5,), [((start,), (size,), torch.zeros(size)) for start, size in rectangles])}
@@ -260,16 +260,16 @@ def test_every_file_that_was_changed_is_named(tmp_path):
     (path / "third").unlink()
     (path / "first").write_text("longer than it was")
     told = [
-        "__0_0.distcp is not as it was saved",
+        "__0_0.distcp does not match its SHA-256",
         "first has 18 bytes, not 5",
-        "second is not as it was saved",
+        "second does not match its SHA-256",
         "third is missing",
     ]
-    assert [problem.split(" (")[0] for problem in sorted(find_file_problems(path, facts))] == told
-    assert [problem.split(" (")[0] for problem in find_file_problems(path, facts, {"second"})] == told[2:3]
+    assert [problem.split(":")[0] for problem in sorted(find_file_problems(path, facts))] == told
+    assert [problem.split(":")[0] for problem in find_file_problems(path, facts, {"second"})] == told[2:3]
     text = (path / "checkpoint.json").read_text()
     (path / "checkpoint.json").write_text(text.replace('"step": 7', '"step": 8'))
-    with pytest.raises(UserError, match="checkpoint.json is not as it was saved"):
+    with pytest.raises(UserError, match="checkpoint.json does not match its SHA-256"):
         read_facts(path)
 
 

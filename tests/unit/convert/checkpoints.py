@@ -13,7 +13,7 @@ from megachat.convert.architecture import state_shapes
 from megachat.convert.differences import Difference, compare_checkpoints
 from megachat.convert.formats import open_checkpoint
 from megachat.data.loader_state import combined_ledger, save_loader_state
-from megachat.data.packing import FRESH
+from megachat.data.packing import EMPTY_STREAM
 from megachat.data.tokenizer import Tokenizer, save_tokenizer
 from megachat.parallel.mesh import Axis
 from megachat.planning.plan import resolve
@@ -89,7 +89,7 @@ def make_run(
         header = {"step": 0, "rows": 4, "streams": 2, "row_tokens": 161}
         empty = {"sequence": [], "documents": [], "lengths": []}
         arrays = {key: np.array(value, np.int64) for key, value in empty.items()} | {"tokens": np.empty(0, np.uint16)}
-        arrays |= {"counters": np.arange(5), "ledger": np.frombuffer(FRESH.ledger, np.uint8)}
+        arrays |= {"counters": np.arange(5), "ledger": np.frombuffer(EMPTY_STREAM.ledger, np.uint8)}
         save_loader_state(step_folder / "loader", {"header": header, "streams": [arrays, arrays]}, [0, 1])
 
     told = {
@@ -100,7 +100,7 @@ def make_run(
         "loss_scaler": {"cur_scale": 1.0},
         "config": config.model_dump(mode="json", exclude_defaults=True),
         "layout": {"data": parts, "tensor": 1, "pipeline": 1},
-        "ledger": combined_ledger({0: FRESH.ledger, 1: FRESH.ledger}),
+        "ledger": combined_ledger({0: EMPTY_STREAM.ledger, 1: EMPTY_STREAM.ledger}),
     }
     pieces = {name: (tuple(tensor.shape), rectangles(tensor, parts)) for name, tensor in tensors.items()}
     save_checkpoint(folder / "checkpoints", STEP, pieces, told | (facts or {}), own, Axis("world", 1, 0, None, (0,)))

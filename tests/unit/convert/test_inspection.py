@@ -70,7 +70,7 @@ def flip(path):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda folder: flip(folder / "__0_0.distcp"), ["__0_0.distcp is not as it was saved"]),
+        (lambda folder: flip(folder / "__0_0.distcp"), ["__0_0.distcp does not match its SHA-256"]),
         (
             lambda folder: (folder / "loader" / "stream_00001.npz").write_bytes(b"x"),
             ["loader/stream_00001.npz has 1 bytes, not"],
@@ -78,7 +78,7 @@ def flip(path):
         (lambda folder: (folder / "random" / "rank_00000.npz").unlink(), ["random/rank_00000.npz is missing"]),
         (
             lambda folder: [flip(folder / "tensors.json"), (folder / "loader" / "loader.json").unlink()],
-            ["loader/loader.json is missing", "tensors.json is not"],
+            ["loader/loader.json is missing", "tensors.json does not match"],
         ),
         (lambda folder: flip(folder / "checkpoint.json"), ["checkpoint.json"]),
         (lambda folder: (folder / "checkpoint.json").unlink(), ["no checkpoint.json"]),

@@ -139,7 +139,7 @@ def flip(path):
         ),
         (
             lambda folder: flip(folder / "optimizer-00001.safetensors"),
-            "optimizer-00001.safetensors is not as it was saved",
+            "optimizer-00001.safetensors does not match its SHA-256",
         ),
         (lambda folder: (folder / "optimizer-00001.safetensors").unlink(), "optimizer-00001.safetensors is missing"),
         (lambda folder: (folder / "loader" / "stream_00000.npz").unlink(), "loader/stream_00000.npz is missing"),

@@ -90,7 +90,7 @@ def test_state_is_of_the_last_batch_however_far_the_thread_is(folder):
     expected, _, _ = global_rows(folder, 1, 8)
     with build(folder, prefetch_steps=4) as loader:
         steps_of(loader, 2)
-        while not loader._ahead.full():
+        while not loader._packed.full():
             threading.Event().wait(0.005)
         state = loader.state()
         assert loader.step == state["header"]["step"] == 2
@@ -142,8 +142,8 @@ def test_state_files_that_cannot_be_used(folder, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"row_tokens": 41}, "tokens a row 40 but this run has 41"),
-        ({"rows": 24}, "rows a step 12 but this run has 24"),
+        ({"row_tokens": 41}, "tokens per row 40 but this run has 41"),
+        ({"rows": 24}, "rows per step 12 but this run has 24"),
         ({"streams": 4}, "packing streams (data.streams) 3 but this run has 4"),
         ({"seed": 5}, "data seed (data.shuffle, run.seed) None but this run has 5"),
         ({"buffer_documents": 26}, "documents in a buffer (data.buffer_documents) 25 but this run has 26"),
@@ -208,7 +208,7 @@ def test_epoch_counts_documents_placed_or_cropped(tmp_path):
 
 
 def test_settings_that_do_not_fit(folder):
-    with pytest.raises(UserError, match="12 rows a step cannot be dealt evenly to 5 data-parallel ranks"):
+    with pytest.raises(UserError, match="12 rows per step .* 5 data-parallel ranks"):
         build(folder, ranks=5)
     with pytest.raises(
         UserError,
@@ -252,7 +252,7 @@ def test_close_ends_the_threads(folder):
     with build(folder) as loader:
         next(loader)
         assert threading.active_count() > before
-    loader._feed._pool.shutdown(wait=True)
+    loader._reader._pool.shutdown(wait=True)
     assert threading.active_count() == before
     with pytest.raises(StopIteration):
         next(loader)

@@ -66,8 +66,8 @@ def test_no_more_of_a_long_document_is_kept_than_a_row_can_take():
     stream = stream_over([list(range(5000))] * 40, 17, (20, 4))
     packed(stream, 17, 3)
     assert all(
-        held.length == 5000 and len(held.tokens) == 17 and held.tokens.base is None
-        for held in stream.state().held.values()
+        document.length == 5000 and len(document.tokens) == 17 and document.tokens.base is None
+        for document in stream.state().buffer.values()
     )
 
 

@@ -45,18 +45,18 @@ def test_folders_that_are_refused(tmp_path, folder, check):
     one_sentence(caught, tmp_path / "empty", "no .parquet")
     with pytest.raises(UserError) as caught:
         check(write_folder(tmp_path / "one", [["a"]]))
-    one_sentence(caught, "one shard only", "shard_00000.parquet", "at least 2")
+    one_sentence(caught, "only one shard", "shard_00000.parquet", "at least 2")
     (folder / UNFINISHED).write_text("{}")
     with pytest.raises(UserError) as caught:
         check(folder)
-    one_sentence(caught, folder, "has not ended")
+    one_sentence(caught, folder, "has not finished")
 
 
 def break_shard(path, kind):
     whole = path.read_bytes()
     if kind == "not parquet":
         path.write_bytes(b"<html>not found</html>" * 20)
-    elif kind == "cut short":
+    elif kind == "truncated":
         path.write_bytes(whole[: len(whole) // 2])
     elif kind == "nothing":
         path.write_bytes(b"")
@@ -75,8 +75,8 @@ def break_shard(path, kind):
     [
         ("not parquet", "is not a parquet file"),
         ("nothing", "is not a parquet file"),
-        ("cut short", "cut short"),
-        ("four bytes", "cut short"),
+        ("truncated", "truncated"),
+        ("four bytes", "truncated"),
         ("footer", "cannot be read as parquet"),
         ("other column", "no `text` column (it has body)"),
         ("numbers", "`text` column of int64"),
@@ -118,7 +118,7 @@ def test_manifest_must_agree_with_the_files(folder):
     (folder / "manifest.json").write_text(json.dumps({"shards": 3}))
     with pytest.raises(UserError) as caught:
         check_data_folder(folder)
-    one_sentence(caught, "manifest.json cannot be understood")
+    one_sentence(caught, "manifest.json is not a valid manifest")
 
 
 def test_measure_counts_bytes_and_characters(tmp_path):

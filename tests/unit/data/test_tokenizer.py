@@ -96,24 +96,24 @@ def test_folders_that_are_refused(folder, tmp_path):
     for changes in ({"pattern": r"\S+|\s+"}, {"special_tokens": list(SPECIAL_TOKENS[:-1])}, {"vocab_size": 300}):
         save_tokenizer(folder, byte_tokenizer(), {})
         change(folder, **changes)
-        with pytest.raises(UserError, match="tokenizer.json was altered"):
+        with pytest.raises(UserError, match="tokenizer.json was modified"):
             load_tokenizer(folder)
     change(folder, pattern="(")
-    with pytest.raises(UserError, match="not a valid expression"):
+    with pytest.raises(UserError, match="not a valid regular expression"):
         load_tokenizer(folder)
     change(folder, special_tokens=["<|end|>"])
     with pytest.raises(UserError, match="begin with <.bos.>"):
         load_tokenizer(folder)
     for content in ("{", "[]", "{}"):
         (folder / METADATA_FILE).write_text(content)
-        with pytest.raises(UserError, match="cannot be understood"):
+        with pytest.raises(UserError, match="is not valid"):
             load_tokenizer(folder)
 
 
 def test_an_altered_rank_file_is_refused(folder):
     path = folder / RANK_FILE
     path.write_bytes(path.read_bytes().replace(b"AA== 0\nAQ== 1\n", b"AA== 1\nAQ== 0\n"))
-    with pytest.raises(UserError, match="ranks.tiktoken was altered"):
+    with pytest.raises(UserError, match="ranks.tiktoken was modified"):
         load_tokenizer(folder)
     path.unlink()
     with pytest.raises(UserError, match="ranks.tiktoken is missing"):

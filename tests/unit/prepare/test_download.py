@@ -145,7 +145,7 @@ def test_a_later_call_goes_on_from_the_part(tmp_path, mirror):
     with pytest.raises(UserError) as caught:
         download(tmp_path, mirror, workers=1)
     kept = (tmp_path / (name + ".part")).stat().st_size
-    assert f"{mirror.source.base_url}/{name} failed 5 times, at last with HTTP 500" in str(
+    assert f"{mirror.source.base_url}/{name} failed 5 times, the last time with HTTP 500" in str(
         caught.value
     ) and f"the {kept:,} bytes kept" in str(caught.value)
     assert 0 < kept < len(mirror.files[name]) and not (tmp_path / name).exists()
@@ -178,7 +178,7 @@ def test_what_is_no_whole_parquet_file_is_not_kept(tmp_path, mirror, content):
         good = mirror.files[name]
         content = good[:4] + bytes(len(good) // 2) + good[4 + len(good) // 2 :]
     mirror.files[name] = content
-    with pytest.raises(UserError, match=f"{name} is not a whole parquet file .* it was not kept"):
+    with pytest.raises(UserError, match=f"{name} did not return a complete parquet file .*{name} was not kept"):
         download(tmp_path, mirror, workers=1)
     assert not any(name in path.name for path in tmp_path.iterdir())
 
@@ -193,7 +193,7 @@ def test_a_damaged_shard_in_place_is_fetched_again(tmp_path, mirror):
 def test_no_server(tmp_path, mirror):
     mirror.shutdown()
     mirror.server_close()
-    with pytest.raises(UserError, match="failed 5 times, at last with ConnectionError"):
+    with pytest.raises(UserError, match="failed 5 times, the last time with ConnectionError"):
         download(tmp_path, mirror)
 
 

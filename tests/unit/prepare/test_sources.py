@@ -39,7 +39,7 @@ def test_inputs_are_files_by_name_and_folders_by_suffix(tmp_path):
     assert list(read_text_files(found, 1000)) == ["a.md", "b.txt", "deep/c.txt", "skipped.html"]
     with pytest.raises(UserError, match="nowhere does not exist"):
         find_input_files([tmp_path / "nowhere"], (".txt",))
-    with pytest.raises(UserError, match="holds no .rst file"):
+    with pytest.raises(UserError, match="has no .rst file"):
         find_input_files([tmp_path], (".rst",))
     with pytest.raises(UserError, match="no --input"):
         find_input_files([], (".txt",))

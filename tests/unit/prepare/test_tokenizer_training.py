@@ -92,7 +92,7 @@ def test_a_malicious_pickle_is_refused_by_name_and_not_executed(tmp_path, protoc
         (tmp_path / "tokenizer.pkl").write_bytes(pickle.dumps(content, protocol))
         with pytest.raises(UserError) as caught:
             import_nanochat(tmp_path)
-        assert f"is refused: it asks for {name}," in str(caught.value) and "\n" not in str(caught.value)
+        assert f"is refused: it refers to {name}," in str(caught.value) and "\n" not in str(caught.value)
         assert not trace.exists()
 
 

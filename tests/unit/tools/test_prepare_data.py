@@ -108,9 +108,9 @@ def test_another_request_is_refused_unless_overwritten(tmp_path, texts, capsys):
     before = content_of(out)
     run(*arguments, 3)
     assert "nothing to do" in capsys.readouterr().out and content_of(out) == before
-    assert "shards 3 there, 1 asked" in refused(capsys, *arguments, 1) and content_of(out) == before
+    assert "shards is 3 there, but 1" in refused(capsys, *arguments, 1) and content_of(out) == before
     (texts / "new.txt").write_text("more text")
-    assert "input_files 40 there, 41 asked" in refused(capsys, *arguments, 3)
+    assert "input_files is 40 there, but 41" in refused(capsys, *arguments, 3)
     run(*arguments, 1, "--overwrite")
     assert check_data_folder(out, hashes=True).train_shards == 1
 
@@ -147,7 +147,7 @@ def test_an_interrupted_preparation_is_finished_by_the_same_call(tmp_path, texts
             run(*arguments)
     assert "interrupted" in capsys.readouterr().err
     assert (out / UNFINISHED).exists() and not (out / MANIFEST).exists()
-    assert "seed 0 there, 1 asked" in refused(capsys, *arguments, "--seed", 1)
+    assert "seed is 0 there, but 1" in refused(capsys, *arguments, "--seed", 1)
     run(*arguments)
     assert check_data_folder(out, hashes=True).train_shards == 4 and not list(out.glob("*.part"))
 
@@ -168,7 +168,7 @@ def test_download_and_growing_it(tmp_path, mirror, capsys):  # noqa: F811
     assert check_data_folder(out, hashes=True).train_documents == 8000
     run(*arguments, 2)
     assert "nothing to do" in capsys.readouterr().out
-    assert "shards 2 there, 3 asked" in refused(capsys, *arguments, 3)
+    assert "shards is 2 there, but 3" in refused(capsys, *arguments, 3)
     run(*arguments, 3, "--overwrite")
     assert check_data_folder(out, hashes=True).train_shards == 3
     assert [mirror.requests[f"shard_{index:05d}.parquet"] for index in range(3)] == [1, 2, 1]
