@@ -1,12 +1,16 @@
-"""Make a data folder: parquet shards with a `text` column, the last for validation, and a manifest.
+"""Make a data folder: parquet shards with a `text` column, the last one for validation, and a manifest.
 
-    python tools/prepare_data.py --source python --out data/python                    the source text of Python's standard library; no download
+The source text of Python's standard library, without a download:
+    python tools/prepare_data.py --source python --out data/python
+Text files, or parquet files with a `text` column:
     python tools/prepare_data.py --source text --input notes/ --input book.txt --out data/mine
     python tools/prepare_data.py --source parquet --input tables/ --out data/tables
-    python tools/prepare_data.py --source text --input novels=books/ --input notes=notes/ --out data/both    bits per byte of each can be told
-    python tools/prepare_data.py --source climbmix --shards 170 --out data/climbmix   nanochat's data from the Hugging Face hub
+Several named sources, so that an evaluation can show bits per byte of each:
+    python tools/prepare_data.py --source text --input novels=books/ --input notes=notes/ --out data/both
+nanochat's data from the Hugging Face hub:
+    python tools/prepare_data.py --source climbmix --shards 170 --out data/climbmix
 
-Called again with the same arguments it does nothing, or finishes what was interrupted.
+The same command again does nothing, or finishes a preparation that was interrupted.
 """
 
 import argparse
@@ -26,132 +30,128 @@ from megachat.prepare.python_source import read_standard_library  # noqa: E402
 from megachat.prepare.sources import find_input_files, read_parquet_files, read_text_files, write_shards  # noqa: E402
 
 _HUB_SHARDS = 8
+_MINIMUM = {"shards": 1, "document_bytes": 64, "workers": 1, "seed": 0}
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", required=True, choices=["python", "text", "parquet", *HUB_SOURCES])
-    parser.add_argument("--out", required=True, type=Path, help="the data folder to make")
-    told = "text, parquet: a file or folder, or NAME=PATH to keep the source's name; may be given several times"
-    parser.add_argument("--input", action="append", default=[], metavar="PATH", help=told)
-    parser.add_argument(
-        "--shards", type=int, help=f"train shards; one for validation is added (downloads: {_HUB_SHARDS}; else by size)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="order of the documents (not for downloads, which are shuffled already)"
-    )
-    parser.add_argument(
-        "--document-bytes",
-        type=int,
-        default=4096,
-        help="text, python: longer texts are cut into documents of about this size (4096)",
-    )
-    parser.add_argument("--base-url", help="downloads: where shard_00000.parquet and its fellows lie, for a mirror")
-    parser.add_argument("--workers", type=int, default=4, help="downloads: shards at once (4)")
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace the .parquet files in --out; whole shards of the same address are kept",
-    )
+    add = parser.add_argument
+    add("--source", required=True, choices=["python", "text", "parquet", *HUB_SOURCES], help="where the text is from")
+    add("--out", required=True, type=Path, help="the data folder to make")
+    inputs = "text, parquet: a file or folder, or NAME=PATH to record the source's name; can be repeated"
+    add("--input", action="append", default=[], metavar="PATH", help=inputs)
+    shards = f"train shards; one for validation is added (default: {_HUB_SHARDS} for downloads, otherwise by size)"
+    add("--shards", type=int, help=shards)
+    add("--seed", type=int, default=0, help="order of the documents (default 0); downloads are already shuffled")
+    longest = "text, python: longer texts are cut into documents of about this size (default 4096)"
+    add("--document-bytes", type=int, default=4096, help=longest)
+    add("--base-url", help="downloads: the address of a mirror that has shard_00000.parquet and the others")
+    add("--workers", type=int, default=4, help="downloads: shards at the same time (default 4)")
+    overwrite = "replace the .parquet files in --out; complete shards from the same address are kept"
+    add("--overwrite", action="store_true", help=overwrite)
     return parser
 
 
-def prepare(asked: argparse.Namespace) -> dict | None:
-    """Make the folder. Returns its manifest, None if it was there already."""
-    for option, least in {"shards": 1, "document_bytes": 64, "workers": 1, "seed": 0}.items():
-        value = getattr(asked, option)
-        if value is not None and value < least:
-            raise UserError(f"--{option.replace('_', '-')} is {value}: give {least} or more")
-    if asked.input and asked.source not in ("text", "parquet"):
-        raise UserError(f"--input is for the sources text and parquet, not {asked.source}: leave it out")
-    if asked.base_url and asked.source not in HUB_SOURCES:
-        raise UserError(f"--base-url is for downloads, not for source {asked.source}: leave it out")
-    return _download(asked) if asked.source in HUB_SOURCES else _cut_and_shuffle(asked)
+def prepare(options: argparse.Namespace) -> dict | None:
+    """Make the folder. Returns its manifest, or None if the folder already holds this data."""
+    for option, minimum in _MINIMUM.items():
+        value = getattr(options, option)
+        if value is not None and value < minimum:
+            raise UserError(f"--{option.replace('_', '-')} is {value}: give {minimum} or more")
+    if options.input and options.source not in ("text", "parquet"):
+        raise UserError(f"--input is for the sources text and parquet, not {options.source}: leave it out")
+    if options.base_url and options.source not in HUB_SOURCES:
+        raise UserError(f"--base-url is for downloads, not for source {options.source}: leave it out")
+    return _download(options) if options.source in HUB_SOURCES else _prepare_local(options)
 
 
-def _download(asked: argparse.Namespace) -> dict | None:
-    known = HUB_SOURCES[asked.source]
-    source = HubSource(asked.base_url or known.base_url, known.last_index)
-    train_shards = asked.shards or _HUB_SHARDS
+def _download(options: argparse.Namespace) -> dict | None:
+    hub = HUB_SOURCES[options.source]
+    source = HubSource(options.base_url or hub.base_url, hub.last_index)
+    train_shards = options.shards or _HUB_SHARDS
     if train_shards > source.last_index:
         raise UserError(
-            f"{asked.source} has {source.last_index} train shards, not {train_shards}: give --shards {source.last_index} or less"
+            f"{options.source} has {source.last_index} train shards, not {train_shards}: "
+            f"give --shards {source.last_index} or less"
         )
-    request = {"source": asked.source, "base_url": source.base_url, "shards": train_shards}
-    if not begin_preparation(asked.out, request, overwrite=asked.overwrite, keep_shards=True):
+    request = {"source": options.source, "base_url": source.base_url, "shards": train_shards}
+    if not begin_preparation(options.out, request, overwrite=options.overwrite, keep_shards=True):
         return None
-    return finish_preparation(
-        asked.out, request, download_shards(asked.out, source, train_shards, workers=asked.workers)
-    )
+    entries = download_shards(options.out, source, train_shards, workers=options.workers)
+    return finish_preparation(options.out, request, entries)
 
 
-def _named(inputs: list[str]) -> dict[str, list[Path]]:
-    """Source name -> its paths; one source without a name where none has one."""
-    found: dict[str, list[Path]] = {}
+def _paths_by_name(inputs: list[str]) -> dict[str, list[Path]]:
+    """Return source name -> paths; the name is "" if no input has one."""
+    paths: dict[str, list[Path]] = {}
     for text in inputs:
         name, equals, path = text.partition("=")
         if not equals or Path(text).exists():
             name, path = "", text
-        found.setdefault(name, []).append(Path(path))
-    if "" in found and len(found) > 1:
+        paths.setdefault(name, []).append(Path(path))
+    if "" in paths and len(paths) > 1:
         raise UserError(
-            f"--input {found[''][0]} has no name, but others have: give NAME=PATH for all of them, or for none"
+            f"--input {paths[''][0]} has no name, but others have: give NAME=PATH for all of them, or for none"
         )
-    return found
+    return paths
 
 
-def _labelled(documents: dict[str, Iterator[str]], labels: list[str]) -> Iterator[str]:
-    """All documents, source after source; the source of each goes into `labels`."""
-    for name, own in documents.items():
-        for document in own:
+def _concatenate(documents: dict[str, Iterator[str]], labels: list[str]) -> Iterator[str]:
+    """Yield all documents, one source after another, and append the source of each to `labels`."""
+    for name, documents_of_source in documents.items():
+        for document in documents_of_source:
             labels.append(name)
             yield document
 
 
-def _cut_and_shuffle(asked: argparse.Namespace) -> dict | None:
+def _prepare_local(options: argparse.Namespace) -> dict | None:
     labels: list[str] | None = None
-    request = {"source": asked.source, "seed": asked.seed, "shards": asked.shards}
-    if asked.source == "python":
-        request |= {"document_bytes": asked.document_bytes, "python": platform.python_version()}
-        documents = read_standard_library(asked.document_bytes)
+    request = {"source": options.source, "seed": options.seed, "shards": options.shards}
+    if options.source == "python":
+        request |= {"document_bytes": options.document_bytes, "python": platform.python_version()}
+        documents = read_standard_library(options.document_bytes)
     else:
-        suffixes = (".txt", ".md") if asked.source == "text" else (".parquet",)
-        named = _named(asked.input)
-        files_of = {name: find_input_files(paths, suffixes) for name, paths in named.items()}
-        files = find_input_files([path for paths in named.values() for path in paths], suffixes)
-        if sum(map(len, files_of.values())) > len(files):
-            raise UserError("two names were given for one file: give each --input once")
-        inside = [path for path in files if path.resolve().is_relative_to(asked.out.resolve())]
+        suffixes = (".txt", ".md") if options.source == "text" else (".parquet",)
+        paths = _paths_by_name(options.input)
+        files_by_name = {name: find_input_files(inputs, suffixes) for name, inputs in paths.items()}
+        files = find_input_files([path for inputs in paths.values() for path in inputs], suffixes)
+        if sum(map(len, files_by_name.values())) > len(files):
+            raise UserError("a file has two names: give each --input once")
+        inside = [path for path in files if path.resolve().is_relative_to(options.out.resolve())]
         if inside:
-            raise UserError(f"{inside[0]} lies in --out {asked.out}, where it would be replaced: give another --out")
+            raise UserError(
+                f"{inside[0]} is inside --out {options.out}, where it would be replaced: give another --out"
+            )
         request |= {
-            "input": [str(Path(text)) for text in asked.input],
+            "input": [str(Path(text)) for text in options.input],
             "input_files": len(files),
             "input_bytes": sum(path.stat().st_size for path in files),
         }
         read = read_parquet_files
-        if asked.source == "text":
-            request["document_bytes"] = asked.document_bytes
-            read = partial(read_text_files, document_bytes=asked.document_bytes)
-        if "" not in named:
-            request["sources"], labels = list(named), []
-        documents = _labelled({name: read(own) for name, own in files_of.items()}, labels if labels is not None else [])
-    if not begin_preparation(asked.out, request, overwrite=asked.overwrite):
+        if options.source == "text":
+            request["document_bytes"] = options.document_bytes
+            read = partial(read_text_files, document_bytes=options.document_bytes)
+        if "" not in paths:
+            request["sources"], labels = list(paths), []
+        readers = {name: read(files_of_source) for name, files_of_source in files_by_name.items()}
+        documents = _concatenate(readers, labels if labels is not None else [])
+    if not begin_preparation(options.out, request, overwrite=options.overwrite):
         return None
-    return finish_preparation(asked.out, request, write_shards(asked.out, documents, asked.seed, asked.shards, labels))
+    entries = write_shards(options.out, documents, options.seed, options.shards, labels)
+    return finish_preparation(options.out, request, entries)
 
 
 @user_errors_end_the_program
 def main(arguments: list[str] | None = None) -> None:
-    asked = build_parser().parse_args(arguments)
-    manifest = prepare(asked)
+    options = build_parser().parse_args(arguments)
+    manifest = prepare(options)
     if manifest is None:
-        print(f"{asked.out} holds exactly this already: nothing to do")
+        print(f"{options.out} already holds exactly this data: nothing to do")
         return
     shards = manifest["shards"]
     print(
-        f"{asked.out}: {manifest['documents']:,} documents, {manifest['bytes'] / 1e6:,.1f} MB of text in {len(shards) - 1} train shards and "
-        f"{shards[-1]['name']} for validation; see {MANIFEST}"
+        f"{options.out}: {manifest['documents']:,} documents, {manifest['bytes'] / 1e6:,.1f} MB of text in "
+        f"{len(shards) - 1} train shards and {shards[-1]['name']} for validation; see {MANIFEST}"
     )
 
 

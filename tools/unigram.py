@@ -1,6 +1,8 @@
-"""How much a model has learnt beyond token frequencies: a run's validation bits per byte beside the corpus's unigram entropy.
+"""Compare a run's validation loss with the unigram entropy of the text, the best result of a model without context.
 
-python tools/unigram.py --data data/python --tokenizer data/tokenizer [--run runs/demo]
+    python tools/unigram.py --data data/python --tokenizer data/tokenizer [--run runs/demo]
+
+Both are in bits per byte. A model below the unigram entropy has learned more than token frequencies.
 """
 
 import argparse
@@ -21,43 +23,44 @@ _SAMPLE_CHARS = 10_000_000
 
 
 def unigram_entropy(folder: Path, tokenizer: Tokenizer) -> tuple[float, float]:
-    """(nats a token, bits per byte) of the validation text under its own token frequencies: what no model without context can beat."""
+    """Return (nats per token, bits per byte) of the validation text under its token frequencies."""
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     for text in read_texts(folder, "validation", _SAMPLE_CHARS, _SAMPLE_CHARS):
         counts += np.bincount(tokenizer.encode(text), minlength=tokenizer.vocab_size)
-    share = counts[counts > 0] / counts.sum()
-    nats = float(-(share * np.log(share)).sum())
-    size = float((tokenizer.token_bytes() * counts).sum() / counts.sum())
-    return nats, nats / (math.log(2) * size)
+    if not counts.any():
+        raise UserError(f"{folder} has no validation text: prepare it again with more text")
+    frequencies = counts[counts > 0] / counts.sum()
+    nats = float(-(frequencies * np.log(frequencies)).sum())
+    bytes_per_token = float((tokenizer.token_bytes() * counts).sum() / counts.sum())
+    return nats, nats / (math.log(2) * bytes_per_token)
 
 
 def final_bpb(run: Path) -> float:
-    """The last validation bits per byte of the run. Raises UserError when it has none."""
+    """Return the last validation bits per byte of a run. Raises UserError if it has none."""
     try:
         lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        raise UserError(f"{run} has no metrics.jsonl: give a run folder, as runs/demo") from None
-    found = [values["val/bpb"] for values in map(json.loads, lines) if "val/bpb" in values]
-    if not found:
-        raise UserError(f"{run} has no validation yet: let it reach evaluate.every steps, or its end")
-    return found[-1]
+        values = [metrics["val/bpb"] for metrics in map(json.loads, lines) if "val/bpb" in metrics]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{run / 'metrics.jsonl'} cannot be read ({error}): give a run folder like runs/demo") from None
+    if not values:
+        raise UserError(f"{run} has no validation yet: let it run for evaluate.every steps or to its end")
+    return values[-1]
 
 
 @user_errors_end_the_program
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--tokenizer", type=Path, required=True)
-    parser.add_argument(
-        "--run", type=Path, help="compare with this run's last validation; exit status 1 when it is not below"
-    )
-    arguments = parser.parse_args()
-    nats, bits = unigram_entropy(arguments.data, load_tokenizer(arguments.tokenizer))
-    print(f"unigram entropy of the validation text: {nats:.4f} nats a token, {bits:.4f} bits per byte")
-    if arguments.run:
-        bpb = final_bpb(arguments.run)
-        print(f"the model: {bpb:.4f} bits per byte, {bpb / bits:.3f} of it")
-        sys.exit(0 if bpb < bits else 1)
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="data folder")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer folder")
+    parser.add_argument("--run", type=Path, help="run folder to compare; exit status 1 if its loss is not below")
+    options = parser.parse_args(arguments)
+    nats, bits = unigram_entropy(options.data, load_tokenizer(options.tokenizer))
+    print(f"unigram entropy of the validation text: {nats:.4f} nats per token, {bits:.4f} bits per byte")
+    if not options.run:
+        return 0
+    bpb = final_bpb(options.run)
+    print(f"the model: {bpb:.4f} bits per byte, {bpb / bits:.3f} of the unigram entropy")
+    return 0 if bpb < bits else 1
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def import_nanochat(folder: str | Path) -> Tokenizer:
 
 
 def export_nanochat(tokenizer: Tokenizer, folder: str | Path) -> None:
-    """Write nanochat's tokenizer folder: tokenizer.pkl (a tiktoken.Encoding) and token_bytes.pt (int32 [vocab_size])."""
+    """Write nanochat's tokenizer folder: tokenizer.pkl, a tiktoken.Encoding, and token_bytes.pt, int32 [vocab]."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     encoding = tiktoken.Encoding(

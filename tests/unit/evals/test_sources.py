@@ -87,7 +87,7 @@ def test_bad_input(folder, tmp_path, capsys):
         source_names(folder)
     for inputs, why in (
         ([f"a={tmp_path / 'notes'}", str(tmp_path / "novels")], "has no name, but others have"),
-        ([f"a={tmp_path / 'notes'}", f"b={tmp_path / 'notes'}"], "two names were given for one file"),
+        ([f"a={tmp_path / 'notes'}", f"b={tmp_path / 'notes'}"], "two names"),
         ([f"a={tmp_path / 'none'}"], "does not exist"),
     ):
         with pytest.raises(SystemExit) as caught:
