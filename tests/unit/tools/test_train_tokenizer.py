@@ -29,7 +29,9 @@ def test_training_saves_reports_and_does_nothing_the_second_time(tmp_path, data,
     out = tmp_path / "tokenizer"
     run("--data", data, "--vocab-size", 300, "--out", out)
     said = capsys.readouterr().out
-    assert "trained 300 tokens" in said and "train: 1." in said and "validation: 1." in said and "bytes per token" in said
+    assert (
+        "trained 300 tokens" in said and "train: 1." in said and "validation: 1." in said and "bytes per token" in said
+    )
     assert load_tokenizer(out).vocab_size == 300
     assert sorted(path.name for path in out.iterdir()) == [RANK_FILE, METADATA_FILE]
     metadata = json.loads((out / METADATA_FILE).read_text())
