@@ -32,7 +32,6 @@ LONGER = {
     "launch/pretrain.py": 72,
     "megachat/planning/plan.py": 411,
     "megachat/programs/pretrain.py pretrain": 66,
-    "tools/bench.py main": 65,
     "tools/convert_checkpoint.py command_line": 75,
 }
 LEVEL = {part: number for number, parts in enumerate(LEVELS) for part in parts}

@@ -22,7 +22,7 @@ from tests.reference import FOLDER as REFERENCE
 from tests.reference import needs_reference
 from tests.training import small_config
 from tests.unit.evals.bundle import write_bundle
-from tools.bench.core import one_by_one, opened
+from tools.bench.core import build_model_and_evaluator, one_by_one
 
 BUNDLE = Path(__file__).resolve().parents[2].parent / "shared" / "eval_bundle"
 LAYOUTS = [
@@ -42,7 +42,7 @@ def tokenizer() -> Tokenizer:
 
 
 def some_values(layers, *, copying: bool) -> None:
-    """Attention and MLP say much, so that an answer hangs on its context; or little, and the head most of all that the last letter comes again."""
+    """Scales attention and MLP up, so that answers depend on the context, or down, so that the last letter repeats."""
     for parameter in placed_parameters(layers):
         where = place_of(parameter)
         name = "transformer.wte.weight" if where.name == "lm_head.weight" else where.name
@@ -121,7 +121,7 @@ def test_nanochats_answers_example_by_example():
 
 
 def reference_answers(max_per_task: int):
-    model, evaluator = opened(REFERENCE, [])
+    model, evaluator = build_model_and_evaluator(REFERENCE, [])
     found = evaluate_core(evaluator, open_bundle(BUNDLE).tasks, model.tokenizer, max_per_task=max_per_task)
     right = {label: [int(answer) for answer in result.right] for label, result in found.tasks.items()}
     return right, {label: result.centered for label, result in found.tasks.items()}, found.core_metric

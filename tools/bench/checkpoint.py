@@ -1,6 +1,6 @@
-"""What each rank runs for `tools/bench.py checkpoint`: saving and loading of one state, ours beside torch's own, in turn. Rank 0 prints JSON.
+"""Measures saving and loading of one state, ours and torch's in turn. tools/bench.py starts this program on each rank.
 
-The files lie in the page cache when they are read, on both sides.
+Both sides read from the page cache. Rank 0 prints JSON.
 """
 
 import json
@@ -8,7 +8,9 @@ import os
 import shutil
 import statistics
 import sys
+import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from megachat.errors import user_errors_end_the_program  # noqa: E402
 from megachat.files import sync_to_disk  # noqa: E402
 from megachat.job.join import end_collectives, start_mesh  # noqa: E402
 from megachat.job.launch import bootstrap_environment, choose_device  # noqa: E402
-from megachat.job.local_ranks import rank_parser, require_ranks  # noqa: E402
+from megachat.job.local_ranks import rank_parser, require_ranks, run_with_torchrun, set_options  # noqa: E402
 from megachat.parallel.collectives import all_gather_objects, barrier  # noqa: E402
 from megachat.planning.plan import resolve  # noqa: E402
 from megachat.programs.verify_layout import related_rows  # noqa: E402
@@ -34,13 +36,12 @@ from megachat.train.state import state_pieces  # noqa: E402
 from megachat.train.step import set_schedules, update  # noqa: E402
 
 
-def trained(arguments) -> Training:
-    """A model after one step, so that no state is zero."""
+def build_and_step(arguments: Namespace) -> Training:
+    """Builds the training and takes one step, so that no state is zero."""
     environment = bootstrap_environment()
     config = load_config(arguments.config, arguments.set)
-    plan = resolve(
-        config, environment.world_size, config.model.vocab_size or arguments.vocab_size
-    )  # refuses what does not fit, first
+    # before the mesh, so that a layout that does not fit is refused first
+    plan = resolve(config, environment.world_size, config.model.vocab_size or arguments.vocab_size)
     mesh = start_mesh(config, choose_device(environment))
     training = build_training(config, plan, mesh, torch.ones(plan.dims.vocab_size, dtype=torch.int64))
     set_schedules(training, 0)
@@ -49,34 +50,35 @@ def trained(arguments) -> Training:
 
 
 def take_step(training: Training, before_update=None) -> None:
-    """One optimizer step on rows of its own."""
+    """Takes one optimizer step on this rank's rows."""
     plan, data = training.plan, training.mesh.data
     rows = related_rows(0, plan.rows_per_step, plan.dims.sequence_len + 1, plan.dims.vocab_size)[data.rank :: data.size]
     update(training, rows, before_update=before_update)[0].item()
 
 
-class Measured:
-    """Seconds of each action over the rounds, of the rank that took longest."""
+class Timings:
+    """Collects the seconds of each action in each round, of the slowest rank."""
 
     def __init__(self, training: Training):
-        self.world, self.seconds = training.mesh.world, {}
+        self.world = training.mesh.world
+        self.seconds: dict[str, list[float]] = {}
 
-    def note(self, name: str, seconds: float) -> None:
-        """All ranks call it."""
+    def add(self, name: str, seconds: float) -> None:
+        """Adds the time of the slowest rank. All ranks call it."""
         self.seconds.setdefault(name, []).append(max(all_gather_objects(seconds, self.world)))
 
     def time(self, name: str, action: Callable[[], object]) -> None:
-        """All ranks begin together, with nothing of what was written before left to be written."""
+        """Times an action that all ranks begin together, after earlier writes have reached the disk."""
         if self.world.rank == 0:
             os.sync()
         barrier(self.world)
         begin = time.perf_counter()
         action()
-        self.note(name, time.perf_counter() - begin)
+        self.add(name, time.perf_counter() - begin)
 
 
 def save_with_torch(state: dict, path: Path, *, sync: bool) -> None:
-    """What a script would do."""
+    """Saves as a plain script would."""
     with open(path, "wb") as file:
         torch.save(state, file)
         if sync:
@@ -86,18 +88,15 @@ def save_with_torch(state: dict, path: Path, *, sync: bool) -> None:
         sync_to_disk(path.parent)
 
 
-def round_of(training: Training, saver: Saver, state: dict, folder: Path, measured: Measured) -> dict[str, int]:
-    """Each way once, and loading; returns bytes on disk."""
-    world, pieces, own = (
-        training.mesh.world,
-        state_pieces(training, replicas=False),
-        folder / f"rank_{training.mesh.world.rank}.pt",
-    )
+def measure_round(training: Training, saver: Saver, state: dict, folder: Path, timings: Timings) -> dict[str, int]:
+    """Saves and loads once each way. Returns the bytes on disk."""
+    world, pieces = training.mesh.world, state_pieces(training, replicas=False)
+    torch_file = folder / f"rank_{world.rank}.pt"
     for name, sync in (("torch.save", False), ("torch.save_and_fsync", True)):
-        measured.time(name, lambda sync=sync: save_with_torch(state, own, sync=sync))
+        timings.time(name, lambda sync=sync: save_with_torch(state, torch_file, sync=sync))
     barrier(world)
     torch_bytes = sum(path.stat().st_size for path in folder.glob("rank_*.pt"))
-    measured.time("step", lambda: take_step(training))
+    timings.time("step", lambda: take_step(training))
     for name, trains in (("ours_beside_a_step", True), ("ours", False)):
         if world.rank == 0:
             shutil.rmtree(folder / checkpoint_name(1), ignore_errors=True)
@@ -107,31 +106,32 @@ def round_of(training: Training, saver: Saver, state: dict, folder: Path, measur
         if trains:
             begin = time.perf_counter()
             take_step(training, before_update=saver.wait_copied)
-            measured.note("step_beside_it", time.perf_counter() - begin)
+            timings.add("step_beside_it", time.perf_counter() - begin)
         else:
-            saver.wait_copied()  # as if the next update came at once
+            saver.wait_copied()  # as if the next update followed immediately
         saver.wait()
         (saved,) = saver.finished()
-        measured.note(name + "_blocked", saved.blocked_s)
-        measured.note(name + "_total", saved.total_s)
+        timings.add(name + "_blocked", saved.blocked_s)
+        timings.add(name + "_total", saved.total_s)
     facts = read_facts(saved.path)
-    measured.time(
+    timings.time(
         "ours_check_hashes", lambda: find_file_problems(saved.path, facts, files_of_rank(facts, world.rank, world.size))
     )
-    measured.time("ours_load", lambda: load_checkpoint(saved.path, state_pieces(training)))
-    measured.time(
-        "torch.load", lambda: [state[name].copy_(tensor) for name, tensor in torch.load(own, weights_only=True).items()]
+    timings.time("ours_load", lambda: load_checkpoint(saved.path, state_pieces(training)))
+    timings.time(
+        "torch.load",
+        lambda: [state[name].copy_(tensor) for name, tensor in torch.load(torch_file, weights_only=True).items()],
     )
     ours_bytes = sum(path.stat().st_size for path in saved.path.rglob("*") if path.is_file())
     barrier(world)
-    own.unlink()
+    torch_file.unlink()
     if world.rank == 0:
         shutil.rmtree(saved.path)
     return {"ours": ours_bytes, "torch.save": torch_bytes}
 
 
 def least_bytes(training: Training) -> int:
-    """Float32 master and momentum of Muon's parameters and their second moments; master and two moments of AdamW's."""
+    """Returns the bytes of the state: master, momentum and second moments of Muon; master and two moments of AdamW."""
     parameters = training.plan.parameters
     others = parameters["total"] - parameters["matrices"]
     moments = {
@@ -148,13 +148,22 @@ def _second_moments(training: Training) -> dict[str, tuple[int, ...]]:
     }
 
 
+def bench_checkpoint(arguments: Namespace) -> dict:
+    """Measures saving and loading beside torch.save and torch.load: waiting time, duration, bytes."""
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        program = [__file__, "--config", arguments.config, "--vocab-size", str(arguments.vocab_size)]
+        program += ["--rounds", str(arguments.rounds), "--folder", folder, *set_options(arguments.set)]
+        output = run_with_torchrun("the ranks", arguments.ranks, program)
+    return {"what": "seconds of saving and loading, of the slowest rank"} | json.loads(output.strip().splitlines()[-1])
+
+
 @user_errors_end_the_program
 def main() -> None:
-    parser = rank_parser(__doc__.splitlines()[0])
+    parser = rank_parser((__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True)
     arguments = parser.parse_args()
-    training = trained(arguments)
-    saver, measured = Saver(training.mesh.saving), Measured(training)
+    training = build_and_step(arguments)
+    saver, timings = Saver(training.mesh.saving), Timings(training)
     pieces = state_pieces(training, replicas=False)
     saver.reserve(pieces)
     state = {
@@ -163,10 +172,10 @@ def main() -> None:
         for index, (_, _, view) in enumerate(rectangles)
     }
     for number in range(arguments.rounds + 1):
-        sizes = round_of(training, saver, state, arguments.folder, measured)
+        sizes = measure_round(training, saver, state, arguments.folder, timings)
         if not number:
-            measured.seconds.clear()  # the first is not counted
-    seconds, least = measured.seconds, least_bytes(training)
+            timings.seconds.clear()  # the first round is not counted
+    seconds, least = timings.seconds, least_bytes(training)
     if training.mesh.world.rank == 0:
         ratios = {
             f"{ours}_over_{theirs}": statistics.median(
@@ -175,14 +184,17 @@ def main() -> None:
             for ours in ("ours_beside_a_step_blocked", "ours_blocked")
             for theirs in ("torch.save", "torch.save_and_fsync")
         }
-        told = {
+        result = {
             "parameters": training.plan.parameters["total"],
             "ranks": training.mesh.world.size,
             "rounds": arguments.rounds,
+            "median_s": {name: statistics.median(values) for name, values in seconds.items()},
+            "ratios": ratios,
+            "bytes": sizes | {"least": least},
+            "bytes_over_least": sizes["ours"] / least,
+            "all_s": seconds,
         }
-        told |= {"median_s": {name: statistics.median(values) for name, values in seconds.items()}, "ratios": ratios}
-        told |= {"bytes": sizes | {"least": least}, "bytes_over_least": sizes["ours"] / least, "all_s": seconds}
-        print(json.dumps(told), flush=True)
+        print(json.dumps(result), flush=True)
     end_collectives()
 
 

@@ -1,7 +1,8 @@
-"""The performance matrix of one GPU: linears x attention kernels at d24 and d12, each case in a process of its own, and attention layers alone.
+"""Measures the performance matrix of one GPU: linears x attention kernels at d24 and d12, and attention layers alone.
 
-`python tools/bench.py gpu --out docs/benchmarks.md` measures what fits into --minutes, the most telling cases first; tools/bench/gpu_report.py
-writes it down. nanochat's own model and optimizer take part when --nanochat names a clone of it.
+`python tools/bench.py gpu --out docs/benchmarks.md` measures the most important cases first, until --minutes are over.
+Each case runs in a separate process, which starts this file. tools/bench/gpu_report.py writes the report. --nanochat
+names a clone of nanochat, whose model and optimizer are then measured, too.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from megachat.config import BatchConfig, Config  # noqa: E402
 from megachat.device import peak_flops, synchronize  # noqa: E402
 from megachat.errors import UserError  # noqa: E402
 from megachat.job.launch import bootstrap_environment, choose_device  # noqa: E402
-from tools.bench.gpu_report import gpu_facts, label, report, write_report  # noqa: E402
+from tools.bench.gpu_report import build_report, gpu_facts, label, write_report  # noqa: E402
 from tools.bench.nanochat import accumulate, build_nanochat, open_nanochat, require_clone  # noqa: E402
 
 VOCAB, SEQUENCE, WARM_UP, TIMED, REFERENCE_TOKENS = 32768, 2048, 5, 10, 2**19
@@ -33,37 +34,37 @@ LINEARS = {  # name -> settings of precision
     "torch tensorwise": {"compile": True, "fp8": "tensorwise", "fp8_backend": "torch"},
 }
 KERNELS = ("te", "flash3", "flex", "flash2", "flash4", "sdpa")
-BATCH = {24: (16, 2), 12: (32, 1)}  # depth -> rows a micro-batch, micro-batches: 65,536 tokens a step
+BATCH = {24: (16, 2), 12: (32, 1)}  # depth -> rows per micro-batch, micro-batches: 65,536 tokens per step
 ABOUT = (
-    f"bfloat16, rows of {SEQUENCE} tokens, vocabulary {VOCAB}, windows SSSL, {WARM_UP} steps of warm-up, medians of {TIMED} steps, each case in a "
-    f"process of its own. The optimizer's share is that of a step of {REFERENCE_TOKENS} tokens, from its own time and that of a micro-batch."
+    f"bfloat16, rows of {SEQUENCE} tokens, vocabulary {VOCAB}, windows SSSL, {WARM_UP} steps of warm-up, medians of "
+    f"{TIMED} steps, each case in a separate process. The optimizer's share is computed for a step of "
+    f"{REFERENCE_TOKENS} tokens, from its time and that of a micro-batch."
 )
 
 
 def cases(nanochat: str | None) -> list[dict]:
-    """In the order in which they are measured."""
+    """Returns the cases in the order in which they are measured."""
 
     def case(linears: str, attention: str = "auto", depth: int = 24, **more) -> dict:
         return {"linears": linears, "attention": attention, "depth": depth, **more}
 
-    found = [case("torch compiled"), case("te tensorwise")]
-    found += [case("nanochat", path=nanochat), case("nanochat fp8", path=nanochat)] if nanochat else []
-    found += [
+    matrix = [case("torch compiled"), case("te tensorwise")]
+    matrix += [case("nanochat", path=nanochat), case("nanochat fp8", path=nanochat)] if nanochat else []
+    matrix += [
         case("attention"),
         case("torch tensorwise"),
         case("torch compiled", depth=12),
         case("te tensorwise", depth=12),
     ]
     if "recompute" in BatchConfig.model_fields:
-        found += [case("torch compiled", recompute=kind) for kind in ("selective", "block")]
-    found += [case("te bf16"), case("torch eager"), case("te blockwise"), case("torch tensorwise", depth=12)]
-    found += [case("nanochat", depth=12, path=nanochat)] if nanochat else []
-    found += [case("torch compiled", name) for name in KERNELS]
-    found += [case("torch compiled", "sdpa", pattern="L")]
-    found += [
-        case(linears, depth=12, micro_rows=8) for linears in ("te tensorwise", "torch compiled")
-    ]  # few tokens: does the host keep up?
-    return found + [
+        matrix += [case("torch compiled", recompute=kind) for kind in ("selective", "block")]
+    matrix += [case("te bf16"), case("torch eager"), case("te blockwise"), case("torch tensorwise", depth=12)]
+    matrix += [case("nanochat", depth=12, path=nanochat)] if nanochat else []
+    matrix += [case("torch compiled", name) for name in KERNELS]
+    matrix += [case("torch compiled", "sdpa", pattern="L")]
+    # few tokens: does the host keep up?
+    matrix += [case(linears, depth=12, micro_rows=8) for linears in ("te tensorwise", "torch compiled")]
+    return matrix + [
         case(linears, name)
         for linears in LINEARS
         for name in ("te", "flash3", "flex", "sdpa")
@@ -72,7 +73,7 @@ def cases(nanochat: str | None) -> list[dict]:
 
 
 def case_config(case: dict) -> Config:
-    """The run of a case, on one rank."""
+    """Returns the config of a case, for one rank."""
     rows, accumulation = BATCH[case["depth"]]
     batch = {"micro_rows": case.get("micro_rows", rows), "accumulation": accumulation}
     batch |= {"recompute": case["recompute"]} if "recompute" in case else {}
@@ -81,8 +82,12 @@ def case_config(case: dict) -> Config:
     return Config.model_validate({"model": model, "batch": batch, "horizon": {"steps": 100}, "precision": precision})
 
 
-def build(case: dict, device):
-    """(take a step and return its loss, the plan, seconds of the optimizer in each step that was told apart, attention, lines of what was chosen)."""
+def build_megachat_step(case: dict, device):
+    """Builds the training of a case.
+
+    Returns a function that takes a step and returns its loss, the plan, a list that gets the optimizer's seconds of
+    each step with separate timing, the attention kernel, and lines with the chosen kernels.
+    """
     import torch
     from deepspeed.runtime.pipe import schedule
 
@@ -122,10 +127,8 @@ def build(case: dict, device):
 
         return execute
 
-    def step(apart: bool = False) -> float:
-        if (
-            apart
-        ):  # waiting for the device around the optimizer costs time, so these steps are not those that are counted
+    def step(separate: bool = False) -> float:
+        if separate:  # waits for the device around the optimizer, which costs time: these steps are not counted
             optimizer_s.append(0.0)
             kinds = (schedule.ReduceGrads, schedule.OptimizerStep)
             engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | {
@@ -138,8 +141,8 @@ def build(case: dict, device):
     return step, plan, optimizer_s, training.kernels.attention.name, describe_kernels(config, training.kernels, plan)
 
 
-def nanochat_build(case: dict, device):
-    """As `build`, of nanochat's own model and optimizer, compiled, as its training script sets them up."""
+def build_nanochat_step(case: dict, device):
+    """Does the same for nanochat's own model and optimizer, compiled and set up as in its training script."""
     from megachat.planning.plan import resolve
     from megachat.programs.verify_layout import related_rows
 
@@ -148,13 +151,13 @@ def nanochat_build(case: dict, device):
     model, run, optimizer = build_nanochat(case["path"], plan, "SSSL", device, fp8=case["linears"] == "nanochat fp8")
     rows, optimizer_s = related_rows(0, plan.rows_per_step, SEQUENCE + 1, VOCAB), []
 
-    def step(apart: bool = False) -> float:
+    def step(separate: bool = False) -> float:
         loss = accumulate(run, rows, plan.micro_rows, device)
-        if apart:
+        if separate:
             synchronize(device)
         begin = time.perf_counter()
         optimizer.step()
-        if apart:
+        if separate:
             synchronize(device)
             optimizer_s.append(time.perf_counter() - begin)
         model.zero_grad(set_to_none=True)
@@ -164,36 +167,37 @@ def nanochat_build(case: dict, device):
 
 
 def measure(case: dict) -> dict:
-    """Numbers of one case, in this process."""
+    """Measures one case in this process."""
     import torch
 
     device = choose_device(bootstrap_environment())
     if case["linears"] == "attention":
         return measure_attention(case, device)
-    step, plan, optimizer_s, attention, chosen = (nanochat_build if "path" in case else build)(case, device)
+    step, plan, optimizer_s, attention, chosen = (build_nanochat_step if "path" in case else build_megachat_step)(
+        case, device
+    )
     for _ in range(WARM_UP):
         step()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
-    def timed(count: int, apart: bool) -> tuple[list[float], list[float]]:
-        """(seconds, losses) of steps."""
+    def timed(count: int, separate: bool) -> tuple[list[float], list[float]]:
+        """Returns the seconds and losses of steps."""
         seconds, losses = [], []
         for _ in range(count):
             synchronize(device)
             begin = time.perf_counter()
-            losses.append(step(apart))
+            losses.append(step(separate))
             synchronize(device)
             seconds.append(time.perf_counter() - begin)
         return seconds, losses
 
-    seconds, losses = timed(TIMED, apart=False)
+    seconds, losses = timed(TIMED, separate=False)
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    whole, _ = timed(3, apart=True)
+    whole, _ = timed(3, separate=True)
     step_s, optimizer, peak = statistics.median(seconds), statistics.median(optimizer_s), peak_flops(device)
-    passes = statistics.median(
-        one - own for one, own in zip(whole, optimizer_s, strict=True)
-    )  # of the same steps: others may be faster
+    # from the same steps as the optimizer's time
+    passes = statistics.median(step - part for step, part in zip(whole, optimizer_s, strict=True))
     at_reference = optimizer / (optimizer + passes * REFERENCE_TOKENS / plan.tokens_per_step)
     return {
         "tokens_per_sec": plan.tokens_per_step / step_s,
@@ -209,14 +213,14 @@ def measure(case: dict) -> dict:
 
 
 def measure_attention(case: dict, device) -> dict:
-    """Seconds of attention alone, forward and backward of one layer, with each kernel that is here, for short windows and whole rows."""
+    """Measures attention alone, forward and backward of one layer, with each available kernel, windowed and not."""
     import torch
 
     from megachat.kernels.choice import choose_attention
     from megachat.planning.plan import resolve
 
     plan = resolve(case_config(case | {"linears": "torch compiled", "attention": "auto"}), 1, VOCAB)
-    dims, told = plan.dims, {}
+    dims, layers = plan.dims, {}
     shapes = [
         (plan.micro_rows, SEQUENCE, heads, dims.head_size) for heads in (dims.heads, dims.kv_heads, dims.kv_heads)
     ]
@@ -227,9 +231,9 @@ def measure_attention(case: dict, device) -> dict:
         try:
             attend = choose_attention(name, device, torch.bfloat16, dims).attend
         except UserError as error:
-            told[name] = {"problem": str(error)}
+            layers[name] = {"problem": str(error)}
             continue
-        told[name] = {}
+        layers[name] = {}
         for kind, window in (("S", min(dims.windows)), ("L", SEQUENCE)):
             seconds = []
             for _ in range(WARM_UP + TIMED):
@@ -238,25 +242,28 @@ def measure_attention(case: dict, device) -> dict:
                 torch.autograd.grad(attend(*inputs, window), inputs, g)
                 synchronize(device)
                 seconds.append(time.perf_counter() - begin)
-            told[name][kind] = statistics.median(seconds[WARM_UP:])
-    return {"layers": told, "rows": plan.micro_rows}
+            layers[name][kind] = statistics.median(seconds[WARM_UP:])
+    return {"layers": layers, "rows": plan.micro_rows}
 
 
-def measure_all(asked: list[dict], minutes: float, after=lambda found: None) -> list[dict]:
-    """Each case in a process of its own until the time is over; what fails or is left over says so. after: called with what there is after each."""
-    end, found = time.monotonic() + 60 * minutes, []
-    for case in asked:
+def measure_all(requested: list[dict], minutes: float, after=lambda results: None) -> list[dict]:
+    """Measures each case in a separate process until the time is over. A case that fails or is left out has the reason.
+
+    after: called with the results so far after each case.
+    """
+    end, results = time.monotonic() + 60 * minutes, []
+    for case in requested:
         left = end - time.monotonic()
-        numbers = _measured_apart(case, left) if left > 0 else {"left_out": "no time was left"}
-        rate = f"{numbers['tokens_per_sec']:,.0f} tokens a second" if "mfu" in numbers else "done"
-        told = numbers.get("failed") or numbers.get("left_out") or rate
-        print(f"{label(case)}: {told}", file=sys.stderr, flush=True)
-        found.append({"case": case} | numbers)
-        after(found)
-    return found
+        numbers = _measure_in_process(case, left) if left > 0 else {"left_out": "no time was left"}
+        rate = f"{numbers['tokens_per_sec']:,.0f} tokens per second" if "mfu" in numbers else "done"
+        outcome = numbers.get("failed") or numbers.get("left_out") or rate
+        print(f"{label(case)}: {outcome}", file=sys.stderr, flush=True)
+        results.append({"case": case} | numbers)
+        after(results)
+    return results
 
 
-def _measured_apart(case: dict, left_s: float) -> dict:
+def _measure_in_process(case: dict, left_s: float) -> dict:
     try:
         done = subprocess.run(
             [sys.executable, str(Path(__file__).resolve()), json.dumps(case)],
@@ -267,23 +274,23 @@ def _measured_apart(case: dict, left_s: float) -> dict:
     except subprocess.TimeoutExpired:
         return {"left_out": "no time was left"}
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()] or ["no output"]
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no output"]
         return {
-            "failed": next((line for line in reversed(said) if "Error" in line), said[-1])[:300],
-            "said": said[-30:],
+            "failed": next((line for line in reversed(lines) if "Error" in line), lines[-1])[:300],
+            "said": lines[-30:],
         }
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def bench_gpu(arguments: argparse.Namespace) -> dict:
-    """The kind "gpu" of tools/bench.py. Raises UserError on a machine without a CUDA device."""
+    """Measures the matrix and writes the report. Raises UserError on a machine without a CUDA device."""
     import torch
 
     from megachat.job.launch import describe_environment
 
     if not torch.cuda.is_available():
         raise UserError(
-            "this machine has no CUDA device, which the GPU benchmark is about: run it on one, or another kind of tools/bench.py"
+            "this machine has no CUDA device, which `tools/bench.py gpu` requires: run it on one, or another kind"
         )
     if arguments.nanochat:
         require_clone(arguments.nanochat)
@@ -294,11 +301,10 @@ def bench_gpu(arguments: argparse.Namespace) -> dict:
     where = environment | facts | {"packages": environment["packages"] | facts["packages"]}
     result = {"what": "training steps of one GPU", "checks": checks}
 
-    def write(found: list[dict]) -> None:  # each time, so that a run that is broken off leaves what it has measured
+    def write(results: list[dict]) -> None:  # after each case, so that an interrupted run leaves its results
         if arguments.out:
-            write_report(
-                Path(arguments.out), report(found, where, ABOUT, log), result | {"found": found, "where": where}
-            )
+            text = build_report(results, where, ABOUT, log)
+            write_report(Path(arguments.out), text, result | {"found": results, "where": where})
 
     return result | {"found": measure_all(cases(arguments.nanochat), arguments.minutes, write)}
 

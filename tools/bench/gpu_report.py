@@ -1,4 +1,4 @@
-"""The report of tools/bench/gpu.py: tables between two marker comments of a Markdown file, and every number beside it as JSON."""
+"""Writes the report of tools/bench/gpu.py: tables between two comments of a Markdown file, and all numbers as JSON."""
 
 import json
 import platform
@@ -21,35 +21,36 @@ PACKAGES = (
     "deepspeed",
     "kernels",
 )
-OPTIONS = ("pattern", "micro_rows", "recompute")  # of a case: what is not as in the others
+OPTIONS = ("pattern", "micro_rows", "recompute")  # settings in which a case differs from the others
 _COUNTED = re.compile(r"(\d+) (passed|failed|skipped|errors?)\b")
 
 
 def label(case: dict) -> str:
-    """One line that names a case."""
+    """Returns a case's name in one line."""
     if case["linears"] == "attention":
         return f"attention of one layer of d{case['depth']}"
     return f"d{case['depth']}, {case['linears']}, attention {case['attention']}{options(case)}"
 
 
 def options(case: dict) -> str:
-    """What sets the case apart, as ", micro_rows 8"."""
+    """Returns the settings in which a case differs, as ", micro_rows 8"."""
     return "".join(f", {name} {case[name]}" for name in OPTIONS if name in case)
 
 
 def gpu_facts() -> dict:
-    """Name, driver and memory of the GPUs as nvidia-smi tells them, versions, and the processor; what cannot be known is None."""
+    """Returns name, driver and memory of the GPUs from nvidia-smi, and versions. Unknown values are None."""
     import torch
 
-    asked = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    line = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:
-        told = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True).stdout.strip().splitlines()
+        done = subprocess.run(line, capture_output=True, text=True, timeout=30, check=True)
+        gpus = done.stdout.strip().splitlines()
     except (OSError, subprocess.SubprocessError):
-        told = None
+        gpus = None
     packages = {package: package_version(package) for package in PACKAGES}
     cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
     return {
-        "gpus": told,
+        "gpus": gpus,
         "cuda": torch.version.cuda,
         "cudnn": cudnn,
         "packages": packages,
@@ -57,13 +58,13 @@ def gpu_facts() -> dict:
     }
 
 
-def goals(found: list[dict]) -> list[tuple[str, str, str]]:
-    """(what was to be reached, what was measured, yes, no or unknown) from the cases."""
+def judge_goals(results: list[dict]) -> list[tuple[str, str, str]]:
+    """Returns (goal, measured value, "yes", "no" or "unknown") for each goal."""
 
     def best(depth: int, *linears: str, key: str = "tokens_per_sec") -> float | None:
         values = [
             entry[key]
-            for entry in found
+            for entry in results
             if _plain(entry, depth) and entry["case"]["linears"] in linears and entry.get(key)
         ]
         return max(values, default=None)
@@ -83,14 +84,14 @@ def goals(found: list[dict]) -> list[tuple[str, str, str]]:
     memory = ratio(best(24, "torch compiled", key="peak_memory_bytes"), best(24, "nanochat", key="peak_memory_bytes"))
     share, mfu = (best(24, "torch compiled", key=key) for key in ("optimizer_share_at_reference_batch", "mfu"))
     kernel = next(
-        (entry["attention"] for entry in found if entry["case"]["linears"] == "nanochat" and "attention" in entry), ""
+        (entry["attention"] for entry in results if entry["case"]["linears"] == "nanochat" and "attention" in entry), ""
     )
     beside = f"{{:.2f}} times; its attention was {kernel}"
     to_theirs, to_bf16, small = ratio(ours, theirs), ratio(fp8, ours), ratio(of_depth_12, best(12, "torch compiled"))
     return [
         row("d24 in bfloat16: MFU at least 55 %", mfu, mfu and mfu >= 0.55, "{:.1%}"),
         row(
-            "d24 in bfloat16: at least 1.10 times nanochat's tokens a second",
+            "d24 in bfloat16: at least 1.10 times nanochat's tokens per second",
             to_theirs,
             to_theirs and to_theirs >= 1.10,
             beside,
@@ -103,7 +104,7 @@ def goals(found: list[dict]) -> list[tuple[str, str, str]]:
 
 
 def _plain(entry: dict, depth: int) -> bool:
-    """Whether it is a case of the depth without options, with the kernel that a user gets."""
+    """Returns True for a case of this depth without options and with the default kernel."""
     case = entry["case"]
     return case["depth"] == depth and case["attention"] == "auto" and not options(case)
 
@@ -112,30 +113,26 @@ def _yes(reached: bool) -> str:
     return "yes" if reached else "no"
 
 
-def report(found: list[dict], where: dict, about: str, checks_log: str) -> str:
-    """Markdown of the results. where: of describe_environment and `gpu_facts`. about: how was measured. checks_log: what pytest said."""
+def build_report(results: list[dict], where: dict, about: str, checks_log: str) -> str:
+    """Returns Markdown. where: the environment and gpu_facts(). about: the method. checks_log: pytest's output."""
     versions = ", ".join(f"{name} {version}" for name, version in where["packages"].items() if version)
     commit = f"commit {where['commit'][:7]}" if where["commit"] else "commit unknown"
     gpus = "; ".join(where["gpus"]) if where["gpus"] else where["device"]
     commit += " with changes" if where["uncommitted_changes"] else ""
     parts = [
         f"{commit.capitalize()}, {gpus}; CUDA {where['cuda']}, cuDNN {where['cudnn']}, {versions}. {about}",
-        _table(["goal", "measured", "reached"], goals(found)),
-        _steps(found),
-        *(_attention(entry) for entry in found if entry["case"]["linears"] == "attention"),
-        f"Checks of tests/gpu: {checks_summary(checks_log)}. What they measured is in the JSON file.",
+        _table(["goal", "measured", "reached"], judge_goals(results)),
+        _steps(results),
+        *(_attention(entry) for entry in results if entry["case"]["linears"] == "attention"),
+        f"Checks of tests/gpu: {checks_summary(checks_log)}. Their measurements are in the JSON file.",
     ]
     return "\n\n".join(parts)
 
 
 def checks_summary(log: str) -> str:
-    """The counts of pytest's last line that has any, or that there is none."""
-    counted = [line for line in log.splitlines() if _COUNTED.search(line) and " in " in line]
-    return (
-        ", ".join(f"{count} {what}" for count, what in _COUNTED.findall(counted[-1]))
-        if counted
-        else "not run to their end"
-    )
+    """Returns the counts in the last such line of pytest's output, or that there is none."""
+    lines = [line for line in log.splitlines() if _COUNTED.search(line) and " in " in line]
+    return ", ".join(f"{count} {what}" for count, what in _COUNTED.findall(lines[-1])) if lines else "not finished"
 
 
 def _table(head: list[str], rows) -> str:
@@ -148,11 +145,14 @@ def _table(head: list[str], rows) -> str:
     )
 
 
-def _steps(found: list[dict]) -> str:
-    base = {entry["case"]["depth"]: entry["tokens_per_sec"] for entry in reversed(found) if entry["case"]["linears"] == "torch compiled" and
-            _plain(entry, entry["case"]["depth"]) and "tokens_per_sec" in entry}  # fmt: skip
+def _steps(results: list[dict]) -> str:
+    base: dict[int, float] = {}  # depth -> the first plain rate of torch compiled
+    for entry in results:
+        depth = entry["case"]["depth"]
+        if entry["case"]["linears"] == "torch compiled" and _plain(entry, depth) and "tokens_per_sec" in entry:
+            base.setdefault(depth, entry["tokens_per_sec"])
     rows = []
-    for entry in found:
+    for entry in results:
         case = entry["case"]
         if case["linears"] == "attention":
             continue
@@ -174,7 +174,7 @@ def _steps(found: list[dict]) -> str:
             ]
         )
     return _table(
-        ["model", "linears", "attention", "tokens a second", "of torch compiled", "MFU", "peak memory", "optimizer"],
+        ["model", "linears", "attention", "tokens per second", "of torch compiled", "MFU", "peak memory", "optimizer"],
         rows,
     )
 
@@ -182,17 +182,20 @@ def _steps(found: list[dict]) -> str:
 def _attention(entry: dict) -> str:
     if "layers" not in entry:
         return f"Attention of one layer: {entry.get('failed') or entry['left_out']}."
-    rows = [[name, *(f"{told[kind] * 1000:.2f} ms" for kind in ("S", "L"))] if "S" in told else [name, told["problem"], ""]
-            for name, told in entry["layers"].items()]  # fmt: skip
-    about = f"Attention alone, forward and backward of one layer of d{entry['case']['depth']}, {entry['rows']} rows; S: the short window."
+    rows = []
+    for name, times in entry["layers"].items():
+        cells = [f"{times[kind] * 1000:.2f} ms" for kind in ("S", "L")] if "S" in times else [times["problem"], ""]
+        rows.append([name, *cells])
+    model = f"one layer of d{entry['case']['depth']}, {entry['rows']} rows"
+    about = f"Attention alone, forward and backward of {model}; S: the short window."
     return f"{about}\n\n" + _table(["kernel", "S", "L"], rows)
 
 
 def write_report(path: Path, text: str, raw: dict) -> None:
-    """Put the text between the markers of the Markdown file and the raw numbers beside it. Raises UserError without markers."""
+    """Writes the text between the markers of a Markdown file, and the numbers beside it. Raises UserError."""
     page = path.read_text(encoding="utf-8")
     if BEGIN not in page or END not in page:
-        raise UserError(f"{path} lacks the lines {BEGIN!r} and {END!r}: put them where the table is to stand")
+        raise UserError(f"{path} lacks the lines {BEGIN!r} and {END!r}: add them where the tables belong")
     before, _, rest = page.partition(BEGIN)
     write_atomically(path, f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}".encode())
     write_atomically(path.with_name(path.stem + "_gpu.json"), json.dumps(raw, indent=1).encode() + b"\n")

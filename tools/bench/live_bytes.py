@@ -1,4 +1,4 @@
-"""How many bytes of tensors exist, counted where torch makes them: for what must never exist, or must not be kept."""
+"""Counts the bytes of live tensors, to prove that a large tensor never exists or is not kept."""
 
 import weakref
 
@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_iter
 
 
 class LiveBytes(TorchDispatchMode):
-    """Within it: `now` and `most`, the bytes at a time of all storages that were made here and still exist; `largest`, of one tensor."""
+    """Counts the bytes of storages made inside the context: live `now`, `most` at a time, the `largest` tensor."""
 
     def __init__(self):
         super().__init__()

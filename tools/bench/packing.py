@@ -1,7 +1,9 @@
-"""The loader beside plain packing: share of cropped tokens, and speed with and without tokenizing. What `tools/bench.py loader` runs."""
+"""Measures the loader beside plain packing: speed with and without tokenizing, and the share of cropped tokens."""
 
 import itertools
 import time
+from argparse import Namespace
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -16,7 +18,8 @@ from tools.bench.scan_packing import scan_rows
 STEP_ROWS = 16
 
 
-def texts_without_end(folder):
+def repeat_texts(folder) -> Iterator[str]:
+    """Yields the training texts of a data folder again and again."""
     while True:
         for shard in split_shards(open_shards(folder), "train"):
             file = pq.ParquetFile(shard.path)
@@ -25,16 +28,16 @@ def texts_without_end(folder):
 
 
 def tokenized_lists(folder, tokenizer: Tokenizer, threads):
-    """Documents as lists of integers, 128 texts at a time, as a plain implementation gets them from tiktoken."""
-    texts = texts_without_end(folder)
+    """Yields documents as lists of integers, 128 texts per call of tiktoken, as a plain implementation would."""
+    texts = repeat_texts(folder)
     while True:
         for ids in tokenizer._encoding.encode_ordinary_batch(list(itertools.islice(texts, 128)), num_threads=threads):
             ids.insert(0, tokenizer.bos)
             yield ids
 
 
-def plain(documents, row_tokens, buffer_documents, rows):
-    """Seconds after the first row (the buffer is then full), and the share of cropped tokens."""
+def time_plain_packing(documents, row_tokens, buffer_documents, rows):
+    """Returns the seconds after the first row, when the buffer is full, and the share of cropped tokens."""
     packed = scan_rows(documents, row_tokens, buffer_documents, refill=REFILL_DOCUMENTS)
     row, read, cropped = next(packed)
     start = time.perf_counter()
@@ -43,8 +46,8 @@ def plain(documents, row_tokens, buffer_documents, rows):
     return time.perf_counter() - start, cropped / read
 
 
-def packed_only(documents, row_tokens, buffer_documents, rows):
-    """The same for one stream over documents that are already tokenized."""
+def time_our_packing(documents, row_tokens, buffer_documents, rows):
+    """Returns the same for one stream over tokenized documents."""
     numbered = enumerate(documents)
     stream = Stream(lambda: next(numbered), row_tokens, (buffer_documents, REFILL_DOCUMENTS), 1 << 40)
     row = np.empty(row_tokens, dtype=np.int64)
@@ -56,7 +59,8 @@ def packed_only(documents, row_tokens, buffer_documents, rows):
     return time.perf_counter() - start, state.cropped_tokens / state.read_tokens
 
 
-def loaded(folder, tokenizer, row_tokens, rows, streams, buffer_documents, threads):
+def time_our_loader(folder, tokenizer, row_tokens, rows, streams, buffer_documents, threads):
+    """Returns the same for the whole loader."""
     with Loader(
         folder,
         tokenizer,
@@ -74,20 +78,32 @@ def loaded(folder, tokenizer, row_tokens, rows, streams, buffer_documents, threa
         return time.perf_counter() - start, loader.cropped_share
 
 
-def measure(data, tokenizer_folder, *, row_tokens, rows, streams, buffer_documents, threads) -> dict:
-    """Name -> {tokens_per_sec, cropped_percent}: packing of documents that are already tokenized, and whole loaders; one after the other."""
-    tokenizer = load_tokenizer(tokenizer_folder)
-    common = row_tokens, buffer_documents, rows
+def bench_loader(arguments: Namespace) -> dict:
+    """Measures tokens per second of packing and of whole loaders, one after the other."""
+    data, threads, buffer_documents, streams = arguments.data, 2, 1000, 8
+    row_tokens, rows = arguments.row_tokens, arguments.rows
+    tokenizer = load_tokenizer(arguments.tokenizer)
     epoch = sum(shard.documents for shard in split_shards(open_shards(data), "train"))
     lists = list(itertools.islice(tokenized_lists(data, tokenizer, threads), epoch))
     arrays = [np.array(ids, dtype=tokenizer.dtype) for ids in lists]
-    found = {
-        "plain_packing": plain(itertools.cycle(lists), *common),
-        "our_packing": packed_only(itertools.cycle(arrays), *common),
-        "plain_with_tokenizing": plain(tokenized_lists(data, tokenizer, threads), *common),
-        "our_loader": loaded(data, tokenizer, row_tokens, rows, streams, buffer_documents, threads),
+    sizes = row_tokens, buffer_documents, rows
+    timings = {
+        "plain_packing": time_plain_packing(itertools.cycle(lists), *sizes),
+        "our_packing": time_our_packing(itertools.cycle(arrays), *sizes),
+        "plain_with_tokenizing": time_plain_packing(tokenized_lists(data, tokenizer, threads), *sizes),
+        "our_loader": time_our_loader(data, tokenizer, row_tokens, rows, streams, buffer_documents, threads),
     }
-    return {
+    settings = {"row_tokens": row_tokens, "rows": rows, "streams": streams}
+    settings |= {"buffer_documents": buffer_documents, "threads": threads}
+    results = {
         name: {"tokens_per_sec": round(rows * row_tokens / seconds), "cropped_percent": round(100 * cropped, 2)}
-        for name, (seconds, cropped) in found.items()
+        for name, (seconds, cropped) in timings.items()
+    }
+    seconds = {name: timing[0] for name, timing in timings.items()}
+    return {
+        "what": "tokens per second",
+        "asked": settings,
+        "found": results,
+        "packing_times_faster": round(seconds["plain_packing"] / seconds["our_packing"], 2),
+        "loader_times_faster": round(seconds["plain_with_tokenizing"] / seconds["our_loader"], 2),
     }

@@ -1,14 +1,14 @@
-"""The picture of `tools/bench.py profile`: a bar of a step's parts, and when they happen in one step; plain SVG."""
+"""Draws the picture of `tools/bench.py profile`: a bar with the parts of a step, and when they happen in one step."""
 
 from collections.abc import Iterable, Mapping
 from xml.sax.saxutils import escape, quoteattr
 
-COLOURS = ("#3b75af", "#519e3e", "#ef8636", "#c53a32", "#8d69b8", "#84584e", "#d57dbe", "#55bbcb", "#bcbd45", "#c7c7c7")
-LEFT, WIDTH, LINE, LEAST = 110, 840, 22, 0.3  # pixels; LEAST: what is closer than this is drawn as one
+COLORS = ("#3b75af", "#519e3e", "#ef8636", "#c53a32", "#8d69b8", "#84584e", "#d57dbe", "#55bbcb", "#bcbd45", "#c7c7c7")
+LEFT, WIDTH, LINE, LEAST = 110, 840, 22, 0.3  # pixels; spans closer than LEAST are drawn as one
 
 
-def lane(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Spans of pixels, in order, such as cannot be told apart joined."""
+def join_spans(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Joins sorted spans of pixels that are too close to be distinguished."""
     joined: list[tuple[float, float]] = []
     for begin, end in spans:
         if joined and begin - joined[-1][1] < LEAST:
@@ -18,27 +18,29 @@ def lane(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
     return joined
 
 
-def picture(title: str, parts: Mapping[str, Mapping[str, float]], step: list[tuple[float, float, str]]) -> str:
-    """parts: name -> {"ms", "share"}, of the mean step. step: (begin, end, part) in microseconds, of one step, without holes. Parts without time
-    are left out of the bar and the lanes, and stay in the legend."""
-    colours = dict(zip(parts, COLOURS, strict=True))
+def draw_profile(title: str, parts: Mapping[str, Mapping[str, float]], step: list[tuple[float, float, str]]) -> str:
+    """Returns SVG. parts: name -> {"ms", "share"} of the mean step. step: (begin, end, part) of one step, in us.
+
+    Parts without time are in the legend only.
+    """
+    colors = dict(zip(parts, COLORS, strict=True))
     begin, end = step[0][0], step[-1][1]
     shown = [name for name in parts if any(part == name for _, _, part in step)]
     drawn, x = [f'<text x="{LEFT}" y="24" font-size="15">{escape(title)}</text>'], float(LEFT)
-    for name, own in parts.items():
-        if own["ms"] > 0:
-            told = f"<title>{escape(name)}: {own['ms']:.2f} ms, {own['share']:.1%}</title>"
-            drawn.append(
-                f'<rect class="part" data-part={quoteattr(name)} x="{x:.2f}" y="40" width="{WIDTH * own["share"]:.2f}" height="36" '
-            )
-            drawn[-1] += f'fill="{colours[name]}">{told}</rect>'
-            x += WIDTH * own["share"]
+    for name, part in parts.items():
+        if part["ms"] > 0:
+            tooltip = f"<title>{escape(name)}: {part['ms']:.2f} ms, {part['share']:.1%}</title>"
+            width = WIDTH * part["share"]
+            box = f'x="{x:.2f}" y="40" width="{width:.2f}" height="36" fill="{colors[name]}"'
+            drawn.append(f'<rect class="part" data-part={quoteattr(name)} {box}>{tooltip}</rect>')
+            x += width
     top = 92
-    for number, (name, own) in enumerate(parts.items()):
+    for number, (name, part) in enumerate(parts.items()):
         column, row = LEFT + number % 4 * (WIDTH // 4), top + number // 4 * LINE
-        drawn.append(f'<rect x="{column}" y="{row}" width="12" height="12" fill="{colours[name]}"/>')
+        drawn.append(f'<rect x="{column}" y="{row}" width="12" height="12" fill="{colors[name]}"/>')
         drawn.append(
-            f'<text class="legend" x="{column + 18}" y="{row + 11}">{escape(name)} {own["ms"]:.1f} ms, {own["share"]:.1%}</text>'
+            f'<text class="legend" x="{column + 18}" y="{row + 11}">'
+            f"{escape(name)} {part['ms']:.1f} ms, {part['share']:.1%}</text>"
         )
     top += (len(parts) + 3) // 4 * LINE + 30
     drawn.append(f'<text x="{LEFT}" y="{top - 8}">one step, {(end - begin) / 1000:.1f} ms</text>')
@@ -50,11 +52,11 @@ def picture(title: str, parts: Mapping[str, Mapping[str, float]], step: list[tup
         )
         boxes = (
             f'<rect x="{low:.2f}" y="{y}" width="{max(high - low, LEAST):.2f}" height="{LINE - 4}"/>'
-            for low, high in lane(spans)
+            for low, high in join_spans(spans)
         )
-        drawn.append(f'<g class="lane" data-part={quoteattr(name)} fill="{colours[name]}">{"".join(boxes)}</g>')
+        drawn.append(f'<g class="lane" data-part={quoteattr(name)} fill="{colors[name]}">{"".join(boxes)}</g>')
     height = top + len(shown) * LINE + 12
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {LEFT + WIDTH + 20} {height}" font-family="sans-serif" font-size="12" role="img">'
-    return "\n".join(
-        [head, f'<rect width="{LEFT + WIDTH + 20}" height="{height}" fill="white"/>', *drawn, "</svg>", ""]
-    )
+    width = LEFT + WIDTH + 20
+    font = 'font-family="sans-serif" font-size="12" role="img"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" {font}>'
+    return "\n".join([head, f'<rect width="{width}" height="{height}" fill="white"/>', *drawn, "</svg>", ""])

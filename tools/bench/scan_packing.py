@@ -1,4 +1,4 @@
-"""Best-fit packing written out plainly: the whole buffer is looked through for every placement. Test oracle and baseline of `bench_packing`."""
+"""Best-fit packing written plainly: scans the whole buffer for every placement. Oracle of the tests, and a baseline."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 def scan_rows(
     documents: Iterator[list[int]], row_tokens: int, buffer_documents: int, refill: int = 1
 ) -> Iterator[tuple[list[int], int, int]]:
-    """(row, tokens read so far, tokens cropped so far) without end. refill: documents added at a time while the buffer holds too few."""
+    """Yields (row, tokens read so far, tokens cropped so far). refill: documents added to the buffer at a time."""
     buffer: list[list[int]] = []
     read = cropped = 0
     while True:

@@ -1,5 +1,7 @@
-"""Whole training steps of one model with different settings, and attention alone, to be measured in turn by tools/bench.py."""
+"""Measures training steps of one model with different settings, and attention alone."""
 
+from argparse import Namespace
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -14,20 +16,17 @@ from megachat.planning.plan import Plan, resolve
 from megachat.train.build import build_training
 from megachat.train.step import set_schedules, update
 from tools.bench.live_bytes import LiveBytes
+from tools.bench.turns import compare_rates, time_in_turn
 
 
 def random_rows(plan: Plan) -> torch.Tensor:
-    """A step's rows, int64 [rows, tokens + 1], the same each time."""
-    return torch.randint(
-        0,
-        plan.dims.vocab_size,
-        (plan.rows_per_step, plan.dims.sequence_len + 1),
-        generator=torch.Generator().manual_seed(0),
-    )
+    """Returns the rows of a step, int64 [rows, tokens + 1], the same in each call."""
+    shape = (plan.rows_per_step, plan.dims.sequence_len + 1)
+    return torch.randint(0, plan.dims.vocab_size, shape, generator=torch.Generator().manual_seed(0))
 
 
-def training_steps(arguments, settings: dict[str, list[str]]) -> tuple[dict, Plan]:
-    """({name: function that takes a step of the config with these settings}, plan): forward, backward, both optimizers, on random rows."""
+def training_steps(arguments: Namespace, settings: dict[str, list[str]]) -> tuple[dict[str, Callable], Plan]:
+    """Builds a model per entry of `settings`. Returns {name: function that takes a step on random rows} and a plan."""
     device = choose_device(bootstrap_environment())
     start_collectives(device, collective_backend(device), timedelta(seconds=600))
     mesh, actions = build_mesh(device), {}
@@ -42,7 +41,7 @@ def training_steps(arguments, settings: dict[str, list[str]]) -> tuple[dict, Pla
 
 
 def step_bytes(step) -> int:
-    """The most bytes at a time that a step makes beside what it finds: activations, gradients and workspace."""
+    """Returns the peak of the bytes that a step allocates: activations, gradients and workspace."""
     if torch.cuda.is_available():
         synchronize(torch.device("cuda"))
         torch.cuda.reset_peak_memory_stats()
@@ -55,8 +54,8 @@ def step_bytes(step) -> int:
 
 
 def attention_actions(tokens: int, windows: tuple[int, ...], heads: int, head_size: int) -> dict[str, dict]:
-    """{shape: {way: forward and backward pass}} of 2,048 tokens in rows of `tokens`, on this CPU; a mask computes all pairs of tokens."""
-    made = {}
+    """Returns {shape: {method: forward and backward pass}} for 2,048 tokens in rows of `tokens`, on this CPU."""
+    actions: dict[str, dict] = {}
     for dtype in (torch.float32, torch.bfloat16):
         for window in windows:
             shape = (max(1, 2048 // tokens), tokens, heads, head_size)
@@ -67,9 +66,36 @@ def attention_actions(tokens: int, windows: tuple[int, ...], heads: int, head_si
                 return lambda: torch.autograd.grad(attend(*inputs, reach), inputs, gradient)
 
             name = f"{str(dtype).removeprefix('torch.')}, {shape[0]} rows of {tokens}, window {window}"
-            made[name] = {
+            actions[name] = {
                 "mask": passes(attention, window),
                 "windowed": passes(windowed_attention, window),
                 "no window": passes(attention, tokens),
             }
-    return made
+    return actions
+
+
+def bench_dtype(arguments: Namespace) -> dict:
+    """Measures tokens per second of whole training steps in bfloat16 and in float32, eager."""
+    settings = {dtype: [f"precision.compute={dtype}"] for dtype in ("float32", "bfloat16")}
+    actions, plan = training_steps(arguments, settings)
+    rates = compare_rates(time_in_turn(actions, arguments.rounds), "float32", plan.tokens_per_step)
+    return {"what": "training step, tokens per second"} | rates
+
+
+def bench_recompute(arguments: Namespace) -> dict:
+    """Measures tokens per second and peak bytes of whole training steps for each batch.recompute."""
+    settings = {kind: [f"batch.recompute={kind}"] for kind in ("none", "selective", "block")}
+    actions, plan = training_steps(arguments, settings)
+    rates = compare_rates(time_in_turn(actions, arguments.rounds), "none", plan.tokens_per_step)
+    for kind, action in actions.items():
+        rates[kind]["bytes_in_a_step"] = step_bytes(action)
+    return {"what": "training step, tokens per second and bytes", "rows_at_a_time": plan.micro_rows} | rates
+
+
+def bench_attention(arguments: Namespace) -> dict:
+    """Measures passes per second of attention with windows on this CPU: with a mask, in tiles, and without windows."""
+    shapes = {}
+    for tokens, windows in ((2048, (768, 512, 128)), (512, (128,))):
+        shapes |= attention_actions(tokens, windows, heads=4, head_size=64)
+    rates = {name: compare_rates(time_in_turn(ways, arguments.rounds), "mask") for name, ways in shapes.items()}
+    return {"what": "attention, passes per second", "found": rates}

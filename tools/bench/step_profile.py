@@ -1,7 +1,7 @@
-"""What `tools/bench.py profile` measures: where the time of a training step goes, by parts, on random rows; of several ranks, where the first's goes.
+"""Measures where the time of a training step goes, on random rows. With several ranks, the first rank's time is shown.
 
-On a CPU a moment belongs to the innermost part that the training thread is in. On a GPU it belongs to the part from which the kernel was launched
-that runs then (the one that began first). What is left is the host gap, so that parts add up to the step.
+On a CPU, a moment belongs to the innermost part that the training thread is in. On a GPU, it belongs to the part that
+launched the running kernel. The rest is the host gap, so that the parts add up to the step.
 """
 
 import bisect
@@ -33,44 +33,45 @@ from megachat.parallel.progress import PROFILE_PREFIX, profile_range  # noqa: E4
 from megachat.planning.plan import resolve  # noqa: E402
 from megachat.train.build import Run, build_training  # noqa: E402
 from megachat.train.step import train_step  # noqa: E402
-from tools.bench.profile_picture import picture  # noqa: E402
+from tools.bench.profile_picture import draw_profile  # noqa: E402
 
 STEP, WARM_UP, SHOWN = "training step", 2, 15
 GAP, OTHER = "host gap", "other"
 PARTS = {
     "forward": "forward pass and loss, with the backward pass of lm_head",
-    "backward": "backward pass, what is recomputed in it included",
+    "backward": "backward pass, including recomputation",
     "reduce": "gradients between ranks: launched, waited for, averaged",
     "norm": "the gradient norm and its collective",
     "optimizer": "Muon, AdamW, and what Muon sends between ranks",
     "gather": "new weights to all ranks: launched, waited for",
     "stages": "activations and gradients between pipeline stages",
     "data": "rows, and their way to the device",
-    OTHER: "kernels that no part launched",
-    GAP: "the rest: on a CPU time in no part, on a GPU time without a kernel",
+    OTHER: "kernels launched outside all parts",
+    GAP: "the rest: time in no part (CPU), or without a running kernel (GPU)",
 }
 _LAUNCHES, _KERNELS = ("cuda_runtime", "cuda_driver"), ("kernel", "gpu_memcpy", "gpu_memset")
 
 
 class Segment(NamedTuple):
-    """Microseconds of the trace's clock, and the part that they belong to."""
+    """A span in microseconds of the trace's clock, and its part."""
 
     begin: float
     end: float
     part: str
 
 
-def innermost(ranges: list[Segment], begin: float, end: float) -> list[Segment]:
-    """From begin to end without holes, each moment with the innermost of the ranges, which lie in or beside each other; GAP where there is none."""
-    found, stack, now = [], [(end, GAP)], begin
+def innermost_parts(ranges: list[Segment], begin: float, end: float) -> list[Segment]:
+    """Covers begin to end: each moment has the innermost of the nested ranges, or GAP."""
+    segments: list[Segment] = []
+    stack, now = [(end, GAP)], begin
 
     def until(moment: float) -> None:
         nonlocal now
         if moment > now:
-            found.append(Segment(now, moment, stack[-1][1]))
+            segments.append(Segment(now, moment, stack[-1][1]))
             now = moment
 
-    for range_begin, range_end, name in sorted(ranges, key=lambda own: (own.begin, -own.end)):
+    for range_begin, range_end, name in sorted(ranges, key=lambda one: (one.begin, -one.end)):
         low, high = max(range_begin, begin), min(range_end, end)
         if low >= high:
             continue
@@ -82,24 +83,25 @@ def innermost(ranges: list[Segment], begin: float, end: float) -> list[Segment]:
     while stack:
         until(stack[-1][0])
         stack.pop()
-    return found
+    return segments
 
 
-def running(kernels: list[Segment], begin: float, end: float) -> list[Segment]:
-    """From begin to end without holes, each moment with the kernel that runs; with the one that began first of several, with GAP for none."""
-    found, now = [], begin
+def running_kernels(kernels: list[Segment], begin: float, end: float) -> list[Segment]:
+    """Covers begin to end: each moment has the running kernel that began first, or GAP."""
+    segments: list[Segment] = []
+    now = begin
     for low, high, name in sorted(kernels):
         low, high = max(low, now), min(high, end)
         if low >= high:
             continue
-        found += [Segment(now, low, GAP)] if low > now else []
-        found.append(Segment(low, high, name))
+        segments += [Segment(now, low, GAP)] if low > now else []
+        segments.append(Segment(low, high, name))
         now = high
-    return found + ([Segment(now, end, GAP)] if end > now else [])
+    return segments + ([Segment(now, end, GAP)] if end > now else [])
 
 
 def segments_of_steps(events: list[dict]) -> list[list[Segment]]:
-    """Each step's segments. events: "traceEvents" of a trace of torch.profiler."""
+    """Returns the segments of each step. events: "traceEvents" of a torch.profiler trace."""
     complete = [event for event in events if event.get("ph") == "X"]
     marks = [event for event in complete if event.get("cat") == "user_annotation"]
     launched_by = {
@@ -116,30 +118,30 @@ def segments_of_steps(events: list[dict]) -> list[list[Segment]]:
                 threads.setdefault(mark["tid"], []).append(
                     Segment(mark["ts"], mark["ts"] + mark["dur"], mark["name"].removeprefix(PROFILE_PREFIX))
                 )
-        told = {thread: innermost(ranges, begin, end) for thread, ranges in threads.items()}
-        main = told.get(step["tid"], [Segment(begin, end, GAP)])
+        by_thread = {thread: innermost_parts(ranges, begin, end) for thread, ranges in threads.items()}
+        main = by_thread.get(step["tid"], [Segment(begin, end, GAP)])
         if not kernels:
             steps.append(main)
             continue
-        parted = []
+        attributed = []
         for kernel in kernels:
             launch = launched_by.get(kernel["args"].get("correlation"))
-            # backward passes of a GPU launch from threads of their own, in which not every part has a mark
-            own = _part_at(told.get(launch["tid"], []), launch["ts"]) if launch else GAP
-            if launch and own == GAP:
-                own = _part_at(main, launch["ts"])
-            parted.append(Segment(kernel["ts"], kernel["ts"] + kernel["dur"], OTHER if own == GAP else own))
-        steps.append(running(parted, begin, end))
+            # the backward pass of a GPU launches from autograd's threads, where not every part has a mark
+            part = _part_at(by_thread.get(launch["tid"], []), launch["ts"]) if launch else GAP
+            if launch and part == GAP:
+                part = _part_at(main, launch["ts"])
+            attributed.append(Segment(kernel["ts"], kernel["ts"] + kernel["dur"], OTHER if part == GAP else part))
+        steps.append(running_kernels(attributed, begin, end))
     return steps
 
 
 def _part_at(segments: list[Segment], moment: float) -> str:
-    place = bisect.bisect_right(segments, moment, key=lambda segment: segment.begin) - 1
-    return segments[place].part if place >= 0 and moment <= segments[place].end else GAP
+    index = bisect.bisect_right(segments, moment, key=lambda segment: segment.begin) - 1
+    return segments[index].part if index >= 0 and moment <= segments[index].end else GAP
 
 
 class _Timers(NoopTimer):
-    """DeepSpeed times its parts of a step with these; its gather of weights has no function of its own that could be marked."""
+    """Marks ZeRO's gather of the weights through DeepSpeed's timers, because no separate function does the gather."""
 
     class _Gather(NoopTimer.Timer):
         def start(self):
@@ -158,27 +160,27 @@ class _Timers(NoopTimer):
 
 
 def layout_sizes(text: str) -> dict[str, int]:
-    """Ranks on each axis of "dp=2,tp=2". Raises UserError."""
+    """Parses a layout such as "dp=2,tp=2" into ranks per axis. Raises UserError."""
     sizes = {"dp": 1, "tp": 1, "pp": 1}
     for word in text.split(","):
         axis, _, size = word.partition("=")
         if axis not in sizes or not size.isdecimal() or int(size) < 1:
             raise UserError(
-                f"--layout {text}: {word!r} is no axis with its ranks; write it like dp=2,tp=2, of dp, tp and pp"
+                f"--layout {text}: {word!r} is not AXIS=RANKS with an axis of dp, tp and pp; write it as dp=2,tp=2"
             )
         sizes[axis] = int(size)
     return sizes
 
 
 def operators(profiled: profile, steps: int, step_us: float) -> list[dict]:
-    """Those with the most time of their own: on the GPU where there is one, else on the CPU."""
+    """Returns the operators with the most self time, on the GPU if there is one, else on the CPU."""
     times = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    own = [
+    entries = [
         entry
         for entry in profiled.key_averages()
         if entry.device_type == DeviceType.CPU and not entry.key.startswith((PROFILE_PREFIX, STEP))
     ]
-    own = sorted(own, key=lambda entry: -getattr(entry, times))[:SHOWN]
+    entries = sorted(entries, key=lambda entry: -getattr(entry, times))[:SHOWN]
     return [
         {
             "name": entry.key,
@@ -186,12 +188,12 @@ def operators(profiled: profile, steps: int, step_us: float) -> list[dict]:
             "share": getattr(entry, times) / steps / step_us,
             "calls": entry.count / steps,
         }
-        for entry in own
+        for entry in entries
     ]
 
 
 def measure(config_path: str, settings: list[str], vocab_size: int, rounds: int, out: str | None) -> dict:
-    """All ranks call it; the first writes the picture to `out`, if given, and its result is the one to tell. rounds: steps that are looked at."""
+    """Profiles `rounds` steps and returns this rank's result; rank 0 draws the picture `out`. All ranks call it."""
     device = choose_device(bootstrap_environment())
     config = load_config(config_path, settings)
     mesh = start_mesh(config, device)
@@ -213,10 +215,10 @@ def measure(config_path: str, settings: list[str], vocab_size: int, rounds: int,
         trace = Path(folder) / "trace.json"
         profiled.export_chrome_trace(str(trace))
         steps = segments_of_steps(json.loads(trace.read_text())["traceEvents"])
-    lasting = [own[-1].end - own[0].begin for own in steps]
-    step_us = statistics.mean(lasting)
+    durations = [step[-1].end - step[0].begin for step in steps]
+    step_us = statistics.mean(durations)
     parts = {
-        name: sum(one.end - one.begin for own in steps for one in own if one.part == name) / rounds for name in PARTS
+        name: sum(one.end - one.begin for step in steps for one in step if one.part == name) / rounds for name in PARTS
     }
     facts = {
         "depth": plan.dims.depth,
@@ -238,37 +240,38 @@ def measure(config_path: str, settings: list[str], vocab_size: int, rounds: int,
     result["parts"] = {name: {"ms": us / 1000, "share": us / step_us} for name, us in parts.items()}
     result["operators"] = operators(profiled, rounds, step_us)
     if out and mesh.world.rank == 0:
-        middle = steps[lasting.index(sorted(lasting)[len(lasting) // 2])]
-        title = f"A training step: depth {plan.dims.depth}, {plan.rows_per_step} rows of {plan.dims.sequence_len}, {facts['compute']}"
-        write_atomically(Path(out), picture(title, result["parts"], middle).encode())
+        middle = steps[durations.index(sorted(durations)[len(durations) // 2])]
+        title = f"A training step: depth {plan.dims.depth}, {plan.rows_per_step} rows of {plan.dims.sequence_len}"
+        title += f", {facts['compute']}"
+        write_atomically(Path(out), draw_profile(title, result["parts"], middle).encode())
         result["picture"] = out
     return result
 
 
-def table(result: dict) -> str:
-    """For people: parts without time are left out."""
+def profile_table(result: dict) -> str:
+    """Returns the result as text. Parts without time are left out."""
     lines = [f"{'part':<12}{'ms':>10}{'share':>8}"]
-    for name, own in result["parts"].items():
-        if own["ms"]:
-            lines.append(f"{name:<12}{own['ms']:>10.1f}{own['share']:>8.1%}  {PARTS[name]}")
+    for name, part in result["parts"].items():
+        if part["ms"]:
+            lines.append(f"{name:<12}{part['ms']:>10.1f}{part['share']:>8.1%}  {PARTS[name]}")
     plain = result["step_ms_without_profiler"]
     lines += [
         f"{'step':<12}{result['step_ms']:>10.1f}{1:>8.1%}  without the profiler {plain:.1f} ms",
         "",
-        f"{'operator, its own time':<44}{'ms':>10}",
+        f"{'operator, self time':<44}{'ms':>10}",
     ]
     lines[-1] += f"{'share':>8}{'calls':>8}"
-    for own in result["operators"]:
-        lines.append(f"{own['name'][:42]:<44}{own['ms']:>10.1f}{own['share']:>8.1%}{own['calls']:>8.0f}")
+    for one in result["operators"]:
+        lines.append(f"{one['name'][:42]:<44}{one['ms']:>10.1f}{one['share']:>8.1%}{one['calls']:>8.0f}")
     return "\n".join(lines)
 
 
 def bench_profile(arguments) -> dict:
-    """Milliseconds of a training step by parts, and the operators that take most; a picture with --out."""
+    """Measures the parts of a training step and its longest operators, in milliseconds. Draws a picture with --out."""
     if arguments.rounds < 1:
-        raise UserError(f"--rounds {arguments.rounds} is no number of steps to look at: give 1 or more")
+        raise UserError(f"--rounds {arguments.rounds} is not a number of steps to profile: give 1 or more")
     if arguments.out and not Path(arguments.out).resolve().parent.is_dir():
-        raise UserError(f"--out {arguments.out} lies in a folder that does not exist: make it first")
+        raise UserError(f"the folder of --out {arguments.out} does not exist: create it first")
     sizes = layout_sizes(arguments.layout)
     settings = (
         [*arguments.set, f"parallel.tensor={sizes['tp']}", f"parallel.pipeline={sizes['pp']}"]
@@ -290,13 +293,13 @@ def bench_profile(arguments) -> dict:
         ]
         program += [*(["--out", arguments.out] if arguments.out else []), *set_options(settings)]
         result = json.loads(run_with_torchrun("the ranks", ranks, program).strip().splitlines()[-1])
-    print(table(result), file=sys.stderr)
+    print(profile_table(result), file=sys.stderr)
     return {"what": "milliseconds of a training step, by parts"} | result
 
 
 @user_errors_end_the_program
 def main() -> None:
-    parser = rank_parser(__doc__.splitlines()[0])
+    parser = rank_parser((__doc__ or "").splitlines()[0])
     parser.add_argument("--out")
     arguments = parser.parse_args()
     result = measure(arguments.config, arguments.set, arguments.vocab_size, arguments.rounds, arguments.out)

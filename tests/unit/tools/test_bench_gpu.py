@@ -1,4 +1,4 @@
-"""The report of the GPU matrix, which is measured where there is a GPU; here its cases, its tables and verdicts, its command and its refusals."""
+"""The GPU matrix without a GPU: its cases, its report, its command and its refusals."""
 
 import argparse
 import json
@@ -15,7 +15,7 @@ from tests.limits import limit_s
 from tests.runs.job import ROOT
 from tools.bench import gpu as bench
 from tools.bench.gpu import ABOUT, VOCAB, bench_gpu, case_config, cases
-from tools.bench.gpu_report import BEGIN, END, checks_summary, goals, gpu_facts, label, report, write_report
+from tools.bench.gpu_report import BEGIN, END, build_report, checks_summary, gpu_facts, judge_goals, label, write_report
 
 WHERE = {
     "commit": "0123456789",
@@ -66,10 +66,11 @@ def test_the_tables_stand_between_the_markers_and_the_numbers_beside_them(tmp_pa
             "left_out": "no time was left",
         },
     ]
-    write_report(page, report(found, WHERE, ABOUT, LOG), {"found": found})
+    write_report(page, build_report(found, WHERE, ABOUT, LOG), {"found": found})
     text = page.read_text()
     assert text.startswith(
-        f"before\n{BEGIN}\nCommit 0123456 with changes, NVIDIA H200, 580.1, 143771 MiB; CUDA 13.0, cuDNN 91900, torch 2.11.0. bf"
+        f"before\n{BEGIN}\nCommit 0123456 with changes, NVIDIA H200, 580.1, 143771 MiB; CUDA 13.0, cuDNN 91900, "
+        "torch 2.11.0. bf"
     )
     assert text.endswith(f"{END}\nafter\n") and "old" not in text
     assert "| d24 | te tensorwise | te | 120,000 | 1.20 | 56.0% | 16.0 GiB | 2.1% |" in text
@@ -87,7 +88,7 @@ def test_the_tables_stand_between_the_markers_and_the_numbers_beside_them(tmp_pa
 
 def test_what_was_to_be_reached_is_judged():
     def told(found):
-        return [(value, reached) for _, value, reached in goals(found)]
+        return [(value, reached) for _, value, reached in judge_goals(found)]
 
     assert told([]) == [("not measured", "unknown")] * 6
     theirs = measured("nanochat", 90_000.0, peak_memory_bytes=2**34 * 2, attention="sdpa")
@@ -110,14 +111,15 @@ def test_what_was_to_be_reached_is_judged():
     assert [reached for _, reached in told(found)] == ["no", "no", "no", "unknown", "no", "no"]
     found[0]["case"]["pattern"] = "L"  # another model
     assert told(found)[0] == ("not measured", "unknown")
-    assert checks_summary(LOG) == "2 failed, 40 passed, 11 skipped" and checks_summary("..") == "not run to their end"
+    assert checks_summary(LOG) == "2 failed, 40 passed, 11 skipped" and checks_summary("..") == "not finished"
 
 
 def test_a_case_is_measured_in_a_process_and_what_fails_says_why(monkeypatch, tmp_path):
     program = tmp_path / "program.py"
     monkeypatch.setattr(bench, "__file__", str(program))
     program.write_text(
-        "import json, sys; print('noise'); print(json.dumps({'depth': json.loads(sys.argv[1])['depth'], 'mfu': 1, 'tokens_per_sec': 2}))"
+        "import json, sys; print('noise'); depth = json.loads(sys.argv[1])['depth'];"
+        "print(json.dumps({'depth': depth, 'mfu': 1, 'tokens_per_sec': 2}))"
     )
     assert bench.measure_all(cases(None)[:1], 1)[0] == {
         "case": cases(None)[0],
@@ -126,7 +128,8 @@ def test_a_case_is_measured_in_a_process_and_what_fails_says_why(monkeypatch, tm
         "tokens_per_sec": 2,
     }
     program.write_text(
-        "import sys; print('torch.OutOfMemoryError: all is full', file=sys.stderr); print('[rank0] ended', file=sys.stderr); sys.exit(1)"
+        "import sys; print('torch.OutOfMemoryError: all is full', file=sys.stderr);"
+        "print('[rank0] ended', file=sys.stderr); sys.exit(1)"
     )
     assert bench.measure_all(cases(None)[:1], 1)[0]["failed"] == "torch.OutOfMemoryError: all is full"
     program.write_text("import time; time.sleep(60)")
@@ -171,8 +174,8 @@ def test_without_a_gpu_it_says_so():
         return done.stderr
 
     assert (
-        said()
-        == "error: this machine has no NVIDIA GPU, which these tests are for: run them on one, or bash tests/run.sh here\n"
+        said() == "error: this machine has no NVIDIA GPU, which these tests are for: "
+        "run them on one, or bash tests/run.sh here\n"
     )
     assert "--minutes 1.5 is no whole number" in said("--minutes", "1.5") and "unknown option --fast" in said(
         "--fast", "1"

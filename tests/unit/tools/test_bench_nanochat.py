@@ -1,4 +1,4 @@
-"""The measurement against nanochat, as far as it goes without a clone of it: its refusals, and how a step is cut and accumulated."""
+"""The measurement against nanochat without a clone of it: its refusals, and how a step is accumulated."""
 
 import subprocess
 import sys
@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from megachat.errors import UserError
-from tests.limits import limit_s
 from tests.runs.job import ROOT, environment
 from tools.bench.nanochat import accumulate, open_nanochat, row_counts
 
@@ -15,8 +14,9 @@ from tools.bench.nanochat import accumulate, open_nanochat, row_counts
 def test_no_clone_is_one_sentence(tmp_path):
     line = [sys.executable, "tools/bench.py", "nanochat", "--nanochat", str(tmp_path)]
     done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=limit_s())
-    said = f"error: --nanochat {tmp_path} is no clone of nanochat, because it lacks nanochat/gpt.py: give the folder of one\n"
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: --nanochat {tmp_path} is not a clone") and "nanochat/gpt.py" in line
     with pytest.raises(UserError, match="--nanochat is not given"):
         open_nanochat(None)
 
@@ -25,9 +25,7 @@ def test_what_nanochat_lacks_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "nanochat").mkdir()
     (tmp_path / "nanochat" / "gpt.py").write_text("import a_package_that_nobody_has\n")
-    with pytest.raises(
-        UserError, match="cannot be imported .*a_package_that_nobody_has.*: install what its pyproject.toml names"
-    ):
+    with pytest.raises(UserError, match="cannot be imported .*a_package_that_nobody_has.*: install .* pyproject.toml"):
         open_nanochat(str(tmp_path))
 
 

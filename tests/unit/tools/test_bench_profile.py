@@ -1,4 +1,4 @@
-"""Every moment of a step has one part, on a CPU and, by traces made up here, on a GPU; the picture holds them; real steps have all parts."""
+"""The profile: every moment of a step has one part, on a CPU and, from made-up traces, on a GPU; the picture."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ from megachat.parallel.progress import PROFILE_PREFIX
 from tests.harness import run_ranks
 from tests.limits import limit_s
 from tests.runs.job import ROOT, environment
-from tools.bench.profile_picture import lane, picture
+from tools.bench.profile_picture import draw_profile, join_spans
 from tools.bench.step_profile import (
     GAP,
     OTHER,
@@ -21,12 +21,12 @@ from tools.bench.step_profile import (
     STEP,
     Segment,
     bench_profile,
-    innermost,
+    innermost_parts,
     layout_sizes,
     measure,
-    running,
+    profile_table,
+    running_kernels,
     segments_of_steps,
-    table,
 )
 
 TINY = (
@@ -57,8 +57,8 @@ def test_each_moment_belongs_to_the_innermost_part():
         Segment(60, 99, "d"),
         Segment(-9, 0, "e"),
     ]
-    found = covers(innermost(ranges, 0, 80), 0, 80)
-    wanted = [
+    segments = covers(innermost_parts(ranges, 0, 80), 0, 80)
+    expected = [
         (0, 10, GAP),
         (10, 20, "a"),
         (20, 30, "b"),
@@ -69,9 +69,9 @@ def test_each_moment_belongs_to_the_innermost_part():
         (50, 60, GAP),
         (60, 80, "d"),
     ]
-    assert found == wanted
-    assert innermost([], 1, 3) == [(1, 3, GAP)]
-    assert innermost([Segment(0, 5, "a"), Segment(0, 2, "b"), Segment(2, 5, "c")], 0, 5) == [
+    assert segments == expected
+    assert innermost_parts([], 1, 3) == [(1, 3, GAP)]
+    assert innermost_parts([Segment(0, 5, "a"), Segment(0, 2, "b"), Segment(2, 5, "c")], 0, 5) == [
         (0, 2, "b"),
         (2, 5, "c"),
     ], "all of it is in others"
@@ -79,14 +79,14 @@ def test_each_moment_belongs_to_the_innermost_part():
 
 def test_each_moment_belongs_to_the_kernel_that_began_first():
     kernels = [Segment(5, 15, "a"), Segment(8, 12, "b"), Segment(14, 20, "c"), Segment(30, 45, "d")]
-    assert covers(running(kernels, 0, 40), 0, 40) == [
+    assert covers(running_kernels(kernels, 0, 40), 0, 40) == [
         (0, 5, GAP),
         (5, 15, "a"),
         (15, 20, "c"),
         (20, 30, GAP),
         (30, 40, "d"),
     ]
-    assert running([], 1, 3) == [(1, 3, GAP)]
+    assert running_kernels([], 1, 3) == [(1, 3, GAP)]
 
 
 def event(category, name, thread, begin, end, **arguments):
@@ -121,7 +121,7 @@ def test_kernels_have_the_part_that_launched_them():
         event("kernel", "of no step", 7, 300, 400, correlation=1),
     ]
     (step,) = segments_of_steps(trace)
-    wanted = [
+    expected = [
         (100, 140, GAP),
         (140, 150, "forward"),
         (150, 155, "backward"),
@@ -129,16 +129,16 @@ def test_kernels_have_the_part_that_launched_them():
         (160, 170, GAP),
         (170, 180, OTHER),
     ]
-    assert covers(step, 100, 200) == [*wanted, (180, 185, GAP), (185, 190, OTHER), (190, 200, GAP)]
+    assert covers(step, 100, 200) == [*expected, (180, 185, GAP), (185, 190, OTHER), (190, 200, GAP)]
 
 
 def test_what_cannot_be_told_apart_is_drawn_as_one():
-    assert lane([(0, 1), (1.1, 2), (5, 6), (6.29, 7), (8, 9)]) == [(0, 2), (5, 7), (8, 9)]
+    assert join_spans([(0, 1), (1.1, 2), (5, 6), (6.29, 7), (8, 9)]) == [(0, 2), (5, 7), (8, 9)]
     parts = {name: {"ms": 0.0, "share": 0.0} for name in PARTS} | {
         "forward": {"ms": 4.0, "share": 0.5},
         GAP: {"ms": 4.0, "share": 0.5},
     }
-    root = ElementTree.fromstring(picture("a < b & c", parts, [(0.0, 4000.0, "forward"), (4000.0, 8000.0, GAP)]))
+    root = ElementTree.fromstring(draw_profile("a < b & c", parts, [(0.0, 4000.0, "forward"), (4000.0, 8000.0, GAP)]))
     assert [box.get("data-part") for box in root.iter(f"{SVG}rect") if box.get("class") == "part"] == ["forward", GAP]
     assert [box.get("data-part") for box in root.iter(f"{SVG}g")] == ["forward", GAP] and root.find(
         f"{SVG}text"
@@ -152,21 +152,21 @@ def profiled(out: str) -> dict:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_parts_of_real_steps(ranks, tmp_path):
     out = tmp_path / "picture.svg"
-    told = run_ranks(profiled, ranks, str(out))
-    assert ["picture" in own for own in told] == [True, False][:ranks]
-    for own in told:
-        assert set(own["parts"]) == set(PARTS)
-        busy = {name for name, part in own["parts"].items() if part["ms"] > 0}
+    results = run_ranks(profiled, ranks, str(out))
+    assert ["picture" in result for result in results] == [True, False][:ranks]
+    for result in results:
+        assert set(result["parts"]) == set(PARTS)
+        busy = {name for name, part in result["parts"].items() if part["ms"] > 0}
         assert busy == set(PARTS) - {"stages", OTHER}
-        assert sum(part["ms"] for part in own["parts"].values()) == pytest.approx(own["step_ms"], rel=1e-6)
-        assert sum(part["share"] for part in own["parts"].values()) == pytest.approx(1, rel=1e-6)
-        calls = {entry["name"]: entry["calls"] for entry in own["operators"]}
+        assert sum(part["ms"] for part in result["parts"].values()) == pytest.approx(result["step_ms"], rel=1e-6)
+        assert sum(part["share"] for part in result["parts"].values()) == pytest.approx(1, rel=1e-6)
+        calls = {entry["name"]: entry["calls"] for entry in result["operators"]}
         assert "aten::mm" in calls and not any(name.startswith((PROFILE_PREFIX, STEP)) for name in calls)
         assert (
-            own["facts"]["ranks"] == {"data": ranks, "tensor": 1, "pipeline": 1}
-            and own["facts"]["compute"] == "bfloat16"
+            result["facts"]["ranks"] == {"data": ranks, "tensor": 1, "pipeline": 1}
+            and result["facts"]["compute"] == "bfloat16"
         )
-        shown = table(own)
+        shown = profile_table(result)
         assert all((f"\n{name} " in shown) == (name in busy) for name in PARTS) and "aten::mm" in shown
     root = ElementTree.parse(out).getroot()
     legend = [text.text for text in root.iter(f"{SVG}text") if text.get("class") == "legend"]
@@ -182,12 +182,12 @@ def test_words_of_the_command_line():
         "pp": 2,
     }
     for wrong in ("dp", "dp=0", "ep=2", "dp=2,", "tp=two"):
-        with pytest.raises(UserError, match=f"--layout {wrong}: .* is no axis with its ranks"):
+        with pytest.raises(UserError, match=f"--layout {wrong}: .* is not AXIS=RANKS"):
             layout_sizes(wrong)
 
-    with pytest.raises(UserError, match="--out nowhere/picture.svg lies in a folder that does not exist"):
+    with pytest.raises(UserError, match="--out nowhere/picture.svg does not exist"):
         bench_profile(argparse.Namespace(rounds=1, out="nowhere/picture.svg"))
-    with pytest.raises(UserError, match="--rounds 0 is no number of steps"):
+    with pytest.raises(UserError, match="--rounds 0 is not a number of steps"):
         bench_profile(argparse.Namespace(rounds=0, out=None))
 
 
@@ -206,10 +206,10 @@ def test_a_layout_is_started_from_the_command_line():
     line += ["--layout", "pp=2", *(word for setting in TINY for word in ("--set", setting))]
     done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=limit_s())
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
+    result = json.loads(done.stdout)
     assert (
-        told["bench"] == "profile"
-        and told["facts"]["ranks"] == {"data": 1, "tensor": 1, "pipeline": 2}
-        and told["parts"]["stages"]["ms"] > 0
+        result["bench"] == "profile"
+        and result["facts"]["ranks"] == {"data": 1, "tensor": 1, "pipeline": 2}
+        and result["parts"]["stages"]["ms"] > 0
     )
     assert "without the profiler" in done.stderr

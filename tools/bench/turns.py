@@ -1,0 +1,30 @@
+"""Timings in turn and their ratios: on a shared machine, ratios within a round are less noisy than times."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+
+def time_in_turn(actions: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
+    """Returns each action's seconds in each round. All actions run once per round; the first round is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    for number in range(rounds + 1):
+        for name, action in actions.items():
+            begin = time.perf_counter()
+            action()
+            if number:
+                seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def compare_rates(seconds: dict[str, list[float]], baseline: str, amount: int = 1) -> dict[str, dict]:
+    """Returns each action's median rate in `amount` per second, and the median of its ratios to the baseline."""
+    rates = {}
+    for name, values in seconds.items():
+        ratios = [slow / fast for slow, fast in zip(seconds[baseline], values, strict=True)]
+        rates[name] = {
+            "per_sec": amount / statistics.median(values),
+            "rounds": len(values),
+            f"times_faster_than_{baseline}": round(statistics.median(ratios), 3),
+        }
+    return rates
