@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megachat.errors import UserError
+from tests.limits import limit_s
 from tests.runs.job import ROOT, environment
 from tools.bench.nanochat import accumulate, open_nanochat, row_counts
 
