@@ -1,5 +1,4 @@
-"""What every rank runs to evaluate a checkpoint: `deepspeed launch/evaluate.py --checkpoint runs/demo --core --bpb --sample`; also under python,
-torchrun and mpirun. docs/evaluation.md tells what the numbers mean."""
+"""What every rank runs to evaluate: `deepspeed launch/evaluate.py --checkpoint FOLDER --core`; docs/evaluation.md."""
 
 import argparse
 import sys

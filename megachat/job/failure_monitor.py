@@ -1,5 +1,4 @@
-"""Failure monitor: one thread per rank that detects dead, stalled and stopped ranks, reports which one it is, and ends
-the job everywhere.
+"""The failure monitor is a thread per rank that detects dead, stalled and stopped ranks, names them, and ends the job.
 
 It reads the training thread's Progress, and follows these rules:
 - A job is stalled when one rank has waited for parallel.stall_s (in a collective, or in a note with waits=True) and
@@ -17,7 +16,6 @@ An error in the monitor itself is reported once and ends the monitor, never the 
 import contextlib
 import functools
 import os
-import queue
 import secrets
 import selectors
 import signal
@@ -68,7 +66,7 @@ class FailureMonitor:
     _progress: Progress  # this and the job's JobInfo are set by connect()
     _job: JobInfo
 
-    def __init__(self, rank: int = 0, *, restart_hint: str = RESUME_HINT):
+    def __init__(self, rank: int, *, restart_hint: str = RESUME_HINT):
         self.rank, self.restart_hint = rank, restart_hint
         self.stop_requested = ""  # the reason why training must save and end
         self.before_stop: Callable[[], object] = lambda: None  # called before a requested stop ends this process
@@ -80,22 +78,19 @@ class FailureMonitor:
         self._failed_rank: int | None = None  # a rank that reported an error of its own
         self._last_report = 0.0
         self._leaving = ""  # "done" or "failed" once the block is left
-        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # from the training thread to this one
         self._selector = selectors.DefaultSelector()
         self._wakeup_in, self._wakeup_out = socket.socketpair()
-        self._launchers = launchers_above()
         self._thread = threading.Thread(target=self._run, name="failure monitor", daemon=True)
 
     def __enter__(self):
         for end in (self._wakeup_in, self._wakeup_out):
             end.setblocking(False)
         self._selector.register(self._wakeup_out, selectors.EVENT_READ, self._on_wakeup)
-        for pid, name in self._launchers:
+        for pid, name in launchers_above():
             with contextlib.suppress(OSError, AttributeError):  # it has ended already, or this is not Linux
                 on_end = functools.partial(self._on_launcher_end, pid=pid, name=name)
                 self._selector.register(os.pidfd_open(pid), selectors.EVENT_READ, on_end)
-        # the handler does nothing: Python runs it in the main thread, which may hang; the signal's number is written to
-        # the pipe at once
+        # Python runs handlers in the main thread, which may hang; a signal's number is written to the pipe at once
         self._previous_fd = signal.set_wakeup_fd(self._wakeup_in.fileno(), warn_on_full_buffer=False)
         self._handlers = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
         os.register_at_fork(after_in_child=self._after_fork)
@@ -103,23 +98,20 @@ class FailureMonitor:
         return self
 
     def connect(self, mesh: Mesh, *, address: str, stall_s: float, slow_s: float, folder: Path) -> None:
-        """Connect this rank to the hubs; all ranks call it. A rank that cannot be reached is reported and not
-        monitored.
+        """Connect this rank to the hubs; all ranks call it. A rank that cannot be reached is reported, not monitored.
 
         address: rank 0's host as the launcher named it. folder: where stall.txt is written.
         """
-        self.rank, self._progress = mesh.world.rank, mesh.world.progress
+        self._progress = mesh.world.progress
         if mesh.world.size == 1:
             return
         listener = listen(0)
-        host = address if self.rank == 0 else local_address(address)
-        port = listener.getsockname()[1]
-        here = RankAddress(self.rank, socket.gethostname(), os.getpid(), machine_id(), host, port)
-        every = all_gather_objects(
-            (tuple(here), secrets.token_hex(8)), mesh.world, name="connecting the failure monitor"
-        )
+        name, port = socket.gethostname(), listener.getsockname()[1]
+        host = address if self.rank == 0 else local_address(address) or name
+        here = RankAddress(self.rank, name, os.getpid(), machine_id(), host, port)
+        local = (tuple(here), secrets.token_hex(8))
+        every = all_gather_objects(local, mesh.world, name="connecting the failure monitor")
         addresses = tuple(RankAddress(*fields) for fields, _ in every)
-        self._name = str(here)
         self._job = JobInfo(addresses, every[0][1], stall_s, max(stall_s, slow_s), folder, self.restart_hint)
         links = [self._connect_to(addresses[rank]) for rank in self._job.hub_ranks]
         self._call(functools.partial(self._begin, listener, links))
@@ -141,17 +133,13 @@ class FailureMonitor:
 
     @contextlib.contextmanager
     def defer_stop(self, grace_s: float) -> Iterator[None]:
-        """Inside, a stop sets `stop_requested` instead of ending the job. After SIGTERM the job still ends grace_s
-        seconds later.
-        """
+        """Let a stop only set `stop_requested` inside the block. SIGTERM still ends the job grace_s seconds later."""
         self._grace_s = grace_s
         yield
         self._deadlines.pop(self._stop_late, None)
 
     def _after_fork(self) -> None:
-        """Detach a forked child: its signals are not this rank's, and a connection that it held would hide this rank's
-        death.
-        """
+        """Detach a forked child: signals to it are not this rank's, and its open connection would hide a death."""
         if not self._leaving:
             signal.set_wakeup_fd(-1)
             for number in STOP_SIGNALS:
@@ -160,8 +148,8 @@ class FailureMonitor:
             link.close()
 
     def _call(self, function: Callable[[], None]) -> None:
-        """Run the function in the monitor's thread."""
-        self._calls.put(function)
+        """Run the function in the monitor's thread, at once."""
+        self._deadlines[function] = 0.0
         self._wake()
 
     def _wake(self) -> None:
@@ -202,8 +190,6 @@ class FailureMonitor:
 
     def _on_wakeup(self, pipe: socket.socket) -> None:
         numbers = pipe.recv(4096)
-        while not self._calls.empty():
-            self._calls.get()()
         for number in STOP_SIGNALS:
             if number in numbers:
                 self._request_stop(f"{self._name} received {number.name}", limited=number == signal.SIGTERM)

@@ -1,6 +1,4 @@
-"""Checks of several hosts before anything is started on them: the hostfile, and that every host can be reached and
-equals this one.
-"""
+"""Checks before a start on several hosts: the hostfile, and that every host can be reached and equals this one."""
 
 import json
 import os

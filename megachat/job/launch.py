@@ -12,11 +12,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil  # a dependency of DeepSpeed
 import torch
 
 from megachat.device import device_name
 from megachat.errors import UserError
 from megachat.job.host_probe import installed_version
+from megachat.job.monitor_links import local_address
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,6 @@ def _slurm_local_size() -> int:
 
 def _local_networks() -> list[str]:
     """Return this host's IPv4 addresses with their networks, as "10.0.0.1/255.255.255.0", without loopback."""
-    import psutil  # a dependency of DeepSpeed
-
     up = {name for name, state in psutil.net_if_stats().items() if state.isup}
     return [
         f"{entry.address}/{entry.netmask}"
@@ -139,14 +139,8 @@ def use_network_of(address: str, environment: LaunchEnvironment) -> None:
     Gloo would take the interface of this host's name, which Debian maps to 127.0.1.1, and NCCL the first that is up.
     Where MASTER_ADDR is a loopback name, because it names this host, it becomes this host's address in that network.
     """
-    import psutil  # a dependency of DeepSpeed
-
-    env = os.environ
-    try:
-        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((address, 9))  # sends nothing; chooses the route
-            local = probe.getsockname()[0]
-    except OSError:
+    env, local = os.environ, local_address(address)
+    if local is None:
         return
     with contextlib.suppress(OSError):
         if socket.gethostbyname(environment.master_address).startswith("127."):

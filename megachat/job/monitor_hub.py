@@ -1,5 +1,4 @@
-"""The failure monitor's hub: one rank to which all others report. It names the rank that is missing or blocks the
-others, and ends the job.
+"""The failure monitor's hub hears all ranks, names the one that is missing or blocks the others, and ends the job.
 
 Rank 0 has the hub. A second rank, the backup monitor, has another one, to which all ranks are connected as well. It
 speaks only when rank 0 has died or does not answer. A death is a connection that closes without a goodbye, which the
@@ -28,10 +27,10 @@ _NAMED = 8  # of many ranks, so many are named
 
 
 class JobInfo(NamedTuple):
-    """What all monitors of a job share. token: distinguishes the job's connections from a stranger's. folder: the run
-    folder.
+    """What all monitors of a job share.
 
-    restart_hint: what the user does once the cause is fixed.
+    token: distinguishes the job's connections from a stranger's. folder: the run folder. restart_hint: what the user
+    does once the cause is fixed.
     """
 
     addresses: tuple[RankAddress, ...]

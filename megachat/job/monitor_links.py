@@ -11,6 +11,8 @@ import threading
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil  # a dependency of DeepSpeed
+
 SEND_S = 2.0
 _PACKAGE = Path(__file__).resolve().parents[1]
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")} | {"<"})
@@ -22,8 +24,9 @@ _LAUNCHERS = frozenset(
 
 
 class RankAddress(NamedTuple):
-    """Where a rank runs. machine: equal for ranks that see each other's process ids. address, port: where its hub would
-    listen.
+    """Where a rank runs.
+
+    machine: equal for ranks that see each other's process ids. address, port: where its hub would listen.
     """
 
     rank: int
@@ -82,14 +85,14 @@ def listen(port: int) -> socket.socket:
     return socket.create_server(("", port), backlog=4096)
 
 
-def local_address(toward: str) -> str:
-    """Return this host's address on the route to the host `toward`; nothing is sent."""
+def local_address(toward: str) -> str | None:
+    """Return this host's address on the route to the host `toward`, None without a route; nothing is sent."""
     with contextlib.suppress(OSError):
         family, kind, protocol, _, target = socket.getaddrinfo(toward, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.connect(target)
             return probe.getsockname()[0]
-    return socket.gethostname()
+    return None
 
 
 def machine_id() -> str:
@@ -101,22 +104,19 @@ def machine_id() -> str:
 
 
 def launchers_above() -> list[tuple[int, str]]:
-    """Return (pid, name) of the launchers among this process's ancestors, the nearest first; none where there is no
-    /proc.
-    """
-    launchers, pid = [], os.getpid()
-    with contextlib.suppress(OSError, ValueError):
-        while pid > 1:
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")[:5]
-            if name := next((Path(word).name for word in words if Path(word).name in _LAUNCHERS), None):
-                launchers.append((pid, name))
+    """Return (pid, name) of the launchers among this process's ancestors, the nearest first."""
+    launchers = []
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process().parents():
+            names = [Path(word).name for word in process.cmdline()[:5]]
+            launchers += [(process.pid, name) for name in names if name in _LAUNCHERS][:1]
     return launchers
 
 
 def code_lines(thread: int | None) -> tuple[str, str]:
-    """Return where a Python thread is, as "data/loader.py:88 __next__": its innermost line in megachat or the user's
-    code, and its innermost line.
+    """Return a thread's innermost line in megachat or the user's code, and its innermost line.
+
+    They look like "data/loader.py:88 __next__".
     """
     frame, innermost = sys._current_frames().get(thread or 0), ""
     while frame:
@@ -164,12 +164,6 @@ def kill_process(pid: int) -> None:
 
 def is_alive(pid: int) -> bool:
     """Return whether a process of this machine runs (a zombie does not)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.kill(pid, 0)
-            return True
-        return False
+    with contextlib.suppress(psutil.Error):
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    return False

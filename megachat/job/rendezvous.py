@@ -1,5 +1,4 @@
-"""The rendezvous before torch.distributed: ranks check in with rank 0, which names absent ranks and refuses unequal
-ones.
+"""The rendezvous before torch.distributed: rank 0 waits for all ranks, names absent ones and refuses unequal ones.
 
 torch's rendezvous waits for absent ranks in silence until its timeout. Here rank 0 listens at MASTER_ADDR:MASTER_PORT
 itself, receives every rank's facts, and sends one verdict to all. Only then does torch's store take over the port, so
@@ -233,7 +232,8 @@ def _meeting_point(environment: LaunchEnvironment, limit_s: float) -> tuple[Addr
             host, port = json.loads(store.get(key))
             return (host, port), None
         listener = _listen(0)
-        local = local_address(address)  # loopback if MASTER_ADDR names this host: then the others reach it by that name
+        # loopback if MASTER_ADDR names this host: then the others reach it by that name
+        local = local_address(address) or socket.gethostname()
         here = address if local.startswith("127.") or local == "::1" else local, listener.getsockname()[1]
         store.set(key, json.dumps(here))
         return here, listener

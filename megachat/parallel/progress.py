@@ -1,6 +1,4 @@
-"""What this process is doing, recorded at every collective and note, so that the failure monitor can report where a job
-is stalled.
-"""
+"""Records what this process is doing, at every collective and note, for the failure monitor's report of a stall."""
 
 import contextlib
 import threading
@@ -14,20 +12,17 @@ PROFILE_PREFIX = "part "  # of the ranges of a profile that are a part of the st
 
 
 def profile_range(name: str) -> record_function:
-    """Return a context that profilers (torch.profiler, Nsight) show under this name; ranges may nest. `tools/bench.py
-    profile` adds them up.
-    """
+    """Return a context that profilers (torch.profiler, Nsight) show under this name; ranges may nest."""
     return record_function(PROFILE_PREFIX + name)
 
 
 class Entry(NamedTuple):
     """One operation of the process.
 
-    axis, ranks, number: for a collective, its axis, the axis's world ranks, and its count on the axis, from 1; else "",
-    () and 0.
+    axis, ranks, number: a collective's axis, its world ranks, and its count there, from 1; else "", () and 0.
     waits: the process cannot continue before another rank does something. since: time.monotonic() when this became so.
     thread: the one that does it (PyTorch runs the gradient hooks of a GPU in threads of its own).
-    after: for a note, text, axis and number of the last collective that returned within it; else None.
+    after: of a note, text, axis and number of the last collective that returned within it.
     """
 
     text: str
@@ -41,11 +36,10 @@ class Entry(NamedTuple):
 
 
 class Progress:
-    """The recorder shared by all axes of one mesh. The training thread writes it, the failure monitor reads it; every
-    write is one assignment.
+    """The recorder shared by all axes of one mesh: written by the training thread, read by the failure monitor.
 
-    counts: axis name -> collectives begun there. The ranks of an axis begin the same collectives in the same order, so
-    their counts compare.
+    Every write is one assignment. counts: axis name -> collectives begun there. The ranks of an axis begin the same
+    collectives in the same order, so their counts compare.
     slow: legitimately long work that is under way (compiling, saving), else ""; the failure monitor then waits longer.
     """
 
@@ -55,9 +49,7 @@ class Progress:
         self.note("starting")
 
     def note(self, text: str, *, waits: bool = False) -> None:
-        """Record the begin of something other than a collective. waits: it lasts until another rank or the device has
-        done its part.
-        """
+        """Record the begin of other work than a collective. waits: until another rank or the device does its part."""
         self.now = self._note = Entry(text, "", (), 0, waits, time.monotonic(), threading.get_ident())
 
     def begin(self, text: str, axis: str, ranks: tuple[int, ...]) -> Entry:
@@ -78,9 +70,7 @@ class Progress:
 
     @contextlib.contextmanager
     def long_running(self, what: str) -> Iterator[None]:
-        """Allow the work inside to keep other ranks waiting longer than parallel.stall_s, up to torch's limit,
-        parallel.timeout_s.
-        """
+        """Allow the work inside to take longer than parallel.stall_s, up to torch's limit, parallel.timeout_s."""
         before, self.slow = self.slow, what
         self.note(what)
         try:
