@@ -292,9 +292,9 @@ def check_state_fits(stages: list[Memory], device_bytes: int) -> None:
     fullest = max(stages, key=lambda stage: stage.state)
     if fullest.state > device_bytes:
         raise UserError(
-            f"weights and optimizer state need {_format_bytes(fullest.state)} per rank on stage {fullest.stage}, but the "
-            f"device has {_format_bytes(device_bytes)}: use more ranks, raise parallel.tensor or parallel.pipeline, "
-            "or lower model.depth"
+            f"weights and optimizer state need {_format_bytes(fullest.state)} per rank on stage {fullest.stage}, "
+            f"but the device has {_format_bytes(device_bytes)}: use more ranks, raise parallel.tensor or "
+            "parallel.pipeline, or lower model.depth"
         )
 
 

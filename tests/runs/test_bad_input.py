@@ -165,7 +165,7 @@ def test_a_batch_for_other_ranks_is_told_with_the_nearest(place):
     done = run_forked(command(place, "uneven", "--set", "batch.tokens=448"), 2)
     assert done.status == 2 and len(done.errors) == 1
     assert (
-        "a step of 448 tokens is 7 rows of 64, which 2 data-parallel ranks x 1 rows a micro-batch cannot share evenly"
+        "a step of 448 tokens is 7 rows of 64, which 2 data-parallel ranks x 1 rows per micro-batch cannot share evenly"
         in done.err
     )
     assert "set batch.tokens to 384 (6 rows) or 512 (8 rows)" in done.err

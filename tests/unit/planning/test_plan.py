@@ -1,12 +1,20 @@
 import itertools
+import math
 
 import pytest
 
 from megachat.config import Config
 from megachat.errors import UserError
 from megachat.place import place_of
-from megachat.planning.dimensions import flops_per_token, layer_costs, linear_shapes, parameter_counts
-from megachat.planning.plan import bubble_share, resolve, resolve_dimensions, resolve_stages
+from megachat.planning.dimensions import (
+    bubble_share,
+    flops_per_token,
+    layer_costs,
+    linear_shapes,
+    parameter_counts,
+    resolve_stages,
+)
+from megachat.planning.plan import resolve, resolve_dimensions
 
 
 def config(**sections) -> Config:
@@ -31,9 +39,23 @@ def test_the_speedrun_is_nanochats():
     assert plan.dims.windows == (512, 512, 512, 2048) * 6
 
 
+def test_batches_are_nanochats_at_every_depth():
+    """nanochat/scripts/base_train.py: B = B_ref * (D / D_ref)^0.383 up to the nearest power of two, D the target tokens."""
+    batches = {depth: resolve(config(model={"depth": depth}), 1, 32768).tokens_per_step for depth in range(4, 35)}
+    sizes = {  # block matrices (12 w^2 per block and the gates, 12 channels for each head of every other block) and lm_head
+        depth: 12 * depth * (64 * depth) ** 2 + 12 * -(-depth // 2) * -(-depth // 2) + 32768 * 64 * depth
+        for depth in batches
+        if depth % 2 == 0  # whole heads of 128 channels
+    }
+    for depth, size in sizes.items():
+        tokens = 2**19 * (size / sizes[12]) ** 0.383
+        assert batches[depth] == 2 ** round(math.log2(tokens)), depth
+    assert [math.log2(batches[depth]) for depth in (4, 8, 12, 20, 30, 34)] == [18, 18, 19, 20, 20, 21]
+
+
 def test_every_derived_number_has_its_formula():
     plan = resolve(config(), 1, 32768)
-    wanted = {
+    expected = {
         "width",
         "heads",
         "windows",
@@ -44,10 +66,10 @@ def test_every_derived_number_has_its_formula():
         "accumulation",
         "steps",
     }
-    wanted |= {"total_tokens", "flops_per_token", "total_flops", "weight_decay", "evaluation_rows"} | {
+    expected |= {"total_tokens", "flops_per_token", "total_flops", "weight_decay", "evaluation_rows"} | {
         f"rates.{name}" for name in plan.rates
     }
-    assert wanted <= set(plan.why)
+    assert expected <= set(plan.why)
 
 
 def test_steps_win_over_flops_which_win_over_the_ratio():
@@ -84,7 +106,7 @@ def test_any_two_of_batch_micro_and_accumulation_settle_the_third(batch, world, 
     ("batch", "world", "parts"),
     [
         ({"tokens": 64 * 8}, 3, ("8 rows of 64", "3 data-parallel ranks", "384 (6 rows) or 576 (9 rows)", "divides 8")),
-        ({"tokens": 64 * 8, "micro_rows": 3}, 1, ("3 rows a micro-batch", "384 (6 rows) or 576 (9 rows)")),
+        ({"tokens": 64 * 8, "micro_rows": 3}, 1, ("3 rows per micro-batch", "384 (6 rows) or 576 (9 rows)")),
         ({"tokens": 100}, 1, ("1.5625 rows of 64", "64 (1 rows) or 128 (2 rows)")),
         (
             {"tokens": 64 * 8, "micro_rows": 2, "accumulation": 2},
@@ -105,7 +127,7 @@ def test_a_batch_that_does_not_fit_names_the_nearest_that_do(batch, world, parts
     ("sections", "part"),
     [
         ({"parallel": {"tensor": 2}}, "does not divide the 1 rank that was started: start 2 ranks"),
-        ({"parallel": {"sequence": True}}, "parallel.sequence needs parallel.tensor above 1"),
+        ({"parallel": {"sequence": True}}, "parallel.sequence requires parallel.tensor above 1"),
         ({"model": {"kv_heads": 4}}, "the nearest that does is 3"),
         ({"model": {"depth": 1, "aspect_ratio": 8, "head_size": 8}}, "24 channels"),
         ({"batch": {"tokens": 2**40}}, "shorter than one step"),
@@ -131,7 +153,11 @@ def test_what_cannot_be_is_refused_in_one_sentence(sections, part):
             "does not divide the model's 2 key/value heads: set parallel.tensor to 2",
         ),
         ({"parallel": {"pipeline": 16}}, 16, "more stages than the model's 12 blocks: set parallel.pipeline to 12"),
-        ({"parallel": {"tensor": 3, "sequence": True}}, 3, "model.sequence_len that 3 divides, and 2048 is not"),
+        (
+            {"parallel": {"tensor": 3, "sequence": True}},
+            3,
+            r"model.sequence_len \(2048\) to be divisible by parallel.tensor \(3\)",
+        ),
     ],
 )
 def test_a_layout_that_does_not_fit_names_the_nearest_that_does(sections, world, part):
@@ -148,17 +174,17 @@ WIDE = {"depth": 2, "head_size": 128, "aspect_ratio": 128, "sequence_len": 64}
         (
             {"precision": {"compute": "float16"}},
             1,
-            "which needs bfloat16, and precision.compute is float16: set that to bfloat16, or fp8 to off",
+            "which needs bfloat16, but precision.compute is float16: set precision.compute=bfloat16, or precision.fp8=off",
         ),
         (
             {"model": {"sequence_len": 100}, "batch": {"micro_rows": 3}},
             1,
-            "multiple of 16 tokens in a micro-batch, and 3 rows of 100 are 300: set batch.micro_rows to 4, or model.sequence_len to 96 or 112",
+            "3 rows of 100 are 300: set batch.micro_rows to 4, or model.sequence_len to 96 or 112",
         ),
         (
             {"precision": {"fp8": "blockwise"}, "batch": {"micro_rows": 3}},
             1,
-            "multiple of 128 tokens in a micro-batch, and 3 rows of 64 are 192: set batch.micro_rows to 2 or 4, or model.sequence_len to 128",
+            "3 rows of 64 are 192: set batch.micro_rows to 2 or 4, or model.sequence_len to 128",
         ),
         (
             {"model": {"head_size": 24, "aspect_ratio": 12}},
@@ -189,8 +215,8 @@ def test_fp8_that_does_not_fit_is_refused_with_what_does(sections, world, part):
 def test_the_shapes_of_linears_are_the_models(tensor):
     from megachat.model.gpt import ModelOptions, build_layers
 
-    asked = config(model=WIDE | {"kv_heads": 2 if tensor == 2 else 1})
-    dims = resolve_dimensions(asked, 100)
+    wide = config(model=WIDE | {"kv_heads": 2 if tensor == 2 else 1})
+    dims = resolve_dimensions(wide, 100)
     block = build_layers(dims, ModelOptions())[2]
     for name, (rows, columns) in linear_shapes(dims, tensor).items():
         weight = block.get_submodule(name).weight
@@ -217,14 +243,14 @@ def test_stages_cover_the_layers_once_and_no_other_cut_is_better(depth, stages):
     def largest(cuts) -> float:
         return max(sum(shares[first:last]) for first, last in cuts)
 
-    found = resolve_stages(dims, stages)
-    assert [layer for first, last in found for layer in range(first, last)] == list(range(depth + 2)) and len(
-        found
+    result = resolve_stages(dims, stages)
+    assert [layer for first, last in result for layer in range(first, last)] == list(range(depth + 2)) and len(
+        result
     ) == stages
     for inner in itertools.combinations(range(1, depth + 2), stages - 1) if stages <= 4 else ():
         cuts = (0, *inner, depth + 2)
-        assert largest(found) <= largest(zip(cuts, cuts[1:], strict=False)) + 1e-12
-    assert largest(found) < 1.5 * 2 / stages or stages == depth
+        assert largest(result) <= largest(zip(cuts, cuts[1:], strict=False)) + 1e-12
+    assert largest(result) < 1.5 * 2 / stages or stages == depth
 
 
 def test_the_bubble_of_equal_stages_is_the_textbooks_and_unequal_ones_wait_longer():
