@@ -1,11 +1,8 @@
 """tools/bench.py's training steps and attention: what they compare is what they say, and bytes are counted."""
 
 import json
-import subprocess
-import sys
 
-from tests.limits import limit_s
-from tests.runs.job import ROOT, environment
+from tests.runs.forked import run_forked
 
 SMALL = (
     "model.depth=4",
@@ -18,7 +15,6 @@ SMALL = (
 
 def measured(kind: str, *words: str) -> dict:
     line = [
-        sys.executable,
         "tools/bench.py",
         kind,
         "--config",
@@ -29,9 +25,9 @@ def measured(kind: str, *words: str) -> dict:
         "1",
         *words,
     ]
-    done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=limit_s())
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    done = run_forked(line)
+    assert done.status == 0, done.err
+    return json.loads(done.out)
 
 
 def test_recompute_has_fewer_bytes_at_every_level():
