@@ -147,6 +147,7 @@ def profiled(out: str) -> dict:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.slow
 def test_the_parts_of_real_steps(ranks, tmp_path):
     out = tmp_path / "picture.svg"
     results = run_ranks(profiled, ranks, str(out))
@@ -188,6 +189,7 @@ def test_words_of_the_command_line():
         bench_profile(argparse.Namespace(rounds=0, out=None))
 
 
+@pytest.mark.slow
 def test_a_layout_is_started_from_the_command_line():
     line = [
         "tools/bench.py",

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from tests.runs.forked import run_forked
 
 SMALL = (
@@ -30,6 +32,7 @@ def measured(kind: str, *words: str) -> dict:
     return json.loads(done.out)
 
 
+@pytest.mark.slow
 def test_recompute_has_fewer_bytes_at_every_level():
     told = measured("recompute", *(word for setting in SMALL for word in ("--set", setting)))
     assert told["rows_at_a_time"] == 8 and told["where"]["torch"]
@@ -38,6 +41,7 @@ def test_recompute_has_fewer_bytes_at_every_level():
     assert all(told[kind]["per_sec"] > 0 and told[kind]["rounds"] == 1 for kind in ("none", "selective", "block"))
 
 
+@pytest.mark.slow
 def test_attention_is_compared_for_each_shape():
     found = measured("attention")["found"]
     assert len(found) == 8
