@@ -1,9 +1,11 @@
-"""Is the difference of two evaluations real? `python tools/compare_runs.py runs/a runs/b`, or several runs of a recipe on each side:
-`python tools/compare_runs.py runs/a1 runs/a2 --against runs/b1 runs/b2`. Is a recipe better than GPT-2?
-`python tools/compare_runs.py runs/a1 runs/a2 --against gpt2`.
+"""Is the difference between two evaluations larger than its error?
 
-A RUN is a run's folder, of which its last evaluation with CORE counts, or a JSON file of launch/evaluate.py. docs/evaluation.md tells how the
-error is made. Exit status: 0 whatever the verdict is, 2 for what cannot be compared.
+    python tools/compare_runs.py runs/a runs/b
+    python tools/compare_runs.py runs/a1 runs/a2 --against runs/b1 runs/b2    several runs of a recipe on each side
+    python tools/compare_runs.py runs/a1 runs/a2 --against gpt2               is a recipe better than GPT-2?
+
+RUN is a run's folder (its newest evaluation with CORE) or a JSON file of launch/evaluate.py. docs/evaluation.md
+explains how the error is computed. Exit status: 0 whatever the verdict, 2 if the evaluations cannot be compared.
 """
 
 import argparse
@@ -14,52 +16,38 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that was not installed
 
 from megachat.errors import UserError, user_errors_end_the_program  # noqa: E402
-from megachat.evals.comparison import compare_evaluations, compare_with_gpt2, comparison_lines, gpt2_lines  # noqa: E402
-from megachat.evals.results import load_results, newest_results  # noqa: E402
-
-
-def evaluation(path: Path) -> tuple[Path, dict]:
-    """(its JSON file, what is in it)."""
-    if not path.exists():
-        raise UserError(f"{path} does not exist: give a run's folder, or a JSON file of launch/evaluate.py")
-    file = newest_results(path) if path.is_dir() else path
-    return file, load_results(file)
+from megachat.evals.comparison import (  # noqa: E402
+    compare_evaluations,
+    compare_with_gpt2,
+    comparison_lines,
+    gpt2_lines,
+    load_side,
+)
 
 
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        type=Path,
-        metavar="RUN",
-        help="the two to be compared, or with --against those of the first side",
-    )
-    parser.add_argument("--against", nargs="+", type=Path, metavar="RUN", help="those of the second side, or gpt2")
-    parser.add_argument(
-        "--same-weights",
-        action="store_true",
-        help="both sides are evaluations of one set of weights: add no run-to-run deviation",
-    )
-    parser.add_argument("--json", dest="as_json", action="store_true", help="as JSON")
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="the two runs, or with --against the runs of the first side")
+    add("--against", nargs="+", type=Path, metavar="RUN", help="the runs of the second side, or gpt2")
+    add("--same-weights", action="store_true", help="both sides evaluate the same weights: no run-to-run error")
+    add("--json", dest="as_json", action="store_true", help="print JSON")
     return parser
 
 
 @user_errors_end_the_program
 def main(arguments: list[str] | None = None) -> None:
-    asked = command_line().parse_args(arguments)
-    if asked.against is None and len(asked.runs) != 2:
-        raise UserError(f"{len(asked.runs)} runs were given: give two, or --against before those of the second side")
-    first, second = (asked.runs, asked.against) if asked.against else (asked.runs[:1], asked.runs[1:])
-    threshold = second == [Path("gpt2")] and not second[0].exists()
-    sides = [[evaluation(path) for path in side] for side in (first, [] if threshold else second)]
-    for side in sides:
-        files = [file.resolve() for file, _ in side]
-        if twice := next((file for file in files if files.count(file) > 1), None):
-            raise UserError(f"{twice} is given twice on one side: give each run once")
-    told = compare_with_gpt2(sides[0]) if threshold else compare_evaluations(*sides, same_weights=asked.same_weights)
-    lines = gpt2_lines(told) if threshold else comparison_lines(told)
-    print(json.dumps(told, indent=1) if asked.as_json else "\n".join(lines))
+    options = command_line().parse_args(arguments)
+    if options.against is None and len(options.runs) != 2:
+        raise UserError(f"{len(options.runs)} runs were given: give two, or a second side after --against")
+    first, second = (options.runs, options.against) if options.against else (options.runs[:1], options.runs[1:])
+    if second == [Path("gpt2")] and not second[0].exists():
+        comparison = compare_with_gpt2(load_side(first))
+        lines = gpt2_lines(comparison)
+    else:
+        comparison = compare_evaluations(load_side(first), load_side(second), same_weights=options.same_weights)
+        lines = comparison_lines(comparison)
+    print(json.dumps(comparison, indent=1) if options.as_json else "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ class Screen:
         self.ended[place] = ended
         while self.current < len(self.texts):
             ended = self.ended[self.current]
-            print(self.texts[self.current].shown(last=ended), end="\n" if ended else "", flush=True)
+            print(self.texts[self.current].next_shown(last=ended), end="\n" if ended else "", flush=True)
             if not ended:
                 break
             self.current += 1
@@ -80,14 +80,17 @@ def continued(by: Continuing, prompts: list[str], first: int, screen=Screen) -> 
             shows.show(number - first, bool(why))
 
     found = generate(
-        by.model, ids, tokens=by.tokens, sampling=by.sampling, ends=ends, told=told, slide=by.slide, first=first
+        by.model, ids, tokens=by.tokens, sampling=by.sampling, stop=ends, on_token=told, slide=by.slide, first=first
     )
     for number, row in enumerate(found, first + 1):
-        if row.why == "length":
+        if row.end_reason == "length":
             remark = f"remark: prompt {number} and its continuation fill the model's {by.model.dims.sequence_len} tokens, where it ended"
             print(remark, file=sys.stderr, flush=True)
     told_of = zip(prompts, texts, found, strict=True)
-    return [{"prompt": prompt, "text": text.text, "tokens": row.new, "why": row.why} for prompt, text, row in told_of]
+    return [
+        {"prompt": prompt, "text": text.text, "tokens": row.tokens, "why": row.end_reason}
+        for prompt, text, row in told_of
+    ]
 
 
 def batches(by: Continuing, prompts: list[str], rows: int, *, as_json: bool) -> None:

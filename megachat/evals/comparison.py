@@ -1,4 +1,4 @@
-"""Two sides of evaluations, each of one run of a recipe or of several: is the difference of their means larger than its error?"""
+"""Compares evaluations: two recipes with each other, or one recipe with GPT-2. A recipe may have several runs."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megachat.errors import UserError
 from megachat.evals.core_bundle import CORE_TASKS
+from megachat.evals.results import error_text, load_results, newest_results
 from megachat.evals.uncertainty import (
     CONFIDENCE,
     GPT2_CORE,
@@ -18,50 +19,67 @@ from megachat.evals.uncertainty import (
 )
 from megachat.text import text_table
 
-Side = Sequence[tuple[Path, dict]]  # (JSON file, what load_results gives) of each run
+Side = Sequence[tuple[Path, dict]]  # per run of one recipe: its JSON file and the content
+
+
+def load_side(paths: Sequence[Path]) -> Side:
+    """Loads evaluations, each from a JSON file or from a run folder (its newest evaluation with CORE).
+
+    Raises UserError if a path does not exist, is not an evaluation, or is given twice.
+    """
+    side: list[tuple[Path, dict]] = []
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path} does not exist: give a run's folder, or a JSON file of launch/evaluate.py")
+        file = newest_results(path) if path.is_dir() else path
+        if any(file.resolve() == other.resolve() for other, _ in side):
+            raise UserError(f"{file.resolve()} is given twice on one side: give each run once")
+        side.append((file, load_results(file)))
+    return side
 
 
 def compare_evaluations(first: Side, second: Side, *, same_weights: bool = False) -> dict:
-    """JSON values: each task's means and difference with its error, the mean of the differences, and the verdict.
+    """Returns as JSON values: each task's means and difference with its error, the mean difference, and the verdict.
 
-    Tasks that only some of the evaluations have are left out and named. Raises UserError when no task is left, or when the runs of one side
-    did not answer the same examples.
+    Tasks that not all evaluations have are left out and listed. Raises UserError if no task is left, or if the runs of
+    one side answered different examples.
     """
-    sections = [[told.get("core", {}).get("tasks", {}) for _, told in side] for side in (first, second)]
-    every = [set(tasks) for side in sections for tasks in side]
-    shared = [label for label in sections[0][0] if all(label in tasks for tasks in every)]
+    first_tasks, second_tasks = (
+        [results.get("core", {}).get("tasks", {}) for _, results in side] for side in (first, second)
+    )
+    labels = [set(tasks) for tasks in (*first_tasks, *second_tasks)]
+    shared = [label for label in first_tasks[0] if all(label in others for others in labels)]
     if not shared:
-        path = next(
-            (path for side in (first, second) for path, told in side if not told.get("core", {}).get("tasks")), None
-        )
-        why = f"{path} has no CORE" if path else "they have no task in common"
+        without = [path for (path, _), tasks in zip((*first, *second), labels, strict=True) if not tasks]
+        reason = f"{without[0]} has no CORE" if without else "they have no task in common"
         raise UserError(
-            f"these evaluations cannot be compared, because {why}: evaluate with launch/evaluate.py --core and the same tasks"
+            f"cannot compare these evaluations: {reason}; run launch/evaluate.py --core with the same tasks for all"
         )
-    left, right = (_scored(side, tasks, shared) for side, tasks in zip((first, second), sections, strict=True))
-    same = {label: _examples(sections[0][0][label]) == _examples(sections[1][0][label]) for label in shared}
+    left, right = _score_side(first, first_tasks, shared), _score_side(second, second_tasks, shared)
+    same = {label: _example_set(first_tasks[0][label]) == _example_set(second_tasks[0][label]) for label in shared}
     for label in shared:
         if left[label].baseline != right[label].baseline:
             raise UserError(
-                f"{first[0][0]} and {second[0][0]} have other baselines of {label}: evaluate both with the same bundle"
+                f"{first[0][0]} and {second[0][0]} have different baselines for {label}: "
+                "evaluate both with the same bundle"
             )
-    found = estimate_difference(left, right, same_examples=same, same_weights=same_weights)
-    word = "cannot tell"
-    if abs(found.value) > SIGMAS * found.both:
-        word = "the first is better" if found.value > 0 else "the second is better"
+    difference = estimate_difference(left, right, same_examples=same, same_weights=same_weights)
+    verdict = "cannot tell"
+    if abs(difference.value) > SIGMAS * difference.error:
+        verdict = "the first is better" if difference.value > 0 else "the second is better"
     return {
         "runs": [[str(path) for path, _ in side] for side in (first, second)],
         "is_core": set(shared) == set(CORE_TASKS),
-        "left_out": sorted(set().union(*every) - set(shared)),
+        "left_out": sorted(set().union(*labels) - set(shared)),
         "same_examples": all(same.values()),
-        "difference": found.value,
-        "deviation": {"examples": found.examples, "runs": found.runs, "both": found.both},
-        "verdict": word,
+        "difference": difference.value,
+        "deviation": difference.deviation_json(),
+        "verdict": verdict,
         "tasks": {
             label: {
                 "means": [float(side[label].right.mean()) for side in (left, right)],
-                "difference": found.tasks[label],
-                "deviation": found.task_examples[label],
+                "difference": difference.task_values[label],
+                "deviation": difference.task_errors[label],
                 "paired": same[label],
             }
             for label in shared
@@ -69,73 +87,68 @@ def compare_evaluations(first: Side, second: Side, *, same_weights: bool = False
     }
 
 
-def _examples(task: dict) -> tuple:
-    """What tells which examples a task's answers are of: its data, and how many of them, which are always the first of one order."""
+def _example_set(task: dict) -> tuple:
+    """Identifies the examples that were answered: the data, and their number (always the first of a fixed order)."""
     return task["digest"], task["examples"]
 
 
-def _scored(side: Side, tasks: list[dict], labels: list[str]) -> dict[str, TaskScores]:
+def _score_side(side: Side, tasks: Sequence[dict], labels: Sequence[str]) -> dict[str, TaskScores]:
     for label in labels:
-        for (path, _), task in zip(side, tasks, strict=True):
-            if _examples(task[label]) != _examples(tasks[0][label]):
+        for (path, _), run_tasks in zip(side, tasks, strict=True):
+            if _example_set(run_tasks[label]) != _example_set(tasks[0][label]):
                 raise UserError(
-                    f"{path} answered other examples of {label} than {side[0][0]}: evaluate both with one bundle and --max-per-task"
+                    f"{path} and {side[0][0]} answered different examples of {label}: "
+                    "evaluate both with the same bundle and --max-per-task"
                 )
-    answers = [{label: [answer == "1" for answer in task[label]["right"]] for label in labels} for task in tasks]
+    answers = [{label: [answer == "1" for answer in run[label]["right"]] for label in labels} for run in tasks]
     return score_tasks(answers, {label: tasks[0][label]["baseline"] for label in labels})
 
 
 def compare_with_gpt2(side: Side) -> dict:
-    """JSON values: the mean CORE of runs of one recipe, its error, and the verdict against GPT-2. Raises UserError when one of them has no CORE."""
-    for path, told in side:
-        if told.get("core", {}).get("core_metric") is None:
+    """Returns as JSON values a recipe's mean CORE, its error and the verdict. Raises UserError if a run lacks CORE."""
+    for path, results in side:
+        if results.get("core", {}).get("core_metric") is None:
             raise UserError(
-                f"{path} has no value of CORE, which takes all of its {len(CORE_TASKS)} tasks: evaluate with the whole bundle"
+                f"{path} has no CORE value, which requires all {len(CORE_TASKS)} tasks: evaluate with the full bundle"
             )
-    found = estimate(_scored(side, [told["core"]["tasks"] for _, told in side], list(CORE_TASKS)))
+    recipe = estimate(_score_side(side, [results["core"]["tasks"] for _, results in side], CORE_TASKS))
     return {
         "runs": [str(path) for path, _ in side],
-        "core_metric": found.value,
-        "deviation": {"examples": found.examples, "runs": found.runs, "both": found.both},
-        "verdict": asdict(judge_against(found, len(side))),
-        "whole": all(told["core"]["whole"] for _, told in side),
+        "core_metric": recipe.value,
+        "deviation": recipe.deviation_json(),
+        "verdict": asdict(judge_against(recipe, len(side))),
+        "whole": all(results["core"]["whole"] for _, results in side),
     }
 
 
-def gpt2_lines(told: dict) -> list[str]:
-    """Lines for a person."""
-    count, deviation = len(told["runs"]), told["deviation"]
+def gpt2_lines(comparison: dict) -> list[str]:
+    """Returns lines of text for the result of `compare_with_gpt2`."""
     lines = [
-        f"mean CORE of {count} run{'s' * (count > 1)}: {told['core_metric']:.6f} +- {deviation['both']:.6f} (examples {deviation['examples']:.6f}, "
-        f"from run to run {deviation['runs']:.6f})",
-        f"against GPT-2's {GPT2_CORE}: {told['verdict']['text']}",
+        f"mean CORE of {_plural_runs(comparison['runs'])}: {comparison['core_metric']:.6f} "
+        f"{error_text(comparison['deviation'], digits=6)}",
+        f"against GPT-2's {GPT2_CORE}: {comparison['verdict']['text']}",
     ]
-    return lines if told["whole"] else [*lines, "not of all examples: not the whole metric"]
+    return lines if comparison["whole"] else [*lines, "not all examples were evaluated: not the full metric"]
 
 
-def comparison_lines(told: dict) -> list[str]:
-    """Lines for a person."""
+def comparison_lines(comparison: dict) -> list[str]:
+    """Returns lines of text for the result of `compare_evaluations`."""
     rows = [("task", "first", "second", "centered difference", "+-", "")]
-    for label, task in told["tasks"].items():
-        means = [f"{mean:.4f}" for mean in task["means"]]
-        rows.append(
-            (
-                label,
-                *means,
-                f"{task['difference']:+.4f}",
-                f"{task['deviation']:.4f}",
-                "" if task["paired"] else "other examples",
-            )
-        )
-    lines = text_table(rows, right=range(1, 5))
-    deviation = told["deviation"]
-    what = "CORE" if told["is_core"] else f"mean of {len(told['tasks'])} tasks, which is not CORE"
-    counts = " against ".join(f"{len(side)} run{'s' * (len(side) > 1)}" for side in told["runs"])
-    lines += [f"left out, because not all have it: {label}" for label in told["left_out"]]
-    lines.append(
-        f"{what}: {told['difference']:+.6f} +- {deviation['both']:.6f} ({counts}; examples {deviation['examples']:.6f}, from run to run "
-        f"{deviation['runs']:.6f})"
-    )
-    return [line.rstrip() for line in lines] + [
-        f"{told['verdict']} ({CONFIDENCE:.0%}: a difference of {SIGMAS * deviation['both']:.6f} would be told)"
+    for label, task in comparison["tasks"].items():
+        means = (f"{mean:.4f}" for mean in task["means"])
+        note = "" if task["paired"] else "different examples"
+        rows.append((label, *means, f"{task['difference']:+.4f}", f"{task['deviation']:.4f}", note))
+    what = "CORE" if comparison["is_core"] else f"mean of {len(comparison['tasks'])} tasks, which is not CORE"
+    deviation = comparison["deviation"]
+    return [
+        *text_table(rows, right=range(1, 5)),
+        *(f"left out, because not all evaluations have it: {label}" for label in comparison["left_out"]),
+        f"{what}: {comparison['difference']:+.6f} {error_text(deviation, digits=6)}; "
+        + " against ".join(map(_plural_runs, comparison["runs"])),
+        f"{comparison['verdict']} (at {CONFIDENCE:.0%} confidence; "
+        f"the smallest detectable difference is {SIGMAS * deviation['both']:.6f})",
     ]
+
+
+def _plural_runs(runs: Sequence[str]) -> str:
+    return f"{len(runs)} run{'s' * (len(runs) > 1)}"

@@ -1,139 +1,142 @@
-"""CORE's questions as passes of a model: rows of like length together, what the choices of a question have in common computed once, and the work
-dealt evenly to the data axis's ranks. Every rank makes the same plan of all ranks' passes."""
+"""Batches CORE's questions: rows of similar length share a batch, and context that choices share is computed once.
 
-from collections.abc import Sequence
+The batches are distributed evenly over the ranks of the data axis. Every rank computes the same plan for all ranks.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from megachat.evals.core_prompts import Question, Row, common_prefix
 from megachat.planning.dimensions import up_to_multiple
 
-LEAST_SHARED = 16  # tokens in common below which a pass of their own costs more than it saves
-ALIKE = 0.8  # a batch's shortest row in tokens, of its longest
+LEAST_SHARED = 16  # a shared context with fewer tokens costs more as a separate pass than it saves
+SIMILAR = 0.8  # least length of a batch's shortest row, relative to its longest
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Part:
-    """The tokens of a question's text that one row of a pass computes. start: of the answer in them; found: index of what is found."""
+class BatchRow:
+    """The tokens of a row that a pass computes. start: where the answer starts. index: of the result, -1 for none."""
 
     tokens: tuple[int, ...]
     start: int
-    found: int
+    index: int
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one pass, or, with contexts, of two: the contexts are computed and cached, and row i goes on from context of[i].
+    """The rows of one pass, or with contexts of two: the first caches the contexts.
 
-    exact: the answers must be what the model says; else their nats are wanted.
+    context_of[i]: the context that row i continues. exact: measures whether the answers are predicted, else their nats.
     """
 
-    rows: tuple[Part, ...]
+    rows: tuple[BatchRow, ...]
     exact: bool
     contexts: tuple[tuple[int, ...], ...] = ()
-    of: tuple[int, ...] = ()
+    context_of: tuple[int, ...] = ()
 
     @property
     def passes(self) -> int:
         return 2 if self.contexts else 1
 
-    def tokens(self, multiple: int, parts: int) -> int:
-        """Computed, padding included."""
-        return sum(width * up_to_multiple(count, parts) for count, width in self.shapes(multiple))
-
     def shapes(self, multiple: int) -> list[tuple[int, int]]:
-        """(rows, tokens a row) of each pass."""
-        found = [(len(self.contexts), self.contexts)] if self.contexts else []
-        found.append((len(self.rows), [part.tokens for part in self.rows]))
-        return [(count, up_to_multiple(max(map(len, texts)), multiple)) for count, texts in found]
+        """Returns (rows, tokens per row) of each pass."""
+        texts = [self.contexts] * bool(self.contexts) + [tuple(row.tokens for row in self.rows)]
+        return [(len(rows), up_to_multiple(max(map(len, rows)), multiple)) for rows in texts]
+
+    def computed_tokens(self, multiple: int, parts: int) -> int:
+        """Returns the number of tokens computed, including padding."""
+        return sum(width * up_to_multiple(count, parts) for count, width in self.shapes(multiple))
 
     @property
     def real_tokens(self) -> int:
-        return sum(map(len, self.contexts)) + sum(len(part.tokens) for part in self.rows)
+        return sum(map(len, self.contexts)) + sum(len(row.tokens) for row in self.rows)
 
 
-IDLE = Batch((Part((0, 0), 1, -1),), False)  # what a rank computes that has no more while others do
+IDLE = Batch((BatchRow((0, 0), 1, -1),), False)  # computed by a rank that has no more work while others do
 
 
 @dataclass(frozen=True)
-class _Alike:
-    """Rows of one question that begin with the same `prefix` tokens, in front of their answers. found: index of what is found of each."""
+class _SharedPrefix:
+    """Rows of one question with the same first `length` tokens before their answers. indices: of their results."""
 
     rows: tuple[Row, ...]
-    found: tuple[int, ...]
-    prefix: int
+    indices: tuple[int, ...]
+    length: int
 
 
-def build_batches(asked: Sequence[Question], tokens_per_pass: int) -> list[Batch]:
-    """The questions in batches of about `tokens_per_pass` tokens each; what is found of question i's row j is at index sum of rows before + j."""
-    shared: list[_Alike] = []
-    alone: dict[bool, list[Part]] = {False: [], True: []}  # by whether the answer must be exact
+def build_batches(questions: Sequence[Question], tokens_per_pass: int) -> list[Batch]:
+    """Batches the questions by about `tokens_per_pass` tokens. Results are numbered by row, over all questions."""
+    shared: list[_SharedPrefix] = []
+    separate: dict[bool, list[BatchRow]] = {False: [], True: []}  # by whether the answer must be exact
     first = 0
-    for question in asked:
-        for alike in _alike(question, first):
-            if len(alike.rows) > 1 and alike.prefix >= LEAST_SHARED:
-                shared.append(alike)
+    for question in questions:
+        for prefix in _shared_prefixes(question, first):
+            if len(prefix.rows) > 1 and prefix.length >= LEAST_SHARED:
+                shared.append(prefix)
             else:
-                alone[question.gold is None] += [
-                    Part(row.tokens, row.start, at) for row, at in zip(alike.rows, alike.found, strict=True)
+                separate[question.gold is None] += [
+                    BatchRow(row.tokens, row.start, index)
+                    for row, index in zip(prefix.rows, prefix.indices, strict=True)
                 ]
         first += len(question.rows)
-    found = [_shared_batch(group) for group in _groups(shared, lambda alike: alike.prefix, tokens_per_pass)]
-    for exact, parts in alone.items():
-        found += [
-            Batch(tuple(group), exact) for group in _groups(parts, lambda part: len(part.tokens), tokens_per_pass)
-        ]
-    return found
+    batches = [
+        _shared_batch(group) for group in _group_by_length(shared, lambda prefix: prefix.length, tokens_per_pass)
+    ]
+    for exact, rows in separate.items():
+        groups = _group_by_length(rows, lambda row: len(row.tokens), tokens_per_pass)
+        batches += [Batch(tuple(group), exact) for group in groups]
+    return batches
 
 
-def _alike(question: Question, first: int) -> list[_Alike]:
-    """A question's rows, those together of which as many tokens were taken away: others have other tokens at the same places."""
+def _shared_prefixes(question: Question, first: int) -> list[_SharedPrefix]:
+    """Groups a question's rows by their number of cropped tokens: after different crops, the tokens do not align."""
     by_crop: dict[int, list[int]] = {}
     for number, row in enumerate(question.rows):
         by_crop.setdefault(row.cropped, []).append(number)
-    found = []
+    prefixes = []
     for numbers in by_crop.values():
         rows = tuple(question.rows[number] for number in numbers)
-        prefix = min(common_prefix([row.tokens for row in rows]), min(row.start for row in rows))
-        found.append(_Alike(rows, tuple(first + number for number in numbers), prefix))
-    return found
+        length = min(common_prefix([row.tokens for row in rows]), min(row.start for row in rows))
+        prefixes.append(_SharedPrefix(rows, tuple(first + number for number in numbers), length))
+    return prefixes
 
 
-def _shared_batch(group: Sequence[_Alike]) -> Batch:
-    contexts, rows, of = [], [], []
-    for alike in group:
-        cut = (
-            alike.prefix - 1
-        )  # each row begins with the context's last token: what follows it is the first that is asked
-        contexts.append(alike.rows[0].tokens[:cut])
-        for row, found in zip(alike.rows, alike.found, strict=True):
-            rows.append(Part(row.tokens[cut:], row.start - cut, found))
-            of.append(len(contexts) - 1)
-    return Batch(tuple(rows), False, tuple(contexts), tuple(of))
+def _shared_batch(prefixes: Sequence[_SharedPrefix]) -> Batch:
+    contexts, rows, context_of = [], [], []
+    for number, prefix in enumerate(prefixes):
+        cut = prefix.length - 1  # the rows repeat the context's last token, which predicts their first one
+        contexts.append(prefix.rows[0].tokens[:cut])
+        for row, index in zip(prefix.rows, prefix.indices, strict=True):
+            rows.append(BatchRow(row.tokens[cut:], row.start - cut, index))
+            context_of.append(number)
+    return Batch(tuple(rows), False, tuple(contexts), tuple(context_of))
 
 
-def _groups(entries: list, length, tokens_per_pass: int) -> list[list]:
-    """Entries in the order of their lengths, cut where a group is full or its lengths are too unlike."""
-    groups: list[list] = []
+def _group_by_length(entries: list[T], length: Callable[[T], int], tokens_per_pass: int) -> list[list[T]]:
+    """Sorts entries by decreasing length and starts a new group where one is full or the lengths differ too much."""
+    groups: list[list[T]] = []
     for entry in sorted(entries, key=length, reverse=True):
         longest = length(groups[-1][0]) if groups else 0
-        if (
-            not groups
-            or (len(groups[-1]) + 1) * longest > tokens_per_pass
-            or length(entry) < ALIKE * longest - LEAST_SHARED
-        ):
+        full = bool(groups) and (len(groups[-1]) + 1) * longest > tokens_per_pass
+        if not groups or full or length(entry) < SIMILAR * longest - LEAST_SHARED:
             groups.append([])
         groups[-1].append(entry)
     return groups
 
 
-def assign_batches(found: Sequence[Batch], ranks: int, multiple: int, parts: int) -> list[list[Batch]]:
-    """The batches of each rank of the data axis, the costliest first to whoever has least, and idle ones at the end of those that would have
-    fewer passes than others: every pass of the engine has all ranks wait for each other."""
-    lists: list[list[Batch]] = [[] for _ in range(ranks)]
+def assign_batches(batches: Sequence[Batch], ranks: int, multiple: int, parts: int) -> list[list[Batch]]:
+    """Returns each data rank's batches: the most expensive first, each to the rank with the least work.
+
+    Ranks with fewer passes get idle batches at the end, because all ranks wait for each other in every pass.
+    """
+    assigned: list[list[Batch]] = [[] for _ in range(ranks)]
     loads = [0] * ranks
-    for batch in sorted(found, key=lambda batch: -batch.tokens(multiple, parts)):
+    for batch in sorted(batches, key=lambda batch: -batch.computed_tokens(multiple, parts)):
         rank = loads.index(min(loads))
-        lists[rank].append(batch)
-        loads[rank] += batch.tokens(multiple, parts)
-    most = max(sum(batch.passes for batch in own) for own in lists)
-    return [own + [IDLE] * (most - sum(batch.passes for batch in own)) for own in lists]
+        assigned[rank].append(batch)
+        loads[rank] += batch.computed_tokens(multiple, parts)
+    passes = [sum(batch.passes for batch in batches) for batches in assigned]
+    return [batches + [IDLE] * (max(passes) - count) for batches, count in zip(assigned, passes, strict=True)]

@@ -1,7 +1,8 @@
-"""The tasks of the CORE metric: from a folder, a zip, or downloaded once.
+"""Reads the tasks of the CORE metric from a folder or a zip file, or from a bundle that is downloaded once.
 
-A bundle holds `core.yaml` (label, data file, kind, shots and delimiter of each task), `eval_meta_data.csv` (each task's random baseline) and
-`eval_data/`, one JSON object a line. CORE: DCLM, arXiv 2406.11794; the bundle is nanochat's (https://github.com/karpathy/nanochat).
+A bundle contains `core.yaml` (label, data file, kind, shots and delimiter of each task), `eval_meta_data.csv` (each
+task's random baseline) and `eval_data/` with one JSON object per line. CORE: DCLM, arXiv 2406.11794; the bundle is
+nanochat's (https://github.com/karpathy/nanochat).
 """
 
 import csv
@@ -19,42 +20,26 @@ from megachat.config import EvaluateConfig
 from megachat.errors import UserError
 from megachat.evals.core_download import download_bundle
 
-CORE_TASKS = (
-    "hellaswag_zeroshot",
-    "jeopardy",
-    "bigbench_qa_wikidata",
-    "arc_easy",
-    "arc_challenge",
-    "copa",
-    "commonsense_qa",
-    "piqa",
-    "openbook_qa",
-    "lambada_openai",
-    "hellaswag",
-    "winograd",
-    "winogrande",
-    "bigbench_dyck_languages",
-    "agi_eval_lsat_ar",
-    "bigbench_cs_algorithms",
-    "bigbench_operators",
-    "bigbench_repeat_copy_logic",
-    "squad",
-    "coqa",
-    "boolq",
-    "bigbench_language_identification",
+CORE_TASKS = tuple(
+    """
+    hellaswag_zeroshot jeopardy bigbench_qa_wikidata arc_easy arc_challenge copa commonsense_qa piqa openbook_qa
+    lambada_openai hellaswag winograd winogrande bigbench_dyck_languages agi_eval_lsat_ar bigbench_cs_algorithms
+    bigbench_operators bigbench_repeat_copy_logic squad coqa boolq bigbench_language_identification
+    """.split()
 )
-# kind -> (its choices' key, its other keys)
-_KINDS = {
+# kind -> (the key of its choices, its text keys)
+_KINDS: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "multiple_choice": ("choices", ("query",)),
     "schema": ("context_options", ("continuation",)),
     "language_modeling": (None, ("context", "continuation")),
 }
 _FOLDER, _INDEX, _BASELINES, _DATA = "eval_bundle", "core.yaml", "eval_meta_data.csv", "eval_data"
+_Folder = Path | zipfile.Path
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task. baseline: the accuracy of guessing, a fraction. examples: as parsed, in the file's order. digest: SHA-256 (hex) of all of it."""
+    """One task. baseline: accuracy of guessing. examples: as parsed, in file order. digest: SHA-256 (hex) of it all."""
 
     label: str
     kind: str  # "multiple_choice", "schema" or "language_modeling"
@@ -67,7 +52,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Bundle:
-    """missing: those of CORE_TASKS that are not among the tasks; without them a mean is not CORE. digest: SHA-256 (hex) of tasks and examples."""
+    """missing: CORE's tasks that the bundle lacks; the mean is then not CORE. digest: SHA-256 (hex) of the tasks."""
 
     tasks: tuple[Task, ...]
     missing: tuple[str, ...]
@@ -75,77 +60,76 @@ class Bundle:
 
 
 def open_bundle(
-    path: str | Path | None, only: Collection[str] | None = None, *, say: Callable[[str], None] = print
+    path: str | Path | None, only: Collection[str] | None = None, *, log: Callable[[str], None] = print
 ) -> Bundle:
-    """The tasks of a bundle, in its order: a folder, a zip, or None for the one that is downloaded once. only: labels of the tasks to take.
+    """Reads the tasks of a folder or a zip file, in order; None downloads nanochat's bundle once.
 
-    Every line of every task taken is read and checked. Raises UserError naming the file, and the line, that is wrong; for a label that is unknown.
+    only: labels of the tasks to read. Every line of them is checked. Raises UserError that names the file and line that
+    are wrong, or an unknown label.
     """
-    path = download_bundle(say) if path is None else Path(path)
-    root = _root(path)
+    path = download_bundle(log) if path is None else Path(path)
+    root = _find_root(path)
     try:
-        listed, baselines = _listed(root), _baselines(root / _BASELINES)
-        labels = [entry["label"] for entry in listed]
+        entries, baselines = _read_index(root), _read_baselines(root / _BASELINES)
+        labels = [entry["label"] for entry in entries]
         for label in only or ():
             if label not in labels:
-                known = "is one of CORE's tasks but not in" if label in CORE_TASKS else "is no task of"
-                raise UserError(f"{label} {known} {path}: it has {', '.join(labels)}")
-        tasks = tuple(_task(root, entry, baselines) for entry in listed if only is None or entry["label"] in only)
-    except (zipfile.BadZipFile, EOFError, OSError) as error:  # of a member, or of a folder that cannot be read
+                problem = "is one of CORE's tasks but not in" if label in CORE_TASKS else "is not a task of"
+                raise UserError(f"{label} {problem} {path}: it has {', '.join(labels)}")
+        tasks = tuple(_read_task(root, entry, baselines) for entry in entries if only is None or entry["label"] in only)
+    except (zipfile.BadZipFile, EOFError, OSError) as error:  # a damaged member, or an unreadable folder
         raise UserError(f"{path} cannot be read ({error}): get the bundle again") from None
-    labels = {task.label for task in tasks}
-    digest = hashlib.sha256("".join(task.digest for task in tasks).encode()).hexdigest()
-    return Bundle(tasks, tuple(label for label in CORE_TASKS if label not in labels), digest)
+    missing = tuple(label for label in CORE_TASKS if label not in {task.label for task in tasks})
+    return Bundle(tasks, missing, hashlib.sha256("".join(task.digest for task in tasks).encode()).hexdigest())
+
+
+def open_configured_bundle(config: EvaluateConfig) -> Bundle | None:
+    """Opens the bundle for CORE during training; None if CORE is off. Raises UserError for invalid settings."""
+    if not config.core_every:
+        return None
+    bundle = open_bundle(config.core_bundle, config.core_tasks)
+    check_max_per_task(bundle, config.core_max_per_task, "evaluate.core_max_per_task")
+    return bundle
 
 
 def check_max_per_task(bundle: Bundle, max_per_task: int, option: str) -> None:
-    """Raise UserError when so few examples leave none to ask after a task's shots, which are drawn from them; -1: all examples."""
+    """Raises UserError if so few examples (-1: all) do not suffice: a task's shots are drawn from the others."""
     if max_per_task < 1 and max_per_task != -1:
         raise UserError(f"{option} is {max_per_task}: give 1 or more, or -1 for all")
     for task in bundle.tasks:
         if 0 <= max_per_task <= task.shots:
             raise UserError(
-                f"{option} is {max_per_task}, too few for {task.label} with {task.shots} shots: give {task.shots + 1} or more"
+                f"{option} is {max_per_task}, too few for {task.label} with {task.shots} shots: "
+                f"give {task.shots + 1} or more"
             )
 
 
-def open_configured_bundle(asked: EvaluateConfig) -> Bundle | None:
-    """The bundle for CORE during training; None when it is off. Raises UserError for all that is wrong with it."""
-    if not asked.core_every:
-        return None
-    bundle = open_bundle(asked.core_bundle, asked.core_tasks)
-    check_max_per_task(bundle, asked.core_max_per_task, "evaluate.core_max_per_task")
-    return bundle
-
-
 def describe_bundle(bundle: Bundle) -> str:
-    """One line for the log."""
+    """Returns one line for the log."""
     examples = sum(len(task.examples) for task in bundle.tasks)
-    what = f"CORE bundle: {len(bundle.tasks)} tasks, {examples:,} examples, digest {bundle.digest[:12]}"
-    return what + (
-        f"; {len(bundle.missing)} of CORE's {len(CORE_TASKS)} tasks are missing, so their mean is not CORE"
-        if bundle.missing
-        else ""
-    )
+    line = f"CORE bundle: {len(bundle.tasks)} tasks, {examples:,} examples, digest {bundle.digest[:12]}"
+    if bundle.missing:
+        line += f"; {len(bundle.missing)} of CORE's {len(CORE_TASKS)} tasks are missing, so the mean is not CORE"
+    return line
 
 
-def _root(path: Path) -> Path | zipfile.Path:
-    """The folder with core.yaml: the one given, or `eval_bundle` in it, in a zip too."""
+def _find_root(path: Path) -> _Folder:
+    """Returns the folder with core.yaml, on disk or in a zip file: the given one, or `eval_bundle` in it."""
     if not path.exists():
         raise UserError(
-            f"the CORE bundle {path} does not exist: give a folder or zip with {_INDEX}, or none to download it"
+            f"the CORE bundle {path} does not exist: give a folder or zip file with {_INDEX}, or none to download it"
         )
     try:
         root = path if path.is_dir() else zipfile.Path(path)
     except (zipfile.BadZipFile, OSError) as error:
-        raise UserError(f"{path} is neither a folder nor a whole zip ({error}): get the bundle again") from None
+        raise UserError(f"{path} is neither a folder nor a complete zip file ({error}): get the bundle again") from None
     for folder in (root, root / _FOLDER):
         if (folder / _INDEX).is_file():
             return folder
-    raise UserError(f"{path} has no {_INDEX}: it is no CORE bundle, which holds {_INDEX}, {_BASELINES} and {_DATA}/")
+    raise UserError(f"{path} has no {_INDEX}: a CORE bundle contains {_INDEX}, {_BASELINES} and {_DATA}/")
 
 
-def _text(file: Path | zipfile.Path) -> str:
+def _read_text(file: _Folder) -> str:
     if not file.is_file():
         raise UserError(f"{file} is missing from the CORE bundle: get the bundle again")
     try:
@@ -156,46 +140,46 @@ def _text(file: Path | zipfile.Path) -> str:
         ) from None
 
 
-def _listed(root: Path | zipfile.Path) -> list[dict]:
-    """core.yaml's tasks, each with the values that it needs."""
+def _read_index(root: _Folder) -> list[dict]:
+    """Returns the task entries of core.yaml, checked."""
     file = root / _INDEX
     try:
-        listed = yaml.safe_load(_text(file))["icl_tasks"]
-        listed = [
+        entries = [
             {
                 "label": str(entry["label"]),
                 "file": str(entry["dataset_uri"]),
                 "kind": str(entry["icl_task_type"]),
-                "shots": int(entry["num_fewshot"][0]),  # where several are listed the metric takes the first
+                "shots": int(entry["num_fewshot"][0]),  # the metric uses the first of several
                 "delimiter": str(entry.get("continuation_delimiter", " ")),
             }
-            for entry in listed
+            for entry in yaml.safe_load(_read_text(file))["icl_tasks"]
         ]
     except yaml.YAMLError as error:
         raise UserError(f"{file} is not YAML ({' '.join(str(error).split())}): get the bundle again") from None
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise UserError(
-            f"{file} is no list of tasks ({type(error).__name__}: {error}): icl_tasks has of each its label, dataset_uri, num_fewshot, icl_task_type"
+            f"{file} is not a list of tasks ({type(error).__name__}: {error}): "
+            "each of icl_tasks needs label, dataset_uri, num_fewshot and icl_task_type"
         ) from None
-    labels = [entry["label"] for entry in listed]
-    for entry in listed:
+    labels = [entry["label"] for entry in entries]
+    for entry in entries:
         if labels.count(entry["label"]) > 1:
             raise UserError(f"{file} lists {entry['label']} twice: keep one")
         if entry["kind"] not in _KINDS:
             raise UserError(
-                f"{file}: {entry['label']} is of the unknown type {entry['kind']!r}: it can be {', '.join(_KINDS)}"
+                f"{file}: {entry['label']} has the unknown type {entry['kind']!r}: use one of {', '.join(_KINDS)}"
             )
         if entry["shots"] < 0:
             raise UserError(f"{file}: {entry['label']} has {entry['shots']} shots: give 0 or more")
-    if not listed:
+    if not entries:
         raise UserError(f"{file} lists no task: get the bundle again")
-    return listed
+    return entries
 
 
-def _baselines(file: Path | zipfile.Path) -> dict[str, str]:
-    """Task -> its random baseline in percent, as written."""
+def _read_baselines(file: _Folder) -> dict[str, str]:
+    """Returns label -> random baseline in percent, as written."""
     try:
-        rows = list(csv.DictReader(io.StringIO(_text(file))))
+        rows = csv.DictReader(io.StringIO(_read_text(file)))
         return {row["Eval Task"]: row["Random baseline"] for row in rows}
     except (KeyError, csv.Error) as error:
         raise UserError(
@@ -203,10 +187,10 @@ def _baselines(file: Path | zipfile.Path) -> dict[str, str]:
         ) from None
 
 
-def _task(root: Path | zipfile.Path, entry: dict, baselines: dict[str, str]) -> Task:
+def _read_task(root: _Folder, entry: dict, baselines: dict[str, str]) -> Task:
     label, file, table = entry["label"], root / _DATA / entry["file"], root / _BASELINES
     if label not in baselines:
-        raise UserError(f"{table} has no baseline for {label}: add its row, with the accuracy of guessing in percent")
+        raise UserError(f"{table} has no baseline for {label}: add a row with the accuracy of guessing in percent")
     try:
         baseline = 0.01 * float(baselines[label])
         if not 0 <= baseline < 1:
@@ -215,48 +199,40 @@ def _task(root: Path | zipfile.Path, entry: dict, baselines: dict[str, str]) -> 
         raise UserError(
             f"{table}: the baseline of {label} is {baselines[label]!r}: give percent, 0 or more and less than 100"
         ) from None
-    content = _text(file)
+    content = _read_text(file)
+    lines = content.removesuffix("\n").split("\n")
     examples = tuple(
-        _example(line, number, file, entry["kind"])
-        for number, line in enumerate(content.removesuffix("\n").split("\n"), 1)
+        _parse_example(line, f"{file} line {number}", entry["kind"]) for number, line in enumerate(lines, 1)
     )
     if len(examples) <= entry["shots"]:
         raise UserError(
             f"{file} has {len(examples)} examples, too few for {entry['shots']} shots and a question: add more"
         )
     task = Task(label, entry["kind"], entry["shots"], entry["delimiter"], baseline, examples)
-    facts = (
-        json.dumps([task.label, task.kind, task.shots, task.delimiter, task.baseline])
-        + hashlib.sha256(content.encode()).hexdigest()
-    )
-    return replace(task, digest=hashlib.sha256(facts.encode()).hexdigest())
+    settings = json.dumps([task.label, task.kind, task.shots, task.delimiter, task.baseline])
+    digest = hashlib.sha256((settings + hashlib.sha256(content.encode()).hexdigest()).encode()).hexdigest()
+    return replace(task, digest=digest)
 
 
-def _example(line: str, number: int, file: Path | zipfile.Path, kind: str) -> dict:
-    """One line of a task's data, with all that its kind needs."""
-    where = f"{file} line {number}"
+def _parse_example(line: str, where: str, kind: str) -> dict:
+    """Parses one line of a task's data and checks that it has what its kind needs."""
+    fix = "repair it or get the bundle again"
     try:
         example = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"{where} is not JSON ({error.msg} at column {error.colno}): repair it or get the bundle again"
-        ) from None
+        raise UserError(f"{where} is not JSON ({error.msg} at column {error.colno}): {fix}") from None
     if not isinstance(example, dict):
-        raise UserError(f"{where} is not a JSON object: repair it or get the bundle again")
-    choices, texts = _KINDS[kind]
-    for key in texts:
+        raise UserError(f"{where} is not a JSON object: {fix}")
+    choices, text_keys = _KINDS[kind]
+    for key in text_keys:
         if not isinstance(example.get(key), str):
-            raise UserError(
-                f"{where} has no text `{key}`, which a {kind} task needs: repair it or get the bundle again"
-            )
+            raise UserError(f"{where} has no text `{key}`, which a {kind} task needs: {fix}")
     if choices:
         options, gold = example.get(choices), example.get("gold")
         if not (isinstance(options, list) and len(options) > 1 and all(isinstance(option, str) for option in options)):
-            raise UserError(
-                f"{where} has no two texts or more in `{choices}`, which a {kind} task needs: repair it or get the bundle again"
-            )
+            raise UserError(f"{where} has fewer than two texts in `{choices}`, which a {kind} task needs: {fix}")
         if type(gold) is not int or not 0 <= gold < len(options):
             raise UserError(
-                f"{where} has `gold` {gold!r}, which is none of its {len(options)} `{choices}`, counted from 0: repair it"
+                f"{where} has `gold` {gold!r}: give the index of one of its {len(options)} `{choices}`, from 0"
             )
     return example

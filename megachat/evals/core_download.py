@@ -1,4 +1,4 @@
-"""The CORE bundle from the network: once for all processes of a host, checked against its hash ever after."""
+"""Downloads the CORE bundle once for all processes of a host, and compares it with its first hash at every use."""
 
 import fcntl
 import zipfile
@@ -9,52 +9,53 @@ from megachat.errors import UserError
 from megachat.files import PART, file_sha256, sync_and_rename, write_atomically
 from megachat.prepare.download import download_file
 
-BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # where nanochat takes it from
+BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # nanochat's source
 BUNDLE_PATH = Path("data") / "eval_bundle.zip"
 
 
 def download_bundle(
-    say: Callable[[str], None] = print, *, url: str = BUNDLE_URL, path: Path = BUNDLE_PATH, retry_wait_s: float = 1.0
+    log: Callable[[str], None] = print, *, url: str = BUNDLE_URL, path: Path = BUNDLE_PATH, retry_wait_s: float = 1.0
 ) -> Path:
-    """`path`, downloaded when it is not there; other processes that ask wait for the one that downloads.
+    """Returns `path`, downloaded if it does not exist. Other processes wait for the one that downloads.
 
-    No hash of the bundle is published. The SHA-256 of what came first is written beside it and compared at every use. Raises UserError when the
-    download fails, when what came is no zip, and when the file has changed since.
+    The publisher provides no hash. The SHA-256 of the first file is saved beside it, in sha256sum's format, and
+    compared at every use. Raises UserError if the download fails or is not a zip file, or if the file has changed
+    since.
     """
-    hashed = path.with_name(path.name + ".sha256")
-    if not (path.exists() and hashed.exists()):  # the file comes last
+    hash_file = path.with_name(path.name + ".sha256")
+    if not (path.exists() and hash_file.exists()):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.with_name(path.name + ".lock").open("a") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # given back when the file is closed, or with the process
+                fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed or the process ends
                 if not path.exists():
-                    say(f"downloading the CORE bundle from {url} to {path}")
-                    _download(url, path, hashed, retry_wait_s)
-                elif not hashed.exists():  # put there by hand
-                    _remember(hashed, path)
+                    log(f"downloading the CORE bundle from {url} to {path}")
+                    _download(url, path, hash_file, retry_wait_s)
+                elif not hash_file.exists():  # the file was placed there by hand
+                    _save_hash(hash_file, path, path.name)
         except OSError as error:
             raise UserError(
                 f"{path} cannot be written or locked ({error.strerror}): download {url} yourself and give the file"
             ) from None
-    wanted, found = hashed.read_text(encoding="utf-8").split()[0], file_sha256(path)
-    if found != wanted:
+    first, current = hash_file.read_text(encoding="utf-8").split()[0], file_sha256(path)
+    if current != first:
         raise UserError(
-            f"{path} is not the file that was first there (SHA-256 {found[:12]}, not {wanted[:12]}): remove it and {hashed.name} to get it again"
+            f"{path} is not the file that was first there (SHA-256 {current[:12]}, not {first[:12]}): "
+            f"remove it and {hash_file.name} to download it again"
         )
     return path
 
 
-def _download(url: str, path: Path, hashed: Path, retry_wait_s: float) -> None:
+def _download(url: str, path: Path, hash_file: Path, retry_wait_s: float) -> None:
     part = path.with_name(path.name + PART)
     download_file(url, part, retry_wait_s=retry_wait_s)
     if not zipfile.is_zipfile(part):
         part.unlink()
-        raise UserError(f"what {url} sent is not a zip: check the address; it was not kept")
-    if not hashed.exists():
-        _remember(hashed, part, path.name)
-    sync_and_rename(part, path)
+        raise UserError(f"{url} did not return a zip file: check the address; the download was deleted")
+    if not hash_file.exists():
+        _save_hash(hash_file, part, path.name)
+    sync_and_rename(part, path)  # last: a bundle that exists has its hash
 
 
-def _remember(hashed: Path, file: Path, name: str | None = None) -> None:
-    """In sha256sum's format."""
-    write_atomically(hashed, f"{file_sha256(file)}  {name or file.name}\n".encode())
+def _save_hash(hash_file: Path, file: Path, name: str) -> None:
+    write_atomically(hash_file, f"{file_sha256(file)}  {name}\n".encode())

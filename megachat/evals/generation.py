@@ -1,12 +1,12 @@
-"""Continuing prompts token by token with a KV cache: one prefill, then one token a pass, several prompts at once, on any layout.
+"""Continues several prompts at once with a KV cache, on any layout: one prefill pass, then one pass per token.
 
-The token of each row is chosen on one rank (the first of the last pipeline stage) and sent to all, so that all ranks keep equal rows. Each row
-draws from a random stream of its own, made from the seed and the row's number: a row's tokens depend on neither the layout nor the other rows,
-as far as logits do not (their rounding may decide between two equally likely tokens).
+One rank chooses the token of each row and sends it to all, so that all ranks have the same rows. Each row has its own
+random stream, derived from the seed and the row's number. Its tokens therefore depend on neither the layout nor the
+other rows, except that logits are rounded differently: that may decide between two equally likely tokens.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -19,18 +19,17 @@ from megachat.model.cache import Cache, Chunk, set_past
 from megachat.model.gpt import last_logits, run_layers
 from megachat.planning.dimensions import Dimensions, up_to_multiple
 
-Choose = Callable[
-    [torch.Tensor, torch.Tensor], torch.Tensor
-]  # logits [rows, vocab_size] float32 and the rows' numbers [rows] -> tokens [rows] int64
-Passes = Sequence[
-    tuple[torch.Tensor, torch.Tensor]
-]  # ids [rows, tokens] and, of each row, [rows, 2]: its last token's place and its number
+# Chooses a token per row: logits [rows, vocab_size] float32 and row numbers [rows] (-1: unused) -> tokens [rows] int64
+Choose = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# Per micro-batch: ids [rows, tokens], and [rows, 2] with the index of each row's last token and the row's number
+Passes = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 
-class Model(Protocol):
-    """What `generate` computes with: LocalModel, or where ranks work together megachat.evals.engine_model.EngineModel.
+class GenerationModel(Protocol):
+    """The model that `generate` runs: LocalModel in one process, or on ranks megachat.evals.engine_model.EngineModel.
 
-    parts: of a pass, that rows are dealt to. multiple: of which the tokens of a pass must be one.
+    parts: number of micro-batches that the rows are split into. multiple: the tokens per row of a pass must be a
+    multiple of it.
     """
 
     dims: Dimensions
@@ -38,25 +37,8 @@ class Model(Protocol):
     multiple: int
 
     def next_tokens(self, passes: Passes, chunks: Sequence[Chunk], choose: Choose) -> list[int]:
-        """The chosen tokens of all passes' rows, on every rank."""
+        """Returns the chosen token of every row of all passes, the same on every rank."""
         ...
-
-
-@dataclass(frozen=True)
-class Generated:
-    """A prompt's continuation. why: it ended with a "stop", after the "tokens" asked for, or at the model's "length"."""
-
-    new: list[int]
-    why: str
-
-
-@dataclass
-class _Row:
-    number: int
-    ids: list[int]
-    prompt: int  # tokens of it
-    random: np.random.Generator
-    why: str = field(default="")  # it has ended; empty: it goes on
 
 
 class LocalModel:
@@ -69,37 +51,62 @@ class LocalModel:
 
     @torch.no_grad()
     def next_tokens(self, passes: Passes, chunks: Sequence[Chunk], choose: Choose) -> list[int]:
-        """The chosen tokens of all passes' rows."""
-        found = []
+        """Returns the chosen token of every row of all passes."""
+        tokens: list[int] = []
         for (ids, labels), chunk in zip(passes, chunks, strict=True):
             set_past(self.layers, chunk)
             try:
                 output = run_layers(self.layers, ids.to(self.device))
             finally:
                 set_past(self.layers, None)
-            found += choose(last_logits(output, labels[:, 0].to(self.device), self.dims), labels[:, 1]).tolist()
-        return found
+            logits = last_logits(output, labels[:, 0].to(self.device), self.dims)
+            tokens += choose(logits, labels[:, 1]).tolist()
+        return tokens
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A prompt's new tokens. end_reason: "stop", "tokens" (as many as requested) or "length" (sequence_len is full)."""
+
+    tokens: list[int]
+    end_reason: str
+
+
+@dataclass
+class _Row:
+    number: int
+    ids: list[int]
+    prompt_length: int
+    random: np.random.Generator
+    end_reason: str = ""  # empty until the row ends
+
+    @property
+    def new(self) -> list[int]:
+        return self.ids[self.prompt_length :]
+
+
+_UNUSED = _Row(-1, [], 0, GREEDY.stream(0), "unused")  # fills up the last micro-batch
 
 
 def generate(
-    model: Model,
+    model: GenerationModel,
     prompts: Sequence[Sequence[int] | np.ndarray],
     *,
     tokens: int,
     sampling: Sampling = GREEDY,
-    ends: Callable[[int, list[int]], bool] = lambda number, new: False,
-    told: Callable[[int, int, str], object] = lambda number, token, why: None,
+    stop: Callable[[int, list[int]], bool] = lambda number, new: False,
+    on_token: Callable[[int, int, str], object] = lambda number, token, end_reason: None,
     slide: bool = False,
     first: int = 0,
-) -> list[Generated]:
-    """Up to `tokens` more tokens for each prompt (ids, one at least); where there are ranks, all call it and get the same.
+) -> list[Continuation]:
+    """Generates up to `tokens` tokens for each prompt (token ids). On several ranks, all call it and get the same.
 
-    first: the number of the first prompt, where these are a part of many. ends: asked with a row's number and its new tokens after each, whether
-    it has ended. told: called then with the row's number, its new token, and why it ended, "" if it goes on.
-    slide: what to do where a text is longer than the model's sequence_len. False: a longer prompt is refused, and a row ends there. True: the
-    model sees the last sequence_len tokens, which have to be computed anew for each further one.
+    first: number of the first prompt, if these are part of a longer list. stop: called with a row's number and its new
+    tokens after each token; true ends the row. on_token: then called with the row's number, the token and the end
+    reason ("" if the row continues). slide: False refuses prompts longer than the model's sequence_len and ends a row
+    there. True lets the model see the last sequence_len tokens, which are then computed again for every token.
 
-    Raises UserError for a prompt that is empty or, without slide, longer than the model can take.
+    Raises UserError if a prompt is empty or, without slide, too long.
     """
     longest = model.dims.sequence_len
     rows = [
@@ -111,64 +118,56 @@ def generate(
     if not rows:
         return []
 
-    def choose(found: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    def choose(logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         if not sampling.temperature:
-            return found.argmax(dim=-1)
-        found = found.cpu()
+            return logits.argmax(dim=-1)
+        pairs = zip(logits.cpu(), numbers.tolist(), strict=True)
         return torch.tensor(
-            [
-                choose_token(line, sampling, rows[n - first].random.random()) if n >= 0 else 0
-                for line, n in zip(found, numbers.tolist(), strict=True)
-            ]
+            [choose_token(line, sampling, rows[n - first].random.random()) if n >= 0 else 0 for line, n in pairs]
         )
 
-    each = -(-len(rows) // model.parts)
-    groups = [rows[begin : begin + each] for begin in range(0, len(rows), each)]
+    rows_per_part = -(-len(rows) // model.parts)
+    slots = rows + [_UNUSED] * (-len(rows) % rows_per_part)
+    parts = [slots[begin : begin + rows_per_part] for begin in range(0, len(slots), rows_per_part)]
     caches: list[Cache] = []
-    while any(not row.why for row in rows):
-        anew = not caches or (slide and any(len(row.ids) > longest for row in rows if not row.why))
-        if anew:
-            caches = [Cache(model.dims, each, min(longest, max(row.prompt for row in rows) + tokens)) for _ in groups]
-        passes, chunks = _passes(groups, caches, each, longest if anew else 1, model.multiple)
-        slots = iter(model.next_tokens(passes, chunks, choose))
-        for group in groups:
-            for row, token in zip(group, [next(slots) for _ in range(each)], strict=False):
-                if not row.why:
-                    _take(row, token, tokens, None if slide else longest, ends, told)
-    return [Generated(row.ids[row.prompt :], row.why) for row in rows]
+    while any(not row.end_reason for row in rows):
+        prefill = not caches or (slide and any(len(row.ids) > longest for row in rows if not row.end_reason))
+        if prefill:
+            size = min(longest, max(row.prompt_length for row in rows) + tokens)
+            caches = [Cache(model.dims, rows_per_part, size) for _ in parts]
+        passes, chunks = _build_passes(parts, caches, longest if prefill else 1, model.multiple)
+        for row, token in zip(slots, model.next_tokens(passes, chunks, choose), strict=True):
+            if row.end_reason:
+                continue
+            row.ids.append(token)
+            if stop(row.number, row.new):
+                row.end_reason = "stop"
+            elif len(row.new) == tokens:
+                row.end_reason = "tokens"
+            elif not slide and len(row.ids) > longest:
+                row.end_reason = "length"
+            on_token(row.number, token, row.end_reason)
+    return [Continuation(row.new, row.end_reason) for row in rows]
 
 
 def check_prompt(ids: Sequence[int], number: int, longest: int, *, slide: bool = False) -> None:
-    """Raise UserError for a prompt that is empty or, without slide, longer than the model can take."""
+    """Raises UserError if a prompt is empty or, without slide, longer than the model's sequence_len."""
     if not len(ids):
-        raise UserError(f"prompt {number + 1} has no tokens: begin it with the tokenizer's BOS")
+        raise UserError(f"prompt {number + 1} has no tokens: start it with the tokenizer's BOS")
     if len(ids) > longest and not slide:
-        raise UserError(f"prompt {number + 1} has {len(ids)} tokens and the model can take {longest}: shorten it")
+        raise UserError(f"prompt {number + 1} has {len(ids)} tokens, but the model takes at most {longest}: shorten it")
 
 
-def _passes(
-    groups: list[list[_Row]], caches: list[Cache], each: int, most: int, multiple: int
-) -> tuple[list, list[Chunk]]:
-    """One pass a group with the last `most` tokens of each row that goes on, nothing of others; all of one shape."""
-    news = [[row.ids[-most:] if not row.why else [] for row in group] + [[]] * (each - len(group)) for group in groups]
-    width = up_to_multiple(max(len(new) for group in news for new in group), multiple)
+def _build_passes(
+    parts: list[list[_Row]], caches: list[Cache], most: int, multiple: int
+) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[Chunk]]:
+    """Builds one pass per part, all of one shape, with the last `most` tokens of each row that has not ended."""
+    new = [[[] if row.end_reason else row.ids[-most:] for row in rows] for rows in parts]
+    width = up_to_multiple(max(len(ids) for rows in new for ids in rows), multiple)
     passes, chunks = [], []
-    for group, new_of, cache in zip(groups, news, caches, strict=True):
-        ids = torch.tensor([new + [0] * (width - len(new)) for new in new_of])
-        numbers = [row.number if not row.why else -1 for row in group] + [-1] * (each - len(group))
-        passes.append(
-            (ids, torch.tensor([[max(0, len(new) - 1), number] for new, number in zip(new_of, numbers, strict=True)]))
-        )
-        chunks.append(cache.extend([len(new) for new in new_of]))
+    for rows, new_ids, cache in zip(parts, new, caches, strict=True):
+        numbers = [-1 if row.end_reason else row.number for row in rows]
+        labels = [[max(0, len(ids) - 1), number] for ids, number in zip(new_ids, numbers, strict=True)]
+        passes.append((torch.tensor([ids + [0] * (width - len(ids)) for ids in new_ids]), torch.tensor(labels)))
+        chunks.append(cache.extend([len(ids) for ids in new_ids]))
     return passes, chunks
-
-
-def _take(row: _Row, token: int, tokens: int, longest: int | None, ends, told) -> None:
-    row.ids.append(token)
-    if ends(row.number, row.ids[row.prompt :]):
-        row.why = "stop"
-    elif len(row.ids) - row.prompt == tokens:
-        row.why = "tokens"
-    elif longest is not None and len(row.ids) > longest:
-        row.why = "length"
-    told(row.number, token, row.why)

@@ -1,4 +1,4 @@
-"""Which token comes next: temperature, top-k and top-p, and a random stream that is the same everywhere."""
+"""Chooses the next token: temperature, top-k and top-p, with random numbers that are the same on every layout."""
 
 import math
 from dataclasses import dataclass
@@ -11,8 +11,12 @@ from megachat.errors import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature: 0 takes the most likely token. top_k: of how many most likely tokens to choose, 0 all. top_p: of the fewest most likely tokens
-    that together have this probability (nucleus sampling, arXiv 1904.09751), after top_k. Raises UserError for values that mean nothing."""
+    """Sampling settings. Raises UserError for values out of range.
+
+    temperature: 0 takes the most likely token. top_k: choose among this many most likely tokens, 0 for all. top_p: of
+    these, choose among the fewest most likely tokens that together have this probability (nucleus sampling, arXiv
+    1904.09751).
+    """
 
     temperature: float = 0.0
     top_k: int = 0
@@ -21,18 +25,16 @@ class Sampling:
 
     def __post_init__(self):
         if not 0 <= self.temperature < math.inf:
-            raise UserError(f"the temperature is {self.temperature}: give 0, for the most likely token, or more")
+            raise UserError(f"the temperature is {self.temperature}: give 0 (the most likely token) or more")
         if self.top_k < 0:
-            raise UserError(
-                f"top-k is {self.top_k}: give 0, for all tokens, or how many of the most likely ones to choose from"
-            )
+            raise UserError(f"top-k is {self.top_k}: give 0 (all tokens) or the number of most likely tokens")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top-p is {self.top_p}: give a probability above 0 and up to 1")
         if self.seed < 0:
             raise UserError(f"the seed is {self.seed}: give 0 or more")
 
     def stream(self, row: int) -> np.random.Generator:
-        """The random numbers of a row."""
+        """Returns the random stream of one row."""
         return np.random.Generator(np.random.PCG64([self.seed, row]))
 
 
@@ -40,9 +42,9 @@ GREEDY = Sampling()
 
 
 def candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-    """(tokens [n] int64, their probabilities [n] float64) from which to choose, the most likely first, of equal ones the lower token.
+    """Returns the tokens [n] int64 to choose from and their probabilities [n] float64, the most likely first.
 
-    logits [vocab_size] on the CPU; the temperature is above 0.
+    Equally likely tokens are in increasing order. logits: [vocab_size] on the CPU. The temperature must be above 0.
     """
     scaled = logits.double().nan_to_num()
     scaled = (scaled - scaled.max()) / sampling.temperature
@@ -51,14 +53,15 @@ def candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, 
         tokens = tokens[scaled[tokens].sort(descending=True, stable=True).indices][: sampling.top_k]
     else:
         tokens = scaled.sort(descending=True, stable=True).indices
-    shares = scaled[tokens].softmax(0)
+    probabilities = scaled[tokens].softmax(0)
     if sampling.top_p < 1:
-        kept = 1 + int((shares.cumsum(0)[:-1] < sampling.top_p).sum())
-        tokens, shares = tokens[:kept], shares[:kept] / shares[:kept].sum()
-    return tokens, shares
+        kept = 1 + int((probabilities.cumsum(0)[:-1] < sampling.top_p).sum())
+        tokens, probabilities = tokens[:kept], probabilities[:kept] / probabilities[:kept].sum()
+    return tokens, probabilities
 
 
 def choose_token(logits: torch.Tensor, sampling: Sampling, drawn: float) -> int:
-    """The candidate into whose share of [0, 1) the number `drawn` falls."""
-    tokens, shares = candidates(logits, sampling)
-    return int(tokens[min(int(torch.searchsorted(shares.cumsum(0), drawn, right=True)), len(tokens) - 1)])
+    """Returns the candidate into whose part of [0, 1) the random number `drawn` falls."""
+    tokens, probabilities = candidates(logits, sampling)
+    index = int(torch.searchsorted(probabilities.cumsum(0), drawn, right=True))
+    return int(tokens[min(index, len(tokens) - 1)])

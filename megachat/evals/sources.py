@@ -1,10 +1,11 @@
-"""Bits per byte of each source of a data folder whose manifest names sources and whose validation shard says which document is from which.
+"""Bits per byte of each source, for a data folder with sources in its manifest and in its validation shard.
 
-The rows are not those of training's validation, whose packing crops documents: a source's documents follow each other, whole, and are cut into
-rows where these are full, so that each token is predicted once. The sources' values are therefore near, not on, the value of all together.
+The rows differ from those of training's validation, which crops documents when it packs them. Here the documents of one
+source follow each other uncropped and are cut into rows, so that each token is predicted once. The sources' values are
+close to the overall value, but do not average to it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,27 +17,28 @@ import torch
 from megachat.data.shards import load_manifest, open_shards, split_shards
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError
-from megachat.parallel.mesh import Axis
+from megachat.evals.bpb import IGNORED, ValidationRows
+from megachat.parallel.mesh import Mesh
+from megachat.planning.dimensions import up_to_multiple
 
 _BATCH_DOCUMENTS = 256
 
 
 def source_names(folder: Path) -> tuple[str, ...]:
-    """The names in the folder's manifest; none where it has none. Raises UserError when its validation shard does not say them."""
+    """Returns the sources in the manifest, if any. Raises UserError if the validation shard has no `source` column."""
     names = tuple((load_manifest(folder) or {}).get("sources") or ())
-    shard = split_shards(open_shards(folder, min_shards=1), "validation")[0].path
+    shard = _validation_shard(folder)
     if names and "source" not in pq.read_schema(shard).names:
         raise UserError(
-            f"{shard} has no `source` column, though the manifest names sources: prepare the folder again with --overwrite"
+            f"{shard} has no `source` column, but the manifest lists sources: prepare the folder again with --overwrite"
         )
     return names
 
 
-class SourceRows:
-    """The first rows of one source's validation documents, this rank's share; what ValidationRows is for all of them.
+class SourceRows(ValidationRows):
+    """This rank's share of the first rows of one source's validation documents.
 
-    micro_batches: (ids, targets) [micro_rows, tokens] int64, the same number on every rank; a target of -1 is not counted. rows: of all ranks,
-    at most `most_rows`; 0 where the source has no document there.
+    rows: number of rows of all ranks, at most `most_rows`; 0 if the validation shard has no document of the source.
     """
 
     def __init__(
@@ -48,37 +50,35 @@ class SourceRows:
         tokens: int,
         most_rows: int,
         micro_rows: int,
-        data: Axis,
+        mesh: Mesh,
     ):
-        text = _tokens(folder, source, tokenizer, most_rows * tokens + 1)
-        self.rows = -(-(len(text) - 1) // tokens) if len(text) > 1 else 0
-        ids, targets = np.zeros((self.rows, tokens), np.int64), np.full((self.rows, tokens), -1, np.int64)
-        ids.reshape(-1)[: len(text) - 1], targets.reshape(-1)[: len(text) - 1] = text[:-1], text[1:]
-        self.micro_batches = []
-        for first in range(0, self.rows, micro_rows * data.size):
-            own = [(first + slot * data.size + data.rank) for slot in range(micro_rows)]
-            held = [number if number < self.rows else -1 for number in own]
-            batch = torch.from_numpy(ids[held]), torch.from_numpy(targets[held])
-            for slot, number in enumerate(held):
-                if number < 0:
-                    batch[1][slot] = -1  # beyond the last row: computed to keep shapes, never counted
-            self.micro_batches.append(batch)
+        text = _read_tokens(folder, source, tokenizer, most_rows * tokens + 1)
+        self.rows = max(0, -(-(len(text) - 1) // tokens))
+        padded = np.full(up_to_multiple(self.rows, micro_rows * mesh.data.size) * tokens + 1, IGNORED, np.int64)
+        padded[: len(text)] = text
+        batches: Iterable[torch.Tensor] = ()
+        if self.rows:
+            rows = torch.from_numpy(padded).unfold(
+                0, tokens + 1, tokens
+            )  # a row's last target is the next row's first id
+            batches = rows[mesh.data.rank :: mesh.data.size].split(micro_rows)
+        super().__init__(batches, self.rows, micro_rows, mesh)
 
 
-def _tokens(folder: Path, source: str, tokenizer: Tokenizer, most: int) -> np.ndarray:
-    """The first `most` tokens of the source's validation documents, each with its BOS."""
-    found, count = [], 0
-    for texts in _documents(folder, source):
+def _read_tokens(folder: Path, source: str, tokenizer: Tokenizer, most: int) -> np.ndarray:
+    """Returns the first `most` tokens of the source's validation documents, each document with its BOS."""
+    documents, count = [np.zeros(0, np.int64)], 0
+    for texts in _read_documents(folder, source):
         for tokens in tokenizer.encode_batch(texts):
-            found.append(tokens)
+            documents.append(tokens)
             count += len(tokens)
         if count >= most:
             break
-    return np.concatenate(found)[:most].astype(np.int64) if found else np.zeros(0, np.int64)
+    return np.concatenate(documents)[:most].astype(np.int64)
 
 
-def _documents(folder: Path, source: str) -> Iterator[list[str]]:
-    path = split_shards(open_shards(folder, min_shards=1), "validation")[0].path
+def _read_documents(folder: Path, source: str) -> Iterator[list[str]]:
+    path = _validation_shard(folder)
     try:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=_BATCH_DOCUMENTS, columns=["text", "source"]):
@@ -88,3 +88,7 @@ def _documents(folder: Path, source: str) -> Iterator[list[str]]:
         raise UserError(
             f"{path} is damaged ({str(error).splitlines()[0]}): prepare the folder again with --overwrite"
         ) from None
+
+
+def _validation_shard(folder: Path) -> Path:
+    return split_shards(open_shards(folder, min_shards=1), "validation")[0].path

@@ -171,7 +171,7 @@ def _measured(model: EvaluationModel, asked: EvaluationRequest, bundle: Bundle |
         say(describe_bundle(bundle), flush=True)
         with long_running("evaluation of CORE"), contextlib.closing(_Bar(shown=model.mesh.world.rank == 0)) as bar:
             told["core"] = evaluate_bundle(
-                build_evaluator(model), bundle, model.tokenizer, max_per_task=asked.max_per_task, told=bar.told
+                build_evaluator(model), bundle, model.tokenizer, max_per_task=asked.max_per_task, on_progress=bar.told
             )
         for line in core_table(told["core"]):
             say(line, flush=True)

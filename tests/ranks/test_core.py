@@ -1,4 +1,4 @@
-"""CORE in batches on every layout against one example at a time in one process, and against nanochat's own answers."""
+"""CORE in batches on every layout, against one example at a time in one process and against nanochat's answers."""
 
 import json
 from datetime import timedelta
@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from megachat.data.tokenizer import Tokenizer
-from megachat.evals.core import Evaluator, core_metric, evaluate_core
-from megachat.evals.core_bundle import CORE_TASKS, Task, open_bundle
+from megachat.evals.core import Evaluator, evaluate_tasks
+from megachat.evals.core_bundle import CORE_TASKS, Bundle, Task, open_bundle
+from megachat.evals.results import core_section
 from megachat.model.gpt import ModelOptions, build_layers
 from megachat.model.parameters import load_whole, placed_parameters, starting_value
 from megachat.parallel.engine import build_evaluation_engine, build_module, start_collectives
@@ -55,7 +56,7 @@ def some_values(layers, *, copying: bool) -> None:
 
 
 def copying_task() -> Task:
-    """One that the model can answer."""
+    """Returns a task that the copying model can answer."""
     words = "ab rr zz nn oo qe ww tr xx".split()
     examples = tuple(
         {"context": f"a {word[0]}", "continuation": word[0] * number + word[1]} for number, word in enumerate(words)
@@ -71,13 +72,15 @@ def on_ranks(bundle: Path, parallel: dict, tokens_per_pass: int):
     layers = build_stage(config, plan, mesh, torch.float32, start=False)
     some_values(layers, copying=False)
     engine = build_evaluation_engine(build_module(list(layers), torch.nn.Identity(), mesh), mesh)
-    told: list[tuple[int, int]] = []
+    progress: list[tuple[int, int]] = []
     model = Evaluator(engine, plan.dims, mesh, config.parallel.sequence, tokens_per_pass)
-    found = evaluate_core(model, open_bundle(bundle).tasks, letters, max_per_task=9, told=lambda *of: told.append(of))
+    tasks = open_bundle(bundle).tasks
+    answers = evaluate_tasks(
+        model, tasks, letters, max_per_task=9, on_progress=lambda done, total: progress.append((done, total))
+    )
     some_values(layers, copying=True)
-    copied = evaluate_core(model, [copying_task()], letters, max_per_task=9)
-    right = {label: result.right for label, result in {**found.tasks, **copied.tasks}.items()}
-    return right, found.core_metric, found.padding_share, told
+    copied = evaluate_tasks(model, [copying_task()], letters, max_per_task=9)
+    return answers.right | copied.right, answers.padding_share, progress
 
 
 @pytest.fixture(scope="module")
@@ -94,16 +97,18 @@ def oracle(bundle) -> dict[str, tuple[bool, ...]]:
     right = one_by_one(layers, dims, open_bundle(bundle).tasks, letters, 9)
     some_values(layers, copying=True)
     right |= one_by_one(layers, dims, (copying_task(),), letters, 9)
-    assert all(0 < sum(right[label]) < 9 for label in ("arc_easy", "winograd", "copying")), "all alike would say little"
+    assert all(0 < sum(right[label]) < 9 for label in ("arc_easy", "winograd", "copying")), (
+        "too uniform to prove anything"
+    )
     return right
 
 
 @pytest.mark.parametrize(("world", "parallel"), LAYOUTS, ids=str)
 @pytest.mark.parametrize("tokens_per_pass", [100, 2000])
-def test_every_layout_finds_what_one_example_at_a_time_finds(world, parallel, tokens_per_pass, bundle, oracle):
-    for right, metric, padding, told in run_ranks(on_ranks, world, bundle, parallel, tokens_per_pass):
-        assert right == oracle and metric is None and 0 <= padding < 0.6
-        assert told[-1] == (27, 27) and told == sorted(told)
+def test_every_layout_answers_like_one_example_at_a_time(world, parallel, tokens_per_pass, bundle, oracle):
+    for right, padding, progress in run_ranks(on_ranks, world, bundle, parallel, tokens_per_pass):
+        assert right == oracle and 0 <= padding < 0.6
+        assert progress[-1] == (27, 27) and progress == sorted(progress)
 
 
 @needs_reference
@@ -112,23 +117,30 @@ def test_every_layout_finds_what_one_example_at_a_time_finds(world, parallel, to
 )
 def test_nanochats_answers_example_by_example():
     expected = json.loads((REFERENCE / "core_expected.json").read_text())
-    ((right, centered, metric),) = run_ranks(reference_answers, 1, expected["max_per_task"])
+    ((right, section),) = run_ranks(reference_answers, 1, expected["max_per_task"])
     assert right == {label: task["right"] for label, task in expected["tasks"].items()}
+    centered = {label: task["centered"] for label, task in section["tasks"].items()}
     assert centered == pytest.approx({label: task["centered"] for label, task in expected["tasks"].items()}, abs=1e-12)
-    assert (
-        sum(centered.values()) / len(centered) == pytest.approx(expected["core_metric"], abs=1e-12) and metric is None
-    )
+    assert section["mean_centered"] == pytest.approx(expected["core_metric"], abs=1e-12)
+    assert section["core_metric"] is None
 
 
 def reference_answers(max_per_task: int):
     model, evaluator = build_model_and_evaluator(REFERENCE, [])
-    found = evaluate_core(evaluator, open_bundle(BUNDLE).tasks, model.tokenizer, max_per_task=max_per_task)
-    right = {label: [int(answer) for answer in result.right] for label, result in found.tasks.items()}
-    return right, {label: result.centered for label, result in found.tasks.items()}, found.core_metric
+    bundle = open_bundle(BUNDLE)
+    right = evaluate_tasks(evaluator, bundle.tasks, model.tokenizer, max_per_task=max_per_task).right
+    as_numbers = {label: [int(answer) for answer in answers] for label, answers in right.items()}
+    return as_numbers, core_section(bundle, right, max_per_task)
 
 
 def test_the_metric_is_the_plain_mean_of_all_its_tasks():
-    results = {label: type("R", (), {"centered": float(number)}) for number, label in enumerate(CORE_TASKS)}
-    assert core_metric(results) == sum(range(22)) / 22 == core_metric(results | {"another": results["copa"]})
-    del results["copa"]
-    assert core_metric(results) is None
+    """Task number n has n of 25 examples right; a task that is not part of CORE does not count."""
+
+    def section(labels) -> dict:
+        tasks = tuple(Task(label, "schema", 0, " ", 0.0, ({},) * 25) for label in labels)
+        right = {label: tuple(number < count for number in range(25)) for count, label in enumerate(labels)}
+        return core_section(Bundle(tasks, (), ""), right, -1)
+
+    assert section(CORE_TASKS)["core_metric"] == pytest.approx(sum(range(22)) / 25 / 22, abs=1e-15)
+    assert section((*CORE_TASKS, "another"))["core_metric"] == section(CORE_TASKS)["core_metric"]
+    assert section(CORE_TASKS[1:])["core_metric"] is None

@@ -1,4 +1,4 @@
-"""The KV cache and generation through the engine, on layouts that cut heads, tokens and blocks, against the uncached model in one process."""
+"""The KV cache and generation through the engine, on several layouts, against the uncached model in one process."""
 
 import torch
 from torch import nn
@@ -38,7 +38,7 @@ def texts() -> list[list[torch.Tensor]]:
 
 
 def padded(parts):
-    """One tensor, as wide as the longest, an even number of tokens."""
+    """Stacks the parts in one tensor, padded to the longest and to an even number of tokens."""
     width = -(-max(map(len, parts)) // 2) * 2
     return torch.stack([nn.functional.pad(part, (0, width - len(part)), value=5) for part in parts])
 
@@ -57,11 +57,11 @@ def prompts():
 
 
 def generated(model):
-    """Sampled with a row that stops, greedy up to the model's length, and beyond it."""
+    """Generates with sampling and a row that stops, greedily up to the model's length, and beyond it."""
     at_its_end = random_rows(2, 1, 156, SMALL_VOCAB)[0].tolist()
     return (
         generate(
-            model, prompts(), tokens=12, sampling=SAMPLING, ends=lambda number, new: number == 1 and len(new) == 5
+            model, prompts(), tokens=12, sampling=SAMPLING, stop=lambda number, new: number == 1 and len(new) == 5
         ),
         generate(model, [at_its_end, [1, 2]], tokens=8),
         generate(model, [at_its_end, [1, 2]], tokens=8, slide=True),
@@ -73,34 +73,36 @@ def cached_on_ranks(parallels):
 
 
 def cached(config):
-    """On the last stage the logits of every new token of every pass; generated tokens; bytes kept and foretold."""
+    """Returns the last stage's logits of every pass, generated tokens, and the cache's actual and predicted bytes."""
     training = build(config, SMALL_VOCAB)
     some_values(training.layers)
     dims, mesh = training.plan.dims, training.mesh
     measure = Logits(dims, vocabulary_part(dims.padded_vocab, mesh.tensor))
     caches = [Cache(dims, 2, 150) for _ in LENGTHS]
-    done, found = [[0, 0], [0, 0]], []
+    done, outputs = [[0, 0], [0, 0]], []
     for cuts in CUTS:
         parts = [
             [text[a:b] for text, a, b in zip(*group, strict=True)] for group in zip(texts(), done, cuts, strict=True)
         ]
         whole = padded([part for group in parts for part in group]).split(2)
         chunks = [cache.extend([len(part) for part in group]) for cache, group in zip(caches, parts, strict=True)]
-        found.append(evaluate_chunks(training.engine, [(ids, ids) for ids in whole], chunks, measure))
+        outputs.append(evaluate_chunks(training.engine, [(ids, ids) for ids in whole], chunks, measure))
         done = cuts
     tails = padded([texts()[1][0][132:], texts()[1][1][4:], texts()[1][0][132:135]])
     branches = [caches[1].branch([0, 1, 0]), caches[1].branch([0, 1, 0])]
-    found.append(evaluate_chunks(training.engine, [(tails, tails)] * 2, branches, measure))
+    outputs.append(evaluate_chunks(training.engine, [(tails, tails)] * 2, branches, measure))
     multiple = mesh.tensor.size if config.parallel.sequence else 1
     first, last = training.plan.stages[mesh.pipeline.rank]
     blocks = range(max(0, first - 1), min(dims.depth, last - 1))
-    foretold = cache_bytes(dims, 2, 150, torch.float32, blocks=blocks, kv_heads=dims.kv_heads // mesh.tensor.size)
-    return found, generated(EngineModel(training.engine, mesh, dims, multiple=multiple)), caches[0].bytes, foretold
+    kv_heads = dims.kv_heads // mesh.tensor.size
+    predicted_bytes = cache_bytes(dims, 2, 150, torch.float32, blocks=blocks, kv_heads=kv_heads)
+    model = EngineModel(training.engine, mesh, dims, multiple=multiple)
+    return outputs, generated(model), caches[0].bytes, predicted_bytes
 
 
-def close(found, wanted):
-    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
-    assert torch.equal(found.argmax(-1), wanted.argmax(-1))
+def assert_close(actual, expected):
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert torch.equal(actual.argmax(-1), expected.argmax(-1))
 
 
 def test_the_cache_and_generation_are_the_same_on_every_layout():
@@ -109,29 +111,26 @@ def test_the_cache_and_generation_are_the_same_on_every_layout():
     some_values(layers)
     whole = [[logits(run_layers(layers, text[None]), dims)[0] for text in group] for group in texts()]
     alone = generated(LocalModel(layers, dims))
-    assert [row.why for row in alone[0]] == ["tokens", "stop", "tokens"] and [len(row.new) for row in alone[0]] == [
-        12,
-        5,
-        12,
-    ]
-    assert [row.why for row in alone[1]] == ["length", "tokens"] and len(alone[1][0].new) == 5
-    assert alone[2][0].new[:5] == alone[1][0].new and len(alone[2][0].new) == 8 and alone[2][1] == alone[1][1]
+    assert [(row.end_reason, len(row.tokens)) for row in alone[0]] == [("tokens", 12), ("stop", 5), ("tokens", 12)]
+    assert [row.end_reason for row in alone[1]] == ["length", "tokens"] and len(alone[1][0].tokens) == 5
+    assert alone[2][0].tokens[:5] == alone[1][0].tokens and len(alone[2][0].tokens) == 8 and alone[2][1] == alone[1][1]
     answers = run_ranks(cached_on_ranks, 2, LAYOUTS)
     for number, parallel in enumerate(LAYOUTS):
-        for rank, (found, told, held, foretold) in enumerate(answer[number] for answer in answers):
-            assert told == alone, parallel
-            assert held == foretold > 0
-            assert bool(found[0]) == (rank == 1 or "tensor" in parallel)
-            if not found[0]:
+        for rank, answer in enumerate(answers):
+            passes, continuations, cached_bytes, predicted_bytes = answer[number]
+            assert continuations == alone, parallel
+            assert cached_bytes == predicted_bytes > 0
+            assert bool(passes[0]) == (rank == 1 or "tensor" in parallel)
+            if not passes[0]:
                 continue
             starts = [[0, 0], [0, 0]]
-            for outputs, cuts in zip(found, CUTS, strict=False):
+            for outputs, cuts in zip(passes, CUTS, strict=False):
                 for group, (output, cut) in enumerate(zip(outputs, cuts, strict=True)):
                     for row, (a, b) in enumerate(zip(starts[group], cut, strict=True)):
                         if b > a:
-                            close(output[row, : b - a], whole[group][row][a:b])
+                            assert_close(output[row, : b - a], whole[group][row][a:b])
                 starts = cuts
-            for output in found[-1]:
-                close(output[0, :8], whole[1][0][132:])
-                close(output[1, :3], whole[1][1][4:])
-                close(output[2, :3], whole[1][0][132:135])
+            for output in passes[-1]:
+                assert_close(output[0, :8], whole[1][0][132:])
+                assert_close(output[1, :3], whole[1][1][4:])
+                assert_close(output[2, :3], whole[1][0][132:135])

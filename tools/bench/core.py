@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from megachat.errors import UserError
-from megachat.evals.core import Evaluator, build_evaluator, evaluate_core
+from megachat.evals.core import Evaluator, build_evaluator, evaluate_tasks
 from megachat.evals.core_bundle import Task, open_bundle
 from megachat.evals.core_prompts import Question, build_questions
 from megachat.job.join import start_mesh
@@ -53,11 +53,11 @@ def bench_core(arguments: Namespace) -> dict:
     tasks, dims, limit = open_bundle(Path(arguments.bundle)).tasks, model.plan.dims, arguments.max_per_task
     ways = {
         "one by one": lambda: one_by_one(model.layers, dims, tasks, model.tokenizer, limit),
-        "in batches": lambda: evaluate_core(evaluator, tasks, model.tokenizer, max_per_task=limit),
+        "in batches": lambda: evaluate_tasks(evaluator, tasks, model.tokenizer, max_per_task=limit),
     }
     single, batched = ways["one by one"](), ways["in batches"]()
-    for label, result in batched.tasks.items():
-        if result.right != single[label]:
+    for label, right in batched.right.items():
+        if right != single[label]:
             raise RuntimeError(f"{label}: one by one and in batches have different answers")
     examples = sum(len(right) for right in single.values())
     facts = {

@@ -57,7 +57,7 @@ def bench_generation(arguments: Namespace) -> dict:
         prompts = [row[:length].tolist() for row, length in zip(rows, lengths, strict=True)]
         ways = {
             "anew": lambda prompts=prompts: generate_without_cache(model, prompts, tokens),
-            "cached": lambda prompts=prompts: [row.new for row in generate(model, prompts, tokens=tokens)],
+            "cached": lambda prompts=prompts: [row.tokens for row in generate(model, prompts, tokens=tokens)],
         }
         if ways["anew"]() != ways["cached"]():
             raise RuntimeError(f"{name}: the tokens with and without the cache differ")

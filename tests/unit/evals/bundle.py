@@ -1,4 +1,4 @@
-"""A small CORE bundle of a few lines of our own, short enough for models of 64 bytes."""
+"""A small CORE bundle of a few generated lines, short enough for models of 64 bytes."""
 
 import json
 import zipfile
@@ -34,7 +34,7 @@ def examples(kind: str, count: int) -> list[dict]:
 
 
 def write_bundle(folder: Path, tasks: dict = THREE, count: int = 6) -> Path:
-    """A bundle folder of the given tasks, `count` examples each."""
+    """Writes a bundle folder with the given tasks and `count` examples each."""
     listed, rows = [], ["Eval Task,Task Type,#shots,Random baseline"]
     for label, (kind, shots, delimiter, baseline) in tasks.items():
         file = folder / "eval_data" / kind / f"{label}.jsonl"
@@ -49,7 +49,7 @@ def write_bundle(folder: Path, tasks: dict = THREE, count: int = 6) -> Path:
 
 
 def zipped(folder: Path, path: Path, inside: str = "eval_bundle") -> Path:
-    """The folder as a zip that holds it under the name `inside`."""
+    """Writes the folder into a zip file under the name `inside`."""
     with zipfile.ZipFile(path, "w") as archive:
         for file in sorted(folder.rglob("*")):
             archive.write(file, Path(inside) / file.relative_to(folder))

@@ -17,8 +17,8 @@ from megachat.train.step import set_schedules
 from tests.harness import run_ranks
 from tests.training import SMALL_VOCAB, random_rows, small_config, take_step
 
-ROWS, MICRO_ROWS, TOKENS = 7, 2, 161  # 7 rows are shared evenly by neither 2 ranks nor micro-batches of 2
-TOKEN_BYTES = torch.arange(SMALL_VOCAB) % 5  # every fifth token counts nothing, as special tokens do
+ROWS, MICRO_ROWS, TOKENS = 7, 2, 161  # 7 rows do not divide by 2 ranks or by micro-batches of 2
+TOKEN_BYTES = torch.arange(SMALL_VOCAB) % 5  # every fifth token has no bytes, like special tokens
 
 
 def mesh_of(ranks: int, rank: int) -> Mesh:
@@ -35,8 +35,8 @@ def mesh_of(ranks: int, rank: int) -> Mesh:
     )
 
 
-def dealt(rows: torch.Tensor, ranks: int, rank: int):
-    """The loader's micro-batches of a rank: of each ranks * MICRO_ROWS rows in order, every ranks-th."""
+def rank_batches(rows: torch.Tensor, ranks: int, rank: int):
+    """Yields a rank's micro-batches as the loader does: every ranks-th row of each ranks * MICRO_ROWS rows."""
     for step in rows.split(ranks * MICRO_ROWS):
         yield step[rank::ranks]
 
@@ -46,10 +46,10 @@ def test_the_first_rows_count_once_and_the_others_not(ranks):
     rows = random_rows(0, 24, TOKENS, SMALL_VOCAB)
     counted = []
     for rank in range(ranks):
-        share = ValidationRows(dealt(rows, ranks, rank), ROWS, MICRO_ROWS, mesh_of(ranks, rank))
+        share = ValidationRows(rank_batches(rows, ranks, rank), ROWS, MICRO_ROWS, mesh_of(ranks, rank))
         assert all(ids.shape == targets.shape == (MICRO_ROWS, TOKENS - 1) for ids, targets in share.micro_batches)
         assert len(share.micro_batches) == math.ceil(ROWS / (MICRO_ROWS * ranks)), (
-            "all ranks have as many, or they would wait for each other"
+            "all ranks need the same number, or they would wait for each other"
         )
         for ids, targets in share.micro_batches:
             for row, target in zip(ids, targets, strict=True):
@@ -60,18 +60,18 @@ def test_the_first_rows_count_once_and_the_others_not(ranks):
 
 
 def evaluate(rows):
-    """(bits per byte as the engine has it, the same as a direct float64 sum, the loss of a step after it)."""
+    """Returns bits per byte through the engine, the same as a direct float64 sum, and the loss of the next step."""
     config = small_config(batch={"micro_rows": MICRO_ROWS})
     start_collectives(torch.device("cpu"), "gloo", timedelta(seconds=60))
     mesh = build_mesh(torch.device("cpu"))
     training = build_training(config, resolve(config, mesh.world.size, SMALL_VOCAB), mesh, TOKEN_BYTES)
-    # values of which rounding loses nothing that matters: weights that differ between rows, without training
+    # weights that differ between rows, without training
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in training.layers.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator) * (parameter.ndim == 2))
-    share = ValidationRows(dealt(rows, mesh.data.size, mesh.data.rank), ROWS, MICRO_ROWS, mesh)
-    found = [bits_per_byte(training.engine, share, mesh) for _ in range(2)]
+    share = ValidationRows(rank_batches(rows, mesh.data.size, mesh.data.rank), ROWS, MICRO_ROWS, mesh)
+    values = [bits_per_byte(training.engine, share, mesh) for _ in range(2)]
     nats = size = 0.0
     with torch.no_grad():
         for row in rows[:ROWS]:
@@ -80,7 +80,7 @@ def evaluate(rows):
             nats, size = nats + each[TOKEN_BYTES[row[1:]] > 0].sum().item(), size + TOKEN_BYTES[row[1:]].sum().item()
     set_schedules(training, 0)
     loss, *_ = take_step(training, random_rows(1, 12, TOKENS, SMALL_VOCAB))
-    return found, nats / math.log(2) / size, loss
+    return values, nats / math.log(2) / size, loss
 
 
 def test_every_number_of_ranks_has_the_direct_sum():
@@ -88,10 +88,10 @@ def test_every_number_of_ranks_has_the_direct_sum():
     answers = {world: run_ranks(evaluate, world, rows) for world in (1, 2, 3)}
     reference, direct, loss = answers[1][0]
     for world, ranks in answers.items():
-        for (first, second), own_direct, own_loss in ranks:
-            assert first == second == ranks[0][0][0], "again, and on every rank, the same bits"
-            # a row's float32 matrix products may round otherwise beside other rows; the sums over rows and ranks are float64
+        for (first, second), rank_direct, rank_loss in ranks:
+            assert first == second == ranks[0][0][0], "repeated, and on every rank, the same bits"
+            # float32 matrix products of a row may round differently next to other rows; sums over rows are float64
             assert first == pytest.approx(reference[0], rel=1e-8), f"on {world} ranks"
-            assert first == pytest.approx(direct, rel=1e-6) and own_direct == direct
-            assert own_loss == pytest.approx(loss, rel=1e-6), "evaluating leaves training as it was"
+            assert first == pytest.approx(direct, rel=1e-6) and rank_direct == direct
+            assert rank_loss == pytest.approx(loss, rel=1e-6), "evaluation does not change training"
     assert 1 < direct < 20

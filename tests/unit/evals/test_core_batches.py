@@ -1,4 +1,4 @@
-"""Questions as batches: every row once, contexts that are the rows' own beginnings, and equal numbers of passes on all ranks."""
+"""Batches of questions: every row once, after its context, and equal numbers of passes on all ranks."""
 
 import random
 
@@ -11,7 +11,7 @@ LONGEST = 200
 
 
 def some_questions(seed: int, count: int = 60) -> list[Question]:
-    rng, found = random.Random(seed), []
+    rng, questions = random.Random(seed), []
     for _ in range(count):
         prefix, choices = rng.randrange(1, 150), rng.choice([1, 2, 4])
         context = [rng.randrange(50) for _ in range(prefix)]
@@ -20,40 +20,40 @@ def some_questions(seed: int, count: int = 60) -> list[Question]:
             tokens = [*context, 100 + number, *(rng.randrange(50) for _ in range(rng.randrange(70)))]
             crop = max(0, len(tokens) - LONGEST)
             rows.append(Row(tuple(tokens[crop:]), prefix - crop, crop))
-        found.append(Question(tuple(rows), None if choices == 1 else 0))
-    return found
+        questions.append(Question(tuple(rows), None if choices == 1 else 0))
+    return questions
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_every_row_is_computed_once_behind_its_own_context(seed):
-    asked = some_questions(seed)
-    rows = [row for question in asked for row in question.rows]
-    exact = [question.gold is None for question in asked for _ in question.rows]
+    questions = some_questions(seed)
+    rows = [row for question in questions for row in question.rows]
+    exact = [question.gold is None for question in questions for _ in question.rows]
     seen = []
-    for batch in build_batches(asked, 1000):
+    for batch in build_batches(questions, 1000):
         for number, part in enumerate(batch.rows):
-            before = batch.contexts[batch.of[number]] if batch.contexts else ()
+            before = batch.contexts[batch.context_of[number]] if batch.contexts else ()
             assert (
-                before + part.tokens == rows[part.found].tokens and len(before) + part.start == rows[part.found].start
+                before + part.tokens == rows[part.index].tokens and len(before) + part.start == rows[part.index].start
             )
-            assert part.start >= 1, "the logits that tell the first token of the answer come from a token of this pass"
-            assert batch.exact == exact[part.found] and (not batch.contexts or len(before) >= LEAST_SHARED - 1)
-            seen.append(part.found)
+            assert part.start >= 1, "the token that predicts the answer's first one must be in this pass"
+            assert batch.exact == exact[part.index] and (not batch.contexts or len(before) >= LEAST_SHARED - 1)
+            seen.append(part.index)
         assert all(count * width <= 1000 or count == 1 for count, width in batch.shapes(1)[:1])
     assert sorted(seen) == list(range(len(rows)))
-    computed = sum(batch.real_tokens for batch in build_batches(asked, 1000))
-    assert computed < 0.8 * sum(len(row.tokens) for row in rows), "choices share their context"
+    computed = sum(batch.real_tokens for batch in build_batches(questions, 1000))
+    assert computed < 0.8 * sum(len(row.tokens) for row in rows), "choices must share their context"
 
 
 @pytest.mark.parametrize(("ranks", "parts"), [(1, 1), (2, 1), (3, 2), (5, 3)])
 def test_ranks_have_equal_numbers_of_passes_and_like_work(ranks, parts):
-    found = build_batches(some_questions(7, 200), 1000)
-    lists = assign_batches(found, ranks, 2, parts)
-    assert len({sum(batch.passes for batch in own) for own in lists}) == 1
-    kept = [batch for own in lists for batch in own if batch is not IDLE]
-    assert sorted(map(id, kept)) == sorted(map(id, found))
-    work = [sum(batch.tokens(2, parts) for batch in own) for own in lists]
-    assert max(work) - min(work) <= max(batch.tokens(2, parts) for batch in found)
+    batches = build_batches(some_questions(7, 200), 1000)
+    assigned = assign_batches(batches, ranks, 2, parts)
+    assert len({sum(batch.passes for batch in of_rank) for of_rank in assigned}) == 1
+    kept = [batch for of_rank in assigned for batch in of_rank if batch is not IDLE]
+    assert sorted(map(id, kept)) == sorted(map(id, batches))
+    work = [sum(batch.computed_tokens(2, parts) for batch in of_rank) for of_rank in assigned]
+    assert max(work) - min(work) <= max(batch.computed_tokens(2, parts) for batch in batches)
 
 
 def test_nothing_to_share_and_nothing_to_do():

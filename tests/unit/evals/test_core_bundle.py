@@ -71,8 +71,11 @@ LINE = "eval_data/multiple_choice/arc_easy.jsonl line 3 "
         ("", LINE + "is not JSON"),
         ("[1]", LINE + "is not a JSON object"),
         ('{"choices": ["a", "b"], "gold": 0}', LINE + "has no text `query`, which a multiple_choice task needs"),
-        ('{"query": "a", "choices": ["a"], "gold": 0}', LINE + "has no two texts or more in `choices`"),
-        ('{"query": "a", "choices": ["a", "b"], "gold": 2}', LINE + "has `gold` 2, which is none of its 2 `choices`"),
+        ('{"query": "a", "choices": ["a"], "gold": 0}', LINE + "has fewer than two texts in `choices`"),
+        (
+            '{"query": "a", "choices": ["a", "b"], "gold": 2}',
+            LINE + "has `gold` 2: give the index of one of its 2",
+        ),
         ('{"query": "a", "choices": ["a", "b"], "gold": true}', LINE + "has `gold` True"),
     ],
 )
@@ -99,11 +102,11 @@ def without(name: str):
 @pytest.mark.parametrize(
     ("spoil", "why"),
     [
-        (without("core.yaml"), "has no core.yaml: it is no CORE bundle"),
+        (without("core.yaml"), "has no core.yaml"),
         (without("eval_meta_data.csv"), "eval_meta_data.csv is missing from the CORE bundle"),
         (without("eval_data/schema/winograd.jsonl"), "eval_data/schema/winograd.jsonl is missing from the CORE bundle"),
         (rewritten("core.yaml", lambda text: "icl_tasks: ["), "core.yaml is not YAML"),
-        (rewritten("core.yaml", lambda text: "a: 1"), "core.yaml is no list of tasks (KeyError: 'icl_tasks')"),
+        (rewritten("core.yaml", lambda text: "a: 1"), "(KeyError: 'icl_tasks')"),
         (rewritten("core.yaml", lambda text: "icl_tasks: []"), "core.yaml lists no task"),
         (
             rewritten("core.yaml", lambda text: text.replace("label: winograd", "label: arc_easy")),
@@ -111,7 +114,7 @@ def without(name: str):
         ),
         (
             rewritten("core.yaml", lambda text: text.replace("type: schema", "type: essay")),
-            "winograd is of the unknown type 'essay'",
+            "winograd has the unknown type 'essay'",
         ),
         (rewritten("core.yaml", lambda text: text.replace("- 1\n", "- 6\n", 1)), "has 6 examples, too few for 6 shots"),
         (
@@ -143,9 +146,9 @@ def test_bad_arguments(folder, tmp_path):
     assert "copa is one of CORE's tasks but not in" in refused(
         folder, ["copa"]
     ) and ": it has arc_easy, winograd" in refused(folder, ["copa"])
-    assert "essay is no task of" in refused(folder, ["winograd", "essay"])
+    assert "essay is not a task of" in refused(folder, ["winograd", "essay"])
     (tmp_path / "text").write_text("no zip")
-    assert "neither a folder nor a whole zip" in refused(tmp_path / "text")
+    assert "neither a folder nor a complete zip" in refused(tmp_path / "text")
     archive = zipped(folder, tmp_path / "cut.zip")
     content = bytearray(archive.read_bytes())
     at = content.index(b'"query"')
@@ -155,7 +158,7 @@ def test_bad_arguments(folder, tmp_path):
     bundle = open_bundle(folder)
     check_max_per_task(bundle, -1, "--max-per-task")
     check_max_per_task(bundle, 2, "--max-per-task")
-    with pytest.raises(UserError, match="--max-per-task is 1, too few for arc_easy with 1 shots: give 2 or more"):
+    with pytest.raises(UserError, match="--max-per-task is 1.*arc_easy.* 1 shots.*2 or more"):
         check_max_per_task(bundle, 1, "--max-per-task")
 
 
@@ -191,12 +194,12 @@ def test_a_download_that_changed_is_refused(folder, tmp_path, mirror):  # noqa: 
     mirror.files["eval_bundle.zip"] = zipped(
         write_bundle(tmp_path / "third", count=8), tmp_path / "source.zip"
     ).read_bytes()
-    with pytest.raises(UserError, match="is not the file that was first there"):  # nor is what comes now
+    with pytest.raises(UserError, match="is not the file that was first there"):  # a new download is refused, too
         download(mirror, path)
     path.unlink()
     hashed.unlink()
     mirror.files["eval_bundle.zip"] = b"<html>"
-    with pytest.raises(UserError, match="is not a zip: check the address; it was not kept"):
+    with pytest.raises(UserError, match="eval_bundle.zip did not return a zip"):
         download(mirror, path)
     assert not path.exists() and not hashed.exists()
     mirror.faults["eval_bundle.zip"] = ["404"]

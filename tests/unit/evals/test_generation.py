@@ -1,4 +1,4 @@
-"""Generation with the cache in one process against computing everything anew for each token. On ranks: tests/ranks/test_generation.py."""
+"""Generation with a cache against recomputing everything for each token. On ranks: tests/ranks/test_generation.py."""
 
 import pytest
 import torch
@@ -25,8 +25,8 @@ def model():
     return LocalModel(layers, DIMS)
 
 
-def anew(model, prompt, number, tokens, sampling):
-    """The oracle: the whole text through the uncached model for each token, at most the last that it can take."""
+def recomputed(model, prompt, number, tokens, sampling):
+    """The oracle: runs the uncached model on the whole text, or its last sequence_len tokens, for each token."""
     ids, stream = list(prompt), sampling.stream(number)
     for _ in range(tokens):
         last = logits(run_layers(model.layers, torch.tensor([ids[-DIMS.sequence_len :]])), DIMS)[0, -1]
@@ -36,58 +36,58 @@ def anew(model, prompt, number, tokens, sampling):
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
 def test_several_prompts_at_once_are_what_computing_anew_gives(model, sampling):
-    found = generate(model, PROMPTS, tokens=30, sampling=sampling)
-    assert [row.new for row in found] == [
-        anew(model, prompt, number, 30, sampling) for number, prompt in enumerate(PROMPTS)
+    rows = generate(model, PROMPTS, tokens=30, sampling=sampling)
+    assert [row.tokens for row in rows] == [
+        recomputed(model, prompt, number, 30, sampling) for number, prompt in enumerate(PROMPTS)
     ]
-    assert {row.why for row in found} == {"tokens"} and len({tuple(row.new) for row in found}) == 3
-    assert generate(model, PROMPTS[1:], tokens=30, sampling=sampling, first=1) == found[1:], (
-        "a row depends on the others"
+    assert {row.end_reason for row in rows} == {"tokens"} and len({tuple(row.tokens) for row in rows}) == 3
+    assert generate(model, PROMPTS[1:], tokens=30, sampling=sampling, first=1) == rows[1:], (
+        "a row must not depend on the others"
     )
     if sampling is SAMPLED:
         other = Sampling(1.1, top_k=40, top_p=0.95, seed=3)
-        assert generate(model, PROMPTS, tokens=30, sampling=other) != found
+        assert generate(model, PROMPTS, tokens=30, sampling=other) != rows
 
 
-def test_a_row_ends_where_it_is_told_to_and_the_others_go_on(model):
-    whole, told = generate(model, PROMPTS, tokens=20, sampling=SAMPLED), []
-    found = generate(
+def test_a_stopped_row_ends_and_the_others_continue(model):
+    whole, seen = generate(model, PROMPTS, tokens=20, sampling=SAMPLED), []
+    rows = generate(
         model,
         PROMPTS,
         tokens=20,
         sampling=SAMPLED,
-        ends=lambda number, new: (number, len(new)) in ((0, 1), (2, 7)),
-        told=lambda *row: told.append(row),
+        stop=lambda number, new: (number, len(new)) in ((0, 1), (2, 7)),
+        on_token=lambda *row: seen.append(row),
     )
-    assert [(row.why, row.new) for row in found] == [
-        ("stop", whole[0].new[:1]),
-        ("tokens", whole[1].new),
-        ("stop", whole[2].new[:7]),
+    assert [(row.end_reason, row.tokens) for row in rows] == [
+        ("stop", whole[0].tokens[:1]),
+        ("tokens", whole[1].tokens),
+        ("stop", whole[2].tokens[:7]),
     ]
-    for number, row in enumerate(found):
-        assert [(token, why) for n, token, why in told if n == number] == [
-            *((token, "") for token in row.new[:-1]),
-            (row.new[-1], row.why),
+    for number, row in enumerate(rows):
+        assert [(token, reason) for n, token, reason in seen if n == number] == [
+            *((token, "") for token in row.tokens[:-1]),
+            (row.tokens[-1], row.end_reason),
         ]
 
 
 def test_at_the_models_length_it_ends_or_slides(model):
     prompts = [list(range(1, 46)), [7]]
-    found = generate(model, prompts, tokens=12)
-    assert [(row.why, len(row.new)) for row in found] == [
+    rows = generate(model, prompts, tokens=12)
+    assert [(row.end_reason, len(row.tokens)) for row in rows] == [
         ("length", 4),
         ("tokens", 12),
-    ]  # the last token was chosen after all that it can take
+    ]  # its last token follows a full sequence
     slid = generate(model, [*prompts, list(range(60))], tokens=12, slide=True)
-    assert [row.new for row in slid] == [
-        anew(model, prompt, number, 12, GREEDY) for number, prompt in enumerate([*prompts, list(range(60))])
+    assert [row.tokens for row in slid] == [
+        recomputed(model, prompt, number, 12, GREEDY) for number, prompt in enumerate([*prompts, list(range(60))])
     ]
-    assert found[0].new == slid[0].new[:4] and {row.why for row in slid} == {"tokens"}
+    assert rows[0].tokens == slid[0].tokens[:4] and {row.end_reason for row in slid} == {"tokens"}
 
 
-def test_prompts_that_cannot_be_continued_are_refused_before_anything_is_computed(model):
-    with pytest.raises(UserError, match="prompt 5 has 49 tokens and the model can take 48: shorten it"):
-        generate(model, [[1], [1] * 49], tokens=2, told=pytest.fail, first=3)
-    with pytest.raises(UserError, match="prompt 1 has no tokens: begin it with the tokenizer's BOS"):
+def test_bad_prompts_are_refused_before_anything_is_computed(model):
+    with pytest.raises(UserError, match="prompt 5 has 49 tokens.* 48.*shorten"):
+        generate(model, [[1], [1] * 49], tokens=2, on_token=pytest.fail, first=3)
+    with pytest.raises(UserError, match="prompt 1 has no tokens.*BOS"):
         generate(model, [[]], tokens=2)
     assert generate(model, [], tokens=2) == []

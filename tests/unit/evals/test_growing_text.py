@@ -1,4 +1,4 @@
-"""Continuations as text: nothing is shown that is not sure, everything is shown in the end."""
+"""Growing text: nothing uncertain is shown, and everything is shown in the end."""
 
 import pytest
 
@@ -10,11 +10,11 @@ BYTES = Tokenizer({bytes([byte]): byte for byte in range(256)})
 
 
 def grown(content: bytes, *stops: str):
-    """(the text, what was shown after each token, tokens until it ended)."""
+    """Returns the text, what was shown after each token, and the number of tokens until it ended."""
     text, shown = GrowingText(BYTES, parse_stops(stops, BYTES)), []
     for count, token in enumerate(content, 1):
         text.add(token)
-        shown.append(text.shown(last=count == len(content)))
+        shown.append(text.next_shown(last=count == len(content)))
         if text.ended:
             break
     assert "".join(shown) == text.text

@@ -1,4 +1,4 @@
-import dataclasses
+"""Bits per byte by source: every token of a source is predicted once, whatever the number of ranks."""
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -8,16 +8,15 @@ from megachat.data.shards import load_manifest
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError
 from megachat.evals.sources import SourceRows, source_names
-from megachat.parallel.mesh import Axis
+from tests.unit.evals.test_bpb import mesh_of
 from tools.prepare_data import main
 
 TOKENIZER = Tokenizer({bytes([byte]): byte for byte in range(256)})
-ALONE = Axis("data", 1, 0, None, (0,))
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two sources, told apart by their letters; one document in twenty is validation."""
+    """Two sources with different letters; one document in twenty is validation."""
     inputs = []
     for name, letter in (("novels", "n"), ("notes", "o")):
         (tmp_path / name).mkdir()
@@ -30,7 +29,10 @@ def folder(tmp_path):
 
 def of(folder, source, **changes) -> SourceRows:
     return SourceRows(
-        folder, source, TOKENIZER, **({"tokens": 8, "most_rows": 1000, "micro_rows": 2, "data": ALONE} | changes)
+        folder,
+        source,
+        TOKENIZER,
+        **({"tokens": 8, "most_rows": 1000, "micro_rows": 2, "mesh": mesh_of(1, 0)} | changes),
     )
 
 
@@ -68,22 +70,19 @@ def test_every_token_of_a_source_is_predicted_once(folder):
 def test_ranks_share_the_rows(folder):
     alone = of(folder, "notes", micro_rows=1)
     for ranks in (2, 3):
-        shares = [
-            of(folder, "notes", data=dataclasses.replace(ALONE, size=ranks, rank=rank)).micro_batches
-            for rank in range(ranks)
-        ]
+        shares = [of(folder, "notes", mesh=mesh_of(ranks, rank)).micro_batches for rank in range(ranks)]
         assert len({len(share) for share in shares}) == 1
-        found = [
+        rows = [
             targets[slot].tolist() for each in zip(*shares, strict=True) for slot in range(2) for _, targets in each
         ]
-        assert [row for row in found if max(row) >= 0] == [targets[0].tolist() for _, targets in alone.micro_batches]
+        assert [row for row in rows if max(row) >= 0] == [targets[0].tolist() for _, targets in alone.micro_batches]
 
 
 def test_bad_input(folder, tmp_path, capsys):
     last = sorted(folder.glob("*.parquet"))[-1]
     assert of(folder, "films").rows == 0 and of(folder, "films").micro_batches == []
     pq.write_table(pq.read_table(last).select(["text"]), last)
-    with pytest.raises(UserError, match="has no `source` column, though the manifest names sources"):
+    with pytest.raises(UserError, match="no `source` column.*--overwrite"):
         source_names(folder)
     for inputs, why in (
         ([f"a={tmp_path / 'notes'}", str(tmp_path / "novels")], "has no name, but others have"),

@@ -1,4 +1,4 @@
-"""The bootstrap against the formula of a mean's deviation and against repeated experiments; the verdict against its formula."""
+"""The bootstrap against the formula of a mean's deviation and repeated experiments; the verdict against its formula."""
 
 import math
 
@@ -23,7 +23,7 @@ SIZES, BASELINES, CHANCES = (32, 300, 1000, 5000), (0.0, 0.25, 0.5, 0.4), (0.1, 
 
 
 def drawn(rng, runs: int = 1) -> dict[str, TaskScores]:
-    """Answers of a model that is right with each task's chance, on the same examples in each run, half of each answer being the example's."""
+    """Draws answers of a model that is right with each task's probability."""
     tasks = {}
     for number, (size, baseline, chance) in enumerate(zip(SIZES, BASELINES, CHANCES, strict=True)):
         tasks[f"task {number}"] = TaskScores(rng.random((runs, size)) < chance, baseline)
@@ -44,27 +44,27 @@ def test_the_run_deviation_is_that_of_the_seven_runs():
 
 
 @pytest.mark.parametrize("runs", [1, 3])
-def test_the_bootstrap_gives_a_means_deviation(runs):
+def test_the_bootstrap_gives_the_deviation_of_a_mean(runs):
     tasks = drawn(np.random.default_rng(1), runs)
-    found, (each, mean) = estimate(tasks, seed=2), analytic(tasks)
-    assert found.value == pytest.approx(
+    result, (each, mean) = estimate(tasks, seed=2), analytic(tasks)
+    assert result.value == pytest.approx(
         np.mean([(task.right.mean() - task.baseline) / (1 - task.baseline) for task in tasks.values()]), abs=1e-12
     )
-    assert found.task_examples == pytest.approx(each, rel=0.03) and found.examples == pytest.approx(mean, rel=0.03)
-    assert found.runs == pytest.approx(run_deviation(4) / math.sqrt(runs)) and found.both == pytest.approx(
-        math.hypot(found.examples, found.runs)
+    assert result.task_errors == pytest.approx(each, rel=0.03) and result.example_error == pytest.approx(mean, rel=0.03)
+    assert result.run_error == pytest.approx(run_deviation(4) / math.sqrt(runs)) and result.error == pytest.approx(
+        math.hypot(result.example_error, result.run_error)
     )
-    assert estimate(tasks, seed=2) == found and estimate(tasks, seed=3).examples != found.examples
+    assert estimate(tasks, seed=2) == result and estimate(tasks, seed=3).example_error != result.example_error
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say():
+def test_intervals_contain_the_truth_with_their_confidence():
     rng = np.random.default_rng(5)
     truth = np.mean([(chance - baseline) / (1 - baseline) for chance, baseline in zip(CHANCES, BASELINES, strict=True)])
-    hits = [abs((found := estimate(drawn(rng))).value - truth) < SIGMAS * found.examples for _ in range(400)]
-    assert 0.91 < np.mean(hits) < 0.98  # 0.95, and 400 of them have a deviation of 0.011
+    hits = [abs((result := estimate(drawn(rng))).value - truth) < SIGMAS * result.example_error for _ in range(400)]
+    assert 0.91 < np.mean(hits) < 0.98  # 0.95 with a deviation of 0.011 for 400 draws
 
 
-def test_a_paired_difference_cancels_what_is_hard_for_both():
+def test_a_paired_difference_cancels_the_difficulty_of_examples():
     rng = np.random.default_rng(7)
     first = drawn(rng)
     flipped = {
@@ -74,15 +74,16 @@ def test_a_paired_difference_cancels_what_is_hard_for_both():
     same, other = dict.fromkeys(first, True), dict.fromkeys(first, False)
     paired = estimate_difference(first, flipped, same_examples=same, same_weights=True)
     unpaired = estimate_difference(first, flipped, same_examples=other, same_weights=True)
-    assert paired.value == unpaired.value and paired.examples < unpaired.examples / 3 and paired.runs == 0
+    assert paired.value == unpaired.value
+    assert paired.example_error < unpaired.example_error / 3 and paired.run_error == 0
     expected = {
         label: np.std(one.right.astype(int) - flipped[label].right) / math.sqrt(one.right.size) / (1 - one.baseline)
         for label, one in first.items()
     }
-    assert paired.task_examples == pytest.approx(expected, rel=0.05)
-    assert unpaired.examples == pytest.approx(math.hypot(analytic(first)[1], analytic(flipped)[1]), rel=0.03)
-    found = estimate_difference(drawn(rng, 2), drawn(rng, 3), same_examples=same, same_weights=False)
-    assert found.runs == pytest.approx(run_deviation(4) * math.sqrt(1 / 2 + 1 / 3))
+    assert paired.task_errors == pytest.approx(expected, rel=0.05)
+    assert unpaired.example_error == pytest.approx(math.hypot(analytic(first)[1], analytic(flipped)[1]), rel=0.03)
+    result = estimate_difference(drawn(rng, 2), drawn(rng, 3), same_examples=same, same_weights=False)
+    assert result.run_error == pytest.approx(run_deviation(4) * math.sqrt(1 / 2 + 1 / 3))
 
 
 def of(value: float, examples: float, runs: int = 1) -> Estimate:
@@ -103,18 +104,18 @@ def test_verdicts():
         more = judge_against(of(value, 0.001, runs), runs).more_runs
         assert judge_against(of(value, 0.001, runs + more), runs + more).word != "cannot tell" and more > 0
         assert judge_against(of(value, 0.001, runs + more - 1), runs + more - 1).word == "cannot tell"
-    assert judge_against(of(GPT2_CORE + 0.004, 0.001), 1).text == "cannot tell: 8 more runs"
+    assert judge_against(of(GPT2_CORE + 0.004, 0.001), 1).text == "cannot tell: 8 more runs needed"
     hopeless = judge_against(of(GPT2_CORE + 0.01, 0.006), 1)
     assert hopeless.more_runs is None and hopeless.text == (
-        "cannot tell: 1 more run would for these very examples, no number of runs for others like them"
+        "cannot tell: 1 more run needed for these examples, no number of runs decides for others like them"
     )
     assert (
         judge_against(of(GPT2_CORE + 0.02, 0.03), 1).text
-        == "cannot tell: above for these very examples, no number of runs for others like them"
+        == "cannot tell: above for these examples, no number of runs decides for others like them"
     )
     assert judge_against(of(GPT2_CORE, 0.006), 1).more_runs is None
 
 
 def test_answers_become_scores():
-    found = score_tasks([{"a": (True, False)}, {"a": [True, True]}], {"a": 0.25})
-    assert found["a"].right.tolist() == [[True, False], [True, True]] and found["a"].baseline == 0.25
+    result = score_tasks([{"a": (True, False)}, {"a": [True, True]}], {"a": 0.25})
+    assert result["a"].right.tolist() == [[True, False], [True, True]] and result["a"].baseline == 0.25
