@@ -1,6 +1,59 @@
-"""One thread in the test process, as in the ranks it starts: they share the cores with it, and other thread counts may cut a matrix
-multiplication elsewhere and give other bits."""
+"""What all tests share: one thread, the order of the files, and which tests `tests/run.sh --quick` leaves out."""
 
-import torch
+import os
+from pathlib import Path
 
-torch.set_num_threads(1)
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # OpenMP's idle threads sleep; read when torch is loaded
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+HERE = Path(__file__).parent
+# A worker takes the next file when it is done with one: the longest come first, so that all workers end at about the same time.
+LONGEST_FIRST = [
+    "runs/test_multinode.py",
+    "runs/test_supervisor.py",
+    "runs/test_stalls.py",
+    "runs/test_curves.py",
+    "runs/test_verify.py",
+    "ranks/test_layouts.py",
+    "ranks/test_compile.py",
+    "runs/test_faults.py",
+    "runs/test_compile.py",
+    "ranks/test_layout_checkpoints.py",
+    "ranks/test_recompute.py",
+    "ranks/test_muon_partition.py",
+    "ranks/test_core.py",
+    "runs/test_evaluate.py",
+    "runs/test_resume.py",
+    "runs/test_launchers.py",
+    "runs/test_layouts.py",
+    "runs/test_hostfile.py",
+    "ranks/test_failure_monitor.py",
+    "runs/test_doctor_hosts.py",
+    "unit/planning/test_memory.py",
+    "ranks/test_engine.py",
+    "ranks/test_fp8.py",
+    "ranks/test_pipeline.py",
+]
+QUICK_RANKS = {  # of tests/ranks and tests/runs, which are slow otherwise
+    "ranks/test_harness.py": "",
+    "ranks/test_layouts.py": "[dp2 tp2 pp2]",
+    "ranks/test_tensor.py": "",
+    "runs/test_dry_run.py": "test_a_dry_run",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    names = {item: str(item.path.relative_to(HERE)) for item in items if HERE in item.path.parents}
+    order = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(names.get(item, ""), len(order)))
+    for item, name in names.items():
+        if name.startswith(("ranks/", "runs/")) and not (name in QUICK_RANKS and QUICK_RANKS[name] in item.name):
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Sets the number of threads of the ranks that tests start: other numbers may cut a matrix multiplication elsewhere and give other bits."""
+    torch.set_num_threads(1)

@@ -41,11 +41,12 @@ Address = tuple[str, int]
 
 @dataclass(frozen=True)
 class Arrival:
-    """A rank that has checked in."""
+    """A rank that has checked in. address: rank 0's host as this rank reached it."""
 
     rank: int
     host: str
     facts: RankFacts
+    address: str = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,7 @@ class Meeting:
     store: TCPStore | None = None
 
 
-def meet(
-    environment: LaunchEnvironment,
-    facts: RankFacts,
-    judge: Judge,
-    limit_s: float,
-) -> Meeting:
+def meet(environment: LaunchEnvironment, facts: RankFacts, judge: Judge, limit_s: float) -> Meeting:
     """Wait for all ranks; each calls this once. judge gets the arrivals in rank order on rank 0, and returns an error.
 
     Raises UserError with the same sentence on every rank that is here: ranks that did not arrive within limit_s, that
@@ -108,14 +104,14 @@ class _Desk:
     judge: Judge
     limit_s: float
     store: TCPStore | None = None
-    arrivals: dict[int, tuple[Link, Arrival, str]] = field(default_factory=dict)  # with rank 0's address for the rank
-    links: list[Link] = field(default_factory=list)  # all open connections
+    arrivals: dict[int, Arrival] = field(default_factory=dict)
+    links: dict[Link, int | None] = field(default_factory=dict)  # open connection -> its rank, once it has checked in
     selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
 
     def run(self) -> None:
         """Wait until all ranks are here, one is refused, or the time is over; then send the verdict."""
         try:
-            error = self._gather() or self.judge([arrival for _, (_, arrival, _) in sorted(self.arrivals.items())])
+            error = self._gather() or self.judge([arrival for _, arrival in sorted(self.arrivals.items())])
         except Exception as exception:  # sent to all ranks, because they wait for a verdict
             error = f"rank 0 could not gather the ranks ({type(exception).__name__}: {exception})"
         if error and len(self.arrivals) < self.world:
@@ -124,12 +120,11 @@ class _Desk:
         self.selector.close()
         if error is None and self.store_port is not None:
             error = self._open_store(self.store_port)
-        addresses = [address for _, _, address in self.arrivals.values()]
-        other = [each for each in addresses if not ipaddress.ip_address(each.partition("%")[0]).is_loopback]
-        verdict = {"error": error} if error else {"address": other[0] if other else None}
-        rank_0 = self.arrivals[0][0] if 0 in self.arrivals else None
-        for link in sorted(self.links, key=lambda link: link is rank_0):
-            link.send(**verdict)  # rank 0 last: with an error its process ends when it receives this
+        addresses = [arrival.address for arrival in self.arrivals.values()]
+        remote = [each for each in addresses if not ipaddress.ip_address(each.partition("%")[0]).is_loopback]
+        for link in sorted(self.links, key=lambda link: self.links[link] == 0):
+            # rank 0 last: with an error its process ends when it receives this
+            link.send(**({"error": error} if error else {"address": remote[0] if remote else None}))
 
     def _open_store(self, port: int) -> str | None:
         """Start torch's store; its clients wait for the verdict, so none connects too early. Returns an error."""
@@ -169,7 +164,7 @@ class _Desk:
 
     def _greet(self) -> Link:
         link = Link(self.listener.accept()[0])
-        self.links.append(link)
+        self.links[link] = None
         link.send(greeting=_GREETING)
         return link
 
@@ -182,12 +177,11 @@ class _Desk:
             messages = None
         if messages is None:
             self.selector.unregister(link)
-            self.links.remove(link)
             link.close()
-            for other, arrival, _ in self.arrivals.values():
-                if other is link:
-                    rank = f"rank {arrival.rank} on {arrival.host}"
-                    return f"{rank} ended before all ranks had arrived: look for its error message"
+            rank = self.links.pop(link)
+            if rank is not None:
+                host = self.arrivals[rank].host
+                return f"rank {rank} on {host} ended before all ranks had arrived: look for its error message"
         return None
 
     def _register(self, link: Link, rank: int, world: int, host: str, address: str, facts: dict) -> str | None:
@@ -198,10 +192,10 @@ class _Desk:
             )
         if rank in self.arrivals:
             return (
-                f"rank {rank} arrived twice, from {self.arrivals[rank][1].host} and from {host}: "
+                f"rank {rank} arrived twice, from {self.arrivals[rank].host} and from {host}: "
                 "give every host its own --node_rank, and end what an earlier start left running"
             )
-        self.arrivals[rank] = link, Arrival(rank, host, facts), address
+        self.arrivals[rank], self.links[link] = Arrival(rank, host, facts, address), rank
         return None
 
     def _absent(self) -> list[int]:
@@ -209,7 +203,7 @@ class _Desk:
 
     def _describe_missing(self) -> str:
         hosts: dict[str, list[int]] = {}
-        for rank, (_, arrival, _) in sorted(self.arrivals.items()):
+        for rank, arrival in sorted(self.arrivals.items()):
             hosts.setdefault(arrival.host, []).append(rank)
         here = ", ".join(f"{_name_ranks(ranks)} on {host}" for host, ranks in list(hosts.items())[:8]) or "nobody"
         return (

@@ -8,6 +8,7 @@ import os
 import random
 import runpy
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -71,7 +72,8 @@ class _Output:
 class Ranks:
     """The ranks of one job, started without a launcher. One rank alone gets no launch variables, as under plain python.
 
-    extra: more arguments for single ranks. start: the ranks to start, all by default. variables: more environment variables.
+    extra: more arguments for single ranks. start: the ranks to start, all by default. variables: more environment variables. cores: those that
+    the ranks may use, all by default.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Ranks:
         extra: dict[int, list[str]] | None = None,
         start: list[int] | None = None,
         variables: dict[str, str] | None = None,
+        cores: set[int] | None = None,
     ):
         context = warm_context()
         self.world, port, self.processes, self.pids = world, free_port(), [], []
@@ -92,7 +95,7 @@ class Ranks:
             told = {key: str(value) for key, value in launch.items()} if world > 1 else {}
             line = [str(part) for part in [*program, *(extra or {}).get(rank, [])]]
             process: BaseProcess = context.Process(
-                target=_rank, args=(line, told | (variables or {}), self._out.sender, self._err.sender)
+                target=_rank, args=(line, told | (variables or {}), cores, self._out.sender, self._err.sender)
             )
             process.start()
             self.processes.append(process)
@@ -158,8 +161,24 @@ def run_forked(program: list, world: int = 1, **how) -> Done:
         return ranks.done()
 
 
-def _rank(program: list[str], variables: dict[str, str], out, err) -> None:
+_run_process = subprocess.run
+
+
+def run_without_torchrun(line: list, **how) -> subprocess.CompletedProcess:
+    """Stands in for subprocess.run where a tool starts ranks by torchrun: they are forked instead."""
+    if "torch.distributed.run" not in line:
+        return _run_process(line, **how)
+    start = line.index("torch.distributed.run")
+    cores = {0} if line[:3] == ["taskset", "-c", "0"] else None
+    world, program = int(line[start + 2]), line[start + 5 :]
+    done = run_forked(program, world, variables={"TORCHELASTIC_RUN_ID": "forked"}, cores=cores)
+    return subprocess.CompletedProcess(line, done.status, done.out, done.err)
+
+
+def _rank(program: list[str], variables: dict[str, str], cores: set[int] | None, out, err) -> None:
     end_with_the_tests()
+    if cores:
+        os.sched_setaffinity(0, cores)
     os.dup2(out.fileno(), 1)
     os.dup2(err.fileno(), 2)
     out.close()
@@ -169,4 +188,5 @@ def _rank(program: list[str], variables: dict[str, str], out, err) -> None:
     os.environ.update(environment() | variables)
     sys.path[:0] = variables.get("PYTHONPATH", "").split(os.pathsep) if "PYTHONPATH" in variables else []
     sys.argv = program
+    subprocess.run = run_without_torchrun
     runpy.run_path(program[0], run_name="__main__")

@@ -1,14 +1,11 @@
 """Real text, a real config: the loss curves of tensor and pipeline layouts beside one process's, by the tool that users have."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
-from tests.limits import limit_s
 from tests.reference import FOLDER, needs_reference
-from tests.runs.job import ROOT, environment
+from tests.runs.forked import run_forked
 from tools.train_tokenizer import main as train_tokenizer
 
 ENGLISH = FOLDER.parents[1] / "data" / "english"
@@ -22,7 +19,6 @@ def test_thirty_steps_of_english_lie_within_two_thousandths_of_one_process(tmp_p
     train_tokenizer(["--import-nanochat", str(FOLDER / "tokenizer"), "--out", str(tmp_path / "tokenizer")])
     # the config as it is but for a sixteenth of its batch; docs/benchmarks.md has the table of all layouts, which takes five times as long
     line = [
-        sys.executable,
         "tools/bench.py",
         "layouts",
         "--data",
@@ -32,9 +28,9 @@ def test_thirty_steps_of_english_lie_within_two_thousandths_of_one_process(tmp_p
     ]
     line += ["--layouts", "dp=2,tp=2,pp=2", "--set", "batch.tokens=1024", "--set", "batch.micro_rows=1"]
     line += ["--set", "evaluate.tokens=4096", "--set", "evaluate.prompts=[]"]
-    done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=limit_s())
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)["found"]
+    done = run_forked(line)
+    assert done.status == 0, done.err
+    found = json.loads(done.out)["found"]
     assert len(found) == 2 and found["dp=1"]["last_loss"] < 5.8
     for layout, told in found.items():
         assert told["largest_difference"] < 2e-3, f"{layout}: {told}"

@@ -47,7 +47,7 @@ def core(bundle, **more) -> dict:
 @pytest.fixture(scope="module")
 def core_run(place, bundle):
     """A run on two ranks with CORE on the way."""
-    return train(place, "core", launcher="torchrun", world=2, config=core(bundle))
+    return train(place, "core", world=2, config=core(bundle))
 
 
 def evaluated(launcher: str | None, world: int, saved, out, *arguments) -> dict:

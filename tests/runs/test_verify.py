@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,15 +18,14 @@ from megachat.files import file_sha256
 from megachat.parallel.mesh import Axis
 from megachat.planning.plan import resolve
 from megachat.programs.verify_resume import compare_resumed_run, run_job
-from tests.limits import limit_s
-from tests.runs.job import ROOT, checkpoint, command, environment, losses
+from tests.runs.forked import run_forked, run_without_torchrun
+from tests.runs.job import checkpoint, command, losses
 
 SMALL = ["--set", "model.sequence_len=64", "--set", "model.vocab_size=300", "--set", "model.head_size=32"]
 
 
 def verify(*arguments, config="configs/d4_cpu.json", small=SMALL):
-    line = [sys.executable, "tools/verify.py", "--config", config, *small, *map(str, arguments)]
-    return subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=limit_s())
+    return run_forked(["tools/verify.py", "--config", config, *small, *arguments])
 
 
 def test_two_layouts_are_equal_and_certified(tmp_path):
@@ -43,11 +41,9 @@ def test_two_layouts_are_equal_and_certified(tmp_path):
         "--out",
         tmp_path / "certificate.json",
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.status == 0, done.out + done.err
     assert (
-        done.stdout.count("  equal") == 2
-        and "8 ranks against one process" in done.stdout
-        and "tolerance 1e-05" in done.stdout
+        done.out.count("  equal") == 2 and "8 ranks against one process" in done.out and "tolerance 1e-05" in done.out
     )
     told = json.loads((tmp_path / "certificate.json").read_text())
     assert told["passed"] and [entry["layout"] for entry in told["layouts"]] == [
@@ -59,11 +55,17 @@ def test_two_layouts_are_equal_and_certified(tmp_path):
 def test_what_cannot_be_laid_out_is_refused_before_anything_starts(tmp_path):
     out = tmp_path / "certificate.json"
     done = verify("--layout", "tp=3", "--out", out)
-    assert done.returncode == 2 and not out.exists()
+    assert done.status == 2 and not out.exists()
     assert (
-        done.stderr
+        done.err
         == "error: parallel.tensor is 3, which does not divide the model's 8 query heads: set parallel.tensor to 2\n"
     )
+
+
+@pytest.fixture(autouse=True)
+def jobs_are_forked(monkeypatch):
+    """Also those that this process starts."""
+    monkeypatch.setattr(subprocess, "run", run_without_torchrun)
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +90,8 @@ def resumed(place, tmp_path_factory) -> tuple[str, dict, Path, Path]:
         config=config,
         small=[],
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout, json.loads(out.read_text()), kept / "0", config
+    assert done.status == 0, done.out + done.err
+    return done.out, json.loads(out.read_text()), kept / "0", config
 
 
 def test_a_resume_is_bit_equal_on_its_layout_and_token_equal_on_another(resumed):

@@ -1,8 +1,6 @@
 """Every config and every `--set` variant in configs/README.md: the numbers of the table, the dry run, the memory."""
 
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,8 +9,8 @@ from megachat.config import Config, load_config
 from megachat.planning.memory import FILLS, memory_of_stages
 from megachat.planning.plan import resolve
 from megachat.programs.dry_run import describe_job
-from tests.limits import limit_s
-from tests.runs.job import ROOT, environment
+from tests.runs.forked import run_forked
+from tests.runs.job import ROOT
 
 FOLDER = ROOT / "configs"
 GPU_GB = 80
@@ -91,16 +89,9 @@ def test_a_variant_changes_only_the_layout_and_the_rows_per_micro_batch(line):
 def test_the_config_of_the_readme_in_a_dry_run():
     """The program needs neither data, nor a tokenizer, nor the CORE bundle for it."""
     options = ["--config", "configs/d24_fp8.json", "--dry-run", "--world", "8", "--memory-gb", "24"]
-    done = subprocess.run(
-        [sys.executable, "launch/pretrain.py", *options],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=limit_s(),
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "layout = data 8 x tensor 1 x pipeline 1" in done.stdout and "tokens_per_step = 1,048,576" in done.stdout
-    (warning,) = (line for line in done.stdout.splitlines() if line.startswith("WARNING: "))
+    done = run_forked(["launch/pretrain.py", *options])
+    assert (done.status, done.err) == (0, "")
+    assert "layout = data 8 x tensor 1 x pipeline 1" in done.out and "tokens_per_step = 1,048,576" in done.out
+    (warning,) = (line for line in done.out.splitlines() if line.startswith("WARNING: "))
     assert re.search(r"[\d.]+ GB .*24\.0 GB", warning) and "set batch.micro_rows=" in warning
-    assert not (ROOT / "data" / "eval_bundle.zip").exists() or "CORE bundle" in done.stdout
+    assert not (ROOT / "data" / "eval_bundle.zip").exists() or "CORE bundle" in done.out

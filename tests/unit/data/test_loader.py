@@ -260,6 +260,7 @@ def test_close_ends_the_threads(folder):
 
 @needs_shared
 @pytest.mark.parametrize("row_tokens", [513, 2049])
+@pytest.mark.slow
 def test_default_streams_crop_no_more_than_plain_packing(row_tokens):
     tokenizer, rows = import_nanochat(NANOCHAT), 800
     with Loader(ENGLISH, tokenizer, split="train", row_tokens=row_tokens, rows=16) as loader:

@@ -2,8 +2,7 @@
 
 import json
 import os
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 from megachat.device import device_name
 from megachat.errors import UserError
 from megachat.job.launch import LaunchEnvironment, choose_device, common_address, describe_environment
+from tests.runs.forked import run_forked
 
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = """
@@ -22,15 +22,18 @@ keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER
 print(json.dumps([dataclasses.asdict(environment), {key: os.environ[key] for key in keys}]))
 """
 
-_LAUNCH = ("RANK", "WORLD", "LOCAL", "MASTER", "OMPI", "SLURM", "CROSS", "TORCHELASTIC")
+
+def run_code(code: str, variables: dict[str, str]):
+    """Runs the code in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "program.py")
+        path.write_text(code)
+        return run_forked([path], variables=variables)
 
 
 def bootstrapped(**variables: str):
-    clean = {key: value for key, value in os.environ.items() if key.split("_")[0] not in _LAUNCH}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], cwd=ROOT, env=clean | variables, capture_output=True, text=True
-    )
-    return json.loads(done.stdout) if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
+    done = run_code(PROGRAM, variables)
+    return json.loads(done.out) if done.status == 0 else done.err.strip().splitlines()[-1]
 
 
 def test_one_process_takes_a_free_port():
@@ -128,10 +131,8 @@ def test_collectives_use_the_network_of_rank_0():
         "MASTER_PORT": "5",
         "GLOO_SOCKET_IFNAME": "mine",
     }
-    done = subprocess.run(
-        [sys.executable, "-c", "\n".join(program)], cwd=ROOT, env=os.environ | given, capture_output=True, text=True
-    )
-    assert json.loads(done.stdout) == ["mine", "=lo", "127.0.0.1"], done.stderr
+    done = run_code("\n".join(program), given)
+    assert json.loads(done.out) == ["mine", "=lo", "127.0.0.1"], done.err
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,7 @@ for case in cases:  # torch is imported once, the stand-ins in one process per c
 """
 
 
+@pytest.mark.slow
 def test_the_first_that_works_is_chosen_and_the_rejected_have_reasons(tmp_path):
     for number, (files, _, _) in enumerate(CASES.values()):
         (tmp_path / str(number)).mkdir()

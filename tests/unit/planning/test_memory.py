@@ -107,6 +107,7 @@ def held_at_the_loss(config) -> int:
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "block"])
+@pytest.mark.slow
 def test_what_is_computed_again_is_not_kept(recompute):
     batch = {"tokens": 256 * 24, "micro_rows": 4, "recompute": recompute}
     config = small_config(model=MODEL | {"depth": 6}, batch=batch, parallel={"tensor": 2, "sequence": True})
@@ -130,6 +131,7 @@ def estimate(config, world: int, dtype: torch.dtype = torch.float32):
         (4, {"pipeline": 2}, {"precision": {"compute": "bfloat16"}}),
     ],
 )
+@pytest.mark.slow
 def test_the_estimate_is_what_ranks_hold(world, parallel, settings):
     config = small_config(
         **({"model": MODEL, "parallel": parallel, "batch": {"tokens": 256 * 24, "micro_rows": 2}} | settings)
@@ -146,6 +148,7 @@ def test_the_estimate_is_what_ranks_hold(world, parallel, settings):
             assert actual["activations"] <= stage.activations <= 1.06 * actual["activations"], stage
 
 
+@pytest.mark.slow
 def test_fp8_keeps_a_byte_for_each_number():
     """Compares the difference that the recipe makes: a CPU's norms are the same with and without it."""
     config = small_config(model=MODEL, batch={"tokens": 256 * 8, "micro_rows": 2}, precision={"compute": "bfloat16"})

@@ -144,6 +144,7 @@ def measured_small() -> dict:
     return bench.measure({"linears": "torch tensorwise", "attention": "auto", "depth": 2})
 
 
+@pytest.mark.slow
 def test_the_steps_of_a_case_are_measured():
     """On the CPU, of a small model: every part of a case but the GPU."""
     (told,) = run_ranks(measured_small, 1)

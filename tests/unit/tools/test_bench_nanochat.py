@@ -1,22 +1,20 @@
 """The measurement against nanochat without a clone of it: its refusals, and how a step is accumulated."""
 
-import subprocess
 import sys
 
 import pytest
 import torch
 
 from megachat.errors import UserError
-from tests.limits import limit_s
-from tests.runs.job import ROOT, environment
+from tests.runs.forked import run_forked
 from tools.bench.nanochat import accumulate, open_nanochat, row_counts
 
 
 def test_no_clone_is_one_sentence(tmp_path):
-    line = [sys.executable, "tools/bench.py", "nanochat", "--nanochat", str(tmp_path)]
-    done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=limit_s())
-    assert (done.returncode, done.stdout) == (2, "")
-    (line,) = done.stderr.splitlines()
+    line = ["tools/bench.py", "nanochat", "--nanochat", str(tmp_path)]
+    done = run_forked(line)
+    assert (done.status, done.out) == (2, "")
+    (line,) = done.err.splitlines()
     assert line.startswith(f"error: --nanochat {tmp_path} is not a clone") and "nanochat/gpt.py" in line
     with pytest.raises(UserError, match="--nanochat is not given"):
         open_nanochat(None)

@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import subprocess
-import sys
 from xml.etree import ElementTree
 
 import pytest
@@ -11,8 +9,7 @@ import pytest
 from megachat.errors import UserError
 from megachat.parallel.progress import PROFILE_PREFIX
 from tests.harness import run_ranks
-from tests.limits import limit_s
-from tests.runs.job import ROOT, environment
+from tests.runs.forked import run_forked
 from tools.bench.profile_picture import draw_profile, join_spans
 from tools.bench.step_profile import (
     GAP,
@@ -150,6 +147,7 @@ def profiled(out: str) -> dict:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.slow
 def test_the_parts_of_real_steps(ranks, tmp_path):
     out = tmp_path / "picture.svg"
     results = run_ranks(profiled, ranks, str(out))
@@ -191,9 +189,9 @@ def test_words_of_the_command_line():
         bench_profile(argparse.Namespace(rounds=0, out=None))
 
 
+@pytest.mark.slow
 def test_a_layout_is_started_from_the_command_line():
     line = [
-        sys.executable,
         "tools/bench.py",
         "--profile",
         "--config",
@@ -204,12 +202,12 @@ def test_a_layout_is_started_from_the_command_line():
         "1",
     ]
     line += ["--layout", "pp=2", *(word for setting in TINY for word in ("--set", setting))]
-    done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=limit_s())
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    done = run_forked(line)
+    assert done.status == 0, done.err
+    result = json.loads(done.out)
     assert (
         result["bench"] == "profile"
         and result["facts"]["ranks"] == {"data": 1, "tensor": 1, "pipeline": 2}
         and result["parts"]["stages"]["ms"] > 0
     )
-    assert "without the profiler" in done.stderr
+    assert "without the profiler" in done.err

@@ -1,11 +1,10 @@
 """tools/bench.py's training steps and attention: what they compare is what they say, and bytes are counted."""
 
 import json
-import subprocess
-import sys
 
-from tests.limits import limit_s
-from tests.runs.job import ROOT, environment
+import pytest
+
+from tests.runs.forked import run_forked
 
 SMALL = (
     "model.depth=4",
@@ -18,7 +17,6 @@ SMALL = (
 
 def measured(kind: str, *words: str) -> dict:
     line = [
-        sys.executable,
         "tools/bench.py",
         kind,
         "--config",
@@ -29,11 +27,12 @@ def measured(kind: str, *words: str) -> dict:
         "1",
         *words,
     ]
-    done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=limit_s())
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    done = run_forked(line)
+    assert done.status == 0, done.err
+    return json.loads(done.out)
 
 
+@pytest.mark.slow
 def test_recompute_has_fewer_bytes_at_every_level():
     told = measured("recompute", *(word for setting in SMALL for word in ("--set", setting)))
     assert told["rows_at_a_time"] == 8 and told["where"]["torch"]
@@ -42,6 +41,7 @@ def test_recompute_has_fewer_bytes_at_every_level():
     assert all(told[kind]["per_sec"] > 0 and told[kind]["rounds"] == 1 for kind in ("none", "selective", "block"))
 
 
+@pytest.mark.slow
 def test_attention_is_compared_for_each_shape():
     found = measured("attention")["found"]
     assert len(found) == 8

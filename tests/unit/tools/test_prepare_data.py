@@ -41,6 +41,7 @@ def content_of(folder):
     return {path.name: (path.stat().st_mtime_ns, file_sha256(path)) for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_python_source_in_a_process_of_its_own(tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "tools/prepare_data.py", "--source", "python", "--out", str(out)]
