@@ -65,7 +65,7 @@ def newest_complete(folder: Path, skip: Collection[Path] = ()) -> tuple[Path | N
 
     skip: checkpoints that are not considered.
     """
-    problems = []
+    problems: list[str] = []
     checkpoints = {
         step: path
         for path in folder.glob("step_*")

@@ -82,6 +82,7 @@ class _WholeTensor(torch.Tensor):
         pass
 
     @classmethod
+    # torch's stub declares its own default as a static method
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         raise TypeError(f"{func} was called on rectangles, which can only be saved and loaded")
 

@@ -1,4 +1,4 @@
-"""A checkpoint is of named whole tensors: any number of ranks reads what any number wrote, and all ranks fail together."""
+"""Any number of ranks reads a checkpoint that any number of ranks wrote, and all ranks fail together."""
 
 import os
 import resource
@@ -21,7 +21,7 @@ ROWS, TOKENS = 12, 161
 
 
 def note_rank(folder: Path) -> None:
-    (folder / f"own_{os.environ['RANK']}").write_text("mine")
+    (folder / f"rank_{os.environ['RANK']}").write_text("mine")
 
 
 def trained(config, steps):
@@ -33,19 +33,19 @@ def trained(config, steps):
 
 
 def train_and_save(folder, *configs):
-    """For each config the path of its checkpoint and the state in it."""
+    """Return for each config the path of its checkpoint and the state in it."""
     answers = []
     for number, config in enumerate(configs):
         training = trained(config, 2)
         path = save_checkpoint(
-            folder / str(number), 2, state_pieces(training), {"told": "by the test"}, note_rank, training.mesh.world
+            folder / str(number), 2, state_pieces(training), {"note": "by the test"}, note_rank, training.mesh.world
         )
         answers.append((path, whole_state(training)))
     return answers
 
 
 def load(*configs_and_paths):
-    """What loading makes of state that is not a number."""
+    """Return the states that result from loading into tensors of NaN."""
     answers = []
     for config, path in configs_and_paths:
         training = build(config, SMALL_VOCAB)
@@ -65,13 +65,13 @@ def test_four_ranks_write_and_any_number_reads(tmp_path):
     assert [path for path, _ in saved] == [tmp_path / "0" / "step_000002", tmp_path / "1" / "step_000002"]
     assert all([path for path, _ in other] == [path for path, _ in saved] for other in others)
     for world in (1, 2, 3):
-        for found in run_ranks(load, world, *zip(configs, [path for path, _ in saved], strict=True)):
-            for (_, state), loaded in zip(saved, found, strict=True):
+        for loaded_states in run_ranks(load, world, *zip(configs, [path for path, _ in saved], strict=True)):
+            for (_, state), loaded in zip(saved, loaded_states, strict=True):
                 assert loaded.keys() == state.keys() and len(state) > 40
                 assert [name for name in state if not torch.equal(loaded[name], state[name])] == [], f"on {world} ranks"
     for path, state in saved:
-        each = [*(f"__{rank}_0.distcp" for rank in range(4)), *(f"own_{rank}" for rank in range(4)), "tensors.json"]
-        assert sorted(read_facts(path)["files"]) == each and read_facts(path)["told"] == "by the test"
+        each = [*(f"__{rank}_0.distcp" for rank in range(4)), *(f"rank_{rank}" for rank in range(4)), "tensors.json"]
+        assert sorted(read_facts(path)["files"]) == each and read_facts(path)["note"] == "by the test"
         weights = load_model_weights(path)  # in this process, which belongs to no group
         assert {f"model/{name}" for name in weights} == {name for name in state if name.startswith("model/")}
         assert all(torch.equal(weight, state[f"model/{name}"]) for name, weight in weights.items())
@@ -81,18 +81,18 @@ def test_four_ranks_write_and_any_number_reads(tmp_path):
 def test_one_rank_writes_and_four_read(tmp_path):
     config = small_config()
     (((path, state),),) = run_ranks(train_and_save, 1, tmp_path, config)
-    for (found,) in run_ranks(load, 4, (config, path)):
-        assert [name for name in state if not torch.equal(found[name], state[name])] == []
+    for (loaded_states,) in run_ranks(load, 4, (config, path)):
+        assert [name for name in state if not torch.equal(loaded_states[name], state[name])] == []
 
 
 def load_others(path, *configs):
-    told = []
+    message = []
     for config in configs:
         training = build(config, SMALL_VOCAB)
         with pytest.raises(UserError) as error:
             load_checkpoint(path, state_pieces(training))
-        told.append(str(error.value))
-    return told
+        message.append(str(error.value))
+    return message
 
 
 def test_another_model_is_refused(tmp_path):
@@ -107,13 +107,13 @@ def test_another_model_is_refused(tmp_path):
 
 
 def save_three_times(folder, breaks):
-    """Save, fail to save once because of `breaks` on rank 1, and save again: what each rank was told, and what lay there then."""
+    """Save, fail because of `breaks` on rank 1, and save again; returns the error and the files after it."""
     training = trained(small_config(), 1)
     pieces, world = state_pieces(training), training.mesh.world
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def write_rank_files(path: Path) -> None:
-        if world.rank == 1 and breaks == "own files":
+        if world.rank == 1 and breaks == "rank files":
             (path / "no" / "such" / "folder").write_text("")
         if world.rank == 1 and breaks == "tensors":
             resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, unlimited[1]))
@@ -121,41 +121,42 @@ def save_three_times(folder, breaks):
     save_checkpoint(folder, 1, pieces, {}, note_rank, world)
     try:
         save_checkpoint(folder, 2, pieces, {}, write_rank_files, world)
-        told = None
+        message = None
     except UserError as error:
-        told = str(error)
+        message = str(error)
     resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     left = sorted(path.name for path in folder.iterdir())
     save_checkpoint(folder, 3, pieces, {}, note_rank, world)
-    return told, left
+    return message, left
 
 
 @pytest.mark.parametrize(
-    ("breaks", "reason"), [("own files", "No such file or directory"), ("tensors", "File too large")]
+    ("breaks", "reason"), [("rank files", "No such file or directory"), ("tensors", "File too large")]
 )
-def test_one_rank_that_cannot_write_makes_all_give_up_together(breaks, reason, tmp_path):
+def test_one_rank_that_cannot_write_makes_all_ranks_raise(breaks, reason, tmp_path):
     answers = run_ranks(save_three_times, 3, tmp_path, breaks)
-    for told, left in answers:
-        assert told == answers[0][0], "all ranks say the same"
+    for message, left in answers:
+        assert message == answers[0][0], "all ranks say the same"
         assert (
-            told.startswith(f"checkpoint {tmp_path / 'step_000002'} could not be saved by rank 1: ") and reason in told
+            message.startswith(f"checkpoint {tmp_path / 'step_000002'} could not be saved by rank 1: ")
+            and reason in message
         )
-        assert "earlier checkpoints are untouched" in told
+        assert "earlier checkpoints are untouched" in message
         assert left == ["step_000001"]
     assert newest_complete(tmp_path) == (tmp_path / "step_000003", [])
 
 
 def save_where_no_folder_can_be(folder):
     training = build(small_config(), SMALL_VOCAB)
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as message:
         save_checkpoint(folder / "file" / "checkpoints", 1, state_pieces(training), {}, note_rank, training.mesh.world)
-    return str(told.value)
+    return str(message.value)
 
 
-def test_a_folder_that_cannot_be_made_is_told_by_all(tmp_path):
+def test_a_folder_that_cannot_be_made_is_reported_by_all_ranks(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    for told in run_ranks(save_where_no_folder_can_be, 2, tmp_path):
-        assert "could not be saved by rank 0: " in told and "Not a directory" in told
+    for message in run_ranks(save_where_no_folder_can_be, 2, tmp_path):
+        assert "could not be saved by rank 0: " in message and "Not a directory" in message
 
 
 def save_large(config, folder):

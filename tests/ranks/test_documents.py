@@ -1,4 +1,4 @@
-"""A resume that would repeat or skip a document is refused on all ranks, in one sentence with the way out; what begins anew says and remembers so."""
+"""A resume that would repeat or skip a document is refused on all ranks, unless a restart is allowed and recorded."""
 
 import json
 import shutil
@@ -49,7 +49,7 @@ class Ranks:
         return build_loader(self.config, self.plan, self.mesh, tokenizer(), state)
 
     def save(self, checkpoint: Path, loader, step: int, **more) -> str:
-        """What a job saves of its documents."""
+        """Save the state of the documents as a job does; returns the ledger."""
         size, rank, rows = self.mesh.data.size, self.mesh.data.rank, self.plan.rows_per_step
         mine = [
             stream
@@ -59,9 +59,9 @@ class Ranks:
         save_loader_state(checkpoint / "loader", loader.state(), mine)
         ledger = combined_ledger(
             {
-                stream: told
+                stream: value
                 for part in all_gather_objects(loader.ledger(), self.mesh.world)
-                for stream, told in part.items()
+                for stream, value in part.items()
             }
         )
         (checkpoint / "facts.json").write_text(json.dumps({"step": step, "ledger": ledger} | more))
@@ -91,7 +91,7 @@ def uncompressed(path: Path, texts: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """Data and a checkpoint, as far as it concerns documents, of two ranks after three steps; one of another step, and one of another seed."""
+    """Data, and what checkpoints of two ranks have of it: after three steps, after four, and of another seed."""
     folder = tmp_path_factory.mktemp("documents")
     (folder / "data").mkdir()
     for index, documents in enumerate((60, 60, 30)):
@@ -103,15 +103,15 @@ def place(tmp_path_factory) -> Path:
 
 
 def resumed(folder: Path, checkpoints: list, changes: list[dict]) -> list:
-    """For each checkpoint, and for each change of the config, the sentence of a refusal or True."""
-    told = []
+    """Return for each checkpoint and each change of the config True, or the error."""
+    messages = []
     for checkpoint in checkpoints:
         for change in changes:
             try:
-                told.append(Ranks(folder, **change).documents(checkpoint)[1] == [])
+                messages.append(Ranks(folder, **change).documents(checkpoint)[1] == [])
             except UserError as error:
-                told.append(str(error))
-    return told
+                messages.append(str(error))
+    return messages
 
 
 def of_all_ranks(world: int, *arguments) -> list:
@@ -142,9 +142,9 @@ def test_other_settings_and_other_data_are_refused(place, tmp_path):
         "tokens per row 161 but this run has 81": {"model": {"sequence_len": 80}},
         "rows per step 12 but this run has 24": {"batch": {"tokens": 160 * 24}},
     }
-    told = of_all_ranks(2, place, [place / "checkpoint"], [{}, *changes.values()])
-    assert told[0] is True
-    for sentence, words in zip(told[1:], changes, strict=True):
+    messages = of_all_ranks(2, place, [place / "checkpoint"], [{}, *changes.values()])
+    assert messages[0] is True
+    for sentence, words in zip(messages[1:], changes, strict=True):
         assert sentence.startswith(f"the checkpoint's loader state has {words}"), sentence
         assert sentence.endswith("start a new run" + WAY_OUT) and "\n" not in sentence
 
@@ -173,27 +173,31 @@ def test_loader_files_that_are_not_the_checkpoints_are_refused(place, tmp_path):
     taken("one of another step", "later", every[2])
     taken("all of another step", "later", "loader.json", *every)
     taken("one of another run", "shuffled", every[0])
-    wanted = {
-        "no folder": "the loader state {0}/loader/loader.json is missing: load another checkpoint",
-        "no file": "the loader state {0}/loader/stream_00001.npz is missing: load another checkpoint",
-        "cut short": "the loader state {0}/loader/stream_00003.npz is damaged (BadZipFile): load another checkpoint",
-        "swapped": "{0}/loader/stream_00001.npz is of another stream or run: it has documents that do not belong to stream 1; load another checkpoint",
-        "one of another step": "{0}/loader/stream_00002.npz is not of step 3, which loader.json has: load another checkpoint",
-        "all of another step": "{0}/loader is of step 4, but the checkpoint of step 3: load another checkpoint",
+    facts_in_errors = {
+        "no folder": ("/loader/loader.json", "is missing"),
+        "no file": ("/loader/stream_00001.npz", "is missing"),
+        "cut short": ("/loader/stream_00003.npz", "is damaged (BadZipFile)"),
+        "swapped": ("/loader/stream_00001.npz", "documents that do not belong to stream 1"),
+        "one of another step": ("/loader/stream_00002.npz", "not of step 3"),
+        "all of another step": ("/loader", "of step 4", "of step 3"),
+        "one of another run": ("/loader", "the ledger "),
     }
-    told = of_all_ranks(3, place, [tmp_path / name for name in [*wanted, "one of another run"]], [{}])
-    assert told[:-1] == [sentence.format(tmp_path / name) + WAY_OUT for name, sentence in wanted.items()]
-    assert told[-1].startswith(f"{tmp_path / 'one of another run'}/loader has the ledger ")
-    assert told[-1].endswith(": load another checkpoint" + WAY_OUT)
+    messages = of_all_ranks(3, place, [tmp_path / name for name in facts_in_errors], [{}])
+    for message, (name, (path, *words)) in zip(messages, facts_in_errors.items(), strict=True):
+        assert f"{tmp_path / name}{path} " in message and all(word in message for word in words), message
+        assert message.endswith(" load another checkpoint" + WAY_OUT), message
 
 
 def restarted_state(folder: Path, target: Path, source: str) -> tuple:
-    """Resume with a smaller buffer and data.resume=restart, train two steps, save, resume twice more; what the first says, and what is saved."""
+    """Resume with a smaller buffer and data.resume=restart, train two steps, save, and resume twice more.
+
+    Returns the remarks and the ledger of the first resume, the last loader.json, and the restarts after all of them.
+    """
     (target / "second").mkdir(parents=True, exist_ok=True)
     (target / "third").mkdir(exist_ok=True)
     changes = {"data": {"buffer_documents": 20, "resume": "restart"}}
     ranks = Ranks(folder, **changes)
-    state, told = ranks.documents(folder / source)
+    state, messages = ranks.documents(folder / source)
     with ranks.loader(state) as loader:
         first = rows_of(loader, 2)
         ledger = ranks.save(target / "second", loader, STEP + 2)
@@ -204,26 +208,29 @@ def restarted_state(folder: Path, target: Path, source: str) -> tuple:
         )
         rest = rows_of(loader, 2)
     state, again = ranks.documents(target / "second")
-    assert again == [], "where documents can go on they do, whatever data.resume says"
+    assert again == [], "documents that can continue do, whatever data.resume is"
     with ranks.loader(state) as loader:
         assert torch.equal(rows_of(loader, 2), rest)
         ranks.save(target / "third", loader, STEP + 4)
     assert Ranks(folder, data={"buffer_documents": 20}).documents(target / "third")[1] == []
     once_more, _ = Ranks(folder, data={"buffer_documents": 30, "resume": "restart"}).documents(target / "third")
     return (
-        told,
+        messages,
         ledger,
         json.loads((target / "third" / "loader" / "loader.json").read_text()),
         once_more["header"]["restarts"],
     )
 
 
-def test_documents_that_begin_anew_go_on_exactly_from_then_on(place, tmp_path):
+def test_documents_that_restart_continue_exactly_from_then_on(place, tmp_path):
     before = facts(place / "checkpoint")["ledger"]
-    (told, ledger, header, restarts), *others = run_ranks(restarted_state, 2, place, tmp_path, "checkpoint")
-    assert [other[:2] for other in others] == [(told, ledger)]
-    why = "data.resume=restart; the checkpoint's loader state has documents in a buffer (data.buffer_documents) 1000 but this run has 20"
-    assert told == [f"documents restart from the first one at step 3 and may repeat earlier ones ({why})"]
+    (messages, ledger, header, restarts), *others = run_ranks(restarted_state, 2, place, tmp_path, "checkpoint")
+    assert [other[:2] for other in others] == [(messages, ledger)]
+    (remark,) = messages
+    assert remark.startswith(
+        "documents restart from the first one at step 3 and may repeat earlier ones (data.resume=restart"
+    )
+    assert "documents in a buffer (data.buffer_documents) 1000 but this run has 20" in remark
     assert header["restarts"] == [{"step": 3, "ledger": before}] and header["step"] == 4
     assert restarts == [*header["restarts"], {"step": 7, "ledger": facts(tmp_path / "third")["ledger"]}]
     assert [answer[1] for answer in run_ranks(restarted_state, 3, place, tmp_path / "three", "checkpoint")] == [
@@ -231,10 +238,9 @@ def test_documents_that_begin_anew_go_on_exactly_from_then_on(place, tmp_path):
     ] * 3, "on any number of ranks"
 
 
-def test_an_imported_checkpoint_has_been_told_otherwise(place, tmp_path):
+def test_documents_of_an_imported_checkpoint_restart(place, tmp_path):
     (tmp_path / "facts.json").write_text(json.dumps({"step": 20, "imported": {"format": "nanochat"}}))
-    (told,) = run_ranks(imported, 1, place, tmp_path)
-    (remark,) = told
+    ((remark,),) = run_ranks(imported, 1, place, tmp_path)
     assert remark.startswith("documents restart from the first one at step 20 and may repeat earlier ones")
     assert f"{tmp_path} was imported" in remark
 

@@ -1,4 +1,4 @@
-"""A checkpoint of any layout goes on at any other: the same state to the bit, and the losses of the run that never stopped."""
+"""A checkpoint of any layout resumes on any other: the same state to the bit, the losses of an uninterrupted run."""
 
 import math
 from datetime import timedelta
@@ -49,10 +49,10 @@ def job(config, folder: Path, checkpoint: Path | None = None):
     mesh = build_mesh(torch.device("cpu"), tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
     plan, documents = resolve(config, mesh.world.size, tokenizer.vocab_size), None
     if checkpoint:
-        documents, told = resume_documents(
+        documents, remarks = resume_documents(
             checkpoint, check_checkpoint(checkpoint, plan, tokenizer, config), config, plan, mesh, tokenizer
         )
-        assert told == []
+        assert remarks == []
     run = build_run(config, plan, mesh, tokenizer, folder, documents)
     run.engine.adamw.loss_scaler, run.engine.adamw.dynamic_loss_scale = (
         build_loss_scaler(2.0**4 if checkpoint else 2.0**10, 2),
@@ -80,8 +80,11 @@ def counters(run) -> dict:
     }
 
 
-def save_and_go_on(config, folder):
-    """(checkpoint after two steps, its state and counters; random numbers after it; losses and counters of the next three steps)."""
+def save_and_continue(config, folder):
+    """Train two steps, save, and train three more.
+
+    Returns (checkpoint, (its state, its counters), random numbers after it, losses of the three steps, their counters).
+    """
     run, state = job(config, folder)
     with run.loader:
         warm_up(run)
@@ -96,7 +99,7 @@ def save_and_go_on(config, folder):
         return saved.path, before, torch.rand(3), steps(run, 2, 5), counters(run)
 
 
-def load_and_go_on(config, path, folder):
+def load_and_continue(config, path, folder):
     run, state = job(config, folder, path)
     with run.loader:
         assert state == LoopState(step=2, training_s=1.5, skipped_steps=1, val_bpb=2.0, min_val_bpb=1.0)
@@ -113,8 +116,8 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("saved_on", ["tp2 pp2", "one", "dp2 pp3"])
-def test_any_layout_goes_on_from_any_other(saved_on, data, tmp_path):
-    answers = run_ranks(save_and_go_on, LAYOUTS[saved_on][0], config_of(saved_on, data), tmp_path)
+def test_any_layout_resumes_from_any_other(saved_on, data, tmp_path):
+    answers = run_ranks(save_and_continue, LAYOUTS[saved_on][0], config_of(saved_on, data), tmp_path)
     path, (state, counts), _, losses, end = answers[0]
     assert (
         len(state) > 60
@@ -129,18 +132,18 @@ def test_any_layout_goes_on_from_any_other(saved_on, data, tmp_path):
         and end["ledgers"] != counts["ledgers"]
     )
     for layout, (world, _) in LAYOUTS.items():
-        found = run_ranks(load_and_go_on, world, config_of(layout, data), path, tmp_path)
-        for (loaded, loaded_counts), _, others, others_end in found:
+        answers_here = run_ranks(load_and_continue, world, config_of(layout, data), path, tmp_path)
+        for (loaded, loaded_counts), _, others, others_end in answers_here:
             assert loaded.keys() == state.keys()
             assert [name for name in state if not loaded[name].equal(state[name])] == [], (
                 f"{saved_on} loaded on {layout}"
             )
             assert (loaded_counts, others_end) == (counts, end), f"{saved_on} loaded on {layout}"
-            assert others == pytest.approx(losses, rel=1e-6), f"{saved_on} gone on with on {layout}"
-        numbers = [tuple(answer[1].tolist()) for answer in found]
+            assert others == pytest.approx(losses, rel=1e-6), f"{saved_on} continued on {layout}"
+        numbers = [tuple(answer[1].tolist()) for answer in answers_here]
         wanted = [tuple(answer[2].tolist()) for answer in answers]
         assert numbers[: len(wanted)] == wanted[:world] and len(set(numbers)) == world, (
-            "each rank's random numbers go on, new ranks have their own"
+            "each rank's random numbers continue, new ranks have other numbers"
         )
 
 

@@ -1,4 +1,4 @@
-"""All ranks choose the same checkpoint to resume from; damage on any rank is detected before the checkpoint is used."""
+"""All ranks agree on the checkpoint to resume from, and damaged files are detected on whichever rank hashes them."""
 
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +15,7 @@ from megachat.parallel.mesh import build_mesh
 from tests.harness import run_ranks
 from tests.unit.checkpoint.test_checkpoint import ALONE, damage, some_tensors, whole
 
-PARTS = ("tensors.json", "__0_0.distcp", "own", "checkpoint.json")
+PARTS = ("tensors.json", "__0_0.distcp", "extra", "checkpoint.json")
 
 
 def made(run: Path, steps=(2, 4)) -> Path:
@@ -26,7 +26,7 @@ def made(run: Path, steps=(2, 4)) -> Path:
             step,
             whole(some_tensors()),
             {},
-            lambda folder: (folder / "own").write_text("mine"),
+            lambda folder: (folder / "extra").write_text("mine"),
             ALONE,
         )
     return run
@@ -37,10 +37,10 @@ def world_of_all():
     return build_mesh(torch.device("cpu")).world
 
 
-def settle(asked):
-    """What each of several (run folder, resume) comes to."""
+def choose(requests):
+    """Return for each (run folder, resume) the chosen checkpoint and remarks, or the error."""
     world, answers = world_of_all(), []
-    for run, resume in asked:
+    for run, resume in requests:
         try:
             answers.append(choose_checkpoint(run, resume, world))
         except UserError as error:
@@ -53,18 +53,18 @@ def test_whatever_file_is_damaged_the_one_before_is_taken(tmp_path):
     for run, part in zip(runs, PARTS, strict=True):
         damage(run / "checkpoints" / "step_000004" / part)
     whole_run, none = made(tmp_path / "whole"), tmp_path / "none"
-    asked = [
+    requests = [
         *((run, "auto") for run in runs),
         *((run, str(run / "checkpoints" / "step_000004")) for run in runs),
         (whole_run, "auto"),
         (none, "auto"),
     ]
-    answers, *others = run_ranks(settle, 3, asked)
+    answers, *others = run_ranks(choose, 3, requests)
     assert all(other == answers for other in others), "all ranks come to the same"
     for run, part, auto, named in zip(runs, PARTS, answers, answers[len(PARTS) :], strict=False):
         last = run / "checkpoints" / "step_000004"
-        found, (remark,) = auto
-        assert found == run / "checkpoints" / "step_000002" and str(last) in remark and part in remark
+        checkpoint, (remark,) = auto
+        assert checkpoint == run / "checkpoints" / "step_000002" and str(last) in remark and part in remark
         assert str(last) in named and part in named and "another step's checkpoint" in named
     assert answers[-2:] == [(whole_run / "checkpoints" / "step_000004", []), (None, [])]
 
@@ -81,7 +81,7 @@ def hold(folder):
         return message, remarks
 
 
-def test_all_ranks_hear_that_the_folder_is_in_use(tmp_path):
+def test_all_ranks_report_that_the_folder_is_in_use(tmp_path):
     for message, remarks in run_ranks(hold, 2, tmp_path / "run"):
         assert message.startswith(f"{tmp_path / 'run'} is in use by another job, with rank 0 on ") and remarks == []
 

@@ -44,20 +44,20 @@ def some_tensors() -> dict[str, torch.Tensor]:
     return {"model/a": torch.arange(12.0).view(3, 4), "model/b": torch.randn(5), "muon/a/momentum": torch.randn(3, 4)}
 
 
-def save(folder: Path, step: int = 7, tensors=None, facts=None, own=lambda _: None) -> Path:
-    return save_checkpoint(folder, step, whole(tensors or some_tensors()), facts or {}, own, ALONE)
+def save(folder: Path, step: int = 7, tensors=None, facts=None, write_files=lambda _: None) -> Path:
+    return save_checkpoint(folder, step, whole(tensors or some_tensors()), facts or {}, write_files, ALONE)
 
 
 def read(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    found = {name: torch.full_like(tensor, torch.nan) for name, tensor in tensors.items()}
-    load_checkpoint(path, whole(found))
-    return found
+    loaded = {name: torch.full_like(tensor, torch.nan) for name, tensor in tensors.items()}
+    load_checkpoint(path, whole(loaded))
+    return loaded
 
 
 @pytest.mark.filterwarnings("error")
 def test_tensors_come_back_and_the_index_is_json(tmp_path):
     tensors = some_tensors()
-    path = save(tmp_path, 7, tensors, {"loop": {"step": 7}}, lambda folder: (folder / "own").write_text("mine"))
+    path = save(tmp_path, 7, tensors, {"loop": {"step": 7}}, lambda folder: (folder / "extra").write_text("mine"))
     assert path == tmp_path / "step_000007" and sorted(os.listdir(tmp_path)) == ["step_000007"]
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in read(path, tensors).items())
     index = json.loads((path / "tensors.json").read_text())
@@ -72,10 +72,11 @@ def test_tensors_come_back_and_the_index_is_json(tmp_path):
         7,
         {"step": 7},
     )
-    sizes = {name: (path / name).stat().st_size for name in ("__0_0.distcp", "own", "tensors.json")}
+    sizes = {name: (path / name).stat().st_size for name in ("__0_0.distcp", "extra", "tensors.json")}
     assert facts["files"] == {name: {"bytes": size, "sha256": file_sha256(path / name)} for name, size in sizes.items()}
     assert (
-        facts["files"]["own"]["sha256"] == hashlib.sha256(b"mine").hexdigest() and find_file_problems(path, facts) == []
+        facts["files"]["extra"]["sha256"] == hashlib.sha256(b"mine").hexdigest()
+        and find_file_problems(path, facts) == []
     )
     assert load_model_weights(path).keys() == {"a", "b"} and torch.equal(
         load_model_weights(path, ["b"])["b"], tensors["model/b"]
@@ -91,7 +92,7 @@ def test_rectangles_of_a_whole_are_read_on_their_own(tmp_path):
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):
-    save(tmp_path, own=lambda folder: (folder / "old").write_text(""))
+    save(tmp_path, write_files=lambda folder: (folder / "old").write_text(""))
     (tmp_path / "step_000007.tmp").mkdir()
     (tmp_path / "step_000007.tmp" / "rest").write_text("of a save that was killed")
     tensors = some_tensors()
@@ -153,7 +154,7 @@ def test_tensors_that_were_overwritten_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (None, "is not a complete checkpoint: it has no checkpoint.json"),
         ('{"format_version": 3, "step": 7}', "has format version 3, newer than .* 2: update megachat"),
@@ -177,12 +178,12 @@ def test_tensors_that_were_overwritten_are_refused(tmp_path):
         ),
     ],
 )
-def test_a_folder_that_is_no_complete_checkpoint_is_refused(content, told, tmp_path):
+def test_a_folder_that_is_no_complete_checkpoint_is_refused(content, message, tmp_path):
     path = save(tmp_path)
     (path / "checkpoint.json").unlink()
     if content is not None:
         (path / "checkpoint.json").write_text(content)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         read_facts(path)
     with pytest.raises(UserError):
         read_facts(path / "checkpoint.json")  # a file, or nothing
@@ -198,9 +199,9 @@ def test_the_newest_complete_checkpoint_is_found_by_step(tmp_path):
     assert newest_complete(tmp_path) == (tmp_path / "step_1000000", [])
     (tmp_path / "step_1000000" / "tensors.json").unlink()
     (tmp_path / "step_999999" / "checkpoint.json").unlink()
-    found, passed_over = newest_complete(tmp_path)
-    assert found == tmp_path / "step_000010"
-    assert [reason.split()[0] for reason in passed_over] == [
+    newest, problems = newest_complete(tmp_path)
+    assert newest == tmp_path / "step_000010"
+    assert [reason.split()[0] for reason in problems] == [
         str(tmp_path / "step_1000000"),
         str(tmp_path / "step_999999"),
     ]
@@ -228,17 +229,17 @@ def test_what_fails_while_writing_leaves_no_trace(error, tmp_path):
         UserError,
         match="step_000008 could not be saved by rank 0: .*(no cable|odd|gone).*earlier checkpoints are untouched",
     ):
-        save(tmp_path, 8, own=fail)
+        save(tmp_path, 8, write_files=fail)
     assert os.listdir(tmp_path) == ["step_000007"] and read_facts(before)
 
 
 @pytest.mark.parametrize(
-    ("rectangles", "told"),
+    ("rectangles", "message"),
     [([(0, 3), (2, 3)], "overlapping"), ([(0, 3)], "3 of the 5 elements of model/a")],
 )
-def test_overlaps_and_holes_are_refused(rectangles, told, tmp_path):
+def test_overlaps_and_holes_are_refused(rectangles, message, tmp_path):
     pieces = {"model/a": ((5,), [((start,), (size,), torch.zeros(size)) for start, size in rectangles])}
-    with pytest.raises(UserError, match=f"could not be saved by rank 0: .*{told}"):
+    with pytest.raises(UserError, match=f"could not be saved by rank 0: .*{message}"):
         save_checkpoint(tmp_path, 1, pieces, {}, lambda _: None, ALONE)
     assert os.listdir(tmp_path) == []
 
@@ -252,21 +253,21 @@ def damage(path: Path) -> None:
 
 def test_every_file_that_was_changed_is_named(tmp_path):
     path = save(
-        tmp_path, own=lambda folder: [(folder / name).write_text(name) for name in ("first", "second", "third")]
+        tmp_path, write_files=lambda folder: [(folder / name).write_text(name) for name in ("first", "second", "third")]
     )
     facts = read_facts(path)
     damage(path / "__0_0.distcp")
     damage(path / "second")
     (path / "third").unlink()
     (path / "first").write_text("longer than it was")
-    told = [
+    expected = [
         "__0_0.distcp does not match its SHA-256",
         "first has 18 bytes, not 5",
         "second does not match its SHA-256",
         "third is missing",
     ]
-    assert [problem.split(":")[0] for problem in sorted(find_file_problems(path, facts))] == told
-    assert [problem.split(":")[0] for problem in find_file_problems(path, facts, {"second"})] == told[2:3]
+    assert [problem.split(":")[0] for problem in sorted(find_file_problems(path, facts))] == expected
+    assert [problem.split(":")[0] for problem in find_file_problems(path, facts, {"second"})] == expected[2:3]
     text = (path / "checkpoint.json").read_text()
     (path / "checkpoint.json").write_text(text.replace('"step": 7', '"step": 8'))
     with pytest.raises(UserError, match="checkpoint.json does not match its SHA-256"):
@@ -274,7 +275,7 @@ def test_every_file_that_was_changed_is_named(tmp_path):
 
 
 def test_a_format_without_hashes_is_compared_by_size(tmp_path):
-    path = save(tmp_path, 7, own=lambda folder: (folder / "own").write_text("mine"))
+    path = save(tmp_path, 7, write_files=lambda folder: (folder / "extra").write_text("mine"))
     facts = {
         "format_version": 1,
         "step": 7,
@@ -282,14 +283,14 @@ def test_a_format_without_hashes_is_compared_by_size(tmp_path):
     }
     (path / "checkpoint.json").write_text(json.dumps(facts))
     upgraded = read_facts(path)
-    assert upgraded["files"]["own"] == {"bytes": 4, "sha256": None} and (
+    assert upgraded["files"]["extra"] == {"bytes": 4, "sha256": None} and (
         upgraded["format_version"],
         upgraded["ledger"],
     ) == (2, None)
-    damage(path / "own")
+    damage(path / "extra")
     assert find_file_problems(path, upgraded) == []
-    (path / "own").write_text("longer")
-    assert find_file_problems(path, upgraded) == ["own has 6 bytes, not 4"]
+    (path / "extra").write_text("longer")
+    assert find_file_problems(path, upgraded) == ["extra has 6 bytes, not 4"]
 
 
 @pytest.mark.parametrize(

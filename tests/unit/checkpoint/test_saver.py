@@ -1,4 +1,4 @@
-"""The copy that is saved is of the moment of begin(), the writing goes on behind, and what fails there is raised in front."""
+"""The Saver copies the state at begin(), writes in the background, and raises a failure in the training's thread."""
 
 import threading
 from pathlib import Path
@@ -12,7 +12,7 @@ from tests.unit.checkpoint.test_checkpoint import ALONE, whole
 
 
 class Writer:
-    """Waits to be let go, then notes what it was given."""
+    """Waits for `go`, then records the tensors that it is given."""
 
     def __init__(self):
         self.go, self.began, self.wrote = threading.Event(), threading.Event(), []
@@ -24,7 +24,7 @@ class Writer:
         return Path(f"saved {len(self.wrote)}")
 
 
-def test_training_goes_on_and_the_copy_does_not(tmp_path):
+def test_training_continues_and_the_copy_does_not_change(tmp_path):
     saver, write, weight = Saver(ALONE), Writer(), torch.arange(6.0).view(2, 3)
     saver.begin(whole({"model/a": weight}), write)
     saver.wait_copied()
@@ -44,7 +44,7 @@ def test_training_goes_on_and_the_copy_does_not(tmp_path):
     assert 0 <= first.blocked_s <= first.total_s
 
 
-def test_in_front_when_asked(tmp_path):
+def test_without_background_the_caller_waits(tmp_path):
     saver, write = Saver(ALONE, background=False), Writer()
     write.go.set()
     saver.begin(whole({"model/a": torch.ones(2)}), write)
@@ -64,8 +64,8 @@ def test_a_save_that_fails_is_raised_once(tmp_path):
     assert not saver.failed and saver.finished() == []
 
 
-def test_what_is_given_may_change_once_it_is_copied():
-    """Large, so that the copy is still under way when the change would come."""
+def test_tensors_may_change_once_they_are_copied():
+    """The tensors are large, so that the copy is still running when they would change."""
     saver, write = Saver(ALONE), Writer()
     weights = {f"model/{name}": torch.zeros(2**24) for name in "abcd"}
     saver.begin(whole(weights), write)

@@ -10,7 +10,7 @@ from tools.bench.scan_packing import scan_rows
 
 
 def documents_of(seed, lengths, count=3000):
-    """Documents whose tokens tell which they are."""
+    """Return documents of random lengths; a token identifies its document."""
     rng = random.Random(seed)
     return [list(range(1000 * index, 1000 * index + rng.choice(lengths))) for index in range(count)]
 

@@ -135,12 +135,12 @@ def test_fingerprint_changes_with_the_train_shards(folder):
 
 
 def read(corpus, number, count):
-    found = {}
+    texts_by_number = {}
     for first, texts in corpus.read_from(number):
         for offset, text in enumerate(texts.to_pylist()):
-            found[first + offset] = text
+            texts_by_number[first + offset] = text
         if first + len(texts) >= number + count:
-            return [found[index] for index in range(number, number + count)]
+            return [texts_by_number[index] for index in range(number, number + count)]
 
 
 def test_documents_come_in_file_order_epoch_after_epoch(folder):
@@ -148,8 +148,8 @@ def test_documents_come_in_file_order_epoch_after_epoch(folder):
     corpus = Corpus(split_shards(open_shards(folder), "train"))
     assert corpus.documents == 40
     assert read(corpus, 0, 40) == texts
-    first, held = next(corpus.read_from(33))
-    assert first <= 33 < first + len(held)
+    first, texts_read = next(corpus.read_from(33))
+    assert first <= 33 < first + len(texts_read)
     assert read(corpus, 33, 60) == list(itertools.islice(itertools.cycle(texts), 33, 93))
 
 

@@ -86,9 +86,9 @@ def mirror():
 
 def download(folder, mirror, shards=2, **changes):
     folder.mkdir(exist_ok=True)
-    said = []
-    entries = download_shards(folder, mirror.source, shards, retry_wait_s=0.001, log=said.append, **changes)
-    return entries, said
+    lines = []
+    entries = download_shards(folder, mirror.source, shards, retry_wait_s=0.001, log=lines.append, **changes)
+    return entries, lines
 
 
 def names_in(folder):
@@ -96,9 +96,9 @@ def names_in(folder):
 
 
 def test_the_first_shards_and_always_the_last(tmp_path, mirror):
-    entries, said = download(tmp_path / "out", mirror)
+    entries, lines = download(tmp_path / "out", mirror)
     names = ["shard_00000.parquet", "shard_00001.parquet", "shard_00009.parquet"]
-    assert names_in(tmp_path / "out") == names == [entry.name for entry in entries] and len(said) == 3
+    assert names_in(tmp_path / "out") == names == [entry.name for entry in entries] and len(lines) == 3
     for entry in entries:
         content = mirror.files[entry.name]
         assert (tmp_path / "out" / entry.name).read_bytes() == content

@@ -34,9 +34,9 @@ def test_inputs_are_files_by_name_and_folders_by_suffix(tmp_path):
     for name in ("b.txt", "a.md", "deep/c.txt", "skipped.html"):
         (tmp_path / name).write_text(name)
     named = tmp_path / "skipped.html"
-    found = find_input_files([tmp_path, named, tmp_path / "b.txt"], (".txt", ".md"))
-    assert [path.name for path in found] == ["a.md", "b.txt", "c.txt", "skipped.html"]
-    assert list(read_text_files(found, 1000)) == ["a.md", "b.txt", "deep/c.txt", "skipped.html"]
+    files = find_input_files([tmp_path, named, tmp_path / "b.txt"], (".txt", ".md"))
+    assert [path.name for path in files] == ["a.md", "b.txt", "c.txt", "skipped.html"]
+    assert list(read_text_files(files, 1000)) == ["a.md", "b.txt", "deep/c.txt", "skipped.html"]
     with pytest.raises(UserError, match="nowhere does not exist"):
         find_input_files([tmp_path / "nowhere"], (".txt",))
     with pytest.raises(UserError, match="has no .rst file"):

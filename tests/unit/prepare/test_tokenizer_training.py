@@ -104,5 +104,5 @@ def test_files_that_are_not_an_encoding(tmp_path):
         with pytest.raises(UserError, match="is not a pickled tiktoken.Encoding"):
             import_nanochat(tmp_path)
     (tmp_path / "tokenizer.pkl").write_bytes(pickle.dumps(encoding(special_tokens={"<|bos|>": 300})))
-    with pytest.raises(UserError, match="do not follow the 256 merges"):
+    with pytest.raises(UserError, match="do not follow its 256 merges"):
         import_nanochat(tmp_path)

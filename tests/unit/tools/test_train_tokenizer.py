@@ -28,9 +28,12 @@ def refused(capsys, *arguments):
 def test_training_saves_reports_and_does_nothing_the_second_time(tmp_path, data, capsys):
     out = tmp_path / "tokenizer"
     run("--data", data, "--vocab-size", 300, "--out", out)
-    said = capsys.readouterr().out
+    out_text = capsys.readouterr().out
     assert (
-        "trained 300 tokens" in said and "train: 1." in said and "validation: 1." in said and "bytes per token" in said
+        "trained 300 tokens" in out_text
+        and "train: 1." in out_text
+        and "validation: 1." in out_text
+        and "bytes per token" in out_text
     )
     assert load_tokenizer(out).vocab_size == 300
     assert sorted(path.name for path in out.iterdir()) == [RANK_FILE, METADATA_FILE]
@@ -77,5 +80,5 @@ def test_requests_that_make_no_sense(tmp_path, data, capsys, arguments, words):
 def test_import_of_nanochats_tokenizer(tmp_path, capsys):
     run("--import-nanochat", NANOCHAT, "--data", ENGLISH, "--out", tmp_path, "--max-chars", 200_000)
     assert load_tokenizer(tmp_path).vocab_size == 1024
-    said = capsys.readouterr().out
-    assert "1,024 tokens" in said and "validation: 2." in said
+    out_text = capsys.readouterr().out
+    assert "1,024 tokens" in out_text and "validation: 2." in out_text
