@@ -1,9 +1,11 @@
-# megachat on NVIDIA's PyTorch image, whose torch, Transformer Engine, flash-attention, apex, NCCL and cuDNN were built for each other.
-# 26.06 has torch 2.13, the version that launch/setup.sh installs elsewhere, on CUDA 13: the host needs a driver R580 or newer.
+# megachat on NVIDIA's PyTorch image, whose torch, Transformer Engine, flash-attention, apex, NCCL and cuDNN are built
+# for each other.
+# 26.06 has torch 2.13, as launch/setup.sh installs, on CUDA 13: the host needs a driver R580 or newer.
 #
 #   docker build -t megachat .
-#   docker run --rm --gpus all megachat          # the doctor: what is installed, what a run would take, what is wrong
-#   docker run --rm --gpus all --ipc=host --ulimit memlock=-1 -v "$PWD/data:/workspace/megachat/data" -v "$PWD/runs:/workspace/megachat/runs" \
+#   docker run --rm --gpus all megachat          # the doctor: what is installed, what a run would choose, what is wrong
+#   docker run --rm --gpus all --ipc=host --ulimit memlock=-1 \
+#       -v "$PWD/data:/workspace/megachat/data" -v "$PWD/runs:/workspace/megachat/runs" \
 #       megachat deepspeed launch/pretrain.py --config configs/d24_fp8.json
 FROM nvcr.io/nvidia/pytorch:26.06-py3
 
@@ -11,7 +13,8 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 
 # ssh and pdsh start ranks on several hosts (launch/hostfile.sh)
 RUN apt-get update \
-    && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends iproute2 openssh-client openssh-server pdsh python3-venv \
+    && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
+        iproute2 openssh-client openssh-server pdsh python3-venv \
     && rm -rf /var/lib/apt/lists/*
 
 # An environment over the image's packages, with the image's own mpirun.
@@ -19,18 +22,20 @@ RUN python -m venv --system-site-packages /opt/megachat && ln -s "$(command -v m
 ENV PATH=/opt/megachat/bin:$PATH
 WORKDIR /workspace/megachat
 
-# What the image has stays as it is, to the version: pip may only add. Packages come before code, so that a change of code installs nothing again.
+# The image's packages keep their versions: pip may only add. Packages are installed before the code is copied, so that
+# a change of the code does not install them again.
 COPY setup.py pyproject.toml ./
 RUN python -m pip list --format=freeze >/opt/image-packages.txt \
     && mkdir megachat && touch megachat/__init__.py \
-    && python -m pip install --no-cache-dir --constraint /opt/image-packages.txt -e '.[hf,mpi,wandb]' pytest pytest-xdist \
+    && python -m pip install --no-cache-dir --constraint /opt/image-packages.txt \
+        -e '.[hf,mpi,wandb]' pytest pytest-xdist \
     && python -m pip list --format=freeze >/opt/all-packages.txt \
     && python -c 'before, after = (set(open(f"/opt/{name}-packages.txt")) for name in ("image", "all")); assert before <= after, before - after'
 
 COPY . .
 
-# There is no GPU while an image is built, so these are the CPU tests; bash tests/run_gpu.sh is for a machine that has one.
+# An image is built without a GPU, so these are the CPU tests; bash tests/run_gpu.sh runs on a machine that has one.
 RUN python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-# The image's own entry point stays: it runs the command that is given, after a look at the driver.
+# The image's entry point stays: it checks the driver and runs the given command.
 CMD ["python", "tools/doctor.py"]

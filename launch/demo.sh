@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
-# From nothing to a trained model: sets up .venv, cuts a corpus from this machine's own Python, trains a tokenizer, then pretrains with the
-# deepspeed launcher (two ranks on a CPU machine, every GPU on a GPU machine). A second call reuses what exists. Arguments go to pretrain.py.
+# From nothing to a trained model: sets up .venv, makes a corpus from this machine's Python, trains a tokenizer, and
+# pretrains under the deepspeed launcher (two ranks on a CPU machine, all GPUs on a GPU machine). A second call reuses
+# what exists. Arguments are passed to pretrain.py.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/setup.sh
 
 python tools/prepare_data.py --source python --out data/python
-[ -e data/tokenizer/tokenizer.json ] || python tools/train_tokenizer.py --data data/python --vocab-size 4096 --out data/tokenizer
+[ -e data/tokenizer/tokenizer.json ] ||
+    python tools/train_tokenizer.py --data data/python --vocab-size 4096 --out data/tokenizer
 
 ranks=()
 if ! command -v nvidia-smi >/dev/null; then
     ranks=(--num_accelerators 2)
-    export DS_ACCELERATOR=cpu # said beforehand, so that the launcher does not search and warn
+    export DS_ACCELERATOR=cpu # otherwise the launcher searches for an accelerator and warns
 fi
 deepspeed --quiet "${ranks[@]}" launch/pretrain.py --config configs/demo.json --resume auto "$@"
 python tools/unigram.py --data data/python --tokenizer data/tokenizer --run runs/demo

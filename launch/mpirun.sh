@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Several hosts by Open MPI, which reaches them over ssh. The hosts are checked first: reachable, same code and versions.
+# Pretrains on several hosts under Open MPI, which reaches them over ssh.
+# First checks the hosts: reachable, same code and versions.
 # Usage: [INTERFACE=eth0] [MASTER_ADDR=A MASTER_PORT=P] bash launch/mpirun.sh HOSTFILE CONFIG [arguments of pretrain.py]
-# HOSTFILE: lines as in launch/hostfile.example, which mpirun reads too. INTERFACE: for Open MPI on hosts with several networks.
-# MASTER_ADDR, MASTER_PORT: needed only without mpi4py, which otherwise tells all ranks where rank 0 is.
+# HOSTFILE: lines as in launch/hostfile.example, which mpirun also reads.
+# INTERFACE: for Open MPI on hosts with several networks.
+# MASTER_ADDR, MASTER_PORT: required only without mpi4py, which otherwise sends rank 0's address to all ranks.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

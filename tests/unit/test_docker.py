@@ -1,4 +1,4 @@
-"""The Dockerfile as far as it can be held to without docker: what it copies is there, what it runs is right, nothing of the image is replaced."""
+"""Checks of the Dockerfile without docker: its files exist, its commands are valid, no package of the image is replaced."""
 
 import fnmatch
 import re
@@ -22,7 +22,7 @@ def bodies(kind: str) -> list[str]:
 
 
 def is_ignored(path: str) -> bool:
-    """As docker reads .dockerignore: patterns begin at the folder of the Dockerfile, and ** is any folders or none."""
+    """Matches as docker does: patterns start at the folder of the Dockerfile, and ** is any number of folders."""
     parts = [path, *(str(parent) for parent in Path(path).parents if str(parent) != ".")]
     return any(
         fnmatch.fnmatch(part, pattern) or fnmatch.fnmatch(part, pattern.removeprefix("**/")) * pattern.startswith("**/")
