@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +58,7 @@ class Job:
     memory: str  # the estimate, one line
 
     @property
-    def facts(self) -> dict:
+    def facts(self) -> Mapping[str, Mapping[str, str]]:
         """What must be the same on every rank."""
         bundle = {"digest": self.bundle.digest[:12]} if self.bundle else {}
         return rank_facts(self.config, self.tokenizer, self.data, bundle=bundle)
@@ -154,7 +155,7 @@ def _agreed_checkpoint(job: Job, resume: str | None, mesh: Mesh) -> tuple[Path |
 def _build(job: Job, checkpoint: Path | None, facts: dict | None, mesh: Mesh) -> tuple[Run, list[str]]:
     """Returns the run with starting values, its loader where the checkpoint's documents stopped, and notes."""
     with mesh.world.progress.long_running("start-up"):
-        documents, notes = None, []
+        documents, notes = None, list[str]()
         if checkpoint and facts:
             documents, notes = resume_documents(checkpoint, facts, job.config, job.plan, mesh, job.tokenizer)
         run = build_run(job.config, job.plan, mesh, job.tokenizer, job.folder, documents, job.bundle, job.kernels)

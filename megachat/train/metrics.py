@@ -8,6 +8,7 @@ import os
 import secrets
 import sys
 from pathlib import Path
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -27,7 +28,10 @@ class Metrics:
     def __init__(
         self, folder: Path, log: LogConfig, *, writes: bool, first_step: int, steps: int, run_name: str, settings: dict
     ):
-        self.writes, self._file, self._bar, self._wandb = writes, None, None, None
+        self.writes = writes
+        self._file: TextIO | None = None
+        self._bar: tqdm | None = None
+        self._wandb: Any = None
         if not writes:
             return
         path = folder / METRICS_NAME
@@ -40,7 +44,7 @@ class Metrics:
 
     def record(self, values: dict) -> None:
         """Appends one JSON object, which has "step", to metrics.jsonl and sends it to wandb."""
-        if self.writes:
+        if self._file is not None:
             self._file.write(json.dumps(values) + "\n")
             self._file.flush()
             if self._wandb is not None:

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,9 +51,10 @@ class LoopState:
     @classmethod
     def from_saved(cls, saved: dict) -> "LoopState":
         """Reads the counters of a checkpoint; earlier ones have two flags in place of `pending`."""
-        values = dict(saved)
+        values: dict[str, Any] = dict(saved)
         flags = {"validation": values.pop("owes_evaluation", False), "core": values.pop("owes_core", False)}
-        return cls(**{"pending": [task for task, flag in flags.items() if flag]} | values)
+        values.setdefault("pending", [task for task, flag in flags.items() if flag])
+        return cls(**values)
 
 
 def state_pieces(run: Training, *, replicas: bool = True) -> dict:
@@ -151,7 +153,7 @@ def check_checkpoint(checkpoint: Path, plan: Plan, tokenizer: Tokenizer, config:
     return facts
 
 
-def _random_state(device: torch.device) -> dict[str, np.ndarray]:
+def _random_state(device: torch.device) -> dict[str, Any]:
     states = {"cpu": torch.get_rng_state().numpy()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device).numpy()

@@ -171,10 +171,11 @@ class Core(Task):
 
     def due(self, trainer: Trainer) -> bool:
         every = trainer.run.config.evaluate.core_every
-        return every > 0 and (due(trainer.state.step, every) or trainer.at_end)
+        return trainer.run.bundle is not None and (due(trainer.state.step, every) or trainer.at_end)
 
     def run(self, trainer: Trainer) -> bool:
-        run, state = trainer.run, trainer.state
+        run, state, bundle = trainer.run, trainer.state, trainer.run.bundle
+        assert bundle is not None, "open_configured_bundle opens it when core_every is not 0"
 
         def stop_requested_on_any_rank() -> bool:  # asked between two of CORE's tasks: each may take minutes
             requested = torch.tensor(float(trainer.stop_requested()), device=run.mesh.device)
@@ -182,9 +183,7 @@ class Core(Task):
             return bool(requested)
 
         limit, evaluator = run.config.evaluate.core_max_per_task, build_evaluator(run)
-        section = evaluate_bundle(
-            evaluator, run.bundle, run.tokenizer, max_per_task=limit, stop=stop_requested_on_any_rank
-        )
+        section = evaluate_bundle(evaluator, bundle, run.tokenizer, max_per_task=limit, stop=stop_requested_on_any_rank)
         if section is None:
             return False
         centered = {label: task["centered"] for label, task in section["tasks"].items()}
