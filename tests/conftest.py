@@ -9,7 +9,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 HERE = Path(__file__).parent
-# A worker takes the next file when it is done with one: the longest come first, so that all workers end at about the same time.
+# A worker takes the next file when it is done with one: the longest come first, so that all workers end at about the
+# same time.
 LONGEST_FIRST = [
     "runs/test_multinode.py",
     "runs/test_supervisor.py",
@@ -55,5 +56,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Sets the number of threads of the ranks that tests start: other numbers may cut a matrix multiplication elsewhere and give other bits."""
+    """Sets the number of threads of the ranks that tests start: other numbers may cut a matrix multiplication elsewhere
+    and give other bits.
+    """
     torch.set_num_threads(1)

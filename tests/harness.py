@@ -1,6 +1,7 @@
 """Several gloo processes on this machine running one function: how every test with more than one rank is written.
 
-Ranks are forked from a server process that has torch and DeepSpeed loaded, because importing them takes seconds and forking does not.
+Ranks are forked from a server process that has torch and DeepSpeed loaded, because importing them takes seconds and
+forking does not.
 """
 
 import faulthandler
@@ -43,9 +44,10 @@ def warm_context():
 def run_ranks(function, world: int, *args, timeout_s: float | None = None) -> list:
     """Call `function(*args)` in `world` new processes and return what each returned, in rank order.
 
-    function: importable by name (defined at the top level of a module). In every process torch.distributed runs on gloo, torch uses one
-    thread, and RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_SIZE, MASTER_ADDR and MASTER_PORT are set. Arguments and results are pickled.
-    Raises RankError, after ending every process, when a rank raises, dies, or does not answer within timeout_s (default: what a hang takes).
+    function: importable by name (defined at the top level of a module). In every process torch.distributed runs on
+    gloo, torch uses one thread, and RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_SIZE, MASTER_ADDR and MASTER_PORT are set.
+    Arguments and results are pickled. Raises RankError, after ending every process, when a rank raises, dies, or does
+    not answer within timeout_s (default: what a hang takes).
     """
     context, timeout_s = warm_context(), timeout_s or limit_s()
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
@@ -70,7 +72,9 @@ def run_ranks(function, world: int, *args, timeout_s: float | None = None) -> li
 
 
 def end_with_the_tests() -> None:
-    """Have this forked rank killed when the process that asked for it is gone, however that ended: nobody else would end it."""
+    """Have this forked rank killed when the process that asked for it is gone, however that ended: nobody else would
+    end it.
+    """
 
     def watch() -> None:
         wait([multiprocessing.parent_process().sentinel])

@@ -1,4 +1,6 @@
-"""What tests have instead of a clock: limits that end a hang, which grow with the machine's slowness, and counts of calls for what must be quick."""
+"""What tests have instead of a clock: limits that end a hang, which grow with the machine's slowness, and counts of
+calls for what must be quick.
+"""
 
 import functools
 import sys

@@ -1,7 +1,8 @@
-"""Muon matrices, gradients and their whole-matrix oracle on one process; what the tests of the partition over ranks compare with.
+"""Muon matrices, gradients and their whole-matrix oracle on one process; what the tests of the partition over ranks
+compare with.
 
-Data ranks' gradients have very different scales: a float32 sum of a few bfloat16 values of one scale is usually exact in any order, and then a
-wrong order of summation would not show.
+Data ranks' gradients have very different scales: a float32 sum of a few bfloat16 values of one scale is usually exact
+in any order, and then a wrong order of summation would not show.
 """
 
 import functools
@@ -58,7 +59,9 @@ def initial(matrix: Matrix) -> torch.Tensor:
 
 
 def gradient(matrix: Matrix, step: int, rank: int, micro: int) -> torch.Tensor | None:
-    """The whole gradient of one micro-batch of data rank `rank`; None for a parameter that the loss of this step does not reach."""
+    """The whole gradient of one micro-batch of data rank `rank`; None for a parameter that the loss of this step does
+    not reach.
+    """
     if step == 1 and matrix.name == "1.odd":
         return None
     return 0.01 * RANK_SCALES[rank] * _random(f"{matrix.name} {step} {rank} {micro}", matrix.shape)
@@ -99,7 +102,9 @@ def backward(
     last=lambda: None,
     shuffled=False,
 ) -> None:
-    """Real backward passes whose gradients are the wanted ones. last: called before the last of them. spoil: an inf among the gradients.
+    """Real backward passes whose gradients are the wanted ones.
+
+    last: called before the last of them. spoil: an inf among the gradients.
 
     shuffled: hooks come in another order in every micro-batch and on every rank.
     """

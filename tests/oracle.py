@@ -1,4 +1,7 @@
-"""One plain process: autograd over the whole batch, torch's AdamW, and Muon's whole-matrix reference. What every layout is compared with."""
+"""One plain process: autograd over the whole batch, torch's AdamW, and Muon's whole-matrix reference.
+
+What every layout is compared with.
+"""
 
 import math
 
@@ -54,8 +57,9 @@ class Oracle:
     def step(self, number: int, rows: torch.Tensor, reduced: dict[str, torch.Tensor] | None = None):
         """Take a step; returns (loss, gradient norm, the gradients by name).
 
-        reduced: a layout's gradients, which the optimizers get instead of these. Where a gradient is rounding noise around zero, the sign of
-        AdamW's whole step (its epsilon is 1e-10) is that noise's sign; given equal gradients the updates must be equal on any machine.
+        reduced: a layout's gradients, which the optimizers get instead of these. Where a gradient is rounding noise
+        around zero, the sign of AdamW's whole step (its epsilon is 1e-10) is that noise's sign; given equal gradients
+        the updates must be equal on any machine.
         """
         asked, plan = self.config.optimizer, self.plan
         loss = Loss(plan.dims, torch.ones(self.plan.dims.vocab_size))(
@@ -91,7 +95,10 @@ class Oracle:
         return loss.item(), norm, gradients
 
     def _use(self, reduced: dict[str, torch.Tensor]) -> None:
-        """Replace the gradients by whole tensors. Parameters of one name are its parts along the first dimension, in order."""
+        """Replace the gradients by whole tensors.
+
+        Parameters of one name are its parts along the first dimension, in order.
+        """
         taken = dict.fromkeys(reduced, 0)
         for p in self.parameters:
             name = place_of(p).name
@@ -121,7 +128,8 @@ def assert_same_gradients(reduced: dict[str, torch.Tensor], wanted: dict[str, to
 def assert_same_weights(weights: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], decay: float) -> None:
     """To 1e-5, after updates from equal gradients. decay: the most that Muon's decay takes of a weight in all steps.
 
-    One element of a matrix may differ by that: its decay applies where update and weight have one sign, and an update may be zero but for rounding.
+    One element of a matrix may differ by that: its decay applies where update and weight have one sign, and an update
+    may be zero but for rounding.
     """
     for name, tensor in wanted.items():
         difference = (weights[name] - tensor).abs()
@@ -133,7 +141,9 @@ def assert_same_weights(weights: dict[str, torch.Tensor], wanted: dict[str, torc
 
 
 def train(config, steps: int, vocab_size: int = SMALL_VOCAB):
-    """On each rank: (loss, norm, skipped) and the mean gradients of every step, the whole state at last, the views that the model uses."""
+    """On each rank: (loss, norm, skipped) and the mean gradients of every step, the whole state at last, the views that
+    the model uses.
+    """
     training = build(config, vocab_size)
     warm_up(training)
     told, gradients = [], []

@@ -42,7 +42,9 @@ def rows(step: int) -> torch.Tensor:
 
 
 def state() -> dict[str, torch.Tensor]:
-    """Whole tensors under the names of megachat's checkpoints: weights, AdamW's moments, Muon's momentum and second moment."""
+    """Whole tensors under the names of megachat's checkpoints: weights, AdamW's moments, Muon's momentum and second
+    moment.
+    """
     saved = torch.load(FOLDER / "optim_000020_rank0.pt", weights_only=True)
     model = weights()
     whole = {f"model/{name}": tensor for name, tensor in model.items()}

@@ -1,4 +1,6 @@
-"""The rules of the house, read from the syntax trees: which way imports go, sizes, where the environment is read, what may be unpickled."""
+"""The rules of the house, read from the syntax trees: which way imports go, sizes, where the environment is read, what
+may be unpickled.
+"""
 
 import ast
 import json
@@ -9,8 +11,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "megachat").rglob("*.py"))
 PROGRAMS = sorted([*(ROOT / "launch").glob("*.py"), *(ROOT / "tools").glob("*.py")])
-# From the bottom of the house to its top. A module imports from its own entry and from entries above it in this table. planning describes both
-# the least (dimensions) and the whole (memory, manifest), so its modules have entries of their own.
+# From the bottom of the house to its top. A module imports from its own entry and from entries above it in this table.
+# planning describes both the least (dimensions) and the whole (memory, manifest), so its modules have entries of their
+# own.
 LEVELS = (
     ("errors", "files", "text", "place"),
     ("planning.dimensions",),
@@ -26,7 +29,8 @@ LEVELS = (
     ("train",),
     ("doctor", "programs"),
 )
-# Longer than the limits since the code was formatted at 120 columns; an entry goes away with the change that shortens it.
+# Longer than the limits since the code was formatted at 120 columns; an entry goes away with the change that shortens
+# it.
 LONGER = {
     "launch/evaluate.py": 80,
     "launch/pretrain.py": 72,

@@ -66,7 +66,9 @@ def whole_state(training: Training) -> dict[str, torch.Tensor]:
 
 
 def assembled(pieces: dict, training: Training) -> dict[str, torch.Tensor]:
-    """Whole tensors by name from all ranks' rectangles, on every rank; what several ranks hold must be equal to the bit."""
+    """Whole tensors by name from all ranks' rectangles, on every rank; what several ranks hold must be equal to the
+    bit.
+    """
     mine = [
         (name, shape, [(o, s, view.clone()) for o, s, view in rectangles])
         for name, (shape, rectangles) in pieces.items()

@@ -1,5 +1,8 @@
-"""precision.compile: the same training, compiled once. Graphs are traced and differentiated as ever, but run without a C++ compiler's minutes:
-tests/runs/test_compile.py has the real thing."""
+"""precision.compile: the same training, compiled once.
+
+Graphs are traced and differentiated as ever, but run without a C++ compiler's minutes: tests/runs/test_compile.py has
+the real thing.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,7 @@
-"""The engine's decisions and dtypes: skipped steps, float16, bfloat16 tables, state size, compilation. Equal results: test_layouts.py."""
+"""The engine's decisions and dtypes: skipped steps, float16, bfloat16 tables, state size, compilation.
+
+Equal results: test_layouts.py.
+"""
 
 import math
 
@@ -58,7 +61,8 @@ def test_inf_in_one_gradient_of_one_rank_skips_everything_everywhere(world, para
 
 def test_float16_unscales_before_both_optimizers():
     plain = run_ranks(train, 1, small_config(), 4)[0]
-    # a window of one step doubles the scale at every step: an optimizer that divides by the new scale would move half as far
+    # a window of one step doubles the scale at every step: an optimizer that divides by the new scale would move half
+    # as far
     config = small_config(precision={"compute": "float16", "loss_scale": 256.0, "loss_scale_window": 1})
     half = run_ranks(train, 2, config, 4)[0]
     for (loss, norm, skipped), (loss_plain, norm_plain, _) in zip(half[0], plain[0], strict=True):
@@ -92,7 +96,8 @@ def state_size(config):
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_state_is_eight_bytes_a_muon_parameter_over_ranks_and_the_zero1_share(world):
-    # kv_heads = heads makes all attention matrices alike, and 16 columns a head keeps every count divisible: no padding to explain away
+    # kv_heads = heads makes all attention matrices alike, and 16 columns a head keeps every count divisible: no padding
+    # to explain away
     config = small_config(model={"depth": 4, "kv_heads": None}, precision={"compute": "bfloat16"})
     for muon, adamw, parameters in run_ranks(state_size, world, config):
         gates = 2 * 4 * 12  # two gates of 4 heads x 12 channels, in a bucket padded to 64 elements a rank

@@ -1,4 +1,6 @@
-"""Training in FP8 by torch on every axis: steps are sane and not bfloat16's, evaluation is bfloat16's to the bit, and its state loads without FP8."""
+"""Training in FP8 by torch on every axis: steps are sane and not bfloat16's, evaluation is bfloat16's to the bit, and
+its state loads without FP8.
+"""
 
 import numpy as np
 import pytest
@@ -14,8 +16,8 @@ from tests.training import assembled, build, load_whole_state, random_rows, smal
 
 VOCAB, ROWS, TOKENS, STEPS = 256, 8, 65, 2
 MODEL = {"depth": 2, "aspect_ratio": 128, "head_size": 64, "kv_heads": 4, "sequence_len": 64, "window_pattern": "L"}
-# E4M3 rounds to 2^-4; a token's logits, of size 1, as much; the mean over all tokens varies by the square root of their number less. Twice five
-# standard deviations, for two steps.
+# E4M3 rounds to 2^-4; a token's logits, of size 1, as much; the mean over all tokens varies by the square root of their
+# number less. Twice five standard deviations, for two steps.
 LOSS_NOISE = 10 * 2**-4 / (ROWS * (TOKENS - 1)) ** 0.5
 LAYOUTS = [(1, {}), (2, {"tensor": 2}), (2, {"tensor": 2, "sequence": True}), (2, {"pipeline": 2})]
 
@@ -36,7 +38,9 @@ def bits(training) -> float:
 
 
 def train(config, plant=lambda training: None):
-    """Returns (the training, its state before, losses and gradient norms of its steps, the first step's mean gradients)."""
+    """Returns (the training, its state before, losses and gradient norms of its steps, the first step's mean
+    gradients).
+    """
     training = build(config, VOCAB)
     warm_up(training)
     plant(training)
@@ -85,8 +89,9 @@ def distances(gradients, others) -> dict[str, float]:
 def compare(ranks, alone, noise) -> None:
     """Hold a layout in FP8 to one process in FP8. noise: `distances` of that process from bfloat16.
 
-    A layout scales other parts of a tensor together, so it rounds to other numbers of the same error: two such errors are independent, so
-    they differ by the square root of two of one; it is held to twice that. Losses are held to what that rounding can do to them.
+    A layout scales other parts of a tensor together, so it rounds to other numbers of the same error: two such errors
+    are independent, so they differ by the square root of two of one; it is held to twice that. Losses are held to what
+    that rounding can do to them.
     """
     for losses, norms, *_, gradients in ranks:
         for name, distance in distances(gradients, alone[-1]).items():
@@ -124,7 +129,10 @@ def test_every_layout_trains_in_fp8_and_evaluates_in_bfloat16(world, parallel, a
 
 
 def double_a_product(training) -> None:
-    """A scale that is off by one power of two, in one product of rank 1. (Queries and keys are normalized, values are not.)"""
+    """A scale that is off by one power of two, in one product of rank 1.
+
+    (Queries and keys are normalized, values are not.)
+    """
     if training.mesh.world.rank == 1:
         products = [module for module in training.layers.modules() if getattr(module, "product", None) is not None]
         module = next(module for module in products if place_of(module.weight).name.endswith("attn.c_v.weight"))

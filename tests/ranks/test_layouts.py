@@ -1,4 +1,4 @@
-"""The oracle rule: on every layout, the loss, every gradient and every weight after two steps are one plain process's."""
+"""The oracle rule: every layout has the loss, every gradient and every weight after two steps of one plain process."""
 
 import pytest
 import torch
@@ -43,7 +43,9 @@ CASES = {
 
 
 def compare(config, results) -> None:
-    """Hold what every rank reports to one process, which takes its steps with the layout's own gradients after they were compared."""
+    """Hold what every rank reports to one process, which takes its steps with the layout's own gradients after they
+    were compared.
+    """
     alone = Oracle(config)
     told, gradients, state, _ = results[0]
     for step in range(STEPS):

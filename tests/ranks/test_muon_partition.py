@@ -1,8 +1,9 @@
 """The Muon partition on grids of data x tensor ranks against the whole-matrix update of one process, bit for bit.
 
-Seen to fail with: ranks summed in another order, gradients rounded to bfloat16, shards cut by row joined like those cut by column, every place
-given the first shard's directions or scales, scales of a fragment taken from the first rows, a returned fragment shifted by one element, state
-without the tensor offset or with a wrong one, hooks that overwrite instead of adding, a missing gradient not zeroed, discard_gradients() that forgets nothing.
+Seen to fail with: ranks summed in another order, gradients rounded to bfloat16, shards cut by row joined like those cut
+by column, every place given the first shard's directions or scales, scales of a fragment taken from the first rows, a
+returned fragment shifted by one element, state without the tensor offset or with a wrong one, hooks that overwrite
+instead of adding, a missing gradient not zeroed, discard_gradients() that forgets nothing.
 """
 
 import pytest
@@ -44,7 +45,9 @@ def _ranks(layout):
 
 
 def _train(layout, settings):
-    """Three steps for each (compute, wire, layers_per_bucket, micros, armed); for each: state, whether weights are the masters, sums of squares."""
+    """Three steps for each (compute, wire, layers_per_bucket, micros, armed); for each: state, whether weights are the
+    masters, sums of squares.
+    """
     mesh, matrices = on_cpu(layout), small_matrices()
     answers = []
     for compute, wire, layers_per_bucket, micros, armed in settings:

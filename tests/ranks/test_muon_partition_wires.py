@@ -1,8 +1,9 @@
 """What the Muon partition sends, when, and in which order, seen at torch.distributed's own functions; and who computes.
 
-Seen to fail with: hooks that launch whatever is complete, that stay armed for the next step, or that count gradients of earlier micro-batches;
-three reductions in flight; a step that writes while gathers read, wait_for_layer() that waits for all, state_shards() that waits for none; discard_gradients()
-that leaves launched reductions alone; a plan that counts the reduction over the grid instead of the data axis.
+Seen to fail with: hooks that launch whatever is complete, that stay armed for the next step, or that count gradients of
+earlier micro-batches; three reductions in flight; a step that writes while gathers read, wait_for_layer() that waits
+for all, state_shards() that waits for none; discard_gradients() that leaves launched reductions alone; a plan that
+counts the reduction over the grid instead of the data axis.
 """
 
 import pytest
@@ -132,8 +133,9 @@ def _measured(layout, settings):
 
 
 def _launched_while_backward_ran(layout, missing):
-    """Step 0 (every gradient there) or 1 (one is missing): reductions begun in backward, all of them, most of them in flight at a time, and how
-    many come before the bucket of the missing gradient."""
+    """Step 0 (every gradient there) or 1 (one is missing): reductions begun in backward, all of them, most of them in
+    flight at a time, and how many come before the bucket of the missing gradient.
+    """
     mesh, matrices = on_cpu(layout), small_matrices()
     recorder = _Recorder(mesh)
     parameters, partition = build(matrices, mesh, BF16, layers_per_bucket=1)
@@ -171,7 +173,9 @@ def _armed_only_for_the_last(layout):
 
 
 def _gathers_waited_for(layout, compute):
-    """Two steps without wait(): gathers begun; which were waited for by wait_layer of each block, by wait, and before the second step wrote."""
+    """Two steps without wait(): gathers begun; which were waited for by wait_layer of each block, by wait, and before
+    the second step wrote.
+    """
     mesh, matrices = on_cpu(layout), small_matrices()
     recorder = _Recorder(mesh)
     parameters, partition = build(matrices, mesh, compute, layers_per_bucket=1)
@@ -205,7 +209,9 @@ def _gathers_waited_for(layout, compute):
 
 
 def _dropped_before_reduce(layout):
-    """A step given up between backward and reduce(), after hooks of some ranks had launched reductions; then a good one."""
+    """A step given up between backward and reduce(), after hooks of some ranks had launched reductions; then a good
+    one.
+    """
     mesh, matrices = on_cpu(layout), small_matrices()
     parameters, partition = build(matrices, mesh, FP32, layers_per_bucket=1)
     partition.start_async_reduce()
@@ -244,7 +250,9 @@ def test_bytes_work_and_order_are_those_of_the_plan(layout):
 
 
 def _check_bound(layout, setting, answers):
-    """The grid's mean stays within 1/(data ranks - 1) of what any scheme must send that updates each element once, over the same wires."""
+    """The grid's mean stays within 1/(data ranks - 1) of what any scheme must send that updates each element once, over
+    the same wires.
+    """
     data, tensor = layout
     if data == 1:
         return

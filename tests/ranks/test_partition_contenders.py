@@ -1,7 +1,8 @@
-"""The rules that tools/partition_table.py races against the partition compute the same update, and are counted as they say.
+"""The rules that tools/partition_table.py races against the partition compute the same update, and are counted as they
+say.
 
-Seen to fail with: sums in bfloat16, every rank updating the first chunk, all-reduces counted once, gradients gathered instead of weights, a
-rule without padding.
+Seen to fail with: sums in bfloat16, every rank updating the first chunk, all-reduces counted once, gradients gathered
+instead of weights, a rule without padding.
 """
 
 import pytest

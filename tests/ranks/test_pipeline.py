@@ -1,4 +1,7 @@
-"""The pipeline axis under DeepSpeed's engine. Numbers name the traps of DeepSpeed's pipeline that each test guards against."""
+"""The pipeline axis under DeepSpeed's engine.
+
+Numbers name the traps of DeepSpeed's pipeline that each test guards against.
+"""
 
 import dataclasses
 from datetime import timedelta

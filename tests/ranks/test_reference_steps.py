@@ -1,4 +1,4 @@
-"""Ten further steps of nanochat's checkpoint, through the engine, on one rank and on two: its losses and its weights."""
+"""Ten further steps of nanochat's checkpoint through the engine, on one rank and on two: its losses and weights."""
 
 import pytest
 

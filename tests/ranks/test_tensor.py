@@ -1,4 +1,6 @@
-"""The tensor axis below the optimizers: loss, every gradient, evaluation and sampling of a cut model against the whole one, and what is sent."""
+"""The tensor axis below the optimizers: loss, every gradient, evaluation and sampling of a cut model against the whole
+one, and what is sent.
+"""
 
 import pytest
 import torch
@@ -116,10 +118,13 @@ def count_collectives(config, sequence: bool):
 
 @pytest.mark.parametrize("sequence", [False, True])
 def test_a_region_communicates_once_each_way(sequence):
-    """Three blocks of two regions: a sum out of each and one for the gradient into each; the embedding, the loss, the head once."""
+    """Three blocks of two regions: a sum out of each and one for the gradient into each; the embedding, the loss, the
+    head once.
+    """
     config = small_config(model=GQA, parallel={"tensor": 2}, batch={"tokens": None, "accumulation": 1})
     for forward, backward in run_ranks(count_collectives, 2, config, sequence):
-        # sequence parallelism gathers before and scatters after each region, and gathers for the head; embeddings are sliced for nothing
+        # sequence parallelism gathers before and scatters after each region, and gathers for the head; embeddings are
+        # sliced for nothing
         assert (forward, backward) == ((1 + 12 + 1 + 1, 12 + 1 + 1) if sequence else (1 + 6 + 1, 6 + 1))
 
 

@@ -1,4 +1,5 @@
-"""Ranks of our programs, forked from a warm process: real processes that can be killed, without the seconds that a launcher and imports take.
+"""Ranks of our programs, forked from a warm process: real processes that can be killed, without the seconds that a
+launcher and imports take.
 
 A test of a launcher starts that launcher (tests/runs/job.py, `begin`); every other test of a job starts its ranks here.
 """
@@ -38,13 +39,17 @@ class Done:
 
 
 def environment() -> dict[str, str]:
-    """Returns the variables without those of a launcher or a GPU. OpenMP's idle threads sleep, so that processes share few cores."""
+    """Returns the variables without those of a launcher or a GPU. OpenMP's idle threads sleep, so that processes share
+    few cores.
+    """
     clean = {key: value for key, value in os.environ.items() if key.split("_")[0] not in _LAUNCH_VARIABLES}
     return clean | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def free_port() -> int:
-    """Returns a port below those that the kernel gives to connections: it stays free for the seconds that a launcher takes to bind it."""
+    """Returns a port below those that the kernel gives to connections: it stays free for the seconds that a launcher
+    takes to bind it.
+    """
     while True:
         port = random.randint(20_000, 32_000)
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -72,8 +77,8 @@ class _Output:
 class Ranks:
     """The ranks of one job, started without a launcher. One rank alone gets no launch variables, as under plain python.
 
-    extra: more arguments for single ranks. start: the ranks to start, all by default. variables: more environment variables. cores: those that
-    the ranks may use, all by default.
+    extra: more arguments for single ranks. start: the ranks to start, all by default. variables: more environment
+    variables. cores: those that the ranks may use, all by default.
     """
 
     def __init__(

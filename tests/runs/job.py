@@ -32,7 +32,10 @@ CONFIG = {
     "evaluate": {"every": 3, "tokens": 7 * 64, "prompts": ["the old"], "sample_tokens": 4},  # 7 rows are not
     "checkpoint": {"every": 2},
 }
-_WORDS = "the old river carried small boats past seven quiet towns while people on its banks sang about rain bread and winter".split()
+_WORDS = (
+    "the old river carried small boats past seven quiet towns while people on its banks sang "
+    "about rain bread and winter"
+).split()
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ def train(
 
 
 def refused(place: Place, name: str, *arguments: str, config: dict | None = None) -> str:
-    """Run a job in one process that must be refused with one sentence, which is returned, and nothing else on stderr."""
+    """Run one process, which must be refused with one sentence and print nothing else; returns the sentence."""
     done = run_forked(command(place, name, *arguments, config=config))
     assert done.status == 2, f"ended with {done.status}:\n{done.out}\n{done.err}"
     assert done.err == f"{''.join(done.errors)}\n" and len(done.errors) == 1, done.err

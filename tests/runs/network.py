@@ -1,7 +1,9 @@
-"""Two hosts on this machine: each with its own network, host name, processes, /etc/hosts and sshd, joined by a cable (a veth pair).
+"""Two hosts on this machine: each with its own network, host name, processes, /etc/hosts and sshd, joined by a cable (a
+veth pair).
 
-They are namespaces of one process each and lie nowhere else: when it ends, or the tests die, the kernel takes network, mounts and processes
-away. ssh keys and settings lie in a temporary folder; a wrapper named ssh, first in PATH, has every program use them.
+They are namespaces of one process each and lie nowhere else: when it ends, or the tests die, the kernel takes network,
+mounts and processes away. ssh keys and settings lie in a temporary folder; a wrapper named ssh, first in PATH, has
+every program use them.
 """
 
 import contextlib
@@ -76,13 +78,18 @@ def _path() -> str:
 
 @dataclass(frozen=True)
 class Network:
-    """The hosts, by name: "host-a" is SUBNET.1 and "host-b" SUBNET.2. folder: keys, hostfiles and what else a test puts there."""
+    """The hosts, by name: "host-a" is SUBNET.1 and "host-b" SUBNET.2.
+
+    folder: keys, hostfiles and what else a test puts there.
+    """
 
     folder: Path
     pids: dict[str, int]
 
     def at(self, host: str, line: list, **variables: str) -> list:
-        """The command line that runs `line` on a host as its user would: from the project's folder, with ssh, pdsh and the launchers in PATH."""
+        """The command line that runs `line` on a host as its user would: from the project's folder, with ssh, pdsh and
+        the launchers in PATH.
+        """
         told = environment() | {"PATH": f"{self.folder}/bin:{BIN}:{_path()}"} | variables
         told.pop("PYTHONPATH", None)
         shell = 'cd "$0" && exec "$@"'  # after entering: the folder may be another one there
@@ -128,7 +135,9 @@ class Network:
 def two_hosts(
     folder: Path, *, other_tree: Path | None = None, known: bool = True, loopback_names: bool = False
 ) -> Iterator[Network]:
-    """The hosts, up and reachable. other_tree: what host-b has in place of the folder megachat/. known: each other's host keys are known.
+    """The hosts, up and reachable.
+
+    other_tree: what host-b has in place of the folder megachat/. known: each other's host keys are known.
 
     loopback_names: a host's own name is 127.0.1.1 to itself, as Debian's installer writes it.
     """

@@ -13,7 +13,8 @@ from megachat.data.tokenizer import Tokenizer, save_tokenizer
 from tests.runs.forked import run_forked
 from tests.runs.job import begin, checkpoint, command, different, finish, launched, losses, refused
 
-# name -> (arguments; {folder} stands for the inputs of this module, {one} for a finished run; what the sentence must say)
+# name -> (arguments; {folder} stands for the inputs of this module, {one} for a finished run; what the sentence must
+# say)
 CASES = {
     "no_data": (
         ["--set", "data.folder={folder}/none"],
@@ -85,7 +86,10 @@ CASES = {
     "run_folder": (
         ["--set", "run.folder={folder}/nothing/wandb.py"],
         [
-            "the run folder {folder}/nothing/wandb.py/run_folder cannot be created or written (Not a directory): set run.folder"
+            (
+                "the run folder {folder}/nothing/wandb.py/run_folder cannot be created or written (Not a "
+                "directory): set run.folder"
+            )
         ],
     ),
     "missing_loader": (
@@ -193,7 +197,9 @@ def test_auto_with_nothing_complete_is_refused(one, place):
 
 
 def test_more_ranks_than_the_rows_allow(place, two):
-    """A resume at a number of ranks that does not divide the batch is refused with numbers that do, and the run stays as it is."""
+    """A resume at a number of ranks that does not divide the batch is refused with numbers that do, and the run stays
+    as it is.
+    """
     before = sorted(two.rglob("*"))
     done = run_forked(command(place, "two", "--resume", "auto"), 4)
     assert [line for line in done.errors if "4 data-parallel ranks" in line] == done.errors and len(done.errors) == 1

@@ -53,7 +53,9 @@ def test_ten_steps_from_the_imported_checkpoint_are_nanochats(tmp_path):
 
 
 def test_an_imported_run_goes_on_and_on(place, tmp_path):
-    """Through nanochat's files of two ranks, then two starts: the first reads the documents from the first one and says so, the second goes on."""
+    """Through nanochat's files of two ranks, then two starts: the first reads the documents from the first one and says
+    so, the second goes on.
+    """
     source = make_run(tmp_path / "source", model={"kv_heads": None, "sequence_len": 64})
     converted("to-nanochat", source, tmp_path / "nanochat", "--ranks", "2")
     run = place.runs / "imported"

@@ -1,4 +1,6 @@
-"""Real text, a real config: the loss curves of tensor and pipeline layouts beside one process's, by the tool that users have."""
+"""Real text, a real config: the loss curves of tensor and pipeline layouts beside one process's, by the tool that users
+have.
+"""
 
 import json
 
@@ -17,7 +19,8 @@ ENGLISH = FOLDER.parents[1] / "data" / "english"
 )
 def test_thirty_steps_of_english_lie_within_two_thousandths_of_one_process(tmp_path):
     train_tokenizer(["--import-nanochat", str(FOLDER / "tokenizer"), "--out", str(tmp_path / "tokenizer")])
-    # the config as it is but for a sixteenth of its batch; docs/benchmarks.md has the table of all layouts, which takes five times as long
+    # the config as it is but for a sixteenth of its batch; docs/benchmarks.md has the table of all layouts, which takes
+    # five times as long
     line = [
         "tools/bench.py",
         "layouts",

@@ -67,7 +67,9 @@ def test_a_dry_run_plans_for_any_number_of_ranks(place):
 
 
 def held(config):
-    """Each rank's AdamW state as name -> (rate, decay), names of its masters and of the matrices that it orthogonalizes, and every name's group."""
+    """Each rank's AdamW state as name -> (rate, decay), names of its masters and of the matrices that it
+    orthogonalizes, and every name's group.
+    """
     training = build(config, SMALL_VOCAB)
     set_schedules(training, 5)  # after the warm-up and before the decay the multiplier is 1
     zero = training.engine.adamw

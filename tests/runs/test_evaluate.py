@@ -1,4 +1,6 @@
-"""launch/evaluate.py as a user starts it, and CORE during training: equal on every launcher and layout, through stop and resume."""
+"""launch/evaluate.py as a user starts it, and CORE during training: equal on every launcher and layout, through stop
+and resume.
+"""
 
 import json
 import os
@@ -237,7 +239,10 @@ def _other_tokenizer(folder):
 def test_bad_bundles_are_told_before_training(place, bundle, tmp_path):
     done = run_forked(command(place, "refused", config=core(tmp_path / "none")))
     assert done.status == 2 and done.errors == [
-        f"error: the CORE bundle {tmp_path / 'none'} does not exist: give a folder or zip with core.yaml, or none to download it"
+        (
+            f"error: the CORE bundle {tmp_path / 'none'} does not exist: give a folder or zip with "
+            f"core.yaml, or none to download it"
+        )
     ]
     assert not (place.runs / "refused").exists()
     with pytest.raises(UserError, match="evaluate.core_max_per_task is 1, too few for hellaswag_zeroshot with 1 shots"):

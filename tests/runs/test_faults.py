@@ -1,5 +1,6 @@
-"""What a run survives: killed ranks, kills while saving, a full disk, one that cannot be written, a vanished folder, a second job, a loss that is
-not a number."""
+"""What a run survives: killed ranks, kills while saving, a full disk, one that cannot be written, a vanished folder, a
+second job, a loss that is not a number.
+"""
 
 import contextlib
 import os
@@ -124,7 +125,10 @@ def test_a_loss_that_is_no_number_stops_all_ranks_and_spares_the_checkpoint(two,
     assert done.status == 2
     (told,) = done.errors
     assert re.match(
-        r"error: step 3: the loss is nan on rank 0 \(.+\), rank 1 \(.+\); this step changed no weight and the checkpoints are untouched: ",
+        (
+            r"error: step 3: the loss is nan on rank 0 \(.+\), rank 1 \(.+\); this step changed no weight "
+            r"and the checkpoints are untouched: "
+        ),
         told,
     )
     assert "Traceback" not in done.out + done.err
@@ -218,7 +222,10 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_space(scarce, tol
             assert ranks.end() == [EXIT_STATUS] * 2, ranks.printed
         (error,) = ranks.errors
         assert re.match(
-            rf"error: checkpoint {checkpoint(run, 4)} could not be saved by rank 0: .*{told}.*; earlier checkpoints are untouched, ",
+            (
+                rf"error: checkpoint {checkpoint(run, 4)} could not be saved by rank 0: .*{told}.*; earlier "
+                rf"checkpoints are untouched, "
+            ),
             error,
         )
         assert (

@@ -1,4 +1,6 @@
-"""Checkpoints that earlier versions wrote go on as the run that was never interrupted; damaged ones are named or passed over."""
+"""Checkpoints that earlier versions wrote go on as the run that was never interrupted; damaged ones are named or passed
+over.
+"""
 
 import json
 import shutil
@@ -10,7 +12,8 @@ from tests.runs.forked import run_forked
 from tests.runs.job import ROOT, Place, checkpoint, command, losses, refused, train
 from tests.unit.checkpoint.test_checkpoint import damage
 
-# tests/fixtures: what a run of two ranks saved after three steps, in each format that there was, and the losses of all its steps
+# tests/fixtures: what a run of two ranks saved after three steps, in each format that there was, and the losses of all
+# its steps
 FIXTURES = ROOT / "tests" / "fixtures"
 CONFIG = {
     "model": {"depth": 2, "aspect_ratio": 12, "head_size": 8, "sequence_len": 32},
@@ -54,5 +57,6 @@ def test_with_all_damaged_nothing_starts(one, place):
         damage(checkpoint(run, step) / "__0_0.distcp")
     told = refused(place, run.name, "--resume", "auto")
     assert told.startswith(
-        f"{run} holds no complete checkpoint to resume from: {checkpoint(run, 6)} is damaged: __0_0.distcp does not match its SHA-256"
+        f"{run} holds no complete checkpoint to resume from: {checkpoint(run, 6)} is damaged: "
+        f"__0_0.distcp does not match its SHA-256"
     )

@@ -1,4 +1,6 @@
-"""A job that trains in FP8 as a user starts it; it goes on without, and what it saved is used on machines that have none of its kernels."""
+"""A job that trains in FP8 as a user starts it; it goes on without, and what it saved is used on machines that have
+none of its kernels.
+"""
 
 import json
 import shutil
@@ -43,9 +45,9 @@ def foreign(told, place):
 def test_it_says_what_is_in_fp8_and_goes_on_without(told, place):
     run, said = told
     assert (
-        "fp8 tensorwise by torch (auto: not te, because this machine has no CUDA device; slow: this CPU has no FP8 units) for attn.c_q, "
-        in said
-    )
+        "fp8 tensorwise by torch (auto: not te, because this machine has no CUDA device; slow: this "
+        "CPU has no FP8 units) for attn.c_q, "
+    ) in said
     shutil.copytree(run, place.runs / "onward")
     onward = train(place, "onward", "--resume", "auto", config=MODEL | {"precision": {"compute": "bfloat16"}})
     after = losses(onward)

@@ -110,6 +110,9 @@ def test_ranks_started_with_other_settings_are_refused(place):
     done = run_forked(command(place, "unlike"), 2, extra={1: ["--set", "run.seed=1"]})
     assert done.status != 0
     host = socket.gethostname()
-    told = f"rank 1 on {host} has another config than rank 0 on {host} (run.seed): start all ranks with the same --config and --set"
+    told = (
+        f"rank 1 on {host} has another config than rank 0 on {host} (run.seed): start all ranks "
+        f"with the same --config and --set"
+    )
     assert done.errors == [f"error: {told}"]
     assert not (place.runs / "unlike").exists()

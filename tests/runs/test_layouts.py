@@ -37,7 +37,9 @@ def grid(place):
 
 
 def check_like(run, wanted, tolerance):
-    """A pipeline alone repeats one process; the tensor axis sums in another order, which a cold start magnifies (LOG.md)."""
+    """A pipeline alone repeats one process; the tensor axis sums in another order, which a cold start magnifies
+    (LOG.md).
+    """
     assert losses(run)[0] == pytest.approx(losses(wanted)[0], rel=1e-6)
     assert losses(run) == pytest.approx(losses(wanted), rel=tolerance) and len(losses(run)) == STEPS
     assert bits_per_byte(run) == pytest.approx(bits_per_byte(wanted), rel=tolerance)

@@ -1,4 +1,6 @@
-"""Two hosts, made of namespaces on this machine: the launchers across them, and what is said when the hosts or the network do not fit."""
+"""Two hosts, made of namespaces on this machine: the launchers across them, and what is said when the hosts or the
+network do not fit.
+"""
 
 import re
 import shutil
@@ -96,7 +98,8 @@ def test_without_ssh_and_with_names_that_are_loopback_to_their_own_hosts(tmp_pat
         assert done.status == 2 and len(done.errors) == 2, "ssh has not seen these hosts"
         for name, error in zip(network.pids, done.errors, strict=True):
             assert error.startswith(
-                f"error: the host key of {name} is not known or has changed (Host key verification failed.): run `ssh {name}"
+                f"error: the host key of {name} is not known or has changed (Host key verification "
+                f"failed.): run `ssh {name}"
             )
 
 
@@ -185,7 +188,10 @@ def test_another_config_on_a_host_is_refused(hosts, both, place):
     here, there = on_both(hosts, both, [program, [*program, "--set", "run.seed=7"]])
     assert (here.status, there.status) == (2, 2)
     assert here.errors == [
-        "error: rank 1 on host-b has another config than rank 0 on host-a (run.seed): start all ranks with the same --config and --set"
+        (
+            "error: rank 1 on host-b has another config than rank 0 on host-a (run.seed): start all ranks "
+            "with the same --config and --set"
+        )
     ]
     assert not (place.runs / "unlike_hosts").exists()
 
@@ -203,7 +209,10 @@ def test_other_code_on_a_host_is_refused(tmp_path, place):
         checked = ended(network, "host-a", "bash", "launch/hostfile.sh", both, *program[2:])
         assert checked.status == 2
         assert checked.errors == [
-            f"error: host-b has other code than this machine in {ROOT} (megachat/schedule.py): copy the same files to every host"
+            (
+                f"error: host-b has other code than this machine in {ROOT} (megachat/schedule.py): copy "
+                f"the same files to every host"
+            )
         ]
         direct = ended(network, "host-a", "deepspeed", "--hostfile", both, *program)
     assert direct.status != 0 and not (place.runs / "other_code").exists()

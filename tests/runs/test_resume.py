@@ -1,4 +1,6 @@
-"""A run that stops and goes on equals the one that never stopped: bit for bit on as many ranks, row for row on any number."""
+"""A run that stops and goes on equals the one that never stopped: bit for bit on as many ranks, row for row on any
+number.
+"""
 
 import json
 import shutil
@@ -33,7 +35,9 @@ def stopped_copy(run, place, name):
 
 
 def crash_after(run, step):
-    """What a crash leaves: later checkpoints do not exist, but the metrics of the steps after `step` do, the last line cut short."""
+    """What a crash leaves: later checkpoints do not exist, but the metrics of the steps after `step` do, the last line
+    cut short.
+    """
     for name in checkpoints(run):
         if name > f"step_{step:06d}":
             shutil.rmtree(run / "checkpoints" / name)
@@ -99,7 +103,8 @@ def test_another_number_of_ranks_sees_the_same_rows(before, after, one, stopped,
 
 @pytest.mark.parametrize("compute", ["bfloat16", "float16"])
 def test_a_crash_in_half_precision_costs_nothing_but_time(compute, place):
-    # a scale that no float16 gradient survives: skipped steps and a scaler that has moved are part of what must come back
+    # a scale that no float16 gradient survives: skipped steps and a scaler that has moved are part of what must come
+    # back
     settings = {
         "precision": {"compute": compute, "loss_scale": 2.0**24, "loss_scale_window": 2},
         "evaluate": {"every": 0},
@@ -126,9 +131,9 @@ def test_float16_goes_on_from_another_dtype_with_a_scale_of_its_own(one, place):
 
 def test_starting_over_in_the_folder_of_another_run_is_refused(one, shared_place):
     before = sorted(one.rglob("*")), (one / "metrics.jsonl").read_bytes(), (one / "config.json").read_bytes()
-    assert (
-        refused(shared_place, "one")
-        == f"{one} already holds checkpoints up to step_000006: continue with --resume auto, or start another with --set run.name=NAME"
+    assert refused(shared_place, "one") == (
+        f"{one} already holds checkpoints up to step_000006: continue with --resume auto, or start "
+        f"another with --set run.name=NAME"
     )
     assert (sorted(one.rglob("*")), (one / "metrics.jsonl").read_bytes(), (one / "config.json").read_bytes()) == before
 
@@ -169,9 +174,9 @@ def test_documents_begin_anew_once_when_that_is_allowed(stopped, place):
         told[stop_step] = [line for line in done.out.splitlines() if "documents restart" in line]
     (line,), again = told[5], told[6]
     assert (
-        "documents restart from the first one at step 3 and may repeat earlier ones (data.resume=restart; the checkpoint's loader"
-        in line
-    )
+        "documents restart from the first one at step 3 and may repeat earlier ones "
+        "(data.resume=restart; the checkpoint's loader"
+    ) in line
     assert again == [], "the setting is still there, but they can go on"
     (restart,) = json.loads((checkpoint(run, 6) / "loader" / "loader.json").read_text())["restarts"]
     assert restart == {"step": 3, "ledger": facts(checkpoint(run, 3))["ledger"]} and len(restart["ledger"]) == 64

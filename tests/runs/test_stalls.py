@@ -1,4 +1,6 @@
-"""Ranks that die, stop or hang, and launchers that are ended: the job names the cause in one sentence and leaves no process behind."""
+"""Ranks that die, stop or hang, and launchers that are ended: the job names the cause in one sentence and leaves no
+process behind.
+"""
 
 import contextlib
 import os
@@ -136,7 +138,8 @@ def test_a_stopped_rank_is_named_and_all_end(rank, place):
     errors = [line for line in ranks.err.splitlines() if line.startswith("error:")]
     table, told = (run / "stall.txt").read_text().splitlines()[1:-1], errors[0]
     assert told.startswith(
-        f"error: rank {rank} (host {HOST}, pid {ranks.pids[rank]}) does not answer, stopped or stuck in C code, while the other"
+        f"error: rank {rank} (host {HOST}, pid {ranks.pids[rank]}) does not answer, stopped or stuck "
+        f"in C code, while the other"
     )
     assert told in (run / "stall.txt").read_text() and len(errors) == 1
     assert (

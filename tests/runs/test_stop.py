@@ -1,4 +1,6 @@
-"""A job that is told to stop finishes its step, saves and ends with a status of its own; the next start goes on as if nothing had been."""
+"""A job that is told to stop finishes its step, saves and ends with a status of its own; the next start goes on as if
+nothing had been.
+"""
 
 import os
 import re
@@ -64,7 +66,8 @@ def test_a_step_that_takes_too_long_is_not_waited_for(place):
         assert job.end() == [STOPPED_STATUS], job.printed
     (told,) = job.errors
     assert told.endswith(
-        "received SIGTERM, and step and save took longer than checkpoint.stop_s=0.1, so the job stops: continue with --resume auto"
+        "received SIGTERM, and step and save took longer than checkpoint.stop_s=0.1, so the job "
+        "stops: continue with --resume auto"
     )
     assert not list((run / "checkpoints").glob("step_*"))
 

@@ -1,4 +1,4 @@
-"""A supervised job goes on by itself after a crash, on the ranks that are left; it ends where a restart would not help."""
+"""A supervised job restarts after a crash, on the ranks that are left; it ends where a restart would not help."""
 
 import contextlib
 import json
@@ -118,7 +118,9 @@ def test_more_ranks_than_fit_the_batch_end_and_the_others_train(place):
 
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 def test_when_a_host_is_gone_the_other_goes_on(tmp_path, place):
-    """Each host has its supervisor; all processes of host-b end, its network stays, because host-a's end of the cable would go with it."""
+    """Each host has its supervisor; all processes of host-b end, its network stays, because host-a's end of the cable
+    would go with it.
+    """
     config = {"horizon": {"steps": 24}, "evaluate": {"every": 0, "prompts": []}, "checkpoint": {"every": 2}}
     whole = train(place, "whole", world=2, config=config)
     with two_hosts(tmp_path) as network, contextlib.ExitStack() as stack:

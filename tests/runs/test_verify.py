@@ -70,7 +70,9 @@ def jobs_are_forked(monkeypatch):
 
 @pytest.fixture(scope="module")
 def resumed(place, tmp_path_factory) -> tuple[str, dict, Path, Path]:
-    """(what was printed, the certificate, the folder of the runs, the config) of a resume of two data ranks by two and by two stages."""
+    """(what was printed, the certificate, the folder of the runs, the config) of a resume of two data ranks by two and
+    by two stages.
+    """
     config = Path(command(place, "resumed")[2])
     out, kept = tmp_path_factory.mktemp("certificate") / "certificate.json", tmp_path_factory.mktemp("kept") / "runs"
     done = verify(
@@ -169,7 +171,8 @@ def test_a_momentum_changed_between_the_halves_is_named(resumed, tmp_path):
         and found[0].told.startswith("muon/transformer.h.1.mlp.c_fc.weight/momentum: relative ")
         and found[0].step == 2
     )
-    # had the file been right and been read wrongly, the first step after it would tell: its own momentum, and nothing before it
+    # had the file been right and been read wrongly, the first step after it would tell: its own momentum, and nothing
+    # before it
     verdict, found = compare_resumed_run(runs / "whole", runs / "half", after, order_of(config), exact=True)
     assert verdict == "different" and (found[0].step, found[0].name) == (
         3,
@@ -187,7 +190,10 @@ def test_swapped_streams_of_documents_are_named(resumed, tmp_path):
     other.rename(one)
     one.with_suffix(".moved").rename(other)
     rehashed(checkpoint(half, 2))
-    refused = "the job half failed: .*stream_00001.npz is of another stream or run: it holds documents that are not stream 1's"
+    refused = (
+        "the job half failed: .*stream_00001.npz is of another stream or run: it holds "
+        "documents that are not stream 1's"
+    )
     with pytest.raises(UserError, match=refused):
         run_job(load_config(runs / "half.json"), half, 2, 4, every=1, resume=True)
     verdict, found = compare_resumed_run(runs / "whole", half, runs / "onto-dp2-tp1-pp1", order_of(config), exact=True)

@@ -46,7 +46,10 @@ def test_saved_config_runs_again(tmp_path):
 def test_all_mistakes_at_once_one_line_each_with_the_nearest_name(tmp_path):
     path = write(
         tmp_path,
-        '{"model": {"dept": 3, "depth": "4", "depth": 5}, "btch": {}, "batch": {"steps": 3, "tokens": -1, "micro_rows": 2.5}}',
+        (
+            '{"model": {"dept": 3, "depth": "4", "depth": 5}, "btch": {}, "batch": {"steps": 3, "tokens": '
+            '-1, "micro_rows": 2.5}}'
+        ),
     )
     lines = mistakes(path, "optimizer.matrix_lrr=1", "nonsense", "log.wandb=loud")
     expected = (

@@ -1,4 +1,6 @@
-"""Checks of the Dockerfile without docker: its files exist, its commands are valid, no package of the image is replaced."""
+"""Checks of the Dockerfile without docker: its files exist, its commands are valid, no package of the image is
+replaced.
+"""
 
 import fnmatch
 import re
