@@ -10,60 +10,36 @@ from megachat.errors import user_errors_end_the_program  # noqa: E402
 from megachat.job.hosts import check_launcher_hostfile, launcher_rank  # noqa: E402
 
 
-def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Evaluate a checkpoint: CORE, bits per byte, samples.")
-    parser.add_argument(
-        "--checkpoint", required=True, type=Path, help="a run's folder (its newest step), a step's, or nanochat's"
-    )
-    parser.add_argument(
-        "--core",
-        nargs="?",
-        const="",
-        metavar="BUNDLE",
-        help="the CORE metric; a folder or zip, else nanochat's is downloaded once",
-    )
-    parser.add_argument(
-        "--bpb",
-        nargs="?",
-        const="",
-        metavar="FOLDER",
-        help="bits per byte on validation text; a data folder, else the run's",
-    )
-    parser.add_argument("--sample", action="store_true", help="continue the configured prompts")
-    parser.add_argument(
-        "--max-per-task",
-        type=int,
-        default=-1,
-        metavar="N",
-        help="of CORE, examples of a task at most; -1: all, which is the metric",
-    )
-    parser.add_argument("--tasks", metavar="LABEL,LABEL", help="of CORE, only these")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the JSON file; else RUN/evaluations/step_NNNNNN.json")
-    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="where it is not found by itself")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        help="override a setting, as parallel.tensor=2",
-    )
-    parser.add_argument(
-        "--local_rank", type=int, default=-1, help=argparse.SUPPRESS
-    )  # the deepspeed launcher passes it
-    return parser
-
-
 @user_errors_end_the_program(rank=launcher_rank)
 def main() -> None:
-    arguments = command_line().parse_args()
+    parser = argparse.ArgumentParser(description="Evaluate a checkpoint: CORE, bits per byte, samples.")
+    add = parser.add_argument
+    add("--checkpoint", required=True, type=Path, help="a run folder (its newest step), step folder or nanochat folder")
+    bundle = "the CORE metric; BUNDLE is a folder or zip file, nanochat's is downloaded once if not given"
+    add("--core", nargs="?", const="", metavar="BUNDLE", help=bundle)
+    bpb = "bits per byte on validation text; FOLDER is a data folder, by default the run's"
+    add("--bpb", nargs="?", const="", metavar="FOLDER", help=bpb)
+    add("--sample", action="store_true", help="continue the configured prompts")
+    limit = "with --core: examples per task at most; default -1: all, which is the metric"
+    add("--max-per-task", type=int, default=-1, metavar="N", help=limit)
+    add("--tasks", metavar="LABEL,LABEL", help="with --core: only these tasks")
+    add("--out", type=Path, metavar="FILE", help="the JSON file; default: RUN/evaluations/step_NNNNNN.json")
+    add(
+        "--tokenizer",
+        type=Path,
+        metavar="FOLDER",
+        help="the checkpoint's tokenizer, if it is not where the config says",
+    )
+    setting = {"action": "append", "default": [], "metavar": "SECTION.KEY=VALUE"}
+    add("--set", dest="overrides", help="override a setting; values are JSON; repeatable", **setting)
+    add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # set by the deepspeed launcher
+    options = vars(parser.parse_args())
+    del options["local_rank"]
     check_launcher_hostfile()
     from megachat.programs.evaluate import EvaluationRequest, evaluate  # after parsing: --help need not load torch
 
-    tasks = tuple(arguments.tasks.split(",")) if arguments.tasks else None
-    asked = EvaluationRequest(
-        arguments.core, arguments.bpb, arguments.sample, tasks, arguments.max_per_task, arguments.out
-    )
-    evaluate(arguments.checkpoint, arguments.set, asked, tokenizer=arguments.tokenizer)
+    options["tasks"] = tuple(options["tasks"].split(",")) if options["tasks"] else None
+    evaluate(EvaluationRequest(**options))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""An evaluation of a checkpoint from its command line to its JSON file, on every rank."""
+"""The evaluation program: from a request to a JSON file. Every rank runs it."""
 
 import contextlib
 import dataclasses
+import functools
 import json
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -33,82 +33,79 @@ from megachat.train.weights import (
 )
 
 LINE_EVERY_S = 30.0
-DEFAULT = ""  # a part is asked for without saying which bundle or folder
+DEFAULT = ""  # --core or --bpb without a value
+
+Log = Callable[[str], object]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class EvaluationRequest:
-    """What is to be measured. core: the bundle's place, DEFAULT for the downloaded one, None for no CORE. bpb: a data folder, DEFAULT for the
-    run's own. max_per_task: -1 for all. tasks: labels, None for all. out: the JSON file, None for its place beside the run."""
+    """The command line of launch/evaluate.py.
 
-    core: str | None
-    bpb: str | None
-    sample: bool
-    tasks: tuple[str, ...] | None
-    max_per_task: int
-    out: Path | None
+    core: the bundle, DEFAULT to download it, None for no CORE. bpb: the data folder, DEFAULT for the run's, None for no
+    bits per byte. tasks: labels, None for all. max_per_task: -1 for all. out: None for a file in the run's folder.
+    """
+
+    checkpoint: Path
+    overrides: Sequence[str] = ()
+    core: str | None = None
+    bpb: str | None = None
+    sample: bool = False
+    tasks: tuple[str, ...] | None = None
+    max_per_task: int = -1
+    out: Path | None = None
+    tokenizer: Path | None = None
 
 
-def evaluate(
-    checkpoint: Path, overrides: list[str], asked: EvaluationRequest, *, tokenizer: Path | None = None
-) -> None:
-    """Measure and tell; all ranks call it. Raises UserError for what is wrong, before any rank works where that can be known."""
-    if asked.core is None and asked.bpb is None and not asked.sample:
-        raise UserError("nothing is to be evaluated: give one or more of --core, --bpb and --sample")
+def evaluate(request: EvaluationRequest) -> None:
+    """Evaluates a checkpoint, logs and saves the results; all ranks call it.
+
+    Raises UserError for an invalid request, if possible before the ranks meet.
+    """
+    if request.core is None and request.bpb is None and not request.sample:
+        raise UserError("nothing to evaluate: give one or more of --core, --bpb and --sample")
     environment = bootstrap_environment()
-    saved = open_saved_model(checkpoint, overrides, tokenizer)
-    if asked.bpb:
-        saved = _with_data(saved, asked.bpb)
+    saved = open_saved_model(request.checkpoint, list(request.overrides), request.tokenizer)
+    if request.bpb:
+        data_config = saved.config.data.model_copy(update={"folder": request.bpb})
+        saved = dataclasses.replace(saved, config=saved.config.model_copy(update={"data": data_config}))
     plan = evaluation_plan(saved, environment.world_size)
-    bundle = _bundle(asked)
-    data = check_data(saved.config, least_shards=1) if asked.bpb is not None else None
-    out = asked.out or results_path(saved.run_folder, saved.step)
+    bundle = _open_bundle(request)
+    data = check_data(saved.config, least_shards=1) if request.bpb is not None else None
+    out = request.out or results_path(saved.run_folder, saved.step)
     if environment.rank == 0:
         _check_writable(out)
+    parts = [request.core is None, request.bpb is None, request.sample, request.tasks, request.max_per_task]
     facts = rank_facts(
         saved.config,
         saved.tokenizer,
         data,
         checkpoint={"content": saved.sha256[:12]},
         bundle={"digest": bundle.digest[:12]} if bundle else {},
-        evaluation={
-            "parts": json.dumps([asked.core is None, asked.bpb is None, asked.sample, asked.tasks, asked.max_per_task])
-        },
+        evaluation={"parts": json.dumps(parts)},
     )
-    with join_job(environment, saved.config, facts, saved.run_folder, restart_hint="start the evaluation again") as (
-        mesh,
-        _,
-    ):
-        say = print if mesh.world.rank == 0 else _say_nothing
+    hint = "start the evaluation again"
+    with join_job(environment, saved.config, facts, saved.run_folder, restart_hint=hint) as (mesh, _):
+        log: Log = functools.partial(print, flush=True) if mesh.world.rank == 0 else lambda line: None
+        folder = saved.reader.folder
         with mesh.world.progress.long_running("loading the checkpoint"):
-            if saved.opened.format == "megachat" and (problem := find_damage(saved.opened.folder, mesh.world)):
-                raise UserError(f"{saved.opened.folder} is damaged: {problem}; evaluate another step")
+            if saved.reader.format == "megachat" and (problem := find_damage(folder, mesh.world)):
+                raise UserError(f"{folder} is damaged: {problem}; evaluate another step")
             model = build_evaluation_model(saved, plan, mesh)
-        say(_banner(saved, model), flush=True)
-        told = _measured(model, asked, bundle, say)
+        log(_banner(saved, model))
+        results = _evaluate_model(model, request, bundle, log)
         if mesh.world.rank == 0:
-            save_results(out, _identity(saved, model) | told)
-            say(f"written: {out}", flush=True)
+            save_results(out, _identity(saved, model) | results)
+            log(f"saved: {out}")
 
 
-def _say_nothing(*lines, **options) -> None:
-    pass
-
-
-def _with_data(saved: SavedModel, folder: str) -> SavedModel:
-    config = saved.config
-    return dataclasses.replace(
-        saved, config=config.model_copy(update={"data": config.data.model_copy(update={"folder": folder})})
-    )
-
-
-def _bundle(asked: EvaluationRequest) -> Bundle | None:
-    if asked.core is None:
-        if asked.tasks or asked.max_per_task != -1:
-            raise UserError("--tasks and --max-per-task are for --core: give that too, or leave them out")
+def _open_bundle(request: EvaluationRequest) -> Bundle | None:
+    if request.core is None:
+        if request.tasks or request.max_per_task != -1:
+            raise UserError("--tasks and --max-per-task require --core: give it, or leave them out")
         return None
-    bundle = open_bundle(asked.core or None, asked.tasks)
-    check_max_per_task(bundle, asked.max_per_task, "--max-per-task")
+    bundle = open_bundle(request.core or None, request.tasks)
+    check_max_per_task(bundle, request.max_per_task, "--max-per-task")
     return bundle
 
 
@@ -121,109 +118,111 @@ def _check_writable(out: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror}): give another place with --out") from None
+        raise UserError(f"{out} cannot be written ({error.strerror}): give another file with --out") from None
+
+
+def _dtype_name(model: EvaluationModel) -> str:
+    return str(model.compute_dtype).removeprefix("torch.")
 
 
 def _banner(saved: SavedModel, model: EvaluationModel) -> str:
     layout = model.plan.layout
-    axes = f"data {layout.data} x tensor {layout.tensor} x pipeline {layout.pipeline}"
-    ranks = f"{layout.world} rank{'s' * (layout.world > 1)} ({axes})"
-    dtype = str(model.compute_dtype).removeprefix("torch.")
-    attention = f"attention {model.attention.name} ({model.attention.reason})"
-    return f"{saved.opened.folder}: step {saved.step}, depth {model.plan.dims.depth}, on {ranks}; compute {dtype} ({model.dtype_reason}); {attention}"
+    return (
+        f"{saved.reader.folder}: step {saved.step}, depth {model.plan.dims.depth}, "
+        f"on {layout.world} rank{'s' * (layout.world > 1)} "
+        f"(data {layout.data} x tensor {layout.tensor} x pipeline {layout.pipeline}); "
+        f"compute {_dtype_name(model)} ({model.dtype_reason}); "
+        f"attention {model.attention.name} ({model.attention.reason})"
+    )
 
 
 def _identity(saved: SavedModel, model: EvaluationModel) -> dict:
     return {
         "run": saved.run_folder.name,
         "step": saved.step,
-        "checkpoint": str(saved.opened.folder),
+        "checkpoint": str(saved.reader.folder),
         "checkpoint_sha256": saved.sha256,
         "tokenizer": saved.tokenizer.fingerprint,
         "layout": dataclasses.asdict(model.plan.layout),
-        "compute_dtype": str(model.compute_dtype).removeprefix("torch."),
+        "compute_dtype": _dtype_name(model),
     }
 
 
-def _measured(model: EvaluationModel, asked: EvaluationRequest, bundle: Bundle | None, say: Callable) -> dict:
-    """The sections of the JSON file that were asked for; all ranks call it."""
-    told, long_running = {}, model.mesh.world.progress.long_running
-    if asked.bpb is not None:
+def _evaluate_model(model: EvaluationModel, request: EvaluationRequest, bundle: Bundle | None, log: Log) -> dict:
+    """Returns the requested sections of the JSON file; all ranks call it."""
+    results: dict[str, dict] = {}
+    long_running = model.mesh.world.progress.long_running
+    if request.bpb is not None:
         with long_running("evaluation"):
-            told["bpb"] = _bits_per_byte(model)
-        say(
-            f"validation bpb {told['bpb']['bpb']:.6f} over {told['bpb']['rows']:,} rows of {told['bpb']['folder']}",
-            flush=True,
-        )
-        for name, value in told["bpb"].get("sources", {}).items():
-            told_of = (
-                "no document of it in the validation shard"
-                if value["bpb"] is None
-                else f"bpb {value['bpb']:.6f} over {value['rows']:,} rows"
-            )
-            say(f"  {name}: {told_of}", flush=True)
-    if asked.sample:
+            results["bpb"] = bpb = _bits_per_byte(model)
+        log(f"validation bpb {bpb['bpb']:.6f} over {bpb['rows']:,} rows of {bpb['folder']}")
+        for name, source in bpb.get("sources", {}).items():
+            value = f"bpb {source['bpb']:.6f} over {source['rows']:,} rows" if source["rows"] else "no document"
+            log(f"  {name}: {value} in the validation shard")
+    if request.sample:
         with long_running("sampling"):
-            told["samples"] = sample_prompts(model.config, model.plan, model.mesh, model.engine, model.tokenizer)
-        for text in told["samples"].values():
-            say(f"sample: {text!r}", flush=True)
+            results["samples"] = sample_prompts(model.config, model.plan, model.mesh, model.engine, model.tokenizer)
+        for text in results["samples"].values():
+            log(f"sample: {text!r}")
     if bundle:
-        say(describe_bundle(bundle), flush=True)
-        with long_running("evaluation of CORE"), contextlib.closing(_Bar(shown=model.mesh.world.rank == 0)) as bar:
-            told["core"] = evaluate_bundle(
-                build_evaluator(model), bundle, model.tokenizer, max_per_task=asked.max_per_task, on_progress=bar.told
+        log(describe_bundle(bundle))
+        with (
+            long_running("evaluation of CORE"),
+            contextlib.closing(_ProgressBar(shown=model.mesh.world.rank == 0)) as bar,
+        ):
+            section = evaluate_bundle(
+                build_evaluator(model),
+                bundle,
+                model.tokenizer,
+                max_per_task=request.max_per_task,
+                on_progress=bar.update,
             )
-        for line in core_table(told["core"]):
-            say(line, flush=True)
-    return told
+        assert section is not None  # no stop was given
+        results["core"] = section
+        log("\n".join(core_table(section)))
+    return results
 
 
-class _Bar:
-    """Examples done, their rate and the time left: a bar on a terminal, elsewhere a line now and then."""
+def _bits_per_byte(model: EvaluationModel) -> dict:
+    begin, plan, folder = time.perf_counter(), model.plan, model.config.data.folder
+    with build_loader(model.config, plan, model.mesh, model.tokenizer, validation=True) as loader:
+        rows = ValidationRows(loader, plan.evaluation_rows, plan.micro_rows, model.mesh)
+    section = {
+        "folder": folder,
+        "bpb": bits_per_byte(model.engine, rows, model.mesh),
+        "rows": plan.evaluation_rows,
+    }
+    sources = {}
+    names = source_names(Path(folder))
+    for name in names:
+        most_rows = max(1, plan.evaluation_rows // len(names))
+        sizes = {"tokens": plan.dims.sequence_len, "most_rows": most_rows, "micro_rows": plan.micro_rows}
+        source = SourceRows(Path(folder), name, model.tokenizer, **sizes, mesh=model.mesh)
+        value = bits_per_byte(model.engine, source, model.mesh) if source.rows else None
+        sources[name] = {"bpb": value, "rows": source.rows}
+    return section | ({"sources": sources} if sources else {}) | {"seconds": time.perf_counter() - begin}
+
+
+class _ProgressBar:
+    """Shows examples done, their rate and the time left: a bar on a terminal, else a line every LINE_EVERY_S."""
 
     def __init__(self, *, shown: bool):
         self.shown, self.begin, self.next_s = shown, time.monotonic(), LINE_EVERY_S
         self.bar = tqdm(desc="CORE", unit=" examples", dynamic_ncols=True) if shown and sys.stderr.isatty() else None
 
-    def told(self, done: int, of: int) -> None:
-        """After some more examples."""
-        passed_s = time.monotonic() - self.begin
+    def update(self, done: int, total: int) -> None:
+        """Shows the new number of examples done."""
+        elapsed_s = time.monotonic() - self.begin
         if self.bar is not None:
-            self.bar.total = of
+            self.bar.total = total
             self.bar.update(done - self.bar.n)
-        elif self.shown and passed_s > self.next_s and done:
-            self.next_s = passed_s + LINE_EVERY_S
-            left_s = passed_s / done * (of - done)
-            print(
-                f"CORE: {done:,} of {of:,} examples, {done / passed_s:,.1f} a second, {left_s / 60:.1f} minutes left",
-                flush=True,
-            )
+        elif self.shown and elapsed_s > self.next_s and done:
+            self.next_s = elapsed_s + LINE_EVERY_S
+            minutes = elapsed_s / done * (total - done) / 60
+            rate = f"{done / elapsed_s:,.1f} per second, {minutes:.1f} minutes left"
+            print(f"CORE: {done:,} of {total:,} examples, {rate}", flush=True)
 
     def close(self) -> None:
-        """End the bar's line."""
+        """Ends the bar's line."""
         if self.bar is not None:
             self.bar.close()
-
-
-def _bits_per_byte(model: EvaluationModel) -> dict:
-    begin, plan = time.perf_counter(), model.plan
-    with build_loader(model.config, plan, model.mesh, model.tokenizer, validation=True) as loader:
-        rows = ValidationRows(loader, plan.evaluation_rows, plan.micro_rows, model.mesh)
-    told = {
-        "folder": model.config.data.folder,
-        "bpb": bits_per_byte(model.engine, rows, model.mesh),
-        "rows": plan.evaluation_rows,
-    }
-    names = source_names(Path(model.config.data.folder))
-    if names:
-        told["sources"] = {
-            name: _bits_per_byte_of(model, name, max(1, plan.evaluation_rows // len(names))) for name in names
-        }
-    return told | {"seconds": time.perf_counter() - begin}
-
-
-def _bits_per_byte_of(model: EvaluationModel, source: str, most_rows: int) -> dict:
-    plan, folder = model.plan, Path(model.config.data.folder)
-    sizes = {"tokens": plan.dims.sequence_len, "most_rows": most_rows, "micro_rows": plan.micro_rows}
-    rows = SourceRows(folder, source, model.tokenizer, **sizes, data=model.mesh.data)
-    return {"bpb": bits_per_byte(model.engine, rows, model.mesh) if rows.rows else None, "rows": rows.rows}
