@@ -175,7 +175,7 @@ def run_without_torchrun(line: list, **how) -> subprocess.CompletedProcess:
         return _run_process(line, **how)
     start = line.index("torch.distributed.run")
     cores = {0} if line[:3] == ["taskset", "-c", "0"] else None
-    world, program = int(line[start + 2]), line[start + 5 :]
+    world, program = int(line[start + 1].removeprefix("--nproc-per-node=")), line[start + 3 :]
     done = run_forked(program, world, variables={"TORCHELASTIC_RUN_ID": "forked"}, cores=cores)
     return subprocess.CompletedProcess(line, done.status, done.out, done.err)
 

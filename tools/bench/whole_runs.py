@@ -75,9 +75,9 @@ def train_layout(arguments: Namespace, layout: str, folder: str) -> None:
     ]
     # The process of dp=1 gets one core, so that it has as many threads as a rank: threads change the order of sums.
     pinned = ["taskset", "-c", "0"] if layout == "dp=1" else []
-    ranks = str(sizes["dp"] * sizes["tp"] * sizes["pp"])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", ranks]
-    torchrun += ["--master-port", str(free_port())]
+    ranks = sizes["dp"] * sizes["tp"] * sizes["pp"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
+    torchrun.append(f"--master-port={free_port()}")
     command = [*pinned, *torchrun, PRETRAIN, "--config", arguments.config, *set_options(settings)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
