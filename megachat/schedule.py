@@ -7,14 +7,17 @@ MOMENTUM_WARMUP_STEPS = 400
 
 
 def due(step: int, every: int) -> bool:
-    """True on every `every`-th step; never when `every` is 0."""
+    """Returns True on every `every`-th step; never if `every` is 0."""
     return every > 0 and step % every == 0
 
 
 def learning_rate_multiplier(
     step: int, steps: int, *, warmup_steps: int, warmdown_ratio: float, final_fraction: float
 ) -> float:
-    """Linear up over the warm-up, flat, then linear down to `final_fraction` at `steps`. Step counts from 0."""
+    """Rises linearly over the warm-up, stays at 1, then falls linearly to `final_fraction` at `steps`.
+
+    Steps count from 0.
+    """
     warmdown = round(warmdown_ratio * steps)
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -25,7 +28,7 @@ def learning_rate_multiplier(
 
 
 def muon_momentum(step: int, steps: int, *, warmdown_ratio: float) -> float:
-    """Rises over the first 400 steps and falls over the learning rate's warm-down."""
+    """Rises over the first 400 steps and falls during the learning rate's warm-down."""
     start = steps - round(warmdown_ratio * steps)
     if step < MOMENTUM_WARMUP_STEPS:
         share = step / MOMENTUM_WARMUP_STEPS
@@ -37,5 +40,5 @@ def muon_momentum(step: int, steps: int, *, warmdown_ratio: float) -> float:
 
 
 def weight_decay_multiplier(step: int, steps: int) -> float:
-    """Half a cosine from 1 to 0 over the run."""
+    """Falls from 1 to 0 over the run as half a cosine."""
     return 0.5 * (1 + math.cos(math.pi * step / steps))

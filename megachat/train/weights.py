@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from megachat.checkpoint.load import load_checkpoint
-from megachat.config import Config, overridden
+from megachat.config import Config, config_from_values
 from megachat.convert.formats import open_checkpoint
 from megachat.convert.nanochat_settings import config_of
 from megachat.convert.reader import CheckpointReader
@@ -75,7 +75,7 @@ def open_saved_model(path: Path, overrides: list[str], tokenizer: Path | None = 
     loaded_tokenizer, _ = load_tokenizer_of(reader, tokenizer)
     folder, dims = reader.folder, reader.dims
     settings = config_of(reader)[0] if reader.format == "nanochat" else reader.facts["config"]
-    config = overridden(settings, str(folder), overrides)
+    config = config_from_values(settings, str(folder), overrides)
     requested = resolve_dimensions(config, dims.vocab_size)
     if requested != dims:
         changed = [name for name, value in vars(dims).items() if getattr(requested, name) != value]
@@ -86,7 +86,7 @@ def open_saved_model(path: Path, overrides: list[str], tokenizer: Path | None = 
     if run_folder.name == "checkpoints" and reader.format != "nanochat":
         run_folder = run_folder.parent
     layout = Layout(**reader.facts.get("layout", {"data": 1, "tensor": 1, "pipeline": 1}))
-    training = resolve(overridden(settings, str(folder), ()), layout.world, dims.vocab_size)
+    training = resolve(config_from_values(settings, str(folder)), layout.world, dims.vocab_size)
     return SavedModel(reader, config, loaded_tokenizer, run_folder, training)
 
 

@@ -77,7 +77,7 @@ def test_all_mistakes_at_once_one_line_each_with_the_nearest_name(tmp_path):
         ('{"model": {"depth": true}}', "model.depth is true"),
     ],
 )
-def test_what_is_no_config_says_so(tmp_path, text, part):
+def test_a_file_that_is_no_config_is_refused(tmp_path, text, part):
     assert part in mistakes(write(tmp_path, text))[0]
 
 
@@ -85,7 +85,7 @@ def test_what_is_no_config_says_so(tmp_path, text, part):
     ("recipe", "part"),
     [
         ("rowwise", "scales by row have no equivalent in Transformer Engine: set tensorwise, or blockwise"),
-        ("delayed", "delayed scaling keeps a history of maxima that no checkpoint here holds: set tensorwise"),
+        ("delayed", "delayed scaling keeps a history of maxima that checkpoints do not hold: set tensorwise"),
         ("mxfp8", "MXFP8 needs a Blackwell GPU and is not supported: set blockwise"),
         ("full", "should be 'off', 'tensorwise' or 'blockwise'"),
     ],
@@ -95,7 +95,7 @@ def test_an_fp8_recipe_without_an_equivalent_is_refused_by_name(tmp_path, recipe
     assert f'precision.fp8 is "{recipe}" but {part}' in line
 
 
-def test_a_missing_file_says_so(tmp_path):
+def test_a_missing_file_is_refused(tmp_path):
     assert "cannot read the config" in mistakes(tmp_path / "none.json")[0]
 
 

@@ -1,4 +1,4 @@
-"""How programs end, each in a process of its own."""
+"""How programs end, each in its own process."""
 
 import subprocess
 import sys
@@ -12,12 +12,12 @@ PROGRAM = """
 import atexit, sys
 from megachat.errors import UserError, user_errors_end_the_program
 
-class Held:
+class Finalized:
     def __del__(self):
-        print("taken apart")
+        print("finalized")
 
-held = Held()
-atexit.register(print, "kept its promise")
+finalized = Finalized()
+atexit.register(print, "exit function")
 
 @user_errors_end_the_program{how}
 def main():
@@ -41,38 +41,36 @@ def ended(how: str, *words: str):
     )
 
 
+@pytest.mark.parametrize("how, end", [("", "exit function\nfinalized\n"), ("(rank=lambda: 0)", "exit function\n")])
 @pytest.mark.parametrize(
-    "how, end", [("", "kept its promise\ntaken apart\n"), ("(rank=lambda: 0)", "kept its promise\n")]
-)
-@pytest.mark.parametrize(
-    "word, status, told",
+    "word, status, error",
     [
         ("", 0, ""),
         ("wrong", 2, "error: first is wrong\nerror: second too\n"),
         ("interrupt", 130, "error: interrupted\n"),
     ],
 )
-def test_what_was_printed_and_promised_comes_out_and_only_a_tool_is_taken_apart(how, end, word, status, told):
+def test_output_and_exit_functions_are_kept_and_only_a_tool_is_finalized(how, end, word, status, error):
     done = ended(how, word)
-    assert (done.returncode, done.stdout, done.stderr) == (status, "worked " + end, told)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "worked " + end, error)
 
 
-def test_another_rank_says_which_it_is():
+def test_another_rank_prints_its_number():
     assert ended("(rank=lambda: 3)", "wrong").stderr == "error: [rank 3] first is wrong\nerror: [rank 3] second too\n"
 
 
-@pytest.mark.parametrize("lines, said", [(1, ""), (100_000, "worked")])
-def test_a_tool_whose_reader_has_gone_ends_without_a_word(lines, said):
+@pytest.mark.parametrize("lines, printed", [(1, ""), (100_000, "worked")])
+def test_a_tool_whose_reader_has_closed_the_output_ends_silently(lines, printed):
     program = PROGRAM.format(how="").replace('print("worked", end=" ")', f"[print('worked') for _ in range({lines})]")
     tool = subprocess.Popen(
         [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    read = tool.stdout.read(len(said))
+    read = tool.stdout.read(len(printed))
     tool.stdout.close()
-    assert read == said and tool.stderr.read() == "" and tool.wait(30) == 141
+    assert read == printed and tool.stderr.read() == "" and tool.wait(30) == 141
 
 
-def test_another_broken_pipe_is_no_end_of_the_reader():
+def test_another_broken_pipe_is_an_error():
     program = PROGRAM.format(how="").replace("raise KeyboardInterrupt", "raise BrokenPipeError('a socket')")
     done = subprocess.run(
         [sys.executable, "-c", program, "interrupt"], cwd=ROOT, capture_output=True, text=True, timeout=limit_s()
