@@ -19,8 +19,13 @@ def test_the_launchers_agree_bit_for_bit(launcher, two, place):
     assert losses(run) == losses(two) and bits_per_byte(run) == bits_per_byte(two), (
         f"{launcher} differs from ranks without a launcher"
     )
-    told = json.loads((run / "environment.json").read_text())[0]["launch"]
-    assert (told["rank"], told["world_size"], told["local_size"], told["launcher"]) == (0, 2, 2, launcher)
+    variables = json.loads((run / "environment.json").read_text())[0]["launch"]
+    assert (variables["rank"], variables["world_size"], variables["local_size"], variables["launcher"]) == (
+        0,
+        2,
+        2,
+        launcher,
+    )
 
 
 def test_two_ranks_have_the_losses_of_one_process(one, two):
@@ -106,13 +111,13 @@ def test_the_saved_config_runs_again_under_plain_python(one, place):
 
 
 def test_ranks_started_with_other_settings_are_refused(place):
-    """As on two hosts with other copies of the config: rank 1 is told another seed."""
+    """As on two hosts with other copies of the config: rank 1 gets another seed."""
     done = run_forked(command(place, "unlike"), 2, extra={1: ["--set", "run.seed=1"]})
     assert done.status != 0
     host = socket.gethostname()
-    told = (
+    message = (
         f"rank 1 on {host} has another config than rank 0 on {host} (run.seed): start all ranks "
         f"with the same --config and --set"
     )
-    assert done.errors == [f"error: {told}"]
+    assert done.errors == [f"error: {message}"]
     assert not (place.runs / "unlike").exists()

@@ -56,7 +56,7 @@ def test_the_tables_stand_between_the_markers_and_the_numbers_beside_them(tmp_pa
     page = tmp_path / "page.md"
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     layers = {"te": {"S": 0.0012, "L": 0.0034}, "flex": {"problem": "a | b"}}
-    found = [
+    results = [
         measured("torch compiled", 100_000.0),
         measured("te tensorwise", 120_000.0),
         {"case": {"linears": "attention", "attention": "auto", "depth": 24}, "layers": layers, "rows": 16},
@@ -66,7 +66,7 @@ def test_the_tables_stand_between_the_markers_and_the_numbers_beside_them(tmp_pa
             "left_out": "no time was left",
         },
     ]
-    write_report(page, build_report(found, WHERE, ABOUT, LOG), {"found": found})
+    write_report(page, build_report(results, WHERE, ABOUT, LOG), {"found": results})
     text = page.read_text()
     assert text.startswith(
         f"before\n{BEGIN}\nCommit 0123456 with changes, NVIDIA H200, 580.1, 143771 MiB; CUDA 13.0, cuDNN 91900, "
@@ -80,37 +80,37 @@ def test_the_tables_stand_between_the_markers_and_the_numbers_beside_them(tmp_pa
     assert "| d24, pattern L | torch compiled | sdpa | no time was left |" in text
     assert "| te | 1.20 ms | 3.40 ms |" in text and "| flex | a / b |  |" in text
     assert "Checks of tests/gpu: 2 failed, 40 passed, 11 skipped." in text
-    assert json.loads((tmp_path / "page_gpu.json").read_text()) == {"found": found}
+    assert json.loads((tmp_path / "page_gpu.json").read_text()) == {"found": results}
     page.write_text("no markers")
     with pytest.raises(UserError, match="lacks the lines"):
         write_report(page, "", {})
 
 
 def test_what_was_to_be_reached_is_judged():
-    def told(found):
-        return [(value, reached) for _, value, reached in judge_goals(found)]
+    def judgments(results):
+        return [(value, reached) for _, value, reached in judge_goals(results)]
 
-    assert told([]) == [("not measured", "unknown")] * 6
+    assert judgments([]) == [("not measured", "unknown")] * 6
     theirs = measured("nanochat", 90_000.0, peak_memory_bytes=2**34 * 2, attention="sdpa")
-    found = [
+    results = [
         measured("torch compiled", 100_000.0),
         measured("torch tensorwise", 120_000.0),
         theirs,
         measured("te tensorwise", 90_000.0),
     ]
-    found += [measured("torch compiled", 400_000.0, 12), measured("te tensorwise", 300_000.0, 12)]
+    results += [measured("torch compiled", 400_000.0, 12), measured("te tensorwise", 300_000.0, 12)]
     rates = [
         ("56.0%", "yes"),
         ("1.11 times; its attention was sdpa", "yes"),
         ("1.20 times", "yes"),
         ("0.75 times", "unknown"),
     ]
-    assert told(found) == [*rates, ("0.50", "yes"), ("2.1%", "yes")]
+    assert judgments(results) == [*rates, ("0.50", "yes"), ("2.1%", "yes")]
     worse = {"mfu": 0.5, "peak_memory_bytes": 2**34 * 2, "optimizer_share_at_reference_batch": 0.04}
-    found[:2] = [measured("torch compiled", 98_000.0, **worse), measured("torch tensorwise", 100_000.0)]
-    assert [reached for _, reached in told(found)] == ["no", "no", "no", "unknown", "no", "no"]
-    found[0]["case"]["pattern"] = "L"  # another model
-    assert told(found)[0] == ("not measured", "unknown")
+    results[:2] = [measured("torch compiled", 98_000.0, **worse), measured("torch tensorwise", 100_000.0)]
+    assert [reached for _, reached in judgments(results)] == ["no", "no", "no", "unknown", "no", "no"]
+    results[0]["case"]["pattern"] = "L"  # another model
+    assert judgments(results)[0] == ("not measured", "unknown")
     assert checks_summary(LOG) == "2 failed, 40 passed, 11 skipped" and checks_summary("..") == "not finished"
 
 
@@ -133,9 +133,9 @@ def test_a_case_is_measured_in_a_process_and_what_fails_says_why(monkeypatch, tm
     )
     assert bench.measure_all(cases(None)[:1], 1)[0]["failed"] == "torch.OutOfMemoryError: all is full"
     program.write_text("import time; time.sleep(60)")
-    told: list[int] = []
-    found = bench.measure_all(cases(None)[:2], 0.005, lambda found: told.append(len(found)))
-    assert [entry["left_out"] for entry in found] == ["no time was left"] * 2 and told == [1, 2]
+    counts: list[int] = []
+    results = bench.measure_all(cases(None)[:2], 0.005, lambda so_far: counts.append(len(so_far)))
+    assert [entry["left_out"] for entry in results] == ["no time was left"] * 2 and counts == [1, 2]
 
 
 def measured_small() -> dict:
@@ -147,16 +147,16 @@ def measured_small() -> dict:
 @pytest.mark.slow
 def test_the_steps_of_a_case_are_measured():
     """On the CPU, of a small model: every part of a case but the GPU."""
-    (told,) = run_ranks(measured_small, 1)
+    (result,) = run_ranks(measured_small, 1)
     assert (
-        len(told["step_s"]) == 2
-        and len(told["optimizer_s"]) == 3
-        and 0 < told["optimizer_share_at_reference_batch"] < 1
+        len(result["step_s"]) == 2
+        and len(result["optimizer_s"]) == 3
+        and 0 < result["optimizer_share_at_reference_batch"] < 1
     )
     assert (
-        told["attention"] == "sdpa"
-        and told["mfu"] is None
-        and any("fp8 tensorwise by torch" in line for line in told["chosen"])
+        result["attention"] == "sdpa"
+        and result["mfu"] is None
+        and any("fp8 tensorwise by torch" in line for line in result["chosen"])
     )
 
 

@@ -34,16 +34,16 @@ def measured(kind: str, *words: str) -> dict:
 
 @pytest.mark.slow
 def test_recompute_has_fewer_bytes_at_every_level():
-    told = measured("recompute", *(word for setting in SMALL for word in ("--set", setting)))
-    assert told["rows_at_a_time"] == 8 and told["where"]["torch"]
-    none, selective, block = (told[kind]["bytes_in_a_step"] for kind in ("none", "selective", "block"))
+    result = measured("recompute", *(word for setting in SMALL for word in ("--set", setting)))
+    assert result["rows_at_a_time"] == 8 and result["where"]["torch"]
+    none, selective, block = (result[kind]["bytes_in_a_step"] for kind in ("none", "selective", "block"))
     assert none > selective > block > 0
-    assert all(told[kind]["per_sec"] > 0 and told[kind]["rounds"] == 1 for kind in ("none", "selective", "block"))
+    assert all(result[kind]["per_sec"] > 0 and result[kind]["rounds"] == 1 for kind in ("none", "selective", "block"))
 
 
 @pytest.mark.slow
 def test_attention_is_compared_for_each_shape():
-    found = measured("attention")["found"]
-    assert len(found) == 8
-    for ways in found.values():
+    shapes = measured("attention")["found"]
+    assert len(shapes) == 8
+    for ways in shapes.values():
         assert ways["mask"]["times_faster_than_mask"] == 1 and ways["windowed"]["per_sec"] > 0
