@@ -41,17 +41,6 @@ class Evaluator:
     tokens_per_pass: int = TOKENS_PER_PASS
 
 
-@dataclass(frozen=True)
-class CoreAnswers:
-    """right: task label -> whether each example, in the metric's order, was answered correctly.
-
-    padding_share: the fraction of the computed tokens that belonged to no example.
-    """
-
-    right: dict[str, tuple[bool, ...]]
-    padding_share: float
-
-
 def build_evaluator(model) -> Evaluator:
     """Returns the Evaluator of a train.build.Training or a train.weights.EvaluationModel."""
     return Evaluator(model.engine, model.plan.dims, model.mesh, sequence=model.config.parallel.sequence)
@@ -75,9 +64,9 @@ def evaluate_bundle(
     for tasks in [bundle.tasks] if stop is None else [(task,) for task in bundle.tasks]:
         if stop is not None and stop():
             return None
-        answers = evaluate_tasks(evaluator, tasks, tokenizer, max_per_task=max_per_task, on_progress=on_progress)
-        right |= answers.right
-        padding.append(answers.padding_share)
+        answers, share = evaluate_tasks(evaluator, tasks, tokenizer, max_per_task=max_per_task, on_progress=on_progress)
+        right |= answers
+        padding.append(share)
     seconds, padding_share = time.perf_counter() - begin, sum(padding) / len(padding)
     return core_section(bundle, right, max_per_task, padding_share=padding_share, seconds=seconds)
 
@@ -89,10 +78,11 @@ def evaluate_tasks(
     *,
     max_per_task: int,
     on_progress: Progress = lambda done, total: None,
-) -> CoreAnswers:
+) -> tuple[dict[str, tuple[bool, ...]], float]:
     """Answers the examples of the tasks; all ranks call it and get the same. max_per_task: -1 for all examples.
 
-    Raises UserError for the reasons of `build_questions`.
+    Returns task label -> whether each example, in the metric's order, is answered correctly; and the share of computed
+    tokens that are padding. Raises UserError for the reasons of `build_questions`.
     """
     by_task = {task.label: build_questions(task, tokenizer, model.dims.sequence_len, max_per_task) for task in tasks}
     questions = [question for of_task in by_task.values() for question in of_task]
@@ -117,7 +107,7 @@ def evaluate_tasks(
     }
     computed = sum(batch.computed_tokens(runner.multiple, runner.parts) for of_rank in assigned for batch in of_rank)
     real = sum(batch.real_tokens for of_rank in assigned for batch in of_rank if batch is not IDLE)
-    return CoreAnswers(right, 1 - real / computed if computed else 0.0)
+    return right, 1 - real / computed if computed else 0.0
 
 
 def _is_right(question: Question, values: list[float]) -> bool:

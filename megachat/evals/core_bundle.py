@@ -5,13 +5,14 @@ task's random baseline) and `eval_data/` with one JSON object per line. CORE: DC
 nanochat's (https://github.com/karpathy/nanochat).
 """
 
+import contextlib
 import csv
 import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -129,21 +130,28 @@ def _find_root(path: Path) -> _Folder:
     raise UserError(f"{path} has no {_INDEX}: a CORE bundle contains {_INDEX}, {_BASELINES} and {_DATA}/")
 
 
+@contextlib.contextmanager
+def _parsing(file: _Folder, needs: str) -> Iterator[None]:
+    """Turns an error while parsing a file into a UserError. needs: what the file must contain."""
+    try:
+        yield
+    except (yaml.YAMLError, csv.Error, LookupError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"{file} is not {needs} ({reason}): repair it or get the bundle again") from None
+
+
 def _read_text(file: _Folder) -> str:
     if not file.is_file():
         raise UserError(f"{file} is missing from the CORE bundle: get the bundle again")
-    try:
+    with _parsing(file, "UTF-8 text"):
         return file.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{file} is not UTF-8 text ({error.reason} at byte {error.start:,}): get the bundle again"
-        ) from None
 
 
 def _read_index(root: _Folder) -> list[dict]:
     """Returns the task entries of core.yaml, checked."""
     file = root / _INDEX
-    try:
+    text = _read_text(file)
+    with _parsing(file, "YAML with icl_tasks, each with label, dataset_uri, num_fewshot and icl_task_type"):
         entries = [
             {
                 "label": str(entry["label"]),
@@ -152,15 +160,8 @@ def _read_index(root: _Folder) -> list[dict]:
                 "shots": int(entry["num_fewshot"][0]),  # the metric uses the first of several
                 "delimiter": str(entry.get("continuation_delimiter", " ")),
             }
-            for entry in yaml.safe_load(_read_text(file))["icl_tasks"]
+            for entry in yaml.safe_load(text)["icl_tasks"]
         ]
-    except yaml.YAMLError as error:
-        raise UserError(f"{file} is not YAML ({' '.join(str(error).split())}): get the bundle again") from None
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise UserError(
-            f"{file} is not a list of tasks ({type(error).__name__}: {error}): "
-            "each of icl_tasks needs label, dataset_uri, num_fewshot and icl_task_type"
-        ) from None
     labels = [entry["label"] for entry in entries]
     for entry in entries:
         if labels.count(entry["label"]) > 1:
@@ -178,40 +179,31 @@ def _read_index(root: _Folder) -> list[dict]:
 
 def _read_baselines(file: _Folder) -> dict[str, str]:
     """Returns label -> random baseline in percent, as written."""
-    try:
-        rows = csv.DictReader(io.StringIO(_read_text(file)))
-        return {row["Eval Task"]: row["Random baseline"] for row in rows}
-    except (KeyError, csv.Error) as error:
-        raise UserError(
-            f"{file} has no columns `Eval Task` and `Random baseline` ({error}): get the bundle again"
-        ) from None
+    text = _read_text(file)
+    with _parsing(file, "CSV with columns `Eval Task` and `Random baseline`"):
+        return {row["Eval Task"]: row["Random baseline"] for row in csv.DictReader(io.StringIO(text))}
 
 
 def _read_task(root: _Folder, entry: dict, baselines: dict[str, str]) -> Task:
-    label, file, table = entry["label"], root / _DATA / entry["file"], root / _BASELINES
+    label, shots, file, table = entry["label"], entry["shots"], root / _DATA / entry["file"], root / _BASELINES
     if label not in baselines:
         raise UserError(f"{table} has no baseline for {label}: add a row with the accuracy of guessing in percent")
     try:
         baseline = 0.01 * float(baselines[label])
-        if not 0 <= baseline < 1:
-            raise ValueError
     except (TypeError, ValueError):
+        baseline = -1.0
+    if not 0 <= baseline < 1:
         raise UserError(
             f"{table}: the baseline of {label} is {baselines[label]!r}: give percent, 0 or more and less than 100"
-        ) from None
+        )
     content = _read_text(file)
     lines = content.removesuffix("\n").split("\n")
-    examples = tuple(
-        _parse_example(line, f"{file} line {number}", entry["kind"]) for number, line in enumerate(lines, 1)
-    )
-    if len(examples) <= entry["shots"]:
-        raise UserError(
-            f"{file} has {len(examples)} examples, too few for {entry['shots']} shots and a question: add more"
-        )
-    task = Task(label, entry["kind"], entry["shots"], entry["delimiter"], baseline, examples)
-    settings = json.dumps([task.label, task.kind, task.shots, task.delimiter, task.baseline])
+    examples = tuple(_parse_example(line, f"{file} line {n}", entry["kind"]) for n, line in enumerate(lines, 1))
+    if len(examples) <= shots:
+        raise UserError(f"{file} has {len(examples)} examples, too few for {shots} shots and a question: add more")
+    settings = json.dumps([label, entry["kind"], shots, entry["delimiter"], baseline])
     digest = hashlib.sha256((settings + hashlib.sha256(content.encode()).hexdigest()).encode()).hexdigest()
-    return replace(task, digest=digest)
+    return Task(label, entry["kind"], shots, entry["delimiter"], baseline, examples, digest)
 
 
 def _parse_example(line: str, where: str, kind: str) -> dict:
@@ -232,7 +224,5 @@ def _parse_example(line: str, where: str, kind: str) -> dict:
         if not (isinstance(options, list) and len(options) > 1 and all(isinstance(option, str) for option in options)):
             raise UserError(f"{where} has fewer than two texts in `{choices}`, which a {kind} task needs: {fix}")
         if type(gold) is not int or not 0 <= gold < len(options):
-            raise UserError(
-                f"{where} has `gold` {gold!r}: give the index of one of its {len(options)} `{choices}`, from 0"
-            )
+            raise UserError(f"{where} has `gold` {gold!r}: give the index of one of its {len(options)} `{choices}`")
     return example

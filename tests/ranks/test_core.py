@@ -75,12 +75,12 @@ def on_ranks(bundle: Path, parallel: dict, tokens_per_pass: int):
     progress: list[tuple[int, int]] = []
     model = Evaluator(engine, plan.dims, mesh, config.parallel.sequence, tokens_per_pass)
     tasks = open_bundle(bundle).tasks
-    answers = evaluate_tasks(
+    right, padding_share = evaluate_tasks(
         model, tasks, letters, max_per_task=9, on_progress=lambda done, total: progress.append((done, total))
     )
     some_values(layers, copying=True)
-    copied = evaluate_tasks(model, [copying_task()], letters, max_per_task=9)
-    return answers.right | copied.right, answers.padding_share, progress
+    copied, _ = evaluate_tasks(model, [copying_task()], letters, max_per_task=9)
+    return right | copied, padding_share, progress
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_nanochats_answers_example_by_example():
 def reference_answers(max_per_task: int):
     model, evaluator = build_model_and_evaluator(REFERENCE, [])
     bundle = open_bundle(BUNDLE)
-    right = evaluate_tasks(evaluator, bundle.tasks, model.tokenizer, max_per_task=max_per_task).right
+    right, _ = evaluate_tasks(evaluator, bundle.tasks, model.tokenizer, max_per_task=max_per_task)
     as_numbers = {label: [int(answer) for answer in answers] for label, answers in right.items()}
     return as_numbers, core_section(bundle, right, max_per_task)
 

@@ -55,14 +55,14 @@ def bench_core(arguments: Namespace) -> dict:
         "one by one": lambda: one_by_one(model.layers, dims, tasks, model.tokenizer, limit),
         "in batches": lambda: evaluate_tasks(evaluator, tasks, model.tokenizer, max_per_task=limit),
     }
-    single, batched = ways["one by one"](), ways["in batches"]()
-    for label, right in batched.right.items():
+    single, (batched, padding_share) = ways["one by one"](), ways["in batches"]()
+    for label, right in batched.items():
         if right != single[label]:
             raise RuntimeError(f"{label}: one by one and in batches have different answers")
     examples = sum(len(right) for right in single.values())
     facts = {
         "examples": examples,
-        "padding_share": batched.padding_share,
+        "padding_share": padding_share,
         "tasks": {task.label: len(single[task.label]) for task in tasks},
         "depth": dims.depth,
         "width": dims.width,

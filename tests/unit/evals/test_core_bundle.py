@@ -129,7 +129,10 @@ def without(name: str):
             rewritten("eval_meta_data.csv", lambda text: text.replace("winograd,schema,0,50", "winograd,schema,0,100")),
             "less than 100",
         ),
-        (rewritten("eval_meta_data.csv", lambda text: text.replace("Random baseline", "Random")), "has no columns"),
+        (
+            rewritten("eval_meta_data.csv", lambda text: text.replace("Random baseline", "Random")),
+            "columns `Eval Task` and `Random baseline` (KeyError: 'Random baseline')",
+        ),
         (
             lambda folder: (folder / "eval_data/schema/winograd.jsonl").write_bytes(b"\xff\n"),
             "winograd.jsonl is not UTF-8 text",
