@@ -54,7 +54,7 @@ def refused(capsys, *arguments) -> str:
     return message
 
 
-def test_a_file_tells_the_metric_its_error_and_the_verdict(tmp_path):
+def test_a_file_has_the_metric_its_error_and_the_verdict(tmp_path):
     section = load_results(evaluated(tmp_path / "a.json", 0.7, 1))["core"]
     assert section["core_metric"] == pytest.approx(0.4, abs=0.05) and section["verdict"]["word"] == "above"
     assert section["mean_centered"] == pytest.approx(section["core_metric"], abs=1e-12)
@@ -88,7 +88,7 @@ def test_sections_of_one_checkpoint_are_kept_and_those_of_another_are_not(tmp_pa
     assert load_results(path)["step"] == 1
 
 
-def test_a_runs_last_evaluation_counts(tmp_path):
+def test_the_last_evaluation_of_a_run_counts(tmp_path):
     evaluated(results_path(tmp_path, 10), 0.6, 1, step=10)
     expected = evaluated(results_path(tmp_path, 20), 0.6, 1, step=20)
     evaluated(results_path(tmp_path, 20, in_training=True), 0.6, 1, step=20, examples=50)
@@ -98,7 +98,7 @@ def test_a_runs_last_evaluation_counts(tmp_path):
         newest_results(tmp_path / "none")
 
 
-def test_differences_are_told_when_they_are_real(tmp_path, capsys):
+def test_real_differences_are_detected(tmp_path, capsys):
     a = evaluated(tmp_path / "a.json", 0.62, 1)
     b = evaluated(tmp_path / "b.json", 0.60, 1)
     result = compared(capsys, a, b)
@@ -172,7 +172,7 @@ def test_bad_input(tmp_path, capsys):
     assert "answers of copa" in refused(capsys, a, tmp_path / "spoiled.json")
 
 
-def test_in_a_process_of_its_own(tmp_path):
+def test_as_a_process(tmp_path):
     a, b = evaluated(tmp_path / "a.json", 0.65, 1), evaluated(tmp_path / "b.json", 0.60, 1)
     done = subprocess.run([sys.executable, "tools/compare_runs.py", a, b], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "", done.stderr

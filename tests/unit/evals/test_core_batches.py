@@ -25,7 +25,7 @@ def some_questions(seed: int, count: int = 60) -> list[Question]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_every_row_is_computed_once_behind_its_own_context(seed):
+def test_every_row_is_computed_once_after_its_context(seed):
     questions = some_questions(seed)
     rows = [row for question in questions for row in question.rows]
     exact = [question.gold is None for question in questions for _ in question.rows]
@@ -46,7 +46,7 @@ def test_every_row_is_computed_once_behind_its_own_context(seed):
 
 
 @pytest.mark.parametrize(("ranks", "parts"), [(1, 1), (2, 1), (3, 2), (5, 3)])
-def test_ranks_have_equal_numbers_of_passes_and_like_work(ranks, parts):
+def test_ranks_have_equal_numbers_of_passes_and_similar_work(ranks, parts):
     batches = build_batches(some_questions(7, 200), 1000)
     assigned = assign_batches(batches, ranks, 2, parts)
     assert len({sum(batch.passes for batch in of_rank) for of_rank in assigned}) == 1

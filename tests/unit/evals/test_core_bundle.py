@@ -51,7 +51,7 @@ def test_all_tasks_of_core_are_known(tmp_path):
     assert [task.label for task in one.tasks] == ["copa"] and len(one.missing) == 21 and one.digest != bundle.digest
 
 
-def test_the_digest_tells_every_change(folder):
+def test_every_change_changes_the_digest(folder):
     before = open_bundle(folder).digest
     file = folder / "eval_meta_data.csv"
     file.write_text(file.read_text().replace(",50\n", ",51\n", 1))

@@ -35,7 +35,7 @@ def recomputed(model, prompt, number, tokens, sampling):
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
-def test_several_prompts_at_once_are_what_computing_anew_gives(model, sampling):
+def test_several_prompts_at_once_equal_recomputation(model, sampling):
     rows = generate(model, PROMPTS, tokens=30, sampling=sampling)
     assert [row.tokens for row in rows] == [
         recomputed(model, prompt, number, 30, sampling) for number, prompt in enumerate(PROMPTS)

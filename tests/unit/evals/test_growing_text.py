@@ -27,7 +27,7 @@ def test_a_character_appears_once_it_is_whole():
     assert grown(b"a\xc3b")[1] == ["a", "", "\ufffdb"]
 
 
-def test_it_ends_in_front_of_a_text_no_part_of_which_was_shown():
+def test_it_ends_before_a_stop_text_and_shows_no_part_of_it():
     assert grown(b"one, two\n\nthree", "\n\n", "zzz") == ("one, two", [*"one, two", "", ""], 10)
     assert grown(b"a\nb", "\n\n")[1] == ["a", "", "\nb"]
     assert grown(b"ababac", "abac") == ("ab", ["", "", "", "ab", "", ""], 6)
