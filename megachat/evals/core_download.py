@@ -28,11 +28,18 @@ def download_bundle(
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.with_name(path.name + ".lock").open("a") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed or the process ends
+                part = path.with_name(path.name + PART)
                 if not path.exists():
                     log(f"downloading the CORE bundle from {url} to {path}")
-                    _download(url, path, hash_file, retry_wait_s)
-                elif not hash_file.exists():  # the file was placed there by hand
-                    _save_hash(hash_file, path, path.name)
+                    download_file(url, part, retry_wait_s=retry_wait_s)
+                    if not zipfile.is_zipfile(part):
+                        part.unlink()
+                        raise UserError(f"{url} did not return a zip file: check the address; the download was deleted")
+                if not hash_file.exists():  # also for a file that was placed there by hand
+                    digest = file_sha256(path if path.exists() else part)
+                    write_atomically(hash_file, f"{digest}  {path.name}\n".encode())
+                if not path.exists():
+                    sync_and_rename(part, path)  # last: a bundle that exists has its hash
         except OSError as error:
             raise UserError(
                 f"{path} cannot be written or locked ({error.strerror}): download {url} yourself and give the file"
@@ -44,18 +51,3 @@ def download_bundle(
             f"remove it and {hash_file.name} to download it again"
         )
     return path
-
-
-def _download(url: str, path: Path, hash_file: Path, retry_wait_s: float) -> None:
-    part = path.with_name(path.name + PART)
-    download_file(url, part, retry_wait_s=retry_wait_s)
-    if not zipfile.is_zipfile(part):
-        part.unlink()
-        raise UserError(f"{url} did not return a zip file: check the address; the download was deleted")
-    if not hash_file.exists():
-        _save_hash(hash_file, part, path.name)
-    sync_and_rename(part, path)  # last: a bundle that exists has its hash
-
-
-def _save_hash(hash_file: Path, file: Path, name: str) -> None:
-    write_atomically(hash_file, f"{file_sha256(file)}  {name}\n".encode())

@@ -157,20 +157,17 @@ def judge_against(recipe: Estimate, runs: int, *, target: float = GPT2_CORE) -> 
     word = "above" if recipe.value > target else "below"
     if distance >= SIGMAS * recipe.error:
         return Verdict(word, 0, word)
-    room = (distance / SIGMAS) ** 2 - recipe.example_error**2
-    if room > 0:
-        more = _count_more_runs(one_run**2 / room, runs)
-        return Verdict("cannot tell", more, f"cannot tell: {_plural_runs(more)} needed")
     if distance == 0:
         return Verdict("cannot tell", None, "cannot tell: the values are equal, no number of runs would decide")
-    more = _count_more_runs((SIGMAS * one_run / distance) ** 2, runs)
-    same_examples = f"{_plural_runs(more)} needed for these examples" if more else f"{word} for these examples"
+
+    def more_runs(needed: float) -> tuple[int, str]:
+        count = max(0, math.ceil(needed - 1e-9) - runs)
+        return count, f"{count:,} more run{'s' * (count != 1)} needed"
+
+    room = (distance / SIGMAS) ** 2 - recipe.example_error**2
+    if room > 0:
+        count, text = more_runs(one_run**2 / room)
+        return Verdict("cannot tell", count, f"cannot tell: {text}")
+    count, text = more_runs((SIGMAS * one_run / distance) ** 2)
+    same_examples = f"{text if count else word} for these examples"
     return Verdict("cannot tell", None, f"cannot tell: {same_examples}, no number of runs decides for others like them")
-
-
-def _count_more_runs(needed: float, runs: int) -> int:
-    return max(0, math.ceil(needed - 1e-9) - runs)
-
-
-def _plural_runs(count: int) -> str:
-    return f"{count:,} more run{'s' * (count != 1)}"
