@@ -70,7 +70,7 @@ def user_errors_end_the_program(main: Callable | None = None, *, rank: Callable[
 
 
 def _output_is_closed() -> bool:
-    """Returns whether stdout is the broken pipe; if so discards the remaining output, or Python would complain at exit."""
+    """Returns whether stdout is the broken pipe; if so discards the rest of it, or Python would complain at exit."""
     output = select.poll()
     output.register(sys.stdout.fileno(), 0)
     if not any(event & select.POLLERR for _, event in output.poll(0)):

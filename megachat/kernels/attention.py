@@ -90,7 +90,7 @@ class FlashAttention:
 
 
 class FlexAttention:
-    """Calls torch's flex_attention with windows as block masks; rows of other lengths than `tokens` use the reference."""
+    """Calls torch's flex_attention with windows as block masks. Rows of other lengths use the reference."""
 
     def __init__(self, tokens: int, *, compiled: bool = True):
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention

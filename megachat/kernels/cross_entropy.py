@@ -38,7 +38,7 @@ WHOLE = VocabularyPart()
 
 
 class PlainProducts:
-    """The matrix products of head and loss by chunks of rows. hidden [rows, width], table [columns, width], one dtype."""
+    """The matrix products of head and loss by chunks of rows. hidden [rows, width], table [columns, width]."""
 
     row_multiple = 1  # the number of rows of every chunk, the last one included, is a multiple of this
 

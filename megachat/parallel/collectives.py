@@ -1,9 +1,10 @@
-"""Communication along one axis, recorded for the failure monitor. An axis of size 1 costs nothing: the skip is here and nowhere else.
+"""Communication along one axis, recorded for the failure monitor. An axis of size 1 skips it, here and nowhere else.
 
-Every function takes a `name`, by which a standing job tells where its ranks wait; without one, the operation is told.
+Every function takes a `name`, by which the report of a stall says where each rank waits.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,65 +12,65 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megachat.errors import UserError
 from megachat.parallel.mesh import Axis
+from megachat.parallel.progress import Entry
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
 
 class Pending:
-    """A collective under way; `wait()` returns when its result may be read. `Pending()` is already finished."""
+    """A collective in flight; `wait()` returns when its result may be read. `Pending()` is already finished."""
 
-    def __init__(self, work=None, axis: Axis | None = None, entry=None):
-        self._work, self._axis, self._entry = work, axis, entry
+    def __init__(self, launched: tuple[Any, Axis, Entry] | None = None):
+        self._launched = launched
 
     def wait(self) -> None:
-        if self._work is not None:
-            self._axis.progress.wait(self._entry)
-            self._work.wait()
-            self._axis.progress.end()
-            self._work = None
+        if self._launched is not None:
+            work, axis, entry = self._launched
+            axis.progress.wait(entry)
+            work.wait()
+            axis.progress.end()
+            self._launched = None
 
 
-def _recorded(name: str, axis: Axis, collective, *args, asynchronous: bool = False, **options) -> Pending:
+def _launch(name: str, axis: Axis, collective, *args, asynchronous: bool = False, **options) -> Pending:
     entry = axis.progress.begin(name, axis.name, axis.ranks)
     work = collective(*args, group=axis.group, async_op=asynchronous, **options)
     axis.progress.end()
-    return Pending(work, axis, entry)
+    return Pending(None if work is None else (work, axis, entry))
 
 
 def all_reduce(
-    tensor: torch.Tensor, axis: Axis, op: str = "sum", *, name: str = "", asynchronous: bool = False
+    tensor: torch.Tensor, axis: Axis, op: str = "sum", *, name: str = "all_reduce", asynchronous: bool = False
 ) -> Pending:
-    """Reduce `tensor` in place over the axis; op is "sum", "max" or "min"."""
+    """Reduces `tensor` in place over the axis; op is "sum", "max" or "min"."""
     if axis.size == 1:
         return Pending()
-    return _recorded(name or "all_reduce", axis, dist.all_reduce, tensor, op=_OPS[op], asynchronous=asynchronous)
+    return _launch(name, axis, dist.all_reduce, tensor, op=_OPS[op], asynchronous=asynchronous)
 
 
 def reduce_scatter(
-    shard: torch.Tensor, whole: torch.Tensor, axis: Axis, *, name: str = "", asynchronous: bool = False
+    shard: torch.Tensor, whole: torch.Tensor, axis: Axis, *, name: str = "reduce_scatter", asynchronous: bool = False
 ) -> Pending:
-    """Sum `whole` [size * n] over the axis; this rank's n elements land in `shard` [n], which may be its part of `whole`.
+    """Sums `whole` [size * n] over the axis into `shard` [n], this rank's n elements, which may be a view of `whole`.
 
-    Both one-dimensional and contiguous.
+    Both are one-dimensional and contiguous.
     """
     if axis.size == 1:
         if shard.data_ptr() != whole.data_ptr():
             shard.copy_(whole)
         return Pending()
-    return _recorded(
-        name or "reduce_scatter", axis, dist.reduce_scatter_tensor, shard, whole, asynchronous=asynchronous
-    )
+    return _launch(name, axis, dist.reduce_scatter_tensor, shard, whole, asynchronous=asynchronous)
 
 
 def all_gather(
-    whole: torch.Tensor, shard: torch.Tensor, axis: Axis, *, name: str = "", asynchronous: bool = False
+    whole: torch.Tensor, shard: torch.Tensor, axis: Axis, *, name: str = "all_gather", asynchronous: bool = False
 ) -> Pending:
-    """Collect every rank's `shard` [n] into `whole` [size * n], in rank order; `shard` may be this rank's part of `whole`."""
+    """Collects every rank's `shard` [n] into `whole` [size * n], in rank order; `shard` may be a view of `whole`."""
     if axis.size == 1:
         if whole.data_ptr() != shard.data_ptr():
             whole.copy_(shard)
         return Pending()
-    return _recorded(name or "all_gather", axis, dist.all_gather_into_tensor, whole, shard, asynchronous=asynchronous)
+    return _launch(name, axis, dist.all_gather_into_tensor, whole, shard, asynchronous=asynchronous)
 
 
 def all_to_all(
@@ -79,49 +80,52 @@ def all_to_all(
     *,
     receive_counts: list[int] | None = None,
     send_counts: list[int] | None = None,
-    name: str = "",
+    name: str = "all_to_all",
     asynchronous: bool = False,
 ) -> Pending:
-    """Send part r of `sent` to rank r of the axis; counts are in elements, equal parts when they are None."""
+    """Sends part r of `sent` to rank r of the axis. Counts are in elements; None means equal parts."""
     if axis.size == 1:
         received.copy_(sent)
         return Pending()
-    arguments = (received, sent, receive_counts, send_counts)
-    return _recorded(name or "all_to_all", axis, dist.all_to_all_single, *arguments, asynchronous=asynchronous)
+    tensors_and_counts = received, sent, receive_counts, send_counts
+    return _launch(name, axis, dist.all_to_all_single, *tensors_and_counts, asynchronous=asynchronous)
 
 
-def all_gather_objects(value, axis: Axis, *, name: str = "") -> list:
-    """Every rank's `value` (anything that pickles; small), in rank order. For start-up and checkpoints, not for the step."""
+def all_gather_objects(value, axis: Axis, *, name: str = "all_gather_objects") -> list:
+    """Returns every rank's `value` (small and picklable), in rank order.
+
+    For start-up and checkpoints, not for steps.
+    """
     if axis.size == 1:
         return [value]
     values = [None] * axis.size
-    axis.progress.begin(name or "all_gather_objects", axis.name, axis.ranks)
+    axis.progress.begin(name, axis.name, axis.ranks)
     dist.all_gather_object(values, value, group=axis.group)
     axis.progress.end()
     return values
 
 
-def barrier(axis: Axis, *, name: str = "") -> None:
-    """Wait until every rank of the axis is here."""
+def barrier(axis: Axis, *, name: str = "barrier") -> None:
+    """Waits until every rank of the axis arrives."""
     if axis.size > 1:
-        _recorded(name or "barrier", axis, dist.barrier)
+        _launch(name, axis, dist.barrier)
 
 
 def on_all_ranks_or_raise(action: Callable[[], object], world: Axis, sentence: Callable[[str], str]) -> None:
-    """Run on every rank; when it fails on one, all raise UserError with sentence("rank R: what failed")."""
+    """Runs the action on every rank. If it fails on one, all raise UserError with sentence("rank R: what failed")."""
     problem = None
     try:
         action()
-    except CheckpointException as error:  # torch's, the same on every rank, with one error a rank; it is no Exception
+    except CheckpointException as error:  # no Exception; the same on every rank, with one error per failed rank
         rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
-        problem = rank, _in_words(cause)
-    except Exception as error:  # whatever it was, no rank may wait for the others alone
-        problem = world.rank, _in_words(error)
-    problems = [told for told in all_gather_objects(problem, world) if told]
+        problem = rank, _describe_error(cause)
+    except Exception as error:  # of any kind: no rank may be left waiting for the others
+        problem = world.rank, _describe_error(error)
+    problems = [problem for problem in all_gather_objects(problem, world) if problem]
     if problems:
         rank, text = problems[0]
         raise UserError(sentence(f"rank {rank}: {text}"))
 
 
-def _in_words(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}" if not isinstance(error, (OSError, UserError)) else str(error)
+def _describe_error(error: BaseException) -> str:
+    return str(error) if isinstance(error, OSError | UserError) else f"{type(error).__name__}: {error}"

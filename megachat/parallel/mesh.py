@@ -1,4 +1,4 @@
-"""The mesh: which processes form the data, tensor and pipeline axes. The only place where process groups are made."""
+"""The mesh: the processes of the data, tensor and pipeline axes. Process groups are created here only."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -14,9 +14,9 @@ from megachat.parallel.progress import Progress
 class Axis:
     """One axis of the mesh, as seen by this process.
 
-    name: "data", "tensor", "pipeline", "stage" or "world". size: processes along it. rank: this process's place, 0 .. size - 1.
-    group: the torch process group (always there, also at size 1). ranks: the world ranks along it, in order.
-    progress: where collectives along it are written down; all axes of one mesh share it.
+    name: "data", "tensor", "pipeline", "stage", "world" or "saving". size: processes along it. rank: this process's
+    index, 0 .. size - 1. group: the torch process group, which exists at size 1 too. ranks: the world ranks along it,
+    in order. progress: the record of collectives; all axes of one mesh share it.
     """
 
     name: str
@@ -29,10 +29,10 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """The axes and the device of this process; built once and passed along.
+    """The axes and the device of this process, built once and passed along.
 
-    stage: the data x tensor grid of this process's pipeline stage; its place there is data.rank * tensor.size + tensor.rank.
-    saving: all processes once more, with a gloo group and a progress of its own, for what threads do beside the training.
+    stage: the data x tensor grid of this process's pipeline stage, where its rank is data.rank * tensor.size +
+    tensor.rank. saving: all processes again, with a gloo group and a separate progress, for background threads.
     """
 
     world: Axis
@@ -46,11 +46,11 @@ class Mesh:
 
 
 def build_mesh(device: torch.device, *, tensor: int = 1, pipeline: int = 1) -> Mesh:
-    """Cut the running world into axes; the data axis takes what tensor and pipeline leave.
+    """Cuts the running world into axes; the data axis gets what tensor and pipeline leave.
 
-    Ranks are numbered as DeepSpeed's PipeModelDataParallelTopology numbers them: pipeline slowest, then data, tensor fastest.
-    Needs torch.distributed to be initialised; every process of the world must call it. Raises ValueError when the product does not
-    divide the world (the Plan refuses that earlier, in a user's words).
+    Ranks are numbered as by DeepSpeed's PipeModelDataParallelTopology: pipeline slowest, then data, tensor fastest.
+    Every process of an initialized torch.distributed must call it. Raises ValueError if the product does not divide the
+    world (the Plan refuses that earlier).
     """
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
@@ -59,16 +59,14 @@ def build_mesh(device: torch.device, *, tensor: int = 1, pipeline: int = 1) -> M
         raise ValueError(f"tensor {tensor} x pipeline {pipeline} does not divide a world of {world}")
     topology = PipeModelDataParallelTopology(num_pp=pipeline, num_mp=tensor, num_dp=world // (tensor * pipeline))
     axes, progress = {}, Progress()
-    lists = {
-        name: topology.get_axis_comm_lists(axis)
-        for name, axis in (("data", "data"), ("tensor", "model"), ("pipeline", "pipe"))
-    }
-    lists["stage"] = [topology.get_axis_list("pipe", stage) for stage in range(pipeline)]
-    for name, groups in lists.items():
-        for ranks in groups or [[rank] for rank in range(world)]:
-            group = dist.new_group(ranks)  # every process takes part in making every group, its own or not
+    names = {"data": "data", "tensor": "model", "pipeline": "pipe"}  # ours -> DeepSpeed's
+    groups = {name: topology.get_axis_comm_lists(theirs) for name, theirs in names.items()}
+    groups["stage"] = [topology.get_axis_list("pipe", stage) for stage in range(pipeline)]
+    for name, lists in groups.items():
+        for ranks in lists or [[rank] for rank in range(world)]:
+            group = dist.new_group(ranks)  # every process must take part in creating every group
             if dist.get_rank() in ranks:
                 axes[name] = Axis(name, len(ranks), ranks.index(dist.get_rank()), group, tuple(ranks), progress)
     everyone = Axis("world", world, dist.get_rank(), dist.group.WORLD, tuple(range(world)), progress)
-    aside = dataclasses.replace(everyone, name="saving", group=dist.new_group(backend="gloo"), progress=Progress())
-    return Mesh(world=everyone, saving=aside, device=device, topology=topology, **axes)
+    saving = dataclasses.replace(everyone, name="saving", group=dist.new_group(backend="gloo"), progress=Progress())
+    return Mesh(world=everyone, saving=saving, device=device, topology=topology, **axes)

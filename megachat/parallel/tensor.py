@@ -1,7 +1,9 @@
-"""The tensor axis: weights cut as their places say, and the communication where the cuts meet (Megatron-LM, arXiv 1909.08053 and 2205.05198).
+"""The tensor axis: cuts weights by their places and communicates between the cuts (Megatron-LM, arXiv 1909.08053 and
+2205.05198).
 
-The model knows nothing of it. A module with a row-cut child is a region: what enters it is the same on every rank of the axis, inside each rank
-has its own heads or hidden channels, and what leaves it is summed. With sequence parallelism the stream outside of regions is cut by tokens.
+The model does not know about it. A module with a row-cut child is a region. Its input is the same on every rank of the
+axis, inside it each rank has its local heads or hidden channels, and its output is summed. With sequence parallelism,
+the stream outside of regions is cut by tokens.
 """
 
 import dataclasses
@@ -19,46 +21,48 @@ _CUT_DIM = {"column": 0, "row": 1, "vocabulary": 0, "feature": 1}
 
 
 def cut_range(size: int, ranks: int, rank: int) -> tuple[int, int]:
-    """[first, last) of a rank's part of a dim; parts differ by at most one where the axis does not divide it."""
+    """Returns [first, last) of a rank's part of a dim; parts differ by at most one if the axis does not divide it."""
     share, longer = divmod(size, ranks)
     first = rank * share + min(rank, longer)
     return first, first + share + (rank < longer)
 
 
 def cut_shape(whole: tuple[int, ...], cut: str, ranks: int, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(shape, offset in the whole) of a rank's shard of a tensor that is cut so (see Place.cut)."""
+    """Returns (shape, offset in the whole) of a rank's shard of a tensor (see Place.cut)."""
     shape, offset = list(whole), [0] * len(whole)
     if cut in _CUT_DIM:
-        first, last = cut_range(whole[_CUT_DIM[cut]], ranks, rank)
-        shape[_CUT_DIM[cut]], offset[_CUT_DIM[cut]] = last - first, first
+        dim = _CUT_DIM[cut]
+        offset[dim], last = cut_range(whole[dim], ranks, rank)
+        shape[dim] = last - offset[dim]
     return tuple(shape), tuple(offset)
 
 
 def vocabulary_part(table_rows: int, axis: Axis) -> VocabularyPart:
-    """This rank's rows of a table of `table_rows` rows, padding included."""
+    """Returns this rank's part of a table of `table_rows` rows, padding included."""
     if axis.size == 1:
         return WHOLE
-    parts = [cut_range(table_rows, axis.size, rank) for rank in range(axis.size)]
-    most = max(last - first for first, last in parts)
+    ranges = [cut_range(table_rows, axis.size, rank) for rank in range(axis.size)]
     return VocabularyPart(
-        parts[axis.rank][0], lambda tensor: all_reduce(tensor, axis, name="sum over the vocabulary"), most
+        start=ranges[axis.rank][0],
+        add=lambda tensor: all_reduce(tensor, axis, name="sum over the vocabulary"),
+        most_rows=max(last - first for first, last in ranges),
     )
 
 
 def apply_tensor(layers: list[nn.Module], axis: Axis, *, sequence: bool = False) -> None:
-    """Cut the layers' parameters in place and put communication between the cuts; the layers' values are lost.
+    """Cuts the layers' parameters in place and adds communication between the cuts; the layers' values are lost.
 
-    Every cut parameter becomes a new one of its shard's shape whose place has the shard's offset, marked `model_parallel` (each rank's
-    gradient counts in the norm). sequence: between regions each rank holds tokens / size tokens of the stream; parameters that see only
-    these are marked `partial_over_tensor`, because their gradients must be summed over the axis.
+    Every cut parameter is replaced by one of its shard's shape and place, marked as a tensor shard. sequence: between
+    regions each rank holds tokens / size tokens of the stream. Parameters that see only these are marked as partial
+    over the axis.
     """
     if axis.size == 1:
         return
     for layer in layers:
-        embeds = _cut(layer, axis)
+        makes_stream = _cut_parameters(layer, axis)
         for module in layer.modules():
-            _join(module, axis, sequence)
-        if sequence and embeds:
+            _add_region_hooks(module, axis, sequence)
+        if sequence and makes_stream:
             layer.register_forward_hook(lambda _, inputs, stream: _slice_stream(stream, axis))
         elif sequence:
             for parameter in layer.parameters():
@@ -66,28 +70,30 @@ def apply_tensor(layers: list[nn.Module], axis: Axis, *, sequence: bool = False)
                     mark_partial_over_tensor(parameter)
 
 
-def _cut(layer: nn.Module, axis: Axis) -> bool:
-    """Replace parameters by their shards; returns whether the layer has a table cut by vocabulary, so that it makes the stream."""
-    embeds = False
+def _cut_parameters(layer: nn.Module, axis: Axis) -> bool:
+    """Replaces parameters by their shards.
+
+    Returns whether the layer has a table cut by vocabulary, which makes the stream.
+    """
     for module in list(layer.modules()):
         for name, parameter in list(module.named_parameters(recurse=False)):
-            where = place_of(parameter)
-            if where.cut == "whole":
-                continue
-            shape, offset = cut_shape(where.whole, where.cut, axis.size, axis.rank)
-            shard = nn.Parameter(torch.empty(shape, dtype=parameter.dtype, device=parameter.device))
-            set_place(shard, dataclasses.replace(where, offset=offset))
-            mark_tensor_shard(shard)
-            setattr(module, name, shard)
+            place = place_of(parameter)
+            if place.cut != "whole":
+                shape, offset = cut_shape(place.whole, place.cut, axis.size, axis.rank)
+                shard = nn.Parameter(torch.empty(shape, dtype=parameter.dtype, device=parameter.device))
+                set_place(shard, dataclasses.replace(place, offset=offset))
+                mark_tensor_shard(shard)
+                setattr(module, name, shard)
+    makes_stream = False
     for module in list(layer.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, Table) and place_of(child.weight).cut == "vocabulary":
                 setattr(module, name, _VocabularyTable(child.weight, axis))
-                embeds = True
-    return embeds
+                makes_stream = True
+    return makes_stream
 
 
-def _join(module: nn.Module, axis: Axis, sequence: bool) -> None:
+def _add_region_hooks(module: nn.Module, axis: Axis, sequence: bool) -> None:
     """Adds hooks where a region begins and ends, and where the head's hidden states meet the cut vocabulary."""
     enter, leave = (_GatherTokens, _ScatterTokens) if sequence else (_Enter, _Leave)
     for child in module.children():
@@ -106,15 +112,19 @@ def _apply(function, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
 
 
 def _slice_stream(stream: tuple[torch.Tensor, ...], axis: Axis) -> tuple[torch.Tensor, ...]:
-    """Own tokens of the floating tensors; x and x0, which are one tensor here, stay one. The ids stay whole."""
-    own: dict[int, torch.Tensor] = {}
+    """Cuts the floating tensors to this rank's tokens; x and x0, one tensor here, stay one tensor.
+
+    The ids stay whole.
+    """
+    slices: dict[int, torch.Tensor] = {}
     return tuple(
-        own.setdefault(id(part), _apply(_Slice, part, axis)) if part.is_floating_point() else part for part in stream
+        slices.setdefault(id(tensor), _apply(_Slice, tensor, axis)) if tensor.is_floating_point() else tensor
+        for tensor in stream
     )
 
 
 class _VocabularyTable(nn.Module):
-    """Table whose rows are cut: foreign ids give zeros here, and the sum over the axis has every row."""
+    """A table cut by rows: ids of other ranks' rows give zeros, and the sum over the axis has every row."""
 
     def __init__(self, weight: nn.Parameter, axis: Axis):
         super().__init__()
@@ -129,7 +139,7 @@ class _VocabularyTable(nn.Module):
 
 
 class _Enter(torch.autograd.Function):
-    """Forward nothing; backward the sum of the ranks' gradients."""
+    """Forward: identity. Backward: the sum of the ranks' gradients."""
 
     @staticmethod
     def forward(ctx, tensor, axis):
@@ -138,15 +148,15 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return _summed(gradient, ctx.axis, "gradient into a tensor-parallel region"), None
+        return _sum_over_ranks(gradient, ctx.axis, "gradient into a tensor-parallel region"), None
 
 
 class _Leave(torch.autograd.Function):
-    """Forward the sum over ranks; backward nothing."""
+    """Forward: the sum over ranks. Backward: identity."""
 
     @staticmethod
     def forward(ctx, tensor, axis):
-        return _summed(tensor, axis, "sum out of a tensor-parallel region")
+        return _sum_over_ranks(tensor, axis, "sum out of a tensor-parallel region")
 
     @staticmethod
     def backward(ctx, gradient):
@@ -154,7 +164,10 @@ class _Leave(torch.autograd.Function):
 
 
 class _Slice(torch.autograd.Function):
-    """[batch, tokens, ...] the same everywhere -> own tokens; backward every rank's gradient, gathered."""
+    """Forward: [batch, tokens, ...], the same on every rank, to this rank's tokens.
+
+    Backward: gathers the ranks' gradients.
+    """
 
     @staticmethod
     def forward(ctx, tensor, axis):
@@ -163,52 +176,50 @@ class _Slice(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return _gathered(gradient, ctx.axis), None
+        return _gather_tokens(gradient, ctx.axis), None
 
 
 class _GatherTokens(torch.autograd.Function):
-    """Own tokens -> all tokens; backward the sum over ranks of the gradients of own tokens."""
+    """Forward: this rank's tokens to all tokens. Backward: the sum over ranks, cut to this rank's tokens."""
 
     @staticmethod
     def forward(ctx, tensor, axis):
         ctx.axis = axis
-        return _gathered(tensor, axis)
+        return _gather_tokens(tensor, axis)
 
     @staticmethod
     def backward(ctx, gradient):
-        return _scattered(gradient, ctx.axis), None
+        return _scatter_tokens(gradient, ctx.axis), None
 
 
 class _ScatterTokens(torch.autograd.Function):
-    """All tokens -> the sum over ranks of own tokens; backward gathers."""
+    """Forward: all tokens to the sum over ranks, cut to this rank's tokens. Backward: gathers."""
 
     @staticmethod
     def forward(ctx, tensor, axis):
         ctx.axis = axis
-        return _scattered(tensor, axis)
+        return _scatter_tokens(tensor, axis)
 
     @staticmethod
     def backward(ctx, gradient):
-        return _gathered(gradient, ctx.axis), None
+        return _gather_tokens(gradient, ctx.axis), None
 
 
-def _summed(tensor: torch.Tensor, axis: Axis, name: str) -> torch.Tensor:
+def _sum_over_ranks(tensor: torch.Tensor, axis: Axis, name: str) -> torch.Tensor:
     total = tensor.contiguous().clone()
     all_reduce(total, axis, name=name)
     return total
 
 
-def _gathered(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
-    own = tensor.transpose(0, 1).contiguous()
-    whole = own.new_empty(axis.size * own.size(0), *own.shape[1:])
-    all_gather(whole.view(-1), own.view(-1), axis, name="tokens into a tensor-parallel region")
-    return whole.transpose(
-        0, 1
-    ).contiguous()  # once: each matrix that takes it would else make and keep a copy of its own
+def _gather_tokens(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+    local = tensor.transpose(0, 1).contiguous()
+    whole = local.new_empty(axis.size * local.size(0), *local.shape[1:])
+    all_gather(whole.view(-1), local.view(-1), axis, name="tokens into a tensor-parallel region")
+    return whole.transpose(0, 1).contiguous()  # once here, else each matrix that multiplies it makes and keeps a copy
 
 
-def _scattered(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+def _scatter_tokens(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
     whole = tensor.transpose(0, 1).contiguous()
-    own = whole.new_empty(whole.size(0) // axis.size, *whole.shape[1:])
-    reduce_scatter(own.view(-1), whole.view(-1), axis, name="tokens out of a tensor-parallel region")
-    return own.transpose(0, 1).contiguous()
+    local = whole.new_empty(whole.size(0) // axis.size, *whole.shape[1:])
+    reduce_scatter(local.view(-1), whole.view(-1), axis, name="tokens out of a tensor-parallel region")
+    return local.transpose(0, 1).contiguous()

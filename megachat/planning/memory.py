@@ -288,7 +288,7 @@ def _lighter_settings(config: Config, plan: Plan) -> list[tuple[str, str, object
 
 
 def check_state_fits(stages: list[Memory], device_bytes: int) -> None:
-    """Raises UserError if weights and optimizer state alone are larger than the device: then no batch is small enough."""
+    """Raises UserError if weights and optimizer state alone exceed the device: then no batch is small enough."""
     fullest = max(stages, key=lambda stage: stage.state)
     if fullest.state > device_bytes:
         raise UserError(

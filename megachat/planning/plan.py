@@ -269,7 +269,7 @@ def _token_horizon(config: Config, dims: Dimensions, vocab_size: int, why: dict[
 def _step_tokens(
     config: Config, dims: Dimensions, layout: Layout, relative_horizon: float, why: dict[str, str]
 ) -> int | None:
-    """Returns the tokens per step from the config or the scaling rule; None if micro_rows x accumulation settle them."""
+    """Returns the tokens per step by the config or the scaling rule; None if micro_rows x accumulation settle them."""
     batch = config.batch
     if batch.tokens:
         why["tokens_per_step"] = "batch.tokens"

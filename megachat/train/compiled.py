@@ -22,8 +22,8 @@ def apply_compile(layers: nn.ModuleList) -> None:
         if not isinstance(layer, Block):
             layer.compile(dynamic=False)
         elif layer.recompute == "selective":
-            layer.mixed_and_attended = torch.compile(layer.mixed_and_attended, dynamic=False)  # type: ignore[method-assign]
-            layer.through_mlp = torch.compile(layer.through_mlp, dynamic=False)  # type: ignore[method-assign]
+            layer.mix_and_attend = torch.compile(layer.mix_and_attend, dynamic=False)  # type: ignore[method-assign]
+            layer.add_mlp = torch.compile(layer.add_mlp, dynamic=False)  # type: ignore[method-assign]
         else:
             layer.whole = torch.compile(layer.whole, dynamic=False)  # type: ignore[method-assign]
 

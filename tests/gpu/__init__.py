@@ -1,1 +1,1 @@
-"""What only a GPU can tell: bash tests/run_gpu.sh."""
+"""Tests that need a GPU: bash tests/run_gpu.sh."""

@@ -1,4 +1,4 @@
-"""All tests here need a CUDA device and are skipped without; `report` keeps what they measured for docs/benchmarks.md."""
+"""Skips the tests here without a CUDA device. `report` records their measurements for docs/benchmarks.md."""
 
 import json
 import os
@@ -22,12 +22,12 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def report(request):
-    """report(name, value): a line of the file that MEGACHAT_GPU_REPORT names."""
+    """report(name, value) appends a line to the file that MEGACHAT_GPU_REPORT names."""
 
-    def tell(name, value):
+    def write_line(name, value):
         path = os.environ.get("MEGACHAT_GPU_REPORT")
         if path:
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"test": request.node.name, "name": name, "value": value}) + "\n")
 
-    return tell
+    return write_line

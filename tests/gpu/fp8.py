@@ -1,4 +1,4 @@
-"""What the GPU tests share: FP8's recipes written out in float32, distances, and a small model whose every gradient flows."""
+"""Shared by the GPU tests: FP8's recipes written out in float32, distances, a small model without zero gradients."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 def need_te(recipe=None) -> None:
     problem = te_problem(DEVICE, recipe)
     if problem:
-        pytest.skip(f"Transformer Engine cannot be used here: {problem}")
+        pytest.skip(f"Transformer Engine is not available: {problem}")
 
 
 def need_fp8() -> None:
@@ -26,8 +26,8 @@ def need_fp8() -> None:
         pytest.skip("this GPU has no FP8")
 
 
-def rel(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return ((found.float() - wanted.float()).norm() / wanted.float().norm()).item()
+def rel(result: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((result.float() - expected.float()).norm() / expected.float().norm()).item()
 
 
 def cosine(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -83,16 +83,18 @@ def dims_of(depth: int, sequence_len: int = 512, vocab_size: int = 4096, pattern
 def model(
     dims: Dimensions, *, backend: str | None = None, recipe: str | None = None, compiled: bool = False, **options
 ):
-    """(layers, loss) of bfloat16 on the GPU; backend "te" without a recipe: Transformer Engine's linears in bfloat16. options:
-    of the model, as attend and recompute."""
+    """(layers, loss) of bfloat16 on the GPU; backend "te" without a recipe: Transformer Engine's linears in bfloat16.
+
+    options: of the model, as attend and recompute.
+    """
     layers = build_layers(dims, ModelOptions(torch.bfloat16, **options))
     for parameter in placed_parameters(layers):
-        where = place_of(parameter)
-        start = ("normal", 0.02) if where.start == ("constant", 0.0) and len(where.whole) == 2 else where.start
-        start = ("constant", 0.5) if where.name == "smear_lambda" else start
+        place = place_of(parameter)
+        start = ("normal", 0.02) if place.start == ("constant", 0.0) and len(place.whole) == 2 else place.start
+        start = ("constant", 0.5) if place.name == "smear_lambda" else start
         load_whole(
             parameter,
-            starting_value(where.__class__(where.name, where.whole, where.block, start, offset=where.offset), seed=3),
+            starting_value(place.__class__(place.name, place.whole, place.block, start, offset=place.offset), seed=3),
         )
     layers = layers.to(DEVICE)
     choice = Fp8Choice(recipe, backend, "") if recipe else None
@@ -121,11 +123,12 @@ def loss_and_gradients(layers, loss, dims: Dimensions, rows: int = 4):
     }
 
 
-def most_apart(found: dict, wanted: dict) -> tuple[float, float]:
-    """(largest relative distance of a matrix's gradient; that of a scalar's over the largest scalar's gradient, because such a sum over all tokens
-    nearly cancels in one layer or another, and then is rounding alone)."""
-    scale = max(gradient.abs().max().item() for gradient in wanted.values() if gradient.numel() == 1)
-    matrices = [rel(gradient, wanted[name]) for name, gradient in found.items() if gradient.numel() > 1]
+def most_apart(result: dict, expected: dict) -> tuple[float, float]:
+    """(largest relative distance of a matrix's gradient; that of a scalar's over the largest scalar's gradient, because
+    such a sum over all tokens nearly cancels in one layer or another, and then is rounding alone).
+    """
+    scale = max(gradient.abs().max().item() for gradient in expected.values() if gradient.numel() == 1)
+    matrices = [rel(gradient, expected[name]) for name, gradient in result.items() if gradient.numel() > 1]
     return max(matrices), max(
-        (gradient - wanted[name]).abs().item() for name, gradient in found.items() if gradient.numel() == 1
+        (gradient - expected[name]).abs().item() for name, gradient in result.items() if gradient.numel() == 1
     ) / scale

@@ -1,11 +1,12 @@
-"""What has to be installed for tests/gpu and tools/bench.py gpu, in pip's words on one line; a program of tests/run_gpu.sh."""
+"""Prints the packages that tests/gpu and tools/bench.py gpu still need, as arguments of pip, for tests/run_gpu.sh."""
 
 import importlib.util
 import re
 from pathlib import Path
 
 SETUP = Path(__file__).resolve().parents[2] / "setup.py"
-# module -> package; what DeepSpeed itself needs stands here too, because wheels without a network are installed without looking for it
+# module -> package. DeepSpeed's dependencies are listed too, because wheels without a network are installed without
+# them.
 NEEDED = {
     "deepspeed": "deepspeed",
     "einops": "einops",

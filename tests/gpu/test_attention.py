@@ -1,4 +1,4 @@
-"""Check 6: every attention kernel that is here against float32, whole rows, windows, shared heads."""
+"""Check 6: every available attention kernel against float32, with whole rows, windows and shared heads."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_6_attention_sees_the_window_and_no_more(name, kv_heads, window, report)
         torch.randn(2, TOKENS, heads, 128, generator=generator, device=DEVICE).bfloat16()
         for heads in (6, kv_heads, kv_heads)
     )
-    q[:, ::7] *= 4  # some sharp rows: a key too many or too few would show
+    q[:, ::7] *= 4  # some sharp rows, where one key too many or too few is visible
     g = torch.randn(q.shape, generator=generator, device=DEVICE)
 
     def measured(attend, dtype):
@@ -34,11 +34,11 @@ def test_6_attention_sees_the_window_and_no_more(name, kv_heads, window, report)
         y = attend(*inputs, window)
         return y.detach(), *torch.autograd.grad(y, inputs, g.to(dtype))
 
-    found, wanted = measured(choice.attend, torch.bfloat16), measured(attention, torch.float32)
-    off = [rel(one, other) for one, other in zip(found, wanted, strict=True)]
+    result, expected = measured(choice.attend, torch.bfloat16), measured(attention, torch.float32)
+    off = [rel(one, other) for one, other in zip(result, expected, strict=True)]
     report(f"{name} window {window} kv {kv_heads}: y, dq, dk, dv", off)
-    assert found[0].shape == q.shape and off[0] < 8e-3 and max(off[1:]) < 2e-2
-    with torch.no_grad():  # a length of sampling
+    assert result[0].shape == q.shape and off[0] < 8e-3 and max(off[1:]) < 2e-2
+    with torch.no_grad():  # a length as in sampling
         short = [t[:, :333] for t in (q, k, v)]
         assert rel(choice.attend(*short, window), attention(*(t.float() for t in short), window)) < 8e-3
 
@@ -46,7 +46,9 @@ def test_6_attention_sees_the_window_and_no_more(name, kv_heads, window, report)
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", ["te", "flash3", "flash4", "flash2", "flex"])
 def test_no_kernel_keeps_all_scores(name, compiled, report):
-    """Alone, and called from a compiled function: torch.compiler.disable around flex_attention must not undo its own compilation."""
+    """Alone, and called from a compiled function: torch.compiler.disable around flex_attention must not undo its own
+    compilation.
+    """
     tokens, window = 4096, 1024
     try:
         attend = choose_attention(

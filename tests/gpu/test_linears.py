@@ -1,4 +1,4 @@
-"""Checks 1 to 5: the parts that are there, Transformer Engine's linears beside torch's, FP8 beside its recipe, switching it, sizes it refuses."""
+"""Checks 1 to 5: packages, Transformer Engine's linears against torch's, FP8 against its recipe, refused sizes."""
 
 import pytest
 import torch
@@ -12,13 +12,13 @@ SHAPES = [(768, 768), (768, 3072), (3072, 768), (1536, 6144), (768, 32768)]  # c
 BACKENDS = [("te", "tensorwise"), ("te", "blockwise"), ("torch", "tensorwise"), ("torch", "blockwise")]
 
 
-def needed(backend, recipe):
+def need(backend, recipe):
     need_fp8()
     if backend == "te":
         need_te(recipe)
 
 
-def test_1_what_is_there(report):
+def test_1_installed_packages(report):
     from importlib import metadata
 
     for package in ("torch", "transformer_engine", "flash_attn", "flash_attn_3", "deepspeed", "triton"):
@@ -36,27 +36,27 @@ def test_1_what_is_there(report):
 def test_2_linears_of_transformer_engine_are_torchs_in_bfloat16(columns, rows, weight_dtype):
     need_te()
     x, weight, g = linear_case(4096, columns, rows, weight_dtype)
-    found, wanted = (
+    result, expected = (
         results(product("te", None, weight), x, weight, g),
         results(product("torch", None, weight), x, weight, g),
     )
-    assert found[2].dtype == weight_dtype
-    for name, one, other in zip(("y", "dx", "dw"), found, wanted, strict=True):
+    assert result[2].dtype == weight_dtype
+    for name, one, other in zip(("y", "dx", "dw"), result, expected, strict=True):
         assert rel(one, other) < 5e-3, name
 
 
 @pytest.mark.parametrize(("backend", "recipe"), BACKENDS)
 @pytest.mark.parametrize(("columns", "rows"), SHAPES)
 def test_3_fp8_follows_its_recipe_and_is_not_bfloat16(columns, rows, backend, recipe, report):
-    needed(backend, recipe)
+    need(backend, recipe)
     x, weight, g = linear_case(4096, columns, rows)
-    found = results(product(backend, recipe, weight), x, weight, g)
-    wanted, plain = (
+    result = results(product(backend, recipe, weight), x, weight, g)
+    expected, plain = (
         emulated(recipe, x.detach(), weight.detach(), g),
         results(product("torch", None, weight), x, weight, g),
     )
-    off = [rel(one, other) for one, other in zip(found, wanted, strict=True)]
-    from_bf16 = [rel(one, other) for one, other in zip(found, plain, strict=True)]
+    off = [rel(one, other) for one, other in zip(result, expected, strict=True)]
+    from_bf16 = [rel(one, other) for one, other in zip(result, plain, strict=True)]
     report(f"{backend} {recipe} {columns}x{rows}: y, dx, dw against the recipe, against bfloat16", [off, from_bf16])
     assert off[0] < 1e-2 and max(off[1:]) < 6e-3  # forward sums with fewer bits
     if recipe == "tensorwise":
@@ -67,16 +67,16 @@ def test_3_fp8_follows_its_recipe_and_is_not_bfloat16(columns, rows, backend, re
 
 @pytest.mark.parametrize(("backend", "recipe"), BACKENDS)
 def test_4_evaluation_and_recomputation(backend, recipe):
-    needed(backend, recipe)
+    need(backend, recipe)
     x, weight, g = linear_case(4096, 768, 3072)
     linear = Linear(768, 3072).to(DEVICE)
     linear.weight = weight
-    wanted = linear(x)
+    expected = linear(x)
     assert apply_fp8([torch.nn.ModuleDict({"c_fc": linear})], Fp8Choice(recipe, backend, "")) == 1
     first = results(lambda x, w: linear(x), x, weight, g)
-    assert rel(first[0], wanted) > 1e-3
+    assert rel(first[0], expected) > 1e-3
     with torch.no_grad():
-        assert torch.equal(linear.eval()(x), wanted)
+        assert torch.equal(linear.eval()(x), expected)
     again = results(lambda x, w: linear.train()(x), x, weight, g)
     recomputed = results(lambda x, w: checkpoint(linear, x, use_reentrant=False), x, weight, g)
     for one, other, third in zip(first, again, recomputed, strict=True):
@@ -85,7 +85,7 @@ def test_4_evaluation_and_recomputation(backend, recipe):
 
 @pytest.mark.parametrize(("backend", "recipe"), BACKENDS)
 def test_5_unaligned_tokens_are_refused_in_fp8_alone(backend, recipe):
-    needed(backend, recipe)
+    need(backend, recipe)
     x, weight, _ = linear_case(1000, 768, 768)
     with pytest.raises(ValueError, match="FP8 needs multiples of"):
         product(backend, recipe, weight)(x, weight)
@@ -94,7 +94,7 @@ def test_5_unaligned_tokens_are_refused_in_fp8_alone(backend, recipe):
 
 
 def test_te_and_torch_agree_in_fp8():
-    needed("te", "tensorwise")
+    need("te", "tensorwise")
     x, weight, g = linear_case(4096, 1536, 6144)
     pair = [results(product(backend, "tensorwise", weight), x, weight, g) for backend in ("te", "torch")]
     for one, other in zip(*pair, strict=True):

@@ -1,4 +1,4 @@
-"""What a step really takes of the GPU beside what megachat/planning/memory.py counts; on a CPU tests/unit/planning/test_memory.py compares it tensor by tensor."""
+"""The GPU memory of a step against the estimate; tests/unit/planning/test_memory.py compares it by tensors on a CPU."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from tests.training import small_config, take_step
 
 
 @pytest.mark.parametrize(("fp8", "rows"), [("off", 16), ("off", 4), ("tensorwise", 16)])
-def test_a_step_takes_what_is_counted(fp8, rows, mesh, report):  # noqa: F811
+def test_a_step_needs_what_is_estimated(fp8, rows, mesh, report):  # noqa: F811
     if fp8 != "off":
         need_fp8()
     model = {
@@ -28,7 +28,7 @@ def test_a_step_takes_what_is_counted(fp8, rows, mesh, report):  # noqa: F811
     precision = {"compute": "bfloat16", "fp8": fp8, "fp8_backend": "torch", "attention": "sdpa"}
     config = small_config(model=model, batch={"tokens": 32 * 2048, "micro_rows": rows}, precision=precision)
     plan = resolve(config, 1, 32768)
-    (counted,) = memory_of_stages(config, plan, torch.bfloat16)
+    (estimate,) = memory_of_stages(config, plan, torch.bfloat16)
     before = torch.cuda.memory_allocated()
     training = build_training(config, plan, mesh, torch.ones(32768, dtype=torch.int64))
     for step in range(2):
@@ -37,6 +37,7 @@ def test_a_step_takes_what_is_counted(fp8, rows, mesh, report):  # noqa: F811
         take_step(training, related_rows(step, plan.rows_per_step, 2049, 32768))
     peak = torch.cuda.max_memory_allocated() - before
     report(
-        f"fp8 {fp8}, {rows} rows: bytes at the peak, counted, their ratio", [peak, counted.total, counted.total / peak]
+        f"fp8 {fp8}, {rows} rows: bytes at the peak, estimate, their ratio",
+        [peak, estimate.total, estimate.total / peak],
     )
-    assert 0.95 * peak < counted.total < 1.3 * peak
+    assert 0.95 * peak < estimate.total < 1.3 * peak

@@ -1,4 +1,4 @@
-"""Checks 7 and 8: whole models on Transformer Engine, in FP8 and compiled beside plain bfloat16, and training with it."""
+"""Checks 7 and 8: whole models on Transformer Engine, in FP8 and compiled, against plain bfloat16; training."""
 
 from datetime import timedelta
 

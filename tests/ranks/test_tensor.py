@@ -2,6 +2,8 @@
 one, and what is sent.
 """
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -20,15 +22,9 @@ GQA = {"head_size": 8, "kv_heads": 2}
 
 
 def some_values(layers) -> None:
-    """Values of which none is zero, so that no gradient is."""
+    """Loads values without zeros, so that no gradient is zero."""
     for parameter in placed_parameters(layers):
-        load_whole(
-            parameter,
-            starting_value(
-                place_of(parameter).__class__(place_of(parameter).name, place_of(parameter).whole, 0, ("normal", 0.1)),
-                seed=3,
-            ),
-        )
+        load_whole(parameter, starting_value(dataclasses.replace(place_of(parameter), start=("normal", 0.1)), seed=3))
 
 
 def measured(layers, dims, part, rows):
@@ -40,8 +36,8 @@ def measured(layers, dims, part, rows):
     loss.eval()
     with torch.no_grad():
         output = run_layers(layers, ids)
-        told = loss(output, targets), last_logits(output, torch.tensor([3, 100]), dims, part).argmax(-1)
-    return value.item(), *told
+        evaluated = loss(output, targets), last_logits(output, torch.tensor([3, 100]), dims, part).argmax(-1)
+    return value.item(), *evaluated
 
 
 def cut_model(config, sequence: bool, tokens: int, vocab_size: int):
@@ -51,13 +47,13 @@ def cut_model(config, sequence: bool, tokens: int, vocab_size: int):
     layers = build_layers(dims, ModelOptions())
     apply_tensor(list(layers), mesh.tensor, sequence=sequence)
     some_values(layers)
-    value, nats, found = measured(layers, dims, vocabulary_part(dims.padded_vocab, mesh.tensor), rows)
+    value, nats, result = measured(layers, dims, vocabulary_part(dims.padded_vocab, mesh.tensor), rows)
     gradients = []
     for parameter in placed_parameters(layers):
         if is_partial_over_tensor(parameter):
             collectives.all_reduce(parameter.grad, mesh.tensor)
         gradients.append((place_of(parameter), parameter.grad, is_tensor_shard(parameter)))
-    return value, nats, found, gradients
+    return value, nats, result, gradients
 
 
 @pytest.mark.parametrize("sequence", [False, True])
@@ -76,22 +72,22 @@ def test_a_cut_model_has_the_loss_and_every_gradient_of_the_whole_one(tensor_siz
     whole = build_layers(dims, ModelOptions())
     some_values(whole)
     rows = random_rows(0, 2, 160 // tensor_size * tensor_size + 1, vocab_size)
-    wanted = measured(whole, dims, tensor.WHOLE, rows)
+    expected = measured(whole, dims, tensor.WHOLE, rows)
     gradients = {(place_of(p).name, place_of(p).block): p.grad for p in placed_parameters(whole)}
     covered = {key: torch.zeros_like(gradient) for key, gradient in gradients.items()}
     for value, nats, tokens, parts in run_ranks(cut_model, tensor_size, config, sequence, rows.size(1), vocab_size):
-        assert value == pytest.approx(wanted[0], rel=1e-6)
-        assert torch.allclose(nats, wanted[1], rtol=1e-6) and torch.equal(tokens, wanted[2])
-        for where, gradient, model_parallel in parts:
-            key = where.name, where.block
-            assert model_parallel == (where.cut != "whole")
-            start = where.offset if where.cut != "whole" else (0,) * gradient.ndim
+        assert value == pytest.approx(expected[0], rel=1e-6)
+        assert torch.allclose(nats, expected[1], rtol=1e-6) and torch.equal(tokens, expected[2])
+        for place, gradient, is_shard in parts:
+            key = place.name, place.block
+            assert is_shard == (place.cut != "whole")
+            start = place.offset if place.cut != "whole" else (0,) * gradient.ndim
             here = tuple(slice(first, first + size) for first, size in zip(start, gradient.shape, strict=True))
             near = (
                 1e-5 if gradient.ndim == 2 else 1e-4
             )  # a scalar's gradient is a sum over all tokens and channels that nearly cancels
             assert torch.allclose(gradient, gradients[key][here], rtol=1e-5, atol=near * gradients[key].abs().max()), (
-                where.name
+                place.name
             )
             covered[key][here] += 1
     for (name, _), count in covered.items():

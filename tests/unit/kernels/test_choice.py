@@ -29,17 +29,13 @@ def machine(monkeypatch):
         monkeypatch.setattr(choice, "compute_capability", lambda device: capability)
         monkeypatch.setattr(choice, "device_name", lambda device: "GPU")
         monkeypatch.setattr(
-            choice,
-            "te_attention_problem",
-            lambda device: None if "te" in packages else "the package is not installed",
+            choice, "te_attention_problem", lambda device: None if "te" in packages else "the package is not installed"
         )
         monkeypatch.setattr(choice, "te_version", lambda: "2.20.2")
         monkeypatch.setattr(choice, "flash_function", flash_function)
         monkeypatch.setattr(choice, "FlashAttention", lambda name: name)
         monkeypatch.setattr(
-            choice,
-            "_trial",
-            lambda attend, device, dtype, dims: "its trial run failed" if attend in broken else None,
+            choice, "_trial", lambda attend, device, dtype, dims: "its trial run failed" if attend in broken else None
         )
 
     return pretend
@@ -92,14 +88,8 @@ def test_a_kernel_that_fails_its_trial_run_is_rejected(machine):
             lambda q, k, v, window: attention(q, k, v, window + 1),
             "with a window of 32 of 256 tokens differs from torch",
         ),
-        (
-            lambda q, k, v, window: attention(q, k, v, 256),
-            "with a window of 32 of 256 tokens differs from torch",
-        ),
-        (
-            lambda q, k, v, window: attention(q, k, v, 32),
-            "with a window of 256 of 256 tokens differs from torch",
-        ),
+        (lambda q, k, v, window: attention(q, k, v, 256), "with a window of 32 of 256 tokens differs from torch"),
+        (lambda q, k, v, window: attention(q, k, v, 32), "with a window of 256 of 256 tokens differs from torch"),
         (lambda q, k, v, window: attention(q, k.detach(), v, window), "its trial run failed (RuntimeError: "),
         (lambda q, k, v, window: attention(q, k, v, window) * torch.nan, "differs from torch by nan%"),
     ],

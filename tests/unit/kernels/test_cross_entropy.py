@@ -19,13 +19,13 @@ def case(dtype, rows=70, width=24, vocab=97, padded=128):
 def test_value_and_gradients_are_the_plain_forms(chunk_rows, monkeypatch):
     hidden, weight, targets, vocab = case(torch.float32)
     monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 4 * vocab * chunk_rows)
-    found, plain = (
+    result, plain = (
         capped_cross_entropy(hidden, weight, targets, vocab, 15.0),
         reference_cross_entropy(hidden, weight, targets, vocab, 15.0),
     )
-    assert found.item() == pytest.approx(plain.item(), rel=1e-6)
+    assert result.item() == pytest.approx(plain.item(), rel=1e-6)
     for one, other in zip(
-        torch.autograd.grad(3.0 * found, (hidden, weight)),
+        torch.autograd.grad(3.0 * result, (hidden, weight)),
         torch.autograd.grad(3.0 * plain, (hidden, weight)),
         strict=True,
     ):
@@ -38,11 +38,11 @@ def test_value_and_gradients_are_the_plain_forms(chunk_rows, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_keeps_small_gradients_under_a_loss_scale(dtype):
     hidden, weight, targets, vocab = case(dtype)
-    wanted = torch.autograd.grad(
+    expected = torch.autograd.grad(
         reference_cross_entropy(hidden.float(), weight, targets, vocab, 15.0), (hidden, weight)
     )
-    found = torch.autograd.grad(1024.0 * capped_cross_entropy(hidden, weight, targets, vocab, 15.0), (hidden, weight))
-    for one, other in zip(found, wanted, strict=True):
+    result = torch.autograd.grad(1024.0 * capped_cross_entropy(hidden, weight, targets, vocab, 15.0), (hidden, weight))
+    for one, other in zip(result, expected, strict=True):
         assert ((one.float() / 1024 - other.float()).norm() / other.float().norm()).item() < 2e-2
 
 

@@ -77,7 +77,10 @@ def test_value_and_gradients_are_the_recipes(recipe, oracle, weight_dtype):
 @pytest.mark.parametrize("peak", [None, 1.75, 1.53125, 0.0])
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
 def test_rounding_is_nanochats_to_the_bit(dtype, peak):
-    """nanochat divides in float64. With a peak of 7/4 the scale is a power of two, and many bfloat16 values lie in the middle between two of FP8."""
+    """nanochat divides in float64.
+
+    With a peak of 7/4 the scale is a power of two, and many bfloat16 values lie in the middle between two of FP8.
+    """
     largest = torch.finfo(dtype).max
     for seed in range(20):
         x = (
@@ -157,9 +160,9 @@ def test_the_head_in_chunks_has_the_recipes_loss_and_gradients(recipe, monkeypat
 def tiny_model(recipe=None):
     layers = build_layers(DIMS, ModelOptions(torch.bfloat16))
     for parameter in placed_parameters(layers):
-        where = place_of(parameter)
-        start = ("normal", 0.05) if len(where.whole) == 2 else where.start
-        load_whole(parameter, starting_value(where.__class__(where.name, where.whole, 0, start), seed=3))
+        place = place_of(parameter)
+        start = ("normal", 0.05) if len(place.whole) == 2 else place.start
+        load_whole(parameter, starting_value(place.__class__(place.name, place.whole, 0, start), seed=3))
     choice = Fp8Choice(recipe, "torch", "") if recipe else None
     if recipe:
         assert (

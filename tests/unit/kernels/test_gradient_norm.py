@@ -1,4 +1,4 @@
-"""The choice of the kernel for sums of squares, with stand-ins of Transformer Engine and apex; tests/gpu uses the real ones."""
+"""The choice of the sum of squares, with stand-ins for Transformer Engine and apex; tests/gpu uses the real ones."""
 
 import subprocess
 import sys
@@ -17,16 +17,17 @@ import torch
 def multi_tensor_l2norm(chunk_size, flag, tensor_lists, per_tensor=False):
     (tensors,) = tensor_lists
     assert chunk_size > 0 and flag.dtype == torch.int32 and flag.numel() == 1 and per_tensor is False
-    assert tensors and all(tensor.numel() and tensor.is_contiguous() and tensor.dtype == tensors[0].dtype for tensor in tensors)
+    assert tensors and all(tensor.numel() and tensor.is_contiguous() for tensor in tensors)
+    assert len({tensor.dtype for tensor in tensors}) == 1
     return FACTOR * torch.cat([tensor.float().flatten() for tensor in tensors]).norm().view(1), torch.zeros(0)
 """
 APPLIER = "def multi_tensor_applier(op, flag, lists, *more):\n    return op(65536, flag, lists, *more)\n"
 RIGHT, WRONG = KERNEL.replace("FACTOR", "1"), KERNEL.replace("FACTOR", "1.001")
 TE = {
     "transformer_engine/__init__.py": "",
-    "transformer_engine/pytorch/__init__.py": "is_fp8_available = is_fp8_block_scaling_available = lambda return_reason: (True, '')",
+    "transformer_engine/pytorch/__init__.py": "is_fp8_available = is_fp8_block_scaling_available = None",
     "transformer_engine/pytorch/optimizers.py": RIGHT + APPLIER,
-    "transformer_engine-2.20.2.dist-info/METADATA": "Metadata-Version: 2.1\nName: transformer_engine\nVersion: 2.20.2\n",
+    "transformer_engine-2.20.2.dist-info/METADATA": "Name: transformer_engine\nVersion: 2.20.2\n",
 }
 APEX = {"apex/__init__.py": "", "apex/multi_tensor_apply.py": APPLIER, "amp_C.py": RIGHT}
 NO_TE = "not te, because the package transformer_engine is not installed"
@@ -38,7 +39,8 @@ CASES = {
     "PyPI's apex": (
         {"apex/__init__.py": "import pyramid_of_another_program"},
         "torch",
-        f"{NO_TE}; not apex, because the installed apex lacks amp_C: it is another package, or built without CUDA extensions",
+        f"{NO_TE}; not apex, because the installed apex lacks amp_C: "
+        "it is another package, or built without CUDA extensions",
     ),
     "amp_C of another torch": (
         APEX | {"amp_C.py": "raise OSError('undefined symbol: c10\\nand more')"},
@@ -48,7 +50,8 @@ CASES = {
     "Transformer Engine without it": (
         APEX | TE | {"transformer_engine/pytorch/optimizers.py": ""},
         "apex",
-        "NVIDIA apex; not te, because it has no multi_tensor_l2norm (ImportError: cannot import name 'multi_tensor_applier' from ",
+        "NVIDIA apex; not te, because it has no multi_tensor_l2norm (ImportError: cannot import name "
+        "'multi_tensor_applier' from ",
     ),
     "a kernel with other sums": (
         APEX | TE | {"transformer_engine/pytorch/optimizers.py": WRONG + APPLIER},

@@ -33,9 +33,9 @@ def test_float32_follows_the_polynomials(shape):
 @pytest.mark.parametrize("dtype, lowest, highest", [(torch.float32, 0.857, 1.143), (torch.bfloat16, 0.75, 1.25)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_singular_values_end_near_one(shape, dtype, lowest, highest):
-    found = polar_express(_matrix(shape, 0.02).to(dtype))
-    assert found.dtype == dtype
-    values = torch.linalg.svdvals(found.double())
+    result = polar_express(_matrix(shape, 0.02).to(dtype))
+    assert result.dtype == dtype
+    values = torch.linalg.svdvals(result.double())
     assert lowest < float(values.min()) and float(values.max()) < highest
 
 

@@ -1,4 +1,7 @@
-"""How Transformer Engine is called. It needs a GPU, so a stand-in with its interface takes the calls; tests/gpu uses the real one."""
+"""How Transformer Engine is called.
+
+It needs a GPU, so a stand-in with its interface takes the calls; tests/gpu uses the real one.
+"""
 
 import sys
 import types
@@ -92,7 +95,7 @@ def test_the_reason_why_it_cannot_be_used(installed):
     assert te.te_problem(GPU) == "the package transformer_engine is not installed"
     installed(transformer_engine="2.20.2", transformer_engine_torch="2.19.0")
     assert te.te_problem(GPU).startswith(
-        "its packages must have one version, but these are installed: transformer_engine 2.20.2, transformer_engine_torch"
+        "its packages must have one version, but these are installed: transformer_engine 2.20.2, "
     )
     installed(transformer_engine="2.8.0")
     assert te.te_problem(GPU) == "transformer_engine 2.8.0 is older than 2.9"
@@ -115,7 +118,7 @@ def test_linears_keep_our_weights_and_names_and_enter_fp8_in_training_alone(reci
     ((columns, rows, settings),) = stand_in.built
     assert (columns, rows, settings["bias"], settings["device"]) == (128, 256, False, "meta")
     assert settings.keys() == {"bias", "params_dtype", "init_method", "device"}, (
-        "the tensor axis communicates around it, as around our own"
+        "the tensor axis communicates around it, as around the plain linear"
     )
     assert list(layer.state_dict()) == ["c_fc.weight", "gate.weight"], "no _extra_state"
     assert dict(layer.named_parameters()).keys() == before.keys() and torch.equal(torch.get_rng_state(), random)

@@ -19,8 +19,8 @@ LENGTHS = [1, 3, 40, 64, 17, 9]
 def layers():
     built = build_layers(DIMS, ModelOptions())
     for parameter in placed_parameters(built):  # none is zero, smear's among them
-        where = place_of(parameter)
-        load_whole(parameter, starting_value(where.__class__(where.name, where.whole, 0, ("normal", 0.3)), seed=3))
+        place = place_of(parameter)
+        load_whole(parameter, starting_value(place.__class__(place.name, place.whole, 0, ("normal", 0.3)), seed=3))
     return built.requires_grad_(False)
 
 
@@ -33,7 +33,7 @@ def texts():
 
 
 @pytest.fixture(scope="module")
-def wanted(layers, texts):
+def expected(layers, texts):
     return [computed(layers, text[None])[0] for text in texts]
 
 
@@ -45,9 +45,9 @@ def computed(layers, ids, chunk=None):
         set_past(layers, None)
 
 
-def close(found, right):
-    assert (found - right).abs().max() <= 1e-5 * right.abs().max()
-    assert torch.equal(found.argmax(-1), right.argmax(-1))
+def close(result, right):
+    assert (result - right).abs().max() <= 1e-5 * right.abs().max()
+    assert torch.equal(result.argmax(-1), right.argmax(-1))
 
 
 def padded(parts, width, garbage=5):
@@ -60,10 +60,10 @@ def padded(parts, width, garbage=5):
 @pytest.mark.parametrize("chosen", [[0, 1, 2, 3, 4, 5], [3, 3]])  # of several lengths, and alike to the end
 @pytest.mark.parametrize("extra", [0, 3])
 @pytest.mark.parametrize("sizes", [[1], [2], [5], [64], [30, 1], [7, 8, 1, 1, 1, 9, 2], [1, 20, 3]])
-def test_chunks_of_any_size_give_the_logits_of_the_whole_text(layers, texts, wanted, sizes, extra, chosen):
+def test_chunks_of_any_size_give_the_logits_of_the_whole_text(layers, texts, expected, sizes, extra, chosen):
     """All chosen texts at once, which end in different chunks; `extra`: more padding than needed."""
-    texts, wanted = [texts[i] for i in chosen], [wanted[i] for i in chosen]
-    cache, begin, found, turns = (
+    texts, expected = [texts[i] for i in chosen], [expected[i] for i in chosen]
+    cache, begin, result, turns = (
         Cache(DIMS, len(texts), 64),
         0,
         [[] for _ in texts],
@@ -75,20 +75,20 @@ def test_chunks_of_any_size_give_the_logits_of_the_whole_text(layers, texts, wan
         chunk = cache.extend(list(map(len, parts)))
         output = computed(layers, padded(parts, size + extra), chunk)
         for slots in (8, 21, 64):
-            places = chunk._places(size + extra, slots)[[0, 2]]
-            assert places.unique(dim=1).size(1) == places.size(1), (
+            slot_of = chunk._slots(size + extra, slots)[[0, 2]]
+            assert slot_of.unique(dim=1).size(1) == slot_of.size(1), (
                 "two tokens in one slot: which is kept would be chance on a GPU"
             )
-        for kept, row, part in zip(found, output, parts, strict=True):
+        for kept, row, part in zip(result, output, parts, strict=True):
             kept.append(row[: len(part)])
         begin += size
     assert cache.lengths == [LENGTHS[i] for i in chosen]
-    for kept, right in zip(found, wanted, strict=True):
+    for kept, right in zip(result, expected, strict=True):
         close(torch.cat(kept), right)
 
 
 @pytest.mark.parametrize("tokens", [51, 64])
-def test_rows_branch_from_a_prefix_that_stays(layers, texts, wanted, tokens):
+def test_rows_branch_from_a_prefix_that_stays(layers, texts, expected, tokens):
     """Branches of any number of tokens, in any order, before and after the prefix grows; then rows copied from it."""
     prefixes = [texts[2][:30], texts[3][:45], texts[4][:2]]
     cache = Cache(DIMS, 3, tokens)
@@ -97,8 +97,8 @@ def test_rows_branch_from_a_prefix_that_stays(layers, texts, wanted, tokens):
     tails = [texts[3][45:], texts[2][30:35], torch.tensor([9, 8, 7]), texts[4][2:], torch.tensor([50])]
     for _ in range(2):
         output = computed(layers, padded(tails, 19), cache.branch(rows))
-        for row, found, tail in zip(rows, output, tails, strict=True):
-            close(found[: len(tail)], computed(layers, torch.cat((prefixes[row], tail))[None])[0, -len(tail) :])
+        for row, result, tail in zip(rows, output, tails, strict=True):
+            close(result[: len(tail)], computed(layers, torch.cat((prefixes[row], tail))[None])[0, -len(tail) :])
         assert cache.lengths == list(map(len, prefixes))
         more = [torch.tensor([3]), torch.tensor([1, 2, 3]), torch.tensor([4, 5])]
         computed(layers, padded(more, 3), cache.extend([1, 3, 2]))
@@ -107,8 +107,8 @@ def test_rows_branch_from_a_prefix_that_stays(layers, texts, wanted, tokens):
     copied = cache.select([2, 0, 2])
     following = torch.tensor([[1], [2], [3]])
     output = computed(layers, following, copied.extend([1, 1, 1]))
-    for row, found, token in zip([2, 0, 2], output, following, strict=True):
-        close(found, computed(layers, torch.cat((prefixes[row], token))[None])[0, -1:])
+    for row, result, token in zip([2, 0, 2], output, following, strict=True):
+        close(result, computed(layers, torch.cat((prefixes[row], token))[None])[0, -1:])
     assert cache.lengths == list(map(len, prefixes)) and copied.lengths == [7, 33, 7]
 
 

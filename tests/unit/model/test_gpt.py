@@ -1,4 +1,4 @@
-"""The model against nanochat's numbers, and against a plain float64 transcription of the maths for shapes nanochat's checkpoint lacks."""
+"""The model against nanochat's numbers, and against a float64 transcription of the formulas for other shapes."""
 
 import numpy as np
 import pytest
@@ -28,9 +28,9 @@ def test_loss_logits_and_gradient_norms_are_nanochats():
     loss = Loss(dims, torch.ones(1024))(output, rows[:, 1:])
     loss.backward()
     assert loss.item() == pytest.approx(expected["eval_loss_batch20"], rel=1e-5)
-    wanted = np.load(reference.FOLDER / "logits_batch20_last8.npy")
-    found = logits(output, dims)[:, -8:].detach().numpy()
-    assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
+    nanochats = np.load(reference.FOLDER / "logits_batch20_last8.npy")
+    result = logits(output, dims)[:, -8:].detach().numpy()
+    assert np.abs(result - nanochats).max() <= 1e-5 * np.abs(nanochats).max()
     squares: dict[str, float] = {}
     for parameter in parameters:
         squares[place_of(parameter).name] = (
@@ -41,7 +41,9 @@ def test_loss_logits_and_gradient_norms_are_nanochats():
 
 
 def transcription(dims: Dimensions, weights: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
-    """Logits by the formulas of the model, one head and one query at a time where that is plainer, in the weights' dtype."""
+    """Logits by the formulas of the model, one head and one query at a time where that is plainer, in the weights'
+    dtype.
+    """
 
     def norm(x):
         return x / (x.square().mean(-1, keepdim=True) + 1.1920929e-07).sqrt()
@@ -85,7 +87,7 @@ def transcription(dims: Dimensions, weights: dict[str, torch.Tensor], ids: torch
             + torch.relu(norm(x) @ weights[f"{name}mlp.c_fc.weight"].T).square() @ weights[f"{name}mlp.c_proj.weight"].T
         )
 
-    found = []
+    result = []
     for row in ids:
         e = norm(weights["transformer.wte.weight"][row])
         x = e.clone()
@@ -96,8 +98,8 @@ def transcription(dims: Dimensions, weights: dict[str, torch.Tensor], ids: torch
             if i == dims.depth // 2:
                 backout = x
         x = norm(x - weights["backout_lambda"] * backout)
-        found.append(15 * torch.tanh((x @ weights["lm_head.weight"].T)[:, : dims.vocab_size] / 15))
-    return torch.stack(found)
+        result.append(15 * torch.tanh((x @ weights["lm_head.weight"].T)[:, : dims.vocab_size] / 15))
+    return torch.stack(result)
 
 
 @pytest.mark.parametrize("rotary", ["slices", "chunk"])
@@ -112,8 +114,8 @@ def test_gqa_windows_and_odd_vocabulary_follow_the_formulas(rotary):
             weights[name] = torch.randn(place_of(parameter).whole, generator=generator, dtype=torch.float64) * 0.3
         load_whole(parameter, weights[name])
     ids = torch.randint(0, dims.vocab_size, (2, 200), generator=generator)
-    found = logits(run_layers(layers, ids), dims).double()  # float32 from the soft cap on
-    torch.testing.assert_close(found, transcription(dims, weights, ids), rtol=2e-5, atol=2e-5)
+    result = logits(run_layers(layers, ids), dims).double()  # float32 from the soft cap on
+    torch.testing.assert_close(result, transcription(dims, weights, ids), rtol=2e-5, atol=2e-5)
 
 
 def test_starting_values_depend_on_seed_and_name_only():

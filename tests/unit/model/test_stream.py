@@ -1,4 +1,7 @@
-"""What the pipeline asks of the layers: any cut between them must train. Single process; numbers name the traps this guards against."""
+"""What the pipeline requires of the layers: any cut between them must train.
+
+Single process; numbers name the traps this guards against.
+"""
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ def small(depth: int):
 
 @pytest.mark.parametrize("depth", [1, 2, 5])
 def test_every_cut_gives_the_gradients_of_the_uncut_model(depth):
-    """Trap 8: a floating tensor that crosses a cut must want a gradient and get one."""
+    """Trap 8: a floating tensor that crosses a cut must require a gradient and get one."""
     dims, layers = small(depth)
     rows = random_rows(0, 2, 65, SMALL_VOCAB)
     loss = Loss(dims, torch.ones(SMALL_VOCAB))
@@ -42,14 +45,14 @@ def test_every_cut_gives_the_gradients_of_the_uncut_model(depth):
                 f"cut before layer {cut}: a tensor is sent and not used"
             )
             torch.autograd.backward([mine for mine, _ in floating], [theirs.grad for _, theirs in floating])
-        found = [parameter.grad.clone() for parameter in layers.parameters()]
+        result = [parameter.grad.clone() for parameter in layers.parameters()]
         layers.zero_grad()
-        return found
+        return result
 
     whole = gradients(None)
     for cut in range(1, len(layers)):
-        for found, wanted in zip(gradients(cut), whole, strict=True):
-            assert torch.allclose(found, wanted, rtol=1e-6, atol=1e-8)
+        for result, expected in zip(gradients(cut), whole, strict=True):
+            assert torch.allclose(result, expected, rtol=1e-6, atol=1e-8)
 
 
 def test_every_layer_alone_has_a_float32_adamw_group_and_no_0_dim_parameter():

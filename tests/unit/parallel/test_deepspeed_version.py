@@ -1,4 +1,6 @@
-"""Another DeepSpeed than the tested one is refused in one sentence, unless the user accepts it and it has all private names."""
+"""Another DeepSpeed than the tested one is refused in one sentence, unless the user accepts it and it has all private
+names.
+"""
 
 import re
 from pathlib import Path

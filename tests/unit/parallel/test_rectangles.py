@@ -12,12 +12,12 @@ def test_every_range_of_small_matrices_is_covered_once_and_in_order():
         whole = torch.arange(rows * columns).view(rows, columns)
         for start, stop in itertools.combinations_with_replacement(range(rows * columns + 1), 2):
             flat = whole.reshape(-1)[start:stop].clone()
-            found = flat_rectangles((rows, columns), flat, start)
-            assert len(found) <= 3 and bool(found) == (stop > start)
-            for (row, column), (height, width), view in found:
+            result = flat_rectangles((rows, columns), flat, start)
+            assert len(result) <= 3 and bool(result) == (stop > start)
+            for (row, column), (height, width), view in result:
                 assert view.shape == (height, width)
                 assert torch.equal(view, whole[row : row + height, column : column + width])
-            assert [value for _, _, view in found for value in view.flatten().tolist()] == list(range(start, stop))
+            assert [value for _, _, view in result for value in view.flatten().tolist()] == list(range(start, stop))
 
 
 def test_views_alias_the_flat_tensor():
@@ -28,7 +28,7 @@ def test_views_alias_the_flat_tensor():
 
 
 def test_a_base_shifts_the_offsets():
-    assert [found[:2] for found in flat_rectangles((4, 5), torch.zeros(12), 3, (10, 100))] == [
+    assert [result[:2] for result in flat_rectangles((4, 5), torch.zeros(12), 3, (10, 100))] == [
         ((10, 103), (1, 2)),
         ((11, 100), (2, 5)),
     ]

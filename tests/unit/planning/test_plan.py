@@ -40,9 +40,12 @@ def test_the_speedrun_is_nanochats():
 
 
 def test_batches_are_nanochats_at_every_depth():
-    """nanochat/scripts/base_train.py: B = B_ref * (D / D_ref)^0.383 up to the nearest power of two, D the target tokens."""
+    """nanochat/scripts/base_train.py: B = B_ref * (D / D_ref)^0.383 up to the nearest power of two, D the target
+    tokens.
+    """
     batches = {depth: resolve(config(model={"depth": depth}), 1, 32768).tokens_per_step for depth in range(4, 35)}
-    sizes = {  # block matrices (12 w^2 per block and the gates, 12 channels for each head of every other block) and lm_head
+    # block matrices (12 w^2 per block, and 12 channels per head for the gates of every other block) and lm_head
+    sizes = {
         depth: 12 * depth * (64 * depth) ** 2 + 12 * -(-depth // 2) * -(-depth // 2) + 32768 * 64 * depth
         for depth in batches
         if depth % 2 == 0  # whole heads of 128 channels
@@ -174,7 +177,7 @@ WIDE = {"depth": 2, "head_size": 128, "aspect_ratio": 128, "sequence_len": 64}
         (
             {"precision": {"compute": "float16"}},
             1,
-            "which needs bfloat16, but precision.compute is float16: set precision.compute=bfloat16, or precision.fp8=off",
+            "precision.compute is float16: set precision.compute=bfloat16, or precision.fp8=off",
         ),
         (
             {"model": {"sequence_len": 100}, "batch": {"micro_rows": 3}},
