@@ -10,13 +10,14 @@ import torch
 from megachat.config import ParallelConfig
 from megachat.model.gpt import Loss, ModelOptions, build_layers, run_layers
 from megachat.model.parameters import load_whole, placed_parameters
-from megachat.optim.groups import ADAMW_EPSILON, MUON_BETA2, assign, rate_multipliers
-from megachat.optim.muon import Hyper, reference_step, second_moment_shape
+from megachat.optim.groups import ADAMW_EPSILON, MUON_BETA2, assign_groups, rate_multipliers
+from megachat.optim.muon import second_moment_shape
 from megachat.place import place_of
 from megachat.planning.plan import resolve
 from megachat.programs.verify_layout import gradient_pieces, warm_noise, warm_up
 from megachat.schedule import learning_rate_multiplier, muon_momentum, weight_decay_multiplier
 from megachat.train.step import set_schedules
+from tests.muon import reference_step
 from tests.training import SMALL_VOCAB, assembled, build, random_rows, take_step, whole_state
 
 ROWS, TOKENS = 12, 161
@@ -33,7 +34,7 @@ class Oracle:
         for p in self.parameters:  # see verify.warm_up for why
             if p.ndim == 2:
                 load_whole(p, p.detach() + warm_noise(place_of(p).name, place_of(p).whole))
-        self.groups = assign([place_of(p) for p in self.parameters])
+        self.groups = assign_groups([place_of(p) for p in self.parameters])
         self.muon = [p for p in self.parameters if self.groups[place_of(p).name].optimizer == "muon"]
         self.multiplier = rate_multipliers(
             {place_of(p).name: place_of(p).whole for p in self.muon}, config.optimizer.muon_multiplier
@@ -80,16 +81,12 @@ class Oracle:
         self.adamw.step()
         with torch.no_grad():
             for p in self.muon:
-                hyper = Hyper(
-                    lr=torch.tensor(plan.rates["matrix"] * lrm * self.multiplier[place_of(p).name]),
-                    weight_decay=torch.tensor(plan.weight_decay * weight_decay_multiplier(number, plan.steps)),
-                    momentum=torch.tensor(muon_momentum(number, plan.steps, warmdown_ratio=asked.warmdown_ratio)),
-                    beta2=torch.tensor(MUON_BETA2),
-                )
-                self.decay += (
-                    float(hyper.lr * hyper.weight_decay) / len(self.muon) * max(1.0, *self.multiplier.values())
-                )
-                reference_step(p.data, p.grad, self.momentum[p], self.second[p], hyper, torch.float32)
+                lr = plan.rates["matrix"] * lrm * self.multiplier[place_of(p).name]
+                decay = plan.weight_decay * weight_decay_multiplier(number, plan.steps)
+                momentum = muon_momentum(number, plan.steps, warmdown_ratio=asked.warmdown_ratio)
+                self.decay += lr * decay / len(self.muon) * max(1.0, *self.multiplier.values())
+                rates = {"lr": lr, "weight_decay": decay, "momentum_factor": momentum, "beta2": MUON_BETA2}
+                reference_step(p.data, p.grad, self.momentum[p], self.second[p], torch.float32, **rates)
         for p in self.parameters:
             p.grad = None
         return loss.item(), norm, gradients

@@ -83,7 +83,7 @@ def load(name: str, overrides: list[str], ranks: int):
     from megachat.config import load_config
     from megachat.model.gpt import ModelOptions, build_layers
     from megachat.model.parameters import placed_parameters
-    from megachat.optim.groups import assign, muon_matrices
+    from megachat.optim.groups import assign_groups, muon_matrices
     from megachat.optim.partition_plan import make_plan
     from megachat.place import place_of
     from megachat.planning.plan import resolve
@@ -92,7 +92,7 @@ def load(name: str, overrides: list[str], ranks: int):
     plan = resolve(config, ranks, config.model.vocab_size or 4096)
     with torch.device("meta"):
         places = [place_of(parameter) for parameter in placed_parameters(build_layers(plan.dims, ModelOptions()))]
-    matrices = muon_matrices(places, assign(places), config.optimizer.muon_multiplier)
+    matrices = muon_matrices(places, assign_groups(places), config.optimizer.muon_multiplier)
     return config, plan, make_plan(matrices, plan.layout.data, tensor=plan.layout.tensor)
 
 
@@ -164,7 +164,7 @@ def draw_partition(name: str, overrides: list[str], ranks: int, notes: list[str]
     narrow = 76.0  # of a bucket too small to draw to scale
     large = [bucket for bucket in buckets if bucket.kind != "tiny"]
     room = WIDTH - 28 - left - gap * (len(buckets) - 1) - narrow * (len(buckets) - len(large))
-    scale = room / sum(bucket.shard for bucket in large)
+    scale = room / sum(bucket.shard_size for bucket in large)
     parts = []
     for rank in range(partition.grid_size):
         y = top + rank * (lane + 12)
@@ -173,20 +173,18 @@ def draw_partition(name: str, overrides: list[str], ranks: int, notes: list[str]
         parts.append(text(62, y + 28, f"data {rank // tensor}" + (f", tensor {rank % tensor}" if tensor > 1 else "")))
     x = left
     for number, bucket in enumerate(buckets):
-        width = narrow if bucket.kind == "tiny" else bucket.shard * scale
+        width = narrow if bucket.kind == "tiny" else bucket.shard_size * scale
         caption = f"bucket {number}: {bucket.kind}" if width > 120 else bucket.kind
         parts.append(text(x, top - 24, caption, "head"))
-        parts.append(text(x, top - 8, f"{bucket.shard:,} elements" + " per rank" * (width > 150), "soft"))
+        parts.append(text(x, top - 8, f"{bucket.shard_size:,} elements" + " per rank" * (width > 150), "soft"))
         for rank in range(partition.grid_size):
             parts.append(box(x, top + rank * (lane + 12), width, lane, "pad", radius=4))
         for index in bucket.matrices:
             owner, label = partition.owners[index], short_name(partition.matrices[index].name)
-            for fragment in partition.fragments[index]:
-                y = top + fragment.rank * (lane + 12)
-                begin, size = (
-                    value / bucket.shard * width for value in (fragment.offset, fragment.stop - fragment.start)
-                )
-                style = "away" if fragment.rank != owner else ""
+            for rank, fragment in partition.stored(index):
+                y = top + rank * (lane + 12)
+                begin, size = (value / bucket.shard_size * width for value in (fragment.offset, fragment.size))
+                style = "away" if rank != owner else ""
                 parts.append(box(x + begin + 1, y + 1, max(size - 2, 2), lane - 2, style, COLORS[owner], 3))
                 if size >= 7 * len(label):
                     parts.append(text(x + begin + size / 2, y + lane / 2 + 4, label, "on", "middle"))
@@ -203,7 +201,7 @@ def draw_partition(name: str, overrides: list[str], ranks: int, notes: list[str]
     settings = f" with {' '.join(overrides)}" if overrides else ""
     subtitle = f"configs/{name}.json{settings} on {ranks} ranks: {count} matrices, {total} elements, "
     subtitle += f"{partition.padding} of padding, {len(buckets)} buckets"
-    grid = f"{partition.ranks} data x {tensor} tensor ranks" if tensor > 1 else f"{partition.ranks} data ranks"
+    grid = f"{partition.data} data x {tensor} tensor ranks" if tensor > 1 else f"{partition.data} data ranks"
     return page(bottom + 30 + 20 * len(notes), f"The Muon partition on {grid}", subtitle, parts)
 
 
@@ -213,7 +211,7 @@ _BEFORE = (
         (
             "Backward",
             "hooks add each gradient to its bucket's buffer",
-            "`optim/partition.py: MuonPartition._collector`",
+            "`optim/partition.py: MuonPartition._gradient_hook`",
         ),
         ("Backward", "gradients add up over the micro-batches", "`DeepSpeedZeroOptimizer`"),
     ),

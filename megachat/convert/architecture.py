@@ -9,7 +9,7 @@ from megachat.convert.reader import CheckpointReader
 from megachat.errors import UserError
 from megachat.model.gpt import ModelOptions, build_layers
 from megachat.model.parameters import load_whole, placed_parameters
-from megachat.optim.groups import assign
+from megachat.optim.groups import assign_groups
 from megachat.optim.muon import second_moment_shape
 from megachat.place import Place, place_of
 from megachat.planning.dimensions import Dimensions
@@ -43,7 +43,7 @@ def state_shapes(dims: Dimensions) -> dict[str, Shape]:
     second moment."""
     wheres = places(dims)
     shapes = {f"model/{where.name}": where.whole for where in wheres}
-    for name, group in assign(wheres).items():
+    for name, group in assign_groups(wheres).items():
         whole = shapes[f"model/{name}"]
         if group.optimizer == "muon":
             shapes |= {f"muon/{name}/momentum": whole, f"muon/{name}/second_moment": second_moment_shape(whole)}

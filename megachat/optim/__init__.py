@@ -1,1 +1,1 @@
-"""Who optimizes what: groups by name pattern, Muon's mathematics, and the partition that spreads it over ranks."""
+"""Optimizer groups by parameter name, Muon's mathematics, and the partition that distributes Muon over ranks."""

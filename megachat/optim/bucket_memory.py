@@ -1,84 +1,93 @@
-"""One bucket's memory on one rank, and its two collectives over the data axis: gradients to shards, weights from shards."""
+"""One bucket on one rank: its buffers, and its collectives over the data axis (reduce gradients, gather weights)."""
 
 import torch
 
+from megachat.optim.exchange import Exchange
 from megachat.optim.partition_plan import PartitionPlan
 from megachat.parallel.collectives import Pending, all_gather, all_to_all, reduce_scatter
-from megachat.parallel.mesh import Axis
+from megachat.parallel.mesh import Mesh
 
 
 class BucketMemory:
-    """See buckets.Bucket for how the local shards of matrices lie in it. data: the data axis. wire: dtype of gradients between ranks."""
+    """The flat buffers of one bucket.
+
+    weights: [data ranks x shard], bfloat16 or float32; the parameters are views of it. master, momentum: float32
+    [shard], of this data rank. If the weights are float32, the master is a view of them. wire_dtype: dtype in which
+    gradients are sent.
+    """
 
     def __init__(
         self,
         plan: PartitionPlan,
         number: int,
-        data: Axis,
-        weight_dtype: torch.dtype,
-        wire: torch.dtype,
+        mesh: Mesh,
         device: torch.device,
+        *,
+        weight_dtype: torch.dtype,
+        wire_dtype: torch.dtype,
+        direction_dtype: torch.dtype,
     ):
-        self.layout, self.data, self._name = plan.buckets[number], data, f"Muon bucket {number}"
-        self._shapes = [plan.matrices[index].local_shape(plan.tensor) for index in self.layout.matrices]
-        self._own = slice(data.rank * self.layout.shard, (data.rank + 1) * self.layout.shard)
-        self.weights = torch.zeros(data.size * self.layout.shard, dtype=weight_dtype, device=device)
-        # float32 weights are their own masters
-        self.master = (
-            self.weights[self._own] if weight_dtype == torch.float32 else torch.zeros(self.layout.shard, device=device)
-        )
-        self.momentum = torch.zeros(self.layout.shard, device=device)
-        self.gathering = Pending()
-        self._wire_dtype = torch.float32 if data.size == 1 else wire  # one rank: no wire, so no rounding for it
-        self._wire: tuple[torch.Tensor, torch.Tensor] | None = (
-            None  # (received, sent) while a reduction in another dtype is under way
-        )
-        self._reducing: Pending | None = None
+        self.layout, self.number, self.data = plan.buckets[number], number, mesh.data
+        self.exchange = Exchange(plan, number, mesh.stage, direction_dtype, device)
+        self._local = {  # by matrix: first element in the flat buffers, shape
+            index: (offset, plan.matrices[index].local_shape(plan.tensor))
+            for index, offset in zip(self.layout.matrices, self.layout.offsets, strict=True)
+        }
+        size = self.layout.shard_size
+        self._shard = slice(mesh.data.rank * size, (mesh.data.rank + 1) * size)
+        self.weights = torch.zeros(mesh.data.size * size, dtype=weight_dtype, device=device)
+        separate = weight_dtype != torch.float32
+        self.master = torch.zeros(size, device=device) if separate else self.weights[self._shard]
+        self.momentum = torch.zeros(size, device=device)
+        self.gather = Pending()  # of the weights
+        self._wire_dtype = wire_dtype if mesh.data.size > 1 else torch.float32  # one rank sends nothing
         self._gradients: torch.Tensor | None = None
+        self._reduce: Pending | None = None
+        self._wire: tuple[torch.Tensor, torch.Tensor] | None = None  # (received, sent) during a reduce in wire_dtype
 
     @property
     def gradients(self) -> torch.Tensor:
-        """float32 [ranks * shard], accumulated over micro-batches. Made at first use."""
+        """float32 [data ranks x shard], accumulated over micro-batches. Allocated at the first use."""
         if self._gradients is None:
             self._gradients = torch.zeros(self.weights.numel(), device=self.weights.device)
         return self._gradients
 
     @property
     def reduced(self) -> torch.Tensor:
-        """float32 [shard], this rank's part of `gradients`, where the mean over ranks lands."""
-        return self.gradients[self._own]
+        """float32 [shard], this data rank's part of `gradients`. Holds the mean of the ranks after finish_reduce()."""
+        return self.gradients[self._shard]
 
-    def part(self, flat: torch.Tensor, place: int) -> torch.Tensor:
-        """The matrix at `place` of the bucket, its local shard, a view [m, n] of a whole flat buffer."""
-        offset, (rows, columns) = self.layout.offsets[place], self._shapes[place]
+    def local_matrix(self, flat: torch.Tensor, index: int) -> torch.Tensor:
+        """Returns a local matrix as a view [m, n] of `flat`, which is `weights` or `gradients`."""
+        offset, (rows, columns) = self._local[index]
         return flat[offset : offset + rows * columns].view(rows, columns)
 
-    def launch_reduction(self) -> None:
-        """Begin the mean of the gradients over the ranks."""
-        whole, name = self.gradients, f"{self._name}, gradients"
+    def start_reduce(self) -> None:
+        """Starts to compute the mean of the gradients over the data ranks."""
+        gradients, name = self.gradients, f"Muon bucket {self.number}, gradients"
         if self._wire_dtype == torch.float32:
-            self._reducing = reduce_scatter(self.reduced, whole, self.data, name=name, asynchronous=True)
+            self._reduce = reduce_scatter(self.reduced, gradients, self.data, name=name, asynchronous=True)
         else:
-            self._wire = torch.empty_like(whole, dtype=self._wire_dtype), whole.to(self._wire_dtype)
-            self._reducing = all_to_all(*self._wire, self.data, name=name, asynchronous=True)
+            self._wire = torch.empty_like(gradients, dtype=self._wire_dtype), gradients.to(self._wire_dtype)
+            self._reduce = all_to_all(*self._wire, self.data, name=name, asynchronous=True)
 
-    def finish_reduction(self) -> None:
-        """Wait for it, if one is under way; then `reduced` holds the mean."""
-        if self._reducing is None:
+    def finish_reduce(self) -> None:
+        """Waits for the reduce, if one is in progress. Afterwards `reduced` holds the mean."""
+        if self._reduce is None:
             return
-        self._reducing.wait()
-        mine = self.reduced
+        self._reduce.wait()
+        reduced = self.reduced
         if self._wire is not None:
             first, *others = self._wire[0].view(self.data.size, -1)
-            mine.copy_(first)
-            for other in others:  # in the order of ranks and in float32: the sum does not depend on how it was routed
-                mine.add_(other)
-        mine.div_(self.data.size)
-        self._wire = self._reducing = None
+            reduced.copy_(first)
+            for other in others:  # float32 sums in rank order: the result does not depend on the route
+                reduced.add_(other)
+        reduced.div_(self.data.size)
+        self._wire = self._reduce = None
 
-    def launch_gather(self) -> None:
-        """Begin to make the weights on every rank from the masters; `gathering` waits for it."""
-        mine = self.weights[self._own]
-        if mine.dtype != torch.float32:
-            mine.copy_(self.master)
-        self.gathering = all_gather(self.weights, mine, self.data, name=f"{self._name}, weights", asynchronous=True)
+    def start_gather(self) -> None:
+        """Starts to copy the masters to the weights of every rank. Wait with `gather.wait()`."""
+        shard, name = self.weights[self._shard], f"Muon bucket {self.number}, weights"
+        if shard.dtype != torch.float32:
+            shard.copy_(self.master)
+        self.gather = all_gather(self.weights, shard, self.data, name=name, asynchronous=True)

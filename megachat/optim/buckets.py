@@ -1,7 +1,8 @@
-"""How matrices lie in flat buckets that are cut into equal shards, one a data rank: the pure layout, without owners. No torch.
+"""The layout of the Muon partition: matrices in flat buckets, which are cut into equal shards, one per data rank.
+No torch.
 
-The order inside a bucket puts the cuts between matrices where counts allow. On a tensor axis every rank lays out its own shards of the
-matrices, all in the same way, because these shards are equal.
+The order of the matrices in a bucket makes the cuts fall between matrices where their number allows it. Local matrices
+have the same size on every tensor rank, so all tensor ranks use the same layout.
 """
 
 from collections.abc import Sequence
@@ -9,13 +10,14 @@ from dataclasses import dataclass
 
 from megachat.optim.matrix import Matrix
 
-TINY_ELEMENTS = 16384  # matrices below this cost nothing to orthogonalize, but would spoil the alignment of the others
-ALIGNMENT = 64  # elements; a shard is a multiple of it, so padding stays below 64 x ranks in each bucket
+TINY_ELEMENTS = 16384  # smaller matrices cost nothing to orthogonalize but would spoil the alignment of the others
+ALIGNMENT = 64  # elements; shard sizes are multiples of it, so a bucket has less than 64 x data ranks of padding
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements [start, stop) of a matrix's local shard, row-major, held by `rank` from element `offset` of its part of the bucket on."""
+    """Elements [start, stop) of a local matrix, row-major. Data rank `rank` stores them from element `offset` of its
+    shard on."""
 
     rank: int
     start: int
@@ -23,94 +25,106 @@ class Fragment:
     offset: int
 
     @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.stop - self.start
+
+    @property
     def in_shard(self) -> slice:
-        """Where it lies in its rank's part of the bucket."""
-        return slice(self.offset, self.offset + self.stop - self.start)
+        """The range of the fragment in its data rank's shard."""
+        return slice(self.offset, self.offset + self.size)
+
+    def rows(self, columns: int) -> tuple[int, int]:
+        """Returns the range [first, last) of rows that the fragment touches. columns: of the local matrix."""
+        return self.start // columns, -(-self.stop // columns)
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """A flat buffer of data ranks x shard elements. matrices: indices into the plan's; offsets: where each local shard begins in the buffer."""
+    """A flat buffer with one shard of `shard_size` elements per data rank.
 
-    kind: str  # "aligned", "flat" or "tiny"
-    shard: int
+    kind: "aligned" buckets cut no matrix, "flat" buckets may, the "tiny" bucket holds the tiny matrices. matrices:
+    indices into PartitionPlan.matrices. offsets: the element of the buffer at which each of these matrices starts.
+    """
+
+    kind: str
+    shard_size: int
     matrices: tuple[int, ...]
     offsets: tuple[int, ...]
 
 
-def lay_out(
-    matrices: Sequence[Matrix], sizes: Sequence[int], ranks: int, layers_per_bucket: int, align: int
-) -> list[Bucket]:
-    """Layer groups in the order of backward, each an aligned and a flat bucket (either may be missing), then the tiny matrices.
+def lay_out(matrices: Sequence[Matrix], sizes: Sequence[int], data: int, layers_per_bucket: int) -> list[Bucket]:
+    """Returns the buckets in the order in which the backward pass completes them.
 
-    sizes: local elements of each matrix. ranks: of the data axis.
+    Every group of layers has an aligned and a flat bucket, either of which may be missing. The tiny bucket is last.
+    sizes: elements of each local matrix. data: number of data ranks.
     """
     large = [index for index, matrix in enumerate(matrices) if matrix.elements >= TINY_ELEMENTS]
     tiny = [index for index, matrix in enumerate(matrices) if matrix.elements < TINY_ELEMENTS]
     layers = sorted({matrices[index].layer for index in large}, reverse=True)
     buckets = []
     for first in range(0, len(layers), layers_per_bucket):
-        group = set(layers[first : first + layers_per_bucket])
-        classes: dict[tuple[int, int], list[int]] = {}
-        for index in (index for index in large if matrices[index].layer in group):
-            classes.setdefault((sizes[index], min(matrices[index].shape)), []).append(index)
-        dealt: list[list[int]] = [[] for _ in range(ranks)]
-        rest = []
+        group = layers[first : first + layers_per_bucket]
+        classes: dict[tuple[int, int], list[int]] = {}  # matrices of the same bytes and cost
+        for index in large:
+            if matrices[index].layer in group:
+                classes.setdefault((sizes[index], min(matrices[index].shape)), []).append(index)
+        by_rank: list[list[int]] = [[] for _ in range(data)]
+        remainder = []
         for _, members in sorted(classes.items()):
-            whole = len(members) // ranks * ranks
-            for place, index in enumerate(members[:whole]):
-                dealt[place % ranks].append(index)
-            rest += members[whole:]
-        if dealt[0]:
-            buckets.append(_aligned_bucket(dealt, sizes, align))
-        if rest:
-            buckets.append(_flat_bucket("flat", rest, sizes, ranks, align))
+            dealt = len(members) // data * data
+            for rank in range(data):
+                by_rank[rank] += members[rank:dealt:data]
+            remainder += members[dealt:]
+        if by_rank[0]:
+            buckets.append(_aligned_bucket(by_rank, sizes))
+        if remainder:
+            buckets.append(_flat_bucket("flat", remainder, sizes, data))
     if tiny:
-        buckets.append(_flat_bucket("tiny", tiny, sizes, ranks, align))
+        buckets.append(_flat_bucket("tiny", tiny, sizes, data))
     return buckets
 
 
-def _up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+def _shard_size(elements: int) -> int:
+    return -(-elements // ALIGNMENT) * ALIGNMENT
 
 
-def _aligned_bucket(dealt: list[list[int]], sizes: Sequence[int], align: int) -> Bucket:
-    """Every rank gets the same size classes, hence the same bytes and the same cost, and no matrix is cut."""
-    shard = _up(sum(sizes[index] for index in dealt[0]), align)
-    members, offsets = [], []
-    for rank, own in enumerate(dealt):
-        position = rank * shard
-        for index in own:
-            members.append(index)
+def _aligned_bucket(by_rank: list[list[int]], sizes: Sequence[int]) -> Bucket:
+    """Returns the bucket in which every data rank stores its matrices of `by_rank`; their sizes are equal on all."""
+    shard_size = _shard_size(sum(sizes[index] for index in by_rank[0]))
+    offsets = []
+    for rank, members in enumerate(by_rank):
+        position = rank * shard_size
+        for index in members:
             offsets.append(position)
             position += sizes[index]
-    return Bucket("aligned", shard, tuple(members), tuple(offsets))
+    return Bucket("aligned", shard_size, tuple(index for members in by_rank for index in members), tuple(offsets))
 
 
-def _flat_bucket(kind: str, members: list[int], sizes: Sequence[int], ranks: int, align: int) -> Bucket:
-    """Equal cuts through a greedy order: the largest matrix that still fits into the shard, else the largest left straddles the cut."""
-    shard = _up(-(-sum(sizes[index] for index in members) // ranks), align)
+def _flat_bucket(kind: str, members: list[int], sizes: Sequence[int], data: int) -> Bucket:
+    """Returns a bucket without gaps. The largest matrix that fits into the rest of the shard comes next. If none fits,
+    the largest one does and is cut."""
+    shard_size = _shard_size(-(-sum(sizes[index] for index in members) // data))
     by_size: dict[int, list[int]] = {}
     for index in sorted(members, reverse=True):
         by_size.setdefault(sizes[index], []).append(index)
     order, offsets, position = [], [], 0
     while by_size:
-        room = shard - position % shard
+        room = shard_size - position % shard_size
         size = max((size for size in by_size if size <= room), default=max(by_size))
         order.append(by_size[size].pop())
         offsets.append(position)
         position += size
         if not by_size[size]:
             del by_size[size]
-    return Bucket(kind, shard, tuple(order), tuple(offsets))
+    return Bucket(kind, shard_size, tuple(order), tuple(offsets))
 
 
-def cut_at_shards(offset: int, size: int, shard: int) -> tuple[Fragment, ...]:
-    """Elements [offset, offset + size) of a bucket as the fragments that the data ranks hold."""
-    pieces, position = [], offset
-    while position < offset + size:
-        rank = position // shard
-        end = min(offset + size, (rank + 1) * shard)
-        pieces.append(Fragment(rank, position - offset, end - offset, position - rank * shard))
-        position = end
-    return tuple(pieces)
+def cut_at_shards(offset: int, size: int, shard_size: int) -> tuple[Fragment, ...]:
+    """Returns the fragments of a local matrix of `size` elements that starts at element `offset` of a bucket."""
+    ranks = range(offset // shard_size, (offset + size - 1) // shard_size + 1)
+    cuts = [offset, *(rank * shard_size for rank in ranks[1:]), offset + size]
+    return tuple(
+        Fragment(rank, start - offset, stop - offset, start - rank * shard_size)
+        for rank, start, stop in zip(ranks, cuts, cuts[1:], strict=False)
+    )

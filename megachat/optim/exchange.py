@@ -1,167 +1,170 @@
-"""The ragged exchange of one bucket over the data x tensor grid: fragments to their matrices' owners, and what the owners made of them back.
+"""The exchange of one bucket over the data x tensor grid: updates travel to the owners of the matrices, directions and
+scales back to the ranks that store them.
 
-Both ways are lossless: fragments travel in the dtype that orthogonalization consumes and produces, scales in float32. A matrix whose only
-holder is its owner is not sent, and a bucket of such matrices communicates nothing. An owner puts the shards of the tensor ranks together to the
-whole matrix, so that what it computes knows no cut.
+Both ways are lossless: fragments are sent in the dtype that the orthogonalization reads and writes, scales in float32.
+A matrix that its owner alone stores is not sent; a bucket of such matrices does not communicate. The owner assembles
+the whole matrix from the fragments of all data and tensor ranks, so its results do not depend on the cuts.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 
 from megachat.optim.buckets import Fragment
-from megachat.optim.matrix import touched_rows
-from megachat.optim.partition_plan import Move, PartitionPlan
-from megachat.parallel.collectives import Pending, all_to_all
+from megachat.optim.partition_plan import PartitionPlan
+from megachat.parallel.collectives import all_to_all
 from megachat.parallel.mesh import Axis
 
 _ALIGNED_BYTES = 16
-Result = tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor
-]  # an owner's (direction [m, n], norm [1, 1], scale [m, 1] or [1, n])
 
 
-@dataclass(frozen=True)
-class Directed:
-    """The update of one local fragment: its direction [stop - start], the matrix's norm [1, 1], and the scales of the rows it touches
-    ([rows, 1], tall or square) or of all columns of its local shard ([1, columns], wide); float32 but for the direction."""
+class Result(NamedTuple):
+    """The owner's result for a whole matrix, or the part of it that one fragment needs.
 
-    matrix: int
-    fragment: Fragment
+    direction: [m, n] of a whole matrix, flat of a fragment. norm: float32 [1, 1]. scale: float32, one value per row
+    ([rows, 1], tall or square matrices) or per column ([1, columns], wide matrices). For a fragment: the rows that it
+    touches, or all columns of the local matrix.
+    """
+
     direction: torch.Tensor
     norm: torch.Tensor
     scale: torch.Tensor
 
 
 class Exchange:
-    """One bucket's exchange as seen by one place of the grid. grid: mesh.stage. dtype: of updates and directions, bfloat16 or float32."""
+    """One rank's part in the exchange of a bucket. grid: mesh.stage. dtype: of updates and directions.
 
-    def __init__(self, plan: PartitionPlan, bucket: int, grid: Axis, dtype: torch.dtype):
-        self.plan, self.bucket, self.grid, self.dtype = plan, bucket, grid, dtype
-        moves = plan.moves[bucket]
-        self.needed = bool(moves)  # the same at every place
-        places = range(grid.size)
-        self.sent = [[move for move in moves if move.holder == grid.rank and move.owner == place] for place in places]
-        self.received = [
-            [move for move in moves if move.owner == grid.rank and move.holder == place] for place in places
-        ]
-        members = plan.buckets[bucket].matrices
-        self.held = {index: piece for index in members for piece in plan.fragments[index] if piece.rank == grid.rank}
-        self.owned = [index for index in members if plan.owners[index] == grid.rank]
+    fragments: those that this rank stores, by matrix index. owned: indices of the matrices that this rank owns.
+    """
 
-    def to_owners(self, updates: torch.Tensor) -> Callable[[], dict[int, torch.Tensor]]:
-        """Send this place's part of the bucket, flat. The returned function waits and gives the whole matrices [m, n] that this place owns, by
-        index; some are views of `updates`."""
-        pending, buffer = Pending(), updates[:0]
-        if self.needed:
-            parts = [[updates[self.held[move.matrix].in_shard] for move in moves] for moves in self.sent]
-            counts = [sum(move.stop - move.start for move in moves) for moves in self.received]
-            pending, buffer = self._all_to_all(parts, counts, updates, "updates to owners")
+    def __init__(self, plan: PartitionPlan, number: int, grid: Axis, dtype: torch.dtype, device: torch.device):
+        self.plan, self.number, self.grid, self.dtype, self.device = plan, number, grid, dtype, device
+        bucket = plan.buckets[number]
+        self.fragments = {
+            index: fragment for index in bucket.matrices for rank, fragment in plan.stored(index) if rank == grid.rank
+        }
+        self.owned = [index for index in bucket.matrices if plan.owners[index] == grid.rank]
+        transfers = plan.transfers(bucket)
+        self.needed = bool(transfers)  # equal on every rank
+        # (matrix index, fragment) by the other rank: whom this rank sends its updates to, and from whom it gets updates
+        self._sent: list[list[tuple[int, Fragment]]] = [[] for _ in range(grid.size)]
+        self._received: list[list[tuple[int, Fragment]]] = [[] for _ in range(grid.size)]
+        for index, rank, fragment in transfers:
+            if rank == grid.rank:
+                self._sent[plan.owners[index]].append((index, fragment))
+            if plan.owners[index] == grid.rank:
+                self._received[rank].append((index, fragment))
 
-        def arrived() -> dict[int, torch.Tensor]:
-            pending.wait()
-            order = [move for moves in self.received for move in moves]
-            pieces = buffer.split([move.stop - move.start for move in order]) if order else ()
-            found = {(move.matrix, move.holder): piece for move, piece in zip(order, pieces, strict=True)}
-            return {index: self._assemble(index, updates, found) for index in self.owned}
+    def send_to_owners(self, updates: torch.Tensor) -> Callable[[], dict[int, torch.Tensor]]:
+        """Starts to send this rank's shard of the updates, a flat tensor, to the owners.
 
-        return arrived
+        Returns a function that waits and returns the whole updates [m, n] of the matrices that this rank owns, by
+        index. Some of them are views of `updates`.
+        """
+        parts = [[updates[fragment.in_shard] for _, fragment in fragments] for fragments in self._sent]
+        sizes = [[fragment.size for _, fragment in fragments] for fragments in self._received]
+        wait = self._all_to_all(parts, sizes, "updates to owners")
 
-    def to_holders(self, results: dict[int, Result], like: torch.Tensor) -> Callable[[], list[Directed]]:
-        """Send the results of the matrices that this place owns. The returned function waits and gives what this place applies to its own
-        fragments. like: gives the device."""
-        pending, buffer = Pending(), like[:0]
-        if self.needed:
-            local = {
-                (index, rank): self._local(index, rank, result[0])
-                for index, result in results.items()
-                for rank in range(self.plan.tensor)
+        def receive() -> dict[int, torch.Tensor]:
+            stored = {(index, self.grid.rank): updates[fragment.in_shard] for index, fragment in self.fragments.items()}
+            for rank, (fragments, received) in enumerate(zip(self._received, wait(), strict=True)):
+                stored |= {(index, rank): flat for (index, _), flat in zip(fragments, received, strict=True)}
+            return {
+                index: self._assemble(index, [stored[index, rank] for rank, _ in self.plan.stored(index)])
+                for index in self.owned
             }
-            parts = [
-                [part for move in moves for part in self._packed(move, local, *results[move.matrix][1:])]
-                for moves in self.received
-            ]
-            counts = [sum(map(self._packed_count, moves)) for moves in self.sent]
-            pending, buffer = self._all_to_all(parts, counts, like, "directions to holders")
 
-        def arrived() -> list[Directed]:
-            pending.wait()
-            order = [move for moves in self.sent for move in moves]
-            parts = buffer.split([self._packed_count(move) for move in order]) if order else ()
-            returned = {move.matrix: self._unpacked(move, part) for move, part in zip(order, parts, strict=True)}
-            return [
-                Directed(index, piece, *(returned.get(index) or self._own(piece, index, *results[index])))
-                for index, piece in self.held.items()
-            ]
+        return receive
 
-        return arrived
+    def send_back(self, results: dict[int, Result]) -> Callable[[], dict[int, Result]]:
+        """Starts to send the results of the matrices that this rank owns to the ranks that store their fragments.
+
+        Returns a function that waits and returns the results for this rank's fragments, by matrix index.
+        """
+        cut: dict[tuple[int, int], Result] = {}  # by matrix index and grid rank
+        for index, result in results.items():
+            directions = [self._local_direction(index, rank, result.direction) for rank in range(self.plan.tensor)]
+            for rank, fragment in self.plan.stored(index):
+                direction = directions[rank % self.plan.tensor][fragment.start : fragment.stop]
+                cut[index, rank] = Result(direction, result.norm, self._scale(index, rank, fragment, result.scale))
+        parts = [
+            [part for index, _ in fragments for part in self._pack(cut[index, rank])]
+            for rank, fragments in enumerate(self._received)
+        ]
+        sizes = [[self._packed_size(index, fragment) for index, fragment in fragments] for fragments in self._sent]
+        wait = self._all_to_all(parts, sizes, "directions from owners")
+
+        def receive() -> dict[int, Result]:
+            here = {index: result for (index, rank), result in cut.items() if rank == self.grid.rank}
+            for fragments, received in zip(self._sent, wait(), strict=True):
+                for (index, fragment), packed in zip(fragments, received, strict=True):
+                    here[index] = self._unpack(index, fragment, packed)
+            return here
+
+        return receive
 
     def _all_to_all(
-        self, parts: list[list[torch.Tensor]], receive_counts: list[int], like: torch.Tensor, what: str
-    ) -> tuple[Pending, torch.Tensor]:
-        send_counts = [sum(part.numel() for part in own) for own in parts]
-        sent = torch.cat([part for own in parts for part in own] or [like.new_empty(0, dtype=self.dtype)])
-        received = like.new_empty(sum(receive_counts), dtype=self.dtype)
-        name = f"Muon bucket {self.bucket}, {what}"
-        counts = {"receive_counts": receive_counts, "send_counts": send_counts}
-        return all_to_all(received, sent, self.grid, **counts, name=name, asynchronous=True), received
+        self, parts: list[list[torch.Tensor]], sizes: list[list[int]], content: str
+    ) -> Callable[[], list[Iterable[torch.Tensor]]]:
+        """Starts to send parts[r] to grid rank r and to receive flat tensors of sizes[r] elements from it.
 
-    def _assemble(
-        self, index: int, updates: torch.Tensor, arrived: dict[tuple[int, int], torch.Tensor]
-    ) -> torch.Tensor:
-        plan, matrix = self.plan, self.plan.matrices[index]
-        parts = [
-            updates[piece.in_shard] if piece.rank == self.grid.rank else arrived[index, piece.rank]
-            for piece in plan.fragments[index]
-        ]
-        flat = parts[0] if len(parts) == 1 else torch.cat(parts)  # tensor rank after tensor rank
+        Returns a function that waits and returns the received tensors by rank.
+        """
+        if not self.needed:
+            return lambda: [()] * self.grid.size
+        nothing = torch.empty(0, dtype=self.dtype, device=self.device)
+        sent = torch.cat([nothing, *(part for to_rank in parts for part in to_rank)])
+        send_counts = [sum(part.numel() for part in to_rank) for to_rank in parts]
+        receive_counts = [sum(from_rank) for from_rank in sizes]
+        received = nothing.new_empty(sum(receive_counts))
+        counts = {"receive_counts": receive_counts, "send_counts": send_counts}
+        name = f"Muon bucket {self.number}, {content}"
+        pending = all_to_all(received, sent, self.grid, **counts, name=name, asynchronous=True)
+
+        def wait() -> list[Iterable[torch.Tensor]]:
+            pending.wait()
+            return [
+                flat.split(from_rank) for flat, from_rank in zip(received.split(receive_counts), sizes, strict=True)
+            ]
+
+        return wait
+
+    def _assemble(self, index: int, fragments: list[torch.Tensor]) -> torch.Tensor:
+        """Returns the whole matrix [m, n]. fragments: flat, in the order of plan.stored()."""
+        matrix, tensor = self.plan.matrices[index], self.plan.tensor
+        flat = fragments[0] if len(fragments) == 1 else torch.cat(fragments)
         if flat.data_ptr() % _ALIGNED_BYTES:  # a library may choose another kernel, with other bits
             flat = flat.clone()
-        if plan.tensor == 1 or matrix.cut == "column":
+        if tensor == 1 or matrix.cut == "column":
             return flat.view(matrix.shape)
-        return torch.cat(flat.view(plan.tensor, *matrix.local_shape(plan.tensor)).unbind(), dim=1)
+        return torch.cat(flat.view(tensor, *matrix.local_shape(tensor)).unbind(), dim=1)
 
-    def _local(self, index: int, rank: int, direction: torch.Tensor) -> torch.Tensor:
-        """Tensor rank `rank`'s part of a whole [m, n], flat."""
+    def _local_direction(self, index: int, tensor_rank: int, direction: torch.Tensor) -> torch.Tensor:
+        """Returns a tensor rank's part of the whole direction [m, n], flat."""
         matrix, tensor = self.plan.matrices[index], self.plan.tensor
-        row, column = matrix.local_offset(tensor, rank)
+        row, column = matrix.local_offset(tensor, tensor_rank)
         rows, columns = matrix.local_shape(tensor)
         return direction[row : row + rows, column : column + columns].reshape(-1)
 
-    def _scales(self, index: int, piece: Fragment | Move, rank: int, scale: torch.Tensor) -> torch.Tensor:
-        """What a fragment of tensor rank `rank` needs of the whole matrix's scales."""
+    def _scale(self, index: int, rank: int, fragment: Fragment, scale: torch.Tensor) -> torch.Tensor:
+        """Returns the part of the whole matrix's scale that a fragment on a grid rank needs."""
         matrix, tensor = self.plan.matrices[index], self.plan.tensor
-        row, column = matrix.local_offset(tensor, rank)
+        row, column = matrix.local_offset(tensor, rank % tensor)
         columns = matrix.local_shape(tensor)[1]
-        first, last = touched_rows(columns, piece.start, piece.stop)
+        first, last = fragment.rows(columns)
         return scale[row + first : row + last] if matrix.scaled_by_row else scale[:, column : column + columns]
 
-    def _own(
-        self, piece: Fragment, index: int, direction: torch.Tensor, norm: torch.Tensor, scale: torch.Tensor
-    ) -> Result:
-        rank = self.grid.rank % self.plan.tensor
-        return (
-            self._local(index, rank, direction)[piece.start : piece.stop],
-            norm,
-            self._scales(index, piece, rank, scale),
-        )
+    def _pack(self, result: Result) -> list[torch.Tensor]:
+        """Returns flat tensors of the wire's dtype: the direction, and the bytes of norm and scale."""
+        scales = torch.cat([result.norm.reshape(-1), result.scale.reshape(-1)])
+        return [result.direction, scales.view(self.dtype)]
 
-    def _packed(
-        self, move: Move, local: dict[tuple[int, int], torch.Tensor], norm: torch.Tensor, scale: torch.Tensor
-    ) -> list[torch.Tensor]:
-        rank = move.holder % self.plan.tensor
-        scales = torch.cat([norm.reshape(-1), self._scales(move.matrix, move, rank, scale).reshape(-1)])
-        return [local[move.matrix, rank][move.start : move.stop], scales.view(self.dtype)]
+    def _packed_size(self, index: int, fragment: Fragment) -> int:
+        return fragment.size + self.plan.returned_scales(index, fragment) * (4 // self.dtype.itemsize)
 
-    def _packed_count(self, move: Move) -> int:
-        return move.stop - move.start + self.plan.returned_scales(move) * (4 // self.dtype.itemsize)
-
-    def _unpacked(self, move: Move, part: torch.Tensor) -> Result:
-        direction, scales = part.split([move.stop - move.start, part.numel() - (move.stop - move.start)])
-        scales = scales.clone().view(torch.float32)  # a copy, because the part may begin in the middle of a float32
-        return (
-            direction,
-            scales[:1].view(1, 1),
-            scales[1:].view((-1, 1) if self.plan.matrices[move.matrix].scaled_by_row else (1, -1)),
-        )
+    def _unpack(self, index: int, fragment: Fragment, packed: torch.Tensor) -> Result:
+        direction, scales = packed.split([fragment.size, packed.numel() - fragment.size])
+        scales = scales.clone().view(torch.float32)  # a copy, because the view must start at a multiple of four bytes
+        shape = (-1, 1) if self.plan.matrices[index].scaled_by_row else (1, -1)
+        return Result(direction, scales[:1].view(1, 1), scales[1:].view(shape))

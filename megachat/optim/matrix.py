@@ -1,4 +1,4 @@
-"""What the Muon partition knows about a weight matrix: its whole shape, how the tensor axis cuts it, what it costs. No torch."""
+"""A weight matrix as the Muon partition sees it: shape, tensor-parallel cut and cost. No torch."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,10 +8,13 @@ NEWTON_SCHULZ_STEPS = 5
 
 @dataclass(frozen=True)
 class Matrix:
-    """One weight matrix. shape: of the whole. layer: its block, 0 is the first of the forward pass. multiplier: of the learning rate.
+    """One weight matrix of the model.
 
-    cut: what the tensor axis divides: "column" the output features (dim 0), "row" the input features (dim 1), "whole" nothing, which an
-    axis of more than one rank does not take.
+    shape: of the whole matrix. layer: index of its block, 0 is the first in the forward pass. multiplier: factor on
+    Muon's learning rate.
+    cut: the dimension that the tensor axis divides. "column" divides the output features (dim 0), "row" the input
+    features (dim 1).
+    "whole" is not divided and requires one tensor rank. The part of one tensor rank is called the local matrix.
     """
 
     name: str
@@ -22,27 +25,23 @@ class Matrix:
 
     @property
     def elements(self) -> int:
-        """rows x columns of the whole."""
+        """Number of elements of the whole matrix."""
         return self.shape[0] * self.shape[1]
 
     @property
     def flops(self) -> int:
-        """Orthogonalization in five steps with the Gram matrix on the smaller side."""
+        """FLOPs of the orthogonalization, whose Gram matrix has the size of the shorter side."""
         short, long = min(self.shape), max(self.shape)
         return NEWTON_SCHULZ_STEPS * (4 * short * short * long + 2 * short**3)
 
     @property
-    def scales(self) -> int:
-        """Values in the second moment: one a row when tall or square, else one a column, so the longer side."""
-        return max(self.shape)
-
-    @property
     def scaled_by_row(self) -> bool:
-        """True when the second moment has a value a row."""
+        """Whether the second moment has one value per row (tall or square matrices), else one per column."""
         return self.shape[0] >= self.shape[1]
 
     def local_shape(self, tensor: int) -> tuple[int, int]:
-        """Shape of one of the `tensor` equal shards. Raises ValueError when the matrix cannot be divided so."""
+        """Returns the shape of the local matrix on an axis of `tensor` ranks. Raises ValueError if the cut does not
+        divide evenly."""
         if tensor == 1:
             return self.shape
         if self.cut not in ("column", "row"):
@@ -55,11 +54,6 @@ class Matrix:
         return (rows // tensor, columns) if self.cut == "column" else (rows, columns // tensor)
 
     def local_offset(self, tensor: int, rank: int) -> tuple[int, int]:
-        """Where the shard of tensor rank `rank` begins in the whole."""
+        """Returns the row and column of the whole matrix at which the local matrix of tensor rank `rank` starts."""
         rows, columns = self.local_shape(tensor)
         return (rank * rows, 0) if self.cut == "column" else (0, rank * columns)
-
-
-def touched_rows(columns: int, start: int, stop: int) -> tuple[int, int]:
-    """The rows [first, last) that elements [start, stop) of a row-major matrix lie in."""
-    return start // columns, -(-stop // columns)

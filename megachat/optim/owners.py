@@ -1,17 +1,26 @@
-"""Who orthogonalizes which matrix: one owner a matrix, balanced by cost over the whole data x tensor grid of a pipeline stage. No torch."""
+"""Assigns every matrix an owner: the rank of a pipeline stage that orthogonalizes it. Balanced by cost. No torch."""
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 from megachat.optim.buckets import Fragment
 from megachat.optim.matrix import Matrix
 
-_BALANCE_TOLERANCE = 1.02  # owners leave aligned matrices only when that lightens the heaviest rank by more
+_BALANCE_TOLERANCE = (
+    1.02  # of the busiest rank's load over the LPT load, for aligned matrices to stay on their data rank
+)
+
+
+class _Assignment(NamedTuple):
+    owners: list[int]  # grid rank of each matrix
+    heaviest: int  # FLOPs of the busiest rank
+    kept: int  # elements that the data ranks of the owners store already
 
 
 def lightest_makespan(costs: list[int], ranks: int) -> int:
-    """The heaviest rank's load when the costs are dealt in decreasing order to the lightest rank (LPT)."""
+    """Returns the busiest rank's load if every cost, in decreasing order, goes to the least loaded rank (LPT)."""
     heap = [0] * ranks
     for cost in sorted(costs, reverse=True):
         heapq.heapreplace(heap, heap[0] + cost)
@@ -19,80 +28,72 @@ def lightest_makespan(costs: list[int], ranks: int) -> int:
 
 
 def assign_owners(
-    matrices: Sequence[Matrix], pieces: Sequence[tuple[Fragment, ...]], pinned: set[int], ranks: int, tensor: int
+    matrices: Sequence[Matrix],
+    fragments: Sequence[Sequence[Fragment]],
+    aligned: Collection[int],
+    data: int,
+    tensor: int,
 ) -> list[int]:
-    """Each matrix's owner, a place (data rank x tensor + tensor rank) of the grid.
+    """Returns the owner of each matrix as a grid rank: data rank x tensor ranks + tensor rank.
 
-    pieces: what the data ranks hold of each matrix, the same on every tensor rank. pinned: aligned matrices, which stay with the tensor ranks
-    of their holder, on the least loaded of them; others go, in decreasing cost, to the holder of the largest piece that is not full yet.
-    Several limits for "full" are tried: between equally balanced outcomes the one that moves fewer elements wins.
+    fragments: of each matrix, over the data ranks. aligned: indices of matrices that one data rank stores whole. Their
+    owner is the least loaded tensor rank of that data rank, unless the balance suffers. Several load limits are tried.
+    Among assignments that are equally balanced, to 0.1 %, the one that moves the fewest elements wins.
     """
     if not matrices:
         return []
-    makespan = lightest_makespan([matrix.flops for matrix in matrices], ranks * tensor)
-    owners, heaviest = _best_owners(matrices, pieces, pinned, ranks, tensor, makespan)
-    if heaviest > _BALANCE_TOLERANCE * makespan and pinned:
-        unpinned, lighter = _best_owners(matrices, pieces, set(), ranks, tensor, makespan)
-        if lighter < heaviest:
-            return unpinned
-    return owners
-
-
-def _best_owners(
-    matrices: Sequence[Matrix],
-    pieces: Sequence[tuple[Fragment, ...]],
-    pinned: set[int],
-    ranks: int,
-    tensor: int,
-    makespan: int,
-) -> tuple[list[int], int]:
     costs = [matrix.flops for matrix in matrices]
-    least = max(math.ceil(sum(costs) / (ranks * tensor)), max(costs))
-    order = sorted(range(len(costs)), key=lambda index: (index not in pinned, -costs[index], index))
-    homes = [  # (elements held, data rank), the largest piece first
-        [
-            (piece.stop - piece.start, piece.rank)
-            for piece in sorted(own, key=lambda piece: (piece.start - piece.stop, piece.rank))
-        ]
-        for own in pieces
-    ]
-    tried = []
-    for limit in dict.fromkeys((least, least * 1.05, max(least * 1.1, makespan), makespan, 0)):
-        tried.append(_owners_under(limit, order, costs, homes, pinned, ranks, tensor))
-    lightest = min(heaviest for _, heaviest, _ in tried)
-    owners, heaviest, _ = max(
-        (attempt for attempt in tried if attempt[1] <= 1.001 * lightest), key=lambda attempt: (attempt[2], -attempt[1])
-    )
-    return owners, heaviest
+    makespan = lightest_makespan(costs, data * tensor)
+    least = max(math.ceil(sum(costs) / (data * tensor)), max(costs))
+    limits = dict.fromkeys((least, least * 1.05, max(least * 1.1, makespan), makespan, 0))
+    largest_first = [sorted(own, key=lambda fragment: (-fragment.size, fragment.rank)) for own in fragments]
+
+    def best_assignment(pinned: Collection[int]) -> _Assignment:
+        order = sorted(range(len(costs)), key=lambda index: (index not in pinned, -costs[index], index))
+        tried = [_assign_below(limit, order, costs, largest_first, pinned, data, tensor) for limit in limits]
+        lightest = min(assignment.heaviest for assignment in tried)
+        balanced = [assignment for assignment in tried if assignment.heaviest <= 1.001 * lightest]
+        return max(balanced, key=lambda assignment: (assignment.kept, -assignment.heaviest))
+
+    best = best_assignment(aligned)
+    if aligned and best.heaviest > _BALANCE_TOLERANCE * makespan:
+        best = min(best, best_assignment(()), key=lambda assignment: assignment.heaviest)
+    return best.owners
 
 
-def _owners_under(
+def _assign_below(
     limit: float,
     order: list[int],
     costs: list[int],
-    homes: list[list[tuple[int, int]]],
-    pinned: set[int],
-    ranks: int,
+    largest_first: list[list[Fragment]],
+    pinned: Collection[int],
+    data: int,
     tensor: int,
-) -> tuple[list[int], int, int]:
-    """(owners, heaviest load, elements that need not move) when no holder takes a matrix that would lift it over the limit."""
-    loads = [0] * (ranks * tensor)
-    heap = [(0, place) for place in range(ranks * tensor)]  # entries may be out of date; the true load decides
-    lightest = [rank * tensor for rank in range(ranks)]  # of each data rank's places
+) -> _Assignment:
+    """Assigns the matrices in `order`.
+
+    The owner is the rank that stores the largest fragment and whose load stays within the limit. If there is none, it
+    is the least loaded rank of the grid. A pinned matrix stays on its data rank.
+    """
+    loads = [0] * (data * tensor)
+    heap = [(0, rank) for rank in range(data * tensor)]  # (load, grid rank); an entry may be outdated, `loads` decides
+    least_loaded = [rank * tensor for rank in range(data)]  # by data rank: the grid rank with the smallest load
     owners, kept = [0] * len(costs), 0
     for index in order:
         while loads[heap[0][1]] != heap[0][0]:
             heapq.heappop(heap)
         cost, owner = costs[index], heap[0][1]
+        candidates = [least_loaded[fragment.rank] for fragment in largest_first[index]]
         if index in pinned:
-            owner = lightest[homes[index][0][1]]
-        elif loads[owner] + cost <= limit:  # else every holder is full, too
-            owner = next((lightest[rank] for _, rank in homes[index] if loads[lightest[rank]] + cost <= limit), owner)
+            owner = candidates[0]
+        elif loads[owner] + cost <= limit:  # else every candidate is full, too
+            owner = next((rank for rank in candidates if loads[rank] + cost <= limit), owner)
         loads[owner] += cost
         heapq.heappush(heap, (loads[owner], owner))
         owners[index] = owner
-        rank = owner // tensor
-        kept += next((held for held, holder in homes[index] if holder == rank), 0)
-        if tensor > 1 and owner == lightest[rank]:
-            lightest[rank] = min(range(rank * tensor, (rank + 1) * tensor), key=lambda place: (loads[place], place))
-    return owners, max(loads), kept
+        data_rank = owner // tensor
+        kept += next((fragment.size for fragment in largest_first[index] if fragment.rank == data_rank), 0)
+        if tensor > 1 and owner == least_loaded[data_rank]:
+            of_data_rank = range(data_rank * tensor, (data_rank + 1) * tensor)
+            least_loaded[data_rank] = min(of_data_rank, key=lambda rank: (loads[rank], rank))
+    return _Assignment(owners, max(loads), kept)

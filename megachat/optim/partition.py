@@ -1,16 +1,21 @@
-"""The Muon partition: float32 masters and momentum in equal shards over the data x tensor grid of a pipeline stage, each matrix orthogonalized
-at one place of it.
+"""The Muon partition: distributes Muon over the data x tensor grid of a pipeline stage.
 
-A step: gradients are summed over the data axis into shards, momentum moves on shards, owners orthogonalize whole matrices, shards are updated,
-weights are gathered. The result depends on the gradients alone: neither the buckets nor the owners nor the tensor axis changes a bit.
-No state moves before step(), so a step can be given up until then.
+float32 masters and momentum are stored in equal shards. Every matrix has one owner rank, which orthogonalizes it.
+One step: collect the gradients of all micro-batches, reduce-scatter them to shards, update the momentum of the shards,
+send the updates to the owners, orthogonalize whole matrices, send the directions back, apply them to the masters,
+all-gather the weights.
+
+The result depends on the gradients only: buckets, owners and the tensor axis do not change a bit. No state changes
+before step(), so a step can be abandoned until then.
 """
+
+from typing import NamedTuple
 
 import torch
 
 from megachat.kernels.gradient_norm import SumOfSquares, torch_sum_of_squares
 from megachat.optim.bucket_memory import BucketMemory
-from megachat.optim.exchange import Directed, Exchange
+from megachat.optim.exchange import Result
 from megachat.optim.matrix import Matrix
 from megachat.optim.muon import Functions, orthogonalization_dtype, second_moment_shape
 from megachat.optim.partition_plan import make_plan
@@ -19,20 +24,32 @@ from megachat.parallel.mesh import Mesh
 from megachat.parallel.progress import profile_range
 from megachat.parallel.rectangles import Rectangle, flat_rectangles
 
-_REDUCTIONS_IN_FLIGHT = 2  # buckets that hold wire buffers at a time: one on the wire while the next is packed
+_REDUCES_IN_FLIGHT = 2  # buckets that hold wire buffers at a time: one is sent while the next is packed
+
+
+class Shard(NamedTuple):
+    """This rank's part of a tensor. name: of the matrix. shape, rectangles: of the whole tensor, and views of it."""
+
+    kind: str
+    name: str
+    shape: tuple[int, int]
+    rectangles: list[Rectangle]
 
 
 class MuonPartition:
     """Muon over the data and tensor axes.
 
-    parameters: float32 by name, this tensor rank's shards, equal on every data rank; their storage is taken over: afterwards they are views
-    of bfloat16 buckets when computing in bfloat16, else of float32 buckets. matrices: the same names, whole shapes. gradient_wire: bfloat16 or
-    float32, the dtype in which gradients travel (they are summed in float32, in the order of ranks, in the first case); with one data rank
-    nothing is rounded.
-    Gradients are collected by hooks while backward runs; `grad` is None afterwards. A parameter without gradient in a step counts as zeros.
-    Order of calls in a step: backwards, start_async_reduce() before the last of them, reduce, wait_for_reduce, then sum_of_squares and either step or drop; wait,
-    or wait_for_layer of each block, before the parameters are read. Without start_async_reduce() nothing is reduced before start_reduce().
-    Raises ValueError when names, shapes, cuts or dtypes do not fit, RuntimeError when ranks disagree on the plan or calls come out of order.
+    parameters: float32, by name: the local matrices of this tensor rank, equal on all data ranks. Their storage is
+    replaced: they become views of buckets, bfloat16 if compute_dtype is bfloat16, else float32. matrices: the same
+    names, with whole shapes. gradient_wire: dtype in which gradients are sent. bfloat16 gradients are summed in
+    float32 and in rank order. One data rank sends and rounds nothing.
+
+    Hooks collect the gradients during backward and set `grad` to None. A parameter without a gradient counts as zeros.
+    One step calls start_async_reduce() before its last backward pass (without it, the reduce starts after backward),
+    start_reduce(), wait_for_reduce() and sum_of_squares(), then step() or discard_gradients(). Before parameters are
+    read, it calls wait_for_gather(), or wait_for_layer() of each block.
+    Raises ValueError for names, shapes, cuts or dtypes that do not match, RuntimeError for calls out of order and for
+    plans that differ between ranks.
     """
 
     def __init__(
@@ -50,288 +67,272 @@ class MuonPartition:
     ):
         self.mesh, self._squares, self._functions = mesh, squares, functions or Functions()
         self.plan = make_plan(matrices, mesh.data.size, tensor=mesh.tensor.size, layers_per_bucket=layers_per_bucket)
-        _check(parameters, matrices, mesh.tensor.size, gradient_wire)
+        _validate(parameters, matrices, mesh.tensor.size, gradient_wire)
         if len(set(all_gather_objects(self.plan.digest, mesh.stage, name="Muon plans compared"))) > 1:
             raise RuntimeError(
                 "the ranks of a pipeline stage planned different Muon partitions: their parameters or settings differ"
             )
         self.direction_dtype = orthogonalization_dtype(compute_dtype)
-        weight_dtype = torch.bfloat16 if compute_dtype == torch.bfloat16 else torch.float32
+        self.matrices_updated = 0  # by this rank in its last step
         device = next(iter(parameters.values())).device if parameters else mesh.device
-        self.matrices_updated = 0  # at this place, in its last step
+        dtypes = {
+            "weight_dtype": torch.bfloat16 if compute_dtype == torch.bfloat16 else torch.float32,
+            "wire_dtype": gradient_wire,
+            "direction_dtype": self.direction_dtype,
+        }
         numbers = range(len(self.plan.buckets))
-        self._buckets = [
-            BucketMemory(self.plan, number, mesh.data, weight_dtype, gradient_wire, device) for number in numbers
-        ]
-        self._exchanges = [Exchange(self.plan, number, mesh.stage, self.direction_dtype) for number in numbers]
+        self._buckets = [BucketMemory(self.plan, number, mesh, device, **dtypes) for number in numbers]
+        self._layer_buckets: dict[int, list[BucketMemory]] = {}
+        for bucket in reversed(self._buckets):
+            for layer in {self.plan.matrices[index].layer for index in bucket.layout.matrices}:
+                self._layer_buckets.setdefault(layer, []).append(bucket)
         self._second_moment = {
             index: torch.zeros(second_moment_shape(matrix.shape), device=device)
             for index, matrix in enumerate(self.plan.matrices)
             if self.plan.owners[index] == mesh.stage.rank
         }
-        self._layer_buckets: dict[int, list[BucketMemory]] = {}
-        for bucket in self._buckets:
-            for layer in {self.plan.matrices[index].layer for index in bucket.layout.matrices}:
-                self._layer_buckets.setdefault(layer, []).append(bucket)
         self._lr = {matrix.multiplier: torch.zeros((), device=device) for matrix in self.plan.matrices}
         self._weight_decay, self._momentum = torch.zeros((), device=device), torch.zeros((), device=device)
         self._beta2 = torch.tensor(beta2, dtype=torch.float32, device=device)
-        self._arrived: set[int] = set()  # matrices with a gradient in this step
-        self._awaited: list[set[int]] | None = (
-            None  # when armed, by bucket: matrices without a gradient in the last micro-batch
-        )
-        self._launched = 0  # buckets whose reduction was launched in this step, always the first ones
-        self._reduced = False
-        for number, bucket in enumerate(self._buckets):
-            self._take_over(parameters, number, bucket)
+        self._forget_gradients()
+        self._move_into_buckets(parameters)
 
-    # ---- construction
+    def _forget_gradients(self) -> None:
+        self._collected: set[int] = set()  # matrices with a gradient in this step
+        # by bucket, from start_async_reduce() on: matrices without a gradient in the last micro-batch
+        self._missing: list[set[int]] | None = None
+        self._reduces_started = 0  # in this step, always those of the first buckets
+        self._start_reduce_called = False
 
     @torch.no_grad()
-    def _take_over(self, parameters: dict[str, torch.nn.Parameter], number: int, bucket: BucketMemory) -> None:
-        for place, index in enumerate(bucket.layout.matrices):
-            parameter = parameters[self.plan.matrices[index].name]
-            if piece := self._exchanges[number].held.get(index):
-                bucket.master[piece.in_shard] = parameter.reshape(-1)[piece.start : piece.stop]
-            view = bucket.part(bucket.weights, place)
-            view.copy_(parameter)
-            parameter.data = view
-            parameter.grad = None
-            parameter.register_post_accumulate_grad_hook(self._collector(number, bucket, place, index))
+    def _move_into_buckets(self, parameters: dict[str, torch.nn.Parameter]) -> None:
+        for bucket in self._buckets:
+            for index in bucket.layout.matrices:
+                parameter = parameters[self.plan.matrices[index].name]
+                if fragment := bucket.exchange.fragments.get(index):
+                    bucket.master[fragment.in_shard] = parameter.reshape(-1)[fragment.start : fragment.stop]
+                view = bucket.local_matrix(bucket.weights, index)
+                view.copy_(parameter)
+                parameter.data = view
+                parameter.grad = None
+                parameter.register_post_accumulate_grad_hook(self._gradient_hook(bucket, index))
 
-    def _collector(self, number: int, bucket: BucketMemory, place: int, index: int):
-        name = self.plan.matrices[index].name
-
-        @torch.no_grad()
-        def collect(parameter: torch.nn.Parameter) -> None:
-            if self._reduced or number < self._launched:
-                raise RuntimeError(
-                    f"a gradient of {name} arrived after its reduction was launched and before step() or discard_gradients()"
-                )
-            view = bucket.part(bucket.gradients, place)
-            if index in self._arrived:
-                view.add_(parameter.grad)
-            else:
-                view.copy_(parameter.grad)
-                self._arrived.add(index)
-            parameter.grad = None
-            if self._awaited is not None:
-                self._awaited[number].discard(index)
-                self._launch_complete()
-
-        return collect
-
-    # ---- one step
+    # ---- one step, in the order of the calls
 
     def set_hyper(self, lr: float, weight_decay: float, momentum: float) -> None:
-        """For the steps to come; lr is before each matrix's multiplier."""
+        """Sets the hyperparameters of the next steps. Each matrix multiplies lr by its multiplier."""
         for multiplier, tensor in self._lr.items():
             tensor.fill_(lr * multiplier)
         self._weight_decay.fill_(weight_decay)
         self._momentum.fill_(momentum)
 
     def start_async_reduce(self) -> None:
-        """The next backward is the step's last: from now on a bucket is reduced as soon as all its gradients of this backward are there and the
-        buckets before it are launched, so that every rank launches in the order of the plan."""
-        if self._reduced or self._launched:
-            raise RuntimeError(
-                "start_async_reduce() came after a reduction was launched and before step() or discard_gradients()"
-            )
-        self._awaited = [set(bucket.layout.matrices) for bucket in self._buckets]
+        """Announces the last backward pass of the step.
+
+        During this pass, hooks start the reduce of a bucket when its gradients are complete and the reduces of all
+        buckets before it are started. So every rank starts the reduces in the order of the plan.
+        """
+        if self._start_reduce_called or self._reduces_started:
+            raise RuntimeError("start_async_reduce() must precede the reduces of a step, but some are started already")
+        self._missing = [set(bucket.layout.matrices) for bucket in self._buckets]
+
+    def _gradient_hook(self, bucket: BucketMemory, index: int):
+        """Returns the hook that moves a parameter's gradient into its bucket."""
+
+        @torch.no_grad()
+        def collect(parameter: torch.nn.Parameter) -> None:
+            if self._start_reduce_called or bucket.number < self._reduces_started:
+                raise RuntimeError(
+                    f"a gradient of {self.plan.matrices[index].name} arrived after the reduce of its bucket was "
+                    "started and before step() or discard_gradients()"
+                )
+            total, gradient = bucket.local_matrix(bucket.gradients, index), parameter.grad
+            assert gradient is not None
+            if index in self._collected:
+                total.add_(gradient)
+            else:
+                total.copy_(gradient)
+                self._collected.add(index)
+            parameter.grad = None
+            if self._missing is not None:
+                self._missing[bucket.number].discard(index)
+                while self._reduces_started < len(self._buckets) and not self._missing[self._reduces_started]:
+                    self._start_next_reduce()
+
+        return collect
 
     @torch.no_grad()
     def start_reduce(self) -> None:
-        """Launch the mean over the data axis of what the hooks collected, bucket after bucket in the order of backward; hooks may have launched
-        the first ones."""
-        if self._reduced:
+        """Starts the mean of the gradients over the data axis for all buckets that the hooks have not started yet."""
+        if self._start_reduce_called:
             raise RuntimeError("start_reduce() was called twice without step() or discard_gradients() in between")
-        while self._launched < len(self._buckets):
-            self._launch_next()
-        self._reduced = True
+        while self._reduces_started < len(self._buckets):
+            self._start_next_reduce()
+        self._start_reduce_called = True
 
-    def _launch_complete(self) -> None:
-        while self._launched < len(self._buckets) and not self._awaited[self._launched]:
-            self._launch_next()
-
-    def _launch_next(self) -> None:
-        bucket = self._buckets[self._launched]
-        for place, index in enumerate(bucket.layout.matrices):
-            if index not in self._arrived:
-                bucket.part(bucket.gradients, place).zero_()
+    def _start_next_reduce(self) -> None:
+        bucket = self._buckets[self._reduces_started]
+        for index in bucket.layout.matrices:
+            if index not in self._collected:
+                bucket.local_matrix(bucket.gradients, index).zero_()
         with profile_range("reduce"):
-            if self._launched >= _REDUCTIONS_IN_FLIGHT:
-                self._buckets[self._launched - _REDUCTIONS_IN_FLIGHT].finish_reduction()
-            bucket.launch_reduction()
-        self._launched += 1
+            if self._reduces_started >= _REDUCES_IN_FLIGHT:
+                self._buckets[self._reduces_started - _REDUCES_IN_FLIGHT].finish_reduce()
+            bucket.start_reduce()
+        self._reduces_started += 1
 
     @torch.no_grad()
     def wait_for_reduce(self) -> None:
         """Returns when the reduced gradients may be read."""
         with profile_range("reduce"):
             for bucket in self._buckets:
-                bucket.finish_reduction()
+                bucket.finish_reduce()
 
     @torch.no_grad()
     def sum_of_squares(self) -> torch.Tensor:
-        """0-d float32: of this place's shard of the reduced gradients. Added over the grid it counts every element once; inf and nan show."""
-        self._require_reduced("sum_of_squares")
+        """Returns the sum of squares of this rank's shards of the reduced gradients, 0-d float32, inf and nan included.
+        The sum over the grid counts every element once."""
+        self._require_start_reduce("sum_of_squares")
         self.wait_for_reduce()
         reduced = [bucket.reduced for bucket in self._buckets]
         return self._squares(reduced) if reduced else torch.zeros_like(self._momentum)
 
     def discard_gradients(self) -> None:
-        """Forget the gradients of this step; no state is touched. All ranks call it, like step()."""
-        if self._awaited is not None and not self._reduced:
-            self.start_reduce()  # other ranks' hooks may have launched more buckets than this one's
+        """Ends the step without an update; no state changes. Like step(), all ranks must call it."""
+        if self._missing is not None and not self._start_reduce_called:
+            self.start_reduce()  # the hooks of other ranks may have started more reduces than this rank's
         self.wait_for_reduce()
         self._forget_gradients()
         self.matrices_updated = 0
-
-    def _forget_gradients(self) -> None:
-        self._arrived.clear()
-        self._awaited, self._launched, self._reduced = None, 0, False
 
     @torch.no_grad()
     def step(self, gradient_scale: float | torch.Tensor) -> None:
-        """One step with the reduced gradients times `gradient_scale`. The gathers of the weights are launched, in the order of forward but those
-        of buckets without exchange first, and awaited by wait_for_gather() or wait_for_layer()."""
-        self._require_reduced("step")
+        """Updates the masters with the reduced gradients times `gradient_scale` and starts the gathers of the weights.
+        The gathers follow the order of the forward pass; buckets without exchange come first."""
+        self._require_start_reduce("step")
         self.wait_for_reduce()
-        self.wait_for_gather()  # of the step before: gathers read the weights that are now written
+        self.wait_for_gather()  # gathers of the previous step still read the weights
         self.matrices_updated = 0
-        forward = list(zip(reversed(self._buckets), reversed(self._exchanges), strict=True))
-        outgoing, returning = [], []
-        for bucket, exchange in forward:
-            updates = self._functions.momentum_update(
-                bucket.momentum, bucket.reduced.mul_(gradient_scale), self._momentum
-            ).to(self.direction_dtype)
-            outgoing.append((exchange.to_owners(updates), updates))
-        # no place waits for another's orthogonalization before it has done its own: the busiest place alone sets the time
-        for (bucket, exchange), (arrive, updates) in zip(forward, outgoing, strict=True):
-            results = {index: self._orthogonalize(index, update) for index, update in arrive().items()}
-            arrive_back = exchange.to_holders(results, updates)
-            if exchange.needed:
-                returning.append((bucket, arrive_back))
+        sent, returned = [], []
+        for bucket in reversed(self._buckets):
+            gradient = bucket.reduced.mul_(gradient_scale)
+            update = self._functions.momentum_update(bucket.momentum, gradient, self._momentum).to(self.direction_dtype)
+            sent.append((bucket, bucket.exchange.send_to_owners(update)))
+        # no rank waits for the results of others before it has orthogonalized its own matrices: the busiest rank alone
+        # sets the time
+        for bucket, receive_updates in sent:
+            results = {index: self._orthogonalize(index, update) for index, update in receive_updates().items()}
+            receive_results = bucket.exchange.send_back(results)
+            if bucket.exchange.needed:
+                returned.append((bucket, receive_results))
             else:
-                self._apply(bucket, arrive_back())
-        for bucket, arrive_back in returning:
-            self._apply(bucket, arrive_back())
+                self._apply(bucket, receive_results())
+        for bucket, receive_results in returned:
+            self._apply(bucket, receive_results())
         self._forget_gradients()
 
-    def _orthogonalize(self, index: int, update: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The whole-matrix half of the step: (direction [m, n], norm, scales); moves the second moment."""
+    def _orthogonalize(self, index: int, update: torch.Tensor) -> Result:
+        """Does the whole-matrix part of the step on the owner. Changes the second moment."""
         direction = self._functions.update_direction(update)
+        norm, scale = self._functions.update_scales(direction, self._second_moment[index], self._beta2)
         self.matrices_updated += 1
-        return direction, *self._functions.update_scales(direction, self._second_moment[index], self._beta2)
+        return Result(direction, norm, scale)
 
-    def _apply(self, bucket: BucketMemory, fragments: list[Directed]) -> None:
-        """The elementwise half of the step, rectangle by rectangle, so that scales broadcast; then the bucket's gather is launched."""
-        for directed in fragments:
-            matrix, piece = self.plan.matrices[directed.matrix], directed.fragment
+    def _apply(self, bucket: BucketMemory, results: dict[int, Result]) -> None:
+        """Does the elementwise part of the step on this rank's fragments, then starts the bucket's gather. Fragments
+        are split into rectangles, because scales broadcast over rows or columns."""
+        for index, result in results.items():
+            matrix, fragment = self.plan.matrices[index], bucket.exchange.fragments[index]
             shape = matrix.local_shape(self.plan.tensor)
-            targets = flat_rectangles(shape, bucket.master[piece.in_shard], piece.start)
-            directions = flat_rectangles(shape, directed.direction, piece.start)
-            first_row = targets[0][0][0]
-            for ((row, column), (rows, width), weight), (_, _, direction) in zip(targets, directions, strict=True):
-                if directed.scale.size(1) == 1:
-                    scale = directed.scale[row - first_row : row - first_row + rows]
+            weights = flat_rectangles(shape, bucket.master[fragment.in_shard], fragment.start)
+            directions = flat_rectangles(shape, result.direction, fragment.start)
+            first_row, _ = fragment.rows(shape[1])
+            for ((row, column), (rows, columns), weight), (_, _, direction) in zip(weights, directions, strict=True):
+                if matrix.scaled_by_row:
+                    scale = result.scale[row - first_row : row - first_row + rows]
                 else:
-                    scale = directed.scale[:, column : column + width]
-                self._functions.apply_update(
-                    weight, direction, directed.norm, scale, self._lr[matrix.multiplier], self._weight_decay
-                )
+                    scale = result.scale[:, column : column + columns]
+                lr = self._lr[matrix.multiplier]
+                self._functions.apply_update(weight, direction, result.norm, scale, lr, self._weight_decay)
         with profile_range("gather"):
-            bucket.launch_gather()
+            bucket.start_gather()
 
     def wait_for_gather(self) -> None:
-        """Returns when all parameters hold the new weights on this rank."""
+        """Returns when all parameters on this rank have the new weights."""
         with profile_range("gather"):
             for bucket in reversed(self._buckets):
-                bucket.gathering.wait()
+                bucket.gather.wait()
 
     def wait_for_layer(self, layer: int) -> None:
-        """Returns when the block's parameters hold the new weights on this rank; other blocks' gathers may go on. Any other number waits for
-        nothing."""
+        """Returns when one block's parameters have the new weights on this rank. Other numbers wait for nothing."""
         with profile_range("gather"):
-            for bucket in reversed(self._layer_buckets.get(layer, [])):
-                bucket.gathering.wait()
+            for bucket in self._layer_buckets.get(layer, []):
+                bucket.gather.wait()
 
-    def _require_reduced(self, call: str) -> None:
-        if not self._reduced:
-            raise RuntimeError(f"{call}() needs start_reduce() first")
+    def _require_start_reduce(self, call: str) -> None:
+        if not self._start_reduce_called:
+            raise RuntimeError(f"{call}() was called before start_reduce()")
 
     # ---- state
 
-    def state_shards(self) -> list[tuple[str, str, tuple[int, int], list[Rectangle]]]:
-        """(kind, name, whole shape, [(offsets, sizes, view), ...]) of every matrix, the same list on every rank but for the rectangles.
+    def state_shards(self) -> list[Shard]:
+        """Returns the float32 "master", "momentum" and "second_moment" of every matrix, after gathers in progress.
 
-        kind: "master", "momentum" or "second_moment", all float32. Views alias the live state: load into them in place, then call
-        refresh_weights(). Together the rectangles of a stage's ranks cover each tensor once. Gathers under way are waited for.
+        Only the rectangles differ by rank; those of all ranks of the stage cover each tensor once. Their views alias
+        the live state: load into them in place, then call refresh_weights().
         """
         self.wait_for_gather()
         shards = []
-        for bucket, exchange in zip(self._buckets, self._exchanges, strict=True):
+        for bucket in self._buckets:
             for index in bucket.layout.matrices:
-                matrix = self.plan.matrices[index]
-                for kind, flat in (("master", bucket.master), ("momentum", bucket.momentum)):
-                    shards.append((kind, matrix.name, matrix.shape, self._rectangles(exchange, index, flat)))
-                shape, moment = second_moment_shape(matrix.shape), self._second_moment.get(index)
-                shards.append(
-                    ("second_moment", matrix.name, shape, [] if moment is None else [((0, 0), shape, moment)])
-                )
+                shards.append(self._shard("master", index, bucket, bucket.master))
+                shards.append(self._shard("momentum", index, bucket, bucket.momentum))
+                matrix, moment = self.plan.matrices[index], self._second_moment.get(index)
+                shape = second_moment_shape(matrix.shape)
+                whole: list[Rectangle] = [] if moment is None else [((0, 0), shape, moment)]
+                shards.append(Shard("second_moment", matrix.name, shape, whole))
         return shards
 
-    def gradient_shards(self) -> list[tuple[str, tuple[int, int], list[Rectangle]]]:
-        """(name, whole shape, rectangles) of every matrix's reduced gradient, between wait_for_reduce() and step() or discard_gradients(); views of live memory."""
-        self._require_reduced("gradient_shards")
+    def gradient_shards(self) -> list[Shard]:
+        """Returns the reduced "gradient" of every matrix as views of live memory. Valid between wait_for_reduce() and
+        step() or discard_gradients()."""
+        self._require_start_reduce("gradient_shards")
         return [
-            (
-                self.plan.matrices[index].name,
-                self.plan.matrices[index].shape,
-                self._rectangles(exchange, index, bucket.reduced),
-            )
-            for bucket, exchange in zip(self._buckets, self._exchanges, strict=True)
+            self._shard("gradient", index, bucket, bucket.reduced)
+            for bucket in self._buckets
             for index in bucket.layout.matrices
         ]
 
-    def _rectangles(self, exchange: Exchange, index: int, flat: torch.Tensor) -> list[Rectangle]:
-        """This place's part of a matrix, in whole coordinates; flat: this place's part of its bucket."""
-        piece = exchange.held.get(index)
-        if piece is None:
-            return []
-        matrix, tensor = self.plan.matrices[index], self.mesh.tensor
-        return flat_rectangles(
-            matrix.local_shape(tensor.size),
-            flat[piece.in_shard],
-            piece.start,
-            matrix.local_offset(tensor.size, tensor.rank),
-        )
+    def _shard(self, kind: str, index: int, bucket: BucketMemory, flat: torch.Tensor) -> Shard:
+        matrix, fragment, tensor = self.plan.matrices[index], bucket.exchange.fragments.get(index), self.mesh.tensor
+        rectangles: list[Rectangle] = []
+        if fragment:
+            shape, offset = matrix.local_shape(tensor.size), matrix.local_offset(tensor.size, tensor.rank)
+            rectangles = flat_rectangles(shape, flat[fragment.in_shard], fragment.start, offset)
+        return Shard(kind, matrix.name, matrix.shape, rectangles)
 
     @torch.no_grad()
     def refresh_weights(self) -> None:
-        """Make the parameters on every rank from the masters, after these were loaded."""
+        """Copies the masters to the parameters of every rank. Call it after the masters were loaded."""
         self.wait_for_gather()
         for bucket in reversed(self._buckets):
-            bucket.launch_gather()
+            bucket.start_gather()
         self.wait_for_gather()
 
     def state_bytes(self) -> dict[str, int]:
-        """What this place holds: {"master", "momentum", "second_moment"}. With float32 weights the masters are the weights themselves."""
+        """Returns the bytes of state on this rank by kind. float32 masters are the weights themselves."""
         kinds = {
             "master": [bucket.master for bucket in self._buckets],
             "momentum": [bucket.momentum for bucket in self._buckets],
             "second_moment": list(self._second_moment.values()),
         }
-        return {
-            kind: sum(tensor.numel() * tensor.element_size() for tensor in tensors) for kind, tensors in kinds.items()
-        }
+        return {kind: sum(tensor.nbytes for tensor in tensors) for kind, tensors in kinds.items()}
 
 
-def _check(
+def _validate(
     parameters: dict[str, torch.nn.Parameter], matrices: list[Matrix], tensor: int, gradient_wire: torch.dtype
 ) -> None:
-    if set(parameters) != {matrix.name for matrix in matrices}:
-        different = sorted(set(parameters) ^ {matrix.name for matrix in matrices})
+    if different := sorted(set(parameters) ^ {matrix.name for matrix in matrices}):
         raise ValueError(f"parameters and matrices differ in {', '.join(different[:5])}")
     for matrix in matrices:
         parameter, shape = parameters[matrix.name], matrix.local_shape(tensor)

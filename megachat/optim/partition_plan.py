@@ -1,231 +1,181 @@
-"""Who holds and who orthogonalizes which matrix: a pure function of names, shapes, cuts and ranks. No torch, no randomness.
+"""The plan of the Muon partition: which rank stores and which rank orthogonalizes each matrix. A pure function of
+names, shapes, cuts and rank counts. No torch.
 
-The data x tensor grid of a pipeline stage has places data rank x tensor ranks + tensor rank. State lies in equal contiguous shards of flat
-buckets over the data axis; each tensor rank's buckets hold its shards of the matrices, laid out alike. A matrix that more than one place holds
-travels in fragments to one owner, anywhere in the grid, and back. Owners are balanced by the cost of orthogonalization.
+The grid is the data x tensor ranks of a pipeline stage; grid rank = data rank x tensor ranks + tensor rank. State is
+stored in equal shards of flat buckets, one per data rank. Each tensor rank has its own buckets, which hold its local
+matrices in the same layout. A matrix that its owner does not store whole travels in fragments to the owner, which may
+be any rank of the grid, and back.
 """
 
 import hashlib
-import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
 
-from megachat.optim.buckets import ALIGNMENT, Bucket, Fragment, cut_at_shards, lay_out
-from megachat.optim.matrix import Matrix, touched_rows
+from megachat.optim.buckets import Bucket, Fragment, cut_at_shards, lay_out
+from megachat.optim.matrix import Matrix
 from megachat.optim.owners import assign_owners
 
-# The cost model behind layers_per_bucket=None. Rates are assumptions for H100-class machines; only their ratio matters.
-_RANKS_A_NODE = 8
+# The cost model that chooses layers_per_bucket. Rates are assumed for H100-class machines; only their ratio matters.
+_RANKS_PER_NODE = 8
 _NODE_BYTES_PER_SEC = 450e9
 _NETWORK_BYTES_PER_SEC = 50e9
 _BUCKET_SEC = 30e-6
-_NO_EXCHANGE_WINS_WITHIN = 1.25
-
-
-@dataclass(frozen=True)
-class Move:
-    """A fragment whose holder is not the matrix's owner: elements [start, stop) of the holder's local shard go to the owner, and their direction
-    goes back. holder, owner: places of the grid."""
-
-    matrix: int
-    start: int
-    stop: int
-    holder: int
-    owner: int
+_LOCAL_WINS_WITHIN = 1.25
 
 
 @dataclass(frozen=True)
 class PartitionPlan:
-    """The whole division. Buckets are in the order in which backward finishes them; `pieces`, `owners` are indexed like `matrices`.
+    """The whole partition, equal on every rank of the grid.
 
-    ranks, tensor: of the data and the tensor axis. pieces: what the data ranks hold of each matrix, the same on every tensor rank.
-    owners: places of the grid. Every place computes the same plan; they compare `digest` once.
+    matrices: sorted by layer and name. data, tensor: ranks of the axes. buckets: in the order in which the backward
+    pass completes them. owners: grid rank that orthogonalizes each matrix. fragments: of each local matrix, over the
+    data ranks; equal on all tensor ranks.
     """
 
     matrices: tuple[Matrix, ...]
-    ranks: int
+    data: int
     tensor: int
     layers_per_bucket: int
     buckets: tuple[Bucket, ...]
-    pieces: tuple[tuple[Fragment, ...], ...] = field(repr=False)
     owners: tuple[int, ...]
-
-    @property
-    def grid_size(self) -> int:
-        """Of the grid."""
-        return self.ranks * self.tensor
+    fragments: tuple[tuple[Fragment, ...], ...] = field(repr=False)  # follows from the buckets
 
     @property
     def digest(self) -> str:
-        """sha256 over everything that ranks must agree on."""
-        content = [
-            [[m.name, m.shape, m.layer, m.multiplier] for m in self.matrices],
-            [self.ranks, self.layers_per_bucket],
-            [[b.kind, b.shard, b.matrices, b.offsets] for b in self.buckets],
-            self.owners,
-        ]
-        if self.tensor > 1:
-            content += [self.tensor, [m.cut for m in self.matrices]]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        """sha256 of the plan, which the ranks compare."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()
 
-    @cached_property
-    def fragments(self) -> tuple[tuple[Fragment, ...], ...]:
-        """By matrix, what each place of the grid holds of its local shard: tensor rank after tensor rank, each in the order of elements."""
-        if self.tensor == 1:
-            return self.pieces
-        return tuple(
-            tuple(
-                Fragment(p.rank * self.tensor + rank, p.start, p.stop, p.offset)
-                for rank in range(self.tensor)
-                for p in own
-            )
-            for own in self.pieces
-        )
+    @property
+    def grid_size(self) -> int:
+        """Number of ranks of the grid."""
+        return self.data * self.tensor
 
-    @cached_property
-    def moves(self) -> tuple[tuple[Move, ...], ...]:
-        """By bucket, what travels between places."""
-        return tuple(
-            tuple(
-                Move(index, piece.start, piece.stop, piece.rank, self.owners[index])
-                for index in bucket.matrices
-                for piece in self.fragments[index]
-                if piece.rank != self.owners[index]
-            )
-            for bucket in self.buckets
-        )
+    @property
+    def shard_elements(self) -> int:
+        """Elements of one rank's shards of all buckets, padding included."""
+        return sum(bucket.shard_size for bucket in self.buckets)
 
     @property
     def elements(self) -> int:
-        """Elements of all matrices, whole."""
+        """Elements of all matrices."""
         return sum(matrix.elements for matrix in self.matrices)
 
     @property
     def padding(self) -> int:
-        """Elements of all buckets, over all places, that belong to no matrix."""
-        return self.grid_size * sum(bucket.shard for bucket in self.buckets) - self.elements
+        """Elements of all shards of all ranks that belong to no matrix."""
+        return self.grid_size * self.shard_elements - self.elements
 
-    @property
-    def moved(self) -> int:
-        """Elements that go to an owner elsewhere, the tiny bucket's few kilobytes apart."""
-        return sum(near + far for near, far in self._travels(tiny=False).values())
+    def stored(self, index: int) -> list[tuple[int, Fragment]]:
+        """Returns (grid rank, fragment) for every fragment of a matrix, those of tensor rank 0 first."""
+        return [
+            (fragment.rank * self.tensor + rank, fragment)
+            for rank in range(self.tensor)
+            for fragment in self.fragments[index]
+        ]
 
-    def _travels(self, *, tiny: bool) -> dict[int, tuple[int, int]]:
-        """Matrix -> (elements that its owner receives from its own data rank, and from others)."""
-        found = {}
-        for bucket in (bucket for bucket in self.buckets if tiny or bucket.kind != "tiny"):
-            for index in bucket.matrices:
-                home = self.owners[index] // self.tensor
-                held = sum(piece.stop - piece.start for piece in self.pieces[index] if piece.rank == home)
-                found[index] = (self.tensor - 1) * held, self.matrices[index].elements - self.tensor * held
-        return found
+    def transfers(self, bucket: Bucket) -> list[tuple[int, int, Fragment]]:
+        """Returns (matrix index, grid rank, fragment) for fragments of the bucket that their owner does not store."""
+        return [
+            (index, rank, fragment)
+            for index in bucket.matrices
+            for rank, fragment in self.stored(index)
+            if rank != self.owners[index]
+        ]
 
-    @property
-    def crosses(self) -> bool:
-        """True when a large matrix's owner receives from another data rank; from the other tensor ranks it must."""
-        return any(far for _, far in self._travels(tiny=False).values())
-
-    @property
-    def exposed_sec(self) -> float:
-        """What forward and backward cannot hide: one bucket's reduction and gather, the busiest owner's exchange, a start-up cost a bucket."""
-        rate = _NODE_BYTES_PER_SEC if self.grid_size <= _RANKS_A_NODE else _NETWORK_BYTES_PER_SEC
-        near_by, far_by = [0] * self.grid_size, [0] * self.grid_size
-        for index, (near, far) in self._travels(tiny=True).items():
-            near_by[self.owners[index]] += near
-            far_by[self.owners[index]] += far
-        wires = 2 * 2 * sum(bucket.shard for bucket in self.buckets) * (self.ranks - 1)
-        exchange = max(
-            2 * 2 * near / _NODE_BYTES_PER_SEC + 2 * 2 * far / rate for near, far in zip(near_by, far_by, strict=True)
-        )
-        return wires / rate / max(1, len(self.buckets)) + exchange + _BUCKET_SEC * len(self.buckets)
-
-    def newton_schulz_flops(self, place: int) -> int:
-        """What this place orthogonalizes in a step."""
-        return sum(matrix.flops for matrix, owner in zip(self.matrices, self.owners, strict=True) if owner == place)
-
-    def state_bytes(self, place: int) -> dict[str, int]:
-        """float32 state this place keeps: master and momentum of its shards, second moments of the matrices it owns."""
-        shard = 4 * sum(bucket.shard for bucket in self.buckets)
-        owned = sum(matrix.scales for matrix, owner in zip(self.matrices, self.owners, strict=True) if owner == place)
-        return {"master": shard, "momentum": shard, "second_moment": 4 * owned}
-
-    def wire_bytes(self, place: int, *, gradient_bytes: int, weight_bytes: int, direction_bytes: int) -> dict[str, int]:
-        """Bytes this place sends in a step; the arguments are the wire's bytes an element (2 or 4).
-
-        reduce and gather: (data ranks - 1) x shard each. exchange: fragments to owners, and directions, norm and scales back.
-        """
-        shard = (self.ranks - 1) * sum(bucket.shard for bucket in self.buckets)
-        elements, scales = self._exchanged[place]
-        return {
-            "reduce": gradient_bytes * shard,
-            "exchange": direction_bytes * elements + 4 * scales,
-            "gather": weight_bytes * shard,
-        }
-
-    @cached_property
-    def _exchanged(self) -> list[tuple[int, int]]:
-        """By place: elements sent, both ways, and float32 scales sent back."""
-        elements, scales = [0] * self.grid_size, [0] * self.grid_size
-        for move in (move for moves in self.moves for move in moves):
-            elements[move.holder] += move.stop - move.start
-            elements[move.owner] += move.stop - move.start
-            scales[move.owner] += self.returned_scales(move)
-        return list(zip(elements, scales, strict=True))
-
-    def returned_scales(self, move: Move) -> int:
-        """float32 values that go back with a fragment: the norm, and the scales of the rows it touches, or of all columns of a wide matrix's
-        local shard."""
-        matrix = self.matrices[move.matrix]
+    def returned_scales(self, index: int, fragment: Fragment) -> int:
+        """Returns how many float32 values the owner sends back with the direction of a fragment: the norm, and the
+        scales of the rows that it touches (tall or square matrices) or of all local columns (wide matrices)."""
+        matrix = self.matrices[index]
         columns = matrix.local_shape(self.tensor)[1]
-        first, last = touched_rows(columns, move.start, move.stop)
+        first, last = fragment.rows(columns)
         return 1 + (last - first if matrix.scaled_by_row else columns)
+
+    def flops(self) -> list[int]:
+        """Returns the FLOPs that each grid rank spends on orthogonalization in a step."""
+        flops = [0] * self.grid_size
+        for matrix, owner in zip(self.matrices, self.owners, strict=True):
+            flops[owner] += matrix.flops
+        return flops
+
+    def state_bytes(self, rank: int) -> dict[str, int]:
+        """Returns the bytes of float32 state on a grid rank: masters and momentum of its shards, and the second moments
+        of the matrices that it owns, which have one value per row or column, whichever are more."""
+        owned = [matrix for matrix, owner in zip(self.matrices, self.owners, strict=True) if owner == rank]
+        shards = 4 * self.shard_elements
+        return {"master": shards, "momentum": shards, "second_moment": 4 * sum(max(matrix.shape) for matrix in owned)}
+
+    def wire_bytes(self, *, gradient_bytes: int, weight_bytes: int, direction_bytes: int) -> list[dict[str, int]]:
+        """Returns the bytes that each grid rank sends in a step. The arguments are bytes per element (2 or 4).
+
+        reduce and gather: (data ranks - 1) x shard each. exchange: fragments to owners; directions and scales back.
+        """
+        exchange = [0] * self.grid_size
+        for bucket in self.buckets:
+            for index, rank, fragment in self.transfers(bucket):
+                exchange[rank] += direction_bytes * fragment.size
+                returned = direction_bytes * fragment.size + 4 * self.returned_scales(index, fragment)
+                exchange[self.owners[index]] += returned
+        shards = (self.data - 1) * self.shard_elements
+        fixed = {"reduce": gradient_bytes * shards, "gather": weight_bytes * shards}
+        return [fixed | {"exchange": sent} for sent in exchange]
+
+    def exposed_sec(self) -> tuple[float, bool]:
+        """Returns the modelled time that forward and backward cannot hide, and whether the owner of a large matrix
+        receives fragments from another data rank.
+
+        The time is that of one bucket's reduce and gather, of the exchange of the owner that receives most, and a
+        start-up cost per bucket. Wires are bfloat16.
+        """
+        rate = _NODE_BYTES_PER_SEC if self.grid_size <= _RANKS_PER_NODE else _NETWORK_BYTES_PER_SEC
+        received, crosses = [(0, 0)] * self.grid_size, False  # elements from the owner's data rank, from the others
+        for bucket in self.buckets:
+            for index in bucket.matrices:
+                owner = self.owners[index]
+                stored = sum(part.size for part in self.fragments[index] if part.rank == owner // self.tensor)
+                far = self.matrices[index].elements - self.tensor * stored
+                received[owner] = received[owner][0] + (self.tensor - 1) * stored, received[owner][1] + far
+                crosses |= far > 0 and bucket.kind != "tiny"
+        exchange = max(2 * 2 * near / _NODE_BYTES_PER_SEC + 2 * 2 * far / rate for near, far in received)
+        wires = 2 * 2 * self.shard_elements * (self.data - 1)
+        return wires / rate / max(1, len(self.buckets)) + exchange + _BUCKET_SEC * len(self.buckets), crosses
 
 
 def make_plan(
-    matrices: Iterable[Matrix],
-    ranks: int,
-    *,
-    tensor: int = 1,
-    layers_per_bucket: int | None = None,
-    align: int = ALIGNMENT,
+    matrices: Iterable[Matrix], data: int, *, tensor: int = 1, layers_per_bucket: int | None = None
 ) -> PartitionPlan:
-    """Divide the matrices over `ranks` data ranks x `tensor` tensor ranks; the order in which they are given does not matter.
+    """Plans the partition of the matrices, given in any order, over `data` data ranks x `tensor` tensor ranks.
 
-    layers_per_bucket: blocks whose matrices share buckets. None tries the powers of two and the divisors of the depth and takes the one with
-    the least modelled exposed time; one whose owners need nothing from other data ranks wins already when it is within 25 % of that.
-    align: shards are multiples of it, in elements. Raises ValueError for a name given twice, for no rank, and for a matrix that the tensor
-    axis does not cut into equal parts.
+    layers_per_bucket: number of layers whose matrices share buckets. None tries the powers of two and the divisors of
+    the depth and takes the plan with the least modelled exposed time. A plan in which owners of large matrices receive
+    nothing from other data ranks wins if it is within 25 % of that.
+    Raises ValueError for a duplicate name, a count below 1, and a matrix that the tensor axis does not cut evenly.
     """
     matrices = tuple(sorted(matrices, key=lambda matrix: (matrix.layer, matrix.name)))
     if len({matrix.name for matrix in matrices}) != len(matrices):
         raise ValueError("two matrices of the Muon partition have the same name")
-    if min(ranks, tensor) < 1 or (layers_per_bucket is not None and layers_per_bucket < 1):
-        raise ValueError(
-            f"{ranks} ranks, {tensor} tensor ranks and {layers_per_bucket} layers a bucket: all must be at least 1"
-        )
+    if min(data, tensor, 1 if layers_per_bucket is None else layers_per_bucket) < 1:
+        raise ValueError(f"{data=}, {tensor=} and {layers_per_bucket=} must be at least 1")
     if layers_per_bucket is not None:
-        return _plan(matrices, ranks, tensor, layers_per_bucket, align)
+        return _plan(matrices, data, tensor, layers_per_bucket)
     depth = len({matrix.layer for matrix in matrices}) or 1
-    powers, divisors = (
-        {2**power for power in range(depth.bit_length())},
-        {count for count in range(1, depth + 1) if depth % count == 0},
-    )
-    plans = [_plan(matrices, ranks, tensor, choice, align) for choice in sorted(powers | divisors)]
-    costs = [plan.exposed_sec for plan in plans]
-    best = min(costs)
-    free = min((cost for cost, plan in zip(costs, plans, strict=True) if not plan.crosses), default=None)
-    return plans[costs.index(best if free is None or free > _NO_EXCHANGE_WINS_WITHIN * best else free)]
+    choices = {2**power for power in range(depth.bit_length())} | {n for n in range(1, depth + 1) if depth % n == 0}
+    plans = [_plan(matrices, data, tensor, choice) for choice in sorted(choices)]
+    costs = [plan.exposed_sec() for plan in plans]
+    best = min(sec for sec, _ in costs)
+    best_local = min((sec for sec, crosses in costs if not crosses), default=math.inf)
+    chosen = best_local if best_local <= _LOCAL_WINS_WITHIN * best else best
+    return next(plan for plan, (sec, _) in zip(plans, costs, strict=True) if sec == chosen)
 
 
-def _plan(matrices: tuple[Matrix, ...], ranks: int, tensor: int, layers_per_bucket: int, align: int) -> PartitionPlan:
+def _plan(matrices: tuple[Matrix, ...], data: int, tensor: int, layers_per_bucket: int) -> PartitionPlan:
     shapes = [matrix.local_shape(tensor) for matrix in matrices]
     sizes = [rows * columns for rows, columns in shapes]
-    buckets = lay_out(matrices, sizes, ranks, layers_per_bucket, align)
-    pieces: list[tuple[Fragment, ...]] = [()] * len(matrices)
+    buckets = lay_out(matrices, sizes, data, layers_per_bucket)
+    fragments: list[tuple[Fragment, ...]] = [()] * len(matrices)
     for bucket in buckets:
         for index, offset in zip(bucket.matrices, bucket.offsets, strict=True):
-            pieces[index] = cut_at_shards(offset, sizes[index], bucket.shard)
-    pinned = {index for bucket in buckets if bucket.kind == "aligned" for index in bucket.matrices}
-    owners = assign_owners(matrices, pieces, pinned, ranks, tensor)
-    return PartitionPlan(matrices, ranks, tensor, layers_per_bucket, tuple(buckets), tuple(pieces), tuple(owners))
+            fragments[index] = cut_at_shards(offset, sizes[index], bucket.shard_size)
+    aligned = {index for bucket in buckets if bucket.kind == "aligned" for index in bucket.matrices}
+    owners = assign_owners(matrices, fragments, aligned, data, tensor)
+    return PartitionPlan(matrices, data, tensor, layers_per_bucket, tuple(buckets), tuple(owners), tuple(fragments))

@@ -11,7 +11,7 @@ from torch import nn
 from megachat.config import Config
 from megachat.model.gpt import ModelOptions, build_layers
 from megachat.model.parameters import placed_parameters
-from megachat.optim.groups import GROUPS, assign, group_of, muon_matrices
+from megachat.optim.groups import GROUPS, assign_groups, group_of, muon_matrices
 from megachat.optim.matrix import Matrix
 from megachat.optim.partition_plan import PartitionPlan, make_plan
 from megachat.parallel.tensor import cut_shape
@@ -71,7 +71,7 @@ def zero1_shares(sizes: list[int], ranks: int) -> tuple[int, list[tuple[int, ...
 
 def adamw_shares(parameters: list[nn.Parameter], layout: Layout, tensor_rank: int) -> list[AdamWShares]:
     """Returns the AdamW groups of a stage's whole (uncut) parameters on one tensor rank, without empty groups."""
-    assigned = assign([place_of(parameter) for parameter in parameters])
+    assigned = assign_groups([place_of(parameter) for parameter in parameters])
     shares = []
     for group in GROUPS:
         members = [parameter for parameter in parameters if assigned[place_of(parameter).name] is group]
@@ -88,7 +88,7 @@ def adamw_shares(parameters: list[nn.Parameter], layout: Layout, tensor_rank: in
 def muon_plan(config: Config, layout: Layout, parameters: list[nn.Parameter]) -> PartitionPlan:
     """Returns the Muon partition of a stage's whole (uncut) parameters."""
     places = dict.fromkeys(place_of(parameter) for parameter in parameters)
-    matrices = muon_matrices(places, assign(places), config.optimizer.muon_multiplier)
+    matrices = muon_matrices(places, assign_groups(places), config.optimizer.muon_multiplier)
     return make_plan(matrices, layout.data, tensor=layout.tensor)
 
 
@@ -102,9 +102,9 @@ def ownership(config: Config, plan: Plan) -> list[Ownership]:
     for stage, (first, last) in enumerate(plan.stages):
         parameters = placed_parameters(layers[first:last])
         partition = muon_plan(config, plan.layout, parameters)
-        for matrix, fragments, owner in zip(partition.matrices, partition.fragments, partition.owners, strict=True):
-            muon[matrix.name] = matrix, stage * stage_size + owner
-            state_ranks[matrix.name] = {stage * stage_size + fragment.rank for fragment in fragments}
+        for index, matrix in enumerate(partition.matrices):
+            muon[matrix.name] = matrix, stage * stage_size + partition.owners[index]
+            state_ranks[matrix.name] = {stage * stage_size + rank for rank, _ in partition.stored(index)}
         for rank in range(tensor):
             for shares in adamw_shares(parameters, plan.layout, rank):
                 for parameter, owners in zip(shares.parameters, shares.owners, strict=True):

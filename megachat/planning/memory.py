@@ -68,7 +68,7 @@ def _stage_memory(
     # the first tensor rank is the fullest: it has more of a vocabulary that the tensor axis does not divide
     adamw = adamw_shares(parameters, plan.layout, 0)
     partition = muon_plan(config, plan.layout, parameters)
-    shards = sum(bucket.shard for bucket in partition.buckets)
+    shards = partition.shard_elements
     narrow = dtype == torch.bfloat16  # else float32 weights are their own masters
     matrix_states = [partition.state_bytes(rank) for rank in range(partition.grid_size)]
     adamw_shard = sum(group.share for group in adamw)
@@ -77,7 +77,7 @@ def _stage_memory(
     forward = _forward_workspace(config, plan, stage, dtype, on_gpu) + _pipeline_buffers(config, plan, stage, dtype)
     forward += 4 * max((size for group in adamw for size in group.sizes), default=0)  # DeepSpeed's reduction buffer
     if narrow and data > 1:  # gradients of two buckets on the wire, as sent and as received
-        forward += 2 * 2 * 2 * data * max((bucket.shard for bucket in partition.buckets), default=0)
+        forward += 2 * 2 * 2 * data * max((bucket.shard_size for bucket in partition.buckets), default=0)
     update = _update_workspace(partition, max((group.share for group in adamw), default=0), narrow)
     return Memory(
         stage,
@@ -221,7 +221,7 @@ def _update_workspace(partition: PartitionPlan, largest_share: int, narrow: bool
     These are the flat gradient of one AdamW group, or Muon's updates, directions and the matrix being orthogonalized.
     """
     size = 2 if narrow else 4
-    shards = sum(bucket.shard for bucket in partition.buckets)
+    shards = partition.shard_elements
     owned = [0] * partition.grid_size
     for matrix, owner in zip(partition.matrices, partition.owners, strict=True):
         owned[owner] += matrix.elements

@@ -115,7 +115,7 @@ def gradient_pieces(training: Training) -> dict:
     """Copies this rank's part of the step's mean gradients as named rectangles; for `inspect_gradients` of
     train.step.update. Over all ranks, each element exists once."""
     pieces: dict[str, tuple] = {}
-    for name, whole, rectangles in training.muon.gradient_shards():
+    for _, name, whole, rectangles in training.muon.gradient_shards():
         pieces[name] = (tuple(whole), [(offsets, sizes, view.clone()) for offsets, sizes, view in rectangles])
     for parameter, begin, flat in training.engine.adamw.gradient_fragments():
         where = place_of(parameter)

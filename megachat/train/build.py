@@ -21,7 +21,7 @@ from megachat.model.parameters import initialize, placed_parameters
 from megachat.optim.groups import (
     MUON_BETA2,
     adamw_groups,
-    assign,
+    assign_groups,
     muon_matrices,
 )
 from megachat.optim.muon import compiled_functions
@@ -102,7 +102,7 @@ def build_training(
     if kernels.fp8:
         apply_fp8(list(layers), kernels.fp8)
     parameters = placed_parameters(layers)
-    groups = assign([place_of(parameter) for parameter in parameters])
+    groups = assign_groups([place_of(parameter) for parameter in parameters])
     matrices = muon_matrices(
         dict.fromkeys(place_of(parameter) for parameter in parameters), groups, config.optimizer.muon_multiplier
     )

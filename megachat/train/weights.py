@@ -19,7 +19,7 @@ from megachat.errors import UserError
 from megachat.kernels.choice import AttentionChoice, choose_attention
 from megachat.model.gpt import Loss
 from megachat.model.parameters import placed_parameters
-from megachat.optim.groups import assign
+from megachat.optim.groups import assign_groups
 from megachat.parallel.engine import Engine, build_evaluation_engine, build_module
 from megachat.parallel.mesh import Mesh
 from megachat.parallel.tensor import vocabulary_part
@@ -112,7 +112,7 @@ def build_evaluation_model(saved: SavedModel, plan: Plan, mesh: Mesh) -> Evaluat
     layers = build_stage(saved.config, plan, mesh, dtype, start=False, attend=attention.attend)
     parameters = placed_parameters(layers)
     if dtype == torch.bfloat16:  # as in training, where Muon's matrices are bfloat16 copies of the optimizer's masters
-        groups = assign([place_of(parameter) for parameter in parameters])
+        groups = assign_groups([place_of(parameter) for parameter in parameters])
         for parameter in parameters:
             if groups[place_of(parameter).name].optimizer == "muon":
                 parameter.data = parameter.data.to(dtype)

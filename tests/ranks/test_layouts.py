@@ -89,17 +89,15 @@ def drop_a_contribution(training) -> None:
 
 
 def swap_owners(training) -> None:
-    """Hands out the updates of two matrices of one shape to each other's holders."""
-    for exchange in training.muon._exchanges:
+    """Sends the updates of two matrices of one shape to each other's fragments."""
+    for bucket in training.muon._buckets:
 
-        def swapped(results, updates, to_holders=exchange.to_holders):
-            shape = {index: (result[0].shape, result[2].shape) for index, result in results.items()}
+        def swapped(results, send_back=bucket.exchange.send_back):
+            shape = {index: (result.direction.shape, result.scale.shape) for index, result in results.items()}
             pair = next(((a, b) for a in shape for b in shape if a < b and shape[a] == shape[b]), None)
-            return to_holders(
-                results | {pair[0]: results[pair[1]], pair[1]: results[pair[0]]} if pair else results, updates
-            )
+            return send_back(results | {pair[0]: results[pair[1]], pair[1]: results[pair[0]]} if pair else results)
 
-        exchange.to_holders = swapped
+        bucket.exchange.send_back = swapped
 
 
 def raise_the_rate(training) -> None:

@@ -1,9 +1,11 @@
-"""The rules that tools/partition_table.py races against the partition compute the same update, and are counted as they
-say.
+"""The rules that tools/partition_table.py compares with the partition compute the same update and send the bytes of
+their plans.
 
 Seen to fail with: sums in bfloat16, every rank updating the first chunk, all-reduces counted once, gradients gathered
 instead of weights, a rule without padding.
 """
+
+from datetime import timedelta
 
 import pytest
 import torch
@@ -13,15 +15,13 @@ from megachat.parallel.engine import start_collectives
 from tests.harness import run_ranks
 from tests.muon import on_cpu
 from tools.bench.partition_contenders import CONTENDERS, Wire
-from tools.partition_table import lower_bound, planned_chunks, planned_megachat, planned_whole
+from tools.bench.partition_rules import RULES, lower_bound, planned_chunks, planned_whole
 
 SHAPES = {"q": (160, 160), "k": (96, 160), "fc": (320, 160), "proj": (160, 320)}
 MATRICES = [Matrix(f"{layer}.{name}", shape, layer, 1.0) for layer in range(3) for name, shape in SHAPES.items()]
 
 
 def _two_steps():
-    from datetime import timedelta
-
     torch._dynamo.config.disable = True
     wire = Wire()
     start_collectives(torch.device("cpu"), "gloo", timedelta(seconds=60))
@@ -40,14 +40,9 @@ def _two_steps():
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_contenders_agree_and_send_what_they_say(world):
+def test_contenders_agree_and_send_the_bytes_of_their_plans(world):
     answers = run_ranks(_two_steps, world)
-    planned = {
-        "megachat": planned_megachat,
-        "nanochat's chunks": planned_chunks,
-        "whole matrices by cost": planned_whole,
-    }
-    for name, plan in planned.items():
+    for name, plan in RULES.items():
         assert sum(answer[name][1] for answer in answers) / world == pytest.approx(plan(MATRICES, world)[1]), name
     bound = lower_bound(MATRICES, world)
     assert all(answer["DeepSpeed's Muon, ZeRO-1"][1] / bound == pytest.approx(1.5, rel=0.01) for answer in answers)

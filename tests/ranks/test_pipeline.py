@@ -117,7 +117,7 @@ def order_of_waits(config):
     take_step(training, random_rows(0, ROWS, TOKENS, SMALL_VOCAB))
     events = []
     for bucket in training.muon._buckets:
-        bucket.gathering = NotedWait(
+        bucket.gather = NotedWait(
             events, {training.muon.plan.matrices[index].layer for index in bucket.layout.matrices}
         )
     for layer in training.layers:

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from megachat.optim.groups import assign
+from megachat.optim.groups import assign_groups
 from megachat.place import place_of
 from megachat.planning.manifest import ownership
 from megachat.planning.plan import resolve
@@ -87,7 +87,7 @@ def held(config):
     }
     moments = {name for kind, name, _, pieces in training.muon.state_shards() if kind == "second_moment" and pieces}
     masters = {name for kind, name, _, pieces in training.muon.state_shards() if kind == "master" and pieces}
-    return mine, masters, moments, assign(place_of(p) for p in training.layers.parameters())
+    return mine, masters, moments, assign_groups(place_of(p) for p in training.layers.parameters())
 
 
 @pytest.mark.parametrize(

@@ -1,66 +1,38 @@
-"""What tools/partition_table.py runs on every rank: four ways to spread Muon over data-parallel ranks, their bytes, work, state and time."""
+"""Four ways to distribute Muon over data-parallel ranks, measured on gloo ranks: bytes, work, state and time."""
 
 import inspect
+import multiprocessing
+import statistics
 import time
+import traceback
 from datetime import timedelta
+from multiprocessing.connection import wait
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
-from megachat.config import Config
-from megachat.model.gpt import ModelOptions, build_layers
-from megachat.model.parameters import placed_parameters
+from megachat.errors import UserError
+from megachat.job.launch import become_rank, free_port
 from megachat.optim import muon
-from megachat.optim.groups import assign, muon_matrices
 from megachat.optim.matrix import Matrix
 from megachat.optim.partition import MuonPartition
 from megachat.parallel.collectives import all_gather, all_to_all, reduce_scatter
 from megachat.parallel.engine import quiet_output, start_collectives
 from megachat.parallel.mesh import Mesh, build_mesh
-from megachat.place import place_of
-from megachat.planning.plan import resolve_dimensions
+from tools.bench.partition_rules import by_shape, dealt_by_cost, lower_bound, model_matrices
 
-MEASURED = (6, 42)  # depth, width a block
+MEASURED = (6, 42)  # depth, width per block
 LR, MOMENTUM, BETA2 = 0.02, 0.95, 0.9
-
-
-def model_matrices(depth: int, aspect_ratio: int) -> list[Matrix]:
-    """Muon's matrices of megachat's model of that size, the small gates included."""
-
-    config = Config.model_validate({"model": {"depth": depth, "aspect_ratio": aspect_ratio}})
-    with torch.device("meta"):
-        parameters = placed_parameters(build_layers(resolve_dimensions(config, 65536), ModelOptions()))
-    places = list(dict.fromkeys(place_of(parameter) for parameter in parameters))
-    return muon_matrices(places, assign(places), "rows_over_cols")
-
-
-def by_shape(matrices: list[Matrix]) -> list[list[Matrix]]:
-    """Matrices of one shape each, in the order in which shapes first come."""
-    found: dict[tuple[int, int], list[Matrix]] = {}
-    for matrix in matrices:
-        found.setdefault(matrix.shape, []).append(matrix)
-    return list(found.values())
-
-
-def dealt_by_cost(matrices: list[Matrix], ranks: int) -> list[list[Matrix]]:
-    """Whole matrices, the costliest first, to the rank with the least cost, then the fewest elements (LPT)."""
-    dealt, loads = [[] for _ in range(ranks)], [(0, 0)] * ranks
-    for matrix in sorted(matrices, key=lambda matrix: (-matrix.flops, matrix.name)):
-        rank = min(range(ranks), key=lambda rank: loads[rank])
-        dealt[rank].append(matrix)
-        loads[rank] = loads[rank][0] + matrix.flops, loads[rank][1] + matrix.elements
-    return dealt
 
 
 class Wire:
     """Counts the bytes that this process sends in torch.distributed's collectives, by the usual ring formulas."""
 
     def __init__(self):
-
         self.bytes = 0.0
-        shares = {  # of argument number, times (ranks - 1) / ranks
+        formulas = {  # (number of the argument, factor): factor * (ranks - 1) / ranks of the argument's bytes are sent
             "all_reduce": (0, 2),
             "reduce": (0, 1),
             "broadcast": (0, 1),
@@ -68,25 +40,28 @@ class Wire:
             "all_gather_into_tensor": (0, 1),
             "all_to_all_single": (1, 1),
         }
-        for name, (argument, times) in shares.items():
-            setattr(dist, name, self._counting(getattr(dist, name), argument, times))
+        for name, (argument, factor) in formulas.items():
+            setattr(dist, name, self._counted(getattr(dist, name), argument, factor))
 
-    def _counting(self, inner, argument: int, times: int):
-        signature = inspect.signature(inner)
+    def _counted(self, collective, argument: int, factor: int):
+        signature = inspect.signature(collective)
 
         def call(*args, **kwargs):
             given = list(signature.bind(*args, **kwargs).arguments.values())
             ranks, rank = dist.get_world_size(kwargs.get("group")), dist.get_rank(kwargs.get("group"))
-            counts = given[3] if inner.__name__ == "all_to_all_single" and isinstance(given[3], list) else None
+            counts = given[3] if collective.__name__ == "all_to_all_single" and isinstance(given[3], list) else None
             elements = given[argument].numel() * (ranks - 1) / ranks if counts is None else sum(counts) - counts[rank]
-            self.bytes += times * elements * given[argument].element_size()
-            return inner(*args, **kwargs)
+            self.bytes += factor * elements * given[argument].element_size()
+            return collective(*args, **kwargs)
 
         return call
 
 
 class Contender:
-    """Parameters and a step: a backward pass that gives them the gradients, then the update. State is what the optimizer keeps."""
+    """Parameters and a step: a backward pass that produces the gradients, then the update.
+
+    Subclasses define step(gradients) and state_bytes(), the bytes that the optimizer keeps.
+    """
 
     def __init__(self, matrices: list[Matrix]):
         self.matrices = matrices
@@ -96,11 +71,12 @@ class Contender:
             self.parameters[matrix.name] = torch.nn.Parameter(value)
 
     def loss(self, gradients: dict):
-        """Whose gradients are the given ones."""
+        """Returns a loss with these gradients."""
         return sum((parameter * gradients[name]).sum() for name, parameter in self.parameters.items())
 
     def momentum_step(self, gradient, state: dict, matrix: Matrix, weight) -> None:
-        """megachat's mathematics on whole matrices, one or a stack of them, float32, in place; state: momentum and second moment."""
+        """Updates a whole matrix or a stack of them by megachat's functions, float32, in place. state: momentum and
+        second moment."""
         update = muon.momentum_update(state["momentum"], gradient, torch.tensor(MOMENTUM))
         direction = muon.update_direction(update.bfloat16())
         norm, scale = muon.update_scales(direction, state["second"], torch.tensor(BETA2))
@@ -128,7 +104,7 @@ class Megachat(Contender):
 
 
 class DeepSpeed(Contender):
-    """DeepSpeed's built-in Muon (deepspeed.runtime.zero.muon) under ZeRO-1 in bfloat16, with the usual Newton-Schulz iteration."""
+    """DeepSpeed's built-in Muon (deepspeed.runtime.zero.muon) under ZeRO-1 in bfloat16, standard Newton-Schulz."""
 
     def __init__(self, matrices: list[Matrix], mesh: Mesh):
         super().__init__(matrices)
@@ -157,16 +133,18 @@ class DeepSpeed(Contender):
         self.engine.step()
 
     def state_bytes(self) -> int:
-        """float32 masters of the shards, and what the optimizer keeps beside them."""
+        """Returns the bytes of the shards' float32 masters and of the optimizer's states."""
         zero = self.engine.optimizer
-        kept = [
+        states = [
             tensor for state in zero.optimizer.state.values() for tensor in state.values() if torch.is_tensor(tensor)
         ]
-        return sum(tensor.numel() * tensor.element_size() for tensor in [*kept, *zero.single_partition_of_fp32_groups])
+        return sum(
+            tensor.numel() * tensor.element_size() for tensor in [*states, *zero.single_partition_of_fp32_groups]
+        )
 
 
 class Chunks(Contender):
-    """nanochat's rule: stacks by shape, padded to the ranks, float32 both ways; the float32 weights are whole on every rank."""
+    """nanochat's rule: stacks by shape, padded to the ranks. Both wires are float32; all ranks have all weights."""
 
     def __init__(self, matrices: list[Matrix], mesh: Mesh):
         super().__init__(matrices)
@@ -180,7 +158,6 @@ class Chunks(Contender):
             self.states.append({"momentum": momentum, "second": second})
 
     def step(self, gradients: dict) -> None:
-
         self.loss(gradients).backward()
         with torch.no_grad():
             reductions, gathers = [], []
@@ -194,11 +171,11 @@ class Chunks(Contender):
             for stack, state, (whole, mine, pending) in zip(self.stacks, self.states, reductions, strict=True):
                 pending.wait()
                 first = self.axis.rank * len(mine)
-                own, updated = stack[first : first + len(mine)], torch.zeros_like(mine)
-                if own:
-                    torch.stack([self.parameters[matrix.name] for matrix in own], out=updated[: len(own)])
-                    part = {key: tensor[: len(own)] for key, tensor in state.items()}
-                    self.momentum_step(mine[: len(own)].div_(self.axis.size), part, own[0], updated[: len(own)])
+                members, updated = stack[first : first + len(mine)], torch.zeros_like(mine)
+                if count := len(members):
+                    torch.stack([self.parameters[matrix.name] for matrix in members], out=updated[:count])
+                    used = {key: tensor[:count] for key, tensor in state.items()}
+                    self.momentum_step(mine[:count].div_(self.axis.size), used, members[0], updated[:count])
                 gathers.append(
                     (stack, whole, updated, all_gather(whole.view(-1), updated.view(-1), self.axis, asynchronous=True))
                 )
@@ -214,31 +191,30 @@ class Chunks(Contender):
 
 
 class WholeByCost(Contender):
-    """Whole matrices dealt by cost, bfloat16 both ways, sums in float32, every rank's part padded to the fullest."""
+    """Whole matrices dealt by cost. bfloat16 wires, sums in float32; all buffers have the size of the fullest one."""
 
     def __init__(self, matrices: list[Matrix], mesh: Mesh):
         super().__init__(matrices)
         self.axis, self.dealt = mesh.data, dealt_by_cost(matrices, mesh.data.size)
-        self.fullest = max(sum(matrix.elements for matrix in own) for own in self.dealt)
+        self.fullest = max(sum(matrix.elements for matrix in members) for members in self.dealt)
         self.states = {}
         for matrix in self.dealt[self.axis.rank]:
-            kept = {
+            state = {
                 "momentum": torch.zeros(matrix.shape),
                 "second": torch.zeros(muon.second_moment_shape(matrix.shape)),
             }
-            self.states[matrix.name] = kept | {"master": self.parameters[matrix.name].detach()}
+            self.states[matrix.name] = state | {"master": self.parameters[matrix.name].detach()}
         for parameter in self.parameters.values():
             parameter.data = parameter.data.bfloat16()
 
     def step(self, gradients: dict) -> None:
-
         self.loss(gradients).backward()
         with torch.no_grad():
             sent = torch.zeros(self.axis.size, self.fullest, dtype=torch.bfloat16)
-            for own, flat in zip(self.dealt, sent, strict=True):
-                if own:
-                    parts = [self.parameters[matrix.name].grad.flatten() for matrix in own]
-                    torch.cat(parts, out=flat[: sum(matrix.elements for matrix in own)])
+            for members, flat in zip(self.dealt, sent, strict=True):
+                if members:
+                    gradients_of_rank = [self.parameters[matrix.name].grad.flatten() for matrix in members]
+                    torch.cat(gradients_of_rank, out=flat[: sum(matrix.elements for matrix in members)])
             received = torch.empty_like(sent)
             all_to_all(received.view(-1), sent.view(-1), self.axis)
             mean, updated, position = received.float().sum(0).div_(self.axis.size), sent[self.axis.rank], 0
@@ -248,9 +224,9 @@ class WholeByCost(Contender):
                 updated[here] = state["master"].flatten()
                 position += matrix.elements
             all_gather(sent.view(-1), updated, self.axis)
-            for own, flat in zip(self.dealt, sent, strict=True):
-                used = flat[: sum(matrix.elements for matrix in own)]
-                for matrix, value in zip(own, used.split([matrix.elements for matrix in own]), strict=True):
+            for members, flat in zip(self.dealt, sent, strict=True):
+                sizes = [matrix.elements for matrix in members]
+                for matrix, value in zip(members, flat[: sum(sizes)].split(sizes), strict=True):
                     self.parameters[matrix.name].copy_(value.view(matrix.shape))
                     self.parameters[matrix.name].grad = None
 
@@ -266,8 +242,9 @@ CONTENDERS = {
 }
 
 
-def measure_here(rounds: int) -> dict:
-    """On every rank: contender -> bytes and FLOPs of a step, state, and seconds of each round; contenders take turns."""
+def measure_rank(rounds: int) -> dict:
+    """Measures every contender; all ranks call it. Returns contender -> bytes and FLOPs of a step, bytes of state, and
+    seconds of each round. The contenders take turns."""
     torch._dynamo.config.disable = True  # DeepSpeed would compile its iteration, the others would not
     wire = Wire()
     start_collectives(torch.device("cpu"), "gloo", timedelta(seconds=600))
@@ -276,24 +253,79 @@ def measure_here(rounds: int) -> dict:
     generator = torch.Generator().manual_seed(1000 + mesh.data.rank)
     gradients = {matrix.name: torch.randn(matrix.shape, generator=generator).bfloat16() for matrix in matrices}
     contenders = {name: build(matrices, mesh) for name, build in CONTENDERS.items()}
-    found: dict = {name: {"seconds": []} for name in contenders}
-    for number in range(rounds + 1):
-        names = list(contenders)
-        for name in names[number % len(names) :] + names[: number % len(names)]:  # nobody always follows the same one
-            contender = contenders[name]
-            dist.barrier()
-            begin, before = time.perf_counter(), wire.bytes
-            if number == 0:  # warms up, too
-                with FlopCounterMode(display=False) as flops:
-                    contender.step(gradients)
-                found[name] |= {
-                    "bytes": wire.bytes - before,
-                    "flops": flops.get_total_flops(),
-                    "state": contender.state_bytes(),
-                }
-                continue
+    measured: dict = {}
+    for name, contender in contenders.items():  # also warms up
+        before = wire.bytes
+        with FlopCounterMode(display=False) as flops:
             contender.step(gradients)
+        sent = wire.bytes - before
+        state = contender.state_bytes()
+        measured[name] = {"bytes": sent, "flops": flops.get_total_flops(), "state": state, "seconds": []}
+    names = list(contenders)
+    for number in range(rounds):
+        first = number % len(names)  # no contender always follows the same one
+        for name in names[first:] + names[:first]:
             dist.barrier()
-            found[name]["seconds"].append(time.perf_counter() - begin)
-    dist.barrier()
-    return found
+            begin = time.perf_counter()
+            contenders[name].step(gradients)
+            dist.barrier()
+            measured[name]["seconds"].append(time.perf_counter() - begin)
+    return measured
+
+
+def _rank_program(rank: int, world: int, port: int, rounds: int, answer) -> None:
+    """Runs in each rank's process; sends (problem, measurements)."""
+    become_rank(rank, world, port)
+    torch.set_num_threads(1)
+    try:
+        answer.send((None, measure_rank(rounds)))
+    except BaseException:
+        answer.send((traceback.format_exc(), None))
+
+
+def measure(world: int, rounds: int) -> dict:
+    """Starts the ranks and returns contender -> ratios. Raises UserError that names the first rank that failed."""
+    context = multiprocessing.get_context("forkserver")
+    port, processes, ranks, measured = free_port(), [], {}, {}
+    for rank in range(world):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_rank_program, args=(rank, world, port, rounds, sender), daemon=True)
+        process.start()
+        sender.close()
+        processes.append(process)
+        ranks[receiver] = rank
+    try:
+        while ranks:
+            for receiver in wait(list(ranks)):
+                rank = ranks.pop(receiver)
+                try:
+                    problem, measured[rank] = receiver.recv()
+                except EOFError:
+                    problem = "the process died"
+                if problem:
+                    raise UserError(f"rank {rank} of {world} failed: {problem}")
+    finally:
+        for process in processes:
+            process.kill()
+    return _ratios([measured[rank] for rank in range(world)])
+
+
+def _ratios(by_rank: list[dict]) -> dict:
+    """Returns the measurements of each contender relative to: the lower bound of bytes, the mean load, the work without
+    repetition, an even share of 8 bytes per element, megachat's seconds. And its seconds."""
+    matrices, world = model_matrices(*MEASURED), len(by_rank)
+    work, elements = sum(matrix.flops for matrix in matrices), sum(matrix.elements for matrix in matrices)
+    ratios = {}
+    for name in by_rank[0]:
+        each = [measured[name] for measured in by_rank]
+        flops, seconds = [one["flops"] for one in each], each[0]["seconds"]
+        times = [slow / fast for slow, fast in zip(seconds, by_rank[0]["megachat"]["seconds"], strict=True)]
+        ratios[name] = {
+            "bytes": statistics.mean(one["bytes"] for one in each) / lower_bound(matrices, world),
+            "load": max(flops) * world / sum(flops),
+            "work": sum(flops) / work,
+            "state": max(one["state"] for one in each) * world / (8 * elements),
+            "time": statistics.median(times),
+            "seconds": statistics.median(seconds),
+        }
+    return ratios

@@ -8,7 +8,7 @@ import torch
 
 from megachat.model.gpt import Loss, ModelOptions, build_layers
 from megachat.model.parameters import placed_parameters
-from megachat.optim.groups import GROUPS, assign
+from megachat.optim.groups import GROUPS, assign_groups
 from megachat.place import place_of
 from megachat.planning.plan import resolve
 from tests.training import SMALL_VOCAB, random_rows, small_config
@@ -59,7 +59,7 @@ def test_every_layer_alone_has_a_float32_adamw_group_and_no_0_dim_parameter():
     """Traps 6 and 7: ZeRO takes no stage without AdamW parameters, and DeepSpeed's broadcast no 0-dim ones."""
     for layer in small(3)[1]:
         parameters = placed_parameters([layer])
-        groups = assign([place_of(parameter) for parameter in parameters])
+        groups = assign_groups([place_of(parameter) for parameter in parameters])
         first = [
             p
             for group in GROUPS

@@ -1,35 +1,31 @@
-"""Muon's pieces against float64 written another way, and the properties that the papers promise."""
+"""Muon's functions against another formulation in float64, and the properties that the papers promise."""
 
 import pytest
 import torch
 
 from megachat.kernels.polar import COEFFICIENTS
 from megachat.optim.muon import (
-    Hyper,
     apply_update,
     equilibrate_rows,
     momentum_update,
     orthogonalization_dtype,
-    reference_step,
     second_moment_shape,
     update_direction,
     update_scales,
 )
+from tests.muon import reference_step
 
 SHAPES = [(48, 48), (96, 32), (32, 96), (4, 12)]
 LR, DECAY, MOMENTUM, BETA2 = 0.03, 0.2, 0.9, 0.8
+HYPERPARAMETERS = {"lr": LR, "weight_decay": DECAY, "momentum_factor": MOMENTUM, "beta2": BETA2}
 
 
 def _random(seed, shape, scale=1.0):
     return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _hyper():
-    return Hyper(*(torch.tensor(value) for value in (LR, DECAY, MOMENTUM, BETA2)))
-
-
 def _float64_step(weight, gradient, momentum, moment):
-    """The whole step in float64, with singular values instead of matrix products; returns (weight, momentum, second moment)."""
+    """Takes the step in float64, on singular values. Returns (weight, momentum, second moment)."""
     momentum = MOMENTUM * momentum + (1 - MOMENTUM) * gradient
     update = (1 - MOMENTUM) * gradient + MOMENTUM * momentum
     norms = update.square().sum(1).sqrt()
@@ -57,7 +53,7 @@ def test_three_steps_follow_float64(shape, compute, tolerance):
     for step in range(3):
         gradient = _random(step + 1, shape, 0.01)
         kept = gradient.clone()
-        reference_step(weight, gradient, momentum, moment, _hyper(), compute)
+        reference_step(weight, gradient, momentum, moment, compute, **HYPERPARAMETERS)
         assert torch.equal(gradient, kept)
         expected = _float64_step(expected[0], gradient.double(), *expected[1:])
     moved = (expected[0] - start.double()).norm()
@@ -74,7 +70,7 @@ def test_momentum_is_nesterov_and_in_place():
     torch.testing.assert_close(update, torch.tensor([0.75 * 1.5 + 0.25 * 3, 0.75 * 1.0 - 0.25 * 2]))
 
 
-def test_equilibrated_rows_have_one_norm_and_a_row_of_zeros_stays():
+def test_equilibrated_rows_have_the_same_norm_and_zero_rows_stay_zero():
     x = _random(3, (6, 10)) * torch.logspace(-3, 3, 6)[:, None]
     norms = equilibrate_rows(x).norm(dim=1)
     torch.testing.assert_close(norms, norms[:1].expand(6))
@@ -84,7 +80,7 @@ def test_equilibrated_rows_have_one_norm_and_a_row_of_zeros_stays():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_scales_set_and_keep_the_norm_and_level_the_longer_side(shape):
+def test_scales_set_the_norm_and_equalize_the_vectors_of_the_longer_side(shape):
     direction = update_direction(_random(4, shape) * torch.logspace(-1, 1, shape[1]))
     moment = torch.zeros(second_moment_shape(shape))
     norm, scale = update_scales(direction, moment, torch.tensor(0.0))  # beta2 0: only this step counts
@@ -109,17 +105,16 @@ def test_decay_is_cautious():
     torch.testing.assert_close(weight, torch.tensor([[2.0 - 0.1 - 0.1, 2.0 + 0.1, -0.1, -2.0 - 0.1]]))
 
 
-def test_the_update_is_blind_to_the_scale_of_the_gradient():
+def test_the_update_does_not_depend_on_the_scale_of_the_gradient():
     results = []
     for factor in (1.0, 1024.0):
-        weight, shape = _random(0, (32, 16), 0.1), (32, 16)
-        reference_step(
-            weight, factor * _random(1, shape), torch.zeros(shape), torch.zeros(32, 1), _hyper(), torch.float32
-        )
+        weight, gradient = _random(0, (32, 16), 0.1), factor * _random(1, (32, 16))
+        state = torch.zeros(32, 16), torch.zeros(32, 1)
+        reference_step(weight, gradient, *state, torch.float32, **HYPERPARAMETERS)
         results.append(weight)
     torch.testing.assert_close(*results, rtol=0, atol=1e-6)
 
 
-def test_float16_does_not_orthogonalize_in_float16():
+def test_float16_is_orthogonalized_in_float32():
     assert orthogonalization_dtype(torch.bfloat16) == torch.bfloat16
     assert orthogonalization_dtype(torch.float16) == orthogonalization_dtype(torch.float32) == torch.float32

@@ -1,4 +1,4 @@
-"""The partition on an axis of one: refusals, hooks, memory, and the order of calls. More ranks: tests/ranks/test_muon_partition.py."""
+"""The partition on one rank: hooks, memory, order of calls, errors. More ranks: tests/ranks/test_muon_partition.py."""
 
 import dataclasses
 
@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from megachat.optim.matrix import Matrix
-from megachat.optim.muon import Hyper, reference_step, second_moment_shape
+from megachat.optim.muon import second_moment_shape
 from megachat.optim.partition import MuonPartition
 from megachat.parallel.mesh import Axis, Mesh
+from tests.muon import reference_step
 
 AXES = {name: Axis(name, 1, 0, None, (0,)) for name in ("world", "data", "tensor", "pipeline", "stage", "saving")}
 ALONE = Mesh(**AXES, device=torch.device("cpu"), topology=None)
@@ -31,10 +32,10 @@ def _backward(parameters, factor=1.0):
 def test_parameters_become_views_of_bfloat16_buckets_and_masters_stay_float32():
     parameters, partition = _build(torch.bfloat16)
     initial, _ = _build()
-    for kind, name, shape, pieces in partition.state_shards():
+    for kind, name, shape, rectangles in partition.state_shards():
         if kind == "master":
             assert parameters[name].shape == shape and parameters[name].dtype == torch.bfloat16
-            whole = torch.cat([view.flatten() for _, _, view in pieces]).view(shape)
+            whole = torch.cat([view.flatten() for _, _, view in rectangles]).view(shape)
             assert torch.equal(whole, initial[name]) and torch.equal(whole.bfloat16(), parameters[name])
     first, second = (parameters[name].untyped_storage().data_ptr() for name in ("first", "second"))
     assert first == second
@@ -42,17 +43,17 @@ def test_parameters_become_views_of_bfloat16_buckets_and_masters_stay_float32():
 
 def test_float32_weights_are_their_own_masters():
     parameters, partition = _build()
-    views = {name: pieces[0][2] for kind, name, _, pieces in partition.state_shards() if kind == "master"}
+    views = {shard.name: shard.rectangles[0][2] for shard in partition.state_shards() if shard.kind == "master"}
     assert all(views[name].data_ptr() == parameter.data_ptr() for name, parameter in parameters.items())
     elements = sum(parameter.numel() for parameter in parameters.values())
-    assert partition.plan.padding < 64 * len(partition.plan.buckets)
-    held = partition.state_bytes()
-    assert held["master"] == held["momentum"] == 4 * (elements + partition.plan.padding)
-    assert held == partition.plan.state_bytes(0)
+    assert 0 <= partition.plan.shard_elements - elements < 64 * len(partition.plan.buckets)
+    state = partition.state_bytes()
+    assert state["master"] == state["momentum"] == 4 * partition.plan.shard_elements
+    assert state == partition.plan.state_bytes(0)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.25, torch.tensor(0.25)])
-def test_a_step_is_the_whole_matrix_step_and_scales_the_gradient(scale):
+def test_a_step_equals_the_reference_step_with_the_scaled_gradient(scale):
     parameters, partition = _build()
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     _backward(parameters)
@@ -68,22 +69,16 @@ def test_a_step_is_the_whole_matrix_step_and_scales_the_gradient(scale):
     for matrix in MATRICES:
         weight = before[matrix.name]
         gradient = (weight.cos() + 3.0 * weight.cos()) * scale
-        hyper = Hyper(*(torch.tensor(value) for value in (0.02 * matrix.multiplier, 0.1, 0.9, 0.9)))
-        reference_step(
-            weight,
-            gradient,
-            torch.zeros(matrix.shape),
-            torch.zeros(second_moment_shape(matrix.shape)),
-            hyper,
-            torch.float32,
-        )
+        state = torch.zeros(matrix.shape), torch.zeros(second_moment_shape(matrix.shape))
+        rates = {"lr": 0.02 * matrix.multiplier, "weight_decay": 0.1, "momentum_factor": 0.9, "beta2": 0.9}
+        reference_step(weight, gradient, *state, torch.float32, **rates)
         assert torch.equal(parameters[matrix.name].detach(), weight)
 
 
 def test_loaded_masters_reach_the_weights():
     parameters, partition = _build(torch.bfloat16)
-    for _, _, _, pieces in partition.state_shards():
-        for _, _, view in pieces:
+    for shard in partition.state_shards():
+        for _, _, view in shard.rectangles:
             view.fill_(0.75)
     partition.refresh_weights()
     assert all(bool((parameter == 0.75).all()) for parameter in parameters.values())
@@ -91,13 +86,13 @@ def test_loaded_masters_reach_the_weights():
 
 def test_calls_out_of_order_are_refused():
     parameters, partition = _build()
-    with pytest.raises(RuntimeError, match="reduce"):
+    with pytest.raises(RuntimeError, match=r"^step\(\).*start_reduce"):
         partition.step(1.0)
-    with pytest.raises(RuntimeError, match="reduce"):
+    with pytest.raises(RuntimeError, match=r"^sum_of_squares\(\).*start_reduce"):
         partition.sum_of_squares()
     _backward(parameters)
     partition.start_reduce()
-    with pytest.raises(RuntimeError, match="twice"):
+    with pytest.raises(RuntimeError, match=r"start_reduce\(\).*twice"):
         partition.start_reduce()
     with pytest.raises(RuntimeError, match="first|second|tiny"):
         _backward(parameters)
@@ -108,7 +103,7 @@ def test_calls_out_of_order_are_refused():
     assert partition.sum_of_squares() == 0, "dropped gradients must not come back"
 
 
-def test_a_gradient_after_its_launch_is_refused():
+def test_a_gradient_after_its_reduce_was_started_is_refused():
     parameters, partition = _build()
     partition.start_async_reduce()
     _backward(parameters)
@@ -123,7 +118,7 @@ def test_a_gradient_after_its_launch_is_refused():
         partition.start_async_reduce()
 
 
-def test_no_matrices_is_a_partition_too():
+def test_a_partition_without_matrices():
     partition = MuonPartition({}, [], ALONE, compute_dtype=torch.float32, gradient_wire=torch.float32, beta2=0.9)
     partition.start_async_reduce()
     partition.start_reduce()
@@ -134,7 +129,7 @@ def test_no_matrices_is_a_partition_too():
     assert partition.state_shards() == []
 
 
-def test_unfitting_arguments_are_refused():
+def test_arguments_that_do_not_match_are_refused():
     with pytest.raises(ValueError, match="gradient_wire"):
         _build(gradient_wire=torch.float16)
     parameters, _ = _build()

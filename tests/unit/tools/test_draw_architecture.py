@@ -45,11 +45,7 @@ def test_texts_stay_inside_the_picture(pictures):
 def test_the_partition_has_a_box_per_fragment(pictures, name, config):
     _, _, partition = load(config, ["parallel.tensor=2"] if config == "d4_cpu" else [], 4)
     boxes = [one for one in ElementTree.fromstring(pictures[name]).iter(f"{SVG}rect") if one.get("rx") == "3"]
-    fragments = [
-        (fragment.rank, partition.owners[index])
-        for index, parts in enumerate(partition.fragments)
-        for fragment in parts
-    ]
+    fragments = [(rank, owner) for index, owner in enumerate(partition.owners) for rank, _ in partition.stored(index)]
     legend = 3
     assert len(boxes) == len(fragments) + legend
     away = sum(rank != owner for rank, owner in fragments)
