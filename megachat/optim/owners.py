@@ -46,7 +46,7 @@ def assign_owners(
     makespan = lightest_makespan(costs, data * tensor)
     least = max(math.ceil(sum(costs) / (data * tensor)), max(costs))
     limits = dict.fromkeys((least, least * 1.05, max(least * 1.1, makespan), makespan, 0))
-    largest_first = [sorted(own, key=lambda fragment: (-fragment.size, fragment.rank)) for own in fragments]
+    largest_first = [sorted(parts, key=lambda part: (-part.size, part.rank)) for parts in fragments]
 
     def best_assignment(pinned: Collection[int]) -> _Assignment:
         order = sorted(range(len(costs)), key=lambda index: (index not in pinned, -costs[index], index))
