@@ -52,10 +52,11 @@ def diff_command(left: Path, right: Path) -> int:
 def convert_command(convert, source: Path, target: Path, **options) -> None:
     """Converts and prints what the proof measured."""
     certificate = convert(source, target, **options)
-    numbers, tensors = certificate["numbers"], certificate["tensors"]
+    numbers = certificate["numbers"]
     print(
-        f"wrote {target}: {tensors['compared']} tensors equal; over {numbers['positions']} positions largest logit difference "
-        f"{numbers['largest_logit_difference']:.2e}, KL {numbers['mean_kl_nats']:.2e} nats, same argmax {numbers['argmax_agreement']:.2%}"
+        f"wrote {target}: {certificate['tensors']['compared']} tensors equal; over {numbers['positions']} positions "
+        f"largest logit difference {numbers['largest_logit_difference']:.2e}, KL {numbers['mean_kl_nats']:.2e} nats, "
+        f"same argmax {numbers['argmax_agreement']:.2%}"
     )
     for remark in certificate["remarks"]:
         print(f"remark: {remark}")

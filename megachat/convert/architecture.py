@@ -1,5 +1,4 @@
-"""What a checkpoint must hold, derived from the model's sizes alone; and the model itself, built from a checkpoint's
-tensors."""
+"""What a checkpoint must hold, from the model's sizes alone; and the model, built from a checkpoint's tensors."""
 
 from collections.abc import Mapping
 
@@ -39,17 +38,22 @@ def table_names(dims: Dimensions) -> frozenset[str]:
 
 
 def state_shapes(dims: Dimensions) -> dict[str, Shape]:
-    """Returns name -> shape of every tensor of a complete checkpoint: weights, AdamW's moments, Muon's momentum and
-    second moment."""
+    """Returns name -> shape of every tensor of a complete checkpoint: the weights and both optimizers' state."""
     wheres = places(dims)
     shapes = {f"model/{where.name}": where.whole for where in wheres}
     for name, group in assign_groups(wheres).items():
         whole = shapes[f"model/{name}"]
         if group.optimizer == "muon":
-            shapes |= {f"muon/{name}/momentum": whole, f"muon/{name}/second_moment": second_moment_shape(whole)}
+            shapes |= {f"muon/{name}/{kind}": shape for kind, shape in muon_shapes(whole).items()}
         else:
             shapes |= {f"adamw/{name}/exp_avg": whole, f"adamw/{name}/exp_avg_sq": whole}
     return shapes
+
+
+def muon_shapes(matrix: Shape) -> dict[str, Shape]:
+    """Returns name -> shape of Muon's state of a matrix."""
+    rows, columns = matrix
+    return {"momentum": matrix, "second_moment": second_moment_shape((rows, columns))}
 
 
 def shape_problems(actual: Mapping[str, Shape], expected: Mapping[str, Shape]) -> list[str]:
@@ -72,8 +76,7 @@ def tensor_problems(checkpoint: CheckpointReader) -> list[str]:
 
 
 def build_model(checkpoint: CheckpointReader, options: ModelOptions | None = None) -> torch.nn.ModuleList:
-    """Returns the whole model on the CPU with the checkpoint's weights, computing in float32 unless options say
-    otherwise.
+    """Returns the whole model on the CPU with the checkpoint's weights. It computes in float32 by default.
 
     With another compute dtype the matrices are stored in it, which gives the same numbers as casting them at each use.
     Raises UserError if the tensors are not those of the architecture.

@@ -1,16 +1,16 @@
-"""A conversion from beginning to end: written under a temporary name, read back, proved, renamed. If it fails, nothing
-is left."""
+"""A conversion: written under a temporary name, read back, proved, renamed. If it fails, nothing is left."""
 
 import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from megachat.checkpoint.facts import find_file_problems
-from megachat.convert.formats import FORMATS, open_checkpoint
+from megachat.convert.formats import format_of, open_checkpoint
 from megachat.convert.megachat import write_megachat
-from megachat.convert.proof import prove
+from megachat.convert.proof import megachat_logits, prove
 from megachat.convert.reader import CheckpointReader
 from megachat.errors import UserError
 from megachat.files import sync_to_disk, write_atomically
@@ -24,22 +24,21 @@ def certificate_path(target: Path) -> Path:
 def export_checkpoint(command: str, checkpoint: Path, target: Path, tokenizer: Path | None = None, **options) -> dict:
     """Converts a megachat checkpoint into the new folder `target` of another format and returns the certificate.
 
-    command: of an entry in FORMATS. options: of its prepare_export. Raises UserError, and leaves nothing, if the
-    conversion or its proof fails.
+    command: of an entry in FORMATS. options: of its prepare_export. If the conversion or its proof fails, raises
+    UserError and leaves nothing.
     """
-    form = next(each for each in FORMATS if each.command == command)
     source = _open_source(checkpoint, "megachat")
-    export = form.prepare_export(source, tokenizer, **options)
+    export = format_of(command).prepare_export(source, tokenizer, **options)
 
     def make(temporary: Path) -> dict:
         export.write(temporary)
-        build = export.target_logits
+        back = export.read_back(temporary)
         return prove(
-            source,
-            export.read_back(temporary),
+            export.expected or source,
+            back,
             export.tolerance,
-            expected=export.expected,
-            target_logits=(lambda: build(temporary)) if build else None,
+            source_logits=partial(megachat_logits, source),
+            target_logits=export.target_logits and partial(export.target_logits, temporary),
             remarks=export.remarks,
         )
 
@@ -49,19 +48,23 @@ def export_checkpoint(command: str, checkpoint: Path, target: Path, tokenizer: P
 def import_checkpoint(
     command: str, folder: Path, target: Path, tokenizer: Path | None = None, step: int | None = None, **options
 ) -> dict:
-    """Converts a folder of another format into a run folder, or into a step's folder if `target` has a step's name; see
-    `export_checkpoint`.
+    """Does the reverse: `target` becomes a run folder, or a step's folder if it has a step's name.
 
-    step: which one, if the folder holds several. options: of the format's prepare_import.
+    step: which one, if `folder` holds several. options: of the format's prepare_import.
     """
-    form = next(each for each in FORMATS if each.command == command)
-    source = _open_source(folder, form.name, step)
-    new = form.prepare_import(source, tokenizer, **options)
+    form = format_of(command)
+    new = form.prepare_import(_open_source(folder, form.name, step), tokenizer, **options)
     expected = new.source.select(new.source.entries, facts=new.source.facts | new.facts)
 
     def make(temporary: Path) -> dict:
-        target_reader = write_megachat(new, temporary, target).select(expected.entries)
-        return prove(expected, target_reader, new.tolerance, source_logits=new.source_logits, remarks=new.remarks)
+        written = write_megachat(new, temporary, target).select(expected.entries)
+        return prove(
+            expected,
+            written,
+            new.tolerance,
+            source_logits=new.source_logits,
+            remarks=new.remarks,
+        )
 
     return _write_proved(f"from-{command}", new.source, target, make)
 
@@ -116,7 +119,5 @@ def _check_space(target: Path, needed_bytes: int) -> None:
     existing = next(parent for parent in target.absolute().parents if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
-        raise UserError(
-            f"{target} takes {needed_bytes / 1e6:,.1f} MB and {existing} has {free / 1e6:,.1f} MB free: free space there or choose "
-            "another folder"
-        )
+        sizes = f"{target} takes {needed_bytes / 1e6:,.1f} MB and {existing} has {free / 1e6:,.1f} MB free"
+        raise UserError(f"{sizes}: free space there or choose another folder")

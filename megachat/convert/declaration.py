@@ -1,5 +1,4 @@
-"""What a checkpoint format declares: how a folder of it is recognized and opened, and how its tensors and settings get
-there and back."""
+"""What a checkpoint format declares: how it is recognized and opened, and how its contents get there and back."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +15,7 @@ BuildLogits = Callable[[], Logits]
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Largest difference of a logit; largest mean Kullback-Leibler divergence in nats; smallest share of positions with
-    the same argmax."""
+    """Largest logit difference, largest mean Kullback-Leibler divergence in nats, least share of equal argmax."""
 
     logit: float = 1e-5
     kl: float = 1e-8
@@ -66,12 +64,12 @@ class Format:
 
     recognizes: whether a folder has this format. open: (folder, step or None for the newest) -> its reader.
     prepare_export, prepare_import: (source, folder of the requested tokenizer or None, options) -> what the conversion
-    does; None for our own format. All raise UserError.
+    does. All raise UserError.
     """
 
     name: str
     command: str
     recognizes: Callable[[Path], bool]
     open: Callable[[Path, int | None], CheckpointReader]
-    prepare_export: Callable[..., Export] | None = None
-    prepare_import: Callable[..., Import] | None = None
+    prepare_export: Callable[..., Export]
+    prepare_import: Callable[..., Import]

@@ -71,8 +71,7 @@ def compare_checkpoints(left: CheckpointReader, right: CheckpointReader) -> list
 
 
 def compare_tensors(name: str, left: torch.Tensor, right: torch.Tensor) -> Difference | None:
-    """Returns None if both are equal to the bit in the wider of their dtypes. NaN equals NaN and is infinitely far from
-    any number."""
+    """Returns None if both are equal to the bit in the wider dtype. NaN equals NaN, and no number."""
     dtype = torch.promote_types(left.dtype, right.dtype)
     left, right = left.to(dtype).contiguous(), right.to(dtype).contiguous()
     if torch.equal(left.flatten().view(torch.uint8), right.flatten().view(torch.uint8)):
@@ -124,7 +123,8 @@ def _compare_arrays(left: CheckpointReader, right: CheckpointReader) -> list[Dif
             for key in dict.fromkeys((*first, *second)):
                 pair = first.get(key), second.get(key)
                 if pair[0] is None or pair[1] is None or not np.array_equal(pair[0], pair[1]):
-                    differences.append(Difference(kind, f"{name}: {key}", *map(_array_in_words, pair)))
+                    shown = [_array_in_words(array) for array in pair]
+                    differences.append(Difference(kind, f"{name}: {key}", shown[0], shown[1]))
     return differences
 
 

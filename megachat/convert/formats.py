@@ -1,4 +1,4 @@
-"""The table of checkpoint formats, and opening a folder of any of them."""
+"""The formats that megachat's checkpoints are converted to and from; opening a folder of any format."""
 
 from pathlib import Path
 
@@ -10,18 +10,20 @@ from megachat.convert.plain import export_plain, import_plain, is_plain, open_pl
 from megachat.convert.reader import CheckpointReader
 from megachat.errors import UserError
 
-# In the order in which a folder is tried; the last one takes any folder and says what is missing in it.
 FORMATS = (
     Format("safetensors", "safetensors", is_plain, open_plain, export_plain, import_plain),
     Format("huggingface", "hf", is_huggingface, open_huggingface, export_huggingface, import_huggingface),
     Format("nanochat", "nanochat", lambda f: bool(saved_steps(f)), open_nanochat, export_nanochat, import_nanochat_run),
-    Format("megachat", "megachat", lambda folder: True, lambda path, step: open_megachat(find_step_folder(path))),
 )
 
 
+def format_of(command: str) -> Format:
+    """Returns the entry of the table with this command."""
+    return next(each for each in FORMATS if each.command == command)
+
+
 def open_checkpoint(path: Path, step: int | None = None) -> CheckpointReader:
-    """Opens a folder of any known format; megachat's may be a step folder or a run folder. step: which one, if a folder
-    holds several.
+    """Opens a step or run folder of megachat, or a folder of another format. step: which one, if it holds several.
 
     Raises UserError if it is none of them or cannot be read.
     """
@@ -30,4 +32,7 @@ def open_checkpoint(path: Path, step: int | None = None) -> CheckpointReader:
         raise UserError(
             f"{path} is not a folder: give a checkpoint's step folder, a run folder, or a folder of another format"
         )
-    return next(each for each in FORMATS if each.recognizes(path)).open(path, step)
+    for each in FORMATS:
+        if each.recognizes(path):
+            return each.open(path, step)
+    return open_megachat(find_step_folder(path))

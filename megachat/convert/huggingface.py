@@ -12,16 +12,17 @@ from pathlib import Path
 
 import torch
 
-from megachat.convert.architecture import places, weight_shapes
+from megachat.convert.architecture import places
 from megachat.convert.declaration import Export, Import, Logits, Tolerance
 from megachat.convert.megachat import first_facts
-from megachat.convert.plain import open_tensors, save_tensors, split_into_shards
+from megachat.convert.plain import open_tensors, save_tensors
 from megachat.convert.reader import CheckpointReader, TensorInfo
 from megachat.convert.tokenizers import load_tokenizer_of
 from megachat.data.tokenizer import Tokenizer, save_tokenizer
 from megachat.errors import UserError
 from megachat.files import write_json
 from megachat.model.gpt import LOGIT_CAP
+from megachat.place import Place
 from megachat.planning.dimensions import MLP_RATIO, Dimensions
 
 INDEX_FILE, WHOLE_FILE = "model.safetensors.index.json", "model.safetensors"
@@ -49,8 +50,7 @@ SIZES = {
     "num_attention_heads": "heads",
     "max_position_embeddings": "sequence_len",
 }
-# Keys that may be absent and otherwise have these values: transformers' class can compute something else, our model
-# cannot.
+# Keys that are absent or have these values: transformers' class can compute something else, our model cannot.
 FIXED = {
     "hidden_act": "relu2",
     "attention_bias": False,
@@ -58,14 +58,13 @@ FIXED = {
     "final_logit_softcapping": LOGIT_CAP,
     "attention_dropout": 0.0,
 }
-_CHECKED = frozenset(
-    "model_type intermediate_size num_key_value_heads head_dim rms_norm_eps rope_parameters rope_theta rope_scaling".split()
-)
-_WITHOUT_EFFECT = frozenset(
-    """architectures dtype torch_dtype transformers_version use_cache initializer_range _name_or_path bos_token_id
+# Keys that are checked one by one; then those that do not change the logits.
+OTHERS = """
+    model_type intermediate_size num_key_value_heads head_dim rms_norm_eps rope_parameters rope_theta rope_scaling
+    architectures dtype torch_dtype transformers_version use_cache initializer_range _name_or_path bos_token_id
     eos_token_id pad_token_id id2label label2id problem_type is_encoder_decoder chunk_size_feed_forward return_dict
-    output_hidden_states output_attentions""".split()
-)
+    output_hidden_states output_attentions
+""".split()
 
 
 def is_huggingface(folder: Path) -> bool:
@@ -80,59 +79,38 @@ def key_of(name: str) -> str | None:
     return key and key.replace(".N.", f".{block[1]}." if block else "")
 
 
-def neutral_scalars(dims: Dimensions) -> dict[str, float]:
-    """Returns the value at which each of the model's scalars has no effect, by tensor name."""
-    wheres = places(replace(dims, lambdas="neutral"))
-    return {f"model/{where.name}": where.start[1] for where in wheres if len(where.whole) == 1}
-
-
-def vocabulary_tables(dims: Dimensions) -> set[str]:
-    """Returns the names of the tensors with one row per token, which have no padding rows in transformers' files."""
-    return {f"model/{where.name}" for where in places(dims) if where.cut == "vocabulary"}
-
-
 def export_huggingface(source: CheckpointReader, requested_tokenizer: Path | None) -> Export:
-    """The weights and config.json. Raises UserError with everything that cannot be carried, if the model has such
-    parts."""
+    """The weights and config.json. Raises UserError with everything that cannot be carried."""
     if obstacles := find_obstacles(source):
         raise UserError("\n".join(f"transformers' NanoChat does not compute this model's {part}" for part in obstacles))
     dims = source.dims
     tokenizer, origin = load_tokenizer_of(source, requested_tokenizer)
+    tables = {f"model/{where.name}" for where in places(dims) if where.cut == "vocabulary"}  # a row per token
     names = [name for name in source.entries if name.startswith("model/") and key_of(name)]
-    tables = vocabulary_tables(dims)
-
-    def clear_padding(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        return _pad_rows(tensor[: dims.vocab_size], dims.padded_vocab) if name in tables else tensor
-
+    without_padding = source.select(names, lambda name, x: x[: dims.vocab_size] if name in tables else x)
+    cleared = source.select(names, lambda name, x: _pad(x[: dims.vocab_size], len(x)) if name in tables else x)
     padding = dims.padded_vocab - dims.vocab_size
     return Export(
-        lambda folder: write_huggingface(source, names, folder, tokenizer, origin),
+        lambda folder: write_huggingface(without_padding, folder, tokenizer, origin),
         lambda folder: open_huggingface(folder).select(names, facts={}),
         TOLERANCE,
-        source.select(names, clear_padding),
+        cleared,
         lambda folder: transformers_logits(folder, dims.vocab_size),
         (f"not carried: the optimizer's state, the loader, {padding} padding rows per table",),
     )
 
 
 def import_huggingface(source: CheckpointReader, requested_tokenizer: Path | None) -> Import:
-    """A checkpoint of step 0. transformers counts a table's padding rows as tokens, so the tokenizer decides how many
-    tokens there are."""
+    """A checkpoint of step 0. transformers' vocab_size may count padding rows, so the tokenizer decides."""
     tokenizer, origin = load_tokenizer_of(source, requested_tokenizer)
     rows, dims = source.dims.vocab_size, replace(source.dims, vocab_size=tokenizer.vocab_size)
     if dims.padded_vocab < rows:
-        raise UserError(
-            f"{source.folder} has tables of {rows} rows, and a model of {dims.vocab_size} tokens has {dims.padded_vocab}: "
-            "give its own --tokenizer"
-        )
+        needed = f"a model of {dims.vocab_size} tokens has {dims.padded_vocab}"
+        raise UserError(f"{source.folder} has tables of {rows} rows, and {needed}: give its own --tokenizer")
     source = source.select(source.entries, facts=source.facts | {"model": vars(dims)})
-    settings = {
-        "depth": dims.depth,
-        "aspect_ratio": max(1, dims.width // dims.depth),
-        "window_pattern": "L",
-        **{key: getattr(dims, key) for key in ("head_size", "sequence_len", "kv_heads", "rotary_base", "qk_scale")},
-        **{key: getattr(dims, key) for key in ("norm_epsilon", "value_embeddings", "lambdas")},
-    }
+    same = "depth head_size sequence_len kv_heads rotary_base qk_scale norm_epsilon value_embeddings lambdas".split()
+    settings = {"aspect_ratio": max(1, dims.width // dims.depth), "window_pattern": "L"}
+    settings |= {key: getattr(dims, key) for key in same}
     return Import(
         source,
         first_facts(source, {"model": settings}, {}),
@@ -153,7 +131,8 @@ def find_obstacles(source: CheckpointReader) -> list[str]:
         obstacles.append(f"queries and keys scaled by {dims.qk_scale:g} after their norm: train with model.qk_scale=1")
     if short := sorted({window for window in dims.windows if window < dims.sequence_len}):
         obstacles.append(f"attention windows of {short[0]} tokens: train with model.window_pattern=L")
-    neutral = neutral_scalars(dims)
+    wheres = places(replace(dims, lambdas="neutral"))
+    neutral = {f"model/{where.name}": where.start[1] for where in wheres if len(where.whole) == 1}
     for name, scalar in source.tensors(neutral):
         if not bool((scalar == neutral[name]).all()):
             value = f"{name.removeprefix('model/')} other than {neutral[name]:g}"
@@ -161,26 +140,19 @@ def find_obstacles(source: CheckpointReader) -> list[str]:
     return obstacles
 
 
-def write_huggingface(
-    source: CheckpointReader, names: list[str], folder: Path, tokenizer: Tokenizer, origin: dict
-) -> None:
-    """Writes config.json, the named weights in float32 and megachat's tokenizer folder. The caller has checked
-    `find_obstacles`."""
-    dims, file_of = source.dims, {}
-    tables = vocabulary_tables(dims)
-    shards = split_into_shards(source, names, SHARD_BYTES)
+def write_huggingface(source: CheckpointReader, folder: Path, tokenizer: Tokenizer, origin: dict) -> None:
+    """Writes config.json, the weights in float32 and megachat's tokenizer folder. The caller has found no obstacles."""
+    shards = source.batches(source.entries, SHARD_BYTES)
+    file_of: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = WHOLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {
-            key_of(name): tensor[: dims.vocab_size] if name in tables else tensor
-            for name, tensor in source.tensors(shard)
-        }
+        tensors = {key: tensor for name, tensor in source.tensors(shard) if (key := key_of(name))}
         save_tensors(tensors, folder / file)
         file_of |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
-        size = sum(source.entries[name].bytes for name in names)
+        size = sum(entry.bytes for entry in source.entries.values())
         write_json(folder / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": file_of})
-    write_json(folder / "config.json", config_of_dims(dims, tokenizer.bos))
+    write_json(folder / "config.json", config_of_dims(source.dims, tokenizer.bos))
     save_tokenizer(folder / TOKENIZER_FOLDER, tokenizer, origin)
 
 
@@ -205,32 +177,26 @@ def config_of_dims(dims: Dimensions, bos: int) -> dict:
 def dims_of_config(config: dict, path: Path) -> Dimensions:
     """Returns the model's sizes. Raises UserError naming what our model cannot compute."""
     if config.get("model_type") != "nanochat":
-        raise UserError(
-            f"{path} describes a {config.get('model_type')} model: only transformers' nanochat can be converted"
-        )
+        kind = f"{path} describes a {config.get('model_type')} model"
+        raise UserError(f"{kind}: only transformers' nanochat can be converted")
     for key, value in config.items():
         if key in FIXED and value != FIXED[key] and not (key == "attention_dropout" and not value):
-            raise UserError(
-                f"{path}: {key} is {json.dumps(value)}, and megachat's model has {json.dumps(FIXED[key])}: it cannot be converted"
-            )
-        if key not in {*FIXED, *SIZES, *_CHECKED, *_WITHOUT_EFFECT}:
-            raise UserError(
-                f"{path}: {key} is unknown to megachat for transformers' nanochat: remove it if it does not change the model"
-            )
+            ours = f"megachat's model has {json.dumps(FIXED[key])}"
+            raise UserError(f"{path}: {key} is {json.dumps(value)}, and {ours}: it cannot be converted")
+        if key not in {*FIXED, *SIZES, *OTHERS}:
+            problem = f"{key} is unknown to megachat for transformers' nanochat"
+            raise UserError(f"{path}: {problem}: remove it if it does not change the model")
     rope = dict(config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", _ROTARY_BASE)})
     if rope.get("rope_type", "default") != "default" or config.get("rope_scaling"):
-        raise UserError(
-            f"{path}: rotary positions of type {rope.get('rope_type') or config['rope_scaling']} are not megachat's: "
-            "it cannot be converted"
-        )
+        kind = rope.get("rope_type") or config["rope_scaling"]
+        raise UserError(f"{path}: rotary positions of type {kind} are not megachat's: it cannot be converted")
     try:
         sizes = {ours: int(config[key]) for key, ours in SIZES.items()}
         width, heads, length = sizes["width"], sizes["heads"], sizes["sequence_len"]
         head_size = config.get("head_dim") or width // heads
         if config.get("intermediate_size") != MLP_RATIO * width or head_size * heads != width:
-            raise UserError(
-                f"{path}: intermediate_size must be {MLP_RATIO} x hidden_size, and heads x head_dim hidden_size: it cannot be converted"
-            )
+            required = f"intermediate_size must be {MLP_RATIO} x hidden_size, and heads x head_dim hidden_size"
+            raise UserError(f"{path}: {required}: it cannot be converted")
         return Dimensions(
             **sizes,
             kv_heads=config.get("num_key_value_heads") or heads,
@@ -243,49 +209,51 @@ def dims_of_config(config: dict, path: Path) -> Dimensions:
             lambdas="neutral",
         )
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(
-            f"{path} does not give the model's sizes ({type(error).__name__}: {error}): copy it again"
-        ) from None
+        problem = f"{path} does not give the model's sizes ({type(error).__name__}: {error})"
+        raise UserError(f"{problem}: copy it again") from None
 
 
 def open_huggingface(folder: Path, step: int | None = None) -> CheckpointReader:
-    """Opens the weights under our names: tables padded with zero rows, and neutral values for what transformers lacks.
-    Raises UserError."""
+    """Opens the weights under our names: tables padded with zero rows, neutral values for what transformers lacks.
+
+    Raises UserError for what is missing, damaged or of another model.
+    """
     dims = dims_of_config(_read_json(folder / "config.json") or {}, folder / "config.json")
     index = _read_json(folder / INDEX_FILE)
     files = sorted(set(index["weight_map"].values())) if index else [WHOLE_FILE]
     stored, read_stored = open_tensors(folder, files, lambda _, key: key)
-    shapes = {f"model/{name}": shape for name, shape in weight_shapes(dims).items()}
-    keys, neutral, tables = {name: key_of(name) for name in shapes}, neutral_scalars(dims), vocabulary_tables(dims)
-    for key in {key for key in keys.values() if key} ^ stored.keys():
-        raise UserError(
-            f"{folder}: {key} is {'not among' if key not in stored else 'too much for'} the weights of the model in config.json"
-        )
+    wheres = {f"model/{where.name}": where for where in places(dims)}
+    keys = {name: key for name in wheres if (key := key_of(name))}
+    for key in set(keys.values()) ^ stored.keys():
+        problem = "not among" if key not in stored else "too much for"
+        raise UserError(f"{folder}: {key} is {problem} the weights of the model in config.json")
     for name, key in keys.items():
-        shape = (dims.vocab_size, dims.width) if name in tables else shapes[name]
-        if key and stored[key].shape != shape:
-            raise UserError(
-                f"{folder}: {key} is {list(stored[key].shape)}, and the model in config.json has {list(shape)}"
-            )
+        shape = (dims.vocab_size, dims.width) if wheres[name].cut == "vocabulary" else wheres[name].whole
+        if stored[key].shape != shape:
+            actual = list(stored[key].shape)
+            raise UserError(f"{folder}: {key} is {actual}, and the model in config.json has {list(shape)}")
+
+    def neutral(where: Place) -> torch.Tensor:  # dims.lambdas is "neutral": the scalars start at neutral values
+        return torch.full(where.whole, where.start[1] if where.start[0] == "constant" else 0.0)
 
     def read(names: list[str]) -> dict[str, torch.Tensor]:
-        tensors = read_stored([keys[name] for name in names if keys[name]])
-        absent = {name: torch.full(shapes[name], neutral.get(name, 0.0)) for name in names if not keys[name]}
-        padded = {name: _pad_rows(tensors[keys[name]], shapes[name][0]) for name in names if keys[name]}
-        return {name: (absent | padded)[name] for name in names}
+        tensors = read_stored([keys[name] for name in names if name in keys])
+        tensors |= {name: neutral(wheres[name]) for name in names if name not in keys}
+        return {name: _pad(tensors[keys.get(name, name)], wheres[name].whole[0]) for name in names}
 
     entries = {
-        name: TensorInfo(shape, stored[keys[name]].dtype if keys[name] else "float32") for name, shape in shapes.items()
+        name: TensorInfo(where.whole, stored[keys[name]].dtype if name in keys else "float32")
+        for name, where in wheres.items()
     }
     facts = {"step": 0, "model": vars(dims), "imported": {"form": "huggingface", "step": 0}}
     names = ("config.json", *files, *([INDEX_FILE] if index else []))
     return CheckpointReader("huggingface", folder, facts, entries, read, names, (folder / TOKENIZER_FOLDER,))
 
 
-def _pad_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
-    return (
-        torch.cat((tensor, tensor.new_zeros(rows - len(tensor), *tensor.shape[1:]))) if len(tensor) < rows else tensor
-    )
+def _pad(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    """Appends zero rows up to `rows`."""
+    missing = rows - len(tensor)
+    return torch.cat((tensor, tensor.new_zeros(missing, *tensor.shape[1:]))) if missing else tensor
 
 
 def transformers_logits(folder: Path, vocab_size: int) -> Logits:
@@ -295,7 +263,8 @@ def transformers_logits(folder: Path, vocab_size: int) -> Logits:
         from transformers.utils.logging import disable_progress_bar
     except ImportError:
         raise UserError(
-            "conversions of this format are proved with transformers' own class, which is not installed: pip install transformers"
+            "conversions of this format are proved with transformers' own class, which is not installed: "
+            "pip install transformers"
         ) from None
     disable_progress_bar()
     model = NanoChatForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()

@@ -20,8 +20,7 @@ _SHOWN_FACTS = (
 
 
 def inspect_checkpoint(checkpoint: CheckpointReader) -> dict:
-    """Returns JSON values: format, facts, tensors with shape and dtype, files, and the ledger of each packing
-    stream."""
+    """Returns JSON values: format, facts, tensors with shape and dtype, files, and the packing streams' ledgers."""
     entries = checkpoint.entries
     return {
         "form": checkpoint.format,
@@ -101,8 +100,7 @@ def verify_checkpoint(path: Path) -> tuple[str, list[str]]:
 
 
 def _problems_of_refused_facts(path: Path) -> list[str]:
-    """Returns the bad files of a checkpoint whose facts are refused, as far as the list of its files can still be
-    read."""
+    """Returns the bad files of a checkpoint whose facts are refused, if the list of its files can be read."""
     try:
         facts = json.loads((path / FACTS_NAME).read_text(encoding="utf-8"))
         files = {
@@ -115,8 +113,7 @@ def _problems_of_refused_facts(path: Path) -> list[str]:
 
 
 def _coverage_problems(path: Path, facts: dict) -> list[str]:
-    """Returns the tensors with elements that no rectangle or two rectangles hold, and rectangles outside their tensor
-    or file."""
+    """Returns elements that are stored never or twice, and rectangles outside their tensor or file."""
     problems = []
     for name, entry in read_index(path).items():
         shape, rectangles = entry["shape"], entry["pieces"]
@@ -136,8 +133,7 @@ def _coverage_problems(path: Path, facts: dict) -> list[str]:
 
 
 def _overlap(boxes: Iterable[tuple[list[int], list[int]]]) -> bool:
-    """True if two boxes (offset, size) share an element. Each is compared with those that begin before it ends along
-    dim 0."""
+    """True if two boxes (offset, size) overlap. Each is compared with those that begin before it ends on dim 0."""
     ordered = sorted(boxes)
     for index, (offset, size) in enumerate(ordered):
         for other, other_size in ordered[index + 1 :]:

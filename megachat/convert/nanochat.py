@@ -13,7 +13,7 @@ import torch
 from megachat.config import Config
 from megachat.convert.architecture import shape_problems, table_names, weight_shapes
 from megachat.convert.declaration import Export, Import, Tolerance
-from megachat.convert.megachat import first_facts, whole_piece
+from megachat.convert.megachat import first_facts
 from megachat.convert.nanochat_optimizer import read_optimizer, state_of_rank
 from megachat.convert.nanochat_settings import config_of, dims_of_meta, loop_of, meta_of, param_groups_of
 from megachat.convert.plain import writing
@@ -29,15 +29,7 @@ from megachat.prepare.tokenizer_training import export_nanochat as write_tokeniz
 ROUNDED_TABLES = Tolerance(logit=0.25, kl=1e-3, argmax=0.95)
 _COMPILED = "_orig_mod."  # torch.compile's prefix, which some checkpoints have
 # nanochat's order of parameters in its state_dict, as patterns of our names; within a pattern the model's order.
-STATE_ORDER = (
-    "resid_lambdas",
-    "x0_lambdas",
-    "*_lambda",
-    "transformer.*",
-    "lm_head.*",
-    "smear_gate.*",
-    "value_embeds.*",
-)
+STATE_ORDER = "resid_lambdas x0_lambdas *_lambda transformer.* lm_head.* smear_gate.* value_embeds.*".split()
 
 
 def saved_steps(folder: Path) -> list[int]:
@@ -60,9 +52,8 @@ def export_nanochat(
     for setting in ("rotary_base", "qk_scale", "norm_epsilon", "value_embeddings"):
         theirs = next(field.default for field in fields(Dimensions) if field.name == setting)
         if getattr(dims, setting) != theirs:
-            raise UserError(
-                f"the model has {setting} {getattr(dims, setting)}, and nanochat computes {theirs}: it cannot be converted"
-            )
+            ours = f"the model has {setting} {getattr(dims, setting)}"
+            raise UserError(f"{ours}, and nanochat computes {theirs}: it cannot be converted")
     tokenizer, _ = load_tokenizer_of(source, requested_tokenizer)
     rounded, dtype = table_names(dims), getattr(torch, tables)
     stored = source.select(
@@ -87,9 +78,8 @@ def import_nanochat_run(
         weights = [name for name in source.entries if name.startswith("model/")]
         source = source.select(weights, facts=source.facts | {"adamw_steps": 0})
     elif not source.has_optimizer:
-        raise UserError(
-            f"{source.folder} has no optimizer state of step {source.facts['step']}: copy its optim files too, or give --fresh-optimizer"
-        )
+        problem = f"{source.folder} has no optimizer state of step {source.facts['step']}"
+        raise UserError(f"{problem}: copy its optim files too, or give --fresh-optimizer")
     config, remarks = config_of(source)
     facts = first_facts(source, config, loop_of(source.facts["imported"]["meta"]))
     return Import(source, facts, *load_tokenizer_of(source, requested_tokenizer), remarks=tuple(remarks))
@@ -115,56 +105,41 @@ def open_nanochat(folder: Path, step: int | None = None) -> CheckpointReader:
     problems = shape_problems({name: tuple(tensor.shape) for name, tensor in model.items()}, weight_shapes(dims))
     if problems:
         raise UserError(f"{weights} is not of the model that {path.name} describes: {problems[0]}")
-    pieces = {f"model/{name}": whole_piece(tensor) for name, tensor in model.items()}
+    parts = {f"model/{name}": [tensor] for name, tensor in model.items()}  # of each tensor, along dim 0
     facts = {"step": step, "model": asdict(dims)}
     groups, shards = None, _optimizer_files(folder, step)
     if shards:
         state, facts["adamw_steps"], groups = read_optimizer([_load_file(shard) for shard in shards], dims, shards)
-        pieces |= state
+        parts |= state
     facts["imported"] = {"form": "nanochat", "step": step, "meta": meta, "param_groups": groups}
 
     def read(names: list[str]) -> dict[str, torch.Tensor]:
-        return {name: _assemble(*pieces[name]) for name in names}
+        return {name: torch.cat(parts[name]) if len(parts[name]) > 1 else parts[name][0] for name in names}
 
     entries = {
-        name: TensorInfo(shape, str(rectangles[0][2].dtype).removeprefix("torch."))
-        for name, (shape, rectangles) in pieces.items()
+        name: TensorInfo((sum(map(len, each)), *each[0].shape[1:]), str(each[0].dtype).removeprefix("torch."))
+        for name, each in parts.items()
     }
     files = tuple(file.name for file in (path, weights, *shards))
-    tokenizers = (
-        folder / "tokenizer",
-        folder.parent.parent / "tokenizer",
-    )  # in an export, or in nanochat's base folder
+    # in an export, or in nanochat's base folder
+    tokenizers = folder / "tokenizer", folder.parent.parent / "tokenizer"
     remarks = () if groups else ("no optimizer state: there is no optim file of this step",)
     return CheckpointReader("nanochat", folder, facts, entries, read, files, tokenizers, remarks)
 
 
-def _assemble(shape: tuple[int, ...], rectangles: list) -> torch.Tensor:
-    """Returns a whole tensor; without a copy if a single rectangle is the whole of it."""
-    if len(rectangles) == 1 and rectangles[0][1] == shape:
-        return rectangles[0][2]
-    whole = torch.empty(shape, dtype=rectangles[0][2].dtype)
-    for offsets, sizes, part in rectangles:
-        whole[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))] = part
-    return whole
-
-
 def _load_file(path: Path) -> dict:
-    """Loads a dictionary that torch.save wrote; its tensors are read when they are used. Executes nothing; raises
-    UserError."""
+    """Loads a dictionary that torch.save wrote; its tensors are read when they are used. Executes nothing."""
     try:
         loaded = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except FileNotFoundError:
         raise UserError(f"{path} is missing: copy it next to the weights") from None
     except Exception as error:  # a damaged file may raise anything; torch refuses one that would execute code
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{path} is refused: it is damaged, or holds more than tensors and numbers ({first[:200]}); take it from its source again"
-        ) from None
+        problem = f"it is damaged, or holds more than tensors and numbers ({first[:200]})"
+        raise UserError(f"{path} is refused: {problem}; take it from its source again") from None
     if not isinstance(loaded, dict):
-        raise UserError(
-            f"{path} holds a {type(loaded).__name__}, not a dictionary of tensors: it is no file of nanochat's"
-        )
+        problem = f"{path} holds a {type(loaded).__name__}, not a dictionary of tensors"
+        raise UserError(f"{problem}: it is no file of nanochat's")
     return loaded
 
 
@@ -174,15 +149,13 @@ def _optimizer_files(folder: Path, step: int) -> list[Path]:
     last = max(by_rank, default=-1)
     for rank in range(last):
         if rank not in by_rank:
-            raise UserError(
-                f"{folder} has optimizer files up to rank {last} but not optim_{step:06d}_rank{rank}.pt: copy all of them"
-            )
+            missing = f"optim_{step:06d}_rank{rank}.pt"
+            raise UserError(f"{folder} has optimizer files up to rank {last} but not {missing}: copy all of them")
     return [by_rank[rank] for rank in sorted(by_rank)]
 
 
 def write_nanochat(source: CheckpointReader, folder: Path, tokenizer: Tokenizer, ranks: int) -> None:
-    """Writes weights, meta file, the optimizer's state for `ranks` ranks and the tokenizer. Weights and one rank's
-    state are in memory.
+    """Writes all files. The weights, then one rank's optimizer state, are in memory.
 
     Raises UserError if nanochat cannot divide its tables over the ranks.
     """

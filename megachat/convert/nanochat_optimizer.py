@@ -1,43 +1,38 @@
 """nanochat's optimizer state (its optim.py): parameter groups, and one file per rank of the job that wrote it.
 
 AdamW's moments are whole on every rank for parameters below SMALL_ELEMENTS; otherwise each rank has an equal share of
-dim 0. Muon's are stacked over all matrices of one shape; each rank has a chunk of the stack, and the last chunks are
-padded with zeros.
+dim 0. Muon's are stacked over all matrices of one shape; each rank has a chunk of the stack, the last ones padded.
 """
 
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from megachat.checkpoint.storage import RectanglesByName
-from megachat.convert.architecture import Shape, weight_shapes
+from megachat.convert.architecture import Shape, muon_shapes, weight_shapes
 from megachat.convert.reader import CheckpointReader
 from megachat.errors import UserError
 from megachat.optim.groups import GROUPS, Group, group_of
-from megachat.optim.muon import second_moment_shape
 from megachat.planning.dimensions import Dimensions
 
 SMALL_ELEMENTS = 1024
 # Our groups in the order in which nanochat numbers their parameters. Its Muon groups follow, one per shape.
 GROUP_ORDER = ("unembedding", "embedding", "value_embedding", "resid", "x0", "smear")
 MOMENTS = ("exp_avg", "exp_avg_sq")
-STACKS = {"momentum": "momentum_buffer", "second_moment": "second_momentum_buffer"}
+STACKS = {"momentum": "momentum_buffer", "second_moment": "second_momentum_buffer"}  # our names -> nanochat's
 
 
 def optimizer_groups(dims: Dimensions) -> list[tuple[Group, list[str]]]:
-    """Returns nanochat's parameter groups in its order: (our group, parameter names). Muon's have one shape each,
-    smaller shapes first."""
+    """Returns nanochat's parameter groups in its order: (our group, parameter names). Muon's are sorted by shape."""
     shapes, by_name = weight_shapes(dims), {group.name: group for group in GROUPS}
-    by_shape: dict[Shape, list[str]] = {}
-    for name in shapes:
-        if group_of(name).optimizer == "muon":
-            by_shape.setdefault(shapes[name], []).append(name)
     groups = []
     for group in map(by_name.__getitem__, GROUP_ORDER):
         groups.append((group, [name for pattern in group.patterns for name in shapes if fnmatchcase(name, pattern)]))
-    return groups + [(group_of(by_shape[shape][0]), by_shape[shape]) for shape in sorted(by_shape)]
+    by_shape: dict[Shape, list[str]] = {}
+    for name, shape in shapes.items():
+        if group_of(name).optimizer == "muon":
+            by_shape.setdefault(shape, []).append(name)
+    return groups + [(group_of(names[0]), names) for _, names in sorted(by_shape.items())]
 
 
 def adamw_shares(whole: Shape, ranks: int) -> list[tuple[int, int]]:
@@ -45,92 +40,79 @@ def adamw_shares(whole: Shape, ranks: int) -> list[tuple[int, int]]:
     if ranks == 1 or torch.Size(whole).numel() < SMALL_ELEMENTS:
         return [(0, whole[0])] * ranks
     if whole[0] % ranks:
-        raise UserError(
-            f"nanochat divides the {whole[0]} rows of its tables evenly, and {ranks} ranks cannot: give another number of --ranks"
-        )
+        problem = f"nanochat divides the {whole[0]} rows of its tables evenly, and {ranks} ranks cannot"
+        raise UserError(f"{problem}: give another number of --ranks")
     share = whole[0] // ranks
     return [(rank * share, (rank + 1) * share) for rank in range(ranks)]
 
 
-def stack_shapes(shape: Shape, matrices: int, ranks: int) -> dict[str, Shape]:
-    """Returns the shape of each of a rank's chunks of Muon's stacks: [matrices per rank, ...], by our names of them."""
-    chunk = -(-matrices // ranks)
-    return {"momentum": (chunk, *shape), "second_moment": (chunk, *second_moment_shape(shape))}
-
-
-def read_optimizer(states: list[dict], dims: Dimensions, files: list[Path]) -> tuple[dict, int, list[dict]]:
-    """Returns (rectangles by our names, AdamW's steps, param_groups of rank 0) of the files of all ranks.
+def read_optimizer(
+    states: list[dict], dims: Dimensions, files: list[Path]
+) -> tuple[dict[str, list[torch.Tensor]], int, list[dict]]:
+    """Returns (parts of each tensor along dim 0 by our names, AdamW's steps, param_groups of rank 0) of all ranks'
+    files.
 
     Raises UserError if they do not fit the model or each other.
     """
-    pieces: dict[str, Any] = {}
+    tensors: dict[str, list[torch.Tensor]] = {}
     steps: set[int] = set()
     try:
         groups = states[0]["param_groups"]
         expected, shapes, first = optimizer_groups(dims), weight_shapes(dims), 0
         if [len(group["params"]) for group in groups] != [len(names) for _, names in expected]:
-            raise UserError(
-                f"{files[0]} has other parameter groups than nanochat makes for this model: it cannot be converted"
-            )
+            problem = "has other parameter groups than nanochat makes for this model"
+            raise UserError(f"{files[0]} {problem}: it cannot be converted")
         for (ours, names), group in zip(expected, groups, strict=True):
             if group["params"] != list(range(first, first + len(names))):
-                raise UserError(
-                    f"{files[0]} numbers its parameters in another order than nanochat does: it cannot be converted"
-                )
+                problem = "numbers its parameters in another order than nanochat does"
+                raise UserError(f"{files[0]} {problem}: it cannot be converted")
             first += len(names)
             if ours.optimizer == "muon":
                 ranks = [state["state"][group["params"][0]] for state in states]
-                pieces |= _read_muon(names, ranks, shapes[names[0]], files)
+                tensors |= _read_muon(names, ranks, shapes[names[0]], files)
                 continue
             for name, number in zip(names, group["params"], strict=True):
                 ranks = [state["state"][number] for state in states]
                 steps |= {int(rank["step"]) for rank in ranks}
-                pieces |= _read_adamw(name, ranks, shapes[name], files)
+                tensors |= _read_adamw(name, ranks, shapes[name], files)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{files[0]} is no optimizer state of nanochat's ({type(error).__name__}: {error}): copy it again"
-        ) from None
+        problem = f"is no optimizer state of nanochat's ({type(error).__name__}: {error})"
+        raise UserError(f"{files[0]} {problem}: copy it again") from None
     if len(steps) != 1:
-        raise UserError(
-            f"{files[0].parent}: AdamW's steps differ between parameters or ranks ({sorted(steps)}): copy all files of one step"
-        )
-    return pieces, steps.pop(), groups
+        problem = f"AdamW's steps differ between parameters or ranks ({sorted(steps)})"
+        raise UserError(f"{files[0].parent}: {problem}: copy all files of one step")
+    return tensors, steps.pop(), groups
 
 
-def _read_adamw(name: str, ranks: list[dict], whole: Shape, files: list[Path]) -> RectanglesByName:
-    pieces = {}
+def _read_adamw(name: str, ranks: list[dict], whole: Shape, files: list[Path]) -> dict[str, list[torch.Tensor]]:
+    tensors, shares = {}, adamw_shares(whole, len(ranks))
     for kind in MOMENTS:
-        parts, shares = [rank[kind] for rank in ranks], adamw_shares(whole, len(ranks))
+        parts = [rank[kind] for rank in ranks]
         for part, (begin, end), file in zip(parts, shares, files, strict=True):
             _check_shape(part, (end - begin, *whole[1:]), f"{kind} of {name}", file)
         if shares[0] == (0, whole[0]):
             if not all(torch.equal(part, parts[0]) for part in parts):
-                raise UserError(
-                    f"{files[0].parent}: the ranks have different values in {kind} of {name}: the files are not of one job"
-                )
-            parts, shares = parts[:1], shares[:1]
-        rest = (0,) * (len(whole) - 1)
-        rectangles = [((first, *rest), tuple(part.shape), part) for part, (first, _) in zip(parts, shares, strict=True)]
-        pieces[f"adamw/{name}/{kind}"] = whole, rectangles
-    return pieces
+                problem = f"the ranks have different values in {kind} of {name}"
+                raise UserError(f"{files[0].parent}: {problem}: the files are not of one job")
+            parts = parts[:1]
+        tensors[f"adamw/{name}/{kind}"] = parts
+    return tensors
 
 
-def _read_muon(names: list[str], ranks: list[dict], shape: Shape, files: list[Path]) -> RectanglesByName:
-    pieces = {}
-    for kind, (chunk, *each) in stack_shapes(shape, len(names), len(ranks)).items():
+def _read_muon(names: list[str], ranks: list[dict], shape: Shape, files: list[Path]) -> dict[str, list[torch.Tensor]]:
+    tensors, chunk = {}, -(-len(names) // len(ranks))
+    for kind, each in muon_shapes(shape).items():
         for rank, file in zip(ranks, files, strict=True):
             _check_shape(rank[STACKS[kind]], (chunk, *each), f"{STACKS[kind]} of {names[0]} and its like", file)
         for index, name in enumerate(names):
-            part = ranks[index // chunk][STACKS[kind]][index % chunk]
-            pieces[f"muon/{name}/{kind}"] = tuple(each), [((0, 0), tuple(each), part)]
-    return pieces
+            tensors[f"muon/{name}/{kind}"] = [ranks[index // chunk][STACKS[kind]][index % chunk]]
+    return tensors
 
 
 def _check_shape(tensor: torch.Tensor, shape: Shape, what: str, file: Path) -> None:
     if tuple(tensor.shape) != shape:
-        raise UserError(
-            f"{file} has {what} as {list(tensor.shape)}, not {list(shape)}: it is of another model or another number of ranks"
-        )
+        problem = f"{file} has {what} as {list(tensor.shape)}, not {list(shape)}"
+        raise UserError(f"{problem}: it is of another model or another number of ranks")
 
 
 def state_of_rank(source: CheckpointReader, rank: int, ranks: int) -> dict[int, dict]:
@@ -143,19 +125,18 @@ def state_of_rank(source: CheckpointReader, rank: int, ranks: int) -> dict[int, 
         else:
             for index, name in enumerate(names, start=number):
                 begin, end = adamw_shares(shapes[name], ranks)[rank]
-                moments = dict(source.tensors([f"adamw/{name}/{kind}" for kind in MOMENTS]))
-                shares = {key.split("/")[-1]: whole[begin:end].clone() for key, whole in moments.items()}
+                whole = source.tensors([f"adamw/{name}/{kind}" for kind in MOMENTS])
+                shares = {key.split("/")[-1]: tensor[begin:end].clone() for key, tensor in whole}
                 state[index] = {"step": int(source.facts["adamw_steps"])} | shares
         number += len(names)
     return state
 
 
 def _stacks_of_rank(source: CheckpointReader, names: list[str], shape: Shape, rank: int, ranks: int) -> dict:
-    stacks = {}
-    for kind, stack_shape in stack_shapes(shape, len(names), ranks).items():
-        chunk, stack = stack_shape[0], torch.zeros(stack_shape)
+    stacks, chunk = {}, -(-len(names) // ranks)
+    for kind, each in muon_shapes(shape).items():
+        stack = stacks[STACKS[kind]] = torch.zeros(chunk, *each)
         members = [f"muon/{name}/{kind}" for name in names[rank * chunk : (rank + 1) * chunk]]
         for index, (_, whole) in enumerate(source.tensors(members)):
             stack[index] = whole
-        stacks[STACKS[kind]] = stack
     return stacks

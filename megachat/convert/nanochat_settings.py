@@ -59,16 +59,13 @@ def dims_of_meta(meta: dict, path: Path) -> Dimensions:
     try:
         model = dict(meta["model_config"])
         if unknown := sorted(model.keys() - SIZES.keys() - {"window_pattern"}):
-            raise UserError(
-                f"{path}: model_config has {unknown[0]}, which no nanochat model that megachat knows has: it cannot be converted"
-            )
+            problem = f"model_config has {unknown[0]}, which no nanochat model that megachat knows has"
+            raise UserError(f"{path}: {problem}: it cannot be converted")
         sizes = {ours: model[theirs] for theirs, ours in SIZES.items()}
         pattern = _window_pattern(model)
         if sizes["width"] % sizes["heads"] or not re.fullmatch("[SL]+", pattern):
-            raise UserError(
-                f"{path}: model_config has n_embd {sizes['width']}, n_head {sizes['heads']} and windows {pattern}, "
-                "which is no nanochat model"
-            )
+            shown = f"n_embd {sizes['width']}, n_head {sizes['heads']} and windows {pattern}"
+            raise UserError(f"{path}: model_config has {shown}, which is no nanochat model")
         windows = window_sizes(pattern, sizes["depth"], sizes["sequence_len"])
         return Dimensions(**sizes, head_size=sizes["width"] // sizes["heads"], windows=windows)
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
@@ -82,8 +79,7 @@ def _window_pattern(model_config: dict) -> str:
 
 
 def config_of(source: CheckpointReader) -> tuple[dict, list[str]]:
-    """Returns (config, remarks): the run as far as the meta file describes it. The rest keeps its defaults, and the
-    remarks say so."""
+    """Returns (config, remarks). What the meta file does not describe keeps its default, and the remarks say so."""
     dims, imported = source.dims, source.facts["imported"]
     meta, groups = imported["meta"], imported["param_groups"]
     arguments = meta.get("user_config") or {}
@@ -100,14 +96,16 @@ def config_of(source: CheckpointReader) -> tuple[dict, list[str]]:
     if not arguments:
         config["optimizer"] = _settings_of_groups(groups, dims) if groups else {}
         remarks.append(
-            f"{source.files[0]} has no user_config: batch, horizon and schedule are the defaults, so give them in config.json or with --set"
+            f"{source.files[0]} has no user_config: batch, horizon and schedule are the defaults, so give them in "
+            "config.json or with --set"
         )
     if tokens := meta.get("total_batch_size"):
         config.setdefault("batch", {})["tokens"] = tokens
     if arguments and groups:
         remarks += _take_rates(config, groups, dims)
     remarks.append(
-        "nanochat's position in the documents cannot be continued: the loader starts at the first ones; set data.folder to the shards"
+        "nanochat's position in the documents cannot be continued: the loader starts at the first ones; "
+        "set data.folder to the shards"
     )
     return config, remarks
 
@@ -125,16 +123,14 @@ def _model_settings(dims: Dimensions, pattern: str, aspect: int | None) -> dict:
 
 
 def _take_rates(config: dict, groups: list[dict], dims: Dimensions) -> list[str]:
-    """Sets the parameter groups' rates if user_config gives others: a resumed nanochat uses those of the groups.
-    Returns remarks."""
+    """Sets the groups' rates, which a resumed nanochat uses, if user_config gives others. Returns remarks."""
     plan = resolve(Config.model_validate_json(json.dumps(config)), 1, dims.vocab_size)
     pairs = zip(optimizer_groups(dims), groups, strict=True)
     if all(math.isclose(plan.rates[ours.rate], group["initial_lr"], rel_tol=1e-6) for (ours, _), group in pairs):
         return []
     config["optimizer"] |= _settings_of_groups(groups, dims) | {"weight_decay": plan.weight_decay}
-    return [
-        "the parameter groups have other rates than user_config gives: they are used as they are, not scaled to the batch"
-    ]
+    remark = "the parameter groups have other rates than user_config gives: they are used as they are"
+    return [f"{remark}, not scaled to the batch"]
 
 
 def _settings_of_groups(groups: list[dict], dims: Dimensions) -> dict:
@@ -157,15 +153,13 @@ def loop_of(meta: dict) -> dict:
 
 
 def _imported_and_unchanged(facts: dict) -> dict | None:
-    """Returns what was imported from nanochat at the checkpoint's own step, from which nothing has been trained
-    since."""
+    """Returns what was imported from nanochat at the checkpoint's step, if nothing was trained since."""
     imported = facts.get("imported") or {}
     return imported if imported.get("form") == "nanochat" and imported["step"] == facts["step"] else None
 
 
 def meta_of(facts: dict, dims: Dimensions, config: Config, plan: Plan) -> dict:
-    """Returns nanochat's meta file: the imported one, if there is one of this step. In a new one the loader's position
-    is null: nanochat then starts at the first documents."""
+    """Returns the imported meta file, or a new one, whose loader position is null: it starts at the first documents."""
     if imported := _imported_and_unchanged(facts):
         return imported["meta"]
     loop, pattern = facts["loop"], config.model.window_pattern
@@ -199,8 +193,7 @@ def meta_of(facts: dict, dims: Dimensions, config: Config, plan: Plan) -> dict:
 
 
 def param_groups_of(facts: dict, dims: Dimensions, config: Config, plan: Plan) -> list[dict]:
-    """Returns nanochat's parameter groups after the checkpoint's last step: the imported ones, or what config and
-    schedule give."""
+    """Returns the imported parameter groups, or those that config and schedule give after the last step."""
     imported = _imported_and_unchanged(facts)
     if imported and imported["param_groups"]:
         return [
@@ -210,8 +203,13 @@ def param_groups_of(facts: dict, dims: Dimensions, config: Config, plan: Plan) -
     optimizer, last = config.optimizer, facts["step"] - 1  # nanochat keeps the values with which it took its last step
     multiplier, decay, momentum = 1.0, plan.weight_decay, 0.95
     if last >= 0:
-        schedule = {"warmup_steps": optimizer.warmup_steps, "warmdown_ratio": optimizer.warmdown_ratio}
-        multiplier = learning_rate_multiplier(last, plan.steps, final_fraction=optimizer.final_lr_fraction, **schedule)
+        multiplier = learning_rate_multiplier(
+            last,
+            plan.steps,
+            warmup_steps=optimizer.warmup_steps,
+            warmdown_ratio=optimizer.warmdown_ratio,
+            final_fraction=optimizer.final_lr_fraction,
+        )
         decay *= weight_decay_multiplier(last, plan.steps)
         momentum = muon_momentum(last, plan.steps, warmdown_ratio=optimizer.warmdown_ratio)
     muon = {"momentum": momentum, "ns_steps": NEWTON_SCHULZ_STEPS, "beta2": MUON_BETA2, "weight_decay": decay}

@@ -9,8 +9,9 @@ import contextlib
 import errno
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,7 +29,8 @@ FACTS_FILE = "checkpoint_facts.json"
 VERSION = 1
 SHARD_BYTES = 2 << 30
 # safetensors' names -> torch's
-DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16", "I64": "int64", "I32": "int32", "U8": "uint8"}  # fmt: skip
+DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+DTYPES |= {"I64": "int64", "I32": "int32", "U8": "uint8"}
 _COPIED = ("loader/", "random/")
 _SAVED_ANEW = ("files", "sha256", "format_version", "architecture_version", "step", "tokenizer")
 
@@ -56,7 +58,7 @@ def write_plain(source: CheckpointReader, folder: Path, tokenizer: Path | None) 
     file_of: dict[str, str] = {}
     for kind in ("model", "optimizer"):
         names = [name for name in source.entries if name.startswith("model/") == (kind == "model")]
-        for number, shard in enumerate(split_into_shards(source, names, SHARD_BYTES), start=1):
+        for number, shard in enumerate(source.batches(names, SHARD_BYTES), start=1):
             file = f"{kind}-{number:05d}.safetensors"
             save_tensors({name.removeprefix("model/"): tensor for name, tensor in source.tensors(shard)}, folder / file)
             file_of |= dict.fromkeys(shard, file)
@@ -84,13 +86,11 @@ def open_plain(folder: Path, step: int | None = None) -> CheckpointReader:
         file_of, files = dict(document["tensors"]), dict(document["files"])
         facts = document["facts"] | {"files": document["files"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} cannot be read ({type(error).__name__}: {error}): convert the checkpoint again"
-        ) from None
+        problem = f"{path} cannot be read ({type(error).__name__}: {error})"
+        raise UserError(f"{problem}: convert the checkpoint again") from None
     if version > VERSION or architecture > ARCHITECTURE_VERSION:
-        raise UserError(
-            f"{folder} has version {version} and architecture {architecture}, newer than this version reads: update megachat"
-        )
+        versions = f"version {version} and architecture {architecture}"
+        raise UserError(f"{folder} has {versions}, newer than this version reads: update megachat")
     name_of = {(file, name.removeprefix("model/")): name for name, file in file_of.items()}
     entries, read = open_tensors(folder, sorted(set(file_of.values())), lambda file, key: name_of.get((file, key)))
     if missing := [name for name in file_of if name not in entries]:
@@ -115,48 +115,29 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
 
 
-def split_into_shards(source: CheckpointReader, names: Iterable[str], max_bytes: int) -> list[list[str]]:
-    """Returns the names in their order, in lists of at most `max_bytes` of tensors, or of one tensor."""
-    shards: list[list[str]] = []
-    filled = 0
-    for name in names:
-        if not shards or filled + source.entries[name].bytes > max_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += source.entries[name].bytes
-    return shards
-
-
 def open_tensors(
     folder: Path, files: list[str], rename: Callable[[str, str], str | None]
 ) -> tuple[dict[str, TensorInfo], Callable[[list[str]], dict[str, torch.Tensor]]]:
-    """Returns (entries, read) of safetensors files for a CheckpointReader. rename: (file, key in it) -> name, or None
-    to leave it out.
+    """Returns (entries, read) for a CheckpointReader. rename: (file, key in it) -> name, or None to leave it out.
 
     Raises UserError for a file that is missing or damaged.
     """
     entries: dict[str, TensorInfo] = {}
-    locations: dict[str, tuple[str, str]] = {}
+    locations: dict[str, tuple[Any, str]] = {}
     for file in files:
-        with _open_safetensors(folder / file) as tensors:
-            for key in tensors.keys():
-                name, stored = rename(file, key), tensors.get_slice(key)
-                if name is None:
-                    continue
-                dtype = stored.get_dtype()
-                if dtype not in DTYPES:
-                    raise UserError(
-                        f"{folder / file} has {key} as {dtype}, which is none of {', '.join(DTYPES)}: save it in one of these"
-                    )
-                entries[name], locations[name] = TensorInfo(tuple(stored.get_shape()), DTYPES[dtype]), (file, key)
+        tensors = _open_safetensors(folder / file)
+        for key in tensors.keys():
+            if (name := rename(file, key)) is None:
+                continue
+            stored = tensors.get_slice(key)
+            if (dtype := stored.get_dtype()) not in DTYPES:
+                problem = f"{folder / file} has {key} as {dtype}, which is none of {', '.join(DTYPES)}"
+                raise UserError(f"{problem}: save it in one of these")
+            entries[name] = TensorInfo(tuple(stored.get_shape()), DTYPES[dtype])
+            locations[name] = tensors, key
 
     def read(names: list[str]) -> dict[str, torch.Tensor]:
-        whole = {}
-        for file in dict.fromkeys(locations[name][0] for name in names):
-            with _open_safetensors(folder / file) as tensors:
-                whole |= {name: tensors.get_tensor(locations[name][1]) for name in names if locations[name][0] == file}
-        return {name: whole[name] for name in names}
+        return {name: tensors.get_tensor(key) for name in names for tensors, key in [locations[name]]}
 
     return entries, read
 

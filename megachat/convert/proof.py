@@ -1,9 +1,9 @@
-"""The proof of a conversion: logits of both models on fixed token rows, every tensor compared, and the certificate that
-records both."""
+"""The proof of a conversion: both models' logits on fixed rows, all tensors, and the certificate of both."""
 
 import hashlib
 import platform
 from dataclasses import asdict
+from functools import partial
 from importlib import metadata
 
 import torch
@@ -22,14 +22,13 @@ _VERSIONS = ("megachat", "torch", "numpy", "safetensors", "transformers")
 
 
 def token_rows(dims: Dimensions) -> list[torch.Tensor]:
-    """Returns the rows [1, tokens] int64 on which models are compared, always the same for one vocabulary and length:
-    one as long as the model allows, so that every window matters, and some short ones."""
+    """Returns the rows [1, tokens] int64 on which models are compared. The longest makes every window matter."""
     generator = torch.Generator().manual_seed(20)
     lengths = [dims.sequence_len, *[min(SHORT_TOKENS, dims.sequence_len)] * SHORT_ROWS]
     return [torch.randint(0, dims.vocab_size, (1, length), generator=generator) for length in lengths]
 
 
-def _megachat_logits(checkpoint: CheckpointReader) -> Logits:
+def megachat_logits(checkpoint: CheckpointReader) -> Logits:
     """Builds megachat's model in float32 with the weights from the checkpoint's files."""
     dims, layers = checkpoint.dims, build_model(checkpoint)
 
@@ -41,8 +40,7 @@ def _megachat_logits(checkpoint: CheckpointReader) -> Logits:
 
 
 def compare_logits(build_source: BuildLogits, build_target: BuildLogits, rows: list[torch.Tensor]) -> dict:
-    """Returns the largest logit difference, the mean KL of the target from the source in nats, and the share of equal
-    argmax.
+    """Returns the largest logit difference, the target's mean KL from the source in nats, and the equal argmax's share.
 
     Only one of the models is in memory at a time.
     """
@@ -72,22 +70,19 @@ def prove(
     target: CheckpointReader,
     tolerance: Tolerance,
     *,
-    expected: CheckpointReader | None = None,
     source_logits: BuildLogits | None = None,
     target_logits: BuildLogits | None = None,
     remarks: tuple[str, ...] = (),
 ) -> dict:
-    """Returns the certificate as JSON values; its "first_difference" is None if the proof passed. Tensors and facts
-    that both formats can hold must be equal to the bit.
+    """Returns the certificate as JSON values; its "first_difference" is None if the proof passed.
 
-    expected: the source as the target should hold it, if the conversion changes something on purpose. source_logits,
-    target_logits: build models other than megachat's own.
+    source: as the target should hold it. source_logits, target_logits: default to megachat's model. All tensors and
+    facts that both formats can hold must be equal to the bit.
     """
-    expected = expected or source
-    differences = [difference for difference in compare_checkpoints(expected, target) if difference.counts]
+    differences = [difference for difference in compare_checkpoints(source, target) if difference.counts]
     rows = token_rows(source.dims)
     numbers = compare_logits(
-        source_logits or (lambda: _megachat_logits(source)), target_logits or (lambda: _megachat_logits(target)), rows
+        source_logits or partial(megachat_logits, source), target_logits or partial(megachat_logits, target), rows
     )
     problems = [f"{difference.kind} {difference}" for difference in differences]
     for key, limit, passed in (
@@ -105,7 +100,7 @@ def prove(
         "tolerance": asdict(tolerance),
         "rows": {"tokens": [row.shape[1] for row in rows], "sha256": digest},
         "tensors": {
-            "compared": len(expected.entries.keys() & target.entries.keys()),
+            "compared": len(source.entries.keys() & target.entries.keys()),
             "different": sum(difference.kind in ("tensor", "shape", "only") for difference in differences),
         },
         "source": _describe_side(source),

@@ -1,5 +1,4 @@
-"""CheckpointReader: a checkpoint of any format, opened for reading. Tensors carry megachat's names and are read a few
-at a time."""
+"""A checkpoint of any format, opened for reading. Tensors have megachat's names and are read a few at a time."""
 
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -61,24 +60,27 @@ class CheckpointReader:
         """True if there is any optimizer state among the tensors."""
         return any(not name.startswith("model/") for name in self.entries)
 
+    def batches(self, names: Iterable[str], max_bytes: int) -> list[list[str]]:
+        """Splits the names, in their order, into lists of at most `max_bytes` of tensors, or of one tensor."""
+        batches: list[list[str]] = []
+        filled = 0
+        for name in names:
+            if not batches or filled + self.entries[name].bytes > max_bytes:
+                batches.append([])
+                filled = 0
+            batches[-1].append(name)
+            filled += self.entries[name].bytes
+        return batches
+
     def tensors(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields (name, whole tensor) for all tensors, or for those named, with BATCH_BYTES in memory at a time."""
-        batch: list[str] = []
-        filled = 0
-        for name in self.entries if names is None else names:
-            if batch and filled + self.entries[name].bytes > BATCH_BYTES:
-                yield from self.read(batch).items()
-                batch, filled = [], 0
-            batch.append(name)
-            filled += self.entries[name].bytes
-        if batch:
+        for batch in self.batches(self.entries if names is None else names, BATCH_BYTES):
             yield from self.read(batch).items()
 
     def select(
         self, names: Iterable[str], change: Callable | None = None, facts: dict | None = None
     ) -> "CheckpointReader":
-        """Returns a reader of the named tensors only. change(name, tensor) may replace a tensor by one of equal shape
-        and dtype; facts replaces the facts."""
+        """Returns a reader of these tensors, each replaced by change(name, tensor) if given, and of other facts."""
 
         def read(requested: list[str]) -> dict[str, torch.Tensor]:
             tensors = self.read(requested)

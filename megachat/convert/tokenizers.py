@@ -1,5 +1,4 @@
-"""Which tokenizer belongs to a checkpoint: identified by its fingerprint in megachat's formats, by the number of tokens
-in others."""
+"""A checkpoint's tokenizer: identified by its fingerprint in megachat's formats, else by its number of tokens."""
 
 from pathlib import Path
 
@@ -19,9 +18,8 @@ def find_tokenizer(source: CheckpointReader, requested: Path | None) -> Path | N
     if requested:
         actual = load_tokenizer(requested).fingerprint
         if fingerprint not in (None, actual):
-            raise UserError(
-                f"{requested} is not the checkpoint's tokenizer: its fingerprint is {actual[:12]}, not {fingerprint[:12]}"
-            )
+            problem = f"its fingerprint is {actual[:12]}, not {fingerprint[:12]}"
+            raise UserError(f"{requested} is not the checkpoint's tokenizer: {problem}")
         return requested
     for folder in source.tokenizer_folders:
         try:
@@ -41,21 +39,17 @@ def load_tokenizer_of(source: CheckpointReader, requested: Path | None = None) -
     if "config" in source.facts:
         folder = find_tokenizer(source, requested)
         if folder is None:
-            raise UserError(
-                f"the tokenizer of {source.folder} is not where its config says: give its folder with --tokenizer"
-            )
+            problem = f"the tokenizer of {source.folder} is not where its config says"
+            raise UserError(f"{problem}: give its folder with --tokenizer")
         return load_tokenizer(folder), load_origin(folder)
     candidates = (requested,) if requested else source.tokenizer_folders
     folder = next((path for path in candidates if (path / "tokenizer.pkl").is_file()), candidates[0])
     if not folder.is_dir():
-        raise UserError(
-            f"there is no tokenizer at {folder}: give the model's tokenizer folder, megachat's or nanochat's, with --tokenizer"
-        )
+        raise UserError(f"there is no tokenizer at {folder}: give megachat's or nanochat's folder with --tokenizer")
     tokenizer = import_nanochat(folder) if (folder / "tokenizer.pkl").is_file() else load_tokenizer(folder)
     most = source.dims.vocab_size
     least = 1 if source.format == "huggingface" else most  # its tables may have rows that are no tokens
     if not least <= tokenizer.vocab_size <= most:
-        raise UserError(
-            f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens and the model {most}: give the model's own with --tokenizer"
-        )
+        problem = f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens and the model {most}"
+        raise UserError(f"{problem}: give the model's own with --tokenizer")
     return tokenizer, {"imported": str(folder)}

@@ -13,6 +13,7 @@ import re
 import tempfile
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any
 
 from megachat.config import Config, load_config
 from megachat.data.tokenizer import load_tokenizer
@@ -57,7 +58,8 @@ def run_ranks(config: Config, world: int, vocab_size: int, folder: Path) -> None
     folder.mkdir()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["megachat.programs.verify_layout"])
-    port, processes, waiting = free_port(), [], {}
+    port, processes = free_port(), []
+    waiting: dict[Any, int] = {}  # the connection on which a rank reports -> the rank
     for rank in range(world):
         receiver, sender = context.Pipe(duplex=False)
         arguments = (rank, world, port, config, vocab_size, folder, sender)
@@ -65,12 +67,13 @@ def run_ranks(config: Config, world: int, vocab_size: int, folder: Path) -> None
         processes[-1].start()
         sender.close()
         waiting[receiver] = rank
+    ready: Any
     try:
         while waiting:
-            for receiver in wait(list(waiting)):
-                rank = waiting.pop(receiver)
+            for ready in wait(list(waiting)):
+                rank = waiting.pop(ready)
                 try:
-                    problem = receiver.recv()
+                    problem = ready.recv()
                 except EOFError:
                     problem = "the process died"
                 if problem:
@@ -83,29 +86,27 @@ def run_ranks(config: Config, world: int, vocab_size: int, folder: Path) -> None
 def parse_arguments() -> argparse.Namespace:
     """Parses the command line; ends the program if it is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    repeatable = {"action": "append", "default": []}
-    parser.add_argument("--config", required=True, help="JSON file with what differs from the defaults")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--config", required=True, help="JSON file with what differs from the defaults")
+    add(
         "--layout",
-        **repeatable,
+        action="append",
+        default=[],
         help="axes and sizes, for example tp=2,pp=2,dp=2; repeatable; with --resume one process by default",
     )
-    parser.add_argument(
-        "--resume", action="store_true", help="compare stopping, saving, loading and continuing with not stopping"
-    )
-    parser.add_argument(
+    add("--resume", action="store_true", help="compare stopping, saving, loading and continuing with not stopping")
+    add(
         "--onto",
         metavar="LAYOUT",
-        **repeatable,
+        action="append",
+        default=[],
         help="with --resume: continue on this layout instead, in float32; repeatable",
     )
-    parser.add_argument(
-        "--keep", type=Path, metavar="FOLDER", help="with --resume: new folder in which the runs are kept"
-    )
-    parser.add_argument("--depth", type=int, help="scale the model down to this depth")
-    parser.add_argument("--rows", type=int, default=4, help="rows per data-parallel rank and step (default 4)")
-    parser.add_argument("--set", metavar="SECTION.KEY=VALUE", **repeatable, help="override a setting; repeatable")
-    parser.add_argument("--out", type=Path, default=Path("verify.json"), help="the certificate (default verify.json)")
+    add("--keep", type=Path, metavar="FOLDER", help="with --resume: new folder in which the runs are kept")
+    add("--depth", type=int, help="scale the model down to this depth")
+    add("--rows", type=int, default=4, help="rows per data-parallel rank and step (default 4)")
+    add("--set", metavar="SECTION.KEY=VALUE", action="append", default=[], help="override a setting; repeatable")
+    add("--out", type=Path, default=Path("verify.json"), help="the certificate (default verify.json)")
     arguments = parser.parse_args()
     if arguments.rows < 1 or (arguments.depth is not None and arguments.depth < 1):
         parser.error("--rows and --depth must be 1 or more")

@@ -260,8 +260,9 @@ def verify_layout(
     ranks = math.prod(layout.values())
     plan = resolve(config, ranks, vocab_size)  # refuses what does not fit before anything is started
     print(
-        f"{layout_name(layout)}: {ranks} ranks against one process; depth {plan.dims.depth}, {plan.parameters['total']:,} parameters, "
-        f"{rows * layout['data']} rows of {plan.dims.sequence_len} tokens per step",
+        f"{layout_name(layout)}: {ranks} ranks against one process; depth {plan.dims.depth}, "
+        f"{plan.parameters['total']:,} parameters, {rows * layout['data']} rows of {plan.dims.sequence_len} tokens "
+        "per step",
         flush=True,
     )
     run_ranks(one_process, 1, vocab_size, folder / "reference")

@@ -131,8 +131,8 @@ def compare_resumed_run(
         done = step + 1
         if done >= STOP:
             run = half if done == STOP else resumed
-            pair = (open_megachat(each / "checkpoints" / checkpoint_name(done)) for each in (whole, run))
-            differences += _compare_states(*pair, done, order, exact=exact or done == STOP)
+            one, other = (open_megachat(each / "checkpoints" / checkpoint_name(done)) for each in (whole, run))
+            differences += _compare_states(one, other, done, order, exact=exact or done == STOP)
     if not differences:
         return "bit-equal", []
     return "token-equal" if all(entry.within for entry in differences) else "different", differences
@@ -218,13 +218,12 @@ def verify_resumes(
         jobs.append(resolve_without_fp8_if_needed(job, math.prod(sizes.values()), vocab_size))
     first, plan = jobs[0]
     if exact and first.precision.fp8 != config.precision.fp8:
-        print(
-            f"remark: without FP8 (precision.fp8={config.precision.fp8}), which this machine or the scaled model does not support",
-            flush=True,
-        )
+        lacking = f"without FP8 (precision.fp8={config.precision.fp8})"
+        print(f"remark: {lacking}, which this machine or the scaled model does not support", flush=True)
     print(
-        f"{layout_name(layout)}: {plan.layout.world} ranks; depth {plan.dims.depth}, {plan.parameters['total']:,} parameters, "
-        f"{total_rows} rows of {plan.dims.sequence_len} tokens per step; {END} steps whole, and stopped after {STOP}",
+        f"{layout_name(layout)}: {plan.layout.world} ranks; depth {plan.dims.depth}, "
+        f"{plan.parameters['total']:,} parameters, {total_rows} rows of {plan.dims.sequence_len} tokens per step; "
+        f"{END} steps whole, and stopped after {STOP}",
         flush=True,
     )
     whole, half = folder / "whole", folder / "half"
@@ -254,8 +253,9 @@ def report_verdict(verdict: str, differences: list[ResumeDifference], *, exact: 
         )
     elif verdict == "token-equal":
         print(
-            f"  token-equal: the same documents, losses within {LOSS_TOLERANCE:g}, tensors within {TENSOR_TOLERANCE:g} but for "
-            f"{FLIPPED_SHARE:.1%} of their elements; first after {first.step} steps, {first.name}: {first.relative:.1e}"
+            f"  token-equal: the same documents, losses within {LOSS_TOLERANCE:g}, tensors within {TENSOR_TOLERANCE:g} "
+            f"but for {FLIPPED_SHARE:.1%} of their elements; first after {first.step} steps, "
+            f"{first.name}: {first.relative:.1e}"
         )
     else:
         print(f"  DIFFERENT: after {first.step} steps, first {first.told}")
