@@ -44,7 +44,7 @@ def user_errors_end_the_program(main: Callable | None = None, *, rank: Callable[
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
-        leave: Callable[[int], None] = sys.exit if rank is None else _exit_now
+        leave: Callable[[int], object] = _exit_now if rank else sys.exit
         try:
             status = main(*args, **kwargs) or 0
             sys.stdout.flush()

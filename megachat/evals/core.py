@@ -60,7 +60,8 @@ def evaluate_bundle(
     max_per_task: -1 for all examples. stop: if given, it is called before each task and must return the same on all
     ranks; if it is true, None is returned. A job that must stop has seconds, and an evaluation may take minutes.
     """
-    begin, right, padding = time.perf_counter(), {}, []
+    begin, padding = time.perf_counter(), []
+    right: dict[str, tuple[bool, ...]] = {}
     for tasks in [bundle.tasks] if stop is None else [(task,) for task in bundle.tasks]:
         if stop is not None and stop():
             return None

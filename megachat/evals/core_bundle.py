@@ -170,7 +170,7 @@ def _read_index(root: _Folder) -> list[dict]:
             raise UserError(
                 f"{file}: {entry['label']} has the unknown type {entry['kind']!r}: use one of {', '.join(_KINDS)}"
             )
-        if entry["shots"] < 0:
+        if int(entry["shots"]) < 0:
             raise UserError(f"{file}: {entry['label']} has {entry['shots']} shots: give 0 or more")
     if not entries:
         raise UserError(f"{file} lists no task: get the bundle again")

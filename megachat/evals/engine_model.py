@@ -31,7 +31,7 @@ def evaluate_chunks(
     try:
         with torch.compiler.set_stance("force_eager"):  # otherwise every new shape would be compiled
             return engine.evaluate(
-                micro_batches, measure, before_forward=lambda number: set_past(engine.module, chunks[number])
+                list(micro_batches), measure, before_forward=lambda number: set_past(engine.module, chunks[number])
             )
     finally:
         set_past(engine.module, None)

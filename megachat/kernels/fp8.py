@@ -199,7 +199,7 @@ def apply_fp8(layers: list[nn.Module], choice: Fp8Choice) -> int:
     """
     named = [named for layer in layers for named in layer.named_modules()]
     linears = [module for name, module in named if isinstance(module, Linear) and name != "lm_head"]
-    fitting = [linear for linear in linears if fits_fp8(*tuple(linear.weight.shape), choice.recipe)]
+    fitting = [linear for linear in linears if fits_fp8(linear.weight.size(0), linear.weight.size(1), choice.recipe)]
     te_linears = TELinears(choice.recipe) if choice.backend == "te" and fitting else None
     for linear in fitting:
         linear.product = te_linears.build(linear.weight) if te_linears else PRODUCTS[choice.recipe]

@@ -145,7 +145,7 @@ class TEAttention:
         if module is None:
             from transformer_engine.pytorch import DotProductAttention
 
-            settings = {"num_gqa_groups": kv_heads, "attention_dropout": 0.0}
+            settings: dict[str, object] = {"num_gqa_groups": kv_heads, "attention_dropout": 0.0}
             settings |= {"qkv_format": "bshd", "attn_mask_type": "causal"}
             module = self._modules[heads, kv_heads, size] = DotProductAttention(heads, size, **settings)
         # to Transformer Engine (tokens, 0) is a window; only -1 means none

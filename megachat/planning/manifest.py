@@ -114,7 +114,7 @@ def ownership(config: Config, plan: Plan) -> list[Ownership]:
     lines = []
     for place in {place_of(parameter).name: place_of(parameter) for parameter in layers.parameters()}.values():
         group, ranks = group_of(place.name), sorted(state_ranks[place.name])
-        matrix, owner = muon.get(place.name, (None, None))
+        matrix, owner = muon.get(place.name) or (None, None)
         lines.append(
             Ownership(
                 name=place.name,

@@ -91,8 +91,16 @@ class PromptContinuer:
             if display:
                 display.update(number - first, ended=bool(end_reason))
 
-        settings = {"tokens": self.tokens, "sampling": self.sampling, "slide": self.slide, "first": first}
-        continuations = generate(self.model, ids, stop=stop, on_token=on_token, **settings)
+        continuations = generate(
+            self.model,
+            ids,
+            tokens=self.tokens,
+            sampling=self.sampling,
+            slide=self.slide,
+            first=first,
+            stop=stop,
+            on_token=on_token,
+        )
         results = []
         for number, (prompt, text, row) in enumerate(zip(prompts, texts, continuations, strict=True), first + 1):
             if row.end_reason == "length":
