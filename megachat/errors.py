@@ -44,7 +44,7 @@ def user_errors_end_the_program(main: Callable | None = None, *, rank: Callable[
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
-        leave: Callable[[int], object] = _exit_now if rank else sys.exit
+        leave = _exit_now if rank else lambda status: sys.exit(status)
         try:
             status = main(*args, **kwargs) or 0
             sys.stdout.flush()

@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -152,7 +153,7 @@ def _read_index(root: _Folder) -> list[dict]:
     file = root / _INDEX
     text = _read_text(file)
     with _parsing(file, "YAML with icl_tasks, each with label, dataset_uri, num_fewshot and icl_task_type"):
-        entries = [
+        entries: list[dict[str, Any]] = [
             {
                 "label": str(entry["label"]),
                 "file": str(entry["dataset_uri"]),
@@ -170,7 +171,7 @@ def _read_index(root: _Folder) -> list[dict]:
             raise UserError(
                 f"{file}: {entry['label']} has the unknown type {entry['kind']!r}: use one of {', '.join(_KINDS)}"
             )
-        if int(entry["shots"]) < 0:
+        if entry["shots"] < 0:
             raise UserError(f"{file}: {entry['label']} has {entry['shots']} shots: give 0 or more")
     if not entries:
         raise UserError(f"{file} lists no task: get the bundle again")

@@ -114,7 +114,7 @@ def ownership(config: Config, plan: Plan) -> list[Ownership]:
     lines = []
     for place in {place_of(parameter).name: place_of(parameter) for parameter in layers.parameters()}.values():
         group, ranks = group_of(place.name), sorted(state_ranks[place.name])
-        matrix, owner = muon.get(place.name) or (None, None)
+        on_muon = muon.get(place.name)
         lines.append(
             Ownership(
                 name=place.name,
@@ -123,9 +123,9 @@ def ownership(config: Config, plan: Plan) -> list[Ownership]:
                 stages=tuple(sorted({rank // stage_size for rank in ranks})),
                 cut=place.cut if tensor > 1 else "whole",
                 state_ranks=tuple(ranks),
-                owner=owner,
-                lr=plan.rates[group.rate] * (matrix.multiplier if matrix else 1.0),
-                decay=plan.weight_decay if matrix else group.weight_decay,
+                owner=on_muon[1] if on_muon else None,
+                lr=plan.rates[group.rate] * (on_muon[0].multiplier if on_muon else 1.0),
+                decay=plan.weight_decay if on_muon else group.weight_decay,
             )
         )
     return lines
