@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from megachat.errors import UserError
+from megachat.errors import UserError, summary
 from megachat.files import file_sha256, write_json
 
 FACTS_NAME = "checkpoint.json"
@@ -65,9 +65,7 @@ def read_facts(checkpoint: Path) -> dict:
             f"{checkpoint} is not a complete checkpoint: it has no {FACTS_NAME}; use another step's checkpoint"
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} cannot be read ({type(error).__name__}: {error}); use another step's checkpoint"
-        ) from None
+        raise UserError(f"{path} cannot be read ({summary(error)}); use another step's checkpoint") from None
     if problems:
         raise UserError(
             f"{checkpoint} is incomplete: {problems[0]}; use another step's checkpoint, "

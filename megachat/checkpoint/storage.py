@@ -11,9 +11,11 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -25,6 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from megachat.errors import UserError, summary
 from megachat.files import write_json
 from megachat.parallel.mesh import Axis
 from megachat.parallel.rectangles import Rectangle
@@ -49,21 +52,60 @@ def save_rectangles(folder: Path, tensors: RectanglesByName, world: Axis) -> Non
         )
 
 
-def load_rectangles(folder: Path, tensors: RectanglesByName) -> None:
-    """Fill the rectangles in place; all ranks call it, or one process that belongs to no process group.
+def load_checkpoint(checkpoint: Path, tensors: RectanglesByName) -> None:
+    """Fill this rank's rectangles from the checkpoint, in place.
 
-    Raises torch's CheckpointException, which names the tensor that is missing or has another shape.
+    All ranks call it, or one process without a process group. Raises UserError when the checkpoint has no tensor of
+    that name and shape, or cannot be read.
     """
-    with torch.no_grad(), _without_group_warning():
-        dcp.load(
-            {name: _WholeTensor(shape, rectangles) for name, (shape, rectangles) in tensors.items()},
-            storage_reader=_Reader(folder),
-        )
+    saved = _saved_shapes(checkpoint)
+    for name, (shape, _) in tensors.items():
+        if name not in saved:
+            raise UserError(
+                f"{checkpoint} has no tensor {name}: it was made by another model; use the config it was made with"
+            )
+        if saved[name] != tuple(shape):
+            raise UserError(
+                f"{checkpoint} has {name} with shape {list(saved[name])}, but the model has {list(shape)}: "
+                "use the config it was made with"
+            )
+    try:
+        with torch.no_grad(), _without_group_warning():
+            dcp.load(
+                {name: _WholeTensor(shape, rectangles) for name, (shape, rectangles) in tensors.items()},
+                storage_reader=_Reader(checkpoint),
+            )
+    except CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        raise UserError(
+            f"{checkpoint} could not be read on rank {rank}: {summary(cause)}; use another step's checkpoint"
+        ) from error
+
+
+def load_model_weights(checkpoint: Path, names: list[str] | None = None) -> dict[str, torch.Tensor]:
+    """Load whole float32 weights by name on this process alone. names: None for all."""
+    saved = _saved_shapes(checkpoint)
+    names = names or [name.removeprefix("model/") for name in saved if name.startswith("model/")]
+    weights = {name: torch.empty(saved[f"model/{name}"]) for name in names}
+    load_checkpoint(
+        checkpoint,
+        {f"model/{name}": (tuple(t.shape), [((0,) * t.ndim, tuple(t.shape), t)]) for name, t in weights.items()},
+    )
+    return weights
 
 
 def read_index(folder: Path) -> dict:
     """Read the index of a checkpoint folder: name -> shape, dtype and pieces (rectangles in files) of every tensor."""
     return json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
+
+
+def _saved_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        return {name: tuple(entry["shape"]) for name, entry in read_index(checkpoint).items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{checkpoint / INDEX_NAME} cannot be read ({summary(error)}); use another step's checkpoint"
+        ) from None
 
 
 class _WholeTensor(torch.Tensor):
@@ -82,9 +124,8 @@ class _WholeTensor(torch.Tensor):
         pass
 
     @classmethod
-    # torch's stub declares its own default as a static method
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        raise TypeError(f"{func} was called on rectangles, which can only be saved and loaded")
+    def __torch_dispatch__(cls, *args, **kwargs):
+        raise TypeError(f"{args[0]} was called on rectangles, which can only be saved and loaded")
 
     def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
         return [
@@ -144,7 +185,8 @@ class _Reader(dcp.FileSystemReader):
     """Reads what _Writer wrote."""
 
     def read_metadata(self, *args, **kwargs):
-        tensors, locations = {}, {}
+        tensors: dict[str, Any] = {}
+        locations = {}
         for name, entry in read_index(Path(self.path)).items():
             chunks = []
             for piece in entry["pieces"]:

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from megachat.checkpoint.facts import checkpoint_name, checkpoint_step, read_facts
-from megachat.checkpoint.load import load_checkpoint
 from megachat.checkpoint.resume import newest_complete
 from megachat.checkpoint.save import save_checkpoint
 from megachat.checkpoint.storage import read_index

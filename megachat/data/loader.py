@@ -142,14 +142,8 @@ class Loader:
         self._rows, self._ranks, self._rank = rows, ranks, rank
         self._row_tokens, self._stream_count = row_tokens, streams
         self._documents, self._dtype = corpus.documents, tokenizer.dtype
-        order = {
-            "split": split,
-            "row_tokens": row_tokens,
-            "rows": rows,
-            "streams": streams,
-            "buffer_documents": buffer_documents,
-            "seed": seed,
-        }
+        order = {"split": split, "row_tokens": row_tokens, "rows": rows, "streams": streams}
+        order |= {"buffer_documents": buffer_documents, "seed": seed}
         self._settings = loader_state.loader_settings(shards, tokenizer, order)
         self._restarts = state["header"].get("restarts", []) if state else []
         self._now = self._first_snapshot(state, streams_of_rank(rank, ranks, streams, rows))

@@ -15,7 +15,7 @@ import math
 import struct
 from bisect import bisect_left, insort
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -54,7 +54,7 @@ class BufferedDocument:
     tokens: np.ndarray  # at most the first row_tokens tokens: no row can take more
 
 
-@dataclass(frozen=True)
+@dataclass
 class StreamState:
     """A stream between two rows. Documents are shared, not copied: they never change."""
 
@@ -64,7 +64,7 @@ class StreamState:
     read_tokens: int  # of the documents that were placed or cropped
     cropped_tokens: int  # the part of read_tokens that was dropped
     ledger: bytes  # running SHA-256 of the documents that were placed or cropped
-    buffer: dict[int, BufferedDocument]  # by sequence number, in ascending order
+    buffer: dict[int, BufferedDocument]  # by sequence number, which counts the documents as they are read
 
 
 EMPTY_STREAM = StreamState(0, 0, 0, 0, 0, bytes(32), {})
@@ -99,26 +99,16 @@ class Stream:
     ):
         self._read_document, self._row_tokens, self._epoch_documents = read_document, row_tokens, epoch_documents
         self._minimum, self._refill = buffer
-        self._next_document, self._next_sequence, self._rows = state.next_document, state.next_sequence, state.rows
-        self._read_tokens, self._cropped_tokens, self._ledger = state.read_tokens, state.cropped_tokens, state.ledger
-        self._buffer = dict(state.buffer)
-        self._keys = sorted(document.length << _SEQUENCE_BITS | sequence for sequence, document in self._buffer.items())
+        self._state = replace(state, buffer=state.buffer.copy())
+        self._keys = sorted(document.length << _SEQUENCE_BITS | sequence for sequence, document in state.buffer.items())
 
     def state(self) -> StreamState:
-        """Return the current state. It takes microseconds: only references are copied."""
-        return StreamState(
-            self._next_document,
-            self._next_sequence,
-            self._rows,
-            self._read_tokens,
-            self._cropped_tokens,
-            self._ledger,
-            self._buffer.copy(),
-        )
+        """Return a copy of the current state. It takes microseconds: only references are copied."""
+        return replace(self._state, buffer=self._state.buffer.copy())
 
     def pack(self, row: np.ndarray) -> None:
         """Fill `row` (int64 [row_tokens]) with the stream's next row."""
-        keys, start, end = self._keys, 0, self._row_tokens
+        state, keys, start, end = self._state, self._keys, 0, self._row_tokens
         while start < end:
             while len(keys) < self._minimum:
                 for _ in range(self._refill):
@@ -128,20 +118,20 @@ class Stream:
             # after == 0: nothing fits, and the first key, the shortest document, is cropped.
             # Otherwise: the oldest document of the largest length that fits.
             at = bisect_left(keys, keys[after - 1] >> _SEQUENCE_BITS << _SEQUENCE_BITS) if after else 0
-            document = self._buffer.pop(keys.pop(at) & (1 << _SEQUENCE_BITS) - 1)
+            document = state.buffer.pop(keys.pop(at) & (1 << _SEQUENCE_BITS) - 1)
             placed = min(document.length, space)
             row[start : start + placed] = document.tokens[:placed]
             start += placed
-            self._read_tokens += document.length
-            self._cropped_tokens += document.length - placed
+            state.read_tokens += document.length
+            state.cropped_tokens += document.length - placed
             epoch_and_index = struct.pack("<qq", *divmod(document.number, self._epoch_documents))
-            self._ledger = hashlib.sha256(self._ledger + epoch_and_index).digest()
-        self._rows += 1
+            state.ledger = hashlib.sha256(state.ledger + epoch_and_index).digest()
+        state.rows += 1
 
     def _add_to_buffer(self, number: int, tokens: np.ndarray) -> None:
-        length, sequence = len(tokens), self._next_sequence
+        state, length = self._state, len(tokens)
         # The end of a long document is dropped with a copy: a view would keep it in memory and in every checkpoint.
         kept = tokens if length <= self._row_tokens else tokens[: self._row_tokens].copy()
-        self._buffer[sequence] = BufferedDocument(number, length, kept)
-        insort(self._keys, length << _SEQUENCE_BITS | sequence)
-        self._next_document, self._next_sequence = number + 1, sequence + 1
+        state.buffer[state.next_sequence] = BufferedDocument(number, length, kept)
+        insort(self._keys, length << _SEQUENCE_BITS | state.next_sequence)
+        state.next_document, state.next_sequence = number + 1, state.next_sequence + 1

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import torch
 
-from megachat.checkpoint.load import load_checkpoint
-from megachat.checkpoint.storage import read_index, save_rectangles
+from megachat.checkpoint.storage import load_checkpoint, read_index, save_rectangles
 from megachat.config import Config
 from megachat.convert.architecture import weight_shapes
 from megachat.convert.megachat import whole_piece

@@ -12,11 +12,10 @@ import numpy as np
 import torch
 
 from megachat.checkpoint.facts import read_facts
-from megachat.checkpoint.load import load_checkpoint
 from megachat.checkpoint.resume import checkpoints_folder
 from megachat.checkpoint.save import remove_old_checkpoints, save_checkpoint
 from megachat.checkpoint.saver import Saver
-from megachat.checkpoint.storage import RectanglesByName
+from megachat.checkpoint.storage import RectanglesByName, load_checkpoint
 from megachat.config import Config
 from megachat.data.loader_state import combined_ledger, save_loader_state
 from megachat.data.packing import saving_rank, streams_of_rank

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megachat.checkpoint.load import load_checkpoint
+from megachat.checkpoint.storage import load_checkpoint
 from megachat.config import Config, config_from_values
 from megachat.convert.formats import open_checkpoint
 from megachat.convert.nanochat_settings import config_of

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from megachat.checkpoint.facts import read_facts
-from megachat.checkpoint.load import load_checkpoint, load_model_weights
 from megachat.checkpoint.resume import newest_complete
 from megachat.checkpoint.save import save_checkpoint
+from megachat.checkpoint.storage import load_checkpoint, load_model_weights
 from megachat.errors import UserError
 from megachat.train.state import state_pieces
 from megachat.train.step import set_schedules

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megachat.checkpoint.facts import read_facts
-from megachat.checkpoint.load import load_checkpoint
+from megachat.checkpoint.storage import load_checkpoint
 from megachat.train.state import state_pieces
 from tests import reference
 from tests.harness import run_ranks

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from megachat.checkpoint.load import load_model_weights
+from megachat.checkpoint.storage import load_model_weights
 from tests.runs.forked import run_forked
 from tests.runs.job import (
     STEPS,

@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from megachat.checkpoint.facts import checkpoint_name, find_file_problems, read_facts
-from megachat.checkpoint.load import load_checkpoint, load_model_weights
 from megachat.checkpoint.resume import newest_complete
 from megachat.checkpoint.save import remove_old_checkpoints, repair_checkpoints_folder, save_checkpoint
-from megachat.checkpoint.storage import read_index
+from megachat.checkpoint.storage import load_checkpoint, load_model_weights, read_index
 from megachat.errors import UserError
 from megachat.files import file_sha256
 from megachat.parallel.mesh import Axis
