@@ -10,7 +10,7 @@ import torch
 from megachat.checkpoint.facts import checkpoint_name, checkpoint_step, read_facts
 from megachat.checkpoint.resume import newest_complete
 from megachat.checkpoint.save import save_checkpoint
-from megachat.checkpoint.storage import read_index
+from megachat.checkpoint.storage import load_checkpoint, read_index
 from megachat.config import Config, save_config
 from megachat.convert.architecture import state_shapes
 from megachat.convert.declaration import Import
