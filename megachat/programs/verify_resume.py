@@ -41,13 +41,18 @@ TENSOR_TOLERANCE = 1e-4
 @dataclass(frozen=True)
 class ResumeDifference:
     """Something that is not equal to the bit. step: training steps taken when it was seen. within: it is rounding, as
-    another layout may cause. told: the difference in words."""
+    another layout may cause. description: the difference in words."""
 
     step: int
     name: str
-    told: str
+    description: str
     relative: float
     within: bool
+
+    def as_json(self) -> dict:
+        """Returns the values under the keys of the certificate, whose format calls the description "told"."""
+        values = asdict(self)
+        return {"step": values.pop("step"), "name": values.pop("name"), "told": values.pop("description")} | values
 
 
 def resume_config(config: Config, base: Config, rows: int, layout: dict[str, int], *, exact: bool) -> Config:
@@ -258,12 +263,12 @@ def report_verdict(verdict: str, differences: list[ResumeDifference], *, exact: 
             f"{first.name}: {first.relative:.1e}"
         )
     else:
-        print(f"  DIFFERENT: after {first.step} steps, first {first.told}")
+        print(f"  DIFFERENT: after {first.step} steps, first {first.description}")
     tolerances = {"loss": LOSS_TOLERANCE, "tensor": TENSOR_TOLERANCE, "share": FLIPPED_SHARE}
     return {
         "verdict": verdict,
         "passed": verdict == "bit-equal" or (verdict == "token-equal" and not exact),
         "tolerances": dict.fromkeys(tolerances, 0.0) if exact else tolerances,
-        "first_difference": first and asdict(first),
-        "differences": [asdict(entry) for entry in differences],
+        "first_difference": first and first.as_json(),
+        "differences": [entry.as_json() for entry in differences],
     }

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
 
-from megachat.checkpoint.facts import checkpoint_name, files_of_rank, find_file_problems, read_facts  # noqa: E402  # noqa: E402
+from megachat.checkpoint.facts import checkpoint_name, files_of_rank, find_file_problems, read_facts  # noqa: E402
 from megachat.checkpoint.save import save_checkpoint  # noqa: E402
 from megachat.checkpoint.saver import Saver  # noqa: E402
 from megachat.checkpoint.storage import load_checkpoint  # noqa: E402

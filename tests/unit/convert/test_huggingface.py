@@ -1,4 +1,6 @@
-"""transformers' NanoChat: its own class and ours compute the same on each other's files, or it is said what cannot be carried."""
+"""transformers' NanoChat: its own class and ours compute the same on each other's files, or it is said what cannot be
+carried.
+"""
 
 import json
 import shutil

@@ -1,4 +1,6 @@
-"""nanochat's files: those it wrote come back equal, and optimizer state of any number of ranks is cut as nanochat cuts it."""
+"""nanochat's files: those it wrote come back equal, and optimizer state of any number of ranks is cut as nanochat cuts
+it.
+"""
 
 import json
 import math
@@ -162,7 +164,9 @@ def rates_of(run):
 
 
 def test_rates_that_are_not_scaled_come_back_as_they_are(run, tmp_path):
-    """nanochat always scales its arguments to the batch; but where it resumes, the rates of its parameter groups win over its arguments."""
+    """nanochat always scales its arguments to the batch; but where it resumes, the rates of its parameter groups win
+    over its arguments.
+    """
     own = make_run(tmp_path / "own", optimizer={"scale_to_batch": False})
     assert rates_of(own)["matrix"] == 0.02
     export_checkpoint("nanochat", own, tmp_path / "nanochat")

@@ -1,4 +1,6 @@
-"""precision.compile where it cannot work is refused; that it works is in tests/ranks/test_compile.py and tests/runs/test_compile.py."""
+"""precision.compile where it cannot work is refused; that it works is in tests/ranks/test_compile.py and
+tests/runs/test_compile.py.
+"""
 
 import sys
 
