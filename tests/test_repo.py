@@ -4,6 +4,8 @@ may be unpickled.
 
 import ast
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -159,3 +161,16 @@ def test_every_config_resolves(path):
     json.loads(path.read_text())
     config = load_config(path)
     assert resolve(config, max(2, config.parallel.tensor * config.parallel.pipeline), 4096).steps > 0
+
+
+@pytest.mark.parametrize("check", [("ruff", "format", "--check", "."), ("ruff", "check", ".")], ids=" ".join)
+def test_ruff_has_nothing_to_say(check):
+    done = subprocess.run([sys.executable, "-m", *check], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_the_types_of_the_package_are_right():
+    """mypy over megachat/ with the settings of pyproject.toml."""
+    done = subprocess.run([sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
