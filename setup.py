@@ -1,11 +1,14 @@
-"""Packaging. torch is named before everything else by launch/setup.sh, because an open range would download several GB of CUDA packages."""
+"""Packaging.
+
+launch/setup.sh installs torch first, by version: an open range would download several GB of CUDA packages.
+"""
 
 from setuptools import find_packages, setup
 
 setup(
     name="megachat",
     version="0.1.0",
-    description="nanochat's GPT to GPT-2 capability, on one laptop CPU or many nodes, with equal results on every layout",
+    description="Trains nanochat's GPT to GPT-2 capability, on a laptop CPU or many nodes, with equal results",
     packages=find_packages(include=["megachat", "megachat.*"]),
     python_requires=">=3.10",
     install_requires=[

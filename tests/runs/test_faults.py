@@ -168,11 +168,11 @@ def test_kills_at_any_moment_of_twenty_saves_lose_nothing(place, whole):
     for attempt in range(20):
         with forked(place, "kills", config=config) as ranks:
             later = f"step_{step + 2:06d}"  # not the first save: three kills at one step are a crash loop
-            until(
-                lambda: not ranks.alive or any(path.name > later for path in folder.glob("*.tmp")),
-                "save",
-                every_s=0.001,
-            )  # noqa: B023
+
+            def saving(ranks=ranks, later=later) -> bool:
+                return not ranks.alive or any(path.name > later for path in folder.glob("*.tmp"))
+
+            until(saving, "save", every_s=0.001)
             time.sleep(rng.uniform(0.0, 0.2))
             victims = [0, 1] if attempt % 5 == 4 else [rng.randrange(2)]
             for victim in victims:

@@ -43,9 +43,15 @@ def theirs(tmp_path_factory):
     """A folder that transformers wrote, and a tokenizer of the vocabulary."""
     torch.manual_seed(3)
     config = transformers.NanoChatConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=48, intermediate_size=192, num_hidden_layers=5, num_attention_heads=3, num_key_value_heads=3,
-        max_position_embeddings=96, pad_token_id=None,
-    )  # fmt: skip
+        vocab_size=VOCAB_SIZE,
+        hidden_size=48,
+        intermediate_size=192,
+        num_hidden_layers=5,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        max_position_embeddings=96,
+        pad_token_id=None,
+    )
     model = transformers.NanoChatForCausalLM(config)
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.2)

@@ -31,7 +31,7 @@ def test_without_a_compiler_it_is_refused(empty):
     config = small_config(precision={"compile": True})
     with pytest.raises(
         UserError,
-        match="^precision.compile is true, but this machine has no g[+][+]: install it, or set precision.compile=false$",
+        match=r"precision.compile is true.* no g[+][+]: .*precision.compile=false$",
     ):
         choose_kernels(config, resolve(config, 1, 97), CPU)
     assert compile_problem(GPU) == "this machine has no gcc or clang"
