@@ -29,7 +29,7 @@ from megachat.train.step import StepResult
 UNTIMED_STEPS = 10  # the speedrun's clock starts after them
 
 
-class Trainer(Protocol):
+class TaskContext(Protocol):
     """What a task uses of train.trainer.Trainer, which calls it."""
 
     run: Run
@@ -55,11 +55,11 @@ class Task:
     name = activity = ""
     runs_on_stop = False
 
-    def due(self, trainer: Trainer) -> bool:
+    def due(self, trainer: TaskContext) -> bool:
         """Returns whether it runs now, after step trainer.state.step - 1."""
         raise NotImplementedError
 
-    def run(self, trainer: Trainer) -> bool:
+    def run(self, trainer: TaskContext) -> bool:
         """Does the work. Returns False when a stop request interrupted it."""
         raise NotImplementedError
 
@@ -73,11 +73,11 @@ class Log(Task):
 
     name, runs_on_stop = "log", True
 
-    def due(self, trainer: Trainer) -> bool:
+    def due(self, trainer: TaskContext) -> bool:
         step, plan, every = trainer.state.step, trainer.run.plan, trainer.run.config.log.every
         return due(step - 1, every) or trainer.last_result.skipped or step == plan.stop_step
 
-    def run(self, trainer: Trainer) -> bool:
+    def run(self, trainer: TaskContext) -> bool:
         run, state, result = trainer.run, trainer.state, trainer.last_result
         step, tokens = state.step - 1, run.plan.tokens_per_step
         values = totals(run, state, step) | {
@@ -110,10 +110,10 @@ class Validation(Task):
     def __init__(self) -> None:
         self._rows: ValidationRows | None = None  # packed at the first run and kept
 
-    def due(self, trainer: Trainer) -> bool:
+    def due(self, trainer: TaskContext) -> bool:
         return due(trainer.state.step, trainer.run.config.evaluate.every) or trainer.at_end
 
-    def run(self, trainer: Trainer) -> bool:
+    def run(self, trainer: TaskContext) -> bool:
         run, state = trainer.run, trainer.state
         if self._rows is None:
             with build_loader(run.config, run.plan, run.mesh, run.tokenizer, validation=True) as loader:
@@ -131,11 +131,11 @@ class Checkpoint(Task):
     name, runs_on_stop = "checkpoint", True
     activity = "copying the state to save it, or waiting for the save before"
 
-    def due(self, trainer: Trainer) -> bool:
+    def due(self, trainer: TaskContext) -> bool:
         step = trainer.state.step
         return due(step, trainer.run.config.checkpoint.every) or step == trainer.run.plan.stop_step
 
-    def run(self, trainer: Trainer) -> bool:
+    def run(self, trainer: TaskContext) -> bool:
         save_state(trainer.run, trainer.state, trainer.saver)
         trainer.saved_step = trainer.state.step
         return True
@@ -146,10 +146,10 @@ class Samples(Task):
 
     name, activity = "samples", "sampling"
 
-    def due(self, trainer: Trainer) -> bool:
+    def due(self, trainer: TaskContext) -> bool:
         return trainer.at_end and bool(trainer.run.config.evaluate.prompts)
 
-    def run(self, trainer: Trainer) -> bool:
+    def run(self, trainer: TaskContext) -> bool:
         run = trainer.run
         texts = sample_prompts(run.config, run.plan, run.mesh, run.engine, run.tokenizer)
         if run.is_writer:
@@ -169,11 +169,11 @@ class Core(Task):
 
     name, activity = "core", "evaluation of CORE"
 
-    def due(self, trainer: Trainer) -> bool:
+    def due(self, trainer: TaskContext) -> bool:
         every = trainer.run.config.evaluate.core_every
         return trainer.run.bundle is not None and (due(trainer.state.step, every) or trainer.at_end)
 
-    def run(self, trainer: Trainer) -> bool:
+    def run(self, trainer: TaskContext) -> bool:
         run, state, bundle = trainer.run, trainer.state, trainer.run.bundle
         assert bundle is not None, "open_configured_bundle opens it when core_every is not 0"
 
