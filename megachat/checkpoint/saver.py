@@ -1,4 +1,7 @@
-"""Saving in the background: a thread on every rank copies the state to host memory and writes the copy."""
+"""Saves in the background: the state is copied to host memory, and a thread on every rank writes the copy.
+
+On a GPU the caller makes the copy before it continues. On a CPU the thread makes it during the next step.
+"""
 
 import threading
 import time
@@ -20,15 +23,15 @@ class Saved(NamedTuple):
     """A completed save."""
 
     path: Path
-    blocked_s: float  # for which the training waited
-    total_s: float  # until the checkpoint was complete
-    local_bytes: int  # of this rank's tensors
+    blocked_s: float  # how long training waited
+    total_s: float  # from begin() until the checkpoint was complete
+    local_bytes: int  # size of this rank's tensors
 
 
 class Saver:
     """Saves one checkpoint at a time in the background; all ranks call everything here in the same order.
 
-    axis: all ranks, with a process group for saving alone, because its collectives run beside the training's.
+    axis: all ranks, with a separate process group, because its collectives run at the same time as those of training.
     background: False makes the caller wait until the checkpoint is written, and needs no memory for copies.
     """
 
@@ -60,7 +63,7 @@ class Saver:
         pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         if self._background:
             pairs = list(self._pairs(tensors))
-            if any(view.is_cuda for _, view in pairs):  # in the order of the device's queue
+            if any(view.is_cuda for _, view in pairs):  # copy now, after the kernels in the device's queue
                 self._copy(pairs)
                 torch.cuda.synchronize()
                 pairs = []

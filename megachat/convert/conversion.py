@@ -1,4 +1,4 @@
-"""A conversion: written under a temporary name, read back, proved, renamed. If it fails, nothing is left."""
+"""Converts checkpoints: writes a temporary folder, reads it back, proves it, renames it. A failure leaves nothing."""
 
 import json
 import os
@@ -24,8 +24,8 @@ def certificate_path(target: Path) -> Path:
 def export_checkpoint(command: str, checkpoint: Path, target: Path, tokenizer: Path | None = None, **options) -> dict:
     """Converts a megachat checkpoint into the new folder `target` of another format and returns the certificate.
 
-    command: of an entry in FORMATS. options: of its prepare_export. If the conversion or its proof fails, raises
-    UserError and leaves nothing.
+    command: of an entry in FORMATS. options: arguments of its prepare_export. Raises UserError if the conversion or its
+    proof fails; no files are left in that case.
     """
     source = _open_source(checkpoint, "megachat")
     export = format_of(command).prepare_export(source, tokenizer, **options)
@@ -48,9 +48,10 @@ def export_checkpoint(command: str, checkpoint: Path, target: Path, tokenizer: P
 def import_checkpoint(
     command: str, folder: Path, target: Path, tokenizer: Path | None = None, step: int | None = None, **options
 ) -> dict:
-    """Does the reverse: `target` becomes a run folder, or a step's folder if it has a step's name.
+    """Converts a folder of another format into a megachat checkpoint and returns the certificate.
 
-    step: which one, if `folder` holds several. options: of the format's prepare_import.
+    target: a new run folder, or a step's folder if it has a step's name. step: which step, if `folder` has several.
+    options: arguments of the format's prepare_import. Errors as in export_checkpoint.
     """
     form = format_of(command)
     new = form.prepare_import(_open_source(folder, form.name, step), tokenizer, **options)
@@ -79,9 +80,9 @@ def _open_source(path: Path, name: str, step: int | None = None) -> CheckpointRe
 
 
 def _write_proved(kind: str, source: CheckpointReader, target: Path, make: Callable[[Path], dict]) -> dict:
-    """Has `make` fill a temporary folder and prove it, renames the folder to `target`, and returns the certificate.
+    """Calls `make` to fill and prove a temporary folder, renames it to `target`, and returns the certificate.
 
-    Raises UserError if the target exists or cannot be written, or if the proof fails. Then no trace of it is left.
+    Raises UserError if the target exists or cannot be written, or if the proof fails; no files are left in that case.
     """
     if target.exists() or target.is_symlink():
         raise UserError(f"{target} exists: give another name, or remove it")
@@ -96,7 +97,10 @@ def _write_proved(kind: str, source: CheckpointReader, target: Path, make: Calla
             raise UserError(f"{target} was not written, because what was read back is not the source: {problem}")
         side = certificate["target"]
         side["folder"] = side["folder"].replace(str(temporary), str(target))
-        for path in (*sorted(temporary.rglob("*"), reverse=True), temporary):  # so that the rename is last on disk, too
+        for path in (
+            *sorted(temporary.rglob("*"), reverse=True),
+            temporary,
+        ):  # the rename reaches the disk last
             sync_to_disk(path)
         write_atomically(certificate_path(target), (json.dumps(certificate, indent=1) + "\n").encode())
         temporary.rename(target)

@@ -1,4 +1,4 @@
-"""Rows for one data-parallel rank, packed ahead in a background thread, with an exact state after each step."""
+"""Packs the rows of one data-parallel rank ahead of time in a thread, and keeps an exact state after each step."""
 
 import queue
 import threading
@@ -19,13 +19,13 @@ from megachat.data.shards import Corpus, open_shards, split_shards
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError
 
-_BATCH_DOCUMENTS = 256  # few, so that another program's file with one huge row group starts without delay
+_BATCH_DOCUMENTS = 256  # small, so that a file with one huge row group starts without delay
 _BATCHES_AHEAD = 2  # so that the threads never wait
-_TASK_DOCUMENTS = 8  # per task of a thread: few, because one document may be as long as a hundred others
+_TASK_DOCUMENTS = 8  # per thread task: few, because one document may be as long as a hundred others
 
 
 class DocumentReader:
-    """Reads row groups once, tokenizes them ahead in threads and distributes the documents over this rank's streams.
+    """Reads each row group once, tokenizes ahead in threads and distributes the documents to this rank's streams.
 
     cursors: stream -> number of the first document that it needs. Only documents of these streams are tokenized.
     """
@@ -47,7 +47,7 @@ class DocumentReader:
         self._submitted: deque[tuple[int, list[int], list[Future]]] = deque()
 
     def next_document(self, stream: int) -> tuple[int, np.ndarray]:
-        """Return (number, tokens: uint [n] with BOS first) of the stream's next document that is not empty.
+        """Return (number, tokens: uint [n] with BOS first) of the stream's next non-empty document.
 
         Raises UserError if all documents of an epoch are empty.
         """
@@ -97,7 +97,7 @@ class DocumentReader:
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """The loader after a step."""
+    """The state of the loader after a step."""
 
     step: int
     streams: dict[int, StreamState]
@@ -106,9 +106,9 @@ class _Snapshot:
 class Loader:
     """Endless iterator over one rank's rows: next(loader) is an int64 CPU tensor [rows / ranks, row_tokens] per step.
 
-    Row k of a rank is row k * ranks + rank of the step. The rows depend on the data, tokenizer, seed, row_tokens, rows,
-    streams and buffer_documents only, never on ranks or rank. Raises UserError for invalid data, settings that do not
-    divide, or a state of other settings.
+    Row k of a rank is row k * ranks + rank of the step. The rows of a step depend on data, tokenizer, seed, row_tokens,
+    rows, streams and buffer_documents only, not on the number of ranks. Raises UserError for invalid data, for rows
+    that cannot be split over the ranks, or for a state that was saved with other settings.
 
     row_tokens: sequence length + 1; each row starts with BOS. rows: rows per step over all ranks. buffer_documents:
     minimum of documents in a stream's buffer, see `packing.buffer_sizes`. seed: None visits the row groups in file
@@ -177,7 +177,7 @@ class Loader:
         )
 
     def _stream_documents(self, stream: int) -> int:
-        """Return the documents of a stream per epoch."""
+        """Return the number of documents of a stream in an epoch."""
         return len(range(stream, self._documents, self._stream_count))
 
     def __iter__(self) -> "Loader":
@@ -208,12 +208,12 @@ class Loader:
 
     @property
     def cropped_share(self) -> float:
-        """Cropped tokens over read tokens of this rank's streams up to the last batch."""
+        """Share of the tokens read so far that were cropped, over this rank's streams."""
         streams = self._now.streams.values()
         return sum(saved.cropped_tokens for saved in streams) / max(1, sum(saved.read_tokens for saved in streams))
 
     def ledger(self) -> dict[int, str]:
-        """Return stream -> running SHA-256 (hex) of the (epoch, document) pairs it used; the same on every layout."""
+        """Return stream -> running SHA-256 (hex) of the (epoch, document) pairs used; equal on every layout."""
         return {stream: saved.ledger.hex() for stream, saved in self._now.streams.items()}
 
     def state(self) -> dict:
@@ -230,7 +230,7 @@ class Loader:
     def close(self) -> None:
         """Stop the background threads."""
         self._stopped.set()
-        self._reader.close()  # whoever waits for tokens stops waiting
+        self._reader.close()  # a thread that waits for tokens stops waiting
         while self._thread.is_alive():
             try:
                 self._packed.get_nowait()  # the thread may be waiting for space in the queue

@@ -1,7 +1,7 @@
 """Evaluates CORE (see core_prompts) on a model under its engine, on any layout.
 
-Every example gets the answer that it gets alone. But examples are computed in full batches, and the context that an
-example's choices share is computed once.
+Examples are computed in full batches, and the context that the choices of an example share is computed once. Each
+example still gets the same answer as if it were computed alone.
 """
 
 import time
@@ -32,7 +32,7 @@ Progress = Callable[[int, int], object]  # called with (examples done, all examp
 
 @dataclass(frozen=True)
 class Evaluator:
-    """A model to evaluate. sequence: parallel.sequence. tokens_per_pass: approximate size of a batch."""
+    """A model to evaluate. sequence: the setting parallel.sequence. tokens_per_pass: approximate size of a batch."""
 
     engine: Engine
     dims: Dimensions
@@ -57,8 +57,9 @@ def evaluate_bundle(
 ) -> dict | None:
     """Evaluates the bundle and returns the "core" section of an evaluation's JSON; all ranks call it and get the same.
 
-    max_per_task: -1 for all examples. stop: if given, it is called before each task and must return the same on all
-    ranks; if it is true, None is returned. A job that must stop has seconds, and an evaluation may take minutes.
+    max_per_task: -1 for all examples. stop: called before each task, if given. It must return the same on all ranks;
+    once it returns True, the evaluation ends and returns None. A whole evaluation may take minutes, and a job that
+    must stop has only seconds.
     """
     begin, padding = time.perf_counter(), []
     right: dict[str, tuple[bool, ...]] = {}
@@ -95,12 +96,12 @@ def evaluate_tasks(
     for number, batch in enumerate(assigned[model.mesh.data.rank]):
         for index, value in runner.run(batch):
             results[index] = value
-        # the ranks work side by side, so this rank's progress is about that of the others
+        # the ranks work in parallel, so the others are about as far as this rank
         rows_done += sum(len(of_rank[number].rows) for of_rank in assigned if number < len(of_rank))
         on_progress(round(len(questions) * rows_done / total_rows), len(questions))
     on_progress(len(questions), len(questions))
     results = results.to(model.mesh.device)
-    all_reduce(results, model.mesh.world, name="CORE's answers")  # each from one rank, zeros from the others
+    all_reduce(results, model.mesh.world, name="CORE's answers")  # one rank has each answer, the others have zeros
     values = iter(results.tolist())
     right = {
         label: tuple(_is_right(question, [next(values) for _ in question.rows]) for question in of_task)
@@ -112,15 +113,18 @@ def evaluate_tasks(
 
 
 def _is_right(question: Question, values: list[float]) -> bool:
-    """values: per row, the mean nats of its answer, or the number of answer tokens that the model does not predict."""
+    """Returns whether the answer is correct.
+
+    values: per row, the mean nats of its answer, or the number of answer tokens that the model does not predict.
+    """
     if question.gold is None:
         return values[0] == 0
-    # Python's min, as in the reference: of equal values the first one, and nan only if it comes first
+    # Python's min, as in the reference: the first of equal values; nan only if it comes first
     return values.index(min(values)) == question.gold
 
 
 class _BatchRunner:
-    """Runs batches through the engine. All ranks of a stage and of a pipeline run the same batches.
+    """Runs batches through the engine. All tensor and pipeline ranks of a data rank run the same batches.
 
     parts: micro-batches per pass, one per stage. multiple: the tokens per row must be a multiple of it.
     """
@@ -132,7 +136,7 @@ class _BatchRunner:
         self.measures = {exact: _AnswerMeasure(model.dims, part, exact) for exact in (False, True)}
 
     def run(self, batch: Batch) -> list[tuple[int, float]]:
-        """Returns (index, value) of each row's result on tensor rank 0 of the last stage, elsewhere nothing."""
+        """Returns (index, value) of each row's result on tensor rank 0 of the last stage, and [] on other ranks."""
         contexts_by_part = _split(range(len(batch.contexts)), self.parts) if batch.contexts else []
         rows_by_part = [
             [row for row, context in zip(batch.rows, batch.context_of, strict=True) if context in contexts]
@@ -203,7 +207,7 @@ class _AnswerMeasure(nn.Module):
         else:
             values = token_nats(states, weight, wanted, self.dims.vocab_size, LOGIT_CAP, self.part).double()
         total = torch.zeros(len(targets), dtype=torch.float64, device=targets.device).index_add_(0, row, values)
-        # nan for an answer without tokens, which happens where one choice is the beginning of another
+        # nan for an answer without tokens: one choice is the beginning of another
         return total if self.exact else total / (targets >= 0).sum(dim=1)
 
 

@@ -1,16 +1,16 @@
-"""The failure monitor is a thread per rank that detects dead, stalled and stopped ranks, names them, and ends the job.
+"""Failure monitor: one thread per rank that detects dead, stalled or stopped ranks, reports which, and ends the job.
 
-It reads the training thread's Progress, and follows these rules:
-- A job is stalled when one rank has waited for parallel.stall_s (in a collective, or in a note with waits=True) and
-  meanwhile no rank began or noted anything new. While a rank is inside Progress.long_running(), nine tenths of
-  parallel.timeout_s count instead.
+It reads the training thread's Progress and follows these rules:
+- A job is stalled when a rank has waited for parallel.stall_s (in a collective, or in a note with waits=True) and no
+  rank has recorded anything new in that time. While a rank is inside Progress.long_running(), the limit is 90 % of
+  parallel.timeout_s instead, if that is longer.
 - A rank is dead when its connection closes without a goodbye. An idle job sends nothing.
-- SIGTERM, SIGUSR1 and the end of a launcher above this process (the deepspeed runner leaves its ranks behind) stop the
-  job. Outside defer_stop() it ends at once. Inside, the training thread is asked to save; after SIGUSR1 without a time
-  limit.
+- SIGTERM, SIGUSR1 and the end of a launcher above this process stop the job (the deepspeed runner may end without
+  ending its ranks). Outside defer_stop() the job ends at once. Inside, the training thread saves and ends; SIGTERM and
+  the end of a launcher set a time limit, SIGUSR1 does not.
 
-The thread needs the interpreter lock now and then, and nothing else from the training thread, which may hang in C code.
-An error in the monitor itself is reported once and ends the monitor, never the job.
+The monitor works while the training thread hangs in C code, as long as that code releases the interpreter lock.
+An error in the monitor itself is reported once. It ends the monitor, not the job.
 """
 
 import contextlib
@@ -47,23 +47,23 @@ from megachat.parallel.progress import Progress
 STOP_SIGNALS = (
     signal.SIGTERM,
     signal.SIGUSR1,
-)  # sent before a kill; sent early by slurm where a job requests a warning
+)  # SIGTERM comes before a kill; Slurm can send SIGUSR1 earlier, as a warning
 TICK_S = 0.25
 CONNECT_S = 10.0
-ECHO_S = 0.5  # an error may be the consequence of a death that the kernel is about to report
-HUB_S = 2.0  # how long the hubs have to speak before this rank does
+ECHO_S = 0.5  # wait after an error: a rank's death may be the cause and be reported a moment later
+HUB_S = 2.0  # time for a hub to report before this rank reports
 GOODBYE_S = 6.0  # ranks that fail print their error within 3 s; then the others end
 
 
 class FailureMonitor:
     """Used as `with FailureMonitor(rank) as monitor: mesh = ...; monitor.connect(mesh, ...); train`.
 
-    Signals and launchers are monitored from the start, the other ranks from connect() on. Leaving the block with an
-    exception waits a moment: where another rank is the cause, this process ends there. restart_hint: what the user does
-    once the cause is fixed.
+    Signals and launchers are monitored from the start, the other ranks from connect() on. When the block ends with an
+    exception, __exit__ waits a moment: if another rank is the cause, the monitor ends this process meanwhile.
+    restart_hint: what the user does once the cause is fixed.
     """
 
-    _progress: Progress  # this and the job's JobInfo are set by connect()
+    _progress: Progress  # set by connect(), like _job
     _job: JobInfo
 
     def __init__(self, rank: int, *, restart_hint: str = RESUME_HINT):
@@ -74,8 +74,8 @@ class FailureMonitor:
         self._name = f"rank {rank} (host {socket.gethostname()}, pid {os.getpid()})"
         self._hub: MonitorHub | None = None
         self._hub_links: list[Link | None] = []  # to rank 0's hub and to the backup monitor's; None once closed
-        self._deadlines: dict[Callable[[], None], float] = {}  # what to do at which time, unless it is canceled before
-        self._failed_rank: int | None = None  # a rank that reported an error of its own
+        self._deadlines: dict[Callable[[], None], float] = {}  # action -> time.monotonic() at which to run it
+        self._failed_rank: int | None = None  # a rank that ended with an error
         self._last_report = 0.0
         self._leaving = ""  # "done" or "failed" once the block is left
         self._selector = selectors.DefaultSelector()
@@ -87,10 +87,10 @@ class FailureMonitor:
             end.setblocking(False)
         self._selector.register(self._wakeup_out, selectors.EVENT_READ, self._on_wakeup)
         for pid, name in launchers_above():
-            with contextlib.suppress(OSError, AttributeError):  # it has ended already, or this is not Linux
+            with contextlib.suppress(OSError, AttributeError):  # the launcher has ended already, or this is not Linux
                 on_end = functools.partial(self._on_launcher_end, pid=pid, name=name)
                 self._selector.register(os.pidfd_open(pid), selectors.EVENT_READ, on_end)
-        # Python runs handlers in the main thread, which may hang; a signal's number is written to the pipe at once
+        # Python runs handlers in the main thread, which may hang. The wakeup fd gets the signal's number at once.
         self._previous_fd = signal.set_wakeup_fd(self._wakeup_in.fileno(), warn_on_full_buffer=False)
         self._handlers = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
         os.register_at_fork(after_in_child=self._after_fork)
@@ -133,13 +133,13 @@ class FailureMonitor:
 
     @contextlib.contextmanager
     def defer_stop(self, grace_s: float) -> Iterator[None]:
-        """Let a stop only set `stop_requested` inside the block. SIGTERM still ends the job grace_s seconds later."""
+        """Inside the block a stop request only sets `stop_requested`. SIGTERM still ends the job after grace_s."""
         self._grace_s = grace_s
         yield
         self._deadlines.pop(self._stop_late, None)
 
     def _after_fork(self) -> None:
-        """Detach a forked child: signals to it are not this rank's, and its open connection would hide a death."""
+        """Detach a forked child. Its signals are not this rank's, and its copy of a connection would hide a death."""
         if not self._leaving:
             signal.set_wakeup_fd(-1)
             for number in STOP_SIGNALS:
@@ -148,7 +148,7 @@ class FailureMonitor:
             link.close()
 
     def _call(self, function: Callable[[], None]) -> None:
-        """Run the function in the monitor's thread, at once."""
+        """Run the function in the monitor's thread as soon as possible."""
         self._deadlines[function] = 0.0
         self._wake()
 
@@ -185,7 +185,7 @@ class FailureMonitor:
         if any(self._hub_links) and (entry := self._progress.now).waits:
             limit = self._job.slow_s if self._progress.slow else self._job.stall_s
             if now - max(entry.since, self._last_report) >= limit:
-                self._last_report = now - limit + 1.0  # again in a second
+                self._last_report = now - limit + 1.0  # report again in a second
                 self._send_hubs(stalled=True)
 
     def _on_wakeup(self, pipe: socket.socket) -> None:
@@ -243,7 +243,7 @@ class FailureMonitor:
                 return
 
     def _state(self) -> dict:
-        """What this rank is doing, for the hub."""
+        """Return what this rank is doing, for the hub."""
         entry, progress = self._progress.now, self._progress
         thread = entry.thread if entry.waits else threading.main_thread().ident
         return entry._asdict() | {
@@ -260,7 +260,7 @@ class FailureMonitor:
         self._send_hubs(broken=text)
 
     def _end(self, status: int, silent: Sequence[int]) -> None:
-        """End this process, and those of this machine that do not answer, which no SIGTERM would end."""
+        """End this process and kill the silent ranks of this machine, which a SIGTERM would not end."""
         for address in (self._job.addresses[rank] for rank in silent):
             if address.machine == self._job.addresses[self.rank].machine and address.rank != self.rank:
                 kill_process(address.pid)
@@ -280,7 +280,7 @@ class FailureMonitor:
             self._deadlines[self._end_without_hub] = time.monotonic() + (HUB_S if backup else 0.0)
 
     def _speaks_for_machine(self) -> bool:
-        """Whether no lower rank of this machine is alive, so that one rank of each machine speaks."""
+        """Return whether no lower rank of this machine is alive, so that one rank per machine prints the error."""
         here = self._job.addresses[self.rank]
         lower = self._job.addresses[: self.rank]
         return not any(is_alive(other.pid) for other in lower if other.machine == here.machine)
@@ -299,7 +299,7 @@ class FailureMonitor:
             self._deadlines[self._end_with_failed_rank] = time.monotonic() + GOODBYE_S
 
     def _end_with_failed_rank(self) -> None:
-        """End because another rank failed with an error that it printed itself, on its host's console."""
+        """End because another rank failed. That rank printed its error on its host's console."""
         assert self._failed_rank is not None
         failed = self._job.addresses[self._failed_rank]
         if failed.machine != self._job.addresses[self.rank].machine and self._speaks_for_machine():
@@ -333,7 +333,7 @@ class FailureMonitor:
     def _stop(self, reason: str) -> None:
         if (
             self._failed_rank is not None
-        ):  # the launcher ends all ranks because that one failed, which it reports itself
+        ):  # the launcher ends all ranks because that rank failed, and that rank reports its error
             self._leave(STOPPED_STATUS)
         link = next(filter(None, self._hub_links), None)
         if link is None:

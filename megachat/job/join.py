@@ -1,4 +1,4 @@
-"""How every program of several ranks starts: the ranks meet, are monitored, and storage errors become user errors."""
+"""Starts every multi-rank program: connects the ranks, monitors them, and turns storage errors into user errors."""
 
 import contextlib
 import errno
@@ -19,7 +19,7 @@ from megachat.parallel.engine import start_collectives
 from megachat.parallel.mesh import Mesh, build_mesh
 
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-_SLOW_SHARE = 0.9  # of parallel.timeout_s, so that the failure monitor reports before torch does
+_SLOW_SHARE = 0.9  # of parallel.timeout_s, so that the failure monitor reports a stall before torch times out
 
 
 @contextlib.contextmanager
@@ -28,8 +28,8 @@ def join_job(
 ) -> Iterator[tuple[Mesh, FailureMonitor]]:
     """Join the other ranks, and leave torch.distributed when the block ends without an error. All ranks enter it once.
 
-    facts: from agreement.rank_facts. folder: for stall.txt, and named where storage fails. restart_hint: what the user
-    does once the cause of a failure is fixed. Raises UserError.
+    facts: from agreement.rank_facts. folder: where stall.txt is written; also reported if storage fails. restart_hint:
+    what the user does once the cause of a failure is fixed. Raises UserError.
     """
     device = choose_device(environment)
     with FailureMonitor(environment.rank, restart_hint=restart_hint) as monitor:
@@ -58,11 +58,14 @@ def start_mesh(config: Config, device: torch.device) -> Mesh:
 
 
 def random_seed(seed: int, step: int, rank: int) -> int:
-    """Return the seed of torch's global generator, one stream per rank. Otherwise a process starts with any seed."""
+    """Return the seed of torch's global generator, one stream per rank.
+
+    Without it a process would start from an arbitrary seed.
+    """
     return hash((seed, step, rank)) % 2**63
 
 
 def end_collectives() -> None:
-    """Leave torch.distributed, so that no rank sees another one vanish."""
+    """Leave torch.distributed in order, so that no rank takes the exit of another one for a failure."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -57,7 +57,7 @@ class Link:
         return self.socket.fileno()
 
     def send(self, **message) -> None:
-        """Send a message. One that cannot be sent is lost: the silence of the other end is noticed elsewhere."""
+        """Send a message. Errors are ignored: receive() and the time limits detect a lost peer."""
         with contextlib.suppress(OSError):
             self.socket.sendall(json.dumps(message).encode() + b"\n")
 

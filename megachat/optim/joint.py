@@ -1,6 +1,6 @@
 """The optimizer step: from reduced gradients to updated weights, for AdamW (under ZeRO-1) and Muon together.
 
-Both see one gradient norm, one clipping factor, one loss scale and one decision to skip, whatever the layout.
+Both optimizers use the same gradient norm, clipping factor, loss scale and decision to skip, on every layout.
 """
 
 import math
@@ -19,10 +19,10 @@ from megachat.parallel.progress import profile_range
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What all ranks know after a step. norm: of the whole gradient, without loss scale, before clipping; inf if it was
-    not finite.
+    """The result of a step, equal on all ranks.
 
-    skipped: the gradient was not finite, so nothing was changed. requests: for each request, whether any rank made it.
+    norm: of the whole gradient, without loss scale, before clipping; inf if it was not finite. skipped: whether the
+    gradient was not finite, so that nothing was changed. requests: for each request, whether any rank made it.
     """
 
     norm: float
@@ -43,10 +43,11 @@ def optimizer_step(
 ) -> StepOutcome:
     """Updates the weights with the reduced gradients, or skips the step on all ranks; all ranks call it.
 
-    requests: this rank's, as many on every rank; they travel with the norm. inspect_gradients: called when all
-    gradients are reduced, and not yet clipped or discarded. before_update: called before any weight or state changes.
+    requests: this rank's flags, the same number on every rank; the all-reduce of the norm carries them.
+    inspect_gradients: called when all gradients are reduced, and not yet clipped or discarded. before_update: called
+    before any weight or state changes.
     """
-    # 1. Gradients: ZeRO has averaged AdamW's shares; Muon's last buckets may still be on the wire.
+    # 1. Gradients: ZeRO has averaged AdamW's shares; Muon's last buckets may still be in flight.
     muon.wait_for_reduce()
     if inspect_gradients:
         inspect_gradients()
@@ -59,9 +60,8 @@ def optimizer_step(
         scaled_norm = joint[0].sqrt()  # the loss scale is still in it
         finite = bool(torch.isfinite(scaled_norm))  # the host waits here for the device, once per step
 
-    # 3. Not finite: no rank touches a weight or a state, and the loss scale falls.
-    # 4. Finite: the inverse of loss scale and clipping is one number for both sets. ZeRO computes the same for AdamW's.
-    # 5. Update. Muon launches the gathers of its weights; each layer waits for its own in the next forward pass (6).
+    # 3. If the norm is finite, update. One factor undoes the loss scale and clips; ZeRO computes the same for AdamW.
+    #    Muon only launches the gathers of its weights: each layer waits for them in the next forward pass.
     if before_update:
         before_update()
     norm = scaled_norm / adamw.loss_scale
@@ -71,7 +71,7 @@ def optimizer_step(
             gradient_scale = gradient_scale / ((norm + 1e-6) / adamw.clip_grad).clamp_min(1.0)
         muon.step(gradient_scale)
         adamw.apply(scaled_norm)
-    else:
+    else:  # 4. Otherwise no rank changes a weight or a state; float16's loss scale decreases.
         muon.discard_gradients()
         adamw.apply(torch.full_like(scaled_norm, torch.inf))
     counts = joint[1:].tolist()

@@ -1,12 +1,12 @@
 """The Muon partition: distributes Muon over the data x tensor grid of a pipeline stage.
 
-float32 masters and momentum are stored in equal shards. Every matrix has one owner rank, which orthogonalizes it.
-One step: collect the gradients of all micro-batches, reduce-scatter them to shards, update the momentum of the shards,
-send the updates to the owners, orthogonalize whole matrices, send the directions back, apply them to the masters,
-all-gather the weights.
+float32 masters and momentum are stored in equal shards, one per data rank. The owner rank of a matrix orthogonalizes
+it. One step: collect the gradients of all micro-batches, reduce-scatter them to shards, update the momentum of the
+shards, send the updates to the owners, orthogonalize whole matrices, send the directions back, apply them to the
+masters, all-gather the weights.
 
-The result depends on the gradients only: buckets, owners and the tensor axis do not change a bit. No state changes
-before step(), so a step can be abandoned until then.
+The result depends only on the gradients. Buckets, owners and the tensor axis do not change a single bit. No state
+changes before step(), so a step can be abandoned until then.
 """
 
 from typing import NamedTuple
@@ -24,11 +24,11 @@ from megachat.parallel.mesh import Mesh
 from megachat.parallel.progress import profile_range
 from megachat.parallel.rectangles import Rectangle, flat_rectangles
 
-_REDUCES_IN_FLIGHT = 2  # buckets that hold wire buffers at a time: one is sent while the next is packed
+_REDUCES_IN_FLIGHT = 2  # buckets with wire buffers at a time: one is in flight while the next is packed
 
 
 class Shard(NamedTuple):
-    """This rank's part of a tensor. name: of the matrix. shape, rectangles: of the whole tensor, and views of it."""
+    """This rank's part of a tensor. name: the matrix. shape: the whole tensor. rectangles: views of local parts."""
 
     kind: str
     name: str
@@ -44,10 +44,10 @@ class MuonPartition:
     names, with whole shapes. gradient_wire: dtype in which gradients are sent. bfloat16 gradients are summed in
     float32 and in rank order. One data rank sends and rounds nothing.
 
-    Hooks collect the gradients during backward and set `grad` to None. A parameter without a gradient counts as zeros.
-    One step calls start_async_reduce() before its last backward pass (without it, the reduce starts after backward),
-    start_reduce(), wait_for_reduce() and sum_of_squares(), then step() or discard_gradients(). Before parameters are
-    read, it calls wait_for_gather(), or wait_for_layer() of each block.
+    Hooks collect the gradients during backward and set `grad` to None. A missing gradient counts as zero.
+    The caller of a step calls start_async_reduce() before the last backward pass (optional: without it, all reduces
+    start after backward), then start_reduce(), wait_for_reduce() and sum_of_squares(), then step() or
+    discard_gradients(). Before it reads parameters, it calls wait_for_gather(), or wait_for_layer() for each block.
     Raises ValueError for names, shapes, cuts or dtypes that do not match, RuntimeError for calls out of order and for
     plans that differ between ranks.
     """
@@ -101,7 +101,7 @@ class MuonPartition:
         self._collected: set[int] = set()  # matrices with a gradient in this step
         # by bucket, from start_async_reduce() on: matrices without a gradient in the last micro-batch
         self._missing: list[set[int]] | None = None
-        self._reduces_started = 0  # in this step, always those of the first buckets
+        self._reduces_started = 0  # in this step; buckets start in order, so these are the first ones
         self._start_reduce_called = False
 
     @torch.no_grad()
@@ -127,10 +127,10 @@ class MuonPartition:
         self._momentum.fill_(momentum)
 
     def start_async_reduce(self) -> None:
-        """Announces the last backward pass of the step.
+        """Lets the hooks start reduces from now on; call it before the last backward pass of the step.
 
-        During this pass, hooks start the reduce of a bucket when its gradients are complete and the reduces of all
-        buckets before it are started. So every rank starts the reduces in the order of the plan.
+        A hook starts the reduce of a bucket when its gradients are complete and the reduces of all buckets before it
+        are started. So every rank starts the reduces in the order of the plan.
         """
         if self._start_reduce_called or self._reduces_started:
             raise RuntimeError("start_async_reduce() must precede the reduces of a step, but some are started already")
@@ -218,8 +218,8 @@ class MuonPartition:
             gradient = bucket.reduced.mul_(gradient_scale)
             update = self._functions.momentum_update(bucket.momentum, gradient, self._momentum).to(self.direction_dtype)
             sent.append((bucket, bucket.exchange.send_to_owners(update)))
-        # no rank waits for the results of others before it has orthogonalized its own matrices: the busiest rank alone
-        # sets the time
+        # Each rank orthogonalizes all matrices that it owns before it waits for results of other ranks, so the time is
+        # that of the busiest rank.
         for bucket, receive_updates in sent:
             results = {index: self._orthogonalize(index, update) for index, update in receive_updates().items()}
             receive_results = bucket.exchange.send_back(results)
@@ -232,7 +232,7 @@ class MuonPartition:
         self._forget_gradients()
 
     def _orthogonalize(self, index: int, update: torch.Tensor) -> Result:
-        """Does the whole-matrix part of the step on the owner. Changes the second moment."""
+        """Does the whole-matrix part of the step on the owner rank, and updates the second moment."""
         direction = self._functions.update_direction(update)
         norm, scale = self._functions.update_scales(direction, self._second_moment[index], self._beta2)
         self.matrices_updated += 1
@@ -264,7 +264,7 @@ class MuonPartition:
                 bucket.gather.wait()
 
     def wait_for_layer(self, layer: int) -> None:
-        """Returns when one block's parameters have the new weights on this rank. Other numbers wait for nothing."""
+        """Returns when one block's parameters have the new weights on this rank. Returns at once for other numbers."""
         with profile_range("gather"):
             for bucket in self._layer_buckets.get(layer, []):
                 bucket.gather.wait()
@@ -278,8 +278,8 @@ class MuonPartition:
     def state_shards(self) -> list[Shard]:
         """Returns the float32 "master", "momentum" and "second_moment" of every matrix, after gathers in progress.
 
-        Only the rectangles differ by rank; those of all ranks of the stage cover each tensor once. Their views alias
-        the live state: load into them in place, then call refresh_weights().
+        Only the rectangles differ between ranks. Together, those of all ranks of the stage cover each tensor once. They
+        are views of the live state: load into them in place, then call refresh_weights().
         """
         self.wait_for_gather()
         shards = []
@@ -313,14 +313,14 @@ class MuonPartition:
 
     @torch.no_grad()
     def refresh_weights(self) -> None:
-        """Copies the masters to the parameters of every rank. Call it after the masters were loaded."""
+        """Copies the masters to the parameters on every rank. Call it after loading the masters."""
         self.wait_for_gather()
         for bucket in reversed(self._buckets):
             bucket.start_gather()
         self.wait_for_gather()
 
     def state_bytes(self) -> dict[str, int]:
-        """Returns the bytes of state on this rank by kind. float32 masters are the weights themselves."""
+        """Returns the bytes of state on this rank by kind. With float32 weights, the masters are part of them."""
         kinds = {
             "master": [bucket.master for bucket in self._buckets],
             "momentum": [bucket.momentum for bucket in self._buckets],

@@ -1,8 +1,8 @@
 """DeepSpeed as megachat uses it: one PipelineEngine for every layout, in float32 mode, with ZeRO-1 for AdamW's
 parameters only.
 
-This file and optim/joint.py are the only ones that know DeepSpeed's insides. Each private name that we rely on is
-listed in PRIVATE_NAMES and checked at import.
+Only this file and optim/joint.py use DeepSpeed's private names. Each one is listed in PRIVATE_NAMES and checked at
+import.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ check_deepspeed(deepspeed.__version__, DEEPSPEED_VERSION, PRIVATE_NAMES)
 
 
 class MatrixOptimizer(Protocol):
-    """What the engine calls of the optimizer of the matrices (optim.partition.MuonPartition)."""
+    """The methods of optim.partition.MuonPartition that the engine calls."""
 
     def start_async_reduce(self) -> None: ...
 
@@ -63,13 +63,14 @@ class MatrixOptimizer(Protocol):
 
 
 class ZeroAdamW(DeepSpeedZeroOptimizer):
-    """AdamW under ZeRO-1 with the gradient norm, and so the decision to skip, given by the caller (optim/joint.py).
+    """AdamW under ZeRO-1. The caller (optim/joint.py) passes the gradient norm, which decides whether to skip the step.
 
-    Made by swapping the class of DeepSpeed's own instance. Both overridden methods are called by DeepSpeed's step().
+    build_engine() makes it by replacing the class of DeepSpeed's instance. DeepSpeed's step() calls the two overridden
+    methods.
     """
 
     mesh: Mesh
-    partial_over_tensor: list[nn.Parameter]  # each rank of the tensor axis has their gradients for its tokens only
+    partial_over_tensor: list[nn.Parameter]  # each tensor rank's gradient covers only its tokens
     _scaled_norm: torch.Tensor
 
     def scaled_global_norm(self, norm_type=2):
@@ -93,13 +94,13 @@ class ZeroAdamW(DeepSpeedZeroOptimizer):
         self.reduce_gradients(pipeline_parallel=False)
 
     def local_gradients(self) -> list[torch.Tensor]:
-        """Returns this rank's reduced gradients, replicated ones on tensor rank 0 only: over all ranks each counts
-        once.
+        """Returns this rank's reduced gradients. Those replicated over the tensor axis are on tensor rank 0 only, so a
+        sum over all ranks counts each element once.
         """
         local = []
         for index, parameters in enumerate(self.params_in_partition):
             gradients = [g for g in self.averaged_gradients[index] if not getattr(g, "_zero_padding", False)]
-            for gradient, parameter in zip(gradients, parameters, strict=False):  # a trailing pad falls off
+            for gradient, parameter in zip(gradients, parameters, strict=False):  # drops trailing padding
                 if is_tensor_shard(parameter) or self.mesh.tensor.rank == 0:
                     local.append(gradient)
         return local
@@ -107,8 +108,8 @@ class ZeroAdamW(DeepSpeedZeroOptimizer):
     def apply(self, scaled_norm: torch.Tensor) -> None:
         """Clips and updates this rank's shares, then gathers the weights; if the norm is inf, changes nothing.
 
-        scaled_norm: 0-d, of the whole gradient with the loss scale in it. The loss scale moves last: gradients carry
-        it.
+        scaled_norm: 0-d, of the whole gradient, including the loss scale. The loss scale is updated last, because the
+        gradients include the old one.
         """
         self._scaled_norm = scaled_norm
         self.step()
@@ -120,7 +121,7 @@ class ZeroAdamW(DeepSpeedZeroOptimizer):
         share.
 
         start and length count the parameter's elements, row-major. The views are live: a checkpoint is read into them.
-        A parameter without an element on this rank is left out.
+        Parameters without elements on this rank are left out.
         """
         for index, flat in enumerate(self.single_partition_of_fp32_groups):
             state = self.optimizer.state[flat]
@@ -149,7 +150,7 @@ class ZeroAdamW(DeepSpeedZeroOptimizer):
 
     def step_counters(self) -> list[torch.Tensor]:
         """Returns the live step counters of AdamW's groups."""
-        list(self.fragments())  # makes state that does not exist yet
+        list(self.fragments())  # creates missing state
         return [self.optimizer.state[flat]["step"] for flat in self.single_partition_of_fp32_groups]
 
     def refresh_weights(self) -> None:
@@ -161,14 +162,14 @@ class ZeroAdamW(DeepSpeedZeroOptimizer):
         return {key: getattr(self.loss_scaler, key) for key in _LOSS_SCALER_STATE if hasattr(self.loss_scaler, key)}
 
     def load_loss_scaler_state(self, state: dict[str, float | int]) -> None:
-        """Restores the counters. A constant scale's are ignored: its 1 would make float16's gradients 0."""
+        """Restores the counters. Those of a constant scale are ignored: with its 1, float16 gradients underflow."""
         if self.dynamic_loss_scale and "cur_iter" in state:
             for key in _LOSS_SCALER_STATE:
                 setattr(self.loss_scaler, key, state[key])
 
 
-# How the failure monitor calls an instruction of DeepSpeed's schedule, whether it waits for another rank, and its range
-# in a profile.
+# Instruction of DeepSpeed's schedule -> its name in the failure monitor's report, whether it waits for another rank,
+# and its range in a profile.
 _INSTRUCTIONS = {
     schedule.LoadMicroBatch: ("loading a micro-batch", False, "data"),
     schedule.ForwardPass: ("forward", False, "forward"),
@@ -184,7 +185,7 @@ _INSTRUCTIONS = {
 
 
 def _recorded(instruction, function):
-    """Returns `function`, noted in the rank's progress when it begins, and with a range in profiles."""
+    """Returns `function`, wrapped to note its start in the rank's progress and to run in a profile range."""
     text, waits, range_name = _INSTRUCTIONS[instruction]
 
     def execute(self, **arguments):
@@ -206,7 +207,7 @@ class Engine(PipelineEngine):
 
     @property
     def adamw(self) -> ZeroAdamW:
-        """The optimizer of all parameters that are not matrices."""
+        """The optimizer of all parameters that are not on Muon."""
         return self.optimizer
 
     def train_step(self, micro_batches, optimizer_step: Callable[[], Outcome]) -> tuple[torch.Tensor, Outcome]:
@@ -262,12 +263,11 @@ class Engine(PipelineEngine):
         measure: nn.Module | None = None,
         before_forward: Callable[[int], object] = lambda number: None,
     ) -> list[torch.Tensor]:
-        """Returns `measure(output, targets)` of each (ids, targets), by default the loss module's evaluation; on other
-        stages than the last, [].
+        """Returns `measure(output, targets)` of each (ids, targets) on the last stage, and [] on the others.
 
-        Every rank calls it with micro-batches of one shape, which need not be the shape of training. measure returns
-        one shape for all.
-        before_forward: called on every rank with the number of each micro-batch before it passes this rank's stage.
+        Every rank calls it with micro-batches of one shape, which may differ from training. measure: by default the
+        loss module in evaluation mode; all its results have one shape. before_forward: called on every rank with the
+        number of each micro-batch, before it passes this rank's stage.
         """
         numbers = itertools.count()
 
@@ -276,7 +276,7 @@ class Engine(PipelineEngine):
 
         hook = self.module.register_forward_pre_hook(count)
         self.total_loss = None
-        self.reset_activation_shape()  # the buffers between stages have the shape of training
+        self.reset_activation_shape()  # buffers between stages still have the training shape
         loss, self.module.loss_fn = self.module.loss_fn, measure or self.module.loss_fn
         try:
             outputs = self.eval_batch(
@@ -299,22 +299,22 @@ class Engine(PipelineEngine):
 def start_collectives(device: torch.device, backend: str, timeout) -> None:
     """Initializes torch.distributed and DeepSpeed's view of it. timeout: a datetime.timedelta."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # torch 2.13 renames collectives that DeepSpeed and we call by the names that older versions know
+    # torch 2.13 renames collectives; DeepSpeed and megachat call them by their old names
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+. is deprecated", category=FutureWarning)
-    # DeepSpeed would compile a shared-memory op for CPU collectives at the first start; gloo works without, and a
-    # machine may have no compiler
+    # DeepSpeed would compile a shared-memory op for CPU collectives at the first start. gloo does not need it, and a
+    # machine may have no compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     with quiet_output():
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
 
 
 def quiet_output() -> contextlib.AbstractContextManager:
-    """Returns a context that discards what DeepSpeed prints while it starts; an exception still shows its own text."""
+    """Returns a context that discards what DeepSpeed prints while it starts; exceptions are not affected."""
     return contextlib.redirect_stdout(io.StringIO())
 
 
 class _Stage(PipelineModule):
-    """A PipelineModule that holds this stage's layers only: the Plan has divided the model already."""
+    """A PipelineModule with only this stage's layers: the plan has already divided the model into stages."""
 
     def _partition_layers(self, method="uniform"):
         self.parts = [0, len(self._layer_specs)]
@@ -322,7 +322,7 @@ class _Stage(PipelineModule):
 
 
 def build_module(layers: list[Callable], loss: nn.Module, mesh: Mesh) -> PipelineModule:
-    """Returns this rank's stage for DeepSpeed's engine. layers: modules and plain functions of the stream, in order."""
+    """Returns this rank's stage for DeepSpeed's engine. layers: modules and functions on the stream, in order."""
     with quiet_output():
         return _Stage(layers=layers, topology=mesh.topology, loss_fn=loss)
 
@@ -341,7 +341,7 @@ def build_engine(
     """Returns DeepSpeed's engine over the module, with AdamW's groups under ZeRO-1.
 
     adamw_groups: arguments of torch.optim.AdamW, each with a "name"; the first must hold float32 parameters, because
-    ZeRO takes the dtype of its decisions from it. clip_norm: 0 clips nothing.
+    ZeRO takes its dtype from it. clip_norm: 0 turns clipping off.
     """
     if adamw_groups[0]["params"][0].dtype != torch.float32:
         raise ValueError("the first AdamW group must be float32")
@@ -364,7 +364,7 @@ def build_engine(
     zero.__class__ = ZeroAdamW
     zero.mesh = mesh
     zero.partial_over_tensor = [p for p in module.parameters() if is_partial_over_tensor(p)]
-    zero.check_grad_overflow = False  # the joint norm decides, without a collective of DeepSpeed's own
+    zero.check_grad_overflow = False  # optim/joint.py decides by the norm; this avoids another collective
     # tables may be bfloat16: their gradients are accumulated over micro-batches and reduced in float32
     zero.use_separate_grad_accum = zero.use_grad_accum_attribute = True
     if loss_scaler is not None:
@@ -374,7 +374,7 @@ def build_engine(
 
 
 def build_evaluation_engine(module: PipelineModule, mesh: Mesh) -> Engine:
-    """Returns an engine that only evaluates. It has no optimizer, no gradients and no memory but the weights'."""
+    """Returns an engine that only evaluates. It has no optimizer and no gradients."""
     module.requires_grad_(False)
     return _initialize(module, mesh, {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1})
 
@@ -390,7 +390,7 @@ def _initialize(module: PipelineModule, mesh: Mesh, settings: dict, optimizer=No
 
 
 def build_loss_scaler(initial: float, window: int) -> DynamicLossScaler:
-    """Returns float16's loss scaler: halves at a skipped step, doubles after `window` good ones (arXiv 1710.03740)."""
+    """Returns float16's loss scaler: it halves at a skipped step, doubles after `window` others (arXiv 1710.03740)."""
     hysteresis = {"delayed_shift": 1, "consecutive_hysteresis": False}
     limits = {"min_scale": LOSS_SCALE_MINIMUM, "raise_error_at_min_scale": False}
     return DynamicLossScaler(init_scale=initial, scale_window=window, dtype=torch.half, **hysteresis, **limits)

@@ -45,21 +45,21 @@ from megachat.train.trainer import Trainer
 
 @dataclass(frozen=True)
 class Job:
-    """A job whose inputs were checked on this rank, before any rank meets another."""
+    """A job whose inputs were checked on this rank, before the ranks connect to each other."""
 
     config: Config
-    folder: Path  # of the run
+    folder: Path  # the run folder
     environment: LaunchEnvironment
     tokenizer: Tokenizer
     plan: Plan
     data: DataSummary
-    bundle: Bundle | None  # of CORE
+    bundle: Bundle | None  # CORE's tasks, if configured
     kernels: Kernels
-    memory: str  # the estimate, one line
+    memory: str  # the estimate per rank, as one log line
 
     @property
     def facts(self) -> Mapping[str, Mapping[str, str]]:
-        """What must be the same on every rank."""
+        """Everything that must be equal on all ranks."""
         bundle = {"digest": self.bundle.digest[:12]} if self.bundle else {}
         return rank_facts(self.config, self.tokenizer, self.data, bundle=bundle)
 
@@ -76,8 +76,8 @@ def pretrain(
 ) -> int:
     """Runs the configured job; returns the exit status, SAVED_STATUS when it stopped on request and saved.
 
-    dry_run prints what the job would be, on `world` ranks with GPUs of `memory_gb` when these are given. elastic: where
-    the batch does not divide over the ranks that were started, the last ones exit with status 0 and the others train.
+    dry_run: only print the plan, for `world` ranks with GPUs of `memory_gb` if these are given. elastic: if the batch
+    cannot be split over all ranks that were started, the last ranks exit with status 0 and the others train.
     """
     begin = time.perf_counter()
     config = _named_config(load_config(config_path, overrides), Path(config_path).stem)
@@ -107,14 +107,14 @@ def pretrain(
 
 
 def _named_config(config: Config, default: str) -> Config:
-    """Returns the config with a run name, so that the saved one runs under the same name."""
+    """Returns the config with a run name, so that the saved config runs under the same name."""
     return config.model_copy(update={"run": config.run.model_copy(update={"name": config.run.name or default})})
 
 
 def _check_job(config: Config, environment: LaunchEnvironment, resume: str | None, elastic: bool) -> Job | None:
-    """Returns the job if everything that this rank can check alone is fine; None if the rank is not needed (elastic).
+    """Checks everything that this rank can check alone. Returns the job, or None if the rank is not needed (elastic).
 
-    Raises UserError before anything is started.
+    Raises UserError.
     """
     folder = Path(config.run.folder) / str(config.run.name)
     tokenizer = load_tokenizer(config.data.tokenizer)
@@ -140,7 +140,7 @@ def _check_job(config: Config, environment: LaunchEnvironment, resume: str | Non
     kernels = choose_kernels(config, plan, device)
     memory, *warnings = described_memory(config, plan, device, memory_bytes(device, environment.local_size))
     if environment.rank == 0 and warnings:
-        print(*warnings, sep="\n", flush=True)  # now: a job that runs out of memory while it is built has no log
+        print(*warnings, sep="\n", flush=True)  # printed now: a job that runs out of memory during the build has no log
     return Job(config, folder, environment, tokenizer, plan, data, bundle, kernels, memory)
 
 
@@ -153,7 +153,7 @@ def _agreed_checkpoint(job: Job, resume: str | None, mesh: Mesh) -> tuple[Path |
 
 
 def _build(job: Job, checkpoint: Path | None, facts: dict | None, mesh: Mesh) -> tuple[Run, list[str]]:
-    """Returns the run with starting values, its loader where the checkpoint's documents stopped, and notes."""
+    """Returns the run with initial weights and its loader at the checkpoint's documents, and notes for the log."""
     with mesh.world.progress.long_running("start-up"):
         documents, notes = None, list[str]()
         if checkpoint and facts:
@@ -171,8 +171,9 @@ def _train(
     monitor: FailureMonitor,
     guard: CrashGuard,
 ) -> bool:
-    """Loads the checkpoint and trains; returns whether the job stopped on request. begin: perf_counter() of its
-    start.
+    """Loads the checkpoint and trains; returns whether the job stopped on request.
+
+    begin: time.perf_counter() at the start of the job.
     """
     with run.mesh.world.progress.long_running("loading the checkpoint"):
         state = load_state(run, checkpoint) if checkpoint else LoopState()
@@ -215,7 +216,7 @@ def _open_metrics(run: Run, state: LoopState) -> Metrics:
 
 
 def vocabulary(config: Config, tokenizer: Tokenizer) -> int:
-    """Returns the tokenizer's vocabulary size. Raises UserError when the config has another."""
+    """Returns the tokenizer's vocabulary size. Raises UserError if model.vocab_size differs from it."""
     configured = config.model.vocab_size
     if configured is not None and configured != tokenizer.vocab_size:
         raise UserError(
@@ -226,7 +227,7 @@ def vocabulary(config: Config, tokenizer: Tokenizer) -> int:
 
 
 def check_data(config: Config, *, least_shards: int = 2) -> DataSummary:
-    """Returns a summary of the data folder. Raises UserError for what would end the job at its first evaluation."""
+    """Returns a summary of the data folder. Raises UserError if it has too few validation documents."""
     summary = check_data_folder(config.data.folder, min_shards=least_shards)
     if summary.validation_documents < config.data.streams:
         raise UserError(

@@ -22,10 +22,10 @@ _RATE_OF_GROUP = {group.name: group.rate for group in GROUPS}
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean over tokens and ranks, nats. norm: joint gradient norm before clipping, inf when not finite. seconds:
-    wall time.
+    """The result of one training step.
 
-    requests: for each request that `train_step` was given, whether any rank made it.
+    loss: mean over tokens and ranks, nats. norm: of the whole gradient before clipping, inf if it was not finite.
+    seconds: wall time. requests: for each request passed to `train_step`, whether any rank made it.
     """
 
     loss: float
@@ -57,7 +57,7 @@ def set_schedules(run: Training, step: int) -> float:
 
 
 def micro_batches(rows: torch.Tensor, micro_rows: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yields (ids, targets), each [micro_rows, tokens], of a rank's rows [count, tokens + 1] in order."""
+    """Yields (ids, targets), each [micro_rows, tokens], from a rank's rows [count, tokens + 1] in order."""
     for chunk in rows.split(micro_rows):
         yield chunk[:, :-1].contiguous(), chunk[:, 1:].contiguous()
 
@@ -72,7 +72,7 @@ def update(
 ) -> tuple[torch.Tensor, StepOutcome]:
     """Trains on this rank's rows of a step, int64 [rows, tokens + 1]; all ranks call it.
 
-    Returns the mean loss over tokens and ranks (0-d, nats) and the outcome. The other arguments are those of
+    Returns the mean loss over tokens and ranks (0-d, nats) and the outcome. The other arguments are passed to
     optim.joint.optimizer_step.
     """
 
@@ -93,7 +93,7 @@ def update(
 def train_step(
     run: Run, step: int, *, requests: Sequence[bool] = (), before_update: Callable[[], object] | None = None
 ) -> StepResult:
-    """Runs step `step`. Raises UserError on all ranks when the loss is not finite; such a step has changed nothing."""
+    """Runs step `step`. Raises UserError on all ranks if the loss is not finite; in that case no weight has changed."""
     progress = run.mesh.world.progress
     progress.note(f"rows of step {step}")
     with profile_range("data"):
@@ -102,7 +102,7 @@ def train_step(
     begin = time.perf_counter()
     multiplier = set_schedules(run, step)
     loss_tensor, outcome = update(run, rows, requests=requests, before_update=before_update)
-    progress.note(f"loss of step {step}", waits=True)  # a GPU may still be working, and wait for other ranks
+    progress.note(f"loss of step {step}", waits=True)  # a GPU may still be working or waiting for other ranks
     loss = loss_tensor.item()
     if not math.isfinite(loss):
         _stop_for_loss(run, step, loss)

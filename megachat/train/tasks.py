@@ -1,7 +1,7 @@
 """Periodic work of a training run: five tasks, in the order in which they run after a step.
 
-Log, validation and checkpoint come before samples and CORE, which may fail or take minutes: by then the step is saved.
-A task that was due and did not run is listed in LoopState.pending, so that the resumed job runs it first.
+Samples and CORE may fail or take minutes, so they run after the checkpoint: by then the step is saved.
+A task that was due but did not run is listed in LoopState.pending, so that the resumed job runs it first.
 """
 
 import json
@@ -30,7 +30,7 @@ UNTIMED_STEPS = 10  # the speedrun's clock starts after them
 
 
 class TaskContext(Protocol):
-    """What a task uses of train.trainer.Trainer, which calls it."""
+    """The part of train.trainer.Trainer that tasks use. Trainer imports this file, so tasks cannot import Trainer."""
 
     run: Run
     state: LoopState
@@ -46,17 +46,17 @@ class TaskContext(Protocol):
 
 
 class Task:
-    """One kind of periodic work; all ranks call everything.
+    """One kind of periodic work; all ranks call all its methods.
 
-    name: its name in LoopState.pending. activity: what the failure monitor reports while it runs, when other ranks may
-    wait longer than usual. runs_on_stop: whether a job that was requested to stop still runs it.
+    name: its name in LoopState.pending. activity: if set, the failure monitor reports it while the task runs, and lets
+    other ranks wait longer than usual. runs_on_stop: whether the task still runs after a stop request.
     """
 
     name = activity = ""
     runs_on_stop = False
 
     def due(self, trainer: TaskContext) -> bool:
-        """Returns whether it runs now, after step trainer.state.step - 1."""
+        """Returns whether the task runs now. The last finished step is trainer.state.step - 1."""
         raise NotImplementedError
 
     def run(self, trainer: TaskContext) -> bool:
@@ -64,12 +64,12 @@ class Task:
         raise NotImplementedError
 
     def has_result(self, run_folder: Path, step: int) -> bool:
-        """Returns whether the run folder has its result for `step`."""
+        """Returns whether the run folder has the result of the task for `step`."""
         return False
 
 
 class Log(Task):
-    """Writes the last step to the console and to metrics.jsonl: every log.every steps, and skipped and last steps."""
+    """Logs a step to the console and to metrics.jsonl: every log.every steps, each skipped step and the last one."""
 
     name, runs_on_stop = "log", True
 
@@ -126,7 +126,7 @@ class Validation(Task):
 
 
 class Checkpoint(Task):
-    """Starts saving the state, every checkpoint.every steps and at this job's last step; training goes on meanwhile."""
+    """Starts saving the state, every checkpoint.every steps and at this job's last step; training continues."""
 
     name, runs_on_stop = "checkpoint", True
     activity = "copying the state to save it, or waiting for the save before"
@@ -165,7 +165,7 @@ class Samples(Task):
 
 
 class Core(Task):
-    """Evaluates the CORE metric, every evaluate.core_every steps and at the end of training; never when that is 0."""
+    """Evaluates the CORE metric, every evaluate.core_every steps and at the end of training; never if it is 0."""
 
     name, activity = "core", "evaluation of CORE"
 
@@ -177,7 +177,7 @@ class Core(Task):
         run, state, bundle = trainer.run, trainer.state, trainer.run.bundle
         assert bundle is not None, "open_configured_bundle opens it when core_every is not 0"
 
-        def stop_requested_on_any_rank() -> bool:  # asked between two of CORE's tasks: each may take minutes
+        def stop_requested_on_any_rank() -> bool:  # called before each of CORE's tasks, which may take minutes
             requested = torch.tensor(float(trainer.stop_requested()), device=run.mesh.device)
             all_reduce(requested, run.mesh.world, "max", name="stop requests")
             return bool(requested)
@@ -201,7 +201,7 @@ class Core(Task):
 
 
 def totals(run: Run, state: LoopState, step: int) -> dict:
-    """Returns what every evaluation and every step records: the step, and FLOPs and seconds of training until then."""
+    """Returns the step, and the FLOPs and seconds of training until then, which every metrics record has."""
     return {
         "step": step,
         "total_training_flops": float(run.plan.flops_per_token) * run.plan.tokens_per_step * step,

@@ -16,16 +16,15 @@ from megachat.train.state import LoopState, state_pieces
 from megachat.train.step import StepResult, train_step
 from megachat.train.tasks import UNTIMED_STEPS, Checkpoint, Core, Log, Samples, Task, Validation
 
-SETTLED_STEPS = 2  # after them, everything in a step is compiled
+SETTLED_STEPS = 2  # by then everything in a step is compiled: a new graph is worth a log line
 MAX_SKIPS_IN_A_ROW = 20
 
 
 class Trainer:
     """Trains a run from `state` to the plan's stop step. All ranks build one and call fit().
 
-    stop_requested: whether this rank was requested to stop. before_step: called with the number of each step. source:
-    the run folder that `state` was loaded from; tasks pending in the state that have their result there do not run
-    again.
+    stop_requested: returns whether this rank was requested to stop. before_step: called with the number of each step.
+    source: the run folder that `state` was loaded from. Pending tasks that have a result there do not run again.
     """
 
     last_result: StepResult
@@ -44,7 +43,7 @@ class Trainer:
         self.checkpoint = Checkpoint()
         self.tasks: tuple[Task, ...] = (Log(), Validation(), self.checkpoint, Samples(), Core())
         self.saver = Saver(run.mesh.saving, background=run.config.checkpoint.background)
-        self.saved_step: int | None = None  # of the last checkpoint that this job began to write
+        self.saved_step: int | None = None  # step of the last checkpoint that this job began to write
         self._first_step, self._skips_in_a_row = state.step, 0
         self._graphs = NewGraphs(compiles=run.config.precision.compile)
 
@@ -65,7 +64,7 @@ class Trainer:
             self.last_result = self._step()
             stop, save_failed = self.last_result.requests
             if save_failed:
-                self.saver.wait()  # raises on every rank: a save succeeds or fails on all of them
+                self.saver.wait()  # raises on every rank: a save fails on all ranks or on none
             stopped = self._run_tasks([task for task in self.tasks if task.due(self)], stop)
         with run.mesh.world.progress.long_running("saving the checkpoint"):
             self.saver.wait(blocks=True)
@@ -74,14 +73,14 @@ class Trainer:
 
     @property
     def at_end(self) -> bool:
-        """Whether the whole training is done; a job may end before that (horizon.stop_step)."""
+        """Whether training is complete (plan.steps). With horizon.stop_step a job ends earlier."""
         return self.state.step == self.run.plan.stop_step == self.run.plan.steps
 
     def _step(self) -> StepResult:
         """Runs step state.step and advances the counters."""
         state, first = self.state, self.state.step == self._first_step
         self.before_step(state.step)
-        self._graphs.count()  # evaluation has graphs of its own
+        self._graphs.count()  # leave out the graphs that evaluation compiled since the last step
         with self._long_running("first step" if first else ""):
             requests = (self.stop_requested(), self.saver.failed)
             result = train_step(self.run, state.step, requests=requests, before_update=self.saver.wait_copied)
@@ -101,14 +100,14 @@ class Trainer:
         state.skipped_steps += result.skipped
         state.step += 1
         if first:
-            gc.collect()  # what exists now stays: scanning it at every collection costs more than it frees
+            gc.collect()  # objects that exist now live until the end; do not scan them at every collection
             gc.freeze()
         return result
 
     def _run_tasks(self, due: list[Task], stop: bool) -> bool:
         """Runs the due tasks in order; returns whether a stop was requested.
 
-        After a stop request the tasks that can wait become pending, and the state is saved with their names.
+        After a stop request only tasks with runs_on_stop run. The others become pending and are saved with the state.
         """
         waiting = [task.name for task in due if not task.runs_on_stop]
         for task in due:
@@ -139,12 +138,12 @@ class Trainer:
         return [task for task in self.tasks if task.name in names]
 
     def _long_running(self, activity: str) -> contextlib.AbstractContextManager:
-        """Returns a context in which other ranks may wait longer than usual; of "" an empty one."""
+        """Returns a context in which other ranks may wait longer than usual; for "" one that does nothing."""
         return self.run.mesh.world.progress.long_running(activity) if activity else contextlib.nullcontext()
 
     def _log_saves(self) -> None:
         for saved in self.saver.finished():
             self.metrics.log(f"saved {saved.path} (training waited {saved.blocked_s:.2f} s of {saved.total_s:.2f} s)")
             seconds = {"checkpoint/blocked_s": saved.blocked_s, "checkpoint/total_s": saved.total_s}
-            # "step" is the current one: the save finished after its own
+            # "step" is the current step; the save finished some steps after "checkpoint/step"
             self.metrics.record({"step": self.state.step, "checkpoint/step": checkpoint_step(saved.path)} | seconds)
