@@ -148,7 +148,7 @@ def _read_text(file: _Folder) -> str:
         return file.read_bytes().decode("utf-8")
 
 
-def _read_index(root: _Folder) -> list[dict]:
+def _read_index(root: _Folder) -> list[dict[str, Any]]:
     """Returns the task entries of core.yaml, checked."""
     file = root / _INDEX
     text = _read_text(file)
