@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 
 def text_table(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> list[str]:
-    """Return one line per row, with columns of equal width. right: the columns that are aligned to the right."""
+    """Returns one line per row, with columns of equal width. right: the columns that are aligned to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     right = set(right)
     return [
@@ -17,7 +17,7 @@ def text_table(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> list
 
 
 def number_ranges(numbers: Iterable[int]) -> str:
-    """Return sorted numbers with neighbors joined: 0, 1, 2, 5 -> "0-2,5"."""
+    """Returns sorted numbers with neighbors joined: 0, 1, 2, 5 -> "0-2,5"."""
     ranges: list[list[int]] = []
     for number in numbers:
         if ranges and number == ranges[-1][1] + 1:

@@ -16,18 +16,18 @@ HASH_THREADS = 4  # hashlib releases the interpreter lock
 
 
 def checkpoint_name(step: int) -> str:
-    """Return the folder name of a step's checkpoint. Names sort like steps, up to step 999,999."""
+    """Returns the folder name of a step's checkpoint. Names sort like steps, up to step 999,999."""
     return f"step_{step:06d}"
 
 
 def checkpoint_step(path: Path) -> int | None:
-    """Return the step in a checkpoint folder's name, None for other names."""
+    """Returns the step in a checkpoint folder's name, None for other names."""
     digits = path.name.removeprefix("step_")
     return int(digits) if path.name.startswith("step_") and digits.isdecimal() else None
 
 
 def write_facts(checkpoint: Path, facts: dict) -> None:
-    """Write checkpoint.json with the versions and a hash of its content.
+    """Writes checkpoint.json with the versions and a hash of its content.
 
     facts: must have "step" and "files", a dict of name -> {"bytes", "sha256"}.
     """
@@ -36,7 +36,7 @@ def write_facts(checkpoint: Path, facts: dict) -> None:
 
 
 def read_facts(checkpoint: Path) -> dict:
-    """Read checkpoint.json, upgraded to the current format, and check that all files exist with their sizes.
+    """Reads checkpoint.json, upgraded to the current format, and checks that all files exist with their sizes.
 
     Raises UserError when the checkpoint is incomplete, was changed, or has a newer format or architecture.
     """
@@ -75,7 +75,7 @@ def read_facts(checkpoint: Path) -> dict:
 
 
 def hash_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Return name -> SHA-256 of the named files in the folder. Raises OSError."""
+    """Returns name -> SHA-256 of the named files in the folder. Raises OSError."""
     names = list(names)
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         return dict(zip(names, pool.map(lambda name: file_sha256(folder / name), names), strict=True))
@@ -84,7 +84,7 @@ def hash_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
 def find_file_problems(
     folder: Path, facts: dict, names: Collection[str] | None = None, *, sizes_only: bool = False
 ) -> list[str]:
-    """Return one sentence for each of the checkpoint's files that is missing or has another size or content.
+    """Returns one sentence for each of the checkpoint's files that is missing or has another size or content.
 
     facts: from `read_facts`. names: the files to check, None for all. Files saved by format 1 have no hash; only their
     sizes are compared.
@@ -109,7 +109,7 @@ def find_file_problems(
 
 
 def files_of_rank(facts: dict, rank: int, ranks: int) -> set[str]:
-    """Return the files that a rank checks: each file is checked by one rank, and the bytes per rank are balanced."""
+    """Returns the files that a rank checks: each file is checked by one rank, and the bytes per rank are balanced."""
     bytes_of_rank, names = [0] * ranks, set()
     for name, entry in sorted(facts["files"].items(), key=lambda item: (-item[1]["bytes"], item[0])):
         least_loaded = bytes_of_rank.index(min(bytes_of_rank))

@@ -10,12 +10,12 @@ from megachat.parallel.mesh import Axis
 
 
 def checkpoints_folder(run_folder: Path) -> Path:
-    """Return the folder of a run's checkpoints."""
+    """Returns the folder of a run's checkpoints."""
     return run_folder / "checkpoints"
 
 
 def choose_checkpoint(run_folder: Path, resume: str | None, world: Axis) -> tuple[Path | None, list[str]]:
-    """Return (the checkpoint to resume from or None, remarks for the log), the same on all ranks; all ranks call it.
+    """Returns (the checkpoint to resume from or None, remarks for the log), the same on all ranks; all ranks call it.
 
     Rank 0 finds the checkpoint as `find_checkpoint` does, then each rank hashes a share of its files. With "auto", a
     damaged checkpoint is skipped for the one before. Raises UserError on all ranks when `find_checkpoint` does, when a
@@ -47,7 +47,7 @@ def choose_checkpoint(run_folder: Path, resume: str | None, world: Axis) -> tupl
 
 
 def find_damage(checkpoint: Path, world: Axis) -> str | None:
-    """Return a problem with a checkpoint's files, None when all match their hashes.
+    """Returns a problem with a checkpoint's files, None when all match their hashes.
 
     All ranks call it and get the same result; each hashes a share of the files.
     """
@@ -61,7 +61,7 @@ def find_damage(checkpoint: Path, world: Axis) -> str | None:
 
 
 def newest_complete(folder: Path, skip: Collection[Path] = ()) -> tuple[Path | None, list[str]]:
-    """Return (the newest complete checkpoint in the folder or None, why each newer one is not complete).
+    """Returns (the newest complete checkpoint in the folder or None, why each newer one is not complete).
 
     skip: checkpoints that are not considered.
     """
@@ -83,7 +83,7 @@ def newest_complete(folder: Path, skip: Collection[Path] = ()) -> tuple[Path | N
 def find_checkpoint(
     run_folder: Path, resume: str | None, damaged: Mapping[Path, str] | None = None
 ) -> tuple[Path | None, list[str]]:
-    """Return (the checkpoint to resume from or None, remarks for the log).
+    """Returns (the checkpoint to resume from or None, remarks for the log).
 
     resume: None for a new run, a checkpoint's path, or "auto" for the newest complete checkpoint, if there is one.
     damaged: checkpoints that "auto" skips, and why. Raises UserError when a new run would start in a folder that

@@ -23,7 +23,7 @@ def save_checkpoint(
     write_rank_files: Callable[[Path], None],
     world: Axis,
 ) -> Path:
-    """Write `folder`/step_NNNNNN and return its path. All ranks call it; either all return or all raise.
+    """Writes `folder`/step_NNNNNN and returns its path. All ranks call it; either all return or all raise.
 
     tensors: this rank's rectangles. facts: small JSON values, the same on all ranks. write_rank_files: writes this
     rank's other files into the given folder. Raises UserError when the disk is full or cannot be written; earlier
@@ -63,7 +63,7 @@ def save_checkpoint(
 
 
 def rectangle_bytes(tensors: RectanglesByName) -> int:
-    """Return the bytes of this rank's rectangles."""
+    """Returns the bytes of this rank's rectangles."""
     return sum(view.numel() * view.element_size() for _, rectangles in tensors.values() for _, _, view in rectangles)
 
 
@@ -81,7 +81,7 @@ def _make_folder(temporary: Path, needed_bytes: int) -> None:
 
 
 def _hash_all_files(folder: Path, world: Axis, failure: Callable[[str], str]) -> dict[str, dict]:
-    """Return name -> {"bytes", "sha256"} of every file in the folder.
+    """Returns name -> {"bytes", "sha256"} of every file in the folder.
 
     Each file is hashed by one of the ranks that see it: network storage may show a rank the other ranks' files late.
     """
@@ -104,7 +104,7 @@ def _hash_all_files(folder: Path, world: Axis, failure: Callable[[str], str]) ->
 
 
 def _complete(temporary: Path, final: Path, facts: dict) -> None:
-    """Write checkpoint.json and rename the folder. If the step was saved before, the old folder is removed last."""
+    """Writes checkpoint.json and renames the folder. If the step was saved before, the old folder is removed last."""
     write_facts(temporary, facts)
     sync_to_disk(temporary)
     replaced = final.with_name(final.name + _REPLACED)
@@ -117,7 +117,7 @@ def _complete(temporary: Path, final: Path, facts: dict) -> None:
 
 
 def repair_checkpoints_folder(folder: Path) -> None:
-    """Remove or restore what a killed save or removal left. Only for the job that holds the run folder's lock."""
+    """Removes or restore what a killed save or removal left. Only for the job that holds the run folder's lock."""
     for path in folder.glob("step_*"):
         name = path.name.removesuffix(_REPLACED)
         if path.name.endswith(_TEMPORARY) or (path.name != name and (folder / name).exists()):
@@ -127,7 +127,8 @@ def repair_checkpoints_folder(folder: Path) -> None:
 
 
 def remove_old_checkpoints(folder: Path, keep_last: int | None, keep_every: int | None, newest: int) -> list[Path]:
-    """Remove complete checkpoints up to step `newest`, except the last `keep_last` and multiples of `keep_every` steps.
+    """Removes complete checkpoints up to step `newest`, except the last `keep_last` and multiples of `keep_every`
+    steps.
 
     keep_last: None keeps all. Returns the removed checkpoints.
     """

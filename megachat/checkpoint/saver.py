@@ -47,13 +47,13 @@ class Saver:
         self._blocked_s = 0.0
 
     def reserve(self, tensors: RectanglesByName) -> None:
-        """Allocate the memory of the copies, so that a job with too little memory fails at its start."""
+        """Allocates the memory of the copies, so that a job with too little memory fails at its start."""
         if self._background:
             for copy, _ in self._pairs(tensors):
                 copy.zero_()
 
     def begin(self, tensors: RectanglesByName, write: Write, since: float | None = None) -> None:
-        """Write in the background. The caller must not modify the tensors until `wait_copied` returns.
+        """Writes in the background. The caller must not modify the tensors until `wait_copied` returns.
 
         Waits for an earlier save first. Raises UserError when the earlier save failed. since: time.perf_counter() when
         the caller started to prepare this save; `blocked_s` counts from there.
@@ -79,7 +79,7 @@ class Saver:
             self.wait(blocks=True)
 
     def wait_copied(self) -> None:
-        """Wait until the tensors given to `begin` are copied; call it before modifying any of them."""
+        """Waits until the tensors given to `begin` are copied; call it before modifying any of them."""
         if not self._copied.is_set():
             start = time.perf_counter()
             self._copied.wait()
@@ -91,12 +91,12 @@ class Saver:
         return self._error is not None
 
     def finished(self) -> list[Saved]:
-        """Return the saves that were completed since the last call."""
+        """Returns the saves that were completed since the last call."""
         saved, self._saved = self._saved, []
         return saved
 
     def wait(self, *, blocks: bool = False) -> None:
-        """Wait for the current save. Raises UserError when it failed. blocks: count the wait into its `blocked_s`."""
+        """Waits for the current save. Raises UserError when it failed. blocks: count the wait into its `blocked_s`."""
         start = time.perf_counter()
         if self._thread is not None:
             self._thread.join()
@@ -109,7 +109,7 @@ class Saver:
             self._saved[-1] = last._replace(blocked_s=min(last.total_s, last.blocked_s + time.perf_counter() - start))
 
     def _pairs(self, tensors: RectanglesByName) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield (copy, view) of every rectangle; allocates missing copies."""
+        """Yields (copy, view) of every rectangle; allocates missing copies."""
         for name, (_, rectangles) in tensors.items():
             for index, (_, _, view) in enumerate(rectangles):
                 if (name, index) not in self._copies:

@@ -39,7 +39,7 @@ RectanglesByName = Mapping[str, tuple[tuple[int, ...], list[Rectangle]]]
 
 
 def save_rectangles(folder: Path, tensors: RectanglesByName, world: Axis) -> None:
-    """Write every rank's rectangles; all ranks of `world` call it, and no element is on two ranks.
+    """Writes every rank's rectangles; all ranks of `world` call it, and no element is on two ranks.
 
     Raises torch's CheckpointException on any failure.
     """
@@ -53,7 +53,7 @@ def save_rectangles(folder: Path, tensors: RectanglesByName, world: Axis) -> Non
 
 
 def load_checkpoint(checkpoint: Path, tensors: RectanglesByName) -> None:
-    """Fill this rank's rectangles from the checkpoint, in place.
+    """Fills this rank's rectangles from the checkpoint, in place.
 
     All ranks call it, or one process without a process group. Raises UserError when the checkpoint has no tensor of
     that name and shape, or cannot be read.
@@ -83,7 +83,7 @@ def load_checkpoint(checkpoint: Path, tensors: RectanglesByName) -> None:
 
 
 def load_model_weights(checkpoint: Path, names: list[str] | None = None) -> dict[str, torch.Tensor]:
-    """Load whole float32 weights by name on this process alone. names: None for all."""
+    """Loads whole float32 weights by name on this process alone. names: None for all."""
     saved = _saved_shapes(checkpoint)
     names = names or [name.removeprefix("model/") for name in saved if name.startswith("model/")]
     weights = {name: torch.empty(saved[f"model/{name}"]) for name in names}
@@ -95,7 +95,7 @@ def load_model_weights(checkpoint: Path, names: list[str] | None = None) -> dict
 
 
 def read_index(folder: Path) -> dict:
-    """Read the index of a checkpoint folder: name -> shape, dtype and pieces (rectangles in files) of every tensor."""
+    """Reads the index of a checkpoint folder: name -> shape, dtype and pieces (rectangles in files) of every tensor."""
     return json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
 
 
@@ -201,7 +201,7 @@ class _Reader(dcp.FileSystemReader):
 
 @contextlib.contextmanager
 def _without_group_warning() -> Iterator[None]:
-    """Suppress torch's warning about a process without a process group, which a tool does not need."""
+    """Suppresses torch's warning about a process without a process group, which a tool does not need."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield

@@ -47,7 +47,7 @@ class DocumentReader:
         self._submitted: deque[tuple[int, list[int], list[Future]]] = deque()
 
     def next_document(self, stream: int) -> tuple[int, np.ndarray]:
-        """Return (number, tokens: uint [n] with BOS first) of the stream's next non-empty document.
+        """Returns (number, tokens: uint [n] with BOS first) of the stream's next non-empty document.
 
         Raises UserError if all documents of an epoch are empty.
         """
@@ -62,7 +62,7 @@ class DocumentReader:
         return ready.popleft()
 
     def close(self) -> None:
-        """Stop the threads."""
+        """Stops the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _batches_from(self, number: int) -> Iterator[tuple[int, pa.ChunkedArray]]:
@@ -71,7 +71,7 @@ class DocumentReader:
                 yield first + start, texts.slice(start, _BATCH_DOCUMENTS)
 
     def _distribute_batch(self) -> int:
-        """Give the documents of the oldest batch to their streams; returns the size of the batch."""
+        """Gives the documents of the oldest batch to their streams; returns the size of the batch."""
         while len(self._submitted) <= _BATCHES_AHEAD:
             self._submitted.append(self._submit(*next(self._batches)))
         size, numbers, tasks = self._submitted.popleft()
@@ -81,7 +81,7 @@ class DocumentReader:
         return size
 
     def _submit(self, first: int, texts: pa.ChunkedArray) -> tuple[int, list[int], list[Future]]:
-        """Start to tokenize a batch; returns (size of the batch, numbers of the needed documents, tasks)."""
+        """Starts to tokenize a batch; returns (size of the batch, numbers of the needed documents, tasks)."""
         numbers = np.arange(first, first + len(texts))
         needed = np.flatnonzero(numbers >= self._first_needed[numbers % self._corpus.documents % self._streams])
         texts_needed = texts.take(pa.array(needed)).to_pylist()
@@ -177,7 +177,7 @@ class Loader:
         )
 
     def _stream_documents(self, stream: int) -> int:
-        """Return the number of documents of a stream in an epoch."""
+        """Returns the number of documents of a stream in an epoch."""
         return len(range(stream, self._documents, self._stream_count))
 
     def __iter__(self) -> "Loader":
@@ -213,11 +213,11 @@ class Loader:
         return sum(saved.cropped_tokens for saved in streams) / max(1, sum(saved.read_tokens for saved in streams))
 
     def ledger(self) -> dict[int, str]:
-        """Return stream -> running SHA-256 (hex) of the (epoch, document) pairs used; equal on every layout."""
+        """Returns stream -> running SHA-256 (hex) of the (epoch, document) pairs used; equal on every layout."""
         return {stream: saved.ledger.hex() for stream, saved in self._now.streams.items()}
 
     def state(self) -> dict:
-        """Return the state after the last returned batch: {"header": JSON-able, "streams": {stream: arrays}}."""
+        """Returns the state after the last returned batch: {"header": JSON-able, "streams": {stream: arrays}}."""
         header = {"step": self._now.step, "epoch": self.epoch, **self._settings, "documents": self._documents}
         if self._restarts:
             header["restarts"] = self._restarts
@@ -228,7 +228,7 @@ class Loader:
         }
 
     def close(self) -> None:
-        """Stop the background threads."""
+        """Stops the background threads."""
         self._stopped.set()
         self._reader.close()  # a thread that waits for tokens stops waiting
         while self._thread.is_alive():

@@ -42,7 +42,7 @@ class TransientReadError(UserError):
 
 
 def stream_to_arrays(state: StreamState, dtype: np.dtype) -> dict[str, np.ndarray]:
-    """Convert a stream's state to arrays: counters int64 [5], ledger uint8 [32], and the n documents in its buffer.
+    """Converts a stream's state to arrays: counters int64 [5], ledger uint8 [32], and the n documents in its buffer.
 
     The documents are sequence, documents (numbers) and lengths, int64 [n], in the order in which they were read, and
     their kept tokens, concatenated.
@@ -59,7 +59,7 @@ def stream_to_arrays(state: StreamState, dtype: np.dtype) -> dict[str, np.ndarra
 
 
 def stream_from_arrays(arrays: dict[str, np.ndarray], row_tokens: int) -> StreamState:
-    """Invert `stream_to_arrays`. Raises ValueError if the arrays do not fit together."""
+    """Inverts `stream_to_arrays`. Raises ValueError if the arrays do not fit together."""
     kept = np.minimum(arrays["lengths"], row_tokens)
     if len(arrays["tokens"]) != kept.sum() or not len(arrays["sequence"]) == len(arrays["documents"]) == len(kept):
         raise ValueError("documents and tokens do not fit together")
@@ -74,7 +74,7 @@ def stream_from_arrays(arrays: dict[str, np.ndarray], row_tokens: int) -> Stream
 
 
 def loader_settings(shards: list[Shard], tokenizer: Tokenizer, order: dict) -> dict:
-    """Return everything that a loader's rows depend on, for its header.
+    """Returns everything that a loader's rows depend on, for its header.
 
     order: the loader's split, row_tokens, rows, streams, buffer_documents and seed.
     """
@@ -83,7 +83,7 @@ def loader_settings(shards: list[Shard], tokenizer: Tokenizer, order: dict) -> d
 
 
 def require_same_settings(header: dict, current: dict) -> None:
-    """Raise UserError, with both values, if a saved header has other settings, another tokenizer or other data."""
+    """Raises UserError, with both values, if a saved header has other settings, another tokenizer or other data."""
     for key, name in _SAME.items():
         if key == "texts" and key not in header:  # early checkpoints do not have it
             continue
@@ -96,13 +96,13 @@ def require_same_settings(header: dict, current: dict) -> None:
 
 
 def combined_ledger(streams: dict[int, bytes | str]) -> str:
-    """Return the SHA-256 (hex) over the ledgers (bytes or hex) of all streams, in the order of their numbers."""
+    """Returns the SHA-256 (hex) over the ledgers (bytes or hex) of all streams, in the order of their numbers."""
     digests = (ledger if isinstance(ledger, bytes) else bytes.fromhex(ledger) for _, ledger in sorted(streams.items()))
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def restarted_state(run_step: int, ledger: str | None, header: dict | None) -> dict:
-    """Return a state in which all streams restart with the first document; it and the new ledger record the restart.
+    """Returns a state in which all streams restart with the first document; it and the new ledger record the restart.
 
     run_step: steps that the run has done. ledger: combined, of the documents before, None if unknown. header: of the
     loader state that cannot be continued, None if there is none.
@@ -112,19 +112,19 @@ def restarted_state(run_step: int, ledger: str | None, header: dict | None) -> d
 
 
 def initial_stream_state(restarts: list[dict]) -> StreamState:
-    """Return the state of a stream before its first row. Its ledger starts with the restarts' steps and ledgers."""
+    """Returns the state of a stream before its first row. Its ledger starts with the restarts' steps and ledgers."""
     if not restarts:
         return EMPTY_STREAM
     return replace(EMPTY_STREAM, ledger=hashlib.sha256(json.dumps(restarts, sort_keys=True).encode()).digest())
 
 
 def step_of_run(header: dict) -> int:
-    """Return the run's step of a saved loader state; the header counts steps since the documents were restarted."""
+    """Returns the run's step of a saved loader state; the header counts steps since the documents were restarted."""
     return header["step"] + sum(restart["step"] for restart in header.get("restarts", [])[-1:])
 
 
 def save_loader_state(folder: str | Path, state: dict, streams: Iterable[int]) -> None:
-    """Write `stream_00003.npz` for each of `streams`, and loader.json if stream 0 is among them.
+    """Writes `stream_00003.npz` for each of `streams`, and loader.json if stream 0 is among them.
 
     state: from `Loader.state()`.
     """
@@ -139,7 +139,7 @@ def save_loader_state(folder: str | Path, state: dict, streams: Iterable[int]) -
 
 
 def load_header(folder: str | Path) -> dict:
-    """Read loader.json. Raises UserError if it is missing or damaged, TransientReadError if the storage fails."""
+    """Reads loader.json. Raises UserError if it is missing or damaged, TransientReadError if the storage fails."""
     path = Path(folder) / HEADER_FILE
     with _errors_to_user(path):
         header = json.loads(path.read_text(encoding="utf-8"))
@@ -148,7 +148,7 @@ def load_header(folder: str | Path) -> dict:
 
 
 def load_loader_state(folder: str | Path, streams: Iterable[int]) -> dict:
-    """Read the state of the given streams, whichever ranks saved them.
+    """Reads the state of the given streams, whichever ranks saved them.
 
     Raises UserError if a file is missing, damaged, or of another step or stream, TransientReadError if the storage
     fails.
@@ -180,7 +180,7 @@ def load_loader_state(folder: str | Path, streams: Iterable[int]) -> dict:
 
 @contextlib.contextmanager
 def _errors_to_user(path: Path) -> Iterator[None]:
-    """Raise errors from reading a file of the loader's state as UserError."""
+    """Raises errors from reading a file of the loader's state as UserError."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError):

@@ -25,7 +25,7 @@ REFILL_DOCUMENTS = 128  # as many as nanochat tokenizes at once
 
 
 def streams_of_rank(rank: int, ranks: int, streams: int, rows: int) -> list[int]:
-    """Return the streams that pack rows of a data-parallel rank, which takes the rows n with n % ranks == rank.
+    """Returns the streams that pack rows of a data-parallel rank, which takes the rows n with n % ranks == rank.
 
     rows: rows per step, divisible by ranks.
     """
@@ -34,12 +34,12 @@ def streams_of_rank(rank: int, ranks: int, streams: int, rows: int) -> list[int]
 
 
 def saving_rank(stream: int, ranks: int, streams: int, rows: int) -> int:
-    """Return the first rank that runs a stream; it saves the stream's state."""
+    """Returns the first rank that runs a stream; it saves the stream's state."""
     return stream % _stream_period(ranks, streams, rows)
 
 
 def _stream_period(ranks: int, streams: int, rows: int) -> int:
-    """Return p such that streams s and s + p run on the same ranks."""
+    """Returns p such that streams s and s + p run on the same ranks."""
     if rows % ranks:
         raise ValueError(f"{rows} rows per step cannot be split evenly over {ranks} ranks")
     return math.gcd(ranks, streams)
@@ -71,7 +71,7 @@ EMPTY_STREAM = StreamState(0, 0, 0, 0, 0, bytes(32), {})
 
 
 def buffer_sizes(stream_documents: int, buffer_documents: int) -> tuple[int, int]:
-    """Return (minimum, refill): a stream with fewer than `minimum` buffered documents reads `refill` more.
+    """Returns (minimum, refill): a stream with fewer than `minimum` buffered documents reads `refill` more.
 
     stream_documents: the stream's documents per epoch. A small corpus gets a smaller buffer, which never holds more
     than one epoch. Refilling one by one would crop far more: documents longer than a row accumulate in the buffer,
@@ -103,11 +103,11 @@ class Stream:
         self._keys = sorted(document.length << _SEQUENCE_BITS | sequence for sequence, document in state.buffer.items())
 
     def state(self) -> StreamState:
-        """Return a copy of the current state. It takes microseconds: only references are copied."""
+        """Returns a copy of the current state. It takes microseconds: only references are copied."""
         return replace(self._state, buffer=self._state.buffer.copy())
 
     def pack(self, row: np.ndarray) -> None:
-        """Fill `row` (int64 [row_tokens]) with the stream's next row."""
+        """Fills `row` (int64 [row_tokens]) with the stream's next row."""
         state, keys, start, end = self._state, self._keys, 0, self._row_tokens
         while start < end:
             while len(keys) < self._minimum:

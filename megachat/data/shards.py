@@ -58,7 +58,7 @@ class DataSummary:
 
 
 def open_shard(path: Path) -> Shard:
-    """Read and check one file's footer. Raises UserError, with the path, if the file is damaged or has no texts."""
+    """Reads and checks one file's footer. Raises UserError, with the path, if the file is damaged or has no texts."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -87,7 +87,7 @@ def open_shard(path: Path) -> Shard:
 
 
 def open_shards(folder: str | Path, *, min_shards: int = 2) -> list[Shard]:
-    """Open and check every shard of a data folder, sorted by name.
+    """Opens and checks every shard of a data folder, sorted by name.
 
     min_shards: training needs 2, one of them for validation; an evaluation needs 1. Raises UserError.
     """
@@ -115,18 +115,18 @@ def open_shards(folder: str | Path, *, min_shards: int = 2) -> list[Shard]:
 
 
 def split_shards(shards: list[Shard], split: str) -> list[Shard]:
-    """Return the shards of "train" (all but the last) or "validation" (the last)."""
+    """Returns the shards of "train" (all but the last) or "validation" (the last)."""
     return {"train": shards[:-1], "validation": shards[-1:]}[split]
 
 
 def shards_fingerprint(shards: list[Shard]) -> str:
-    """Return a SHA-256 (hex) over names, sizes and document counts, which distinguishes data sets without reading."""
+    """Returns a SHA-256 (hex) over names, sizes and document counts, which distinguishes data sets without reading."""
     listed = [[shard.path.name, shard.size_bytes, shard.documents] for shard in shards]
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
 def footers_digest(shards: list[Shard]) -> str:
-    """Return a SHA-256 (hex) over the footers.
+    """Returns a SHA-256 (hex) over the footers.
 
     Unlike the fingerprint, it also differs when shards of the same names and sizes were written with other texts. It
     misses only a file that was changed in place under an unchanged footer; `check_data_folder` with hashes finds that.
@@ -135,7 +135,7 @@ def footers_digest(shards: list[Shard]) -> str:
 
 
 def read_text_batches(path: Path, batch_documents: int) -> Iterator[pa.Array]:
-    """Read the `text` column of a shard in batches. Raises UserError if the file is damaged."""
+    """Reads the `text` column of a shard in batches. Raises UserError if the file is damaged."""
     try:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=batch_documents, columns=["text"]):
@@ -145,7 +145,7 @@ def read_text_batches(path: Path, batch_documents: int) -> Iterator[pa.Array]:
 
 
 def check_data_folder(folder: str | Path, *, hashes: bool = False, min_shards: int = 2) -> DataSummary:
-    """Check a data folder before a run: all footers, and names and sizes against the manifest.
+    """Checks a data folder before a run: all footers, and names and sizes against the manifest.
 
     hashes: compare the SHA-256 of each file as well, which reads everything. Raises UserError with the first bad file.
     """
@@ -167,7 +167,7 @@ def check_data_folder(folder: str | Path, *, hashes: bool = False, min_shards: i
 
 
 def load_manifest(folder: Path) -> dict | None:
-    """Read the manifest of a data folder, None if there is none. Raises UserError if it is not valid."""
+    """Reads the manifest of a data folder, None if there is none. Raises UserError if it is not valid."""
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -214,7 +214,7 @@ class Corpus:
             raise UserError(f"{shards[0].path.parent} has no document in {names}: add text")
 
     def groups(self, epoch: int) -> list[tuple[int, int]]:
-        """Return (shard, row group) pairs in the order of an epoch (counted from 0)."""
+        """Returns (shard, row group) pairs in the order of an epoch (counted from 0)."""
 
         def key(pair: tuple[int, int]) -> bytes:
             return hashlib.sha256(f"{self.seed} {epoch} {self.shards[pair[0]].path.name} {pair[1]}".encode()).digest()
@@ -223,7 +223,7 @@ class Corpus:
         return pairs if self.seed is None else sorted(pairs, key=key)
 
     def read_from(self, number: int) -> Iterator[tuple[int, pa.ChunkedArray]]:
-        """Read row groups without end, from the one with document `number`: (number of the first document, texts)."""
+        """Reads row groups without end, from the one with document `number`: (number of the first document, texts)."""
         epoch = number // self.documents
         while True:
             first = epoch * self.documents

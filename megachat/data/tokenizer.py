@@ -73,7 +73,7 @@ class Tokenizer:
             ) from None
 
     def encode(self, text: str, *, bos: bool = False) -> np.ndarray:
-        """Return the ids [n] of a text, uint16 (uint32 above 65,536 tokens). bos: put BOS first.
+        """Returns the ids [n] of a text, uint16 (uint32 above 65,536 tokens). bos: put BOS first.
 
         Names of special tokens in a text are ordinary text.
         """
@@ -88,18 +88,20 @@ class Tokenizer:
         return tokens
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
-        """Encode each text with BOS first. Threads run in parallel, because tiktoken releases the interpreter lock."""
+        """Encodes each text with BOS first. Threads run in parallel, because tiktoken releases the interpreter lock."""
         if threads == 1 or len(texts) < 2:
             return [self.encode(text, bos=True) for text in texts]
         with ThreadPoolExecutor(threads) as pool:
             return list(pool.map(lambda text: self.encode(text, bos=True), texts))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Return the text; bytes that are not UTF-8 become U+FFFD. Raises KeyError for an id outside the vocabulary."""
+        """Returns the text; bytes that are not UTF-8 become U+FFFD. Raises KeyError for an id outside the
+        vocabulary.
+        """
         return self._encoding.decode([int(i) for i in ids], errors="replace")
 
     def token_bytes(self) -> np.ndarray:
-        """Return the bytes per token, int32 [vocab_size]; 0 for special tokens, which bits per byte must not count."""
+        """Returns the bytes per token, int32 [vocab_size]; 0 for special tokens, which bits per byte must not count."""
         counts = np.zeros(self.vocab_size, dtype=np.int32)
         for token, rank in self.ranks.items():
             counts[rank] = len(token)
@@ -107,14 +109,14 @@ class Tokenizer:
 
 
 def rank_file_content(ranks: dict[bytes, int]) -> bytes:
-    """Return the rank file's content: one line `base64 rank` per token, in the order of ranks."""
+    """Returns the rank file's content: one line `base64 rank` per token, in the order of ranks."""
     return b"".join(
         base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda item: item[1])
     )
 
 
 def save_tokenizer(folder: str | Path, tokenizer: Tokenizer, origin: dict) -> None:
-    """Write the rank file, then tokenizer.json with its hash. origin: JSON-able, how the tokenizer was made."""
+    """Writes the rank file, then tokenizer.json with its hash. origin: JSON-able, how the tokenizer was made."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     ranks = rank_file_content(tokenizer.ranks)
@@ -134,7 +136,7 @@ def save_tokenizer(folder: str | Path, tokenizer: Tokenizer, origin: dict) -> No
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Load the tokenizer of a folder. Raises UserError if it is missing, invalid or modified."""
+    """Loads the tokenizer of a folder. Raises UserError if it is missing, invalid or modified."""
     folder = Path(folder)
     try:
         metadata = json.loads((folder / METADATA_FILE).read_text(encoding="utf-8"))
@@ -163,5 +165,5 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def load_origin(folder: str | Path) -> dict:
-    """Return how the tokenizer of a folder was made, as given to `save_tokenizer`."""
+    """Returns how the tokenizer of a folder was made, as given to `save_tokenizer`."""
     return json.loads((Path(folder) / METADATA_FILE).read_text(encoding="utf-8")).get("origin", {})

@@ -30,7 +30,7 @@ _KINDS = {
 
 @contextlib.contextmanager
 def meet_ranks(environment: LaunchEnvironment, facts: RankFacts, rendezvous_s: float) -> Iterator[None]:
-    """Wait until all ranks are here and have equal facts; torch.distributed is to be initialized inside the block.
+    """Waits until all ranks are here and have equal facts; torch.distributed is to be initialized inside the block.
 
     Raises UserError that names a rank that is absent or differs.
     """
@@ -46,7 +46,7 @@ def meet_ranks(environment: LaunchEnvironment, facts: RankFacts, rendezvous_s: f
 def rank_facts(
     config: Config, tokenizer: Tokenizer, data: DataSummary | None, root: Path = _ROOT, **others: dict[str, str]
 ) -> RankFacts:
-    """Return what this rank has, for find_disagreement. others: facts of further kinds."""
+    """Returns what this rank has, for find_disagreement. others: facts of further kinds."""
     settings = {
         f"{section}.{key}": hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
         for section, values in config.model_dump(mode="json").items()
@@ -68,7 +68,7 @@ def rank_facts(
 
 
 def find_disagreement(arrivals: list[Arrival]) -> str | None:
-    """Return in one sentence how the first rank that differs from rank 0 differs; None when all are equal."""
+    """Returns in one sentence how the first rank that differs from rank 0 differs; None when all are equal."""
     first = arrivals[0]
     for kind, (has, fix) in _KINDS.items():
         expected = first.facts.get(kind, {})

@@ -29,7 +29,7 @@ class CrashGuard:
         self._file: int | None = None
 
     def begin(self, step: int, *, forget: bool = False) -> None:
-        """Record that a job continues from `step`. forget: earlier crashes do not count, because the user chose it.
+        """Records that a job continues from `step`. forget: earlier crashes do not count, because the user chose it.
 
         Raises UserError when the last attempts all crashed at one step.
         """
@@ -52,7 +52,7 @@ class CrashGuard:
         self.record_step(step)
 
     def record_step(self, step: int) -> None:
-        """Record that the job is in `step` now. Raises UserError when the run folder no longer exists."""
+        """Records that the job is in `step` now. Raises UserError when the run folder no longer exists."""
         if self._file is not None:
             os.pwrite(self._file, b"%012d\n" % step, 0)
             if not os.fstat(self._file).st_nlink:
@@ -62,7 +62,7 @@ class CrashGuard:
                 )
 
     def end(self) -> None:
-        """Record that the job ends without a crash: it finished, was stopped, or reported an error."""
+        """Records that the job ends without a crash: it finished, was stopped, or reported an error."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
@@ -70,12 +70,12 @@ class CrashGuard:
                 self._running.unlink()
 
     def forget(self) -> None:
-        """Remove the record of earlier crashes, once the run is finished."""
+        """Removes the record of earlier crashes, once the run is finished."""
         if self._writes:
             self._crashes.unlink(missing_ok=True)
 
     def _read_crashes(self) -> list[dict]:
-        """Return the recorded crashes, and the one that `running` shows."""
+        """Returns the recorded crashes, and the one that `running` shows."""
         try:
             recorded = json.loads(self._crashes.read_text())
             crashes = [{"step": int(crash["step"]), "seen": str(crash["seen"])} for crash in recorded]
@@ -90,7 +90,7 @@ class CrashGuard:
 
 @contextlib.contextmanager
 def guard_crashes(folder: Path, step: int, world: Axis, *, forget: bool) -> Iterator[CrashGuard]:
-    """Record a job that continues from `step` in the run folder; all ranks enter together.
+    """Records a job that continues from `step` in the run folder; all ranks enter together.
 
     An exception that leaves the block is a crash, unless it is a reported error or a storage failure. Raises UserError
     on all ranks as CrashGuard.begin does.

@@ -43,7 +43,7 @@ class AgentOfOneHost(Agent):
 
 
 def supervise(program: Path, arguments: list[str], *, hosts: str, ranks: int, meet: str | None, restarts: int) -> int:
-    """Run the program's ranks on this host, again after each crash; returns the exit status.
+    """Runs the program's ranks on this host, again after each crash; returns the exit status.
 
     hosts: "N" or "MIN:MAX". ranks: on this host. meet: HOST[:PORT] of the hosts' rendezvous. Raises UserError if torch
     does not have this agent.

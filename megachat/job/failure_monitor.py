@@ -98,7 +98,7 @@ class FailureMonitor:
         return self
 
     def connect(self, mesh: Mesh, *, address: str, stall_s: float, slow_s: float, folder: Path) -> None:
-        """Connect this rank to the hubs; all ranks call it. A rank that cannot be reached is reported, not monitored.
+        """Connects this rank to the hubs; all ranks call it. A rank that cannot be reached is reported, not monitored.
 
         address: rank 0's host as the launcher named it. folder: where stall.txt is written.
         """
@@ -139,7 +139,7 @@ class FailureMonitor:
         self._deadlines.pop(self._stop_late, None)
 
     def _after_fork(self) -> None:
-        """Detach a forked child. Its signals are not this rank's, and its copy of a connection would hide a death."""
+        """Detaches a forked child. Its signals are not this rank's, and its copy of a connection would hide a death."""
         if not self._leaving:
             signal.set_wakeup_fd(-1)
             for number in STOP_SIGNALS:
@@ -148,7 +148,7 @@ class FailureMonitor:
             link.close()
 
     def _call(self, function: Callable[[], None]) -> None:
-        """Run the function in the monitor's thread as soon as possible."""
+        """Runs the function in the monitor's thread as soon as possible."""
         self._deadlines[function] = 0.0
         self._wake()
 
@@ -180,7 +180,7 @@ class FailureMonitor:
                 self._end(*self._hub.end)
         for action, at in list(self._deadlines.items()):
             if now >= at:
-                del self._deadlines[action]
+                self._deadlines.pop(action, None)  # the training thread may have just removed it
                 action()
         if any(self._hub_links) and (entry := self._progress.now).waits:
             limit = self._job.slow_s if self._progress.slow else self._job.stall_s
@@ -243,7 +243,7 @@ class FailureMonitor:
                 return
 
     def _state(self) -> dict:
-        """Return what this rank is doing, for the hub."""
+        """Returns what this rank is doing, for the hub."""
         entry, progress = self._progress.now, self._progress
         thread = entry.thread if entry.waits else threading.main_thread().ident
         return entry._asdict() | {
@@ -254,13 +254,13 @@ class FailureMonitor:
         }
 
     def _report_broken(self, text: str) -> None:
-        """Report a collective that raised an error, which another rank may have caused."""
+        """Reports a collective that raised an error, which another rank may have caused."""
         if self._failed_rank is not None:
             self._end_with_failed_rank()
         self._send_hubs(broken=text)
 
     def _end(self, status: int, silent: Sequence[int]) -> None:
-        """End this process and kill the silent ranks of this machine, which a SIGTERM would not end."""
+        """Ends this process and kills the silent ranks of this machine, which a SIGTERM would not end."""
         for address in (self._job.addresses[rank] for rank in silent):
             if address.machine == self._job.addresses[self.rank].machine and address.rank != self.rank:
                 kill_process(address.pid)
@@ -280,7 +280,7 @@ class FailureMonitor:
             self._deadlines[self._end_without_hub] = time.monotonic() + (HUB_S if backup else 0.0)
 
     def _speaks_for_machine(self) -> bool:
-        """Return whether no lower rank of this machine is alive, so that one rank per machine prints the error."""
+        """Returns whether no lower rank of this machine is alive, so that one rank per machine prints the error."""
         here = self._job.addresses[self.rank]
         lower = self._job.addresses[: self.rank]
         return not any(is_alive(other.pid) for other in lower if other.machine == here.machine)
@@ -299,7 +299,7 @@ class FailureMonitor:
             self._deadlines[self._end_with_failed_rank] = time.monotonic() + GOODBYE_S
 
     def _end_with_failed_rank(self) -> None:
-        """End because another rank failed. That rank printed its error on its host's console."""
+        """Ends because another rank failed. That rank printed its error on its host's console."""
         assert self._failed_rank is not None
         failed = self._job.addresses[self._failed_rank]
         if failed.machine != self._job.addresses[self.rank].machine and self._speaks_for_machine():

@@ -18,7 +18,7 @@ PACKAGES = ("torch", "deepspeed", "numpy")
 
 
 def code_hashes(root: Path) -> dict[str, str]:
-    """Return file -> 12 hex digits of its SHA-256, for every .py of megachat/ and launch/pretrain.py below root."""
+    """Returns file -> 12 hex digits of its SHA-256, for every .py of megachat/ and launch/pretrain.py below root."""
     paths = [*sorted((root / "megachat").rglob("*.py")), root / "launch" / "pretrain.py"]
     return {
         path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:12]
@@ -28,7 +28,7 @@ def code_hashes(root: Path) -> dict[str, str]:
 
 
 def installed_version(package: str) -> str | None:
-    """Return the version of an installed package, else None."""
+    """Returns the version of an installed package, else None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -36,12 +36,12 @@ def installed_version(package: str) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of python and PACKAGES, "none" where a package is not installed."""
+    """Returns the versions of python and PACKAGES, "none" where a package is not installed."""
     return {"python": platform.python_version()} | {name: installed_version(name) or "none" for name in PACKAGES}
 
 
 def gpu_count() -> int:
-    """Return the number of GPUs that the NVIDIA driver lists; 0 without a driver."""
+    """Returns the number of GPUs that the NVIDIA driver lists; 0 without a driver."""
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20).stdout
     except (OSError, subprocess.TimeoutExpired):
@@ -50,7 +50,7 @@ def gpu_count() -> int:
 
 
 def port_is_free(port: int) -> bool:
-    """Return whether a server could listen on the TCP port now."""
+    """Returns whether a server could listen on the TCP port now."""
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -62,7 +62,7 @@ def port_is_free(port: int) -> bool:
 
 
 def probe(root: Path, port: int) -> dict:
-    """Return all of it as JSON values. memory_bytes is the host's physical memory."""
+    """Returns all of it as JSON values. memory_bytes is the host's physical memory."""
     return {
         "host": socket.gethostname(),
         "code": code_hashes(root),

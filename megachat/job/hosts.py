@@ -28,7 +28,7 @@ class Host:
 
 
 def parse_hostfile(path: str | Path) -> list[Host]:
-    """Return the hosts of a file with lines `NAME slots=N`; comments and empty lines are ignored.
+    """Returns the hosts of a file with lines `NAME slots=N`; comments and empty lines are ignored.
 
     Raises UserError with a line for each mistake.
     """
@@ -69,7 +69,7 @@ def parse_hostfile(path: str | Path) -> list[Host]:
 
 
 def check_hosts(hosts: Sequence[Host], *, port: int, ssh_port: int | None = None, root: Path = ROOT) -> list[str]:
-    """Probe every host over ssh, all at once, and compare it with this machine. Returns remarks that need no change.
+    """Probes every host over ssh, all at once, and compares it with this machine. Returns remarks that need no change.
 
     port: where rank 0, on the first host, will listen. Raises UserError with a line for each mistake: a host that is
     unknown, unreachable or refuses the key; no project or python at this machine's paths; other code or versions; more
@@ -98,12 +98,12 @@ def check_hosts(hosts: Sequence[Host], *, port: int, ssh_port: int | None = None
 
 
 def launcher_rank() -> int:
-    """Return this process's rank as its launcher set it; 0 without a launcher."""
+    """Returns this process's rank as its launcher set it; 0 without a launcher."""
     return int(os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")))
 
 
 def check_launcher_hostfile() -> None:
-    """Raise UserError if the deepspeed launcher above was given a missing hostfile: it only warns, and uses one host.
+    """Raises UserError if the deepspeed launcher above was given a missing hostfile: it only warns, and uses one host.
 
     Its number of hosts must be that of the hostfile, unless some were excluded on purpose.
     """
@@ -134,7 +134,7 @@ def check_launcher_hostfile() -> None:
 
 
 def _launcher_hostfile(words: Sequence[str]) -> str | None:
-    """Return the hostfile in a command line of `deepspeed`; None when it names none or is another program."""
+    """Returns the hostfile in a command line of `deepspeed`; None when it names none or is another program."""
     names = [Path(word).name for word in words]
     launchers = {"deepspeed", "deepspeed.launcher.runner", "ds"}
     start = next((number for number, name in enumerate(names[:4]) if name in launchers), None)
@@ -152,7 +152,7 @@ def _launcher_hostfile(words: Sequence[str]) -> str | None:
 
 
 def ssh_command(name: str, words: Sequence[str], ssh_port: int | None = None, root: Path = ROOT) -> list[str]:
-    """Return the command that runs `words` on a host over ssh, in the project's folder there, without questions."""
+    """Returns the command that runs `words` on a host over ssh, in the project's folder there, without questions."""
     port = ["-p", str(ssh_port)] if ssh_port else []
     remote = shlex.join(["cd", str(root)]) + " && exec " + shlex.join(words)
     return ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_S}", *port, name, remote]
@@ -168,7 +168,8 @@ def run_on_host(
     timeout_s: float = _PROBE_S,
     accepted=(0,),
 ) -> dict:
-    """Run `words` on the host with `text` on standard input, and return the JSON object in the last line of its output.
+    """Runs `words` on the host with `text` on standard input, and returns the JSON object in the last line of its
+    output.
 
     accepted: exit statuses that are not failures. Raises UserError that says why there is no answer.
     """
@@ -202,7 +203,7 @@ def run_on_host(
 
 
 def _probe(host: Host, port: int, ssh_port: int | None, root: Path) -> dict | str:
-    """Return the host's answer, or the sentence that says why there is none."""
+    """Returns the host's answer, or the sentence that says why there is none."""
     source = Path(host_probe.__file__).read_text(encoding="utf-8")
     try:
         words = [sys.executable, "-", str(root), str(port)]

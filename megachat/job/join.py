@@ -26,7 +26,8 @@ _SLOW_SHARE = 0.9  # of parallel.timeout_s, so that the failure monitor reports 
 def join_job(
     environment: LaunchEnvironment, config: Config, facts: RankFacts, folder: Path, *, restart_hint: str = RESUME_HINT
 ) -> Iterator[tuple[Mesh, FailureMonitor]]:
-    """Join the other ranks, and leave torch.distributed when the block ends without an error. All ranks enter it once.
+    """Joins the other ranks, and leaves torch.distributed when the block ends without an error. All ranks enter it
+    once.
 
     facts: from agreement.rank_facts. folder: where stall.txt is written; also reported if storage fails. restart_hint:
     what the user does once the cause of a failure is fixed. Raises UserError.
@@ -50,7 +51,7 @@ def join_job(
 
 
 def start_mesh(config: Config, device: torch.device) -> Mesh:
-    """Start torch.distributed, build the mesh and seed torch. All ranks call it once."""
+    """Starts torch.distributed, builds the mesh and seeds torch. All ranks call it once."""
     start_collectives(device, collective_backend(device), timedelta(seconds=config.parallel.timeout_s))
     mesh = build_mesh(device, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
     torch.manual_seed(random_seed(config.run.seed, 0, mesh.world.rank))
@@ -58,7 +59,7 @@ def start_mesh(config: Config, device: torch.device) -> Mesh:
 
 
 def random_seed(seed: int, step: int, rank: int) -> int:
-    """Return the seed of torch's global generator, one stream per rank.
+    """Returns the seed of torch's global generator, one stream per rank.
 
     Without it a process would start from an arbitrary seed.
     """
@@ -66,6 +67,6 @@ def random_seed(seed: int, step: int, rank: int) -> int:
 
 
 def end_collectives() -> None:
-    """Leave torch.distributed in order, so that no rank takes the exit of another one for a failure."""
+    """Leaves torch.distributed in order, so that no rank takes the exit of another one for a failure."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

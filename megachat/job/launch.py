@@ -40,7 +40,7 @@ class LaunchEnvironment:
 
 
 def bootstrap_environment() -> LaunchEnvironment:
-    """Determine the launch variables, whoever started this process, and set them for torch and DeepSpeed.
+    """Determines the launch variables, whoever started this process, and sets them for torch and DeepSpeed.
 
     Order: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT (deepspeed, torchrun); Open MPI's variables, with
     mpi4py where it is installed; Slurm's; one process. Raises UserError when a job on several nodes has no MASTER_ADDR.
@@ -93,7 +93,7 @@ def _from_open_mpi() -> tuple[int, int, int, int]:
 
 
 def _slurm_local_size() -> int:
-    """Return the number of tasks on this node. SLURM_TASKS_PER_NODE looks like "4(x2),1"."""
+    """Returns the number of tasks on this node. SLURM_TASKS_PER_NODE looks like "4(x2),1"."""
     env, counts = os.environ, []
     for part in env.get("SLURM_TASKS_PER_NODE", "").split(",") if "SLURM_NODEID" in env else ():
         tasks, _, times = part.rstrip(")").partition("(x")
@@ -102,7 +102,7 @@ def _slurm_local_size() -> int:
 
 
 def _local_networks() -> list[str]:
-    """Return this host's IPv4 addresses with their networks, as "10.0.0.1/255.255.255.0", without loopback."""
+    """Returns this host's IPv4 addresses with their networks, as "10.0.0.1/255.255.255.0", without loopback."""
     up = {name for name, state in psutil.net_if_stats().items() if state.isup}
     return [
         f"{entry.address}/{entry.netmask}"
@@ -113,7 +113,7 @@ def _local_networks() -> list[str]:
 
 
 def common_address(ranks: list[tuple[str, list[str]]]) -> str:
-    """Return the address at which all ranks reach rank 0. ranks: (host name, addresses with networks) in rank order.
+    """Returns the address at which all ranks reach rank 0. ranks: (host name, addresses with networks) in rank order.
 
     It is in a network that every host has, and is not another host's address too, as that of a container bridge is.
     Where there is no such address, the first of rank 0's.
@@ -163,31 +163,31 @@ def _require_master(launcher: str, several_nodes: bool) -> None:
 
 
 def with_fewer_ranks(environment: LaunchEnvironment, world: int) -> LaunchEnvironment:
-    """Return the environment of the same process, one of the first `world` ranks, in a job of only these."""
+    """Returns the environment of the same process, one of the first `world` ranks, in a job of only these."""
     os.environ["WORLD_SIZE"] = str(world)
     return dataclasses.replace(environment, world_size=world, local_size=min(environment.local_size, world))
 
 
 def become_rank(rank: int, world: int, port: int) -> None:
-    """Set the launch variables of rank `rank` of `world` on this machine, for a tool that starts its own ranks."""
+    """Sets the launch variables of rank `rank` of `world` on this machine, for a tool that starts its own ranks."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
 def free_port() -> int:
-    """Return a port that no process listens on at this moment."""
+    """Returns a port that no process listens on at this moment."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
 
 
 def rank_0_address() -> str:
-    """Return where the other ranks reach rank 0's host; known after bootstrap_environment()."""
+    """Returns where the other ranks reach rank 0's host; known after bootstrap_environment()."""
     return os.environ["MASTER_ADDR"]
 
 
 def choose_device(environment: LaunchEnvironment) -> torch.device:
-    """Return this process's GPU, or the CPU, whose cores the local ranks share unless the user set OMP_NUM_THREADS."""
+    """Returns this process's GPU, or the CPU, whose cores the local ranks share unless the user set OMP_NUM_THREADS."""
     if torch.cuda.is_available():
         if environment.local_rank >= torch.cuda.device_count():
             raise UserError(
@@ -203,7 +203,7 @@ def choose_device(environment: LaunchEnvironment) -> torch.device:
 
 
 def describe_environment(device: torch.device) -> dict[str, object]:
-    """Return commit, versions, command and hardware, for environment.json."""
+    """Returns commit, versions, command and hardware, for environment.json."""
     names = "torch deepspeed numpy pyarrow tiktoken pydantic mpi4py transformer-engine wandb".split()
     return {
         "commit": _git("rev-parse", "HEAD"),

@@ -11,7 +11,7 @@ from megachat.job.launch import free_port
 
 
 def run_with_torchrun(what: str, ranks: int, program: list[str]) -> str:
-    """Run a program on `ranks` ranks of this machine and return what they print.
+    """Runs a program on `ranks` ranks of this machine and returns what they print.
 
     Raises UserError, "`what` failed: " and the first error that was printed.
     """
@@ -26,12 +26,12 @@ def run_with_torchrun(what: str, ranks: int, program: list[str]) -> str:
 
 
 def set_options(settings: list[str]) -> list[str]:
-    """Return the settings, each with its --set before it."""
+    """Returns the settings, each with its --set before it."""
     return [word for setting in settings for word in ("--set", setting)]
 
 
 def rank_parser(description: str) -> argparse.ArgumentParser:
-    """Return the parser of a program that tools/bench.py starts on each rank, with the arguments of all of them."""
+    """Returns the parser of a program that tools/bench.py starts on each rank, with the arguments of all of them."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", required=True)
     parser.add_argument("--set", action="append", default=[])
@@ -41,6 +41,6 @@ def rank_parser(description: str) -> argparse.ArgumentParser:
 
 
 def require_ranks(kind: str) -> None:
-    """Raise UserError in a program that was not started as one of several ranks. kind: of tools/bench.py."""
+    """Raises UserError in a program that was not started as one of several ranks. kind: of tools/bench.py."""
     if not torch.distributed.is_torchelastic_launched():
         raise UserError(f"start it through tools/bench.py {kind}")

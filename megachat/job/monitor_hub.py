@@ -77,7 +77,7 @@ class MonitorHub:
             self._selector.register(Link(listener.accept()[0]), selectors.EVENT_READ, self._identify)
 
     def _identify(self, link: Link) -> None:
-        """Read a connection's first message; a stranger, who does not know the token, is disconnected."""
+        """Reads a connection's first message; a stranger, who does not know the token, is disconnected."""
         with contextlib.suppress(ValueError, KeyError, TypeError):
             messages = link.receive()
             if messages == []:
@@ -125,7 +125,7 @@ class MonitorHub:
             self._finish(f"error: {message['stop']}, so the job stops: {self.job.restart_hint}", STOPPED_STATUS)
 
     def tick(self, now: float) -> None:
-        """Do what is due."""
+        """Does what is due."""
         if self._take_over_at and (now >= self._take_over_at or 0 in self.lost | self.left):
             self._ask()
         if self._name_lost_at:  # a backup monitor that has taken over reports deaths as well: rank 0 does not answer
@@ -136,11 +136,11 @@ class MonitorHub:
             self._judge()
 
     def stand_down(self) -> None:
-        """Leave the stall to rank 0's hub, from which this rank has just heard."""
+        """Leaves the stall to rank 0's hub, from which this rank has just heard."""
         self._take_over_at = 0.0
 
     def leave(self, how: str) -> None:
-        """Say goodbye as this rank leaves, so that nobody takes it for a death. how: "done" or "failed"."""
+        """Says goodbye as this rank leaves, so that nobody takes it for a death. how: "done" or "failed"."""
         self._send_all(bye=how, rank=self.rank)
         for link in self.links.values():
             link.close()
@@ -150,7 +150,7 @@ class MonitorHub:
             link.send(**message)
 
     def _ask_soon(self) -> None:
-        """Ask all ranks for their state: rank 0's hub at once, the backup monitor once rank 0's has had its time."""
+        """Asks all ranks for their state: rank 0's hub at once, the backup monitor once rank 0's has had its time."""
         if self.rank == 0:
             self._ask()
         elif not self._judge_at:
@@ -178,7 +178,7 @@ class MonitorHub:
         )
 
     def _judge(self) -> None:
-        """Decide whether the job is stalled, once all ranks have reported their state or had their time."""
+        """Decides whether the job is stalled, once all ranks have reported their state or had their time."""
         states, job = self._states, self.job
         limit = job.slow_s if any(state["slow"] for state in states.values()) else job.stall_s
         waited = max((state["for_s"] for state in states.values() if state["waits"]), default=0.0)
@@ -201,7 +201,7 @@ class MonitorHub:
 
 
 def rank_table(addresses: tuple[RankAddress, ...], states: dict[int, dict]) -> str:
-    """Return a table of what every rank is doing, one per line."""
+    """Returns a table of what every rank is doing, one per line."""
     rows = [("rank", "host", "pid", "what it does", "for", "line", "innermost line")]
     for address in addresses:
         cells = ("no answer", "", "", "")
@@ -218,7 +218,7 @@ def _activity(state: dict) -> str:
 
 
 def blocking_ranks(states: dict[int, dict], silent: tuple[int, ...]) -> list[int]:
-    """Return the ranks for which the others wait; empty when the states do not show it.
+    """Returns the ranks for which the others wait; empty when the states do not show it.
 
     These are ranks that do not answer. Else ranks that do not wait. Else ranks that have begun fewer collectives on an
     axis than another rank that waits there. Else, where most ranks wait in one operation, the few that wait in another.
@@ -241,7 +241,7 @@ def blocking_ranks(states: dict[int, dict], silent: tuple[int, ...]) -> list[int
 def describe_stall(
     addresses: tuple[RankAddress, ...], states: dict[int, dict], silent: tuple[int, ...], broken: tuple[int, str] | None
 ) -> str:
-    """Return one sentence on a job that is stalled, or in which a collective raised an error (rank, text)."""
+    """Returns one sentence on a job that is stalled, or in which a collective raised an error (rank, text)."""
     blocking = blocking_ranks(states, silent)
     others = [state for rank, state in states.items() if rank not in blocking and state["waits"]]
     longest = max(others or list(states.values()), key=lambda state: state["for_s"], default=None)

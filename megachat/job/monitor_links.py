@@ -57,12 +57,12 @@ class Link:
         return self.socket.fileno()
 
     def send(self, **message) -> None:
-        """Send a message. Errors are ignored: receive() and the time limits detect a lost peer."""
+        """Sends a message. Errors are ignored: receive() and the time limits detect a lost peer."""
         with contextlib.suppress(OSError):
             self.socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> list[dict] | None:
-        """Return the messages that have arrived; None when the other end has closed or died."""
+        """Returns the messages that have arrived; None when the other end has closed or died."""
         try:
             data = self.socket.recv(1 << 16)
         except TimeoutError:
@@ -79,14 +79,14 @@ class Link:
 
 
 def listen(port: int) -> socket.socket:
-    """Listen on every interface. port: 0 for a free one."""
+    """Listens on every interface. port: 0 for a free one."""
     if socket.has_dualstack_ipv6():
         return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096)
     return socket.create_server(("", port), backlog=4096)
 
 
 def local_address(toward: str) -> str | None:
-    """Return this host's address on the route to the host `toward`, None without a route; nothing is sent."""
+    """Returns this host's address on the route to the host `toward`, None without a route; nothing is sent."""
     with contextlib.suppress(OSError):
         family, kind, protocol, _, target = socket.getaddrinfo(toward, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, protocol) as probe:
@@ -96,7 +96,7 @@ def local_address(toward: str) -> str | None:
 
 
 def machine_id() -> str:
-    """Return a string that is equal for two processes if they see each other's process ids."""
+    """Returns a string that is equal for two processes if they see each other's process ids."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
         parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
@@ -104,7 +104,7 @@ def machine_id() -> str:
 
 
 def launchers_above() -> list[tuple[int, str]]:
-    """Return (pid, name) of the launchers among this process's ancestors, the nearest first."""
+    """Returns (pid, name) of the launchers among this process's ancestors, the nearest first."""
     launchers = []
     with contextlib.suppress(psutil.Error):
         for process in psutil.Process().parents():
@@ -114,7 +114,7 @@ def launchers_above() -> list[tuple[int, str]]:
 
 
 def code_lines(thread: int | None) -> tuple[str, str]:
-    """Return a thread's innermost line in megachat or the user's code, and its innermost line.
+    """Returns a thread's innermost line in megachat or the user's code, and its innermost line.
 
     They look like "data/loader.py:88 __next__".
     """
@@ -137,13 +137,13 @@ def _short(file: str) -> str:
 
 
 def write_stderr(text: str) -> None:
-    """Write to stderr past Python's buffers, whose locks a hanging thread may hold."""
+    """Writes to stderr past Python's buffers, whose locks a hanging thread may hold."""
     with contextlib.suppress(OSError):
         os.write(2, text.encode() + b"\n")
 
 
 def end_process(status: int) -> None:
-    """End now, whatever the other threads do. What Python has buffered is written first if that is quick."""
+    """Ends now, whatever the other threads do. What Python has buffered is written first if that is quick."""
 
     def flush():
         for stream in (sys.stdout, sys.stderr):
@@ -157,13 +157,13 @@ def end_process(status: int) -> None:
 
 
 def kill_process(pid: int) -> None:
-    """Kill a process of this job that cannot end itself."""
+    """Kills a process of this job that cannot end itself."""
     with contextlib.suppress(OSError):
         os.kill(pid, signal.SIGKILL)
 
 
 def is_alive(pid: int) -> bool:
-    """Return whether a process of this machine runs (a zombie does not)."""
+    """Returns whether a process of this machine runs (a zombie does not)."""
     with contextlib.suppress(psutil.Error):
         return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     return False

@@ -61,7 +61,7 @@ class Meeting:
 
 
 def meet(environment: LaunchEnvironment, facts: RankFacts, judge: Judge, limit_s: float) -> Meeting:
-    """Wait for all ranks; each calls this once. judge gets the arrivals in rank order on rank 0, and returns an error.
+    """Waits for all ranks; each calls this once. judge gets the arrivals in rank order on rank 0, and returns an error.
 
     Raises UserError with the same sentence on every rank that is here: ranks that did not arrive within limit_s, that
     arrived twice or died, or judge's error. On a single rank: the port is in use, or rank 0 cannot be reached.
@@ -109,7 +109,7 @@ class _Desk:
     selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
 
     def run(self) -> None:
-        """Wait until all ranks are here, one is refused, or the time is over; then send the verdict."""
+        """Waits until all ranks are here, one is refused, or the time is over; then sends the verdict."""
         try:
             error = self._gather() or self.judge([arrival for _, arrival in sorted(self.arrivals.items())])
         except Exception as exception:  # sent to all ranks, because they wait for a verdict
@@ -127,7 +127,7 @@ class _Desk:
             link.send(**({"error": error} if error else {"address": remote[0] if remote else None}))
 
     def _open_store(self, port: int) -> str | None:
-        """Start torch's store; its clients wait for the verdict, so none connects too early. Returns an error."""
+        """Starts torch's store; its clients wait for the verdict, so none connects too early. Returns an error."""
         timeout = timedelta(seconds=self.limit_s)
         try:
             self.store = TCPStore("127.0.0.1", port, None, True, timeout, wait_for_workers=False, multi_tenant=True)
@@ -155,7 +155,7 @@ class _Desk:
         return None
 
     def _greet_late_ranks(self) -> None:
-        """Let ranks that arrive a moment late, among them perhaps rank 0, receive the error as well."""
+        """Lets ranks that arrive a moment late, among them perhaps rank 0, receive the error as well."""
         end = time.monotonic() + _LATE_S
         while (left := end - time.monotonic()) > 0:
             self.listener.settimeout(left)
@@ -215,7 +215,7 @@ class _Desk:
 
 
 def _meeting_point(environment: LaunchEnvironment, limit_s: float) -> tuple[Address, socket.socket | None]:
-    """Return where to check in, and on rank 0 the listener there."""
+    """Returns where to check in, and on rank 0 the listener there."""
     address, port = environment.master_address, environment.master_port
     if not environment.agent_has_store:
         return (address, port), _listen(port) if environment.rank == 0 else None
@@ -250,7 +250,7 @@ def _listen(port: int) -> socket.socket:
 
 
 def _reach(address: Address, environment: LaunchEnvironment, begin: float, limit_s: float) -> Link:
-    """Return a connection to rank 0, which may not be up yet."""
+    """Returns a connection to rank 0, which may not be up yet."""
     here, logged = f"rank {environment.rank} on {socket.gethostname()}", False
     target = f"rank 0 at {address[0]}:{address[1]}"
     while True:
@@ -278,7 +278,7 @@ def _reach(address: Address, environment: LaunchEnvironment, begin: float, limit
 
 
 def _greeted(link: Link, address: Address) -> Link:
-    """Return the link once it is known to lead to rank 0 of a megachat job."""
+    """Returns the link once it is known to lead to rank 0 of a megachat job."""
     message = None
     with contextlib.suppress(ValueError):
         message = _next_message(link, time.monotonic() + _GREETING_S)
@@ -291,7 +291,7 @@ def _greeted(link: Link, address: Address) -> Link:
 
 
 def _next_message(link: Link, deadline: float) -> dict | None:
-    """Return the next message; None when the other end closed or the time is over."""
+    """Returns the next message; None when the other end closed or the time is over."""
     while time.monotonic() < deadline:
         messages = link.receive()
         if messages is None:

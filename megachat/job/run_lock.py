@@ -23,7 +23,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 @contextlib.contextmanager
 def run_lock(folder: Path) -> Iterator[str | None]:
-    """Create the run folder if needed and lock it; yields a remark where the storage does not support locks.
+    """Creates the run folder if needed and locks it; yields a remark where the storage does not support locks.
 
     Raises UserError when another job holds it, OSError when the folder cannot be created. On NFS the lock also holds
     between hosts (Linux, NFS 4).
@@ -44,7 +44,7 @@ def run_lock(folder: Path) -> Iterator[str | None]:
 
 
 def _open_locked(folder: Path) -> tuple[int, str | None]:
-    """Return the open and locked file, and a remark."""
+    """Returns the open and locked file, and a remark."""
     path = folder / LOCK_NAME
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -79,7 +79,7 @@ def _describe_holder(descriptor: int) -> str:
 
 @contextlib.contextmanager
 def lock_run_folder(folder: Path, world: Axis) -> Iterator[list[str]]:
-    """Lock the run folder on rank 0 and repair its checkpoints folder; yields remarks. All ranks enter together.
+    """Locks the run folder on rank 0 and repair its checkpoints folder; yields remarks. All ranks enter together.
 
     Raises UserError on all ranks when another job holds it.
     """

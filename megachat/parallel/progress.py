@@ -12,7 +12,7 @@ PROFILE_PREFIX = "part "  # of the ranges of a profile that are a part of the st
 
 
 def profile_range(name: str) -> record_function:
-    """Return a context that profilers (torch.profiler, Nsight) show under this name; ranges may nest."""
+    """Returns a context that profilers (torch.profiler, Nsight) show under this name; ranges may nest."""
     return record_function(PROFILE_PREFIX + name)
 
 
@@ -49,28 +49,28 @@ class Progress:
         self.note("starting")
 
     def note(self, text: str, *, waits: bool = False) -> None:
-        """Record the begin of other work than a collective. waits: until another rank or the device does its part."""
+        """Records the begin of other work than a collective. waits: until another rank or the device does its part."""
         self.now = self._note = Entry(text, "", (), 0, waits, time.monotonic(), threading.get_ident())
 
     def begin(self, text: str, axis: str, ranks: tuple[int, ...]) -> Entry:
-        """Record the begin of a collective. An error in it leaves the record so."""
+        """Records the begin of a collective. An error in it leaves the record so."""
         number = self.counts[axis] = self.counts.get(axis, 0) + 1
         entry = self.now = Entry(text, axis, ranks, number, True, time.monotonic(), threading.get_ident())
         return entry
 
     def wait(self, entry: Entry) -> None:
-        """Record that an asynchronous collective, begun before, is now waited for."""
+        """Records that an asynchronous collective, begun before, is now waited for."""
         self.now = entry._replace(waits=True, since=time.monotonic(), thread=threading.get_ident())
 
     def end(self) -> None:
-        """Return to the note in which a collective began: it has returned, or continues in the background."""
+        """Returns to the note in which a collective began: it has returned, or continues in the background."""
         done = self.now
         after = (done.text, done.axis, done.number)
         self.now = self._note._replace(since=time.monotonic(), thread=done.thread, after=after)
 
     @contextlib.contextmanager
     def long_running(self, what: str) -> Iterator[None]:
-        """Allow the work inside to take longer than parallel.stall_s, up to torch's limit, parallel.timeout_s."""
+        """Allows the work inside to take longer than parallel.stall_s, up to torch's limit, parallel.timeout_s."""
         before, self.slow = self.slow, what
         self.note(what)
         try:

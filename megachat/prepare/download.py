@@ -50,7 +50,7 @@ def download_shards(
     retry_wait_s: float = 1.0,
     log: Callable[[str], None] = print,
 ) -> list[ShardEntry]:
-    """Download shards 0 to train_shards - 1 and the last one into `folder`. Complete shards there are kept.
+    """Downloads shards 0 to train_shards - 1 and the last one into `folder`. Complete shards there are kept.
 
     A partial shard is `NAME.part`; this call or a later one continues it. retry_wait_s: wait before the second
     attempt, doubled before each further one. Raises UserError for the first shard that fails on its last attempt; the
@@ -80,7 +80,7 @@ def download_shards(
 
 
 def download_file(url: str, part: Path, *, retry_wait_s: float = 1.0) -> None:
-    """Download one file to `part`, with retries; an earlier call's partial file is continued.
+    """Downloads one file to `part`, with retries; an earlier call's partial file is continued.
 
     The caller checks the content. Raises UserError.
     """
@@ -136,7 +136,7 @@ class _Downloader:
                 ) from None
 
     def _attempt(self, url: str, part: Path) -> None:
-        """Download the missing bytes of `part`. Raises _Retry if the server fails or the answer is incomplete."""
+        """Downloads the missing bytes of `part`. Raises _Retry if the server fails or the answer is incomplete."""
         have = part.stat().st_size if part.exists() else 0
         headers = {"Accept-Encoding": "identity"}  # a compressed answer could not be continued by byte
         if have:
@@ -169,7 +169,7 @@ class _Downloader:
 
 
 def _extent(answer: requests.Response) -> tuple[int, int | None]:
-    """Return (first byte sent, size of the whole file or None). Status 200 means that the server ignored the range."""
+    """Returns (first byte sent, size of the whole file or None). Status 200 means that the server ignored the range."""
     if answer.status_code == 206:
         match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", ""))
         if match is None:

@@ -31,12 +31,12 @@ class ShardEntry:
 
 
 def shard_name(index: int) -> str:
-    """Return the file name of a shard. Names sort like indices."""
+    """Returns the file name of a shard. Names sort like indices."""
     return f"shard_{index:05d}.parquet"
 
 
 def measure_shard(path: Path, name: str | None = None) -> ShardEntry:
-    """Read a whole shard, which also proves that it is complete. name: in the manifest. Raises UserError."""
+    """Reads a whole shard, which also proves that it is complete. name: in the manifest. Raises UserError."""
     shard = open_shard(path)
     text_bytes = text_chars = 0
     for texts in read_text_batches(path, 1024):
@@ -46,7 +46,7 @@ def measure_shard(path: Path, name: str | None = None) -> ShardEntry:
 
 
 def begin_preparation(folder: Path, request: dict, *, overwrite: bool, keep_shards: bool = False) -> bool:
-    """Make `folder` ready for a request. Returns False if it already holds exactly that data, undamaged.
+    """Makes `folder` ready for a request. Returns False if it already holds exactly that data, undamaged.
 
     keep_shards: complete shards that were downloaded from the same address are reused. Raises UserError if the folder
     holds anything else and `overwrite` is False.
@@ -96,7 +96,7 @@ def _unfinished_request(folder: Path) -> dict | None:
 
 
 def _has_same_origin(folder: Path, request: dict) -> bool:
-    """Return whether the shards in `folder` come from the request's address, whatever their number."""
+    """Returns whether the shards in `folder` come from the request's address, whatever their number."""
     try:
         existing = _unfinished_request(folder) or (load_manifest(folder) or {}).get("request")
     except UserError:
@@ -105,7 +105,7 @@ def _has_same_origin(folder: Path, request: dict) -> bool:
 
 
 def finish_preparation(folder: Path, request: dict, entries: list[ShardEntry]) -> dict:
-    """Remove shards that are not in `entries`, write the manifest and return it, and remove the unfinished mark."""
+    """Removes shards that are not in `entries`, write the manifest and returns it, and removes the unfinished mark."""
     for path in set(folder.glob("*.parquet")) - {folder / entry.name for entry in entries}:
         path.unlink()
     manifest = {

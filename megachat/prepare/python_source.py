@@ -19,7 +19,7 @@ _TABLE_DOCUMENTS = 4  # one assignment longer than this many documents is a tabl
 
 
 def read_standard_library(document_bytes: int, folder: Path | None = None) -> Iterator[str]:
-    """Yield documents of at most about `document_bytes`, without duplicates, from modules in the order of their paths.
+    """Yields documents of at most about `document_bytes`, without duplicates, from modules in the order of their paths.
 
     A document is a module's docstring, classes and functions, as many neighbors as fit. folder: None for the running
     Python's library. Raises UserError if there is no source.
@@ -47,7 +47,7 @@ def _read_module(path: Path) -> str:
 
 
 def cut_module(text: str, document_bytes: int) -> list[str]:
-    """Cut a module between definitions, joining neighbors up to `document_bytes`. A module with errors gives none."""
+    """Cuts a module between definitions, joining neighbors up to `document_bytes`. A module with errors gives none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -73,7 +73,7 @@ def cut_module(text: str, document_bytes: int) -> list[str]:
 
 
 def _cuts(body: list[ast.stmt], document_bytes: int, lines: list[str]) -> Iterator[int]:
-    """Yield the lines at which to cut: after each statement, also after those inside a class that is too long."""
+    """Yields the lines at which to cut: after each statement, also after those inside a class that is too long."""
     for statement in body:
         first, last = _lines_of(statement)
         if isinstance(statement, ast.ClassDef) and sum(map(len, lines[first:last])) > document_bytes:
@@ -82,13 +82,13 @@ def _cuts(body: list[ast.stmt], document_bytes: int, lines: list[str]) -> Iterat
 
 
 def _lines_of(statement: ast.stmt) -> tuple[int, int]:
-    """Return (first line, end) of a statement, counted from 0."""
+    """Returns (first line, end) of a statement, counted from 0."""
     assert statement.end_lineno is not None  # the parser sets it
     return statement.lineno - 1, statement.end_lineno
 
 
 def _is_text(line: str) -> bool:
-    """Return False for lines of tables or escaped bytes and for very long lines."""
+    """Returns False for lines of tables or escaped bytes and for very long lines."""
     if len(line) > _MAX_LINE or _UNPRINTABLE.search(line) or line.count("\\x") + line.count("\\u") > 4:
         return False
     return len(line) < 40 or not _DIGIT.search(line) or 4 * sum(map(str.isalpha, line)) >= len(line)

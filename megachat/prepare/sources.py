@@ -24,7 +24,7 @@ _BATCH_DOCUMENTS = 4096
 
 
 def find_input_files(inputs: Iterable[str | Path], suffixes: tuple[str, ...]) -> list[Path]:
-    """Return the files in `inputs`, and all files with one of the suffixes below its folders, sorted by path.
+    """Returns the files in `inputs`, and all files with one of the suffixes below its folders, sorted by path.
 
     Raises UserError if an input does not exist or has no such file.
     """
@@ -44,7 +44,7 @@ def find_input_files(inputs: Iterable[str | Path], suffixes: tuple[str, ...]) ->
 
 
 def read_text_files(files: Iterable[Path], document_bytes: int) -> Iterator[str]:
-    """Yield the texts of UTF-8 files, cut into pieces if they are longer than `document_bytes`."""
+    """Yields the texts of UTF-8 files, cut into pieces if they are longer than `document_bytes`."""
     for path in files:
         try:
             text = path.read_text(encoding="utf-8-sig")
@@ -56,7 +56,7 @@ def read_text_files(files: Iterable[Path], document_bytes: int) -> Iterator[str]
 
 
 def cut_text(text: str, document_bytes: int) -> Iterator[str]:
-    """Cut a text into pieces of at most `document_bytes` UTF-8 bytes (4 or more).
+    """Cuts a text into pieces of at most `document_bytes` UTF-8 bytes (4 or more).
 
     Each piece ends at its last empty line; without one at its last line, then space, then character.
     """
@@ -79,7 +79,7 @@ def cut_text(text: str, document_bytes: int) -> Iterator[str]:
 
 
 def read_parquet_files(files: Iterable[Path]) -> Iterator[str]:
-    """Yield the documents of parquet files with a `text` column, without empty ones."""
+    """Yields the documents of parquet files with a `text` column, without empty ones."""
     for path in files:
         open_shard(path)
         for texts in read_text_batches(path, 1024):
@@ -89,7 +89,7 @@ def read_parquet_files(files: Iterable[Path]) -> Iterator[str]:
 def write_shards(
     folder: Path, documents: Iterable[str], seed: int, train_shards: int | None, sources: list[str] | None = None
 ) -> list[ShardEntry]:
-    """Shuffle documents and write train shards of equal counts and a validation shard with 5 % of them (at least 1).
+    """Shuffles documents and writes train shards of equal counts and a validation shard with 5 % of them (at least 1).
 
     train_shards: None chooses by size. sources: the source of each document, filled while `documents` is read; becomes
     the column `source`. The order depends on the texts and the seed only. All documents are in memory at the same time.
@@ -119,7 +119,7 @@ def write_shards(
 
 
 def _to_arrow(documents: Iterable[str]) -> pa.ChunkedArray:
-    """Collect all documents in one Arrow column, which is far smaller than Python strings."""
+    """Collects all documents in one Arrow column, which is far smaller than Python strings."""
     documents, chunks = iter(documents), []
     while batch := list(itertools.islice(documents, _BATCH_DOCUMENTS)):
         chunks.append(pa.array(batch, pa.large_string()))
@@ -127,7 +127,7 @@ def _to_arrow(documents: Iterable[str]) -> pa.ChunkedArray:
 
 
 def _shuffled_order(count: int, seed: int) -> np.ndarray:
-    """Return indices sorted by a hash of (seed, index), which is the same for every version of every library."""
+    """Returns indices sorted by a hash of (seed, index), which is the same for every version of every library."""
     keys = [hashlib.sha256(f"{seed} {index}".encode()).digest()[:8] for index in range(count)]
     return np.argsort(np.frombuffer(b"".join(keys), dtype=">u8"), kind="stable")
 

@@ -16,7 +16,7 @@ from megachat.files import write_atomically
 
 
 def read_texts(folder: str | Path, split: str, max_chars: int, doc_cap: int) -> Iterator[str]:
-    """Yield the first `doc_cap` characters of each document of a split in file order, `max_chars` in total."""
+    """Yields the first `doc_cap` characters of each document of a split in file order, `max_chars` in total."""
     left = max_chars
     for shard in split_shards(open_shards(folder), split):
         for texts in read_text_batches(shard.path, 256):
@@ -29,7 +29,7 @@ def read_texts(folder: str | Path, split: str, max_chars: int, doc_cap: int) -> 
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int, name: str = "megachat") -> Tokenizer:
-    """Train byte-level BPE with `vocab_size` tokens, including the special ones.
+    """Trains byte-level BPE with `vocab_size` tokens, including the special ones.
 
     Raises UserError if that is too few, or too many for the text.
     """
@@ -53,7 +53,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, name: str = "megachat
 
 
 def bytes_per_token(tokenizer: Tokenizer, texts: Iterator[str], threads: int = 2) -> float:
-    """Return the texts' UTF-8 bytes per token, without BOS."""
+    """Returns the texts' UTF-8 bytes per token, without BOS."""
     total_bytes = total_tokens = 0
     while batch := list(itertools.islice(texts, 1024)):
         total_bytes += sum(len(text.encode("utf-8", "replace")) for text in batch)
@@ -83,7 +83,7 @@ class _EncodingUnpickler(pickle.Unpickler):
 
 
 def import_nanochat(folder: str | Path) -> Tokenizer:
-    """Read the tokenizer of a nanochat tokenizer folder (tokenizer.pkl, a pickled tiktoken.Encoding).
+    """Reads the tokenizer of a nanochat tokenizer folder (tokenizer.pkl, a pickled tiktoken.Encoding).
 
     Executes nothing from the file. Raises UserError.
     """
@@ -113,7 +113,7 @@ def import_nanochat(folder: str | Path) -> Tokenizer:
 
 
 def export_nanochat(tokenizer: Tokenizer, folder: str | Path) -> None:
-    """Write nanochat's tokenizer folder: tokenizer.pkl, a tiktoken.Encoding, and token_bytes.pt, int32 [vocab]."""
+    """Writes nanochat's tokenizer folder: tokenizer.pkl, a tiktoken.Encoding, and token_bytes.pt, int32 [vocab]."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     encoding = tiktoken.Encoding(

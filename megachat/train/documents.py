@@ -26,7 +26,7 @@ from megachat.train.build import order_of_rows
 def resume_documents(
     checkpoint: Path, facts: dict, config: Config, plan: Plan, mesh: Mesh, tokenizer: Tokenizer
 ) -> tuple[dict | None, list[str]]:
-    """Return (this rank's state for the Loader, remarks for the log). All ranks call it and make the same decision.
+    """Returns (this rank's state for the Loader, remarks for the log). All ranks call it and make the same decision.
 
     facts: the checkpoint's. Raises UserError on all ranks if resuming would repeat or skip a document, unless
     data.resume is "restart" or the checkpoint was imported. Then the documents restart from the first one, and their
