@@ -149,6 +149,6 @@ def build_with_a_hole(config):
 
 def test_stages_that_are_not_the_model_are_refused():
     with pytest.raises(
-        RankError, match=r"the pipeline stages \(\(0, 2\), \(3, 5\)\) together are not the model: they hold"
+        RankError, match=r"the pipeline stages \(\(0, 2\), \(3, 5\)\) together are not the model: they have"
     ):
         run_ranks(build_with_a_hole, 2, small_config(parallel={"pipeline": 2}))

@@ -22,7 +22,7 @@ CASES = {
     ),
     "empty_data": (
         ["--set", "data.folder={folder}/empty"],
-        ["{folder}/empty holds no .parquet file", "tools/prepare_data.py"],
+        ["{folder}/empty has no .parquet file", "tools/prepare_data.py"],
     ),
     "not_parquet": (
         ["--set", "data.folder={folder}/not_parquet"],
@@ -32,7 +32,10 @@ CASES = {
         ["--set", "data.folder={folder}/no_text"],
         ["no_text/shard_00001.parquet has no `text` column (it has body)"],
     ),
-    "cut_data": (["--set", "data.folder={folder}/cut_data"], ["{folder}/cut_data/shard_00001.parquet", "cut short"]),
+    "cut_data": (
+        ["--set", "data.folder={folder}/cut_data"],
+        ["{folder}/cut_data/shard_00001.parquet", "truncated after 1,000 bytes"],
+    ),
     "few_documents": (
         ["--set", "data.folder={folder}/few_documents"],
         ["the validation shard", "has 2 documents, fewer than 4 packing streams", "set data.streams to 2"],
@@ -65,7 +68,7 @@ CASES = {
     ),
     "other_depth": (
         ["--resume", "{one}/checkpoints/step_000004", "--set", "model.depth=3"],
-        ["is of another model: depth 2 (asked for 3), "],
+        ["another model: depth 2 (configured: 3), "],
     ),
     "other_tokenizer": (
         ["--resume", "{one}/checkpoints/step_000004", "--set", "data.tokenizer={folder}/other_tokenizer"],
@@ -160,7 +163,7 @@ def test_two_ranks_tell_a_mistake_once(place):
     done = finish(begin(launched("deepspeed", 2, command(place, "twice", "--set", "data.folder=nowhere"))))
     assert done.status == 2
     assert done.errors == [
-        "error: the data folder nowhere does not exist: make it with tools/prepare_data.py --out nowhere"
+        "error: the data folder nowhere does not exist: create it with tools/prepare_data.py --out nowhere"
     ]
     assert "Traceback" not in done.out + done.err and not (place.runs / "twice").exists()
 

@@ -4,8 +4,7 @@ import shutil
 
 import pytest
 
-from tests.runs.forked import run_forked
-from tests.runs.job import command, losses
+from tests.runs.job import begin, command, finish, launched, losses
 
 DONE = 4  # steps; without an evaluation, whose graphs would be compiled as well
 
@@ -16,11 +15,10 @@ def test_a_compiled_job_trains_as_one_that_is_not(place):
     for compiles in (False, True):
         asked = {"model": {"depth": 1, "aspect_ratio": 32}, "horizon": {"stop_step": DONE}, "evaluate": {"every": 0}}
         asked |= {"precision": {"compile": compiles}}
-        told = run_forked(command(place, f"compile_{compiles}", config=asked))
+        told = finish(begin(launched("python", 1, command(place, f"compile_{compiles}", config=asked))))
         assert told.status == 0 and "torch.compile made" not in told.out, told.out + told.err
         found[compiles] = losses(place.runs / f"compile_{compiles}")
     assert len(found[True]) == DONE and found[True][0] == pytest.approx(found[False][0], rel=1e-6)
-    for step, loss in found[
-        True
-    ].items():  # from zero matrices other roundings grow; tests/ranks/test_compile.py starts elsewhere
+    # from zero matrices other roundings grow; tests/ranks/test_compile.py starts elsewhere
+    for step, loss in found[True].items():
         assert loss == pytest.approx(found[False][step], rel=5e-3)

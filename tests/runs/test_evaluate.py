@@ -152,7 +152,7 @@ def test_a_stop_interrupts_core_and_the_resumed_run_repeats_it(place, bundle, co
             "core_metric" not in core_lines_by_step(stopped)[step]
             and in_training(stopped, step)["core"]["core_metric"] is None
         )
-    assert facts(checkpoint(stopped, STEPS))["loop"]["pending"] == ["core"], "the step is saved before CORE"
+    assert "core" in facts(checkpoint(stopped, STEPS))["loop"]["pending"], "the step is saved before CORE"
     again = train(place, "stopped", "--resume", "auto", config=config)
     assert [line["step"] for line in metrics(again) if "centered_results" in line] == [3, STEPS], "CORE ran again"
 

@@ -224,7 +224,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_space(scarce, tol
         assert re.match(
             (
                 rf"error: checkpoint {checkpoint(run, 4)} could not be saved by rank 0: .*{told}.*; earlier "
-                rf"checkpoints are untouched, "
+                rf"checkpoints are untouched: .*--resume auto"
             ),
             error,
         )

@@ -53,7 +53,7 @@ def test_a_run_folder_tells_everything(one, place):
         384,
         {"data": 1, "tensor": 1, "pipeline": 1},
     )
-    (environment,) = json.loads((one / "environment.json").read_text())
+    environment, *_ = json.loads((one / "environment.json").read_text())  # one entry per start of the run
     assert (
         environment["compute_dtype"] == "torch.float32"
         and environment["packages"]["torch"]

@@ -93,5 +93,5 @@ def test_the_config_of_the_readme_in_a_dry_run():
     assert (done.status, done.err) == (0, "")
     assert "layout = data 8 x tensor 1 x pipeline 1" in done.out and "tokens_per_step = 1,048,576" in done.out
     (warning,) = (line for line in done.out.splitlines() if line.startswith("WARNING: "))
-    assert re.search(r"[\d.]+ GB .*24\.0 GB", warning) and "set batch.micro_rows=" in warning
+    assert re.search(r"[\d.]+ GB.*24\.0 GB", warning) and "set batch.micro_rows=" in warning
     assert not (ROOT / "data" / "eval_bundle.zip").exists() or "CORE bundle" in done.out
