@@ -39,7 +39,7 @@ class Oracle:
         self.multiplier = rate_multipliers(
             {place_of(p).name: place_of(p).whole for p in self.muon}, config.optimizer.muon_multiplier
         )
-        self.decay = 0.0  # the most that Muon's decay has taken of an element so far, as a share of it
+        self.decay = 0.0  # the most that Muon's decay has taken of an element since load(), as a share of it
         self.momentum = {p: torch.zeros_like(p) for p in self.muon}
         self.second = {p: torch.zeros(second_moment_shape(tuple(p.shape))) for p in self.muon}
         self.adamw = torch.optim.AdamW(
@@ -69,7 +69,8 @@ class Oracle:
         loss.backward()
         gradients = self._by_name([p.grad.clone() for p in self.parameters])
         if reduced is not None:
-            self._use(reduced)
+            for gradient, part in self._parts(reduced, [p.grad for p in self.parameters]):
+                gradient.copy_(part)
         norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in self.parameters))
         if asked.clip_norm and norm > asked.clip_norm:
             for p in self.parameters:
@@ -91,16 +92,22 @@ class Oracle:
             p.grad = None
         return loss.item(), norm, gradients
 
-    def _use(self, reduced: dict[str, torch.Tensor]) -> None:
-        """Replace the gradients by whole tensors.
+    @torch.no_grad()
+    def load(self, weights: dict[str, torch.Tensor]) -> None:
+        """Continue from whole weights, so that the next gradients are those of the same weights."""
+        for p, part in self._parts(weights, self.parameters):
+            p.copy_(part)
+        self.decay = 0.0
+
+    def _parts(self, whole: dict[str, torch.Tensor], targets: list[torch.Tensor]):
+        """Pairs of (target, its part of the whole tensor), for targets in the order of the parameters.
 
         Parameters of one name are its parts along the first dimension, in order.
         """
-        taken = dict.fromkeys(reduced, 0)
-        for p in self.parameters:
+        taken = dict.fromkeys(whole, 0)
+        for p, target in zip(self.parameters, targets, strict=True):
             name = place_of(p).name
-            part = reduced[name][taken[name] : taken[name] + len(p)]
-            p.grad.copy_(part.view_as(p))
+            yield target, whole[name][taken[name] : taken[name] + len(p)].view_as(p)
             taken[name] += len(p)
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -114,7 +121,9 @@ class Oracle:
 
 
 def assert_same_gradients(reduced: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    """To 1e-5 of each tensor's largest element, which is float32's rounding of a sum over all tokens."""
+    """To 1e-5 of each tensor's largest element, which is float32's rounding of a sum over all tokens. Both gradients
+    are those of equal weights.
+    """
     assert reduced.keys() == wanted.keys()
     for name, gradient in wanted.items():
         error = (reduced[name] - gradient).abs().max() / gradient.abs().max().clamp_min(1e-12)
@@ -138,17 +147,18 @@ def assert_same_weights(weights: dict[str, torch.Tensor], wanted: dict[str, torc
 
 
 def train(config, steps: int, vocab_size: int = SMALL_VOCAB):
-    """On each rank: (loss, norm, skipped) and the mean gradients of every step, the whole state at last, the views that
-    the model uses.
+    """On each rank: (loss, norm, skipped), the mean gradients and the whole state after every step; the views that the
+    model uses.
     """
     training = build(config, vocab_size)
     warm_up(training)
-    told, gradients = [], []
+    told, gradients, states = [], [], []
     for step in range(steps):
         set_schedules(training, step)
         inspect = lambda: gradients.append(gradient_pieces(training))  # noqa: E731
         told.append(take_step(training, random_rows(step, ROWS, TOKENS, vocab_size), inspect_gradients=inspect))
+        states.append(whole_state(training))
     views = {
         place_of(p).name: (place_of(p), p.detach().float().clone()) for p in training.layers.parameters() if p.ndim == 2
     }
-    return told, [assembled(pieces, training) for pieces in gradients], whole_state(training), views
+    return told, [assembled(pieces, training) for pieces in gradients], states, views

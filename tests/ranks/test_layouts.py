@@ -43,11 +43,11 @@ CASES = {
 
 
 def compare(config, results) -> None:
-    """Hold what every rank reports to one process, which takes its steps with the layout's own gradients after they
-    were compared.
+    """Hold what every rank reports to one process, which takes its steps from the layout's own weights and with its own
+    gradients, after both were compared.
     """
     alone = Oracle(config)
-    told, gradients, state, _ = results[0]
+    _, gradients, states, _ = results[0]
     for step in range(STEPS):
         loss_wanted, norm_wanted, wanted = alone.step(
             step, random_rows(step, ROWS, TOKENS, SMALL_VOCAB), gradients[step]
@@ -57,10 +57,13 @@ def compare(config, results) -> None:
             assert loss == pytest.approx(loss_wanted, rel=1e-6)
             assert norm == pytest.approx(norm_wanted, rel=1e-5)
         assert_same_gradients(gradients[step], wanted)
-    assert_same_weights({name: state[f"model/{name}"] for name in alone.weights()}, alone.weights(), alone.decay)
-    for _, each_gradients, each_state, views in results:
+        weights = {name: states[step][f"model/{name}"] for name in alone.weights()}
+        assert_same_weights(weights, alone.weights(), alone.decay)
+        alone.load(weights)  # rounding of this step must not count as a difference of the next
+    state = states[-1]
+    for _, each_gradients, each_states, views in results:
         for name, tensor in state.items():
-            assert torch.equal(each_state[name], tensor), f"{name}: ranks assemble different states"
+            assert torch.equal(each_states[-1][name], tensor), f"{name}: ranks assemble different states"
         for step in range(STEPS):
             assert all(torch.equal(each_gradients[step][name], gradients[step][name]) for name in gradients[step])
         for name, (where, view) in views.items():
