@@ -43,6 +43,13 @@ def test_the_path_of_a_training_step_is_short():
     assert lines(ROOT / "megachat" / name for name in STEP_PATH) <= 3_000
 
 
+def test_the_training_core_does_not_grow():
+    """The aim is 7,000 lines. The bound is what there is, and goes down with every change that shortens it."""
+    parts = "planning kernels model parallel optim data checkpoint train".split()
+    core = [path for part in parts for path in (ROOT / "megachat" / part).rglob("*.py")]
+    assert lines([*core, ROOT / "megachat/config.py"]) <= 8_570
+
+
 def identifiers(path: Path) -> Counter:
     """Names of variables, arguments, attributes, functions and classes, without leading or trailing underscores."""
     counter: Counter = Counter()

@@ -31,15 +31,6 @@ LEVELS = (
     ("train",),
     ("doctor", "programs"),
 )
-# Longer than the limits since the code was formatted at 120 columns; an entry goes away with the change that shortens
-# it.
-LONGER = {
-    "launch/evaluate.py": 80,
-    "launch/pretrain.py": 72,
-    "megachat/planning/plan.py": 411,
-    "megachat/programs/pretrain.py pretrain": 66,
-    "tools/convert_checkpoint.py command_line": 75,
-}
 LEVEL = {part: number for number, parts in enumerate(LEVELS) for part in parts}
 
 
@@ -94,7 +85,7 @@ def test_no_cycle_inside_a_part():
 
 def test_launch_is_short_and_never_imported():
     for path in (ROOT / "launch").glob("*.py"):
-        assert len(path.read_text().splitlines()) <= LONGER.get(str(path.relative_to(ROOT)), 60), path
+        assert len(path.read_text().splitlines()) <= 60, path
     for path in [*SOURCES, *(ROOT / "tools").glob("*.py"), *(ROOT / "tests").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = (
@@ -110,15 +101,16 @@ def test_launch_is_short_and_never_imported():
 def test_sizes():
     total = 0
     for path in [*SOURCES, *PROGRAMS]:
-        text, name = path.read_text(encoding="utf-8"), str(path.relative_to(ROOT))
+        text = path.read_text(encoding="utf-8")
         lines = len(text.splitlines())
-        assert lines <= LONGER.get(name, 400), f"{path} has {lines} lines"
+        assert lines <= 400, f"{path} has {lines} lines"
         total += lines if path in SOURCES else 0
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 size = node.end_lineno - node.lineno + 1
-                assert size <= LONGER.get(f"{name} {node.name}", 60), f"{path}: {node.name} has {size} lines"
-    assert total <= 17_800
+                assert size <= 60, f"{path}: {node.name} has {size} lines"
+    # The aim is 14,000. The bound is what there is, and goes down in every change that adds no feature.
+    assert total <= 17_550
 
 
 def test_the_environment_is_read_in_one_place():
