@@ -167,7 +167,7 @@ def test_a_momentum_changed_between_the_halves_is_named(resumed, tmp_path):
     verdict, found = compare_resumed_run(runs / "whole", half, after, order_of(config), exact=True)
     assert (
         verdict == "different"
-        and found[0].told.startswith("muon/transformer.h.1.mlp.c_fc.weight/momentum: relative ")
+        and found[0].description.startswith("muon/transformer.h.1.mlp.c_fc.weight/momentum: relative ")
         and found[0].step == 2
     )
     # had the file been right and been read wrongly, the first step after it would tell: its own momentum, and nothing
