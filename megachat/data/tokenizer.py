@@ -4,7 +4,8 @@ import base64
 import binascii
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,6 +33,10 @@ SPECIAL_TOKENS = (
 SPLIT_PATTERN = (
     r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
 )
+# \s without line ends, as tiktoken's regular expressions define it; Python's \s has four control characters more.
+_BLANK = "\t\x0b\x0c \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+# tiktoken and rustbpe fail on a million blanks in a row: `\s+(?!\S)` keeps one stack entry for each.
+LONGEST_RUN = 100_000
 
 
 class Tokenizer:
@@ -75,17 +80,37 @@ class Tokenizer:
     def encode(self, text: str, *, bos: bool = False) -> np.ndarray:
         """Returns the ids [n] of a text, uint16 (uint32 above 65,536 tokens). bos: put BOS first.
 
-        Names of special tokens in a text are ordinary text.
+        Names of special tokens in a text are ordinary text. Lone surrogates become U+FFFD. Raises UserError if another
+        split pattern than SPLIT_PATTERN fails on the text.
         """
         try:
-            ids = self._encoding.encode_to_numpy(text, disallowed_special=())
+            ids = self._ids(text)
         except UnicodeEncodeError:  # lone surrogates, which UTF-8 cannot represent
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            ids = self._encoding.encode_to_numpy(text, disallowed_special=())
+            ids = self._ids(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
         tokens = np.empty(len(ids) + bos, dtype=self.dtype)
         tokens[:bos] = self.bos
         tokens[bos:] = ids
         return tokens
+
+    def _ids(self, text: str) -> np.ndarray:
+        whole = self._encoding.encode_to_numpy
+        if len(text) > LONGEST_RUN and self.pattern == SPLIT_PATTERN:
+            parts = [
+                np.array(self._encoding._encode_single_piece(part), np.uint32)
+                if is_run
+                else whole(part, disallowed_special=())
+                for part, is_run in split_long_runs(text)
+            ]
+            return np.concatenate(parts)
+        try:
+            return whole(text, disallowed_special=())
+        except UnicodeEncodeError:
+            raise
+        except ValueError as error:
+            raise UserError(
+                f"the split pattern of tokenizer {self.name} fails on a text of {len(text):,} characters that begins "
+                f"with {text[:20]!r} ({summary(error)}): leave the text out, or use a tokenizer with megachat's pattern"
+            ) from None
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
         """Encodes each text with BOS first. Threads run in parallel, because tiktoken releases the interpreter lock."""
@@ -106,6 +131,27 @@ class Tokenizer:
         for token, rank in self.ranks.items():
             counts[rank] = len(token)
         return counts
+
+
+def split_long_runs(text: str, longest: int = LONGEST_RUN) -> Iterator[tuple[str, bool]]:
+    """Yields (part, is_run) with the text cut at runs of more than `longest` blanks (whitespace without line ends).
+
+    is_run: SPLIT_PATTERN matches the whole part as one piece. It matches the other parts as it matches them in the
+    whole text, so the tokens of the parts together are those of the text. It leaves the last blank of a run to the
+    piece after it, and takes blanks before a line end together with that line end, which needs no stack.
+    """
+    start = 0
+    # The look-behind keeps a run that is just too short from being scanned again from each of its blanks.
+    for run in re.finditer(f"(?<![{_BLANK}])[{_BLANK}]{{{longest + 1},}}", text):
+        end = run.end()
+        if end < len(text):
+            if text[end] in "\r\n":
+                continue
+            end -= 1
+        yield text[start : run.start()], False
+        yield text[run.start() : end], True
+        start = end
+    yield text[start:], False
 
 
 def rank_file_content(ranks: dict[bytes, int]) -> bytes:

@@ -145,7 +145,7 @@ def _read_text(file: _Folder) -> str:
     if not file.is_file():
         raise UserError(f"{file} is missing from the CORE bundle: get the bundle again")
     with _parsing(file, "UTF-8 text"):
-        return file.read_bytes().decode("utf-8")
+        return file.read_bytes().decode("utf-8-sig")  # a byte order mark is not text
 
 
 def _read_index(root: _Folder) -> list[dict[str, Any]]:

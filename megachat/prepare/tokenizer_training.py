@@ -10,7 +10,7 @@ import tiktoken
 import torch
 
 from megachat.data.shards import open_shards, read_text_batches, split_shards
-from megachat.data.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
+from megachat.data.tokenizer import LONGEST_RUN, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, split_long_runs
 from megachat.errors import UserError, summary
 from megachat.files import write_atomically
 
@@ -42,7 +42,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, name: str = "megachat
     import rustbpe
 
     trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(texts, vocab_size - special, pattern=SPLIT_PATTERN)
+    trainer.train_from_iterator(_with_short_runs(texts), vocab_size - special, pattern=SPLIT_PATTERN)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
     if len(ranks) + special < vocab_size:
         raise UserError(
@@ -50,6 +50,17 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, name: str = "megachat
             f"not {vocab_size}: give more text or --vocab-size {len(ranks) + special} or less"
         )
     return Tokenizer(ranks, name=name)
+
+
+def _with_short_runs(texts: Iterator[str]) -> Iterator[str]:
+    """Cuts long runs of blanks out of the texts and into pieces of LONGEST_RUN: rustbpe panics on a million of them."""
+    for text in texts:
+        if len(text) <= LONGEST_RUN:
+            yield text
+            continue
+        for part, is_run in split_long_runs(text):
+            length = LONGEST_RUN if is_run else max(1, len(part))
+            yield from (part[start : start + length] for start in range(0, len(part), length))
 
 
 def bytes_per_token(tokenizer: Tokenizer, texts: Iterator[str], threads: int = 2) -> float:

@@ -26,16 +26,19 @@ def load_model(reader: CheckpointReader, dtype: str) -> LocalModel:
 
 
 def read_prompts(path: str) -> list[str]:
-    """Returns the lines of a file, or of standard input for "-". Raises UserError if it cannot be read or is empty."""
+    """Returns the lines of a file, or of standard input for "-". Raises UserError if it cannot be read or is empty.
+
+    Lines end with \\n or \\r\\n only, unlike those of str.splitlines(). A byte order mark is not part of a prompt.
+    """
     name = "standard input" if path == "-" else path
     try:
         content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        prompts = content.decode("utf-8").splitlines()
+        text = content.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read prompts from {name} ({error}): give UTF-8 text, one prompt per line") from None
-    if not prompts:
+    if not text:
         raise UserError(f"{name} has no prompt: give one per line, or use --prompt")
-    return prompts
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
 
 
 @dataclass(frozen=True)

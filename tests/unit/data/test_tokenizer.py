@@ -1,10 +1,12 @@
 import itertools
 import json
+import random
 
 import numpy as np
 import pytest
 
 from megachat.data.tokenizer import (
+    LONGEST_RUN,
     METADATA_FILE,
     RANK_FILE,
     SPECIAL_TOKENS,
@@ -12,6 +14,7 @@ from megachat.data.tokenizer import (
     load_origin,
     load_tokenizer,
     save_tokenizer,
+    split_long_runs,
 )
 from megachat.errors import UserError
 from tests.unit.data.corpus import byte_tokenizer
@@ -123,3 +126,71 @@ def test_an_altered_rank_file_is_refused(folder):
 def test_ranks_with_gaps_are_refused():
     with pytest.raises(UserError, match="256 single bytes"):
         Tokenizer({bytes([byte]): byte + 1 for byte in range(256)})
+
+
+BLANKS = "\t\x0b\x0c \x85\xa0\u1680\u2000\u2003\u200a\u2028\u2029\u202f\u205f\u3000"
+
+
+def merging_tokenizer() -> Tokenizer:
+    """Merges blanks, line ends and letters, so that another cut of a run gives other tokens."""
+    merges = [b"  ", b"    ", b"\n\n", b"\r\n", b" \n", b"\t\t", b" a", b"\tb", b"ab", b"12", b"!\n", b" !", b"   "]
+    return Tokenizer({bytes([byte]): byte for byte in range(256)} | {m: 256 + n for n, m in enumerate(merges)})
+
+
+def test_a_text_cut_at_runs_has_the_tokens_of_the_whole_text():
+    """The cut is tiktoken's at every length of run: tested where tiktoken can still tokenize the whole text."""
+    rng, tokenizer = random.Random(0), merging_tokenizer()
+    others = ["\n", "\r\n", "\r", "a", "ab", "B", "日", "1", "12", "!", "!?", "'s", "\u0301", "\x1c", "\u200b", "\0", ""]
+    cuts = 0
+    for _ in range(20_000):
+        parts = [
+            rng.choice(BLANKS) * rng.randint(1, 6) if rng.random() < 0.5 else rng.choice(others)
+            for _ in range(rng.randint(1, 9))
+        ]
+        text, longest = "".join(parts), rng.randint(1, 5)
+        ids = []
+        for part, is_run in split_long_runs(text, longest):
+            encoding = tokenizer._encoding
+            ids += encoding._encode_single_piece(part) if is_run else encoding.encode_ordinary(part)
+            cuts += is_run
+        assert ids == tokenizer._encoding.encode_ordinary(text), (text, longest)
+    assert cuts > 10_000
+
+
+@pytest.mark.parametrize("run", [" ", "\u2003", " \t"])
+def test_runs_of_a_million_blanks(run):
+    """tiktoken fails on them ("Max stack size exceeded"). The tokens are those of a run of any length."""
+    tokenizer, count = merging_tokenizer(), 1_100_000 // len(run)
+    text = "a\r\n" + run * count + "1"
+    assert bytes_of(tokenizer, text) == len(text.encode())
+    if run == " ":
+        four, ends = tokenizer.ranks[b"    "], tokenizer.encode("a" + " " * 9 + "b").tolist()
+        tokens = tokenizer.encode("a" + " " * (count + 1) + "b").tolist()
+        assert tokens == ends[:1] + [four] * (count // 4) + ends[3:]
+
+
+@pytest.mark.parametrize("text", ["\n", " \n", "a", "日", "1", "!", "!\n", "\x1c"])
+def test_other_runs_of_a_million_characters(text):
+    text *= 1_100_000 // len(text)
+    assert bytes_of(merging_tokenizer(), text) == len(text.encode())
+
+
+def bytes_of(tokenizer: Tokenizer, text: str) -> int:
+    return tokenizer.token_bytes()[tokenizer.encode(text)].sum()
+
+
+def test_a_text_around_the_bound_is_tokenized_alike():
+    """Above the bound a text is cut, below it tiktoken gets it whole, and so it is in a batch and with surrogates."""
+    tokenizer = merging_tokenizer()
+    for count in (LONGEST_RUN - 1, LONGEST_RUN, LONGEST_RUN + 1, LONGEST_RUN + 5):
+        text = "x\n" + " " * count + "ab\n" + "\t" * count
+        expected = tokenizer._encoding.encode_ordinary(text)
+        assert tokenizer.encode(text).tolist() == expected
+        assert tokenizer.encode_batch([text, "a"], 2)[0].tolist() == [tokenizer.bos, *expected]
+        assert tokenizer.encode("\ud800" + text).tolist() == tokenizer.encode("\ufffd" + text).tolist()
+
+
+def test_another_pattern_that_fails_is_reported():
+    tokenizer = Tokenizer(byte_tokenizer().ranks, pattern=r"\s+(?!\S)|\s+|\S+", name="other")
+    with pytest.raises(UserError, match="split pattern of tokenizer other fails on a text of 1,200,001 characters"):
+        tokenizer.encode("a" + "\n" * 1_200_000)

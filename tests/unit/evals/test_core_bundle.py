@@ -51,6 +51,13 @@ def test_all_tasks_of_core_are_known(tmp_path):
     assert [task.label for task in one.tasks] == ["copa"] and len(one.missing) == 21 and one.digest != bundle.digest
 
 
+def test_byte_order_marks_are_not_text(folder):
+    before = open_bundle(folder)
+    for file in [file for file in folder.rglob("*") if file.is_file()]:
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert open_bundle(folder) == before
+
+
 def test_every_change_changes_the_digest(folder):
     before = open_bundle(folder).digest
     file = folder / "eval_meta_data.csv"

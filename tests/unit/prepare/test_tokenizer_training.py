@@ -8,7 +8,13 @@ import torch
 
 from megachat.data.tokenizer import SPECIAL_TOKENS
 from megachat.errors import UserError
-from megachat.prepare.tokenizer_training import bytes_per_token, import_nanochat, read_texts, train_tokenizer
+from megachat.prepare.tokenizer_training import (
+    _with_short_runs,
+    bytes_per_token,
+    import_nanochat,
+    read_texts,
+    train_tokenizer,
+)
 from tests.unit.data.corpus import ENGLISH, NANOCHAT, byte_tokenizer, needs_shared, random_texts, write_folder
 
 
@@ -26,6 +32,14 @@ def test_vocabularies_that_cannot_be():
     assert train_tokenizer(iter(["abc"]), 265).vocab_size == 265
     with pytest.raises(UserError, match="only 3 merges, a vocabulary of 268 tokens, not 300"):
         train_tokenizer(iter(["abc abc"]), 300)
+
+
+def test_training_on_long_texts_and_runs_of_blanks():
+    """rustbpe panics on a million blanks in a row. Long texts without such runs train as they are."""
+    trained = train_tokenizer(iter(["ab" + " " * 1_100_000 + "the cat\n" + "\t" * 1_100_000, "the dog"] * 2), 285)
+    assert b" " * 512 in trained.ranks and b"\t" * 16 in trained.ranks
+    texts = ["the cat and the dog " * 10_000, " \t" * 40_000, "", "a"]
+    assert list(_with_short_runs(iter(texts))) == texts
 
 
 def test_read_texts_keeps_to_its_limits(tmp_path):
