@@ -140,7 +140,25 @@ def merging_tokenizer() -> Tokenizer:
 def test_a_text_cut_at_runs_has_the_tokens_of_the_whole_text():
     """The cut is tiktoken's at every length of run: tested where tiktoken can still tokenize the whole text."""
     rng, tokenizer = random.Random(0), merging_tokenizer()
-    others = ["\n", "\r\n", "\r", "a", "ab", "B", "日", "1", "12", "!", "!?", "'s", "\u0301", "\x1c", "\u200b", "\0", ""]
+    others = [
+        "\n",
+        "\r\n",
+        "\r",
+        "a",
+        "ab",
+        "B",
+        "日",
+        "1",
+        "12",
+        "!",
+        "!?",
+        "'s",
+        "\u0301",
+        "\x1c",
+        "\u200b",
+        "\0",
+        "",
+    ]
     cuts = 0
     for _ in range(20_000):
         parts = [
