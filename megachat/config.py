@@ -184,6 +184,12 @@ class EvaluateConfig(_Section):
     )
     core_max_per_task: int = _setting(500, "examples per task; the default is nanochat's during training", ge=1)
     core_tasks: tuple[str, ...] | None = _setting(None, "labels of the tasks; none: all in the bundle", min_length=1)
+    core_crop: bool = _setting(
+        False, "crop prompts of CORE to model.sequence_len; false: up to ten times as long, as nanochat does"
+    )
+    core_unfit: Literal["refuse", "leave_out"] = _setting(
+        "refuse", "questions of CORE that do not fit the model: refuse before anything starts, or leave out and count"
+    )
 
 
 class CheckpointConfig(_Section):

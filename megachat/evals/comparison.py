@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megachat.errors import UserError
 from megachat.evals.core_bundle import CORE_TASKS
-from megachat.evals.results import error_text, load_results, newest_results
+from megachat.evals.results import CROPPED, error_text, load_results, newest_results
 from megachat.evals.uncertainty import (
     CONFIDENCE,
     GPT2_CORE,
@@ -19,6 +19,10 @@ from megachat.evals.uncertainty import (
 )
 from megachat.text import text_table
 
+_MODES = (
+    "{} and {} treat long prompts differently (core_crop; evaluations of older versions cropped): evaluate one of them "
+    "again with the other's setting"
+)
 Side = Sequence[tuple[Path, dict]]  # per run of one recipe: its JSON file and the content
 
 
@@ -55,6 +59,9 @@ def compare_evaluations(first: Side, second: Side, *, same_weights: bool = False
         raise UserError(
             f"cannot compare these evaluations: {reason}; run launch/evaluate.py --core with the same tasks for all"
         )
+    first_crop, second_crop = _crop_mode(first), _crop_mode(second)
+    if first_crop != second_crop and not same_weights:
+        raise UserError(_MODES.format(first[0][0], second[0][0]) + ", or add --same-weights if only that differs")
     left, right = _score_side(first, first_tasks, shared), _score_side(second, second_tasks, shared)
     same = {label: _example_set(first_tasks[0][label]) == _example_set(second_tasks[0][label]) for label in shared}
     for label in shared:
@@ -70,6 +77,7 @@ def compare_evaluations(first: Side, second: Side, *, same_weights: bool = False
     return {
         "runs": [[str(path) for path, _ in side] for side in (first, second)],
         "is_core": set(shared) == set(CORE_TASKS),
+        "crop": [first_crop, second_crop],
         "left_out": sorted(set().union(*labels) - set(shared)),
         "same_examples": all(same.values()),
         "difference": difference.value,
@@ -88,8 +96,18 @@ def compare_evaluations(first: Side, second: Side, *, same_weights: bool = False
 
 
 def _example_set(task: dict) -> tuple:
-    """Identifies the examples that were answered: the data, and their number (always the first of a fixed order)."""
-    return task["digest"], task["examples"]
+    """Identifies the examples that were answered: the data, their number (always the first of a fixed order), and which
+    did not fit the model.
+    """
+    return task["digest"], task["examples"], tuple(task.get("left_out", ()))
+
+
+def _crop_mode(side: Side) -> bool:
+    """Returns whether prompts were cropped, which older evaluations always did. Raises UserError if only some were."""
+    modes = [results.get("core", {}).get("crop", True) for _, results in side]
+    if len(set(modes)) > 1:
+        raise UserError(_MODES.format(*(side[modes.index(mode)][0] for mode in (True, False))))
+    return modes[0]
 
 
 def _score_side(side: Side, tasks: Sequence[dict], labels: Sequence[str]) -> dict[str, TaskScores]:
@@ -111,10 +129,12 @@ def compare_with_gpt2(side: Side) -> dict:
             raise UserError(
                 f"{path} has no CORE value, which requires all {len(CORE_TASKS)} tasks: evaluate with the full bundle"
             )
+    crop = _crop_mode(side)
     recipe = estimate(_score_side(side, [results["core"]["tasks"] for _, results in side], CORE_TASKS))
     return {
         "runs": [str(path) for path, _ in side],
         "core_metric": recipe.value,
+        "crop": crop,
         "deviation": recipe.deviation_json(),
         "verdict": asdict(judge_against(recipe, len(side))),
         "whole": all(results["core"]["whole"] for _, results in side),
@@ -128,6 +148,7 @@ def gpt2_lines(comparison: dict) -> list[str]:
         f"{error_text(comparison['deviation'], digits=6)}",
         f"against GPT-2's {GPT2_CORE}: {comparison['verdict']['text']}",
     ]
+    lines += [f"{CROPPED}, which nanochat does not do"] if comparison["crop"] else []
     return lines if comparison["whole"] else [*lines, "not all examples were evaluated: not the full metric"]
 
 
@@ -142,12 +163,19 @@ def comparison_lines(comparison: dict) -> list[str]:
     deviation = comparison["deviation"]
     return [
         *text_table(rows, right=range(1, 5)),
+        *_crop_lines(comparison["crop"]),
         *(f"left out, because not all evaluations have it: {label}" for label in comparison["left_out"]),
         f"{what}: {comparison['difference']:+.6f} {error_text(deviation, digits=6)}; "
         + " against ".join(map(_plural_runs, comparison["runs"])),
         f"{comparison['verdict']} (at {CONFIDENCE:.0%} confidence; "
         f"the smallest detectable difference is {SIGMAS * deviation['both']:.6f})",
     ]
+
+
+def _crop_lines(modes: Sequence[bool]) -> list[str]:
+    if modes[0] == modes[1]:
+        return [CROPPED] if modes[0] else []
+    return [f"{CROPPED} in the {'first' if modes[0] else 'second'} evaluation only"]
 
 
 def _plural_runs(runs: Sequence[str]) -> str:

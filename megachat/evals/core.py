@@ -4,19 +4,21 @@ Examples are computed in full batches, and the context that the choices of an ex
 example still gets the same answer as if it were computed alone.
 """
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from megachat.data.tokenizer import Tokenizer
+from megachat.errors import UserError
 from megachat.evals.core_batches import IDLE, Batch, BatchRow, assign_batches, build_batches
 from megachat.evals.core_bundle import Bundle, Task
-from megachat.evals.core_prompts import Question, build_questions
+from megachat.evals.core_prompts import Question, RowLimit, build_questions, row_limit
 from megachat.evals.engine_model import evaluate_chunks
-from megachat.evals.results import core_section
+from megachat.evals.results import Answers, core_section
 from megachat.kernels.cross_entropy import CHUNK_BYTES, VocabularyPart, token_nats
 from megachat.model.cache import Cache, Chunk
 from megachat.model.gpt import LOGIT_CAP, logits
@@ -37,13 +39,15 @@ class Evaluator:
     engine: Engine
     dims: Dimensions
     mesh: Mesh
+    limit: RowLimit
     sequence: bool = False
     tokens_per_pass: int = TOKENS_PER_PASS
 
 
 def build_evaluator(model) -> Evaluator:
     """Returns the Evaluator of a train.build.Training or a train.weights.EvaluationModel."""
-    return Evaluator(model.engine, model.plan.dims, model.mesh, sequence=model.config.parallel.sequence)
+    limit, sequence = row_limit(model.plan.dims, model.config.evaluate), model.config.parallel.sequence
+    return Evaluator(model.engine, model.plan.dims, model.mesh, limit, sequence)
 
 
 def evaluate_bundle(
@@ -62,15 +66,17 @@ def evaluate_bundle(
     must stop has only seconds.
     """
     begin, padding = time.perf_counter(), []
-    right: dict[str, tuple[bool, ...]] = {}
+    answers: dict[str, Answers] = {}
     for tasks in [bundle.tasks] if stop is None else [(task,) for task in bundle.tasks]:
         if stop is not None and stop():
             return None
-        answers, share = evaluate_tasks(evaluator, tasks, tokenizer, max_per_task=max_per_task, on_progress=on_progress)
-        right |= answers
+        some, share = evaluate_tasks(evaluator, tasks, tokenizer, max_per_task=max_per_task, on_progress=on_progress)
+        answers |= some
         padding.append(share)
     seconds, padding_share = time.perf_counter() - begin, sum(padding) / len(padding)
-    return core_section(bundle, right, max_per_task, padding_share=padding_share, seconds=seconds)
+    return core_section(
+        bundle, answers, max_per_task, crop=evaluator.limit.crop, padding_share=padding_share, seconds=seconds
+    )
 
 
 def evaluate_tasks(
@@ -80,14 +86,14 @@ def evaluate_tasks(
     *,
     max_per_task: int,
     on_progress: Progress = lambda done, total: None,
-) -> tuple[dict[str, tuple[bool, ...]], float]:
+) -> tuple[dict[str, Answers], float]:
     """Answers the examples of the tasks; all ranks call it and get the same. max_per_task: -1 for all examples.
 
-    Returns task label -> whether each example, in the metric's order, is answered correctly; and the share of computed
-    tokens that are padding. Raises UserError for the reasons of `build_questions`.
+    Returns task label -> answers, and the share of computed tokens that are padding. Raises UserError for the reasons
+    of `build_questions`, or if the model computes numbers that are not finite.
     """
-    by_task = {task.label: build_questions(task, tokenizer, model.dims.sequence_len, max_per_task) for task in tasks}
-    questions = [question for of_task in by_task.values() for question in of_task]
+    by_task = {task.label: build_questions(task, tokenizer, model.limit, max_per_task) for task in tasks}
+    questions = [question for of_task in by_task.values() for question in of_task if question]
     runner = _BatchRunner(model)
     batches = build_batches(questions, model.tokens_per_pass)
     assigned = assign_batches(batches, model.mesh.data.size, runner.multiple, runner.parts)
@@ -103,13 +109,27 @@ def evaluate_tasks(
     results = results.to(model.mesh.device)
     all_reduce(results, model.mesh.world, name="CORE's answers")  # one rank has each answer, the others have zeros
     values = iter(results.tolist())
-    right = {
-        label: tuple(_is_right(question, [next(values) for _ in question.rows]) for question in of_task)
-        for label, of_task in by_task.items()
-    }
+    answers = {label: _judge(label, of_task, values) for label, of_task in by_task.items()}
     computed = sum(batch.computed_tokens(runner.multiple, runner.parts) for of_rank in assigned for batch in of_rank)
     real = sum(batch.real_tokens for of_rank in assigned for batch in of_rank if batch is not IDLE)
-    return right, 1 - real / computed if computed else 0.0
+    return answers, 1 - real / computed if computed else 0.0
+
+
+def _judge(label: str, questions: Sequence[Question | None], values: Iterator[float]) -> Answers:
+    """Returns the answers of a task, None being a question that is left out. values: see `_is_right`, of all rows."""
+    right = []
+    for question in filter(None, questions):
+        some = [next(values) for _ in question.rows]
+        if any(
+            math.isnan(value) and row.start < len(row.tokens) for row, value in zip(question.rows, some, strict=True)
+        ):
+            raise UserError(
+                f"the model computes NaN on CORE's task {label}, so its weights are damaged or too large: "
+                "evaluate another checkpoint"
+            )
+        right.append(_is_right(question, some))
+    left_out = tuple(number for number, question in enumerate(questions) if question is None)
+    return Answers(tuple(right), left_out, sum(question.ambiguous for question in questions if question))
 
 
 def _is_right(question: Question, values: list[float]) -> bool:
@@ -119,6 +139,8 @@ def _is_right(question: Question, values: list[float]) -> bool:
     """
     if question.gold is None:
         return values[0] == 0
+    # equal rows have equal values, even if they were computed in batches that round differently
+    values = [values[question.rows.index(row)] for row in question.rows]
     # Python's min, as in the reference: the first of equal values; nan only if it comes first
     return values.index(min(values)) == question.gold
 
@@ -202,13 +224,23 @@ class _AnswerMeasure(nn.Module):
             values = torch.zeros(0, dtype=torch.float64, device=targets.device)
         elif self.exact:
             size = max(1, CHUNK_BYTES // (4 * self.dims.vocab_size))
-            predicted = [logits((part, weight), self.dims, self.part).argmax(dim=-1) for part in states.split(size)]
-            values = (torch.cat(predicted) != wanted).double()
+            values = torch.cat(
+                [
+                    _count_wrong(logits((some, weight), self.dims, self.part), targets)
+                    for some, targets in zip(states.split(size), wanted.split(size), strict=True)
+                ]
+            )
         else:
             values = token_nats(states, weight, wanted, self.dims.vocab_size, LOGIT_CAP, self.part).double()
         total = torch.zeros(len(targets), dtype=torch.float64, device=targets.device).index_add_(0, row, values)
         # nan for an answer without tokens: one choice is the beginning of another
         return total if self.exact else total / (targets >= 0).sum(dim=1)
+
+
+def _count_wrong(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Returns per line of scores [tokens, vocab_size] 1 if the most likely token is not the target, nan if any is."""
+    top, predicted = scores.max(dim=-1)
+    return torch.where(top.isnan(), top, predicted != targets).double()
 
 
 def _micro_batch(rows: Sequence[BatchRow], count: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:

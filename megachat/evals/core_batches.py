@@ -14,6 +14,7 @@ LEAST_SHARED = 16  # a shared context with fewer tokens costs more as a separate
 SIMILAR = 0.8  # least length of a batch's shortest row, relative to its longest
 
 T = TypeVar("T")
+Shapes = tuple[tuple[int, int], ...]  # (rows, tokens per row) of each pass
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,9 @@ def build_batches(questions: Sequence[Question], tokens_per_pass: int) -> list[B
                     for row, index in zip(prefix.rows, prefix.indices, strict=True)
                 ]
         first += len(question.rows)
-    batches = [
-        _shared_batch(group) for group in _group_by_length(shared, lambda prefix: prefix.length, tokens_per_pass)
-    ]
+    batches = [_shared_batch(group) for group in _group_by_length(shared, _prefix_passes, tokens_per_pass)]
     for exact, rows in separate.items():
-        groups = _group_by_length(rows, lambda row: len(row.tokens), tokens_per_pass)
+        groups = _group_by_length(rows, lambda row: ((1, len(row.tokens)),), tokens_per_pass)
         batches += [Batch(tuple(group), exact) for group in groups]
     return batches
 
@@ -115,15 +114,29 @@ def _shared_batch(prefixes: Sequence[_SharedPrefix]) -> Batch:
     return Batch(tuple(rows), False, tuple(contexts), tuple(context_of))
 
 
-def _group_by_length(entries: list[T], length: Callable[[T], int], tokens_per_pass: int) -> list[list[T]]:
-    """Sorts entries by decreasing length and starts a new group where one is full or the lengths differ too much."""
+def _prefix_passes(prefix: _SharedPrefix) -> Shapes:
+    """Returns the shapes that a shared prefix adds to the pass over contexts and to the one over rows."""
+    return (1, prefix.length), (len(prefix.rows), max(len(row.tokens) for row in prefix.rows) - prefix.length + 1)
+
+
+def _group_by_length(entries: list[T], passes: Callable[[T], Shapes], tokens_per_pass: int) -> list[list[T]]:
+    """Sorts entries by decreasing length in their first pass, and starts a new group where one of its passes is full or
+    the lengths differ too much. passes: the shape that an entry adds to each pass.
+    """
     groups: list[list[T]] = []
-    for entry in sorted(entries, key=length, reverse=True):
-        longest = length(groups[-1][0]) if groups else 0
-        full = bool(groups) and (len(groups[-1]) + 1) * longest > tokens_per_pass
-        if not groups or full or length(entry) < SIMILAR * longest - LEAST_SHARED:
+    total: Shapes = ()
+    for entry in sorted(entries, key=lambda entry: passes(entry)[0][1], reverse=True):
+        added = passes(entry)
+        grown = added
+        if groups:
+            pairs = zip(total, added, strict=True)
+            grown = tuple((rows + more, max(width, other)) for (rows, width), (more, other) in pairs)
+        full = any(rows * width > tokens_per_pass for rows, width in grown)
+        if not groups or full or added[0][1] < SIMILAR * total[0][1] - LEAST_SHARED:
             groups.append([])
+            grown = added
         groups[-1].append(entry)
+        total = grown
     return groups
 
 

@@ -4,12 +4,14 @@ Defined by DCLM (arXiv 2406.11794), in detail by nanochat (github.com/karpathy/n
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from megachat.config import EvaluateConfig
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError
-from megachat.evals.core_bundle import Task
+from megachat.evals.core_bundle import Bundle, Task
+from megachat.planning.dimensions import Dimensions
 
 SHUFFLE_SEED = 1337  # order of a task's examples, before max_per_task
 SHOTS_SEED = 1234  # plus the example's number
@@ -30,10 +32,32 @@ class Row:
 
 @dataclass(frozen=True)
 class Question:
-    """An example as rows, one per choice. gold: index of the correct row; None: one row, to be predicted exactly."""
+    """An example as rows, one per choice. gold: index of the correct row; None: one row, to be predicted exactly.
+
+    ambiguous: whether two choices are equal, or one is empty or the beginning of another.
+    """
 
     rows: tuple[Row, ...]
     gold: int | None
+    ambiguous: bool = False
+
+
+@dataclass(frozen=True)
+class RowLimit:
+    """How long a row may be. tokens: at most so many. crop: longer rows lose their beginning; else they do not fit.
+
+    leave_out: whether questions that do not fit are left out; else they are refused.
+    """
+
+    tokens: int
+    crop: bool = False
+    leave_out: bool = False
+
+
+def row_limit(dims: Dimensions, config: EvaluateConfig) -> RowLimit:
+    """Returns the configured limit: nanochat's, which is ten times sequence_len, or sequence_len with cropping."""
+    tokens = dims.sequence_len if config.core_crop else dims.longest_row
+    return RowLimit(tokens, config.core_crop, config.core_unfit == "leave_out")
 
 
 def shuffle_examples(task: Task, max_per_task: int) -> list[dict]:
@@ -43,24 +67,68 @@ def shuffle_examples(task: Task, max_per_task: int) -> list[dict]:
     return examples[:max_per_task] if max_per_task > 0 else examples
 
 
-def build_questions(task: Task, tokenizer: Tokenizer, longest: int, max_per_task: int) -> list[Question]:
-    """Builds a task's questions. Rows longer than `longest` tokens are cropped at the beginning.
+def build_questions(task: Task, tokenizer: Tokenizer, limit: RowLimit, max_per_task: int) -> list[Question | None]:
+    """Builds a task's questions, None for those that are left out.
 
-    Raises UserError if an answer alone is too long or has no tokens, or if there are too few examples for the shots.
+    Raises UserError if a question does not fit and is not left out, or if there are too few examples for the shots.
     """
+    questions = [
+        _build_question(task, example, shots, tokenizer, limit, name)
+        for example, shots, name in _examples_with_shots(task, max_per_task)
+    ]
+    _check_some_fit(task, questions.count(None), len(questions))
+    return questions
+
+
+def check_questions(bundle: Bundle, tokenizer: Tokenizer, limit: RowLimit, max_per_task: int) -> dict[str, int]:
+    """Returns task -> number of questions that will be left out, of tasks with any; takes seconds for all of CORE.
+
+    Raises UserError if one does not fit and is not left out.
+    """
+    counts = {}
+    for task in bundle.tasks:
+        left_out = examples = 0
+        for example, shots, name in _examples_with_shots(task, max_per_task):
+            texts, examples = build_texts(task, example, shots), examples + 1
+            # a token has at least one byte, so most questions need not be tokenized
+            fits = max(len(text.encode()) for text in texts) < limit.tokens
+            if not fits or (task.kind == "language_modeling" and len(texts[1]) <= len(texts[0])):
+                left_out += _build_question(task, example, shots, tokenizer, limit, name) is None
+        _check_some_fit(task, left_out, examples)
+        counts[task.label] = left_out
+    return {label: count for label, count in counts.items() if count}
+
+
+def _check_some_fit(task: Task, left_out: int, examples: int) -> None:
+    if left_out == examples:
+        raise UserError(f"no example of {task.label} fits the model: leave the task out")
+
+
+def _examples_with_shots(task: Task, max_per_task: int) -> Iterator[tuple[dict, list[dict], str]]:
+    """Yields each example, its shots and its name for messages."""
     examples = shuffle_examples(task, max_per_task)
     if len(examples) <= task.shots:
         raise UserError(
             f"{task.label} needs {task.shots} shots, but has only {len(examples)} examples: use more examples"
         )
-    questions = []
     for number, example in enumerate(examples):
         others = [index for index in range(len(examples)) if index != number]
         shots = [examples[index] for index in random.Random(SHOTS_SEED + number).sample(others, task.shots)]
-        rows, gold = _build_rows(task, example, shots, tokenizer), example.get("gold")
-        name = f"example {number + 1} of {task.label}"
-        questions.append(Question(tuple(_crop(row, longest, gold is None, name) for row in rows), gold))
-    return questions
+        yield example, shots, f"example {number + 1} of {task.label}"
+
+
+def _build_question(
+    task: Task, example: dict, shots: Sequence[dict], tokenizer: Tokenizer, limit: RowLimit, name: str
+) -> Question | None:
+    rows, gold = _build_rows(task, example, shots, tokenizer), example.get("gold")
+    for row in rows:
+        if problem := _find_problem(row, limit, exact=gold is None):
+            if limit.leave_out:
+                return None
+            raise UserError(f"{name} {problem}: set evaluate.core_unfit=leave_out, or leave the task out")
+    ambiguous = task.kind == "multiple_choice" and not all(choice.strip() for choice in example["choices"])
+    ambiguous |= len(set(rows)) < len(rows) or any(row.start == len(row.tokens) for row in rows)
+    return Question(tuple(_crop(row, limit) for row in rows), gold, ambiguous)
 
 
 def build_texts(task: Task, example: dict, shots: Sequence[dict]) -> list[str]:
@@ -94,18 +162,25 @@ def _build_rows(task: Task, example: dict, shots: Sequence[dict], tokenizer: Tok
         return [Row(tokens, start) for tokens in encoded]
     if task.kind == "schema":  # the answer is the common ending
         answer = common_prefix([tokens[::-1] for tokens in encoded])
+        if answer == len(encoded[0]):  # all choices are equal: to nanochat, none has an answer
+            answer = 0
         return [Row(tokens, len(tokens) - answer) for tokens in encoded]
     return [Row(encoded[1], common_prefix(encoded))]
 
 
-def _crop(row: Row, longest: int, exact: bool, name: str) -> Row:
-    excess = max(0, len(row.tokens) - longest)
-    answer = len(row.tokens) - row.start
-    if row.start - excess < 1:
-        raise UserError(
-            f"{name} has an answer of {answer} tokens, but the model takes {longest}, including at least one before "
-            "the answer: leave the task out"
+def _find_problem(row: Row, limit: RowLimit, *, exact: bool) -> str | None:
+    """Returns why a row does not fit the model, or None if it does."""
+    length, answer = len(row.tokens), len(row.tokens) - row.start
+    if not limit.crop and length > limit.tokens:
+        return f"has {length:,} tokens, but the model takes at most {limit.tokens:,}"
+    if row.start - max(0, length - limit.tokens) < 1:
+        return (
+            f"has an answer of {answer:,} tokens, but the model takes {limit.tokens:,}, including at least one before "
+            "the answer"
         )
-    if exact and not answer:
-        raise UserError(f"{name} has an answer without any tokens: repair it or leave the task out")
+    return "has an answer without any tokens" if exact and not answer else None
+
+
+def _crop(row: Row, limit: RowLimit) -> Row:
+    excess = max(0, len(row.tokens) - limit.tokens)
     return Row(row.tokens[excess:], row.start - excess, excess)

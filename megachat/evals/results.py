@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megachat.errors import UserError
@@ -13,6 +13,7 @@ from megachat.text import text_table
 
 FORMAT = "megachat-evaluation-1"
 FOLDER = "evaluations"
+CROPPED = "prompts are cropped to the model's sequence_len"
 
 
 def results_path(run_folder: Path, step: int, *, in_training: bool = False) -> Path:
@@ -20,14 +21,28 @@ def results_path(run_folder: Path, step: int, *, in_training: bool = False) -> P
     return run_folder / FOLDER / f"step_{step:06d}{'_in_training' * in_training}.json"
 
 
-def core_section(bundle: Bundle, answers: Mapping[str, tuple[bool, ...]], max_per_task: int, **more) -> dict:
-    """Returns the "core" section of the file. answers: task label -> whether each example was answered correctly.
+@dataclass(frozen=True)
+class Answers:
+    """A task's answers. right: whether each example is answered correctly, in the metric's order.
+
+    left_out: numbers of the examples that do not fit the model; `right` lacks them. ambiguous: how many questions have
+    equal or empty choices; they are scored like the others.
+    """
+
+    right: tuple[bool, ...]
+    left_out: tuple[int, ...] = ()
+    ambiguous: int = 0
+
+
+def core_section(bundle: Bundle, answers: Mapping[str, Answers], max_per_task: int, *, crop: bool, **more) -> dict:
+    """Returns the "core" section of the file. crop: whether long prompts were cropped to sequence_len.
 
     more: further keys. core_metric is the mean of the centered accuracies of CORE's 22 tasks, None if one is missing;
     mean_centered is then the mean of the evaluated tasks.
     """
     tasks = {task.label: task for task in bundle.tasks}
-    scores = score_tasks([answers], {label: tasks[label].baseline for label in answers})
+    right = {label: answer.right for label, answer in answers.items()}
+    scores = score_tasks([right], {label: tasks[label].baseline for label in answers})
     is_core = scores.keys() >= set(CORE_TASKS)
     mean = estimate({label: scores[label] for label in (CORE_TASKS if is_core else scores)})
     each = estimate(scores)  # a bundle may contain tasks that are not part of CORE
@@ -39,18 +54,21 @@ def core_section(bundle: Bundle, answers: Mapping[str, tuple[bool, ...]], max_pe
         "missing": list(bundle.missing),
         "bundle_digest": bundle.digest,
         "max_per_task": max_per_task,
-        "whole": all(len(right) == len(tasks[label].examples) for label, right in answers.items()),
+        "crop": crop,
+        "whole": all(len(right[label]) == len(tasks[label].examples) for label in right),
         "tasks": {
             label: {
-                "accuracy": sum(right) / len(right),
+                "accuracy": sum(answer.right) / len(answer.right),
                 "centered": each.task_values[label],
                 "deviation": each.task_errors[label],  # of the centered accuracy
                 "baseline": tasks[label].baseline,
-                "examples": len(right),
+                "examples": len(answer.right),
+                "left_out": list(answer.left_out),
+                "ambiguous": answer.ambiguous,
                 "digest": tasks[label].digest,
-                "right": "".join("01"[answer] for answer in right),
+                "right": "".join("01"[is_right] for is_right in answer.right),
             }
-            for label, right in answers.items()
+            for label, answer in answers.items()
         },
     } | more
 
@@ -74,9 +92,13 @@ def load_results(path: Path) -> dict:
         results = json.loads(path.read_text(encoding="utf-8"))
         if results["format"] != FORMAT:
             raise ValueError(f"format {results['format']!r}")
-        for label, task in results.get("core", {}).get("tasks", {}).items():
+        core = results.get("core", {})
+        if not isinstance(core.get("crop", True), bool):
+            raise ValueError(f"crop {core['crop']!r}")
+        for label, task in core.get("tasks", {}).items():
             if (
                 len(task["right"]) != task["examples"]
+                or not isinstance(task.get("left_out", []), list)
                 or set(task["right"]) - set("01")
                 or not isinstance(task["digest"], str)
             ):
@@ -119,15 +141,30 @@ def core_table(section: dict) -> list[str]:
 
 def core_lines(section: dict) -> list[str]:
     """Returns lines of text: the mean with its error and, if it is CORE, the verdict against GPT-2."""
-    error = error_text(section["deviation"], digits=4)
+    error, notes = error_text(section["deviation"], digits=4), _notes(section)
     if section["core_metric"] is None:
         return [
+            *notes,
             f"mean of {len(section['tasks'])} tasks {section['mean_centered']:.6f} {error}; "
-            f"this is not CORE: {len(section['missing'])} of its {len(CORE_TASKS)} tasks are missing"
+            f"this is not CORE: {len(section['missing'])} of its {len(CORE_TASKS)} tasks are missing",
         ]
-    lines = [f"CORE {section['core_metric']:.6f} {error}", f"against GPT-2's: {section['verdict']['text']}"]
-    if not section["whole"]:
+    lines = [*notes, f"CORE {section['core_metric']:.6f} {error}", f"against GPT-2's: {section['verdict']['text']}"]
+    if not section["whole"] and section["max_per_task"] > 0:
         lines.append(f"at most {section['max_per_task']:,} examples per task: not the full metric")
+    return lines
+
+
+def _notes(section: dict) -> list[str]:
+    """Returns lines of text about the questions that need explanation."""
+    lines = [f"{CROPPED}, which nanochat does not do"] if section["crop"] else []
+    for key, what in (
+        ("left_out", "do not fit the model and are left out: not the full metric"),
+        ("ambiguous", "have equal or empty choices; they are scored as in nanochat"),
+    ):
+        counts = {label: len(task[key]) if key == "left_out" else task[key] for label, task in section["tasks"].items()}
+        if total := sum(counts.values()):
+            each = ", ".join(f"{label} {count:,}" for label, count in counts.items() if count)
+            lines.append(f"{total:,} questions {what} ({each})")
     return lines
 
 

@@ -15,6 +15,9 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 # Queries per tile of windowed_attention. Each tile is multiplied with window + TILE keys: a smaller one wastes less and
 # starts more kernels.
 TILE = 128
+MOST_COPIED = 1 << 17  # keys that windowed_attention copies for a row; beyond, copies take too much memory
+# Rows longer than MASKED_ROW have a mask per BLOCK of queries: one for the whole row grows with its length squared
+MASKED_ROW, BLOCK = 2048, 1024
 FLASH_MODULES = {"flash2": "flash_attn", "flash3": "flash_attn_interface", "flash4": "flash_attn.cute"}
 
 
@@ -28,8 +31,13 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) ->
     if window >= tokens - 1:
         return _sdpa(q, k, v, is_causal=True)
     position = torch.arange(tokens, device=q.device)
-    behind = position[:, None] - position[None, :]
-    return masked_attention(q, k, v, (behind >= 0) & (behind <= window))
+    block, outputs = BLOCK if tokens > MASKED_ROW else tokens, []
+    for begin in range(0, tokens, block):
+        end, first = min(begin + block, tokens), max(0, begin - window)  # first: the first key that the block sees
+        behind = position[begin:end, None] - position[None, first:end]
+        visible = (behind >= 0) & (behind <= window)
+        outputs.append(masked_attention(q[:, begin:end], k[:, first:end], v[:, first:end], visible))
+    return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
 
 
 def masked_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
@@ -54,9 +62,9 @@ def windowed_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window
     in Longformer, arXiv 2004.05150).
     """
     tokens = q.size(1)
-    if window + TILE >= tokens:
-        return attention(q, k, v, window)
     tiles = -(-(tokens - window) // TILE)
+    if window + TILE >= tokens or tiles * (window + TILE) > MOST_COPIED:
+        return attention(q, k, v, window)
     missing = window + tiles * TILE - tokens  # the padding of the last tile is seen by padding queries only
     queries = F.pad(q[:, window:], (0, 0, 0, 0, 0, missing)).unflatten(1, (tiles, TILE)).flatten(0, 1)
     keys, values = (

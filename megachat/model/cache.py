@@ -45,8 +45,8 @@ class Cache:
     """
 
     def __init__(self, dims: Dimensions, rows: int, tokens: int):
-        if not 1 <= tokens <= dims.sequence_len:
-            raise ValueError(f"a cache of {tokens} tokens for a model of {dims.sequence_len}")
+        if not 1 <= tokens <= dims.longest_row:
+            raise ValueError(f"a cache of {tokens} tokens for a model of at most {dims.longest_row}")
         self.dims, self.tokens, self.lengths = dims, tokens, [0] * rows
         # per block: keys and values [rows, slots, kv_heads, head_size]
         self._buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -106,9 +106,9 @@ class Chunk:
 
         Those of padding are arbitrary.
         """
-        if self._same_start and self.starts[0] + tokens <= self.cache.dims.sequence_len:
+        if self._same_start and self.starts[0] + tokens <= self.cache.dims.longest_row:
             return slice(self.starts[0], self.starts[0] + tokens)
-        last = self.cache.dims.sequence_len - 1
+        last = self.cache.dims.longest_row - 1
         return self._share(
             "positions", device, lambda: self._queries(tokens).clamp(max=last).expand(len(self.starts), -1)
         )

@@ -74,7 +74,7 @@ def _recomputed(function: Callable, *inputs):
 
 
 class Rotary(nn.Module):
-    """Rotary positions (RoFormer, arXiv 2104.09864), shared by the blocks: tables cos and sin [1, sequence_len, 1,
+    """Rotary positions (RoFormer, arXiv 2104.09864), shared by the blocks: tables cos and sin [1, longest_row, 1,
     head_size / 2].
     """
 
@@ -83,8 +83,9 @@ class Rotary(nn.Module):
 
     def __init__(self, dims: Dimensions, options: ModelOptions):
         super().__init__()
-        frequencies = dims.rotary_base ** -(torch.arange(0, dims.head_size, 2, dtype=torch.float32) / dims.head_size)
-        angles = torch.outer(torch.arange(dims.sequence_len, dtype=torch.float32), frequencies)[None, :, None, :]
+        # 1 / x, not a negative power, which is rounded differently: nanochat's tables to the bit
+        frequencies = 1 / dims.rotary_base ** (torch.arange(0, dims.head_size, 2, dtype=torch.float32) / dims.head_size)
+        angles = torch.outer(torch.arange(dims.longest_row, dtype=torch.float32), frequencies)[None, :, None, :]
         self.chunk = options.rotary == "chunk"
         self.register_buffer("cos", angles.cos().to(options.compute_dtype), persistent=False)
         self.register_buffer("sin", angles.sin().to(options.compute_dtype), persistent=False)

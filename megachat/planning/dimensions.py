@@ -13,6 +13,7 @@ WINDOW_TILE = 128  # short windows are multiples of the attention kernels' tile
 NORM_EPSILON = 1.1920929e-07
 ROTARY_BASE = 100_000.0
 QK_SCALE = 1.2
+ROW_REACH = 10  # the longest row that a model takes, relative to sequence_len: nanochat's rotary tables are as long
 FP8_TILES = {"tensorwise": 16, "blockwise": 128}  # divide both sides of an FP8 weight and the tokens that it multiplies
 FP8_LEAST_SIDE = 128  # rounding smaller matrices costs more than FP8 saves
 
@@ -49,6 +50,11 @@ class Dimensions:
     def padded_vocab(self) -> int:
         """Returns the rows of the tables."""
         return up_to_multiple(self.vocab_size, VOCAB_MULTIPLE)
+
+    @property
+    def longest_row(self) -> int:
+        """Returns the most tokens of a row that the model can compute. Windows stay those of sequence_len."""
+        return ROW_REACH * self.sequence_len
 
     @property
     def kv_width(self) -> int:

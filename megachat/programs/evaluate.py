@@ -16,6 +16,7 @@ from megachat.errors import UserError
 from megachat.evals.bpb import ValidationRows, bits_per_byte
 from megachat.evals.core import build_evaluator, evaluate_bundle
 from megachat.evals.core_bundle import Bundle, check_max_per_task, describe_bundle, open_bundle
+from megachat.evals.core_prompts import check_questions, row_limit
 from megachat.evals.engine_model import sample_prompts
 from megachat.evals.results import core_table, results_path, save_results
 from megachat.evals.sources import SourceRows, source_names
@@ -71,6 +72,9 @@ def evaluate(request: EvaluationRequest) -> None:
         saved = dataclasses.replace(saved, config=saved.config.model_copy(update={"data": data_config}))
     plan = evaluation_plan(saved, environment.world_size)
     bundle = _open_bundle(request)
+    if bundle:
+        limit = row_limit(plan.dims, saved.config.evaluate)
+        check_questions(bundle, saved.tokenizer, limit, request.max_per_task)
     data = check_data(saved.config, least_shards=1) if request.bpb is not None else None
     out = request.out or results_path(saved.run_folder, saved.step)
     if environment.rank == 0:

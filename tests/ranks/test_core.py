@@ -1,6 +1,7 @@
 """CORE in batches on every layout, against one example at a time in one process and against nanochat's answers."""
 
 import json
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import torch
 from megachat.data.tokenizer import Tokenizer
 from megachat.evals.core import Evaluator, evaluate_tasks
 from megachat.evals.core_bundle import CORE_TASKS, Bundle, Task, open_bundle
-from megachat.evals.results import core_section
+from megachat.evals.core_prompts import RowLimit
+from megachat.evals.results import Answers, core_section
 from megachat.model.gpt import ModelOptions, build_layers
 from megachat.model.parameters import load_whole, placed_parameters, starting_value
 from megachat.parallel.engine import build_evaluation_engine, build_module, start_collectives
@@ -35,7 +37,15 @@ LAYOUTS = [
     (3, {"pipeline": 3}),
     (4, {"pipeline": 2}),
 ]
-MODEL = {"aspect_ratio": 32, "head_size": 16, "kv_heads": 2, "sequence_len": 96, "window_pattern": "SL"}  # 3 blocks
+# Three blocks. Prompts are up to six times as long as a row; they reach beyond both windows, 128 and 32
+MODEL = {"aspect_ratio": 32, "head_size": 16, "kv_heads": 2, "sequence_len": 32, "window_pattern": "SL"}
+BATCH = {"tokens": 32 * 12}
+TASKS = {
+    "arc_easy": ("multiple_choice", 7, "\nA: ", 50),
+    "winograd": ("schema", 4, None, 50),
+    "lambada_openai": ("language_modeling", 3, None, 0),
+}
+PASSES = (100, 2000)  # tokens
 
 
 def tokenizer() -> Tokenizer:
@@ -64,51 +74,65 @@ def copying_task() -> Task:
     return Task("copying", "language_modeling", 0, "", 0.0, examples)
 
 
-def on_ranks(bundle: Path, parallel: dict, tokens_per_pass: int):
-    config, letters = small_config(model=MODEL, batch={"tokens": 96 * 12}, parallel=parallel), tokenizer()
+def limits(dims) -> list[RowLimit]:
+    """Returns nanochat's way with long rows, and cropping."""
+    return [RowLimit(dims.longest_row), RowLimit(dims.sequence_len, crop=True)]
+
+
+def on_ranks(bundle: Path, parallel: dict):
+    config, letters = small_config(model=MODEL, batch=BATCH, parallel=parallel), tokenizer()
     start_collectives(torch.device("cpu"), "gloo", timedelta(seconds=600))
     mesh = build_mesh(torch.device("cpu"), tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
     plan = resolve(config, mesh.world.size, letters.vocab_size)
     layers = build_stage(config, plan, mesh, torch.float32, start=False)
-    some_values(layers, copying=False)
     engine = build_evaluation_engine(build_module(list(layers), torch.nn.Identity(), mesh), mesh)
-    progress: list[tuple[int, int]] = []
-    model = Evaluator(engine, plan.dims, mesh, config.parallel.sequence, tokens_per_pass)
-    tasks = open_bundle(bundle).tasks
-    right, padding_share = evaluate_tasks(
-        model, tasks, letters, max_per_task=9, on_progress=lambda done, total: progress.append((done, total))
-    )
-    some_values(layers, copying=True)
-    copied, _ = evaluate_tasks(model, [copying_task()], letters, max_per_task=9)
-    return right | copied, padding_share, progress
+    progress: list[list[tuple[int, int]]] = []
+    paddings: list[float] = []
+    right: dict[tuple[bool, int], dict] = {}
+    for tasks in (open_bundle(bundle).tasks, (copying_task(),)):
+        some_values(layers, copying=len(tasks) == 1)
+        for limit in limits(plan.dims):
+            for tokens_per_pass in PASSES:
+                model = Evaluator(engine, plan.dims, mesh, limit, config.parallel.sequence, tokens_per_pass)
+                progress.append([])
+                answers, padding = evaluate_tasks(
+                    model, tasks, letters, max_per_task=9, on_progress=lambda *numbers: progress[-1].append(numbers)
+                )
+                paddings.append(padding)
+                of_mode = right.setdefault((limit.crop, tokens_per_pass), {})
+                of_mode |= {label: answer.right for label, answer in answers.items()}
+    return right, paddings, progress
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory) -> Path:
-    return write_bundle(tmp_path_factory.mktemp("bundle"), count=11)
+    return write_bundle(tmp_path_factory.mktemp("bundle"), TASKS, count=11)
 
 
 @pytest.fixture(scope="module")
-def oracle(bundle) -> dict[str, tuple[bool, ...]]:
+def oracle(bundle) -> dict[bool, dict[str, tuple[bool, ...]]]:
+    """Returns by whether prompts are cropped: task -> whether each example is right."""
     letters = tokenizer()
-    dims = resolve(small_config(model=MODEL, batch={"tokens": 96 * 12}), 1, letters.vocab_size).dims
+    dims = resolve(small_config(model=MODEL, batch=BATCH), 1, letters.vocab_size).dims
     layers = build_layers(dims, ModelOptions()).requires_grad_(False)
-    some_values(layers, copying=False)
-    right = one_by_one(layers, dims, open_bundle(bundle).tasks, letters, 9)
-    some_values(layers, copying=True)
-    right |= one_by_one(layers, dims, (copying_task(),), letters, 9)
-    assert all(0 < sum(right[label]) < 9 for label in ("arc_easy", "winograd", "copying")), (
-        "too uniform to prove anything"
-    )
+    right: dict[bool, dict] = {}
+    for tasks in (open_bundle(bundle).tasks, (copying_task(),)):
+        some_values(layers, copying=len(tasks) == 1)
+        for limit in limits(dims):
+            right.setdefault(limit.crop, {}).update(one_by_one(layers, dims, tasks, letters, limit, 9))
+    for answers in right.values():
+        assert all(0 < sum(answers[label]) < 9 for label in ("arc_easy", "winograd", "copying")), "too uniform"
+    assert right[True]["arc_easy"] != right[False]["arc_easy"] and right[True]["winograd"] != right[False]["winograd"]
     return right
 
 
 @pytest.mark.parametrize(("world", "parallel"), LAYOUTS, ids=str)
-@pytest.mark.parametrize("tokens_per_pass", [100, 2000])
-def test_every_layout_answers_like_one_example_at_a_time(world, parallel, tokens_per_pass, bundle, oracle):
-    for right, padding, progress in run_ranks(on_ranks, world, bundle, parallel, tokens_per_pass):
-        assert right == oracle and 0 <= padding < 0.6
-        assert progress[-1] == (27, 27) and progress == sorted(progress)
+def test_every_layout_answers_like_one_example_at_a_time(world, parallel, bundle, oracle):
+    for right, paddings, progress in run_ranks(on_ranks, world, bundle, parallel):
+        assert right == {(crop, tokens): answers for crop, answers in oracle.items() for tokens in PASSES}
+        assert all(0 <= padding < 0.6 for padding in paddings[:4])
+        assert all(steps == sorted(steps) for steps in progress)
+        assert [steps[-1] for steps in progress] == [(27, 27)] * 4 + [(9, 9)] * 4
 
 
 @needs_reference
@@ -116,21 +140,25 @@ def test_every_layout_answers_like_one_example_at_a_time(world, parallel, tokens
     not BUNDLE.is_dir(), reason="../shared/eval_bundle is absent: it comes with the developers' checkout"
 )
 def test_nanochats_answers_example_by_example():
+    """This weak model gives these examples the same answers in both modes; others are in test_core_as_nanochat.py."""
     expected = json.loads((REFERENCE / "core_expected.json").read_text())
     ((right, section),) = run_ranks(reference_answers, 1, expected["max_per_task"])
-    assert right == {label: task["right"] for label, task in expected["tasks"].items()}
+    for answers in right:
+        assert answers == {label: task["right"] for label, task in expected["tasks"].items()}
     centered = {label: task["centered"] for label, task in section["tasks"].items()}
     assert centered == pytest.approx({label: task["centered"] for label, task in expected["tasks"].items()}, abs=1e-12)
     assert section["mean_centered"] == pytest.approx(expected["core_metric"], abs=1e-12)
-    assert section["core_metric"] is None
+    assert section["core_metric"] is None and section["crop"] is True
 
 
 def reference_answers(max_per_task: int):
     model, evaluator = build_model_and_evaluator(REFERENCE, [])
-    bundle = open_bundle(BUNDLE)
-    right, _ = evaluate_tasks(evaluator, bundle.tasks, model.tokenizer, max_per_task=max_per_task)
-    as_numbers = {label: [int(answer) for answer in answers] for label, answers in right.items()}
-    return as_numbers, core_section(bundle, right, max_per_task)
+    bundle, right = open_bundle(BUNDLE), []
+    for limit in limits(evaluator.dims):
+        evaluator = replace(evaluator, limit=limit)
+        answers, _ = evaluate_tasks(evaluator, bundle.tasks, model.tokenizer, max_per_task=max_per_task)
+        right.append({label: list(map(int, answer.right)) for label, answer in answers.items()})
+    return right, core_section(bundle, answers, max_per_task, crop=evaluator.limit.crop)
 
 
 def test_the_metric_is_the_plain_mean_of_all_its_tasks():
@@ -138,8 +166,8 @@ def test_the_metric_is_the_plain_mean_of_all_its_tasks():
 
     def section(labels) -> dict:
         tasks = tuple(Task(label, "schema", 0, " ", 0.0, ({},) * 25) for label in labels)
-        right = {label: tuple(number < count for number in range(25)) for count, label in enumerate(labels)}
-        return core_section(Bundle(tasks, (), ""), right, -1)
+        right = {label: Answers(tuple(number < count for number in range(25))) for count, label in enumerate(labels)}
+        return core_section(Bundle(tasks, (), ""), right, -1, crop=False)
 
     assert section(CORE_TASKS)["core_metric"] == pytest.approx(sum(range(22)) / 25 / 22, abs=1e-15)
     assert section((*CORE_TASKS, "another"))["core_metric"] == section(CORE_TASKS)["core_metric"]

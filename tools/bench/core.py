@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from megachat.errors import UserError
 from megachat.evals.core import Evaluator, build_evaluator, evaluate_tasks
 from megachat.evals.core_bundle import Task, open_bundle
-from megachat.evals.core_prompts import Question, build_questions
+from megachat.evals.core_prompts import Question, RowLimit, build_questions
 from megachat.job.join import start_mesh
 from megachat.job.launch import bootstrap_environment, choose_device
 from megachat.model.gpt import logits, run_layers
@@ -31,10 +31,14 @@ def answers_correctly(layers, dims, question: Question) -> bool:
     return means.index(min(means)) == question.gold
 
 
-def one_by_one(layers, dims, tasks: tuple[Task, ...], tokenizer, max_per_task: int) -> dict[str, tuple[bool, ...]]:
+def one_by_one(
+    layers, dims, tasks: tuple[Task, ...], tokenizer, limit: RowLimit, max_per_task: int
+) -> dict[str, tuple[bool, ...]]:
     """Returns task -> whether each example is answered correctly, computed one by one in one process."""
-    questions = {task.label: build_questions(task, tokenizer, dims.sequence_len, max_per_task) for task in tasks}
-    return {label: tuple(answers_correctly(layers, dims, one) for one in some) for label, some in questions.items()}
+    questions = {task.label: build_questions(task, tokenizer, limit, max_per_task) for task in tasks}
+    return {
+        label: tuple(answers_correctly(layers, dims, one) for one in some if one) for label, some in questions.items()
+    }
 
 
 def build_model_and_evaluator(checkpoint: Path, overrides: list[str]) -> tuple[EvaluationModel, Evaluator]:
@@ -52,17 +56,18 @@ def bench_core(arguments: Namespace) -> dict:
     model, evaluator = build_model_and_evaluator(Path(arguments.checkpoint), arguments.set)
     tasks, dims, limit = open_bundle(Path(arguments.bundle)).tasks, model.plan.dims, arguments.max_per_task
     ways = {
-        "one by one": lambda: one_by_one(model.layers, dims, tasks, model.tokenizer, limit),
+        "one by one": lambda: one_by_one(model.layers, dims, tasks, model.tokenizer, evaluator.limit, limit),
         "in batches": lambda: evaluate_tasks(evaluator, tasks, model.tokenizer, max_per_task=limit),
     }
     single, (batched, padding_share) = ways["one by one"](), ways["in batches"]()
-    for label, right in batched.items():
-        if right != single[label]:
+    for label, answers in batched.items():
+        if answers.right != single[label]:
             raise RuntimeError(f"{label}: one by one and in batches have different answers")
     examples = sum(len(right) for right in single.values())
     facts = {
         "examples": examples,
         "padding_share": padding_share,
+        "crop": evaluator.limit.crop,
         "tasks": {task.label: len(single[task.label]) for task in tasks},
         "depth": dims.depth,
         "width": dims.width,

@@ -11,6 +11,7 @@ import pytest
 from megachat.errors import UserError
 from megachat.evals.core_bundle import CORE_TASKS, Bundle, Task
 from megachat.evals.results import (
+    Answers,
     core_lines,
     core_section,
     core_table,
@@ -31,12 +32,19 @@ def bundle(labels=CORE_TASKS, digest: str = "0") -> Bundle:
 
 
 def evaluated(
-    path, chance: float, seed: int, labels=CORE_TASKS, digest: str = "0", step: int = 7, examples: int = EXAMPLES
+    path,
+    chance: float,
+    seed: int,
+    labels=CORE_TASKS,
+    digest: str = "0",
+    step: int = 7,
+    examples: int = EXAMPLES,
+    crop=False,
 ):
     """Writes the file of a model that is right with that probability; equal seeds make the same examples hard."""
     hard = np.random.default_rng(seed).random((len(labels), examples))
-    right = {label: tuple(bool(right) for right in row < chance) for label, row in zip(labels, hard, strict=True)}
-    section = core_section(bundle(labels, digest), right, -1)
+    right = {label: Answers(tuple(map(bool, row < chance))) for label, row in zip(labels, hard, strict=True)}
+    section = core_section(bundle(labels, digest), right, examples if examples < EXAMPLES else -1, crop=crop)
     save_results(path, {"run": "x", "step": step, "core": section})
     return path
 

@@ -10,7 +10,7 @@ import pytest
 
 from megachat.errors import UserError
 from megachat.evals.core_bundle import Task
-from megachat.evals.core_prompts import Row, build_questions, build_texts, common_prefix, shuffle_examples
+from megachat.evals.core_prompts import Row, RowLimit, build_questions, build_texts, common_prefix, shuffle_examples
 from tests.unit.evals.bundle import examples
 
 
@@ -55,18 +55,18 @@ def test_the_texts_of_each_kind():
 
 def test_answers_begin_where_choices_differ_and_where_contexts_have_ended():
     given = ({"query": "ab", "choices": ["xyz", "xq"], "gold": 0},)
-    (question,) = build_questions(task("multiple_choice", given=given), Letters(), 64, -1)
+    (question,) = build_questions(task("multiple_choice", given=given), Letters(), RowLimit(64), -1)
     assert [(row.start, len(row.tokens)) for row in question.rows] == [
         (4, 6),
         (4, 5),
     ] and question.gold == 0  # BOS a b " x" | y z
     given = ({"context_options": ["abc", "dc"], "continuation": "xy", "gold": 1},)
-    (question,) = build_questions(task("schema", given=given), Letters(), 64, -1)
+    (question,) = build_questions(task("schema", given=given), Letters(), RowLimit(64), -1)
     assert [row.tokens[row.start :] for row in question.rows] == [
         (99, 1120, 121)
     ] * 2  # with the c that both contexts end with
     given = ({"context": "ab ", "continuation": "xyz"},)
-    (question,) = build_questions(task("language_modeling", given=given), Letters(), 64, -1)
+    (question,) = build_questions(task("language_modeling", given=given), Letters(), RowLimit(64), -1)
     assert question.rows == (Row((0, 97, 98, 1120, 121, 122), 3),) and question.gold is None
 
 
@@ -75,18 +75,18 @@ def test_shots_are_drawn_per_example_from_the_others_within_the_limit():
     kept = list(shuffled.examples)
     random.Random(1337).shuffle(kept)
     assert shuffle_examples(shuffled, 4) == kept[:4] and shuffle_examples(shuffled, -1) == kept
-    questions = build_questions(shuffled, Letters(), 4096, 4)
+    questions = build_questions(shuffled, Letters(), RowLimit(4096), 4)
     for number, question in enumerate(questions):
         drawn = random.Random(1234 + number).sample([index for index in range(4) if index != number], 2)
         text = build_texts(shuffled, kept[number], [kept[index] for index in drawn])[1]
         assert question.rows[0].tokens == tuple(Letters().encode(text, bos=True))
     with pytest.raises(UserError, match="some_task.* 2 shots.* 2 examples"):
-        build_questions(shuffled, Letters(), 4096, 2)
+        build_questions(shuffled, Letters(), RowLimit(4096), 2)
 
 
 def test_long_texts_lose_their_beginning():
     given = ({"query": "abcdef", "choices": ["x", "yzw"], "gold": 0},)
-    (question,) = build_questions(task("multiple_choice", given=given), Letters(), 8, -1)
+    (question,) = build_questions(task("multiple_choice", given=given), Letters(), RowLimit(8, crop=True), -1)
     assert question.rows == (
         Row((0, 97, 98, 99, 100, 101, 102, 1120), 7),
         Row((98, 99, 100, 101, 102, 1121, 122, 119), 5, 2),
@@ -112,7 +112,10 @@ def test_long_texts_lose_their_beginning():
 def test_unusable_examples_are_refused(kind, example, facts):
     with pytest.raises(UserError, match=f"^example 1 of some_task .*{facts}"):
         build_questions(
-            task(kind, given=(example,), delimiter="" if example.get("continuation") == "" else " "), Letters(), 8, -1
+            task(kind, given=(example,), delimiter="" if example.get("continuation") == "" else " "),
+            Letters(),
+            RowLimit(8, crop=True),
+            -1,
         )
 
 
