@@ -17,7 +17,7 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 TILE = 128
 MOST_COPIED = 1 << 17  # keys that windowed_attention copies for a row; beyond, copies take too much memory
 # Rows longer than MASKED_ROW have a mask per BLOCK of queries: one for the whole row grows with its length squared
-MASKED_ROW, BLOCK = 2048, 1024
+MASKED_ROW, BLOCK = 4096, 1024
 FLASH_MODULES = {"flash2": "flash_attn", "flash3": "flash_attn_interface", "flash4": "flash_attn.cute"}
 
 

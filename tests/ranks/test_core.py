@@ -130,7 +130,7 @@ def oracle(bundle) -> dict[bool, dict[str, tuple[bool, ...]]]:
 def test_every_layout_answers_like_one_example_at_a_time(world, parallel, bundle, oracle):
     for right, paddings, progress in run_ranks(on_ranks, world, bundle, parallel):
         assert right == {(crop, tokens): answers for crop, answers in oracle.items() for tokens in PASSES}
-        assert all(0 <= padding < 0.6 for padding in paddings[:4])
+        assert all(0 <= padding < 0.7 for padding in paddings[:4])
         assert all(steps == sorted(steps) for steps in progress)
         assert [steps[-1] for steps in progress] == [(27, 27)] * 4 + [(9, 9)] * 4
 

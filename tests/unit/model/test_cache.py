@@ -120,5 +120,5 @@ def test_what_does_not_fit_is_refused_and_bytes_are_foretold(layers, texts):
     assert cache.lengths == [0, 0] and cache.bytes == 0
     computed(layers, texts[3][None, :20].expand(2, -1), cache.extend([20, 11]))
     assert cache.bytes == cache_bytes(DIMS, 2, 30, torch.float32) == 2 * 4 * (2 * 2 * 16 * (8 + 21 + 30 + 30) + 64)
-    with pytest.raises(ValueError, match="a cache of 65 tokens for a model of 64"):
-        Cache(DIMS, 1, 65)
+    with pytest.raises(ValueError, match="a cache of 641 tokens for a model of at most 640"):
+        Cache(DIMS, 1, 641)
