@@ -10,10 +10,12 @@ import csv
 import hashlib
 import io
 import json
+import lzma
 import zipfile
+import zlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
@@ -35,6 +37,10 @@ _KINDS: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "schema": ("context_options", ("continuation",)),
     "language_modeling": (None, ("context", "continuation")),
 }
+# Far above the files of nanochat's bundle; a small zip file may unpack to any size
+_MOST_INDEX_BYTES, _MOST_DATA_BYTES, _MOST_LINE, _MOST_DEPTH = 1 << 18, 1 << 29, 1 << 20, 20
+# of damaged or encrypted members and unreadable folders
+_UNREADABLE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError)
 _FOLDER, _INDEX, _BASELINES, _DATA = "eval_bundle", "core.yaml", "eval_meta_data.csv", "eval_data"
 _Folder = Path | zipfile.Path
 
@@ -79,7 +85,7 @@ def open_bundle(
                 problem = "is one of CORE's tasks but not in" if label in CORE_TASKS else "is not a task of"
                 raise UserError(f"{label} {problem} {path}: it has {', '.join(labels)}")
         tasks = tuple(_read_task(root, entry, baselines) for entry in entries if only is None or entry["label"] in only)
-    except (zipfile.BadZipFile, EOFError, OSError) as error:  # a damaged member, or an unreadable folder
+    except _UNREADABLE as error:
         raise UserError(f"{path} cannot be read ({error}): get the bundle again") from None
     missing = tuple(label for label in CORE_TASKS if label not in {task.label for task in tasks})
     return Bundle(tasks, missing, hashlib.sha256("".join(task.digest for task in tasks).encode()).hexdigest())
@@ -123,7 +129,7 @@ def _find_root(path: Path) -> _Folder:
         )
     try:
         root = path if path.is_dir() else zipfile.Path(path)
-    except (zipfile.BadZipFile, OSError) as error:
+    except _UNREADABLE as error:
         raise UserError(f"{path} is neither a folder nor a complete zip file ({error}): get the bundle again") from None
     for folder in (root, root / _FOLDER):
         if (folder / _INDEX).is_file():
@@ -136,23 +142,39 @@ def _parsing(file: _Folder, needs: str) -> Iterator[None]:
     """Turns an error while parsing a file into a UserError. needs: what the file must contain."""
     try:
         yield
-    except (yaml.YAMLError, csv.Error, LookupError, TypeError, ValueError, AttributeError) as error:
+    except (yaml.YAMLError, csv.Error, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(f"{file} is not {needs} ({reason}): repair it or get the bundle again") from None
 
 
-def _read_text(file: _Folder) -> str:
+def _read_text(file: _Folder, most_bytes: int) -> str:
     if not file.is_file():
         raise UserError(f"{file} is missing from the CORE bundle: get the bundle again")
+    with file.open("rb") as opened:
+        content = opened.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise UserError(f"{file} has more than {most_bytes:,} bytes, which no task of CORE needs: get the bundle again")
     with _parsing(file, "UTF-8 text"):
-        return file.read_bytes().decode("utf-8-sig")  # a byte order mark is not text
+        return content.decode("utf-8-sig")  # a byte order mark is not text
+
+
+def _check_yaml(text: str) -> None:
+    """Raises ValueError for a document that takes little space and much memory or time to load."""
+    depth = 0
+    for event in yaml.parse(text):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("it has aliases, which may stand for gigabytes")
+        if depth > _MOST_DEPTH:
+            raise ValueError(f"it is nested more than {_MOST_DEPTH} deep")
 
 
 def _read_index(root: _Folder) -> list[dict[str, Any]]:
     """Returns the task entries of core.yaml, checked."""
     file = root / _INDEX
-    text = _read_text(file)
+    text = _read_text(file, _MOST_INDEX_BYTES)
     with _parsing(file, "YAML with icl_tasks, each with label, dataset_uri, num_fewshot and icl_task_type"):
+        _check_yaml(text)
         entries: list[dict[str, Any]] = [
             {
                 "label": str(entry["label"]),
@@ -163,6 +185,7 @@ def _read_index(root: _Folder) -> list[dict[str, Any]]:
             }
             for entry in yaml.safe_load(text)["icl_tasks"]
         ]
+        "".join(str(value) for entry in entries for value in entry.values()).encode()  # half of a surrogate pair fails
     labels = [entry["label"] for entry in entries]
     for entry in entries:
         if labels.count(entry["label"]) > 1:
@@ -180,7 +203,7 @@ def _read_index(root: _Folder) -> list[dict[str, Any]]:
 
 def _read_baselines(file: _Folder) -> dict[str, str]:
     """Returns label -> random baseline in percent, as written."""
-    text = _read_text(file)
+    text = _read_text(file, _MOST_INDEX_BYTES)
     with _parsing(file, "CSV with columns `Eval Task` and `Random baseline`"):
         return {row["Eval Task"]: row["Random baseline"] for row in csv.DictReader(io.StringIO(text))}
 
@@ -197,7 +220,8 @@ def _read_task(root: _Folder, entry: dict, baselines: dict[str, str]) -> Task:
         raise UserError(
             f"{table}: the baseline of {label} is {baselines[label]!r}: give percent, 0 or more and less than 100"
         )
-    content = _read_text(file)
+    _check_inside(root, entry)
+    content = _read_text(file, _MOST_DATA_BYTES)
     lines = content.removesuffix("\n").split("\n")
     examples = tuple(_parse_example(line, f"{file} line {n}", entry["kind"]) for n, line in enumerate(lines, 1))
     if len(examples) <= shots:
@@ -207,13 +231,32 @@ def _read_task(root: _Folder, entry: dict, baselines: dict[str, str]) -> Task:
     return Task(label, entry["kind"], shots, entry["delimiter"], baseline, examples, digest)
 
 
+def _check_inside(root: _Folder, entry: dict) -> None:
+    """Raises UserError if a task's data file lies outside of the bundle, by its path or through a symbolic link."""
+    path = PurePosixPath(entry["file"])
+    inside = not path.is_absolute() and ".." not in path.parts
+    if inside and isinstance(root, Path):
+        inside = (root / _DATA / path).resolve().is_relative_to(root.resolve())
+    if not inside:
+        raise UserError(
+            f"{root / _INDEX}: the dataset_uri {entry['file']} of {entry['label']} lies outside of the bundle: "
+            f"put the file into {_DATA}/"
+        )
+
+
 def _parse_example(line: str, where: str, kind: str) -> dict:
     """Parses one line of a task's data and checks that it has what its kind needs."""
     fix = "repair it or get the bundle again"
+    if len(line) > _MOST_LINE:
+        raise UserError(f"{where} has {len(line):,} characters, more than {_MOST_LINE:,}: {fix}")
     try:
         example = json.loads(line)
+        if "\\u" in line:
+            json.dumps(example, ensure_ascii=False).encode()  # half of a surrogate pair, which is no text, fails
     except json.JSONDecodeError as error:
         raise UserError(f"{where} is not JSON ({error.msg} at column {error.colno}): {fix}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} cannot be read ({error}): {fix}") from None
     if not isinstance(example, dict):
         raise UserError(f"{where} is not a JSON object: {fix}")
     choices, text_keys = _KINDS[kind]

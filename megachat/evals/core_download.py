@@ -44,7 +44,8 @@ def download_bundle(
             raise UserError(
                 f"{path} cannot be written or locked ({error.strerror}): download {url} yourself and give the file"
             ) from None
-    first, current = hash_file.read_text(encoding="utf-8").split()[0], file_sha256(path)
+    first = (hash_file.read_text(encoding="utf-8", errors="replace").split() or ["nothing"])[0]
+    current = file_sha256(path)
     if current != first:
         raise UserError(
             f"{path} is not the file that was first there (SHA-256 {current[:12]}, not {first[:12]}): "

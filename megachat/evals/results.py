@@ -106,7 +106,7 @@ def load_results(path: Path) -> dict:
             if not 0 <= task["baseline"] < 1:
                 raise ValueError(f"baseline of {label}")
         return results
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path} is not a valid evaluation of launch/evaluate.py ({type(error).__name__}: {error}): evaluate again"
         ) from None

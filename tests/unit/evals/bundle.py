@@ -48,9 +48,9 @@ def write_bundle(folder: Path, tasks: dict = THREE, count: int = 6) -> Path:
     return folder
 
 
-def zipped(folder: Path, path: Path, inside: str = "eval_bundle") -> Path:
+def zipped(folder: Path, path: Path, inside: str = "eval_bundle", compression: int = zipfile.ZIP_STORED) -> Path:
     """Writes the folder into a zip file under the name `inside`."""
-    with zipfile.ZipFile(path, "w") as archive:
+    with zipfile.ZipFile(path, "w", compression) as archive:
         for file in sorted(folder.rglob("*")):
             archive.write(file, Path(inside) / file.relative_to(folder))
     return path

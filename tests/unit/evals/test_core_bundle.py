@@ -1,9 +1,10 @@
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from megachat.errors import UserError
-from megachat.evals import core_download
+from megachat.evals import core_bundle, core_download
 from megachat.evals.core_bundle import CORE_TASKS, check_max_per_task, open_bundle
 from megachat.files import file_sha256
 from tests.unit.evals.bundle import ALL, examples, write_bundle, zipped
@@ -84,6 +85,10 @@ LINE = "eval_data/multiple_choice/arc_easy.jsonl line 3 "
             LINE + "has `gold` 2: give the index of one of its 2",
         ),
         ('{"query": "a", "choices": ["a", "b"], "gold": true}', LINE + "has `gold` True"),
+        ("[" * 200_000, LINE + "cannot be read (maximum recursion depth exceeded"),
+        ('{"query": ' + "7" * 5000 + "}", LINE + "cannot be read (Exceeds the limit"),
+        (r'{"query": "\ud800", "choices": ["a", "b"], "gold": 0}', LINE + "cannot be read ('utf-8' codec"),
+        ('{"query": "' + "a" * (1 << 20) + '"}', LINE + "has 1,048,589 characters, more than 1,048,576"),
     ],
 )
 def test_a_broken_line_is_named(folder, tmp_path, line, why):
@@ -102,6 +107,10 @@ def rewritten(name: str, change):
     return spoil
 
 
+def elsewhere(uri: str):
+    return rewritten("core.yaml", lambda text: text.replace("schema/winograd.jsonl", uri))
+
+
 def without(name: str):
     return lambda folder: (folder / name).unlink()
 
@@ -110,6 +119,13 @@ def without(name: str):
     ("spoil", "why"),
     [
         (without("core.yaml"), "has no core.yaml"),
+        (rewritten("core.yaml", lambda text: "icl_tasks: " + "[" * 200_000), "nested more than 20 deep"),
+        (rewritten("core.yaml", lambda text: "a: &a [x]\nb: [*a, *a]\n" + text), "it has aliases"),
+        (rewritten("core.yaml", lambda text: text + "# " + "a" * (1 << 18)), "core.yaml has more than 262,144 bytes"),
+        (rewritten("core.yaml", lambda text: text + r'  continuation_delimiter: "\ud800"'), "core.yaml is not YAML"),
+        (rewritten("eval_meta_data.csv", lambda text: text + "a" * (1 << 18)), "csv has more than 262,144 bytes"),
+        (elsewhere("../schema.jsonl"), "the dataset_uri ../schema.jsonl of winograd lies outside of the bundle"),
+        (elsewhere("/etc/passwd"), "the dataset_uri /etc/passwd of winograd lies outside of the bundle"),
         (without("eval_meta_data.csv"), "eval_meta_data.csv is missing from the CORE bundle"),
         (without("eval_data/schema/winograd.jsonl"), "eval_data/schema/winograd.jsonl is missing from the CORE bundle"),
         (rewritten("core.yaml", lambda text: "icl_tasks: ["), "core.yaml is not YAML"),
@@ -149,6 +165,58 @@ def without(name: str):
 def test_bad_bundles(folder, spoil, why):
     spoil(folder)
     assert why in refused(folder)
+
+
+def test_a_link_out_of_the_bundle_is_refused_and_one_inside_is_followed(folder, tmp_path):
+    file = folder / "eval_data/schema/winograd.jsonl"
+    file.rename(folder / "moved.jsonl")
+    file.symlink_to(folder / "moved.jsonl")
+    linked = tmp_path / "linked"
+    linked.symlink_to(folder)
+    assert open_bundle(linked) == open_bundle(folder)
+    (folder / "moved.jsonl").rename(tmp_path / "moved.jsonl")
+    file.unlink()
+    file.symlink_to(tmp_path / "moved.jsonl")
+    assert "the dataset_uri schema/winograd.jsonl of winograd lies outside of the bundle" in refused(folder)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
+def test_a_zip_that_unpacks_to_gigabytes_is_refused_while_it_is_read(folder, tmp_path, monkeypatch, compression):
+    monkeypatch.setattr(core_bundle, "_MOST_DATA_BYTES", 1 << 20)
+    read = []
+    whole = zipfile.ZipExtFile.read
+
+    def counted(self, *sizes):
+        content = whole(self, *sizes)
+        read.append(len(content))
+        return content
+
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", counted)
+    (folder / "eval_data/schema/winograd.jsonl").write_bytes(b" " * (1 << 23))
+    archive = zipped(folder, tmp_path / "bomb.zip", compression=compression)
+    assert archive.stat().st_size < 1 << 16
+    assert "winograd.jsonl has more than 1,048,576 bytes" in refused(archive)
+    assert max(read) == (1 << 20) + 1, "more than the limit was unpacked"
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
+def test_damaged_and_encrypted_members_are_refused(folder, tmp_path, compression):
+    archive = zipped(folder, tmp_path / "damaged.zip", compression=compression)
+    with zipfile.ZipFile(archive) as opened:
+        member = opened.getinfo("eval_bundle/eval_data/schema/winograd.jsonl")
+    content = bytearray(archive.read_bytes())
+    begin = member.header_offset + 30 + len(member.filename) + 20
+    content[begin : begin + 40] = bytes(range(200, 240))
+    archive.write_bytes(content)
+    assert "damaged.zip cannot be read" in refused(archive)
+    content = bytearray(zipped(folder, tmp_path / "locked.zip").read_bytes())
+    for signature, at in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        begin = content.find(signature)
+        while begin >= 0:
+            content[begin + at] |= 1  # the flag of an encrypted member
+            begin = content.find(signature, begin + 4)
+    (tmp_path / "locked.zip").write_bytes(content)
+    assert "locked.zip cannot be read" in refused(tmp_path / "locked.zip")
 
 
 def test_bad_arguments(folder, tmp_path):
@@ -205,6 +273,9 @@ def test_a_download_that_changed_is_refused(folder, tmp_path, mirror):  # noqa: 
         write_bundle(tmp_path / "third", count=8), tmp_path / "source.zip"
     ).read_bytes()
     with pytest.raises(UserError, match="is not the file that was first there"):  # a new download is refused, too
+        download(mirror, path)
+    hashed.write_bytes(b"")
+    with pytest.raises(UserError, match="not nothing"):
         download(mirror, path)
     path.unlink()
     hashed.unlink()
