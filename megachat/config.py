@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from megachat.errors import UserError
+from megachat.files import write_atomically
 from megachat.planning.dimensions import NORM_EPSILON, QK_SCALE, ROTARY_BASE
 
 _UNSUPPORTED_FP8 = {
@@ -319,4 +320,4 @@ def _describe_mistake(source: str, problem: ErrorDetails) -> str:
 def save_config(config: Config, path: str | Path) -> None:
     """Writes only what differs from the defaults, so that the file can be run again as it is."""
     differences = config.model_dump(mode="json", exclude_defaults=True)
-    Path(path).write_text(json.dumps(differences, indent=2) + "\n", encoding="utf-8")
+    write_atomically(Path(path), json.dumps(differences, indent=2).encode() + b"\n")

@@ -1,12 +1,19 @@
-"""Durable file writes, so that a file is there complete or not at all, and file hashes."""
+"""Durable file writes, so that a file is there complete or not at all; file hashes; files that cannot be read."""
 
 import hashlib
+import itertools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+from megachat.errors import summary
 
 PART = ".part"  # suffix of a file that is not complete yet
 _CHUNK_BYTES = 4 << 20
+_Content = TypeVar("_Content")
+Log = Callable[[str], object]
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -19,6 +26,56 @@ def write_atomically(path: Path, content: bytes) -> None:
 def write_json(path: Path, value: object) -> None:
     """Writes a value as indented JSON, atomically."""
     write_atomically(path, json.dumps(value, indent=1).encode() + b"\n")
+
+
+def set_aside(path: Path, suffix: str = ".damaged") -> Path:
+    """Renames a file or folder to NAME.damaged, or to NAME.damaged.2 and so on if that exists; returns the new path."""
+    for number in itertools.count(1):
+        target = path.with_name(path.name + suffix + (f".{number}" if number > 1 else ""))
+        if not os.path.lexists(target):
+            return path.rename(target)
+    raise AssertionError("count() does not end")
+
+
+def read_side_file(path: Path, parse: Callable[[bytes], _Content], log: Log) -> _Content | None:
+    """Returns the content of a file beside a training, such as a record of its starts; None if there is none.
+
+    A file that `parse` refuses must not end the training: it is set aside and reported in one line. Raises OSError when
+    the storage fails.
+    """
+    try:
+        return parse(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+        IsADirectoryError,
+    ) as error:
+        log(f"{path} is damaged ({summary(error)}): it is set aside as {set_aside(path).name} and begun anew")
+        return None
+
+
+def write_side_json(path: Path, value: object, log: Log) -> None:
+    """Writes a JSON file beside a training. What cannot be read in its place, or in its folder's, is set aside."""
+    if path.parent.exists() and not path.parent.is_dir():
+        log(f"{path.parent} is not a folder: it is set aside as {set_aside(path.parent).name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    read_side_file(path, json.loads, log)
+    write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+def is_readable_json(path: Path) -> bool:
+    """Returns whether there is a JSON file."""
+    try:
+        json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return True
 
 
 def sync_and_rename(part: Path, path: Path) -> None:

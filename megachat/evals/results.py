@@ -8,7 +8,7 @@ from pathlib import Path
 from megachat.errors import UserError
 from megachat.evals.core_bundle import CORE_TASKS, Bundle
 from megachat.evals.uncertainty import estimate, judge_against, score_tasks
-from megachat.files import write_atomically
+from megachat.files import Log, read_side_file, write_side_json
 from megachat.text import text_table
 
 FORMAT = "megachat-evaluation-1"
@@ -73,39 +73,39 @@ def core_section(bundle: Bundle, answers: Mapping[str, Answers], max_per_task: i
     } | more
 
 
-def save_results(path: Path, results: dict) -> None:
-    """Writes the file. Sections of an earlier evaluation of the same checkpoint that `results` lacks are kept."""
+def save_results(path: Path, results: dict, log: Log = print) -> None:
+    """Writes the file. Sections of an earlier evaluation of the same checkpoint that `results` lacks are kept.
+
+    log: gets a line if the earlier file is not an evaluation; it is set aside.
+    """
     results = {"format": FORMAT} | results
-    try:
-        earlier = load_results(path) if path.exists() else {}
-    except UserError:  # not an evaluation, or truncated: replace it
-        earlier = {}
+    earlier = read_side_file(path, _parse_results, log) or {}
     if earlier.get("checkpoint_sha256") == results.get("checkpoint_sha256") is not None:
         results = earlier | results
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(results, indent=1, ensure_ascii=False).encode() + b"\n")
+    write_side_json(path, results, log)
+
+
+def _parse_results(content: bytes) -> dict:
+    results = json.loads(content)
+    if results["format"] != FORMAT:
+        raise ValueError(f"format {results['format']!r}")
+    core = results.get("core", {})
+    if not isinstance(core.get("crop", True), bool):
+        raise ValueError(f"crop {core['crop']!r}")
+    for label, task in core.get("tasks", {}).items():
+        right, left_out, digest = task["right"], task.get("left_out", []), task["digest"]
+        typed = isinstance(left_out, list) and isinstance(digest, str)
+        if not typed or len(right) != task["examples"] or set(right) - set("01"):
+            raise ValueError(f"answers of {label}")
+        if not 0 <= task["baseline"] < 1:
+            raise ValueError(f"baseline of {label}")
+    return results
 
 
 def load_results(path: Path) -> dict:
     """Reads an evaluation's JSON. Raises UserError if the file is not a valid evaluation."""
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        if results["format"] != FORMAT:
-            raise ValueError(f"format {results['format']!r}")
-        core = results.get("core", {})
-        if not isinstance(core.get("crop", True), bool):
-            raise ValueError(f"crop {core['crop']!r}")
-        for label, task in core.get("tasks", {}).items():
-            if (
-                len(task["right"]) != task["examples"]
-                or not isinstance(task.get("left_out", []), list)
-                or set(task["right"]) - set("01")
-                or not isinstance(task["digest"], str)
-            ):
-                raise ValueError(f"answers of {label}")
-            if not 0 <= task["baseline"] < 1:
-                raise ValueError(f"baseline of {label}")
-        return results
+        return _parse_results(path.read_bytes())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path} is not a valid evaluation of launch/evaluate.py ({type(error).__name__}: {error}): evaluate again"

@@ -1,8 +1,9 @@
 """Crashes of a run, recorded in its folder, so that a step that fails again and again is refused, not retried for ever.
 
-`running` holds the step of a job that runs; a job that ends in order removes it. If a job finds it at its start, the
-job before crashed, and this is added to `crashes.json`. A killed process loses nothing that it has written to a file,
-so `running` needs no sync and costs microseconds per step.
+`running` holds the step that a job is in, or was in last; a job that ends in order removes it. If a job finds it at its
+start, the job before crashed, and this is added to `crashes.json`. The file is created when the first step begins: a
+start that fails before, for whatever reason, says nothing about a step and does not count. A killed process loses
+nothing that it has written to a file, so `running` needs no sync and costs microseconds per step.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megachat.errors import UserError
-from megachat.files import write_json
+from megachat.files import Log, read_side_file, write_json
 from megachat.parallel.collectives import on_all_ranks_or_raise
 from megachat.parallel.mesh import Axis
 
@@ -28,14 +29,15 @@ class CrashGuard:
         self._running, self._crashes = folder / "running", folder / "crashes.json"
         self._file: int | None = None
 
-    def begin(self, step: int, *, forget: bool = False) -> None:
-        """Records that a job continues from `step`. forget: earlier crashes do not count, because the user chose it.
+    def begin(self, log: Log, *, forget: bool = False) -> None:
+        """Records the crash of the job before. forget: earlier crashes do not count, because the user chose it.
 
-        Raises UserError when the last attempts all crashed at one step.
+        log: gets a line for each record that cannot be read. Raises UserError when the last attempts all crashed at
+        one step.
         """
         if not self._writes:
             return
-        crashes = [] if forget else self._read_crashes()
+        crashes = [] if forget else self._read_crashes(log)
         if crashes:
             write_json(self._crashes, crashes)
         else:
@@ -48,18 +50,21 @@ class CrashGuard:
                 f"{last[-1]['seen']}: look at the log and at metrics.jsonl there, fix the cause, and continue with "
                 f"--resume and a checkpoint's path, or remove {self._crashes.name} there"
             )
-        self._file = os.open(self._running, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        self.record_step(step)
 
     def record_step(self, step: int) -> None:
         """Records that the job is in `step` now. Raises UserError when the run folder no longer exists."""
-        if self._file is not None:
+        if not self._writes:
+            return
+        with contextlib.suppress(FileNotFoundError):
+            if self._file is None:
+                self._file = os.open(self._running, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
             os.pwrite(self._file, b"%012d\n" % step, 0)
-            if not os.fstat(self._file).st_nlink:
-                raise UserError(
-                    f"step {step}: the run folder {self._folder} no longer exists: restore it from a copy and "
-                    "continue with --resume auto, or start again"
-                )
+            if os.fstat(self._file).st_nlink:
+                return
+        raise UserError(
+            f"step {step}: the run folder {self._folder} no longer exists: restore it from a copy and "
+            "continue with --resume auto, or start again"
+        )
 
     def end(self) -> None:
         """Records that the job ends without a crash: it finished, was stopped, or reported an error."""
@@ -74,29 +79,29 @@ class CrashGuard:
         if self._writes:
             self._crashes.unlink(missing_ok=True)
 
-    def _read_crashes(self) -> list[dict]:
+    def _read_crashes(self, log: Log) -> list[dict]:
         """Returns the recorded crashes, and the one that `running` shows."""
-        try:
-            recorded = json.loads(self._crashes.read_text())
-            crashes = [{"step": int(crash["step"]), "seen": str(crash["seen"])} for crash in recorded]
-        except (OSError, ValueError, KeyError, TypeError):
-            crashes = []
-        with contextlib.suppress(OSError, ValueError):
+
+        def parse_crashes(content: bytes) -> list[dict]:
+            return [{"step": int(crash["step"]), "seen": str(crash["seen"])} for crash in json.loads(content)]
+
+        crashes = read_side_file(self._crashes, parse_crashes, log) or []
+        step = read_side_file(self._running, int, log)
+        if step is not None:
             seen = time.localtime(self._running.stat().st_mtime)
-            step = int(self._running.read_text())
             crashes.append({"step": step, "seen": time.strftime("%Y-%m-%d %H:%M:%S", seen)})
         return crashes
 
 
 @contextlib.contextmanager
-def guard_crashes(folder: Path, step: int, world: Axis, *, forget: bool) -> Iterator[CrashGuard]:
-    """Records a job that continues from `step` in the run folder; all ranks enter together.
+def guard_crashes(folder: Path, world: Axis, log: Log, *, forget: bool) -> Iterator[CrashGuard]:
+    """Records in the run folder which step the job is in; all ranks enter together.
 
     An exception that leaves the block is a crash, unless it is a reported error or a storage failure. Raises UserError
     on all ranks as CrashGuard.begin does.
     """
     guard = CrashGuard(folder, writes=world.rank == 0)
-    on_all_ranks_or_raise(lambda: guard.begin(step, forget=forget), world, lambda text: text.partition(": ")[2])
+    on_all_ranks_or_raise(lambda: guard.begin(log, forget=forget), world, lambda text: text.partition(": ")[2])
     try:
         yield guard
     except (UserError, OSError, KeyboardInterrupt):

@@ -14,6 +14,7 @@ from pathlib import Path
 from megachat.checkpoint.resume import checkpoints_folder
 from megachat.checkpoint.save import repair_checkpoints_folder
 from megachat.errors import UserError
+from megachat.files import set_aside
 from megachat.parallel.collectives import on_all_ranks_or_raise
 from megachat.parallel.mesh import Axis
 
@@ -46,7 +47,11 @@ def run_lock(folder: Path) -> Iterator[str | None]:
 def _open_locked(folder: Path) -> tuple[int, str | None]:
     """Returns the open and locked file, and a remark."""
     path = folder / LOCK_NAME
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except IsADirectoryError:
+        aside = set_aside(path)
+        return _open_locked(folder)[0], f"{path} is a folder: it is set aside as {aside.name}"
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if path.exists() and os.stat(path).st_ino == os.fstat(descriptor).st_ino:

@@ -16,7 +16,7 @@ from megachat.data.tokenizer import Tokenizer, load_tokenizer
 from megachat.device import choose_compute_dtype, device_name, memory_bytes, peak_flops
 from megachat.errors import SAVED_STATUS, UserError
 from megachat.evals.core_bundle import Bundle, describe_bundle, open_configured_bundle
-from megachat.files import write_atomically
+from megachat.files import Log, read_side_file, write_side_json
 from megachat.job.agreement import rank_facts
 from megachat.job.crash_guard import CrashGuard, guard_crashes
 from megachat.job.failure_monitor import FailureMonitor
@@ -95,7 +95,7 @@ def pretrain(
     ):
         checkpoint, facts, chosen_notes = _agreed_checkpoint(job, resume, mesh)
         named = resume not in (None, "auto")
-        with guard_crashes(job.folder, facts["step"] if facts else 0, mesh.world, forget=named) as guard:
+        with guard_crashes(job.folder, mesh.world, notes.append, forget=named) as guard:
             monitor.before_stop = guard.end
             run, data_notes = _build(job, checkpoint, facts, mesh)
             data_line = f"data {job.data}"
@@ -178,7 +178,7 @@ def _train(
     with run.mesh.world.progress.long_running("loading the checkpoint"):
         state = load_state(run, checkpoint) if checkpoint else LoopState()
     if run.is_writer:
-        _write_run_folder(run, environment)
+        _write_run_folder(run, environment, notes.append)
     barrier(run.mesh.world)
     metrics = _open_metrics(run, state)
     try:
@@ -251,17 +251,24 @@ def described_memory(config: Config, plan: Plan, device: torch.device, device_by
     return [describe_memory(stages, device_bytes), *([warning] if warning else [])]
 
 
-def _write_run_folder(run: Run, environment: LaunchEnvironment) -> None:
+def _write_run_folder(run: Run, environment: LaunchEnvironment, log: Log) -> None:
+    read_side_file(run.folder / "config.json", json.loads, log)  # sets a damaged one aside
     save_config(run.config, run.folder / "config.json")
-    write_atomically(run.folder / "plan.json", json.dumps(plan_values(run.plan), indent=2).encode() + b"\n")
+    write_side_json(run.folder / "plan.json", plan_values(run.plan), log)
     path = run.folder / "environment.json"
-    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    earlier = read_side_file(path, _parse_list, log) or []
     now = describe_environment(run.mesh.device) | {
         "launch": dataclasses.asdict(environment),
         "compute_dtype": str(run.compute_dtype),
     }
     now |= {"core_bundle": run.bundle.digest} if run.bundle else {}
-    write_atomically(path, json.dumps([*earlier, now], indent=2).encode() + b"\n")
+    write_side_json(path, [*earlier, now], log)
+
+
+def _parse_list(content: bytes) -> list:
+    if not isinstance(records := json.loads(content), list):
+        raise ValueError("not a list")
+    return records
 
 
 def _banner(run: Run, environment: LaunchEnvironment) -> list[str]:

@@ -5,6 +5,7 @@ One dictionary of values feeds all of them.
 
 import json
 import os
+import re
 import secrets
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from megachat.config import LogConfig
 from megachat.errors import UserError
-from megachat.files import write_atomically
+from megachat.files import Log, read_side_file, set_aside, write_atomically
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -35,12 +36,14 @@ class Metrics:
         if not writes:
             return
         path = folder / METRICS_NAME
-        _drop_lines_from(path, first_step)
+        problem = _drop_lines_from(path, first_step)
         self._file = open(path, "a", encoding="utf-8")
         if sys.stdout.isatty():
             self._bar = tqdm(total=steps, initial=first_step, unit="step", file=sys.stdout, dynamic_ncols=True)
+        if problem:
+            self.log(problem)
         if log.wandb != "off":
-            self._wandb = _start_wandb(folder, log, run_name, settings, new=first_step == 0)
+            self._wandb = _start_wandb(folder, log, run_name, settings, self.log, new=first_step == 0)
 
     def record(self, values: dict) -> None:
         """Appends one JSON object, which has "step", to metrics.jsonl and sends it to wandb."""
@@ -75,23 +78,37 @@ class Metrics:
             self._wandb.finish()
 
 
-def _drop_lines_from(path: Path, step: int) -> None:
+def _drop_lines_from(path: Path, step: int) -> str | None:
     """Drops the lines of steps that will run again, and a line that a crash cut short: a resumed run continues one
     curve.
+
+    Returns a line for the log if other lines cannot be read. They are dropped, and the file as it was is set aside.
     """
+    if path.is_dir():
+        return f"{path} is a folder: it is set aside as {set_aside(path).name} and begun anew"
     if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+        return None
+    kept, damaged = [], []
+    *lines, cut_short = path.read_bytes().split(b"\n")
+    for number, line in enumerate([*lines, cut_short], 1):
         try:
             values = json.loads(line)
             # a training line has the number of its step, an evaluation the number of steps before it
             keep = values["step"] < step or (values["step"] == step and "train/loss" not in values)
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, LookupError, RecursionError):
+            if line.strip() and number <= len(lines):
+                damaged.append(number)
             continue
         if keep:
-            kept.append(line + "\n")
-    write_atomically(path, "".join(kept).encode())
+            kept.append(line + b"\n")
+    aside = set_aside(path) if damaged else None
+    write_atomically(path, b"".join(kept))
+    if aside is None:
+        return None
+    return (
+        f"{path} has damaged lines ({len(damaged)}; the first is line {damaged[0]}): it is kept as {aside.name}, "
+        "and its other lines are continued"
+    )
 
 
 def check_wandb(log: LogConfig) -> None:
@@ -110,13 +127,26 @@ def _import_wandb(log: LogConfig):
     return wandb
 
 
-def _start_wandb(folder: Path, log: LogConfig, run_name: str, settings: dict, *, new: bool):
+def _wandb_id(folder: Path, write_line: Log, *, new: bool) -> str:
+    """Returns the id in the run folder; makes one for a new run."""
+
+    def parse(content: bytes) -> str:
+        if not re.fullmatch(r"[\w-]+", text := content.decode("ascii").strip()):
+            raise ValueError("no id")
+        return text
+
+    path = folder / "wandb_id.txt"
+    saved = read_side_file(path, parse, write_line)
+    if new or saved is None:
+        saved = secrets.token_hex(4)
+        write_atomically(path, saved.encode() + b"\n")
+    return saved
+
+
+def _start_wandb(folder: Path, log: LogConfig, run_name: str, settings: dict, write_line: Log, *, new: bool):
     """Starts or resumes the wandb run whose id is in the run folder, so that a resumed run continues its curves."""
     wandb = _import_wandb(log)
-    identity = folder / "wandb_id.txt"
-    if new or not identity.exists():
-        identity.write_text(secrets.token_hex(4) + "\n")
-    name = {"project": log.wandb_project, "name": run_name, "id": identity.read_text().strip()}
+    name = {"project": log.wandb_project, "name": run_name, "id": _wandb_id(folder, write_line, new=new)}
     try:
         return wandb.init(**name, resume="allow", mode=log.wandb, config=settings, dir=str(folder))
     except Exception as error:  # wandb's own: no account, no network

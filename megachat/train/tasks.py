@@ -4,7 +4,6 @@ Samples and CORE may fail or take minutes, so they run after the checkpoint: by 
 A task that was due but did not run is listed in LoopState.pending, so that the resumed job runs it first.
 """
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from megachat.evals.bpb import ValidationRows, bits_per_byte
 from megachat.evals.core import build_evaluator, evaluate_bundle
 from megachat.evals.engine_model import sample_prompts
 from megachat.evals.results import core_lines, results_path, save_results
-from megachat.files import write_atomically
+from megachat.files import is_readable_json, write_side_json
 from megachat.parallel.collectives import all_reduce
 from megachat.schedule import due
 from megachat.train.build import Run, build_loader
@@ -153,15 +152,13 @@ class Samples(Task):
         run = trainer.run
         texts = sample_prompts(run.config, run.plan, run.mesh, run.engine, run.tokenizer)
         if run.is_writer:
-            path = _samples_path(run.folder, trainer.state.step)
-            path.parent.mkdir(exist_ok=True)
-            write_atomically(path, json.dumps(texts, indent=2, ensure_ascii=False).encode() + b"\n")
+            write_side_json(_samples_path(run.folder, trainer.state.step), texts, trainer.metrics.log)
         for text in texts.values():
             trainer.metrics.log(f"sample: {text!r}")
         return True
 
     def has_result(self, run_folder: Path, step: int) -> bool:
-        return _samples_path(run_folder, step).exists()
+        return is_readable_json(_samples_path(run_folder, step))
 
 
 class Core(Task):
@@ -193,11 +190,11 @@ class Core(Task):
             trainer.metrics.log(f"step {state.step:05d} | {line}")
         if run.is_writer:
             results = {"run": run.folder.name, "step": state.step, "core": section}
-            save_results(results_path(run.folder, state.step, in_training=True), results)
+            save_results(results_path(run.folder, state.step, in_training=True), results, trainer.metrics.log)
         return True
 
     def has_result(self, run_folder: Path, step: int) -> bool:
-        return results_path(run_folder, step, in_training=True).exists()
+        return is_readable_json(results_path(run_folder, step, in_training=True))
 
 
 def totals(run: Run, state: LoopState, step: int) -> dict:

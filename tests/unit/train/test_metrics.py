@@ -97,6 +97,31 @@ def test_lines_that_are_no_record_are_dropped(damage, tmp_path):
     assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("damage", [b"\xff", b"[", b"3", b"\0\0"])
+def test_a_damaged_line_is_dropped_and_kept_in_a_file_that_is_set_aside(damage, tmp_path, capsys):
+    write_a_run(tmp_path, 4)
+    path = tmp_path / "metrics.jsonl"
+    content = path.read_bytes().splitlines(True)
+    content[1] = damage + content[1][1:]
+    path.write_bytes(b"".join(content))
+    metrics = open_metrics(tmp_path, 4)
+    metrics.record(train_line(4))
+    metrics.close()
+    assert [line["step"] for line in lines(tmp_path)] == [0, 2, 2, 3, 4, 4]
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == b"".join(content)
+    assert capsys.readouterr().out == (
+        f"{path} has damaged lines (1; the first is line 2): it is kept as metrics.jsonl.damaged, "
+        "and its other lines are continued\n"
+    )
+
+
+def test_a_folder_in_the_place_of_the_metrics_is_set_aside(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").mkdir()
+    open_metrics(tmp_path, 4).close()
+    assert lines(tmp_path) == [] and (tmp_path / "metrics.jsonl.damaged").is_dir()
+    assert "is a folder" in capsys.readouterr().out
+
+
 def test_other_ranks_write_nothing(tmp_path, capsys):
     metrics = open_metrics(tmp_path, writes=False, wandb="online")
     metrics.log("hello")
@@ -166,6 +191,14 @@ def test_wandb_continues_the_curve_of_a_resumed_run_only(wandb, tmp_path):
         open_metrics(tmp_path, first_step, wandb="online").close()
     first, resumed, anew = [start["id"] for start in wandb.starts]
     assert first == resumed != anew and len(first) >= 8 and all(start["resume"] == "allow" for start in wandb.starts)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"two words", b"a/b"])
+def test_an_id_of_wandb_that_is_none_is_set_aside(content, wandb, tmp_path, capsys):
+    (tmp_path / "wandb_id.txt").write_bytes(content)
+    open_metrics(tmp_path, 4, wandb="online").close()
+    assert (tmp_path / "wandb_id.txt.damaged").read_bytes() == content and "is damaged" in capsys.readouterr().out
+    assert wandb.starts[0]["id"] == (tmp_path / "wandb_id.txt").read_text().strip() != ""
 
 
 def test_a_wandb_that_does_not_start_is_told(wandb, tmp_path):
