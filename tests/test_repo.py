@@ -17,7 +17,8 @@ PROGRAMS = sorted([*(ROOT / "launch").glob("*.py"), *(ROOT / "tools").glob("*.py
 # planning describes both the least (dimensions) and the whole (memory, manifest), so its modules have entries of their
 # own.
 LEVELS = (
-    ("errors", "files", "text", "place"),
+    ("errors",),
+    ("files", "text", "place"),
     ("planning.dimensions",),
     ("config", "schedule", "device"),
     ("planning.plan",),
