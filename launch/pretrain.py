@@ -7,7 +7,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that was not installed
 
 from megachat.errors import user_errors_end_the_program  # noqa: E402
-from megachat.job.hosts import check_launcher_hostfile, launcher_rank  # noqa: E402
+from megachat.job.hosts import check_launcher_hostfile  # noqa: E402
+from megachat.job.launchers import launcher_rank  # noqa: E402
 
 
 @user_errors_end_the_program(rank=launcher_rank)

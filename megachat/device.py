@@ -69,6 +69,11 @@ def device_name(device: torch.device) -> str:
     return _cpu_info("model name") or platform.processor() or "unknown CPU"
 
 
+def gpu_id(device: torch.device) -> str | None:
+    """Returns the identity of the GPU, equal only for processes that share it; None for the CPU."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+
+
 def peak_flops(device: torch.device) -> float | None:
     """Returns the device's dense bf16 FLOPs per second, or None if unknown."""
     return peak_of_name(device_name(device)) if device.type == "cuda" else None

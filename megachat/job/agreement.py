@@ -68,7 +68,10 @@ def rank_facts(
 
 
 def find_disagreement(arrivals: list[Arrival]) -> str | None:
-    """Returns in one sentence how the first rank that differs from rank 0 differs; None when all are equal."""
+    """Returns in one sentence how the first rank that differs from rank 0 differs, or which ranks share a GPU.
+
+    None when all are equal.
+    """
     first = arrivals[0]
     for kind, (has, fix) in _KINDS.items():
         expected = first.facts.get(kind, {})
@@ -83,4 +86,12 @@ def find_disagreement(arrivals: list[Arrival]) -> str | None:
                     f"rank {other.rank} on {other.host} has {has} rank 0 on {first.host} "
                     f"({', '.join(names[:3])}{more}): {fix}"
                 )
+    users: dict[str, int] = {}  # GPU -> its first rank
+    for arrival in arrivals:
+        gpu = arrival.facts.get("gpu", {}).get("id", f"rank {arrival.rank} has none")
+        if users.setdefault(gpu, arrival.rank) != arrival.rank:
+            return (
+                f"ranks {users[gpu]} and {arrival.rank} on {arrival.host} use the same GPU ({gpu}): start one rank per "
+                "GPU, and set LOCAL_RANK where every rank sees all of them"
+            )
     return None

@@ -97,11 +97,6 @@ def check_hosts(hosts: Sequence[Host], *, port: int, ssh_port: int | None = None
     return remarks
 
 
-def launcher_rank() -> int:
-    """Returns this process's rank as its launcher set it; 0 without a launcher."""
-    return int(os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")))
-
-
 def check_launcher_hostfile() -> None:
     """Raises UserError if the deepspeed launcher above was given a missing hostfile: it only warns, and uses one host.
 
@@ -126,7 +121,7 @@ def check_launcher_hostfile() -> None:
             )
         listed = len(parse_hostfile(path))
         chosen = any(word.startswith(("--inc", "--exc", "--num_n", "-i", "-e")) for word in words)
-        if nodes and int(nodes) != listed and not chosen:
+        if nodes and nodes != str(listed) and not chosen:
             raise UserError(
                 f"the hostfile {name} lists {listed} hosts but deepspeed started {nodes}: "
                 "start it again with the file as it is now"

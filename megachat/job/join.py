@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from megachat.config import Config
-from megachat.device import collective_backend
+from megachat.device import collective_backend, gpu_id
 from megachat.errors import UserError
 from megachat.job.agreement import RankFacts, meet_ranks
 from megachat.job.failure_monitor import FailureMonitor
@@ -33,6 +33,8 @@ def join_job(
     what the user does once the cause of a failure is fixed. Raises UserError.
     """
     device = choose_device(environment)
+    if gpu := gpu_id(device):
+        facts = {**facts, "gpu": {"id": gpu}}
     with FailureMonitor(environment.rank, restart_hint=restart_hint) as monitor:
         with meet_ranks(environment, facts, config.parallel.rendezvous_s):
             mesh = start_mesh(config, device)

@@ -18,6 +18,7 @@ import torch
 from megachat.device import device_name
 from megachat.errors import UserError
 from megachat.job.host_probe import installed_version
+from megachat.job.launchers import TORCH, Launch, check_master, find_launch, number
 from megachat.job.monitor_links import local_address
 
 
@@ -42,63 +43,57 @@ class LaunchEnvironment:
 def bootstrap_environment() -> LaunchEnvironment:
     """Determines the launch variables, whoever started this process, and sets them for torch and DeepSpeed.
 
-    Order: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT (deepspeed, torchrun); Open MPI's variables, with
-    mpi4py where it is installed; Slurm's; one process. Raises UserError when a job on several nodes has no MASTER_ADDR.
+    Order: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT (deepspeed, torchrun); the variables of the
+    launchers in launchers.py, Open MPI's with mpi4py where it is installed; RANK and WORLD_SIZE alone; one process.
+    Raises UserError for impossible values, when a job on several nodes has no MASTER_ADDR, and for a launcher that does
+    not say enough.
     """
     env = os.environ
-    if all(name in env for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")):
-        others = "deepspeed" if "CROSS_SIZE" in env else "RANK and WORLD_SIZE"
-        launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in env else others
-        rank, world, local = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"])
-        local_size = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world)
-    elif "OMPI_COMM_WORLD_RANK" in env:
-        launcher, (rank, world, local, local_size) = "mpirun", _from_open_mpi()
-    elif int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
-        rank, world, local = (int(env[name]) for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
-        launcher, local_size = "srun", _slurm_local_size()
-        _require_master(launcher, world > local_size)
-    else:
-        launcher, rank, world, local, local_size = "python", 0, 1, 0, 1
-        env["MASTER_ADDR"], env["MASTER_PORT"] = "127.0.0.1", str(free_port())
-    env.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local), LOCAL_SIZE=str(local_size))
-    try:
-        port = int(env["MASTER_PORT"])
-    except ValueError:
-        raise UserError(f"MASTER_PORT is {env['MASTER_PORT']!r}: set it to a number, e.g. 29500") from None
-    agent, attempt = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True", int(env.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    return LaunchEnvironment(rank, local, world, local_size, launcher, env["MASTER_ADDR"], port, agent, attempt)
-
-
-def _from_open_mpi() -> tuple[int, int, int, int]:
-    env = os.environ
-    names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
-    rank, world, local, local_size = (int(env[f"OMPI_COMM_WORLD_{name}"]) for name in names)
-    if world == 1:
+    launch = find_launch(env) or Launch("python", 0, 1, 0, 1)
+    launcher, local = launch.launcher, launch.local_rank
+    size = launch.local_size or (1 if local is None else launch.world)
+    if launch.world == 1:
+        if launcher != TORCH:
+            env["MASTER_ADDR"] = "127.0.0.1"
+            env.pop("MASTER_PORT", None)
         env.setdefault("MASTER_ADDR", "127.0.0.1")
         env.setdefault("MASTER_PORT", str(free_port()))
-    elif "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
+    elif local is None and torch.cuda.device_count() > 1:
+        raise UserError(
+            f"rank {launch.rank} sees {torch.cuda.device_count()} GPUs, and {launcher} set no LOCAL_RANK that chooses "
+            "one: set LOCAL_RANK, let each rank see one GPU, or start torchrun on each host"
+        )
+    elif launcher == "mpirun":
+        _set_master_of_open_mpi(launch.world, size)
+    else:
+        _require_master(launcher, launch.world > (launch.local_size or 1))
+    local = local or 0
+    if launcher == TORCH:
+        launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed" if "CROSS_SIZE" in env else launcher
+    ranks = {"RANK": launch.rank, "WORLD_SIZE": launch.world, "LOCAL_RANK": local, "LOCAL_SIZE": size}
+    env.update({name: str(value) for name, value in ranks.items()})
+    port = check_master(env["MASTER_ADDR"], env["MASTER_PORT"])
+    agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    attempt = number("TORCHELASTIC_RESTART_COUNT", env.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return LaunchEnvironment(launch.rank, local, launch.world, size, launcher, env["MASTER_ADDR"], port, agent, attempt)
+
+
+def _set_master_of_open_mpi(world: int, local_size: int) -> None:
+    env = os.environ
+    if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
         try:
             from mpi4py import MPI
         except ImportError:
-            _require_master("mpirun (without mpi4py)", world > local_size)
-        else:
-            address = "127.0.0.1"
-            if world > local_size:
-                address = common_address(MPI.COMM_WORLD.allgather((socket.gethostname(), _local_networks())))
-            # mpi4py finalizes too late for a rank that ends at once, and mpirun takes that for a failure
-            atexit.register(MPI.Finalize)
-            master = env.get("MASTER_ADDR", address), env.get("MASTER_PORT") or str(free_port())
-            env["MASTER_ADDR"], env["MASTER_PORT"] = MPI.COMM_WORLD.bcast(master, root=0)
-    return rank, world, local, local_size
-
-
-def _slurm_local_size() -> int:
-    """Returns the number of tasks on this node. SLURM_TASKS_PER_NODE looks like "4(x2),1"."""
-    env, counts = os.environ, []
-    for part in env.get("SLURM_TASKS_PER_NODE", "").split(",") if "SLURM_NODEID" in env else ():
-        tasks, _, times = part.rstrip(")").partition("(x")
-        counts += [int(tasks)] * int(times or 1) if tasks else []
-    return counts[int(env["SLURM_NODEID"])] if counts else int(env.get("SLURM_NTASKS_PER_NODE", "1"))
+            return _require_master("mpirun (without mpi4py)", world > local_size)
+        # mpi4py finalizes too late for a rank that ends at once, and mpirun takes that for a failure
+        atexit.register(MPI.Finalize)
+        if MPI.COMM_WORLD.size != world:
+            return _require_master("mpirun (with an mpi4py for another MPI)", world > local_size)
+        address = "127.0.0.1"
+        if world > local_size:
+            address = common_address(MPI.COMM_WORLD.allgather((socket.gethostname(), _local_networks())))
+        master = env.get("MASTER_ADDR", address), env.get("MASTER_PORT") or str(free_port())
+        env["MASTER_ADDR"], env["MASTER_PORT"] = MPI.COMM_WORLD.bcast(master, root=0)
 
 
 def _local_networks() -> list[str]:
@@ -156,7 +151,8 @@ def _require_master(launcher: str, several_nodes: bool) -> None:
     env = os.environ
     if "MASTER_ADDR" not in env and several_nodes:
         raise UserError(
-            f"{launcher} started ranks on several nodes without MASTER_ADDR: export MASTER_ADDR as rank 0's host name"
+            f"{launcher} may have started ranks on several nodes, and there is no MASTER_ADDR: export MASTER_ADDR as "
+            "rank 0's host name"
         )
     env.setdefault("MASTER_ADDR", "127.0.0.1")
     env.setdefault("MASTER_PORT", "29500")
@@ -187,19 +183,29 @@ def rank_0_address() -> str:
 
 
 def choose_device(environment: LaunchEnvironment) -> torch.device:
-    """Returns this process's GPU, or the CPU, whose cores the local ranks share unless the user set OMP_NUM_THREADS."""
+    """Returns this process's GPU, or the CPU, whose cores the local ranks share unless the user set OMP_NUM_THREADS.
+
+    The only visible GPU is this rank's, because Slurm and others show each task just its GPU.
+    """
     if torch.cuda.is_available():
-        if environment.local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"rank {environment.rank} needs GPU {environment.local_rank} but this host shows "
-                f"{torch.cuda.device_count()}: start fewer ranks"
-            )
-        torch.cuda.set_device(environment.local_rank)
-        return torch.device("cuda", environment.local_rank)
-    threads = os.environ.get("OMP_NUM_THREADS")
-    if threads is None or (threads == "1" and environment.launcher == "torchrun"):  # torchrun sets 1 where it is unset
+        count = torch.cuda.device_count()
+        index = 0 if count == 1 else environment.local_rank
+        if index >= count:
+            raise UserError(f"rank {environment.rank} needs GPU {index} but this host shows {count}: start fewer ranks")
+        os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed's device
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index)
+    if "OMP_NUM_THREADS" not in os.environ or (environment.launcher == "torchrun" and _set_by_torchrun()):
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // environment.local_size))
     return torch.device("cpu")
+
+
+def _set_by_torchrun() -> bool:
+    """Returns whether OMP_NUM_THREADS is torchrun's 1: the agent, this process's parent, was started without it."""
+    try:
+        return os.environ["OMP_NUM_THREADS"] == "1" and "OMP_NUM_THREADS" not in psutil.Process().parent().environ()
+    except (psutil.Error, AttributeError):
+        return True
 
 
 def describe_environment(device: torch.device) -> dict[str, object]:

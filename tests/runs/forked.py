@@ -21,7 +21,9 @@ from tests.harness import end_with_the_tests, warm_context
 from tests.limits import limit_s
 
 ROOT = Path(__file__).resolve().parents[2]
-_LAUNCH_VARIABLES = "RANK WORLD LOCAL MASTER OMPI PMIX SLURM OMP TORCHELASTIC GROUP ROLE CROSS".split()
+_LAUNCH_VARIABLES = (
+    "RANK WORLD LOCAL MASTER OMPI PMIX PMI MPI MV2 HOROVOD FLUX PALS PET SLURM OMP TORCHELASTIC GROUP ROLE CROSS"
+).split()
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,7 @@ def launched(launcher: str, world: int, program: list[str]) -> list[str]:
             "none",
             sys.executable,
         ],
+        "mpiexec": ["mpiexec.hydra", "-n", world, "-env", "MASTER_PORT", free_port(), sys.executable],
     }[launcher] + program
 
 

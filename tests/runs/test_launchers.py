@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import socket
 
 import pytest
@@ -10,8 +11,12 @@ from megachat.data.tokenizer import load_tokenizer
 from tests.runs.forked import run_forked
 from tests.runs.job import STEPS, begin, bits_per_byte, checkpoints, command, finish, launched, losses, metrics, train
 
+HYDRA = shutil.which("mpiexec.hydra")
+LAUNCHERS = ["torchrun", "deepspeed", "mpirun"]
+LAUNCHERS += [pytest.param("mpiexec", marks=pytest.mark.skipif(HYDRA is None, reason="no mpiexec.hydra of MPICH here"))]
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", "mpirun"])
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_the_launchers_agree_bit_for_bit(launcher, two, place):
     """Every launcher starts the job that forked ranks are."""
     run = train(place, f"two_{launcher}", launcher=launcher, world=2)

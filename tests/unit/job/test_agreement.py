@@ -81,3 +81,11 @@ def test_what_an_evaluation_needs(mine):
     ):
         assert what in disagreement(facts, facts | {kind: {next(iter(facts[kind])): "4"}})
     assert "another CORE bundle than rank 0 on a (digest)" in disagreement(mine | {"bundle": {"digest": "2"}}, mine)
+
+
+def test_ranks_that_share_a_gpu_are_named():
+    """A launcher that sets no local rank, or one visible GPU per rank that is the same one."""
+    alone = [Arrival(rank, "a", {"gpu": {"id": f"GPU-{rank}"}}) for rank in range(3)]
+    assert find_disagreement(alone) is None and find_disagreement([Arrival(rank, "a", {}) for rank in range(3)]) is None
+    shared = find_disagreement([*alone[:2], Arrival(2, "a", {"gpu": {"id": "GPU-1"}})])
+    assert "ranks 1 and 2 on a use the same GPU (GPU-1): start one rank per GPU" in shared

@@ -4,7 +4,9 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -67,7 +69,7 @@ def test_torch_variables_are_taken_as_they_are():
         **given, TORCHELASTIC_RUN_ID="1", TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="2"
     )
     assert (elastic["launcher"], elastic["agent_has_store"], elastic["attempt"]) == ("torchrun", True, 2)
-    assert "MASTER_PORT is 'ssh': set it to a number" in bootstrapped(**given | {"MASTER_PORT": "ssh"})
+    assert "MASTER_PORT is 'ssh', not a whole number from 1 to 65535" in bootstrapped(**given | {"MASTER_PORT": "ssh"})
     assert bootstrapped(**given, CROSS_SIZE="1")[0]["launcher"] == "deepspeed"
 
 
@@ -136,10 +138,19 @@ def test_collectives_use_the_network_of_rank_0():
 
 
 @pytest.mark.parametrize(
-    ("variable", "launcher", "shared"),
-    [(None, "deepspeed", True), ("1", "torchrun", True), ("1", "deepspeed", False), ("3", "torchrun", False)],
+    ("variable", "agent", "launcher", "shared"),
+    [
+        (None, {}, "deepspeed", True),
+        ("1", {}, "torchrun", True),
+        ("1", {"OMP_NUM_THREADS": "1"}, "torchrun", False),
+        ("1", {}, "deepspeed", False),
+        ("3", {}, "torchrun", False),
+    ],
 )
-def test_local_ranks_share_the_cores_unless_the_user_set_the_threads(variable, launcher, shared, monkeypatch):
+def test_local_ranks_share_the_cores_unless_the_user_set_the_threads(variable, agent, launcher, shared, monkeypatch):
+    """torchrun sets OMP_NUM_THREADS=1 where the user did not: then its agent was started without it."""
+    agents = SimpleNamespace(parent=lambda: SimpleNamespace(environ=lambda: agent))
+    monkeypatch.setattr(psutil, "Process", lambda: agents)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     threads = []
@@ -150,6 +161,21 @@ def test_local_ranks_share_the_cores_unless_the_user_set_the_threads(variable, l
         monkeypatch.setenv("OMP_NUM_THREADS", variable)
     choose_device(LaunchEnvironment(0, 0, 2, 2, launcher, "localhost", 29500))
     assert threads == [4] * shared
+
+
+def test_a_rank_uses_the_gpu_of_its_local_rank_or_the_only_one(monkeypatch):
+    """Slurm and others show each task just its GPU, as number 0."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    environment = LaunchEnvironment(1, 1, 2, 2, "srun", "localhost", 29500)
+    for gpus, index in ((2, 1), (1, 0)):  # noqa: B007 (device_count reads gpus)
+        assert choose_device(environment) == torch.device("cuda", index)
+        assert os.environ["LOCAL_RANK"] == str(index), "DeepSpeed reads it"
+    gpus = 3
+    with pytest.raises(UserError, match="needs GPU 5 but this host shows 3"):
+        choose_device(LaunchEnvironment(5, 5, 8, 8, "srun", "localhost", 29500))
 
 
 def test_the_environment_is_json():
