@@ -28,13 +28,15 @@ def write_json(path: Path, value: object) -> None:
     write_atomically(path, json.dumps(value, indent=1).encode() + b"\n")
 
 
+def free_name(path: Path, suffix: str) -> Path:
+    """Returns the path with the suffix added, and .2, .3 and so on if that exists."""
+    names = (path.name + suffix + (f".{number}" if number > 1 else "") for number in itertools.count(1))
+    return next(free for name in names if not os.path.lexists(free := path.with_name(name)))
+
+
 def set_aside(path: Path, suffix: str = ".damaged") -> Path:
     """Renames a file or folder to NAME.damaged, or to NAME.damaged.2 and so on if that exists; returns the new path."""
-    for number in itertools.count(1):
-        target = path.with_name(path.name + suffix + (f".{number}" if number > 1 else ""))
-        if not os.path.lexists(target):
-            return path.rename(target)
-    raise AssertionError("count() does not end")
+    return path.rename(free_name(path, suffix))
 
 
 def read_side_file(path: Path, parse: Callable[[bytes], _Content], log: Log) -> _Content | None:

@@ -102,4 +102,6 @@ def find_checkpoint(
     if newest is None and (remarks or damaged) and resume == "auto":
         problems = [f"{path} is damaged: {problem}" for path, problem in damaged.items()] + remarks
         raise UserError(f"{run_folder} holds no complete checkpoint to resume from: {problems[0]}")
+    if newest is None and resume == "auto":
+        remarks = [f"--resume auto: no checkpoint in {checkpoints_folder(run_folder)}, training starts at step 0"]
     return newest, remarks

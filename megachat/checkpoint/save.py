@@ -1,5 +1,6 @@
 """Saving a checkpoint: written under a temporary name and complete after the rename. A failed save leaves no files."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -68,7 +69,7 @@ def rectangle_bytes(tensors: RectanglesByName) -> int:
 
 
 def _make_folder(temporary: Path, needed_bytes: int) -> None:
-    shutil.rmtree(temporary, ignore_errors=True)
+    _remove(temporary)
     # Without parents: a run folder that was removed is not created again, because everything else in it is missing.
     temporary.parent.mkdir(exist_ok=True)
     temporary.mkdir()
@@ -108,12 +109,20 @@ def _complete(temporary: Path, final: Path, facts: dict) -> None:
     write_facts(temporary, facts)
     sync_to_disk(temporary)
     replaced = final.with_name(final.name + _REPLACED)
-    shutil.rmtree(replaced, ignore_errors=True)
-    if final.exists():
+    _remove(replaced)
+    if os.path.lexists(final):
         final.rename(replaced)
     temporary.rename(final)
     sync_to_disk(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    _remove(replaced)
+
+
+def _remove(path: Path) -> None:
+    """Removes a checkpoint's folder, or the link to it: what a link leads to belongs to someone else."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def repair_checkpoints_folder(folder: Path) -> None:
@@ -121,7 +130,7 @@ def repair_checkpoints_folder(folder: Path) -> None:
     for path in folder.glob("step_*"):
         name = path.name.removesuffix(_REPLACED)
         if path.name.endswith(_TEMPORARY) or (path.name != name and (folder / name).exists()):
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
         elif path.name != name:
             path.rename(folder / name)
 
@@ -140,7 +149,7 @@ def remove_old_checkpoints(folder: Path, keep_last: int | None, keep_every: int 
     for checkpoint in surplus:
         # Renamed first: after a kill the rest does not look complete, and the next start removes it.
         temporary = folder / (checkpoint.name + _TEMPORARY)
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
         checkpoint.rename(temporary)
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
     return surplus

@@ -77,6 +77,10 @@ class Plan:
     parameters: Mapping[str, int]
     why: Mapping[str, str]
 
+    @property
+    def flops_per_step(self) -> int:
+        return self.flops_per_token * self.tokens_per_step
+
 
 def resolve(config: Config, world: int, vocab_size: int) -> Plan:
     """Derives every number of a run on `world` ranks with a vocabulary of `vocab_size` tokens.

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from megachat.checkpoint.resume import choose_checkpoint, find_checkpoint
+from megachat.checkpoint.run_folder import config_in_place, follow_checkpoint
 from megachat.config import Config, load_config, save_config
 from megachat.data.shards import DataSummary, check_data_folder
 from megachat.data.tokenizer import Tokenizer, load_tokenizer
@@ -37,6 +38,7 @@ from megachat.planning.memory import check_state_fits, describe_memory, memory_o
 from megachat.planning.plan import Plan, resolve, usable_world
 from megachat.programs.dry_run import describe_job
 from megachat.train.build import Run, build_run
+from megachat.train.changes import describe_changes
 from megachat.train.documents import resume_documents
 from megachat.train.metrics import Metrics, check_wandb
 from megachat.train.state import LoopState, check_checkpoint, load_state
@@ -80,7 +82,8 @@ def pretrain(
     cannot be split over all ranks that were started, the last ranks exit with status 0 and the others train.
     """
     begin = time.perf_counter()
-    config = _named_config(load_config(config_path, overrides), Path(config_path).stem)
+    config, place_notes = config_in_place(load_config(config_path, overrides), Path(config_path), overrides)
+    config = _named_config(config, Path(config_path).stem)
     environment = bootstrap_environment()
     if dry_run:
         if environment.rank == 0:
@@ -100,9 +103,9 @@ def pretrain(
             run, data_notes = _build(job, checkpoint, facts, mesh)
             data_line = f"data {job.data}"
             bundle_line = [describe_bundle(job.bundle)] if job.bundle else []
-            notes += [*chosen_notes, job.memory, data_line, *bundle_line, *data_notes]
+            notes += [*place_notes, *chosen_notes, job.memory, data_line, *bundle_line, *data_notes]
             with run.loader:
-                stopped = _train(run, checkpoint, job.environment, notes, begin, monitor, guard)
+                stopped = _train(run, checkpoint, named, job.environment, notes, begin, monitor, guard)
     return SAVED_STATUS if stopped else 0
 
 
@@ -149,6 +152,7 @@ def _agreed_checkpoint(job: Job, resume: str | None, mesh: Mesh) -> tuple[Path |
     with mesh.world.progress.long_running("start-up"):
         checkpoint, notes = choose_checkpoint(job.folder, resume, mesh.world)
         facts = check_checkpoint(checkpoint, job.plan, job.tokenizer, job.config) if checkpoint else None
+        notes += describe_changes(facts, job.config, job.plan) if facts else []
     return checkpoint, facts, notes
 
 
@@ -165,6 +169,7 @@ def _build(job: Job, checkpoint: Path | None, facts: dict | None, mesh: Mesh) ->
 def _train(
     run: Run,
     checkpoint: Path | None,
+    named: bool,
     environment: LaunchEnvironment,
     notes: list[str],
     begin: float,
@@ -173,12 +178,14 @@ def _train(
 ) -> bool:
     """Loads the checkpoint and trains; returns whether the job stopped on request.
 
-    begin: time.perf_counter() at the start of the job.
+    named: the user gave the checkpoint's path. begin: time.perf_counter() at the start of the job.
     """
     with run.mesh.world.progress.long_running("loading the checkpoint"):
         state = load_state(run, checkpoint) if checkpoint else LoopState()
     if run.is_writer:
-        _write_run_folder(run, environment, notes.append)
+        if checkpoint and named and state.step < run.plan.stop_step:
+            notes += follow_checkpoint(run.folder, checkpoint, state.step)
+        _write_run_folder(run, state, environment, notes.append)
     barrier(run.mesh.world)
     metrics = _open_metrics(run, state)
     try:
@@ -209,6 +216,7 @@ def _open_metrics(run: Run, state: LoopState) -> Metrics:
         run.config.log,
         writes=run.is_writer,
         first_step=state.step,
+        trains=state.step < run.plan.stop_step,
         steps=run.plan.steps,
         run_name=run.folder.name,
         settings=settings,
@@ -251,10 +259,11 @@ def described_memory(config: Config, plan: Plan, device: torch.device, device_by
     return [describe_memory(stages, device_bytes), *([warning] if warning else [])]
 
 
-def _write_run_folder(run: Run, environment: LaunchEnvironment, log: Log) -> None:
-    read_side_file(run.folder / "config.json", json.loads, log)  # sets a damaged one aside
-    save_config(run.config, run.folder / "config.json")
-    write_side_json(run.folder / "plan.json", plan_values(run.plan), log)
+def _write_run_folder(run: Run, state: LoopState, environment: LaunchEnvironment, log: Log) -> None:
+    if state.step < run.plan.stop_step:  # else they describe the job that trained the last step
+        read_side_file(run.folder / "config.json", json.loads, log)  # sets a damaged one aside
+        save_config(run.config, run.folder / "config.json")
+        write_side_json(run.folder / "plan.json", plan_values(run.plan), log)
     path = run.folder / "environment.json"
     earlier = read_side_file(path, _parse_list, log) or []
     now = describe_environment(run.mesh.device) | {

@@ -24,10 +24,20 @@ class Metrics:
     """The outputs of the rank that writes; on other ranks (`writes` false) every call does nothing.
 
     first_step: the step from which this job trains; lines of it and of later steps are dropped from metrics.jsonl.
+    trains: False for a job that has no step to train; then no line is dropped.
     """
 
     def __init__(
-        self, folder: Path, log: LogConfig, *, writes: bool, first_step: int, steps: int, run_name: str, settings: dict
+        self,
+        folder: Path,
+        log: LogConfig,
+        *,
+        writes: bool,
+        first_step: int,
+        steps: int,
+        run_name: str,
+        settings: dict,
+        trains: bool = True,
     ):
         self.writes = writes
         self._file: TextIO | None = None
@@ -36,7 +46,7 @@ class Metrics:
         if not writes:
             return
         path = folder / METRICS_NAME
-        problem = _drop_lines_from(path, first_step)
+        problem = _drop_lines_from(path, first_step) if trains else None
         self._file = open(path, "a", encoding="utf-8")
         if sys.stdout.isatty():
             self._bar = tqdm(total=steps, initial=first_step, unit="step", file=sys.stdout, dynamic_ncols=True)
@@ -51,7 +61,7 @@ class Metrics:
             self._file.write(json.dumps(values) + "\n")
             self._file.flush()
             if self._wandb is not None:
-                self._wandb.log(values, step=values["step"])
+                self._wandb.log(values)  # without step=: wandb ignores steps that are not above its last one
 
     def log(self, line: str) -> None:
         """Prints a line on the console."""
@@ -148,7 +158,10 @@ def _start_wandb(folder: Path, log: LogConfig, run_name: str, settings: dict, wr
     wandb = _import_wandb(log)
     name = {"project": log.wandb_project, "name": run_name, "id": _wandb_id(folder, write_line, new=new)}
     try:
-        return wandb.init(**name, resume="allow", mode=log.wandb, config=settings, dir=str(folder))
+        run = wandb.init(**name, resume="allow", mode=log.wandb, config=settings, dir=str(folder))
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+        return run
     except Exception as error:  # wandb's own: no account, no network
         raise UserError(
             f"wandb could not start ({error}): run `wandb login`, or set log.wandb=offline or off"

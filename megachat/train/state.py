@@ -29,19 +29,22 @@ from megachat.place import place_of
 from megachat.planning.dimensions import saved_dimensions
 from megachat.planning.plan import Plan
 from megachat.train.build import Run, Training
+from megachat.train.changes import saved_flops
 
 
 @dataclass
 class LoopState:
     """The loop's counters, saved in every checkpoint.
 
-    step: the next to run, from 0. training_s: seconds in steps after the tenth, as the speedrun counts them. pending:
+    step: the next to run, from 0. training_s: seconds in steps after the tenth, as the speedrun counts them.
+    training_flops: of all steps so far, each with the batch that it had. pending:
     names of the tasks of this step (train/tasks.py) that were due and not done when the checkpoint was made; a resumed
     job runs them first.
     """
 
     step: int = 0
     training_s: float = 0.0
+    training_flops: int = 0
     skipped_steps: int = 0
     val_bpb: float | None = None
     min_val_bpb: float | None = None
@@ -129,7 +132,8 @@ def load_state(run: Run, checkpoint: Path) -> LoopState:
             _restore_random({key: saved[key] for key in saved.files}, run.mesh.device)
     else:  # the checkpoint was written by fewer ranks: this one starts a stream
         torch.manual_seed(random_seed(run.config.run.seed, facts["step"], run.mesh.world.rank))
-    return LoopState.from_saved(facts["loop"])
+    flops = {} if "training_flops" in facts["loop"] else {"training_flops": saved_flops(facts, run.plan)}
+    return LoopState.from_saved(facts["loop"] | flops)
 
 
 def check_checkpoint(checkpoint: Path, plan: Plan, tokenizer: Tokenizer, config: Config) -> dict:

@@ -201,7 +201,7 @@ def totals(run: Run, state: LoopState, step: int) -> dict:
     """Returns the step, and the FLOPs and seconds of training until then, which every metrics record has."""
     return {
         "step": step,
-        "total_training_flops": float(run.plan.flops_per_token) * run.plan.tokens_per_step * step,
+        "total_training_flops": float(state.training_flops - (state.step - step) * run.plan.flops_per_step),
         "total_training_time": state.training_s,
     }
 

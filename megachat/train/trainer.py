@@ -99,6 +99,7 @@ class Trainer:
             state.training_s += result.seconds
         state.skipped_steps += result.skipped
         state.step += 1
+        state.training_flops += self.run.plan.flops_per_step
         if first:
             gc.collect()  # objects that exist now live until the end; do not scan them at every collection
             gc.freeze()

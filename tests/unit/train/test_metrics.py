@@ -19,7 +19,13 @@ STAND_IN = """
 starts, logged, finished = [], [], []
 refuse = False
 class Run:
-    def log(self, values, step): logged.append((step, values))
+    last, axis, step_metric = -1, None, {}
+    def define_metric(self, name, step_metric=None): self.step_metric[name] = step_metric
+    def log(self, values, step=None):
+        step = self.last + 1 if step is None else step
+        if step > self.last:  # wandb ignores others, with a warning
+            logged.append((values.get(self.step_metric.get("*")), values))
+        self.last = max(step, self.last)
     def finish(self): finished.append(True)
 def init(**settings):
     starts.append(settings)
@@ -122,6 +128,14 @@ def test_a_folder_in_the_place_of_the_metrics_is_set_aside(tmp_path, capsys):
     assert "is a folder" in capsys.readouterr().out
 
 
+def test_a_job_without_a_step_drops_no_line(tmp_path):
+    write_a_run(tmp_path, 4)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    log = LogConfig()
+    Metrics(tmp_path, log, writes=True, first_step=2, steps=4, run_name="name", settings={}, trains=False).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
 def test_other_ranks_write_nothing(tmp_path, capsys):
     metrics = open_metrics(tmp_path, writes=False, wandb="online")
     metrics.log("hello")
@@ -184,6 +198,14 @@ def test_wandb_gets_the_same_dictionary(wandb, tmp_path):
         {"plan": {"steps": 10}},
     )
     assert start["dir"] == str(tmp_path) and wandb.finished == [True]
+
+
+def test_wandb_drops_nothing_that_is_run_again(wandb, tmp_path):
+    metrics = open_metrics(tmp_path, wandb="offline")
+    for step in (0, 1, 2, 3, 2, 3, 3):
+        metrics.record(train_line(step))
+    metrics.close()
+    assert [step for step, _ in wandb.logged] == [0, 1, 2, 3, 2, 3, 3], "in their places on the axis `step`"
 
 
 def test_wandb_continues_the_curve_of_a_resumed_run_only(wandb, tmp_path):

@@ -1,0 +1,62 @@
+"""What changed between the checkpoint of a resumed run and the run: its config and the plan that follows from it."""
+
+import json
+from collections.abc import Iterator
+
+from pydantic import ValidationError
+
+from megachat.config import Config
+from megachat.errors import UserError
+from megachat.planning.plan import Plan, resolve
+
+_SECTIONS = ("batch", "horizon", "optimizer")
+_UNREPORTED = {"horizon.stop_step"}  # where a job pauses changes no step
+_DERIVED = ("tokens_per_step", "steps", "weight_decay")
+
+
+def saved_settings(facts: dict) -> tuple[Config, Plan] | None:
+    """Returns the config and plan that a checkpoint was saved under, None if this version cannot derive them."""
+    try:
+        config = Config.model_validate_json(json.dumps(facts["config"]))
+        layout = facts["layout"]
+        world = layout["data"] * layout["tensor"] * layout["pipeline"]
+        return config, resolve(config, world, facts["tokenizer"]["vocab_size"])
+    except (ValidationError, UserError, KeyError, TypeError):
+        return None
+
+
+def saved_flops(facts: dict, plan: Plan) -> int:
+    """Returns the training FLOPs until a checkpoint that did not count them: its steps times a step of its config."""
+    saved = saved_settings(facts)
+    tokens = saved[1].tokens_per_step if saved else plan.tokens_per_step
+    return plan.flops_per_token * tokens * facts["step"]
+
+
+def describe_changes(facts: dict, config: Config, plan: Plan) -> list[str]:
+    """Returns one line for each rate, schedule, horizon or batch setting, and each number derived from them, that
+    differs from the checkpoint's.
+    """
+    saved = saved_settings(facts)
+    if saved is None:
+        return []
+    pairs = [*zip(_settings(saved[0]), _settings(config), strict=True)]
+    pairs += zip(_derived(saved[1]), _derived(plan), strict=True)
+    return [
+        f"changed since the checkpoint: {name} was {before} and is {now}"
+        for (name, before), (_, now) in pairs
+        if before != now
+    ]
+
+
+def _settings(config: Config) -> Iterator[tuple[str, object]]:
+    for section in _SECTIONS:
+        for key, value in getattr(config, section):
+            if f"{section}.{key}" not in _UNREPORTED:
+                yield f"{section}.{key}", value
+
+
+def _derived(plan: Plan) -> Iterator[tuple[str, object]]:
+    for name in _DERIVED:
+        yield f"{name} (derived)", getattr(plan, name)
+    for name, rate in plan.rates.items():
+        yield f"{name} rate (derived)", rate
