@@ -69,6 +69,9 @@ class DataConfig(_Section):
     shuffle: bool = _setting(False, "visit row groups in a seeded order that changes each epoch")
     tokenizer_threads: int = _setting(2, "threads that tokenize ahead", ge=1)
     prefetch_steps: int = _setting(2, "steps packed ahead in the background", ge=1)
+    on_bad_text: Literal["refuse", "skip"] = _setting(
+        "refuse", "texts that are not UTF-8: end with the file and row, or leave them out, counted and logged"
+    )
     resume: Literal["exact", "restart"] = _setting(
         "exact", "if a resume cannot continue with the next document: fail, or restart with the first document"
     )

@@ -16,6 +16,13 @@ def text_table(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> list
     ]
 
 
+def shortened(names: Iterable[str], most: int = 5) -> str:
+    """Returns the first names, separated by commas, and how many more there are."""
+    names = list(names)
+    rest = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
 def number_ranges(numbers: Iterable[int]) -> str:
     """Returns sorted numbers with neighbors joined: 0, 1, 2, 5 -> "0-2,5"."""
     ranges: list[list[int]] = []

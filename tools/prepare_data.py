@@ -23,9 +23,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that was not installed
 
 from megachat.data.shards import MANIFEST  # noqa: E402
+from megachat.data.texts import BadTexts  # noqa: E402
 from megachat.errors import UserError, user_errors_end_the_program  # noqa: E402
-from megachat.prepare.download import HUB_SOURCES, HubSource, download_shards  # noqa: E402
-from megachat.prepare.manifest import begin_preparation, finish_preparation  # noqa: E402
+from megachat.prepare.download import HUB_SOURCES, HubSource, download_shards, shard_names  # noqa: E402
+from megachat.prepare.manifest import begin_preparation, finish_preparation, is_prepared  # noqa: E402
 from megachat.prepare.python_source import read_standard_library  # noqa: E402
 from megachat.prepare.sources import find_input_files, read_parquet_files, read_text_files, write_shards  # noqa: E402
 
@@ -48,6 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--base-url", help="downloads: the address of a mirror that has shard_00000.parquet and the others")
     add("--workers", type=int, default=4, help="downloads: shards at the same time (default 4)")
     overwrite = "replace the .parquet files in --out; complete shards from the same address are kept"
+    bad = "text, parquet: refuse texts that are not UTF-8, or skip them, counted (default refuse)"
+    add("--on-bad-text", choices=["refuse", "skip"], default="refuse", help=bad)
     add("--overwrite", action="store_true", help=overwrite)
     return parser
 
@@ -62,7 +65,13 @@ def prepare(options: argparse.Namespace) -> dict | None:
         raise UserError(f"--input is for the sources text and parquet, not {options.source}: leave it out")
     if options.base_url and options.source not in HUB_SOURCES:
         raise UserError(f"--base-url is for downloads, not for source {options.source}: leave it out")
-    return _download(options) if options.source in HUB_SOURCES else _prepare_local(options)
+    try:
+        return _download(options) if options.source in HUB_SOURCES else _prepare_local(options)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or options.out} cannot be read or written ({error.strerror or error}): "
+            "free space or change its permissions, and run the same command again"
+        ) from None
 
 
 def _download(options: argparse.Namespace) -> dict | None:
@@ -75,8 +84,10 @@ def _download(options: argparse.Namespace) -> dict | None:
             f"give --shards {source.last_index} or less"
         )
     request = {"source": options.source, "base_url": source.base_url, "shards": train_shards}
-    if not begin_preparation(options.out, request, overwrite=options.overwrite, keep_shards=True):
+    names = shard_names(source, train_shards)
+    if is_prepared(options.out, request, overwrite=options.overwrite, names=names):
         return None
+    begin_preparation(options.out, request, keep_shards=True)
     entries = download_shards(options.out, source, train_shards, workers=options.workers)
     return finish_preparation(options.out, request, entries)
 
@@ -106,6 +117,7 @@ def _concatenate(documents: dict[str, Iterator[str]], labels: list[str]) -> Iter
 
 def _prepare_local(options: argparse.Namespace) -> dict | None:
     labels: list[str] | None = None
+    bad_texts = BadTexts(options.on_bad_text, "give --on-bad-text skip", log=print)
     request = {"source": options.source, "seed": options.seed, "shards": options.shards}
     if options.source == "python":
         request |= {"document_bytes": options.document_bytes, "python": platform.python_version()}
@@ -127,18 +139,22 @@ def _prepare_local(options: argparse.Namespace) -> dict | None:
             "input_files": len(files),
             "input_bytes": sum(path.stat().st_size for path in files),
         }
-        read = read_parquet_files
+        if bad_texts.policy != "refuse":
+            request["on_bad_text"] = bad_texts.policy
+        read = partial(read_parquet_files, bad_texts=bad_texts)
         if options.source == "text":
             request["document_bytes"] = options.document_bytes
-            read = partial(read_text_files, document_bytes=options.document_bytes)
+            read = partial(read_text_files, document_bytes=options.document_bytes, bad_texts=bad_texts)
         if "" not in paths:
             request["sources"], labels = list(paths), []
         readers = {name: read(files_of_source) for name, files_of_source in files_by_name.items()}
         documents = _concatenate(readers, labels if labels is not None else [])
-    if not begin_preparation(options.out, request, overwrite=options.overwrite):
+    if is_prepared(options.out, request, overwrite=options.overwrite):
         return None
-    entries = write_shards(options.out, documents, options.seed, options.shards, labels)
-    return finish_preparation(options.out, request, entries)
+    # Called when the whole input was read, so that a bad input changes nothing.
+    begin = partial(begin_preparation, options.out, request)
+    entries = write_shards(options.out, documents, options.seed, options.shards, labels, before_writing=begin)
+    return finish_preparation(options.out, request, entries, bad_texts.count)
 
 
 @user_errors_end_the_program
@@ -149,6 +165,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{options.out} already holds exactly this data: nothing to do")
         return
     shards = manifest["shards"]
+    if manifest.get("skipped_texts"):
+        print(f"{manifest['skipped_texts']:,} texts that are not UTF-8 were left out")
     print(
         f"{options.out}: {manifest['documents']:,} documents, {manifest['bytes'] / 1e6:,.1f} MB of text in "
         f"{len(shards) - 1} train shards and {shards[-1]['name']} for validation; see {MANIFEST}"

@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that was not installed
 
 from megachat.data.shards import check_data_folder  # noqa: E402
+from megachat.data.texts import BadTexts  # noqa: E402
 from megachat.data.tokenizer import METADATA_FILE, load_origin, load_tokenizer, save_tokenizer  # noqa: E402
 from megachat.errors import UserError, user_errors_end_the_program  # noqa: E402
 from megachat.prepare.tokenizer_training import (  # noqa: E402
@@ -37,6 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-chars", type=int, default=2_000_000_000, help="characters to train on at most (default 2e9)")
     add("--doc-cap", type=int, default=10_000, help="characters per document at most (default 10000)")
     add("--import-nanochat", type=Path, metavar="DIR", help="import nanochat's tokenizer.pkl from this folder")
+    bad = "refuse texts that are not UTF-8, or skip them, counted (default refuse)"
+    add("--on-bad-text", choices=["refuse", "skip"], default="refuse", help=bad)
     add("--overwrite", action="store_true", help="replace the tokenizer in --out")
     return parser
 
@@ -71,13 +74,19 @@ def make_tokenizer(options: argparse.Namespace) -> bool:
         raise UserError(f"{options.out} holds another tokenizer: give another --out, or --overwrite to replace it")
     if not options.import_nanochat:
         start = time.perf_counter()
-        tokenizer = train_tokenizer(read_texts(options.data, "train", options.max_chars, options.doc_cap), vocab_size)
+        bad_texts = BadTexts(options.on_bad_text, "give --on-bad-text skip", log=print)
+        texts = read_texts(options.data, "train", options.max_chars, options.doc_cap, bad_texts)
+        tokenizer = train_tokenizer(texts, vocab_size)
+        if bad_texts.count:
+            print(f"{bad_texts.count:,} texts that are not UTF-8 were left out")
         print(f"trained {tokenizer.vocab_size:,} tokens in {time.perf_counter() - start:.1f} s")
     save_tokenizer(options.out, tokenizer, origin)
     tokenizer = load_tokenizer(options.out)
     print(f"{options.out}: {tokenizer.vocab_size:,} tokens, fingerprint {tokenizer.fingerprint[:12]}")
     for split in ("train", "validation") if options.data else ():
-        texts = read_texts(options.data, split, min(_SAMPLE_CHARS, options.max_chars), options.doc_cap)
+        texts = read_texts(
+            options.data, split, min(_SAMPLE_CHARS, options.max_chars), options.doc_cap, BadTexts("skip")
+        )
         print(f"{split}: {bytes_per_token(tokenizer, texts):.3f} bytes per token")
     return True
 

@@ -1,9 +1,10 @@
 """Packs the rows of one data-parallel rank ahead of time in a thread, and keeps an exact state after each step."""
 
+import itertools
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -14,10 +15,12 @@ import pyarrow as pa
 import torch
 
 from megachat.data import loader_state
-from megachat.data.packing import Stream, StreamState, buffer_sizes, streams_of_rank
+from megachat.data.packing import Stream, StreamState, buffer_sizes, saving_rank, streams_of_rank
 from megachat.data.shards import Corpus, open_shards, split_shards
+from megachat.data.texts import BadTexts, decode_texts
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError
+from megachat.text import shortened
 
 _BATCH_DOCUMENTS = 256  # small, so that a file with one huge row group starts without delay
 _BATCHES_AHEAD = 2  # so that the threads never wait
@@ -28,11 +31,20 @@ class DocumentReader:
     """Reads each row group once, tokenizes ahead in threads and distributes the documents to this rank's streams.
 
     cursors: stream -> number of the first document that it needs. Only documents of these streams are tokenized.
+    bad_texts: stream -> what happens to its texts that are not UTF-8. Skipped texts are like empty ones, but counted.
     """
 
-    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, cursors: dict[int, int], streams: int, threads: int):
+    def __init__(
+        self,
+        corpus: Corpus,
+        tokenizer: Tokenizer,
+        cursors: dict[int, int],
+        streams: int,
+        threads: int,
+        bad_texts: dict[int, BadTexts],
+    ):
         if corpus.documents < streams:
-            names = ", ".join(shard.path.name for shard in corpus.shards)
+            names = shortened(shard.path.name for shard in corpus.shards)
             raise UserError(
                 f"{corpus.shards[0].path.parent} has {corpus.documents} documents in {names}, fewer than "
                 f"{streams} packing streams: set data.streams to {corpus.documents} or fewer, or add text"
@@ -41,15 +53,17 @@ class DocumentReader:
         self._first_needed = np.full(streams, np.iinfo(np.int64).max)
         for stream, cursor in cursors.items():
             self._first_needed[stream] = cursor
-        self._ready: dict[int, deque[tuple[int, np.ndarray]]] = {stream: deque() for stream in cursors}
+        self._ready: dict[int, deque[tuple[int, np.ndarray, int]]] = {stream: deque() for stream in cursors}
+        self._bad_texts, self._skipped = bad_texts, dict.fromkeys(cursors, 0)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tokenizer")
         self._batches = self._batches_from(min(cursors.values()))
-        self._submitted: deque[tuple[int, list[int], list[Future]]] = deque()
+        self._submitted: deque[tuple[int, dict[int, Future | None]]] = deque()
 
-    def next_document(self, stream: int) -> tuple[int, np.ndarray]:
-        """Returns (number, tokens: uint [n] with BOS first) of the stream's next non-empty document.
+    def next_document(self, stream: int) -> tuple[int, np.ndarray, int]:
+        """Returns the number and tokens (uint [n] with BOS first) of the stream's next document that is not empty, and
+        the number of texts that are not UTF-8 and were skipped before it.
 
-        Raises UserError if all documents of an epoch are empty.
+        Raises UserError if all documents of an epoch are empty, or for a text that is not UTF-8 if these are refused.
         """
         ready, visited = self._ready[stream], 0
         while not ready:
@@ -74,25 +88,41 @@ class DocumentReader:
         """Gives the documents of the oldest batch to their streams; returns the size of the batch."""
         while len(self._submitted) <= _BATCHES_AHEAD:
             self._submitted.append(self._submit(*next(self._batches)))
-        size, numbers, tasks = self._submitted.popleft()
-        documents = [tokens for task in tasks for tokens in task.result()]
-        for number, tokens in zip(numbers, documents, strict=True):
-            self._ready[number % self._corpus.documents % self._streams].append((number, tokens))
+        size, documents = self._submitted.popleft()
+        for number, task in documents.items():
+            stream = self._stream_of(number)
+            if task is None:
+                self._skipped[stream] += 1
+            else:
+                self._ready[stream].append((number, task.result()[number], self._skipped[stream]))
+                self._skipped[stream] = 0
         return size
 
-    def _submit(self, first: int, texts: pa.ChunkedArray) -> tuple[int, list[int], list[Future]]:
-        """Starts to tokenize a batch; returns (size of the batch, numbers of the needed documents, tasks)."""
+    def _stream_of(self, number: int) -> int:
+        return number % self._corpus.documents % self._streams
+
+    def _submit(self, first: int, texts: pa.ChunkedArray) -> tuple[int, dict[int, Future | None]]:
+        """Starts to tokenize a batch. Returns its size, and for the number of each needed document that is not empty
+        the task that tokenizes it, None if it is not UTF-8.
+        """
         numbers = np.arange(first, first + len(texts))
         needed = np.flatnonzero(numbers >= self._first_needed[numbers % self._corpus.documents % self._streams])
-        texts_needed = texts.take(pa.array(needed)).to_pylist()
-        documents = [(first + at, text) for at, text in zip(needed.tolist(), texts_needed, strict=True) if text]
-        tasks = [
-            self._pool.submit(
-                self._tokenizer.encode_batch, [text for _, text in documents[start : start + _TASK_DOCUMENTS]]
-            )
-            for start in range(0, len(documents), _TASK_DOCUMENTS)
-        ]
-        return len(texts), [number for number, _ in documents], tasks
+        documents: dict[int, Future | None] = {}
+        decoded: dict[int, str] = {}
+        for number, text in zip((first + needed).tolist(), decode_texts(texts.take(pa.array(needed))), strict=True):
+            if isinstance(text, bytes):
+                self._bad_texts[self._stream_of(number)].add(self._corpus.place(number), text)
+            elif text:
+                decoded[number] = text
+            if text:
+                documents[number] = None
+        for start in range(0, len(decoded), _TASK_DOCUMENTS):
+            part = dict(itertools.islice(decoded.items(), start, start + _TASK_DOCUMENTS))
+            documents |= dict.fromkeys(part, self._pool.submit(self._encode, part))
+        return len(texts), documents
+
+    def _encode(self, texts: dict[int, str]) -> dict[int, np.ndarray]:
+        return dict(zip(texts, self._tokenizer.encode_batch(list(texts.values())), strict=True))
 
 
 @dataclass(frozen=True)
@@ -113,6 +143,7 @@ class Loader:
     row_tokens: sequence length + 1; each row starts with BOS. rows: rows per step over all ranks. buffer_documents:
     minimum of documents in a stream's buffer, see `packing.buffer_sizes`. seed: None visits the row groups in file
     order. state: from `state()` or `load_loader_state` of a run on any number of ranks, or from `restarted_state`.
+    on_bad_text: "refuse" or "skip" texts that are not UTF-8. log: gets a line for each skipped text, on one rank only.
     """
 
     def __init__(
@@ -131,6 +162,8 @@ class Loader:
         tokenizer_threads: int = 2,
         prefetch_steps: int = 2,
         state: dict | None = None,
+        on_bad_text: str = "refuse",
+        log: Callable[[str], None] = lambda line: None,
     ):
         if rows % ranks:
             raise UserError(
@@ -148,7 +181,11 @@ class Loader:
         self._restarts = state["header"].get("restarts", []) if state else []
         self._now = self._first_snapshot(state, streams_of_rank(rank, ranks, streams, rows))
         cursors = {stream: saved.next_document for stream, saved in self._now.streams.items()}
-        self._reader = DocumentReader(corpus, tokenizer, cursors, streams, tokenizer_threads)
+        logged, counted = BadTexts(on_bad_text, log=log), BadTexts(on_bad_text)
+        bad_texts = {
+            stream: logged if saving_rank(stream, ranks, streams, rows) == rank else counted for stream in cursors
+        }
+        self._reader = DocumentReader(corpus, tokenizer, cursors, streams, tokenizer_threads, bad_texts)
         self._streams = {
             stream: Stream(
                 partial(self._reader.next_document, stream),
@@ -215,6 +252,10 @@ class Loader:
     def ledger(self) -> dict[int, str]:
         """Returns stream -> running SHA-256 (hex) of the (epoch, document) pairs used; equal on every layout."""
         return {stream: saved.ledger.hex() for stream, saved in self._now.streams.items()}
+
+    def skipped_texts(self) -> dict[int, int]:
+        """Returns stream -> texts that were skipped because they are not UTF-8; equal on every layout."""
+        return {stream: saved.skipped_texts for stream, saved in self._now.streams.items()}
 
     def state(self) -> dict:
         """Returns the state after the last returned batch: {"header": JSON-able, "streams": {stream: arrays}}."""

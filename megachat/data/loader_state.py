@@ -22,6 +22,7 @@ from megachat.files import write_atomically, write_json
 
 HEADER_FILE = "loader.json"
 _COUNTERS = ("next_document", "next_sequence", "rows", "read_tokens", "cropped_tokens")
+_SKIPPED_TEXTS = "skipped_texts"
 _ARRAYS = ("counters", "ledger", "sequence", "documents", "lengths", "tokens")
 # Header keys that must not change, because the rows depend on them; and what the user changes to restore them.
 _SAME = {
@@ -43,12 +44,14 @@ class TransientReadError(UserError):
 
 def stream_to_arrays(state: StreamState, dtype: np.dtype) -> dict[str, np.ndarray]:
     """Converts a stream's state to arrays: counters int64 [5], ledger uint8 [32], and the n documents in its buffer.
+    If texts were skipped, also their number: int64 [].
 
     The documents are sequence, documents (numbers) and lengths, int64 [n], in the order in which they were read, and
     their kept tokens, concatenated.
     """
     documents = state.buffer.values()
-    return {
+    skipped = {_SKIPPED_TEXTS: np.array(state.skipped_texts, np.int64)} if state.skipped_texts else {}
+    return skipped | {
         "counters": np.array([getattr(state, name) for name in _COUNTERS], dtype=np.int64),
         "ledger": np.frombuffer(state.ledger, dtype=np.uint8),
         "sequence": np.array(list(state.buffer), dtype=np.int64),
@@ -70,7 +73,8 @@ def stream_from_arrays(arrays: dict[str, np.ndarray], row_tokens: int) -> Stream
         for sequence, number, length, kept_tokens in zip(*columns, tokens, strict=True)
     }
     counters = dict(zip(_COUNTERS, arrays["counters"].tolist(), strict=True))
-    return StreamState(**counters, ledger=arrays["ledger"].tobytes(), buffer=buffer)
+    skipped = int(arrays.get(_SKIPPED_TEXTS, 0))
+    return StreamState(**counters, ledger=arrays["ledger"].tobytes(), buffer=buffer, skipped_texts=skipped)
 
 
 def loader_settings(shards: list[Shard], tokenizer: Tokenizer, order: dict) -> dict:
@@ -165,6 +169,8 @@ def load_loader_state(folder: str | Path, streams: Iterable[int]) -> dict:
                 )
             with np.load(path, allow_pickle=False) as file:
                 arrays = loaded[stream] = {name: file[name] for name in _ARRAYS}
+                if _SKIPPED_TEXTS in file:
+                    arrays[_SKIPPED_TEXTS] = file[_SKIPPED_TEXTS]
             if "documents" in header and (arrays["documents"] % header["documents"] % count != stream).any():
                 raise UserError(
                     f"{path} is of another stream or run: it has documents that do not belong to stream {stream}; "

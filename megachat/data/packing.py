@@ -65,6 +65,7 @@ class StreamState:
     cropped_tokens: int  # the part of read_tokens that was dropped
     ledger: bytes  # running SHA-256 of the documents that were placed or cropped
     buffer: dict[int, BufferedDocument]  # by sequence number, which counts the documents as they are read
+    skipped_texts: int = 0  # documents before next_document that are not UTF-8
 
 
 EMPTY_STREAM = StreamState(0, 0, 0, 0, 0, bytes(32), {})
@@ -85,13 +86,13 @@ def buffer_sizes(stream_documents: int, buffer_documents: int) -> tuple[int, int
 class Stream:
     """One packing stream.
 
-    read_document: returns (number, tokens: uint [n] with BOS first) of the stream's next document. buffer: from
-    `buffer_sizes`. epoch_documents: documents per epoch of the whole corpus.
+    read_document: returns (number, tokens: uint [n] with BOS first, texts skipped before it) of the stream's next
+    document. buffer: from `buffer_sizes`. epoch_documents: documents per epoch of the whole corpus.
     """
 
     def __init__(
         self,
-        read_document: Callable[[], tuple[int, np.ndarray]],
+        read_document: Callable[[], tuple[int, np.ndarray, int]],
         row_tokens: int,
         buffer: tuple[int, int],
         epoch_documents: int,
@@ -128,10 +129,11 @@ class Stream:
             state.ledger = hashlib.sha256(state.ledger + epoch_and_index).digest()
         state.rows += 1
 
-    def _add_to_buffer(self, number: int, tokens: np.ndarray) -> None:
+    def _add_to_buffer(self, number: int, tokens: np.ndarray, skipped_texts: int = 0) -> None:
         state, length = self._state, len(tokens)
         # The end of a long document is dropped with a copy: a view would keep it in memory and in every checkpoint.
         kept = tokens if length <= self._row_tokens else tokens[: self._row_tokens].copy()
         state.buffer[state.next_sequence] = BufferedDocument(number, length, kept)
         insort(self._keys, length << _SEQUENCE_BITS | state.next_sequence)
         state.next_document, state.next_sequence = number + 1, state.next_sequence + 1
+        state.skipped_texts += skipped_texts

@@ -1,8 +1,8 @@
 """Parquet shards of text: checking a data folder, reading texts, and the order in which the documents are visited.
 
-A data folder holds `*.parquet` files with a string column `text`. Sorted by name, the last file is the validation split
-and the others are the train split, as in nanochat, whose folders can be used as they are. If there is a manifest.json,
-the files must agree with it.
+A data folder holds `*.parquet` files with a string column `text`; the suffix may be in upper case, and hidden files are
+not read. Sorted by name, the last file is the validation split and the others are the train split, as in nanochat,
+whose folders can be used as they are. If there is a manifest.json, the files must agree with it.
 """
 
 import hashlib
@@ -15,12 +15,15 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megachat.data.texts import BadTexts, decode_texts, holds_strings, read_batches, row_place
 from megachat.errors import UserError, summary
 from megachat.files import file_sha256
+from megachat.text import shortened
 
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"  # marks a folder whose preparation was interrupted, so that nothing trains on half of it
 _OPEN_THREADS = 16
+_CHECKED_BYTES = 1 << 28  # of a validation shard's text, which are read before training: less than a second
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class DataSummary:
     size_bytes: int
     source: str | None
     train_fingerprint: str
+    validation: Shard
 
     def __str__(self) -> str:
         source = f" from {self.source}" if self.source else ""
@@ -59,6 +63,10 @@ class DataSummary:
 
 def open_shard(path: Path) -> Shard:
     """Reads and checks one file's footer. Raises UserError, with the path, if the file is damaged or has no texts."""
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"{path} is a broken link to {path.readlink()}: restore that file, or remove the link")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, not a parquet file: move its files up, or rename it")
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -77,13 +85,24 @@ def open_shard(path: Path) -> Shard:
         raise UserError(f"{path} cannot be read as parquet ({summary(error)}): download or prepare it again") from None
     if "text" not in schema.names:
         raise UserError(
-            f"{path} has no `text` column (it has {', '.join(schema.names) or 'none'}): "
+            f"{path} has no `text` column (it has {shortened(schema.names) or 'none'}): "
             "rename the column with the documents to `text`"
         )
+    if schema.names.count("text") > 1:
+        raise UserError(f"{path} has {schema.names.count('text')} columns named `text`: keep one and rename the others")
     kind = schema.field("text").type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    if not holds_strings(kind):
         raise UserError(f"{path} has a `text` column of {kind}: write it again with one string per document")
     return Shard(path, size, tuple(metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)), footer)
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    """Returns the paths of a folder that are named like a shard, sorted by name, without hidden ones."""
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"the data folder {folder} cannot be read ({error.strerror}): make it readable") from None
+    return [path for path in paths if path.suffix.lower() == ".parquet" and not path.name.startswith(".")]
 
 
 def open_shards(folder: str | Path, *, min_shards: int = 2) -> list[Shard]:
@@ -98,7 +117,7 @@ def open_shards(folder: str | Path, *, min_shards: int = 2) -> list[Shard]:
         raise UserError(
             f"the preparation of {folder} has not finished: run the same tools/prepare_data.py command again"
         )
-    paths = sorted(folder.glob("*.parquet"))
+    paths = shard_paths(folder)
     if not paths:
         raise UserError(
             f"the data folder {folder} has no .parquet file: "
@@ -134,14 +153,28 @@ def footers_digest(shards: list[Shard]) -> str:
     return hashlib.sha256("".join(shard.footer for shard in shards).encode()).hexdigest()
 
 
-def read_text_batches(path: Path, batch_documents: int) -> Iterator[pa.Array]:
-    """Reads the `text` column of a shard in batches. Raises UserError if the file is damaged."""
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=batch_documents, columns=["text"]):
-                yield batch.column("text")
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is damaged ({summary(error)}): download it or write it again") from None
+def check_validation_texts(shard: Shard, streams: int, bad_texts: BadTexts) -> None:
+    """Checks before a run that each packing stream has a validation text, and the start of the shard for bad texts.
+
+    Raises UserError: without this, the run would train until its first validation and fail there.
+    """
+    waiting, number, checked_bytes = set(range(streams)), 0, 0
+    for group, first, batch in read_batches(shard.path, 1024):
+        for row, text in enumerate(decode_texts(batch.column("text")), first):
+            if isinstance(text, str) and text:
+                waiting.discard(number % streams)
+            elif isinstance(text, bytes) and bad_texts.policy == "refuse":
+                bad_texts.add(row_place(shard.path, group, row), text)
+            number += 1
+        checked_bytes += batch.nbytes
+        if not waiting and (bad_texts.policy == "skip" or checked_bytes > _CHECKED_BYTES):
+            return
+    if waiting:
+        where = "" if len(waiting) == streams else f" for {len(waiting)} of {streams} packing streams"
+        raise UserError(
+            f"the validation shard {shard.path} has {number:,} documents but no text{where}: put more text in the last "
+            f"shard{', or set fewer data.streams' if where else ''}"
+        )
 
 
 def check_data_folder(folder: str | Path, *, hashes: bool = False, min_shards: int = 2) -> DataSummary:
@@ -163,6 +196,7 @@ def check_data_folder(folder: str | Path, *, hashes: bool = False, min_shards: i
         size_bytes=sum(shard.size_bytes for shard in shards),
         source=manifest["request"]["source"] if manifest else None,
         train_fingerprint=shards_fingerprint(train),
+        validation=validation[0],
     )
 
 
@@ -210,7 +244,7 @@ class Corpus:
         self.shards, self.seed = shards, seed
         self.documents = sum(shard.documents for shard in shards)
         if not self.documents:
-            names = ", ".join(shard.path.name for shard in shards)
+            names = shortened(shard.path.name for shard in shards)
             raise UserError(f"{shards[0].path.parent} has no document in {names}: add text")
 
     def groups(self, epoch: int) -> list[tuple[int, int]]:
@@ -233,6 +267,16 @@ class Corpus:
                     yield first, self._read_group(self.shards[index].path, group)
                 first += rows
             epoch += 1
+
+    def place(self, number: int) -> str:
+        """Returns file, row group and row of a document, for messages."""
+        epoch, row = divmod(number, self.documents)
+        for index, group in self.groups(epoch):
+            rows = self.shards[index].group_rows[group]
+            if row < rows:
+                return row_place(self.shards[index].path, group, row)
+            row -= rows
+        raise AssertionError("the groups hold all documents")
 
     @staticmethod
     def _read_group(path: Path, group: int) -> pa.ChunkedArray:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import torch
 
 from megachat.data.shards import load_manifest, open_shards, split_shards
+from megachat.data.texts import BadTexts, decode_texts, read_batches, row_place
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError
 from megachat.evals.bpb import IGNORED, ValidationRows
@@ -39,6 +40,7 @@ class SourceRows(ValidationRows):
     """This rank's share of the first rows of one source's validation documents.
 
     rows: number of rows of all ranks, at most `most_rows`; 0 if the validation shard has no document of the source.
+    on_bad_text: "refuse" or "skip" texts that are not UTF-8.
     """
 
     def __init__(
@@ -51,8 +53,9 @@ class SourceRows(ValidationRows):
         most_rows: int,
         micro_rows: int,
         mesh: Mesh,
+        on_bad_text: str = "refuse",
     ):
-        text = _read_tokens(folder, source, tokenizer, most_rows * tokens + 1)
+        text = _read_tokens(_read_documents(folder, source, BadTexts(on_bad_text)), tokenizer, most_rows * tokens + 1)
         self.rows = max(0, -(-(len(text) - 1) // tokens))
         padded = np.full(up_to_multiple(self.rows, micro_rows * mesh.data.size) * tokens + 1, IGNORED, np.int64)
         padded[: len(text)] = text
@@ -65,10 +68,10 @@ class SourceRows(ValidationRows):
         super().__init__(batches, self.rows, micro_rows, mesh)
 
 
-def _read_tokens(folder: Path, source: str, tokenizer: Tokenizer, most: int) -> np.ndarray:
-    """Returns the first `most` tokens of the source's validation documents, each document with its BOS."""
+def _read_tokens(batches: Iterable[list[str]], tokenizer: Tokenizer, most: int) -> np.ndarray:
+    """Returns the first `most` tokens of the documents, each with its BOS."""
     documents, count = [np.zeros(0, np.int64)], 0
-    for texts in _read_documents(folder, source):
+    for texts in batches:
         for tokens in tokenizer.encode_batch(texts):
             documents.append(tokens)
             count += len(tokens)
@@ -77,17 +80,18 @@ def _read_tokens(folder: Path, source: str, tokenizer: Tokenizer, most: int) -> 
     return np.concatenate(documents)[:most].astype(np.int64)
 
 
-def _read_documents(folder: Path, source: str) -> Iterator[list[str]]:
+def _read_documents(folder: Path, source: str, bad_texts: BadTexts) -> Iterator[list[str]]:
+    """Yields the texts of the source's validation documents."""
     path = _validation_shard(folder)
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=_BATCH_DOCUMENTS, columns=["text", "source"]):
-                texts = batch.filter(pc.equal(batch.column("source").cast(pa.string()), source)).column("text")
-                yield [text for text in texts.to_pylist() if text]
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(
-            f"{path} is damaged ({str(error).splitlines()[0]}): prepare the folder again with --overwrite"
-        ) from None
+    for group, first, batch in read_batches(path, _BATCH_DOCUMENTS, ("text", "source")):
+        of_source = pc.equal(batch.column("source").cast(pa.string()), source).to_numpy(zero_copy_only=False)
+        rows, texts = np.flatnonzero(of_source), []
+        for row, text in zip(rows.tolist(), decode_texts(batch.column("text").take(pa.array(rows))), strict=True):
+            if isinstance(text, bytes):
+                bad_texts.add(row_place(path, group, first + row), text)
+            elif text:
+                texts.append(text)
+        yield texts
 
 
 def _validation_shard(folder: Path) -> Path:

@@ -1,6 +1,7 @@
 """Downloads of numbered parquet shards from the Hugging Face hub or a mirror: parallel, with retries, and checked."""
 
 import re
+import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -10,7 +11,7 @@ from pathlib import Path
 import requests
 from tqdm import tqdm
 
-from megachat.errors import UserError
+from megachat.errors import UserError, summary
 from megachat.files import PART, sync_and_rename
 from megachat.prepare.manifest import ShardEntry, measure_shard, shard_name
 
@@ -31,6 +32,7 @@ HUB_SOURCES = {
 _ATTEMPTS = 5
 _TIMEOUT_S = 30
 _PIECE_BYTES = 1 << 15  # at most this much is lost when a connection breaks
+_KEPT_FREE_BYTES = 64 << 20  # of the disk, which an answer without a length does not fill
 
 
 class _Retry(Exception):
@@ -39,6 +41,11 @@ class _Retry(Exception):
 
 class _Stopped(Exception):
     """Another shard failed on its last attempt."""
+
+
+def shard_names(source: HubSource, train_shards: int) -> list[str]:
+    """Returns the names of the shards that `download_shards` downloads."""
+    return [shard_name(index) for index in (*range(train_shards), source.last_index)]
 
 
 def download_shards(
@@ -56,7 +63,7 @@ def download_shards(
     attempt, doubled before each further one. Raises UserError for the first shard that fails on its last attempt; the
     other partial shards are kept for the next call.
     """
-    names = [shard_name(index) for index in (*range(train_shards), source.last_index)]
+    names = shard_names(source, train_shards)
     stop = threading.Event()
     with (
         # disable=None shows the bar on a terminal only.
@@ -151,33 +158,63 @@ class _Downloader:
                 raise _Retry(f"HTTP {answer.status_code}")
             if answer.status_code not in (200, 206):
                 raise UserError(f"{url} answers HTTP {answer.status_code}: check {self.options}")
+            encoding = answer.headers.get("Content-Encoding", "")
+            if encoding.lower() not in ("", "identity"):
+                raise UserError(
+                    f"{url} is sent with the encoding {encoding[:40]!r}, which was not requested and may unpack to any "
+                    f"size: use a server that sends files as they are, or check {self.options}"
+                )
             start, total = _extent(answer)
             if start not in (0, have):
                 part.unlink(missing_ok=True)
                 raise _Retry("an answer with other bytes than requested")
-            with part.open("ab" if start else "wb") as file:
-                for piece in answer.iter_content(_PIECE_BYTES):
-                    if self.stop.is_set():
-                        raise _Stopped
-                    file.write(piece)
-                    self.bar.update(len(piece))
+            self._write(answer, part, start, total)
         size = part.stat().st_size
         if total is not None and size != total:
             if size > total:
                 part.unlink(missing_ok=True)
             raise _Retry(f"{size:,} of {total:,} bytes")
 
+    def _write(self, answer: requests.Response, part: Path, start: int, total: int | None) -> None:
+        """Writes the answer's bytes to `part`: never more than announced, and never the last of the disk."""
+        size = start
+        with part.open("ab" if start else "wb") as file:
+            _check_free_space(part, 0 if total is None else total - start)
+            for piece in answer.iter_content(_PIECE_BYTES):
+                if self.stop.is_set():
+                    raise _Stopped
+                size += len(piece)
+                if total is not None and size > total:
+                    break
+                if total is None:
+                    _check_free_space(part, len(piece))
+                file.write(piece)
+                self.bar.update(len(piece))
+        if total is not None and size > total:
+            part.unlink()
+            raise _Retry(f"more than the announced {total:,} bytes")
+
+
+def _check_free_space(part: Path, needed_bytes: int) -> None:
+    free_bytes = shutil.disk_usage(part.parent).free - _KEPT_FREE_BYTES
+    if needed_bytes > free_bytes:
+        raise UserError(
+            f"{part} needs {needed_bytes:,} bytes more, but the disk has {max(0, free_bytes):,} to spare: free disk "
+            "space and run the same command again"
+        )
+
 
 def _extent(answer: requests.Response) -> tuple[int, int | None]:
     """Returns (first byte sent, size of the whole file or None). Status 200 means that the server ignored the range."""
     if answer.status_code == 206:
-        match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", ""))
+        extent = answer.headers.get("Content-Range", "")
+        match = re.fullmatch(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)", extent)
         if match is None:
             return -1, None
         return int(match[1]), None if match[2] == "*" else int(match[2])
     length = answer.headers.get("Content-Length", "")
-    return 0, int(length) if length.isdigit() else None
+    return 0, int(length) if re.fullmatch("[0-9]{1,18}", length) else None
 
 
 def _describe(error: Exception) -> str:
-    return str(error) if isinstance(error, _Retry) else f"{type(error).__name__} ({str(error).splitlines()[0][:120]})"
+    return str(error) if isinstance(error, _Retry) else summary(error)[:160]

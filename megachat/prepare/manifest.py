@@ -1,21 +1,19 @@
 """Preparing a data folder: it is marked unfinished first, and the manifest with the request is written last."""
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
-from megachat.data.shards import (
-    MANIFEST,
-    UNFINISHED,
-    check_data_folder,
-    load_manifest,
-    open_shard,
-    read_text_batches,
-)
+from megachat.data.shards import MANIFEST, UNFINISHED, check_data_folder, load_manifest, open_shard, shard_paths
+from megachat.data.texts import read_batches
 from megachat.errors import UserError
 from megachat.files import PART, file_sha256, write_atomically, write_json
+from megachat.text import shortened
 
 
 @dataclass(frozen=True)
@@ -39,53 +37,74 @@ def measure_shard(path: Path, name: str | None = None) -> ShardEntry:
     """Reads a whole shard, which also proves that it is complete. name: in the manifest. Raises UserError."""
     shard = open_shard(path)
     text_bytes = text_chars = 0
-    for texts in read_text_batches(path, 1024):
+    for _, _, batch in read_batches(path, 1024):
+        texts = batch.column("text").cast(pa.large_string())
         text_bytes += pc.sum(pc.binary_length(texts)).as_py() or 0
         text_chars += pc.sum(pc.utf8_length(texts)).as_py() or 0
     return ShardEntry(name or path.name, file_sha256(path), shard.size_bytes, shard.documents, text_bytes, text_chars)
 
 
-def begin_preparation(folder: Path, request: dict, *, overwrite: bool, keep_shards: bool = False) -> bool:
-    """Makes `folder` ready for a request. Returns False if it already holds exactly that data, undamaged.
+def is_prepared(folder: Path, request: dict, *, overwrite: bool, names: Collection[str] = ()) -> bool:
+    """Returns whether `folder` already holds exactly the requested data, undamaged. Nothing is written.
 
-    keep_shards: complete shards that were downloaded from the same address are reused. Raises UserError if the folder
-    holds anything else and `overwrite` is False.
+    names: of the shards that a download needs. Raises UserError if the folder holds anything else and `overwrite` is
+    False. What an interrupted call left is no obstacle, except complete downloaded shards that the request does not
+    use.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: give --out a folder")
-    if not overwrite and folder.is_dir() and any(folder.iterdir()):
-        interrupted = _unfinished_request(folder)
-        if not (folder / UNFINISHED).exists() and (manifest := load_manifest(folder)) is not None:
-            if manifest["request"] == request:
-                check_data_folder(folder)
-                return False
-            _refuse(folder, manifest["request"], request)
-        if interrupted != request:
-            _refuse(folder, interrupted, request)
+    if overwrite or not folder.is_dir() or not any(folder.iterdir()):
+        return False
+    interrupted = _unfinished_request(folder)
+    if interrupted is None:
+        manifest = None if (folder / UNFINISHED).exists() else load_manifest(folder)
+        if manifest is None or manifest["request"] != request:
+            _refuse(folder, manifest and manifest["request"], request)
+        check_data_folder(folder)
+        return True
+    if "base_url" in interrupted:
+        used = set(names) if _has_same_origin(folder, request) else set()
+        if unused := [path.name for path in shard_paths(folder) if path.name not in used]:
+            raise UserError(
+                f"{folder} holds an unfinished download with complete shards that this call would remove "
+                f"({shortened(unused)}): give another --out, or --overwrite to replace them"
+            )
+    return False
+
+
+def begin_preparation(folder: Path, request: dict, *, keep_shards: bool = False) -> None:
+    """Marks `folder` as unfinished and removes its shards and manifest.
+
+    keep_shards: complete shards that were downloaded from the same address are kept.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     reuse = keep_shards and _has_same_origin(folder, request)
     write_atomically(folder / UNFINISHED, json.dumps(request, indent=1).encode())
     (folder / MANIFEST).unlink(missing_ok=True)
     if not reuse:
-        for path in (*folder.glob("*.parquet"), *folder.glob("*" + PART)):
+        for path in (*shard_paths(folder), *folder.glob("*" + PART)):
             path.unlink()
-    return True
 
 
-def _refuse(folder: Path, existing: dict | None, request: dict) -> None:
+def _refuse(folder: Path, existing: dict | None, request: dict) -> NoReturn:
     if not existing:
         raise UserError(
             f"{folder} is not empty and was not made by this program: give another --out, "
             "or --overwrite to replace its .parquet files"
         )
     changed = [
-        f"{key} is {existing.get(key)!r} there, but {request.get(key)!r} is requested"
+        f"{key} is {_short(existing.get(key))} there, but {_short(request.get(key))} is requested"
         for key in sorted({*existing, *request})
         if existing.get(key) != request.get(key)
     ]
     raise UserError(
         f"{folder} holds another data set ({'; '.join(changed)}): give another --out, or --overwrite to replace it"
     )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
 
 
 def _unfinished_request(folder: Path) -> dict | None:
@@ -104,9 +123,12 @@ def _has_same_origin(folder: Path, request: dict) -> bool:
     return isinstance(existing, dict) and {**existing, "shards": None} == {**request, "shards": None}
 
 
-def finish_preparation(folder: Path, request: dict, entries: list[ShardEntry]) -> dict:
-    """Removes shards that are not in `entries`, write the manifest and returns it, and removes the unfinished mark."""
-    for path in set(folder.glob("*.parquet")) - {folder / entry.name for entry in entries}:
+def finish_preparation(folder: Path, request: dict, entries: list[ShardEntry], skipped_texts: int = 0) -> dict:
+    """Removes shards that are not in `entries`, writes the manifest and returns it, and removes the unfinished mark.
+
+    skipped_texts: texts of the input that were left out because they are not UTF-8.
+    """
+    for path in set(shard_paths(folder)) - {folder / entry.name for entry in entries}:
         path.unlink()
     manifest = {
         "format": "megachat-data-1",
@@ -117,6 +139,7 @@ def finish_preparation(folder: Path, request: dict, entries: list[ShardEntry]) -
         "documents": sum(entry.documents for entry in entries),
         "bytes": sum(entry.text_bytes for entry in entries),
         "chars": sum(entry.text_chars for entry in entries),
+        **({"skipped_texts": skipped_texts} if skipped_texts else {}),
         "shards": [vars(entry) for entry in entries],
     }
     write_json(folder / MANIFEST, manifest)

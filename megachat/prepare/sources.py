@@ -1,16 +1,19 @@
 """Local sources of text (text files and parquet files), and writing documents as shards."""
 
 import hashlib
+import io
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megachat.data.shards import open_shard, read_text_batches
+from megachat.data.shards import open_shard
+from megachat.data.texts import REFUSE, BadTexts, read_shard_texts
 from megachat.errors import UserError
 from megachat.files import PART, sync_and_rename
 from megachat.prepare.manifest import ShardEntry, measure_shard, shard_name
@@ -26,32 +29,57 @@ _BATCH_DOCUMENTS = 4096
 def find_input_files(inputs: Iterable[str | Path], suffixes: tuple[str, ...]) -> list[Path]:
     """Returns the files in `inputs`, and all files with one of the suffixes below its folders, sorted by path.
 
-    Raises UserError if an input does not exist or has no such file.
+    Links are followed; hidden files and folders are left out. Raises UserError if an input does not exist or has no
+    such file, or if a part of it cannot be read.
     """
-    files: list[Path] = []
+    files: dict[Path, Path] = {}  # resolved -> as given: a file that links lead to twice is read once
     for path in map(Path, inputs):
-        if path.is_file():
-            files.append(path)
-            continue
-        inside = sorted(file for file in path.rglob("*") if file.suffix in suffixes and file.is_file())
+        inside = [path] if path.is_file() else sorted(_files_below(path, suffixes))
         if not inside:
             problem = f"has no {' or '.join(suffixes)} file" if path.is_dir() else "does not exist"
             raise UserError(f"--input {path} {problem}: give a file, or a folder with such files")
-        files += inside
+        for file in inside:
+            files.setdefault(file.resolve(), file)
     if not files:
         raise UserError(f"no --input was given: give the files or folders ({', '.join(suffixes)}) to read")
-    return list(dict.fromkeys(files))
+    return list(files.values())
 
 
-def read_text_files(files: Iterable[Path], document_bytes: int) -> Iterator[str]:
+def _files_below(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
+    """Yields the files below a folder with one of the suffixes in any case, also behind links, without hidden ones.
+
+    Raises UserError for a folder that cannot be read and for a broken link that may lead to such files.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}): make it readable, or move it away")
+
+    visited: set[Path] = set()
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse if folder.is_dir() else None):
+        if (resolved := Path(place).resolve()) in visited:  # links may form a circle
+            folders.clear()
+            continue
+        visited.add(resolved)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(place) / name for name in names if not name.startswith(".")):
+            if path.is_symlink() and not path.exists() and path.suffix.lower() in ("", *suffixes):
+                raise UserError(f"{path} is a broken link to {path.readlink()}: restore its target, or remove the link")
+            if path.suffix.lower() in suffixes and path.is_file():
+                yield path
+
+
+def read_text_files(files: Iterable[Path], document_bytes: int, bad_texts: BadTexts = REFUSE) -> Iterator[str]:
     """Yields the texts of UTF-8 files, cut into pieces if they are longer than `document_bytes`."""
     for path in files:
         try:
-            text = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text (byte {error.start}): convert it or leave it out") from None
+            content = path.read_bytes()
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror}): leave it out") from None
+        try:
+            text = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig").read()  # any line end becomes \n
+        except UnicodeDecodeError:
+            bad_texts.add(str(path), content)
+            continue
         yield from cut_text(text, document_bytes)
 
 
@@ -78,22 +106,28 @@ def cut_text(text: str, document_bytes: int) -> Iterator[str]:
         start = end
 
 
-def read_parquet_files(files: Iterable[Path]) -> Iterator[str]:
+def read_parquet_files(files: Iterable[Path], bad_texts: BadTexts = REFUSE) -> Iterator[str]:
     """Yields the documents of parquet files with a `text` column, without empty ones."""
     for path in files:
         open_shard(path)
-        for texts in read_text_batches(path, 1024):
-            yield from filter(None, texts.to_pylist())
+        for texts in read_shard_texts(path, 1024, bad_texts):
+            yield from texts
 
 
 def write_shards(
-    folder: Path, documents: Iterable[str], seed: int, train_shards: int | None, sources: list[str] | None = None
+    folder: Path,
+    documents: Iterable[str],
+    seed: int,
+    train_shards: int | None,
+    sources: list[str] | None = None,
+    before_writing: Callable[[], object] = lambda: None,
 ) -> list[ShardEntry]:
     """Shuffles documents and writes train shards of equal counts and a validation shard with 5 % of them (at least 1).
 
     train_shards: None chooses by size. sources: the source of each document, filled while `documents` is read; becomes
-    the column `source`. The order depends on the texts and the seed only. All documents are in memory at the same time.
-    Raises UserError if there are fewer documents than shards.
+    the column `source`. before_writing: called when all documents were read and are enough. The order depends on the
+    texts and the seed only. All documents are in memory at the same time. Raises UserError if there are fewer documents
+    than shards.
     """
     texts = _to_arrow(documents)
     if train_shards is None:
@@ -110,6 +144,7 @@ def write_shards(
     columns = {"text": texts}
     if sources is not None:
         columns["source"] = pa.chunked_array([pa.array(sources, pa.string()).dictionary_encode()])
+    before_writing()
     entries = []
     for index, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
         documents_of_shard = pa.array(order[start:end])

@@ -9,18 +9,21 @@ from pathlib import Path
 import tiktoken
 import torch
 
-from megachat.data.shards import open_shards, read_text_batches, split_shards
+from megachat.data.shards import open_shards, split_shards
+from megachat.data.texts import REFUSE, BadTexts, read_shard_texts
 from megachat.data.tokenizer import LONGEST_RUN, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, split_long_runs
 from megachat.errors import UserError, summary
 from megachat.files import write_atomically
 
 
-def read_texts(folder: str | Path, split: str, max_chars: int, doc_cap: int) -> Iterator[str]:
+def read_texts(
+    folder: str | Path, split: str, max_chars: int, doc_cap: int, bad_texts: BadTexts = REFUSE
+) -> Iterator[str]:
     """Yields the first `doc_cap` characters of each document of a split in file order, `max_chars` in total."""
     left = max_chars
     for shard in split_shards(open_shards(folder), split):
-        for texts in read_text_batches(shard.path, 256):
-            for text in filter(None, texts.to_pylist()):
+        for texts in read_shard_texts(shard.path, 256, bad_texts):
+            for text in texts:
                 text = text[: min(doc_cap, left)]
                 left -= len(text)
                 yield text

@@ -201,7 +201,8 @@ def _bits_per_byte(model: EvaluationModel) -> dict:
     for name in names:
         most_rows = max(1, plan.evaluation_rows // len(names))
         sizes = {"tokens": plan.dims.sequence_len, "most_rows": most_rows, "micro_rows": plan.micro_rows}
-        source = SourceRows(Path(folder), name, model.tokenizer, **sizes, mesh=model.mesh)
+        on_bad_text = model.config.data.on_bad_text
+        source = SourceRows(Path(folder), name, model.tokenizer, **sizes, mesh=model.mesh, on_bad_text=on_bad_text)
         value = bits_per_byte(model.engine, source, model.mesh) if source.rows else None
         sources[name] = {"bpb": value, "rows": source.rows}
     return section | ({"sources": sources} if sources else {}) | {"seconds": time.perf_counter() - begin}

@@ -12,7 +12,8 @@ import torch
 from megachat.checkpoint.resume import choose_checkpoint, find_checkpoint
 from megachat.checkpoint.run_folder import config_in_place, follow_checkpoint
 from megachat.config import Config, load_config, save_config
-from megachat.data.shards import DataSummary, check_data_folder
+from megachat.data.shards import DataSummary, check_data_folder, check_validation_texts
+from megachat.data.texts import BadTexts
 from megachat.data.tokenizer import Tokenizer, load_tokenizer
 from megachat.device import choose_compute_dtype, device_name, memory_bytes, peak_flops
 from megachat.errors import SAVED_STATUS, UserError
@@ -235,7 +236,9 @@ def vocabulary(config: Config, tokenizer: Tokenizer) -> int:
 
 
 def check_data(config: Config, *, least_shards: int = 2) -> DataSummary:
-    """Returns a summary of the data folder. Raises UserError if it has too few validation documents."""
+    """Returns a summary of the data folder. Raises UserError if it has too few validation documents, or no text in
+    them.
+    """
     summary = check_data_folder(config.data.folder, min_shards=least_shards)
     if summary.validation_documents < config.data.streams:
         raise UserError(
@@ -243,6 +246,7 @@ def check_data(config: Config, *, least_shards: int = 2) -> DataSummary:
             f"{config.data.streams} packing streams: set data.streams to {max(1, summary.validation_documents)} or "
             "fewer, or put more text in the last shard"
         )
+    check_validation_texts(summary.validation, config.data.streams, BadTexts(config.data.on_bad_text))
     return summary
 
 

@@ -226,7 +226,13 @@ def build_loader(
         tokenizer_threads=data.tokenizer_threads,
         prefetch_steps=data.prefetch_steps,
         state=state,
+        on_bad_text=data.on_bad_text,
+        log=_print_line if mesh.tensor.rank == mesh.pipeline.rank == 0 else lambda line: None,
     )
+
+
+def _print_line(line: str) -> None:
+    print(line, flush=True)  # on any rank: the rank that reads a document reports it
 
 
 def require_same_kernels(kernels: Kernels, mesh: Mesh) -> None:

@@ -94,7 +94,8 @@ def save_state(run: Run, state: LoopState, saver: Saver) -> None:
         "config": run.config.model_dump(mode="json", exclude_defaults=True),
         "layout": dataclasses.asdict(run.plan.layout),
     }
-    loader_state, ledger, random_state = run.loader.state(), run.loader.ledger(), _random_state(run.mesh.device)
+    loader_state, random_state = run.loader.state(), _random_state(run.mesh.device)
+    by_stream = run.loader.ledger(), run.loader.skipped_texts()
     data, streams, keep = run.mesh.data, run.config.data.streams, run.config.checkpoint
 
     def write_rank_files(temporary: Path) -> None:
@@ -107,8 +108,10 @@ def save_state(run: Run, state: LoopState, saver: Saver) -> None:
         np.savez(temporary / "random" / f"rank_{run.mesh.world.rank:05d}.npz", **random_state)
 
     def write(pieces: RectanglesByName, axis: Axis) -> Path:
-        ledgers = {stream: value for ranks in all_gather_objects(ledger, axis) for stream, value in ranks.items()}
-        all_facts = facts | {"ledger": combined_ledger(ledgers)}
+        ranks = all_gather_objects(by_stream, axis)
+        all_facts = facts | {"ledger": combined_ledger({k: v for ledger, _ in ranks for k, v in ledger.items()})}
+        if skipped := sum({stream: count for _, counts in ranks for stream, count in counts.items()}.values()):
+            all_facts["skipped_texts"] = skipped
         path = save_checkpoint(folder, step, pieces, all_facts, write_rank_files, axis)
         if axis.rank == 0:
             remove_old_checkpoints(folder, keep.keep_last, keep.keep_every, step)

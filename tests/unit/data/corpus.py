@@ -42,3 +42,12 @@ def random_texts(count: int, seed: int, longest: int = 90) -> list[str]:
         + str(index)
         for index in range(count)
     ]
+
+
+def write_texts(path: Path, contents: list[bytes | None], group: int = 7, dictionary: bool = False) -> Path:
+    """Writes bytes as a column of strings without checking that they are UTF-8, as careless writers do."""
+    binary = pa.array(contents, pa.binary())
+    texts = pa.Array.from_buffers(pa.string(), len(binary), binary.buffers(), binary.null_count)
+    table = pa.Table.from_arrays([texts.dictionary_encode() if dictionary else texts], names=["text"])
+    pq.write_table(table, path, row_group_size=group)
+    return path

@@ -13,7 +13,15 @@ from megachat.data.shards import open_shards, split_shards
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError
 from megachat.prepare.tokenizer_training import import_nanochat
-from tests.unit.data.corpus import ENGLISH, NANOCHAT, byte_tokenizer, needs_shared, random_texts, write_folder
+from tests.unit.data.corpus import (
+    ENGLISH,
+    NANOCHAT,
+    byte_tokenizer,
+    needs_shared,
+    random_texts,
+    write_folder,
+    write_texts,
+)
 from tools.bench.scan_packing import scan_rows
 
 ROW, ROWS = 40, 12
@@ -278,3 +286,63 @@ def english_documents(tokenizer):
     for shard in itertools.cycle(split_shards(open_shards(ENGLISH), "train")):
         for tokens in tokenizer.encode_batch(pq.read_table(shard.path)["text"].to_pylist(), 2):
             yield tokens.tolist()
+
+
+@pytest.fixture(scope="module")
+def bad_folders(tmp_path_factory):
+    """Two folders: texts some of which are not UTF-8, and the same with empty texts in their place."""
+    contents = [text.encode() for text in random_texts(260, 3)]
+    folders = []
+    for name, bad in (("bad", b"abc \xff\xfe def"), ("empty", b"")):
+        folder = tmp_path_factory.mktemp(name)
+        texts = [bad if index % 9 in (2, 3) else text for index, text in enumerate(contents)]
+        for index, part in enumerate((texts[:90], texts[90:210], texts[210:])):
+            write_texts(folder / f"shard_{index:05d}.parquet", part)
+        folders.append(folder)
+    return folders
+
+
+def test_texts_that_are_not_utf8_are_refused_with_their_place(bad_folders):
+    with build(bad_folders[0]) as loader, pytest.raises(UserError) as caught:
+        next(loader)
+    message = str(caught.value)
+    assert f"{bad_folders[0]}/shard_00000.parquet, row group 0, row 2 (counted from 0) is not UTF-8 text" in message
+    assert "set data.on_bad_text=skip" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("seed", [None, 7])
+def test_skipped_texts_are_like_empty_ones_on_every_layout_and_counted(bad_folders, seed):
+    bad, empty = bad_folders
+    expected, ledgers, _ = global_rows(empty, 1, 14, streams=5, seed=seed)
+    counts = None
+    for ranks in (1, 2, 3, 4):
+        lines: list[str] = []
+        changes = {"streams": 5, "seed": seed, "on_bad_text": "skip", "log": lines.append}
+        rows, other_ledgers, states = global_rows(bad, ranks, 14, **changes)
+        assert torch.equal(rows, expected) and other_ledgers == ledgers
+        skipped = {stream: saved["skipped_texts"] for state in states for stream, saved in state["streams"].items()}
+        assert sum(skipped.values()) > 60 and skipped == (counts := counts or skipped)
+        places = [line for line in lines if "row group" in line]
+        assert len(set(places)) == len(places) > 9  # each text is logged by one rank
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 2)])
+def test_a_resume_counts_skipped_texts_as_if_there_was_no_stop(bad_folders, tmp_path, before, after):
+    changes = {"streams": 5, "seed": 1, "on_bad_text": "skip"}
+    expected, ledgers, whole = global_rows(bad_folders[0], 1, 14, **changes)
+    _, _, states = global_rows(bad_folders[0], before, 6, **changes)
+    save_by_owners(tmp_path, states, before, 5)
+    loaded = [load_loader_state(tmp_path, streams_of_rank(rank, after, 5, ROWS)) for rank in range(after)]
+    rows, other_ledgers, resumed = global_rows(bad_folders[0], after, 8, loaded, **changes)
+    assert torch.equal(rows, expected[6:]) and other_ledgers == ledgers
+    for state in resumed:
+        for stream, saved in state["streams"].items():
+            assert saved["skipped_texts"] == whole[0]["streams"][stream]["skipped_texts"]
+
+
+def test_a_stream_of_texts_that_are_not_utf8_ends(tmp_path):
+    for name in ("a", "b"):
+        write_texts(tmp_path / f"{name}.parquet", [b"text", b"\xff"] * 10)
+    with build(tmp_path, streams=2, on_bad_text="skip") as loader:
+        with pytest.raises(UserError, match="all documents of packing stream 1 .* are empty"):
+            next(loader)

@@ -1,6 +1,7 @@
 """Bits per byte by source: every token of a source is predicted once, whatever the number of ranks."""
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -8,6 +9,7 @@ from megachat.data.shards import load_manifest
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError
 from megachat.evals.sources import SourceRows, source_names
+from tests.unit.data.corpus import write_texts
 from tests.unit.evals.test_bpb import mesh_of
 from tools.prepare_data import main
 
@@ -100,3 +102,17 @@ def test_bad_input(folder, tmp_path, capsys):
                 ]
             )
         assert caught.value.code == 2 and why in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
+def test_texts_that_are_not_utf8_are_refused_or_skipped(tmp_path):
+    contents = [b"n" * 5, b"o" * 3, b"n\xff", b"o\xff", b"n" * 4]
+    path = write_texts(tmp_path / "shard.parquet", contents)
+    names = pa.array(["novels" if content[:1] == b"n" else "notes" for content in contents])
+    pq.write_table(pq.read_table(path).append_column("source", names), path, row_group_size=3)
+    with pytest.raises(UserError, match="shard.parquet, row group 0, row 2 .* is not UTF-8 text"):
+        of(tmp_path, "novels")
+    with pytest.raises(UserError, match="shard.parquet, row group 1, row 0 .* is not UTF-8 text"):
+        of(tmp_path, "notes")
+    rows = of(tmp_path, "novels", on_bad_text="skip", tokens=4)
+    targets = np.concatenate([targets.numpy().flatten() for _, targets in rows.micro_batches])
+    assert TOKENIZER.decode(targets[targets >= 0]) == "nnnnn<|bos|>nnnn"

@@ -1,6 +1,9 @@
+import contextlib
+import gzip
 import hashlib
 import io
 import re
+import shutil
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megachat.errors import UserError
+from megachat.prepare import download as download_module
 from megachat.prepare.download import _PIECE_BYTES, HUB_SOURCES, HubSource, download_shards
 from tests.unit.data.corpus import random_texts
 
@@ -40,6 +44,8 @@ class Mirror(ThreadingHTTPServer):
 
 
 class _Answer(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"  # chunks need it
+
     def do_GET(self):
         mirror, name = self.server, self.path.strip("/")
         mirror.requests[name] += 1
@@ -58,8 +64,15 @@ class _Answer(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             return self.end_headers()
         self.send_response(206 if start else 200)
+        if fault in ("gzip", "br"):
+            content = gzip.compress(content) if fault == "gzip" else content
+            self.send_header("Content-Encoding", fault)
+        if fault in ("endless", "longer than the range"):
+            return self.send_chunks(content, start, fault)
         length = len(content) - start + (1000 if fault == "too long" else 0)
-        self.send_header("Content-Length", str(length))
+        if fault == "huge":
+            length = 10**16
+        self.send_header("Content-Length", "9" * 5000 if fault == "5,000 digits" else str(length))
         if start:
             shown = start + 1 if fault == "other range" else start
             self.send_header("Content-Range", f"bytes {shown}-{len(content) - 1}/{len(content)}")
@@ -68,6 +81,18 @@ class _Answer(BaseHTTPRequestHandler):
         mirror.sent_bytes[name] += len(sent)
         self.wfile.write(sent)
         self.close_connection = True
+
+    def send_chunks(self, content, start, fault):
+        """More bytes than the file has, without a length; "longer than the range": after a range that has one."""
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        self.close_connection = True
+        with contextlib.suppress(OSError):
+            for _ in range(1000):
+                self.wfile.write(b"10000\r\n" + bytes(0x10000) + b"\r\n")
+                self.server.sent_bytes["chunks"] += 0x10000
 
     def log_message(self, *_):
         pass
@@ -188,6 +213,40 @@ def test_a_damaged_shard_in_place_is_fetched_again(tmp_path, mirror):
     (tmp_path / name).write_bytes(mirror.files[name][:-100])
     download(tmp_path, mirror)
     assert (tmp_path / name).read_bytes() == mirror.files[name]
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br"])
+def test_a_compressed_answer_is_refused(tmp_path, mirror, encoding):
+    """It may unpack to any size, and its bytes are not those that are announced."""
+    mirror.faults["shard_00001.parquet"] = [encoding] * 5
+    with pytest.raises(UserError, match=f"shard_00001.parquet is sent with the encoding '{encoding}', which was not"):
+        download(tmp_path, mirror, workers=1)
+    assert mirror.requests["shard_00001.parquet"] == 1 and not list(tmp_path.glob("shard_00001*"))
+
+
+def test_no_more_bytes_than_announced_or_free(tmp_path, mirror, monkeypatch):
+    name, part = "shard_00001.parquet", tmp_path / "shard_00001.parquet.part"
+    mirror.faults[name] = ["huge"]
+    with pytest.raises(UserError, match=r"shard_00001.parquet.part needs 10,000,000,000,000,000 bytes more, but the"):
+        download(tmp_path, mirror, workers=1)
+    mirror.faults[name] = ["5,000 digits"]
+    download(tmp_path, mirror)  # as if there was no length
+    (tmp_path / name).unlink()
+    mirror.faults[name] = ["cut", "longer than the range"] + ["500"] * 3
+    with pytest.raises(UserError):
+        download(tmp_path, mirror)
+    assert not part.exists() and mirror.sent_bytes["chunks"] < 1000 * 0x10000
+    free = shutil.disk_usage(tmp_path).free
+
+    def usage(path):
+        return shutil._ntuple_diskusage(0, 0, (256 << 20) - sum(file.stat().st_size for file in tmp_path.glob("*")))
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    monkeypatch.setattr(download_module, "_KEPT_FREE_BYTES", 250 << 20)
+    mirror.faults[name] = ["endless"]
+    with pytest.raises(UserError, match="shard_00001.parquet.part needs .* but the disk has .* to spare"):
+        download(tmp_path, mirror, workers=1)
+    assert part.stat().st_size < 6 << 20 < free
 
 
 def test_no_server(tmp_path, mirror):

@@ -5,6 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megachat.data.shards import open_shards
+from megachat.data.texts import BadTexts
 from megachat.errors import UserError
 from megachat.prepare.python_source import cut_module, read_standard_library
 from megachat.prepare.sources import cut_text, find_input_files, read_parquet_files, read_text_files, write_shards
@@ -45,10 +46,44 @@ def test_inputs_are_files_by_name_and_folders_by_suffix(tmp_path):
         find_input_files([], (".txt",))
 
 
+def test_links_upper_case_and_hidden_files_below_an_input(tmp_path):
+    folder, elsewhere = tmp_path / "input", tmp_path / "elsewhere"
+    for name in (
+        "input/a.TXT",
+        "input/.hidden.txt",
+        "input/._a.txt",
+        "input/.ipynb_checkpoints/a.txt",
+        "elsewhere/b.txt",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "b.txt").symlink_to(elsewhere / "b.txt")
+    (elsewhere / "circle").symlink_to(folder)
+    (folder / "lib.so").symlink_to("/nowhere/lib.so")  # no text in any case
+    assert [path.name for path in find_input_files([folder, folder / "linked"], (".txt",))] == ["a.TXT", "b.txt"]
+    assert find_input_files([folder / ".hidden.txt"], (".txt",)) == [folder / ".hidden.txt"]  # by its name
+    for name in ("c.TXT", "books"):
+        (elsewhere / name).symlink_to(f"/nowhere/{name}")
+        with pytest.raises(UserError, match=f"{name} is a broken link to /nowhere/{name}: restore its target"):
+            find_input_files([folder], (".txt",))
+        (elsewhere / name).unlink()
+
+
+def test_files_that_are_not_utf8_can_be_skipped(tmp_path):
+    for name, content in (("a", b"one"), ("b", b"f\xfcr"), ("c", b"two\r\nlines\rhere")):
+        (tmp_path / name).write_bytes(content)
+    lines: list[str] = []
+    bad_texts = BadTexts("skip", log=lines.append)
+    files = [tmp_path / name for name in "abc"]
+    assert list(read_text_files(files, 1000, bad_texts)) == ["one", "two\nlines\nhere"]
+    assert bad_texts.count == 1 and f"{tmp_path}/b is not UTF-8 text (byte 0xfc at position 1)" in lines[0]
+
+
 def test_text_that_is_not_utf8_is_refused(tmp_path):
     path = tmp_path / "latin.txt"
     path.write_bytes("für".encode("latin-1"))
-    with pytest.raises(UserError, match="latin.txt is not UTF-8 text .byte 1."):
+    with pytest.raises(UserError, match="latin.txt is not UTF-8 text .byte 0xfc at position 1."):
         list(read_text_files([path], 1000))
     path.write_bytes(b"\xef\xbb\xbfmarked\r\nline")
     assert list(read_text_files([path], 1000)) == ["marked\nline"]

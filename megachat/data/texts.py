@@ -1,0 +1,103 @@
+"""The `text` column of a parquet file: the types that hold strings, and texts that are not valid UTF-8."""
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megachat.errors import UserError, summary
+
+_LOGGED = 10  # bad texts that are logged one by one
+
+
+def holds_strings(kind: pa.DataType) -> bool:
+    """Returns whether a column of this type holds strings, dictionary-encoded ones included. Bytes are not strings."""
+    if pa.types.is_dictionary(kind):
+        return holds_strings(kind.value_type)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+class BadTexts:
+    """Refuses texts that are not valid UTF-8, or skips, counts and logs them.
+
+    policy: "refuse" or "skip". option: the option that skips them, for the error. log: gets one line for each of the
+    first bad texts, and one when further ones are only counted.
+    """
+
+    def __init__(
+        self,
+        policy: str = "refuse",
+        option: str = "set data.on_bad_text=skip",
+        log: Callable[[str], None] = lambda line: None,
+    ):
+        self.policy, self.option, self.log, self.count = policy, option, log, 0
+        self._lock = threading.Lock()
+
+    def add(self, place: str, content: bytes) -> None:
+        """Counts a bad text. Raises UserError with its place if such texts are refused."""
+        try:
+            content.decode()
+            raise ValueError(f"{place} is UTF-8 text")
+        except UnicodeDecodeError as error:
+            problem = f"{place} is not UTF-8 text (byte 0x{content[error.start]:02x} at position {error.start})"
+        if self.policy == "refuse":
+            raise UserError(f"{problem}: repair or remove it, or {self.option} to leave such texts out")
+        with self._lock:
+            self.count += 1
+            if self.count <= _LOGGED:
+                self.log(f"skipped: {problem}")
+            if self.count == _LOGGED:
+                self.log(f"skipped {_LOGGED} texts that are not UTF-8; further ones are counted, but not listed")
+
+
+REFUSE = BadTexts()
+
+
+def row_place(path: Path, group: int, row: int) -> str:
+    """Returns how messages name a row of a parquet file."""
+    return f"{path}, row group {group}, row {row} (counted from 0)"
+
+
+def decode_texts(texts: pa.Array | pa.ChunkedArray) -> list[str | bytes | None]:
+    """Converts a column of strings. A text that is not valid UTF-8 stays bytes."""
+    texts = texts.cast(pa.large_string())
+    try:
+        return texts.to_pylist()
+    except UnicodeDecodeError:
+        return [_decode(content) for content in texts.cast(pa.large_binary()).to_pylist()]
+
+
+def _decode(content: bytes | None) -> str | bytes | None:
+    try:
+        return None if content is None else content.decode()
+    except UnicodeDecodeError:
+        return content
+
+
+def read_batches(
+    path: Path, batch_documents: int, columns: tuple[str, ...] = ("text",)
+) -> Iterator[tuple[int, int, pa.RecordBatch]]:
+    """Yields (row group, first row in it, batch) of a parquet file. Raises UserError if the file is damaged."""
+    try:
+        with pq.ParquetFile(path) as file:
+            for group in range(file.metadata.num_row_groups):
+                row = 0
+                for batch in file.iter_batches(batch_documents, row_groups=[group], columns=list(columns)):
+                    yield group, row, batch
+                    row += len(batch)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} is damaged ({summary(error)}): download it or write it again") from None
+
+
+def read_shard_texts(path: Path, batch_documents: int, bad_texts: BadTexts) -> Iterator[list[str]]:
+    """Yields the texts of a parquet file in batches, without empty ones. Raises UserError if the file is damaged."""
+    for group, first, batch in read_batches(path, batch_documents):
+        texts = []
+        for row, text in enumerate(decode_texts(batch.column("text")), first):
+            if isinstance(text, bytes):
+                bad_texts.add(row_place(path, group, row), text)
+            elif text:
+                texts.append(text)
+        yield texts
