@@ -282,7 +282,8 @@ class Corpus:
     def _read_group(path: Path, group: int) -> pa.ChunkedArray:
         try:
             with pq.ParquetFile(path) as file:
-                return file.read_row_group(group, columns=["text"]).column("text")
+                # large_string: Arrow cannot take rows from every type of string
+                return file.read_row_group(group, columns=["text"]).column("text").cast(pa.large_string())
         except (pa.ArrowException, OSError) as error:
             raise UserError(
                 f"{path} is damaged in row group {group} ({summary(error)}): download or prepare it again"

@@ -23,7 +23,7 @@ class BadTexts:
     """Refuses texts that are not valid UTF-8, or skips, counts and logs them.
 
     policy: "refuse" or "skip". option: the option that skips them, for the error. log: gets one line for each of the
-    first bad texts, and one when further ones are only counted.
+    first bad texts, in any epoch, and one when further ones are only counted.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class BadTexts:
         log: Callable[[str], None] = lambda line: None,
     ):
         self.policy, self.option, self.log, self.count = policy, option, log, 0
-        self._lock = threading.Lock()
+        self._lock, self._logged = threading.Lock(), set[str]()
 
     def add(self, place: str, content: bytes) -> None:
         """Counts a bad text. Raises UserError with its place if such texts are refused."""
@@ -46,10 +46,13 @@ class BadTexts:
             raise UserError(f"{problem}: repair or remove it, or {self.option} to leave such texts out")
         with self._lock:
             self.count += 1
-            if self.count <= _LOGGED:
+            if place in self._logged or len(self._logged) > _LOGGED:
+                return
+            self._logged.add(place)
+            if len(self._logged) > _LOGGED:
+                self.log(f"skipped more than {_LOGGED} texts that are not UTF-8: further ones are counted, not listed")
+            else:
                 self.log(f"skipped: {problem}")
-            if self.count == _LOGGED:
-                self.log(f"skipped {_LOGGED} texts that are not UTF-8; further ones are counted, but not listed")
 
 
 REFUSE = BadTexts()

@@ -85,8 +85,9 @@ def _read_documents(folder: Path, source: str, bad_texts: BadTexts) -> Iterator[
     path = _validation_shard(folder)
     for group, first, batch in read_batches(path, _BATCH_DOCUMENTS, ("text", "source")):
         of_source = pc.equal(batch.column("source").cast(pa.string()), source).to_numpy(zero_copy_only=False)
-        rows, texts = np.flatnonzero(of_source), []
-        for row, text in zip(rows.tolist(), decode_texts(batch.column("text").take(pa.array(rows))), strict=True):
+        decoded, texts = decode_texts(batch.column("text")), []
+        for row in np.flatnonzero(of_source).tolist():
+            text = decoded[row]
             if isinstance(text, bytes):
                 bad_texts.add(row_place(path, group, first + row), text)
             elif text:

@@ -2,6 +2,8 @@ import itertools
 import threading
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -65,6 +67,16 @@ def test_rows_do_not_depend_on_ranks(folder, streams, seed):
     for ranks in (2, 3, 4):
         rows, other_ledgers, _ = global_rows(folder, ranks, 9, streams=streams, seed=seed)
         assert torch.equal(rows, expected) and other_ledgers == ledgers
+
+
+@pytest.mark.parametrize("kind", ["large_string", "string_view", "dictionary"])
+def test_rows_do_not_depend_on_the_type_of_string(folder, tmp_path, kind):
+    for path in folder.glob("*.parquet"):
+        column = pq.read_table(path)["text"].combine_chunks()
+        column = column.dictionary_encode() if kind == "dictionary" else column.cast(getattr(pa, kind)())
+        pq.write_table(pa.table({"text": column}), tmp_path / path.name, row_group_size=7)
+    with build(folder) as loader, build(tmp_path) as other:
+        assert torch.equal(steps_of(loader, 5), steps_of(other, 5))
 
 
 def save_by_owners(folder, states, ranks, streams):
@@ -281,8 +293,6 @@ def test_default_streams_crop_no_more_than_plain_packing(row_tokens):
 
 
 def english_documents(tokenizer):
-    import pyarrow.parquet as pq
-
     for shard in itertools.cycle(split_shards(open_shards(ENGLISH), "train")):
         for tokens in tokenizer.encode_batch(pq.read_table(shard.path)["text"].to_pylist(), 2):
             yield tokens.tolist()

@@ -66,6 +66,10 @@ def test_texts_that_are_not_utf8_are_skipped_counted_and_listed(tmp_path, dictio
     assert sum(read_shard_texts(path, 4, bad_texts), []) == ["good", "also good"] * 20
     assert bad_texts.count == 40 and len(lines) == 11 and "row group 0, row 1 (counted" in lines[0]
     assert "further ones are counted" in lines[-1]
+    bad_texts = BadTexts("skip", log=lines.append)
+    for _ in range(2):
+        bad_texts.add("a place", b"\xff")
+    assert bad_texts.count == 2 and lines[11:] == ["skipped: a place is not UTF-8 text (byte 0xff at position 0)"]
     assert measure_shard(path).documents == 120  # a downloaded shard with such texts is complete
 
 

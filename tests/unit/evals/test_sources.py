@@ -113,6 +113,9 @@ def test_texts_that_are_not_utf8_are_refused_or_skipped(tmp_path):
         of(tmp_path, "novels")
     with pytest.raises(UserError, match="shard.parquet, row group 1, row 0 .* is not UTF-8 text"):
         of(tmp_path, "notes")
+    table = pq.read_table(path)
+    path = write_texts(path, contents, dictionary=True)
+    pq.write_table(pq.read_table(path).append_column("source", table["source"].dictionary_encode()), path)
     rows = of(tmp_path, "novels", on_bad_text="skip", tokens=4)
     targets = np.concatenate([targets.numpy().flatten() for _, targets in rows.micro_batches])
     assert TOKENIZER.decode(targets[targets >= 0]) == "nnnnn<|bos|>nnnn"
