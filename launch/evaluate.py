@@ -24,6 +24,7 @@ def main() -> None:
     limit = "with --core: examples per task at most; default -1: all, which is the metric"
     add("--max-per-task", type=int, default=-1, metavar="N", help=limit)
     add("--tasks", metavar="LABEL,LABEL", help="with --core: only these tasks")
+    add("--core-crop", action="store_true", help="with --core: crop prompts to the model's sequence_len")
     add("--out", type=Path, metavar="FILE", help="the JSON file; default: RUN/evaluations/step_NNNNNN.json")
     add(
         "--tokenizer",
@@ -36,6 +37,8 @@ def main() -> None:
     add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # set by the deepspeed launcher
     options = vars(parser.parse_args())
     del options["local_rank"]
+    if options.pop("core_crop"):
+        options["overrides"].append("evaluate.core_crop=true")
     check_launcher_hostfile()
     from megachat.programs.evaluate import EvaluationRequest, evaluate  # after parsing: --help need not load torch
 

@@ -101,7 +101,16 @@ def test_every_launcher_and_layout_repeats_what_training_logged(core_run, bundle
     deepspeed = evaluated(
         "deepspeed", 2, checkpoint(core_run, STEPS), tmp_path / "deepspeed.json", *parts, "--bpb", tmp_path / "data"
     )
-    layout = ("--set", "parallel.tensor=2", "--set", "parallel.pipeline=2", "--bpb", tmp_path / "data", "--sample")
+    layout = (
+        "--set",
+        "parallel.tensor=2",
+        "--set",
+        "parallel.pipeline=2",
+        "--bpb",
+        tmp_path / "data",
+        "--sample",
+        "--core-crop",
+    )
     cut = evaluated(None, 4, core_run, tmp_path / "cut.json", *parts, *layout)
     expected = in_training(core_run, STEPS)
     assert answers(alone) == answers(deepspeed) == answers(cut) == answers(expected)
@@ -124,6 +133,9 @@ def test_every_launcher_and_layout_repeats_what_training_logged(core_run, bundle
     )
     assert "not the full metric" in alone["log"] and "against GPT-2's: " in alone["log"] and alone["step"] == STEPS
     assert cut["layout"] == {"data": 1, "tensor": 2, "pipeline": 2} and "samples" not in deepspeed
+    # the prompts of this bundle fit a row, so cropping changes nothing here
+    assert [result["core"]["crop"] for result in (alone, deepspeed, cut)] == [False, False, True]
+    assert "prompts are cropped" in cut["log"] and "prompts are cropped" not in alone["log"]
 
 
 def test_a_stop_interrupts_core_and_the_resumed_run_repeats_it(place, bundle, core_run, one):

@@ -159,6 +159,44 @@ def test_tasks_that_not_all_have_are_left_out_and_named(tmp_path, capsys):
     assert list(result["tasks"]) == ["copa"] and result["left_out"] == ["boolq", "piqa"] and not result["is_core"]
 
 
+def test_modes_of_long_prompts_are_shown_and_not_mixed(tmp_path, capsys):
+    long = evaluated(tmp_path / "long.json", 0.62, 1)
+    cropped = evaluated(tmp_path / "cropped.json", 0.60, 1, crop=True)
+    older = evaluated(tmp_path / "older.json", 0.60, 2, crop=True)
+    content = json.loads(older.read_text())
+    del content["core"]["crop"]  # of a version that always cropped
+    older.write_text(json.dumps(content))
+    for pair in ((long, cropped), (long, older), (cropped, long)):
+        message = refused(capsys, *pair)
+        assert str(pair[0]) in message and str(pair[1]) in message and "core_crop" in message
+        assert "core_crop" in refused(capsys, *pair, "--against", "gpt2")
+        assert "core_crop" in refused(capsys, *pair, "--against", long)
+    assert compared(capsys, cropped, older)["crop"] == [True, True]
+    assert compared(capsys, long, older, "--same-weights")["crop"] == [False, True]
+    main([str(long), str(cropped), "--same-weights"])
+    assert "cropped to the model's sequence_len in the second evaluation only" in capsys.readouterr().out
+    for arguments in ((cropped, older), (cropped, "--against", "gpt2")):
+        main(list(map(str, arguments)))
+        assert "prompts are cropped to the model's sequence_len" in capsys.readouterr().out
+    main([str(long), "--against", "gpt2"])
+    assert "cropped" not in capsys.readouterr().out
+
+
+def test_questions_that_are_left_out_or_odd_are_shown(tmp_path, capsys):
+    right = {label: Answers((True, False) * 100) for label in CORE_TASKS}
+    right["copa"] = Answers((True,) * 197, left_out=(3, 5, 9), ambiguous=2)
+    section = core_section(bundle(), right, -1, crop=True)
+    lines = core_lines(section)
+    assert lines[0] == "prompts are cropped to the model's sequence_len, which nanochat does not do"
+    assert lines[1].startswith("3 questions do not fit the model and are left out: ") and "(copa 3)" in lines[1]
+    assert lines[2] == "2 questions have equal or empty choices; they are scored as in nanochat (copa 2)"
+    assert not section["whole"]
+    for number, answers in enumerate((right, {**right, "copa": Answers((True,) * 197, left_out=(3, 5, 8))})):
+        section = core_section(bundle(), answers, -1, crop=False)
+        save_results(tmp_path / f"{number}.json", {"step": 1, "core": section})
+    assert not compared(capsys, tmp_path / "0.json", tmp_path / "1.json")["tasks"]["copa"]["paired"]
+
+
 def test_bad_input(tmp_path, capsys):
     a = evaluated(tmp_path / "a.json", 0.62, 1)
     assert "1 runs" in refused(capsys, a) and "3 runs" in refused(capsys, a, a, a)

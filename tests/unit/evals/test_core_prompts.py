@@ -8,9 +8,21 @@ import random
 import numpy as np
 import pytest
 
+from megachat.config import EvaluateConfig
 from megachat.errors import UserError
-from megachat.evals.core_bundle import Task
-from megachat.evals.core_prompts import Row, RowLimit, build_questions, build_texts, common_prefix, shuffle_examples
+from megachat.evals.core_bundle import Bundle, Task
+from megachat.evals.core_prompts import (
+    Row,
+    RowLimit,
+    build_questions,
+    build_texts,
+    check_questions,
+    common_prefix,
+    row_limit,
+    shuffle_examples,
+)
+from megachat.planning.plan import resolve
+from tests.training import small_config
 from tests.unit.evals.bundle import examples
 
 
@@ -117,6 +129,45 @@ def test_unusable_examples_are_refused(kind, example, facts):
             RowLimit(8, crop=True),
             -1,
         )
+
+
+def bundle_of(*tasks: Task) -> Bundle:
+    return Bundle(tasks, (), "")
+
+
+def test_uncropped_questions_beyond_the_limit_are_refused_or_left_out_and_counted():
+    """The check before a start and the building of questions agree, at the limit to the token."""
+    given = tuple({"context": "a" * length, "continuation": "b"} for length in (3, 30, 5, 4))
+    some = task("language_modeling", given=given)
+    longest = 32  # BOS, 30 letters and the answer
+    assert check_questions(bundle_of(some), Letters(), RowLimit(longest), -1) == {}
+    assert None not in build_questions(some, Letters(), RowLimit(longest), -1)
+    number = [len(example["context"]) for example in shuffle_examples(some, -1)].index(30)
+    message = (
+        f"^example {number + 1} of some_task has 32 tokens, but the model takes at most 31: set evaluate.core_unfit"
+    )
+    for function in (
+        lambda limit: check_questions(bundle_of(some), Letters(), limit, -1),
+        lambda limit: build_questions(some, Letters(), limit, -1),
+    ):
+        with pytest.raises(UserError, match=message):
+            function(RowLimit(longest - 1))
+        with pytest.raises(UserError, match="no example of some_task fits the model"):
+            function(RowLimit(3, leave_out=True))
+    limit = RowLimit(longest - 1, leave_out=True)
+    assert check_questions(bundle_of(some), Letters(), limit, -1) == {"some_task": 1}
+    questions = build_questions(some, Letters(), limit, -1)
+    assert [question is None for question in questions] == [index == number for index in range(4)]
+    empty = task("language_modeling", delimiter="", given=(*given, {"context": "a", "continuation": ""}))
+    assert check_questions(bundle_of(empty), Letters(), RowLimit(99, leave_out=True), -1) == {"some_task": 1}
+    with pytest.raises(UserError, match="answer without any tokens: set evaluate.core_unfit=leave_out, or leave"):
+        check_questions(bundle_of(empty), Letters(), RowLimit(99), -1)
+
+
+def test_the_limit_is_ten_rows_or_one_when_cropped():
+    dims = resolve(small_config(), 1, 97).dims
+    assert row_limit(dims, EvaluateConfig()) == RowLimit(1600)
+    assert row_limit(dims, EvaluateConfig(core_crop=True, core_unfit="leave_out")) == RowLimit(160, True, True)
 
 
 def test_the_common_prefix():

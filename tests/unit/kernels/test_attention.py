@@ -1,5 +1,7 @@
 """The versions of attention beside the reference, and the reference beside a softmax over each window."""
 
+from unittest import mock
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -46,6 +48,28 @@ def test_windowed_attention_is_attention(window, kv_heads):
         torch.autograd.grad(result, inputs, gradient), torch.autograd.grad(expected, inputs, gradient), strict=True
     ):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [0, 100, 128, 300, 699, 700])
+def test_long_rows_are_computed_in_blocks(window, monkeypatch):
+    inputs = tuple(heads(700, 2).detach() for _ in range(3))
+    expected = attention(*inputs, window)
+    monkeypatch.setattr(attention_module, "MASKED_ROW", 512)
+    monkeypatch.setattr(attention_module, "BLOCK", 128)
+    torch.testing.assert_close(attention(*inputs, window), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_masks_and_copies_of_the_longest_rows_are_bounded():
+    """Rows of CORE are up to ten times as long as in training; a mask over all of one would have 420 MB here."""
+    tokens, window = 20_480, 2048
+    inputs = tuple(heads(1, 1, size=2).detach().expand(-1, tokens, -1, -1) for _ in range(3))
+    for function in (attention, windowed_attention):
+        with mock.patch.object(attention_module, "masked_attention", side_effect=lambda q, *rest: q) as masked:
+            function(*inputs, window)
+        sizes = [[tensor.numel() for tensor in call.args] for call in masked.call_args_list]
+        assert len(sizes) == tokens // 1024
+        assert max(keys for _, keys, _, _ in sizes) <= 2 * 2 * (1024 + window)
+        assert max(mask for _, _, _, mask in sizes) <= 1024 * (1024 + window)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, TILE, 2 * TILE, 2 * TILE + 1])

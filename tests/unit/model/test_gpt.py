@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from megachat.model.gpt import Loss, ModelOptions, build_layers, logits, run_layers
+from megachat.model.gpt import Loss, ModelOptions, Rotary, build_layers, logits, run_layers
 from megachat.model.parameters import load_whole, placed_parameters, starting_value
 from megachat.place import place_of
 from megachat.planning.dimensions import Dimensions, parameter_counts, window_sizes
@@ -173,3 +173,13 @@ def test_bfloat16_stays_bfloat16():
         )
     run_layers(layers, torch.zeros(1, 8, dtype=torch.int64))
     assert set(seen) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("head_size", [16, 32, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary_tables_are_nanochats_to_the_bit_over_ten_rows(head_size, dtype):
+    dims = Dimensions(1, 256, 2, 2, head_size, 300, 97, (300,))
+    frequencies = 1.0 / (100000 ** (torch.arange(0, head_size, 2, dtype=torch.float32) / head_size))
+    angles = torch.outer(torch.arange(300 * 10, dtype=torch.float32), frequencies)[None, :, None, :]
+    rotary = Rotary(dims, ModelOptions(compute_dtype=dtype))
+    assert torch.equal(rotary.cos, angles.cos().to(dtype)) and torch.equal(rotary.sin, angles.sin().to(dtype))
