@@ -1,0 +1,134 @@
+"""Attention of each token over the table rows that belong to its id (L3: Large Lookup Layers, arXiv 2601.21461).
+
+Gathering the rows of every token needs [tokens, most rows, width], 51.5 GB at 65,536 tokens, 512 rows and width 768.
+Here tokens with equal ids share their rows, and workspace is bounded: nothing larger than `_WORKSPACE_BYTES` is made
+besides the results, and the backward pass computes scores again.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+_WORKSPACE_BYTES = 16 << 20
+_SHARED_FROM = 4  # occurrences of an id from which its rows are multiplied in place; rarer ids are gathered in batches
+
+
+class TableRows(NamedTuple):
+    """first: int64 [vocabulary + 1]; token t has the rows first[t] .. first[t + 1] - 1 of the table."""
+
+    first: torch.Tensor
+
+    @staticmethod
+    def from_allocation(allocation: torch.Tensor) -> "TableRows":
+        """allocation: rows of each token, integers [vocabulary]."""
+        zero = torch.zeros(1, dtype=torch.int64, device=allocation.device)
+        return TableRows(torch.cat([zero, allocation.to(torch.int64).cumsum(0)]))
+
+
+def lookup_attention(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, ids: torch.Tensor, rows: TableRows, scale: float
+) -> torch.Tensor:
+    """Returns for each token the average of its value rows, weighted by softmax(scale * key rows . query).
+
+    queries [tokens, width]; keys [table rows, width]; values [table rows, value width], may be `keys` itself; ids
+    [tokens]. Result [tokens, value width]. Softmax and sums are float32.
+    """
+    return _LookupAttention.apply(queries, keys, values, ids, rows, scale)
+
+
+class _Batch(NamedTuple):
+    """Tokens whose rows are multiplied together.
+
+    tokens: int64 [n], or [n] that all have the same id. rows: a slice of the table that all of them share, or int64
+    [n, most rows], in which rows that a token does not have are -1.
+    """
+
+    tokens: torch.Tensor
+    rows: slice | torch.Tensor
+
+
+def _batches(ids: torch.Tensor, rows: TableRows, width: int) -> Iterator[_Batch]:
+    """Groups tokens into batches whose scores and gathered rows fit the workspace."""
+    order = torch.argsort(ids, stable=True)
+    unique, counts = torch.unique_consecutive(ids[order], return_counts=True)
+    firsts, sizes = rows.first[unique], rows.first[unique + 1] - rows.first[unique]
+    starts = counts.cumsum(0) - counts
+    shared = counts >= _SHARED_FROM
+    listed = zip(*(tensor[shared].tolist() for tensor in (starts, counts, firsts, sizes)), strict=True)
+    for start, count, first, size in listed:
+        most = max(1, _WORKSPACE_BYTES // (4 * max(size, width)))
+        for begin in range(start, start + count, most):
+            yield _Batch(order[begin : min(begin + most, start + count)], slice(first, first + size))
+    # the rest by capacity: 1, 2, 4, ... rows, so that padding at most doubles the work
+    rare = order[~shared.repeat_interleave(counts)]
+    rare_sizes = rows.first[ids[rare] + 1] - rows.first[ids[rare]]
+    capacity = 1
+    while rare.numel():
+        of_class = rare_sizes <= capacity
+        members, offsets = rare[of_class], torch.arange(capacity, device=ids.device)
+        for tokens in members.split(max(1, _WORKSPACE_BYTES // (4 * capacity * width))):
+            first, end = rows.first[ids[tokens]], rows.first[ids[tokens] + 1]
+            places = first[:, None] + offsets
+            yield _Batch(tokens, torch.where(places < end[:, None], places, -1))
+        rare, rare_sizes, capacity = rare[~of_class], rare_sizes[~of_class], 2 * capacity
+
+
+def _weights(queries: torch.Tensor, keys: torch.Tensor, rows: slice | torch.Tensor, scale: float) -> torch.Tensor:
+    """Returns the softmax [n, rows] float32 of a batch. queries [n, width] float32; keys [rows, width] or [n, rows,
+    width]."""
+    if isinstance(rows, slice):
+        return torch.softmax(scale * (queries @ keys.T), dim=-1)
+    scores = scale * torch.bmm(keys, queries.unsqueeze(2)).squeeze(2)
+    return torch.softmax(scores.masked_fill(rows < 0, -torch.inf), dim=-1)
+
+
+class _LookupAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, queries, keys, values, ids, rows, scale):
+        ctx.save_for_backward(queries, keys, values, ids)
+        ctx.rows, ctx.scale = rows, scale
+        result = queries.new_empty(len(queries), values.size(1))
+        for tokens, places in _batches(ids, rows, max(keys.size(1), values.size(1))):
+            chosen = places if isinstance(places, slice) else places.clamp_min(0)
+            if not isinstance(places, slice) and places.size(1) == 1:  # one row: the softmax is 1
+                result[tokens] = values[chosen[:, 0]].to(result.dtype)
+                continue
+            weights = _weights(queries[tokens].float(), keys[chosen].float(), places, scale)
+            average = weights @ values[chosen].float() if isinstance(places, slice) else torch.bmm(
+                weights.unsqueeze(1), values[chosen].float()
+            ).squeeze(1)
+            result[tokens] = average.to(result.dtype)
+        return result
+
+    @staticmethod
+    def backward(ctx, gradient):
+        queries, keys, values, ids = ctx.saved_tensors
+        tied = values is keys or values.data_ptr() == keys.data_ptr()
+        d_queries = torch.zeros_like(queries)
+        d_keys = torch.zeros(keys.shape, dtype=torch.float32, device=keys.device)
+        d_values = d_keys if tied else torch.zeros(values.shape, dtype=torch.float32, device=values.device)
+        for tokens, places in _batches(ids, ctx.rows, max(keys.size(1), values.size(1))):
+            g, q = gradient[tokens].float(), queries[tokens].float()
+            if isinstance(places, slice):
+                k, v = keys[places].float(), values[places].float()
+                weights = _weights(q, k, places, ctx.scale)
+                d_weights = g @ v.T
+                d_scores = ctx.scale * weights * (d_weights - (d_weights * weights).sum(1, keepdim=True))
+                d_queries[tokens] = (d_scores @ k).to(queries.dtype)
+                d_keys[places] += d_scores.T @ q
+                d_values[places] += weights.T @ g
+                continue
+            chosen = places.clamp_min(0)
+            if places.size(1) == 1:
+                d_values.index_add_(0, chosen[:, 0], g)
+                continue
+            k, v = keys[chosen].float(), values[chosen].float()
+            weights = _weights(q, k, places, ctx.scale)
+            d_weights = torch.bmm(v, g.unsqueeze(2)).squeeze(2)
+            d_scores = ctx.scale * weights * (d_weights - (d_weights * weights).sum(1, keepdim=True))
+            d_queries[tokens] = torch.bmm(d_scores.unsqueeze(1), k).squeeze(1).to(queries.dtype)
+            flat = chosen.flatten()  # rows that a token does not have get zeros
+            d_keys.index_add_(0, flat, (d_scores.unsqueeze(2) * q.unsqueeze(1)).flatten(0, 1))
+            d_values.index_add_(0, flat, (weights.unsqueeze(2) * g.unsqueeze(1)).flatten(0, 1))
+        return d_queries, d_keys.to(keys.dtype), None if tied else d_values.to(values.dtype), None, None, None
