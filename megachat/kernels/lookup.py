@@ -84,51 +84,50 @@ def _weights(queries: torch.Tensor, keys: torch.Tensor, rows: slice | torch.Tens
 
 
 class _LookupAttention(torch.autograd.Function):
+    """Keeps only its inputs for the backward pass, which computes the softmax of each batch again."""
+
     @staticmethod
     def forward(ctx, queries, keys, values, ids, rows, scale):
+        ctx.tied = values is keys
         ctx.save_for_backward(queries, keys, values, ids)
         ctx.rows, ctx.scale = rows, scale
         result = queries.new_empty(len(queries), values.size(1))
         for tokens, places in _batches(ids, rows, max(keys.size(1), values.size(1))):
-            chosen = places if isinstance(places, slice) else places.clamp_min(0)
-            if not isinstance(places, slice) and places.size(1) == 1:  # one row: the softmax is 1
-                result[tokens] = values[chosen[:, 0]].to(result.dtype)
+            shared = isinstance(places, slice)
+            if not shared and places.size(1) == 1:  # one row: the softmax is 1
+                result[tokens] = values[places[:, 0]].to(result.dtype)
                 continue
-            weights = _weights(queries[tokens].float(), keys[chosen].float(), places, scale)
-            average = weights @ values[chosen].float() if isinstance(places, slice) else torch.bmm(
-                weights.unsqueeze(1), values[chosen].float()
-            ).squeeze(1)
+            chosen = places if shared else places.clamp_min(0)
+            k = keys[chosen].float()
+            v = k if ctx.tied else values[chosen].float()
+            weights = _weights(queries[tokens].float(), k, places, scale)
+            average = weights @ v if shared else torch.bmm(weights.unsqueeze(1), v).squeeze(1)
             result[tokens] = average.to(result.dtype)
         return result
 
     @staticmethod
     def backward(ctx, gradient):
         queries, keys, values, ids = ctx.saved_tensors
-        tied = values is keys or values.data_ptr() == keys.data_ptr()
         d_queries = torch.zeros_like(queries)
         d_keys = torch.zeros(keys.shape, dtype=torch.float32, device=keys.device)
-        d_values = d_keys if tied else torch.zeros(values.shape, dtype=torch.float32, device=values.device)
+        d_values = d_keys if ctx.tied else torch.zeros(values.shape, dtype=torch.float32, device=values.device)
         for tokens, places in _batches(ids, ctx.rows, max(keys.size(1), values.size(1))):
-            g, q = gradient[tokens].float(), queries[tokens].float()
-            if isinstance(places, slice):
-                k, v = keys[places].float(), values[places].float()
-                weights = _weights(q, k, places, ctx.scale)
-                d_weights = g @ v.T
-                d_scores = ctx.scale * weights * (d_weights - (d_weights * weights).sum(1, keepdim=True))
-                d_queries[tokens] = (d_scores @ k).to(queries.dtype)
-                d_keys[places] += d_scores.T @ q
-                d_values[places] += weights.T @ g
+            g, q, shared = gradient[tokens].float(), queries[tokens].float(), isinstance(places, slice)
+            if not shared and places.size(1) == 1:
+                d_values.index_add_(0, places[:, 0], g)
                 continue
-            chosen = places.clamp_min(0)
-            if places.size(1) == 1:
-                d_values.index_add_(0, chosen[:, 0], g)
-                continue
-            k, v = keys[chosen].float(), values[chosen].float()
+            chosen = places if shared else places.clamp_min(0)
+            k = keys[chosen].float()
+            v = k if ctx.tied else values[chosen].float()
             weights = _weights(q, k, places, ctx.scale)
-            d_weights = torch.bmm(v, g.unsqueeze(2)).squeeze(2)
+            d_weights = g @ v.T if shared else torch.bmm(v, g.unsqueeze(2)).squeeze(2)
             d_scores = ctx.scale * weights * (d_weights - (d_weights * weights).sum(1, keepdim=True))
-            d_queries[tokens] = torch.bmm(d_scores.unsqueeze(1), k).squeeze(1).to(queries.dtype)
-            flat = chosen.flatten()  # rows that a token does not have get zeros
-            d_keys.index_add_(0, flat, (d_scores.unsqueeze(2) * q.unsqueeze(1)).flatten(0, 1))
-            d_values.index_add_(0, flat, (weights.unsqueeze(2) * g.unsqueeze(1)).flatten(0, 1))
-        return d_queries, d_keys.to(keys.dtype), None if tied else d_values.to(values.dtype), None, None, None
+            d_q = d_scores @ k if shared else torch.bmm(d_scores.unsqueeze(1), k).squeeze(1)
+            d_queries[tokens] = d_q.to(queries.dtype)
+            del k, v
+            for d_table, left, right in ((d_keys, d_scores, q), (d_values, weights, g)):
+                if shared:
+                    d_table[places] += left.T @ right
+                else:  # the rows that a token does not have get zeros
+                    d_table.index_add_(0, chosen.flatten(), (left.unsqueeze(2) * right.unsqueeze(1)).flatten(0, 1))
+        return d_queries, d_keys.to(keys.dtype), None if ctx.tied else d_values.to(values.dtype), None, None, None
