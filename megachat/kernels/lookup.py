@@ -40,12 +40,22 @@ def lookup_attention(
 class _Batch(NamedTuple):
     """Tokens whose rows are multiplied together.
 
-    tokens: int64 [n], or [n] that all have the same id. rows: a slice of the table that all of them share, or int64
-    [n, most rows], in which rows that a token does not have are -1.
+    tokens: int64 [n]. span: the part of the table that all of them share, because they have the same id, or None.
+    places: without a span, int64 [n, most rows], in which rows that a token does not have are -1; else empty.
     """
 
     tokens: torch.Tensor
-    rows: slice | torch.Tensor
+    span: slice | None
+    places: torch.Tensor
+
+    @property
+    def single(self) -> bool:
+        """Whether each token has one row, so that the softmax is 1."""
+        return self.span is None and self.places.size(1) == 1
+
+    def of(self, table: torch.Tensor) -> torch.Tensor:
+        """Returns the batch's rows in float32: [rows, width] if they are shared, else [n, most rows, width]."""
+        return (table[self.places.clamp_min(0)] if self.span is None else table[self.span]).float()
 
 
 def _batches(ids: torch.Tensor, rows: TableRows, width: int) -> Iterator[_Batch]:
@@ -59,7 +69,7 @@ def _batches(ids: torch.Tensor, rows: TableRows, width: int) -> Iterator[_Batch]
     for start, count, first, size in listed:
         most = max(1, _WORKSPACE_BYTES // (4 * max(size, width)))
         for begin in range(start, start + count, most):
-            yield _Batch(order[begin : min(begin + most, start + count)], slice(first, first + size))
+            yield _Batch(order[begin : min(begin + most, start + count)], slice(first, first + size), order[:0])
     # the rest by capacity: 1, 2, 4, ... rows, so that padding at most doubles the work
     rare = order[~shared.repeat_interleave(counts)]
     rare_sizes = rows.first[ids[rare] + 1] - rows.first[ids[rare]]
@@ -70,17 +80,30 @@ def _batches(ids: torch.Tensor, rows: TableRows, width: int) -> Iterator[_Batch]
         for tokens in members.split(max(1, _WORKSPACE_BYTES // (4 * capacity * width))):
             first, end = rows.first[ids[tokens]], rows.first[ids[tokens] + 1]
             places = first[:, None] + offsets
-            yield _Batch(tokens, torch.where(places < end[:, None], places, -1))
+            yield _Batch(tokens, None, torch.where(places < end[:, None], places, -1))
         rare, rare_sizes, capacity = rare[~of_class], rare_sizes[~of_class], 2 * capacity
 
 
-def _weights(queries: torch.Tensor, keys: torch.Tensor, rows: slice | torch.Tensor, scale: float) -> torch.Tensor:
-    """Returns the softmax [n, rows] float32 of a batch. queries [n, width] float32; keys [rows, width] or [n, rows,
-    width]."""
-    if isinstance(rows, slice):
+def _weights(batch: _Batch, queries: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
+    """Returns the softmax [n, rows] float32. queries [n, width] float32; keys: as batch.of returns them."""
+    if batch.span is not None:
         return torch.softmax(scale * (queries @ keys.T), dim=-1)
     scores = scale * torch.bmm(keys, queries.unsqueeze(2)).squeeze(2)
-    return torch.softmax(scores.masked_fill(rows < 0, -torch.inf), dim=-1)
+    return torch.softmax(scores.masked_fill(batch.places < 0, -torch.inf), dim=-1)
+
+
+def _weighted_sum(batch: _Batch, weights: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Returns [n, width]: the sum of each token's rows. weights [n, rows]; table: as batch.of returns it."""
+    return torch.bmm(weights.unsqueeze(1), table).squeeze(1) if batch.span is None else weights @ table
+
+
+def _add_outer(batch: _Batch, total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Adds left [n, rows] x right [n, width] to the batch's rows of `total` [table rows, width]."""
+    if batch.span is not None:
+        total[batch.span] += left.T @ right
+    else:  # the rows that a token does not have get zeros
+        outer = left.unsqueeze(2) * right.unsqueeze(1)
+        total.index_add_(0, batch.places.clamp_min(0).flatten(), outer.flatten(0, 1))
 
 
 class _LookupAttention(torch.autograd.Function):
@@ -92,17 +115,14 @@ class _LookupAttention(torch.autograd.Function):
         ctx.save_for_backward(queries, keys, values, ids)
         ctx.rows, ctx.scale = rows, scale
         result = queries.new_empty(len(queries), values.size(1))
-        for tokens, places in _batches(ids, rows, max(keys.size(1), values.size(1))):
-            shared = isinstance(places, slice)
-            if not shared and places.size(1) == 1:  # one row: the softmax is 1
-                result[tokens] = values[places[:, 0]].to(result.dtype)
+        for batch in _batches(ids, rows, max(keys.size(1), values.size(1))):
+            if batch.single:
+                result[batch.tokens] = values[batch.places[:, 0]].to(result.dtype)
                 continue
-            chosen = places if shared else places.clamp_min(0)
-            k = keys[chosen].float()
-            v = k if ctx.tied else values[chosen].float()
-            weights = _weights(queries[tokens].float(), k, places, scale)
-            average = weights @ v if shared else torch.bmm(weights.unsqueeze(1), v).squeeze(1)
-            result[tokens] = average.to(result.dtype)
+            k = batch.of(keys)
+            v = k if ctx.tied else batch.of(values)
+            weights = _weights(batch, queries[batch.tokens].float(), k, scale)
+            result[batch.tokens] = _weighted_sum(batch, weights, v).to(result.dtype)
         return result
 
     @staticmethod
@@ -111,23 +131,18 @@ class _LookupAttention(torch.autograd.Function):
         d_queries = torch.zeros_like(queries)
         d_keys = torch.zeros(keys.shape, dtype=torch.float32, device=keys.device)
         d_values = d_keys if ctx.tied else torch.zeros(values.shape, dtype=torch.float32, device=values.device)
-        for tokens, places in _batches(ids, ctx.rows, max(keys.size(1), values.size(1))):
-            g, q, shared = gradient[tokens].float(), queries[tokens].float(), isinstance(places, slice)
-            if not shared and places.size(1) == 1:
-                d_values.index_add_(0, places[:, 0], g)
+        for batch in _batches(ids, ctx.rows, max(keys.size(1), values.size(1))):
+            g, q = gradient[batch.tokens].float(), queries[batch.tokens].float()
+            if batch.single:
+                d_values.index_add_(0, batch.places[:, 0], g)
                 continue
-            chosen = places if shared else places.clamp_min(0)
-            k = keys[chosen].float()
-            v = k if ctx.tied else values[chosen].float()
-            weights = _weights(q, k, places, ctx.scale)
-            d_weights = g @ v.T if shared else torch.bmm(v, g.unsqueeze(2)).squeeze(2)
+            k = batch.of(keys)
+            v = k if ctx.tied else batch.of(values)
+            weights = _weights(batch, q, k, ctx.scale)
+            d_weights = g @ v.T if batch.span is not None else torch.bmm(v, g.unsqueeze(2)).squeeze(2)
             d_scores = ctx.scale * weights * (d_weights - (d_weights * weights).sum(1, keepdim=True))
-            d_q = d_scores @ k if shared else torch.bmm(d_scores.unsqueeze(1), k).squeeze(1)
-            d_queries[tokens] = d_q.to(queries.dtype)
+            d_queries[batch.tokens] = _weighted_sum(batch, d_scores, k).to(queries.dtype)
             del k, v
-            for d_table, left, right in ((d_keys, d_scores, q), (d_values, weights, g)):
-                if shared:
-                    d_table[places] += left.T @ right
-                else:  # the rows that a token does not have get zeros
-                    d_table.index_add_(0, chosen.flatten(), (left.unsqueeze(2) * right.unsqueeze(1)).flatten(0, 1))
+            _add_outer(batch, d_keys, d_scores, q)
+            _add_outer(batch, d_values, weights, g)
         return d_queries, d_keys.to(keys.dtype), None if ctx.tied else d_values.to(values.dtype), None, None, None
