@@ -6,6 +6,7 @@ token, so a token that ends many frequent contexts has many rows.
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +14,14 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from megachat.data.shards import open_shards, read_text_batches, split_shards
+from megachat.data.texts import REFUSE, BadTexts
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError, summary
 from megachat.files import write_atomically
+from megachat.prepare.tokenizer_training import read_texts
 
 Method = Literal["lzw", "lzw_published", "frequency", "uniform"]
 _FORMAT = 1
-_BATCH_DOCUMENTS = 256
 
 
 @dataclass(frozen=True)
@@ -123,18 +124,18 @@ class Allocation:
         return hashlib.sha256(self.tokenizer.encode() + rows).hexdigest()
 
 
-def sample_documents(folder: str | Path, tokenizer: Tokenizer, tokens: int) -> Iterator[np.ndarray]:
+def sample_documents(
+    folder: str | Path, tokenizer: Tokenizer, tokens: int, bad_texts: BadTexts = REFUSE
+) -> Iterator[np.ndarray]:
     """Yields the ids of the train split's documents in the order of files and rows, `tokens` in total (fewer if the
     split has fewer). The sample depends on no rank, seed or layout. Raises UserError for damaged shards."""
     left = tokens
-    for shard in split_shards(open_shards(folder), "train"):
-        for texts in read_text_batches(shard.path, _BATCH_DOCUMENTS):
-            for text in filter(None, texts.to_pylist()):
-                ids = tokenizer.encode(text)[:left]
-                left -= len(ids)
-                yield ids
-                if left <= 0:
-                    return
+    for text in read_texts(folder, "train", sys.maxsize, sys.maxsize, bad_texts):
+        ids = tokenizer.encode(text)[:left]
+        left -= len(ids)
+        yield ids
+        if left <= 0:
+            return
 
 
 def allocate(
