@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megachat.data.texts import BadTexts, decode_texts, holds_strings, read_batches, row_place
+from megachat.data.texts import REFUSE, BadTexts, decode_texts, holds_strings, read_batches, row_place
 from megachat.errors import UserError, summary
 from megachat.files import file_sha256
 from megachat.text import shortened
@@ -51,7 +51,6 @@ class DataSummary:
     size_bytes: int
     source: str | None
     train_fingerprint: str
-    validation: Shard
 
     def __str__(self) -> str:
         source = f" from {self.source}" if self.source else ""
@@ -153,34 +152,19 @@ def footers_digest(shards: list[Shard]) -> str:
     return hashlib.sha256("".join(shard.footer for shard in shards).encode()).hexdigest()
 
 
-def check_validation_texts(shard: Shard, streams: int, bad_texts: BadTexts) -> None:
-    """Checks before a run that each packing stream has a validation text, and the start of the shard for bad texts.
-
-    Raises UserError: without this, the run would train until its first validation and fail there.
-    """
-    waiting, number, checked_bytes = set(range(streams)), 0, 0
-    for group, first, batch in read_batches(shard.path, 1024):
-        for row, text in enumerate(decode_texts(batch.column("text")), first):
-            if isinstance(text, str) and text:
-                waiting.discard(number % streams)
-            elif isinstance(text, bytes) and bad_texts.policy == "refuse":
-                bad_texts.add(row_place(shard.path, group, row), text)
-            number += 1
-        checked_bytes += batch.nbytes
-        if not waiting and (bad_texts.policy == "skip" or checked_bytes > _CHECKED_BYTES):
-            return
-    if waiting:
-        where = "" if len(waiting) == streams else f" for {len(waiting)} of {streams} packing streams"
-        raise UserError(
-            f"the validation shard {shard.path} has {number:,} documents but no text{where}: put more text in the last "
-            f"shard{', or set fewer data.streams' if where else ''}"
-        )
-
-
-def check_data_folder(folder: str | Path, *, hashes: bool = False, min_shards: int = 2) -> DataSummary:
+def check_data_folder(
+    folder: str | Path,
+    *,
+    hashes: bool = False,
+    min_shards: int = 2,
+    validation_streams: int = 0,
+    bad_texts: BadTexts = REFUSE,
+) -> DataSummary:
     """Checks a data folder before a run: all footers, and names and sizes against the manifest.
 
-    hashes: compare the SHA-256 of each file as well, which reads everything. Raises UserError with the first bad file.
+    hashes: compare the SHA-256 of each file as well, which reads everything. validation_streams: the packing streams
+    for which the validation shard must have text. bad_texts: what happens to texts in it that are not UTF-8. Raises
+    UserError with the first bad file.
     """
     folder = Path(folder)
     shards = open_shards(folder, min_shards=min_shards)
@@ -188,6 +172,8 @@ def check_data_folder(folder: str | Path, *, hashes: bool = False, min_shards: i
     if manifest is not None:
         _check_against_manifest(folder, shards, manifest, hashes)
     train, validation = split_shards(shards, "train"), split_shards(shards, "validation")
+    if validation_streams:
+        _check_validation_texts(validation[0], validation_streams, bad_texts)
     return DataSummary(
         folder=folder,
         train_shards=len(train),
@@ -196,8 +182,37 @@ def check_data_folder(folder: str | Path, *, hashes: bool = False, min_shards: i
         size_bytes=sum(shard.size_bytes for shard in shards),
         source=manifest["request"]["source"] if manifest else None,
         train_fingerprint=shards_fingerprint(train),
-        validation=validation[0],
     )
+
+
+def _check_validation_texts(shard: Shard, streams: int, bad_texts: BadTexts) -> None:
+    """Raises UserError unless each packing stream has a text, or if the start of the shard has a text that is refused.
+
+    Without this check, a run would train until its first validation and fail there.
+    """
+    if shard.documents < streams:
+        raise UserError(
+            f"the validation shard of {shard.path.parent} has {shard.documents} documents, fewer than "
+            f"{streams} packing streams: set data.streams to {max(1, shard.documents)} or "
+            "fewer, or put more text in the last shard"
+        )
+    missing, number, checked_bytes = set(range(streams)), 0, 0
+    for group, first, batch in read_batches(shard.path, 1024):
+        for row, text in enumerate(decode_texts(batch.column("text")), first):
+            if isinstance(text, str) and text:
+                missing.discard(number % streams)
+            elif isinstance(text, bytes) and bad_texts.policy == "refuse":
+                bad_texts.add(row_place(shard.path, group, row), text)
+            number += 1
+        checked_bytes += batch.nbytes
+        if not missing and (bad_texts.policy == "skip" or checked_bytes > _CHECKED_BYTES):
+            return
+    if missing:
+        which = f"for {len(missing)} of {streams} packing streams" if len(missing) < streams else "at all"
+        raise UserError(
+            f"the validation shard {shard.path} has no text {which}, only null or empty documents: put more text in "
+            "the last shard, or prepare the data again"
+        )
 
 
 def load_manifest(folder: Path) -> dict | None:

@@ -12,7 +12,7 @@ import torch
 from megachat.checkpoint.resume import choose_checkpoint, find_checkpoint
 from megachat.checkpoint.run_folder import config_in_place, follow_checkpoint
 from megachat.config import Config, load_config, save_config
-from megachat.data.shards import DataSummary, check_data_folder, check_validation_texts
+from megachat.data.shards import DataSummary, check_data_folder
 from megachat.data.texts import BadTexts
 from megachat.data.tokenizer import Tokenizer, load_tokenizer
 from megachat.device import choose_compute_dtype, device_name, memory_bytes, peak_flops
@@ -236,18 +236,14 @@ def vocabulary(config: Config, tokenizer: Tokenizer) -> int:
 
 
 def check_data(config: Config, *, least_shards: int = 2) -> DataSummary:
-    """Returns a summary of the data folder. Raises UserError if it has too few validation documents, or no text in
-    them.
-    """
-    summary = check_data_folder(config.data.folder, min_shards=least_shards)
-    if summary.validation_documents < config.data.streams:
-        raise UserError(
-            f"the validation shard of {config.data.folder} has {summary.validation_documents} documents, fewer than "
-            f"{config.data.streams} packing streams: set data.streams to {max(1, summary.validation_documents)} or "
-            "fewer, or put more text in the last shard"
-        )
-    check_validation_texts(summary.validation, config.data.streams, BadTexts(config.data.on_bad_text))
-    return summary
+    """Returns a summary of the data folder. Raises UserError if its validation shard has too little text."""
+    data = config.data
+    return check_data_folder(
+        data.folder,
+        min_shards=least_shards,
+        validation_streams=data.streams,
+        bad_texts=BadTexts(data.on_bad_text),
+    )
 
 
 def described_memory(config: Config, plan: Plan, device: torch.device, device_bytes: int) -> list[str]:

@@ -4,7 +4,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megachat.data.shards import check_validation_texts, open_shard, open_shards
+from megachat.data.shards import check_data_folder, open_shard, open_shards
 from megachat.data.texts import BadTexts, decode_texts, read_shard_texts
 from megachat.errors import UserError
 from megachat.prepare.manifest import measure_shard
@@ -110,8 +110,8 @@ def test_broken_links_and_folders_named_like_shards_are_reported(tmp_path):
 @pytest.mark.parametrize(
     ("texts", "words"),
     [
-        ([None, b""] * 20, "has 40 documents but no text: put more text in the last shard"),
-        ([b"a", None, b"c", b""] * 5, "has 20 documents but no text for 2 of 4 packing streams"),
+        ([None, b""] * 20, "has no text at all, only null or empty documents: put more text in the last shard"),
+        ([b"a", None, b"c", b""] * 5, "has no text for 2 of 4 packing streams, only null or empty documents"),
         ([b"a"] * 2000 + [b"\xff"], "row group 285, row 5 (counted from 0) is not UTF-8 text"),
         ([b"\xff"] * 8, "row group 0, row 0 (counted from 0) is not UTF-8 text"),
     ],
@@ -119,12 +119,14 @@ def test_broken_links_and_folders_named_like_shards_are_reported(tmp_path):
 def test_validation_without_usable_texts_is_refused_before_the_run(tmp_path, texts, words):
     path = write_texts(tmp_path / "shard.parquet", texts, group=7)
     with pytest.raises(UserError) as caught:
-        check_validation_texts(open_shard(path), 4, BadTexts())
+        check_data_folder(tmp_path, min_shards=1, validation_streams=4)
     assert words in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_validation_with_skipped_texts(tmp_path):
-    path = write_texts(tmp_path / "shard.parquet", [b"\xff"] * 9 + [b"a"] * 4, group=7)
-    check_validation_texts(open_shard(path), 4, BadTexts("skip"))
+    write_texts(tmp_path / "shard.parquet", [b"\xff"] * 9 + [b"a"] * 4, group=7)
+    check_data_folder(tmp_path, min_shards=1, validation_streams=4, bad_texts=BadTexts("skip"))
     with pytest.raises(UserError, match="no text for 1 of 5 packing streams"):
-        check_validation_texts(open_shard(path), 5, BadTexts("skip"))
+        check_data_folder(tmp_path, min_shards=1, validation_streams=5, bad_texts=BadTexts("skip"))
+    with pytest.raises(UserError, match="has 13 documents, fewer than 14 packing streams: set data.streams to 13"):
+        check_data_folder(tmp_path, min_shards=1, validation_streams=14)

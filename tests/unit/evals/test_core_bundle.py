@@ -286,3 +286,8 @@ def test_a_download_that_changed_is_refused(folder, tmp_path, mirror):  # noqa: 
     mirror.faults["eval_bundle.zip"] = ["404"]
     with pytest.raises(UserError, match="eval_bundle.zip answers HTTP 404: check the address"):
         download(mirror, path)
+    for fault, words in (("gzip", "is sent with the encoding 'gzip'"), ("huge", "needs 10,000,000,000,000,000 bytes")):
+        mirror.faults["eval_bundle.zip"] = [fault]
+        with pytest.raises(UserError, match=words):
+            download(mirror, path)
+        assert not path.exists() and not hashed.exists()

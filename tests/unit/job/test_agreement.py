@@ -7,15 +7,14 @@ from pathlib import Path
 import pytest
 
 from megachat.config import Config, DataConfig, HorizonConfig, ModelConfig, RunConfig
-from megachat.data.shards import DataSummary, Shard
+from megachat.data.shards import DataSummary
 from megachat.data.tokenizer import Tokenizer
 from megachat.job.agreement import find_disagreement, rank_facts
 from megachat.job.rendezvous import Arrival
 
 ROOT = Path(__file__).resolve().parents[3]
 TOKENIZER = Tokenizer({bytes([byte]): byte for byte in range(256)})
-VALIDATION = Shard(Path("data/shard.parquet"), 1000, (10,), "cd" * 32)
-DATA = DataSummary(Path("data"), 2, 100, 10, 5000, None, "ab" * 32, VALIDATION)
+DATA = DataSummary(Path("data"), 2, 100, 10, 5000, None, "ab" * 32)
 
 
 def disagreement(mine: dict, other: dict) -> str | None:
@@ -64,7 +63,7 @@ def test_versions_tokenizer_and_data(mine):
     )
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"th": 256}
     assert "another tokenizer than rank 0 on a" in disagreement(mine, rank_facts(Config(), Tokenizer(ranks), DATA))
-    grown = DataSummary(Path("data"), 2, 100, 10, 5001, None, "ab" * 32, VALIDATION)
+    grown = DataSummary(Path("data"), 2, 100, 10, 5001, None, "ab" * 32)
     assert "other data than rank 0 on a (bytes): copy data.folder" in disagreement(
         mine, rank_facts(Config(), TOKENIZER, grown)
     )

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from megachat.data.tokenizer import METADATA_FILE, RANK_FILE, load_tokenizer
-from tests.unit.data.corpus import ENGLISH, NANOCHAT, needs_shared, random_texts, write_folder
+from tests.unit.data.corpus import ENGLISH, NANOCHAT, needs_shared, random_texts, write_folder, write_texts
 from tools.train_tokenizer import main
 
 
@@ -82,3 +82,16 @@ def test_import_of_nanochats_tokenizer(tmp_path, capsys):
     assert load_tokenizer(tmp_path).vocab_size == 1024
     out_text = capsys.readouterr().out
     assert "1,024 tokens" in out_text and "validation: 2." in out_text
+
+
+def test_texts_that_are_not_utf8_are_refused_or_left_out(tmp_path, capsys):
+    contents = [text.encode() for text in random_texts(40, 0)]
+    for index in range(2):
+        write_texts(tmp_path / f"shard_{index}.parquet", [*contents, b"\xff"])
+    arguments = ["--data", tmp_path, "--vocab-size", 270, "--out", tmp_path / "tokenizer"]
+    message = refused(capsys, *arguments)
+    assert "shard_0.parquet, row group 5, row 5 (counted from 0) is not UTF-8" in message
+    assert "--on-bad-text skip" in message and not (tmp_path / "tokenizer").exists()
+    run(*arguments, "--on-bad-text", "skip")
+    assert "1 texts that are not UTF-8 were left out" in capsys.readouterr().out
+    assert load_tokenizer(tmp_path / "tokenizer").vocab_size == 270
