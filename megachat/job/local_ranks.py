@@ -1,13 +1,76 @@
 """Ranks that a tool starts on this machine, and what the programs have in common that it starts there."""
 
 import argparse
+import multiprocessing
+import re
 import subprocess
 import sys
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
 
 import torch
 
-from megachat.errors import UserError
-from megachat.job.launch import free_port
+from megachat.errors import UserError, summary
+from megachat.job.launch import become_rank, free_port
+
+_AXES = {"dp": "data", "tp": "tensor", "pp": "pipeline"}
+
+
+def parse_layout(text: str) -> dict[str, int]:
+    """Returns "tp=2,pp=2" as {"data": 1, "tensor": 2, "pipeline": 2}. Raises UserError."""
+    sizes = dict.fromkeys(_AXES.values(), 1)
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(dp|tp|pp)\s*=\s*([1-9][0-9]{0,5})\s*", part)
+        if not match:
+            raise UserError(f"layout {text}: {part!r} is not an axis and its size; give them as tp=2,pp=2,dp=2")
+        sizes[_AXES[match[1]]] = int(match[2])
+    return sizes
+
+
+def run_local_ranks(function: Callable, world: int, *arguments, preload: list[str]) -> list:
+    """Calls `function(*arguments)` in `world` new processes with their launch variables and one thread each; returns
+    the results in the order of ranks.
+
+    function: importable by name; arguments and results are pickled. preload: modules that are imported once for all.
+    Raises UserError naming the first rank that failed, after ending all of them.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(preload)
+    port, processes, results = free_port(), [], {}
+    waiting: dict[Any, int] = {}  # the connection on which a rank reports -> the rank
+    for rank in range(world):
+        receiver, sender = context.Pipe(duplex=False)
+        given = (rank, world, port, sender, function, arguments)
+        processes.append(context.Process(target=_rank_process, args=given, daemon=True))
+        processes[-1].start()
+        sender.close()
+        waiting[receiver] = rank
+    ready: Any
+    try:
+        while waiting:
+            for ready in wait(list(waiting)):
+                rank = waiting.pop(ready)
+                try:
+                    problem, results[rank] = ready.recv()
+                except EOFError:
+                    problem = "the process died"
+                if problem:
+                    raise UserError(f"rank {rank} of {world} failed: {problem}")
+    finally:
+        for process in processes:
+            process.kill()
+    return [results[rank] for rank in range(world)]
+
+
+def _rank_process(rank: int, world: int, port: int, sender: Connection, function: Callable, arguments: tuple) -> None:
+    """Runs in each rank's process; sends (problem, result)."""
+    become_rank(rank, world, port)
+    torch.set_num_threads(1)  # the same on every layout, because threads change the order of sums
+    try:
+        sender.send((None, function(*arguments)))
+    except BaseException as error:
+        sender.send((summary(error), None))
 
 
 def run_with_torchrun(what: str, ranks: int, program: list[str]) -> str:

@@ -132,12 +132,24 @@ class ZeroAdamW(DeepSpeedZeroOptimizer):
                 moments = {kind: state[kind][here] for kind in ("exp_avg", "exp_avg_sq")}
                 yield parameter, start, here.stop - here.start, {"master": flat.detach()[here]} | moments
 
-    def gradient_fragments(self) -> Iterator[tuple[nn.Parameter, int, torch.Tensor]]:
-        """Yields (parameter, start, flat float32 gradient) of this rank's share, between reduce() and apply()."""
-        for index in range(len(self.single_partition_of_fp32_groups)):
-            flat = torch.cat([gradient.flatten() for gradient in self.averaged_gradients[index]])
+    def gradient_shares(self) -> list[torch.Tensor]:
+        """Returns copies of this rank's share of each group's gradients, flat float32, between reduce() and apply()."""
+        groups = range(len(self.single_partition_of_fp32_groups))
+        return [torch.cat([gradient.flatten() for gradient in self.averaged_gradients[i]]).float() for i in groups]
+
+    def set_gradient_shares(self, shares: list[torch.Tensor]) -> None:
+        """Replaces the gradients, from gradient_shares()."""
+        for index, share in enumerate(shares):
+            gradients = self.averaged_gradients[index]
+            parts = share.split([gradient.numel() for gradient in gradients])
+            for gradient, part in zip(gradients, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    def gradient_fragments(self, shares: list[torch.Tensor]) -> Iterator[tuple[nn.Parameter, int, torch.Tensor]]:
+        """Yields (parameter, start, its flat part of gradient_shares())."""
+        for index, share in enumerate(shares):
             for parameter, start, here in self._share(index):
-                yield parameter, start, flat[here].float()
+                yield parameter, start, share[here]
 
     def _share(self, index: int) -> Iterator[tuple[nn.Parameter, int, slice]]:
         """Yields (parameter, its first element on this rank, its slice of the rank's share) of group `index`."""

@@ -1,86 +1,42 @@
 """The program behind tools/verify.py, from the command line to the exit status.
 
-Compares layouts with one process on this machine's CPU, in float32: loss, every gradient and every weight after two
-steps. With --resume, compares a run that is saved, ended, loaded and continued with one that never stopped: losses,
+Compares layouts with one process on this machine's CPU, in two steps in float32: losses, every gradient, and every
+weight after updates from equal gradients. With --resume, compares a run that is saved, ended, loaded and continued with one that never stopped: losses,
 documents, weights, optimizers' state and counters. Exit status: 0 equal, 1 different, 2 could not be compared.
 """
 
 import argparse
 import contextlib
 import json
-import multiprocessing
-import re
 import tempfile
-from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
 
 from megachat.config import Config, load_config
 from megachat.data.tokenizer import load_tokenizer
 from megachat.errors import UserError
 from megachat.files import write_atomically
-from megachat.job.launch import become_rank, describe_environment, free_port
+from megachat.job.launch import describe_environment
+from megachat.job.local_ranks import parse_layout, run_local_ranks
 
 DEFAULT_VOCABULARY = 4096
-AXES = {"dp": "data", "tp": "tensor", "pp": "pipeline"}
 
 
-def parse_layout(text: str) -> dict[str, int]:
-    """Returns "tp=2,pp=2" as {"data": 1, "tensor": 2, "pipeline": 2}. Raises UserError."""
-    sizes = {"data": 1, "tensor": 1, "pipeline": 1}
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(dp|tp|pp)\s*=\s*([1-9]\d*)\s*", part)
-        if not match:
-            raise UserError(f"--layout {text}: {part!r} is not an axis and its size; give them as tp=2,pp=2,dp=2")
-        sizes[AXES[match[1]]] = int(match[2])
-    return sizes
-
-
-def _rank_process(rank: int, world: int, port: int, config: Config, vocab_size: int, folder: Path, status) -> None:
-    """Runs in each rank's process; sends None or an error's text through `status`."""
-    become_rank(rank, world, port)
+def _run_rank(*arguments) -> None:
     import torch
 
     from megachat.job.join import end_collectives
     from megachat.programs.verify_layout import run_rank
 
-    torch.set_num_threads(1)  # the same on every layout, because threads change the order of sums
-    try:
-        run_rank(config, vocab_size, torch.device("cpu"), folder)
-        end_collectives()
-        status.send(None)
-    except BaseException as error:
-        status.send(f"{type(error).__name__}: {error}")
+    config, vocab_size, folder, reference = arguments
+    run_rank(config, vocab_size, torch.device("cpu"), folder, reference)
+    end_collectives()
 
 
-def run_ranks(config: Config, world: int, vocab_size: int, folder: Path) -> None:
+def run_ranks(config: Config, world: int, vocab_size: int, folder: Path, reference: Path | None) -> None:
     """Runs `verify_layout.run_rank` on `world` new processes. Raises UserError naming the first rank that failed."""
     folder.mkdir()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megachat.programs.verify_layout"])
-    port, processes = free_port(), []
-    waiting: dict[Any, int] = {}  # the connection on which a rank reports -> the rank
-    for rank in range(world):
-        receiver, sender = context.Pipe(duplex=False)
-        arguments = (rank, world, port, config, vocab_size, folder, sender)
-        processes.append(context.Process(target=_rank_process, args=arguments, daemon=True))
-        processes[-1].start()
-        sender.close()
-        waiting[receiver] = rank
-    ready: Any
-    try:
-        while waiting:
-            for ready in wait(list(waiting)):
-                rank = waiting.pop(ready)
-                try:
-                    problem = ready.recv()
-                except EOFError:
-                    problem = "the process died"
-                if problem:
-                    raise UserError(f"rank {rank} of {world} failed: {problem}")
-    finally:
-        for process in processes:
-            process.kill()
+    preload = ["megachat.programs.verify_layout"]
+    run_local_ranks(_run_rank, world, config, vocab_size, folder, reference, preload=preload)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -1,5 +1,8 @@
-"""Compares a layout with one process: losses, every gradient, and every weight after two steps, in float32, tensor by
-tensor.
+"""Compares a layout with one process, in float32, tensor by tensor: losses, every gradient, and every weight.
+
+Both take two steps. The layout's optimizers get the gradients of the one process after its own gradients were written,
+because AdamW takes a step of full size where a gradient is rounding noise around zero (its epsilon is 1e-10). Given
+equal gradients the new weights are equal, so that the verdict does not depend on the rates.
 
 Each run writes its gradients and weights as named rectangles, as a checkpoint does. The comparison reads whole tensors,
 so it does not depend on how they were cut.
@@ -25,11 +28,14 @@ from megachat.parallel.rectangles import flat_rectangles
 from megachat.place import Place, place_of
 from megachat.planning.dimensions import up_to_multiple
 from megachat.planning.plan import resolve
+from megachat.schedule import weight_decay_multiplier
 from megachat.train.build import Training, build_training
 from megachat.train.state import state_pieces
 from megachat.train.step import set_schedules, update
 
 STEPS = 2
+NUMBERS = "numbers.json"  # of a step
+COPY = " on tensor rank "  # in the name of a copy: its rank follows
 HEAD_MULTIPLE = 16  # channels per head of a model that is scaled down
 LOSS_TOLERANCE = 1e-6  # relative
 TENSOR_TOLERANCE = 1e-5  # relative to the tensor's scale, which is its largest element
@@ -40,16 +46,17 @@ LEAST_SCALE = 1e-3
 # zero but for this sum's rounding, so that its least scale is ten times that of the others.
 SCALAR_GRADIENT_TOLERANCE = 1e-3
 SCALAR_LEAST_SCALE = 10
-# Where a gradient is rounding noise around zero, the noise decides the sign of AdamW's whole step (its epsilon is
-# 1e-10) and the mask of Muon's cautious decay. This share of a weight's elements may lie outside the tolerance.
-FLIPPED_SHARE = 2e-3
+# Relative to the tensor's largest update. Equal gradients are equal to the bit unless they are clipped, by factors that
+# differ in the last bit; orthogonalization magnifies this at most about a thousand times.
+UPDATE_TOLERANCE = 1e-4
+WEIGHT_ROUNDING = 4 * torch.finfo(torch.float32).eps  # of a weight, when decay and update are applied
 NOISE = 0.05
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One tensor, or the loss, of one step in two runs. error: largest difference over the tensor's scale; outside:
-    share of elements beyond the tolerance."""
+    """One tensor, the loss, or the gradient norm of one step in two runs. error: largest difference over the tensor's
+    scale; outside: share of elements beyond the tolerance."""
 
     name: str
     error: float
@@ -79,8 +86,8 @@ def verification_config(
     sections["parallel"] |= {"tensor": tensor, "pipeline": pipeline}
     if tensor == 1:
         sections["parallel"]["sequence"] = False
-    sections["batch"] = {"tokens": None, "micro_rows": 1, "accumulation": rows_per_rank}
-    sections["horizon"] = {"steps": 20 * STEPS}
+    sections["batch"] |= {"tokens": None, "micro_rows": 1, "accumulation": rows_per_rank}
+    sections["horizon"] |= {"steps": 20 * STEPS, "flops": None, "stop_step": None}
     return Config.model_validate_json(json.dumps(sections))
 
 
@@ -113,98 +120,162 @@ def related_rows(step: int, rows: int, tokens: int, vocab_size: int) -> torch.Te
 def gradient_pieces(training: Training) -> dict:
     """Copies this rank's part of the step's mean gradients as named rectangles; for `inspect_gradients` of
     train.step.update. Over all ranks, each element exists once."""
+    pieces = _live_gradients(training, training.engine.adamw.gradient_shares())
+    if training.mesh.tensor.rank:
+        pieces = {name: piece for name, piece in pieces.items() if name not in _replicated(training)}
+    return _copied(pieces)
+
+
+def _live_gradients(training: Training, shares: list[torch.Tensor]) -> dict:
+    """Returns this rank's mean gradients as named rectangles. Muon's are live; AdamW's are views of `shares`."""
     pieces: dict[str, tuple] = {}
     for _, name, whole, rectangles in training.muon.gradient_shards():
-        pieces[name] = (tuple(whole), [(offsets, sizes, view.clone()) for offsets, sizes, view in rectangles])
-    for parameter, begin, flat in training.engine.adamw.gradient_fragments():
+        pieces[name] = (tuple(whole), rectangles)
+    for parameter, begin, flat in training.engine.adamw.gradient_fragments(shares):
         where = place_of(parameter)
-        if where.cut != "whole" or training.mesh.tensor.rank == 0:
-            rectangles = flat_rectangles(tuple(parameter.shape), flat.clone(), begin, where.offset or None)
-            pieces.setdefault(where.name, (where.whole, []))[1].extend(rectangles)
+        rectangles = flat_rectangles(tuple(parameter.shape), flat, begin, where.offset or None)
+        pieces.setdefault(where.name, (where.whole, []))[1].extend(rectangles)
     return pieces
 
 
-def run_rank(config: Config, vocab_size: int, device: torch.device, folder: Path) -> None:
-    """Takes STEPS steps and writes losses, first gradients and weights into `folder`. All ranks call it, with their
-    launch variables set."""
+def _live_weights(training: Training) -> dict:
+    return {name.removeprefix("model/"): p for name, p in state_pieces(training).items() if name.startswith("model/")}
+
+
+def _copied(pieces: dict) -> dict:
+    return {
+        name: (whole, [(offsets, sizes, view.clone()) for offsets, sizes, view in rectangles])
+        for name, (whole, rectangles) in pieces.items()
+    }
+
+
+def _replicated(training: Training) -> set[str]:
+    """Returns the names of the parameters of which each rank of the tensor axis has a copy."""
+    fragments = training.engine.adamw.fragments()
+    return {place_of(parameter).name for parameter, *_ in fragments if place_of(parameter).cut == "whole"}
+
+
+def run_rank(config: Config, vocab_size: int, device: torch.device, folder: Path, reference: Path | None) -> None:
+    """Takes STEPS steps and writes what each computed into `folder`/STEP. All ranks call it, with their launch
+    variables set.
+
+    reference: the folder of another run, whose gradients the optimizers get instead of these.
+    """
     mesh = start_mesh(config, device)
     plan = resolve(config, mesh.world.size, vocab_size)
     training = build_training(config, plan, mesh, torch.ones(vocab_size, dtype=torch.int64))
     warm_up(training)
-    pieces, losses = {}, []
-
-    def copy_gradients() -> None:
-        pieces.update({f"gradient/{name}": piece for name, piece in gradient_pieces(training).items()})
-
+    copies = _replicated(training) if mesh.tensor.rank else set()
     for step in range(STEPS):
-        set_schedules(training, step)
+        pieces: dict[str, tuple] = {}
+
+        def keep(kind: str, tensors: dict, pieces=pieces) -> None:
+            for name, piece in tensors.items():
+                pieces[f"{kind}/{name}{COPY * (name in copies)}{mesh.tensor.rank if name in copies else ''}"] = piece
+
+        def replace_gradients(step=step, keep=keep) -> None:
+            shares = training.engine.adamw.gradient_shares()
+            gradients = _live_gradients(training, shares)
+            keep("gradient", _copied(gradients))
+            if reference:
+                load_checkpoint(reference / str(step), {f"gradient/{name}": piece for name, piece in gradients.items()})
+                training.engine.adamw.set_gradient_shares(shares)
+
+        before = _copied(_live_weights(training))
+        multiplier = set_schedules(training, step)
         rows = related_rows(step, plan.rows_per_step, plan.dims.sequence_len + 1, vocab_size)
         local_rows = rows[mesh.data.rank :: mesh.data.size]
-        # only the first step's gradients, because the weights of later steps may differ by flipped signs
-        loss, _ = update(training, local_rows, inspect_gradients=None if step else copy_gradients)
-        losses.append(loss.item())
-    for name, piece in state_pieces(training, replicas=False).items():
-        if name.startswith("model/"):
-            pieces[f"weight/{name.removeprefix('model/')}"] = piece
-    save_rectangles(folder, pieces, mesh.world)
-    if mesh.world.rank == 0:
-        write_json(folder / "losses.json", losses)
+        loss, outcome = update(training, local_rows, inspect_gradients=replace_gradients)
+        weights = _live_weights(training)
+        keep("weight", weights)
+        for name, (_, rectangles) in before.items():
+            for (_, _, old), (_, _, new) in zip(rectangles, weights[name][1], strict=True):
+                torch.sub(new, old, out=old)
+        keep("update", before)
+        save_rectangles(folder / str(step), pieces, mesh.world)
+        if mesh.world.rank == 0:
+            decay = multiplier * plan.rates["matrix"] * plan.weight_decay * weight_decay_multiplier(step, plan.steps)
+            decay *= max((matrix.multiplier for matrix in training.muon.plan.matrices), default=0.0)
+            write_json(folder / str(step) / NUMBERS, {"loss": loss.item(), "norm": outcome.norm, "decay": decay})
 
 
 def compare_runs(run: Path, reference: Path, order: list[str]) -> Iterator[Comparison]:
-    """Yields every loss, gradient and weight of two runs, in the order in which training computes them. order:
-    parameter names from the first layer to the last.
+    """Yields every loss, gradient, gradient norm and weight of two runs, in the order in which training computes them.
+    order: parameter names from the first layer to the last.
 
     Raises UserError if the runs do not hold the same tensors.
     """
-    losses = [json.loads((folder / "losses.json").read_text()) for folder in (run, reference)]
+    for step in range(STEPS):
+        yield from _compare_step(step, run / str(step), reference / str(step), order)
+
+
+def _compare_step(step: int, run: Path, reference: Path, order: list[str]) -> Iterator[Comparison]:
+    numbers, expected = (json.loads((folder / NUMBERS).read_text()) for folder in (run, reference))
     index, reference_index = read_index(run), read_index(reference)
-    shares = {"gradient": 0.0, "weight": FLIPPED_SHARE}
-    names = {f"{kind}/{name}" for kind in shares for name in order}
-    for missing in sorted((index.keys() ^ names) | (reference_index.keys() ^ names)):
+    names = {f"{kind}/{name}" for kind in ("gradient", "weight", "update") for name in order}
+    for missing in sorted(({name.partition(COPY)[0] for name in index} ^ names) | (reference_index.keys() ^ names)):
         raise UserError(f"the two runs do not hold the same tensors: {missing} is not in both")
-    loss_comparisons = [_compare_losses(step, *pair) for step, pair in enumerate(zip(*losses, strict=True))]
-    yield loss_comparisons[0]
-    for kind, share in shares.items():
-        shapes = {f"{kind}/{name}": tuple(reference_index[f"{kind}/{name}"]["shape"]) for name in order}
-        largest = max(_load_tensor(reference, *item).abs().max().item() for item in shapes.items())
-        for name, shape in shapes.items():
-            pair = (_load_tensor(folder, name, shape) for folder in (run, reference))
-            yield compare_values(name, *pair, least_scale=LEAST_SCALE * largest, share=share)
-        if kind == "gradient":
-            yield from loss_comparisons[1:]
+
+    def pairs(kind: str) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        """Yields (name, the run's tensor, the reference's), also for copies on other ranks of the tensor axis."""
+        whole, values = _load_tensors(reference, kind, reference_index), _load_tensors(run, kind, index)
+        for name in order:
+            for copy in sorted(key for key in values if key.partition(COPY)[0] == f"{kind}/{name}"):
+                yield f"{copy}, step {step}", values[copy], whole[f"{kind}/{name}"]
+
+    yield _compare_numbers(f"loss/step {step}", numbers["loss"], expected["loss"], LOSS_TOLERANCE)
+    gradients = list(pairs("gradient"))
+    least_scale = LEAST_SCALE * max(whole.abs().max().item() for _, _, whole in gradients)
+    for title, values, whole in gradients:
+        yield compare_values(title, values, whole, least_scale=least_scale)
+    yield _compare_numbers(f"norm/step {step}", numbers["norm"], expected["norm"], TENSOR_TOLERANCE)
+    for weight, moved in zip(pairs("weight"), pairs("update"), strict=True):
+        yield compare_weights(weight[0], weight[1:], moved[1:], decay=expected["decay"])
 
 
-def _compare_losses(step: int, loss: float, reference: float) -> Comparison:
-    error = abs(loss - reference) / abs(reference)
-    passed = error <= LOSS_TOLERANCE  # false for a NaN
-    return Comparison(f"loss/step {step}", error, float(not passed), LOSS_TOLERANCE, passed)
+def _compare_numbers(name: str, number: float, reference: float, tolerance: float) -> Comparison:
+    error = abs(number - reference) / abs(reference)
+    passed = error <= tolerance  # false for a NaN
+    return Comparison(name, error, float(not passed), tolerance, passed)
 
 
-def _load_tensor(folder: Path, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    whole = torch.full(shape, torch.nan)
-    load_checkpoint(folder, {name: whole_piece(whole)})
-    return whole
+def _load_tensors(folder: Path, kind: str, index: dict) -> dict[str, torch.Tensor]:
+    shapes = {name: tuple(entry["shape"]) for name, entry in index.items() if name.startswith(f"{kind}/")}
+    tensors = {name: torch.full(shape, torch.nan) for name, shape in shapes.items()}
+    load_checkpoint(folder, {name: whole_piece(tensor) for name, tensor in tensors.items()})
+    return tensors
 
 
 def compare_values(
-    name: str,
-    values: torch.Tensor,
-    reference: torch.Tensor,
-    *,
-    least_scale: float,
-    share: float,
-    tolerance: float = TENSOR_TOLERANCE,
+    name: str, values: torch.Tensor, reference: torch.Tensor, *, least_scale: float, tolerance: float = TENSOR_TOLERANCE
 ) -> Comparison:
-    """Compares two tensors of one name. least_scale: lower bound of the scale to which the tolerance is relative.
-    share: of the elements that may lie outside the tolerance, at least one; 0: none may."""
-    if values.ndim == 1 and not share:
+    """Compares two tensors of one name that are linear in gradients. least_scale: lower bound of the scale to which the
+    tolerance is relative."""
+    if values.ndim == 1 and tolerance:
         tolerance, least_scale = SCALAR_GRADIENT_TOLERANCE, SCALAR_LEAST_SCALE * least_scale
     error = (values - reference).abs() / reference.abs().max().clamp_min(max(least_scale, 1e-12))
+    return _comparison(name, error, tolerance)
+
+
+def compare_weights(
+    name: str, weights: tuple[torch.Tensor, torch.Tensor], updates: tuple[torch.Tensor, torch.Tensor], *, decay: float
+) -> Comparison:
+    """Compares a weight after a step from equal gradients; both tuples are (the run's, the reference's).
+
+    The scale is the largest update. Muon's decay, at most `decay` of a weight, applies where update and weight have one
+    sign. Where an update is zero but for rounding, one of the two runs may not have moved the weight at all.
+    """
+    (weight, expected), scale = weights, updates[1].abs().max().clamp_min(1e-12)
+    rest = ((weight - expected).abs() - WEIGHT_ROUNDING * expected.abs()).clamp_min(0)
+    least = torch.minimum(updates[0].abs(), updates[1].abs()) - WEIGHT_ROUNDING * expected.abs()
+    decayed = (least <= UPDATE_TOLERANCE * scale) * decay * expected.abs()
+    return _comparison(name, (rest - decayed).clamp_min(0) / scale, UPDATE_TOLERANCE)
+
+
+def _comparison(name: str, error: torch.Tensor, tolerance: float) -> Comparison:
     error = torch.where(error.isnan(), torch.inf, error)
     outside = int((error > tolerance).sum())
-    allowed = max(1, int(share * error.numel())) if share else 0
-    return Comparison(name, error.max().item(), outside / error.numel(), tolerance, outside <= allowed)
+    return Comparison(name, error.max().item(), outside / error.numel(), tolerance, not outside)
 
 
 def certificate(comparisons: list[Comparison], **facts) -> dict:
@@ -213,33 +284,26 @@ def certificate(comparisons: list[Comparison], **facts) -> dict:
     return facts | {
         "passed": first is None,
         "first_difference": first and asdict(first),
-        "flipped_share": FLIPPED_SHARE,
         "compared": [asdict(comparison) for comparison in comparisons],
     }
 
 
 def print_verdict(comparisons: list[Comparison]) -> None:
-    """Prints the largest error of losses, gradients and weights, and the first difference."""
-    by_kind: dict[tuple[str, float], list[Comparison]] = {}
+    """Prints the largest error of losses, gradients, norms and weights, and the first difference."""
+    by_kind: dict[tuple[int, float], list[Comparison]] = {}
+    kinds = ("loss", "gradient", "norm", "weight")
     for entry in comparisons:
-        by_kind.setdefault((entry.name.split("/")[0], entry.tolerance), []).append(entry)
-    for kind, tolerance in sorted(by_kind, key=lambda key: (("loss", "gradient", "weight").index(key[0]), key[1])):
-        entries = by_kind[kind, tolerance]
-        beyond = sum(entry.outside > 0 for entry in entries)
-        what = "gradients of scalars" if tolerance == SCALAR_GRADIENT_TOLERANCE else kind
+        by_kind.setdefault((kinds.index(entry.name.split("/")[0]), entry.tolerance), []).append(entry)
+    for (kind, tolerance), entries in sorted(by_kind.items()):
+        what = "gradients of scalars" if tolerance == SCALAR_GRADIENT_TOLERANCE else kinds[kind]
         largest = max(entry.error for entry in entries)
-        print(
-            f"  {what}: {len(entries)} compared, largest error {largest:.2e}, tolerance {tolerance:g}"
-            + (f", with elements beyond it: {beyond}" if beyond else "")
-        )
+        print(f"  {what}: {len(entries)} compared, largest error {largest:.2e}, tolerance {tolerance:g}")
     first = next((entry for entry in comparisons if not entry.passed), None)
     if first:
         share = f"{first.outside:.3%} of its elements outside {first.tolerance:g}"
         print(f"  DIFFERENT: {first.name} first: error {first.error:.3g}, {share}")
     else:
-        print(
-            f"  equal ({FLIPPED_SHARE:.1%} of a weight's elements may differ: rounding decides the sign of some steps)"
-        )
+        print(f"  equal: {STEPS} steps, the weights after updates from equal gradients")
 
 
 def verify_layout(
@@ -249,8 +313,8 @@ def verify_layout(
     certificate.
 
     layout: {"data": ..., "tensor": ..., "pipeline": ...}. rows: per data-parallel rank and step. run_ranks: (config,
-    ranks, vocab_size, folder) runs `run_rank` on every rank. Raises UserError if the layout does not fit or a rank
-    fails.
+    ranks, vocab_size, folder, reference) runs `run_rank` on every rank. Raises UserError if the layout does not fit or
+    a rank fails.
     """
     one_process = verification_config(
         config, data=1, tensor=1, pipeline=1, depth=depth, rows_per_rank=rows * layout["data"]
@@ -264,8 +328,8 @@ def verify_layout(
         "per step",
         flush=True,
     )
-    run_ranks(one_process, 1, vocab_size, folder / "reference")
-    run_ranks(config, ranks, vocab_size, folder / "layout")
+    run_ranks(one_process, 1, vocab_size, folder / "reference", None)
+    run_ranks(config, ranks, vocab_size, folder / "layout", folder / "reference")
     comparisons = list(compare_runs(folder / "layout", folder / "reference", list(weight_shapes(plan.dims))))
     print_verdict(comparisons)
     settings = config.model_dump(mode="json", exclude_defaults=True)

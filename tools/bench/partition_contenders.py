@@ -1,20 +1,16 @@
 """Four ways to distribute Muon over data-parallel ranks, measured on gloo ranks: bytes, work, state and time."""
 
 import inspect
-import multiprocessing
 import statistics
 import time
-import traceback
 from datetime import timedelta
-from multiprocessing.connection import wait
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
-from megachat.errors import UserError
-from megachat.job.launch import become_rank, free_port
+from megachat.job.local_ranks import run_local_ranks
 from megachat.optim import muon
 from megachat.optim.matrix import Matrix
 from megachat.optim.partition import MuonPartition
@@ -273,41 +269,9 @@ def measure_rank(rounds: int) -> dict:
     return measured
 
 
-def _rank_program(rank: int, world: int, port: int, rounds: int, answer) -> None:
-    """Runs in each rank's process; sends (problem, measurements)."""
-    become_rank(rank, world, port)
-    torch.set_num_threads(1)
-    try:
-        answer.send((None, measure_rank(rounds)))
-    except BaseException:
-        answer.send((traceback.format_exc(), None))
-
-
 def measure(world: int, rounds: int) -> dict:
     """Starts the ranks and returns contender -> ratios. Raises UserError that names the first rank that failed."""
-    context = multiprocessing.get_context("forkserver")
-    port, processes, ranks, measured = free_port(), [], {}, {}
-    for rank in range(world):
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_rank_program, args=(rank, world, port, rounds, sender), daemon=True)
-        process.start()
-        sender.close()
-        processes.append(process)
-        ranks[receiver] = rank
-    try:
-        while ranks:
-            for receiver in wait(list(ranks)):
-                rank = ranks.pop(receiver)
-                try:
-                    problem, measured[rank] = receiver.recv()
-                except EOFError:
-                    problem = "the process died"
-                if problem:
-                    raise UserError(f"rank {rank} of {world} failed: {problem}")
-    finally:
-        for process in processes:
-            process.kill()
-    return _ratios([measured[rank] for rank in range(world)])
+    return _ratios(run_local_ranks(measure_rank, world, rounds, preload=[__name__]))
 
 
 def _ratios(by_rank: list[dict]) -> dict:

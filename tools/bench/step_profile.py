@@ -27,7 +27,13 @@ from megachat.errors import UserError, user_errors_end_the_program  # noqa: E402
 from megachat.files import write_atomically  # noqa: E402
 from megachat.job.join import end_collectives, start_mesh  # noqa: E402
 from megachat.job.launch import bootstrap_environment, choose_device  # noqa: E402
-from megachat.job.local_ranks import rank_parser, require_ranks, run_with_torchrun, set_options  # noqa: E402
+from megachat.job.local_ranks import (  # noqa: E402
+    parse_layout,
+    rank_parser,
+    require_ranks,
+    run_with_torchrun,
+    set_options,
+)
 from megachat.kernels.choice import describe_kernels  # noqa: E402
 from megachat.parallel.progress import PROFILE_PREFIX, profile_range  # noqa: E402
 from megachat.planning.plan import resolve  # noqa: E402
@@ -159,19 +165,6 @@ class _Timers(NoopTimer):
         return self._gather if name == OPTIMIZER_ALLGATHER_TIMER else super().__call__(name)
 
 
-def layout_sizes(text: str) -> dict[str, int]:
-    """Parses a layout such as "dp=2,tp=2" into ranks per axis. Raises UserError."""
-    sizes = {"dp": 1, "tp": 1, "pp": 1}
-    for word in text.split(","):
-        axis, _, size = word.partition("=")
-        if axis not in sizes or not size.isdecimal() or int(size) < 1:
-            raise UserError(
-                f"--layout {text}: {word!r} is not AXIS=RANKS with an axis of dp, tp and pp; write it as dp=2,tp=2"
-            )
-        sizes[axis] = int(size)
-    return sizes
-
-
 def operators(profiled: profile, steps: int, step_us: float) -> list[dict]:
     """Returns the operators with the most self time, on the GPU if there is one, else on the CPU."""
     times = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
@@ -272,13 +265,13 @@ def bench_profile(arguments) -> dict:
         raise UserError(f"--rounds {arguments.rounds} is not a number of steps to profile: give 1 or more")
     if arguments.out and not Path(arguments.out).resolve().parent.is_dir():
         raise UserError(f"the folder of --out {arguments.out} does not exist: create it first")
-    sizes = layout_sizes(arguments.layout)
+    sizes = parse_layout(arguments.layout)
     settings = (
-        [*arguments.set, f"parallel.tensor={sizes['tp']}", f"parallel.pipeline={sizes['pp']}"]
+        [*arguments.set, f"parallel.tensor={sizes['tensor']}", f"parallel.pipeline={sizes['pipeline']}"]
         if arguments.layout != "dp=1"
         else arguments.set
     )
-    ranks = sizes["dp"] * sizes["tp"] * sizes["pp"]
+    ranks = sizes["data"] * sizes["tensor"] * sizes["pipeline"]
     if ranks == 1:
         result = measure(arguments.config, settings, arguments.vocab_size, arguments.rounds, arguments.out)
     else:

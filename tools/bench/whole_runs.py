@@ -1,6 +1,7 @@
 """Measures launch/pretrain.py from outside: the time to the first step, and the loss curves of several layouts."""
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -11,8 +12,7 @@ from pathlib import Path
 
 from megachat.errors import UserError
 from megachat.job.launch import free_port
-from megachat.job.local_ranks import set_options
-from tools.bench.step_profile import layout_sizes
+from megachat.job.local_ranks import parse_layout, set_options
 
 PRETRAIN = str(Path(__file__).resolve().parents[2] / "launch" / "pretrain.py")
 
@@ -58,14 +58,14 @@ def bench_layouts(arguments: Namespace) -> dict:
 
 def train_layout(arguments: Namespace, layout: str, folder: str) -> None:
     """Trains `arguments.steps` steps on a layout such as "dp=2,tp=2", in the run folder `folder`/`layout`."""
-    sizes = layout_sizes(layout)
+    sizes = parse_layout(layout)
     settings = [
         f"run.folder={folder}",
         f"run.name={layout}",
         "precision.compute=float32",
         f"horizon.stop_step={arguments.steps}",
-        f"parallel.tensor={sizes['tp']}",
-        f"parallel.pipeline={sizes['pp']}",
+        f"parallel.tensor={sizes['tensor']}",
+        f"parallel.pipeline={sizes['pipeline']}",
         "checkpoint.every=0",
         "evaluate.every=0",
         f"data.folder={arguments.data}",
@@ -75,8 +75,7 @@ def train_layout(arguments: Namespace, layout: str, folder: str) -> None:
     ]
     # The process of dp=1 gets one core, so that it has as many threads as a rank: threads change the order of sums.
     pinned = ["taskset", "-c", "0"] if layout == "dp=1" else []
-    ranks = sizes["dp"] * sizes["tp"] * sizes["pp"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={math.prod(sizes.values())}"]
     torchrun.append(f"--master-port={free_port()}")
     command = [*pinned, *torchrun, PRETRAIN, "--config", arguments.config, *set_options(settings)]
     done = subprocess.run(command, capture_output=True, text=True)

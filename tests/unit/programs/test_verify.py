@@ -6,33 +6,34 @@ import pytest
 import torch
 
 from megachat.checkpoint.storage import save_rectangles
-from megachat.config import Config
+from megachat.config import BatchConfig, Config
 from megachat.convert.architecture import weight_shapes
 from megachat.errors import UserError
 from megachat.parallel.mesh import Axis
 from megachat.planning.plan import resolve, resolve_dimensions
-from megachat.programs.verify import parse_layout
 from megachat.programs.verify_layout import certificate, compare_runs, verification_config
+from megachat.programs.verify_resume import resume_config
 from tests.training import SMALL_VOCAB, small_config
 
-ORDER = ["first", "second"]
+ORDER, KINDS = ["first", "second"], ("gradient", "weight", "update")
 ALONE = Axis("world", 1, 0, None, (0,))
 
 
 def observed(folder, losses, **changes):
-    """A run's folder; changes: tensor name -> elements to add to its front."""
-    folder.mkdir()
-    tensors = {
-        f"{kind}/{name}": torch.linspace(-1, 1, 4000).view(40, 100).clone()
-        for kind in ("gradient", "weight")
-        for name in ORDER
-    }
-    for name, values in changes.items():
-        tensors[name.replace("__", "/")].view(-1)[: len(values)] += torch.tensor(values)
-    save_rectangles(
-        folder, {name: ((40, 100), [((0, 0), (40, 100), tensor)]) for name, tensor in tensors.items()}, ALONE
-    )
-    (folder / "losses.json").write_text(json.dumps(losses))
+    """A run's folder; changes: tensor name -> elements to add to its front. The update of every weight is 0.01."""
+    for step, loss in enumerate(losses):
+        (folder / str(step)).mkdir(parents=True)
+        tensors = {
+            f"{kind}/{name}": torch.linspace(-1, 1, 4000).view(40, 100).clone() for kind in KINDS for name in ORDER
+        }
+        for name in ORDER:
+            tensors[f"update/{name}"].fill_(0.01)
+        for name, values in changes.items():
+            tensors[name.replace("__", "/")].view(-1)[: len(values)] += torch.tensor(values)
+        pieces = {name: ((40, 100), [((0, 0), (40, 100), tensor)]) for name, tensor in tensors.items()}
+        save_rectangles(folder / str(step), pieces, ALONE)
+        numbers = {"loss": loss, "norm": 3.0, "decay": 0.005}
+        (folder / str(step) / "numbers.json").write_text(json.dumps(numbers))
     return folder
 
 
@@ -44,11 +45,20 @@ def verdict(tmp_path, losses, **changes) -> dict:
 
 
 def test_rounding_is_equal_and_every_tensor_is_listed(tmp_path):
-    told = verdict(tmp_path, [7.0 * (1 + 5e-7), 6.0], gradient__first=[5e-6], weight__second=[9e-6])
+    told = verdict(tmp_path, [7.0 * (1 + 5e-7), 6.0], gradient__first=[5e-6], weight__second=[9e-7])
     assert told["passed"] and told["first_difference"] is None and told["layout"] == {"tensor": 2}
     assert [entry["name"] for entry in told["compared"]] == [
-        "loss/step 0", "gradient/first", "gradient/second", "loss/step 1", "weight/first", "weight/second",
-    ]  # fmt: skip
+        name
+        for step in (0, 1)
+        for name in (
+            f"loss/step {step}",
+            f"gradient/first, step {step}",
+            f"gradient/second, step {step}",
+            f"norm/step {step}",
+            f"weight/first, step {step}",
+            f"weight/second, step {step}",
+        )
+    ]
     assert json.loads(json.dumps(told)) == told
 
 
@@ -57,9 +67,9 @@ def test_rounding_is_equal_and_every_tensor_is_listed(tmp_path):
     [
         ([7.0, 6.00002], {}, "loss/step 1"),
         ([7.0, float("nan")], {}, "loss/step 1"),
-        ([7.0, 6.0], {"gradient__second": [2e-5], "weight__first": [1.0] * 9}, "gradient/second"),
-        ([7.0, 6.0], {"weight__first": [2e-5] * 9}, "weight/first"),
-        ([7.0, 6.0], {"weight__second": [float("nan")] * 9}, "weight/second"),
+        ([7.0, 6.0], {"gradient__second": [2e-5], "weight__first": [1.0] * 9}, "gradient/second, step 0"),
+        ([7.0, 6.0], {"weight__first": [2e-5]}, "weight/first, step 0"),
+        ([7.0, 6.0], {"weight__second": [float("nan")]}, "weight/second, step 0"),
     ],
 )
 def test_the_first_difference_is_named(tmp_path, losses, changes, first):
@@ -67,17 +77,18 @@ def test_the_first_difference_is_named(tmp_path, losses, changes, first):
     assert not told["passed"] and told["first_difference"]["name"] == first
 
 
-def test_few_weights_may_have_taken_the_other_sign_but_no_gradient(tmp_path):
-    told = verdict(tmp_path, [7.0, 6.0], weight__first=[0.01] * 8)
-    assert told["passed"]
-    assert {entry["name"]: entry["error"] for entry in told["compared"]}["weight/first"] == pytest.approx(
-        0.01, rel=1e-3
-    )
+def test_a_weight_may_lack_its_decay_only_where_a_run_did_not_move_it(tmp_path):
+    """The first weight is -1, its update 0.01: without it and with the decay, it is 0.005 apart."""
+    assert verdict(tmp_path / "a", [7.0, 6.0], weight__first=[0.004], update__first=[-0.01])["passed"]
+    assert not verdict(tmp_path / "b", [7.0, 6.0], weight__first=[0.004], update__first=[0.004])["passed"]
+    assert not verdict(tmp_path / "c", [7.0, 6.0], weight__first=[0.006], update__first=[-0.01])["passed"]
 
 
 def test_runs_with_other_tensors_cannot_be_compared(tmp_path):
     with pytest.raises(UserError, match="gradient/third is not in both"):
-        list(compare_runs(observed(tmp_path / "a", [1.0]), observed(tmp_path / "b", [1.0]), [*ORDER, "third"]))
+        list(
+            compare_runs(observed(tmp_path / "a", [1.0, 1.0]), observed(tmp_path / "b", [1.0, 1.0]), [*ORDER, "third"])
+        )
 
 
 def test_the_order_is_the_models():
@@ -98,6 +109,11 @@ def test_a_config_is_scaled_down_and_runs_in_float32_with_equal_micro_batches():
     assert (found.model.depth, found.model.kv_heads, found.precision.compute) == (4, 3, "float32")
     assert (found.parallel.tensor, found.parallel.pipeline, found.parallel.sequence) == (2, 2, True)
     assert (found.batch.micro_rows, found.batch.accumulation) == (1, 6)
+    recomputed = asked.model_copy(update={"batch": BatchConfig(recompute="block", tokens=4096)})
+    found = verification_config(recomputed, data=2, tensor=1, pipeline=1, depth=4, rows_per_rank=6)
+    assert (found.batch.recompute, found.batch.tokens) == ("block", None)
+    resumed = resume_config(recomputed, found, 4, {"data": 1, "tensor": 1, "pipeline": 1}, exact=False)
+    assert (resumed.batch.recompute, resumed.batch.tokens) == ("block", 4 * 2048)
     assert not verification_config(asked, data=1, tensor=1, pipeline=1, depth=None, rows_per_rank=6).parallel.sequence
 
 
@@ -124,12 +140,3 @@ def test_scaled_down_the_heads_stay_so_that_the_tensor_axis_fits(full):
             whole.kv_heads,
         ) and found.width == found.heads * found.head_size
         assert found.width <= whole.width or depth > whole.depth
-
-
-def test_layouts_are_read():
-    assert (
-        parse_layout("tp=2,pp=4,dp=8") == {"data": 8, "tensor": 2, "pipeline": 4} and parse_layout("pp=2")["data"] == 1
-    )
-    for text in ("tp", "tp=0", "cp=2", "tp=2;pp=2", ""):
-        with pytest.raises(UserError, match="give them as tp=2,pp=2,dp=2"):
-            parse_layout(text)

@@ -19,7 +19,6 @@ from tools.bench.step_profile import (
     Segment,
     bench_profile,
     innermost_parts,
-    layout_sizes,
     measure,
     profile_table,
     running_kernels,
@@ -174,15 +173,6 @@ def test_the_parts_of_real_steps(ranks, tmp_path):
 
 
 def test_words_of_the_command_line():
-    assert layout_sizes("dp=1") == {"dp": 1, "tp": 1, "pp": 1} and layout_sizes("pp=2,dp=3") == {
-        "dp": 3,
-        "tp": 1,
-        "pp": 2,
-    }
-    for wrong in ("dp", "dp=0", "ep=2", "dp=2,", "tp=two"):
-        with pytest.raises(UserError, match=f"--layout {wrong}: .* is not AXIS=RANKS"):
-            layout_sizes(wrong)
-
     with pytest.raises(UserError, match="--out nowhere/picture.svg does not exist"):
         bench_profile(argparse.Namespace(rounds=1, out="nowhere/picture.svg"))
     with pytest.raises(UserError, match="--rounds 0 is not a number of steps"):
