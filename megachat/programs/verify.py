@@ -1,8 +1,9 @@
 """The program behind tools/verify.py, from the command line to the exit status.
 
 Compares layouts with one process on this machine's CPU, in two steps in float32: losses, every gradient, and every
-weight after updates from equal gradients. With --resume, compares a run that is saved, ended, loaded and continued with one that never stopped: losses,
-documents, weights, optimizers' state and counters. Exit status: 0 equal, 1 different, 2 could not be compared.
+weight after updates from equal gradients. With --resume, compares a run that is saved, ended, loaded and continued with
+one that never stopped: losses, documents, weights, optimizers' state and counters. Exit status: 0 equal, 1 different, 2
+could not be compared.
 """
 
 import argparse
