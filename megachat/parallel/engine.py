@@ -128,30 +128,22 @@ class ZeroAdamW(DeepSpeedZeroOptimizer):
             if "exp_avg" not in state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(flat), torch.zeros_like(flat)
-            for parameter, start, here in self._share(index):
+            for parameter, start, here in self.share_slices(index):
                 moments = {kind: state[kind][here] for kind in ("exp_avg", "exp_avg_sq")}
                 yield parameter, start, here.stop - here.start, {"master": flat.detach()[here]} | moments
 
     def gradient_shares(self) -> list[torch.Tensor]:
-        """Returns copies of this rank's share of each group's gradients, flat float32, between reduce() and apply()."""
+        """Returns copies of this rank's shares of the gradients by group, flat float32, between reduce() and apply()."""
         groups = range(len(self.single_partition_of_fp32_groups))
         return [torch.cat([gradient.flatten() for gradient in self.averaged_gradients[i]]).float() for i in groups]
 
-    def set_gradient_shares(self, shares: list[torch.Tensor]) -> None:
-        """Replaces the gradients, from gradient_shares()."""
+    def set_gradient_shares(self, shares: list[torch.Tensor]) -> None:  # from gradient_shares()
         for index, share in enumerate(shares):
-            gradients = self.averaged_gradients[index]
-            parts = share.split([gradient.numel() for gradient in gradients])
-            for gradient, part in zip(gradients, parts, strict=True):
+            sizes = [gradient.numel() for gradient in self.averaged_gradients[index]]
+            for gradient, part in zip(self.averaged_gradients[index], share.split(sizes), strict=True):
                 gradient.copy_(part.view_as(gradient))
 
-    def gradient_fragments(self, shares: list[torch.Tensor]) -> Iterator[tuple[nn.Parameter, int, torch.Tensor]]:
-        """Yields (parameter, start, its flat part of gradient_shares())."""
-        for index, share in enumerate(shares):
-            for parameter, start, here in self._share(index):
-                yield parameter, start, share[here]
-
-    def _share(self, index: int) -> Iterator[tuple[nn.Parameter, int, slice]]:
+    def share_slices(self, index: int) -> Iterator[tuple[nn.Parameter, int, slice]]:
         """Yields (parameter, its first element on this rank, its slice of the rank's share) of group `index`."""
         rank, size = self.mesh.data.rank, self.partition_size[index]
         begin, end = rank * size, (rank + 1) * size

@@ -131,10 +131,11 @@ def _live_gradients(training: Training, shares: list[torch.Tensor]) -> dict:
     pieces: dict[str, tuple] = {}
     for _, name, whole, rectangles in training.muon.gradient_shards():
         pieces[name] = (tuple(whole), rectangles)
-    for parameter, begin, flat in training.engine.adamw.gradient_fragments(shares):
-        where = place_of(parameter)
-        rectangles = flat_rectangles(tuple(parameter.shape), flat, begin, where.offset or None)
-        pieces.setdefault(where.name, (where.whole, []))[1].extend(rectangles)
+    for index, share in enumerate(shares):
+        for parameter, begin, here in training.engine.adamw.share_slices(index):
+            where = place_of(parameter)
+            rectangles = flat_rectangles(tuple(parameter.shape), share[here], begin, where.offset or None)
+            pieces.setdefault(where.name, (where.whole, []))[1].extend(rectangles)
     return pieces
 
 
