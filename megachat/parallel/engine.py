@@ -133,7 +133,7 @@ class ZeroAdamW(DeepSpeedZeroOptimizer):
                 yield parameter, start, here.stop - here.start, {"master": flat.detach()[here]} | moments
 
     def gradient_shares(self) -> list[torch.Tensor]:
-        """Returns copies of this rank's shares of the gradients by group, flat float32, between reduce() and apply()."""
+        """Returns copies of this rank's share of each group's gradients, flat float32, between reduce() and apply()."""
         groups = range(len(self.single_partition_of_fp32_groups))
         return [torch.cat([gradient.flatten() for gradient in self.averaged_gradients[i]]).float() for i in groups]
 
