@@ -12,7 +12,7 @@ from megachat.place import place_of
 from megachat.planning.dimensions import Dimensions
 
 DIMS = Dimensions(4, 64, 4, 2, 16, 64, 97, (7, 20, 64, 64))  # two windows much shorter than the texts, and shared heads
-LENGTHS = [1, 3, 40, 64, 17, 9]
+LENGTHS = [1, 3, 40, 64, 17, 9, 200]  # the last is longer than sequence_len, and than all windows
 
 
 @pytest.fixture(scope="module")
@@ -64,17 +64,17 @@ def test_chunks_of_any_size_give_the_logits_of_the_whole_text(layers, texts, exp
     """All chosen texts at once, which end in different chunks; `extra`: more padding than needed."""
     texts, expected = [texts[i] for i in chosen], [expected[i] for i in chosen]
     cache, begin, result, turns = (
-        Cache(DIMS, len(texts), 64),
+        Cache(DIMS, len(texts), max(map(len, texts))),
         0,
         [[] for _ in texts],
         itertools.chain(sizes, itertools.repeat(sizes[-1])),
     )
-    while begin < max(LENGTHS):
+    while begin < max(map(len, texts)):
         size = next(turns)
         parts = [text[begin : begin + size] for text in texts]
         chunk = cache.extend(list(map(len, parts)))
         output = computed(layers, padded(parts, size + extra), chunk)
-        for slots in (8, 21, 64):
+        for slots in (8, 21, min(65, cache.tokens)):
             slot_of = chunk._slots(size + extra, slots)[[0, 2]]
             assert slot_of.unique(dim=1).size(1) == slot_of.size(1), (
                 "two tokens in one slot: which is kept would be chance on a GPU"
@@ -85,6 +85,11 @@ def test_chunks_of_any_size_give_the_logits_of_the_whole_text(layers, texts, exp
     assert cache.lengths == [LENGTHS[i] for i in chosen]
     for kept, right in zip(result, expected, strict=True):
         close(torch.cat(kept), right)
+
+
+@pytest.mark.parametrize("sizes", [[200], [100, 1, 1, 50], [7, 60, 1, 70]])
+def test_texts_longer_than_sequence_len_keep_their_windows(layers, texts, expected, sizes):
+    test_chunks_of_any_size_give_the_logits_of_the_whole_text(layers, texts, expected, sizes, 3, [2, 6])
 
 
 @pytest.mark.parametrize("tokens", [51, 64])
