@@ -15,7 +15,7 @@ from torch import nn
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError
 from megachat.evals.core_batches import IDLE, Batch, BatchRow, assign_batches, build_batches
-from megachat.evals.core_bundle import Bundle, Task
+from megachat.evals.core_bundle import Bundle, CoreTask
 from megachat.evals.core_prompts import Question, RowLimit, build_questions, row_limit
 from megachat.evals.engine_model import evaluate_chunks
 from megachat.evals.results import Answers, core_section
@@ -81,7 +81,7 @@ def evaluate_bundle(
 
 def evaluate_tasks(
     model: Evaluator,
-    tasks: Sequence[Task],
+    tasks: Sequence[CoreTask],
     tokenizer: Tokenizer,
     *,
     max_per_task: int,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from megachat.evals.core_prompts import Question, Row, common_prefix
+from megachat.evals.core_prompts import PromptRow, Question, common_prefix
 from megachat.planning.dimensions import up_to_multiple
 
 LEAST_SHARED = 16  # a shared context with fewer tokens costs more as a separate pass than it saves
@@ -63,7 +63,7 @@ IDLE = Batch((BatchRow((0, 0), 1, -1),), False)  # computed by a rank that has n
 class _SharedPrefix:
     """Rows of one question with the same first `length` tokens before their answers. indices: of their results."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[PromptRow, ...]
     indices: tuple[int, ...]
     length: int
 

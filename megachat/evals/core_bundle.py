@@ -46,7 +46,7 @@ _Folder = Path | zipfile.Path
 
 
 @dataclass(frozen=True)
-class Task:
+class CoreTask:
     """One task. baseline: accuracy of guessing. examples: as parsed, in file order. digest: SHA-256 (hex) of it all."""
 
     label: str
@@ -62,7 +62,7 @@ class Task:
 class Bundle:
     """missing: CORE's tasks that the bundle lacks; the mean is then not CORE. digest: SHA-256 (hex) of the tasks."""
 
-    tasks: tuple[Task, ...]
+    tasks: tuple[CoreTask, ...]
     missing: tuple[str, ...]
     digest: str
 
@@ -78,7 +78,7 @@ def open_bundle(
     path = download_bundle(log) if path is None else Path(path)
     root = _find_root(path)
     try:
-        entries, baselines = _read_index(root), _read_baselines(root / _BASELINES)
+        entries, baselines = _read_entries(root), _read_baselines(root / _BASELINES)
         labels = [entry["label"] for entry in entries]
         for label in only or ():
             if label not in labels:
@@ -169,7 +169,7 @@ def _check_yaml(text: str) -> None:
             raise ValueError(f"it is nested more than {_MOST_DEPTH} deep")
 
 
-def _read_index(root: _Folder) -> list[dict[str, Any]]:
+def _read_entries(root: _Folder) -> list[dict[str, Any]]:
     """Returns the task entries of core.yaml, checked."""
     file = root / _INDEX
     text = _read_text(file, _MOST_INDEX_BYTES)
@@ -208,7 +208,7 @@ def _read_baselines(file: _Folder) -> dict[str, str]:
         return {row["Eval Task"]: row["Random baseline"] for row in csv.DictReader(io.StringIO(text))}
 
 
-def _read_task(root: _Folder, entry: dict, baselines: dict[str, str]) -> Task:
+def _read_task(root: _Folder, entry: dict, baselines: dict[str, str]) -> CoreTask:
     label, shots, file, table = entry["label"], entry["shots"], root / _DATA / entry["file"], root / _BASELINES
     if label not in baselines:
         raise UserError(f"{table} has no baseline for {label}: add a row with the accuracy of guessing in percent")
@@ -228,7 +228,7 @@ def _read_task(root: _Folder, entry: dict, baselines: dict[str, str]) -> Task:
         raise UserError(f"{file} has {len(examples)} examples, too few for {shots} shots and a question: add more")
     settings = json.dumps([label, entry["kind"], shots, entry["delimiter"], baseline])
     digest = hashlib.sha256((settings + hashlib.sha256(content.encode()).hexdigest()).encode()).hexdigest()
-    return Task(label, entry["kind"], shots, entry["delimiter"], baseline, examples, digest)
+    return CoreTask(label, entry["kind"], shots, entry["delimiter"], baseline, examples, digest)
 
 
 def _check_inside(root: _Folder, entry: dict) -> None:

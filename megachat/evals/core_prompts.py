@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from megachat.config import EvaluateConfig
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError
-from megachat.evals.core_bundle import Bundle, Task
+from megachat.evals.core_bundle import Bundle, CoreTask
 from megachat.planning.dimensions import Dimensions
 
 SHUFFLE_SEED = 1337  # order of a task's examples, before max_per_task
@@ -19,7 +19,7 @@ SHOT_SEPARATOR = "\n\n"
 
 
 @dataclass(frozen=True)
-class Row:
+class PromptRow:
     """One text of an example. tokens: BOS first unless cropped. start: where the answer starts; it extends to the end.
 
     cropped: how many tokens were removed from the beginning.
@@ -37,7 +37,7 @@ class Question:
     ambiguous: whether two choices are equal, or one is empty or the beginning of another.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[PromptRow, ...]
     gold: int | None
     ambiguous: bool = False
 
@@ -60,14 +60,14 @@ def row_limit(dims: Dimensions, config: EvaluateConfig) -> RowLimit:
     return RowLimit(tokens, config.core_crop, config.core_unfit == "leave_out")
 
 
-def shuffle_examples(task: Task, max_per_task: int) -> list[dict]:
+def shuffle_examples(task: CoreTask, max_per_task: int) -> list[dict]:
     """Returns the first `max_per_task` of the task's examples in the metric's order; -1 for all."""
     examples = list(task.examples)
     random.Random(SHUFFLE_SEED).shuffle(examples)
     return examples[:max_per_task] if max_per_task > 0 else examples
 
 
-def build_questions(task: Task, tokenizer: Tokenizer, limit: RowLimit, max_per_task: int) -> list[Question | None]:
+def build_questions(task: CoreTask, tokenizer: Tokenizer, limit: RowLimit, max_per_task: int) -> list[Question | None]:
     """Builds a task's questions, None for those that are left out.
 
     Raises UserError if a question does not fit and is not left out, or if there are too few examples for the shots.
@@ -99,12 +99,12 @@ def check_questions(bundle: Bundle, tokenizer: Tokenizer, limit: RowLimit, max_p
     return {label: count for label, count in counts.items() if count}
 
 
-def _check_some_fit(task: Task, left_out: int, examples: int) -> None:
+def _check_some_fit(task: CoreTask, left_out: int, examples: int) -> None:
     if left_out == examples:
         raise UserError(f"no example of {task.label} fits the model: leave the task out")
 
 
-def _examples_with_shots(task: Task, max_per_task: int) -> Iterator[tuple[dict, list[dict], str]]:
+def _examples_with_shots(task: CoreTask, max_per_task: int) -> Iterator[tuple[dict, list[dict], str]]:
     """Yields each example, its shots and its name for messages."""
     examples = shuffle_examples(task, max_per_task)
     if len(examples) <= task.shots:
@@ -118,7 +118,7 @@ def _examples_with_shots(task: Task, max_per_task: int) -> Iterator[tuple[dict, 
 
 
 def _build_question(
-    task: Task, example: dict, shots: Sequence[dict], tokenizer: Tokenizer, limit: RowLimit, name: str
+    task: CoreTask, example: dict, shots: Sequence[dict], tokenizer: Tokenizer, limit: RowLimit, name: str
 ) -> Question | None:
     rows, gold = _build_rows(task, example, shots, tokenizer), example.get("gold")
     for row in rows:
@@ -131,7 +131,7 @@ def _build_question(
     return Question(tuple(_crop(row, limit) for row in rows), gold, ambiguous)
 
 
-def build_texts(task: Task, example: dict, shots: Sequence[dict]) -> list[str]:
+def build_texts(task: CoreTask, example: dict, shots: Sequence[dict]) -> list[str]:
     """Returns shots and example as texts, one per choice; for language modeling one without and one with answer."""
 
     def text(example: dict, choice: int | None) -> str:
@@ -155,20 +155,20 @@ def common_prefix(rows: Sequence[Sequence[int]]) -> int:
     return next((at for at, tokens in enumerate(zip(*rows, strict=False)) if len(set(tokens)) > 1), min(map(len, rows)))
 
 
-def _build_rows(task: Task, example: dict, shots: Sequence[dict], tokenizer: Tokenizer) -> list[Row]:
+def _build_rows(task: CoreTask, example: dict, shots: Sequence[dict], tokenizer: Tokenizer) -> list[PromptRow]:
     encoded = [tuple(tokenizer.encode(text, bos=True).tolist()) for text in build_texts(task, example, shots)]
     if task.kind == "multiple_choice":  # the answer is where the texts differ
         start = common_prefix(encoded)
-        return [Row(tokens, start) for tokens in encoded]
+        return [PromptRow(tokens, start) for tokens in encoded]
     if task.kind == "schema":  # the answer is the common ending
         answer = common_prefix([tokens[::-1] for tokens in encoded])
         if answer == len(encoded[0]):  # all choices are equal: to nanochat, none has an answer
             answer = 0
-        return [Row(tokens, len(tokens) - answer) for tokens in encoded]
-    return [Row(encoded[1], common_prefix(encoded))]
+        return [PromptRow(tokens, len(tokens) - answer) for tokens in encoded]
+    return [PromptRow(encoded[1], common_prefix(encoded))]
 
 
-def _find_problem(row: Row, limit: RowLimit, *, exact: bool) -> str | None:
+def _find_problem(row: PromptRow, limit: RowLimit, *, exact: bool) -> str | None:
     """Returns why a row does not fit the model, or None if it does."""
     length, answer = len(row.tokens), len(row.tokens) - row.start
     if not limit.crop and length > limit.tokens:
@@ -181,6 +181,6 @@ def _find_problem(row: Row, limit: RowLimit, *, exact: bool) -> str | None:
     return "has an answer without any tokens" if exact and not answer else None
 
 
-def _crop(row: Row, limit: RowLimit) -> Row:
+def _crop(row: PromptRow, limit: RowLimit) -> PromptRow:
     excess = max(0, len(row.tokens) - limit.tokens)
-    return Row(row.tokens[excess:], row.start - excess, excess)
+    return PromptRow(row.tokens[excess:], row.start - excess, excess)

@@ -25,7 +25,7 @@ _PACKAGES = ("transformer_engine", "transformer_engine_torch", "transformer_engi
 
 def te_version() -> str | None:
     """Returns the installed version, or None."""
-    return _versions().get(_PACKAGES[0])
+    return _package_versions().get(_PACKAGES[0])
 
 
 def te_problem(device: torch.device, recipe: str | None = None) -> str | None:
@@ -34,7 +34,7 @@ def te_problem(device: torch.device, recipe: str | None = None) -> str | None:
     """
     if device.type != "cuda":
         return "this machine has no CUDA device"
-    versions = _versions()
+    versions = _package_versions()
     if _PACKAGES[0] not in versions:
         return "the package transformer_engine is not installed"
     if len(set(versions.values())) > 1:
@@ -61,7 +61,7 @@ def te_attention_problem(device: torch.device) -> str | None:
     return problem
 
 
-def _versions() -> dict[str, str]:
+def _package_versions() -> dict[str, str]:
     versions = {}
     for package in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):

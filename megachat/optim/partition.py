@@ -27,7 +27,7 @@ from megachat.parallel.rectangles import Rectangle, flat_rectangles
 _REDUCES_IN_FLIGHT = 2  # buckets with wire buffers at a time: one is in flight while the next is packed
 
 
-class Shard(NamedTuple):
+class MuonShard(NamedTuple):
     """This rank's part of a tensor. name: the matrix. shape: the whole tensor. rectangles: views of local parts."""
 
     kind: str
@@ -275,7 +275,7 @@ class MuonPartition:
 
     # ---- state
 
-    def state_shards(self) -> list[Shard]:
+    def state_shards(self) -> list[MuonShard]:
         """Returns the float32 "master", "momentum" and "second_moment" of every matrix, after gathers in progress.
 
         Only the rectangles differ between ranks. Together, those of all ranks of the stage cover each tensor once. They
@@ -290,10 +290,10 @@ class MuonPartition:
                 matrix, moment = self.plan.matrices[index], self._second_moment.get(index)
                 shape = second_moment_shape(matrix.shape)
                 whole: list[Rectangle] = [] if moment is None else [((0, 0), shape, moment)]
-                shards.append(Shard("second_moment", matrix.name, shape, whole))
+                shards.append(MuonShard("second_moment", matrix.name, shape, whole))
         return shards
 
-    def gradient_shards(self) -> list[Shard]:
+    def gradient_shards(self) -> list[MuonShard]:
         """Returns the reduced "gradient" of every matrix as views of live memory. Valid between wait_for_reduce() and
         step() or discard_gradients()."""
         self._require_start_reduce("gradient_shards")
@@ -303,13 +303,13 @@ class MuonPartition:
             for index in bucket.layout.matrices
         ]
 
-    def _shard(self, kind: str, index: int, bucket: BucketMemory, flat: torch.Tensor) -> Shard:
+    def _shard(self, kind: str, index: int, bucket: BucketMemory, flat: torch.Tensor) -> MuonShard:
         matrix, fragment, tensor = self.plan.matrices[index], bucket.exchange.fragments.get(index), self.mesh.tensor
         rectangles: list[Rectangle] = []
         if fragment:
             shape, offset = matrix.local_shape(tensor.size), matrix.local_offset(tensor.size, tensor.rank)
             rectangles = flat_rectangles(shape, flat[fragment.in_shard], fragment.start, offset)
-        return Shard(kind, matrix.name, matrix.shape, rectangles)
+        return MuonShard(kind, matrix.name, matrix.shape, rectangles)
 
     @torch.no_grad()
     def refresh_weights(self) -> None:

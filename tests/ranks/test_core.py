@@ -13,7 +13,7 @@ import torch
 from megachat.data.tokenizer import Tokenizer
 from megachat.evals import core_prompts
 from megachat.evals.core import Evaluator, evaluate_tasks
-from megachat.evals.core_bundle import CORE_TASKS, Bundle, Task, open_bundle
+from megachat.evals.core_bundle import CORE_TASKS, Bundle, CoreTask, open_bundle
 from megachat.evals.core_prompts import RowLimit
 from megachat.evals.results import Answers, core_section
 from megachat.model.gpt import ModelOptions, build_layers
@@ -73,13 +73,13 @@ def some_values(layers, *, copying: bool) -> None:
         load_whole(parameter, starting_value(where.__class__(name, where.whole, 0, start), seed=6))
 
 
-def copying_task() -> Task:
+def copying_task() -> CoreTask:
     """Returns a task that the copying model can answer."""
     words = "ab rr zz nn oo qe ww tr xx".split()
     examples = tuple(
         {"context": f"a {word[0]}", "continuation": word[0] * number + word[1]} for number, word in enumerate(words)
     )
-    return Task("copying", "language_modeling", 0, "", 0.0, examples)
+    return CoreTask("copying", "language_modeling", 0, "", 0.0, examples)
 
 
 def limits(dims) -> list[RowLimit]:
@@ -184,7 +184,7 @@ def test_the_metric_is_the_plain_mean_of_all_its_tasks():
     """Task number n has n of 25 examples right; a task that is not part of CORE does not count."""
 
     def section(labels) -> dict:
-        tasks = tuple(Task(label, "schema", 0, " ", 0.0, ({},) * 25) for label in labels)
+        tasks = tuple(CoreTask(label, "schema", 0, " ", 0.0, ({},) * 25) for label in labels)
         right = {label: Answers(tuple(number < count for number in range(25))) for count, label in enumerate(labels)}
         return core_section(Bundle(tasks, (), ""), right, -1, crop=False)
 

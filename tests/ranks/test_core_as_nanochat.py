@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from megachat.errors import UserError
 from megachat.evals.core import Evaluator, evaluate_tasks
-from megachat.evals.core_bundle import Task
+from megachat.evals.core_bundle import CoreTask
 from megachat.evals.core_prompts import RowLimit
 from megachat.model.parameters import load_whole, placed_parameters
 from megachat.parallel.engine import build_evaluation_engine, build_module, start_collectives
@@ -81,7 +81,7 @@ def plain_logits(weights: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.T
     return 15 * torch.tanh(x @ weights["lm_head.weight"][: tokenizer().vocab_size].T / 15)
 
 
-def plain_texts(task: Task, item: dict, shots: list[dict]) -> list[str]:
+def plain_texts(task: CoreTask, item: dict, shots: list[dict]) -> list[str]:
     before, between = "", task.delimiter
     for shot in shots:
         if task.kind == "multiple_choice":
@@ -106,7 +106,7 @@ def equal_tokens(sequences: list[list[int]]) -> int:
 
 
 @torch.no_grad()
-def plain_answer(weights: dict[str, torch.Tensor], task: Task, data: list[dict], number: int) -> tuple[bool, int]:
+def plain_answer(weights: dict[str, torch.Tensor], task: CoreTask, data: list[dict], number: int) -> tuple[bool, int]:
     """Returns nanochat's verdict on one example, and the length of its longest row."""
     others = [index for index in range(len(data)) if index != number]
     shots = [data[index] for index in random.Random(1234 + number).sample(others, task.shots)]
@@ -132,7 +132,7 @@ def plain_answer(weights: dict[str, torch.Tensor], task: Task, data: list[dict],
     return means.index(min(means)) == data[number]["gold"], max(ends)
 
 
-def some_tasks() -> list[Task]:
+def some_tasks() -> list[CoreTask]:
     """Returns tasks of each kind whose prompts are longer than a row, and one whose choices are equal or empty."""
     odd = (
         {"query": "a", "choices": ["boat", "boat town"], "gold": 0},
@@ -145,15 +145,15 @@ def some_tasks() -> list[Task]:
     )
     equal = ({"context_options": ["the rain", "the rain"], "continuation": "is old", "gold": gold} for gold in (0, 1))
     return [
-        Task("arc_easy", "multiple_choice", 6, "\nA: ", 0.5, tuple(examples("multiple_choice", 16))),
-        Task("winograd", "schema", 4, " ", 0.5, tuple(examples("schema", 16))),
-        Task("lambada_openai", "language_modeling", 5, " ", 0.0, tuple(examples("language_modeling", 16))),
-        Task("odd", "multiple_choice", 5, " ", 0.5, odd),
-        Task("equal", "schema", 0, " ", 0.5, tuple(equal)),
+        CoreTask("arc_easy", "multiple_choice", 6, "\nA: ", 0.5, tuple(examples("multiple_choice", 16))),
+        CoreTask("winograd", "schema", 4, " ", 0.5, tuple(examples("schema", 16))),
+        CoreTask("lambada_openai", "language_modeling", 5, " ", 0.0, tuple(examples("language_modeling", 16))),
+        CoreTask("odd", "multiple_choice", 5, " ", 0.5, odd),
+        CoreTask("equal", "schema", 0, " ", 0.5, tuple(equal)),
     ]
 
 
-def in_order(task: Task) -> list[dict]:
+def in_order(task: CoreTask) -> list[dict]:
     data = list(task.examples)
     random.Random(1337).shuffle(data)
     return data

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from megachat.errors import UserError
 from megachat.evals.core import Evaluator, build_evaluator, evaluate_tasks
-from megachat.evals.core_bundle import Task, open_bundle
+from megachat.evals.core_bundle import CoreTask, open_bundle
 from megachat.evals.core_prompts import Question, RowLimit, build_questions
 from megachat.job.join import start_mesh
 from megachat.job.launch import bootstrap_environment, choose_device
@@ -32,7 +32,7 @@ def answers_correctly(layers, dims, question: Question) -> bool:
 
 
 def one_by_one(
-    layers, dims, tasks: tuple[Task, ...], tokenizer, limit: RowLimit, max_per_task: int
+    layers, dims, tasks: tuple[CoreTask, ...], tokenizer, limit: RowLimit, max_per_task: int
 ) -> dict[str, tuple[bool, ...]]:
     """Returns task -> whether each example is answered correctly, computed one by one in one process."""
     questions = {task.label: build_questions(task, tokenizer, limit, max_per_task) for task in tasks}

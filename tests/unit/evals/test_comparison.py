@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megachat.errors import UserError
-from megachat.evals.core_bundle import CORE_TASKS, Bundle, Task
+from megachat.evals.core_bundle import CORE_TASKS, Bundle, CoreTask
 from megachat.evals.results import (
     Answers,
     core_lines,
@@ -27,7 +27,7 @@ EXAMPLES = 200
 
 
 def bundle(labels=CORE_TASKS, digest: str = "0") -> Bundle:
-    tasks = tuple(Task(label, "schema", 0, " ", 0.5, ({},) * EXAMPLES, f"{label}{digest}") for label in labels)
+    tasks = tuple(CoreTask(label, "schema", 0, " ", 0.5, ({},) * EXAMPLES, f"{label}{digest}") for label in labels)
     return Bundle(tasks, tuple(label for label in CORE_TASKS if label not in labels), digest)
 
 

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from megachat.evals.core_batches import IDLE, LEAST_SHARED, assign_batches, build_batches
-from megachat.evals.core_prompts import Question, Row
+from megachat.evals.core_prompts import PromptRow, Question
 
 LONGEST = 200
 
@@ -19,7 +19,7 @@ def some_questions(seed: int, count: int = 60) -> list[Question]:
         for number in range(choices):
             tokens = [*context, 100 + number, *(rng.randrange(50) for _ in range(rng.randrange(70)))]
             crop = max(0, len(tokens) - LONGEST)
-            rows.append(Row(tuple(tokens[crop:]), prefix - crop, crop))
+            rows.append(PromptRow(tuple(tokens[crop:]), prefix - crop, crop))
         questions.append(Question(tuple(rows), None if choices == 1 else 0))
     return questions
 
@@ -59,5 +59,5 @@ def test_ranks_have_equal_numbers_of_passes_and_similar_work(ranks, parts):
 
 def test_nothing_to_share_and_nothing_to_do():
     assert build_batches([], 100) == [] and assign_batches([IDLE], 3, 1, 1)[1:] == [[IDLE], [IDLE]]
-    (one,) = build_batches([Question((Row((1, 2, 3), 2), Row((1, 2, 4), 2)), 0)], 100)
+    (one,) = build_batches([Question((PromptRow((1, 2, 3), 2), PromptRow((1, 2, 4), 2)), 0)], 100)
     assert not one.contexts and one.shapes(4) == [(2, 4)] and one.real_tokens == 6

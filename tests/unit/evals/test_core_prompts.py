@@ -10,9 +10,9 @@ import pytest
 
 from megachat.config import EvaluateConfig
 from megachat.errors import UserError
-from megachat.evals.core_bundle import Bundle, Task
+from megachat.evals.core_bundle import Bundle, CoreTask
 from megachat.evals.core_prompts import (
-    Row,
+    PromptRow,
     RowLimit,
     build_questions,
     build_texts,
@@ -41,8 +41,8 @@ class Letters:
         return np.array(([0] if bos else []) + ids + ([32] if space else []))
 
 
-def task(kind: str, shots: int = 0, count: int = 6, delimiter: str = " ", given: tuple = ()) -> Task:
-    return Task("some_task", kind, shots, delimiter, 0.25, given or tuple(examples(kind, count)))
+def task(kind: str, shots: int = 0, count: int = 6, delimiter: str = " ", given: tuple = ()) -> CoreTask:
+    return CoreTask("some_task", kind, shots, delimiter, 0.25, given or tuple(examples(kind, count)))
 
 
 def test_the_texts_of_each_kind():
@@ -79,7 +79,7 @@ def test_answers_begin_where_choices_differ_and_where_contexts_have_ended():
     ] * 2  # with the c that both contexts end with
     given = ({"context": "ab ", "continuation": "xyz"},)
     (question,) = build_questions(task("language_modeling", given=given), Letters(), RowLimit(64), -1)
-    assert question.rows == (Row((0, 97, 98, 1120, 121, 122), 3),) and question.gold is None
+    assert question.rows == (PromptRow((0, 97, 98, 1120, 121, 122), 3),) and question.gold is None
 
 
 def test_shots_are_drawn_per_example_from_the_others_within_the_limit():
@@ -100,8 +100,8 @@ def test_long_texts_lose_their_beginning():
     given = ({"query": "abcdef", "choices": ["x", "yzw"], "gold": 0},)
     (question,) = build_questions(task("multiple_choice", given=given), Letters(), RowLimit(8, crop=True), -1)
     assert question.rows == (
-        Row((0, 97, 98, 99, 100, 101, 102, 1120), 7),
-        Row((98, 99, 100, 101, 102, 1121, 122, 119), 5, 2),
+        PromptRow((0, 97, 98, 99, 100, 101, 102, 1120), 7),
+        PromptRow((98, 99, 100, 101, 102, 1121, 122, 119), 5, 2),
     )
 
 
@@ -131,7 +131,7 @@ def test_unusable_examples_are_refused(kind, example, facts):
         )
 
 
-def bundle_of(*tasks: Task) -> Bundle:
+def bundle_of(*tasks: CoreTask) -> Bundle:
     return Bundle(tasks, (), "")
 
 

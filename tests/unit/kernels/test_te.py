@@ -79,7 +79,7 @@ def installed(monkeypatch):
     """Replaces the package by a stand-in, or by nothing."""
 
     def put(stand_in=None, **versions):
-        monkeypatch.setattr(te, "_versions", lambda: versions)
+        monkeypatch.setattr(te, "_package_versions", lambda: versions)
         monkeypatch.setattr(te, "compute_capability", lambda device: (9, 0))
         for name in ("transformer_engine", "transformer_engine.pytorch", "transformer_engine.common"):
             monkeypatch.setitem(
