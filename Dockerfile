@@ -1,5 +1,6 @@
 # megachat on NVIDIA's PyTorch image, whose torch, Transformer Engine, flash-attention, apex, NCCL and cuDNN are built
 # for each other.
+# The digest fixes its content, on x86_64 and aarch64: a tag alone may be moved.
 # 26.06 has torch 2.13, as launch/setup.sh installs, on CUDA 13: the host needs a driver R580 or newer.
 #
 #   docker build -t megachat .
@@ -7,7 +8,7 @@
 #   docker run --rm --gpus all --ipc=host --ulimit memlock=-1 \
 #       -v "$PWD/data:/workspace/megachat/data" -v "$PWD/runs:/workspace/megachat/runs" \
 #       megachat deepspeed launch/pretrain.py --config configs/d24_fp8.json
-FROM nvcr.io/nvidia/pytorch:26.06-py3
+FROM nvcr.io/nvidia/pytorch:26.06-py3@sha256:43c018d6a12963f1a1bad85ef8574b5c2a978eec2be0ebcacfb87f69e0d210e1
 
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 

@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
 # From nothing to a trained model: sets up .venv, makes a corpus from this machine's Python, trains a tokenizer, and
 # pretrains under the deepspeed launcher (two ranks on a CPU machine, all GPUs on a GPU machine). A second call reuses
-# what exists. Arguments are passed to pretrain.py.
+# what exists.
+# Usage: [PYTHON=python3] [MASTER_PORT=P] bash launch/demo.sh [arguments of pretrain.py]
+# For example --set horizon.steps=20. PYTHON: see launch/setup.sh. MASTER_PORT: default a free port.
+
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source launch/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+usage launch/demo.sh 0 "$@"
+source launch/setup.sh "" # without it, setup.sh would take the arguments for extras
 
 python tools/prepare_data.py --source python --out data/python
 [ -e data/tokenizer/tokenizer.json ] ||
@@ -15,5 +19,7 @@ if ! command -v nvidia-smi >/dev/null; then
     ranks=(--num_accelerators 2)
     export DS_ACCELERATOR=cpu # otherwise the launcher searches for an accelerator and warns
 fi
-deepspeed --quiet "${ranks[@]}" launch/pretrain.py --config configs/demo.json --resume auto "$@"
+port=$(master_port)
+deepspeed --quiet ${ranks[@]+"${ranks[@]}"} --master_port "$port" \
+    launch/pretrain.py --config configs/demo.json --resume auto "$@"
 python tools/unigram.py --data data/python --tokenizer data/tokenizer --run runs/demo

@@ -2,17 +2,18 @@
 # Pretrains on several hosts over ssh and pdsh, started from one of them.
 # First checks the hosts: reachable, same code and versions, port free.
 # Usage: [MASTER_PORT=29500] [MASTER_ADDR=A] bash launch/hostfile.sh HOSTFILE CONFIG [arguments of pretrain.py]
-# HOSTFILE: lines as in launch/hostfile.example. MASTER_ADDR: default the first of hostname -I on the first host.
+# HOSTFILE, CONFIG: paths from here, or from the project's folder; lines as in launch/hostfile.example. MASTER_ADDR: default the first of hostname -I on the first host.
 # --set parallel.tensor=2 --set parallel.pipeline=2 sets the layout. docs/multinode.md explains the preparations.
 
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-case ${2:-} in "" | -h | --help) sed -n '2,/^$/s/^# //p' "launch/${0##*/}"; [ "${1:-}" = -h ]; exit ;; esac
-command -v deepspeed >/dev/null || PATH="$PWD/.venv/bin:$PATH"
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+usage launch/hostfile.sh 2 "$@"
+use_venv deepspeed
 
-hostfile=$1 config=$2 port=${MASTER_PORT:-29500}
+hostfile=$(locate "$1") config=$(locate "$2") port=${MASTER_PORT:-29500}
 shift 2
-python launch/check_hosts.py "$hostfile" --master_port "$port"
+python launch/check_hosts.py --master_port "$port" -- "$hostfile"
+hostfile=$(plain_hostfile "$hostfile")
 # force_multi: with a single host in the file, deepspeed would otherwise train on this machine, whatever its name
 exec deepspeed --quiet --force_multi --hostfile "$hostfile" ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} \
     --master_port "$port" launch/pretrain.py --config "$config" "$@"

@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
 # Pretrains on this machine under the deepspeed launcher, on any layout.
-# Usage: [TENSOR=T] [PIPELINE=P] [RANKS=N] bash launch/run.sh CONFIG [arguments of pretrain.py]
+# Usage: [TENSOR=T] [PIPELINE=P] [RANKS=N] [MASTER_PORT=P] bash launch/run.sh CONFIG [arguments of pretrain.py]
+# CONFIG: a path from here, or from the project's folder.
 # TENSOR: T ranks share every matrix. PIPELINE: P stages share the blocks. Default of both: the config's value.
 # The remaining ranks are data parallel: each has its share of the rows.
 # RANKS: default all GPUs; on a machine without GPUs TENSOR x PIPELINE, or 2 if neither is set.
+# MASTER_PORT: default a free port.
 # data.sh, tensor.sh, pipeline.sh and three_d.sh call this script with neither, TENSOR=2, PIPELINE=2 or both.
 
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-case ${1:-} in "" | -h | --help) sed -n '2,/^$/s/^# //p' launch/run.sh; [ -n "${1:-}" ]; exit ;; esac
-command -v deepspeed >/dev/null || PATH="$PWD/.venv/bin:$PATH"
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+usage launch/run.sh 1 "$@"
+use_venv deepspeed
 
-config=$1
+config=$(locate "$1")
 shift
 [ -z "${PIPELINE:-}" ] || set -- --set parallel.pipeline="$PIPELINE" "$@"
 [ -z "${TENSOR:-}" ] || set -- --set parallel.tensor="$TENSOR" "$@"
@@ -21,4 +23,6 @@ if ! command -v nvidia-smi >/dev/null; then
     [ -z "${TENSOR:-}${PIPELINE:-}" ] || ranks=$((${TENSOR:-1} * ${PIPELINE:-1}))
     RANKS=${RANKS:-$ranks}
 fi
-exec deepspeed --quiet ${RANKS:+--num_accelerators "$RANKS"} launch/pretrain.py --config "$config" "$@"
+port=$(master_port)
+exec deepspeed --quiet ${RANKS:+--num_accelerators "$RANKS"} --master_port "$port" \
+    launch/pretrain.py --config "$config" "$@"

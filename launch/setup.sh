@@ -1,18 +1,65 @@
 #!/usr/bin/env bash
 # Makes .venv in the project folder and installs megachat into it, once. A later call with the same extras does nothing.
-# Usage: [PYTHON=python3] source launch/setup.sh [EXTRAS]      EXTRAS as in setup.py, for example test.
+# Usage: [PYTHON=python3] [LOCKED=no] source launch/setup.sh [EXTRAS]      EXTRAS as in setup.py, for example test.
 # PYTHON: the interpreter that .venv is based on.
+# LOCKED: by default every package has the version and a hash of requirements.lock; "no" takes what setup.py allows.
+# Without nvidia-smi, torch's CPU build is installed where its index can be reached. A torch in .venv is kept.
+
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+case ${1:-} in -h | --help) sed -n '2,/^$/s/^# //p' "$root/launch/setup.sh" && exit ;; esac
 extras=${1:-}
 base=${PYTHON:-python3}
+locked=${LOCKED:-yes}
 
 fail() { echo "error: $1" >&2; exit 2; }
+for extra in ${extras//,/ }; do
+    case $extra in test | hf | mpi | wandb) ;; *) fail "there is no extra '$extra': give test, hf, mpi, wandb, or none" ;; esac
+done
+case $locked in yes | no) ;; *) fail "LOCKED is '$locked': set it to yes or no" ;; esac
 command -v "$base" >/dev/null || fail "there is no $base on this machine: install Python 3.10 or newer, or set PYTHON"
 "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
     fail "$("$base" --version) is too old: Python 3.10 or newer is required; set PYTHON"
 
-stamp="$root/.venv/megachat-${extras:-core}-$(cksum <"$root/setup.py" | cut -d' ' -f1)"
+# Prints the sections of the lock that are named.
+from_lock() { awk -v wanted=" $* " '/^# === /{on = index(wanted, " " $3 " ")} on' "$root/requirements.lock"; }
+
+install() { "$root/.venv/bin/python" -m pip install "$@"; }
+
+# Installs the sections of the lock. --no-deps: it has all dependencies. Sources are built with the locked setuptools.
+install_locked() {
+    from_lock "$1" >"$root/.venv/requirements.txt"
+    shift
+    DS_ACCELERATOR=cpu install --require-hashes --no-deps --no-build-isolation --use-pep517 \
+        -r "$root/.venv/requirements.txt" "$@"
+}
+
+# torch comes from one index, with its version, so that no other requirement pulls in another one.
+install_torch() {
+    ! "$root/.venv/bin/python" -c 'import torch' || return 0
+    local cpu=(--index-url https://download.pytorch.org/whl/cpu --retries 1 --timeout 15) version
+    version=$(from_lock torch | grep -o '^torch==[^ ]*')
+    if ! command -v nvidia-smi >/dev/null && [ "$(uname -s)" = Linux ]; then
+        if [ "$locked" = yes ]; then ! install_locked torch "${cpu[@]}" || return 0; fi
+        if [ "$locked" = no ]; then ! install --no-deps "${cpu[@]}" "$version" || return 0; fi
+        echo "torch's CPU build cannot be had here: installing the build for GPUs, several GB" | tee /dev/fd/3
+    fi
+    if [ "$locked" = yes ]; then install_locked "torch cuda"; else install "$version"; fi
+}
+
+install_all() {
+    if [ "$locked" = yes ]; then
+        from_lock core | awk '/^setuptools==/{on = 1} /^[^ #]/ && !/^setuptools==/{on = 0} on' >"$root/.venv/build.txt"
+        install --require-hashes --no-deps -r "$root/.venv/build.txt" &&
+            install_locked "core ${extras//,/ }" && install_torch &&
+            install --no-deps --no-build-isolation -e "$root" &&
+            { "$root/.venv/bin/python" -m pip check || echo "note: the end of $log has conflicts in .venv" >&3; }
+    else
+        install_torch && install -e "$root${extras:+[$extras]}"
+    fi
+}
+
+stamp="$root/.venv/megachat-${extras:-core}-$locked-$(cat "$root/setup.py" "$root/requirements.lock" | cksum | cut -d' ' -f1)"
 if [ ! -e "$stamp" ]; then
     if [ ! -x "$root/.venv/bin/python" ]; then
         "$base" -m venv "$root/.venv" || {
@@ -22,19 +69,11 @@ if [ ! -e "$stamp" ]; then
     fi
     log="$root/.venv/install.log"
     echo "installing into $root/.venv (log: $log)"
-    # torch first, with its version, so that no other requirement pulls in another one. Without a GPU the small CPU
-    # build is installed if its index can be reached.
-    torch=(torch==2.13.0)
-    if ! command -v nvidia-smi >/dev/null && [ "$(uname -s)" = Linux ]; then
-        torch+=(--extra-index-url https://download.pytorch.org/whl/cpu --retries 1 --timeout 15)
-    fi
-    {
-        "$root/.venv/bin/python" -c 'import torch' 2>/dev/null ||
-            "$root/.venv/bin/python" -m pip install "${torch[@]}"
-        "$root/.venv/bin/python" -m pip install -e "$root${extras:+[$extras]}"
-    } >"$log" 2>&1 || {
+    install_all 3>&1 >"$log" 2>&1 || {
         tail -n 15 "$log" >&2
-        fail "the installation failed, see the end of $log above; check the network and run this again"
+        hint="check the network and run this again"
+        [ "$locked" = no ] || hint="$hint, or install unlocked versions with LOCKED=no (docs/install.md)"
+        fail "the installation failed, see the end of $log above; $hint"
     }
     touch "$stamp"
 fi

@@ -11,6 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 base=${PYTHON:-python3} wheels='' nanochat='' minutes=20 part=both
 fail() { echo "error: $1" >&2; exit 2; }
 while [ $# -gt 0 ]; do
+    case $1 in -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' tests/run_gpu.sh; exit ;; esac
     [ $# -gt 1 ] || fail "$1 lacks its value, or is no option: there are --wheels, --nanochat, --minutes and --part"
     case $1 in
         --wheels) wheels=$(cd "$2" 2>/dev/null && pwd) || fail "--wheels $2 is no folder" ;;

@@ -17,6 +17,8 @@ from megachat.job import host_probe
 ROOT = Path(__file__).resolve().parents[2]
 RANK_MEMORY_BYTES = 500 * 2**20  # what python, torch and DeepSpeed take before there is a model
 _CONNECT_S, _PROBE_S = 5, 60
+# Names reach ssh, pdsh and shells. A name that begins with "-" would be an option, e.g. -oProxyCommand=...
+_HOST_NAME = re.compile(r"[\w:][\w.:%-]*(@[\w:][\w.:%-]*)?")
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,13 @@ class Host:
 
 
 def parse_hostfile(path: str | Path) -> list[Host]:
-    """Returns the hosts of a file with lines `NAME slots=N`; comments and empty lines are ignored.
+    """Returns the hosts of a file with lines `NAME slots=N`, and perhaps Open MPI's ` max_slots=M`.
 
-    Raises UserError with a line for each mistake.
+    Comments, empty lines and a byte order mark are ignored. Raises UserError with a line for each mistake.
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
         raise UserError(
             f"the hostfile {path} cannot be read ({error.strerror}): name an existing file, see launch/hostfile.example"
@@ -47,14 +49,18 @@ def parse_hostfile(path: str | Path) -> list[Host]:
         text = line.partition("#")[0].strip()
         if not text:
             continue
-        match = re.fullmatch(r"(\S+)\s+slots=(\S+)", text)
-        name, slots = match.groups() if match else ("", "")
+        match = re.fullmatch(r"(\S+)\s+slots=(\S+)(?:\s+max[_-]slots=(\S+))?", text)
+        name, slots, most = match.groups() if match else ("", "", None)
         if not match:
             mistake = f"{text!r} is not `NAME slots=N`, e.g. `worker-1 slots=8`"
-        elif not re.fullmatch("[0-9]+", slots):
+        elif not _HOST_NAME.fullmatch(name):
+            mistake = f"{name!r} is no host name, which begins with a letter or digit: write the name that ssh knows"
+        elif not re.fullmatch("[0-9]{1,9}", slots):
             mistake = f"slots={slots} of {name} is not a number: write how many ranks run there"
         elif int(slots) == 0:
             mistake = f"{name} has no slots: write slots=1 or more, or remove the line"
+        elif most is not None and not (re.fullmatch("[0-9]{1,9}", most) and int(most) >= int(slots)):
+            mistake = f"max_slots={most} of {name} is not a number of at least slots={slots}: correct or remove it"
         elif name in hosts:
             mistake = f"{name} was listed before: keep one line per host"
         else:
@@ -150,7 +156,7 @@ def ssh_command(name: str, words: Sequence[str], ssh_port: int | None = None, ro
     """Returns the command that runs `words` on a host over ssh, in the project's folder there, without questions."""
     port = ["-p", str(ssh_port)] if ssh_port else []
     remote = shlex.join(["cd", str(root)]) + " && exec " + shlex.join(words)
-    return ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_S}", *port, name, remote]
+    return ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_S}", *port, "--", name, remote]
 
 
 def run_on_host(

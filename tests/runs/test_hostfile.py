@@ -3,8 +3,10 @@
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -49,7 +51,7 @@ def test_mistakes_in_a_hostfile_end_the_check_at_once(place):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_say_how_they_are_used(script):
     path = ROOT / "launch" / script
-    for arguments, status in (["-h"], 0), ([], 1):
+    for arguments, status in (["-h"], 0), (["--help"], 0), ([], 1):
         done = subprocess.run(["bash", path, *arguments], capture_output=True, text=True, cwd="/")
         assert done.returncode == status and not done.stderr
         assert "Usage: " in done.stdout and script in done.stdout
@@ -75,12 +77,38 @@ def test_a_script_requests_its_layout(place):
     assert "layout = data 2 x tensor 2 x pipeline 2" in done.out
 
 
-def test_what_each_script_starts_on_a_machine_without_gpus(tmp_path):
-    """PATH has no nvidia-smi, and a deepspeed that prints its arguments."""
-    for name in ("bash", "dirname", "sed"):
-        (tmp_path / name).symlink_to(shutil.which(name))
-    (tmp_path / "deepspeed").write_text('#!/bin/sh\necho "$DS_ACCELERATOR" "$@"\n')
-    (tmp_path / "deepspeed").chmod(0o755)
+EVERY_SCRIPT = [path for folder in ("launch", "tests") for path in sorted((ROOT / folder).glob("*.sh"))]
+EVERY_SCRIPT += sorted((ROOT / "launch").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", EVERY_SCRIPT, ids=lambda path: path.name)
+def test_every_script_helps_before_anything_is_installed(path, tmp_path):
+    """-S: without site-packages. The copy has no .venv."""
+    for folder in ("launch", "megachat", "tests"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    copy = tmp_path / path.relative_to(ROOT)
+    program = ["bash"] if path.suffix == ".sh" else [sys.executable, "-S", "-E"]
+    for option in ("-h", "--help"):
+        done = subprocess.run([*program, copy, option], capture_output=True, text=True, cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "") and "usage" in done.stdout.lower(), path
+    assert not (tmp_path / ".venv").exists()
+
+
+@pytest.fixture
+def stubs(tmp_path):
+    """A folder with a deepspeed that prints its arguments, and all that the scripts may use without GPUs."""
+    folder = tmp_path / "stubs"
+    folder.mkdir()
+    for name in "bash dirname sed head tail tr mktemp".split():
+        (folder / name).symlink_to(shutil.which(name))
+    (folder / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (folder / "deepspeed").write_text('#!/bin/sh\necho "$DS_ACCELERATOR" "$@"\n')
+    for name in ("python", "deepspeed"):
+        (folder / name).chmod(0o755)
+    return folder
+
+
+def test_what_each_script_starts_on_a_machine_without_gpus(stubs):
     pretrain = "launch/pretrain.py --config x.json"
     tensor, pipeline = "--set parallel.tensor={}", "--set parallel.pipeline={}"
     for script, layout, ranks, options in (
@@ -93,10 +121,41 @@ def test_what_each_script_starts_on_a_machine_without_gpus(tmp_path):
         ("three_d.sh", {}, 4, f"{tensor.format(2)} {pipeline.format(2)}"),
         ("three_d.sh", {"TENSOR": "4", "RANKS": "16"}, 16, f"{tensor.format(4)} {pipeline.format(2)}"),
     ):
-        line = [tmp_path / "bash", ROOT / "launch" / script, "x.json", "--set", "log.every=2"]
-        done = subprocess.run(line, env={"PATH": str(tmp_path)} | layout, capture_output=True, text=True)
-        expected = f"cpu --quiet --num_accelerators {ranks} {pretrain} {options} --set log.every=2"
-        assert (done.stdout.split(), done.stderr) == (expected.split(), ""), script
+        line = [stubs / "bash", ROOT / "launch" / script, "x.json", "--set", "log.every=2"]
+        variables = {"PATH": str(stubs), "MASTER_PORT": "1234"} | layout
+        done = subprocess.run(line, env=variables, capture_output=True, text=True)
+        start = f"cpu --quiet --num_accelerators {ranks} --master_port 1234"
+        assert (done.stdout.split(), done.stderr) == (f"{start} {pretrain} {options} --set log.every=2".split(), "")
+
+
+def test_scripts_take_a_free_port_and_find_files_from_any_folder(stubs, tmp_path):
+    """A path is relative to the caller's folder first, then to the project's."""
+    (tmp_path / "mine.json").write_text("{}")
+    (tmp_path / "hosts").write_bytes(b"\xef\xbb\xbfworker-1 slots=2\r\n")
+    run, no_ssh = [ROOT / "launch/run.sh"], [ROOT / "launch/no_ssh.sh", "hosts", "0", "localhost"]
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        for script in (run, no_ssh):
+            for config, path in (("mine.json", tmp_path / "mine.json"), ("configs/d4_cpu.json",) * 2):
+                line = [stubs / "bash", *script, config]
+                variables = {"PATH": str(stubs), "TMPDIR": str(tmp_path)}
+                done = subprocess.run(line, env=variables, cwd=tmp_path, capture_output=True, text=True)
+                assert done.returncode == 0, done.stderr
+                words = done.stdout.split()
+                assert words[words.index("--config") + 1] == str(path)
+                port = int(words[words.index("--master_port") + 1])
+                assert port == 29500 if script is no_ssh else port not in (29500, taken.getsockname()[1])
+    hostfile = Path(words[words.index("--hostfile") + 1])
+    assert hostfile.read_bytes() == b"worker-1 slots=2\n", "deepspeed takes the mark for a part of the name"
+
+
+def test_a_hostfile_cannot_give_options_to_ssh(stubs, tmp_path):
+    (tmp_path / "hosts").write_text("-oProxyCommand=touch${IFS}owned slots=1\n")
+    for script, *arguments in (("hostfile.sh",), ("no_ssh.sh", "0", "localhost"), ("mpirun.sh",)):
+        line = [stubs / "bash", ROOT / "launch" / script, tmp_path / "hosts", *arguments, "configs/d4_cpu.json"]
+        done = subprocess.run(line, env={"PATH": f"{stubs}:{BIN}"}, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2 and "is no host name" in done.stderr and not done.stdout, done.stderr
+        assert not (tmp_path / "owned").exists()
 
 
 def test_a_rank_that_is_never_started_is_named(place):

@@ -43,7 +43,7 @@ def test_it_is_a_dockerfile_on_a_pinned_image():
         "COPY",
         "CMD",
     }
-    assert re.fullmatch(r"nvcr\.io/nvidia/pytorch:\d\d\.\d\d-py3", bodies("FROM")[0])
+    assert re.fullmatch(r"nvcr\.io/nvidia/pytorch:\d\d\.\d\d-py3@sha256:[0-9a-f]{64}", bodies("FROM")[0])
     assert "pipefail" in bodies("SHELL")[0]
     for body in bodies("RUN"):
         done = subprocess.run(["bash", "-n", "-c", body], capture_output=True, text=True)

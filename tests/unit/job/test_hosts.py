@@ -11,7 +11,7 @@ import pytest
 
 from megachat.errors import UserError
 from megachat.job.host_probe import code_hashes
-from megachat.job.hosts import ROOT, Host, check_hosts, parse_hostfile
+from megachat.job.hosts import ROOT, Host, check_hosts, parse_hostfile, ssh_command
 
 SSH = """#!/bin/sh
 for command; do before=$name; name=$host; host=$command; done
@@ -59,7 +59,7 @@ def refusal(hosts: list[Host], port: int, **where) -> list[str]:
 
 
 def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path):
-    path = written(tmp_path, "# two hosts\n\nworker-1 slots=2\n  worker-2\tslots=13   # the big one\n")
+    path = written(tmp_path, "# two hosts\n\nworker-1 slots=2\n  worker-2\tslots=13 max_slots=16   # the big one\n")
     assert parse_hostfile(path) == [Host("worker-1", 2), Host("worker-2", 13)]
     from deepspeed.launcher.runner import _parse_hostfile
 
@@ -84,6 +84,26 @@ def test_every_mistake_in_a_hostfile_is_reported_with_its_line(tmp_path):
     assert len(lines) == len(wanted)
     for line, (number, part) in zip(lines, wanted.items(), strict=True):
         assert f"hostfile line {number}: " in line and part in line
+
+
+def test_a_byte_order_mark_and_max_slots_are_read_and_names_are_no_options(tmp_path):
+    text = (
+        "\ufeffworker-1 slots=2 max_slots=4\r\n10.0.0.2 slots=1 max-slots=1\r\nfe80::1%eth0 slots=1\nadmin@c slots=1\n"
+    )
+    hosts = [Host("worker-1", 2), Host("10.0.0.2", 1), Host("fe80::1%eth0", 1), Host("admin@c", 1)]
+    assert parse_hostfile(written(tmp_path, text)) == hosts
+    bad = "-oProxyCommand=x slots=1\na@-oX slots=1\nb;x slots=1\n$(x) slots=1\n"
+    bad += "c slots=2 max_slots=1\nd slots=1 max_slots=x\n"
+    with pytest.raises(UserError) as error:
+        parse_hostfile(written(tmp_path, f"{bad}e slots={'9' * 5000}\n"))
+    lines = str(error.value).splitlines()
+    assert len(lines) == 7 and all("is no host name, which begins with a letter" in line for line in lines[:4])
+    assert "max_slots=1 of c is not a number of at least slots=2" in lines[4] and "max_slots=x of d" in lines[5]
+
+
+def test_ssh_is_never_given_a_name_as_an_option():
+    line = ssh_command("worker-1", ["true"], ssh_port=2222)
+    assert line[line.index("worker-1") - 1] == "--" and line.index("-p") < line.index("--")
 
 
 def test_a_missing_or_empty_hostfile_is_reported(tmp_path):
