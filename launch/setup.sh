@@ -30,7 +30,8 @@ install() { "$root/.venv/bin/python" -m pip install "$@"; }
 install_locked() {
     from_lock "$1" >"$root/.venv/requirements.txt"
     shift
-    DS_ACCELERATOR=cpu install --require-hashes --no-deps --no-build-isolation --use-pep517 \
+    # DeepSpeed is not to look for a CUDA toolkit; pip before 23.1 would not build it as a wheel without USE_PEP517
+    DS_ACCELERATOR=cpu PIP_USE_PEP517=1 install --require-hashes --no-deps --no-build-isolation \
         -r "$root/.venv/requirements.txt" "$@"
 }
 
