@@ -69,7 +69,7 @@ class DocumentReader:
         while not ready:
             if visited > 2 * self._corpus.documents:
                 raise UserError(
-                    f"all documents of packing stream {stream} in {self._corpus.shards[0].path.parent} are empty: "
+                    f"all documents of packing stream {stream} in {self._corpus.shards[0].path.parent} are empty or skipped: "
                     "prepare the data again or set fewer data.streams"
                 )
             visited += self._distribute_batch()

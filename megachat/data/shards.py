@@ -209,9 +209,10 @@ def _check_validation_texts(shard: Shard, streams: int, bad_texts: BadTexts) -> 
             return
     if missing:
         which = f"for {len(missing)} of {streams} packing streams" if len(missing) < streams else "at all"
+        kinds = "null or empty" if bad_texts.policy == "refuse" else "null, empty or skipped"
         raise UserError(
-            f"the validation shard {shard.path} has no text {which}, only null or empty documents: put more text in "
-            "the last shard, or prepare the data again"
+            f"the validation shard {shard.path} has no text {which}, only {kinds} documents: put more text in the last "
+            "shard, or prepare the data again"
         )
 
 
