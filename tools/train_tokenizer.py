@@ -80,7 +80,10 @@ def make_tokenizer(options: argparse.Namespace) -> bool:
         if bad_texts.count:
             print(f"{bad_texts.count:,} texts that are not UTF-8 were left out")
         print(f"trained {tokenizer.vocab_size:,} tokens in {time.perf_counter() - start:.1f} s")
-    save_tokenizer(options.out, tokenizer, origin)
+    try:
+        save_tokenizer(options.out, tokenizer, origin)
+    except OSError as error:
+        raise UserError(f"{options.out} cannot be written ({error.strerror or error}): give another --out") from None
     tokenizer = load_tokenizer(options.out)
     print(f"{options.out}: {tokenizer.vocab_size:,} tokens, fingerprint {tokenizer.fingerprint[:12]}")
     for split in ("train", "validation") if options.data else ():

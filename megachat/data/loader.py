@@ -69,8 +69,8 @@ class DocumentReader:
         while not ready:
             if visited > 2 * self._corpus.documents:
                 raise UserError(
-                    f"all documents of packing stream {stream} in {self._corpus.shards[0].path.parent} are empty or skipped: "
-                    "prepare the data again or set fewer data.streams"
+                    f"all documents of packing stream {stream} in {self._corpus.shards[0].path.parent} are empty "
+                    "or skipped: prepare the data again or set fewer data.streams"
                 )
             visited += self._distribute_batch()
         return ready.popleft()

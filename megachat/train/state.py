@@ -112,6 +112,8 @@ def save_state(run: Run, state: LoopState, saver: Saver) -> None:
         all_facts = facts | {"ledger": combined_ledger({k: v for ledger, _ in ranks for k, v in ledger.items()})}
         if skipped := sum({stream: count for _, counts in ranks for stream, count in counts.items()}.values()):
             all_facts["skipped_texts"] = skipped
+            if axis.rank == 0:
+                print(f"step {step:05d} | {skipped:,} texts that are not UTF-8 were skipped so far", flush=True)
         path = save_checkpoint(folder, step, pieces, all_facts, write_rank_files, axis)
         if axis.rank == 0:
             remove_old_checkpoints(folder, keep.keep_last, keep.keep_every, step)

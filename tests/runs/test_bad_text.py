@@ -25,5 +25,7 @@ def test_a_job_skips_counts_and_logs_texts_that_are_not_utf8(tmp_path):
         assert len(set(places)) == len(places)
         facts.append(read_facts(place.runs / f"skip_{world}" / "checkpoints" / "step_000002"))
         curves.append(losses(place.runs / f"skip_{world}"))
+        total = facts[-1]["skipped_texts"]
+        assert f"step 00002 | {total} texts that are not UTF-8 were skipped so far" in done.out
     assert facts[0]["skipped_texts"] == facts[1]["skipped_texts"] > 10
     assert facts[0]["ledger"] == facts[1]["ledger"] and curves[0] == pytest.approx(curves[1], rel=1e-4)

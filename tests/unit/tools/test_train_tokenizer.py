@@ -95,3 +95,9 @@ def test_texts_that_are_not_utf8_are_refused_or_left_out(tmp_path, capsys):
     run(*arguments, "--on-bad-text", "skip")
     assert "1 texts that are not UTF-8 were left out" in capsys.readouterr().out
     assert load_tokenizer(tmp_path / "tokenizer").vocab_size == 270
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path, data, capsys):
+    (tmp_path / "file").write_text("")
+    message = refused(capsys, "--data", data, "--vocab-size", 270, "--out", tmp_path / "file" / "tokenizer")
+    assert "file/tokenizer cannot be written (Not a directory): give another --out" in message
