@@ -89,9 +89,10 @@ def check_questions(bundle: Bundle, tokenizer: Tokenizer, limit: RowLimit, max_p
     for task in bundle.tasks:
         left_out = examples = 0
         for example, shots, name in _examples_with_shots(task, max_per_task):
-            texts, examples = build_texts(task, example, shots), examples + 1
+            # cropping may remove the shots, so only the rest must fit
+            texts, examples = build_texts(task, example, [] if limit.crop else shots), examples + 1
             # a token has at least one byte, so most questions need not be tokenized
-            fits = max(len(text.encode()) for text in texts) < limit.tokens
+            fits = max(len((SHOT_SEPARATOR + text).encode()) for text in texts) < limit.tokens
             if not fits or (task.kind == "language_modeling" and len(texts[1]) <= len(texts[0])):
                 left_out += _build_question(task, example, shots, tokenizer, limit, name) is None
         _check_some_fit(task, left_out, examples)
@@ -101,7 +102,7 @@ def check_questions(bundle: Bundle, tokenizer: Tokenizer, limit: RowLimit, max_p
 
 def _check_some_fit(task: CoreTask, left_out: int, examples: int) -> None:
     if left_out == examples:
-        raise UserError(f"no example of {task.label} fits the model: leave the task out")
+        raise UserError(f"no example of {task.label} fits the model: leave it out, with evaluate.core_tasks or --tasks")
 
 
 def _examples_with_shots(task: CoreTask, max_per_task: int) -> Iterator[tuple[dict, list[dict], str]]:
