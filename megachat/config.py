@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from megachat.errors import UserError
+from megachat.errors import UserError, raise_if_unreadable
 from megachat.files import write_atomically
 from megachat.planning.dimensions import NORM_EPSILON, QK_SCALE, ROTARY_BASE
 
@@ -259,6 +259,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     try:
         values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=checked_object)
     except OSError as error:
+        raise_if_unreadable(f"the config {path}", error)
         reason = error.strerror or error
         raise UserError(
             f"{path}: cannot read the config ({reason}); name an existing JSON file, for example configs/d4_cpu.json"

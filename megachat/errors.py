@@ -3,6 +3,7 @@ statuses.
 """
 
 import atexit
+import errno
 import functools
 import os
 import select
@@ -26,6 +27,43 @@ class UserError(Exception):
     """
 
 
+class UnreadableError(UserError):
+    """The system refused to read a file or folder, which may be intact: nothing has to be made again."""
+
+
+_NO_ANSWER = (None, errno.ENOENT, errno.EINVAL)  # nothing is there, or a library's complaint about the content
+_FIXES = {
+    errno.EACCES: "give this user access to it",
+    errno.EPERM: "give this user access to it",
+    errno.ENAMETOOLONG: "use a shorter name",
+    errno.ELOOP: "correct the symbolic links, which lead back to themselves",
+    errno.ENOTDIR: "correct the path, a part of it is no folder",
+    errno.EISDIR: "give a file instead of a folder",
+}
+
+
+def raise_if_unreadable(path: str | os.PathLike, error: BaseException) -> None:
+    """Raises UnreadableError if the error is the system's refusal to read the path; returns for all other errors."""
+    if isinstance(error, OSError) and error.errno not in _NO_ANSWER:
+        fix = _FIXES.get(error.errno, "check the storage there, then try again")
+        raise UnreadableError(f"{path} cannot be read ({os.strerror(error.errno)}): {fix}") from None
+
+
+def _report_unreadable_places(main: Callable) -> Callable:
+    """Wraps a `main()`: what the system refuses to open anywhere in it becomes an UnreadableError that names it."""
+
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except OSError as error:
+            if error.filename is not None and error.errno in (*_FIXES, errno.EIO, errno.ESTALE):
+                raise_if_unreadable(os.fsdecode(error.filename), error)
+            raise
+
+    return wrapped
+
+
 def summary(error: BaseException) -> str:
     """Returns a third-party error in one line: its type and the first line of its message."""
     return f"{type(error).__name__}: {error}".partition("\n")[0]
@@ -41,6 +79,7 @@ def user_errors_end_the_program(main: Callable | None = None, *, rank: Callable[
     """
     if main is None:
         return functools.partial(user_errors_end_the_program, rank=rank)
+    main = _report_unreadable_places(main)
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):

@@ -4,11 +4,12 @@ import hashlib
 import itertools
 import json
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from megachat.errors import summary
+from megachat.errors import raise_if_unreadable, summary
 
 PART = ".part"  # suffix of a file that is not complete yet
 _CHUNK_BYTES = 4 << 20
@@ -26,6 +27,25 @@ def write_atomically(path: Path, content: bytes) -> None:
 def write_json(path: Path, value: object) -> None:
     """Writes a value as indented JSON, atomically."""
     write_atomically(path, json.dumps(value, indent=1).encode() + b"\n")
+
+
+def path_kind(path: Path) -> str:
+    """Returns "folder", "file", or "" if nothing is there. Raises UnreadableError when the system refuses to say."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        raise_if_unreadable(path, error)
+        return ""
+    return "folder" if stat.S_ISDIR(mode) else "file"
+
+
+def list_folder(path: Path) -> list[Path]:
+    """Returns what is in a folder, sorted; [] if there is none. Raises UnreadableError, where Path.glob is silent."""
+    try:
+        return sorted(path / name for name in os.listdir(path))
+    except OSError as error:
+        raise_if_unreadable(path, error)
+        return []
 
 
 def free_name(path: Path, suffix: str) -> Path:

@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from megachat.errors import UserError, summary
-from megachat.files import file_sha256, write_json
+from megachat.errors import UserError, raise_if_unreadable, summary
+from megachat.files import file_sha256, path_kind, write_json
 
 FACTS_NAME = "checkpoint.json"
 FORMAT_VERSION = 2
@@ -38,7 +38,8 @@ def write_facts(checkpoint: Path, facts: dict) -> None:
 def read_facts(checkpoint: Path) -> dict:
     """Reads checkpoint.json, upgraded to the current format, and checks that all files exist with their sizes.
 
-    Raises UserError when the checkpoint is incomplete, was changed, or has a newer format or architecture.
+    Raises UserError when the checkpoint is incomplete, was changed, or has a newer format or architecture, and
+    UnreadableError when the system refuses to read it.
     """
     path = checkpoint / FACTS_NAME
     try:
@@ -60,11 +61,12 @@ def read_facts(checkpoint: Path) -> dict:
             facts = _UPGRADES[old_version](facts)
         problems = find_file_problems(checkpoint, facts, sizes_only=True)
         int(facts["step"])
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         raise UserError(
             f"{checkpoint} is not a complete checkpoint: it has no {FACTS_NAME}; use another step's checkpoint"
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise_if_unreadable(path, error)
         raise UserError(f"{path} cannot be read ({summary(error)}); use another step's checkpoint") from None
     if problems:
         raise UserError(
@@ -87,19 +89,20 @@ def find_file_problems(
     """Returns one sentence for each of the checkpoint's files that is missing or has another size or content.
 
     facts: from `read_facts`. names: the files to check, None for all. Files saved by format 1 have no hash; only their
-    sizes are compared.
+    sizes are compared. Raises UnreadableError if the system refuses to read a file.
     """
 
     def find_problem(name: str) -> str | None:
         path, saved = folder / name, facts["files"][name]
         try:
-            if not path.is_file():
+            if path_kind(path) != "file":
                 return f"{name} is missing"
             if (size := path.stat().st_size) != saved["bytes"]:
                 return f"{name} has {size} bytes, not {saved['bytes']}"
             if sizes_only or saved["sha256"] is None or file_sha256(path) == saved["sha256"]:
                 return None
         except OSError as error:
+            raise_if_unreadable(path, error)
             return f"{name} cannot be read ({error.strerror})"
         return f"{name} does not match its SHA-256: it was changed or damaged"
 

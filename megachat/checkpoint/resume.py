@@ -4,7 +4,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from megachat.checkpoint.facts import checkpoint_step, files_of_rank, find_file_problems, read_facts
-from megachat.errors import UserError
+from megachat.errors import UnreadableError, UserError
+from megachat.files import list_folder, path_kind
 from megachat.parallel.collectives import all_gather_objects, on_all_ranks_or_raise
 from megachat.parallel.mesh import Axis
 
@@ -49,32 +50,47 @@ def choose_checkpoint(run_folder: Path, resume: str | None, world: Axis) -> tupl
 def find_damage(checkpoint: Path, world: Axis) -> str | None:
     """Returns a problem with a checkpoint's files, None when all match their hashes.
 
-    All ranks call it and get the same result; each hashes a share of the files.
+    All ranks call it and get the same result; each hashes a share of the files. Raises UnreadableError on all ranks if
+    one of them may not read a file now: the checkpoint may be intact.
     """
     problems: list[str] = []
+    refusal = None
     try:
         facts = read_facts(checkpoint)
         problems = find_file_problems(checkpoint, facts, files_of_rank(facts, world.rank, world.size))
+    except UnreadableError as error:
+        refusal = f"rank {world.rank}: {error}" if world.size > 1 else str(error)
     except UserError as error:
         problems = [f"rank {world.rank}: {error}"]
-    return next((others[0] for others in all_gather_objects(problems, world) if others), None)
+    everyone = all_gather_objects((problems, refusal), world)
+    if refusals := [rank_refusal for _, rank_refusal in everyone if rank_refusal]:
+        raise UnreadableError(refusals[0])
+    return next((rank_problems[0] for rank_problems, _ in everyone if rank_problems), None)
 
 
 def newest_complete(folder: Path, skip: Collection[Path] = ()) -> tuple[Path | None, list[str]]:
     """Returns (the newest complete checkpoint in the folder or None, why each newer one is not complete).
 
-    skip: checkpoints that are not considered.
+    skip: checkpoints that are not considered. Raises UnreadableError rather than pass over a newer one that the system
+    refuses to read, or that is a link to a storage that is not there now.
     """
     problems: list[str] = []
     checkpoints = {
-        step: path
-        for path in folder.glob("step_*")
-        if (step := checkpoint_step(path)) is not None and path.is_dir() and path not in skip
+        step: path for path in list_folder(folder) if (step := checkpoint_step(path)) is not None and path not in skip
     }
     for _, checkpoint in sorted(checkpoints.items(), reverse=True):
+        if (kind := path_kind(checkpoint)) != "folder":
+            if not kind and checkpoint.is_symlink():
+                raise UnreadableError(
+                    f"{checkpoint} is a link to {checkpoint.readlink()}, which is not there: restore that, or remove "
+                    "the link"
+                )
+            continue
         try:
             read_facts(checkpoint)
             return checkpoint, problems
+        except UnreadableError:
+            raise
         except UserError as error:
             problems.append(str(error))
     return None, problems
@@ -93,6 +109,10 @@ def find_checkpoint(
     if resume and resume != "auto":
         read_facts(Path(resume))
         return Path(resume), []
+    try:
+        path_kind(run_folder)
+    except UnreadableError as error:
+        raise UnreadableError(f"the run folder {error}, or set run.folder to another path") from None
     newest, remarks = newest_complete(checkpoints_folder(run_folder), damaged)
     if newest is not None and resume is None:
         raise UserError(

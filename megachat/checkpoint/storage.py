@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from megachat.errors import UserError, summary
+from megachat.errors import UserError, raise_if_unreadable, summary
 from megachat.files import write_json
 from megachat.parallel.mesh import Axis
 from megachat.parallel.rectangles import Rectangle
@@ -77,6 +77,7 @@ def load_checkpoint(checkpoint: Path, tensors: RectanglesByName) -> None:
             )
     except CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
+        raise_if_unreadable(getattr(cause, "filename", None) or checkpoint, cause)
         raise UserError(
             f"{checkpoint} could not be read on rank {rank}: {summary(cause)}; use another step's checkpoint"
         ) from error
@@ -103,6 +104,7 @@ def _saved_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     try:
         return {name: tuple(entry["shape"]) for name, entry in read_index(checkpoint).items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise_if_unreadable(checkpoint / INDEX_NAME, error)
         raise UserError(
             f"{checkpoint / INDEX_NAME} cannot be read ({summary(error)}); use another step's checkpoint"
         ) from None

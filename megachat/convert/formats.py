@@ -9,6 +9,7 @@ from megachat.convert.nanochat import export_nanochat, import_nanochat_run, open
 from megachat.convert.plain import export_plain, import_plain, is_plain, open_plain
 from megachat.convert.reader import CheckpointReader
 from megachat.errors import UserError
+from megachat.files import path_kind
 
 FORMATS = (
     Format("safetensors", "safetensors", is_plain, open_plain, export_plain, import_plain),
@@ -28,7 +29,7 @@ def open_checkpoint(path: Path, step: int | None = None) -> CheckpointReader:
     Raises UserError if it is none of them or cannot be read.
     """
     path = Path(path)
-    if not path.is_dir():
+    if path_kind(path) != "folder":
         raise UserError(
             f"{path} is not a folder: give a checkpoint's step folder, a run folder, or a folder of another format"
         )

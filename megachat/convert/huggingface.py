@@ -19,7 +19,7 @@ from megachat.convert.plain import open_tensors, save_tensors
 from megachat.convert.reader import CheckpointReader, TensorInfo
 from megachat.convert.tokenizers import load_tokenizer_of
 from megachat.data.tokenizer import Tokenizer, save_tokenizer
-from megachat.errors import UserError
+from megachat.errors import UserError, raise_if_unreadable
 from megachat.files import write_json
 from megachat.model.gpt import LOGIT_CAP
 from megachat.place import Place
@@ -282,5 +282,6 @@ def _read_json(path: Path) -> dict | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
+        raise_if_unreadable(path, error)
         raise UserError(f"{path} cannot be read ({error}): copy it again") from None
     return value if isinstance(value, dict) else None

@@ -12,7 +12,7 @@ from megachat.convert.formats import open_checkpoint
 from megachat.convert.megachat import find_step_folder, open_megachat
 from megachat.convert.reader import CheckpointReader, load_arrays
 from megachat.data.loader_state import combined_ledger
-from megachat.errors import UserError
+from megachat.errors import UnreadableError, UserError
 
 _SHOWN_FACTS = (
     "step format_version architecture_version layout model tokenizer loop adamw_steps loss_scaler config".split()
@@ -87,6 +87,8 @@ def verify_checkpoint(path: Path) -> tuple[str, list[str]]:
         return f"{checkpoint.format}: {len(checkpoint.files)} files, {len(checkpoint.entries)} tensors", problems
     try:
         facts = read_facts(path)
+    except UnreadableError:
+        raise
     except UserError as error:
         return f"{path.name}: its files", _problems_of_refused_facts(path) or [str(error)]
     problems, tensors = find_file_problems(path, facts), 0

@@ -16,7 +16,8 @@ from megachat.convert.architecture import state_shapes
 from megachat.convert.declaration import Import
 from megachat.convert.reader import CheckpointReader, TensorInfo
 from megachat.data.tokenizer import save_tokenizer
-from megachat.errors import UserError
+from megachat.errors import UserError, raise_if_unreadable
+from megachat.files import path_kind
 from megachat.parallel.mesh import Axis
 from megachat.planning.plan import Layout, resolve_dimensions
 
@@ -31,6 +32,7 @@ def open_megachat(step_folder: Path) -> CheckpointReader:
             name: TensorInfo(tuple(entry["shape"]), entry["dtype"]) for name, entry in read_index(step_folder).items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise_if_unreadable(step_folder, error)
         problem = f"its list of tensors cannot be read ({type(error).__name__}: {error})"
         raise UserError(f"{step_folder}: {problem}; give another step's folder") from None
 
@@ -53,7 +55,7 @@ def find_step_folder(path: Path) -> Path:
     """Returns a run folder's newest complete checkpoint, and any other path as it is. Raises UserError if it has
     none."""
     folder = path / "checkpoints"
-    if not folder.is_dir():
+    if path_kind(folder) != "folder":
         return path
     newest, passed_over = newest_complete(folder)
     if newest is None:

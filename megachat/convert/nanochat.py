@@ -20,7 +20,7 @@ from megachat.convert.plain import writing
 from megachat.convert.reader import CheckpointReader, TensorInfo
 from megachat.convert.tokenizers import load_tokenizer_of
 from megachat.data.tokenizer import Tokenizer
-from megachat.errors import UserError
+from megachat.errors import UserError, raise_if_unreadable
 from megachat.planning.dimensions import Dimensions
 from megachat.planning.plan import resolve
 from megachat.prepare.tokenizer_training import export_nanochat as write_tokenizer
@@ -99,6 +99,7 @@ def open_nanochat(folder: Path, step: int | None = None) -> CheckpointReader:
     try:
         meta = json.loads(path.read_text(encoding="utf-8")) | {"step": step}
     except (OSError, ValueError, TypeError) as error:
+        raise_if_unreadable(path, error)
         raise UserError(f"{path} cannot be read ({error}): copy it next to the weights") from None
     dims, weights = dims_of_meta(meta, path), folder / f"model_{step:06d}.pt"
     model = {name.removeprefix(_COMPILED): tensor for name, tensor in _load_file(weights).items()}
@@ -134,6 +135,7 @@ def _load_file(path: Path) -> dict:
     except FileNotFoundError:
         raise UserError(f"{path} is missing: copy it next to the weights") from None
     except Exception as error:  # a damaged file may raise anything; torch refuses one that would execute code
+        raise_if_unreadable(path, error)
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         problem = f"it is damaged, or holds more than tensors and numbers ({first[:200]})"
         raise UserError(f"{path} is refused: {problem}; take it from its source again") from None

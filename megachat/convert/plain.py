@@ -22,7 +22,7 @@ from megachat.convert.declaration import Export, Import
 from megachat.convert.megachat import tokenizer_folders
 from megachat.convert.reader import CheckpointReader, TensorInfo
 from megachat.convert.tokenizers import find_tokenizer, load_tokenizer_of
-from megachat.errors import UserError
+from megachat.errors import UserError, raise_if_unreadable
 from megachat.files import write_json
 
 FACTS_FILE = "checkpoint_facts.json"
@@ -86,6 +86,7 @@ def open_plain(folder: Path, step: int | None = None) -> CheckpointReader:
         file_of, files = dict(document["tensors"]), dict(document["files"])
         facts = document["facts"] | {"files": document["files"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise_if_unreadable(path, error)
         problem = f"{path} cannot be read ({type(error).__name__}: {error})"
         raise UserError(f"{problem}: convert the checkpoint again") from None
     if version > VERSION or architecture > ARCHITECTURE_VERSION:
@@ -148,4 +149,5 @@ def _open_safetensors(path: Path):
     except FileNotFoundError:
         raise UserError(f"{path} is missing: copy the folder again, with all its files") from None
     except (SafetensorError, OSError, ValueError) as error:
+        raise_if_unreadable(path, error)
         raise UserError(f"{path} is no whole safetensors file ({error}): copy or convert it again") from None

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megachat.errors import UserError
+from megachat.errors import UserError, raise_if_unreadable
 from megachat.planning.dimensions import Dimensions, saved_dimensions
 
 BATCH_BYTES = 256 << 20  # tensors are read in batches of this size, because each read has a fixed cost
@@ -96,4 +96,5 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise_if_unreadable(path, error)
         raise UserError(f"{path} is damaged ({type(error).__name__}): use another checkpoint") from None

@@ -17,7 +17,7 @@ import numpy as np
 from megachat.data.packing import EMPTY_STREAM, BufferedDocument, StreamState
 from megachat.data.shards import Shard, footers_digest, shards_fingerprint
 from megachat.data.tokenizer import Tokenizer
-from megachat.errors import UserError
+from megachat.errors import UserError, raise_if_unreadable
 from megachat.files import write_atomically, write_json
 
 HEADER_FILE = "loader.json"
@@ -36,10 +36,6 @@ _SAME = {
     "data": "training shards (SHA-256 of names, sizes and document counts)",
     "texts": "texts in shards of the same names and sizes (SHA-256 of the files' footers)",
 }
-
-
-class TransientReadError(UserError):
-    """The storage failed at this moment; the files may be intact."""
 
 
 def stream_to_arrays(state: StreamState, dtype: np.dtype) -> dict[str, np.ndarray]:
@@ -143,7 +139,7 @@ def save_loader_state(folder: str | Path, state: dict, streams: Iterable[int]) -
 
 
 def load_header(folder: str | Path) -> dict:
-    """Reads loader.json. Raises UserError if it is missing or damaged, TransientReadError if the storage fails."""
+    """Reads loader.json. Raises UserError if it is missing or damaged, UnreadableError if the storage fails."""
     path = Path(folder) / HEADER_FILE
     with _errors_to_user(path):
         header = json.loads(path.read_text(encoding="utf-8"))
@@ -154,7 +150,7 @@ def load_header(folder: str | Path) -> dict:
 def load_loader_state(folder: str | Path, streams: Iterable[int]) -> dict:
     """Reads the state of the given streams, whichever ranks saved them.
 
-    Raises UserError if a file is missing, damaged, or of another step or stream, TransientReadError if the storage
+    Raises UserError if a file is missing, damaged, or of another step or stream, UnreadableError if the storage
     fails.
     """
     folder = Path(folder)
@@ -189,13 +185,10 @@ def _errors_to_user(path: Path) -> Iterator[None]:
     """Raises errors from reading a file of the loader's state as UserError."""
     try:
         yield
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         raise UserError(f"the loader state {path} is missing: load another checkpoint") from None
-    except OSError as error:
-        raise TransientReadError(
-            f"the loader state {path} cannot be read ({error.strerror or error}): make it readable and try again"
-        ) from None
-    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise_if_unreadable(path, error)
         raise UserError(
             f"the loader state {path} is damaged ({type(error).__name__}): load another checkpoint"
         ) from None

@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megachat.data.texts import REFUSE, BadTexts, decode_texts, holds_strings, read_batches, row_place
-from megachat.errors import UserError, summary
-from megachat.files import file_sha256
+from megachat.errors import UserError, raise_if_unreadable, summary
+from megachat.files import file_sha256, list_folder, path_kind
 from megachat.text import shortened
 
 MANIFEST = "manifest.json"
@@ -81,6 +81,7 @@ def open_shard(path: Path) -> Shard:
         with pq.ParquetFile(path) as file:
             schema, metadata = file.schema_arrow, file.metadata
     except (pa.ArrowException, OSError) as error:
+        raise_if_unreadable(path, error)
         raise UserError(f"{path} cannot be read as parquet ({summary(error)}): download or prepare it again") from None
     if "text" not in schema.names:
         raise UserError(
@@ -97,11 +98,7 @@ def open_shard(path: Path) -> Shard:
 
 def shard_paths(folder: Path) -> list[Path]:
     """Returns the paths of a folder that are named like a shard, sorted by name, without hidden ones."""
-    try:
-        paths = sorted(folder.iterdir())
-    except OSError as error:
-        raise UserError(f"the data folder {folder} cannot be read ({error.strerror}): make it readable") from None
-    return [path for path in paths if path.suffix.lower() == ".parquet" and not path.name.startswith(".")]
+    return [path for path in list_folder(folder) if path.suffix.lower() == ".parquet" and not path.name.startswith(".")]
 
 
 def open_shards(folder: str | Path, *, min_shards: int = 2) -> list[Shard]:
@@ -110,9 +107,9 @@ def open_shards(folder: str | Path, *, min_shards: int = 2) -> list[Shard]:
     min_shards: training needs 2, one of them for validation; an evaluation needs 1. Raises UserError.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if path_kind(folder) != "folder":
         raise UserError(f"the data folder {folder} does not exist: create it with tools/prepare_data.py --out {folder}")
-    if (folder / UNFINISHED).exists():
+    if path_kind(folder / UNFINISHED):
         raise UserError(
             f"the preparation of {folder} has not finished: run the same tools/prepare_data.py command again"
         )
@@ -225,6 +222,7 @@ def load_manifest(folder: Path) -> dict | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, OSError) as error:
+        raise_if_unreadable(path, error)
         raise UserError(
             f"{path} is not a valid manifest ({summary(error)}): prepare the folder again with --overwrite"
         ) from None
@@ -301,6 +299,7 @@ class Corpus:
                 # large_string: Arrow cannot take rows from every type of string
                 return file.read_row_group(group, columns=["text"]).column("text").cast(pa.large_string())
         except (pa.ArrowException, OSError) as error:
+            raise_if_unreadable(path, error)
             raise UserError(
                 f"{path} is damaged in row group {group} ({summary(error)}): download or prepare it again"
             ) from None

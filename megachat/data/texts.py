@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megachat.errors import UserError, summary
+from megachat.errors import UserError, raise_if_unreadable, summary
 
 _LOGGED = 10  # bad texts that are logged one by one
 
@@ -91,6 +91,7 @@ def read_batches(
                     yield group, row, batch
                     row += len(batch)
     except (pa.ArrowException, OSError) as error:
+        raise_if_unreadable(path, error)
         raise UserError(f"{path} is damaged ({summary(error)}): download it or write it again") from None
 
 

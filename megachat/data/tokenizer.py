@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from megachat.errors import UserError, summary
+from megachat.errors import UserError, raise_if_unreadable, summary
 from megachat.files import write_atomically
 
 RANK_FILE = "ranks.tiktoken"
@@ -201,6 +201,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             "make one with tools/train_tokenizer.py"
         ) from None
     except (ValueError, KeyError, TypeError, OSError, binascii.Error) as error:
+        raise_if_unreadable(getattr(error, "filename", None) or folder, error)
         raise UserError(f"the tokenizer at {folder} is not valid ({summary(error)}): train it again") from None
     if (tokenizer.vocab_size, tokenizer.fingerprint) != saved:
         raise UserError(

@@ -17,6 +17,7 @@ from megachat.evals.uncertainty import (
     judge_against,
     score_tasks,
 )
+from megachat.files import path_kind
 from megachat.text import text_table
 
 _MODES = (
@@ -33,9 +34,9 @@ def load_side(paths: Sequence[Path]) -> Side:
     """
     side: list[tuple[Path, dict]] = []
     for path in paths:
-        if not path.exists():
+        if not path_kind(path):
             raise UserError(f"{path} does not exist: give a run's folder, or a JSON file of launch/evaluate.py")
-        file = newest_results(path) if path.is_dir() else path
+        file = newest_results(path) if path_kind(path) == "folder" else path
         if any(file.resolve() == other.resolve() for other, _ in side):
             raise UserError(f"{file.resolve()} is given twice on one side: give each run once")
         side.append((file, load_results(file)))

@@ -21,8 +21,9 @@ from typing import Any
 import yaml
 
 from megachat.config import EvaluateConfig
-from megachat.errors import UserError
+from megachat.errors import UserError, raise_if_unreadable
 from megachat.evals.core_download import download_bundle
+from megachat.files import path_kind
 
 CORE_TASKS = tuple(
     """
@@ -86,6 +87,7 @@ def open_bundle(
                 raise UserError(f"{label} {problem} {path}: it has {', '.join(labels)}")
         tasks = tuple(_read_task(root, entry, baselines) for entry in entries if only is None or entry["label"] in only)
     except _UNREADABLE as error:
+        raise_if_unreadable(getattr(error, "filename", None) or path, error)
         raise UserError(f"{path} cannot be read ({error}): get the bundle again") from None
     missing = tuple(label for label in CORE_TASKS if label not in {task.label for task in tasks})
     return Bundle(tasks, missing, hashlib.sha256("".join(task.digest for task in tasks).encode()).hexdigest())
@@ -123,18 +125,23 @@ def describe_bundle(bundle: Bundle) -> str:
 
 def _find_root(path: Path) -> _Folder:
     """Returns the folder with core.yaml, on disk or in a zip file: the given one, or `eval_bundle` in it."""
-    if not path.exists():
+    if not path_kind(path):
         raise UserError(
             f"the CORE bundle {path} does not exist: give a folder or zip file with {_INDEX}, or none to download it"
         )
     try:
         root = path if path.is_dir() else zipfile.Path(path)
     except _UNREADABLE as error:
+        raise_if_unreadable(path, error)
         raise UserError(f"{path} is neither a folder nor a complete zip file ({error}): get the bundle again") from None
     for folder in (root, root / _FOLDER):
-        if (folder / _INDEX).is_file():
+        if _is_file(folder / _INDEX):
             return folder
     raise UserError(f"{path} has no {_INDEX}: a CORE bundle contains {_INDEX}, {_BASELINES} and {_DATA}/")
+
+
+def _is_file(file: _Folder) -> bool:
+    return path_kind(file) == "file" if isinstance(file, Path) else file.is_file()
 
 
 @contextlib.contextmanager
@@ -148,7 +155,7 @@ def _parsing(file: _Folder, needs: str) -> Iterator[None]:
 
 
 def _read_text(file: _Folder, most_bytes: int) -> str:
-    if not file.is_file():
+    if not _is_file(file):
         raise UserError(f"{file} is missing from the CORE bundle: get the bundle again")
     with file.open("rb") as opened:
         content = opened.read(most_bytes + 1)

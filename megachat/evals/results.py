@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megachat.errors import UserError
+from megachat.errors import UserError, raise_if_unreadable
 from megachat.evals.core_bundle import CORE_TASKS, Bundle
 from megachat.evals.uncertainty import estimate, judge_against, score_tasks
-from megachat.files import Log, read_side_file, write_side_json
+from megachat.files import Log, list_folder, read_side_file, write_side_json
 from megachat.text import text_table
 
 FORMAT = "megachat-evaluation-1"
@@ -107,6 +107,7 @@ def load_results(path: Path) -> dict:
     try:
         return _parse_results(path.read_bytes())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise_if_unreadable(path, error)
         raise UserError(
             f"{path} is not a valid evaluation of launch/evaluate.py ({type(error).__name__}: {error}): evaluate again"
         ) from None
@@ -118,7 +119,9 @@ def newest_results(run_folder: Path) -> Path:
     Raises UserError if the run has none.
     """
     candidates = []
-    for path in sorted((run_folder / FOLDER).glob("*.json")):
+    for path in list_folder(run_folder / FOLDER):
+        if path.suffix != ".json":
+            continue
         results = load_results(path)
         if tasks := results.get("core", {}).get("tasks"):
             candidates.append((results["step"], sum(task["examples"] for task in tasks.values()), path))

@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from megachat.errors import UserError
+from megachat.errors import UserError, raise_if_unreadable
+from megachat.files import path_kind
 from megachat.job import host_probe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,6 +39,7 @@ def parse_hostfile(path: str | Path) -> list[Host]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
+        raise_if_unreadable(f"the hostfile {path}", error)
         raise UserError(
             f"the hostfile {path} cannot be read ({error.strerror}): name an existing file, see launch/hostfile.example"
         ) from None
@@ -120,7 +122,7 @@ def check_launcher_hostfile() -> None:
         if name is None:
             continue
         path = Path(folder) / name
-        if not path.is_file():
+        if not path_kind(path):
             raise UserError(
                 f"the hostfile {name} does not exist, so deepspeed would train on this host alone: "
                 "name an existing file, or omit --hostfile"

@@ -18,7 +18,8 @@ from megachat.job.monitor_hub import RESUME_HINT
 from megachat.parallel.engine import start_collectives
 from megachat.parallel.mesh import Mesh, build_mesh
 
-_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+_STORAGE |= {errno.ESTALE, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 _SLOW_SHARE = 0.9  # of parallel.timeout_s, so that the failure monitor reports a stall before torch times out
 
 

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 
 from megachat.data.shards import open_shard
 from megachat.data.texts import REFUSE, BadTexts, read_shard_texts
-from megachat.errors import UserError
-from megachat.files import PART, sync_and_rename
+from megachat.errors import UserError, raise_if_unreadable
+from megachat.files import PART, path_kind, sync_and_rename
 from megachat.prepare.manifest import ShardEntry, measure_shard, shard_name
 
 _SHARD_BYTES = 100_000_000  # of text per train shard if the number of shards is not given; about nanochat's size
@@ -34,7 +34,7 @@ def find_input_files(inputs: Iterable[str | Path], suffixes: tuple[str, ...]) ->
     """
     files: dict[Path, Path] = {}  # resolved -> as given: a file that links lead to twice is read once
     for path in map(Path, inputs):
-        inside = [path] if path.is_file() else sorted(_files_below(path, suffixes))
+        inside = [path] if path_kind(path) == "file" else sorted(_files_below(path, suffixes))
         if not inside:
             problem = f"has no {' or '.join(suffixes)} file" if path.is_dir() else "does not exist"
             raise UserError(f"--input {path} {problem}: give a file, or a folder with such files")
@@ -74,6 +74,7 @@ def read_text_files(files: Iterable[Path], document_bytes: int, bad_texts: BadTe
         try:
             content = path.read_bytes()
         except OSError as error:
+            raise_if_unreadable(path, error)
             raise UserError(f"{path} cannot be read ({error.strerror}): leave it out") from None
         try:
             text = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig").read()  # any line end becomes \n

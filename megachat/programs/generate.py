@@ -10,7 +10,7 @@ from megachat.convert.architecture import build_model
 from megachat.convert.reader import CheckpointReader
 from megachat.data.tokenizer import Tokenizer
 from megachat.device import choose_compute_dtype
-from megachat.errors import UserError
+from megachat.errors import UserError, raise_if_unreadable
 from megachat.evals.generation import LocalModel, check_prompt, generate
 from megachat.evals.growing_text import GrowingText
 from megachat.evals.sampling import Sampling
@@ -35,6 +35,7 @@ def read_prompts(path: str) -> list[str]:
         content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
         text = content.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
+        raise_if_unreadable(f"the file of prompts {name}", error)
         raise UserError(f"cannot read prompts from {name} ({error}): give UTF-8 text, one prompt per line") from None
     if not text:
         raise UserError(f"{name} has no prompt: give one per line, or use --prompt")

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from megachat.config import Config
 from megachat.data.loader_state import (
-    TransientReadError,
     combined_ledger,
     load_header,
     load_loader_state,
@@ -16,7 +15,7 @@ from megachat.data.loader_state import (
 from megachat.data.packing import streams_of_rank
 from megachat.data.shards import open_shards, split_shards
 from megachat.data.tokenizer import Tokenizer
-from megachat.errors import UserError
+from megachat.errors import UnreadableError, UserError
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.mesh import Mesh
 from megachat.planning.plan import Plan
@@ -45,7 +44,7 @@ def resume_documents(
         streams = streams_of_rank(mesh.data.rank, mesh.data.size, config.data.streams, plan.rows_per_step)
         state = load_loader_state(folder, streams)
     except UserError as error:
-        problem, transient = str(error), isinstance(error, TransientReadError)
+        problem, transient = str(error), isinstance(error, UnreadableError)
     ledgers = {stream: arrays["ledger"].tobytes() for stream, arrays in state["streams"].items()} if state else {}
     everyone = all_gather_objects((problem, transient, ledgers, header), mesh.world)
     for rank_problem, rank_transient, _, _ in everyone:

@@ -90,8 +90,8 @@ CASES = {
         ["--set", "run.folder={folder}/nothing/wandb.py"],
         [
             (
-                "the run folder {folder}/nothing/wandb.py/run_folder cannot be created or written (Not a "
-                "directory): set run.folder"
+                "the run folder {folder}/nothing/wandb.py/run_folder cannot be read (Not a directory): correct the "
+                "path, a part of it is no folder, or set run.folder to another path"
             )
         ],
     ),
