@@ -12,6 +12,7 @@ from torch.distributed.elastic.rendezvous import RendezvousClosedError, Rendezvo
 from torch.distributed.launcher import api
 
 from megachat.errors import EXIT_STATUS, LOST_RANK_STATUS, SAVED_STATUS, UserError
+from megachat.job.links import share_new_secret
 
 _SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # forwarded to the ranks
 _RENDEZVOUS = "last_call_timeout=10,join_timeout=1800,keep_alive_interval=5,keep_alive_max_attempt=3"
@@ -52,6 +53,8 @@ def supervise(program: Path, arguments: list[str], *, hosts: str, ranks: int, me
         raise UserError(
             "megachat does not support this torch's elastic agent: install torch 2.13, or use torchrun --max-restarts"
         )
+    if hosts == "1":
+        share_new_secret()
     api.LocalElasticAgent = AgentOfOneHost if hosts == "1" else Agent  # type: ignore[misc]  # torch has no other hook
     line = [
         f"--nnodes={hosts}",

@@ -13,6 +13,7 @@ import torch
 
 from megachat.errors import UserError, summary
 from megachat.job.launch import become_rank, free_port
+from megachat.job.links import share_new_secret
 
 _AXES = {"dp": "data", "tp": "tensor", "pp": "pipeline"}
 
@@ -78,6 +79,7 @@ def run_with_torchrun(what: str, ranks: int, program: list[str]) -> str:
 
     Raises UserError, "`what` failed: " and the first error that was printed.
     """
+    share_new_secret()
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
     line = [*launcher, f"--master-port={free_port()}", *program]
     done = subprocess.run(line, capture_output=True, text=True)
