@@ -15,7 +15,9 @@ An error in the monitor itself is reported once. It ends the monitor, not the jo
 
 import contextlib
 import functools
+import math
 import os
+import queue
 import secrets
 import selectors
 import signal
@@ -26,16 +28,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from megachat.errors import LOST_RANK_STATUS, STOPPED_STATUS
-from megachat.job.monitor_hub import ANSWER_S, RESUME_HINT, JobInfo, MonitorHub
+from megachat.job.links import JobKey, Link, introduce, listen, receive_greeting, shared_secret
+from megachat.job.monitor_hub import ANSWER_S, RESUME_HINT, JobInfo, MonitorHub, hub_ranks
 from megachat.job.monitor_links import (
-    Link,
     RankAddress,
     code_lines,
     end_process,
     is_alive,
     kill_process,
     launchers_above,
-    listen,
     local_address,
     machine_id,
     write_stderr,
@@ -44,12 +45,11 @@ from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.mesh import Mesh
 from megachat.parallel.progress import Progress
 
-STOP_SIGNALS = (
-    signal.SIGTERM,
-    signal.SIGUSR1,
-)  # SIGTERM comes before a kill; Slurm can send SIGUSR1 earlier, as a warning
+# SIGTERM comes before a kill; Slurm can send SIGUSR1 earlier, as a warning
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 TICK_S = 0.25
 CONNECT_S = 10.0
+HANDSHAKE_S = 30.0  # with a hub that may have to turn away many strangers first
 ECHO_S = 0.5  # wait after an error: a rank's death may be the cause and be reported a moment later
 HUB_S = 2.0  # time for a hub to report before this rank reports
 GOODBYE_S = 6.0  # ranks that fail print their error within 3 s; then the others end
@@ -70,12 +70,15 @@ class FailureMonitor:
         self.rank, self.restart_hint = rank, restart_hint
         self.stop_requested = ""  # the reason why training must save and end
         self.before_stop: Callable[[], object] = lambda: None  # called before a requested stop ends this process
-        self._grace_s: float | None = None  # set inside defer_stop()
+        self._stop_is_deferred = False
+        self._grace_s = 0.0  # from SIGTERM to the end once it is deferred
         self._name = f"rank {rank} (host {socket.gethostname()}, pid {os.getpid()})"
         self._hub: MonitorHub | None = None
         self._hub_links: list[Link | None] = []  # to rank 0's hub and to the backup monitor's; None once closed
-        self._deadlines: dict[Callable[[], None], float] = {}  # action -> time.monotonic() at which to run it
         self._failed_rank: int | None = None  # a rank that ended with an error
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # for the monitor's thread
+        # times of time.monotonic() at which this process ends for one of four reasons; inf: not due
+        self._hub_lost_at = self._failed_rank_at = self._stop_late_at = self._stop_alone_at = math.inf
         self._last_report = 0.0
         self._leaving = ""  # "done" or "failed" once the block is left
         self._selector = selectors.DefaultSelector()
@@ -105,16 +108,22 @@ class FailureMonitor:
         self._progress = mesh.world.progress
         if mesh.world.size == 1:
             return
-        listener = listen(0)
-        name, port = socket.gethostname(), listener.getsockname()[1]
-        host = address if self.rank == 0 else local_address(address) or name
-        here = RankAddress(self.rank, name, os.getpid(), machine_id(), host, port)
-        local = (tuple(here), secrets.token_hex(8))
-        every = all_gather_objects(local, mesh.world, name="connecting the failure monitor")
+        world, name = mesh.world, "connecting the failure monitor"
+        here = RankAddress(self.rank, socket.gethostname(), os.getpid(), machine_id())
+        every = all_gather_objects((tuple(here), secrets.token_bytes(16)), world, name=name)
         addresses = tuple(RankAddress(*fields) for fields, _ in every)
-        self._job = JobInfo(addresses, every[0][1], stall_s, max(stall_s, slow_s), folder, self.restart_hint)
-        links = [self._connect_to(addresses[rank]) for rank in self._job.hub_ranks]
-        self._call(functools.partial(self._begin, listener, links))
+        key = JobKey(shared_secret() + every[0][1], "failure monitor")
+        self._job = JobInfo(addresses, key, stall_s, max(stall_s, slow_s), folder, self.restart_hint)
+        hubs, hub_address = hub_ranks(addresses), None
+        if self.rank in hubs:
+            loopback = "127.0.0.1" if len({other.machine for other in addresses}) == 1 else ""
+            listener = listen(0, loopback)
+            host = loopback or (address if self.rank == 0 else local_address(address) or here.host)
+            hub_address = host, listener.getsockname()[1]
+            self._call(functools.partial(self._begin_hub, listener))
+        hub_addresses = all_gather_objects(hub_address, world, name=name)
+        links = [self._connect_to(rank, hub_addresses[rank]) for rank in hubs]
+        self._call(functools.partial(self._begin, links))
 
     def __exit__(self, kind, error, trace):
         if isinstance(error, RuntimeError) and self._hub_links:
@@ -130,13 +139,18 @@ class FailureMonitor:
         signal.set_wakeup_fd(self._previous_fd)
         for number, handler in self._handlers.items():
             signal.signal(number, signal.SIG_IGN if self.stop_requested else handler)  # a second signal changes nothing
+        if not self._thread.is_alive():
+            self._close()
 
     @contextlib.contextmanager
     def defer_stop(self, grace_s: float) -> Iterator[None]:
-        """Inside the block a stop request only sets `stop_requested`. SIGTERM still ends the job after grace_s."""
-        self._grace_s = grace_s
+        """From here on a stop request only sets `stop_requested`. Inside the block, SIGTERM ends the job after grace_s.
+
+        After the block everything is saved and the job ends by itself, so a stop request is not obeyed at once again.
+        """
+        self._stop_is_deferred, self._grace_s = True, grace_s
         yield
-        self._deadlines.pop(self._stop_late, None)
+        self._stop_late_at = math.inf
 
     def _after_fork(self) -> None:
         """Detaches a forked child. Its signals are not this rank's, and its copy of a connection would hide a death."""
@@ -147,9 +161,19 @@ class FailureMonitor:
         for link in (*filter(None, self._hub_links), *(self._hub.links.values() if self._hub else ())):
             link.close()
 
+    def _close(self) -> None:
+        """Gives the descriptors back: the wakeup pipe, connections and launchers."""
+        for key in list(self._selector.get_map().values()):
+            if isinstance(key.fileobj, Link | socket.socket):
+                key.fileobj.close()
+            else:
+                os.close(key.fd)
+        self._selector.close()
+        self._wakeup_in.close()
+
     def _call(self, function: Callable[[], None]) -> None:
         """Runs the function in the monitor's thread as soon as possible."""
-        self._deadlines[function] = 0.0
+        self._calls.put(function)
         self._wake()
 
     def _wake(self) -> None:
@@ -177,11 +201,18 @@ class FailureMonitor:
         if self._hub:
             self._hub.tick(now)
             if self._hub.end:
-                self._end(*self._hub.end)
-        for action, at in list(self._deadlines.items()):
-            if now >= at:
-                self._deadlines.pop(action, None)  # the training thread may have just removed it
-                action()
+                self._end_with_job(*self._hub.end)
+        while not self._calls.empty():
+            self._calls.get()()
+        if now >= self._hub_lost_at:
+            self._end_without_hub()
+        if now >= self._failed_rank_at:
+            self._end_with_failed_rank()
+        if now >= self._stop_late_at:
+            self._stop_late_at = math.inf
+            self._stop(f"{self.stop_requested}, and step and save took longer than checkpoint.stop_s={self._grace_s:g}")
+        if now >= self._stop_alone_at:
+            self._end(STOPPED_STATUS, f"error: {self._name} was requested to stop, and no other rank answers")
         if any(self._hub_links) and (entry := self._progress.now).waits:
             limit = self._job.slow_s if self._progress.slow else self._job.stall_s
             if now - max(entry.since, self._last_report) >= limit:
@@ -196,25 +227,29 @@ class FailureMonitor:
 
     # ---- this rank and the hubs
 
-    def _connect_to(self, address: RankAddress) -> Link | None:
+    def _connect_to(self, hub_rank: int, address: tuple[str, int]) -> Link | None:
+        """Returns a connection to a rank's hub; None, which is reported for rank 0's, if that cannot be reached."""
+        deadline = time.monotonic() + HANDSHAKE_S
         try:
-            link = Link(socket.create_connection((address.address, address.port), timeout=CONNECT_S))
+            link = Link(socket.create_connection(address, timeout=CONNECT_S))
+            greeting = receive_greeting(link, deadline)
+            if greeting and introduce(link, greeting, self._job.key, self.rank, deadline):
+                return link
+            link.close()
+            raise ConnectionError("another program is there, or a rank with another secret")
         except OSError as error:
-            if address.rank == 0:
+            if hub_rank == 0:
                 write_stderr(
-                    f"rank {self.rank} cannot reach rank 0 at {address.address} port {address.port} ({error}): "
+                    f"rank {self.rank} cannot reach rank 0 at {address[0]} port {address[1]} ({error}): "
                     "stalls and deaths will not be reported"
                 )
             return None
-        link.send(token=self._job.token, rank=self.rank)
-        return link
 
-    def _begin(self, listener: socket.socket, links: list[Link | None]) -> None:
+    def _begin_hub(self, listener: socket.socket) -> None:
+        self._hub = MonitorHub(self._job, self.rank, listener, self._selector)
+
+    def _begin(self, links: list[Link | None]) -> None:
         self._hub_links = links
-        if self.rank in self._job.hub_ranks:
-            self._hub = MonitorHub(self._job, self.rank, listener, self._selector)
-        else:
-            listener.close()
         for link in filter(None, links):
             self._selector.register(link, selectors.EVENT_READ, self._on_hub_message)
 
@@ -233,7 +268,7 @@ class FailureMonitor:
             if "report_state" in message:
                 link.send(state=self._state())
             elif "end" in message:
-                self._end(message["end"], message["silent"])
+                self._end_with_job(message["end"], message["silent"])
             elif "failed" in message:
                 self._on_failed_rank(message["failed"])
             elif "bye" in message:
@@ -259,52 +294,58 @@ class FailureMonitor:
             self._end_with_failed_rank()
         self._send_hubs(broken=text)
 
-    def _end(self, status: int, silent: Sequence[int]) -> None:
-        """Ends this process and kills the silent ranks of this machine, which a SIGTERM would not end."""
-        for address in (self._job.addresses[rank] for rank in silent):
-            if address.machine == self._job.addresses[self.rank].machine and address.rank != self.rank:
-                kill_process(address.pid)
-        self._leave(status)
+    def _drop_hub(self, link: Link, said_goodbye: bool) -> None:
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(link)
+        link.close()
+        primary, backup = self._hub_links
+        self._hub_links = [None if other is link else other for other in self._hub_links]
+        if link is primary and not said_goodbye:
+            self._hub_lost_at = time.monotonic() + (HUB_S if backup else 0.0)
 
-    def _leave(self, status: int) -> None:
+    def _on_failed_rank(self, rank: int) -> None:
+        if self._failed_rank is None and rank != self.rank:
+            self._failed_rank = rank
+            self._failed_rank_at = time.monotonic() + GOODBYE_S
+
+    # ---- the end of this process, for each reason
+
+    def _end(self, status: int, message: str = "") -> None:
+        """Ends this process now. All other ways to end it lead here."""
+        if message:
+            write_stderr(message)
         if status == STOPPED_STATUS:
             self.before_stop()
         end_process(status)
 
-    def _drop_hub(self, link: Link, said_goodbye: bool) -> None:
-        with contextlib.suppress(KeyError):
-            self._selector.unregister(link)
-        primary, backup = self._hub_links
-        self._hub_links = [None if other is link else other for other in self._hub_links]
-        if link is primary and not said_goodbye:
-            self._deadlines[self._end_without_hub] = time.monotonic() + (HUB_S if backup else 0.0)
+    def _end_with_job(self, status: int, silent: Sequence[int]) -> None:
+        """Ends because a hub ended the job. Kills the silent ranks of this machine, which a SIGTERM would not end."""
+        for address in (self._job.addresses[rank] for rank in silent):
+            if address.machine == self._job.addresses[self.rank].machine and address.rank != self.rank:
+                kill_process(address.pid)
+        self._end(status)
+
+    def _end_without_hub(self) -> None:
+        """Ends because rank 0 is gone and no hub has said why."""
+        text = (
+            f"error: {self._job.addresses[0]} died or cannot be reached, so {self._name} stops: "
+            f"look at its host, then {self.restart_hint}"
+        )
+        self._end(LOST_RANK_STATUS, text if self._speaks_for_machine() else "")
+
+    def _end_with_failed_rank(self) -> None:
+        """Ends because another rank failed. That rank printed its error on its host's console."""
+        assert self._failed_rank is not None
+        failed = self._job.addresses[self._failed_rank]
+        elsewhere = failed.machine != self._job.addresses[self.rank].machine
+        text = f"error: {failed} stopped with an error, see its host's log; {self._name} stops too"
+        self._end(LOST_RANK_STATUS, text if elsewhere and self._speaks_for_machine() else "")
 
     def _speaks_for_machine(self) -> bool:
         """Returns whether no lower rank of this machine is alive, so that one rank per machine prints the error."""
         here = self._job.addresses[self.rank]
         lower = self._job.addresses[: self.rank]
         return not any(is_alive(other.pid) for other in lower if other.machine == here.machine)
-
-    def _end_without_hub(self) -> None:
-        if self._speaks_for_machine():
-            write_stderr(
-                f"error: {self._job.addresses[0]} died or cannot be reached, so {self._name} stops: "
-                f"look at its host, then {self.restart_hint}"
-            )
-        end_process(LOST_RANK_STATUS)
-
-    def _on_failed_rank(self, rank: int) -> None:
-        if self._failed_rank is None and rank != self.rank:
-            self._failed_rank = rank
-            self._deadlines[self._end_with_failed_rank] = time.monotonic() + GOODBYE_S
-
-    def _end_with_failed_rank(self) -> None:
-        """Ends because another rank failed. That rank printed its error on its host's console."""
-        assert self._failed_rank is not None
-        failed = self._job.addresses[self._failed_rank]
-        if failed.machine != self._job.addresses[self.rank].machine and self._speaks_for_machine():
-            write_stderr(f"error: {failed} stopped with an error, see its host's log; {self._name} stops too")
-        end_process(LOST_RANK_STATUS)
 
     # ---- this rank is requested to stop
 
@@ -314,7 +355,8 @@ class FailureMonitor:
         self._request_stop(f"the launcher {name} (pid {pid}) of {self._name} has ended", limited=True)
 
     def _request_stop(self, reason: str, limited: bool) -> None:
-        if self._grace_s is None or self._failed_rank is not None:
+        """Stops, or has the training thread stop. limited: it has grace_s for that."""
+        if not self._stop_is_deferred or self._failed_rank is not None:
             self._stop(reason)
             return
         if not self.stop_requested:
@@ -324,25 +366,16 @@ class FailureMonitor:
                 link.send(stop_notice=notice)
             else:
                 write_stderr(notice)
-        if limited:
-            self._deadlines.setdefault(self._stop_late, time.monotonic() + self._grace_s)
-
-    def _stop_late(self) -> None:
-        self._stop(f"{self.stop_requested}, and step and save took longer than checkpoint.stop_s={self._grace_s:g}")
+        if limited and self._stop_late_at == math.inf:
+            self._stop_late_at = time.monotonic() + self._grace_s
 
     def _stop(self, reason: str) -> None:
-        if (
-            self._failed_rank is not None
-        ):  # the launcher ends all ranks because that rank failed, and that rank reports its error
-            self._leave(STOPPED_STATUS)
+        """Ends this process through a hub, which ends the others as well, or alone where there is none."""
+        if self._failed_rank is not None:
+            self._end(STOPPED_STATUS)  # the launcher ends all ranks because of that one, which reports its error
         link = next(filter(None, self._hub_links), None)
         if link is None:
-            write_stderr(f"error: {reason}, so the job stops: {self.restart_hint}")
-            self._leave(STOPPED_STATUS)
-        elif self._stop_alone not in self._deadlines:
-            self._deadlines[self._stop_alone] = time.monotonic() + HUB_S
+            self._end(STOPPED_STATUS, f"error: {reason}, so the job stops: {self.restart_hint}")
+        elif self._stop_alone_at == math.inf:
+            self._stop_alone_at = time.monotonic() + HUB_S
             link.send(stop=reason)
-
-    def _stop_alone(self) -> None:
-        write_stderr(f"error: {self._name} was requested to stop, and no other rank answers")
-        self._leave(STOPPED_STATUS)

@@ -2,12 +2,11 @@
 
 Rank 0 has the hub. A second rank, the backup monitor, has another one, to which all ranks are connected as well. It
 speaks only when rank 0 has died or does not answer. A death is a connection that closes without a goodbye, which the
-kernel reports within milliseconds, whatever Python does.
+kernel reports within milliseconds, whatever Python does. A hub stops listening when all ranks are connected.
 """
 
 import contextlib
 import functools
-import secrets
 import selectors
 import socket
 import time
@@ -16,11 +15,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megachat.errors import LOST_RANK_STATUS, STALL_STATUS, STOPPED_STATUS
-from megachat.job.monitor_links import Link, RankAddress, write_stderr
+from megachat.job.links import Entrance, JobKey, Link
+from megachat.job.monitor_links import RankAddress, write_stderr
 from megachat.text import text_table
 
 ANSWER_S = 3.0  # for all ranks to report their state
 BACKUP_S = 2.0  # after ANSWER_S without a word from rank 0's hub, the backup monitor takes over
+JOIN_S = 60.0  # after which a hub stops listening: a rank that is not connected by then has reported that
 TOGETHER_S = 0.1  # deaths this close are reported in one sentence
 RESUME_HINT = "continue with --resume auto"
 _NAMED = 8  # of many ranks, so many are named
@@ -29,22 +30,22 @@ _NAMED = 8  # of many ranks, so many are named
 class JobInfo(NamedTuple):
     """What all monitors of a job share.
 
-    token: distinguishes the job's connections from a stranger's. folder: the run folder. restart_hint: what the user
+    key: distinguishes the job's connections from a stranger's. folder: the run folder. restart_hint: what the user
     does once the cause is fixed.
     """
 
     addresses: tuple[RankAddress, ...]
-    token: str
+    key: JobKey
     stall_s: float
     slow_s: float
     folder: Path
     restart_hint: str = RESUME_HINT
 
-    @property
-    def hub_ranks(self) -> tuple[int, int]:
-        """Rank 0 and the backup monitor, which is on another machine where there is one."""
-        first = self.addresses[0].machine
-        return 0, next((address.rank for address in self.addresses if address.machine != first), 1)
+
+def hub_ranks(addresses: tuple[RankAddress, ...]) -> tuple[int, int]:
+    """Returns rank 0 and the backup monitor, which is on another machine where there is one."""
+    first = addresses[0].machine
+    return 0, next((address.rank for address in addresses if address.machine != first), 1)
 
 
 class MonitorHub:
@@ -65,32 +66,20 @@ class MonitorHub:
         self._broken: tuple[int, str] | None = None
         self._stop_noticed = False  # a launcher stops all ranks; it is reported once
         self._selector = selector
-        selector.register(listener, selectors.EVENT_READ, self._accept)
+        self._entrance = Entrance(listener, selector, job.key, self._let_in)
+        self._stop_listening_at = time.monotonic() + JOIN_S
 
     @property
     def speaks(self) -> bool:
         """Whether deaths are this hub's to report."""
         return self.rank == 0 or 0 in self.lost
 
-    def _accept(self, listener: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            self._selector.register(Link(listener.accept()[0]), selectors.EVENT_READ, self._identify)
-
-    def _identify(self, link: Link) -> None:
-        """Reads a connection's first message; a stranger, who does not know the token, is disconnected."""
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            messages = link.receive()
-            if messages == []:
-                return
-            if messages and secrets.compare_digest(messages[0]["token"], self.job.token):
-                rank = messages[0]["rank"]
-                self.links[rank] = link
-                self._selector.modify(link, selectors.EVENT_READ, functools.partial(self._receive, rank))
-                for message in messages[1:]:
-                    self._handle(rank, message)
-                return
-        self._selector.unregister(link)
-        link.close()
+    def _let_in(self, link: Link, rank: int, _: dict) -> bool:
+        if rank >= len(self.job.addresses) or rank in self.links:
+            return False
+        self.links[rank] = link
+        self._selector.modify(link, selectors.EVENT_READ, functools.partial(self._receive, rank))
+        return True
 
     def _receive(self, rank: int, link: Link) -> None:
         messages = link.receive()
@@ -98,6 +87,7 @@ class MonitorHub:
             self._handle(rank, message)
         if messages is None:
             self._selector.unregister(link)
+            link.close()
             self.links.pop(rank, None)
             if rank not in self.left:
                 self.lost.add(rank)
@@ -125,7 +115,10 @@ class MonitorHub:
             self._finish(f"error: {message['stop']}, so the job stops: {self.job.restart_hint}", STOPPED_STATUS)
 
     def tick(self, now: float) -> None:
-        """Does what is due."""
+        """Does what is due. To be called several times per second."""
+        if len(self.links) == len(self.job.addresses) or now >= self._stop_listening_at:
+            self._entrance.close()
+        self._entrance.tick(now)
         if self._take_over_at and (now >= self._take_over_at or 0 in self.lost | self.left):
             self._ask()
         if self._name_lost_at:  # a backup monitor that has taken over reports deaths as well: rank 0 does not answer
@@ -142,6 +135,7 @@ class MonitorHub:
     def leave(self, how: str) -> None:
         """Says goodbye as this rank leaves, so that nobody takes it for a death. how: "done" or "failed"."""
         self._send_all(bye=how, rank=self.rank)
+        self._entrance.close()
         for link in self.links.values():
             link.close()
 

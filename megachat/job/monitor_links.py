@@ -1,7 +1,6 @@
-"""Parts of the failure monitor: rank addresses, connections, launchers above a process, code lines of a thread."""
+"""Parts of the failure monitor: rank addresses, launchers above a process, code lines of a thread."""
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -13,7 +12,6 @@ from typing import NamedTuple
 
 import psutil  # a dependency of DeepSpeed
 
-SEND_S = 2.0
 _PACKAGE = Path(__file__).resolve().parents[1]
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")} | {"<"})
 _COLLECTIVES = str(_PACKAGE / "parallel" / "collectives.py")  # every wait is there, so its caller says more
@@ -24,65 +22,15 @@ _LAUNCHERS = frozenset(
 
 
 class RankAddress(NamedTuple):
-    """Where a rank runs.
-
-    machine: equal for ranks that see each other's process ids. address, port: where its hub would listen.
-    """
+    """Where a rank runs. machine: equal for ranks that see each other's process ids."""
 
     rank: int
     host: str
     pid: int
     machine: str
-    address: str
-    port: int
 
     def __str__(self) -> str:
         return f"rank {self.rank} (host {self.host}, pid {self.pid})"
-
-
-class Link:
-    """One connection between ranks: JSON objects, one per line, in both directions."""
-
-    def __init__(self, connection: socket.socket):
-        self.socket, self._rest = connection, b""
-        connection.settimeout(SEND_S)
-        # a host that is gone closes nothing; with these the kernel notices within 20 s
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
-            if hasattr(socket, option):
-                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-    def fileno(self) -> int:
-        return self.socket.fileno()
-
-    def send(self, **message) -> None:
-        """Sends a message. Errors are ignored: receive() and the time limits detect a lost peer."""
-        with contextlib.suppress(OSError):
-            self.socket.sendall(json.dumps(message).encode() + b"\n")
-
-    def receive(self) -> list[dict] | None:
-        """Returns the messages that have arrived; None when the other end has closed or died."""
-        try:
-            data = self.socket.recv(1 << 16)
-        except TimeoutError:
-            return []
-        except OSError:
-            return None
-        if not data:
-            return None
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        return [json.loads(line) for line in lines]
-
-    def close(self) -> None:
-        self.socket.close()
-
-
-def listen(port: int) -> socket.socket:
-    """Listens on every interface. port: 0 for a free one."""
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096)
-    return socket.create_server(("", port), backlog=4096)
 
 
 def local_address(toward: str) -> str | None:

@@ -3,7 +3,7 @@
 torch's rendezvous waits for absent ranks in silence until its timeout. Here rank 0 listens at MASTER_ADDR:MASTER_PORT
 itself, receives every rank's facts, and sends one verdict to all. Only then does torch's store take over the port, so
 that no rank finds it closed in between. Under torchrun, whose agent holds that port, rank 0 takes a free one and
-publishes it in the agent's store.
+publishes it in the agent's store. Rank 0 listens on loopback only where all ranks are known to be on its host.
 """
 
 import contextlib
@@ -17,21 +17,24 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import TypeGuard
 
 from torch.distributed import DistError, TCPStore
 
 from megachat.errors import UserError
 from megachat.job.launch import LaunchEnvironment
-from megachat.job.monitor_links import Link, listen, local_address
+from megachat.job.links import Entrance, JobKey, Link, introduce, listen, receive_greeting, shared_secret
+from megachat.job.monitor_links import local_address
 from megachat.text import number_ranges
 
 NOTICE_S = 10.0  # after which a wait is logged, once
 _RETRY_S = 0.2
 _CONNECT_S = 3.0
-_GREETING_S = 10.0  # rank 0 greets at once
+_GREETING_S = 30.0  # rank 0 greets at once, but a thousand strangers may be before this rank
 _LATE_S = 2.0  # for ranks that arrive while an error is reported
 _VERDICT_S = 10.0  # for rank 0's verdict to arrive after its own limit
-_GREETING = "megachat rank 0"
+_TICK_S = 0.25
+_MOST_HOST = 255  # characters
 _OTHER_PORT = "--master_port (deepspeed), --master-port (torchrun) or MASTER_PORT (srun, mpirun)"
 
 RankFacts = Mapping[str, Mapping[str, str]]  # kind -> name -> hash or short text, compared between ranks
@@ -41,7 +44,7 @@ Address = tuple[str, int]
 
 @dataclass(frozen=True)
 class Arrival:
-    """A rank that has checked in. address: rank 0's host as this rank reached it."""
+    """A rank that has checked in. address: the IP of rank 0's host at which this rank reached it."""
 
     rank: int
     host: str
@@ -64,34 +67,27 @@ def meet(environment: LaunchEnvironment, facts: RankFacts, judge: Judge, limit_s
     """Waits for all ranks; each calls this once. judge gets the arrivals in rank order on rank 0, and returns an error.
 
     Raises UserError with the same sentence on every rank that is here: ranks that did not arrive within limit_s, that
-    arrived twice or died, or judge's error. On a single rank: the port is in use, or rank 0 cannot be reached.
+    arrived twice or died, or judge's error. On a single rank: the port is in use, rank 0 cannot be reached, or this
+    rank's secret is not rank 0's.
     """
     if environment.world_size == 1:
         return Meeting(None)
     begin, desk = time.monotonic(), None
+    key = JobKey(shared_secret(), f"rendezvous {environment.master_port} {environment.attempt}")
     address, listener = _meeting_point(environment, limit_s)
     if listener:
         store_port = None if environment.agent_has_store else address[1]
-        desk = _Desk(listener, store_port, environment.world_size, judge, limit_s)
+        desk = _Desk(listener, store_port, environment.world_size, key, judge, limit_s)
         threading.Thread(target=desk.run, name="rendezvous", daemon=True).start()
     link = _reach(address, environment, begin, limit_s)
     with link.socket:
-        link.send(
-            rank=environment.rank,
-            world=environment.world_size,
-            host=socket.gethostname(),
-            address=link.socket.getpeername()[0],
-            facts=facts,
-        )
-        verdict = _next_message(link, time.monotonic() + limit_s + _VERDICT_S)
+        _check_in(link, address, environment, key, facts)
+        verdict = link.next_message(time.monotonic() + limit_s + _VERDICT_S)
     if not verdict:
-        raise UserError(
-            f"rank 0 at {address[0]}:{address[1]} ended or fell silent during the rendezvous: "
-            "look for its error message"
-        )
+        raise _fell_silent(address)
     if "error" in verdict:
-        raise UserError(verdict["error"])
-    return Meeting(verdict["address"], desk.store if desk else None)
+        raise UserError(str(verdict["error"]))
+    return Meeting(_checked_ip(verdict.get("address")), desk.store if desk else None)
 
 
 @dataclass
@@ -101,22 +97,30 @@ class _Desk:
     listener: socket.socket
     store_port: int | None
     world: int
+    key: JobKey
     judge: Judge
     limit_s: float
     store: TCPStore | None = None
+    error: str | None = None
+    refused: str = ""  # the last connection without the secret
     arrivals: dict[int, Arrival] = field(default_factory=dict)
-    links: dict[Link, int | None] = field(default_factory=dict)  # open connection -> its rank, once it has checked in
+    links: dict[Link, int | None] = field(default_factory=dict)  # of a rank -> the rank; None if it is refused
     selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
 
     def run(self) -> None:
         """Waits until all ranks are here, one is refused, or the time is over; then sends the verdict."""
+        entrance = Entrance(self.listener, self.selector, self.key, self._let_in, self._log_refused)
         try:
-            error = self._gather() or self.judge([arrival for _, arrival in sorted(self.arrivals.items())])
+            self._gather(entrance)
+            error = self.error or self.judge([arrival for _, arrival in sorted(self.arrivals.items())])
         except Exception as exception:  # sent to all ranks, because they wait for a verdict
             error = f"rank 0 could not gather the ranks ({type(exception).__name__}: {exception})"
         if error and len(self.arrivals) < self.world:
-            self._greet_late_ranks()
-        self.listener.close()
+            # ranks that arrive a moment late, among them perhaps rank 0, receive the error as well
+            end = time.monotonic() + _LATE_S
+            while time.monotonic() < end:
+                self._serve(entrance, end)
+        entrance.close()
         self.selector.close()
         if error is None and self.store_port is not None:
             error = self._open_store(self.store_port)
@@ -136,67 +140,61 @@ class _Desk:
             where = f"port {port} on {socket.gethostname()}"
             return f"{where} was lost to another program ({error}): choose another with {_OTHER_PORT}"
 
-    def _gather(self) -> str | None:
+    def _gather(self, entrance: Entrance) -> None:
         begin, logged = time.monotonic(), False
-        self.selector.register(self.listener, selectors.EVENT_READ)
-        while len(self.arrivals) < self.world:
+        while len(self.arrivals) < self.world and not self.error:
             waited = time.monotonic() - begin
             if waited >= self.limit_s:
-                return self._describe_missing()
+                self.error = self._describe_missing()
             if waited >= NOTICE_S and not logged:
                 logged = True
                 missing = f"{_name_ranks(self._absent())} of {self.world}"
                 print(f"waiting for {missing}, up to {self.limit_s:g} s (parallel.rendezvous_s)", flush=True)
-            for key, _ in self.selector.select(min(1.0, self.limit_s - waited)):
-                if key.fileobj is self.listener:
-                    self.selector.register(self._greet(), selectors.EVENT_READ)
-                elif isinstance(key.fileobj, Link) and (error := self._receive(key.fileobj)):
-                    return error
-        return None
+            self._serve(entrance, begin + self.limit_s)
 
-    def _greet_late_ranks(self) -> None:
-        """Lets ranks that arrive a moment late, among them perhaps rank 0, receive the error as well."""
-        end = time.monotonic() + _LATE_S
-        while (left := end - time.monotonic()) > 0:
-            self.listener.settimeout(left)
-            with contextlib.suppress(OSError):
-                self._greet()
+    def _serve(self, entrance: Entrance, end: float) -> None:
+        """Handles what arrives on the connections in the next moment, at most until `end` (of time.monotonic())."""
+        for key, _ in self.selector.select(max(0.0, min(_TICK_S, end - time.monotonic()))):
+            key.data(key.fileobj)
+        entrance.tick(time.monotonic())
 
-    def _greet(self) -> Link:
-        link = Link(self.listener.accept()[0])
+    def _log_refused(self, address: str, rank: int) -> None:
+        first, self.refused = not self.refused, f"rank {rank} from {address}"
+        if first:
+            print(f"refused {self.refused}: its secret is not this job's (docs/multinode.md)", flush=True)
+
+    def _let_in(self, link: Link, rank: int, message: dict) -> bool:
+        """Registers a rank; returns False if its introduction is none."""
+        world, host, facts = (message.get(name) for name in ("world", "host", "facts"))
+        if type(world) is not int or not _is_text(host) or len(host) > _MOST_HOST or not _are_facts(facts):
+            return False
         self.links[link] = None
-        link.send(greeting=_GREETING)
-        return link
-
-    def _receive(self, link: Link) -> str | None:
-        try:
-            messages = link.receive()
-            if messages:
-                return self._register(link, **messages[0])
-        except (ValueError, TypeError):  # another program
-            messages = None
-        if messages is None:
-            self.selector.unregister(link)
-            link.close()
-            rank = self.links.pop(link)
-            if rank is not None:
-                host = self.arrivals[rank].host
-                return f"rank {rank} on {host} ended before all ranks had arrived: look for its error message"
-        return None
-
-    def _register(self, link: Link, rank: int, world: int, host: str, address: str, facts: dict) -> str | None:
-        if world != self.world or not 0 <= rank < world:
-            return (
+        self.selector.modify(link, selectors.EVENT_READ, self._receive)
+        if world != self.world or rank >= world:
+            self.error = self.error or (
                 f"rank {rank} on {host} was started for {world} ranks and rank 0 for {self.world}: "
                 "start all hosts with the same numbers"
             )
-        if rank in self.arrivals:
-            return (
+        elif rank in self.arrivals:
+            self.error = self.error or (
                 f"rank {rank} arrived twice, from {self.arrivals[rank].host} and from {host}: "
                 "give every host its own --node_rank, and end what an earlier start left running"
             )
-        self.arrivals[rank], self.links[link] = Arrival(rank, host, facts, address), rank
-        return None
+        else:
+            self.arrivals[rank], self.links[link] = Arrival(rank, host, facts, _local_end(link)), rank
+        return True
+
+    def _receive(self, link: Link) -> None:
+        if link.receive() is not None:  # a rank says nothing more; it waits
+            return
+        self.selector.unregister(link)
+        link.close()
+        rank = self.links.pop(link)
+        if rank is not None:
+            host = self.arrivals[rank].host
+            self.error = self.error or (
+                f"rank {rank} on {host} ended before all ranks had arrived: look for its error message"
+            )
 
     def _absent(self) -> list[int]:
         return [rank for rank in range(self.world) if rank not in self.arrivals]
@@ -206,31 +204,65 @@ class _Desk:
         for rank, arrival in sorted(self.arrivals.items()):
             hosts.setdefault(arrival.host, []).append(rank)
         here = ", ".join(f"{_name_ranks(ranks)} on {host}" for host, ranks in list(hosts.items())[:8]) or "nobody"
+        refused = f" ({self.refused} was refused, its secret is not this job's)" if self.refused else ""
         return (
-            f"{_name_ranks(self._absent())} of {self.world} did not arrive within {self.limit_s:g} s, "
+            f"{_name_ranks(self._absent())} of {self.world} did not arrive within {self.limit_s:g} s{refused}, "
             f"here {'are' if len(self.arrivals) > 1 else 'is'} {here}: look for the missing ranks' own messages "
             "and whether their hosts were started and reach this one (docs/multinode.md); "
             "parallel.rendezvous_s sets how long to wait"
         )
 
 
+def _are_facts(facts: object) -> TypeGuard[RankFacts]:
+    """Returns whether the value, parsed from JSON, is of the type RankFacts."""
+    return isinstance(facts, dict) and all(
+        isinstance(values, dict) and all(map(_is_text, [*values, *values.values()])) for values in facts.values()
+    )
+
+
+def _is_text(value: object) -> TypeGuard[str]:
+    """Returns whether the value can be part of a message on the console."""
+    return isinstance(value, str) and value.isprintable()
+
+
+def _local_end(link: Link) -> str:
+    """Returns this host's IP address on a connection, of an IPv4 connection in its usual form."""
+    text = link.socket.getsockname()[0]
+    mapped = getattr(ipaddress.ip_address(text.partition("%")[0]), "ipv4_mapped", None)
+    return str(mapped or text)
+
+
+def _loopback(environment: LaunchEnvironment) -> str | None:
+    """Returns the loopback address at which all ranks meet, or None if MASTER_ADDR is none: others may need to reach
+    it then."""
+    address = environment.master_address
+    if address == "localhost":
+        return "127.0.0.1"
+    with contextlib.suppress(ValueError):
+        if ipaddress.ip_address(address).is_loopback:
+            return address
+    return None
+
+
 def _meeting_point(environment: LaunchEnvironment, limit_s: float) -> tuple[Address, socket.socket | None]:
     """Returns where to check in, and on rank 0 the listener there."""
     address, port = environment.master_address, environment.master_port
+    loopback = _loopback(environment)
     if not environment.agent_has_store:
-        return (address, port), _listen(port) if environment.rank == 0 else None
+        return (loopback or address, port), _listen(port, loopback or "") if environment.rank == 0 else None
     key = f"megachat/{environment.attempt}/rank 0"
     try:
         store = TCPStore(address, port, None, False, timedelta(seconds=limit_s), wait_for_workers=False)
         if environment.rank != 0:
-            host, port = json.loads(store.get(key))
-            return (host, port), None
-        listener = _listen(0)
+            return _parse_address(store.get(key)), None
+        if environment.local_size == environment.world_size:  # as torchrun counts them
+            loopback = loopback or "127.0.0.1"
+        listener = _listen(0, loopback or "")
         # loopback if MASTER_ADDR names this host: then the others reach it by that name
         local = local_address(address) or socket.gethostname()
-        here = address if local.startswith("127.") or local == "::1" else local, listener.getsockname()[1]
-        store.set(key, json.dumps(here))
-        return here, listener
+        here = address if local.startswith("127.") or local == "::1" else local
+        store.set(key, json.dumps([loopback or here, listener.getsockname()[1]]))
+        return (loopback or here, listener.getsockname()[1]), listener
     except DistError as error:
         raise UserError(
             f"rank 0 did not come to torchrun's store at {address}:{port} ({str(error).splitlines()[0]}): "
@@ -238,9 +270,20 @@ def _meeting_point(environment: LaunchEnvironment, limit_s: float) -> tuple[Addr
         ) from None
 
 
-def _listen(port: int) -> socket.socket:
+def _parse_address(text: bytes) -> Address:
+    """Returns rank 0's address as it stands in torchrun's store, which anyone can write to."""
     try:
-        return listen(port)
+        host, port = json.loads(text)
+        if isinstance(host, str) and type(port) is int and 0 < port < 2**16:
+            return host, port
+    except (ValueError, TypeError, RecursionError):
+        pass
+    raise UserError(f"torchrun's store has {text[:80]!r} as rank 0's address: another program wrote to it, start again")
+
+
+def _listen(port: int, host: str) -> socket.socket:
+    try:
+        return listen(port, host)
     except OSError as error:
         raise UserError(
             f"port {port} on {socket.gethostname()}, where rank 0 listens, cannot be used "
@@ -257,7 +300,7 @@ def _reach(address: Address, environment: LaunchEnvironment, begin: float, limit
         try:
             link = Link(socket.create_connection(address, timeout=_CONNECT_S))
             if link.socket.getsockname() != link.socket.getpeername():  # a client may be given the port that it wants
-                return _greeted(link, address)
+                return link
             link.close()
             why = "nothing listens there"
         except socket.gaierror:
@@ -277,28 +320,46 @@ def _reach(address: Address, environment: LaunchEnvironment, begin: float, limit
         time.sleep(_RETRY_S)
 
 
-def _greeted(link: Link, address: Address) -> Link:
-    """Returns the link once it is known to lead to rank 0 of a megachat job."""
-    message = None
-    with contextlib.suppress(ValueError):
-        message = _next_message(link, time.monotonic() + _GREETING_S)
-    if not isinstance(message, dict) or message.get("greeting") != _GREETING:
+def _check_in(link: Link, address: Address, environment: LaunchEnvironment, key: JobKey, facts: RankFacts) -> None:
+    """Introduces this rank to rank 0. Raises UserError if that is another program, or its secret is another one."""
+    greeting = receive_greeting(link, time.monotonic() + _GREETING_S)
+    if not greeting:
         raise UserError(
             f"at {address[0]}:{address[1]} is another program, not rank 0 of this job: end the earlier job that holds "
             f"the port, or choose another with {_OTHER_PORT}"
         )
-    return link
+    rank, host, deadline = environment.rank, socket.gethostname(), time.monotonic() + _GREETING_S
+    try:
+        if introduce(link, greeting, key, rank, deadline, world=environment.world_size, host=host, facts=facts):
+            return
+    except ConnectionError:
+        raise _fell_silent(address) from None
+    here, there = f"rank {rank} on {host}", f"rank 0 at {address[0]}:{address[1]}"
+    if key.secret and greeting.has_secret:
+        what = f"the secret of {here} is not that of {there}"
+    elif greeting.has_secret:
+        what = f"{here} has no secret, which {there} requires"
+    elif key.secret:
+        what = f"{here} has a secret and {there} has none"
+    else:
+        raise UserError(f"{there} belongs to another job: start all ranks with the same MASTER_ADDR and MASTER_PORT")
+    raise UserError(f"{what}: give all ranks the same MEGACHAT_SECRET or MEGACHAT_SECRET_FILE (docs/multinode.md)")
 
 
-def _next_message(link: Link, deadline: float) -> dict | None:
-    """Returns the next message; None when the other end closed or the time is over."""
-    while time.monotonic() < deadline:
-        messages = link.receive()
-        if messages is None:
-            return None
-        if messages:
-            return messages[0]
-    return None
+def _checked_ip(address: object) -> str | None:
+    if address is None:
+        return None
+    try:
+        ipaddress.ip_address(str(address).partition("%")[0])
+    except ValueError:
+        raise UserError(f"rank 0 sent {address!r} as its IP address: start all ranks from the same code") from None
+    return str(address)
+
+
+def _fell_silent(address: Address) -> UserError:
+    return UserError(
+        f"rank 0 at {address[0]}:{address[1]} ended or fell silent during the rendezvous: look for its error message"
+    )
 
 
 def _name_ranks(ranks: list[int]) -> str:

@@ -60,8 +60,8 @@ def test_a_rank_that_holds_up_the_others_is_named_with_its_line(tmp_path):
     assert f"the table above is also in {tmp_path / 'stall.txt'}; " in sentence
     assert [row.split()[0] for row in table] == ["0", "1", "2"]
     assert (
-        'waits in "norm of the gradient" (world 3)' in table[0] and 'in "rows of step 7"' in table[1]
-    )  # 1 is the monitor's
+        'waits in "norm of the gradient" (world 4)' in table[0] and 'in "rows of step 7"' in table[1]
+    )  # two are the monitor's
 
 
 def short_path() -> str:
@@ -181,6 +181,6 @@ def _many(folder):
 
 def test_a_record_takes_few_calls_and_a_short_job_ends_in_order(tmp_path):
     for calls, count in run_ranks(_many, 2, str(tmp_path)):
-        assert calls < 30 and count == 20_001
+        assert calls < 30 and count == 20_002
     assert run_ranks(_many, 1, str(tmp_path))[0][1] == 20_000
     assert not any(path.read_text() for path in tmp_path.glob("err*"))

@@ -1,16 +1,21 @@
 """The rendezvous, with ranks as threads over real sockets: all arrive, one is missing, arrives twice, dies, differs."""
 
+import contextlib
+import os
 import socket
 import threading
 import time
 from datetime import timedelta
+from socket import AF_INET
 
+import psutil
 import pytest
 from torch.distributed import TCPStore
 
 from megachat.errors import UserError
 from megachat.job.launch import LaunchEnvironment
-from megachat.job.rendezvous import _name_ranks, meet
+from megachat.job.links import JobKey, Link, introduce, receive_greeting
+from megachat.job.rendezvous import _name_ranks, _parse_address, meet
 from tests.limits import limit_s
 
 HOST = socket.gethostname()
@@ -31,6 +36,13 @@ def connect(port: int) -> socket.socket:
         except ConnectionRefusedError:
             assert time.monotonic() < deadline
             time.sleep(0.05)
+
+
+def check_in(link: Link, port: int, rank: int, secret: bytes = b"", **facts) -> bool:
+    """The handshake of a rank that the test plays itself."""
+    deadline = time.monotonic() + limit_s()
+    greeting = receive_greeting(link, deadline)
+    return introduce(link, greeting, JobKey(secret, f"rendezvous {port} 0"), rank, deadline, **facts)
 
 
 def gather(
@@ -117,25 +129,139 @@ def test_a_rank_that_dies_while_the_others_wait_is_named():
     started = threading.Thread(target=lambda: results.extend(gather([0], 3, port=port)), daemon=True)
     results: list[str] = []
     started.start()
-    with connect(port) as link:
-        link.sendall(b'{"rank": 1, "world": 3, "host": "other", "address": "127.0.0.1", "facts": {}}\n')
-        time.sleep(0.3)
+    link = Link(connect(port))
+    assert check_in(link, port, 1, world=3, host="other", facts={})
+    link.close()
     started.join(limit_s())
     assert results == ["rank 1 on other ended before all ranks had arrived: look for its error message"]
 
 
-def test_a_stranger_at_the_port_disturbs_nobody():
-    port = free_port()
-    results: list = []
-    ranks = threading.Thread(target=lambda: results.extend(gather([0], 2, port=port)), daemon=True)
-    ranks.start()
-    connect(port).close()
-    for words in (b"GET / HTTP/1.0\r\n\r\n", b"", b"[1]\n", b'{"rank": "x"}\n'):
-        with socket.create_connection(("127.0.0.1", port)) as stranger:
-            stranger.sendall(words)
-    (other,) = gather([1], 2, port=port)
-    ranks.join(limit_s())
-    assert other.store is None and results[0].store is not None
+class RankZero:
+    """Rank 0 of 2, which waits in a thread while the test plays the others; `results` has what it got."""
+
+    def __init__(self, **how):
+        self.port, self.results = free_port(), []
+        self.thread = threading.Thread(target=lambda: self.results.extend(gather([0], 2, port=self.port, **how)))
+        self.thread.daemon = True
+        self.thread.start()
+
+    def end(self):
+        self.thread.join(limit_s())
+        return self.results[0]
+
+
+STRANGERS = [
+    b"",
+    b"GET / HTTP/1.0\r\n\r\n",
+    b"[" * 200_000 + b"\n",
+    b"[1]\n",
+    b'{"rank": "x"}\n',
+    b'{"rank": 1, "world": 2, "host": "other", "address": "no IP", "facts": {}}\n',
+    b"x" * 300_000,
+]
+
+
+def test_a_crowd_of_strangers_at_the_port_disturbs_nobody():
+    """2,000 of them; a few more than may be open at once stay silent."""
+    before, zero = len(os.listdir("/proc/self/fd")), RankZero()
+    connect(zero.port).close()
+    with contextlib.ExitStack() as crowd:
+        for number in range(2000):
+            stranger = socket.create_connection(("127.0.0.1", zero.port))
+            with contextlib.suppress(ConnectionError):  # rank 0 does not read all of it
+                stranger.sendall(STRANGERS[number % 7])
+            crowd.callback(stranger.close) if number % 7 == 0 else stranger.close()
+        (one,) = gather([1], 2, port=zero.port)
+    assert zero.end().store is not None and one.address is None
+    del zero.results[:]
+    assert len(os.listdir("/proc/self/fd")) <= before + 4, "torch's store has some"
+
+
+def test_a_rank_is_not_admitted_with_impossible_facts():
+    """It may know the handshake, as a rank of another version does."""
+    zero = RankZero()
+    good = {"world": 2, "host": "other", "facts": {}}
+    bad = [
+        {"world": 2.0},
+        {"world": True},
+        {"host": 5},
+        {"host": "x" * 256},
+        {"host": "a\nerror: x"},
+        {"facts": {"code": 1}},
+        {"facts": []},
+    ]
+    for change in [*bad, {"facts": {"code": {"a": None}}}, {"facts": {"code": {"a": "\ud800"}}}]:
+        with contextlib.closing(Link(connect(zero.port))) as link, pytest.raises(ConnectionError):
+            check_in(link, zero.port, 1, **good | change)
+    assert not isinstance(gather([1], 2, port=zero.port)[0], str) and zero.end().store is not None
+
+
+def test_ranks_of_one_host_listen_on_loopback_only():
+    heard: list = []
+    zero = RankZero(judge=lambda arrivals: heard.extend(arrivals))
+    connect(zero.port).close()
+    others = {each.address for entries in psutil.net_if_addrs().values() for each in entries if each.family == AF_INET}
+    for address in others - {"127.0.0.1"}:
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((address, zero.port))
+    link = Link(connect(zero.port))
+    assert check_in(link, zero.port, 1, world=2, host="b", address="10.1.1.1", facts={})
+    zero.end()
+    assert [arrival.address for arrival in heard] == ["127.0.0.1"] * 2, "what a rank says of addresses does not count"
+
+
+@pytest.mark.parametrize(
+    "first, others",
+    [
+        (
+            "0" * 16,
+            {
+                None: "rank 1 on {} has no secret, which rank 0 at {} requires: give all ranks the same",
+                "1" * 16: "the secret of rank 1 on {} is not that of rank 0 at {}: give all ranks the same",
+            },
+        ),
+        (None, {"0" * 16: "rank 1 on {} has a secret and rank 0 at {} has none: give all ranks the same"}),
+    ],
+)
+def test_a_rank_without_the_secret_is_not_admitted(first, others, monkeypatch, capsys):
+    mine = threading.local()
+    monkeypatch.setattr("megachat.job.rendezvous.shared_secret", lambda: (mine.secret or "").encode())
+    monkeypatch.setattr("megachat.job.rendezvous._LATE_S", 0.1)
+    port, results = free_port(), {}
+
+    def rank(number: int, secret: str | None, rendezvous_s: float) -> None:
+        mine.secret = secret
+        environment = LaunchEnvironment(number, number, 2, 2, "test", "127.0.0.1", port, False, 0)
+        try:
+            results[number] = meet(environment, {}, lambda arrivals: None, rendezvous_s)
+        except UserError as error:
+            results[number] = str(error)
+
+    zero = threading.Thread(target=rank, args=(0, first, 3.0), daemon=True)
+    zero.start()
+    for secret, said in others.items():
+        rank(1, secret, 600.0)
+        assert results[1].startswith(said.format(HOST, f"127.0.0.1:{port}")) and "MEGACHAT_SECRET_FILE" in results[1]
+    zero.join(limit_s())
+    assert results[0].startswith(
+        "rank 1 of 2 did not arrive within 3 s (rank 1 from 127.0.0.1 was refused, its secret is not this job's), here"
+    )
+    refused = "refused rank 1 from 127.0.0.1: its secret is not this job's (docs/multinode.md)"
+    assert capsys.readouterr().out.splitlines() == [refused], "once, however many come"
+
+
+def test_ranks_with_the_same_secret_meet(monkeypatch):
+    monkeypatch.setenv("MEGACHAT_SECRET", "a secret of 24 characters")
+    zero = RankZero()
+    with contextlib.closing(Link(connect(zero.port))) as link:
+        assert not check_in(link, zero.port, 1, world=2, host="a stranger", facts={})
+    assert not isinstance(gather([1], 2, port=zero.port)[0], str) and zero.end().store is not None
+
+
+@pytest.mark.parametrize("text", [b"[" * 200_000, b"no json", b"[1, 2]", b'["host", 1.5]', b'["host", 70000]', b"3"])
+def test_what_torchruns_store_has_is_checked(text):
+    with pytest.raises(UserError, match="torchrun's store has .* as rank 0's address"):
+        _parse_address(text)
 
 
 def test_a_port_in_use_is_reported_by_rank_0_and_by_the_others():
