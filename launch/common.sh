@@ -45,3 +45,10 @@ master_port() {
 }
 
 use_venv() { command -v "$1" >/dev/null || PATH="$root/.venv/bin:$PATH"; }
+
+# Gives the ranks that the script starts a new secret, unless the user gave them one (docs/multinode.md).
+share_secret() {
+    [ -z "${MEGACHAT_SECRET:-}${MEGACHAT_SECRET_FILE:-}" ] || return 0
+    MEGACHAT_SECRET=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
+    export MEGACHAT_SECRET
+}

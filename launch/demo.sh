@@ -14,7 +14,7 @@ python tools/prepare_data.py --source python --out data/python
 [ -e data/tokenizer/tokenizer.json ] ||
     python tools/train_tokenizer.py --data data/python --vocab-size 4096 --out data/tokenizer
 
-source launch/secret.sh
+share_secret
 ranks=()
 if ! command -v nvidia-smi >/dev/null; then
     ranks=(--num_accelerators 2)

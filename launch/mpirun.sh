@@ -17,7 +17,7 @@ shift 2
 python launch/check_hosts.py --master_port "${MASTER_PORT:-0}" -- "$hostfile"
 hostfile=$(plain_hostfile "$hostfile")
 options=(--hostfile "$hostfile" --bind-to none)
-source launch/secret.sh
+share_secret
 options+=(-x "MEGACHAT_SECRET${MEGACHAT_SECRET_FILE:+_FILE}")
 if [ "$(id -u)" = 0 ]; then options+=(--allow-run-as-root); fi
 if [ -n "${INTERFACE:-}" ]; then options+=(--mca btl_tcp_if_include "$INTERFACE"); fi

@@ -17,7 +17,7 @@ config=$(locate "$1")
 shift
 [ -z "${PIPELINE:-}" ] || set -- --set parallel.pipeline="$PIPELINE" "$@"
 [ -z "${TENSOR:-}" ] || set -- --set parallel.tensor="$TENSOR" "$@"
-source launch/secret.sh
+share_secret
 if ! command -v nvidia-smi >/dev/null; then
     export DS_ACCELERATOR=cpu # otherwise the launcher searches for an accelerator and warns
     ranks=2
