@@ -1,6 +1,6 @@
 """launch/setup.sh and demo.sh with stubs for python and deepspeed: what is installed from where, what is passed on."""
 
-import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -32,16 +32,18 @@ class Project:
         (programs / "deepspeed").write_text('#!/bin/bash\necho "deepspeed $*" >>"$LOG"\n')
         for path in programs.iterdir():
             path.chmod(0o755)
+        for name in "awk bash cat cksum cut dirname grep rm sed tail tee touch uname".split():  # and no nvidia-smi
+            (programs / name).symlink_to(shutil.which(name))
 
     def run(self, script: str, *arguments: str, **variables: str) -> tuple[int, str, list[str]]:
         """Returns exit status, output and the calls of python and deepspeed."""
         self.log.write_text("")
         venv = self.folder / ".venv"
         given = {"LOG": str(self.log), "VENV": str(venv), "PYTHON": str(venv / "bin/python")}
-        given |= {"NO_TORCH": "0", "NO_INDEX": "0"} | variables
+        given |= {"PATH": str(venv / "bin"), "NO_TORCH": "0", "NO_INDEX": "0"} | variables
         done = subprocess.run(
             ["bash", self.folder / "launch" / script, *arguments],
-            env=os.environ | given,
+            env=given,
             capture_output=True,
             text=True,
         )
