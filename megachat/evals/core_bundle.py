@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import lzma
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterator
@@ -41,7 +42,10 @@ _KINDS: dict[str, tuple[str | None, tuple[str, ...]]] = {
 # Far above the files of nanochat's bundle; a small zip file may unpack to any size
 _MOST_INDEX_BYTES, _MOST_DATA_BYTES, _MOST_LINE, _MOST_DEPTH = 1 << 18, 1 << 29, 1 << 20, 20
 # of damaged or encrypted members and unreadable folders
-_UNREADABLE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError)
+_UNREADABLE = (
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error),
+    *(EOFError, OSError, RuntimeError, ValueError),
+)
 _FOLDER, _INDEX, _BASELINES, _DATA = "eval_bundle", "core.yaml", "eval_meta_data.csv", "eval_data"
 _Folder = Path | zipfile.Path
 

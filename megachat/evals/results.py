@@ -90,8 +90,10 @@ def _parse_results(content: bytes) -> dict:
     if results["format"] != FORMAT:
         raise ValueError(f"format {results['format']!r}")
     core = results.get("core", {})
-    if not isinstance(core.get("crop", True), bool):
-        raise ValueError(f"crop {core['crop']!r}")
+    if type(results["step"]) is not int or not isinstance(core.get("crop", True), bool):
+        raise ValueError(f"step {results['step']!r}, crop {core.get('crop')!r}")
+    if core.get("tasks") and not isinstance(core["whole"], bool):
+        raise ValueError(f"whole {core['whole']!r}")
     for label, task in core.get("tasks", {}).items():
         right, left_out, digest = task["right"], task.get("left_out", []), task["digest"]
         typed = isinstance(left_out, list) and isinstance(digest, str)

@@ -216,6 +216,14 @@ def test_bad_input(tmp_path, capsys):
     result["core"]["tasks"]["copa"]["right"] = "2" * EXAMPLES
     (tmp_path / "spoiled.json").write_text(json.dumps(result))
     assert "answers of copa" in refused(capsys, a, tmp_path / "spoiled.json")
+    spoiled = tmp_path / "run" / "evaluations" / "spoiled.json"
+    spoiled.parent.mkdir(parents=True)
+    whole = json.loads(a.read_text())
+    for change in ({"step": None}, {"core": whole["core"] | {"crop": "no"}}, {"core": whole["core"] | {"whole": 1}}):
+        spoiled.write_text(json.dumps(whole | change))
+        assert "spoiled.json is not a valid evaluation" in refused(capsys, a, tmp_path / "run")
+    spoiled.write_text("[" * 200_000)
+    assert "spoiled.json is not a valid evaluation" in refused(capsys, a, tmp_path / "run")
 
 
 def test_as_a_process(tmp_path):
