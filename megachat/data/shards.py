@@ -92,7 +92,8 @@ def open_shard(path: Path) -> Shard:
         raise UserError(f"{path} has {schema.names.count('text')} columns named `text`: keep one and rename the others")
     kind = schema.field("text").type
     if not holds_strings(kind):
-        raise UserError(f"{path} has a `text` column of {kind}: write it again with one string per document")
+        fix = "cast it to string" if "binary" in str(kind) else "write it again with one string per document"
+        raise UserError(f"{path} has a `text` column of {kind}: {fix}")
     return Shard(path, size, tuple(metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)), footer)
 
 

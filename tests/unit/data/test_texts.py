@@ -28,7 +28,7 @@ def test_columns_of_strings_are_read(tmp_path, kind):
 @pytest.mark.parametrize(
     ("table", "words"),
     [
-        (pa.table({"text": pa.array([b"bytes"])}), "`text` column of binary"),
+        (pa.table({"text": pa.array([b"bytes"])}), "`text` column of binary: cast it to string"),
         (pa.table({"text": pa.nulls(3)}), "`text` column of null"),
         (pa.table({"text": pa.array([1, 2]).dictionary_encode()}), "`text` column of int64"),
         (pa.Table.from_arrays([pa.array(["a"])] * 2, names=["text", "text"]), "has 2 columns named `text`: keep one"),
