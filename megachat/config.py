@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from megachat.errors import UserError, raise_if_unreadable
-from megachat.files import write_atomically
+from megachat.files import lfs_problem, write_atomically
 from megachat.planning.dimensions import NORM_EPSILON, QK_SCALE, ROTARY_BASE
 
 _UNSUPPORTED_FP8 = {
@@ -267,6 +267,8 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file; a config is JSON in UTF-8") from None
     except json.JSONDecodeError as error:
+        if pointer := lfs_problem(path):
+            raise UserError(f"{path} {pointer}") from None
         raise UserError(f"{path}: not JSON at line {error.lineno} column {error.colno}: {error.msg}") from None
     if not isinstance(values, dict):
         raise UserError(f'{path}: a config is a JSON object of sections, for example {{"model": {{"depth": 12}}}}')

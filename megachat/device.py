@@ -22,6 +22,12 @@ _PEAK_BF16_FLOPS = {
     r"(GeForce )?RTX 4090": 165.2e12,
 }
 
+# Every dtype that a config or a file may name. A name that was read is looked up here, never among torch's attributes.
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8)
+}
+
 # DeepSpeed looks for an accelerator when it is imported, and warns about a CPU unless it is configured.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 # Without a fast kernel, Transformer Engine would silently use one that keeps all scores; this makes that an error.
@@ -49,7 +55,7 @@ def compute_capability(device: torch.device) -> tuple[int, int]:
 def choose_compute_dtype(requested: str, device: torch.device) -> tuple[torch.dtype, str]:
     """Returns (dtype of activations, reason) for "auto", "bfloat16", "float16" or "float32"."""
     if requested != "auto":
-        return getattr(torch, requested), "requested"
+        return DTYPES[requested], "requested"
     if has_native_bfloat16(device):
         return torch.bfloat16, f"this {device.type} has native bfloat16"
     if compute_capability(device) >= (7, 0):

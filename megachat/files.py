@@ -1,5 +1,6 @@
 """Durable file writes, so that a file is there complete or not at all; file hashes; files that cannot be read."""
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -15,6 +16,7 @@ PART = ".part"  # suffix of a file that is not complete yet
 _CHUNK_BYTES = 4 << 20
 _Content = TypeVar("_Content")
 Log = Callable[[str], object]
+_LFS_START = b"version https://git-lfs.github.com/spec/"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -113,6 +115,16 @@ def sync_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def lfs_problem(path: Path) -> str | None:
+    """Returns a phrase if the file is a Git LFS pointer, which stands in for a file that was not fetched."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        if file.read(len(_LFS_START)) == _LFS_START:
+            return (
+                "is a Git LFS pointer, not the file itself: run `git lfs pull` where it comes from, and copy it again"
+            )
+    return None
 
 
 def file_sha256(path: Path) -> str:

@@ -1,9 +1,45 @@
 """Learning rate, momentum and weight decay as pure functions of the step (nanochat, scripts/base_train.py)."""
 
 import math
+from dataclasses import dataclass
+from typing import Protocol
 
 MOMENTUM_START, MOMENTUM_TOP, MOMENTUM_END = 0.85, 0.97, 0.90
 MOMENTUM_WARMUP_STEPS = 400
+
+
+class ScheduleSettings(Protocol):
+    """The settings of a config's optimizer section that the schedule uses."""
+
+    @property
+    def warmup_steps(self) -> int: ...
+    @property
+    def warmdown_ratio(self) -> float: ...
+    @property
+    def final_lr_fraction(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class ScheduledValues:
+    """The values of one step. rate, decay: multipliers of the learning rates and of Muon's weight decay."""
+
+    rate: float
+    momentum: float
+    decay: float
+
+
+def scheduled_values(settings: ScheduleSettings, step: int, steps: int) -> ScheduledValues:
+    """Returns what a run of `steps` steps uses in step `step`, counted from 0."""
+    ratio = settings.warmdown_ratio
+    rate = learning_rate_multiplier(
+        step,
+        steps,
+        warmup_steps=settings.warmup_steps,
+        warmdown_ratio=ratio,
+        final_fraction=settings.final_lr_fraction,
+    )
+    momentum = muon_momentum(step, steps, warmdown_ratio=ratio)
+    return ScheduledValues(rate, momentum, weight_decay_multiplier(step, steps))
 
 
 def due(step: int, every: int) -> bool:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from megachat.errors import UserError, raise_if_unreadable, summary
-from megachat.files import file_sha256, path_kind, write_json
+from megachat.files import file_sha256, lfs_problem, path_kind, write_json
 
 FACTS_NAME = "checkpoint.json"
 FORMAT_VERSION = 2
@@ -67,7 +67,8 @@ def read_facts(checkpoint: Path) -> dict:
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise_if_unreadable(path, error)
-        raise UserError(f"{path} cannot be read ({summary(error)}); use another step's checkpoint") from None
+        problem = lfs_problem(path) or f"cannot be read ({summary(error)}); use another step's checkpoint"
+        raise UserError(f"{path} {problem}") from None
     if problems:
         raise UserError(
             f"{checkpoint} is incomplete: {problems[0]}; use another step's checkpoint, "
@@ -98,6 +99,8 @@ def find_file_problems(
             if path_kind(path) != "file":
                 return f"{name} is missing"
             if (size := path.stat().st_size) != saved["bytes"]:
+                if pointer := lfs_problem(path):
+                    return f"{name} {pointer}"
                 return f"{name} has {size} bytes, not {saved['bytes']}"
             if sizes_only or saved["sha256"] is None or file_sha256(path) == saved["sha256"]:
                 return None

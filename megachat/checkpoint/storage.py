@@ -6,7 +6,6 @@ read with weights_only.
 """
 
 import contextlib
-import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping
@@ -27,12 +26,12 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from megachat.checkpoint.index import INDEX_NAME, read_index
+from megachat.device import DTYPES
 from megachat.errors import UserError, raise_if_unreadable, summary
 from megachat.files import write_json
 from megachat.parallel.mesh import Axis
 from megachat.parallel.rectangles import Rectangle
-
-INDEX_NAME = "tensors.json"
 
 # name -> (whole shape, this rank's rectangles of the tensor)
 RectanglesByName = Mapping[str, tuple[tuple[int, ...], list[Rectangle]]]
@@ -56,9 +55,10 @@ def load_checkpoint(checkpoint: Path, tensors: RectanglesByName) -> None:
     """Fills this rank's rectangles from the checkpoint, in place.
 
     All ranks call it, or one process without a process group. Raises UserError when the checkpoint has no tensor of
-    that name and shape, or cannot be read.
+    that name and shape, does not hold every element of it once, or cannot be read.
     """
-    saved = _saved_shapes(checkpoint)
+    index = read_index(checkpoint)
+    saved = {name: tuple(entry["shape"]) for name, entry in index.items()}
     for name, (shape, _) in tensors.items():
         if name not in saved:
             raise UserError(
@@ -73,7 +73,7 @@ def load_checkpoint(checkpoint: Path, tensors: RectanglesByName) -> None:
         with torch.no_grad(), _without_group_warning():
             dcp.load(
                 {name: _WholeTensor(shape, rectangles) for name, (shape, rectangles) in tensors.items()},
-                storage_reader=_Reader(checkpoint),
+                storage_reader=_Reader(checkpoint, index),
             )
     except CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
@@ -85,7 +85,7 @@ def load_checkpoint(checkpoint: Path, tensors: RectanglesByName) -> None:
 
 def load_model_weights(checkpoint: Path, names: list[str] | None = None) -> dict[str, torch.Tensor]:
     """Loads whole float32 weights by name on this process alone. names: None for all."""
-    saved = _saved_shapes(checkpoint)
+    saved = {name: tuple(entry["shape"]) for name, entry in read_index(checkpoint).items()}
     names = names or [name.removeprefix("model/") for name in saved if name.startswith("model/")]
     weights = {name: torch.empty(saved[f"model/{name}"]) for name in names}
     load_checkpoint(
@@ -93,21 +93,6 @@ def load_model_weights(checkpoint: Path, names: list[str] | None = None) -> dict
         {f"model/{name}": (tuple(t.shape), [((0,) * t.ndim, tuple(t.shape), t)]) for name, t in weights.items()},
     )
     return weights
-
-
-def read_index(folder: Path) -> dict:
-    """Reads the index of a checkpoint folder: name -> shape, dtype and pieces (rectangles in files) of every tensor."""
-    return json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
-
-
-def _saved_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
-    try:
-        return {name: tuple(entry["shape"]) for name, entry in read_index(checkpoint).items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise_if_unreadable(checkpoint / INDEX_NAME, error)
-        raise UserError(
-            f"{checkpoint / INDEX_NAME} cannot be read ({summary(error)}); use another step's checkpoint"
-        ) from None
 
 
 class _WholeTensor(torch.Tensor):
@@ -184,19 +169,23 @@ class _Writer(dcp.FileSystemWriter):
 
 
 class _Reader(dcp.FileSystemReader):
-    """Reads what _Writer wrote."""
+    """Reads what _Writer wrote. index: from `read_index`."""
+
+    def __init__(self, folder: Path, index: dict[str, dict]):
+        super().__init__(folder)
+        self._index = index
 
     def read_metadata(self, *args, **kwargs):
         tensors: dict[str, Any] = {}
         locations = {}
-        for name, entry in read_index(Path(self.path)).items():
+        for name, entry in self._index.items():
             chunks = []
             for piece in entry["pieces"]:
                 chunks.append(ChunkStorageMetadata(torch.Size(piece["offset"]), torch.Size(piece["size"])))
                 locations[MetadataIndex(name, piece["offset"])] = _StorageInfo(
                     piece["file"], piece["at"], piece["bytes"]
                 )
-            properties = TensorProperties(dtype=getattr(torch, entry["dtype"]))
+            properties = TensorProperties(dtype=DTYPES[entry["dtype"]])
             tensors[name] = TensorStorageMetadata(properties, torch.Size(entry["shape"]), chunks)
         return Metadata(tensors, storage_data=locations, storage_meta=StorageMeta(load_id=self.load_id))
 

@@ -1,6 +1,7 @@
 """What a checkpoint must hold, from the model's sizes alone; and the model, built from a checkpoint's tensors."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -14,6 +15,7 @@ from megachat.place import Place, place_of
 from megachat.planning.dimensions import Dimensions
 
 Shape = tuple[int, ...]
+DIVERGED = "its training had diverged, so use an earlier checkpoint"
 
 
 def _declared_parameters(dims: Dimensions, dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
@@ -29,6 +31,15 @@ def places(dims: Dimensions) -> list[Place]:
 def weight_shapes(dims: Dimensions) -> dict[str, Shape]:
     """Returns parameter name -> whole shape, in model order; per-layer scalars come with their first layer."""
     return {where.name: where.whole for where in places(dims)}
+
+
+def neutral_tensors(dims: Dimensions) -> dict[str, torch.Tensor]:
+    """Returns name -> values without effect, for the residual mix, smear and backout."""
+    neutral = {where.name: where for where in places(replace(dims, lambdas="neutral")) if where.cut == "whole"}
+    return {
+        name: torch.full(where.whole, where.start[1] if where.start[0] == "constant" else 0.0)
+        for name, where in neutral.items()
+    }
 
 
 def table_names(dims: Dimensions) -> frozenset[str]:
@@ -75,19 +86,44 @@ def tensor_problems(checkpoint: CheckpointReader) -> list[str]:
     return shape_problems({name: entry.shape for name, entry in checkpoint.entries.items()}, expected)
 
 
+def require_architecture(checkpoint: CheckpointReader) -> None:
+    """Raises UserError if the checkpoint has `tensor_problems`."""
+    if problems := tensor_problems(checkpoint):
+        raise UserError(f"{checkpoint.folder}: {problems[0]}: it is not a checkpoint of this architecture")
+
+
+def value_problems(checkpoint: CheckpointReader) -> list[str]:
+    """Returns one phrase per tensor with elements that are NaN or infinite; reads all of them, a few at a time."""
+    return [phrase for name, tensor in checkpoint.tensors() if (phrase := value_problem(name, tensor))]
+
+
+def value_problem(name: str, tensor: torch.Tensor) -> str | None:
+    """Returns a phrase if elements of the tensor are NaN or infinite."""
+    count = int((~tensor.isfinite()).sum())
+    return f"{name} has {count:,} elements that are NaN or infinite" if count else None
+
+
+def require_finite(checkpoint: CheckpointReader) -> None:
+    """Raises UserError if a tensor of the checkpoint has elements that are NaN or infinite."""
+    if problems := value_problems(checkpoint):
+        more = f", and {len(problems) - 1} other tensors have such" if len(problems) > 1 else ""
+        raise UserError(f"{checkpoint.folder}: {problems[0]}{more}: {DIVERGED}")
+
+
 def build_model(checkpoint: CheckpointReader, options: ModelOptions | None = None) -> torch.nn.ModuleList:
     """Returns the whole model on the CPU with the checkpoint's weights. It computes in float32 by default.
 
     With another compute dtype the matrices are stored in it, which gives the same numbers as casting them at each use.
-    Raises UserError if the tensors are not those of the architecture.
+    Raises UserError if the tensors are not those of the architecture, or have elements that are NaN or infinite.
     """
-    if problems := tensor_problems(checkpoint):
-        raise UserError(f"{checkpoint.folder}: {problems[0]}: it is not a checkpoint of this architecture")
+    require_architecture(checkpoint)
     layers = build_layers(checkpoint.dims, options or ModelOptions())
     by_name: dict[str, list] = {}
     for parameter in placed_parameters(layers):
         by_name.setdefault(f"model/{place_of(parameter).name}", []).append(parameter)
     for name, whole in checkpoint.tensors(by_name):
+        if problem := value_problem(name, whole):
+            raise UserError(f"{checkpoint.folder}: {problem}: {DIVERGED}")
         for parameter in by_name[name]:
             load_whole(parameter, whole)
             if options and parameter.ndim == 2:

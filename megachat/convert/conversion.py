@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from megachat.checkpoint.facts import find_file_problems
+from megachat.convert.architecture import require_finite
 from megachat.convert.formats import format_of, open_checkpoint
 from megachat.convert.megachat import write_megachat
 from megachat.convert.proof import megachat_logits, prove
@@ -29,6 +30,7 @@ def export_checkpoint(command: str, checkpoint: Path, target: Path, tokenizer: P
     """
     source = _open_source(checkpoint, "megachat")
     export = format_of(command).prepare_export(source, tokenizer, **options)
+    require_finite(source)
 
     def make(temporary: Path) -> dict:
         export.write(temporary)
@@ -55,6 +57,7 @@ def import_checkpoint(
     """
     form = format_of(command)
     new = form.prepare_import(_open_source(folder, form.name, step), tokenizer, **options)
+    require_finite(new.source)
     expected = new.source.select(new.source.entries, facts=new.source.facts | new.facts)
 
     def make(temporary: Path) -> dict:

@@ -62,13 +62,14 @@ class Import:
 class Format:
     """A checkpoint format. command: its name on the command line and in certificates, as in "to-hf".
 
-    recognizes: whether a folder has this format. open: (folder, step or None for the newest) -> its reader.
-    prepare_export, prepare_import: (source, folder of the requested tokenizer or None, options) -> what the conversion
-    does. All raise UserError.
+    marker: the file by which a folder has this format, for errors. recognizes: whether a folder has it. open: (folder,
+    step or None for the newest) -> its reader. prepare_export, prepare_import: (source, folder of the requested
+    tokenizer or None, options) -> what the conversion does. All raise UserError.
     """
 
     name: str
     command: str
+    marker: str
     recognizes: Callable[[Path], bool]
     open: Callable[[Path, int | None], CheckpointReader]
     prepare_export: Callable[..., Export]

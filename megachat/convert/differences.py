@@ -1,15 +1,18 @@
 """Compares two checkpoints tensor by tensor and fact by fact, whatever layout or format wrote them."""
 
+import json
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from megachat.config import config_from_values
 from megachat.convert.reader import CheckpointReader, load_arrays
 
 # A difference in _FACTS counts: training continues from them. One in _NOTES does not, nor does a duration.
 _FACTS = ("step", "model", "tokenizer", "adamw_steps", "loss_scaler", "loop", "ledger")
 _NOTES = ("config", "layout", "format_version", "architecture_version")
+_PLACES = ("config.run.name", "config.run.folder", "config.data.tokenizer")  # a conversion gives a run new ones
 _DURATIONS = ("loop.training_s",)
 
 
@@ -18,9 +21,9 @@ class Difference:
     """One difference between two checkpoints.
 
     kind: "tensor" (values), "shape", "only" (present in one of the two), "loader" and "random" (saved arrays), "fact",
-    or "note": what may differ between equal checkpoints, for example the layout. relative: Frobenius norm of right -
-    left over that of left; max_abs: largest element of right - left; elements: how many differ. All three are 0 for
-    anything but a tensor.
+    "setting", or "note": what may differ between equal checkpoints, for example the layout. relative: Frobenius norm of
+    right - left over that of left; max_abs: largest element of right - left; elements: how many differ. All three are 0
+    for anything but a tensor.
     """
 
     kind: str
@@ -89,6 +92,8 @@ def _flatten(value, prefix: str) -> dict[str, object]:
     if isinstance(value, dict):
         parts = (_flatten(inner, f"{prefix}.{key}") for key, inner in value.items())
         return {name: leaf for part in parts for name, leaf in part.items()}
+    if isinstance(value, (list, tuple)) and any(isinstance(inner, dict) for inner in value):
+        return _flatten(dict(enumerate(value)), prefix)
     return {prefix: list(value) if isinstance(value, tuple) else value}
 
 
@@ -103,6 +108,31 @@ def _compare_facts(left: dict, right: dict) -> list[Difference]:
                 kind = "fact" if key in _FACTS else "note"
                 differences.append(Difference(kind, name, str(one.get(name)), str(other.get(name))))
     return differences
+
+
+def compare_settings(left: dict, right: dict) -> tuple[int, list[Difference]]:
+    """Returns (how many settings the facts of both checkpoints have, each that differs).
+
+    Settings are a config's, with its defaults, but not those that say where a run is (_PLACES), and what nanochat's
+    files say beside tensors: meta file and parameter groups.
+    """
+    count, differences = 0, []
+    for key in ("config", "imported"):
+        if left.get(key) is None or right.get(key) is None:
+            continue
+        one, other = (
+            _flatten(_with_defaults(side[key]) if key == "config" else side[key], key) for side in (left, right)
+        )
+        names = [name for name in dict.fromkeys((*one, *other)) if name not in _PLACES]
+        count += len(names)
+        for name in names:
+            if name not in one or name not in other or json.dumps(one[name]) != json.dumps(other[name]):
+                differences.append(Difference("setting", name, str(one.get(name)), str(other.get(name))))
+    return count, differences
+
+
+def _with_defaults(config: dict) -> dict:
+    return config_from_values(config, "the checkpoint's config").model_dump(mode="json")
 
 
 def _compare_arrays(left: CheckpointReader, right: CheckpointReader) -> list[Difference]:

@@ -2,19 +2,36 @@
 
 from pathlib import Path
 
+from megachat.checkpoint.facts import FACTS_NAME
 from megachat.convert.declaration import Format
 from megachat.convert.huggingface import export_huggingface, import_huggingface, is_huggingface, open_huggingface
 from megachat.convert.megachat import find_step_folder, open_megachat
 from megachat.convert.nanochat import export_nanochat, import_nanochat_run, open_nanochat, saved_steps
-from megachat.convert.plain import export_plain, import_plain, is_plain, open_plain
+from megachat.convert.plain import FACTS_FILE, export_plain, import_plain, is_plain, open_plain
 from megachat.convert.reader import CheckpointReader
 from megachat.errors import UserError
 from megachat.files import path_kind
 
 FORMATS = (
-    Format("safetensors", "safetensors", is_plain, open_plain, export_plain, import_plain),
-    Format("huggingface", "hf", is_huggingface, open_huggingface, export_huggingface, import_huggingface),
-    Format("nanochat", "nanochat", lambda f: bool(saved_steps(f)), open_nanochat, export_nanochat, import_nanochat_run),
+    Format("safetensors", "safetensors", FACTS_FILE, is_plain, open_plain, export_plain, import_plain),
+    Format(
+        "huggingface",
+        "hf",
+        "config.json with model_type",
+        is_huggingface,
+        open_huggingface,
+        export_huggingface,
+        import_huggingface,
+    ),
+    Format(
+        "nanochat",
+        "nanochat",
+        "model_NNNNNN.pt",
+        lambda folder: bool(saved_steps(folder)),
+        open_nanochat,
+        export_nanochat,
+        import_nanochat_run,
+    ),
 )
 
 
@@ -36,4 +53,9 @@ def open_checkpoint(path: Path, step: int | None = None) -> CheckpointReader:
     for each in FORMATS:
         if each.recognizes(path):
             return each.open(path, step)
-    return open_megachat(find_step_folder(path))
+    step_folder = find_step_folder(path)
+    if not (step_folder / FACTS_NAME).is_file():
+        others = ", ".join(f"{each.marker} ({each.name})" for each in FORMATS)
+        looked_for = f"it has no {FACTS_NAME} (a step's folder), no checkpoints/ (a run's folder), and none of {others}"
+        raise UserError(f"{path} is not a complete checkpoint: {looked_for}; give another folder")
+    return open_megachat(step_folder)

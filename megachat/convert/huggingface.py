@@ -20,7 +20,7 @@ from megachat.convert.reader import CheckpointReader, TensorInfo
 from megachat.convert.tokenizers import load_tokenizer_of
 from megachat.data.tokenizer import Tokenizer, save_tokenizer
 from megachat.errors import UserError, raise_if_unreadable
-from megachat.files import write_json
+from megachat.files import lfs_problem, write_json
 from megachat.model.gpt import LOGIT_CAP
 from megachat.place import Place
 from megachat.planning.dimensions import MLP_RATIO, Dimensions
@@ -283,5 +283,5 @@ def _read_json(path: Path) -> dict | None:
         return None
     except (OSError, ValueError) as error:
         raise_if_unreadable(path, error)
-        raise UserError(f"{path} cannot be read ({error}): copy it again") from None
+        raise UserError(f"{path} {lfs_problem(path) or f'cannot be read ({error}): copy it again'}") from None
     return value if isinstance(value, dict) else None

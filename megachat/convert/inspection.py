@@ -1,13 +1,11 @@
 """What a checkpoint contains, in figures and words, and whether it is intact."""
 
 import json
-import math
-from collections.abc import Iterable
 from pathlib import Path
 
 from megachat.checkpoint.facts import FACTS_NAME, find_file_problems, read_facts
-from megachat.checkpoint.storage import INDEX_NAME, read_index
-from megachat.convert.architecture import tensor_problems
+from megachat.checkpoint.index import INDEX_NAME, index_problems
+from megachat.convert.architecture import tensor_problems, value_problems
 from megachat.convert.formats import open_checkpoint
 from megachat.convert.megachat import find_step_folder, open_megachat
 from megachat.convert.reader import CheckpointReader, load_arrays
@@ -42,6 +40,8 @@ def read_ledgers(checkpoint: CheckpointReader) -> dict:
     for name in checkpoint.files:
         if name.startswith("loader/stream_") and name.endswith(".npz"):
             arrays = load_arrays(checkpoint.folder / name)
+            if not {"counters", "ledger"} <= arrays.keys() or arrays["counters"].shape != (5,):
+                raise UserError(f"{checkpoint.folder / name} has no counters or ledger: use another checkpoint")
             next_document, _, rows, *_ = arrays["counters"].tolist()
             ledger = arrays["ledger"].tobytes().hex()
             streams[int(name[-9:-4])] = {"ledger": ledger, "rows": rows, "next_document": next_document}
@@ -74,7 +74,7 @@ def format_inspection(values: dict) -> str:
 
 
 def verify_checkpoint(path: Path) -> tuple[str, list[str]]:
-    """Checks files, their hashes, that each element of a tensor is stored once, and that no tensor is missing.
+    """Checks files and hashes, that each element of a tensor is stored once and finite, and that no tensor is missing.
 
     Returns (what was checked, one phrase per problem). path: as for `open_checkpoint`. Raises UserError if it has no
     known format.
@@ -83,7 +83,7 @@ def verify_checkpoint(path: Path) -> tuple[str, list[str]]:
     if not (path / FACTS_NAME).is_file():
         checkpoint = open_checkpoint(path)
         problems = find_file_problems(checkpoint.folder, checkpoint.facts) if checkpoint.format == "safetensors" else []
-        problems += tensor_problems(checkpoint)
+        problems += tensor_problems(checkpoint) or value_problems(checkpoint)
         return f"{checkpoint.format}: {len(checkpoint.files)} files, {len(checkpoint.entries)} tensors", problems
     try:
         facts = read_facts(path)
@@ -92,10 +92,16 @@ def verify_checkpoint(path: Path) -> tuple[str, list[str]]:
     except UserError as error:
         return f"{path.name}: its files", _problems_of_refused_facts(path) or [str(error)]
     problems, tensors = find_file_problems(path, facts), 0
-    if not any(problem.startswith(INDEX_NAME) for problem in problems):
+    if any(problem.startswith(INDEX_NAME) for problem in problems):
+        pass
+    elif index_issues := index_problems(path, files=facts["files"]):
+        problems += index_issues
+    else:
         checkpoint = open_megachat(path)
         tensors = len(checkpoint.entries)
-        problems += _coverage_problems(path, facts) + tensor_problems(checkpoint)
+        problems += tensor_problems(checkpoint)
+        if not problems:
+            problems += value_problems(checkpoint)
         if not problems and facts.get("ledger") not in (None, read_ledgers(checkpoint).get("combined")):
             problems.append(f"loader has read other documents than the ledger in {FACTS_NAME} says")
     return f"{path.name}: {len(facts['files'])} files, {tensors} tensors", problems
@@ -112,35 +118,3 @@ def _problems_of_refused_facts(path: Path) -> list[str]:
         return find_file_problems(path, {"files": files})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
-
-
-def _coverage_problems(path: Path, facts: dict) -> list[str]:
-    """Returns elements that are stored never or twice, and rectangles outside their tensor or file."""
-    problems = []
-    for name, entry in read_index(path).items():
-        shape, rectangles = entry["shape"], entry["pieces"]
-        boxes = [(rectangle["offset"], rectangle["size"]) for rectangle in rectangles]
-        stored = sum(math.prod(size) for _, size in boxes)
-        if stored != math.prod(shape):
-            problems.append(f"{name} has {stored:,} of its {math.prod(shape):,} elements in its rectangles")
-        if any(o < 0 or o + s > whole for box in boxes for o, s, whole in zip(*box, shape, strict=True)) or _overlap(
-            boxes
-        ):
-            problems.append(f"{name} has rectangles that overlap or lie outside it")
-        for rectangle in rectangles:
-            file_bytes = facts["files"].get(rectangle["file"], {"bytes": -1})["bytes"]
-            if rectangle["at"] + rectangle["bytes"] > file_bytes:
-                problems.append(f"{name} has a rectangle outside the file {rectangle['file']}")
-    return problems
-
-
-def _overlap(boxes: Iterable[tuple[list[int], list[int]]]) -> bool:
-    """True if two boxes (offset, size) overlap. Each is compared with those that begin before it ends on dim 0."""
-    ordered = sorted(boxes)
-    for index, (offset, size) in enumerate(ordered):
-        for other, other_size in ordered[index + 1 :]:
-            if offset and other[0] >= offset[0] + size[0]:
-                break
-            if all(a < b + t and b < a + s for a, s, b, t in zip(offset, size, other, other_size, strict=True)):
-                return True
-    return False

@@ -8,15 +8,17 @@ from pathlib import Path
 import torch
 
 from megachat.checkpoint.facts import checkpoint_name, checkpoint_step, read_facts
+from megachat.checkpoint.index import read_index
 from megachat.checkpoint.resume import newest_complete
 from megachat.checkpoint.save import save_checkpoint
-from megachat.checkpoint.storage import load_checkpoint, read_index
+from megachat.checkpoint.storage import load_checkpoint
 from megachat.config import Config, save_config
 from megachat.convert.architecture import state_shapes
 from megachat.convert.declaration import Import
 from megachat.convert.reader import CheckpointReader, TensorInfo
 from megachat.data.tokenizer import save_tokenizer
-from megachat.errors import UserError, raise_if_unreadable
+from megachat.device import DTYPES
+from megachat.errors import UserError
 from megachat.files import path_kind
 from megachat.parallel.mesh import Axis
 from megachat.planning.plan import Layout, resolve_dimensions
@@ -27,17 +29,12 @@ _ONE_RANK = Axis("world", 1, 0, None, (0,))
 def open_megachat(step_folder: Path) -> CheckpointReader:
     """Opens a complete checkpoint folder. Raises UserError if it is none."""
     facts = read_facts(step_folder)
-    try:
-        entries = {
-            name: TensorInfo(tuple(entry["shape"]), entry["dtype"]) for name, entry in read_index(step_folder).items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise_if_unreadable(step_folder, error)
-        problem = f"its list of tensors cannot be read ({type(error).__name__}: {error})"
-        raise UserError(f"{step_folder}: {problem}; give another step's folder") from None
+    entries = {
+        name: TensorInfo(tuple(entry["shape"]), entry["dtype"]) for name, entry in read_index(step_folder).items()
+    }
 
     def read(names: list[str]) -> dict[str, torch.Tensor]:
-        whole = {name: torch.empty(entries[name].shape, dtype=getattr(torch, entries[name].dtype)) for name in names}
+        whole = {name: torch.empty(entries[name].shape, dtype=DTYPES[entries[name].dtype]) for name in names}
         load_checkpoint(step_folder, {name: whole_piece(tensor) for name, tensor in whole.items()})
         return whole
 

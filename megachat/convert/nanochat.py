@@ -3,26 +3,36 @@
 import json
 import re
 from collections import OrderedDict
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from megachat.config import Config
-from megachat.convert.architecture import shape_problems, table_names, weight_shapes
+from megachat.convert.architecture import neutral_tensors, shape_problems, table_names, weight_shapes
 from megachat.convert.declaration import Export, Import, Tolerance
 from megachat.convert.megachat import first_facts
 from megachat.convert.nanochat_optimizer import read_optimizer, state_of_rank
-from megachat.convert.nanochat_settings import config_of, dims_of_meta, loop_of, meta_of, param_groups_of
+from megachat.convert.nanochat_settings import (
+    EMBEDDED,
+    config_of,
+    dims_of_meta,
+    layout_of,
+    loop_of,
+    meta_of,
+    param_groups_of,
+    remarks_of_export,
+)
+from megachat.convert.nanochat_versions import CURRENT, Version, version_of_model, version_of_tensors
 from megachat.convert.plain import writing
 from megachat.convert.reader import CheckpointReader, TensorInfo
 from megachat.convert.tokenizers import load_tokenizer_of
 from megachat.data.tokenizer import Tokenizer
+from megachat.device import DTYPES
 from megachat.errors import UserError, raise_if_unreadable
+from megachat.files import lfs_problem
 from megachat.planning.dimensions import Dimensions
-from megachat.planning.plan import resolve
 from megachat.prepare.tokenizer_training import export_nanochat as write_tokenizer
 
 # Rounding the tables was requested, so the logits may differ from the source's; the certificate states by how much.
@@ -49,22 +59,28 @@ def export_nanochat(
     if ranks < 1:
         raise UserError(f"--ranks is {ranks}: give 1 or more")
     dims = source.dims
-    for setting in ("rotary_base", "qk_scale", "norm_epsilon", "value_embeddings"):
-        theirs = next(field.default for field in fields(Dimensions) if field.name == setting)
-        if getattr(dims, setting) != theirs:
-            ours = f"the model has {setting} {getattr(dims, setting)}"
-            raise UserError(f"{ours}, and nanochat computes {theirs}: it cannot be converted")
+    version = version_of_model(dims)
     tokenizer, _ = load_tokenizer_of(source, requested_tokenizer)
-    rounded, dtype = table_names(dims), getattr(torch, tables)
-    stored = source.select(
-        source.entries, lambda name, tensor: tensor.to(dtype) if name.split("/")[1] in rounded else tensor
-    )
-    write = partial(write_nanochat, stored, tokenizer=tokenizer, ranks=ranks)
+    rounded, dtype = table_names(dims), DTYPES[tables]
+    names, remarks = list(source.entries), remarks_of_export(source)
+    if not version.is_current:
+        names = [name for name in names if name.startswith("model/")]
+        remarks.append(f"written as a nanochat {version.dates} has it, without the optimizer's state")
+    stored = source.select(names, lambda name, tensor: tensor.to(dtype) if name.split("/")[1] in rounded else tensor)
+    write = partial(write_nanochat, stored, tokenizer=tokenizer, ranks=ranks, version=version)
     if tables == "float32":
-        return Export(write, open_nanochat)
-    remark = f"embeddings and their moments are rounded to {tables}; the logits are compared with the unrounded"
-    expected = stored.select(stored.entries, lambda name, tensor: tensor.to(getattr(torch, source.entries[name].dtype)))
-    return Export(write, open_nanochat, ROUNDED_TABLES, expected, remarks=(remark,))
+        return Export(write, _open_with_settings, expected=stored, remarks=tuple(remarks))
+    remarks.append(f"embeddings and their moments are rounded to {tables}; the logits are compared with the unrounded")
+    expected = stored.select(stored.entries, lambda name, tensor: tensor.to(DTYPES[source.entries[name].dtype]))
+    return Export(write, _open_with_settings, ROUNDED_TABLES, expected, remarks=tuple(remarks))
+
+
+def _open_with_settings(folder: Path) -> CheckpointReader:
+    """Opens an export with the config that an import of it has. The meta file of an import is compared itself."""
+    reader = open_nanochat(folder)
+    if EMBEDDED not in reader.facts["imported"]["meta"]:
+        return reader
+    return reader.select(reader.entries, facts=reader.facts | {"config": config_of(reader)[0]})
 
 
 def import_nanochat_run(
@@ -78,10 +94,13 @@ def import_nanochat_run(
         weights = [name for name in source.entries if name.startswith("model/")]
         source = source.select(weights, facts=source.facts | {"adamw_steps": 0})
     elif not source.has_optimizer:
+        if source.facts["imported"].get("version"):
+            problem = f"{source.folder} is of a nanochat {source.facts['imported']['version']}"
+            raise UserError(f"{problem}, whose optimizer cannot be continued: give --fresh-optimizer")
         problem = f"{source.folder} has no optimizer state of step {source.facts['step']}"
         raise UserError(f"{problem}: copy its optim files too, or give --fresh-optimizer")
     config, remarks = config_of(source)
-    facts = first_facts(source, config, loop_of(source.facts["imported"]["meta"]))
+    facts = first_facts(source, config, loop_of(source.facts["imported"]["meta"])) | layout_of(source)
     return Import(source, facts, *load_tokenizer_of(source, requested_tokenizer), remarks=tuple(remarks))
 
 
@@ -100,19 +119,28 @@ def open_nanochat(folder: Path, step: int | None = None) -> CheckpointReader:
         meta = json.loads(path.read_text(encoding="utf-8")) | {"step": step}
     except (OSError, ValueError, TypeError) as error:
         raise_if_unreadable(path, error)
-        raise UserError(f"{path} cannot be read ({error}): copy it next to the weights") from None
-    dims, weights = dims_of_meta(meta, path), folder / f"model_{step:06d}.pt"
-    model = {name.removeprefix(_COMPILED): tensor for name, tensor in _load_file(weights).items()}
-    problems = shape_problems({name: tuple(tensor.shape) for name, tensor in model.items()}, weight_shapes(dims))
-    if problems:
+        problem = lfs_problem(path) or f"cannot be read ({error}): copy it next to the weights"
+        raise UserError(f"{path} {problem}") from None
+    weights = folder / f"model_{step:06d}.pt"
+    model = {name.removeprefix(_COMPILED): tensor for name, tensor in _load_tensors(weights).items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.items()}
+    version = version_of_tensors(shapes, weights)
+    dims = dims_of_meta(meta, path, version)
+    parts = _complete_parts(model, dims, version)
+    shapes = {name: (sum(map(len, each)), *each[0].shape[1:]) if each[0].ndim else () for name, each in parts.items()}
+    if problems := shape_problems(shapes, weight_shapes(dims)):
         raise UserError(f"{weights} is not of the model that {path.name} describes: {problems[0]}")
-    parts = {f"model/{name}": [tensor] for name, tensor in model.items()}  # of each tensor, along dim 0
-    facts = {"step": step, "model": asdict(dims)}
-    groups, shards = None, _optimizer_files(folder, step)
+    parts = {f"model/{name}": each for name, each in parts.items()}
+    facts: dict = {"step": step, "model": asdict(dims)}
+    groups, shards = None, _optimizer_files(folder, step) if version.is_current else []
     if shards:
         state, facts["adamw_steps"], groups = read_optimizer([_load_file(shard) for shard in shards], dims, shards)
         parts |= state
     facts["imported"] = {"form": "nanochat", "step": step, "meta": meta, "param_groups": groups}
+    remarks = [] if groups else ["no optimizer state: there is no optim file of this step"]
+    if not version.is_current:
+        facts["imported"]["version"] = version.dates
+        remarks = [f"of a nanochat {version.dates}: what it lacks has values without effect; its optimizer is not read"]
 
     def read(names: list[str]) -> dict[str, torch.Tensor]:
         return {name: torch.cat(parts[name]) if len(parts[name]) > 1 else parts[name][0] for name in names}
@@ -124,8 +152,29 @@ def open_nanochat(folder: Path, step: int | None = None) -> CheckpointReader:
     files = tuple(file.name for file in (path, weights, *shards))
     # in an export, or in nanochat's base folder
     tokenizers = folder / "tokenizer", folder.parent.parent / "tokenizer"
-    remarks = () if groups else ("no optimizer state: there is no optim file of this step",)
-    return CheckpointReader("nanochat", folder, facts, entries, read, files, tokenizers, remarks)
+    return CheckpointReader("nanochat", folder, facts, entries, read, files, tokenizers, tuple(remarks))
+
+
+def _complete_parts(model: dict[str, torch.Tensor], dims: Dimensions, version: Version) -> dict[str, list]:
+    """Returns the parts of each tensor along dim 0, with neutral values for what an older version lacks."""
+    parts = {name: [tensor] for name, tensor in model.items()}
+    if not version.is_current:
+        neutral, padding = neutral_tensors(dims), dims.padded_vocab - dims.vocab_size
+        parts |= {name: [neutral[name]] for name in version.absent if name not in parts}
+        for name in ("transformer.wte.weight", "lm_head.weight"):  # the first nanochats did not pad their tables
+            if name in model and model[name].shape == (dims.vocab_size, dims.width) and padding:
+                parts[name].append(model[name].new_zeros(padding, dims.width))
+    return parts
+
+
+def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Loads a dictionary of tensors. Raises UserError if it holds anything else, or a dtype that our table lacks."""
+    loaded = _load_file(path)
+    for name, tensor in loaded.items():
+        kind = str(tensor.dtype).removeprefix("torch.") if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        if kind not in DTYPES or not isinstance(name, str):
+            raise UserError(f"{path} has {name} as {kind}, and not as a tensor of {', '.join(DTYPES)}: copy it again")
+    return loaded
 
 
 def _load_file(path: Path) -> dict:
@@ -136,6 +185,8 @@ def _load_file(path: Path) -> dict:
         raise UserError(f"{path} is missing: copy it next to the weights") from None
     except Exception as error:  # a damaged file may raise anything; torch refuses one that would execute code
         raise_if_unreadable(path, error)
+        if pointer := lfs_problem(path):
+            raise UserError(f"{path} {pointer}") from None
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         problem = f"it is damaged, or holds more than tensors and numbers ({first[:200]})"
         raise UserError(f"{path} is refused: {problem}; take it from its source again") from None
@@ -156,22 +207,22 @@ def _optimizer_files(folder: Path, step: int) -> list[Path]:
     return [by_rank[rank] for rank in sorted(by_rank)]
 
 
-def write_nanochat(source: CheckpointReader, folder: Path, tokenizer: Tokenizer, ranks: int) -> None:
+def write_nanochat(
+    source: CheckpointReader, folder: Path, tokenizer: Tokenizer, ranks: int, version: Version = CURRENT
+) -> None:
     """Writes all files. The weights, then one rank's optimizer state, are in memory.
 
     Raises UserError if nanochat cannot divide its tables over the ranks.
     """
-    step, dims, layout = source.facts["step"], source.dims, source.facts["layout"]
-    config = Config.model_validate_json(json.dumps(source.facts["config"]))
-    plan = resolve(config, layout["data"] * layout["tensor"] * layout["pipeline"], dims.vocab_size)
-    meta = meta_of(source.facts, dims, config, plan)
+    step, dims = source.facts["step"], source.dims
+    meta = meta_of(source.facts, dims)
     (folder / f"meta_{step:06d}.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-    order = sorted(weight_shapes(dims), key=_state_position)
+    order = sorted((name for name in weight_shapes(dims) if name not in version.absent), key=_state_position)
     tensors = source.tensors([f"model/{name}" for name in order])
     model = OrderedDict((name.removeprefix("model/"), tensor) for name, tensor in tensors)
     _save_file(model, folder / f"model_{step:06d}.pt")
     if source.has_optimizer:
-        groups = param_groups_of(source.facts, dims, config, plan)
+        groups = param_groups_of(source.facts, dims)
         for rank in range(ranks):
             state = {"state": state_of_rank(source, rank, ranks), "param_groups": groups}
             _save_file(state, folder / f"optim_{step:06d}_rank{rank}.pt")

@@ -4,6 +4,7 @@ AdamW's moments are whole on every rank for parameters below SMALL_ELEMENTS; oth
 dim 0. Muon's are stacked over all matrices of one shape; each rank has a chunk of the stack, the last ones padded.
 """
 
+import math
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 
 from megachat.convert.architecture import Shape, muon_shapes, weight_shapes
 from megachat.convert.reader import CheckpointReader
+from megachat.device import DTYPES
 from megachat.errors import UserError
 from megachat.optim.groups import GROUPS, Group, group_of
 from megachat.planning.dimensions import Dimensions
@@ -63,6 +65,10 @@ def read_optimizer(
             problem = "has other parameter groups than nanochat makes for this model"
             raise UserError(f"{files[0]} {problem}: it cannot be converted")
         for (ours, names), group in zip(expected, groups, strict=True):
+            if not all(math.isfinite(group[key]) and group[key] >= 0 for key in ("initial_lr", "weight_decay")):
+                raise UserError(
+                    f"{files[0]} has a rate or a decay that is negative or not finite: it cannot be converted"
+                )
             if group["params"] != list(range(first, first + len(names))):
                 problem = "numbers its parameters in another order than nanochat does"
                 raise UserError(f"{files[0]} {problem}: it cannot be converted")
@@ -110,6 +116,8 @@ def _read_muon(names: list[str], ranks: list[dict], shape: Shape, files: list[Pa
 
 
 def _check_shape(tensor: torch.Tensor, shape: Shape, what: str, file: Path) -> None:
+    if str(tensor.dtype).removeprefix("torch.") not in DTYPES:
+        raise UserError(f"{file} has {what} as {tensor.dtype}, which is none of {', '.join(DTYPES)}: copy it again")
     if tuple(tensor.shape) != shape:
         problem = f"{file} has {what} as {list(tensor.shape)}, not {list(shape)}"
         raise UserError(f"{problem}: it is of another model or another number of ranks")

@@ -23,7 +23,7 @@ from megachat.convert.megachat import tokenizer_folders
 from megachat.convert.reader import CheckpointReader, TensorInfo
 from megachat.convert.tokenizers import find_tokenizer, load_tokenizer_of
 from megachat.errors import UserError, raise_if_unreadable
-from megachat.files import write_json
+from megachat.files import lfs_problem, write_json
 
 FACTS_FILE = "checkpoint_facts.json"
 VERSION = 1
@@ -87,8 +87,10 @@ def open_plain(folder: Path, step: int | None = None) -> CheckpointReader:
         facts = document["facts"] | {"files": document["files"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise_if_unreadable(path, error)
-        problem = f"{path} cannot be read ({type(error).__name__}: {error})"
-        raise UserError(f"{problem}: convert the checkpoint again") from None
+        problem = f"cannot be read ({type(error).__name__}: {error}): convert the checkpoint again"
+        raise UserError(f"{path} {lfs_problem(path) or problem}") from None
+    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in (*files, *file_of.values())):
+        raise UserError(f"{path} names a file outside its folder: convert the checkpoint again")
     if version > VERSION or architecture > ARCHITECTURE_VERSION:
         versions = f"version {version} and architecture {architecture}"
         raise UserError(f"{folder} has {versions}, newer than this version reads: update megachat")
@@ -150,4 +152,5 @@ def _open_safetensors(path: Path):
         raise UserError(f"{path} is missing: copy the folder again, with all its files") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise_if_unreadable(path, error)
-        raise UserError(f"{path} is no whole safetensors file ({error}): copy or convert it again") from None
+        problem = lfs_problem(path) or f"is no whole safetensors file ({error}): copy or convert it again"
+        raise UserError(f"{path} {problem}") from None

@@ -11,7 +11,7 @@ import torch
 from megachat.checkpoint.facts import hash_files
 from megachat.convert.architecture import build_model
 from megachat.convert.declaration import BuildLogits, Logits, Tolerance
-from megachat.convert.differences import compare_checkpoints
+from megachat.convert.differences import compare_checkpoints, compare_settings
 from megachat.convert.reader import CheckpointReader
 from megachat.model.gpt import logits, run_layers
 from megachat.planning.dimensions import Dimensions
@@ -76,10 +76,12 @@ def prove(
 ) -> dict:
     """Returns the certificate as JSON values; its "first_difference" is None if the proof passed.
 
-    source: as the target should hold it. source_logits, target_logits: default to megachat's model. All tensors and
-    facts that both formats can hold must be equal to the bit.
+    source: as the target should hold it. source_logits, target_logits: default to megachat's model. All tensors, facts
+    and settings that both formats can hold must be equal to the bit.
     """
     differences = [difference for difference in compare_checkpoints(source, target) if difference.counts]
+    settings, changed = compare_settings(source.facts, target.facts)
+    differences += changed
     rows = token_rows(source.dims)
     numbers = compare_logits(
         source_logits or partial(megachat_logits, source), target_logits or partial(megachat_logits, target), rows
@@ -103,6 +105,7 @@ def prove(
             "compared": len(source.entries.keys() & target.entries.keys()),
             "different": sum(difference.kind in ("tensor", "shape", "only") for difference in differences),
         },
+        "settings": {"compared": settings, "different": len(changed)},
         "source": _describe_side(source),
         "target": _describe_side(target),
         "remarks": [*source.remarks, *remarks],

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from megachat.device import DTYPES
 from megachat.errors import UserError, raise_if_unreadable
 from megachat.planning.dimensions import Dimensions, saved_dimensions
 
@@ -16,7 +17,7 @@ BATCH_BYTES = 256 << 20  # tensors are read in batches of this size, because eac
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a tensor before it is read. dtype: torch's name without "torch."."""
+    """What is known of a tensor before it is read. dtype: a name in DTYPES."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -29,7 +30,7 @@ class TensorInfo:
     @property
     def bytes(self) -> int:
         """Returns the size in memory."""
-        return self.elements * getattr(torch, self.dtype).itemsize
+        return self.elements * DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True)

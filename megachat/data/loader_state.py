@@ -24,6 +24,7 @@ HEADER_FILE = "loader.json"
 _COUNTERS = ("next_document", "next_sequence", "rows", "read_tokens", "cropped_tokens")
 _SKIPPED_TEXTS = "skipped_texts"
 _ARRAYS = ("counters", "ledger", "sequence", "documents", "lengths", "tokens")
+_LEAST = {"step": 0, "rows": 1, "streams": 1, "row_tokens": 2}  # header keys that are counted with, and their least
 # Header keys that must not change, because the rows depend on them; and what the user changes to restore them.
 _SAME = {
     "split": "split",
@@ -59,6 +60,14 @@ def stream_to_arrays(state: StreamState, dtype: np.dtype) -> dict[str, np.ndarra
 
 def stream_from_arrays(arrays: dict[str, np.ndarray], row_tokens: int) -> StreamState:
     """Inverts `stream_to_arrays`. Raises ValueError if the arrays do not fit together."""
+    for name in ("counters", "sequence", "documents", "lengths"):
+        if arrays[name].dtype != np.int64 or arrays[name].ndim != 1 or (arrays[name] < 0).any():
+            raise ValueError(f"{name} is no list of counts")
+    ids, ledger = arrays["tokens"], arrays["ledger"]
+    if ids.dtype not in (np.uint16, np.uint32) or ids.ndim != 1 or ledger.dtype != np.uint8 or ledger.size != 32:
+        raise ValueError("tokens or ledger are of another kind")
+    if (np.diff(arrays["sequence"]) <= 0).any():
+        raise ValueError("a document is there twice, or out of order")
     kept = np.minimum(arrays["lengths"], row_tokens)
     if len(arrays["tokens"]) != kept.sum() or not len(arrays["sequence"]) == len(arrays["documents"]) == len(kept):
         raise ValueError("documents and tokens do not fit together")
@@ -143,7 +152,11 @@ def load_header(folder: str | Path) -> dict:
     path = Path(folder) / HEADER_FILE
     with _errors_to_user(path):
         header = json.loads(path.read_text(encoding="utf-8"))
-        _ = [header[key] for key in ("step", "rows", "streams", "row_tokens")]
+        optional = {"documents": 1} if "documents" in header else {}
+        counts = [(header[key], least) for key, least in (_LEAST | optional).items()]
+        counts += [(restart["step"], 0) for restart in header.get("restarts", [])]
+        if not all(type(value) is int and value >= least for value, least in counts):
+            raise ValueError("a count is no integer or too small")
         return header
 
 

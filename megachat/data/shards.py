@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from megachat.data.texts import REFUSE, BadTexts, decode_texts, holds_strings, read_batches, row_place
 from megachat.errors import UserError, raise_if_unreadable, summary
-from megachat.files import file_sha256, list_folder, path_kind
+from megachat.files import file_sha256, lfs_problem, list_folder, path_kind
 from megachat.text import shortened
 
 MANIFEST = "manifest.json"
@@ -73,7 +73,8 @@ def open_shard(path: Path) -> Shard:
             file.seek(max(0, size - 8))
             footer_size, tail = int.from_bytes(file.read(4), "little"), file.read(4)
             if head != b"PAR1":
-                raise UserError(f"{path} is not a parquet file: download or prepare it again, or remove it")
+                problem = lfs_problem(path) or "is not a parquet file: download or prepare it again, or remove it"
+                raise UserError(f"{path} {problem}")
             if tail != b"PAR1" or size < 12:
                 raise UserError(f"{path} is truncated after {size:,} bytes: download or prepare it again")
             file.seek(size - 8 - footer_size)

@@ -13,7 +13,7 @@ import numpy as np
 import tiktoken
 
 from megachat.errors import UserError, raise_if_unreadable, summary
-from megachat.files import write_atomically
+from megachat.files import lfs_problem, write_atomically
 
 RANK_FILE = "ranks.tiktoken"
 METADATA_FILE = "tokenizer.json"
@@ -188,6 +188,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         metadata = json.loads((folder / METADATA_FILE).read_text(encoding="utf-8"))
         content = (folder / RANK_FILE).read_bytes()
         if hashlib.sha256(content).hexdigest() != metadata["rank_file_sha256"]:
+            if pointer := lfs_problem(folder / RANK_FILE):
+                raise UserError(f"{folder / RANK_FILE} {pointer}")
             raise UserError(
                 f"{folder / RANK_FILE} was modified: it does not match its SHA-256 in {METADATA_FILE}; "
                 "train the tokenizer again or copy the folder again"
@@ -202,6 +204,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         ) from None
     except (ValueError, KeyError, TypeError, OSError, binascii.Error) as error:
         raise_if_unreadable(getattr(error, "filename", None) or folder, error)
+        if pointer := lfs_problem(folder / METADATA_FILE):
+            raise UserError(f"{folder / METADATA_FILE} {pointer}") from None
         raise UserError(f"the tokenizer at {folder} is not valid ({summary(error)}): train it again") from None
     if (tokenizer.vocab_size, tokenizer.fingerprint) != saved:
         raise UserError(

@@ -75,7 +75,13 @@ def saved_dimensions(model: dict) -> Dimensions:
     if unknown := sorted(set(model) - known):
         raise UserError(f"the checkpoint's model has {unknown[0]}, which this version does not know: update megachat")
     try:
-        return Dimensions(**(model | {"windows": tuple(model["windows"])}))
+        dims = Dimensions(**(model | {"windows": tuple(model["windows"])}))
+        sizes = [getattr(dims, field.name) for field in fields(Dimensions) if field.type is int]
+        if not all(type(size) is int and size > 0 for size in (*sizes, *dims.windows)):
+            raise TypeError("a size is no positive integer")
+        if not dims.depth == len(dims.windows) <= 1000 or dims.heads * dims.head_size != dims.width:
+            raise TypeError("blocks and windows, or heads and width, do not fit together")
+        return dims
     except (TypeError, KeyError) as error:
         raise UserError(f"the checkpoint lacks sizes of its model ({error}): use another checkpoint") from None
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from megachat.data.shards import open_shard
 from megachat.data.texts import REFUSE, BadTexts, read_shard_texts
 from megachat.errors import UserError, raise_if_unreadable
-from megachat.files import PART, path_kind, sync_and_rename
+from megachat.files import PART, lfs_problem, path_kind, sync_and_rename
 from megachat.prepare.manifest import ShardEntry, measure_shard, shard_name
 
 _SHARD_BYTES = 100_000_000  # of text per train shard if the number of shards is not given; about nanochat's size
@@ -71,6 +71,8 @@ def _files_below(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
 def read_text_files(files: Iterable[Path], document_bytes: int, bad_texts: BadTexts = REFUSE) -> Iterator[str]:
     """Yields the texts of UTF-8 files, cut into pieces if they are longer than `document_bytes`."""
     for path in files:
+        if pointer := lfs_problem(path):
+            raise UserError(f"{path} {pointer}, or leave it out")
         try:
             content = path.read_bytes()
         except OSError as error:

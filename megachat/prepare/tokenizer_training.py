@@ -13,7 +13,7 @@ from megachat.data.shards import open_shards, split_shards
 from megachat.data.texts import REFUSE, BadTexts, read_shard_texts
 from megachat.data.tokenizer import LONGEST_RUN, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, split_long_runs
 from megachat.errors import UserError, summary
-from megachat.files import write_atomically
+from megachat.files import lfs_problem, write_atomically
 
 
 def read_texts(
@@ -110,9 +110,8 @@ def import_nanochat(folder: str | Path) -> Tokenizer:
     except UserError as error:
         raise UserError(f"{path} is refused: {error}") from None
     except Exception as error:  # a damaged pickle may raise anything
-        raise UserError(
-            f"{path} is not a pickled tiktoken.Encoding ({summary(error)}): export it from nanochat again"
-        ) from None
+        problem = f"is not a pickled tiktoken.Encoding ({summary(error)}): export it from nanochat again"
+        raise UserError(f"{path} {lfs_problem(path) or problem}") from None
     valid = isinstance(name, str) and isinstance(pattern, str) and isinstance(ranks, dict) and isinstance(special, dict)
     if not valid or not all(isinstance(token, bytes) and isinstance(rank, int) for token, rank in ranks.items()):
         raise UserError(

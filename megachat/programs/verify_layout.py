@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from megachat.checkpoint.storage import load_checkpoint, read_index, save_rectangles
+from megachat.checkpoint.index import read_index
+from megachat.checkpoint.storage import load_checkpoint, save_rectangles
 from megachat.config import Config
 from megachat.convert.architecture import weight_shapes
 from megachat.convert.megachat import whole_piece

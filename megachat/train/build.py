@@ -10,7 +10,7 @@ from torch import nn
 from megachat.config import Config
 from megachat.data.loader import Loader
 from megachat.data.tokenizer import Tokenizer
-from megachat.device import choose_compute_dtype
+from megachat.device import DTYPES, choose_compute_dtype
 from megachat.errors import UserError
 from megachat.evals.core_bundle import Bundle
 from megachat.kernels.attention import Attend, attention
@@ -83,7 +83,7 @@ def model_options(config: Config, compute_dtype: torch.dtype, attend: Attend = a
 def gradient_wire(config: Config, compute_dtype: torch.dtype) -> torch.dtype:
     """Returns the dtype in which Muon's gradients travel between ranks."""
     if config.optimizer.gradient_wire != "auto":
-        return getattr(torch, config.optimizer.gradient_wire)
+        return DTYPES[config.optimizer.gradient_wire]
     return torch.bfloat16 if compute_dtype == torch.bfloat16 else torch.float32
 
 

@@ -14,7 +14,7 @@ from megachat.optim.groups import GROUPS
 from megachat.optim.joint import StepOutcome, optimizer_step
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.progress import profile_range
-from megachat.schedule import learning_rate_multiplier, muon_momentum, weight_decay_multiplier
+from megachat.schedule import scheduled_values
 from megachat.train.build import Run, Training
 
 _RATE_OF_GROUP = {group.name: group.rate for group in GROUPS}
@@ -38,22 +38,16 @@ class StepResult:
 
 def set_schedules(run: Training, step: int) -> float:
     """Sets both optimizers' rates, decay and momentum for the step; returns the rate multiplier."""
-    plan, config = run.plan, run.config.optimizer
-    multiplier = learning_rate_multiplier(
-        step,
-        plan.steps,
-        warmup_steps=config.warmup_steps,
-        warmdown_ratio=config.warmdown_ratio,
-        final_fraction=config.final_lr_fraction,
-    )
+    plan = run.plan
+    values = scheduled_values(run.config.optimizer, step, plan.steps)
     for group in run.engine.adamw.param_groups:
-        group["lr"] = plan.rates[_RATE_OF_GROUP[group["name"]]] * multiplier
+        group["lr"] = plan.rates[_RATE_OF_GROUP[group["name"]]] * values.rate
     run.muon.set_hyper(
-        lr=plan.rates["matrix"] * multiplier,
-        weight_decay=plan.weight_decay * weight_decay_multiplier(step, plan.steps),
-        momentum=muon_momentum(step, plan.steps, warmdown_ratio=config.warmdown_ratio),
+        lr=plan.rates["matrix"] * values.rate,
+        weight_decay=plan.weight_decay * values.decay,
+        momentum=values.momentum,
     )
-    return multiplier
+    return values.rate
 
 
 def micro_batches(rows: torch.Tensor, micro_rows: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -9,6 +9,7 @@ import torch
 
 from megachat.checkpoint.storage import load_checkpoint
 from megachat.config import Config, config_from_values
+from megachat.convert.architecture import DIVERGED, require_architecture, value_problem
 from megachat.convert.formats import open_checkpoint
 from megachat.convert.nanochat_settings import config_of
 from megachat.convert.reader import CheckpointReader
@@ -20,6 +21,7 @@ from megachat.kernels.choice import AttentionChoice, choose_attention
 from megachat.model.gpt import Loss
 from megachat.model.parameters import placed_parameters
 from megachat.optim.groups import assign_groups
+from megachat.parallel.collectives import on_all_ranks_or_raise
 from megachat.parallel.engine import Engine, build_evaluation_engine, build_module
 from megachat.parallel.mesh import Mesh
 from megachat.parallel.tensor import vocabulary_part
@@ -116,7 +118,9 @@ def build_evaluation_model(saved: SavedModel, plan: Plan, mesh: Mesh) -> Evaluat
         for parameter in parameters:
             if groups[place_of(parameter).name].optimizer == "muon":
                 parameter.data = parameter.data.to(dtype)
-    _load_weights(saved.reader, parameters)
+    on_all_ranks_or_raise(
+        lambda: _load_weights(saved.reader, parameters), mesh.world, lambda text: text.partition(": ")[2]
+    )
     token_bytes = torch.from_numpy(saved.tokenizer.token_bytes())
     loss = Loss(plan.dims, token_bytes, vocabulary_part(plan.dims.padded_vocab, mesh.tensor))
     engine = build_evaluation_engine(build_module(list(layers), loss, mesh), mesh)
@@ -125,14 +129,22 @@ def build_evaluation_model(saved: SavedModel, plan: Plan, mesh: Mesh) -> Evaluat
 
 @torch.no_grad()
 def _load_weights(reader: CheckpointReader, parameters: list[torch.nn.Parameter]) -> None:
-    """Loads this rank's part of every weight; formats other than megachat's are read one whole tensor at a time."""
+    """Loads this rank's part of every weight; formats other than megachat's are read one whole tensor at a time.
+
+    Raises UserError if the checkpoint has other tensors than the model, or a weight is NaN or infinite.
+    """
+    require_architecture(reader)
     rectangles: dict[str, tuple] = {}
     for parameter in parameters:
         place = place_of(parameter)
         rectangle = (place.offset or (0,) * len(place.whole), tuple(parameter.shape), parameter.data)
         rectangles.setdefault(f"model/{place.name}", (place.whole, []))[1].append(rectangle)
     if reader.format == "megachat":
-        return load_checkpoint(reader.folder, rectangles)
-    for name, tensor in reader.tensors(rectangles):
-        for offsets, sizes, part in rectangles[name][1]:
-            part.copy_(tensor[tuple(slice(first, first + size) for first, size in zip(offsets, sizes, strict=True))])
+        load_checkpoint(reader.folder, rectangles)
+    else:
+        for name, tensor in reader.tensors(rectangles):
+            for offsets, sizes, part in rectangles[name][1]:
+                part.copy_(tensor[tuple(slice(at, at + size) for at, size in zip(offsets, sizes, strict=True))])
+    for parameter in parameters:
+        if problem := value_problem(place_of(parameter).name, parameter.data):
+            raise UserError(f"{reader.folder}: {problem}: {DIVERGED}")

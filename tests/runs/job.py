@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from megachat.checkpoint.storage import load_checkpoint, read_index
+from megachat.checkpoint.index import read_index
+from megachat.checkpoint.storage import load_checkpoint
 from megachat.data.tokenizer import Tokenizer, save_tokenizer
 from tests.limits import limit_s
 from tests.runs.forked import ROOT, Done, environment, free_port, run_forked

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from megachat.checkpoint.facts import write_facts
-from megachat.checkpoint.storage import load_checkpoint, read_index, save_rectangles
+from megachat.checkpoint.index import read_index
+from megachat.checkpoint.storage import load_checkpoint, save_rectangles
 from megachat.config import load_config
 from megachat.convert.architecture import weight_shapes
 from megachat.errors import UserError

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megachat.checkpoint.facts import checkpoint_name, find_file_problems, read_facts
+from megachat.checkpoint.facts import checkpoint_name, find_file_problems, read_facts, write_facts
+from megachat.checkpoint.index import read_index
 from megachat.checkpoint.resume import newest_complete
 from megachat.checkpoint.save import remove_old_checkpoints, repair_checkpoints_folder, save_checkpoint
-from megachat.checkpoint.storage import load_checkpoint, load_model_weights, read_index
+from megachat.checkpoint.storage import load_checkpoint, load_model_weights
+from megachat.convert.megachat import open_megachat
 from megachat.errors import UserError
 from megachat.files import file_sha256
 from megachat.parallel.mesh import Axis
@@ -118,13 +120,12 @@ def test_a_pickled_tensor_is_not_executed(tmp_path):
     path = save(tmp_path, tensors=tensors)
     content = io.BytesIO()
     torch.save(Attack(tmp_path / "executed"), content)
+    entry = read_index(path)["model/a"]
     (path / "__0_0.distcp").write_bytes(content.getvalue())
-    index = read_index(path)
-    for entry in index.values():
-        entry["pieces"][0] |= {"at": 0, "bytes": len(content.getvalue())}
-    (path / "tensors.json").write_text(json.dumps(index))
+    entry["pieces"][0] |= {"at": 0, "bytes": len(content.getvalue())}
+    (path / "tensors.json").write_text(json.dumps({"model/a": entry}))
     with pytest.raises(UserError, match=r"could not be read on rank 0: .*[wW]eights"):
-        read(path, tensors)
+        read(path, {"model/a": tensors["model/a"]})
     assert not (tmp_path / "executed").exists()
 
 
@@ -141,6 +142,70 @@ def test_an_index_that_is_none_is_refused(damage, tmp_path):
     path = save(tmp_path)
     (path / "tensors.json").write_bytes(damage)
     with pytest.raises(UserError, match="step_000007"):
+        read(path, some_tensors())
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("pieces", lambda pieces: [], "has 0 of its 12 elements"),
+        ("pieces", lambda pieces: [cut(pieces[0], [2, 4])], "has 8 of its 12 elements"),
+        ("pieces", lambda pieces: [cut(pieces[0], [2, 4]), cut(pieces[0], [1, 4])], "overlap or lie outside"),
+        ("pieces", lambda pieces: [pieces[0] | {"offset": [1, 0]}], "overlap or lie outside"),
+        ("pieces", lambda pieces: [pieces[0] | {"offset": [-1, 0]}], "no list of integers of the right sign"),
+        ("pieces", lambda pieces: [pieces[0] | {"offset": [False, 0]}], "no list of integers of the right sign"),
+        ("pieces", lambda pieces: [pieces[0] | {"offset": [0.0, 0]}], "no list of integers of the right sign"),
+        ("pieces", lambda pieces: [cut(pieces[0], [3, 4, 1])], "no list of integers of the right sign"),
+        ("pieces", lambda pieces: [cut(pieces[0], [-3, -4])], "no list of integers of the right sign"),
+        ("pieces", lambda pieces: [cut(pieces[0], [3.0, 4])], "no list of integers of the right sign"),
+        ("pieces", lambda pieces: [pieces[0] | {"at": -1}], "no list of integers of the right sign"),
+        ("pieces", lambda pieces: [pieces[0] | {"at": 10**30}], "outside the file"),
+        ("pieces", lambda pieces: [pieces[0] | {"bytes": 10**6}], "outside the file"),
+        ("pieces", lambda pieces: [pieces[0] | {"bytes": 8}], "in only 8 bytes of the file"),
+        ("pieces", lambda pieces: [pieces[0] | {"file": "../7/__0_0.distcp"}], "outside the file"),
+        ("pieces", lambda pieces: [pieces[0] | {"file": 3}], "no list of integers of the right sign"),
+        ("pieces", lambda pieces: [pieces[0], pieces[0] | {"size": [0, 4]}], "no list of integers of the right sign"),
+        ("pieces", lambda pieces: [[0]], "no list of integers of the right sign"),
+        ("pieces", lambda pieces: 3, "no list of integers of the right sign"),
+        ("shape", lambda shape: [3, 4.0], r"has the shape \[3, 4.0\]"),
+        ("shape", lambda shape: [3, True], r"has the shape \[3, true\]"),
+        ("shape", lambda shape: [-3, -4], r"has the shape \[-3, -4\]"),
+        ("shape", lambda shape: [10**15, 10**15], "has 12 of its 1,000,000"),
+        ("dtype", lambda dtype: "load", 'has the dtype "load", which is none of float64'),
+        ("dtype", lambda dtype: [], r"has the dtype \[\]"),
+    ],
+)
+def test_an_index_that_leaves_memory_uninitialized_is_refused(key, change, message, tmp_path):
+    """Signed again or of a format without hashes, its numbers are all that can show it."""
+    path = save(tmp_path)
+    index = read_index(path)
+    index["model/a"][key] = change(index["model/a"][key])
+    (path / "tensors.json").write_text(json.dumps(index))
+    for load in (lambda: read(path, some_tensors()), lambda: load_model_weights(path), lambda: open_megachat(path)):
+        rewritten(path)
+        with pytest.raises(UserError, match=f"tensors.json is refused: model/a .*{message}"):
+            load()
+
+
+def cut(piece: dict, size: list) -> dict:
+    return piece | {"size": size}
+
+
+def rewritten(path: Path) -> None:
+    """Signs the checkpoint's files as they are."""
+    facts = json.loads((path / "checkpoint.json").read_text())
+    facts.pop("sha256")
+    for name, entry in facts["files"].items():
+        entry |= {"bytes": (path / name).stat().st_size, "sha256": file_sha256(path / name)}
+    write_facts(path, facts)
+
+
+def test_two_tensors_in_the_same_bytes_are_refused(tmp_path):
+    path = save(tmp_path)
+    index = read_index(path)
+    index["model/a"]["pieces"][0] |= {key: index["muon/a/momentum"]["pieces"][0][key] for key in ("at", "bytes")}
+    (path / "tensors.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="momentum has a rectangle in the same bytes of a file as model/a"):
         read(path, some_tensors())
 
 

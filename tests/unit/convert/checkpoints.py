@@ -12,6 +12,7 @@ from megachat.config import Config
 from megachat.convert.architecture import state_shapes
 from megachat.convert.differences import Difference, compare_checkpoints
 from megachat.convert.formats import open_checkpoint
+from megachat.convert.nanochat_settings import EMBEDDED
 from megachat.data.loader_state import combined_ledger, save_loader_state
 from megachat.data.packing import EMPTY_STREAM
 from megachat.data.tokenizer import Tokenizer, save_tokenizer
@@ -62,7 +63,7 @@ def rectangles(tensor: torch.Tensor, parts: int) -> list:
 
 
 def make_run(
-    folder: Path, *, parts: int = 1, change=lambda tensors: None, facts=None, model=None, optimizer=None
+    folder: Path, *, parts: int = 1, change=lambda tensors: None, facts=None, model=None, optimizer=None, batch=None
 ) -> Path:
     """A run folder with the checkpoint of STEP, its tokenizer and its config; `change` works on the tensors."""
     run = {"name": folder.name, "folder": str(folder.parent)}
@@ -72,7 +73,7 @@ def make_run(
         "data": {"tokenizer": str(folder / "tokenizer"), "streams": 2},
     }
     sections |= {
-        "batch": {"tokens": 640, "micro_rows": 2},
+        "batch": batch or {"tokens": 640, "micro_rows": 2},
         "horizon": {"steps": 20},
         "optimizer": {"warmup_steps": 3} | (optimizer or {}),
     }
@@ -111,6 +112,11 @@ def step_folder(run: Path) -> Path:
     return run / "checkpoints" / f"step_{STEP:06d}"
 
 
+def pointer(path: Path) -> None:
+    """Replaces a file by the Git LFS pointer that stands for it."""
+    path.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 123456\n")
+
+
 def tool(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
     """(exit status, stdout, stderr) of tools/convert_checkpoint.py."""
     monkeypatch.setattr("sys.argv", ["convert_checkpoint.py", *map(str, arguments)])
@@ -147,3 +153,34 @@ def assert_same(found, wanted, where: str = "") -> None:
             assert_same(*pair, f"{where}/{index}")
     else:
         assert found == wanted, where
+
+
+def loaded(path):
+    return torch.load(path, weights_only=True)
+
+
+def edit_meta(folder, change):
+    path = folder / f"meta_{STEP:06d}.json"
+    meta = json.loads(path.read_text())
+    change(meta)
+    path.write_text(json.dumps(meta))
+
+
+def edit_optimizer(folder, rank, change):
+    path = folder / f"optim_{STEP:06d}_rank{rank}.pt"
+    saved = loaded(path)
+    change(saved)
+    torch.save(saved, path)
+
+
+def as_version(folder, version, *, pattern="L", vocab_size=VOCAB_SIZE):
+    """Makes an export what an older nanochat would have written of such a model."""
+    path = folder / f"model_{STEP:06d}.pt"
+    model = {name: tensor for name, tensor in loaded(path).items() if name not in version.absent}
+    if not version.constants.get("value_embeddings", True):
+        model = {name: tensor for name, tensor in model.items() if "ve_gate" not in name and "value_embeds" not in name}
+        for name in ("transformer.wte.weight", "lm_head.weight"):
+            model[name] = model[name][:vocab_size]
+    torch.save(model, path)
+    edit_meta(folder, lambda meta: (meta.pop(EMBEDDED, None), meta["model_config"].update(window_pattern=pattern)))
+    return model

@@ -11,10 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from megachat.convert import huggingface
 from megachat.convert.conversion import export_checkpoint, import_checkpoint
+from megachat.convert.nanochat_versions import VERSIONS
 from megachat.errors import UserError
 from tests.unit.convert.checkpoints import (
     HUGGINGFACE,
     VOCAB_SIZE,
+    as_version,
     assert_same,
     differences_between,
     left_in,
@@ -74,6 +76,15 @@ def test_ours_in_their_class(run, exported):
     row = torch.randint(0, VOCAB_SIZE, (1, 12), generator=torch.Generator().manual_seed(0))
     more = model.generate(row, max_new_tokens=3, do_sample=False)
     assert more.shape[1] <= 15 and more.max() < VOCAB_SIZE
+
+
+def test_the_first_nanochat_is_what_their_class_computes(tmp_path):
+    """Imported from nanochat's own files of that time: the proof is transformers' model, which is that first GPT."""
+    export_checkpoint("nanochat", make_run(tmp_path / "run"), tmp_path / "nanochat")
+    as_version(tmp_path / "nanochat", VERSIONS[-1])
+    import_checkpoint("nanochat", tmp_path / "nanochat", tmp_path / "first", fresh_optimizer=True)
+    told = export_checkpoint("hf", tmp_path / "first", tmp_path / "hf")
+    assert told["passed"] and told["numbers"]["largest_logit_difference"] < 5e-5
 
 
 def test_theirs_in_ours_and_back(theirs, tmp_path, monkeypatch, capsys):

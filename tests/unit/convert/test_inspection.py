@@ -4,9 +4,16 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from megachat.checkpoint.facts import hash_files, write_facts
-from tests.unit.convert.checkpoints import STEP, make_run, step_folder, tool
+from megachat.convert.formats import open_checkpoint
+from megachat.errors import UserError
+from megachat.model.gpt import ModelOptions, build_layers
+from megachat.model.parameters import placed_parameters
+from megachat.programs.generate import load_model
+from megachat.train import weights
+from tests.unit.convert.checkpoints import STEP, left_in, make_run, step_folder, tool
 
 
 @pytest.fixture(scope="module")
@@ -115,11 +122,17 @@ def outside_file(tensors, _):
             "c_q.weight/momentum is missing",
         ),
         (
-            lambda tensors, _: tensors.update(more=tensors["model/lm_head.weight"]),
+            lambda tensors, _: tensors.update(more=tensors.pop("model/lm_head.weight")),
             "more is no tensor of this architecture",
         ),
         (lambda _, facts: facts.update(ledger="0" * 64), "other documents than the ledger in checkpoint.json"),
-        (lambda _, facts: facts["model"].update(width=64), "is [384, 48], not [384, 64]"),
+        (lambda _, facts: facts["model"].update(vocab_size=400), "is [384, 48], not [448, 48]"),
+        (
+            lambda _, facts: facts["model"].update(depth=True),
+            "lacks sizes of its model (a size is no positive integer)",
+        ),
+        (lambda _, facts: facts["model"].update(depth=10**9), "do not fit together"),
+        (lambda _, facts: facts["model"].update(width=64), "heads and width, do not fit together"),
         (lambda _, facts: facts["model"].update(experts=8), "has experts, which this version does not know"),
     ],
 )
@@ -127,3 +140,31 @@ def test_holes_overlaps_and_other_tensors_are_found(copy, change, words, monkeyp
     resaved(copy, change)
     status, _, err = tool(monkeypatch, capsys, "verify", copy)
     assert status == 2 and words in err, err
+
+
+def nan_in(name):
+    def change(tensors):
+        tensors[name].view(-1)[:3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+
+    return change
+
+
+@pytest.mark.parametrize("name", ["model/lm_head.weight", "muon/transformer.h.0.attn.c_q.weight/momentum"])
+def test_numbers_that_are_not_finite_are_reported(name, tmp_path, monkeypatch, capsys):
+    """verify names the tensor, conversions say that the source has them, and nothing is left of a conversion."""
+    run = make_run(tmp_path / "runs" / "run", change=nan_in(name))
+    words = f"{name} has 3 elements that are NaN or infinite"
+    for command in (["verify", run], ["to-nanochat", run, tmp_path / "new"], ["to-safetensors", run, tmp_path / "new"]):
+        status, _, err = tool(monkeypatch, capsys, *command)
+        assert status == 2 and len(err.splitlines()) == 1 and f": {words}" in err, err
+    assert left_in(tmp_path) == ["runs"]
+
+
+def test_a_model_of_numbers_that_are_not_finite_generates_nothing(tmp_path):
+    """It is not evaluated either."""
+    run = make_run(tmp_path / "run", change=nan_in("model/lm_head.weight"))
+    reader = open_checkpoint(run)
+    with pytest.raises(UserError, match="lm_head.weight has 3 elements that are NaN or infinite: its training had div"):
+        weights._load_weights(reader, placed_parameters(build_layers(reader.dims, ModelOptions())))
+    with pytest.raises(UserError, match="lm_head.weight has 3 elements that are NaN or infinite: its training had div"):
+        load_model(open_checkpoint(run), "float32")

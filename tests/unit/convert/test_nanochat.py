@@ -12,8 +12,10 @@ import torch
 
 from megachat.config import load_config
 from megachat.convert.conversion import export_checkpoint, import_checkpoint
+from megachat.convert.formats import open_checkpoint
 from megachat.convert.megachat import open_megachat
 from megachat.convert.nanochat import open_nanochat
+from megachat.convert.nanochat_versions import VERSIONS
 from megachat.convert.proof import compare_logits
 from megachat.errors import UserError
 from megachat.planning.plan import resolve
@@ -23,10 +25,15 @@ from tests.unit.convert.checkpoints import (
     HUGGINGFACE,
     STEP,
     VOCAB_SIZE,
+    as_version,
     assert_same,
     differences_between,
+    edit_meta,
+    edit_optimizer,
     left_in,
+    loaded,
     make_run,
+    pointer,
     step_folder,
     tokenizer,
     tool,
@@ -45,10 +52,6 @@ def exported(run, tmp_path_factory):
     for ranks in (1, 2, 3):
         export_checkpoint("nanochat", run, folder / str(ranks), ranks=ranks)
     return {ranks: folder / str(ranks) for ranks in (1, 2, 3)}
-
-
-def loaded(path):
-    return torch.load(path, weights_only=True)
 
 
 @reference.needs_reference
@@ -163,19 +166,6 @@ def rates_of(run):
     return dict(plan.rates) | {"weight_decay": plan.weight_decay}
 
 
-def test_rates_that_are_not_scaled_come_back_as_they_are(run, tmp_path):
-    """nanochat always scales its arguments to the batch; but where it resumes, the rates of its parameter groups win
-    over its arguments.
-    """
-    own = make_run(tmp_path / "own", optimizer={"scale_to_batch": False})
-    assert rates_of(own)["matrix"] == 0.02
-    export_checkpoint("nanochat", own, tmp_path / "nanochat")
-    told = import_checkpoint("nanochat", tmp_path / "nanochat", tmp_path / "back")
-    found, wanted = rates_of(tmp_path / "back"), rates_of(own)
-    del found["weight_decay"], wanted["weight_decay"]  # which nanochat computes from its arguments
-    assert found == pytest.approx(wanted, rel=1e-9) and "have other rates" in told["remarks"][0]
-
-
 def test_tables_in_bfloat16(run, tmp_path):
     told = export_checkpoint("nanochat", run, tmp_path / "nanochat", tables="bfloat16")
     model, state = (
@@ -208,6 +198,68 @@ def test_without_optimizer_state_it_begins_afresh_when_asked(exported, tmp_path)
         )
 
 
+@pytest.mark.parametrize("version", VERSIONS[1:], ids=lambda version: version.dates)
+def test_older_versions_load_as_what_they_are(version, exported, tmp_path):
+    shutil.copytree(exported[1], tmp_path / "in")
+    model = as_version(tmp_path / "in", version)
+    with pytest.raises(UserError, match=f"of a nanochat {version.dates}, whose optimizer cannot be continued"):
+        import_checkpoint("nanochat", tmp_path / "in", tmp_path / "run")
+    certificate = import_checkpoint("nanochat", tmp_path / "in", tmp_path / "run", fresh_optimizer=True)
+    assert any(version.dates in remark and "without effect" in remark for remark in certificate["remarks"])
+    back = open_checkpoint(tmp_path / "run")
+    constants = {"rotary_base": 100_000.0, "qk_scale": 1.2, "value_embeddings": True, "lambdas": "learned"}
+    for name, value in (constants | version.constants).items():
+        assert getattr(back.dims, name) == value, name
+    tensors = dict(back.tensors())
+    neutral = {"resid_lambdas": 1.0, "x0_lambdas": 0.0, "smear_lambda": 0.0, "backout_lambda": 0.0}
+    for name in neutral.keys() & set(version.absent):
+        assert (tensors[f"model/{name}"] == neutral[name]).all()
+    for name, tensor in model.items():
+        whole = tensors[f"model/{name}"]
+        assert torch.equal(whole[: len(tensor)], tensor) and not whole[len(tensor) :].any()
+    plan = resolve(load_config(tmp_path / "run" / "config.json"), 1, VOCAB_SIZE)
+    assert plan.rates["smear"] == 0  # the neutral values stay
+    told = export_checkpoint("nanochat", tmp_path / "run", tmp_path / "out")
+    assert f"written as a nanochat {version.dates} has it, without the optimizer's state" in told["remarks"]
+    out = loaded(tmp_path / "out" / f"model_{STEP:06d}.pt")
+    assert out.keys() == model.keys() and all(torch.equal(out[name][: len(model[name])], model[name]) for name in model)
+
+
+def edit_model(folder, change):
+    path = folder / f"model_{STEP:06d}.pt"
+    model = dict(loaded(path))
+    change(model)
+    torch.save(model, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda model: model.update(v0_lambdas=torch.zeros(3)), "is of a nanochat of 2026-01-16, which has value emb"),
+        (
+            lambda model: model.update({"transformer.h.2.attn.ve_gate.weight": torch.zeros(1, 32)}),
+            "is of a nanochat from 2026-01-16 to 2026-03-09, which has gates of 32 channels",
+        ),
+        (lambda model: model.pop("resid_lambdas"), "resid_lambdas is missing"),
+        (lambda model: model.update(engram=torch.zeros(3)), "engram is no tensor of this architecture"),
+    ],
+)
+def test_versions_that_cannot_be_computed_are_named(change, words, exported, tmp_path):
+    shutil.copytree(exported[1], tmp_path / "in")
+    edit_model(tmp_path / "in", change)
+    with pytest.raises(UserError, match=words):
+        import_checkpoint("nanochat", tmp_path / "in", tmp_path / "run", fresh_optimizer=True)
+
+
+def test_short_windows_of_an_older_version_are_refused(exported, tmp_path):
+    """Half of 160 tokens, where megachat's model has 128."""
+    shutil.copytree(exported[1], tmp_path / "in")
+    version = VERSIONS[2]
+    as_version(tmp_path / "in", version, pattern="SL")
+    with pytest.raises(UserError, match=f"a nanochat {version.dates}, which has short windows of 80 tokens"):
+        open_nanochat(tmp_path / "in")
+
+
 class Attack:
     def __init__(self, path):
         self.path = path
@@ -216,25 +268,14 @@ class Attack:
         return os.mkdir, (str(self.path),)
 
 
-def edit_meta(folder, change):
-    path = folder / f"meta_{STEP:06d}.json"
-    meta = json.loads(path.read_text())
-    change(meta)
-    path.write_text(json.dumps(meta))
-
-
-def edit_optimizer(folder, rank, change):
-    path = folder / f"optim_{STEP:06d}_rank{rank}.pt"
-    saved = loaded(path)
-    change(saved)
-    torch.save(saved, path)
-
-
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
         (lambda f: (f / "meta_000007.json").unlink(), "meta_000007.json cannot be read"),
-        (lambda f: (f / "model_000007.pt").unlink(), "has no model_NNNNNN.pt|is not a complete checkpoint"),
+        (
+            lambda f: (f / "model_000007.pt").unlink(),
+            "is not a complete checkpoint: it has no checkpoint.json .* model_NNNNNN.pt .nanochat.",
+        ),
         (lambda f: (f / "optim_000007_rank0.pt").unlink(), "but not optim_000007_rank0.pt"),
         (lambda f: (f / "optim_000007_rank1.pt").unlink(), "another number of ranks"),
         (
@@ -247,6 +288,23 @@ def edit_optimizer(folder, rank, change):
             "optim_000007_rank1.pt is refused",
         ),
         (lambda f: torch.save([1], f / "optim_000007_rank1.pt"), "holds a list"),
+        (lambda f: torch.save({"x": 1}, f / "model_000007.pt"), "model_000007.pt has x as int, and not as a tensor of"),
+        (
+            lambda f: torch.save({"x": torch.zeros(1, dtype=torch.complex64)}, f / "model_000007.pt"),
+            "has x as complex64, and not as a tensor of float64",
+        ),
+        (lambda f: pointer(f / "model_000007.pt"), "model_000007.pt is a Git LFS pointer, not the file itself: run"),
+        (lambda f: pointer(f / "optim_000007_rank1.pt"), "optim_000007_rank1.pt is a Git LFS pointer"),
+        (lambda f: pointer(f / "meta_000007.json"), "meta_000007.json is a Git LFS pointer"),
+        (lambda f: pointer(f / "tokenizer" / "tokenizer.pkl"), "tokenizer.pkl is a Git LFS pointer"),
+        (
+            lambda f: edit_optimizer(f, 0, lambda saved: saved["param_groups"][0].update(initial_lr=-1.0)),
+            "has a rate or a decay that is negative",
+        ),
+        (
+            lambda f: edit_meta(f, lambda meta: meta["model_config"].update(n_layer=True)),
+            "meta_000007.json does not give the model's sizes",
+        ),
         (lambda f: edit_meta(f, lambda meta: meta["model_config"].update(n_expert=8)), "model_config has n_expert"),
         (
             lambda f: edit_meta(f, lambda meta: meta["model_config"].update(n_layer=4)),

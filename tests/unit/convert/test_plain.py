@@ -150,6 +150,10 @@ def flip(path):
             "has experts, which this version does not know",
         ),
         (lambda folder: shutil.rmtree(folder / "tokenizer"), "tokenizer"),
+        (
+            lambda folder: rewrite(folder, lambda told: told["files"].update({"loader/../../evil": {"bytes": 1}})),
+            "names a file outside its folder",
+        ),
     ],
 )
 def test_bad_input_is_named(exported, damage, words, tmp_path, monkeypatch, capsys):

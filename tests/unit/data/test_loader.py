@@ -1,4 +1,5 @@
 import itertools
+import json
 import threading
 
 import numpy as np
@@ -155,6 +156,52 @@ def test_state_files_that_cannot_be_used(folder, tmp_path):
     with pytest.raises(UserError, match="stream_00001.npz is missing"):
         load_loader_state(tmp_path, [1])
     (tmp_path / "loader.json").write_text("{")
+    with pytest.raises(UserError, match="loader.json is damaged"):
+        load_loader_state(tmp_path, [0])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("counters", np.array([-1, 0, 4, 0, 0])),
+        ("counters", np.array([1.0, 0.0, 4.0, 0.0, 0.0])),
+        ("counters", np.array([True, False, True, True, True])),
+        ("sequence", "repeat"),
+        ("documents", "negative"),
+        ("lengths", "negative"),
+        ("lengths", np.array([[3]])),
+        ("tokens", "float"),
+        ("ledger", np.zeros(3, np.uint8)),
+    ],
+)
+def test_numbers_that_no_loader_saved_are_refused(name, value, folder, tmp_path):
+    """Signed again, only the numbers can show it: none of them may lose or repeat a document."""
+    with build(folder) as loader:
+        next(loader)
+        save_loader_state(tmp_path, loader.state(), [0, 1, 2])
+    path = tmp_path / "stream_00001.npz"
+    with np.load(path) as file:
+        arrays = {key: file[key] for key in file.files}
+    changes = {
+        "repeat": lambda array: np.full_like(array, array[0]),
+        "negative": lambda array: -array - 1,
+        "float": lambda array: array.astype(np.float32),
+    }
+    arrays[name] = changes[value](arrays[name]) if isinstance(value, str) else value
+    np.savez(path, **arrays)
+    with pytest.raises(UserError, match="stream_00001.npz is damaged"):
+        load_loader_state(tmp_path, [1])
+
+
+@pytest.mark.parametrize(
+    "change", [{"streams": 0}, {"streams": True}, {"step": -1}, {"rows": 1.0}, {"documents": 0}, {"row_tokens": "x"}]
+)
+def test_a_header_that_no_loader_saved_is_refused(change, folder, tmp_path):
+    with build(folder) as loader:
+        next(loader)
+        save_loader_state(tmp_path, loader.state(), [0, 1, 2])
+    path = tmp_path / "loader.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match="loader.json is damaged"):
         load_loader_state(tmp_path, [0])
 
