@@ -99,7 +99,7 @@ def stubs(tmp_path):
     """A folder with a deepspeed that prints its arguments, and all that the scripts may use without GPUs."""
     folder = tmp_path / "stubs"
     folder.mkdir()
-    for name in "bash dirname sed head tail tr mktemp".split():
+    for name in "bash dirname sed head tail tr mktemp od".split():
         (folder / name).symlink_to(shutil.which(name))
     (folder / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     (folder / "deepspeed").write_text('#!/bin/sh\necho "$DS_ACCELERATOR" "$@"\n')
