@@ -32,7 +32,9 @@ class Project:
         (programs / "deepspeed").write_text('#!/bin/bash\necho "deepspeed $*" >>"$LOG"\n')
         for path in programs.iterdir():
             path.chmod(0o755)
-        for name in "awk bash cat cksum cut dirname grep od rm sed tail tee touch tr uname".split():  # and no nvidia-smi
+        for (
+            name
+        ) in "awk bash cat cksum cut dirname grep od rm sed tail tee touch tr uname".split():  # and no nvidia-smi
             (programs / name).symlink_to(shutil.which(name))
 
     def run(self, script: str, *arguments: str, **variables: str) -> tuple[int, str, list[str]]:
