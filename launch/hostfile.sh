@@ -14,6 +14,15 @@ hostfile=$(locate "$1") config=$(locate "$2") port=${MASTER_PORT:-29500}
 shift 2
 python launch/check_hosts.py --master_port "$port" -- "$hostfile"
 hostfile=$(plain_hostfile "$hostfile")
+# pdsh passes what deepspeed reads from a file, on command lines that everyone on the hosts can see
+[ -z "${MEGACHAT_SECRET:-}" ] ||
+    fail "pdsh would show MEGACHAT_SECRET: put it into a file on every host, named in MEGACHAT_SECRET_FILE"
+if [ -n "${MEGACHAT_SECRET_FILE:-}" ]; then
+    DS_ENV_FILE=$(mktemp "${TMPDIR:-/tmp}/megachat-env.XXXXXX")
+    export DS_ENV_FILE
+    for file in ~/.deepspeed_env .deepspeed_env; do [ ! -f "$file" ] || awk 1 "$file"; done >"$DS_ENV_FILE"
+    echo "MEGACHAT_SECRET_FILE=$(locate "$MEGACHAT_SECRET_FILE")" >>"$DS_ENV_FILE"
+fi
 # force_multi: with a single host in the file, deepspeed would otherwise train on this machine, whatever its name
 exec deepspeed --quiet --force_multi --hostfile "$hostfile" ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} \
     --master_port "$port" launch/pretrain.py --config "$config" "$@"

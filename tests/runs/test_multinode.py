@@ -49,7 +49,10 @@ def on_both(
 
 
 def test_pdsh_trains_on_two_hosts_as_one_host_does(hosts, both, two, place):
-    done = ended(hosts, "host-a", "bash", "launch/hostfile.sh", both, *command(place, "pdsh")[2:])
+    secret = place.runs / "secret"
+    secret.write_text("what both hosts know\n")
+    line = ["bash", "launch/hostfile.sh", both, *command(place, "pdsh")[2:]]
+    done = ended(hosts, "host-a", *line, MEGACHAT_SECRET_FILE=str(secret))
     assert done.status == 0, done.out + done.err
     assert "2 hosts with 2 ranks: reachable, same code, same versions" in done.out
     assert losses(place.runs / "pdsh") == losses(two) and bits_per_byte(place.runs / "pdsh") == bits_per_byte(two)

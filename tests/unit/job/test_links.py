@@ -129,6 +129,16 @@ def test_a_proof_counts_for_one_rank_and_one_challenge():
         assert is_dropped(heard.socket) and not host.ranks
 
 
+@pytest.mark.parametrize("rank", [1.5, 1.0, True, -1, 2**31, "1", None, [1]])
+def test_a_rank_is_a_number_even_of_one_who_knows_the_secret(rank):
+    with Host() as host:
+        with contextlib.closing(Link(host.connect())) as link:
+            challenge = receive_greeting(link, time.monotonic() + limit_s()).challenge
+            link.send(rank=rank, challenge="c", proof=KEY.proof("rank", rank, challenge, "c"))
+            assert is_dropped(link.socket)
+        assert not host.ranks and not host.refused
+
+
 def test_a_listener_without_the_secret_is_not_believed():
     """It can only refuse or answer with a proof of its own making."""
     for answer in ({"refused": True}, {"proof": "0" * 64}, {"proof": None}, {"proof": "\udcff"}, {}):
@@ -300,3 +310,18 @@ def test_scripts_that_start_all_ranks_give_them_a_secret(script, given, tmp_path
     secret, _, command = done.stdout.partition("|")
     assert secret == given or (not given and len(secret) == 64)
     assert secret not in command and ("mpirun" not in script or "-x MEGACHAT_SECRET " in command)
+
+
+def test_the_hosts_of_a_hostfile_get_the_secrets_file_and_never_the_secret(tmp_path):
+    (tmp_path / "deepspeed").write_text('#!/bin/sh\ncat "$DS_ENV_FILE"\n')
+    (tmp_path / "python").write_text("#!/bin/sh\n")
+    for path in tmp_path.iterdir():
+        path.chmod(0o755)
+    (tmp_path / ".deepspeed_env").write_text("OTHER=1")
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+    line = ["bash", ROOT / "launch/hostfile.sh", "hosts", "config"]
+    how = {"cwd": ROOT, "capture_output": True, "text": True}
+    done = subprocess.run(line, env=variables | {"MEGACHAT_SECRET_FILE": "/etc/secret"}, **how)
+    assert done.stdout.splitlines() == ["OTHER=1", "MEGACHAT_SECRET_FILE=/etc/secret"], done.stderr
+    done = subprocess.run(line, env=variables | {"MEGACHAT_SECRET": "0123456789abcdef"}, **how)
+    assert done.returncode == 2 and done.stderr.startswith("error: pdsh would show MEGACHAT_SECRET: put it into a file")
