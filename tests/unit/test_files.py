@@ -1,0 +1,43 @@
+"""Files beside a training: what cannot be read is set aside, and the rest of the folder stays."""
+
+import json
+
+import pytest
+
+from megachat.files import is_readable_json, read_side_file, set_aside, write_side_json
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000])
+def test_a_damaged_result_counts_as_none_and_is_set_aside_when_it_is_written_again(content, tmp_path):
+    path, lines = tmp_path / "samples" / "step_000004.json", []
+    path.parent.mkdir()
+    path.write_bytes(content)
+    assert not is_readable_json(path)
+    write_side_json(path, {"text": "é"}, lines.append)
+    assert is_readable_json(path) and path.with_name("step_000004.json.damaged").read_bytes() == content
+    (line,) = lines
+    assert line.startswith(f"{path} is damaged (") and "step_000004.json.damaged" in line and "\n" not in line
+    write_side_json(path, {}, lines.append)
+    assert len(lines) == 1 and json.loads(path.read_text()) == {}
+
+
+def test_a_file_in_the_place_of_a_folder_and_a_folder_in_that_of_a_file_are_set_aside(tmp_path):
+    lines = []
+    (tmp_path / "samples").write_text("no folder")
+    write_side_json(tmp_path / "samples" / "step_000004.json", {}, lines.append)
+    (tmp_path / "environment.json").mkdir()
+    assert read_side_file(tmp_path / "environment.json", json.loads, lines.append) is None
+    assert (
+        len(lines) == 2
+        and (tmp_path / "samples.damaged").is_file()
+        and (tmp_path / "environment.json.damaged").is_dir()
+    )
+
+
+def test_what_is_set_aside_replaces_nothing(tmp_path):
+    names = []
+    for number in range(3):
+        (tmp_path / "file").write_text(str(number))
+        names.append(set_aside(tmp_path / "file").name)
+    assert names == ["file.damaged", "file.damaged.2", "file.damaged.3"]
+    assert [(tmp_path / name).read_text() for name in names] == ["0", "1", "2"]
