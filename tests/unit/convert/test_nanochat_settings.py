@@ -119,6 +119,9 @@ def test_random_settings_come_back(seed):
     alone, remarks = config_of(opened(meta, groups, asdict(dims), step))
     assert numbers_of(alone) == pytest.approx(numbers_of(config), rel=1e-9, abs=1e-300), remarks
     assert not any("not carried" in remark for remark in remarks)
+    arguments = numbers_of(config_of(opened(meta, None, asdict(dims), step))[0])  # as nanochat itself computes them
+    expected = numbers_of(config) | {"rate smear": arguments["rate smear"]}  # for which it has no argument
+    assert arguments == pytest.approx(expected, rel=1e-9, abs=1e-300)
     again = facts | {"config": alone}
     second, groups_again = meta_of(again, dims), param_groups_of(again, dims)
     assert numbers_of(config_of(opened(second, groups_again, asdict(dims), step))[0]) == numbers_of(alone)
