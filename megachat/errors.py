@@ -3,20 +3,22 @@ statuses.
 """
 
 import atexit
+import contextlib
 import errno
 import functools
 import os
-import select
 import sys
 import time
 from collections.abc import Callable
 
+from megachat.console import console_error, protect_console
+
 EXIT_STATUS = 2
 LOST_RANK_STATUS = 3  # another rank died, failed or cannot be reached
 STALL_STATUS = 4  # the job made no progress for parallel.stall_s
-SAVED_STATUS = 75  # stopped by SIGTERM or SIGUSR1 after saving; sysexits.h: a temporary failure, try again
+SAVED_STATUS = 75  # stopped by a signal after saving; sysexits.h: a temporary failure, try again
 UNREAD_STATUS = 141  # the reader of a tool's output has closed it (128 + 13, as a shell reports SIGPIPE)
-STOPPED_STATUS = 143  # stopped by SIGTERM (128 + 15, as a shell reports it), or the launcher has ended
+STOPPED_STATUS = 143  # stopped by a signal at once (128 + 15, as a shell reports SIGTERM), or the launcher has ended
 _OTHER_RANKS_WAIT_S = 3.0
 
 
@@ -75,7 +77,8 @@ def user_errors_end_the_program(main: Callable | None = None, *, rank: Callable[
     main: returns its exit status, or None for 0. rank: returns the process's rank; marks the program as one of several
     ranks. Ranks after the first wait a moment before they print. A mistake that all ranks report is printed once,
     because the launcher ends the others when the first has exited; a mistake on one rank is still printed. A rank exits
-    at once when its `main()` returns. A tool whose reader has closed the output, as `head` does, ends silently.
+    at once when its `main()` returns, and continues without a console that fails. A tool whose reader has closed the
+    output, as `head` does, ends silently.
     """
     if main is None:
         return functools.partial(user_errors_end_the_program, rank=rank)
@@ -83,12 +86,16 @@ def user_errors_end_the_program(main: Callable | None = None, *, rank: Callable[
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
+        protect_console(drop=rank is not None)
         leave = _exit_now if rank else lambda status: sys.exit(status)
         try:
             status = main(*args, **kwargs) or 0
             sys.stdout.flush()
+        except SystemExit:  # argparse, after --help
+            _flush_stdout()
+            raise
         except UserError as error:
-            sys.stdout.flush()
+            _flush_stdout()
             number = rank() if rank else 0
             if number:
                 time.sleep(_OTHER_RANKS_WAIT_S)
@@ -98,24 +105,22 @@ def user_errors_end_the_program(main: Callable | None = None, *, rank: Callable[
         except KeyboardInterrupt:
             print("error: interrupted", file=sys.stderr, flush=True)
             status = 130
-        except BrokenPipeError:
-            if rank or not _output_is_closed():
+        except OSError as error:
+            if error is not console_error():
                 raise
             status = UNREAD_STATUS
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                print(f"error: the output could not be written ({error.strerror}): free space there", file=sys.stderr)
+                status = EXIT_STATUS
         if status or rank:
             leave(status)
 
     return wrapped
 
 
-def _output_is_closed() -> bool:
-    """Returns whether stdout is the broken pipe; if so discards the rest of it, or Python would complain at exit."""
-    output = select.poll()
-    output.register(sys.stdout.fileno(), 0)
-    if not any(event & select.POLLERR for _, event in output.poll(0)):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return True
+def _flush_stdout() -> None:
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
 
 
 def _exit_now(status: int) -> None:

@@ -19,6 +19,7 @@ from megachat.convert.reader import CheckpointReader, TensorInfo
 from megachat.data.tokenizer import save_tokenizer
 from megachat.device import DTYPES
 from megachat.errors import UserError
+from megachat.evals.results import recorded_validation
 from megachat.files import path_kind
 from megachat.parallel.mesh import Axis
 from megachat.planning.plan import Layout, resolve_dimensions
@@ -29,6 +30,7 @@ _ONE_RANK = Axis("world", 1, 0, None, (0,))
 def open_megachat(step_folder: Path) -> CheckpointReader:
     """Opens a complete checkpoint folder. Raises UserError if it is none."""
     facts = read_facts(step_folder)
+    facts["loop"] = _with_validation(facts["loop"], step_folder)
     entries = {
         name: TensorInfo(tuple(entry["shape"]), entry["dtype"]) for name, entry in read_index(step_folder).items()
     }
@@ -40,6 +42,17 @@ def open_megachat(step_folder: Path) -> CheckpointReader:
 
     files = tuple(sorted(facts["files"]))
     return CheckpointReader("megachat", step_folder, facts, entries, read, files, tokenizer_folders(step_folder, facts))
+
+
+def _with_validation(loop: dict, step_folder: Path) -> dict:
+    """Returns the loop's counters with the validation of the checkpoint's step, which follows the save."""
+    value = None
+    if "validation" in loop.get("pending", ()):
+        value = recorded_validation(step_folder.parent.parent, loop["step"])
+    if value is None:
+        return loop
+    best = value if loop["min_val_bpb"] is None else min(value, loop["min_val_bpb"])
+    return loop | {"val_bpb": value, "min_val_bpb": best}
 
 
 def tokenizer_folders(folder: Path, facts: dict) -> tuple[Path, ...]:

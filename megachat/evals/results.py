@@ -1,5 +1,6 @@
 """Saves evaluations: one JSON file per step of a run, with the answer to every example for later comparisons."""
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -14,11 +15,27 @@ from megachat.text import text_table
 FORMAT = "megachat-evaluation-1"
 FOLDER = "evaluations"
 CROPPED = "prompts are cropped to the model's sequence_len"
+METRICS_NAME = "metrics.jsonl"
 
 
 def results_path(run_folder: Path, step: int, *, in_training: bool = False) -> Path:
     """Returns the path of the file for one step of a run."""
     return run_folder / FOLDER / f"step_{step:06d}{'_in_training' * in_training}.json"
+
+
+def recorded_validation(run_folder: Path, step: int) -> float | None:
+    """Returns the bits per byte that the run's metrics.jsonl has for `step`, None if it has none.
+
+    The checkpoint of a step is made before its validation, so it does not contain this value.
+    """
+    value = None
+    with contextlib.suppress(OSError), (run_folder / METRICS_NAME).open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if '"val/bpb"' in line:
+                with contextlib.suppress(ValueError, TypeError, KeyError):
+                    record = json.loads(line)
+                    value = float(record["val/bpb"]) if record["step"] == step else value
+    return value
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """torchrun's elastic agent, which here does not restart ranks after an error that a restart cannot fix."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from torch.distributed.launcher import api
 
 from megachat.errors import EXIT_STATUS, LOST_RANK_STATUS, SAVED_STATUS, UserError
 from megachat.job.links import share_new_secret
+from megachat.job.monitor_links import handled_signals
 
-_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # forwarded to the ranks
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)  # forwarded to the ranks
 _RENDEZVOUS = "last_call_timeout=10,join_timeout=1800,keep_alive_interval=5,keep_alive_max_attempt=3"
 
 
@@ -22,6 +24,12 @@ class Agent(api.LocalElasticAgent):
     """The agent of one of several hosts. final_statuses: exit statuses of a rank after which nothing is restarted."""
 
     final_statuses = frozenset({EXIT_STATUS})
+    interrupted = False
+
+    def _shutdown(self, death_sig=signal.SIGTERM, timeout=30):
+        # At a second Ctrl-C torch would send SIGTERM. The ranks end at once if it is SIGINT again.
+        self.interrupted = self.interrupted or death_sig == signal.SIGINT
+        super()._shutdown(signal.SIGINT if self.interrupted else death_sig, timeout)
 
     def _monitor_workers(self, group):
         result = super()._monitor_workers(group)
@@ -64,7 +72,7 @@ def supervise(program: Path, arguments: list[str], *, hosts: str, ranks: int, me
         "--rdzv-backend=c10d",
         f"--rdzv-endpoint={meet or 'localhost:0'}",
         "--rdzv-id=megachat",
-        f"--signals-to-handle={_SIGNALS}",
+        f"--signals-to-handle={','.join(number.name for number in handled_signals(_SIGNALS))}",
         f"--rdzv-conf={_RENDEZVOUS}",
         *([] if meet else ["--local-addr=localhost"]),
     ]

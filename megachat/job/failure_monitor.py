@@ -5,9 +5,9 @@ It reads the training thread's Progress and follows these rules:
   rank has recorded anything new in that time. While a rank is inside Progress.long_running(), the limit is 90 % of
   parallel.timeout_s instead, if that is longer.
 - A rank is dead when its connection closes without a goodbye. An idle job sends nothing.
-- SIGTERM, SIGUSR1 and the end of a launcher above this process stop the job (the deepspeed runner may end without
-  ending its ranks). Outside defer_stop() the job ends at once. Inside, the training thread saves and ends; SIGTERM and
-  the end of a launcher set a time limit, SIGUSR1 does not.
+- STOP_SIGNALS and the end of a launcher above this process stop the job (the deepspeed runner may end without ending
+  its ranks). Outside defer_stop() the job ends at once. Inside, the training thread saves and ends; all of them set a
+  time limit, except SIGUSR1. A second SIGINT ends the job at once.
 
 The monitor works while the training thread hangs in C code, as long as that code releases the interpreter lock.
 An error in the monitor itself is reported once. It ends the monitor, not the job.
@@ -34,6 +34,7 @@ from megachat.job.monitor_links import (
     RankAddress,
     code_lines,
     end_process,
+    handled_signals,
     is_alive,
     kill_process,
     launchers_above,
@@ -45,8 +46,9 @@ from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.mesh import Mesh
 from megachat.parallel.progress import Progress
 
-# SIGTERM comes before a kill; Slurm can send SIGUSR1 earlier, as a warning
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# Ctrl-C; SIGTERM comes before a kill; Slurm can send SIGUSR1 earlier, as a warning; the end of a terminal.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+SECOND_S = 2.0  # a SIGINT within this time is the same Ctrl-C: the terminal signals the ranks, and so do launchers
 TICK_S = 0.25
 CONNECT_S = 10.0
 HANDSHAKE_S = 30.0  # with a hub that may have to turn away many strangers first
@@ -75,6 +77,7 @@ class FailureMonitor:
         self._name = f"rank {rank} (host {socket.gethostname()}, pid {os.getpid()})"
         self._hub: MonitorHub | None = None
         self._hub_links: list[Link | None] = []  # to rank 0's hub and to the backup monitor's; None once closed
+        self._interrupted_at = math.inf  # time.monotonic() of the first SIGINT
         self._failed_rank: int | None = None  # a rank that ended with an error
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # for the monitor's thread
         # times of time.monotonic() at which this process ends for one of four reasons; inf: not due
@@ -95,7 +98,7 @@ class FailureMonitor:
                 self._selector.register(os.pidfd_open(pid), selectors.EVENT_READ, on_end)
         # Python runs handlers in the main thread, which may hang. The wakeup fd gets the signal's number at once.
         self._previous_fd = signal.set_wakeup_fd(self._wakeup_in.fileno(), warn_on_full_buffer=False)
-        self._handlers = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in handled_signals(STOP_SIGNALS)}
         os.register_at_fork(after_in_child=self._after_fork)
         self._thread.start()
         return self
@@ -144,7 +147,8 @@ class FailureMonitor:
 
     @contextlib.contextmanager
     def defer_stop(self, grace_s: float) -> Iterator[None]:
-        """From here on a stop request only sets `stop_requested`. Inside the block, SIGTERM ends the job after grace_s.
+        """From here on a stop request only sets `stop_requested`. Inside the block, all but SIGUSR1 still end the job
+        after grace_s.
 
         After the block everything is saved and the job ends by itself, so a stop request is not obeyed at once again.
         """
@@ -156,7 +160,7 @@ class FailureMonitor:
         """Detaches a forked child. Its signals are not this rank's, and its copy of a connection would hide a death."""
         if not self._leaving:
             signal.set_wakeup_fd(-1)
-            for number in STOP_SIGNALS:
+            for number in self._handlers:
                 signal.signal(number, signal.SIG_DFL)
         for link in (*filter(None, self._hub_links), *(self._hub.links.values() if self._hub else ())):
             link.close()
@@ -222,8 +226,15 @@ class FailureMonitor:
     def _on_wakeup(self, pipe: socket.socket) -> None:
         numbers = pipe.recv(4096)
         for number in STOP_SIGNALS:
-            if number in numbers:
-                self._request_stop(f"{self._name} received {number.name}", limited=number == signal.SIGTERM)
+            if number not in numbers:
+                continue
+            now, reason = time.monotonic(), f"{self._name} received {number.name}"
+            if number == signal.SIGINT and now - self._interrupted_at > SECOND_S:
+                self._stop(f"{reason} again")
+                continue
+            if number == signal.SIGINT:
+                self._interrupted_at = min(self._interrupted_at, now)
+            self._request_stop(reason, limited=number != signal.SIGUSR1)
 
     # ---- this rank and the hubs
 
@@ -362,6 +373,7 @@ class FailureMonitor:
         if not self.stop_requested:
             self.stop_requested = reason
             notice = f"{reason}: the job saves after this step and ends"
+            notice += "; a second Ctrl-C ends it at once" * (self._interrupted_at < math.inf)
             if link := next(filter(None, self._hub_links), None):
                 link.send(stop_notice=notice)
             else:

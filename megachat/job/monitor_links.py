@@ -7,6 +7,7 @@ import socket
 import sys
 import sysconfig
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,6 +62,12 @@ def launchers_above() -> list[tuple[int, str]]:
     return launchers
 
 
+def handled_signals(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
+    """Returns the signals without those that the process inherited as ignored: SIGHUP under nohup, SIGINT under `&`."""
+    inherited = {number for number in (signal.SIGHUP, signal.SIGINT) if signal.getsignal(number) is signal.SIG_IGN}
+    return [number for number in numbers if number not in inherited]
+
+
 def code_lines(thread: int | None) -> tuple[str, str]:
     """Returns a thread's innermost line in megachat or the user's code, and its innermost line.
 
@@ -87,7 +94,7 @@ def _short(file: str) -> str:
 def write_stderr(text: str) -> None:
     """Writes to stderr past Python's buffers, whose locks a hanging thread may hold."""
     with contextlib.suppress(OSError):
-        os.write(2, text.encode() + b"\n")
+        os.write(2, text.encode(errors="backslashreplace") + b"\n")
 
 
 def end_process(status: int) -> None:

@@ -18,6 +18,7 @@ from megachat.data.tokenizer import Tokenizer, load_tokenizer
 from megachat.device import choose_compute_dtype, device_name, memory_bytes, peak_flops
 from megachat.errors import SAVED_STATUS, UserError
 from megachat.evals.core_bundle import Bundle, describe_bundle, open_configured_bundle
+from megachat.evals.core_prompts import check_questions, row_limit
 from megachat.files import Log, read_side_file, write_side_json
 from megachat.job.agreement import rank_facts
 from megachat.job.crash_guard import CrashGuard, guard_crashes
@@ -59,6 +60,7 @@ class Job:
     bundle: Bundle | None  # CORE's tasks, if configured
     kernels: Kernels
     memory: str  # the estimate per rank, as one log line
+    core_left_out: Mapping[str, int]  # CORE's task -> questions that do not fit the model
 
     @property
     def facts(self) -> Mapping[str, Mapping[str, str]]:
@@ -104,6 +106,9 @@ def pretrain(
             run, data_notes = _build(job, checkpoint, facts, mesh)
             data_line = f"data {job.data}"
             bundle_line = [describe_bundle(job.bundle)] if job.bundle else []
+            if job.core_left_out:
+                listed = ", ".join(f"{label} {count}" for label, count in job.core_left_out.items())
+                bundle_line.append(f"CORE leaves out questions that do not fit the model: {listed}")
             notes += [*place_notes, *chosen_notes, job.memory, data_line, *bundle_line, *data_notes]
             with run.loader:
                 stopped = _train(run, checkpoint, named, job.environment, notes, begin, monitor, guard)
@@ -138,6 +143,10 @@ def _check_job(config: Config, environment: LaunchEnvironment, resume: str | Non
     plan = resolve(config, environment.world_size, vocab_size)
     find_checkpoint(folder, resume)
     data, bundle = check_data(config), open_configured_bundle(config.evaluate)
+    left_out: Mapping[str, int] = {}
+    if bundle:
+        limit, most = row_limit(plan.dims, config.evaluate), config.evaluate.core_max_per_task
+        left_out = check_questions(bundle, tokenizer, limit, most)
     if environment.rank == 0:
         check_wandb(config.log)
     device = choose_device(environment)
@@ -145,7 +154,7 @@ def _check_job(config: Config, environment: LaunchEnvironment, resume: str | Non
     memory, *warnings = described_memory(config, plan, device, memory_bytes(device, environment.local_size))
     if environment.rank == 0 and warnings:
         print(*warnings, sep="\n", flush=True)  # printed now: a job that runs out of memory during the build has no log
-    return Job(config, folder, environment, tokenizer, plan, data, bundle, kernels, memory)
+    return Job(config, folder, environment, tokenizer, plan, data, bundle, kernels, memory, left_out)
 
 
 def _agreed_checkpoint(job: Job, resume: str | None, mesh: Mesh) -> tuple[Path | None, dict | None, list[str]]:

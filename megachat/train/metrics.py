@@ -3,21 +3,23 @@
 One dictionary of values feeds all of them.
 """
 
+import contextlib
 import json
 import os
 import re
 import secrets
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from megachat.config import LogConfig
-from megachat.errors import UserError
+from megachat.console import console_error
+from megachat.errors import UserError, summary
+from megachat.evals.results import METRICS_NAME
 from megachat.files import Log, read_side_file, set_aside, write_atomically
-
-METRICS_NAME = "metrics.jsonl"
 
 
 class Metrics:
@@ -43,6 +45,7 @@ class Metrics:
         self._file: TextIO | None = None
         self._bar: tqdm | None = None
         self._wandb: Any = None
+        self._console_lost = False
         if not writes:
             return
         path = folder / METRICS_NAME
@@ -53,15 +56,21 @@ class Metrics:
         if problem:
             self.log(problem)
         if log.wandb != "off":
-            self._wandb = _start_wandb(folder, log, run_name, settings, self.log, new=first_step == 0)
+            with self._tracker_errors():
+                self._wandb = _start_wandb(folder, log, run_name, settings, self.log, new=first_step == 0)
 
     def record(self, values: dict) -> None:
         """Appends one JSON object, which has "step", to metrics.jsonl and sends it to wandb."""
         if self._file is not None:
-            self._file.write(json.dumps(values) + "\n")
+            lines = [values]
+            if not self._console_lost and (error := console_error()):
+                self._console_lost = True
+                lines.append({"step": values["step"], "console": f"stdout takes no more output ({error.strerror})"})
+            self._file.write("".join(json.dumps(line) + "\n" for line in lines))
             self._file.flush()
             if self._wandb is not None:
-                self._wandb.log(values)  # without step=: wandb ignores steps that are not above its last one
+                with self._tracker_errors():
+                    self._wandb.log(values)  # without step=: wandb ignores steps that are not above its last one
 
     def log(self, line: str) -> None:
         """Prints a line on the console."""
@@ -85,7 +94,20 @@ class Metrics:
         if self._bar is not None:
             self._bar.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            with self._tracker_errors():
+                self._wandb.finish()
+
+    @contextlib.contextmanager
+    def _tracker_errors(self) -> Iterator[None]:
+        """Logs an error of wandb and continues without it: the training is worth more than its plots."""
+        try:
+            yield
+        except Exception as error:
+            self._wandb = None
+            self.log(
+                f"wandb failed ({summary(error)}): the run continues without it, and metrics.jsonl has everything; "
+                "run `wandb login`, or set log.wandb=offline or off"
+            )
 
 
 def _drop_lines_from(path: Path, step: int) -> str | None:
@@ -122,7 +144,7 @@ def _drop_lines_from(path: Path, step: int) -> str | None:
 
 
 def check_wandb(log: LogConfig) -> None:
-    """Raises UserError when wandb is configured but not installed."""
+    """Raises UserError when wandb is configured but cannot be imported."""
     if log.wandb != "off":
         _import_wandb(log)
 
@@ -130,9 +152,10 @@ def check_wandb(log: LogConfig) -> None:
 def _import_wandb(log: LogConfig):
     try:
         import wandb
-    except ImportError:
+    except Exception as error:
+        problem = "is not installed" if isinstance(error, ImportError) else f"cannot be imported ({summary(error)})"
         raise UserError(
-            f'log.wandb is "{log.wandb}" but wandb is not installed: pip install wandb, or set log.wandb=off'
+            f'log.wandb is "{log.wandb}" but wandb {problem}: pip install wandb, or set log.wandb=off'
         ) from None
     return wandb
 
@@ -157,15 +180,10 @@ def _start_wandb(folder: Path, log: LogConfig, run_name: str, settings: dict, wr
     """Starts or resumes the wandb run whose id is in the run folder, so that a resumed run continues its curves."""
     wandb = _import_wandb(log)
     name = {"project": log.wandb_project, "name": run_name, "id": _wandb_id(folder, write_line, new=new)}
-    try:
-        run = wandb.init(**name, resume="allow", mode=log.wandb, config=settings, dir=str(folder))
-        run.define_metric("step")
-        run.define_metric("*", step_metric="step")
-        return run
-    except Exception as error:  # wandb's own: no account, no network
-        raise UserError(
-            f"wandb could not start ({error}): run `wandb login`, or set log.wandb=offline or off"
-        ) from error
+    run = wandb.init(**name, resume="allow", mode=log.wandb, config=settings, dir=str(folder))
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return run
 
 
 def console_line(values: dict, steps: int, eta_s: float | None) -> str:

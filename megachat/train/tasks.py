@@ -1,7 +1,7 @@
 """Periodic work of a training run: five tasks, in the order in which they run after a step.
 
-Samples and CORE may fail or take minutes, so they run after the checkpoint: by then the step is saved.
-A task that was due but did not run is listed in LoopState.pending, so that the resumed job runs it first.
+Validation, samples and CORE may fail or take minutes, so they run after the checkpoint: by then the step is saved.
+At that time they are listed in LoopState.pending. A resumed job first runs those of them that have left no result.
 """
 
 import math
@@ -16,7 +16,7 @@ from megachat.device import peak_flops, peak_memory_bytes
 from megachat.evals.bpb import ValidationRows, bits_per_byte
 from megachat.evals.core import build_evaluator, evaluate_bundle
 from megachat.evals.engine_model import sample_prompts
-from megachat.evals.results import core_lines, results_path, save_results
+from megachat.evals.results import core_lines, recorded_validation, results_path, save_results
 from megachat.files import is_readable_json, write_side_json
 from megachat.parallel.collectives import all_reduce
 from megachat.schedule import due
@@ -62,9 +62,12 @@ class Task:
         """Does the work. Returns False when a stop request interrupted it."""
         raise NotImplementedError
 
-    def has_result(self, run_folder: Path, step: int) -> bool:
-        """Returns whether the run folder has the result of the task for `step`."""
-        return False
+    def load_result(self, run_folder: Path, step: int) -> float | bool | None:
+        """Returns the result of the task for `step` in the run folder, None if there is none."""
+        return None
+
+    def restore(self, state: LoopState, result: float | bool) -> None:
+        """Changes the state as run() did when it had this result; all ranks call it."""
 
 
 class Log(Task):
@@ -101,6 +104,22 @@ class Log(Task):
         return True
 
 
+class Checkpoint(Task):
+    """Starts saving the state, every checkpoint.every steps and at this job's last step; training continues."""
+
+    name, runs_on_stop = "checkpoint", True
+    activity = "copying the state to save it, or waiting for the save before"
+
+    def due(self, trainer: TaskContext) -> bool:
+        step = trainer.state.step
+        return due(step, trainer.run.config.checkpoint.every) or step == trainer.run.plan.stop_step
+
+    def run(self, trainer: TaskContext) -> bool:
+        save_state(trainer.run, trainer.state, trainer.saver)
+        trainer.saved_step = trainer.state.step
+        return True
+
+
 class Validation(Task):
     """Computes bits per byte on the validation rows, every evaluate.every steps and at the end of training."""
 
@@ -117,27 +136,17 @@ class Validation(Task):
         if self._rows is None:
             with build_loader(run.config, run.plan, run.mesh, run.tokenizer, validation=True) as loader:
                 self._rows = ValidationRows(loader, run.plan.evaluation_rows, run.plan.micro_rows, run.mesh)
-        state.val_bpb = bits_per_byte(run.engine, self._rows, run.mesh)
-        state.min_val_bpb = min(state.val_bpb, math.inf if state.min_val_bpb is None else state.min_val_bpb)
+        self.restore(state, bits_per_byte(run.engine, self._rows, run.mesh))
         trainer.metrics.log(f"step {state.step:05d} | validation bpb {state.val_bpb:.6f}")
         trainer.metrics.record(totals(run, state, state.step) | {"val/bpb": state.val_bpb})
         return True
 
+    def load_result(self, run_folder: Path, step: int) -> float | None:
+        return recorded_validation(run_folder, step)
 
-class Checkpoint(Task):
-    """Starts saving the state, every checkpoint.every steps and at this job's last step; training continues."""
-
-    name, runs_on_stop = "checkpoint", True
-    activity = "copying the state to save it, or waiting for the save before"
-
-    def due(self, trainer: TaskContext) -> bool:
-        step = trainer.state.step
-        return due(step, trainer.run.config.checkpoint.every) or step == trainer.run.plan.stop_step
-
-    def run(self, trainer: TaskContext) -> bool:
-        save_state(trainer.run, trainer.state, trainer.saver)
-        trainer.saved_step = trainer.state.step
-        return True
+    def restore(self, state: LoopState, result: float | bool) -> None:
+        state.val_bpb = result
+        state.min_val_bpb = min(state.val_bpb, math.inf if state.min_val_bpb is None else state.min_val_bpb)
 
 
 class Samples(Task):
@@ -157,8 +166,8 @@ class Samples(Task):
             trainer.metrics.log(f"sample: {text!r}")
         return True
 
-    def has_result(self, run_folder: Path, step: int) -> bool:
-        return is_readable_json(_samples_path(run_folder, step))
+    def load_result(self, run_folder: Path, step: int) -> bool | None:
+        return is_readable_json(_samples_path(run_folder, step)) or None
 
 
 class Core(Task):
@@ -193,8 +202,8 @@ class Core(Task):
             save_results(results_path(run.folder, state.step, in_training=True), results, trainer.metrics.log)
         return True
 
-    def has_result(self, run_folder: Path, step: int) -> bool:
-        return is_readable_json(results_path(run_folder, step, in_training=True))
+    def load_result(self, run_folder: Path, step: int) -> bool | None:
+        return is_readable_json(results_path(run_folder, step, in_training=True)) or None
 
 
 def totals(run: Run, state: LoopState, step: int) -> dict:

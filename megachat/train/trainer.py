@@ -41,7 +41,8 @@ class Trainer:
         self.run, self.state, self.metrics, self.source = run, state, metrics, source
         self.stop_requested, self.before_step = stop_requested, before_step
         self.checkpoint = Checkpoint()
-        self.tasks: tuple[Task, ...] = (Log(), Validation(), self.checkpoint, Samples(), Core())
+        # The checkpoint comes before everything that can fail or take minutes.
+        self.tasks: tuple[Task, ...] = (Log(), self.checkpoint, Validation(), Samples(), Core())
         self.saver = Saver(run.mesh.saving, background=run.config.checkpoint.background)
         self.saved_step: int | None = None  # step of the last checkpoint that this job began to write
         self._first_step, self._skips_in_a_row = state.step, 0
@@ -51,7 +52,15 @@ class Trainer:
         """Trains until the stop step, or until a rank is requested to stop. Returns whether it stopped on request.
 
         In both cases the state is saved. Raises UserError on all ranks when a save fails or the loss is not finite.
+        Whatever this raises, a save that had begun is complete.
         """
+        try:
+            return self._fit()
+        except Exception:
+            self._finish_save_after_error()
+            raise
+
+    def _fit(self) -> bool:
         run, state, tasks = self.run, self.state, self._pending_tasks()
         if state.step >= run.plan.stop_step and not tasks:
             self.metrics.log(
@@ -108,18 +117,26 @@ class Trainer:
     def _run_tasks(self, due: list[Task], stop: bool) -> bool:
         """Runs the due tasks in order; returns whether a stop was requested.
 
-        After a stop request only tasks with runs_on_stop run. The others become pending and are saved with the state.
+        After a stop request or an error only tasks with runs_on_stop run, so an error on one rank does not prevent the
+        checkpoint. The others become pending and are saved with the state. The first error is then raised.
         """
-        waiting = [task.name for task in due if not task.runs_on_stop]
+        waiting, errors = [task.name for task in due if not task.runs_on_stop], list[Exception]()
         for task in due:
-            if stop and not task.runs_on_stop:
+            if (stop or errors) and not task.runs_on_stop:
                 continue
             if task.name in waiting:
                 waiting.remove(task.name)
             self.state.pending = list(waiting)
-            if not self._run(task):
+            try:
+                completed = self._run(task)
+            except Exception as error:
+                errors.append(error)
+                continue
+            if not completed:
                 waiting.insert(0, task.name)
                 stop = True
+        if errors:
+            raise errors[0]
         self.state.pending = waiting
         if stop and self.saved_step != self.state.step:
             self._run(self.checkpoint)
@@ -132,15 +149,32 @@ class Trainer:
             return task.run(self)
 
     def _pending_tasks(self) -> list[Task]:
-        """Returns the tasks that were due at the checkpoint and have no result in its run folder, as rank 0 sees it."""
-        folder, step, pending = self.source or self.run.folder, self.state.step, self.state.pending
-        names = [task.name for task in self.tasks if task.name in pending and not task.has_result(folder, step)]
-        names = all_gather_objects(names, self.run.mesh.world)[0]
-        return [task for task in self.tasks if task.name in names]
+        """Returns the tasks that were due at the checkpoint and have no result in its run folder, as rank 0 sees it.
+
+        A result that is part of the state is restored from there.
+        """
+        folder, state = self.source or self.run.folder, self.state
+        pending = [task for task in self.tasks if task.name in state.pending]
+        results = all_gather_objects([task.load_result(folder, state.step) for task in pending], self.run.mesh.world)[0]
+        for task, result in zip(pending, results, strict=True):
+            if result is not None:
+                task.restore(state, result)
+        return [task for task, result in zip(pending, results, strict=True) if result is None]
 
     def _long_running(self, activity: str) -> contextlib.AbstractContextManager:
         """Returns a context in which other ranks may wait longer than usual; for "" one that does nothing."""
         return self.run.mesh.world.progress.long_running(activity) if activity else contextlib.nullcontext()
+
+    def _finish_save_after_error(self) -> None:
+        """Completes the save in progress, to which the other ranks' savers contribute whatever their training does.
+
+        Records no progress: the failure monitor reports the collective that failed.
+        """
+        try:
+            self.saver.wait(blocks=True)
+            self._log_saves()
+        except Exception as error:  # the first error is raised, this one is logged as well
+            self.metrics.log(f"error: {error}")
 
     def _log_saves(self) -> None:
         for saved in self.saver.finished():

@@ -40,6 +40,14 @@ CASES = {
         ["--set", "data.folder={folder}/few_documents"],
         ["the validation shard", "has 2 documents, fewer than 4 packing streams", "set data.streams to 2"],
     ),
+    "no_validation_text": (
+        ["--set", "data.folder={folder}/no_validation_text"],
+        ["{folder}/no_validation_text/shard_00002.parquet has no text at all, only null or empty documents"],
+    ),
+    "little_validation_text": (
+        ["--set", "data.folder={folder}/little_validation_text"],
+        ["shard_00002.parquet has no text for 3 of 4 packing streams, only null or empty documents: put more text in"],
+    ),
     "no_tokenizer": (
         ["--set", "data.tokenizer={folder}/none"],
         ["no tokenizer at {folder}/none", "tools/train_tokenizer.py"],
@@ -104,12 +112,15 @@ CASES = {
 
 def write_inputs(folder: Path, place, one) -> None:
     (folder / "empty").mkdir()
-    for name in ("not_parquet", "no_text", "cut_data", "few_documents"):
+    for name in ("not_parquet", "no_text", "cut_data", "few_documents", "no_validation_text", "little_validation_text"):
         shutil.copytree(place.data, folder / name)
     (folder / "not_parquet" / "shard_00001.parquet").write_text("the old river\n" * 100)
     pq.write_table(pa.table({"body": ["the old river"] * 10}), folder / "no_text" / "shard_00001.parquet")
     os.truncate(folder / "cut_data" / "shard_00001.parquet", 1000)
     pq.write_table(pa.table({"text": ["the old river"] * 2}), folder / "few_documents" / "shard_00002.parquet")
+    for name, texts in {"no": [None, ""] * 5, "little": ["", "the old river", None, ""]}.items():
+        table = pa.table({"text": pa.array(texts, pa.string())})
+        pq.write_table(table, folder / f"{name}_validation_text" / "shard_00002.parquet")
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"th": 256}
     save_tokenizer(folder / "other_tokenizer", Tokenizer(ranks), {"source": "tests"})
     for name in ("cut", "damaged", "missing"):

@@ -10,8 +10,10 @@ import pytest
 from megachat.checkpoint.resume import newest_complete
 from megachat.config import load_config
 from megachat.errors import SAVED_STATUS, UserError
+from megachat.job.launch import bootstrap_environment
 from megachat.programs.dry_run import describe_job
 from megachat.programs.evaluate import EvaluationRequest, evaluate
+from megachat.programs.pretrain import _check_job, _named_config
 from tests import reference
 from tests.runs.forked import Ranks, run_forked
 from tests.runs.job import (
@@ -248,3 +250,21 @@ def test_bad_bundles_are_refused_before_training(place, bundle, tmp_path):
     config = load_config(command(place, "dry", config=core(bundle, core_tasks=["copa"]))[2])
     line = describe_job(config, 1).splitlines()[-1]
     assert re.search("CORE bundle: 1 tasks, 6 examples, digest .*21 of CORE's 22 tasks", line)
+
+
+def test_questions_that_do_not_fit_are_refused_before_training_or_left_out(place, tmp_path, one_rank):
+    long = write_bundle(tmp_path / "long")
+    file = long / "eval_data" / "language_modeling" / "lambada_openai.jsonl"
+    file.write_text(file.read_text() + json.dumps({"context": "a boat", "continuation": "b" * 700}) + "\n")
+    config = core(long)
+    config["evaluate"]["core_max_per_task"] = 100
+
+    def check(unfit):
+        config["evaluate"]["core_unfit"] = unfit
+        loaded = load_config(command(place, "long", config=config)[2])
+        return _check_job(_named_config(loaded, "long"), bootstrap_environment(), None, False)
+
+    with pytest.raises(UserError, match="lambada_openai.* the model takes at most 640"):
+        check("refuse")
+    assert check("leave_out").core_left_out == {"lambada_openai": 3}  # it is also a shot of two others
+    assert not (place.runs / "long").exists()

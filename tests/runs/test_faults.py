@@ -23,10 +23,12 @@ from tests.runs.forked import Ranks, run_forked
 from tests.runs.job import (
     STEPS,
     begin,
+    bits_per_byte,
     checkpoint,
     checkpoints,
     command,
     different,
+    facts,
     finish,
     launched,
     losses,
@@ -87,6 +89,36 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(place):
     assert done.status == 0 and f"resumed from {folder / f'step_{step - 1:06d}'} at step {step - 1}" in done.out
     assert checkpoints(place.runs / "torn") == [f"step_{number:06d}" for number in range(1, step + 2)]
     assert sorted(losses(place.runs / "torn")) == list(range(step + 1))
+
+
+BROKEN = """
+import os, runpy
+import megachat.train.tasks
+
+def fail(*_):
+    raise ValueError("a validation that cannot be read")
+
+if os.environ["RANK"] == "1":
+    megachat.train.tasks.ValidationRows = fail
+runpy.run_path("launch/pretrain.py", run_name="__main__")
+"""
+
+
+def test_a_failing_validation_on_one_rank_loses_nothing(two, place):
+    """A step is saved before its validation, and ranks that still write the checkpoint when that fails complete it."""
+    settings = {"checkpoint": {"every": 5}, "evaluate": {"every": 5}}
+    program, run = command(place, "unvalidated", "--resume", "auto", config=settings), place.runs / "unvalidated"
+    (place.runs / "broken.py").write_text(BROKEN)
+    with Ranks([place.runs / "broken.py", *program[1:]], 2) as job:
+        assert 0 not in job.end() and "ValueError: a validation" in job.err, job.printed
+    saved = checkpoint(run, 5)
+    assert checkpoints(run) == [saved.name] and find_file_problems(saved, read_facts(saved)) == []
+    assert facts(saved)["loop"]["pending"] == ["validation"] and bits_per_byte(run) == {}
+    done = run_forked(program, 2)
+    assert done.status == 0, done.err
+    assert losses(run) == losses(two) and different(checkpoint(run, STEPS), checkpoint(two, STEPS)) == []
+    assert list(bits_per_byte(run)) == [5, STEPS] and bits_per_byte(run)[STEPS] == bits_per_byte(two)[STEPS]
+    assert facts(checkpoint(run, STEPS))["loop"]["min_val_bpb"] == bits_per_byte(run)[5]
 
 
 def test_no_space_while_saving_is_told_and_leaves_no_trace(one, place):

@@ -8,8 +8,9 @@ import socket
 import pytest
 
 from megachat.data.tokenizer import load_tokenizer
+from tests.limits import limit_s
 from tests.runs.forked import run_forked
-from tests.runs.job import STEPS, begin, bits_per_byte, checkpoints, command, finish, launched, losses, metrics, train
+from tests.runs.job import STEPS, begin, bits_per_byte, checkpoints, command, launched, losses, metrics, train
 
 HYDRA = shutil.which("mpiexec.hydra")
 LAUNCHERS = ["torchrun", "deepspeed", "mpirun"]
@@ -107,12 +108,19 @@ def test_metrics_have_the_dashboard_keys(one):
     )
 
 
-def test_the_saved_config_runs_again_under_plain_python(one, place):
+def test_the_saved_config_runs_again_under_plain_python_without_a_console(one, place):
     arguments = ["--config", str(one / "config.json"), "--set", "run.folder=" + str(place.runs / "again")]
-    done = finish(begin(launched("python", 1, [command(place, "unused")[0], *arguments])))
-    assert done.status == 0, done.err
+    program = [command(place, "unused")[0], *arguments, "--set", 'evaluate.prompts=["caf\u00e9"]']
+    job = begin(launched("python", 1, program), {"PYTHONIOENCODING": "ascii"})
+    job.stdout.readline()
+    job.stdout.close()  # as `| head -1` does
+    assert job.wait(limit_s()) == 0, job.stderr.read()
+    lost = "stdout takes no more output (Broken pipe)"
+    assert job.stderr.read() == f"note: {lost}: continuing without it\n"
     again = place.runs / "again" / "one"
     assert losses(again) == losses(one) and bits_per_byte(again) == bits_per_byte(one)
+    assert [line["console"] for line in metrics(again) if "console" in line] == [lost]
+    assert "caf\u00e9" in (again / "samples" / f"step_{STEPS:06d}.json").read_text(encoding="utf-8")
 
 
 def test_ranks_started_with_other_settings_are_refused(place):

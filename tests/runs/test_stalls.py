@@ -89,19 +89,27 @@ def test_a_killed_rank_is_named_first_and_once(launcher, rank, place):
     assert "Traceback" not in done.err.split(told)[0] and "RuntimeError" not in done.out + done.err
 
 
-@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL], ids=lambda kill: kill.name)
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "mpirun"])
+@pytest.mark.parametrize(
+    "launcher, kill",
+    [(launcher, kill) for launcher in ("deepspeed", "torchrun", "mpirun") for kill in (signal.SIGTERM, signal.SIGKILL)]
+    + [("deepspeed", signal.SIGINT), ("torchrun", signal.SIGINT)],
+)
 def test_an_ended_launcher_leaves_no_rank_behind(launcher, kill, place):
     job = Job(place, f"ended_{launcher}_{kill.name}", launcher)
     assert len(processes_of(job.config)) >= 3, "two ranks and a launcher"
-    os.kill(job.launcher.pid, kill)
+    if kill == signal.SIGINT:
+        os.killpg(job.launcher.pid, kill)  # a terminal's Ctrl-C
+    else:
+        os.kill(job.launcher.pid, kill)
     done = job.done()
     assert done.status != 0 and not OUR_FRAME.search(done.err), done.err
     if launcher == "mpirun":  # its ranks speak through it
         return
-    told = [line for line in done.err.splitlines() if line.endswith(": the job saves after this step and ends")]
+    told = [line for line in done.err.splitlines() if ": the job saves after this step and ends" in line]
     assert len(told) == 1 and done.errors == [], done.err
-    assert re.match(r"(rank \d .+ received SIGTERM|the launcher \w+ \(pid \d+\) of rank \d .+ has ended): ", told[0])
+    assert re.match(
+        r"(rank \d .+ received SIG(TERM|INT)|the launcher \w+ \(pid \d+\) of rank \d .+ has ended): ", told[0]
+    )
     found, passed_over = newest_complete(job.run / "checkpoints")
     assert found is not None and passed_over == []
     assert f"stopped after step {int(found.name[5:])}, which is saved: continue with --resume auto" in done.out

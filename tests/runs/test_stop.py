@@ -28,9 +28,7 @@ from tests.runs.job import (
 LONG = {"horizon": {"steps": 5000}, "evaluate": {"every": 1, "prompts": []}, "checkpoint": {"every": 0}}
 
 
-@pytest.mark.parametrize(
-    "world, rank, number", [(1, 0, signal.SIGTERM), (2, 1, signal.SIGTERM), (2, 0, signal.SIGUSR1)]
-)
+@pytest.mark.parametrize("world, rank, number", [(1, 0, signal.SIGINT), (2, 1, signal.SIGHUP), (2, 0, signal.SIGUSR1)])
 def test_a_stop_costs_nothing(world, rank, number, place):
     name = f"stopped_{world}_{rank}_{number.name}"
     run = place.runs / name
@@ -39,7 +37,8 @@ def test_a_stop_costs_nothing(world, rank, number, place):
         os.kill(ranks.pids[rank], number)
         assert ranks.end() == [SAVED_STATUS] * world, ranks.printed
     assert re.fullmatch(
-        rf"rank {rank} \(.*pid {ranks.pids[rank]}\) received {number.name}: the job saves after this step and ends\n",
+        rf"rank {rank} \(.*pid {ranks.pids[rank]}\) received {number.name}: the job saves after this step and ends"
+        rf"{'; a second Ctrl-C ends it at once' * (number == signal.SIGINT)}\n",
         ranks.err,
     )
     saved, _ = newest_complete(run / "checkpoints")

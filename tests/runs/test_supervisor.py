@@ -52,8 +52,10 @@ def until_running(job: subprocess.Popen, run: Path, what, told: str) -> None:
 
 def test_a_killed_rank_costs_one_restart_and_no_step(place, two):
     line = supervised(place, "killed", 2, config=EVERY_STEP)
-    job, run = begin(line), place.runs / "killed"
+    job, run = begin(["nohup", *line]), place.runs / "killed"
     until_running(job, run, checkpoint(run, 1).is_dir, "a checkpoint")
+    for process in processes_of(line[line.index("--config") + 1]):
+        os.kill(process, signal.SIGHUP)  # its terminal has ended
     (pid,) = rank_1(line[line.index("--config") + 1])
     os.kill(pid, signal.SIGKILL)
     done = finish(job)

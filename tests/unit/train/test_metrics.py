@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import pty
@@ -12,24 +13,30 @@ import termios
 import pytest
 
 from megachat.config import LogConfig
+from megachat.console import Console
 from megachat.errors import UserError
 from megachat.train.metrics import Metrics, check_wandb, console_line
 
 STAND_IN = """
 starts, logged, finished = [], [], []
-refuse = False
+refuse = ""
+def fail(call):
+    if refuse == call: raise RuntimeError("no account")
 class Run:
     last, axis, step_metric = -1, None, {}
     def define_metric(self, name, step_metric=None): self.step_metric[name] = step_metric
     def log(self, values, step=None):
+        fail("log")
         step = self.last + 1 if step is None else step
         if step > self.last:  # wandb ignores others, with a warning
             logged.append((values.get(self.step_metric.get("*")), values))
         self.last = max(step, self.last)
-    def finish(self): finished.append(True)
+    def finish(self):
+        fail("finish")
+        finished.append(True)
 def init(**settings):
     starts.append(settings)
-    if refuse: raise RuntimeError("no account")
+    fail("init")
     return Run()
 """
 
@@ -223,18 +230,44 @@ def test_an_id_of_wandb_that_is_none_is_set_aside(content, wandb, tmp_path, caps
     assert wandb.starts[0]["id"] == (tmp_path / "wandb_id.txt").read_text().strip() != ""
 
 
-def test_a_wandb_that_does_not_start_is_told(wandb, tmp_path):
-    wandb.refuse = True
-    with pytest.raises(
-        UserError, match=r"wandb could not start \(no account\): run `wandb login`, or set log.wandb=offline or off"
-    ):
-        open_metrics(tmp_path, wandb="online")
+@pytest.mark.parametrize("call", ["init", "log", "finish"])
+def test_a_wandb_that_fails_ends_no_training(call, wandb, tmp_path, capsys):
+    wandb.refuse = call
+    metrics = open_metrics(tmp_path, wandb="online")
+    for step in range(3):
+        metrics.record(train_line(step))
+    metrics.close()
+    assert lines(tmp_path) == [train_line(step) for step in range(3)]
+    assert capsys.readouterr().out == (
+        "wandb failed (RuntimeError: no account): the run continues without it, and metrics.jsonl has everything; "
+        "run `wandb login`, or set log.wandb=offline or off\n"
+    )
+
+
+def test_a_console_that_fails_is_recorded_once(tmp_path, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    console = Console("stdout", writer, drop=True)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(console), encoding="ascii"))
+    metrics = open_metrics(tmp_path)
+    for step in range(3):
+        metrics.log(f"step {step}")
+        metrics.record(train_line(step))
+    metrics.close()
+    os.close(writer)
+    lost = {"step": 0, "console": "stdout takes no more output (Broken pipe)"}
+    assert lines(tmp_path) == [train_line(0), lost, train_line(1), train_line(2)]
 
 
 def test_a_wandb_that_is_not_installed_is_told(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # what Python keeps for "there is none"
     check_wandb(LogConfig())
     with pytest.raises(UserError, match='log.wandb is "online" but wandb is not installed'):
+        check_wandb(LogConfig(wandb="online"))
+    (tmp_path / "wandb.py").write_text("raise TypeError('protobuf')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "wandb")
+    with pytest.raises(UserError, match=r"wandb cannot be imported \(TypeError: protobuf\)"):
         check_wandb(LogConfig(wandb="online"))
 
 
