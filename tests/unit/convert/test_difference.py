@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megachat.convert.differences import compare_tensors
+from megachat.convert.megachat import _with_validation
 from megachat.errors import UserError
 from tests.unit.convert.checkpoints import differences_between, make_run, step_folder, tool
 
@@ -94,3 +95,13 @@ def test_what_is_no_checkpoint(run, tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match="holds no complete checkpoint yet"):
         differences_between(tmp_path / "run", run)
+
+
+def test_a_checkpoint_is_converted_with_the_validation_that_followed_it(tmp_path):
+    """The step is saved before its validation, whose result is in the run's metrics."""
+    loop = {"step": 7, "val_bpb": 2.5, "min_val_bpb": 2.0, "pending": ["validation", "core"]}
+    step = tmp_path / "checkpoints" / "step_000007"
+    assert _with_validation(loop, step) == loop
+    (tmp_path / "metrics.jsonl").write_text('{"step": 7, "train/loss": 1.0}\n{"step": 7, "val/bpb": 1.75}\n')
+    assert _with_validation(loop, step) == loop | {"val_bpb": 1.75, "min_val_bpb": 1.75}
+    assert _with_validation(loop | {"pending": []}, step)["val_bpb"] == 2.5
