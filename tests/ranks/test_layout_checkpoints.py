@@ -139,7 +139,10 @@ def test_any_layout_resumes_from_any_other(saved_on, data, tmp_path):
                 f"{saved_on} loaded on {layout}"
             )
             assert (loaded_counts, others_end) == (counts, end), f"{saved_on} loaded on {layout}"
-            assert others == pytest.approx(losses, rel=1e-6), f"{saved_on} continued on {layout}"
+            # The first loss comes from equal weights. After it, AdamW's first moment decides the sign of elements whose
+            # gradient is below its rounding, and other rows would change a loss by more than a thousandth.
+            assert others[0] == pytest.approx(losses[0], rel=1e-6), f"{saved_on} continued on {layout}"
+            assert others == pytest.approx(losses, rel=2e-5), f"{saved_on} continued on {layout}"
         numbers = [tuple(answer[1].tolist()) for answer in answers_here]
         wanted = [tuple(answer[2].tolist()) for answer in answers]
         assert numbers[: len(wanted)] == wanted[:world] and len(set(numbers)) == world, (
