@@ -1,58 +1,96 @@
 """The settings of a run, frozen and strict. A file holds what differs from these defaults; unknown keys are refused."""
 
-import difflib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 
+from megachat.config_checks import (
+    BATCH,
+    RANKS,
+    RATE,
+    SECONDS,
+    STEPS,
+    THREADS,
+    TOKENS,
+    UNSUPPORTED_FP8,
+    WIDTH,
+    Most,
+    describe_mistake,
+    shown,
+)
 from megachat.errors import UserError, raise_if_unreadable
 from megachat.files import lfs_problem, write_atomically
 from megachat.planning.dimensions import NORM_EPSILON, QK_SCALE, ROTARY_BASE
-
-_UNSUPPORTED_FP8 = {
-    "rowwise": "scales by row have no equivalent in Transformer Engine: set tensorwise, or blockwise, which is finer",
-    "delayed": "delayed scaling keeps a history of maxima that checkpoints do not hold: set tensorwise, which uses the "
-    "current maximum",
-    "mxfp8": "MXFP8 needs a Blackwell GPU and is not supported: set blockwise",
-    "nvfp4": "four bits are not supported: set blockwise",
-}
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
+    @field_validator("*")
+    @classmethod
+    def _refuse_nul(cls, value):
+        texts = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(text, str) and "\0" in text for text in texts):
+            raise PydanticCustomError("nul", "must not contain the character NUL")
+        return value
 
-def _setting(default: Any, description: str, **limits: Any) -> Any:
+
+def _setting(default: Any, description: str, most: Most | None = None, **limits: Any) -> Any:
+    if most:
+        limits |= {"le": most.value, "json_schema_extra": {"reason": most.reason}}
     return Field(default, description=description, **limits)
 
 
 class RunConfig(_Section):
     """Name and folder of the run."""
 
-    name: str | None = _setting(None, "name of the run folder; none: the config file's name")
+    name: str | None = _setting(
+        None, "name of the run folder; none: the config file's name", min_length=1, max_length=200
+    )
     folder: str = _setting("runs", "parent of the run folders")
-    seed: int = _setting(42, "seed of initial weights and sampling", ge=0)
+    seed: int = _setting(
+        42, "seed of initial weights and sampling", ge=0, most=Most(2**63 - 1, "torch's generators take 63 bits")
+    )
 
 
 class ModelConfig(_Section):
     """Sizes of the model; nearly all follow from depth."""
 
-    depth: int = _setting(12, "number of blocks; width, heads, batch, steps and rates follow from it", ge=1, le=1000)
-    aspect_ratio: int = _setting(64, "width per block before rounding up to whole heads", ge=1)
-    head_size: int = _setting(128, "channels per head", ge=2, multiple_of=2)
-    kv_heads: int | None = _setting(None, "key/value heads; none: as many as query heads", ge=1)
-    sequence_len: int = _setting(2048, "tokens per row", ge=2)
-    vocab_size: int | None = _setting(None, "tokens in the vocabulary; none: the tokenizer's", ge=1)
+    depth: int = _setting(
+        12,
+        "number of blocks; width, heads, batch, steps and rates follow from it",
+        ge=1,
+        most=Most(
+            128, "the rules for width and rates are known up to depth 32, and counting memory would take seconds"
+        ),
+    )
+    aspect_ratio: int = _setting(64, "width per block before rounding up to whole heads", ge=1, most=WIDTH)
+    head_size: int = _setting(128, "channels per head", ge=2, multiple_of=2, most=WIDTH)
+    kv_heads: int | None = _setting(None, "key/value heads; none: as many as query heads", ge=1, most=TOKENS)
+    sequence_len: int = _setting(2048, "tokens per row", ge=2, most=TOKENS)
+    vocab_size: int | None = _setting(None, "tokens in the vocabulary; none: the tokenizer's", ge=1, most=TOKENS)
     window_pattern: str = _setting(
         "SSSL", "attention windows tiled over blocks: S quarter, L whole; the last is always L", pattern="^[SL]+$"
     )
     rotary: Literal["slices", "chunk"] = _setting("slices", "how a head is split in halves; same result")
-    rotary_base: float = _setting(ROTARY_BASE, "base of the rotary frequencies", gt=1)
-    qk_scale: float = _setting(QK_SCALE, "factor on normed queries and keys", gt=0)
-    norm_epsilon: float = _setting(NORM_EPSILON, "added to the mean square in every norm", gt=0)
+    rotary_base: float = _setting(
+        ROTARY_BASE,
+        "base of the rotary frequencies",
+        gt=1,
+        most=Most(1e12, "positions would have equal angles in float32"),
+    )
+    qk_scale: float = _setting(
+        QK_SCALE, "factor on normed queries and keys", gt=0, most=Most(1000, "attention would see one key only")
+    )
+    norm_epsilon: float = _setting(
+        NORM_EPSILON,
+        "added to the mean square in every norm",
+        gt=0,
+        most=Most(0.1, "a norm would depend on it more than on the values"),
+    )
     value_embeddings: bool = _setting(True, "gated value embeddings on every other block")
     lambdas: Literal["learned", "neutral"] = _setting(
         "learned", "residual mix, smear and backout; neutral: no effect, not trained, as transformers' NanoChat"
@@ -64,11 +102,15 @@ class DataConfig(_Section):
 
     folder: str = _setting("data/python", "parquet shards with a text column; the last is validation")
     tokenizer: str = _setting("data/tokenizer", "folder with the rank file and its JSON")
-    streams: int = _setting(8, "packing streams; they fix the order of rows, on every layout", ge=1)
-    buffer_documents: int = _setting(1000, "documents that a stream chooses from", ge=1)
+    streams: int = _setting(8, "packing streams; they fix the order of rows, on every layout", ge=1, most=RANKS)
+    buffer_documents: int = _setting(
+        1000, "documents that a stream chooses from", ge=1, most=Most(10**7, "they are kept in memory")
+    )
     shuffle: bool = _setting(False, "visit row groups in a seeded order that changes each epoch")
-    tokenizer_threads: int = _setting(2, "threads that tokenize ahead", ge=1)
-    prefetch_steps: int = _setting(2, "steps packed ahead in the background", ge=1)
+    tokenizer_threads: int = _setting(2, "threads that tokenize ahead", ge=1, most=THREADS)
+    prefetch_steps: int = _setting(
+        2, "steps packed ahead in the background", ge=1, most=Most(1000, "they are kept in memory")
+    )
     on_bad_text: Literal["refuse", "skip"] = _setting(
         "refuse", "texts that are not UTF-8: end with the file and row, or leave them out, counted and logged"
     )
@@ -81,10 +123,13 @@ class BatchConfig(_Section):
     """Batch size: any two of tokens, micro_rows and accumulation settle the third."""
 
     tokens: int | None = _setting(
-        None, "tokens per step over all ranks; none: from the horizon, or micro_rows x accumulation x ranks", ge=1
+        None,
+        "tokens per step over all ranks; none: from the horizon, or micro_rows x accumulation x ranks",
+        ge=1,
+        most=BATCH,
     )
-    micro_rows: int | None = _setting(None, "rows per micro-batch on a rank; none: solved", ge=1)
-    accumulation: int | None = _setting(None, "micro-batches per step; none: solved", ge=1)
+    micro_rows: int | None = _setting(None, "rows per micro-batch on a rank; none: solved", ge=1, most=BATCH)
+    accumulation: int | None = _setting(None, "micro-batches per step; none: solved", ge=1, most=BATCH)
     recompute: Literal["none", "selective", "block"] = _setting(
         "none", "what a block recomputes in the backward pass instead of keeping: nothing, its MLP, or all"
     )
@@ -93,30 +138,38 @@ class BatchConfig(_Section):
 class HorizonConfig(_Section):
     """Length of the training."""
 
-    steps: int | None = _setting(None, "optimizer steps; overrides flops", ge=1)
-    flops: float | None = _setting(None, "training FLOPs; overrides ratio", gt=0)
-    ratio: float = _setting(12.0, "tokens per scaling parameter", gt=0)
-    stop_step: int | None = _setting(None, "stop and save at this step, with the schedules of the whole horizon", ge=1)
+    steps: int | None = _setting(None, "optimizer steps; overrides flops", ge=1, most=STEPS)
+    flops: float | None = _setting(
+        None, "training FLOPs; overrides ratio", gt=0, most=Most(1e30, "the largest known training took 10^27")
+    )
+    ratio: float = _setting(
+        12.0, "tokens per scaling parameter", ge=1e-3, most=Most(10**6, "10^4 is far beyond every known training")
+    )
+    stop_step: int | None = _setting(
+        None, "stop and save at this step, with the schedules of the whole horizon", ge=1, most=STEPS
+    )
 
 
 class OptimizerConfig(_Section):
     """nanochat's optimizer settings, before the plan's scaling rules."""
 
-    matrix_lr: float = _setting(0.02, "Muon, before the batch and shape rules", ge=0)
-    embedding_lr: float = _setting(0.3, "wte; value embeddings take half of it", ge=0)
-    unembedding_lr: float = _setting(0.008, "lm_head", ge=0)
-    scalar_lr: float = _setting(0.5, "x0 lambdas; resid lambdas take a hundredth of it", ge=0)
-    smear_lr: float = _setting(0.2, "smear gate and lambda, backout lambda; not scaled by batch", ge=0)
-    weight_decay: float = _setting(0.28, "Muon's cautious decay before the horizon rule", ge=0)
+    matrix_lr: float = _setting(0.02, "Muon, before the batch and shape rules", ge=0, most=RATE)
+    embedding_lr: float = _setting(0.3, "wte; value embeddings take half of it", ge=0, most=RATE)
+    unembedding_lr: float = _setting(0.008, "lm_head", ge=0, most=RATE)
+    scalar_lr: float = _setting(0.5, "x0 lambdas; resid lambdas take a hundredth of it", ge=0, most=RATE)
+    smear_lr: float = _setting(0.2, "smear gate and lambda, backout lambda; not scaled by batch", ge=0, most=RATE)
+    weight_decay: float = _setting(0.28, "Muon's cautious decay before the horizon rule", ge=0, most=RATE)
     scale_to_batch: bool = _setting(True, "scale rates and Muon's decay from d12's batch and horizon to this run's")
-    muon_multiplier: Literal["rows_over_cols", "flipped"] | dict[str, float] = _setting(
-        "rows_over_cols", "rate multiplier per matrix: a rule, or name pattern -> number"
+    muon_multiplier: Literal["rows_over_cols", "flipped"] | dict[str, Annotated[float, Field(ge=0, le=1000)]] = (
+        _setting("rows_over_cols", "rate multiplier per matrix: a rule, or name pattern -> number")
     )
     gradient_wire: Literal["auto", "bfloat16", "float32"] = _setting(
         "auto", "dtype of Muon's gradients between ranks; auto: the compute dtype"
     )
-    clip_norm: float = _setting(0.0, "clip the joint gradient norm; 0: off", ge=0)
-    warmup_steps: int = _setting(40, "steps of the rates' linear warm-up", ge=0)
+    clip_norm: float = _setting(
+        0.0, "clip the joint gradient norm; 0: off", ge=0, most=Most(1e9, "such a norm clips nothing; 0 is off")
+    )
+    warmup_steps: int = _setting(40, "steps of the rates' linear warm-up", ge=0, most=STEPS)
     warmdown_ratio: float = _setting(0.65, "share of steps in the final linear decay", ge=0, le=1)
     final_lr_fraction: float = _setting(0.05, "rate multiplier at the last step", ge=0, le=1)
 
@@ -127,8 +180,12 @@ class PrecisionConfig(_Section):
     compute: Literal["auto", "bfloat16", "float16", "float32"] = _setting(
         "auto", "dtype of activations; auto: bfloat16 if the device has it"
     )
-    loss_scale: float = _setting(65536.0, "initial loss scale of float16", gt=0)
-    loss_scale_window: int = _setting(1000, "steps without overflow before float16's loss scale doubles", ge=1)
+    loss_scale: float = _setting(
+        65536.0, "initial loss scale of float16", gt=0, most=Most(2**40, "every float16 gradient would overflow")
+    )
+    loss_scale_window: int = _setting(
+        1000, "steps without overflow before float16's loss scale doubles", ge=1, most=STEPS
+    )
     compile: bool = _setting(False, "torch.compile the blocks; the first step takes long")
     fp8: Literal["off", "tensorwise", "blockwise"] = _setting(
         "off", "train in FP8 with one scale per tensor or per tile of 128 numbers; needs bfloat16"
@@ -144,31 +201,44 @@ class PrecisionConfig(_Section):
     @field_validator("fp8", mode="before")
     @classmethod
     def _refuse_unsupported_recipe(cls, value):
-        if isinstance(value, str) and value in _UNSUPPORTED_FP8:
-            raise PydanticCustomError("fp8_recipe", "{reason}", {"reason": _UNSUPPORTED_FP8[value]})
+        if isinstance(value, str) and value in UNSUPPORTED_FP8:
+            raise PydanticCustomError("fp8_recipe", "{reason}", {"reason": UNSUPPORTED_FP8[value]})
         return value
 
 
 class ParallelConfig(_Section):
     """Axes of the mesh; the data axis gets the remaining ranks."""
 
-    tensor: int = _setting(1, "ranks that share each matrix", ge=1)
+    tensor: int = _setting(1, "ranks that share each matrix", ge=1, most=RANKS)
     sequence: bool = _setting(False, "each tensor rank keeps only its tokens between tensor-parallel regions")
-    pipeline: int = _setting(1, "stages that share the blocks", ge=1)
+    pipeline: int = _setting(1, "stages that share the blocks", ge=1, most=RANKS)
     stall_s: int = _setting(
-        120, "seconds without progress while a rank waits for others, after which the job stops and reports where", ge=1
+        120,
+        "seconds without progress while a rank waits for others, after which the job stops and reports where",
+        ge=1,
+        most=SECONDS,
     )
-    rendezvous_s: int = _setting(120, "seconds that the first ranks wait for the others at start-up", ge=1)
+    rendezvous_s: int = _setting(
+        120, "seconds that the first ranks wait for the others at start-up", ge=1, most=SECONDS
+    )
     timeout_s: int = _setting(
-        600, "torch's limit for one collective; start-up, evaluation and saving may take 90 % of it", ge=1
+        600,
+        "torch's limit for one collective; start-up, evaluation and saving may take 90 % of it",
+        ge=1,
+        most=SECONDS,
     )
 
 
 class EvaluateConfig(_Section):
     """Evaluations during the training and at its end."""
 
-    every: int = _setting(250, "steps between validations; 0: only at the end", ge=0)
-    tokens: int | None = _setting(None, "validation tokens, rounded down to whole rows; none: 20 batches", ge=1)
+    every: int = _setting(250, "steps between validations; 0: only at the end", ge=0, most=STEPS)
+    tokens: int | None = _setting(
+        None,
+        "validation tokens, rounded down to whole rows; none: 20 batches",
+        ge=1,
+        most=Most(10**10, "the evaluation would take days"),
+    )
     prompts: tuple[str, ...] = _setting(
         (
             "The capital of France is",
@@ -181,12 +251,14 @@ class EvaluateConfig(_Section):
         ),
         "prompts that samples continue; empty: no samples",
     )
-    sample_tokens: int = _setting(16, "tokens per sample", ge=1)
-    core_every: int = _setting(0, "steps between CORE evaluations, with one at the end; 0: none", ge=0)
+    sample_tokens: int = _setting(16, "tokens per sample", ge=1, most=Most(10**5, "a longer sample takes hours"))
+    core_every: int = _setting(0, "steps between CORE evaluations, with one at the end; 0: none", ge=0, most=STEPS)
     core_bundle: str | None = _setting(
         None, "folder or zip with CORE's tasks; none: nanochat's, downloaded once into data/"
     )
-    core_max_per_task: int = _setting(500, "examples per task; the default is nanochat's during training", ge=1)
+    core_max_per_task: int = _setting(
+        500, "examples per task; the default is nanochat's during training", ge=1, most=STEPS
+    )
     core_tasks: tuple[str, ...] | None = _setting(None, "labels of the tasks; none: all in the bundle", min_length=1)
     core_crop: bool = _setting(
         False, "crop prompts of CORE to model.sequence_len; false: up to ten times as long, as nanochat does"
@@ -199,23 +271,32 @@ class EvaluateConfig(_Section):
 class CheckpointConfig(_Section):
     """When checkpoints are saved, and which are kept."""
 
-    every: int = _setting(1000, "steps between checkpoints; 0: only at the end", ge=0)
+    every: int = _setting(1000, "steps between checkpoints; 0: only at the end", ge=0, most=STEPS)
     keep_last: int | None = _setting(
-        None, "newest checkpoints to keep when a new one is complete; none: keep all", ge=1
+        None,
+        "newest checkpoints to keep when a new one is complete; none: keep all",
+        ge=1,
+        most=STEPS,
     )
     keep_every: int | None = _setting(
-        None, "with keep_last: also keep checkpoints at multiples of this many steps", ge=1
+        None,
+        "with keep_last: also keep checkpoints at multiples of this many steps",
+        ge=1,
+        most=STEPS,
     )
     background: bool = _setting(True, "write while training continues, from a copy of the state in host memory")
     stop_s: float = _setting(
-        25.0, "seconds for step and save after SIGTERM before the job ends without; launchers kill after 30", gt=0
+        25.0,
+        "seconds for step and save after SIGTERM before the job ends without; launchers kill after 30",
+        gt=0,
+        most=SECONDS,
     )
 
 
 class LogConfig(_Section):
     """What is logged, and where."""
 
-    every: int = _setting(1, "steps between console lines and metrics", ge=1)
+    every: int = _setting(1, "steps between console lines and metrics", ge=1, most=STEPS)
     wandb: Literal["off", "online", "offline"] = _setting("off", "also send metrics to Weights & Biases")
     wandb_project: str = _setting("megachat", "Weights & Biases project")
 
@@ -247,8 +328,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Raises UserError with one line per mistake: a file missing or not JSON, unknown, duplicate or mistyped keys, values
     out of range.
     """
-    path = Path(path)
-    mistakes: list[str] = []
+    path, mistakes = Path(path), list[str]()
 
     def checked_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
@@ -260,9 +340,8 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=checked_object)
     except OSError as error:
         raise_if_unreadable(f"the config {path}", error)
-        reason = error.strerror or error
         raise UserError(
-            f"{path}: cannot read the config ({reason}); name an existing JSON file, for example configs/d4_cpu.json"
+            f"{path}: cannot read the config ({error.strerror or error}); name a JSON file, such as configs/d4_cpu.json"
         ) from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file; a config is JSON in UTF-8") from None
@@ -270,6 +349,8 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         if pointer := lfs_problem(path):
             raise UserError(f"{path} {pointer}") from None
         raise UserError(f"{path}: not JSON at line {error.lineno} column {error.colno}: {error.msg}") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: not a config: a number has thousands of digits, or too many levels") from None
     if not isinstance(values, dict):
         raise UserError(f'{path}: a config is a JSON object of sections, for example {{"model": {{"depth": 12}}}}')
     return config_from_values(values, str(path), overrides, mistakes)
@@ -282,14 +363,19 @@ def config_from_values(
 
     Raises UserError as `load_config`, with `mistakes` before its own. source: names the dictionary in errors.
     """
-    values, mistakes = json.loads(json.dumps(values)), list(mistakes or ())
-    for override in overrides:
-        _apply_override(values, override, mistakes)
-    config = Config()
+    mistakes, config = list(mistakes or ()), Config()
+    fields = {name: type(section).model_fields for name, section in config}
     try:
-        config = Config.model_validate_json(json.dumps(values))
+        values = json.loads(json.dumps(values))
+        for override in overrides:
+            _apply_override(values, override, mistakes)
+        config = Config.model_validate_json(json.dumps(values, ensure_ascii=False).encode())
     except ValidationError as error:
-        mistakes += [_describe_mistake(source, problem) for problem in error.errors()]
+        mistakes += [describe_mistake(source, problem, fields) for problem in error.errors()]
+    except UnicodeEncodeError:
+        mistakes.append(f"{source}: a name or value has half of a surrogate pair, which is no character; remove it")
+    except RecursionError:
+        mistakes.append(f"{source}: not a config: it is nested too deeply; settings are two levels deep")
     if mistakes:
         raise UserError("\n".join(dict.fromkeys(mistakes)))
     return config
@@ -299,28 +385,15 @@ def _apply_override(values: dict[str, Any], override: str, mistakes: list[str]) 
     name, equals, text = override.partition("=")
     section, dot, key = name.strip().partition(".")
     if not (equals and dot and section and key):
-        mistakes.append(f"--set {override}: give section.key=value, for example --set model.depth=12")
+        mistakes.append(f"--set {shown(override)}: give section.key=value, for example --set model.depth=12")
         return
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         value = text
     inner = values.setdefault(section, {})
     if isinstance(inner, dict):
         inner[key] = value
-
-
-def _describe_mistake(source: str, problem: ErrorDetails) -> str:
-    location = [str(part) for part in problem["loc"]]
-    name = ".".join(location[:2])
-    if problem["type"] == "extra_forbidden":
-        candidates = list(Config.model_fields) if len(location) == 1 else known_keys()
-        other_section = [key for key in candidates if key.split(".")[-1] == location[-1]]
-        near = other_section[:1] or difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else "see megachat/config.py for all keys"
-        return f"{source}: unknown key {name}; {hint}"
-    text = problem["msg"].replace("Input should", "should")
-    return f"{source}: {name} is {json.dumps(problem['input'])} but {text}"
 
 
 def save_config(config: Config, path: str | Path) -> None:

@@ -51,6 +51,27 @@ def describe_stages(plan: Plan) -> str:
     )
 
 
+def setting_warnings(config: Config, plan: Plan) -> list[str]:
+    """Returns a warning for each pair of settings that is allowed and has an effect that is seldom wanted."""
+    warmup, keep = config.optimizer.warmup_steps, config.checkpoint
+    constant = plan.steps - round(config.optimizer.warmdown_ratio * plan.steps)
+    lines = []
+    if warmup > constant:
+        what = f"is longer than the training ({plan.steps} steps)"
+        if warmup <= plan.steps:
+            what = f"runs into the warm-down, which begins after step {constant}"
+        lines.append(
+            f"WARNING: optimizer.warmup_steps ({warmup}) {what}: the rates never stay at their full values; lower "
+            "optimizer.warmup_steps or optimizer.warmdown_ratio"
+        )
+    if keep.keep_every and not keep.keep_last:
+        lines.append(
+            f"WARNING: checkpoint.keep_every ({keep.keep_every}) has no effect without checkpoint.keep_last: all "
+            "checkpoints are kept"
+        )
+    return lines
+
+
 def plan_values(plan: Plan) -> dict:
     """Returns the plan as JSON values."""
     values = {name: dict(value) if isinstance(value, Mapping) else value for name, value in _fields(plan).items()}

@@ -241,12 +241,18 @@ def describe_memory(stages: list[Memory], device_bytes: int | None) -> str:
 
 
 def memory_warning(
-    config: Config, plan: Plan, dtype: torch.dtype, device_bytes: int, *, on_gpu: bool = True
+    config: Config,
+    plan: Plan,
+    dtype: torch.dtype,
+    device_bytes: int,
+    *,
+    on_gpu: bool = True,
+    stages: list[Memory] | None = None,
 ) -> str | None:
     """Returns a warning for a run that will not fit, with what each setting that helps would reduce it to; None if it
-    fits.
+    fits. stages: its memory_of_stages, if it is known.
     """
-    largest = max(stage.total for stage in memory_of_stages(config, plan, dtype, on_gpu=on_gpu))
+    largest = max(stage.total for stage in stages or memory_of_stages(config, plan, dtype, on_gpu=on_gpu))
     if largest <= FILLS * device_bytes:
         return None
     fitting: dict[str, str] = {}  # setting -> its first value that is enough

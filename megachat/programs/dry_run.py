@@ -7,7 +7,7 @@ from megachat.data.tokenizer import load_tokenizer
 from megachat.device import choose_compute_dtype, memory_bytes, this_device
 from megachat.evals.core_bundle import describe_bundle, open_configured_bundle
 from megachat.evals.core_download import BUNDLE_PATH
-from megachat.planning.explain import describe_config, describe_plan
+from megachat.planning.explain import describe_config, describe_plan, setting_warnings
 from megachat.planning.manifest import describe_ownership, ownership
 from megachat.planning.memory import describe_memory, memory_of_stages, memory_warning
 from megachat.planning.plan import Plan, resolve
@@ -39,7 +39,8 @@ def _planned_memory(config: Config, plan: Plan, memory_gb: float | None) -> str:
     on_gpu, precision = memory_gb is not None or this.type == "cuda", config.precision.compute
     dtype = torch.bfloat16 if on_gpu and precision == "auto" else choose_compute_dtype(precision, this)[0]
     device_bytes = int(memory_gb * 1e9) if memory_gb else memory_bytes(this, 1) if on_gpu else None
-    warning = memory_warning(config, plan, dtype, device_bytes) if device_bytes else None
-    estimate = describe_memory(memory_of_stages(config, plan, dtype, on_gpu=on_gpu), device_bytes)
+    stages = memory_of_stages(config, plan, dtype, on_gpu=on_gpu)
+    warning = memory_warning(config, plan, dtype, device_bytes, stages=stages) if device_bytes else None
+    estimate = describe_memory(stages, device_bytes)
     line = f"{estimate}; computed in {str(dtype).removeprefix('torch.')}"
-    return "\n".join([line, warning] if warning else [line])
+    return "\n".join([line, *([warning] if warning else []), *setting_warnings(config, plan)])

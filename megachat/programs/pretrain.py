@@ -35,7 +35,7 @@ from megachat.job.run_lock import lock_run_folder
 from megachat.kernels.choice import Kernels, choose_kernels, describe_kernels
 from megachat.parallel.collectives import all_gather_objects, barrier
 from megachat.parallel.mesh import Mesh
-from megachat.planning.explain import describe_stages, plan_values
+from megachat.planning.explain import describe_stages, plan_values, setting_warnings
 from megachat.planning.memory import check_state_fits, describe_memory, memory_of_stages, memory_warning
 from megachat.planning.plan import Plan, resolve, usable_world
 from megachat.programs.dry_run import describe_job
@@ -264,8 +264,9 @@ def described_memory(config: Config, plan: Plan, device: torch.device, device_by
     stages = memory_of_stages(config, plan, dtype, on_gpu=on_gpu)
     if on_gpu:
         check_state_fits(stages, device_bytes)
-    warning = memory_warning(config, plan, dtype, device_bytes, on_gpu=on_gpu)
-    return [describe_memory(stages, device_bytes), *([warning] if warning else [])]
+    warning = memory_warning(config, plan, dtype, device_bytes, on_gpu=on_gpu, stages=stages)
+    warnings = [*([warning] if warning else []), *setting_warnings(config, plan)]
+    return [describe_memory(stages, device_bytes), *warnings]
 
 
 def _write_run_folder(run: Run, state: LoopState, environment: LaunchEnvironment, log: Log) -> None:

@@ -95,6 +95,66 @@ def test_an_fp8_recipe_without_an_equivalent_is_refused_by_name(tmp_path, recipe
     assert f'precision.fp8 is "{recipe}" but {part}' in line
 
 
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("horizon.ratio=1e-12", "horizon.ratio is 1e-12 but should be greater than or equal to 0.001"),
+        (f"model.depth={10**30}", "should be less than or equal to 128: the rules for width and rates are known up to"),
+        (f"model.vocab_size={'9' * 5000}", "model.vocab_size is "),
+        ("run.name=a\0b", 'run.name is "a\\u0000b" but must not contain the character NUL'),
+        ('evaluate.prompts=["a\\u0000"]', "must not contain the character NUL"),
+        ('run.name="\\ud800"', "half of a surrogate pair"),
+        ("run.name=" + "x" * 300, "should have at most 200 characters"),
+        ("parallel.timeout_s=1e30", "parallel.timeout_s is 1e+30 but "),
+        (f"parallel.timeout_s={10**30}", "should be less than or equal to 10000000: no job waits 116 days"),
+        ("optimizer.matrix_lr=1e300", "should be less than or equal to 100: already a rate of 1 moves"),
+        (f"evaluate.tokens={10**30}", "should be less than or equal to 10000000000: the evaluation would take days"),
+        (f"evaluate.sample_tokens={10**30}", "should be less than or equal to 100000: a longer sample takes hours"),
+        ('optimizer.muon_multiplier={"*": -1}', "optimizer.muon_multiplier is -1 but should be greater than or equal"),
+        ("model.norm_epsilon=1e300", "should be less than or equal to 0.1: a norm would depend on it more than on the"),
+        ("model.depth=" + "[" * 100_000, "model.depth is "),
+        ("model.depth=" + "[" * 300 + "]" * 300, "recursion limit exceeded"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_absurd_values_are_refused_in_one_short_sentence_with_the_reason(tmp_path, override, part):
+    lines = mistakes(write(tmp_path, "{}"), override)
+    assert any(part in line for line in lines), lines
+    assert all(len(line) < 400 and line.isprintable() for line in lines)
+
+
+@pytest.mark.parametrize("text", ['{"model": {"depth": ' + "9" * 5000 + "}}", "[" * 100_000, '{"a":' * 100_000])
+def test_deep_files_and_endless_numbers_are_refused(tmp_path, text):
+    assert "not a config: " in mistakes(write(tmp_path, text))[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("optimizer.x0_beta1", "the betas are nanochat's"),
+        ("model.activation", "the MLP has nanochat's squared ReLU"),
+        ("model.swiglu", "nanochat measured SwiGLU to be worse"),
+        ("model.moe_experts", "mixtures of experts are not supported"),
+        ("model.mtp_heads", "multi-token prediction is not supported"),
+        ("batch.ramp_steps", "the batch is constant"),
+        ("model.dropout", "dropout is not supported"),
+        ("model.width", "see megachat/config.py for all keys"),
+        ("optimizer.warm_up_steps", "did you mean optimizer.warmup_steps?"),
+    ],
+)
+def test_only_near_keys_are_suggested_and_refused_ideas_are_known(tmp_path, key, hint):
+    (line,) = mistakes(write(tmp_path, "{}"), f"{key}=1")
+    assert f"unknown key {key}; " in line and hint in line
+
+
+def test_every_upper_bound_has_a_reason():
+    for name, section in Config.model_fields.items():
+        for key, field in section.annotation.model_fields.items():
+            numeric = field.annotation in (int, float, int | None, float | None)
+            bounds = [limit.le for limit in field.metadata if hasattr(limit, "le")]
+            assert not numeric or (bounds and (bounds == [1] or field.json_schema_extra["reason"])), f"{name}.{key}"
+
+
 def test_a_missing_file_is_refused(tmp_path):
     assert "cannot read the config" in mistakes(tmp_path / "none.json")[0]
 

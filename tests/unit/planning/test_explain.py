@@ -2,8 +2,10 @@
 
 import json
 
+import pytest
+
 from megachat.config import Config, ParallelConfig
-from megachat.planning.explain import describe_config, describe_plan, describe_stages, plan_values
+from megachat.planning.explain import describe_config, describe_plan, describe_stages, plan_values, setting_warnings
 from megachat.planning.plan import resolve
 
 CONFIG = Config.model_validate(
@@ -59,3 +61,21 @@ def test_stages_are_described_with_their_shares():
         and "of parameters" in stages[1]
         and stages[2].endswith("% of FLOPs)")
     )
+
+
+@pytest.mark.parametrize(
+    ("sections", "part"),
+    [
+        ({"horizon": {"steps": 20}}, "optimizer.warmup_steps (40) is longer than the training (20 steps)"),
+        ({"horizon": {"steps": 60}}, "optimizer.warmup_steps (40) runs into the warm-down, which begins after step 21"),
+        (
+            {"horizon": {"steps": 400}, "checkpoint": {"keep_every": 5}},
+            "checkpoint.keep_every (5) has no effect without",
+        ),
+        ({"horizon": {"steps": 400}, "checkpoint": {"keep_every": 5, "keep_last": 2}}, None),
+    ],
+)
+def test_settings_that_are_seldom_wanted_together_are_reported(sections, part):
+    config = Config.model_validate({"model": {"depth": 2}} | sections)
+    lines = setting_warnings(config, resolve(config, 1, 97))
+    assert (not lines and part is None) or (len(lines) == 1 and part in lines[0] and lines[0].startswith("WARNING: "))

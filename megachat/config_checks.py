@@ -1,0 +1,91 @@
+"""Bounds of settings with their reasons, and what is said about a mistake in a config."""
+
+import difflib
+import json
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+NEAR = 0.75  # least similarity of an unknown key to the one that is suggested
+UNSUPPORTED_FP8 = {
+    "rowwise": "scales by row have no equivalent in Transformer Engine: set tensorwise, or blockwise, which is finer",
+    "delayed": "delayed scaling keeps a history of maxima that checkpoints do not hold: set tensorwise, which uses the "
+    "current maximum",
+    "mxfp8": "MXFP8 needs a Blackwell GPU and is not supported: set blockwise",
+    "nvfp4": "four bits are not supported: set blockwise",
+}
+
+
+# Part of an unknown key's name -> why there is no such setting. The first that fits counts.
+_REFUSED_IDEAS = {
+    "checkpointing": "batch.recompute chooses what a block recomputes in the backward pass",
+    "dropout": "dropout is not supported: in pretraining hardly any text is seen twice",
+    "activation": "the MLP has nanochat's squared ReLU; others were measured to be no better",
+    "swiglu": "the MLP has nanochat's squared ReLU; nanochat measured SwiGLU to be worse",
+    "moe": "mixtures of experts are not supported: nanochat measured no gain in time",
+    "expert": "mixtures of experts are not supported: nanochat measured no gain in time",
+    "mtp": "multi-token prediction is not supported: nanochat measured it to be worse",
+    "multi_token": "multi-token prediction is not supported: nanochat measured it to be worse",
+    "ramp": "the batch is constant: nanochat measured hardly any gain by a batch ramp",
+    "batch_warmup": "the batch is constant: nanochat measured hardly any gain by a batch ramp",
+    "softcap": "the logits' softcap is nanochat's 15",
+    "beta": "the betas are nanochat's for each group of parameters, in megachat/optim/groups.py",
+    "zero": "AdamW always has ZeRO-1 and Muon its partition; other stages are not supported",
+}
+
+
+class Most(NamedTuple):
+    """An upper bound and its reason."""
+
+    value: float
+    reason: str
+
+
+STEPS = Most(10**9, "the longest trainings have 10^7 steps")
+BATCH = Most(10**13, "a whole training has about as many tokens")
+SECONDS = Most(10**7, "no job waits 116 days")
+RATE = Most(100, "already a rate of 1 moves most weights by more than their size in every step")
+RANKS = Most(10**5, "no job has as many ranks")
+WIDTH = Most(4096, "such a model fits no device")
+TOKENS = Most(2**24, "such a model fits no device")
+THREADS = Most(1024, "more threads take memory and no host has as many cores")
+
+
+def shown(text: str, most: int = 80) -> str:
+    """Returns the text on one line, shortened."""
+    line = text if text.isprintable() else text.encode("unicode_escape").decode()
+    return line if len(line) <= most else f"{line[:most]}..."
+
+
+def describe_mistake(source: str, problem: ErrorDetails, sections: Mapping[str, Mapping[str, FieldInfo]]) -> str:
+    """Returns one sentence: the key, its value, the limit with its reason, or what to write instead."""
+    if not problem["loc"]:  # of the whole text
+        return f"{source}: not a config: {problem['msg']}"
+    location = [shown(str(part)) for part in problem["loc"]]
+    name = ".".join(location[:2])
+    if problem["type"] == "extra_forbidden":
+        return f"{source}: unknown key {name}; {_hint(location, sections)}"
+    text = problem["msg"].replace("Input should", "should")
+    if problem["type"] == "less_than_equal" and len(location) == 2:
+        extra = sections[location[0]][location[1]].json_schema_extra
+        text += f": {extra['reason']}" if isinstance(extra, dict) else ""
+    value = shown(json.dumps(problem["input"], default=str))
+    return f"{source}: {name} is {value} but {text}"
+
+
+def _hint(location: list[str], sections: Mapping[str, Mapping[str, FieldInfo]]) -> str:
+    """Returns what to write instead of an unknown key: only a name that is near, or why there is none."""
+    key = location[-1]
+    if len(location) == 1:
+        near = difflib.get_close_matches(key, sections, n=1, cutoff=NEAR)
+    else:
+        near = [f"{section}.{key}" for section in sections if key in sections[section]][:1]
+        close = difflib.get_close_matches(key, sections[location[0]], n=1, cutoff=NEAR)
+        near = near or [f"{location[0]}.{name}" for name in close]
+    if near:
+        return f"did you mean {near[0]}?"
+    lower = key.lower().replace("-", "_")
+    reason = next((reason for idea, reason in _REFUSED_IDEAS.items() if idea in lower), None)
+    return reason or "see megachat/config.py for all keys"
