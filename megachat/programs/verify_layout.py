@@ -18,7 +18,7 @@ import torch
 
 from megachat.checkpoint.index import read_index
 from megachat.checkpoint.storage import load_checkpoint, save_rectangles
-from megachat.config import Config
+from megachat.config import Config, config_from_values
 from megachat.convert.architecture import weight_shapes
 from megachat.convert.megachat import whole_piece
 from megachat.errors import UserError
@@ -89,7 +89,7 @@ def verification_config(
         sections["parallel"]["sequence"] = False
     sections["batch"] |= {"tokens": None, "micro_rows": 1, "accumulation": rows_per_rank}
     sections["horizon"] |= {"steps": 20 * STEPS, "flops": None, "stop_step": None}
-    return Config.model_validate_json(json.dumps(sections))
+    return config_from_values(sections, "the scaled config")
 
 
 def warm_up(training: Training) -> None:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megachat.checkpoint.facts import checkpoint_name
-from megachat.config import Config, save_config
+from megachat.config import Config, config_from_values, save_config
 from megachat.convert.architecture import weight_shapes
 from megachat.convert.differences import Difference, compare_checkpoints
 from megachat.convert.megachat import open_megachat
@@ -71,7 +71,7 @@ def resume_config(config: Config, base: Config, rows: int, layout: dict[str, int
     sections["evaluate"] |= {"every": 0}
     sections["log"] |= {"every": 1, "wandb": "off"}
     sections["data"]["resume"] = "exact"
-    return Config.model_validate_json(json.dumps(sections))
+    return config_from_values(sections, "the scaled config")
 
 
 def available_precision(config: Config) -> dict:

@@ -140,3 +140,9 @@ def test_scaled_down_the_heads_stay_so_that_the_tensor_axis_fits(full):
             whole.kv_heads,
         ) and found.width == found.heads * found.head_size
         assert found.width <= whole.width or depth > whole.depth
+
+
+def test_absurd_sizes_on_the_command_line_are_one_sentence():
+    for sizes in ({"depth": 10**30, "rows_per_rank": 1}, {"depth": 4, "rows_per_rank": 10**30}):
+        with pytest.raises(UserError, match="^the scaled config: .* should be less than or equal to [0-9]+: "):
+            verification_config(Config(), data=1, tensor=1, pipeline=1, **sizes)
