@@ -7,20 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
-from megachat.config_checks import (
-    BATCH,
-    RANKS,
-    RATE,
-    SECONDS,
-    STEPS,
-    THREADS,
-    TOKENS,
-    UNSUPPORTED_FP8,
-    WIDTH,
-    Most,
-    describe_mistake,
-    shown,
-)
+from megachat import config_checks
+from megachat.config_checks import BATCH, RANKS, RATE, SECONDS, STEPS, THREADS, TOKENS, UNSUPPORTED_FP8, WIDTH, Most
 from megachat.errors import UserError, raise_if_unreadable
 from megachat.files import lfs_problem, write_atomically
 from megachat.planning.dimensions import NORM_EPSILON, QK_SCALE, ROTARY_BASE
@@ -371,7 +359,7 @@ def config_from_values(
             _apply_override(values, override, mistakes)
         config = Config.model_validate_json(json.dumps(values, ensure_ascii=False).encode())
     except ValidationError as error:
-        mistakes += [describe_mistake(source, problem, fields) for problem in error.errors()]
+        mistakes += [config_checks.describe_mistake(source, problem, fields) for problem in error.errors()]
     except UnicodeEncodeError:
         mistakes.append(f"{source}: a name or value has half of a surrogate pair, which is no character; remove it")
     except RecursionError:
@@ -385,7 +373,9 @@ def _apply_override(values: dict[str, Any], override: str, mistakes: list[str]) 
     name, equals, text = override.partition("=")
     section, dot, key = name.strip().partition(".")
     if not (equals and dot and section and key):
-        mistakes.append(f"--set {shown(override)}: give section.key=value, for example --set model.depth=12")
+        mistakes.append(
+            f"--set {config_checks.shown(override)}: give section.key=value, for example --set model.depth=12"
+        )
         return
     try:
         value = json.loads(text)

@@ -1,6 +1,5 @@
 """Our own format: opening a checkpoint folder, and writing one from another format's tensors."""
 
-import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,7 @@ from megachat.checkpoint.index import read_index
 from megachat.checkpoint.resume import newest_complete
 from megachat.checkpoint.save import save_checkpoint
 from megachat.checkpoint.storage import load_checkpoint
-from megachat.config import Config, save_config
+from megachat.config import Config, config_from_values, save_config
 from megachat.convert.architecture import state_shapes
 from megachat.convert.declaration import Import
 from megachat.convert.reader import CheckpointReader, TensorInfo
@@ -121,7 +120,7 @@ def _run_config(config: dict, run_folder: Path) -> Config:
     """Returns the config with the name, folder and tokenizer of the run folder."""
     run = config.get("run", {}) | {"name": run_folder.name, "folder": str(run_folder.parent)}
     data = config.get("data", {}) | {"tokenizer": str(run_folder / "tokenizer")}
-    return Config.model_validate_json(json.dumps(config | {"run": run, "data": data}))
+    return config_from_values(config | {"run": run, "data": data}, "the converted config")
 
 
 def first_facts(source: CheckpointReader, config: dict, loop: dict) -> dict:
@@ -130,7 +129,7 @@ def first_facts(source: CheckpointReader, config: dict, loop: dict) -> dict:
     Raises UserError unless the config gives exactly the model's sizes.
     """
     dims = source.dims
-    configured = resolve_dimensions(Config.model_validate_json(json.dumps(config)), dims.vocab_size)
+    configured = resolve_dimensions(config_from_values(config, "the converted config"), dims.vocab_size)
     if configured != dims:
         nearest = f"the nearest that a config can describe is {configured}"
         raise UserError(f"{source.folder} has a model of {dims}, and {nearest}: it cannot be continued here")
