@@ -19,6 +19,8 @@ class Console(io.RawIOBase):
     drop: the error itself is not raised. It is reported on stderr, if that is another stream.
     """
 
+    _os_write = staticmethod(os.write)  # finalizers print after this module's names are gone
+
     def __init__(self, name: str, descriptor: int, *, drop: bool):
         self.name, self.descriptor, self.drop = name, descriptor, drop
         self.error: OSError | None = None
@@ -38,7 +40,7 @@ class Console(io.RawIOBase):
         rest = view
         while rest and self.error is None:
             try:
-                rest = rest[os.write(self.descriptor, rest) :]
+                rest = rest[self._os_write(self.descriptor, rest) :]
             except BlockingIOError:  # a terminal that another program made non-blocking
                 select.select([], [self.descriptor], [])
             except OSError as error:

@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+import tempfile
 from pathlib import Path
 
 import torch
@@ -32,6 +33,11 @@ DTYPES = {
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 # Without a fast kernel, Transformer Engine would silently use one that keeps all scores; this makes that an error.
 os.environ.setdefault("NVTE_UNFUSED_ATTN", "0")
+# torch's cache of compiled CPU code does not know this variable of torch: code for another vector width writes outside
+# of its memory, or leaves out elements.
+if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
+    compiled = Path(tempfile.gettempdir(), f"torchinductor_{os.getuid()}_{Path(capability).name}")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
 
 
 def this_device() -> torch.device:

@@ -29,7 +29,8 @@ _ONE_RANK = Axis("world", 1, 0, None, (0,))
 def open_megachat(step_folder: Path) -> CheckpointReader:
     """Opens a complete checkpoint folder. Raises UserError if it is none."""
     facts = read_facts(step_folder)
-    facts["loop"] = _with_validation(facts["loop"], step_folder)
+    if "loop" in facts:
+        facts["loop"] = _with_validation(facts["loop"], step_folder)
     entries = {
         name: TensorInfo(tuple(entry["shape"]), entry["dtype"]) for name, entry in read_index(step_folder).items()
     }

@@ -83,12 +83,11 @@ def test_a_cut_model_has_the_loss_and_every_gradient_of_the_whole_one(tensor_siz
             assert is_shard == (place.cut != "whole")
             start = place.offset if place.cut != "whole" else (0,) * gradient.ndim
             here = tuple(slice(first, first + size) for first, size in zip(start, gradient.shape, strict=True))
-            near = (
-                1e-5 if gradient.ndim == 2 else 1e-4
-            )  # a scalar's gradient is a sum over all tokens and channels that nearly cancels
-            assert torch.allclose(gradient, gradients[key][here], rtol=1e-5, atol=near * gradients[key].abs().max()), (
-                place.name
-            )
+            # A scalar's gradient is a sum over all tokens and channels, which nearly cancels in one block or another:
+            # its rounding is measured by the largest of all blocks.
+            near = 1e-5 if gradient.ndim == 2 else 1e-4
+            largest = max(whole.abs().max() for (name, _), whole in gradients.items() if name == place.name)
+            assert torch.allclose(gradient, gradients[key][here], rtol=1e-5, atol=near * largest), place.name
             covered[key][here] += 1
     for (name, _), count in covered.items():
         assert set(count.unique().tolist()) <= {1.0, float(tensor_size)}, f"{name} is not held once or by all"

@@ -192,8 +192,9 @@ def _rank(program: list[str], variables: dict[str, str], cores: set[int] | None,
     out.close()
     err.close()
     os.chdir(ROOT)
+    variables = environment() | variables
     os.environ.clear()
-    os.environ.update(environment() | variables)
+    os.environ.update(variables)
     sys.path[:0] = variables.get("PYTHONPATH", "").split(os.pathsep) if "PYTHONPATH" in variables else []
     sys.argv = program
     subprocess.run = run_without_torchrun

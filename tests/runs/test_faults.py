@@ -149,11 +149,31 @@ def test_no_space_for_the_run_folder_is_told(place):
     )
 
 
+# launch/pretrain.py, where the weights overflow before step 3
+OVERFLOW = """
+import runpy
+from megachat.train import trainer
+
+train_step = trainer.train_step
+
+def overflow(run, step, **arguments):
+    if step == 3:
+        for parameter in run.layers.parameters():
+            parameter.data.fill_(float("inf"))
+    return train_step(run, step, **arguments)
+
+trainer.train_step = overflow
+runpy.run_path("launch/pretrain.py", run_name="__main__")
+"""
+
+
 def test_a_loss_that_is_no_number_stops_all_ranks_and_spares_the_checkpoint(two, place):
     run = copy_until(two, place, "diverged", 2)
     before = file_bytes(checkpoint(run, 2))
-    absurd = ["--set", "optimizer.unembedding_lr=1e38", "--set", "checkpoint.every=0"]
-    done = run_forked(command(place, "diverged", "--resume", "auto", *absurd), 2)
+    program = place.runs / "overflow.py"
+    program.write_text(OVERFLOW)
+    arguments = command(place, "diverged", "--resume", "auto", "--set", "checkpoint.every=0")[1:]
+    done = run_forked([program, *arguments], 2)
     assert done.status == 2
     (told,) = done.errors
     assert re.match(

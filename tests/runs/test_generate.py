@@ -137,7 +137,7 @@ def refused(capsys, *arguments) -> str:
         (["--stop", ""], "a stop text is empty"),
         (["--prompt", "é" * 200, "--batch", "1"], "prompt 2 has 401 tokens.* 160.*shorten it"),
         (["--prompts", "nowhere"], "prompts from nowhere .*UTF-8"),
-        (["--prompts", ROOT / "tests" / "fixtures" / "tokenizer"], "prompts from .*Is a directory"),
+        (["--prompts", ROOT / "tests" / "fixtures" / "tokenizer"], "prompts .*Is a directory"),
     ],
 )
 def test_bad_arguments_are_reported_in_one_sentence(made, capsys, arguments, facts):

@@ -28,6 +28,7 @@ class backends:
     class cudnn:
         version = staticmethod(lambda: CUDNN() if CUDA else None)
 __version__ = "2.13.0"
+float64 = float32 = bfloat16 = float16 = int64 = int32 = uint8 = "dtype"
 '''
 
 
