@@ -117,14 +117,16 @@ def sync_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def lfs_problem(path: Path) -> str | None:
-    """Returns a phrase if the file is a Git LFS pointer, which stands in for a file that was not fetched."""
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        if file.read(len(_LFS_START)) == _LFS_START:
-            return (
-                "is a Git LFS pointer, not the file itself: run `git lfs pull` where it comes from, and copy it again"
-            )
-    return None
+def lfs_problem(file: Path | bytes) -> str | None:
+    """Returns a phrase if a file, or its content, is a Git LFS pointer, which stands in for a file that was not
+    fetched."""
+    start = file if isinstance(file, bytes) else b""
+    if isinstance(file, Path):
+        with contextlib.suppress(OSError), open(file, "rb") as opened:
+            start = opened.read(len(_LFS_START))
+    if not start.startswith(_LFS_START):
+        return None
+    return "is a Git LFS pointer, not the file itself: run `git lfs pull` where it comes from, and copy it again"
 
 
 def file_sha256(path: Path) -> str:

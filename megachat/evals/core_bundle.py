@@ -24,7 +24,7 @@ import yaml
 from megachat.config import EvaluateConfig
 from megachat.errors import UserError, raise_if_unreadable
 from megachat.evals.core_download import download_bundle
-from megachat.files import path_kind
+from megachat.files import lfs_problem, path_kind
 
 CORE_TASKS = tuple(
     """
@@ -137,7 +137,8 @@ def _find_root(path: Path) -> _Folder:
         root = path if path.is_dir() else zipfile.Path(path)
     except _UNREADABLE as error:
         raise_if_unreadable(path, error)
-        raise UserError(f"{path} is neither a folder nor a complete zip file ({error}): get the bundle again") from None
+        problem = lfs_problem(path) or f"is neither a folder nor a complete zip file ({error}): get the bundle again"
+        raise UserError(f"{path} {problem}") from None
     for folder in (root, root / _FOLDER):
         if _is_file(folder / _INDEX):
             return folder
@@ -165,6 +166,8 @@ def _read_text(file: _Folder, most_bytes: int) -> str:
         content = opened.read(most_bytes + 1)
     if len(content) > most_bytes:
         raise UserError(f"{file} has more than {most_bytes:,} bytes, which no task of CORE needs: get the bundle again")
+    if pointer := lfs_problem(content):
+        raise UserError(f"{file} {pointer}")
     with _parsing(file, "UTF-8 text"):
         return content.decode("utf-8-sig")  # a byte order mark is not text
 

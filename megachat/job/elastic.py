@@ -25,11 +25,14 @@ class Agent(api.LocalElasticAgent):
 
     final_statuses = frozenset({EXIT_STATUS})
     interrupted = False
+    ended: frozenset[int | None] = frozenset()  # exit statuses of the ranks that a signal has ended
 
     def _shutdown(self, death_sig=signal.SIGTERM, timeout=30):
         # At a second Ctrl-C torch would send SIGTERM. The ranks end at once if it is SIGINT again.
         self.interrupted = self.interrupted or death_sig == signal.SIGINT
         super()._shutdown(signal.SIGINT if self.interrupted else death_sig, timeout)
+        if ranks := getattr(self._pcontext, "subprocess_handlers", {}):
+            Agent.ended = frozenset(rank.proc.poll() for rank in ranks.values())
 
     def _monitor_workers(self, group):
         result = super()._monitor_workers(group)
@@ -82,7 +85,7 @@ def supervise(program: Path, arguments: list[str], *, hosts: str, ranks: int, me
         status = error.get_first_failure()[1].exitcode
         return 128 - status if status < 0 else status
     except SignalException as error:
-        return 128 + error.sigval
+        return SAVED_STATUS if Agent.ended == {SAVED_STATUS} else 128 + error.sigval
     except RendezvousError as error:
         why = f"{meet}: {type(error).__name__}, is its host up?"
         if isinstance(error, RendezvousClosedError):

@@ -14,6 +14,7 @@ from megachat.errors import UserError, raise_if_unreadable
 from megachat.evals.generation import LocalModel, check_prompt, generate
 from megachat.evals.growing_text import GrowingText
 from megachat.evals.sampling import Sampling
+from megachat.files import lfs_problem
 from megachat.job.launch import bootstrap_environment, choose_device
 from megachat.model.gpt import ModelOptions
 
@@ -37,6 +38,8 @@ def read_prompts(path: str) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise_if_unreadable(f"the file of prompts {name}", error)
         raise UserError(f"cannot read prompts from {name} ({error}): give UTF-8 text, one prompt per line") from None
+    if pointer := lfs_problem(content):
+        raise UserError(f"the file of prompts {name} {pointer}")
     if not text:
         raise UserError(f"{name} has no prompt: give one per line, or use --prompt")
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megachat.checkpoint.resume import newest_complete
-from megachat.errors import EXIT_STATUS
+from megachat.errors import EXIT_STATUS, SAVED_STATUS
 from tests.runs.job import (
     STEPS,
     begin,
@@ -101,7 +101,7 @@ def test_however_it_ends_the_ranks_save_and_none_lives_on(number, place):
     until_running(job, run, lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) > 2, "step 2")
     job.send_signal(number)
     done = finish(job)
-    assert done.status == (128 + number if number == signal.SIGTERM else -number)
+    assert done.status == (SAVED_STATUS if number == signal.SIGTERM else -number)
     assert "stopped after step" in done.out and done.errors == [], done.out + done.err
     saved, _ = newest_complete(run / "checkpoints")
     assert saved is not None and not (run / "running").exists()

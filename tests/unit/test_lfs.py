@@ -9,8 +9,10 @@ from megachat.convert.formats import open_checkpoint
 from megachat.data.shards import open_shard
 from megachat.data.tokenizer import load_tokenizer, save_tokenizer
 from megachat.errors import UserError
+from megachat.evals.core_bundle import open_bundle
 from megachat.prepare.sources import read_text_files
 from megachat.prepare.tokenizer_training import import_nanochat
+from megachat.programs.generate import read_prompts
 from tests.unit.convert.checkpoints import make_run, pointer, step_folder, tokenizer
 
 READERS = {  # a file in the folder that is a pointer -> what opens it
@@ -21,6 +23,9 @@ READERS = {  # a file in the folder that is a pointer -> what opens it
     "ranks.tiktoken": lambda folder, path: load_tokenizer(folder),
     "tokenizer.pkl": lambda folder, path: import_nanochat(folder),
     "checkpoint_facts.json": lambda folder, path: open_checkpoint(folder),
+    "prompts.txt": lambda folder, path: read_prompts(str(path)),
+    "eval_bundle.zip": lambda folder, path: open_bundle(path),
+    "core.yaml": lambda folder, path: open_bundle(folder),
     "model.safetensors": lambda folder, path: open_checkpoint(folder),
 }
 
