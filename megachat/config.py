@@ -39,6 +39,8 @@ class RunConfig(_Section):
         None, "name of the run folder; none: the config file's name", min_length=1, max_length=200
     )
     folder: str = _setting("runs", "parent of the run folders")
+
+    _check_name = field_validator("name")(config_checks.check_run_name)
     seed: int = _setting(
         42, "seed of initial weights and sampling", ge=0, most=Most(2**63 - 1, "torch's generators take 63 bits")
     )
@@ -325,7 +327,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         return dict(pairs)
 
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=checked_object)
+        values = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=checked_object)
     except OSError as error:
         raise_if_unreadable(f"the config {path}", error)
         raise UserError(
@@ -359,7 +361,10 @@ def config_from_values(
             _apply_override(values, override, mistakes)
         config = Config.model_validate_json(json.dumps(values, ensure_ascii=False).encode())
     except ValidationError as error:
-        mistakes += [config_checks.describe_mistake(source, problem, fields) for problem in error.errors()]
+        overridden = {override.partition("=")[0].strip() for override in overrides}
+        for problem in error.errors():
+            named = "--set" if ".".join(map(str, problem["loc"][:2])) in overridden else source
+            mistakes.append(config_checks.describe_mistake(named, problem, fields))
     except UnicodeEncodeError:
         mistakes.append(f"{source}: a name or value has half of a surrogate pair, which is no character; remove it")
     except RecursionError:

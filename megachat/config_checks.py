@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 NEAR = 0.75  # least similarity of an unknown key to the one that is suggested
 UNSUPPORTED_FP8 = {
@@ -51,6 +51,13 @@ RANKS = Most(10**5, "no job has as many ranks")
 WIDTH = Most(4096, "such a model fits no device")
 TOKENS = Most(2**24, "such a model fits no device")
 THREADS = Most(1024, "more threads take memory and no host has as many cores")
+
+
+def check_run_name(name: str | None) -> str | None:
+    """Returns the name of a run. Raises PydanticCustomError if it would lead out of run.folder or break a log line."""
+    if name is not None and (name in (".", "..") or "/" in name or not name.isprintable()):
+        raise PydanticCustomError("run_name", "is a path or has control characters: set run.folder to the parent")
+    return name
 
 
 def shown(text: str, most: int = 80) -> str:

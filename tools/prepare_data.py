@@ -14,6 +14,7 @@ The same command again does nothing, or finishes a preparation that was interrup
 """
 
 import argparse
+import hashlib
 import platform
 import sys
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clo
 from megachat.data.shards import MANIFEST  # noqa: E402
 from megachat.data.texts import BadTexts  # noqa: E402
 from megachat.errors import UserError, user_errors_end_the_program  # noqa: E402
+from megachat.files import file_sha256  # noqa: E402
 from megachat.prepare.download import HUB_SOURCES, HubSource, download_shards, shard_names  # noqa: E402
 from megachat.prepare.manifest import begin_preparation, finish_preparation, is_prepared  # noqa: E402
 from megachat.prepare.python_source import read_standard_library  # noqa: E402
@@ -138,6 +140,7 @@ def _prepare_local(options: argparse.Namespace) -> dict | None:
             "input": [str(Path(text)) for text in options.input],
             "input_files": len(files),
             "input_bytes": sum(path.stat().st_size for path in files),
+            "input_sha256": hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest(),
         }
         if bad_texts.policy != "refuse":
             request["on_bad_text"] = bad_texts.policy

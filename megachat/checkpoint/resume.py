@@ -96,6 +96,21 @@ def newest_complete(folder: Path, skip: Collection[Path] = ()) -> tuple[Path | N
     return None, problems
 
 
+def _named_checkpoint(resume: str) -> Path:
+    """Returns the complete checkpoint at a path that the user gave. Raises UserError if there is none."""
+    path = Path(resume)
+    if not resume:
+        raise UserError("--resume is empty: give auto, or the path of a checkpoint")
+    if not path_kind(path):
+        raise UserError(f"--resume {resume}: there is no such folder; give auto, or the path of a checkpoint")
+    if path_kind(checkpoints_folder(path)) == "folder":
+        newest, _ = newest_complete(checkpoints_folder(path))
+        example = f", such as {newest}" if newest else ""
+        raise UserError(f"--resume {resume}: this is a run folder; give auto, or one of its checkpoints{example}")
+    read_facts(path)
+    return path
+
+
 def find_checkpoint(
     run_folder: Path, resume: str | None, damaged: Mapping[Path, str] | None = None
 ) -> tuple[Path | None, list[str]]:
@@ -106,9 +121,8 @@ def find_checkpoint(
     already holds checkpoints, when the path is not a complete checkpoint, or when "auto" finds only bad ones.
     """
     damaged = damaged or {}
-    if resume and resume != "auto":
-        read_facts(Path(resume))
-        return Path(resume), []
+    if resume is not None and resume != "auto":
+        return _named_checkpoint(resume), []
     try:
         path_kind(run_folder)
     except UnreadableError as error:

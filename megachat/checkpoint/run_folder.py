@@ -1,6 +1,8 @@
 """A run folder follows its user: where its config lies, and which checkpoint its training continues from."""
 
 import contextlib
+import itertools
+import os
 import re
 import shutil
 from pathlib import Path
@@ -8,7 +10,6 @@ from pathlib import Path
 from megachat.checkpoint.facts import checkpoint_name
 from megachat.checkpoint.resume import checkpoints_folder
 from megachat.config import Config
-from megachat.files import free_name, set_aside
 
 _OF_A_STEP = re.compile(r"step_(\d+)(_in_training)?(\.json)?")
 
@@ -45,31 +46,50 @@ def config_in_place(config: Config, path: Path, overrides: list[str]) -> tuple[C
 def follow_checkpoint(run_folder: Path, checkpoint: Path, step: int) -> list[str]:
     """Makes a checkpoint that the user named the newest of the run, so that `--resume auto` continues from it as well.
 
-    The run's checkpoints and results of later steps are renamed to NAME.aside, and metrics.jsonl is copied. One of them
-    that is named later gets its name back. A checkpoint of another run is linked. Returns lines for the log.
+    The run's checkpoints and results of later steps are renamed to NAME.aside, or all to NAME.aside.2 and so on, and
+    metrics.jsonl is copied to such a name. If one of these is named later, it and the earlier ones that were renamed
+    with it get their names back, and metrics.jsonl is as it was then. A checkpoint of another run is linked. Returns
+    lines for the log.
     """
     folder, home = checkpoints_folder(run_folder), checkpoints_folder(run_folder) / checkpoint_name(step)
-    renamed = []
-    for path in sorted(
-        path for kind in ("checkpoints", "samples", "evaluations") for path in run_folder.glob(f"{kind}/*")
-    ):
+    inside = checkpoint.resolve().parent == folder.resolve()
+    returned = checkpoint.name.removeprefix(home.name) if inside else ""
+    metrics, suffix, renamed = run_folder / "metrics.jsonl", _free_suffix(run_folder), []
+    for path in _of_steps(run_folder):
         if match := _OF_A_STEP.fullmatch(path.name):
-            other = path.parent == folder and path.resolve() != checkpoint.resolve()
-            if int(match[1]) > step or (other and int(match[1]) == step):
-                renamed.append(set_aside(path, ".aside"))
+            of_other = bool(returned) or (path.parent == folder and path.resolve() != checkpoint.resolve())
+            if int(match[1]) > step or (of_other and int(match[1]) == step):
+                renamed.append(path.rename(path.with_name(path.name + suffix)))
     lines = []
     if renamed:
-        metrics = run_folder / "metrics.jsonl"
         if metrics.is_file():
-            renamed.append(Path(shutil.copyfile(metrics, free_name(metrics, ".aside"))))
+            renamed.append(Path(shutil.copyfile(metrics, metrics.with_name(metrics.name + suffix))))
         listed = ", ".join(str(path.relative_to(run_folder)) for path in renamed)
-        lines = [f"the run continues from step {step}, so later ones are set aside: {listed}"]
-    if checkpoint.resolve() != home.resolve():
-        if checkpoint.resolve().parent == folder.resolve():
-            checkpoint.rename(home)
-            lines.append(f"{checkpoint} was set aside and is {home.name} again")
-        else:
-            folder.mkdir(exist_ok=True)
-            with contextlib.suppress(OSError):  # a storage without links: auto follows from the first save on
-                home.symlink_to(checkpoint.resolve())
+        lines = [f"the run continues from step {step}, so what others left is set aside: {listed}"]
+    if returned:
+        for path in _of_steps(run_folder):
+            before = path.with_name(path.name.removesuffix(returned))
+            match = _OF_A_STEP.fullmatch(before.name)
+            if path != before and match and int(match[1]) <= step and not os.path.lexists(before):
+                path.rename(before)
+        curve = metrics.with_name(metrics.name + returned)
+        if returned.startswith(".aside") and curve.is_file():
+            shutil.copyfile(curve, metrics)
+        lines.append(f"{checkpoint} was set aside and is {home.name} again")
+    elif not inside:
+        folder.mkdir(exist_ok=True)
+        with contextlib.suppress(OSError):  # a storage without links: auto follows from the first save on
+            home.symlink_to(checkpoint.resolve())
     return lines
+
+
+def _of_steps(run_folder: Path) -> list[Path]:
+    kinds = ("checkpoints", "samples", "evaluations")
+    return sorted(path for kind in kinds for path in run_folder.glob(f"{kind}/step_*"))
+
+
+def _free_suffix(run_folder: Path) -> str:
+    """Returns .aside, .aside.2 and so on: the first that no file has, so that all files of a branch have the same."""
+    names = [path.name for path in (*_of_steps(run_folder), *run_folder.glob("metrics.jsonl.aside*"))]
+    suffixes = (".aside" if number == 1 else f".aside.{number}" for number in itertools.count(1))
+    return next(suffix for suffix in suffixes if not any(name.endswith(suffix) for name in names))

@@ -5,10 +5,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from megachat.checkpoint.facts import FACTS_NAME, checkpoint_name, checkpoint_step, hash_files, write_facts
+from megachat.checkpoint.facts import FACTS_NAME, checkpoint_name, checkpoint_step, hash_files, read_facts, write_facts
 from megachat.checkpoint.storage import RectanglesByName, save_rectangles
 from megachat.errors import UserError
-from megachat.files import sync_to_disk
+from megachat.files import free_name, sync_to_disk
 from megachat.parallel.collectives import all_gather_objects, barrier, on_all_ranks_or_raise
 from megachat.parallel.mesh import Axis
 
@@ -105,16 +105,25 @@ def _hash_all_files(folder: Path, world: Axis, failure: Callable[[str], str]) ->
 
 
 def _complete(temporary: Path, final: Path, facts: dict) -> None:
-    """Writes checkpoint.json and renames the folder. If the step was saved before, the old folder is removed last."""
+    """Writes checkpoint.json and renames the folder. If the step was saved before, the old folder is removed last; a
+    damaged one is kept as NAME.damaged, because it may be repaired."""
     write_facts(temporary, facts)
     sync_to_disk(temporary)
     replaced = final.with_name(final.name + _REPLACED)
     _remove(replaced)
     if os.path.lexists(final):
-        final.rename(replaced)
+        final.rename(free_name(final, ".damaged") if _is_damaged(final) else replaced)
     temporary.rename(final)
     sync_to_disk(final.parent)
     _remove(replaced)
+
+
+def _is_damaged(checkpoint: Path) -> bool:
+    try:
+        read_facts(checkpoint)
+    except UserError:
+        return True
+    return False
 
 
 def _remove(path: Path) -> None:

@@ -62,14 +62,18 @@ def tokenizer_folders(folder: Path, facts: dict) -> tuple[Path, ...]:
 
 
 def find_step_folder(path: Path) -> Path:
-    """Returns a run folder's newest complete checkpoint, and any other path as it is. Raises UserError if it has
-    none."""
+    """Returns a run folder's newest checkpoint, and any other path as it is. Raises UserError if it has none, or if
+    the newest one is damaged: an older one has to be named."""
     folder = path / "checkpoints"
     if path_kind(folder) != "folder":
         return path
     newest, passed_over = newest_complete(folder)
     if newest is None:
         raise UserError(f"{path} holds no complete checkpoint" + (f": {passed_over[0]}" if passed_over else " yet"))
+    if passed_over:
+        raise UserError(
+            f"the newest checkpoint of {path} is damaged: {passed_over[0]}; the newest good one is {newest}"
+        )
     return newest
 
 

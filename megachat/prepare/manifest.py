@@ -58,8 +58,10 @@ def is_prepared(folder: Path, request: dict, *, overwrite: bool, names: Collecti
     interrupted = _unfinished_request(folder)
     if interrupted is None:
         manifest = None if (folder / UNFINISHED).exists() else load_manifest(folder)
-        if manifest is None or manifest["request"] != request:
-            _refuse(folder, manifest and manifest["request"], request)
+        # a manifest of an earlier version has no hash of its input
+        before = manifest and {key: request[key] for key in ("input_sha256",) if key in request} | manifest["request"]
+        if before != request:
+            _refuse(folder, before, request)
         check_data_folder(folder)
         return True
     if "base_url" in interrupted:

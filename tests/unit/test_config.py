@@ -66,6 +66,20 @@ def test_all_mistakes_at_once_one_line_each_with_the_nearest_name(tmp_path):
     for part in expected:
         assert any(part in line for line in lines), (part, lines)
     assert len(lines) == len(expected)
+    options = [line for line in lines if "matrix_lrr" in line or "wandb" in line]
+    assert all(line.startswith("--set: ") for line in options), "the file does not have these"
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a/b", "/root", "a\nb"])
+def test_the_name_of_a_run_is_no_path(name, tmp_path):
+    (line,) = mistakes(write(tmp_path, json.dumps({"run": {"name": name}})))
+    assert "run.name" in line and "run.folder" in line
+
+
+def test_a_byte_order_mark_is_not_part_of_a_config(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + b'{"model": {"depth": 4}}')
+    assert load_config(path).model.depth == 4
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from megachat.checkpoint.resume import find_checkpoint, newest_complete
 from megachat.checkpoint.run_folder import config_in_place, follow_checkpoint
 from megachat.checkpoint.save import remove_old_checkpoints, repair_checkpoints_folder
 from megachat.config import load_config, save_config
+from megachat.convert.megachat import find_step_folder
+from megachat.errors import UserError
 from tests.unit.checkpoint.test_checkpoint import save
 
 
@@ -46,9 +48,14 @@ def test_auto_follows_to_an_earlier_step_and_back(tmp_path):
     follow_checkpoint(tmp_path, folder / "step_000004", 4)
     assert names(folder) == ["step_000004", "step_000008.aside", "step_000008.aside.2", "step_000012.aside"]
     save(folder, 12)
+    (tmp_path / "metrics.jsonl").write_text("other curve")
     lines = follow_checkpoint(tmp_path, folder / "step_000012.aside", 12)
-    assert names(folder)[-2:] == ["step_000012", "step_000012.aside.2"] and "is step_000012 again" in lines[-1]
+    expected = ["step_000004", "step_000008", "step_000008.aside.2", "step_000012", "step_000012.aside.3"]
+    assert names(folder) == expected and "is step_000012 again" in lines[-1]
+    assert names(tmp_path / "samples") == ["step_000004.json", "step_000008.json", "step_000012.json"]
     assert auto(tmp_path) == folder / "step_000012"
+    assert (tmp_path / "metrics.jsonl").read_text() == "curve", "the results are of the branch of the checkpoint"
+    assert (tmp_path / "metrics.jsonl.aside.3").read_text() == "other curve"
 
 
 def test_nothing_happens_to_a_run_that_continues_from_its_newest(tmp_path):
@@ -119,3 +126,30 @@ def test_a_config_is_taken_as_it_is_where_it_names_its_place_or_is_no_run_folder
     assert config_in_place(load_config(path), path, []) == (load_config(path), [])
     Path("config.json").write_text("{}")
     assert config_in_place(load_config("config.json"), Path("config.json"), [])[1] == []
+
+
+@pytest.mark.parametrize(
+    ("resume", "fact"),
+    [
+        ("", "--resume is empty"),
+        ("auto2", "there is no such folder"),
+        ("run", "this is a run folder; give auto, or one of its checkpoints, such as .*step_000008"),
+        ("run/samples", "not a complete checkpoint"),
+    ],
+)
+def test_what_cannot_be_resumed_is_named(resume, fact, tmp_path, monkeypatch):
+    make_run(tmp_path / "run", (4, 8))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=fact):
+        find_checkpoint(tmp_path / "run", resume)
+
+
+def test_a_damaged_newest_checkpoint_is_not_passed_over_by_tools_and_is_kept_by_a_save(tmp_path):
+    folder = make_run(tmp_path, (4, 8))
+    (damaged,) = (folder / "step_000008").glob("*.distcp")
+    damaged.write_bytes(damaged.read_bytes()[:-5])
+    with pytest.raises(UserError, match=r"newest checkpoint .* is damaged: .*step_000008.*step_000004"):
+        find_step_folder(tmp_path)
+    save(folder, 8)
+    assert (folder / "step_000008.damaged" / damaged.name).exists() and auto(tmp_path) == folder / "step_000008"
+    assert find_step_folder(tmp_path) == folder / "step_000008"

@@ -230,8 +230,13 @@ def test_a_refused_call_changes_nothing_and_the_corrected_one_works(tmp_path, te
     for overwrite in ([], ["--overwrite"]):
         refused(capsys, *arguments, "--input", bad, *overwrite)
         assert content_of(out) == before
+    changed = texts / "0.txt"
+    content = changed.read_text()
+    changed.write_text(content[::-1])  # as many bytes
+    assert "input_sha256" in refused(capsys, *arguments)
+    changed.write_text(content)
     message = refused(capsys, "--source", "text", *many[:20], "--out", out)
-    assert "input_files is 40 there, but 10" in message and len(message) < 600
+    assert "input_files is 40 there, but 10" in message and len(message) < 700
     run(*arguments, "--input", bad, "--on-bad-text", "skip", "--overwrite")
     assert load_manifest(out)["skipped_texts"] == 1 and load_manifest(out)["documents"] == 40
     assert "1 texts that are not UTF-8 were left out" in capsys.readouterr().out
