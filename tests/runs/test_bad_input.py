@@ -72,7 +72,7 @@ CASES = {
     ),
     "no_checkpoint": (
         ["--resume", "{folder}/none"],
-        ["{folder}/none is not a complete checkpoint: it has no checkpoint.json"],
+        ["--resume {folder}/none: there is no such folder; give auto"],
     ),
     "other_depth": (
         ["--resume", "{one}/checkpoints/step_000004", "--set", "model.depth=3"],
