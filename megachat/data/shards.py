@@ -189,6 +189,8 @@ def _check_validation_texts(shard: Shard, streams: int, bad_texts: BadTexts) -> 
 
     Without this check, a run would train until its first validation and fail there.
     """
+    if not shard.documents:
+        raise UserError(f"the validation shard {shard.path} has no document: put text in the last shard")
     if shard.documents < streams:
         raise UserError(
             f"the validation shard of {shard.path.parent} has {shard.documents} documents, fewer than "

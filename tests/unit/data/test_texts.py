@@ -130,3 +130,6 @@ def test_validation_with_skipped_texts(tmp_path):
         check_data_folder(tmp_path, min_shards=1, validation_streams=5, bad_texts=BadTexts("skip"))
     with pytest.raises(UserError, match="has 13 documents, fewer than 14 packing streams: set data.streams to 13"):
         check_data_folder(tmp_path, min_shards=1, validation_streams=14)
+    write_texts(tmp_path / "shard.parquet", [], group=7)
+    with pytest.raises(UserError, match="shard.parquet has no document"):
+        check_data_folder(tmp_path, min_shards=1, validation_streams=1)

@@ -37,3 +37,5 @@ def test_layouts_are_read():
     for text in ("tp", "tp=0", "cp=2", "tp=2;pp=2", "", "dp=2,", "tp=two", "dp=" + "9" * 5000):
         with pytest.raises(UserError, match="give them as tp=2,pp=2,dp=2"):
             parse_layout(text)
+    with pytest.raises(UserError, match="dp is given twice"):
+        parse_layout("dp=2,dp=2")
