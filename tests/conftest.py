@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+if capability := os.environ.get("ATEN_CPU_CAPABILITY"):  # as megachat/device.py does; here torch may come first
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"/tmp/torchinductor_{os.getuid()}_{capability}")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # OpenMP's idle threads sleep; read when torch is loaded
 
 import pytest  # noqa: E402
