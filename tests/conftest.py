@@ -3,12 +3,12 @@
 import os
 from pathlib import Path
 
-if capability := os.environ.get("ATEN_CPU_CAPABILITY"):  # as megachat/device.py does; here torch may come first
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"/tmp/torchinductor_{os.getuid()}_{capability}")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # OpenMP's idle threads sleep; read when torch is loaded
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+import megachat.device  # noqa: E402, F401  # sets environment variables before a test has torch compile anything
 
 HERE = Path(__file__).parent
 # A worker takes the next file when it is done with one: the longest come first, so that all workers end at about the
