@@ -15,7 +15,10 @@ _SHARED_FROM = 4  # occurrences of an id from which its rows are multiplied in p
 
 
 class TableRows(NamedTuple):
-    """first: int64 [vocabulary + 1]; token t has the rows first[t] .. first[t + 1] - 1 of the table."""
+    """first: int64 [vocabulary + 1]; token t has the rows first[t] .. first[t + 1] - 1 of the table.
+
+    A token without rows reads zeros.
+    """
 
     first: torch.Tensor
 
@@ -24,6 +27,14 @@ class TableRows(NamedTuple):
         """allocation: rows of each token, integers [vocabulary]."""
         zero = torch.zeros(1, dtype=torch.int64, device=allocation.device)
         return TableRows(torch.cat([zero, allocation.to(torch.int64).cumsum(0)]))
+
+    def part(self, start: int, rows: int) -> "TableRows":
+        """Returns the rows of a part of the table, `rows` rows from row `start`, counted from the part's first row.
+
+        Tokens of other parts have no rows, so the sum of all parts' results is the result of the whole table. A token
+        must not be divided (see megachat.planning.dimensions.balanced_cuts).
+        """
+        return TableRows(self.first.clamp(start, start + rows) - start)
 
 
 def lookup_attention(
@@ -61,6 +72,7 @@ class _Batch(NamedTuple):
 def _batches(ids: torch.Tensor, rows: TableRows, width: int) -> Iterator[_Batch]:
     """Groups tokens into batches whose scores and gathered rows fit the workspace."""
     order = torch.argsort(ids, stable=True)
+    order = order[(rows.first[ids + 1] > rows.first[ids])[order]]
     unique, counts = torch.unique_consecutive(ids[order], return_counts=True)
     firsts, sizes = rows.first[unique], rows.first[unique + 1] - rows.first[unique]
     starts = counts.cumsum(0) - counts
@@ -114,7 +126,7 @@ class _LookupAttention(torch.autograd.Function):
         ctx.tied = values is keys
         ctx.save_for_backward(queries, keys, values, ids)
         ctx.rows, ctx.scale = rows, scale
-        result = queries.new_empty(len(queries), values.size(1))
+        result = queries.new_zeros(len(queries), values.size(1))
         for batch in _batches(ids, rows, max(keys.size(1), values.size(1))):
             if batch.single:
                 result[batch.tokens] = values[batch.places[:, 0]].to(result.dtype)

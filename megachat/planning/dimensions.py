@@ -1,5 +1,7 @@
 """Computes parameters, FLOPs and pipeline stages from a model's dimensions alone; no tensor is made."""
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -215,3 +217,17 @@ def head_fits_fp8(dims: Dimensions, tensor: int, recipe: str) -> bool:
     return fits_fp8(dims.padded_vocab // tensor, dims.width, recipe) and not (
         dims.padded_vocab % (tile * tensor) or dims.vocab_size % tile
     )
+
+
+def balanced_cuts(first: Sequence[int], ranks: int) -> tuple[int, ...]:
+    """Cuts a table whose token t has the rows first[t] .. first[t + 1] - 1 between tokens, with balanced rows.
+
+    Returns `ranks` + 1 row offsets; rank r holds the rows from offset r to offset r + 1. A rank may hold none, because
+    the rows of a token stay on one rank.
+    """
+    cuts = []
+    for rank in range(ranks + 1):
+        ideal = int(first[-1]) * rank / ranks
+        after = bisect_left(first, ideal)
+        cuts.append(min((int(first[max(0, after - 1)]), int(first[after])), key=lambda cut: abs(cut - ideal)))
+    return tuple(cuts)

@@ -3,6 +3,7 @@ import torch
 
 from megachat.kernels import lookup
 from megachat.kernels.lookup import TableRows, lookup_attention
+from megachat.planning.dimensions import balanced_cuts
 from tools.bench.live_bytes import LiveBytes
 
 
@@ -87,3 +88,24 @@ def test_the_workspace_is_bounded():
     assert kept < forward <= kept + (64 << 20)
     gradients = 4 * (queries.numel() + table.numel() + output.numel())
     assert live.most <= kept + gradients + (64 << 20)
+
+
+def test_parts_of_a_table_add_up_to_the_whole():
+    """Also with a part that has no rows, as of a rank whose neighbors hold all tokens."""
+    inputs, ids, rows = case(False)
+    queries, keys, values = (tensor.detach().float() for tensor in inputs)
+    cuts = [*balanced_cuts(rows.first.tolist(), 3), int(rows.first[-1])]
+    total, gradients = torch.zeros_like(queries), []
+    for start, end in zip(cuts, cuts[1:], strict=False):
+        local = [tensor.clone().requires_grad_() for tensor in (queries, keys[start:end], values[start:end])]
+        part = rows.part(start, end - start)
+        output = lookup_attention(*local, ids, part, 0.25)
+        has_rows = part.first[ids + 1] > part.first[ids]
+        assert not output[~has_rows].any() and output[has_rows].all()
+        gradient = torch.linspace(-1, 1, output.numel()).view_as(output)
+        gradients.append(torch.autograd.grad(output, local, gradient))
+        total += output
+    d_queries, d_keys, d_values = zip(*gradients, strict=True)
+    actual = [total, sum(d_queries), torch.cat(d_keys), torch.cat(d_values)]
+    for one, other in zip(actual, results(lookup_attention, inputs, ids, rows, torch.float32), strict=True):
+        assert (one - other).abs().max() <= 1e-6 * max(1.0, other.abs().max())

@@ -1,0 +1,53 @@
+"""The root-mean-square norm over channels that may be divided over processes."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+Add = Callable[[torch.Tensor], object]  # sums a tensor in place over all holders of the channels
+
+
+class ChannelNorm(nn.Module):
+    """Computes F.rms_norm over `channels` channels, without a weight.
+
+    add: None if this process holds all channels; else each holds channels / holders of them, and sums of squares are
+    added over the holders, in float32.
+    """
+
+    def __init__(self, channels: int, epsilon: float, add: Add | None = None):
+        super().__init__()
+        self.channels, self.epsilon, self.add = channels, epsilon, add
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., channels held here] -> its shape and dtype."""
+        if self.add is None:
+            return F.rms_norm(x, (self.channels,), eps=self.epsilon)
+        return _divided_norm(x, self.channels, self.epsilon, self.add)
+
+
+@torch.compiler.disable
+def _divided_norm(x: torch.Tensor, channels: int, epsilon: float, add: Add) -> torch.Tensor:
+    return _DividedNorm.apply(x, channels, epsilon, add)
+
+
+class _DividedNorm(torch.autograd.Function):
+    """Each direction adds one float32 number per token over the holders."""
+
+    @staticmethod
+    def forward(ctx, x, channels, epsilon, add):
+        squares = x.float().square().sum(-1, keepdim=True)
+        add(squares)
+        inverse = torch.rsqrt(squares / channels + epsilon)
+        ctx.save_for_backward(x, inverse)
+        ctx.channels, ctx.add = channels, add
+        return (x.float() * inverse).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, inverse = ctx.saved_tensors
+        g, normed = gradient.float(), x.float() * inverse
+        along = (g * normed).sum(-1, keepdim=True)
+        ctx.add(along)
+        return (inverse * (g - normed * (along / ctx.channels))).to(x.dtype), None, None, None
