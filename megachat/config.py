@@ -87,6 +87,41 @@ class ModelConfig(_Section):
     )
 
 
+class LookupConfig(_Section):
+    """Lookup layers (L3): attention of each token over table rows that belong to its id."""
+
+    after_blocks: tuple[Annotated[int, Field(ge=0)], ...] = _setting(
+        (), "blocks, counted from 0, that end with a lookup layer; empty: none"
+    )
+    rows: int | None = _setting(
+        None, "rows of each layer's table; none: 4 per token of the vocabulary", ge=1, most=TOKENS
+    )
+    max_rows_per_token: int = _setting(
+        512, "most rows that one token gets", ge=1, most=Most(2**16, "a read of so many rows costs more than attention")
+    )
+    up_width: int | None = _setting(
+        None, "channels between W_up and W_mix; none: 4 per channel of the model", ge=1, most=WIDTH
+    )
+    tied: bool = _setting(True, "one table for keys and values")
+    allocation: Literal["lzw", "lzw_published", "frequency", "uniform"] = _setting(
+        "lzw", "how rows are allocated to tokens, from a sample of the training text; published: with the paper's scan"
+    )
+    allocation_file: str | None = _setting(
+        None, "file of tools/allocate_lookup.py to use; none: allocate at the first start"
+    )
+    sample_tokens: int = _setting(
+        10_000_000, "tokens of training text in the sample", ge=1, most=Most(10**10, "the scan would take days")
+    )
+    score_scale: Literal["none", "sqrt"] = _setting("none", "factor on scores; none: 1, sqrt: 1 / sqrt(width)")
+
+    @field_validator("after_blocks")
+    @classmethod
+    def _refuse_duplicates(cls, value):
+        if len(set(value)) < len(value):
+            raise PydanticCustomError("duplicates", "must not contain a block twice")
+        return value
+
+
 class DataConfig(_Section):
     """Source and order of the training rows."""
 
@@ -296,6 +331,7 @@ class Config(_Section):
 
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
+    lookup: LookupConfig = LookupConfig()
     data: DataConfig = DataConfig()
     batch: BatchConfig = BatchConfig()
     horizon: HorizonConfig = HorizonConfig()

@@ -2,7 +2,7 @@
 read it here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import nn
@@ -10,7 +10,7 @@ from torch import nn
 _PLACE = "place"
 _IS_SHARD = "model_parallel"  # DeepSpeed reads an attribute of this name
 _IS_PARTIAL = "partial_over_tensor"
-Cut = Literal["column", "row", "vocabulary", "feature", "whole"]
+Cut = Literal["column", "row", "vocabulary", "feature", "tokens", "whole"]
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,10 @@ class Place:
     name: nanochat's checkpoint name. whole: shape of the tensor with that name. offset: where this parameter starts in
     it (per-layer scalars are one element each). block: index of the block that the parameter belongs to, -1 before the
     blocks, depth after them. cut: how the tensor axis may divide it. Matrices are cut by "column" (output features, dim
-    0) or "row" (input features, dim 1), tables by "vocabulary" (dim 0) or "feature" (dim 1, by key/value head); "whole"
-    is never cut. start: the initial value, ("normal", std), ("uniform", low, high) or ("constant", value).
+    0) or "row" (input features, dim 1), tables by "vocabulary" (dim 0), "feature" (dim 1, by key/value
+    head) or "tokens" (dim 0, between the rows of different tokens); "whole" is never cut. start: the initial value,
+    ("normal", std), ("uniform", low, high) or ("constant", value). first_rows: of a table cut by "tokens", where the rows
+    of each token start; empty until they are allocated.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Place:
     start: tuple
     cut: Cut = "whole"
     offset: tuple[int, ...] = ()
+    first_rows: tuple[int, ...] = field(default=(), repr=False)
 
 
 def set_place(parameter: nn.Parameter, place: Place) -> None:

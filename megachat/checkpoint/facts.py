@@ -11,7 +11,7 @@ from megachat.files import file_sha256, lfs_problem, path_kind, write_json
 
 FACTS_NAME = "checkpoint.json"
 FORMAT_VERSION = 2
-ARCHITECTURE_VERSION = 1  # of the model's parameters: their names, shapes and meaning
+ARCHITECTURE_VERSION = 2  # of the model's parameters: their names, shapes and meaning
 HASH_THREADS = 4  # hashlib releases the interpreter lock
 
 
@@ -59,6 +59,7 @@ def read_facts(checkpoint: Path) -> dict:
             )
         for old_version in range(version, FORMAT_VERSION):
             facts = _UPGRADES[old_version](facts)
+        facts = upgrade_architecture(facts, architecture)
         problems = find_file_problems(checkpoint, facts, sizes_only=True)
         int(facts["step"])
     except FileNotFoundError:
@@ -129,6 +130,14 @@ def _upgrade_format_1(facts: dict) -> dict:
     """Format 1 had sizes without hashes, no ledger, and the first architecture without a version number."""
     files = {name: {"bytes": size, "sha256": None} for name, size in facts["files"].items()}
     return facts | {"format_version": 2, "architecture_version": 1, "files": files, "ledger": None}
+
+
+def upgrade_architecture(facts: dict, version: int) -> dict:
+    """Returns the facts of a checkpoint of an architecture version as those of the current one."""
+    if version < 2:  # no lookup layers
+        model = {"lookup": None} | facts.get("model", {})
+        facts = facts | {"architecture_version": 2} | ({"model": model} if "model" in facts else {})
+    return facts
 
 
 _UPGRADES = {1: _upgrade_format_1}  # version -> upgrade to the next version

@@ -134,7 +134,9 @@ def first_facts(source: CheckpointReader, config: dict, loop: dict) -> dict:
     Raises UserError unless the config gives exactly the model's sizes.
     """
     dims = source.dims
-    configured = resolve_dimensions(config_from_values(config, "the converted config"), dims.vocab_size)
+    configured = resolve_dimensions(
+        config_from_values(config, "the converted config"), dims.vocab_size, allocated=dims.lookup
+    )
     if configured != dims:
         nearest = f"the nearest that a config can describe is {configured}"
         raise UserError(f"{source.folder} has a model of {dims}, and {nearest}: it cannot be continued here")

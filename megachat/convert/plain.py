@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from megachat.checkpoint.facts import ARCHITECTURE_VERSION, hash_files
+from megachat.checkpoint.facts import ARCHITECTURE_VERSION, hash_files, upgrade_architecture
 from megachat.convert.declaration import Export, Import
 from megachat.convert.megachat import tokenizer_folders
 from megachat.convert.reader import CheckpointReader, TensorInfo
@@ -94,6 +94,7 @@ def open_plain(folder: Path, step: int | None = None) -> CheckpointReader:
     if version > VERSION or architecture > ARCHITECTURE_VERSION:
         versions = f"version {version} and architecture {architecture}"
         raise UserError(f"{folder} has {versions}, newer than this version reads: update megachat")
+    facts = upgrade_architecture(facts, architecture)
     name_of = {(file, name.removeprefix("model/")): name for name, file in file_of.items()}
     entries, read = open_tensors(folder, sorted(set(file_of.values())), lambda file, key: name_of.get((file, key)))
     if missing := [name for name in file_of if name not in entries]:

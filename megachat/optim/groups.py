@@ -35,7 +35,13 @@ GROUPS = (
     Group("unembedding", "adamw", ("lm_head.weight",), "unembedding", (0.8, 0.96), 0.01),
     Group("embedding", "adamw", ("transformer.wte.weight",), "embedding", (0.8, 0.995), 0.001),
     Group("value_embedding", "adamw", ("value_embeds.*.weight",), "value_embedding", (0.8, 0.995), 0.01),
-    Group("matrix", "muon", ("transformer.h.*.attn.*.weight", "transformer.h.*.mlp.*.weight"), "matrix"),
+    Group("lookup", "adamw", ("lookup.*.keys.weight", "lookup.*.values.weight"), "embedding", (0.8, 0.995), 0.0),
+    Group(
+        "matrix",
+        "muon",
+        ("transformer.h.*.attn.*.weight", "transformer.h.*.mlp.*.weight", "lookup.*.w_*.weight"),
+        "matrix",
+    ),
 )
 ADAMW_EPSILON = 1e-10
 MUON_BETA2 = 0.9

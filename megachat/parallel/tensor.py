@@ -1,9 +1,9 @@
 """The tensor axis: cuts weights by their places and communicates between the cuts (Megatron-LM, arXiv 1909.08053 and
 2205.05198).
 
-The model does not know about it. A module with a row-cut child is a region. Its input is the same on every rank of the
-axis, inside it each rank has its local heads or hidden channels, and its output is summed. With sequence parallelism,
-the stream outside of regions is cut by tokens.
+The model does not know about it. A module with a child cut by row, or between tokens, is a region. Its first input is
+the same on every rank of the axis, inside it each rank has its local heads, hidden channels or table rows, and its
+output is summed. With sequence parallelism, the stream outside of regions is cut by tokens.
 """
 
 import dataclasses
@@ -13,11 +13,13 @@ from torch import nn
 
 from megachat.kernels.cross_entropy import WHOLE, VocabularyPart
 from megachat.kernels.linear import Table
+from megachat.kernels.channel_norm import ChannelNorm
+from megachat.planning.dimensions import balanced_cuts
 from megachat.parallel.collectives import all_gather, all_reduce, reduce_scatter
 from megachat.parallel.mesh import Axis
-from megachat.place import mark_partial_over_tensor, mark_tensor_shard, place_of, set_place
+from megachat.place import Place, mark_partial_over_tensor, mark_tensor_shard, place_of, set_place
 
-_CUT_DIM = {"column": 0, "row": 1, "vocabulary": 0, "feature": 1}
+_CUT_DIM = {"column": 0, "row": 1, "vocabulary": 0, "feature": 1, "tokens": 0}
 
 
 def cut_range(size: int, ranks: int, rank: int) -> tuple[int, int]:
@@ -27,12 +29,14 @@ def cut_range(size: int, ranks: int, rank: int) -> tuple[int, int]:
     return first, first + share + (rank < longer)
 
 
-def cut_shape(whole: tuple[int, ...], cut: str, ranks: int, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns (shape, offset in the whole) of a rank's shard of a tensor (see Place.cut)."""
-    shape, offset = list(whole), [0] * len(whole)
-    if cut in _CUT_DIM:
-        dim = _CUT_DIM[cut]
-        offset[dim], last = cut_range(whole[dim], ranks, rank)
+def cut_shape(place: Place, ranks: int, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns (shape, offset in the whole) of a rank's shard of a tensor that the axis cuts as its place says."""
+    shape, offset = list(place.whole), [0] * len(place.whole)
+    if place.cut in _CUT_DIM:
+        dim = _CUT_DIM[place.cut]
+        offset[dim], last = cut_range(place.whole[dim], ranks, rank)
+        if place.first_rows:
+            offset[dim], last = balanced_cuts(place.first_rows, ranks)[rank : rank + 2]
         shape[dim] = last - offset[dim]
     return tuple(shape), tuple(offset)
 
@@ -79,7 +83,7 @@ def _cut_parameters(layer: nn.Module, axis: Axis) -> bool:
         for name, parameter in list(module.named_parameters(recurse=False)):
             place = place_of(parameter)
             if place.cut != "whole":
-                shape, offset = cut_shape(place.whole, place.cut, axis.size, axis.rank)
+                shape, offset = cut_shape(place, axis.size, axis.rank)
                 shard = nn.Parameter(torch.empty(shape, dtype=parameter.dtype, device=parameter.device))
                 set_place(shard, dataclasses.replace(place, offset=offset))
                 mark_tensor_shard(shard)
@@ -96,14 +100,18 @@ def _cut_parameters(layer: nn.Module, axis: Axis) -> bool:
 def _add_region_hooks(module: nn.Module, axis: Axis, sequence: bool) -> None:
     """Adds hooks where a region begins and ends, and where the head's hidden states meet the cut vocabulary."""
     enter, leave = (_GatherTokens, _ScatterTokens) if sequence else (_Enter, _Leave)
+    if isinstance(module, ChannelNorm):
+        module.add = lambda tensor: all_reduce(tensor, axis, name="sum of squares of a norm")
+    cuts = set()
     for child in module.children():
         weight = getattr(child, "weight", None)
         cut = place_of(weight).cut if isinstance(weight, nn.Parameter) else "whole"
-        if cut == "row":
-            module.register_forward_pre_hook(lambda _, inputs: (_apply(enter, inputs[0], axis), *inputs[1:]))
-            child.register_forward_hook(lambda _, inputs, output: _apply(leave, output, axis))
-        elif cut == "vocabulary" and not isinstance(child, Table | _VocabularyTable):
+        cuts.add(cut)
+        if cut == "vocabulary" and not isinstance(child, Table | _VocabularyTable):
             module.register_forward_hook(lambda _, inputs, output: (_apply(enter, output[0], axis), *output[1:]))
+    if cuts & {"row", "tokens"}:
+        module.register_forward_pre_hook(lambda _, inputs: (_apply(enter, inputs[0], axis), *inputs[1:]))
+        module.register_forward_hook(lambda _, inputs, output: _apply(leave, output, axis))
 
 
 @torch.compiler.disable

@@ -2,7 +2,8 @@
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from itertools import accumulate
 from typing import Literal
 
 from megachat.errors import UserError
@@ -23,6 +24,31 @@ FP8_LEAST_SIDE = 128  # rounding smaller matrices costs more than FP8 saves
 def up_to_multiple(value: int, multiple: int) -> int:
     """Returns the smallest multiple that is not below `value`."""
     return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class LookupDimensions:
+    """Lookup layers (L3, arXiv 2601.21461), each at the end of a block.
+
+    blocks: ascending. rows: of each layer's table. up_width: channels of W_up's output. tied: the keys are the values.
+    score_scale: "none", or "sqrt" for 1 / sqrt(width). rows_per_token: the rows of each token, integers separated by
+    spaces, which JSON keeps on one line; "" until they are allocated. mean_rows: rows that a token of the text has, by
+    its frequency in the sample of the allocation; the most that a token may have until they are allocated.
+    """
+
+    blocks: tuple[int, ...]
+    rows: int
+    up_width: int
+    tied: bool
+    score_scale: Literal["none", "sqrt"]
+    mean_rows: float
+    rows_per_token: str = field(default="", repr=False)
+
+    def first_rows(self) -> tuple[int, ...]:
+        """Returns offsets [vocabulary + 1]: token t has the rows from offset t to offset t + 1; () until they are
+        allocated.
+        """
+        return (0, *accumulate(map(int, self.rows_per_token.split()))) if self.rows_per_token else ()
 
 
 @dataclass(frozen=True)
@@ -47,6 +73,7 @@ class Dimensions:
     norm_epsilon: float = NORM_EPSILON
     value_embeddings: bool = True
     lambdas: Literal["learned", "neutral"] = "learned"
+    lookup: LookupDimensions | None = None
 
     @property
     def padded_vocab(self) -> int:
@@ -67,18 +94,25 @@ class Dimensions:
         """Returns whether the block has one: every other block and always the last, if the model has any."""
         return self.value_embeddings and block % 2 == (self.depth - 1) % 2
 
+    def has_lookup(self, block: int) -> bool:
+        """Returns whether the block ends with a lookup layer."""
+        return self.lookup is not None and block in self.lookup.blocks
+
 
 def saved_dimensions(model: dict) -> Dimensions:
     """Returns the sizes in a checkpoint's facts, with nanochat's choices for those that older ones do not name.
 
     Raises UserError for missing or unknown keys.
     """
-    known = {field.name for field in fields(Dimensions)}
+    known = {entry.name for entry in fields(Dimensions)}
     if unknown := sorted(set(model) - known):
         raise UserError(f"the checkpoint's model has {unknown[0]}, which this version does not know: update megachat")
     try:
-        dims = Dimensions(**(model | {"windows": tuple(model["windows"])}))
-        sizes = [getattr(dims, field.name) for field in fields(Dimensions) if field.type is int]
+        lookup = model.get("lookup") and LookupDimensions(
+            **(model["lookup"] | {"blocks": tuple(model["lookup"]["blocks"])})
+        )
+        dims = Dimensions(**(model | {"windows": tuple(model["windows"]), "lookup": lookup}))
+        sizes = [getattr(dims, entry.name) for entry in fields(Dimensions) if entry.type is int]
         if not all(type(size) is int and size > 0 for size in (*sizes, *dims.windows)):
             raise TypeError("a size is no positive integer")
         if not dims.depth == len(dims.windows) <= 1000 or dims.heads * dims.head_size != dims.width:
@@ -100,7 +134,23 @@ def window_sizes(pattern: str, depth: int, sequence_len: int) -> tuple[int, ...]
 def _block_matrices(dims: Dimensions, block: int) -> int:
     """Returns the elements of a block's matrices, the gate of its value embedding included."""
     matrices = 2 * dims.width * (dims.heads * dims.head_size + dims.kv_width + MLP_RATIO * dims.width)
+    if dims.lookup and dims.has_lookup(block):  # W_up, and W_mix with its two parts
+        matrices += dims.width * (2 * dims.lookup.up_width + dims.width)
     return matrices + (GATE_CHANNELS * dims.kv_heads if dims.has_value_embedding(block) else 0)
+
+
+def _lookup_rows(dims: Dimensions, block: int) -> int:
+    """Returns the rows of a block's lookup tables, keys and values."""
+    return dims.lookup.rows * (1 if dims.lookup.tied else 2) if dims.lookup and dims.has_lookup(block) else 0
+
+
+def lookup_flops(dims: Dimensions, block: int) -> int:
+    """Returns a block's training FLOPs per token for reading its lookup tables: 12 x mean rows x width.
+
+    Forward: a product of the query with each key row and a weighted sum of the value rows, 2 x width each; backward
+    takes twice as much. What the kernel computes again in the backward pass is not counted, as in attention.
+    """
+    return round(12 * dims.lookup.mean_rows * dims.width) if dims.lookup and dims.has_lookup(block) else 0
 
 
 def _attention_flops(dims: Dimensions, block: int) -> int:
@@ -111,11 +161,12 @@ def _attention_flops(dims: Dimensions, block: int) -> int:
 
 
 def parameter_counts(dims: Dimensions) -> dict[str, int]:
-    """Returns the elements by kind: wte, value_embeds, lm_head, matrices (Muon's), scalars, total."""
+    """Returns the elements by kind: wte, value_embeds, lookup_tables, lm_head, matrices (Muon's), scalars, total."""
     value_blocks = sum(dims.has_value_embedding(block) for block in range(dims.depth))
     counts = {
         "wte": dims.padded_vocab * dims.width,
         "value_embeds": value_blocks * dims.padded_vocab * dims.kv_width,
+        "lookup_tables": dims.width * sum(_lookup_rows(dims, block) for block in range(dims.depth)),
         "lm_head": dims.padded_vocab * dims.width,
         "matrices": sum(_block_matrices(dims, block) for block in range(dims.depth)),
         "scalars": 2 * dims.depth + SMEAR_CHANNELS + 2,
@@ -124,15 +175,17 @@ def parameter_counts(dims: Dimensions) -> dict[str, int]:
 
 
 def layer_costs(dims: Dimensions) -> list[tuple[int, int]]:
-    """Returns (parameters, training FLOPs per token) of each layer: the embedding, every block with its value
-    embedding, the head.
+    """Returns (parameters, training FLOPs per token) of each layer: the embedding, every block with its tables, the
+    head.
     """
     table = dims.padded_vocab * dims.width
     costs = [(table + SMEAR_CHANNELS + 1, 6 * SMEAR_CHANNELS)]
     for block in range(dims.depth):
         matrices = _block_matrices(dims, block)
-        values = dims.padded_vocab * dims.kv_width if dims.has_value_embedding(block) else 0
-        costs.append((matrices + 2 + values, 6 * matrices + _attention_flops(dims, block)))
+        tables = dims.padded_vocab * dims.kv_width if dims.has_value_embedding(block) else 0
+        tables += _lookup_rows(dims, block) * dims.width
+        flops = 6 * matrices + _attention_flops(dims, block) + lookup_flops(dims, block)
+        costs.append((matrices + 2 + tables, flops))
     return [*costs, (table + 1, 6 * table)]
 
 
@@ -180,9 +233,9 @@ def scaling_parameters(dims: Dimensions) -> int:
 
 
 def flops_per_token(dims: Dimensions) -> int:
-    """Returns the training FLOPs per token: 6 per matmul parameter, and attention's."""
-    attention = sum(_attention_flops(dims, block) for block in range(dims.depth))
-    return 6 * (scaling_parameters(dims) + SMEAR_CHANNELS) + attention
+    """Returns the training FLOPs per token: 6 per matmul parameter, attention's, and those of reading lookup tables."""
+    reads = sum(_attention_flops(dims, block) + lookup_flops(dims, block) for block in range(dims.depth))
+    return 6 * (scaling_parameters(dims) + SMEAR_CHANNELS) + reads
 
 
 def fits_fp8(rows: int, columns: int, recipe: str) -> bool:

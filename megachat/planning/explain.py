@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from megachat.config import Config
-from megachat.planning.dimensions import layer_costs
+from megachat.planning.dimensions import Dimensions, layer_costs
 from megachat.planning.plan import Plan
 
 
@@ -26,7 +26,9 @@ def describe_plan(plan: Plan) -> str:
     lines = ["plan"]
     for name, value in _fields(plan).items():
         if name == "dims":
-            lines += _numbers("", _fields(value), plan.why)
+            sizes = _sizes(value)
+            lookup = sizes.pop("lookup")
+            lines += _numbers("", sizes, plan.why) + _numbers("lookup.", lookup or {}, plan.why)
         elif name == "layout":
             lines.append(f"  layout = data {value.data} x tensor {value.tensor} x pipeline {value.pipeline}")
         elif name == "stages":
@@ -75,7 +77,15 @@ def setting_warnings(config: Config, plan: Plan) -> list[str]:
 def plan_values(plan: Plan) -> dict:
     """Returns the plan as JSON values."""
     values = {name: dict(value) if isinstance(value, Mapping) else value for name, value in _fields(plan).items()}
-    return values | {"dims": dataclasses.asdict(plan.dims), "layout": dataclasses.asdict(plan.layout)}
+    return values | {"dims": _sizes(plan.dims), "layout": dataclasses.asdict(plan.layout)}
+
+
+def _sizes(dims: Dimensions) -> dict:
+    """Returns the dimensions without the allocation of lookup rows, which has a number for each token."""
+    sizes = dataclasses.asdict(dims)
+    if sizes["lookup"]:
+        del sizes["lookup"]["rows_per_token"]
+    return sizes
 
 
 def _fields(value) -> dict:

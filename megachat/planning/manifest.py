@@ -76,11 +76,12 @@ def adamw_shares(parameters: list[nn.Parameter], layout: Layout, tensor_rank: in
     for group in GROUPS:
         members = [parameter for parameter in parameters if assigned[place_of(parameter).name] is group]
         if group.optimizer == "adamw" and members:
-            shapes = [
-                cut_shape(tuple(parameter.shape), place_of(parameter).cut, layout.tensor, tensor_rank)[0]
+            sizes = [
+                parameter.numel()
+                if place_of(parameter).cut == "whole"  # may be a part of the named tensor
+                else math.prod(cut_shape(place_of(parameter), layout.tensor, tensor_rank)[0])
                 for parameter in members
             ]
-            sizes = [math.prod(shape) for shape in shapes]
             shares.append(AdamWShares(members, sizes, *zero1_shares(sizes, layout.data)))
     return shares
 

@@ -261,7 +261,7 @@ def memory_warning(
         values = {key: value} | ({"accumulation": None} if key == "micro_rows" else {})  # solved from the rows
         changed = config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
         try:
-            other = resolve(changed, plan.layout.world, plan.dims.vocab_size)
+            other = resolve(changed, plan.layout.world, plan.dims.vocab_size, plan.dims.lookup)
         except UserError:
             continue
         total = max(stage.total for stage in memory_of_stages(changed, other, dtype, on_gpu=on_gpu))

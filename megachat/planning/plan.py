@@ -15,6 +15,7 @@ from megachat.planning.dimensions import (
     SMEAR_CHANNELS,
     WINDOW_TILE,
     Dimensions,
+    LookupDimensions,
     bubble_share,
     fits_fp8,
     flops_per_token,
@@ -32,6 +33,8 @@ REFERENCE_TOKENS = 2**19  # best batch at the reference depth
 BATCH_EXPONENT = 0.383  # Power Lines, arXiv 2505.13738
 REFERENCE_WIDTH = 768
 LARGEST_AUTO_MICRO_ROWS = 16
+LOOKUP_ROWS_PER_TOKEN = 4  # the paper's largest models have 3.9 (arXiv 2601.21461)
+LOOKUP_UP_RATIO = 4
 AUTO_MICRO_BATCHES_PER_STAGE = 4  # keeps the pipeline's bubble below a fifth
 
 
@@ -82,13 +85,14 @@ class Plan:
         return self.flops_per_token * self.tokens_per_step
 
 
-def resolve(config: Config, world: int, vocab_size: int) -> Plan:
+def resolve(config: Config, world: int, vocab_size: int, allocated: LookupDimensions | None = None) -> Plan:
     """Derives every number of a run on `world` ranks with a vocabulary of `vocab_size` tokens.
 
-    Raises UserError for a layout or batch that does not fit, with the nearest values that do.
+    allocated: see resolve_dimensions. Raises UserError for a layout or batch that does not fit, with the nearest values
+    that do.
     """
     why: dict[str, str] = {}
-    dims = resolve_dimensions(config, vocab_size, why=why)
+    dims = resolve_dimensions(config, vocab_size, why=why, allocated=allocated)
     layout = resolve_layout(config, dims, world)
     stages = resolve_stages(dims, layout.pipeline)
     target_tokens, reference_tokens = _token_horizon(config, dims, vocab_size, why)
@@ -105,7 +109,8 @@ def resolve(config: Config, world: int, vocab_size: int) -> Plan:
         "(p - 1) / (m + p - 1) if all are equal",
         "total_tokens": f"steps * tokens_per_step = {steps} * {tokens}",
         "flops_per_token": "6 * (block matrices + lm_head + smear gate) "
-        "+ sum of 12 * heads * head_size * min(window, sequence_len)",
+        "+ sum of 12 * heads * head_size * min(window, sequence_len)"
+        + (" + 12 * mean_rows * width per lookup layer" if dims.lookup else ""),
         "total_flops": f"flops_per_token * total_tokens = {flops:.4g} * {steps * tokens:.4g}",
         "evaluation_rows": "evaluate.tokens / sequence_len" if config.evaluate.tokens else "20 batches",
     }
@@ -177,6 +182,11 @@ def resolve_layout(config: Config, dims: Dimensions, world: int) -> Layout:
                 f"parallel.tensor is {tensor}, which does not divide the model's {count} {what}: "
                 f"set parallel.tensor to {near}"
             )
+    if dims.lookup and dims.lookup.up_width % tensor:
+        raise UserError(
+            f"lookup.up_width is {dims.lookup.up_width}, which parallel.tensor {tensor} does not divide: set it to "
+            f"{_nearest_multiples(dims.lookup.up_width, tensor)}"
+        )
     if config.parallel.sequence and tensor == 1:
         raise UserError("parallel.sequence requires parallel.tensor above 1: raise it, or set parallel.sequence=false")
     if config.parallel.sequence and dims.sequence_len % tensor:
@@ -219,9 +229,18 @@ def _check_fp8(config: Config, dims: Dimensions, layout: Layout, micro_rows: int
 
 
 def resolve_dimensions(
-    config: Config, vocab_size: int, *, depth: int | None = None, why: dict[str, str] | None = None
+    config: Config,
+    vocab_size: int,
+    *,
+    depth: int | None = None,
+    why: dict[str, str] | None = None,
+    allocated: LookupDimensions | None = None,
 ) -> Dimensions:
-    """Returns the model's sizes for its depth, or for another `depth` of the same family."""
+    """Returns the model's sizes for its depth, or for another `depth` of the same family, which has no lookup layers.
+
+    allocated: lookup layers whose rows are allocated (of a checkpoint, or made for this run). Without them, or if they
+    have another number of rows, the rows of the model's lookup layers are not allocated yet.
+    """
     model = config.model
     why = {} if why is None else why
     depth = depth or model.depth
@@ -259,6 +278,42 @@ def resolve_dimensions(
         norm_epsilon=model.norm_epsilon,
         value_embeddings=model.value_embeddings,
         lambdas=model.lambdas,
+        lookup=_resolve_lookup(config, vocab_size, width, why, allocated) if depth == model.depth else None,
+    )
+
+
+def _resolve_lookup(
+    config: Config, vocab_size: int, width: int, why: dict[str, str], allocated: LookupDimensions | None
+) -> LookupDimensions | None:
+    """Returns the sizes of the lookup layers, None without any. Raises UserError for sizes that do not fit."""
+    settings, depth = config.lookup, config.model.depth
+    if not settings.after_blocks:
+        return None
+    if max(settings.after_blocks) >= depth:
+        raise UserError(
+            f"lookup.after_blocks has {max(settings.after_blocks)}, but the {depth} blocks are numbered 0 to "
+            f"{depth - 1}: leave it out"
+        )
+    rows, most = settings.rows or LOOKUP_ROWS_PER_TOKEN * vocab_size, settings.max_rows_per_token
+    if not vocab_size <= rows <= vocab_size * most:
+        raise UserError(
+            f"lookup.rows is {rows:,}, but {vocab_size:,} tokens with 1 to {most:,} rows each "
+            f"(lookup.max_rows_per_token) take {vocab_size:,} to {vocab_size * most:,}: change one of the two"
+        )
+    why["lookup.rows"] = "lookup.rows" if settings.rows else f"{LOOKUP_ROWS_PER_TOKEN} * vocabulary"
+    why["lookup.up_width"] = "lookup.up_width" if settings.up_width else f"{LOOKUP_UP_RATIO} * width"
+    why["lookup.mean_rows"] = "rows of a token of the sample, on average"
+    known = allocated if allocated and allocated.rows == rows else None
+    if known is None:
+        why["lookup.mean_rows"] = "the most that a token may have, until a sample of the text decides"
+    return LookupDimensions(
+        blocks=tuple(sorted(settings.after_blocks)),
+        rows=rows,
+        up_width=settings.up_width or LOOKUP_UP_RATIO * width,
+        tied=settings.tied,
+        score_scale=settings.score_scale,
+        mean_rows=known.mean_rows if known else float(min(most, rows - vocab_size + 1)),
+        rows_per_token=known.rows_per_token if known else "",
     )
 
 

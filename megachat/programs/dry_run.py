@@ -11,15 +11,17 @@ from megachat.planning.explain import describe_config, describe_plan, setting_wa
 from megachat.planning.manifest import describe_ownership, ownership
 from megachat.planning.memory import describe_memory, memory_of_stages, memory_warning
 from megachat.planning.plan import Plan, resolve
+from megachat.train.lookup_rows import planned_lookup
 
 
 def describe_job(config: Config, world: int, memory_gb: float | None = None) -> str:
     """Returns config, plan, owners of every parameter and estimated memory of the job on `world` ranks.
 
-    Reads no data but the CORE bundle, if configured. memory_gb: of the GPUs planned for; default: this machine's.
+    Reads no data but the CORE bundle and an existing allocation of lookup rows, if configured. memory_gb: of the GPUs
+    planned for; default: this machine's.
     """
     vocab_size = config.model.vocab_size or load_tokenizer(config.data.tokenizer).vocab_size
-    plan: Plan = resolve(config, world, vocab_size)
+    plan: Plan = resolve(config, world, vocab_size, planned_lookup(config, vocab_size))
     parts = [
         describe_config(config),
         describe_plan(plan),

@@ -42,6 +42,7 @@ from megachat.programs.dry_run import describe_job
 from megachat.train.build import Run, build_run
 from megachat.train.changes import describe_changes
 from megachat.train.documents import resume_documents
+from megachat.train.lookup_rows import allocated_lookup
 from megachat.train.metrics import Metrics, check_wandb
 from megachat.train.state import LoopState, check_checkpoint, load_state
 from megachat.train.trainer import Trainer
@@ -100,6 +101,7 @@ def pretrain(
         lock_run_folder(job.folder, mesh.world) as notes,
     ):
         checkpoint, facts, chosen_notes = _agreed_checkpoint(job, resume, mesh)
+        job = dataclasses.replace(job, plan=_plan_with_allocation(job, facts, mesh))
         named = resume not in (None, "auto")
         with guard_crashes(job.folder, mesh.world, notes.append, forget=named) as guard:
             monitor.before_stop = guard.end
@@ -164,6 +166,15 @@ def _agreed_checkpoint(job: Job, resume: str | None, mesh: Mesh) -> tuple[Path |
         facts = check_checkpoint(checkpoint, job.plan, job.tokenizer, job.config) if checkpoint else None
         notes += describe_changes(facts, job.config, job.plan) if facts else []
     return checkpoint, facts, notes
+
+
+def _plan_with_allocation(job: Job, facts: dict | None, mesh: Mesh) -> Plan:
+    """Returns the plan with the rows of its lookup tables allocated, if it has any; all ranks call it."""
+    if job.plan.dims.lookup is None:
+        return job.plan
+    with mesh.world.progress.long_running("start-up"):
+        lookup = allocated_lookup(job.config, job.plan.dims.lookup, job.tokenizer, job.folder, facts, mesh.world)
+    return resolve(job.config, mesh.world.size, job.plan.dims.vocab_size, lookup)
 
 
 def _build(job: Job, checkpoint: Path | None, facts: dict | None, mesh: Mesh) -> tuple[Run, list[str]]:

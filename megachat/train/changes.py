@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from megachat.config import Config
 from megachat.errors import UserError
+from megachat.planning.dimensions import saved_dimensions
 from megachat.planning.plan import Plan, resolve
 
 _SECTIONS = ("batch", "horizon", "optimizer")
@@ -20,7 +21,8 @@ def saved_settings(facts: dict) -> tuple[Config, Plan] | None:
         config = Config.model_validate_json(json.dumps(facts["config"]))
         layout = facts["layout"]
         world = layout["data"] * layout["tensor"] * layout["pipeline"]
-        return config, resolve(config, world, facts["tokenizer"]["vocab_size"])
+        lookup = saved_dimensions(facts["model"]).lookup
+        return config, resolve(config, world, facts["tokenizer"]["vocab_size"], lookup)
     except (ValidationError, UserError, KeyError, TypeError):
         return None
 

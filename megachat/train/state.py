@@ -152,13 +152,31 @@ def check_checkpoint(checkpoint: Path, plan: Plan, tokenizer: Tokenizer, config:
             f"{tokenizer.fingerprint[:12]}): set data.tokenizer to the one it was trained with"
         )
     configured, saved = dataclasses.asdict(plan.dims), dataclasses.asdict(saved_dimensions(facts["model"]))
+    if plan.dims.lookup and saved["lookup"] and not saved["lookup"]["rows_per_token"]:
+        raise UserError(
+            f"{checkpoint} has lookup tables but not the allocation of their rows: use another step's checkpoint"
+        )
+    if plan.dims.lookup and saved["lookup"]:  # a resumed run keeps the checkpoint's allocation
+        for key in ("rows_per_token", "mean_rows"):
+            configured["lookup"][key] = saved["lookup"][key]
     differing = [key for key in configured if configured[key] != saved[key]]
     if differing:
-        listed = ", ".join(f"{key} {saved[key]} (configured: {configured[key]})" for key in differing)
+        listed = ", ".join(f"{key} {_short(saved[key])} (configured: {_short(configured[key])})" for key in differing)
         raise UserError(
             f"{checkpoint} holds another model: {listed}; use the config it was trained with, or another run.name"
         )
     return facts
+
+
+def _short(value: object) -> object:
+    """Returns a setting of the model for a message; lookup layers without their allocation, which has a number per
+    token.
+    """
+    return (
+        {k: v for k, v in value.items() if k not in ("rows_per_token", "mean_rows")}
+        if isinstance(value, dict)
+        else value
+    )
 
 
 def _random_state(device: torch.device) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def open_saved_model(path: Path, overrides: list[str], tokenizer: Path | None = 
     folder, dims = reader.folder, reader.dims
     settings = config_of(reader)[0] if reader.format == "nanochat" else reader.facts["config"]
     config = config_from_values(settings, str(folder), overrides)
-    requested = resolve_dimensions(config, dims.vocab_size)
+    requested = resolve_dimensions(config, dims.vocab_size, allocated=dims.lookup)
     if requested != dims:
         changed = [name for name, value in vars(dims).items() if getattr(requested, name) != value]
         raise UserError(
@@ -88,7 +88,7 @@ def open_saved_model(path: Path, overrides: list[str], tokenizer: Path | None = 
     if run_folder.name == "checkpoints" and reader.format != "nanochat":
         run_folder = run_folder.parent
     layout = Layout(**reader.facts.get("layout", {"data": 1, "tensor": 1, "pipeline": 1}))
-    training = resolve(config_from_values(settings, str(folder)), layout.world, dims.vocab_size)
+    training = resolve(config_from_values(settings, str(folder)), layout.world, dims.vocab_size, dims.lookup)
     return SavedModel(reader, config, loaded_tokenizer, run_folder, training)
 
 
@@ -103,7 +103,8 @@ def evaluation_plan(saved: SavedModel, world: int) -> Plan:
     sections["horizon"] = {"steps": 1}
     sections["precision"]["fp8"] = "off"  # only for training; its requirements need not hold here
     sections["evaluate"]["tokens"] = config.evaluate.tokens or training.evaluation_rows * training.dims.sequence_len
-    return resolve(Config.model_validate_json(json.dumps(sections)), world, training.dims.vocab_size)
+    config, dims = Config.model_validate_json(json.dumps(sections)), training.dims
+    return resolve(config, world, dims.vocab_size, dims.lookup)
 
 
 def build_evaluation_model(saved: SavedModel, plan: Plan, mesh: Mesh) -> EvaluationModel:

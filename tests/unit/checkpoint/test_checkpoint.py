@@ -69,7 +69,7 @@ def test_tensors_come_back_and_the_index_is_json(tmp_path):
     facts = read_facts(path)
     assert (facts["format_version"], facts["architecture_version"], facts["step"], facts["loop"]) == (
         2,
-        1,
+        2,
         7,
         {"step": 7},
     )
@@ -223,8 +223,8 @@ def test_tensors_that_were_overwritten_are_refused(tmp_path):
         (None, "is not a complete checkpoint: it has no checkpoint.json"),
         ('{"format_version": 3, "step": 7}', "has format version 3, newer than .* 2: update megachat"),
         (
-            '{"format_version": 2, "architecture_version": 2, "step": 7}',
-            "has architecture version 2, newer than .* 1: update megachat",
+            '{"format_version": 2, "architecture_version": 3, "step": 7}',
+            "has architecture version 3, newer than .* 2: update megachat",
         ),
         (
             '{"format_version": 2, "architecture_version": 1, "step": 7, "files": {}, "sha256": "0"}',

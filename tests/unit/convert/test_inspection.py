@@ -42,7 +42,7 @@ def test_inspect_tells_what_it_is(run, monkeypatch, capsys):
     for words in (
         'layout: {"data": 2',
         "format_version: 2",
-        "architecture_version: 1",
+        "architecture_version: 2",
         "ledger of stream 1: ",
         f"ledger of all streams: {told['facts']['ledger']}",
     ):
