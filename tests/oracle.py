@@ -13,7 +13,7 @@ from megachat.model.parameters import load_whole, placed_parameters
 from megachat.optim.groups import ADAMW_EPSILON, MUON_BETA2, assign_groups, rate_multipliers
 from megachat.optim.muon import second_moment_shape
 from megachat.place import place_of
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_without_text
 from megachat.programs.verify_layout import gradient_pieces, warm_noise, warm_up
 from megachat.schedule import learning_rate_multiplier, muon_momentum, weight_decay_multiplier
 from megachat.train.step import set_schedules
@@ -28,7 +28,7 @@ class Oracle:
 
     def __init__(self, config, vocab_size: int = SMALL_VOCAB):
         config = config.model_copy(update={"parallel": ParallelConfig()})
-        self.config, self.plan = config, resolve(config, 1, vocab_size)
+        self.config, self.plan = config, resolve_without_text(config, 1, vocab_size)
         self.layers = build_layers(self.plan.dims, ModelOptions(rotary=config.model.rotary), config.run.seed)
         self.parameters = placed_parameters(self.layers)
         for p in self.parameters:  # see verify.warm_up for why

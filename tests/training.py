@@ -8,7 +8,7 @@ from megachat.config import Config
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.engine import start_collectives
 from megachat.parallel.mesh import build_mesh
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_without_text
 from megachat.programs.verify_layout import related_rows
 from megachat.train.build import Training, build_training
 from megachat.train.state import state_pieces
@@ -44,7 +44,7 @@ def build(config: Config, vocab_size: int) -> Training:
     """On the ranks that torch.distributed already has."""
     start_collectives(torch.device("cpu"), "gloo", timedelta(seconds=600))
     mesh = build_mesh(torch.device("cpu"), tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
-    plan = resolve(config, mesh.world.size, vocab_size)
+    plan = resolve_without_text(config, mesh.world.size, vocab_size)
     return build_training(config, plan, mesh, torch.ones(vocab_size, dtype=torch.int64))
 
 

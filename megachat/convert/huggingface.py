@@ -198,7 +198,7 @@ def dims_of_config(config: dict, path: Path) -> Dimensions:
             required = f"intermediate_size must be {MLP_RATIO} x hidden_size, and heads x head_dim hidden_size"
             raise UserError(f"{path}: {required}: it cannot be converted")
         return Dimensions(
-            **sizes,
+            **sizes,  # type: ignore[arg-type]
             kv_heads=config.get("num_key_value_heads") or heads,
             head_size=head_size,
             windows=(length,) * sizes["depth"],

@@ -95,7 +95,7 @@ def _fields(value) -> dict:
 def _numbers(prefix: str, values: Mapping[str, object], why: Mapping[str, str]) -> list[str]:
     lines = []
     for name, value in values.items():
-        text = f"{value:,}" if isinstance(value, int) else f"{value:.6g}" if isinstance(value, float) else str(value)
+        text = f"{value:,}" if type(value) is int else f"{value:.6g}" if isinstance(value, float) else str(value)
         formula = why.get(prefix + name)
         lines.append(f"  {prefix}{name} = {text}" + (f"   [{formula}]" if formula else ""))
     return lines

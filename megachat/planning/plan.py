@@ -4,7 +4,7 @@ formula.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from megachat.config import Config
@@ -135,6 +135,23 @@ def resolve(config: Config, world: int, vocab_size: int, allocated: LookupDimens
         parameters=MappingProxyType(parameter_counts(dims)),
         why=MappingProxyType(why),
     )
+
+
+def resolve_without_text(config: Config, world: int, vocab_size: int) -> Plan:
+    """Returns the plan for checks and benchmarks on random tokens: the rows of lookup tables are allocated unevenly,
+    the first tokens have the most.
+    """
+    plan = resolve(config, world, vocab_size)
+    lookup = plan.dims.lookup
+    if lookup is None:
+        return plan
+    left, rows, most = lookup.rows - vocab_size, list[int](), int(lookup.mean_rows)
+    for token in range(vocab_size):
+        share = max(min(most - 1, (left + 1) // 2), left - (vocab_size - token - 1) * (most - 1))
+        rows.append(1 + share)
+        left -= share
+    example = replace(lookup, mean_rows=lookup.rows / vocab_size, rows_per_token=" ".join(map(str, rows)))
+    return resolve(config, world, vocab_size, example)
 
 
 def usable_world(config: Config, world: int, vocab_size: int) -> int:

@@ -28,7 +28,7 @@ from megachat.model.parameters import starting_value
 from megachat.parallel.rectangles import flat_rectangles
 from megachat.place import Place, place_of
 from megachat.planning.dimensions import up_to_multiple
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_without_text
 from megachat.schedule import weight_decay_multiplier
 from megachat.train.build import Training, build_training
 from megachat.train.state import state_pieces
@@ -83,6 +83,8 @@ def verification_config(
         # at least the number of blocks: aspect_ratio times depth is rounded up to the width
         head_size = max(scaled, up_to_multiple(depth, HEAD_MULTIPLE))
         sections["model"] |= {"depth": depth, "head_size": head_size, "aspect_ratio": heads * head_size // depth}
+    last = (depth or config.model.depth) - 1
+    sections["lookup"] |= {"after_blocks": sorted({min(block, last) for block in config.lookup.after_blocks})}
     sections["precision"] |= {"compute": "float32", "compile": False, "fp8": "off", "attention": "auto"}
     sections["parallel"] |= {"tensor": tensor, "pipeline": pipeline}
     if tensor == 1:
@@ -164,7 +166,7 @@ def run_rank(config: Config, vocab_size: int, device: torch.device, folder: Path
     reference: the folder of another run, whose gradients the optimizers get instead of these.
     """
     mesh = start_mesh(config, device)
-    plan = resolve(config, mesh.world.size, vocab_size)
+    plan = resolve_without_text(config, mesh.world.size, vocab_size)
     training = build_training(config, plan, mesh, torch.ones(vocab_size, dtype=torch.int64))
     warm_up(training)
     copies = _replicated(training) if mesh.tensor.rank else set()
@@ -323,7 +325,7 @@ def verify_layout(
     )
     config = verification_config(config, **layout, depth=depth, rows_per_rank=rows)
     ranks = math.prod(layout.values())
-    plan = resolve(config, ranks, vocab_size)  # refuses what does not fit before anything is started
+    plan = resolve_without_text(config, ranks, vocab_size)  # refuses what does not fit before anything is started
     print(
         f"{layout_name(layout)}: {ranks} ranks against one process; depth {plan.dims.depth}, "
         f"{plan.parameters['total']:,} parameters, {rows * layout['data']} rows of {plan.dims.sequence_len} tokens "

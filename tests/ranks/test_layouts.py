@@ -20,6 +20,9 @@ FIRST_NANOCHAT = {
     "value_embeddings": False,
     "lambdas": "neutral",
 }
+LOOKUP = {"after_blocks": (0, 1), "rows": 400, "max_rows_per_token": 60, "up_width": 96}
+# keys alone get gradients of softmax differences only, which rounding covers where unscaled scores are nearly one-hot
+UNTIED = LOOKUP | {"tied": False, "score_scale": "sqrt", "after_blocks": (2,)}
 CASES = {
     "one": (1, {}, {}),
     "dp2": (2, {}, {"optimizer": {"clip_norm": 0.2}}),
@@ -38,6 +41,17 @@ CASES = {
     "tp2 pp2": (4, {"tensor": 2, "pipeline": 2}, {"model": GQA, "optimizer": {"clip_norm": 0.2}}),
     "tp2 pp2, as transformers' NanoChat": (4, {"tensor": 2, "pipeline": 2}, {"model": GQA | FIRST_NANOCHAT}),
     "tp2 pp2 sequence": (4, {"tensor": 2, "pipeline": 2, "sequence": True}, {"model": EQUAL_HEADS}),
+    "lookup": (1, {}, {"lookup": LOOKUP}),
+    "lookup dp2": (2, {}, {"lookup": UNTIED, "optimizer": {"clip_norm": 0.2}}),
+    "lookup tp2": (2, {"tensor": 2}, {"model": GQA, "lookup": UNTIED | {"after_blocks": (0, 1)}}),
+    "lookup tp2 sequence": (2, {"tensor": 2, "sequence": True}, {"model": GQA, "lookup": LOOKUP}),
+    "lookup pp2": (2, {"pipeline": 2}, {"lookup": UNTIED}),
+    "lookup dp2 tp2": (4, {"tensor": 2}, {"model": GQA, "lookup": UNTIED}),
+    "lookup tp2 pp2 sequence": (
+        4,
+        {"tensor": 2, "pipeline": 2, "sequence": True},
+        {"model": EQUAL_HEADS, "lookup": LOOKUP, "batch": {"recompute": "block"}},
+    ),
     "dp2 tp2 pp2": (8, {"tensor": 2, "pipeline": 2}, {"model": GQA, "batch": {"micro_rows": 2}}),
 }
 
