@@ -22,8 +22,8 @@ class Place:
     blocks, depth after them. cut: how the tensor axis may divide it. Matrices are cut by "column" (output features, dim
     0) or "row" (input features, dim 1), tables by "vocabulary" (dim 0), "feature" (dim 1, by key/value
     head) or "tokens" (dim 0, between the rows of different tokens); "whole" is never cut. start: the initial value,
-    ("normal", std), ("uniform", low, high) or ("constant", value). first_rows: of a table cut by "tokens", where the rows
-    of each token start; empty until they are allocated.
+    ("normal", std), ("uniform", low, high) or ("constant", value). first_rows: of a table cut by "tokens", where
+    the rows of each token start; empty until they are allocated.
     """
 
     name: str
