@@ -11,13 +11,13 @@ import dataclasses
 import torch
 from torch import nn
 
+from megachat.kernels.channel_norm import ChannelNorm
 from megachat.kernels.cross_entropy import WHOLE, VocabularyPart
 from megachat.kernels.linear import Table
-from megachat.kernels.channel_norm import ChannelNorm
-from megachat.planning.dimensions import balanced_cuts
 from megachat.parallel.collectives import all_gather, all_reduce, reduce_scatter
 from megachat.parallel.mesh import Axis
 from megachat.place import Place, mark_partial_over_tensor, mark_tensor_shard, place_of, set_place
+from megachat.planning.dimensions import balanced_cuts
 
 _CUT_DIM = {"column": 0, "row": 1, "vocabulary": 0, "feature": 1, "tokens": 0}
 
