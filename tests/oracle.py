@@ -7,7 +7,6 @@ import math
 
 import torch
 
-from megachat.config import ParallelConfig
 from megachat.model.gpt import Loss, ModelOptions, build_layers, run_layers
 from megachat.model.parameters import load_whole, placed_parameters
 from megachat.optim.groups import ADAMW_EPSILON, MUON_BETA2, assign_groups, rate_multipliers
@@ -16,6 +15,7 @@ from megachat.place import place_of
 from megachat.planning.plan import resolve_without_text
 from megachat.programs.verify_layout import gradient_pieces, warm_noise, warm_up
 from megachat.schedule import learning_rate_multiplier, muon_momentum, weight_decay_multiplier
+from megachat.settings import ParallelConfig
 from megachat.train.step import set_schedules
 from tests.muon import reference_step
 from tests.training import SMALL_VOCAB, assembled, build, random_rows, take_step, whole_state

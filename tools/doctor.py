@@ -66,7 +66,7 @@ def _compute_choices(config: Config) -> Choices:
 
 def _attention_choices(config: Config) -> Choices:
     from megachat.kernels.choice import choose_attention
-    from megachat.planning.plan import resolve_dimensions
+    from megachat.planning.sizes import resolve_dimensions
 
     device, dtype, _ = _device_and_dtype(config)
     dims = resolve_dimensions(config, config.model.vocab_size or _VOCAB)

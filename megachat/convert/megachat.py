@@ -21,7 +21,8 @@ from megachat.errors import UserError
 from megachat.evals.results import recorded_validation
 from megachat.files import path_kind
 from megachat.parallel.mesh import Axis
-from megachat.planning.plan import Layout, resolve_dimensions
+from megachat.planning.plan import Layout
+from megachat.planning.sizes import resolve_dimensions
 
 _ONE_RANK = Axis("world", 1, 0, None, (0,))
 

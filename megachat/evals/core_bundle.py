@@ -21,10 +21,10 @@ from typing import Any
 
 import yaml
 
-from megachat.config import EvaluateConfig
 from megachat.errors import UserError, raise_if_unreadable
 from megachat.evals.core_download import download_bundle
 from megachat.files import lfs_problem, path_kind
+from megachat.settings import EvaluateConfig
 
 CORE_TASKS = tuple(
     """

@@ -7,11 +7,11 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megachat.config import EvaluateConfig
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError
 from megachat.evals.core_bundle import Bundle, CoreTask
 from megachat.planning.dimensions import Dimensions
+from megachat.settings import EvaluateConfig
 
 SHUFFLE_SEED = 1337  # order of a task's examples, before max_per_task
 SHOTS_SEED = 1234  # plus the example's number

@@ -10,7 +10,7 @@ from megachat.errors import UserError
 from megachat.parallel.collectives import all_gather_objects, on_all_ranks_or_raise
 from megachat.parallel.mesh import Axis
 from megachat.planning.dimensions import LookupDimensions, saved_dimensions
-from megachat.planning.plan import resolve_dimensions
+from megachat.planning.sizes import resolve_dimensions
 from megachat.prepare.lookup_allocation import Allocation, allocate, load_allocation, sample_documents, save_allocation
 
 ALLOCATION_NAME = "lookup.json"  # in the run folder

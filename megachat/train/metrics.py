@@ -15,11 +15,11 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from megachat.config import LogConfig
 from megachat.console import console_error
 from megachat.errors import UserError, summary
 from megachat.evals.results import METRICS_NAME
 from megachat.files import Log, read_side_file, set_aside, write_atomically
+from megachat.settings import LogConfig
 
 
 class Metrics:

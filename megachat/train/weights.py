@@ -26,7 +26,8 @@ from megachat.parallel.engine import Engine, build_evaluation_engine, build_modu
 from megachat.parallel.mesh import Mesh
 from megachat.parallel.tensor import vocabulary_part
 from megachat.place import place_of
-from megachat.planning.plan import Layout, Plan, resolve, resolve_dimensions
+from megachat.planning.plan import Layout, Plan, resolve
+from megachat.planning.sizes import resolve_dimensions
 from megachat.train.build import build_stage
 
 

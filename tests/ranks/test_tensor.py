@@ -7,7 +7,6 @@ import dataclasses
 import pytest
 import torch
 
-from megachat.config import ParallelConfig
 from megachat.model.gpt import Loss, ModelOptions, build_layers, last_logits, run_layers
 from megachat.model.parameters import load_whole, placed_parameters, starting_value
 from megachat.parallel import collectives, tensor
@@ -15,6 +14,7 @@ from megachat.parallel.mesh import build_mesh
 from megachat.parallel.tensor import apply_tensor, cut_range, vocabulary_part
 from megachat.place import is_partial_over_tensor, is_tensor_shard, place_of
 from megachat.planning.plan import resolve
+from megachat.settings import ParallelConfig
 from tests.harness import run_ranks
 from tests.training import SMALL_VOCAB, random_rows, small_config
 

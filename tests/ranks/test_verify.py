@@ -2,8 +2,9 @@
 
 import pytest
 
-from megachat.config import Config, ParallelConfig
+from megachat.config import Config
 from megachat.programs import verify_layout
+from megachat.settings import ParallelConfig
 from tests.harness import run_ranks
 from tests.ranks.test_layouts import drop_a_contribution, raise_the_rate, scale_gradients, swap_owners
 from tests.training import SMALL_VOCAB, small_config

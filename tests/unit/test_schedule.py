@@ -1,6 +1,5 @@
 import pytest
 
-from megachat.config import OptimizerConfig
 from megachat.schedule import (
     ScheduledValues,
     due,
@@ -9,6 +8,7 @@ from megachat.schedule import (
     scheduled_values,
     weight_decay_multiplier,
 )
+from megachat.settings import OptimizerConfig
 
 
 def test_learning_rate_rises_stays_and_falls_to_its_end():

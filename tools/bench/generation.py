@@ -12,7 +12,7 @@ from megachat.model.gpt import ModelOptions, build_layers, last_logits, run_laye
 from megachat.model.parameters import load_whole, placed_parameters, starting_value
 from megachat.place import place_of
 from megachat.planning.dimensions import Dimensions
-from megachat.planning.plan import resolve_dimensions
+from megachat.planning.sizes import resolve_dimensions
 from megachat.programs.verify_layout import related_rows
 from tools.bench.turns import compare_rates, time_in_turn
 

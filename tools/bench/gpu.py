@@ -17,10 +17,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from megachat.config import BatchConfig, Config  # noqa: E402
+from megachat.config import Config  # noqa: E402
 from megachat.device import peak_flops, synchronize  # noqa: E402
 from megachat.errors import UserError  # noqa: E402
 from megachat.job.launch import bootstrap_environment, choose_device  # noqa: E402
+from megachat.settings import BatchConfig  # noqa: E402
 from tools.bench.gpu_report import build_report, gpu_facts, label, write_report  # noqa: E402
 from tools.bench.nanochat import accumulate, build_nanochat, open_nanochat, require_clone  # noqa: E402
 

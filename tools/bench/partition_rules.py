@@ -9,7 +9,7 @@ from megachat.optim.groups import assign_groups, muon_matrices
 from megachat.optim.matrix import Matrix
 from megachat.optim.partition_plan import make_plan
 from megachat.place import place_of
-from megachat.planning.plan import resolve_dimensions
+from megachat.planning.sizes import resolve_dimensions
 
 MODELS = {"d12": (12, 64), "d24": (24, 64), "d32": (32, 64), "7B": (32, 128)}  # depth, width per block
 

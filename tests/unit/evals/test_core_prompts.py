@@ -8,7 +8,6 @@ import random
 import numpy as np
 import pytest
 
-from megachat.config import EvaluateConfig
 from megachat.errors import UserError
 from megachat.evals.core_bundle import Bundle, CoreTask
 from megachat.evals.core_prompts import (
@@ -22,6 +21,7 @@ from megachat.evals.core_prompts import (
     shuffle_examples,
 )
 from megachat.planning.plan import resolve
+from megachat.settings import EvaluateConfig
 from tests.training import small_config
 from tests.unit.evals.bundle import examples
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from megachat.config import Config, DataConfig, HorizonConfig, ModelConfig, RunConfig
+from megachat.config import Config
 from megachat.data.shards import DataSummary
 from megachat.data.tokenizer import Tokenizer
 from megachat.job.agreement import find_disagreement, rank_facts
 from megachat.job.rendezvous import Arrival
+from megachat.settings import DataConfig, HorizonConfig, ModelConfig, RunConfig
 
 ROOT = Path(__file__).resolve().parents[3]
 TOKENIZER = Tokenizer({bytes([byte]): byte for byte in range(256)})

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from megachat.config import Config, ParallelConfig
+from megachat.config import Config
 from megachat.planning.explain import describe_config, describe_plan, describe_stages, plan_values, setting_warnings
 from megachat.planning.plan import resolve
+from megachat.settings import ParallelConfig
 
 CONFIG = Config.model_validate(
     {"model": {"depth": 4, "aspect_ratio": 32, "head_size": 32, "sequence_len": 128}, "horizon": {"steps": 7}}

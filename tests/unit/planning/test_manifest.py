@@ -4,10 +4,11 @@ import math
 
 import pytest
 
-from megachat.config import BatchConfig, Config, ParallelConfig
+from megachat.config import Config
 from megachat.place import place_of
 from megachat.planning.manifest import Ownership, describe_ownership, ownership, zero1_shares
 from megachat.planning.plan import resolve
+from megachat.settings import BatchConfig, ParallelConfig
 from tests.harness import run_ranks
 from tests.training import SMALL_VOCAB, build, small_config
 

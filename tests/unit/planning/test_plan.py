@@ -14,7 +14,8 @@ from megachat.planning.dimensions import (
     parameter_counts,
     resolve_stages,
 )
-from megachat.planning.plan import resolve, resolve_dimensions
+from megachat.planning.plan import resolve
+from megachat.planning.sizes import resolve_dimensions
 
 
 def config(**sections) -> Config:

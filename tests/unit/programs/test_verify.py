@@ -6,13 +6,15 @@ import pytest
 import torch
 
 from megachat.checkpoint.storage import save_rectangles
-from megachat.config import BatchConfig, Config
+from megachat.config import Config
 from megachat.convert.architecture import weight_shapes
 from megachat.errors import UserError
 from megachat.parallel.mesh import Axis
-from megachat.planning.plan import resolve, resolve_dimensions
+from megachat.planning.plan import resolve
+from megachat.planning.sizes import resolve_dimensions
 from megachat.programs.verify_layout import certificate, compare_runs, verification_config
 from megachat.programs.verify_resume import resume_config
+from megachat.settings import BatchConfig
 from tests.training import SMALL_VOCAB, small_config
 
 ORDER, KINDS = ["first", "second"], ("gradient", "weight", "update")

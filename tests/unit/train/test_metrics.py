@@ -12,9 +12,9 @@ import termios
 
 import pytest
 
-from megachat.config import LogConfig
 from megachat.console import Console
 from megachat.errors import UserError
+from megachat.settings import LogConfig
 from megachat.train.metrics import Metrics, check_wandb, console_line
 
 STAND_IN = """

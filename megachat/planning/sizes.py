@@ -1,0 +1,104 @@
+"""Derives a model's sizes from its config."""
+
+from megachat.config import Config
+from megachat.errors import UserError
+from megachat.planning.dimensions import (
+    SMEAR_CHANNELS,
+    WINDOW_TILE,
+    Dimensions,
+    LookupDimensions,
+    up_to_multiple,
+    window_sizes,
+)
+
+LOOKUP_ROWS_PER_TOKEN = 4  # the paper's largest models have 3.9 (arXiv 2601.21461)
+LOOKUP_UP_RATIO = 4
+
+
+def resolve_dimensions(
+    config: Config,
+    vocab_size: int,
+    *,
+    depth: int | None = None,
+    why: dict[str, str] | None = None,
+    allocated: LookupDimensions | None = None,
+) -> Dimensions:
+    """Returns the model's sizes for its depth, or for another `depth` of the same family, which has no lookup layers.
+
+    allocated: lookup layers whose rows are allocated (of a checkpoint, or made for this run). Without them, or if they
+    have another number of rows, the rows of the model's lookup layers are not allocated yet.
+    """
+    model = config.model
+    why = {} if why is None else why
+    depth = depth or model.depth
+    width = up_to_multiple(depth * model.aspect_ratio, model.head_size)
+    heads = width // model.head_size
+    kv_heads = model.kv_heads if model.kv_heads and depth == model.depth else heads
+    if heads % kv_heads:
+        divisors = [n for n in range(1, heads + 1) if heads % n == 0]
+        near = min(divisors, key=lambda n: (abs(n - kv_heads), n))
+        raise UserError(
+            f"model.kv_heads is {kv_heads}, which does not divide {heads} heads (depth {depth}): "
+            f"the nearest that does is {near}"
+        )
+    if width < SMEAR_CHANNELS:
+        raise UserError(
+            f"width {width} is below the {SMEAR_CHANNELS} channels that the smear gate reads: "
+            "raise model.depth or model.aspect_ratio"
+        )
+    up_to = f"= {depth} * {model.aspect_ratio} up to a multiple of {model.head_size}"
+    why["width"] = f"depth * aspect_ratio up to whole heads {up_to}"
+    why["heads"] = f"width / head_size = {width} / {model.head_size}"
+    tiled = f"{model.window_pattern} tiled over {depth} blocks, the last L"
+    why["windows"] = f"{tiled}; S = sequence_len / 4 up to a multiple of {WINDOW_TILE}"
+    return Dimensions(
+        depth=depth,
+        width=width,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_size=model.head_size,
+        sequence_len=model.sequence_len,
+        vocab_size=vocab_size,
+        windows=window_sizes(model.window_pattern, depth, model.sequence_len),
+        rotary_base=model.rotary_base,
+        qk_scale=model.qk_scale,
+        norm_epsilon=model.norm_epsilon,
+        value_embeddings=model.value_embeddings,
+        lambdas=model.lambdas,
+        lookup=_resolve_lookup(config, vocab_size, width, why, allocated) if depth == model.depth else None,
+    )
+
+
+def _resolve_lookup(
+    config: Config, vocab_size: int, width: int, why: dict[str, str], allocated: LookupDimensions | None
+) -> LookupDimensions | None:
+    """Returns the sizes of the lookup layers, None without any. Raises UserError for sizes that do not fit."""
+    settings, depth = config.lookup, config.model.depth
+    if not settings.after_blocks:
+        return None
+    if max(settings.after_blocks) >= depth:
+        raise UserError(
+            f"lookup.after_blocks has {max(settings.after_blocks)}, but the {depth} blocks are numbered 0 to "
+            f"{depth - 1}: leave it out"
+        )
+    rows, most = settings.rows or LOOKUP_ROWS_PER_TOKEN * vocab_size, settings.max_rows_per_token
+    if not vocab_size <= rows <= vocab_size * most:
+        raise UserError(
+            f"lookup.rows is {rows:,}, but {vocab_size:,} tokens with 1 to {most:,} rows each "
+            f"(lookup.max_rows_per_token) take {vocab_size:,} to {vocab_size * most:,}: change one of the two"
+        )
+    why["lookup.rows"] = "lookup.rows" if settings.rows else f"{LOOKUP_ROWS_PER_TOKEN} * vocabulary"
+    why["lookup.up_width"] = "lookup.up_width" if settings.up_width else f"{LOOKUP_UP_RATIO} * width"
+    why["lookup.mean_rows"] = "rows of a token of the sample, on average"
+    known = allocated if allocated and allocated.rows == rows else None
+    if known is None:
+        why["lookup.mean_rows"] = "the most that a token may have, until a sample of the text decides"
+    return LookupDimensions(
+        blocks=tuple(sorted(settings.after_blocks)),
+        rows=rows,
+        up_width=settings.up_width or LOOKUP_UP_RATIO * width,
+        tied=settings.tied,
+        score_scale=settings.score_scale,
+        mean_rows=known.mean_rows if known else float(min(most, rows - vocab_size + 1)),
+        rows_per_token=known.rows_per_token if known else "",
+    )
