@@ -18,6 +18,7 @@ from megachat.settings import (
     LogConfig,
     LookupConfig,
     ModelConfig,
+    NgramConfig,
     OptimizerConfig,
     ParallelConfig,
     PrecisionConfig,
@@ -32,6 +33,7 @@ class Config(Section):
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
     lookup: LookupConfig = LookupConfig()
+    ngram: NgramConfig = NgramConfig()
     data: DataConfig = DataConfig()
     batch: BatchConfig = BatchConfig()
     horizon: HorizonConfig = HorizonConfig()

@@ -23,6 +23,7 @@ _REFUSED_IDEAS = {
     "checkpointing": "batch.recompute chooses what a block recomputes in the backward pass",
     "dropout": "dropout is not supported: in pretraining hardly any text is seen twice",
     "activation": "the MLP has nanochat's squared ReLU; others were measured to be no better",
+    "width": "the model's width is model.depth times model.aspect_ratio",
     "swiglu": "the MLP has nanochat's squared ReLU; nanochat measured SwiGLU to be worse",
     "moe": "mixtures of experts are not supported: nanochat measured no gain in time",
     "expert": "mixtures of experts are not supported: nanochat measured no gain in time",
@@ -60,6 +61,13 @@ def check_run_name(name: str | None) -> str | None:
     return name
 
 
+def check_unique(values: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the numbers. Raises PydanticCustomError if one of them occurs twice."""
+    if repeated := sorted({value for value in values if values.count(value) > 1}):
+        raise PydanticCustomError("duplicates", "must not contain {value} twice", {"value": repeated[0]})
+    return values
+
+
 def shown(text: str, most: int = 80) -> str:
     """Returns the text on one line, shortened."""
     line = text if text.isprintable() else text.encode("unicode_escape").decode()
@@ -91,7 +99,7 @@ def _hint(location: list[str], sections: Mapping[str, Mapping[str, FieldInfo]]) 
         near = [f"{section}.{key}" for section in sections if key in sections[section]][:1]
         close = difflib.get_close_matches(key, sections[location[0]], n=1, cutoff=NEAR)
         near = near or [f"{location[0]}.{name}" for name in close]
-    if near:
+    if near and key not in _REFUSED_IDEAS:
         return f"did you mean {near[0]}?"
     lower = key.lower().replace("-", "_")
     reason = next((reason for idea, reason in _REFUSED_IDEAS.items() if idea in lower), None)

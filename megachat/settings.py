@@ -112,12 +112,48 @@ class LookupConfig(Section):
     )
     score_scale: Literal["none", "sqrt"] = _setting("none", "factor on scores; none: 1, sqrt: 1 / sqrt(width)")
 
-    @field_validator("after_blocks")
-    @classmethod
-    def _refuse_duplicates(cls, value):
-        if len(set(value)) < len(value):
-            raise PydanticCustomError("duplicates", "must not contain a block twice")
-        return value
+    _check_blocks = field_validator("after_blocks")(config_checks.check_unique)
+
+
+class NgramConfig(Section):
+    """Hashed n-gram values: rows of tables for the last ids, added to the attention values through a gate."""
+
+    blocks: tuple[Annotated[int, Field(ge=0)], ...] = _setting(
+        (), "blocks, counted from 0, whose attention values get n-gram rows; empty: none"
+    )
+    orders: tuple[Annotated[int, Field(ge=2, le=8)], ...] = _setting(
+        (2, 3), "lengths of the n-grams, 2 to 8; each has a table in each block", min_length=1
+    )
+    rows: int | None = _setting(
+        None,
+        "rows of each table; none: 4 per token of the vocabulary",
+        ge=1,
+        most=Most(2**31, "the hash chooses a row with 32 bits"),
+    )
+    width: int | None = _setting(
+        None, "channels of a row; none: those of all key/value heads; fewer are projected up", ge=1, most=WIDTH
+    )
+    sign_trick: bool = _setting(True, "multiply a row by +1 and -1 from a second hash, so that n-grams can share it")
+    storage: Literal["device", "host"] = _setting(
+        "device", "where a rank keeps its rows and their optimizer state: device or host memory"
+    )
+    optimizer: Literal["adamw", "rowwise"] = _setting(
+        "adamw", "of the rows; rowwise: one second moment per row and no first, a third of the memory"
+    )
+    seed: int = _setting(
+        0,
+        "seed of the hashes; not run.seed, which may change for sampling while the tables stay",
+        ge=0,
+        most=Most(2**63 - 1, "seeds have 63 bits"),
+    )
+    bos: int | None = _setting(
+        None,
+        "id that begins a document; none: the first of nanochat's 9 special tokens at the vocabulary's end",
+        ge=0,
+        most=TOKENS,
+    )
+
+    _check_blocks = field_validator("blocks", "orders")(config_checks.check_unique)
 
 
 class DataConfig(Section):

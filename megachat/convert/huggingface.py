@@ -127,6 +127,8 @@ def find_obstacles(source: CheckpointReader) -> list[str]:
     dims, obstacles = source.dims, []
     if dims.value_embeddings:
         obstacles.append("value embeddings: train with model.value_embeddings=false")
+    if dims.ngram:
+        obstacles.append("n-gram values: train with ngram.blocks=[]")
     if dims.qk_scale != 1.0:
         obstacles.append(f"queries and keys scaled by {dims.qk_scale:g} after their norm: train with model.qk_scale=1")
     if short := sorted({window for window in dims.windows if window < dims.sequence_len}):

@@ -9,6 +9,11 @@ from torch import nn
 Add = Callable[[torch.Tensor], object]  # sums a tensor in place over all holders of the channels
 
 
+def norm(x: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Applies the root-mean-square norm over the last dim, without a weight."""
+    return F.rms_norm(x, (x.size(-1),), eps=epsilon)
+
+
 class ChannelNorm(nn.Module):
     """Computes F.rms_norm over `channels` channels, without a weight.
 

@@ -27,13 +27,19 @@ def cache_bytes(
     """Returns the bytes of a Cache after a chunk has passed.
 
     blocks, kv_heads: those of one process; default: the whole model's. Each row's last embedding is counted with block
-    0.
+    0, its last ids if one of the blocks has n-gram values.
     """
     blocks = range(dims.depth) if blocks is None else blocks
     slots = sum(min(tokens, dims.windows[block] + 1) for block in blocks)
     elements = 2 * slots * (dims.kv_heads if kv_heads is None else kv_heads) * dims.head_size
     elements += dims.width if 0 in blocks else 0
-    return rows * elements * dtype.itemsize
+    ids = _ids_before(dims) if any(dims.has_ngram(block) for block in blocks) else 0
+    return rows * (elements * dtype.itemsize + 8 * ids)
+
+
+def _ids_before(dims: Dimensions) -> int:
+    """Returns how many earlier ids the longest n-gram of a token has."""
+    return max(dims.ngram.orders) - 1 if dims.ngram else 0
 
 
 class Cache:
@@ -51,6 +57,7 @@ class Cache:
         # per block: keys and values [rows, slots, kv_heads, head_size]
         self._buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._embedding: torch.Tensor | None = None  # of each row's last token, before smear: [rows, width]
+        self._ids: torch.Tensor | None = None  # the last ids of each row, -1 before its first: [rows, order - 1]
 
     def extend(self, lengths: Sequence[int]) -> "Chunk":
         """Returns the pass that appends its first lengths[i] tokens to row i; the tokens after them in the batch are
@@ -82,13 +89,14 @@ class Cache:
             block: (keys[list(rows)], values[list(rows)]) for block, (keys, values) in self._buffers.items()
         }
         selected._embedding = None if self._embedding is None else self._embedding[list(rows)]
+        selected._ids = None if self._ids is None else self._ids[list(rows)]
         return selected
 
     @property
     def bytes(self) -> int:
         """Returns the bytes that this process caches."""
-        embedding = 0 if self._embedding is None else self._embedding.nbytes
-        return embedding + sum(tensor.nbytes for pair in self._buffers.values() for tensor in pair)
+        last = sum(0 if tensor is None else tensor.nbytes for tensor in (self._embedding, self._ids))
+        return last + sum(tensor.nbytes for pair in self._buffers.values() for tensor in pair)
 
 
 class Chunk:
@@ -126,6 +134,24 @@ class Chunk:
         latest = x[torch.arange(len(x), device=x.device), (ends - 1).clamp_min(0)]
         self.cache._embedding = torch.where((ends > 0).unsqueeze(1), latest, last)
         return torch.cat((last.unsqueeze(1), x[:, :-1]), dim=1)
+
+    def previous_ids(self, ids: torch.Tensor) -> torch.Tensor:
+        """Returns the ids before those of the chunk, -1 before a row's first: [batch, order of the longest n-gram - 1].
+
+        ids: int64 [batch, tokens]. The blocks of this process share the result; the first call caches the last ids.
+        """
+        return self._share("ids", ids.device, lambda: self._take_ids(ids))
+
+    def _take_ids(self, ids: torch.Tensor) -> torch.Tensor:
+        count, cache = _ids_before(self.cache.dims), self.cache
+        if cache._ids is None:
+            cache._ids = ids.new_full((len(cache.lengths), count), -1)
+        if self.rows is not None:
+            return cache._ids[self.rows]
+        before = cache._ids
+        ends = torch.tensor(self.lengths, device=ids.device).unsqueeze(1) + torch.arange(count, device=ids.device)
+        cache._ids = torch.cat((before, ids), dim=1).gather(1, ends)
+        return before
 
     def attend(self, block: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
         """Computes `attention` of new queries over cached and new keys, shapes as there.

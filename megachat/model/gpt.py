@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megachat.kernels.attention import Attend, attention
-from megachat.kernels.channel_norm import ChannelNorm
+from megachat.kernels.channel_norm import norm
 from megachat.kernels.cross_entropy import (
     WHOLE,
     PlainProducts,
@@ -24,10 +24,11 @@ from megachat.kernels.cross_entropy import (
     token_nats,
 )
 from megachat.kernels.linear import Linear, Table
-from megachat.kernels.lookup import TableRows, lookup_attention
-from megachat.model.parameters import initialize
-from megachat.place import Cut, Place, place_of, set_place
-from megachat.planning.dimensions import GATE_CHANNELS, MLP_RATIO, SMEAR_CHANNELS, Dimensions, LookupDimensions
+from megachat.model.lookup import Lookup
+from megachat.model.ngram import NgramHashes, NgramValues
+from megachat.model.parameters import declare, initialize
+from megachat.place import Place, set_place
+from megachat.planning.dimensions import GATE_CHANNELS, MLP_RATIO, SMEAR_CHANNELS, Dimensions
 
 if TYPE_CHECKING:
     from megachat.model.cache import Chunk
@@ -41,30 +42,20 @@ class ModelOptions:
     """How the model is computed, which does not change the results.
 
     compute_dtype: of activations. rotary: "slices" or "chunk". attend: the attention kernel. recompute: what blocks
-    compute again in the backward pass: "none", "selective" or "block" (see Block).
+    compute again in the backward pass: "none", "selective" or "block" (see Block). holds_ngrams: whether the model
+    holds its n-gram tables; else NgramTable.attach must connect them.
     """
 
     compute_dtype: torch.dtype = torch.float32
     rotary: str = "slices"
     attend: Attend = attention
     recompute: str = "none"
+    holds_ngrams: bool = True
 
     @property
     def table_dtype(self) -> torch.dtype:
-        """Returns the dtype of wte and value embeddings: the compute dtype, but float32 under fp16, whose gradients
-        need unscaling.
-        """
+        """Returns the dtype of tables: the compute dtype, but float32 under fp16, whose gradients need unscaling."""
         return torch.float32 if self.compute_dtype == torch.float16 else self.compute_dtype
-
-
-def _declare(parameter: nn.Parameter, name: str, block: int, start: tuple, cut: Cut = "whole") -> None:
-    """Attaches the place of a parameter that is a whole tensor."""
-    set_place(parameter, Place(name, tuple(parameter.shape), block, start, cut))
-
-
-def norm(x: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """Applies the root-mean-square norm over the last dim, without a weight."""
-    return F.rms_norm(x, (x.size(-1),), eps=epsilon)
 
 
 def _recomputed(function: Callable, *inputs):
@@ -117,9 +108,9 @@ class Embed(nn.Module):
         self.wte = Table(dims.padded_vocab, dims.width, options.table_dtype)
         self.smear_gate = Linear(SMEAR_CHANNELS, 1)
         self.smear_lambda = nn.Parameter(torch.empty(1))
-        _declare(self.wte.weight, "transformer.wte.weight", -1, ("normal", 0.8), "vocabulary")
-        _declare(self.smear_gate.weight, "smear_gate.weight", -1, ("uniform", 0.0, 0.02))
-        _declare(self.smear_lambda, "smear_lambda", -1, ("constant", 0.0))
+        declare(self.wte.weight, "transformer.wte.weight", -1, ("normal", 0.8), "vocabulary")
+        declare(self.smear_gate.weight, "smear_gate.weight", -1, ("uniform", 0.0, 0.02))
+        declare(self.smear_lambda, "smear_lambda", -1, ("constant", 0.0))
 
     def forward(self, ids: torch.Tensor) -> Stream:
         x = norm(self.wte(ids).to(self.compute_dtype), self.norm_epsilon)
@@ -133,7 +124,8 @@ class Embed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions, normed queries and keys, and a gated value embedding on some blocks.
+    """Causal self-attention with rotary positions, normed queries and keys. On some blocks a gated value embedding and
+    gated n-gram values are added to the values.
 
     past: see megachat.model.cache.
     """
@@ -150,20 +142,28 @@ class Attention(nn.Module):
         prefix, bound = f"transformer.h.{block}.attn", (3 / dims.width) ** 0.5
         for name in ("c_q", "c_k", "c_v"):
             weight = getattr(self, name).weight
-            _declare(weight, f"{prefix}.{name}.weight", block, ("uniform", -bound, bound), "column")
-        _declare(self.c_proj.weight, f"{prefix}.c_proj.weight", block, ("constant", 0.0), "row")
+            declare(weight, f"{prefix}.{name}.weight", block, ("uniform", -bound, bound), "column")
+        declare(self.c_proj.weight, f"{prefix}.c_proj.weight", block, ("constant", 0.0), "row")
         self.ve_gate = None
         if dims.has_value_embedding(block):
             self.ve_gate = Linear(GATE_CHANNELS, dims.kv_heads)
-            _declare(self.ve_gate.weight, f"{prefix}.ve_gate.weight", block, ("uniform", 0.0, 0.02), "column")
+            declare(self.ve_gate.weight, f"{prefix}.ve_gate.weight", block, ("uniform", 0.0, 0.02), "column")
+        self.ngram_gates = nn.ModuleDict()
+        for order in dims.ngram.orders if dims.ngram and dims.has_ngram(block) else ():
+            gate = self.ngram_gates[str(order)] = Linear(GATE_CHANNELS, dims.kv_heads)
+            declare(gate.weight, f"{prefix}.ngram_gate_{order}.weight", block, ("uniform", 0.0, 0.02), "column")
 
-    def forward(self, x: torch.Tensor, value_embedding: torch.Tensor | None) -> torch.Tensor:
-        """x [batch, tokens, width]; value_embedding [batch, tokens, kv_width] or None."""
+    def forward(
+        self, x: torch.Tensor, value_embedding: torch.Tensor | None, ngrams: tuple[torch.Tensor, ...] = ()
+    ) -> torch.Tensor:
+        """x [batch, tokens, width]; value_embedding [batch, tokens, kv_width] or None; ngrams: such values by order."""
         heads = (*x.shape[:2], -1, self.dims.head_size)
         q, k, v = self.c_q(x).view(heads), self.c_k(x).view(heads), self.c_v(x).view(heads)
-        if self.ve_gate is not None and value_embedding is not None:
-            gate = 3 * torch.sigmoid(self.ve_gate(x[..., :GATE_CHANNELS]))
-            v = v + gate.unsqueeze(-1) * value_embedding.view(heads)
+        gated = [(self.ve_gate, value_embedding), *zip(self.ngram_gates.values(), ngrams, strict=True)]
+        for linear, values in gated:
+            if linear is not None and values is not None:
+                gate = 3 * torch.sigmoid(linear(x[..., :GATE_CHANNELS]))
+                v = v + gate.unsqueeze(-1) * values.view(heads)
         q, k = (norm(self.rotary(head, self.past), self.dims.norm_epsilon) * self.dims.qk_scale for head in (q, k))
         if self.past is None:
             y = self.attend(q, k, v, self.window)
@@ -180,87 +180,26 @@ class MLP(nn.Module):
         self.c_fc = Linear(dims.width, MLP_RATIO * dims.width)
         self.c_proj = Linear(MLP_RATIO * dims.width, dims.width)
         prefix, bound = f"transformer.h.{block}.mlp", 0.4 * (3 / dims.width) ** 0.5
-        _declare(self.c_fc.weight, f"{prefix}.c_fc.weight", block, ("uniform", -bound, bound), "column")
-        _declare(self.c_proj.weight, f"{prefix}.c_proj.weight", block, ("constant", 0.0), "row")
+        declare(self.c_fc.weight, f"{prefix}.c_fc.weight", block, ("uniform", -bound, bound), "column")
+        declare(self.c_proj.weight, f"{prefix}.c_proj.weight", block, ("constant", 0.0), "row")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.c_proj(F.relu(self.c_fc(x)).square())
-
-
-class LookupRead(nn.Module):
-    """Reads each token's rows of a lookup table. The table is divided over the tensor axis between tokens."""
-
-    first: torch.Tensor
-
-    def __init__(self, dims: Dimensions, lookup: LookupDimensions, options: ModelOptions, block: int):
-        super().__init__()
-        first = lookup.first_rows()
-        self.scale = dims.width**-0.5 if lookup.score_scale == "sqrt" else 1.0
-        self.keys = Table(lookup.rows, dims.width, options.table_dtype)
-        self.values = None if lookup.tied else Table(lookup.rows, dims.width, options.table_dtype)
-        for kind, table in (("keys", self.keys), ("values", self.values)):
-            if table is not None:
-                name, whole = f"lookup.{block}.{kind}.weight", tuple(table.weight.shape)
-                set_place(table.weight, Place(name, whole, block, ("normal", 1.0), "tokens", first_rows=first))
-        self.register_buffer("first", torch.tensor(first, dtype=torch.int64), persistent=False)
-
-    def forward(self, query: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """query [batch, tokens, width], normed; ids [batch, tokens]. Returns what each token reads, like query."""
-        keys = self.keys.weight
-        values = keys if self.values is None else self.values.weight
-        offset = place_of(keys).offset
-        rows = TableRows(self.first).part(offset[0] if offset else 0, len(keys))
-        return lookup_attention(query.flatten(0, 1), keys, values, ids.flatten(), rows, self.scale).view_as(query)
-
-
-class LookupMix(nn.Module):
-    """W_mix [norm(W_up read); x] of the concatenation (read, x). W_mix is stored as its two parts, so that the tensor
-    axis divides both evenly.
-    """
-
-    def __init__(self, dims: Dimensions, lookup: LookupDimensions, block: int):
-        super().__init__()
-        self.w_up, self.norm = Linear(dims.width, lookup.up_width), ChannelNorm(lookup.up_width, dims.norm_epsilon)
-        self.w_mix_up, self.w_mix_x = Linear(lookup.up_width, dims.width), Linear(dims.width, dims.width)
-        bound = (3 / dims.width) ** 0.5
-        _declare(self.w_up.weight, f"lookup.{block}.w_up.weight", block, ("uniform", -bound, bound), "column")
-        for name in ("w_mix_up", "w_mix_x"):  # zero: no effect at the start
-            _declare(getattr(self, name).weight, f"lookup.{block}.{name}.weight", block, ("constant", 0.0), "row")
-
-    def forward(self, read_and_x: torch.Tensor) -> torch.Tensor:
-        """read_and_x [batch, tokens, 2 * width] -> [batch, tokens, width]."""
-        read, x = read_and_x.chunk(2, dim=-1)
-        weight = self.w_mix_x.weight
-        offset = place_of(weight).offset
-        begin = offset[1] if offset else 0  # the channels of x that this tensor rank multiplies
-        return self.w_mix_up(self.norm(self.w_up(read))) + self.w_mix_x(x[..., begin : begin + weight.size(1)])
-
-
-class Lookup(nn.Module):
-    """A lookup layer (L3, arXiv 2601.21461): x + W_mix [norm(W_up read); x], where a token's query norm(x) reads the
-    table rows of its id.
-    """
-
-    def __init__(self, dims: Dimensions, lookup: LookupDimensions, options: ModelOptions, block: int):
-        super().__init__()
-        self.norm_epsilon = dims.norm_epsilon
-        self.read, self.mix = LookupRead(dims, lookup, options, block), LookupMix(dims, lookup, block)
-
-    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """x [batch, tokens, width]; ids [batch, tokens]."""
-        return x + self.mix(torch.cat((self.read(norm(x, self.norm_epsilon), ids), x), dim=-1))
 
 
 class Block(nn.Module):
     """stream -> stream: the residual mix, attention, MLP, on some blocks a lookup layer; the middle block adds
     x_backout.
 
-    recompute: "block" keeps only the stream for the backward pass, which computes the block again (arXiv 1604.06174).
-    "selective" keeps what attention needs and computes the inside of the MLP again, the largest part of a block for the
-    least work (after arXiv 2205.05198). The same operations run in the same order, so gradients are equal to the bit.
+    recompute: "block" keeps only the stream and n-gram values for the backward pass, which computes the block again
+    (arXiv 1604.06174). "selective" keeps what attention needs and computes the inside of the MLP again, the largest
+    part of a block for the least work (after arXiv 2205.05198). The same operations run in the same order, so gradients
+    are equal to the bit.
     """
 
-    def __init__(self, dims: Dimensions, options: ModelOptions, rotary: Rotary, block: int):
+    def __init__(
+        self, dims: Dimensions, options: ModelOptions, rotary: Rotary, block: int, hashes: NgramHashes | None = None
+    ):
         super().__init__()
         self.keeps_backout, self.is_last = block == dims.depth // 2, block == dims.depth - 1
         self.norm_epsilon, self.recompute = dims.norm_epsilon, options.recompute
@@ -276,19 +215,26 @@ class Block(nn.Module):
             bound = (3 / dims.width) ** 0.5
             self.value_embed = Table(dims.padded_vocab, dims.kv_width, options.table_dtype)
             start = "uniform", -bound, bound
-            _declare(self.value_embed.weight, f"value_embeds.{block}.weight", block, start, "feature")
+            declare(self.value_embed.weight, f"value_embeds.{block}.weight", block, start, "feature")
         self.lookup = None
         if dims.lookup and dims.has_lookup(block):
-            self.lookup = Lookup(dims, dims.lookup, options, block)
+            self.lookup = Lookup(dims, dims.lookup, options.table_dtype, block)
+        self.ngram = None
+        if hashes and dims.has_ngram(block):
+            dtypes = options.compute_dtype, options.table_dtype if options.holds_ngrams else None
+            self.ngram = NgramValues(dims, hashes, block, dtypes)
 
     def forward(self, stream: Stream) -> Stream:
         recompute = self.recompute if self.training and torch.is_grad_enabled() else "none"
-        return _recomputed(self.whole, stream) if recompute == "block" else self.whole(stream, recompute)
+        ngrams = () if self.ngram is None else self.ngram(stream[-1])
+        if recompute == "block":
+            return _recomputed(self.whole, stream, ngrams)
+        return self.whole(stream, ngrams, recompute)
 
-    def whole(self, stream: Stream, recompute: str = "none") -> Stream:
-        """Computes the block. recompute: "selective" as above."""
+    def whole(self, stream: Stream, ngrams: tuple[torch.Tensor, ...] = (), recompute: str = "none") -> Stream:
+        """Computes the block. ngrams: see Attention. recompute: "selective" as above."""
         x, x0, *backout, ids = stream
-        x = self.mix_and_attend(x, x0, ids)
+        x = self.mix_and_attend(x, x0, ids, ngrams)
         x = _recomputed(self.add_mlp, x) if recompute == "selective" else self.add_mlp(x)
         if self.lookup is not None:
             x = self.lookup(x, ids)
@@ -296,12 +242,14 @@ class Block(nn.Module):
             backout = [x]
         return (x, *backout, ids) if self.is_last else (x, x0, *backout, ids)
 
-    def mix_and_attend(self, x: torch.Tensor, x0: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Mixes x and x0 [batch, tokens, width] and adds attention; ids [batch, tokens]."""
+    def mix_and_attend(
+        self, x: torch.Tensor, x0: torch.Tensor, ids: torch.Tensor, ngrams: tuple[torch.Tensor, ...]
+    ) -> torch.Tensor:
+        """Mixes x and x0 [batch, tokens, width] and adds attention; ids [batch, tokens]; ngrams: see Attention."""
         # 0-dim factors: a one-element float32 vector would promote bf16 activations to float32
         x = self.resid_lambda[0] * x + self.x0_lambda[0] * x0
         value_embedding = None if self.value_embed is None else self.value_embed(ids).to(x.dtype)
-        return x + self.attn(norm(x, self.norm_epsilon), value_embedding)
+        return x + self.attn(norm(x, self.norm_epsilon), value_embedding, ngrams)
 
     def add_mlp(self, x: torch.Tensor) -> torch.Tensor:
         """Adds the MLP's output to x [batch, tokens, width]."""
@@ -316,8 +264,8 @@ class Head(nn.Module):
         self.norm_epsilon, backout = dims.norm_epsilon, 0.0 if dims.lambdas == "neutral" else 0.2
         self.backout_lambda = nn.Parameter(torch.empty(1))
         self.lm_head = Linear(dims.width, dims.padded_vocab)
-        _declare(self.backout_lambda, "backout_lambda", dims.depth, ("constant", backout))
-        _declare(self.lm_head.weight, "lm_head.weight", dims.depth, ("normal", 0.001), "vocabulary")
+        declare(self.backout_lambda, "backout_lambda", dims.depth, ("constant", backout))
+        declare(self.lm_head.weight, "lm_head.weight", dims.depth, ("normal", 0.001), "vocabulary")
 
     def forward(self, stream: Stream) -> tuple[torch.Tensor, torch.Tensor]:
         x, x_backout, _ = stream
@@ -374,8 +322,8 @@ def layer_builders(dims: Dimensions, options: ModelOptions) -> list[Callable[[],
     """Returns functions that build embed, each block and head, in order; a pipeline stage calls only those of its
     layers.
     """
-    rotary = Rotary(dims, options)
-    blocks = [lambda block=block: Block(dims, options, rotary, block) for block in range(dims.depth)]
+    rotary, hashes = Rotary(dims, options), NgramHashes(dims.ngram) if dims.ngram else None
+    blocks = [lambda block=block: Block(dims, options, rotary, block, hashes) for block in range(dims.depth)]
     return [lambda: Embed(dims, options), *blocks, lambda: Head(dims)]
 
 

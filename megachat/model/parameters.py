@@ -1,4 +1,4 @@
-"""Lists, initializes and loads parameters by their place (see megachat.place)."""
+"""Declares, lists, initializes and loads parameters by their place (see megachat.place)."""
 
 import hashlib
 from collections.abc import Iterable
@@ -6,7 +6,12 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from megachat.place import Place, has_place, place_of
+from megachat.place import Cut, Place, has_place, place_of, set_place
+
+
+def declare(parameter: nn.Parameter, name: str, block: int, start: tuple, cut: Cut = "whole") -> None:
+    """Attaches the place of a parameter that is a whole tensor."""
+    set_place(parameter, Place(name, tuple(parameter.shape), block, start, cut))
 
 
 def placed_parameters(layers: Iterable[nn.Module]) -> list[nn.Parameter]:

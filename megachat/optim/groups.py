@@ -15,7 +15,8 @@ from megachat.place import Place, place_of
 class Group:
     """Parameters that share optimizer settings.
 
-    optimizer: "muon" or "adamw". rate: key of Plan.rates. betas, weight_decay: of AdamW; Muon's follow the schedule.
+    optimizer: "muon", "adamw" or "rows" (tables divided by rows, see optim/row_tables.py). rate: key of Plan.rates.
+    betas, weight_decay: of AdamW and of rows; Muon's follow the schedule.
     """
 
     name: str
@@ -39,9 +40,15 @@ GROUPS = (
     Group(
         "matrix",
         "muon",
-        ("transformer.h.*.attn.*.weight", "transformer.h.*.mlp.*.weight", "lookup.*.w_*.weight"),
+        (
+            "transformer.h.*.attn.*.weight",
+            "transformer.h.*.mlp.*.weight",
+            "lookup.*.w_*.weight",
+            "ngram.*.up.weight",
+        ),
         "matrix",
     ),
+    Group("ngram", "rows", ("ngram.*.[2-8].weight",), "value_embedding", (0.8, 0.995), 0.0),
 )
 ADAMW_EPSILON = 1e-10
 MUON_BETA2 = 0.9

@@ -52,6 +52,23 @@ class LookupDimensions:
 
 
 @dataclass(frozen=True)
+class NgramDimensions:
+    """Hashed n-gram values (megachat/model/ngram.py), added to the attention values of some blocks.
+
+    blocks, orders: ascending; each block has a table [rows, width] per order. A width below kv_width is projected up.
+    sign_trick: whether rows are multiplied by signs. seed: of the hashes. bos: the id that begins a document.
+    """
+
+    blocks: tuple[int, ...]
+    orders: tuple[int, ...]
+    rows: int
+    width: int
+    sign_trick: bool
+    seed: int
+    bos: int
+
+
+@dataclass(frozen=True)
 class Dimensions:
     """The sizes that define a model. windows[i]: how many earlier positions block i's queries see (sequence_len: all).
 
@@ -74,6 +91,7 @@ class Dimensions:
     value_embeddings: bool = True
     lambdas: Literal["learned", "neutral"] = "learned"
     lookup: LookupDimensions | None = None
+    ngram: NgramDimensions | None = None
 
     @property
     def padded_vocab(self) -> int:
@@ -98,6 +116,10 @@ class Dimensions:
         """Returns whether the block ends with a lookup layer."""
         return self.lookup is not None and block in self.lookup.blocks
 
+    def has_ngram(self, block: int) -> bool:
+        """Returns whether the block has n-gram values."""
+        return self.ngram is not None and block in self.ngram.blocks
+
 
 def saved_dimensions(model: dict) -> Dimensions:
     """Returns the sizes in a checkpoint's facts, with nanochat's choices for those that older ones do not name.
@@ -111,7 +133,10 @@ def saved_dimensions(model: dict) -> Dimensions:
         lookup = model.get("lookup") and LookupDimensions(
             **(model["lookup"] | {"blocks": tuple(model["lookup"]["blocks"])})
         )
-        dims = Dimensions(**(model | {"windows": tuple(model["windows"]), "lookup": lookup}))
+        ngram = model.get("ngram") and NgramDimensions(
+            **(model["ngram"] | {key: tuple(model["ngram"][key]) for key in ("blocks", "orders")})
+        )
+        dims = Dimensions(**(model | {"windows": tuple(model["windows"]), "lookup": lookup, "ngram": ngram}))
         sizes = [getattr(dims, entry.name) for entry in fields(Dimensions) if entry.type is int]
         if not all(type(size) is int and size > 0 for size in (*sizes, *dims.windows)):
             raise TypeError("a size is no positive integer")
@@ -132,11 +157,22 @@ def window_sizes(pattern: str, depth: int, sequence_len: int) -> tuple[int, ...]
 
 
 def _block_matrices(dims: Dimensions, block: int) -> int:
-    """Returns the elements of a block's matrices, the gate of its value embedding included."""
+    """Returns the elements of a block's matrices, gates included."""
     matrices = 2 * dims.width * (dims.heads * dims.head_size + dims.kv_width + MLP_RATIO * dims.width)
     if dims.lookup and dims.has_lookup(block):  # W_up, and W_mix with its two parts
         matrices += dims.width * (2 * dims.lookup.up_width + dims.width)
-    return matrices + (GATE_CHANNELS * dims.kv_heads if dims.has_value_embedding(block) else 0)
+    gates = int(dims.has_value_embedding(block))
+    if dims.ngram and dims.has_ngram(block):
+        gates += len(dims.ngram.orders)
+        if dims.ngram.width < dims.kv_width:
+            matrices += len(dims.ngram.orders) * dims.kv_width * dims.ngram.width
+    return matrices + gates * GATE_CHANNELS * dims.kv_heads
+
+
+def ngram_elements(dims: Dimensions, block: int) -> int:
+    """Returns the elements of a block's n-gram tables."""
+    ngram = dims.ngram
+    return len(ngram.orders) * ngram.rows * ngram.width if ngram and dims.has_ngram(block) else 0
 
 
 def _lookup_rows(dims: Dimensions, block: int) -> int:
@@ -161,12 +197,15 @@ def _attention_flops(dims: Dimensions, block: int) -> int:
 
 
 def parameter_counts(dims: Dimensions) -> dict[str, int]:
-    """Returns the elements by kind: wte, value_embeds, lookup_tables, lm_head, matrices (Muon's), scalars, total."""
+    """Returns the elements by kind: wte, value_embeds, lookup_tables, ngram, lm_head, matrices (Muon's), scalars,
+    total.
+    """
     value_blocks = sum(dims.has_value_embedding(block) for block in range(dims.depth))
     counts = {
         "wte": dims.padded_vocab * dims.width,
         "value_embeds": value_blocks * dims.padded_vocab * dims.kv_width,
         "lookup_tables": dims.width * sum(_lookup_rows(dims, block) for block in range(dims.depth)),
+        "ngram": sum(ngram_elements(dims, block) for block in range(dims.depth)),
         "lm_head": dims.padded_vocab * dims.width,
         "matrices": sum(_block_matrices(dims, block) for block in range(dims.depth)),
         "scalars": 2 * dims.depth + SMEAR_CHANNELS + 2,
@@ -174,28 +213,30 @@ def parameter_counts(dims: Dimensions) -> dict[str, int]:
     return counts | {"total": sum(counts.values())}
 
 
-def layer_costs(dims: Dimensions) -> list[tuple[int, int]]:
+def layer_costs(dims: Dimensions, grid: int = 1) -> list[tuple[int, int]]:
     """Returns (parameters, training FLOPs per token) of each layer: the embedding, every block with its tables, the
     head.
+
+    grid: the ranks of a pipeline stage, over which n-gram tables are divided: the share of one rank is counted.
     """
     table = dims.padded_vocab * dims.width
     costs = [(table + SMEAR_CHANNELS + 1, 6 * SMEAR_CHANNELS)]
     for block in range(dims.depth):
         matrices = _block_matrices(dims, block)
         tables = dims.padded_vocab * dims.kv_width if dims.has_value_embedding(block) else 0
-        tables += _lookup_rows(dims, block) * dims.width
+        tables += _lookup_rows(dims, block) * dims.width + ngram_elements(dims, block) // grid
         flops = 6 * matrices + _attention_flops(dims, block) + lookup_flops(dims, block)
         costs.append((matrices + 2 + tables, flops))
     return [*costs, (table + 1, 6 * table)]
 
 
-def resolve_stages(dims: Dimensions, stages: int) -> tuple[tuple[int, int], ...]:
+def resolve_stages(dims: Dimensions, stages: int, grid: int = 1) -> tuple[tuple[int, int], ...]:
     """Returns the layers [first, last) of each pipeline stage that minimize the largest cost of a stage.
 
     The cost is the share of all FLOPs plus the share of all parameters: the busiest stage sets the time, the fullest
-    must fit its memory.
+    must fit its memory. grid: see layer_costs.
     """
-    costs = layer_costs(dims)
+    costs = layer_costs(dims, grid)
     all_parameters, all_flops = (sum(cost[kind] for cost in costs) for kind in (0, 1))
     sums = [0.0]
     for parameters, flops in costs:

@@ -27,8 +27,9 @@ def describe_plan(plan: Plan) -> str:
     for name, value in _fields(plan).items():
         if name == "dims":
             sizes = _sizes(value)
-            lookup = sizes.pop("lookup")
+            lookup, ngram = sizes.pop("lookup"), sizes.pop("ngram")
             lines += _numbers("", sizes, plan.why) + _numbers("lookup.", lookup or {}, plan.why)
+            lines += _numbers("ngram.", ngram or {}, plan.why)
         elif name == "layout":
             lines.append(f"  layout = data {value.data} x tensor {value.tensor} x pipeline {value.pipeline}")
         elif name == "stages":
@@ -42,7 +43,7 @@ def describe_plan(plan: Plan) -> str:
 
 def describe_stages(plan: Plan) -> str:
     """Returns each pipeline stage's layers with their shares of parameters and FLOPs, on one line."""
-    costs = layer_costs(plan.dims)
+    costs = layer_costs(plan.dims, plan.layout.data * plan.layout.tensor)
 
     def share(kind: int, first: int, last: int) -> float:
         return sum(cost[kind] for cost in costs[first:last]) / sum(cost[kind] for cost in costs)

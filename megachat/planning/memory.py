@@ -109,14 +109,16 @@ def kept_bytes_per_block(
     """
     local = tokens // tensor if sequence else tokens  # tokens of the stream on this rank
     width, heads, kv_heads = dims.width, dims.heads // tensor, dims.kv_heads // tensor
+    ngrams = _kept_ngram_bytes(dims, block, tokens, itemsize, kv_heads) if dims.has_ngram(block) else 0
     if recompute == "block":
-        return local * width * itemsize
+        return local * width * itemsize + ngrams
     inner, kv_inner = heads * dims.head_size, kv_heads * dims.head_size
     values = 3 * local * width  # the stream as received, after the residual mix, and after attention
     # queries and keys before and after their norms, values, and attention's result
     values += tokens * (3 * inner + 3 * kv_inner)
     if dims.has_value_embedding(block):
         values += tokens * (kv_inner + 2 * kv_heads)
+    values += ngrams // itemsize
     # the factor of every norm, and attention's sums
     kept = values * itemsize + 4 * (local + tokens * (2 * heads + kv_heads))
     shapes = linear_shapes(dims, tensor)
@@ -132,6 +134,19 @@ def kept_bytes_per_block(
         for name in rounded.intersection(names):  # one byte per number of input and weight
             kept += tokens * columns + math.prod(shapes[name])
     return kept
+
+
+def _kept_ngram_bytes(dims: Dimensions, block: int, tokens: int, itemsize: int, kv_heads: int) -> int:
+    """Returns the bytes that a block keeps of its n-gram values: of each order the values, and their rows and signs.
+
+    With an up-projection also its input.
+    """
+    ngram = dims.ngram
+    if ngram is None:
+        return 0
+    inner, up = kv_heads * dims.head_size, ngram.width < dims.kv_width
+    signs = (ngram.width if up else inner) if ngram.sign_trick else 0
+    return len(ngram.orders) * tokens * ((inner + (ngram.width if up else 0)) * itemsize + 8 + signs)
 
 
 def stage_activations(config: Config, plan: Plan, stage: int, dtype: torch.dtype) -> int:

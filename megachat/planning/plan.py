@@ -90,7 +90,7 @@ def resolve(config: Config, world: int, vocab_size: int, allocated: LookupDimens
     why: dict[str, str] = {}
     dims = resolve_dimensions(config, vocab_size, why=why, allocated=allocated)
     layout = resolve_layout(config, dims, world)
-    stages = resolve_stages(dims, layout.pipeline)
+    stages = resolve_stages(dims, layout.pipeline, layout.data * layout.tensor)
     target_tokens, reference_tokens = _token_horizon(config, dims, vocab_size, why)
     step_tokens = _step_tokens(config, dims, layout, target_tokens / reference_tokens, why)
     rows, micro_rows, accumulation = _solve_batch(config, dims.sequence_len, layout, step_tokens, why)
@@ -245,7 +245,8 @@ def _token_horizon(config: Config, dims: Dimensions, vocab_size: int, why: dict[
     """Returns horizon.ratio's tokens for this model and for the reference depth, which the scaling rules compare."""
     ratio, scaling = config.horizon.ratio, scaling_parameters(dims)
     target = int(ratio * scaling)
-    why["target_tokens"] = f"ratio * (block matrices + lm_head) = {ratio:g} * {scaling:,} = {target:,}"
+    tables = ", without tables" if dims.lookup or dims.ngram else ""
+    why["target_tokens"] = f"ratio * (block matrices + lm_head{tables}) = {ratio:g} * {scaling:,} = {target:,}"
     return target, ratio * scaling_parameters(resolve_dimensions(config, vocab_size, depth=REFERENCE_DEPTH))
 
 

@@ -7,12 +7,15 @@ from megachat.planning.dimensions import (
     WINDOW_TILE,
     Dimensions,
     LookupDimensions,
+    NgramDimensions,
     up_to_multiple,
     window_sizes,
 )
 
 LOOKUP_ROWS_PER_TOKEN = 4  # the paper's largest models have 3.9 (arXiv 2601.21461)
 LOOKUP_UP_RATIO = 4
+NGRAM_ROWS_PER_TOKEN = 4  # as lookup tables; 5 and 7.5 were measured to be good (modded-nanogpt 201 and 299)
+SPECIAL_TOKENS = 9  # of nanochat's vocabularies; they come last, and the first of them is BOS
 
 
 def resolve_dimensions(
@@ -23,7 +26,7 @@ def resolve_dimensions(
     why: dict[str, str] | None = None,
     allocated: LookupDimensions | None = None,
 ) -> Dimensions:
-    """Returns the model's sizes for its depth, or for another `depth` of the same family, which has no lookup layers.
+    """Returns the model's sizes for its depth, or for another `depth` of the same family, which has no tables.
 
     allocated: lookup layers whose rows are allocated (of a checkpoint, or made for this run). Without them, or if they
     have another number of rows, the rows of the model's lookup layers are not allocated yet.
@@ -66,6 +69,7 @@ def resolve_dimensions(
         value_embeddings=model.value_embeddings,
         lambdas=model.lambdas,
         lookup=_resolve_lookup(config, vocab_size, width, why, allocated) if depth == model.depth else None,
+        ngram=_resolve_ngram(config, vocab_size, kv_heads * model.head_size, why) if depth == model.depth else None,
     )
 
 
@@ -101,4 +105,36 @@ def _resolve_lookup(
         score_scale=settings.score_scale,
         mean_rows=known.mean_rows if known else float(min(most, rows - vocab_size + 1)),
         rows_per_token=known.rows_per_token if known else "",
+    )
+
+
+def _resolve_ngram(config: Config, vocab_size: int, kv_width: int, why: dict[str, str]) -> NgramDimensions | None:
+    """Returns the sizes of the n-gram values, None without any. Raises UserError for sizes that do not fit."""
+    settings, depth = config.ngram, config.model.depth
+    if not settings.blocks:
+        return None
+    if max(settings.blocks) >= depth:
+        raise UserError(
+            f"ngram.blocks has {max(settings.blocks)}, but the {depth} blocks are numbered 0 to {depth - 1}: leave it "
+            "out"
+        )
+    if settings.width and settings.width > kv_width:
+        raise UserError(
+            f"ngram.width is {settings.width}, but the key/value heads have {kv_width} channels, to which the rows are "
+            f"added: set it to {kv_width} or less"
+        )
+    bos = max(0, vocab_size - SPECIAL_TOKENS) if settings.bos is None else settings.bos
+    if bos >= vocab_size:
+        raise UserError(f"ngram.bos is {bos}, but the vocabulary has the ids 0 to {vocab_size - 1}: give BOS's id")
+    why["ngram.rows"] = "ngram.rows" if settings.rows else f"{NGRAM_ROWS_PER_TOKEN} * vocabulary, as lookup tables"
+    why["ngram.width"] = "ngram.width" if settings.width else "kv_heads * head_size"
+    why["ngram.bos"] = "ngram.bos" if settings.bos is not None else f"vocabulary - {SPECIAL_TOKENS} special tokens"
+    return NgramDimensions(
+        blocks=tuple(sorted(settings.blocks)),
+        orders=tuple(sorted(settings.orders)),
+        rows=settings.rows or NGRAM_ROWS_PER_TOKEN * vocab_size,
+        width=settings.width or kv_width,
+        sign_trick=settings.sign_trick,
+        seed=settings.seed,
+        bos=bos,
     )

@@ -143,6 +143,7 @@ def _check_job(config: Config, environment: LaunchEnvironment, resume: str | Non
             return None
         environment = with_fewer_ranks(environment, used)
     plan = resolve(config, environment.world_size, vocab_size)
+    check_document_start(plan, tokenizer)
     find_checkpoint(folder, resume)
     data, bundle = check_data(config), open_configured_bundle(config.evaluate)
     left_out: Mapping[str, int] = {}
@@ -253,6 +254,15 @@ def vocabulary(config: Config, tokenizer: Tokenizer) -> int:
             "tokens: remove model.vocab_size, or use the tokenizer that belongs to it"
         )
     return tokenizer.vocab_size
+
+
+def check_document_start(plan: Plan, tokenizer: Tokenizer) -> None:
+    """Raises UserError if n-grams would be cut at another token than the tokenizer's BOS."""
+    if plan.dims.ngram and plan.dims.ngram.bos != tokenizer.bos:
+        raise UserError(
+            f"ngram.bos is {plan.dims.ngram.bos}, but documents begin with {tokenizer.bos}, the tokenizer's BOS: set "
+            f"ngram.bos={tokenizer.bos}"
+        )
 
 
 def check_data(config: Config, *, least_shards: int = 2) -> DataSummary:

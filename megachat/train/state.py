@@ -151,32 +151,35 @@ def check_checkpoint(checkpoint: Path, plan: Plan, tokenizer: Tokenizer, config:
             f"{saved['fingerprint'][:12]}) than {config.data.tokenizer} ({tokenizer.vocab_size} tokens, fingerprint "
             f"{tokenizer.fingerprint[:12]}): set data.tokenizer to the one it was trained with"
         )
-    configured, saved = dataclasses.asdict(plan.dims), dataclasses.asdict(saved_dimensions(facts["model"]))
-    if plan.dims.lookup and saved["lookup"] and not saved["lookup"]["rows_per_token"]:
-        raise UserError(
-            f"{checkpoint} has lookup tables but not the allocation of their rows: use another step's checkpoint"
+    saved, configured = saved_dimensions(facts["model"]), plan.dims
+    if configured.lookup and saved.lookup:  # a resumed run keeps the checkpoint's allocation
+        if not saved.lookup.rows_per_token:
+            raise UserError(
+                f"{checkpoint} has lookup tables but not the allocation of their rows: use another step's checkpoint"
+            )
+        lookup = dataclasses.replace(
+            configured.lookup, rows_per_token=saved.lookup.rows_per_token, mean_rows=saved.lookup.mean_rows
         )
-    if plan.dims.lookup and saved["lookup"]:  # a resumed run keeps the checkpoint's allocation
-        for key in ("rows_per_token", "mean_rows"):
-            configured["lookup"][key] = saved["lookup"][key]
-    differing = [key for key in configured if configured[key] != saved[key]]
-    if differing:
-        listed = ", ".join(f"{key} {_short(saved[key])} (configured: {_short(configured[key])})" for key in differing)
+        configured = dataclasses.replace(configured, lookup=lookup)
+    if listed := _differences(dataclasses.asdict(saved), dataclasses.asdict(configured)):
         raise UserError(
-            f"{checkpoint} holds another model: {listed}; use the config it was trained with, or another run.name"
+            f"{checkpoint} holds another model: {', '.join(listed)}; use the config it was trained with, or another "
+            "run.name"
         )
     return facts
 
 
-def _short(value: object) -> object:
-    """Returns a setting of the model for a message; lookup layers without their allocation, which has a number per
-    token.
-    """
-    return (
-        {k: v for k, v in value.items() if k not in ("rows_per_token", "mean_rows")}
-        if isinstance(value, dict)
-        else value
-    )
+def _differences(saved: dict, configured: dict, prefix: str = "") -> list[str]:
+    """Returns a phrase for each size of two models that differs; of layers that only one of them has, just that."""
+    phrases = []
+    for key, value in configured.items():
+        other = saved[key]
+        if isinstance(value, dict) and isinstance(other, dict):
+            phrases += _differences(other, value, f"{prefix}{key}.")
+        elif value != other:
+            words = ["yes" if isinstance(each, dict) else "no" if each is None else each for each in (other, value)]
+            phrases.append(f"{prefix}{key} {words[0]} (configured: {words[1]})")
+    return phrases
 
 
 def _random_state(device: torch.device) -> dict[str, Any]:

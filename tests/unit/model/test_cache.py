@@ -9,9 +9,11 @@ from megachat.model.cache import Cache, cache_bytes, set_past
 from megachat.model.gpt import ModelOptions, build_layers, logits, run_layers
 from megachat.model.parameters import load_whole, placed_parameters, starting_value
 from megachat.place import place_of
-from megachat.planning.dimensions import Dimensions
+from megachat.planning.dimensions import Dimensions, NgramDimensions
 
-DIMS = Dimensions(4, 64, 4, 2, 16, 64, 97, (7, 20, 64, 64))  # two windows much shorter than the texts, and shared heads
+NGRAM = NgramDimensions((0, 2), (2, 5), 300, 24, True, 0, 12)  # the BOS is in the texts
+# two windows much shorter than the texts, and shared heads
+DIMS = Dimensions(4, 64, 4, 2, 16, 64, 97, (7, 20, 64, 64), ngram=NGRAM)
 LENGTHS = [1, 3, 40, 64, 17, 9, 200]  # the last is longer than sequence_len, and than all windows
 
 
@@ -124,6 +126,7 @@ def test_what_does_not_fit_is_refused_and_bytes_are_foretold(layers, texts):
             cache.extend(lengths)
     assert cache.lengths == [0, 0] and cache.bytes == 0
     computed(layers, texts[3][None, :20].expand(2, -1), cache.extend([20, 11]))
-    assert cache.bytes == cache_bytes(DIMS, 2, 30, torch.float32) == 2 * 4 * (2 * 2 * 16 * (8 + 21 + 30 + 30) + 64)
+    assert cache.bytes == cache_bytes(DIMS, 2, 30, torch.float32)
+    assert cache.bytes == 2 * 4 * (2 * 2 * 16 * (8 + 21 + 30 + 30) + 64) + 2 * 8 * 4  # the last embedding and 4 ids
     with pytest.raises(ValueError, match="a cache of 641 tokens for a model of at most 640"):
         Cache(DIMS, 1, 641)

@@ -40,9 +40,11 @@ def test_loss_logits_and_gradient_norms_are_nanochats():
         assert squares[name] ** 0.5 == pytest.approx(norm, rel=1e-5), name
 
 
-def transcription(dims: Dimensions, weights: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+def transcription(
+    dims: Dimensions, weights: dict[str, torch.Tensor], ids: torch.Tensor, extra_values=lambda block, h, row: 0
+) -> torch.Tensor:
     """Logits by the formulas of the model, one head and one query at a time where that is plainer, in the weights'
-    dtype.
+    dtype. extra_values: what is added to the values, from block, attention's input and ids.
     """
 
     def norm(x):
@@ -65,6 +67,7 @@ def transcription(dims: Dimensions, weights: dict[str, torch.Tensor], ids: torch
         name = f"transformer.h.{i}."
         h, size = norm(x), dims.head_size
         q, k, v = (h @ weights[f"{name}attn.{part}.weight"].T for part in ("c_q", "c_k", "c_v"))
+        v = v + extra_values(i, h, row)
         out = torch.zeros_like(x)
         for head in range(dims.heads):
             shared = head // (dims.heads // dims.kv_heads)
