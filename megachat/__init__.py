@@ -1,1 +1,37 @@
-"""megachat trains nanochat's GPT to GPT-2 capability, on a laptop CPU or many nodes, with equal results."""
+"""megachat trains nanochat's GPT to GPT-2 capability, on a laptop CPU or many nodes, with equal results.
+
+The names in __all__ are the Python API, see docs/python_api.md. They are imported when they are first used, so that
+`import megachat` loads neither torch nor DeepSpeed.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megachat.api.model import Model, evaluate_core, load
+    from megachat.api.runs import pretrain, read_metrics, resolve
+    from megachat.errors import UserError
+
+__version__ = "0.1.0"
+_MODULES = {
+    "load": "megachat.api.model",
+    "Model": "megachat.api.model",
+    "evaluate_core": "megachat.api.model",
+    "pretrain": "megachat.api.runs",
+    "read_metrics": "megachat.api.runs",
+    "resolve": "megachat.api.runs",
+    "UserError": "megachat.errors",
+}
+__all__ = ["Model", "UserError", "evaluate_core", "load", "pretrain", "read_metrics", "resolve"]
+
+
+def __getattr__(name: str):
+    """Imports a name of the API."""
+    if name not in _MODULES:
+        raise AttributeError(f"module 'megachat' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

@@ -35,6 +35,7 @@ LEVELS = (
     ("convert",),
     ("train",),
     ("doctor", "programs"),
+    ("api",),
 )
 LEVEL = {part: number for number, parts in enumerate(LEVELS) for part in parts}
 

@@ -15,6 +15,7 @@ import torch
 from megachat.convert.architecture import places
 from megachat.convert.declaration import Export, Import, Logits, Tolerance
 from megachat.convert.megachat import first_facts
+from megachat.convert.nanochat_settings import make_resolvable
 from megachat.convert.plain import open_tensors, save_tensors
 from megachat.convert.reader import CheckpointReader, TensorInfo
 from megachat.convert.tokenizers import load_tokenizer_of
@@ -111,14 +112,16 @@ def import_huggingface(source: CheckpointReader, requested_tokenizer: Path | Non
     same = "depth head_size sequence_len kv_heads rotary_base qk_scale norm_epsilon value_embeddings lambdas".split()
     settings = {"aspect_ratio": max(1, dims.width // dims.depth), "window_pattern": "L"}
     settings |= {key: getattr(dims, key) for key in same}
+    config: dict[str, dict] = {"model": settings, "batch": {}, "horizon": {}}
+    remarks = make_resolvable(config, dims, 0)
     return Import(
         source,
-        first_facts(source, {"model": settings}, {}),
+        first_facts(source, {name: section for name, section in config.items() if section}, {}),
         tokenizer,
         origin,
         tolerance=TOLERANCE,
         source_logits=partial(transformers_logits, source.folder, dims.vocab_size),
-        remarks=("the optimizer, the schedule and the documents start from the beginning",),
+        remarks=("the optimizer, the schedule and the documents start from the beginning", *remarks),
     )
 
 

@@ -121,7 +121,7 @@ def config_of(source: CheckpointReader) -> tuple[dict, list[str]]:
             f"{source.files[0]} has no user_config: batch, horizon and schedule are the defaults, so give them in "
             "config.json or with --set"
         )
-    remarks += _make_resolvable(config, dims, step)
+    remarks += make_resolvable(config, dims, step)
     if arguments and groups:
         remarks += _take_rates(config, groups, dims, step, arguments)
     if groups:
@@ -155,7 +155,7 @@ def _plan_of(config: dict, dims: Dimensions, world: int = 1) -> Plan:
     return resolve(config_from_values(config, "the converted config"), world, dims.vocab_size)
 
 
-def _make_resolvable(config: dict, dims: Dimensions, step: int) -> list[str]:
+def make_resolvable(config: dict, dims: Dimensions, step: int) -> list[str]:
     """Changes a batch and a horizon that the files do not fix until one rank can run them. Returns remarks."""
     try:
         _plan_of(config, dims)

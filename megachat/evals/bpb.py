@@ -5,8 +5,8 @@ from collections.abc import Iterable
 
 import torch
 
+from megachat.evals.local_engine import EvaluationEngine
 from megachat.parallel.collectives import all_reduce
-from megachat.parallel.engine import Engine
 from megachat.parallel.mesh import Mesh
 
 IGNORED = -1  # as a target: not counted
@@ -32,7 +32,7 @@ class ValidationRows:
             self.micro_batches.append((ids, targets))
 
 
-def bits_per_byte(engine: Engine, rows: ValidationRows, mesh: Mesh) -> float:
+def bits_per_byte(engine: EvaluationEngine, rows: ValidationRows, mesh: Mesh) -> float:
     """Returns total nats / (ln 2 * total bytes) over the rows of all ranks, which all call it and get the same."""
     total = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     for nats_and_bytes in engine.evaluate(rows.micro_batches):

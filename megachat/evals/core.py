@@ -18,12 +18,12 @@ from megachat.evals.core_batches import IDLE, Batch, BatchRow, assign_batches, b
 from megachat.evals.core_bundle import Bundle, CoreTask
 from megachat.evals.core_prompts import Question, RowLimit, build_questions, row_limit
 from megachat.evals.engine_model import evaluate_chunks
+from megachat.evals.local_engine import EvaluationEngine
 from megachat.evals.results import Answers, core_section
 from megachat.kernels.cross_entropy import CHUNK_BYTES, VocabularyPart, token_nats
 from megachat.model.cache import Cache, Chunk
 from megachat.model.gpt import LOGIT_CAP, logits
 from megachat.parallel.collectives import all_reduce
-from megachat.parallel.engine import Engine
 from megachat.parallel.mesh import Mesh
 from megachat.parallel.tensor import vocabulary_part
 from megachat.planning.dimensions import Dimensions
@@ -36,7 +36,7 @@ Progress = Callable[[int, int], object]  # called with (examples done, all examp
 class Evaluator:
     """A model to evaluate. sequence: the setting parallel.sequence. tokens_per_pass: approximate size of a batch."""
 
-    engine: Engine
+    engine: EvaluationEngine
     dims: Dimensions
     mesh: Mesh
     limit: RowLimit

@@ -9,10 +9,10 @@ from torch import nn
 from megachat.config import Config
 from megachat.data.tokenizer import Tokenizer
 from megachat.evals.generation import Choose, Passes, generate
+from megachat.evals.local_engine import EvaluationEngine
 from megachat.model.cache import Chunk, set_past
 from megachat.model.gpt import last_logits
 from megachat.parallel.collectives import all_reduce
-from megachat.parallel.engine import Engine
 from megachat.parallel.mesh import Mesh
 from megachat.parallel.tensor import vocabulary_part
 from megachat.planning.dimensions import Dimensions
@@ -20,7 +20,10 @@ from megachat.planning.plan import Plan
 
 
 def evaluate_chunks(
-    engine: Engine, micro_batches: Sequence[tuple], chunks: Sequence[Chunk | None], measure: nn.Module | None = None
+    engine: EvaluationEngine,
+    micro_batches: Sequence[tuple],
+    chunks: Sequence[Chunk | None],
+    measure: nn.Module | None = None,
 ) -> list[torch.Tensor]:
     """Calls `engine.evaluate` with chunks[i] as the cached past of micro-batch i. All ranks call it alike.
 
@@ -43,7 +46,7 @@ class EngineModel:
     multiple: the tokens per row of a pass must be a multiple of it; the tensor axis's size under parallel.sequence.
     """
 
-    def __init__(self, engine: Engine, mesh: Mesh, dims: Dimensions, *, multiple: int = 1):
+    def __init__(self, engine: EvaluationEngine, mesh: Mesh, dims: Dimensions, *, multiple: int = 1):
         self.engine, self.mesh, self.dims, self.multiple = engine, mesh, dims, multiple
         self.parts = mesh.pipeline.size  # one micro-batch per stage keeps all stages busy
 
@@ -72,7 +75,9 @@ class _TokenChoice(nn.Module):
         return self.choose(logits, labels[:, 1]).to(labels.device)
 
 
-def sample_prompts(config: Config, plan: Plan, mesh: Mesh, engine: Engine, tokenizer: Tokenizer) -> dict[str, str]:
+def sample_prompts(
+    config: Config, plan: Plan, mesh: Mesh, engine: EvaluationEngine, tokenizer: Tokenizer
+) -> dict[str, str]:
     """Continues the configured prompts greedily. Returns prompt -> full text; all ranks call it and get the same."""
     prompts = config.evaluate.prompts
     if not prompts:

@@ -5,7 +5,7 @@ random stream, derived from the seed and the row's number. Its tokens therefore 
 other rows, except that logits are rounded differently: that may decide between two equally likely tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -99,12 +99,37 @@ def generate(
     slide: bool = False,
     first: int = 0,
 ) -> list[Continuation]:
-    """Generates up to `tokens` tokens for each prompt (token ids). On several ranks, all call it and get the same.
+    """Generates up to `tokens` tokens for each prompt, see `generate_tokens`. Returns the prompts' continuations.
 
-    first: number of the first prompt, if these are part of a longer list. stop: called with a row's number and its new
-    tokens after each token; true ends the row. on_token: then called with the row's number, the token and the end
-    reason ("" if the row continues). slide: False refuses prompts longer than the model's sequence_len and ends a row
-    there. True lets the model see the last sequence_len tokens, which are then computed again for every token.
+    on_token: called with what `generate_tokens` yields.
+    """
+    new: list[list[int]] = [[] for _ in prompts]
+    reasons = [""] * len(prompts)
+    for number, token, end_reason in generate_tokens(
+        model, prompts, tokens=tokens, sampling=sampling, stop=stop, slide=slide, first=first
+    ):
+        new[number - first].append(token)
+        reasons[number - first] = end_reason
+        on_token(number, token, end_reason)
+    return [Continuation(*continuation) for continuation in zip(new, reasons, strict=True)]
+
+
+def generate_tokens(
+    model: GenerationModel,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    *,
+    tokens: int,
+    sampling: Sampling = GREEDY,
+    stop: Callable[[int, list[int]], bool] = lambda number, new: False,
+    slide: bool = False,
+    first: int = 0,
+) -> Iterator[tuple[int, int, str]]:
+    """Yields (row's number, token, end reason or "") for each prompt (token ids), one token of all rows at a time.
+
+    On several ranks, all call it and get the same. first: number of the first prompt, if these are part of a longer
+    list. stop: called with a row's number and its new tokens after each token; true ends the row. slide: False refuses
+    prompts longer than the model's sequence_len and ends a row there. True lets the model see the last sequence_len
+    tokens, which are then computed again for every token.
 
     Raises UserError if a prompt is empty or, without slide, too long.
     """
@@ -115,8 +140,6 @@ def generate(
     ]
     for row in rows:
         check_prompt(row.ids, row.number, longest, slide=slide)
-    if not rows:
-        return []
 
     def choose(logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         if not sampling.temperature:
@@ -126,7 +149,7 @@ def generate(
             [choose_token(line, sampling, rows[n - first].random.random()) if n >= 0 else 0 for line, n in pairs]
         )
 
-    rows_per_part = -(-len(rows) // model.parts)
+    rows_per_part = max(1, -(-len(rows) // model.parts))
     slots = rows + [_UNUSED] * (-len(rows) % rows_per_part)
     parts = [slots[begin : begin + rows_per_part] for begin in range(0, len(slots), rows_per_part)]
     caches: list[Cache] = []
@@ -146,11 +169,10 @@ def generate(
                 row.end_reason = "tokens"
             elif not slide and len(row.ids) > longest:
                 row.end_reason = "length"
-            on_token(row.number, token, row.end_reason)
-    return [Continuation(row.new, row.end_reason) for row in rows]
+            yield row.number, token, row.end_reason
 
 
-def check_prompt(ids: Sequence[int], number: int, longest: int, *, slide: bool = False) -> None:
+def check_prompt(ids: Sequence[int] | np.ndarray, number: int, longest: int, *, slide: bool = False) -> None:
     """Raises UserError if a prompt is empty or, without slide, longer than the model's sequence_len."""
     if not len(ids):
         raise UserError(f"prompt {number + 1} has no tokens: start it with the tokenizer's BOS")

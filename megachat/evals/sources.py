@@ -5,7 +5,8 @@ source follow each other uncropped and are cut into rows, so that each token is 
 close to the overall value, but do not average to it.
 """
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,25 @@ def source_names(folder: Path) -> tuple[str, ...]:
     return names
 
 
-class SourceRows(ValidationRows):
+class TextRows(ValidationRows):
+    """This rank's share of the rows of a text that is not cropped: each of its tokens but the first is predicted once.
+
+    text: ids [n] of the documents, each with its BOS. tokens: per row. rows: number of rows of all ranks.
+    """
+
+    def __init__(self, text: np.ndarray, *, tokens: int, micro_rows: int, mesh: Mesh):
+        self.rows = max(0, -(-(len(text) - 1) // tokens))
+        padded = np.full(up_to_multiple(self.rows, micro_rows * mesh.data.size) * tokens + 1, IGNORED, np.int64)
+        padded[: len(text)] = text
+        batches: Iterable[torch.Tensor] = ()
+        if self.rows:
+            # a row's last target is the next row's first id
+            rows = torch.from_numpy(padded).unfold(0, tokens + 1, tokens)
+            batches = rows[mesh.data.rank :: mesh.data.size].split(micro_rows)
+        super().__init__(batches, self.rows, micro_rows, mesh)
+
+
+class SourceRows(TextRows):
     """This rank's share of the first rows of one source's validation documents.
 
     rows: number of rows of all ranks, at most `most_rows`; 0 if the validation shard has no document of the source.
@@ -55,21 +74,12 @@ class SourceRows(ValidationRows):
         mesh: Mesh,
         on_bad_text: str = "refuse",
     ):
-        text = _read_tokens(_read_documents(folder, source, BadTexts(on_bad_text)), tokenizer, most_rows * tokens + 1)
-        self.rows = max(0, -(-(len(text) - 1) // tokens))
-        padded = np.full(up_to_multiple(self.rows, micro_rows * mesh.data.size) * tokens + 1, IGNORED, np.int64)
-        padded[: len(text)] = text
-        batches: Iterable[torch.Tensor] = ()
-        if self.rows:
-            rows = torch.from_numpy(padded).unfold(
-                0, tokens + 1, tokens
-            )  # a row's last target is the next row's first id
-            batches = rows[mesh.data.rank :: mesh.data.size].split(micro_rows)
-        super().__init__(batches, self.rows, micro_rows, mesh)
+        text = read_tokens(_read_documents(folder, source, BadTexts(on_bad_text)), tokenizer, most_rows * tokens + 1)
+        super().__init__(text, tokens=tokens, micro_rows=micro_rows, mesh=mesh)
 
 
-def _read_tokens(batches: Iterable[list[str]], tokenizer: Tokenizer, most: int) -> np.ndarray:
-    """Returns the first `most` tokens of the documents, each with its BOS."""
+def read_tokens(batches: Iterable[Sequence[str]], tokenizer: Tokenizer, most: float = math.inf) -> np.ndarray:
+    """Returns the first `most` tokens of the documents, each with its BOS, int64 [n]."""
     documents, count = [np.zeros(0, np.int64)], 0
     for texts in batches:
         for tokens in tokenizer.encode_batch(texts):
@@ -77,7 +87,8 @@ def _read_tokens(batches: Iterable[list[str]], tokenizer: Tokenizer, most: int) 
             count += len(tokens)
         if count >= most:
             break
-    return np.concatenate(documents)[:most].astype(np.int64)
+    text = np.concatenate(documents)
+    return text[: int(min(most, len(text)))].astype(np.int64)
 
 
 def _read_documents(folder: Path, source: str, bad_texts: BadTexts) -> Iterator[list[str]]:

@@ -45,6 +45,13 @@ class Mesh:
     topology: Any  # DeepSpeed's ProcessTopology, for PipelineModule
 
 
+def local_mesh(device: torch.device) -> Mesh:
+    """Returns the mesh of one process, for evaluations without torch.distributed."""
+    names = ("world", "data", "tensor", "pipeline", "stage", "saving")
+    axes = {name: Axis(name, 1, 0, None, (0,)) for name in names}
+    return Mesh(device=device, topology=None, **axes)
+
+
 def build_mesh(device: torch.device, *, tensor: int = 1, pipeline: int = 1) -> Mesh:
     """Cuts the running world into axes; the data axis gets what tensor and pipeline leave.
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megachat.checkpoint.resume import find_damage
+from megachat.convert.saved_model import SavedModel, open_saved_model
 from megachat.errors import UserError
 from megachat.evals.bpb import ValidationRows, bits_per_byte
 from megachat.evals.core import build_evaluator, evaluate_bundle
@@ -27,10 +28,8 @@ from megachat.programs.pretrain import check_data
 from megachat.train.build import build_loader
 from megachat.train.weights import (
     EvaluationModel,
-    SavedModel,
     build_evaluation_model,
     evaluation_plan,
-    open_saved_model,
 )
 
 LINE_EVERY_S = 30.0

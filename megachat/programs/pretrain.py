@@ -86,13 +86,31 @@ def pretrain(
     cannot be split over all ranks that were started, the last ranks exit with status 0 and the others train.
     """
     begin = time.perf_counter()
-    config, place_notes = config_in_place(load_config(config_path, overrides), Path(config_path), overrides)
-    config = _named_config(config, Path(config_path).stem)
-    environment = bootstrap_environment()
+    config, notes = open_job_config(config_path, overrides)
     if dry_run:
+        environment = bootstrap_environment()
         if environment.rank == 0:
             print(describe_job(config, world or environment.world_size, memory_gb))
         return 0
+    return run_job(config, notes, resume=resume, elastic=elastic, begin=begin)
+
+
+def open_job_config(path: str, overrides: list[str]) -> tuple[Config, list[str]]:
+    """Returns the config of a file with overrides and a run name, and lines for the log. Raises UserError."""
+    config, notes = config_in_place(load_config(path, overrides), Path(path), overrides)
+    return _named_config(config, Path(path).stem), notes
+
+
+def run_job(
+    config: Config,
+    config_notes: list[str],
+    *,
+    resume: str | None = None,
+    elastic: bool = False,
+    begin: float | None = None,
+) -> int:
+    """Runs the job of a config that has a run name; see `pretrain`. begin: time.perf_counter() at its start."""
+    begin, environment = begin or time.perf_counter(), bootstrap_environment()
     job = _check_job(config, environment, resume, elastic)
     if job is None:
         return 0
@@ -111,7 +129,7 @@ def pretrain(
             if job.core_left_out:
                 listed = ", ".join(f"{label} {count}" for label, count in job.core_left_out.items())
                 bundle_line.append(f"CORE leaves out questions that do not fit the model: {listed}")
-            notes += [*place_notes, *chosen_notes, job.memory, data_line, *bundle_line, *data_notes]
+            notes += [*config_notes, *chosen_notes, job.memory, data_line, *bundle_line, *data_notes]
             with run.loader:
                 stopped = _train(run, checkpoint, named, job.environment, notes, begin, monitor, guard)
     return SAVED_STATUS if stopped else 0

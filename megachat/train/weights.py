@@ -1,19 +1,15 @@
 """Loads only a checkpoint's weights, from any layout or nanochat's format into any layout, without an optimizer."""
 
-import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from megachat.checkpoint.storage import load_checkpoint
-from megachat.config import Config, config_from_values
+from megachat.config import Config
 from megachat.convert.architecture import DIVERGED, require_architecture, value_problem
-from megachat.convert.formats import open_checkpoint
-from megachat.convert.nanochat_settings import config_of
 from megachat.convert.reader import CheckpointReader
-from megachat.convert.tokenizers import load_tokenizer_of
+from megachat.convert.saved_model import SavedModel
 from megachat.data.tokenizer import Tokenizer
 from megachat.device import choose_compute_dtype
 from megachat.errors import UserError
@@ -26,30 +22,8 @@ from megachat.parallel.engine import Engine, build_evaluation_engine, build_modu
 from megachat.parallel.mesh import Mesh
 from megachat.parallel.tensor import vocabulary_part
 from megachat.place import place_of
-from megachat.planning.plan import Layout, Plan, resolve
-from megachat.planning.sizes import resolve_dimensions
+from megachat.planning.plan import Plan, resolve
 from megachat.train.build import build_stage
-
-
-@dataclass(frozen=True)
-class SavedModel:
-    """An opened checkpoint. run_folder: for its evaluations. training: the plan of the run that wrote it."""
-
-    reader: CheckpointReader
-    config: Config
-    tokenizer: Tokenizer
-    run_folder: Path
-    training: Plan
-
-    @property
-    def step(self) -> int:
-        return self.reader.facts["step"]
-
-    @property
-    def sha256(self) -> str:
-        """Identifies the checkpoint by its facts, which include file hashes if the format has them, and file sizes."""
-        sizes = [(name, (self.reader.folder / name).stat().st_size) for name in self.reader.files]
-        return hashlib.sha256(json.dumps([self.reader.facts, sizes], sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -65,32 +39,6 @@ class EvaluationModel:
     compute_dtype: torch.dtype
     dtype_reason: str
     attention: AttentionChoice
-
-
-def open_saved_model(path: Path, overrides: list[str], tokenizer: Path | None = None) -> SavedModel:
-    """Opens a step folder, a run folder or a nanochat folder, with its config under the overrides and its tokenizer.
-
-    Raises UserError if it is none of these, if it has no tokenizer, or if the overrides change the model.
-    """
-    reader = open_checkpoint(path)
-    if reader.format == "huggingface":
-        raise UserError(f"{path} is a transformers model: convert it with tools/convert_checkpoint.py from-hf first")
-    loaded_tokenizer, _ = load_tokenizer_of(reader, tokenizer)
-    folder, dims = reader.folder, reader.dims
-    settings = config_of(reader)[0] if reader.format == "nanochat" else reader.facts["config"]
-    config = config_from_values(settings, str(folder), overrides)
-    requested = resolve_dimensions(config, dims.vocab_size, allocated=dims.lookup)
-    if requested != dims:
-        changed = [name for name, value in vars(dims).items() if getattr(requested, name) != value]
-        raise UserError(
-            f"--set would change the model of {folder} in {', '.join(changed)}: leave the model's settings as they are"
-        )
-    run_folder = folder if reader.format == "nanochat" else folder.parent
-    if run_folder.name == "checkpoints" and reader.format != "nanochat":
-        run_folder = run_folder.parent
-    layout = Layout(**reader.facts.get("layout", {"data": 1, "tensor": 1, "pipeline": 1}))
-    training = resolve(config_from_values(settings, str(folder)), layout.world, dims.vocab_size, dims.lookup)
-    return SavedModel(reader, config, loaded_tokenizer, run_folder, training)
 
 
 def evaluation_plan(saved: SavedModel, world: int) -> Plan:

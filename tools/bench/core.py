@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from megachat.convert.saved_model import open_saved_model
 from megachat.errors import UserError
 from megachat.evals.core import Evaluator, build_evaluator, evaluate_tasks
 from megachat.evals.core_bundle import CoreTask, open_bundle
@@ -13,7 +14,7 @@ from megachat.evals.core_prompts import Question, RowLimit, build_questions
 from megachat.job.join import start_mesh
 from megachat.job.launch import bootstrap_environment, choose_device
 from megachat.model.gpt import logits, run_layers
-from megachat.train.weights import EvaluationModel, build_evaluation_model, evaluation_plan, open_saved_model
+from megachat.train.weights import EvaluationModel, build_evaluation_model, evaluation_plan
 from tools.bench.turns import compare_rates, time_in_turn
 
 

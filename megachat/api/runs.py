@@ -1,0 +1,95 @@
+"""Plans, trains and reads runs from Python. Only `pretrain` loads torch."""
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megachat.config import Config, config_from_values, load_config
+from megachat.data.tokenizer import load_tokenizer
+from megachat.errors import UserError, raise_if_unreadable
+from megachat.evals.results import METRICS_NAME
+from megachat.planning.plan import Plan
+from megachat.planning.plan import resolve as resolve_plan
+
+AnyConfig = str | os.PathLike | Mapping[str, Any] | Config
+
+
+def resolve(config: AnyConfig, world: int = 1, overrides: Sequence[str] = (), *, vocab_size: int | None = None) -> Plan:
+    """Returns the plan of a run on `world` ranks: every derived number, with its formula in `plan.why`.
+
+    config: a JSON file, a dictionary of its sections, or a megachat.config.Config. overrides: "section.key=value", as
+    after --set. vocab_size: if not given, the config's or that of its tokenizer.
+
+    Raises megachat.UserError for invalid settings, and a layout or batch that does not fit.
+    """
+    if not isinstance(world, int) or world < 1:
+        raise ValueError(f"world is {world!r}: give the number of ranks, 1 or more")
+    settings = _read_config(config, overrides)
+    size = vocab_size or settings.model.vocab_size or load_tokenizer(settings.data.tokenizer).vocab_size
+    return resolve_plan(settings, world, size)
+
+
+def pretrain(config: AnyConfig, overrides: Sequence[str] = (), *, resume: str | os.PathLike | None = None) -> Path:
+    """Trains as launch/pretrain.py does, and returns the run folder. It prints the log.
+
+    This process is the only rank, or one rank of the launcher that started it (torchrun, deepspeed, mpirun). config,
+    overrides: see `resolve`; a run without run.name has the name of its config file. resume: "auto" continues from the
+    run's newest checkpoint, a path from that one. A job that is interrupted by Ctrl-C saves first; "auto" continues it.
+
+    Raises megachat.UserError for what launch/pretrain.py refuses.
+    """
+    from megachat.programs.pretrain import open_job_config, run_job  # loads torch and DeepSpeed
+
+    if isinstance(config, str | os.PathLike):
+        settings, notes = open_job_config(os.fspath(config), list(overrides))
+    else:
+        settings, notes = _read_config(config, overrides), []
+        if settings.run.name is None:
+            raise UserError('the config has no run.name: give one, for example {"run": {"name": "first"}}')
+    main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT) if main_thread else None
+    try:
+        run_job(settings, notes, resume=None if resume is None else os.fspath(resume))
+    finally:
+        if handler is not None:  # a stopped job ignores further signals, but this process goes on
+            signal.signal(signal.SIGINT, handler)
+    return Path(settings.run.folder) / str(settings.run.name)
+
+
+def read_metrics(run: str | os.PathLike) -> list[dict]:
+    """Returns the lines of a run's metrics.jsonl, in order: one per training step or evaluation, each with "step".
+
+    run: a run folder. Training steps have train/loss (nats) and more, validations have val/bpb. A line that a running
+    job has not finished is left out.
+
+    Raises megachat.UserError if the folder has no metrics or a line is damaged.
+    """
+    path = Path(run) / METRICS_NAME
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise_if_unreadable(path, error)
+        raise UserError(f"{run} has no {METRICS_NAME}: give the folder of a run that has trained") from None
+    metrics = []
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            metrics.append(dict(json.loads(line)))
+        except (ValueError, TypeError, RecursionError):
+            raise UserError(f"{path} line {number} is damaged: remove it, or resume the run, which drops it") from None
+    return metrics
+
+
+def _read_config(config: AnyConfig, overrides: Sequence[str]) -> Config:
+    if isinstance(overrides, str):
+        raise TypeError(f"overrides is {overrides!r}: give a list of texts")
+    if isinstance(config, str | os.PathLike):
+        return load_config(Path(config), list(overrides))
+    if isinstance(config, Config):
+        config = config.model_dump(mode="json", exclude_defaults=True)
+    if not isinstance(config, Mapping):
+        raise TypeError(f"config is {type(config).__name__} {config!r}: give a file, a dictionary or a Config")
+    return config_from_values(dict(config), "the config", list(overrides))
