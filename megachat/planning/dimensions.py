@@ -305,6 +305,12 @@ def linear_shapes(dims: Dimensions, tensor: int = 1) -> dict[str, tuple[int, int
     }
 
 
+def lookup_shapes(dims: Dimensions, lookup: LookupDimensions, tensor: int = 1) -> list[tuple[int, int]]:
+    """Returns the weights [rows, columns] of a lookup layer's linears on each of `tensor` ranks of the tensor axis."""
+    up = lookup.up_width // tensor
+    return [(up, dims.width), (dims.width, up), (dims.width, dims.width // tensor)]
+
+
 def head_fits_fp8(dims: Dimensions, tensor: int, recipe: str) -> bool:
     """Returns whether every rank's rows of lm_head, without padding, can be multiplied in FP8."""
     tile = FP8_TILES[recipe]

@@ -17,11 +17,19 @@ from megachat.kernels.cross_entropy import CHUNK_BYTES, GPU_CHUNK_BYTES
 from megachat.model.gpt import ModelOptions, build_layers
 from megachat.model.parameters import placed_parameters
 from megachat.optim.partition_plan import PartitionPlan
-from megachat.planning.dimensions import MLP_RATIO, Dimensions, fits_fp8, linear_shapes
+from megachat.planning.dimensions import (
+    MLP_RATIO,
+    Dimensions,
+    LookupDimensions,
+    fits_fp8,
+    linear_shapes,
+    lookup_shapes,
+)
 from megachat.planning.manifest import adamw_shares, muon_plan
 from megachat.planning.plan import Plan, resolve
 
 FILLS = 0.92  # share of a device's memory that a run can use; CUDA, NCCL and gaps between tensors take the rest
+_LOOKUP_WORKSPACE_BYTES = 64 << 20  # of the kernel, whose tests hold it below this
 _NEWTON_SCHULZ_BYTES = 24  # per element of the matrix at work: float32 copies, factors of the iteration
 
 
@@ -65,8 +73,9 @@ def _stage_memory(
     config: Config, plan: Plan, dtype: torch.dtype, stage: int, parameters: list[nn.Parameter], on_gpu: bool
 ) -> Memory:
     data = plan.layout.data
-    # the first tensor rank is the fullest: it has more of a vocabulary that the tensor axis does not divide
-    adamw = adamw_shares(parameters, plan.layout, 0)
+    # tensor ranks differ in their parts of tables that the axis does not divide evenly
+    shares = [adamw_shares(parameters, plan.layout, rank) for rank in range(plan.layout.tensor)]
+    adamw = max(shares, key=lambda groups: sum(group.share for group in groups))
     partition = muon_plan(config, plan.layout, parameters)
     shards = partition.shard_elements
     narrow = dtype == torch.bfloat16  # else float32 weights are their own masters
@@ -133,6 +142,8 @@ def kept_bytes_per_block(
             kept += tokens * columns * itemsize  # one tensor for all; the input of attn.c_proj is attention's result
         for name in rounded.intersection(names):  # one byte per number of input and weight
             kept += tokens * columns + math.prod(shapes[name])
+    if dims.lookup and dims.has_lookup(block):
+        kept += _lookup_kept(dims, dims.lookup, tokens, local, itemsize, tensor, fp8)
     return kept
 
 
@@ -147,6 +158,20 @@ def _kept_ngram_bytes(dims: Dimensions, block: int, tokens: int, itemsize: int, 
     inner, up = kv_heads * dims.head_size, ngram.width < dims.kv_width
     signs = (ngram.width if up else inner) if ngram.sign_trick else 0
     return len(ngram.orders) * tokens * ((inner + (ngram.width if up else 0)) * itemsize + 8 + signs)
+
+
+def _lookup_kept(
+    dims: Dimensions, lookup: LookupDimensions, tokens: int, local: int, itemsize: int, tensor: int, fp8: str
+) -> int:
+    """Returns the bytes that a lookup layer keeps for its backward pass on one rank. local: tokens of the stream.
+
+    These are its input, the query, what it read beside its input, and W_up's output before and after its norm.
+    """
+    up = lookup.up_width // tensor
+    values = local * dims.width + tokens * 3 * dims.width + tokens * 2 * up
+    factors = 4 * (local + tokens)
+    rounded = [shape for shape in lookup_shapes(dims, lookup, tensor) if fp8 != "off" and fits_fp8(*shape, fp8)]
+    return values * itemsize + factors + sum(tokens * columns + rows * columns for rows, columns in rounded)
 
 
 def stage_activations(config: Config, plan: Plan, stage: int, dtype: torch.dtype) -> int:
@@ -175,6 +200,9 @@ def stage_activations(config: Config, plan: Plan, stage: int, dtype: torch.dtype
         kinds = {"none": ("attn", "mlp"), "selective": ("attn",), "block": ()}[config.batch.recompute]
         shapes = linear_shapes(dims, layout.tensor)
         kept += size * len(blocks) * sum(math.prod(shapes[name]) for name in shapes if name.startswith(kinds))
+        if dims.lookup and config.batch.recompute != "block":
+            matrices = sum(math.prod(shape) for shape in lookup_shapes(dims, dims.lookup, layout.tensor))
+            kept += size * matrices * sum(dims.has_lookup(block) for block in blocks)
     if first == 0:
         kept += 2 * tokens * dims.width * size + 4 * tokens  # the rows of the table and their norm
     else:
@@ -221,7 +249,12 @@ def _forward_workspace(config: Config, plan: Plan, stage: int, dtype: torch.dtyp
         block += kept_bytes_per_block(
             dims, dims.depth - 1, tokens, itemsize=size, tensor=tensor, fp8=config.precision.fp8
         )
-    if plan.stages[stage][1] != dims.depth + 2:
+    first, last = plan.stages[stage]
+    if dims.lookup and any(first <= 1 + at < last for at in dims.lookup.blocks):
+        # the gradient of the whole table, in float32 and in the table's dtype, beside the kernel's workspace
+        tables = dims.lookup.rows * dims.width // tensor * (1 if dims.lookup.tied else 2)
+        block = max(block, (4 + size) * tables + _LOOKUP_WORKSPACE_BYTES)
+    if last != dims.depth + 2:
         return block
     table = dims.padded_vocab * dims.width // tensor
     chunk = min(GPU_CHUNK_BYTES if on_gpu else CHUNK_BYTES, 4 * tokens * dims.padded_vocab // tensor)
