@@ -13,6 +13,7 @@ kinds:
     gpu          the performance matrix of one GPU (bash tests/run_gpu.sh calls it)
     start        seconds from the start of pretrain.py to the end of its first step
     layouts      loss curves of several layouts against one process
+    lookup       bits per byte with and without lookup and n-gram tables, against steps, seconds and FLOPs
     loader       tokens per second of packing and of the whole loader, beside plain implementations
     checkpoint   seconds of saving and loading beside torch.save and torch.load
     generation   tokens per second with the KV cache and without
@@ -40,11 +41,13 @@ KINDS = {
     "gpu": "gpu",
     "start": "whole_runs",
     "layouts": "whole_runs",
+    "lookup": "lookup_ablation",
     "loader": "packing",
     "checkpoint": "checkpoint",
     "generation": "generation",
     "core": "core",
 }
+LOOKUP_VARIANTS = "none none-longer lzw lzw-published frequency uniform"
 LAYOUTS = "dp=2 tp=2 pp=2 dp=2,tp=2 dp=2,pp=2 tp=2,pp=2 dp=2,tp=2,pp=2"
 
 
@@ -55,9 +58,14 @@ def build_parser() -> argparse.ArgumentParser:
     option("--config", default=str(ROOT / "configs" / "d4_cpu.json"), help="default configs/d4_cpu.json")
     option("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a setting; repeatable")
     option("--vocab-size", type=int, default=4096, help="if the config has none (default 4096)")
-    option("--rounds", type=int, default=5, help="rounds in turn; for profile: profiled steps (default 5)")
-    option("--data", default="data/python", help="loader, layouts: data folder (default data/python)")
-    option("--tokenizer", default="data/tokenizer", help="loader, layouts: its folder (default data/tokenizer)")
+    option(
+        "--rounds",
+        type=int,
+        default=5,
+        help="rounds in turn; for profile: profiled steps; lookup: 0 times nothing (default 5)",
+    )
+    option("--data", default="data/python", help="loader, layouts, lookup: data folder (default data/python)")
+    option("--tokenizer", default="data/tokenizer", help="loader, layouts, lookup: its folder (default data/tokenizer)")
     option("--layouts", default=LAYOUTS, help=f"layouts: default '{LAYOUTS}'")
     option("--steps", type=int, default=30, help="layouts: default 30")
     option("--layout", default="dp=1", help="profile: one layout, as dp=2,tp=2 (default dp=1)")
@@ -68,11 +76,15 @@ def build_parser() -> argparse.ArgumentParser:
     option("--bundle", help="core: the CORE bundle, a folder or zip")
     option("--max-per-task", type=int, default=-1, help="core: examples per task at most (default all)")
     option("--ranks", type=int, default=2, help="checkpoint: default 2")
-    option("--folder", help="checkpoint: on the storage to measure (default: the system's temporary folder)")
+    option("--folder", help="checkpoint: on the storage to measure (default: a temporary folder); lookup: of its runs")
+    option("--variants", default=LOOKUP_VARIANTS, help=f"lookup: default '{LOOKUP_VARIANTS}'")
+    option("--seeds", default="1 2 3", help="lookup: seeds of the initial weights (default '1 2 3')")
     option("--minutes", type=float, default=12, help="gpu: cases that do not fit are left out (default 12)")
     option("--nanochat", help="gpu, nanochat: a clone of nanochat; its own model is measured, too")
     option("--nanochat-rows", default="1 2 4 8", help="nanochat: numbers of rows per pass to try; the best one counts")
-    option("--out", help="gpu: Markdown file with the two marker comments around the table; profile: an SVG file")
+    option(
+        "--out", help="gpu: Markdown file with the two marker comments around the table; profile, lookup: an SVG file"
+    )
     option("--checks", help="gpu: the report of tests/gpu, kept beside the numbers")
     option("--checks-log", help="gpu: pytest's output of tests/gpu")
     return parser

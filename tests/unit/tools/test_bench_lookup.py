@@ -1,0 +1,110 @@
+"""The ablation of lookup tables: means, errors and differences by hand, its picture, and runs that are not repeated."""
+
+import json
+from argparse import Namespace
+from xml.etree import ElementTree
+
+import pytest
+
+from megachat.config import load_config
+from megachat.errors import UserError
+from tests.runs.job import ROOT
+from tools.bench import lookup_ablation
+from tools.bench.lookup_ablation import (
+    VARIANTS,
+    ablation_table,
+    bench_lookup,
+    settings_of,
+    summarize,
+    train_variant,
+)
+from tools.bench.lookup_picture import draw_curves
+
+SVG = "{http://www.w3.org/2000/svg}"
+FINAL = {("none", 1): 2.0, ("none", 2): 2.2, ("lzw", 1): 1.9, ("lzw", 2): 2.0}
+
+
+def run_of(variant: str, seed: int) -> dict:
+    curve = [{"step": step, "flops": step * 1e9, "bpb": FINAL[variant, seed] + 3 / step} for step in (10, 20, 30)]
+    return {
+        "variant": variant,
+        "seed": seed,
+        "curve": curve,
+        "parameters": {"total": 1000 + seed},
+        "peak_bytes": 5_000_000,
+    }
+
+
+def arguments(folder, **changes) -> Namespace:
+    given = {
+        "config": str(ROOT / "configs" / "d4_cpu.json"),
+        "set": ["horizon.steps=2"],
+        "data": "data",
+        "tokenizer": "tokenizer",
+        "folder": folder and str(folder),
+        "variants": "none lzw",
+        "seeds": "1 2",
+        "rounds": 0,
+        "out": None,
+    }
+    return Namespace(**(given | changes))
+
+
+def test_differences_are_paired_by_seed():
+    variants = summarize([run_of(*key) for key in FINAL], {"lzw": {"step_s": 3.0, "ratio": 1.5}})
+    assert variants["none"]["bpb"] == pytest.approx((2.2, 0.1))
+    assert variants["none"]["difference"] == pytest.approx((0, 0))
+    assert variants["lzw"]["difference"] == pytest.approx((-0.15, 0.05))  # -0.1 and -0.2
+    assert [point["bpb"] for point in variants["lzw"]["curve"]] == pytest.approx([2.25, 2.1, 2.05])
+    header, none, lzw = ablation_table(variants)
+    assert "-0.1500 +- 0.0500" in lzw and "1.50" in lzw and "+-" in none and header.startswith("variant")
+
+
+def test_a_single_seed_has_no_error():
+    variants = summarize([run_of("none", 1), run_of("lzw", 1)], {})
+    assert variants["lzw"]["difference"] == (pytest.approx(-0.1), None)
+    assert "-0.1000 " in ablation_table(variants)[2]
+
+
+@pytest.mark.parametrize("timed", [False, True])
+def test_the_picture_has_a_curve_per_variant_and_axis(timed):
+    seconds = {"none": {"step_s": 2.0, "ratio": 1.0}, "lzw": {"step_s": 3.0, "ratio": 1.5}} if timed else {}
+    root = ElementTree.fromstring(draw_curves("a < b", summarize([run_of(*key) for key in FINAL], seconds)))
+    lines = [line.get("points").split() for line in root.iter(f"{SVG}polyline")]
+    assert len(lines) == 2 * (3 if timed else 2)
+    assert all(len(points) == 2 for points in lines), "of three points the first is left out"
+    ends = [float(points[-1].split(",")[0]) for points in lines]
+    if timed:  # from 20 * 2 to 30 * 3 seconds, of which 30 steps without tables take 60
+        none, lzw = ends[2:4]
+        left = lzw - 300
+        assert (none - left) / 300 == pytest.approx((60 - 40) / (90 - 40), abs=0.01)
+
+
+def test_a_finished_run_is_not_repeated_and_other_settings_are_refused(tmp_path, monkeypatch):
+    given = arguments(tmp_path)
+    for variant, seed in FINAL:
+        finished = run_of(variant, seed) | {"settings": settings_of(given, variant, seed)}
+        (tmp_path / f"{variant}-{seed}.json").write_text(json.dumps(finished))
+    monkeypatch.setattr(lookup_ablation.subprocess, "run", None)
+    result = bench_lookup(given)
+    assert result["variants"]["lzw"]["difference"] == pytest.approx((-0.15, 0.05))
+    with pytest.raises(UserError, match="other settings"):
+        train_variant(arguments(tmp_path, set=["horizon.steps=3"]), tmp_path, "lzw", 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"variants": "none lsw"}, "has lsw, which is not one of none"),
+        ({"variants": "lzw"}, "must have none"),
+        ({"folder": None}, "--folder is missing"),
+    ],
+)
+def test_refusals(changes, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        bench_lookup(arguments(**({"folder": tmp_path} | changes)))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_settings_of_each_variant_are_valid(variant, tmp_path):
+    load_config(ROOT / "configs" / "d4_cpu.json", settings_of(arguments(tmp_path), variant, 1))

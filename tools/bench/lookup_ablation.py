@@ -1,0 +1,256 @@
+"""Trains models with and without lookup tables and n-gram tables on one text, and compares their bits per byte.
+
+Each variant is trained by launch/pretrain.py with several seeds of the initial weights, over the same tokens in the
+same order, and validated on the same rows. Seconds are not taken from these runs, which may share their machine:
+steps of all variants are timed in turn afterwards.
+"""
+
+import json
+import math
+import shutil
+import statistics
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megachat.config import load_config
+from megachat.data.tokenizer import Tokenizer, load_tokenizer
+from megachat.device import collective_backend
+from megachat.errors import UserError
+from megachat.evals.results import METRICS_NAME
+from megachat.files import write_atomically
+from megachat.job.launch import bootstrap_environment, choose_device
+from megachat.job.local_ranks import set_options
+from megachat.parallel.engine import start_collectives
+from megachat.parallel.mesh import build_mesh
+from megachat.planning.memory import memory_of_stages
+from megachat.planning.plan import resolve
+from megachat.prepare.lookup_allocation import sample_documents
+from megachat.text import text_table
+from megachat.train.build import build_training
+from megachat.train.lookup_rows import read_or_allocate, with_allocation
+from megachat.train.step import set_schedules, update
+from tools.bench.lookup_picture import draw_curves
+from tools.bench.turns import time_in_turn
+from tools.bench.whole_runs import PRETRAIN
+
+BASELINE = "none"
+# A model that one core trains in about a minute, far below the unigram entropy; --set overrides.
+SIZE = (
+    "model.aspect_ratio=24",
+    "model.head_size=32",
+    "model.sequence_len=256",
+    "batch.tokens=2048",
+    "batch.micro_rows=8",
+    "horizon.steps=160",
+    "optimizer.warmup_steps=10",
+    "evaluate.every=32",
+    "evaluate.tokens=32768",
+    "evaluate.prompts=[]",
+    "checkpoint.every=0",
+    "log.every=16",
+    "data.tokenizer_threads=1",
+)
+
+
+def _l3(*settings: str, after: int = 1) -> list[str]:
+    """Returns the settings of an L3 layer; 4 rows per token of the vocabulary, allocated by LZW."""
+    sample = "lookup.sample_tokens=1000000"  # more than a run sees
+    return [f"lookup.after_blocks=[{after}]", "lookup.allocation=lzw", sample, *settings]
+
+
+# Variant -> what it changes. The last settings of a list override earlier ones.
+VARIANTS: dict[str, list[str]] = {
+    BASELINE: [],
+    "none-longer": ["horizon.steps=208"],  # 1.3 times the steps: what a variant's time or FLOPs buy without tables
+    "lzw": _l3(),
+    "lzw-published": _l3("lookup.allocation=lzw_published"),
+    "frequency": _l3("lookup.allocation=frequency"),
+    "uniform": _l3("lookup.allocation=uniform"),
+    # for depth 6
+    "early": _l3(after=0),
+    "middle": _l3(after=2),
+    "late": _l3(after=4),
+    "middle-sqrt": _l3("lookup.score_scale=sqrt", after=2),
+    "middle-untied": _l3("lookup.tied=false", after=2),
+}
+
+
+def bench_lookup(arguments: Namespace) -> dict:
+    """Trains what is not trained yet in --folder, times steps, prints the table, and draws the curves into --out."""
+    variants = arguments.variants.split()
+    if unknown := [name for name in variants if name not in VARIANTS]:
+        raise UserError(f"--variants has {unknown[0]}, which is not one of {', '.join(VARIANTS)}")
+    if BASELINE not in variants:
+        raise UserError(f"--variants must have {BASELINE}, with which the others are compared")
+    if not arguments.folder:
+        raise UserError("--folder is missing: name a folder for the runs; a second call repeats none that is finished")
+    folder = Path(arguments.folder)
+    seeds = [int(seed) for seed in arguments.seeds.split()]
+    runs = [train_variant(arguments, folder, name, seed) for seed in seeds for name in variants]
+    ratios = time_variants(arguments, variants) if arguments.rounds else {}
+    result = {"what": f"bits per byte on {arguments.data}", "variants": summarize(runs, ratios), "runs": runs}
+    print(*ablation_table(result["variants"]), sep="\n", file=sys.stderr)
+    if arguments.out:
+        write_atomically(Path(arguments.out), draw_curves(result["what"], result["variants"]).encode())
+    return result
+
+
+def settings_of(arguments: Namespace, variant: str, seed: int) -> list[str]:
+    """Returns the settings of a run, without its folder."""
+    data = [f"data.folder={arguments.data}", f"data.tokenizer={arguments.tokenizer}"]
+    return [*SIZE, *data, *arguments.set, *VARIANTS[variant], f"run.seed={seed}"]
+
+
+def train_variant(arguments: Namespace, folder: Path, variant: str, seed: int) -> dict:
+    """Trains one model in `folder`, unless a run with the same settings is finished there. Returns what it reached.
+
+    Raises UserError if the run fails, or if `folder` has a run of this name with other settings.
+    """
+    run, settings = folder / f"{variant}-{seed}", settings_of(arguments, variant, seed)
+    record = folder / f"{variant}-{seed}.json"
+    if record.exists():
+        finished = json.loads(record.read_text())
+        if finished["settings"] != settings:
+            raise UserError(f"{record} is of a run with other settings: give another --folder, or remove it")
+        return finished
+    shutil.rmtree(run, ignore_errors=True)  # an interrupted run
+    named = [*settings, f"run.folder={folder}", f"run.name={run.name}"]
+    command = [sys.executable, PRETRAIN, "--config", arguments.config, *set_options(named)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        raise UserError(f"{run.name} failed: {lines[-1] if lines else done.returncode}")
+    finished = {"variant": variant, "seed": seed, "settings": settings} | collect_run(run)
+    shutil.rmtree(run / "checkpoints")
+    write_atomically(record, json.dumps(finished).encode())
+    print(f"{run.name}: {finished['curve'][-1]['bpb']:.4f} bits per byte", file=sys.stderr, flush=True)
+    return finished
+
+
+def collect_run(run: Path) -> dict:
+    """Returns the validation curve, parameters by kind, bytes and commit of a finished run."""
+    metrics = [json.loads(line) for line in (run / METRICS_NAME).read_text().splitlines()]
+    plan = json.loads((run / "plan.json").read_text())
+    return {
+        "curve": [
+            {"step": line["step"], "flops": line["total_training_flops"], "bpb": line["val/bpb"]}
+            for line in metrics
+            if "val/bpb" in line
+        ],
+        "parameters": plan["parameters"],
+        "peak_bytes": max(line["train/peak_memory_bytes"] for line in metrics if "train/loss" in line),
+        "commit": json.loads((run / "environment.json").read_text())[-1]["commit"],
+    }
+
+
+def time_variants(arguments: Namespace, variants: Sequence[str]) -> dict[str, dict]:
+    """Returns for each variant the seconds of a step, its ratio to the baseline, and the estimated bytes of a rank.
+
+    All variants take turns on the first rows of the training text, whose frequencies decide what a lookup costs.
+    """
+    device, tokenizer = choose_device(bootstrap_environment()), load_tokenizer(arguments.tokenizer)
+    start_collectives(device, collective_backend(device), timedelta(seconds=600))
+    mesh, actions, memory = build_mesh(device), {}, {}
+    for name in variants:
+        config = load_config(arguments.config, settings_of(arguments, name, seed=1))
+        plan = resolve(config, 1, tokenizer.vocab_size)
+        if plan.dims.lookup:
+            allocation = read_or_allocate(config, plan.dims.lookup.rows, tokenizer)
+            plan = resolve(config, 1, tokenizer.vocab_size, with_allocation(plan.dims.lookup, allocation))
+        training = build_training(config, plan, mesh, torch.from_numpy(tokenizer.token_bytes()))
+        set_schedules(training, 0)
+        rows = first_rows(arguments.data, tokenizer, (plan.rows_per_step, plan.dims.sequence_len + 1))
+        actions[name] = lambda training=training, rows=rows: update(training, rows)[0].item()
+        memory[name] = sum(
+            stage.total for stage in memory_of_stages(config, plan, training.compute_dtype, on_gpu=False)
+        )
+    seconds = time_in_turn(actions, arguments.rounds)
+    ratios = {
+        name: [one / base for one, base in zip(values, seconds[BASELINE], strict=True)]
+        for name, values in seconds.items()
+    }
+    baseline = statistics.median(seconds[BASELINE])
+    return {
+        name: {
+            "step_s": baseline * statistics.median(ratios[name]),
+            "ratio": statistics.median(ratios[name]),
+            "ratios": ratios[name],
+            "estimated_bytes": memory[name],
+        }
+        for name in variants
+    }
+
+
+def first_rows(folder: str, tokenizer: Tokenizer, shape: tuple[int, int]) -> torch.Tensor:
+    """Returns the first tokens of the training text as rows, int64 `shape`; documents follow each other."""
+    documents = sample_documents(folder, tokenizer, math.prod(shape))
+    return torch.from_numpy(np.concatenate([ids.astype(np.int64) for ids in documents])).view(shape)
+
+
+def summarize(runs: Sequence[Mapping], seconds: Mapping[str, Mapping]) -> dict[str, dict]:
+    """Returns for each variant means and standard errors over seeds, and the differences to the baseline by seed.
+
+    seconds: variant -> {"step_s", "ratio"} as `time_variants` returns it; may be empty.
+    """
+    by_variant: dict[str, dict[int, Mapping]] = {}
+    for run in runs:
+        by_variant.setdefault(run["variant"], {})[run["seed"]] = run
+    baseline = by_variant[BASELINE]
+    results = {}
+    for variant, by_seed in by_variant.items():
+        some, finals = next(iter(by_seed.values())), {seed: run["curve"][-1]["bpb"] for seed, run in by_seed.items()}
+        points = list(zip(*(run["curve"] for run in by_seed.values()), strict=True))
+        differences = [bpb - baseline[seed]["curve"][-1]["bpb"] for seed, bpb in finals.items() if seed in baseline]
+        results[variant] = {
+            "seeds": len(finals),
+            "bpb": mean_and_error(finals.values()),
+            "difference": mean_and_error(differences),
+            "steps": some["curve"][-1]["step"],
+            "flops": some["curve"][-1]["flops"],
+            "parameters": some["parameters"],
+            "peak_bytes": statistics.median(run["peak_bytes"] for run in by_seed.values()),
+            "curve": [
+                {"step": point[0]["step"], "flops": point[0]["flops"]}
+                | dict(zip(("bpb", "error"), mean_and_error(each["bpb"] for each in point), strict=True))
+                for point in points
+            ],
+        } | seconds.get(variant, {})
+    return results
+
+
+def mean_and_error(values: Iterable[float]) -> tuple[float, float | None]:
+    """Returns the mean and its standard error, which is unknown for one value."""
+    values = list(values)
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return statistics.fmean(values), error
+
+
+def _with_error(mean: float, error: float | None, sign: str = "") -> str:
+    return f"{mean:{sign}.4f}" + ("" if error is None else f" +- {error:.4f}")
+
+
+def ablation_table(variants: Mapping[str, Mapping]) -> list[str]:
+    """Returns one line per variant: bits per byte, difference to the baseline, and what it costs."""
+    rows = [("variant", "seeds", "bits per byte", "difference to none", "step time", "FLOPs", "parameters", "MB")]
+    reference = variants[BASELINE]
+    for name, variant in variants.items():
+        rows.append(
+            (
+                name,
+                str(variant["seeds"]),
+                _with_error(*variant["bpb"]),
+                "" if name == BASELINE else _with_error(*variant["difference"], "+"),
+                f"{variant['ratio']:.2f}" if "ratio" in variant else "",
+                f"{variant['flops'] / reference['flops']:.3f}",
+                f"{variant['parameters']['total']:,}",
+                f"{variant.get('estimated_bytes', variant['peak_bytes']) / 1e6:,.0f}",
+            )
+        )
+    return text_table(rows, right=range(1, 8))
