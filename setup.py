@@ -37,5 +37,6 @@ setup(
         "hf": ["transformers>=5"],
         "mpi": ["mpi4py"],
         "wandb": ["wandb"],
+        "notebook": ["ipykernel", "matplotlib"],  # for examples/quickstart.ipynb in any Jupyter
     },
 )

@@ -15,7 +15,8 @@ from megachat.job.launchers import launcher_rank  # noqa: E402
 def main() -> None:
     parser = argparse.ArgumentParser(description="Evaluate a checkpoint: CORE, bits per byte, samples.")
     add = parser.add_argument
-    add("--checkpoint", required=True, type=Path, help="a run folder (its newest step), step folder or nanochat folder")
+    checkpoint = "a run folder (its newest step), a step folder, or a folder of another format"
+    add("--checkpoint", required=True, type=Path, help=checkpoint)
     bundle = "the CORE metric; BUNDLE is a folder or zip file, nanochat's is downloaded once if not given"
     add("--core", nargs="?", const="", metavar="BUNDLE", help=bundle)
     bpb = "bits per byte on validation text; FOLDER is a data folder, by default the run's"

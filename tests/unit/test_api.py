@@ -136,6 +136,8 @@ def test_every_format_is_loaded(run, model, tmp_path):
     theirs = transformers_logits(tmp_path / "hf", VOCAB_SIZE)
     ids = torch.from_numpy(other.tokenizer.encode(TEXT, bos=True).astype(np.int64))
     assert (theirs(ids[None]) - result).abs().max() < 5e-4 and other.config.model.lambdas == "neutral"
+    (by_engine,) = run_ranks(engine_logits, 1, tmp_path / "hf", ids)
+    assert (result - by_engine).abs().max() < 1e-6
 
 
 @reference.needs_reference
