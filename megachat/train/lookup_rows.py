@@ -1,5 +1,6 @@
 """The allocation of lookup rows to tokens: made once for a run, then kept in its folder and in every checkpoint."""
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,13 @@ def allocated_lookup(
     lookup.json in the run folder. Raises UserError on all ranks if this fails.
     """
     if facts and (saved := saved_dimensions(facts["model"]).lookup):
+        digest = hashlib.sha256(saved.rows_per_token.encode()).hexdigest()
+        digests = all_gather_objects(digest, world)
+        if others := [rank for rank, other in enumerate(digests) if other != digests[0]]:
+            raise UserError(
+                f"rank {others[0]} read another allocation of lookup rows from the checkpoint than rank 0: make the "
+                "hosts see the same run folder"
+            )
         return saved
     result: list[LookupDimensions] = []
     if world.rank == 0:
