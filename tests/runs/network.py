@@ -30,6 +30,9 @@ PasswordAuthentication no
 PermitRootLogin yes
 MaxStartups 100
 """
+# Variables that select CPU instructions, and with them the last bits of results. Commands that come over ssh need those
+# of the tests, because ssh passes none.
+_ARITHMETIC = "ATEN_CPU_CAPABILITY MKL_CBWR MKL_ENABLE_INSTRUCTIONS ONEDNN_MAX_CPU_ISA DNNL_MAX_CPU_ISA".split()
 _SSH = """\
 Host *
   User root
@@ -90,15 +93,15 @@ class Network:
         """The command line that runs `line` on a host as its user would: from the project's folder, with ssh, pdsh and
         the launchers in PATH.
         """
-        told = environment() | {"PATH": f"{self.folder}/bin:{BIN}:{_path()}"} | variables
-        told.pop("PYTHONPATH", None)
+        given = environment() | {"PATH": f"{self.folder}/bin:{BIN}:{_path()}"} | variables
+        given.pop("PYTHONPATH", None)
         shell = 'cd "$0" && exec "$@"'  # after entering: the folder may be another one there
         enter = ["nsenter", "-t", self.pids[host], "--net", "--uts", "--mount", "--pid"]
         return [
             *enter,
             "env",
             "-i",
-            *(f"{key}={value}" for key, value in told.items()),
+            *(f"{key}={value}" for key, value in given.items()),
             "bash",
             "-c",
             shell,
@@ -203,14 +206,16 @@ def two_hosts(
 def _write_settings(folder: Path, known: bool, loopback_names: bool) -> None:
     for key in ("host_key", "user_key"):
         _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "", "-f", folder / key)
-    (folder / "sshd_config").write_text(_SSHD.format(folder=folder))
+    passed = [f"{name}={os.environ[name]}" for name in _ARITHMETIC if os.environ.get(name)]
+    set_env = f"SetEnv {' '.join(passed)}\n" if passed else ""
+    (folder / "sshd_config").write_text(_SSHD.format(folder=folder) + set_env)
     (folder / "ssh_config").write_text(_SSH.format(folder=folder))
     public = " ".join((folder / "host_key.pub").read_text().split()[:2])
     names = f"host-a,host-b,{SUBNET}.1,{SUBNET}.2"
     (folder / "known_hosts").write_text(f"{names} {public}\n" if known else "")
     for name in ("host-a", "host-b"):
-        own = f"127.0.1.1 {name}\n" if loopback_names else ""
-        lines = f"127.0.0.1 localhost\n{own}{SUBNET}.1 host-a\n{SUBNET}.2 host-b\n{SUBNET}.3 host-c\n"
+        loopback = f"127.0.1.1 {name}\n" if loopback_names else ""
+        lines = f"127.0.0.1 localhost\n{loopback}{SUBNET}.1 host-a\n{SUBNET}.2 host-b\n{SUBNET}.3 host-c\n"
         (folder / f"{name}.hosts").write_text(lines)
     (folder / "bin").mkdir()
     wrapper = folder / "bin" / "ssh"
