@@ -62,7 +62,7 @@ class Oracle:
         around zero, the sign of AdamW's whole step (its epsilon is 1e-10) is that noise's sign; given equal gradients
         the updates must be equal on any machine.
         """
-        asked, plan = self.config.optimizer, self.plan
+        settings, plan = self.config.optimizer, self.plan
         loss = Loss(plan.dims, torch.ones(self.plan.dims.vocab_size))(
             run_layers(self.layers, rows[:, :-1]), rows[:, 1:]
         )
@@ -72,11 +72,11 @@ class Oracle:
             for gradient, part in self._parts(reduced, [p.grad for p in self.parameters]):
                 gradient.copy_(part)
         norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in self.parameters))
-        if asked.clip_norm and norm > asked.clip_norm:
+        if settings.clip_norm and norm > settings.clip_norm:
             for p in self.parameters:
-                p.grad.mul_(asked.clip_norm / norm)
-        schedule = {"warmup_steps": asked.warmup_steps, "warmdown_ratio": asked.warmdown_ratio}
-        lrm = learning_rate_multiplier(number, plan.steps, final_fraction=asked.final_lr_fraction, **schedule)
+                p.grad.mul_(settings.clip_norm / norm)
+        schedule = {"warmup_steps": settings.warmup_steps, "warmdown_ratio": settings.warmdown_ratio}
+        lrm = learning_rate_multiplier(number, plan.steps, final_fraction=settings.final_lr_fraction, **schedule)
         for group in self.adamw.param_groups:
             group["lr"] = group["rate"] * lrm
         self.adamw.step()
@@ -84,7 +84,7 @@ class Oracle:
             for p in self.muon:
                 lr = plan.rates["matrix"] * lrm * self.multiplier[place_of(p).name]
                 decay = plan.weight_decay * weight_decay_multiplier(number, plan.steps)
-                momentum = muon_momentum(number, plan.steps, warmdown_ratio=asked.warmdown_ratio)
+                momentum = muon_momentum(number, plan.steps, warmdown_ratio=settings.warmdown_ratio)
                 self.decay += lr * decay / len(self.muon) * max(1.0, *self.multiplier.values())
                 rates = {"lr": lr, "weight_decay": decay, "momentum_factor": momentum, "beta2": MUON_BETA2}
                 reference_step(p.data, p.grad, self.momentum[p], self.second[p], torch.float32, **rates)
@@ -152,13 +152,13 @@ def train(config, steps: int, vocab_size: int = SMALL_VOCAB):
     """
     training = build(config, vocab_size)
     warm_up(training)
-    told, gradients, states = [], [], []
+    outcomes, gradients, states = [], [], []
     for step in range(steps):
         set_schedules(training, step)
         inspect = lambda: gradients.append(gradient_pieces(training))  # noqa: E731
-        told.append(take_step(training, random_rows(step, ROWS, TOKENS, vocab_size), inspect_gradients=inspect))
+        outcomes.append(take_step(training, random_rows(step, ROWS, TOKENS, vocab_size), inspect_gradients=inspect))
         states.append(whole_state(training))
     views = {
         place_of(p).name: (place_of(p), p.detach().float().clone()) for p in training.layers.parameters() if p.ndim == 2
     }
-    return told, [assembled(pieces, training) for pieces in gradients], states, views
+    return outcomes, [assembled(pieces, training) for pieces in gradients], states, views

@@ -52,14 +52,14 @@ def module_of(path: Path) -> str:
 
 def imported(path: Path) -> set[str]:
     """megachat's modules that the file imports, wherever in it."""
-    found = set()
+    names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
     modules = {module_of(source) for source in SOURCES}
-    return {name for name in found if name in modules and name.count(".")}
+    return {name for name in names if name in modules and name.count(".")}
 
 
 def test_every_part_has_a_level():
@@ -68,10 +68,10 @@ def test_every_part_has_a_level():
 
 @pytest.mark.parametrize("path", [path for path in SOURCES if path.name != "__init__.py"], ids=module_of)
 def test_imports_go_one_way(path):
-    own = part_of(module_of(path))
+    part = part_of(module_of(path))
     for name in imported(path):
         other = part_of(name)
-        assert other == own or LEVEL[other] < LEVEL[own], f"{module_of(path)} imports {name} against the stream"
+        assert other == part or LEVEL[other] < LEVEL[part], f"{module_of(path)} imports {name} against the stream"
 
 
 def test_no_cycle_inside_a_part():

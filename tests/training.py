@@ -48,14 +48,14 @@ def build(config: Config, vocab_size: int) -> Training:
     return build_training(config, plan, mesh, torch.ones(vocab_size, dtype=torch.int64))
 
 
-def own_rows(training: Training, rows: torch.Tensor) -> torch.Tensor:
+def rows_of_rank(training: Training, rows: torch.Tensor) -> torch.Tensor:
     """This rank's rows of a step, dealt as the loader deals them."""
     return rows[training.mesh.data.rank :: training.mesh.data.size]
 
 
 def take_step(training: Training, rows: torch.Tensor, **how) -> tuple[float, float, bool]:
     """(loss, joint norm, skipped) of one step over all ranks. how: further arguments of train.step.update."""
-    loss, outcome = update(training, own_rows(training, rows), **how)
+    loss, outcome = update(training, rows_of_rank(training, rows), **how)
     training.muon.wait_for_gather()
     return loss.item(), outcome.norm, outcome.skipped
 

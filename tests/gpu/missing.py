@@ -28,10 +28,10 @@ NEEDED = {
 }
 
 
-def missing(found=lambda module: importlib.util.find_spec(module) is not None) -> list[str]:
+def missing(installed=lambda module: importlib.util.find_spec(module) is not None) -> list[str]:
     """Packages whose module is not `found`, with the version that setup.py pins."""
     pinned = dict(re.findall(r'"([a-z_-]+)==([0-9.]+)"', SETUP.read_text()))
-    names = [package for module, package in NEEDED.items() if not found(module)]
+    names = [package for module, package in NEEDED.items() if not installed(module)]
     return [f"{name}=={pinned[name]}" if name in pinned else name for name in names]
 
 

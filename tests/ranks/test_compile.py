@@ -30,19 +30,19 @@ def trained(config):
     """(loss and norm of every step, bits per byte on the way, graphs made by each step)."""
     training = build(config, VOCAB)
     warm_up(training)
-    graphs, told, made = NewGraphs(compiles=config.precision.compile), [], []
+    graphs, outcomes, made = NewGraphs(compiles=config.precision.compile), [], []
     for step in range(STEPS):
         set_schedules(training, step)
         graphs.count()
-        told.append(take_step(training, random_rows(step, ROWS, LENGTH + 1, VOCAB)))
+        outcomes.append(take_step(training, random_rows(step, ROWS, LENGTH + 1, VOCAB)))
         made.append(graphs.count())
         if step == 2:  # rows of two lengths, of which one is not training's
             rows = [random_rows(9, 2, length, VOCAB) for length in (LENGTH + 1, 97)]
-            found = [
+            bits = [
                 bits_per_byte(training.engine, ValidationRows(iter(two.split(1)), 2, 1, training.mesh), training.mesh)
                 for two in rows
             ]
-    return told, found, made
+    return outcomes, bits, made
 
 
 def trained_both_ways(config):

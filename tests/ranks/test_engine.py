@@ -73,8 +73,11 @@ def test_float16_unscales_before_both_optimizers():
 
 def test_bfloat16_tables_accumulate_gradients_in_float32():
     config = small_config(precision={"compute": "bfloat16"})
-    plain, (told, _, (*_, state), views) = run_ranks(train, 1, small_config(), 3)[0], run_ranks(train, 2, config, 3)[0]
-    for (loss, _, _), (loss_plain, _, _) in zip(told, plain[0], strict=True):
+    plain, (outcomes, _, (*_, state), views) = (
+        run_ranks(train, 1, small_config(), 3)[0],
+        run_ranks(train, 2, config, 3)[0],
+    )
+    for (loss, _, _), (loss_plain, _, _) in zip(outcomes, plain[0], strict=True):
         assert loss == pytest.approx(loss_plain, rel=2e-2)
     table = state["model/transformer.wte.weight"]
     assert torch.equal(views["transformer.wte.weight"][1], table.bfloat16().float())

@@ -22,7 +22,7 @@ LOSS_NOISE = 10 * 2**-4 / (ROWS * (TOKENS - 1)) ** 0.5
 LAYOUTS = [(1, {}), (2, {"tensor": 2}), (2, {"tensor": 2, "sequence": True}), (2, {"pipeline": 2})]
 
 
-def asked(fp8: str, parallel: dict, **batch):
+def fp8_config(fp8: str, parallel: dict, **batch):
     batch |= {"tokens": ROWS * 64, "micro_rows": 2}
     return small_config(
         model=MODEL,
@@ -103,13 +103,13 @@ def compare(ranks, alone, noise) -> None:
 
 @pytest.fixture(scope="module")
 def alone():
-    return run_ranks(train_then_evaluate_without, 1, asked("tensorwise", {}), asked("off", {}))[0]
+    return run_ranks(train_then_evaluate_without, 1, fp8_config("tensorwise", {}), fp8_config("off", {}))[0]
 
 
 @pytest.fixture(scope="module")
 def noise(alone) -> dict[str, float]:
     """What FP8 does to the gradient of each matrix, in one process."""
-    noise = distances(alone[-1], run_ranks(first_gradients, 1, asked("off", {}))[0])
+    noise = distances(alone[-1], run_ranks(first_gradients, 1, fp8_config("off", {}))[0])
     assert len(noise) > 12 and max(noise.values()) < 0.5
     return noise
 
@@ -118,7 +118,7 @@ def noise(alone) -> dict[str, float]:
 def test_every_layout_trains_in_fp8_and_evaluates_in_bfloat16(world, parallel, alone, noise):
     ranks = [alone]
     if parallel:
-        configs = asked("tensorwise", parallel), asked("off", parallel)
+        configs = fp8_config("tensorwise", parallel), fp8_config("off", parallel)
         ranks = run_ranks(train_then_evaluate_without, world, *configs)
     assert sum(products for *_, products, _ in ranks) == (12 if "pipeline" in parallel else 12 * world)
     for _, _, bf16_bits, wanted_bits, pairs, _, _ in ranks:
@@ -146,11 +146,11 @@ def gradients_with_a_wrong_scale(config):
 @pytest.mark.parametrize("parallel", [{"tensor": 2}, {"pipeline": 2}])
 def test_a_planted_fault_is_reported(parallel, alone, noise):
     with pytest.raises(AssertionError, match="gradient of "):
-        compare(run_ranks(gradients_with_a_wrong_scale, 2, asked("tensorwise", parallel)), alone, noise)
+        compare(run_ranks(gradients_with_a_wrong_scale, 2, fp8_config("tensorwise", parallel)), alone, noise)
 
 
 def train_with_all_kinds():
-    return [train(asked("tensorwise", {}, recompute=kind))[2:4] for kind in ("none", "selective", "block")]
+    return [train(fp8_config("tensorwise", {}, recompute=kind))[2:4] for kind in ("none", "selective", "block")]
 
 
 def test_a_recomputed_forward_pass_is_in_fp8_too(alone):

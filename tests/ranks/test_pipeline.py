@@ -65,19 +65,19 @@ def test_the_override_is_what_deepspeed_calls_and_its_defaults_are_off():
 def evaluate_between(config, evaluates: bool):
     training = build(config, SMALL_VOCAB)
     warm_up(training)
-    told = []
+    outcomes = []
     for step in range(3):
         set_schedules(training, step)
-        told.append(take_step(training, random_rows(step, ROWS, TOKENS, SMALL_VOCAB))[0])
+        outcomes.append(take_step(training, random_rows(step, ROWS, TOKENS, SMALL_VOCAB))[0])
         if evaluates:
             rows = random_rows(step, 8, 91, SMALL_VOCAB)[training.mesh.data.rank :: training.mesh.data.size]
             validation = ValidationRows(iter(rows.split(1)), 7, 1, training.mesh)
-            told[-1] = told[-1], bits_per_byte(training.engine, validation, training.mesh)
+            outcomes[-1] = outcomes[-1], bits_per_byte(training.engine, validation, training.mesh)
             ids = [np.arange(3 + step), np.arange(20) * 3]
-            told[-1] += (
+            outcomes[-1] += (
                 generate(EngineModel(training.engine, training.mesh, training.plan.dims, multiple=2), ids, tokens=6),
             )
-    return told, whole_state(training)
+    return outcomes, whole_state(training)
 
 
 LAYOUTS = [
@@ -95,11 +95,11 @@ def test_evaluating_and_sampling_other_shapes_between_steps_changes_nothing_and_
     without = run_ranks(evaluate_between, world, config, False)
     with_both = run_ranks(evaluate_between, world, config, True)
     ((alone, _),) = run_ranks(evaluate_between, 1, small_config(model=GQA), True)
-    for (plain, state), (told, state_after) in zip(without, with_both, strict=True):
-        assert [loss for loss, _, _ in told] == plain
+    for (plain, state), (outcomes, state_after) in zip(without, with_both, strict=True):
+        assert [loss for loss, _, _ in outcomes] == plain
         assert all(torch.equal(state[name], state_after[name]) for name in state)
-        assert [tokens for _, _, tokens in told] == [tokens for _, _, tokens in alone]
-        assert [bpb for _, bpb, _ in told] == pytest.approx([bpb for _, bpb, _ in alone], rel=2e-6)
+        assert [tokens for _, _, tokens in outcomes] == [tokens for _, _, tokens in alone]
+        assert [bpb for _, bpb, _ in outcomes] == pytest.approx([bpb for _, bpb, _ in alone], rel=2e-6)
 
 
 class NotedWait:
@@ -135,7 +135,7 @@ def test_a_layer_waits_for_the_gather_of_its_matrices_before_it_runs(world, para
         assert set(layers) <= set(forwards)
         for block in set(layers):
             before = events[: events.index(("forward", block))]
-            assert any(kind == "wait" and block in told for kind, told in before if kind == "wait"), (
+            assert any(kind == "wait" and block in waited for kind, waited in before if kind == "wait"), (
                 f"block {block} runs with old weights"
             )
 

@@ -39,8 +39,8 @@ def train_each_way(parallel, changes):
 def test_results_are_equal_to_the_bit(case):
     world, parallel, changes = CASES[case]
     for kept, *again in run_ranks(train_each_way, world, parallel, changes):
-        for told, gradients, states, _ in again:
-            assert told == kept[0]
-            for found, wanted in (*zip(gradients, kept[1], strict=True), *zip(states, kept[2], strict=True)):
-                assert found.keys() == wanted.keys()
-                assert not [name for name, tensor in wanted.items() if not torch.equal(found[name], tensor)]
+        for outcomes, gradients, states, _ in again:
+            assert outcomes == kept[0]
+            for actual, wanted in (*zip(gradients, kept[1], strict=True), *zip(states, kept[2], strict=True)):
+                assert actual.keys() == wanted.keys()
+                assert not [name for name, tensor in wanted.items() if not torch.equal(actual[name], tensor)]

@@ -100,10 +100,11 @@ class Ranks:
         for rank in range(world) if start is None else start:
             launch = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
             launch |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            told = {key: str(value) for key, value in launch.items()} if world > 1 else {}
+            launch_variables = {key: str(value) for key, value in launch.items()} if world > 1 else {}
             line = [str(part) for part in [*program, *(extra or {}).get(rank, [])]]
             process: BaseProcess = context.Process(
-                target=_rank, args=(line, told | (variables or {}), cores, self._out.sender, self._err.sender)
+                target=_rank,
+                args=(line, launch_variables | (variables or {}), cores, self._out.sender, self._err.sender),
             )
             process.start()
             self.processes.append(process)

@@ -133,7 +133,7 @@ def refused(place: Place, name: str, *arguments: str, config: dict | None = None
 
 def processes_of(config: str) -> dict[int, str | None]:
     """Process id -> rank, None for the launchers, of all that were started with this config file."""
-    found = {}
+    ranks = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             words, variables = (
@@ -142,11 +142,11 @@ def processes_of(config: str) -> dict[int, str | None]:
             )
         except OSError:  # it has ended
             continue
-        told = dict(line.split(b"=", 1) for line in variables if b"=" in line)
-        rank = told.get(b"RANK", told.get(b"OMPI_COMM_WORLD_RANK"))
+        environ = dict(line.split(b"=", 1) for line in variables if b"=" in line)
+        rank = environ.get(b"RANK", environ.get(b"OMPI_COMM_WORLD_RANK"))
         if config.encode() in words:
-            found[int(folder.name)] = rank.decode() if rank else None
-    return found
+            ranks[int(folder.name)] = rank.decode() if rank else None
+    return ranks
 
 
 def until(true, what: str, every_s: float = 0.05) -> None:
@@ -165,10 +165,10 @@ def metrics(run: Path) -> list[dict]:
 
 
 def losses(run: Path) -> dict[int, float]:
-    """Step -> training loss; a step that is told twice is an error."""
-    told = [(line["step"], line["train/loss"]) for line in metrics(run) if "train/loss" in line]
-    assert len({step for step, _ in told}) == len(told), "a step is told twice"
-    return dict(told)
+    """Step -> training loss; a step that is logged twice is an error."""
+    pairs = [(line["step"], line["train/loss"]) for line in metrics(run) if "train/loss" in line]
+    assert len({step for step, _ in pairs}) == len(pairs), "a step is logged twice"
+    return dict(pairs)
 
 
 def bits_per_byte(run: Path) -> dict[int, float]:
@@ -200,17 +200,17 @@ def state(path: Path) -> dict[str, torch.Tensor]:
     return whole
 
 
-def different(found: Path, wanted: Path) -> list[str]:
+def different(actual: Path, wanted: Path) -> list[str]:
     """Names of the tensors of two checkpoints that differ in any bit."""
-    one, other = state(found), state(wanted)
+    one, other = state(actual), state(wanted)
     assert one.keys() == other.keys() and len(one) > 20
     return [name for name in one if not torch.equal(one[name], other[name])]
 
 
 def ledgers(path: Path) -> dict[str, bytes]:
     """Stream file -> running hash of the documents that it has given out."""
-    found = {}
+    hashes = {}
     for file in sorted((path / "loader").glob("stream_*.npz")):
         with np.load(file) as arrays:
-            found[file.name] = arrays["ledger"].tobytes()
-    return found
+            hashes[file.name] = arrays["ledger"].tobytes()
+    return hashes

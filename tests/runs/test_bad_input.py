@@ -134,7 +134,7 @@ def write_inputs(folder: Path, place, one) -> None:
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory, place, one):
+def mistakes(tmp_path_factory, place, one):
     """name -> how the program ended."""
     folder = tmp_path_factory.mktemp("bad")
     write_inputs(folder, place, one)
@@ -147,8 +147,8 @@ def told(tmp_path_factory, place, one):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_mistake_is_told_in_one_sentence(name, told, place, one):
-    folder, ended = told
+def test_a_mistake_is_reported_in_one_sentence(name, mistakes, place, one):
+    folder, ended = mistakes
     done = ended[name]
     assert done.status == 2, f"ended with {done.status}:\n{done.out}\n{done.err}"
     assert len(done.errors) == 1 and done.err == done.errors[0] + "\n", done.err
@@ -158,7 +158,7 @@ def test_a_mistake_is_told_in_one_sentence(name, told, place, one):
     assert not (place.runs / name).exists()
 
 
-def test_several_mistakes_are_told_at_once(place):
+def test_several_mistakes_are_reported_at_once(place):
     done = run_forked(command(place, "several", "--set", "model.dept=3", "--set", "run.seed=-1", "--set", "depth=3"))
     assert done.status == 2 and len(done.errors) == len(done.err.splitlines()) == 3, done.err
 
@@ -179,7 +179,7 @@ def test_two_ranks_tell_a_mistake_once(place):
     assert "Traceback" not in done.out + done.err and not (place.runs / "twice").exists()
 
 
-def test_a_batch_for_other_ranks_is_told_with_the_nearest(place):
+def test_a_batch_for_other_ranks_is_refused_with_the_nearest(place):
     done = run_forked(command(place, "uneven", "--set", "batch.tokens=448"), 2)
     assert done.status == 2 and len(done.errors) == 1
     assert (
@@ -204,9 +204,10 @@ def test_auto_with_nothing_complete_is_refused(one, place):
     run = place.runs / "nothing_left"
     shutil.copytree(checkpoint(one, 4), checkpoint(run, 4))
     (checkpoint(run, 4) / "checkpoint.json").write_text(json.dumps({"format_version": 99, "files": {}}))
-    told = refused(place, "nothing_left", "--resume", "auto")
+    error = refused(place, "nothing_left", "--resume", "auto")
     assert (
-        told.startswith(f"{run} holds no complete checkpoint to resume from: ") and "newer than this program's" in told
+        error.startswith(f"{run} holds no complete checkpoint to resume from: ")
+        and "newer than this program's" in error
     )
 
 

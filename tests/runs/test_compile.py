@@ -11,14 +11,14 @@ DONE = 4  # steps; without an evaluation, whose graphs would be compiled as well
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on a CPU needs g++")
 def test_a_compiled_job_trains_as_one_that_is_not(place):
-    found = {}
+    losses_of = {}
     for compiles in (False, True):
-        asked = {"model": {"depth": 1, "aspect_ratio": 32}, "horizon": {"stop_step": DONE}, "evaluate": {"every": 0}}
-        asked |= {"precision": {"compile": compiles}}
-        told = finish(begin(launched("python", 1, command(place, f"compile_{compiles}", config=asked))))
-        assert told.status == 0 and "torch.compile made" not in told.out, told.out + told.err
-        found[compiles] = losses(place.runs / f"compile_{compiles}")
-    assert len(found[True]) == DONE and found[True][0] == pytest.approx(found[False][0], rel=1e-6)
+        config = {"model": {"depth": 1, "aspect_ratio": 32}, "horizon": {"stop_step": DONE}, "evaluate": {"every": 0}}
+        config |= {"precision": {"compile": compiles}}
+        done = finish(begin(launched("python", 1, command(place, f"compile_{compiles}", config=config))))
+        assert done.status == 0 and "torch.compile made" not in done.out, done.out + done.err
+        losses_of[compiles] = losses(place.runs / f"compile_{compiles}")
+    assert len(losses_of[True]) == DONE and losses_of[True][0] == pytest.approx(losses_of[False][0], rel=1e-6)
     # from zero matrices other roundings grow; tests/ranks/test_compile.py starts elsewhere
-    for step, loss in found[True].items():
-        assert loss == pytest.approx(found[False][step], rel=5e-3)
+    for step, loss in losses_of[True].items():
+        assert loss == pytest.approx(losses_of[False][step], rel=5e-3)

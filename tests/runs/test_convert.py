@@ -37,8 +37,8 @@ def ten_steps(saved):
     training.engine.adamw.refresh_weights()
     training.muon.refresh_weights()
     training.muon.set_hyper(lr=0.02, weight_decay=0.28, momentum=0.95)
-    told = [take_step(training, reference.rows(reference.FIRST_STEP + step))[0] for step in range(10)]
-    return told, {
+    train_losses = [take_step(training, reference.rows(reference.FIRST_STEP + step))[0] for step in range(10)]
+    return train_losses, {
         name[6:]: tensor.norm().item() for name, tensor in whole_state(training).items() if name.startswith("model/")
     }
 
@@ -47,8 +47,8 @@ def ten_steps(saved):
 def test_ten_steps_from_the_imported_checkpoint_are_nanochats(tmp_path):
     converted("from-nanochat", reference.FOLDER, tmp_path / "run")
     expected = reference.expected()
-    for told, norms in run_ranks(ten_steps, 2, checkpoint(tmp_path / "run", 20)):
-        assert told == pytest.approx(expected["train_losses_steps_20_to_29"], rel=1e-6)
+    for train_losses, norms in run_ranks(ten_steps, 2, checkpoint(tmp_path / "run", 20)):
+        assert train_losses == pytest.approx(expected["train_losses_steps_20_to_29"], rel=1e-6)
         assert norms == pytest.approx(expected["weight_norms_after_step_29"], rel=1e-4)
 
 
@@ -97,8 +97,8 @@ def test_an_imported_run_goes_on_and_on(place, tmp_path):
     assert list(losses(run)) == list(range(STEP, STEP + 4))
     facts = json.loads((checkpoint(run, STEP + 4) / "checkpoint.json").read_text())
     assert facts["step"] == facts["adamw_steps"] == STEP + 4 and "imported" not in facts
-    told = converted("to-nanochat", run, tmp_path / "again")
-    assert "logit difference 0.00e+00" in told and (tmp_path / "again" / f"optim_{STEP + 4:06d}_rank0.pt").is_file()
+    output = converted("to-nanochat", run, tmp_path / "again")
+    assert "logit difference 0.00e+00" in output and (tmp_path / "again" / f"optim_{STEP + 4:06d}_rank0.pt").is_file()
 
 
 def test_the_tool_says_what_is_wrong_in_one_line(tmp_path):

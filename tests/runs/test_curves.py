@@ -33,7 +33,7 @@ def test_thirty_steps_of_english_lie_within_two_thousandths_of_one_process(tmp_p
     line += ["--set", "evaluate.tokens=4096", "--set", "evaluate.prompts=[]"]
     done = run_forked(line)
     assert done.status == 0, done.err
-    found = json.loads(done.out)["found"]
-    assert len(found) == 2 and found["dp=1"]["last_loss"] < 5.8
-    for layout, told in found.items():
-        assert told["largest_difference"] < 2e-3, f"{layout}: {told}"
+    curves = json.loads(done.out)["found"]
+    assert len(curves) == 2 and curves["dp=1"]["last_loss"] < 5.8
+    for layout, curve in curves.items():
+        assert curve["largest_difference"] < 2e-3, f"{layout}: {curve}"

@@ -99,7 +99,7 @@ def test_the_owners_are_those_of_the_running_optimizers(world, parallel):
         model=model, optimizer={"muon_multiplier": "flipped"}, parallel=parallel, batch={"tokens": 160 * 12}
     )
     ranks = run_ranks(held, world, config)
-    groups = {name: group for *_, found in ranks for name, group in found.items()}
+    groups = {name: group for *_, parameters in ranks for name, group in parameters.items()}
     lines = ownership(config, resolve(config, world, SMALL_VOCAB))
     assert {line.name for line in lines} == set(groups) and len(lines) == len(groups)
     for line in lines:

@@ -60,7 +60,7 @@ def test_a_killed_rank_ends_the_job_and_the_next_start_goes_on(place):
         until(lambda: not job.alive or checkpoint(run_folder, 8).is_dir(), "checkpoint")
         job.processes[1].kill()
         assert job.end() == [LOST_RANK_STATUS, -signal.SIGKILL], job.printed
-        assert [told.split(" died ")[0] for told in job.errors] == [
+        assert [error.split(" died ")[0] for error in job.errors] == [
             f"error: rank 1 (host {socket.gethostname()}, pid {job.pids[1]})"
         ]
     last = int(max(name for name in checkpoints(run_folder) if not name.endswith(".tmp")).removeprefix("step_"))
@@ -121,7 +121,7 @@ def test_a_failing_validation_on_one_rank_loses_nothing(two, place):
     assert facts(checkpoint(run, STEPS))["loop"]["min_val_bpb"] == bits_per_byte(run)[5]
 
 
-def test_no_space_while_saving_is_told_and_leaves_no_trace(one, place):
+def test_no_space_while_saving_is_reported_and_leaves_no_trace(one, place):
     run = copy_until(one, place, "full", 2)
     before = file_bytes(checkpoint(run, 2))
     line = launched("python", 1, command(place, "full", "--resume", "auto"))
@@ -139,7 +139,7 @@ def test_no_space_while_saving_is_told_and_leaves_no_trace(one, place):
     assert different(checkpoint(run, STEPS), checkpoint(one, STEPS)) == [] and losses(run) == losses(one)
 
 
-def test_no_space_for_the_run_folder_is_told(place):
+def test_no_space_for_the_run_folder_is_reported(place):
     line = launched("python", 1, command(place, "fuller"))
     done = finish(begin(["bash", "-c", f"ulimit -f 1; exec {' '.join(map(str, line))}"]))
     assert done.status == 2
@@ -175,13 +175,13 @@ def test_a_loss_that_is_no_number_stops_all_ranks_and_spares_the_checkpoint(two,
     arguments = command(place, "diverged", "--resume", "auto", "--set", "checkpoint.every=0")[1:]
     done = run_forked([program, *arguments], 2)
     assert done.status == 2
-    (told,) = done.errors
+    (error,) = done.errors
     assert re.match(
         (
             r"error: step 3: the loss is nan on rank 0 \(.+\), rank 1 \(.+\); this step changed no weight "
             r"and the checkpoints are untouched: "
         ),
-        told,
+        error,
     )
     assert "Traceback" not in done.out + done.err
     assert checkpoints(run) == ["step_000002"] and file_bytes(checkpoint(run, 2)) == before
@@ -208,9 +208,9 @@ def assert_as_if_nothing_had_been(run: Path, whole: Path, step: int) -> None:
     assert different(checkpoint(run, step), checkpoint(whole, step)) == []
 
 
-def saved_step(told: str) -> int:
+def saved_step(output: str) -> int:
     """The last that a job said was saved, or from which it went on."""
-    return max((int(step) for step in re.findall(r"(?:saved|resumed from) \S+/step_(\d+)", told)), default=0)
+    return max((int(step) for step in re.findall(r"(?:saved|resumed from) \S+/step_(\d+)", output)), default=0)
 
 
 def test_kills_at_any_moment_of_twenty_saves_lose_nothing(place, whole):
@@ -262,10 +262,10 @@ def remount(folder: Path, options: str) -> bool:
 
 
 @pytest.mark.parametrize(
-    "scarce, told",
+    "scarce, message",
     [("size=1200k", "the disk has .* MB free and the checkpoint takes"), ("nr_inodes=34", "No space left on")],
 )
-def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_space(scarce, told, place, whole):
+def test_a_full_disk_is_reported_and_the_run_continues_when_there_is_space(scarce, message, place, whole):
     """Bytes are counted before anything is written; inodes run out in the middle."""
     name = f"full_{scarce.partition('=')[0]}"
     run = place.runs / name
@@ -275,7 +275,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_space(scarce, tol
         (error,) = ranks.errors
         assert re.match(
             (
-                rf"error: checkpoint {checkpoint(run, 4)} could not be saved by rank 0: .*{told}.*; earlier "
+                rf"error: checkpoint {checkpoint(run, 4)} could not be saved by rank 0: .*{message}.*; earlier "
                 rf"checkpoints are untouched: .*--resume auto"
             ),
             error,
@@ -290,7 +290,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_space(scarce, tol
         assert_as_if_nothing_had_been(run, whole, 6)
 
 
-def test_a_disk_that_becomes_read_only_is_told(place, whole):
+def test_a_disk_that_becomes_read_only_is_reported(place, whole):
     run, config = place.runs / "read_only", LONG | {"checkpoint": {"every": 10}}
     with disk(run / "checkpoints", "size=100m"):
         with forked(place, "read_only", config=config) as ranks:
@@ -309,7 +309,7 @@ def test_a_disk_that_becomes_read_only_is_told(place, whole):
         assert_as_if_nothing_had_been(run, whole, last + 2)
 
 
-def test_a_folder_that_vanishes_is_told(place):
+def test_a_folder_that_vanishes_is_reported(place):
     """It is not made again, without what the run had in it."""
     run, config = place.runs / "vanished", LONG | {"checkpoint": {"every": 10}}
     with forked(place, "vanished", config=config) as ranks:

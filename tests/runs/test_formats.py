@@ -47,16 +47,16 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(one, place):
     assert done.status == 0 and f"resumed from {checkpoint(run, 4)} at step 4" in done.out, done.out + done.err
     problem = "loader/stream_00001.npz does not match its SHA-256"
     assert f"{checkpoint(run, 6)} is damaged and was skipped: {problem}" in done.out
-    told = refused(place, run.name, "--resume", str(checkpoint(run, 6)))
-    assert told.startswith(f"{checkpoint(run, 6)} is damaged: {problem}")
+    error = refused(place, run.name, "--resume", str(checkpoint(run, 6)))
+    assert error.startswith(f"{checkpoint(run, 6)} is damaged: {problem}")
 
 
 def test_with_all_damaged_nothing_starts(one, place):
     run = copied(one, place, "all_damaged")
     for step in (2, 4, 6):
         damage(checkpoint(run, step) / "__0_0.distcp")
-    told = refused(place, run.name, "--resume", "auto")
-    assert told.startswith(
+    error = refused(place, run.name, "--resume", "auto")
+    assert error.startswith(
         f"{run} holds no complete checkpoint to resume from: {checkpoint(run, 6)} is damaged: "
         f"__0_0.distcp does not match its SHA-256"
     )

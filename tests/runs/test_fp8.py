@@ -24,7 +24,7 @@ FOREIGN = {"attention": "flash3", "fp8_backend": "te"}
 
 
 @pytest.fixture(scope="module")
-def told(place):
+def run_with_output(place):
     """(folder, what it said) of a run that stopped half-way, on two ranks of the tensor axis."""
     done = run_forked(command(place, "fp8", "--set", f"horizon.stop_step={STOP}", config=FP8), 2)
     assert done.status == 0, done.err
@@ -32,9 +32,9 @@ def told(place):
 
 
 @pytest.fixture(scope="module")
-def foreign(told, place):
+def foreign(run_with_output, place):
     """Its checkpoint, as if a Hopper with flash-attention 3 and Transformer Engine had made it."""
-    shutil.copytree(told[0], place.runs / "foreign")
+    shutil.copytree(run_with_output[0], place.runs / "foreign")
     saved = checkpoint(place.runs / "foreign", STOP)
     facts = read_facts(saved)
     facts["config"]["precision"] |= FOREIGN
@@ -42,8 +42,8 @@ def foreign(told, place):
     return place.runs / "foreign"
 
 
-def test_it_says_what_is_in_fp8_and_goes_on_without(told, place):
-    run, said = told
+def test_it_says_what_is_in_fp8_and_goes_on_without(run_with_output, place):
+    run, said = run_with_output
     assert (
         "fp8 tensorwise by torch (auto: not te, because this machine has no CUDA device; slow: this "
         "CPU has no FP8 units) for attn.c_q, "
@@ -55,7 +55,7 @@ def test_it_says_what_is_in_fp8_and_goes_on_without(told, place):
     assert np.isfinite(list(after.values())).all() and after[STEPS - 1] < after[0] - 0.1
 
 
-def test_what_it_saved_is_used_anywhere(told, foreign, tmp_path, capsys):
+def test_what_it_saved_is_used_anywhere(run_with_output, foreign, tmp_path, capsys):
     """Evaluated in a dtype without FP8 and on another layout, sampled from, and converted."""
     line = [
         "launch/evaluate.py",
@@ -70,8 +70,8 @@ def test_what_it_saved_is_used_anywhere(told, foreign, tmp_path, capsys):
     ]
     done = run_forked([*line, "--set", "parallel.tensor=1", "--set", "parallel.sequence=false"])
     assert done.status == 0, done.err
-    run, told = told[0], json.loads((tmp_path / "out.json").read_text())
-    assert told["bpb"]["bpb"] == pytest.approx(bits_per_byte(run)[STOP], rel=5e-3) and told["samples"]
+    run, results = run_with_output[0], json.loads((tmp_path / "out.json").read_text())
+    assert results["bpb"]["bpb"] == pytest.approx(bits_per_byte(run)[STOP], rel=5e-3) and results["samples"]
     assert "attention sdpa (auto: torch's own; not available: flash3 (it needs a CUDA device))" in done.out
     generate(["--checkpoint", str(foreign), "--prompt", "the old", "--tokens", "3", "--temperature", "0"])
     assert capsys.readouterr().out.startswith("the old")
@@ -80,16 +80,18 @@ def test_what_it_saved_is_used_anywhere(told, foreign, tmp_path, capsys):
 
 
 def test_its_resumption_is_verified_with_the_kernels_that_are_here():
-    asked = Config.model_validate(MODEL | {"precision": {"compute": "bfloat16", "fp8": "blockwise"} | FOREIGN})
+    saved_config = Config.model_validate(MODEL | {"precision": {"compute": "bfloat16", "fp8": "blockwise"} | FOREIGN})
     config, plan = resolve_without_fp8_if_needed(
-        resume_config(asked, asked, 4, vars(Layout(1, 1, 1)), exact=True), 1, 300
+        resume_config(saved_config, saved_config, 4, vars(Layout(1, 1, 1)), exact=True), 1, 300
     )
     assert (config.precision.attention, config.precision.fp8_backend, config.precision.fp8) == (
         "auto",
         "auto",
         "off",
     )  # 64 tokens, not 128
-    tensorwise = asked.model_copy(update={"precision": asked.precision.model_copy(update={"fp8": "tensorwise"})})
+    tensorwise = saved_config.model_copy(
+        update={"precision": saved_config.precision.model_copy(update={"fp8": "tensorwise"})}
+    )
     config, again = resolve_without_fp8_if_needed(
         resume_config(tensorwise, tensorwise, 4, vars(Layout(1, 1, 1)), exact=True), 1, 300
     )

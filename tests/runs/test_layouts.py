@@ -83,7 +83,7 @@ def test_a_run_goes_on_where_another_layout_stopped(place, grid):
 
 
 @pytest.mark.parametrize(
-    ("world", "arguments", "told"),
+    ("world", "arguments", "message"),
     [
         (
             3,
@@ -102,7 +102,7 @@ def test_a_run_goes_on_where_another_layout_stopped(place, grid):
         ),
     ],
 )
-def test_a_layout_that_does_not_fit_is_refused_before_anything_starts(place, world, arguments, told):
+def test_a_layout_that_does_not_fit_is_refused_before_anything_starts(place, world, arguments, message):
     done = run_forked(command(place, "misfit", *arguments), world)
     assert done.status != 0 and not (place.runs / "misfit").exists()
-    assert [error for error in done.errors if told in error] and "Traceback" not in done.out
+    assert [error for error in done.errors if message in error] and "Traceback" not in done.out

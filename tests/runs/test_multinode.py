@@ -73,7 +73,7 @@ def test_mpirun_trains_on_two_hosts_as_one_host_does(hosts, both, two, place):
     assert losses(place.runs / "mpi") == losses(two)
 
 
-def test_without_ssh_and_with_names_that_are_loopback_to_their_own_hosts(tmp_path, two, place):
+def test_without_ssh_and_with_host_names_that_are_loopback_addresses(tmp_path, two, place):
     """As Debian's installer leaves /etc/hosts: 127.0.1.1 for the host's own name. No variable is set for gloo."""
     with two_hosts(tmp_path, loopback_names=True, known=False) as network:
         both = network.hostfile("both", "host-a slots=1\nhost-b slots=1\n")
@@ -125,7 +125,7 @@ def test_a_killed_rank_is_named_first_and_ends_the_other_host_too(hosts, both, p
         time.sleep(0.2)
 
 
-def test_hosts_that_cannot_be_used_are_told_before_anything_starts(hosts, place):
+def test_hosts_that_cannot_be_used_are_reported_before_anything_starts(hosts, place):
     """An unreachable one, an unknown one, one that refuses the key, a port in use: each its sentence, all at once."""
     text = "host-a slots=1\nhost-b slots=1\nhost-c slots=1\nhost-d slots=1\n"
     key = hosts.folder / "user_key.pub"
@@ -156,7 +156,7 @@ def test_hosts_that_cannot_be_used_are_told_before_anything_starts(hosts, place)
     )
 
 
-def test_a_cut_cable_is_told_by_ssh_and_by_the_ranks(hosts, both, place):
+def test_a_cut_cable_is_reported_by_ssh_and_by_the_ranks(hosts, both, place):
     hosts.do("host-b", "ip", "link", "set", "eth0", "down")
     try:
         done = ended(hosts, "host-a", sys.executable, "launch/check_hosts.py", both)
@@ -173,7 +173,7 @@ def test_a_cut_cable_is_told_by_ssh_and_by_the_ranks(hosts, both, place):
     assert not (place.runs / "cut").exists()
 
 
-def test_a_node_rank_that_is_given_twice_is_told(hosts, place):
+def test_a_node_rank_that_is_given_twice_is_refused(hosts, place):
     program = command(place, "again", "--set", "parallel.rendezvous_s=60")
     three = hosts.hostfile("three", "a slots=1\nb slots=1\nc slots=1\n")
     lines = [["bash", "launch/no_ssh.sh", three, node, "host-a", *program[2:]] for node in (0, 1, 1)]

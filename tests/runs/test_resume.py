@@ -56,11 +56,11 @@ def check_equal(run, uninterrupted):
         bool(torch.isfinite(weight).all()) for weight in weights.values()
     )
     assert ledgers(final) == ledgers(wanted) and len(ledgers(final)) == 4
-    found, expected = facts(final), facts(wanted)
-    assert (found["adamw_steps"], found["loss_scaler"]) == (expected["adamw_steps"], expected["loss_scaler"])
+    actual, expected = facts(final), facts(wanted)
+    assert (actual["adamw_steps"], actual["loss_scaler"]) == (expected["adamw_steps"], expected["loss_scaler"])
     for step in {4, STEPS}:  # the first holds the evaluation that was made before the stop
-        found, expected = facts(checkpoint(run, step))["loop"], facts(checkpoint(uninterrupted, step))["loop"]
-        assert found.pop("training_s") >= 0 and found.items() <= expected.items()
+        actual, expected = facts(checkpoint(run, step))["loop"], facts(checkpoint(uninterrupted, step))["loop"]
+        assert actual.pop("training_s") >= 0 and actual.items() <= expected.items()
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_a_crash_in_half_precision_costs_nothing_but_time(compute, place):
         assert saved["adamw_steps"] == 4 - saved["loop"]["skipped_steps"]
 
 
-def test_float16_goes_on_from_another_dtype_with_a_scale_of_its_own(one, place):
+def test_float16_resumes_from_another_dtype_with_the_configured_scale(one, place):
     run = stopped_copy(one, place, "to_float16")
     crash_after(run, 4)
     assert facts(checkpoint(run, 4))["loss_scaler"]["cur_scale"] == 1.0
@@ -138,7 +138,7 @@ def test_starting_over_in_the_folder_of_another_run_is_refused(one, shared_place
 
 
 def test_resuming_a_finished_run_says_so(one, shared_place):
-    told = losses(one), bits_per_byte(one)
+    before = losses(one), bits_per_byte(one)
     done = run_forked(command(shared_place, "one", "--resume", "auto"))
     assert done.status == 0 and done.err == ""
     assert (
@@ -146,7 +146,7 @@ def test_resuming_a_finished_run_says_so(one, shared_place):
         in done.out
     )
     assert f"resumed from {checkpoint(one, 6)} at step 6" in done.out
-    assert (losses(one), bits_per_byte(one)) == told
+    assert (losses(one), bits_per_byte(one)) == before
 
 
 def test_a_named_checkpoint_of_another_run_can_be_gone_on_with(one, place):
@@ -155,7 +155,7 @@ def test_a_named_checkpoint_of_another_run_can_be_gone_on_with(one, place):
     assert different(checkpoint(run, STEPS), checkpoint(one, STEPS)) == []
 
 
-def test_old_checkpoints_are_removed_as_asked_and_writing_in_front_is_the_same(one, place):
+def test_old_checkpoints_are_removed_as_configured_and_writing_in_front_is_the_same(one, place):
     kept = {"checkpoint": {"every": 1, "keep_last": 2, "keep_every": 3, "background": False}}
     run = train(place, "kept", config=kept)
     assert checkpoints(run) == ["step_000003", "step_000005", "step_000006"]
@@ -165,13 +165,13 @@ def test_old_checkpoints_are_removed_as_asked_and_writing_in_front_is_the_same(o
 def test_documents_begin_anew_once_when_that_is_allowed(stopped, place):
     run = stopped_copy(stopped[2], place, "anew")
     settings = {"data": {"buffer_documents": 20, "resume": "restart"}}
-    told = {}
+    restarts = {}
     for stop_step, world in ((5, 2), (6, 1)):
         config = settings | {"horizon": {"steps": STEPS, "stop_step": stop_step}}
         done = run_forked(command(place, run.name, "--resume", "auto", config=config), world)
         assert done.status == 0, done.err
-        told[stop_step] = [line for line in done.out.splitlines() if "documents restart" in line]
-    (line,), again = told[5], told[6]
+        restarts[stop_step] = [line for line in done.out.splitlines() if "documents restart" in line]
+    (line,), again = restarts[5], restarts[6]
     assert (
         "documents restart from the first one at step 3 and may repeat earlier ones "
         "(data.resume=restart; the checkpoint's loader"

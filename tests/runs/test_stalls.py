@@ -81,12 +81,12 @@ def test_a_killed_rank_is_named_first_and_once(launcher, rank, place):
     if launcher == "mpirun":  # it names the rank itself, and no longer forwards what others say
         assert f"rank {rank} with PID {pid} on node" in done.err
         return
-    (told,) = done.errors
-    assert told.startswith(
+    (error,) = done.errors
+    assert error.startswith(
         f"error: rank {rank} (host {HOST}, pid {pid}) died or cannot be reached; the other ranks stop: "
     )
-    assert told.endswith("continue with --resume auto")
-    assert "Traceback" not in done.err.split(told)[0] and "RuntimeError" not in done.out + done.err
+    assert error.endswith("continue with --resume auto")
+    assert "Traceback" not in done.err.split(error)[0] and "RuntimeError" not in done.out + done.err
 
 
 @pytest.mark.parametrize(
@@ -105,14 +105,14 @@ def test_an_ended_launcher_leaves_no_rank_behind(launcher, kill, place):
     assert done.status != 0 and not OUR_FRAME.search(done.err), done.err
     if launcher == "mpirun":  # its ranks speak through it
         return
-    told = [line for line in done.err.splitlines() if ": the job saves after this step and ends" in line]
-    assert len(told) == 1 and done.errors == [], done.err
+    notices = [line for line in done.err.splitlines() if ": the job saves after this step and ends" in line]
+    assert len(notices) == 1 and done.errors == [], done.err
     assert re.match(
-        r"(rank \d .+ received SIG(TERM|INT)|the launcher \w+ \(pid \d+\) of rank \d .+ has ended): ", told[0]
+        r"(rank \d .+ received SIG(TERM|INT)|the launcher \w+ \(pid \d+\) of rank \d .+ has ended): ", notices[0]
     )
-    found, passed_over = newest_complete(job.run / "checkpoints")
-    assert found is not None and passed_over == []
-    assert f"stopped after step {int(found.name[5:])}, which is saved: continue with --resume auto" in done.out
+    newest, passed_over = newest_complete(job.run / "checkpoints")
+    assert newest is not None and passed_over == []
+    assert f"stopped after step {int(newest.name[5:])}, which is saved: continue with --resume auto" in done.out
 
 
 @contextlib.contextmanager
@@ -130,8 +130,8 @@ def test_a_killed_rank_ends_the_other_where_nobody_launched_them(rank, place):
     with ranks_alone(place, f"alone_{rank}") as (ranks, _):
         ranks.processes[rank].kill()
         assert ranks.end()[1 - rank] == LOST_RANK_STATUS, ranks.printed
-    (told,) = ranks.err.splitlines()
-    assert told.startswith(
+    (error,) = ranks.err.splitlines()
+    assert error.startswith(
         f"error: rank {rank} (host {HOST}, pid {ranks.pids[rank]}) died or cannot be reached; the other ranks stop: "
     )
 
@@ -144,12 +144,12 @@ def test_a_stopped_rank_is_named_and_all_end(rank, place):
         statuses = ranks.end()
     assert (statuses[1 - rank], statuses[rank]) == (STALL_STATUS, -signal.SIGKILL), ranks.printed
     errors = [line for line in ranks.err.splitlines() if line.startswith("error:")]
-    table, told = (run / "stall.txt").read_text().splitlines()[1:-1], errors[0]
-    assert told.startswith(
+    table, error = (run / "stall.txt").read_text().splitlines()[1:-1], errors[0]
+    assert error.startswith(
         f"error: rank {rank} (host {HOST}, pid {ranks.pids[rank]}) does not answer, stopped or stuck "
         f"in C code, while the other"
     )
-    assert told in (run / "stall.txt").read_text() and len(errors) == 1
+    assert error in (run / "stall.txt").read_text() and len(errors) == 1
     assert (
         re.match(rf"{rank} +{HOST} +{ranks.pids[rank]} +no answer", table[1 + rank]) and " waits in " in table[2 - rank]
     )

@@ -63,8 +63,8 @@ def test_a_step_that_takes_too_long_is_not_waited_for(place):
         until(lambda: not job.alive or (run / "metrics.jsonl").exists() and metrics(run), "the first step")
         job.processes[0].terminate()
         assert job.end() == [STOPPED_STATUS], job.printed
-    (told,) = job.errors
-    assert told.endswith(
+    (error,) = job.errors
+    assert error.endswith(
         "received SIGTERM, and step and save took longer than checkpoint.stop_s=0.1, so the job "
         "stops: continue with --resume auto"
     )

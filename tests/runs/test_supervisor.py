@@ -45,8 +45,8 @@ def crashes(run: Path) -> int:
     return len(json.loads(path.read_text())) if path.exists() else 0
 
 
-def until_running(job: subprocess.Popen, run: Path, what, told: str) -> None:
-    until(lambda: job.poll() is not None or what(), told)
+def until_running(job: subprocess.Popen, run: Path, what, what_failed: str) -> None:
+    until(lambda: job.poll() is not None or what(), what_failed)
     assert job.poll() is None, finish(job)
 
 
@@ -65,10 +65,10 @@ def test_a_killed_rank_costs_one_restart_and_no_step(place, two):
     assert not (run / "running").exists() and not (run / "crashes.json").exists()
 
 
-def test_a_mistake_is_told_once_and_not_tried_again(place):
+def test_a_mistake_is_reported_once_and_not_tried_again(place):
     done = finish(begin([*supervised(place, "mistaken", 2), "--set", "model.depht=3"]))
     assert done.status == EXIT_STATUS and "Traceback" not in done.err, done.err
-    assert len([told for told in done.errors if "[rank" not in told]) == 1 and "depht" in done.errors[0]
+    assert len([error for error in done.errors if "[rank" not in error]) == 1 and "depht" in done.errors[0]
 
 
 def test_a_step_that_crashes_every_time_is_given_up(place):

@@ -47,12 +47,12 @@ def test_two_layouts_are_equal_and_certified(tmp_path):
         and "8 ranks against one process" in done.out
         and "tolerance 1e-05" in done.out
     )
-    told = json.loads((tmp_path / "certificate.json").read_text())
-    assert told["passed"] and [entry["layout"] for entry in told["layouts"]] == [
+    certificate = json.loads((tmp_path / "certificate.json").read_text())
+    assert certificate["passed"] and [entry["layout"] for entry in certificate["layouts"]] == [
         {"data": 2, "tensor": 2, "pipeline": 2}, {"data": 1, "tensor": 2, "pipeline": 1},
     ]  # fmt: skip
-    one_process = [entry for entry in told["layouts"][0]["compared"] if "on tensor rank" not in entry["name"]]
-    assert len(one_process) == 2 * (2 + 2 * 21) and told["environment"]["packages"]["torch"]
+    one_process = [entry for entry in certificate["layouts"][0]["compared"] if "on tensor rank" not in entry["name"]]
+    assert len(one_process) == 2 * (2 + 2 * 21) and certificate["environment"]["packages"]["torch"]
 
 
 def test_what_cannot_be_laid_out_is_refused_before_anything_starts(tmp_path):
@@ -100,8 +100,8 @@ def resumed(place, tmp_path_factory) -> tuple[str, dict, Path, Path]:
 
 
 def test_a_resume_is_bit_equal_on_its_layout_and_token_equal_on_another(resumed):
-    told, document, runs, _ = resumed
-    assert "2 ranks; depth 2" in told and "6 rows of 64 tokens per step; 4 steps whole, and stopped after 2" in told
+    output, document, runs, _ = resumed
+    assert "2 ranks; depth 2" in output and "6 rows of 64 tokens per step; 4 steps whole, and stopped after 2" in output
     same, other = document["resumes"]
     assert (
         document["passed"]
@@ -115,7 +115,7 @@ def test_a_resume_is_bit_equal_on_its_layout_and_token_equal_on_another(resumed)
         and all(entry["within"] for entry in other["differences"])
     )
     assert min(entry["step"] for entry in other["differences"]) >= 2, "what is loaded is what was saved"
-    assert "  bit-equal: " in told and "rates of 0, losses within 1e-06" in told
+    assert "  bit-equal: " in output and "rates of 0, losses within 1e-06" in output
     assert [sorted(losses(runs / name)) for name in ("whole", "half", "onto-dp2-tp1-pp1")] == [
         [0, 1, 2, 3],
         [0, 1],
@@ -168,21 +168,21 @@ def test_a_momentum_changed_between_the_halves_is_named(resumed, tmp_path):
     changed(checkpoint(half, 2), "muon/transformer.h.1.mlp.c_fc.weight/momentum")
     after = copied(tmp_path, "half", tmp_path / "after")
     run_job(load_config(runs / "half.json"), after, 2, 4, every=1, resume=True)
-    verdict, found = compare_resumed_run(runs / "whole", half, after, order_of(config), exact=True)
+    verdict, differences = compare_resumed_run(runs / "whole", half, after, order_of(config), exact=True)
     assert (
         verdict == "different"
-        and found[0].description.startswith("muon/transformer.h.1.mlp.c_fc.weight/momentum: relative ")
-        and found[0].step == 2
+        and differences[0].description.startswith("muon/transformer.h.1.mlp.c_fc.weight/momentum: relative ")
+        and differences[0].step == 2
     )
     # had the file been right and been read wrongly, the first step after it would tell: its own momentum, and nothing
     # before it
-    verdict, found = compare_resumed_run(runs / "whole", runs / "half", after, order_of(config), exact=True)
-    assert verdict == "different" and (found[0].step, found[0].name) == (
+    verdict, differences = compare_resumed_run(runs / "whole", runs / "half", after, order_of(config), exact=True)
+    assert verdict == "different" and (differences[0].step, differences[0].name) == (
         3,
         "muon/transformer.h.1.mlp.c_fc.weight/momentum",
     )
-    verdict, found = compare_resumed_run(runs / "whole", half, after, order_of(config), exact=False)
-    assert verdict == "different" and found[0].step == 2, "what is saved has no tolerance on any layout"
+    verdict, differences = compare_resumed_run(runs / "whole", half, after, order_of(config), exact=False)
+    assert verdict == "different" and differences[0].step == 2, "what is saved has no tolerance on any layout"
 
 
 def test_swapped_streams_of_documents_are_named(resumed, tmp_path):
@@ -196,5 +196,7 @@ def test_swapped_streams_of_documents_are_named(resumed, tmp_path):
     refused = "the job half failed: .*stream_00001.npz .*documents that do not belong to stream 1"
     with pytest.raises(UserError, match=refused):
         run_job(load_config(runs / "half.json"), half, 2, 4, every=1, resume=True)
-    verdict, found = compare_resumed_run(runs / "whole", half, runs / "onto-dp2-tp1-pp1", order_of(config), exact=True)
-    assert verdict == "different" and found[0].name == "loader/stream_00001.npz: ledger"
+    verdict, differences = compare_resumed_run(
+        runs / "whole", half, runs / "onto-dp2-tp1-pp1", order_of(config), exact=True
+    )
+    assert verdict == "different" and differences[0].name == "loader/stream_00001.npz: ledger"

@@ -61,7 +61,7 @@ def pins(names: tuple[str, ...], environment: dict[str, str]) -> dict[str, str]:
                 (specifier,) = pin.specifier
                 assert specifier.operator == "=="
                 versions.setdefault(canonicalize_name(pin.name), set()).add(specifier.version)
-    assert all(len(found) == 1 for found in versions.values()), versions
+    assert all(len(each) == 1 for each in versions.values()), versions
     return {name: version for name, (version,) in versions.items()}
 
 

@@ -84,7 +84,7 @@ def test_tensors_come_back_and_the_index_is_json(tmp_path):
     )
 
 
-def test_rectangles_of_a_whole_are_read_on_their_own(tmp_path):
+def test_rectangles_of_a_whole_are_read_alone(tmp_path):
     tensors = some_tensors()
     path = save(tmp_path, tensors=tensors)
     part = torch.zeros(2, 3)
@@ -253,7 +253,7 @@ def test_a_folder_that_is_no_complete_checkpoint_is_refused(content, message, tm
         read_facts(path / "checkpoint.json")  # a file, or nothing
 
 
-def test_the_newest_complete_checkpoint_is_found_by_step(tmp_path):
+def test_the_newest_complete_checkpoint_has_the_highest_step(tmp_path):
     assert newest_complete(tmp_path / "none") == (None, [])
     for step in (2, 10, 999_999, 1_000_000):
         save(tmp_path, step)
@@ -272,7 +272,7 @@ def test_the_newest_complete_checkpoint_is_found_by_step(tmp_path):
     assert checkpoint_name(10) == "step_000010"
 
 
-def test_a_disk_that_is_too_small_is_told_before_writing(tmp_path):
+def test_a_disk_that_is_too_small_is_reported_before_writing(tmp_path):
     save(tmp_path)
     huge = torch.empty(1).expand(2**50)  # 4 PiB that take no memory
     with pytest.raises(

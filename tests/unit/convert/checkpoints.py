@@ -54,12 +54,12 @@ def values(dims, seed: int = 1) -> dict[str, torch.Tensor]:
 
 def rectangles(tensor: torch.Tensor, parts: int) -> list:
     """The tensor in parts of dim 0, as ranks would hold it."""
-    found, begin = [], 0
+    rows, begin = [], 0
     for part in tensor.tensor_split(parts):
         if len(part):
-            found.append(((begin, *(0,) * (tensor.ndim - 1)), tuple(part.shape), part))
+            rows.append(((begin, *(0,) * (tensor.ndim - 1)), tuple(part.shape), part))
         begin += len(part)
-    return found
+    return rows
 
 
 def make_run(
@@ -84,7 +84,7 @@ def make_run(
     save_tokenizer(folder / "tokenizer", tokenizer(), {"source": "tests"})
     (folder / "config.json").write_text(json.dumps(sections))
 
-    def own(step_folder: Path) -> None:
+    def write_rank_files(step_folder: Path) -> None:
         (step_folder / "random").mkdir()
         np.savez(step_folder / "random" / "rank_00000.npz", cpu=np.arange(5, dtype=np.uint8))
         header = {"step": 0, "rows": 4, "streams": 2, "row_tokens": 161}
@@ -93,7 +93,7 @@ def make_run(
         arrays |= {"counters": np.arange(5), "ledger": np.frombuffer(EMPTY_STREAM.ledger, np.uint8)}
         save_loader_state(step_folder / "loader", {"header": header, "streams": [arrays, arrays]}, [0, 1])
 
-    told = {
+    saved_facts = {
         "model": asdict(dims),
         "tokenizer": {"fingerprint": tokenizer().fingerprint, "vocab_size": VOCAB_SIZE},
         "loop": {"step": STEP, "training_s": 1.5, "skipped_steps": 0, "val_bpb": 2.5, "min_val_bpb": 2.25},
@@ -104,7 +104,14 @@ def make_run(
         "ledger": combined_ledger({0: EMPTY_STREAM.ledger, 1: EMPTY_STREAM.ledger}),
     }
     pieces = {name: (tuple(tensor.shape), rectangles(tensor, parts)) for name, tensor in tensors.items()}
-    save_checkpoint(folder / "checkpoints", STEP, pieces, told | (facts or {}), own, Axis("world", 1, 0, None, (0,)))
+    save_checkpoint(
+        folder / "checkpoints",
+        STEP,
+        pieces,
+        saved_facts | (facts or {}),
+        write_rank_files,
+        Axis("world", 1, 0, None, (0,)),
+    )
     return folder
 
 
@@ -138,21 +145,21 @@ def left_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def assert_same(found, wanted, where: str = "") -> None:
+def assert_same(actual, wanted, where: str = "") -> None:
     """Equal in structure, types, dtypes and every value."""
-    assert type(found) is type(wanted), f"{where}: {type(found)} and {type(wanted)}"
+    assert type(actual) is type(wanted), f"{where}: {type(actual)} and {type(wanted)}"
     if isinstance(wanted, torch.Tensor):
-        assert found.dtype == wanted.dtype and torch.equal(found, wanted), where
+        assert actual.dtype == wanted.dtype and torch.equal(actual, wanted), where
     elif isinstance(wanted, dict):
-        assert list(found) == list(wanted), where
+        assert list(actual) == list(wanted), where
         for key in wanted:
-            assert_same(found[key], wanted[key], f"{where}/{key}")
+            assert_same(actual[key], wanted[key], f"{where}/{key}")
     elif isinstance(wanted, (list, tuple)):
-        assert len(found) == len(wanted), where
-        for index, pair in enumerate(zip(found, wanted, strict=True)):
+        assert len(actual) == len(wanted), where
+        for index, pair in enumerate(zip(actual, wanted, strict=True)):
             assert_same(*pair, f"{where}/{index}")
     else:
-        assert found == wanted, where
+        assert actual == wanted, where
 
 
 def loaded(path):

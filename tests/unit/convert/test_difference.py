@@ -19,9 +19,9 @@ def run(tmp_path_factory):
 
 def test_another_layout_with_equal_tensors_is_equal(run, tmp_path, monkeypatch, capsys):
     other = make_run(tmp_path / "run", parts=3)
-    found = differences_between(run, step_folder(other))
-    assert [entry.kind for entry in found] and not any(entry.counts for entry in found)
-    assert {entry.name for entry in found if not entry.name.startswith("config.")} == {"layout.data"}
+    differences = differences_between(run, step_folder(other))
+    assert [entry.kind for entry in differences] and not any(entry.counts for entry in differences)
+    assert {entry.name for entry in differences if not entry.name.startswith("config.")} == {"layout.data"}
     status, out, _ = tool(monkeypatch, capsys, "diff", run, other)
     assert status == 0 and out.endswith("equal\n") and "layout.data: 1 and 3" in out
 
@@ -32,10 +32,10 @@ def test_changed_tensors_have_their_norms(run, tmp_path, monkeypatch, capsys):
         tensors["muon/transformer.h.1.mlp.c_fc.weight/momentum"][3, 2] += 0.25
 
     other = make_run(tmp_path / "run", parts=2, change=change)
-    found = {entry.name: entry for entry in differences_between(run, other) if entry.counts}
-    assert found.keys() == {"model/lm_head.weight", "muon/transformer.h.1.mlp.c_fc.weight/momentum"}
-    assert found["model/lm_head.weight"].relative == pytest.approx(0.5, rel=1e-6)
-    one = found["muon/transformer.h.1.mlp.c_fc.weight/momentum"]
+    differences = {entry.name: entry for entry in differences_between(run, other) if entry.counts}
+    assert differences.keys() == {"model/lm_head.weight", "muon/transformer.h.1.mlp.c_fc.weight/momentum"}
+    assert differences["model/lm_head.weight"].relative == pytest.approx(0.5, rel=1e-6)
+    one = differences["muon/transformer.h.1.mlp.c_fc.weight/momentum"]
     assert (one.elements, one.max_abs) == (1, pytest.approx(0.25, rel=1e-6))
     status, out, _ = tool(monkeypatch, capsys, "diff", run, other)
     assert status == 1 and "model/lm_head.weight: relative 5.000e-01" in out and out.endswith("2 differences\n")
@@ -55,11 +55,11 @@ def test_facts_loader_and_tensors_of_one_alone(run, tmp_path):
     with np.load(path) as saved:
         arrays = {name: saved[name] for name in saved.files}
     np.savez(path, **(arrays | {"counters": arrays["counters"] + 1}))
-    found = {(entry.kind, entry.name) for entry in differences_between(run, other) if entry.counts}
+    differences = {(entry.kind, entry.name) for entry in differences_between(run, other) if entry.counts}
     moved = ("loader", "loader/stream_00001.npz: counters")
     lacking = {("fact", "loop.skipped_steps"), ("fact", "loop.min_val_bpb")}
     assert (
-        found
+        differences
         == {("only", "model/new"), ("only", "adamw/lm_head.weight/exp_avg"), ("fact", "adamw_steps"), moved} | lacking
     )
 
@@ -76,9 +76,9 @@ def test_facts_loader_and_tensors_of_one_alone(run, tmp_path):
     ],
 )
 def test_one_tensor(left, right, relative, max_abs, elements):
-    found = compare_tensors("x", torch.tensor(left), torch.tensor(right))
-    assert (found.max_abs, found.elements) == (max_abs, elements)
-    assert found.relative == pytest.approx(relative) or math.isnan(relative)
+    difference = compare_tensors("x", torch.tensor(left), torch.tensor(right))
+    assert (difference.max_abs, difference.elements) == (max_abs, elements)
+    assert difference.relative == pytest.approx(relative) or math.isnan(relative)
 
 
 def test_equal_tensors_are_no_difference():

@@ -64,13 +64,16 @@ def theirs(tmp_path_factory):
 
 def test_ours_in_their_class(run, exported):
     """The logits are compared by the conversion; here that it compared them with transformers' model and is narrow."""
-    told = json.loads((exported.parent / "hf.certificate.json").read_text())
+    certificate = json.loads((exported.parent / "hf.certificate.json").read_text())
     assert (
-        told["passed"]
-        and told["numbers"]["largest_logit_difference"] < 5e-5
-        and told["numbers"]["argmax_agreement"] == 1
+        certificate["passed"]
+        and certificate["numbers"]["largest_logit_difference"] < 5e-5
+        and certificate["numbers"]["argmax_agreement"] == 1
     )
-    assert told["versions"]["transformers"] == transformers.__version__ and "54 padding rows" in told["remarks"][0]
+    assert (
+        certificate["versions"]["transformers"] == transformers.__version__
+        and "54 padding rows" in certificate["remarks"][0]
+    )
     model = transformers.AutoModelForCausalLM.from_pretrained(exported)
     assert type(model).__name__ == "NanoChatForCausalLM" and model.config.vocab_size == VOCAB_SIZE
     row = torch.randint(0, VOCAB_SIZE, (1, 12), generator=torch.Generator().manual_seed(0))
@@ -83,8 +86,8 @@ def test_the_first_nanochat_is_what_their_class_computes(tmp_path):
     export_checkpoint("nanochat", make_run(tmp_path / "run"), tmp_path / "nanochat")
     as_version(tmp_path / "nanochat", VERSIONS[-1])
     import_checkpoint("nanochat", tmp_path / "nanochat", tmp_path / "first", fresh_optimizer=True)
-    told = export_checkpoint("hf", tmp_path / "first", tmp_path / "hf")
-    assert told["passed"] and told["numbers"]["largest_logit_difference"] < 5e-5
+    certificate = export_checkpoint("hf", tmp_path / "first", tmp_path / "hf")
+    assert certificate["passed"] and certificate["numbers"]["largest_logit_difference"] < 5e-5
 
 
 def test_theirs_in_ours_and_back(theirs, tmp_path, monkeypatch, capsys):
@@ -103,8 +106,8 @@ def test_theirs_in_ours_and_back(theirs, tmp_path, monkeypatch, capsys):
         dict(sorted(load_file(tmp_path / "back" / "model.safetensors").items())),
         dict(sorted(load_file(theirs / "model.safetensors").items())),
     )
-    own, their = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "back", theirs))
-    assert {key for key in own if own[key] != their.get(key)} == {"bos_token_id", "eos_token_id"}
+    ours, their = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "back", theirs))
+    assert {key for key in ours if ours[key] != their.get(key)} == {"bos_token_id", "eos_token_id"}
 
 
 def test_large_ones_are_cut_into_files(run, exported, tmp_path, monkeypatch):
@@ -138,9 +141,9 @@ def test_the_check_with_their_class_finds_what_is_wrong(run, wrong, tmp_path, mo
     written = huggingface.config_of_dims
 
     def config_of_dims(dims, bos):
-        told = written(dims, bos)
-        told["rope_parameters"]["rope_theta"] = wrong.get("rope_theta", told["rope_parameters"]["rope_theta"])
-        return told | {"rms_norm_eps": wrong.get("eps", 1e-5), "final_logit_softcapping": wrong.get("cap", 15.0)}
+        settings = written(dims, bos)
+        settings["rope_parameters"]["rope_theta"] = wrong.get("rope_theta", settings["rope_parameters"]["rope_theta"])
+        return settings | {"rms_norm_eps": wrong.get("eps", 1e-5), "final_logit_softcapping": wrong.get("cap", 15.0)}
 
     monkeypatch.setattr(huggingface, "config_of_dims", config_of_dims)
     monkeypatch.setitem(huggingface.FIXED, "final_logit_softcapping", wrong.get("cap", 15.0))
@@ -159,9 +162,9 @@ def test_the_check_with_their_class_finds_what_is_wrong(run, wrong, tmp_path, mo
 
 def edit(folder, change):
     path = folder / "config.json"
-    told = json.loads(path.read_text())
-    change(told)
-    path.write_text(json.dumps(told))
+    settings = json.loads(path.read_text())
+    change(settings)
+    path.write_text(json.dumps(settings))
 
 
 def without(folder, key):
@@ -179,22 +182,25 @@ def without(folder, key):
             "is no whole safetensors file",
         ),
         (lambda f: without(f, "lm_head.weight"), "lm_head.weight is not among the weights"),
-        (lambda f: edit(f, lambda told: told.update(num_experts=8)), "num_experts is unknown to megachat"),
-        (lambda f: edit(f, lambda told: told.update(model_type="llama")), "a llama model"),
+        (lambda f: edit(f, lambda settings: settings.update(num_experts=8)), "num_experts is unknown to megachat"),
+        (lambda f: edit(f, lambda settings: settings.update(model_type="llama")), "a llama model"),
         (
-            lambda f: edit(f, lambda told: told.update(hidden_act="gelu")),
+            lambda f: edit(f, lambda settings: settings.update(hidden_act="gelu")),
             'hidden_act is "gelu", and megachat\'s model has "relu2"',
         ),
         (
-            lambda f: edit(f, lambda told: told["rope_parameters"].update(rope_type="yarn")),
+            lambda f: edit(f, lambda settings: settings["rope_parameters"].update(rope_type="yarn")),
             "rotary positions of type yarn",
         ),
         (
-            lambda f: edit(f, lambda told: told.update(intermediate_size=100)),
+            lambda f: edit(f, lambda settings: settings.update(intermediate_size=100)),
             "intermediate_size must be 4 x hidden_size",
         ),
-        (lambda f: edit(f, lambda told: told.update(vocab_size=340)), "embed_tokens.weight is|lm_head.weight is"),
-        (lambda f: edit(f, lambda told: told.pop("hidden_size")), "KeyError: 'hidden_size'"),
+        (
+            lambda f: edit(f, lambda settings: settings.update(vocab_size=340)),
+            "embed_tokens.weight is|lm_head.weight is",
+        ),
+        (lambda f: edit(f, lambda settings: settings.pop("hidden_size")), "KeyError: 'hidden_size'"),
         (lambda f: shutil.rmtree(f / "megachat_tokenizer"), "there is no tokenizer at .*megachat_tokenizer: give"),
     ],
 )

@@ -29,14 +29,17 @@ def copy(run, tmp_path):
 
 def test_inspect_tells_what_it_is(run, monkeypatch, capsys):
     status, out, _ = tool(monkeypatch, capsys, "inspect", run, "--json")
-    told = json.loads(out)
-    assert status == 0 and (told["form"], told["facts"]["step"], told["folder"]) == (
+    report = json.loads(out)
+    assert status == 0 and (report["form"], report["facts"]["step"], report["folder"]) == (
         "megachat",
         STEP,
         str(step_folder(run)),
     )
-    assert told["tensors"]["model/lm_head.weight"] == {"shape": [384, 48], "dtype": "float32"}
-    assert told["ledger"]["combined"] == told["facts"]["ledger"] and told["ledger"]["streams"].keys() == {"0", "1"}
+    assert report["tensors"]["model/lm_head.weight"] == {"shape": [384, 48], "dtype": "float32"}
+    assert report["ledger"]["combined"] == report["facts"]["ledger"] and report["ledger"]["streams"].keys() == {
+        "0",
+        "1",
+    }
     status, out, _ = tool(monkeypatch, capsys, "inspect", step_folder(run))
     lines = out.splitlines()
     for words in (
@@ -44,11 +47,11 @@ def test_inspect_tells_what_it_is(run, monkeypatch, capsys):
         "format_version: 2",
         "architecture_version: 2",
         "ledger of stream 1: ",
-        f"ledger of all streams: {told['facts']['ledger']}",
+        f"ledger of all streams: {report['facts']['ledger']}",
     ):
         assert any(words in line for line in lines), words
     assert any(line.split() == ["model/lm_head.weight", "float32", "[384,", "48]"] for line in lines)
-    assert sum("SHA-256" in line for line in lines) == len(told["files"])
+    assert sum("SHA-256" in line for line in lines) == len(report["files"])
 
 
 def test_a_whole_one_is_good(run, monkeypatch, capsys):
@@ -136,7 +139,7 @@ def outside_file(tensors, _):
         (lambda _, facts: facts["model"].update(experts=8), "has experts, which this version does not know"),
     ],
 )
-def test_holes_overlaps_and_other_tensors_are_found(copy, change, words, monkeypatch, capsys):
+def test_holes_overlaps_and_other_tensors_are_reported(copy, change, words, monkeypatch, capsys):
     resaved(copy, change)
     status, _, err = tool(monkeypatch, capsys, "verify", copy)
     assert status == 2 and words in err, err

@@ -59,9 +59,9 @@ def test_what_nanochat_wrote_comes_back_file_by_file(tmp_path, monkeypatch, caps
     assert tool(monkeypatch, capsys, "from-nanochat", reference.FOLDER, tmp_path / "run")[0] == 0
     assert tool(monkeypatch, capsys, "to-nanochat", tmp_path / "run", tmp_path / "back")[0] == 0
     for name in ("model_000020.pt", "optim_000020_rank0.pt", "tokenizer/token_bytes.pt"):
-        found, wanted = loaded(tmp_path / "back" / name), loaded(reference.FOLDER / name)
+        written, wanted = loaded(tmp_path / "back" / name), loaded(reference.FOLDER / name)
         assert_same(
-            dict(found) if isinstance(found, dict) else found,
+            dict(written) if isinstance(written, dict) else written,
             dict(wanted) if isinstance(wanted, dict) else wanted,
             name,
         )
@@ -88,8 +88,8 @@ def test_shards_are_cut_as_nanochat_cuts_them(run, exported, ranks):
             if group["kind"] == "adamw":
                 for number in group["params"]:
                     shape, state = model[weights[number]].shape, saved["state"][number]
-                    own = shape if ranks == 1 or shape.numel() < 1024 else (shape[0] // ranks, *shape[1:])
-                    assert state["step"] == STEP and state["exp_avg"].shape == state["exp_avg_sq"].shape == own
+                    shard = shape if ranks == 1 or shape.numel() < 1024 else (shape[0] // ranks, *shape[1:])
+                    assert state["step"] == STEP and state["exp_avg"].shape == state["exp_avg_sq"].shape == shard
             else:
                 shape, count = model[weights[group["params"][0]]].shape, len(group["params"])
                 chunk = -(-count // ranks)
@@ -124,8 +124,8 @@ def parameter_order(model):
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_shards_of_any_number_of_ranks_come_back(run, exported, ranks, tmp_path):
-    told = import_checkpoint("nanochat", exported[ranks], tmp_path / "back")
-    assert told["passed"] and len(told["source"]["files"]) == 2 + ranks
+    certificate = import_checkpoint("nanochat", exported[ranks], tmp_path / "back")
+    assert certificate["passed"] and len(certificate["source"]["files"]) == 2 + ranks
     assert {entry.name for entry in differences_between(tmp_path / "back", run) if entry.counts} == {
         "loss_scaler.cur_scale"
     }
@@ -167,7 +167,7 @@ def rates_of(run):
 
 
 def test_tables_in_bfloat16(run, tmp_path):
-    told = export_checkpoint("nanochat", run, tmp_path / "nanochat", tables="bfloat16")
+    certificate = export_checkpoint("nanochat", run, tmp_path / "nanochat", tables="bfloat16")
     model, state = (
         loaded(tmp_path / "nanochat" / name) for name in (f"model_{STEP:06d}.pt", f"optim_{STEP:06d}_rank0.pt")
     )
@@ -177,13 +177,16 @@ def test_tables_in_bfloat16(run, tmp_path):
         "value_embeds.2.weight",
     }
     assert state["state"][1]["exp_avg"].dtype == torch.bfloat16 and state["state"][0]["exp_avg"].dtype == torch.float32
-    assert 0 < told["numbers"]["largest_logit_difference"] < 0.25 and "rounded to bfloat16" in told["remarks"][0]
+    assert (
+        0 < certificate["numbers"]["largest_logit_difference"] < 0.25
+        and "rounded to bfloat16" in certificate["remarks"][0]
+    )
     import_checkpoint("nanochat", tmp_path / "nanochat", tmp_path / "back")
     export_checkpoint("nanochat", tmp_path / "back", tmp_path / "again", tables="bfloat16")
     assert_same(dict(loaded(tmp_path / "again" / f"model_{STEP:06d}.pt")), dict(model))
 
 
-def test_without_optimizer_state_it_begins_afresh_when_asked(exported, tmp_path):
+def test_without_optimizer_state_a_fresh_optimizer_must_be_requested(exported, tmp_path):
     shutil.copytree(exported[1], tmp_path / "weights")
     (tmp_path / "weights" / f"optim_{STEP:06d}_rank0.pt").unlink()
     with pytest.raises(UserError, match="no optimizer state of step 7"):
@@ -219,8 +222,8 @@ def test_older_versions_load_as_what_they_are(version, exported, tmp_path):
         assert torch.equal(whole[: len(tensor)], tensor) and not whole[len(tensor) :].any()
     plan = resolve(load_config(tmp_path / "run" / "config.json"), 1, VOCAB_SIZE)
     assert plan.rates["smear"] == 0  # the neutral values stay
-    told = export_checkpoint("nanochat", tmp_path / "run", tmp_path / "out")
-    assert f"written as a nanochat {version.dates} has it, without the optimizer's state" in told["remarks"]
+    certificate = export_checkpoint("nanochat", tmp_path / "run", tmp_path / "out")
+    assert f"written as a nanochat {version.dates} has it, without the optimizer's state" in certificate["remarks"]
     out = loaded(tmp_path / "out" / f"model_{STEP:06d}.pt")
     assert out.keys() == model.keys() and all(torch.equal(out[name][: len(model[name])], model[name]) for name in model)
 

@@ -59,16 +59,20 @@ def test_the_files_are_plain(run, exported):
             "muon/transformer.h.1.attn.c_k.weight/momentum" in file.keys()
             and "adamw/lm_head.weight/exp_avg_sq" in file.keys()
         )
-    told = json.loads((exported.parent / "plain.certificate.json").read_text())
-    assert told["passed"] and told["numbers"]["largest_logit_difference"] == 0 and told["tensors"]["different"] == 0
-    assert told["target"]["files"].keys() == {
+    certificate = json.loads((exported.parent / "plain.certificate.json").read_text())
+    assert (
+        certificate["passed"]
+        and certificate["numbers"]["largest_logit_difference"] == 0
+        and certificate["tensors"]["different"] == 0
+    )
+    assert certificate["target"]["files"].keys() == {
         str(path.relative_to(exported)) for path in exported.rglob("*") if path.is_file()
     }
     assert (
-        told["source"]["files"]["__0_0.distcp"]
-        and told["target"]["folder"] == str(exported)
-        and told["tolerance"]
-        and told["versions"]["torch"]
+        certificate["source"]["files"]["__0_0.distcp"]
+        and certificate["target"]["folder"] == str(exported)
+        and certificate["tolerance"]
+        and certificate["versions"]["torch"]
     )
 
 
@@ -106,7 +110,7 @@ def test_a_rename_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("command", "source"), [("to-safetensors", "run"), ("to-nanochat", "run"), ("from-safetensors", "exported")]
 )
-def test_a_disk_that_is_full_is_told_and_nothing_is_left(command, source, request, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_reported_and_nothing_is_left(command, source, request, tmp_path, monkeypatch, capsys):
     source = request.getfixturevalue(source)
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, unlimited[1]))  # a file cannot grow beyond it, as on a full disk
@@ -144,14 +148,14 @@ def flip(path):
         (lambda folder: (folder / "optimizer-00001.safetensors").unlink(), "optimizer-00001.safetensors is missing"),
         (lambda folder: (folder / "loader" / "stream_00000.npz").unlink(), "loader/stream_00000.npz is missing"),
         (lambda folder: cut(folder / "checkpoint_facts.json"), "checkpoint_facts.json cannot be read"),
-        (lambda folder: rewrite(folder, lambda told: told.update(plain_version=9)), "version 9"),
+        (lambda folder: rewrite(folder, lambda saved: saved.update(plain_version=9)), "version 9"),
         (
-            lambda folder: rewrite(folder, lambda told: told["facts"]["model"].update(experts=8)),
+            lambda folder: rewrite(folder, lambda saved: saved["facts"]["model"].update(experts=8)),
             "has experts, which this version does not know",
         ),
         (lambda folder: shutil.rmtree(folder / "tokenizer"), "tokenizer"),
         (
-            lambda folder: rewrite(folder, lambda told: told["files"].update({"loader/../../evil": {"bytes": 1}})),
+            lambda folder: rewrite(folder, lambda saved: saved["files"].update({"loader/../../evil": {"bytes": 1}})),
             "names a file outside its folder",
         ),
     ],
@@ -165,9 +169,9 @@ def test_bad_input_is_named(exported, damage, words, tmp_path, monkeypatch, caps
 
 
 def rewrite(folder, change):
-    told = json.loads((folder / "checkpoint_facts.json").read_text())
-    change(told)
-    (folder / "checkpoint_facts.json").write_text(json.dumps(told))
+    saved = json.loads((folder / "checkpoint_facts.json").read_text())
+    change(saved)
+    (folder / "checkpoint_facts.json").write_text(json.dumps(saved))
 
 
 def test_targets_and_sources_that_do_not_fit(run, exported, tmp_path):

@@ -295,7 +295,7 @@ def test_a_stream_of_empty_documents_is_an_error_of_next(tmp_path):
             next(loader)
 
 
-def test_damage_found_while_reading_is_an_error_of_next(tmp_path):
+def test_damage_met_while_reading_is_an_error_of_next(tmp_path):
     folder = write_folder(tmp_path, [random_texts(300, 1), ["b"] * 40], group=100)
     path = folder / "shard_00000.parquet"
     whole = bytearray(path.read_bytes())

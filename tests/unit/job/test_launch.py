@@ -110,12 +110,12 @@ def test_slurm_nodes_may_have_unequal_tasks():
 
 def test_rank_0_is_reached_by_a_network_that_all_hosts_have():
     bridge, data = "172.17.0.1/255.255.0.0", "10.0.0.{}/255.255.255.0"
-    own = ["192.168.5.1/255.255.255.0", bridge, data.format(1)]
-    hosts = [("a", own), ("a", own), ("b", [bridge, data.format(2)]), ("c", [bridge, data.format(3)])]
+    addresses = ["192.168.5.1/255.255.255.0", bridge, data.format(1)]
+    hosts = [("a", addresses), ("a", addresses), ("b", [bridge, data.format(2)]), ("c", [bridge, data.format(3)])]
     assert common_address(hosts) == "10.0.0.1"
-    assert common_address([("a", own), ("b", [bridge])]) == "192.168.5.1", "through a router"
+    assert common_address([("a", addresses), ("b", [bridge])]) == "192.168.5.1", "through a router"
     with pytest.raises(UserError, match="no network but loopback"):
-        common_address([("a", []), ("b", own)])
+        common_address([("a", []), ("b", addresses)])
 
 
 def test_collectives_use_the_network_of_rank_0():

@@ -151,7 +151,7 @@ def test_flex_attention_sees_the_window(kv_heads):
 
 
 @pytest.mark.parametrize(("name", "unlimited"), [("flash2", (-1, -1)), ("flash3", (-1, -1)), ("flash4", (None, None))])
-def test_flash_attention_gets_windows_in_its_own_convention(name, unlimited, monkeypatch):
+def test_flash_attention_gets_windows_in_its_convention(name, unlimited, monkeypatch):
     calls = []
 
     def flash_attn_func(q, k, v, *, causal, window_size):

@@ -101,7 +101,7 @@ def test_rounded_matrices_are_row_major_as_the_gpu_wants_them():
 
 
 @pytest.mark.parametrize("rows, columns", [(1, 128), (128, 1), (128, 128)])
-def test_tiles_have_scales_of_their_own(rows, columns):
+def test_each_tile_has_its_scale(rows, columns):
     x = case()[0].detach()
     x[:128, :128].clamp_(-1.75, 1.75)  # peaks for which the scale is a power of two by itself
     x[7] = 1.75

@@ -177,7 +177,7 @@ def test_compiled_layers_share_their_graphs(installed):
     assert first > 0 and len(compiled) == first and stand_in.contexts == [(True, "current")] * 6
 
 
-def test_attention_gets_windows_in_its_own_convention(installed):
+def test_attention_gets_windows_in_its_convention(installed):
     stand_in = StandIn()
     installed(stand_in, transformer_engine="2.20.2")
     attend, q, k = te.TEAttention(20), torch.randn(2, 20, 4, 16), torch.randn(2, 20, 2, 16)

@@ -41,7 +41,7 @@ def test_parameters_become_views_of_bfloat16_buckets_and_masters_stay_float32():
     assert first == second
 
 
-def test_float32_weights_are_their_own_masters():
+def test_float32_weights_are_the_masters():
     parameters, partition = _build()
     views = {shard.name: shard.rectangles[0][2] for shard in partition.state_shards() if shard.kind == "master"}
     assert all(views[name].data_ptr() == parameter.data_ptr() for name, parameter in parameters.items())

@@ -19,7 +19,7 @@ from megachat.planning.memory import (
 )
 from megachat.planning.plan import resolve, resolve_without_text
 from tests.harness import run_ranks
-from tests.training import SMALL_VOCAB, build, own_rows, random_rows, small_config, take_step
+from tests.training import SMALL_VOCAB, build, random_rows, rows_of_rank, small_config, take_step
 from tools.bench.live_bytes import LiveBytes
 
 LOOKUP = {"after_blocks": (1,), "rows": 400, "max_rows_per_token": 60}
@@ -82,7 +82,7 @@ def held(config) -> tuple[int, dict[str, int]]:
         "masters": sum(masters[place] for place in masters.keys() - weights.keys()),
     }
     actual |= {"moments": sum(storages(moments).values()), "activations": count["most"]}
-    assert len(own_rows(training, rows)) == plan.micro_rows * plan.accumulation
+    assert len(rows_of_rank(training, rows)) == plan.micro_rows * plan.accumulation
     return training.mesh.pipeline.rank, actual
 
 

@@ -263,6 +263,6 @@ def test_the_bubble_of_equal_stages_is_the_textbooks_and_unequal_ones_wait_longe
     assert bubble_share([6, 8], 8) > bubble_share([7, 7], 8)
 
 
-def test_a_pipeline_gets_enough_micro_batches_when_nobody_asked():
+def test_a_pipeline_gets_enough_micro_batches_by_default():
     plan = resolve(config(parallel={"pipeline": 2}, batch={"tokens": 2048 * 64}, horizon={"steps": 1}), 4, 32768)
     assert (plan.micro_rows, plan.accumulation) == (4, 8)

@@ -154,7 +154,7 @@ def check_recovery(folder, mirror, faults):
         ["cut", "500", "cut"],
     ],
 )
-def test_a_server_in_trouble_is_asked_again(tmp_path, mirror, faults):
+def test_a_request_to_a_failing_server_is_repeated(tmp_path, mirror, faults):
     sent = check_recovery(tmp_path, mirror, faults)
     assert "other range" in faults or sent <= 1 + len(faults) * _PIECE_BYTES / len(mirror.files["shard_00001.parquet"])
 
@@ -189,7 +189,7 @@ def test_parts_that_are_whole_or_of_another_file(tmp_path, mirror):
 
 
 @pytest.mark.parametrize("status", ["404", "403"])
-def test_a_refusal_is_not_asked_again(tmp_path, mirror, status):
+def test_a_refused_request_is_not_repeated(tmp_path, mirror, status):
     mirror.faults["shard_00009.parquet"] = [status] * 9
     with pytest.raises(UserError, match=f"shard_00009.parquet answers HTTP {status}: check --base-url and --shards"):
         download(tmp_path, mirror)

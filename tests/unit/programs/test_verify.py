@@ -47,9 +47,9 @@ def verdict(tmp_path, losses, **changes) -> dict:
 
 
 def test_rounding_is_equal_and_every_tensor_is_listed(tmp_path):
-    told = verdict(tmp_path, [7.0 * (1 + 5e-7), 6.0], gradient__first=[5e-6], weight__second=[9e-7])
-    assert told["passed"] and told["first_difference"] is None and told["layout"] == {"tensor": 2}
-    assert [entry["name"] for entry in told["compared"]] == [
+    report = verdict(tmp_path, [7.0 * (1 + 5e-7), 6.0], gradient__first=[5e-6], weight__second=[9e-7])
+    assert report["passed"] and report["first_difference"] is None and report["layout"] == {"tensor": 2}
+    assert [entry["name"] for entry in report["compared"]] == [
         name
         for step in (0, 1)
         for name in (
@@ -61,7 +61,7 @@ def test_rounding_is_equal_and_every_tensor_is_listed(tmp_path):
             f"weight/second, step {step}",
         )
     ]
-    assert json.loads(json.dumps(told)) == told
+    assert json.loads(json.dumps(report)) == report
 
 
 @pytest.mark.parametrize(
@@ -75,8 +75,8 @@ def test_rounding_is_equal_and_every_tensor_is_listed(tmp_path):
     ],
 )
 def test_the_first_difference_is_named(tmp_path, losses, changes, first):
-    told = verdict(tmp_path, losses, **changes)
-    assert not told["passed"] and told["first_difference"]["name"] == first
+    report = verdict(tmp_path, losses, **changes)
+    assert not report["passed"] and report["first_difference"]["name"] == first
 
 
 def test_a_weight_may_lack_its_decay_only_where_a_run_did_not_move_it(tmp_path):
@@ -106,17 +106,17 @@ def test_the_order_is_the_models():
 
 
 def test_a_config_is_scaled_down_and_runs_in_float32_with_equal_micro_batches():
-    asked = Config.model_validate({"model": {"depth": 24, "kv_heads": 3}, "parallel": {"sequence": True, "tensor": 4}})
-    found = verification_config(asked, data=2, tensor=2, pipeline=2, depth=4, rows_per_rank=6)
-    assert (found.model.depth, found.model.kv_heads, found.precision.compute) == (4, 3, "float32")
-    assert (found.parallel.tensor, found.parallel.pipeline, found.parallel.sequence) == (2, 2, True)
-    assert (found.batch.micro_rows, found.batch.accumulation) == (1, 6)
-    recomputed = asked.model_copy(update={"batch": BatchConfig(recompute="block", tokens=4096)})
-    found = verification_config(recomputed, data=2, tensor=1, pipeline=1, depth=4, rows_per_rank=6)
-    assert (found.batch.recompute, found.batch.tokens) == ("block", None)
-    resumed = resume_config(recomputed, found, 4, {"data": 1, "tensor": 1, "pipeline": 1}, exact=False)
+    config = Config.model_validate({"model": {"depth": 24, "kv_heads": 3}, "parallel": {"sequence": True, "tensor": 4}})
+    reduced = verification_config(config, data=2, tensor=2, pipeline=2, depth=4, rows_per_rank=6)
+    assert (reduced.model.depth, reduced.model.kv_heads, reduced.precision.compute) == (4, 3, "float32")
+    assert (reduced.parallel.tensor, reduced.parallel.pipeline, reduced.parallel.sequence) == (2, 2, True)
+    assert (reduced.batch.micro_rows, reduced.batch.accumulation) == (1, 6)
+    recomputed = config.model_copy(update={"batch": BatchConfig(recompute="block", tokens=4096)})
+    reduced = verification_config(recomputed, data=2, tensor=1, pipeline=1, depth=4, rows_per_rank=6)
+    assert (reduced.batch.recompute, reduced.batch.tokens) == ("block", None)
+    resumed = resume_config(recomputed, reduced, 4, {"data": 1, "tensor": 1, "pipeline": 1}, exact=False)
     assert (resumed.batch.recompute, resumed.batch.tokens) == ("block", 4 * 2048)
-    assert not verification_config(asked, data=1, tensor=1, pipeline=1, depth=None, rows_per_rank=6).parallel.sequence
+    assert not verification_config(config, data=1, tensor=1, pipeline=1, depth=None, rows_per_rank=6).parallel.sequence
 
 
 @pytest.mark.parametrize(
@@ -130,18 +130,18 @@ def test_a_config_is_scaled_down_and_runs_in_float32_with_equal_micro_batches():
     ],
 )
 def test_scaled_down_the_heads_stay_so_that_the_tensor_axis_fits(full):
-    asked = Config.model_validate({"model": full})
-    whole = resolve_dimensions(asked, SMALL_VOCAB)
+    config = Config.model_validate({"model": full})
+    whole = resolve_dimensions(config, SMALL_VOCAB)
     for depth in (1, 2, 3, 7, 20):
-        found = resolve_dimensions(
-            verification_config(asked, data=1, tensor=1, pipeline=1, depth=depth, rows_per_rank=1), SMALL_VOCAB
+        reduced = resolve_dimensions(
+            verification_config(config, data=1, tensor=1, pipeline=1, depth=depth, rows_per_rank=1), SMALL_VOCAB
         )
-        assert (found.depth, found.heads, found.kv_heads) == (
+        assert (reduced.depth, reduced.heads, reduced.kv_heads) == (
             depth,
             whole.heads,
             whole.kv_heads,
-        ) and found.width == found.heads * found.head_size
-        assert found.width <= whole.width or depth > whole.depth
+        ) and reduced.width == reduced.heads * reduced.head_size
+        assert reduced.width <= whole.width or depth > whole.depth
 
 
 def test_absurd_sizes_on_the_command_line_are_one_sentence():

@@ -128,7 +128,7 @@ def test_kernels_have_the_part_that_launched_them():
     assert covers(step, 100, 200) == [*expected, (180, 185, GAP), (185, 190, OTHER), (190, 200, GAP)]
 
 
-def test_what_cannot_be_told_apart_is_drawn_as_one():
+def test_what_cannot_be_distinguished_is_drawn_as_one():
     assert join_spans([(0, 1), (1.1, 2), (5, 6), (6.29, 7), (8, 9)]) == [(0, 2), (5, 7), (8, 9)]
     parts = {name: {"ms": 0.0, "share": 0.0} for name in PARTS} | {
         "forward": {"ms": 4.0, "share": 0.5},

@@ -44,7 +44,7 @@ def content_of(folder):
 
 
 @pytest.mark.slow
-def test_python_source_in_a_process_of_its_own(tmp_path):
+def test_python_source_in_a_separate_process(tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "tools/prepare_data.py", "--source", "python", "--out", str(out)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

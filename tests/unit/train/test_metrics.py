@@ -259,7 +259,7 @@ def test_a_console_that_fails_is_recorded_once(tmp_path, monkeypatch):
     assert lines(tmp_path) == [train_line(0), lost, train_line(1), train_line(2)]
 
 
-def test_a_wandb_that_is_not_installed_is_told(tmp_path, monkeypatch):
+def test_a_wandb_that_is_not_installed_is_reported(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # what Python keeps for "there is none"
     check_wandb(LogConfig())
     with pytest.raises(UserError, match='log.wandb is "online" but wandb is not installed'):
