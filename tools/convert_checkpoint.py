@@ -14,11 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that was not installed
 
-from megachat.convert.conversion import certificate_path, export_checkpoint, import_checkpoint  # noqa: E402
-from megachat.convert.differences import compare_checkpoints  # noqa: E402
-from megachat.convert.formats import open_checkpoint  # noqa: E402
-from megachat.convert.inspection import format_inspection, inspect_checkpoint, verify_checkpoint  # noqa: E402
 from megachat.errors import UserError, user_errors_end_the_program  # noqa: E402
+
+# Commands import what they need after the command line is parsed: torch takes seconds.
 
 # Format's command -> (help of "to", help of "from").
 ABOUT = {
@@ -29,11 +27,16 @@ ABOUT = {
 
 
 def inspect_command(checkpoint: Path, step: int | None, as_json: bool) -> None:
+    from megachat.convert.formats import open_checkpoint
+    from megachat.convert.inspection import format_inspection, inspect_checkpoint
+
     values = inspect_checkpoint(open_checkpoint(checkpoint, step))
     print(json.dumps(values, indent=1) if as_json else format_inspection(values))
 
 
 def verify_command(checkpoint: Path) -> None:
+    from megachat.convert.inspection import verify_checkpoint
+
     checked, problems = verify_checkpoint(checkpoint)
     if problems:
         raise UserError("\n".join(f"{checkpoint}: {problem}" for problem in problems))
@@ -41,6 +44,9 @@ def verify_command(checkpoint: Path) -> None:
 
 
 def diff_command(left: Path, right: Path) -> int:
+    from megachat.convert.differences import compare_checkpoints
+    from megachat.convert.formats import open_checkpoint
+
     differences = compare_checkpoints(open_checkpoint(left), open_checkpoint(right))
     for difference in differences:
         print(f"{difference.kind:6} {difference}")
@@ -49,9 +55,12 @@ def diff_command(left: Path, right: Path) -> int:
     return 1 if counted else 0
 
 
-def convert_command(convert, source: Path, target: Path, **options) -> None:
-    """Converts and prints what the proof measured."""
-    certificate = convert(source, target, **options)
+def convert_command(direction: str, name: str, source: Path, target: Path, **options) -> None:
+    """Converts "to" or "from" the named format and prints what the proof measured."""
+    from megachat.convert.conversion import certificate_path, export_checkpoint, import_checkpoint
+
+    convert = export_checkpoint if direction == "to" else import_checkpoint
+    certificate = convert(name, source, target, **options)
     numbers = certificate["numbers"]
     print(
         f"wrote {target}: {certificate['tensors']['compared']} tensors equal; over {numbers['positions']} positions "
@@ -80,10 +89,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("verify", verify_command, "check that all files are as saved and all tensors whole", checkpoint="CHECKPOINT")
     add("diff", diff_command, "show which tensors and facts differ, and by how much", left="LEFT", right="RIGHT")
     for name, (about_export, about_import) in ABOUT.items():
-        run = partial(convert_command, partial(export_checkpoint, name))
-        export = add(f"to-{name}", run, about_export, source="CHECKPOINT", target="FOLDER")
-        run = partial(convert_command, partial(import_checkpoint, name))
-        imported = add(f"from-{name}", run, about_import, source="FOLDER", target="TARGET")
+        export = add(
+            f"to-{name}", partial(convert_command, "to", name), about_export, source="CHECKPOINT", target="FOLDER"
+        )
+        imported = add(
+            f"from-{name}", partial(convert_command, "from", name), about_import, source="FOLDER", target="TARGET"
+        )
         imported.epilog = "TARGET is a new run folder, or a new step's folder (step_000020) without a run around it."
         for command in (export, imported):
             command.add_argument("--tokenizer", type=Path, help="its folder, if it is not detected automatically")

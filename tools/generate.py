@@ -15,12 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that was not installed
 
-from megachat.convert.formats import open_checkpoint  # noqa: E402
-from megachat.convert.tokenizers import load_tokenizer_of  # noqa: E402
 from megachat.errors import UserError, user_errors_end_the_program  # noqa: E402
-from megachat.evals.growing_text import parse_stops  # noqa: E402
-from megachat.evals.sampling import Sampling  # noqa: E402
-from megachat.programs.generate import PromptContinuer, load_model, read_prompts  # noqa: E402
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -50,6 +45,13 @@ def command_line() -> argparse.ArgumentParser:
 @user_errors_end_the_program
 def main(arguments: list[str] | None = None) -> None:
     options = command_line().parse_args(arguments)
+    # after the command line: these import torch, which takes seconds
+    from megachat.convert.formats import open_checkpoint
+    from megachat.convert.tokenizers import load_tokenizer_of
+    from megachat.evals.growing_text import parse_stops
+    from megachat.evals.sampling import Sampling
+    from megachat.programs.generate import PromptContinuer, load_model, read_prompts
+
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     for option in ("tokens", "batch"):
         if getattr(options, option) < 1:

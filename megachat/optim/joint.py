@@ -4,8 +4,9 @@ Both optimizers use the same gradient norm, clipping factor, loss scale and deci
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -17,17 +18,24 @@ from megachat.parallel.mesh import Mesh
 from megachat.parallel.progress import profile_range
 
 
+class Requests(NamedTuple):
+    """What ranks request during a step. Each rank passes its requests to the step and gets back those of any rank."""
+
+    stop: bool = False  # save and end the job after this step
+    save_failed: bool = False  # end the job with the error of the save in progress
+
+
 @dataclass(frozen=True)
 class StepOutcome:
     """The result of a step, equal on all ranks.
 
     norm: of the whole gradient, without loss scale, before clipping; inf if it was not finite. skipped: whether the
-    gradient was not finite, so that nothing was changed. requests: for each request, whether any rank made it.
+    gradient was not finite, so that nothing was changed. requests: those that any rank made.
     """
 
     norm: float
     skipped: bool
-    requests: tuple[bool, ...]
+    requests: Requests
 
 
 @torch.no_grad()
@@ -37,15 +45,15 @@ def optimizer_step(
     mesh: Mesh,
     sum_of_squares: SumOfSquares,
     *,
-    requests: Sequence[bool] = (),
+    requests: Requests = Requests(),
     before_update: Callable[[], object] | None = None,
     inspect_gradients: Callable[[], object] | None = None,
 ) -> StepOutcome:
     """Updates the weights with the reduced gradients, or skips the step on all ranks; all ranks call it.
 
-    requests: this rank's flags, the same number on every rank; the all-reduce of the norm carries them.
-    inspect_gradients: called when all gradients are reduced, and not yet clipped or discarded. before_update: called
-    before any weight or state changes.
+    requests: of this rank; the all-reduce of the norm carries them. inspect_gradients: called when all gradients are
+    reduced, and not yet clipped or discarded. before_update: called before the first weight or state changes, on all
+    ranks or, in a skipped step, on none.
     """
     # 1. Gradients: ZeRO has averaged AdamW's shares; Muon's last buckets may still be in flight.
     muon.wait_for_reduce()
@@ -62,10 +70,10 @@ def optimizer_step(
 
     # 3. If the norm is finite, update. One factor undoes the loss scale and clips; ZeRO computes the same for AdamW.
     #    Muon only launches the gathers of its weights: each layer waits for them in the next forward pass.
-    if before_update:
-        before_update()
     norm = scaled_norm / adamw.loss_scale
     if finite:
+        if before_update:
+            before_update()
         gradient_scale = 1.0 / adamw.loss_scale
         if adamw.clip_grad > 0:
             gradient_scale = gradient_scale / ((norm + 1e-6) / adamw.clip_grad).clamp_min(1.0)
@@ -74,5 +82,5 @@ def optimizer_step(
     else:  # 4. Otherwise no rank changes a weight or a state; float16's loss scale decreases.
         muon.discard_gradients()
         adamw.apply(torch.full_like(scaled_norm, torch.inf))
-    counts = joint[1:].tolist()
-    return StepOutcome(norm.item() if finite else math.inf, not finite, tuple(count > 0 for count in counts))
+    requested = Requests(*(ranks > 0 for ranks in joint[1:].tolist()))
+    return StepOutcome(norm.item() if finite else math.inf, not finite, requested)

@@ -9,6 +9,7 @@ The result depends only on the gradients. Buckets, owners and the tensor axis do
 changes before step(), so a step can be abandoned until then.
 """
 
+from enum import Enum, auto
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,15 @@ from megachat.parallel.progress import profile_range
 from megachat.parallel.rectangles import Rectangle, flat_rectangles
 
 _REDUCES_IN_FLIGHT = 2  # buckets with wire buffers at a time: one is in flight while the next is packed
+
+
+class Phase(Enum):
+    """The phases of a step, in order. Each is begun by the call that its comment names."""
+
+    BACKWARD = auto()  # step() or discard_gradients(): hooks add gradients to the buckets
+    LAST_BACKWARD = auto()  # start_async_reduce(): hooks also start the reduce of each bucket that is complete
+    REDUCING = auto()  # start_reduce(): all reduces are started, no gradient may arrive
+    REDUCED = auto()  # wait_for_reduce(): the reduced gradients may be read
 
 
 class MuonShard(NamedTuple):
@@ -44,10 +54,9 @@ class MuonPartition:
     names, with whole shapes. gradient_wire: dtype in which gradients are sent. bfloat16 gradients are summed in
     float32 and in rank order. One data rank sends and rounds nothing.
 
-    Hooks collect the gradients during backward and set `grad` to None. A missing gradient counts as zero.
-    The caller of a step calls start_async_reduce() before the last backward pass (optional: without it, all reduces
-    start after backward), then start_reduce(), wait_for_reduce() and sum_of_squares(), then step() or
-    discard_gradients(). Before it reads parameters, it calls wait_for_gather(), or wait_for_layer() for each block.
+    Hooks collect the gradients during backward and set `grad` to None. A missing gradient counts as zero. The caller
+    begins each Phase of a step; start_async_reduce() is optional: without it, all reduces start after backward. Before
+    it reads parameters, it calls wait_for_gather(), or wait_for_layer() for each block.
     Raises ValueError for names, shapes, cuts or dtypes that do not match, RuntimeError for calls out of order and for
     plans that differ between ranks.
     """
@@ -94,15 +103,15 @@ class MuonPartition:
         self._lr = {matrix.multiplier: torch.zeros((), device=device) for matrix in self.plan.matrices}
         self._weight_decay, self._momentum = torch.zeros((), device=device), torch.zeros((), device=device)
         self._beta2 = torch.tensor(beta2, dtype=torch.float32, device=device)
-        self._forget_gradients()
+        self._begin_step()
         self._move_into_buckets(parameters)
 
-    def _forget_gradients(self) -> None:
+    def _begin_step(self) -> None:
+        self._phase = Phase.BACKWARD
         self._collected: set[int] = set()  # matrices with a gradient in this step
-        # by bucket, from start_async_reduce() on: matrices without a gradient in the last micro-batch
-        self._missing: list[set[int]] | None = None
-        self._reduces_started = 0  # in this step; buckets start in order, so these are the first ones
-        self._start_reduce_called = False
+        # by bucket: matrices whose gradient of the last micro-batch has not arrived
+        self._missing = [set(bucket.layout.matrices) for bucket in self._buckets]
+        self._reduces_started = 0  # buckets start in order, so these are the first ones
 
     @torch.no_grad()
     def _move_into_buckets(self, parameters: dict[str, torch.nn.Parameter]) -> None:
@@ -132,16 +141,15 @@ class MuonPartition:
         A hook starts the reduce of a bucket when its gradients are complete and the reduces of all buckets before it
         are started. So every rank starts the reduces in the order of the plan.
         """
-        if self._start_reduce_called or self._reduces_started:
-            raise RuntimeError("start_async_reduce() must precede the reduces of a step, but some are started already")
-        self._missing = [set(bucket.layout.matrices) for bucket in self._buckets]
+        self._require("start_async_reduce", Phase.BACKWARD)
+        self._phase = Phase.LAST_BACKWARD
 
     def _gradient_hook(self, bucket: BucketMemory, index: int):
         """Returns the hook that moves a parameter's gradient into its bucket."""
 
         @torch.no_grad()
         def collect(parameter: torch.nn.Parameter) -> None:
-            if self._start_reduce_called or bucket.number < self._reduces_started:
+            if bucket.number < self._reduces_started:
                 raise RuntimeError(
                     f"a gradient of {self.plan.matrices[index].name} arrived after the reduce of its bucket was "
                     "started and before step() or discard_gradients()"
@@ -154,7 +162,7 @@ class MuonPartition:
                 total.copy_(gradient)
                 self._collected.add(index)
             parameter.grad = None
-            if self._missing is not None:
+            if self._phase is Phase.LAST_BACKWARD:
                 self._missing[bucket.number].discard(index)
                 while self._reduces_started < len(self._buckets) and not self._missing[self._reduces_started]:
                     self._start_next_reduce()
@@ -164,11 +172,10 @@ class MuonPartition:
     @torch.no_grad()
     def start_reduce(self) -> None:
         """Starts the mean of the gradients over the data axis for all buckets that the hooks have not started yet."""
-        if self._start_reduce_called:
-            raise RuntimeError("start_reduce() was called twice without step() or discard_gradients() in between")
+        self._require("start_reduce", Phase.BACKWARD, Phase.LAST_BACKWARD)
         while self._reduces_started < len(self._buckets):
             self._start_next_reduce()
-        self._start_reduce_called = True
+        self._phase = Phase.REDUCING
 
     def _start_next_reduce(self) -> None:
         bucket = self._buckets[self._reduces_started]
@@ -184,33 +191,34 @@ class MuonPartition:
     @torch.no_grad()
     def wait_for_reduce(self) -> None:
         """Returns when the reduced gradients may be read."""
+        self._require("wait_for_reduce", Phase.REDUCING)
         with profile_range("reduce"):
             for bucket in self._buckets:
                 bucket.finish_reduce()
+        self._phase = Phase.REDUCED
 
     @torch.no_grad()
     def sum_of_squares(self) -> torch.Tensor:
         """Returns the sum of squares of this rank's shards of the reduced gradients, 0-d float32, inf and nan included.
         The sum over the grid counts every element once."""
-        self._require_start_reduce("sum_of_squares")
-        self.wait_for_reduce()
+        self._require("sum_of_squares", Phase.REDUCED)
         reduced = [bucket.reduced for bucket in self._buckets]
         return self._squares(reduced) if reduced else torch.zeros_like(self._momentum)
 
     def discard_gradients(self) -> None:
         """Ends the step without an update; no state changes. Like step(), all ranks must call it."""
-        if self._missing is not None and not self._start_reduce_called:
+        if self._phase is Phase.LAST_BACKWARD:
             self.start_reduce()  # the hooks of other ranks may have started more reduces than this rank's
-        self.wait_for_reduce()
-        self._forget_gradients()
+        if self._phase is Phase.REDUCING:
+            self.wait_for_reduce()
+        self._begin_step()
         self.matrices_updated = 0
 
     @torch.no_grad()
     def step(self, gradient_scale: float | torch.Tensor) -> None:
         """Updates the masters with the reduced gradients times `gradient_scale` and starts the gathers of the weights.
         The gathers follow the order of the forward pass; buckets without exchange come first."""
-        self._require_start_reduce("step")
-        self.wait_for_reduce()
+        self._require("step", Phase.REDUCED)
         self.wait_for_gather()  # gathers of the previous step still read the weights
         self.matrices_updated = 0
         sent, returned = [], []
@@ -229,7 +237,7 @@ class MuonPartition:
                 self._apply(bucket, receive_results())
         for bucket, receive_results in returned:
             self._apply(bucket, receive_results())
-        self._forget_gradients()
+        self._begin_step()
 
     def _orthogonalize(self, index: int, update: torch.Tensor) -> Result:
         """Does the whole-matrix part of the step on the owner rank, and updates the second moment."""
@@ -269,9 +277,10 @@ class MuonPartition:
             for bucket in self._layer_buckets.get(layer, []):
                 bucket.gather.wait()
 
-    def _require_start_reduce(self, call: str) -> None:
-        if not self._start_reduce_called:
-            raise RuntimeError(f"{call}() was called before start_reduce()")
+    def _require(self, call: str, *phases: Phase) -> None:
+        if self._phase not in phases:
+            expected = " or ".join(phase.name for phase in phases)
+            raise RuntimeError(f"{call}() was called in phase {self._phase.name} of a step, expected {expected}")
 
     # ---- state
 
@@ -296,7 +305,7 @@ class MuonPartition:
     def gradient_shards(self) -> list[MuonShard]:
         """Returns the reduced "gradient" of every matrix as views of live memory. Valid between wait_for_reduce() and
         step() or discard_gradients()."""
-        self._require_start_reduce("gradient_shards")
+        self._require("gradient_shards", Phase.REDUCED)
         return [
             self._shard("gradient", index, bucket, bucket.reduced)
             for bucket in self._buckets

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import tiktoken
-import torch
 
 from megachat.data.shards import open_shards, split_shards
 from megachat.data.texts import REFUSE, BadTexts, read_shard_texts
@@ -127,6 +126,8 @@ def import_nanochat(folder: str | Path) -> Tokenizer:
 
 def export_nanochat(tokenizer: Tokenizer, folder: str | Path) -> None:
     """Writes nanochat's tokenizer folder: tokenizer.pkl, a tiktoken.Encoding, and token_bytes.pt, int32 [vocab]."""
+    import torch  # here: the other functions do not need it, and importing it takes seconds
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     encoding = tiktoken.Encoding(

@@ -13,11 +13,9 @@ import tempfile
 from pathlib import Path
 
 from megachat.config import Config, load_config
-from megachat.data.tokenizer import load_tokenizer
+from megachat.data.tokenizer import METADATA_FILE, load_tokenizer
 from megachat.errors import UserError
 from megachat.files import write_atomically
-from megachat.job.launch import describe_environment
-from megachat.job.local_ranks import parse_layout, run_local_ranks
 
 DEFAULT_VOCABULARY = 4096
 
@@ -35,6 +33,8 @@ def _run_rank(*arguments) -> None:
 
 def run_ranks(config: Config, world: int, vocab_size: int, folder: Path, reference: Path | None) -> None:
     """Runs `verify_layout.run_rank` on `world` new processes. Raises UserError naming the first rank that failed."""
+    from megachat.job.local_ranks import run_local_ranks
+
     folder.mkdir()
     preload = ["megachat.programs.verify_layout"]
     run_local_ranks(_run_rank, world, config, vocab_size, folder, reference, preload=preload)
@@ -79,18 +79,21 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Verifies every layout, writes the certificate and returns the exit status."""
     arguments = parse_arguments()
+    # after the command line: these import torch and DeepSpeed, which takes seconds
+    import torch
+
+    from megachat.job.launch import describe_environment
+    from megachat.job.local_ranks import parse_layout
+    from megachat.programs.verify_layout import verify_layout
+    from megachat.programs.verify_resume import verify_resumes
+
     config = load_config(arguments.config, arguments.set)
     layouts = [parse_layout(text) for text in arguments.layout or ["dp=1"]]
     targets = [parse_layout(text) for text in arguments.onto]
     vocab_size = config.model.vocab_size
     if vocab_size is None:
-        exists = (Path(config.data.tokenizer) / "tokenizer.json").exists()
+        exists = (Path(config.data.tokenizer) / METADATA_FILE).exists()
         vocab_size = load_tokenizer(config.data.tokenizer).vocab_size if exists else DEFAULT_VOCABULARY
-    import torch
-
-    from megachat.programs.verify_layout import verify_layout  # imports DeepSpeed, which takes seconds: after parsing
-    from megachat.programs.verify_resume import verify_resumes
-
     sizes = {"depth": arguments.depth, "rows": arguments.rows}
     certificates = []
     with contextlib.ExitStack() as stack:

@@ -3,7 +3,7 @@
 import math
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from megachat.device import synchronize
 from megachat.errors import UserError
 from megachat.optim.groups import GROUPS
-from megachat.optim.joint import StepOutcome, optimizer_step
+from megachat.optim.joint import Requests, StepOutcome, optimizer_step
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.progress import profile_range
 from megachat.schedule import scheduled_values
@@ -25,7 +25,7 @@ class StepResult:
     """The result of one training step.
 
     loss: mean over tokens and ranks, nats. norm: of the whole gradient before clipping, inf if it was not finite.
-    seconds: wall time. requests: for each request passed to `train_step`, whether any rank made it.
+    seconds: wall time. requests: those that any rank made.
     """
 
     loss: float
@@ -33,7 +33,7 @@ class StepResult:
     skipped: bool
     rate_multiplier: float
     seconds: float
-    requests: tuple[bool, ...]
+    requests: Requests
 
 
 def set_schedules(run: Training, step: int) -> float:
@@ -60,7 +60,7 @@ def update(
     run: Training,
     rows: torch.Tensor,
     *,
-    requests: Sequence[bool] = (),
+    requests: Requests = Requests(),
     before_update: Callable[[], object] | None = None,
     inspect_gradients: Callable[[], object] | None = None,
 ) -> tuple[torch.Tensor, StepOutcome]:
@@ -85,7 +85,7 @@ def update(
 
 
 def train_step(
-    run: Run, step: int, *, requests: Sequence[bool] = (), before_update: Callable[[], object] | None = None
+    run: Run, step: int, *, requests: Requests = Requests(), before_update: Callable[[], object] | None = None
 ) -> StepResult:
     """Runs step `step`. Raises UserError on all ranks if the loss is not finite; in that case no weight has changed."""
     progress = run.mesh.world.progress

@@ -8,6 +8,7 @@ from pathlib import Path
 from megachat.checkpoint.facts import checkpoint_step
 from megachat.checkpoint.saver import Saver
 from megachat.errors import UserError
+from megachat.optim.joint import Requests
 from megachat.parallel.collectives import all_gather_objects
 from megachat.train.build import Run
 from megachat.train.compiled import NewGraphs
@@ -71,10 +72,10 @@ class Trainer:
         stopped = self._run_tasks(tasks, stop=False)
         while state.step < run.plan.stop_step and not stopped:
             self.last_result = self._step()
-            stop, save_failed = self.last_result.requests
-            if save_failed:
+            requests = self.last_result.requests
+            if requests.save_failed:
                 self.saver.wait()  # raises on every rank: a save fails on all ranks or on none
-            stopped = self._run_tasks([task for task in self.tasks if task.due(self)], stop)
+            stopped = self._run_tasks([task for task in self.tasks if task.due(self)], requests.stop)
         with run.mesh.world.progress.long_running("saving the checkpoint"):
             self.saver.wait(blocks=True)
         self._log_saves()
@@ -91,7 +92,7 @@ class Trainer:
         self.before_step(state.step)
         self._graphs.count()  # leave out the graphs that evaluation compiled since the last step
         with self._long_running("first step" if first else ""):
-            requests = (self.stop_requested(), self.saver.failed)
+            requests = Requests(stop=self.stop_requested(), save_failed=self.saver.failed)
             result = train_step(self.run, state.step, requests=requests, before_update=self.saver.wait_copied)
         self._skips_in_a_row = self._skips_in_a_row + 1 if result.skipped else 0
         if self._skips_in_a_row > MAX_SKIPS_IN_A_ROW:

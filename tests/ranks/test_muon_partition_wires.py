@@ -165,6 +165,7 @@ def _started_by_micro_batch(layout):
             backward(parameters, matrices, mesh, 0)
             counts.append(len(recorder.take()))
         partition.start_reduce()
+        partition.wait_for_reduce()
         finish()
     return counts, len(partition.plan.buckets)
 

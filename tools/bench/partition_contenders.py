@@ -92,6 +92,7 @@ class Megachat(Contender):
         self.partition.start_async_reduce()
         self.loss(gradients).backward()
         self.partition.start_reduce()
+        self.partition.wait_for_reduce()
         self.partition.step(1.0)
         self.partition.wait_for_gather()
 

@@ -60,6 +60,7 @@ def test_a_step_equals_the_reference_step_with_the_scaled_gradient(scale):
     _backward(parameters, 3.0)
     partition.set_hyper(0.02, 0.1, 0.9)
     partition.start_reduce()
+    partition.wait_for_reduce()
     assert float(partition.sum_of_squares()) == pytest.approx(
         sum((4 * w.cos()).square().sum().item() for w in before.values()), rel=1e-5
     )
@@ -86,20 +87,24 @@ def test_loaded_masters_reach_the_weights():
 
 def test_calls_out_of_order_are_refused():
     parameters, partition = _build()
-    with pytest.raises(RuntimeError, match=r"^step\(\).*start_reduce"):
-        partition.step(1.0)
-    with pytest.raises(RuntimeError, match=r"^sum_of_squares\(\).*start_reduce"):
-        partition.sum_of_squares()
+    for call in (lambda: partition.step(1.0), partition.sum_of_squares, partition.gradient_shards):
+        with pytest.raises(RuntimeError, match=r"\(\) was called in phase BACKWARD of a step, expected REDUCED"):
+            call()
+    with pytest.raises(RuntimeError, match=r"^wait_for_reduce\(\).* BACKWARD .* REDUCING$"):
+        partition.wait_for_reduce()
     _backward(parameters)
     partition.start_reduce()
-    with pytest.raises(RuntimeError, match=r"start_reduce\(\).*twice"):
+    with pytest.raises(RuntimeError, match=r"^start_reduce\(\).* REDUCING .* BACKWARD or LAST_BACKWARD"):
         partition.start_reduce()
+    with pytest.raises(RuntimeError, match=r"^step\(\).* REDUCING .* REDUCED"):
+        partition.step(1.0)
     with pytest.raises(RuntimeError, match="first|second|tiny"):
         _backward(parameters)
     with pytest.raises(RuntimeError, match="start_async_reduce"):
         partition.start_async_reduce()
     partition.discard_gradients()
     partition.start_reduce()
+    partition.wait_for_reduce()
     assert partition.sum_of_squares() == 0, "dropped gradients must not come back"
 
 
@@ -113,6 +118,7 @@ def test_a_gradient_after_its_reduce_was_started_is_refused():
     partition.start_async_reduce()
     _backward(parameters)
     partition.start_reduce()
+    partition.wait_for_reduce()
     assert partition.sum_of_squares() > 0
     with pytest.raises(RuntimeError, match="start_async_reduce"):
         partition.start_async_reduce()
@@ -122,6 +128,7 @@ def test_a_partition_without_matrices():
     partition = MuonPartition({}, [], ALONE, compute_dtype=torch.float32, gradient_wire=torch.float32, beta2=0.9)
     partition.start_async_reduce()
     partition.start_reduce()
+    partition.wait_for_reduce()
     assert partition.sum_of_squares() == 0
     partition.step(1.0)
     partition.wait_for_layer(0)

@@ -8,12 +8,32 @@ import pytest
 
 from tests.runs.job import ROOT
 
-PROGRAMS = sorted((ROOT / "tools").glob("*.py"))
+TOOLS = sorted((ROOT / "tools").glob("*.py"))
+PROGRAMS = [*TOOLS, *sorted((ROOT / "launch").glob("*.py"))]
 STARTED_BY_BENCH = {"checkpoint.py", "gpu.py", "step_profile.py"}  # on each rank, or for each case
 
 
+SLOW_IMPORTS = {"torch", "deepspeed", "transformers"}  # seconds each
+
+
+@pytest.fixture
+def fresh_imports(monkeypatch):
+    """As in a new process: megachat is imported again where a program needs it. A slow import raises ImportError."""
+
+    def remove() -> dict:
+        names = [name for name in sys.modules if name.split(".")[0] in ("megachat", "tools")]
+        return {name: sys.modules.pop(name) for name in names}
+
+    before = remove()
+    for name in SLOW_IMPORTS:
+        monkeypatch.setitem(sys.modules, name, None)
+    yield
+    remove()
+    sys.modules.update(before)
+
+
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)
-def test_every_tool_answers_help(path, monkeypatch, capsys):
+def test_every_program_answers_help_before_slow_imports(path, fresh_imports, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(path), "--help"])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(path), run_name="__main__")
@@ -26,7 +46,7 @@ def test_only_programs_have_a_main():
     def has_main(path) -> bool:
         return "__main__" in path.read_text(encoding="utf-8")
 
-    assert all(map(has_main, PROGRAMS))
+    assert all(map(has_main, TOOLS))
     assert {path.name for path in (ROOT / "tools" / "bench").glob("*.py") if has_main(path)} == STARTED_BY_BENCH
 
 
