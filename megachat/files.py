@@ -13,6 +13,10 @@ from typing import TypeVar
 from megachat.errors import raise_if_unreadable, summary
 
 PART = ".part"  # suffix of a file that is not complete yet
+# Names in a run folder and in a step's checkpoint that more than one module uses.
+CONFIG_NAME, PLAN_NAME, METRICS_NAME = "config.json", "plan.json", "metrics.jsonl"
+CHECKPOINTS, EVALUATIONS, SAMPLES, TOKENIZER = "checkpoints", "evaluations", "samples", "tokenizer"
+LOADER, RANDOM = "loader", "random"
 _CHUNK_BYTES = 4 << 20
 _Content = TypeVar("_Content")
 Log = Callable[[str], object]

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clo
 
 from megachat.data.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 from megachat.errors import UserError, user_errors_end_the_program  # noqa: E402
+from megachat.files import METRICS_NAME  # noqa: E402
 from megachat.prepare.tokenizer_training import read_texts  # noqa: E402
 
 _SAMPLE_CHARS = 10_000_000
@@ -38,10 +39,10 @@ def unigram_entropy(folder: Path, tokenizer: Tokenizer) -> tuple[float, float]:
 def final_bpb(run: Path) -> float:
     """Return the last validation bits per byte of a run. Raises UserError if it has none."""
     try:
-        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (run / METRICS_NAME).read_text(encoding="utf-8").splitlines()
         values = [metrics["val/bpb"] for metrics in map(json.loads, lines) if "val/bpb" in metrics]
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{run / 'metrics.jsonl'} cannot be read ({error}): give a run folder like runs/demo") from None
+        raise UserError(f"{run / METRICS_NAME} cannot be read ({error}): give a run folder like runs/demo") from None
     if not values:
         raise UserError(f"{run} has no validation yet: let it run for evaluate.every steps or to its end")
     return values[-1]

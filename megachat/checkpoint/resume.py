@@ -5,14 +5,9 @@ from pathlib import Path
 
 from megachat.checkpoint.facts import checkpoint_step, files_of_rank, find_file_problems, read_facts
 from megachat.errors import UnreadableError, UserError
-from megachat.files import list_folder, path_kind
+from megachat.files import CHECKPOINTS, list_folder, path_kind
 from megachat.parallel.collectives import all_gather_objects, on_all_ranks_or_raise
 from megachat.parallel.mesh import Axis
-
-
-def checkpoints_folder(run_folder: Path) -> Path:
-    """Returns the folder of a run's checkpoints."""
-    return run_folder / "checkpoints"
 
 
 def choose_checkpoint(run_folder: Path, resume: str | None, world: Axis) -> tuple[Path | None, list[str]]:
@@ -103,8 +98,8 @@ def _named_checkpoint(resume: str) -> Path:
         raise UserError("--resume is empty: give auto, or the path of a checkpoint")
     if not path_kind(path):
         raise UserError(f"--resume {resume}: there is no such folder; give auto, or the path of a checkpoint")
-    if path_kind(checkpoints_folder(path)) == "folder":
-        newest, _ = newest_complete(checkpoints_folder(path))
+    if path_kind(path / CHECKPOINTS) == "folder":
+        newest, _ = newest_complete(path / CHECKPOINTS)
         example = f", such as {newest}" if newest else ""
         raise UserError(f"--resume {resume}: this is a run folder; give auto, or one of its checkpoints{example}")
     read_facts(path)
@@ -127,7 +122,7 @@ def find_checkpoint(
         path_kind(run_folder)
     except UnreadableError as error:
         raise UnreadableError(f"the run folder {error}, or set run.folder to another path") from None
-    newest, remarks = newest_complete(checkpoints_folder(run_folder), damaged)
+    newest, remarks = newest_complete(run_folder / CHECKPOINTS, damaged)
     if newest is not None and resume is None:
         raise UserError(
             f"{run_folder} already holds checkpoints up to {newest.name}: continue with --resume auto, "
@@ -137,5 +132,5 @@ def find_checkpoint(
         problems = [f"{path} is damaged: {problem}" for path, problem in damaged.items()] + remarks
         raise UserError(f"{run_folder} holds no complete checkpoint to resume from: {problems[0]}")
     if newest is None and resume == "auto":
-        remarks = [f"--resume auto: no checkpoint in {checkpoints_folder(run_folder)}, training starts at step 0"]
+        remarks = [f"--resume auto: no checkpoint in {run_folder / CHECKPOINTS}, training starts at step 0"]
     return newest, remarks

@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 
 from megachat.checkpoint.facts import checkpoint_name
-from megachat.checkpoint.resume import checkpoints_folder
 from megachat.config import Config
+from megachat.files import CHECKPOINTS, CONFIG_NAME, EVALUATIONS, METRICS_NAME, PLAN_NAME, SAMPLES
 
 _OF_A_STEP = re.compile(r"step_(\d+)(_in_training)?(\.json)?")
 
@@ -23,7 +23,7 @@ def config_in_place(config: Config, path: Path, overrides: list[str]) -> tuple[C
     """
     here = path.absolute().parent
     chosen = {override.partition("=")[0].strip() for override in overrides} & {"run.name", "run.folder"}
-    is_run_folder = path.name == "config.json" and any((here / name).exists() for name in ("plan.json", "checkpoints"))
+    is_run_folder = path.name == CONFIG_NAME and any((here / name).exists() for name in (PLAN_NAME, CHECKPOINTS))
     if chosen or not is_run_folder:
         return config, []
     name = config.run.name or here.name
@@ -51,10 +51,11 @@ def follow_checkpoint(run_folder: Path, checkpoint: Path, step: int) -> list[str
     with it get their names back, and metrics.jsonl is as it was then. A checkpoint of another run is linked. Returns
     lines for the log.
     """
-    folder, home = checkpoints_folder(run_folder), checkpoints_folder(run_folder) / checkpoint_name(step)
+    folder = run_folder / CHECKPOINTS
+    home = folder / checkpoint_name(step)
     inside = checkpoint.resolve().parent == folder.resolve()
     returned = checkpoint.name.removeprefix(home.name) if inside else ""
-    metrics, suffix, renamed = run_folder / "metrics.jsonl", _free_suffix(run_folder), []
+    metrics, suffix, renamed = run_folder / METRICS_NAME, _free_suffix(run_folder), []
     for path in _of_steps(run_folder):
         if match := _OF_A_STEP.fullmatch(path.name):
             of_other = bool(returned) or (path.parent == folder and path.resolve() != checkpoint.resolve())
@@ -84,12 +85,11 @@ def follow_checkpoint(run_folder: Path, checkpoint: Path, step: int) -> list[str
 
 
 def _of_steps(run_folder: Path) -> list[Path]:
-    kinds = ("checkpoints", "samples", "evaluations")
-    return sorted(path for kind in kinds for path in run_folder.glob(f"{kind}/step_*"))
+    return sorted(path for kind in (CHECKPOINTS, SAMPLES, EVALUATIONS) for path in run_folder.glob(f"{kind}/step_*"))
 
 
 def _free_suffix(run_folder: Path) -> str:
     """Returns .aside, .aside.2 and so on: the first that no file has, so that all files of a branch have the same."""
-    names = [path.name for path in (*_of_steps(run_folder), *run_folder.glob("metrics.jsonl.aside*"))]
+    names = [path.name for path in (*_of_steps(run_folder), *run_folder.glob(f"{METRICS_NAME}.aside*"))]
     suffixes = (".aside" if number == 1 else f".aside.{number}" for number in itertools.count(1))
     return next(suffix for suffix in suffixes if not any(name.endswith(suffix) for name in names))

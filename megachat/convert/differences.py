@@ -8,6 +8,7 @@ import torch
 
 from megachat.config import config_from_values
 from megachat.convert.reader import CheckpointReader, load_arrays
+from megachat.files import LOADER, RANDOM
 
 # A difference in _FACTS counts: training continues from them. One in _NOTES does not, nor does a duration.
 _FACTS = ("step", "model", "tokenizer", "adamw_steps", "loss_scaler", "loop", "ledger")
@@ -137,7 +138,7 @@ def _with_defaults(config: dict) -> dict:
 
 def _compare_arrays(left: CheckpointReader, right: CheckpointReader) -> list[Difference]:
     differences = []
-    for kind in ("loader", "random"):
+    for kind in (LOADER, RANDOM):
         prefix = f"{kind}/"
         one, other = (
             {name for name in side.files if name.startswith(prefix) and name.endswith(".npz")} for side in (left, right)
@@ -145,7 +146,7 @@ def _compare_arrays(left: CheckpointReader, right: CheckpointReader) -> list[Dif
         if not one or not other:
             continue  # a format without such files
         if one != other:  # random state belongs to ranks, and another layout has other ranks
-            counted = "note" if kind == "random" else "loader"
+            counted = "note" if kind == RANDOM else LOADER
             differences.append(Difference(counted, kind, f"{len(one)} files", f"{len(other)} files"))
             continue
         for name in sorted(one):

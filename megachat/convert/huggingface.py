@@ -26,7 +26,7 @@ from megachat.model.gpt import LOGIT_CAP
 from megachat.place import Place
 from megachat.planning.dimensions import MLP_RATIO, Dimensions
 
-INDEX_FILE, WHOLE_FILE = "model.safetensors.index.json", "model.safetensors"
+CONFIG_FILE, INDEX_FILE, WHOLE_FILE = "config.json", "model.safetensors.index.json", "model.safetensors"
 TOKENIZER_FOLDER = "megachat_tokenizer"
 SHARD_BYTES = 2 << 30
 TOLERANCE = Tolerance(logit=5e-4, kl=1e-7, argmax=0.99)  # transformers' kernels add up in another order
@@ -70,7 +70,7 @@ OTHERS = """
 
 def is_huggingface(folder: Path) -> bool:
     """True for a folder with a config.json of transformers."""
-    return "model_type" in (_read_json(folder / "config.json") or {})
+    return "model_type" in (_read_json(folder / CONFIG_FILE) or {})
 
 
 def key_of(name: str) -> str | None:
@@ -157,7 +157,7 @@ def write_huggingface(source: CheckpointReader, folder: Path, tokenizer: Tokeniz
     if len(shards) > 1:
         size = sum(entry.bytes for entry in source.entries.values())
         write_json(folder / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": file_of})
-    write_json(folder / "config.json", config_of_dims(source.dims, tokenizer.bos))
+    write_json(folder / CONFIG_FILE, config_of_dims(source.dims, tokenizer.bos))
     save_tokenizer(folder / TOKENIZER_FOLDER, tokenizer, origin)
 
 
@@ -223,7 +223,7 @@ def open_huggingface(folder: Path, step: int | None = None) -> CheckpointReader:
 
     Raises UserError for what is missing, damaged or of another model.
     """
-    dims = dims_of_config(_read_json(folder / "config.json") or {}, folder / "config.json")
+    dims = dims_of_config(_read_json(folder / CONFIG_FILE) or {}, folder / CONFIG_FILE)
     index = _read_json(folder / INDEX_FILE)
     files = sorted(set(index["weight_map"].values())) if index else [WHOLE_FILE]
     stored, read_stored = open_tensors(folder, files, lambda _, key: key)
@@ -251,7 +251,7 @@ def open_huggingface(folder: Path, step: int | None = None) -> CheckpointReader:
         for name, where in wheres.items()
     }
     facts = {"step": 0, "model": vars(dims), "imported": {"form": "huggingface", "step": 0}}
-    names = ("config.json", *files, *([INDEX_FILE] if index else []))
+    names = (CONFIG_FILE, *files, *([INDEX_FILE] if index else []))
     return CheckpointReader("huggingface", folder, facts, entries, read, names, (folder / TOKENIZER_FOLDER,))
 
 

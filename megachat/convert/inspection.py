@@ -11,6 +11,7 @@ from megachat.convert.megachat import find_step_folder, open_megachat
 from megachat.convert.reader import CheckpointReader, load_arrays
 from megachat.data.loader_state import combined_ledger
 from megachat.errors import UnreadableError, UserError
+from megachat.files import LOADER
 
 _SHOWN_FACTS = (
     "step format_version architecture_version layout model tokenizer loop adamw_steps loss_scaler config".split()
@@ -38,7 +39,7 @@ def read_ledgers(checkpoint: CheckpointReader) -> dict:
     loader state."""
     streams = {}
     for name in checkpoint.files:
-        if name.startswith("loader/stream_") and name.endswith(".npz"):
+        if name.startswith(f"{LOADER}/stream_") and name.endswith(".npz"):
             arrays = load_arrays(checkpoint.folder / name)
             if not {"counters", "ledger"} <= arrays.keys() or arrays["counters"].shape != (5,):
                 raise UserError(f"{checkpoint.folder / name} has no counters or ledger: use another checkpoint")

@@ -19,7 +19,7 @@ from megachat.data.tokenizer import save_tokenizer
 from megachat.device import DTYPES
 from megachat.errors import UserError
 from megachat.evals.results import recorded_validation
-from megachat.files import path_kind
+from megachat.files import CHECKPOINTS, CONFIG_NAME, TOKENIZER, path_kind
 from megachat.parallel.mesh import Axis
 from megachat.planning.plan import Layout
 from megachat.planning.sizes import resolve_dimensions
@@ -59,13 +59,13 @@ def _with_validation(loop: dict, step_folder: Path) -> dict:
 def tokenizer_folders(folder: Path, facts: dict) -> tuple[Path, ...]:
     """Returns where the tokenizer may be: in the checkpoint, in its run folder, or where its config says."""
     configured = (facts.get("config") or {}).get("data", {}).get("tokenizer", Config().data.tokenizer)
-    return folder / "tokenizer", folder.parent.parent / "tokenizer", Path(configured)
+    return folder / TOKENIZER, folder.parent.parent / TOKENIZER, Path(configured)
 
 
 def find_step_folder(path: Path) -> Path:
     """Returns a run folder's newest checkpoint, and any other path as it is. Raises UserError if it has none, or if
     the newest one is damaged: an older one has to be named."""
-    folder = path / "checkpoints"
+    folder = path / CHECKPOINTS
     if path_kind(folder) != "folder":
         return path
     newest, passed_over = newest_complete(folder)
@@ -83,12 +83,12 @@ def write_megachat(new: Import, temporary: Path, target: Path) -> CheckpointRead
 
     It becomes a run folder, or a step's folder if the target has a step's name: then it must be the checkpoint's step.
     """
-    name, steps = checkpoint_name(new.source.facts["step"]), temporary / "checkpoints"
+    name, steps = checkpoint_name(new.source.facts["step"]), temporary / CHECKPOINTS
     if checkpoint_step(target) is None:
         config = _run_config(new.facts["config"], target)
         _save(new, steps, config.model_dump(mode="json", exclude_defaults=True))
-        save_config(config, temporary / "config.json")
-        save_tokenizer(temporary / "tokenizer", new.tokenizer, new.origin)
+        save_config(config, temporary / CONFIG_NAME)
+        save_tokenizer(temporary / TOKENIZER, new.tokenizer, new.origin)
         return open_megachat(steps / name)
     if target.name != name:
         raise UserError(f"{target} is not {name}, the checkpoint's step: give that name, or a run folder")
@@ -125,7 +125,7 @@ def whole_piece(tensor: torch.Tensor):
 def _run_config(config: dict, run_folder: Path) -> Config:
     """Returns the config with the name, folder and tokenizer of the run folder."""
     run = config.get("run", {}) | {"name": run_folder.name, "folder": str(run_folder.parent)}
-    data = config.get("data", {}) | {"tokenizer": str(run_folder / "tokenizer")}
+    data = config.get("data", {}) | {"tokenizer": str(run_folder / TOKENIZER)}
     return config_from_values(config | {"run": run, "data": data}, "the converted config")
 
 

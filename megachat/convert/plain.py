@@ -23,7 +23,7 @@ from megachat.convert.megachat import tokenizer_folders
 from megachat.convert.reader import CheckpointReader, TensorInfo
 from megachat.convert.tokenizers import find_tokenizer, load_tokenizer_of
 from megachat.errors import UserError, raise_if_unreadable
-from megachat.files import lfs_problem, write_json
+from megachat.files import LOADER, RANDOM, TOKENIZER, lfs_problem, write_json
 
 FACTS_FILE = "checkpoint_facts.json"
 VERSION = 1
@@ -31,7 +31,7 @@ SHARD_BYTES = 2 << 30
 # safetensors' names -> torch's
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 DTYPES |= {"I64": "int64", "I32": "int32", "U8": "uint8"}
-_COPIED = ("loader/", "random/")
+_COPIED = (f"{LOADER}/", f"{RANDOM}/")
 _SAVED_ANEW = ("files", "sha256", "format_version", "architecture_version", "step", "tokenizer")
 
 
@@ -67,7 +67,7 @@ def write_plain(source: CheckpointReader, folder: Path, tokenizer: Path | None) 
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source.folder / name, folder / name)
     if tokenizer:
-        shutil.copytree(tokenizer, folder / "tokenizer", copy_function=shutil.copyfile)
+        shutil.copytree(tokenizer, folder / TOKENIZER, copy_function=shutil.copyfile)
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     files = {
         name: {"bytes": (folder / name).stat().st_size, "sha256": digest}

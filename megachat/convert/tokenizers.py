@@ -5,7 +5,7 @@ from pathlib import Path
 from megachat.convert.reader import CheckpointReader
 from megachat.data.tokenizer import Tokenizer, load_origin, load_tokenizer
 from megachat.errors import UserError
-from megachat.prepare.tokenizer_training import import_nanochat
+from megachat.prepare.tokenizer_training import NANOCHAT_FILE, import_nanochat
 
 
 def find_tokenizer(source: CheckpointReader, requested: Path | None) -> Path | None:
@@ -43,10 +43,10 @@ def load_tokenizer_of(source: CheckpointReader, requested: Path | None = None) -
             raise UserError(f"{problem}: give its folder with --tokenizer")
         return load_tokenizer(folder), load_origin(folder)
     candidates = (requested,) if requested else source.tokenizer_folders
-    folder = next((path for path in candidates if (path / "tokenizer.pkl").is_file()), candidates[0])
+    folder = next((path for path in candidates if (path / NANOCHAT_FILE).is_file()), candidates[0])
     if not folder.is_dir():
         raise UserError(f"there is no tokenizer at {folder}: give megachat's or nanochat's folder with --tokenizer")
-    tokenizer = import_nanochat(folder) if (folder / "tokenizer.pkl").is_file() else load_tokenizer(folder)
+    tokenizer = import_nanochat(folder) if (folder / NANOCHAT_FILE).is_file() else load_tokenizer(folder)
     most = source.dims.vocab_size
     least = 1 if source.format == "huggingface" else most  # its tables may have rows that are no tokens
     if not least <= tokenizer.vocab_size <= most:

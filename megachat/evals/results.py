@@ -9,18 +9,16 @@ from pathlib import Path
 from megachat.errors import UserError, raise_if_unreadable
 from megachat.evals.core_bundle import CORE_TASKS, Bundle
 from megachat.evals.uncertainty import estimate, judge_against, score_tasks
-from megachat.files import Log, list_folder, read_side_file, write_side_json
+from megachat.files import EVALUATIONS, METRICS_NAME, Log, list_folder, read_side_file, write_side_json
 from megachat.text import text_table
 
 FORMAT = "megachat-evaluation-1"
-FOLDER = "evaluations"
 CROPPED = "prompts are cropped to the model's sequence_len"
-METRICS_NAME = "metrics.jsonl"
 
 
 def results_path(run_folder: Path, step: int, *, in_training: bool = False) -> Path:
     """Returns the path of the file for one step of a run."""
-    return run_folder / FOLDER / f"step_{step:06d}{'_in_training' * in_training}.json"
+    return run_folder / EVALUATIONS / f"step_{step:06d}{'_in_training' * in_training}.json"
 
 
 def recorded_validation(run_folder: Path, step: int) -> float | None:
@@ -138,7 +136,7 @@ def newest_results(run_folder: Path) -> Path:
     Raises UserError if the run has none.
     """
     candidates = []
-    for path in list_folder(run_folder / FOLDER):
+    for path in list_folder(run_folder / EVALUATIONS):
         if path.suffix != ".json":
             continue
         results = load_results(path)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megachat.errors import UserError
-from megachat.files import Log, read_side_file, write_json
+from megachat.files import METRICS_NAME, Log, read_side_file, write_json
 from megachat.parallel.collectives import on_all_ranks_or_raise
 from megachat.parallel.mesh import Axis
 
@@ -47,7 +47,7 @@ class CrashGuard:
         if len(last) == MAX_CRASHES and len({crash["step"] for crash in last}) == 1:
             raise UserError(
                 f"step {last[0]['step']} of {self._folder} has failed {MAX_CRASHES} times in a row, the last time on "
-                f"{last[-1]['seen']}: look at the log and at metrics.jsonl there, fix the cause, and continue with "
+                f"{last[-1]['seen']}: look at the log and at {METRICS_NAME} there, fix the cause, and continue with "
                 f"--resume and a checkpoint's path, or remove {self._crashes.name} there"
             )
 

@@ -11,10 +11,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from megachat.checkpoint.resume import checkpoints_folder
 from megachat.checkpoint.save import repair_checkpoints_folder
 from megachat.errors import UserError
-from megachat.files import set_aside
+from megachat.files import CHECKPOINTS, set_aside
 from megachat.parallel.collectives import on_all_ranks_or_raise
 from megachat.parallel.mesh import Axis
 
@@ -101,7 +100,7 @@ def lock_run_folder(folder: Path, world: Axis) -> Iterator[list[str]]:
                         "set run.folder to a writable path"
                     ) from None
                 remarks.extend([remark] if remark else [])
-                repair_checkpoints_folder(checkpoints_folder(folder))
+                repair_checkpoints_folder(folder / CHECKPOINTS)
 
         on_all_ranks_or_raise(lock, world, lambda text: text.partition(": ")[2])
         yield remarks

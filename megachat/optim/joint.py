@@ -25,6 +25,9 @@ class Requests(NamedTuple):
     save_failed: bool = False  # end the job with the error of the save in progress
 
 
+NO_REQUESTS = Requests()
+
+
 @dataclass(frozen=True)
 class StepOutcome:
     """The result of a step, equal on all ranks.
@@ -45,7 +48,7 @@ def optimizer_step(
     mesh: Mesh,
     sum_of_squares: SumOfSquares,
     *,
-    requests: Requests = Requests(),
+    requests: Requests = NO_REQUESTS,
     before_update: Callable[[], object] | None = None,
     inspect_gradients: Callable[[], object] | None = None,
 ) -> StepOutcome:

@@ -83,6 +83,9 @@ class _PickledEncoding:
         self.state = state
 
 
+NANOCHAT_FILE = "tokenizer.pkl"  # a pickled tiktoken.Encoding
+
+
 class _EncodingUnpickler(pickle.Unpickler):
     """Resolves only the name of tiktoken's Encoding, to our replacement; refuses others before anything is called."""
 
@@ -96,16 +99,16 @@ class _EncodingUnpickler(pickle.Unpickler):
 
 
 def import_nanochat(folder: str | Path) -> Tokenizer:
-    """Reads the tokenizer of a nanochat tokenizer folder (tokenizer.pkl, a pickled tiktoken.Encoding).
+    """Reads the tokenizer of a nanochat tokenizer folder (NANOCHAT_FILE).
 
     Executes nothing from the file. Raises UserError.
     """
-    path = Path(folder) / "tokenizer.pkl"
+    path = Path(folder) / NANOCHAT_FILE
     try:
         state = _EncodingUnpickler(io.BytesIO(path.read_bytes())).load().state
         name, pattern, ranks, special = (state[key] for key in ("name", "pat_str", "mergeable_ranks", "special_tokens"))
     except FileNotFoundError:
-        raise UserError(f"there is no nanochat tokenizer at {folder}: tokenizer.pkl is missing") from None
+        raise UserError(f"there is no nanochat tokenizer at {folder}: {NANOCHAT_FILE} is missing") from None
     except UserError as error:
         raise UserError(f"{path} is refused: {error}") from None
     except Exception as error:  # a damaged pickle may raise anything
@@ -136,5 +139,5 @@ def export_nanochat(tokenizer: Tokenizer, folder: str | Path) -> None:
         mergeable_ranks=tokenizer.ranks,
         special_tokens=tokenizer.special_tokens,
     )
-    write_atomically(folder / "tokenizer.pkl", pickle.dumps(encoding))
+    write_atomically(folder / NANOCHAT_FILE, pickle.dumps(encoding))
     torch.save(torch.from_numpy(tokenizer.token_bytes()), folder / "token_bytes.pt")

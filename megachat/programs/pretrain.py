@@ -19,7 +19,7 @@ from megachat.device import choose_compute_dtype, device_name, memory_bytes, pea
 from megachat.errors import SAVED_STATUS, UserError
 from megachat.evals.core_bundle import Bundle, describe_bundle, open_configured_bundle
 from megachat.evals.core_prompts import check_questions, row_limit
-from megachat.files import Log, read_side_file, write_side_json
+from megachat.files import CONFIG_NAME, PLAN_NAME, Log, read_side_file, write_side_json
 from megachat.job.agreement import rank_facts
 from megachat.job.crash_guard import CrashGuard, guard_crashes
 from megachat.job.failure_monitor import FailureMonitor
@@ -310,9 +310,9 @@ def described_memory(config: Config, plan: Plan, device: torch.device, device_by
 
 def _write_run_folder(run: Run, state: LoopState, environment: LaunchEnvironment, log: Log) -> None:
     if state.step < run.plan.stop_step:  # else they describe the job that trained the last step
-        read_side_file(run.folder / "config.json", json.loads, log)  # sets a damaged one aside
-        save_config(run.config, run.folder / "config.json")
-        write_side_json(run.folder / "plan.json", plan_values(run.plan), log)
+        read_side_file(run.folder / CONFIG_NAME, json.loads, log)  # sets a damaged one aside
+        save_config(run.config, run.folder / CONFIG_NAME)
+        write_side_json(run.folder / PLAN_NAME, plan_values(run.plan), log)
     path = run.folder / "environment.json"
     earlier = read_side_file(path, _parse_list, log) or []
     now = describe_environment(run.mesh.device) | {

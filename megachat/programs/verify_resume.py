@@ -21,6 +21,7 @@ from megachat.convert.megachat import open_megachat
 from megachat.convert.reader import CheckpointReader
 from megachat.device import choose_compute_dtype, this_device
 from megachat.errors import UserError
+from megachat.files import CHECKPOINTS, LOADER, METRICS_NAME, RANDOM
 from megachat.job.local_ranks import run_with_torchrun, set_options
 from megachat.kernels.choice import choose_fp8, compile_problem
 from megachat.planning.plan import Plan, resolve
@@ -120,7 +121,7 @@ def run_job(
 
 def read_losses(run: Path) -> dict[int, float]:
     """Returns step -> loss from the run's metrics."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in (run / METRICS_NAME).read_text(encoding="utf-8").splitlines()]
     return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
 
 
@@ -145,7 +146,7 @@ def compare_resumed_run(
         done = step + 1
         if done >= STOP:
             run = half if done == STOP else resumed
-            one, other = (open_megachat(each / "checkpoints" / checkpoint_name(done)) for each in (whole, run))
+            one, other = (open_megachat(each / CHECKPOINTS / checkpoint_name(done)) for each in (whole, run))
             differences += _compare_states(one, other, done, order, exact=exact or done == STOP)
     if not differences:
         return "bit-equal", []
@@ -158,7 +159,7 @@ def _compare_states(
     """Compares everything that two checkpoints hold. Random state belongs to ranks, so that only `exact` compares
     it."""
     entries = [
-        entry for entry in compare_checkpoints(expected, actual) if entry.counts and (exact or entry.kind != "random")
+        entry for entry in compare_checkpoints(expected, actual) if entry.counts and (exact or entry.kind != RANDOM)
     ]
     tensors = [entry.name for entry in entries if entry.kind == "tensor"]
     rounding = {} if exact or not tensors else _compare_with_tolerance(expected, actual, tensors)
@@ -204,7 +205,7 @@ def _tolerance(name: str) -> float:
 def _training_order(entry: Difference, order: list[str]) -> tuple:
     """Returns a sort key: when in a step it is computed. Documents come first, then each layer's moments and weights,
     then counters."""
-    if entry.kind == "loader" or entry.name == "ledger":
+    if entry.kind == LOADER or entry.name == "ledger":
         return 0, not entry.name.endswith(": ledger"), entry.name
     kind, *rest = entry.name.split("/")
     if kind in ("model", "muon", "adamw") and rest and rest[0] in order:

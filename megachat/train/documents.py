@@ -16,6 +16,7 @@ from megachat.data.packing import streams_of_rank
 from megachat.data.shards import open_shards, split_shards
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UnreadableError, UserError
+from megachat.files import LOADER
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.mesh import Mesh
 from megachat.planning.plan import Plan
@@ -31,7 +32,7 @@ def resume_documents(
     data.resume is "restart" or the checkpoint was imported. Then the documents restart from the first one, and their
     ledger records it.
     """
-    folder = checkpoint / "loader"
+    folder = checkpoint / LOADER
     header, state, problem, transient = None, None, None, False
     try:
         header = load_header(folder)

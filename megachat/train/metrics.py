@@ -17,8 +17,7 @@ from tqdm import tqdm
 
 from megachat.console import console_error
 from megachat.errors import UserError, summary
-from megachat.evals.results import METRICS_NAME
-from megachat.files import Log, read_side_file, set_aside, write_atomically
+from megachat.files import METRICS_NAME, Log, read_side_file, set_aside, write_atomically
 from megachat.settings import LogConfig
 
 
@@ -105,7 +104,7 @@ class Metrics:
         except Exception as error:
             self._wandb = None
             self.log(
-                f"wandb failed ({summary(error)}): the run continues without it, and metrics.jsonl has everything; "
+                f"wandb failed ({summary(error)}): the run continues without it, and {METRICS_NAME} has everything; "
                 "run `wandb login`, or set log.wandb=offline or off"
             )
 

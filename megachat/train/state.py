@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from megachat.checkpoint.facts import read_facts
-from megachat.checkpoint.resume import checkpoints_folder
 from megachat.checkpoint.save import remove_old_checkpoints, save_checkpoint
 from megachat.checkpoint.saver import Saver
 from megachat.checkpoint.storage import RectanglesByName, load_checkpoint
@@ -21,6 +20,7 @@ from megachat.data.loader_state import combined_ledger, save_loader_state
 from megachat.data.packing import saving_rank, streams_of_rank
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError
+from megachat.files import CHECKPOINTS, LOADER, RANDOM
 from megachat.job.join import random_seed
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.mesh import Axis
@@ -84,7 +84,7 @@ def save_state(run: Run, state: LoopState, saver: Saver) -> None:
     save failed.
     """
     since = time.perf_counter()
-    step, folder, adamw = state.step, checkpoints_folder(run.folder), run.engine.adamw
+    step, folder, adamw = state.step, run.folder / CHECKPOINTS, run.engine.adamw
     facts = {
         "model": dataclasses.asdict(run.plan.dims),
         "tokenizer": {"fingerprint": run.tokenizer.fingerprint, "vocab_size": run.tokenizer.vocab_size},
@@ -103,9 +103,10 @@ def save_state(run: Run, state: LoopState, saver: Saver) -> None:
             rows = run.plan.rows_per_step
             candidates = streams_of_rank(data.rank, data.size, streams, rows)
             mine = [stream for stream in candidates if saving_rank(stream, data.size, streams, rows) == data.rank]
-            save_loader_state(temporary / "loader", loader_state, mine)
-        (temporary / "random").mkdir(exist_ok=True)
-        np.savez(temporary / "random" / f"rank_{run.mesh.world.rank:05d}.npz", **random_state)
+            save_loader_state(temporary / LOADER, loader_state, mine)
+        random_file = _random_file(temporary, run.mesh.world.rank)
+        random_file.parent.mkdir(exist_ok=True)
+        np.savez(random_file, **random_state)
 
     def write(pieces: RectanglesByName, axis: Axis) -> Path:
         ranks = all_gather_objects(by_stream, axis)
@@ -131,7 +132,7 @@ def load_state(run: Run, checkpoint: Path) -> LoopState:
     adamw.refresh_weights()
     run.muon.refresh_weights()
     adamw.load_loss_scaler_state(facts["loss_scaler"])
-    random_file = checkpoint / "random" / f"rank_{run.mesh.world.rank:05d}.npz"
+    random_file = _random_file(checkpoint, run.mesh.world.rank)
     if random_file.is_file():
         with np.load(random_file) as saved:
             _restore_random({key: saved[key] for key in saved.files}, run.mesh.device)
@@ -180,6 +181,10 @@ def _differences(saved: dict, configured: dict, prefix: str = "") -> list[str]:
             words = ["yes" if isinstance(each, dict) else "no" if each is None else each for each in (other, value)]
             phrases.append(f"{prefix}{key} {words[0]} (configured: {words[1]})")
     return phrases
+
+
+def _random_file(checkpoint: Path, rank: int) -> Path:
+    return checkpoint / RANDOM / f"rank_{rank:05d}.npz"
 
 
 def _random_state(device: torch.device) -> dict[str, Any]:

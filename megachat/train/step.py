@@ -11,7 +11,7 @@ import torch
 from megachat.device import synchronize
 from megachat.errors import UserError
 from megachat.optim.groups import GROUPS
-from megachat.optim.joint import Requests, StepOutcome, optimizer_step
+from megachat.optim.joint import NO_REQUESTS, Requests, StepOutcome, optimizer_step
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.progress import profile_range
 from megachat.schedule import scheduled_values
@@ -60,7 +60,7 @@ def update(
     run: Training,
     rows: torch.Tensor,
     *,
-    requests: Requests = Requests(),
+    requests: Requests = NO_REQUESTS,
     before_update: Callable[[], object] | None = None,
     inspect_gradients: Callable[[], object] | None = None,
 ) -> tuple[torch.Tensor, StepOutcome]:
@@ -85,7 +85,7 @@ def update(
 
 
 def train_step(
-    run: Run, step: int, *, requests: Requests = Requests(), before_update: Callable[[], object] | None = None
+    run: Run, step: int, *, requests: Requests = NO_REQUESTS, before_update: Callable[[], object] | None = None
 ) -> StepResult:
     """Runs step `step`. Raises UserError on all ranks if the loss is not finite; in that case no weight has changed."""
     progress = run.mesh.world.progress

@@ -17,7 +17,7 @@ from megachat.evals.bpb import ValidationRows, bits_per_byte
 from megachat.evals.core import build_evaluator, evaluate_bundle
 from megachat.evals.engine_model import sample_prompts
 from megachat.evals.results import core_lines, recorded_validation, results_path, save_results
-from megachat.files import is_readable_json, write_side_json
+from megachat.files import SAMPLES, is_readable_json, write_side_json
 from megachat.parallel.collectives import all_reduce
 from megachat.schedule import due
 from megachat.train.build import Run, build_loader
@@ -216,4 +216,4 @@ def totals(run: Run, state: LoopState, step: int) -> dict:
 
 
 def _samples_path(run_folder: Path, step: int) -> Path:
-    return run_folder / "samples" / f"step_{step:06d}.json"
+    return run_folder / SAMPLES / f"step_{step:06d}.json"

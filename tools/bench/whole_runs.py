@@ -11,6 +11,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from megachat.errors import UserError
+from megachat.files import METRICS_NAME
 from megachat.job.launch import free_port
 from megachat.job.local_ranks import parse_layout, set_options
 
@@ -41,7 +42,7 @@ def bench_layouts(arguments: Namespace) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         for layout in ("dp=1", *arguments.layouts.split()):
             train_layout(arguments, layout, folder)
-            metrics = [json.loads(line) for line in (Path(folder) / layout / "metrics.jsonl").read_text().splitlines()]
+            metrics = [json.loads(line) for line in (Path(folder) / layout / METRICS_NAME).read_text().splitlines()]
             losses[layout] = [line["train/loss"] for line in metrics if "train/loss" in line]
             seconds[layout] = statistics.median(line["train/dt"] for line in metrics if "train/loss" in line)
     results = {}
