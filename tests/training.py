@@ -1,10 +1,14 @@
 """A model under its engine without data files: rows are given by the test. What the tests with ranks compare."""
 
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 
+from megachat.checkpoint.index import read_index
+from megachat.checkpoint.storage import load_checkpoint
 from megachat.config import Config
+from megachat.convert.megachat import whole_piece
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.engine import start_collectives
 from megachat.parallel.mesh import build_mesh
@@ -94,3 +98,12 @@ def load_whole_state(training: Training, whole: dict[str, torch.Tensor], adamw_s
         counter.fill_(adamw_step)
     training.engine.adamw.refresh_weights()
     training.muon.refresh_weights()
+
+
+def load_model_weights(checkpoint: Path, names: list[str] | None = None) -> dict[str, torch.Tensor]:
+    """Loads whole float32 weights by name on this process alone. names: None for all."""
+    saved = {name: tuple(entry["shape"]) for name, entry in read_index(checkpoint).items()}
+    names = names or [name.removeprefix("model/") for name in saved if name.startswith("model/")]
+    weights = {name: torch.empty(saved[f"model/{name}"]) for name in names}
+    load_checkpoint(checkpoint, {f"model/{name}": whole_piece(tensor) for name, tensor in weights.items()})
+    return weights

@@ -26,7 +26,7 @@ def choose_checkpoint(run_folder: Path, resume: str | None, world: Axis) -> tupl
             choice = find_checkpoint(run_folder, resume, damaged)
 
     while True:
-        on_all_ranks_or_raise(find_on_rank_0, world, lambda text: text.partition(": ")[2])
+        on_all_ranks_or_raise(find_on_rank_0, world)
         checkpoint, remarks = all_gather_objects(choice, world)[0]
         remarks = [*remarks, *(f"{path} is damaged and was skipped: {problem}" for path, problem in damaged.items())]
         if checkpoint is None:

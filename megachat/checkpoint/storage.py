@@ -83,18 +83,6 @@ def load_checkpoint(checkpoint: Path, tensors: RectanglesByName) -> None:
         ) from error
 
 
-def load_model_weights(checkpoint: Path, names: list[str] | None = None) -> dict[str, torch.Tensor]:
-    """Loads whole float32 weights by name on this process alone. names: None for all."""
-    saved = {name: tuple(entry["shape"]) for name, entry in read_index(checkpoint).items()}
-    names = names or [name.removeprefix("model/") for name in saved if name.startswith("model/")]
-    weights = {name: torch.empty(saved[f"model/{name}"]) for name in names}
-    load_checkpoint(
-        checkpoint,
-        {f"model/{name}": (tuple(t.shape), [((0,) * t.ndim, tuple(t.shape), t)]) for name, t in weights.items()},
-    )
-    return weights
-
-
 class _WholeTensor(torch.Tensor):
     """A named tensor of which this rank stores some rectangles (torch.distributed.checkpoint's _Checkpointable)."""
 

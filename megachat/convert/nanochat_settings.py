@@ -151,8 +151,8 @@ def _take_arguments(config: dict, arguments: dict, meta: dict) -> list[str]:
     return remarks
 
 
-def _plan_of(config: dict, dims: Dimensions, world: int = 1) -> Plan:
-    return resolve(config_from_values(config, "the converted config"), world, dims.vocab_size)
+def _plan_of(config: dict, dims: Dimensions) -> Plan:
+    return resolve(config_from_values(config, "the converted config"), 1, dims.vocab_size)
 
 
 def make_resolvable(config: dict, dims: Dimensions, step: int) -> list[str]:

@@ -144,17 +144,17 @@ class Verdict:
     text: str
 
 
-def judge_against(recipe: Estimate, runs: int, *, target: float = GPT2_CORE) -> Verdict:
-    """Decides whether the mean CORE of a recipe, estimated from `runs` runs of it, is above the target.
+def judge_against(recipe: Estimate, runs: int) -> Verdict:
+    """Decides whether the mean CORE of a recipe, estimated from `runs` runs of it, is above GPT-2's.
 
-    The mean of n runs has distance d = value - target and deviation s(n) = sqrt(example_error^2 + one_run^2 / n): more
-    runs reduce the run-to-run error only. It is decided if |d| >= SIGMAS * s(n). Otherwise, if the mean stayed where it
-    is, the smallest n that decides is n = one_run^2 / ((d / SIGMAS)^2 - example_error^2), rounded up. If |d| <= SIGMAS
-    * example_error no n is enough. The text then gives the number of runs that would decide for exactly these examples,
-    n = (SIGMAS * one_run / d)^2.
+    The mean of n runs has distance d = value - GPT2_CORE and deviation s(n) = sqrt(example_error^2 + one_run^2 / n).
+    More runs reduce the run-to-run error only. It is decided if |d| >= SIGMAS * s(n). Otherwise, if the mean stayed
+    where it is, the smallest n that decides is n = one_run^2 / ((d / SIGMAS)^2 - example_error^2), rounded up. If |d|
+    <= SIGMAS * example_error no n is enough. The text then gives the number of runs that would decide for exactly these
+    examples, n = (SIGMAS * one_run / d)^2.
     """
-    distance, one_run = abs(recipe.value - target), recipe.run_error * math.sqrt(runs)
-    word = "above" if recipe.value > target else "below"
+    distance, one_run = abs(recipe.value - GPT2_CORE), recipe.run_error * math.sqrt(runs)
+    word = "above" if recipe.value > GPT2_CORE else "below"
     if distance >= SIGMAS * recipe.error:
         return Verdict(word, 0, word)
     if distance == 0:

@@ -101,7 +101,7 @@ def guard_crashes(folder: Path, world: Axis, log: Log, *, forget: bool) -> Itera
     on all ranks as CrashGuard.begin does.
     """
     guard = CrashGuard(folder, writes=world.rank == 0)
-    on_all_ranks_or_raise(lambda: guard.begin(log, forget=forget), world, lambda text: text.partition(": ")[2])
+    on_all_ranks_or_raise(lambda: guard.begin(log, forget=forget), world)
     try:
         yield guard
     except (UserError, OSError, KeyboardInterrupt):

@@ -102,5 +102,5 @@ def lock_run_folder(folder: Path, world: Axis) -> Iterator[list[str]]:
                 remarks.extend([remark] if remark else [])
                 repair_checkpoints_folder(folder / CHECKPOINTS)
 
-        on_all_ranks_or_raise(lock, world, lambda text: text.partition(": ")[2])
+        on_all_ranks_or_raise(lock, world)
         yield remarks

@@ -14,7 +14,7 @@ from megachat.errors import UserError
 from megachat.parallel.mesh import Axis
 from megachat.parallel.progress import Entry
 
-_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
 class Pending:
@@ -39,13 +39,10 @@ def _launch(name: str, axis: Axis, collective, *args, asynchronous: bool = False
     return Pending(None if work is None else (work, axis, entry))
 
 
-def all_reduce(
-    tensor: torch.Tensor, axis: Axis, op: str = "sum", *, name: str = "all_reduce", asynchronous: bool = False
-) -> Pending:
-    """Reduces `tensor` in place over the axis; op is "sum", "max" or "min"."""
-    if axis.size == 1:
-        return Pending()
-    return _launch(name, axis, dist.all_reduce, tensor, op=_OPS[op], asynchronous=asynchronous)
+def all_reduce(tensor: torch.Tensor, axis: Axis, op: str = "sum", *, name: str = "all_reduce") -> None:
+    """Reduces `tensor` in place over the axis; op is "sum" or "max"."""
+    if axis.size > 1:
+        _launch(name, axis, dist.all_reduce, tensor, op=_OPS[op])
 
 
 def reduce_scatter(
@@ -111,8 +108,11 @@ def barrier(axis: Axis, *, name: str = "barrier") -> None:
         _launch(name, axis, dist.barrier)
 
 
-def on_all_ranks_or_raise(action: Callable[[], object], world: Axis, sentence: Callable[[str], str]) -> None:
-    """Runs the action on every rank. If it fails on one, all raise UserError with sentence("rank R: what failed")."""
+def on_all_ranks_or_raise(
+    action: Callable[[], object], world: Axis, sentence: Callable[[str], str] | None = None
+) -> None:
+    """Runs the action on every rank. If it fails on one, all raise UserError with sentence("rank R: what failed"), by
+    default with what failed alone."""
     problem = None
     try:
         action()
@@ -124,7 +124,7 @@ def on_all_ranks_or_raise(action: Callable[[], object], world: Axis, sentence: C
     problems = [problem for problem in all_gather_objects(problem, world) if problem]
     if problems:
         rank, text = problems[0]
-        raise UserError(sentence(f"rank {rank}: {text}"))
+        raise UserError(sentence(f"rank {rank}: {text}") if sentence else text)
 
 
 def _describe_error(error: BaseException) -> str:

@@ -14,6 +14,8 @@ from megachat.data.tokenizer import LONGEST_RUN, SPECIAL_TOKENS, SPLIT_PATTERN, 
 from megachat.errors import UserError, summary
 from megachat.files import lfs_problem, write_atomically
 
+NANOCHAT_FILE = "tokenizer.pkl"  # a pickled tiktoken.Encoding
+
 
 def read_texts(
     folder: str | Path, split: str, max_chars: int, doc_cap: int, bad_texts: BadTexts = REFUSE
@@ -30,7 +32,7 @@ def read_texts(
                     return
 
 
-def train_tokenizer(texts: Iterator[str], vocab_size: int, name: str = "megachat") -> Tokenizer:
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     """Trains byte-level BPE with `vocab_size` tokens, including the special ones.
 
     Raises UserError if that is too few, or too many for the text.
@@ -51,7 +53,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, name: str = "megachat
             f"the text gives only {len(ranks) - 256} merges, a vocabulary of {len(ranks) + special} tokens, "
             f"not {vocab_size}: give more text or --vocab-size {len(ranks) + special} or less"
         )
-    return Tokenizer(ranks, name=name)
+    return Tokenizer(ranks, name="megachat")
 
 
 def _with_short_runs(texts: Iterator[str]) -> Iterator[str]:
@@ -65,12 +67,12 @@ def _with_short_runs(texts: Iterator[str]) -> Iterator[str]:
             yield from (part[start : start + length] for start in range(0, len(part), length))
 
 
-def bytes_per_token(tokenizer: Tokenizer, texts: Iterator[str], threads: int = 2) -> float:
+def bytes_per_token(tokenizer: Tokenizer, texts: Iterator[str]) -> float:
     """Returns the texts' UTF-8 bytes per token, without BOS."""
     total_bytes = total_tokens = 0
     while batch := list(itertools.islice(texts, 1024)):
         total_bytes += sum(len(text.encode("utf-8", "replace")) for text in batch)
-        total_tokens += sum(len(tokens) - 1 for tokens in tokenizer.encode_batch(batch, threads))
+        total_tokens += sum(len(tokens) - 1 for tokens in tokenizer.encode_batch(batch, threads=2))
     return total_bytes / max(1, total_tokens)
 
 
@@ -81,9 +83,6 @@ class _PickledEncoding:
 
     def __setstate__(self, state: object) -> None:
         self.state = state
-
-
-NANOCHAT_FILE = "tokenizer.pkl"  # a pickled tiktoken.Encoding
 
 
 class _EncodingUnpickler(pickle.Unpickler):

@@ -68,9 +68,7 @@ def build_evaluation_model(saved: SavedModel, plan: Plan, mesh: Mesh) -> Evaluat
         for parameter in parameters:
             if groups[place_of(parameter).name].optimizer == "muon":
                 parameter.data = parameter.data.to(dtype)
-    on_all_ranks_or_raise(
-        lambda: _load_weights(saved.reader, parameters), mesh.world, lambda text: text.partition(": ")[2]
-    )
+    on_all_ranks_or_raise(lambda: _load_weights(saved.reader, parameters), mesh.world)
     token_bytes = torch.from_numpy(saved.tokenizer.token_bytes())
     loss = Loss(plan.dims, token_bytes, vocabulary_part(plan.dims.padded_vocab, mesh.tensor))
     engine = build_evaluation_engine(build_module(list(layers), loss, mesh), mesh)

@@ -10,12 +10,12 @@ import torch
 from megachat.checkpoint.facts import read_facts
 from megachat.checkpoint.resume import newest_complete
 from megachat.checkpoint.save import save_checkpoint
-from megachat.checkpoint.storage import load_checkpoint, load_model_weights
+from megachat.checkpoint.storage import load_checkpoint
 from megachat.errors import UserError
 from megachat.train.state import state_pieces
 from megachat.train.step import set_schedules
 from tests.harness import run_ranks
-from tests.training import SMALL_VOCAB, build, random_rows, small_config, take_step, whole_state
+from tests.training import SMALL_VOCAB, build, load_model_weights, random_rows, small_config, take_step, whole_state
 
 ROWS, TOKENS = 12, 161
 

@@ -8,7 +8,6 @@ import shutil
 import pytest
 import torch
 
-from megachat.checkpoint.storage import load_model_weights
 from tests.runs.forked import run_forked
 from tests.runs.job import (
     STEPS,
@@ -24,6 +23,7 @@ from tests.runs.job import (
     refused,
     train,
 )
+from tests.training import load_model_weights
 
 STOP = 3  # not a step at which checkpoint.every saves
 

@@ -13,7 +13,6 @@ import pytest
 
 from megachat.checkpoint.facts import read_facts
 from megachat.checkpoint.resume import choose_checkpoint, find_checkpoint
-from megachat.checkpoint.storage import load_model_weights
 from megachat.config import load_config
 from megachat.convert.formats import open_checkpoint
 from megachat.data.loader_state import load_header
@@ -27,6 +26,7 @@ from megachat.evals.results import load_results
 from megachat.job.hosts import parse_hostfile
 from megachat.prepare.sources import find_input_files
 from megachat.programs.generate import read_prompts
+from tests.training import load_model_weights
 from tests.unit.checkpoint.test_checkpoint import ALONE, save
 
 READERS = {

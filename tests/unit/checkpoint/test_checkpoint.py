@@ -15,11 +15,12 @@ from megachat.checkpoint.facts import checkpoint_name, find_file_problems, read_
 from megachat.checkpoint.index import read_index
 from megachat.checkpoint.resume import newest_complete
 from megachat.checkpoint.save import remove_old_checkpoints, repair_checkpoints_folder, save_checkpoint
-from megachat.checkpoint.storage import load_checkpoint, load_model_weights
+from megachat.checkpoint.storage import load_checkpoint
 from megachat.convert.megachat import open_megachat
 from megachat.errors import UserError
 from megachat.files import file_sha256
 from megachat.parallel.mesh import Axis
+from tests.training import load_model_weights
 
 ALONE = Axis("world", 1, 0, None, (0,))
 
