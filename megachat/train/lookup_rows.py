@@ -40,7 +40,7 @@ def allocated_lookup(
         action = lambda: result.append(_new_allocation(config, lookup, tokenizer, folder))  # noqa: E731
     else:
         action = lambda: None  # noqa: E731
-    on_all_ranks_or_raise(action, world, lambda text: text.partition(": ")[2])
+    on_all_ranks_or_raise(action, world)
     return all_gather_objects(result, world)[0][0]
 
 
