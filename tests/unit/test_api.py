@@ -156,8 +156,8 @@ def test_text_is_that_of_the_program(run, model, capsys):
     prompts = ["abcdefgh", "zz", ""]
     settings = {"tokens": 12, "temperature": 1.1, "top_k": 50, "top_p": 0.9, "seed": 4}
     options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-    asked = [f"--prompt={prompt}" for prompt in prompts]
-    generate_main(["--checkpoint", str(run), "--dtype", "float32", "--json", *options, *asked])
+    requested = [f"--prompt={prompt}" for prompt in prompts]
+    generate_main(["--checkpoint", str(run), "--dtype", "float32", "--json", *options, *requested])
     expected = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
     assert model.generate(prompts, **settings) == expected and len(set(expected)) == 3
     assert model.generate(prompts[0], **settings) == expected[0]
