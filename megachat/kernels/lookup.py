@@ -55,7 +55,7 @@ def lookup_attention(
 
     queries [..., width]; keys [table rows, width]; values [table rows, value width], may be `keys` itself; ids [...].
     Result [..., value width] in the dtype of `queries`. Products, softmax and sums are float32. Calls with the same
-    tensors `ids` and `rows.first` (the lookup layers of a model) share the grouping of tokens.
+    tensor `ids` and equal rows share the grouping of tokens.
     """
     groups = _groups(ids, rows, max(keys.size(1), values.size(1)))
     result = _LookupAttention.apply(queries.flatten(0, -2), keys, values, groups, scale)
@@ -114,20 +114,19 @@ def _scatter(table: torch.Tensor, places: torch.Tensor, values: torch.Tensor) ->
 
 def _add_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Returns total + left^T right (of each id); total None: zero."""
-    return torch.bmm(left.mT, right) if total is None else total.baddbmm_(left.mT, right)
+    return torch.bmm(left.mT, right) if total is None else torch.baddbmm(total, left.mT, right, out=total)
 
 
-# ids -> (what else the groups depend on, groups)
+# ids -> (their version and the tables' width, first rows, groups): the lookup layers of a model share the groups
 _grouped: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def _groups(ids: torch.Tensor, rows: TableRows, width: int) -> list[_Group]:
-    """Returns the groups of tokens: the same list as before while `ids` and `rows.first` are unchanged."""
-    key = (rows.first, ids._version, rows.first._version, width)
-    known, groups = _grouped.get(ids, ((None,), []))
-    if known[0] is not rows.first or known[1:] != key[1:]:
+    """Returns the groups of tokens: the same list as before while `ids` is not written and the rows are equal."""
+    version, first, groups = _grouped.get(ids, (None, rows.first, []))
+    if version != (ids._version, width) or not (first is rows.first or torch.equal(first, rows.first)):
         groups = _make_groups(ids, rows.first.cpu().numpy(), width)
-        _grouped[ids] = (key, groups)
+        _grouped[ids] = ((ids._version, width), rows.first, groups)
     return groups
 
 
