@@ -94,6 +94,7 @@ def test_layers_share_the_groups_of_a_batch():
     groups = lookup._groups(ids, rows, 16)
     assert lookup._groups(ids, TableRows(rows.first.clone()), 16) is groups
     assert lookup._groups(ids, rows.part(0, 100), 16) is not groups
+    lookup._groups(ids, rows, 16)
     ids.fill_(3)  # in place, as a buffer that is used for every batch
     (group,) = lookup._groups(ids, rows, 16)
     assert torch.cat(group.tokens, dim=1).flatten().tolist() == list(range(len(ids)))
