@@ -25,26 +25,21 @@ _SIZES = np.array(sorted({2**power for power in range(31)} | {3 * 2**power for p
 
 
 class TableRows(NamedTuple):
-    """first: int64 [vocabulary + 1]; token t has the rows first[t] .. first[t + 1] - 1 of the table.
+    """first: int64 [vocabulary + 1]; token t has the rows first[t] .. first[t + 1] - 1 of the whole table.
 
-    A token without rows reads zeros. Keep `first` on the CPU: it is read there only.
+    start: the row of the whole table that this process holds first. It must hold all rows of a token or none (see
+    megachat.planning.dimensions.balanced_cuts). A token without rows here reads zeros, so the sum of all parts' results
+    is the result of the whole table. Keep `first` on the CPU: it is read there only.
     """
 
     first: torch.Tensor
+    start: int = 0
 
     @staticmethod
     def from_allocation(allocation: torch.Tensor) -> "TableRows":
         """allocation: rows of each token, integers [vocabulary]."""
         zero = torch.zeros(1, dtype=torch.int64, device=allocation.device)
         return TableRows(torch.cat([zero, allocation.to(torch.int64).cumsum(0)]))
-
-    def part(self, start: int, rows: int) -> "TableRows":
-        """Returns the rows of a part of the table, `rows` rows from row `start`, counted from the part's first row.
-
-        Tokens of other parts have no rows, so the sum of all parts' results is the result of the whole table. A token
-        must not be divided (see megachat.planning.dimensions.balanced_cuts).
-        """
-        return TableRows(self.first.clamp(start, start + rows) - start)
 
 
 @torch.compiler.disable
@@ -57,7 +52,7 @@ def lookup_attention(
     Result [..., value width] in the dtype of `queries`. Products, softmax and sums are float32. Calls with the same
     tensor `ids` and equal rows share the grouping of tokens.
     """
-    groups = _groups(ids, rows, max(keys.size(1), values.size(1)))
+    groups = _groups(ids, rows, len(keys), max(keys.size(1), values.size(1)))
     result = _LookupAttention.apply(queries.flatten(0, -2), keys, values, groups, scale)
     return result.unflatten(0, ids.shape)
 
@@ -117,21 +112,22 @@ def _add_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Te
     return torch.bmm(left.mT, right) if total is None else torch.baddbmm(total, left.mT, right, out=total)
 
 
-# ids -> (their version and the tables' width, first rows, groups): the lookup layers of a model share the groups
+# ids -> (version of ids, rows of the table here and its width; rows of the tokens; groups)
 _grouped: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def _groups(ids: torch.Tensor, rows: TableRows, width: int) -> list[_Group]:
+def _groups(ids: torch.Tensor, rows: TableRows, table_rows: int, width: int) -> list[_Group]:
     """Returns the groups of tokens: the same list as before while `ids` is not written and the rows are equal."""
-    version, first, groups = _grouped.get(ids, (None, rows.first, []))
-    if version != (ids._version, width) or not (first is rows.first or torch.equal(first, rows.first)):
-        groups = _make_groups(ids, rows.first.cpu().numpy(), width)
-        _grouped[ids] = ((ids._version, width), rows.first, groups)
+    key, known = (ids._version, rows.start, table_rows, width), _grouped.get(ids)
+    if known and known[0] == key and (known[1] is rows.first or torch.equal(known[1], rows.first)):
+        return known[2]
+    groups = _make_groups(ids, (rows.first.cpu().numpy() - rows.start).clip(0, table_rows), width)
+    _grouped[ids] = (key, rows.first, groups)
     return groups
 
 
 def _make_groups(ids: torch.Tensor, first: np.ndarray, width: int) -> list[_Group]:
-    """Groups tokens on the host. Tokens without rows are in no group."""
+    """Groups tokens on the host, those without rows in no group. first: of the rows that this process holds."""
     device, host = ids.device, ids.flatten().cpu().numpy()
     rows_per_batch = (_GPU_WORKSPACE_BYTES if ids.is_cuda else _WORKSPACE_BYTES) // (4 * width)
     order = np.argsort(host, kind="stable")

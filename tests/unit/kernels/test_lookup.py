@@ -91,12 +91,14 @@ def test_float16_with_float32_tables():
 
 def test_layers_share_the_groups_of_a_batch():
     _, ids, rows = case(True)
-    groups = lookup._groups(ids, rows, 16)
-    assert lookup._groups(ids, TableRows(rows.first.clone()), 16) is groups
-    assert lookup._groups(ids, rows.part(0, 100), 16) is not groups
-    lookup._groups(ids, rows, 16)
+    held = int(rows.first[-1])
+    groups = lookup._groups(ids, rows, held, 16)
+    assert lookup._groups(ids, TableRows(rows.first.clone()), held, 16) is groups
+    assert lookup._groups(ids, TableRows(rows.first, int(rows.first[9])), held, 16) is not groups
+    assert lookup._groups(ids, TableRows(rows.first // 2), held, 16) is not groups
+    lookup._groups(ids, rows, held, 16)
     ids.fill_(3)  # in place, as a buffer that is used for every batch
-    (group,) = lookup._groups(ids, rows, 16)
+    (group,) = lookup._groups(ids, rows, held, 16)
     assert torch.cat(group.tokens, dim=1).flatten().tolist() == list(range(len(ids)))
     size = len(lookup._grouped)
     del ids
@@ -176,9 +178,8 @@ def test_parts_of_a_table_add_up_to_the_whole():
     total, gradients = torch.zeros_like(queries), []
     for start, end in zip(cuts, cuts[1:], strict=False):
         local = [tensor.clone().requires_grad_() for tensor in (queries, keys[start:end], values[start:end])]
-        part = rows.part(start, end - start)
-        output = lookup_attention(*local, ids, part, 0.25)
-        has_rows = part.first[ids + 1] > part.first[ids]
+        output = lookup_attention(*local, ids, TableRows(rows.first, start), 0.25)
+        has_rows = (rows.first[ids] >= start) & (rows.first[ids] < end)
         assert not output[~has_rows].any() and output[has_rows].all()
         gradients.append(torch.autograd.grad(output, local, gradient_of(output)))
         total += output
