@@ -18,6 +18,8 @@ kinds:
     checkpoint   seconds of saving and loading beside torch.save and torch.load
     generation   tokens per second with the KV cache and without
     core         CORE's examples per second in batches and one at a time
+    lookup_read  milliseconds of lookup attention on the text of --data, beside gathering and a block's matrices
+    lookup_step  seconds of training steps with lookup layers and without, at equal active FLOPs
 """
 
 import argparse
@@ -46,6 +48,8 @@ KINDS = {
     "checkpoint": "checkpoint",
     "generation": "generation",
     "core": "core",
+    "lookup_read": "lookup",
+    "lookup_step": "lookup",
 }
 LOOKUP_VARIANTS = "none none-longer lzw lzw-published frequency uniform"
 LAYOUTS = "dp=2 tp=2 pp=2 dp=2,tp=2 dp=2,pp=2 tp=2,pp=2 dp=2,tp=2,pp=2"
@@ -64,8 +68,10 @@ def build_parser() -> argparse.ArgumentParser:
         default=5,
         help="rounds in turn; for profile: profiled steps; lookup: 0 times nothing (default 5)",
     )
-    option("--data", default="data/python", help="loader, layouts, lookup: data folder (default data/python)")
-    option("--tokenizer", default="data/tokenizer", help="loader, layouts, lookup: its folder (default data/tokenizer)")
+    option("--data", default="data/python", help="loader, layouts, lookup*: data folder (default data/python)")
+    option(
+        "--tokenizer", default="data/tokenizer", help="loader, layouts, lookup*: its folder (default data/tokenizer)"
+    )
     option("--layouts", default=LAYOUTS, help=f"layouts: default '{LAYOUTS}'")
     option("--steps", type=int, default=30, help="layouts: default 30")
     option("--layout", default="dp=1", help="profile: one layout, as dp=2,tp=2 (default dp=1)")

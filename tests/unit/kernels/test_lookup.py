@@ -7,17 +7,7 @@ from megachat.kernels.lookup import TableRows, lookup_attention
 from megachat.planning.dimensions import balanced_cuts
 from megachat.train.compiled import NewGraphs
 from tools.bench.live_bytes import LiveBytes
-
-
-def plain(queries, keys, values, ids, rows, scale):
-    """The same with the rows of every token gathered: [tokens, most rows, width]."""
-    sizes = rows.first[ids + 1] - rows.first[ids]
-    offsets = torch.arange(int(sizes.max()))
-    owned = offsets < sizes[:, None]
-    places = torch.where(owned, rows.first[ids][:, None] + offsets, 0)
-    scores = scale * torch.einsum("tc,trc->tr", queries, keys[places])
-    weights = torch.softmax(scores.masked_fill(~owned, -torch.inf), dim=-1)
-    return torch.einsum("tr,trc->tc", weights, values[places])
+from tools.bench.lookup import gathered_attention
 
 
 def case(tied, *, tokens=300, vocabulary=40, width=16, seed=0):
@@ -52,7 +42,7 @@ def test_equal_to_the_gathered_rows(monkeypatch, tied, workspace, alone):
     monkeypatch.setattr(lookup, "_WORKSPACE_BYTES", workspace)
     monkeypatch.setattr(lookup, "_ALONE", alone)
     inputs, ids, rows = case(tied)
-    expected = results(plain, inputs, ids, rows, torch.float64)
+    expected = results(gathered_attention, inputs, ids, rows, torch.float64)
     actual = results(lookup_attention, inputs, ids, rows, torch.float32)
     for one, other in zip(actual, expected, strict=True):
         assert (one.double() - other).abs().max() <= 1e-6 * max(1.0, other.abs().max())
@@ -61,7 +51,7 @@ def test_equal_to_the_gathered_rows(monkeypatch, tied, workspace, alone):
 def test_one_token_and_all_the_same_token():
     for ids in (torch.tensor([5]), torch.full((50,), 4), torch.full((50,), 3)):
         inputs, _, rows = case(True, tokens=len(ids))
-        expected = results(plain, inputs, ids, rows, torch.float64)
+        expected = results(gathered_attention, inputs, ids, rows, torch.float64)
         actual = results(lookup_attention, inputs, ids, rows, torch.float32)
         assert all(torch.allclose(a.double(), b, atol=1e-5) for a, b in zip(actual, expected, strict=True))
 
@@ -75,7 +65,7 @@ def test_repeats_to_the_bit():
 def test_bfloat16_rounds_only_inputs_and_outputs():
     inputs, ids, rows = case(True)
     rounded = [tensor.detach().bfloat16().double().requires_grad_() for tensor in inputs]
-    expected = results(plain, rounded, ids, rows, torch.float64)
+    expected = results(gathered_attention, rounded, ids, rows, torch.float64)
     actual = results(lookup_attention, rounded, ids, rows, torch.bfloat16)
     for one, other in zip(actual, expected, strict=True):
         assert (one.double() - other).abs().max() <= 2**-8 * other.abs().max()
@@ -141,13 +131,15 @@ def test_flops_are_those_that_the_plan_counts():
     ids, width = torch.arange(30).repeat(10), 16
     sizes = torch.full((30,), 8)
     counted = 12 * 8 * width * len(ids)
-    assert multiplications(plain, sizes, ids) == counted
+    assert multiplications(gathered_attention, sizes, ids) == counted
     assert multiplications(lookup_attention, sizes, ids) == counted * 14 // 12
     # Zipf: the oracle pads every token to the most rows; the kernel pads less, and does not multiply single rows
     sizes = 1 + 400 // torch.arange(1, 101)
     ids = torch.multinomial(1 / torch.arange(1.0, 101.0), 2000, True, generator=torch.Generator().manual_seed(0))
     counted = 12 * int(sizes[ids].sum()) * width
-    assert multiplications(plain, sizes, ids) == 12 * int(sizes[ids].max()) * width * len(ids) > 3 * counted
+    assert (
+        multiplications(gathered_attention, sizes, ids) == 12 * int(sizes[ids].max()) * width * len(ids) > 3 * counted
+    )
     assert counted < multiplications(lookup_attention, sizes, ids) < 1.5 * counted
     assert multiplications(lookup_attention, torch.ones(100, dtype=torch.int64), ids) == 0
 
