@@ -145,12 +145,12 @@ def _make_groups(ids: torch.Tensor, first: np.ndarray, width: int) -> list[_Grou
         members = np.flatnonzero(kinds == kind)
         step = max(1, rows_per_batch // int(max(counts[members].max(), sizes[members].max())))
         for part in np.split(members, range(step, len(members), step)):
-            tokens, no_token = _ranges(starts[part], counts[part])
+            places, no_token = _ranges(starts[part], counts[part])
             rows, no_row = _ranges(firsts[part], sizes[part])
-            tokens = np.where(no_token, len(order), order[np.where(no_token, 0, tokens)])
+            places = np.where(no_token, len(order), order[np.where(no_token, 0, places)])
             rows[no_row] = first[-1]
             masks = [_to(mask, device) if mask.any() else None for mask in (no_token[:, :, None], no_row[:, None, :])]
-            groups.append(_Group((_to(tokens, device),), _to(rows, device), *masks))
+            groups.append(_Group((_to(places, device),), _to(rows, device), *masks))
     return groups
 
 
