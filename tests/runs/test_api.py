@@ -28,6 +28,22 @@ except ImportError:
 """
 
 
+# a model with a lookup layer, whose allocation is in the checkpoint; with a cache it chooses the same tokens as without
+LOOKUP = """
+settings = ["run.name=lookup", "horizon.steps=2", "lookup.after_blocks=[0]", "lookup.rows=300", "lookup.up_width=64"]
+model = megachat.load(megachat.pretrain("configs/demo.json", settings), dtype="float32")
+assert model.plan.dims.lookup is not None
+prompts = ["the old", "small boats past", "rain", "q", "bread and winter"]
+for prompt, text in zip(prompts, model.generate(prompts, tokens=6, temperature=0)):
+    ids = model.tokenizer.encode(prompt, bos=True).tolist()
+    start = len(ids)
+    while len(ids) < start + 6 and (token := int(model.logits(ids)[-1].argmax())) != model.tokenizer.bos:
+        ids.append(token)
+    print("text:", text)
+    assert text == model.tokenizer.decode(ids[start:])
+"""
+
+
 def executed(folder, code: str) -> str:
     """Runs Python code with `folder` as the working folder, in one process; returns what it printed."""
     script = folder / "script.py"
@@ -67,7 +83,7 @@ def test_the_code_of_the_page(demo):
         "except megachat.UserError as error:\n"
         "    assert 'parallel.tensor 3' in str(error), error\n"
     )
-    executed(demo, "\n".join([*blocks, checks]))
+    executed(demo, "\n".join([*blocks, checks, LOOKUP]))
 
 
 def test_the_notebook(demo):

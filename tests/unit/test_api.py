@@ -2,8 +2,10 @@
 
 import ast
 import json
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -250,6 +252,20 @@ def test_bad_arguments_are_one_sentence_with_the_value(model, call, error, facts
     with pytest.raises(error, match=facts) as caught:
         call(model)
     assert "\n" not in str(caught.value)
+
+
+def test_a_job_leaves_the_signals_of_its_process(monkeypatch):
+    """A job that was stopped ignores signals, because its program ends; a notebook goes on."""
+    before = signal.getsignal(signal.SIGINT)
+
+    def run_job(config, notes, *, resume):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        assert (config.model.depth, notes, resume) == (5, [], "auto")
+
+    monkeypatch.setattr("megachat.programs.pretrain.run_job", run_job)
+    config = {"run": {"name": "first", "folder": "somewhere"}}
+    assert megachat.pretrain(config, ["model.depth=5"], resume="auto") == Path("somewhere/first")
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_plans_and_metrics_of_a_run(run, tmp_path):
