@@ -101,6 +101,11 @@ def memory_bytes(device: torch.device, local_ranks: int) -> int:
     """Returns the GPU's memory, or on a CPU this process's share of the machine's when `local_ranks` run there."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
+    return host_memory_bytes(local_ranks)
+
+
+def host_memory_bytes(local_ranks: int) -> int:
+    """Returns this process's share of the machine's memory when `local_ranks` run there."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local_ranks
 
 

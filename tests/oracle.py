@@ -1,4 +1,4 @@
-"""One plain process: autograd over the whole batch, torch's AdamW, and Muon's whole-matrix reference.
+"""One plain process: autograd over the whole batch, torch's AdamW, Muon's whole-matrix reference, and dense tables.
 
 What every layout is compared with.
 """
@@ -8,6 +8,7 @@ import math
 import torch
 
 from megachat.model.gpt import Loss, ModelOptions, build_layers, run_layers
+from megachat.model.ngram import NgramTable
 from megachat.model.parameters import load_whole, placed_parameters
 from megachat.optim.groups import ADAMW_EPSILON, MUON_BETA2, assign_groups, rate_multipliers
 from megachat.optim.muon import second_moment_shape
@@ -18,6 +19,7 @@ from megachat.schedule import learning_rate_multiplier, muon_momentum, weight_de
 from megachat.settings import ParallelConfig
 from megachat.train.step import set_schedules
 from tests.muon import reference_step
+from tests.rows import DenseRows
 from tests.training import SMALL_VOCAB, assembled, build, random_rows, take_step, whole_state
 
 ROWS, TOKENS = 12, 161
@@ -42,9 +44,17 @@ class Oracle:
         self.decay = 0.0  # the most that Muon's decay has taken of an element since load(), as a share of it
         self.momentum = {p: torch.zeros_like(p) for p in self.muon}
         self.second = {p: torch.zeros(second_moment_shape(tuple(p.shape))) for p in self.muon}
-        self.adamw = torch.optim.AdamW(
-            [{"params": [p]} | self._settings(p) for p in self.parameters if p not in self.momentum], eps=ADAMW_EPSILON
-        )
+        self.tables = {
+            p: DenseRows(p.data, rowwise=config.ngram.optimizer == "rowwise")
+            for p in self.parameters
+            if self.groups[place_of(p).name].optimizer == "rows"
+        }
+        self.read: dict[str, torch.Tensor] = {}  # by table, the rows that the last forward pass read
+        for module in self.layers.modules():
+            if isinstance(module, NgramTable):
+                module.register_forward_pre_hook(lambda table, inputs: self.read.update({table.place.name: inputs[0]}))
+        others = [p for p in self.parameters if p not in self.momentum and p not in self.tables]
+        self.adamw = torch.optim.AdamW([{"params": [p]} | self._settings(p) for p in others], eps=ADAMW_EPSILON)
 
     def _settings(self, parameter):
         group = self.groups[place_of(parameter).name]
@@ -80,6 +90,10 @@ class Oracle:
         for group in self.adamw.param_groups:
             group["lr"] = group["rate"] * lrm
         self.adamw.step()
+        for p, table in self.tables.items():
+            settings, index = self._settings(p), self.read[place_of(p).name]
+            read = torch.zeros(len(p), dtype=torch.bool).index_fill_(0, index[index >= 0], True)
+            table.step(p.grad, read, lr=settings["rate"] * lrm, betas=settings["betas"], epsilon=ADAMW_EPSILON)
         with torch.no_grad():
             for p in self.muon:
                 lr = plan.rates["matrix"] * lrm * self.multiplier[place_of(p).name]

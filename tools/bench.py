@@ -17,9 +17,8 @@ kinds:
     loader       tokens per second of packing and of the whole loader, beside plain implementations
     checkpoint   seconds of saving and loading beside torch.save and torch.load
     generation   tokens per second with the KV cache and without
+    tables       steps per second and bytes of an n-gram table, whole on each rank and divided by rows
     core         CORE's examples per second in batches and one at a time
-    lookup_read  milliseconds of lookup attention on the text of --data, beside gathering and a block's matrices
-    lookup_step  seconds of training steps with lookup layers and without, at equal active FLOPs
 """
 
 import argparse
@@ -47,9 +46,8 @@ KINDS = {
     "loader": "packing",
     "checkpoint": "checkpoint",
     "generation": "generation",
+    "tables": "row_tables",
     "core": "core",
-    "lookup_read": "lookup",
-    "lookup_step": "lookup",
 }
 LOOKUP_VARIANTS = "none none-longer lzw lzw-published frequency uniform"
 LAYOUTS = "dp=2 tp=2 pp=2 dp=2,tp=2 dp=2,pp=2 tp=2,pp=2 dp=2,tp=2,pp=2"
@@ -68,10 +66,8 @@ def build_parser() -> argparse.ArgumentParser:
         default=5,
         help="rounds in turn; for profile: profiled steps; lookup: 0 times nothing (default 5)",
     )
-    option("--data", default="data/python", help="loader, layouts, lookup*: data folder (default data/python)")
-    option(
-        "--tokenizer", default="data/tokenizer", help="loader, layouts, lookup*: its folder (default data/tokenizer)"
-    )
+    option("--data", default="data/python", help="loader, layouts, lookup: data folder (default data/python)")
+    option("--tokenizer", default="data/tokenizer", help="loader, layouts, lookup: its folder (default data/tokenizer)")
     option("--layouts", default=LAYOUTS, help=f"layouts: default '{LAYOUTS}'")
     option("--steps", type=int, default=30, help="layouts: default 30")
     option("--layout", default="dp=1", help="profile: one layout, as dp=2,tp=2 (default dp=1)")
@@ -81,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     option("--checkpoint", help="core: the checkpoint")
     option("--bundle", help="core: the CORE bundle, a folder or zip")
     option("--max-per-task", type=int, default=-1, help="core: examples per task at most (default all)")
-    option("--ranks", type=int, default=2, help="checkpoint: default 2")
+    option("--ranks", type=int, default=2, help="checkpoint, tables: default 2")
     option("--folder", help="checkpoint: on the storage to measure (default: a temporary folder); lookup: of its runs")
     option("--variants", default=LOOKUP_VARIANTS, help=f"lookup: default '{LOOKUP_VARIANTS}'")
     option("--seeds", default="1 2 3", help="lookup: seeds of the initial weights (default '1 2 3')")

@@ -11,6 +11,7 @@ from megachat.model.gpt import ModelOptions, build_layers
 from megachat.model.parameters import load_whole, placed_parameters
 from megachat.optim.groups import assign_groups
 from megachat.optim.muon import second_moment_shape
+from megachat.optim.row_update import MASTER, row_state_shapes
 from megachat.place import Place, place_of
 from megachat.planning.dimensions import Dimensions
 
@@ -48,14 +49,20 @@ def table_names(dims: Dimensions) -> frozenset[str]:
     return frozenset(place_of(parameter).name for parameter in parameters if parameter.dtype == torch.bfloat16)
 
 
-def state_shapes(dims: Dimensions) -> dict[str, Shape]:
-    """Returns name -> shape of every tensor of a complete checkpoint: the weights and both optimizers' state."""
+def state_shapes(dims: Dimensions, row_optimizer: str = "adamw") -> dict[str, Shape]:
+    """Returns name -> shape of every tensor of a complete checkpoint: the weights and the optimizers' state.
+
+    row_optimizer: ngram.optimizer.
+    """
     wheres = places(dims)
     shapes = {f"model/{where.name}": where.whole for where in wheres}
     for name, group in assign_groups(wheres).items():
         whole = shapes[f"model/{name}"]
         if group.optimizer == "muon":
             shapes |= {f"muon/{name}/{kind}": shape for kind, shape in muon_shapes(whole).items()}
+        elif group.optimizer == "rows":
+            kinds = row_state_shapes(row_optimizer, *whole)
+            shapes |= {f"rows/{name}/{kind}": shape for kind, shape in kinds.items() if kind != MASTER}
         else:
             shapes |= {f"adamw/{name}/exp_avg": whole, f"adamw/{name}/exp_avg_sq": whole}
     return shapes
@@ -80,7 +87,8 @@ def shape_problems(actual: Mapping[str, Shape], expected: Mapping[str, Shape]) -
 
 def tensor_problems(checkpoint: CheckpointReader) -> list[str]:
     """Returns `shape_problems` of a checkpoint; one without any optimizer state is complete with its weights."""
-    expected = state_shapes(checkpoint.dims)
+    rowwise = any(name.startswith("rows/") and name.endswith("/mean_square") for name in checkpoint.entries)
+    expected = state_shapes(checkpoint.dims, "rowwise" if rowwise else "adamw")
     if not checkpoint.has_optimizer:
         expected = {name: shape for name, shape in expected.items() if name.startswith("model/")}
     return shape_problems({name: entry.shape for name, entry in checkpoint.entries.items()}, expected)

@@ -103,7 +103,9 @@ def _save(new: Import, folder: Path, config: dict) -> None:
     source = new.source
     tensors = {name: tensor.float() for name, tensor in source.tensors()}
     if not source.has_optimizer:
-        tensors = {name: torch.zeros(shape) for name, shape in state_shapes(source.dims).items()} | tensors
+        row_optimizer = config.get("ngram", {}).get("optimizer", "adamw")
+        shapes = state_shapes(source.dims, row_optimizer)
+        tensors = {name: torch.zeros(shape) for name, shape in shapes.items()} | tensors
     pieces = {name: whole_piece(tensor) for name, tensor in tensors.items()}
 
     def copy_files(step_folder: Path) -> None:

@@ -1,6 +1,6 @@
-"""The optimizer step: from reduced gradients to updated weights, for AdamW (under ZeRO-1) and Muon together.
+"""The optimizer step: from reduced gradients to updated weights, for AdamW (under ZeRO-1), Muon and sparse tables.
 
-Both optimizers use the same gradient norm, clipping factor, loss scale and decision to skip, on every layout.
+All optimizers use the same gradient norm, clipping factor, loss scale and decision to skip, on every layout.
 """
 
 import math
@@ -12,6 +12,7 @@ import torch
 
 from megachat.kernels.gradient_norm import SumOfSquares
 from megachat.optim.partition import MuonPartition
+from megachat.optim.row_tables import RowTables
 from megachat.parallel.collectives import all_reduce
 from megachat.parallel.engine import ZeroAdamW
 from megachat.parallel.mesh import Mesh
@@ -45,6 +46,7 @@ class StepOutcome:
 def optimizer_step(
     adamw: ZeroAdamW,
     muon: MuonPartition,
+    rows: RowTables,
     mesh: Mesh,
     sum_of_squares: SumOfSquares,
     *,
@@ -60,12 +62,13 @@ def optimizer_step(
     """
     # 1. Gradients: ZeRO has averaged AdamW's shares; Muon's last buckets may still be in flight.
     muon.wait_for_reduce()
+    rows.wait_for_reduce()
     if inspect_gradients:
         inspect_gradients()
 
     # 2. One all-reduce over all ranks carries the squared norm of the whole gradient and the requests.
     with profile_range("norm"):
-        squares = sum_of_squares(adamw.local_gradients(), muon.sum_of_squares())
+        squares = sum_of_squares(adamw.local_gradients() + rows.gradients(), muon.sum_of_squares())
         joint = torch.cat((squares.view(1), torch.tensor(requests, dtype=torch.float32, device=mesh.device)))
         all_reduce(joint, mesh.world, name="gradient norm")
         scaled_norm = joint[0].sqrt()  # the loss scale is still in it
@@ -80,10 +83,12 @@ def optimizer_step(
         gradient_scale = 1.0 / adamw.loss_scale
         if adamw.clip_grad > 0:
             gradient_scale = gradient_scale / ((norm + 1e-6) / adamw.clip_grad).clamp_min(1.0)
+        rows.step(gradient_scale)
         muon.step(gradient_scale)
         adamw.apply(scaled_norm)
     else:  # 4. Otherwise no rank changes a weight or a state; float16's loss scale decreases.
         muon.discard_gradients()
+        rows.discard_gradients()
         adamw.apply(torch.full_like(scaled_norm, torch.inf))
     requested = Requests(*(ranks > 0 for ranks in joint[1:].tolist()))
     return StepOutcome(norm.item() if finite else math.inf, not finite, requested)

@@ -106,6 +106,10 @@ def ownership(config: Config, plan: Plan) -> list[Ownership]:
         for index, matrix in enumerate(partition.matrices):
             muon[matrix.name] = matrix, stage * stage_size + partition.owners[index]
             state_ranks[matrix.name] = {stage * stage_size + rank for rank, _ in partition.stored(index)}
+        for place in map(place_of, parameters):
+            if group_of(place.name).optimizer == "rows":
+                filled = min(stage_size, place.whole[0])
+                state_ranks[place.name] = {stage * stage_size + rank for rank in range(filled)}
         for rank in range(tensor):
             for shares in adamw_shares(parameters, plan.layout, rank):
                 for parameter, owners in zip(shares.parameters, shares.owners, strict=True):
@@ -122,7 +126,7 @@ def ownership(config: Config, plan: Plan) -> list[Ownership]:
                 shape=place.whole,
                 optimizer=group.optimizer,
                 stages=tuple(sorted({rank // stage_size for rank in ranks})),
-                cut=place.cut if tensor > 1 else "whole",
+                cut=place.cut if tensor > 1 or place.cut == "rows" else "whole",
                 state_ranks=tuple(ranks),
                 owner=on_muon[1] if on_muon else None,
                 lr=plan.rates[group.rate] * (on_muon[0].multiplier if on_muon else 1.0),
@@ -139,6 +143,7 @@ def describe_ownership(lines: list[Ownership]) -> str:
         shape, owner = "x".join(map(str, line.shape)), "-" if line.owner is None else str(line.owner)
         ranks = number_ranges(line.stages), line.cut, number_ranges(line.state_ranks), owner
         rows.append((line.name, shape, line.optimizer, *ranks, f"{line.lr:.4g}", f"{line.decay:.4g}"))
-    muon = sum(line.optimizer == "muon" for line in lines)
-    total = f"{muon} matrices on Muon, {len(lines) - muon} tensors on AdamW"
+    muon, tables = (sum(line.optimizer == kind for line in lines) for kind in ("muon", "rows"))
+    total = f"{muon} matrices on Muon, {len(lines) - muon - tables} tensors on AdamW"
+    total += f", {tables} sparse tables divided by rows" if tables else ""
     return "\n".join(["parameters and their owners", *text_table(rows), total])

@@ -27,6 +27,7 @@ from megachat.planning.dimensions import (
 )
 from megachat.planning.manifest import adamw_shares, muon_plan
 from megachat.planning.plan import Plan, resolve
+from megachat.planning.row_tables import row_bytes
 
 FILLS = 0.92  # share of a device's memory that a run can use; CUDA, NCCL and gaps between tensors take the rest
 _LOOKUP_WORKSPACE_BYTES = 64 << 20  # of the kernel, whose tests hold it below this
@@ -35,7 +36,11 @@ _NEWTON_SCHULZ_BYTES = 24  # per element of the matrix at work: float32 copies, 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the fullest rank of a pipeline stage."""
+    """Bytes on the fullest rank of a pipeline stage, on its device.
+
+    tables: of masters and moments, those of sparse tables. host: of sparse tables in host memory beside a GPU. wire:
+    what sparse tables send to other ranks in a step, at most.
+    """
 
     stage: int
     weights: int
@@ -44,6 +49,9 @@ class Memory:
     gradients: int
     activations: int
     workspace: int
+    tables: int = 0
+    host: int = 0
+    wire: int = 0
 
     @property
     def state(self) -> int:
@@ -87,15 +95,22 @@ def _stage_memory(
     forward += 4 * max((size for group in adamw for size in group.sizes), default=0)  # DeepSpeed's reduction buffer
     if narrow and data > 1:  # gradients of two buckets on the wire, as sent and as received
         forward += 2 * 2 * 2 * data * max((bucket.shard_size for bucket in partition.buckets), default=0)
+    rows = row_bytes(config, plan, parameters, dtype)
     update = _update_workspace(partition, max((group.share for group in adamw), default=0), narrow)
+    tables, beside = rows.masters + rows.moments, on_gpu and rows.on_host
     return Memory(
         stage,
         weights=data * (adamw_weights + (2 if narrow else 4) * shards),
-        masters=4 * adamw_shard + (4 * shards if narrow else 0),
-        moments=8 * adamw_shard + max(state["momentum"] + state["second_moment"] for state in matrix_states),
-        gradients=4 * (sum(sum(group.sizes) for group in adamw) + data * shards),
+        masters=4 * adamw_shard + (4 * shards if narrow else 0) + (0 if beside else rows.masters),
+        moments=8 * adamw_shard
+        + max(state["momentum"] + state["second_moment"] for state in matrix_states)
+        + (0 if beside else rows.moments),
+        gradients=4 * (sum(sum(group.sizes) for group in adamw) + data * shards) + rows.gradients,
         activations=activations,
-        workspace=max(forward, update - activations),
+        workspace=max(forward, rows.workspace, update - activations),
+        tables=0 if beside else tables,
+        host=tables if beside else 0,
+        wire=rows.wire,
     )
 
 
@@ -285,7 +300,10 @@ def describe_memory(stages: list[Memory], device_bytes: int | None) -> str:
     parts = ", ".join(f"{kind} {_format_bytes(getattr(fullest, kind))}" for kind in kinds)
     where = f" on stage {fullest.stage}, the fullest" if len(stages) > 1 else ""
     device = f"; the device has {_format_bytes(device_bytes)}" if device_bytes else ""
-    return f"estimated memory per rank{where}: {_format_bytes(fullest.total)} ({parts}){device}"
+    host, wire = max(stage.host for stage in stages), max(stage.wire for stage in stages)
+    beside = f"; sparse tables: {_format_bytes(host)} of host memory per rank" if host else ""
+    sent = f"; sparse tables: at most {_format_bytes(wire)} sent per rank and step" if wire else ""
+    return f"estimated memory per rank{where}: {_format_bytes(fullest.total)} ({parts}){device}{beside}{sent}"
 
 
 def memory_warning(
@@ -341,14 +359,23 @@ def _lighter_settings(config: Config, plan: Plan) -> list[tuple[str, str, object
     ]
 
 
-def check_state_fits(stages: list[Memory], device_bytes: int) -> None:
-    """Raises UserError if weights and optimizer state alone exceed the device: then no batch is small enough."""
+def check_state_fits(stages: list[Memory], device_bytes: int, host_bytes: int | None = None) -> None:
+    """Raises UserError if weights and optimizer state alone exceed the device: then no batch is small enough. Also if
+    sparse tables in host memory exceed this rank's share of it, host_bytes.
+    """
+    most = max(stage.host for stage in stages)
+    if host_bytes is not None and most > host_bytes:
+        raise UserError(
+            f"the n-gram tables and their optimizer state need {_format_bytes(most)} of host memory per rank, but a "
+            f"rank's share is {_format_bytes(host_bytes)}: use more ranks, or lower ngram.rows or ngram.width"
+        )
     fullest = max(stages, key=lambda stage: stage.state)
     if fullest.state > device_bytes:
+        with_tables = f" ({_format_bytes(fullest.tables)} of them for n-gram tables)" if fullest.tables else ""
         raise UserError(
-            f"weights and optimizer state need {_format_bytes(fullest.state)} per rank on stage {fullest.stage}, "
-            f"but the device has {_format_bytes(device_bytes)}: use more ranks, raise parallel.tensor or "
-            "parallel.pipeline, or lower model.depth"
+            f"weights and optimizer state need {_format_bytes(fullest.state)} per rank on stage {fullest.stage}"
+            f"{with_tables}, but the device has {_format_bytes(device_bytes)}: use more ranks, raise parallel.tensor "
+            f"or parallel.pipeline, or lower {'ngram.rows, ngram.width or ' if with_tables else ''}model.depth"
         )
 
 

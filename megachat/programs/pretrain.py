@@ -15,7 +15,7 @@ from megachat.config import Config, load_config, save_config
 from megachat.data.shards import DataSummary, check_data_folder
 from megachat.data.texts import BadTexts
 from megachat.data.tokenizer import Tokenizer, load_tokenizer
-from megachat.device import choose_compute_dtype, device_name, memory_bytes, peak_flops
+from megachat.device import choose_compute_dtype, device_name, host_memory_bytes, memory_bytes, peak_flops
 from megachat.errors import SAVED_STATUS, UserError
 from megachat.evals.core_bundle import Bundle, describe_bundle, open_configured_bundle
 from megachat.evals.core_prompts import check_questions, row_limit
@@ -172,7 +172,7 @@ def _check_job(config: Config, environment: LaunchEnvironment, resume: str | Non
         check_wandb(config.log)
     device = choose_device(environment)
     kernels = choose_kernels(config, plan, device)
-    memory, *warnings = described_memory(config, plan, device, memory_bytes(device, environment.local_size))
+    memory, *warnings = described_memory(config, plan, device, environment.local_size)
     if environment.rank == 0 and warnings:
         print(*warnings, sep="\n", flush=True)  # printed now: a job that runs out of memory during the build has no log
     return Job(config, folder, environment, tokenizer, plan, data, bundle, kernels, memory, left_out)
@@ -294,15 +294,16 @@ def check_data(config: Config, *, least_shards: int = 2) -> DataSummary:
     )
 
 
-def described_memory(config: Config, plan: Plan, device: torch.device, device_bytes: int) -> list[str]:
-    """Returns the estimated memory per rank, and a warning if the device has less.
+def described_memory(config: Config, plan: Plan, device: torch.device, local_ranks: int) -> list[str]:
+    """Returns the estimated memory per rank, and a warning if the device has less. local_ranks: on this machine.
 
-    Raises UserError when a GPU is too small for the weights and the optimizer state.
+    Raises UserError when a GPU is too small for the weights and the optimizer state, or any memory for n-gram tables.
     """
+    device_bytes = memory_bytes(device, local_ranks)
     dtype, on_gpu = choose_compute_dtype(config.precision.compute, device)[0], device.type == "cuda"
     stages = memory_of_stages(config, plan, dtype, on_gpu=on_gpu)
-    if on_gpu:
-        check_state_fits(stages, device_bytes)
+    if on_gpu or plan.dims.ngram:
+        check_state_fits(stages, device_bytes, host_memory_bytes(local_ranks))
     warning = memory_warning(config, plan, dtype, device_bytes, on_gpu=on_gpu, stages=stages)
     warnings = [*([warning] if warning else []), *setting_warnings(config, plan)]
     return [describe_memory(stages, device_bytes), *warnings]

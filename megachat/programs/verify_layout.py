@@ -25,6 +25,7 @@ from megachat.errors import UserError
 from megachat.files import write_json
 from megachat.job.join import start_mesh
 from megachat.model.parameters import starting_value
+from megachat.optim.row_tables import RowShard
 from megachat.parallel.rectangles import flat_rectangles
 from megachat.place import Place, place_of
 from megachat.planning.dimensions import up_to_multiple
@@ -123,17 +124,22 @@ def related_rows(step: int, rows: int, tokens: int, vocab_size: int) -> torch.Te
 def gradient_pieces(training: Training) -> dict:
     """Copies this rank's part of the step's mean gradients as named rectangles; for `inspect_gradients` of
     train.step.update. Over all ranks, each element exists once."""
-    pieces = _live_gradients(training, training.engine.adamw.gradient_shares())
+    shares, row_gradients = training.engine.adamw.gradient_shares(), training.rows.gradient_shards()
+    pieces = _live_gradients(training, shares, row_gradients)
     if training.mesh.tensor.rank:
         pieces = {name: piece for name, piece in pieces.items() if name not in _replicated(training)}
     return _copied(pieces)
 
 
-def _live_gradients(training: Training, shares: list[torch.Tensor]) -> dict:
-    """Returns this rank's mean gradients as named rectangles. Muon's are live; AdamW's are views of `shares`."""
+def _live_gradients(training: Training, shares: list[torch.Tensor], row_gradients: list[RowShard]) -> dict:
+    """Returns this rank's mean gradients as named rectangles. Muon's are live; AdamW's and those of rows are views of
+    the arguments.
+    """
     pieces: dict[str, tuple] = {}
     for _, name, whole, rectangles in training.muon.gradient_shards():
         pieces[name] = (tuple(whole), rectangles)
+    for _, name, shape, rectangles in row_gradients:
+        pieces[name] = (shape, rectangles)
     for index, share in enumerate(shares):
         for parameter, begin, here in training.engine.adamw.share_slices(index):
             where = place_of(parameter)
@@ -178,12 +184,13 @@ def run_rank(config: Config, vocab_size: int, device: torch.device, folder: Path
                 pieces[f"{kind}/{name}{COPY * (name in copies)}{mesh.tensor.rank if name in copies else ''}"] = piece
 
         def replace_gradients(step=step, keep=keep) -> None:
-            shares = training.engine.adamw.gradient_shares()
-            gradients = _live_gradients(training, shares)
+            shares, row_gradients = training.engine.adamw.gradient_shares(), training.rows.gradient_shards()
+            gradients = _live_gradients(training, shares, row_gradients)
             keep("gradient", _copied(gradients))
             if reference:
                 load_checkpoint(reference / str(step), {f"gradient/{name}": piece for name, piece in gradients.items()})
                 training.engine.adamw.set_gradient_shares(shares)
+                training.rows.set_gradient_shards(row_gradients)
 
         before = _copied(_live_weights(training))
         multiplier = set_schedules(training, step)

@@ -208,7 +208,7 @@ def _training_order(entry: Difference, order: list[str]) -> tuple:
     if entry.kind == LOADER or entry.name == "ledger":
         return 0, not entry.name.endswith(": ledger"), entry.name
     kind, *rest = entry.name.split("/")
-    if kind in ("model", "muon", "adamw") and rest and rest[0] in order:
+    if kind in ("model", "muon", "adamw", "rows") and rest and rest[0] in order:
         return 1, order.index(rest[0]), kind == "model", entry.name
     return 2, 0, entry.name
 

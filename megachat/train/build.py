@@ -1,5 +1,7 @@
 """Builds a run that can train, from config and plan: here the model meets the parallel axes and the optimizers."""
 
+import dataclasses
+import functools
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +19,20 @@ from megachat.kernels.attention import Attend, attention
 from megachat.kernels.choice import Kernels, choose_kernels
 from megachat.kernels.fp8 import apply_fp8, head_products
 from megachat.model.gpt import Loss, ModelOptions, build_layers, layer_builders
+from megachat.model.ngram import NgramTable
 from megachat.model.parameters import initialize, placed_parameters
 from megachat.optim.groups import (
+    ADAMW_EPSILON,
     MUON_BETA2,
     adamw_groups,
     assign_groups,
+    group_of,
     muon_matrices,
 )
 from megachat.optim.muon import compiled_functions
 from megachat.optim.partition import MuonPartition
+from megachat.optim.row_tables import RowTable, RowTables
+from megachat.optim.row_update import MASTER
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.engine import (
     Engine,
@@ -35,16 +42,16 @@ from megachat.parallel.engine import (
 )
 from megachat.parallel.mesh import Mesh
 from megachat.parallel.tensor import apply_tensor, vocabulary_part
-from megachat.place import place_of
+from megachat.place import Place, place_of, set_place
 from megachat.planning.plan import Plan
 from megachat.train.compiled import apply_compile
 
 
 @dataclass(frozen=True)
 class Training:
-    """All that a training step needs: the model, its engine and both optimizers.
+    """All that a training step needs: the model, its engine and the optimizers.
 
-    layers: this rank's pipeline stage, cut by the tensor axis.
+    layers: this rank's pipeline stage, cut by the tensor axis. rows: the tables that they read.
     """
 
     config: Config
@@ -53,6 +60,7 @@ class Training:
     layers: nn.ModuleList
     engine: Engine
     muon: MuonPartition
+    rows: RowTables
     compute_dtype: torch.dtype
     dtype_reason: str
     kernels: Kernels
@@ -101,6 +109,7 @@ def build_training(
     layers = build_stage(config, plan, mesh, dtype, attend=kernels.attention.attend)
     if kernels.fp8:
         apply_fp8(list(layers), kernels.fp8)
+    rows = attach_row_tables(layers, config, mesh, dtype)
     parameters = placed_parameters(layers)
     groups = assign_groups([place_of(parameter) for parameter in parameters])
     matrices = muon_matrices(
@@ -136,26 +145,27 @@ def build_training(
     )
     if config.precision.compile:
         apply_compile(layers)
-    return Training(config, plan, mesh, layers, engine, muon, dtype, reason, kernels)
+    return Training(config, plan, mesh, layers, engine, muon, rows, dtype, reason, kernels)
 
 
 def build_stage(
     config: Config, plan: Plan, mesh: Mesh, dtype: torch.dtype, *, start: bool = True, attend: Attend = attention
 ) -> nn.ModuleList:
-    """Builds this rank's layers, cut by the tensor axis; all ranks call it. start: whether to set initial values.
+    """Builds this rank's layers, cut by the tensor axis, without their sparse tables; all ranks call it. start: whether
+    to set initial values.
 
     Raises RuntimeError when the stages of all ranks together are not the model.
     """
     first, last = plan.stages[mesh.pipeline.rank]
-    layers = nn.ModuleList(
-        build() for build in layer_builders(plan.dims, model_options(config, dtype, attend))[first:last]
-    )
+    options = dataclasses.replace(model_options(config, dtype, attend), holds_ngrams=False)
+    layers = nn.ModuleList(build() for build in layer_builders(plan.dims, options)[first:last])
     apply_tensor(list(layers), mesh.tensor, sequence=config.parallel.sequence)
     if start:
         initialize(layers, config.run.seed)
     with torch.device("meta"):
         whole = placed_parameters(build_layers(plan.dims, model_options(config, dtype)))
     places = [place_of(parameter) for parameter in placed_parameters(layers)]
+    places += [module.place for module in layers.modules() if isinstance(module, NgramTable)]
     stages = all_gather_objects([(place.name, place.block) for place in places], mesh.pipeline)
     built = [entry for stage in stages for entry in stage]
     if sorted(built) != sorted((place_of(parameter).name, place_of(parameter).block) for parameter in whole):
@@ -164,6 +174,45 @@ def build_stage(
             f"{len(whole)} parameters"
         )
     return layers.to(mesh.device)
+
+
+def attach_row_tables(
+    layers: nn.ModuleList, config: Config, mesh: Mesh, dtype: torch.dtype, *, train: bool = True
+) -> RowTables:
+    """Returns the sparse tables of this rank's layers, which read them from now on; with initial values.
+
+    train: False makes no optimizer state.
+    """
+    modules = {module.place.name: module for module in layers.modules() if isinstance(module, NgramTable)}
+    (betas,) = {group_of(name).betas for name in modules} or {(0.0, 0.0)}
+    tables = []
+    for name, module in modules.items():
+        count, width = module.place.whole
+        start, rate = module.place.start[1], group_of(name).rate
+        tables.append(RowTable(name, count, width, start=start, cut=module.divided, rate=rate))
+    rows = RowTables(
+        tables,
+        mesh,
+        optimizer=config.ngram.optimizer if train else None,
+        host=config.ngram.storage == "host",
+        wire=model_options(config, dtype).table_dtype,
+        gradient_wire=gradient_wire(config, dtype),
+        betas=betas,
+        epsilon=ADAMW_EPSILON,
+    )
+    for name, module in modules.items():
+        module.attach(functools.partial(rows.read, name), mesh.tensor.size, mesh.tensor.rank)
+    return rows
+
+
+def row_parameters(rows: RowTables) -> list[nn.Parameter]:
+    """Returns this rank's rows of each table, live, as parameters with places: weights are loaded into them."""
+    parameters = []
+    for kind, name, whole, rectangles in rows.state_shards():
+        for offset, _, tensor in rectangles if kind == MASTER else ():
+            parameters.append(nn.Parameter(tensor, requires_grad=False))
+            set_place(parameters[-1], Place(name, whole, -1, ("constant", 0.0), "rows", offset))
+    return parameters
 
 
 def with_gather_waits(layers: nn.ModuleList, muon: MuonPartition) -> list:

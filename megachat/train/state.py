@@ -1,4 +1,4 @@
-"""The state that survives a restart: weights, both optimizers, loss scaler, loader, random numbers and the loop's
+"""The state that survives a restart: weights, optimizers, loss scaler, loader, random numbers and the loop's
 counters.
 """
 
@@ -68,6 +68,8 @@ def state_pieces(run: Training, *, replicas: bool = True) -> dict:
     pieces: dict[str, tuple] = {}
     for kind, name, shape, rectangles in run.muon.state_shards():
         pieces["model/" + name if kind == "master" else f"muon/{name}/{kind}"] = (tuple(shape), rectangles)
+    for kind, name, whole, rectangles in run.rows.state_shards():
+        pieces["model/" + name if kind == "master" else f"rows/{name}/{kind}"] = (whole, rectangles)
     for parameter, begin, _, views in run.engine.adamw.fragments():
         place = place_of(parameter)
         if not replicas and place.cut == "whole" and run.mesh.tensor.rank > 0:

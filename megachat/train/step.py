@@ -37,7 +37,7 @@ class StepResult:
 
 
 def set_schedules(run: Training, step: int) -> float:
-    """Sets both optimizers' rates, decay and momentum for the step; returns the rate multiplier."""
+    """Sets all optimizers' rates, decay and momentum for the step; returns the rate multiplier."""
     plan = run.plan
     values = scheduled_values(run.config.optimizer, step, plan.steps)
     for group in run.engine.adamw.param_groups:
@@ -47,6 +47,8 @@ def set_schedules(run: Training, step: int) -> float:
         weight_decay=plan.weight_decay * values.decay,
         momentum=values.momentum,
     )
+    for table in run.rows.tables.values():
+        run.rows.set_lr(table.name, plan.rates[table.rate] * values.rate)
     return values.rate
 
 
@@ -74,6 +76,7 @@ def update(
         return optimizer_step(
             run.engine.adamw,
             run.muon,
+            run.rows,
             run.mesh,
             run.kernels.norm.sum_of_squares,
             requests=requests,

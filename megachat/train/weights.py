@@ -23,7 +23,7 @@ from megachat.parallel.mesh import Mesh
 from megachat.parallel.tensor import vocabulary_part
 from megachat.place import place_of
 from megachat.planning.plan import Plan, resolve
-from megachat.train.build import build_stage
+from megachat.train.build import attach_row_tables, build_stage, row_parameters
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def build_evaluation_model(saved: SavedModel, plan: Plan, mesh: Mesh) -> Evaluat
     attention = choose_attention(saved.config.precision.attention, mesh.device, dtype, plan.dims, must=False)
     layers = build_stage(saved.config, plan, mesh, dtype, start=False, attend=attention.attend)
     parameters = placed_parameters(layers)
+    parameters += row_parameters(attach_row_tables(layers, saved.config, mesh, dtype, train=False))
     if dtype == torch.bfloat16:  # as in training, where Muon's matrices are bfloat16 copies of the optimizer's masters
         groups = assign_groups([place_of(parameter) for parameter in parameters])
         for parameter in parameters:

@@ -48,7 +48,8 @@ def skip_then_go_on(config, poison: str, bad_rank: int):
 @pytest.mark.parametrize(("world", "parallel"), [(2, {}), (4, {"tensor": 2, "pipeline": 2})])
 def test_inf_in_one_gradient_of_one_rank_skips_everything_everywhere(world, parallel, poison, compute):
     model = {"aspect_ratio": 32, "head_size": 16, "kv_heads": 2}
-    config = small_config(model=model, precision={"compute": compute, "loss_scale": 1024.0}, parallel=parallel)
+    precision, ngram = {"compute": compute, "loss_scale": 1024.0}, {"blocks": (0, 2), "rows": 40, "storage": "host"}
+    config = small_config(model=model, precision=precision, parallel=parallel, ngram=ngram)
     bad_rank = 1 if world == 2 or poison != "lm_head.weight" else 3  # the second of the last stage
     for finite, norm, skipped, untouched, halved, skipped_next, changed in run_ranks(
         skip_then_go_on, world, config, poison, bad_rank
@@ -59,11 +60,12 @@ def test_inf_in_one_gradient_of_one_rank_skips_everything_everywhere(world, para
         assert not skipped_next and changed > 0.9
 
 
-def test_float16_unscales_before_both_optimizers():
-    plain = run_ranks(train, 1, small_config(), 4)[0]
+def test_float16_unscales_before_all_optimizers():
+    ngram = {"blocks": (1,), "rows": 40}
+    plain = run_ranks(train, 1, small_config(ngram=ngram), 4)[0]
     # a window of one step doubles the scale at every step: an optimizer that divides by the new scale would move half
     # as far
-    config = small_config(precision={"compute": "float16", "loss_scale": 256.0, "loss_scale_window": 1})
+    config = small_config(precision={"compute": "float16", "loss_scale": 256.0, "loss_scale_window": 1}, ngram=ngram)
     half = run_ranks(train, 2, config, 4)[0]
     for (loss, norm, skipped), (loss_plain, norm_plain, _) in zip(half[0], plain[0], strict=True):
         assert not skipped

@@ -34,9 +34,9 @@ SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def config_of(layout: str, data: Path | None = None):
-    return small_config(
-        model=MODEL, parallel=LAYOUTS[layout][1], data={"folder": str(data), "streams": 5, "tokenizer_threads": 1}
-    )
+    ngram = {"blocks": (0, 2), "rows": 50, "storage": "host" if layout in ("one", "tp2 pp2") else "device"}
+    documents = {"folder": str(data), "streams": 5, "tokenizer_threads": 1}
+    return small_config(model=MODEL, parallel=LAYOUTS[layout][1], ngram=ngram, data=documents)
 
 
 def job(config, folder: Path, checkpoint: Path | None = None):

@@ -23,36 +23,43 @@ FIRST_NANOCHAT = {
 LOOKUP = {"after_blocks": (0, 1), "rows": 400, "max_rows_per_token": 60, "up_width": 96}
 # keys alone get gradients of softmax differences only, which rounding covers where unscaled scores are nearly one-hot
 UNTIED = LOOKUP | {"tied": False, "score_scale": "sqrt", "after_blocks": (2,)}
+NGRAM = {"blocks": (0, 2), "rows": 60}
+NARROW = NGRAM | {"width": 12, "sign_trick": False}  # projected up
 CASES = {
     "one": (1, {}, {}),
     "dp2": (2, {}, {"optimizer": {"clip_norm": 0.2}}),
-    "dp3": (3, {}, {"optimizer": {"muon_multiplier": "flipped"}, "model": {"rotary": "chunk"}}),
-    "dp4": (4, {}, {"batch": {"micro_rows": 3}}),
-    "tp2": (2, {"tensor": 2}, {"model": GQA}),
+    "dp3": (3, {}, {"optimizer": {"muon_multiplier": "flipped"}, "model": {"rotary": "chunk"}, "ngram": NARROW}),
+    "dp4": (4, {}, {"batch": {"micro_rows": 3}, "ngram": NGRAM | {"storage": "host"}}),
+    "tp2": (2, {"tensor": 2}, {"model": GQA, "ngram": NGRAM}),
     "tp2 sequence": (2, {"tensor": 2, "sequence": True}, {"model": GQA}),
     "tp4": (4, {"tensor": 4}, {"model": EQUAL_HEADS, "optimizer": {"clip_norm": 0.2}}),
-    "tp3, which does not divide the table": (3, {"tensor": 3}, {"batch": {"micro_rows": 2}}),
+    "tp3, which does not divide the table": (3, {"tensor": 3}, {"batch": {"micro_rows": 2}, "ngram": NARROW}),
     "pp2": (2, {"pipeline": 2}, {"optimizer": {"clip_norm": 0.2}}),
-    "pp3, one block a stage": (3, {"pipeline": 3}, {"batch": {"micro_rows": 6}}),  # fewer micro-batches than stages
+    # fewer micro-batches than stages
+    "pp3, one block a stage": (3, {"pipeline": 3}, {"batch": {"micro_rows": 6}, "ngram": NGRAM}),
     "pp2, five blocks": (2, {"pipeline": 2}, {"model": {"depth": 5, "kv_heads": None}}),
     "pp3, seven blocks": (3, {"pipeline": 3}, {"model": {"depth": 7, "kv_heads": None, "aspect_ratio": 8}}),
-    "dp2 tp2": (4, {"tensor": 2}, {"model": GQA}),
+    "dp2 tp2": (4, {"tensor": 2}, {"model": GQA, "ngram": NGRAM | {"optimizer": "rowwise", "storage": "host"}}),
     "dp2 pp2": (4, {"pipeline": 2}, {}),
     "tp2 pp2": (4, {"tensor": 2, "pipeline": 2}, {"model": GQA, "optimizer": {"clip_norm": 0.2}}),
     "tp2 pp2, as transformers' NanoChat": (4, {"tensor": 2, "pipeline": 2}, {"model": GQA | FIRST_NANOCHAT}),
-    "tp2 pp2 sequence": (4, {"tensor": 2, "pipeline": 2, "sequence": True}, {"model": EQUAL_HEADS}),
+    "tp2 pp2 sequence": (
+        4,
+        {"tensor": 2, "pipeline": 2, "sequence": True},
+        {"model": EQUAL_HEADS, "ngram": NARROW | {"optimizer": "rowwise"}},
+    ),
     "lookup": (1, {}, {"lookup": LOOKUP}),
     "lookup dp2": (2, {}, {"lookup": UNTIED, "optimizer": {"clip_norm": 0.2}}),
     "lookup tp2": (2, {"tensor": 2}, {"model": GQA, "lookup": UNTIED | {"after_blocks": (0, 1)}}),
     "lookup tp2 sequence": (2, {"tensor": 2, "sequence": True}, {"model": GQA, "lookup": LOOKUP}),
     "lookup pp2": (2, {"pipeline": 2}, {"lookup": UNTIED}),
-    "lookup dp2 tp2": (4, {"tensor": 2}, {"model": GQA, "lookup": UNTIED}),
+    "lookup dp2 tp2": (4, {"tensor": 2}, {"model": GQA, "lookup": UNTIED, "ngram": NGRAM}),
     "lookup tp2 pp2 sequence": (
         4,
         {"tensor": 2, "pipeline": 2, "sequence": True},
-        {"model": EQUAL_HEADS, "lookup": LOOKUP, "batch": {"recompute": "block"}},
+        {"model": EQUAL_HEADS, "lookup": LOOKUP, "ngram": NGRAM, "batch": {"recompute": "block"}},
     ),
-    "dp2 tp2 pp2": (8, {"tensor": 2, "pipeline": 2}, {"model": GQA, "batch": {"micro_rows": 2}}),
+    "dp2 tp2 pp2": (8, {"tensor": 2, "pipeline": 2}, {"model": GQA, "batch": {"micro_rows": 2}, "ngram": NGRAM}),
 }
 
 
