@@ -122,7 +122,7 @@ class NgramConfig(Section):
         (), "blocks, counted from 0, whose attention values get n-gram rows; empty: none"
     )
     orders: tuple[Annotated[int, Field(ge=2, le=8)], ...] = _setting(
-        (2, 3), "lengths of the n-grams, 2 to 8; each has a table in each block", min_length=1
+        (2, 3), "lengths of the n-grams, 2 to 8; each has a table in each block"
     )
     rows: int | None = _setting(
         None,

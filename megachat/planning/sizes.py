@@ -118,6 +118,8 @@ def _resolve_ngram(config: Config, vocab_size: int, kv_width: int, why: dict[str
             f"ngram.blocks has {max(settings.blocks)}, but the {depth} blocks are numbered 0 to {depth - 1}: leave it "
             "out"
         )
+    if not settings.orders:
+        raise UserError("ngram.orders is empty, but ngram.blocks is not: give lengths of n-grams, such as [2,3]")
     if settings.width and settings.width > kv_width:
         raise UserError(
             f"ngram.width is {settings.width}, but the key/value heads have {kv_width} channels, to which the rows are "

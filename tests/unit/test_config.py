@@ -70,6 +70,28 @@ def test_all_mistakes_at_once_one_line_each_with_the_nearest_name(tmp_path):
     assert all(line.startswith("--set: ") for line in options), "the file does not have these"
 
 
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("orders=[1,2]", "is 1 but should be greater than or equal to 2"),
+        ("orders=[9]", "is 9 but should be less than or equal to 8"),
+        ("orders=[2,3,2]", "must not contain 2 twice"),
+        ("blocks=[1,1]", "must not contain 1 twice"),
+        ("blocks=[-1]", "is -1 but should be greater than or equal to 0"),
+        ("blocks=3", "is 3 but should be a valid"),
+        ("rows=0", "is 0 but should be greater"),
+        ("rows=3000000000", "the hash chooses a row with 32 bits"),
+        ("width=0", "is 0 but should be greater"),
+        ("storage=disk", "should be 'device' or 'host'"),
+        ("optimizer=muon", "should be 'adamw' or 'rowwise'"),
+        ("bos=-1", "is -1 but"),
+    ],
+)
+def test_settings_of_ngrams_that_cannot_be_are_one_sentence(tmp_path, setting, words):
+    (line,) = mistakes(write(tmp_path, "{}"), f"ngram.{setting}")
+    assert line.startswith("--set: ngram.") and words in line
+
+
 @pytest.mark.parametrize("name", ["..", ".", "a/b", "/root", "a\nb"])
 def test_the_name_of_a_run_is_no_path(name, tmp_path):
     (line,) = mistakes(write(tmp_path, json.dumps({"run": {"name": name}})))

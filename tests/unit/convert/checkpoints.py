@@ -63,12 +63,21 @@ def rectangles(tensor: torch.Tensor, parts: int) -> list:
 
 
 def make_run(
-    folder: Path, *, parts: int = 1, change=lambda tensors: None, facts=None, model=None, optimizer=None, batch=None
+    folder: Path,
+    *,
+    parts: int = 1,
+    change=lambda tensors: None,
+    facts=None,
+    model=None,
+    optimizer=None,
+    batch=None,
+    ngram=None,
 ) -> Path:
     """A run folder with the checkpoint of STEP, its tokenizer and its config; `change` works on the tensors."""
     run = {"name": folder.name, "folder": str(folder.parent)}
     sections = {
         "run": run,
+        "ngram": ngram or {},
         "model": MODEL | (model or {}),
         "data": {"tokenizer": str(folder / "tokenizer"), "streams": 2},
     }

@@ -13,7 +13,16 @@ from megachat.convert import plain
 from megachat.convert.conversion import export_checkpoint, import_checkpoint
 from megachat.data.tokenizer import load_tokenizer
 from megachat.errors import UserError
-from tests.unit.convert.checkpoints import STEP, differences_between, left_in, make_run, step_folder, tokenizer, tool
+from tests.unit.convert.checkpoints import (
+    HUGGINGFACE,
+    STEP,
+    differences_between,
+    left_in,
+    make_run,
+    step_folder,
+    tokenizer,
+    tool,
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +58,22 @@ def test_everything_comes_back(run, exported, tmp_path, monkeypatch, capsys):
         "back",
         "back.certificate.json",
     ]
+
+
+def test_ngram_tables_come_back_and_other_formats_refuse_them(tmp_path, monkeypatch, capsys):
+    tables = {"blocks": [0, 2], "rows": 50, "width": 12}
+    run = make_run(tmp_path / "runs" / "ngram", ngram=tables, model=HUGGINGFACE)
+    export_checkpoint("safetensors", run, tmp_path / "plain")
+    weights = load_file(tmp_path / "plain" / "model-00001.safetensors")
+    assert weights["ngram.2.3.weight"].shape == (50, 12) and weights["ngram.0.2.up.weight"].shape == (16, 12)
+    status, out, _ = tool(monkeypatch, capsys, "from-safetensors", tmp_path / "plain", tmp_path / "runs" / "back")
+    assert status == 0 and "logit difference 0.00e+00" in out  # the logits of this model see the tables
+    assert not any(entry.counts for entry in differences_between(run, tmp_path / "runs" / "back"))
+    assert json.loads((tmp_path / "runs" / "back" / "config.json").read_text())["ngram"] == tables
+    for command, words in (("to-nanochat", "n-gram values, which nanochat does not"), ("to-hf", "train with ngram.bl")):
+        status, _, error = tool(monkeypatch, capsys, command, run, tmp_path / "refused")
+        assert status == 2 and words in error and len(error.splitlines()) == 1
+    assert left_in(tmp_path) == ["plain", "plain.certificate.json", "runs"]
 
 
 def test_the_files_are_plain(run, exported):

@@ -1,4 +1,6 @@
+import dataclasses
 import itertools
+import json
 import math
 
 import pytest
@@ -7,13 +9,16 @@ from megachat.config import Config
 from megachat.errors import UserError
 from megachat.place import place_of
 from megachat.planning.dimensions import (
+    NgramDimensions,
     bubble_share,
     flops_per_token,
     layer_costs,
     linear_shapes,
     parameter_counts,
     resolve_stages,
+    saved_dimensions,
 )
+from megachat.planning.explain import describe_plan
 from megachat.planning.plan import resolve
 from megachat.planning.sizes import resolve_dimensions
 
@@ -135,11 +140,36 @@ def test_a_batch_that_does_not_fit_names_the_nearest_that_do(batch, world, parts
         ({"model": {"kv_heads": 4}}, "the nearest that does is 3"),
         ({"model": {"depth": 1, "aspect_ratio": 8, "head_size": 8}}, "24 channels"),
         ({"batch": {"tokens": 2**40}}, "shorter than one step"),
+        ({"ngram": {"blocks": (1, 12)}}, "ngram.blocks has 12, but the 12 blocks are numbered 0 to 11: leave it out"),
+        ({"ngram": {"blocks": (1,), "orders": ()}}, "ngram.orders is empty"),
+        ({"ngram": {"blocks": (1,), "width": 800}}, "ngram.width is 800, but the key/value heads have 768 channels"),
+        ({"ngram": {"blocks": (1,), "bos": 32768}}, "ngram.bos is 32768, but the vocabulary has the ids 0 to 32767"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_sentence(sections, part):
     with pytest.raises(UserError, match=part):
         resolve(config(**sections), 1, 32768)
+
+
+def test_ngram_tables_have_derived_sizes_and_change_no_scaling_rule():
+    settings = {"blocks": (3, 1), "orders": (3, 2)}
+    without, plan = (resolve(config(**sections), 1, 32768) for sections in ({}, {"ngram": settings}))
+    assert plan.dims.ngram == NgramDimensions((1, 3), (2, 3), 4 * 32768, 768, True, 0, 32768 - 9)
+    assert plan.parameters["ngram"] == 4 * 4 * 32768 * 768 and without.parameters["ngram"] == 0
+    assert {"ngram.rows", "ngram.width", "ngram.bos"} <= set(plan.why) and "without tables" in plan.why["target_tokens"]
+    gates = 4 * 12 * 6
+    assert plan.parameters["matrices"] == without.parameters["matrices"] + gates
+    assert (
+        plan.tokens_per_step == without.tokens_per_step and plan.flops_per_token == without.flops_per_token + 6 * gates
+    )
+    saved = json.loads(json.dumps(dataclasses.asdict(plan.dims)))
+    assert saved_dimensions(saved) == plan.dims
+    del saved["ngram"]  # of a checkpoint from before there were any
+    assert saved_dimensions(saved) == without.dims
+    described = describe_plan(plan)
+    assert "  ngram.rows = 131,072   [4 * vocabulary" in described and "ngram" not in describe_plan(without).split("\n")
+    other_seed = resolve(config(ngram=settings, run={"seed": 7}), 1, 32768)
+    assert other_seed.dims == plan.dims  # samples may have another seed than the tables
 
 
 @pytest.mark.parametrize(
