@@ -10,7 +10,7 @@ from megachat.model.cache import Cache, cache_bytes
 from megachat.model.gpt import ModelOptions, build_layers, logits, run_layers
 from megachat.model.parameters import load_whole, placed_parameters, starting_value
 from megachat.parallel.tensor import vocabulary_part
-from megachat.place import place_of
+from megachat.place import Place, place_of
 from megachat.planning.plan import resolve
 from tests.harness import run_ranks
 from tests.training import SMALL_VOCAB, build, random_rows, small_config
@@ -20,16 +20,20 @@ MODEL = {
     "head_size": 16,
     "kv_heads": 2,
 }  # 3 blocks in stages of unlike depth, 6 heads; the first sees 128 of 160 tokens
+NGRAM = {"blocks": (0, 2), "rows": 90, "orders": (2, 4), "bos": 12}  # texts have several documents
 LAYOUTS = [{"pipeline": 2}, {"tensor": 2}, {"tensor": 2, "sequence": True}]
 LENGTHS = [[150, 20], [140, 7]]  # two micro-batches
 CUTS = [[128, 8], [131, 0]], [[137, 17], [131, 3]], [[138, 18], [132, 4]]  # how much of each is cached after each pass
 SAMPLING = Sampling(temperature=0.9, top_k=20, top_p=0.9, seed=3)
 
 
+def some_value(name, whole) -> torch.Tensor:
+    return starting_value(Place(name, whole, 0, ("normal", 0.2)), seed=3)
+
+
 def some_values(layers) -> None:
     for parameter in placed_parameters(layers):
-        where = place_of(parameter)
-        load_whole(parameter, starting_value(where.__class__(where.name, where.whole, 0, ("normal", 0.2)), seed=3))
+        load_whole(parameter, some_value(place_of(parameter).name, place_of(parameter).whole))
 
 
 def texts() -> list[list[torch.Tensor]]:
@@ -69,13 +73,20 @@ def generated(model):
 
 
 def cached_on_ranks(parallels):
-    return [cached(small_config(model=MODEL, parallel=parallel)) for parallel in parallels]
+    return [cached(generation_config(parallel)) for parallel in parallels]
+
+
+def generation_config(parallel):
+    return small_config(model=MODEL, ngram=NGRAM, parallel=parallel)
 
 
 def cached(config):
     """Returns the last stage's logits of every pass, generated tokens, and the cache's actual and predicted bytes."""
     training = build(config, SMALL_VOCAB)
     some_values(training.layers)
+    for kind, name, whole, rectangles in training.rows.state_shards():
+        for (first, *_), (count, *_), view in rectangles if kind == "master" else ():
+            view.copy_(some_value(name, whole)[first : first + count])
     dims, mesh = training.plan.dims, training.mesh
     measure = Logits(dims, vocabulary_part(dims.padded_vocab, mesh.tensor))
     caches = [Cache(dims, 2, 150) for _ in LENGTHS]
@@ -106,7 +117,7 @@ def assert_close(actual, expected):
 
 
 def test_the_cache_and_generation_are_the_same_on_every_layout():
-    dims = resolve(small_config(model=MODEL), 1, SMALL_VOCAB).dims
+    dims = resolve(generation_config({}), 1, SMALL_VOCAB).dims
     layers = build_layers(dims, ModelOptions()).requires_grad_(False)
     some_values(layers)
     whole = [[logits(run_layers(layers, text[None]), dims)[0] for text in group] for group in texts()]
