@@ -14,7 +14,7 @@ from megachat.planning.dimensions import (
 
 LOOKUP_ROWS_PER_TOKEN = 4  # the paper's largest models have 3.9 (arXiv 2601.21461)
 LOOKUP_UP_RATIO = 4
-NGRAM_ROWS_PER_TOKEN = 4  # as lookup tables; 5 and 7.5 were measured to be good (modded-nanogpt 201 and 299)
+NGRAM_ROWS_PER_TOKEN = 4  # as lookup tables; modded-nanogpt began with 5 (its pull request 201)
 SPECIAL_TOKENS = 9  # of nanochat's vocabularies; they come last, and the first of them is BOS
 
 

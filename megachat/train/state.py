@@ -28,6 +28,7 @@ from megachat.parallel.rectangles import flat_rectangles
 from megachat.place import place_of
 from megachat.planning.dimensions import saved_dimensions
 from megachat.planning.plan import Plan
+from megachat.settings import NgramConfig
 from megachat.train.build import Run, Training
 from megachat.train.changes import saved_flops
 
@@ -168,6 +169,12 @@ def check_checkpoint(checkpoint: Path, plan: Plan, tokenizer: Tokenizer, config:
         raise UserError(
             f"{checkpoint} holds another model: {', '.join(listed)}; use the config it was trained with, or another "
             "run.name"
+        )
+    rule = facts.get("config", {}).get("ngram", {}).get("optimizer", NgramConfig().optimizer)
+    if plan.dims.ngram and rule != config.ngram.optimizer:
+        raise UserError(
+            f"{checkpoint} has the optimizer state of ngram.optimizer={rule}, but {config.ngram.optimizer} is "
+            f"configured: set ngram.optimizer={rule}"
         )
     return facts
 

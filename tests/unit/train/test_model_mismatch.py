@@ -35,7 +35,9 @@ def refusal(run, *settings) -> str:
 
 def test_the_same_model_is_accepted(runs):
     assert check(runs["with"])["model"]["ngram"]["rows"] == 50 and check(runs["without"])["model"]["ngram"] is None
-    check(runs["with"], "run.seed=3", "ngram.optimizer=rowwise", "ngram.storage=host")
+    check(runs["with"], "run.seed=3", "ngram.storage=host")
+    check(runs["without"], "ngram.optimizer=rowwise")  # has no effect
+    assert "state of ngram.optimizer=adamw, but rowwise is" in refusal(runs["with"], "ngram.optimizer=rowwise")
 
 
 def test_differences_are_listed(runs):
