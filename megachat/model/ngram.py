@@ -27,12 +27,12 @@ class NgramHashes:
     """Rows and signs of a micro-batch, computed once and shared by the blocks, whose hashes are the same.
 
     They are kept as long as the tensor of ids. Equal index tensors are one tensor, so that tables which are divided
-    over ranks share their requests.
+    over ranks share their requests: on all ranks alike, also if only some of them continue a cached text.
     """
 
     def __init__(self, ngram: NgramDimensions):
         self.ngram = ngram
-        self._kept = WeakTensorKeyDictionary()  # ids -> (its version, what was computed)
+        self._kept = WeakTensorKeyDictionary()  # ids -> (its version, the ids before it, what was computed by order)
 
     def __call__(
         self, ids: torch.Tensor, order: int, before: torch.Tensor | None = None
@@ -41,14 +41,12 @@ class NgramHashes:
 
         before: see megachat.kernels.ngram.
         """
-        if before is not None:
-            return self._compute(ids, order, before)
-        version, results = self._kept.get(ids, (None, {}))
-        if version != ids._version:
-            version, results = ids._version, {}
-            self._kept[ids] = version, results
+        version, earlier, results = self._kept.get(ids, (None, None, {}))
+        if version != ids._version or earlier is not before:
+            results = {}
+            self._kept[ids] = ids._version, before, results
         if order not in results:
-            results[order] = self._compute(ids, order, None)
+            results[order] = self._compute(ids, order, before)
         return results[order]
 
     def _compute(

@@ -24,6 +24,7 @@ from megachat.planning.dimensions import (
     fits_fp8,
     linear_shapes,
     lookup_shapes,
+    up_to_multiple,
 )
 from megachat.planning.manifest import adamw_shares, muon_plan
 from megachat.planning.plan import Plan, resolve
@@ -133,7 +134,7 @@ def kept_bytes_per_block(
     """
     local = tokens // tensor if sequence else tokens  # tokens of the stream on this rank
     width, heads, kv_heads = dims.width, dims.heads // tensor, dims.kv_heads // tensor
-    ngrams = _kept_ngram_bytes(dims, block, tokens, itemsize, kv_heads) if dims.has_ngram(block) else 0
+    ngrams = _kept_ngram_bytes(dims, block, tokens, itemsize, kv_heads)
     if recompute == "block":
         return local * width * itemsize + ngrams
     inner, kv_inner = heads * dims.head_size, kv_heads * dims.head_size
@@ -142,9 +143,10 @@ def kept_bytes_per_block(
     values += tokens * (3 * inner + 3 * kv_inner)
     if dims.has_value_embedding(block):
         values += tokens * (kv_inner + 2 * kv_heads)
-    values += ngrams // itemsize
+    if dims.ngram and dims.has_ngram(block):
+        values += tokens * 2 * kv_heads * len(dims.ngram.orders)
     # the factor of every norm, and attention's sums
-    kept = values * itemsize + 4 * (local + tokens * (2 * heads + kv_heads))
+    kept = ngrams + values * itemsize + 4 * (local + tokens * (2 * heads + kv_heads))
     shapes = linear_shapes(dims, tensor)
     rounded = {name for name, shape in shapes.items() if fp8 != "off" and fits_fp8(*shape, fp8)}
     same_input = [("attn.c_q", "attn.c_k", "attn.c_v"), ("attn.c_proj",)]
@@ -163,16 +165,17 @@ def kept_bytes_per_block(
 
 
 def _kept_ngram_bytes(dims: Dimensions, block: int, tokens: int, itemsize: int, kv_heads: int) -> int:
-    """Returns the bytes that a block keeps of its n-gram values: of each order the values, and their rows and signs.
+    """Returns the bytes that a block keeps of its n-gram values, whatever it recomputes, on one rank.
 
-    With an up-projection also its input.
+    Of each order: the values, before and after an up-projection; the index of each row in the table and among the rows
+    that were read, int64; and the signs, int8, which are made 64 at a time.
     """
     ngram = dims.ngram
-    if ngram is None:
+    if ngram is None or not dims.has_ngram(block):
         return 0
-    inner, up = kv_heads * dims.head_size, ngram.width < dims.kv_width
-    signs = (ngram.width if up else inner) if ngram.sign_trick else 0
-    return len(ngram.orders) * tokens * ((inner + (ngram.width if up else 0)) * itemsize + 8 + signs)
+    channels = kv_heads * dims.head_size + (ngram.width if ngram.width < dims.kv_width else 0)
+    signs = up_to_multiple(ngram.width, 64) if ngram.sign_trick else 0
+    return len(ngram.orders) * tokens * (channels * itemsize + 16 + signs)
 
 
 def _lookup_kept(

@@ -111,7 +111,9 @@ def test_blocks_share_hashes_until_the_ids_change():
     rows, pattern = hashes(ids, 2)
     assert hashes(ids, 2)[0] is rows and hashes(ids, 2)[1] is pattern and hashes(ids, 3)[0] is not rows
     before = torch.full((2, 2), 7)
-    assert not torch.equal(hashes(ids, 2, before)[0][:, 1], rows[:, 0]) and hashes(ids, 2)[0] is rows
+    continued = hashes(ids, 2, before)[0]  # ranks share requests, whether they continue a text or not
+    assert hashes(ids, 2, before)[0] is continued and not torch.equal(continued, rows)
+    assert torch.equal(hashes(ids, 2, before + 1)[0][:, 1:], rows[:, 1:]) and torch.equal(hashes(ids, 2)[0], rows)
     ids[:, 5] += 1
     assert torch.equal(hashes(ids, 2)[0], ngram_rows(ids, 2, 300, 5, BOS)) and not torch.equal(hashes(ids, 2)[0], rows)
     layers = build_layers(with_ngrams(), ModelOptions())
