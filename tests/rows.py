@@ -26,3 +26,11 @@ class DenseRows:
         first, second = ((1 - beta ** self.count.clamp_min(1)).unsqueeze(1).to(gradient.dtype) for beta in betas)
         direction = gradient if self.rowwise else self.first / first
         self.weight -= moved * lr * direction / ((self.second / second).sqrt() + epsilon)
+
+
+@torch.no_grad()
+def fill_tables(rows, value_of) -> None:
+    """Gives this rank's rows of every table their part of value_of(name, shape), the whole table."""
+    for kind, name, whole, rectangles in rows.state_shards():
+        for (first, *_), (count, *_), view in rectangles if kind == "master" else ():
+            view.copy_(value_of(name, whole)[first : first + count])

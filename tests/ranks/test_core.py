@@ -20,12 +20,13 @@ from megachat.model.gpt import ModelOptions, build_layers
 from megachat.model.parameters import load_whole, placed_parameters, starting_value
 from megachat.parallel.engine import build_evaluation_engine, build_module, start_collectives
 from megachat.parallel.mesh import build_mesh
-from megachat.place import place_of
+from megachat.place import Place, place_of
 from megachat.planning.plan import resolve
-from megachat.train.build import build_stage
+from megachat.train.build import attach_row_tables, build_stage
 from tests.harness import run_ranks
 from tests.reference import FOLDER as REFERENCE
 from tests.reference import needs_reference
+from tests.rows import fill_tables
 from tests.training import small_config
 from tests.unit.evals.bundle import write_bundle
 from tools.bench.core import build_model_and_evaluator, one_by_one
@@ -43,6 +44,8 @@ LAYOUTS = [
 # Three blocks. Prompts are up to six times as long as a row; they reach beyond both windows, 128 and 32
 MODEL = {"aspect_ratio": 32, "head_size": 16, "kv_heads": 2, "sequence_len": 32, "window_pattern": "SL"}
 BATCH = {"tokens": 32 * 12}
+# ranks of the data axis, some of which continue cached contexts, read the rows of n-grams together
+NGRAM = {"blocks": (0, 2), "rows": 200, "bos": 256}
 TASKS = {
     "arc_easy": ("multiple_choice", 7, "\nA: ", 50),
     "winograd": ("schema", 4, None, 50),
@@ -58,6 +61,10 @@ SOME_ANSWERS = {False: [0, 0, 0, 1, 0, 1, 0], True: [0, 0, 0, 0, 0, 1, 0]}
 
 def tokenizer() -> Tokenizer:
     return Tokenizer({bytes([byte]): byte for byte in range(256)}, ["<|bos|>"], r"(?s:.)")
+
+
+def some_table(name: str, whole: tuple[int, ...]) -> torch.Tensor:
+    return starting_value(Place(name, whole, 0, ("normal", 0.3)), seed=6)
 
 
 def some_values(layers, *, copying: bool) -> None:
@@ -88,11 +95,12 @@ def limits(dims) -> list[RowLimit]:
 
 
 def on_ranks(bundle: Path, parallel: dict):
-    config, letters = small_config(model=MODEL, batch=BATCH, parallel=parallel), tokenizer()
+    config, letters = small_config(model=MODEL, batch=BATCH, ngram=NGRAM, parallel=parallel), tokenizer()
     start_collectives(torch.device("cpu"), "gloo", timedelta(seconds=600))
     mesh = build_mesh(torch.device("cpu"), tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
     plan = resolve(config, mesh.world.size, letters.vocab_size)
     layers = build_stage(config, plan, mesh, torch.float32, start=False)
+    fill_tables(attach_row_tables(layers, config, mesh, torch.float32, train=False), some_table)
     engine = build_evaluation_engine(build_module(list(layers), torch.nn.Identity(), mesh), mesh)
     progress: list[list[tuple[int, int]]] = []
     paddings: list[float] = []
@@ -121,7 +129,7 @@ def bundle(tmp_path_factory) -> Path:
 def oracle(bundle) -> dict[bool, dict[str, tuple[bool, ...]]]:
     """Returns by whether prompts are cropped: task -> whether each example is right."""
     letters = tokenizer()
-    dims = resolve(small_config(model=MODEL, batch=BATCH), 1, letters.vocab_size).dims
+    dims = resolve(small_config(model=MODEL, batch=BATCH, ngram=NGRAM), 1, letters.vocab_size).dims
     layers = build_layers(dims, ModelOptions()).requires_grad_(False)
     right: dict[bool, dict] = {}
     for tasks in (open_bundle(bundle).tasks, (copying_task(),)):

@@ -13,6 +13,7 @@ from megachat.parallel.tensor import vocabulary_part
 from megachat.place import Place, place_of
 from megachat.planning.plan import resolve
 from tests.harness import run_ranks
+from tests.rows import fill_tables
 from tests.training import SMALL_VOCAB, build, random_rows, small_config
 
 MODEL = {
@@ -84,9 +85,7 @@ def cached(config):
     """Returns the last stage's logits of every pass, generated tokens, and the cache's actual and predicted bytes."""
     training = build(config, SMALL_VOCAB)
     some_values(training.layers)
-    for kind, name, whole, rectangles in training.rows.state_shards():
-        for (first, *_), (count, *_), view in rectangles if kind == "master" else ():
-            view.copy_(some_value(name, whole)[first : first + count])
+    fill_tables(training.rows, some_value)
     dims, mesh = training.plan.dims, training.mesh
     measure = Logits(dims, vocabulary_part(dims.padded_vocab, mesh.tensor))
     caches = [Cache(dims, 2, 150) for _ in LENGTHS]

@@ -43,11 +43,8 @@ def bundle(place):
 
 
 def core(bundle, **more) -> dict:
-    """Returns a config that evaluates CORE at step 3 and at the end, of a model with n-gram values."""
-    return {
-        "ngram": {"blocks": [0, 1], "rows": 60},
-        "evaluate": {"core_every": 3, "core_bundle": str(bundle), "core_max_per_task": CAP} | more,
-    }
+    """Returns a config that evaluates CORE at step 3 and at the end."""
+    return {"evaluate": {"core_every": 3, "core_bundle": str(bundle), "core_max_per_task": CAP} | more}
 
 
 @pytest.fixture(scope="module")
