@@ -3,13 +3,48 @@
 launch/setup.sh installs torch first, by version: an open range would download several GB of CUDA packages.
 """
 
+import shutil
+from pathlib import Path
+
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+HERE = Path(__file__).resolve().parent
+README = HERE / "README.md"  # not there in an image that installs the packages before the code
+
+
+class BuildWithConfigs(build_py):
+    """Copies configs/ into the package, where an installation without a clone has them."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib, "megachat", "configs")
+            target.mkdir(parents=True, exist_ok=True)
+            for path in (HERE / "configs").glob("*.json"):
+                shutil.copyfile(path, target / path.name)
+
 
 setup(
     name="megachat",
-    version="0.1.0",
+    version="0.1.0",  # as in megachat/__init__.py
     description="Trains nanochat's GPT to GPT-2 capability, on a laptop CPU or many nodes, with equal results",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    project_urls={"nanochat": "https://github.com/karpathy/nanochat"},
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     packages=find_packages(include=["megachat", "megachat.*"]),
+    cmdclass={"build_py": BuildWithConfigs},
+    entry_points={"console_scripts": ["megachat = megachat.commands.main:main"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.11",
@@ -38,5 +73,6 @@ setup(
         "mpi": ["mpi4py"],
         "wandb": ["wandb"],
         "notebook": ["ipykernel", "matplotlib"],  # for examples/quickstart.ipynb in any Jupyter
+        "completion": ["argcomplete"],
     },
 )

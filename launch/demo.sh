@@ -10,17 +10,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 usage launch/demo.sh 0 "$@"
 source launch/setup.sh "" # without it, setup.sh would take the arguments for extras
 
-python tools/prepare_data.py --source python --out data/python
-[ -e data/tokenizer/tokenizer.json ] ||
-    python tools/train_tokenizer.py --data data/python --vocab-size 4096 --out data/tokenizer
-
-share_secret
-ranks=()
-if ! command -v nvidia-smi >/dev/null; then
-    ranks=(--num_accelerators 2)
-    export DS_ACCELERATOR=cpu # otherwise the launcher searches for an accelerator and warns
-fi
-port=$(master_port)
-deepspeed --quiet ${ranks[@]+"${ranks[@]}"} --master_port "$port" \
-    launch/pretrain.py --config configs/demo.json --resume auto "$@"
-python tools/unigram.py --data data/python --tokenizer data/tokenizer --run runs/demo
+exec python -m megachat demo "$@"

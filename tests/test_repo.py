@@ -17,7 +17,7 @@ PROGRAMS = sorted([*(ROOT / "launch").glob("*.py"), *(ROOT / "tools").glob("*.py
 # planning describes both the least (dimensions) and the whole (memory, manifest), so its modules have entries of their
 # own.
 LEVELS = (
-    ("console",),
+    ("console", "installation"),
     ("errors",),
     ("files", "text", "place", "config_checks"),
     ("planning.dimensions",),
@@ -36,6 +36,8 @@ LEVELS = (
     ("train",),
     ("doctor", "programs"),
     ("api",),
+    ("commands",),
+    ("__main__",),
 )
 LEVEL = {part: number for number, parts in enumerate(LEVELS) for part in parts}
 
@@ -116,7 +118,7 @@ def test_sizes():
                 size = node.end_lineno - node.lineno + 1
                 assert size <= 60, f"{path}: {node.name} has {size} lines"
     # The aim is 14,000. The bound is what there is, and goes down in every change that adds no feature.
-    assert total <= 24_000
+    assert total <= 25_600
 
 
 def test_the_environment_is_read_in_one_place():

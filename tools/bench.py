@@ -30,7 +30,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # works from a clone that was not installed
 
-from megachat.errors import user_errors_end_the_program  # noqa: E402
+from megachat.commands.main import door  # noqa: E402
+from megachat.commands.options import Parser, add_config, add_set  # noqa: E402
+from megachat.errors import UserError  # noqa: E402
 
 # kind -> the module of tools/bench with a function bench_KIND(arguments)
 KINDS = {
@@ -53,12 +55,12 @@ LOOKUP_VARIANTS = "none none-longer lzw lzw-published frequency uniform"
 LAYOUTS = "dp=2 tp=2 pp=2 dp=2,tp=2 dp=2,pp=2 tp=2,pp=2 dp=2,tp=2,pp=2"
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: Parser) -> None:
     option = parser.add_argument
-    option("kind", choices=KINDS, metavar="KIND", help="one of the kinds above")
-    option("--config", default=str(ROOT / "configs" / "d4_cpu.json"), help="default configs/d4_cpu.json")
-    option("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a setting; repeatable")
+    option("kind", nargs="?", choices=KINDS, metavar="KIND", help="one of the kinds above")
+    option("--profile", action="store_true", help="the same as the kind profile")
+    add_config(parser, "default configs/d4_cpu.json", default=str(ROOT / "configs" / "d4_cpu.json"))
+    add_set(parser)
     option("--vocab-size", type=int, default=4096, help="if the config has none (default 4096)")
     option(
         "--rounds",
@@ -89,13 +91,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     option("--checks", help="gpu: the report of tests/gpu, kept beside the numbers")
     option("--checks-log", help="gpu: pytest's output of tests/gpu")
-    return parser
 
 
-@user_errors_end_the_program
-def main() -> None:
-    words = ["profile" if word == "--profile" else word for word in sys.argv[1:]]
-    arguments = build_parser().parse_args(words)
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.profile:
+        arguments.kind = "profile"
+    if arguments.kind is None:
+        raise UserError("no KIND was given: name one of " + ", ".join(KINDS))
     import torch
 
     from megachat.device import this_device
@@ -107,6 +109,8 @@ def main() -> None:
     where = {key: environment[key] for key in ("commit", "uncommitted_changes", "device", "cpu_cores")}
     print(json.dumps({"bench": arguments.kind} | result | {"where": where | {"torch": torch.__version__}}, indent=1))
 
+
+main = door("bench")
 
 if __name__ == "__main__":
     main()

@@ -1,54 +1,13 @@
-"""Is the difference between two evaluations larger than its error?
+"""`megachat compare` in a clone: is the difference between two evaluations larger than its error?"""
 
-    python tools/compare_runs.py runs/a runs/b
-    python tools/compare_runs.py runs/a1 runs/a2 --against runs/b1 runs/b2    several runs of a recipe on each side
-    python tools/compare_runs.py runs/a1 runs/a2 --against gpt2               is a recipe better than GPT-2?
-
-RUN is a run's folder (its newest evaluation with CORE) or a JSON file of launch/evaluate.py. docs/evaluation.md
-explains how the error is computed. Exit status: 0 whatever the verdict, 2 if the evaluations cannot be compared.
-"""
-
-import argparse
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that was not installed
 
-from megachat.errors import UserError, user_errors_end_the_program  # noqa: E402
-from megachat.evals.comparison import (  # noqa: E402
-    compare_evaluations,
-    compare_with_gpt2,
-    comparison_lines,
-    gpt2_lines,
-    load_side,
-)
+from megachat.commands.main import door  # noqa: E402
 
-
-def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="the two runs, or with --against the runs of the first side")
-    add("--against", nargs="+", type=Path, metavar="RUN", help="the runs of the second side, or gpt2")
-    add("--same-weights", action="store_true", help="both sides evaluate the same weights: no run-to-run error")
-    add("--json", dest="as_json", action="store_true", help="print JSON")
-    return parser
-
-
-@user_errors_end_the_program
-def main(arguments: list[str] | None = None) -> None:
-    options = command_line().parse_args(arguments)
-    if options.against is None and len(options.runs) != 2:
-        raise UserError(f"{len(options.runs)} runs were given: give two, or a second side after --against")
-    first, second = (options.runs, options.against) if options.against else (options.runs[:1], options.runs[1:])
-    if second == [Path("gpt2")] and not second[0].exists():
-        comparison = compare_with_gpt2(load_side(first))
-        lines = gpt2_lines(comparison)
-    else:
-        comparison = compare_evaluations(load_side(first), load_side(second), same_weights=options.same_weights)
-        lines = comparison_lines(comparison)
-    print(json.dumps(comparison, indent=1) if options.as_json else "\n".join(lines))
-
+main = door("compare")
 
 if __name__ == "__main__":
     main()

@@ -200,7 +200,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     except FileNotFoundError as error:
         raise UserError(
             f"there is no tokenizer at {folder} ({Path(error.filename).name} is missing): "
-            "make one with tools/train_tokenizer.py"
+            "make one with `megachat tokenizer`"
         ) from None
     except (ValueError, KeyError, TypeError, OSError, binascii.Error) as error:
         raise_if_unreadable(getattr(error, "filename", None) or folder, error)

@@ -13,12 +13,12 @@ from megachat.text import text_table
 
 SLOW = 0.9  # of the median
 _EXAMINE_S, _MEASURE_S = 180, 300
-_HEALTHY_OR_NOT = (0, 1)  # exit statuses of tools/doctor.py
+_HEALTHY_OR_NOT = (0, 1)  # exit statuses of the doctor
 _COMPARED = ("code", "python", "driver", "cuda", "cudnn", "nccl", "nvcc", "mpirun", "compiler")
 
 
 def examine_hosts(hosts: Sequence[Host], options: Sequence[str], *, port: int, ssh_port: int | None) -> dict:
-    """Runs tools/doctor.py and megachat/doctor/rank.py on every host and returns what they report.
+    """Runs the doctor and megachat/doctor/rank.py on every host and returns what they report.
 
     "hosts": host -> its report; "mistakes": why a host has no report or was not measured;
     "unlike": fact -> host -> value, where hosts differ; "matrix": host -> FLOPs per second of each device;
@@ -26,7 +26,7 @@ def examine_hosts(hosts: Sequence[Host], options: Sequence[str], *, port: int, s
     """
 
     def examine_host(host: Host) -> dict | str:
-        line = [sys.executable, "tools/doctor.py", "--json", *options]
+        line = [sys.executable, "-m", "megachat", "doctor", "--json", *options]
         try:
             return run_on_host(host.name, line, ssh_port=ssh_port, timeout_s=_EXAMINE_S, accepted=_HEALTHY_OR_NOT)
         except UserError as error:

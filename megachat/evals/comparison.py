@@ -35,7 +35,7 @@ def load_side(paths: Sequence[Path]) -> Side:
     side: list[tuple[Path, dict]] = []
     for path in paths:
         if not path_kind(path):
-            raise UserError(f"{path} does not exist: give a run's folder, or a JSON file of launch/evaluate.py")
+            raise UserError(f"{path} does not exist: give a run's folder, or the JSON file of an evaluation")
         file = newest_results(path) if path_kind(path) == "folder" else path
         if any(file.resolve() == other.resolve() for other, _ in side):
             raise UserError(f"{file.resolve()} is given twice on one side: give each run once")
@@ -58,7 +58,7 @@ def compare_evaluations(first: Side, second: Side, *, same_weights: bool = False
         without = [path for (path, _), tasks in zip((*first, *second), labels, strict=True) if not tasks]
         reason = f"{without[0]} has no CORE" if without else "they have no task in common"
         raise UserError(
-            f"cannot compare these evaluations: {reason}; run launch/evaluate.py --core with the same tasks for all"
+            f"cannot compare these evaluations: {reason}; run `megachat evaluate --core` with the same tasks for all"
         )
     first_crop, second_crop = _crop_mode(first), _crop_mode(second)
     if first_crop != second_crop and not same_weights:

@@ -125,9 +125,7 @@ def load_results(path: Path) -> dict:
         return _parse_results(path.read_bytes())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise_if_unreadable(path, error)
-        raise UserError(
-            f"{path} is not a valid evaluation of launch/evaluate.py ({type(error).__name__}: {error}): evaluate again"
-        ) from None
+        raise UserError(f"{path} is not a valid evaluation ({type(error).__name__}: {error}): evaluate again") from None
 
 
 def newest_results(run_folder: Path) -> Path:
@@ -145,7 +143,7 @@ def newest_results(run_folder: Path) -> Path:
     if not candidates:
         raise UserError(
             f"{run_folder} contains no evaluation with CORE: "
-            f"run launch/evaluate.py --checkpoint {run_folder} --core first"
+            f"run `megachat evaluate --checkpoint {run_folder} --core` first"
         )
     return max(candidates)[2]
 

@@ -1,8 +1,8 @@
 """torchrun's elastic agent, which here does not restart ranks after an error that a restart cannot fix."""
 
+import os
 import signal
 import sys
-from pathlib import Path
 
 from torch.distributed import run
 from torch.distributed.elastic.agent.server import WorkerState
@@ -54,16 +54,19 @@ class AgentOfOneHost(Agent):
     final_statuses = frozenset({EXIT_STATUS, SAVED_STATUS})
 
 
-def supervise(program: Path, arguments: list[str], *, hosts: str, ranks: int, meet: str | None, restarts: int) -> int:
+def supervise(program: list[str], *, hosts: str, ranks: int, meet: str | None, restarts: int) -> int:
     """Runs the program's ranks on this host, again after each crash; returns the exit status.
 
-    hosts: "N" or "MIN:MAX". ranks: on this host. meet: HOST[:PORT] of the hosts' rendezvous. Raises UserError if torch
-    does not have this agent.
+    program: its file, or -m and its module, and its arguments. hosts: "N" or "MIN:MAX". ranks: on this host. meet:
+    HOST[:PORT] of the hosts' rendezvous. Raises UserError if torch does not have this agent.
     """
     if not hasattr(api.LocalElasticAgent, "_monitor_workers"):
         raise UserError(
             "megachat does not support this torch's elastic agent: install torch 2.13, or use torchrun --max-restarts"
         )
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun prints a long notice if it sets this
+    # else the agents keep the ranks' first store, where gloo would find the addresses of dead ranks or hosts
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     if hosts == "1":
         share_new_secret()
     api.LocalElasticAgent = AgentOfOneHost if hosts == "1" else Agent  # type: ignore[misc]  # torch has no other hook
@@ -80,7 +83,7 @@ def supervise(program: Path, arguments: list[str], *, hosts: str, ranks: int, me
         *([] if meet else ["--local-addr=localhost"]),
     ]
     try:
-        run.main([*line, str(program), *arguments])
+        run.main([*line, *program])
     except ChildFailedError as error:
         status = error.get_first_failure()[1].exitcode
         return 128 - status if status < 0 else status

@@ -7,16 +7,15 @@ import ipaddress
 import os
 import platform
 import socket
-import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil  # a dependency of DeepSpeed
 import torch
 
 from megachat.device import device_name
 from megachat.errors import UserError
+from megachat.installation import git
 from megachat.job.host_probe import installed_version
 from megachat.job.launchers import TORCH, Launch, check_master, find_launch, number
 from megachat.job.monitor_links import local_address
@@ -212,8 +211,8 @@ def describe_environment(device: torch.device) -> dict[str, object]:
     """Returns commit, versions, command and hardware, for environment.json."""
     names = "torch deepspeed numpy pyarrow tiktoken pydantic mpi4py transformer-engine wandb".split()
     return {
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain")),
+        "commit": git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(git("status", "--porcelain")),
         "command": sys.argv,
         "host": socket.gethostname(),
         "device": device_name(device),
@@ -224,11 +223,3 @@ def describe_environment(device: torch.device) -> dict[str, object]:
         "cuda": torch.version.cuda,
         "packages": {name: installed_version(name) for name in names},
     }
-
-
-def _git(*arguments: str) -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -145,3 +145,14 @@ def launcher_rank() -> int:
         if re.fullmatch("[0-9]{1,9}", os.environ.get(name, "")):
             return int(os.environ[name])
     return 0
+
+
+def launcher_world() -> int:
+    """Returns the number of ranks that the launcher of this process started, 1 without a launcher."""
+    launch = find_launch(os.environ)
+    return launch.world if launch else 1
+
+
+def completion_requested() -> bool:
+    """Returns whether argcomplete's part in the shell has started this process, to ask for completions."""
+    return "_ARGCOMPLETE" in os.environ

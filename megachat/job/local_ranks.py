@@ -2,7 +2,6 @@
 
 import argparse
 import multiprocessing
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,21 +13,6 @@ import torch
 from megachat.errors import UserError, summary
 from megachat.job.launch import become_rank, free_port
 from megachat.job.links import share_new_secret
-
-_AXES = {"dp": "data", "tp": "tensor", "pp": "pipeline"}
-
-
-def parse_layout(text: str) -> dict[str, int]:
-    """Returns "tp=2,pp=2" as {"data": 1, "tensor": 2, "pipeline": 2}. Raises UserError."""
-    sizes: dict[str, int] = {}
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(dp|tp|pp)\s*=\s*([1-9][0-9]{0,5})\s*", part)
-        if not match:
-            raise UserError(f"layout {text}: {part!r} is not an axis and its size; give them as tp=2,pp=2,dp=2")
-        if _AXES[match[1]] in sizes:
-            raise UserError(f"layout {text}: {match[1]} is given twice; keep one")
-        sizes[_AXES[match[1]]] = int(match[2])
-    return dict.fromkeys(_AXES.values(), 1) | sizes
 
 
 def run_local_ranks(function: Callable, world: int, *arguments, preload: list[str]) -> list:

@@ -18,7 +18,7 @@ _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib"
 _COLLECTIVES = str(_PACKAGE / "parallel" / "collectives.py")  # every wait is there, so its caller says more
 _LAUNCHERS = frozenset(
     "deepspeed deepspeed.launcher.launch deepspeed.launcher.runner torchrun torch.distributed.run supervise.py "
-    "mpirun mpiexec prterun prted orted".split()
+    "supervise mpirun mpiexec prterun prted orted".split()
 )
 
 

@@ -40,7 +40,7 @@ Log = Callable[[str], object]
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationRequest:
-    """The command line of launch/evaluate.py.
+    """The command line of `megachat evaluate`.
 
     core: the bundle, DEFAULT to download it, None for no CORE. bpb: the data folder, DEFAULT for the run's, None for no
     bits per byte. tasks: labels, None for all. max_per_task: -1 for all. out: None for a file in the run's folder.
@@ -57,10 +57,11 @@ class EvaluationRequest:
     tokenizer: Path | None = None
 
 
-def evaluate(request: EvaluationRequest) -> None:
+def evaluate(request: EvaluationRequest) -> dict | None:
     """Evaluates a checkpoint, logs and saves the results; all ranks call it.
 
-    Raises UserError for an invalid request, if possible before the ranks meet.
+    Returns the JSON file's content on rank 0, None on the others. Raises UserError for an invalid request,
+    if possible before the ranks meet.
     """
     if request.core is None and request.bpb is None and not request.sample:
         raise UserError("nothing to evaluate: give one or more of --core, --bpb and --sample")
@@ -97,9 +98,12 @@ def evaluate(request: EvaluationRequest) -> None:
             model = build_evaluation_model(saved, plan, mesh)
         log(_banner(saved, model))
         results = _evaluate_model(model, request, bundle, log)
-        if mesh.world.rank == 0:
-            save_results(out, _identity(saved, model) | results)
-            log(f"saved: {out}")
+        if mesh.world.rank:
+            return None
+        document = _identity(saved, model) | results
+        save_results(out, document)
+        log(f"saved: {out}")
+        return document
 
 
 def _open_bundle(request: EvaluationRequest) -> Bundle | None:

@@ -38,7 +38,7 @@ from megachat.parallel.mesh import Mesh
 from megachat.planning.explain import describe_stages, plan_values, setting_warnings
 from megachat.planning.memory import check_state_fits, describe_memory, memory_of_stages, memory_warning
 from megachat.planning.plan import Plan, resolve, usable_world
-from megachat.programs.dry_run import describe_job
+from megachat.programs.dry_run import describe_job, job_values
 from megachat.train.build import Run, build_run
 from megachat.train.changes import describe_changes
 from megachat.train.documents import resume_documents
@@ -79,18 +79,22 @@ def pretrain(
     world: int | None = None,
     memory_gb: float | None = None,
     elastic: bool = False,
+    as_json: bool = False,
 ) -> int:
     """Runs the configured job; returns the exit status, SAVED_STATUS when it stopped on request and saved.
 
-    dry_run: only print the plan, for `world` ranks with GPUs of `memory_gb` if these are given. elastic: if the batch
-    cannot be split over all ranks that were started, the last ranks exit with status 0 and the others train.
+    dry_run: only print the plan, for `world` ranks with GPUs of `memory_gb` if these are given; as_json: as JSON.
+    elastic: if the batch cannot be split over all ranks that were started, the last ranks exit with status 0 and the
+    others train.
     """
     begin = time.perf_counter()
     config, notes = open_job_config(config_path, overrides)
     if dry_run:
         environment = bootstrap_environment()
         if environment.rank == 0:
-            print(describe_job(config, world or environment.world_size, memory_gb))
+            describe = job_values if as_json else describe_job
+            shown = describe(config, world or environment.world_size, memory_gb)
+            print(json.dumps(shown, indent=1) if as_json else shown)
         return 0
     return run_job(config, notes, resume=resume, elastic=elastic, begin=begin)
 

@@ -22,6 +22,7 @@ from megachat.convert.reader import CheckpointReader
 from megachat.device import choose_compute_dtype, this_device
 from megachat.errors import UserError
 from megachat.files import CHECKPOINTS, LOADER, METRICS_NAME, RANDOM
+from megachat.installation import pretrain_program
 from megachat.job.local_ranks import run_with_torchrun, set_options
 from megachat.kernels.choice import choose_fp8, compile_problem
 from megachat.planning.plan import Plan, resolve
@@ -34,7 +35,6 @@ from megachat.programs.verify_layout import (
     verification_config,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
 STOP, END = 2, 4
 # Relative to the largest element of a moment that is linear in gradients, and of Muon's second moment. Without the
 # warming up of verify_layout, gradients and their orthogonalization magnify rounding: the steps are the first ones from
@@ -115,7 +115,7 @@ def run_job(
         "checkpoint.keep_every=null",
         *(f"optimizer.{rate}=0" for rate in RATES if still),
     ]
-    program = [str(ROOT / "launch" / "pretrain.py"), "--config", str(path), *(["--resume", "auto"] if resume else [])]
+    program = [*pretrain_program(), "--config", str(path), *(["--resume", "auto"] if resume else [])]
     run_with_torchrun(f"the job {run.name}", world, program + set_options(settings))
 
 

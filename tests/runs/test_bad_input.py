@@ -18,11 +18,11 @@ from tests.runs.job import begin, checkpoint, command, different, finish, launch
 CASES = {
     "no_data": (
         ["--set", "data.folder={folder}/none"],
-        ["the data folder {folder}/none does not exist", "tools/prepare_data.py"],
+        ["the data folder {folder}/none does not exist", "`megachat data"],
     ),
     "empty_data": (
         ["--set", "data.folder={folder}/empty"],
-        ["{folder}/empty has no .parquet file", "tools/prepare_data.py"],
+        ["{folder}/empty has no .parquet file", "`megachat data"],
     ),
     "not_parquet": (
         ["--set", "data.folder={folder}/not_parquet"],
@@ -50,7 +50,7 @@ CASES = {
     ),
     "no_tokenizer": (
         ["--set", "data.tokenizer={folder}/none"],
-        ["no tokenizer at {folder}/none", "tools/train_tokenizer.py"],
+        ["no tokenizer at {folder}/none", "`megachat tokenizer`"],
     ),
     "other_vocabulary": (
         ["--set", "model.vocab_size=300"],
@@ -174,7 +174,7 @@ def test_two_ranks_tell_a_mistake_once(place):
     done = finish(begin(launched("deepspeed", 2, command(place, "twice", "--set", "data.folder=nowhere"))))
     assert done.status == 2
     assert done.errors == [
-        "error: the data folder nowhere does not exist: create it with tools/prepare_data.py --out nowhere"
+        "error: the data folder nowhere does not exist: create it with `megachat data --out nowhere`"
     ]
     assert "Traceback" not in done.out + done.err and not (place.runs / "twice").exists()
 

@@ -28,7 +28,6 @@ from megachat.files import write_atomically  # noqa: E402
 from megachat.job.join import end_collectives, start_mesh  # noqa: E402
 from megachat.job.launch import bootstrap_environment, choose_device  # noqa: E402
 from megachat.job.local_ranks import (  # noqa: E402
-    parse_layout,
     rank_parser,
     require_ranks,
     run_with_torchrun,
@@ -36,6 +35,7 @@ from megachat.job.local_ranks import (  # noqa: E402
 )
 from megachat.kernels.choice import describe_kernels  # noqa: E402
 from megachat.parallel.progress import PROFILE_PREFIX, profile_range  # noqa: E402
+from megachat.planning.layouts import parse_layout  # noqa: E402
 from megachat.planning.plan import resolve  # noqa: E402
 from megachat.train.build import Run, build_training  # noqa: E402
 from megachat.train.step import train_step  # noqa: E402

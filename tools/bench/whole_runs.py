@@ -13,7 +13,8 @@ from pathlib import Path
 from megachat.errors import UserError
 from megachat.files import METRICS_NAME
 from megachat.job.launch import free_port
-from megachat.job.local_ranks import parse_layout, set_options
+from megachat.job.local_ranks import set_options
+from megachat.planning.layouts import parse_layout
 
 PRETRAIN = str(Path(__file__).resolve().parents[2] / "launch" / "pretrain.py")
 

@@ -38,7 +38,7 @@ def test_summary(folder):
 def test_folders_that_are_refused(tmp_path, folder, check):
     with pytest.raises(UserError) as caught:
         check(tmp_path / "nowhere")
-    one_sentence(caught, tmp_path / "nowhere", "does not exist", "prepare_data")
+    one_sentence(caught, tmp_path / "nowhere", "does not exist", "megachat data")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError) as caught:
         check(tmp_path / "empty")

@@ -94,7 +94,7 @@ def change(folder, **changes):
 
 
 def test_folders_that_are_refused(folder, tmp_path):
-    with pytest.raises(UserError, match="no tokenizer at .*nowhere .*train_tokenizer"):
+    with pytest.raises(UserError, match="no tokenizer at .*nowhere .*megachat tokenizer"):
         load_tokenizer(tmp_path / "nowhere")
     for changes in ({"pattern": r"\S+|\s+"}, {"special_tokens": list(SPECIAL_TOKENS[:-1])}, {"vocab_size": 300}):
         save_tokenizer(folder, byte_tokenizer(), {})

@@ -102,7 +102,7 @@ def test_the_last_evaluation_of_a_run_counts(tmp_path):
     evaluated(results_path(tmp_path, 20, in_training=True), 0.6, 1, step=20, examples=50)
     save_results(results_path(tmp_path, 30), {"step": 30, "bpb": {"bpb": 1.0}})
     assert newest_results(tmp_path) == expected
-    with pytest.raises(UserError, match="none.*launch/evaluate.py --checkpoint .*none --core"):
+    with pytest.raises(UserError, match="none.*megachat evaluate --checkpoint .*none --core"):
         newest_results(tmp_path / "none")
 
 
@@ -203,7 +203,7 @@ def test_bad_input(tmp_path, capsys):
     assert "none does not exist" in refused(capsys, a, tmp_path / "none")
     assert f"--checkpoint {tmp_path} --core" in refused(capsys, a, tmp_path)
     (tmp_path / "text").write_text("[]")
-    assert re.search("text is not .*launch/evaluate.py", refused(capsys, a, tmp_path / "text"))
+    assert re.search("text is not a valid evaluation", refused(capsys, a, tmp_path / "text"))
     b = evaluated(tmp_path / "b.json", 0.6, 1, labels=("other task",))
     assert "no task in common" in refused(capsys, a, b)
     save_results(tmp_path / "c.json", {"step": 1, "bpb": {"bpb": 1.0}})

@@ -5,7 +5,8 @@ import os
 import pytest
 
 from megachat.errors import UserError
-from megachat.job.local_ranks import parse_layout, run_local_ranks
+from megachat.job.local_ranks import run_local_ranks
+from megachat.planning.layouts import parse_layout
 
 
 def where(number: int) -> tuple[int, str, str]:

@@ -1,0 +1,65 @@
+"""Inspects, compares and converts checkpoints: `megachat convert to-nanochat runs/demo out/nanochat`.
+
+A CHECKPOINT is a step's folder, a run's folder (its newest complete checkpoint), or a folder of another format. Every
+conversion is proved: what was written is read back, and the output is kept only if both models give the same logits and
+all tensors are equal. The certificate, TARGET.certificate.json, records that. Exit status: 0 done, good or equal; 1
+different (diff); 2 not good (verify) or refused.
+"""
+
+import argparse
+from pathlib import Path
+
+from megachat.commands import inspect
+from megachat.commands.options import Parser, add_quiet
+
+# Format's command -> (help of "to", help of "from").
+FORMATS = {
+    "nanochat": ("to nanochat's files", "from nanochat's files"),
+    "hf": ("to transformers' NanoChat class", "from transformers' NanoChat class"),
+    "safetensors": ("everything as plain safetensors and JSON", "back from to-safetensors"),
+}
+
+
+def add_arguments(parser: Parser) -> None:
+    """Adds the commands of `megachat convert`."""
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, about: str, *, call: str = "convert_command", **paths: str):
+        command = commands.add_parser(name, help=about, description=about)
+        command.set_defaults(call=call)
+        add_quiet(command, default=argparse.SUPPRESS)
+        for path, metavar in paths.items():
+            command.add_argument(path, metavar=metavar, type=Path)
+        return command
+
+    inspect.add_options(
+        add("inspect", "show what a checkpoint contains", call="inspect_command", checkpoint="CHECKPOINT")
+    )
+    command = add("verify", "check that all files are as saved", call="verify_command", checkpoint="CHECKPOINT")
+    command = add("diff", "show which tensors and facts differ", call="diff_command", left="LEFT", right="RIGHT")
+    command.add_argument("--json", action="store_true", help="as JSON")
+    for name, (about_export, about_import) in FORMATS.items():
+        export = add(f"to-{name}", about_export, source="CHECKPOINT", target="FOLDER")
+        export.set_defaults(to_format=name)
+        imported = add(f"from-{name}", about_import, source="FOLDER", target="TARGET")
+        imported.set_defaults(from_format=name)
+        imported.epilog = "TARGET is a new run folder, or a new step's folder (step_000020) without a run around it."
+        for command in (export, imported):
+            command.add_argument("--tokenizer", type=Path, help="its folder, if it is not detected automatically")
+        if name == "nanochat":
+            ranks = "of the nanochat job that continues (default 1)"
+            export.add_argument("--ranks", type=int, default=1, help=ranks)
+            tables = "dtype of embeddings (default float32)"
+            export.add_argument("--tables", choices=("float32", "bfloat16"), default="float32", help=tables)
+            imported.add_argument("--step", type=int, help="which one (default: the newest)")
+            imported.add_argument("--fresh-optimizer", action="store_true", help="leave out its optimizer's state")
+
+
+def run(options: argparse.Namespace) -> int | None:
+    """Runs the command; returns the exit status."""
+    from megachat.programs import convert
+
+    values = {name: value for name, value in vars(options).items() if name not in ("quiet", "call", "json")}
+    if "json" in options:
+        values["as_json"] = options.json
+    return getattr(convert, options.call)(**values)

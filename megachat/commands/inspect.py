@@ -1,0 +1,27 @@
+"""Show what a checkpoint of any format contains: a run folder (its newest complete checkpoint), a step's folder, or a
+folder of nanochat, transformers or safetensors.
+"""
+
+import argparse
+from pathlib import Path
+
+from megachat.commands.options import Parser
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options beside the checkpoint."""
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument("--step", type=int, help="of a nanochat folder that has several (default: the newest)")
+
+
+def add_arguments(parser: Parser) -> None:
+    """Adds the options of `megachat inspect`."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
+    add_options(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prints what the checkpoint contains."""
+    from megachat.programs.convert import inspect_command
+
+    inspect_command(options.checkpoint, options.step, options.json)

@@ -1,0 +1,170 @@
+"""`megachat COMMAND`: the table of commands, and how a command is started from a shell or from a file in a clone."""
+
+import argparse
+import contextlib
+import difflib
+import importlib
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from megachat.commands.options import Parser, add_quiet
+from megachat.errors import UserError, user_errors_end_the_program
+from megachat.installation import CHECKOUT, version_text
+from megachat.job.launchers import completion_requested, launcher_rank
+
+
+class Command(NamedTuple):
+    """A command. Its module in megachat/commands/ has a docstring, `add_arguments(parser)` and `run(options)`.
+
+    module: default: the name. ranks: several processes may run it, each as one rank of a job. passes_on: options that
+    it does not know are passed to `run` as `options.rest`.
+    """
+
+    about: str
+    module: str = ""
+    ranks: bool = False
+    passes_on: bool = False
+    clone: bool = False  # needs the repository's tools/
+
+
+GROUPS: dict[str, dict[str, Command]] = {
+    "get started": {
+        "demo": Command("corpus, tokenizer and a small model from nothing, on this machine", passes_on=True),
+        "doctor": Command("what is installed, what a run would choose, what is wrong"),
+    },
+    "prepare": {
+        "data": Command("make a data folder from text, tables or a download"),
+        "tokenizer": Command("train a tokenizer, or import nanochat's"),
+        "lookup": Command("allocate the rows of a lookup table to tokens"),
+    },
+    "train": {
+        "plan": Command("show what a run would be, and start nothing"),
+        "pretrain": Command("train a model; launchers start this on every rank", ranks=True),
+        "supervise": Command("pretrain, and restart the ranks after a crash", passes_on=True),
+    },
+    "evaluate and use": {
+        "evaluate": Command("CORE, bits per byte and samples of a checkpoint", ranks=True),
+        "compare": Command("is the difference between two evaluations larger than its error?"),
+        "generate": Command("continue prompts with a checkpoint"),
+    },
+    "look into and convert": {
+        "inspect": Command("show what a checkpoint of any format contains"),
+        "convert": Command("convert checkpoints with a proof; compare or check them"),
+        "verify": Command("does a layout compute what one process computes?"),
+    },
+    "measure": {
+        "bench": Command("speed of training, loading, saving and generation", clone=True),
+        "partition": Command("the Muon partition beside other ways to distribute Muon", clone=True),
+    },
+    "shell": {
+        "completion": Command("print what makes a shell complete commands and options"),
+    },
+}
+COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
+_LOCAL_RANK = re.compile(r"--local[-_]rank=\d+")  # `deepspeed --module megachat` puts it before the command
+
+
+def listed_groups() -> dict[str, dict[str, Command]]:
+    """Returns the commands that this installation has, by group."""
+    listed = {
+        title: {name: command for name, command in group.items() if CHECKOUT or not command.clone}
+        for title, group in GROUPS.items()
+    }
+    return {title: group for title, group in listed.items() if group}
+
+
+def help_text() -> str:
+    """Returns the text of `megachat --help`."""
+    lines = ["usage: megachat COMMAND [OPTIONS]", "", "Trains nanochat's GPT on a laptop's CPU or many GPUs."]
+    for title, group in listed_groups().items():
+        lines += ["", title, *(f"  {name:<12}{command.about}" for name, command in group.items())]
+    lines += [
+        "",
+        "`megachat COMMAND --help` lists a command's options. `megachat --version` prints version and commit.",
+    ]
+    return "\n".join(lines)
+
+
+def build_parser(name: str, prog: str) -> Parser:
+    """Returns the parser of a command. prog: the name of the program in its help."""
+    command = COMMANDS[name]
+    module = _module(name)
+    parser = Parser(prog=prog, description=module.__doc__, allow_abbrev=not command.passes_on)
+    module.add_arguments(parser)
+    add_quiet(parser)
+    return parser
+
+
+def start(name: str, arguments: list[str], prog: str) -> int:
+    """Parses the arguments of a command and runs it; returns its exit status."""
+    parser = build_parser(name, prog)
+    options, rest = parser.parse_known_args(arguments)
+    if COMMANDS[name].passes_on:
+        options.rest = rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    silent = options.quiet and not getattr(options, "json", None)  # a document is printed with --quiet, too
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if silent else sys.stdout):
+        return _module(name).run(options) or 0
+
+
+def door(name: str) -> Callable[[list[str] | None], None]:
+    """Returns the `main(arguments=None)` of a file in launch/ or tools/ that is this command."""
+
+    @user_errors_end_the_program(rank=launcher_rank if COMMANDS[name].ranks else None)
+    def main(arguments: list[str] | None = None) -> int:
+        return start(name, sys.argv[1:] if arguments is None else arguments, Path(sys.argv[0]).name)
+
+    return main
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command `megachat` and ends the process with its status, if that is not 0."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if completion_requested():
+        _complete()
+    while words and _LOCAL_RANK.fullmatch(words[0]):
+        del words[0]
+    ranks = bool(words) and words[0] in COMMANDS and COMMANDS[words[0]].ranks
+    user_errors_end_the_program(rank=launcher_rank if ranks else None)(_run)(words)
+
+
+def _run(words: list[str]) -> int:
+    name = words[0] if words else "--help"
+    if name in ("-h", "--help", "help"):
+        print(help_text())
+        return 0
+    if name == "--version":
+        print(version_text())
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"did you mean {near[0]}?" if near else "`megachat --help` lists the commands"
+        raise UserError(f"{name} is not a command of megachat: {hint}")
+    return start(name, words[1:], f"megachat {name}")
+
+
+def _module(name: str):
+    return importlib.import_module(f"megachat.commands.{COMMANDS[name].module or name}")
+
+
+def _complete() -> None:
+    """Answers a shell that asks for completions, and ends the process. Does nothing without argcomplete."""
+    try:
+        import argcomplete
+    except ImportError:
+        return
+    parser = argparse.ArgumentParser(prog="megachat")
+    parser.add_argument("--version", action="store_true")
+    commands = parser.add_subparsers(parser_class=Parser)
+    for group in listed_groups().values():
+        for name, command in group.items():
+            module = _module(name)
+            each = commands.add_parser(name, help=command.about)
+            module.add_arguments(each)
+            add_quiet(each)
+    argcomplete.autocomplete(parser)

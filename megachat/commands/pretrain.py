@@ -1,0 +1,74 @@
+"""Pretrain a model. This is what every rank runs: `deepspeed --module megachat pretrain --config FILE`, or the same
+with `torchrun -m megachat pretrain`, `mpirun python -m megachat pretrain`, or alone for one rank.
+"""
+
+import argparse
+
+from megachat.commands.options import (
+    Parser,
+    add_config,
+    add_layout,
+    add_local_rank,
+    add_set,
+    check_layout_ranks,
+    layout_ranks,
+    layout_settings,
+)
+from megachat.errors import UserError
+from megachat.job.hosts import check_launcher_hostfile
+
+
+def add_plan_arguments(parser: Parser, where: str = "") -> None:
+    """Adds the options of a plan. where: "with --dry-run: " where they need it."""
+    parser.add_argument("--world", type=int, help=f"{where}the number of ranks to plan for")
+    memory = f"{where}the memory of a GPU, to show what fits; default: of this machine's"
+    parser.add_argument("--memory-gb", type=float, help=memory)
+    parser.add_argument("--json", action="store_true", help=f"{where}print one JSON document")
+
+
+def add_arguments(parser: Parser) -> None:
+    """Adds the options of `megachat pretrain`."""
+    add = parser.add_argument
+    add_config(parser, required=True)
+    add_set(parser)
+    add_layout(parser)
+    resume = "continue from the run's newest complete checkpoint, or from the given one"
+    add("--resume", metavar="auto|PATH", help=resume)
+    add("--dry-run", action="store_true", help="print config, plan, parameters and owners, and stop")
+    add_plan_arguments(parser, "with --dry-run: ")
+    elastic = "train on as many of the started ranks as fit the batch; set by supervise"
+    add("--elastic", action="store_true", help=elastic)
+    add_local_rank(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Pretrains, or shows the plan; returns the exit status."""
+    world, memory_gb = options.world, options.memory_gb
+    if world is not None and (world < 1 or not options.dry_run):
+        raise UserError(
+            "--world is the number of ranks, 1 or more, to plan for with --dry-run; a launcher sets how many run"
+        )
+    if memory_gb is not None and (not memory_gb > 0 or not options.dry_run):
+        raise UserError(
+            "--memory-gb is the memory of a GPU, above 0, to plan for with --dry-run; a job reads its GPU's"
+        )
+    if options.json and not options.dry_run:
+        raise UserError("--json prints the plan of --dry-run; a job's numbers are in metrics.jsonl of the run folder")
+    settings = options.set + layout_settings(options.layout)
+    if options.dry_run:
+        world = world or layout_ranks(options.layout)
+    elif not options.elastic:
+        check_layout_ranks(options.layout)
+    check_launcher_hostfile()
+    from megachat.programs.pretrain import pretrain
+
+    return pretrain(
+        options.config,
+        settings,
+        resume=options.resume,
+        dry_run=options.dry_run,
+        world=world,
+        elastic=options.elastic,
+        memory_gb=memory_gb,
+        as_json=options.json,
+    )

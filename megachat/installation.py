@@ -1,0 +1,39 @@
+"""Where megachat is installed: its version and commit, its configs, and whether it is a clone of the repository."""
+
+import subprocess
+from pathlib import Path
+
+import megachat
+
+PACKAGE = Path(megachat.__file__).resolve().parent
+# The clone that the package is used from, None for a package that was installed without it.
+CHECKOUT = PACKAGE.parent if (PACKAGE.parent / "setup.py").is_file() else None
+
+
+def config_folder() -> Path:
+    """Returns the folder with megachat's configs."""
+    return CHECKOUT / "configs" if CHECKOUT else PACKAGE / "configs"
+
+
+def git(*arguments: str) -> str | None:
+    """Returns what git prints about the clone, None for an installed package and without git."""
+    if CHECKOUT is None or not (CHECKOUT / ".git").exists():
+        return None
+    command = ["git", "-C", str(CHECKOUT), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def version_text() -> str:
+    """Returns the version, and of a clone its commit and whether files were changed since."""
+    commit = git("rev-parse", "--short", "HEAD")
+    changed = " with changes" if commit and git("status", "--porcelain", "--untracked-files=no") else ""
+    return f"megachat {megachat.__version__}" + (f" (commit {commit}{changed})" if commit else "")
+
+
+def pretrain_program() -> list[str]:
+    """Returns the program of pretrain's ranks for torchrun, and its first arguments."""
+    # a clone need not be installed: its file finds the package
+    return [str(CHECKOUT / "launch" / "pretrain.py")] if CHECKOUT else ["-m", "megachat", "pretrain"]

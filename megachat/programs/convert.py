@@ -1,0 +1,54 @@
+"""What `megachat convert` and `megachat inspect` do."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+from megachat.convert.conversion import certificate_path, export_checkpoint, import_checkpoint
+from megachat.convert.differences import compare_checkpoints
+from megachat.convert.formats import open_checkpoint
+from megachat.convert.inspection import format_inspection, inspect_checkpoint, verify_checkpoint
+from megachat.errors import UserError
+
+
+def inspect_command(checkpoint: Path, step: int | None, as_json: bool) -> None:
+    """Prints what a checkpoint contains."""
+    values = inspect_checkpoint(open_checkpoint(checkpoint, step))
+    print(json.dumps(values, indent=1) if as_json else format_inspection(values))
+
+
+def verify_command(checkpoint: Path) -> None:
+    """Prints that a checkpoint is good. Raises UserError with a line for each problem."""
+    checked, problems = verify_checkpoint(checkpoint)
+    if problems:
+        raise UserError("\n".join(f"{checkpoint}: {problem}" for problem in problems))
+    print(f"good: {checked}")
+
+
+def diff_command(left: Path, right: Path, as_json: bool) -> int:
+    """Prints the differences of two checkpoints; returns the exit status, 1 if they differ."""
+    differences = compare_checkpoints(open_checkpoint(left), open_checkpoint(right))
+    counted = sum(difference.counts for difference in differences)
+    if as_json:
+        listed = [{"kind": each.kind, "counts": each.counts, "text": str(each)} for each in differences]
+        print(json.dumps({"differences": counted, "list": listed}, indent=1))
+        return 1 if counted else 0
+    for difference in differences:
+        print(f"{difference.kind:6} {difference}")
+    print(f"{counted} differences" if counted else "equal")
+    return 1 if counted else 0
+
+
+def convert_command(source: Path, target: Path, to_format: str = "", from_format: str = "", **options) -> None:
+    """Converts to or from a format and prints what the proof measured."""
+    convert = partial(export_checkpoint, to_format) if to_format else partial(import_checkpoint, from_format)
+    certificate = convert(source, target, **options)
+    numbers = certificate["numbers"]
+    print(
+        f"wrote {target}: {certificate['tensors']['compared']} tensors equal; over {numbers['positions']} positions "
+        f"largest logit difference {numbers['largest_logit_difference']:.2e}, KL {numbers['mean_kl_nats']:.2e} nats, "
+        f"same argmax {numbers['argmax_agreement']:.2%}"
+    )
+    for remark in certificate["remarks"]:
+        print(f"remark: {remark}")
+    print(f"certificate: {certificate_path(target)}")

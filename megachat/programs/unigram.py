@@ -1,0 +1,50 @@
+"""The unigram entropy of the validation text, the best result of a model without context, beside a run's loss."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+from megachat.data.tokenizer import Tokenizer, load_tokenizer
+from megachat.errors import UserError
+from megachat.files import METRICS_NAME
+from megachat.prepare.tokenizer_training import read_texts
+
+_SAMPLE_CHARS = 10_000_000
+
+
+def unigram_entropy(folder: Path, tokenizer: Tokenizer) -> tuple[float, float]:
+    """Returns (nats per token, bits per byte) of the validation text under its token frequencies."""
+    counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+    for text in read_texts(folder, "validation", _SAMPLE_CHARS, _SAMPLE_CHARS):
+        counts += np.bincount(tokenizer.encode(text), minlength=tokenizer.vocab_size)
+    if not counts.any():
+        raise UserError(f"{folder} has no validation text: prepare it again with more text")
+    frequencies = counts[counts > 0] / counts.sum()
+    nats = float(-(frequencies * np.log(frequencies)).sum())
+    bytes_per_token = float((tokenizer.token_bytes() * counts).sum() / counts.sum())
+    return nats, nats / (math.log(2) * bytes_per_token)
+
+
+def final_bpb(run: Path) -> float:
+    """Returns the last validation bits per byte of a run. Raises UserError if it has none."""
+    try:
+        lines = (run / METRICS_NAME).read_text(encoding="utf-8").splitlines()
+        values = [metrics["val/bpb"] for metrics in map(json.loads, lines) if "val/bpb" in metrics]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{run / METRICS_NAME} cannot be read ({error}): give a run folder like runs/demo") from None
+    if not values:
+        raise UserError(f"{run} has no validation yet: let it run for evaluate.every steps or to its end")
+    return values[-1]
+
+
+def compare_with_unigram(data: Path, tokenizer: Path, run: Path | None) -> int:
+    """Prints the entropy, and the run's validation loss beside it; returns 1 if the loss is not below, else 0."""
+    nats, bits = unigram_entropy(data, load_tokenizer(tokenizer))
+    print(f"unigram entropy of the validation text: {nats:.4f} nats per token, {bits:.4f} bits per byte")
+    if run is None:
+        return 0
+    bpb = final_bpb(run)
+    print(f"the model: {bpb:.4f} bits per byte, {bpb / bits:.3f} of the unigram entropy")
+    return 0 if bpb < bits else 1

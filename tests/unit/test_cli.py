@@ -1,0 +1,266 @@
+"""The command `megachat`: help, mistakes, spellings, documents; that it is light; what docs/command_line.md says."""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from megachat import errors
+from megachat.commands import main as cli
+from megachat.commands.options import check_layout_ranks, config_path, layout_settings
+from megachat.errors import UserError
+from megachat.job import local_job
+from megachat.prepare.download import HUB_SOURCES
+from tests.runs.job import ROOT
+from tests.training import SMALL_VOCAB
+
+PAGE = (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
+LIGHT = """
+import sys
+from megachat.commands import main
+for name in main.COMMANDS:
+    main.build_parser(name, name)
+main.help_text()
+print([name for name in ("torch", "deepspeed", "numpy", "pyarrow", "pydantic", "requests") if name in sys.modules])
+"""
+
+
+def run(*words: str) -> int:
+    """Returns the exit status of a command in this process. Raises UserError where the command would end with 2."""
+    return cli._run([str(word) for word in words])
+
+
+def python(*words: str, **variables: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **variables}
+    )
+
+
+def test_the_help_groups_all_commands(capsys):
+    assert run("--help") == run() == 0
+    listed = re.findall(r"^  (\w+) ", capsys.readouterr().out, re.MULTILINE)
+    assert listed == 2 * list(cli.COMMANDS)
+    assert {path.stem for path in (ROOT / "megachat/commands").glob("*.py")} == {
+        *cli.COMMANDS,
+        "__init__",
+        "main",
+        "options",
+    }
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        run(name, "--help")
+    out = capsys.readouterr().out
+    assert not end.value.code and out.startswith(f"usage: megachat {name}") and "--quiet" in out
+    assert not re.search(r"--\w+_\w+", out), "options have dashes"
+
+
+def test_no_help_loads_a_heavy_package():
+    done = python("-c", LIGHT)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_the_version_has_the_commit(capsys, monkeypatch):
+    run("--version")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    version = re.search(r'version="(.*?)"', (ROOT / "setup.py").read_text())[1]
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"megachat {version}")
+    assert commit.returncode or f"(commit {commit.stdout.strip()}" in shown
+    monkeypatch.setattr("megachat.installation.CHECKOUT", None)
+    run("--version")
+    assert capsys.readouterr().out == f"megachat {version}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "fact"),
+    [
+        (["pretrian"], "pretrian is not a command of megachat: did you mean pretrain?"),
+        (["xyz"], "`megachat --help` lists the commands"),
+        (["pretrain"], "the following arguments are required: --config: `megachat pretrain --help` lists"),
+        (["pretrain", "--config", "d12", "--nope"], "unrecognized arguments: --nope"),
+        (["pretrain", "--config", "none.json"], "none.json"),
+        (["pretrain", "--config", "d12", "--json"], "--json prints the plan of --dry-run"),
+        (["pretrain", "--config", "d12", "--layout", "dp=3"], "--layout dp=3 has 3 ranks, but 1 was started"),
+        (["plan", "--config", "d12", "--layout", "xp=3"], "layout xp=3: 'xp=3' is not an axis"),
+        (["plan", "--config", "d12", "--world", "0"], "--world is the number of ranks"),
+        (["supervise", "--resume", "runs/x", "--config", "d12"], "--resume runs/x would go back there"),
+        (["evaluate", "--checkpoint", "{none}", "--bpb"], "{none}"),
+        (["generate", "--checkpoint", "{none}", "--prompt", "x"], "{none} is not a folder"),
+        (["generate", "--checkpoint", "{empty}", "--prompt", "x"], "{empty} is not a complete checkpoint"),
+        (["inspect", "{empty}"], "{empty} is not a complete checkpoint"),
+        (["convert", "to-hf", "{none}", "out"], "{none} is not a folder"),
+        (["convert"], "the following arguments are required: COMMAND"),
+        (["compare", "{none}"], "1 runs were given"),
+        (["compare", "{none}", "{empty}"], "{none}"),
+        (["data", "--source", "text", "--input", "{none}", "--out", "{empty}/out"], "{none}"),
+        (["data", "--source", "python", "--out", "x", "--shards", "0"], "--shards is 0: give 1 or more"),
+        (["tokenizer", "--data", "{none}", "--out", "x"], "the data folder {none} does not exist"),
+        (["lookup", "--data", "{none}", "--tokenizer", "{none}"], "no tokenizer at {none}"),
+        (["verify", "--config", "d12"], "give a --layout to compare with one process"),
+        (["doctor", "--set", "a=b"], "--set overrides a setting of --config"),
+        (["doctor", "--hostfile", "{none}"], "the hostfile {none} cannot be read"),
+        (["demo", "--ranks", "0"], "--ranks is 0"),
+        (["bench", "warp"], "invalid choice: 'warp'"),
+        (["partition", "--rounds", "0"], "--rounds is 0"),
+        (["completion", "tcsh"], "invalid choice: 'tcsh'"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_sentence(words, fact, tmp_path):
+    places = {"none": tmp_path / "none", "empty": tmp_path}
+    with pytest.raises(UserError) as error:
+        run(*(word.format(**places) for word in words))
+    assert fact.format(**places) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_mistake_ends_the_process_with_2():
+    done = python("-m", "megachat", "--local_rank=0", "pretrain", "--nope")
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and done.stdout == "" and line.startswith("error: the following arguments are required")
+
+
+def test_a_command_that_needs_a_clone_says_so(monkeypatch):
+    monkeypatch.setattr("megachat.commands.options.CHECKOUT", None)
+    monkeypatch.setattr(cli, "CHECKOUT", None)
+    monkeypatch.setattr("megachat.commands.bench.CHECKOUT", None)
+    for name in ("bench", "partition"):
+        assert f"  {name}" not in cli.help_text()
+        with pytest.raises(UserError, match="run it in a clone"):
+            run(name)
+
+
+def test_old_spellings_are_accepted():
+    def parse(name: str, *words: str) -> dict:
+        return vars(cli.build_parser(name, name).parse_args(words))
+
+    assert parse("doctor", "--master_port=4", "--ssh_port", "5") == parse(
+        "doctor", "--master-port", "4", "--ssh-port=5"
+    )
+    assert parse("evaluate", "--checkpoint", "x", "--local_rank=3", "--max_per_task", "2")["max_per_task"] == 2
+    assert parse("generate", "--checkpoint", "x", "--prompt", "--top_k is no option")["prompt"] == [
+        "--top_k is no option"
+    ]
+    with pytest.raises(UserError, match="--no_such_option"):
+        parse("doctor", "--no_such_option")
+
+
+def test_a_layout_is_settings_and_a_number_of_ranks(monkeypatch, capsys):
+    assert layout_settings("tp=2,pp=3") == ["parallel.tensor=2", "parallel.pipeline=3"] and layout_settings(None) == []
+    check_layout_ranks("tp=2")  # the data axis is what remains
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    check_layout_ranks("dp=2,tp=2")
+    with pytest.raises(UserError, match="has 2 ranks, but 4 were started"):
+        check_layout_ranks("dp=2")
+
+
+def test_a_plan_as_text_and_as_a_document(capsys):
+    plan = ["plan", "--config", "d2_cpu", "--set", f"model.vocab_size={SMALL_VOCAB}", "--layout", "dp=2,tp=2"]
+    assert run(*plan[:-1], "pp=2") == 0 and "layout = data 1 x tensor 1 x pipeline 2" in capsys.readouterr().out
+    assert run(*plan) == 0 and "layout = data 2 x tensor 2 x pipeline 1" in capsys.readouterr().out
+    assert run(*plan, "--json", "--quiet") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["plan"]["layout"] == {"data": 2, "tensor": 2, "pipeline": 1}
+    assert document["config"]["model"]["depth"] == 2 and document["memory"][0]["weights"] > 0
+    assert {line["optimizer"] for line in document["parameters"]} == {"muon", "adamw"}
+    assert run(*plan, "--quiet") == 0 and capsys.readouterr().out == ""
+
+
+def test_megachats_configs_have_names(tmp_path, monkeypatch):
+    assert config_path("d24") == config_path("d24.json") == str(ROOT / "configs" / "d24.json")
+    monkeypatch.chdir(tmp_path)
+    assert config_path("configs/d24.json") == str(ROOT / "configs" / "d24.json")
+    assert config_path("other/d24.json") == "other/d24.json" and config_path("d99") == "d99"
+    (tmp_path / "d24").write_text("{}")
+    assert config_path("d24") == "d24"
+
+
+def test_the_demo_starts_ranks_and_compares(tmp_path, monkeypatch):
+    """The launcher and what comes before and after it, with stand-ins for the work."""
+    from megachat.commands import demo
+
+    monkeypatch.chdir(tmp_path)
+    lines, status = [], 0
+
+    class Process:
+        def __init__(self, line):
+            lines.append(line)
+
+        def wait(self) -> int:
+            return status
+
+    begun = cli.start
+    monkeypatch.setattr(cli, "start", lambda name, words, prog: lines.append([name, *words]))
+    monkeypatch.setattr(local_job.subprocess, "Popen", Process)
+    monkeypatch.setattr(local_job.shutil, "which", lambda name: None)
+    monkeypatch.setattr("megachat.programs.unigram.compare_with_unigram", lambda *paths: 1)
+    monkeypatch.setenv("MASTER_PORT", "4321")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("MEGACHAT_SECRET", "x" * 32)
+    assert begun("demo", ["--quiet", "--set", "horizon.steps=20"], "demo") == 1
+    data, tokenizer, ranks = lines
+    assert data == ["data", "--source", "python", "--out", "data/python"] and tokenizer[0] == "tokenizer"
+    config = str(ROOT / "configs" / "demo.json")
+    assert ranks[ranks.index("--num_accelerators") :] == (
+        ["--num_accelerators", "2", "--master_port", "4321", "--module", "megachat", "pretrain", "--config", config]
+        + ["--resume", "auto", "--quiet", "--set", "horizon.steps=20"]
+    )
+    demo.TOKENIZER.mkdir(parents=True)
+    (demo.TOKENIZER / "tokenizer.json").touch()
+    lines.clear()
+    status = -15
+    assert begun("demo", ["--ranks", "3"], "demo") == 143
+    assert len(lines) == 2 and "3" in lines[1], "the tokenizer is there"
+
+
+def test_hub_sources_are_those_of_the_downloader():
+    from megachat.commands.data import HUBS
+
+    assert HUBS == tuple(HUB_SOURCES)
+
+
+def test_without_argcomplete_the_command_works(monkeypatch):
+    monkeypatch.setitem(sys.modules, "argcomplete", None)
+    with pytest.raises(UserError, match="pip install 'megachat.completion.'"):
+        run("completion", "bash")
+    cli._complete()  # a shell that asks gets no answer
+
+
+def test_argcomplete_completes_commands_and_options():
+    pytest.importorskip("argcomplete")
+    request = {
+        "_ARGCOMPLETE": "1",
+        "COMP_LINE": "megachat evaluate --max",
+        "COMP_POINT": "23",
+        "_ARGCOMPLETE_IFS": "\n",
+    }
+    done = python("-c", "import sys; sys.argv=['megachat']; from megachat.commands.main import main; main()", **request)
+    assert done.returncode == 0 and done.stderr == ""
+
+
+def test_the_page_lists_commands_options_and_statuses():
+    rows = dict(re.findall(r"^\| `megachat (\w+)` \| (.*?) \|", PAGE, re.MULTILINE))
+    assert rows == {name: command.about for name, command in cli.COMMANDS.items()}
+    for path in re.findall(r"`((?:launch|tools)/\w+\.(?:py|sh))", PAGE):
+        assert (ROOT / path).exists(), path
+    parsers = {name: cli.build_parser(name, name) for name in cli.COMMANDS}
+    for option, listed in re.findall(r"^\| `(--\w+).*?` \| (.*?) \|", PAGE, re.MULTILINE):
+        having = [name for name, parser in parsers.items() if option in parser._option_string_actions]
+        assert having == (list(cli.COMMANDS) if listed == "all" else listed.split(", ")), option
+    statuses = {int(number) for number in re.findall(r"^\| (\d+) \|", PAGE, re.MULTILINE)}
+    values = {value for name, value in vars(errors).items() if name.endswith("_STATUS")}
+    assert statuses == {0, 1, 130, *values}
+
+
+def test_every_option_has_help():
+    for name in cli.COMMANDS:
+        for action in cli.build_parser(name, name)._actions:
+            shown = action.help or isinstance(action, argparse._SubParsersAction) or action.metavar == "CHECKPOINT"
+            assert shown, f"{name} {action.dest}"
