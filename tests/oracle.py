@@ -91,9 +91,9 @@ class Oracle:
             group["lr"] = group["rate"] * lrm
         self.adamw.step()
         for p, table in self.tables.items():
-            settings, index = self._settings(p), self.read[place_of(p).name]
+            of_table, index = self._settings(p), self.read[place_of(p).name]
             read = torch.zeros(len(p), dtype=torch.bool).index_fill_(0, index[index >= 0], True)
-            table.step(p.grad, read, lr=settings["rate"] * lrm, betas=settings["betas"], epsilon=ADAMW_EPSILON)
+            table.step(p.grad, read, lr=of_table["rate"] * lrm, betas=of_table["betas"], epsilon=ADAMW_EPSILON)
         with torch.no_grad():
             for p in self.muon:
                 lr = plan.rates["matrix"] * lrm * self.multiplier[place_of(p).name]
