@@ -6,11 +6,12 @@ import itertools
 import json
 import os
 import stat
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from megachat.errors import raise_if_unreadable, summary
+from megachat.errors import UserError, raise_if_unreadable, summary
 
 PART = ".part"  # suffix of a file that is not complete yet
 # Names in a run folder and in a step's checkpoint that more than one module uses.
@@ -18,6 +19,11 @@ CONFIG_NAME, PLAN_NAME, METRICS_NAME = "config.json", "plan.json", "metrics.json
 CHECKPOINTS, EVALUATIONS, SAMPLES, TOKENIZER = "checkpoints", "evaluations", "samples", "tokenizer"
 LOADER, RANDOM = "loader", "random"
 _CHUNK_BYTES = 4 << 20
+# What parsing a damaged file may raise, beside OSError.
+_DAMAGE = (
+    *(ValueError, LookupError, TypeError, AttributeError, ArithmeticError),
+    *(RecursionError, EOFError, zipfile.BadZipFile),
+)
 _Content = TypeVar("_Content")
 Log = Callable[[str], object]
 _LFS_START = b"version https://git-lfs.github.com/spec/"
@@ -75,17 +81,24 @@ def read_side_file(path: Path, parse: Callable[[bytes], _Content], log: Log) -> 
         return parse(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-        RecursionError,
-        IsADirectoryError,
-    ) as error:
+    except (IsADirectoryError, *_DAMAGE) as error:
         log(f"{path} is damaged ({summary(error)}): it is set aside as {set_aside(path).name} and begun anew")
         return None
+
+
+@contextlib.contextmanager
+def refuse_damaged(path: Path, problem: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Raises what reading and parsing a file raises as UserError: "PATH PROBLEM", with the error in place of {}.
+
+    kinds: further exceptions of the library that reads. A Git LFS pointer is called one. What the system refuses to
+    read is an UnreadableError.
+    """
+    damage: tuple[type[Exception], ...] = (OSError, *_DAMAGE, *kinds)
+    try:
+        yield
+    except damage as error:
+        raise_if_unreadable(path, error)
+        raise UserError(f"{path} {lfs_problem(path) or problem.format(summary(error))}") from None
 
 
 def write_side_json(path: Path, value: object, log: Log) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from megachat.errors import UserError, raise_if_unreadable, summary
-from megachat.files import file_sha256, lfs_problem, path_kind, write_json
+from megachat.errors import UserError, raise_if_unreadable
+from megachat.files import file_sha256, lfs_problem, path_kind, refuse_damaged, write_json
 
 FACTS_NAME = "checkpoint.json"
 FORMAT_VERSION = 2
@@ -42,7 +42,11 @@ def read_facts(checkpoint: Path) -> dict:
     UnreadableError when the system refuses to read it.
     """
     path = checkpoint / FACTS_NAME
-    try:
+    if not path_kind(path):
+        raise UserError(
+            f"{checkpoint} is not a complete checkpoint: it has no {FACTS_NAME}; use another step's checkpoint"
+        )
+    with refuse_damaged(path, "cannot be read ({}); use another step's checkpoint"):
         facts = json.loads(path.read_text(encoding="utf-8"))
         version, architecture = int(facts["format_version"]), int(facts.get("architecture_version", 1))
         for name, saved, supported in (
@@ -62,14 +66,6 @@ def read_facts(checkpoint: Path) -> dict:
         facts = upgrade_architecture(facts, architecture)
         problems = find_file_problems(checkpoint, facts, sizes_only=True)
         int(facts["step"])
-    except FileNotFoundError:
-        raise UserError(
-            f"{checkpoint} is not a complete checkpoint: it has no {FACTS_NAME}; use another step's checkpoint"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise_if_unreadable(path, error)
-        problem = lfs_problem(path) or f"cannot be read ({summary(error)}); use another step's checkpoint"
-        raise UserError(f"{path} {problem}") from None
     if problems:
         raise UserError(
             f"{checkpoint} is incomplete: {problems[0]}; use another step's checkpoint, "

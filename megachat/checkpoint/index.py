@@ -11,8 +11,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from megachat.device import DTYPES
-from megachat.errors import UserError, raise_if_unreadable, summary
-from megachat.files import lfs_problem
+from megachat.errors import UserError
+from megachat.files import refuse_damaged
 
 INDEX_NAME = "tensors.json"
 _PIECE_KEYS = {"offset", "size", "file", "at", "bytes"}
@@ -61,15 +61,11 @@ def index_problems(folder: Path, index: dict | None = None, files: Collection[st
 
 def _load(folder: Path) -> dict[str, dict]:
     path = folder / INDEX_NAME
-    try:
+    with refuse_damaged(path, "cannot be read ({}); use another step's checkpoint"):
         index = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(index, dict):
             raise ValueError(f"it holds a {type(index).__name__}, not an object")
         return index
-    except (OSError, ValueError, RecursionError) as error:
-        raise_if_unreadable(path, error)
-        problem = lfs_problem(path) or f"cannot be read ({summary(error)}); use another step's checkpoint"
-        raise UserError(f"{path} {problem}") from None
 
 
 def _entry_problem(entry: object, file_bytes: Callable[[str], int]) -> str | None:

@@ -20,8 +20,8 @@ from megachat.convert.plain import open_tensors, save_tensors
 from megachat.convert.reader import CheckpointReader, TensorInfo
 from megachat.convert.tokenizers import load_tokenizer_of
 from megachat.data.tokenizer import Tokenizer, save_tokenizer
-from megachat.errors import UserError, raise_if_unreadable
-from megachat.files import lfs_problem, write_json
+from megachat.errors import UserError
+from megachat.files import path_kind, refuse_damaged, write_json
 from megachat.model.gpt import LOGIT_CAP
 from megachat.place import Place
 from megachat.planning.dimensions import MLP_RATIO, Dimensions
@@ -282,11 +282,8 @@ def transformers_logits(folder: Path, vocab_size: int) -> Logits:
 
 
 def _read_json(path: Path) -> dict | None:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path_kind(path):
         return None
-    except (OSError, ValueError) as error:
-        raise_if_unreadable(path, error)
-        raise UserError(f"{path} {lfs_problem(path) or f'cannot be read ({error}): copy it again'}") from None
+    with refuse_damaged(path, "cannot be read ({}): copy it again"):
+        value = json.loads(path.read_text(encoding="utf-8"))
     return value if isinstance(value, dict) else None

@@ -31,7 +31,7 @@ from megachat.convert.tokenizers import load_tokenizer_of
 from megachat.data.tokenizer import Tokenizer
 from megachat.device import DTYPES
 from megachat.errors import UserError, raise_if_unreadable
-from megachat.files import lfs_problem
+from megachat.files import lfs_problem, refuse_damaged
 from megachat.planning.dimensions import Dimensions
 from megachat.prepare.tokenizer_training import export_nanochat as write_tokenizer
 
@@ -115,12 +115,8 @@ def open_nanochat(folder: Path, step: int | None = None) -> CheckpointReader:
         raise UserError(f"{folder} has no nanochat checkpoint{f' of step {step}' if step is not None else ''}: {has}")
     step = steps[-1] if step is None else step
     path = folder / f"meta_{step:06d}.json"
-    try:
+    with refuse_damaged(path, "cannot be read ({}): copy it next to the weights"):
         meta = json.loads(path.read_text(encoding="utf-8")) | {"step": step}
-    except (OSError, ValueError, TypeError) as error:
-        raise_if_unreadable(path, error)
-        problem = lfs_problem(path) or f"cannot be read ({error}): copy it next to the weights"
-        raise UserError(f"{path} {problem}") from None
     weights = folder / f"model_{step:06d}.pt"
     model = {name.removeprefix(_COMPILED): tensor for name, tensor in _load_tensors(weights).items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in model.items()}

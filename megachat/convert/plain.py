@@ -22,8 +22,8 @@ from megachat.convert.declaration import Export, Import
 from megachat.convert.megachat import tokenizer_folders
 from megachat.convert.reader import CheckpointReader, TensorInfo
 from megachat.convert.tokenizers import find_tokenizer, load_tokenizer_of
-from megachat.errors import UserError, raise_if_unreadable
-from megachat.files import LOADER, RANDOM, TOKENIZER, lfs_problem, write_json
+from megachat.errors import UserError
+from megachat.files import LOADER, RANDOM, TOKENIZER, path_kind, refuse_damaged, write_json
 
 FACTS_FILE = "checkpoint_facts.json"
 VERSION = 1
@@ -80,15 +80,11 @@ def write_plain(source: CheckpointReader, folder: Path, tokenizer: Path | None) 
 def open_plain(folder: Path, step: int | None = None) -> CheckpointReader:
     """Opens what `write_plain` wrote. Raises UserError if anything is missing, damaged or of a newer version."""
     path = folder / FACTS_FILE
-    try:
+    with refuse_damaged(path, "cannot be read ({}): convert the checkpoint again"):
         document = json.loads(path.read_text(encoding="utf-8"))
         version, architecture = document["plain_version"], document["facts"].get("architecture_version", 1)
         file_of, files = dict(document["tensors"]), dict(document["files"])
         facts = document["facts"] | {"files": document["files"]}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise_if_unreadable(path, error)
-        problem = f"cannot be read ({type(error).__name__}: {error}): convert the checkpoint again"
-        raise UserError(f"{path} {lfs_problem(path) or problem}") from None
     if any(Path(name).is_absolute() or ".." in Path(name).parts for name in (*files, *file_of.values())):
         raise UserError(f"{path} names a file outside its folder: convert the checkpoint again")
     if version > VERSION or architecture > ARCHITECTURE_VERSION:
@@ -147,11 +143,7 @@ def open_tensors(
 
 
 def _open_safetensors(path: Path):
-    try:
+    if not path_kind(path):
+        raise UserError(f"{path} is missing: copy the folder again, with all its files")
+    with refuse_damaged(path, "is no whole safetensors file ({}): copy or convert it again", SafetensorError):
         return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: copy the folder again, with all its files") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise_if_unreadable(path, error)
-        problem = lfs_problem(path) or f"is no whole safetensors file ({error}): copy or convert it again"
-        raise UserError(f"{path} {problem}") from None

@@ -1,6 +1,5 @@
 """A checkpoint of any format, opened for reading. Tensors have megachat's names and are read a few at a time."""
 
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +8,7 @@ import numpy as np
 import torch
 
 from megachat.device import DTYPES
-from megachat.errors import UserError, raise_if_unreadable
+from megachat.files import refuse_damaged
 from megachat.planning.dimensions import Dimensions, saved_dimensions
 
 BATCH_BYTES = 256 << 20  # tensors are read in batches of this size, because each read has a fixed cost
@@ -93,9 +92,5 @@ class CheckpointReader:
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
     """Returns the arrays of an .npz file. Raises UserError if it is damaged."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise_if_unreadable(path, error)
-        raise UserError(f"{path} is damaged ({type(error).__name__}): use another checkpoint") from None
+    with refuse_damaged(path, "is damaged ({}): use another checkpoint"), np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}

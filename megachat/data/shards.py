@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megachat.data.texts import REFUSE, BadTexts, decode_texts, holds_strings, read_batches, row_place
-from megachat.errors import UserError, raise_if_unreadable, summary
-from megachat.files import file_sha256, lfs_problem, list_folder, path_kind
+from megachat.errors import UserError
+from megachat.files import file_sha256, lfs_problem, list_folder, path_kind, refuse_damaged
 from megachat.text import shortened
 
 MANIFEST = "manifest.json"
@@ -66,7 +66,7 @@ def open_shard(path: Path) -> Shard:
         raise UserError(f"{path} is a broken link to {path.readlink()}: restore that file, or remove the link")
     if path.is_dir():
         raise UserError(f"{path} is a folder, not a parquet file: move its files up, or rename it")
-    try:
+    with refuse_damaged(path, "cannot be read as parquet ({}): download or prepare it again", pa.ArrowException):
         size = path.stat().st_size
         with path.open("rb") as file:
             head = file.read(4)
@@ -81,9 +81,6 @@ def open_shard(path: Path) -> Shard:
             footer = hashlib.sha256(file.read(footer_size)).hexdigest()
         with pq.ParquetFile(path) as file:
             schema, metadata = file.schema_arrow, file.metadata
-    except (pa.ArrowException, OSError) as error:
-        raise_if_unreadable(path, error)
-        raise UserError(f"{path} cannot be read as parquet ({summary(error)}): download or prepare it again") from None
     if "text" not in schema.names:
         raise UserError(
             f"{path} has no `text` column (it has {shortened(schema.names) or 'none'}): "
@@ -217,16 +214,11 @@ def _check_validation_texts(shard: Shard, streams: int, bad_texts: BadTexts) -> 
 def load_manifest(folder: Path) -> dict | None:
     """Reads the manifest of a data folder, None if there is none. Raises UserError if it is not valid."""
     path = folder / MANIFEST
-    try:
+    if not path_kind(path):
+        return None
+    with refuse_damaged(path, "is not a valid manifest ({}): prepare the folder again with --overwrite"):
         manifest = json.loads(path.read_text(encoding="utf-8"))
         _ = manifest["request"]["source"], [(e["name"], e["bytes"], e["sha256"]) for e in manifest["shards"]]
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise_if_unreadable(path, error)
-        raise UserError(
-            f"{path} is not a valid manifest ({summary(error)}): prepare the folder again with --overwrite"
-        ) from None
     return manifest
 
 
@@ -295,12 +287,7 @@ class Corpus:
 
     @staticmethod
     def _read_group(path: Path, group: int) -> pa.ChunkedArray:
-        try:
-            with pq.ParquetFile(path) as file:
-                # large_string: Arrow cannot take rows from every type of string
-                return file.read_row_group(group, columns=["text"]).column("text").cast(pa.large_string())
-        except (pa.ArrowException, OSError) as error:
-            raise_if_unreadable(path, error)
-            raise UserError(
-                f"{path} is damaged in row group {group} ({summary(error)}): download or prepare it again"
-            ) from None
+        problem = f"is damaged in row group {group} ({{}}): download or prepare it again"
+        with refuse_damaged(path, problem, pa.ArrowException), pq.ParquetFile(path) as file:
+            # large_string: Arrow cannot take rows from every type of string
+            return file.read_row_group(group, columns=["text"]).column("text").cast(pa.large_string())

@@ -7,7 +7,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megachat.errors import UserError, raise_if_unreadable, summary
+from megachat.errors import UserError
+from megachat.files import refuse_damaged
 
 _LOGGED = 10  # bad texts that are logged one by one
 
@@ -83,16 +84,13 @@ def read_batches(
     path: Path, batch_documents: int, columns: tuple[str, ...] = ("text",)
 ) -> Iterator[tuple[int, int, pa.RecordBatch]]:
     """Yields (row group, first row in it, batch) of a parquet file. Raises UserError if the file is damaged."""
-    try:
-        with pq.ParquetFile(path) as file:
-            for group in range(file.metadata.num_row_groups):
-                row = 0
-                for batch in file.iter_batches(batch_documents, row_groups=[group], columns=list(columns)):
-                    yield group, row, batch
-                    row += len(batch)
-    except (pa.ArrowException, OSError) as error:
-        raise_if_unreadable(path, error)
-        raise UserError(f"{path} is damaged ({summary(error)}): download it or write it again") from None
+    damaged = "is damaged ({}): download it or write it again"
+    with refuse_damaged(path, damaged, pa.ArrowException), pq.ParquetFile(path) as file:
+        for group in range(file.metadata.num_row_groups):
+            row = 0
+            for batch in file.iter_batches(batch_documents, row_groups=[group], columns=list(columns)):
+                yield group, row, batch
+                row += len(batch)
 
 
 def read_shard_texts(path: Path, batch_documents: int, bad_texts: BadTexts) -> Iterator[list[str]]:

@@ -23,7 +23,7 @@ import yaml
 
 from megachat.errors import UserError, raise_if_unreadable
 from megachat.evals.core_download import download_bundle
-from megachat.files import lfs_problem, path_kind
+from megachat.files import lfs_problem, path_kind, refuse_damaged
 from megachat.settings import EvaluateConfig
 
 CORE_TASKS = tuple(
@@ -133,12 +133,8 @@ def _find_root(path: Path) -> _Folder:
         raise UserError(
             f"the CORE bundle {path} does not exist: give a folder or zip file with {_INDEX}, or none to download it"
         )
-    try:
+    with refuse_damaged(path, "is neither a folder nor a complete zip file ({}): get the bundle again", *_UNREADABLE):
         root = path if path.is_dir() else zipfile.Path(path)
-    except _UNREADABLE as error:
-        raise_if_unreadable(path, error)
-        problem = lfs_problem(path) or f"is neither a folder nor a complete zip file ({error}): get the bundle again"
-        raise UserError(f"{path} {problem}") from None
     for folder in (root, root / _FOLDER):
         if _is_file(folder / _INDEX):
             return folder

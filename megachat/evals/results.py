@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megachat.errors import UserError, raise_if_unreadable
+from megachat.errors import UserError
 from megachat.evals.core_bundle import CORE_TASKS, Bundle
 from megachat.evals.uncertainty import estimate, judge_against, score_tasks
-from megachat.files import EVALUATIONS, METRICS_NAME, Log, list_folder, read_side_file, write_side_json
+from megachat.files import EVALUATIONS, METRICS_NAME, Log, list_folder, read_side_file, refuse_damaged, write_side_json
 from megachat.text import text_table
 
 FORMAT = "megachat-evaluation-1"
@@ -121,11 +121,8 @@ def _parse_results(content: bytes) -> dict:
 
 def load_results(path: Path) -> dict:
     """Reads an evaluation's JSON. Raises UserError if the file is not a valid evaluation."""
-    try:
+    with refuse_damaged(path, "is not a valid evaluation ({}): evaluate again"):
         return _parse_results(path.read_bytes())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise_if_unreadable(path, error)
-        raise UserError(f"{path} is not a valid evaluation ({type(error).__name__}: {error}): evaluate again") from None
 
 
 def newest_results(run_folder: Path) -> Path:

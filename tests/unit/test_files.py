@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from megachat.files import is_readable_json, read_side_file, set_aside, write_side_json
+from megachat.errors import UnreadableError, UserError
+from megachat.files import is_readable_json, read_side_file, refuse_damaged, set_aside, write_side_json
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000])
@@ -41,3 +42,32 @@ def test_what_is_set_aside_replaces_nothing(tmp_path):
         names.append(set_aside(tmp_path / "file").name)
     assert names == ["file.damaged", "file.damaged.2", "file.damaged.3"]
     assert [(tmp_path / name).read_text() for name in names] == ["0", "1", "2"]
+
+
+def test_a_damaged_file_is_refused_in_one_sentence(tmp_path):
+    path = tmp_path / "index.json"
+
+    def read():
+        with refuse_damaged(path, "cannot be read ({}): copy it again"):
+            return json.loads(path.read_bytes())["tensors"]
+
+    for content, problem in (
+        (b"{", "JSONDecodeError: Expecting"),
+        (b"{}", "KeyError: 'tensors'"),
+        (b"3", "TypeError: "),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UserError) as error:
+            read()
+        assert str(error.value).startswith(f"{path} cannot be read ({problem}") and "): copy it again" in str(
+            error.value
+        )
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match="index.json is a Git LFS pointer"):
+        read()
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UnreadableError, match="Is a directory"):
+        read()
+    with pytest.raises(RuntimeError, match="a bug"), refuse_damaged(path, "{}"):
+        raise RuntimeError("a bug")
