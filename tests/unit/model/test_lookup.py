@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from megachat.kernels.fp8 import Fp8Choice, apply_fp8
 from megachat.model.gpt import ModelOptions, build_layers, run_layers
 from megachat.model.lookup import Lookup, LookupMix
 from megachat.model.parameters import placed_parameters
@@ -104,3 +105,11 @@ def test_a_table_without_an_allocation_cannot_be_read():
     layers = build_layers(replace(WITHOUT, lookup=replace(LOOKUP, rows_per_token="")), ModelOptions(), seed=1)
     with pytest.raises(IndexError):
         run_layers(layers, random_ids())
+
+
+def test_fp8_covers_the_matrices():
+    dims = replace(small(depth=1, heads=8, kv_heads=8), lookup=replace(LOOKUP, blocks=(0,), up_width=512))
+    layers = build_layers(dims, ModelOptions(compute_dtype=torch.bfloat16), seed=1)
+    assert apply_fp8(list(layers), Fp8Choice("tensorwise", "torch", "")) == 6 + 3
+    mix = next(module for module in layers.modules() if isinstance(module, LookupMix))
+    assert all(linear.product is not None for linear in (mix.w_up, mix.w_mix_up, mix.w_mix_x))
