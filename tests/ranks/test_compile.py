@@ -18,12 +18,15 @@ from tests.training import build, random_rows, small_config, take_step
 
 VOCAB, ROWS, LENGTH, STEPS = 97, 4, 160, 4
 MODEL = {"aspect_ratio": 16, "head_size": 16, "kv_heads": None, "sequence_len": LENGTH, "window_pattern": "SSSL"}
-NGRAM = {"blocks": (0, 1), "rows": 50}
+TABLES = {
+    "ngram": {"blocks": (0, 1), "rows": 50},
+    "lookup": {"after_blocks": (1,), "rows": 300, "max_rows_per_token": 50},
+}
 CASES = {
     "one, all kinds of blocks": (1, {}, {"depth": 12, "aspect_ratio": 8}, {}, {}),
-    "one, selective": (1, {}, {"depth": 2}, {"recompute": "selective"}, NGRAM),
-    "tp2 sequence, block": (2, {"tensor": 2, "sequence": True}, {"depth": 2}, {"recompute": "block"}, NGRAM),
-    "pp2": (2, {"pipeline": 2}, {"depth": 2}, {}, NGRAM),
+    "one, selective": (1, {}, {"depth": 2}, {"recompute": "selective"}, TABLES),
+    "tp2 sequence, block": (2, {"tensor": 2, "sequence": True}, {"depth": 2}, {"recompute": "block"}, TABLES),
+    "pp2": (2, {"pipeline": 2}, {"depth": 2}, {}, TABLES),
 }
 
 
@@ -63,9 +66,9 @@ def trained_both_ways(config):
 
 @pytest.mark.parametrize("case", CASES)
 def test_nothing_is_compiled_after_the_second_step_and_nothing_changes(case):
-    world, parallel, model, batch, ngram = CASES[case]
+    world, parallel, model, batch, tables = CASES[case]
     batch = {"tokens": ROWS * LENGTH, "micro_rows": 2} | batch
-    config = small_config(model=MODEL | model, parallel=parallel, batch=batch, ngram=ngram)
+    config = small_config(model=MODEL | model, parallel=parallel, batch=batch, **tables)
     for plain, compiled, attending in run_ranks(trained_both_ways, world, config):
         assert plain[2] == [0] * STEPS
         assert compiled[2][0] > 0 and compiled[2][2:] == [0] * (STEPS - 2), compiled[2]

@@ -49,7 +49,8 @@ def skip_then_go_on(config, poison: str, bad_rank: int):
 def test_inf_in_one_gradient_of_one_rank_skips_everything_everywhere(world, parallel, poison, compute):
     model = {"aspect_ratio": 32, "head_size": 16, "kv_heads": 2}
     precision, ngram = {"compute": compute, "loss_scale": 1024.0}, {"blocks": (0, 2), "rows": 40, "storage": "host"}
-    config = small_config(model=model, precision=precision, parallel=parallel, ngram=ngram)
+    lookup = {"after_blocks": (0,), "rows": 200}
+    config = small_config(model=model, precision=precision, parallel=parallel, ngram=ngram, lookup=lookup)
     bad_rank = 1 if world == 2 or poison != "lm_head.weight" else 3  # the second of the last stage
     for finite, norm, skipped, untouched, halved, skipped_next, changed in run_ranks(
         skip_then_go_on, world, config, poison, bad_rank
@@ -61,11 +62,11 @@ def test_inf_in_one_gradient_of_one_rank_skips_everything_everywhere(world, para
 
 
 def test_float16_unscales_before_all_optimizers():
-    ngram = {"blocks": (1,), "rows": 40}
-    plain = run_ranks(train, 1, small_config(ngram=ngram), 4)[0]
+    tables = {"ngram": {"blocks": (1,), "rows": 40}, "lookup": {"after_blocks": (1,), "rows": 200}}
+    plain = run_ranks(train, 1, small_config(**tables), 4)[0]
     # a window of one step doubles the scale at every step: an optimizer that divides by the new scale would move half
     # as far
-    config = small_config(precision={"compute": "float16", "loss_scale": 256.0, "loss_scale_window": 1}, ngram=ngram)
+    config = small_config(precision={"compute": "float16", "loss_scale": 256.0, "loss_scale_window": 1}, **tables)
     half = run_ranks(train, 2, config, 4)[0]
     for (loss, norm, skipped), (loss_plain, norm_plain, _) in zip(half[0], plain[0], strict=True):
         assert not skipped

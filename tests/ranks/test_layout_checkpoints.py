@@ -12,7 +12,7 @@ from megachat.data.tokenizer import Tokenizer
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.engine import build_loss_scaler, start_collectives
 from megachat.parallel.mesh import build_mesh
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_without_text
 from megachat.programs.verify_layout import warm_up
 from megachat.train.build import build_run
 from megachat.train.documents import resume_documents
@@ -30,13 +30,14 @@ LAYOUTS = {
     "dp2 pp3": (6, {"pipeline": 3}),
     "dp2 tp2 sequence": (4, {"tensor": 2, "sequence": True}),
 }
+LOOKUP = {"after_blocks": (1,), "rows": 900, "max_rows_per_token": 200}
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def config_of(layout: str, data: Path | None = None):
     ngram = {"blocks": (0, 2), "rows": 50, "storage": "host" if layout in ("one", "tp2 pp2") else "device"}
     documents = {"folder": str(data), "streams": 5, "tokenizer_threads": 1}
-    return small_config(model=MODEL, parallel=LAYOUTS[layout][1], ngram=ngram, data=documents)
+    return small_config(model=MODEL, parallel=LAYOUTS[layout][1], ngram=ngram, lookup=LOOKUP, data=documents)
 
 
 def job(config, folder: Path, checkpoint: Path | None = None):
@@ -47,7 +48,7 @@ def job(config, folder: Path, checkpoint: Path | None = None):
     tokenizer = Tokenizer({bytes([byte]): byte for byte in range(256)})
     start_collectives(torch.device("cpu"), "gloo", timedelta(seconds=600))
     mesh = build_mesh(torch.device("cpu"), tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
-    plan, documents = resolve(config, mesh.world.size, tokenizer.vocab_size), None
+    plan, documents = resolve_without_text(config, mesh.world.size, tokenizer.vocab_size), None
     if checkpoint:
         documents, remarks = resume_documents(
             checkpoint, check_checkpoint(checkpoint, plan, tokenizer, config), config, plan, mesh, tokenizer

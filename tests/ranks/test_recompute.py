@@ -10,18 +10,23 @@ from tests.training import small_config
 EQUAL_HEADS = {"aspect_ratio": 32, "head_size": 24, "kv_heads": None}
 FP8 = {"depth": 2, "aspect_ratio": 128, "head_size": 64, "kv_heads": 2, "sequence_len": 160}
 NGRAM = {"blocks": (0, 2), "rows": 40}
+LOOKUP = {"after_blocks": (1,), "rows": 300, "max_rows_per_token": 50}
 CASES = {
     "one": (1, {}, {}),
-    "one, float16": (1, {}, {"precision": {"compute": "float16"}, "ngram": NGRAM}),
+    "one, float16": (1, {}, {"precision": {"compute": "float16"}, "ngram": NGRAM, "lookup": LOOKUP}),
     "tp2 sequence, bfloat16": (
         2,
         {"tensor": 2, "sequence": True},
-        {"model": EQUAL_HEADS, "precision": {"compute": "bfloat16"}, "ngram": NGRAM},
+        {"model": EQUAL_HEADS, "precision": {"compute": "bfloat16"}, "ngram": NGRAM, "lookup": LOOKUP},
     ),
     "tp2, fp8": (
         2,
         {"tensor": 2},
-        {"model": FP8, "precision": {"compute": "bfloat16", "fp8": "tensorwise", "fp8_backend": "torch"}},
+        {
+            "model": FP8,
+            "precision": {"compute": "bfloat16", "fp8": "tensorwise", "fp8_backend": "torch"},
+            "lookup": LOOKUP,
+        },
     ),
     "dp2 pp2": (4, {"pipeline": 2}, {"batch": {"micro_rows": 2}, "ngram": NGRAM | {"width": 8}}),
     "tp2 pp2": (4, {"tensor": 2, "pipeline": 2}, {"model": EQUAL_HEADS}),

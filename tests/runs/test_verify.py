@@ -21,7 +21,8 @@ from megachat.programs.verify_resume import compare_resumed_run, run_job
 from tests.runs.forked import run_forked, run_without_torchrun
 from tests.runs.job import checkpoint, command, losses
 
-NGRAM = ["ngram.blocks=[0,1]", "ngram.rows=300", "ngram.storage=host", "ngram.bos=256"]
+TABLES = ["ngram.blocks=[0,1]", "ngram.rows=300", "ngram.storage=host", "ngram.bos=256"]
+TABLES += ["lookup.after_blocks=[0]", "lookup.sample_tokens=3000"]
 SMALL = ["--set", "model.sequence_len=64", "--set", "model.vocab_size=300", "--set", "model.head_size=32"]
 
 
@@ -94,7 +95,7 @@ def resumed(place, tmp_path_factory) -> tuple[str, dict, Path, Path]:
         "--keep",
         kept,
         config=config,
-        small=[word for setting in NGRAM for word in ("--set", setting)],
+        small=[word for setting in TABLES for word in ("--set", setting)],
     )
     assert done.status == 0, done.out + done.err
     return done.out, json.loads(out.read_text()), kept / "0", config
