@@ -17,6 +17,8 @@ kinds:
     loader       tokens per second of packing and of the whole loader, beside plain implementations
     checkpoint   seconds of saving and loading beside torch.save and torch.load
     generation   tokens per second with the KV cache and without
+    lookup_read  milliseconds of lookup attention on the text of --data, beside gathering and a block's matrices
+    lookup_step  seconds of training steps with lookup layers and without, at equal active FLOPs
     tables       steps per second and bytes of an n-gram table, whole on each rank and divided by rows
     core         CORE's examples per second in batches and one at a time
 """
@@ -48,6 +50,8 @@ KINDS = {
     "loader": "packing",
     "checkpoint": "checkpoint",
     "generation": "generation",
+    "lookup_read": "lookup",
+    "lookup_step": "lookup",
     "tables": "row_tables",
     "core": "core",
 }
@@ -68,8 +72,10 @@ def add_arguments(parser: Parser) -> None:
         default=5,
         help="rounds in turn; for profile: profiled steps; lookup: 0 times nothing (default 5)",
     )
-    option("--data", default="data/python", help="loader, layouts, lookup: data folder (default data/python)")
-    option("--tokenizer", default="data/tokenizer", help="loader, layouts, lookup: its folder (default data/tokenizer)")
+    option("--data", default="data/python", help="loader, layouts, lookup*: data folder (default data/python)")
+    option(
+        "--tokenizer", default="data/tokenizer", help="loader, layouts, lookup*: its folder (default data/tokenizer)"
+    )
     option("--layouts", default=LAYOUTS, help=f"layouts: default '{LAYOUTS}'")
     option("--steps", type=int, default=30, help="layouts: default 30")
     option("--layout", default="dp=1", help="profile: one layout, as dp=2,tp=2 (default dp=1)")

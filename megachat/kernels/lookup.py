@@ -1,26 +1,39 @@
 """Attention of each token over the table rows that belong to its id (L3: Large Lookup Layers, arXiv 2601.21461).
 
 Gathering the rows of every token needs [tokens, most rows, width], 51.5 GB at 65,536 tokens, 512 rows and width 768.
-Here tokens with equal ids share their rows, and workspace is bounded: nothing larger than `_WORKSPACE_BYTES` is made
-besides the results, and the backward pass computes scores again.
+Here tokens with equal ids share their rows, ids with about as many tokens and rows are multiplied in one batch, and
+workspace is bounded: besides the results, some tensors of `_WORKSPACE_BYTES`. The backward pass computes scores again.
+
+Each element of a result or gradient is written once, so nothing depends on the order of threads. Tokens are grouped on
+the host, once per micro-batch. On a GPU this waits once for the ids; the speed there was not measured, nor was torch's
+flex_attention over sorted tokens.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
-_WORKSPACE_BYTES = 16 << 20
-_SHARED_FROM = 4  # occurrences of an id from which its rows are multiplied in place; rarer ids are gathered in batches
+_WORKSPACE_BYTES = 1 << 20  # of one operand on a CPU: what its cache holds
+_GPU_WORKSPACE_BYTES = 32 << 20
+# Tokens x rows from which an id is a batch of its own, which reads the table without a copy: smaller products take less
+# time than starting them
+_ALONE = 2048
+# Batches pad tokens and rows to the next of these sizes at most
+_SIZES = np.array(sorted({2**power for power in range(31)} | {3 * 2**power for power in range(30)}))
 
 
 class TableRows(NamedTuple):
-    """first: int64 [vocabulary + 1]; token t has the rows first[t] .. first[t + 1] - 1 of the table.
+    """first: int64 [vocabulary + 1]; token t has the rows first[t] .. first[t + 1] - 1 of the whole table.
 
-    A token without rows reads zeros.
+    start: the row of the whole table that this process holds first. It must hold all rows of a token or none (see
+    megachat.planning.dimensions.balanced_cuts). A token without rows here reads zeros, so the sum of all parts' results
+    is the result of the whole table. Keep `first` on the CPU: it is read there only.
     """
 
     first: torch.Tensor
+    start: int = 0
 
     @staticmethod
     def from_allocation(allocation: torch.Tensor) -> "TableRows":
@@ -28,133 +41,180 @@ class TableRows(NamedTuple):
         zero = torch.zeros(1, dtype=torch.int64, device=allocation.device)
         return TableRows(torch.cat([zero, allocation.to(torch.int64).cumsum(0)]))
 
-    def part(self, start: int, rows: int) -> "TableRows":
-        """Returns the rows of a part of the table, `rows` rows from row `start`, counted from the part's first row.
 
-        Tokens of other parts have no rows, so the sum of all parts' results is the result of the whole table. A token
-        must not be divided (see megachat.planning.dimensions.balanced_cuts).
-        """
-        return TableRows(self.first.clamp(start, start + rows) - start)
-
-
+@torch.compiler.disable
 def lookup_attention(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, ids: torch.Tensor, rows: TableRows, scale: float
 ) -> torch.Tensor:
     """Returns for each token the average of its value rows, weighted by softmax(scale * key rows . query).
 
-    queries [tokens, width]; keys [table rows, width]; values [table rows, value width], may be `keys` itself; ids
-    [tokens]. Result [tokens, value width]. Softmax and sums are float32.
+    queries [..., width]; keys [table rows, width]; values [table rows, value width], may be `keys` itself; ids [...].
+    Result [..., value width] in the dtype of `queries`. Products, softmax and sums are float32. Calls with the same
+    tensor `ids` and equal rows share the grouping of tokens.
     """
-    return _LookupAttention.apply(queries, keys, values, ids, rows, scale)
+    groups = _groups(ids, rows, len(keys), max(keys.size(1), values.size(1)))
+    result = _LookupAttention.apply(queries.flatten(0, -2), keys, values, groups, scale)
+    return result.unflatten(0, ids.shape)
 
 
-class _Batch(NamedTuple):
-    """Tokens whose rows are multiplied together.
+class _Group(NamedTuple):
+    """Ids whose tokens and rows are multiplied in one batch.
 
-    tokens: int64 [n]. span: the part of the table that all of them share, because they have the same id, or None.
-    places: without a span, int64 [n, most rows], in which rows that a token does not have are -1; else empty.
+    tokens: int64 [ids, most tokens of an id], padded by the number of all tokens; one id may have several parts of
+    them. rows: int64 [ids, most rows of an id], padded by the number of table rows; or a slice of the table if there is
+    one id. The paddings are masks [ids, most tokens, 1] and [ids, 1, most rows], None if nothing is padded.
     """
 
-    tokens: torch.Tensor
-    span: slice | None
-    places: torch.Tensor
+    tokens: tuple[torch.Tensor, ...]
+    rows: torch.Tensor | slice
+    tokens_padding: torch.Tensor | None = None
+    rows_padding: torch.Tensor | None = None
 
     @property
     def single(self) -> bool:
-        """Whether each token has one row, so that the softmax is 1."""
-        return self.span is None and self.places.size(1) == 1
+        """Whether each id has one row, so that the softmax is 1."""
+        return not isinstance(self.rows, slice) and self.rows.size(1) == 1
 
-    def of(self, table: torch.Tensor) -> torch.Tensor:
-        """Returns the batch's rows in float32: [rows, width] if they are shared, else [n, most rows, width]."""
-        return (table[self.places.clamp_min(0)] if self.span is None else table[self.span]).float()
+    def table_rows(self, table: torch.Tensor) -> torch.Tensor:
+        """Returns float32 [ids, most rows, width]."""
+        if isinstance(self.rows, slice):
+            return table[self.rows].unsqueeze(0).float()
+        return _gather(table, self.rows, self.rows_padding)
 
+    def write_rows(self, table: torch.Tensor, values: torch.Tensor) -> None:
+        """Writes values [ids, most rows, width] to the rows of `table`, which has one more row for padding."""
+        if isinstance(self.rows, slice):
+            table[self.rows] = values[0]
+        else:
+            _scatter(table, self.rows, values)
 
-def _batches(ids: torch.Tensor, rows: TableRows, width: int) -> Iterator[_Batch]:
-    """Groups tokens into batches whose scores and gathered rows fit the workspace."""
-    order = torch.argsort(ids, stable=True)
-    order = order[(rows.first[ids + 1] > rows.first[ids])[order]]
-    unique, counts = torch.unique_consecutive(ids[order], return_counts=True)
-    firsts, sizes = rows.first[unique], rows.first[unique + 1] - rows.first[unique]
-    starts = counts.cumsum(0) - counts
-    shared = counts >= _SHARED_FROM
-    listed = zip(*(tensor[shared].tolist() for tensor in (starts, counts, firsts, sizes)), strict=True)
-    for start, count, first, size in listed:
-        most = max(1, _WORKSPACE_BYTES // (4 * max(size, width)))
-        for begin in range(start, start + count, most):
-            yield _Batch(order[begin : min(begin + most, start + count)], slice(first, first + size), order[:0])
-    # the rest by capacity: 1, 2, 4, ... rows, so that padding at most doubles the work
-    rare = order[~shared.repeat_interleave(counts)]
-    rare_sizes = rows.first[ids[rare] + 1] - rows.first[ids[rare]]
-    capacity = 1
-    while rare.numel():
-        of_class = rare_sizes <= capacity
-        members, offsets = rare[of_class], torch.arange(capacity, device=ids.device)
-        for tokens in members.split(max(1, _WORKSPACE_BYTES // (4 * capacity * width))):
-            first, end = rows.first[ids[tokens]], rows.first[ids[tokens] + 1]
-            places = first[:, None] + offsets
-            yield _Batch(tokens, None, torch.where(places < end[:, None], places, -1))
-        rare, rare_sizes, capacity = rare[~of_class], rare_sizes[~of_class], 2 * capacity
+    def weights(self, queries: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
+        """Returns the softmax [ids, tokens, rows]. queries [ids, tokens, width]; keys [ids, rows, width]."""
+        scores = torch.bmm(queries, keys.mT).mul_(scale)
+        if self.rows_padding is not None:
+            scores.masked_fill_(self.rows_padding, -torch.inf)
+        return torch.softmax(scores, dim=2)
 
 
-def _weights(batch: _Batch, queries: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
-    """Returns the softmax [n, rows] float32. queries [n, width] float32; keys: as batch.of returns them."""
-    if batch.span is not None:
-        return torch.softmax(scale * (queries @ keys.T), dim=-1)
-    scores = scale * torch.bmm(keys, queries.unsqueeze(2)).squeeze(2)
-    return torch.softmax(scores.masked_fill(batch.places < 0, -torch.inf), dim=-1)
+def _gather(table: torch.Tensor, places: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+    """Returns table[places] in float32, some row for padding. table [rows, width], places [ids, n]."""
+    flat = places.flatten() if padding is None else places.flatten().clamp(max=len(table) - 1)
+    return table.index_select(0, flat).view(*places.shape, -1).float()
 
 
-def _weighted_sum(batch: _Batch, weights: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Returns [n, width]: the sum of each token's rows. weights [n, rows]; table: as batch.of returns it."""
-    return torch.bmm(weights.unsqueeze(1), table).squeeze(1) if batch.span is None else weights @ table
+def _scatter(table: torch.Tensor, places: torch.Tensor, values: torch.Tensor) -> None:
+    """Writes values [ids, n, width] to the rows `places` [ids, n] of `table`."""
+    table.index_copy_(0, places.flatten(), values.flatten(0, 1).to(table.dtype))
 
 
-def _add_outer(batch: _Batch, total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Adds left [n, rows] x right [n, width] to the batch's rows of `total` [table rows, width]."""
-    if batch.span is not None:
-        total[batch.span] += left.T @ right
-    else:  # the rows that a token does not have get zeros
-        outer = left.unsqueeze(2) * right.unsqueeze(1)
-        total.index_add_(0, batch.places.clamp_min(0).flatten(), outer.flatten(0, 1))
+def _add_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Returns total + left^T right (of each id); total None: zero."""
+    return torch.bmm(left.mT, right) if total is None else torch.baddbmm(total, left.mT, right, out=total)
+
+
+# ids -> (version of ids, rows of the table here and its width; rows of the tokens; groups)
+_grouped: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _groups(ids: torch.Tensor, rows: TableRows, table_rows: int, width: int) -> list[_Group]:
+    """Returns the groups of tokens: the same list as before while `ids` is not written and the rows are equal."""
+    key, known = (ids._version, rows.start, table_rows, width), _grouped.get(ids)
+    if known and known[0] == key and (known[1] is rows.first or torch.equal(known[1], rows.first)):
+        return known[2]
+    groups = _make_groups(ids, (rows.first.cpu().numpy() - rows.start).clip(0, table_rows), width)
+    _grouped[ids] = (key, rows.first, groups)
+    return groups
+
+
+def _make_groups(ids: torch.Tensor, first: np.ndarray, width: int) -> list[_Group]:
+    """Groups tokens on the host, those without rows in no group. first: of the rows that this process holds."""
+    device, host = ids.device, ids.flatten().cpu().numpy()
+    rows_per_batch = (_GPU_WORKSPACE_BYTES if ids.is_cuda else _WORKSPACE_BYTES) // (4 * width)
+    order = np.argsort(host, kind="stable")
+    unique, starts, counts = np.unique(host[order], return_index=True, return_counts=True)
+    firsts, sizes = first[unique], first[unique + 1] - first[unique]
+    alone = (counts * sizes >= _ALONE) & (sizes > 1)
+    groups = []
+    for start, count, begin, size in np.stack((starts, counts, firsts, sizes), axis=1)[alone].tolist():
+        tokens = _to(order[None, start : start + count], device)
+        most = max(1, rows_per_batch * width // max(size, width))
+        groups.append(_Group(tokens.split(most, dim=1), slice(begin, begin + size)))
+    kinds = np.searchsorted(_SIZES, counts) * len(_SIZES) + np.searchsorted(_SIZES, sizes)
+    kinds[alone | (sizes == 0)] = -1
+    for kind in np.unique(kinds[kinds >= 0]):
+        members = np.flatnonzero(kinds == kind)
+        step = max(1, rows_per_batch // int(max(counts[members].max(), sizes[members].max())))
+        for part in np.split(members, range(step, len(members), step)):
+            places, no_token = _ranges(starts[part], counts[part])
+            rows, no_row = _ranges(firsts[part], sizes[part])
+            places = np.where(no_token, len(order), order[np.where(no_token, 0, places)])
+            rows[no_row] = first[-1]
+            masks = [_to(mask, device) if mask.any() else None for mask in (no_token[:, :, None], no_row[:, None, :])]
+            groups.append(_Group((_to(places, device),), _to(rows, device), *masks))
+    return groups
+
+
+def _ranges(starts: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns lines starts[i], starts[i] + 1, ... [n, largest size], and where they are longer than their size."""
+    offsets = np.arange(sizes.max())
+    return starts[:, None] + offsets, offsets >= sizes[:, None]
+
+
+def _to(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(array).to(device, non_blocking=True)
 
 
 class _LookupAttention(torch.autograd.Function):
-    """Keeps only its inputs for the backward pass, which computes the softmax of each batch again."""
+    """Keeps only its inputs for the backward pass, which computes the softmax of each group again.
+
+    Results and gradients have one more row while they are written, for padding.
+    """
 
     @staticmethod
-    def forward(ctx, queries, keys, values, ids, rows, scale):
-        ctx.tied = values is keys
-        ctx.save_for_backward(queries, keys, values, ids)
-        ctx.rows, ctx.scale = rows, scale
-        result = queries.new_zeros(len(queries), values.size(1))
-        for batch in _batches(ids, rows, max(keys.size(1), values.size(1))):
-            if batch.single:
-                result[batch.tokens] = values[batch.places[:, 0]].to(result.dtype)
+    def forward(ctx, queries, keys, values, groups, scale):
+        ctx.tied, ctx.groups, ctx.scale = values is keys, groups, scale
+        ctx.save_for_backward(queries, keys, values)
+        result = queries.new_zeros(len(queries) + 1, values.size(1))
+        for group in groups:
+            v = group.table_rows(values)
+            if group.single:
+                _scatter(result, group.tokens[0], v.expand(-1, group.tokens[0].size(1), -1))
                 continue
-            k = batch.of(keys)
-            v = k if ctx.tied else batch.of(values)
-            weights = _weights(batch, queries[batch.tokens].float(), k, scale)
-            result[batch.tokens] = _weighted_sum(batch, weights, v).to(result.dtype)
-        return result
+            k = v if ctx.tied else group.table_rows(keys)
+            for tokens in group.tokens:
+                weights = group.weights(_gather(queries, tokens, group.tokens_padding), k, scale)
+                _scatter(result, tokens, torch.bmm(weights, v))
+        return result.resize_(len(queries), values.size(1))
 
     @staticmethod
     def backward(ctx, gradient):
-        queries, keys, values, ids = ctx.saved_tensors
-        d_queries = torch.zeros_like(queries)
-        d_keys = torch.zeros(keys.shape, dtype=torch.float32, device=keys.device)
-        d_values = d_keys if ctx.tied else torch.zeros(values.shape, dtype=torch.float32, device=values.device)
-        for batch in _batches(ids, ctx.rows, max(keys.size(1), values.size(1))):
-            g, q = gradient[batch.tokens].float(), queries[batch.tokens].float()
-            if batch.single:
-                d_values.index_add_(0, batch.places[:, 0], g)
+        queries, keys, values = ctx.saved_tensors
+        d_queries = queries.new_zeros(len(queries) + 1, queries.size(1))
+        d_keys = keys.new_zeros(len(keys) + 1, keys.size(1))
+        d_values = d_keys if ctx.tied else values.new_zeros(len(values) + 1, values.size(1))
+        for group in ctx.groups:
+            if group.single:
+                group.write_rows(d_values, _output_gradient(gradient, group, group.tokens[0]).sum(1, keepdim=True))
                 continue
-            k = batch.of(keys)
-            v = k if ctx.tied else batch.of(values)
-            weights = _weights(batch, q, k, ctx.scale)
-            d_weights = g @ v.T if batch.span is not None else torch.bmm(v, g.unsqueeze(2)).squeeze(2)
-            d_scores = ctx.scale * weights * (d_weights - (d_weights * weights).sum(1, keepdim=True))
-            d_queries[batch.tokens] = _weighted_sum(batch, d_scores, k).to(queries.dtype)
-            del k, v
-            _add_outer(batch, d_keys, d_scores, q)
-            _add_outer(batch, d_values, weights, g)
-        return d_queries, d_keys.to(keys.dtype), None if ctx.tied else d_values.to(values.dtype), None, None, None
+            v = group.table_rows(values)
+            k = v if ctx.tied else group.table_rows(keys)
+            key_sum = value_sum = None
+            for tokens in group.tokens:
+                q, g = _gather(queries, tokens, group.tokens_padding), _output_gradient(gradient, group, tokens)
+                weights = group.weights(q, k, ctx.scale)
+                d_scores = torch.bmm(g, v.mT)
+                d_scores.sub_((d_scores * weights).sum(2, keepdim=True)).mul_(weights).mul_(ctx.scale)
+                _scatter(d_queries, tokens, torch.bmm(d_scores, k))
+                value_sum = _add_product(value_sum, weights, g)
+                key_sum = _add_product(value_sum if ctx.tied else key_sum, d_scores, q)
+            group.write_rows(d_keys, key_sum)
+            if not ctx.tied:
+                group.write_rows(d_values, value_sum)
+        d_values = None if ctx.tied else d_values.resize_(values.shape)
+        return d_queries.resize_(queries.shape), d_keys.resize_(keys.shape), d_values, None, None
+
+
+def _output_gradient(gradient: torch.Tensor, group: _Group, tokens: torch.Tensor) -> torch.Tensor:
+    """Returns the gradient of the tokens' results, float32 [ids, tokens, width], zeros for padding."""
+    rows = _gather(gradient, tokens, group.tokens_padding)
+    return rows if group.tokens_padding is None else rows.masked_fill_(group.tokens_padding, 0)

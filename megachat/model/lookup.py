@@ -14,8 +14,6 @@ from megachat.planning.dimensions import Dimensions, LookupDimensions
 class LookupRead(nn.Module):
     """Reads each token's rows of a lookup table. The table is divided over the tensor axis between tokens."""
 
-    first: torch.Tensor
-
     def __init__(self, dims: Dimensions, lookup: LookupDimensions, dtype: torch.dtype, block: int):
         super().__init__()
         first = lookup.first_rows()
@@ -26,15 +24,14 @@ class LookupRead(nn.Module):
             if table is not None:
                 name, whole = f"lookup.{block}.{kind}.weight", tuple(table.weight.shape)
                 set_place(table.weight, Place(name, whole, block, ("normal", 1.0), "tokens", first_rows=first))
-        self.register_buffer("first", torch.tensor(first, dtype=torch.int64), persistent=False)
+        self.first = torch.tensor(first, dtype=torch.int64, device="cpu")  # no buffer: the kernel reads it on the CPU
 
     def forward(self, query: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """query [batch, tokens, width], normed; ids [batch, tokens]. Returns what each token reads, like query."""
         keys = self.keys.weight
         values = keys if self.values is None else self.values.weight
         offset = place_of(keys).offset
-        rows = TableRows(self.first).part(offset[0] if offset else 0, len(keys))
-        return lookup_attention(query.flatten(0, 1), keys, values, ids.flatten(), rows, self.scale).view_as(query)
+        return lookup_attention(query, keys, values, ids, TableRows(self.first, *offset[:1]), self.scale)
 
 
 class LookupMix(nn.Module):

@@ -49,7 +49,7 @@ def skip_then_go_on(config, poison: str, bad_rank: int):
 def test_inf_in_one_gradient_of_one_rank_skips_everything_everywhere(world, parallel, poison, compute):
     model = {"aspect_ratio": 32, "head_size": 16, "kv_heads": 2}
     precision, ngram = {"compute": compute, "loss_scale": 1024.0}, {"blocks": (0, 2), "rows": 40, "storage": "host"}
-    lookup = {"after_blocks": (0,), "rows": 200}
+    lookup = {"after_blocks": (1,), "rows": 97, "up_width": 32}
     config = small_config(model=model, precision=precision, parallel=parallel, ngram=ngram, lookup=lookup)
     bad_rank = 1 if world == 2 or poison != "lm_head.weight" else 3  # the second of the last stage
     for finite, norm, skipped, untouched, halved, skipped_next, changed in run_ranks(

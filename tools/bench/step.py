@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import torch
 
-from megachat.config import load_config
+from megachat.config import Config, load_config
 from megachat.device import collective_backend, synchronize
 from megachat.job.launch import bootstrap_environment, choose_device
 from megachat.kernels.attention import attention, windowed_attention
@@ -25,19 +25,30 @@ def random_rows(plan: Plan) -> torch.Tensor:
     return torch.randint(0, plan.dims.vocab_size, shape, generator=torch.Generator().manual_seed(0))
 
 
-def training_steps(arguments: Namespace, settings: dict[str, list[str]]) -> tuple[dict[str, Callable], Plan]:
-    """Builds a model per entry of `settings`. Returns {name: function that takes a step on random rows} and a plan."""
+def build_steps(sides: dict[str, tuple[Config, Plan]], rows: torch.Tensor | None = None) -> dict[str, Callable]:
+    """Builds a model per side on this process. Returns {name: function that takes a step}.
+
+    rows: of each step, int64 [rows, tokens + 1]; random if None.
+    """
     device = choose_device(bootstrap_environment())
     start_collectives(device, collective_backend(device), timedelta(seconds=600))
     mesh, actions = build_mesh(device), {}
-    for name, changes in settings.items():
-        config = load_config(arguments.config, [*arguments.set, *changes])
-        plan = resolve(config, 1, config.model.vocab_size or arguments.vocab_size)
+    for name, (config, plan) in sides.items():
         training = build_training(config, plan, mesh, torch.ones(plan.dims.vocab_size, dtype=torch.int64))
         set_schedules(training, 0)
-        rows = random_rows(plan)
-        actions[name] = lambda training=training, rows=rows: update(training, rows)[0].item()
-    return actions, plan
+        given = random_rows(plan) if rows is None else rows
+        actions[name] = lambda training=training, given=given: update(training, given)[0].item()
+    return actions
+
+
+def training_steps(arguments: Namespace, settings: dict[str, list[str]]) -> tuple[dict[str, Callable], Plan]:
+    """Builds a model per entry of `settings`. Returns {name: function that takes a step on random rows} and a plan."""
+    configs = {name: load_config(arguments.config, [*arguments.set, *changes]) for name, changes in settings.items()}
+    sides = {
+        name: (config, resolve(config, 1, config.model.vocab_size or arguments.vocab_size))
+        for name, config in configs.items()
+    }
+    return build_steps(sides), next(reversed(sides.values()))[1]
 
 
 def step_bytes(step) -> int:

@@ -1,21 +1,13 @@
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from megachat.kernels import lookup
 from megachat.kernels.lookup import TableRows, lookup_attention
 from megachat.planning.dimensions import balanced_cuts
+from megachat.train.compiled import NewGraphs
 from tools.bench.live_bytes import LiveBytes
-
-
-def plain(queries, keys, values, ids, rows, scale):
-    """The same with the rows of every token gathered: [tokens, most rows, width]."""
-    sizes = rows.first[ids + 1] - rows.first[ids]
-    offsets = torch.arange(int(sizes.max()))
-    owned = offsets < sizes[:, None]
-    places = torch.where(owned, rows.first[ids][:, None] + offsets, 0)
-    scores = scale * torch.einsum("tc,trc->tr", queries, keys[places])
-    weights = torch.softmax(scores.masked_fill(~owned, -torch.inf), dim=-1)
-    return torch.einsum("tr,trc->tc", weights, values[places])
+from tools.bench.lookup import gathered_attention
 
 
 def case(tied, *, tokens=300, vocabulary=40, width=16, seed=0):
@@ -35,16 +27,22 @@ def results(function, inputs, ids, rows, dtype):
     """The output and the gradients of all inputs."""
     queries, keys, *values = (tensor.to(dtype) for tensor in inputs)
     output = function(queries, keys, values[0] if values else keys, ids, rows, 0.25)
-    gradient = torch.linspace(-1, 1, output.numel(), dtype=dtype).view_as(output)
-    return [output, *torch.autograd.grad(output, inputs, gradient)]
+    return [output, *torch.autograd.grad(output, inputs, gradient_of(output))]
+
+
+def gradient_of(output):
+    """Numbers that every dtype can represent."""
+    return torch.linspace(-1, 1, output.numel()).bfloat16().to(output.dtype).view_as(output)
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("workspace", [16 << 20, 4096])
-def test_equal_to_the_gathered_rows(monkeypatch, tied, workspace):
+@pytest.mark.parametrize(("workspace", "alone"), [(1 << 20, 2048), (4096, 64), (4096, 1 << 30)])
+def test_equal_to_the_gathered_rows(monkeypatch, tied, workspace, alone):
+    """With and without ids that are a batch of their own, and with batches and tokens of an id in parts."""
     monkeypatch.setattr(lookup, "_WORKSPACE_BYTES", workspace)
+    monkeypatch.setattr(lookup, "_ALONE", alone)
     inputs, ids, rows = case(tied)
-    expected = results(plain, inputs, ids, rows, torch.float64)
+    expected = results(gathered_attention, inputs, ids, rows, torch.float64)
     actual = results(lookup_attention, inputs, ids, rows, torch.float32)
     for one, other in zip(actual, expected, strict=True):
         assert (one.double() - other).abs().max() <= 1e-6 * max(1.0, other.abs().max())
@@ -53,7 +51,7 @@ def test_equal_to_the_gathered_rows(monkeypatch, tied, workspace):
 def test_one_token_and_all_the_same_token():
     for ids in (torch.tensor([5]), torch.full((50,), 4), torch.full((50,), 3)):
         inputs, _, rows = case(True, tokens=len(ids))
-        expected = results(plain, inputs, ids, rows, torch.float64)
+        expected = results(gathered_attention, inputs, ids, rows, torch.float64)
         actual = results(lookup_attention, inputs, ids, rows, torch.float32)
         assert all(torch.allclose(a.double(), b, atol=1e-5) for a, b in zip(actual, expected, strict=True))
 
@@ -67,9 +65,83 @@ def test_repeats_to_the_bit():
 def test_bfloat16_rounds_only_inputs_and_outputs():
     inputs, ids, rows = case(True)
     rounded = [tensor.detach().bfloat16().double().requires_grad_() for tensor in inputs]
-    expected = results(plain, rounded, ids, rows, torch.float64)
+    expected = results(gathered_attention, rounded, ids, rows, torch.float64)
     actual = results(lookup_attention, rounded, ids, rows, torch.bfloat16)
-    assert (actual[0].double() - expected[0]).abs().max() <= 2**-8 * expected[0].abs().max()
+    for one, other in zip(actual, expected, strict=True):
+        assert (one.double() - other).abs().max() <= 2**-8 * other.abs().max()
+
+
+def test_float16_with_float32_tables():
+    inputs, ids, rows = case(True)
+    queries, table = inputs[0].detach().half().requires_grad_(), inputs[1].detach().float().requires_grad_()
+    output = lookup_attention(queries, table, table, ids, rows, 0.25)
+    output.backward(torch.ones_like(output))
+    assert output.dtype == queries.grad.dtype == torch.float16 and table.grad.dtype == torch.float32
+
+
+def test_layers_share_the_groups_of_a_batch():
+    _, ids, rows = case(True)
+    held = int(rows.first[-1])
+    groups = lookup._groups(ids, rows, held, 16)
+    assert lookup._groups(ids, TableRows(rows.first.clone()), held, 16) is groups
+    assert lookup._groups(ids, TableRows(rows.first, int(rows.first[9])), held, 16) is not groups
+    assert lookup._groups(ids, TableRows(rows.first // 2), held, 16) is not groups
+    lookup._groups(ids, rows, held, 16)
+    ids.fill_(3)  # in place, as a buffer that is used for every batch
+    (group,) = lookup._groups(ids, rows, held, 16)
+    assert torch.cat(group.tokens, dim=1).flatten().tolist() == list(range(len(ids)))
+    size = len(lookup._grouped)
+    del ids
+    assert len(lookup._grouped) == size - 1
+
+
+def test_compiled_callers_have_the_same_graphs_for_all_ids():
+    inputs, _, rows = case(True)
+    queries, table = inputs[0].detach().float().view(3, 100, 16), torch.nn.Parameter(inputs[1].detach().float())
+
+    def layer(x, ids):
+        return x + lookup_attention(torch.nn.functional.rms_norm(x, (16,)), table, table, ids, rows, 0.25).sin()
+
+    torch._dynamo.reset()
+    graphs, compiled = NewGraphs(compiles=True), torch.compile(layer, dynamic=False, backend="eager")
+    graphs.count()
+    made = []
+    for seed in range(4):
+        ids = torch.randint(0, 40, (3, 100), generator=torch.Generator().manual_seed(seed)) // (1 + seed)
+        assert torch.equal(compiled(queries, ids), layer(queries, ids))
+        compiled(queries, ids).square().mean().backward()
+        made.append(graphs.count())
+    assert made[0] > 0 and not any(made[1:])
+
+
+def multiplications(function, sizes, ids, width=16) -> int:
+    """FLOPs of forward and backward that torch counts."""
+    rows = TableRows.from_allocation(sizes)
+    queries, table = (
+        torch.randn(len(ids), width).requires_grad_(),
+        torch.randn(int(sizes.sum()), width).requires_grad_(),
+    )
+    with FlopCounterMode(display=False) as counter:
+        function(queries, table, table, ids, rows, 0.25).sum().backward()
+    return counter.get_total_flops()
+
+
+def test_flops_are_those_that_the_plan_counts():
+    """12 x rows x width per token (see lookup_flops); the kernel adds 2 for scores that it computes again."""
+    ids, width = torch.arange(30).repeat(10), 16
+    sizes = torch.full((30,), 8)
+    counted = 12 * 8 * width * len(ids)
+    assert multiplications(gathered_attention, sizes, ids) == counted
+    assert multiplications(lookup_attention, sizes, ids) == counted * 14 // 12
+    # Zipf: the oracle pads every token to the most rows; the kernel pads less, and does not multiply single rows
+    sizes = 1 + 400 // torch.arange(1, 101)
+    ids = torch.multinomial(1 / torch.arange(1.0, 101.0), 2000, True, generator=torch.Generator().manual_seed(0))
+    counted = 12 * int(sizes[ids].sum()) * width
+    assert (
+        multiplications(gathered_attention, sizes, ids) == 12 * int(sizes[ids].max()) * width * len(ids) > 3 * counted
+    )
+    assert counted < multiplications(lookup_attention, sizes, ids) < 1.5 * counted
+    assert multiplications(lookup_attention, torch.ones(100, dtype=torch.int64), ids) == 0
 
 
 def test_the_workspace_is_bounded():
@@ -98,12 +170,10 @@ def test_parts_of_a_table_add_up_to_the_whole():
     total, gradients = torch.zeros_like(queries), []
     for start, end in zip(cuts, cuts[1:], strict=False):
         local = [tensor.clone().requires_grad_() for tensor in (queries, keys[start:end], values[start:end])]
-        part = rows.part(start, end - start)
-        output = lookup_attention(*local, ids, part, 0.25)
-        has_rows = part.first[ids + 1] > part.first[ids]
+        output = lookup_attention(*local, ids, TableRows(rows.first, start), 0.25)
+        has_rows = (rows.first[ids] >= start) & (rows.first[ids] < end)
         assert not output[~has_rows].any() and output[has_rows].all()
-        gradient = torch.linspace(-1, 1, output.numel()).view_as(output)
-        gradients.append(torch.autograd.grad(output, local, gradient))
+        gradients.append(torch.autograd.grad(output, local, gradient_of(output)))
         total += output
     d_queries, d_keys, d_values = zip(*gradients, strict=True)
     actual = [total, sum(d_queries), torch.cat(d_keys), torch.cat(d_values)]
