@@ -73,7 +73,7 @@ def add_arguments(parser: Parser) -> None:
         help="rounds in turn; for profile: profiled steps; lookup: 0 times nothing (default 5)",
     )
     option("--data", default="data/python", help="loader, layouts, lookup*: data folder (default data/python)")
-    option(
+    option("--tokenizer", default="data/tokenizer", help="loader, layouts, lookup*: default data/tokenizer")
         "--tokenizer", default="data/tokenizer", help="loader, layouts, lookup*: its folder (default data/tokenizer)"
     )
     option("--layouts", default=LAYOUTS, help=f"layouts: default '{LAYOUTS}'")
