@@ -74,8 +74,6 @@ def add_arguments(parser: Parser) -> None:
     )
     option("--data", default="data/python", help="loader, layouts, lookup*: data folder (default data/python)")
     option("--tokenizer", default="data/tokenizer", help="loader, layouts, lookup*: default data/tokenizer")
-        "--tokenizer", default="data/tokenizer", help="loader, layouts, lookup*: its folder (default data/tokenizer)"
-    )
     option("--layouts", default=LAYOUTS, help=f"layouts: default '{LAYOUTS}'")
     option("--steps", type=int, default=30, help="layouts: default 30")
     option("--layout", default="dp=1", help="profile: one layout, as dp=2,tp=2 (default dp=1)")
