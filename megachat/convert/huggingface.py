@@ -130,6 +130,8 @@ def find_obstacles(source: CheckpointReader) -> list[str]:
     dims, obstacles = source.dims, []
     if dims.value_embeddings:
         obstacles.append("value embeddings: train with model.value_embeddings=false")
+    if dims.lookup:
+        obstacles.append("lookup layers: train with lookup.after_blocks=[]")
     if dims.ngram:
         obstacles.append("n-gram values: train with ngram.blocks=[]")
     if dims.qk_scale != 1.0:

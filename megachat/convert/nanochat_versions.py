@@ -84,8 +84,9 @@ def _refusal(path: Path, dates: str, what: str) -> str:
 
 def version_of_model(dims: Dimensions) -> Version:
     """Returns the version that computes this model. Raises UserError if none does."""
-    if dims.ngram:
-        raise UserError("the model has n-gram values, which nanochat does not have: convert it to safetensors instead")
+    if dims.ngram or dims.lookup:
+        what = "n-gram values" if dims.ngram else "lookup layers"
+        raise UserError(f"the model has {what}, which nanochat does not have: convert it to safetensors instead")
     defaults = {each.name: each.default for each in fields(Dimensions)}
     for version in reversed(VERSIONS):  # the first has neutral lambdas, which the next ones could have too
         wanted = {name: defaults[name] for name in _CONSTANTS} | dict(version.constants)

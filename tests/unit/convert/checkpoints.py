@@ -17,7 +17,7 @@ from megachat.data.loader_state import combined_ledger, save_loader_state
 from megachat.data.packing import EMPTY_STREAM
 from megachat.data.tokenizer import Tokenizer, save_tokenizer
 from megachat.parallel.mesh import Axis
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_without_text
 from tools.convert_checkpoint import main
 
 VOCAB_SIZE = 330  # tables of 384 rows: padded, and shared evenly by 2 and 3 ranks
@@ -72,12 +72,14 @@ def make_run(
     optimizer=None,
     batch=None,
     ngram=None,
+    lookup=None,
 ) -> Path:
     """A run folder with the checkpoint of STEP, its tokenizer and its config; `change` works on the tensors."""
     run = {"name": folder.name, "folder": str(folder.parent)}
     sections = {
         "run": run,
         "ngram": ngram or {},
+        "lookup": lookup or {},
         "model": MODEL | (model or {}),
         "data": {"tokenizer": str(folder / "tokenizer"), "streams": 2},
     }
@@ -87,7 +89,7 @@ def make_run(
         "optimizer": {"warmup_steps": 3} | (optimizer or {}),
     }
     config = Config.model_validate_json(json.dumps(sections))
-    dims = resolve(config, 1, VOCAB_SIZE).dims
+    dims = resolve_without_text(config, 1, VOCAB_SIZE).dims
     tensors = values(dims)
     change(tensors)
     save_tokenizer(folder / "tokenizer", tokenizer(), {"source": "tests"})
