@@ -55,7 +55,7 @@ KINDS = {
     "tables": "row_tables",
     "core": "core",
 }
-LOOKUP_VARIANTS = "none none-longer lzw lzw-published frequency uniform"
+LOOKUP_VARIANTS = "none lzw frequency uniform bigram bigram-trigram both"
 LAYOUTS = "dp=2 tp=2 pp=2 dp=2,tp=2 dp=2,pp=2 tp=2,pp=2 dp=2,tp=2,pp=2"
 
 

@@ -65,6 +65,11 @@ def _l3(*settings: str, after: int = 1) -> list[str]:
     return [f"lookup.after_blocks=[{after}]", "lookup.allocation=lzw", sample, *settings]
 
 
+def _ngram(orders: str, rows: int = 16384) -> list[str]:
+    """Returns the settings of n-gram tables in one block; by default as many rows as L3 has with 4,096 tokens."""
+    return ["ngram.blocks=[1]", f"ngram.orders=[{orders}]", f"ngram.rows={rows}"]
+
+
 # Variant -> what it changes. The last settings of a list override earlier ones.
 VARIANTS: dict[str, list[str]] = {
     BASELINE: [],
@@ -73,6 +78,10 @@ VARIANTS: dict[str, list[str]] = {
     "lzw-published": _l3("lookup.allocation=lzw_published"),
     "frequency": _l3("lookup.allocation=frequency"),
     "uniform": _l3("lookup.allocation=uniform"),
+    "bigram": _ngram("2"),
+    "bigram-trigram": _ngram("2,3"),
+    "both": [*_l3(), *_ngram("2,3")],
+    "bigram-x4": _ngram("2", 65536),
     # for depth 6
     "early": _l3(after=0),
     "middle": _l3(after=2),
