@@ -108,3 +108,7 @@ def test_refusals(changes, message, tmp_path):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_settings_of_each_variant_are_valid(variant, tmp_path):
     load_config(ROOT / "configs" / "d4_cpu.json", settings_of(arguments(tmp_path), variant, 1))
+
+
+def test_both_is_the_sum_of_its_parts():
+    assert VARIANTS["both"] == VARIANTS["lzw"] + VARIANTS["bigram-trigram"]
