@@ -32,13 +32,30 @@ _LFS_START = b"version https://git-lfs.github.com/spec/"
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file's whole content under a temporary name, forces it to disk and renames it."""
     part = path.with_name(path.name + PART)
-    part.write_bytes(content)
-    sync_and_rename(part, path)
+    try:
+        part.write_bytes(content)
+        sync_and_rename(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: object) -> None:
     """Writes a value as indented JSON, atomically."""
     write_atomically(path, json.dumps(value, indent=1).encode() + b"\n")
+
+
+def check_writable(out: Path, option: str = "--out") -> None:
+    """Makes the folder of a file that will be written. Raises UserError, naming the option, if it cannot be written."""
+    try:
+        if out.is_dir():
+            raise UserError(f"{option} {out} is a folder: give a file")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        probe = out.with_name(f".{out.name}.probe")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror}): give another file with {option}") from None
 
 
 def path_kind(path: Path) -> str:

@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 
 from megachat.commands.options import Parser, add_checkout_to_path, require_minimum, text_moved
-from megachat.files import write_json
+from megachat.files import check_writable, write_json
 
 RANKS = tuple(2**power for power in range(1, 11))
 
@@ -48,6 +48,8 @@ def run(options: argparse.Namespace) -> None:
     require_minimum(options, rounds=1)
     add_checkout_to_path("partition")
     printed = options.json == Path("-")
+    if options.json and not printed:
+        check_writable(options.json, "--json")
     with text_moved(argparse.Namespace(quiet=options.quiet, json=printed)):
         document = measured_document(options)
     if printed:

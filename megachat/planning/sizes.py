@@ -83,7 +83,7 @@ def _resolve_lookup(
     if max(settings.after_blocks) >= depth:
         raise UserError(
             f"lookup.after_blocks has {max(settings.after_blocks)}, but the {depth} blocks are numbered 0 to "
-            f"{depth - 1}: leave it out"
+            f"{depth - 1}: choose among these"
         )
     rows, most = settings.rows or LOOKUP_ROWS_PER_TOKEN * vocab_size, settings.max_rows_per_token
     if not vocab_size <= rows <= vocab_size * most:
@@ -115,8 +115,8 @@ def _resolve_ngram(config: Config, vocab_size: int, kv_width: int, why: dict[str
         return None
     if max(settings.blocks) >= depth:
         raise UserError(
-            f"ngram.blocks has {max(settings.blocks)}, but the {depth} blocks are numbered 0 to {depth - 1}: leave it "
-            "out"
+            f"ngram.blocks has {max(settings.blocks)}, but the {depth} blocks are numbered 0 to {depth - 1}: choose "
+            "among these"
         )
     if not settings.orders:
         raise UserError("ngram.orders is empty, but ngram.blocks is not: give lengths of n-grams, such as [2,3]")

@@ -16,7 +16,7 @@ import numpy as np
 
 from megachat.data.texts import REFUSE, BadTexts
 from megachat.data.tokenizer import Tokenizer
-from megachat.errors import UserError, summary
+from megachat.errors import UserError, raise_if_unreadable, summary
 from megachat.files import write_atomically
 from megachat.prepare.tokenizer_training import read_texts
 
@@ -199,9 +199,12 @@ def load_allocation(path: str | Path, tokenizer: Tokenizer) -> Allocation:
         allocation = Allocation(method, rows, counts, fingerprint)
         intact = method in get_args(Method) and allocation.hash == content["hash"] and rows.shape == counts.shape
     except OSError as error:
-        raise UserError(f"the lookup allocation {path} cannot be read ({summary(error)})") from None
+        raise_if_unreadable(path, error)
+        raise UserError(f"there is no lookup allocation {path}: make it with megachat lookup --out {path}") from None
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise UserError(f"{path} is not a lookup allocation ({summary(error)}): make it again") from None
+        raise UserError(
+            f"{path} is not a lookup allocation ({summary(error)}): make one with megachat lookup"
+        ) from None
     if version != _FORMAT:
         raise UserError(f"{path} is a lookup allocation of format {version}, not {_FORMAT}: make it again")
     if not intact or rows.ndim != 1 or rows.min(initial=1) < 1:

@@ -6,6 +6,8 @@ import json
 import numpy as np
 
 from megachat.data.tokenizer import Tokenizer, load_tokenizer
+from megachat.files import check_writable
+from megachat.planning.sizes import LOOKUP_ROWS_PER_TOKEN
 from megachat.prepare.lookup_allocation import (
     Allocation,
     allocate,
@@ -15,7 +17,6 @@ from megachat.prepare.lookup_allocation import (
 )
 from megachat.text import text_table
 
-ROWS_PER_TOKEN = 4  # of the vocabulary, by default; the paper has 3.9
 LONGEST_WORDS = 20
 
 
@@ -64,9 +65,14 @@ def longest_words(documents: list[np.ndarray], tokenizer: Tokenizer, *, publishe
 
 
 def allocate_rows(options: argparse.Namespace) -> None:
-    """Allocates, shows and perhaps writes the allocation. options: of `megachat lookup`."""
+    """Allocates, shows and perhaps writes the allocation. options: of `megachat lookup`.
+
+    Raises UserError, before the text is read if the file cannot be written.
+    """
+    if options.out:
+        check_writable(options.out)
     tokenizer = load_tokenizer(options.tokenizer)
-    rows = options.rows or ROWS_PER_TOKEN * tokenizer.vocab_size
+    rows = options.rows or LOOKUP_ROWS_PER_TOKEN * tokenizer.vocab_size
     documents = list(sample_documents(options.data, tokenizer, options.sample_tokens))
     allocation = allocate(options.method, documents, tokenizer, rows, options.max_rows_per_token)
     lines = describe(allocation)

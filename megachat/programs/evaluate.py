@@ -21,6 +21,7 @@ from megachat.evals.core_prompts import check_questions, row_limit
 from megachat.evals.engine_model import sample_prompts
 from megachat.evals.results import core_table, results_path, save_results
 from megachat.evals.sources import SourceRows, source_names
+from megachat.files import check_writable
 from megachat.job.agreement import rank_facts
 from megachat.job.join import join_job
 from megachat.job.launch import bootstrap_environment
@@ -78,7 +79,7 @@ def evaluate(request: EvaluationRequest) -> dict | None:
     data = check_data(saved.config, least_shards=1) if request.bpb is not None else None
     out = request.out or results_path(saved.run_folder, saved.step)
     if environment.rank == 0:
-        _check_writable(out)
+        check_writable(out)
     parts = [request.core is None, request.bpb is None, request.sample, request.tasks, request.max_per_task]
     facts = rank_facts(
         saved.config,
@@ -114,18 +115,6 @@ def _open_bundle(request: EvaluationRequest) -> Bundle | None:
     bundle = open_bundle(request.core or None, request.tasks)
     check_max_per_task(bundle, request.max_per_task, "--max-per-task")
     return bundle
-
-
-def _check_writable(out: Path) -> None:
-    try:
-        if out.is_dir():
-            raise UserError(f"--out {out} is a folder: give a file")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        probe = out.with_name(f".{out.name}.probe")
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror}): give another file with --out") from None
 
 
 def _dtype_name(model: EvaluationModel) -> str:

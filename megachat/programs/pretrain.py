@@ -342,6 +342,8 @@ def _banner(run: Run, environment: LaunchEnvironment) -> list[str]:
     threads = f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     axes = f"data {layout.data} x tensor {layout.tensor} x pipeline {layout.pipeline}"
     peak = peak_flops(device) or "unknown, no MFU is printed"
+    ngram = plan.dims.ngram
+    tables = f"{len(ngram.blocks) * len(ngram.orders)} n-gram tables are divided by rows, " if ngram else ""
     pipeline = [f"pipeline {describe_stages(plan)}; bubble {plan.bubble:.1%} of a step, by FLOPs"]
     return [
         f"megachat: {run.folder.name} on {layout.world} rank{'s' * (layout.world > 1)} ({axes}), started by "
@@ -349,7 +351,7 @@ def _banner(run: Run, environment: LaunchEnvironment) -> list[str]:
         f"device {device_name(device)}{threads}; compute {dtype} ({run.dtype_reason}); peak FLOPs {peak}",
         *describe_kernels(run.config, run.kernels, plan),
         f"depth {plan.dims.depth}, width {plan.dims.width}, {plan.parameters['total']:,} parameters; "
-        f"Muon has {matrices} matrices, AdamW the rest",
+        f"Muon has {matrices} matrices, {tables}AdamW the rest",
         f"{plan.steps} steps of {plan.tokens_per_step:,} tokens = {plan.rows_per_step} rows of "
         f"{plan.dims.sequence_len} ({plan.micro_rows} rows x {plan.accumulation} micro-batches per rank)",
         *(pipeline if layout.pipeline > 1 else []),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megachat.config import Config, load_config
 from megachat.data.tokenizer import METADATA_FILE, load_tokenizer
-from megachat.files import write_atomically
+from megachat.files import check_writable, write_atomically
 from megachat.job.launch import describe_environment
 from megachat.job.local_ranks import run_local_ranks
 from megachat.planning.layouts import parse_layout
@@ -45,6 +45,7 @@ def verify(arguments: argparse.Namespace) -> dict:
         vocab_size = load_tokenizer(config.data.tokenizer).vocab_size if exists else DEFAULT_VOCABULARY
     import torch
 
+    check_writable(arguments.out)
     from megachat.programs.verify_layout import verify_layout  # imports DeepSpeed, which takes seconds: after parsing
     from megachat.programs.verify_resume import verify_resumes
 

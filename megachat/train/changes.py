@@ -12,6 +12,7 @@ from megachat.planning.plan import Plan, resolve
 
 _SECTIONS = ("batch", "horizon", "optimizer")
 _UNREPORTED = {"horizon.stop_step"}  # where a job pauses changes no step
+_OF_ALLOCATION = ("allocation", "allocation_file", "sample_tokens", "max_rows_per_token")
 _DERIVED = ("tokens_per_step", "steps", "weight_decay")
 
 
@@ -41,9 +42,12 @@ def describe_changes(facts: dict, config: Config, plan: Plan) -> list[str]:
     saved = saved_settings(facts)
     if saved is None:
         return []
+    before, now = saved[0].lookup, config.lookup
+    kept = [key for key in _OF_ALLOCATION if getattr(before, key) != getattr(now, key)]
+    notes = [f"lookup.{key} has changed; the allocation of the checkpoint stays" for key in kept if now.after_blocks]
     pairs = [*zip(_settings(saved[0]), _settings(config), strict=True)]
     pairs += zip(_derived(saved[1]), _derived(plan), strict=True)
-    return [
+    return notes + [
         f"changed since the checkpoint: {name} was {before} and is {now}"
         for (name, before), (_, now) in pairs
         if before != now

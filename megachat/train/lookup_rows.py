@@ -35,19 +35,17 @@ def allocated_lookup(
                 "hosts see the same run folder"
             )
         return saved
-    result: list[LookupDimensions] = []
-    if world.rank == 0:
-        action = lambda: result.append(_new_allocation(config, lookup, tokenizer, folder))  # noqa: E731
-    else:
-        action = lambda: None  # noqa: E731
-    on_all_ranks_or_raise(action, world)
-    return all_gather_objects(result, world)[0][0]
+    result = lookup
 
+    def allocate_on_rank_0() -> None:
+        nonlocal result
+        if world.rank == 0:
+            allocation = read_or_allocate(config, lookup.rows, tokenizer)
+            save_allocation(allocation, folder / ALLOCATION_NAME)
+            result = with_allocation(lookup, allocation)
 
-def _new_allocation(config: Config, lookup: LookupDimensions, tokenizer: Tokenizer, folder: Path) -> LookupDimensions:
-    allocation = read_or_allocate(config, lookup.rows, tokenizer)
-    save_allocation(allocation, folder / ALLOCATION_NAME)
-    return with_allocation(lookup, allocation)
+    on_all_ranks_or_raise(allocate_on_rank_0, world)
+    return all_gather_objects(result, world)[0]
 
 
 def read_or_allocate(config: Config, rows: int, tokenizer: Tokenizer) -> Allocation:

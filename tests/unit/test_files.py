@@ -5,7 +5,15 @@ import json
 import pytest
 
 from megachat.errors import UnreadableError, UserError
-from megachat.files import is_readable_json, read_side_file, refuse_damaged, set_aside, write_side_json
+from megachat.files import (
+    check_writable,
+    is_readable_json,
+    read_side_file,
+    refuse_damaged,
+    set_aside,
+    write_atomically,
+    write_side_json,
+)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000])
@@ -71,3 +79,20 @@ def test_a_damaged_file_is_refused_in_one_sentence(tmp_path):
         read()
     with pytest.raises(RuntimeError, match="a bug"), refuse_damaged(path, "{}"):
         raise RuntimeError("a bug")
+
+
+def test_a_failed_write_leaves_no_temporary_file(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError):
+        write_atomically(tmp_path / "folder", b"content")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_an_output_file_is_checked_before_the_work(tmp_path):
+    check_writable(tmp_path / "new" / "out.json")
+    assert list((tmp_path / "new").iterdir()) == []
+    with pytest.raises(UserError, match=r"--json .*new is a folder"):
+        check_writable(tmp_path / "new", "--json")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        check_writable(tmp_path / "file" / "out.json")

@@ -140,7 +140,7 @@ def test_a_batch_that_does_not_fit_names_the_nearest_that_do(batch, world, parts
         ({"model": {"kv_heads": 4}}, "the nearest that does is 3"),
         ({"model": {"depth": 1, "aspect_ratio": 8, "head_size": 8}}, "24 channels"),
         ({"batch": {"tokens": 2**40}}, "shorter than one step"),
-        ({"ngram": {"blocks": (1, 12)}}, "ngram.blocks has 12, but the 12 blocks are numbered 0 to 11: leave it out"),
+        ({"ngram": {"blocks": (1, 12)}}, "ngram.blocks has 12, but the 12 blocks are numbered 0 to 11: choose"),
         ({"ngram": {"blocks": (1,), "orders": ()}}, "ngram.orders is empty"),
         ({"ngram": {"blocks": (1,), "width": 800}}, "ngram.width is 800, but the key/value heads have 768 channels"),
         ({"ngram": {"blocks": (1,), "bos": 32768}}, "ngram.bos is 32768, but the vocabulary has the ids 0 to 32767"),

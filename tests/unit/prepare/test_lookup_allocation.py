@@ -151,7 +151,7 @@ def test_bad_input_is_refused(zipf, tmp_path):
     for method in METHODS:
         with pytest.raises(UserError, match="no text"):
             allocate(method, [[]], Vocabulary(10), 20, 5)
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="there is no lookup allocation"):
         load_allocation(tmp_path / "missing.json", Vocabulary(1000))
     save_allocation(allocate("uniform", zipf, Vocabulary(1000), 2000, 512), tmp_path / "a.json")
     for other in (Vocabulary(1000, "e" * 64), Vocabulary(1001)):

@@ -10,8 +10,11 @@ from megachat.config import Config
 from megachat.data.tokenizer import load_tokenizer
 from megachat.errors import UserError
 from megachat.parallel.mesh import Axis
+from megachat.planning.dimensions import saved_dimensions
+from megachat.planning.plan import resolve
 from megachat.planning.sizes import resolve_dimensions
 from megachat.prepare.lookup_allocation import allocate, save_allocation
+from megachat.train.changes import describe_changes
 from megachat.train.lookup_rows import ALLOCATION_NAME, allocated_lookup, planned_lookup
 
 FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
@@ -61,7 +64,7 @@ def test_a_file_is_used_if_it_fits(tmp_path):
     assert [int(count) for count in lookup.rows_per_token.split()] == allocation.rows_per_token.tolist()
     with pytest.raises(UserError, match=r"at most 40 to a token, but .* lookup.max_rows_per_token 8"):
         allocated(config_of(tmp_path, allocation_file=str(path), max_rows_per_token=8), tmp_path)
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="there is no lookup allocation"):
         allocated(config_of(tmp_path, allocation_file=str(tmp_path / "none")), tmp_path)
     save_allocation(dataclasses.replace(allocation, tokenizer="0" * 64), path)
     with pytest.raises(UserError, match="another tokenizer"):
@@ -79,3 +82,27 @@ def test_a_file_is_used_if_it_fits(tmp_path):
 def test_sizes_that_do_not_fit_are_refused(tmp_path, lookup, message):
     with pytest.raises(UserError, match=message):
         resolve_dimensions(config_of(tmp_path, **lookup), TOKENIZER.vocab_size)
+
+
+def test_an_allocation_that_does_not_fit_its_table_is_no_checkpoint(tmp_path):
+    config = config_of(tmp_path)
+    dims = dataclasses.replace(resolve_dimensions(config, TOKENIZER.vocab_size), lookup=allocated(config, tmp_path))
+    model = json.loads(json.dumps(dataclasses.asdict(dims)))
+    assert saved_dimensions(model) == dims
+    for rows in ("1 2 3", model["lookup"]["rows_per_token"].replace("1", "0", 1), "many"):
+        with pytest.raises(UserError, match="use another checkpoint"):
+            saved_dimensions(model | {"lookup": model["lookup"] | {"rows_per_token": rows}})
+
+
+def test_a_changed_allocation_setting_is_said_to_have_no_effect(tmp_path):
+    config = config_of(tmp_path)
+    plan = resolve(config, 1, TOKENIZER.vocab_size)
+    facts = {
+        "model": dataclasses.asdict(plan.dims),
+        "config": config.model_dump(mode="json"),
+        "layout": {"data": 1, "tensor": 1, "pipeline": 1},
+        "tokenizer": {"vocab_size": TOKENIZER.vocab_size},
+    }
+    assert describe_changes(facts, config, plan) == []
+    (line,) = describe_changes(facts, config_of(tmp_path, allocation="uniform"), plan)
+    assert "lookup.allocation" in line and "stays" in line
