@@ -5,12 +5,14 @@ same order, and validated on the same rows. Seconds are not taken from these run
 steps of all variants are timed in turn afterwards.
 """
 
+import contextlib
 import json
 import math
 import shutil
 import statistics
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
@@ -103,7 +105,8 @@ def bench_lookup(arguments: Namespace) -> dict:
     folder = Path(arguments.folder)
     seeds = [int(seed) for seed in arguments.seeds.split()]
     runs = [train_variant(arguments, folder, name, seed) for seed in seeds for name in variants]
-    ratios = time_variants(arguments, variants) if arguments.rounds else {}
+    with contextlib.redirect_stdout(sys.stderr):  # stdout has the JSON only
+        ratios = time_variants(arguments, variants) if arguments.rounds else {}
     result = {"what": f"bits per byte on {arguments.data}", "variants": summarize(runs, ratios), "runs": runs}
     print(*ablation_table(result["variants"]), sep="\n", file=sys.stderr)
     if arguments.out:
@@ -162,7 +165,8 @@ def collect_run(run: Path) -> dict:
 def time_variants(arguments: Namespace, variants: Sequence[str]) -> dict[str, dict]:
     """Returns for each variant the seconds of a step, its ratio to the baseline, and the estimated bytes of a rank.
 
-    All variants take turns on the first rows of the training text, whose frequencies decide what a lookup costs.
+    All variants take turns on the first rows of the training text, whose frequencies decide what a lookup costs. With
+    one thread (OMP_NUM_THREADS=1) on a CPU these are processor seconds, which other work on the machine disturbs less.
     """
     device, tokenizer = choose_device(bootstrap_environment()), load_tokenizer(arguments.tokenizer)
     start_collectives(device, collective_backend(device), timedelta(seconds=600))
@@ -180,7 +184,8 @@ def time_variants(arguments: Namespace, variants: Sequence[str]) -> dict[str, di
         memory[name] = sum(
             stage.total for stage in memory_of_stages(config, plan, training.compute_dtype, on_gpu=False)
         )
-    seconds = time_in_turn(actions, arguments.rounds)
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    seconds = time_in_turn(actions, arguments.rounds, time.process_time if alone else time.perf_counter)
     ratios = {
         name: [one / base for one, base in zip(values, seconds[BASELINE], strict=True)]
         for name, values in seconds.items()
