@@ -19,6 +19,7 @@ from tools.bench.lookup_ablation import (
     train_variant,
 )
 from tools.bench.lookup_picture import draw_curves
+from tools.bench.turns import time_in_turn
 
 SVG = "{http://www.w3.org/2000/svg}"
 FINAL = {("none", 1): 2.0, ("none", 2): 2.2, ("lzw", 1): 1.9, ("lzw", 2): 2.0}
@@ -112,3 +113,12 @@ def test_settings_of_each_variant_are_valid(variant, tmp_path):
 
 def test_both_is_the_sum_of_its_parts():
     assert VARIANTS["both"] == VARIANTS["lzw"] + VARIANTS["bigram-trigram"]
+
+
+def test_turns_are_timed_by_the_given_clock():
+    now = [0.0]
+
+    def takes(seconds):
+        return lambda: now.__setitem__(0, now[0] + seconds)
+
+    assert time_in_turn({"a": takes(2), "b": takes(3)}, 2, lambda: now[0]) == {"a": [2, 2], "b": [3, 3]}
