@@ -15,7 +15,7 @@ REPORTED = Config.model_validate(
         "model": {"depth": 5, "aspect_ratio": 12, "head_size": 16, "sequence_len": 160, "window_pattern": "SL"},
         "optimizer": {"warmup_steps": 1, "scale_to_batch": False},
         "ngram": {"blocks": (1, 3), "rows": 90},
-        "lookup": {"after_blocks": (2,), "rows": 300, "score_scale": "sqrt"},
+        "lookup": {"after_blocks": (2,), "score_scale": "sqrt"},
     }
 )
 

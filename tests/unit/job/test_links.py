@@ -288,7 +288,7 @@ def test_a_supervisor_of_one_host_gives_its_ranks_a_secret(hosts, given, monkeyp
     monkeypatch.setattr(elastic.api, "LocalElasticAgent", elastic.api.LocalElasticAgent)
     monkeypatch.setenv("MEGACHAT_SECRET", "the user's secret" if given else "")
     monkeypatch.delenv("MEGACHAT_SECRET_FILE", raising=False)
-    elastic.supervise(Path("program"), [], hosts=hosts, ranks=2, meet=None, restarts=0)
+    elastic.supervise(["program"], hosts=hosts, ranks=2, meet=None, restarts=0)
     assert len(seen[0]) == (17 if given else 64 if hosts == "1" else 0)
 
 

@@ -1,11 +1,14 @@
 """What a resume reports as changed, and the FLOPs of a checkpoint that did not count them."""
 
+import dataclasses
+
 from megachat.planning.plan import resolve
 from megachat.train.changes import describe_changes, saved_flops
 from tests.training import SMALL, SMALL_VOCAB, small_config
 
 FACTS = {
     "step": 5,
+    "model": dataclasses.asdict(resolve(small_config(), 1, SMALL_VOCAB).dims),
     "config": SMALL,
     "layout": {"data": 2, "tensor": 1, "pipeline": 1},
     "tokenizer": {"vocab_size": SMALL_VOCAB},
