@@ -8,6 +8,7 @@ import pytest
 
 from megachat.config import load_config
 from megachat.errors import UserError
+from megachat.planning.plan import resolve
 from tests.runs.job import ROOT
 from tools.bench import lookup_ablation
 from tools.bench.lookup_ablation import (
@@ -107,8 +108,9 @@ def test_refusals(changes, message, tmp_path):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_settings_of_each_variant_are_valid(variant, tmp_path):
-    load_config(ROOT / "configs" / "d4_cpu.json", settings_of(arguments(tmp_path), variant, 1))
+def test_each_variant_has_a_plan_at_depth_6(variant, tmp_path):
+    given = arguments(tmp_path, set=["model.depth=6", "model.aspect_ratio=16"])
+    resolve(load_config(ROOT / "configs" / "d4_cpu.json", settings_of(given, variant, 1)), 1, 4096)
 
 
 def test_both_is_the_sum_of_its_parts():
