@@ -1,4 +1,6 @@
-"""The ablation of lookup tables: means, errors and differences by hand, its picture, and runs that are not repeated."""
+"""The ablation of lookup tables: means, errors and differences by hand, its picture, runs that are not repeated, and
+a plan for each variant.
+"""
 
 import json
 from argparse import Namespace
