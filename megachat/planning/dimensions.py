@@ -142,10 +142,10 @@ def saved_dimensions(model: dict) -> Dimensions:
             raise TypeError("a size is no positive integer")
         if not dims.depth == len(dims.windows) <= 1000 or dims.heads * dims.head_size != dims.width:
             raise TypeError("blocks and windows, or heads and width, do not fit together")
-        if lookup and lookup.rows_per_token:
+        if lookup:
             rows = lookup.first_rows()
             if len(rows) != dims.vocab_size + 1 or rows[-1] != lookup.rows or any(a >= b for a, b in pairwise(rows)):
-                raise TypeError("the allocation of lookup rows does not fit the table and the vocabulary")
+                raise TypeError("it has no allocation of lookup rows that fits table and vocabulary")
         return dims
     except (TypeError, KeyError, ValueError) as error:
         raise UserError(f"the checkpoint lacks sizes of its model ({error}): use another checkpoint") from None

@@ -157,10 +157,6 @@ def check_checkpoint(checkpoint: Path, plan: Plan, tokenizer: Tokenizer, config:
         )
     saved, configured = saved_dimensions(facts["model"]), plan.dims
     if configured.lookup and saved.lookup:  # a resumed run keeps the checkpoint's allocation
-        if not saved.lookup.rows_per_token:
-            raise UserError(
-                f"{checkpoint} has lookup tables but not the allocation of their rows: use another step's checkpoint"
-            )
         lookup = dataclasses.replace(
             configured.lookup, rows_per_token=saved.lookup.rows_per_token, mean_rows=saved.lookup.mean_rows
         )

@@ -11,7 +11,7 @@ from megachat.data.tokenizer import load_tokenizer
 from megachat.errors import UserError
 from megachat.parallel.mesh import Axis
 from megachat.planning.dimensions import saved_dimensions
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_without_text
 from megachat.planning.sizes import resolve_dimensions
 from megachat.prepare.lookup_allocation import allocate, save_allocation
 from megachat.train.changes import describe_changes
@@ -89,14 +89,14 @@ def test_an_allocation_that_does_not_fit_its_table_is_no_checkpoint(tmp_path):
     dims = dataclasses.replace(resolve_dimensions(config, TOKENIZER.vocab_size), lookup=allocated(config, tmp_path))
     model = json.loads(json.dumps(dataclasses.asdict(dims)))
     assert saved_dimensions(model) == dims
-    for rows in ("1 2 3", model["lookup"]["rows_per_token"].replace("1", "0", 1), "many"):
+    for rows in ("", "1 2 3", model["lookup"]["rows_per_token"].replace("1", "0", 1), "many"):
         with pytest.raises(UserError, match="use another checkpoint"):
             saved_dimensions(model | {"lookup": model["lookup"] | {"rows_per_token": rows}})
 
 
 def test_a_changed_allocation_setting_is_said_to_have_no_effect(tmp_path):
     config = config_of(tmp_path)
-    plan = resolve(config, 1, TOKENIZER.vocab_size)
+    plan = resolve_without_text(config, 1, TOKENIZER.vocab_size)
     facts = {
         "model": dataclasses.asdict(plan.dims),
         "config": config.model_dump(mode="json"),
