@@ -18,7 +18,8 @@ def pictures() -> dict[str, str]:
 
 
 def test_the_committed_pictures_are_up_to_date(pictures):
-    assert {path.name for path in FOLDER.iterdir()} == set(pictures)
+    measured = {"lookup_english.svg", "lookup_python.svg"}  # by tools/bench.py lookup
+    assert {path.name for path in FOLDER.iterdir()} == set(pictures) | measured
     for name, picture in pictures.items():
         committed = (FOLDER / name).read_text(encoding="utf-8")
         assert committed == picture, f"docs/pictures/{name} is out of date: run python tools/draw_architecture.py"
