@@ -135,3 +135,13 @@ def _cpu_info(key: str) -> str:
     except OSError:
         return ""
     return next((line.partition(":")[2].strip() for line in lines if line.split(":")[0].strip() == key), "")
+
+
+def gradient_wire(setting: str, compute_dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype in which gradients of matrices and sparse tables travel between ranks.
+
+    setting: optimizer.gradient_wire, a dtype's name or "auto".
+    """
+    if setting != "auto":
+        return DTYPES[setting]
+    return torch.bfloat16 if compute_dtype == torch.bfloat16 else torch.float32

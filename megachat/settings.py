@@ -7,7 +7,7 @@ from pydantic_core import PydanticCustomError
 
 from megachat import config_checks
 from megachat.config_checks import BATCH, RANKS, RATE, SECONDS, STEPS, THREADS, TOKENS, UNSUPPORTED_FP8, WIDTH, Most
-from megachat.planning.dimensions import NORM_EPSILON, QK_SCALE, ROTARY_BASE
+from megachat.planning.dimensions import LARGEST_ORDER, NORM_EPSILON, QK_SCALE, ROTARY_BASE
 
 
 class Section(BaseModel):
@@ -121,7 +121,7 @@ class NgramConfig(Section):
     blocks: tuple[Annotated[int, Field(ge=0)], ...] = _setting(
         (), "blocks, counted from 0, whose attention values get n-gram rows; empty: none"
     )
-    orders: tuple[Annotated[int, Field(ge=2, le=8)], ...] = _setting(
+    orders: tuple[Annotated[int, Field(ge=2, le=LARGEST_ORDER)], ...] = _setting(
         (2, 3), "lengths of the n-grams, 2 to 8; each has a table in each block"
     )
     rows: int | None = _setting(

@@ -8,7 +8,6 @@ pull request 854; signs: Hashing Trick (arXiv 1504.04788), for bigrams modded-na
 
 import torch
 
-LARGEST_ORDER = 8
 _BITS = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # increment of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014)
 _ROWS, _SIGNS = 0, 1  # the two hashes of an n-gram

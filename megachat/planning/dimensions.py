@@ -9,6 +9,7 @@ from typing import Literal
 from megachat.errors import UserError
 
 VOCAB_MULTIPLE = 64
+LARGEST_ORDER = 8  # of n-grams
 MLP_RATIO = 4
 SMEAR_CHANNELS = 24
 GATE_CHANNELS = 12

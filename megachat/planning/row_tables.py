@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from megachat.config import Config
-from megachat.device import DTYPES
+from megachat.device import gradient_wire
+from megachat.model.gpt import ModelOptions
 from megachat.optim.groups import group_of
 from megachat.optim.row_tables import ROWS_PER_UPDATE
 from megachat.optim.row_update import MASTER, row_state_shapes
@@ -35,9 +36,8 @@ def row_bytes(config: Config, plan: Plan, parameters: list[nn.Parameter], dtype:
     """Returns the bytes for a stage's whole (uncut) parameters. dtype: of activations."""
     layout, settings = plan.layout, config.ngram
     ranks, tokens = layout.data * layout.tensor, plan.micro_rows * plan.dims.sequence_len
-    row_wire = 4 if dtype == torch.float16 else dtype.itemsize
-    wanted = config.optimizer.gradient_wire
-    gradient_wire = (2 if dtype == torch.bfloat16 else 4) if wanted == "auto" else DTYPES[wanted].itemsize
+    row_bytes_sent = ModelOptions(compute_dtype=dtype).table_dtype.itemsize
+    gradient_bytes_sent = gradient_wire(config.optimizer.gradient_wire, dtype).itemsize
     masters = moments = gradients = largest = wire = update = 0
     for parameter in parameters:
         place = place_of(parameter)
@@ -56,5 +56,5 @@ def row_bytes(config: Config, plan: Plan, parameters: list[nn.Parameter], dtype:
         update = max(update, 7 * 4 * width * min(distinct, ROWS_PER_UPDATE))
         columns = width // layout.tensor if width == plan.dims.kv_width else width
         most = plan.accumulation * min(tokens, rows) * (ranks - 1) // ranks
-        wire += most * (8 + columns * (row_wire + gradient_wire))
+        wire += most * (8 + columns * (row_bytes_sent + gradient_bytes_sent))
     return RowBytes(masters, moments, gradients, max(2 * largest, update), wire, settings.storage == "host")

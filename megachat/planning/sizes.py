@@ -73,18 +73,23 @@ def resolve_dimensions(
     )
 
 
+def _check_blocks(key: str, blocks: tuple[int, ...], config: Config) -> None:
+    """Raises UserError if the model does not have all of the blocks that the setting `key` names."""
+    depth = config.model.depth
+    if max(blocks) >= depth:
+        raise UserError(
+            f"{key} has {max(blocks)}, but the {depth} blocks are numbered 0 to {depth - 1}: choose among these"
+        )
+
+
 def _resolve_lookup(
     config: Config, vocab_size: int, width: int, why: dict[str, str], allocated: LookupDimensions | None
 ) -> LookupDimensions | None:
     """Returns the sizes of the lookup layers, None without any. Raises UserError for sizes that do not fit."""
-    settings, depth = config.lookup, config.model.depth
+    settings = config.lookup
     if not settings.after_blocks:
         return None
-    if max(settings.after_blocks) >= depth:
-        raise UserError(
-            f"lookup.after_blocks has {max(settings.after_blocks)}, but the {depth} blocks are numbered 0 to "
-            f"{depth - 1}: choose among these"
-        )
+    _check_blocks("lookup.after_blocks", settings.after_blocks, config)
     rows, most = settings.rows or LOOKUP_ROWS_PER_TOKEN * vocab_size, settings.max_rows_per_token
     if not vocab_size <= rows <= vocab_size * most:
         raise UserError(
@@ -110,14 +115,10 @@ def _resolve_lookup(
 
 def _resolve_ngram(config: Config, vocab_size: int, kv_width: int, why: dict[str, str]) -> NgramDimensions | None:
     """Returns the sizes of the n-gram values, None without any. Raises UserError for sizes that do not fit."""
-    settings, depth = config.ngram, config.model.depth
+    settings = config.ngram
     if not settings.blocks:
         return None
-    if max(settings.blocks) >= depth:
-        raise UserError(
-            f"ngram.blocks has {max(settings.blocks)}, but the {depth} blocks are numbered 0 to {depth - 1}: choose "
-            "among these"
-        )
+    _check_blocks("ngram.blocks", settings.blocks, config)
     if not settings.orders:
         raise UserError("ngram.orders is empty, but ngram.blocks is not: give lengths of n-grams, such as [2,3]")
     if settings.width and settings.width > kv_width:

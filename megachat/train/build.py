@@ -12,7 +12,7 @@ from torch import nn
 from megachat.config import Config
 from megachat.data.loader import Loader
 from megachat.data.tokenizer import Tokenizer
-from megachat.device import DTYPES, choose_compute_dtype
+from megachat.device import choose_compute_dtype, gradient_wire
 from megachat.errors import UserError
 from megachat.evals.core_bundle import Bundle
 from megachat.kernels.attention import Attend, attention
@@ -88,13 +88,6 @@ def model_options(config: Config, compute_dtype: torch.dtype, attend: Attend = a
     )
 
 
-def gradient_wire(config: Config, compute_dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype in which Muon's gradients travel between ranks."""
-    if config.optimizer.gradient_wire != "auto":
-        return DTYPES[config.optimizer.gradient_wire]
-    return torch.bfloat16 if compute_dtype == torch.bfloat16 else torch.float32
-
-
 def build_training(
     config: Config, plan: Plan, mesh: Mesh, token_bytes: torch.Tensor, kernels: Kernels | None = None
 ) -> Training:
@@ -121,7 +114,7 @@ def build_training(
         matrices,
         mesh,
         compute_dtype=dtype,
-        gradient_wire=gradient_wire(config, dtype),
+        gradient_wire=gradient_wire(config.optimizer.gradient_wire, dtype),
         beta2=MUON_BETA2,
         squares=kernels.norm.sum_of_squares,
         functions=compiled_functions() if config.precision.compile else None,
@@ -196,7 +189,7 @@ def attach_row_tables(
         optimizer=config.ngram.optimizer if train else None,
         host=config.ngram.storage == "host",
         wire=model_options(config, dtype).table_dtype,
-        gradient_wire=gradient_wire(config, dtype),
+        gradient_wire=gradient_wire(config.optimizer.gradient_wire, dtype),
         betas=betas,
         epsilon=ADAMW_EPSILON,
     )

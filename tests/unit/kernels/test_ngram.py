@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from megachat.kernels.ngram import LARGEST_ORDER, multipliers, ngram_rows, signs
+from megachat.kernels.ngram import multipliers, ngram_rows, signs
+from megachat.planning.dimensions import LARGEST_ORDER
 
 BITS = (1 << 64) - 1
 BOS = 96
