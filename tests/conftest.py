@@ -57,6 +57,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
+def same_environment():
+    """Undoes what a test, or a program that it calls, changes in the environment."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
 def one_thread():
     """Sets the number of threads of the ranks that tests start: other numbers may cut a matrix multiplication elsewhere
     and give other bits.

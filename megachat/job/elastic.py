@@ -13,7 +13,7 @@ from torch.distributed.elastic.rendezvous import RendezvousClosedError, Rendezvo
 from torch.distributed.launcher import api
 
 from megachat.errors import EXIT_STATUS, LOST_RANK_STATUS, SAVED_STATUS, UserError
-from megachat.job.links import share_new_secret
+from megachat.job.links import secret_for_ranks
 from megachat.job.monitor_links import handled_signals
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)  # forwarded to the ranks
@@ -68,7 +68,7 @@ def supervise(program: list[str], *, hosts: str, ranks: int, meet: str | None, r
     # else the agents keep the ranks' first store, where gloo would find the addresses of dead ranks or hosts
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     if hosts == "1":
-        share_new_secret()
+        os.environ.update(secret_for_ranks())
     api.LocalElasticAgent = AgentOfOneHost if hosts == "1" else Agent  # type: ignore[misc]  # torch has no other hook
     line = [
         f"--nnodes={hosts}",

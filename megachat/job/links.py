@@ -148,10 +148,13 @@ def shared_secret() -> bytes:
     return secret
 
 
-def share_new_secret() -> None:
-    """Gives the ranks that this process starts on this host a secret, unless the user gave them one."""
-    if not os.environ.get("MEGACHAT_SECRET") and not os.environ.get("MEGACHAT_SECRET_FILE"):
-        os.environ["MEGACHAT_SECRET"] = secrets.token_hex(32)
+def secret_for_ranks() -> dict[str, str]:
+    """Returns the environment variable of a new secret for the ranks that this process starts on this host; nothing if
+    the user gave them one. This process keeps its own environment: it may be a notebook's.
+    """
+    if os.environ.get("MEGACHAT_SECRET") or os.environ.get("MEGACHAT_SECRET_FILE"):
+        return {}
+    return {"MEGACHAT_SECRET": secrets.token_hex(32)}
 
 
 class Greeting(NamedTuple):

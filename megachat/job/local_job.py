@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 from megachat.job.launch import free_port
-from megachat.job.links import share_new_secret
+from megachat.job.links import secret_for_ranks
 
 
 def run_with_deepspeed(arguments: list[str], ranks: int | None = None) -> int:
@@ -15,14 +15,14 @@ def run_with_deepspeed(arguments: list[str], ranks: int | None = None) -> int:
 
     ranks: default all GPUs, 2 without GPUs. Rank 0 listens on MASTER_PORT if that is set, else on a free port.
     """
-    share_new_secret()
+    environment = os.environ | secret_for_ranks()
     if not shutil.which("nvidia-smi"):
         ranks = ranks or 2
-        os.environ["DS_ACCELERATOR"] = "cpu"  # otherwise the launcher searches for an accelerator and warns
+        environment["DS_ACCELERATOR"] = "cpu"  # otherwise the launcher searches for an accelerator and warns
     count = ["--num_accelerators", str(ranks)] if ranks else []
     port = os.environ.get("MASTER_PORT") or str(free_port())
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", *count, "--master_port", port]
-    process = subprocess.Popen([*launcher, "--module", "megachat", *arguments])
+    process = subprocess.Popen([*launcher, "--module", "megachat", *arguments], env=environment)
     # The terminal sends Ctrl-C to the launcher, too, which ends after the ranks have saved.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))

@@ -2,6 +2,7 @@
 
 import argparse
 import multiprocessing
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import torch
 
 from megachat.errors import UserError, summary
 from megachat.job.launch import become_rank, free_port
-from megachat.job.links import share_new_secret
+from megachat.job.links import secret_for_ranks
 
 
 def run_local_ranks(function: Callable, world: int, *arguments, preload: list[str]) -> list:
@@ -65,10 +66,9 @@ def run_with_torchrun(what: str, ranks: int, program: list[str]) -> str:
 
     Raises UserError, "`what` failed: " and the first error that was printed.
     """
-    share_new_secret()
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
     line = [*launcher, f"--master-port={free_port()}", *program]
-    done = subprocess.run(line, capture_output=True, text=True)
+    done = subprocess.run(line, capture_output=True, text=True, env=os.environ | secret_for_ranks())
     if done.returncode:
         errors = [text for text in done.stderr.splitlines() if text.startswith("error:")]
         last = (done.stderr or done.stdout).strip().splitlines()[-1:]

@@ -190,7 +190,8 @@ def test_the_demo_starts_ranks_and_compares(tmp_path, monkeypatch):
     lines, status = [], 0
 
     class Process:
-        def __init__(self, line):
+        def __init__(self, line, env):
+            assert env["MEGACHAT_SECRET"] == "x" * 32 and env["DS_ACCELERATOR"] == "cpu"
             lines.append(line)
 
         def wait(self) -> int:

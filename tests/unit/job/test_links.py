@@ -23,7 +23,7 @@ from megachat.job.links import (
     introduce,
     listen,
     receive_greeting,
-    share_new_secret,
+    secret_for_ranks,
     shared_secret,
 )
 from tests.limits import limit_s
@@ -260,17 +260,18 @@ def test_the_secret_comes_from_the_environment_or_a_file(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     assert shared_secret() == b""
     monkeypatch.setenv("MEGACHAT_SECRET", "")
-    share_new_secret()
-    assert len(shared_secret()) == 64
+    made = secret_for_ranks()["MEGACHAT_SECRET"]
+    assert len(made) == 64 and made != secret_for_ranks()["MEGACHAT_SECRET"]
+    assert shared_secret() == b"", "the environment of this process stays as it is"
     monkeypatch.setenv("MEGACHAT_SECRET", "0123456789abcdef")
-    share_new_secret()
+    assert secret_for_ranks() == {}
     assert shared_secret() == b"0123456789abcdef"
     path = tmp_path / "secret"
     monkeypatch.setenv("MEGACHAT_SECRET_FILE", str(path))
     with pytest.raises(UserError, match="are both set"):
         shared_secret()
     monkeypatch.setenv("MEGACHAT_SECRET", "")
-    share_new_secret()
+    assert secret_for_ranks() == {}
     with pytest.raises(UserError, match=rf"MEGACHAT_SECRET_FILE={path} cannot be read \(No such file"):
         shared_secret()
     path.write_bytes(b"0123456789abcdef\n")
