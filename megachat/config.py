@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megachat import config_checks
+from megachat.config_checks import Section
 from megachat.errors import UserError, raise_if_unreadable
 from megachat.files import lfs_problem, write_atomically
 from megachat.settings import (
@@ -23,7 +24,6 @@ from megachat.settings import (
     ParallelConfig,
     PrecisionConfig,
     RunConfig,
-    Section,
 )
 
 

@@ -1,10 +1,11 @@
-"""Bounds of settings with their reasons, and what is said about a mistake in a config."""
+"""How a setting is declared, bounds with their reasons, and what is said about a mistake in a config."""
 
 import difflib
 import json
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
@@ -54,6 +55,27 @@ TOKENS = Most(2**24, "such a model fits no device")
 THREADS = Most(1024, "more threads take memory and no host has as many cores")
 
 
+class Section(BaseModel):
+    """Frozen, strict settings; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _refuse_nul(cls, value):
+        texts = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(text, str) and "\0" in text for text in texts):
+            raise PydanticCustomError("nul", "must not contain the character NUL")
+        return value
+
+
+def setting(default: Any, description: str, most: Most | None = None, **limits: Any) -> Any:
+    """Returns the field of a setting. description: its meaning, for the docs, `explain` and editors."""
+    if most:
+        limits |= {"le": most.value, "json_schema_extra": {"reason": most.reason}}
+    return Field(default, description=description, **limits)
+
+
 def check_run_name(name: str | None) -> str | None:
     """Returns the name of a run. Raises PydanticCustomError if it would lead out of run.folder or break a log line."""
     if name is not None and (name in (".", "..") or "/" in name or not name.isprintable()):
@@ -81,7 +103,7 @@ def describe_mistake(source: str, problem: ErrorDetails, sections: Mapping[str, 
     location = [shown(str(part)) for part in problem["loc"]]
     name = ".".join(location[:2])
     if problem["type"] == "extra_forbidden":
-        return f"{source}: unknown key {name}; {_hint(location, sections)}"
+        return f"{source}: unknown key {name}; {hint(location, sections)}"
     text = problem["msg"].replace("Input should", "should")
     if problem["type"] == "less_than_equal" and len(location) == 2:
         extra = sections[location[0]][location[1]].json_schema_extra
@@ -90,7 +112,7 @@ def describe_mistake(source: str, problem: ErrorDetails, sections: Mapping[str, 
     return f"{source}: {name} is {value} but {text}"
 
 
-def _hint(location: list[str], sections: Mapping[str, Mapping[str, FieldInfo]]) -> str:
+def hint(location: list[str], sections: Mapping[str, Mapping[str, FieldInfo]]) -> str:
     """Returns what to write instead of an unknown key: only a name that is near, or why there is none."""
     key = location[-1]
     if len(location) == 1:
