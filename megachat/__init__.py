@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from megachat.api.model import Model, evaluate_core, load
-    from megachat.api.runs import pretrain, read_metrics, resolve
+    from megachat.api.runs import pretrain, resolve
     from megachat.errors import UserError
+    from megachat.studies.metrics import read_metrics
 
 __version__ = "0.1.0"
 _MODULES = {
@@ -18,7 +19,7 @@ _MODULES = {
     "Model": "megachat.api.model",
     "evaluate_core": "megachat.api.model",
     "pretrain": "megachat.api.runs",
-    "read_metrics": "megachat.api.runs",
+    "read_metrics": "megachat.studies.metrics",
     "resolve": "megachat.api.runs",
     "UserError": "megachat.errors",
 }

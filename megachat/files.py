@@ -1,6 +1,7 @@
 """Durable file writes, so that a file is there complete or not at all; file hashes; files that cannot be read."""
 
 import contextlib
+import fcntl
 import hashlib
 import itertools
 import json
@@ -17,7 +18,7 @@ PART = ".part"  # suffix of a file that is not complete yet
 # Names in a run folder and in a step's checkpoint that more than one module uses.
 CONFIG_NAME, PLAN_NAME, METRICS_NAME = "config.json", "plan.json", "metrics.jsonl"
 CHECKPOINTS, EVALUATIONS, SAMPLES, TOKENIZER = "checkpoints", "evaluations", "samples", "tokenizer"
-LOADER, RANDOM = "loader", "random"
+LOADER, RANDOM, LOCK_NAME = "loader", "random", "lock"
 _CHUNK_BYTES = 4 << 20
 # What parsing a damaged file may raise, beside OSError.
 _DAMAGE = (
@@ -56,6 +57,16 @@ def check_writable(out: Path, option: str = "--out") -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}): give another file with {option}") from None
+
+
+def is_locked(run_folder: Path) -> bool:
+    """Returns whether a job holds the run folder. False where that cannot be seen."""
+    with contextlib.suppress(OSError), open(run_folder / LOCK_NAME, "rb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def path_kind(path: Path) -> str:

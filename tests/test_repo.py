@@ -33,7 +33,7 @@ LEVELS = (
     ("job",),
     ("evals",),
     ("convert",),
-    ("train",),
+    ("train", "studies"),
     ("doctor", "programs"),
     ("api",),
     ("commands",),

@@ -1,4 +1,4 @@
-"""`megachat compare` in a clone: is the difference between two evaluations larger than its error?"""
+"""`megachat compare` in a clone: which run is better on steps, time, FLOPs and CORE, beyond the error?"""
 
 import sys
 from pathlib import Path

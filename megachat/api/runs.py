@@ -1,6 +1,5 @@
 """Plans, trains and reads runs from Python. Only `pretrain` loads torch."""
 
-import json
 import os
 import signal
 import threading
@@ -10,8 +9,7 @@ from typing import Any
 
 from megachat.config import Config, config_from_values, load_config
 from megachat.data.tokenizer import load_tokenizer
-from megachat.errors import UserError, raise_if_unreadable
-from megachat.evals.results import METRICS_NAME
+from megachat.errors import UserError
 from megachat.planning.plan import Plan
 from megachat.planning.plan import resolve as resolve_plan
 
@@ -58,29 +56,6 @@ def pretrain(config: AnyConfig, overrides: Sequence[str] = (), *, resume: str | 
         if handler is not None:  # a stopped job ignores further signals, but this process goes on
             signal.signal(signal.SIGINT, handler)
     return Path(settings.run.folder) / str(settings.run.name)
-
-
-def read_metrics(run: str | os.PathLike) -> list[dict]:
-    """Returns the lines of a run's metrics.jsonl, in order: one per training step or evaluation, each with "step".
-
-    run: a run folder. Training steps have train/loss (nats) and more, validations have val/bpb. A line that a running
-    job has not finished is left out.
-
-    Raises megachat.UserError if the folder has no metrics or a line is damaged.
-    """
-    path = Path(run) / METRICS_NAME
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise_if_unreadable(path, error)
-        raise UserError(f"{run} has no {METRICS_NAME}: give the folder of a run that has trained") from None
-    metrics = []
-    for number, line in enumerate(lines[:-1], 1):
-        try:
-            metrics.append(dict(json.loads(line)))
-        except (ValueError, TypeError, RecursionError):
-            raise UserError(f"{path} line {number} is damaged: remove it, or resume the run, which drops it") from None
-    return metrics
 
 
 def _read_config(config: AnyConfig, overrides: Sequence[str]) -> Config:

@@ -1,16 +1,19 @@
-"""Is the difference between two evaluations larger than its error?
+"""Which of two runs is better, on steps, time and FLOPs and in CORE, and is the difference larger than its error?
 
     megachat compare runs/a runs/b
     megachat compare runs/a1 runs/a2 --against runs/b1 runs/b2    several runs of a recipe on each side
     megachat compare runs/a1 runs/a2 --against gpt2               is a recipe better than GPT-2?
 
-RUN is a run's folder (its newest evaluation with CORE) or a JSON file of an evaluation. docs/evaluation.md explains how
-the error is computed. Exit status: 0 whatever the verdict, 2 if the evaluations cannot be compared.
+RUN is a run's folder (its curve of bits per byte, and its newest evaluation with CORE) or a JSON file of an evaluation
+(CORE alone). A curve's ratio says how much of the steps, the time and the FLOPs the second side needs to reach the
+lowest value that both reach; better is what is better on all three. docs/studies.md and docs/evaluation.md explain the
+intervals. Runs may still train. Exit status: 0 whatever the verdict, 2 if the runs cannot be compared.
 """
 
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from megachat.commands.options import Parser
 from megachat.errors import UserError
@@ -21,6 +24,8 @@ def add_arguments(parser: Parser) -> None:
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="the two runs, or with --against the runs of the first side")
     add("--against", nargs="+", type=Path, metavar="RUN", help="the runs of the second side, or gpt2")
+    add("--metric", default="val/bpb", help="the falling metric whose curves are compared (default val/bpb)")
+    add("--strict", action="store_true", help="refuse runs of other tokenizers, validation rows or row lengths")
     add("--same-weights", action="store_true", help="both sides evaluate the same weights: no run-to-run error")
     add("--json", action="store_true", help="print JSON")
 
@@ -29,6 +34,41 @@ def run(options: argparse.Namespace) -> None:
     """Prints the comparison."""
     if options.against is None and len(options.runs) != 2:
         raise UserError(f"{len(options.runs)} runs were given: give two, or a second side after --against")
+    first, second = (options.runs, options.against) if options.against else (options.runs[:1], options.runs[1:])
+    report: dict[str, Any] = {}
+    lines: list[str] = []
+    if all(path.is_dir() for path in (*first, *second)):
+        report["curves"], lines = _curves(first, second, options.metric, strict=options.strict)
+    try:
+        core, core_lines = _core(first, second, same_weights=options.same_weights)
+        report |= core
+        lines += core_lines
+    except UserError as error:
+        if not lines:
+            raise
+        lines.append(f"CORE is not compared: {error}")
+    print(json.dumps(report, indent=1) if options.json else "\n".join(lines))
+
+
+def _curves(first: list[Path], second: list[Path], metric: str, *, strict: bool) -> tuple[dict | None, list[str]]:
+    """Returns the comparison of the curves, and its lines. Runs that only have evaluations give none.
+
+    Raises UserError for runs whose curves have nothing in common, and with `strict` for what is not comparable.
+    """
+    from megachat.studies.comparison import UNFAIR, compare_curves, curve_lines, load_runs
+    from megachat.studies.runs import is_run
+
+    if not all(map(is_run, (*first, *second))):
+        return None, []
+    comparison = compare_curves(load_runs(first), load_runs(second), metric)
+    unfair = [text for text in comparison["warnings"] if text.startswith(UNFAIR)]
+    if strict and unfair:
+        raise UserError(f"--strict: {unfair[0]}")
+    return comparison, curve_lines(comparison)
+
+
+def _core(first: list[Path], second: list[Path], *, same_weights: bool) -> tuple[dict, list[str]]:
+    """Returns the comparison of the evaluations, and its lines."""
     from megachat.evals.comparison import (
         compare_evaluations,
         compare_with_gpt2,
@@ -37,11 +77,8 @@ def run(options: argparse.Namespace) -> None:
         load_side,
     )
 
-    first, second = (options.runs, options.against) if options.against else (options.runs[:1], options.runs[1:])
     if second == [Path("gpt2")] and not second[0].exists():
         comparison = compare_with_gpt2(load_side(first))
-        lines = gpt2_lines(comparison)
-    else:
-        comparison = compare_evaluations(load_side(first), load_side(second), same_weights=options.same_weights)
-        lines = comparison_lines(comparison)
-    print(json.dumps(comparison, indent=1) if options.json else "\n".join(lines))
+        return comparison, gpt2_lines(comparison)
+    comparison = compare_evaluations(load_side(first), load_side(second), same_weights=same_weights)
+    return comparison, comparison_lines(comparison)

@@ -48,7 +48,8 @@ GROUPS: dict[str, dict[str, Command]] = {
     },
     "evaluate and use": {
         "evaluate": Command("CORE, bits per byte and samples of a checkpoint", ranks=True),
-        "compare": Command("is the difference between two evaluations larger than its error?"),
+        "runs": Command("the runs of a folder: state, results, and what differs"),
+        "compare": Command("which run is better, on steps, time, FLOPs and CORE, beyond the error?"),
         "generate": Command("continue prompts with a checkpoint"),
     },
     "look into and convert": {

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from megachat.checkpoint.save import repair_checkpoints_folder
 from megachat.errors import UserError
-from megachat.files import CHECKPOINTS, set_aside
+from megachat.files import CHECKPOINTS, LOCK_NAME, set_aside
 from megachat.parallel.collectives import on_all_ranks_or_raise
 from megachat.parallel.mesh import Axis
 
-LOCK_NAME = "lock"
+_LOOK_S = 0.5  # a program that looks whether the folder is locked holds the lock for a moment
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -52,7 +52,7 @@ def _open_locked(folder: Path) -> tuple[int, str | None]:
         aside = set_aside(path)
         return _open_locked(folder)[0], f"{path} is a folder: it is set aside as {aside.name}"
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(descriptor)
         if path.exists() and os.stat(path).st_ino == os.fstat(descriptor).st_ino:
             return descriptor, None
         os.close(descriptor)  # its holder removed it between our open and lock
@@ -71,6 +71,18 @@ def _open_locked(folder: Path) -> tuple[int, str | None]:
             return descriptor, f"{why}: a second job on this run folder would not be noticed"
         os.close(descriptor)
         raise
+
+
+def _lock(descriptor: int) -> None:
+    """Takes the lock. Raises BlockingIOError when another job holds it."""
+    deadline = time.monotonic() + _LOOK_S
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
 
 
 def _describe_holder(descriptor: int) -> str:

@@ -1,0 +1,139 @@
+"""Compares the curves of runs: what one recipe needs to reach another's value, whether the comparison is fair."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megachat.checkpoint.facts import read_facts
+from megachat.errors import UserError
+from megachat.studies.curves import AXES, Curve, axis_ratio, common_value, curve_of, noise_of, overall_verdict
+from megachat.studies.runs import RunRecord, complete_checkpoints, load_run
+from megachat.text import text_table
+
+_WORDS = {"steps": "steps", "seconds": "time", "flops": "FLOPs"}
+_CONSEQUENCES = {  # what differs -> what follows
+    "tokenizer": "bits per byte stay comparable, the training loss and tokens do not",
+    "validation rows": "values of other rows are not comparable",
+    "row length": "longer rows have more context, which lowers the loss by itself",
+    "cropped share": "another part of the text is left out",
+    "device": "seconds are not comparable",
+    "layout": "seconds are not comparable; steps and FLOPs are",
+}
+UNFAIR = ("tokenizer", "validation rows", "row length")  # a difference of these is refused by --strict
+
+
+def load_runs(folders: Sequence[Path]) -> list[RunRecord]:
+    """Loads one side's runs. Raises UserError if one is no run or is given twice."""
+    resolved = [folder.resolve() for folder in folders]
+    for number, folder in enumerate(folders):
+        if resolved[number] in resolved[:number]:
+            raise UserError(f"{folder} is given twice on one side: give each run once")
+    return [load_run(folder) for folder in folders]
+
+
+def compare_curves(first: Sequence[RunRecord], second: Sequence[RunRecord], key: str = "val/bpb") -> dict[str, Any]:
+    """Returns as JSON values: the value that all curves reach, per axis the ratio second / first with its interval and
+    verdict, the overall verdict, the noise of each curve, and warnings where the comparison is not fair.
+
+    Raises UserError if a run has no curve or the curves share no values.
+    """
+    sides = left, right = tuple([_curve(run, key) for run in side] for side in (first, second))
+    value = common_value(left, right)
+    ratios = {axis: axis_ratio(left, right, value, axis) for axis in AXES}
+    return {
+        "runs": [[str(run.folder) for run in side] for side in (first, second)],
+        "metric": key,
+        "value": value,
+        "last": [[float(curve.values[-1]) for curve in side] for side in sides],
+        "noise": [[noise_of(curve) for curve in side] for side in sides],
+        "axes": {axis: ratio and {**ratio._asdict(), "verdict": ratio.verdict} for axis, ratio in ratios.items()},
+        "verdict": overall_verdict(ratios),
+        "seeds": [len(side) for side in sides],
+        "warnings": fairness_warnings(first, second),
+    }
+
+
+def _curve(run: RunRecord, key: str) -> Curve:
+    try:
+        return curve_of(run.lines, key)
+    except UserError as error:
+        raise UserError(f"{run.folder}: {error}") from None
+
+
+def fairness_warnings(first: Sequence[RunRecord], second: Sequence[RunRecord]) -> list[str]:
+    """Returns one sentence for each thing that differs between runs and that moves the values or an axis by itself."""
+    traits = {run.folder: _traits(run) for run in (*first, *second)}
+    reference, *others = traits.values()
+    folder = first[0].folder
+    warnings = []
+    for name, text in _CONSEQUENCES.items():
+        for other_folder, other in zip(list(traits)[1:], others, strict=True):
+            if other[name] != reference[name]:
+                warnings.append(
+                    f"{name}: {folder} has {_short(reference[name])}, {other_folder} has {_short(other[name])}; {text}"
+                )
+                break
+    return warnings
+
+
+def _traits(run: RunRecord) -> dict[str, Any]:
+    config, plan = run.config, run.plan
+    section = config.get("evaluate", {})
+    cropped = run.values("data/cropped_share")
+    return {
+        "tokenizer": _tokenizer(run),
+        "validation rows": (plan.get("evaluation_rows"), section.get("tokens"), config.get("data", {}).get("folder")),
+        "row length": plan.get("dims", {}).get("sequence_len"),
+        "cropped share": None if not cropped else round(cropped[-1], 2),
+        "device": _device(run.folder),
+        "layout": tuple(plan.get("layout", {}).values()),
+    }
+
+
+def _tokenizer(run: RunRecord) -> str | None:
+    saved = complete_checkpoints(run.folder)
+    if not saved:
+        return None
+    try:
+        return read_facts(saved[max(saved)]).get("tokenizer", {}).get("fingerprint")
+    except UserError:
+        return None
+
+
+def _device(folder: Path) -> str | None:
+    try:
+        return json.loads((folder / "environment.json").read_bytes())[-1]["device"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def curve_lines(comparison: dict[str, Any]) -> list[str]:
+    """Returns the comparison as lines of text."""
+    sides, metric, value = comparison["runs"], comparison["metric"], comparison["value"]
+    names = [", ".join(Path(run).name for run in side) for side in sides]
+    lasts = [sum(side) / len(side) for side in comparison["last"]]
+    rows = [(metric, "last", "noise of a value")]
+    rows += [
+        (name, f"{last:.4f}", f"{max(noise):.4f}")
+        for name, last, noise in zip(names, lasts, comparison["noise"], strict=True)
+    ]
+    lines = text_table(rows, right=(1, 2))
+    lines.append(f"to {metric} {value:.4f}, which all reach, {names[1]} needs, relative to {names[0]}:")
+    for axis, ratio in comparison["axes"].items():
+        if ratio is None:
+            lines.append(f"  {_WORDS[axis]}: not known there")
+        else:
+            interval = f"{ratio['low']:.3f} to {ratio['high']:.3f}"
+            lines.append(f"  {ratio['value']:.3f} of the {_WORDS[axis]} ({interval}): {ratio['verdict']}")
+    lines.append(f"verdict on {names[1]}: {comparison['verdict']}")
+    if min(comparison["seeds"]) < 2:
+        lines.append(
+            "a side has one run: the intervals show the noise of the curves only, not that from run to run; "
+            "give several seeds per side"
+        )
+    return lines + [f"warning: {text}" for text in comparison["warnings"]]
+
+
+def _short(value: object) -> str:
+    return value[:12] if isinstance(value, str) else str(value)

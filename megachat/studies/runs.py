@@ -1,0 +1,259 @@
+"""What a folder of runs holds: the state of each run, how far it came, its results, and what may be removed."""
+
+import contextlib
+import fcntl
+import fnmatch
+import json
+import os
+import shutil
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megachat.checkpoint.facts import FACTS_NAME, checkpoint_step
+from megachat.errors import UserError
+from megachat.evals.results import load_results
+from megachat.files import (
+    CHECKPOINTS,
+    CONFIG_NAME,
+    EVALUATIONS,
+    LOCK_NAME,
+    METRICS_NAME,
+    PART,
+    PLAN_NAME,
+    SAMPLES,
+    is_locked,
+    list_folder,
+)
+from megachat.studies.metrics import read_metrics, steps_recorded
+
+STATES = ("running", "finished", "stopped", "crashed", "new")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run folder. lines: of metrics.jsonl. config: what differs from the defaults. plan: plan.json.
+
+    state: running (a job holds the folder), finished (all steps are done), stopped (the last step is saved), crashed
+    (steps after the newest checkpoint, or of a run without one, are lost), new (no step is recorded). notes: what could
+    not be read.
+    """
+
+    folder: Path
+    state: str
+    config: Mapping[str, Any]
+    plan: Mapping[str, Any]
+    lines: Sequence[dict]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def step(self) -> int:
+        return steps_recorded(list(self.lines))
+
+    def values(self, key: str) -> list[float]:
+        """Returns the recorded values of a metric, in order."""
+        return [line[key] for line in self.lines if isinstance(line.get(key), int | float)]
+
+
+def is_run(folder: Path) -> bool:
+    """Returns whether the folder is a run's: it has a config and a plan."""
+    return (folder / CONFIG_NAME).is_file() and (folder / PLAN_NAME).is_file()
+
+
+def load_run(folder: Path) -> RunRecord:
+    """Reads a run folder. Raises UserError if it is none; files that cannot be read are noted instead."""
+    if not is_run(folder):
+        raise UserError(f"{folder} is no run folder: it has no {CONFIG_NAME} and {PLAN_NAME}; give runs/NAME")
+    notes: list[str] = []
+
+    def read(name: str) -> dict:
+        try:
+            return dict(json.loads((folder / name).read_bytes()))
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            notes.append(f"{folder / name} cannot be read ({type(error).__name__})")
+            return {}
+
+    config, plan, lines = read(CONFIG_NAME), read(PLAN_NAME), []
+    if (folder / METRICS_NAME).exists():
+        try:
+            lines = [line for line in read_metrics(folder) if isinstance(line.get("step"), int)]
+        except UserError as error:
+            notes.append(str(error))
+    return RunRecord(folder, _state(folder, plan, lines), config, plan, lines, tuple(notes))
+
+
+def _state(folder: Path, plan: Mapping, lines: list[dict]) -> str:
+    if is_locked(folder):
+        return "running"
+    step, saved = steps_recorded(lines), complete_checkpoints(folder)
+    if step >= plan.get("stop_step", float("inf")):
+        return "finished"
+    if not step:
+        return "new"
+    return "stopped" if saved and max(saved) >= step else "crashed"
+
+
+def complete_checkpoints(folder: Path) -> dict[int, Path]:
+    """Returns step -> checkpoint of a run folder's checkpoints that were written to the end."""
+    paths = [path for path in list_folder(folder / CHECKPOINTS) if (path / FACTS_NAME).is_file()]
+    return {step: path for path in paths if (step := checkpoint_step(path)) is not None}
+
+
+def find_runs(folder: Path) -> list[RunRecord]:
+    """Returns the runs in a folder, by name; a run's own folder is one run. Raises UserError if there is none."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder: give the folder of your runs (run.folder), such as runs")
+    folders = [folder] if is_run(folder) else [path for path in list_folder(folder) if is_run(path)]
+    if not folders:
+        raise UserError(f"{folder} contains no run: a run's folder has {CONFIG_NAME} and {PLAN_NAME}")
+    return [load_run(path) for path in folders]
+
+
+# ---- the table
+
+
+def flat_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns "section.key" -> value."""
+    return {
+        f"{section}.{key}": value
+        for section, keys in config.items()
+        if isinstance(keys, Mapping)
+        for key, value in keys.items()
+    }
+
+
+def config_differences(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
+    """Returns the settings that are not the same in all runs -> their values per run, None for the default.
+
+    The names and places of runs, and where the data is, are no differences of recipes.
+    """
+    flat = [flat_config(run.config) for run in runs]
+    keys = sorted({key for settings in flat for key in settings} - {"run.name", "run.folder"})
+    values = {key: [settings.get(key) for settings in flat] for key in keys}
+    return {key: each for key, each in values.items() if any(value != each[0] for value in each)}
+
+
+def run_row(run: RunRecord) -> dict[str, Any]:
+    """Returns the columns of a run in the table, as JSON values; None where the run has no such value."""
+    plan, step = run.plan, run.step
+    bpb, mfu = run.values("val/bpb"), run.values("train/mfu")
+    seconds = [line["total_training_time"] for line in run.lines if "total_training_time" in line]
+    layout = plan.get("layout", {})
+    sizes = {"dp": "data", "tp": "tensor", "pp": "pipeline"}
+    return {
+        "name": run.folder.name,
+        "state": run.state,
+        "step": step,
+        "steps": plan.get("steps"),
+        "bpb": bpb[-1] if bpb else None,
+        "core": _newest_core(run.folder),
+        "tokens": step * plan["tokens_per_step"] if "tokens_per_step" in plan else None,
+        "hours": seconds[-1] / 3600 if seconds else None,
+        "mfu": statistics.fmean(mfu) if mfu else None,
+        "layout": ",".join(f"{short}={layout.get(axis, 1)}" for short, axis in sizes.items() if layout.get(axis, 1) > 1)
+        or "one rank",
+    }
+
+
+def _newest_core(folder: Path) -> float | None:
+    newest: tuple[int, float] | None = None
+    for path in list_folder(folder / EVALUATIONS):
+        with contextlib.suppress(UserError):
+            results = load_results(path) if path.suffix == ".json" else {}
+            value = results.get("core", {}).get("core_metric")
+            if value is not None and (newest is None or results["step"] >= newest[0]):
+                newest = results["step"], value
+    return newest[1] if newest else None
+
+
+def filter_runs(runs: Sequence[RunRecord], filters: Sequence[str]) -> list[RunRecord]:
+    """Returns the runs that pass all filters: NAME patterns (`d4*`), or KEY=VALUE of a column or a setting.
+
+    Raises UserError for a key that no run has.
+    """
+    rows = {run.folder: run_row(run) | flat_config(run.config) for run in runs}
+    kept = list(runs)
+    for text in filters:
+        key, equals, value = text.partition("=")
+        if equals and key not in (known := {name for row in rows.values() for name in row}):
+            raise UserError(f"no run has {key!r} of --filter {text}: known are {', '.join(sorted(known))}")
+        wanted = value if equals else text
+        kept = [
+            run
+            for run in kept
+            if fnmatch.fnmatchcase(_as_text(rows[run.folder].get(key if equals else "name")), wanted)
+        ]
+    return kept
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+# ---- what may go
+
+
+class Leftover(NamedTuple):
+    """A file or folder that a run does not need. why: its kind."""
+
+    path: Path
+    why: str
+    size: int  # bytes
+
+
+UNFINISHED, ASIDE, OLDER = "unfinished writes", "set aside by a resume or as damaged", "checkpoints before the newest"
+
+
+def find_leftovers(runs: Sequence[RunRecord]) -> list[Leftover]:
+    """Returns what may be removed from runs that no job holds. The newest complete checkpoint, metrics, evaluations and
+    samples are never among it.
+    """
+    return [
+        Leftover(path, why, folder_bytes(path))
+        for run in runs
+        if run.state != "running"
+        for path, why in _leftovers_of(run.folder)
+    ]
+
+
+def _leftovers_of(folder: Path) -> Iterator[tuple[Path, str]]:
+    saved = complete_checkpoints(folder)
+    for step in sorted(saved)[:-1]:
+        if not saved[step].is_symlink():
+            yield saved[step], OLDER
+    for inner in (folder, *(folder / kind for kind in (CHECKPOINTS, EVALUATIONS, SAMPLES))):
+        for path in list_folder(inner) if inner.is_dir() else []:
+            if path.name.endswith((PART, ".tmp")):
+                yield path, UNFINISHED
+            elif ".aside" in path.suffixes or ".damaged" in path.suffixes:
+                yield path, ASIDE
+
+
+def folder_bytes(path: Path) -> int:
+    """Returns the size of a file, or of all files below a folder; links count nothing."""
+    if path.is_symlink() or not path.exists():
+        return 0
+    if path.is_file():
+        return path.stat().st_size
+    paths = (Path(inner, name) for inner, _, names in os.walk(path) for name in names)
+    return sum(each.stat().st_size for each in paths if not each.is_symlink() and each.exists())
+
+
+def remove_leftover(leftover: Leftover) -> None:
+    """Removes it, unless a job has started on its run meanwhile. Raises UserError then, or if the system refuses."""
+    run = next(parent for parent in leftover.path.parents if is_run(parent))
+    try:
+        with open(run / LOCK_NAME, "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if leftover.path.is_dir() and not leftover.path.is_symlink():
+                # a half-removed checkpoint must not look complete
+                leftover.path.joinpath(FACTS_NAME).unlink(missing_ok=True)
+                shutil.rmtree(leftover.path)
+            else:
+                leftover.path.unlink(missing_ok=True)
+    except BlockingIOError:
+        raise UserError(f"a job has started on {run}: nothing more of it is removed") from None
+    except OSError as error:
+        raise UserError(f"{leftover.path} cannot be removed ({error.strerror})") from None

@@ -1,0 +1,138 @@
+"""The table of runs, comparisons of run folders, and what may be removed, on folders as the trainer writes them."""
+
+import fcntl
+import json
+
+import pytest
+
+from megachat.checkpoint.facts import write_facts
+from megachat.commands import main as cli
+from megachat.errors import UserError
+from megachat.studies.comparison import compare_curves, curve_lines, load_runs
+from megachat.studies.runs import config_differences, filter_runs, find_runs, load_run, run_row
+
+
+def make_run(folder, *, steps=40, done=40, saved=(40,), speed=1.0, seconds=0.5, **settings):
+    """A run folder with a curve that learns `speed` times as fast and whose steps take `seconds`."""
+    folder.mkdir(parents=True)
+    config = {"run": {"name": folder.name}, "batch": {"tokens": 512}}
+    for key, value in settings.items():
+        section, name = key.split("__")
+        config.setdefault(section, {})[name] = value
+    layout = {"data": 2, "tensor": 1, "pipeline": 1}
+    plan = {"steps": steps, "stop_step": steps, "tokens_per_step": 512, "layout": layout, "dims": {"sequence_len": 64}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "plan.json").write_text(json.dumps(plan))
+    lines = []
+    for step in range(done + 1):
+        totals = {"step": step, "total_training_flops": 1e9 * step, "total_training_time": seconds * max(0, step - 10)}
+        if step % 2 == 0:
+            lines.append(totals | {"val/bpb": 0.8 + 2 * (1 + speed * step / 4) ** -0.5})
+        if step < done:
+            lines.append(totals | {"train/loss": 5.0, "train/mfu": 40.0})
+    text = "".join(json.dumps(line) + "\n" for line in lines) if done else ""
+    (folder / "metrics.jsonl").write_text(text + '{"step": 41, "val/b')  # a running job has not finished this line
+    for step in saved:
+        checkpoint = folder / f"checkpoints/step_{step:06d}"
+        checkpoint.mkdir(parents=True)
+        write_facts(checkpoint, {"step": step, "files": {}, "tokenizer": {"fingerprint": settings.get("print", "a")}})
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    make_run(tmp_path / "runs/base", saved=(20, 40))
+    make_run(tmp_path / "runs/faster", speed=1.3, optimizer__matrix_lr=0.03)
+    make_run(tmp_path / "runs/half", done=20, saved=(20,))
+    make_run(tmp_path / "runs/dead", done=30, saved=(20,))
+    make_run(tmp_path / "runs/fresh", done=0, saved=())
+    return tmp_path / "runs"
+
+
+def test_states_and_results(runs):
+    with open(runs / "half/lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert load_run(runs / "half").state == "running"
+    records = find_runs(runs)
+    assert {run.folder.name: run.state for run in records} == {
+        "base": "finished",
+        "dead": "crashed",
+        "faster": "finished",
+        "fresh": "new",
+        "half": "stopped",
+    }
+    row = run_row(records[0])
+    assert (row["step"], row["steps"], row["tokens"], row["layout"], row["mfu"]) == (40, 40, 20480, "dp=2", 40.0)
+    assert row["hours"] == pytest.approx(15 / 3600) and row["bpb"] == pytest.approx(0.8 + 2 * 11**-0.5)
+    assert config_differences(records) == {"optimizer.matrix_lr": [None, None, 0.03, None, None]}
+    assert [run.folder.name for run in filter_runs(records, ["f*", "state=finished"])] == ["faster"]
+    assert [run.folder.name for run in filter_runs(records, ["optimizer.matrix_lr=0.03"])] == ["faster"]
+    with pytest.raises(UserError, match="no run has 'optimizer.lr'"):
+        filter_runs(records, ["optimizer.lr=1"])
+
+
+def test_damaged_files_are_noted_and_do_not_hide_the_other_runs(runs):
+    (runs / "dead/plan.json").write_text("{")
+    (runs / "half/metrics.jsonl").write_text("no json\n")
+    notes = [note for run in find_runs(runs) for note in run.notes]
+    assert len(notes) == 2 and "plan.json" in notes[0] and "metrics.jsonl line 1 is damaged" in notes[1]
+
+
+def test_a_faster_recipe_is_better_on_steps_and_flops_alone(runs):
+    first, second = load_runs([runs / "base"]), load_runs([runs / "faster"])
+    comparison = compare_curves(first, second)
+    assert comparison["axes"]["steps"]["value"] == pytest.approx(1 / 1.3, rel=0.02)
+    assert comparison["verdict"] == "better" and comparison["warnings"] == []
+    text = "\n".join(curve_lines(comparison))
+    assert "verdict on faster: better" in text and "a side has one run" in text
+    with pytest.raises(UserError, match="given twice"):
+        load_runs([runs / "base", runs / "base"])
+
+
+def test_the_command_lists_compares_and_cleans(runs, capsys, monkeypatch):
+    make_run(runs / "long_rows", data__folder="elsewhere")
+    plan = json.loads((runs / "long_rows/plan.json").read_text())
+    (runs / "long_rows/plan.json").write_text(json.dumps(plan | {"dims": {"sequence_len": 128}}))
+
+    def call(*words):
+        cli.start(words[0], [str(word) for word in words[1:]], "megachat")
+        return capsys.readouterr().out
+
+    table = call("runs", runs, "--sort", "bpb").splitlines()
+    assert table[1].startswith("faster") and "optimizer.matrix_lr=0.03" in table[1]
+    assert [row["name"] for row in json.loads(call("runs", runs, "--filter", "fr*", "--json"))] == ["fresh"]
+    said = call("compare", runs / "base", runs / "long_rows")
+    assert "warning: row length" in said and "warning: validation rows" in said and "CORE is not compared" in said
+    assert json.loads(call("compare", runs / "base", runs / "faster", "--json"))["curves"]["verdict"] == "better"
+    with pytest.raises(UserError, match="--strict: validation rows"):
+        call("compare", runs / "base", runs / "long_rows", "--strict")
+
+    for name in ("base/checkpoints/step_000060.aside", "base/checkpoints/step_000041.tmp"):
+        (runs / name).mkdir()
+    (runs / "base/config.json.part").write_text("x" * 1000)
+    monkeypatch.setattr("sys.stdin", open("/dev/null"))
+    said = call("runs", runs, "--clean")
+    assert said.count("nobody can be asked here") == 3 and (runs / "base/checkpoints/step_000020").exists()
+    with open(runs / "base/lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert call("runs", runs, "--clean") == "nothing to remove\n"
+    call("runs", runs, "--clean", "--yes")
+    assert sorted(path.name for path in (runs / "base").rglob("*") if path.is_dir()) == ["checkpoints", "step_000040"]
+    assert not (runs / "base/config.json.part").exists() and (runs / "base/metrics.jsonl").exists()
+    assert {run.state for run in find_runs(runs)} == {"finished", "stopped", "crashed", "new"}
+
+
+@pytest.mark.parametrize(
+    "words, problem",
+    [
+        (["runs", "nowhere"], "nowhere is no folder"),
+        (["runs", "."], "contains no run"),
+        (["runs", ".", "--yes"], "--yes belongs to --clean"),
+        (["compare", "a"], "1 runs were given"),
+        (["compare", "a", "b"], "a does not exist"),
+    ],
+)
+def test_mistakes(words, problem, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=problem):
+        cli.start(words[0], words[1:], "megachat")
