@@ -14,7 +14,7 @@ from megachat.parallel.engine import start_collectives
 from megachat.parallel.mesh import build_mesh
 from megachat.planning.plan import resolve_without_text
 from megachat.programs.verify_layout import related_rows
-from megachat.train.build import Training, build_training
+from megachat.train.build import TrainingModel, build_training_model
 from megachat.train.state import state_pieces
 from megachat.train.step import update
 
@@ -44,32 +44,32 @@ def small_config(**changes: dict) -> Config:
     return Config.model_validate(merged)
 
 
-def build(config: Config, vocab_size: int) -> Training:
+def build(config: Config, vocab_size: int) -> TrainingModel:
     """On the ranks that torch.distributed already has."""
     start_collectives(torch.device("cpu"), "gloo", timedelta(seconds=600))
     mesh = build_mesh(torch.device("cpu"), tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
     plan = resolve_without_text(config, mesh.world.size, vocab_size)
-    return build_training(config, plan, mesh, torch.ones(vocab_size, dtype=torch.int64))
+    return build_training_model(config, plan, mesh, torch.ones(vocab_size, dtype=torch.int64))
 
 
-def rows_of_rank(training: Training, rows: torch.Tensor) -> torch.Tensor:
+def rows_of_rank(training: TrainingModel, rows: torch.Tensor) -> torch.Tensor:
     """This rank's rows of a step, dealt as the loader deals them."""
     return rows[training.mesh.data.rank :: training.mesh.data.size]
 
 
-def take_step(training: Training, rows: torch.Tensor, **how) -> tuple[float, float, bool]:
+def take_step(training: TrainingModel, rows: torch.Tensor, **how) -> tuple[float, float, bool]:
     """(loss, joint norm, skipped) of one step over all ranks. how: further arguments of train.step.update."""
     loss, outcome = update(training, rows_of_rank(training, rows), **how)
     training.muon.wait_for_gather()
     return loss.item(), outcome.norm, outcome.skipped
 
 
-def whole_state(training: Training) -> dict[str, torch.Tensor]:
+def whole_state(training: TrainingModel) -> dict[str, torch.Tensor]:
     """Every state tensor by checkpoint name, assembled from all ranks, on every rank."""
     return assembled(state_pieces(training), training)
 
 
-def assembled(pieces: dict, training: Training) -> dict[str, torch.Tensor]:
+def assembled(pieces: dict, training: TrainingModel) -> dict[str, torch.Tensor]:
     """Whole tensors by name from all ranks' rectangles, on every rank; what several ranks hold must be equal to the
     bit.
     """
@@ -88,7 +88,7 @@ def assembled(pieces: dict, training: Training) -> dict[str, torch.Tensor]:
     return whole
 
 
-def load_whole_state(training: Training, whole: dict[str, torch.Tensor], adamw_step: int) -> None:
+def load_whole_state(training: TrainingModel, whole: dict[str, torch.Tensor], adamw_step: int) -> None:
     """Write whole tensors into the ranks' shards, as a checkpoint load does."""
     with torch.no_grad():
         for name, (_, rectangles) in state_pieces(training).items():

@@ -45,7 +45,7 @@ class Evaluator:
 
 
 def build_evaluator(model) -> Evaluator:
-    """Returns the Evaluator of a train.build.Training or a train.weights.EvaluationModel."""
+    """Returns the Evaluator of a train.build.TrainingModel or a train.weights.EvaluationModel."""
     limit, sequence = row_limit(model.plan.dims, model.config.evaluate), model.config.parallel.sequence
     return Evaluator(model.engine, model.plan.dims, model.mesh, limit, sequence)
 

@@ -49,8 +49,8 @@ from megachat.train.trainer import Trainer
 
 
 @dataclass(frozen=True)
-class Job:
-    """A job whose inputs were checked on this rank, before the ranks connect to each other."""
+class JobInputs:
+    """The inputs of a job, checked on this rank before the ranks connect to each other."""
 
     config: Config
     folder: Path  # the run folder
@@ -115,7 +115,7 @@ def run_job(
 ) -> int:
     """Runs the job of a config that has a run name; see `pretrain`. begin: time.perf_counter() at its start."""
     begin, environment = begin or time.perf_counter(), bootstrap_environment()
-    job = _check_job(config, environment, resume, elastic)
+    job = _check_inputs(config, environment, resume, elastic)
     if job is None:
         return 0
     with (
@@ -144,7 +144,9 @@ def _named_config(config: Config, default: str) -> Config:
     return config.model_copy(update={"run": config.run.model_copy(update={"name": config.run.name or default})})
 
 
-def _check_job(config: Config, environment: LaunchEnvironment, resume: str | None, elastic: bool) -> Job | None:
+def _check_inputs(
+    config: Config, environment: LaunchEnvironment, resume: str | None, elastic: bool
+) -> JobInputs | None:
     """Checks everything that this rank can check alone. Returns the job, or None if the rank is not needed (elastic).
 
     Raises UserError.
@@ -179,10 +181,10 @@ def _check_job(config: Config, environment: LaunchEnvironment, resume: str | Non
     memory, *warnings = described_memory(config, plan, device, environment.local_size)
     if environment.rank == 0 and warnings:
         print(*warnings, sep="\n", flush=True)  # printed now: a job that runs out of memory during the build has no log
-    return Job(config, folder, environment, tokenizer, plan, data, bundle, kernels, memory, left_out)
+    return JobInputs(config, folder, environment, tokenizer, plan, data, bundle, kernels, memory, left_out)
 
 
-def _agreed_checkpoint(job: Job, resume: str | None, mesh: Mesh) -> tuple[Path | None, dict | None, list[str]]:
+def _agreed_checkpoint(job: JobInputs, resume: str | None, mesh: Mesh) -> tuple[Path | None, dict | None, list[str]]:
     """Returns the checkpoint to resume from, its facts and notes for the log; all ranks call it and agree."""
     with mesh.world.progress.long_running("start-up"):
         checkpoint, notes = choose_checkpoint(job.folder, resume, mesh.world)
@@ -191,7 +193,7 @@ def _agreed_checkpoint(job: Job, resume: str | None, mesh: Mesh) -> tuple[Path |
     return checkpoint, facts, notes
 
 
-def _plan_with_allocation(job: Job, facts: dict | None, mesh: Mesh) -> Plan:
+def _plan_with_allocation(job: JobInputs, facts: dict | None, mesh: Mesh) -> Plan:
     """Returns the plan with the rows of its lookup tables allocated, if it has any; all ranks call it."""
     if job.plan.dims.lookup is None:
         return job.plan
@@ -200,7 +202,7 @@ def _plan_with_allocation(job: Job, facts: dict | None, mesh: Mesh) -> Plan:
     return resolve(job.config, mesh.world.size, job.plan.dims.vocab_size, lookup)
 
 
-def _build(job: Job, checkpoint: Path | None, facts: dict | None, mesh: Mesh) -> tuple[Run, list[str]]:
+def _build(job: JobInputs, checkpoint: Path | None, facts: dict | None, mesh: Mesh) -> tuple[Run, list[str]]:
     """Returns the run with initial weights and its loader at the checkpoint's documents, and notes for the log."""
     with mesh.world.progress.long_running("start-up"):
         documents, notes = None, list[str]()

@@ -31,7 +31,7 @@ from megachat.place import Place, place_of
 from megachat.planning.dimensions import up_to_multiple
 from megachat.planning.plan import resolve_without_text
 from megachat.schedule import weight_decay_multiplier
-from megachat.train.build import Training, build_training
+from megachat.train.build import TrainingModel, build_training_model
 from megachat.train.state import state_pieces
 from megachat.train.step import set_schedules, update
 
@@ -95,7 +95,7 @@ def verification_config(
     return config_from_values(sections, "the scaled config")
 
 
-def warm_up(training: Training) -> None:
+def warm_up(training: TrainingModel) -> None:
     """Adds noise to every matrix and table, keyed by name. nanochat's zero starting matrices give nearly singular first
     gradients, whose orthogonalization magnifies rounding, in one process too."""
     with torch.no_grad():
@@ -121,7 +121,7 @@ def related_rows(step: int, rows: int, tokens: int, vocab_size: int) -> torch.Te
     return (torch.randint(0, vocab_size, (rows, 1), generator=generator) + steps.cumsum(1)) % vocab_size
 
 
-def gradient_pieces(training: Training) -> dict:
+def gradient_pieces(training: TrainingModel) -> dict:
     """Copies this rank's part of the step's mean gradients as named rectangles; for `inspect_gradients` of
     train.step.update. Over all ranks, each element exists once."""
     shares, row_gradients = training.engine.adamw.gradient_shares(), training.rows.gradient_shards()
@@ -131,7 +131,7 @@ def gradient_pieces(training: Training) -> dict:
     return _copied(pieces)
 
 
-def _live_gradients(training: Training, shares: list[torch.Tensor], row_gradients: list[RowShard]) -> dict:
+def _live_gradients(training: TrainingModel, shares: list[torch.Tensor], row_gradients: list[RowShard]) -> dict:
     """Returns this rank's mean gradients as named rectangles. Muon's are live; AdamW's and those of rows are views of
     the arguments.
     """
@@ -148,7 +148,7 @@ def _live_gradients(training: Training, shares: list[torch.Tensor], row_gradient
     return pieces
 
 
-def _live_weights(training: Training) -> dict:
+def _live_weights(training: TrainingModel) -> dict:
     return {name.removeprefix("model/"): p for name, p in state_pieces(training).items() if name.startswith("model/")}
 
 
@@ -159,7 +159,7 @@ def _copied(pieces: dict) -> dict:
     }
 
 
-def _replicated(training: Training) -> set[str]:
+def _replicated(training: TrainingModel) -> set[str]:
     """Returns the names of the parameters of which each rank of the tensor axis has a copy."""
     fragments = training.engine.adamw.fragments()
     return {place_of(parameter).name for parameter, *_ in fragments if place_of(parameter).cut == "whole"}
@@ -173,7 +173,7 @@ def run_rank(config: Config, vocab_size: int, device: torch.device, folder: Path
     """
     mesh = start_mesh(config, device)
     plan = resolve_without_text(config, mesh.world.size, vocab_size)
-    training = build_training(config, plan, mesh, torch.ones(vocab_size, dtype=torch.int64))
+    training = build_training_model(config, plan, mesh, torch.ones(vocab_size, dtype=torch.int64))
     warm_up(training)
     copies = _replicated(training) if mesh.tensor.rank else set()
     for step in range(STEPS):

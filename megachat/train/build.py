@@ -48,7 +48,7 @@ from megachat.train.compiled import apply_compile
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingModel:
     """All that a training step needs: the model, its engine and the optimizers.
 
     layers: this rank's pipeline stage, cut by the tensor axis. rows: the tables that they read.
@@ -67,8 +67,8 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Run(Training):
-    """Training with its run folder and its data."""
+class Run(TrainingModel):
+    """A TrainingModel with its run folder and its data."""
 
     folder: Path
     tokenizer: Tokenizer
@@ -88,9 +88,9 @@ def model_options(config: Config, compute_dtype: torch.dtype, attend: Attend = a
     )
 
 
-def build_training(
+def build_training_model(
     config: Config, plan: Plan, mesh: Mesh, token_bytes: torch.Tensor, kernels: Kernels | None = None
-) -> Training:
+) -> TrainingModel:
     """Builds model, optimizers and engine with their initial values; all ranks call it.
 
     token_bytes: int [vocab_size], for bits per byte. kernels: as choose_kernels returned them, chosen here by default.
@@ -138,7 +138,7 @@ def build_training(
     )
     if config.precision.compile:
         apply_compile(layers)
-    return Training(config, plan, mesh, layers, engine, muon, rows, dtype, reason, kernels)
+    return TrainingModel(config, plan, mesh, layers, engine, muon, rows, dtype, reason, kernels)
 
 
 def build_stage(
@@ -233,9 +233,9 @@ def build_run(
 ) -> Run:
     """Builds the run on every rank; a checkpoint may be loaded into it afterwards.
 
-    loader_state: of this rank, as train.documents returned it. kernels: see build_training. Raises UserError.
+    loader_state: of this rank, as train.documents returned it. kernels: see build_training_model. Raises UserError.
     """
-    training = build_training(config, plan, mesh, torch.from_numpy(tokenizer.token_bytes()), kernels)
+    training = build_training_model(config, plan, mesh, torch.from_numpy(tokenizer.token_bytes()), kernels)
     loader = build_loader(config, plan, mesh, tokenizer, loader_state)
     return Run(**vars(training), folder=folder, tokenizer=tokenizer, loader=loader, bundle=bundle)
 

@@ -29,7 +29,7 @@ from megachat.place import place_of
 from megachat.planning.dimensions import saved_dimensions
 from megachat.planning.plan import Plan
 from megachat.settings import NgramConfig
-from megachat.train.build import Run, Training
+from megachat.train.build import Run, TrainingModel
 from megachat.train.changes import saved_flops
 
 
@@ -60,7 +60,7 @@ class LoopState:
         return cls(**values)
 
 
-def state_pieces(run: Training, *, replicas: bool = True) -> dict:
+def state_pieces(run: TrainingModel, *, replicas: bool = True) -> dict:
     """Returns every tensor of the state as this rank's named rectangles; weights are the float32 masters.
 
     Ranks of the tensor axis each hold a copy of what the axis does not cut. With replicas=False only tensor rank 0

@@ -15,7 +15,7 @@ from megachat.optim.joint import NO_REQUESTS, Requests, StepOutcome, optimizer_s
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.progress import profile_range
 from megachat.schedule import scheduled_values
-from megachat.train.build import Run, Training
+from megachat.train.build import Run, TrainingModel
 
 _RATE_OF_GROUP = {group.name: group.rate for group in GROUPS}
 
@@ -36,7 +36,7 @@ class StepResult:
     requests: Requests
 
 
-def set_schedules(run: Training, step: int) -> float:
+def set_schedules(run: TrainingModel, step: int) -> float:
     """Sets all optimizers' rates, decay and momentum for the step; returns the rate multiplier."""
     plan = run.plan
     values = scheduled_values(run.config.optimizer, step, plan.steps)
@@ -59,7 +59,7 @@ def micro_batches(rows: torch.Tensor, micro_rows: int) -> Iterator[tuple[torch.T
 
 
 def update(
-    run: Training,
+    run: TrainingModel,
     rows: torch.Tensor,
     *,
     requests: Requests = NO_REQUESTS,

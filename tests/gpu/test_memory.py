@@ -6,7 +6,7 @@ import torch
 from megachat.planning.memory import memory_of_stages
 from megachat.planning.plan import resolve
 from megachat.programs.verify_layout import related_rows
-from megachat.train.build import build_training
+from megachat.train.build import build_training_model
 from megachat.train.step import set_schedules
 from tests.gpu.fp8 import need_fp8
 from tests.gpu.test_model import mesh  # noqa: F401
@@ -30,7 +30,7 @@ def test_a_step_needs_what_is_estimated(fp8, rows, mesh, report):  # noqa: F811
     plan = resolve(config, 1, 32768)
     (estimate,) = memory_of_stages(config, plan, torch.bfloat16)
     before = torch.cuda.memory_allocated()
-    training = build_training(config, plan, mesh, torch.ones(32768, dtype=torch.int64))
+    training = build_training_model(config, plan, mesh, torch.ones(32768, dtype=torch.int64))
     for step in range(2):
         set_schedules(training, step)
         torch.cuda.reset_peak_memory_stats()

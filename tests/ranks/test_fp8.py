@@ -9,7 +9,7 @@ import torch
 from megachat.evals.bpb import ValidationRows, bits_per_byte
 from megachat.place import place_of
 from megachat.programs.verify_layout import gradient_pieces, warm_up
-from megachat.train.build import build_training
+from megachat.train.build import build_training_model
 from megachat.train.step import set_schedules
 from tests.harness import run_ranks
 from tests.training import assembled, build, load_whole_state, random_rows, small_config, take_step, whole_state
@@ -63,7 +63,7 @@ def train_then_evaluate_without(config, plain):
     training, started, losses, norms, gradients = train(config)
     bf16_bits, state = bits(training), whole_state(training)
     products = sum(getattr(module, "product", None) is not None for module in training.layers.modules())
-    other = build_training(plain, training.plan, training.mesh, torch.ones(VOCAB, dtype=torch.int64))
+    other = build_training_model(plain, training.plan, training.mesh, torch.ones(VOCAB, dtype=torch.int64))
     load_whole_state(other, state, STEPS)
     wanted_bits = bits(other)
     load_whole_state(other, started, 0)

@@ -47,7 +47,7 @@ FAULTS = {  # -> layout, sequence parallelism, the faulty ranks, what is named
 
 
 def run_rank(fault, config, vocab_size, device, folder, reference) -> None:
-    build = verify_layout.build_training
+    build = verify_layout.build_training_model
 
     def build_with_fault(*arguments):
         training = build(*arguments)
@@ -55,7 +55,7 @@ def run_rank(fault, config, vocab_size, device, folder, reference) -> None:
             fault(training)
         return training
 
-    verify_layout.build_training = build_with_fault if fault else build
+    verify_layout.build_training_model = build_with_fault if fault else build
     verify_layout.run_rank(config, vocab_size, device, folder, reference)
 
 

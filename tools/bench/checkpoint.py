@@ -31,25 +31,25 @@ from megachat.job.local_ranks import rank_parser, require_ranks, run_with_torchr
 from megachat.parallel.collectives import all_gather_objects, barrier  # noqa: E402
 from megachat.planning.plan import resolve  # noqa: E402
 from megachat.programs.verify_layout import related_rows  # noqa: E402
-from megachat.train.build import Training, build_training  # noqa: E402
+from megachat.train.build import TrainingModel, build_training_model  # noqa: E402
 from megachat.train.state import state_pieces  # noqa: E402
 from megachat.train.step import set_schedules, update  # noqa: E402
 
 
-def build_and_step(arguments: Namespace) -> Training:
+def build_and_step(arguments: Namespace) -> TrainingModel:
     """Builds the training and takes one step, so that no state is zero."""
     environment = bootstrap_environment()
     config = load_config(arguments.config, arguments.set)
     # before the mesh, so that a layout that does not fit is refused first
     plan = resolve(config, environment.world_size, config.model.vocab_size or arguments.vocab_size)
     mesh = start_mesh(config, choose_device(environment))
-    training = build_training(config, plan, mesh, torch.ones(plan.dims.vocab_size, dtype=torch.int64))
+    training = build_training_model(config, plan, mesh, torch.ones(plan.dims.vocab_size, dtype=torch.int64))
     set_schedules(training, 0)
     take_step(training)
     return training
 
 
-def take_step(training: Training, before_update=None) -> None:
+def take_step(training: TrainingModel, before_update=None) -> None:
     """Takes one optimizer step on this rank's rows."""
     plan, data = training.plan, training.mesh.data
     rows = related_rows(0, plan.rows_per_step, plan.dims.sequence_len + 1, plan.dims.vocab_size)[data.rank :: data.size]
@@ -59,7 +59,7 @@ def take_step(training: Training, before_update=None) -> None:
 class Timings:
     """Collects the seconds of each action in each round, of the slowest rank."""
 
-    def __init__(self, training: Training):
+    def __init__(self, training: TrainingModel):
         self.world = training.mesh.world
         self.seconds: dict[str, list[float]] = {}
 
@@ -88,7 +88,7 @@ def save_with_torch(state: dict, path: Path, *, sync: bool) -> None:
         sync_to_disk(path.parent)
 
 
-def measure_round(training: Training, saver: Saver, state: dict, folder: Path, timings: Timings) -> dict[str, int]:
+def measure_round(training: TrainingModel, saver: Saver, state: dict, folder: Path, timings: Timings) -> dict[str, int]:
     """Saves and loads once each way. Returns the bytes on disk."""
     world, pieces = training.mesh.world, state_pieces(training, replicas=False)
     torch_file = folder / f"rank_{world.rank}.pt"
@@ -130,7 +130,7 @@ def measure_round(training: Training, saver: Saver, state: dict, folder: Path, t
     return {"ours": ours_bytes, "torch.save": torch_bytes}
 
 
-def least_bytes(training: Training) -> int:
+def least_bytes(training: TrainingModel) -> int:
     """Returns the bytes of the state: master, momentum and second moments of Muon; master and two moments of AdamW."""
     parameters = training.plan.parameters
     others = parameters["total"] - parameters["matrices"]
@@ -142,7 +142,7 @@ def least_bytes(training: Training) -> int:
     return 8 * parameters["matrices"] + 12 * others + 4 * sum(torch.Size(shape).numel() for shape in moments.values())
 
 
-def _second_moments(training: Training) -> dict[str, tuple[int, ...]]:
+def _second_moments(training: TrainingModel) -> dict[str, tuple[int, ...]]:
     return {
         name: tuple(shape) for name, (shape, _) in state_pieces(training).items() if name.endswith("/second_moment")
     }

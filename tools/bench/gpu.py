@@ -100,13 +100,13 @@ def build_megachat_step(case: dict, device):
     from megachat.parallel.mesh import build_mesh
     from megachat.planning.plan import resolve
     from megachat.programs.verify_layout import related_rows
-    from megachat.train.build import build_training
+    from megachat.train.build import build_training_model
     from megachat.train.step import set_schedules, update
 
     start_collectives(device, collective_backend(device), timedelta(seconds=600))
     config = case_config(case)
     plan = resolve(config, 1, VOCAB)
-    training = build_training(config, plan, build_mesh(device), torch.ones(VOCAB, dtype=torch.int64))
+    training = build_training_model(config, plan, build_mesh(device), torch.ones(VOCAB, dtype=torch.int64))
     if case["linears"] == "te bf16":
         for linear in (
             module

@@ -35,7 +35,7 @@ from megachat.planning.memory import memory_of_stages
 from megachat.planning.plan import resolve
 from megachat.prepare.lookup_allocation import sample_documents
 from megachat.text import text_table
-from megachat.train.build import build_training
+from megachat.train.build import build_training_model
 from megachat.train.lookup_rows import read_or_allocate, with_allocation
 from megachat.train.step import set_schedules, update
 from tools.bench.lookup_picture import draw_curves
@@ -177,7 +177,7 @@ def time_variants(arguments: Namespace, variants: Sequence[str]) -> dict[str, di
         if plan.dims.lookup:
             allocation = read_or_allocate(config, plan.dims.lookup.rows, tokenizer)
             plan = resolve(config, 1, tokenizer.vocab_size, with_allocation(plan.dims.lookup, allocation))
-        training = build_training(config, plan, mesh, torch.from_numpy(tokenizer.token_bytes()))
+        training = build_training_model(config, plan, mesh, torch.from_numpy(tokenizer.token_bytes()))
         set_schedules(training, 0)
         rows = first_rows(arguments.data, tokenizer, (plan.rows_per_step, plan.dims.sequence_len + 1))
         actions[name] = lambda training=training, rows=rows: update(training, rows)[0].item()

@@ -13,7 +13,7 @@ from megachat.kernels.attention import attention, windowed_attention
 from megachat.parallel.engine import start_collectives
 from megachat.parallel.mesh import build_mesh
 from megachat.planning.plan import Plan, resolve
-from megachat.train.build import build_training
+from megachat.train.build import build_training_model
 from megachat.train.step import set_schedules, update
 from tools.bench.live_bytes import LiveBytes
 from tools.bench.turns import compare_rates, time_in_turn
@@ -34,7 +34,7 @@ def build_steps(sides: dict[str, tuple[Config, Plan]], rows: torch.Tensor | None
     start_collectives(device, collective_backend(device), timedelta(seconds=600))
     mesh, actions = build_mesh(device), {}
     for name, (config, plan) in sides.items():
-        training = build_training(config, plan, mesh, torch.ones(plan.dims.vocab_size, dtype=torch.int64))
+        training = build_training_model(config, plan, mesh, torch.ones(plan.dims.vocab_size, dtype=torch.int64))
         set_schedules(training, 0)
         given = random_rows(plan) if rows is None else rows
         actions[name] = lambda training=training, given=given: update(training, given)[0].item()
