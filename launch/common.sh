@@ -44,6 +44,20 @@ master_port() {
         python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
 }
 
+# Prints the number of ranks of a --layout among the arguments, such as 4 for --layout tp=2,pp=2; nothing without one.
+layout_ranks() {
+    local word previous="" size ranks=""
+    for word in "$@"; do
+        [ "$previous" != --layout ] || word=--layout=$word
+        if [[ $word =~ ^--layout=([a-z]+=[0-9]{1,4},?)+$ ]]; then
+            word=${word#--layout=} ranks=1
+            for size in ${word//,/ }; do ranks=$((ranks * 10#${size#*=})); done
+        fi
+        previous=$word
+    done
+    echo "$ranks"
+}
+
 use_venv() { command -v "$1" >/dev/null || PATH="$root/.venv/bin:$PATH"; }
 
 # Gives the ranks that the script starts a new secret, unless the user gave them one (docs/multinode.md).

@@ -14,7 +14,7 @@ from tests.runs.forked import Ranks
 from tests.runs.job import BIN, ROOT, begin, command, finish, free_port, losses
 
 DOORS = ("data.sh", "tensor.sh", "pipeline.sh", "three_d.sh")  # each calls run.sh with a layout
-SCRIPTS = ("run.sh", *DOORS, "hostfile.sh", "no_ssh.sh", "mpirun.sh", "slurm.sbatch")
+SCRIPTS = ("run.sh", *DOORS, "hostfile.sh", "no_ssh.sh", "mpirun.sh", "torchrun.sh", "slurm.sbatch")
 IN_PATH = {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
 
 
@@ -120,12 +120,32 @@ def test_what_each_script_starts_on_a_machine_without_gpus(stubs):
         ("run.sh", {"TENSOR": "2", "PIPELINE": "2"}, 4, f"{tensor.format(2)} {pipeline.format(2)}"),
         ("three_d.sh", {}, 4, f"{tensor.format(2)} {pipeline.format(2)}"),
         ("three_d.sh", {"TENSOR": "4", "RANKS": "16"}, 16, f"{tensor.format(4)} {pipeline.format(2)}"),
+        ("run.sh --layout tp=2,pp=3", {}, 6, "--layout tp=2,pp=3"),
+        ("run.sh --layout=dp=3", {}, 3, "--layout=dp=3"),
+        ("run.sh --layout tp=2", {"RANKS": "8"}, 8, "--layout tp=2"),
+        ("run.sh --layout tp=two", {}, 2, "--layout tp=two"),  # pretrain explains the mistake
     ):
-        line = [stubs / "bash", ROOT / "launch" / script, "x.json", "--set", "log.every=2"]
+        script, *more = script.split()
+        line = [stubs / "bash", ROOT / "launch" / script, "x.json", *more, "--set", "log.every=2"]
         variables = {"PATH": str(stubs), "MASTER_PORT": "1234"} | layout
         done = subprocess.run(line, env=variables, capture_output=True, text=True)
         start = f"cpu --quiet --num_accelerators {ranks} --master_port 1234"
         assert (done.stdout.split(), done.stderr) == (f"{start} {pretrain} {options} --set log.every=2".split(), "")
+
+
+def test_what_torchrun_starts_on_each_machine(stubs):
+    (stubs / "torchrun").write_text('#!/bin/sh\necho "${#MEGACHAT_SECRET} $*"\n')
+    (stubs / "torchrun").chmod(0o755)
+    line = [stubs / "bash", ROOT / "launch/torchrun.sh", "worker-1:29400", "x.json", "--set", "log.every=2"]
+    meet = "--rdzv-backend c10d --rdzv-endpoint worker-1:29400 --rdzv-id"
+    program, last = "launch/pretrain.py --config x.json", "--set log.every=2"
+    for variables, start, layout in (
+        ({}, f"64 --nnodes 1 --nproc-per-node 1 {meet} megachat", ""),
+        ({"NODES": "2", "RANKS": "4", "JOB": "b"}, f"0 --nnodes 2 --nproc-per-node 4 {meet} b", ""),
+        ({"NODES": "2", "TENSOR": "2"}, f"0 --nnodes 2 --nproc-per-node 1 {meet} megachat", "--set parallel.tensor=2"),
+    ):
+        done = subprocess.run(line, env={"PATH": str(stubs)} | variables, capture_output=True, text=True)
+        assert (done.stdout.split(), done.stderr) == (f"{start} {program} {layout} {last}".split(), "")
 
 
 def test_scripts_take_a_free_port_and_find_files_from_any_folder(stubs, tmp_path):

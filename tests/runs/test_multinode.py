@@ -80,20 +80,9 @@ def test_without_ssh_and_with_host_names_that_are_loopback_addresses(tmp_path, t
         for done in on_both(network, both, [command(place, "no_ssh")] * 2):
             assert done.status == 0, done.out + done.err
         assert losses(place.runs / "no_ssh") == losses(two)
-        line = [
-            "torchrun",
-            "--nnodes",
-            2,
-            "--nproc-per-node",
-            1,
-            "--rdzv-backend",
-            "c10d",
-            "--rdzv-endpoint",
-            "host-a:29400",
-            "--rdzv-id",
-            "job",
-        ]
-        started = [begin(network.at(host, [*line, *command(place, "torchrun")])) for host in network.pids]
+        line = ["bash", "launch/torchrun.sh", "host-a:29400", *command(place, "torchrun")[2:]]
+        variables = {"NODES": "2", "RANKS": "1"}
+        started = [begin(network.at(host, line, **variables)) for host in network.pids]
         for done in [finish(process) for process in started]:
             assert done.status == 0, done.out + done.err
         assert losses(place.runs / "torchrun") == losses(two)
