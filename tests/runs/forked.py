@@ -60,7 +60,7 @@ def free_port() -> int:
             return port
 
 
-class _Output:
+class Output:
     """One stream of all ranks, read while they write."""
 
     def __init__(self, context):
@@ -96,7 +96,7 @@ class Ranks:
     ):
         context = warm_context()
         self.world, port, self.processes, self.pids = world, free_port(), [], []
-        self._out, self._err = _Output(context), _Output(context)
+        self._out, self._err = Output(context), Output(context)
         for rank in range(world) if start is None else start:
             launch = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
             launch |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

@@ -103,7 +103,8 @@ def begin(line: list, variables: dict[str, str] | None = None) -> subprocess.Pop
     )
 
 
-def finish(process: subprocess.Popen) -> Done:
+def finish(process) -> Done:
+    """Waits for the end of a subprocess.Popen or a warm.Launcher."""
     try:
         out, err = process.communicate(timeout=limit_s())
     except subprocess.TimeoutExpired:

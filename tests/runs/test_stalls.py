@@ -18,6 +18,7 @@ from megachat.errors import LOST_RANK_STATUS, STALL_STATUS
 from tests.limits import limit_s
 from tests.runs.forked import Ranks
 from tests.runs.job import ROOT, Done, Place, begin, command, finish, launched, metrics, processes_of, until
+from tests.runs.warm import Launcher
 
 LONG = {
     "horizon": {"steps": 50_000},
@@ -31,7 +32,7 @@ OUR_FRAME = re.compile(
 )  # in a traceback; packages may lie in the clone too
 
 
-def until_training(process: subprocess.Popen, run: Path) -> None:
+def until_training(process: subprocess.Popen | Launcher, run: Path) -> None:
     """The first step, in which the watch is more patient, is over."""
     until(lambda: process.poll() is not None or (run / "metrics.jsonl").exists() and len(metrics(run)) > 1, "step 20")
     assert process.poll() is None, finish(process)
@@ -40,10 +41,10 @@ def until_training(process: subprocess.Popen, run: Path) -> None:
 class Job:
     """A job of two ranks that trains; `end` leaves nothing of it behind, whatever the test found."""
 
-    def __init__(self, place: Place, name: str, launcher: str, **parallel):
-        program = command(place, name, config=LONG | {"parallel": parallel})
+    def __init__(self, place: Place, name: str, launcher: str, warm: bool):
+        program = command(place, name, config=LONG)
         self.config, self.run = program[2], place.runs / name
-        self.launcher = begin(launched(launcher, 2, program))
+        self.launcher = (Launcher if warm else begin)(launched(launcher, 2, program))
         try:
             until_training(self.launcher, self.run)
         except BaseException:
@@ -73,7 +74,7 @@ class Job:
     "launcher, rank", [("deepspeed", 0), ("deepspeed", 1), ("torchrun", 0), ("torchrun", 1), ("mpirun", 1)]
 )
 def test_a_killed_rank_is_named_first_and_once(launcher, rank, place):
-    job = Job(place, f"killed_{launcher}_{rank}", launcher)
+    job = Job(place, f"killed_{launcher}_{rank}", launcher, warm=launcher != "mpirun")
     pid = job.rank(rank)
     os.kill(pid, signal.SIGKILL)
     done = job.done()
@@ -95,7 +96,9 @@ def test_a_killed_rank_is_named_first_and_once(launcher, rank, place):
     + [("deepspeed", signal.SIGINT), ("torchrun", signal.SIGINT)],
 )
 def test_an_ended_launcher_leaves_no_rank_behind(launcher, kill, place):
-    job = Job(place, f"ended_{launcher}_{kill.name}", launcher)
+    """Of each launcher, the one that gets SIGTERM is executed; mpirun, a program in C, always is."""
+    warm = launcher != "mpirun" and kill != signal.SIGTERM
+    job = Job(place, f"ended_{launcher}_{kill.name}", launcher, warm)
     assert len(processes_of(job.config)) >= 3, "two ranks and a launcher"
     if kill == signal.SIGINT:
         os.killpg(job.launcher.pid, kill)  # a terminal's Ctrl-C
