@@ -1,4 +1,7 @@
-"""A supervised job restarts after a crash, on the ranks that are left; it ends where a restart would not help."""
+"""A supervised job restarts after a crash, on the ranks that are left; it ends where a restart would not help.
+
+The supervisor that gets SIGTERM and those of two hosts are executed, the others forked from a warm process.
+"""
 
 import contextlib
 import json
@@ -27,6 +30,7 @@ from tests.runs.job import (
     until,
 )
 from tests.runs.network import two_hosts, why_not
+from tests.runs.warm import Launcher
 
 LONG = {"horizon": {"steps": 5000}, "evaluate": {"every": 0}}
 EVERY_STEP = {"checkpoint": {"every": 1}}
@@ -45,14 +49,14 @@ def crashes(run: Path) -> int:
     return len(json.loads(path.read_text())) if path.exists() else 0
 
 
-def until_running(job: subprocess.Popen, run: Path, what, what_failed: str) -> None:
+def until_running(job: subprocess.Popen | Launcher, run: Path, what, what_failed: str) -> None:
     until(lambda: job.poll() is not None or what(), what_failed)
     assert job.poll() is None, finish(job)
 
 
 def test_a_killed_rank_costs_one_restart_and_no_step(place, two):
     line = supervised(place, "killed", 2, config=EVERY_STEP)
-    job, run = begin(["nohup", *line]), place.runs / "killed"
+    job, run = Launcher(line, ignored=[signal.SIGHUP]), place.runs / "killed"  # as under nohup
     until_running(job, run, checkpoint(run, 1).is_dir, "a checkpoint")
     for process in processes_of(line[line.index("--config") + 1]):
         os.kill(process, signal.SIGHUP)  # its terminal has ended
@@ -66,7 +70,7 @@ def test_a_killed_rank_costs_one_restart_and_no_step(place, two):
 
 
 def test_a_mistake_is_reported_once_and_not_tried_again(place):
-    done = finish(begin([*supervised(place, "mistaken", 2), "--set", "model.depht=3"]))
+    done = finish(Launcher([*supervised(place, "mistaken", 2), "--set", "model.depht=3"]))
     assert done.status == EXIT_STATUS and "Traceback" not in done.err, done.err
     assert len([error for error in done.errors if "[rank" not in error]) == 1 and "depht" in done.errors[0]
 
@@ -74,7 +78,7 @@ def test_a_mistake_is_reported_once_and_not_tried_again(place):
 def test_a_step_that_crashes_every_time_is_given_up(place):
     slow = LONG | {"batch": {"tokens": 6 * 64 * 400}}
     line = supervised(place, "hopeless", 2, config=slow)
-    job, run = begin(line), place.runs / "hopeless"
+    job, run = Launcher(line), place.runs / "hopeless"
     for times in range(3):
         until_running(
             job,
@@ -97,7 +101,8 @@ def test_a_step_that_crashes_every_time_is_given_up(place):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
 def test_however_it_ends_the_ranks_save_and_none_lives_on(number, place):
     line = supervised(place, f"told_{number.name}", 2, config=LONG | {"checkpoint": {"every": 0}})
-    job, run = begin(line), place.runs / f"told_{number.name}"
+    job = (begin if number == signal.SIGTERM else Launcher)(line)
+    run = place.runs / f"told_{number.name}"
     until_running(job, run, lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) > 2, "step 2")
     job.send_signal(number)
     done = finish(job)
@@ -111,7 +116,7 @@ def test_however_it_ends_the_ranks_save_and_none_lives_on(number, place):
 def test_more_ranks_than_fit_the_batch_end_and_the_others_train(place):
     """Five rows a step on two ranks: one fits."""
     five = {"batch": {"tokens": 5 * 64}}
-    done = finish(begin(supervised(place, "five", 2, config=five)))
+    done = finish(Launcher(supervised(place, "five", 2, config=five)))
     assert done.status == 0, done.out + done.err
     assert re.search(r"2 ranks were started, .* over 1; the other 1 exit", done.out), done.out
     assert "five on 1 rank " in done.out and "rows x 5 micro-batches" in done.out
