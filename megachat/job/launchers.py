@@ -73,14 +73,17 @@ def find_launch(env: Mapping[str, str]) -> Launch | None:
             if launch.world > 1:
                 return launch
             alone = alone or launch
-    if "RANK" in env or env.get("WORLD_SIZE", "1") != "1":
-        return _read(_TORCH, env)
-    if alone is None and any(env.get(name, "1") not in ("", "1", "auto", "cpu", "gpu") for name in _PODS):
+    one_rank = "RANK" in env or env.get("WORLD_SIZE", "1") != "1"
+    # RANK of a pod with several ranks is the pod's number, and WORLD_SIZE the number of all ranks
+    for_torchrun = _PODS[1:] if one_rank else _PODS if alone is None else ()
+    if "LOCAL_RANK" not in env and any(
+        env.get(name, "1") not in ("", "1", "auto", "cpu", "gpu") for name in for_torchrun
+    ):
         raise UserError(
             f"{' and '.join(name for name in _PODS if name in env)} of this pod are for torchrun: start "
             "`torchrun launch/pretrain.py ...` in it, not python"
         )
-    return alone
+    return _read(_TORCH, env) if one_rank else alone
 
 
 def _read(variables: _Variables, env: Mapping[str, str]) -> Launch:
