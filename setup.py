@@ -43,6 +43,7 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     packages=find_packages(include=["megachat", "megachat.*"]),
+    package_data={"megachat.planning": ["hardware.json"]},
     cmdclass={"build_py": BuildWithConfigs},
     entry_points={"console_scripts": ["megachat = megachat.commands.main:main"]},
     python_requires=">=3.10",
