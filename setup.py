@@ -28,7 +28,7 @@ class BuildWithConfigs(build_py):
 setup(
     name="megachat",
     version="0.1.0",  # as in megachat/__init__.py
-    description="Trains nanochat's GPT to GPT-2 capability, on a laptop CPU or many nodes, with equal results",
+    description="Pretrains nanochat's GPT on a laptop's CPU or on many hosts, with equal results on every layout",
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     project_urls={"nanochat": "https://github.com/karpathy/nanochat"},

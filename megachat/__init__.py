@@ -1,4 +1,4 @@
-"""megachat trains nanochat's GPT to GPT-2 capability, on a laptop CPU or many nodes, with equal results.
+"""megachat pretrains nanochat's GPT on a laptop's CPU or on many hosts, with equal results on every layout.
 
 The names in __all__ are the Python API, see docs/python_api.md. They are imported when they are first used, so that
 `import megachat` loads neither torch nor DeepSpeed.
