@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tests.limits import limit_s
 from tests.runs.job import BIN, ROOT, environment
+from tests.runs.warm import Launcher
 
 SUBNET = "10.77.7"
 _SSHD = """\
@@ -93,7 +94,7 @@ class Network:
         """The command line that runs `line` on a host as its user would: from the project's folder, with ssh, pdsh and
         the launchers in PATH.
         """
-        given = environment() | {"PATH": f"{self.folder}/bin:{BIN}:{_path()}"} | variables
+        given = environment() | self.paths | variables
         given.pop("PYTHONPATH", None)
         shell = 'cd "$0" && exec "$@"'  # after entering: the folder may be another one there
         enter = ["nsenter", "-t", self.pids[host], "--net", "--uts", "--mount", "--pid"]
@@ -109,6 +110,11 @@ class Network:
             *line,
         ]
 
+    @property
+    def paths(self) -> dict[str, str]:
+        """The variables with which programs on a host find ssh, pdsh and the launchers."""
+        return {"PATH": f"{self.folder}/bin:{BIN}:{_path()}"}
+
     def do(self, host: str, *line: str) -> str:
         """Run a short command on a host and return what it printed."""
         return subprocess.run(
@@ -118,6 +124,10 @@ class Network:
             text=True,
             timeout=limit_s(),
         ).stdout
+
+    def warm(self, host: str, line: list, **variables: str) -> Launcher:
+        """Starts a Python program on a host, forked from a warm process."""
+        return Launcher(line, self.paths | variables, host=self.pids[host])
 
     def hostfile(self, name: str, text: str) -> Path:
         path = self.folder / name

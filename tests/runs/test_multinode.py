@@ -1,5 +1,8 @@
 """Two hosts, made of namespaces on this machine: the launchers across them, and what is said when the hosts or the
 network do not fit.
+
+The first tests start each launcher as a user does. Where the start is not the subject, `on_both` forks deepspeed from a
+warm process on each host.
 """
 
 import re
@@ -12,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.limits import limit_s
-from tests.runs.job import ROOT, Done, begin, bits_per_byte, checkpoint, command, finish, losses, train
+from tests.runs.job import BIN, ROOT, Done, begin, bits_per_byte, checkpoint, command, finish, losses, train
 from tests.runs.network import SUBNET, Network, two_hosts, why_not
 
 REASON = why_not()
@@ -37,14 +40,18 @@ def ended(network: Network, host: str, *line, **variables: str) -> Done:
     return finish(begin(network.at(host, list(line), **variables)))
 
 
-def on_both(
-    network: Network, hostfile: Path, programs: list[list[str]], address: str = "host-a", **variables: str
-) -> list[Done]:
-    """launch/no_ssh.sh on each host with its own program line."""
-    lines = [
-        ["bash", "launch/no_ssh.sh", hostfile, node, address, *program[2:]] for node, program in enumerate(programs)
+def without_ssh(hostfile: Path, node: int, program: list[str], address: str = "host-a") -> list:
+    """The line that launch/no_ssh.sh executes on a host, after its checks."""
+    line = [BIN / "deepspeed", "--quiet", "--no_ssh", "--hostfile", hostfile, "--node_rank", node]
+    return [*line, "--master_addr", address, "--master_port", "29500", *program]
+
+
+def on_both(network: Network, hostfile: Path, programs: list[list[str]], **address: str) -> list[Done]:
+    """The end of a launcher on each host with its own program line."""
+    started = [
+        network.warm(host, without_ssh(hostfile, node, program, **address))
+        for node, (host, program) in enumerate(zip(network.pids, programs, strict=True))
     ]
-    started = [begin(network.at(host, line, **variables)) for host, line in zip(network.pids, lines, strict=False)]
     return [finish(process) for process in started]
 
 
@@ -60,10 +67,10 @@ def test_pdsh_trains_on_two_hosts_as_one_host_does(hosts, both, two, place):
 
 def test_a_grid_over_two_hosts_has_the_losses_of_one_host(hosts, place):
     """Four ranks: a tensor axis inside each host, a pipeline between them."""
-    here = train(place, "grid_here", launcher="torchrun", world=4, config=GRID)
+    here = train(place, "grid_here", world=4, config=GRID)
     four = hosts.hostfile("four", "host-a slots=2\nhost-b slots=2\n")
-    done = ended(hosts, "host-a", "bash", "launch/hostfile.sh", four, *command(place, "grid", config=GRID)[2:])
-    assert done.status == 0, done.out + done.err
+    for done in on_both(hosts, four, [command(place, "grid", config=GRID)] * 2):
+        assert done.status == 0, done.out + done.err
     assert losses(place.runs / "grid") == losses(here)
 
 
@@ -77,7 +84,9 @@ def test_without_ssh_and_with_host_names_that_are_loopback_addresses(tmp_path, t
     """As Debian's installer leaves /etc/hosts: 127.0.1.1 for the host's own name. No variable is set for gloo."""
     with two_hosts(tmp_path, loopback_names=True, known=False) as network:
         both = network.hostfile("both", "host-a slots=1\nhost-b slots=1\n")
-        for done in on_both(network, both, [command(place, "no_ssh")] * 2):
+        lines = [["bash", "launch/no_ssh.sh", both, node, "host-a", *command(place, "no_ssh")[2:]] for node in (0, 1)]
+        started = [begin(network.at(host, line)) for host, line in zip(network.pids, lines, strict=True)]
+        for done in [finish(process) for process in started]:
             assert done.status == 0, done.out + done.err
         assert losses(place.runs / "no_ssh") == losses(two)
         line = ["bash", "launch/torchrun.sh", "host-a:29400", *command(place, "torchrun")[2:]]
@@ -165,8 +174,8 @@ def test_a_cut_cable_is_reported_by_ssh_and_by_the_ranks(hosts, both, place):
 def test_a_node_rank_that_is_given_twice_is_refused(hosts, place):
     program = command(place, "again", "--set", "parallel.rendezvous_s=60")
     three = hosts.hostfile("three", "a slots=1\nb slots=1\nc slots=1\n")
-    lines = [["bash", "launch/no_ssh.sh", three, node, "host-a", *program[2:]] for node in (0, 1, 1)]
-    started = [begin(hosts.at(host, line)) for host, line in zip(("host-a", "host-a", "host-b"), lines, strict=True)]
+    nodes = (("host-a", 0), ("host-a", 1), ("host-b", 1))
+    started = [hosts.warm(host, without_ssh(three, node, program)) for host, node in nodes]
     ends = [finish(process) for process in started]
     assert [done.status for done in ends] == [2, 2, 2]
     for done in ends:
@@ -219,12 +228,12 @@ def test_a_port_in_use_ends_both_hosts(hosts, both, place):
     holder = begin(hosts.at("host-a", [sys.executable, "-c", holds]))
     assert holder.stdout.readline() == "1\n"
     program = command(place, "taken", "--set", "parallel.rendezvous_s=8")
-    done = ended(hosts, "host-a", "deepspeed", "--hostfile", both, *program)
+    here, there = on_both(hosts, both, [program] * 2)
     hosts.do("host-a", "pkill", "-f", "create_server")
     finish(holder)
-    assert done.status == 2
-    assert "error: port 29500 on host-a, where rank 0 listens, cannot be used (Address already in use): " in done.err
-    assert "is another program, not rank 0 of this job" in done.err and not (place.runs / "taken").exists()
+    assert (here.status, there.status) == (2, 2)
+    assert "error: port 29500 on host-a, where rank 0 listens, cannot be used (Address already in use): " in here.err
+    assert "is another program, not rank 0 of this job" in there.err and not (place.runs / "taken").exists()
 
 
 def test_nothing_is_left_behind(tmp_path):

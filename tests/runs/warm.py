@@ -23,22 +23,29 @@ from tests.runs.forked import ROOT, Output, environment
 
 _exec_child = subprocess.Popen._execute_child
 _EXEC_SIGNATURE = inspect.signature(_exec_child)
+_CLONE_FS, _PR_SET_PDEATHSIG = 0x200, 1  # of Linux's headers
 
 
 class Launcher:
     """What tests use of subprocess.Popen, for a Python program in a session of its own.
 
     line: as for job.begin: the interpreter and its arguments, or a Python script of the environment.
-    ignored: signals that it inherits as ignored.
+    ignored: signals that it inherits as ignored. host: process 1 of a host of tests/runs/network.py, on which it runs.
     """
 
-    def __init__(self, line: list, variables: dict[str, str] | None = None, ignored: Iterable[signal.Signals] = ()):
+    def __init__(
+        self,
+        line: list,
+        variables: dict[str, str] | None = None,
+        ignored: Iterable[signal.Signals] = (),
+        host: int | None = None,
+    ):
         context, words = warm_context(), [str(word) for word in line]
         words = words if words[0] == sys.executable else [sys.executable, *words]
         self._out, self._err = Output(context), Output(context)
         senders = (self._out.sender, self._err.sender)
         self._process = context.Process(
-            target=_launch, args=(words, environment() | (variables or {}), tuple(ignored), *senders)
+            target=_launch, args=(words, environment() | (variables or {}), tuple(ignored), host, *senders)
         )
         self._process.start()
         self.pid = self._process.pid
@@ -77,9 +84,11 @@ class Launcher:
         return self._out.text(), self._err.text()
 
 
-def _launch(words: list[str], variables: dict[str, str], ignored: tuple[signal.Signals, ...], out, err) -> None:
+def _launch(words: list[str], variables: dict[str, str], ignored: tuple, host: int | None, out, err) -> None:
     end_with_the_tests()
     os.setsid()
+    if host is not None:
+        _enter(host)
     os.chdir(ROOT)
     os.dup2(out.fileno(), 1)
     os.dup2(err.fileno(), 2)
@@ -89,6 +98,22 @@ def _launch(words: list[str], variables: dict[str, str], ignored: tuple[signal.S
         signal.signal(number, signal.SIG_IGN)
     subprocess.Popen._execute_child = _fork_python
     _run_as(words, variables)
+
+
+def _enter(host: int) -> None:
+    """Goes on in a child of this process that is on the host, as nsenter does, and ends with it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    spaces = [os.open(f"/proc/{host}/ns/{kind}", os.O_RDONLY) for kind in ("pid", "net", "uts", "mnt")]
+    for failed in (libc.unshare(_CLONE_FS), *(libc.setns(space, 0) for space in spaces)):
+        if failed:
+            raise OSError(ctypes.get_errno(), f"the namespaces of process {host} cannot be entered")
+    if child := os.fork():
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status < 0:
+            signal.signal(-status, signal.SIG_DFL)
+            os.kill(os.getpid(), -status)
+        os._exit(status)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _fork_python(process: subprocess.Popen, *given) -> None:
