@@ -1,6 +1,6 @@
 """A supervised job restarts after a crash, on the ranks that are left; it ends where a restart would not help.
 
-The supervisor that gets SIGTERM and those of two hosts are executed, the others forked from a warm process.
+The supervisor that gets SIGTERM is executed, the others are forked from a warm process.
 """
 
 import contextlib
@@ -132,7 +132,7 @@ def test_when_a_host_is_gone_the_other_goes_on(tmp_path, place):
     whole = train(place, "whole", world=2, config=config)
     with two_hosts(tmp_path) as network, contextlib.ExitStack() as stack:
         line = supervised(place, "left", 1, "--hosts", "1:2", "--meet", "host-a:29400", config=config)
-        here, there = (begin(network.at(host, line)) for host in ("host-a", "host-b"))
+        here, there = (network.warm(host, line) for host in ("host-a", "host-b"))
         stack.callback(there.communicate)
         stack.callback(there.kill)
         run = place.runs / "left"
