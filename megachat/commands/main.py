@@ -43,6 +43,7 @@ GROUPS: dict[str, dict[str, Command]] = {
     },
     "train": {
         "plan": Command("show what a run would be, and start nothing"),
+        "explain": Command("a setting or a number of the plan: origin, formula, what depends on it"),
         "pretrain": Command("train a model; launchers start this on every rank", ranks=True),
         "supervise": Command("pretrain, and restart the ranks after a crash", passes_on=True),
     },

@@ -28,7 +28,7 @@ _RUNS: tuple[dict[str, dict[str, Any]], ...] = (
         "parallel": {"tensor": 2},
     },
 )
-_NUMBERS = (0, 1, 2, 3, 8, 64, 2**12, 2**20, 10**16)
+_NUMBERS = (0, 1, 2, 3, 8, 64, 2**12, 2**20, 2**21, 10**16)
 _LISTS: tuple[list[int], ...] = ([], [0], [1], [2], [2, 3, 4])
 
 
@@ -44,7 +44,7 @@ class KeyDescription(NamedTuple):
 
 def describe_key(key: str) -> KeyDescription:
     """Returns the description of `section.key`. Raises UserError for an unknown key, with the nearest one."""
-    schema = _key_schema(key)
+    schema = key_schema(key)
     kind, allowed = _words(schema)
     if reason := schema.get("reason"):
         allowed += f" ({reason})"
@@ -57,13 +57,13 @@ def moved_numbers(key: str, *, memory: bool = True) -> list[str]:
     The names are those that `--dry-run` prints; several with the same prefix are shortened to `prefix.*`. memory: also
     compare the estimated memory, which imports torch. Raises UserError for an unknown key.
     """
-    schema = _key_schema(key)
+    schema = key_schema(key)
     section, name = key.split(".")
     memory = memory and section in MEMORY_SECTIONS
     moved: set[str] = set()
     for number, run in enumerate(_RUNS):
         *_, before = _resolved(run)
-        for value in _other_values(schema):
+        for value in other_values(schema, schema["default"]):
             values = run | {section: run.get(section, {}) | {name: value}}
             try:
                 config, plan, after = _resolved(values)
@@ -75,7 +75,7 @@ def moved_numbers(key: str, *, memory: bool = True) -> list[str]:
     return _shortened(moved)
 
 
-def _key_schema(key: str) -> dict[str, Any]:
+def key_schema(key: str) -> dict[str, Any]:
     """Returns the key's JSON schema with its default. Raises UserError for an unknown key."""
     sections = {name: type(section).model_fields for name, section in Config()}
     section, _, name = key.partition(".")
@@ -122,19 +122,17 @@ def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
-def _other_values(schema: dict[str, Any]) -> Iterator[Any]:
-    """Yields values of the type that a JSON schema allows, and around its default."""
+def other_values(schema: dict[str, Any], known: Any) -> Iterator[Any]:
+    """Yields values of the type that a JSON schema allows, and around the known one."""
     for choice in schema.get("anyOf", [schema]):
-        default, kind = schema["default"], choice.get("type")
+        kind = choice.get("type")
         if "enum" in choice:
             yield from choice["enum"]
         elif kind == "boolean":
-            yield not default
+            yield not known
         elif kind in ("integer", "number"):
-            yield from (
-                _NUMBERS if default is None else (default * 2, default // 2 if kind == "integer" else default / 2)
-            )
-            yield from () if default is None else (default + 1, 0)
+            yield from _NUMBERS if known is None else (known * 2, known // 2 if kind == "integer" else known / 2)
+            yield from () if known is None else (known + 1, 0)
         elif kind == "array":
             yield from _LISTS
         elif kind == "string":

@@ -88,8 +88,13 @@ def adamw_shares(parameters: list[nn.Parameter], layout: Layout, tensor_rank: in
 
 def muon_plan(config: Config, layout: Layout, parameters: list[nn.Parameter]) -> PartitionPlan:
     """Returns the Muon partition of a stage's whole (uncut) parameters."""
+    return muon_partition(config.optimizer.muon_multiplier, layout, parameters)
+
+
+def muon_partition(multiplier: str | dict[str, float], layout: Layout, parameters: list[nn.Parameter]) -> PartitionPlan:
+    """Returns the same for a rule or pattern of rate multipliers (optimizer.muon_multiplier)."""
     places = dict.fromkeys(place_of(parameter) for parameter in parameters)
-    matrices = muon_matrices(places, assign_groups(places), config.optimizer.muon_multiplier)
+    matrices = muon_matrices(places, assign_groups(places), multiplier)
     return make_plan(matrices, layout.data, tensor=layout.tensor)
 
 

@@ -9,14 +9,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from megachat.config import Config
 from megachat.errors import UserError
 from megachat.kernels.cross_entropy import CHUNK_BYTES, GPU_CHUNK_BYTES
-from megachat.model.gpt import ModelOptions, build_layers
-from megachat.model.parameters import placed_parameters
-from megachat.optim.partition_plan import PartitionPlan
 from megachat.planning.dimensions import (
     MLP_RATIO,
     Dimensions,
@@ -26,9 +22,9 @@ from megachat.planning.dimensions import (
     lookup_shapes,
     up_to_multiple,
 )
-from megachat.planning.manifest import adamw_shares, muon_plan
 from megachat.planning.plan import Plan, resolve
 from megachat.planning.row_tables import row_bytes
+from megachat.planning.stage_state import StageState, stage_parameters, stage_state
 
 FILLS = 0.92  # share of a device's memory that a run can use; CUDA, NCCL and gaps between tensors take the rest
 _LOOKUP_WORKSPACE_BYTES = 64 << 20  # of the kernel, whose tests hold it below this
@@ -69,46 +65,28 @@ def memory_of_stages(config: Config, plan: Plan, dtype: torch.dtype, *, on_gpu: 
 
     dtype: of activations. on_gpu: the head works in larger chunks there than on a CPU.
     """
-    options = ModelOptions(compute_dtype=dtype)
-    with torch.device("meta"):
-        layers = build_layers(plan.dims, options)
-    return [
-        _stage_memory(config, plan, dtype, stage, placed_parameters(layers[first:last]), on_gpu)
-        for stage, (first, last) in enumerate(plan.stages)
-    ]
+    return [_stage_memory(config, plan, dtype, stage, on_gpu) for stage in range(len(plan.stages))]
 
 
-def _stage_memory(
-    config: Config, plan: Plan, dtype: torch.dtype, stage: int, parameters: list[nn.Parameter], on_gpu: bool
-) -> Memory:
+def _stage_memory(config: Config, plan: Plan, dtype: torch.dtype, stage: int, on_gpu: bool) -> Memory:
     data = plan.layout.data
-    # tensor ranks differ in their parts of tables that the axis does not divide evenly
-    shares = [adamw_shares(parameters, plan.layout, rank) for rank in range(plan.layout.tensor)]
-    adamw = max(shares, key=lambda groups: sum(group.share for group in groups))
-    partition = muon_plan(config, plan.layout, parameters)
-    shards = partition.shard_elements
+    state = stage_state(plan.dims, plan.stages[stage], plan.layout, dtype, config.optimizer.muon_multiplier)
     narrow = dtype == torch.bfloat16  # else float32 weights are their own masters
-    matrix_states = [partition.state_bytes(rank) for rank in range(partition.grid_size)]
-    adamw_shard = sum(group.share for group in adamw)
-    adamw_weights = sum(group.parameters[0].dtype.itemsize * group.share for group in adamw)
     activations = stage_activations(config, plan, stage, dtype)
     forward = _forward_workspace(config, plan, stage, dtype, on_gpu) + _pipeline_buffers(config, plan, stage, dtype)
-    forward += 4 * max((size for group in adamw for size in group.sizes), default=0)  # DeepSpeed's reduction buffer
+    forward += 4 * state.largest_adamw  # DeepSpeed's reduction buffer
     if narrow and data > 1:  # gradients of two buckets on the wire, as sent and as received
-        forward += 2 * 2 * 2 * data * max((bucket.shard_size for bucket in partition.buckets), default=0)
-    rows = row_bytes(config, plan, parameters, dtype)
-    update = _update_workspace(partition, max((group.share for group in adamw), default=0), narrow)
+        forward += 2 * 2 * 2 * data * state.largest_shard
+    rows = row_bytes(config, plan, stage_parameters(plan.dims, plan.stages[stage], dtype), dtype)
     tables, beside = rows.masters + rows.moments, on_gpu and rows.on_host
     return Memory(
         stage,
-        weights=data * (adamw_weights + (2 if narrow else 4) * shards),
-        masters=4 * adamw_shard + (4 * shards if narrow else 0) + (0 if beside else rows.masters),
-        moments=8 * adamw_shard
-        + max(state["momentum"] + state["second_moment"] for state in matrix_states)
-        + (0 if beside else rows.moments),
-        gradients=4 * (sum(sum(group.sizes) for group in adamw) + data * shards) + rows.gradients,
+        weights=data * (state.adamw_weights + (2 if narrow else 4) * state.shards),
+        masters=4 * state.adamw_shard + (4 * state.shards if narrow else 0) + (0 if beside else rows.masters),
+        moments=8 * state.adamw_shard + state.muon_moments + (0 if beside else rows.moments),
+        gradients=4 * (state.adamw_elements + data * state.shards) + rows.gradients,
         activations=activations,
-        workspace=max(forward, rows.workspace, update - activations),
+        workspace=max(forward, rows.workspace, _update_workspace(state, narrow) - activations),
         tables=0 if beside else tables,
         host=tables if beside else 0,
         wire=rows.wire,
@@ -281,19 +259,14 @@ def _forward_workspace(config: Config, plan: Plan, stage: int, dtype: torch.dtyp
     return max(block, head, 4 * table)
 
 
-def _update_workspace(partition: PartitionPlan, largest_share: int, narrow: bool) -> int:
+def _update_workspace(state: StageState, narrow: bool) -> int:
     """Returns the bytes of the optimizer step, when no activation exists.
 
     These are the flat gradient of one AdamW group, or Muon's updates, directions and the matrix being orthogonalized.
     """
     size = 2 if narrow else 4
-    shards = partition.shard_elements
-    owned = [0] * partition.grid_size
-    for matrix, owner in zip(partition.matrices, partition.owners, strict=True):
-        owned[owner] += matrix.elements
-    largest = max((matrix.elements for matrix in partition.matrices), default=0)
-    exchanged = (2 if partition.grid_size > 1 else 1) * max(owned) * size
-    return max(4 * largest_share, (shards * size if narrow else 0) + exchanged + largest * _NEWTON_SCHULZ_BYTES)
+    muon = (state.shards * size if narrow else 0) + state.exchanged * size
+    return max(4 * state.largest_share, muon + state.largest_matrix * _NEWTON_SCHULZ_BYTES)
 
 
 def describe_memory(stages: list[Memory], device_bytes: int | None) -> str:

@@ -1,0 +1,91 @@
+"""Counts what a pipeline stage's state needs on its fullest rank. Cached: a search asks for the same stages often."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import nn
+
+from megachat.model.gpt import ModelOptions, build_layers
+from megachat.model.parameters import placed_parameters
+from megachat.planning.dimensions import Dimensions
+from megachat.planning.manifest import adamw_shares, muon_partition
+from megachat.planning.plan import Layout
+
+
+@dataclass(frozen=True)
+class StageState:
+    """Elements on the fullest rank of a stage, except where bytes are named.
+
+    adamw_elements, adamw_shard, largest_share: of AdamW's parameters on a rank, their share by ZeRO-1, and that of the
+    largest group. adamw_weights: bytes of the weights of a share. largest_adamw: AdamW's largest parameter. shards: of
+    Muon's buckets. largest_shard: of one bucket. muon_moments: bytes. exchanged: of fragments and directions.
+    """
+
+    adamw_elements: int
+    adamw_shard: int
+    adamw_weights: int
+    largest_adamw: int
+    largest_share: int
+    shards: int
+    largest_shard: int
+    muon_moments: int
+    exchanged: int
+    largest_matrix: int
+
+
+@lru_cache(maxsize=8)
+def _meta_layers(dims: Dimensions, dtype: torch.dtype) -> nn.ModuleList:
+    with torch.device("meta"):
+        return build_layers(dims, ModelOptions(compute_dtype=dtype))
+
+
+@lru_cache(maxsize=256)
+def stage_parameters(dims: Dimensions, layers: tuple[int, int], dtype: torch.dtype) -> list[nn.Parameter]:
+    """Returns the whole (uncut) parameters of the layers [first, last), without memory. dtype: of activations."""
+    return placed_parameters(_meta_layers(dims, dtype)[slice(*layers)])
+
+
+def stage_state(
+    dims: Dimensions,
+    layers: tuple[int, int],
+    layout: Layout,
+    dtype: torch.dtype,
+    multiplier: str | Mapping[str, float],
+) -> StageState:
+    """Returns the state of the layers [first, last) on a stage of the layout. multiplier: optimizer.muon_multiplier."""
+    key = multiplier if isinstance(multiplier, str) else tuple(multiplier.items())
+    return _stage_state(dims, layers, layout.data, layout.tensor, dtype, key)
+
+
+@lru_cache(maxsize=4096)
+def _stage_state(
+    dims: Dimensions,
+    layers: tuple[int, int],
+    data: int,
+    tensor: int,
+    dtype: torch.dtype,
+    multiplier: str | tuple[tuple[str, float], ...],
+) -> StageState:
+    parameters, layout = stage_parameters(dims, layers, dtype), Layout(data, tensor, 1)
+    # tensor ranks differ in their parts of tables that the axis does not divide evenly
+    shares = [adamw_shares(parameters, layout, rank) for rank in range(tensor)]
+    adamw = max(shares, key=lambda groups: sum(group.share for group in groups))
+    partition = muon_partition(multiplier if isinstance(multiplier, str) else dict(multiplier), layout, parameters)
+    states = [partition.state_bytes(rank) for rank in range(partition.grid_size)]
+    owned = [0] * partition.grid_size
+    for matrix, owner in zip(partition.matrices, partition.owners, strict=True):
+        owned[owner] += matrix.elements
+    return StageState(
+        adamw_elements=sum(sum(group.sizes) for group in adamw),
+        adamw_shard=sum(group.share for group in adamw),
+        adamw_weights=sum(group.parameters[0].dtype.itemsize * group.share for group in adamw),
+        largest_adamw=max((size for group in adamw for size in group.sizes), default=0),
+        largest_share=max((group.share for group in adamw), default=0),
+        shards=partition.shard_elements,
+        largest_shard=max((bucket.shard_size for bucket in partition.buckets), default=0),
+        muon_moments=max(state["momentum"] + state["second_moment"] for state in states),
+        exchanged=(2 if partition.grid_size > 1 else 1) * max(owned),
+        largest_matrix=max((matrix.elements for matrix in partition.matrices), default=0),
+    )

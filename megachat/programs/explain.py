@@ -1,0 +1,194 @@
+"""`megachat explain`: a setting or a number of the plan: value, origin, formula, source, what depends on it, and what a
+change would do.
+"""
+
+import difflib
+import json
+from functools import partial
+
+from megachat.config import Config, config_from_values, known_keys, load_config
+from megachat.data.tokenizer import load_tokenizer
+from megachat.errors import UserError
+from megachat.planning.influence import influenced, influencing, moved, numbers_of
+from megachat.planning.key_docs import describe_key
+from megachat.planning.numbers import NUMBERS, formula_of, names_in, with_numbers
+from megachat.planning.plan import resolve
+from megachat.text import text_table
+
+ASSUMED_VOCABULARY = 32_768  # nanochat's
+_WORLDS = (8, 4, 2, 1)  # the first that fits is assumed, in units of the tensor and pipeline axes
+
+
+def explain(name: str, path: str | None, overrides: list[str], changes: list[str], world: int | None) -> dict:
+    """Returns what is known about a setting or number, as JSON values. `describe_explanation` prints them.
+
+    overrides: of the config; those of the setting itself are a change, too. changes: settings of the other plan that
+    it is compared with. world: ranks; None: as many as fit. Raises UserError for a name that does not exist.
+    """
+    key, number = _settings_named(name), _number_named(name)
+    if key is None and number is None:
+        raise UserError(_unknown(name))
+    given = [override for override in overrides if key and override.partition("=")[0].strip() == key]
+    file_config = load_config(path, []) if path else Config()
+    before = _loaded(path, [override for override in overrides if override not in given])
+    config, after = _loaded(path, overrides), _loaded(path, [*overrides, *changes])
+    vocab_size, notes = _vocabulary(config)
+    world = world or _fitting_world(config, vocab_size)
+    numbers = partial(numbers_of, world=world, vocab_size=vocab_size)
+    shown: dict = {"name": name, "ranks": world, "notes": notes}
+    if key:
+        shown["setting"] = _setting(config, key, file_config, path, bool(given))
+        shown["setting"]["moves"] = influenced(config, key, partial(numbers, memory=True))
+    if number:
+        shown["number"] = _number(config, number, world, vocab_size)
+    if given or changes:
+        known = partial(numbers, memory=True)
+        try:
+            pairs = moved(known(before), known(after))
+        except UserError as error:
+            raise UserError(f"{', '.join(given + changes)}: one of the two plans does not exist: {error}") from None
+        shown["change"] = {
+            "settings": given + changes,
+            "numbers": {one: {"before": pair[0], "after": pair[1]} for one, pair in pairs.items()},
+        }
+    return shown
+
+
+def _loaded(path: str | None, overrides: list[str]) -> Config:
+    return load_config(path, overrides) if path else config_from_values({}, "--set", overrides)
+
+
+def _settings_named(name: str) -> str | None:
+    """Returns the setting of this name, or the only one whose key is this; None if there is none, or a number is."""
+    keys = known_keys()
+    same = [key for key in keys if key.partition(".")[2] == name]
+    return name if name in keys else same[0] if len(same) == 1 and name not in NUMBERS else None
+
+
+def _number_named(name: str) -> str | None:
+    same = [number for number in NUMBERS if number.rpartition(".")[2] == name]
+    return name if name in NUMBERS else same[0] if len(same) == 1 and not _settings_named(name) else None
+
+
+def _unknown(name: str) -> str:
+    names = [*known_keys(), *NUMBERS]
+    last = name.rpartition(".")[2]
+    near = [one for one in names if one.rpartition(".")[2] == last]
+    near = near or difflib.get_close_matches(name, names, 4, 0.6)
+    near += [one for one in names if difflib.get_close_matches(last, [one.rpartition(".")[2]], 1, 0.8)]
+    listed = ", ".join(list(dict.fromkeys(near))[:5])
+    hint = f"did you mean {listed}?" if near else "`megachat explain` without a name lists all of them"
+    return f"{name} is neither a setting nor a number of the plan: {hint}"
+
+
+def _vocabulary(config: Config) -> tuple[int, list[str]]:
+    """Returns the size of the vocabulary, and a note if it is assumed."""
+    if config.model.vocab_size:
+        return config.model.vocab_size, []
+    try:
+        return load_tokenizer(config.data.tokenizer).vocab_size, []
+    except UserError:
+        note = f"assumed: a vocabulary of {ASSUMED_VOCABULARY:,} tokens (no model.vocab_size, and no tokenizer in "
+        return ASSUMED_VOCABULARY, [f"{note}{config.data.tokenizer})"]
+
+
+def _fitting_world(config: Config, vocab_size: int) -> int:
+    unit = config.parallel.tensor * config.parallel.pipeline
+    for count in _WORLDS:
+        try:
+            resolve(config, unit * count, vocab_size)
+        except UserError:
+            continue
+        return unit * count
+    return unit
+
+
+def _setting(config: Config, key: str, file_config: Config, path: str | None, overridden: bool) -> dict:
+    section, _, name = key.partition(".")
+    description = describe_key(key)
+    return {
+        "key": key,
+        "value": config.model_dump(mode="json")[section][name],
+        "origin": "--set"
+        if overridden
+        else path
+        if name in getattr(file_config, section).model_fields_set
+        else "default",
+        "default": json.loads(description.default),
+        "meaning": description.meaning,
+        "type": description.kind,
+        "allowed": description.allowed,
+    }
+
+
+def _number(config: Config, name: str, world: int, vocab_size: int) -> dict:
+    plan = resolve(config, world, vocab_size)
+    memory = name.startswith("memory.")
+    numbers = numbers_of(config, world, vocab_size, memory=memory)
+    if name not in numbers:
+        lookup = name.startswith("lookup.")
+        part, switch = ("lookup layers", "lookup.after_blocks") if lookup else ("n-gram values", "ngram.blocks")
+        raise UserError(f"this plan has no {name}: it belongs to {part}, which {switch} turns on")
+    formula = formula_of(name, plan)
+    short = {key.partition(".")[2]: value for key, value in _flat(config).items()}
+    short |= {one.rpartition(".")[2]: value for one, value in numbers.items() if memory and one.startswith("memory.")}
+    names = short | _flat(config) | numbers | {"world": world, "ranks": plan.layout.data}
+    others = {other: names_in(formula_of(other, plan)) for other in numbers if other != name}
+    return {
+        "name": name,
+        "value": numbers[name],
+        "meaning": NUMBERS[name].meaning,
+        "formula": formula,
+        "with_numbers": with_numbers(formula, names),
+        "source": NUMBERS[name].source or None,
+        "moved_by": [] if memory else influencing(config, name, world, vocab_size),
+        "used_by": [other for other, words in others.items() if name in words or name.rpartition(".")[2] in words],
+    }
+
+
+def _flat(config: Config) -> dict[str, object]:
+    return {
+        f"{section}.{key}": value
+        for section, keys in config.model_dump(mode="json").items()
+        for key, value in keys.items()
+    }
+
+
+def describe_explanation(shown: dict) -> str:
+    """Returns an explanation for people."""
+    lines = list[str]()
+    if setting := shown.get("setting"):
+        origin = "the default" if setting["origin"] == "default" else f"from {setting['origin']}"
+        differs = "" if setting["value"] == setting["default"] else f"; default {_text(setting['default'])}"
+        lines += [f"{setting['key']} = {_text(setting['value'])}   ({origin}{differs})", f"  {setting['meaning']}"]
+        allowed = f": {setting['allowed']}" if setting["allowed"] else ""
+        lines.append(f"  {setting['type']}{allowed}")
+        moves = ", ".join(setting["moves"])
+        lines.append(f"  a change moves: {moves}" if moves else "  no number of this plan depends on it")
+    if number := shown.get("number"):
+        lines += [f"{number['name']} = {_text(number['value'])}   (derived, on {shown['ranks']} ranks)"]
+        lines.append(f"  {number['meaning']}")
+        lines.append(f"  formula: {number['formula']}")
+        lines += [f"         = {number['with_numbers']}"] if number["with_numbers"] else []
+        lines += [f"  source: {number['source']}"] if number["source"] else []
+        lines += [f"  settings that move it: {', '.join(number['moved_by'])}"] if number["moved_by"] else []
+        lines += [f"  used by: {', '.join(number['used_by'])}"] if number["used_by"] else []
+    if change := shown.get("change"):
+        lines += ["", f"with {', '.join(change['settings'])} (on {shown['ranks']} ranks):"]
+        rows = [(name, _text(pair["before"]), _text(pair["after"])) for name, pair in change["numbers"].items()]
+        table = text_table([("number", "before", "after"), *rows], right=(1, 2))
+        lines += [f"  {line}" for line in table] if rows else ["  no number of the plan moves"]
+    return "\n".join([*lines, *shown["notes"]])
+
+
+def describe_names() -> str:
+    """Returns all names that can be explained."""
+    return "\n".join(
+        ["settings", *(f"  {key}" for key in known_keys()), "numbers of the plan", *(f"  {n}" for n in NUMBERS)]
+    )
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool) or value is None or isinstance(value, str):
+        return json.dumps(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}" if isinstance(value, float) else json.dumps(value)
