@@ -4,8 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
-MOMENTUM_START, MOMENTUM_TOP, MOMENTUM_END = 0.85, 0.97, 0.90
-MOMENTUM_WARMUP_STEPS = 400
+from megachat.errors import UserError
 
 
 class ScheduleSettings(Protocol):
@@ -14,9 +13,23 @@ class ScheduleSettings(Protocol):
     @property
     def warmup_steps(self) -> int: ...
     @property
+    def warmup_ratio(self) -> float | None: ...
+    @property
     def warmdown_ratio(self) -> float: ...
     @property
+    def warmdown_shape(self) -> str: ...
+    @property
     def final_lr_fraction(self) -> float: ...
+    @property
+    def momentum_start(self) -> float: ...
+    @property
+    def momentum_top(self) -> float: ...
+    @property
+    def momentum_end(self) -> float: ...
+    @property
+    def momentum_warmup_steps(self) -> int: ...
+    @property
+    def decay_shape(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -30,16 +43,18 @@ class ScheduledValues:
 
 def scheduled_values(settings: ScheduleSettings, step: int, steps: int) -> ScheduledValues:
     """Returns what a run of `steps` steps uses in step `step`, counted from 0."""
-    ratio = settings.warmdown_ratio
-    rate = learning_rate_multiplier(
-        step,
-        steps,
-        warmup_steps=settings.warmup_steps,
-        warmdown_ratio=ratio,
-        final_fraction=settings.final_lr_fraction,
-    )
-    momentum = muon_momentum(step, steps, warmdown_ratio=ratio)
-    return ScheduledValues(rate, momentum, weight_decay_multiplier(step, steps))
+    rate = learning_rate_multiplier(settings, step, steps)
+    decay = rate if settings.decay_shape == "rate" else weight_decay_multiplier(step, steps, settings.decay_shape)
+    return ScheduledValues(rate, muon_momentum(settings, step, steps), decay)
+
+
+def check_schedule(settings: ScheduleSettings) -> None:
+    """Raises UserError for a warm-down that cannot reach its end."""
+    if settings.warmdown_shape in ("exponential", "step") and not settings.final_lr_fraction:
+        raise UserError(
+            f"optimizer.warmdown_shape {settings.warmdown_shape} multiplies the rates and never reaches "
+            "optimizer.final_lr_fraction 0: give a fraction above 0, or another shape"
+        )
 
 
 def due(step: int, every: int) -> bool:
@@ -47,34 +62,50 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def learning_rate_multiplier(
-    step: int, steps: int, *, warmup_steps: int, warmdown_ratio: float, final_fraction: float
-) -> float:
-    """Rises linearly over the warm-up, stays at 1, then falls linearly to `final_fraction` at `steps`.
+def warmup_length(settings: ScheduleSettings, steps: int) -> int:
+    """Returns the steps of the rates' warm-up."""
+    return settings.warmup_steps if settings.warmup_ratio is None else round(settings.warmup_ratio * steps)
 
-    Steps count from 0.
-    """
-    warmdown = round(warmdown_ratio * steps)
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
+
+def learning_rate_multiplier(settings: ScheduleSettings, step: int, steps: int) -> float:
+    """Rises linearly over the warm-up, stays at 1, then falls to `final_lr_fraction` at `steps`. Steps count from 0."""
+    warmup, warmdown = warmup_length(settings, steps), round(settings.warmdown_ratio * steps)
+    if step < warmup:
+        return (step + 1) / warmup
     if step <= steps - warmdown or not warmdown:
         return 1.0
-    left = (steps - step) / warmdown
-    return left + (1 - left) * final_fraction
+    return _falling(settings.warmdown_shape, (steps - step) / warmdown, settings.final_lr_fraction)
 
 
-def muon_momentum(step: int, steps: int, *, warmdown_ratio: float) -> float:
-    """Rises over the first 400 steps and falls during the learning rate's warm-down."""
-    start = steps - round(warmdown_ratio * steps)
-    if step < MOMENTUM_WARMUP_STEPS:
-        share = step / MOMENTUM_WARMUP_STEPS
-        return (1 - share) * MOMENTUM_START + share * MOMENTUM_TOP
+def _falling(shape: str, left: float, final: float) -> float:
+    """Falls from 1 to `final`. left: share of the warm-down that is left, from 1 to 0. sqrt: Haegele et al. 2024."""
+    if shape == "exponential":
+        return final ** (1 - left)
+    if shape == "step":  # after the start of each third
+        return final ** (min(3, 1 + int(3 * (1 - left))) / 3)
+    if shape == "cosine":
+        left = 0.5 * (1 - math.cos(math.pi * left))
+    elif shape == "sqrt":
+        left = 1 - math.sqrt(1 - left)
+    return left + (1 - left) * final
+
+
+def muon_momentum(settings: ScheduleSettings, step: int, steps: int) -> float:
+    """Rises over the momentum's warm-up and falls linearly during the learning rate's warm-down."""
+    start, top = steps - round(settings.warmdown_ratio * steps), settings.momentum_top
+    if step < settings.momentum_warmup_steps:
+        share = step / settings.momentum_warmup_steps
+        return (1 - share) * settings.momentum_start + share * top
     if step >= start and steps > start:
         share = (step - start) / (steps - start)
-        return MOMENTUM_TOP * (1 - share) + MOMENTUM_END * share
-    return MOMENTUM_TOP
+        return top * (1 - share) + settings.momentum_end * share
+    return top
 
 
-def weight_decay_multiplier(step: int, steps: int) -> float:
-    """Falls from 1 to 0 over the run as half a cosine."""
+def weight_decay_multiplier(step: int, steps: int, shape: str = "cosine") -> float:
+    """Falls from 1 to 0 over the run: as half a cosine (nanochat), linearly, or not at all (constant)."""
+    if shape == "constant":
+        return 1.0
+    if shape == "linear":
+        return 1 - step / steps
     return 0.5 * (1 + math.cos(math.pi * step / steps))

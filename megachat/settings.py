@@ -41,7 +41,10 @@ class ModelConfig(Section):
     sequence_len: int = setting(2048, "tokens per row", ge=2, most=TOKENS)
     vocab_size: int | None = setting(None, "tokens in the vocabulary; null: the tokenizer's", ge=1, most=TOKENS)
     window_pattern: str = setting(
-        "SSSL", "attention windows tiled over blocks: S quarter, L whole; the last is always L", pattern="^[SL]+$"
+        "SSSL", "attention windows tiled over blocks: S short, L whole; the last is always L", pattern="^[SL]+$"
+    )
+    short_window: float = setting(
+        0.25, "window of S blocks as a share of sequence_len, rounded up to a multiple of 128", gt=0, le=1
     )
     rotary: Literal["slices", "chunk"] = setting(
         "slices", "how the channels of a head are paired for the rotation: two slices or torch.chunk; same result"
@@ -214,6 +217,10 @@ class HorizonConfig(Section):
     )
 
 
+_Beta = Annotated[float, Field(ge=0, lt=1)]
+Betas = tuple[_Beta, _Beta]
+
+
 class OptimizerConfig(Section):
     """nanochat's optimizer settings, before the plan's scaling rules."""
 
@@ -239,8 +246,30 @@ class OptimizerConfig(Section):
         ge=0,
         most=Most(1e9, "such a norm clips nothing; 0 is off"),
     )
+    resid_betas: Betas = setting((0.8, 0.95), "AdamW's betas for the resid lambdas")
+    x0_betas: Betas = setting((0.96, 0.95), "AdamW's betas for the x0 lambdas")
+    smear_betas: Betas = setting((0.8, 0.95), "AdamW's betas for smear gate, smear and backout lambda")
+    unembedding_betas: Betas = setting((0.8, 0.96), "AdamW's betas for the head (lm_head)")
+    embedding_betas: Betas = setting((0.8, 0.995), "AdamW's betas for the embedding, value embeddings and all tables")
+    adamw_epsilon: float = setting(
+        1e-10, "AdamW's epsilon", gt=0, most=Most(1.0, "updates would be as small as with a rate near 0")
+    )
+    muon_beta2: float = setting(0.9, "decay of Muon's second moment, one number per row or column", ge=0, lt=1)
+    momentum_start: float = setting(0.85, "Muon's momentum at the first step", ge=0, lt=1)
+    momentum_top: float = setting(0.97, "Muon's momentum from its warm-up to the warm-down", ge=0, lt=1)
+    momentum_end: float = setting(0.90, "Muon's momentum at the last step", ge=0, lt=1)
+    momentum_warmup_steps: int = setting(400, "steps in which Muon's momentum rises to its top", ge=0, most=STEPS)
     warmup_steps: int = setting(40, "steps of the rates' linear warm-up", ge=0, most=STEPS)
-    warmdown_ratio: float = setting(0.65, "share of steps in the final linear decay", ge=0, le=1)
+    warmup_ratio: float | None = setting(
+        None, "share of steps in the rates' linear warm-up, instead of warmup_steps; null: warmup_steps", ge=0, le=1
+    )
+    warmdown_ratio: float = setting(0.65, "share of steps in the final decay of the rates", ge=0, le=1)
+    warmdown_shape: Literal["linear", "cosine", "sqrt", "exponential", "step"] = setting(
+        "linear", "how the rates fall in the final decay; sqrt: 1 - sqrt(share done); step: in three equal stages"
+    )
+    decay_shape: Literal["cosine", "linear", "constant", "rate"] = setting(
+        "cosine", "how Muon's weight decay falls to 0 over the run; rate: as the learning rate"
+    )
     final_lr_fraction: float = setting(0.05, "rate multiplier at the last step", ge=0, le=1)
 
 

@@ -10,12 +10,12 @@ import torch
 from megachat.model.gpt import Loss, ModelOptions, build_layers, run_layers
 from megachat.model.ngram import NgramTable
 from megachat.model.parameters import load_whole, placed_parameters
-from megachat.optim.groups import ADAMW_EPSILON, MUON_BETA2, assign_groups, rate_multipliers
+from megachat.optim.groups import assign_groups, betas_of, rate_multipliers
 from megachat.optim.muon import second_moment_shape
 from megachat.place import place_of
 from megachat.planning.plan import resolve_without_text
 from megachat.programs.verify_layout import gradient_pieces, warm_noise, warm_up
-from megachat.schedule import learning_rate_multiplier, muon_momentum, weight_decay_multiplier
+from megachat.schedule import scheduled_values
 from megachat.settings import ParallelConfig
 from megachat.train.step import set_schedules
 from tests.muon import reference_step
@@ -54,12 +54,14 @@ class Oracle:
             if isinstance(module, NgramTable):
                 module.register_forward_pre_hook(lambda table, inputs: self.read.update({table.place.name: inputs[0]}))
         others = [p for p in self.parameters if p not in self.momentum and p not in self.tables]
-        self.adamw = torch.optim.AdamW([{"params": [p]} | self._settings(p) for p in others], eps=ADAMW_EPSILON)
+        self.adamw = torch.optim.AdamW(
+            [{"params": [p]} | self._settings(p) for p in others], eps=config.optimizer.adamw_epsilon
+        )
 
     def _settings(self, parameter):
         group = self.groups[place_of(parameter).name]
         return {
-            "betas": group.betas,
+            "betas": betas_of(group, self.config.optimizer),
             "weight_decay": group.weight_decay,
             "rate": self.plan.rates[group.rate],
             "lr": 0.0,
@@ -85,22 +87,26 @@ class Oracle:
         if settings.clip_norm and norm > settings.clip_norm:
             for p in self.parameters:
                 p.grad.mul_(settings.clip_norm / norm)
-        schedule = {"warmup_steps": settings.warmup_steps, "warmdown_ratio": settings.warmdown_ratio}
-        lrm = learning_rate_multiplier(number, plan.steps, final_fraction=settings.final_lr_fraction, **schedule)
+        scheduled = scheduled_values(settings, number, plan.steps)
+        lrm, epsilon = scheduled.rate, settings.adamw_epsilon
         for group in self.adamw.param_groups:
             group["lr"] = group["rate"] * lrm
         self.adamw.step()
         for p, table in self.tables.items():
             of_table, index = self._settings(p), self.read[place_of(p).name]
             read = torch.zeros(len(p), dtype=torch.bool).index_fill_(0, index[index >= 0], True)
-            table.step(p.grad, read, lr=of_table["rate"] * lrm, betas=of_table["betas"], epsilon=ADAMW_EPSILON)
+            table.step(p.grad, read, lr=of_table["rate"] * lrm, betas=of_table["betas"], epsilon=epsilon)
         with torch.no_grad():
             for p in self.muon:
                 lr = plan.rates["matrix"] * lrm * self.multiplier[place_of(p).name]
-                decay = plan.weight_decay * weight_decay_multiplier(number, plan.steps)
-                momentum = muon_momentum(number, plan.steps, warmdown_ratio=settings.warmdown_ratio)
+                decay = plan.weight_decay * scheduled.decay
                 self.decay += lr * decay / len(self.muon) * max(1.0, *self.multiplier.values())
-                rates = {"lr": lr, "weight_decay": decay, "momentum_factor": momentum, "beta2": MUON_BETA2}
+                rates = {
+                    "lr": lr,
+                    "weight_decay": decay,
+                    "momentum_factor": scheduled.momentum,
+                    "beta2": settings.muon_beta2,
+                }
                 reference_step(p.data, p.grad, self.momentum[p], self.second[p], torch.float32, **rates)
         for p in self.parameters:
             p.grad = None

@@ -11,7 +11,7 @@ from megachat.convert.nanochat_optimizer import optimizer_groups
 from megachat.convert.nanochat_versions import CURRENT, Version, check_windows
 from megachat.convert.reader import CheckpointReader
 from megachat.errors import UserError
-from megachat.optim.groups import ADAMW_EPSILON, GROUPS, MUON_BETA2
+from megachat.optim.groups import GROUPS, betas_of
 from megachat.optim.matrix import NEWTON_SCHULZ_STEPS
 from megachat.planning.dimensions import Dimensions, window_sizes
 from megachat.planning.plan import REFERENCE_TOKENS, Layout, Plan, resolve
@@ -57,6 +57,11 @@ RATES = {
     "smear": ("smear_lr", False),
     "matrix": ("matrix_lr", False),
 }
+# Settings of the optimizer section that nanochat has no arguments for.
+_UNKNOWN_TO_NANOCHAT = (
+    *("clip_norm", "muon_multiplier", "warmup_ratio", "warmdown_shape", "decay_shape"),
+    *("momentum_start", "momentum_top", "momentum_end", "momentum_warmup_steps"),
+)
 _RATE = {group.name: group.rate for group in GROUPS}
 
 
@@ -125,6 +130,9 @@ def config_of(source: CheckpointReader) -> tuple[dict, list[str]]:
     if arguments and groups:
         remarks += _take_rates(config, groups, dims, step, arguments)
     if groups:
+        for ours, group in zip((group for group, _ in optimizer_groups(dims)), groups, strict=True):
+            if ours.betas and group.get("betas"):
+                config.setdefault("optimizer", {})[ours.betas] = list(group["betas"])
         remarks += _not_carried(config, groups, dims)
     return config, [*remarks, documents]
 
@@ -262,12 +270,14 @@ def _settings_of_groups(groups: list[dict], dims: Dimensions) -> dict:
 def _not_carried(config: dict, groups: list[dict], dims: Dimensions) -> list[str]:
     """Returns a remark about each constant of a parameter group that is another one in megachat."""
     plan, remarks = _plan_of(config, dims), []
+    optimizer = config_from_values(config, "the checkpoint's config").optimizer
     for (ours, _), group in zip(optimizer_groups(dims), groups, strict=True):
         constants: dict[str, object] = {"initial_lr": plan.rates[ours.rate]}
         if ours.optimizer == "muon":
-            constants |= {"ns_steps": NEWTON_SCHULZ_STEPS, "beta2": MUON_BETA2}
+            constants |= {"ns_steps": NEWTON_SCHULZ_STEPS, "beta2": optimizer.muon_beta2}
         else:
-            constants |= {"betas": list(ours.betas), "eps": ADAMW_EPSILON, "weight_decay": ours.weight_decay}
+            constants |= {"betas": list(betas_of(ours, optimizer)), "eps": optimizer.adamw_epsilon}
+            constants["weight_decay"] = ours.weight_decay
         for key, value in constants.items():
             saved = list(group[key]) if isinstance(group.get(key), tuple) else group.get(key)
             if isinstance(value, float) and isinstance(saved, float) and math.isclose(saved, value, rel_tol=1e-6):
@@ -358,7 +368,7 @@ def remarks_of_export(source: CheckpointReader) -> list[str]:
         return []
     values = config_from_values(source.facts["config"], "the checkpoint's config").model_dump(mode="json")
     defaults = Config().model_dump(mode="json")
-    names = (("optimizer", "clip_norm"), ("optimizer", "muon_multiplier"), ("data", "shuffle"))
+    names = [("optimizer", key) for key in _UNKNOWN_TO_NANOCHAT] + [("data", "shuffle")]
     changed = [f"{section}.{key}" for section, key in names if values[section][key] != defaults[section][key]]
     return [f"kept for megachat, but unknown to nanochat: {', '.join(changed)}"] if changed else []
 
@@ -376,12 +386,15 @@ def param_groups_of(facts: dict, dims: Dimensions) -> list[dict]:
     if facts["step"] > 0:  # nanochat keeps the values with which it took its last step
         values = scheduled_values(config.optimizer, facts["step"] - 1, plan.steps)
         multiplier, decay, momentum = values.rate, decay * values.decay, values.momentum
-    muon = {"momentum": momentum, "ns_steps": NEWTON_SCHULZ_STEPS, "beta2": MUON_BETA2, "weight_decay": decay}
+    muon = {"momentum": momentum, "ns_steps": NEWTON_SCHULZ_STEPS, "beta2": config.optimizer.muon_beta2}
+    muon["weight_decay"] = decay
     groups, first = [], 0
     for group, names in optimizer_groups(dims):
         rate, numbers = plan.rates[group.rate], list(range(first, first + len(names)))
-        adamw = {"betas": group.betas, "eps": ADAMW_EPSILON, "weight_decay": group.weight_decay}
-        settings = muon if group.optimizer == "muon" else adamw
+        settings = muon
+        if group.optimizer != "muon":
+            moments = {"betas": betas_of(group, config.optimizer), "eps": config.optimizer.adamw_epsilon}
+            settings = moments | {"weight_decay": group.weight_decay}
         groups.append(
             {"kind": group.optimizer, "lr": rate * multiplier, **settings, "initial_lr": rate, "params": numbers}
         )

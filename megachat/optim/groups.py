@@ -9,6 +9,7 @@ from torch import nn
 from megachat.errors import UserError
 from megachat.optim.matrix import Matrix
 from megachat.place import Place, place_of
+from megachat.settings import OptimizerConfig
 
 
 @dataclass(frozen=True)
@@ -16,27 +17,28 @@ class Group:
     """Parameters that share optimizer settings.
 
     optimizer: "muon", "adamw" or "rows" (tables divided by rows, see optim/row_tables.py). rate: key of Plan.rates.
-    betas, weight_decay: of AdamW and of rows; Muon's follow the schedule.
+    betas: key of the config's optimizer section, of AdamW and of rows. weight_decay: of both; Muon's follows the
+    schedule.
     """
 
     name: str
     optimizer: str
     patterns: tuple[str, ...]
     rate: str
-    betas: tuple[float, float] = (0.0, 0.0)
+    betas: str = ""
     weight_decay: float = 0.0
 
 
 # nanochat's settings (nanochat/gpt.py, setup_optimizer). The float32 scalars come first: every pipeline stage has some,
 # and ZeRO takes its dtype from the first group.
 GROUPS = (
-    Group("resid", "adamw", ("resid_lambdas",), "resid", (0.8, 0.95), 0.05),
-    Group("x0", "adamw", ("x0_lambdas",), "x0", (0.96, 0.95), 0.0),
-    Group("smear", "adamw", ("smear_gate.weight", "smear_lambda", "backout_lambda"), "smear", (0.8, 0.95), 0.0),
-    Group("unembedding", "adamw", ("lm_head.weight",), "unembedding", (0.8, 0.96), 0.01),
-    Group("embedding", "adamw", ("transformer.wte.weight",), "embedding", (0.8, 0.995), 0.001),
-    Group("value_embedding", "adamw", ("value_embeds.*.weight",), "value_embedding", (0.8, 0.995), 0.01),
-    Group("lookup", "adamw", ("lookup.*.keys.weight", "lookup.*.values.weight"), "embedding", (0.8, 0.995), 0.0),
+    Group("resid", "adamw", ("resid_lambdas",), "resid", "resid_betas", 0.05),
+    Group("x0", "adamw", ("x0_lambdas",), "x0", "x0_betas", 0.0),
+    Group("smear", "adamw", ("smear_gate.weight", "smear_lambda", "backout_lambda"), "smear", "smear_betas", 0.0),
+    Group("unembedding", "adamw", ("lm_head.weight",), "unembedding", "unembedding_betas", 0.01),
+    Group("embedding", "adamw", ("transformer.wte.weight",), "embedding", "embedding_betas", 0.001),
+    Group("value_embedding", "adamw", ("value_embeds.*.weight",), "value_embedding", "embedding_betas", 0.01),
+    Group("lookup", "adamw", ("lookup.*.keys.weight", "lookup.*.values.weight"), "embedding", "embedding_betas", 0.0),
     Group(
         "matrix",
         "muon",
@@ -48,10 +50,13 @@ GROUPS = (
         ),
         "matrix",
     ),
-    Group("ngram", "rows", ("ngram.*.[2-8].weight",), "value_embedding", (0.8, 0.995), 0.0),
+    Group("ngram", "rows", ("ngram.*.[2-8].weight",), "value_embedding", "embedding_betas", 0.0),
 )
-ADAMW_EPSILON = 1e-10
-MUON_BETA2 = 0.9
+
+
+def betas_of(group: Group, config: OptimizerConfig) -> tuple[float, float]:
+    """Returns the configured betas of a group on AdamW or rows."""
+    return getattr(config, group.betas)
 
 
 def group_of(name: str, groups: Iterable[Group] = GROUPS) -> Group:
@@ -118,12 +123,15 @@ def muon_matrices(
     return [replace(matrix, multiplier=multipliers[name]) for name, matrix in matrices.items()]
 
 
-def adamw_groups(parameters: list[nn.Parameter], groups: Mapping[str, Group], rates: Mapping[str, float]) -> list[dict]:
+def adamw_groups(
+    parameters: list[nn.Parameter], groups: Mapping[str, Group], rates: Mapping[str, float], config: OptimizerConfig
+) -> list[dict]:
     """Returns the parameter groups for torch.optim.AdamW in the order of GROUPS, without empty ones."""
     adamw = []
     for group in GROUPS:
         members = [parameter for parameter in parameters if groups[place_of(parameter).name] is group]
         if group.optimizer == "adamw" and members:
-            settings = {"lr": rates[group.rate], "betas": group.betas, "weight_decay": group.weight_decay}
-            adamw.append({"name": group.name, "params": members, "eps": ADAMW_EPSILON} | settings)
+            settings = {"lr": rates[group.rate], "weight_decay": group.weight_decay}
+            moments = {"betas": betas_of(group, config), "eps": config.adamw_epsilon}
+            adamw.append({"name": group.name, "params": members} | settings | moments)
     return adamw

@@ -152,11 +152,11 @@ def saved_dimensions(model: dict) -> Dimensions:
         raise UserError(f"the checkpoint lacks sizes of its model ({error}): use another checkpoint") from None
 
 
-def window_sizes(pattern: str, depth: int, sequence_len: int) -> tuple[int, ...]:
-    """Tiles the pattern's letters over the blocks: L the whole row, S a quarter of it in whole tiles; the last block is
+def window_sizes(pattern: str, depth: int, sequence_len: int, short_share: float = 0.25) -> tuple[int, ...]:
+    """Tiles the pattern's letters over the blocks: L the whole row, S a share of it in whole tiles; the last block is
     always L.
     """
-    short = up_to_multiple(-(-sequence_len // 4), WINDOW_TILE)
+    short = up_to_multiple(math.ceil(sequence_len * short_share), WINDOW_TILE)
     sizes = [{"L": sequence_len, "S": short}[pattern[block % len(pattern)]] for block in range(depth)]
     return (*sizes[:-1], sequence_len)
 

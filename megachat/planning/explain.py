@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from megachat.config import Config
 from megachat.planning.dimensions import Dimensions, layer_costs
 from megachat.planning.plan import Plan
+from megachat.schedule import warmup_length
 
 
 def describe_config(config: Config) -> str:
@@ -56,16 +57,17 @@ def describe_stages(plan: Plan) -> str:
 
 def setting_warnings(config: Config, plan: Plan) -> list[str]:
     """Returns a warning for each pair of settings that is allowed and has an effect that is seldom wanted."""
-    warmup, keep = config.optimizer.warmup_steps, config.checkpoint
+    warmup, keep = warmup_length(config.optimizer, plan.steps), config.checkpoint
     constant = plan.steps - round(config.optimizer.warmdown_ratio * plan.steps)
     lines = []
     if warmup > constant:
         what = f"is longer than the training ({plan.steps} steps)"
         if warmup <= plan.steps:
             what = f"runs into the warm-down, which begins after step {constant}"
+        key = "warmup_steps" if config.optimizer.warmup_ratio is None else "warmup_ratio"
         lines.append(
-            f"WARNING: optimizer.warmup_steps ({warmup}) {what}: the rates never stay at their full values; lower "
-            "optimizer.warmup_steps or optimizer.warmdown_ratio"
+            f"WARNING: optimizer.{key} ({warmup} steps) {what}: the rates never stay at their full values; lower "
+            f"optimizer.{key} or optimizer.warmdown_ratio"
         )
     if keep.keep_every and not keep.keep_last:
         lines.append(

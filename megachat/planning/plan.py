@@ -25,6 +25,7 @@ from megachat.planning.dimensions import (
     up_to_multiple,
 )
 from megachat.planning.sizes import resolve_dimensions
+from megachat.schedule import check_schedule
 
 REFERENCE_DEPTH = 12  # nanochat tunes its settings at this depth and scales them to others
 REFERENCE_TOKENS = 2**19  # best batch at the reference depth
@@ -87,6 +88,7 @@ def resolve(config: Config, world: int, vocab_size: int, allocated: LookupDimens
     allocated: see resolve_dimensions. Raises UserError for a layout or batch that does not fit, with the nearest values
     that do.
     """
+    check_schedule(config.optimizer)
     why: dict[str, str] = {}
     dims = resolve_dimensions(config, vocab_size, why=why, allocated=allocated)
     layout = resolve_layout(config, dims, world)

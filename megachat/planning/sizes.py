@@ -53,7 +53,7 @@ def resolve_dimensions(
     why["width"] = f"depth * aspect_ratio up to whole heads {up_to}"
     why["heads"] = f"width / head_size = {width} / {model.head_size}"
     tiled = f"{model.window_pattern} tiled over {depth} blocks, the last L"
-    why["windows"] = f"{tiled}; S = sequence_len / 4 up to a multiple of {WINDOW_TILE}"
+    why["windows"] = f"{tiled}; S = sequence_len * {model.short_window:g} up to a multiple of {WINDOW_TILE}"
     return Dimensions(
         depth=depth,
         width=width,
@@ -62,7 +62,7 @@ def resolve_dimensions(
         head_size=model.head_size,
         sequence_len=model.sequence_len,
         vocab_size=vocab_size,
-        windows=window_sizes(model.window_pattern, depth, model.sequence_len),
+        windows=window_sizes(model.window_pattern, depth, model.sequence_len, model.short_window),
         rotary_base=model.rotary_base,
         qk_scale=model.qk_scale,
         norm_epsilon=model.norm_epsilon,

@@ -30,7 +30,7 @@ from megachat.parallel.rectangles import flat_rectangles
 from megachat.place import Place, place_of
 from megachat.planning.dimensions import up_to_multiple
 from megachat.planning.plan import resolve_without_text
-from megachat.schedule import weight_decay_multiplier
+from megachat.schedule import scheduled_values
 from megachat.train.build import TrainingModel, build_training_model
 from megachat.train.state import state_pieces
 from megachat.train.step import set_schedules, update
@@ -205,7 +205,8 @@ def run_rank(config: Config, vocab_size: int, device: torch.device, folder: Path
         keep("update", before)
         save_rectangles(folder / str(step), pieces, mesh.world)
         if mesh.world.rank == 0:
-            decay = multiplier * plan.rates["matrix"] * plan.weight_decay * weight_decay_multiplier(step, plan.steps)
+            scheduled = scheduled_values(training.config.optimizer, step, plan.steps)
+            decay = multiplier * plan.rates["matrix"] * plan.weight_decay * scheduled.decay
             decay *= max((matrix.multiplier for matrix in training.muon.plan.matrices), default=0.0)
             write_json(folder / str(step) / NUMBERS, {"loss": loss.item(), "norm": outcome.norm, "decay": decay})
 

@@ -22,10 +22,9 @@ from megachat.model.gpt import Loss, ModelOptions, build_layers, layer_builders
 from megachat.model.ngram import NgramTable
 from megachat.model.parameters import initialize, placed_parameters
 from megachat.optim.groups import (
-    ADAMW_EPSILON,
-    MUON_BETA2,
     adamw_groups,
     assign_groups,
+    betas_of,
     group_of,
     muon_matrices,
 )
@@ -115,14 +114,14 @@ def build_training_model(
         mesh,
         compute_dtype=dtype,
         gradient_wire=gradient_wire(config.optimizer.gradient_wire, dtype),
-        beta2=MUON_BETA2,
+        beta2=config.optimizer.muon_beta2,
         squares=kernels.norm.sum_of_squares,
         functions=compiled_functions() if config.precision.compile else None,
     )
     products = head_products(kernels.fp8 if config.precision.fp8_head else None, plan.dims, mesh.tensor.size)
     loss = Loss(plan.dims, token_bytes, vocabulary_part(plan.dims.padded_vocab, mesh.tensor), products)
     module = build_module(with_gather_waits(layers, muon), loss, mesh)
-    adamw = adamw_groups(parameters, groups, plan.rates)
+    adamw = adamw_groups(parameters, groups, plan.rates, config.optimizer)
     precision, scaler = config.precision, None
     if dtype == torch.float16:
         scaler = build_loss_scaler(precision.loss_scale, precision.loss_scale_window)
@@ -177,7 +176,7 @@ def attach_row_tables(
     train: False makes no optimizer state.
     """
     modules = {module.place.name: module for module in layers.modules() if isinstance(module, NgramTable)}
-    (betas,) = {group_of(name).betas for name in modules} or {(0.0, 0.0)}
+    (betas,) = {betas_of(group_of(name), config.optimizer) for name in modules} or {(0.0, 0.0)}
     tables = []
     for name, module in modules.items():
         count, width = module.place.whole
@@ -191,7 +190,7 @@ def attach_row_tables(
         wire=model_options(config, dtype).table_dtype,
         gradient_wire=gradient_wire(config.optimizer.gradient_wire, dtype),
         betas=betas,
-        epsilon=ADAMW_EPSILON,
+        epsilon=config.optimizer.adamw_epsilon,
     )
     for name, module in modules.items():
         module.attach(functools.partial(rows.read, name), mesh.tensor.size, mesh.tensor.rank)

@@ -24,6 +24,17 @@ LOOKUP = {"after_blocks": (0, 1), "rows": 400, "max_rows_per_token": 60, "up_wid
 # keys alone get gradients of softmax differences only, which rounding covers where unscaled scores are nearly one-hot
 UNTIED = LOOKUP | {"tied": False, "score_scale": "sqrt", "after_blocks": (2,)}
 NGRAM = {"blocks": (0, 2), "rows": 60}
+OTHER_MOMENTS = {
+    **{f"{group}_betas": (0.7, 0.9) for group in ("resid", "x0", "smear", "unembedding")},
+    "embedding_betas": (0.6, 0.99),
+    "adamw_epsilon": 1e-8,
+    "muon_beta2": 0.8,
+    "momentum_start": 0.5,
+    "momentum_warmup_steps": 3,
+    "warmup_ratio": 0.5,
+    "warmdown_shape": "cosine",
+    "decay_shape": "rate",
+}
 NARROW = NGRAM | {"width": 12, "sign_trick": False}  # projected up
 CASES = {
     "one": (1, {}, {}),
@@ -40,7 +51,7 @@ CASES = {
     "pp2, five blocks": (2, {"pipeline": 2}, {"model": {"depth": 5, "kv_heads": None}}),
     "pp3, seven blocks": (3, {"pipeline": 3}, {"model": {"depth": 7, "kv_heads": None, "aspect_ratio": 8}}),
     "dp2 tp2": (4, {"tensor": 2}, {"model": GQA, "ngram": NGRAM | {"optimizer": "rowwise", "storage": "host"}}),
-    "dp2 pp2": (4, {"pipeline": 2}, {}),
+    "dp2 pp2": (4, {"pipeline": 2}, {"optimizer": OTHER_MOMENTS, "ngram": NGRAM}),
     "tp2 pp2": (4, {"tensor": 2, "pipeline": 2}, {"model": GQA, "optimizer": {"clip_norm": 0.2}}),
     "tp2 pp2, as transformers' NanoChat": (4, {"tensor": 2, "pipeline": 2}, {"model": GQA | FIRST_NANOCHAT}),
     "tp2 pp2 sequence": (

@@ -10,7 +10,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from megachat.job.local_ranks import run_local_ranks
-from megachat.optim.groups import ADAMW_EPSILON
 from megachat.optim.row_tables import RowTable, RowTables
 from megachat.parallel.collectives import all_gather, reduce_scatter
 from megachat.parallel.engine import start_collectives
@@ -20,7 +19,7 @@ from tools.bench.turns import compare_rates, time_in_turn
 
 WIDTH, TOKENS = 256, 4096  # of the table; of a rank's micro-batch
 ROWS = 1024, 16384, 65536, 262144
-BETAS = 0.8, 0.995
+BETAS, EPSILON = (0.8, 0.995), 1e-10
 Step = Callable[[torch.Tensor, torch.Tensor], None]  # of the rows read [TOKENS] and a gradient [TOKENS, WIDTH]
 
 
@@ -34,7 +33,7 @@ def whole_table(rows: int, mesh: Mesh) -> Step:
     """Returns a step with the whole table on each rank and its optimizer state divided, as ZeRO-1 does."""
     weight, share = torch.nn.Parameter(torch.zeros(rows, WIDTH)), rows * WIDTH // mesh.data.size
     master = torch.zeros(share, requires_grad=True)
-    adamw = torch.optim.AdamW([master], lr=1e-3, betas=BETAS, eps=ADAMW_EPSILON, weight_decay=0.0, fused=True)
+    adamw = torch.optim.AdamW([master], lr=1e-3, betas=BETAS, eps=EPSILON, weight_decay=0.0, fused=True)
 
     def step(index: torch.Tensor, gradient: torch.Tensor) -> None:
         F.embedding(index, weight).backward(gradient)
@@ -52,7 +51,7 @@ def whole_table(rows: int, mesh: Mesh) -> Step:
 def divided_table(rows: int, mesh: Mesh, optimizer: str, host: bool) -> Step:
     """Returns a step with the rows divided over the ranks."""
     tables = RowTables(
-        [RowTable("table", rows, WIDTH)], mesh, optimizer=optimizer, host=host, betas=BETAS, epsilon=ADAMW_EPSILON
+        [RowTable("table", rows, WIDTH)], mesh, optimizer=optimizer, host=host, betas=BETAS, epsilon=EPSILON
     )
     tables.set_lr("table", 1e-3)
 
