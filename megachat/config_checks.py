@@ -33,7 +33,7 @@ _REFUSED_IDEAS = {
     "ramp": "the batch is constant: nanochat measured hardly any gain by a batch ramp",
     "batch_warmup": "the batch is constant: nanochat measured hardly any gain by a batch ramp",
     "softcap": "the logits' softcap is nanochat's 15",
-    "beta": "the betas are nanochat's for each group of parameters, in megachat/optim/groups.py",
+    "beta": "each group of parameters has a pair, such as optimizer.embedding_betas",
     "zero": "AdamW always has ZeRO-1 and Muon its partition; other stages are not supported",
 }
 
@@ -49,6 +49,7 @@ STEPS = Most(10**9, "the longest trainings have 10^7 steps")
 BATCH = Most(10**13, "a whole training has about as many tokens")
 SECONDS = Most(10**7, "no job waits 116 days")
 RATE = Most(100, "already a rate of 1 moves most weights by more than their size in every step")
+MOMENT = Most(0.9999, "a mean over more than 10,000 steps hardly follows the gradient")
 RANKS = Most(10**5, "no job has as many ranks")
 WIDTH = Most(4096, "such a model fits no device")
 TOKENS = Most(2**24, "such a model fits no device")

@@ -6,7 +6,20 @@ from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from megachat import config_checks
-from megachat.config_checks import BATCH, RANKS, RATE, SECONDS, STEPS, THREADS, TOKENS, WIDTH, Most, Section, setting
+from megachat.config_checks import (
+    BATCH,
+    MOMENT,
+    RANKS,
+    RATE,
+    SECONDS,
+    STEPS,
+    THREADS,
+    TOKENS,
+    WIDTH,
+    Most,
+    Section,
+    setting,
+)
 from megachat.planning.dimensions import LARGEST_ORDER, NORM_EPSILON, QK_SCALE, ROTARY_BASE
 
 
@@ -43,9 +56,7 @@ class ModelConfig(Section):
     window_pattern: str = setting(
         "SSSL", "attention windows tiled over blocks: S short, L whole; the last is always L", pattern="^[SL]+$"
     )
-    short_window: float = setting(
-        0.25, "window of S blocks as a share of sequence_len, rounded up to a multiple of 128", gt=0, le=1
-    )
+    short_window: float = setting(0.25, "share of sequence_len in S windows, up to a multiple of 128", gt=0, le=1)
     rotary: Literal["slices", "chunk"] = setting(
         "slices", "how the channels of a head are paired for the rotation: two slices or torch.chunk; same result"
     )
@@ -251,18 +262,14 @@ class OptimizerConfig(Section):
     smear_betas: Betas = setting((0.8, 0.95), "AdamW's betas for smear gate, smear and backout lambda")
     unembedding_betas: Betas = setting((0.8, 0.96), "AdamW's betas for the head (lm_head)")
     embedding_betas: Betas = setting((0.8, 0.995), "AdamW's betas for the embedding, value embeddings and all tables")
-    adamw_epsilon: float = setting(
-        1e-10, "AdamW's epsilon", gt=0, most=Most(1.0, "updates would be as small as with a rate near 0")
-    )
-    muon_beta2: float = setting(0.9, "decay of Muon's second moment, one number per row or column", ge=0, lt=1)
-    momentum_start: float = setting(0.85, "Muon's momentum at the first step", ge=0, lt=1)
-    momentum_top: float = setting(0.97, "Muon's momentum from its warm-up to the warm-down", ge=0, lt=1)
-    momentum_end: float = setting(0.90, "Muon's momentum at the last step", ge=0, lt=1)
+    adamw_epsilon: float = setting(1e-10, "added to the root of AdamW's second moment", gt=0, le=1)
+    muon_beta2: float = setting(0.9, "decay of Muon's second moment, one number per row or column", ge=0, most=MOMENT)
+    momentum_start: float = setting(0.85, "Muon's momentum at the first step", ge=0, most=MOMENT)
+    momentum_top: float = setting(0.97, "Muon's momentum from its warm-up to the warm-down", ge=0, most=MOMENT)
+    momentum_end: float = setting(0.90, "Muon's momentum at the last step", ge=0, most=MOMENT)
     momentum_warmup_steps: int = setting(400, "steps in which Muon's momentum rises to its top", ge=0, most=STEPS)
     warmup_steps: int = setting(40, "steps of the rates' linear warm-up", ge=0, most=STEPS)
-    warmup_ratio: float | None = setting(
-        None, "share of steps in the rates' linear warm-up, instead of warmup_steps; null: warmup_steps", ge=0, le=1
-    )
+    warmup_ratio: float | None = setting(None, "share of steps in the warm-up; null: warmup_steps counts", ge=0, le=1)
     warmdown_ratio: float = setting(0.65, "share of steps in the final decay of the rates", ge=0, le=1)
     warmdown_shape: Literal["linear", "cosine", "sqrt", "exponential", "step"] = setting(
         "linear", "how the rates fall in the final decay; sqrt: 1 - sqrt(share done); step: in three equal stages"
@@ -347,14 +354,13 @@ class EvaluateConfig(Section):
         ),
         "prompts that samples continue; empty: no samples",
     )
+    sample_every: int = setting(0, "steps between samples, with some at the end; 0: only at the end", ge=0, most=STEPS)
     sample_tokens: int = setting(16, "tokens per sample", ge=1, most=Most(10**5, "a longer sample takes hours"))
     core_every: int = setting(0, "steps between CORE evaluations, with one at the end; 0: none", ge=0, most=STEPS)
     core_bundle: str | None = setting(
         None, "folder or zip with CORE's tasks; null: nanochat's, downloaded once into data/"
     )
-    core_max_per_task: int = setting(
-        500, "examples of CORE per task; the default is nanochat's during training", ge=1, most=STEPS
-    )
+    core_max_per_task: int | None = setting(500, "examples of CORE per task, as nanochat; null: all", ge=1, most=STEPS)
     core_tasks: tuple[str, ...] | None = setting(
         None, "labels of CORE's tasks to evaluate; null: all in the bundle", min_length=1
     )

@@ -57,11 +57,8 @@ RATES = {
     "smear": ("smear_lr", False),
     "matrix": ("matrix_lr", False),
 }
-# Settings of the optimizer section that nanochat has no arguments for.
-_UNKNOWN_TO_NANOCHAT = (
-    *("clip_norm", "muon_multiplier", "warmup_ratio", "warmdown_shape", "decay_shape"),
-    *("momentum_start", "momentum_top", "momentum_end", "momentum_warmup_steps"),
-)
+_UNKNOWN_TO_NANOCHAT = """clip_norm muon_multiplier warmup_ratio warmdown_shape decay_shape
+    momentum_start momentum_top momentum_end momentum_warmup_steps""".split()  # of the optimizer section
 _RATE = {group.name: group.rate for group in GROUPS}
 
 
@@ -130,9 +127,10 @@ def config_of(source: CheckpointReader) -> tuple[dict, list[str]]:
     if arguments and groups:
         remarks += _take_rates(config, groups, dims, step, arguments)
     if groups:
-        for ours, group in zip((group for group, _ in optimizer_groups(dims)), groups, strict=True):
-            if ours.betas and group.get("betas"):
-                config.setdefault("optimizer", {})[ours.betas] = list(group["betas"])
+        for (ours, _), group in zip(optimizer_groups(dims), groups, strict=True):
+            for key, theirs in ((ours.betas, "betas"), ("adamw_epsilon", "eps"), ("muon_beta2", "beta2")):
+                if key and group.get(theirs):
+                    config.setdefault("optimizer", {})[key] = group[theirs]
         remarks += _not_carried(config, groups, dims)
     return config, [*remarks, documents]
 
@@ -391,10 +389,8 @@ def param_groups_of(facts: dict, dims: Dimensions) -> list[dict]:
     groups, first = [], 0
     for group, names in optimizer_groups(dims):
         rate, numbers = plan.rates[group.rate], list(range(first, first + len(names)))
-        settings = muon
-        if group.optimizer != "muon":
-            moments = {"betas": betas_of(group, config.optimizer), "eps": config.optimizer.adamw_epsilon}
-            settings = moments | {"weight_decay": group.weight_decay}
+        moments = group.betas and {"betas": betas_of(group, config.optimizer), "eps": config.optimizer.adamw_epsilon}
+        settings = moments | {"weight_decay": group.weight_decay} if moments else muon
         groups.append(
             {"kind": group.optimizer, "lr": rate * multiplier, **settings, "initial_lr": rate, "params": numbers}
         )

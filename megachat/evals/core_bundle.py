@@ -102,8 +102,13 @@ def open_configured_bundle(config: EvaluateConfig) -> Bundle | None:
     if not config.core_every:
         return None
     bundle = open_bundle(config.core_bundle, config.core_tasks)
-    check_max_per_task(bundle, config.core_max_per_task, "evaluate.core_max_per_task")
+    check_max_per_task(bundle, configured_examples(config), "evaluate.core_max_per_task")
     return bundle
+
+
+def configured_examples(config: EvaluateConfig) -> int:
+    """Returns the configured number of examples per task, -1 for all."""
+    return -1 if config.core_max_per_task is None else config.core_max_per_task
 
 
 def check_max_per_task(bundle: Bundle, max_per_task: int, option: str) -> None:

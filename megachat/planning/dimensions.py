@@ -1,5 +1,6 @@
 """Computes parameters, FLOPs and pipeline stages from a model's dimensions alone; no tensor is made."""
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields

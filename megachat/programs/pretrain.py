@@ -17,7 +17,7 @@ from megachat.data.texts import BadTexts
 from megachat.data.tokenizer import Tokenizer, load_tokenizer
 from megachat.device import choose_compute_dtype, device_name, host_memory_bytes, memory_bytes, peak_flops
 from megachat.errors import SAVED_STATUS, UserError
-from megachat.evals.core_bundle import Bundle, describe_bundle, open_configured_bundle
+from megachat.evals.core_bundle import Bundle, configured_examples, describe_bundle, open_configured_bundle
 from megachat.evals.core_prompts import check_questions, row_limit
 from megachat.files import CONFIG_NAME, PLAN_NAME, Log, read_side_file, write_side_json
 from megachat.job.agreement import rank_facts
@@ -172,7 +172,7 @@ def _check_inputs(
     data, bundle = check_data(config), open_configured_bundle(config.evaluate)
     left_out: Mapping[str, int] = {}
     if bundle:
-        limit, most = row_limit(plan.dims, config.evaluate), config.evaluate.core_max_per_task
+        limit, most = row_limit(plan.dims, config.evaluate), configured_examples(config.evaluate)
         left_out = check_questions(bundle, tokenizer, limit, most)
     if environment.rank == 0:
         check_wandb(config.log)

@@ -15,6 +15,7 @@ from megachat.checkpoint.saver import Saver
 from megachat.device import peak_flops, peak_memory_bytes
 from megachat.evals.bpb import ValidationRows, bits_per_byte
 from megachat.evals.core import build_evaluator, evaluate_bundle
+from megachat.evals.core_bundle import configured_examples
 from megachat.evals.engine_model import sample_prompts
 from megachat.evals.results import core_lines, recorded_validation, results_path, save_results
 from megachat.files import SAMPLES, is_readable_json, write_side_json
@@ -150,12 +151,15 @@ class Validation(Task):
 
 
 class Samples(Task):
-    """Continues the configured prompts greedily at the end of training; rank 0 writes the texts to samples/."""
+    """Continues the configured prompts greedily, every evaluate.sample_every steps and at the end of training; rank 0
+    writes the texts to samples/.
+    """
 
     name, activity = "samples", "sampling"
 
     def due(self, trainer: TaskContext) -> bool:
-        return trainer.at_end and bool(trainer.run.config.evaluate.prompts)
+        config = trainer.run.config.evaluate
+        return bool(config.prompts) and (due(trainer.state.step, config.sample_every) or trainer.at_end)
 
     def run(self, trainer: TaskContext) -> bool:
         run = trainer.run
@@ -188,7 +192,7 @@ class Core(Task):
             all_reduce(requested, run.mesh.world, "max", name="stop requests")
             return bool(requested)
 
-        limit, evaluator = run.config.evaluate.core_max_per_task, build_evaluator(run)
+        limit, evaluator = configured_examples(run.config.evaluate), build_evaluator(run)
         section = evaluate_bundle(evaluator, bundle, run.tokenizer, max_per_task=limit, stop=stop_requested_on_any_rank)
         if section is None:
             return False

@@ -167,7 +167,7 @@ def test_deep_files_and_endless_numbers_are_refused(tmp_path, text):
 @pytest.mark.parametrize(
     ("key", "hint"),
     [
-        ("optimizer.x0_beta1", "the betas are nanochat's"),
+        ("optimizer.beta1", "each group of parameters has a pair"),
         ("model.activation", "the MLP has nanochat's squared ReLU"),
         ("model.swiglu", "nanochat measured SwiGLU to be worse"),
         ("model.moe_experts", "mixtures of experts are not supported"),

@@ -257,9 +257,9 @@ def test_arguments_that_no_config_allows_are_reported(tmp_path):
     edit_meta(tmp_path / "in", lambda meta: (meta.pop(EMBEDDED), meta["user_config"].update(eval_tokens=0)))
     certificate = import_checkpoint("nanochat", tmp_path / "in", tmp_path / "there")
     assert "user_config's eval_tokens 0 is not possible here: evaluate.tokens is the default" in certificate["remarks"]
-    edit_optimizer(
-        tmp_path / "in", 0, lambda saved: [group.update(betas=(0.7, 0.9)) for group in saved["param_groups"][:1]]
-    )
+    changed = {"betas": (0.7, 0.9), "weight_decay": 0.5}
+    edit_optimizer(tmp_path / "in", 0, lambda saved: saved["param_groups"][0].update(changed))
     certificate = import_checkpoint("nanochat", tmp_path / "in", tmp_path / "other")
-    words = "not carried: betas [0.7, 0.9] of the group unembedding, which is [0.8, 0.96] in megachat"
-    assert words in certificate["remarks"]
+    words = "not carried: weight_decay 0.5 of the group unembedding, which is 0.01 in megachat"
+    assert words in certificate["remarks"] and not any("betas" in remark for remark in certificate["remarks"])
+    assert json.loads((tmp_path / "other" / "config.json").read_text())["optimizer"]["unembedding_betas"] == [0.7, 0.9]

@@ -6,8 +6,9 @@ import pytest
 
 from megachat.errors import UserError
 from megachat.evals import core_bundle, core_download
-from megachat.evals.core_bundle import CORE_TASKS, check_max_per_task, open_bundle
+from megachat.evals.core_bundle import CORE_TASKS, check_max_per_task, configured_examples, open_bundle
 from megachat.files import file_sha256
+from megachat.settings import EvaluateConfig
 from tests.unit.evals.bundle import ALL, examples, write_bundle, zipped
 from tests.unit.prepare.test_download import mirror  # noqa: F401
 
@@ -269,6 +270,10 @@ def test_bad_arguments(folder, tmp_path):
     assert "cannot be read (Bad CRC-32" in refused(archive)
     bundle = open_bundle(folder)
     check_max_per_task(bundle, -1, "--max-per-task")
+    assert (
+        configured_examples(EvaluateConfig(core_max_per_task=None)) == -1
+        and configured_examples(EvaluateConfig()) == 500
+    )
     check_max_per_task(bundle, 2, "--max-per-task")
     with pytest.raises(UserError, match="--max-per-task is 1.*arc_easy.* 1 shots.*2 or more"):
         check_max_per_task(bundle, 1, "--max-per-task")

@@ -67,8 +67,11 @@ def test_stages_are_described_with_their_shares():
 @pytest.mark.parametrize(
     ("sections", "part"),
     [
-        ({"horizon": {"steps": 20}}, "optimizer.warmup_steps (40) is longer than the training (20 steps)"),
-        ({"horizon": {"steps": 60}}, "optimizer.warmup_steps (40) runs into the warm-down, which begins after step 21"),
+        ({"horizon": {"steps": 20}}, "optimizer.warmup_steps (40 steps) is longer than the training (20 steps)"),
+        (
+            {"horizon": {"steps": 60}},
+            "optimizer.warmup_steps (40 steps) runs into the warm-down, which begins after step 21",
+        ),
         (
             {"horizon": {"steps": 400}, "checkpoint": {"keep_every": 5}},
             "checkpoint.keep_every (5) has no effect without",

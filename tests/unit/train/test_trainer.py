@@ -7,6 +7,7 @@ import pytest
 
 from megachat.errors import UserError
 from megachat.parallel.mesh import Axis
+from megachat.settings import EvaluateConfig
 from megachat.train.state import LoopState
 from megachat.train.tasks import Checkpoint, Core, Log, Samples, Task, Validation
 from megachat.train.trainer import Trainer
@@ -94,3 +95,15 @@ def test_a_validation_in_the_metrics_is_not_made_again(tmp_path):
     assert (made.state.val_bpb, made.state.min_val_bpb) == (1.5, 1.5)
     other = trainer(tmp_path, step=5, pending=["validation"])
     assert [task.name for task in other._pending_tasks()] == ["validation"] and other.state.val_bpb is None
+
+
+def test_samples_are_due_every_so_many_steps_and_at_the_end():
+    def due_steps(**settings):
+        config = SimpleNamespace(evaluate=EvaluateConfig(**settings))
+        at = [
+            SimpleNamespace(run=SimpleNamespace(config=config), state=SimpleNamespace(step=step), at_end=step == 7)
+            for step in range(1, 8)
+        ]
+        return [trainer.state.step for trainer in at if Samples().due(trainer)]
+
+    assert due_steps() == [7] and due_steps(sample_every=3) == [3, 6, 7] and due_steps(sample_every=3, prompts=()) == []
