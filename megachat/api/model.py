@@ -172,15 +172,17 @@ class Model:
 def load(
     path: str | os.PathLike,
     *,
+    step: int | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     tokenizer: str | os.PathLike | None = None,
 ) -> Model:
     """Loads a model, whatever layout or program wrote it.
 
-    path: a run folder (its newest checkpoint), a step folder, or a folder of nanochat, of safetensors or of
-    transformers. device: "auto" is a GPU if there is one, else the CPU. dtype: of the computation, "float32",
-    "bfloat16", "float16", or "auto" by device. tokenizer: its folder, if it is not where the checkpoint says.
+    path: a run folder, a step folder, or a folder of nanochat, of safetensors or of transformers. step: which one of a
+    folder that has several, None for the newest. device: "auto" is a GPU if there is one, else the CPU. dtype: of the
+    computation, "float32", "bfloat16", "float16", or "auto" by device. tokenizer: its folder, if it is not where the
+    checkpoint says.
 
     Raises megachat.UserError if there is no such checkpoint or tokenizer, ValueError for another device or dtype.
     """
@@ -189,7 +191,9 @@ def load(
     if name not in _DTYPES:
         raise ValueError(f"dtype is {dtype!r}: give {', '.join(_DTYPES)}")
     compute_dtype = choose_compute_dtype(name, where)[0]
-    saved = open_saved_model(Path(path), [], None if tokenizer is None else Path(tokenizer))
+    if step is not None and type(step) is not int:
+        raise TypeError(f"step is {type(step).__name__} {_shown(step)}: give an int")
+    saved = open_saved_model(Path(path), [], None if tokenizer is None else Path(tokenizer), step)
     layers = build_model(saved.reader, ModelOptions(compute_dtype=compute_dtype))
     return Model(saved, layers.to(where), compute_dtype)
 

@@ -11,7 +11,7 @@ from megachat.commands.options import Parser
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options beside the checkpoint."""
     parser.add_argument("--json", action="store_true", help="as JSON")
-    parser.add_argument("--step", type=int, help="of a nanochat folder that has several (default: the newest)")
+    parser.add_argument("--step", type=int, help="of a folder that has several (default: the newest)")
 
 
 def add_arguments(parser: Parser) -> None:

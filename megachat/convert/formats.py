@@ -50,10 +50,17 @@ def open_checkpoint(path: Path, step: int | None = None) -> CheckpointReader:
         raise UserError(
             f"{path} is not a folder: give a checkpoint's step folder, a run folder, or a folder of another format"
         )
+    reader = _open(path, step)
+    if step is not None and reader.facts["step"] != step:
+        raise UserError(f"{path} has step {reader.facts['step']}, not {step}: give that one, or none")
+    return reader
+
+
+def _open(path: Path, step: int | None) -> CheckpointReader:
     for each in FORMATS:
         if each.recognizes(path):
             return each.open(path, step)
-    step_folder = find_step_folder(path)
+    step_folder = find_step_folder(path, step)
     if not (step_folder / FACTS_NAME).is_file():
         others = ", ".join(f"{each.marker} ({each.name})" for each in FORMATS)
         looked_for = f"it has no {FACTS_NAME} (a step's folder), no checkpoints/ (a run's folder), and none of {others}"

@@ -23,6 +23,7 @@ from megachat.files import CHECKPOINTS, CONFIG_NAME, TOKENIZER, path_kind
 from megachat.parallel.mesh import Axis
 from megachat.planning.plan import Layout
 from megachat.planning.sizes import resolve_dimensions
+from megachat.text import number_ranges
 
 _ONE_RANK = Axis("world", 1, 0, None, (0,))
 
@@ -62,12 +63,19 @@ def tokenizer_folders(folder: Path, facts: dict) -> tuple[Path, ...]:
     return folder / TOKENIZER, folder.parent.parent / TOKENIZER, Path(configured)
 
 
-def find_step_folder(path: Path) -> Path:
-    """Returns a run folder's newest checkpoint, and any other path as it is. Raises UserError if it has none, or if
-    the newest one is damaged: an older one has to be named."""
+def find_step_folder(path: Path, step: int | None = None) -> Path:
+    """Returns a run folder's checkpoint of a step, None for the newest, and any other path as it is.
+
+    Raises UserError if it has none, or if the newest one is damaged: an older one has to be named.
+    """
     folder = path / CHECKPOINTS
     if path_kind(folder) != "folder":
         return path
+    if step is not None:
+        if path_kind(folder / checkpoint_name(step)) != "folder":
+            saved = sorted(each for name in folder.iterdir() if (each := checkpoint_step(name)) is not None)
+            raise UserError(f"{path} has no step {step}: it has {number_ranges(saved) or 'none'}")
+        return folder / checkpoint_name(step)
     newest, passed_over = newest_complete(folder)
     if newest is None:
         raise UserError(f"{path} holds no complete checkpoint" + (f": {passed_over[0]}" if passed_over else " yet"))

@@ -39,12 +39,16 @@ class SavedModel:
         return hashlib.sha256(json.dumps([self.reader.facts, sizes], sort_keys=True).encode()).hexdigest()
 
 
-def open_saved_model(path: Path, overrides: list[str], tokenizer: Path | None = None) -> SavedModel:
+def open_saved_model(
+    path: Path, overrides: list[str], tokenizer: Path | None = None, step: int | None = None
+) -> SavedModel:
     """Opens a checkpoint of any format, with its config under the overrides and its tokenizer.
+
+    step: which one, if the folder has several.
 
     Raises UserError if it is none, if it has no tokenizer, or if the overrides change the model.
     """
-    reader = open_checkpoint(path)
+    reader = open_checkpoint(path, step)
     if reader.format == "huggingface":  # as a conversion would make it; nothing is written
         new = import_huggingface(reader, tokenizer)
         reader, loaded_tokenizer = new.source.select(reader.entries, facts=new.source.facts | new.facts), new.tokenizer

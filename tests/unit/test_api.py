@@ -2,6 +2,7 @@
 
 import ast
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from tests.harness import run_ranks
 from tests.runs.forked import ROOT, run_forked
 from tests.unit.convert.checkpoints import HUGGINGFACE, STEP, VOCAB_SIZE, make_run, step_folder
 from tests.unit.evals.bundle import write_bundle
+from tools.convert_checkpoint import main as inspect_main
 from tools.generate import main as generate_main
 from tools.prepare_data import main as prepare_data
 
@@ -140,6 +142,62 @@ def test_every_format_is_loaded(run, model, tmp_path):
     assert (theirs(ids[None]) - result).abs().max() < 5e-4 and other.config.model.lambdas == "neutral"
     (by_engine,) = run_ranks(engine_logits, 1, tmp_path / "hf", ids)
     assert (result - by_engine).abs().max() < 1e-6
+
+
+def test_a_step_of_several(run, model, tmp_path):
+    several = tmp_path / "several"
+    shutil.copytree(run, several)
+    other = several / "checkpoints" / "step_000009"
+    shutil.copytree(step_folder(several), other)
+    facts = json.loads((other / "checkpoint.json").read_text())
+    facts["step"] = facts["loop"]["step"] = 9
+    (other / "checkpoint.json").write_text(json.dumps(facts))
+    assert megachat.load(several, device="cpu").step == 9
+    assert megachat.load(several, device="cpu", step=STEP).folder == step_folder(several)
+    for wrong in (
+        lambda: megachat.load(several, step=8),
+        lambda: inspect_main(["inspect", str(several), "--step", "8"]),
+    ):
+        with pytest.raises(megachat.UserError, match="several has no step 8: it has 7,9$"):
+            wrong()
+    with pytest.raises(megachat.UserError, match="step_000009 has step 9, not 7: give that one, or none"):
+        megachat.load(other, step=7)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "table"),
+    [
+        ("ngram", {"blocks": [0, 2], "rows": 50, "width": 12}, "model/ngram"),
+        ("lookup", {"after_blocks": [1], "rows": 700, "tied": False}, "model/lookup"),
+    ],
+)
+def test_models_with_tables(section, values, table, tmp_path):
+    """With a cache the model chooses the tokens that it chooses without; the table matters."""
+
+    def without(tensors: dict) -> None:
+        for name in (name for name in tensors if name.startswith(table)):
+            tensors[name].zero_()
+
+    made = {
+        name: make_run(tmp_path / name, **{section: values}, change=how)
+        for name, how in {"tables": lambda tensors: None, "zeros": without}.items()
+    }
+    model, plain = (megachat.load(path, device="cpu", dtype="float32") for path in made.values())
+    assert getattr(model.plan.dims, section) is not None
+    assert (model.logits(TEXT) - plain.logits(TEXT)).abs().max() > 1e-3
+    prompts = ["abcdefgh zz", "q"]
+    for prompt, text in zip(prompts, model.generate(prompts, tokens=8, temperature=0), strict=True):
+        ids = model.tokenizer.encode(prompt, bos=True).tolist()
+        start = len(ids)
+        while len(ids) < start + 8 and (token := int(model.logits(ids)[-1].argmax())) != model.tokenizer.bos:
+            ids.append(token)
+        assert text == model.tokenizer.decode(ids[start:]) and len(ids) > start
+    ids = torch.from_numpy(model.tokenizer.encode(TEXT, bos=True).astype(np.int64))
+    nats = torch.nn.functional.cross_entropy(model.logits(ids)[:-1].double(), ids[1:], reduction="sum")
+    assert model.bits_per_byte(TEXT) == pytest.approx(nats.item() / np.log(2) / len(TEXT.encode()), rel=1e-6)
+    bundle = write_bundle(tmp_path / "bundle")
+    core = megachat.evaluate_core(model, bundle, tasks=["winograd"], max_per_task=2)
+    assert core["tasks"]["winograd"]["examples"] == 2
 
 
 @reference.needs_reference
