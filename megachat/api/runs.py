@@ -1,8 +1,6 @@
 """Plans, trains and reads runs from Python. Only `pretrain` loads torch."""
 
 import os
-import signal
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,10 +35,12 @@ def pretrain(config: AnyConfig, overrides: Sequence[str] = (), *, resume: str | 
     This process is the only rank, or one rank of the launcher that started it (torchrun, deepspeed, mpirun). config,
     overrides: see `resolve`; a run without run.name has the name of its config file. resume: "auto" continues from the
     run's newest checkpoint, a path from that one. A job that is interrupted by Ctrl-C saves first; "auto" continues it.
+    Environment variables and signal handlers of this process are as before when it returns.
 
     Raises megachat.UserError for what launch/pretrain.py refuses.
     """
-    from megachat.programs.pretrain import open_job_config, run_job  # loads torch and DeepSpeed
+    from megachat.job.launch import process_restored  # loads torch
+    from megachat.programs.pretrain import open_job_config, run_job  # loads DeepSpeed
 
     if isinstance(config, str | os.PathLike):
         settings, notes = open_job_config(os.fspath(config), list(overrides))
@@ -48,13 +48,8 @@ def pretrain(config: AnyConfig, overrides: Sequence[str] = (), *, resume: str | 
         settings, notes = _read_config(config, overrides), []
         if settings.run.name is None:
             raise UserError('the config has no run.name: give one, for example {"run": {"name": "first"}}')
-    main_thread = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGINT) if main_thread else None
-    try:
+    with process_restored():
         run_job(settings, notes, resume=None if resume is None else os.fspath(resume))
-    finally:
-        if handler is not None:  # a stopped job ignores further signals, but this process goes on
-            signal.signal(signal.SIGINT, handler)
     return Path(settings.run.folder) / str(settings.run.name)
 
 

@@ -6,8 +6,11 @@ import dataclasses
 import ipaddress
 import os
 import platform
+import signal
 import socket
 import sys
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import psutil  # a dependency of DeepSpeed
@@ -174,6 +177,27 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+@contextlib.contextmanager
+def process_restored() -> Iterator[None]:
+    """Gives this process its environment variables and signal handlers back after a job, because it may go on.
+
+    A job sets variables for torch and DeepSpeed, and ignores further signals after it was stopped.
+    """
+    variables = dict(os.environ)
+    main_thread = threading.current_thread() is threading.main_thread()  # only there may handlers be set
+    numbers = sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}) if main_thread else []
+    handlers = {number: handler for number in numbers if (handler := signal.getsignal(number)) is not None}
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - variables.keys():
+            del os.environ[name]
+        os.environ.update(variables)
+        for number, handler in handlers.items():
+            if signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
 
 
 def rank_0_address() -> str:

@@ -62,7 +62,10 @@ def demo(shared_place, tmp_path_factory):
     data = {"folder": str(shared_place.data), "tokenizer": str(shared_place.tokenizer), "streams": 4}
     (folder / "configs" / "demo.json").write_text(json.dumps(CONFIG | {"data": data}))
     write_bundle(folder / "eval_bundle")
-    out = executed(folder, "import megachat\nprint('run:', megachat.pretrain('configs/demo.json'))\n")
+    code = "before = dict(os.environ), [signal.getsignal(number) for number in signal.valid_signals()]\n"
+    code += "print('run:', megachat.pretrain('configs/demo.json'))\n"
+    code += "assert before == (dict(os.environ), [signal.getsignal(number) for number in signal.valid_signals()])\n"
+    out = executed(folder, f"import signal\nimport megachat\n{code}")
     assert "run: runs/demo\n" in out and f"finished step {STEPS}" in out
     return folder
 

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import megachat
+from megachat.checkpoint.facts import read_facts, write_facts
 from megachat.convert.conversion import export_checkpoint
 from megachat.convert.formats import open_checkpoint
 from megachat.convert.huggingface import transformers_logits
@@ -21,13 +23,13 @@ from megachat.convert.proof import megachat_logits
 from megachat.convert.saved_model import open_saved_model
 from megachat.model.gpt import logits
 from megachat.planning.plan import Plan
+from megachat.programs.convert import inspect_command
 from megachat.train.weights import build_evaluation_model, evaluation_plan
 from tests import reference
 from tests.harness import run_ranks
 from tests.runs.forked import ROOT, run_forked
 from tests.unit.convert.checkpoints import HUGGINGFACE, STEP, VOCAB_SIZE, make_run, step_folder
 from tests.unit.evals.bundle import write_bundle
-from tools.convert_checkpoint import main as inspect_main
 from tools.generate import main as generate_main
 from tools.prepare_data import main as prepare_data
 
@@ -149,14 +151,13 @@ def test_a_step_of_several(run, model, tmp_path):
     shutil.copytree(run, several)
     other = several / "checkpoints" / "step_000009"
     shutil.copytree(step_folder(several), other)
-    facts = json.loads((other / "checkpoint.json").read_text())
-    facts["step"] = facts["loop"]["step"] = 9
-    (other / "checkpoint.json").write_text(json.dumps(facts))
+    facts = read_facts(other)
+    write_facts(other, facts | {"step": 9, "loop": facts["loop"] | {"step": 9}})
     assert megachat.load(several, device="cpu").step == 9
     assert megachat.load(several, device="cpu", step=STEP).folder == step_folder(several)
     for wrong in (
         lambda: megachat.load(several, step=8),
-        lambda: inspect_main(["inspect", str(several), "--step", "8"]),
+        lambda: inspect_command(several, 8, False),
     ):
         with pytest.raises(megachat.UserError, match="several has no step 8: it has 7,9$"):
             wrong()
@@ -312,18 +313,32 @@ def test_bad_arguments_are_one_sentence_with_the_value(model, call, error, facts
     assert "\n" not in str(caught.value)
 
 
-def test_a_job_leaves_the_signals_of_its_process(monkeypatch):
-    """A job that was stopped ignores signals, because its program ends; a notebook goes on."""
-    before = signal.getsignal(signal.SIGINT)
+def test_a_job_leaves_the_process_as_it_was(monkeypatch):
+    """A job sets variables, and ignores signals after it was stopped; a notebook goes on."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+    def state() -> tuple:
+        return dict(os.environ), [signal.getsignal(number) for number in numbers]
 
     def run_job(config, notes, *, resume):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
+        os.environ.update(RANK="0", MASTER_PORT="4321", OMP_NUM_THREADS="77")
+        os.environ.pop("HOME", None)
         assert (config.model.depth, notes, resume) == (5, [], "auto")
+        if config.run.seed == 3:
+            raise megachat.UserError("refused")
 
     monkeypatch.setattr("megachat.programs.pretrain.run_job", run_job)
+    monkeypatch.setenv("HOME", "somewhere")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    before = state()
     config = {"run": {"name": "first", "folder": "somewhere"}}
     assert megachat.pretrain(config, ["model.depth=5"], resume="auto") == Path("somewhere/first")
-    assert signal.getsignal(signal.SIGINT) is before
+    assert state() == before
+    with pytest.raises(megachat.UserError, match="refused"):
+        megachat.pretrain(config, ["model.depth=5", "run.seed=3"], resume="auto")
+    assert state() == before
 
 
 def test_plans_and_metrics_of_a_run(run, tmp_path):
