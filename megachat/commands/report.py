@@ -1,0 +1,39 @@
+"""Write a run as one HTML file that opens without a network: summary, curves on steps, time and FLOPs, step times,
+layout, parameters, CORE, samples, settings and environment.
+
+    megachat report runs/d12                           writes runs/d12/report.html
+    megachat report runs/d12 --against runs/base       with the comparison of `megachat compare`
+
+It needs plotly: pip install 'megachat[report]'. The run may still train.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from megachat.commands.options import Parser
+
+
+def add_arguments(parser: Parser) -> None:
+    """Adds the options of `megachat report`."""
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="run folder")
+    add("--against", type=Path, metavar="RUN", help="a second run, shown beside it")
+    add("--out", type=Path, metavar="FILE", help="the HTML file (default: report.html in the run folder)")
+    add("--json", action="store_true", help="print the file's path and size as JSON")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Writes the report."""
+    from megachat.files import check_writable
+    from megachat.studies.report import write_report
+    from megachat.studies.report_figures import import_plotly
+    from megachat.studies.runs import load_run
+
+    import_plotly()
+    record = load_run(options.run)
+    against = load_run(options.against) if options.against else None
+    out = options.out or options.run / "report.html"
+    check_writable(out)
+    size = write_report(record, out, against)
+    print(json.dumps({"report": str(out), "bytes": size}) if options.json else f"wrote {out}, {size / 1e6:.1f} MB")

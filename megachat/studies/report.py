@@ -1,0 +1,225 @@
+"""A run as one HTML file that opens without a network: summary, curves on three axes, steps, layout, CORE, samples,
+environment; with a second run also the comparison.
+"""
+
+import contextlib
+import html
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megachat.checkpoint.facts import read_facts
+from megachat.errors import UserError
+from megachat.evals.results import core_lines, load_results, newest_results
+from megachat.files import SAMPLES, list_folder, write_atomically
+from megachat.studies.comparison import compare_curves, curve_lines
+from megachat.studies.report_figures import (
+    curve_figure,
+    layout_figure,
+    parameter_figure,
+    plotly_script,
+    step_figure,
+)
+from megachat.studies.runs import RunRecord, complete_checkpoints, flat_config, run_row
+
+_STYLE = """
+:root { color-scheme: light }
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1080px; margin: 0 auto; padding: 1rem }
+h1 { font-size: 1.5rem; margin: 0 0 .2rem }
+h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; border-bottom: 1px solid #ddd }
+table { border-collapse: collapse; margin: .5rem 0; max-width: 100%; display: block; overflow-x: auto }
+td, th { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #eee }
+td { overflow-wrap: anywhere }
+td:first-child { white-space: nowrap; overflow-wrap: normal }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
+pre { white-space: pre-wrap; background: #f6f6f6; padding: .6rem; border-radius: 4px; overflow-wrap: anywhere }
+.warning { color: #8a4b00 }
+.figures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)) }
+.figures > div { min-width: 0 }
+@media print { .figures { display: block } h2 { break-after: avoid } .plot { break-inside: avoid } }
+"""
+
+
+def write_report(run: RunRecord, out: Path, against: RunRecord | None = None) -> int:
+    """Writes the report and returns its size in bytes. Raises UserError without plotly, or for a run without steps."""
+    text = report_html(run, against)
+    write_atomically(out, text.encode())
+    return len(text.encode())
+
+
+def report_html(run: RunRecord, against: RunRecord | None = None) -> str:
+    """Returns the page."""
+    if not run.lines:
+        raise UserError(f"{run.folder} has no recorded step: train first")
+    runs = [run] if against is None else [run, against]
+    name = html.escape(" against ".join(each.folder.name for each in runs))
+    sections = [
+        _section("Summary", _summary(runs)),
+        *([_section("Comparison", _comparison(run, against))] if against else []),
+        _section("Curves", _figures(_curves(runs))),
+        _section("Steps and layout", _figures([step_figure(run), layout_figure(dict(run.plan))]) + _saves(run)),
+        _section("Parameters", _figures([parameter_figure(dict(run.plan["parameters"]))])),
+        _section("CORE", "".join(map(_core, runs))),
+        _section("Samples", _samples(run)),
+        _section("Settings that differ from the defaults", _settings(runs)),
+        _section("Environment", _environment(run)),
+    ]
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<link rel="icon" href="data:,"><title>{name}</title><style>{_STYLE}</style>'
+        f"<script>{plotly_script()}</script></head><body>\n<h1>{name}</h1>\n"
+        + "\n".join(sections)
+        + f"\n<script>{_RESIZE}</script>\n</body></html>\n"
+    )
+
+
+def _section(title: str, body: str) -> str:
+    return f"<h2>{html.escape(title)}</h2>\n{body}" if body else ""
+
+
+def _table(rows: Iterable[Sequence[object]], *, head: Sequence[str] = (), right: Iterable[int] = ()) -> str:
+    right = set(right)
+
+    def line(cells: Sequence[object], tag: str) -> str:
+        each = (
+            f"<{tag}{' class=number' if number in right else ''}>{html.escape(str(cell))}</{tag}>"
+            for number, cell in enumerate(cells)
+        )
+        return f"<tr>{''.join(each)}</tr>"
+
+    return f"<table>{line(head, 'th') if head else ''}{''.join(line(row, 'td') for row in rows)}</table>"
+
+
+def _figures(figures: Iterable[Any]) -> str:
+    drawn = [
+        f'<div class="plot">{figure.to_html(full_html=False, include_plotlyjs=False, config=_CONFIG)}</div>'
+        for figure in figures
+        if figure is not None
+    ]
+    return f'<div class="figures">{"".join(drawn)}</div>' if drawn else ""
+
+
+# A figure is drawn before the figures beside it are there, with the width of all of them.
+_RESIZE = "addEventListener('load', () => document.querySelectorAll('.js-plotly-plot').forEach(Plotly.Plots.resize))"
+_CONFIG = {"responsive": True, "displaylogo": False, "displayModeBar": False}
+
+
+def _curves(runs: Sequence[RunRecord]) -> list[Any]:
+    wanted = (
+        ("val/bpb", "Validation, bits per byte"),
+        ("train/loss", "Training loss (nats)"),
+        ("train/lrm", "Learning-rate multiplier"),
+        ("train/grad_norm", "Norm of the gradient"),
+        ("train/mfu", "Model FLOPs utilization (%)"),
+    )
+    return [curve_figure(runs, key, title) for key, title in wanted]
+
+
+def _summary(runs: Sequence[RunRecord]) -> str:
+    rows = {"run folder": [str(run.folder) for run in runs]}
+    for run in runs:
+        row, bpb = run_row(run), run.values("val/bpb")
+        peaks, step_times = run.values("train/peak_memory_bytes"), run.values("train/dt")
+        values = {
+            "state": row["state"],
+            "steps": f"{row['step']:,} of {row['steps'] or 0:,}",
+            "bits per byte": f"{bpb[0]:.4f} to {bpb[-1]:.4f}, lowest {min(bpb):.4f}" if bpb else "not evaluated",
+            "CORE": "not evaluated" if row["core"] is None else f"{row['core']:.4f}",
+            "tokens": f"{row['tokens'] or 0:,}",
+            "training time": "" if row["hours"] is None else f"{row['hours']:.2f} h after the tenth step",
+            "time per step": f"median {1000 * statistics.median(step_times):,.0f} ms" if step_times else "",
+            "MFU": "not known for this device" if row["mfu"] is None else f"mean {row['mfu']:.1f} %",
+            "peak memory": f"{max(peaks) / 1e9:.2f} GB on a rank" if peaks else "",
+            "layout": row["layout"],
+            "token ledger": _ledger(run),
+        }
+        for key, value in values.items():
+            rows.setdefault(key, []).append(value)
+    notes = "".join(f'<p class="warning">{html.escape(note)}</p>' for run in runs for note in run.notes)
+    return _table([[key, *values] for key, values in rows.items() if any(values)]) + notes
+
+
+def _ledger(run: RunRecord) -> str:
+    saved = complete_checkpoints(run.folder)
+    if not saved:
+        return ""
+    with contextlib.suppress(UserError):
+        facts = read_facts(saved[max(saved)])
+        return f"{facts.get('ledger') or 'none'} at step {facts['step']:,}"
+    return ""
+
+
+def _comparison(run: RunRecord, against: RunRecord) -> str:
+    try:
+        lines = curve_lines(compare_curves([against], [run]))
+    except UserError as error:
+        lines = [str(error)]
+    return f"<pre>{html.escape(chr(10).join(lines))}</pre>"
+
+
+def _saves(run: RunRecord) -> str:
+    saves = [line for line in run.lines if "checkpoint/blocked_s" in line]
+    if not saves:
+        return ""
+    blocked, total = ([line[f"checkpoint/{key}"] for line in saves] for key in ("blocked_s", "total_s"))
+    return (
+        f"<p>{len(saves)} checkpoints: each blocked the training for {statistics.median(blocked):.3f} s (median; "
+        f"longest {max(blocked):.3f} s) and was written in {statistics.median(total):.2f} s.</p>"
+    )
+
+
+def _core(run: RunRecord) -> str:
+    try:
+        section = load_results(newest_results(run.folder))["core"]
+    except UserError:
+        return ""
+    rows = [
+        (label, f"{task['examples']:,}", *(f"{task[key]:.4f}" for key in ("accuracy", "centered", "deviation")))
+        for label, task in section["tasks"].items()
+    ]
+    head = (run.folder.name, "examples", "accuracy", "centered", "+-")
+    lines = "".join(f"<p>{html.escape(line)}</p>" for line in core_lines(section))
+    return _table(rows, head=head, right=range(1, 5)) + lines
+
+
+def _samples(run: RunRecord) -> str:
+    files = [path for path in list_folder(run.folder / SAMPLES) if path.suffix == ".json"]
+    if not files:
+        return ""
+    try:
+        texts: Mapping[str, str] = json.loads(files[-1].read_bytes())
+        return f"<p>{files[-1].stem}</p>" + "".join(f"<pre>{html.escape(text)}</pre>" for text in texts.values())
+    except (OSError, ValueError, AttributeError, TypeError):
+        return f'<p class="warning">{html.escape(files[-1].name)} cannot be read</p>'
+
+
+def _settings(runs: Sequence[RunRecord]) -> str:
+    flat = [flat_config(run.config) for run in runs]
+    rows = [
+        (key, *(json.dumps(settings[key]) if key in settings else "default" for settings in flat))
+        for key in sorted({key for settings in flat for key in settings})
+    ]
+    return _table(rows, head=("setting", *(run.folder.name for run in runs)))
+
+
+def _environment(run: RunRecord) -> str:
+    try:
+        starts = json.loads((run.folder / "environment.json").read_bytes())
+        newest = dict(starts[-1])
+    except (OSError, ValueError, LookupError, TypeError):
+        return '<p class="warning">environment.json cannot be read</p>'
+    diff = newest.pop("diff", None)
+    rows = [(key, _words(value)) for key, value in newest.items()]
+    text = f"<p>{len(starts)} starts; the last:</p>{_table(rows)}"
+    if diff:
+        text += f"<details><summary>uncommitted changes</summary><pre>{html.escape(str(diff))}</pre></details>"
+    return text
+
+
+def _words(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {each}" for key, each in value.items() if each is not None)
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
