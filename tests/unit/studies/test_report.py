@@ -73,8 +73,8 @@ def test_a_browser_draws_it_without_errors_or_requests(page, tmp_path):
         const plots = document.querySelectorAll('.js-plotly-plot');
         Plotly.Fx.hover(plots[0], [{curveNumber: 0, pointNumber: 3}]);
         const button = plots[0].layout.updatemenus[0].buttons[1];
-        const wide = [...plots].filter(plot => plot.scrollWidth > plot.parentElement.clientWidth + 1).length;
-        Plotly.update(plots[0], ...button.args).then(() => {
+        Plotly.update(plots[0], ...button.args).then(() => new Promise(done => setTimeout(done, 1000))).then(() => {
+            const wide = [...plots].filter(plot => plot.scrollWidth > plot.parentElement.clientWidth + 1).length;
             document.title = [plots.length, document.querySelectorAll('.hovertext').length, wide,
                 plots[0].layout.xaxis.title.text, performance.getEntriesByType('resource').length].join('|');
         });
