@@ -22,17 +22,18 @@ def add_arguments(parser: Parser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Prepares, trains and compares the result with the unigram entropy; returns the exit status."""
     require_minimum(options, ranks=1)
-    from megachat.commands.main import start
+    from megachat.commands.main import check_passed_on, start
     from megachat.job.local_job import run_with_deepspeed
-    from megachat.programs.unigram import compare_with_unigram
 
+    config = str(config_folder() / "demo.json")
+    check_passed_on(["--config", config, *options.rest])
     start("data", ["--source", "python", "--out", str(DATA)], "megachat data")
     if not (TOKENIZER / "tokenizer.json").exists():
         training = ["--data", str(DATA), "--vocab-size", "4096", "--out", str(TOKENIZER)]
         start("tokenizer", training, "megachat tokenizer")
     quiet = ["--quiet"] if options.quiet else []
-    config = str(config_folder() / "demo.json")
     status = run_with_deepspeed(
         ["pretrain", "--config", config, "--resume", "auto", *quiet, *options.rest], options.ranks
     )
-    return status or compare_with_unigram(DATA, TOKENIZER, RUN)
+    paths = ["--data", str(DATA), "--tokenizer", str(TOKENIZER), "--run", str(RUN)]
+    return status or start("unigram", [*paths, *quiet], "megachat unigram")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from megachat.commands.options import Parser, add_quiet
+from megachat.commands.options import Parser, add_quiet, layout_settings
 from megachat.errors import UserError, user_errors_end_the_program
 from megachat.installation import CHECKOUT, version_text
 from megachat.job.launchers import completion_requested, launcher_rank
@@ -52,6 +52,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "runs": Command("the runs of a folder: state, results, and what differs"),
         "report": Command("a run as one HTML file: curves, steps, layout, CORE, samples"),
         "compare": Command("which run is better, on steps, time, FLOPs and CORE, beyond the error?"),
+        "unigram": Command("is a run better than token frequencies?"),
         "generate": Command("continue prompts with a checkpoint"),
     },
     "look into and convert": {
@@ -100,6 +101,14 @@ def build_parser(name: str, prog: str) -> Parser:
     module.add_arguments(parser)
     add_quiet(parser)
     return parser
+
+
+def check_passed_on(arguments: list[str]) -> None:
+    """Raises UserError for options or a config that `megachat pretrain` would refuse, before ranks are started."""
+    options = build_parser("pretrain", "megachat pretrain").parse_args(arguments)
+    from megachat.config import load_config
+
+    load_config(options.config, options.set + layout_settings(options.layout))
 
 
 def start(name: str, arguments: list[str], prog: str) -> int:

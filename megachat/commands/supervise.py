@@ -32,6 +32,9 @@ def run(options: argparse.Namespace) -> int:
         )
     if options.hosts != "1" and not options.meet:
         raise UserError("several hosts need --meet HOST[:PORT], the same on each of them")
+    from megachat.commands.main import check_passed_on
+
+    check_passed_on(options.rest)
     from megachat.job.elastic import supervise
 
     quiet = ["--quiet"] if options.quiet else []

@@ -2,7 +2,9 @@
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -39,12 +41,19 @@ def final_bpb(run: Path) -> float:
     return values[-1]
 
 
-def compare_with_unigram(data: Path, tokenizer: Path, run: Path | None) -> int:
-    """Prints the entropy, and the run's validation loss beside it; returns 1 if the loss is not below, else 0."""
+def unigram_comparison(data: Path, tokenizer: Path, run: Path | None) -> dict[str, float | bool | None]:
+    """Returns the entropy of the validation text, and a run's validation loss: JSON values, None without a run.
+
+    nats_per_token, bits_per_byte: the entropy. run_bits_per_byte: the loss. below: whether that is less.
+    """
     nats, bits = unigram_entropy(data, load_tokenizer(tokenizer))
-    print(f"unigram entropy of the validation text: {nats:.4f} nats per token, {bits:.4f} bits per byte")
-    if run is None:
-        return 0
-    bpb = final_bpb(run)
-    print(f"the model: {bpb:.4f} bits per byte, {bpb / bits:.3f} of the unigram entropy")
-    return 0 if bpb < bits else 1
+    bpb = None if run is None else final_bpb(run)
+    below = None if bpb is None else bpb < bits
+    return {"nats_per_token": nats, "bits_per_byte": bits, "run_bits_per_byte": bpb, "below": below}
+
+
+def comparison_lines(comparison: Mapping[str, Any]) -> list[str]:
+    """Returns the comparison as lines of text."""
+    nats, bits, bpb = (comparison[key] for key in ("nats_per_token", "bits_per_byte", "run_bits_per_byte"))
+    lines = [f"unigram entropy of the validation text: {nats:.4f} nats per token, {bits:.4f} bits per byte"]
+    return lines + ([f"the model: {bpb:.4f} bits per byte, {bpb / bits:.3f} of the unigram entropy"] if bpb else [])

@@ -70,7 +70,7 @@ def test_a_killed_rank_costs_one_restart_and_no_step(place, two):
 
 
 def test_a_mistake_is_reported_once_and_not_tried_again(place):
-    done = finish(Launcher([*supervised(place, "mistaken", 2), "--set", "model.depht=3"]))
+    done = finish(Launcher([*supervised(place, "mistaken", 2), "--set", "data.folder=depht"]))
     assert done.status == EXIT_STATUS and "Traceback" not in done.err, done.err
     assert len([error for error in done.errors if "[rank" not in error]) == 1 and "depht" in done.errors[0]
 

@@ -3,9 +3,14 @@
 import argparse
 import json
 import os
+import pty
 import re
+import select
+import shutil
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +20,7 @@ from megachat.commands.options import check_layout_ranks, config_path, layout_se
 from megachat.errors import UserError
 from megachat.job import local_job
 from megachat.prepare.download import HUB_SOURCES
+from tests.limits import limit_s
 from tests.runs.job import ROOT
 from tests.training import SMALL_VOCAB
 
@@ -120,6 +126,60 @@ def test_a_mistake_is_one_sentence(words, fact, tmp_path):
     assert fact.format(**places) in str(error.value) and "\n" not in str(error.value)
 
 
+# What does not exist, a folder that is no run, a file that is no JSON: by each command.
+NOT_THERE = [
+    (["demo", "--set", "horizon.steps"], "horizon.steps"),
+    (["doctor", "--config", "{none}"], "{none}"),
+    (["doctor", "--config", "{file}"], "{file}"),
+    (["data", "--source", "parquet", "--input", "{file}", "--out", "{empty}/out"], "{file}"),
+    (["tokenizer", "--data", "{empty}", "--out", "{empty}/out"], "{empty}"),
+    (["tokenizer", "--import-nanochat", "{none}", "--out", "{empty}/out"], "{none}"),
+    (["lookup", "--data", "{none}", "--tokenizer", "{file}"], "{file}"),
+    (["plan", "--config", "{none}"], "{none}"),
+    (["plan", "--config", "{file}"], "{file}"),
+    (["explain", "--config", "{none}", "steps"], "{none}"),
+    (["pretrain", "--config", "{file}"], "{file}"),
+    (["pretrain", "--config", "d2_cpu", "--set", "data.tokenizer={none}"], "{none}"),
+    (["supervise", "--config", "d12", "--hosts", "2"], "--meet"),
+    (["evaluate", "--checkpoint", "{empty}", "--bpb"], "{empty}"),
+    (["evaluate", "--checkpoint", "{file}", "--core"], "{file}"),
+    (["runs", "{none}"], "{none}"),
+    (["report", "{empty}"], ""),  # the run, or plotly
+    (["compare", "{empty}", "{file}"], "{empty}"),
+    (["unigram", "--data", "{none}", "--tokenizer", "{none}"], "{none}"),
+    (["generate", "--checkpoint", "{file}", "--prompt", "x"], "{file}"),
+    (["inspect", "{file}"], "{file}"),
+    (["inspect", "{none}", "--json"], "{none}"),
+    (["convert", "verify", "{none}"], "{none}"),
+    (["convert", "diff", "{empty}", "{none}"], "{empty}"),
+    (["convert", "from-nanochat", "{empty}", "{empty}/out"], "{empty}"),
+    (["verify", "--config", "{none}", "--layout", "tp=2"], "{none}"),
+    (["bench", "core", "--checkpoint", "{none}", "--bundle", "{none}"], "{none}"),
+    (["partition", "--json", "{file}/out.json"], "{file}"),
+    (["completion"], "SHELL"),
+]
+
+
+@pytest.mark.parametrize(("words", "fact"), NOT_THERE, ids=lambda value: " ".join(value) if type(value) is list else "")
+def test_what_is_not_there_is_one_sentence(words, fact, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("{no json")
+    places = {"none": tmp_path / "none", "empty": tmp_path, "file": tmp_path / "file"}
+    with pytest.raises(UserError) as error:
+        run(*(word.format(**places) for word in words))
+    assert fact.format(**places) in str(error.value) and "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"], "nothing is written"
+
+
+def test_no_command_takes_a_wrong_option():
+    assert {words[0] for words, _ in NOT_THERE} == set(cli.COMMANDS)
+    needed = {"supervise": ["--config", "d12"], "convert": ["verify", "x"], "bench": ["loader"], "completion": ["bash"]}
+    for name in cli.COMMANDS:
+        with pytest.raises(UserError, match="--wrong-option|arguments are required") as error:
+            run(name, *needed.get(name, []), "--wrong-option")
+        assert "\n" not in str(error.value) and "--help` lists the options" in str(error.value)
+
+
 def test_a_mistake_ends_the_process_with_2():
     done = python("-m", "megachat", "--local_rank=0", "pretrain", "--nope")
     (line,) = done.stderr.splitlines()
@@ -198,16 +258,16 @@ def test_the_demo_starts_ranks_and_compares(tmp_path, monkeypatch):
             return status
 
     begun = cli.start
-    monkeypatch.setattr(cli, "start", lambda name, words, prog: lines.append([name, *words]))
+    monkeypatch.setattr(cli, "start", lambda name, words, prog: lines.append([name, *words]) or name == "unigram")
     monkeypatch.setattr(local_job.subprocess, "Popen", Process)
     monkeypatch.setattr(local_job.shutil, "which", lambda name: None)
-    monkeypatch.setattr("megachat.programs.unigram.compare_with_unigram", lambda *paths: 1)
     monkeypatch.setenv("MASTER_PORT", "4321")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("MEGACHAT_SECRET", "x" * 32)
     assert begun("demo", ["--quiet", "--set", "horizon.steps=20"], "demo") == 1
-    data, tokenizer, ranks = lines
+    data, tokenizer, ranks, unigram = lines
     assert data == ["data", "--source", "python", "--out", "data/python"] and tokenizer[0] == "tokenizer"
+    assert unigram[0] == "unigram" and unigram[-3:] == ["--run", "runs/demo", "--quiet"]
     config = str(ROOT / "configs" / "demo.json")
     assert ranks[ranks.index("--num_accelerators") :] == (
         ["--num_accelerators", "2", "--master_port", "4321", "--module", "megachat", "pretrain", "--config", config]
@@ -234,16 +294,62 @@ def test_without_argcomplete_the_command_works(monkeypatch):
     cli._complete()  # a shell that asks gets no answer
 
 
-def test_argcomplete_completes_commands_and_options():
+def program_in(folder: Path) -> dict[str, str]:
+    """Makes a program named megachat of this checkout; returns variables with which shells find it."""
     pytest.importorskip("argcomplete")
-    request = {
-        "_ARGCOMPLETE": "1",
-        "COMP_LINE": "megachat evaluate --max",
-        "COMP_POINT": "23",
-        "_ARGCOMPLETE_IFS": "\n",
-    }
-    done = python("-c", "import sys; sys.argv=['megachat']; from megachat.commands.main import main; main()", **request)
-    assert done.returncode == 0 and done.stderr == ""
+    (folder / "megachat").write_text(f'#!/bin/sh\nexec {sys.executable} -m megachat "$@"\n')
+    (folder / "megachat").chmod(0o755)
+    return {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "HOME": str(folder)}
+
+
+def needs(shell: str):
+    return pytest.mark.skipif(shutil.which(shell) is None, reason=f"no {shell} here: apt-get install {shell}")
+
+
+BASH = """eval "$(megachat completion bash)"; complete -p megachat >/dev/null || exit 1
+ask() { COMP_LINE="$*" COMP_POINT=${#COMP_LINE} COMP_WORDS=("$@") COMP_CWORD=$(($# - 1)) COMP_TYPE=9
+_python_argcomplete megachat; echo ${COMPREPLY[@]}; }
+ask megachat pre; ask megachat evaluate --max"""
+FISH = """megachat completion fish | source; complete -C "megachat pre"; complete -C "megachat evaluate --max" """
+
+
+@pytest.mark.parametrize(
+    ("shell", "code"),
+    [pytest.param("bash", BASH, marks=needs("bash")), pytest.param("fish", FISH, marks=needs("fish"))],
+)
+def test_a_shell_completes_commands_and_options(shell, code, tmp_path):
+    done = subprocess.run([shell, "-c", code], env=program_in(tmp_path), capture_output=True, text=True)
+    assert [line.split()[0] for line in done.stdout.split("\n") if line] == ["pretrain", "--max-per-task"], done.stderr
+
+
+@needs("zsh")
+def test_zsh_completes_commands_and_options(tmp_path):
+    """It completes on a terminal only."""
+    controller, terminal = pty.openpty()
+    zsh = subprocess.Popen(
+        ["zsh", "-f", "-i"], env=program_in(tmp_path), stdin=terminal, stdout=terminal, stderr=terminal
+    )
+    os.close(terminal)
+    shown, deadline = b"", time.monotonic() + limit_s()
+
+    def type_until(text: bytes, answer: bytes) -> None:
+        nonlocal shown
+        shown = b""
+        os.write(controller, text)
+        while answer not in shown:
+            assert time.monotonic() < deadline, shown
+            if select.select([controller], [], [], 0.2)[0]:
+                shown += os.read(controller, 4096)
+
+    try:
+        start = b'autoload -Uz compinit; compinit -u; eval "$(megachat completion zsh)"; echo rea""dy\n'
+        type_until(start, b"ready")
+        type_until(b"megachat pre\t", b"megachat pretrain")
+        type_until(b"\x15megachat evaluate --max\t", b"--max-per-task")
+    finally:
+        zsh.kill()
+        zsh.wait()
+        os.close(controller)
 
 
 def test_the_page_lists_commands_options_and_statuses():

@@ -31,6 +31,13 @@ def test_entropy_of_the_validation_text(arguments, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         main([*arguments, *run_with(tmp_path / "worse", '{"val/bpb": 2.5}')])
     assert caught.value.code == 1
+    with pytest.raises(SystemExit):
+        main([*arguments, "--run", str(tmp_path / "worse"), "--json", "--quiet"])
+    document = json.loads(capsys.readouterr().out.split("entropy\n")[-1])
+    assert document["bits_per_byte"] == pytest.approx(bits) and document["run_bits_per_byte"] == 2.5
+    assert document["below"] is False
+    main([*arguments, "--json"])
+    assert json.loads(capsys.readouterr().out)["below"] is None
 
 
 def test_bad_input(arguments, tmp_path, capsys):
