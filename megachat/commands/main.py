@@ -50,6 +50,7 @@ GROUPS: dict[str, dict[str, Command]] = {
     "evaluate and use": {
         "evaluate": Command("CORE, bits per byte and samples of a checkpoint", ranks=True),
         "runs": Command("the runs of a folder: state, results, and what differs"),
+        "watch": Command("a run's curve and newest values in the terminal, while it trains"),
         "report": Command("a run as one HTML file: curves, steps, layout, CORE, samples"),
         "compare": Command("which run is better, on steps, time, FLOPs and CORE, beyond the error?"),
         "unigram": Command("is a run better than token frequencies?"),

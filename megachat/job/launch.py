@@ -231,12 +231,16 @@ def _set_by_torchrun() -> bool:
         return True
 
 
+_DIFF_CHARACTERS = 100_000  # of the uncommitted changes that are kept: what made a result, within reason
+
+
 def describe_environment(device: torch.device) -> dict[str, object]:
-    """Returns commit, versions, command and hardware, for environment.json."""
+    """Returns commit, uncommitted changes, versions, command and hardware, for environment.json."""
     names = "torch deepspeed numpy pyarrow tiktoken pydantic mpi4py transformer-engine wandb".split()
     return {
         "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain")),
+        "uncommitted_changes": bool(changes := git("status", "--porcelain")),
+        "diff": (git("diff", "HEAD") or "")[:_DIFF_CHARACTERS] if changes else "",
         "command": sys.argv,
         "host": socket.gethostname(),
         "device": device_name(device),
