@@ -145,6 +145,7 @@ NOT_THERE = [
     (["evaluate", "--checkpoint", "{file}", "--core"], "{file}"),
     (["runs", "{none}"], "{none}"),
     (["report", "{empty}"], ""),  # the run, or plotly
+    (["watch", "{empty}"], ""),  # the run, or plotly
     (["compare", "{empty}", "{file}"], "{empty}"),
     (["unigram", "--data", "{none}", "--tokenizer", "{none}"], "{none}"),
     (["generate", "--checkpoint", "{file}", "--prompt", "x"], "{file}"),
