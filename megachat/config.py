@@ -95,6 +95,7 @@ def config_from_values(
     fields = {name: type(section).model_fields for name, section in config}
     try:
         values = json.loads(json.dumps(values))
+        values.pop("$schema", None)  # names configs/schema.json, for editors
         for override in overrides:
             _apply_override(values, override, mistakes)
         config = Config.model_validate_json(json.dumps(values, ensure_ascii=False).encode())

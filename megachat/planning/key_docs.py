@@ -99,11 +99,11 @@ def _words(schema: dict[str, Any]) -> tuple[str, str]:
     limits = {
         "minimum": "at least {}",
         "exclusiveMinimum": "above {}",
-        "maximum": "at most {}",
         "multipleOf": "a multiple of {}",
         "minLength": "at least {} long",
         "maxLength": "at most {} long",
         "pattern": "matches `{}`",
+        "maximum": "at most {}",
     }
     ranges = [text.format(_number(schema[limit])) for limit, text in limits.items() if limit in schema]
     return kinds.get(schema["type"], schema["type"]), ", ".join(ranges)

@@ -14,7 +14,7 @@ from tests.runs.job import ROOT
 
 FOLDER = ROOT / "configs"
 GPU_GB = 80
-NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
+NAMES = sorted(path.stem for path in FOLDER.glob("d*.json"))
 # The columns of the table: name, options, devices, "GPU" or "CPU", rows x micro-batches, tokens per step, steps, GB
 LINE = (
     r"^\| \[(\w+)\]\(\1\.json\) \| (?:`(.+)` )?\| (\d+) (GPU|CPU)s? \| ([\d x]+) \| ([\d,]+) \| ([\d,]+) \| (\d+|-) \|$"

@@ -1,0 +1,100 @@
+"""Writes docs/configuration.md and configs/schema.json from the declarations of the settings.
+
+    python tools/config_docs.py
+
+A test compares both files with what this writes.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # works from a clone that was not installed
+
+from megachat.config import Config  # noqa: E402
+from megachat.errors import user_errors_end_the_program  # noqa: E402
+from megachat.planning.key_docs import describe_key, moved_numbers  # noqa: E402
+
+PAGE = ROOT / "docs" / "configuration.md"
+SCHEMA = ROOT / "configs" / "schema.json"
+LONGEST_DEFAULT = 40  # characters of a default in the table
+INTRODUCTION = """\
+<!-- Written by tools/config_docs.py from megachat/settings.py: change it there. -->
+
+# Configuration
+
+A config is a JSON file with what differs from the defaults: `{"model": {"depth": 20}, "horizon": {"ratio": 8}}`. Every
+key is in a section, and unknown keys are refused. `--set model.depth=20` overrides a key on the command line; its value
+is JSON, or else a text, and `null` takes back what a file sets. [The configs of megachat](../configs/README.md) are
+examples.
+
+Nearly all numbers of a run follow from few keys. The last column names the numbers of the plan that a key can move, as
+`megachat plan` prints them with their formulas. It is measured: plans of small runs are resolved with other values of
+each key. `estimated memory` is that of the fullest rank. `name.*` stands for several numbers. A key without numbers
+changes how the run computes, reads, saves or logs, but not its plan.
+
+## Editors
+
+[configs/schema.json](../configs/schema.json) has all keys with their types, ranges and meanings. Editors that know
+JSON schemas complete and check a config that names it; megachat ignores this line:
+
+    {"$schema": "schema.json", "model": {"depth": 20}}
+
+The path is relative to the config. An installed package has the file in the folder `megachat/configs`. In VS Code, all
+files of a folder get the schema without that line by this part of `.vscode/settings.json`:
+
+    "json.schemas": [{"fileMatch": ["configs/*.json", "runs/*/config.json"], "url": "./configs/schema.json"}]
+"""
+
+
+def configuration_page(moved: Callable[[str], list[str]] = moved_numbers) -> str:
+    """Returns the text of docs/configuration.md. moved: key -> the numbers of the plan that it moves."""
+    parts = [INTRODUCTION]
+    for name, section in Config():
+        parts += [f"## {name}\n\n{type(section).__doc__}\n"]
+        parts += ["| key | default | values | meaning | what it moves |", "|---|---|---|---|---|"]
+        parts += [*(_row(f"{name}.{key}", moved) for key in type(section).model_fields), ""]
+    return "\n".join(parts)
+
+
+def _row(key: str, moved: Callable[[str], list[str]]) -> str:
+    description = describe_key(key)
+    default = description.default
+    if len(default) > LONGEST_DEFAULT:
+        default = default[: default.index(",")] + ", ...]"
+    values = f"{description.kind}, {description.allowed}".removesuffix(", ")
+    numbers = ", ".join(moved(key)).replace("*", r"\*")
+    cells = [f'<a id="{key}"></a>`{key}`', f"`{default}`", values, description.meaning, numbers]
+    return f"| {' | '.join(cells)} |"
+
+
+def config_schema() -> dict[str, Any]:
+    """Returns the JSON schema of config files."""
+    schema = Config.model_json_schema()
+    properties = {name: {"$ref": section["$ref"]} for name, section in schema["properties"].items()}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "config of megachat",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {"$schema": {"type": "string"}} | properties,
+        "$defs": schema["$defs"],
+    }
+
+
+@user_errors_end_the_program()
+def main(arguments: list[str] | None = None) -> None:
+    """Writes both files."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(
+        arguments
+    )
+    SCHEMA.write_text(json.dumps(config_schema(), indent=1) + "\n", encoding="utf-8")
+    PAGE.write_text(configuration_page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
