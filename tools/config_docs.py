@@ -21,7 +21,7 @@ from megachat.planning.key_docs import describe_key, moved_numbers  # noqa: E402
 
 PAGE = ROOT / "docs" / "configuration.md"
 SCHEMA = ROOT / "configs" / "schema.json"
-LONGEST_DEFAULT = 40  # characters of a default in the table
+LONGEST_DEFAULT = 40  # characters of a default that are shown
 INTRODUCTION = """\
 <!-- Written by tools/config_docs.py from megachat/settings.py: change it there. -->
 
@@ -32,7 +32,7 @@ key is in a section, and unknown keys are refused. `--set model.depth=20` overri
 is JSON, or else a text, and `null` takes back what a file sets. [The configs of megachat](../configs/README.md) are
 examples.
 
-Nearly all numbers of a run follow from few keys. The last column names the numbers of the plan that a key can move, as
+Nearly all numbers of a run follow from few keys. Each key lists the numbers of the plan that it can move, as
 `megachat plan` prints them with their formulas. It is measured: plans of small runs are resolved with other values of
 each key. `estimated memory` is that of the fullest rank. `name.*` stands for several numbers. A key without numbers
 changes how the run computes, reads, saves or logs, but not its plan.
@@ -47,7 +47,9 @@ JSON schemas complete and check a config that names it; megachat ignores this li
 The path is relative to the config. An installed package has the file in the folder `megachat/configs`. In VS Code, all
 files of a folder get the schema without that line by this part of `.vscode/settings.json`:
 
-    "json.schemas": [{"fileMatch": ["configs/*.json", "runs/*/config.json"], "url": "./configs/schema.json"}]
+    "json.schemas": [
+      {"fileMatch": ["configs/*.json", "runs/*/config.json"], "url": "./configs/schema.json"}
+    ]
 """
 
 
@@ -55,21 +57,21 @@ def configuration_page(moved: Callable[[str], list[str]] = moved_numbers) -> str
     """Returns the text of docs/configuration.md. moved: key -> the numbers of the plan that it moves."""
     parts = [INTRODUCTION]
     for name, section in Config():
-        parts += [f"## {name}\n\n{type(section).__doc__}\n"]
-        parts += ["| key | default | values | meaning | what it moves |", "|---|---|---|---|---|"]
-        parts += [*(_row(f"{name}.{key}", moved) for key in type(section).model_fields), ""]
+        parts.append(f"## {name}\n\n{type(section).__doc__}\n")
+        parts += [_entry(f"{name}.{key}", moved) for key in type(section).model_fields]
     return "\n".join(parts)
 
 
-def _row(key: str, moved: Callable[[str], list[str]]) -> str:
+def _entry(key: str, moved: Callable[[str], list[str]]) -> str:
     description = describe_key(key)
     default = description.default
     if len(default) > LONGEST_DEFAULT:
         default = default[: default.index(",")] + ", ...]"
     values = f"{description.kind}, {description.allowed}".removesuffix(", ")
-    numbers = ", ".join(moved(key)).replace("*", r"\*")
-    cells = [f'<a id="{key}"></a>`{key}`', f"`{default}`", values, description.meaning, numbers]
-    return f"| {' | '.join(cells)} |"
+    lines = [f"### {key}\n", f"{description.meaning}\n", f"- default: `{default}`", f"- values: {values}"]
+    if numbers := ", ".join(moved(key)).replace("*", r"\*"):
+        lines.append(f"- moves: {numbers}")
+    return "\n".join(lines) + "\n"
 
 
 def config_schema() -> dict[str, Any]:

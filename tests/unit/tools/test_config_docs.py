@@ -18,9 +18,9 @@ UPDATE = "run python tools/config_docs.py and commit the result"
 def test_the_page_is_what_the_code_declares():
     """All but the estimated memory, which takes longer and is tested in test_key_docs.py."""
     page = PAGE.read_text(encoding="utf-8")
-    rows = dict(re.findall(r'^\| <a id="(.*?)">.* \| (.*) \|$', page, re.MULTILINE))
-    assert list(rows) == known_keys()
-    with_memory = {key for key, numbers in rows.items() if MEMORY in numbers}
+    entries = dict(re.findall(r"^### (.*)\n((?:(?!#).*\n)*)", page, re.MULTILINE))
+    assert list(entries) == known_keys()
+    with_memory = {key for key, entry in entries.items() if MEMORY in entry}
     assert len(with_memory) > 20
 
     def moved(key: str) -> list[str]:
