@@ -146,6 +146,7 @@ NOT_THERE = [
     (["runs", "{none}"], "{none}"),
     (["report", "{empty}"], ""),  # the run, or plotly
     (["watch", "{empty}"], ""),  # the run, or plotly
+    (["ladder", "--config", "{none}", "--depths", "2", "--set", "run.seed=1"], "{none}"),
     (["compare", "{empty}", "{file}"], "{empty}"),
     (["unigram", "--data", "{none}", "--tokenizer", "{none}"], "{none}"),
     (["generate", "--checkpoint", "{file}", "--prompt", "x"], "{file}"),

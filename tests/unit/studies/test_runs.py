@@ -12,7 +12,7 @@ from megachat.studies.comparison import compare_curves, curve_lines, load_runs
 from megachat.studies.runs import config_differences, filter_runs, find_runs, load_run, run_row
 
 
-def make_run(folder, *, steps=40, done=40, saved=(40,), speed=1.0, seconds=0.5, **settings):
+def make_run(folder, *, steps=40, done=40, saved=(40,), speed=1.0, seconds=0.5, flops=1e9, **settings):
     """A run folder with a curve that learns `speed` times as fast and whose steps take `seconds`."""
     folder.mkdir(parents=True)
     config = {"run": {"name": folder.name}, "batch": {"tokens": 512}}
@@ -25,7 +25,11 @@ def make_run(folder, *, steps=40, done=40, saved=(40,), speed=1.0, seconds=0.5, 
     (folder / "plan.json").write_text(json.dumps(plan))
     lines = []
     for step in range(done + 1):
-        totals = {"step": step, "total_training_flops": 1e9 * step, "total_training_time": seconds * max(0, step - 10)}
+        totals = {
+            "step": step,
+            "total_training_flops": flops * step,
+            "total_training_time": seconds * max(0, step - 10),
+        }
         if step % 2 == 0:
             lines.append(totals | {"val/bpb": 0.8 + 2 * (1 + speed * step / 4) ** -0.5})
         if step < done:

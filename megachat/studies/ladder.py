@@ -1,0 +1,125 @@
+"""The ladder: a change is tried at growing depths, cheapest first, because settings tuned on a small model may hurt a
+larger one, and gains shrink with size (nanochat's log: d12 for a signal, d20 to validate, d24 to decide).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from megachat.studies.comparison import compare_curves
+from megachat.studies.curves import AXES, Curve, curve_of
+from megachat.studies.runs import RunRecord
+from megachat.studies.trials import Train, Trial
+
+_FIRST_SEED = 42  # run.seed's default: the first runs are those of the config itself
+
+
+class Rung(NamedTuple):
+    """The runs of one depth and their comparison (see compare_curves)."""
+
+    depth: int
+    base: list[RunRecord]
+    change: list[RunRecord]
+    comparison: dict[str, Any]
+
+    @property
+    def verdict(self) -> str:
+        """better, worse or cannot tell."""
+        return self.comparison["verdict"].split(":")[0]
+
+
+def rung_trials(depth: int, changes: Sequence[str], seeds: int) -> tuple[list[Trial], list[Trial]]:
+    """Returns the trials of the baseline and of the change at a depth, one per seed."""
+    sides = []
+    for name, settings in (("base", ()), ("change", tuple(changes))):
+        common = (f"model.depth={depth}", *settings)
+        sides.append(
+            [
+                Trial(f"d{depth}_{name}_s{seed}", (*common, f"run.seed={seed}"))
+                for seed in range(_FIRST_SEED, _FIRST_SEED + seeds)
+            ]
+        )
+    return sides[0], sides[1]
+
+
+def climb(
+    train: Train,
+    changes: Sequence[str],
+    depths: Sequence[int],
+    *,
+    seeds: int = 1,
+    stop_at: Sequence[str] = ("worse",),
+    log: Callable[[str], object] = print,
+) -> list[Rung]:
+    """Trains the rungs from the lowest depth, and ends after one whose verdict is in `stop_at`.
+
+    Trials that are finished are not trained again, so a ladder that was ended continues.
+    """
+    rungs: list[Rung] = []
+    for number, depth in enumerate(sorted(set(depths)), 1):
+        sides: list[list[RunRecord]] = []
+        for trials in rung_trials(depth, changes, seeds):
+            sides.append([])
+            for trial in trials:
+                log(f"rung {number} of {len(set(depths))}, depth {depth}: {trial.name}")
+                sides[-1].append(train(trial, None))
+        rungs.append(Rung(depth, sides[0], sides[1], compare_curves(sides[0], sides[1])))
+        log(f"depth {depth}: the change is {rungs[-1].comparison['verdict']}")
+        if rungs[-1].verdict in stop_at:
+            log(f"the ladder ends here: --stop-at {','.join(stop_at)}")
+            break
+    return rungs
+
+
+def ladder_rows(rungs: Sequence[Rung]) -> list[dict[str, Any]]:
+    """Returns a row per rung: mean last bits per byte of both sides, gain, the ratios of the axes, and the verdict."""
+    rows = []
+    for rung in rungs:
+        base, change = ([curve_of(run.lines) for run in side] for side in (rung.base, rung.change))
+        axes = rung.comparison["axes"]
+        rows.append(
+            {
+                "depth": rung.depth,
+                "base": _mean_last(base),
+                "change": _mean_last(change),
+                "gain": _mean_last(base) - _mean_last(change),
+                **{axis: axes[axis] and axes[axis]["value"] for axis in AXES},
+                "verdict": rung.comparison["verdict"],
+            }
+        )
+    return rows
+
+
+def compute_multiplier(rungs: Sequence[Rung]) -> dict[str, Any] | None:
+    """Returns by how much fewer FLOPs the change needs on the whole ladder, from a line through log FLOPs and log bits
+    per byte of the baseline's rungs: {"value", "rungs", "residual"}; None with fewer than two rungs.
+
+    residual: the largest distance of a baseline's rung from the line, in log bits per byte. With two rungs the line has
+    no residual, and with few rungs the value is a guess.
+    """
+    if len(rungs) < 2:
+        return None
+    points = [[_log_end(run) for run in rung.base] for rung in rungs]
+    flops = [sum(each[0] for each in rung) / len(rung) for rung in points]
+    values = [sum(each[1] for each in rung) / len(rung) for rung in points]
+    center, height = sum(flops) / len(flops), sum(values) / len(values)
+    spread = sum((x - center) ** 2 for x in flops)
+    slope = sum((x - center) * (y - height) for x, y in zip(flops, values, strict=True)) / spread if spread else 0.0
+    if slope >= 0:
+        return None
+    residual = max(abs(height + slope * (x - center) - y) for x, y in zip(flops, values, strict=True))
+    logs = []
+    for rung in rungs:
+        for run in rung.change:
+            x, y = _log_end(run)
+            logs.append(center + (y - height) / slope - x)  # the FLOPs that the baseline's line needs for this value
+    return {"value": math.exp(sum(logs) / len(logs)), "rungs": len(rungs), "residual": residual}
+
+
+def _mean_last(curves: Sequence[Curve]) -> float:
+    return float(sum(curve.values[-1] for curve in curves) / len(curves))
+
+
+def _log_end(run: RunRecord) -> tuple[float, float]:
+    curve = curve_of(run.lines)
+    return math.log(curve.axes["flops"][-1]), math.log(curve.values[-1])

@@ -1,0 +1,88 @@
+"""One training of a study: an ordinary run folder, trained by its own process, continued if it was stopped."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from megachat.errors import UserError
+from megachat.studies.runs import RunRecord, is_run, load_run
+
+_POLL_S = 0.5
+LOGS = "logs"  # folder of what the trainings print
+
+
+class Trial(NamedTuple):
+    """name: of the run folder. settings: "section.key=JSON", beside those of the study's config."""
+
+    name: str
+    settings: tuple[str, ...]
+
+
+Watch = Callable[[RunRecord], bool]  # gets the run when it has new metrics; returns whether it should end
+Train = Callable[[Trial, Watch | None], RunRecord]
+
+
+def trainer(config: str, folder: Path, settings: Sequence[str] = (), *, ranks: int = 1) -> Train:
+    """Returns a function that trains a trial to its end, and returns its run; a finished one is not trained again.
+
+    config: of all trials. folder: where their run folders are. settings: of all trials. ranks: processes per trial on
+    this machine, under torchrun. The function raises UserError when a training fails, with its first error.
+    """
+
+    def train(trial: Trial, watch: Watch | None = None) -> RunRecord:
+        run = folder / trial.name
+        if is_run(run) and (record := load_run(run)).state in ("finished", "running"):
+            if record.state == "running":
+                raise UserError(f"{run} is trained by another job at this moment: wait, or use another folder")
+            return record
+        log = folder / LOGS / f"{trial.name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        place = (f"run.folder={folder}", f"run.name={trial.name}")
+        overrides = [word for setting in (*settings, *trial.settings, *place) for word in ("--set", setting)]
+        with log.open("ab") as out:
+            process = subprocess.Popen(
+                [*_launcher(ranks), "pretrain", "--config", config, *overrides, "--resume", "auto"],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+            )
+        stopped = _wait(process, run, watch)
+        if process.returncode and not stopped:
+            raise UserError(f"the training of {trial.name} failed: {_first_error(log)} ({log} has all it printed)")
+        return load_run(run)
+
+    return train
+
+
+def _launcher(ranks: int) -> list[str]:
+    python = [sys.executable, "-m"]
+    if ranks == 1:
+        return [*python, "megachat"]
+    return [*python, "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "megachat"]
+
+
+def _wait(process: subprocess.Popen, run: Path, watch: Watch | None) -> bool:
+    """Waits for the process; returns whether `watch` ended it. The process ends, and saves, if this one is ended."""
+    seen, stopped = 0, False
+    try:
+        while process.poll() is None:
+            time.sleep(_POLL_S)
+            if watch and not stopped and is_run(run) and len((record := load_run(run)).lines) > seen:
+                seen = len(record.lines)
+                if stopped := watch(record):
+                    process.send_signal(signal.SIGTERM)
+    except BaseException:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+        raise
+    return stopped
+
+
+def _first_error(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error:")]
+    return errors[-1] if errors else next(iter(lines[-1:]), f"it printed nothing to {os.fspath(log)}")

@@ -1,0 +1,99 @@
+"""The ladder with planted curves: order, verdicts, where it ends, its table, and the compute multiplier."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from megachat.commands import ladder as command
+from megachat.commands import main as cli
+from megachat.errors import UserError
+from megachat.studies.ladder import climb, compute_multiplier, ladder_rows
+from megachat.studies.runs import load_run
+from tests.unit.studies.test_runs import make_run
+
+
+def planted(folder, speeds, seen):
+    """A trainer whose runs of a change learn `speeds[depth]` times as fast as the baseline's."""
+
+    def train(trial, watch=None):
+        seen.append(trial)
+        settings = dict(setting.split("=") for setting in trial.settings)
+        changed = "optimizer.warmdown_ratio" in settings
+        run = folder / trial.name
+        if not run.exists():
+            depth = int(settings["model.depth"])
+            make_run(run, speed=depth * (speeds[depth] if changed else 1.0), flops=1e9 * depth)
+        return load_run(run)
+
+    return train
+
+
+def test_the_cheapest_rung_is_first_and_a_worse_one_is_the_last(tmp_path):
+    seen, lines, change = [], [], ["optimizer.warmdown_ratio=0.85"]
+    train = planted(tmp_path, {2: 1.4, 3: 1.2, 4: 0.7, 6: 2.0}, seen)
+    rungs = climb(train, change, [4, 2, 6, 3], seeds=2, log=lines.append)
+    assert [rung.depth for rung in rungs] == [2, 3, 4]
+    assert [rung.verdict for rung in rungs] == ["better", "better", "worse"]
+    assert [trial.name for trial in seen[:4]] == ["d2_base_s42", "d2_base_s43", "d2_change_s42", "d2_change_s43"]
+    assert seen[0].settings == ("model.depth=2", "run.seed=42")
+    assert seen[2].settings == ("model.depth=2", *change, "run.seed=42")
+    assert lines[-1] == "the ladder ends here: --stop-at worse"
+    rows = ladder_rows(rungs)
+    assert rows[0]["gain"] > rows[1]["gain"] > 0 > rows[2]["gain"]
+    assert rows[0]["steps"] == pytest.approx(1 / 1.4, rel=0.02)
+    assert len(climb(train, change, [2, 4, 6], stop_at=(), log=lines.append)) == 3
+
+
+def test_the_compute_multiplier_of_planted_laws(tmp_path):
+    """bits per byte = 3 FLOPs^-0.1 for the baseline; the change gets the value of 1.25 times its FLOPs."""
+
+    def end(name, flops, factor):
+        make_run(tmp_path / name)
+        last = {"step": 40, "total_training_flops": flops, "total_training_time": 1.0}
+        first = last | {"step": 2, "total_training_flops": flops / 10, "val/bpb": 9.0}
+        lines = [first, last | {"val/bpb": 3 * (factor * flops) ** -0.1}]
+        return dataclasses.replace(load_run(tmp_path / name), lines=lines)
+
+    class Rung:
+        def __init__(self, number):
+            self.base = [end(f"base{number}", 10.0**number, 1.0)]
+            self.change = [end(f"change{number}", 10.0**number, 1.25)]
+
+    rungs = [Rung(number) for number in (9, 10, 11)]
+    result = compute_multiplier(rungs)
+    assert result["value"] == pytest.approx(1.25) and result["rungs"] == 3 and result["residual"] < 1e-12
+    assert compute_multiplier(rungs[:1]) is None
+
+
+def test_the_command_prints_and_keeps_the_table_and_refuses_another_question(tmp_path, monkeypatch, capsys):
+    out, seen = tmp_path / "ladder", []
+    monkeypatch.setattr("megachat.studies.trials.trainer", lambda *_, **__: planted(out, {2: 1.4, 3: 1.2}, seen))
+    words = ["--config", "demo", "--set", "optimizer.warmdown_ratio=0.85", "--depths", "3,2", "--out", str(out)]
+    cli.start("ladder", words, "megachat")
+    shown = capsys.readouterr()
+    assert "rung 1 of 2, depth 2: d2_base_s42" in shown.err
+    assert "compute multiplier over 2 rungs" in shown.out and "a guess" in shown.out and "one run per side" in shown.out
+    saved = json.loads((out / "ladder.json").read_text())
+    assert [row["depth"] for row in saved["rungs"]] == [2, 3] and math.isfinite(saved["compute_multiplier"]["value"])
+    with pytest.raises(UserError, match="has the ladder of .*warmdown_ratio=0.85: give another --out"):
+        cli.start("ladder", [*words[:3], "optimizer.warmdown_ratio=0.5", *words[4:]], "megachat")
+
+
+@pytest.mark.parametrize(
+    "words, problem",
+    [
+        (["--depths", "2"], "give the change with --set"),
+        (["--depths", "2,x", "--set", "run.seed=1"], "--depths is '2,x'"),
+        (["--depths", "0", "--set", "run.seed=1"], "--depths is '0'"),
+        (["--depths", "2", "--set", "run.seed=1", "--stop-at", "bad"], "'bad' is none of worse"),
+        (["--depths", "2", "--set", "run.seed=1", "--seeds", "0"], "--seeds is 0"),
+        (["--depths", "2", "--set", "optimizer.lr=1"], "unknown key optimizer.lr"),
+    ],
+)
+def test_mistakes_come_before_any_training(words, problem, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=problem):
+        cli.start("ladder", ["--config", "demo", *words], "megachat")
+    assert not list(tmp_path.rglob("d2_*")) and command.run
