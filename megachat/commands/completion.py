@@ -2,7 +2,7 @@
 (pip install 'megachat[completion]').
 
     bash: eval "$(megachat completion bash)"        in ~/.bashrc
-    zsh:  eval "$(megachat completion zsh)"         in ~/.zshrc
+    zsh:  eval "$(megachat completion zsh)"         in ~/.zshrc, after compinit
     fish: megachat completion fish | source         in ~/.config/fish/config.fish
 """
 
