@@ -1,15 +1,18 @@
 """launch/slurm.sbatch under a real Slurm on two hosts made of namespaces: several nodes, a signal, the requeue."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 
 import pytest
 
+from megachat import read_metrics
 from tests.limits import limit_s
-from tests.runs.job import BIN, begin, bits_per_byte, checkpoint, command, losses
+from tests.runs.job import BIN, begin, checkpoints, command
 from tests.runs.network import SUBNET, two_hosts, why_not
 
 LACKING = [name for name in ("slurmctld", "slurmd", "munged") if not shutil.which(name, path="/usr/sbin:/usr/bin")]
@@ -100,6 +103,9 @@ class Slurm:
     def facts(self, job: str) -> dict[str, str]:
         return dict(re.findall(r"(\w+)=(\S*)", self.do("scontrol", "show", "job", job)))
 
+    def wait_until(self, job: str, true: Callable[[], bool]) -> None:
+        self._until(true, f"job {job} does not get there")
+
     def wait(self, job: str) -> dict[str, str]:
         """Returns what Slurm says about a job that has ended."""
         running = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING"}
@@ -116,20 +122,30 @@ def slurm(tmp_path_factory):
         yield Slurm(network)
 
 
-def test_a_job_on_two_nodes_saves_at_the_signal_and_is_requeued(slurm, two, place):
+def test_a_job_on_two_nodes_saves_at_the_signal_and_is_requeued(slurm, place):
     """Slurm sends the signal before the time limit; here scancel does."""
-    program = command(place, "slurm")[2:]
+    endless = {"horizon": {"steps": 5000}, "evaluate": {"every": 0}, "checkpoint": {"every": 1000}}
+    program = command(place, "slurm", config=endless)[2:]
     job = slurm.submit("--nodes=2", "--ntasks-per-node=1", "--time=30", "launch/slurm.sbatch", *program)
-    deadline = time.monotonic() + limit_s()
-    while not checkpoint(place.runs / "slurm", 2).is_dir():
-        assert time.monotonic() < deadline and slurm.facts(job)["JobState"] in ("PENDING", "RUNNING"), slurm.log(job)
-        time.sleep(0.1)
+    run = place.runs / "slurm"
+
+    def steps() -> list[int]:
+        lines = read_metrics(run) if (run / "metrics.jsonl").exists() else []
+        return [line["step"] for line in lines if "train/loss" in line]
+
+    slurm.wait_until(job, lambda: len(steps()) > 2)
     slurm.do("scancel", "--signal=USR1", job)
-    facts = slurm.wait(job)
-    log = slurm.log(job)
-    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), log
-    assert f"requeueing job {job}" in log and "resumed from" in log
-    assert losses(place.runs / "slurm") == losses(two) and bits_per_byte(place.runs / "slurm") == bits_per_byte(two)
+    slurm.wait_until(job, lambda: f"requeueing job {job}, which continues" in slurm.log(job))
+    (saved,) = checkpoints(run)
+    step = int(saved.removeprefix("step_"))
+    slurm.wait_until(job, lambda: step in steps())
+    facts = slurm.facts(job)
+    slurm.do("scancel", "--signal=KILL", job)
+    assert (facts["Restarts"], facts["NodeList"]) == ("1", "host-a,host-b"), slurm.log(job)
+    assert steps() == list(range(len(steps()))), "the second start continued"
+    starts = json.loads((run / "environment.json").read_text())
+    assert [(start["launch"]["launcher"], start["launch"]["world_size"]) for start in starts] == [("srun", 2)] * 2
+    assert [start["launch"]["local_size"] for start in starts] == [1, 1]
 
 
 STAND_IN = """#!/bin/sh
