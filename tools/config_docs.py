@@ -48,7 +48,10 @@ The path is relative to the config. An installed package has the file in the fol
 files of a folder get the schema without that line by this part of `.vscode/settings.json`:
 
     "json.schemas": [
-      {"fileMatch": ["configs/*.json", "runs/*/config.json"], "url": "./configs/schema.json"}
+      {
+        "fileMatch": ["configs/*.json", "runs/*/config.json"],
+        "url": "./configs/schema.json"
+      }
     ]
 """
 

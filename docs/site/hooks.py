@@ -38,4 +38,25 @@ def on_page_markdown(markdown, page, config, files):
             return f"`{path}`" if text.strip("`") in (path, target) else f"{text} (`{path}`)"
         return f"{image}[{text}]({goal or target}{anchor})"
 
-    return _LINK.sub(link, markdown)
+    return _four_spaces(_LINK.sub(link, markdown))
+
+
+def _four_spaces(text: str) -> str:
+    """Returns the text with four spaces per level of a list and an empty line before it, which this renderer needs.
+
+    GitHub takes two or three spaces, and no empty line.
+    """
+    lines, levels, code, in_item = [], [], False, False
+    for line in text.split("\n"):
+        while line.strip() and levels and len(line) - len(line.lstrip()) < levels[-1]:
+            levels.pop()  # the column where an item's text begins
+        start, depth = (levels[-1], len(levels)) if levels else (0, 0)
+        code ^= line.lstrip().startswith("```")
+        item = None if code else re.match(r"(?:[-*]|\d+\.) +", line[start:])
+        if item and not in_item and lines and lines[-1].strip():
+            lines.append("")
+        if item:
+            levels.append(start + item.end())
+        in_item = bool(item) or in_item and bool(line.strip())
+        lines.append(" " * 4 * depth + line[start:])
+    return "\n".join(lines)

@@ -71,6 +71,17 @@ def test_nothing_is_loaded_from_another_host(site):
         assert not re.search(r"""(?:url\(|@import)\s*["']?(?:https?:)?//""", text), sheet
 
 
+def test_lists_and_emphasis_are_rendered(site):
+    """Markdown that this renderer reads in another way than GitHub leaves its signs in the text."""
+    for page in sorted(site.rglob("*.html")):
+        text = re.sub(r"<(pre|code)\b.*?</\1>", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        if page.name != "log.html":  # old entries stay as they are
+            for paragraph in re.findall(r"<p>(.*?)</p>", text, re.DOTALL):
+                assert not re.search(r"^\s*(- |\d+\. |\|)|\*\*|\]\(", paragraph, re.MULTILINE), (
+                    f"{page.name}: {paragraph}"
+                )
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium (Debian: apt-get install chromium)")
 def test_search_works_in_a_page_that_is_opened_as_a_file(site, tmp_path):
     line = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
