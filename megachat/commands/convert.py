@@ -15,7 +15,7 @@ from megachat.commands.options import Parser, add_quiet
 # Format's command -> (help of "to", help of "from").
 FORMATS = {
     "nanochat": ("to nanochat's files", "from nanochat's files"),
-    "hf": ("to transformers' NanoChat class", "from transformers' NanoChat class"),
+    "hf": ("to a folder that transformers loads anywhere", "from such a folder, or one of transformers' NanoChat"),
     "safetensors": ("everything as plain safetensors and JSON", "back from to-safetensors"),
 }
 

@@ -223,6 +223,6 @@ def test_another_vocabulary_and_an_absent_library_are_refused(run, theirs, expor
     with pytest.raises(UserError, match="is not the checkpoint's tokenizer"):
         export_checkpoint("hf", run, tmp_path / "hf", tokenizer=tmp_path / "larger")
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
-    with pytest.raises(UserError, match="pip install transformers"):
+    with pytest.raises(UserError, match="pip install 'megachat\\[hf"):
         export_checkpoint("hf", run, tmp_path / "hf")
     assert left_in(tmp_path) == ["larger"]
