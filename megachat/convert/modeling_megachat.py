@@ -262,9 +262,6 @@ class MegachatForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self):
         return self.transformer["wte"]
 
-    def set_input_embeddings(self, value):
-        self.transformer["wte"] = value
-
     def forward(
         self,
         input_ids=None,
@@ -280,7 +277,7 @@ class MegachatForCausalLM(PreTrainedModel, GenerationMixin):
         """input_ids [batch, tokens]; attention_mask [batch, tokens seen and new], 0 for padding on either side."""
         cache = past_key_values if cache is None else cache
         if input_ids is None:
-            raise ValueError("megachat's model needs input_ids: its tables are read by token, not by embedding")
+            raise ValueError("megachat's model needs input_ids, because its tables are read by token")
         if getattr(cache, "is_compileable", False) or (attention_mask is not None and attention_mask.dim() != 2):
             raise ValueError(
                 "megachat's model takes an attention_mask [batch, tokens] and a cache that grows: "
@@ -308,11 +305,13 @@ class MegachatForCausalLM(PreTrainedModel, GenerationMixin):
         hashes = {}
         for order in config.ngram["orders"] if config.ngram else ():
             hashes[str(order)] = ngram_hashes(text, order, config.ngram, ids.size(1))
-        for number, block in enumerate(self.transformer["h"]):
+        blocks: Any = self.transformer["h"]
+        ngram: Any = self.ngram
+        for number, block in enumerate(blocks):
             name = str(number)
             x = self.resid_lambdas[number] * x + self.x0_lambdas[number] * x0
             added = {"ve_gate": self.value_embeds[name](ids)} if name in self.value_embeds else {}
-            for order, table in self.ngram[name].items() if name in self.ngram else ():
+            for order, table in ngram[name].items() if name in ngram else ():
                 added[f"ngram_gate_{order}"] = table(*hashes[order])
             x = block(x, added, now)
             if name in self.lookup:
