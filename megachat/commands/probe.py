@@ -16,10 +16,10 @@ from megachat.commands.options import Parser, add_config, add_set, text_moved
 
 def _rank_counts(text: str) -> tuple[int, ...]:
     """Returns the numbers of ranks of a list like 1,2."""
-    counts = tuple(map(int, text.split(",")))
+    counts = [int(part) if part.isdecimal() else 0 for part in text.split(",")]
     if not all(1 <= count <= 1024 for count in counts):
-        raise argparse.ArgumentTypeError("give 1 to 1,024 ranks")
-    return counts
+        raise argparse.ArgumentTypeError(f"{text}: give numbers of ranks from 1 to 1,024, as 1,2")
+    return tuple(counts)
 
 
 def add_arguments(parser: Parser) -> None:
