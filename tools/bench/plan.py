@@ -19,7 +19,8 @@ from megachat.parallel.mesh import build_mesh
 from megachat.planning.plan import resolve_without_text
 from megachat.planning.probe import Probe
 from megachat.planning.step_time import predict_step
-from megachat.programs.probe import calibrate, describe_probe, measure_machine, random_rows, timed_step
+from megachat.programs.probe import describe_probe, measure_machine
+from megachat.programs.probe_step import calibrate, random_rows, timed_step
 from megachat.text import text_table
 from megachat.train.build import build_training_model
 from megachat.train.step import set_schedules
