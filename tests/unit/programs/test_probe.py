@@ -26,8 +26,8 @@ def test_a_probe_predicts_layouts_up_to_the_ranks_that_it_measured():
     for phase, factor in document["factors"].items():
         assert factor == step["measured"][phase] / step["predicted"][phase]
     probe = Probe(document)
-    own = predict_step(config, resolve(config, 1, 300), probe, dtype=document["dtype"])
-    assert abs(own.total / sum(step["measured"].values()) - 1) < 1e-6
+    alone = predict_step(config, resolve(config, 1, 300), probe, dtype=document["dtype"])
+    assert abs(alone.total / sum(step["measured"].values()) - 1) < 1e-6
     for settings in ([], ["parallel.tensor=2"], ["parallel.pipeline=2", "batch.micro_rows=1"]):
         changed = load_config("configs/d4_cpu.json", [*SMALL, *settings])
         parts = predict_step(changed, resolve(changed, 2, 300), probe, dtype=document["dtype"]).parts
