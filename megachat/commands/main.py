@@ -53,6 +53,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "watch": Command("a run's curve and newest values in the terminal, while it trains"),
         "report": Command("a run as one HTML file: curves, steps, layout, CORE, samples"),
         "compare": Command("which run is better, on steps, time, FLOPs and CORE, beyond the error?"),
+        "sweep": Command("search over settings, with the noise of the results"),
         "ladder": Command("try a change at growing depths: does it help, and does the gain last?"),
         "unigram": Command("is a run better than token frequencies?"),
         "generate": Command("continue prompts with a checkpoint"),
@@ -63,7 +64,6 @@ GROUPS: dict[str, dict[str, Command]] = {
         "verify": Command("does a layout compute what one process computes?"),
     },
     "measure": {
-        "probe": Command("measure this machine, for `megachat plan --probe`"),
         "bench": Command("speed of training, loading, saving and generation", clone=True),
         "partition": Command("the Muon partition beside other ways to distribute Muon", clone=True),
     },

@@ -115,7 +115,6 @@ def test_the_version_has_the_commit(capsys, monkeypatch):
         (["demo", "--ranks", "0"], "--ranks is 0"),
         (["bench", "warp"], "invalid choice: 'warp'"),
         (["partition", "--rounds", "0"], "--rounds is 0"),
-        (["probe", "--config", "d4_cpu", "--ranks", "1,x"], "1,x: give numbers of ranks"),
         (["completion", "tcsh"], "invalid choice: 'tcsh'"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
@@ -148,6 +147,7 @@ NOT_THERE = [
     (["report", "{empty}"], ""),  # the run, or plotly
     (["watch", "{empty}"], ""),  # the run, or plotly
     (["ladder", "--config", "{none}", "--depths", "2", "--set", "run.seed=1"], "{none}"),
+    (["sweep", "--config", "demo", "--space", "{none}"], "{none}"),
     (["compare", "{empty}", "{file}"], "{empty}"),
     (["unigram", "--data", "{none}", "--tokenizer", "{none}"], "{none}"),
     (["generate", "--checkpoint", "{file}", "--prompt", "x"], "{file}"),
@@ -158,8 +158,6 @@ NOT_THERE = [
     (["convert", "from-nanochat", "{empty}", "{empty}/out"], "{empty}"),
     (["verify", "--config", "{none}", "--layout", "tp=2"], "{none}"),
     (["bench", "core", "--checkpoint", "{none}", "--bundle", "{none}"], "{none}"),
-    (["probe", "--config", "{none}"], "{none}"),
-    (["probe", "--config", "d4_cpu", "--out", "{file}/probe.json"], "{file}"),
     (["partition", "--json", "{file}/out.json"], "{file}"),
     (["completion"], "SHELL"),
 ]

@@ -1,4 +1,4 @@
-"""`megachat probe` in a clone: measure this machine for predictions."""
+"""`megachat sweep` in a clone: a search over settings."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clo
 
 from megachat.commands.main import door  # noqa: E402
 
-main = door("probe")
+main = door("sweep")
 
 if __name__ == "__main__":
     main()

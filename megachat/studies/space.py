@@ -1,0 +1,83 @@
+"""The space of a sweep: which settings vary and between which values, from a JSON file."""
+
+import difflib
+import json
+import math
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megachat.config import known_keys
+from megachat.errors import UserError
+from megachat.files import refuse_damaged
+
+_RANGE_KEYS = {"low", "high", "log", "step"}
+
+
+class Dimension(NamedTuple):
+    """A setting that varies. values: of a list, JSON values; empty for a range from low to high, both included."""
+
+    key: str
+    values: tuple[Any, ...] = ()
+    low: float = 0.0
+    high: float = 0.0
+    log: bool = False
+    step: float | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether the range has whole numbers only."""
+        return isinstance(self.low, int) and isinstance(self.high, int)
+
+
+def load_space(path: Path) -> tuple[Dimension, ...]:
+    """Reads {"section.key": [values] or {"low": a, "high": b, "log": true}}.
+
+    A range of two whole numbers has whole numbers; "step" makes equal steps. Raises UserError for unknown keys and
+    empty lists or ranges.
+    """
+    with refuse_damaged(path, "is no space ({}): give a JSON object of section.key -> list or range"):
+        space = dict(json.loads(path.read_bytes()))
+    if not space:
+        raise UserError(f"{path} is empty: give a JSON object of section.key -> list or range")
+    return tuple(_dimension(path, key, values) for key, values in space.items())
+
+
+def _dimension(path: Path, key: str, values: Any) -> Dimension:
+    if key not in known_keys():
+        near = difflib.get_close_matches(key, known_keys(), n=1)
+        raise UserError(f"{path}: unknown key {key}{f'; did you mean {near[0]}?' if near else ''}")
+    if isinstance(values, list):
+        if not values or len({json.dumps(value) for value in values}) < len(values):
+            raise UserError(f"{path}: {key} has {json.dumps(values)}: give a list of different values")
+        return Dimension(key, tuple(values))
+    if not isinstance(values, dict) or not {"low", "high"} <= values.keys() <= _RANGE_KEYS:
+        raise UserError(f"{path}: {key} is {json.dumps(values)}: give a list, or a range with low, high, log and step")
+    dimension = Dimension(key, **values)
+    numbers = [dimension.low, dimension.high, dimension.step or 0]
+    if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+        raise UserError(f"{path}: {key} is {json.dumps(values)}: low, high and step are numbers")
+    if not dimension.low < dimension.high or (dimension.log and not (dimension.low > 0 and dimension.step is None)):
+        raise UserError(
+            f"{path}: {key} is {json.dumps(values)}: low must be below high, and a log range needs a low above 0 and "
+            "no step"
+        )
+    return dimension
+
+
+def grid(space: Sequence[Dimension]) -> list[dict[str, Any]] | None:
+    """Returns all combinations, first key slowest; None if a setting has a range."""
+    if not all(dimension.values for dimension in space):
+        return None
+    keys = [dimension.key for dimension in space]
+    return [dict(zip(keys, values, strict=True)) for values in product(*(dimension.values for dimension in space))]
+
+
+def ends(space: Sequence[Dimension]) -> list[list[str]]:
+    """Returns settings at which each value or end of a range is tried once, to refuse impossible ones at the start."""
+    return [
+        [f"{dimension.key}={json.dumps(value)}"]
+        for dimension in space
+        for value in (dimension.values or (dimension.low, dimension.high))
+    ]
