@@ -9,19 +9,35 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # works from a clone that was not installed
 
-from megachat.config import Config  # noqa: E402
+from megachat.config import Config, config_from_values  # noqa: E402
 from megachat.errors import user_errors_end_the_program  # noqa: E402
-from megachat.planning.key_docs import describe_key, moved_numbers  # noqa: E402
+from megachat.planning.key_docs import describe_key  # noqa: E402
 
 PAGE = ROOT / "docs" / "configuration.md"
 SCHEMA = ROOT / "configs" / "schema.json"
 LONGEST_DEFAULT = 40  # characters of a default that are shown
+MEMORY = "estimated memory"
+MEMORY_SECTIONS = ("model", "lookup", "ngram", "batch", "optimizer", "precision", "parallel")  # what memory.py reads
+WORLD, VOCABULARY = 8, 4096
+# Small runs in which each key has its effect. Depth 4, because many rules are neutral at their reference depth 12.
+SMALL = {"depth": 4, "sequence_len": 512}
+RUNS: tuple[dict[str, dict[str, Any]], ...] = (
+    {"model": SMALL},
+    {"model": SMALL, "precision": {"fp8": "tensorwise"}, "parallel": {"pipeline": 2}},
+    {
+        "model": SMALL | {"vocab_size": VOCABULARY},
+        "lookup": {"after_blocks": [1]},
+        "ngram": {"blocks": [2]},
+        "parallel": {"tensor": 2},
+    },
+)
 INTRODUCTION = """\
 <!-- Written by tools/config_docs.py from megachat/settings.py: change it there. -->
 
@@ -54,6 +70,22 @@ files of a folder get the schema without that line by this part of `.vscode/sett
       }
     ]
 """
+
+
+def moved_numbers(key: str, *, memory: bool = True) -> list[str]:
+    """Returns the numbers of the plan that change in a small run when the key gets other values, and MEMORY.
+
+    The names are those of `megachat explain`; several with the same prefix are shortened to `prefix.*`. memory: also
+    compare the estimated memory.
+    """
+    from megachat.planning.influence import influenced, numbers_of
+
+    memory = memory and key.partition(".")[0] in MEMORY_SECTIONS
+    numbers = partial(numbers_of, world=WORLD, vocab_size=VOCABULARY, memory=memory)
+    names = {name for run in RUNS for name in influenced(config_from_values(run, "a small run"), key, numbers)}
+    parts = [name.partition(".")[0] for name in names if "." in name]
+    short = {f"{part}.*" if parts.count(part := name.partition(".")[0]) > 2 else name for name in names}
+    return sorted({MEMORY if name.startswith("memory.") else name for name in short})
 
 
 def configuration_page(moved: Callable[[str], list[str]] = moved_numbers) -> str:

@@ -21,7 +21,7 @@ LOADED = {"script": "src", "img": "src", "iframe": "src", "source": "src", "obje
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    """The built site. --strict: a broken link or a page without a place in mkdocs.yml is an error; with --quiet it is not."""
+    """The built site. --strict refuses a broken link or a page that mkdocs.yml lacks, but not together with --quiet."""
     folder = tmp_path_factory.mktemp("site")
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder],

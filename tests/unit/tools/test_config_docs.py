@@ -7,16 +7,24 @@ import pytest
 
 from megachat.config import known_keys, load_config
 from megachat.errors import UserError
-from megachat.planning.key_docs import MEMORY, moved_numbers
 from tests.runs.job import ROOT
-from tools.config_docs import PAGE, SCHEMA, config_schema, configuration_page, main
+from tools.config_docs import (
+    MEMORY,
+    MEMORY_SECTIONS,
+    PAGE,
+    SCHEMA,
+    config_schema,
+    configuration_page,
+    main,
+    moved_numbers,
+)
 
 CONFIGS = sorted((ROOT / "configs").glob("d*.json"))
 UPDATE = "run python tools/config_docs.py and commit the result"
 
 
 def test_the_page_is_what_the_code_declares():
-    """All but the estimated memory, which takes longer and is tested in test_key_docs.py."""
+    """All but the estimated memory, which takes longer and is tested below."""
     page = PAGE.read_text(encoding="utf-8")
     entries = dict(re.findall(r"^### (.*)\n((?:(?!#).*\n)*)", page, re.MULTILINE))
     assert list(entries) == known_keys()
@@ -59,3 +67,29 @@ def test_main_writes_both(tmp_path, monkeypatch):
     main([])
     assert (tmp_path / "page.md").read_text() == "page"
     assert json.loads((tmp_path / "schema.json").read_text()) == config_schema()
+
+
+@pytest.mark.parametrize(
+    ("key", "numbers"),
+    [
+        ("optimizer.embedding_lr", ["rates.embedding", "rates.value_embedding"]),
+        ("horizon.steps", ["steps", "stop_step", "total_flops", "total_tokens"]),
+        ("batch.recompute", [MEMORY]),
+        ("parallel.sequence", [MEMORY]),
+        ("ngram.storage", [MEMORY]),
+        ("lookup.score_scale", ["lookup.score_scale"]),
+        ("parallel.tensor", ["accumulation", MEMORY, "layout.data", "layout.tensor", "micro_rows"]),
+        ("checkpoint.every", []),
+    ],
+)
+def test_moved_numbers(key, numbers):
+    assert moved_numbers(key) == numbers
+    assert moved_numbers(key, memory=False) == [number for number in numbers if number != MEMORY]
+
+
+def test_memory_depends_on_no_other_section():
+    sections = set()
+    for name in ("memory.py", "manifest.py", "row_tables.py"):
+        text = (ROOT / "megachat/planning" / name).read_text(encoding="utf-8")
+        sections |= set(re.findall(r"\bconfig\.([a-z0-9]+)\b", text))
+    assert len(sections) > 3 and sections <= set(MEMORY_SECTIONS)
