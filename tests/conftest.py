@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # OpenMP's idle threads sleep; read when torch is loaded
+# torch.compile compiles three programs to try the CPU's vector instructions, 20 s; which ones it takes does not change
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

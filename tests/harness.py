@@ -26,6 +26,10 @@ PRELOADED = [
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "megachat.programs.pretrain",
     "megachat.programs.evaluate",
+    "megachat.programs.verify_layout",
+    "setuptools",  # this and the next two: imported when an engine is built
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.ops.op_builder.all_ops",
 ]
 _GRACE_SEC = 1.0  # after the first failure: the others' own failures are worth reading
 

@@ -37,7 +37,10 @@ SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 def config_of(layout: str, data: Path | None = None):
     ngram = {"blocks": (0, 2), "rows": 50, "storage": "host" if layout in ("one", "tp2 pp2") else "device"}
     documents = {"folder": str(data), "streams": 5, "tokenizer_threads": 1}
-    return small_config(model=MODEL, parallel=LAYOUTS[layout][1], ngram=ngram, lookup=LOOKUP, data=documents)
+    batch = {"micro_rows": 3}  # 4 micro-batches on one data rank, 1 on each of 4
+    return small_config(
+        model=MODEL, parallel=LAYOUTS[layout][1], batch=batch, ngram=ngram, lookup=LOOKUP, data=documents
+    )
 
 
 def job(config, folder: Path, checkpoint: Path | None = None):

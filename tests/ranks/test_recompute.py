@@ -28,13 +28,13 @@ CASES = {
             "lookup": LOOKUP,
         },
     ),
-    "dp2 pp2": (4, {"pipeline": 2}, {"batch": {"micro_rows": 2}, "ngram": NGRAM | {"width": 8}}),
+    "dp2 pp2": (4, {"pipeline": 2}, {"ngram": NGRAM | {"width": 8}}),
     "tp2 pp2": (4, {"tensor": 2, "pipeline": 2}, {"model": EQUAL_HEADS}),
 }
 
 
 def train_each_way(parallel, changes):
-    batch = changes.pop("batch", {})
+    batch = {"micro_rows": 2} | changes.pop("batch", {})
     return [
         train(small_config(**changes, parallel=parallel, batch=batch | {"recompute": kind}), 2)
         for kind in ("none", "selective", "block")
