@@ -20,6 +20,7 @@ kinds:
     lookup_read  milliseconds of lookup attention on the text of --data, beside gathering and a block's matrices
     lookup_step  seconds of training steps with lookup layers and without, at equal active FLOPs
     tables       steps per second and bytes of an n-gram table, whole on each rank and divided by rows
+    plan         the planner's predicted step against the measured one, calibrated by a probe of --config
     core         CORE's examples per second in batches and one at a time
 """
 
@@ -53,6 +54,7 @@ KINDS = {
     "lookup_read": "lookup",
     "lookup_step": "lookup",
     "tables": "row_tables",
+    "plan": "plan",
     "core": "core",
 }
 LOOKUP_VARIANTS = "none lzw frequency uniform bigram bigram-trigram both"

@@ -64,6 +64,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "verify": Command("does a layout compute what one process computes?"),
     },
     "measure": {
+        "probe": Command("measure this machine, for `megachat plan --probe`"),
         "bench": Command("speed of training, loading, saving and generation", clone=True),
         "partition": Command("the Muon partition beside other ways to distribute Muon", clone=True),
     },

@@ -48,16 +48,16 @@ class Speeds(Protocol):
         """Returns the seconds of the passes of one kind, all of them."""
         ...
 
-    def moved(self, size: float, rows: int, kernels: float) -> float:
-        """Returns the seconds of elementwise kernels that move `size` bytes of a micro-batch of `rows` tokens."""
+    def moved(self, size: float, tensor_bytes: float, kernels: float) -> float:
+        """Returns the seconds of elementwise kernels that move `size` bytes in tensors of about `tensor_bytes`."""
         ...
 
     def streamed(self, size: float) -> float:
         """Returns the seconds of elementwise kernels that move `size` bytes of whole parameters."""
         ...
 
-    def logits(self, count: float, bytes_per_logit: float) -> float:
-        """Returns the seconds of the loss on `count` logits, without products."""
+    def logits(self, count: float, tokens: float, bytes_per_logit: float) -> float:
+        """Returns the seconds of the loss on `count` logits of a micro-batch of `tokens` tokens, without products."""
         ...
 
     def polar(self, rows: int, columns: int, dtype: str) -> float:
@@ -66,6 +66,10 @@ class Speeds(Protocol):
 
     def collective(self, kind: Kind, size: float, ranks: int, stride: int) -> float:
         """Returns the seconds of a collective of `size` bytes over ranks that are `stride` world ranks apart."""
+        ...
+
+    def factor(self, part: str) -> float:
+        """Returns the factor on a part's time that a measured step has shown."""
         ...
 
     def host(self, kernels: float, steps: float) -> float:
@@ -116,22 +120,25 @@ class SheetSpeeds:
         seconds = max(flops / (peak * share), moved / (MEMORY_SHARE * gpu.memory_bytes_per_sec))
         return seconds + kernels * KERNEL_SEC
 
-    def moved(self, size: float, rows: int, kernels: float) -> float:
+    def moved(self, size: float, tensor_bytes: float, kernels: float) -> float:
         return size / (MEMORY_SHARE * self.machine.gpu.memory_bytes_per_sec) + kernels * KERNEL_SEC
 
     def streamed(self, size: float) -> float:
         return size / (MEMORY_SHARE * self.machine.gpu.memory_bytes_per_sec)
 
-    def logits(self, count: float, bytes_per_logit: float) -> float:
+    def logits(self, count: float, tokens: float, bytes_per_logit: float) -> float:
         return self.streamed(count * bytes_per_logit)
 
     def polar(self, rows: int, columns: int, dtype: str) -> float:
         return polar_products_sec(self, rows, columns, dtype) + self.moved(
-            rows * columns * ITEMSIZE[dtype] * NEWTON_SCHULZ_STEPS * 4 + rows * columns * 24, rows, 20
+            rows * columns * ITEMSIZE[dtype] * NEWTON_SCHULZ_STEPS * 4 + rows * columns * 24, rows * columns, 20
         )
 
     def collective(self, kind: Kind, size: float, ranks: int, stride: int) -> float:
         return collective_sec(self.machine, kind, size, axis_group(self.machine, ranks, stride))
+
+    def factor(self, part: str) -> float:
+        return 1.0
 
     def host(self, kernels: float, steps: float) -> float:
         return kernels * LAUNCH_SEC + steps * STEP_SEC

@@ -10,6 +10,7 @@ from megachat.config import Config
 from megachat.planning.dimensions import up_to_multiple
 from megachat.planning.hardware import Machine
 from megachat.planning.plan import Plan
+from megachat.planning.probe import Probe
 from megachat.planning.speeds import SheetSpeeds, Speeds
 from megachat.planning.step_work import ITEMSIZE, Product, Work, optimizer_work, stage_matrices, stage_work
 
@@ -98,9 +99,11 @@ class _StageTime(NamedTuple):
     total: float
 
 
-def speeds_of(machine: Machine | Speeds) -> Speeds:
-    """Returns the speeds of a machine by its data sheet; a probe has its own."""
-    return SheetSpeeds(machine) if isinstance(machine, Machine) else machine
+def speeds_of(machine: Machine | Probe | Speeds, world: int) -> Speeds:
+    """Returns the speeds of `world` ranks: by the data sheet of a machine, or as a probe measured them."""
+    if isinstance(machine, Machine):
+        return SheetSpeeds(machine)
+    return machine.speeds(world) if isinstance(machine, Probe) else machine
 
 
 def planned_dtype(config: Config) -> str:
@@ -109,7 +112,7 @@ def planned_dtype(config: Config) -> str:
 
 
 def predict_step(
-    config: Config, plan: Plan, machine: Machine | Speeds, *, dtype: str | None = None, rules: Rules = MEGACHAT
+    config: Config, plan: Plan, machine: Machine | Probe | Speeds, *, dtype: str | None = None, rules: Rules = MEGACHAT
 ) -> StepTime:
     """Returns the predicted time of a step on the busiest ranks. dtype: of activations; default as on a GPU.
 
@@ -117,7 +120,7 @@ def predict_step(
     others add at both ends (arXiv 2006.09503). Muon's gradients travel during the last backward pass and its weights
     during the next forward pass, as far as these last; AdamW's do not overlap.
     """
-    speeds, dtype = speeds_of(machine), dtype or planned_dtype(config)
+    speeds, dtype = speeds_of(machine, plan.layout.world), dtype or planned_dtype(config)
     stages = range(plan.layout.pipeline)
     times = [_stage_time(config, plan, stage, dtype, speeds, rules) for stage in stages]
     slowest = max(stages, key=lambda stage: times[stage].total)
@@ -140,7 +143,7 @@ def predict_step(
 def predict_run(
     config: Config,
     plan: Plan,
-    machine: Machine | Speeds,
+    machine: Machine | Probe | Speeds,
     *,
     dtype: str | None = None,
     rules: Rules = MEGACHAT,
@@ -162,11 +165,12 @@ def predict_run(
 def _stage_time(config: Config, plan: Plan, stage: int, dtype: str, speeds: Speeds, rules: Rules) -> _StageTime:
     body, head = stage_work(config, plan, stage, dtype)
     tokens = plan.micro_rows * plan.dims.sequence_len
+    tensor_bytes = tokens * plan.dims.width * ITEMSIZE[dtype]
     products = _product_times(body, speeds)
     parts = {
         "matrix products": sum(time.seconds for time in products),
         "attention": sum(speeds.attention(attention) for attention in body.attention),
-        "elementwise": speeds.moved(body.moved, tokens, body.kernels) + speeds.streamed(body.streamed),
+        "elementwise": speeds.moved(body.moved, tensor_bytes, body.kernels) + speeds.streamed(body.streamed),
         "head and loss": 0.0,
         "tensor axis": 0.0,
         "data axis": 0.0,
@@ -177,9 +181,10 @@ def _stage_time(config: Config, plan: Plan, stage: int, dtype: str, speeds: Spee
     if head.logits:
         head_products = _product_times(head, speeds)
         parts["head and loss"] = sum(time.seconds for time in head_products)
-        parts["head and loss"] += speeds.moved(head.moved, tokens, head.kernels) + speeds.streamed(head.streamed)
-        parts["head and loss"] += speeds.logits(head.logits, rules.logit_bytes)
+        parts["head and loss"] += speeds.moved(head.moved, tensor_bytes, head.kernels) + speeds.streamed(head.streamed)
+        parts["head and loss"] += speeds.logits(head.logits, tokens, rules.logit_bytes)
         products += head_products
+    parts = {name: speeds.factor(name) * seconds for name, seconds in parts.items()}
     busy = sum(parts.values())
     parts["host"] = max(0.0, speeds.host(body.kernels + head.kernels, 0) - busy)
     return _StageTime(parts, products, busy + parts["host"])
@@ -261,7 +266,7 @@ def _end_of_step(
     )
     norm = _axis_sec(plan, speeds, "all_reduce", 16, "world")
     exposed = {
-        "optimizer": optimizer,
+        "optimizer": speeds.factor("optimizer") * optimizer,
         "data axis": reduce + gather - hidden_reduce - hidden_gather + tables + exchange + norm,
         "host": speeds.host(0, 1),
     }

@@ -44,6 +44,7 @@ from megachat.train.changes import describe_changes
 from megachat.train.documents import resume_documents
 from megachat.train.lookup_rows import allocated_lookup
 from megachat.train.metrics import Metrics, check_wandb
+from megachat.train.prediction import predict_training, predicted_lines, predicted_rows
 from megachat.train.state import LoopState, check_checkpoint, load_state
 from megachat.train.trainer import Trainer
 
@@ -178,6 +179,9 @@ def _check_inputs(
         check_wandb(config.log)
     device = choose_device(environment)
     kernels = choose_kernels(config, plan, device)
+    predict_training(
+        config, plan, device, choose_compute_dtype(config.precision.compute, device)[0], environment.local_size
+    )
     memory, *warnings = described_memory(config, plan, device, environment.local_size)
     if environment.rank == 0 and warnings:
         print(*warnings, sep="\n", flush=True)  # printed now: a job that runs out of memory during the build has no log
@@ -235,12 +239,13 @@ def _train(
     barrier(run.mesh.world)
     metrics = _open_metrics(run, state)
     try:
-        for line in [*notes, *_banner(run, environment)]:
+        for line in [*notes, *_banner(run, environment), *predicted_lines(run, environment.local_size)]:
             metrics.log(line)
         if checkpoint:
             metrics.log(f"resumed from {checkpoint} at step {state.step}")
         metrics.log(f"start-up took {time.perf_counter() - begin:.1f} s")
         source = checkpoint.parent.parent if checkpoint else None
+        first_step = state.step
         trainer = Trainer(run, state, metrics, lambda: bool(monitor.stop_requested), guard.record_step, source)
         with monitor.defer_stop(run.config.checkpoint.stop_s):
             if trainer.fit():
@@ -249,6 +254,8 @@ def _train(
         guard.forget()
         best = "" if state.min_val_bpb is None else f", best validation bpb {state.min_val_bpb:.6f}"
         metrics.log(f"finished step {state.step}{best}")
+        for label, text in predicted_rows(run, first_step, environment.local_size) if run.is_writer else ():
+            metrics.log(f"{label}: {text}")
         metrics.log(f"run folder: {run.folder}")
         return False
     finally:

@@ -115,6 +115,7 @@ def test_the_version_has_the_commit(capsys, monkeypatch):
         (["demo", "--ranks", "0"], "--ranks is 0"),
         (["bench", "warp"], "invalid choice: 'warp'"),
         (["partition", "--rounds", "0"], "--rounds is 0"),
+        (["probe", "--config", "d4_cpu", "--ranks", "1,x"], "1,x: give numbers of ranks"),
         (["completion", "tcsh"], "invalid choice: 'tcsh'"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
@@ -158,6 +159,8 @@ NOT_THERE = [
     (["convert", "from-nanochat", "{empty}", "{empty}/out"], "{empty}"),
     (["verify", "--config", "{none}", "--layout", "tp=2"], "{none}"),
     (["bench", "core", "--checkpoint", "{none}", "--bundle", "{none}"], "{none}"),
+    (["probe", "--config", "{none}"], "{none}"),
+    (["probe", "--config", "d4_cpu", "--out", "{file}/probe.json"], "{file}"),
     (["partition", "--json", "{file}/out.json"], "{file}"),
     (["completion"], "SHELL"),
 ]

@@ -1,0 +1,184 @@
+"""What `megachat probe` measured on a machine: reading its file, and speeds for predictions. Pure but for reading; no
+torch.
+"""
+
+import functools
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megachat.errors import UserError
+from megachat.planning.communication import Kind
+from megachat.planning.speeds import visible_pairs
+from megachat.planning.step_work import Attention, Product
+
+FORMAT, VERSION = "megachat probe", 1
+OF_PASSES = ("matrix products", "attention", "elementwise", "head and loss")
+_NEAREST = 6  # measured shapes from which the speed of another shape is interpolated
+
+
+class Neighbors(NamedTuple):
+    """Measured points: coordinates (logarithms of sizes) with the logarithm of a speed."""
+
+    points: Sequence[tuple[tuple[float, ...], float]]
+
+    def at(self, place: tuple[float, ...]) -> float:
+        """Returns the speed at a place: the mean of the nearest logarithms, weighted by 1 / distance squared."""
+        distances = sorted((math.dist(place, point), value) for point, value in self.points)[:_NEAREST]
+        if distances[0][0] < 1e-9:
+            exact = [value for distance, value in distances if distance < 1e-9]
+            return math.exp(sum(exact) / len(exact))
+        weights = [1 / distance**2 for distance, _ in distances]
+        total = sum(weight * value for weight, (_, value) in zip(weights, distances, strict=True))
+        return math.exp(total / sum(weights))
+
+
+def _logarithms(*sizes: float) -> tuple[float, ...]:
+    return tuple(math.log2(max(size, 1e-3)) for size in sizes)
+
+
+def _line(points: list[list[float]], size: float) -> float:
+    """Returns the value at a size between measured (size, value), straight in logarithms, and beyond them with the
+    slope 1 of the last point: seconds that are proportional to the size."""
+    points = sorted(points)
+    if size <= points[0][0]:
+        return points[0][1]
+    for (low, first), (high, last) in zip(points, points[1:], strict=False):
+        if size <= high:
+            along = math.log(size / low) / math.log(high / low)
+            return math.exp((1 - along) * math.log(first) + along * math.log(last))
+    return points[-1][1] * size / points[-1][0]
+
+
+class ProbeSpeeds:
+    """Speeds that were measured with `ranks` ranks at work on one machine.
+
+    factors: measured over predicted time of the probe's real step, "passes" (forward and backward) and "optimizer".
+    overlap: share of communication that computing hides: 0 where both use the same cores.
+    """
+
+    def __init__(self, name: str, measured: dict[str, Any], factors: dict[str, float], error: float, overlap: float):
+        self.name, self.error, self.overlap = name, error, overlap
+        self.ranks, self._measured, self._factors = measured["ranks"], measured, factors
+        # a product's speed in seconds per FLOP, by dtype
+        products: dict[str, list] = {}
+        for rows, columns, inner, dtype, seconds in measured["products"]:
+            value = math.log(seconds / (2 * rows * columns * inner))
+            products.setdefault(dtype, []).append((_logarithms(rows, columns, inner), value))
+        self._products = {dtype: Neighbors(points) for dtype, points in products.items()}
+        passes: dict[str, list] = {"forward": [], "backward": []}
+        for *shape, forward, backward in measured["attention"]:
+            attention = Attention(*shape, 1, 1)
+            place = self._attention_place(attention)
+            for direction, seconds in (("forward", forward), ("backward", backward)):
+                passes[direction].append((place, math.log(seconds / self._attention_flops(attention))))
+        self._attention = {direction: Neighbors(points) for direction, points in passes.items()}
+        polar = [(_logarithms(min(m, n), max(m, n)), math.log(sec / (m * n))) for m, n, sec in measured["polar"]]
+        self._polar = Neighbors(polar)
+        self._product_sec = functools.lru_cache(maxsize=4096)(self._interpolated_product)
+
+    def factor(self, part: str) -> float:
+        return self._factors.get("optimizer" if part == "optimizer" else "passes" if part in OF_PASSES else "", 1.0)
+
+    def _interpolated_product(self, rows: int, columns: int, inner: int, dtype: str) -> float:
+        known = self._products.get(dtype) or next(iter(self._products.values()))
+        return 2 * rows * columns * inner * known.at(_logarithms(rows, columns, inner))
+
+    def product(self, product: Product) -> float:
+        return product.count * self._product_sec(*product[:4])
+
+    @staticmethod
+    def _attention_flops(attention: Attention) -> float:
+        return 4 * attention.rows * attention.heads * attention.head_size * visible_pairs(attention)
+
+    @staticmethod
+    def _attention_place(attention: Attention) -> tuple[float, ...]:
+        return _logarithms(attention.rows * attention.heads, attention.window, attention.tokens, attention.head_size)
+
+    def attention(self, attention: Attention) -> float:
+        place, flops = self._attention_place(attention), self._attention_flops(attention)
+        forward, backward = (self._attention[direction].at(place) * flops for direction in ("forward", "backward"))
+        return attention.forward * forward + attention.backward * backward
+
+    def moved(self, size: float, tensor_bytes: float, kernels: float) -> float:
+        curve = [(math.log(moved), per_byte) for moved, per_byte in self._measured["moved"]]
+        return size * _between(curve, math.log(max(tensor_bytes, 1)))
+
+    def streamed(self, size: float) -> float:
+        return size * self._measured["streamed"]
+
+    def logits(self, count: float, tokens: float, bytes_per_logit: float) -> float:
+        curve = [(math.log(tokens), per_logit) for tokens, per_logit in self._measured["logits"]]
+        return count * _between(curve, math.log(tokens))
+
+    def polar(self, rows: int, columns: int, dtype: str) -> float:
+        return rows * columns * self._polar.at(_logarithms(*sorted((rows, columns))))
+
+    def collective(self, kind: Kind, size: float, ranks: int, stride: int) -> float:
+        points = self._measured["collectives"].get(kind)
+        if not points:
+            raise UserError(
+                f"the probe has no {kind} between ranks: repeat `megachat probe` with --ranks {ranks} or more"
+            )
+        # measured over all ranks of the set; other numbers of ranks send the ring's share of the bytes
+        return _line(points, size) * ((ranks - 1) / ranks) / ((self.ranks - 1) / self.ranks)
+
+    def host(self, kernels: float, steps: float) -> float:
+        return 0.0  # is in what was measured
+
+
+def _between(points: list[tuple[float, float]], place: float) -> float:
+    """Returns the value at a place on straight lines between points, and the nearest point's value outside."""
+    points = sorted(points)
+    for (low, first), (high, last) in zip(points, points[1:], strict=False):
+        if low <= place <= high:
+            return first + (last - first) * (place - low) / (high - low)
+    return points[0][1] if place < points[0][0] else points[-1][1]
+
+
+class Probe(NamedTuple):
+    """A probe's document."""
+
+    document: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Returns the device's name and how many ranks were measured."""
+        return f"{self.document['machine']['device']}, {self.document['sets'][-1]['ranks']} ranks"
+
+    def speeds(self, world: int) -> ProbeSpeeds:
+        """Returns the speeds with `world` ranks at work, from the nearest number of ranks that was measured.
+
+        Raises UserError for more ranks than were measured.
+        """
+        sets = sorted(self.document["sets"], key=lambda one: one["ranks"])
+        fitting = [one for one in sets if one["ranks"] >= world]
+        if not fitting:
+            raise UserError(
+                f"the probe measured up to {sets[-1]['ranks']} ranks at a time, not {world}: repeat `megachat probe` "
+                f"with --ranks {world}, or plan with --gpus"
+            )
+        document = self.document
+        return ProbeSpeeds(self.name, fitting[0], document["factors"], document["error"], document["overlap"])
+
+
+def read_probe(path: Path) -> Probe:
+    """Returns the probe in a file. Raises UserError if it cannot be read, is no probe, or is of another version."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["format"] != FORMAT:
+            raise ValueError(f"format {document['format']}")
+        version = document["version"]
+    except OSError as error:
+        raise UserError(f"probe {path} cannot be read ({error.strerror}): run `megachat probe --out {path}`") from None
+    except (ValueError, KeyError, TypeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} is not a file of `megachat probe` ({what}): run `megachat probe` again") from None
+    if version != VERSION:
+        raise UserError(
+            f"{path} is of probe version {version}, but this megachat reads version {VERSION}: run `megachat probe` "
+            "again"
+        )
+    return Probe(document)
