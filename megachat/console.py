@@ -11,6 +11,8 @@ import sys
 from typing import TextIO
 
 _NAMES = ("stdout", "stderr")
+_STYLES = {"bold": "1", "red": "31", "yellow": "33"}  # codes of the terminal (ECMA-48)
+_color_allowed = False
 
 
 class Console(io.RawIOBase):
@@ -90,3 +92,16 @@ def console_error() -> OSError | None:
     """Returns stdout's first error, None while it takes output."""
     console = console_of(sys.stdout)
     return console.error if console else None
+
+
+def allow_color(allowed: bool) -> None:
+    """Allows or forbids colors on terminals in this process; they are forbidden until a command allows them."""
+    global _color_allowed
+    _color_allowed = allowed
+
+
+def styled(text: str, style: str, stream: TextIO | None = None) -> str:
+    """Returns the text in a style of _STYLES where `stream` (default: sys.stdout) is a terminal and may have colors."""
+    if _color_allowed and (stream or sys.stdout).isatty():
+        return f"\x1b[{_STYLES[style]}m{text}\x1b[0m"
+    return text

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from megachat.console import console_error, protect_console
+from megachat.console import console_error, protect_console, styled
 
 EXIT_STATUS = 2
 LOST_RANK_STATUS = 3  # another rank died, failed or cannot be reached
@@ -100,7 +100,8 @@ def user_errors_end_the_program(main: Callable | None = None, *, rank: Callable[
             if number:
                 time.sleep(_OTHER_RANKS_WAIT_S)
             for line in str(error).splitlines():
-                print(f"error: {f'[rank {number}] ' if number else ''}{line}", file=sys.stderr, flush=True)
+                mark = styled("error:", "red", sys.stderr)
+                print(f"{mark} {f'[rank {number}] ' if number else ''}{line}", file=sys.stderr, flush=True)
             status = EXIT_STATUS
         except KeyboardInterrupt:
             print("error: interrupted", file=sys.stderr, flush=True)

@@ -17,7 +17,7 @@ PROGRAMS = sorted([*(ROOT / "launch").glob("*.py"), *(ROOT / "tools").glob("*.py
 # planning describes both the least (dimensions) and the whole (memory, manifest), so its modules have entries of their
 # own.
 LEVELS = (
-    ("console", "installation"),
+    ("console", "installation", "activity"),
     ("errors",),
     ("files", "text", "place", "config_checks"),
     ("planning.dimensions",),

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from megachat.commands import inspect
-from megachat.commands.options import Parser, add_quiet
+from megachat.commands.options import Parser, add_no_color, add_quiet, importing
 
 # Format's command -> (help of "to", help of "from").
 FORMATS = {
@@ -28,6 +28,7 @@ def add_arguments(parser: Parser) -> None:
         command = commands.add_parser(name, help=about, description=about)
         command.set_defaults(call=call)
         add_quiet(command, default=argparse.SUPPRESS)
+        add_no_color(command, default=argparse.SUPPRESS)
         for path, metavar in paths.items():
             command.add_argument(path, metavar=metavar, type=Path)
         return command
@@ -38,6 +39,7 @@ def add_arguments(parser: Parser) -> None:
     command = add("verify", "check that all files are as saved", call="verify_command", checkpoint="CHECKPOINT")
     command = add("diff", "show which tensors and facts differ", call="diff_command", left="LEFT", right="RIGHT")
     command.add_argument("--json", action="store_true", help="as JSON")
+    command.add_argument("--verbose", action="store_true", help="also each difference")
     for name, (about_export, about_import) in FORMATS.items():
         export = add(f"to-{name}", about_export, source="CHECKPOINT", target="FOLDER")
         export.set_defaults(to_format=name)
@@ -57,9 +59,10 @@ def add_arguments(parser: Parser) -> None:
 
 def run(options: argparse.Namespace) -> int | None:
     """Runs the command; returns the exit status."""
-    from megachat.programs import convert
+    with importing():
+        from megachat.programs import convert
 
-    values = {name: value for name, value in vars(options).items() if name not in ("quiet", "call", "json")}
+    values = {name: value for name, value in vars(options).items() if name not in ("quiet", "no_color", "call", "json")}
     if "json" in options:
         values["as_json"] = options.json
     return getattr(convert, options.call)(**values)

@@ -8,7 +8,7 @@ pretrain, for example --set horizon.steps=20. MASTER_PORT: default a free port.
 import argparse
 from pathlib import Path
 
-from megachat.commands.options import Parser, require_minimum
+from megachat.commands.options import Parser, passed_on, require_minimum
 from megachat.installation import config_folder
 
 DATA, TOKENIZER, RUN = Path("data/python"), Path("data/tokenizer"), Path("runs/demo")
@@ -31,9 +31,8 @@ def run(options: argparse.Namespace) -> int:
     if not (TOKENIZER / "tokenizer.json").exists():
         training = ["--data", str(DATA), "--vocab-size", "4096", "--out", str(TOKENIZER)]
         start("tokenizer", training, "megachat tokenizer")
-    quiet = ["--quiet"] if options.quiet else []
     status = run_with_deepspeed(
-        ["pretrain", "--config", config, "--resume", "auto", *quiet, *options.rest], options.ranks
+        ["pretrain", "--config", config, "--resume", "auto", *passed_on(options), *options.rest], options.ranks
     )
     paths = ["--data", str(DATA), "--tokenizer", str(TOKENIZER), "--run", str(RUN)]
-    return status or start("unigram", [*paths, *quiet], "megachat unigram")
+    return status or start("unigram", [*paths, *passed_on(options)], "megachat unigram")

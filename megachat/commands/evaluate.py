@@ -12,6 +12,7 @@ from megachat.commands.options import (
     add_local_rank,
     add_set,
     check_layout_ranks,
+    importing,
     layout_settings,
     text_moved,
 )
@@ -45,7 +46,8 @@ def run(options: argparse.Namespace) -> None:
     """Evaluates."""
     check_layout_ranks(options.layout)
     check_launcher_hostfile()
-    from megachat.programs.evaluate import EvaluationRequest, evaluate
+    with importing():
+        from megachat.programs.evaluate import EvaluationRequest, evaluate
 
     cropped = ["evaluate.core_crop=true"] if options.core_crop else []
     request = EvaluationRequest(

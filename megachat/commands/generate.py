@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megachat.commands.options import Parser, require_minimum
+from megachat.commands.options import Parser, importing, require_minimum
 
 
 def add_arguments(parser: Parser) -> None:
@@ -42,11 +42,12 @@ def add_arguments(parser: Parser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Continues the prompts."""
     require_minimum(options, tokens=1, batch=1)
-    from megachat.convert.formats import open_checkpoint
-    from megachat.convert.tokenizers import load_tokenizer_of
-    from megachat.evals.growing_text import parse_stops
-    from megachat.evals.sampling import Sampling
-    from megachat.programs.generate import PromptContinuer, load_model, read_prompts
+    with importing():
+        from megachat.convert.formats import open_checkpoint
+        from megachat.convert.tokenizers import load_tokenizer_of
+        from megachat.evals.growing_text import parse_stops
+        from megachat.evals.sampling import Sampling
+        from megachat.programs.generate import PromptContinuer, load_model, read_prompts
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     reader = open_checkpoint(options.checkpoint)

@@ -5,12 +5,13 @@ folder of nanochat, transformers or safetensors.
 import argparse
 from pathlib import Path
 
-from megachat.commands.options import Parser
+from megachat.commands.options import Parser, importing
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options beside the checkpoint."""
     parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument("--verbose", action="store_true", help="also every fact, file and tensor")
     parser.add_argument("--step", type=int, help="of a folder that has several (default: the newest)")
 
 
@@ -22,6 +23,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Prints what the checkpoint contains."""
-    from megachat.programs.convert import inspect_command
+    with importing():
+        from megachat.programs.convert import inspect_command
 
-    inspect_command(options.checkpoint, options.step, options.json)
+    inspect_command(options.checkpoint, options.step, options.json, options.verbose)

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from megachat.commands.options import Parser, add_quiet, layout_settings
+from megachat.commands.options import Parser, add_no_color, add_quiet, layout_settings
+from megachat.console import allow_color
 from megachat.errors import UserError, user_errors_end_the_program
 from megachat.installation import CHECKOUT, version_text
-from megachat.job.launchers import completion_requested, launcher_rank
+from megachat.job.launchers import completion_requested, launcher_rank, no_color_requested
 
 
 class Command(NamedTuple):
@@ -104,6 +105,7 @@ def build_parser(name: str, prog: str) -> Parser:
     parser = Parser(prog=prog, description=module.__doc__, allow_abbrev=not command.passes_on)
     module.add_arguments(parser)
     add_quiet(parser)
+    add_no_color(parser)
     return parser
 
 
@@ -117,6 +119,8 @@ def check_passed_on(arguments: list[str]) -> None:
 
 def start(name: str, arguments: list[str], prog: str) -> int:
     """Parses the arguments of a command and runs it; returns its exit status."""
+    if "--no-color" in arguments or no_color_requested():
+        allow_color(False)  # before a mistake in the options is reported
     parser = build_parser(name, prog)
     options, rest = parser.parse_known_args(arguments)
     if COMMANDS[name].passes_on:
@@ -133,6 +137,7 @@ def door(name: str) -> Callable[[list[str] | None], None]:
 
     @user_errors_end_the_program(rank=launcher_rank if COMMANDS[name].ranks else None)
     def main(arguments: list[str] | None = None) -> int:
+        allow_color(True)
         return start(name, sys.argv[1:] if arguments is None else arguments, Path(sys.argv[0]).name)
 
     return main
@@ -141,6 +146,7 @@ def door(name: str) -> Callable[[list[str] | None], None]:
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command `megachat` and ends the process with its status, if that is not 0."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    allow_color(True)
     if completion_requested():
         _complete()
     while words and _LOCAL_RANK.fullmatch(words[0]):
@@ -183,4 +189,5 @@ def _complete() -> None:
             each = commands.add_parser(name, help=command.about)
             module.add_arguments(each)
             add_quiet(each)
+            add_no_color(each)
     argcomplete.autocomplete(parser)

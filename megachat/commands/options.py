@@ -6,12 +6,14 @@ import math
 import os
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+from megachat.activity import announced
 from megachat.errors import UserError
 from megachat.installation import CHECKOUT, config_folder
-from megachat.job.launchers import launcher_world
+from megachat.job.launchers import launcher_rank, launcher_world
 from megachat.planning.layouts import parse_layout
 
 
@@ -61,9 +63,25 @@ def add_quiet(parser: argparse.ArgumentParser, **how) -> None:
     parser.add_argument("--quiet", action="store_true", help="print errors only, and the document of --json", **how)
 
 
+def add_no_color(parser: argparse.ArgumentParser, **how) -> None:
+    """Adds --no-color."""
+    parser.add_argument("--no-color", action="store_true", help="no colors, as with the variable NO_COLOR", **how)
+
+
+def passed_on(options: argparse.Namespace) -> list[str]:
+    """Returns the options of every command that are set, for another command that does a part of the work."""
+    return [f"--{name.replace('_', '-')}" for name in ("quiet", "no_color") if getattr(options, name)]
+
+
 def add_local_rank(parser: argparse.ArgumentParser) -> None:
     """Adds the option that the deepspeed launcher sets."""
     parser.add_argument("--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
+
+
+def importing() -> contextlib.AbstractContextManager[None]:
+    """Announces the imports of a command, which may take seconds, on standard error if it is a terminal."""
+    shown = sys.stderr.isatty() and launcher_rank() == 0
+    return announced("importing torch", shown=shown, write=partial(print, file=sys.stderr, flush=True))
 
 
 def layout_settings(layout: str | None) -> list[str]:

@@ -4,6 +4,7 @@ with `torchrun -m megachat pretrain`, `mpirun python -m megachat pretrain`, or a
 
 import argparse
 
+from megachat.activity import announced
 from megachat.commands.options import (
     Parser,
     add_config,
@@ -16,6 +17,7 @@ from megachat.commands.options import (
 )
 from megachat.errors import UserError
 from megachat.job.hosts import check_launcher_hostfile
+from megachat.job.launchers import launcher_rank
 
 
 def add_plan_arguments(parser: Parser, where: str = "") -> None:
@@ -60,7 +62,8 @@ def run(options: argparse.Namespace) -> int:
     elif not options.elastic:
         check_layout_ranks(options.layout)
     check_launcher_hostfile()
-    from megachat.programs.pretrain import pretrain
+    with announced("importing torch and DeepSpeed", shown=launcher_rank() == 0 and not options.dry_run):
+        from megachat.programs.pretrain import pretrain
 
     return pretrain(
         options.config,

@@ -8,7 +8,7 @@ Other options are passed to pretrain. docs/checkpoints.md describes when it rest
 
 import argparse
 
-from megachat.commands.options import Parser
+from megachat.commands.options import Parser, passed_on
 from megachat.errors import UserError
 from megachat.installation import pretrain_program
 
@@ -37,7 +37,6 @@ def run(options: argparse.Namespace) -> int:
     check_passed_on(options.rest)
     from megachat.job.elastic import supervise
 
-    quiet = ["--quiet"] if options.quiet else []
-    arguments = [*pretrain_program(), "--resume=auto", "--elastic", *quiet, *options.rest]
+    arguments = [*pretrain_program(), "--resume=auto", "--elastic", *passed_on(options), *options.rest]
     how = {"hosts": options.hosts, "ranks": options.ranks, "meet": options.meet, "restarts": options.restarts}
     return supervise(arguments, **how)

@@ -9,12 +9,20 @@ import torch
 from megachat.config import config_from_values
 from megachat.convert.reader import CheckpointReader, load_arrays
 from megachat.files import LOADER, RANDOM
+from megachat.text import shortened
 
 # A difference in _FACTS counts: training continues from them. One in _NOTES does not, nor does a duration.
 _FACTS = ("step", "model", "tokenizer", "adamw_steps", "loss_scaler", "loop", "ledger")
 _NOTES = ("config", "layout", "format_version", "architecture_version")
 _PLACES = ("config.run.name", "config.run.folder", "config.data.tokenizer")  # a conversion gives a run new ones
 _DURATIONS = ("loop.training_s",)
+_KINDS = {  # for people
+    "tensor": "tensors with other values",
+    "shape": "tensors with other shapes",
+    "only": "only in one of the two",
+    "fact": "facts",
+    "note": "notes, which do not count",
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,19 @@ class Difference:
         if self.kind == "only":
             return f"{self.name}: only in {self.left or self.right}"
         return f"{self.name}: {self.left} and {self.right}"
+
+
+def summarize(differences: list[Difference]) -> str:
+    """Returns how many differences count, and a line for each kind: how many and the largest of tensors, or names."""
+    counted = sum(difference.counts for difference in differences)
+    lines = [f"{counted} differences" if counted else "equal"]
+    for kind in dict.fromkeys(difference.kind for difference in differences):
+        of_kind = [difference for difference in differences if difference.kind == kind]
+        names = shortened((each.name for each in of_kind), 3)
+        if kind == "tensor":
+            names = f"most in {max(of_kind, key=lambda each: each.relative)}"
+        lines.append(f"  {len(of_kind)} {_KINDS.get(kind, kind)}: {names}")
+    return "\n".join(lines)
 
 
 def compare_checkpoints(left: CheckpointReader, right: CheckpointReader) -> list[Difference]:

@@ -12,6 +12,7 @@ from megachat.convert.reader import CheckpointReader, load_arrays
 from megachat.data.loader_state import combined_ledger
 from megachat.errors import UnreadableError, UserError
 from megachat.files import LOADER
+from megachat.text import text_table
 
 _SHOWN_FACTS = (
     "step format_version architecture_version layout model tokenizer loop adamw_steps loss_scaler config".split()
@@ -50,15 +51,44 @@ def read_ledgers(checkpoint: CheckpointReader) -> dict:
     return {"combined": combined, "streams": streams} if streams else {}
 
 
-def format_inspection(values: dict) -> str:
-    """Returns the values of `inspect_checkpoint` as text."""
-    facts, ledger = values["facts"], values["ledger"]
-    size = f"{values['parameters']:,} parameters, {values['bytes'] / 1e6:,.1f} MB of tensors"
-    lines = [f"{values['folder']}: {values['form']}, {size}"]
+def format_summary(values: dict) -> str:
+    """Returns the values of `inspect_checkpoint` in a few lines; what a format does not have is left out."""
+    facts, ledger, counts = values["facts"], values["ledger"], dict[str, int]()
+    for name in values["tensors"]:
+        kind = name.partition("/")[0]
+        counts[kind] = counts.get(kind, 0) + 1
+    model, loop, layout = facts.get("model", {}), facts.get("loop", {}), facts.get("layout", {})
+    rows = [("parameters", f"{values['parameters']:,}")]
+    if {"depth", "width", "sequence_len"} <= model.keys():
+        rows.append(
+            ("model", f"depth {model['depth']}, width {model['width']}, rows of {model['sequence_len']} tokens")
+        )
+    if tokenizer := facts.get("tokenizer"):
+        rows.append(("tokenizer", f"{tokenizer['vocab_size']:,} tokens, fingerprint {tokenizer['fingerprint'][:12]}"))
+    if "step" in facts:
+        best = f", best validation bpb before {loop['min_val_bpb']:.4f}" if loop.get("min_val_bpb") else ""
+        rows.append(("trained", f"{facts['step']:,} steps{best}"))
+    if layout:
+        rows.append(("saved by", " x ".join(f"{axis} {size}" for axis, size in layout.items())))
+    rows.append(("tensors", ", ".join(f"{count} {kind}" for kind, count in counts.items())))
+    if ledger:
+        read = sum(entry["rows"] for entry in ledger["streams"].values())
+        rows.append(("documents", f"{len(ledger['streams'])} streams, {read:,} rows packed, {ledger['combined'][:12]}"))
+    rows += [("remark", remark) for remark in values["remarks"]]
+    return "\n".join([_heading(values), *text_table([(f"  {label}", text) for label, text in rows])])
+
+
+def _heading(values: dict) -> str:
+    size = f"{len(values['files'])} files, {values['bytes'] / 1e6:,.1f} MB of tensors"
+    return f"{values['folder']}: {values['form']}, {size}"
+
+
+def format_details(values: dict) -> str:
+    """Returns all values of `inspect_checkpoint` as text, below those of `format_summary`."""
+    facts, ledger, lines = values["facts"], values["ledger"], list[str]()
     for key in _SHOWN_FACTS:
         if key in facts:
             lines.append(f"  {key}: {json.dumps(facts[key]) if isinstance(facts[key], dict) else facts[key]}")
-    lines += [f"  remark: {remark}" for remark in values["remarks"]]
     for stream, entry in sorted(ledger.get("streams", {}).items()):
         position = f"{entry['rows']:,} rows, next document {entry['next_document']:,}"
         lines.append(f"  ledger of stream {stream}: {entry['ledger']} ({position})")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from megachat.activity import announced
 from megachat.config import Config
 from megachat.device import collective_backend, gpu_id
 from megachat.errors import UserError
@@ -37,7 +38,11 @@ def join_job(
     if gpu := gpu_id(device):
         facts = {**facts, "gpu": {"id": gpu}}
     with FailureMonitor(environment.rank, restart_hint=restart_hint) as monitor:
-        with meet_ranks(environment, facts, config.parallel.rendezvous_s):
+        first = environment.rank == 0
+        with (
+            announced(f"connecting {environment.world_size} ranks", shown=first and environment.world_size > 1),
+            meet_ranks(environment, facts, config.parallel.rendezvous_s),
+        ):
             mesh = start_mesh(config, device)
         limits = {"stall_s": config.parallel.stall_s, "slow_s": _SLOW_SHARE * config.parallel.timeout_s}
         monitor.connect(mesh, address=rank_0_address(), folder=folder, **limits)

@@ -159,3 +159,8 @@ def launcher_world() -> int:
 def completion_requested() -> bool:
     """Returns whether argcomplete's part in the shell has started this process, to ask for completions."""
     return "_ARGCOMPLETE" in os.environ
+
+
+def no_color_requested() -> bool:
+    """Returns whether the user or the terminal wants no colors (NO_COLOR, see no-color.org; TERM=dumb)."""
+    return bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"

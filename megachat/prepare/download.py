@@ -5,12 +5,12 @@ import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import requests
-from tqdm import tqdm
 
+from megachat.activity import Progress
 from megachat.errors import UserError, summary
 from megachat.files import PART, sync_and_rename
 from megachat.prepare.manifest import ShardEntry, measure_shard, shard_name
@@ -65,19 +65,15 @@ def download_shards(
     """
     names = shard_names(source, train_shards)
     stop = threading.Event()
-    with (
-        # disable=None shows the bar on a terminal only.
-        tqdm(desc=f"0/{len(names)} shards", unit="B", unit_scale=True, disable=None) as bar,
-        ThreadPoolExecutor(workers) as pool,
-    ):
-        downloader = _Downloader(retry_wait_s, stop, bar, options="--base-url and --shards")
+    with Progress(f"0/{len(names)} shards", None, "B") as progress, ThreadPoolExecutor(workers) as pool:
+        downloader = _Downloader(retry_wait_s, stop, progress, "--base-url and --shards", len(names))
         base_url = source.base_url.rstrip("/")
         futures = [pool.submit(_download_shard, downloader, f"{base_url}/{name}", folder / name) for name in names]
         try:
             for done, future in enumerate(as_completed(futures), 1):
                 entry = future.result()
-                bar.set_description(f"{done}/{len(names)} shards")
-                if bar.disable:
+                progress.rename(f"{done}/{len(names)} shards")
+                if progress.plain:
                     log(f"{done}/{len(names)}: {entry.name}, {entry.bytes:,} bytes, {entry.documents:,} documents")
         except BaseException:
             stop.set()
@@ -91,17 +87,20 @@ def download_file(url: str, part: Path, *, retry_wait_s: float = 1.0) -> None:
 
     The caller checks the content. Raises UserError.
     """
-    with tqdm(desc=part.name, unit="B", unit_scale=True, disable=None) as bar:
-        _Downloader(retry_wait_s, threading.Event(), bar, options="the address").download(url, part)
+    with Progress(part.name, None, "B") as progress:
+        _Downloader(retry_wait_s, threading.Event(), progress, "the address").download(url, part)
 
 
 def _download_shard(downloader: "_Downloader", url: str, path: Path) -> ShardEntry:
     part = path.with_name(path.name + PART)
     if path.exists():
         try:
-            return measure_shard(path)
+            entry = measure_shard(path)
         except UserError:
             path.unlink()
+        else:
+            downloader.count_size(part, entry.bytes, kept=entry.bytes)
+            return entry
     downloader.download(url, part)
     try:
         entry = measure_shard(part, path.name)
@@ -117,12 +116,26 @@ def _download_shard(downloader: "_Downloader", url: str, path: Path) -> ShardEnt
 
 @dataclass(frozen=True)
 class _Downloader:
-    """Downloads files with retries. options: what the user checks when the server refuses a file."""
+    """Downloads files with retries. options: what the user checks when the server refuses a file.
+
+    files: how many it downloads. sizes: file name -> bytes, where known, of which the bytes of all are estimated.
+    """
 
     retry_wait_s: float
     stop: threading.Event
-    bar: tqdm
+    progress: Progress
     options: str
+    files: int = 1
+    sizes: dict[str, int] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def count_size(self, part: Path, size: int, *, kept: int) -> None:
+        """Corrects the expected bytes of all files. kept: bytes that an earlier call has downloaded."""
+        with self.lock:
+            if part.name not in self.sizes:
+                self.sizes[part.name] = size
+                self.progress.skip(kept)
+                self.progress.update(0, total=round(sum(self.sizes.values()) / len(self.sizes) * self.files))
 
     def download(self, url: str, part: Path) -> None:
         for attempt in range(1, _ATTEMPTS + 1):
@@ -168,6 +181,8 @@ class _Downloader:
             if start not in (0, have):
                 part.unlink(missing_ok=True)
                 raise _Retry("an answer with other bytes than requested")
+            if total is not None:
+                self.count_size(part, total, kept=start)
             self._write(answer, part, start, total)
         size = part.stat().st_size
         if total is not None and size != total:
@@ -189,7 +204,8 @@ class _Downloader:
                 if total is None:
                     _check_free_space(part, len(piece))
                 file.write(piece)
-                self.bar.update(len(piece))
+                with self.lock:
+                    self.progress.update(len(piece))
         if total is not None and size > total:
             part.unlink()
             raise _Retry(f"more than the announced {total:,} bytes")

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megachat.activity import Progress
 from megachat.data.shards import open_shard
 from megachat.data.texts import REFUSE, BadTexts, read_shard_texts
 from megachat.errors import UserError, raise_if_unreadable
@@ -149,10 +150,12 @@ def write_shards(
         columns["source"] = pa.chunked_array([pa.array(sources, pa.string()).dictionary_encode()])
     before_writing()
     entries = []
-    for index, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
-        documents_of_shard = pa.array(order[start:end])
-        shard = {name: column.take(documents_of_shard) for name, column in columns.items()}
-        entries.append(_write_shard(folder / shard_name(index), shard))
+    with Progress("writing documents", len(order), "") as progress:
+        for index, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
+            documents_of_shard = pa.array(order[start:end])
+            shard = {name: column.take(documents_of_shard) for name, column in columns.items()}
+            entries.append(_write_shard(folder / shard_name(index), shard))
+            progress.update(end - start)
     return entries
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import tiktoken
 
+from megachat.activity import Progress, print_line
 from megachat.data.shards import open_shards, split_shards
 from megachat.data.texts import REFUSE, BadTexts, read_shard_texts
 from megachat.data.tokenizer import LONGEST_RUN, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, split_long_runs
@@ -30,6 +31,20 @@ def read_texts(
                 yield text
                 if left <= 0:
                     return
+
+
+def with_progress(texts: Iterator[str], documents: int, max_chars: int, merges: int) -> Iterator[str]:
+    """Yields the texts and shows how many of those that are needed were read; then that the merges are learned.
+
+    documents: in the split. max_chars: where `texts` ends.
+    """
+    with Progress("reading documents", documents, "") as progress:
+        count = chars = 0
+        for count, text in enumerate(texts, 1):
+            chars += len(text)
+            yield text
+            progress.update(1, total=min(documents, round(max_chars * count / max(1, chars))))
+    print_line(f"read {count:,} documents, {chars:,} characters; learning {merges:,} merges ...")
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:

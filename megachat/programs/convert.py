@@ -5,16 +5,21 @@ from functools import partial
 from pathlib import Path
 
 from megachat.convert.conversion import certificate_path, export_checkpoint, import_checkpoint
-from megachat.convert.differences import compare_checkpoints
+from megachat.convert.differences import compare_checkpoints, summarize
 from megachat.convert.formats import open_checkpoint
-from megachat.convert.inspection import format_inspection, inspect_checkpoint, verify_checkpoint
+from megachat.convert.inspection import format_details, format_summary, inspect_checkpoint, verify_checkpoint
 from megachat.errors import UserError
 
+_DETAILS = "--verbose shows all of it"
 
-def inspect_command(checkpoint: Path, step: int | None, as_json: bool) -> None:
-    """Prints what a checkpoint contains."""
+
+def inspect_command(checkpoint: Path, step: int | None, as_json: bool, verbose: bool) -> None:
+    """Prints a summary of what a checkpoint contains; verbose: all of it below the summary."""
     values = inspect_checkpoint(open_checkpoint(checkpoint, step))
-    print(json.dumps(values, indent=1) if as_json else format_inspection(values))
+    if as_json:
+        print(json.dumps(values, indent=1))
+    else:
+        print(format_summary(values), format_details(values) if verbose else _DETAILS, sep="\n")
 
 
 def verify_command(checkpoint: Path) -> None:
@@ -25,17 +30,21 @@ def verify_command(checkpoint: Path) -> None:
     print(f"good: {checked}")
 
 
-def diff_command(left: Path, right: Path, as_json: bool) -> int:
-    """Prints the differences of two checkpoints; returns the exit status, 1 if they differ."""
+def diff_command(left: Path, right: Path, as_json: bool, verbose: bool) -> int:
+    """Prints a summary of the differences of two checkpoints, verbose: each of them; returns the exit status, 1 if they
+    differ.
+    """
     differences = compare_checkpoints(open_checkpoint(left), open_checkpoint(right))
     counted = sum(difference.counts for difference in differences)
     if as_json:
         listed = [{"kind": each.kind, "counts": each.counts, "text": str(each)} for each in differences]
         print(json.dumps({"differences": counted, "list": listed}, indent=1))
         return 1 if counted else 0
-    for difference in differences:
-        print(f"{difference.kind:6} {difference}")
-    print(f"{counted} differences" if counted else "equal")
+    print(summarize(differences))
+    if verbose:
+        print(*(f"{difference.kind:6} {difference}" for difference in differences), sep="\n")
+    elif differences:
+        print(_DETAILS)
     return 1 if counted else 0
 
 

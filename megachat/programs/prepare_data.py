@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from megachat.activity import announced, counted
 from megachat.data.shards import MANIFEST
 from megachat.data.texts import BadTexts
 from megachat.errors import UserError
@@ -52,6 +53,12 @@ def _download(options: argparse.Namespace) -> dict | None:
     return finish_preparation(options.out, request, entries)
 
 
+def _counted(files: list[Path], activity: str) -> Iterator[Path]:
+    """Yields the files and shows how many of their bytes are done."""
+    sizes = {path: path.stat().st_size for path in files}
+    return counted(files, activity, sum(sizes.values()), "B", sizes.__getitem__)
+
+
 def _paths_by_name(inputs: list[str]) -> dict[str, list[Path]]:
     """Return source name -> paths; the name is "" if no input has one."""
     paths: dict[str, list[Path]] = {}
@@ -94,11 +101,12 @@ def _prepare_local(options: argparse.Namespace) -> dict | None:
             raise UserError(
                 f"{inside[0]} is inside --out {options.out}, where it would be replaced: give another --out"
             )
+        hashes = map(file_sha256, _counted(files, "hashing the input"))
         request |= {
             "input": [str(Path(text)) for text in options.input],
             "input_files": len(files),
             "input_bytes": sum(path.stat().st_size for path in files),
-            "input_sha256": hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest(),
+            "input_sha256": hashlib.sha256("".join(hashes).encode()).hexdigest(),
         }
         if bad_texts.policy != "refuse":
             request["on_bad_text"] = bad_texts.policy
@@ -108,13 +116,17 @@ def _prepare_local(options: argparse.Namespace) -> dict | None:
             read = partial(read_text_files, document_bytes=options.document_bytes, bad_texts=bad_texts)
         if "" not in paths:
             request["sources"], labels = list(paths), []
-        readers = {name: read(files_of_source) for name, files_of_source in files_by_name.items()}
+        readers = {
+            name: read(_counted(of_source, f"reading {name or 'the input'}"))
+            for name, of_source in files_by_name.items()
+        }
         documents = _concatenate(readers, labels if labels is not None else [])
     if is_prepared(options.out, request, overwrite=options.overwrite):
         return None
     # Called when the whole input was read, so that a bad input changes nothing.
     begin = partial(begin_preparation, options.out, request)
-    entries = write_shards(options.out, documents, options.seed, options.shards, labels, before_writing=begin)
+    with announced("reading and shuffling the text"):
+        entries = write_shards(options.out, documents, options.seed, options.shards, labels, before_writing=begin)
     return finish_preparation(options.out, request, entries, bad_texts.count)
 
 

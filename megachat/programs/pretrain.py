@@ -1,17 +1,20 @@
 """The pretraining program: a job from its command line to its last checkpoint, on every rank."""
 
+import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from megachat.activity import announced
 from megachat.checkpoint.resume import choose_checkpoint, find_checkpoint
 from megachat.checkpoint.run_folder import config_in_place, follow_checkpoint
 from megachat.config import Config, load_config, save_config
+from megachat.console import styled
 from megachat.data.shards import DataSummary, check_data_folder
 from megachat.data.texts import BadTexts
 from megachat.data.tokenizer import Tokenizer, load_tokenizer
@@ -46,6 +49,7 @@ from megachat.train.lookup_rows import allocated_lookup
 from megachat.train.metrics import Metrics, check_wandb
 from megachat.train.prediction import predict_training, predicted_lines, predicted_rows
 from megachat.train.state import LoopState, check_checkpoint, load_state
+from megachat.train.summary import log_end, next_commands, summary_rows
 from megachat.train.trainer import Trainer
 
 
@@ -116,7 +120,8 @@ def run_job(
 ) -> int:
     """Runs the job of a config that has a run name; see `pretrain`. begin: time.perf_counter() at its start."""
     begin, environment = begin or time.perf_counter(), bootstrap_environment()
-    job = _check_inputs(config, environment, resume, elastic)
+    with announced("checking config, tokenizer, data and kernels", shown=environment.rank == 0):
+        job = _check_inputs(config, environment, resume, elastic)
     if job is None:
         return 0
     with (
@@ -179,18 +184,25 @@ def _check_inputs(
         check_wandb(config.log)
     device = choose_device(environment)
     kernels = choose_kernels(config, plan, device)
-    predict_training(
-        config, plan, device, choose_compute_dtype(config.precision.compute, device)[0], environment.local_size
-    )
+    dtype, _ = choose_compute_dtype(config.precision.compute, device)
+    predict_training(config, plan, device, dtype, environment.local_size)
     memory, *warnings = described_memory(config, plan, device, environment.local_size)
     if environment.rank == 0 and warnings:
-        print(*warnings, sep="\n", flush=True)  # printed now: a job that runs out of memory during the build has no log
+        # printed now: a job that runs out of memory during the build has no log
+        print(*(styled(line, "yellow") for line in warnings), sep="\n", flush=True)
     return JobInputs(config, folder, environment, tokenizer, plan, data, bundle, kernels, memory, left_out)
+
+
+@contextlib.contextmanager
+def _starting(activity: str, mesh: Mesh) -> Iterator[None]:
+    """Announces a part of the start-up, in which other ranks may wait longer than usual; all ranks enter it."""
+    with mesh.world.progress.long_running(activity), announced(activity, shown=mesh.world.rank == 0):
+        yield
 
 
 def _agreed_checkpoint(job: JobInputs, resume: str | None, mesh: Mesh) -> tuple[Path | None, dict | None, list[str]]:
     """Returns the checkpoint to resume from, its facts and notes for the log; all ranks call it and agree."""
-    with mesh.world.progress.long_running("start-up"):
+    with _starting("searching for a checkpoint", mesh):
         checkpoint, notes = choose_checkpoint(job.folder, resume, mesh.world)
         facts = check_checkpoint(checkpoint, job.plan, job.tokenizer, job.config) if checkpoint else None
         notes += describe_changes(facts, job.config, job.plan) if facts else []
@@ -201,14 +213,14 @@ def _plan_with_allocation(job: JobInputs, facts: dict | None, mesh: Mesh) -> Pla
     """Returns the plan with the rows of its lookup tables allocated, if it has any; all ranks call it."""
     if job.plan.dims.lookup is None:
         return job.plan
-    with mesh.world.progress.long_running("start-up"):
+    with _starting("allocating the rows of the lookup table", mesh):
         lookup = allocated_lookup(job.config, job.plan.dims.lookup, job.tokenizer, job.folder, facts, mesh.world)
     return resolve(job.config, mesh.world.size, job.plan.dims.vocab_size, lookup)
 
 
 def _build(job: JobInputs, checkpoint: Path | None, facts: dict | None, mesh: Mesh) -> tuple[Run, list[str]]:
     """Returns the run with initial weights and its loader at the checkpoint's documents, and notes for the log."""
-    with mesh.world.progress.long_running("start-up"):
+    with _starting("building model, optimizers and loader", mesh):
         documents, notes = None, list[str]()
         if checkpoint and facts:
             documents, notes = resume_documents(checkpoint, facts, job.config, job.plan, mesh, job.tokenizer)
@@ -230,7 +242,7 @@ def _train(
 
     named: the user gave the checkpoint's path. begin: time.perf_counter() at the start of the job.
     """
-    with run.mesh.world.progress.long_running("loading the checkpoint"):
+    with _starting(f"loading {checkpoint}", run.mesh):
         state = load_state(run, checkpoint) if checkpoint else LoopState()
     if run.is_writer:
         if checkpoint and named and state.step < run.plan.stop_step:
@@ -243,21 +255,21 @@ def _train(
             metrics.log(line)
         if checkpoint:
             metrics.log(f"resumed from {checkpoint} at step {state.step}")
-        metrics.log(f"start-up took {time.perf_counter() - begin:.1f} s")
+        startup_s = time.perf_counter() - begin
+        metrics.log(f"start-up took {startup_s:.1f} s")
         source = checkpoint.parent.parent if checkpoint else None
         first_step = state.step
         trainer = Trainer(run, state, metrics, lambda: bool(monitor.stop_requested), guard.record_step, source)
         with monitor.defer_stop(run.config.checkpoint.stop_s):
-            if trainer.fit():
-                metrics.log(f"stopped after step {state.step}, which is saved: continue with --resume auto")
-                return True
-        guard.forget()
-        best = "" if state.min_val_bpb is None else f", best validation bpb {state.min_val_bpb:.6f}"
-        metrics.log(f"finished step {state.step}{best}")
-        for label, text in predicted_rows(run, first_step, environment.local_size) if run.is_writer else ():
-            metrics.log(f"{label}: {text}")
-        metrics.log(f"run folder: {run.folder}")
-        return False
+            stopped = trainer.fit()
+        if not stopped:
+            guard.forget()
+        if run.is_writer:
+            rows = summary_rows(trainer, startup_s, time.perf_counter() - begin)
+            rows += predicted_rows(run, first_step, environment.local_size)
+            commands = next_commands(run, environment.launcher, environment.local_size, stopped=stopped)
+            log_end(trainer, rows, commands, stopped=stopped)
+        return stopped
     finally:
         metrics.close()
 

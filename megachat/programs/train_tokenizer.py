@@ -5,13 +5,14 @@ import time
 
 from megachat.data.shards import check_data_folder
 from megachat.data.texts import BadTexts
-from megachat.data.tokenizer import METADATA_FILE, load_origin, load_tokenizer, save_tokenizer
+from megachat.data.tokenizer import METADATA_FILE, SPECIAL_TOKENS, load_origin, load_tokenizer, save_tokenizer
 from megachat.errors import UserError
 from megachat.prepare.tokenizer_training import (
     bytes_per_token,
     import_nanochat,
     read_texts,
     train_tokenizer,
+    with_progress,
 )
 
 _SAMPLE_CHARS = 10_000_000
@@ -43,6 +44,9 @@ def make_tokenizer(options: argparse.Namespace) -> bool:
         start = time.perf_counter()
         bad_texts = BadTexts(options.on_bad_text, "give --on-bad-text skip", log=print)
         texts = read_texts(options.data, "train", options.max_chars, options.doc_cap, bad_texts)
+        assert data  # as above
+        merges = options.vocab_size - len(SPECIAL_TOKENS) - 256
+        texts = with_progress(texts, data.train_documents, options.max_chars, merges)
         tokenizer = train_tokenizer(texts, options.vocab_size)
         if bad_texts.count:
             print(f"{bad_texts.count:,} texts that are not UTF-8 were left out")

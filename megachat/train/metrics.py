@@ -5,16 +5,19 @@ One dictionary of values feeds all of them.
 
 import contextlib
 import json
+import math
 import os
 import re
 import secrets
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from megachat.activity import hours_minutes
 from megachat.console import console_error
 from megachat.errors import UserError, summary
 from megachat.files import METRICS_NAME, Log, read_side_file, set_aside, write_atomically
@@ -59,12 +62,17 @@ class Metrics:
                 self._wandb = _start_wandb(folder, log, run_name, settings, self.log, new=first_step == 0)
 
     def record(self, values: dict) -> None:
-        """Appends one JSON object, which has "step", to metrics.jsonl and sends it to wandb."""
+        """Appends one JSON object, which has "step", to metrics.jsonl and sends it to wandb.
+
+        Adds "time": seconds since 1970-01-01 UTC.
+        """
         if self._file is not None:
+            stamp = {"step": values["step"], "time": round(time.time(), 3)}
+            values = stamp | values
             lines = [values]
             if not self._console_lost and (error := console_error()):
                 self._console_lost = True
-                lines.append({"step": values["step"], "console": f"stdout takes no more output ({error.strerror})"})
+                lines.append(stamp | {"console": f"stdout takes no more output ({error.strerror})"})
             self._file.write("".join(json.dumps(line) + "\n" for line in lines))
             self._file.flush()
             if self._wandb is not None:
@@ -84,14 +92,19 @@ class Metrics:
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
+    def close_bar(self) -> None:
+        """Ends the progress bar; lines that follow are below it."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
     def close(self) -> None:
         """Syncs the file and closes all outputs."""
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-        if self._bar is not None:
-            self._bar.close()
+        self.close_bar()
         if self._wandb is not None:
             with self._tracker_errors():
                 self._wandb.finish()
@@ -186,21 +199,39 @@ def _start_wandb(folder: Path, log: LogConfig, run_name: str, settings: dict, wr
 
 
 def console_line(values: dict, steps: int, eta_s: float | None) -> str:
-    """Returns the console line of one training step; values that are not known are left out."""
-    step = values["step"]
+    """Returns the console line of one training step, at most 100 columns; values that are not known are left out."""
+    width = max(5, len(str(steps)))
+    norm, milliseconds = values["train/grad_norm"], 1000 * values["train/dt"]
+    decimals = 3 if norm < 99.9995 else 1
     parts = [
-        f"step {step:05d}/{steps:05d} ({100 * step / steps:.2f}%)",
-        f"loss {values['train/loss']:.6f}",
-        f"norm {values['train/grad_norm']:.4f}",
+        f"loss {values['train/loss']:7.4f}",
+        f"norm {norm:6.{decimals}f}" if norm < 9999.95 or math.isinf(norm) else f"norm {norm:6.0e}",
         f"lrm {values['train/lrm']:.2f}",
-        f"dt {1000 * values['train/dt']:.0f}ms",
-        f"tok/s {values['train/tok_per_sec']:,}",
+        f"{milliseconds:5.0f}ms" if milliseconds < 99999.5 else f"{milliseconds / 1000:6.0f}s",
+        f"{tqdm.format_sizeof(values['train/tok_per_sec']):>5} tok/s",
     ]
     if "train/mfu" in values:
-        parts.append(f"mfu {values['train/mfu']:.2f}%")
-    parts.append(f"epoch {values['train/epoch']}")
+        parts.append(f"mfu {values['train/mfu']:4.1f}%")
     if eta_s is not None:
-        parts.append(f"eta {eta_s / 60:.1f}m")
-    if values["train/skipped"]:
-        parts.append("SKIPPED: the gradient was not finite")
-    return " | ".join(parts)
+        parts.append(f"eta {hours_minutes(eta_s):>5}")
+    return f"step {values['step']:0{width}d}/{steps:0{width}d} | {'  '.join(parts)}"
+
+
+class Pace:
+    """Estimates the time that is left from the wall time per step of this job, evaluations and saves included.
+
+    first_step: of this job. Its first two steps are left out: they compile and warm up.
+    """
+
+    def __init__(self, first_step: int):
+        self._start, self._begin = first_step + 2, 0.0
+
+    def finish(self, steps: int) -> None:
+        """Is called when `steps` steps of the run are done."""
+        if steps == self._start:
+            self._begin = time.perf_counter()
+
+    def left_s(self, steps: int, last: int) -> float | None:
+        """Returns the seconds from `steps` finished steps to `last`, None before the job's third step."""
+        timed = steps - self._start
+        return (time.perf_counter() - self._begin) / timed * (last - steps) if timed > 0 else None

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from megachat.checkpoint.saver import Saver
+from megachat.console import styled
 from megachat.device import peak_flops, peak_memory_bytes
 from megachat.evals.bpb import ValidationRows, bits_per_byte
 from megachat.evals.core import build_evaluator, evaluate_bundle
@@ -22,7 +23,7 @@ from megachat.files import SAMPLES, is_readable_json, write_side_json
 from megachat.parallel.collectives import all_reduce
 from megachat.schedule import due
 from megachat.train.build import Run, build_loader
-from megachat.train.metrics import Metrics, console_line
+from megachat.train.metrics import Metrics, Pace, console_line
 from megachat.train.state import LoopState, save_state
 from megachat.train.step import StepResult
 
@@ -35,6 +36,7 @@ class TaskContext(Protocol):
     run: Run
     state: LoopState
     metrics: Metrics
+    pace: Pace
     saver: Saver
     last_result: StepResult
     saved_step: int | None
@@ -76,6 +78,9 @@ class Log(Task):
 
     name, runs_on_stop = "log", True
 
+    def __init__(self) -> None:
+        self._epoch = 1  # that the console has shown
+
     def due(self, trainer: TaskContext) -> bool:
         step, plan, every = trainer.state.step, trainer.run.plan, trainer.run.config.log.every
         return due(step - 1, every) or trainer.last_result.skipped or step == plan.stop_step
@@ -93,14 +98,20 @@ class Log(Task):
             "train/skipped": result.skipped,
             "train/muon_matrices": run.muon.matrices_updated,
             "train/peak_memory_bytes": peak_memory_bytes(run.mesh.device),
+            "data/cropped_share": run.loader.cropped_share,
         }
         if peak := peak_flops(run.mesh.device):
             values["train/mfu"] = (
                 100 * run.plan.flops_per_token * tokens / result.seconds / (peak * run.mesh.world.size)
             )
-        timed_steps = step - UNTIMED_STEPS
-        eta_s = state.training_s / timed_steps * (run.plan.stop_step - state.step) if timed_steps > 0 else None
+        eta_s = trainer.pace.left_s(state.step, run.plan.stop_step)
         trainer.metrics.log(console_line(values | {"train/grad_norm": result.norm}, run.plan.steps, eta_s))
+        if result.skipped:
+            line = f"step {step:05d} | SKIPPED: the gradient was not finite; no weight has changed"
+            trainer.metrics.log(styled(line, "yellow"))
+        if run.loader.epoch != self._epoch:
+            self._epoch = run.loader.epoch
+            trainer.metrics.log(f"step {step:05d} | epoch {self._epoch} of the data")
         trainer.metrics.record(values)
         return True
 

@@ -2,9 +2,10 @@
 
 import contextlib
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from megachat.activity import announced
 from megachat.checkpoint.facts import checkpoint_step
 from megachat.checkpoint.saver import Saver
 from megachat.errors import UserError
@@ -12,7 +13,7 @@ from megachat.optim.joint import Requests
 from megachat.parallel.collectives import all_gather_objects
 from megachat.train.build import Run
 from megachat.train.compiled import NewGraphs
-from megachat.train.metrics import Metrics
+from megachat.train.metrics import Metrics, Pace
 from megachat.train.state import LoopState, state_pieces
 from megachat.train.step import StepResult, train_step
 from megachat.train.tasks import UNTIMED_STEPS, Checkpoint, Core, Log, Samples, Task, Validation
@@ -26,6 +27,7 @@ class Trainer:
 
     stop_requested: returns whether this rank was requested to stop. before_step: called with the number of each step.
     source: the run folder that `state` was loaded from. Pending tasks that have a result there do not run again.
+    first_step and steps_s: the first step of this job, and the seconds that its steps have taken.
     """
 
     last_result: StepResult
@@ -46,7 +48,8 @@ class Trainer:
         self.tasks: tuple[Task, ...] = (Log(), self.checkpoint, Validation(), Samples(), Core())
         self.saver = Saver(run.mesh.saving, background=run.config.checkpoint.background)
         self.saved_step: int | None = None  # step of the last checkpoint that this job began to write
-        self._first_step, self._skips_in_a_row = state.step, 0
+        self.first_step, self._skips_in_a_row, self.steps_s = state.step, 0, 0.0
+        self.pace = Pace(state.step)
         self._graphs = NewGraphs(compiles=run.config.precision.compile)
 
     def fit(self) -> bool:
@@ -88,10 +91,10 @@ class Trainer:
 
     def _step(self) -> StepResult:
         """Runs step state.step and advances the counters."""
-        state, first = self.state, self.state.step == self._first_step
+        state, first = self.state, self.state.step == self.first_step
         self.before_step(state.step)
         self._graphs.count()  # leave out the graphs that evaluation compiled since the last step
-        with self._long_running("first step" if first else ""):
+        with self._first_step() if first else contextlib.nullcontext():
             requests = Requests(stop=self.stop_requested(), save_failed=self.saver.failed)
             result = train_step(self.run, state.step, requests=requests, before_update=self.saver.wait_copied)
         self._skips_in_a_row = self._skips_in_a_row + 1 if result.skipped else 0
@@ -100,15 +103,17 @@ class Trainer:
                 f"step {state.step}: the gradient was not finite for {self._skips_in_a_row} steps in a row, none of "
                 "which changed a weight: lower the rates or use bfloat16"
             )
-        if (made := self._graphs.count()) and state.step - self._first_step >= SETTLED_STEPS:
+        if (made := self._graphs.count()) and state.step - self.first_step >= SETTLED_STEPS:
             self.metrics.log(
                 f"step {state.step:05d} | torch.compile made {made} new graphs, which takes time: "
                 "TORCH_LOGS=recompiles shows why"
             )
         if state.step > UNTIMED_STEPS:
             state.training_s += result.seconds
+        self.steps_s += result.seconds
         state.skipped_steps += result.skipped
         state.step += 1
+        self.pace.finish(state.step)
         state.training_flops += self.run.plan.flops_per_step
         if first:
             gc.collect()  # objects that exist now live until the end; do not scan them at every collection
@@ -165,6 +170,14 @@ class Trainer:
     def _long_running(self, activity: str) -> contextlib.AbstractContextManager:
         """Returns a context in which other ranks may wait longer than usual; for "" one that does nothing."""
         return self.run.mesh.world.progress.long_running(activity) if activity else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _first_step(self) -> Iterator[None]:
+        """Announces the first step, which may compile for minutes; other ranks may wait longer than usual."""
+        activity = "first step, with torch.compile" if self.run.config.precision.compile else "first step"
+        shown = announced(activity, shown=self.run.is_writer, write=self.metrics.log)
+        with self._long_running("first step"), shown:
+            yield
 
     def _finish_save_after_error(self) -> None:
         """Completes the save in progress, to which the other ranks' savers contribute whatever their training does.

@@ -83,7 +83,9 @@ def test_metrics_have_the_dashboard_keys(one):
             "train/epoch",
             "total_training_time",
             "total_training_flops",
+            "time",
         } <= line.keys()
+        assert 0 <= line["data/cropped_share"] < 1
         assert "train/mfu" not in line, "the peak of a CPU is not known"
         assert (
             line["train/dt"] > 0

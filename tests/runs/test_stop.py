@@ -47,6 +47,10 @@ def test_a_stop_costs_nothing(world, rank, number, place):
         f"stopped after step {step}, which is saved: continue with --resume auto" in ranks.out
         and facts(saved)["loop"]["pending"][0] == "validation"
     )
+    summary = ranks.out.partition("which is saved")[2]
+    assert f" in {step} steps" in summary and f"run folder      {run}\n" in summary
+    continued = "pretrain --config" if world == 1 else "the command that started the job"
+    assert re.search(rf"\nnext:\n  .*{continued}.* --resume auto\n", summary), summary
     assert max(bits_per_byte(run)) == step - 1 and max(losses(run)) == step - 1
     until_step = {"horizon": LONG["horizon"] | {"stop_step": step + 2}}
     train(place, name, "--resume", "auto", world=world, config=LONG | until_step)

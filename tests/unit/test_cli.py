@@ -17,6 +17,7 @@ import pytest
 from megachat import errors
 from megachat.commands import main as cli
 from megachat.commands.options import check_layout_ranks, config_path, layout_settings
+from megachat.console import styled
 from megachat.errors import UserError
 from megachat.job import local_job
 from megachat.prepare.download import HUB_SOURCES
@@ -270,14 +271,14 @@ def test_the_demo_starts_ranks_and_compares(tmp_path, monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "4321")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("MEGACHAT_SECRET", "x" * 32)
-    assert begun("demo", ["--quiet", "--set", "horizon.steps=20"], "demo") == 1
+    assert begun("demo", ["--quiet", "--no-color", "--set", "horizon.steps=20"], "demo") == 1
     data, tokenizer, ranks, unigram = lines
     assert data == ["data", "--source", "python", "--out", "data/python"] and tokenizer[0] == "tokenizer"
-    assert unigram[0] == "unigram" and unigram[-3:] == ["--run", "runs/demo", "--quiet"]
+    assert unigram[0] == "unigram" and unigram[-4:] == ["--run", "runs/demo", "--quiet", "--no-color"]
     config = str(ROOT / "configs" / "demo.json")
     assert ranks[ranks.index("--num_accelerators") :] == (
         ["--num_accelerators", "2", "--master_port", "4321", "--module", "megachat", "pretrain", "--config", config]
-        + ["--resume", "auto", "--quiet", "--set", "horizon.steps=20"]
+        + ["--resume", "auto", "--quiet", "--no-color", "--set", "horizon.steps=20"]
     )
     demo.TOKENIZER.mkdir(parents=True)
     (demo.TOKENIZER / "tokenizer.json").touch()
@@ -285,6 +286,26 @@ def test_the_demo_starts_ranks_and_compares(tmp_path, monkeypatch):
     status = -15
     assert begun("demo", ["--ranks", "3"], "demo") == 143
     assert len(lines) == 2 and "3" in lines[1], "the tokenizer is there"
+
+
+@pytest.mark.parametrize(
+    "variables, words, colored",
+    [({}, [], True), ({"NO_COLOR": ""}, [], True), ({"NO_COLOR": "1"}, [], False), ({"TERM": "dumb"}, [], False)]
+    + [({}, ["--no-color"], False)],
+)
+def test_colors_are_for_terminals_that_want_them(variables, words, colored, monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in ({"TERM": "xterm"} | variables).items():
+        monkeypatch.setenv(name, value)
+    screen, terminal = pty.openpty()
+    with os.fdopen(terminal, "w") as file, monkeypatch.context() as patched, pytest.raises(SystemExit) as ended:
+        patched.setattr(sys, "stderr", file)
+        cli.main(["plan", "--bogus", *words])
+    shown = os.read(screen, 4096)
+    os.close(screen)
+    assert ended.value.code == 2 and (b"\x1b[31merror:\x1b[0m the" if colored else b"error: the") in shown
+    assert (b"\x1b" in shown) is colored
+    assert "\x1b" not in styled("text", "bold"), "standard output is no terminal"
 
 
 def test_hub_sources_are_those_of_the_downloader():
@@ -364,7 +385,7 @@ def test_the_page_lists_commands_options_and_statuses():
     for path in re.findall(r"`((?:launch|tools)/\w+\.(?:py|sh))", PAGE):
         assert (ROOT / path).exists(), path
     parsers = {name: cli.build_parser(name, name) for name in cli.COMMANDS}
-    for option, listed in re.findall(r"^\| `(--\w+).*?` \| (.*?) \|", PAGE, re.MULTILINE):
+    for option, listed in re.findall(r"^\| `(--[\w-]+).*?` \| (.*?) \|", PAGE, re.MULTILINE):
         having = [name for name, parser in parsers.items() if option in parser._option_string_actions]
         assert having == (list(cli.COMMANDS) if listed == "all" else listed.split(", ")), option
     statuses = {int(number) for number in re.findall(r"^\| (\d+) \|", PAGE, re.MULTILINE)}

@@ -23,7 +23,10 @@ def test_another_layout_with_equal_tensors_is_equal(run, tmp_path, monkeypatch, 
     assert [entry.kind for entry in differences] and not any(entry.counts for entry in differences)
     assert {entry.name for entry in differences if not entry.name.startswith("config.")} == {"layout.data"}
     status, out, _ = tool(monkeypatch, capsys, "diff", run, other)
-    assert status == 0 and out.endswith("equal\n") and "layout.data: 1 and 3" in out
+    assert status == 0 and out.startswith("equal\n") and "  3 notes, which do not count: config.run" in out
+    assert "layout.data: 1 and 3" not in out
+    _, out, _ = tool(monkeypatch, capsys, "diff", run, other, "--verbose")
+    assert out.startswith("equal\n") and "\nnote   layout.data: 1 and 3\n" in out
 
 
 def test_changed_tensors_have_their_norms(run, tmp_path, monkeypatch, capsys):
@@ -38,7 +41,8 @@ def test_changed_tensors_have_their_norms(run, tmp_path, monkeypatch, capsys):
     one = differences["muon/transformer.h.1.mlp.c_fc.weight/momentum"]
     assert (one.elements, one.max_abs) == (1, pytest.approx(0.25, rel=1e-6))
     status, out, _ = tool(monkeypatch, capsys, "diff", run, other)
-    assert status == 1 and "model/lm_head.weight: relative 5.000e-01" in out and out.endswith("2 differences\n")
+    most = "2 tensors with other values: most in model/lm_head.weight: relative 5.000e-01"
+    assert status == 1 and out.startswith(f"2 differences\n  {most}") and "momentum" not in out
 
 
 def test_facts_loader_and_tensors_of_one_alone(run, tmp_path):

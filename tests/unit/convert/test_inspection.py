@@ -40,7 +40,12 @@ def test_inspect_tells_what_it_is(run, monkeypatch, capsys):
         "0",
         "1",
     }
-    status, out, _ = tool(monkeypatch, capsys, "inspect", step_folder(run))
+    status, summary, _ = tool(monkeypatch, capsys, "inspect", step_folder(run))
+    for words in ("megachat, ", "depth ", f"{STEP} steps", "data 2 x tensor 1", " model, ", "2 streams"):
+        assert words in summary, words
+    assert len(summary.splitlines()) < 12 and summary.endswith("--verbose shows all of it\n")
+    status, out, _ = tool(monkeypatch, capsys, "inspect", step_folder(run), "--verbose")
+    assert out.startswith(summary.removesuffix("--verbose shows all of it\n"))
     lines = out.splitlines()
     for words in (
         'layout: {"data": 2',

@@ -11,7 +11,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tqdm import tqdm
 
+from megachat import activity
 from megachat.errors import UserError
 from megachat.prepare import download as download_module
 from megachat.prepare.download import _PIECE_BYTES, HUB_SOURCES, HubSource, download_shards
@@ -263,3 +265,16 @@ def test_the_addresses_are_nanochats():
     assert HUB_SOURCES["fineweb-edu"] == HubSource(
         "https://huggingface.co/datasets/karpathy/fineweb-edu-100b-shuffle/resolve/main", 1822
     )
+
+
+def test_progress_counts_bytes_of_all_shards(mirror, tmp_path, monkeypatch, capsys):
+    """Also those that an earlier call has kept: here all of one shard and a part of the next."""
+    monkeypatch.setattr(activity, "_LINE_EVERY_S", 0.0)
+    names = list(mirror.files)
+    (tmp_path / names[0]).write_bytes(mirror.files[names[0]])
+    (tmp_path / (names[1] + ".part")).write_bytes(mirror.files[names[1]][:5000])
+    download_shards(tmp_path, mirror.source, 3, workers=1, log=lambda line: None)
+    lines = capsys.readouterr().out.splitlines()
+    total = tqdm.format_sizeof(sum(map(len, mirror.files.values())))
+    assert re.fullmatch(rf"\d/4 shards: {total}B of {total}B \(100%\), eta 0:00", lines[-1]), lines[-1]
+    assert all(re.match(r"\d/4 shards: \S+B of \S+B \(\d+%\)", line) for line in lines)

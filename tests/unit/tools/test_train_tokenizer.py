@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 
@@ -31,6 +32,7 @@ def test_training_saves_reports_and_does_nothing_the_second_time(tmp_path, data,
     out_text = capsys.readouterr().out
     assert (
         "trained 300 tokens" in out_text
+        and re.search(r"^read [\d,]+ documents, [\d,]+ characters; learning 35 merges \.\.\.$", out_text, re.MULTILINE)
         and "train: 1." in out_text
         and "validation: 1." in out_text
         and "bytes per token" in out_text

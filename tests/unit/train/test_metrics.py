@@ -9,13 +9,15 @@ import pty
 import struct
 import sys
 import termios
+import time
 
 import pytest
 
 from megachat.console import Console
 from megachat.errors import UserError
 from megachat.settings import LogConfig
-from megachat.train.metrics import Metrics, check_wandb, console_line
+from megachat.train import metrics as metrics_module
+from megachat.train.metrics import Metrics, Pace, check_wandb, console_line
 
 STAND_IN = """
 starts, logged, finished = [], [], []
@@ -49,7 +51,11 @@ def open_metrics(folder, first_step=0, *, writes=True, wandb="off"):
 
 
 def lines(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """The records without their time stamps, which must be there."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    times = [record.pop("time") for record in records]
+    assert times == sorted(times) and all(0 <= time.time() - stamp < 3600 for stamp in times)
+    return records
 
 
 def train_line(step, **more):
@@ -195,6 +201,7 @@ def test_wandb_gets_the_same_dictionary(wandb, tmp_path):
     metrics.record(train_line(0))
     metrics.record({"step": 1, "val/bpb": 1.5})
     metrics.close()
+    assert all(values.pop("time") for _, values in wandb.logged)
     assert [values for _, values in wandb.logged] == lines(tmp_path) == [train_line(0), {"step": 1, "val/bpb": 1.5}]
     assert [step for step, _ in wandb.logged] == [0, 1]
     (start,) = wandb.starts
@@ -284,13 +291,36 @@ VALUES |= {"train/epoch": 2, "train/skipped": False}
 
 def test_the_console_line_leaves_out_what_is_not_known():
     assert console_line(VALUES, 20, None) == (
-        "step 00007/00020 (35.00%) | loss 3.250000 | norm 0.5000 | lrm 0.75 | dt 250ms | tok/s 12,345 | epoch 2"
+        "step 00007/00020 | loss  3.2500  norm  0.500  lrm 0.75    250ms  12.3k tok/s"
     )
 
 
-def test_the_console_line_tells_mfu_time_left_and_a_skipped_step():
-    line = console_line(
-        VALUES | {"train/mfu": 41.236, "train/skipped": True, "train/grad_norm": float("inf")}, 20, 90.0
-    )
-    assert line.split(" | ")[2] == "norm inf"
-    assert line.split(" | ")[6:] == ["mfu 41.24%", "epoch 2", "eta 1.5m", "SKIPPED: the gradient was not finite"]
+def test_the_console_line_has_mfu_and_time_left():
+    line = console_line(VALUES | {"train/mfu": 41.236, "train/grad_norm": float("inf")}, 20, 90.0)
+    assert "norm    inf" in line and line.endswith("tok/s  mfu 41.2%  eta  0:02")
+
+
+def test_console_lines_are_aligned_and_fit_100_columns():
+    """Whatever a step brings, each part begins in the same column, also in a run with steps of six digits."""
+    columns = set()
+    for norm in (0.5, 99.9999, 123.4, 98765.0, float("inf")):
+        for dt, rate in ((0.0004, 99_950_000), (0.25, 12345), (99.9996, 999), (4000.0, 3)):
+            for eta in (0, 359_999, 3_600_000):
+                more = {"train/grad_norm": norm, "train/dt": dt, "train/tok_per_sec": rate, "train/mfu": 1.25}
+                line = console_line(VALUES | more | {"train/loss": 10.3972, "step": 99}, 123_456, eta)
+                assert len(line) == 100, line
+                columns.add(tuple(line.index(word) for word in ("loss", "norm", "lrm", "tok/s", "mfu", "eta")))
+    assert len(columns) == 1
+    assert len(console_line(VALUES, 123_456, None)) < 100
+
+
+def test_the_time_left_is_known_from_the_third_step_of_a_job(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(metrics_module.time, "perf_counter", lambda: now[0])
+    pace = Pace(100)
+    left = []
+    for steps, seconds in ((101, 50.0), (102, 5.0), (103, 2.0), (104, 4.0)):
+        now[0] += seconds
+        pace.finish(steps)
+        left.append(pace.left_s(steps, 110))
+    assert left == [None, None, 2.0 * 7, 3.0 * 6]

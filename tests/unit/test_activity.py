@@ -1,0 +1,77 @@
+"""What a program says about long work: an activity that takes time, and progress without a terminal."""
+
+import threading
+
+import pytest
+
+from megachat import activity
+from megachat.activity import Progress, announced, duration, hours_minutes
+
+
+def test_only_what_takes_long_is_announced(monkeypatch):
+    lines, written = [], threading.Event()
+
+    def write(line):
+        lines.append(line)
+        written.set()
+
+    with announced("short", write=write):
+        pass
+    monkeypatch.setattr(activity, "ANNOUNCED_AFTER_S", 0.001)
+    with announced("on another rank", shown=False, write=write):
+        pass
+    with announced("long", write=write):
+        assert written.wait(60)
+    assert lines == ["long ..."]
+
+
+def test_an_announcement_survives_a_console_that_fails(monkeypatch):
+    monkeypatch.setattr(activity, "ANNOUNCED_AFTER_S", 0.001)
+    failed, ended = threading.Event(), []
+    monkeypatch.setattr(threading, "excepthook", ended.append)
+
+    def write(line):
+        failed.set()
+        raise BrokenPipeError
+
+    with announced("long", write=write):
+        assert failed.wait(60)
+        for thread in threading.enumerate():
+            if isinstance(thread, threading.Timer):
+                thread.join(60)
+    assert ended == []
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(activity.time, "monotonic", lambda: now[0])
+    with Progress("reading", 400e6, "B") as progress:
+        progress.skip(100e6)
+        for _ in range(4):
+            now[0] += 8.0
+            progress.update(50e6)
+        progress.update(0, total=600e6)
+        now[0] += 10.0
+        progress.update(50e6)
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [
+        "reading: 200MB of 400MB (50%), eta 0:01",
+        "reading: 300MB of 400MB (75%), eta 0:01",
+        "reading: 350MB of 600MB (58%), eta 0:01",
+    ]
+    assert err == ""
+
+
+def test_progress_of_an_unknown_total(capsys):
+    with Progress("counting", None, " texts") as progress:
+        progress.update(1500)
+        assert progress.line(3.0) == "counting: 1.50k texts"
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "seconds, left", [(0, "0:00"), (1, "0:01"), (61, "0:02"), (359_999, "100h"), (86_400, "24:00")]
+)
+def test_times(seconds, left):
+    assert hours_minutes(seconds) == left
+    assert duration(3725.4) == "1:02:05"
