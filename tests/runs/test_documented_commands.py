@@ -47,6 +47,7 @@ NOT_OURS = {
     "docs/lookup.md: x    = ": "a formula",
     "docs/lookup.md: v = ": "a formula",
     "docs/lookup.md: --set ngram": "options to add",
+    "docs/training.md: step ": "lines of a log",
     "docs/performance.md: gradient norm by": "a line of a log",
     "docs/configuration.md: ": "JSON",
     "{": "JSON",
