@@ -24,7 +24,7 @@ from megachat.planning.dimensions import (
 )
 from megachat.planning.plan import Plan, resolve
 from megachat.planning.row_tables import row_bytes
-from megachat.planning.stage_state import StageState, stage_parameters, stage_state
+from megachat.planning.stage_state import StageState, StateCount, stage_parameters, stage_state
 
 FILLS = 0.92  # share of a device's memory that a run can use; CUDA, NCCL and gaps between tensors take the rest
 _LOOKUP_WORKSPACE_BYTES = 64 << 20  # of the kernel, whose tests hold it below this
@@ -60,24 +60,30 @@ class Memory:
         return self.state + self.gradients + self.activations + self.workspace
 
 
-def memory_of_stages(config: Config, plan: Plan, dtype: torch.dtype, *, on_gpu: bool = True) -> list[Memory]:
+def memory_of_stages(
+    config: Config, plan: Plan, dtype: torch.dtype, *, on_gpu: bool = True, state_of: StateCount = stage_state
+) -> list[Memory]:
     """Returns the memory of the fullest rank of each pipeline stage.
 
-    dtype: of activations. on_gpu: the head works in larger chunks there than on a CPU.
+    dtype: of activations. on_gpu: the head works in larger chunks there than on a CPU. state_of: exact, or
+    estimated_stage_state, which is much faster.
     """
-    return [_stage_memory(config, plan, dtype, stage, on_gpu) for stage in range(len(plan.stages))]
+    return [_stage_memory(config, plan, dtype, stage, on_gpu, state_of) for stage in range(len(plan.stages))]
 
 
-def _stage_memory(config: Config, plan: Plan, dtype: torch.dtype, stage: int, on_gpu: bool) -> Memory:
+def _stage_memory(
+    config: Config, plan: Plan, dtype: torch.dtype, stage: int, on_gpu: bool, state_of: StateCount
+) -> Memory:
     data = plan.layout.data
-    state = stage_state(plan.dims, plan.stages[stage], plan.layout, dtype, config.optimizer.muon_multiplier)
+    state = state_of(plan.dims, plan.stages[stage], plan.layout, dtype, config.optimizer.muon_multiplier)
     narrow = dtype == torch.bfloat16  # else float32 weights are their own masters
     activations = stage_activations(config, plan, stage, dtype)
     forward = _forward_workspace(config, plan, stage, dtype, on_gpu) + _pipeline_buffers(config, plan, stage, dtype)
     forward += 4 * state.largest_adamw  # DeepSpeed's reduction buffer
     if narrow and data > 1:  # gradients of two buckets on the wire, as sent and as received
         forward += 2 * 2 * 2 * data * state.largest_shard
-    rows = row_bytes(config, plan, stage_parameters(plan.dims, plan.stages[stage], dtype), dtype)
+    parameters = stage_parameters(plan.dims, plan.stages[stage], dtype) if plan.dims.ngram else []
+    rows = row_bytes(config, plan, parameters, dtype)
     tables, beside = rows.masters + rows.moments, on_gpu and rows.on_host
     return Memory(
         stage,
@@ -273,13 +279,13 @@ def describe_memory(stages: list[Memory], device_bytes: int | None) -> str:
     """Returns one line: the fullest rank, its memory by use, and the device's memory if it is known."""
     fullest = max(stages, key=lambda stage: stage.total)
     kinds = ("weights", "masters", "moments", "gradients", "activations", "workspace")
-    parts = ", ".join(f"{kind} {_format_bytes(getattr(fullest, kind))}" for kind in kinds)
+    parts = ", ".join(f"{kind} {format_bytes(getattr(fullest, kind))}" for kind in kinds)
     where = f" on stage {fullest.stage}, the fullest" if len(stages) > 1 else ""
-    device = f"; the device has {_format_bytes(device_bytes)}" if device_bytes else ""
+    device = f"; the device has {format_bytes(device_bytes)}" if device_bytes else ""
     host, wire = max(stage.host for stage in stages), max(stage.wire for stage in stages)
-    beside = f"; sparse tables: {_format_bytes(host)} of host memory per rank" if host else ""
-    sent = f"; sparse tables: at most {_format_bytes(wire)} sent per rank and step" if wire else ""
-    return f"estimated memory per rank{where}: {_format_bytes(fullest.total)} ({parts}){device}{beside}{sent}"
+    beside = f"; sparse tables: {format_bytes(host)} of host memory per rank" if host else ""
+    sent = f"; sparse tables: at most {format_bytes(wire)} sent per rank and step" if wire else ""
+    return f"estimated memory per rank{where}: {format_bytes(fullest.total)} ({parts}){device}{beside}{sent}"
 
 
 def memory_warning(
@@ -299,7 +305,7 @@ def memory_warning(
         return None
     fitting: dict[str, str] = {}  # setting -> its first value that is enough
     lightest: dict[str, str] = {}  # setting -> its value that needs least
-    for section, key, value in _lighter_settings(config, plan):
+    for section, key, value in lighter_settings(config, plan):
         values = {key: value} | ({"accumulation": None} if key == "micro_rows" else {})  # solved from the rows
         changed = config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
         try:
@@ -309,7 +315,7 @@ def memory_warning(
         total = max(stage.total for stage in memory_of_stages(changed, other, dtype, on_gpu=on_gpu))
         if total < largest:
             setting = f"{section}.{key}"
-            lightest[setting] = f"{setting}={value} ({_format_bytes(total)})"
+            lightest[setting] = f"{setting}={value} ({format_bytes(total)})"
             if total <= FILLS * device_bytes:
                 fitting.setdefault(setting, lightest[setting])
     advice = "use more ranks, or a smaller model"
@@ -318,12 +324,12 @@ def memory_warning(
     elif lightest:
         advice = f"not enough alone is {', or '.join(lightest.values())}; set several of them, or use more ranks"
     return (
-        f"WARNING: estimated memory per rank is {_format_bytes(largest)}, but the device has "
-        f"{_format_bytes(device_bytes)}. The run will run out of memory: {advice}"
+        f"WARNING: estimated memory per rank is {format_bytes(largest)}, but the device has "
+        f"{format_bytes(device_bytes)}. The run will run out of memory: {advice}"
     )
 
 
-def _lighter_settings(config: Config, plan: Plan) -> list[tuple[str, str, object]]:
+def lighter_settings(config: Config, plan: Plan) -> list[tuple[str, str, object]]:
     """Returns (section, key, value) of the settings that need less memory, the cheapest in time first."""
     halves = [plan.micro_rows >> times for times in range(1, 8) if plan.micro_rows % 2**times == 0]
     recompute = {"none": ("selective", "block"), "selective": ("block",), "block": ()}[config.batch.recompute]
@@ -342,18 +348,19 @@ def check_state_fits(stages: list[Memory], device_bytes: int, host_bytes: int | 
     most = max(stage.host for stage in stages)
     if host_bytes is not None and most > host_bytes:
         raise UserError(
-            f"the n-gram tables and their optimizer state need {_format_bytes(most)} of host memory per rank, but a "
-            f"rank's share is {_format_bytes(host_bytes)}: use more ranks, or lower ngram.rows or ngram.width"
+            f"the n-gram tables and their optimizer state need {format_bytes(most)} of host memory per rank, but a "
+            f"rank's share is {format_bytes(host_bytes)}: use more ranks, or lower ngram.rows or ngram.width"
         )
     fullest = max(stages, key=lambda stage: stage.state)
     if fullest.state > device_bytes:
-        with_tables = f" ({_format_bytes(fullest.tables)} of them for n-gram tables)" if fullest.tables else ""
+        with_tables = f" ({format_bytes(fullest.tables)} of them for n-gram tables)" if fullest.tables else ""
         raise UserError(
-            f"weights and optimizer state need {_format_bytes(fullest.state)} per rank on stage {fullest.stage}"
-            f"{with_tables}, but the device has {_format_bytes(device_bytes)}: use more ranks, raise parallel.tensor "
+            f"weights and optimizer state need {format_bytes(fullest.state)} per rank on stage {fullest.stage}"
+            f"{with_tables}, but the device has {format_bytes(device_bytes)}: use more ranks, raise parallel.tensor "
             f"or parallel.pipeline, or lower {'ngram.rows, ngram.width or ' if with_tables else ''}model.depth"
         )
 
 
-def _format_bytes(count: int) -> str:
+def format_bytes(count: float) -> str:
+    """Returns bytes in GB or MB."""
     return f"{count / 1e9:.1f} GB" if count >= 5e7 else f"{count / 1e6:.1f} MB"

@@ -1,6 +1,6 @@
 """Counts what a pipeline stage's state needs on its fullest rank. Cached: a search asks for the same stages often."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -12,6 +12,7 @@ from megachat.model.parameters import placed_parameters
 from megachat.planning.dimensions import Dimensions
 from megachat.planning.manifest import adamw_shares, muon_partition
 from megachat.planning.plan import Layout
+from megachat.planning.step_work import stage_matrices
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,57 @@ def stage_state(
     """Returns the state of the layers [first, last) on a stage of the layout. multiplier: optimizer.muon_multiplier."""
     key = multiplier if isinstance(multiplier, str) else tuple(multiplier.items())
     return _stage_state(dims, layers, layout.data, layout.tensor, dtype, key)
+
+
+StateCount = Callable[[Dimensions, tuple[int, int], Layout, torch.dtype, str | Mapping[str, float]], StageState]
+
+
+def estimated_stage_state(
+    dims: Dimensions,
+    layers: tuple[int, int],
+    layout: Layout,
+    dtype: torch.dtype,
+    multiplier: str | Mapping[str, float],
+) -> StageState:
+    """Returns the same with state that is divided evenly: without the padding of shards and the choice of owners.
+
+    For a search, which counts exactly what it shows. multiplier: has no effect.
+    """
+    return _estimated_state(dims, layers, layout.data, layout.tensor, dtype)
+
+
+@lru_cache(maxsize=4096)
+def _estimated_state(
+    dims: Dimensions, layers: tuple[int, int], data: int, tensor: int, dtype: torch.dtype
+) -> StageState:
+    first, last = layers
+    matrices = stage_matrices(dims, first, last)
+    blocks = range(max(first, 1) - 1, min(last, dims.depth + 1) - 1)
+    table = -(-dims.padded_vocab * dims.width // tensor)
+    values = [-(-dims.padded_vocab * dims.kv_width // tensor) for block in blocks if dims.has_value_embedding(block)]
+    lookups = [
+        (1 if dims.lookup.tied else 2) * dims.lookup.rows * dims.width // tensor
+        for block in blocks
+        if dims.lookup and dims.has_lookup(block)
+    ]
+    narrow = [*([table] if first == 0 else []), *values, *lookups]  # in the dtype of tables
+    head = [table] if last == dims.depth + 2 else []
+    elements, shard = sum(narrow) + sum(head), -(-(sum(narrow) + sum(head)) // data)
+    size = 4 if dtype == torch.float16 else dtype.itemsize
+    muon, grid = sum(rows * columns for rows, columns in matrices), data * tensor
+    shards = -(-muon // grid)
+    return StageState(
+        adamw_elements=elements,
+        adamw_shard=shard,
+        adamw_weights=(size * sum(narrow) + 4 * sum(head)) // data,
+        largest_adamw=max((*narrow, *head), default=0),
+        largest_share=max(sum(values), *narrow, *head, 0) // data,
+        shards=shards,
+        largest_shard=-(-4 * shards // max(4, len(blocks))),
+        muon_moments=4 * shards + 4 * sum(map(max, matrices)) // grid,
+        exchanged=(2 if grid > 1 else 1) * shards,
+        largest_matrix=max((rows * columns for rows, columns in matrices), default=0),
+    )
 
 
 @lru_cache(maxsize=4096)
