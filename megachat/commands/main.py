@@ -43,7 +43,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "lookup": Command("allocate the rows of a lookup table to tokens"),
     },
     "train": {
-        "plan": Command("show what a run would be, and start nothing"),
+        "plan": Command("fit, time, price and layouts of a run, before anything is rented"),
         "explain": Command("a setting or a number of the plan: origin, formula, what depends on it"),
         "pretrain": Command("train a model; launchers start this on every rank", ranks=True),
         "supervise": Command("pretrain, and restart the ranks after a crash", passes_on=True),

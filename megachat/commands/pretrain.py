@@ -25,6 +25,9 @@ def add_plan_arguments(parser: Parser, where: str = "") -> None:
     parser.add_argument("--world", type=int, help=f"{where}the number of ranks to plan for")
     memory = f"{where}the memory of a GPU, to show what fits; default: of this machine's"
     parser.add_argument("--memory-gb", type=float, help=memory)
+    gpu = f"{where}a kind of GPU, such as H100, to count memory and time for in place of this machine's"
+    parser.add_argument("--gpu", metavar="KIND", help=gpu)
+    parser.add_argument("--verbose", action="store_true", help=f"{where}every setting, derived number and owner, too")
     parser.add_argument("--json", action="store_true", help=f"{where}print one JSON document")
 
 

@@ -4,6 +4,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Literal
 
@@ -236,6 +237,7 @@ def layer_costs(dims: Dimensions, grid: int = 1) -> list[tuple[int, int]]:
     return [*costs, (table + 1, 6 * table)]
 
 
+@lru_cache(maxsize=1024)
 def resolve_stages(dims: Dimensions, stages: int, grid: int = 1) -> tuple[tuple[int, int], ...]:
     """Returns the layers [first, last) of each pipeline stage that minimize the largest cost of a stage.
 

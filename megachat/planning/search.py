@@ -215,6 +215,8 @@ def least_hardware(config: Config, machine: Machine, vocab_size: int, free: froz
             break
     gpus = {gpu.name: gpu for gpu in load_hardware()[0].values() if gpu.memory_bytes > machine.gpu.memory_bytes}
     for gpu in sorted(gpus.values(), key=lambda gpu: (gpu.memory_bytes, gpu.name)):
+        if config.precision.fp8 != "off" and "float8" not in gpu.flops:
+            continue
         other = Machine(gpu, machine.nodes, machine.gpus_per_node, machine.network)
         if search(config, other, vocab_size, free, top=1).ranked:
             return [*found, other]

@@ -32,7 +32,7 @@ def explain(name: str, path: str | None, overrides: list[str], changes: list[str
     file_config = load_config(path, []) if path else Config()
     before = _loaded(path, [override for override in overrides if override not in given])
     config, after = _loaded(path, overrides), _loaded(path, [*overrides, *changes])
-    vocab_size, notes = _vocabulary(config)
+    vocab_size, notes = planned_vocabulary(config)
     world = world or _fitting_world(config, vocab_size)
     numbers = partial(numbers_of, world=world, vocab_size=vocab_size)
     shown: dict = {"name": name, "ranks": world, "notes": notes}
@@ -81,7 +81,7 @@ def _unknown(name: str) -> str:
     return f"{name} is neither a setting nor a number of the plan: {hint}"
 
 
-def _vocabulary(config: Config) -> tuple[int, list[str]]:
+def planned_vocabulary(config: Config) -> tuple[int, list[str]]:
     """Returns the size of the vocabulary, and a note if it is assumed."""
     if config.model.vocab_size:
         return config.model.vocab_size, []

@@ -1,0 +1,311 @@
+"""`megachat plan --gpus`: which layouts of a config fit a machine, how long they take and what they cost. A prediction:
+nothing is started or measured.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from megachat.config import Config, load_config, save_config
+from megachat.errors import UserError
+from megachat.planning.hardware import Machine
+from megachat.planning.memory import FILLS, format_bytes
+from megachat.planning.plan import resolve
+from megachat.planning.search import (
+    SEARCHED,
+    Candidate,
+    Layouts,
+    free_settings,
+    least_hardware,
+    savings,
+    scaling,
+    search,
+)
+from megachat.planning.speeds import Speeds
+from megachat.planning.step_time import PARTS, RunTime, predict_run
+from megachat.programs.explain import planned_vocabulary
+from megachat.text import text_table
+
+# nanochat's runs that reached GPT-2's CORE, by depth: tokens per scaling parameter (docs/performance.md).
+CORE_RATIOS = {24: 8.0, 26: 8.25}
+CORE_FLOPS = 2.788e19  # of its d24 at ratio 8, by our count
+WORKING = ("matrix products", "attention", "elementwise", "head and loss", "optimizer")  # parts that more ranks share
+HALF = 0.5  # the efficiency below which scaling is said to break
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is planned. free: the settings that vary. price: of a GPU-hour."""
+
+    config: Config
+    machine: Machine
+    vocab_size: int
+    free: frozenset[str]
+    kept: tuple[str, ...]
+    notes: tuple[str, ...]
+    price: float | None = None
+    speeds: Speeds | None = None
+
+
+def make_request(
+    path: str,
+    overrides: list[str],
+    machine: Machine,
+    *,
+    price: float | None = None,
+    target: str = "steps",
+    speeds: Speeds | None = None,
+) -> Request:
+    """Returns the request of a config file with overrides. target: steps (the config's horizon), core or flops.
+
+    What is set in overrides is kept; of the file all but batch.micro_rows is kept, too. Raises UserError.
+    """
+    config, in_file = load_config(path, overrides), load_config(path)
+    given = {override.partition("=")[0].strip() for override in overrides}
+    kept = given & set(SEARCHED)
+    for key in set(SEARCHED) - {"batch.micro_rows"}:
+        section, _, name = key.partition(".")
+        kept |= {key} if name in getattr(in_file, section).model_fields_set else set()
+    if config.precision.fp8 != "off" and "float8" not in machine.gpu.flops:
+        raise UserError(
+            f"precision.fp8 is {config.precision.fp8}, but {machine.gpu.name} has no FP8: plan with "
+            "--set precision.fp8=off, or for another GPU"
+        )
+    vocab_size, notes = planned_vocabulary(config)
+    config = with_target(config, target)
+    sections = config.model_dump()
+    shown = [f"{key}={sections[key.split('.')[0]][key.split('.')[1]]}" for key in SEARCHED if key in kept]
+    return Request(
+        config, machine, vocab_size, free_settings(kept), tuple(shown), tuple(notes), price=price, speeds=speeds
+    )
+
+
+def with_target(config: Config, target: str) -> Config:
+    """Returns the config with the horizon of a target. Raises UserError for a depth without a published run."""
+    if target == "steps":
+        return config
+    nothing: dict[str, object] = {"steps": None, "flops": None}
+    if target == "flops":
+        horizon = nothing | {"flops": CORE_FLOPS}
+    elif (ratio := CORE_RATIOS.get(config.model.depth)) is None:
+        known = " and ".join(f"{depth} (horizon.ratio {ratio:g})" for depth, ratio in CORE_RATIOS.items())
+        raise UserError(
+            f"--target core needs a depth of which a run reached GPT-2's CORE; model.depth is {config.model.depth}, "
+            f"known are {known}: use --target flops, or --target steps for the config's horizon"
+        )
+    else:
+        horizon = nothing | {"ratio": ratio}
+    return config.model_copy(update={"horizon": config.horizon.model_copy(update=horizon)})
+
+
+def plan_values_of(request: Request) -> dict:
+    """Returns verdict, layouts, what does not fit and scaling as JSON values. Raises UserError if no layout exists."""
+    machine, speeds = request.machine, request.speeds
+    layouts = search(request.config, machine, request.vocab_size, request.free, speeds=speeds)
+    if not layouts.ranked and not layouts.too_large:
+        raise UserError(_no_layout(request, layouts))
+    values: dict = {
+        "machine": machine.name,
+        "gpus": machine.world,
+        "gpu_bytes": machine.gpu.memory_bytes,
+        "usable_bytes": FILLS * machine.gpu.memory_bytes,
+        "fits": bool(layouts.ranked),
+        "fitting_layouts": layouts.fitting,
+        "layouts": [candidate_values(request, one, machine) for one in layouts.ranked],
+        "too_large": [_large_values(request, one) for one in layouts.too_large],
+        "refused": [{"layout": name, "reason": reason} for name, reason in layouts.refused],
+        "kept": list(request.kept),
+        "notes": list(request.notes),
+        "source": speeds.name if speeds else machine.gpu.source,
+    }
+    if not layouts.ranked:
+        least = least_hardware(request.config, machine, request.vocab_size, request.free)
+        return values | {"least_hardware": [one.name for one in least], "scaling": []}
+    return values | {"scaling": scaling_values(request)}
+
+
+def _no_layout(request: Request, layouts: Layouts) -> str:
+    rows = resolve(request.config.model_copy(update={"parallel": Config().parallel}), 1, request.vocab_size)
+    reason = layouts.refused[0][1] if layouts.refused else "no sizes of the axes divide it"
+    return (
+        f"{request.machine.world} GPUs fit no layout of this config, whose step has {rows.rows_per_step} rows: {reason}"
+    )
+
+
+def candidate_values(request: Request, candidate: Candidate, machine: Machine) -> dict:
+    """Returns one layout as JSON values. price: of the wall clock's hours, with the interval of the model's error."""
+    run = predict_run(candidate.config, candidate.plan, request.speeds or machine)
+    layout, step = candidate.plan.layout, run.step
+    return {
+        "layout": {"data": layout.data, "tensor": layout.tensor, "pipeline": layout.pipeline},
+        "settings": candidate.settings | {"batch.micro_rows": candidate.plan.micro_rows},
+        "accumulation": candidate.plan.accumulation,
+        "bytes": candidate.bytes,
+        "step_sec": step.total,
+        "parts_sec": step.parts,
+        "hidden_sec": step.hidden,
+        "error": step.error,
+        "steps": candidate.plan.stop_step,
+        "tokens_per_sec": candidate.plan.tokens_per_step / step.total,
+        "clock_hours": run.clock_hours,
+        "wall_hours": run.wall_hours,
+    } | _price(request, run, machine)
+
+
+def _price(request: Request, run: RunTime, machine: Machine) -> dict:
+    if request.price is None:
+        return {}
+    price = run.wall_hours * machine.world * request.price
+    return {"price": price, "price_interval": [price * (1 - run.step.error), price * (1 + run.step.error)]}
+
+
+def _large_values(request: Request, candidate: Candidate) -> dict:
+    changes = savings(candidate, request.vocab_size)
+    return {
+        "layout": _layout_name(candidate.plan.layout),
+        "settings": candidate.settings,
+        "bytes": candidate.bytes,
+        "changes": [{"set": setting, "saves": saved} for setting, saved in changes],
+    }
+
+
+def scaling_values(request: Request) -> list[dict]:
+    """Returns the best layout on 1 to 64 nodes; efficiency: tokens per second and GPU, relative to the first."""
+    values: list[dict] = []
+    first: float | None = None
+    for machine, found in scaling(
+        request.config, request.machine, request.vocab_size, request.free, speeds=request.speeds
+    ):
+        if not found.ranked:
+            reason = found.refused[-1][1] if found.refused and not found.too_large else "no layout fits the memory"
+            values.append({"nodes": machine.nodes, "gpus": machine.world, "reason": reason})
+            continue
+        value = candidate_values(request, found.ranked[0], machine)
+        rate = value["tokens_per_sec"] / machine.world
+        first = first or rate
+        waiting = {part: sec for part, sec in value["parts_sec"].items() if part not in WORKING}
+        cause = max(waiting, key=lambda part: waiting[part])
+        value |= {"efficiency": rate / first, "cause": cause, "cause_share": waiting[cause] / value["step_sec"]}
+        values.append({"nodes": machine.nodes, "gpus": machine.world} | value)
+    return values
+
+
+def _layout_name(layout) -> str:
+    return f"dp={layout.data},tp={layout.tensor},pp={layout.pipeline}"
+
+
+def describe_plan_values(values: Mapping, *, verbose: bool = False) -> str:
+    """Returns the plan for people: the verdict first."""
+    lines = _verdict(values)
+    if values["layouts"]:
+        lines += ["", f"best layouts of {values['fitting_layouts']} that fit", *_layout_table(values["layouts"])]
+    if values["too_large"]:
+        lines += ["", f"too large, with {format_bytes(values['usable_bytes'])} usable per GPU"]
+        for one in values["too_large"][: None if verbose else 4]:
+            saved = "; ".join(f"{change['set']} saves {format_bytes(change['saves'])}" for change in one["changes"])
+            lines.append(f"  {one['layout']}: {format_bytes(one['bytes'])} at least; {saved or 'nothing reduces it'}")
+    if values["refused"] and (verbose or not values["layouts"]):
+        lines += ["", "not possible", *(f"  {one['layout']}: {one['reason']}" for one in values["refused"])]
+    if values["scaling"]:
+        lines += ["", "scaling at the same batch", *_scaling_table(values["scaling"])]
+    if verbose and values["layouts"]:
+        step = values["layouts"][0]
+        lines += ["", "the first layout's step by part"]
+        lines += [f"  {part:<16}{1e3 * step['parts_sec'][part]:9.2f} ms" for part in PARTS]
+        lines += [f"  {part + ', hidden':<16} {1e3 * sec:9.2f} ms" for part, sec in step["hidden_sec"].items() if sec]
+    if values["kept"]:
+        lines += ["", f"kept as set: {', '.join(values['kept'])}"]
+    return "\n".join(
+        [*lines, *values["notes"], f"predicted, not measured; numbers of the hardware: {values['source']}"]
+    )
+
+
+def _verdict(values: Mapping) -> list[str]:
+    usable = f"{format_bytes(values['usable_bytes'])} of {format_bytes(values['gpu_bytes'])} usable"
+    if not values["fits"]:
+        least = ", or ".join(values["least_hardware"])
+        smallest = min(one["bytes"] for one in values["too_large"])
+        return [
+            f"does not fit {values['machine']}: the smallest layout needs {format_bytes(smallest)} per GPU, {usable}",
+            f"least hardware that would do: {least}" if least else "no known hardware with up to 64 nodes would do",
+        ]
+    best, error = values["layouts"][0], values["layouts"][0]["error"]
+    lines = [
+        f"fits {values['machine']}: {format_bytes(best['bytes'])} per GPU, {usable}",
+        f"time: {best['wall_hours']:.2f} h for {best['steps']:,} steps of {best['step_sec']:.3f} s, within {error:.0%} "
+        f"by the model's error; {best['clock_hours']:.2f} h by the speedrun's clock",
+    ]
+    if "price" in best:
+        low, high = best["price_interval"]
+        lines.append(f"price: {best['price']:,.2f}, between {low:,.2f} and {high:,.2f}")
+    return lines
+
+
+def _layout_table(layouts: list[dict]) -> list[str]:
+    priced = "price" in layouts[0]
+    rows = [("dp", "tp", "pp", "sequence", "rows x batches", "recompute", "fp8", "s/step", "hours", "GB")]
+    rows[0] += ("price",) if priced else ()
+    for one in layouts:
+        settings, layout = one["settings"], one["layout"]
+        row = (
+            *(str(layout[axis]) for axis in ("data", "tensor", "pipeline")),
+            "yes" if settings["parallel.sequence"] else "no",
+            f"{settings['batch.micro_rows']} x {one['accumulation']}",
+            settings["batch.recompute"],
+            settings["precision.fp8"],
+            f"{one['step_sec']:.3f}",
+            f"{one['wall_hours']:.2f}",
+            f"{one['bytes'] / 1e9:.1f}",
+        )
+        rows.append(row + ((f"{one['price']:,.2f}",) if priced else ()))
+    return [f"  {line}" for line in text_table(rows, right=(0, 1, 2, 7, 8, 9, 10))]
+
+
+def _scaling_table(values: list[dict]) -> list[str]:
+    rows = [("nodes", "GPUs", "layout", "s/step", "hours", "efficiency", "largest wait")]
+    breaks = ""
+    for one in values:
+        if "reason" in one:
+            rows.append((str(one["nodes"]), str(one["gpus"]), "-", "-", "-", "-", one["reason"]))
+            continue
+        layout = one["layout"]
+        name = f"dp={layout['data']},tp={layout['tensor']},pp={layout['pipeline']}"
+        waits = f"{one['cause']} ({one['cause_share']:.0%} of the step)" if one["cause_share"] >= 0.005 else "-"
+        times = f"{one['step_sec']:.3f}", f"{one['wall_hours']:.2f}", f"{one['efficiency']:.0%}"
+        rows.append((str(one["nodes"]), str(one["gpus"]), name, *times, waits))
+        if one["efficiency"] < HALF and not breaks:
+            breaks = (
+                f"  breaks at {one['nodes']} nodes: efficiency {one['efficiency']:.0%}, because of the {one['cause']}"
+            )
+    table = [f"  {line}" for line in text_table(rows, right=(0, 1, 3, 4, 5))]
+    return [*table, breaks or f"  efficiency stays above {HALF:.0%} where a layout exists"]
+
+
+def write_best(request: Request, path: str) -> None:
+    """Writes the config of the fastest layout, which runs as it is. Raises UserError if none fits."""
+    layouts = search(request.config, request.machine, request.vocab_size, request.free, speeds=request.speeds, top=1)
+    if not layouts.ranked:
+        raise UserError(f"--write-config {path}: no layout fits {request.machine.name}, so nothing was written")
+    try:
+        save_config(layouts.ranked[0].config, Path(path))
+    except OSError as error:
+        raise UserError(f"--write-config {path} cannot be written ({error.strerror}): give another file") from None
+
+
+def draw_scaling(values: Mapping, path: str) -> None:
+    """Draws the predicted step time by part against nodes. Raises UserError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install 'megachat[notebook]', or leave --plot out") from None
+    found = [one for one in values["scaling"] if "reason" not in one]
+    axes = (figure := Figure(figsize=(7, 4))).add_subplot()
+    below = [0.0] * len(found)
+    for part in PARTS:
+        seconds = [one["parts_sec"][part] for one in found]
+        if any(seconds):
+            axes.bar([str(one["nodes"]) for one in found], seconds, bottom=below, label=part)
+            below = [under + more for under, more in zip(below, seconds, strict=True)]
+    axes.set(xlabel="nodes", ylabel="predicted seconds per step", title=f"{values['machine']}, prediction")
+    axes.legend(fontsize="small")
+    figure.savefig(path, bbox_inches="tight")
