@@ -30,6 +30,7 @@ SEARCHED = (
     "precision.fp8",
 )
 MOST_NODES = 64
+SURELY = 0.95  # of what is usable: the estimate of the search counts the least buckets of Muon's gradients
 _RECOMPUTE = ("none", "selective", "block")  # each needs less memory and more time than the one before
 _MICRO_ROWS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -102,11 +103,14 @@ def search(
             if size > limit:
                 outside.append((size, variant, plan))
                 continue
-            inside.add(key)
+            if size <= SURELY * limit:
+                inside.add(key)
             fits.append(Candidate(variant, plan, size, predict_step(variant, plan, speeds)))
         if inside or outside:
             refused.pop(name, None)
-        if outside and not inside:
+        if outside and not any(
+            one.plan.layout.tensor == tensor and one.plan.layout.pipeline == pipeline for one in fits
+        ):
             size, variant, plan = min(outside, key=lambda one: one[0])
             too_large.append(Candidate(variant, plan, size, predict_step(variant, plan, speeds)))
     ranked: list[Candidate] = []
@@ -114,6 +118,8 @@ def search(
         exact = Candidate(candidate.config, candidate.plan, _fullest(candidate.config, candidate.plan), candidate.step)
         if exact.bytes <= limit:
             ranked.append(exact)
+        else:
+            too_large.append(exact)
         if len(ranked) == top:
             break
     return Layouts(tuple(ranked), len(fits), tuple(sorted(too_large, key=_order)), tuple(refused.items()))

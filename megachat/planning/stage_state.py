@@ -96,7 +96,7 @@ def _estimated_state(
     elements, shard = sum(narrow) + sum(head), -(-(sum(narrow) + sum(head)) // data)
     size = 4 if dtype == torch.float16 else dtype.itemsize
     muon, grid = sum(rows * columns for rows, columns in matrices), data * tensor
-    shards = -(-muon // grid)
+    shards, largest = -(-muon // grid), max((rows * columns for rows, columns in matrices), default=0)
     return StageState(
         adamw_elements=elements,
         adamw_shard=shard,
@@ -104,10 +104,10 @@ def _estimated_state(
         largest_adamw=max((*narrow, *head), default=0),
         largest_share=max(sum(values), *narrow, *head, 0) // data,
         shards=shards,
-        largest_shard=-(-4 * shards // max(4, len(blocks))),
+        largest_shard=-(-shards // max(1, len(blocks))),  # a bucket per block, the least
         muon_moments=4 * shards + 4 * sum(map(max, matrices)) // grid,
-        exchanged=(2 if grid > 1 else 1) * shards,
-        largest_matrix=max((rows * columns for rows, columns in matrices), default=0),
+        exchanged=(2 if grid > 1 else 1) * max(shards, largest),
+        largest_matrix=largest,
     )
 
 

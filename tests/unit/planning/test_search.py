@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megachat.commands import main as cli
-from megachat.config import Config, config_from_values, load_config
+from megachat.config import config_from_values, load_config
 from megachat.errors import UserError
 from megachat.planning.hardware import parse_gpus
 from megachat.planning.memory import FILLS, memory_of_stages
@@ -69,8 +69,10 @@ def test_memory_falls_with_tensor_and_pipeline_and_the_estimate_is_near(sections
             near = memory_of_stages(changed, plan, torch.bfloat16, state_of=estimated_stage_state)
             totals.append(max(stage.total for stage in exact))
             for one, other in zip(exact, near, strict=True):
-                assert one.total == pytest.approx(other.total, rel=0.04)
-        assert totals == sorted(totals, reverse=True) and len(set(totals)) == 4, (axis, totals)
+                assert one.state + one.gradients == pytest.approx(other.state + other.gradients, rel=0.02)
+                assert 0.8 * one.total <= other.total <= 1.01 * one.total, "the search must not miss what fits"
+        if axis == "tensor" or "ngram" not in sections:  # n-gram tables are divided over the grid of one stage
+            assert totals == sorted(totals, reverse=True) and len(set(totals)) == 4, (axis, totals)
 
 
 def test_a_config_that_is_too_large_says_what_helps():
