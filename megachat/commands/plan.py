@@ -17,7 +17,7 @@ from megachat.commands.options import Parser, add_config, add_layout, add_set, l
 from megachat.errors import UserError
 from megachat.planning.hardware import parse_gpus
 
-_WITH_GPUS = ("nodes", "network", "gpu_spec", "price", "target", "write_config", "plot", "probe")
+_WITH_GPUS = ("nodes", "network", "gpu_spec", "price", "target", "write_config", "plot")
 
 
 def add_arguments(parser: Parser) -> None:
@@ -36,7 +36,6 @@ def add_arguments(parser: Parser) -> None:
     add("--target", choices=("core", "steps", "flops"), help=targets)
     add("--write-config", metavar="FILE", help="with --gpus: write the config of the fastest layout")
     add("--plot", metavar="FILE", help="with --gpus: draw the predicted step time by part against nodes")
-    add("--probe", metavar="FILE", help="with --gpus: speeds that `megachat probe` measured, in place of data sheets")
     pretrain.add_plan_arguments(parser)
 
 
@@ -60,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
 
     settings = options.set + layout_settings(options.layout)
     request = make_request(
-        options.config, settings, machine, price=options.price, target=options.target or "steps", speeds=None
+        options.config, settings, machine, price=options.price, target=options.target or "steps"
     )
     values = plan_values_of(request)
     print(json.dumps(values, indent=1) if options.json else describe_plan_values(values, verbose=options.verbose))
