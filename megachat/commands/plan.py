@@ -58,9 +58,7 @@ def run(options: argparse.Namespace) -> int:
     from megachat.programs.plan import describe_plan_values, draw_scaling, make_request, plan_values_of, write_best
 
     settings = options.set + layout_settings(options.layout)
-    request = make_request(
-        options.config, settings, machine, price=options.price, target=options.target or "steps"
-    )
+    request = make_request(options.config, settings, machine, price=options.price, target=options.target or "steps")
     values = plan_values_of(request)
     print(json.dumps(values, indent=1) if options.json else describe_plan_values(values, verbose=options.verbose))
     if options.write_config:

@@ -18,6 +18,7 @@ from megachat.commands.options import (
 from megachat.errors import UserError
 from megachat.job.hosts import check_launcher_hostfile
 from megachat.job.launchers import launcher_rank
+from megachat.planning.hardware import parse_gpus
 
 
 def add_plan_arguments(parser: Parser, where: str = "") -> None:
@@ -59,6 +60,14 @@ def run(options: argparse.Namespace) -> int:
         )
     if options.json and not options.dry_run:
         raise UserError("--json prints the plan of --dry-run; a job's numbers are in metrics.jsonl of the run folder")
+    if options.verbose and not options.dry_run:
+        raise UserError("--verbose shows all of a plan with --dry-run; a job logs what it does")
+    if options.gpu:
+        if memory_gb is not None or not options.dry_run:
+            raise UserError(
+                "--gpu names the GPU to plan for with --dry-run, in place of --memory-gb: give one of the two"
+            )
+        memory_gb = parse_gpus(options.gpu).gpu.memory_bytes / 1e9
     settings = options.set + layout_settings(options.layout)
     if options.dry_run:
         world = world or layout_ranks(options.layout)
@@ -77,4 +86,5 @@ def run(options: argparse.Namespace) -> int:
         elastic=options.elastic,
         memory_gb=memory_gb,
         as_json=options.json,
+        verbose=options.verbose,
     )

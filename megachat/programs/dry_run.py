@@ -7,36 +7,53 @@ import torch
 from megachat.config import Config
 from megachat.data.tokenizer import load_tokenizer
 from megachat.device import choose_compute_dtype, memory_bytes, this_device
-from megachat.evals.core_bundle import describe_bundle, open_configured_bundle
-from megachat.evals.core_download import BUNDLE_PATH
 from megachat.planning.explain import describe_config, describe_plan, plan_values, setting_warnings
 from megachat.planning.manifest import describe_ownership, ownership
-from megachat.planning.memory import Memory, describe_memory, memory_of_stages, memory_warning
+from megachat.planning.memory import FILLS, Memory, describe_memory, format_bytes, memory_of_stages, memory_warning
 from megachat.planning.plan import Plan, resolve
+from megachat.programs.preflight import Check, describe_checks, preflight
 from megachat.train.lookup_rows import planned_lookup
 
 
-def describe_job(config: Config, world: int, memory_gb: float | None = None) -> str:
-    """Returns config, plan, owners of every parameter and estimated memory of the job on `world` ranks.
+def describe_job(config: Config, world: int, memory_gb: float | None = None, *, verbose: bool = False) -> str:
+    """Returns the verdict of the job on `world` ranks: estimated memory, warnings and checks of this machine.
 
-    Reads no data but the CORE bundle and an existing allocation of lookup rows, if configured. memory_gb: of the GPUs
-    planned for; default: this machine's.
+    Reads the data folder's footers, the tokenizer, and the CORE bundle and an existing allocation of lookup rows, if
+    configured. memory_gb: of the GPUs planned for; default: this machine's. verbose: also config, plan, and owners of
+    every parameter. Raises UserError for a plan that does not exist, and for a bundle that cannot be used.
     """
     plan = _resolve(config, world)
     stages, dtype, device_bytes = _stage_memory(config, plan, memory_gb)
-    estimate = f"{describe_memory(stages, device_bytes)}; computed in {str(dtype).removeprefix('torch.')}"
     warnings = _warnings(config, plan, stages, dtype, device_bytes)
-    parts = [
-        describe_config(config),
-        describe_plan(plan),
-        describe_ownership(ownership(config, plan)),
-        "\n".join([estimate, *warnings]),
+    checks = preflight(config, plan)
+    lines = [
+        _verdict(stages, device_bytes, checks),
+        f"{describe_memory(stages, device_bytes)}; computed in {str(dtype).removeprefix('torch.')}",
+        *warnings,
+        *describe_checks(checks),
     ]
-    if config.evaluate.core_every and config.evaluate.core_bundle is None and not BUNDLE_PATH.exists():
-        parts.append(f"CORE bundle: downloaded to {BUNDLE_PATH} when the job starts")
-    elif bundle := open_configured_bundle(config.evaluate):
-        parts.append(describe_bundle(bundle))
+    parts = ["\n".join(lines)]
+    if verbose:
+        parts += [describe_config(config), describe_plan(plan), describe_ownership(ownership(config, plan))]
+    else:
+        layout = f"data {plan.layout.data} x tensor {plan.layout.tensor} x pipeline {plan.layout.pipeline}"
+        batch = f"{plan.micro_rows} rows x {plan.accumulation} micro-batches per rank"
+        parts.append(
+            f"layout = {layout}; {plan.steps:,} steps of {plan.tokens_per_step:,} tokens ({batch})\n"
+            "--verbose shows every setting, every derived number with its formula, and the owners of all parameters"
+        )
     return "\n\n".join(parts)
+
+
+def _verdict(stages: list[Memory], device_bytes: int | None, checks: list[Check]) -> str:
+    """Returns the first line: whether the job fits the device, and how many checks of this machine have a problem."""
+    most, problems = max(stage.total for stage in stages), sum(check.problem for check in checks)
+    fit = f"needs {format_bytes(most)} per rank"
+    if device_bytes:
+        fits = most <= FILLS * device_bytes
+        fit = f"{'fits' if fits else 'does not fit'}: {format_bytes(most)} of {format_bytes(device_bytes)} per rank"
+    found = f"{problems} problem{'s' * (problems > 1)} on this machine" if problems else "no problem on this machine"
+    return f"{fit}; {found}"
 
 
 def job_values(config: Config, world: int, memory_gb: float | None = None) -> dict:
@@ -47,6 +64,7 @@ def job_values(config: Config, world: int, memory_gb: float | None = None) -> di
         "config": config.model_dump(mode="json"),
         "plan": plan_values(plan),
         "parameters": [dataclasses.asdict(line) for line in ownership(config, plan)],
+        "checks": [check._asdict() for check in preflight(config, plan)],
         "memory": [dataclasses.asdict(stage) for stage in stages],
         "device_bytes": device_bytes,
         "compute_dtype": str(dtype).removeprefix("torch."),

@@ -85,10 +85,12 @@ def pretrain(
     memory_gb: float | None = None,
     elastic: bool = False,
     as_json: bool = False,
+    verbose: bool = False,
 ) -> int:
     """Runs the configured job; returns the exit status, SAVED_STATUS when it stopped on request and saved.
 
-    dry_run: only print the plan, for `world` ranks with GPUs of `memory_gb` if these are given; as_json: as JSON.
+    dry_run: only print the plan, for `world` ranks with GPUs of `memory_gb` if these are given; as_json: as JSON;
+    verbose: with all settings, numbers and owners.
     elastic: if the batch cannot be split over all ranks that were started, the last ranks exit with status 0 and the
     others train.
     """
@@ -97,9 +99,11 @@ def pretrain(
     if dry_run:
         environment = bootstrap_environment()
         if environment.rank == 0:
-            describe = job_values if as_json else describe_job
-            shown = describe(config, world or environment.world_size, memory_gb)
-            print(json.dumps(shown, indent=1) if as_json else shown)
+            ranks = world or environment.world_size
+            if as_json:
+                print(json.dumps(job_values(config, ranks, memory_gb), indent=1))
+            else:
+                print(describe_job(config, ranks, memory_gb, verbose=verbose))
         return 0
     return run_job(config, notes, resume=resume, elastic=elastic, begin=begin)
 

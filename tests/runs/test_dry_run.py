@@ -23,11 +23,16 @@ def dry_run(place, *arguments):
 
 
 def test_a_dry_run_prints_config_plan_owners_and_memory(place):
-    out = dry_run(place, "--set", "optimizer.matrix_lr=0.03")
-    config, plan, owners, memory = out.split("\n\n")
+    out = dry_run(place, "--set", "optimizer.matrix_lr=0.03", "--verbose")
+    verdict, config, plan, owners = out.split("\n\n")
+    first, memory, *checks = verdict.splitlines()
+    assert first.startswith("needs ") and first.endswith(" MB per rank; no problem on this machine")
+    assert [line.split(":")[0] for line in checks] == [
+        f"ok      {name}" for name in ("data folder", "tokenizer", "wandb", "disk", "port", "CORE bundle")
+    ]
     assert re.fullmatch(
         r"estimated memory per rank: [\d.]+ MB \(weights 0\.2 MB, .*, workspace [\d.]+ MB\); computed in float32",
-        memory.strip(),
+        memory,
     )
     assert (
         "* optimizer.matrix_lr = 0.03" in config
@@ -59,7 +64,17 @@ def test_a_dry_run_prints_config_plan_owners_and_memory(place):
 
 
 def test_a_dry_run_plans_for_any_number_of_ranks(place):
-    out = dry_run(place, "--world", "3", "--set", f"data.folder={place.data / 'none'}", "--set", "model.vocab_size=265")
+    out = dry_run(
+        place,
+        "--world",
+        "3",
+        "--set",
+        f"data.folder={place.data / 'none'}",
+        "--set",
+        "model.vocab_size=265",
+        "--verbose",
+    )
+    assert "; 1 problem on this machine" in out and f"PROBLEM data folder: the data folder {place.data}" in out
     assert "layout = data 3 x tensor 1 x pipeline 1" in out and "accumulation = 2 " in out
     owners = [re.split(r"  +", line) for line in out.splitlines() if re.search(r" (muon|adamw) ", line)]
     assert {row[6] for row in owners if row[2] == "muon"} == {"0", "1", "2"}, "all ranks own some matrices"

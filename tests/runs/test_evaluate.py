@@ -248,7 +248,7 @@ def test_bad_bundles_are_refused_before_training(place, bundle, tmp_path):
     with pytest.raises(UserError, match="evaluate.core_max_per_task is 1.*hellaswag_zeroshot.* 1 shots"):
         describe_job(load_config(command(place, "dry", config=core(bundle, core_max_per_task=1))[2]), 1)
     config = load_config(command(place, "dry", config=core(bundle, core_tasks=["copa"]))[2])
-    line = describe_job(config, 1).splitlines()[-1]
+    (line,) = (line for line in describe_job(config, 1).splitlines() if "CORE bundle" in line)
     assert re.search("CORE bundle: 1 tasks, 6 examples, digest .*21 of CORE's 22 tasks", line)
 
 

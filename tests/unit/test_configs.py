@@ -57,7 +57,7 @@ def test_the_table_has_every_config_and_variant():
 def test_a_dry_run_on_the_documented_devices(line):
     name, options, devices, kind, shape, tokens, steps, _ = line
     config = config_of(name, options)
-    text = describe_job(config, int(devices), GPU_GB if kind == "GPU" else None)
+    text = describe_job(config, int(devices), GPU_GB if kind == "GPU" else None, verbose=True)
     assert "memory" in text and "WARNING" not in text
     plan = resolve(config, int(devices), config.model.vocab_size)
     assert f"{plan.micro_rows} x {plan.accumulation}" == shape
@@ -91,7 +91,8 @@ def test_the_config_of_the_readme_in_a_dry_run():
     options = ["--config", "configs/d24_fp8.json", "--dry-run", "--world", "8", "--memory-gb", "24"]
     done = run_forked(["launch/pretrain.py", *options])
     assert (done.status, done.err) == (0, "")
-    assert "layout = data 8 x tensor 1 x pipeline 1" in done.out and "tokens_per_step = 1,048,576" in done.out
+    assert done.out.startswith("does not fit: ") and " of 24.0 GB per rank; " in done.out.splitlines()[0]
+    assert "layout = data 8 x tensor 1 x pipeline 1; 5,568 steps of 1,048,576 tokens" in done.out
     (warning,) = (line for line in done.out.splitlines() if line.startswith("WARNING: "))
     assert re.search(r"[\d.]+ GB.*24\.0 GB", warning) and "set batch.micro_rows=" in warning
     assert not (ROOT / "data" / "eval_bundle.zip").exists() or "CORE bundle" in done.out

@@ -1,0 +1,117 @@
+"""The checks of a preflight: what a job would fail on after its ranks have started, examined before anything is."""
+
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from megachat.config import Config
+from megachat.data.shards import check_data_folder
+from megachat.data.tokenizer import load_tokenizer
+from megachat.device import variable
+from megachat.errors import UserError
+from megachat.evals.core_bundle import describe_bundle, open_configured_bundle
+from megachat.evals.core_download import BUNDLE_PATH
+from megachat.planning.memory import format_bytes
+from megachat.planning.plan import Plan
+from megachat.train.metrics import check_wandb
+
+STATE_BYTES = 12  # of a checkpoint per parameter: float32 masters and two moments; Muon's matrices have one
+
+
+class Check(NamedTuple):
+    """One check. problem: whether the job would fail or stop on it."""
+
+    name: str
+    problem: bool
+    detail: str
+
+
+def preflight(config: Config, plan: Plan) -> list[Check]:
+    """Returns the checks of data folder, tokenizer, CORE bundle, wandb, disk space and port on this machine."""
+    checks: list[tuple[str, Callable[[], str]]] = [
+        ("data folder", lambda: str(check_data_folder(config.data.folder))),
+        ("tokenizer", lambda: _tokenizer(config)),
+        ("wandb", lambda: _wandb(config)),
+        ("disk", lambda: _disk(config, plan)),
+        ("port", _port),
+    ]
+    bundle = Check("CORE bundle", False, _bundle(config))  # raises: its settings would be refused
+    return [*(_checked(name, check) for name, check in checks), bundle]
+
+
+def describe_checks(checks: list[Check]) -> list[str]:
+    """Returns one line per check, those with a problem first."""
+    ordered = sorted(checks, key=lambda check: not check.problem)
+    return [f"{'PROBLEM' if check.problem else 'ok':<8}{check.name}: {check.detail}" for check in ordered]
+
+
+def _checked(name: str, check: Callable[[], str]) -> Check:
+    try:
+        return Check(name, False, check())
+    except UserError as error:
+        return Check(name, True, str(error))
+
+
+def _tokenizer(config: Config) -> str:
+    size, configured = load_tokenizer(config.data.tokenizer).vocab_size, config.model.vocab_size
+    if configured not in (None, size):
+        raise UserError(f"{config.data.tokenizer} has {size:,} tokens, but model.vocab_size is {configured:,}")
+    return f"{config.data.tokenizer}, {size:,} tokens"
+
+
+def _bundle(config: Config) -> str:
+    if not config.evaluate.core_every:
+        return "not needed (evaluate.core_every is 0)"
+    if config.evaluate.core_bundle is None and not BUNDLE_PATH.exists():
+        return f"downloaded to {BUNDLE_PATH} when the job starts"
+    bundle = open_configured_bundle(config.evaluate)
+    assert bundle is not None
+    return describe_bundle(bundle)
+
+
+def _wandb(config: Config) -> str:
+    check_wandb(config.log)
+    return "not used" if config.log.wandb == "off" else f"installed, {config.log.wandb}"
+
+
+def checkpoint_bytes(config: Config, plan: Plan) -> tuple[int, int]:
+    """Returns the bytes of one checkpoint, and of the most that exist at a time, roughly."""
+    one = STATE_BYTES * plan.parameters["total"] - 4 * plan.parameters["matrices"]
+    every, keep = config.checkpoint.every, config.checkpoint.keep_last
+    saved = (plan.stop_step // every if every else 0) + 1
+    kept = saved if keep is None else min(saved, keep + 1)  # an old one goes when the new one is complete
+    if keep and config.checkpoint.keep_every:
+        kept += plan.stop_step // config.checkpoint.keep_every
+    return one, min(kept, saved) * one
+
+
+def _disk(config: Config, plan: Plan) -> str:
+    folder = Path(config.run.folder).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise UserError(f"{config.run.folder} cannot be examined ({error.strerror}): set run.folder") from None
+    one, most = checkpoint_bytes(config, plan)
+    needs = f"checkpoints of {format_bytes(one)}, at most {format_bytes(most)} at a time"
+    if most > free:
+        raise UserError(
+            f"{needs}, but {folder} has {format_bytes(free)} free: set checkpoint.keep_last, or another run.folder"
+        )
+    return f"{needs}; {folder} has {format_bytes(free)} free"
+
+
+def _port() -> str:
+    text = variable("MASTER_PORT")
+    if text is None:
+        return "chosen by the launcher (MASTER_PORT is not set)"
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("", int(text)))
+    except (OSError, ValueError, OverflowError) as error:
+        raise UserError(f"MASTER_PORT={text} cannot be bound on this machine ({error}): set another one") from None
+    return f"{text} is free on this machine"

@@ -1,0 +1,56 @@
+"""The checks of a preflight: each finds its problem, and a plan is shown with it."""
+
+from collections import namedtuple
+
+from megachat.config import config_from_values
+from megachat.planning.plan import resolve
+from megachat.programs import preflight
+from megachat.programs.dry_run import describe_job, job_values
+
+CONFIG = config_from_values(
+    {
+        "model": {"depth": 2, "vocab_size": 97, "sequence_len": 256},
+        "batch": {"tokens": 2048},
+        "horizon": {"steps": 10},
+        "data": {"folder": "none/data", "tokenizer": "none/tokenizer"},
+        "checkpoint": {"every": 2, "keep_last": 2},
+    },
+    "small",
+)
+PLAN = resolve(CONFIG, 1, 97)
+
+
+def problems(config=CONFIG) -> dict[str, str]:
+    return {check.name: check.detail for check in preflight.preflight(config, PLAN) if check.problem}
+
+
+def test_each_check_finds_its_problem(monkeypatch):
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    assert set(problems()) == {"data folder", "tokenizer"} and "none/data" in problems()["data folder"]
+    monkeypatch.setenv("MASTER_PORT", "x")
+    assert "MASTER_PORT=x cannot be bound" in problems()["port"]
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda place: usage(10, 9, 1))
+    assert "has 0.0 MB free: set checkpoint.keep_last" in problems()["disk"]
+    wandb = CONFIG.model_copy(update={"log": CONFIG.log.model_copy(update={"wandb": "offline"})})
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    assert "pip install wandb" in problems(wandb)["wandb"]
+
+
+def test_the_most_checkpoints_at_a_time():
+    one, most = preflight.checkpoint_bytes(CONFIG, PLAN)
+    assert one == 12 * PLAN.parameters["total"] - 4 * PLAN.parameters["matrices"] and most == 3 * one
+    every = CONFIG.model_copy(update={"checkpoint": CONFIG.checkpoint.model_copy(update={"keep_last": None})})
+    assert preflight.checkpoint_bytes(every, PLAN)[1] == 6 * one, "at 2, 4, 6, 8, 10 and the end"
+
+
+def test_the_verdict_is_first():
+    lines = describe_job(CONFIG, 1, 80).splitlines()
+    assert lines[0].startswith("fits: ") and lines[0].endswith(" of 80.0 GB per rank; 2 problems on this machine")
+    assert [line[:7] for line in lines[2:4]] == ["PROBLEM"] * 2 and len(lines) < 15
+    assert describe_job(CONFIG, 1, 0.01).startswith("does not fit: ")
+    assert len(describe_job(CONFIG, 1, 80, verbose=True).splitlines()) > 100
+    assert [check["name"] for check in job_values(CONFIG, 1)["checks"] if check["problem"]] == [
+        "data folder",
+        "tokenizer",
+    ]
