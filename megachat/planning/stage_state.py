@@ -104,7 +104,7 @@ def _estimated_state(
         largest_adamw=max((*narrow, *head), default=0),
         largest_share=max(sum(values), *narrow, *head, 0) // data,
         shards=shards,
-        largest_shard=-(-shards // max(1, len(blocks))),  # a bucket per block, the least
+        largest_shard=-(-shards // max(1, 2 * len(blocks))),  # two buckets per block: hardly any plan has more
         muon_moments=4 * shards + 4 * sum(map(max, matrices)) // grid,
         exchanged=(2 if grid > 1 else 1) * max(shards, largest),
         largest_matrix=largest,
