@@ -214,10 +214,10 @@ def least_hardware(config: Config, machine: Machine, vocab_size: int, free: froz
     """Returns machines on which a config fits: the fewest nodes of the same kind, and one node of the smallest other
     GPU with more memory."""
     free |= frozenset(SEARCHED) - {"precision.fp8"}
-    found: list[Machine] = []
+    machines: list[Machine] = []
     for nodes in (machine.nodes << power for power in range(1, MOST_NODES.bit_length())):
         if search(config, machine.with_nodes(nodes), vocab_size, free, top=1).ranked:
-            found.append(machine.with_nodes(nodes))
+            machines.append(machine.with_nodes(nodes))
             break
     gpus = {gpu.name: gpu for gpu in load_hardware()[0].values() if gpu.memory_bytes > machine.gpu.memory_bytes}
     for gpu in sorted(gpus.values(), key=lambda gpu: (gpu.memory_bytes, gpu.name)):
@@ -225,5 +225,5 @@ def least_hardware(config: Config, machine: Machine, vocab_size: int, free: froz
             continue
         other = Machine(gpu, machine.nodes, machine.gpus_per_node, machine.network)
         if search(config, other, vocab_size, free, top=1).ranked:
-            return [*found, other]
-    return found
+            return [*machines, other]
+    return machines

@@ -1,4 +1,4 @@
-"""Counts what a pipeline stage's state needs on its fullest rank. Cached: a search asks for the same stages often."""
+"""Counts what a pipeline stage's state needs on its fullest rank. Cached: a search counts the same stages often."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

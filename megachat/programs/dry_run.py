@@ -52,8 +52,10 @@ def _verdict(stages: list[Memory], device_bytes: int | None, checks: list[Check]
     if device_bytes:
         fits = most <= FILLS * device_bytes
         fit = f"{'fits' if fits else 'does not fit'}: {format_bytes(most)} of {format_bytes(device_bytes)} per rank"
-    found = f"{problems} problem{'s' * (problems > 1)} on this machine" if problems else "no problem on this machine"
-    return f"{fit}; {found}"
+    on_machine = (
+        f"{problems} problem{'s' * (problems > 1)} on this machine" if problems else "no problem on this machine"
+    )
+    return f"{fit}; {on_machine}"
 
 
 def job_values(config: Config, world: int, memory_gb: float | None = None) -> dict:

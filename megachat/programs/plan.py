@@ -173,14 +173,16 @@ def scaling_values(request: Request) -> list[dict]:
     """Returns the best layout on 1 to 64 nodes; efficiency: tokens per second and GPU, relative to the first."""
     values: list[dict] = []
     first: float | None = None
-    for machine, found in scaling(
+    for machine, layouts in scaling(
         request.config, request.machine, request.vocab_size, request.free, speeds=request.speeds
     ):
-        if not found.ranked:
-            reason = found.refused[-1][1] if found.refused and not found.too_large else "no layout fits the memory"
+        if not layouts.ranked:
+            reason = (
+                layouts.refused[-1][1] if layouts.refused and not layouts.too_large else "no layout fits the memory"
+            )
             values.append({"nodes": machine.nodes, "gpus": machine.world, "reason": reason})
             continue
-        value = candidate_values(request, found.ranked[0], machine)
+        value = candidate_values(request, layouts.ranked[0], machine)
         rate = value["tokens_per_sec"] / machine.world
         first = first or rate
         waiting = {part: sec for part, sec in value["parts_sec"].items() if part not in WORKING}
@@ -298,13 +300,13 @@ def draw_scaling(values: Mapping, path: str) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("--plot needs matplotlib: pip install 'megachat[notebook]', or leave --plot out") from None
-    found = [one for one in values["scaling"] if "reason" not in one]
+    planned = [one for one in values["scaling"] if "reason" not in one]
     axes = (figure := Figure(figsize=(7, 4))).add_subplot()
-    below = [0.0] * len(found)
+    below = [0.0] * len(planned)
     for part in PARTS:
-        seconds = [one["parts_sec"][part] for one in found]
+        seconds = [one["parts_sec"][part] for one in planned]
         if any(seconds):
-            axes.bar([str(one["nodes"]) for one in found], seconds, bottom=below, label=part)
+            axes.bar([str(one["nodes"]) for one in planned], seconds, bottom=below, label=part)
             below = [under + more for under, more in zip(below, seconds, strict=True)]
     axes.set(xlabel="nodes", ylabel="predicted seconds per step", title=f"{values['machine']}, prediction")
     axes.legend(fontsize="small")

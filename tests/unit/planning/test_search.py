@@ -27,12 +27,12 @@ ALL = free_settings(set())
 
 
 def test_the_list_is_ranked_fits_and_trains_the_same_batch():
-    found = search(CONFIG, NODE, 4096, ALL, top=30)
+    layouts = search(CONFIG, NODE, 4096, ALL, top=30)
     again = search(CONFIG, NODE, 4096, ALL, top=30)
-    assert [one.settings for one in found.ranked] == [one.settings for one in again.ranked]
-    times = [one.step.total for one in found.ranked]
-    assert times == sorted(times) and len(times) == 30 and found.fitting > 30
-    for one in found.ranked:
+    assert [one.settings for one in layouts.ranked] == [one.settings for one in again.ranked]
+    times = [one.step.total for one in layouts.ranked]
+    assert times == sorted(times) and len(times) == 30 and layouts.fitting > 30
+    for one in layouts.ranked:
         assert resolve(one.config, 8, 4096) == one.plan and one.plan.tokens_per_step == 64 * 512
         exact = max(stage.total for stage in memory_of_stages(one.config, one.plan, torch.bfloat16))
         assert exact == one.bytes <= FILLS * NODE.gpu.memory_bytes
@@ -46,11 +46,11 @@ def test_the_list_is_ranked_fits_and_trains_the_same_batch():
 def test_what_is_set_is_kept():
     config = load_config(ROOT / "configs" / "d12.json", ["parallel.tensor=2", "batch.recompute=block"])
     fixed = {"parallel.tensor", "batch.recompute", "precision.fp8"}
-    found = search(config, NODE, 32768, free_settings(fixed), top=99)
-    assert {one.config.parallel.tensor for one in found.ranked} == {2}
-    assert {one.config.batch.recompute for one in found.ranked} == {"block"}
-    assert {one.config.precision.fp8 for one in found.ranked} == {"off"}
-    assert len({one.config.batch.micro_rows for one in found.ranked}) > 2
+    layouts = search(config, NODE, 32768, free_settings(fixed), top=99)
+    assert {one.config.parallel.tensor for one in layouts.ranked} == {2}
+    assert {one.config.batch.recompute for one in layouts.ranked} == {"block"}
+    assert {one.config.precision.fp8 for one in layouts.ranked} == {"off"}
+    assert len({one.config.batch.micro_rows for one in layouts.ranked}) > 2
     both = config_from_values({**SMALL, "batch": {"micro_rows": 2, "accumulation": 4}}, "by rows")
     assert {one.plan.micro_rows for one in search(both, NODE, 4096, ALL, top=99).ranked} == {2}, "they set the batch"
 
@@ -78,9 +78,9 @@ def test_memory_falls_with_tensor_and_pipeline_and_the_estimate_is_near(sections
 def test_a_config_that_is_too_large_says_what_helps():
     config = load_config(ROOT / "configs" / "d32_fp8.json")
     machine, free = parse_gpus("2xRTX-4090"), free_settings({"precision.fp8"})
-    found = search(config, machine, 32768, free)
-    assert not found.ranked and len(found.too_large) == 3
-    (one,) = [one for one in found.too_large if one.plan.layout.tensor == 2]
+    layouts = search(config, machine, 32768, free)
+    assert not layouts.ranked and len(layouts.too_large) == 3
+    (one,) = [one for one in layouts.too_large if one.plan.layout.tensor == 2]
     assert all(saved > 0 for _, saved in savings(one, 32768))
     least = least_hardware(config, machine, 32768, free)
     assert [one.name for one in least][0] == "2x2xRTX-4090" and least[1].gpu.memory_bytes > machine.gpu.memory_bytes

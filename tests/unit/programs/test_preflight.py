@@ -12,6 +12,7 @@ CONFIG = config_from_values(
         "model": {"depth": 2, "vocab_size": 97, "sequence_len": 256},
         "batch": {"tokens": 2048},
         "horizon": {"steps": 10},
+        "optimizer": {"warmup_steps": 1, "warmdown_ratio": 0.5},
         "data": {"folder": "none/data", "tokenizer": "none/tokenizer"},
         "checkpoint": {"every": 2, "keep_last": 2},
     },
