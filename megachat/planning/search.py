@@ -82,7 +82,7 @@ def search(
 
     speeds: of a probe; default: of the data sheet.
     """
-    limit, speeds = FILLS * machine.gpu.memory_bytes, speeds or speeds_of(machine)
+    limit, speeds = FILLS * machine.gpu.memory_bytes, speeds or speeds_of(machine, machine.world)
     dims = resolve_dimensions(config, vocab_size)
     fits: list[Candidate] = []
     too_large: list[Candidate] = []
