@@ -94,13 +94,17 @@ class Pass:
         if self.cache is not None:
             while len(self.cache.layers) <= layer:
                 self.cache.layers.append(DynamicLayer())
-            x, ids = self.cache.layers[layer].update(x[:, None], ids[:, None, :, None])
+            state, x, ids = self.cache.layers[layer], x[:, None], ids[:, None, :, None]
+            if state.is_initialized:
+                x, ids = state.update(x, ids)
+            else:  # not by `update`, which before transformers 5.24 gives the values the dtype of the keys
+                state.keys, state.values, state.is_initialized = x, ids, True
+                state.device = x.device
             x, ids = x[:, 0], ids[:, 0, :, 0]
         previous = F.pad(x, (0, 0, 1, 0))[:, self.seen : -1]
         if self.padding is not None:
             ids = ids.masked_fill(~self.padding, -1)
-            before = F.pad(self.padding, (1, 0))[:, self.seen : -1]
-            previous = previous * before[..., None]
+            previous = previous * F.pad(self.padding, (1, 0))[:, self.seen : -1, None]
         return previous, ids
 
     def attend(self, block, q, k, v, window):
@@ -302,9 +306,8 @@ class MegachatForCausalLM(PreTrainedModel, GenerationMixin):
         previous, text = now.remember(x, ids, config.depth)
         gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
         x = x0 = backout = x + gate * previous
-        hashes = {}
-        for order in config.ngram["orders"] if config.ngram else ():
-            hashes[str(order)] = ngram_hashes(text, order, config.ngram, ids.size(1))
+        orders = config.ngram["orders"] if config.ngram else ()
+        hashes = {str(order): ngram_hashes(text, order, config.ngram, ids.size(1)) for order in orders}
         blocks: Any = self.transformer["h"]
         ngram: Any = self.ngram
         for number, block in enumerate(blocks):
@@ -391,7 +394,7 @@ def _signed(value):
 
 
 def _split_mix(value):
-    """Returns SplitMix64's output, unsigned, for the state before it is incremented."""
+    """Returns SplitMix64's output, unsigned."""
     value = (value + _GOLDEN) & ((1 << 64) - 1)
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & ((1 << 64) - 1)
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & ((1 << 64) - 1)
