@@ -309,12 +309,11 @@ class MegachatForCausalLM(PreTrainedModel, GenerationMixin):
         orders = config.ngram["orders"] if config.ngram else ()
         hashes = {str(order): ngram_hashes(text, order, config.ngram, ids.size(1)) for order in orders}
         blocks: Any = self.transformer["h"]
-        ngram: Any = self.ngram
         for number, block in enumerate(blocks):
             name = str(number)
             x = self.resid_lambdas[number] * x + self.x0_lambdas[number] * x0
             added = {"ve_gate": self.value_embeds[name](ids)} if name in self.value_embeds else {}
-            for order, table in ngram[name].items() if name in ngram else ():
+            for order, table in dict(self.ngram[name].named_children() if name in self.ngram else ()).items():
                 added[f"ngram_gate_{order}"] = table(*hashes[order])
             x = block(x, added, now)
             if name in self.lookup:
@@ -389,7 +388,6 @@ def _shifted(value, by):
 
 
 def _signed(value):
-    """Returns the int64 with the same 64 bits."""
     return value - (1 << 64) if value >> 63 else value
 
 
