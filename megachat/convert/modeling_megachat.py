@@ -313,7 +313,7 @@ class MegachatForCausalLM(PreTrainedModel, GenerationMixin):
             name = str(number)
             x = self.resid_lambdas[number] * x + self.x0_lambdas[number] * x0
             added = {"ve_gate": self.value_embeds[name](ids)} if name in self.value_embeds else {}
-            for order, table in dict(self.ngram[name].named_children() if name in self.ngram else ()).items():
+            for order, table in self.ngram[name].named_children() if name in self.ngram else ():
                 added[f"ngram_gate_{order}"] = table(*hashes[order])
             x = block(x, added, now)
             if name in self.lookup:
