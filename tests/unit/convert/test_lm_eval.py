@@ -37,9 +37,9 @@ def choices_of_equal_length(model) -> list[dict]:
     def length(choice: str) -> int:
         return len(model.tokenizer.encode(f" {choice}"))
 
-    equal = [
-        each for each in read("commonsense_reasoning/openbook_qa.jsonl") if len({*map(length, each["choices"])}) == 1
-    ]
+    names = ("world_knowledge/arc_easy", "commonsense_reasoning/openbook_qa", "commonsense_reasoning/commonsense_qa")
+    examples = [example for name in names for example in read(f"{name}.jsonl")]
+    equal = [each for each in examples if len({length(choice) for choice in each["choices"]}) == 1]
     return equal[:EXAMPLES]
 
 
