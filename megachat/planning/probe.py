@@ -70,7 +70,7 @@ class ProbeSpeeds:
         self._products = {dtype: Neighbors(points) for dtype, points in products.items()}
         passes: dict[str, list] = {"forward": [], "backward": []}
         for *shape, forward, backward in measured["attention"]:
-            attention = Attention(*shape, 1, 1)
+            attention = Attention._make((*shape, 1, 1))
             place = self._attention_place(attention)
             for direction, seconds in (("forward", forward), ("backward", backward)):
                 passes[direction].append((place, math.log(seconds / self._attention_flops(attention))))

@@ -194,7 +194,7 @@ def _product_times(work: Work, speeds: Speeds) -> list[ProductTime]:
     shapes: dict[tuple, float] = {}
     for product in work.products:
         shapes[product[:4]] = shapes.get(product[:4], 0) + product.count
-    products = [Product(*shape, count) for shape, count in shapes.items()]
+    products = [Product._make((*shape, count)) for shape, count in shapes.items()]
     return [ProductTime(product, speeds.product(product)) for product in products]
 
 

@@ -3,7 +3,7 @@ move, logits, collectives. From config and plan alone. Pure; no torch.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megachat.config import Config
 from megachat.optim.matrix import Matrix
@@ -41,7 +41,7 @@ class Product(NamedTuple):
     columns: int
     inner: int
     dtype: str
-    count: float = 1
+    count: float = 1  # type: ignore[assignment]  # a tuple has a method count
 
 
 class Attention(NamedTuple):
@@ -64,7 +64,7 @@ class Collective(NamedTuple):
     kind: Kind
     size: float
     axis: str
-    count: float = 1
+    count: float = 1  # type: ignore[assignment]  # a tuple has a method count
 
 
 class Work(NamedTuple):
@@ -85,7 +85,8 @@ class Work(NamedTuple):
 
     def plus(self, other: "Work") -> "Work":
         """Returns the sum."""
-        return Work(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+        sums: Any = [mine + theirs for mine, theirs in zip(self, other, strict=True)]  # type: ignore[operator]
+        return Work(*sums)
 
 
 def _linear(tokens: int, shape: tuple[int, int], dtype: str, recipe: str, forward: float = 1) -> Work:

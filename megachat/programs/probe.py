@@ -4,6 +4,7 @@ requested, and one real step, and writes them for predictions (megachat/planning
 
 import argparse
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -148,7 +149,7 @@ def _products(clock: Clock, config: Config, plan: Plan, dtype: torch.dtype) -> l
                         for shape in ((tokens, out, into), (tokens, into, out), (out, into, tokens)):
                             shapes[Product(*shape, kind)] = None
     clock.section()
-    results = []
+    results: list[list] = []
     for product in shapes:
         if results and clock.over:
             break
@@ -175,7 +176,7 @@ def _product_action(clock: Clock, product: Product) -> Callable[[], object]:
 def _attention(clock: Clock, plan: Plan, dtype: torch.dtype, attend: Callable) -> list[list]:
     """Measures attention, as [rows, tokens, heads, kv_heads, head_size, window, dtype, forward and backward
     seconds]."""
-    dims, results = plan.dims, []
+    dims, results = plan.dims, list[list]()
     shares = dict.fromkeys((dims.heads, max(1, dims.heads // 2), dims.heads + max(1, dims.heads // 2)))
     clock.section()
     for heads in shares:
@@ -193,7 +194,7 @@ def _attention(clock: Clock, plan: Plan, dtype: torch.dtype, attend: Callable) -
                 def both(inputs=inputs, window=window, gradient=gradient):
                     return torch.autograd.grad(attend(*inputs, window), inputs, gradient)
 
-                forward = clock.seconds(lambda inputs=inputs, window=window: attend(*inputs, window))
+                forward = clock.seconds(functools.partial(attend, *inputs, window))
                 backward = max(clock.seconds(both) - forward, forward)
                 kind = str(dtype).removeprefix("torch.")
                 shape = [rows, dims.sequence_len, heads, kv_heads, dims.head_size, window, kind]
@@ -210,7 +211,7 @@ def _streamed(clock: Clock) -> float:
 
 def _polar(clock: Clock, dims: Dimensions, dtype: torch.dtype) -> list[list]:
     """Measures the orthogonalization of matrices with its scales, as [rows, columns, seconds]."""
-    results = []
+    results: list[list] = []
     clock.section()
     for factor in WIDTHS:
         width = max(1, round(dims.heads * factor)) * dims.head_size
@@ -245,7 +246,7 @@ def _blocks(clock: Clock, config: Config, plan: Plan, dtype: torch.dtype, known)
     if config.precision.compile:
         apply_compile(layers)
     layers.train()
-    name, curve = str(dtype).removeprefix("torch."), []
+    name, curve = str(dtype).removeprefix("torch."), list[list]()
     clock.section()
     for rows in _row_counts(plan)[: 1 if config.precision.compile else None]:
         if curve and clock.over:
@@ -281,7 +282,7 @@ def _block_action(clock: Clock, block: nn.Module, plan: Plan, dtype: torch.dtype
 
 def _heads(clock: Clock, config: Config, plan: Plan, dtype: torch.dtype, known) -> list[list]:
     """Measures head and loss and returns, without their products, [tokens, seconds per logit]."""
-    dims, name, curve = plan.dims, str(dtype).removeprefix("torch."), []
+    dims, name, curve = plan.dims, str(dtype).removeprefix("torch."), list[list]()
     table = torch.randn(dims.padded_vocab, dims.width, device=clock.device).mul_(0.02).requires_grad_()
     clock.section()
     for rows in _row_counts(plan):
