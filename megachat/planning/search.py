@@ -18,7 +18,7 @@ from megachat.planning.memory import FILLS, lighter_settings, memory_of_stages
 from megachat.planning.plan import Plan, resolve
 from megachat.planning.sizes import resolve_dimensions
 from megachat.planning.speeds import Speeds
-from megachat.planning.stage_state import estimated_stage_state
+from megachat.planning.stage_state import estimated_stage_state, stage_state
 from megachat.planning.step_time import StepTime, planned_dtype, predict_step, speeds_of
 
 SEARCHED = (
@@ -147,9 +147,9 @@ def _variants(config: Config, tensor: int, pipeline: int, free: frozenset[str], 
     """Yields the configs of one tensor and pipeline size; some may be refused."""
     batch, parallel, precision = config.batch, config.parallel, config.precision
     by_rows = batch.tokens is None and batch.micro_rows and batch.accumulation  # the batch depends on both
-    rows = [batch.micro_rows]
+    rows: list[int | None] = [batch.micro_rows]
     if "batch.micro_rows" in free and not by_rows:
-        rows = sorted({*_MICRO_ROWS, *([batch.micro_rows] if batch.micro_rows else [])})
+        rows = [*sorted({*_MICRO_ROWS, *([batch.micro_rows] if batch.micro_rows else [])})]
     fp8 = [precision.fp8]
     if "precision.fp8" in free and "float8" in machine.gpu.flops and precision.compute in ("auto", "bfloat16"):
         fp8 = ["off", "tensorwise"]
@@ -174,8 +174,8 @@ def _variants(config: Config, tensor: int, pipeline: int, free: frozenset[str], 
 
 def _fullest(config: Config, plan: Plan, *, exact: bool = True) -> int:
     dtype = gpu_dtype(config)
-    how = {} if exact else {"state_of": estimated_stage_state}
-    return max(stage.total for stage in memory_of_stages(config, plan, dtype, **how))
+    state_of = stage_state if exact else estimated_stage_state
+    return max(stage.total for stage in memory_of_stages(config, plan, dtype, state_of=state_of))
 
 
 def gpu_dtype(config: Config) -> torch.dtype:

@@ -245,8 +245,8 @@ def _verdict(values: Mapping) -> list[str]:
 
 def _layout_table(layouts: list[dict]) -> list[str]:
     priced = "price" in layouts[0]
-    rows = [("dp", "tp", "pp", "sequence", "rows x batches", "recompute", "fp8", "s/step", "hours", "GB")]
-    rows[0] += ("price",) if priced else ()
+    title = ("dp", "tp", "pp", "sequence", "rows x batches", "recompute", "fp8", "s/step", "hours", "GB")
+    rows: list[tuple[str, ...]] = [title + (("price",) if priced else ())]
     for one in layouts:
         settings, layout = one["settings"], one["layout"]
         row = (
