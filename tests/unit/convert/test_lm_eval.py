@@ -77,7 +77,7 @@ def write_tasks(bundle: Path, tasks: Path, examples: dict[str, list[dict]]) -> N
         if kind == "multiple_choice":
             task |= {"doc_to_text": "{{query}}", "doc_to_choice": "{{choices}}", "doc_to_target": "{{gold}}"}
         else:
-            task |= {"doc_to_text": "{{context.strip()}}", "doc_to_target": "{{continuation}}"}
+            task |= {"doc_to_text": "{{context.strip()}}", "doc_to_target": " {{continuation}}"}
         (tasks / f"{label}.yaml").write_text(yaml.safe_dump(task))
     (bundle / "core.yaml").write_text(yaml.safe_dump({"icl_tasks": entries}))
     rows = ["Eval Task,Task Type,#shots,Random baseline", "openbook_qa,multiple choice,0,25", "lambada_openai,lm,0,0"]
