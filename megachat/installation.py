@@ -5,6 +5,7 @@ from pathlib import Path
 
 import megachat
 
+DEEPSPEED_VERSION = "0.19.8"  # the version that setup.py pins
 PACKAGE = Path(megachat.__file__).resolve().parent
 # The clone that the package is used from, None for a package that was installed without it.
 CHECKOUT = PACKAGE.parent if (PACKAGE.parent / "setup.py").is_file() else None
@@ -13,6 +14,14 @@ CHECKOUT = PACKAGE.parent if (PACKAGE.parent / "setup.py").is_file() else None
 def config_folder() -> Path:
     """Returns the folder with megachat's configs."""
     return CHECKOUT / "configs" if CHECKOUT else PACKAGE / "configs"
+
+
+def config_path(text: str) -> str:
+    """Returns the path of a config: the given file, else megachat's config of this name (d24, configs/d24.json)."""
+    path = Path(text)
+    bundled = (config_folder() / path.name).with_suffix(".json")
+    named = path.parent == Path() or path.parent == Path("configs")
+    return str(bundled) if named and not path.exists() and bundled.is_file() else text
 
 
 def git(*arguments: str) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 from megachat.config import Config, config_from_values, load_config
 from megachat.data.tokenizer import load_tokenizer
 from megachat.errors import UserError
+from megachat.installation import config_path
 from megachat.planning.plan import Plan
 from megachat.planning.plan import resolve as resolve_plan
 
@@ -17,7 +18,8 @@ AnyConfig = str | os.PathLike | Mapping[str, Any] | Config
 def resolve(config: AnyConfig, world: int = 1, overrides: Sequence[str] = (), *, vocab_size: int | None = None) -> Plan:
     """Returns the plan of a run on `world` ranks: every derived number, with its formula in `plan.why`.
 
-    config: a JSON file, a dictionary of its sections, or a megachat.config.Config. overrides: "section.key=value", as
+    config: a JSON file, the name of one of megachat's ("d24"), a dictionary of its sections, or a
+    megachat.config.Config. overrides: "section.key=value", as
     after --set. vocab_size: if not given, the config's or that of its tokenizer.
 
     Raises megachat.UserError for invalid settings, and a layout or batch that does not fit.
@@ -43,7 +45,7 @@ def pretrain(config: AnyConfig, overrides: Sequence[str] = (), *, resume: str | 
     from megachat.programs.pretrain import open_job_config, run_job  # loads DeepSpeed
 
     if isinstance(config, str | os.PathLike):
-        settings, notes = open_job_config(os.fspath(config), list(overrides))
+        settings, notes = open_job_config(config_path(os.fspath(config)), list(overrides))
     else:
         settings, notes = _read_config(config, overrides), []
         if settings.run.name is None:
@@ -57,7 +59,7 @@ def _read_config(config: AnyConfig, overrides: Sequence[str]) -> Config:
     if isinstance(overrides, str):
         raise TypeError(f"overrides is {overrides!r}: give a list of texts")
     if isinstance(config, str | os.PathLike):
-        return load_config(Path(config), list(overrides))
+        return load_config(config_path(os.fspath(config)), list(overrides))
     if isinstance(config, Config):
         config = config.model_dump(mode="json", exclude_defaults=True)
     if not isinstance(config, Mapping):

@@ -11,7 +11,7 @@ from pathlib import Path
 from megachat.commands.options import Parser, passed_on, require_minimum
 from megachat.installation import config_folder
 
-DATA, TOKENIZER, RUN = Path("data/python"), Path("data/tokenizer"), Path("runs/demo")
+DATA, TOKENIZER = Path("data/python"), Path("data/tokenizer")
 
 
 def add_arguments(parser: Parser) -> None:
@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> int:
     from megachat.job.local_job import run_with_deepspeed
 
     config = str(config_folder() / "demo.json")
-    check_passed_on(["--config", config, *options.rest])
+    pretraining, settings = check_passed_on(["--config", config, *options.rest])
     start("data", ["--source", "python", "--out", str(DATA)], "megachat data")
     if not (TOKENIZER / "tokenizer.json").exists():
         training = ["--data", str(DATA), "--vocab-size", "4096", "--out", str(TOKENIZER)]
@@ -34,5 +34,8 @@ def run(options: argparse.Namespace) -> int:
     status = run_with_deepspeed(
         ["pretrain", "--config", config, "--resume", "auto", *passed_on(options), *options.rest], options.ranks
     )
-    paths = ["--data", str(DATA), "--tokenizer", str(TOKENIZER), "--run", str(RUN)]
-    return status or start("unigram", [*paths, *passed_on(options)], "megachat unigram")
+    if status or pretraining.dry_run:
+        return status
+    run_folder = str(Path(settings.run.folder) / (settings.run.name or Path(pretraining.config).stem))
+    paths = ["--data", settings.data.folder, "--tokenizer", settings.data.tokenizer, "--run", run_folder]
+    return start("unigram", [*paths, *passed_on(options)], "megachat unigram")

@@ -9,13 +9,16 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from megachat.commands.options import Parser, add_no_color, add_quiet, layout_settings
 from megachat.console import allow_color
 from megachat.errors import UserError, user_errors_end_the_program
 from megachat.installation import CHECKOUT, version_text
 from megachat.job.launchers import completion_requested, launcher_rank, no_color_requested
+
+if TYPE_CHECKING:
+    from megachat.config import Config
 
 
 class Command(NamedTuple):
@@ -109,12 +112,15 @@ def build_parser(name: str, prog: str) -> Parser:
     return parser
 
 
-def check_passed_on(arguments: list[str]) -> None:
-    """Raises UserError for options or a config that `megachat pretrain` would refuse, before ranks are started."""
+def check_passed_on(arguments: list[str]) -> "tuple[argparse.Namespace, Config]":
+    """Returns the options and the config of `megachat pretrain`.
+
+    Raises UserError for what it would refuse, before ranks are started.
+    """
     options = build_parser("pretrain", "megachat pretrain").parse_args(arguments)
     from megachat.config import load_config
 
-    load_config(options.config, options.set + layout_settings(options.layout))
+    return options, load_config(options.config, options.set + layout_settings(options.layout))
 
 
 def start(name: str, arguments: list[str], prog: str) -> int:

@@ -7,12 +7,11 @@ import os
 import sys
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import NoReturn
 
 from megachat.activity import announced
 from megachat.errors import UserError
-from megachat.installation import CHECKOUT, config_folder
+from megachat.installation import CHECKOUT, config_path
 from megachat.job.launchers import launcher_rank, launcher_world
 from megachat.planning.layouts import parse_layout
 
@@ -105,14 +104,6 @@ def check_layout_ranks(layout: str | None) -> None:
             f"--layout {layout} has {wanted} ranks, but {started} {'were' if started > 1 else 'was'} started: "
             f"start {wanted}, or leave dp out, which is then what remains"
         )
-
-
-def config_path(text: str) -> str:
-    """Returns the path of a config: the given file, else megachat's config of this name (d24, configs/d24.json)."""
-    path = Path(text)
-    bundled = (config_folder() / path.name).with_suffix(".json")
-    named = path.parent == Path() or path.parent == Path("configs")
-    return str(bundled) if named and not path.exists() and bundled.is_file() else text
 
 
 def require_minimum(options: argparse.Namespace, **minimum: int) -> None:

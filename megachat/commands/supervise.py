@@ -7,8 +7,9 @@ Other options are passed to pretrain. docs/checkpoints.md describes when it rest
 """
 
 import argparse
+import re
 
-from megachat.commands.options import Parser, passed_on
+from megachat.commands.options import Parser, passed_on, require_minimum
 from megachat.errors import UserError
 from megachat.installation import pretrain_program
 
@@ -25,6 +26,9 @@ def add_arguments(parser: Parser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Supervises a job; returns the exit status."""
+    require_minimum(options, ranks=1, restarts=0)
+    if not re.fullmatch(r"0*[1-9]\d{0,5}(:0*[1-9]\d{0,5})?", options.hosts):
+        raise UserError(f"--hosts is {options.hosts}: give the number of hosts, such as 2, or MIN:MAX, such as 2:4")
     if options.resume != "auto":
         raise UserError(
             f"after a crash --resume {options.resume} would go back there: start `megachat pretrain` from it once, "

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megachat.config import Config
-from megachat.doctor.installed import ROOT, TE_PACKAGES
+from megachat.doctor.installed import TE_PACKAGES
 from megachat.errors import summary
+from megachat.installation import DEEPSPEED_VERSION
 
 # The oldest Linux driver for each CUDA major version (NVIDIA CUDA Compatibility, minor version compatibility).
 _OLDEST_DRIVER: dict[int, tuple[int, ...]] = {12: (525, 60), 13: (580,)}
@@ -69,11 +70,10 @@ def _package_traps(facts: dict) -> list[Trap]:
         version = packages["flash-attn-3"]
         what = f"flash-attn-3 {version} from PyPI is an empty package that breaks Transformer Engine"
         traps.append(Trap("flash-attn-3", what, "pip uninstall -y flash-attn-3"))
-    pin = re.search(r"deepspeed==([\w.]+)", (ROOT / "setup.py").read_text(encoding="utf-8"))
     deepspeed = packages.get("deepspeed", "not installed")
-    if pin and deepspeed.partition("+")[0] != pin[1]:
-        what = f"deepspeed is {deepspeed}, but megachat overrides private methods of {pin[1]}"
-        traps.append(Trap("deepspeed", what, f"pip install deepspeed=={pin[1]}"))
+    if deepspeed.partition("+")[0] != DEEPSPEED_VERSION:
+        what = f"deepspeed is {deepspeed}, but megachat overrides private methods of {DEEPSPEED_VERSION}"
+        traps.append(Trap("deepspeed", what, f"pip install deepspeed=={DEEPSPEED_VERSION}"))
     if facts["torch_sees"] and "flash-attn" in packages and (error := _import_error("flash_attn")):
         options = "--no-build-isolation --no-deps --force-reinstall"
         repair = f"FLASH_ATTENTION_FORCE_BUILD=TRUE pip install {options} flash-attn"

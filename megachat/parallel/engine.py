@@ -23,13 +23,12 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
+from megachat.installation import DEEPSPEED_VERSION
 from megachat.parallel.collectives import all_reduce
 from megachat.parallel.deepspeed_version import check_deepspeed
 from megachat.parallel.mesh import Mesh
 from megachat.parallel.progress import profile_range
 from megachat.place import is_partial_over_tensor, is_tensor_shard
-
-DEEPSPEED_VERSION = "0.19.8"  # the version that setup.py pins
 
 # What we rely on beyond DeepSpeed's documented interface: methods that we call or override, and attributes that its
 # methods use.

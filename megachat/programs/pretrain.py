@@ -364,7 +364,8 @@ def _banner(run: Run, environment: LaunchEnvironment) -> list[str]:
     matrices = sum(all_gather_objects(len(run.muon.plan.matrices), run.mesh.pipeline))
     plan, layout, device = run.plan, run.plan.layout, run.mesh.device
     dtype = str(run.compute_dtype).removeprefix("torch.")
-    threads = f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    count = torch.get_num_threads()
+    threads = f" with {count} thread{'s' * (count > 1)}" if device.type == "cpu" else ""
     axes = f"data {layout.data} x tensor {layout.tensor} x pipeline {layout.pipeline}"
     peak = peak_flops(device) or "unknown, no MFU is printed"
     ngram = plan.dims.ngram

@@ -79,7 +79,8 @@ def summary_rows(trainer: Trainer, startup_s: float, total_s: float) -> list[tup
     times = f"start-up {duration(startup_s)}, steps {duration(trainer.steps_s)}, rest evaluation and saving"
     rows.append(("time", f"{duration(total_s)}: {times}"))
     if trainer.first_step:
-        rows.append(("whole run", f"{duration(state.training_s)} in steps, earlier jobs included"))
+        timed = f"{duration(state.training_s)} in steps after the first {UNTIMED_STEPS}"
+        rows.append(("whole run", f"{timed}, earlier jobs included"))
     if curve.mfu is not None:
         rows.append(("MFU", f"{curve.mfu:.1f} % mean of the logged steps"))
         if curve.mfu < LOW_MFU:

@@ -65,6 +65,7 @@ def test_a_run_far_from_the_repository(programs, tmp_path):
     command, python = programs / "megachat", programs / "python"
     assert re.fullmatch(r"megachat \d+\.\d+\.\d+\n", run(command, "--version", folder=tmp_path))
     assert "bench" not in run(command, "--help", folder=tmp_path)
+    assert json.loads(run(command, "doctor", "--json", folder=tmp_path))["traps"] == []
     (tmp_path / "texts").mkdir()
     for number in range(12):
         (tmp_path / "texts" / f"{number}.txt").write_text(f"{number} {TEXT}")

@@ -14,11 +14,13 @@ from pathlib import Path
 
 import pytest
 
+import megachat
 from megachat import errors
 from megachat.commands import main as cli
-from megachat.commands.options import check_layout_ranks, config_path, layout_settings
+from megachat.commands.options import check_layout_ranks, layout_settings
 from megachat.console import styled
 from megachat.errors import UserError
+from megachat.installation import config_path
 from megachat.job import local_job
 from megachat.prepare.download import HUB_SOURCES
 from tests.limits import limit_s
@@ -117,6 +119,9 @@ def test_the_version_has_the_commit(capsys, monkeypatch):
         (["doctor", "--set", "a=b"], "--set overrides a setting of --config"),
         (["doctor", "--hostfile", "{none}"], "the hostfile {none} cannot be read"),
         (["demo", "--ranks", "0"], "--ranks is 0"),
+        (["supervise", "--ranks", "0", "--config", "d12"], "--ranks is 0"),
+        (["supervise", "--restarts", "-1", "--config", "d12"], "--restarts is -1"),
+        (["supervise", "--hosts", "x", "--meet", "a", "--config", "d12"], "--hosts is x: give the number of hosts"),
         (["bench", "warp"], "invalid choice: 'warp'"),
         (["partition", "--rounds", "0"], "--rounds is 0"),
         (["probe", "--config", "d4_cpu", "--ranks", "1,x"], "1,x: give numbers of ranks"),
@@ -248,6 +253,7 @@ def test_megachats_configs_have_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert config_path("configs/d24.json") == str(ROOT / "configs" / "d24.json")
     assert config_path("other/d24.json") == "other/d24.json" and config_path("d99") == "d99"
+    assert megachat.resolve("d24", 8).dims.depth == 24
     (tmp_path / "d24").write_text("{}")
     assert config_path("d24") == "d24"
 
@@ -285,6 +291,11 @@ def test_the_demo_starts_ranks_and_compares(tmp_path, monkeypatch):
     )
     demo.TOKENIZER.mkdir(parents=True)
     (demo.TOKENIZER / "tokenizer.json").touch()
+    lines.clear()
+    assert begun("demo", ["--set", "run.name=mine", "--set", "data.folder=texts"], "demo") == 1
+    assert lines[-1] == ["unigram", "--data", "texts", "--tokenizer", "data/tokenizer", "--run", "runs/mine"]
+    lines.clear()
+    assert begun("demo", ["--dry-run"], "demo") == 0 and len(lines) == 2, "there is no run to compare"
     lines.clear()
     status = -15
     assert begun("demo", ["--ranks", "3"], "demo") == 143

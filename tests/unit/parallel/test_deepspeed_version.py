@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from megachat.errors import UserError
+from megachat.installation import DEEPSPEED_VERSION
 from megachat.parallel.deepspeed_version import OVERRIDE, check_deepspeed, missing_names
-from megachat.parallel.engine import DEEPSPEED_VERSION, PRIVATE_NAMES, ZeroAdamW
+from megachat.parallel.engine import PRIVATE_NAMES, ZeroAdamW
 
 SETUP = Path(__file__).resolve().parents[3] / "setup.py"
 
