@@ -15,16 +15,15 @@ from tests.runs.forked import environment, free_port
 from tests.runs.job import ROOT
 
 PACKAGED = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "configs", "megachat")
-TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. " * 40
 
 
-def run(*line, folder: Path) -> str:
+def run(*line, folder: Path, status: int = 0) -> str:
     """Runs a command line in a folder, without this repository on the path. Returns what it printed."""
     variables = {key: value for key, value in environment().items() if key != "PYTHONPATH"}
     done = subprocess.run(
         [str(word) for word in line], cwd=folder, env=variables, capture_output=True, text=True, timeout=limit_s()
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == status, done.stdout + done.stderr
     return done.stdout
 
 
@@ -60,22 +59,28 @@ def test_the_wheel_has_what_a_package_index_shows(programs):
     assert {path.name for path in configs.iterdir()} == {path.name for path in (ROOT / "configs").glob("*.json")}
 
 
-def test_a_run_far_from_the_repository(programs, tmp_path):
-    """Data, tokenizer, two ranks under `torchrun -m megachat`, and a continuation."""
+def test_a_newcomer_in_an_empty_folder(programs, tmp_path):
+    """A short demo, its model in Python and on the command line, then two ranks under `torchrun -m megachat`."""
     command, python = programs / "megachat", programs / "python"
     assert re.fullmatch(r"megachat \d+\.\d+\.\d+\n", run(command, "--version", folder=tmp_path))
     assert "bench" not in run(command, "--help", folder=tmp_path)
     assert json.loads(run(command, "doctor", "--json", folder=tmp_path))["traps"] == []
-    (tmp_path / "texts").mkdir()
-    for number in range(12):
-        (tmp_path / "texts" / f"{number}.txt").write_text(f"{number} {TEXT}")
-    run(command, "data", "--source", "text", "--input", "texts", "--shards", 1, "--out", "data/texts", folder=tmp_path)
-    run(command, "tokenizer", "--data", "data/texts", "--vocab-size", "300", "--out", "data/tokenizer", folder=tmp_path)
-    settings = ["data.folder=data/texts", "data.streams=1", "data.tokenizer_threads=1", "model.sequence_len=64"]
-    settings += ["batch.tokens=256", "batch.micro_rows=2", "horizon.steps=2", "evaluate.tokens=256", "run.name=far"]
+    settings = ["batch.tokens=1024", "batch.micro_rows=2", "horizon.steps=2", "evaluate.tokens=1024"]
     words = [word for setting in settings for word in ("--set", setting)]
+    out = run(command, "demo", "--ranks", 1, *words, folder=tmp_path, status=1)  # two steps beat no unigram
+    assert "of the unigram entropy" in out and "finished step 2" in out
+    assert "import os" in run(
+        command, "generate", "--checkpoint", "runs/demo", "--prompt", "import os", folder=tmp_path
+    )
+    results = json.loads(run(command, "evaluate", "--checkpoint", "runs/demo", "--bpb", "--json", folder=tmp_path))
+    program = (
+        "import megachat; model = megachat.load('runs/demo'); print(model.step, tuple(model.logits('a b').shape)[1])"
+    )
+    assert run(python, "-c", program, folder=tmp_path) == "2 4096\n" and 2 < results["bpb"]["bpb"] < 5
     ranks = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port(), "-m", "megachat"]
-    run(python, *ranks, "pretrain", "--config", "d2_cpu", "--layout", "dp=1,tp=2", *words, folder=tmp_path)
+    settings = ["run.name=far", "model.aspect_ratio=128"]  # 6 heads: the demo's 3 cannot be divided by 2
+    words += [word for setting in settings for word in ("--set", setting)]
+    run(python, *ranks, "pretrain", "--config", "demo", "--layout", "dp=1,tp=2", *words, folder=tmp_path)
     plan = json.loads((tmp_path / "runs/far/plan.json").read_text())
     assert plan["layout"] == {"data": 1, "tensor": 2, "pipeline": 1}
     facts = json.loads(run(command, "inspect", "runs/far", "--json", "--quiet", folder=tmp_path))
