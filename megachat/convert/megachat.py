@@ -58,9 +58,16 @@ def _with_validation(loop: dict, step_folder: Path) -> dict:
 
 
 def tokenizer_folders(folder: Path, facts: dict) -> tuple[Path, ...]:
-    """Returns where the tokenizer may be: in the checkpoint, in its run folder, or where its config says."""
-    configured = (facts.get("config") or {}).get("data", {}).get("tokenizer", Config().data.tokenizer)
-    return folder / TOKENIZER, folder.parent.parent / TOKENIZER, Path(configured)
+    """Returns where the tokenizer may be: in the checkpoint, in its run folder, or where its config says.
+
+    A relative path of the config is searched in the current folder, then in the folder in which the run was started.
+    """
+    config, defaults = facts.get("config") or {}, Config()
+    configured = Path(config.get("data", {}).get("tokenizer", defaults.data.tokenizer))
+    parts = Path(config.get("run", {}).get("folder", defaults.run.folder)).parts  # of the runs' folder
+    runs = folder.absolute().parent.parent.parent
+    started_in = [Path(*runs.parts[: -len(parts)])] if parts and runs.parts[-len(parts) :] == parts else []
+    return folder / TOKENIZER, folder.parent.parent / TOKENIZER, configured, *(at / configured for at in started_in)
 
 
 def find_step_folder(path: Path, step: int | None = None) -> Path:
