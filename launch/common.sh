@@ -10,11 +10,11 @@ fail() {
 }
 
 # usage SCRIPT REQUIRED ARGUMENTS...: prints the comment at the top of SCRIPT and exits, with status 0 for -h and --help
-# in one of the first REQUIRED arguments, with 1 if one of these is missing.
+# in one of the first REQUIRED arguments, with 2 if one of these is missing.
 usage() {
     local script=$1 required=$2 argument status=
     shift 2
-    [ $# -ge "$required" ] || status=1
+    [ $# -ge "$required" ] || status=2
     for argument in "${@:1:required}" "${1:-}"; do
         case $argument in -h | --help) status=0 ;; esac
     done

@@ -58,7 +58,8 @@ def export_huggingface(source: CheckpointReader, requested_tokenizer: Path | Non
     names = [name for name in source.entries if name.startswith("model/")]
     lost = ["the optimizer's state", "the loader"]
     if obstacles:
-        remark = f"transformers' NanoChat does not compute {', '.join(obstacles)}: load it with trust_remote_code=True"
+        remark = f"transformers' NanoChat does not compute {', '.join(obstacles)}: load with trust_remote_code=True"
+        remark += ", the tokenizer too"
         written = expected = source.select(names)
     else:
         names = [name for name in names if native.key_of(name)]

@@ -107,13 +107,16 @@ def open_shards(folder: str | Path, *, min_shards: int = 2) -> list[Shard]:
     """
     folder = Path(folder)
     if path_kind(folder) != "folder":
-        raise UserError(f"the data folder {folder} does not exist: create it with `megachat data --out {folder}`")
+        raise UserError(
+            f"the data folder {folder} does not exist: create it with `megachat data --source KIND --out {folder}`"
+        )
     if path_kind(folder / UNFINISHED):
         raise UserError(f"the preparation of {folder} has not finished: run the same `megachat data` command again")
     paths = shard_paths(folder)
     if not paths:
         raise UserError(
-            f"the data folder {folder} has no .parquet file: create it with `megachat data --out {folder} --overwrite`"
+            f"the data folder {folder} has no .parquet file: "
+            f"create it with `megachat data --source KIND --out {folder} --overwrite`"
         )
     if len(paths) < min_shards:
         raise UserError(

@@ -37,6 +37,8 @@ def load_space(path: Path) -> tuple[Dimension, ...]:
     A range of two whole numbers has whole numbers; "step" makes equal steps. Raises UserError for unknown keys and
     empty lists or ranges.
     """
+    if not path.exists():
+        raise UserError(f"--space {path} does not exist: give a JSON file of section.key -> list or range")
     with refuse_damaged(path, "is no space ({}): give a JSON object of section.key -> list or range"):
         space = dict(json.loads(path.read_bytes()))
     if not space:

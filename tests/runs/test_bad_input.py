@@ -174,7 +174,7 @@ def test_two_ranks_tell_a_mistake_once(place):
     done = finish(begin(launched("deepspeed", 2, command(place, "twice", "--set", "data.folder=nowhere"))))
     assert done.status == 2
     assert done.errors == [
-        "error: the data folder nowhere does not exist: create it with `megachat data --out nowhere`"
+        "error: the data folder nowhere does not exist: create it with `megachat data --source KIND --out nowhere`"
     ]
     assert "Traceback" not in done.out + done.err and not (place.runs / "twice").exists()
 

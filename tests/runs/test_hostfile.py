@@ -51,7 +51,7 @@ def test_mistakes_in_a_hostfile_end_the_check_at_once(place):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_say_how_they_are_used(script):
     path = ROOT / "launch" / script
-    for arguments, status in (["-h"], 0), (["--help"], 0), ([], 1):
+    for arguments, status in (["-h"], 0), (["--help"], 0), ([], 2):
         done = subprocess.run(["bash", path, *arguments], capture_output=True, text=True, cwd="/")
         assert done.returncode == status and not done.stderr
         assert "Usage: " in done.stdout and script in done.stdout
