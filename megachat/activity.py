@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import TypeVar
 
-from tqdm import tqdm
-
 T = TypeVar("T")
 ANNOUNCED_AFTER_S = 1.0
 _LINE_EVERY_S = 10.0  # between two lines of progress where there is no terminal
@@ -46,6 +44,8 @@ class Progress:
 
     def __init__(self, activity: str, total: float | None, unit: str):
         self.activity, self.unit, self.total, self.done, self._skipped = activity, unit, total, 0.0, 0.0
+        from tqdm import tqdm  # a launch script shows its help before anything is installed
+
         self._bar = tqdm(
             desc=activity,
             total=total,
@@ -91,13 +91,13 @@ class Progress:
 
     def line(self, elapsed_s: float) -> str:
         """Returns the progress after `elapsed_s` of this work as one line."""
-        done = f"{tqdm.format_sizeof(self.done)}{self.unit}"
+        done = f"{self._bar.format_sizeof(self.done)}{self.unit}"
         if self.total is None:
             return f"{self.activity}: {done}"
         rate = (self.done - self._skipped) / elapsed_s if elapsed_s > 0 else 0.0
         left = f", eta {hours_minutes(max(0.0, self.total - self.done) / rate)}" if rate > 0 else ""
         share = f" ({100 * self.done / self.total:.0f}%)" if self.total else ""
-        return f"{self.activity}: {done} of {tqdm.format_sizeof(self.total)}{self.unit}{share}{left}"
+        return f"{self.activity}: {done} of {self._bar.format_sizeof(self.total)}{self.unit}{share}{left}"
 
 
 def counted(

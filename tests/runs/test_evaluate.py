@@ -15,6 +15,7 @@ from megachat.programs.dry_run import describe_job
 from megachat.programs.evaluate import EvaluationRequest, evaluate
 from megachat.programs.pretrain import _check_inputs, _named_config
 from tests import reference
+from tests.limits import limit_s
 from tests.runs.forked import Ranks, run_forked
 from tests.runs.job import (
     STEPS,
@@ -143,7 +144,7 @@ def test_every_launcher_and_layout_repeats_what_training_logged(core_run, bundle
 def test_a_stop_interrupts_core_and_the_resumed_run_repeats_it(place, bundle, core_run, one):
     tasks = list(ALL)[:9]
     # bits per byte over many tokens come before CORE, so that the signal arrives in time
-    config = core(bundle, tokens=1000 * 64, core_tasks=tasks)
+    config = core(bundle, tokens=1000 * 64, core_tasks=tasks) | {"checkpoint": {"stop_s": limit_s()}}
     with Ranks(command(place, "stopped", config=config)) as job:
         # a stop is checked only before each task of CORE
         until(lambda: not job.alive or "\nstep 00002/" in job.out, "step 2", every_s=0.005)

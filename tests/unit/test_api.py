@@ -157,7 +157,7 @@ def test_a_step_of_several(run, model, tmp_path):
     assert megachat.load(several, device="cpu", step=STEP).folder == step_folder(several)
     for wrong in (
         lambda: megachat.load(several, step=8),
-        lambda: inspect_command(several, 8, False),
+        lambda: inspect_command(several, 8, as_json=False, verbose=False),
     ):
         with pytest.raises(megachat.UserError, match="several has no step 8: it has 7,9$"):
             wrong()
