@@ -3,6 +3,8 @@ with `torchrun -m megachat pretrain`, `mpirun python -m megachat pretrain`, or a
 """
 
 import argparse
+import math
+from pathlib import Path
 
 from megachat.activity import announced
 from megachat.commands.options import (
@@ -28,8 +30,18 @@ def add_plan_arguments(parser: Parser, where: str = "") -> None:
     parser.add_argument("--memory-gb", type=float, help=memory)
     gpu = f"{where}a kind of GPU, such as H100, to count memory and time for in place of this machine's"
     parser.add_argument("--gpu", metavar="KIND", help=gpu)
+    probe = f"{where}file of `megachat probe`, to predict the time on the machine that it measured"
+    parser.add_argument("--probe", type=Path, metavar="FILE", help=probe)
+    price = f"{where}of a GPU-hour, in any currency, to predict the price where the time is known"
+    parser.add_argument("--price", type=float, help=price)
     parser.add_argument("--verbose", action="store_true", help=f"{where}every setting, derived number and owner, too")
     parser.add_argument("--json", action="store_true", help=f"{where}print one JSON document")
+
+
+def check_price(price: float | None) -> None:
+    """Raises UserError for a price that is not above 0."""
+    if price is not None and not (math.isfinite(price) and price > 0):
+        raise UserError(f"--price is {price}: give the price of a GPU-hour, a number above 0")
 
 
 def add_arguments(parser: Parser) -> None:
@@ -68,6 +80,12 @@ def run(options: argparse.Namespace) -> int:
                 "--gpu names the GPU to plan for with --dry-run, in place of --memory-gb: give one of the two"
             )
         memory_gb = parse_gpus(options.gpu).gpu.memory_bytes / 1e9
+    for name in ("probe", "price"):
+        if getattr(options, name) is not None and not options.dry_run:
+            raise UserError(f"--{name} predicts time and price with --dry-run; a job's prediction is by log.probe")
+    if options.probe and options.gpu:
+        raise UserError("--gpu and --probe name two machines: give one of the two")
+    check_price(options.price)
     settings = options.set + layout_settings(options.layout)
     if options.dry_run:
         world = world or layout_ranks(options.layout)
@@ -75,6 +93,7 @@ def run(options: argparse.Namespace) -> int:
         check_layout_ranks(options.layout)
     check_launcher_hostfile()
     with announced("importing torch and DeepSpeed", shown=launcher_rank() == 0 and not options.dry_run):
+        from megachat.programs.dry_run import Hardware
         from megachat.programs.pretrain import pretrain
 
     return pretrain(
@@ -84,7 +103,7 @@ def run(options: argparse.Namespace) -> int:
         dry_run=options.dry_run,
         world=world,
         elastic=options.elastic,
-        memory_gb=memory_gb,
+        hardware=Hardware(memory_gb, options.gpu, options.probe, options.price),
         as_json=options.json,
         verbose=options.verbose,
     )

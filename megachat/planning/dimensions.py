@@ -220,7 +220,8 @@ def parameter_counts(dims: Dimensions) -> dict[str, int]:
     return counts | {"total": sum(counts.values())}
 
 
-def layer_costs(dims: Dimensions, grid: int = 1) -> list[tuple[int, int]]:
+@lru_cache(maxsize=1024)
+def layer_costs(dims: Dimensions, grid: int = 1) -> tuple[tuple[int, int], ...]:
     """Returns (parameters, training FLOPs per token) of each layer: the embedding, every block with its tables, the
     head.
 
@@ -234,7 +235,7 @@ def layer_costs(dims: Dimensions, grid: int = 1) -> list[tuple[int, int]]:
         tables += _lookup_rows(dims, block) * dims.width + ngram_elements(dims, block) // grid
         flops = 6 * matrices + _attention_flops(dims, block) + lookup_flops(dims, block)
         costs.append((matrices + 2 + tables, flops))
-    return [*costs, (table + 1, 6 * table)]
+    return *costs, (table + 1, 6 * table)
 
 
 @lru_cache(maxsize=1024)

@@ -9,13 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megachat.config import Config, config_from_values
 from megachat.errors import UserError
 from megachat.planning.communication import Kind
+from megachat.planning.hardware import Gpu, Link, Machine
+from megachat.planning.sizes import resolve_dimensions
 from megachat.planning.speeds import visible_pairs
 from megachat.planning.step_work import Attention, Product
 
 FORMAT, VERSION = "megachat probe", 1
 OF_PASSES = ("matrix products", "attention", "elementwise", "head and loss")
+WIDTHS = 1.0, 0.5, 1.5  # factors on the model's width at which products are measured
 _NEAREST = 6  # measured shapes from which the speed of another shape is interpolated
 
 
@@ -62,6 +66,7 @@ class ProbeSpeeds:
     def __init__(self, name: str, measured: dict[str, Any], factors: dict[str, float], error: float, overlap: float):
         self.name, self.error, self.overlap = name, error, overlap
         self.ranks, self._measured, self._factors = measured["ranks"], measured, factors
+        self.products = measured["products"]
         # a product's speed in seconds per FLOP, by dtype
         products: dict[str, list] = {}
         for rows, columns, inner, dtype, seconds in measured["products"]:
@@ -139,14 +144,25 @@ def _between(points: list[tuple[float, float]], place: float) -> float:
 
 
 class Probe(NamedTuple):
-    """A probe's document."""
+    """A probe's document. source: the file."""
 
     document: dict[str, Any]
+    source: str = "probe"
 
     @property
     def name(self) -> str:
         """Returns the device's name and how many ranks were measured."""
-        return f"{self.document['machine']['device']}, {self.document['sets'][-1]['ranks']} ranks"
+        return f"{self.document['machine']['device']}, {self.most_ranks} ranks"
+
+    @property
+    def most_ranks(self) -> int:
+        """Returns the largest number of ranks that was measured."""
+        return max(one["ranks"] for one in self.document["sets"])
+
+    @property
+    def on_gpu(self) -> bool:
+        """Returns whether GPUs were measured."""
+        return self.document["machine"]["device_count"] > 0
 
     def speeds(self, world: int) -> ProbeSpeeds:
         """Returns the speeds with `world` ranks at work, from the nearest number of ranks that was measured.
@@ -157,11 +173,53 @@ class Probe(NamedTuple):
         fitting = [one for one in sets if one["ranks"] >= world]
         if not fitting:
             raise UserError(
-                f"the probe measured up to {sets[-1]['ranks']} ranks at a time, not {world}: repeat `megachat probe` "
-                f"with --ranks {world}, or plan with --gpus"
+                f"{self.source} measured up to {sets[-1]['ranks']} ranks at a time, not {world}: repeat `megachat "
+                f"probe` with --ranks {world}, or plan with --gpus"
             )
         document = self.document
         return ProbeSpeeds(self.name, fitting[0], document["factors"], document["error"], document["overlap"])
+
+    def machine(self, ranks: int, memory_bytes: int | None = None) -> Machine:
+        """Returns the measured machine with its best speeds. memory_bytes: of a rank; default: as recorded, on a CPU
+        divided by the ranks. Raises UserError if it is not recorded.
+        """
+        speeds, machine, flops = self.speeds(ranks), self.document["machine"], dict[str, float]()
+        if memory_bytes is None and "memory_bytes" not in machine:
+            raise UserError(f"{self.source} does not record the machine's memory: give --memory-gb, or probe again")
+        memory = memory_bytes or machine["memory_bytes"] // (1 if self.on_gpu else ranks)
+        for rows, columns, inner, dtype, seconds in speeds.products:
+            flops[dtype] = max(flops.get(dtype, 0.0), 2 * rows * columns * inner / seconds)
+        link = Link("measured", math.inf, 0.0)  # collectives are looked up in the measured points
+        gpu = Gpu(machine["device"], memory, 1 / speeds.streamed(1), 1, flops, link, ranks, self.source)
+        return Machine(gpu, 1, ranks, link)
+
+    def config_for(self, config: Config, vocab_size: int) -> Config:
+        """Returns a config with the dtype of this probe, if it leaves the dtype to the device.
+
+        Raises UserError for a config that this probe does not predict: of another dtype, row length, head size,
+        compilation or FP8, or of a width that is far from the measured one.
+        """
+        probed = config_from_values(self.document["config"], self.source)
+        dtype, again = self.document["dtype"], "run `megachat probe` with this config"
+        if config.precision.compute not in ("auto", dtype):
+            raise UserError(
+                f"{self.source} was measured in {dtype}, but precision.compute is {config.precision.compute}: {again}"
+            )
+        if config.precision.fp8 != "off" and probed.precision.fp8 == "off":
+            raise UserError(f"{self.source} has no FP8, but precision.fp8 is {config.precision.fp8}: {again}")
+        for section, key in (("precision", "compile"), ("model", "sequence_len"), ("model", "head_size")):
+            value, measured = (getattr(getattr(one, section), key) for one in (config, probed))
+            if value != measured:
+                raise UserError(f"{self.source} was measured with {section}.{key}={measured}, not {value}: {again}")
+        widths = [resolve_dimensions(one, vocab_size).width for one in (config, probed)]
+        low, high = min(WIDTHS) * widths[1], max(WIDTHS) * widths[1]
+        if not low <= widths[0] <= high:
+            raise UserError(
+                f"{self.source} was measured at width {widths[1]}, which predicts widths from {low:.0f} to {high:.0f}, "
+                f"and this model's is {widths[0]}: {again}"
+            )
+        precision = config.precision.model_copy(update={"compute": dtype})
+        return config.model_copy(update={"precision": precision})
 
 
 def read_probe(path: Path) -> Probe:
@@ -171,9 +229,11 @@ def read_probe(path: Path) -> Probe:
         if document["format"] != FORMAT:
             raise ValueError(f"format {document['format']}")
         version = document["version"]
+        if version == VERSION:
+            _check_document(document)
     except OSError as error:
         raise UserError(f"probe {path} cannot be read ({error.strerror}): run `megachat probe --out {path}`") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, ArithmeticError, AttributeError, StopIteration) as error:
         what = f"{type(error).__name__}: {error}"
         raise UserError(f"{path} is not a file of `megachat probe` ({what}): run `megachat probe` again") from None
     if version != VERSION:
@@ -181,4 +241,23 @@ def read_probe(path: Path) -> Probe:
             f"{path} is of probe version {version}, but this megachat reads version {VERSION}: run `megachat probe` "
             "again"
         )
-    return Probe(document)
+    return Probe(document, str(path))
+
+
+def _check_document(document: dict[str, Any]) -> None:
+    """Raises an error for a document in which something is missing or no number: computes one speed of each kind."""
+    probe = Probe(document)
+    if not document["sets"]:
+        raise ValueError("no measurement")
+    machine, results = document["machine"], [document["error"] + 1, document["overlap"] + 1]
+    results += [machine["device_count"] + 1, machine.get("memory_bytes", 1), *document["factors"].values()]
+    for one in document["sets"]:
+        speeds, kind = probe.speeds(one["ranks"]), one["products"][0][3]
+        results += [speeds.product(Product(64, 64, 64, kind)), speeds.polar(64, 64, kind), speeds.streamed(1)]
+        results += [speeds.moved(1, 1, 1), speeds.logits(1, 1, 1)]
+        results.append(speeds.attention(Attention._make((*one["attention"][0][:7], 1, 1))))
+        results += [speeds.collective(kind, 1, one["ranks"], 1) for kind in one["collectives"]]
+    if not document["config"]["model"] or not all(0 < result < math.inf for result in results):
+        raise ValueError("a number that is not above 0")
+    if not isinstance(document["dtype"] + machine["device"], str):
+        raise TypeError("no dtype")

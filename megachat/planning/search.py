@@ -76,11 +76,12 @@ def search(
     free: frozenset[str],
     *,
     speeds: Speeds | None = None,
+    on_gpu: bool = True,
     top: int = 10,
 ) -> Layouts:
     """Returns the layouts of a machine, fastest first. free: of SEARCHED, the settings that may vary.
 
-    speeds: of a probe; default: of the data sheet.
+    speeds: of a probe; default: of the data sheet. on_gpu: False for a probe of a CPU.
     """
     limit, speeds = FILLS * machine.gpu.memory_bytes, speeds or speeds_of(machine, machine.world)
     dims = resolve_dimensions(config, vocab_size)
@@ -99,7 +100,7 @@ def search(
             except UserError as error:
                 refused.setdefault(name, str(error))
                 continue
-            size = _fullest(variant, plan, exact=False)
+            size = _fullest(variant, plan, exact=False, on_gpu=on_gpu)
             if size > limit:
                 outside.append((size, variant, plan))
                 continue
@@ -115,7 +116,8 @@ def search(
             too_large.append(Candidate(variant, plan, size, predict_step(variant, plan, speeds)))
     ranked: list[Candidate] = []
     for candidate in sorted(fits, key=_order):
-        exact = Candidate(candidate.config, candidate.plan, _fullest(candidate.config, candidate.plan), candidate.step)
+        size = _fullest(candidate.config, candidate.plan, on_gpu=on_gpu)
+        exact = Candidate(candidate.config, candidate.plan, size, candidate.step)
         if exact.bytes <= limit:
             ranked.append(exact)
         else:
@@ -172,10 +174,10 @@ def _variants(config: Config, tensor: int, pipeline: int, free: frozenset[str], 
                     )
 
 
-def _fullest(config: Config, plan: Plan, *, exact: bool = True) -> int:
+def _fullest(config: Config, plan: Plan, *, exact: bool = True, on_gpu: bool = True) -> int:
     dtype = gpu_dtype(config)
     state_of = stage_state if exact else estimated_stage_state
-    return max(stage.total for stage in memory_of_stages(config, plan, dtype, state_of=state_of))
+    return max(stage.total for stage in memory_of_stages(config, plan, dtype, on_gpu=on_gpu, state_of=state_of))
 
 
 def gpu_dtype(config: Config) -> torch.dtype:
@@ -183,7 +185,7 @@ def gpu_dtype(config: Config) -> torch.dtype:
     return DTYPES[planned_dtype(config)]
 
 
-def savings(candidate: Candidate, vocab_size: int) -> list[tuple[str, int]]:
+def savings(candidate: Candidate, vocab_size: int, *, on_gpu: bool = True) -> list[tuple[str, int]]:
     """Returns (setting=value, bytes saved) of each change that makes a layout smaller, the largest saving first."""
     changes: dict[str, tuple[str, int]] = {}
     for section, key, value in lighter_settings(candidate.config, candidate.plan):
@@ -194,20 +196,17 @@ def savings(candidate: Candidate, vocab_size: int) -> list[tuple[str, int]]:
             plan = resolve(config, candidate.plan.layout.world, vocab_size)
         except UserError:
             continue
-        saved = candidate.bytes - _fullest(config, plan, exact=False)
+        saved = candidate.bytes - _fullest(config, plan, exact=False, on_gpu=on_gpu)
         name = f"{section}.{key}"
         if saved > changes.get(name, ("", 0))[1]:
             changes[name] = f"{name}={value}", saved
     return sorted(changes.values(), key=lambda change: -change[1])
 
 
-def scaling(
-    config: Config, machine: Machine, vocab_size: int, free: frozenset[str], *, speeds: Speeds | None = None
-) -> list[tuple[Machine, Layouts]]:
-    """Returns the best layout on 1, 2, 4 ... 64 nodes. speeds: of a probe, for one node only."""
-    sizes = [1 << power for power in range(MOST_NODES.bit_length())]
-    machines = [machine.with_nodes(nodes) for nodes in sizes if speeds is None or nodes == 1]
-    return [(one, search(config, one, vocab_size, free, speeds=speeds, top=1)) for one in machines]
+def scaling(config: Config, machine: Machine, vocab_size: int, free: frozenset[str]) -> list[tuple[Machine, Layouts]]:
+    """Returns the best layout on 1, 2, 4 ... 64 nodes."""
+    machines = [machine.with_nodes(1 << power) for power in range(MOST_NODES.bit_length())]
+    return [(one, search(config, one, vocab_size, free, top=1)) for one in machines]
 
 
 def least_hardware(config: Config, machine: Machine, vocab_size: int, free: frozenset[str]) -> list[Machine]:

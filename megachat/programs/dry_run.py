@@ -1,33 +1,57 @@
 """`pretrain --dry-run`: what a job would be, from its config alone. Nothing is started."""
 
 import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from megachat.config import Config
 from megachat.data.tokenizer import load_tokenizer
-from megachat.device import choose_compute_dtype, memory_bytes, this_device
+from megachat.device import choose_compute_dtype, device_name, memory_bytes, this_device
+from megachat.errors import UserError
 from megachat.planning.explain import describe_config, describe_plan, plan_values, setting_warnings
+from megachat.planning.hardware import Machine, known_gpu, parse_gpus
 from megachat.planning.manifest import describe_ownership, ownership
 from megachat.planning.memory import FILLS, Memory, describe_memory, format_bytes, memory_of_stages, memory_warning
 from megachat.planning.plan import Plan, resolve
-from megachat.programs.preflight import Check, describe_checks, preflight
+from megachat.planning.probe import Probe, read_probe
+from megachat.planning.step_time import RunTime, predict_run
+from megachat.programs.preflight import Check, describe_checks, preflight, rank_checkpoint_bytes
 from megachat.train.lookup_rows import planned_lookup
 
 
-def describe_job(config: Config, world: int, memory_gb: float | None = None, *, verbose: bool = False) -> str:
-    """Returns the verdict of the job on `world` ranks: estimated memory, warnings and checks of this machine.
+class Hardware(NamedTuple):
+    """What a job is planned for; default: this machine. memory_gb: of a GPU. gpu: its kind, or probe: the file of a
+    probe, from which the time is predicted. price: of a GPU-hour, with a probe of a CPU of its hour.
+    """
+
+    memory_gb: float | None = None
+    gpu: str | None = None
+    probe: Path | None = None
+    price: float | None = None
+
+
+THIS_MACHINE = Hardware()
+
+
+def describe_job(config: Config, world: int, hardware: Hardware = THIS_MACHINE, *, verbose: bool = False) -> str:
+    """Returns the verdict of the job on `world` ranks: estimated memory, predicted time and price where the machine's
+    speeds are known, warnings and checks of this machine.
 
     Reads the data folder's footers, the tokenizer, and the CORE bundle and an existing allocation of lookup rows, if
-    configured. memory_gb: of the GPUs planned for; default: this machine's. verbose: also config, plan, and owners of
-    every parameter. Raises UserError for a plan that does not exist, and for a bundle that cannot be used.
+    configured. verbose: also config, plan, and owners of every parameter. Raises UserError for a plan that does not
+    exist, for a bundle that cannot be used, and for a price where no time is known.
     """
     plan = _resolve(config, world)
-    stages, dtype, device_bytes = _stage_memory(config, plan, memory_gb)
+    stages, dtype, device_bytes = _stage_memory(config, plan, hardware.memory_gb)
     warnings = _warnings(config, plan, stages, dtype, device_bytes)
+    time = predicted_time(config, plan, hardware, dtype)
     checks = preflight(config, plan)
     lines = [
         _verdict(stages, device_bytes, checks),
+        *(describe_time(time) if time else []),
         f"{describe_memory(stages, device_bytes)}; computed in {str(dtype).removeprefix('torch.')}",
         *warnings,
         *describe_checks(checks),
@@ -58,10 +82,65 @@ def _verdict(stages: list[Memory], device_bytes: int | None, checks: list[Check]
     return f"{fit}; {on_machine}"
 
 
-def job_values(config: Config, world: int, memory_gb: float | None = None) -> dict:
-    """Returns the same as JSON values; memory: of a rank of each pipeline stage, in bytes."""
+def predicted_time(config: Config, plan: Plan, hardware: Hardware, dtype: torch.dtype) -> dict | None:
+    """Returns the predicted time and price as JSON values; None if the machine's speeds are not known.
+
+    Raises UserError for a price without a time, and for a probe that does not fit the config.
+    """
+    path, world, this = hardware.probe, plan.layout.world, this_device()
+    if not path and not hardware.gpu and config.log.probe:
+        path = Path(config.log.probe)
+    machine: Machine | Probe | None = None
+    name, units, source = str(dtype).removeprefix("torch."), world, ""
+    if path:
+        machine = probe = read_probe(path)
+        name = probe.config_for(config, plan.dims.vocab_size).precision.compute
+        units, source = world if probe.on_gpu else 1, f"probe {path}"
+    else:
+        kind = parse_gpus(hardware.gpu).gpu if hardware.gpu else None
+        if kind is None and this.type == "cuda" and hardware.memory_gb is None:
+            kind = known_gpu(device_name(this))
+        if kind and world <= kind.gpus_per_node:  # the network between nodes is not known
+            machine, source = parse_gpus(f"1x{world}x{kind.name}"), f"data sheet of {kind.name}"
+    if machine is None:
+        if hardware.price is not None:
+            raise UserError(
+                f"--price needs a time, and that of {world} ranks on this machine is not known: give --gpus 8xH100 to "
+                "`megachat plan`, --gpu KIND for one node, or --probe FILE"
+            )
+        return None
+    run = predict_run(config, plan, machine, dtype=name, checkpoint_bytes=rank_checkpoint_bytes(config, plan))
+    values = {"step_sec": run.step.total, "error": run.step.error, "steps": plan.stop_step, "source": source}
+    values |= {"assumed": path is None, "clock_hours": run.clock_hours, "wall_hours": run.wall_hours}
+    return values | price_values(run, units, hardware.price)
+
+
+def price_values(run: RunTime, units: int, price: float | None) -> dict:
+    """Returns the price of a run with its interval as JSON values, if there is one. units: that are paid per hour."""
+    if price is None:
+        return {}
+    total = run.wall_hours * units * price
+    return {"price": total, "price_interval": [total * (1 - run.step.error), total * (1 + run.step.error)]}
+
+
+def describe_time(values: Mapping) -> list[str]:
+    """Returns lines with predicted time and price."""
+    origin = "assumed" if values["assumed"] else "error of the probe"
+    source = f"; predicted, not measured, by the {values['source']}" if values["source"] else ""
+    lines = [
+        f"time: {values['wall_hours']:,.2f} h for {values['steps']:,} steps of {values['step_sec']:.3f} s, "
+        f"+-{values['error']:.0%} ({origin}); {values['clock_hours']:,.2f} h by the speedrun's clock{source}"
+    ]
+    if "price" in values:
+        low, high = values["price_interval"]
+        lines.append(f"price: {values['price']:,.2f}, between {low:,.2f} and {high:,.2f}")
+    return lines
+
+
+def job_values(config: Config, world: int, hardware: Hardware = THIS_MACHINE) -> dict:
+    """Returns the same as JSON values; memory: of a rank of each pipeline stage, in bytes; time: null if not known."""
     plan = _resolve(config, world)
-    stages, dtype, device_bytes = _stage_memory(config, plan, memory_gb)
+    stages, dtype, device_bytes = _stage_memory(config, plan, hardware.memory_gb)
     return {
         "config": config.model_dump(mode="json"),
         "plan": plan_values(plan),
@@ -69,6 +148,7 @@ def job_values(config: Config, world: int, memory_gb: float | None = None) -> di
         "checks": [check._asdict() for check in preflight(config, plan)],
         "memory": [dataclasses.asdict(stage) for stage in stages],
         "device_bytes": device_bytes,
+        "time": predicted_time(config, plan, hardware, dtype),
         "compute_dtype": str(dtype).removeprefix("torch."),
         "warnings": _warnings(config, plan, stages, dtype, device_bytes),
     }

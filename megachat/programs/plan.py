@@ -2,6 +2,7 @@
 nothing is started or measured.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from megachat.errors import UserError
 from megachat.planning.hardware import Machine
 from megachat.planning.memory import FILLS, format_bytes
 from megachat.planning.plan import resolve
+from megachat.planning.probe import Probe
 from megachat.planning.search import (
     SEARCHED,
     Candidate,
@@ -22,8 +24,10 @@ from megachat.planning.search import (
     search,
 )
 from megachat.planning.speeds import Speeds
-from megachat.planning.step_time import PARTS, RunTime, predict_run
+from megachat.planning.step_time import PARTS, predict_run
+from megachat.programs.dry_run import describe_time, price_values
 from megachat.programs.explain import planned_vocabulary
+from megachat.programs.preflight import rank_checkpoint_bytes
 from megachat.text import text_table
 
 # nanochat's runs that reached GPT-2's CORE, by depth: tokens per scaling parameter (docs/performance.md).
@@ -35,7 +39,9 @@ HALF = 0.5  # the efficiency below which scaling is said to break
 
 @dataclass(frozen=True)
 class Request:
-    """What is planned. free: the settings that vary. price: of a GPU-hour."""
+    """What is planned. free: the settings that vary. price: of a GPU-hour, with a probe of a CPU of its hour. probe:
+    measured the machine; else its numbers are of data sheets.
+    """
 
     config: Config
     machine: Machine
@@ -44,7 +50,31 @@ class Request:
     kept: tuple[str, ...]
     notes: tuple[str, ...]
     price: float | None = None
-    speeds: Speeds | None = None
+    probe: Probe | None = None
+
+    @functools.cached_property
+    def speeds(self) -> Speeds | None:
+        """Returns the measured speeds, if there are some."""
+        return self.probe.speeds(self.machine.world) if self.probe else None
+
+    @property
+    def on_gpu(self) -> bool:
+        """Returns whether the ranks have GPUs."""
+        return self.probe is None or self.probe.on_gpu
+
+    @property
+    def name(self) -> str:
+        """Returns the machine for people."""
+        return (
+            f"{self.machine.world} rank{'s' * (self.machine.world > 1)} on {self.machine.gpu.name}"
+            if self.probe
+            else self.machine.name
+        )
+
+    def layouts(self, top: int = 10) -> Layouts:
+        """Returns the layouts of the machine, fastest first."""
+        speeds, free = self.speeds, self.free
+        return search(self.config, self.machine, self.vocab_size, free, speeds=speeds, on_gpu=self.on_gpu, top=top)
 
 
 def make_request(
@@ -54,9 +84,10 @@ def make_request(
     *,
     price: float | None = None,
     target: str = "steps",
-    speeds: Speeds | None = None,
+    probe: Probe | None = None,
 ) -> Request:
     """Returns the request of a config file with overrides. target: steps (the config's horizon), core or flops.
+    probe: of the machine.
 
     What is set in overrides is kept; of the file all but batch.micro_rows is kept, too. Raises UserError.
     """
@@ -66,18 +97,18 @@ def make_request(
     for key in set(SEARCHED) - {"batch.micro_rows"}:
         section, _, name = key.partition(".")
         kept |= {key} if name in getattr(in_file, section).model_fields_set else set()
-    if config.precision.fp8 != "off" and "float8" not in machine.gpu.flops:
+    vocab_size, notes = planned_vocabulary(config)
+    if probe:
+        config = probe.config_for(config, vocab_size)
+    elif config.precision.fp8 != "off" and "float8" not in machine.gpu.flops:
         raise UserError(
             f"precision.fp8 is {config.precision.fp8}, but {machine.gpu.name} has no FP8: plan with "
             "--set precision.fp8=off, or for another GPU"
         )
-    vocab_size, notes = planned_vocabulary(config)
     config = with_target(config, target)
     sections = config.model_dump()
     shown = [f"{key}={sections[key.split('.')[0]][key.split('.')[1]]}" for key in SEARCHED if key in kept]
-    return Request(
-        config, machine, vocab_size, free_settings(kept), tuple(shown), tuple(notes), price=price, speeds=speeds
-    )
+    return Request(config, machine, vocab_size, free_settings(kept), tuple(shown), tuple(notes), price, probe)
 
 
 def with_target(config: Config, target: str) -> Config:
@@ -100,12 +131,12 @@ def with_target(config: Config, target: str) -> Config:
 
 def plan_values_of(request: Request) -> dict:
     """Returns verdict, layouts, what does not fit and scaling as JSON values. Raises UserError if no layout exists."""
-    machine, speeds = request.machine, request.speeds
-    layouts = search(request.config, machine, request.vocab_size, request.free, speeds=speeds)
+    machine, layouts = request.machine, request.layouts()
     if not layouts.ranked and not layouts.too_large:
         raise UserError(_no_layout(request, layouts))
     values: dict = {
-        "machine": machine.name,
+        "machine": request.name,
+        "rank": "GPU" if request.on_gpu else "rank",
         "gpus": machine.world,
         "gpu_bytes": machine.gpu.memory_bytes,
         "usable_bytes": FILLS * machine.gpu.memory_bytes,
@@ -116,8 +147,11 @@ def plan_values_of(request: Request) -> dict:
         "refused": [{"layout": name, "reason": reason} for name, reason in layouts.refused],
         "kept": list(request.kept),
         "notes": list(request.notes),
-        "source": speeds.name if speeds else machine.gpu.source,
+        "probe": request.probe.source if request.probe else None,
+        "source": machine.gpu.source,
     }
+    if request.probe:  # it knows its machine only
+        return values | {"least_hardware": [], "scaling": []}
     if not layouts.ranked:
         least = least_hardware(request.config, machine, request.vocab_size, request.free)
         return values | {"least_hardware": [one.name for one in least], "scaling": []}
@@ -127,14 +161,14 @@ def plan_values_of(request: Request) -> dict:
 def _no_layout(request: Request, layouts: Layouts) -> str:
     rows = resolve(request.config.model_copy(update={"parallel": Config().parallel}), 1, request.vocab_size)
     reason = layouts.refused[0][1] if layouts.refused else "no sizes of the axes divide it"
-    return (
-        f"{request.machine.world} GPUs fit no layout of this config, whose step has {rows.rows_per_step} rows: {reason}"
-    )
+    what = f"{request.machine.world} {'GPUs' if request.on_gpu else 'ranks'}"
+    return f"{what} fit no layout of this config, whose step has {rows.rows_per_step} rows: {reason}"
 
 
 def candidate_values(request: Request, candidate: Candidate, machine: Machine) -> dict:
     """Returns one layout as JSON values. price: of the wall clock's hours, with the interval of the model's error."""
-    run = predict_run(candidate.config, candidate.plan, request.speeds or machine)
+    saved = rank_checkpoint_bytes(candidate.config, candidate.plan)
+    run = predict_run(candidate.config, candidate.plan, request.speeds or machine, checkpoint_bytes=saved)
     layout, step = candidate.plan.layout, run.step
     return {
         "layout": {"data": layout.data, "tensor": layout.tensor, "pipeline": layout.pipeline},
@@ -149,18 +183,11 @@ def candidate_values(request: Request, candidate: Candidate, machine: Machine) -
         "tokens_per_sec": candidate.plan.tokens_per_step / step.total,
         "clock_hours": run.clock_hours,
         "wall_hours": run.wall_hours,
-    } | _price(request, run, machine)
-
-
-def _price(request: Request, run: RunTime, machine: Machine) -> dict:
-    if request.price is None:
-        return {}
-    price = run.wall_hours * machine.world * request.price
-    return {"price": price, "price_interval": [price * (1 - run.step.error), price * (1 + run.step.error)]}
+    } | price_values(run, machine.world if request.on_gpu else 1, request.price)
 
 
 def _large_values(request: Request, candidate: Candidate) -> dict:
-    changes = savings(candidate, request.vocab_size)
+    changes = savings(candidate, request.vocab_size, on_gpu=request.on_gpu)
     return {
         "layout": _layout_name(candidate.plan.layout),
         "settings": candidate.settings,
@@ -173,9 +200,7 @@ def scaling_values(request: Request) -> list[dict]:
     """Returns the best layout on 1 to 64 nodes; efficiency: tokens per second and GPU, relative to the first."""
     values: list[dict] = []
     first: float | None = None
-    for machine, layouts in scaling(
-        request.config, request.machine, request.vocab_size, request.free, speeds=request.speeds
-    ):
+    for machine, layouts in scaling(request.config, request.machine, request.vocab_size, request.free):
         if not layouts.ranked:
             reason = (
                 layouts.refused[-1][1] if layouts.refused and not layouts.too_large else "no layout fits the memory"
@@ -202,7 +227,7 @@ def describe_plan_values(values: Mapping, *, verbose: bool = False) -> str:
     if values["layouts"]:
         lines += ["", f"best layouts of {values['fitting_layouts']} that fit", *_layout_table(values["layouts"])]
     if values["too_large"]:
-        lines += ["", f"too large, with {format_bytes(values['usable_bytes'])} usable per GPU"]
+        lines += ["", f"too large, with {format_bytes(values['usable_bytes'])} usable per {values['rank']}"]
         for one in values["too_large"][: None if verbose else 4]:
             saved = "; ".join(f"{change['set']} saves {format_bytes(change['saves'])}" for change in one["changes"])
             lines.append(f"  {one['layout']}: {format_bytes(one['bytes'])} at least; {saved or 'nothing reduces it'}")
@@ -217,30 +242,26 @@ def describe_plan_values(values: Mapping, *, verbose: bool = False) -> str:
         lines += [f"  {part + ', hidden':<16} {1e3 * sec:9.2f} ms" for part, sec in step["hidden_sec"].items() if sec]
     if values["kept"]:
         lines += ["", f"kept as set: {', '.join(values['kept'])}"]
-    return "\n".join(
-        [*lines, *values["notes"], f"predicted, not measured; numbers of the hardware: {values['source']}"]
-    )
+    source = f"speeds: {values['source']}" if values["probe"] else f"numbers of the hardware: {values['source']}"
+    return "\n".join([*lines, *values["notes"], f"predicted, not measured; {source}"])
 
 
 def _verdict(values: Mapping) -> list[str]:
     usable = f"{format_bytes(values['usable_bytes'])} of {format_bytes(values['gpu_bytes'])} usable"
     if not values["fits"]:
         least = ", or ".join(values["least_hardware"])
-        smallest = min(one["bytes"] for one in values["too_large"])
+        needs = f"{format_bytes(min(one['bytes'] for one in values['too_large']))} per {values['rank']}"
         return [
-            f"does not fit {values['machine']}: the smallest layout needs {format_bytes(smallest)} per GPU, {usable}",
-            f"least hardware that would do: {least}" if least else "no known hardware with up to 64 nodes would do",
+            f"does not fit {values['machine']}: the smallest layout needs {needs}, {usable}",
+            "plan other machines with --gpus"
+            if values["probe"]
+            else f"least hardware that would do: {least}"
+            if least
+            else "no known hardware with up to 64 nodes would do",
         ]
-    best, error = values["layouts"][0], values["layouts"][0]["error"]
-    lines = [
-        f"fits {values['machine']}: {format_bytes(best['bytes'])} per GPU, {usable}",
-        f"time: {best['wall_hours']:.2f} h for {best['steps']:,} steps of {best['step_sec']:.3f} s, within {error:.0%} "
-        f"by the model's error; {best['clock_hours']:.2f} h by the speedrun's clock",
-    ]
-    if "price" in best:
-        low, high = best["price_interval"]
-        lines.append(f"price: {best['price']:,.2f}, between {low:,.2f} and {high:,.2f}")
-    return lines
+    best = values["layouts"][0]
+    fits = f"fits {values['machine']}: {format_bytes(best['bytes'])} per {values['rank']}, {usable}"
+    return [fits, *describe_time(best | {"assumed": values["probe"] is None, "source": None})]
 
 
 def _layout_table(layouts: list[dict]) -> list[str]:
@@ -285,9 +306,9 @@ def _scaling_table(values: list[dict]) -> list[str]:
 
 def write_best(request: Request, path: str) -> None:
     """Writes the config of the fastest layout, which runs as it is. Raises UserError if none fits."""
-    layouts = search(request.config, request.machine, request.vocab_size, request.free, speeds=request.speeds, top=1)
+    layouts = request.layouts(top=1)
     if not layouts.ranked:
-        raise UserError(f"--write-config {path}: no layout fits {request.machine.name}, so nothing was written")
+        raise UserError(f"--write-config {path}: no layout fits {request.name}, so nothing was written")
     try:
         save_config(layouts.ranked[0].config, Path(path))
     except OSError as error:
@@ -295,19 +316,33 @@ def write_best(request: Request, path: str) -> None:
 
 
 def draw_scaling(values: Mapping, path: str) -> None:
-    """Draws the predicted step time by part against nodes. Raises UserError without matplotlib."""
+    """Draws the predicted step by part against nodes, in seconds and as shares. Raises UserError without matplotlib,
+    and for a file that cannot be written."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("--plot needs matplotlib: pip install 'megachat[notebook]', or leave --plot out") from None
     planned = [one for one in values["scaling"] if "reason" not in one]
-    axes = (figure := Figure(figsize=(7, 4))).add_subplot()
-    below = [0.0] * len(planned)
-    for part in PARTS:
-        seconds = [one["parts_sec"][part] for one in planned]
-        if any(seconds):
-            axes.bar([str(one["nodes"]) for one in planned], seconds, bottom=below, label=part)
-            below = [under + more for under, more in zip(below, seconds, strict=True)]
-    axes.set(xlabel="nodes", ylabel="predicted seconds per step", title=f"{values['machine']}, prediction")
-    axes.legend(fontsize="small")
-    figure.savefig(path, bbox_inches="tight")
+    figure = Figure(figsize=(10, 4))
+    seconds, shares = figure.subplots(1, 2)
+    for axes, label in ((seconds, "predicted seconds per step"), (shares, "share of the predicted step (%)")):
+        below = [0.0] * len(planned)
+        for part in PARTS:
+            sizes = [one["parts_sec"][part] * (1 if axes is seconds else 100 / one["step_sec"]) for one in planned]
+            if any(sizes):
+                axes.bar([str(one["nodes"]) for one in planned], sizes, bottom=below, label=part)
+                below = [under + more for under, more in zip(below, sizes, strict=True)]
+        axes.set(xlabel="nodes", ylabel=label)
+        axes.spines[["top", "right"]].set_visible(False)
+    shares.legend(
+        *(list(reversed(one)) for one in shares.get_legend_handles_labels()),
+        fontsize="small",
+        frameon=False,
+        loc="center left",
+        bbox_to_anchor=(1, 0.5),
+    )
+    figure.suptitle("step by part on the best layout of each size: a prediction, not a measurement", fontsize="medium")
+    try:
+        figure.savefig(path, bbox_inches="tight", dpi=150)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--plot {path} cannot be written ({error}): give another file, as plan.png") from None

@@ -87,6 +87,11 @@ def checkpoint_bytes(config: Config, plan: Plan) -> tuple[int, int]:
     return one, min(kept, saved) * one
 
 
+def rank_checkpoint_bytes(config: Config, plan: Plan) -> float:
+    """Returns the bytes that a rank writes of a checkpoint, roughly: equal shares."""
+    return checkpoint_bytes(config, plan)[0] / plan.layout.world
+
+
 def _disk(config: Config, plan: Plan) -> str:
     folder = Path(config.run.folder).absolute()
     while not folder.exists():

@@ -41,7 +41,7 @@ from megachat.parallel.mesh import Mesh
 from megachat.planning.explain import describe_stages, plan_values, setting_warnings
 from megachat.planning.memory import check_state_fits, describe_memory, memory_of_stages, memory_warning
 from megachat.planning.plan import Plan, resolve, usable_world
-from megachat.programs.dry_run import describe_job, job_values
+from megachat.programs.dry_run import THIS_MACHINE, Hardware, describe_job, job_values
 from megachat.train.build import Run, build_run
 from megachat.train.changes import describe_changes
 from megachat.train.documents import resume_documents
@@ -82,15 +82,15 @@ def pretrain(
     resume: str | None = None,
     dry_run: bool = False,
     world: int | None = None,
-    memory_gb: float | None = None,
+    hardware: Hardware = THIS_MACHINE,
     elastic: bool = False,
     as_json: bool = False,
     verbose: bool = False,
 ) -> int:
     """Runs the configured job; returns the exit status, SAVED_STATUS when it stopped on request and saved.
 
-    dry_run: only print the plan, for `world` ranks with GPUs of `memory_gb` if these are given; as_json: as JSON;
-    verbose: with all settings, numbers and owners.
+    dry_run: only print the plan, for `world` ranks on `hardware`; as_json: as JSON; verbose: with all settings,
+    numbers and owners.
     elastic: if the batch cannot be split over all ranks that were started, the last ranks exit with status 0 and the
     others train.
     """
@@ -101,9 +101,9 @@ def pretrain(
         if environment.rank == 0:
             ranks = world or environment.world_size
             if as_json:
-                print(json.dumps(job_values(config, ranks, memory_gb), indent=1))
+                print(json.dumps(job_values(config, ranks, hardware), indent=1))
             else:
-                print(describe_job(config, ranks, memory_gb, verbose=verbose))
+                print(describe_job(config, ranks, hardware, verbose=verbose))
         return 0
     return run_job(config, notes, resume=resume, elastic=elastic, begin=begin)
 

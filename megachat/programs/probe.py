@@ -17,7 +17,7 @@ from torch import nn
 
 from megachat.config import Config, load_config
 from megachat.data.tokenizer import METADATA_FILE, load_tokenizer
-from megachat.device import choose_compute_dtype, synchronize, this_device
+from megachat.device import choose_compute_dtype, memory_bytes, synchronize, this_device
 from megachat.files import check_writable, write_json
 from megachat.job.join import end_collectives, start_mesh
 from megachat.job.launch import bootstrap_environment, choose_device, describe_environment
@@ -30,14 +30,13 @@ from megachat.model.parameters import initialize
 from megachat.optim.muon import orthogonalization_dtype, second_moment_shape, update_direction, update_scales
 from megachat.planning.dimensions import MLP_RATIO, Dimensions, linear_shapes
 from megachat.planning.plan import Plan, resolve_without_text
-from megachat.planning.probe import FORMAT, VERSION, Probe
+from megachat.planning.probe import FORMAT, VERSION, WIDTHS, Probe
 from megachat.planning.step_work import ITEMSIZE, Product, block_work, head_work
 from megachat.programs.probe_step import calibrate, measure_step
 from megachat.train.build import build_training_model, model_options
 from megachat.train.compiled import apply_compile
 
 DEFAULT_VOCABULARY = 4096
-WIDTHS = 1.0, 0.5, 1.5  # factors on the model's width at which products are measured
 ROWS = 1.0, 0.5, 2.0, 0.25  # factors on rows per micro-batch
 COLLECTIVE_BYTES = 1 << 12, 1 << 16, 1 << 20, 1 << 23
 SECTION_SEC = 8.0  # at most for each section of one number of ranks: what is measured first matters most
@@ -345,7 +344,7 @@ def measure_machine(
     document: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
-        "machine": describe_environment(device),
+        "machine": describe_environment(device) | {"memory_bytes": memory_bytes(device, 1)},
         "config": config.model_dump(mode="json"),
         "vocab_size": vocab_size,
         "dtype": dtype,

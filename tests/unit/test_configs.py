@@ -8,7 +8,7 @@ import torch
 from megachat.config import Config, load_config
 from megachat.planning.memory import FILLS, memory_of_stages
 from megachat.planning.plan import resolve
-from megachat.programs.dry_run import describe_job
+from megachat.programs.dry_run import Hardware, describe_job
 from tests.runs.forked import run_forked
 from tests.runs.job import ROOT
 
@@ -57,7 +57,7 @@ def test_the_table_has_every_config_and_variant():
 def test_a_dry_run_on_the_documented_devices(line):
     name, options, devices, kind, shape, tokens, steps, _ = line
     config = config_of(name, options)
-    text = describe_job(config, int(devices), GPU_GB if kind == "GPU" else None, verbose=True)
+    text = describe_job(config, int(devices), Hardware(GPU_GB if kind == "GPU" else None), verbose=True)
     assert "memory" in text and "WARNING" not in text
     plan = resolve(config, int(devices), config.model.vocab_size)
     assert f"{plan.micro_rows} x {plan.accumulation}" == shape

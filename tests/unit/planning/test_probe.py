@@ -38,7 +38,9 @@ def document(**changes) -> dict:
     return {
         "format": FORMAT,
         "version": VERSION,
-        "machine": {"device": "a CPU"},
+        "machine": {"device": "a CPU", "device_count": 0, "memory_bytes": 16 * 10**9},
+        "config": load_config("configs/d4_cpu.json").model_dump(mode="json"),
+        "dtype": "bfloat16",
         "sets": [measured(1), measured(2)],
         "factors": {"passes": 1.0, "optimizer": 1.0},
         "error": 0.08,
@@ -93,6 +95,10 @@ def test_a_step_is_predicted_with_the_factors_of_the_real_step(tmp_path):
     [
         ({"version": VERSION + 1}, f"is of probe version {VERSION + 1}, but this megachat reads version {VERSION}"),
         ({"format": "other"}, "is not a file of `megachat probe`"),
+        ({"sets": []}, "is not a file of `megachat probe`"),
+        ({"error": None}, "is not a file of `megachat probe`"),
+        ({"factors": {"passes": -1.0}}, "a number that is not above 0"),
+        ({"sets": [document()["sets"][0] | {"polar": [[256, 256, "x"]]}]}, "is not a file of `megachat probe`"),
     ],
 )
 def test_another_version_and_another_file_are_refused(tmp_path, changes, message):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +13,13 @@ from megachat.errors import UserError
 from megachat.planning.hardware import parse_gpus
 from megachat.planning.memory import FILLS, memory_of_stages
 from megachat.planning.plan import resolve
+from megachat.planning.probe import read_probe
 from megachat.planning.search import SEARCHED, free_settings, least_hardware, savings, search
 from megachat.planning.stage_state import estimated_stage_state
+from megachat.planning.step_time import predict_step
+from megachat.programs.plan import draw_scaling
 from tests.runs.job import ROOT
+from tests.unit.planning.test_probe import written
 
 SMALL = {
     "model": {"depth": 6, "vocab_size": 4096, "sequence_len": 512, "head_size": 64},
@@ -123,11 +128,63 @@ def test_the_command_has_the_verdict_first_and_adds_up(small, capsys, tmp_path):
     assert "kept as set: parallel.tensor=2, parallel.pipeline=1" in out and "matrix products" in out
 
 
+@pytest.fixture
+def probe(tmp_path):
+    return str(written(tmp_path))
+
+
+def test_a_probe_plans_for_the_machine_that_it_measured(probe, capsys, tmp_path):
+    words, best = (
+        ["--config", "d4_cpu", "--set", "model.vocab_size=4096", "--probe", probe],
+        str(tmp_path / "best.json"),
+    )
+    assert run(*words, "--price", "2", "--json", "--write-config", best) == 0
+    values = json.loads(capsys.readouterr().out)
+    first = values["layouts"][0]
+    assert values["gpus"] == 2 and values["scaling"] == [] and first["error"] == 0.08, "the probe's ranks and error"
+    config = load_config(best)
+    plan = resolve(config, 2, 4096)
+    assert config.precision.compute == "bfloat16", "as measured"
+    assert first["step_sec"] == pytest.approx(predict_step(config, plan, read_probe(Path(probe))).total)
+    assert first["price"] == pytest.approx(first["wall_hours"] * 2), "of the CPU, not of each rank"
+    assert values["gpu_bytes"] == 8 * 10**9, "ranks share the memory"
+    assert run(*words, "--layout", "dp=1") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("fits 1 rank on a CPU: ") and "+-8% (error of the probe)" in lines[1]
+    assert lines[-1] == f"predicted, not measured; speeds: {probe}"
+    assert run(*words, "--memory-gb", "0.01") == 1
+    assert "plan other machines with --gpus" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "fact"),
+    [
+        (["--gpus", "8xH100"], "--gpus and --probe name two machines"),
+        (["--gpu", "H100"], "--gpu and --probe name two machines"),
+        (["--plot", "x.svg"], "--plot belongs to --gpus"),
+        (["--world", "3"], "measured up to 2 ranks at a time, not 3"),
+        (["--world", "2", "--layout", "dp=1"], "--layout dp=1 has 1 ranks, but --world is 2"),
+        (["--memory-gb", "-1"], "--memory-gb is -1.0"),
+        (["--set", "precision.compute=float32"], "was measured in bfloat16, but precision.compute is float32"),
+        (["--set", "model.sequence_len=256"], "was measured with model.sequence_len=512, not 256"),
+        (["--set", "precision.fp8=tensorwise"], "has no FP8"),
+        (["--set", "model.depth=20"], "was measured at width 256, which predicts widths from 128 to 384"),
+    ],
+)
+def test_what_a_probe_cannot_predict_is_one_sentence(words, fact, probe):
+    with pytest.raises(UserError) as error:
+        run("--config", "d4_cpu", "--set", "model.vocab_size=4096", "--probe", probe, *words)
+    assert fact in str(error.value) and "\n" not in str(error.value)
+
+
 def test_the_picture(small, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     picture = tmp_path / "plan.svg"
     run("--config", small, "--gpus", "8xH100", "--plot", str(picture))
     assert "predicted seconds per step" in picture.read_text() or picture.stat().st_size > 1000
+    for path in ("/proc/none/x.png", "plan.unknown"):
+        with pytest.raises(UserError, match=f"--plot {path} cannot be written"):
+            draw_scaling({"scaling": []}, path)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match=r"pip install 'megachat\[notebook\]'"):
         run("--config", small, "--gpus", "8xH100", "--plot", str(picture))
@@ -154,7 +211,9 @@ def test_a_config_that_fits_nowhere_has_status_1_and_the_least_hardware(capsys):
         (["--gpus", "8xA100", "--set", "precision.fp8=tensorwise"], "A100-80 has no FP8"),
         (["--gpus", "8xH100", "--gpu-spec", "none.json"], "none.json"),
         (["--gpus", "8xH100", "--write-config", "/proc/none/x.json"], "/proc/none/x.json"),
-        (["--price", "2"], "--price belongs to --gpus"),
+        (["--gpus", "8xH100", "--layout", "dp=2,tp=2"], "--layout dp=2,tp=2 has 4 ranks, but 8xH100 has 8 GPUs"),
+        (["--target", "core"], "--target belongs to --gpus: give the machine, as --gpus 8xH100, or --probe FILE"),
+        (["--price", "2"], "--price needs a time, and that of"),
     ],
 )
 def test_bad_input_is_one_sentence(words, fact, small):

@@ -2,10 +2,17 @@
 
 from collections import namedtuple
 
-from megachat.config import config_from_values
+import pytest
+import torch
+
+from megachat.config import config_from_values, load_config
+from megachat.errors import UserError
+from megachat.planning.hardware import parse_gpus
 from megachat.planning.plan import resolve
+from megachat.planning.step_time import predict_run
 from megachat.programs import preflight
-from megachat.programs.dry_run import describe_job, job_values
+from megachat.programs.dry_run import Hardware, describe_job, job_values, predicted_time
+from tests.unit.planning.test_probe import written
 
 CONFIG = config_from_values(
     {
@@ -19,6 +26,7 @@ CONFIG = config_from_values(
     "small",
 )
 PLAN = resolve(CONFIG, 1, 97)
+MEASURED = load_config("configs/d4_cpu.json", ["batch.micro_rows=2"])
 
 
 def problems(config=CONFIG) -> dict[str, str]:
@@ -45,12 +53,32 @@ def test_the_most_checkpoints_at_a_time():
     assert preflight.checkpoint_bytes(every, PLAN)[1] == 6 * one, "at 2, 4, 6, 8, 10 and the end"
 
 
+def test_time_and_price_where_the_speeds_are_known(tmp_path):
+    """Of a named GPU, of a probe and of log.probe; a price without a time is refused."""
+    text = describe_job(CONFIG, 8, Hardware(80, "H100", price=2.0)).splitlines()
+    assert text[1].startswith("time: ") and "by the data sheet of H100" in text[1] and "(assumed)" in text[1]
+    assert text[2].startswith("price: ")
+    time = job_values(CONFIG, 8, Hardware(80, "H100", price=2.0))["time"]
+    step = predict_run(CONFIG, resolve(CONFIG, 8, 97), parse_gpus("8xH100"))
+    assert time["step_sec"] == step.step.total and time["price"] == pytest.approx(time["wall_hours"] * 8 * 2)
+    path = written(tmp_path)
+    plan = resolve(MEASURED, 2, 4096)
+    by_file = predicted_time(MEASURED, plan, Hardware(probe=path, price=3.0), torch.bfloat16)
+    config = MEASURED.model_copy(update={"log": MEASURED.log.model_copy(update={"probe": str(path)})})
+    assert by_file["error"] == 0.08 and by_file["price"] == pytest.approx(3 * by_file["wall_hours"]), "of the CPU"
+    assert predicted_time(config, plan, Hardware(price=3.0), torch.bfloat16) == by_file
+    for hardware in (Hardware(80, price=2.0), Hardware(80, "H100", price=2.0)):
+        with pytest.raises(UserError, match="--price needs a time, and that of 16 ranks"):
+            predicted_time(MEASURED, resolve(MEASURED, 16, 4096), hardware, torch.bfloat16)
+
+
 def test_the_verdict_is_first():
-    lines = describe_job(CONFIG, 1, 80).splitlines()
+    lines = describe_job(CONFIG, 1, Hardware(80)).splitlines()
     assert lines[0].startswith("fits: ") and lines[0].endswith(" of 80.0 GB per rank; 2 problems on this machine")
     assert [line[:7] for line in lines[2:4]] == ["PROBLEM"] * 2 and len(lines) < 15
-    assert describe_job(CONFIG, 1, 0.01).startswith("does not fit: ")
-    assert len(describe_job(CONFIG, 1, 80, verbose=True).splitlines()) > 100
+    assert job_values(CONFIG, 1)["time"] is None or torch.cuda.is_available()
+    assert describe_job(CONFIG, 1, Hardware(0.01)).startswith("does not fit: ")
+    assert len(describe_job(CONFIG, 1, Hardware(80), verbose=True).splitlines()) > 100
     assert [check["name"] for check in job_values(CONFIG, 1)["checks"] if check["problem"]] == [
         "data folder",
         "tokenizer",
