@@ -8,8 +8,10 @@ source, what depends on it, and what a change would do. Without a name it lists 
 
 import argparse
 import json
+from pathlib import Path
 
 from megachat.commands.options import Parser, add_config, add_layout, add_set, layout_ranks, layout_settings
+from megachat.commands.pretrain import check_price
 from megachat.errors import UserError
 
 
@@ -23,6 +25,10 @@ def add_arguments(parser: Parser) -> None:
     add("--change", action="append", default=[], metavar="SECTION.KEY=VALUE", help=change)
     add_layout(parser)
     add("--world", type=int, help="the number of ranks; default: the largest of 8, 4, 2, 1 per model copy that fits")
+    gpus = "a machine, as 8xH100 or 4x8xH100, for predicted times: time.step, time.wall_hours"
+    add("--gpus", metavar="8xH100", help=gpus)
+    add("--probe", type=Path, metavar="FILE", help="in place of --gpus: the machine that `megachat probe` measured")
+    add("--price", type=float, help="of a GPU-hour, for the predicted price")
     add("--json", action="store_true", help="print one JSON document")
 
 
@@ -30,12 +36,14 @@ def run(options: argparse.Namespace) -> None:
     """Prints the explanation."""
     if options.world is not None and options.world < 1:
         raise UserError(f"--world is {options.world}: give 1 or more")
-    from megachat.programs.explain import describe_explanation, describe_names, explain
+    from megachat.programs.explain import describe_explanation, describe_names, explain, machine_timing
 
     if options.name is None:
         print(describe_names())
         return
+    check_price(options.price)
     world = options.world or layout_ranks(options.layout)
+    world, timing = machine_timing(options.gpus, options.probe, options.price, world)
     settings = [*options.set, *layout_settings(options.layout)]
-    shown = explain(options.name, options.config, settings, options.change, world)
+    shown = explain(options.name, options.config, settings, options.change, world, timing)
     print(json.dumps(shown, indent=1) if options.json else describe_explanation(shown))

@@ -25,7 +25,6 @@ from megachat.commands.options import (
 )
 from megachat.errors import UserError
 from megachat.planning.hardware import Machine, parse_gpus
-from megachat.planning.probe import Probe, read_probe
 
 _WITH_GPUS = ("nodes", "network", "gpu_spec", "plot")
 _WITH_EITHER = ("target", "write_config")
@@ -61,9 +60,17 @@ def run(options: argparse.Namespace) -> int:
         return pretrain.run(argparse.Namespace(**vars(options), dry_run=True, resume=None, elastic=False))
     require_minimum(options, nodes=1, world=1)
     pretrain.check_price(options.price)
+    ranks, probe = layout_ranks(options.layout) if "dp" in (options.layout or "") else None, None
+    if options.probe:
+        from megachat.planning.probe import read_probe
+
+        world, probe = _probed_ranks(options, ranks), read_probe(options.probe)
+        memory = int(options.memory_gb * 1e9) if options.memory_gb else None
+        machine = probe.machine(world or probe.most_ranks, memory)
+    else:
+        machine = _named_machine(options, ranks)
     from megachat.programs.plan import describe_plan_values, draw_scaling, make_request, plan_values_of, write_best
 
-    machine, probe = _machine(options)
     settings = options.set + layout_settings(options.layout)
     target = options.target or "steps"
     request = make_request(options.config, settings, machine, price=options.price, target=target, probe=probe)
@@ -76,20 +83,24 @@ def run(options: argparse.Namespace) -> int:
     return 0 if values["fits"] else 1
 
 
-def _machine(options: argparse.Namespace) -> tuple[Machine, Probe | None]:
-    """Returns the machine of --gpus or --probe, and the probe. Raises UserError for options that contradict it."""
-    ranks = layout_ranks(options.layout) if "dp" in (options.layout or "") else None
-    if options.probe:
-        for name in ("gpus", "gpu"):
-            if getattr(options, name):
-                raise UserError(f"--{name} and --probe name two machines: give one of the two")
-        if options.world and ranks and ranks != options.world:
-            raise UserError(f"--layout {options.layout} has {ranks} ranks, but --world is {options.world}")
-        probe = read_probe(options.probe)
-        memory = int(options.memory_gb * 1e9) if options.memory_gb is not None else None
-        if memory is not None and memory <= 0:
-            raise UserError(f"--memory-gb is {options.memory_gb}: give the memory of a rank, above 0")
-        return probe.machine(options.world or ranks or probe.most_ranks, memory), probe
+def _probed_ranks(options: argparse.Namespace, ranks: int | None) -> int | None:
+    """Returns the number of ranks to plan for with --probe, if one is given. ranks: of a layout that names dp.
+
+    Raises UserError for options that contradict the probe.
+    """
+    for name in ("gpus", "gpu"):
+        if getattr(options, name):
+            raise UserError(f"--{name} and --probe name two machines: give one of the two")
+    if options.world and ranks and ranks != options.world:
+        raise UserError(f"--layout {options.layout} has {ranks} ranks, but --world is {options.world}")
+    if options.memory_gb is not None and not options.memory_gb > 0:
+        raise UserError(f"--memory-gb is {options.memory_gb}: give the memory of a rank, above 0")
+    return options.world or ranks
+
+
+def _named_machine(options: argparse.Namespace, ranks: int | None) -> Machine:
+    """Returns the machine of --gpus. ranks: of a layout that names dp. Raises UserError for options that contradict
+    it."""
     for name in ("world", "memory_gb", "gpu"):
         if getattr(options, name) is not None:
             raise UserError(f"--{name.replace('_', '-')} plans one layout: leave it out with --gpus, which names them")
@@ -98,4 +109,4 @@ def _machine(options: argparse.Namespace) -> tuple[Machine, Probe | None]:
     machine = parse_gpus(options.gpus, nodes=options.nodes, spec=spec, **network)
     if ranks not in (None, machine.world):
         raise UserError(f"--layout {options.layout} has {ranks} ranks, but {machine.name} has {machine.world} GPUs")
-    return machine, None
+    return machine

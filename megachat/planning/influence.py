@@ -13,20 +13,23 @@ from megachat.planning.key_docs import key_schema, other_values
 from megachat.planning.memory import memory_of_stages
 from megachat.planning.numbers import memory_numbers, plan_numbers
 from megachat.planning.plan import resolve
+from megachat.planning.time_numbers import Timing
 
 Numbers = dict[str, object]
 
 
-def numbers_of(config: Config, world: int, vocab_size: int, *, memory: bool) -> Numbers:
-    """Returns all numbers of the plan; memory: also those of the fullest rank on a GPU with bfloat16.
+def numbers_of(config: Config, world: int, vocab_size: int, *, memory: bool, timing: Timing | None = None) -> Numbers:
+    """Returns all numbers of the plan; memory: also those of the fullest rank on a GPU with bfloat16; timing: also
+    the predicted ones.
 
     Raises UserError for settings that fit no plan.
     """
     plan = resolve(config, world, config.model.vocab_size or vocab_size)
+    numbers = plan_numbers(plan) | (timing.numbers(config, plan) if timing else {})
     if not memory:
-        return plan_numbers(plan)
+        return numbers
     dtype = DTYPES.get(config.precision.compute, torch.bfloat16)
-    return plan_numbers(plan) | memory_numbers(memory_of_stages(config, plan, dtype))
+    return numbers | memory_numbers(memory_of_stages(config, plan, dtype))
 
 
 def moved(before: Mapping[str, object], after: Mapping[str, object]) -> dict[str, tuple[object, object]]:
@@ -61,8 +64,11 @@ def influenced(config: Config, key: str, numbers: Callable[[Config], Numbers]) -
     return [name for name in before if name in names]
 
 
-def influencing(config: Config, number: str, world: int, vocab_size: int) -> list[str]:
+def influencing(config: Config, number: str, world: int, vocab_size: int, timing: Timing | None = None) -> list[str]:
     """Returns the settings of which some other allowed value moves a number of the plan (none of memory)."""
+    if timing:
+        numbers = partial(numbers_of, world=world, vocab_size=vocab_size, memory=False, timing=timing)
+        return [key for key in known_keys() if number in influenced(config, key, numbers)]
     moves = _moves(config.model_dump_json(exclude_defaults=True), world, vocab_size)
     return [key for key, names in moves.items() if number in names]
 

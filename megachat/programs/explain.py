@@ -5,42 +5,59 @@ change would do.
 import difflib
 import json
 from functools import partial
+from pathlib import Path
 
 from megachat.config import Config, config_from_values, known_keys, load_config
 from megachat.data.tokenizer import load_tokenizer
 from megachat.errors import UserError
+from megachat.planning.hardware import parse_gpus
 from megachat.planning.influence import influenced, influencing, moved, numbers_of
 from megachat.planning.key_docs import describe_key
 from megachat.planning.numbers import NUMBERS, formula_of, names_in, with_numbers
 from megachat.planning.plan import resolve
+from megachat.planning.probe import read_probe
+from megachat.planning.time_numbers import TIME_NUMBERS, Timing
+from megachat.programs.preflight import rank_checkpoint_bytes
 from megachat.text import text_table
 
 ASSUMED_VOCABULARY = 32_768  # nanochat's
 _WORLDS = (8, 4, 2, 1)  # the first that fits is assumed, in units of the tensor and pipeline axes
 
 
-def explain(name: str, path: str | None, overrides: list[str], changes: list[str], world: int | None) -> dict:
+def explain(
+    name: str,
+    path: str | None,
+    overrides: list[str],
+    changes: list[str],
+    world: int | None,
+    timing: Timing | None = None,
+) -> dict:
     """Returns what is known about a setting or number, as JSON values. `describe_explanation` prints them.
 
     overrides: of the config; those of the setting itself are a change, too. changes: settings of the other plan that
-    it is compared with. world: ranks; None: as many as fit. Raises UserError for a name that does not exist.
+    it is compared with. world: ranks; None: as many as fit. timing: of a machine, for predicted numbers. Raises
+    UserError for a name that does not exist, and for a predicted number without a machine or price.
     """
     key, number = _settings_named(name), _number_named(name)
     if key is None and number is None:
         raise UserError(_unknown(name))
+    if number in TIME_NUMBERS and timing is None:
+        raise UserError(f"{number} depends on the machine: give --gpus 8xH100, or --probe FILE")
+    if number == "price" and timing and timing.price is None:
+        raise UserError("price depends on the price of a GPU-hour: give --price")
     given = [override for override in overrides if key and override.partition("=")[0].strip() == key]
     file_config = load_config(path, []) if path else Config()
     before = _loaded(path, [override for override in overrides if override not in given])
     config, after = _loaded(path, overrides), _loaded(path, [*overrides, *changes])
     vocab_size, notes = planned_vocabulary(config)
     world = world or _fitting_world(config, vocab_size)
-    numbers = partial(numbers_of, world=world, vocab_size=vocab_size)
+    numbers = partial(numbers_of, world=world, vocab_size=vocab_size, timing=timing)
     shown: dict = {"name": name, "ranks": world, "notes": notes}
     if key:
         shown["setting"] = _setting(config, key, file_config, path, bool(given))
         shown["setting"]["moves"] = influenced(config, key, partial(numbers, memory=True))
     if number:
-        shown["number"] = _number(config, number, world, vocab_size)
+        shown["number"] = _number(config, number, world, vocab_size, timing)
     if given or changes:
         known = partial(numbers, memory=True)
         try:
@@ -52,6 +69,28 @@ def explain(name: str, path: str | None, overrides: list[str], changes: list[str
             "numbers": {one: {"before": pair[0], "after": pair[1]} for one, pair in pairs.items()},
         }
     return shown
+
+
+def machine_timing(
+    gpus: str | None, probe: Path | None, price: float | None, world: int | None
+) -> tuple[int | None, Timing | None]:
+    """Returns the number of ranks, and the machine for predicted numbers, if one is given. world: that was requested.
+
+    Raises UserError for two machines, for another number of ranks than the machine has, and a price without a machine.
+    """
+    if gpus and probe:
+        raise UserError("--gpus and --probe name two machines: give one of the two")
+    if probe:
+        measured = read_probe(probe)
+        return world or measured.most_ranks, Timing(measured, price, rank_checkpoint_bytes)
+    if not gpus:
+        if price is not None:
+            raise UserError("--price needs a machine: give --gpus 8xH100, or --probe FILE")
+        return world, None
+    machine = parse_gpus(gpus)
+    if world not in (None, machine.world):
+        raise UserError(f"--gpus {gpus} has {machine.world} GPUs, but {world} ranks are requested: give one of the two")
+    return machine.world, Timing(machine, price, rank_checkpoint_bytes)
 
 
 def _loaded(path: str | None, overrides: list[str]) -> Config:
@@ -66,12 +105,13 @@ def _settings_named(name: str) -> str | None:
 
 
 def _number_named(name: str) -> str | None:
+    known = NUMBERS | TIME_NUMBERS
     same = [number for number in NUMBERS if number.rpartition(".")[2] == name]
-    return name if name in NUMBERS else same[0] if len(same) == 1 and not _settings_named(name) else None
+    return name if name in known else same[0] if len(same) == 1 and not _settings_named(name) else None
 
 
 def _unknown(name: str) -> str:
-    names = [*known_keys(), *NUMBERS]
+    names = [*known_keys(), *NUMBERS, *TIME_NUMBERS]
     last = name.rpartition(".")[2]
     near = [one for one in names if one.rpartition(".")[2] == last]
     near = near or difflib.get_close_matches(name, names, 4, 0.6)
@@ -121,27 +161,33 @@ def _setting(config: Config, key: str, file_config: Config, path: str | None, ov
     }
 
 
-def _number(config: Config, name: str, world: int, vocab_size: int) -> dict:
-    plan = resolve(config, world, vocab_size)
+def _number(config: Config, name: str, world: int, vocab_size: int, timing: Timing | None) -> dict:
+    plan, known = resolve(config, world, vocab_size), NUMBERS | TIME_NUMBERS
+    timing = timing if name in TIME_NUMBERS else None
     memory = name.startswith("memory.")
-    numbers = numbers_of(config, world, vocab_size, memory=memory)
+    numbers = numbers_of(config, world, vocab_size, memory=memory, timing=timing)
     if name not in numbers:
         lookup = name.startswith("lookup.")
         part, switch = ("lookup layers", "lookup.after_blocks") if lookup else ("n-gram values", "ngram.blocks")
         raise UserError(f"this plan has no {name}: it belongs to {part}, which {switch} turns on")
-    formula = formula_of(name, plan)
+    formula = known[name].formula if timing else formula_of(name, plan)
     short = {key.partition(".")[2]: value for key, value in _flat(config).items()}
     short |= {one.rpartition(".")[2]: value for one, value in numbers.items() if memory and one.startswith("memory.")}
+    short |= timing.constants(plan) if timing else {}
     names = short | _flat(config) | numbers | {"world": world, "ranks": plan.layout.data}
-    others = {other: names_in(formula_of(other, plan)) for other in numbers if other != name}
+    others = {
+        other: names_in(TIME_NUMBERS[other].formula if other in TIME_NUMBERS else formula_of(other, plan))
+        for other in numbers
+        if other != name
+    }
     return {
         "name": name,
         "value": numbers[name],
-        "meaning": NUMBERS[name].meaning,
+        "meaning": known[name].meaning,
         "formula": formula,
         "with_numbers": with_numbers(formula, names),
-        "source": NUMBERS[name].source or None,
-        "moved_by": [] if memory else influencing(config, name, world, vocab_size),
+        "source": timing.source if timing else known[name].source or None,
+        "moved_by": [] if memory else influencing(config, name, world, vocab_size, timing),
         "used_by": [other for other, words in others.items() if name in words or name.rpartition(".")[2] in words],
     }
 
@@ -184,7 +230,12 @@ def describe_explanation(shown: dict) -> str:
 def describe_names() -> str:
     """Returns all names that can be explained."""
     return "\n".join(
-        ["settings", *(f"  {key}" for key in known_keys()), "numbers of the plan", *(f"  {n}" for n in NUMBERS)]
+        [
+            "settings",
+            *(f"  {key}" for key in known_keys()),
+            "numbers of the plan",
+            *(f"  {n}" for n in NUMBERS | TIME_NUMBERS),
+        ]
     )
 
 

@@ -63,6 +63,7 @@ TOO_LONG = {
     "--core": "downloads CORE's tasks; tests/runs/test_evaluate.py evaluates small ones",
     "compare runs/a1": "several evaluated runs; tests/unit/evals/test_comparison.py",
     "compare_runs.py": "evaluated runs; tests/unit/evals/test_comparison.py",
+    "--probe": "needs the file of a probe; tests/unit/planning/test_search.py plans with one",
     "--dry-run": "the same as `megachat plan`",
     "--ranks 8": "the small model's tables do not divide by 8",
     "configs/d4_cpu.json": "a training of minutes",

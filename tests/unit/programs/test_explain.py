@@ -8,11 +8,17 @@ import pytest
 from megachat.commands import main as cli
 from megachat.config import known_keys, load_config
 from megachat.errors import UserError
+from megachat.planning.hardware import parse_gpus
 from megachat.planning.influence import influenced, moved, numbers_of, with_value
 from megachat.planning.memory import Memory
 from megachat.planning.numbers import NUMBERS, with_numbers
+from megachat.planning.plan import resolve
+from megachat.planning.probe import read_probe
+from megachat.planning.time_numbers import TIME_NUMBERS, Timing
 from megachat.programs.explain import describe_explanation, describe_names, explain
+from megachat.programs.preflight import rank_checkpoint_bytes
 from tests.runs.job import ROOT
+from tests.unit.planning.test_probe import written
 
 # A small model that has every part.
 ALL = {
@@ -114,6 +120,11 @@ def test_a_change_shows_every_number_that_moves(capsys):
         (["lookup.mean_rows"], "this plan has no lookup.mean_rows: it belongs to lookup layers"),
         (["depth", "--change", "model.depht=2"], "unknown key model.depht"),
         (["depth", "--world", "0"], "--world is 0"),
+        (["time.step"], "time.step depends on the machine: give --gpus 8xH100, or --probe FILE"),
+        (["price", "--gpus", "8xH100"], "price depends on the price of a GPU-hour: give --price"),
+        (["price", "--price", "2"], "--price needs a machine"),
+        (["time.step", "--gpus", "8xH100", "--world", "4"], "has 8 GPUs, but 4 ranks are requested"),
+        (["time.step", "--gpus", "8xH100", "--probe", "p.json"], "name two machines"),
         (["micro_rows", "--config", "d24_fp8", "--world", "7"], "cannot share evenly"),
     ],
 )
@@ -121,3 +132,21 @@ def test_a_wrong_name_gets_the_near_ones(words, fact):
     with pytest.raises(UserError) as error:
         cli._run(["explain", *words])
     assert fact in str(error.value) and "\n" not in str(error.value)
+
+
+def test_predicted_numbers_are_explained(config, tmp_path):
+    """Formulas of what is arithmetic give the number; what moves a number is not written down; a probe works alike."""
+    timing = Timing(parse_gpus("4xH100"), 2.5, rank_checkpoint_bytes)
+    loaded = load_config(config)
+    numbers = timing.numbers(loaded, resolve(loaded, 4, 97))
+    assert numbers.keys() == TIME_NUMBERS.keys()
+    for name in ("time.step", "time.clock_hours", "price"):
+        number = explain(name, config, [], [], 4, timing)["number"]
+        assert eval(number["with_numbers"], {}) == pytest.approx(number["value"]) == pytest.approx(numbers[name])
+        assert {"model.depth", "batch.recompute"} <= set(number["moved_by"]) and "data sheet" in number["source"]
+    assert explain("time.data_axis", config, [], [], 4, timing)["number"]["used_by"] == ["time.step"]
+    moved_numbers = explain("steps", config, [], ["horizon.steps=9"], 4, timing)["change"]["numbers"]
+    assert {"time.clock_hours", "time.wall_hours", "price"} <= set(moved_numbers) and "time.step" not in moved_numbers
+    probe = read_probe(written(tmp_path))
+    shown = explain("time.step", "configs/d4_cpu.json", [], [], 2, Timing(probe, None, rank_checkpoint_bytes))
+    assert shown["number"]["source"].startswith("measured speeds in ")
