@@ -115,7 +115,7 @@ def test_a_change_shows_every_number_that_moves(capsys):
     ("words", "fact"),
     [
         (["matrix_rl"], "did you mean optimizer.matrix_lr, rates.matrix?"),
-        (["model.steps"], "did you mean horizon.steps, steps?"),
+        (["model.steps"], "did you mean horizon.steps, steps"),
         (["xyzzy"], "`megachat explain` without a name lists all of them"),
         (["lookup.mean_rows"], "this plan has no lookup.mean_rows: it belongs to lookup layers"),
         (["depth", "--change", "model.depht=2"], "unknown key model.depht"),
