@@ -139,13 +139,20 @@ def kept_bytes_per_block(
         same_input += [("mlp.c_fc",), ("mlp.c_proj",)]
     for names in same_input:
         columns = shapes[names[0]][1]
-        if names != ("attn.c_proj",) and not rounded.issuperset(names):
-            kept += tokens * columns * itemsize  # one tensor for all; the input of attn.c_proj is attention's result
+        # one tensor for all; the input of attn.c_proj is attention's result. Gates multiply a part of it without FP8
+        gated = names[0] == "attn.c_q" and _has_gates(dims, block)
+        if names != ("attn.c_proj",) and (gated or not rounded.issuperset(names)):
+            kept += tokens * columns * itemsize
         for name in rounded.intersection(names):  # one byte per number of input and weight
             kept += tokens * columns + math.prod(shapes[name])
     if dims.lookup and dims.has_lookup(block):
         kept += _lookup_kept(dims, dims.lookup, tokens, local, itemsize, tensor, fp8)
     return kept
+
+
+def _has_gates(dims: Dimensions, block: int) -> bool:
+    """Returns whether the block gates a value embedding or n-gram values by the input of attention."""
+    return dims.has_value_embedding(block) or bool(dims.ngram and dims.has_ngram(block))
 
 
 def _kept_ngram_bytes(dims: Dimensions, block: int, tokens: int, itemsize: int, kv_heads: int) -> int:
@@ -207,10 +214,8 @@ def stage_activations(config: Config, plan: Plan, stage: int, dtype: torch.dtype
             kept += size * matrices * sum(dims.has_lookup(block) for block in blocks)
     if first == 0:
         kept += 2 * tokens * dims.width * size + 4 * tokens  # the rows of the table and their norm
-    else:
-        kept += (
-            (_passed_tensors(dims, first) - 1) * local * dims.width * size
-        )  # x is counted as the first block's input
+    else:  # x is counted as the first block's input, if there is one
+        kept += (_passed_tensors(dims, first) - bool(blocks)) * local * dims.width * size
     if last == dims.depth + 2:
         # the norm's input and result, and the gradients of result and table
         kept += (local + 2 * tokens) * dims.width * size + 4 * table
