@@ -17,6 +17,7 @@ from megachat.planning.dimensions import (
     MLP_RATIO,
     Dimensions,
     LookupDimensions,
+    NgramDimensions,
     fits_fp8,
     linear_shapes,
     lookup_shapes,
@@ -158,15 +159,22 @@ def _has_gates(dims: Dimensions, block: int) -> bool:
 def _kept_ngram_bytes(dims: Dimensions, block: int, tokens: int, itemsize: int, kv_heads: int) -> int:
     """Returns the bytes that a block keeps of its n-gram values, whatever it recomputes, on one rank.
 
-    Of each order: the values, before and after an up-projection; the index of each row in the table and among the rows
-    that were read, int64; and the signs, int8, which are made 64 at a time.
+    Of each order: the values, before and after an up-projection, and what all blocks share.
     """
     ngram = dims.ngram
     if ngram is None or not dims.has_ngram(block):
         return 0
     channels = kv_heads * dims.head_size + (ngram.width if ngram.width < dims.kv_width else 0)
-    signs = up_to_multiple(ngram.width, 64) if ngram.sign_trick else 0
-    return len(ngram.orders) * tokens * (channels * itemsize + 16 + signs)
+    return len(ngram.orders) * tokens * channels * itemsize + _shared_ngram_bytes(ngram, tokens)
+
+
+def _shared_ngram_bytes(ngram: NgramDimensions, tokens: int) -> int:
+    """Returns the bytes that all blocks of a stage keep once of the n-grams of a micro-batch.
+
+    Of each order: the index of each row in the table and among the rows that were read, int64; and the signs, int8,
+    which are made 64 at a time.
+    """
+    return len(ngram.orders) * tokens * (16 + (up_to_multiple(ngram.width, 64) if ngram.sign_trick else 0))
 
 
 def _lookup_kept(
@@ -205,6 +213,8 @@ def stage_activations(config: Config, plan: Plan, stage: int, dtype: torch.dtype
         )
         for block in blocks
     )
+    if dims.ngram and (readers := sum(map(dims.has_ngram, blocks))):
+        kept -= (readers - 1) * _shared_ngram_bytes(dims.ngram, tokens)
     if dtype == torch.float16:  # weights are float32 and cast at each use
         kinds = {"none": ("attn", "mlp"), "selective": ("attn",), "block": ()}[config.batch.recompute]
         shapes = linear_shapes(dims, layout.tensor)
@@ -219,6 +229,8 @@ def stage_activations(config: Config, plan: Plan, stage: int, dtype: torch.dtype
     if last == dims.depth + 2:
         # the norm's input and result, and the gradients of result and table
         kept += (local + 2 * tokens) * dims.width * size + 4 * table
+        if dims.depth // 2 in blocks[-1:]:  # x_backout, which elsewhere is the next block's input
+            kept += local * dims.width * size
     else:
         kept += local * dims.width * size  # the output to the next stage
     return min(layout.pipeline - stage, plan.accumulation) * kept
