@@ -45,7 +45,7 @@ def collective_sec(machine: Machine, kind: Kind, size: float, group: Group) -> f
         return 0.0
     link, network = machine.gpu.link, machine.network
     sent = sent_bytes(kind, size, ranks)
-    times = 1 if kind == "send" else 2 if kind == "all_reduce" else 1
+    times = 2 if kind == "all_reduce" else 1
     steps = 1 if kind in ("send", "all_to_all") else times * (ranks - nodes)
     seconds = BASE_SEC + steps * link.latency_sec
     inside = sent / (LINK_SHARE * link.bytes_per_sec)

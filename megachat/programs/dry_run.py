@@ -105,8 +105,8 @@ def predicted_time(config: Config, plan: Plan, hardware: Hardware, dtype: torch.
     if machine is None:
         if hardware.price is not None:
             raise UserError(
-                f"--price needs a time, and that of {world} ranks on this machine is not known: give --gpus 8xH100 to "
-                "`megachat plan`, --gpu KIND for one node, or --probe FILE"
+                f"--price needs a time, and that of {world} rank{'s' * (world > 1)} on this machine is not known: give "
+                "--gpus 8xH100 to `megachat plan`, --gpu KIND for one node, or --probe FILE"
             )
         return None
     run = predict_run(config, plan, machine, dtype=name, checkpoint_bytes=rank_checkpoint_bytes(config, plan))

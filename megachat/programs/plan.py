@@ -149,6 +149,7 @@ def plan_values_of(request: Request) -> dict:
         "notes": list(request.notes),
         "probe": request.probe.source if request.probe else None,
         "source": machine.gpu.source,
+        "network": None if request.probe else machine.network.name,
     }
     if request.probe:  # it knows its machine only
         return values | {"least_hardware": [], "scaling": []}
@@ -234,7 +235,7 @@ def describe_plan_values(values: Mapping, *, verbose: bool = False) -> str:
     if values["refused"] and (verbose or not values["layouts"]):
         lines += ["", "not possible", *(f"  {one['layout']}: {one['reason']}" for one in values["refused"])]
     if values["scaling"]:
-        lines += ["", "scaling at the same batch", *_scaling_table(values["scaling"])]
+        lines += ["", f"scaling at the same batch over {values['network']}", *_scaling_table(values["scaling"])]
     if verbose and values["layouts"]:
         step = values["layouts"][0]
         lines += ["", "the first layout's step by part"]
@@ -291,8 +292,7 @@ def _scaling_table(values: list[dict]) -> list[str]:
         if "reason" in one:
             rows.append((str(one["nodes"]), str(one["gpus"]), "-", "-", "-", "-", one["reason"]))
             continue
-        layout = one["layout"]
-        name = f"dp={layout['data']},tp={layout['tensor']},pp={layout['pipeline']}"
+        name = "dp={data},tp={tensor},pp={pipeline}".format(**one["layout"])
         waits = f"{one['cause']} ({one['cause_share']:.0%} of the step)" if one["cause_share"] >= 0.005 else "-"
         times = f"{one['step_sec']:.3f}", f"{one['wall_hours']:.2f}", f"{one['efficiency']:.0%}"
         rows.append((str(one["nodes"]), str(one["gpus"]), name, *times, waits))
