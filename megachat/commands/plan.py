@@ -24,6 +24,7 @@ from megachat.commands.options import (
     require_minimum,
 )
 from megachat.errors import UserError
+from megachat.files import check_writable
 from megachat.planning.hardware import Machine, parse_gpus
 
 _WITH_GPUS = ("nodes", "network", "gpu_spec", "plot")
@@ -73,6 +74,9 @@ def run(options: argparse.Namespace) -> int:
 
     settings = options.set + layout_settings(options.layout)
     target = options.target or "steps"
+    for option in ("write_config", "plot"):
+        if path := getattr(options, option):
+            check_writable(Path(path), f"--{option.replace('_', '-')}")
     request = make_request(options.config, settings, machine, price=options.price, target=target, probe=probe)
     values = plan_values_of(request)
     print(json.dumps(values, indent=1) if options.json else describe_plan_values(values, verbose=options.verbose))

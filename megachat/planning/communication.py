@@ -18,11 +18,14 @@ class Group(NamedTuple):
     nodes: int = 1
 
 
-def axis_group(machine: Machine, size: int, stride: int) -> Group:
+def axis_group(machine: Machine, size: int, stride: int, first: int = 0) -> Group:
     """Returns the group of an axis of `size` ranks whose neighbors are `stride` world ranks apart.
 
-    World ranks fill a node before the next one.
+    World ranks fill a node before the next one. first: the first world rank of a pair of pipeline stages; the pair is
+    over two nodes if any of its ranks sends to another node.
     """
+    if size == 2 and first // machine.gpus_per_node < (first + 2 * stride - 1) // machine.gpus_per_node:
+        return Group(2, 2)
     per_node = max(1, min(size, machine.gpus_per_node // stride))
     return Group(size, -(-size // per_node))
 

@@ -121,7 +121,7 @@ class ProbeSpeeds:
     def polar(self, rows: int, columns: int, dtype: str) -> float:
         return rows * columns * self._polar.at(_logarithms(*sorted((rows, columns))))
 
-    def collective(self, kind: Kind, size: float, ranks: int, stride: int) -> float:
+    def collective(self, kind: Kind, size: float, ranks: int, stride: int, first: int = 0) -> float:
         points = self._measured["collectives"].get(kind)
         if not points:
             raise UserError(

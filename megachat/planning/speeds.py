@@ -64,8 +64,9 @@ class Speeds(Protocol):
         """Returns the seconds of orthogonalizing one matrix, with the scales of its update."""
         ...
 
-    def collective(self, kind: Kind, size: float, ranks: int, stride: int) -> float:
-        """Returns the seconds of a collective of `size` bytes over ranks that are `stride` world ranks apart."""
+    def collective(self, kind: Kind, size: float, ranks: int, stride: int, first: int = 0) -> float:
+        """Returns the seconds of a collective of `size` bytes over ranks that are `stride` world ranks apart; first: as
+        in axis_group."""
         ...
 
     def factor(self, part: str) -> float:
@@ -134,8 +135,8 @@ class SheetSpeeds:
             rows * columns * ITEMSIZE[dtype] * NEWTON_SCHULZ_STEPS * 4 + rows * columns * 24, rows * columns, 20
         )
 
-    def collective(self, kind: Kind, size: float, ranks: int, stride: int) -> float:
-        return collective_sec(self.machine, kind, size, axis_group(self.machine, ranks, stride))
+    def collective(self, kind: Kind, size: float, ranks: int, stride: int, first: int = 0) -> float:
+        return collective_sec(self.machine, kind, size, axis_group(self.machine, ranks, stride, first))
 
     def factor(self, part: str) -> float:
         return 1.0

@@ -219,11 +219,11 @@ def _pipeline_sec(config: Config, plan: Plan, stage: int, dtype: str, speeds: Sp
     size //= layout.tensor if config.parallel.sequence else 1
     first, last = plan.stages[stage]
     seconds = 0.0
-    for layer in (first, last):
+    for layer, earlier in ((first, stage - 1), (last, stage)):
         if 0 < layer < dims.depth + 2:
             tensors = 1 + (layer <= dims.depth) + (layer - 1 > dims.depth // 2)  # x, x0, x_backout
             stride = layout.data * layout.tensor
-            seconds += 2 * tensors * speeds.collective("send", size, 2, stride)
+            seconds += 2 * tensors * speeds.collective("send", size, 2, stride, earlier * stride)
     return seconds
 
 

@@ -9,7 +9,7 @@ import torch
 from megachat.config import load_config
 from megachat.model.gpt import ModelOptions, build_layers
 from megachat.model.parameters import placed_parameters
-from megachat.planning.communication import Group, collective_sec, sent_bytes
+from megachat.planning.communication import Group, axis_group, collective_sec, sent_bytes
 from megachat.planning.dimensions import flops_per_token
 from megachat.planning.hardware import parse_gpus
 from megachat.planning.manifest import adamw_shares, muon_plan
@@ -164,3 +164,12 @@ def test_published_runs_are_predicted_within_ten_percent(name):
     tolerance = 0.005 if name == "run 6" else 0.10  # the share of FP8 products is what run 6 needs
     assert predicted_minutes(settings) == pytest.approx(minutes, rel=tolerance)
     assert MEGACHAT.logit_bytes > NANOCHAT.logit_bytes
+
+
+def test_pipeline_stages_that_send_between_nodes_are_slower():
+    """Four stages of 4 ranks on nodes of 8: only the second and the third lie on different nodes."""
+    machine = parse_gpus("2x8xH100")
+    crossing = [axis_group(machine, 2, 4, 4 * stage).nodes for stage in range(3)]
+    assert crossing == [1, 2, 1]
+    assert axis_group(machine, 2, 6).nodes == 2
+    assert axis_group(machine, 2, 4).nodes == 1 and axis_group(machine, 2, 8).nodes == 2
