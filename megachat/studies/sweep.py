@@ -2,9 +2,11 @@
 noise. The only module that imports optuna.
 """
 
+import fcntl
 import json
 import math
 import statistics
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +28,7 @@ def import_optuna() -> Any:
     except ImportError:
         raise UserError("sweeps need optuna, which is not installed: pip install 'megachat[sweep]'") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of heartbeats
     return optuna
 
 
@@ -53,6 +56,8 @@ def open_study(storage: str, name: str, space: Sequence[Dimension], question: di
         )
     except Exception as error:  # of any database driver
         raise UserError(f"the study's database {storage} cannot be opened ({summary(error)})") from None
+    if storage.startswith("sqlite:///"):
+        study.ask = _one_at_a_time(study.ask, Path(storage.removeprefix("sqlite:///") + ".lock"))
     saved = study.user_attrs.get("question")
     if saved is None:
         study.set_user_attr("question", question)
@@ -61,6 +66,17 @@ def open_study(storage: str, name: str, space: Sequence[Dimension], question: di
     elif saved != json.loads(json.dumps(question)):
         raise UserError(f"{storage} has a study {name} of another space or config: give another --out or --storage")
     return study
+
+
+def _one_at_a_time(ask: Callable, lock: Path) -> Callable:
+    """Returns `ask` for one process at a time: SQLite locks no rows, so two could take the same waiting trial."""
+
+    def locked(*args: Any, **kwargs: Any) -> Any:
+        with lock.open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            return ask(*args, **kwargs)
+
+    return locked
 
 
 def _try_again(study: Any, trial: Any) -> None:
