@@ -22,7 +22,7 @@ from megachat.device import choose_compute_dtype, device_name, host_memory_bytes
 from megachat.errors import SAVED_STATUS, UserError
 from megachat.evals.core_bundle import Bundle, configured_examples, describe_bundle, open_configured_bundle
 from megachat.evals.core_prompts import check_questions, row_limit
-from megachat.files import CONFIG_NAME, PLAN_NAME, Log, read_side_file, write_side_json
+from megachat.files import CONFIG_NAME, ENVIRONMENT_NAME, PLAN_NAME, Log, read_side_file, write_side_json
 from megachat.job.agreement import rank_facts
 from megachat.job.crash_guard import CrashGuard, guard_crashes
 from megachat.job.failure_monitor import FailureMonitor
@@ -343,7 +343,7 @@ def _write_run_folder(run: Run, state: LoopState, environment: LaunchEnvironment
         read_side_file(run.folder / CONFIG_NAME, json.loads, log)  # sets a damaged one aside
         save_config(run.config, run.folder / CONFIG_NAME)
         write_side_json(run.folder / PLAN_NAME, plan_values(run.plan), log)
-    path = run.folder / "environment.json"
+    path = run.folder / ENVIRONMENT_NAME
     earlier = read_side_file(path, _parse_list, log) or []
     now = describe_environment(run.mesh.device) | {
         "launch": dataclasses.asdict(environment),

@@ -1,14 +1,12 @@
 """Compares the curves of runs: what one recipe needs to reach another's value, whether the comparison is fair."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megachat.checkpoint.facts import read_facts
 from megachat.errors import UserError
 from megachat.studies.curves import AXES, Curve, axis_ratio, common_value, curve_of, noise_of, overall_verdict
-from megachat.studies.runs import RunRecord, complete_checkpoints, load_run
+from megachat.studies.runs import RunRecord, load_run, newest_facts, read_starts
 from megachat.text import text_table
 
 _WORDS = {"steps": "steps", "seconds": "time", "flops": "FLOPs"}
@@ -80,32 +78,15 @@ def fairness_warnings(first: Sequence[RunRecord], second: Sequence[RunRecord]) -
 def _traits(run: RunRecord) -> dict[str, Any]:
     config, plan = run.config, run.plan
     section = config.get("evaluate", {})
-    cropped = run.values("data/cropped_share")
+    cropped, starts = run.values("data/cropped_share"), read_starts(run.folder)
     return {
-        "tokenizer": _tokenizer(run),
+        "tokenizer": newest_facts(run.folder).get("tokenizer", {}).get("fingerprint"),
         "validation rows": (plan.get("evaluation_rows"), section.get("tokens"), config.get("data", {}).get("folder")),
         "row length": plan.get("dims", {}).get("sequence_len"),
         "cropped share": None if not cropped else round(cropped[-1], 2),
-        "device": _device(run.folder),
+        "device": starts[-1].get("device") if starts else None,
         "layout": tuple(plan.get("layout", {}).values()),
     }
-
-
-def _tokenizer(run: RunRecord) -> str | None:
-    saved = complete_checkpoints(run.folder)
-    if not saved:
-        return None
-    try:
-        return read_facts(saved[max(saved)]).get("tokenizer", {}).get("fingerprint")
-    except UserError:
-        return None
-
-
-def _device(folder: Path) -> str | None:
-    try:
-        return json.loads((folder / "environment.json").read_bytes())[-1]["device"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
 
 
 def curve_lines(comparison: dict[str, Any]) -> list[str]:

@@ -2,7 +2,6 @@
 environment; with a second run also the comparison.
 """
 
-import contextlib
 import html
 import json
 import statistics
@@ -10,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megachat.checkpoint.facts import read_facts
 from megachat.errors import UserError
 from megachat.evals.results import core_lines, load_results, newest_results
 from megachat.files import SAMPLES, list_folder, write_atomically
@@ -22,7 +20,7 @@ from megachat.studies.report_figures import (
     plotly_script,
     step_figure,
 )
-from megachat.studies.runs import RunRecord, complete_checkpoints, flat_config, run_row
+from megachat.studies.runs import RunRecord, flat_config, newest_facts, read_starts, run_row
 
 _STYLE = """
 :root { color-scheme: light }
@@ -143,13 +141,8 @@ def _summary(runs: Sequence[RunRecord]) -> str:
 
 
 def _ledger(run: RunRecord) -> str:
-    saved = complete_checkpoints(run.folder)
-    if not saved:
-        return ""
-    with contextlib.suppress(UserError):
-        facts = read_facts(saved[max(saved)])
-        return f"{facts.get('ledger') or 'none'} at step {facts['step']:,}"
-    return ""
+    facts = newest_facts(run.folder)
+    return f"{facts.get('ledger') or 'none'} at step {facts['step']:,}" if facts else ""
 
 
 def _comparison(run: RunRecord, against: RunRecord) -> str:
@@ -206,11 +199,10 @@ def _settings(runs: Sequence[RunRecord]) -> str:
 
 
 def _environment(run: RunRecord) -> str:
-    try:
-        starts = json.loads((run.folder / "environment.json").read_bytes())
-        newest = dict(starts[-1])
-    except (OSError, ValueError, LookupError, TypeError):
+    starts = read_starts(run.folder)
+    if not starts:
         return '<p class="warning">environment.json cannot be read</p>'
+    newest = starts[-1]
     diff = newest.pop("diff", None)
     rows = [(key, _words(value)) for key, value in newest.items()]
     text = f"<p>{len(starts)} starts; the last:</p>{_table(rows)}"

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megachat.checkpoint.facts import FACTS_NAME, checkpoint_step
+from megachat.checkpoint.facts import FACTS_NAME, checkpoint_step, read_facts
 from megachat.errors import UserError
 from megachat.evals.results import load_results
 from megachat.files import (
     CHECKPOINTS,
     CONFIG_NAME,
+    ENVIRONMENT_NAME,
     EVALUATIONS,
     LOCK_NAME,
     METRICS_NAME,
@@ -99,6 +100,22 @@ def complete_checkpoints(folder: Path) -> dict[int, Path]:
     """Returns step -> checkpoint of a run folder's checkpoints that were written to the end."""
     paths = [path for path in list_folder(folder / CHECKPOINTS) if (path / FACTS_NAME).is_file()]
     return {step: path for path in paths if (step := checkpoint_step(path)) is not None}
+
+
+def newest_facts(folder: Path) -> dict[str, Any]:
+    """Returns the facts of a run folder's newest complete checkpoint; {} if there is none that can be read."""
+    saved = complete_checkpoints(folder)
+    with contextlib.suppress(UserError):
+        return read_facts(saved[max(saved)]) if saved else {}
+    return {}
+
+
+def read_starts(folder: Path) -> list[dict[str, Any]]:
+    """Returns what environment.json has of each start of the run; [] if it cannot be read."""
+    try:
+        return [dict(start) for start in json.loads((folder / ENVIRONMENT_NAME).read_bytes())]
+    except (OSError, ValueError, TypeError):
+        return []
 
 
 def find_runs(folder: Path) -> list[RunRecord]:
