@@ -126,4 +126,4 @@ def hint(location: list[str], sections: Mapping[str, Mapping[str, FieldInfo]]) -
         return f"did you mean {near[0]}?"
     lower = key.lower().replace("-", "_")
     reason = next((reason for idea, reason in _REFUSED_IDEAS.items() if idea in lower), None)
-    return reason or "see megachat/settings.py for all keys"
+    return reason or "see megachat/settings/ for all keys"

@@ -39,7 +39,7 @@ RUNS: tuple[dict[str, dict[str, Any]], ...] = (
     },
 )
 INTRODUCTION = """\
-<!-- Written by tools/config_docs.py from megachat/settings.py: change it there. -->
+<!-- Written by tools/config_docs.py from megachat/settings/: change it there. -->
 
 # Configuration
 

@@ -1,4 +1,4 @@
-"""What each config key means: type, default, range and meaning, from its declaration in settings.py."""
+"""What each config key means: type, default, range and meaning, from its declaration in settings/."""
 
 import json
 from collections.abc import Iterator

@@ -174,7 +174,7 @@ def test_deep_files_and_endless_numbers_are_refused(tmp_path, text):
         ("model.mtp_heads", "multi-token prediction is not supported"),
         ("batch.ramp_steps", "the batch is constant"),
         ("model.dropout", "dropout is not supported"),
-        ("model.nothing_like_it", "see megachat/settings.py for all keys"),
+        ("model.nothing_like_it", "see megachat/settings/ for all keys"),
         ("model.width", "the model's width is model.depth times"),
         ("optimizer.warm_up_steps", "did you mean optimizer.warmup_steps?"),
     ],

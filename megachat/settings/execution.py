@@ -1,0 +1,61 @@
+"""Settings of how a run executes: precision, kernels, compilation, the mesh."""
+
+from typing import Literal
+
+from pydantic import field_validator
+from pydantic_core import PydanticCustomError
+
+from megachat import config_checks
+from megachat.config_checks import RANKS, SECONDS, STEPS, Most, Section, setting
+
+
+class PrecisionConfig(Section):
+    """Dtypes, kernels and compilation."""
+
+    compute: Literal["auto", "bfloat16", "float16", "float32"] = setting(
+        "auto", "dtype of activations; auto: bfloat16 if the device has it"
+    )
+    loss_scale: float = setting(
+        65536.0, "initial loss scale of float16", gt=0, most=Most(2**40, "every float16 gradient would overflow")
+    )
+    loss_scale_window: int = setting(
+        1000, "steps without overflow before float16's loss scale doubles", ge=1, most=STEPS
+    )
+    compile: bool = setting(False, "torch.compile the blocks; the first step takes long")
+    fp8: Literal["off", "tensorwise", "blockwise"] = setting(
+        "off", "train in FP8 with one scale per tensor or per tile of 128 numbers; needs bfloat16"
+    )
+    fp8_backend: Literal["auto", "te", "torch"] = setting(
+        "auto", "Transformer Engine or torch; auto: te if it works; the log shows the reason"
+    )
+    fp8_head: bool = setting(True, "with fp8: also lm_head in FP8")
+    attention: Literal["auto", "te", "flash3", "flash2", "flash4", "flex", "sdpa", "windowed"] = setting(
+        "auto", "attention kernel; auto: the fastest available exact one; the log shows the reason"
+    )
+
+    @field_validator("fp8", mode="before")
+    @classmethod
+    def _refuse_unsupported_recipe(cls, value):
+        if isinstance(value, str) and value in config_checks.UNSUPPORTED_FP8:
+            raise PydanticCustomError("fp8_recipe", "{reason}", {"reason": config_checks.UNSUPPORTED_FP8[value]})
+        return value
+
+
+class ParallelConfig(Section):
+    """Axes of the mesh; the data axis gets the remaining ranks."""
+
+    tensor: int = setting(
+        1, "ranks of the tensor axis, which share each matrix by heads or hidden channels", ge=1, most=RANKS
+    )
+    sequence: bool = setting(False, "with a tensor axis: each rank keeps only its part of the tokens between matrices")
+    pipeline: int = setting(1, "stages of the pipeline axis, which share the blocks", ge=1, most=RANKS)
+    stall_s: int = setting(
+        120,
+        "seconds without progress while a rank waits for others, after which the job stops and reports where",
+        ge=1,
+        most=SECONDS,
+    )
+    rendezvous_s: int = setting(120, "seconds that ranks wait for the others at start-up", ge=1, most=SECONDS)
+    timeout_s: int = setting(
+        600, "torch's limit for one collective; start-up, evaluation and saving may take 90 % of it", ge=1, most=SECONDS
+    )
