@@ -57,6 +57,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "watch": Command("a run's curve and newest values in the terminal, while it trains"),
         "report": Command("a run as one HTML file: curves, steps, layout, CORE, samples"),
         "compare": Command("which run is better, on steps, time, FLOPs and CORE, beyond the error?"),
+        "record": Command("a record of the speedrun, from runs of one recipe with their evidence"),
         "sweep": Command("search over settings, with the noise of the results"),
         "ladder": Command("try a change at growing depths: does it help, and does the gain last?"),
         "unigram": Command("is a run better than token frequencies?"),

@@ -225,6 +225,20 @@ def load_manifest(folder: Path) -> dict | None:
     return manifest
 
 
+def shard_hashes(folder: Path) -> dict:
+    """Returns what a record of a run has of its data: the source, and each shard's name -> SHA-256 by the manifest.
+
+    SHA-256: None without a manifest. The last shard is for validation. Nothing is read but the manifest.
+    """
+    manifest = load_manifest(folder)
+    hashes = {entry["name"]: entry["sha256"] for entry in manifest["shards"]} if manifest else {}
+    return {
+        "folder": str(folder),
+        "source": manifest["request"]["source"] if manifest else None,
+        "shards": {path.name: hashes.get(path.name) for path in shard_paths(folder)},
+    }
+
+
 def _check_against_manifest(folder: Path, shards: list[Shard], manifest: dict, hashes: bool) -> None:
     sizes = {shard.path.name: shard.size_bytes for shard in shards}
     listed = {entry["name"]: entry for entry in manifest["shards"]}

@@ -218,3 +218,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 def load_origin(folder: str | Path) -> dict:
     """Returns how the tokenizer of a folder was made, as given to `save_tokenizer`."""
     return json.loads((Path(folder) / METADATA_FILE).read_text(encoding="utf-8")).get("origin", {})
+
+
+def tokenizer_facts(folder: str | Path, tokenizer: Tokenizer) -> dict:
+    """Returns what a record of a run has of its tokenizer: fingerprint, size, and how it was made."""
+    facts = {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}
+    return facts | {"origin": load_origin(folder)}

@@ -24,6 +24,13 @@ _MODES = (
     "{} and {} treat long prompts differently (core_crop; evaluations of older versions cropped): evaluate one of them "
     "again with the other's setting"
 )
+# what a CORE value depends on besides the weights -> why its difference matters
+_STAMPS = {
+    "tokenizer": "CORE depends on it: with equal bits per byte, other tokenizers have moved it by more than 0.01",
+    "bundle_digest": "other examples or settings of the tasks",
+    "harness": "the same weights could get other answers",
+    "megachat": "other versions of the program",
+}
 Side = Sequence[tuple[Path, dict]]  # per run of one recipe: its JSON file and the content
 
 
@@ -81,6 +88,7 @@ def compare_evaluations(first: Side, second: Side, *, same_weights: bool = False
         "crop": [first_crop, second_crop],
         "left_out": sorted(set().union(*labels) - set(shared)),
         "same_examples": all(same.values()),
+        "warnings": stamp_warnings((*first, *second)),
         "difference": difference.value,
         "deviation": difference.deviation_json(),
         "verdict": verdict,
@@ -94,6 +102,26 @@ def compare_evaluations(first: Side, second: Side, *, same_weights: bool = False
             for label in shared
         },
     }
+
+
+def stamp_warnings(runs: Side) -> list[str]:
+    """Returns one sentence for each thing besides the weights that differs between evaluations."""
+    warnings = []
+    for key, consequence in _STAMPS.items():
+        values = [str(stamp_of(results, key) or "none recorded") for _, results in runs]
+        other = next((number for number, value in enumerate(values) if value != values[0]), 0)
+        if other:
+            (first, one), (second, two) = ((runs[n][0], values[n]) for n in (0, other))
+            one, two = (value[:12] if len(value) == 64 else value for value in (one, two))  # of hashes
+            name = key.replace("_", " ")
+            warnings.append(f"{name} of CORE: {first} has {one}, {second} has {two}; {consequence}")
+    return warnings
+
+
+def stamp_of(results: dict, key: str) -> str | int | None:
+    """Returns what an evaluation has of a part of its stamp; None for evaluations of versions without it."""
+    core, document = results.get("core", {}), {"tokenizer": results.get("tokenizer")}
+    return core.get(key, document.get(key))
 
 
 def _example_set(task: dict) -> tuple:
@@ -139,6 +167,7 @@ def compare_with_gpt2(side: Side) -> dict:
         "deviation": recipe.deviation_json(),
         "verdict": asdict(judge_against(recipe, len(side))),
         "whole": all(results["core"]["whole"] for _, results in side),
+        "warnings": stamp_warnings(side),
     }
 
 
@@ -150,7 +179,8 @@ def gpt2_lines(comparison: dict) -> list[str]:
         f"against GPT-2's {GPT2_CORE}: {comparison['verdict']['text']}",
     ]
     lines += [f"{CROPPED}, which nanochat does not do"] if comparison["crop"] else []
-    return lines if comparison["whole"] else [*lines, "not all examples were evaluated: not the full metric"]
+    lines += [] if comparison["whole"] else ["not all examples were evaluated: not the full metric"]
+    return [*lines, *_warning_lines(comparison)]
 
 
 def comparison_lines(comparison: dict) -> list[str]:
@@ -170,7 +200,12 @@ def comparison_lines(comparison: dict) -> list[str]:
         + " against ".join(map(_plural_runs, comparison["runs"])),
         f"{comparison['verdict']} (at {CONFIDENCE:.0%} confidence; "
         f"the smallest detectable difference is {SIGMAS * deviation['both']:.6f})",
+        *_warning_lines(comparison),
     ]
+
+
+def _warning_lines(comparison: dict) -> list[str]:
+    return [f"warning: {text}" for text in comparison["warnings"]]
 
 
 def _crop_lines(modes: Sequence[bool]) -> list[str]:

@@ -19,7 +19,7 @@ from megachat.evals.core_bundle import Bundle, CoreTask
 from megachat.evals.core_prompts import Question, RowLimit, build_questions, row_limit
 from megachat.evals.engine_model import evaluate_chunks
 from megachat.evals.local_engine import EvaluationEngine
-from megachat.evals.results import Answers, core_section
+from megachat.evals.results import Answers, core_section, evaluation_stamp
 from megachat.kernels.cross_entropy import CHUNK_BYTES, VocabularyPart, token_nats
 from megachat.model.cache import Cache, Chunk
 from megachat.model.gpt import LOGIT_CAP, logits
@@ -73,10 +73,9 @@ def evaluate_bundle(
         some, share = evaluate_tasks(evaluator, tasks, tokenizer, max_per_task=max_per_task, on_progress=on_progress)
         answers |= some
         padding.append(share)
-    seconds, padding_share = time.perf_counter() - begin, sum(padding) / len(padding)
-    return core_section(
-        bundle, answers, max_per_task, crop=evaluator.limit.crop, padding_share=padding_share, seconds=seconds
-    )
+    stamp = evaluation_stamp(tokenizer.fingerprint)
+    measured = {"padding_share": sum(padding) / len(padding), "seconds": time.perf_counter() - begin}
+    return core_section(bundle, answers, max_per_task, crop=evaluator.limit.crop, **stamp, **measured)
 
 
 def evaluate_tasks(

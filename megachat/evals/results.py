@@ -1,6 +1,7 @@
 """Saves evaluations: one JSON file per step of a run, with the answer to every example for later comparisons."""
 
 import contextlib
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -10,9 +11,13 @@ from megachat.errors import UserError
 from megachat.evals.core_bundle import CORE_TASKS, Bundle
 from megachat.evals.uncertainty import estimate, judge_against, score_tasks
 from megachat.files import EVALUATIONS, METRICS_NAME, Log, list_folder, read_side_file, refuse_damaged, write_side_json
+from megachat.installation import version_text
 from megachat.text import text_table
 
 FORMAT = "megachat-evaluation-1"
+# Raise it with every change by which the same weights, tokenizer and bundle could get other answers or another bpb.
+HARNESS_VERSION = 1
+_program = functools.cache(version_text)
 CROPPED = "prompts are cropped to the model's sequence_len"
 
 
@@ -34,6 +39,11 @@ def recorded_validation(run_folder: Path, step: int) -> float | None:
                     record = json.loads(line)
                     value = float(record["val/bpb"]) if record["step"] == step else value
     return value
+
+
+def evaluation_stamp(tokenizer: str) -> dict:
+    """Returns what a result depends on besides the weights and the examples. tokenizer: its fingerprint."""
+    return {"tokenizer": tokenizer, "harness": HARNESS_VERSION, "megachat": _program()}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from megachat.evals.core import build_evaluator, evaluate_bundle
 from megachat.evals.core_bundle import Bundle, check_max_per_task, describe_bundle, open_bundle
 from megachat.evals.core_prompts import check_questions, row_limit
 from megachat.evals.engine_model import sample_prompts
-from megachat.evals.results import core_table, results_path, save_results
+from megachat.evals.results import core_table, evaluation_stamp, results_path, save_results
 from megachat.evals.sources import SourceRows, source_names
 from megachat.files import check_writable
 from megachat.job.agreement import rank_facts
@@ -187,7 +187,7 @@ def _bits_per_byte(model: EvaluationModel) -> dict:
         "folder": folder,
         "bpb": bits_per_byte(model.engine, rows, model.mesh),
         "rows": plan.evaluation_rows,
-    }
+    } | evaluation_stamp(model.tokenizer.fingerprint)
     sources = {}
     names = source_names(Path(folder))
     for name in names:

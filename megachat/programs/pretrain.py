@@ -15,9 +15,9 @@ from megachat.checkpoint.resume import choose_checkpoint, find_checkpoint
 from megachat.checkpoint.run_folder import config_in_place, follow_checkpoint
 from megachat.config import Config, load_config, save_config
 from megachat.console import styled
-from megachat.data.shards import DataSummary, check_data_folder
+from megachat.data.shards import DataSummary, check_data_folder, shard_hashes
 from megachat.data.texts import BadTexts
-from megachat.data.tokenizer import Tokenizer, load_tokenizer
+from megachat.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_facts
 from megachat.device import choose_compute_dtype, device_name, host_memory_bytes, memory_bytes, peak_flops
 from megachat.errors import SAVED_STATUS, UserError
 from megachat.evals.core_bundle import Bundle, configured_examples, describe_bundle, open_configured_bundle
@@ -348,6 +348,8 @@ def _write_run_folder(run: Run, state: LoopState, environment: LaunchEnvironment
     now = describe_environment(run.mesh.device) | {
         "launch": dataclasses.asdict(environment),
         "compute_dtype": str(run.compute_dtype),
+        "tokenizer": tokenizer_facts(run.config.data.tokenizer, run.tokenizer),
+        "data": shard_hashes(Path(run.config.data.folder)),
     }
     now |= {"core_bundle": run.bundle.digest} if run.bundle else {}
     write_side_json(path, [*earlier, now], log)

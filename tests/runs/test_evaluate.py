@@ -10,6 +10,7 @@ import pytest
 from megachat.checkpoint.resume import newest_complete
 from megachat.config import load_config
 from megachat.errors import SAVED_STATUS, UserError
+from megachat.evals.results import HARNESS_VERSION
 from megachat.job.launch import bootstrap_environment
 from megachat.programs.dry_run import describe_job
 from megachat.programs.evaluate import EvaluationRequest, evaluate
@@ -88,7 +89,10 @@ def test_core_during_training(core_run, two, bundle):
         two
     )  # CORE does not change training
     environment = json.loads((core_run / "environment.json").read_text())
-    assert environment[-1]["core_bundle"] == in_training(core_run, 3)["core"]["bundle_digest"]
+    section = in_training(core_run, 3)["core"]
+    assert environment[-1]["core_bundle"] == section["bundle_digest"]
+    fingerprint = facts(checkpoint(core_run, STEPS))["tokenizer"]["fingerprint"]
+    assert (section["tokenizer"], section["harness"]) == (fingerprint, HARNESS_VERSION) and section["megachat"]
 
 
 def test_every_launcher_and_layout_repeats_what_training_logged(core_run, bundle, place, tmp_path, capsys):
@@ -121,6 +125,7 @@ def test_every_launcher_and_layout_repeats_what_training_logged(core_run, bundle
         alone["core"]["core_metric"] == expected["core"]["core_metric"]
         and alone["core"]["verdict"] == expected["core"]["verdict"]
     )
+    assert alone["bpb"]["harness"] == HARNESS_VERSION and alone["bpb"]["tokenizer"] == alone["tokenizer"]
     assert alone["bpb"]["bpb"] == pytest.approx(bits_per_byte(core_run)[STEPS], rel=1e-6)
     assert (
         deepspeed["bpb"]["bpb"] == pytest.approx(cut["bpb"]["bpb"], rel=1e-6)

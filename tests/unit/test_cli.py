@@ -159,6 +159,7 @@ NOT_THERE = [
     (["ladder", "--config", "{none}", "--depths", "2", "--set", "run.seed=1"], "{none}"),
     (["sweep", "--config", "demo", "--space", "{none}"], "{none}"),
     (["compare", "{empty}", "{file}"], "{empty}"),
+    (["record", "{empty}"], "{empty}"),
     (["unigram", "--data", "{none}", "--tokenizer", "{none}"], "{none}"),
     (["generate", "--checkpoint", "{file}", "--prompt", "x"], "{file}"),
     (["inspect", "{file}"], "{file}"),

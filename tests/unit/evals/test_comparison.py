@@ -1,5 +1,6 @@
 """Evaluation files, and tools/compare_runs.py on them."""
 
+import hashlib
 import json
 import re
 import subprocess
@@ -8,19 +9,25 @@ import sys
 import numpy as np
 import pytest
 
+from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError
-from megachat.evals.core_bundle import CORE_TASKS, Bundle, CoreTask
+from megachat.evals.core_bundle import CORE_TASKS, Bundle, CoreTask, open_bundle
+from megachat.evals.core_prompts import RowLimit, build_questions
 from megachat.evals.results import (
+    HARNESS_VERSION,
     Answers,
     core_lines,
     core_section,
     core_table,
+    evaluation_stamp,
     load_results,
     newest_results,
     results_path,
     save_results,
 )
 from megachat.evals.uncertainty import SIGMAS
+from megachat.installation import version_text
+from tests.unit.evals.bundle import write_bundle
 from tools.compare_runs import main
 
 EXAMPLES = 200
@@ -40,11 +47,12 @@ def evaluated(
     step: int = 7,
     examples: int = EXAMPLES,
     crop=False,
+    **stamp,
 ):
     """Writes the file of a model that is right with that probability; equal seeds make the same examples hard."""
     hard = np.random.default_rng(seed).random((len(labels), examples))
     right = {label: Answers(tuple(map(bool, row < chance))) for label, row in zip(labels, hard, strict=True)}
-    section = core_section(bundle(labels, digest), right, examples if examples < EXAMPLES else -1, crop=crop)
+    section = core_section(bundle(labels, digest), right, examples if examples < EXAMPLES else -1, crop=crop, **stamp)
     save_results(path, {"run": "x", "step": step, "core": section})
     return path
 
@@ -180,6 +188,39 @@ def test_modes_of_long_prompts_are_shown_and_not_mixed(tmp_path, capsys):
         assert "prompts are cropped to the model's sequence_len" in capsys.readouterr().out
     main([str(long), "--against", "gpt2"])
     assert "cropped" not in capsys.readouterr().out
+
+
+def test_what_a_value_depends_on_besides_the_weights_is_compared(tmp_path, capsys):
+    stamp = evaluation_stamp("a" * 64)
+    assert stamp["harness"] == HARNESS_VERSION and stamp["megachat"].startswith(version_text()[:12])
+    one, same = (evaluated(tmp_path / f"{name}.json", 0.62, 1, **stamp) for name in ("one", "same"))
+    assert compared(capsys, one, same)["warnings"] == []
+    older = evaluated(tmp_path / "older.json", 0.62, 1)
+    assert compared(capsys, older, older)["warnings"] == [], "nothing is known to differ"
+    for key, value in {"tokenizer": "b" * 64, "harness": 99, "megachat": "megachat 0.1"}.items():
+        other = evaluated(tmp_path / "other.json", 0.62, 1, **stamp | {key: value})
+        (warning,) = compared(capsys, one, other)["warnings"]
+        assert warning.startswith(f"{key} of CORE: {one} has ") and f"{other} has {str(value)[:12]}" in warning
+        assert compared(capsys, one, other, "--against", "gpt2")["warnings"] == [warning]
+    main([str(one), str(evaluated(tmp_path / "tasks.json", 0.62, 1, digest="1", **stamp))])
+    assert f"warning: bundle digest of CORE: {one} has 0, " in capsys.readouterr().out
+    warnings = compared(capsys, one, older)["warnings"]
+    assert len(warnings) == 3 and all("none recorded" in warning for warning in warnings)
+    document = json.loads(older.read_text()) | {"tokenizer": "a" * 64}  # where older evaluations have it
+    older.write_text(json.dumps(document))
+    assert len(compared(capsys, one, older)["warnings"]) == 2
+
+
+def test_the_harness_has_the_version_of_its_prompts(tmp_path):
+    """If this fails, prompts have changed, so answers may, too: raise HARNESS_VERSION."""
+    letters = Tokenizer({bytes([byte]): byte for byte in range(256)})
+    tasks = open_bundle(write_bundle(tmp_path)).tasks
+    built = [
+        build_questions(task, letters, limit, 5) for task in tasks for limit in (RowLimit(600), RowLimit(50, True))
+    ]
+    rows = [[question.gold, *((row.tokens, row.start) for row in question.rows)] for some in built for question in some]
+    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]
+    assert (HARNESS_VERSION, digest) == (1, "65119e488cca")
 
 
 def test_questions_that_are_left_out_or_odd_are_shown(tmp_path, capsys):

@@ -1,0 +1,34 @@
+"""Make a record of the speedrun from finished runs of one recipe: a text for a pull request, with the evidence.
+
+    megachat record runs/speedrun-1 runs/speedrun-2 runs/speedrun-3
+
+Time is the leaderboard's: training steps after the tenth, without evaluation, sampling and saving. CORE has its error
+and the verdict against GPT-2's value. If a piece of evidence is missing, or differs between the runs, there is no
+record: docs/speedrun.md lists the pieces.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from megachat.commands.options import Parser
+
+
+def add_arguments(parser: Parser) -> None:
+    """Adds the options of `megachat record`."""
+    add = parser.add_argument
+    add(
+        "runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs that differ in nothing but the seed"
+    )
+    add("--name", help="name of the recipe (default: of the first run)")
+    add("--json", action="store_true", help="print JSON")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prints the record."""
+    from megachat.studies.record import build_record, record_text
+    from megachat.studies.runs import load_run
+
+    record = build_record([load_run(folder) for folder in options.runs])
+    name = options.name or options.runs[0].resolve().name
+    print(json.dumps(record, indent=1) if options.json else record_text(record, name))

@@ -1,0 +1,350 @@
+"""A record of the speedrun: runs of one recipe with time, CORE, bits per byte, and the evidence for each number.
+
+The clock is the leaderboard's (https://github.com/karpathy/nanochat): training steps after the tenth; evaluation,
+sampling and saving do not count.
+"""
+
+import json
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megachat.config import Config
+from megachat.errors import UserError
+from megachat.evals.comparison import compare_with_gpt2, stamp_of
+from megachat.evals.core_bundle import CORE_TASKS
+from megachat.evals.results import error_text, load_results, newest_results
+from megachat.evals.uncertainty import GPT2_CORE
+from megachat.planning.step_time import UNTIMED_STEPS
+from megachat.studies.runs import RunRecord, flat_config, read_starts
+
+# Settings that change neither the result nor what is timed: names, places, logs, saving, evaluations during training.
+_FREE_SECTIONS = ("run.", "log.", "checkpoint.", "evaluate.")
+_FREE_KEYS = ("data.folder", "data.tokenizer", "data.tokenizer_threads", "data.prefetch_steps", "data.resume")
+_ROWS = {"tokens": 80 * 2**19, "sequence_len": 2048, "streams": 8, "buffer_documents": 1000}  # of nanochat's validation
+_SHARD = re.compile(r"shard_(\d+)\.parquet")
+# What must be the same in all runs of a record -> what it is called.
+_EQUAL = {
+    "tokenizer_fingerprint": "tokenizer",
+    "recipe": "recipe",
+    "shards": "shards",
+    "validation_rows": "validation rows",
+    "hardware": "hardware",
+    "world": "number of ranks",
+    "commit": "commit",
+    "bundle_digest": "CORE bundle",
+    "harness": "harness version",
+}
+
+
+def build_record(runs: Sequence[RunRecord]) -> dict[str, Any]:
+    """Returns the record of the runs as JSON values.
+
+    Raises UserError with one sentence for each piece of evidence that is missing, or that differs between the runs.
+    """
+    problems = [f"{run.folder} is given twice: give each run once" for run in _repeated(runs)]
+    gathered = []
+    for run in runs:
+        evidence, missing = gather_evidence(run)
+        gathered.append(evidence)
+        problems += missing
+    if not problems:
+        problems = _differences(gathered)
+    if problems:
+        raise UserError("\n".join(problems))
+    core = compare_with_gpt2([(Path(one["core_file"]), load_results(Path(one["core_file"]))) for one in gathered])
+    return {
+        "runs": gathered,
+        "minutes": _spread([one["minutes"] for one in gathered]),
+        "gpu_hours": _spread([one["gpu_hours"] for one in gathered]),
+        "bpb": _spread([one["bpb"] for one in gathered]),
+        "core": {**_spread([one["core"] for one in gathered]), **core},
+    }
+
+
+def _repeated(runs: Sequence[RunRecord]) -> list[RunRecord]:
+    folders = [run.folder.resolve() for run in runs]
+    return [run for number, run in enumerate(runs) if folders[number] in folders[:number]]
+
+
+def _spread(values: list[float]) -> dict[str, Any]:
+    """Returns the mean, and the deviation from run to run, None for one run."""
+    return {
+        "mean": statistics.fmean(values),
+        "run_deviation": statistics.stdev(values) if len(values) > 1 else None,
+        "values": values,
+    }
+
+
+def gather_evidence(run: RunRecord) -> tuple[dict[str, Any], list[str]]:
+    """Returns the evidence of a run as JSON values, and one sentence for each piece that is missing."""
+    parts = [_training(run), _start(run), _tokenizer(run), _shards(run), _core(run)]
+    evidence: dict[str, Any] = {"run": str(run.folder), "recipe": _recipe(run), "seed": _config(run).run.seed}
+    problems = []
+    for values, missing in parts:
+        evidence |= values
+        problems += [f"{run.folder}: {text}" for text in missing]
+    if not problems:
+        evidence["gpu_hours"] = evidence["minutes"] / 60 * evidence["world"]
+        if (core := evidence["core_tokenizer"]) != evidence["tokenizer_fingerprint"]:
+            problems.append(f"{run.folder}: CORE was evaluated with another tokenizer ({core[:12]}): evaluate again")
+    return evidence, problems
+
+
+def _config(run: RunRecord) -> Config:
+    return Config.model_validate_json(json.dumps(run.config))
+
+
+def _recipe(run: RunRecord) -> dict[str, Any]:
+    """Returns the settings that differ from the defaults and that a result depends on."""
+    flat = flat_config(run.config)
+    return {key: value for key, value in flat.items() if not key.startswith(_FREE_SECTIONS) and key not in _FREE_KEYS}
+
+
+def _training(run: RunRecord) -> tuple[dict[str, Any], list[str]]:
+    """Returns the clock's minutes, bits per byte and the size of the training."""
+    plan, steps = run.plan, run.plan.get("steps")
+    if steps is None:
+        return {}, ["plan.json has no number of steps: the run folder is damaged"]
+    if run.step < steps:
+        return {}, [f"it has done {run.step} of {steps} steps: finish it with --resume auto"]
+    if steps <= UNTIMED_STEPS + 1:
+        return {}, [f"it has {steps} steps, of which the clock counts none: those after the first {UNTIMED_STEPS + 1}"]
+    last = [line for line in run.lines if line["step"] == steps and "val/bpb" in line]
+    if not last or "total_training_time" not in last[-1]:
+        return {}, ["metrics.jsonl has no validation at the last step: resume it with --resume auto, which makes it up"]
+    dims, tokens = plan["dims"], plan["evaluation_rows"] * plan["dims"]["sequence_len"]
+    data = _config(run).data
+    rows = {"tokens": tokens, "sequence_len": dims["sequence_len"]}
+    rows |= {"streams": data.streams, "buffer_documents": data.buffer_documents}
+    return {
+        "minutes": last[-1]["total_training_time"] / 60,
+        "bpb": last[-1]["val/bpb"],
+        "validation_rows": plan["evaluation_rows"],
+        "row_differences": {key: [rows[key], value] for key, value in _ROWS.items() if rows[key] != value},
+        "depth": dims["depth"],
+        "steps": steps,
+        "tokens": plan["total_tokens"],
+        "flops": plan["total_flops"],
+        "parameters": plan["parameters"]["total"],
+        "skipped_steps": sum(run.values("train/skipped")),
+    }, []
+
+
+def _start(run: RunRecord) -> tuple[dict[str, Any], list[str]]:
+    """Returns code and hardware, from the records of all starts."""
+    starts = read_starts(run.folder)
+    if not starts:
+        return {}, ["environment.json has no record of a start: without it, code and hardware are not known"]
+    last, problems = starts[-1], []
+    launch = last.get("launch", {})
+    world, local = launch.get("world_size"), launch.get("local_size")
+    if not last.get("commit"):
+        problems.append("environment.json has no commit: train from a clone with git")
+    if not last.get("device") or not world:
+        problems.append("environment.json has no device or number of ranks: it was written by an older version")
+    for key in ("commit", "device"):
+        if len({start.get(key) for start in starts}) > 1:
+            problems.append(f"it was resumed with another {key} than it was started with: train it again on one")
+    if len({start.get("launch", {}).get("world_size") for start in starts}) > 1:
+        problems.append("it was resumed on another number of ranks: train it again on one number")
+    return {
+        "commit": last.get("commit"),
+        "uncommitted_changes": any(start.get("uncommitted_changes") for start in starts),
+        "hardware": last.get("device"),
+        "world": world,
+        "nodes": -(-world // local) if world and local else None,
+        "layout": run.plan.get("layout"),
+        "starts": len(starts),
+        "packages": {name: version for name, version in last.get("packages", {}).items() if version},
+        "command": last.get("command"),
+    }, problems
+
+
+def _tokenizer(run: RunRecord) -> tuple[dict[str, Any], list[str]]:
+    starts = [start["tokenizer"] for start in _starts_with(run, "tokenizer")]
+    if not starts:
+        return {}, ["environment.json has no tokenizer hash: it was written by an older version; train again"]
+    if len({start["fingerprint"] for start in starts}) > 1:
+        return {}, ["it was resumed with another tokenizer: train it again with one"]
+    last = starts[-1]
+    return {
+        "tokenizer_fingerprint": last["fingerprint"],
+        "vocab_size": last["vocab_size"],
+        "tokenizer_origin": last.get("origin") or {},
+    }, []
+
+
+def _shards(run: RunRecord) -> tuple[dict[str, Any], list[str]]:
+    """Returns the shards with their hashes. The last one is for validation."""
+    starts = [start["data"] for start in _starts_with(run, "data")]
+    if not starts:
+        return {}, ["environment.json has no list of shards: it was written by an older version; train again"]
+    shards: dict[str, str | None] = starts[-1]["shards"]
+    problems = []
+    if any(start["shards"] != shards for start in starts):
+        problems.append("it was resumed with other shards: train it again with one data folder")
+    if unknown := [name for name, digest in shards.items() if not digest]:
+        problems.append(
+            f"{len(unknown)} of its shards have no hash ({unknown[0]}): prepare the folder with `megachat data`, which "
+            "writes a manifest, and train again"
+        )
+    numbers = [int(match[1]) for name in list(shards)[:-1] if (match := _SHARD.fullmatch(name))]
+    if gaps := sorted(set(range(numbers[0], numbers[-1])) - set(numbers)) if numbers else []:
+        problems.append(
+            f"shard_{gaps[0]:05d}.parquet is missing in the middle of its training shards, {numbers[0]} to "
+            f"{numbers[-1]}: others cannot repeat the run; prepare the folder again and train again"
+        )
+    return {"shards": shards, "source": starts[-1].get("source")}, problems
+
+
+def _starts_with(run: RunRecord, key: str) -> list[Mapping[str, Any]]:
+    return [start for start in read_starts(run.folder) if start.get(key)]
+
+
+def _core(run: RunRecord) -> tuple[dict[str, Any], list[str]]:
+    """Returns CORE of the last step, over all tasks and examples."""
+    again = f"run `megachat evaluate --checkpoint {run.folder} --core`"
+    try:
+        file = newest_results(run.folder)
+        results = load_results(file)
+    except UserError as error:
+        return {}, [str(error).removeprefix(f"{run.folder} ")]
+    core, problems = results["core"], []
+    if results["step"] != run.plan.get("steps"):
+        problems.append(f"its newest CORE is of step {results['step']}, not of the last step: {again}")
+    if core.get("core_metric") is None:
+        problems.append(f"{file.name} has not all {len(CORE_TASKS)} tasks of CORE: {again} with the full bundle")
+    if not core["whole"]:
+        problems.append(f"{file.name} has not all examples of CORE's tasks: {again}")
+    if core.get("crop", True):
+        problems.append(f"{file.name} has cropped prompts, which nanochat does not do: {again} without --core-crop")
+    stamp = {key: stamp_of(results, key) for key in ("harness", "megachat", "bundle_digest", "tokenizer")}
+    problems += [
+        f"{file.name} has no {key.replace('_', ' ')}, an evaluation of an older version: {again}"
+        for key, value in stamp.items()
+        if not value
+    ]
+    values = {"core": core.get("core_metric"), "core_file": str(file), "core_deviation": core["deviation"]}
+    return {**values, **stamp, "core_tokenizer": stamp["tokenizer"]}, problems
+
+
+def _differences(gathered: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns one sentence for each thing that must be equal in all runs and is not."""
+    first, problems = gathered[0], []
+    for other in gathered[1:]:
+        for key, name in _EQUAL.items():
+            if other[key] != first[key]:
+                one, two = (_short(each, key, first, other) for each in (first, other))
+                problems.append(
+                    f"{first['run']} and {other['run']} have different values of {name} ({one}; {two}): a record has "
+                    "runs of one recipe, code, data and machine"
+                )
+        same = [key for key in ("minutes", "bpb", "core") if other[key] == first[key]]
+        if len(same) == 3:
+            problems.append(f"{other['run']} is a copy of {first['run']}: equal to the last digit in time and results")
+    return problems
+
+
+def _short(one: Mapping[str, Any], key: str, first: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    value = one[key]
+    if isinstance(value, dict):
+        keys = [name for name in {**first[key], **other[key]} if first[key].get(name) != other[key].get(name)]
+        return ", ".join(f"{name} {_short_value(value.get(name))}" for name in keys[:3])
+    return _short_value(value)
+
+
+def _short_value(value: Any) -> str:
+    if value is None:
+        return "not set"
+    return value[:12] if isinstance(value, str) and len(value) >= 40 else str(value)
+
+
+# ---- the text
+
+
+def record_text(record: Mapping[str, Any], name: str) -> str:
+    """Returns the record as Markdown for a pull request. name: of the recipe."""
+    runs, one = record["runs"], record["runs"][0]
+    count, core = len(runs), record["core"]
+    hosts = f" on {one['nodes']} node{'s' * (one['nodes'] > 1)}" if one["nodes"] else ""
+    above = sum(value > GPT2_CORE for value in core["values"])
+    skipped = sum(run["skipped_steps"] for run in runs)
+    rows = [
+        ("time, minutes", _with_deviation(record["minutes"], 2) + f"; training steps after step {UNTIMED_STEPS}"),
+        (
+            "GPU-hours" if "cpu" not in one["hardware"].lower() else "rank-hours",
+            _with_deviation(record["gpu_hours"], 2),
+        ),
+        ("hardware", f"{one['world']} ranks{hosts}, {one['hardware']}; {_layout(one)}"),
+        ("CORE", f"{core['core_metric']:.4f} {error_text(core['deviation'], digits=4)}"),
+        (f"against GPT-2's {GPT2_CORE}", f"{core['verdict']['text']}; {above} of {count} runs above"),
+        ("validation bpb", f"{_with_deviation(record['bpb'], 5)}; {_rows_text(one)}"),
+        ("model", f"depth {one['depth']}, {one['parameters']:,} parameters, vocabulary {one['vocab_size']:,}"),
+        ("training", f"{one['steps']:,} steps, {one['tokens']:,} tokens, {one['flops']:.3e} FLOPs; {skipped} skipped"),
+        ("tokenizer", f"`{one['tokenizer_fingerprint']}`, {_origin_text(one['tokenizer_origin'])}"),
+        ("CORE bundle", f"`{one['bundle_digest']}`"),
+        ("harness", f"version {one['harness']}, {one['megachat']}"),
+        ("commit", f"{one['commit']}{' with uncommitted changes' if _dirty(runs) else ''}"),
+        ("packages", ", ".join(f"{package} {version}" for package, version in one["packages"].items())),
+        ("shards", f"{len(one['shards'])}, the last one for validation; hashes below"),
+    ]
+    each = [("run", "minutes", "CORE", "bpb", "seed", "starts")]
+    each += [
+        (
+            Path(run["run"]).name,
+            f"{run['minutes']:.2f}",
+            f"{run['core']:.6f}",
+            f"{run['bpb']:.6f}",
+            str(run["seed"]),
+            str(run["starts"]),
+        )
+        for run in runs
+    ]
+    shards = [f"{digest}  {shard}" for shard, digest in one["shards"].items()]
+    parts = [
+        f"## {name}: {count} run{'s' * (count > 1)}",
+        _markdown([("", "value"), *rows]),
+        _markdown(each),
+        *([] if count > 1 else ["One run has no deviation from run to run: the leaderboard's records have several."]),
+        _details("Settings that differ from the defaults", json.dumps(one["recipe"], indent=1)),
+        _details("Shards (SHA-256)", "\n".join(shards)),
+    ]
+    return "\n\n".join(parts)
+
+
+def _dirty(runs: Sequence[Mapping[str, Any]]) -> bool:
+    return any(run["uncommitted_changes"] for run in runs)
+
+
+def _with_deviation(spread: Mapping[str, Any], digits: int) -> str:
+    deviation = spread["run_deviation"]
+    return f"{spread['mean']:.{digits}f}" + (f" +- {deviation:.{digits}f}" if deviation is not None else "")
+
+
+def _layout(one: Mapping[str, Any]) -> str:
+    return " x ".join(f"{axis} {size}" for axis, size in (one["layout"] or {}).items())
+
+
+def _rows_text(one: Mapping[str, Any]) -> str:
+    rows, different = f"{one['validation_rows']:,} rows", one["row_differences"]
+    if not different:
+        return f"{rows}, the leaderboard's"
+    listed = ", ".join(f"{key} {value} in place of {wanted}" for key, (value, wanted) in different.items())
+    return f"{rows}, not the leaderboard's: {listed}"
+
+
+def _origin_text(origin: Mapping[str, Any]) -> str:
+    listed = ", ".join(f"{key} {_short_value(value)}" for key, value in origin.items())
+    return listed or "of unknown origin"
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body))
+
+
+def _details(title: str, text: str) -> str:
+    return f"<details><summary>{title}</summary>\n\n```\n{text}\n```\n\n</details>"

@@ -1,0 +1,211 @@
+"""A record of the speedrun: its numbers, its text, and one sentence for each piece of evidence that is missing."""
+
+import copy
+import json
+import re
+
+import pytest
+
+from megachat.commands import main as cli
+from megachat.config import load_config
+from megachat.errors import UserError
+from megachat.evals.core_bundle import CORE_TASKS
+from megachat.evals.results import evaluation_stamp, results_path
+from megachat.planning.explain import plan_values
+from megachat.planning.plan import resolve
+from megachat.studies.record import build_record
+from megachat.studies.runs import load_run
+from tests.unit.evals.test_comparison import evaluated
+
+STEPS = 20
+HASH = {name: name * 64 for name in "abcd"}
+START = {
+    "commit": HASH["c"][:40],
+    "uncommitted_changes": False,
+    "device": "NVIDIA H100 80GB HBM3",
+    "launch": {"world_size": 16, "local_size": 8},
+    "packages": {"torch": "2.13.0", "wandb": None},
+    "tokenizer": {"fingerprint": HASH["a"], "vocab_size": 32768, "origin": {"vocab_size": 32768, "data": HASH["b"]}},
+    "data": {"source": "climbmix", "shards": {f"shard_{n:05d}.parquet": HASH["d"] for n in (0, 1, 2, 6542)}},
+}
+CONFIG = {"run": {"seed": 1}, "model": {"depth": 4, "vocab_size": 32768}, "horizon": {"steps": STEPS}}
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Writes a finished run whose parts `change` may spoil; returns its folder."""
+
+    def write(name: str = "one", seconds: float = 120.0, change=lambda parts: None, seed: int = 1, chance: float = 0.7):
+        folder = tmp_path / name
+        (folder / "evaluations").mkdir(parents=True)
+        evaluated(results_path(folder, STEPS), chance, seed, step=STEPS, **evaluation_stamp(HASH["a"]))
+        (tmp_path / f"{name}.json").write_text(json.dumps(CONFIG | {"run": {"seed": seed}}))
+        plan = plan_values(resolve(load_config(tmp_path / f"{name}.json"), 16, 32768))
+        last = {"step": STEPS, "total_training_time": seconds, "val/bpb": 0.9 + 0.001 * seed}
+        parts = {
+            "config": json.loads((tmp_path / f"{name}.json").read_text()),
+            "plan": plan,
+            "metrics": [{"step": STEPS - 1, "train/loss": 3.0, "train/skipped": False}, last],
+            "environment": copy.deepcopy([START]),
+            "core": json.loads(results_path(folder, STEPS).read_text()),
+        }
+        change(parts)
+        for part in ("config", "plan", "environment"):
+            (folder / f"{part}.json").write_text(json.dumps(parts[part]))
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in parts["metrics"]))
+        results_path(folder, STEPS).write_text(json.dumps(parts["core"]))
+        if not parts["core"]:
+            results_path(folder, STEPS).unlink()
+        return folder
+
+    return write
+
+
+def recorded(*folders) -> dict:
+    return build_record([load_run(folder) for folder in folders])
+
+
+def test_the_clock_the_means_and_the_verdict(make, capsys):
+    folders = [make("a", 120.0), make("b", 126.0, seed=2), make("c", 132.0, seed=3)]
+    record = recorded(*folders)
+    assert record["minutes"] == {"mean": 2.1, "run_deviation": pytest.approx(0.1), "values": [2.0, 2.1, 2.2]}
+    assert record["gpu_hours"]["mean"] == pytest.approx(2.1 / 60 * 16)
+    assert record["bpb"]["mean"] == pytest.approx(0.902) and record["core"]["verdict"]["word"] == "above"
+    assert record["core"]["mean"] == pytest.approx(record["core"]["core_metric"]) and record["runs"][0]["nodes"] == 2
+    cli._run(["record", *map(str, folders), "--name", "ours"])
+    text = capsys.readouterr().out
+    assert text.startswith("## ours: 3 runs\n")
+    for fact in (
+        "| time, minutes | 2.10 +- 0.10; training steps after step 10 |",
+        "| GPU-hours | 0.56 +- 0.03 |",
+        "16 ranks on 2 nodes, NVIDIA H100 80GB HBM3; data 16 x tensor 1 x pipeline 1",
+        "| against GPT-2's 0.256525 | above; 3 of 3 runs above |",
+        "not the leaderboard's: tokens ",
+        f"| tokenizer | `{HASH['a']}`, vocab_size 32768, data {'b' * 12} |",
+        "| harness | version 1, megachat ",
+        f"{HASH['d']}  shard_06542.parquet",
+        "torch 2.13.0 |",
+        '"model.depth": 4',
+    ):
+        assert fact in text, fact
+    assert "run.seed" not in text, "the seed is no part of the recipe"
+    cli._run(["record", str(folders[0]), "--json"])
+    assert json.loads(capsys.readouterr().out)["minutes"]["run_deviation"] is None
+
+
+def test_rows_of_the_leaderboard_are_recognized(make):
+    def leaderboard(parts):
+        parts["plan"]["evaluation_rows"] = 80 * 2**19 // 2048
+
+    assert recorded(make(change=leaderboard))["runs"][0]["row_differences"] == {}
+
+
+def planted(place: str, *keys, value=None):
+    """Returns a change that sets a value inside a part of the run; None removes it."""
+
+    def change(parts):
+        inner = parts[place]
+        for key in keys[:-1]:
+            inner = inner[key]
+        if value is None:
+            del inner[keys[-1]]
+        else:
+            inner[keys[-1]] = value
+
+    return change
+
+
+def resumed(key: str, value):
+    return lambda parts: parts["environment"].insert(0, copy.deepcopy(START) | {key: value})
+
+
+SHARDS = START["data"]["shards"]
+MISSING = {
+    "time": (planted("metrics", 1, "total_training_time"), "no validation at the last step"),
+    "validation": (planted("metrics", 1, "val/bpb"), "no validation at the last step"),
+    "steps": (lambda parts: parts["metrics"].pop(), "has done 20 of 20|no validation at the last step"),
+    "half": (planted("plan", "steps", value=40), "has done 20 of 40 steps"),
+    "untimed": (planted("plan", "steps", value=11), "11 steps, of which the clock counts none"),
+    "core": (lambda parts: parts["core"].clear(), "contains no evaluation with CORE"),
+    "core of an earlier step": (planted("core", "step", value=10), "CORE is of step 10"),
+    "all examples": (planted("core", "core", "whole", value=False), "has not all examples"),
+    "uncropped prompts": (planted("core", "core", "crop", value=True), "cropped prompts"),
+    "harness": (planted("core", "core", "harness"), "has no harness"),
+    "bundle": (planted("core", "core", "bundle_digest"), "has no bundle digest"),
+    "CORE's tokenizer": (planted("core", "core", "tokenizer"), "has no tokenizer"),
+    "another tokenizer": (planted("core", "core", "tokenizer", value=HASH["b"]), "another tokenizer .b{12}"),
+    "starts": (lambda parts: parts["environment"].clear(), "no record of a start"),
+    "commit": (planted("environment", 0, "commit"), "no commit"),
+    "device": (planted("environment", 0, "device"), "no device"),
+    "tokenizer": (planted("environment", 0, "tokenizer"), "no tokenizer hash"),
+    "shards": (planted("environment", 0, "data"), "no list of shards"),
+    "a hash": (planted("environment", 0, "data", "shards", value=SHARDS | {"shard_00001.parquet": ""}), "have no hash"),
+    "a shard": (
+        planted("environment", 0, "data", "shards", "shard_00001.parquet"),
+        "shard_00001.parquet is missing in",
+    ),
+    "one commit": (resumed("commit", "e" * 40), "resumed with another commit"),
+    "one device": (resumed("device", "NVIDIA A100"), "resumed with another device"),
+    "one number of ranks": (resumed("launch", {"world_size": 8}), "resumed on another number of ranks"),
+    "one tokenizer": (resumed("tokenizer", {"fingerprint": "e", "vocab_size": 1}), "resumed with another tokenizer"),
+    "one data folder": (resumed("data", {"shards": {"a": "b"}}), "resumed with other shards"),
+}
+
+
+@pytest.mark.parametrize("change, sentence", MISSING.values(), ids=MISSING)
+def test_a_missing_piece_of_evidence_is_one_sentence(make, change, sentence):
+    folder = make(change=change)
+    with pytest.raises(UserError) as error:
+        recorded(folder)
+    lines = str(error.value).splitlines()
+    assert len([line for line in lines if re.search(sentence, line)]) == 1 and str(folder) in lines[0], lines
+
+
+def test_core_needs_all_tasks_and_several_mistakes_are_all_named(make):
+    folder = make(change=planted("environment", 0, "commit"))
+    evaluated(results_path(folder, STEPS), 0.7, 1, labels=CORE_TASKS[:3], step=STEPS, **evaluation_stamp(HASH["a"]))
+    with pytest.raises(UserError) as error:
+        recorded(folder)
+    commit, tasks = str(error.value).splitlines()
+    assert "no commit" in commit and "has not all 22 tasks of CORE" in tasks
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            planted("config", "optimizer", value={"warmdown_ratio": 0.85}),
+            "recipe .optimizer.warmdown_ratio not set; .* 0.85",
+        ),
+        (planted("environment", 0, "device", value="NVIDIA H200"), "hardware .NVIDIA H100 80GB HBM3; NVIDIA H200"),
+        (planted("environment", 0, "commit", value="e" * 40), "commit .c{12}; e{12}"),
+        (
+            planted("environment", 0, "data", "shards", value={**SHARDS, "shard_00000.parquet": HASH["a"]}),
+            "shards .shard",
+        ),
+        (planted("core", "core", "harness", value=9), "harness version .1; 9"),
+        (planted("plan", "evaluation_rows", value=7), "validation rows"),
+        (lambda parts: None, "two is a copy of .*one"),
+    ],
+)
+def test_runs_of_a_record_are_alike_but_no_copies(make, change, sentence):
+    with pytest.raises(UserError) as error:
+        recorded(make(), make("two", 120.0 if "copy" in sentence else 121.0, change))
+    lines = str(error.value).splitlines()
+    assert len(lines) == 1 and re.search(sentence, lines[0]), lines
+
+
+def test_runs_of_different_tokenizers_are_refused(make):
+    def another(parts):
+        parts["environment"][0]["tokenizer"]["fingerprint"] = parts["core"]["core"]["tokenizer"] = HASH["b"]
+
+    one = make()
+    with pytest.raises(UserError, match="different values of tokenizer .a{12}; b{12}"):
+        recorded(one, make("two", 121.0, another))
+    with pytest.raises(UserError, match="is given twice"):
+        recorded(one, one)
+
+
+def test_free_settings_may_differ(make):
+    changes = planted("config", "log", value={"every": 10}), planted("config", "run", value={"seed": 2, "name": "x"})
+    assert len(recorded(make("a", change=changes[0]), make("b", 121.0, change=changes[1]))["runs"]) == 2

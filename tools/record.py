@@ -1,0 +1,13 @@
+"""`megachat record` in a clone: a record of the speedrun, with its evidence."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that was not installed
+
+from megachat.commands.main import door  # noqa: E402
+
+main = door("record")
+
+if __name__ == "__main__":
+    main()
