@@ -68,7 +68,11 @@ def warmup_length(settings: ScheduleSettings, steps: int) -> int:
 
 
 def learning_rate_multiplier(settings: ScheduleSettings, step: int, steps: int) -> float:
-    """Rises linearly over the warm-up, stays at 1, then falls to `final_lr_fraction` at `steps`. Steps count from 0."""
+    """Rises linearly over the warm-up, stays at 1, then falls to `final_lr_fraction` at `steps`. Steps count from 0.
+
+    As in nanochat, the last step that is executed has index steps - 1, one step before the end of the fall. With a
+    fraction of 0 its multiplier is therefore above 0 (linear: 1 / steps of the warm-down), and no step is wasted.
+    """
     warmup, warmdown = warmup_length(settings, steps), round(settings.warmdown_ratio * steps)
     if step < warmup:
         return (step + 1) / warmup

@@ -352,10 +352,10 @@ def memory_warning(
 
 def lighter_settings(config: Config, plan: Plan) -> list[tuple[str, str, object]]:
     """Returns (section, key, value) of the settings that need less memory, the cheapest in time first."""
-    halves = [plan.micro_rows >> times for times in range(1, 8) if plan.micro_rows % 2**times == 0]
+    fewer = [rows for rows in range(plan.micro_rows // 2, 0, -1) if plan.micro_rows % rows == 0]
     recompute = {"none": ("selective", "block"), "selective": ("block",), "block": ()}[config.batch.recompute]
     return [
-        *(("batch", "micro_rows", rows) for rows in halves),
+        *(("batch", "micro_rows", rows) for rows in fewer),
         *(("batch", "recompute", kind) for kind in recompute),
         ("parallel", "tensor", plan.layout.tensor * 2),
         ("parallel", "pipeline", plan.layout.pipeline * 2),

@@ -315,9 +315,16 @@ def _uneven_batch(tokens: int, sequence_len: int, ranks: int, micro: int | None,
         f"a step of {tokens} tokens is {tokens / sequence_len:g} rows of {sequence_len}, which {factors} cannot share"
     )
     message += f" evenly{' in one step' if exact else ''}: set batch.tokens to {near}"
+    if micro and not accumulation and tokens % (sequence_len * ranks) == 0:
+        message += f", or batch.micro_rows to {_nearest_divisors(tokens // sequence_len // ranks, micro)}"
     if tokens % sequence_len == 0:
         message += f", or use a number of ranks that divides {tokens // sequence_len}"
     return message
+
+
+def _nearest_divisors(value: int, near: int) -> str:
+    below, above = [[n for n in side if value % n == 0] for side in (range(1, near), range(near + 1, value + 1))]
+    return " or ".join(str(n) for n in (*below[-1:], *above[:1]))
 
 
 def _steps(config: Config, dims: Dimensions, tokens: int, target_tokens: float, why: dict[str, str]) -> int:

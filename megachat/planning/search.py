@@ -32,7 +32,7 @@ SEARCHED = (
 MOST_NODES = 64
 SURELY = 0.85  # of what is usable: the estimate of the search counts the least buckets of Muon's gradients
 _RECOMPUTE = ("none", "selective", "block")  # each needs less memory and more time than the one before
-_MICRO_ROWS = (1, 2, 4, 8, 16, 32, 64)
+_MICRO_ROWS = (1, 2, 4, 8, 16, 32, 64)  # and what divides a batch that is no power of two
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,9 @@ def _variants(config: Config, tensor: int, pipeline: int, free: frozenset[str], 
     by_rows = batch.tokens is None and batch.micro_rows and batch.accumulation  # the batch depends on both
     rows: list[int | None] = [batch.micro_rows]
     if "batch.micro_rows" in free and not by_rows:
-        rows = [*sorted({*_MICRO_ROWS, *([batch.micro_rows] if batch.micro_rows else [])})]
+        share = (batch.tokens or 0) // config.model.sequence_len // max(1, machine.world // (tensor * pipeline))
+        others = [n for n in range(1, _MICRO_ROWS[-1]) if share and share % n == 0]
+        rows = [*sorted({*_MICRO_ROWS, *others, *([batch.micro_rows] if batch.micro_rows else [])})]
     fp8 = [precision.fp8]
     if "precision.fp8" in free and "float8" in machine.gpu.flops and precision.compute in ("auto", "bfloat16"):
         fp8 = ["off", "tensorwise"]

@@ -129,4 +129,9 @@ class OptimizerConfig(Section):
     decay_shape: Literal["cosine", "linear", "constant", "rate"] = setting(
         "cosine", "how Muon's weight decay falls to 0 over the run; rate: as the learning rate"
     )
-    final_lr_fraction: float = setting(0.05, "rate multiplier at the last step", ge=0, le=1)
+    final_lr_fraction: float = setting(
+        0.05,
+        "rate multiplier at the end of the decay, which is one step after the last one: also with 0 every step trains",
+        ge=0,
+        le=1,
+    )

@@ -38,10 +38,11 @@ OTHER_MOMENTS = {
 NARROW = NGRAM | {"width": 12, "sign_trick": False}  # projected up
 CASES = {
     "one": (1, {}, {}),
-    "dp2": (2, {}, {"optimizer": {"clip_norm": 0.2}}),
+    # three micro-batches of two rows; rates follow the root of a batch that is no power of two
+    "dp2": (2, {}, {"optimizer": {"clip_norm": 0.2, "scale_to_batch": True}, "batch": {"micro_rows": 2}}),
     "dp3": (3, {}, {"optimizer": {"muon_multiplier": "flipped"}, "model": {"rotary": "chunk"}, "ngram": NARROW}),
     "dp4": (4, {}, {"batch": {"micro_rows": 3}, "ngram": NGRAM | {"storage": "host"}}),
-    "tp2": (2, {"tensor": 2}, {"model": GQA, "ngram": NGRAM}),
+    "tp2": (2, {"tensor": 2}, {"model": GQA, "ngram": NGRAM, "batch": {"micro_rows": 4}}),
     "tp2 sequence": (2, {"tensor": 2, "sequence": True}, {"model": GQA}),
     "tp4": (4, {"tensor": 4}, {"model": EQUAL_HEADS, "optimizer": {"clip_norm": 0.2}}),
     "tp3, which does not divide the table": (3, {"tensor": 3}, {"batch": {"micro_rows": 2}, "ngram": NARROW}),

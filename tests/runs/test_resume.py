@@ -45,6 +45,11 @@ def crash_after(run, step):
     path.write_text(path.read_text()[:-20])
 
 
+def rates(run):
+    """The rate multiplier of each step."""
+    return [value for _, value in sorted({m["step"]: m["train/lrm"] for m in metrics(run) if "train/lrm" in m}.items())]
+
+
 def check_equal(run, uninterrupted):
     """Losses and evaluations as written, weights, both optimizers, counters and the documents seen."""
     assert losses(run) == losses(uninterrupted)
@@ -73,6 +78,7 @@ def stopped(place):
 def test_a_stopped_run_has_trained_on_the_schedule_of_the_whole(one, two, stopped):
     for uninterrupted, run in ((one, stopped[1]), (two, stopped[2])):
         assert losses(run) == {step: loss for step, loss in losses(uninterrupted).items() if step < STOP}
+        assert rates(run) == rates(uninterrupted)[:STOP]
         assert checkpoints(run) == ["step_000002", "step_000003"]
 
 
@@ -109,12 +115,15 @@ def test_a_crash_in_half_precision_costs_nothing_but_time(compute, place):
         "precision": {"compute": compute, "loss_scale": 2.0**24, "loss_scale_window": 2},
         "evaluate": {"every": 0},
         "checkpoint": {"every": 4},
+        "optimizer": {"final_lr_fraction": 0.0},
     }
     uninterrupted = train(place, f"whole_{compute}", world=2, config=settings)
     run = stopped_copy(uninterrupted, place, f"crashed_{compute}")
     crash_after(run, 4)
     train(place, run.name, "--resume", "auto", world=2, config=settings)
     check_equal(run, uninterrupted)
+    # two steps of warm-up, four of warm-down: the rate would be 0 one step after the last one
+    assert rates(run) == rates(uninterrupted) == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
     if compute == "float16":
         saved = facts(checkpoint(run, 4))
         assert saved["loop"]["skipped_steps"] > 0 and saved["loss_scaler"]["cur_scale"] != 2.0**24

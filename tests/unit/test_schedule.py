@@ -50,6 +50,33 @@ def test_shapes_of_the_warm_down(shape, quarter, half, end):
     assert at[:21] == [1.0] * 21 and at == sorted(at, reverse=True)
 
 
+@pytest.mark.parametrize("shape", ["linear", "cosine", "sqrt"])
+@pytest.mark.parametrize("steps", [1, 2, 7, 100, 2519])
+@pytest.mark.parametrize("ratio", [0.01, 0.2, 0.85, 1.0])
+def test_a_final_rate_of_zero_is_reached_when_the_last_step_is_done(shape, steps, ratio):
+    """nanochat's rule: step `steps`, which is never executed, has the final rate; every executed step changes weights.
+
+    The last executed one is one step of the warm-down before its end.
+    """
+    settings = OptimizerConfig(warmup_steps=0, warmdown_ratio=ratio, final_lr_fraction=0.0, warmdown_shape=shape)
+    warmdown = round(ratio * steps)
+    at = [learning_rate_multiplier(settings, step, steps) for step in range(steps + 1)]
+    if not warmdown:
+        assert set(at) == {1.0}
+        return
+    share = 1 / warmdown  # of the warm-down that the last step has left
+    last = {"linear": share, "cosine": 0.5 * (1 - math.cos(math.pi * share)), "sqrt": 1 - math.sqrt(1 - share)}
+    assert at[-1] == 0.0 and 0 < at[-2] == pytest.approx(last[shape])
+    assert at == sorted(at, reverse=True) and at[steps - warmdown] == 1.0 > at[steps - warmdown + 1]
+
+
+@pytest.mark.parametrize("shape", ["exponential", "step"])
+def test_shapes_that_multiply_end_at_their_fraction(shape):
+    settings = OptimizerConfig(warmup_steps=0, warmdown_ratio=0.9, final_lr_fraction=0.01, warmdown_shape=shape)
+    at = [learning_rate_multiplier(settings, step, 30) for step in range(31)]
+    assert at[30] == pytest.approx(0.01) and min(at[:30]) >= 0.01 * (1 - 1e-9)
+
+
 def test_a_shape_that_never_reaches_zero_is_refused():
     check_schedule(OptimizerConfig(warmdown_shape="sqrt", final_lr_fraction=0.0))
     with pytest.raises(UserError, match="exponential multiplies the rates and never reaches"):

@@ -15,6 +15,7 @@ from megachat.planning.memory import (
     check_state_fits,
     describe_memory,
     kept_bytes_per_block,
+    lighter_settings,
     memory_of_stages,
     memory_warning,
 )
@@ -202,6 +203,10 @@ def test_a_run_that_does_not_fit_is_warned_about_with_what_helps():
     for rows, fits in ((4, False), (2, True)):
         less = config.model_copy(update={"batch": config.batch.model_copy(update={"micro_rows": rows})})
         assert (memory_warning(less, resolve(less, 1, SMALL_VOCAB), torch.float32, stage.total // 2) is None) == fits
+    twelve = small_config(model=MODEL, batch={"tokens": 256 * 24, "micro_rows": 12})
+    plan = resolve(twelve, 1, SMALL_VOCAB)
+    fewer = [value for _, key, value in lighter_settings(twelve, plan) if key == "micro_rows"]
+    assert fewer == [6, 4, 3, 2, 1], "all divisors, also where the batch is no power of two"
     assert describe_memory([stage], 80_000_000_000).endswith("; the device has 80.0 GB")
     check_state_fits([stage], stage.state)
     with pytest.raises(UserError, match=r"need ([\d.]+ MB) per rank on stage 0, but the device has \1: .*model.depth"):

@@ -62,6 +62,40 @@ def test_batches_are_nanochats_at_every_depth():
     assert [math.log2(batches[depth]) for depth in (4, 8, 12, 20, 30, 34)] == [18, 18, 19, 20, 20, 21]
 
 
+def test_a_batch_that_is_no_power_of_two():
+    """786,432 tokens = 384 rows: rates and decay follow the root of the batch, as nanochat's for --total-batch-size."""
+    sections = {"model": {"depth": 22}, "horizon": {"ratio": 9.4}}
+
+    def planned(world=8, tokens=786_432, parallel=None, **batch):
+        more = {"batch": {"tokens": tokens, **batch}, "parallel": parallel or {}}
+        return resolve(config(**sections, **more), world, 49152)
+
+    plan, power = planned(micro_rows=16), planned(tokens=2**19)
+    assert (plan.rows_per_step, plan.micro_rows, plan.accumulation) == (384, 16, 3)
+    assert plan.steps == int(9.4 * (plan.parameters["matrices"] + plan.parameters["lm_head"])) // 786_432
+    root = math.sqrt(1.5)
+    for name, rate in plan.rates.items():
+        assert rate == pytest.approx(power.rates[name] * (1.0 if name == "smear" else root)), name
+    assert plan.rates["matrix"] == pytest.approx(0.02 * root)
+    assert plan.weight_decay == pytest.approx(power.weight_decay * root)
+    assert planned().micro_rows == 16 and planned(micro_rows=24).accumulation == 2
+    layouts = [
+        planned(micro_rows=32, world=12),
+        planned(micro_rows=32, parallel={"tensor": 11}, world=44),
+        planned(micro_rows=32, parallel={"pipeline": 2}),
+        planned(micro_rows=16, world=24),
+        planned(world=6),
+    ]
+    assert [(p.micro_rows, p.accumulation) for p in layouts] == [(32, 1), (32, 3), (32, 3), (16, 1), (16, 4)]
+    assert all(p.rows_per_step == 384 for p in layouts)
+    with pytest.raises(
+        UserError, match=r"to 524288 \(256 rows\) or 1048576 \(512 rows\), or batch.micro_rows to 24 or 48"
+    ):
+        planned(micro_rows=32)
+    automatic = resolve(config(**sections), 8, 49152).tokens_per_step
+    assert automatic & (automatic - 1) == 0
+
+
 def test_every_derived_number_has_its_formula():
     plan = resolve(config(), 1, 32768)
     expected = {

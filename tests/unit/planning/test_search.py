@@ -56,6 +56,11 @@ def test_what_is_set_is_kept():
     assert {one.config.batch.recompute for one in layouts.ranked} == {"block"}
     assert {one.config.precision.fp8 for one in layouts.ranked} == {"off"}
     assert len({one.config.batch.micro_rows for one in layouts.ranked}) > 2
+    thirds = config_from_values({**SMALL, "batch": {"tokens": 512 * 96}}, "no power of two")
+    tried = {
+        one.plan.micro_rows for one in search(thirds, NODE, 4096, ALL, top=999).ranked if one.plan.layout.data == 8
+    }
+    assert tried == {1, 2, 3, 4, 6, 12}, "all divisors of a rank's 12 rows"
     both = config_from_values({**SMALL, "batch": {"micro_rows": 2, "accumulation": 4}}, "by rows")
     assert {one.plan.micro_rows for one in search(both, NODE, 4096, ALL, top=99).ranked} == {2}, "they set the batch"
 
