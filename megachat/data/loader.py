@@ -17,6 +17,7 @@ import torch
 from megachat.data import loader_state
 from megachat.data.packing import Stream, StreamState, buffer_sizes, saving_rank, streams_of_rank
 from megachat.data.shards import Corpus, open_shards, split_shards
+from megachat.data.staging import Staging, staging_for
 from megachat.data.texts import BadTexts, decode_texts
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError
@@ -134,7 +135,10 @@ class _Snapshot:
 
 
 class Loader:
-    """Endless iterator over one rank's rows: next(loader) is an int64 CPU tensor [rows / ranks, row_tokens] per step.
+    """Endless iterator over one rank's rows: next(loader) is an int64 tensor [rows / ranks, row_tokens] per step.
+
+    On a CPU every call returns a new tensor. On a GPU the copy of the next step's rows runs beside the current step
+    (data.staging), and a call may overwrite the rows of the call before.
 
     Row k of a rank is row k * ranks + rank of the step. The rows of a step depend on data, tokenizer, seed, row_tokens,
     rows, streams and buffer_documents only, not on the number of ranks. Raises UserError for invalid data, for rows
@@ -143,7 +147,8 @@ class Loader:
     row_tokens: sequence length + 1; each row starts with BOS. rows: rows per step over all ranks. buffer_documents:
     minimum of documents in a stream's buffer, see `packing.buffer_sizes`. seed: None visits the row groups in file
     order. state: from `state()` or `load_loader_state` of a run on any number of ranks, or from `restarted_state`.
-    on_bad_text: "refuse" or "skip" texts that are not UTF-8. log: gets a line for each skipped text, on one rank only.
+    on_bad_text: "refuse" or "skip" texts that are not UTF-8. device: where the rows are returned. log: gets a line for
+    each skipped text, on one rank only.
     """
 
     def __init__(
@@ -163,6 +168,7 @@ class Loader:
         prefetch_steps: int = 2,
         state: dict | None = None,
         on_bad_text: str = "refuse",
+        device: str | torch.device = "cpu",
         log: Callable[[str], None] = lambda line: None,
     ):
         if rows % ranks:
@@ -196,6 +202,8 @@ class Loader:
             )
             for stream, saved in self._now.streams.items()
         }
+        self._staging = staging_for(device, (rows // ranks, row_tokens))
+        self._staged: _Snapshot | None = None  # the state after the rows that are on their way to the device
         self._packed: queue.Queue = queue.Queue(maxsize=prefetch_steps)
         self._stopped = threading.Event()
         self._thread = threading.Thread(
@@ -223,12 +231,28 @@ class Loader:
     def __next__(self) -> torch.Tensor:
         if self._stopped.is_set():
             raise StopIteration
+        if self._staging is None:
+            batch, self._now = self._take_packed()
+            return torch.from_numpy(batch)
+        if self._staged is None:
+            self._stage(self._staging)
+        rows = self._staging.take()
+        assert self._staged
+        self._now, self._staged = self._staged, None
+        if self._packed.qsize() and not isinstance(self._packed.queue[0], BaseException):
+            self._stage(self._staging)  # an error is raised in its turn
+        return rows
+
+    def _take_packed(self) -> tuple[np.ndarray, _Snapshot]:
         packed = self._packed.get()
         if isinstance(packed, BaseException):
             self.close()
             raise packed
-        batch, self._now = packed
-        return torch.from_numpy(batch)
+        return packed
+
+    def _stage(self, staging: Staging) -> None:
+        batch, self._staged = self._take_packed()
+        staging.start(batch)
 
     @property
     def step(self) -> int:

@@ -268,6 +268,7 @@ def build_loader(
         prefetch_steps=data.prefetch_steps,
         state=state,
         on_bad_text=data.on_bad_text,
+        device="cpu" if validation else mesh.device,  # validation keeps the rows of several steps
         log=_print_line if mesh.tensor.rank == mesh.pipeline.rank == 0 else lambda line: None,
     )
 

@@ -93,9 +93,9 @@ def train_step(
     """Runs step `step`. Raises UserError on all ranks if the loss is not finite; in that case no weight has changed."""
     progress = run.mesh.world.progress
     progress.note(f"rows of step {step}")
+    synchronize(run.mesh.device)  # before next(), which starts a copy that runs beside the step
     with profile_range("data"):
         rows = next(run.loader)
-    synchronize(run.mesh.device)
     begin = time.perf_counter()
     multiplier = set_schedules(run, step)
     loss_tensor, outcome = update(run, rows, requests=requests, before_update=before_update)
