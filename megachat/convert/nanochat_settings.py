@@ -286,11 +286,13 @@ def _not_carried(config: dict, groups: list[dict], dims: Dimensions) -> list[str
 
 
 def loop_of(meta: dict) -> dict:
-    """Returns the training loop's counters."""
-    saved = meta.get("loop_state") or {}
+    """Returns the training loop's counters and its average of the losses, which nanochat corrects by the step."""
+    saved, step = meta.get("loop_state") or {}, meta.get("step") or 0
     losses = {"val_bpb": meta.get("val_bpb"), "min_val_bpb": saved.get("min_val_bpb")}
     known = {key: value for key, value in losses.items() if isinstance(value, (int, float)) and math.isfinite(value)}
-    return {"training_s": float(saved.get("total_training_time") or 0.0)} | known
+    smooth = float(saved.get("smooth_train_loss") or 0.0)
+    average = {"smooth_loss": smooth, "smoothed_steps": step} if step > 0 and 0 < smooth < math.inf else {}
+    return {"training_s": float(saved.get("total_training_time") or 0.0)} | average | known
 
 
 def imported_and_unchanged(facts: dict) -> dict | None:
@@ -342,7 +344,7 @@ def meta_of(facts: dict, dims: Dimensions) -> dict:
         "dataloader_state_dict": None,
         "loop_state": {
             "min_val_bpb": float("inf") if loop.get("min_val_bpb") is None else loop["min_val_bpb"],
-            "smooth_train_loss": 0.0,
+            "smooth_train_loss": loop.get("smooth_loss", 0.0) if loop.get("smoothed_steps") == facts["step"] else 0.0,
             "total_training_time": loop.get("training_s", 0.0),
         },
         EMBEDDED: {"config": facts["config"], "layout": facts["layout"]},

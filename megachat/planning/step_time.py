@@ -153,7 +153,7 @@ def predict_run(
     step = predict_step(config, plan, machine, dtype=dtype, rules=rules)
     timed = max(0, plan.stop_step - UNTIMED_STEPS)
     every = config.evaluate.every
-    validations = (plan.stop_step // every if every else 0) + 1
+    validations = (1 + plan.stop_step // every if every else 0) + 1
     per_token = EVALUATION_SHARE * step.total / plan.tokens_per_step
     evaluating = validations * plan.evaluation_rows * plan.dims.sequence_len * per_token
     saves = (plan.stop_step // config.checkpoint.every if config.checkpoint.every else 0) + 1

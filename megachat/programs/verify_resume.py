@@ -120,9 +120,9 @@ def run_job(
 
 
 def read_losses(run: Path) -> dict[int, float]:
-    """Returns step -> loss from the run's metrics."""
+    """Returns step -> loss of that step alone from the run's metrics."""
     lines = [json.loads(line) for line in (run / METRICS_NAME).read_text(encoding="utf-8").splitlines()]
-    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+    return {line["step"]: line["train/loss_raw"] for line in lines if "train/loss_raw" in line}
 
 
 def compare_resumed_run(

@@ -25,7 +25,9 @@ class RunConfig(Section):
 class EvaluateConfig(Section):
     """Evaluations during the training and at its end."""
 
-    every: int = setting(250, "steps between validations; 0: only at the end", ge=0, most=STEPS)
+    every: int = setting(
+        250, "steps between validations, with one before the first step; 0: only at the end", ge=0, most=STEPS
+    )
     tokens: int | None = setting(
         None,
         "validation tokens, rounded down to whole rows; null: 20 batches",

@@ -61,11 +61,12 @@ def noise_of(curve: Curve) -> float:
 
     A straight line has none; for independent noise of deviation s at equal distances the second difference has the
     deviation sqrt(6) s. The median over the curve's later half leaves out the steep start. A bend that is no noise is
-    counted as noise, so it is an upper estimate. 0 for fewer than 4 values.
+    counted as noise, so it is an upper estimate. 0 for fewer than 4 values, without that of the untrained model.
     """
-    if len(curve.values) < 4:
+    values = curve.values[curve.axes["steps"] > 0]
+    if len(values) < 4:
         return 0.0
-    later = curve.values[min(len(curve.values) // 2, len(curve.values) - 4) :]
+    later = values[min(len(values) // 2, len(values) - 4) :]
     return float(np.median(np.abs(np.diff(later, 2))) / (0.6745 * math.sqrt(6)))
 
 

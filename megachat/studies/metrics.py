@@ -11,8 +11,8 @@ from megachat.files import METRICS_NAME
 def read_metrics(run: str | os.PathLike) -> list[dict]:
     """Returns the lines of a run's metrics.jsonl, in order: one per training step or evaluation, each with "step".
 
-    run: a run folder. Training steps have train/loss (nats) and more, validations have val/bpb. A line that a running
-    job has not finished is left out.
+    run: a run folder. Training steps have train/loss (a moving average in nats), train/loss_raw (of the step alone)
+    and more, validations have val/bpb. A line that a running job has not finished is left out.
 
     Raises UserError if the folder has no metrics or a line is damaged.
     """

@@ -108,7 +108,7 @@ _CONFIG = {"responsive": True, "displaylogo": False, "displayModeBar": False}
 def _curves(runs: Sequence[RunRecord]) -> list[Any]:
     wanted = (
         ("val/bpb", "Validation, bits per byte"),
-        ("train/loss", "Training loss (nats)"),
+        ("train/loss", "Training loss, moving average (nats)"),
         ("train/lrm", "Learning-rate multiplier"),
         ("train/grad_norm", "Norm of the gradient"),
         ("train/mfu", "Model FLOPs utilization (%)"),

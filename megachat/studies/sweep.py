@@ -138,7 +138,8 @@ def _pruning(trial: Any) -> Callable[[RunRecord], bool]:
 
     def watch(run: RunRecord) -> bool:
         for line in run.lines:
-            if METRIC in line and line["step"] not in reported:
+            # what an untrained model has says nothing about a trial
+            if METRIC in line and line["step"] > 0 and line["step"] not in reported:
                 reported.add(line["step"])
                 trial.report(line[METRIC], line["step"])
         return bool(reported) and trial.should_prune()

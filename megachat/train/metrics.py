@@ -138,7 +138,8 @@ def _drop_lines_from(path: Path, step: int) -> str | None:
         try:
             values = json.loads(line)
             # a training line has the number of its step, an evaluation the number of steps before it
-            keep = values["step"] < step or (values["step"] == step and "train/loss" not in values)
+            # (a new run repeats that of step 0)
+            keep = values["step"] < step or (values["step"] == step > 0 and "train/loss" not in values)
         except (ValueError, TypeError, LookupError, RecursionError):
             if line.strip() and number <= len(lines):
                 damaged.append(number)

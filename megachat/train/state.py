@@ -32,15 +32,18 @@ from megachat.settings import NgramConfig
 from megachat.train.build import Run, TrainingModel
 from megachat.train.changes import saved_flops
 
+LOSS_DECAY = 0.9  # of the moving average of the losses, as nanochat's
+
 
 @dataclass
 class LoopState:
     """The loop's counters, saved in every checkpoint.
 
     step: the next to run, from 0. training_s: seconds in steps after the tenth, as the speedrun counts them.
-    training_flops: of all steps so far, each with the batch that it had. pending:
-    names of the tasks of this step (train/tasks.py) that were due and not done when the checkpoint was made; a resumed
-    job runs them first.
+    training_flops: of all steps so far, each with the batch that it had. smooth_loss: exponential moving average of
+    the losses of smoothed_steps steps (nats), which starts at 0: `shown_loss` corrects that. pending: names of the
+    tasks of this step (train/tasks.py) that were due and not done when the checkpoint was made; a resumed job runs them
+    first.
     """
 
     step: int = 0
@@ -49,6 +52,8 @@ class LoopState:
     skipped_steps: int = 0
     val_bpb: float | None = None
     min_val_bpb: float | None = None
+    smooth_loss: float = 0.0
+    smoothed_steps: int = 0
     pending: list[str] = field(default_factory=list)
 
     @classmethod
@@ -58,6 +63,16 @@ class LoopState:
         flags = {"validation": values.pop("owes_evaluation", False), "core": values.pop("owes_core", False)}
         values.setdefault("pending", [task for task, flag in flags.items() if flag])
         return cls(**values)
+
+    def add_loss(self, loss: float) -> None:
+        """Adds the loss of a step to the moving average."""
+        self.smooth_loss = LOSS_DECAY * self.smooth_loss + (1 - LOSS_DECAY) * loss
+        self.smoothed_steps += 1
+
+    @property
+    def shown_loss(self) -> float:
+        """The moving average without the bias of its start, after one step or more, as nanochat's base_train shows."""
+        return self.smooth_loss / (1 - LOSS_DECAY**self.smoothed_steps)
 
 
 def state_pieces(run: TrainingModel, *, replicas: bool = True) -> dict:

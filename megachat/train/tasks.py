@@ -89,7 +89,8 @@ class Log(Task):
         run, state, result = trainer.run, trainer.state, trainer.last_result
         step, tokens = state.step - 1, run.plan.tokens_per_step
         values = totals(run, state, step) | {
-            "train/loss": result.loss,
+            "train/loss": state.shown_loss,
+            "train/loss_raw": result.loss,
             "train/grad_norm": result.norm if math.isfinite(result.norm) else None,
             "train/lrm": result.rate_multiplier,
             "train/dt": result.seconds,
@@ -133,7 +134,9 @@ class Checkpoint(Task):
 
 
 class Validation(Task):
-    """Computes bits per byte on the validation rows, every evaluate.every steps and at the end of training."""
+    """Computes bits per byte on the validation rows, every evaluate.every steps, before the first one too (as nanochat
+    does), and at the end of training.
+    """
 
     name, activity = "validation", "evaluation"
 

@@ -65,14 +65,15 @@ class Trainer:
             raise
 
     def _fit(self) -> bool:
-        run, state, tasks = self.run, self.state, self._pending_tasks()
+        run, state, tasks = self.run, self.state, self._first_tasks()
         if state.step >= run.plan.stop_step and not tasks:
             self.metrics.log(
                 f"nothing to do: step {state.step} is not before the last step {run.plan.stop_step}; "
                 "raise horizon.steps or horizon.stop_step to continue"
             )
         self.saver.reserve(state_pieces(run, replicas=False))
-        stopped = self._run_tasks(tasks, stop=False)
+        with announced("evaluation before the first step", shown=bool(tasks) and run.is_writer, write=self.metrics.log):
+            stopped = self._run_tasks(tasks, stop=False)
         while state.step < run.plan.stop_step and not stopped:
             self.last_result = self._step()
             requests = self.last_result.requests
@@ -112,6 +113,7 @@ class Trainer:
             state.training_s += result.seconds
         self.steps_s += result.seconds
         state.skipped_steps += result.skipped
+        state.add_loss(result.loss)
         state.step += 1
         self.pace.finish(state.step)
         state.training_flops += self.run.plan.flops_per_step
@@ -153,6 +155,15 @@ class Trainer:
     def _run(self, task: Task) -> bool:
         with self._long_running(task.activity):
             return task.run(self)
+
+    def _first_tasks(self) -> list[Task]:
+        """Returns the tasks before the first step of this job: of a new run the validation, as in nanochat; of a
+        resumed one those that its checkpoint lists as pending.
+        """
+        if self.state.step == 0:
+            every = self.run.config.evaluate.every
+            return [task for task in self.tasks if isinstance(task, Validation) and every]
+        return self._pending_tasks()
 
     def _pending_tasks(self) -> list[Task]:
         """Returns the tasks that were due at the checkpoint and have no result in its run folder, as rank 0 sees it.

@@ -165,9 +165,9 @@ def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def losses(run: Path) -> dict[int, float]:
-    """Step -> training loss; a step that is logged twice is an error."""
-    pairs = [(line["step"], line["train/loss"]) for line in metrics(run) if "train/loss" in line]
+def losses(run: Path, key: str = "train/loss_raw") -> dict[int, float]:
+    """Step -> training loss of that step alone; a step that is logged twice is an error."""
+    pairs = [(line["step"], line[key]) for line in metrics(run) if key in line]
     assert len({step for step, _ in pairs}) == len(pairs), "a step is logged twice"
     return dict(pairs)
 

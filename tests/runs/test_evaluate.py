@@ -159,10 +159,10 @@ def test_a_stop_interrupts_core_and_the_resumed_run_repeats_it(place, bundle, co
     saved, _ = newest_complete(stopped / "checkpoints")
     loop = facts(saved)["loop"]
     assert (loop["step"], loop["pending"]) == (3, ["core"])
-    assert core_lines_by_step(stopped) == {} and list(bits_per_byte(stopped)) == [3]
+    assert core_lines_by_step(stopped) == {} and list(bits_per_byte(stopped)) == [0, 3]
     train(place, "stopped", "--resume", "auto", config=config)
-    for key in ("val/bpb", "centered_results"):  # each once
-        assert [line["step"] for line in metrics(stopped) if key in line] == [3, STEPS]
+    for key, steps in {"val/bpb": [0, 3, STEPS], "centered_results": [3, STEPS]}.items():  # each once
+        assert [line["step"] for line in metrics(stopped) if key in line] == steps
     assert losses(stopped) == losses(one)
     for step in (3, STEPS):
         assert answers(in_training(stopped, step)) == {

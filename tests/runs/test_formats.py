@@ -31,6 +31,7 @@ def test_every_format_goes_on(version, tmp_path):
     assert json.loads((saved / "checkpoint.json").read_text())["format_version"] == version
     run = train(place, "run", "--resume", str(saved), config=CONFIG)
     wanted = {int(step): loss for step, loss in json.loads((FIXTURES / "losses.json").read_text()).items()}
+    assert losses(run, "train/loss")[3] == pytest.approx(losses(run)[3]), "no average was saved: it starts anew"
     assert losses(run) == pytest.approx({step: wanted[step] for step in (3, 4, 5)}, rel=1e-5)
 
 

@@ -21,7 +21,7 @@ LAUNCHERS += [pytest.param("mpiexec", marks=pytest.mark.skipif(HYDRA is None, re
 def test_the_launchers_agree_bit_for_bit(launcher, two, place):
     """Every launcher starts the job that forked ranks are."""
     run = train(place, f"two_{launcher}", launcher=launcher, world=2)
-    assert len(losses(two)) == STEPS and len(bits_per_byte(two)) == 2
+    assert len(losses(two)) == STEPS and len(bits_per_byte(two)) == 3
     assert losses(run) == losses(two) and bits_per_byte(run) == bits_per_byte(two), (
         f"{launcher} differs from ranks without a launcher"
     )
@@ -101,11 +101,14 @@ def test_metrics_have_the_dashboard_keys(one):
     assert [line["checkpoint/step"] for line in saved] == [2, 4, STEPS]
     assert all(0 <= line["checkpoint/blocked_s"] <= line["checkpoint/total_s"] for line in saved)
     evaluated = [line for line in metrics(one) if "val/bpb" in line]
-    assert [line["step"] for line in evaluated] == [3, STEPS] and all(
+    smooth, raw = losses(one, "train/loss"), losses(one)
+    assert smooth[0] == pytest.approx(raw[0], rel=1e-12)
+    assert smooth[2] == pytest.approx((0.81 * raw[0] + 0.9 * raw[1] + raw[2]) / 2.71, rel=1e-12)
+    assert [line["step"] for line in evaluated] == [0, 3, STEPS] and all(
         {"total_training_time", "total_training_flops"} <= line.keys() for line in evaluated
     )
-    assert evaluated[1]["val/bpb"] < evaluated[0]["val/bpb"]
-    assert evaluated[1]["total_training_flops"] == pytest.approx(
+    assert evaluated[2]["val/bpb"] < evaluated[1]["val/bpb"] < evaluated[0]["val/bpb"]
+    assert evaluated[2]["total_training_flops"] == pytest.approx(
         STEPS * 384 * json.loads((one / "plan.json").read_text())["flops_per_token"]
     )
 

@@ -44,7 +44,7 @@ def bench_layouts(arguments: Namespace) -> dict:
         for layout in ("dp=1", *arguments.layouts.split()):
             train_layout(arguments, layout, folder)
             metrics = [json.loads(line) for line in (Path(folder) / layout / METRICS_NAME).read_text().splitlines()]
-            losses[layout] = [line["train/loss"] for line in metrics if "train/loss" in line]
+            losses[layout] = [line["train/loss_raw"] for line in metrics if "train/loss" in line]
             seconds[layout] = statistics.median(line["train/dt"] for line in metrics if "train/loss" in line)
     results = {}
     for layout, curve in losses.items():

@@ -12,7 +12,7 @@ from megachat.config import Config, config_from_values
 from megachat.convert import nanochat
 from megachat.convert.conversion import export_checkpoint, import_checkpoint
 from megachat.convert.differences import compare_settings
-from megachat.convert.nanochat_settings import EMBEDDED, config_of, meta_of, param_groups_of
+from megachat.convert.nanochat_settings import EMBEDDED, config_of, loop_of, meta_of, param_groups_of
 from megachat.convert.reader import CheckpointReader
 from megachat.errors import UserError
 from megachat.planning.plan import resolve
@@ -111,10 +111,14 @@ def test_random_settings_come_back(seed):
     config = config_from_values(random_config(rng), "test").model_dump(mode="json", exclude_defaults=True)
     plan = resolve(config_from_values(config, "test"), 1, VOCAB_SIZE)
     dims, step = plan.dims, rng.randint(1, plan.steps)
-    facts = {"step": step, "config": config, "layout": {"data": 1, "tensor": 1, "pipeline": 1}, "loop": {}}
+    facts = {"step": step, "config": config, "layout": {"data": 1, "tensor": 1, "pipeline": 1}}
+    facts["loop"] = {"smooth_loss": 2.75, "smoothed_steps": step - seed % 2}
     meta, groups = meta_of(facts, dims), param_groups_of(facts, dims)
     back, _ = config_of(opened(meta, groups, asdict(dims), step))
     assert back == config
+    # nanochat counts the steps of its average from the first step on
+    loop = loop_of(meta)
+    assert (loop.get("smooth_loss"), loop.get("smoothed_steps")) == ((None, None) if seed % 2 else (2.75, step))
     meta.pop(EMBEDDED)
     alone, remarks = config_of(opened(meta, groups, asdict(dims), step))
     assert numbers_of(alone) == pytest.approx(numbers_of(config), rel=1e-9, abs=1e-300), remarks

@@ -100,6 +100,9 @@ def test_a_resumed_run_continues_one_curve(tmp_path):
 
 
 def test_what_was_done_after_the_checkpoint_is_forgotten(tmp_path):
+    open_metrics(tmp_path).record({"step": 0, "val/bpb": 1.0})
+    open_metrics(tmp_path, 0).close()
+    assert lines(tmp_path) == [], "a new run is validated before its first step again"
     write_a_run(tmp_path, 6)
     open_metrics(tmp_path, 3).close()
     assert [(line["step"], "val/bpb" in line) for line in lines(tmp_path)] == [(0, 0), (1, 0), (2, 1), (2, 0)]

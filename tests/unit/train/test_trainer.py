@@ -1,5 +1,6 @@
 """The order of a step's periodic work, and what an error in it does not prevent."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -107,3 +108,23 @@ def test_samples_are_due_every_so_many_steps_and_at_the_end():
         return [trainer.state.step for trainer in at if Samples().due(trainer)]
 
     assert due_steps() == [7] and due_steps(sample_every=3) == [3, 6, 7] and due_steps(sample_every=3, prompts=()) == []
+
+
+@pytest.mark.parametrize(("step", "every", "names"), [(0, 3, ["validation"]), (0, 0, []), (6, 3, ["core"])])
+def test_a_new_run_is_validated_before_its_first_step_and_a_resumed_one_is_not(step, every, names, tmp_path):
+    made = trainer(tmp_path, step=step, pending=["core"])
+    made.run.config = SimpleNamespace(evaluate=EvaluateConfig(every=every))
+    assert [task.name for task in made._first_tasks()] == names
+
+
+def test_the_average_of_the_losses_is_nanochats_and_survives_a_checkpoint():
+    whole, resumed, smooth = LoopState(), LoopState(), 0.0
+    for step, loss in enumerate((5.0, 4.0, 4.5, 3.0, 3.25)):
+        smooth = 0.9 * smooth + (1 - 0.9) * loss
+        for state in (whole, resumed):
+            state.add_loss(loss)
+        assert whole.shown_loss == resumed.shown_loss == smooth / (1 - 0.9 ** (step + 1))
+        resumed = LoopState.from_saved(json.loads(json.dumps(dataclasses.asdict(resumed))))
+    earlier = LoopState.from_saved({"step": 4, "training_s": 0.0, "skipped_steps": 0, "val_bpb": None})
+    earlier.add_loss(2.5)
+    assert earlier.shown_loss == pytest.approx(2.5, rel=1e-12)
