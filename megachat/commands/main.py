@@ -70,6 +70,7 @@ GROUPS: dict[str, dict[str, Command]] = {
     },
     "measure": {
         "probe": Command("measure this machine, for `megachat plan --probe`"),
+        "fp8-check": Command("does FP8 pay for a config here? the time to an equal loss", module="fp8_check"),
         "bench": Command("speed of training, loading, saving and generation", clone=True),
         "partition": Command("the Muon partition beside other ways to distribute Muon", clone=True),
     },

@@ -97,6 +97,15 @@ class Ratio(NamedTuple):
         """ "better" if the second side needs less beyond the interval, "worse" if more, else "cannot tell"."""
         return "better" if self.high < 1 else "worse" if self.low > 1 else "cannot tell"
 
+    def times(self, other: "Ratio") -> "Ratio":
+        """Returns the product of independent ratios: the distances of the interval's ends add in squares of logs."""
+        value = self.value * other.value
+        down, up = (
+            math.hypot(*(math.log(each.value / getattr(each, end)) for each in (self, other)))
+            for end in ("low", "high")
+        )
+        return Ratio(value, value * math.exp(-down), value * math.exp(up))
+
 
 def common_value(first: Sequence[Curve], second: Sequence[Curve]) -> float:
     """Returns the lowest value that every curve reaches. Raises UserError if the curves share no range of values."""
@@ -131,6 +140,32 @@ def axis_ratio(first: Sequence[Curve], second: Sequence[Curve], value: float, ax
     else:
         shifts = [_noise_in_place(curve, value, axis) for curve in (*first, *second)]
         width = math.sqrt(sum(shift**2 for shift in shifts))
+    return Ratio(math.exp(center), math.exp(center - width), math.exp(center + width))
+
+
+def interval_of_ratios(ratios: Sequence[float]) -> Ratio:
+    """Returns the median of ratios that were measured in pairs, with an interval of 95 % or more for it between two of
+    them by the sign test; with fewer than 6 pairs, all that was measured, which is less than 95 %.
+    """
+    ordered = sorted(ratios)
+    count, cut, tail = len(ordered), 0, 0.5 ** len(ordered)
+    while 2 * (tail + math.comb(count, cut + 1) * 0.5**count) <= 1 - CONFIDENCE:
+        cut += 1
+        tail += math.comb(count, cut) * 0.5**count
+    return Ratio(float(np.median(ordered)), ordered[cut], ordered[-1 - cut])
+
+
+def median_ratio(first: Sequence[float], second: Sequence[float]) -> Ratio:
+    """Returns the ratio of the medians of two series, second / first, with a 95 % interval: 1.96 standard errors of the
+    logarithms' medians, by their median distances from them, added in squares.
+    """
+    logs = [np.log(np.asarray(series, dtype=np.float64)) for series in (first, second)]
+    centers = [float(np.median(series)) for series in logs]
+    errors = [
+        1.2533 * 1.4826 * float(np.median(np.abs(series - center))) / math.sqrt(len(series))
+        for series, center in zip(logs, centers, strict=True)
+    ]
+    width, center = 1.959964 * math.hypot(*errors), centers[1] - centers[0]
     return Ratio(math.exp(center), math.exp(center - width), math.exp(center + width))
 
 

@@ -171,6 +171,8 @@ NOT_THERE = [
     (["bench", "core", "--checkpoint", "{none}", "--bundle", "{none}"], "{none}"),
     (["probe", "--config", "{none}"], "{none}"),
     (["probe", "--config", "d4_cpu", "--out", "{file}/probe.json"], "{file}"),
+    (["fp8-check", "--config", "{none}"], "{none}"),
+    (["fp8-check", "--config", "d4_cpu", "--set", "data.tokenizer={none}", "--steps", "0"], "{none}"),
     (["partition", "--json", "{file}/out.json"], "{file}"),
     (["completion"], "SHELL"),
 ]
