@@ -42,6 +42,8 @@ from megachat.planning.explain import describe_stages, plan_values, setting_warn
 from megachat.planning.memory import check_state_fits, describe_memory, memory_of_stages, memory_warning
 from megachat.planning.plan import Plan, resolve, usable_world
 from megachat.programs.dry_run import THIS_MACHINE, Hardware, describe_job, job_values
+from megachat.studies.report import report_line
+from megachat.studies.report_figures import NO_PLOTLY, plotly_installed
 from megachat.train.build import Run, build_run
 from megachat.train.changes import describe_changes
 from megachat.train.documents import resume_documents
@@ -146,6 +148,8 @@ def run_job(
             notes += [*config_notes, *chosen_notes, job.memory, data_line, *bundle_line, *data_notes]
             with run.loader:
                 stopped = _train(run, checkpoint, named, job.environment, notes, begin, monitor, guard)
+    if config.log.report and job.environment.rank == 0 and not stopped:  # no rank waits, and nothing holds the folder
+        print(report_line(job.folder), flush=True)
     return SAVED_STATUS if stopped else 0
 
 
@@ -186,6 +190,8 @@ def _check_inputs(
         left_out = check_questions(bundle, tokenizer, limit, most)
     if environment.rank == 0:
         check_wandb(config.log)
+        if config.log.report and not plotly_installed():
+            raise UserError(f"log.report is true, but {NO_PLOTLY}, or set log.report=false")
     device = choose_device(environment)
     kernels = choose_kernels(config, plan, device)
     dtype, _ = choose_compute_dtype(config.precision.compute, device)
@@ -351,6 +357,7 @@ def _write_run_folder(run: Run, state: LoopState, environment: LaunchEnvironment
         "tokenizer": tokenizer_facts(run.config.data.tokenizer, run.tokenizer),
         "data": shard_hashes(Path(run.config.data.folder)),
     }
+    now |= {"time": round(time.time(), 3)}
     now |= {"core_bundle": run.bundle.digest} if run.bundle else {}
     write_side_json(path, [*earlier, now], log)
 

@@ -87,4 +87,5 @@ class LogConfig(Section):
     every: int = setting(1, "steps between console lines and metrics", ge=1, most=STEPS)
     wandb: Literal["off", "online", "offline"] = setting("off", "also send metrics to Weights & Biases")
     wandb_project: str = setting("megachat", "Weights & Biases project")
+    report: bool = setting(False, "write report.html into the run folder at the end of a job; needs plotly")
     probe: str | None = setting(None, "file of `megachat probe` to predict the step; null: a known GPU's data sheet")

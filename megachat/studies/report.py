@@ -9,18 +9,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megachat.errors import UserError
+from megachat.activity import duration
+from megachat.errors import UserError, summary
 from megachat.evals.results import core_lines, load_results, newest_results
 from megachat.files import SAMPLES, list_folder, write_atomically
 from megachat.studies.comparison import compare_curves, curve_lines
+from megachat.studies.predicted import MEMORY_KINDS, Predicted, predicted_rows, try_predict, wall_clock
 from megachat.studies.report_figures import (
+    bar_figure,
     curve_figure,
     layout_figure,
-    parameter_figure,
+    memory_figure,
+    owner_figure,
     plotly_script,
     step_figure,
 )
-from megachat.studies.runs import RunRecord, flat_config, newest_facts, read_starts, run_row
+from megachat.studies.runs import RunRecord, flat_config, load_run, newest_facts, read_starts, run_row
 
 _STYLE = """
 :root { color-scheme: light }
@@ -40,25 +44,54 @@ pre { white-space: pre-wrap; background: #f6f6f6; padding: .6rem; border-radius:
 """
 
 
-def write_report(run: RunRecord, out: Path, against: RunRecord | None = None) -> int:
-    """Writes the report and returns its size in bytes. Raises UserError without plotly, or for a run without steps."""
-    text = report_html(run, against)
+REPORT_NAME = "report.html"
+_SAMPLES = 20  # earlier steps whose samples are shown
+
+
+def write_report(
+    run: RunRecord,
+    out: Path,
+    against: RunRecord | None = None,
+    *,
+    probe: Path | None = None,
+    price: float | None = None,
+) -> int:
+    """Writes the report and returns its size in bytes. Raises UserError without plotly, or for a run without steps.
+
+    probe: a file of `megachat probe`, to predict the run's time. price: of a GPU-hour, on a CPU of the machine's hour.
+    """
+    text = report_html(run, against, probe, price)
     write_atomically(out, text.encode())
     return len(text.encode())
 
 
-def report_html(run: RunRecord, against: RunRecord | None = None) -> str:
-    """Returns the page."""
+def report_line(folder: Path) -> str:
+    """Writes the report of a run that has ended, and returns a line for its log; whatever goes wrong is in the line."""
+    try:
+        size = write_report(load_run(folder), folder / REPORT_NAME)
+        return f"wrote {folder / REPORT_NAME}, {size / 1e6:.1f} MB"
+    except Exception as error:  # the training is done: a picture of it must not fail the job
+        return f"{folder / REPORT_NAME} is not written ({summary(error)}): `megachat report {folder}` tries again"
+
+
+def report_html(
+    run: RunRecord, against: RunRecord | None = None, probe: Path | None = None, price: float | None = None
+) -> str:
+    """Returns the page; see `write_report`."""
     if not run.lines:
         raise UserError(f"{run.folder} has no recorded step: train first")
     runs = [run] if against is None else [run, against]
     name = html.escape(" against ".join(each.folder.name for each in runs))
+    predicted, why = try_predict(run, probe)
+    parameters = {kind: count for kind, count in run.plan.get("parameters", {}).items() if kind != "total"}
+    title = f"Parameters by kind, {sum(parameters.values()):,} in all"
     sections = [
         _section("Summary", _summary(runs)),
         *([_section("Comparison", _comparison(run, against))] if against else []),
         _section("Curves", _figures(_curves(runs))),
-        _section("Steps and layout", _figures([step_figure(run), layout_figure(dict(run.plan))]) + _saves(run)),
-        _section("Parameters", _figures([parameter_figure(dict(run.plan["parameters"]))])),
+        _section("Predicted and measured", _predicted(run, predicted, why, price)),
+        _section("Time", _figures(_times(run, predicted)) + _saves(run)),
+        _section("Layout and parameters", _figures([*_layouts(run, predicted), bar_figure(title, parameters)])),
         _section("CORE", "".join(map(_core, runs))),
         _section("Samples", _samples(run)),
         _section("Settings that differ from the defaults", _settings(runs)),
@@ -153,6 +186,36 @@ def _comparison(run: RunRecord, against: RunRecord) -> str:
     return f"<pre>{html.escape(chr(10).join(lines))}</pre>"
 
 
+def _predicted(run: RunRecord, predicted: Predicted | None, why: str, price: float | None) -> str:
+    if predicted is None:
+        return f'<p class="warning">{html.escape(why)}</p>'
+    steps, peaks = run.values("train/dt"), run.values("train/peak_memory_bytes")
+    rows = predicted_rows(predicted, run, statistics.median(steps) if steps else None, price)
+    origin = f"time by the {predicted.source}" if predicted.time else f"time {predicted.source}"
+    uses = [{kind: getattr(stage, kind) for kind in MEMORY_KINDS} for stage in predicted.memory]
+    figure = memory_figure(uses, max(peaks) if peaks and predicted.on_gpu else None)
+    text = f"<p>Memory is counted from config and layout; {html.escape(origin)}.</p>"
+    return _table(rows, head=("", "predicted", "measured", "difference"), right=(1, 2, 3)) + text + _figures([figure])
+
+
+def _times(run: RunRecord, predicted: Predicted | None) -> list[Any]:
+    spent = wall_clock(run.lines, read_starts(run.folder))
+    title = f"Wall clock, {duration(sum(spent.values()))} in all"
+    figures = [step_figure(run), bar_figure(title, spent, "s")]
+    if predicted and predicted.time:
+        parts = {name: 1000 * seconds for name, seconds in predicted.time.step.parts.items() if seconds}
+        figures.append(bar_figure("A step by part, predicted, not measured", parts, "ms"))
+    return figures
+
+
+def _layouts(run: RunRecord, predicted: Predicted | None) -> list[Any]:
+    plan = dict(run.plan)
+    if "stages" not in plan:
+        return []
+    owners = owner_figure(predicted.owners, plan["layout"], plan["stages"][-1][1]) if predicted else None
+    return [layout_figure(plan), owners]
+
+
 def _saves(run: RunRecord) -> str:
     saves = [line for line in run.lines if "checkpoint/blocked_s" in line]
     if not saves:
@@ -179,14 +242,20 @@ def _core(run: RunRecord) -> str:
 
 
 def _samples(run: RunRecord) -> str:
-    files = [path for path in list_folder(run.folder / SAMPLES) if path.suffix == ".json"]
-    if not files:
+    """Returns the newest samples, and those of earlier steps below, folded."""
+    pages = []
+    for path in (path for path in list_folder(run.folder / SAMPLES) if path.suffix == ".json"):
+        try:
+            texts: Mapping[str, str] = json.loads(path.read_bytes())
+            each = "".join(f"<pre>{html.escape(text)}</pre>" for text in texts.values())
+        except (OSError, ValueError, AttributeError, TypeError):
+            each = f'<p class="warning">{html.escape(path.name)} cannot be read</p>'
+        pages.append((html.escape(path.stem.replace("step_", "step ")), each))
+    if not pages:
         return ""
-    try:
-        texts: Mapping[str, str] = json.loads(files[-1].read_bytes())
-        return f"<p>{files[-1].stem}</p>" + "".join(f"<pre>{html.escape(text)}</pre>" for text in texts.values())
-    except (OSError, ValueError, AttributeError, TypeError):
-        return f'<p class="warning">{html.escape(files[-1].name)} cannot be read</p>'
+    *earlier, (title, newest) = pages
+    folded = "".join(f"<details><summary>{name}</summary>{each}</details>" for name, each in earlier[-_SAMPLES:])
+    return f"<p>{title}</p>{newest}{folded}"
 
 
 def _settings(runs: Sequence[RunRecord]) -> str:
@@ -205,7 +274,7 @@ def _environment(run: RunRecord) -> str:
     newest = starts[-1]
     diff = newest.pop("diff", None)
     rows = [(key, _words(value)) for key, value in newest.items()]
-    text = f"<p>{len(starts)} starts; the last:</p>{_table(rows)}"
+    text = f"<p>{len(starts)} start{'s' * (len(starts) > 1)}; the last:</p>{_table(rows)}"
     if diff:
         text += f"<details><summary>uncommitted changes</summary><pre>{html.escape(str(diff))}</pre></details>"
     return text

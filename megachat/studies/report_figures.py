@@ -1,7 +1,8 @@
 """Figures of a report, drawn by plotly. The only module that imports it."""
 
+import importlib.util
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megachat.errors import UserError
@@ -9,8 +10,18 @@ from megachat.studies.curves import AXES
 from megachat.studies.runs import RunRecord
 
 _COLORS = ("#2563a8", "#c2571a")  # told apart in gray and by color-blind readers
+_SHADES = ("#174a7c", "#2563a8", "#5b93d1", "#a9c8ea", "#c2571a", "#e9b18c")  # of parts of one bar
+_MOST_RANKS = 64  # rows of a picture of the ranks
 _LABELS = {"steps": "step", "seconds": "training time (s)", "flops": "training FLOPs"}
 _KEYS = {"steps": "step", "seconds": "total_training_time", "flops": "total_training_flops"}
+
+
+NO_PLOTLY = "plotly is not installed: pip install 'megachat[report]'"
+
+
+def plotly_installed() -> bool:
+    """Returns whether plotly can be imported, without importing it."""
+    return importlib.util.find_spec("plotly") is not None
 
 
 def import_plotly() -> Any:
@@ -18,7 +29,7 @@ def import_plotly() -> Any:
     try:
         import plotly.graph_objects
     except ImportError:
-        raise UserError("reports need plotly, which is not installed: pip install 'megachat[report]'") from None
+        raise UserError(f"reports need plotly, but {NO_PLOTLY}") from None
     return plotly.graph_objects
 
 
@@ -77,18 +88,95 @@ def step_figure(run: RunRecord) -> Any:
                 marker={"color": color, "size": 5},
                 name=name,
             )
-    figure.add_hline(y=1000 * median, line={"color": "#888", "dash": "dot"}, annotation_text="median")
+    figure.add_hline(
+        y=1000 * median, line={"color": "#888", "dash": "dot"}, annotation_text="median", annotation_position="top left"
+    )
     figure.update_layout(**_layout("Time per step", "step", "ms"))
     return figure
 
 
-def parameter_figure(parameters: dict[str, int]) -> Any:
-    """Returns bars of the parameters by kind."""
+def bar_figure(title: str, values: Mapping[str, float], unit: str = "") -> Any:
+    """Returns horizontal bars of named values, each with its value and share of the sum; None if there are none."""
+    values = {name: value for name, value in values.items() if value}
+    total = sum(values.values())
+    if not values:
+        return None
     go = import_plotly()
-    kinds = {name: count for name, count in parameters.items() if name != "total" and count}
-    names = sorted(kinds, key=lambda name: kinds[name])
-    figure = go.Figure(go.Bar(x=[kinds[name] for name in names], y=names, orientation="h", marker_color=_COLORS[0]))
-    figure.update_layout(**_layout(f"Parameters by kind, {sum(kinds.values()):,} together", "", ""))
+    names = sorted(values, key=lambda name: values[name])
+    figure = go.Figure(
+        go.Bar(
+            x=[values[name] for name in names],
+            y=names,
+            orientation="h",
+            marker_color=_COLORS[0],
+            text=[f"{values[name] / total:.1%}" for name in names],
+            textposition="auto",
+            cliponaxis=False,
+            hovertemplate="%{y}: %{x:,.4~r} " + unit + "<extra></extra>",
+        )
+    )
+    figure.update_layout(**_layout(title, unit, ""))
+    return figure
+
+
+def memory_figure(stages: Sequence[Mapping[str, int]], peak: float | None) -> Any:
+    """Returns the predicted memory of the fullest rank of each stage by use, and rank 0's measured peak. stages: bytes
+    by use."""
+    go = import_plotly()
+    figure = go.Figure()
+    names = [f"stage {number}" if len(stages) > 1 else "rank" for number in range(len(stages))]
+    for number, use in enumerate(stages[0]):
+        figure.add_bar(
+            x=[stage[use] / 1e9 for stage in stages],
+            y=names,
+            name=use,
+            orientation="h",
+            marker_color=_SHADES[number % len(_SHADES)],
+            hovertemplate=use + ": %{x:.3f} GB<extra></extra>",
+        )
+    if peak:
+        figure.add_vline(x=peak / 1e9, line={"color": "#222", "dash": "dot"})
+        note = {"x": peak / 1e9, "y": 1, "yref": "paper", "yanchor": "bottom", "xanchor": "right", "showarrow": False}
+        figure.add_annotation(**note, text="measured peak of rank 0")
+    layout = _layout("Memory per rank, counted", "GB", "") | {"height": 190 + 40 * len(stages)}
+    figure.update_layout(**layout, barmode="stack")
+    figure.update_layout(legend_traceorder="normal", legend_y=-60 / (75 + 40 * len(stages)))
+    figure.update_yaxes(autorange="reversed")
+    return figure
+
+
+def owner_figure(owners: Sequence[Any], layout: Mapping[str, int], layers: int) -> Any:
+    """Returns ranks x layers: how many matrices each rank orthogonalizes in each layer, with their names under the
+    pointer; None if there are none or more ranks than can be seen. owners: of the manifest, layers: embedding and head
+    included."""
+    world = layout["data"] * layout["tensor"] * layout["pipeline"]
+    names: dict[tuple[int, int], list[str]] = {}
+    for line in owners:
+        if line.owner is not None:
+            head, _, rest = line.name.removeprefix("transformer.h.").partition(".")
+            layer = int(head) + 1 if head.isdecimal() else 0
+            names.setdefault((line.owner, layer), []).append(rest if head.isdecimal() else line.name)
+    if not names or world > _MOST_RANKS:
+        return None
+    go = import_plotly()
+    cells = [[names.get((rank, layer), []) for layer in range(layers)] for rank in range(world)]
+    figure = go.Figure(
+        go.Heatmap(
+            z=[[len(cell) or None for cell in row] for row in cells],
+            customdata=[["<br>".join(cell) for cell in row] for row in cells],
+            text=[[str(len(cell) or "") for cell in row] for row in cells],
+            texttemplate="%{text}",
+            hovertemplate="rank %{y}, layer %{x}<br>%{customdata}<extra></extra>",
+            colorscale=[[0, "#dbe8f6"], [1, _COLORS[0]]],
+            showscale=False,
+            xgap=1,
+            ygap=1,
+            hoverongaps=False,
+        )
+    )
+    figure.update_layout(**_layout("Matrices that each rank orthogonalizes, by layer", "layer", "rank"))
+    figure.update_yaxes(autorange="reversed", dtick=max(1, world // 16), title_standoff=5)
+    figure.update_xaxes(range=[-0.5, layers - 0.5], dtick=max(1, layers // 16))
     return figure
 
 
@@ -121,7 +209,13 @@ def _layout(title: str, x: str, y: str) -> dict[str, Any]:
     return {
         "title": {"text": title, "x": 0, "xref": "paper", "y": 0.98, "yanchor": "top", "font": {"size": 15}},
         "xaxis": {"title": {"text": x}, "gridcolor": "#e5e5e5", "zeroline": False},
-        "yaxis": {"title": {"text": y}, "gridcolor": "#e5e5e5", "zeroline": False, "automargin": True},
+        "yaxis": {
+            "title": {"text": y},
+            "gridcolor": "#e5e5e5",
+            "zeroline": False,
+            "automargin": True,
+            "ticksuffix": " ",
+        },
         "template": "none",
         "font": {"family": "system-ui, sans-serif", "size": 13, "color": "#222"},
         "margin": {"l": 50, "r": 10, "t": 70, "b": 45},

@@ -1,6 +1,10 @@
-"""The tools of studies on real trainings: a ladder of two runs, continued, and what it leaves."""
+"""The tools of studies on real trainings: a ladder of two runs, continued, and what it leaves; runs of two layouts side
+by side; the report that a job writes at its end.
+"""
 
+import importlib.util
 import json
+import shutil
 import sys
 
 import pytest
@@ -8,8 +12,9 @@ import pytest
 from megachat.commands import main as cli
 from megachat.errors import UserError
 from megachat.studies import trials
+from megachat.studies.comparison import compare_curves, load_runs
 from megachat.studies.runs import find_runs
-from tests.runs.forked import environment
+from tests.runs.forked import environment, run_forked
 from tests.runs.job import STEPS, command, make_place
 
 _FAILS = "import sys; print('start'); print('error: no such folder', file=sys.stderr); sys.exit(2)"
@@ -37,6 +42,33 @@ def test_a_ladder_trains_its_runs_and_continues(place, capsys):
     cli.start("ladder", words, "megachat")
     assert {path: path.stat().st_mtime_ns for path in out.rglob("step_*")} == before, "nothing is trained again"
     assert all(run.step == STEPS for run in runs.values())
+
+
+def test_one_recipe_on_two_layouts_is_equal_on_steps(one, two):
+    """Six steps are not timed by the speedrun's clock, so time is not known; only the layout is warned about."""
+    comparison = compare_curves(load_runs([one]), load_runs([two]))
+    axes = comparison["axes"]
+    assert axes["steps"]["value"] == pytest.approx(1, abs=2e-3) and axes["flops"]["value"] == pytest.approx(1, abs=2e-3)
+    assert axes["seconds"] is None
+    (warning,) = comparison["warnings"]
+    assert warning.startswith("layout: ") and "seconds are not comparable" in warning
+
+
+def test_a_job_of_two_ranks_writes_its_report_and_survives_a_failure(one, shared_place, tmp_path):
+    """Both jobs continue a finished run, so nothing is trained; the second cannot write its report."""
+    if importlib.util.find_spec("plotly") is None:
+        pytest.skip("plotly is not installed: pip install 'megachat[report]'")
+    shutil.copytree(one, tmp_path / "runs/one")
+    program = command(shared_place, "one", "--resume", "auto", "--set", "log.report=true")
+    program += ["--set", f"run.folder={tmp_path / 'runs'}"]
+    done, report = run_forked(program, 2), tmp_path / "runs/one/report.html"
+    assert done.status == 0, done.err
+    assert done.out.count(f"wrote {report}, ") == 1 and report.stat().st_size < 6e6
+    assert "<td>finished</td>" in report.read_text() and "Matrices that each rank orthogonalizes" in report.read_text()
+    report.unlink()
+    report.mkdir()
+    done = run_forked(program, 2)
+    assert done.status == 0 and f"{report} is not written (IsADirectoryError" in done.out, (done.out, done.err)
 
 
 @pytest.mark.parametrize("program, problem", [(_FAILS, "no such folder"), (_DIES, "Killed by something")])

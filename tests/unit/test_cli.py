@@ -51,7 +51,7 @@ def python(*words: str, **variables: str) -> subprocess.CompletedProcess:
 
 def test_the_help_groups_all_commands(capsys):
     assert run("--help") == run() == 0
-    listed = re.findall(r"^  (\w+) ", capsys.readouterr().out, re.MULTILINE)
+    listed = re.findall(r"^  ([\w-]+) ", capsys.readouterr().out, re.MULTILINE)
     assert listed == 2 * list(cli.COMMANDS)
     assert {path.stem for path in (ROOT / "megachat/commands").glob("*.py")} == {
         *cli.COMMANDS,

@@ -9,8 +9,16 @@ import sys
 import pytest
 
 from megachat.commands import main as cli
+from megachat.config import Config
 from megachat.errors import UserError
+from megachat.files import write_json
+from megachat.planning.explain import plan_values
+from megachat.planning.plan import resolve
+from megachat.studies.predicted import predict, try_predict, wall_clock
+from megachat.studies.report import report_line
+from megachat.studies.runs import load_run
 from tests.limits import limit_s
+from tests.unit.planning.test_probe import document
 from tests.unit.studies.test_runs import make_run
 
 pytest.importorskip("plotly", reason="plotly is not installed: pip install 'megachat[report]'")
@@ -19,21 +27,45 @@ from megachat.studies.report_figures import plotly_script  # noqa: E402
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
+CONFIG = {
+    "model": {"depth": 4, "aspect_ratio": 64, "head_size": 64, "sequence_len": 64},
+    "batch": {"tokens": 512, "micro_rows": 1},
+    "horizon": {"steps": 40},
+    "parallel": {"tensor": 2, "pipeline": 2},
+    "evaluate": {"prompts": ("<b>",)},
+}
+
+
+def planned_run(folder, **how):
+    """A run of four ranks whose plan is real, with time stamps: a step takes 0.5 s, a validation 0.1 s."""
+    run = make_run(folder, **how)
+    write_json(run / "config.json", CONFIG | {"run": {"name": folder.name}})
+    write_json(run / "plan.json", plan_values(resolve(Config.model_validate(CONFIG), 4, 512)))
+    lines, now = [], 1000.0
+    for text in (run / "metrics.jsonl").read_text().splitlines()[:-1]:
+        line = json.loads(text)
+        now += 0.1 if "val/bpb" in line else 0.5
+        step = {"train/dt": 0.5, "train/peak_memory_bytes": 3e9} if "train/loss" in line else {}
+        lines.append(json.dumps(line | step | {"time": now}))
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    start = {"commit": "abc", "packages": {"torch": "2"}, "diff": "+ a", "time": 999.0}
+    write_json(run / "environment.json", [start | {"device": "a CPU", "compute_dtype": "torch.bfloat16"}])
+    return run
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     """The report of two runs, with every section but CORE."""
     folder = tmp_path_factory.mktemp("runs")
     for name, speed in (("base", 1.0), ("faster", 1.3)):
-        run = make_run(folder / name, speed=speed, evaluate__prompts=["<b>"])
-        plan = json.loads((run / "plan.json").read_text())
-        extra = {"stages": [[0, 3], [3, 5]], "parameters": {"wte": 7, "matrices": 9, "total": 16}}
-        (run / "plan.json").write_text(json.dumps(plan | extra))
-        (run / "environment.json").write_text(
-            json.dumps([{"commit": "abc", "packages": {"torch": "2"}, "diff": "+ a"}])
-        )
+        run = planned_run(folder / name, speed=speed)
         (run / "samples").mkdir()
-        (run / "samples/step_000040.json").write_text(json.dumps({"<b>": "<b> bold? & more"}))
-    cli.start("report", [str(folder / "faster"), "--against", str(folder / "base")], "megachat")
+        for step in (20, 40):
+            (run / f"samples/step_{step:06d}.json").write_text(json.dumps({"<b>": f"<b> bold {step}? & more"}))
+    probe = document()
+    write_json(folder / "probe.json", probe | {"sets": [*probe["sets"], probe["sets"][-1] | {"ranks": 4}]})
+    words = [str(folder / "faster"), "--against", str(folder / "base")]
+    cli.start("report", [*words, "--probe", str(folder / "probe.json"), "--price", "2"], "megachat")
     return folder / "faster/report.html"
 
 
@@ -46,15 +78,44 @@ def test_the_page_is_complete_and_refers_to_nothing_outside(page):
         "Summary",
         "Comparison",
         "Curves",
-        "Steps and layout",
-        "Parameters",
+        "Predicted and measured",
+        "Time",
+        "Layout and parameters",
         "Samples",
         "Settings",
         "Environ",
     ):
         assert f"<h2>{title}" in text
-    assert "&lt;b&gt; bold? &amp; more" in text and "<b> bold" not in text.split("<script")[0]
+    assert "&lt;b&gt; bold 40? &amp; more" in text and "<summary>step 000020</summary>" in text
+    assert "<b> bold" not in text.split("<script")[0]
+    for row in ("time per step", "wall clock", "price at 2 per machine-hour", "memory of rank 0"):
+        assert f"<td>{row}</td>" in text
+    assert "A step by part, predicted, not measured" in text and "rank %{y}, layer %{x}" in text
     assert "verdict on faster: better" in text and "uncommitted changes" in text and "<th>setting</th>" in text
+
+
+def test_predicted_beside_measured(page):
+    """The planner's numbers for the run's config and layout, and the seconds of its lines by what they went to."""
+    run = load_run(page.parent)
+    predicted = predict(run, page.parent.parent / "probe.json")
+    assert len(predicted.memory) == 2 and predicted.time.step.total > 0 and predicted.units == 1
+    owners = [line for line in predicted.owners if line.owner is not None]
+    assert {line.owner for line in owners} == {0, 1, 2, 3}, "each rank of both stages orthogonalizes"
+    assert try_predict(run)[0].time is None, "a CPU without a probe"
+    start = [{"time": 999.0}]
+    assert wall_clock(run.lines, start) == pytest.approx({"training steps": 20.0, "validation": 2.0, "rest": 1.1})
+    later = [line | {"time": line["time"] + 500 * (line["step"] >= 30)} for line in run.lines]
+    assert sum(wall_clock(later, start).values()) == pytest.approx(523.1), "one job"
+    between = [*start, {"time": later[-1]["time"] - 0.5 * 10 - 0.1 * 6 - 0.2}]
+    assert sum(wall_clock(later, between).values()) == pytest.approx(23.1, abs=0.6), "the time between two jobs"
+    old, why = try_predict(load_run(make_run(page.parent.parent / "old", model__depth="x")))
+    assert old is None and why.startswith("no prediction: ") and "model.depth" in why
+
+
+def test_what_prevents_a_report_is_one_line_at_the_end_of_a_job(tmp_path):
+    run = make_run(tmp_path / "fresh", done=0, saved=())
+    line = report_line(run)
+    assert line.startswith(f"{run}/report.html is not written (UserError: ") and "\n" not in line
 
 
 def test_a_run_without_steps_and_a_missing_plotly_are_refused(tmp_path, monkeypatch, page):
