@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
     if not 0 < options.gate < 1:
         raise UserError(f"--gate is {options.gate:g}: give the relative loss that FP8 may lose, between 0 and 1")
     from megachat.config import load_config
-    from megachat.files import check_writable, write_json
+    from megachat.files import write_json
 
     fp8 = load_config(options.config, options.set).precision.fp8
     recipe = options.recipe or (fp8 if fp8 != "off" else "tensorwise")
@@ -52,7 +52,6 @@ def run(options: argparse.Namespace) -> None:
     names = ("config", "steps", "baselines", "gate", "rounds", "ranks", "out")
     question = Question(**{name: getattr(options, name) for name in names}, settings=options.set, recipe=recipe)
     with text_moved(options):
-        check_writable(options.out / "fp8_check.json")
         result = fp8_check(question)
         write_json(options.out / "fp8_check.json", result)
         if not options.json:

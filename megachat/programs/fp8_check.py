@@ -17,7 +17,7 @@ from megachat.config import Config, load_config
 from megachat.data.tokenizer import load_tokenizer
 from megachat.device import choose_compute_dtype, device_name, synchronize, this_device
 from megachat.errors import UserError
-from megachat.files import write_json
+from megachat.files import check_writable, write_json
 from megachat.kernels.choice import choose_fp8, describe_fp8
 from megachat.kernels.cross_entropy import PlainProducts, capped_cross_entropy
 from megachat.kernels.fp8 import Fp8Choice, apply_fp8, head_products
@@ -83,6 +83,7 @@ def fp8_check(question: Question) -> dict[str, Any]:
         "backend": describe_fp8(choice, plan.dims, plan.layout.tensor, head=True),
         "tokens": plan.micro_rows * plan.dims.sequence_len,
     }
+    check_writable(question.out / "fp8_check.json")
     if question.steps:
         check_question(question)
     matrices = measure_matrices(config, plan, choice, device, dtype, question.rounds)
