@@ -47,9 +47,8 @@ def run(options: argparse.Namespace) -> None:
         return _clean(find_leftovers(runs), as_json=options.json, yes=options.yes)
     differences = config_differences(runs)
     rows = [run_row(record) for record in runs]
-    for number, (row, record) in enumerate(zip(rows, runs, strict=True)):
+    for number, row in enumerate(rows):
         row["settings"] = {key: values[number] for key, values in differences.items()}
-        row["notes"] = list(record.notes)
     rows.sort(key=lambda row: (row[options.sort] is None, row[options.sort]))
     if options.json:
         return print(json.dumps(rows, indent=1))

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -136,23 +137,39 @@ def load_results(path: Path) -> dict:
 
 
 def newest_results(run_folder: Path) -> Path:
-    """Returns the run's last evaluation with CORE; of several at that step, the one with the most examples.
-
-    Raises UserError if the run has none.
-    """
-    candidates = []
-    for path in list_folder(run_folder / EVALUATIONS):
-        if path.suffix != ".json":
-            continue
-        results = load_results(path)
-        if tasks := results.get("core", {}).get("tasks"):
-            candidates.append((results["step"], sum(task["examples"] for task in tasks.values()), path))
-    if not candidates:
+    """Returns the run's last evaluation with CORE; see `find_newest_results`. Raises UserError if the run has none."""
+    if (newest := find_newest_results(run_folder)) is None:
         raise UserError(
             f"{run_folder} contains no evaluation with CORE: "
             f"run `megachat evaluate --checkpoint {run_folder} --core` first"
         )
-    return max(candidates)[2]
+    return newest
+
+
+def find_newest_results(run_folder: Path, *, whole_core: bool = False) -> Path | None:
+    """Returns the run's last evaluation with CORE, None without one; of several at that step, the one with the most
+    examples.
+
+    whole_core: only an evaluation of all of CORE's tasks, which has a core_metric. Raises UserError if a file of that
+    step or a later one is damaged: an older result would pass for the newest.
+    """
+    candidates, damaged = [], list[tuple[int, UserError]]()
+    for path in list_folder(run_folder / EVALUATIONS):
+        if path.suffix != ".json":
+            continue
+        try:
+            results = load_results(path)
+        except UserError as error:
+            digits = re.match(r"step_(\d+)", path.stem)
+            damaged.append((int(digits[1]) if digits else 0, error))
+            continue
+        core = results.get("core", {})
+        if (tasks := core.get("tasks")) and not (whole_core and core.get("core_metric") is None):
+            candidates.append((results["step"], sum(task["examples"] for task in tasks.values()), path))
+    last = max(candidates)[0] if candidates else 0
+    if problems := [error for step, error in damaged if step >= last]:
+        raise problems[-1]
+    return max(candidates)[2] if candidates else None
 
 
 def core_table(section: dict) -> list[str]:

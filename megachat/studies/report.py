@@ -11,7 +11,7 @@ from typing import Any
 
 from megachat.activity import duration
 from megachat.errors import UserError, summary
-from megachat.evals.results import core_lines, load_results, newest_results
+from megachat.evals.results import core_lines, find_newest_results, load_results
 from megachat.files import SAMPLES, list_folder, write_atomically
 from megachat.studies.comparison import compare_curves, curve_lines
 from megachat.studies.predicted import MEMORY_KINDS, Predicted, predicted_rows, try_predict, wall_clock
@@ -229,9 +229,11 @@ def _saves(run: RunRecord) -> str:
 
 def _core(run: RunRecord) -> str:
     try:
-        section = load_results(newest_results(run.folder))["core"]
-    except UserError:
-        return ""
+        if (newest := find_newest_results(run.folder)) is None:
+            return ""
+        section = load_results(newest)["core"]
+    except UserError as error:
+        return f'<p class="warning">{html.escape(str(error))}</p>'
     rows = [
         (label, f"{task['examples']:,}", *(f"{task[key]:.4f}" for key in ("accuracy", "centered", "deviation")))
         for label, task in section["tasks"].items()

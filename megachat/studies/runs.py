@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from megachat.checkpoint.facts import FACTS_NAME, checkpoint_step, read_facts
 from megachat.errors import UserError
-from megachat.evals.results import load_results
+from megachat.evals.results import find_newest_results, load_results
 from megachat.files import (
     CHECKPOINTS,
     CONFIG_NAME,
@@ -157,7 +157,7 @@ def run_row(run: RunRecord) -> dict[str, Any]:
     plan, step = run.plan, run.step
     bpb, mfu = run.values("val/bpb"), run.values("train/mfu")
     seconds = [line["total_training_time"] for line in run.lines if "total_training_time" in line]
-    layout = plan.get("layout", {})
+    layout, (core, core_notes) = plan.get("layout", {}), _newest_core(run.folder)
     sizes = {"dp": "data", "tp": "tensor", "pp": "pipeline"}
     return {
         "name": run.folder.name,
@@ -165,24 +165,23 @@ def run_row(run: RunRecord) -> dict[str, Any]:
         "step": step,
         "steps": plan.get("steps"),
         "bpb": bpb[-1] if bpb else None,
-        "core": _newest_core(run.folder),
+        "core": core,
         "tokens": step * plan["tokens_per_step"] if "tokens_per_step" in plan else None,
         "hours": seconds[-1] / 3600 if seconds else None,
         "mfu": statistics.fmean(mfu) if mfu else None,
         "layout": ",".join(f"{short}={layout.get(axis, 1)}" for short, axis in sizes.items() if layout.get(axis, 1) > 1)
         or "one rank",
+        "notes": [*run.notes, *core_notes],
     }
 
 
-def _newest_core(folder: Path) -> float | None:
-    newest: tuple[int, float] | None = None
-    for path in list_folder(folder / EVALUATIONS):
-        with contextlib.suppress(UserError):
-            results = load_results(path) if path.suffix == ".json" else {}
-            value = results.get("core", {}).get("core_metric")
-            if value is not None and (newest is None or results["step"] >= newest[0]):
-                newest = results["step"], value
-    return newest[1] if newest else None
+def _newest_core(folder: Path) -> tuple[float | None, list[str]]:
+    """Returns the last CORE metric, and what is wrong with the file that should have it."""
+    try:
+        newest = find_newest_results(folder, whole_core=True)
+        return load_results(newest)["core"]["core_metric"] if newest else None, []
+    except UserError as error:
+        return None, [str(error)]
 
 
 def filter_runs(runs: Sequence[RunRecord], filters: Sequence[str]) -> list[RunRecord]:

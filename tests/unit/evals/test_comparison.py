@@ -20,6 +20,7 @@ from megachat.evals.results import (
     core_section,
     core_table,
     evaluation_stamp,
+    find_newest_results,
     load_results,
     newest_results,
     results_path,
@@ -112,6 +113,13 @@ def test_the_last_evaluation_of_a_run_counts(tmp_path):
     assert newest_results(tmp_path) == expected
     with pytest.raises(UserError, match="none.*megachat evaluate --checkpoint .*none --core"):
         newest_results(tmp_path / "none")
+    part = evaluated(results_path(tmp_path, 25), 0.6, 1, labels=CORE_TASKS[:2], step=25)
+    assert newest_results(tmp_path) == part and find_newest_results(tmp_path, whole_core=True) == expected
+    results_path(tmp_path, 10).write_text("{")
+    assert newest_results(tmp_path) == part, "an older file that is damaged changes nothing"
+    results_path(tmp_path, 30).write_text("{")
+    with pytest.raises(UserError, match="step_000030.json is not a valid evaluation"):
+        newest_results(tmp_path)
 
 
 def test_real_differences_are_detected(tmp_path, capsys):

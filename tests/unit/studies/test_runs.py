@@ -79,6 +79,10 @@ def test_damaged_files_are_noted_and_do_not_hide_the_other_runs(runs):
     (runs / "dead/plan.json").write_text("{")
     (runs / "half/metrics.jsonl").write_text("no json\n")
     notes = [note for run in find_runs(runs) for note in run.notes]
+    (runs / "base/evaluations").mkdir()
+    (runs / "base/evaluations/step_000040.json").write_text("{")
+    row = run_row(load_run(runs / "base"))
+    assert row["core"] is None and "step_000040.json is not a valid evaluation" in row["notes"][0]
     assert len(notes) == 2 and "plan.json" in notes[0] and "metrics.jsonl line 1 is damaged" in notes[1]
 
 
