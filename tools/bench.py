@@ -8,7 +8,7 @@ kinds:
     dtype        tokens per second of training steps in bfloat16 and in float32
     recompute    tokens per second and peak bytes of a training step for each batch.recompute
     attention    passes per second of attention with windows on a CPU: with a mask, in tiles, without windows
-    nanochat     tokens per second of training steps beside nanochat's own model and optimizer on a CPU
+    nanochat     tokens per second and parts of training steps beside nanochat's own model and optimizer on a CPU
     profile      where the time of a training step goes, as a table, JSON and a picture; also as --profile
     gpu          the performance matrix of one GPU (bash tests/run_gpu.sh calls it)
     start        seconds from the start of pretrain.py to the end of its first step
@@ -89,9 +89,16 @@ def add_arguments(parser: Parser) -> None:
     option("--folder", help="checkpoint: on the storage to measure (default: a temporary folder); lookup: of its runs")
     option("--variants", default=LOOKUP_VARIANTS, help=f"lookup: default '{LOOKUP_VARIANTS}'")
     option("--seeds", default="1 2 3", help="lookup: seeds of the initial weights (default '1 2 3')")
-    option("--minutes", type=float, default=12, help="gpu: cases that do not fit are left out (default 12)")
+    option(
+        "--minutes",
+        type=float,
+        help="gpu: cases that do not fit are left out (default 12); nanochat: fewer tokens and rounds (default 10)",
+    )
     option("--nanochat", help="gpu, nanochat: a clone of nanochat; its own model is measured, too")
-    option("--nanochat-rows", default="1 2 4 8", help="nanochat: numbers of rows per pass to try; the best one counts")
+    option(
+        "--nanochat-rows",
+        help="nanochat: its rows per pass; of several numbers the best one counts (default batch.micro_rows)",
+    )
     option(
         "--out", help="gpu: Markdown file with the two marker comments around the table; profile, lookup: an SVG file"
     )

@@ -307,7 +307,7 @@ def bench_gpu(arguments: argparse.Namespace) -> dict:
             text = build_report(results, where, ABOUT, log)
             write_report(Path(arguments.out), text, result | {"found": results, "where": where})
 
-    return result | {"found": measure_all(cases(arguments.nanochat), arguments.minutes, write)}
+    return result | {"found": measure_all(cases(arguments.nanochat), arguments.minutes or 12, write)}
 
 
 if __name__ == "__main__":

@@ -2,18 +2,37 @@
 
 import argparse
 import contextlib
+import functools
 import importlib
 import statistics
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
 from megachat.config import load_config
+from megachat.device import choose_compute_dtype
 from megachat.errors import UserError
-from megachat.planning.plan import Plan
-from tools.bench.turns import compare_rates, time_in_turn
+from megachat.optim.matrix import Matrix
+from megachat.planning.dimensions import scaling_parameters
+from megachat.planning.plan import Plan, resolve
+from tools.bench.turns import compare_rates
+
+# The part of a step that begins with a note of megachat's schedule; other notes begin no part
+PARTS = {
+    "loading a micro-batch": "forward",
+    "forward": "forward",
+    "backward": "backward",
+    "reducing AdamW's gradients": "optimizer",
+    "optimizer step": "optimizer",
+}
+Parts = dict[str, list[dict[str, float]]]  # by side, for each round: the seconds of each part of a step
+_PEAK_SIDE, _PEAK_PRODUCTS = 1024, 4  # matrix products that measure the peak: their sides, and how many in a round
+_EXPECTED_SHARE = 0.4  # of the peak that a step is expected to reach, to choose its tokens
+_STEPS_SHARE = 0.6  # of the time limit that steps may take; building and compiling take the rest
 
 
 def require_clone(folder: str | None) -> None:
@@ -64,12 +83,49 @@ def build_nanochat(clone: str, plan: Plan, pattern: str, device: torch.device, *
     return model, torch.compile(model, dynamic=False), optimizer
 
 
-def accumulate(run, rows: torch.Tensor, micro_rows: int, device: torch.device) -> torch.Tensor:
-    """Runs the passes of a step's rows, int64 [count, tokens + 1], `micro_rows` at a time. Returns the last loss."""
+def seconds_now() -> float:
+    """Returns the clock of all measurements here: processor time with one thread, which other work on the machine
+    disturbs less, else wall time."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+class PartClock:
+    """Divides the time of a step among its parts: each moment belongs to the part that was entered last."""
+
+    def __init__(self, clock: Callable[[], float] = seconds_now):
+        self._clock = clock
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins a step with its forward pass."""
+        self.seconds = dict.fromkeys(("forward", "backward", "optimizer"), 0.0)
+        self._part, self._since = "forward", self._clock()
+
+    def enter(self, part: str) -> None:
+        """Ends the current part and begins another."""
+        now = self._clock()
+        self.seconds[self._part] += now - self._since
+        self._part, self._since = part, now
+
+    def note(self, text: str, *, waits: bool = False) -> None:
+        """Takes the place of the note of megachat's progress recorder."""
+        if text in PARTS:
+            self.enter(PARTS[text])
+
+
+def accumulate(
+    run, rows: torch.Tensor, micro_rows: int, device: torch.device, enter: Callable[[str], object] = lambda part: None
+) -> torch.Tensor:
+    """Runs the passes of a step's rows, int64 [count, tokens + 1], `micro_rows` at a time. Returns the last loss.
+
+    enter: called with "forward" and "backward" before each of these passes.
+    """
     parts = rows.split(micro_rows)
     for part in parts:
+        enter("forward")
         part = part.to(device)
         loss = run(part[:, :-1].contiguous(), part[:, 1:].contiguous())
+        enter("backward")
         (loss / len(parts)).backward()
     return loss.detach()
 
@@ -82,42 +138,159 @@ def row_counts(text: str, rows_per_step: int) -> list[int]:
     return counts
 
 
-def nanochat_steps(arguments: argparse.Namespace, plan: Plan, pattern: str) -> dict:
-    """Returns {"nanochat, N rows at a time": function that takes a step} for each N in --nanochat-rows."""
+def nanochat_steps(
+    clone: str, counts: list[int], plan: Plan, pattern: str, clock: PartClock
+) -> tuple[dict[str, Callable], int]:
+    """Returns {side: function that takes a step} for each number of rows per pass, and the FLOPs of Muon's products."""
     from tools.bench.step import random_rows  # imports DeepSpeed, which tools/bench/gpu.py must not import here
 
-    counts, device = row_counts(arguments.nanochat_rows, plan.rows_per_step), torch.device("cpu")
-    model, run, optimizer = build_nanochat(arguments.nanochat, plan, pattern, device)
-    rows = random_rows(plan)
+    device, rows = torch.device("cpu"), random_rows(plan)
+    model, run, optimizer = build_nanochat(clone, plan, pattern, device)
 
-    def step(count: int) -> float:
-        loss = accumulate(run, rows, count, device)
+    def step(count: int) -> None:
+        accumulate(run, rows, count, device, clock.enter).item()
+        clock.enter("optimizer")
         optimizer.step()
         model.zero_grad(set_to_none=True)
-        return loss.item()
 
-    return {f"nanochat, {count} rows at a time": lambda count=count: step(count) for count in counts}
+    muon = [group["params"] for group in optimizer.param_groups if group["kind"] == "muon"]
+    flops = sum(Matrix("", tuple(parameter.shape), 0).flops for parameters in muon for parameter in parameters)
+    return {f"nanochat, {count} rows at a time": functools.partial(step, count) for count in counts}, flops
+
+
+def products_per_sec(dtype: torch.dtype) -> float:
+    """Returns the FLOPs per second of the fastest of some products of large square matrices."""
+    left, right = (torch.randn(_PEAK_SIDE, _PEAK_SIDE).to(dtype) for _ in range(2))
+    seconds = []
+    for _ in range(_PEAK_PRODUCTS):
+        begin = seconds_now()
+        torch.mm(left, right)
+        seconds.append(seconds_now() - begin)
+    return 2 * _PEAK_SIDE**3 / min(seconds)
+
+
+def tokens_that_fit(plan: Plan, seconds: float, flops_per_sec: list[float]) -> int:
+    """Returns the plan's tokens per step, or these divided by a power of two, at least one micro-batch.
+
+    One step at each of the peak rates is expected to take at most `seconds` together.
+    """
+    tokens, least = plan.tokens_per_step, plan.micro_rows * plan.dims.sequence_len
+    per_token = sum(plan.flops_per_token / (_EXPECTED_SHARE * rate) for rate in flops_per_sec)
+    while tokens % (2 * least) == 0 and tokens * per_token > seconds:
+        tokens //= 2
+    return tokens
+
+
+def show(line: str) -> None:
+    """Prints a line of progress; standard output is for the result."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def time_parts(
+    actions: dict[str, Callable], rounds: int, end: float, clock: PartClock, peaks: dict[torch.dtype, float]
+) -> Parts:
+    """Runs a step of each side in turn, and raises `peaks` to the fastest products between the rounds.
+
+    The first round compiles and warms up; it is not counted. end: time.monotonic() when the last round should have
+    ended; one is counted in any case.
+    """
+    parts: Parts = {name: [] for name in actions}
+    for number in range(rounds + 1):
+        begin = time.monotonic()
+        for name, action in actions.items():
+            clock.restart()
+            action()
+            clock.enter("forward")
+            if number:
+                parts[name].append(clock.seconds)
+            else:
+                show(f"{name}: first step, with compilation, took {sum(clock.seconds.values()):.1f} s")
+        for dtype in peaks:
+            peaks[dtype] = max(peaks[dtype], products_per_sec(dtype))
+        took = time.monotonic() - begin
+        left = end - time.monotonic()
+        if number:
+            left = min(left, (rounds - number) * took)
+            show(f"round {number} of {rounds} took {took:.1f} s, at most {max(0, left):.0f} s left")
+            if took > end - time.monotonic():
+                break
+    return parts
+
+
+def megachat_sides(arguments: argparse.Namespace, computes_in: torch.dtype) -> dict[str, torch.dtype]:
+    """Returns {side: dtype}: first nanochat's dtype, then the config's if it chooses another."""
+    requested = load_config(arguments.config, arguments.set).precision.compute
+    chosen, _ = choose_compute_dtype(requested, torch.device("cpu"))
+    return {
+        f"megachat, {str(dtype).removeprefix('torch.')}{compiled}": dtype
+        for dtype in dict.fromkeys((computes_in, chosen))
+        for compiled in (", compiled", "")
+    }
+
+
+def plan_side(arguments: argparse.Namespace, changes: list[str]):
+    """Returns config and plan of the config with some changes, on one process."""
+    config = load_config(arguments.config, [*arguments.set, *changes])
+    return config, resolve(config, 1, config.model.vocab_size or arguments.vocab_size)
 
 
 def bench_nanochat(arguments: argparse.Namespace) -> dict:
     """Measures tokens per second of whole training steps on this CPU, of megachat and of nanochat at the same shapes.
 
-    megachat computes in bfloat16, eager and compiled. nanochat computes in float32, compiled, with its fastest number
-    of rows per pass.
+    First both compute in nanochat's dtype: float32 on a CPU, or the one in NANOCHAT_DTYPE. If the config chooses
+    another, megachat also computes in that. nanochat is compiled, as its script does; megachat both ways. Steps have
+    fewer tokens than the config's if the time limit is too short for them.
     """
-    from tools.bench.step import training_steps
+    from tools.bench.step import build_steps
 
-    gpt, _ = open_nanochat(arguments.nanochat)
-    compiled = {"bfloat16": "false", "bfloat16 compiled": "true"}
-    settings = {name: ["precision.compute=bfloat16", f"precision.compile={on}"] for name, on in compiled.items()}
-    actions, plan = training_steps(arguments, settings)
-    actions |= nanochat_steps(arguments, plan, load_config(arguments.config, arguments.set).model.window_pattern)
-    seconds = time_in_turn(actions, arguments.rounds)
-    best = min(seconds.keys() - compiled.keys(), key=lambda name: statistics.median(seconds[name]))
+    end, clock = time.monotonic() + 60 * (arguments.minutes or 10), PartClock()
+    computes_in: torch.dtype = open_nanochat(arguments.nanochat)[0].COMPUTE_DTYPE
+    dtypes = megachat_sides(arguments, computes_in)
+    config, plan = plan_side(arguments, [])
+    counts = row_counts(arguments.nanochat_rows or str(plan.micro_rows), plan.rows_per_step)
+    peaks = {dtype: products_per_sec(dtype) for dtype in dtypes.values()}
+    rates = [peaks[dtype] for dtype in [computes_in] * len(counts) + list(dtypes.values())]
+    tokens = tokens_that_fit(plan, 60 * (arguments.minutes or 10) * _STEPS_SHARE / (arguments.rounds + 1), rates)
+    if tokens < plan.tokens_per_step:
+        show(f"steps of {tokens} tokens instead of {plan.tokens_per_step}, to end within the time limit")
+    sides = {}
+    for side, dtype in dtypes.items():
+        changes = [f"precision.compute={str(dtype).removeprefix('torch.')}", f"batch.tokens={tokens}"]
+        sides[side] = plan_side(arguments, [*changes, f"precision.compile={str('compiled' in side).lower()}"])
+    _, plan = next(iter(sides.values()))
+    counts = row_counts(" ".join(map(str, counts)), plan.rows_per_step)
+    actions, muon_flops = nanochat_steps(arguments.nanochat, counts, plan, config.model.window_pattern, clock)
+    dtypes = dict.fromkeys(actions, computes_in) | dtypes
+    parts = time_parts(actions | build_steps(sides, note=clock.note), arguments.rounds, end, clock, peaks)
     facts = {
         "threads": torch.get_num_threads(),
-        "nanochat_computes_in": str(gpt.COMPUTE_DTYPE),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "nanochat_computes_in": str(computes_in),
         "rows_at_a_time": plan.micro_rows,
-        "baseline": best,
+        "tokens_per_step": plan.tokens_per_step,
     }
-    return {"what": "training step, tokens per second"} | facts | compare_rates(seconds, best, plan.tokens_per_step)
+    return {"what": "training step, tokens per second"} | facts | summarize(parts, plan, dtypes, peaks, muon_flops)
+
+
+def summarize(
+    parts: Parts, plan: Plan, dtypes: dict[str, torch.dtype], peaks: dict[torch.dtype, float], muon_flops: int
+) -> dict:
+    """Returns each side's tokens per second, median milliseconds by part, and share of the products' peak.
+
+    The share is the time that the products of linear layers, head and Muon would take at the peak, over the step's.
+    The loss and the backward pass of lm_head belong to megachat's forward pass.
+    """
+    seconds = {side: [sum(one.values()) for one in rounds] for side, rounds in parts.items()}
+    best = min(
+        (side for side in parts if side.startswith("nanochat")), key=lambda side: statistics.median(seconds[side])
+    )
+    result = {"baseline": best, "products_gflops_per_sec": {str(dtype): rate / 1e9 for dtype, rate in peaks.items()}}
+    for side, rates in compare_rates(seconds, best, plan.tokens_per_step).items():
+        medians = {part: 1e3 * statistics.median(one[part] for one in parts[side]) for part in parts[side][0]}
+        flops = 6 * scaling_parameters(plan.dims) * plan.tokens_per_step + muon_flops
+        share = flops / peaks[dtypes[side]] / statistics.median(seconds[side])
+        result[side] = rates | {
+            "ms": {part: round(ms, 1) for part, ms in medians.items()},
+            "share_of_peak": round(share, 3),
+        }
+    return result

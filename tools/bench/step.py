@@ -25,14 +25,19 @@ def random_rows(plan: Plan) -> torch.Tensor:
     return torch.randint(0, plan.dims.vocab_size, shape, generator=torch.Generator().manual_seed(0))
 
 
-def build_steps(sides: dict[str, tuple[Config, Plan]], rows: torch.Tensor | None = None) -> dict[str, Callable]:
+def build_steps(
+    sides: dict[str, tuple[Config, Plan]], rows: torch.Tensor | None = None, note: Callable | None = None
+) -> dict[str, Callable]:
     """Builds a model per side on this process. Returns {name: function that takes a step}.
 
-    rows: of each step, int64 [rows, tokens + 1]; random if None.
+    rows: of each step, int64 [rows, tokens + 1]; random if None. note: replaces the note of the progress recorder,
+    which names each part of a step at its begin.
     """
     device = choose_device(bootstrap_environment())
     start_collectives(device, collective_backend(device), timedelta(seconds=600))
     mesh, actions = build_mesh(device), {}
+    if note:
+        mesh.world.progress.note = note
     for name, (config, plan) in sides.items():
         training = build_training_model(config, plan, mesh, torch.ones(plan.dims.vocab_size, dtype=torch.int64))
         set_schedules(training, 0)
