@@ -6,7 +6,9 @@ whose folders can be used as they are. If there is a manifest.json, the files mu
 """
 
 import hashlib
+import itertools
 import json
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from megachat.text import shortened
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"  # marks a folder whose preparation was interrupted, so that nothing trains on half of it
 _OPEN_THREADS = 16
+_LISTED = 6  # missing shards that are listed one by one
 _CHECKED_BYTES = 1 << 28  # of a validation shard's text, which are read before training: less than a second
 
 
@@ -131,6 +134,35 @@ def open_shards(folder: str | Path, *, min_shards: int = 2) -> list[Shard]:
 def split_shards(shards: list[Shard], split: str) -> list[Shard]:
     """Returns the shards of "train" (all but the last) or "validation" (the last)."""
     return {"train": shards[:-1], "validation": shards[-1:]}[split]
+
+
+def shard_range(shards: list[Shard], first: int, last: int) -> list[Shard]:
+    """Returns the train shards with the numbers `first` to `last`, by the digits at the end of their names.
+
+    shards: all of a data folder. Raises UserError if one of them is missing, is there twice, or is for validation.
+    """
+    folder, numbered = shards[0].path.parent, dict[int, Shard]()
+    for shard in shards:
+        if not (digits := re.search(r"[0-9]+$", shard.path.stem)):
+            continue
+        other = numbered.setdefault(int(digits[0]), shard)
+        if other is not shard and first <= int(digits[0]) <= last:
+            raise UserError(f"{folder} has two shards {digits[0]}, {other.path.name} and {shard.path.name}: remove one")
+    absent = (str(number) for number in range(first, last + 1) if number not in numbered)
+    if missing := list(itertools.islice(absent, _LISTED)):
+        there = f"the folder has {min(numbered)} to {max(numbered)}" if numbered else "no name there ends with a number"
+        listed = ", ".join(missing) + ", ..." * (len(missing) == _LISTED)
+        raise UserError(
+            f"{folder} lacks {listed} of the shards {first}-{last} ({there}): download what is missing, or "
+            "give another range"
+        )
+    chosen = [numbered[number] for number in range(first, last + 1)]
+    if shards[-1] in chosen:
+        raise UserError(
+            f"{shards[-1].path} is the last shard of its folder, which is for validation: give a range that ends "
+            "before it, or add shards"
+        )
+    return chosen
 
 
 def shards_fingerprint(shards: list[Shard]) -> str:

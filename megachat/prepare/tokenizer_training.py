@@ -9,7 +9,7 @@ from pathlib import Path
 import tiktoken
 
 from megachat.activity import Progress, print_line
-from megachat.data.shards import open_shards, split_shards
+from megachat.data.shards import Shard, open_shards, split_shards
 from megachat.data.texts import REFUSE, BadTexts, read_shard_texts
 from megachat.data.tokenizer import LONGEST_RUN, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, split_long_runs
 from megachat.errors import UserError, summary
@@ -19,11 +19,19 @@ NANOCHAT_FILE = "tokenizer.pkl"  # a pickled tiktoken.Encoding
 
 
 def read_texts(
-    folder: str | Path, split: str, max_chars: int, doc_cap: int, bad_texts: BadTexts = REFUSE
+    folder: str | Path,
+    split: str,
+    max_chars: int,
+    doc_cap: int,
+    bad_texts: BadTexts = REFUSE,
+    shards: list[Shard] | None = None,
 ) -> Iterator[str]:
-    """Yields the first `doc_cap` characters of each document of a split in file order, `max_chars` in total."""
+    """Yields the first `doc_cap` characters of each document of a split in file order, `max_chars` in total.
+
+    shards: those of the split to read; None for all.
+    """
     left = max_chars
-    for shard in split_shards(open_shards(folder), split):
+    for shard in shards or split_shards(open_shards(folder), split):
         for texts in read_shard_texts(shard.path, 256, bad_texts):
             for text in texts:
                 text = text[: min(doc_cap, left)]

@@ -3,10 +3,11 @@
 import argparse
 import time
 
-from megachat.data.shards import check_data_folder
+from megachat.data.shards import check_data_folder, open_shards, shard_range, shards_fingerprint
 from megachat.data.texts import BadTexts
 from megachat.data.tokenizer import METADATA_FILE, SPECIAL_TOKENS, load_origin, load_tokenizer, save_tokenizer
 from megachat.errors import UserError
+from megachat.files import file_sha256
 from megachat.prepare.tokenizer_training import (
     bytes_per_token,
     import_nanochat,
@@ -24,17 +25,20 @@ def make_tokenizer(options: argparse.Namespace) -> bool:
     Returns False if the folder already holds this tokenizer.
     """
     data = check_data_folder(options.data) if options.data else None
+    shards = shard_range(open_shards(options.data), *options.shards) if options.shards else None
     if options.import_nanochat:
         tokenizer = import_nanochat(options.import_nanochat)
         origin = {"imported_from": "nanochat", "fingerprint": tokenizer.fingerprint}
     else:
         assert data  # the command requires it here
         origin = {
-            "data": data.train_fingerprint,
+            "data": shards_fingerprint(shards) if shards else data.train_fingerprint,
             "vocab_size": options.vocab_size,
             "max_chars": options.max_chars,
             "doc_cap": options.doc_cap,
         }
+        if shards:
+            origin["shards"] = {shard.path.name: file_sha256(shard.path) for shard in shards}
     if (options.out / METADATA_FILE).exists() and not options.overwrite:
         load_tokenizer(options.out)
         if load_origin(options.out) == origin:
@@ -43,10 +47,11 @@ def make_tokenizer(options: argparse.Namespace) -> bool:
     if not options.import_nanochat:
         start = time.perf_counter()
         bad_texts = BadTexts(options.on_bad_text, "give --on-bad-text skip", log=print)
-        texts = read_texts(options.data, "train", options.max_chars, options.doc_cap, bad_texts)
+        texts = read_texts(options.data, "train", options.max_chars, options.doc_cap, bad_texts, shards)
         assert data  # as above
         merges = options.vocab_size - len(SPECIAL_TOKENS) - 256
-        texts = with_progress(texts, data.train_documents, options.max_chars, merges)
+        documents = sum(shard.documents for shard in shards) if shards else data.train_documents
+        texts = with_progress(texts, documents, options.max_chars, merges)
         tokenizer = train_tokenizer(texts, options.vocab_size)
         if bad_texts.count:
             print(f"{bad_texts.count:,} texts that are not UTF-8 were left out")

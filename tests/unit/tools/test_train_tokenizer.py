@@ -3,7 +3,8 @@ import re
 
 import pytest
 
-from megachat.data.tokenizer import METADATA_FILE, RANK_FILE, load_tokenizer
+from megachat.data.tokenizer import METADATA_FILE, RANK_FILE, load_origin, load_tokenizer
+from megachat.files import file_sha256
 from tests.unit.data.corpus import ENGLISH, NANOCHAT, needs_shared, random_texts, write_folder, write_texts
 from tools.train_tokenizer import main
 
@@ -65,6 +66,7 @@ def test_another_tokenizer_is_refused_unless_overwritten(tmp_path, data, capsys)
     [
         (["--vocab-size", 300], "neither --data to train on nor --import-nanochat"),
         (["--import-nanochat", "nowhere", "--vocab-size", 300], "--vocab-size is for training"),
+        (["--import-nanochat", "nowhere", "--shards", "0-1"], "--shards is for training"),
         (["--import-nanochat", "nowhere"], "tokenizer.pkl is missing"),
         (["--data", "nowhere"], "nowhere does not exist"),
         (["--data", "DATA", "--vocab-size", 264], "264 tokens is too small"),
@@ -76,6 +78,40 @@ def test_requests_that_make_no_sense(tmp_path, data, capsys, arguments, words):
     arguments = [data if argument == "DATA" else argument for argument in arguments]
     assert words in refused(capsys, *arguments, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_stated_range_of_shards_is_what_it_learns_from_and_is_recorded(tmp_path, capsys):
+    texts = [[f"{word} {word}s {word}ing " * 40] * 20 for word in ("river", "harbor", "mountain", "signal", "last")]
+    data, out, alone = write_folder(tmp_path / "data", texts), tmp_path / "range", tmp_path / "alone"
+    run("--data", data, "--shards", "1-2", "--vocab-size", 270, "--out", out)
+    run("--data", write_folder(tmp_path / "two", [*texts[1:3], texts[4]]), "--vocab-size", 270, "--out", alone)
+    assert load_tokenizer(out).fingerprint == load_tokenizer(alone).fingerprint
+    run("--data", data, "--vocab-size", 270, "--out", tmp_path / "all")
+    assert load_tokenizer(out).fingerprint != load_tokenizer(tmp_path / "all").fingerprint
+    assert load_origin(out)["shards"] == {
+        name: file_sha256(data / name) for name in ("shard_00001.parquet", "shard_00002.parquet")
+    }
+    assert "shards" not in load_origin(tmp_path / "all")
+    capsys.readouterr()
+    run("--data", data, "--shards", "1-2", "--vocab-size", 270, "--out", out)
+    assert "nothing to do" in capsys.readouterr().out
+    assert "another tokenizer" in refused(capsys, "--data", data, "--shards", "0-2", "--vocab-size", 270, "--out", out)
+    (data / "shard_00002.parquet").unlink()
+    for given, words in {
+        "0-3": "lacks 2 of the shards 0-3 (the folder has 0 to 4): download what is missing, or give another range",
+        "3-6": "lacks 5, 6 of the shards 3-6",
+        "3-999999999": "lacks 5, 6, 7, 8, 9, 10, ... of the shards",
+        "3-4": "shard_00004.parquet is the last shard of its folder, which is for validation",
+        "3-1": "--shards is '3-1', but must be two numbers of shards in order, such as 0-7",
+        "0:3": "--shards is '0:3', but must be",
+    }.items():
+        assert words in refused(capsys, "--data", data, "--shards", given, "--out", tmp_path / "no"), given
+    assert "more text or --vocab-size" in refused(
+        capsys, "--data", data, "--shards", "0", "--vocab-size", 30000, "--out", tmp_path / "no"
+    )
+    (data / "other_00001.parquet").write_bytes((data / "shard_00001.parquet").read_bytes())
+    assert "two shards 00001" in refused(capsys, "--data", data, "--shards", "0-1", "--out", tmp_path / "no")
+    assert not (tmp_path / "no").exists()
 
 
 @needs_shared
