@@ -43,7 +43,7 @@ from megachat.planning.memory import check_state_fits, describe_memory, memory_o
 from megachat.planning.plan import Plan, resolve, usable_world
 from megachat.programs.dry_run import THIS_MACHINE, Hardware, describe_job, job_values
 from megachat.studies.report import report_line
-from megachat.studies.report_figures import NO_PLOTLY, plotly_installed
+from megachat.studies.report_figures import check_report
 from megachat.train.build import Run, build_run
 from megachat.train.changes import describe_changes
 from megachat.train.documents import resume_documents
@@ -190,8 +190,7 @@ def _check_inputs(
         left_out = check_questions(bundle, tokenizer, limit, most)
     if environment.rank == 0:
         check_wandb(config.log)
-        if config.log.report and not plotly_installed():
-            raise UserError(f"log.report is true, but {NO_PLOTLY}, or set log.report=false")
+        check_report(config.log)
     device = choose_device(environment)
     kernels = choose_kernels(config, plan, device)
     dtype, _ = choose_compute_dtype(config.precision.compute, device)

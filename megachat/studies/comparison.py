@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megachat.config import Config
 from megachat.errors import UserError
 from megachat.studies.curves import AXES, Curve, axis_ratio, common_value, curve_of, noise_of, overall_verdict
 from megachat.studies.runs import RunRecord, load_run, newest_facts, read_starts
@@ -14,11 +15,12 @@ _CONSEQUENCES = {  # what differs -> what follows
     "tokenizer": "bits per byte stay comparable, the training loss and tokens do not",
     "validation rows": "values of other rows are not comparable",
     "row length": "longer rows have more context, which lowers the loss by itself",
+    "packing": "rows are made of other parts of the text, in another order",
     "cropped share": "another part of the text is left out",
     "device": "seconds are not comparable",
     "layout": "seconds are not comparable; steps and FLOPs are",
 }
-UNFAIR = ("tokenizer", "validation rows", "row length")  # a difference of these is refused by --strict
+_CROPPED_TOLERANCE = 0.02  # each rank counts the rows that it has read
 
 
 def load_runs(folders: Sequence[Path]) -> list[RunRecord]:
@@ -67,24 +69,34 @@ def fairness_warnings(first: Sequence[RunRecord], second: Sequence[RunRecord]) -
     warnings = []
     for name, text in _CONSEQUENCES.items():
         for other_folder, other in zip(list(traits)[1:], others, strict=True):
-            if other[name] != reference[name]:
-                warnings.append(
-                    f"{name}: {folder} has {_short(reference[name])}, {other_folder} has {_short(other[name])}; {text}"
-                )
+            if not _same(reference[name], other[name]):
+                one, two = _short(reference[name]), _short(other[name])
+                warnings.append(f"{name}: {folder} has {one}, {other_folder} has {two}; {text}")
                 break
     return warnings
 
 
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, float) and isinstance(other, float):
+        return abs(one - other) <= _CROPPED_TOLERANCE
+    return one == other
+
+
 def _traits(run: RunRecord) -> dict[str, Any]:
-    config, plan = run.config, run.plan
-    section = config.get("evaluate", {})
+    """Returns what is compared; None where the run has no such value."""
+    plan, data = run.plan, Config().data.model_copy(update=dict(run.config.get("data", {})))
     cropped, starts = run.values("data/cropped_share"), read_starts(run.folder)
+    start = starts[-1] if starts else {}
+    shards = (start.get("data") or {}).get("shards") or {}
+    shard, digest = next(reversed(shards.items()), (None, None))  # the last one is for validation
+    fingerprint = newest_facts(run.folder).get("tokenizer", {}).get("fingerprint")
     return {
-        "tokenizer": newest_facts(run.folder).get("tokenizer", {}).get("fingerprint"),
-        "validation rows": (plan.get("evaluation_rows"), section.get("tokens"), config.get("data", {}).get("folder")),
+        "tokenizer": fingerprint or (start.get("tokenizer") or {}).get("fingerprint"),
+        "validation rows": (plan.get("evaluation_rows"), f"{shard} {digest[:12]}" if digest else data.folder),
         "row length": plan.get("dims", {}).get("sequence_len"),
-        "cropped share": None if not cropped else round(cropped[-1], 2),
-        "device": starts[-1].get("device") if starts else None,
+        "packing": (data.streams, data.buffer_documents, data.shuffle),
+        "cropped share": cropped[-1] if cropped else None,
+        "device": start.get("device"),
         "layout": tuple(plan.get("layout", {}).values()),
     }
 
@@ -117,4 +129,6 @@ def curve_lines(comparison: dict[str, Any]) -> list[str]:
 
 
 def _short(value: object) -> str:
-    return value[:12] if isinstance(value, str) else str(value)
+    if isinstance(value, float):
+        return f"{value:.2f}"
+    return "none recorded" if value is None else value[:12] if isinstance(value, str) else str(value)

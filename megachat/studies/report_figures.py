@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megachat.errors import UserError
+from megachat.settings import LogConfig
 from megachat.studies.curves import AXES
 from megachat.studies.runs import RunRecord
 
@@ -16,12 +17,13 @@ _LABELS = {"steps": "step", "seconds": "training time (s)", "flops": "training F
 _KEYS = {"steps": "step", "seconds": "total_training_time", "flops": "total_training_flops"}
 
 
-NO_PLOTLY = "plotly is not installed: pip install 'megachat[report]'"
+_NO_PLOTLY = "plotly is not installed: pip install 'megachat[report]'"
 
 
-def plotly_installed() -> bool:
-    """Returns whether plotly can be imported, without importing it."""
-    return importlib.util.find_spec("plotly") is not None
+def check_report(log: LogConfig) -> None:
+    """Raises UserError when log.report is on but plotly is not installed. Nothing is imported."""
+    if log.report and importlib.util.find_spec("plotly") is None:
+        raise UserError(f"log.report is true, but {_NO_PLOTLY}, or set log.report=false")
 
 
 def import_plotly() -> Any:
@@ -29,7 +31,7 @@ def import_plotly() -> Any:
     try:
         import plotly.graph_objects
     except ImportError:
-        raise UserError(f"reports need plotly, but {NO_PLOTLY}") from None
+        raise UserError(f"reports need plotly, but {_NO_PLOTLY}") from None
     return plotly.graph_objects
 
 

@@ -14,6 +14,7 @@ from megachat.errors import UserError
 from megachat.files import write_json
 from megachat.planning.explain import plan_values
 from megachat.planning.plan import resolve
+from megachat.settings import LogConfig
 from megachat.studies.predicted import predict, try_predict, wall_clock
 from megachat.studies.report import report_line
 from megachat.studies.runs import load_run
@@ -22,7 +23,7 @@ from tests.unit.planning.test_probe import document
 from tests.unit.studies.test_runs import make_run
 
 pytest.importorskip("plotly", reason="plotly is not installed: pip install 'megachat[report]'")
-from megachat.studies.report_figures import plotly_script  # noqa: E402
+from megachat.studies.report_figures import check_report, plotly_script  # noqa: E402
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -116,6 +117,13 @@ def test_what_prevents_a_report_is_one_line_at_the_end_of_a_job(tmp_path):
     run = make_run(tmp_path / "fresh", done=0, saved=())
     line = report_line(run)
     assert line.startswith(f"{run}/report.html is not written (UserError: ") and "\n" not in line
+
+
+def test_a_job_with_log_report_needs_plotly_before_it_starts(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check_report(LogConfig())
+    with pytest.raises(UserError, match=r"log.report is true, but plotly .*pip install 'megachat\[report\]', or set"):
+        check_report(LogConfig(report=True))
 
 
 def test_a_run_without_steps_and_a_missing_plotly_are_refused(tmp_path, monkeypatch, page):

@@ -39,7 +39,7 @@ def make_run(folder, *, steps=40, done=40, saved=(40,), speed=1.0, seconds=0.5, 
     for step in saved:
         checkpoint = folder / f"checkpoints/step_{step:06d}"
         checkpoint.mkdir(parents=True)
-        write_facts(checkpoint, {"step": step, "files": {}, "tokenizer": {"fingerprint": settings.get("print", "a")}})
+        write_facts(checkpoint, {"step": step, "files": {}, "tokenizer": {"fingerprint": "a"}})
     return folder
 
 
@@ -97,6 +97,62 @@ def test_a_faster_recipe_is_better_on_steps_and_flops_alone(runs):
         load_runs([runs / "base", runs / "base"])
 
 
+def _change(run, name, change):
+    """Rewrites a JSON file of a run folder."""
+    path = run / name
+    path.write_text(json.dumps(change(json.loads(path.read_text()) if path.exists() else None)))
+
+
+UNFAIR = {
+    "tokenizer": lambda run: write_facts(
+        run / "checkpoints/step_000040", {"step": 40, "files": {}, "tokenizer": {"fingerprint": "b"}}
+    ),
+    "validation rows": lambda run: _change(run, "plan.json", lambda plan: plan | {"evaluation_rows": 9}),
+    "row length": lambda run: _change(run, "plan.json", lambda plan: plan | {"dims": {"sequence_len": 128}}),
+    "packing": lambda run: _change(run, "config.json", lambda config: config | {"data": {"streams": 3}}),
+    "cropped share": lambda run: (run / "metrics.jsonl").write_text(
+        (run / "metrics.jsonl").read_text().replace('"train/mfu": 40.0', '"data/cropped_share": 0.4')
+    ),
+    "device": lambda run: _change(run, "environment.json", lambda starts: [{"device": "NVIDIA H200"}]),
+    "layout": lambda run: _change(
+        run, "plan.json", lambda plan: plan | {"layout": {"data": 1, "tensor": 2, "pipeline": 1}}
+    ),
+}
+
+
+@pytest.mark.parametrize("trait", UNFAIR)
+def test_each_thing_that_makes_a_comparison_unfair_is_named_and_refused_by_strict(trait, tmp_path, capsys):
+    runs = [make_run(tmp_path / name) for name in ("base", "other")]
+    words = [str(run) for run in runs]
+    cli.start("compare", [*words, "--strict"], "megachat")
+    UNFAIR[trait](runs[1])
+    cli.start("compare", words, "megachat")
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert len(said) == 1 and said[0].startswith(f"warning: {trait}: {runs[0]} has "), said
+    with pytest.raises(UserError, match=f"--strict: {trait}: "):
+        cli.start("compare", [*words, "--strict"], "megachat")
+
+
+def test_the_shard_of_the_validation_rows_counts_and_not_its_place(tmp_path):
+    """The same shard in another folder is no difference, another shard in the same folder is one."""
+    runs = [make_run(tmp_path / name, data__folder=str(tmp_path / f"data_{name}")) for name in ("base", "other")]
+    records = [[record] for record in load_runs(runs)]
+    assert [text[:15] for text in compare_curves(*records)["warnings"]] == ["validation rows"]
+
+    def stamp(run, digest):
+        _change(run, "environment.json", lambda starts: [{"data": {"shards": {"shard_0": "x", "shard_1": digest}}}])
+
+    stamp(runs[0], "a" * 64)
+    stamp(runs[1], "a" * 64)
+    assert compare_curves(*records)["warnings"] == []
+    stamp(runs[1], "b" * 64)
+    assert "shard_1 bbbbbbbbbbbb" in compare_curves(*records)["warnings"][0]
+    for run, share in zip(runs, (0.254, 0.256), strict=True):  # each rank counts its rows
+        text = (run / "metrics.jsonl").read_text().replace('"train/mfu": 40.0', f'"data/cropped_share": {share}')
+        (run / "metrics.jsonl").write_text(text)
+    assert len(compare_curves(*([record] for record in load_runs(runs)))["warnings"]) == 1
+
+
 def test_the_command_lists_compares_and_cleans(runs, capsys, monkeypatch):
     make_run(runs / "long_rows", data__folder="elsewhere")
     plan = json.loads((runs / "long_rows/plan.json").read_text())
@@ -138,10 +194,13 @@ def test_the_command_lists_compares_and_cleans(runs, capsys, monkeypatch):
         (["runs", ".", "--yes"], "--yes belongs to --clean"),
         (["compare", "a"], "1 runs were given"),
         (["compare", "a", "b"], "a does not exist"),
+        (["compare", "fresh", "fresh2"], "fresh: 0 values of val/bpb are recorded, and a curve needs 2"),
     ],
 )
 def test_mistakes(words, problem, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for name in ("fresh", "fresh2") if "fresh" in words else ():
+        make_run(tmp_path / name, done=0, saved=())
     with pytest.raises(UserError, match=problem):
         cli.start(words[0], words[1:], "megachat")
 
