@@ -49,6 +49,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "plan": Command("fit, time, price and layouts of a run, before anything is rented"),
         "explain": Command("a setting or a number of the plan: origin, formula, what depends on it"),
         "pretrain": Command("train a model; launchers start this on every rank", ranks=True),
+        "speedrun": Command("data, tokenizer, training, CORE, report, record: GPT-2's CORE in one command"),
         "supervise": Command("pretrain, and restart the ranks after a crash", passes_on=True),
     },
     "evaluate and use": {

@@ -204,6 +204,11 @@ def _starts_with(run: RunRecord, key: str) -> list[Mapping[str, Any]]:
     return [start for start in read_starts(run.folder) if start.get(key)]
 
 
+def core_problems(run: RunRecord) -> list[str]:
+    """Returns one sentence for each reason for which a record does not accept the run's newest CORE."""
+    return _core(run)[1]
+
+
 def _core(run: RunRecord) -> tuple[dict[str, Any], list[str]]:
     """Returns CORE of the last step, over all tasks and examples."""
     again = f"run `megachat evaluate --checkpoint {run.folder} --core`"

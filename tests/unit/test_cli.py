@@ -160,6 +160,7 @@ NOT_THERE = [
     (["sweep", "--config", "demo", "--space", "{none}"], "{none}"),
     (["compare", "{empty}", "{file}"], "{empty}"),
     (["record", "{empty}"], "{empty}"),
+    (["speedrun", "--data", "{none}"], "{none}"),
     (["unigram", "--data", "{none}", "--tokenizer", "{none}"], "{none}"),
     (["generate", "--checkpoint", "{file}", "--prompt", "x"], "{file}"),
     (["inspect", "{file}"], "{file}"),

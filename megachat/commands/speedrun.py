@@ -1,0 +1,73 @@
+"""The speedrun to GPT-2's CORE in one command: data, tokenizer, training, CORE, report, record.
+
+    megachat speedrun --recipe public-2026 --dry-run          stages, plan, time and price; nothing is started
+    megachat speedrun --recipe public-2026 --runs 3
+    megachat speedrun --depth 3 --data data/python            the same on a CPU, with a small model
+
+The same command again continues where it was: a stage with a complete result is skipped. Files are written below the
+current folder. docs/speedrun.md explains the recipes.
+"""
+
+import argparse
+from pathlib import Path
+
+from megachat.commands.options import Parser, add_set, passed_on, require_minimum
+
+RECIPES = ("nanochat-run6", "public-2026", "megachat")  # of megachat.programs.speedrun
+
+
+def add_arguments(parser: Parser) -> None:
+    """Adds the options of `megachat speedrun`."""
+    add = parser.add_argument
+    add("--recipe", choices=RECIPES, default="megachat", help="default megachat")
+    add("--runs", type=int, default=1, help="runs with different seeds, for a record with a deviation (default 1)")
+    add("--depth", type=int, help="another depth; below 8 also short rows, small batches and no FP8, for a CPU")
+    add("--data", type=Path, metavar="FOLDER", help="a data folder that exists, in place of a download")
+    add("--shards", type=int, default=170, help="train shards of climbmix to download (default 170)")
+    add("--tokenizer", type=Path, metavar="FOLDER", help="a tokenizer folder; it is trained if it does not exist")
+    add("--bundle", type=Path, metavar="BUNDLE", help="the CORE bundle (default: nanochat's, downloaded once)")
+    add("--ranks", type=int, help="on this machine; default: all GPUs, 2 without GPUs")
+    add("--hostfile", type=Path, metavar="FILE", help="train on these hosts, over ssh; CORE runs on this one")
+    add("--dry-run", action="store_true", help="print stages, plan, time and price; start nothing")
+    add("--gpus", metavar="8xH100", help="with --dry-run: the machine; default 8xH100, with a small --depth this one")
+    add("--price", type=float, default=3.0, help="with --dry-run: of a GPU-hour (default 3)")
+    add_set(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the stages; returns the exit status."""
+    require_minimum(options, runs=1, depth=1, shards=1, ranks=1)
+    from megachat.commands.main import start
+    from megachat.job.local_job import run_with_deepspeed
+    from megachat.programs.speedrun import (
+        SMALL_DEPTH,
+        Speedrun,
+        describe,
+        run_speedrun,
+        settings_of_depth,
+        start_on_hosts,
+    )
+
+    small = options.depth is not None and options.depth < SMALL_DEPTH
+    settings = settings_of_depth(options.recipe, options.depth) if options.depth else []
+    for key, value in {"data.folder": options.data, "data.tokenizer": options.tokenizer}.items():
+        settings += [f"{key}={value}"] if value else []
+    settings += [f"evaluate.core_bundle={options.bundle}"] if options.bundle else []
+    shards = None if options.data else options.shards
+    speedrun = Speedrun(options.recipe, (*settings, *options.set), options.runs, shards)
+
+    def start_here(arguments: list[str]) -> int:
+        return start(arguments[0], [*arguments[1:], *passed_on(options)], f"megachat {arguments[0]}")
+
+    def start_ranks(arguments: list[str]) -> int:
+        if options.hostfile and arguments[0] == "pretrain":
+            return start_on_hosts(options.hostfile, arguments)
+        return run_with_deepspeed([*arguments, *passed_on(options)], options.ranks)
+
+    if not options.dry_run:
+        return run_speedrun(speedrun, start_here, start_ranks)
+    print(describe(speedrun) + "\n", flush=True)
+    machine = options.gpus or (None if small else "8xH100")
+    wanted = ["--gpus", machine, "--price", str(options.price)] if machine else ["--world", str(options.ranks or 2)]
+    chosen = [word for setting in speedrun.settings for word in ("--set", setting)]
+    return start_here(["plan", "--config", str(speedrun.config_file), *chosen, *wanted])

@@ -1,0 +1,177 @@
+"""The speedrun in one call: data, tokenizer, training, CORE, report, record. A second call continues where it was."""
+
+import importlib.util
+import json
+import shlex
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megachat.config import Config, load_config
+from megachat.data.shards import check_data_folder
+from megachat.data.tokenizer import METADATA_FILE
+from megachat.errors import UserError
+from megachat.files import write_atomically
+from megachat.installation import CHECKOUT, config_folder
+from megachat.studies.record import build_record, core_problems, record_text
+from megachat.studies.runs import is_run, load_run
+
+RECIPES = {"nanochat-run6": "speedrun_run6", "public-2026": "speedrun_public", "megachat": "speedrun"}
+SMALL_DEPTH = 8  # models below it are for a CPU, and take row length, batch and horizon from demo.json
+_FROM_DEMO = (
+    *("model.head_size", "model.sequence_len", "data.streams", "batch.tokens", "batch.micro_rows", "horizon.steps"),
+    *("optimizer.scale_to_batch", "optimizer.warmup_steps", "evaluate.every", "evaluate.tokens", "checkpoint.every"),
+)
+_SMALL = (
+    *("precision.fp8=off", "precision.compile=false", "batch.recompute=none"),
+    *("model.vocab_size=4096", "evaluate.core_every=0"),
+)
+RECORD_NAME, REPORT_NAME = "record.md", "report.html"
+Start = Callable[[list[str]], int]  # runs `megachat ARGUMENTS` and returns its exit status
+
+
+@dataclass(frozen=True)
+class Speedrun:
+    """What is trained and where. settings: overrides of the recipe's config, for all runs.
+
+    shards: to download, None for a data folder that exists.
+    """
+
+    recipe: str
+    settings: tuple[str, ...] = ()
+    runs: int = 1
+    shards: int | None = 170
+
+    @property
+    def config_file(self) -> Path:
+        return config_folder() / f"{RECIPES[self.recipe]}.json"
+
+    @property
+    def name(self) -> str:
+        """The record's name: of the recipe, and of the depth if that is another."""
+        depth, recipe_depth = (config.model.depth for config in (self.config, load_config(self.config_file)))
+        return f"speedrun-{self.recipe}" + (f"-d{depth}" if depth != recipe_depth else "")
+
+    @property
+    def config(self) -> Config:
+        return load_config(self.config_file, self.settings)
+
+    def settings_of(self, run: int) -> list[str]:
+        """Returns the overrides of a run, counted from 0; the runs have different seeds."""
+        seed = self.config.run.seed + run
+        return [*self.settings, f"run.name={self.name}-{run + 1}", f"run.seed={seed}"]
+
+    def folder_of(self, run: int) -> Path:
+        """Returns the run folder."""
+        return Path(self.config.run.folder) / f"{self.name}-{run + 1}"
+
+
+def settings_of_depth(recipe: str, depth: int) -> list[str]:
+    """Returns the overrides of another depth than the recipe's; of a small one also those that a CPU needs."""
+    ngram = load_config(config_folder() / f"{RECIPES[recipe]}.json").ngram
+    settings = [f"model.depth={depth}"]
+    if ngram.blocks:
+        settings.append(f"ngram.blocks={[block for block in ngram.blocks if block < depth] or [0]}")
+    if depth >= SMALL_DEPTH:
+        return settings
+    demo = load_config(config_folder() / "demo.json").model_dump(mode="json")
+    settings += [f"{key}={json.dumps(demo[key.partition('.')[0]][key.partition('.')[2]])}" for key in _FROM_DEMO]
+    return settings + list(_SMALL) + (["ngram.rows=4096", "ngram.width=null"] if ngram.blocks else [])
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step on the way. done: why it is skipped, "" if it must run. arguments: of the command that does it.
+
+    ranks: whether the command runs on all ranks.
+    """
+
+    name: str
+    done: str
+    arguments: list[str]
+    ranks: bool = False
+
+
+def stages(speedrun: Speedrun) -> Iterator[Stage]:
+    """Yields the stages in order, each looked at when the one before it has ended. Raises UserError."""
+    config = speedrun.config
+    folder, tokenizer = Path(config.data.folder), Path(config.data.tokenizer)
+    if speedrun.shards is None:
+        yield Stage("data", str(check_data_folder(folder)), [])
+    else:  # the command itself keeps what is complete
+        shards = str(speedrun.shards)
+        yield Stage("data", "", ["data", "--source", "climbmix", "--shards", shards, "--out", str(folder)])
+    done = f"{tokenizer} exists" if (tokenizer / METADATA_FILE).exists() else ""
+    size = ["--vocab-size", str(config.model.vocab_size)]
+    yield Stage("tokenizer", done, ["tokenizer", "--data", str(folder), *size, "--out", str(tokenizer)])
+    for run in range(speedrun.runs):
+        run_folder = speedrun.folder_of(run)
+        chosen = [word for setting in speedrun.settings_of(run) for word in ("--set", setting)]
+        pretrain = ["pretrain", "--config", str(speedrun.config_file), *chosen, "--resume", "auto"]
+        yield Stage(f"training {run_folder.name}", finished(run_folder), pretrain, ranks=True)
+        bundle = [config.evaluate.core_bundle] if config.evaluate.core_bundle else []
+        evaluate = ["evaluate", "--checkpoint", str(run_folder), "--core", *bundle]
+        yield Stage(f"CORE of {run_folder.name}", evaluated(run_folder), evaluate, ranks=True)
+        yield Stage(f"report of {run_folder.name}", reported(run_folder), ["report", str(run_folder)])
+
+
+def finished(run_folder: Path) -> str:
+    """Returns that a run is finished, or ""."""
+    run = load_run(run_folder) if is_run(run_folder) else None
+    return f"all {run.plan['steps']} steps are done" if run and run.state == "finished" else ""
+
+
+def evaluated(run_folder: Path) -> str:
+    """Returns that the last step has a CORE that a record accepts, or ""."""
+    return "evaluated" if is_run(run_folder) and not core_problems(load_run(run_folder)) else ""
+
+
+def reported(run_folder: Path) -> str:
+    """Returns that the report is newer than the evaluations or cannot be made, or ""."""
+    if importlib.util.find_spec("plotly") is None:
+        return "without plotly there is none: pip install 'megachat[report]'"
+    report, evaluations = run_folder / REPORT_NAME, list((run_folder / "evaluations").glob("*.json"))
+    newest = max((path.stat().st_mtime for path in evaluations), default=0.0)
+    return f"{report} exists" if report.exists() and report.stat().st_mtime > newest else ""
+
+
+def run_speedrun(speedrun: Speedrun, start: Start, start_ranks: Start) -> int:
+    """Runs what is not done yet and writes the record; returns the exit status of the first stage that fails, or 0.
+
+    start: runs a command in this process. start_ranks: on all ranks. Raises UserError.
+    """
+    for stage in stages(speedrun):
+        if stage.done:
+            print(f"== {stage.name}: {stage.done}", flush=True)
+            continue
+        print(f"== {stage.name}: megachat {shlex.join(stage.arguments)}", flush=True)
+        if status := (start_ranks if stage.ranks else start)(stage.arguments):
+            print(f"== {stage.name} ended with status {status}: the same command continues here", flush=True)
+            return status
+    record = build_record([load_run(speedrun.folder_of(run)) for run in range(speedrun.runs)])
+    path = Path(speedrun.config.run.folder) / f"{speedrun.name}.{RECORD_NAME}"
+    write_atomically(path, record_text(record, speedrun.name).encode() + b"\n")
+    print(f"== record: {path}\n\n{path.read_text(encoding='utf-8')}", end="", flush=True)
+    return 0
+
+
+def describe(speedrun: Speedrun) -> str:
+    """Returns the stages and which of them are done, as lines of text. Nothing is started."""
+    lines = []
+    for stage in stages(speedrun):
+        command = f"megachat {shlex.join(stage.arguments)}" + (" (on all ranks)" if stage.ranks else "")
+        lines.append(f"{stage.name}: {f'done, {stage.done}' if stage.done else command}")
+    return "\n".join([*lines, f"record: {speedrun.config.run.folder}/{speedrun.name}.{RECORD_NAME}"])
+
+
+def start_on_hosts(hostfile: Path, arguments: Sequence[str]) -> int:
+    """Runs the training of `pretrain --config CONFIG ...` on the hosts of a hostfile; returns its exit status.
+
+    Raises UserError without a clone.
+    """
+    if CHECKOUT is None:
+        raise UserError("--hostfile needs launch/hostfile.sh, which is in a clone of megachat only: use a clone")
+    config, *rest = arguments[2:]
+    script = CHECKOUT / "launch" / "hostfile.sh"
+    return subprocess.run(["bash", str(script), str(hostfile.resolve()), config, *rest]).returncode

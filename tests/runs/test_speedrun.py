@@ -1,0 +1,129 @@
+"""The speedrun in one command on a CPU: killed in the middle of its training, continued, and recorded."""
+
+import json
+import os
+import re
+import signal
+
+import pytest
+
+from megachat.commands import main as cli
+from megachat.errors import UserError
+from megachat.files import is_locked
+from megachat.programs.speedrun import RECIPES, Speedrun, describe, run_speedrun, settings_of_depth, stages
+from megachat.studies.metrics import read_metrics
+from tests.runs.job import begin, finish, metrics, until
+from tests.unit.evals.bundle import ALL, write_bundle
+from tools.prepare_data import main as prepare
+
+STEPS, SAVED = 30, 10
+WORDS = "the old river carried small boats past seven quiet towns while people on its banks sang about rain".split()
+SIZES = {
+    "model": {"aspect_ratio": 16, "head_size": 16, "sequence_len": 64, "vocab_size": 300},
+    "batch": {"tokens": 1024, "micro_rows": 8},
+    "horizon": {"steps": STEPS},
+    "evaluate": {"every": 0, "tokens": 1024, "prompts": []},
+    "checkpoint": {"every": SAVED},
+    "data": {"streams": 2},
+    "ngram": {"rows": 300},
+}
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory) -> list[str]:
+    """The options of a small speedrun, with its data and its bundle."""
+    folder = tmp_path_factory.mktemp("speedrun")
+    (folder / "texts").mkdir()
+    for number in range(120):
+        text = " ".join(WORDS[(number * word + word) % len(WORDS)] for word in range(3, 60))
+        (folder / "texts" / f"{number}.txt").write_text(text)
+    prepare(["--source", "text", "--input", f"{folder}/texts", "--shards", "2", "--out", f"{folder}/data"])
+    write_bundle(folder / "bundle", ALL, count=20)
+    chosen = {f"{section}.{key}": value for section, keys in SIZES.items() for key, value in keys.items()}
+    settings = [word for key, value in chosen.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    places = ["--data", f"{folder}/data", "--tokenizer", f"{folder}/tokenizer", "--bundle", f"{folder}/bundle"]
+    return ["--depth", "3", "--ranks", "1", *places, *settings, "--set", f"run.folder={folder}/runs"]
+
+
+@pytest.fixture
+def runs(options):
+    """The folder of the runs."""
+    from pathlib import Path
+
+    return Path(options[-1].partition("=")[2])
+
+
+@pytest.mark.slow
+def test_the_script_continues_after_a_kill_and_ends_with_a_record(options, runs, capfd):
+    run = runs / "speedrun-megachat-d3-1"
+    script = ["bash", "launch/speedrun.sh", *options]
+    process = begin(script)
+    until(lambda: (run / "checkpoints" / f"step_{SAVED:06d}" / "checkpoint.json").exists(), "first checkpoint")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    until(lambda: not is_locked(run), "end of the killed ranks")
+    assert not (run / "evaluations").exists(), "killed too late"
+    done = finish(begin(script))
+    assert done.status == 0, done.out + done.err
+    assert re.search("== data: .*2 train shards", done.out) and "/tokenizer exists" in done.out
+    steps = [line["step"] for line in metrics(run) if "train/loss" in line]
+    assert steps == list(range(STEPS)) and "resumed from " in done.out
+    record = (runs / "speedrun-megachat-d3.record.md").read_text()
+    assert record in done.out and "| against GPT-2's 0.256525 | below; 0 of 1 runs above |" in record
+    assert json.loads((run / "environment.json").read_text())[0]["tokenizer"]["origin"]["vocab_size"] == 300
+    before = {path: path.stat().st_mtime for path in run.rglob("*")}
+    assert cli._run(["speedrun", *options]) == 0, "nothing is left to do"
+    out = capfd.readouterr().out
+    assert out.count("== ") == 6 and "all 30 steps are done" in out and ": megachat" not in out
+    assert {path: path.stat().st_mtime for path in run.rglob("*")} == before
+    assert len(read_metrics(run)) and cli._run(["speedrun", *options, "--dry-run"]) == 0
+    assert "training speedrun-megachat-d3-1: done" in capfd.readouterr().out
+
+
+def speedrun(options: list[str], **more) -> Speedrun:
+    parsed = cli.build_parser("speedrun", "speedrun").parse_args(options)
+    places = [f"data.folder={parsed.data}", f"data.tokenizer={parsed.tokenizer}"]
+    return Speedrun("public-2026", (*settings_of_depth("public-2026", 3), *places, *parsed.set), shards=None, **more)
+
+
+def test_a_failed_stage_ends_the_call_with_its_status(options, capsys):
+    started = []
+
+    def start(arguments: list[str], status: int = 0) -> int:
+        started.append(arguments[0])
+        return status
+
+    small = speedrun(options)
+    assert run_speedrun(small, start, lambda arguments: start(arguments, 137)) == 137
+    assert "pretrain" == started[-1] and "training speedrun-public-2026-d3-1 ended with status 137" in (
+        capsys.readouterr().out
+    )
+    listed = describe(speedrun(options, runs=2)).splitlines()
+    assert [line.partition(":")[0] for line in listed if "-d3-2" in line] == [
+        f"{name} speedrun-public-2026-d3-2" for name in ("training", "CORE of", "report of")
+    ]
+    assert any("run.seed=43" in line for line in listed) and "(on all ranks)" in listed[2]
+
+
+def test_recipes_at_other_depths():
+    assert set(RECIPES) == set(cli.build_parser("speedrun", "")._option_string_actions["--recipe"].choices)
+    for recipe in RECIPES:
+        small = Speedrun(recipe, tuple(settings_of_depth(recipe, 3))).config
+        assert (small.model.depth, small.precision.fp8, small.model.sequence_len) == (3, "off", 256)
+        assert bool(small.ngram.blocks) == (recipe == "megachat") and max(small.ngram.blocks, default=0) < 3
+        large = Speedrun(recipe, tuple(settings_of_depth(recipe, 12))).config
+        assert (large.model.depth, large.precision.fp8, large.model.sequence_len) == (12, "tensorwise", 2048)
+    assert Speedrun("public-2026").name == "speedrun-public-2026"
+    first, second = list(stages(Speedrun("public-2026", ("data.tokenizer=none",))))[:2]
+    assert first.arguments[:5] == ["data", "--source", "climbmix", "--shards", "170"]
+    assert second.arguments[3:5] == ["--vocab-size", "49152"] and not second.done
+
+
+def test_bad_input(options, tmp_path):
+    with pytest.raises(UserError, match="none does not exist"):
+        cli._run(["speedrun", "--data", str(tmp_path / "none")])
+    with pytest.raises(UserError, match="--runs is 0"):
+        cli._run(["speedrun", "--runs", "0"])
+    with pytest.raises(UserError, match="a vocabulary of [0-9]+ tokens, not 20000.*--vocab-size"):
+        words = [*options, "--set", "model.vocab_size=20000", "--tokenizer", str(tmp_path / "other")]
+        cli._run(["speedrun", *words])
