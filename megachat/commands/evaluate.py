@@ -16,6 +16,7 @@ from megachat.commands.options import (
     layout_settings,
     text_moved,
 )
+from megachat.errors import UserError
 from megachat.job.hosts import check_launcher_hostfile
 
 
@@ -33,6 +34,8 @@ def add_arguments(parser: Parser) -> None:
     add("--max-per-task", type=int, default=-1, metavar="N", help=limit)
     add("--tasks", metavar="LABEL,LABEL", help="with --core: only these tasks")
     add("--core-crop", action="store_true", help="with --core: crop prompts to the model's sequence_len")
+    controls = "with --core: also ask each example with another one's context: what does reading gain?"
+    add("--controls", action="store_true", help=controls)
     add("--out", type=Path, metavar="FILE", help="the JSON file; default: RUN/evaluations/step_NNNNNN.json")
     tokenizer = "the checkpoint's tokenizer, if it is not where the config says"
     add("--tokenizer", type=Path, metavar="FOLDER", help=tokenizer)
@@ -46,13 +49,16 @@ def run(options: argparse.Namespace) -> None:
     """Evaluates."""
     check_layout_ranks(options.layout)
     check_launcher_hostfile()
+    if options.controls and options.core is None:
+        raise UserError("--controls repeats CORE with other contexts: give --core as well")
     with importing():
         from megachat.programs.evaluate import EvaluationRequest, evaluate
 
-    cropped = ["evaluate.core_crop=true"] if options.core_crop else []
+    chosen = ["evaluate.core_crop=true"] if options.core_crop else []
+    chosen += ["evaluate.core_controls=true"] if options.controls else []
     request = EvaluationRequest(
         options.checkpoint,
-        overrides=[*options.set, *layout_settings(options.layout), *cropped],
+        overrides=[*options.set, *layout_settings(options.layout), *chosen],
         core=options.core,
         bpb=options.bpb,
         sample=options.sample,

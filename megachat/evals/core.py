@@ -7,13 +7,14 @@ example still gets the same answer as if it were computed alone.
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError
+from megachat.evals.controls import control_section, swap_examples
 from megachat.evals.core_batches import IDLE, Batch, BatchRow, assign_batches, build_batches
 from megachat.evals.core_bundle import Bundle, CoreTask
 from megachat.evals.core_prompts import Question, RowLimit, build_questions, row_limit
@@ -34,7 +35,10 @@ Progress = Callable[[int, int], object]  # called with (examples done, all examp
 
 @dataclass(frozen=True)
 class Evaluator:
-    """A model to evaluate. sequence: the setting parallel.sequence. tokens_per_pass: approximate size of a batch."""
+    """A model to evaluate. sequence: the setting parallel.sequence. tokens_per_pass: approximate size of a batch.
+
+    controls: whether each example is also asked with another one's context (evals/controls.py).
+    """
 
     engine: EvaluationEngine
     dims: Dimensions
@@ -42,12 +46,14 @@ class Evaluator:
     limit: RowLimit
     sequence: bool = False
     tokens_per_pass: int = TOKENS_PER_PASS
+    controls: bool = False
 
 
 def build_evaluator(model) -> Evaluator:
     """Returns the Evaluator of a train.build.TrainingModel or a train.weights.EvaluationModel."""
     limit, sequence = row_limit(model.plan.dims, model.config.evaluate), model.config.parallel.sequence
-    return Evaluator(model.engine, model.plan.dims, model.mesh, limit, sequence)
+    controls = model.config.evaluate.core_controls
+    return Evaluator(model.engine, model.plan.dims, model.mesh, limit, sequence, controls=controls)
 
 
 def evaluate_bundle(
@@ -66,16 +72,22 @@ def evaluate_bundle(
     must stop has only seconds.
     """
     begin, padding = time.perf_counter(), []
-    answers: dict[str, Answers] = {}
+    answers, controls = dict[str, Answers](), dict[str, Answers]()
     for tasks in [bundle.tasks] if stop is None else [(task,) for task in bundle.tasks]:
-        if stop is not None and stop():
-            return None
-        some, share = evaluate_tasks(evaluator, tasks, tokenizer, max_per_task=max_per_task, on_progress=on_progress)
-        answers |= some
-        padding.append(share)
+        for swap in (False, True) if evaluator.controls else (False,):
+            if stop is not None and stop():
+                return None
+            some, share = evaluate_tasks(
+                evaluator, tasks, tokenizer, max_per_task=max_per_task, on_progress=on_progress, swap=swap
+            )
+            (controls if swap else answers).update(some)
+            padding.append(share)
     stamp = evaluation_stamp(tokenizer.fingerprint)
     measured = {"padding_share": sum(padding) / len(padding), "seconds": time.perf_counter() - begin}
-    return core_section(bundle, answers, max_per_task, crop=evaluator.limit.crop, **stamp, **measured)
+    more = stamp | measured
+    if evaluator.controls:
+        more["controls"] = control_section(bundle.tasks, answers, controls)
+    return core_section(bundle, answers, max_per_task, crop=evaluator.limit.crop, **more)
 
 
 def evaluate_tasks(
@@ -85,13 +97,17 @@ def evaluate_tasks(
     *,
     max_per_task: int,
     on_progress: Progress = lambda done, total: None,
+    swap: bool = False,
 ) -> tuple[dict[str, Answers], float]:
-    """Answers the examples of the tasks; all ranks call it and get the same. max_per_task: -1 for all examples.
+    """Answers the examples of the tasks; all ranks call it and get the same. max_per_task: -1 for all examples. swap:
+    each with another one's context; those that do not fit the model are then left out.
 
     Returns task label -> answers, and the share of computed tokens that are padding. Raises UserError for the reasons
     of `build_questions`, or if the model computes numbers that are not finite.
     """
-    by_task = {task.label: build_questions(task, tokenizer, model.limit, max_per_task) for task in tasks}
+    limit = replace(model.limit, leave_out=True) if swap else model.limit
+    change = swap_examples if swap else None
+    by_task = {task.label: build_questions(task, tokenizer, limit, max_per_task, change) for task in tasks}
     questions = [question for of_task in by_task.values() for question in of_task if question]
     runner = _BatchRunner(model)
     batches = build_batches(questions, model.tokens_per_pass)

@@ -4,7 +4,7 @@ Defined by DCLM (arXiv 2406.11794), in detail by nanochat (github.com/karpathy/n
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from megachat.data.tokenizer import Tokenizer
@@ -67,15 +67,26 @@ def shuffle_examples(task: CoreTask, max_per_task: int) -> list[dict]:
     return examples[:max_per_task] if max_per_task > 0 else examples
 
 
-def build_questions(task: CoreTask, tokenizer: Tokenizer, limit: RowLimit, max_per_task: int) -> list[Question | None]:
+def build_questions(
+    task: CoreTask,
+    tokenizer: Tokenizer,
+    limit: RowLimit,
+    max_per_task: int,
+    change: Callable[[CoreTask, Sequence[dict]], Sequence[dict]] | None = None,
+) -> list[Question | None]:
     """Builds a task's questions, None for those that are left out.
 
-    Raises UserError if a question does not fit and is not left out, or if there are too few examples for the shots.
+    change: returns other examples to ask in place of the given ones; the shots stay. Raises UserError if a question
+    does not fit and is not left out, or if there are too few examples for the shots.
     """
+    examples, shots, names = zip(*_examples_with_shots(task, max_per_task), strict=True)
+    changed = examples if change is None else change(task, examples)
     questions = [
-        _build_question(task, example, shots, tokenizer, limit, name)
-        for example, shots, name in _examples_with_shots(task, max_per_task)
+        _build_question(task, example, some, tokenizer, limit, name)
+        for example, some, name in zip(changed, shots, names, strict=True)
     ]
+    if change is not None:  # none may be left
+        return questions
     _check_some_fit(task, questions.count(None), len(questions))
     return questions
 

@@ -184,16 +184,34 @@ def core_table(section: dict) -> list[str]:
 def core_lines(section: dict) -> list[str]:
     """Returns lines of text: the mean with its error and, if it is CORE, the verdict against GPT-2."""
     error, notes = error_text(section["deviation"], digits=4), _notes(section)
+    controls = _control_lines(section["controls"]) if "controls" in section else []
     if section["core_metric"] is None:
         return [
             *notes,
+            *controls,
             f"mean of {len(section['tasks'])} tasks {section['mean_centered']:.6f} {error}; "
             f"this is not CORE: {len(section['missing'])} of its {len(CORE_TASKS)} tasks are missing",
         ]
-    lines = [*notes, f"CORE {section['core_metric']:.6f} {error}", f"against GPT-2's: {section['verdict']['text']}"]
+    lines = [
+        *notes,
+        *controls,
+        f"CORE {section['core_metric']:.6f} {error}",
+        f"against GPT-2's: {section['verdict']['text']}",
+    ]
     if not section["whole"] and section["max_per_task"] > 0:
         lines.append(f"at most {section['max_per_task']:,} examples per task: not the full metric")
     return lines
+
+
+def _control_lines(section: dict) -> list[str]:
+    """Returns lines of text: what reading gains (evals/controls.py), over all tasks and in each."""
+    if not section["tasks"]:
+        return ["controls: no example fits the model when its context is swapped"]
+    value = f"{section['difference']:+.4f} +- {section['deviation']:.4f}"
+    each = ", ".join(
+        f"{label} {task['difference']:+.3f} ({task['swapped']})" for label, task in section["tasks"].items()
+    )
+    return [f"gain from reading, over {len(section['tasks'])} tasks: {value} of the centered accuracy", f"  {each}"]
 
 
 def _notes(section: dict) -> list[str]:

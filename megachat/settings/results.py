@@ -59,6 +59,10 @@ class EvaluateConfig(Section):
     core_crop: bool = setting(
         False, "crop prompts of CORE to model.sequence_len; false: up to ten times as long, as nanochat does"
     )
+    core_controls: bool = setting(
+        False,
+        "with CORE: also ask each example with another one's context, which shows what reading gains; twice as long",
+    )
     core_unfit: Literal["refuse", "leave_out"] = setting(
         "refuse", "questions of CORE that do not fit the model: refuse before anything starts, or leave out and count"
     )

@@ -12,10 +12,11 @@ import torch
 
 from megachat.data.tokenizer import Tokenizer
 from megachat.evals import core_prompts
-from megachat.evals.core import Evaluator, evaluate_tasks
+from megachat.evals.controls import swap_examples
+from megachat.evals.core import Evaluator, evaluate_bundle, evaluate_tasks
 from megachat.evals.core_bundle import CORE_TASKS, Bundle, CoreTask, open_bundle
 from megachat.evals.core_prompts import RowLimit
-from megachat.evals.results import Answers, core_section
+from megachat.evals.results import Answers, core_lines, core_section
 from megachat.model.gpt import ModelOptions, build_layers
 from megachat.model.parameters import load_whole, placed_parameters, starting_value
 from megachat.parallel.engine import build_evaluation_engine, build_module, start_collectives
@@ -94,6 +95,45 @@ def limits(dims) -> list[RowLimit]:
     return [RowLimit(dims.longest_row), RowLimit(dims.sequence_len, crop=True)]
 
 
+def ignore_context(layers) -> None:
+    """Makes a model of token frequencies: all tokens have the same embedding, and attention adds nothing."""
+    for parameter in placed_parameters(layers):
+        name = place_of(parameter).name
+        if "wte" in name or "value_embeds" in name:
+            load_whole(parameter, starting_value(Place(name, place_of(parameter).whole, 0, ("constant", 0.3)), seed=6))
+        elif "attn.c_proj" in name:
+            load_whole(parameter, starting_value(Place(name, place_of(parameter).whole, 0, ("constant", 0.0)), seed=6))
+
+
+def gains_from_reading(bundle: Path, parallel: dict) -> list[dict]:
+    """Returns the controls of a model that copies the last letter, and of one that ignores the context."""
+    config, letters = small_config(model=MODEL, batch=BATCH, parallel=parallel), tokenizer()
+    start_collectives(torch.device("cpu"), "gloo", timedelta(seconds=600))
+    mesh = build_mesh(torch.device("cpu"), tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
+    plan = resolve(config, mesh.world.size, letters.vocab_size)
+    layers = build_stage(config, plan, mesh, torch.float32, start=False)
+    engine = build_evaluation_engine(build_module(list(layers), torch.nn.Identity(), mesh), mesh)
+    model = Evaluator(engine, plan.dims, mesh, limits(plan.dims)[0], controls=True)
+    tasks = Bundle((copying_task(), *open_bundle(bundle).tasks), (), "")
+    some_values(layers, copying=True)
+    reads = evaluate_bundle(model, tasks, letters, max_per_task=9)
+    ignore_context(layers)
+    ignores = evaluate_bundle(model, tasks, letters, max_per_task=9, stop=lambda: False)
+    return [reads, ignores]
+
+
+def test_controls_show_what_reading_gains(bundle):
+    for reads, ignores in run_ranks(gains_from_reading, 2, bundle, {"pipeline": 2}):
+        copying = reads["controls"]["tasks"]["copying"]
+        assert copying["difference"] > 0.3 > copying["accuracy"] and copying["swapped"] == "context"
+        assert copying["difference"] == pytest.approx(reads["tasks"]["copying"]["centered"] - copying["centered"])
+        assert reads["controls"]["difference"] > 0 and "gain from reading, over 4 tasks: +" in core_lines(reads)[0]
+        assert ignores["controls"]["difference"] == 0 == ignores["controls"]["deviation"]
+        assert 0 < sum(task["accuracy"] for task in ignores["controls"]["tasks"].values()) < 4
+        for label, task in ignores["controls"]["tasks"].items():
+            assert task["right"] == ignores["tasks"][label]["right"]
+
+
 def on_ranks(bundle: Path, parallel: dict):
     config, letters = small_config(model=MODEL, batch=BATCH, ngram=NGRAM, parallel=parallel), tokenizer()
     start_collectives(torch.device("cpu"), "gloo", timedelta(seconds=600))
@@ -104,7 +144,7 @@ def on_ranks(bundle: Path, parallel: dict):
     engine = build_evaluation_engine(build_module(list(layers), torch.nn.Identity(), mesh), mesh)
     progress: list[list[tuple[int, int]]] = []
     paddings: list[float] = []
-    right: dict[tuple[bool, int], dict] = {}
+    right: dict[tuple[bool, int] | str, dict] = {}
     for tasks in (open_bundle(bundle).tasks, (copying_task(),)):
         some_values(layers, copying=len(tasks) == 1)
         for limit in limits(plan.dims):
@@ -117,6 +157,8 @@ def on_ranks(bundle: Path, parallel: dict):
                 paddings.append(padding)
                 of_mode = right.setdefault((limit.crop, tokens_per_pass), {})
                 of_mode |= {label: answer.right for label, answer in answers.items()}
+    swapped, _ = evaluate_tasks(model, tasks, letters, max_per_task=9, swap=True)
+    right["swapped"] = {label: answer.right for label, answer in swapped.items()}
     return right, paddings, progress
 
 
@@ -126,17 +168,20 @@ def bundle(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def oracle(bundle) -> dict[bool, dict[str, tuple[bool, ...]]]:
-    """Returns by whether prompts are cropped: task -> whether each example is right."""
+def oracle(bundle) -> dict[bool | str, dict[str, tuple[bool, ...]]]:
+    """Returns by whether prompts are cropped: task -> whether each example is right; "swapped": of the last task with
+    cropping and swapped contexts.
+    """
     letters = tokenizer()
     dims = resolve(small_config(model=MODEL, batch=BATCH, ngram=NGRAM), 1, letters.vocab_size).dims
     layers = build_layers(dims, ModelOptions()).requires_grad_(False)
-    right: dict[bool, dict] = {}
+    right: dict[bool | str, dict] = {}
     for tasks in (open_bundle(bundle).tasks, (copying_task(),)):
         some_values(layers, copying=len(tasks) == 1)
         for limit in limits(dims):
             right.setdefault(limit.crop, {}).update(one_by_one(layers, dims, tasks, letters, limit, 9))
-    for answers in right.values():
+    right["swapped"] = one_by_one(layers, dims, tasks, letters, limit, 9, swap_examples)
+    for answers in (right[False], right[True]):
         assert all(0 < sum(answers[label]) < 9 for label in ("arc_easy", "winograd", "copying")), "too uniform"
     assert right[True]["arc_easy"] != right[False]["arc_easy"] and right[True]["winograd"] != right[False]["winograd"]
     return right
@@ -145,7 +190,9 @@ def oracle(bundle) -> dict[bool, dict[str, tuple[bool, ...]]]:
 @pytest.mark.parametrize(("world", "parallel"), LAYOUTS, ids=str)
 def test_every_layout_answers_like_one_example_at_a_time(world, parallel, bundle, oracle):
     for right, paddings, progress in run_ranks(on_ranks, world, bundle, parallel):
-        assert right == {(crop, tokens): answers for crop, answers in oracle.items() for tokens in PASSES}
+        assert right.pop("swapped") == oracle["swapped"]
+        expected = {(crop, tokens): oracle[crop] for crop in (False, True) for tokens in PASSES}
+        assert right == expected
         assert all(0 <= padding < 0.7 for padding in paddings[:4])
         assert all(steps == sorted(steps) for steps in progress)
         assert [steps[-1] for steps in progress] == [(27, 27)] * 4 + [(9, 9)] * 4

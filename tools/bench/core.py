@@ -33,10 +33,12 @@ def answers_correctly(layers, dims, question: Question) -> bool:
 
 
 def one_by_one(
-    layers, dims, tasks: tuple[CoreTask, ...], tokenizer, limit: RowLimit, max_per_task: int
+    layers, dims, tasks: tuple[CoreTask, ...], tokenizer, limit: RowLimit, max_per_task: int, change=None
 ) -> dict[str, tuple[bool, ...]]:
-    """Returns task -> whether each example is answered correctly, computed one by one in one process."""
-    questions = {task.label: build_questions(task, tokenizer, limit, max_per_task) for task in tasks}
+    """Returns task -> whether each example is answered correctly, computed one by one in one process. change: see
+    build_questions.
+    """
+    questions = {task.label: build_questions(task, tokenizer, limit, max_per_task, change) for task in tasks}
     return {
         label: tuple(answers_correctly(layers, dims, one) for one in some if one) for label, some in questions.items()
     }
