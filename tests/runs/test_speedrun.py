@@ -4,16 +4,18 @@ import json
 import os
 import re
 import signal
+from pathlib import Path
 
 import pytest
 
 from megachat.commands import main as cli
 from megachat.errors import UserError
+from megachat.evals.core_bundle import CORE_TASKS
 from megachat.files import is_locked
 from megachat.programs.speedrun import RECIPES, Speedrun, describe, run_speedrun, settings_of_depth, stages
 from megachat.studies.metrics import read_metrics
 from tests.runs.job import begin, finish, metrics, until
-from tests.unit.evals.bundle import ALL, write_bundle
+from tests.unit.evals.bundle import THREE, write_bundle
 from tools.prepare_data import main as prepare
 
 STEPS, SAVED = 30, 10
@@ -38,7 +40,7 @@ def options(tmp_path_factory) -> list[str]:
         text = " ".join(WORDS[(number * word + word) % len(WORDS)] for word in range(3, 60))
         (folder / "texts" / f"{number}.txt").write_text(text)
     prepare(["--source", "text", "--input", f"{folder}/texts", "--shards", "2", "--out", f"{folder}/data"])
-    write_bundle(folder / "bundle", ALL, count=20)
+    write_bundle(folder / "bundle", dict.fromkeys(CORE_TASKS, THREE["lambada_openai"]))
     chosen = {f"{section}.{key}": value for section, keys in SIZES.items() for key, value in keys.items()}
     settings = [word for key, value in chosen.items() for word in ("--set", f"{key}={json.dumps(value)}")]
     places = ["--data", f"{folder}/data", "--tokenizer", f"{folder}/tokenizer", "--bundle", f"{folder}/bundle"]
@@ -48,8 +50,6 @@ def options(tmp_path_factory) -> list[str]:
 @pytest.fixture
 def runs(options):
     """The folder of the runs."""
-    from pathlib import Path
-
     return Path(options[-1].partition("=")[2])
 
 

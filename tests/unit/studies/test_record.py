@@ -23,6 +23,7 @@ START = {
     "commit": HASH["c"][:40],
     "uncommitted_changes": False,
     "device": "NVIDIA H100 80GB HBM3",
+    "device_count": 8,
     "launch": {"world_size": 16, "local_size": 8},
     "packages": {"torch": "2.13.0", "wandb": None},
     "tokenizer": {"fingerprint": HASH["a"], "vocab_size": 32768, "origin": {"vocab_size": 32768, "data": HASH["b"]}},
