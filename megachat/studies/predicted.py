@@ -105,7 +105,7 @@ def predicted_rows(
         rows.append((f"price at {price:g} per {unit}-hour", cells[0], f"{rate * wall:,.2f}", cells[1]))
     if peaks := run.values("train/peak_memory_bytes"):
         count = predicted.memory[0].total
-        off = _off(count, max(peaks)) if predicted.on_gpu else "the process has python and torch, too"
+        off = _off(count, max(peaks)) if predicted.on_gpu else "whole process"
         rows.append(("memory of rank 0", f"{count / 1e9:.2f} GB", f"{max(peaks) / 1e9:.2f} GB (peak)", off))
     return rows
 

@@ -40,7 +40,7 @@ pre { white-space: pre-wrap; background: #f6f6f6; padding: .6rem; border-radius:
 .warning { color: #8a4b00 }
 .figures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)) }
 .figures > div { min-width: 0 }
-@media print { .figures { display: block } h2 { break-after: avoid } .plot { break-inside: avoid } }
+@media print { .figures { display: block } h2 { break-after: avoid } .plot { break-inside: avoid } .updatemenu-container { display: none } }
 """
 
 
@@ -194,7 +194,8 @@ def _predicted(run: RunRecord, predicted: Predicted | None, why: str, price: flo
     origin = f"time by the {predicted.source}" if predicted.time else f"time {predicted.source}"
     uses = [{kind: getattr(stage, kind) for kind in MEMORY_KINDS} for stage in predicted.memory]
     figure = memory_figure(uses, max(peaks) if peaks and predicted.on_gpu else None)
-    text = f"<p>Memory is counted from config and layout; {html.escape(origin)}.</p>"
+    process = "" if predicted.on_gpu else " The measured memory is the whole process's, with python and torch."
+    text = f"<p>Memory is counted from config and layout; {html.escape(origin)}.{process}</p>"
     return _table(rows, head=("", "predicted", "measured", "difference"), right=(1, 2, 3)) + text + _figures([figure])
 
 

@@ -117,7 +117,7 @@ def bar_figure(title: str, values: Mapping[str, float], unit: str = "") -> Any:
             hovertemplate="%{y}: %{x:,.4~r} " + unit + "<extra></extra>",
         )
     )
-    figure.update_layout(**_layout(title, unit, ""))
+    figure.update_layout(**_layout(title, unit, "", bars=len(names)))
     return figure
 
 
@@ -140,9 +140,8 @@ def memory_figure(stages: Sequence[Mapping[str, int]], peak: float | None) -> An
         figure.add_vline(x=peak / 1e9, line={"color": "#222", "dash": "dot"})
         note = {"x": peak / 1e9, "y": 1, "yref": "paper", "yanchor": "bottom", "xanchor": "right", "showarrow": False}
         figure.add_annotation(**note, text="measured peak of rank 0")
-    layout = _layout("Memory per rank, counted", "GB", "") | {"height": 190 + 40 * len(stages)}
-    figure.update_layout(**layout, barmode="stack")
-    figure.update_layout(legend_traceorder="normal", legend_y=-60 / (75 + 40 * len(stages)))
+    figure.update_layout(**_layout("Memory per rank, counted (GB)", "", "", bars=len(stages)), barmode="stack")
+    figure.update_layout(legend={"orientation": "h", "traceorder": "normal", "y": -30 / (40 * len(stages)), "x": 0})
     figure.update_yaxes(autorange="reversed")
     return figure
 
@@ -176,7 +175,8 @@ def owner_figure(owners: Sequence[Any], layout: Mapping[str, int], layers: int) 
             hoverongaps=False,
         )
     )
-    figure.update_layout(**_layout("Matrices that each rank orthogonalizes, by layer", "layer", "rank"))
+    title = "Matrices that each rank orthogonalizes, by layer"
+    figure.update_layout(**_layout(title, "layer", "rank", bars=max(3, min(20, world))))
     figure.update_yaxes(autorange="reversed", dtick=max(1, world // 16), title_standoff=5)
     figure.update_xaxes(range=[-0.5, layers - 0.5], dtick=max(1, layers // 16))
     return figure
@@ -202,12 +202,14 @@ def layout_figure(plan: dict[str, Any]) -> Any:
             hovertemplate=held + "<extra></extra>",
         )
     title = f"Layers by stage: data {layout['data']} x tensor {layout['tensor']} x pipeline {layout['pipeline']}"
-    figure.update_layout(**_layout(title, "layer", ""), showlegend=False)
+    figure.update_layout(**_layout(title, "layer", "", bars=len(stages)), showlegend=False)
     figure.update_yaxes(autorange="reversed")
     return figure
 
 
-def _layout(title: str, x: str, y: str) -> dict[str, Any]:
+def _layout(title: str, x: str, y: str, *, bars: int = 0) -> dict[str, Any]:
+    """Returns the layout of a figure; with `bars`, as high as so many bars below each other need."""
+    top = 45 if bars else 70  # with the buttons of a curve
     return {
         "title": {"text": title, "x": 0, "xref": "paper", "y": 0.98, "yanchor": "top", "font": {"size": 15}},
         "xaxis": {"title": {"text": x}, "gridcolor": "#e5e5e5", "zeroline": False},
@@ -220,8 +222,8 @@ def _layout(title: str, x: str, y: str) -> dict[str, Any]:
         },
         "template": "none",
         "font": {"family": "system-ui, sans-serif", "size": 13, "color": "#222"},
-        "margin": {"l": 50, "r": 10, "t": 70, "b": 45},
-        "height": 350,
+        "margin": {"l": 50, "r": 10, "t": top, "b": 45},
+        "height": 105 + 40 * bars if bars else 350,
         "hovermode": "closest",
-        "legend": {"orientation": "h", "y": -0.3},
+        "legend": {"orientation": "h", "y": -0.33},
     }

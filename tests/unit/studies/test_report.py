@@ -137,15 +137,28 @@ def test_a_run_without_steps_and_a_missing_plotly_are_refused(tmp_path, monkeypa
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
 def test_a_browser_draws_it_without_errors_or_requests(page, tmp_path):
-    """Hovering over a curve shows its value, and the button for time changes the axis."""
+    """Hovering over a curve shows its value, the button for time changes the axis, and nothing is wider than a desktop's
+    window or a phone's 400 pixels, where labels must not lie on each other."""
     check = """<script>addEventListener('load', () => {
         const plots = document.querySelectorAll('.js-plotly-plot');
         Plotly.Fx.hover(plots[0], [{curveNumber: 0, pointNumber: 3}]);
         const button = plots[0].layout.updatemenus[0].buttons[1];
         Plotly.update(plots[0], ...button.args).then(() => new Promise(done => setTimeout(done, 1000))).then(() => {
-            const wide = [...plots].filter(plot => plot.scrollWidth > plot.parentElement.clientWidth + 1).length;
-            document.title = [plots.length, document.querySelectorAll('.hovertext').length, wide,
-                plots[0].layout.xaxis.title.text, performance.getEntriesByType('resource').length].join('|');
+            const overflows = () => [...plots].filter(
+                plot => plot.scrollWidth > plot.parentElement.clientWidth + 1).length;
+            const hovered = document.querySelectorAll('.hovertext').length, wide = overflows();
+            document.body.style.width = '376px';
+            return Promise.all([...plots].map(Plotly.Plots.resize)).then(() => {
+                const overlaps = [...plots].map(plot => {
+                    const boxes = [...plot.querySelectorAll('.gtitle, .xtitle, .ytitle, .legendtext, .xtick text')]
+                        .map(text => text.getBoundingClientRect()).filter(box => box.width);
+                    return boxes.filter((one, number) => boxes.slice(number + 1).some(two =>
+                        one.left < two.right - 1 && two.left < one.right - 1 &&
+                        one.top < two.bottom - 2 && two.top < one.bottom - 2)).length;
+                }).reduce((sum, count) => sum + count, 0);
+                document.title = [plots.length, hovered, wide + overflows() + overlaps,
+                    plots[0].layout.xaxis.title.text, performance.getEntriesByType('resource').length].join('|');
+            });
         });
     })</script>"""
     copy = tmp_path / "page.html"
