@@ -40,7 +40,10 @@ pre { white-space: pre-wrap; background: #f6f6f6; padding: .6rem; border-radius:
 .warning { color: #8a4b00 }
 .figures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)) }
 .figures > div { min-width: 0 }
-@media print { .figures { display: block } h2 { break-after: avoid } .plot { break-inside: avoid } .updatemenu-container { display: none } }
+@media print {
+  .figures { display: block } h2 { break-after: avoid } .plot { break-inside: avoid }
+  .updatemenu-container { display: none }
+}
 """
 
 
@@ -139,9 +142,10 @@ _CONFIG = {"responsive": True, "displaylogo": False, "displayModeBar": False}
 
 
 def _curves(runs: Sequence[RunRecord]) -> list[Any]:
+    smooth = any(line.get("train/loss_raw") is not None for run in runs for line in run.lines)  # older runs: the step's
     wanted = (
         ("val/bpb", "Validation, bits per byte"),
-        ("train/loss", "Training loss, moving average (nats)"),
+        ("train/loss", "Training loss, moving average (nats)" if smooth else "Training loss (nats)"),
         ("train/lrm", "Learning-rate multiplier"),
         ("train/grad_norm", "Norm of the gradient"),
         ("train/mfu", "Model FLOPs utilization (%)"),

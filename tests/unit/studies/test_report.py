@@ -137,8 +137,8 @@ def test_a_run_without_steps_and_a_missing_plotly_are_refused(tmp_path, monkeypa
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
 def test_a_browser_draws_it_without_errors_or_requests(page, tmp_path):
-    """Hovering over a curve shows its value, the button for time changes the axis, and nothing is wider than a desktop's
-    window or a phone's 400 pixels, where labels must not lie on each other."""
+    """Hovering over a curve shows its value, the button for time changes the axis, and nothing is wider than a window of
+    1280 pixels or a phone's 400, where no label lies on another."""
     check = """<script>addEventListener('load', () => {
         const plots = document.querySelectorAll('.js-plotly-plot');
         Plotly.Fx.hover(plots[0], [{curveNumber: 0, pointNumber: 3}]);
