@@ -137,7 +137,7 @@ def test_a_run_without_steps_and_a_missing_plotly_are_refused(tmp_path, monkeypa
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
 def test_a_browser_draws_it_without_errors_or_requests(page, tmp_path):
-    """Hovering over a curve shows its value, the button for time changes the axis, and nothing is wider than a window of
+    """Hovering over a curve shows its value, the button for time changes the axis, nothing is wider than a window of
     1280 pixels or a phone's 400, where no label lies on another."""
     check = """<script>addEventListener('load', () => {
         const plots = document.querySelectorAll('.js-plotly-plot');
