@@ -22,6 +22,7 @@ from megachat.studies.report_figures import (
     memory_figure,
     owner_figure,
     plotly_script,
+    ranks_figure,
     step_figure,
 )
 from megachat.studies.runs import RunRecord, flat_config, load_run, newest_facts, read_starts, run_row
@@ -206,7 +207,7 @@ def _predicted(run: RunRecord, predicted: Predicted | None, why: str, price: flo
 def _times(run: RunRecord, predicted: Predicted | None) -> list[Any]:
     spent = wall_clock(run.lines, read_starts(run.folder))
     title = f"Wall clock, {duration(sum(spent.values()))} in all"
-    figures = [step_figure(run), bar_figure(title, spent, "s")]
+    figures = [step_figure(run), bar_figure(title, spent, "s"), ranks_figure(run)]
     if predicted and predicted.time:
         parts = {name: 1000 * seconds for name, seconds in predicted.time.step.parts.items() if seconds}
         figures.append(bar_figure("A step by part, predicted, not measured", parts, "ms"))

@@ -97,6 +97,30 @@ def step_figure(run: RunRecord) -> Any:
     return figure
 
 
+def ranks_figure(run: RunRecord) -> Any:
+    """Returns the ranks' work per step in each window of steps (ranks/work_s_*): the median rank and the 95th
+    percentile, with the slowest rank under the pointer; None where no window is recorded."""
+    lines = [line for line in run.lines if "ranks/work_s_median" in line and "ranks/work_s_p95" in line]
+    if not lines:
+        return None
+    go = import_plotly()
+    figure = go.Figure()
+    slowest = [[line.get(f"ranks/slowest{key}") for key in ("", "_host", "_ratio")] for line in lines]
+    hover = "slowest: rank %{customdata[0]} on %{customdata[1]}, %{customdata[2]:.2f} times its stage's median"
+    for name, key, color in (("median rank", "median", _COLORS[0]), ("95th percentile", "p95", _COLORS[1])):
+        figure.add_scatter(
+            x=[line["step"] for line in lines],
+            y=[1000 * line[f"ranks/work_s_{key}"] for line in lines],
+            name=name,
+            mode="lines+markers",
+            line={"color": color},
+            customdata=slowest,
+            hovertemplate=f"{name} %{{y:,.0f}} ms<br>{hover}<extra></extra>",
+        )
+    figure.update_layout(**_layout("Work of the ranks per step, without waiting", "step", "ms"))
+    return figure
+
+
 def bar_figure(title: str, values: Mapping[str, float], unit: str = "") -> Any:
     """Returns horizontal bars of named values, each with its value and share of the sum; None if there are none."""
     values = {name: value for name, value in values.items() if value}

@@ -48,6 +48,8 @@ def planned_run(folder, **how):
         now += 0.1 if "val/bpb" in line else 0.5
         step = {"train/dt": 0.5, "train/peak_memory_bytes": 3e9} if "train/loss" in line else {}
         lines.append(json.dumps(line | step | {"time": now}))
+    slow = {"ranks/slowest": 3, "ranks/slowest_host": "node7", "ranks/slowest_ratio": 1.4}
+    lines.append(json.dumps({"step": 40, "ranks/work_s_median": 0.4, "ranks/work_s_p95": 0.5} | slow | {"time": now}))
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     start = {"commit": "abc", "packages": {"torch": "2"}, "diff": "+ a", "time": 999.0}
     write_json(run / "environment.json", [start | {"device": "a CPU", "compute_dtype": "torch.bfloat16"}])
@@ -91,6 +93,7 @@ def test_the_page_is_complete_and_refers_to_nothing_outside(page):
     assert "<b> bold" not in text.split("<script")[0]
     for row in ("time per step", "wall clock", "price at 2 per machine-hour", "memory of rank 0"):
         assert f"<td>{row}</td>" in text
+    assert "Work of the ranks per step" in text and '[3,"node7",1.4]' in text
     assert "A step by part, predicted, not measured" in text and "rank %{y}, layer %{x}" in text
     assert "verdict on faster: better" in text and "uncommitted changes" in text and "<th>setting</th>" in text
 
