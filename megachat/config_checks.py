@@ -84,8 +84,8 @@ def check_run_name(name: str | None) -> str | None:
     return name
 
 
-def check_unique(values: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns the numbers. Raises PydanticCustomError if one of them occurs twice."""
+def check_unique(values: tuple) -> tuple:
+    """Returns the numbers or names. Raises PydanticCustomError if one of them occurs twice."""
     if repeated := sorted({value for value in values if values.count(value) > 1}):
         raise PydanticCustomError("duplicates", "must not contain {value} twice", {"value": repeated[0]})
     return values

@@ -10,7 +10,7 @@ from torch import nn
 _PLACE = "place"
 _IS_SHARD = "model_parallel"  # DeepSpeed reads an attribute of this name
 _IS_PARTIAL = "partial_over_tensor"
-Cut = Literal["column", "row", "vocabulary", "feature", "tokens", "rows", "whole"]
+Cut = Literal["column", "row", "vocabulary", "feature", "tokens", "heads", "rows", "whole"]
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class Place:
     it (per-layer scalars are one element each). block: index of the block that the parameter belongs to, -1 before the
     blocks, depth after them. cut: how the tensor axis may divide it. Matrices are cut by "column" (output features, dim
     0) or "row" (input features, dim 1), tables by "vocabulary" (dim 0), "feature" (dim 1, by key/value
-    head) or "tokens" (dim 0, between the rows of different tokens). A table cut by "rows" (dim 0) is divided over all
-    ranks of its pipeline stage; the tensor axis alone does not cut it. "whole" is never cut. start: the initial value,
-    ("normal", std), ("uniform", low, high) or ("constant", value). first_rows: of a table cut by "tokens", where the
-    rows of each token start; empty until they are allocated.
+    head) or "tokens" (dim 0, between the rows of different tokens), scales of heads by "heads" (dim 0). A table cut by
+    "rows" (dim 0) is divided over all ranks of its pipeline stage; the tensor axis alone does not cut it. "whole" is
+    never cut. start: the initial value, ("normal", std), ("uniform", low, high) or ("constant", value). first_rows: of
+    a table cut by "tokens", where the rows of each token start; empty until they are allocated.
     """
 
     name: str

@@ -75,9 +75,8 @@ class Oracle:
         the updates must be equal on any machine.
         """
         settings, plan = self.config.optimizer, self.plan
-        loss = Loss(plan.dims, torch.ones(self.plan.dims.vocab_size))(
-            run_layers(self.layers, rows[:, :-1]), rows[:, 1:]
-        )
+        measure = Loss(plan.dims, torch.ones(self.plan.dims.vocab_size), z_loss=settings.z_loss)
+        loss = measure(run_layers(self.layers, rows[:, :-1]), rows[:, 1:])
         loss.backward()
         gradients = self._by_name([p.grad.clone() for p in self.parameters])
         if reduced is not None:
@@ -108,9 +107,26 @@ class Oracle:
                     "beta2": settings.muon_beta2,
                 }
                 reference_step(p.data, p.grad, self.momentum[p], self.second[p], torch.float32, **rates)
+        if settings.qk_clip:
+            self._clip(settings.qk_clip)
         for p in self.parameters:
             p.grad = None
         return loss.item(), norm, gradients
+
+    @torch.no_grad()
+    def _clip(self, limit: float) -> None:
+        """QK clip, head by head. Heads that share a key: the smallest factor is the key's, the others' queries grow."""
+        dims, by_name = self.plan.dims, {place_of(p).name: p for p in self.parameters}
+        shared = dims.heads // dims.kv_heads
+        for block in range(dims.depth):
+            queries, keys = (by_name[f"transformer.h.{block}.attn.{kind}_scale"] for kind in ("query", "key"))
+            for head, key in enumerate(keys):
+                group = queries[head * shared : (head + 1) * shared]
+                largest = [1.2**2 * dims.head_size**0.5 * (query * key).abs().max().item() for query in group]
+                factors = [min(1.0, limit / each) for each in largest]
+                for query, factor in zip(group, factors, strict=True):
+                    query *= factor / min(factors) ** 0.5
+                key *= min(factors) ** 0.5
 
     @torch.no_grad()
     def load(self, weights: dict[str, torch.Tensor]) -> None:

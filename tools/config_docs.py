@@ -32,7 +32,7 @@ RUNS: tuple[dict[str, dict[str, Any]], ...] = (
     {"model": SMALL},
     {"model": SMALL, "precision": {"fp8": "tensorwise"}, "parallel": {"pipeline": 2}},
     {
-        "model": SMALL | {"vocab_size": VOCABULARY},
+        "model": SMALL | {"vocab_size": VOCABULARY, "norm_scales": ["mlp"]},
         "lookup": {"after_blocks": [1]},
         "ngram": {"blocks": [2]},
         "parallel": {"tensor": 2},

@@ -68,11 +68,13 @@ def find_obstacles(source: CheckpointReader) -> list[str]:
         obstacles.append("lookup layers")
     if dims.ngram:
         obstacles.append("n-gram values")
+    if dims.norm_scales:
+        obstacles.append("learned scales of norms")
     if dims.qk_scale != 1.0:
         obstacles.append(f"the factor {dims.qk_scale:g} on normed queries and keys")
     if short := sorted({window for window in dims.windows if window < dims.sequence_len}):
         obstacles.append(f"attention windows of {short[0]} tokens")
-    wheres = places(replace(dims, lambdas="neutral"))
+    wheres = places(replace(dims, lambdas="neutral", norm_scales=()))
     neutral = {f"model/{where.name}": where.start[1] for where in wheres if len(where.whole) == 1}
     for name, scalar in source.tensors(neutral):
         if not bool((scalar == neutral[name]).all()):

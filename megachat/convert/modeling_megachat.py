@@ -1,10 +1,8 @@
 """megachat's GPT for transformers, in one file that needs only torch and transformers.
 
-`megachat convert to-hf` copies this file into the folder that it writes; `AutoModelForCausalLM.from_pretrained(folder,
-trust_remote_code=True)` runs it from there. So it imports nothing of megachat. The model is nanochat's GPT
-(github.com/karpathy/nanochat, nanochat/gpt.py) with megachat's lookup layers (L3, arXiv 2601.21461) and hashed n-gram
-values (Engram, arXiv 2601.07372); parameters have nanochat's names. megachat/model/ has the same with comments.
-
+`megachat convert to-hf` copies this file into its folder, where `AutoModelForCausalLM.from_pretrained(folder,
+trust_remote_code=True)` runs it, so it imports nothing of megachat. The model is nanochat's GPT (nanochat/gpt.py) with
+megachat's lookup layers (arXiv 2601.21461), n-gram values (arXiv 2601.07372) and norm scales; see megachat/model/.
 Left padding is supported with an `attention_mask` [batch, tokens], and every cache of transformers that grows.
 """
 
@@ -41,14 +39,13 @@ class MegachatConfig(PretrainedConfig):
     }
     sizes = {
         **dict.fromkeys(("depth", "width", "heads", "kv_heads", "head_size", "sequence_len", "vocab_size"), 0),
-        "windows": (),
+        **dict.fromkeys(("windows", "norm_scales"), ()),
         "rotary_base": 100_000.0,
         "qk_scale": 1.2,
         "norm_epsilon": 1.1920929e-07,
         "value_embeddings": True,
         "lambdas": "learned",
-        "lookup": None,
-        "ngram": None,
+        **dict.fromkeys(("lookup", "ngram")),
     }
 
     def __init__(self, **kwargs):
@@ -67,9 +64,8 @@ class Pass:
     def __init__(self, config, ids, attention_mask, positions, cache, dtype):
         self.cache, self.seen, self.tokens = cache, cache.get_seq_length() if cache is not None else 0, ids.size(1)
         self.length, self.device = self.seen + self.tokens, ids.device
-        self.padding = None
-        if attention_mask is not None and not bool(attention_mask.all()):
-            self.padding = attention_mask.bool()
+        padded = attention_mask is not None and not bool(attention_mask.all())
+        self.padding = attention_mask.bool() if padded else None
         if positions is None:
             counted = torch.arange(self.length, device=self.device)[None]
             if self.padding is not None:
@@ -115,9 +111,8 @@ class Pass:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if self.cache is not None:
             k, v = self.cache.update(k, v, block)
-        mask: dict[str, Any] = {"attn_mask": self.visible(window)}
-        if self.padding is None and window >= self.length - 1 and self.tokens in (1, self.length):
-            mask = {"is_causal": self.tokens > 1}
+        whole = self.padding is None and window >= self.length - 1 and self.tokens in (1, self.length)
+        mask: dict[str, Any] = {"is_causal": self.tokens > 1} if whole else {"attn_mask": self.visible(window)}
         y = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.size(1) != k.size(1), **mask)
         return y.transpose(1, 2).flatten(2)
 
@@ -143,6 +138,7 @@ class Attention(nn.Module):
         self.c_k = nn.Linear(config.width, kv_width, bias=False)
         self.c_v = nn.Linear(config.width, kv_width, bias=False)
         self.c_proj = nn.Linear(config.heads * config.head_size, config.width, bias=False)
+        add_norm_scales(self, config, query=(config.heads, config.head_size), key=(config.kv_heads, config.head_size))
         if has_value_embedding(config, block):
             self.ve_gate = nn.Linear(GATE_CHANNELS, config.kv_heads, bias=False)
         for order in config.ngram["orders"] if has(config.ngram, block) else ():
@@ -155,7 +151,8 @@ class Attention(nn.Module):
         for name, values in added.items():
             gate = 3 * torch.sigmoid(getattr(self, name)(x[..., :GATE_CHANNELS]))
             v = v + gate.unsqueeze(-1) * values.view(heads)
-        q, k = (norm(now.rotate(head), self.config) * self.config.qk_scale for head in (q, k))
+        q, k = norm(now.rotate(q), self.config, self.query_scale), norm(now.rotate(k), self.config, self.key_scale)
+        q, k = q * self.config.qk_scale, k * self.config.qk_scale
         return self.c_proj(now.attend(self.block, q, k, v, self.config.windows[self.block]))
 
 
@@ -177,10 +174,11 @@ class Block(nn.Module):
     def __init__(self, config, block):
         super().__init__()
         self.config, self.attn, self.mlp = config, Attention(config, block), MLP(config)
+        add_norm_scales(self, config, attention=config.width, mlp=config.width)
 
     def forward(self, x, added, now):
-        x = x + self.attn(norm(x, self.config), added, now)
-        return x + self.mlp(norm(x, self.config))
+        x = x + self.attn(norm(x, self.config, self.attention_scale), added, now)
+        return x + self.mlp(norm(x, self.config, self.mlp_scale))
 
 
 class Lookup(nn.Module):
@@ -247,8 +245,7 @@ class MegachatForCausalLM(PreTrainedModel, GenerationMixin):
         self.transformer = nn.ModuleDict({"wte": nn.Embedding(rows, config.width)})
         self.transformer["h"] = nn.ModuleList(Block(config, block) for block in range(config.depth))
         self.smear_gate, self.smear_lambda = nn.Linear(SMEAR_CHANNELS, 1, bias=False), nn.Parameter(torch.zeros(1))
-        self.resid_lambdas = nn.Parameter(torch.ones(config.depth))
-        self.x0_lambdas = nn.Parameter(torch.zeros(config.depth))
+        self.resid_lambdas, self.x0_lambdas = (nn.Parameter(x * torch.ones(config.depth)) for x in (1, 0))
         self.backout_lambda = nn.Parameter(torch.zeros(1))
         self.value_embeds, self.lookup, self.ngram = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         for block in range(config.depth):
@@ -260,6 +257,7 @@ class MegachatForCausalLM(PreTrainedModel, GenerationMixin):
                 tables = {str(order): NgramTable(config) for order in config.ngram["orders"]}
                 self.ngram[str(block)] = nn.ModuleDict(tables)
         self.lm_head = nn.Linear(config.width, rows, bias=False)
+        add_norm_scales(self, config, embedding=config.width, final=config.width)
         self._first_rows: torch.Tensor | None = None
         self.post_init()
 
@@ -283,25 +281,22 @@ class MegachatForCausalLM(PreTrainedModel, GenerationMixin):
         if input_ids is None:
             raise ValueError("megachat's model needs input_ids, because its tables are read by token")
         if getattr(cache, "is_compileable", False) or (attention_mask is not None and attention_mask.dim() != 2):
-            raise ValueError(
-                "megachat's model takes an attention_mask [batch, tokens] and a cache that grows: "
-                "leave cache_implementation at its default"
-            )
+            message = "megachat's model takes attention_mask [batch, tokens]: leave cache_implementation at its default"
+            raise ValueError(message)
         if cache is None and (self.config.use_cache and not self.training if use_cache is None else use_cache):
             cache = DynamicCache()
         hidden = self.hidden_states(input_ids, attention_mask, position_ids, cache)
         hidden = hidden[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
         products = F.linear(hidden, self.lm_head.weight[: self.config.vocab_size]).float()
         logits = LOGIT_CAP * torch.tanh(products / LOGIT_CAP)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        sizes = {"vocab_size": self.config.vocab_size} | kwargs
+        loss = None if labels is None else self.loss_function(logits=logits, labels=labels, **sizes)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{_CACHE: cache})
 
     def hidden_states(self, ids, attention_mask, positions, cache):
         """Returns the input of lm_head [batch, tokens, width]."""
         config = self.config
-        x = norm(self.transformer["wte"](ids), config)
+        x = norm(self.transformer["wte"](ids), config, self.embedding_scale)
         now = Pass(config, ids, attention_mask, positions, cache, x.dtype)
         previous, text = now.remember(x, ids, config.depth)
         gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
@@ -320,7 +315,7 @@ class MegachatForCausalLM(PreTrainedModel, GenerationMixin):
                 x = self.lookup[name](x, ids, self.first_rows(ids.device))
             if number == config.depth // 2:
                 backout = x
-        return norm(x - self.backout_lambda.to(x.dtype) * backout, config)
+        return norm(x - self.backout_lambda.to(x.dtype) * backout, config, self.final_scale)
 
     def first_rows(self, device):
         """Returns int64 [vocab_size + 1]: the first row of each token in the tables of lookup layers."""
@@ -330,9 +325,17 @@ class MegachatForCausalLM(PreTrainedModel, GenerationMixin):
         return self._first_rows
 
 
-def norm(x, config):
-    """Applies the root-mean-square norm over the last dim, without a weight."""
-    return F.rms_norm(x, (x.size(-1),), eps=config.norm_epsilon)
+def norm(x, config, scale=None):
+    """Applies the root-mean-square norm over the last dim, then multiplies by `scale`, if there is one."""
+    x = F.rms_norm(x, (x.size(-1),), eps=config.norm_epsilon)
+    return x if scale is None else x * scale.to(x.dtype)
+
+
+def add_norm_scales(module, config, **shapes):
+    """Registers the learned scales of norms, None for those that the model lacks. shapes: by name."""
+    for name, shape in shapes.items():
+        scale = nn.Parameter(torch.ones(shape)) if name in config.norm_scales else None
+        module.register_parameter(f"{name}_scale", scale)
 
 
 def has(part, block):
@@ -367,11 +370,9 @@ def ngram_hashes(text, order, ngram, tokens):
 
 
 def _hash(windows, seed, purpose):
-    start = _split_mix(_split_mix(seed) + 2 * len(windows) + purpose)
-    factors = [_signed(_split_mix(start + index * _GOLDEN) | 1) for index in range(len(windows))]
-    hashed = (windows[0] + 1) * factors[0]
-    for window, factor in zip(windows[1:], factors[1:], strict=True):
-        hashed = hashed ^ ((window + 1) * factor)
+    start, hashed = _split_mix(_split_mix(seed) + 2 * len(windows) + purpose), 0
+    for index, window in enumerate(windows):
+        hashed = hashed ^ ((window + 1) * _signed(_split_mix(start + index * _GOLDEN) | 1))
     return _finalize(hashed)
 
 

@@ -1,9 +1,10 @@
 """nanochat's checkpoint folder (its checkpoint_manager.py): weights, meta file, optimizer state and tokenizer."""
 
+import copy
 import json
 import re
 from collections import OrderedDict
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -58,6 +59,7 @@ def export_nanochat(
     """
     if ranks < 1:
         raise UserError(f"--ranks is {ranks}: give 1 or more")
+    source = _without_norm_scales(source)
     dims = source.dims
     version = version_of_model(dims)
     tokenizer, _ = load_tokenizer_of(source, requested_tokenizer)
@@ -73,6 +75,23 @@ def export_nanochat(
     remarks.append(f"embeddings and their moments are rounded to {tables}; the logits are compared with the unrounded")
     expected = stored.select(stored.entries, lambda name, tensor: tensor.to(DTYPES[source.entries[name].dtype]))
     return Export(write, _open_with_settings, ROUNDED_TABLES, expected, remarks=tuple(remarks))
+
+
+def _without_norm_scales(source: CheckpointReader) -> CheckpointReader:
+    """Returns the checkpoint without learned scales of norms. Raises UserError if one of them is not 1."""
+    dims = source.dims
+    if not dims.norm_scales:
+        return source
+    scales = weight_shapes(dims).keys() - weight_shapes(replace(dims, norm_scales=())).keys()
+    for name, scale in source.tensors([f"model/{name}" for name in scales]):
+        if not bool((scale == 1).all()):
+            what = f"the model has learned scales of norms ({name.removeprefix('model/')} is not 1)"
+            raise UserError(f"{what}, which nanochat does not have: convert it to safetensors or to-hf instead")
+    names = [name for name in source.entries if name.split("/")[1] not in scales]
+    config = copy.deepcopy(source.facts.get("config", {}))
+    config.get("model", {}).pop("norm_scales", None)
+    facts = source.facts | {"model": source.facts["model"] | {"norm_scales": ()}, "config": config}
+    return source.select(names, facts=facts)
 
 
 def _open_with_settings(folder: Path) -> CheckpointReader:

@@ -9,9 +9,14 @@ from torch import nn
 Add = Callable[[torch.Tensor], object]  # sums a tensor in place over all holders of the channels
 
 
-def norm(x: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """Applies the root-mean-square norm over the last dim, without a weight."""
-    return F.rms_norm(x, (x.size(-1),), eps=epsilon)
+def norm(x: torch.Tensor, epsilon: float, scale: torch.Tensor | None = None) -> torch.Tensor:
+    """Applies the root-mean-square norm over the last dim of x, then multiplies by `scale`, if there is one.
+
+    scale [channels], or [heads, channels] for x [..., heads, channels].
+    """
+    if scale is None or scale.ndim == 1:
+        return F.rms_norm(x, (x.size(-1),), None if scale is None else scale.to(x.dtype), epsilon)
+    return F.rms_norm(x, (x.size(-1),), None, epsilon) * scale.to(x.dtype)
 
 
 class ChannelNorm(nn.Module):

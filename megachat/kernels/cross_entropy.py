@@ -93,6 +93,7 @@ def capped_cross_entropy(
     cap: float,
     part: VocabularyPart = WHOLE,
     products: type[PlainProducts] = PlainProducts,
+    z_loss: float = 0.0,
 ) -> torch.Tensor:
     """Computes the mean cross entropy of `capped_logits` in nats, 0-dim float32, for targets [...] int64; targets of -1
     are not counted.
@@ -100,9 +101,11 @@ def capped_cross_entropy(
     Gradients are computed during the forward pass, chunk by chunk, as Liger Kernel does (arXiv 2410.10989). cap must be
     at most 80, so that exponentials of logits need no maximum subtracted. hidden [..., width], weight [this part of the
     padded vocabulary, width]. The gradient of `hidden` is this part's share of it. products: the implementation of the
-    matrix products.
+    matrix products. z_loss: the gradients, but not the value, are those of cross entropy + z_loss * the mean of
+    log(sum of exponentials of the logits)^2 over the same targets (PaLM, arXiv 2204.02311, section 5).
     """
-    return _ChunkedCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), vocab_size, cap, part, products)
+    rows, flat = hidden.flatten(0, -2), targets.flatten()
+    return _ChunkedCrossEntropy.apply(rows, weight, flat, vocab_size, cap, part, products, z_loss)
 
 
 @torch.no_grad()
@@ -151,7 +154,7 @@ def _chunk_terms(logits: torch.Tensor, targets: torch.Tensor, cap: float, part: 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, vocab_size, cap, part, products):
+    def forward(ctx, hidden, weight, targets, vocab_size, cap, part, products, z_loss):
         count = part.rows(len(weight), vocab_size)
         table = weight.to(hidden.dtype)[:count]
         hidden_gradient = table_gradient = None
@@ -172,7 +175,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 continue
             # d loss / d raw logit = (softmax - one at the target) * (1 - tanh^2). The division by the mean's count
             # happens in backward, where float16's loss scale is multiplied in and keeps small values from underflowing.
-            share.mul_(counted / sums).scatter_add_(1, index, -counted * held)
+            factor = counted / sums
+            if z_loss:  # d z-loss / d capped logit = z_loss * 2 log(sum) * softmax
+                factor *= 1.0 + 2.0 * z_loss * sums.log()
+            share.mul_(factor).scatter_add_(1, index, -counted * held)
             gradient = share.mul_(squashed.square_().neg_().add_(1.0)).to(hidden.dtype)
             multiply.write_gradients(gradient, chunk, hidden_gradient[chunk], table_gradient[:count])
         targets_counted = (targets >= 0).sum()
@@ -184,4 +190,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, outer):
         hidden_gradient, table_gradient, count = ctx.saved_tensors
         scale = outer / count
-        return hidden_gradient * scale, (table_gradient * scale).to(ctx.weight_dtype), None, None, None, None, None
+        return hidden_gradient * scale, (table_gradient * scale).to(ctx.weight_dtype), *(None,) * 6

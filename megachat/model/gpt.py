@@ -28,7 +28,14 @@ from megachat.model.lookup import Lookup
 from megachat.model.ngram import NgramHashes, NgramValues
 from megachat.model.parameters import declare, initialize
 from megachat.place import Place, set_place
-from megachat.planning.dimensions import GATE_CHANNELS, MLP_RATIO, SMEAR_CHANNELS, Dimensions
+from megachat.planning.dimensions import (
+    GATE_CHANNELS,
+    MLP_RATIO,
+    SMEAR_CHANNELS,
+    Dimensions,
+    Norm,
+    norm_scale_shape,
+)
 
 if TYPE_CHECKING:
     from megachat.model.cache import Chunk
@@ -64,6 +71,18 @@ def _recomputed(function: Callable, *inputs):
     It must not draw random numbers.
     """
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def norm_scale(dims: Dimensions, which: Norm, block: int, prefix: str = "") -> nn.Parameter | None:
+    """Returns the learned scale of a norm, None if the model has none there. block: as in Place. prefix: of its name.
+
+    Those of queries and keys have a number per channel of each head. The tensor axis cuts them with the heads.
+    """
+    if which not in dims.norm_scales:
+        return None
+    scale = nn.Parameter(torch.empty(norm_scale_shape(dims, which)))
+    declare(scale, f"{prefix}{which}_scale", block, ("constant", 1.0), "heads" if scale.ndim == 2 else "whole")
+    return scale
 
 
 class Rotary(nn.Module):
@@ -105,6 +124,7 @@ class Embed(nn.Module):
         super().__init__()
         self.compute_dtype, self.norm_epsilon = options.compute_dtype, dims.norm_epsilon
         self.past: Chunk | None = None
+        self.embedding_scale = norm_scale(dims, "embedding", -1)
         self.wte = Table(dims.padded_vocab, dims.width, options.table_dtype)
         self.smear_gate = Linear(SMEAR_CHANNELS, 1)
         self.smear_lambda = nn.Parameter(torch.empty(1))
@@ -113,7 +133,7 @@ class Embed(nn.Module):
         declare(self.smear_lambda, "smear_lambda", -1, ("constant", 0.0))
 
     def forward(self, ids: torch.Tensor) -> Stream:
-        x = norm(self.wte(ids).to(self.compute_dtype), self.norm_epsilon)
+        x = norm(self.wte(ids).to(self.compute_dtype), self.norm_epsilon, self.embedding_scale)
         first = 1 if self.past is None else 0  # a text's first token has no previous one
         gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[:, first:, :SMEAR_CHANNELS]))
         if self.past is None:
@@ -148,6 +168,8 @@ class Attention(nn.Module):
         if dims.has_value_embedding(block):
             self.ve_gate = Linear(GATE_CHANNELS, dims.kv_heads)
             declare(self.ve_gate.weight, f"{prefix}.ve_gate.weight", block, ("uniform", 0.0, 0.02), "column")
+        self.query_scale = norm_scale(dims, "query", block, f"{prefix}.")
+        self.key_scale = norm_scale(dims, "key", block, f"{prefix}.")
         self.ngram_gates = nn.ModuleDict()
         for order in dims.ngram.orders if dims.ngram and dims.has_ngram(block) else ():
             gate = self.ngram_gates[str(order)] = Linear(GATE_CHANNELS, dims.kv_heads)
@@ -164,7 +186,8 @@ class Attention(nn.Module):
             if linear is not None and values is not None:
                 gate = 3 * torch.sigmoid(linear(x[..., :GATE_CHANNELS]))
                 v = v + gate.unsqueeze(-1) * values.view(heads)
-        q, k = (norm(self.rotary(head, self.past), self.dims.norm_epsilon) * self.dims.qk_scale for head in (q, k))
+        scaled, epsilon = ((q, self.query_scale), (k, self.key_scale)), self.dims.norm_epsilon
+        q, k = (norm(self.rotary(x, self.past), epsilon, scale) * self.dims.qk_scale for x, scale in scaled)
         if self.past is None:
             y = self.attend(q, k, v, self.window)
         else:
@@ -204,6 +227,8 @@ class Block(nn.Module):
         self.keeps_backout, self.is_last = block == dims.depth // 2, block == dims.depth - 1
         self.norm_epsilon, self.recompute = dims.norm_epsilon, options.recompute
         self.attn, self.mlp = Attention(dims, options, rotary, block), MLP(dims, block)
+        self.attention_scale = norm_scale(dims, "attention", block, f"transformer.h.{block}.")
+        self.mlp_scale = norm_scale(dims, "mlp", block, f"transformer.h.{block}.")
         self.resid_lambda, self.x0_lambda = nn.Parameter(torch.empty(1)), nn.Parameter(torch.empty(1))
         along = block / max(dims.depth - 1, 1)
         resid, x0 = (1.0, 0.0) if dims.lambdas == "neutral" else (1.15 - 0.10 * along, 0.20 - 0.15 * along)
@@ -249,11 +274,11 @@ class Block(nn.Module):
         # 0-dim factors: a one-element float32 vector would promote bf16 activations to float32
         x = self.resid_lambda[0] * x + self.x0_lambda[0] * x0
         value_embedding = None if self.value_embed is None else self.value_embed(ids).to(x.dtype)
-        return x + self.attn(norm(x, self.norm_epsilon), value_embedding, ngrams)
+        return x + self.attn(norm(x, self.norm_epsilon, self.attention_scale), value_embedding, ngrams)
 
     def add_mlp(self, x: torch.Tensor) -> torch.Tensor:
         """Adds the MLP's output to x [batch, tokens, width]."""
-        return x + self.mlp(norm(x, self.norm_epsilon))
+        return x + self.mlp(norm(x, self.norm_epsilon, self.mlp_scale))
 
 
 class Head(nn.Module):
@@ -263,13 +288,15 @@ class Head(nn.Module):
         super().__init__()
         self.norm_epsilon, backout = dims.norm_epsilon, 0.0 if dims.lambdas == "neutral" else 0.2
         self.backout_lambda = nn.Parameter(torch.empty(1))
+        self.final_scale = norm_scale(dims, "final", dims.depth)
         self.lm_head = Linear(dims.width, dims.padded_vocab)
         declare(self.backout_lambda, "backout_lambda", dims.depth, ("constant", backout))
         declare(self.lm_head.weight, "lm_head.weight", dims.depth, ("normal", 0.001), "vocabulary")
 
     def forward(self, stream: Stream) -> tuple[torch.Tensor, torch.Tensor]:
         x, x_backout, _ = stream
-        return norm(x - self.backout_lambda.to(x.dtype) * x_backout, self.norm_epsilon), self.lm_head.weight
+        x = x - self.backout_lambda.to(x.dtype) * x_backout
+        return norm(x, self.norm_epsilon, self.final_scale), self.lm_head.weight
 
 
 class Loss(nn.Module):
@@ -277,7 +304,7 @@ class Loss(nn.Module):
 
     In training: the mean cross entropy in nats, 0-dim float32. In evaluation: [nats, bytes] float64, summed over the
     targets that have bytes (special tokens have none). part: the local rows of lm_head. products: the matrix products
-    of training.
+    of training. z_loss: see capped_cross_entropy; it changes gradients only.
     """
 
     token_bytes: torch.Tensor
@@ -288,15 +315,17 @@ class Loss(nn.Module):
         token_bytes: torch.Tensor,
         part: VocabularyPart = WHOLE,
         products: type[PlainProducts] = PlainProducts,
+        z_loss: float = 0.0,
     ):
         super().__init__()
-        self.vocab_size, self.part, self.products = dims.vocab_size, part, products
+        self.vocab_size, self.part, self.products, self.z_loss = dims.vocab_size, part, products, z_loss
         self.register_buffer("token_bytes", token_bytes.to(torch.int64), persistent=False)
 
     def forward(self, output: tuple[torch.Tensor, torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
         hidden, weight = output
         if self.training:
-            return capped_cross_entropy(hidden, weight, targets, self.vocab_size, LOGIT_CAP, self.part, self.products)
+            how = self.part, self.products, self.z_loss
+            return capped_cross_entropy(hidden, weight, targets, self.vocab_size, LOGIT_CAP, *how)
         nats = token_nats(hidden, weight, targets, self.vocab_size, LOGIT_CAP, self.part).double()
         flat = targets.flatten()
         size = torch.where(flat >= 0, self.token_bytes[flat.clamp_min(0)], 0)

@@ -35,6 +35,7 @@ GROUPS = (
     Group("resid", "adamw", ("resid_lambdas",), "resid", "resid_betas", 0.05),
     Group("x0", "adamw", ("x0_lambdas",), "x0", "x0_betas", 0.0),
     Group("smear", "adamw", ("smear_gate.weight", "smear_lambda", "backout_lambda"), "smear", "smear_betas", 0.0),
+    Group("norm_scale", "adamw", ("*_scale",), "norm_scale", "resid_betas", 0.0),
     Group("unembedding", "adamw", ("lm_head.weight",), "unembedding", "unembedding_betas", 0.01),
     Group("embedding", "adamw", ("transformer.wte.weight",), "embedding", "embedding_betas", 0.001),
     Group("value_embedding", "adamw", ("value_embeds.*.weight",), "value_embedding", "embedding_betas", 0.01),

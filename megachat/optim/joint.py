@@ -52,13 +52,14 @@ def optimizer_step(
     *,
     requests: Requests = NO_REQUESTS,
     before_update: Callable[[], object] | None = None,
+    after_update: Callable[[], object] | None = None,
     inspect_gradients: Callable[[], object] | None = None,
 ) -> StepOutcome:
     """Updates the weights with the reduced gradients, or skips the step on all ranks; all ranks call it.
 
     requests: of this rank; the all-reduce of the norm carries them. inspect_gradients: called when all gradients are
     reduced, and not yet clipped or discarded. before_update: called before the first weight or state changes, on all
-    ranks or, in a skipped step, on none.
+    ranks or, in a skipped step, on none. after_update: called then too, when AdamW's weights are gathered.
     """
     # 1. Gradients: ZeRO has averaged AdamW's shares; Muon's last buckets may still be in flight.
     muon.wait_for_reduce()
@@ -86,6 +87,8 @@ def optimizer_step(
         rows.step(gradient_scale)
         muon.step(gradient_scale)
         adamw.apply(scaled_norm)
+        if after_update:
+            after_update()
     else:  # 4. Otherwise no rank changes a weight or a state; float16's loss scale decreases.
         muon.discard_gradients()
         rows.discard_gradients()

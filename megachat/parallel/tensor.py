@@ -19,7 +19,7 @@ from megachat.parallel.mesh import Axis
 from megachat.place import Place, mark_partial_over_tensor, mark_tensor_shard, place_of, set_place
 from megachat.planning.dimensions import balanced_cuts
 
-_CUT_DIM = {"column": 0, "row": 1, "vocabulary": 0, "feature": 1, "tokens": 0}
+_CUT_DIM = {"column": 0, "row": 1, "vocabulary": 0, "feature": 1, "tokens": 0, "heads": 0}
 
 
 def cut_range(size: int, ranks: int, rank: int) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from itertools import accumulate, pairwise
-from typing import Literal
+from typing import Literal, get_args
 
 from megachat.errors import UserError
 
@@ -19,6 +19,9 @@ WINDOW_TILE = 128  # short windows are multiples of the attention kernels' tile
 NORM_EPSILON = 1.1920929e-07
 ROTARY_BASE = 100_000.0
 QK_SCALE = 1.2
+Norm = Literal["embedding", "attention", "mlp", "query", "key", "final"]
+NORMS: tuple[Norm, ...] = get_args(Norm)  # that can have a learned scale, in the order of the model
+_BLOCK_NORMS: tuple[Norm, ...] = ("attention", "mlp", "query", "key")
 ROW_REACH = 10  # the longest row that a model takes, relative to sequence_len: nanochat's rotary tables are as long
 FP8_TILES = {"tensorwise": 16, "blockwise": 128}  # divide both sides of an FP8 weight and the tokens that it multiplies
 FP8_LEAST_SIDE = 128  # rounding smaller matrices costs more than FP8 saves
@@ -77,7 +80,8 @@ class Dimensions:
 
     The defaults are nanochat's choices. Its first version, which transformers' NanoChat computes, has no value
     embeddings and no scale on normed queries and keys. It has no residual mix, smear or backout either, which "neutral"
-    lambdas leave without effect.
+    lambdas leave without effect. norm_scales: the norms with a learned scale per channel, in the order of NORMS;
+    nanochat has none.
     """
 
     depth: int
@@ -93,6 +97,7 @@ class Dimensions:
     norm_epsilon: float = NORM_EPSILON
     value_embeddings: bool = True
     lambdas: Literal["learned", "neutral"] = "learned"
+    norm_scales: tuple[Norm, ...] = ()
     lookup: LookupDimensions | None = None
     ngram: NgramDimensions | None = None
 
@@ -139,12 +144,15 @@ def saved_dimensions(model: dict) -> Dimensions:
         ngram = model.get("ngram") and NgramDimensions(
             **(model["ngram"] | {key: tuple(model["ngram"][key]) for key in ("blocks", "orders")})
         )
-        dims = Dimensions(**(model | {"windows": tuple(model["windows"]), "lookup": lookup, "ngram": ngram}))
+        changed = {"windows": tuple(model["windows"]), "norm_scales": tuple(model.get("norm_scales", ()))}
+        dims = Dimensions(**(model | changed | {"lookup": lookup, "ngram": ngram}))
         sizes = [getattr(dims, entry.name) for entry in fields(Dimensions) if entry.type is int]
         if not all(type(size) is int and size > 0 for size in (*sizes, *dims.windows)):
             raise TypeError("a size is no positive integer")
         if not dims.depth == len(dims.windows) <= 1000 or dims.heads * dims.head_size != dims.width:
             raise TypeError("blocks and windows, or heads and width, do not fit together")
+        if not set(dims.norm_scales) <= set(NORMS):
+            raise TypeError("a norm with a learned scale is unknown")
         if lookup:
             rows = lookup.first_rows()
             if len(rows) != dims.vocab_size + 1 or rows[-1] != lookup.rows or any(a >= b for a, b in pairwise(rows)):
@@ -176,6 +184,17 @@ def _block_matrices(dims: Dimensions, block: int) -> int:
     return matrices + gates * GATE_CHANNELS * dims.kv_heads
 
 
+def norm_scale_shape(dims: Dimensions, norm: Norm) -> tuple[int, ...]:
+    """Returns the shape of a norm's learned scale: a number per channel, those of queries and keys by head."""
+    heads = {"query": dims.heads, "key": dims.kv_heads}.get(norm)
+    return (dims.width,) if heads is None else (heads, dims.head_size)
+
+
+def _norm_scale_elements(dims: Dimensions, norms: tuple[Norm, ...]) -> int:
+    """Returns the elements of the learned scales of those of the norms that have one."""
+    return sum(math.prod(norm_scale_shape(dims, norm)) for norm in norms if norm in dims.norm_scales)
+
+
 def ngram_elements(dims: Dimensions, block: int) -> int:
     """Returns the elements of a block's n-gram tables."""
     ngram = dims.ngram
@@ -205,7 +224,7 @@ def _attention_flops(dims: Dimensions, block: int) -> int:
 
 def parameter_counts(dims: Dimensions) -> dict[str, int]:
     """Returns the elements by kind: wte, value_embeds, lookup_tables, ngram, lm_head, matrices (Muon's), scalars,
-    total.
+    norm_scales, total.
     """
     value_blocks = sum(dims.has_value_embedding(block) for block in range(dims.depth))
     counts = {
@@ -216,6 +235,8 @@ def parameter_counts(dims: Dimensions) -> dict[str, int]:
         "lm_head": dims.padded_vocab * dims.width,
         "matrices": sum(_block_matrices(dims, block) for block in range(dims.depth)),
         "scalars": 2 * dims.depth + SMEAR_CHANNELS + 2,
+        "norm_scales": _norm_scale_elements(dims, ("embedding", "final"))
+        + dims.depth * _norm_scale_elements(dims, _BLOCK_NORMS),
     }
     return counts | {"total": sum(counts.values())}
 
@@ -228,14 +249,15 @@ def layer_costs(dims: Dimensions, grid: int = 1) -> tuple[tuple[int, int], ...]:
     grid: the ranks of a pipeline stage, over which n-gram tables are divided: the share of one rank is counted.
     """
     table = dims.padded_vocab * dims.width
-    costs = [(table + SMEAR_CHANNELS + 1, 6 * SMEAR_CHANNELS)]
+    scales = _norm_scale_elements(dims, _BLOCK_NORMS)
+    costs = [(table + SMEAR_CHANNELS + 1 + _norm_scale_elements(dims, ("embedding",)), 6 * SMEAR_CHANNELS)]
     for block in range(dims.depth):
         matrices = _block_matrices(dims, block)
         tables = dims.padded_vocab * dims.kv_width if dims.has_value_embedding(block) else 0
         tables += _lookup_rows(dims, block) * dims.width + ngram_elements(dims, block) // grid
         flops = 6 * matrices + _attention_flops(dims, block) + lookup_flops(dims, block)
-        costs.append((matrices + 2 + tables, flops))
-    return *costs, (table + 1, 6 * table)
+        costs.append((matrices + 2 + scales + tables, flops))
+    return *costs, (table + 1 + _norm_scale_elements(dims, ("final",)), 6 * table)
 
 
 @lru_cache(maxsize=1024)

@@ -90,6 +90,7 @@ def other_values(schema: dict[str, Any], known: Any) -> Iterator[Any]:
             yield from _NUMBERS if known is None else (known * 2, known // 2 if kind == "integer" else known / 2)
             yield from () if known is None else (known + 1, 0)
         elif kind == "array":
-            yield from _LISTS
+            names = choice.get("items", {}).get("enum")
+            yield from [[name] for name in names] if names else _LISTS
         elif kind == "string":
             yield from ("L", "other")

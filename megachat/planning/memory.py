@@ -126,6 +126,8 @@ def kept_bytes_per_block(
     values = 3 * local * width  # the stream as received, after the residual mix, and after attention
     # queries and keys before and after their norms, values, and attention's result
     values += tokens * (3 * inner + 3 * kv_inner)
+    # what the learned scales of queries and keys multiply
+    values += tokens * (inner * ("query" in dims.norm_scales) + kv_inner * ("key" in dims.norm_scales))
     if dims.has_value_embedding(block):
         values += tokens * (kv_inner + 2 * kv_heads)
     if dims.ngram and dims.has_ngram(block):

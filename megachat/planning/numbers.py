@@ -40,6 +40,7 @@ NUMBERS = {
     "norm_epsilon": Number("added to the mean square in every norm", "model.norm_epsilon"),
     "value_embeddings": Number("whether every other block has a value embedding", "model.value_embeddings"),
     "lambdas": Number("whether residual mix, smear and backout are trained", "model.lambdas"),
+    "norm_scales": Number("norms with a learned scale per channel", "model.norm_scales, in the order of the model"),
     "lookup.blocks": Number("blocks that end with a lookup layer", "lookup.after_blocks, sorted", "arXiv 2601.21461"),
     "lookup.rows": Number("rows of each lookup table", source="arXiv 2601.21461"),
     "lookup.up_width": Number("channels between W_up and W_mix", source="arXiv 2601.21461"),
@@ -76,6 +77,7 @@ NUMBERS = {
     "rates.resid": Number("rate of the residual lambdas", source=_RATES),
     "rates.x0": Number("rate of the x0 lambdas", source=_RATES),
     "rates.smear": Number("rate of smear and backout", source=_RATES),
+    "rates.norm_scale": Number("rate of the learned scales of norms", source=_RATES),
     "weight_decay": Number("Muon's weight decay before its cosine", source="arXiv 2405.13698, as nanochat applies it"),
     "evaluation_rows": Number("rows of one validation"),
     "parameters.wte": Number("elements of the embedding table", "vocab_size up to a multiple of 64 * width", _COUNT),
@@ -91,6 +93,7 @@ NUMBERS = {
         _COUNT,
     ),
     "parameters.scalars": Number("lambdas and the smear gate", "2 * depth + 24 + 2", _COUNT),
+    "parameters.norm_scales": Number("learned scales of norms", "a number per channel of each norm", _COUNT),
     "parameters.total": Number("elements of all parameters", "sum of all kinds", _COUNT),
     "memory.weights": Number(
         "bytes of weights on the fullest rank", "bytes per element of the compute dtype * elements of the rank", _MEMORY

@@ -91,6 +91,7 @@ def resolve(config: Config, world: int, vocab_size: int, allocated: LookupDimens
     check_schedule(config.optimizer)
     why: dict[str, str] = {}
     dims = resolve_dimensions(config, vocab_size, why=why, allocated=allocated)
+    _check_qk_clip(config, dims)
     layout = resolve_layout(config, dims, world)
     stages = resolve_stages(dims, layout.pipeline, layout.data * layout.tensor)
     target_tokens, reference_tokens = _token_horizon(config, dims, vocab_size, why)
@@ -215,6 +216,17 @@ def resolve_layout(config: Config, dims: Dimensions, world: int) -> Layout:
             f"set parallel.pipeline to {dims.depth} or less"
         )
     return Layout(world // (tensor * pipeline), tensor, pipeline)
+
+
+def _check_qk_clip(config: Config, dims: Dimensions) -> None:
+    """Raises UserError if QK clip is on and there are no learned scales that it could change."""
+    if config.optimizer.qk_clip and not {"query", "key"} <= set(dims.norm_scales):
+        largest = dims.qk_scale**2 * math.sqrt(dims.head_size)
+        raise UserError(
+            f"optimizer.qk_clip is {config.optimizer.qk_clip:g}, but it can only change learned scales of queries and "
+            "keys: without them no attention logit exceeds model.qk_scale^2 * sqrt(model.head_size) = "
+            f"{largest:.3g}, because both are normed; add query and key to model.norm_scales, or set it to 0"
+        )
 
 
 def _check_fp8(config: Config, dims: Dimensions, layout: Layout, micro_rows: int) -> None:
@@ -375,6 +387,8 @@ def _rates(
     }
     if dims.lambdas == "neutral":
         formulas |= {name: (0.0, "0 (model.lambdas is neutral)") for name in ("resid", "x0", "smear")}
+    if dims.norm_scales:
+        formulas["norm_scale"] = (optimizer.norm_scale_lr * batch, f"norm_scale_lr * {by_batch}")
     why |= {f"rates.{name}": formula for name, (_, formula) in formulas.items()}
     why["weight_decay"] = (
         f"weight_decay * {by_batch} * target_tokens at depth {REFERENCE_DEPTH} / target_tokens = {horizon:.4g}; "

@@ -3,6 +3,7 @@
 from megachat.config import Config
 from megachat.errors import UserError
 from megachat.planning.dimensions import (
+    NORMS,
     SMEAR_CHANNELS,
     WINDOW_TILE,
     Dimensions,
@@ -68,6 +69,7 @@ def resolve_dimensions(
         norm_epsilon=model.norm_epsilon,
         value_embeddings=model.value_embeddings,
         lambdas=model.lambdas,
+        norm_scales=tuple(norm for norm in NORMS if norm in model.norm_scales),
         lookup=_resolve_lookup(config, vocab_size, width, why, allocated) if depth == model.depth else None,
         ngram=_resolve_ngram(config, vocab_size, kv_heads * model.head_size, why) if depth == model.depth else None,
     )

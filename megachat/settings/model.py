@@ -6,7 +6,7 @@ from pydantic import Field, field_validator
 
 from megachat import config_checks
 from megachat.config_checks import TOKENS, WIDTH, Most, Section, setting
-from megachat.planning.dimensions import LARGEST_ORDER, NORM_EPSILON, QK_SCALE, ROTARY_BASE
+from megachat.planning.dimensions import LARGEST_ORDER, NORM_EPSILON, NORMS, QK_SCALE, ROTARY_BASE, Norm
 
 
 class ModelConfig(Section):
@@ -51,6 +51,11 @@ class ModelConfig(Section):
     lambdas: Literal["learned", "neutral"] = setting(
         "learned", "residual mix, smear and backout; neutral: no effect and not trained, as transformers' NanoChat"
     )
+    norm_scales: tuple[Norm, ...] = setting(
+        (), f"norms with a learned scale per channel, among {', '.join(NORMS)}; empty: none, as nanochat"
+    )
+
+    _check_norms = field_validator("norm_scales")(config_checks.check_unique)
 
 
 class LookupConfig(Section):

@@ -92,6 +92,7 @@ class OptimizerConfig(Section):
     unembedding_lr: float = setting(0.008, "rate of the head (lm_head)", ge=0, most=RATE)
     scalar_lr: float = setting(0.5, "rate of the x0 lambdas; resid lambdas take a hundredth of it", ge=0, most=RATE)
     smear_lr: float = setting(0.2, "rate of smear gate, smear and backout lambda; not scaled by batch", ge=0, most=RATE)
+    norm_scale_lr: float = setting(0.005, "rate of the learned scales of norms (model.norm_scales)", ge=0, most=RATE)
     weight_decay: float = setting(
         0.28, "Muon's cautious weight decay, before the rules for batch and horizon", ge=0, most=RATE
     )
@@ -109,7 +110,19 @@ class OptimizerConfig(Section):
         ge=0,
         most=Most(1e9, "such a norm clips nothing; 0 is off"),
     )
-    resid_betas: Betas = setting((0.8, 0.95), "AdamW's betas for the resid lambdas")
+    z_loss: float = setting(
+        0.0,
+        "adds z_loss * mean(log(sum of the logits' exponentials)^2) to what is minimized, not to the logged loss",
+        ge=0,
+        most=Most(1, "PaLM has 1e-4; this would outweigh the cross entropy"),
+    )
+    qk_clip: float = setting(
+        0.0,
+        "largest attention logit that the learned scales of queries and keys may allow; 0: off",
+        ge=0,
+        most=Most(1e6, "such a logit clips nothing; 0 is off"),
+    )
+    resid_betas: Betas = setting((0.8, 0.95), "AdamW's betas for the resid lambdas and the scales of norms")
     x0_betas: Betas = setting((0.96, 0.95), "AdamW's betas for the x0 lambdas")
     smear_betas: Betas = setting((0.8, 0.95), "AdamW's betas for smear gate, smear and backout lambda")
     unembedding_betas: Betas = setting((0.8, 0.96), "AdamW's betas for the head (lm_head)")

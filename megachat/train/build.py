@@ -119,7 +119,8 @@ def build_training_model(
         functions=compiled_functions() if config.precision.compile else None,
     )
     products = head_products(kernels.fp8 if config.precision.fp8_head else None, plan.dims, mesh.tensor.size)
-    loss = Loss(plan.dims, token_bytes, vocabulary_part(plan.dims.padded_vocab, mesh.tensor), products)
+    part = vocabulary_part(plan.dims.padded_vocab, mesh.tensor)
+    loss = Loss(plan.dims, token_bytes, part, products, config.optimizer.z_loss)
     module = build_module(with_gather_waits(layers, muon), loss, mesh)
     adamw = adamw_groups(parameters, groups, plan.rates, config.optimizer)
     precision, scaler = config.precision, None

@@ -5,6 +5,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -12,6 +13,7 @@ from megachat.device import synchronize
 from megachat.errors import UserError
 from megachat.optim.groups import GROUPS
 from megachat.optim.joint import NO_REQUESTS, Requests, StepOutcome, optimizer_step
+from megachat.optim.qk_clip import clip_scales
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.progress import profile_range
 from megachat.schedule import scheduled_values
@@ -72,6 +74,9 @@ def update(
     optim.joint.optimizer_step.
     """
 
+    limit = run.config.optimizer.qk_clip
+    clip = partial(clip_scales, run.layers, run.engine.adamw, run.plan.dims, limit)
+
     def step_optimizers() -> StepOutcome:
         return optimizer_step(
             run.engine.adamw,
@@ -81,6 +86,7 @@ def update(
             run.kernels.norm.sum_of_squares,
             requests=requests,
             before_update=before_update,
+            after_update=clip if limit else None,
             inspect_gradients=inspect_gradients,
         )
 

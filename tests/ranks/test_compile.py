@@ -9,6 +9,7 @@ import torch
 from torch._dynamo.backends.debugging import aot_eager
 
 from megachat.evals.bpb import ValidationRows, bits_per_byte
+from megachat.planning.dimensions import NORMS
 from megachat.planning.plan import resolve
 from megachat.programs.verify_layout import warm_up
 from megachat.train.compiled import NewGraphs
@@ -22,10 +23,11 @@ TABLES = {
     "ngram": {"blocks": (0, 1), "rows": 50},
     "lookup": {"after_blocks": (1,), "rows": 300, "max_rows_per_token": 50},
 }
+SCALES = {"norm_scales": NORMS}
 CASES = {
-    "one, all kinds of blocks": (1, {}, {"depth": 12, "aspect_ratio": 8}, {}, {}),
+    "one, all kinds of blocks": (1, {}, {"depth": 12, "aspect_ratio": 8} | SCALES, {}, {}),
     "one, selective": (1, {}, {"depth": 2}, {"recompute": "selective"}, TABLES),
-    "tp2 sequence, block": (2, {"tensor": 2, "sequence": True}, {"depth": 2}, {"recompute": "block"}, TABLES),
+    "tp2 sequence, block": (2, {"tensor": 2, "sequence": True}, {"depth": 2} | SCALES, {"recompute": "block"}, TABLES),
     "pp2": (2, {"pipeline": 2}, {"depth": 2}, {}, TABLES),
 }
 

@@ -22,7 +22,7 @@ from tests.harness import run_ranks
 from tests.runs.job import write_shard
 from tests.training import SMALL_VOCAB, build, small_config, whole_state
 
-MODEL = {"aspect_ratio": 32, "head_size": 16, "kv_heads": 2}
+MODEL = {"aspect_ratio": 32, "head_size": 16, "kv_heads": 2, "norm_scales": ("mlp", "key")}
 LAYOUTS = {
     "one": (1, {}),
     "dp4": (4, {}),

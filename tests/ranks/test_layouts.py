@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megachat.place import place_of
+from megachat.planning.dimensions import NORMS
 from megachat.train.step import set_schedules
 from tests import oracle
 from tests.harness import run_ranks
@@ -35,23 +36,33 @@ OTHER_MOMENTS = {
     "warmdown_shape": "cosine",
     "decay_shape": "rate",
 }
+SCALES = {"norm_scales": NORMS}
+CLIPS = {"z_loss": 0.01, "qk_clip": 6.6}  # without clipping, most heads of the warm model have larger logits, some not
 NARROW = NGRAM | {"width": 12, "sign_trick": False}  # projected up
 CASES = {
     "one": (1, {}, {}),
     # three micro-batches of two rows; rates follow the root of a batch that is no power of two
-    "dp2": (2, {}, {"optimizer": {"clip_norm": 0.2, "scale_to_batch": True}, "batch": {"micro_rows": 2}}),
+    "dp2": (
+        2,
+        {},
+        {"model": SCALES, "optimizer": CLIPS | {"clip_norm": 0.2, "scale_to_batch": True}, "batch": {"micro_rows": 2}},
+    ),
     "dp3": (3, {}, {"optimizer": {"muon_multiplier": "flipped"}, "model": {"rotary": "chunk"}, "ngram": NARROW}),
     "dp4": (4, {}, {"batch": {"micro_rows": 3}, "ngram": NGRAM | {"storage": "host"}}),
     "tp2": (2, {"tensor": 2}, {"model": GQA, "ngram": NGRAM, "batch": {"micro_rows": 4}}),
-    "tp2 sequence": (2, {"tensor": 2, "sequence": True}, {"model": GQA}),
+    "tp2 sequence": (2, {"tensor": 2, "sequence": True}, {"model": GQA | SCALES, "optimizer": CLIPS}),
     "tp4": (4, {"tensor": 4}, {"model": EQUAL_HEADS, "optimizer": {"clip_norm": 0.2}}),
     "tp3, which does not divide the table": (3, {"tensor": 3}, {"batch": {"micro_rows": 2}, "ngram": NARROW}),
-    "pp2": (2, {"pipeline": 2}, {"optimizer": {"clip_norm": 0.2}}),
+    "pp2": (2, {"pipeline": 2}, {"model": SCALES, "optimizer": CLIPS | {"clip_norm": 0.2}}),
     # fewer micro-batches than stages
     "pp3, one block a stage": (3, {"pipeline": 3}, {"batch": {"micro_rows": 6}, "ngram": NGRAM}),
     "pp2, five blocks": (2, {"pipeline": 2}, {"model": {"depth": 5, "kv_heads": None}}),
     "pp3, seven blocks": (3, {"pipeline": 3}, {"model": {"depth": 7, "kv_heads": None, "aspect_ratio": 8}}),
-    "dp2 tp2": (4, {"tensor": 2}, {"model": GQA, "ngram": NGRAM | {"optimizer": "rowwise", "storage": "host"}}),
+    "dp2 tp2": (
+        4,
+        {"tensor": 2},
+        {"model": GQA | SCALES, "ngram": NGRAM | {"optimizer": "rowwise", "storage": "host"}},
+    ),
     "dp2 pp2": (4, {"pipeline": 2}, {"optimizer": OTHER_MOMENTS, "ngram": NGRAM}),
     "tp2 pp2": (4, {"tensor": 2, "pipeline": 2}, {"model": GQA, "optimizer": {"clip_norm": 0.2}}),
     "tp2 pp2, as transformers' NanoChat": (4, {"tensor": 2, "pipeline": 2}, {"model": GQA | FIRST_NANOCHAT}),
@@ -69,7 +80,7 @@ CASES = {
     "lookup tp2 pp2 sequence": (
         4,
         {"tensor": 2, "pipeline": 2, "sequence": True},
-        {"model": EQUAL_HEADS, "lookup": LOOKUP, "ngram": NGRAM, "batch": {"recompute": "block"}},
+        {"model": EQUAL_HEADS | SCALES, "lookup": LOOKUP, "ngram": NGRAM, "batch": {"recompute": "block"}},
     ),
     "dp2 tp2 pp2": (8, {"tensor": 2, "pipeline": 2}, {"model": GQA, "batch": {"micro_rows": 2}, "ngram": NGRAM}),
 }

@@ -30,6 +30,7 @@ SHARED = Path(__file__).resolve().parents[4] / "shared"
 # Everything that transformers' class lacks, at once; with the default model also windows, GQA and value embeddings
 LOOKUP = {"after_blocks": [0, 1], "rows": 700, "tied": False, "score_scale": "sqrt"}
 NGRAM = {"blocks": [0, 2], "rows": 50, "width": 12}
+SCALES = {"norm_scales": ["embedding", "attention", "mlp", "query", "key", "final"]}
 # What a user does on a machine without megachat: prints the ids of a text, of its greedy continuation, and logits
 USER = """
 import json, sys
@@ -52,7 +53,13 @@ print(json.dumps([inputs["input_ids"].tolist(), more.tolist(), sampled.tolist(),
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("huggingface") / "run", lookup=LOOKUP, ngram=NGRAM)
+    def around_one(tensors):
+        for name in tensors:
+            if name.startswith("model/") and name.endswith("_scale"):
+                tensors[name] += 1.0
+
+    folder = tmp_path_factory.mktemp("huggingface") / "run"
+    return make_run(folder, change=around_one, lookup=LOOKUP, ngram=NGRAM, model=SCALES)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +86,15 @@ def test_the_certificate_is_of_their_process(exported):
     assert certificate["passed"] and certificate["numbers"]["largest_logit_difference"] < 5e-5
     assert certificate["numbers"]["argmax_agreement"] == 1
     remark = certificate["remarks"][1]
-    for part in ("value embeddings", "lookup layers", "n-gram values", "windows of 128", "smear_lambda", "backout"):
+    for part in (
+        "value embeddings",
+        "lookup layers",
+        "n-gram values",
+        "scales of norms",
+        "windows of 128",
+        "smear_lambda",
+        "backout",
+    ):
         assert part in remark
     assert "trust_remote_code=True" in remark and {"modeling_megachat.py", "tokenizer.json"} <= set(left_in(exported))
     cache = Path(transformers.dynamic_module_utils.HF_MODULES_CACHE) / "transformers_modules"

@@ -355,6 +355,23 @@ def test_what_nanochat_cannot_hold_is_refused(run, tmp_path):
     assert left_in(tmp_path) == ["nanochat", "nanochat.certificate.json", "runs"]
 
 
+def test_learned_scales_of_norms_are_refused_unless_all_are_one(tmp_path):
+    def ones(tensors):
+        for name, tensor in tensors.items():
+            if name.startswith("model/") and name.endswith("_scale"):
+                tensor.fill_(1.0)
+
+    scales = {"norm_scales": ["mlp", "query"]}
+    learned = make_run(tmp_path / "runs" / "learned", model=scales)
+    with pytest.raises(UserError, match="learned scales of norms .*_scale is not 1.*nanochat does not have: convert"):
+        export_checkpoint("nanochat", learned, tmp_path / "nanochat")
+    export_checkpoint("nanochat", make_run(tmp_path / "runs" / "one", model=scales, change=ones), tmp_path / "nanochat")
+    import_checkpoint("nanochat", tmp_path / "nanochat", tmp_path / "back")
+    back = open_checkpoint(tmp_path / "back")
+    assert back.dims.norm_scales == () and not any(name.endswith("_scale") for name in back.entries)
+    assert load_config(tmp_path / "back" / "config.json").model.norm_scales == ()
+
+
 def test_the_proof_sees_a_model_that_differs(exported):
     """The numbers themselves: a logit moved by 0.5 at one place of two."""
     logits = torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]])

@@ -35,6 +35,25 @@ def test_value_and_gradients_are_the_plain_forms(chunk_rows, monkeypatch):
     assert not each[:3].any()
 
 
+@pytest.mark.parametrize("chunk_rows", [7, 1000])
+def test_z_loss_is_in_the_gradients_and_not_in_the_value(chunk_rows, monkeypatch):
+    """Against autograd in float64."""
+    hidden, weight, targets, vocab = case(torch.float32)
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 4 * vocab * chunk_rows)
+    plain = capped_cross_entropy(hidden, weight, targets, vocab, 15.0)
+    result = capped_cross_entropy(hidden, weight, targets, vocab, 15.0, z_loss=0.03)
+    assert torch.equal(result, plain)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+    logits = 15 * torch.tanh(exact[0].flatten(0, 1) @ exact[1][:vocab].T / 15)
+    normalizer = logits.logsumexp(1)[targets.flatten() >= 0]
+    loss = torch.nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=-1)
+    assert result.item() == pytest.approx(loss.item(), rel=1e-6)
+    expected = torch.autograd.grad(loss + 0.03 * normalizer.square().mean(), exact)
+    without = torch.autograd.grad(plain, (hidden, weight))
+    for one, other, less in zip(torch.autograd.grad(result, (hidden, weight)), expected, without, strict=True):
+        assert (one - other).norm() < 1e-6 * other.norm() and (less - other).norm() > 0.1 * other.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_keeps_small_gradients_under_a_loss_scale(dtype):
     hidden, weight, targets, vocab = case(dtype)

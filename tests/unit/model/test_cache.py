@@ -9,11 +9,11 @@ from megachat.model.cache import Cache, cache_bytes, set_past
 from megachat.model.gpt import ModelOptions, build_layers, logits, run_layers
 from megachat.model.parameters import load_whole, placed_parameters, starting_value
 from megachat.place import place_of
-from megachat.planning.dimensions import Dimensions, NgramDimensions
+from megachat.planning.dimensions import NORMS, Dimensions, NgramDimensions
 
 NGRAM = NgramDimensions((0, 2), (2, 5), 300, 24, True, 0, 12)  # the BOS is in the texts
 # two windows much shorter than the texts, and shared heads
-DIMS = Dimensions(4, 64, 4, 2, 16, 64, 97, (7, 20, 64, 64), ngram=NGRAM)
+DIMS = Dimensions(4, 64, 4, 2, 16, 64, 97, (7, 20, 64, 64), ngram=NGRAM, norm_scales=NORMS)
 LENGTHS = [1, 3, 40, 64, 17, 9, 200]  # the last is longer than sequence_len, and than all windows
 
 

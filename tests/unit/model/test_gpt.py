@@ -1,5 +1,7 @@
 """The model against nanochat's numbers, and against a float64 transcription of the formulas for other shapes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 from megachat.model.gpt import Loss, ModelOptions, Rotary, build_layers, logits, run_layers
 from megachat.model.parameters import load_whole, placed_parameters, starting_value
 from megachat.place import place_of
-from megachat.planning.dimensions import Dimensions, parameter_counts, window_sizes
+from megachat.planning.dimensions import NORMS, Dimensions, layer_costs, parameter_counts, window_sizes
 from tests import reference
 
 
@@ -47,8 +49,9 @@ def transcription(
     dtype. extra_values: what is added to the values, from block, attention's input and ids.
     """
 
-    def norm(x):
-        return x / (x.square().mean(-1, keepdim=True) + 1.1920929e-07).sqrt()
+    def norm(x, scale, head=...):
+        x = x / (x.square().mean(-1, keepdim=True) + 1.1920929e-07).sqrt()
+        return x * weights[scale][head] if scale in weights else x
 
     def rotate(x):  # [tokens, size]
         half = x.size(-1) // 2
@@ -65,7 +68,7 @@ def transcription(
 
     def block(i, x, row):
         name = f"transformer.h.{i}."
-        h, size = norm(x), dims.head_size
+        h, size = norm(x, f"{name}attention_scale"), dims.head_size
         q, k, v = (h @ weights[f"{name}attn.{part}.weight"].T for part in ("c_q", "c_k", "c_v"))
         v = v + extra_values(i, h, row)
         out = torch.zeros_like(x)
@@ -78,21 +81,19 @@ def transcription(
                     values
                     + gate[:, None] * weights[f"value_embeds.{i}.weight"][row][:, shared * size : (shared + 1) * size]
                 )
-            queries = 1.2 * norm(rotate(q[:, head * size : (head + 1) * size]))
-            keys = 1.2 * norm(rotate(k[:, shared * size : (shared + 1) * size]))
+            queries = 1.2 * norm(rotate(q[:, head * size : (head + 1) * size]), f"{name}attn.query_scale", head)
+            keys = 1.2 * norm(rotate(k[:, shared * size : (shared + 1) * size]), f"{name}attn.key_scale", shared)
             for t in range(x.size(0)):
                 first = max(0, t - dims.windows[i])
                 share = torch.softmax(queries[t] @ keys[first : t + 1].T / size**0.5, 0)
                 out[t, head * size : (head + 1) * size] = share @ values[first : t + 1]
         x = x + out @ weights[f"{name}attn.c_proj.weight"].T
-        return (
-            x
-            + torch.relu(norm(x) @ weights[f"{name}mlp.c_fc.weight"].T).square() @ weights[f"{name}mlp.c_proj.weight"].T
-        )
+        hidden = torch.relu(norm(x, f"{name}mlp_scale") @ weights[f"{name}mlp.c_fc.weight"].T).square()
+        return x + hidden @ weights[f"{name}mlp.c_proj.weight"].T
 
     result = []
     for row in ids:
-        e = norm(weights["transformer.wte.weight"][row])
+        e = norm(weights["transformer.wte.weight"][row], "embedding_scale")
         x = e.clone()
         x[1:] += weights["smear_lambda"] * torch.sigmoid(e[1:, :24] @ weights["smear_gate.weight"].T) * e[:-1]
         x0 = x
@@ -100,14 +101,14 @@ def transcription(
             x = block(i, weights["resid_lambdas"][i] * x + weights["x0_lambdas"][i] * x0, row)
             if i == dims.depth // 2:
                 backout = x
-        x = norm(x - weights["backout_lambda"] * backout)
+        x = norm(x - weights["backout_lambda"] * backout, "final_scale")
         result.append(15 * torch.tanh((x @ weights["lm_head.weight"].T)[:, : dims.vocab_size] / 15))
     return torch.stack(result)
 
 
-@pytest.mark.parametrize("rotary", ["slices", "chunk"])
-def test_gqa_windows_and_odd_vocabulary_follow_the_formulas(rotary):
-    dims = small()
+@pytest.mark.parametrize(("rotary", "scales"), [("slices", ()), ("chunk", NORMS)])
+def test_gqa_windows_and_odd_vocabulary_follow_the_formulas(rotary, scales):
+    dims = replace(small(), norm_scales=scales)
     layers = build_layers(dims, ModelOptions(compute_dtype=torch.float64, rotary=rotary)).double()
     generator = torch.Generator().manual_seed(1)
     weights: dict[str, torch.Tensor] = {}
@@ -140,12 +141,36 @@ def test_starting_values_depend_on_seed_and_name_only():
     assert not torch.equal(by_name["lm_head.weight"], next(p for p in other if place_of(p).name == "lm_head.weight"))
 
 
-@pytest.mark.parametrize("dims", [small(), small(depth=4, kv_heads=4, vocab=128), small(depth=1, heads=2, kv_heads=1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_new_scales_of_norms_change_nothing_to_the_bit(dtype):
+    ids = torch.arange(40)[None] % 97
+    plain, scaled = (
+        run_layers(build_layers(replace(small(), norm_scales=norms), ModelOptions(compute_dtype=dtype), seed=0), ids)[0]
+        for norms in ((), NORMS)
+    )
+    assert torch.equal(plain, scaled) and scaled.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "dims",
+    [
+        replace(small(), norm_scales=NORMS),
+        replace(small(depth=4, kv_heads=4, vocab=128), norm_scales=("mlp", "key")),
+        small(depth=1, heads=2, kv_heads=1),
+    ],
+)
 def test_counts_are_the_built_models(dims):
     parameters = placed_parameters(build_layers(dims, ModelOptions()))
     counts = parameter_counts(dims)
     assert counts["total"] == sum(parameter.numel() for parameter in parameters)
-    assert counts["matrices"] == sum(p.numel() for p in parameters if place_of(p).name.startswith("transformer.h."))
+    scales = sum(p.numel() for p in parameters if place_of(p).name.endswith("_scale"))
+    assert counts["norm_scales"] == scales
+    assert sum(count for count, _ in layer_costs(dims)) == counts["total"]
+    assert counts["matrices"] == sum(
+        p.numel()
+        for p in parameters
+        if place_of(p).name.startswith("transformer.h.") and not place_of(p).name.endswith("_scale")
+    )
     assert counts["value_embeds"] == sum(p.numel() for p in parameters if place_of(p).name.startswith("value_embeds."))
 
 

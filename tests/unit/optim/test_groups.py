@@ -1,3 +1,4 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,7 @@ from megachat.model.gpt import ModelOptions, build_layers
 from megachat.model.parameters import placed_parameters
 from megachat.optim.groups import GROUPS, Group, assign_groups, rate_multipliers
 from megachat.place import place_of
-from megachat.planning.dimensions import Dimensions, window_sizes
+from megachat.planning.dimensions import NORMS, Dimensions, window_sizes
 
 DIMS = Dimensions(4, 64, 4, 2, 16, 32, 100, window_sizes("SL", 4, 32))
 
@@ -23,6 +24,14 @@ def test_every_parameter_has_one_group_and_every_matrix_is_on_muon():
     on_muon = {name for name, group in assigned.items() if group.optimizer == "muon"}
     assert on_muon == {name for name in assigned if name.startswith("transformer.h.")}
     assert any(name.endswith("ve_gate.weight") for name in on_muon)
+
+
+def test_scales_of_norms_are_on_adamw_without_decay():
+    dims = replace(DIMS, norm_scales=NORMS)
+    places = [place_of(parameter) for parameter in placed_parameters(build_layers(dims, ModelOptions()))]
+    groups = {name: group for name, group in assign_groups(places).items() if group.name == "norm_scale"}
+    assert len(groups) == 2 + 4 * DIMS.depth and all(name.endswith("_scale") for name in groups)
+    assert {(group.optimizer, group.weight_decay) for group in groups.values()} == {("adamw", 0.0)}
 
 
 def test_a_parameter_in_no_group_or_in_two_is_an_error():

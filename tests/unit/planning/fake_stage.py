@@ -51,13 +51,14 @@ class _Flash(torch.autograd.Function):
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x, x.new_empty(x.shape[:-1], dtype=torch.float32))
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, x.new_empty(x.shape[:-1], dtype=torch.float32), weight)
         return torch.empty_like(x)
 
     @staticmethod
     def backward(ctx, gradient):
-        return torch.empty_like(gradient)
+        *_, weight = ctx.saved_tensors
+        return torch.empty_like(gradient), None if weight is None else torch.empty_like(weight)
 
 
 def _request(tables: RowTables, name: str, index: torch.Tensor) -> _Request:
@@ -75,7 +76,7 @@ def _request(tables: RowTables, name: str, index: torch.Tensor) -> _Request:
 def fake_run():
     """Everything inside is computed by shapes only."""
     launch = mock.patch.object(collectives, "_launch", lambda *args, **options: collectives.Pending())
-    norm = mock.patch.object(F, "rms_norm", lambda x, shape, eps: _Norm.apply(x))
+    norm = mock.patch.object(F, "rms_norm", lambda x, shape, weight=None, eps=None: _Norm.apply(x, weight))
     groups = mock.patch.object(lookup, "_groups", lambda *args: [])
     gather = mock.patch("megachat.optim.partition.all_gather_objects", lambda value, axis, name: [value])
     requests = mock.patch.object(RowTables, "_request", _request)

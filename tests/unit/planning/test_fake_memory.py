@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megachat.config import Config, load_config
+from megachat.planning.dimensions import NORMS
 from megachat.planning.memory import memory_of_stages
 from megachat.planning.plan import resolve_without_text
 from megachat.planning.row_tables import row_bytes
@@ -19,6 +20,7 @@ CPU_CONFIGS = ("d2_cpu", "d4_cpu", "demo")
 TABLES = {
     "lookup": {"after_blocks": (1,), "rows": 40_000, "max_rows_per_token": 60},
     "ngram": {"blocks": (0, 1), "rows": 50_000},
+    "model": {"norm_scales": NORMS},
 }
 LAYOUTS = {  # name -> (ranks, changed sections)
     "one": (1, {}),

@@ -22,7 +22,7 @@ from tests.unit.planning.test_probe import written
 
 # A small model that has every part.
 ALL = {
-    "model": {"depth": 3, "head_size": 64, "sequence_len": 256, "vocab_size": 97},
+    "model": {"depth": 3, "head_size": 64, "sequence_len": 256, "vocab_size": 97, "norm_scales": ["mlp"]},
     "batch": {"tokens": 8192, "micro_rows": 2},
     "lookup": {"after_blocks": [1], "max_rows_per_token": 8},
     "ngram": {"blocks": [0, 2]},
