@@ -116,7 +116,9 @@ def _flatten(value, prefix: str) -> dict[str, object]:
         return {name: leaf for part in parts for name, leaf in part.items()}
     if isinstance(value, (list, tuple)) and any(isinstance(inner, dict) for inner in value):
         return _flatten(dict(enumerate(value)), prefix)
-    return {prefix: list(value) if isinstance(value, tuple) else value}
+    if isinstance(value, (list, tuple)):
+        return {prefix: list(value)} if value else {}  # older checkpoints lack what new ones have an empty list of
+    return {prefix: value}
 
 
 def _compare_facts(left: dict, right: dict) -> list[Difference]:

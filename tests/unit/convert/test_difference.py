@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from megachat.convert.differences import compare_tensors
+from megachat.convert.differences import compare_checkpoints, compare_tensors
+from megachat.convert.formats import open_checkpoint
 from megachat.convert.megachat import _with_validation
 from megachat.errors import UserError
 from tests.unit.convert.checkpoints import differences_between, make_run, step_folder, tool
@@ -27,6 +28,14 @@ def test_another_layout_with_equal_tensors_is_equal(run, tmp_path, monkeypatch, 
     assert "layout.data: 1 and 3" not in out
     _, out, _ = tool(monkeypatch, capsys, "diff", run, other, "--verbose")
     assert out.startswith("equal\n") and "\nnote   layout.data: 1 and 3\n" in out
+
+
+def test_a_checkpoint_from_before_a_part_of_the_model_is_equal_to_one_without_it(run):
+    new = open_checkpoint(run)
+    assert new.facts["model"]["norm_scales"] == []
+    model = {name: value for name, value in new.facts["model"].items() if name != "norm_scales"}
+    old = new.select(new.entries, facts=new.facts | {"model": model})
+    assert compare_checkpoints(old, new) == [] and old.dims == new.dims
 
 
 def test_changed_tensors_have_their_norms(run, tmp_path, monkeypatch, capsys):
