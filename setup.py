@@ -77,7 +77,8 @@ setup(
         "hf": ["transformers>=5"],
         "mpi": ["mpi4py"],
         "wandb": ["wandb"],
-        "sweep": ["optuna>=5,<6"],
+        "sweep": ["optuna>=5,<6", "matplotlib"],
+        "postgresql": ["psycopg[binary]==3.3.*"],  # for `megachat sweep --storage postgresql+psycopg://...`
         "report": ["plotly==7.*", "plotext==5.3.*"],
         "notebook": ["ipykernel", "matplotlib"],  # for examples/quickstart.ipynb in any Jupyter
         "completion": ["argcomplete"],

@@ -1,6 +1,7 @@
 """Learning rate, momentum and weight decay as pure functions of the step (nanochat, scripts/base_train.py)."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,22 +31,43 @@ class ScheduleSettings(Protocol):
     def momentum_warmup_steps(self) -> int: ...
     @property
     def decay_shape(self) -> str: ...
+    @property
+    def ramp(self) -> tuple[float, float] | None: ...
+    @property
+    def ramp_rates(self) -> Sequence[str]: ...
 
 
 @dataclass(frozen=True)
 class ScheduledValues:
-    """The values of one step. rate, decay: multipliers of the learning rates and of Muon's weight decay."""
+    """The values of one step. rate, decay: multipliers of the learning rates and of Muon's weight decay. ramp: of a
+    learning-rate range test, for the rates named in ramped, or all if it is empty.
+    """
 
     rate: float
     momentum: float
     decay: float
+    ramp: float = 1.0
+    ramped: tuple[str, ...] = ()
+
+    def multiplier(self, rate: str) -> float:
+        """Returns the multiplier of a rate. rate: key of Plan.rates."""
+        return self.rate * self.ramp if not self.ramped or rate in self.ramped else self.rate
 
 
 def scheduled_values(settings: ScheduleSettings, step: int, steps: int) -> ScheduledValues:
     """Returns what a run of `steps` steps uses in step `step`, counted from 0."""
     rate = learning_rate_multiplier(settings, step, steps)
     decay = rate if settings.decay_shape == "rate" else weight_decay_multiplier(step, steps, settings.decay_shape)
-    return ScheduledValues(rate, muon_momentum(settings, step, steps), decay)
+    ramp = ramp_multiplier(settings, step, steps)
+    return ScheduledValues(rate, muon_momentum(settings, step, steps), decay, ramp, tuple(settings.ramp_rates))
+
+
+def ramp_multiplier(settings: ScheduleSettings, step: int, steps: int) -> float:
+    """Rises exponentially from the first step to the last (Smith 2017, arXiv 1506.01186); 1 without a ramp."""
+    if settings.ramp is None:
+        return 1.0
+    low, high = settings.ramp
+    return low * (high / low) ** (step / max(1, steps - 1))
 
 
 def check_schedule(settings: ScheduleSettings) -> None:

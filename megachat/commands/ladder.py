@@ -3,9 +3,10 @@
     megachat ladder --config d12 --set optimizer.warmdown_ratio=0.85 --depths 12,20,24 --seeds 2
     megachat ladder --config demo --set optimizer.muon_multiplier=flipped --depths 2,3,4
 
-Each depth is a rung: the config as it is and with the change, --seeds runs of each. The verdict of a rung is that of
-`megachat compare`. The ladder ends after a verdict in --stop-at. Run folders, logs and ladder.json are written to
---out; the same command continues a ladder that was ended.
+Each depth is a rung: the config as it is and with the change, --seeds runs of each. Before it starts, FLOPs, hours and
+price of each rung are planned (--dry-run stops there). The verdict of a rung is that of `megachat compare`. The ladder
+ends after a verdict in --stop-at. Run folders, logs and ladder.json are written to --out; the same command continues a
+ladder that was ended. --base takes the baseline's runs of another ladder, so that a second change costs half.
 """
 
 import argparse
@@ -15,9 +16,11 @@ import sys
 from pathlib import Path
 
 from megachat.commands.options import Parser, add_config, add_set, require_minimum
+from megachat.commands.pretrain import check_price
 from megachat.errors import UserError
 from megachat.text import text_table
 
+_QUESTION = "question.json"
 _VERDICTS = ("worse", "cannot tell", "better")
 
 
@@ -34,6 +37,13 @@ def add_arguments(parser: Parser) -> None:
     )
     add("--ranks", type=int, default=1, help="processes per run on this machine (default 1)")
     add("--out", type=Path, default=Path("runs/ladder"), help="folder of the runs (default runs/ladder)")
+    add("--base", type=Path, metavar="FOLDER", help="--out of a ladder of the same config: its baselines are used")
+    add("--gpu", metavar="KIND", help="kind of GPU, such as H100, to plan hours for (default: this machine's)")
+    add(
+        "--probe", type=Path, metavar="FILE", help="file of `megachat probe`, to plan hours for the machine it measured"
+    )
+    add("--price", type=float, help="of a GPU-hour (with a probe of a CPU: of its hour), to plan the price")
+    add("--dry-run", action="store_true", help="print the plan of the rungs, and stop")
     add("--json", action="store_true", help="print the result as JSON")
 
 
@@ -41,23 +51,44 @@ def run(options: argparse.Namespace) -> None:
     """Climbs the ladder and prints its table."""
     from megachat.config import load_config
     from megachat.files import write_json
+    from megachat.programs.dry_run import Hardware
+    from megachat.programs.ladder_plan import plan_lines, plan_rungs
     from megachat.studies.ladder import climb, compute_multiplier, ladder_rows
     from megachat.studies.trials import trainer
 
     require_minimum(options, seeds=1, ranks=1)
+    check_price(options.price)
     depths, stop_at = _depths(options.depths), _stop_at(options.stop_at)
     if not options.set:
         raise UserError("a ladder compares a config with a change of it: give the change with --set")
     for depth in depths:  # a wrong setting is reported before anything is trained
         load_config(options.config, [*options.both, *options.set, f"model.depth={depth}"])
-    options.out.mkdir(parents=True, exist_ok=True)
-    _check_same_study(options)
-    train = trainer(options.config, options.out, options.both, ranks=options.ranks)
-    rungs = climb(
-        train, options.set, depths, seeds=options.seeds, stop_at=stop_at, log=lambda line: print(line, file=sys.stderr)
+    hardware = Hardware(gpu=options.gpu, probe=options.probe, price=options.price)
+    plan = plan_rungs(
+        options.config, options.both, options.set, depths, seeds=options.seeds, ranks=options.ranks, hardware=hardware
     )
+    if options.dry_run:
+        print(json.dumps({"plan": plan}, indent=1) if options.json else "\n".join(plan_lines(plan)))
+        return
+    values = load_config(options.config, options.both).model_dump(mode="json", exclude_defaults=True)
+    _check_base(options, values)
+    options.out.mkdir(parents=True, exist_ok=True)
+    _check_same_study(options, values)
+
+    def log(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    log("\n".join(plan_lines(plan)))
+    train, train_base = (
+        trainer(options.config, folder, options.both, ranks=options.ranks)
+        for folder in (options.out, options.base or options.out)
+    )
+    flops = {row["depth"]: row["flops"] for row in plan}
+    how = {"stop_at": stop_at, "log": log, "train_base": train_base, "flops": flops}
+    rungs = climb(train, options.set, depths, seeds=options.seeds, **how)
     rows, multiplier = ladder_rows(rungs), compute_multiplier(rungs)
-    result = {"change": options.set, "seeds": options.seeds, "rungs": rows, "compute_multiplier": multiplier}
+    result = {"change": options.set, "seeds": options.seeds, "plan": plan, "rungs": rows}
+    result["compute_multiplier"] = multiplier
     write_json(options.out / "ladder.json", result)
     print(json.dumps(result, indent=1) if options.json else "\n".join(_lines(result)))
 
@@ -79,15 +110,28 @@ def _stop_at(text: str) -> list[str]:
     return words
 
 
-def _check_same_study(options: argparse.Namespace) -> None:
+def _check_base(options: argparse.Namespace, values: dict) -> None:
+    """Raises UserError if --base is no folder of a ladder of the same config."""
+    if options.base is None:
+        return
+    path = options.base / _QUESTION
+    if not path.exists():
+        raise UserError(f"--base {options.base} has no ladder: give the --out of one")
+    if json.loads(path.read_bytes()).get("values") != values:
+        raise UserError(f"--base {options.base} has the ladder of another config or --both: leave --base out")
+
+
+def _check_same_study(options: argparse.Namespace, values: dict) -> None:
     """Writes the study's question, or raises UserError if the folder has another one."""
     from megachat.files import write_json
 
-    question = {"config": options.config, "change": options.set, "both": options.both}
-    path = options.out / "question.json"
-    if path.exists() and (saved := json.loads(path.read_bytes())) != question:
-        settings = shlex.join(saved["change"])
-        raise UserError(f"{options.out} has the ladder of {saved['config']} with {settings}: give another --out")
+    question = {"config": options.config, "values": values, "change": options.set, "both": options.both}
+    path = options.out / _QUESTION
+    if path.exists():
+        saved = json.loads(path.read_bytes())
+        if any(saved.get(key, question[key]) != question[key] for key in ("values", "change")):
+            settings = shlex.join(saved["change"])
+            raise UserError(f"{options.out} has the ladder of {saved['config']} with {settings}: give another --out")
     write_json(path, question)
 
 
@@ -98,6 +142,9 @@ def _lines(result: dict) -> list[str]:
         values = (f"{row[key]:.4f}" for key in ("base", "change"))
         rows.append((str(row["depth"]), *values, f"{row['gain']:+.4f}", *ratios, row["verdict"]))
     lines = text_table(rows, right=range(7))
+    for row in result["rungs"]:
+        if None not in row["core"]:
+            lines.append("depth {}: CORE {:.4f}, with the change {:.4f}".format(row["depth"], *row["core"]))
     lines.append(
         "base, change, gain: bits per byte at the end; steps, time, FLOPs: what the change needs, relative to base"
     )

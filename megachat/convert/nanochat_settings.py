@@ -15,7 +15,7 @@ from megachat.optim.groups import GROUPS, betas_of
 from megachat.optim.matrix import NEWTON_SCHULZ_STEPS
 from megachat.planning.dimensions import Dimensions, window_sizes
 from megachat.planning.plan import REFERENCE_TOKENS, Layout, Plan, resolve
-from megachat.schedule import scheduled_values, weight_decay_multiplier
+from megachat.schedule import ScheduledValues, scheduled_values, weight_decay_multiplier
 
 # Keys of model_config -> our sizes; window_pattern is its one other key.
 SIZES = {
@@ -57,7 +57,7 @@ RATES = {
     "smear": ("smear_lr", False),
     "matrix": ("matrix_lr", False),
 }
-_UNKNOWN_TO_NANOCHAT = """clip_norm muon_multiplier warmup_ratio warmdown_shape decay_shape
+_UNKNOWN_TO_NANOCHAT = """clip_norm muon_multiplier warmup_ratio warmdown_shape decay_shape ramp ramp_rates
     momentum_start momentum_top momentum_end momentum_warmup_steps""".split()  # of the optimizer section
 _RATE = {group.name: group.rate for group in GROUPS}
 
@@ -382,19 +382,17 @@ def param_groups_of(facts: dict, dims: Dimensions) -> list[dict]:
             for group in imported["param_groups"]
         ]
     config, plan = _config_and_plan(facts, dims)
-    multiplier, decay, momentum = 1.0, plan.weight_decay, 0.95
+    values = ScheduledValues(rate=1.0, momentum=0.95, decay=1.0)
     if facts["step"] > 0:  # nanochat keeps the values with which it took its last step
         values = scheduled_values(config.optimizer, facts["step"] - 1, plan.steps)
-        multiplier, decay, momentum = values.rate, decay * values.decay, values.momentum
-    muon = {"momentum": momentum, "ns_steps": NEWTON_SCHULZ_STEPS, "beta2": config.optimizer.muon_beta2}
-    muon["weight_decay"] = decay
+    muon = {"momentum": values.momentum, "ns_steps": NEWTON_SCHULZ_STEPS, "beta2": config.optimizer.muon_beta2}
+    muon["weight_decay"] = plan.weight_decay * values.decay
     groups, first = [], 0
     for group, names in optimizer_groups(dims):
         rate, numbers = plan.rates[group.rate], list(range(first, first + len(names)))
         moments = group.betas and {"betas": betas_of(group, config.optimizer), "eps": config.optimizer.adamw_epsilon}
         settings = moments | {"weight_decay": group.weight_decay} if moments else muon
-        groups.append(
-            {"kind": group.optimizer, "lr": rate * multiplier, **settings, "initial_lr": rate, "params": numbers}
-        )
+        rates = {"lr": rate * values.multiplier(group.rate), "initial_lr": rate}
+        groups.append({"kind": group.optimizer, **rates, **settings, "params": numbers})
         first += len(names)
     return groups

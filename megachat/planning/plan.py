@@ -394,4 +394,6 @@ def _rates(
         f"weight_decay * {by_batch} * target_tokens at depth {REFERENCE_DEPTH} / target_tokens = {horizon:.4g}; "
         "a cosine takes it to 0"
     )
+    if unknown := [name for name in optimizer.ramp_rates if name not in formulas]:
+        raise UserError(f"optimizer.ramp_rates has {unknown[0]}, which is none of {', '.join(formulas)}")
     return {name: rate for name, (rate, _) in formulas.items()}, optimizer.weight_decay * batch * horizon

@@ -115,6 +115,12 @@ def predicted_time(config: Config, plan: Plan, hardware: Hardware, dtype: torch.
     return values | price_values(run, units, hardware.price)
 
 
+def timed_plan(config: Config, world: int, hardware: Hardware = THIS_MACHINE) -> tuple[Plan, dict | None]:
+    """Returns the plan of a job with its predicted time (see predicted_time)."""
+    plan = _resolve(config, world)
+    return plan, predicted_time(config, plan, hardware, _stage_memory(config, plan, hardware.memory_gb)[1])
+
+
 def price_values(run: RunTime, units: int, price: float | None) -> dict:
     """Returns the price of a run with its interval as JSON values, if there is one. units: that are paid per hour."""
     if price is None:

@@ -193,7 +193,7 @@ def run_rank(config: Config, vocab_size: int, device: torch.device, folder: Path
                 training.rows.set_gradient_shards(row_gradients)
 
         before = _copied(_live_weights(training))
-        multiplier = set_schedules(training, step)
+        set_schedules(training, step)
         rows = related_rows(step, plan.rows_per_step, plan.dims.sequence_len + 1, vocab_size)
         local_rows = rows[mesh.data.rank :: mesh.data.size]
         loss, outcome = update(training, local_rows, inspect_gradients=replace_gradients)
@@ -206,7 +206,7 @@ def run_rank(config: Config, vocab_size: int, device: torch.device, folder: Path
         save_rectangles(folder / str(step), pieces, mesh.world)
         if mesh.world.rank == 0:
             scheduled = scheduled_values(training.config.optimizer, step, plan.steps)
-            decay = multiplier * plan.rates["matrix"] * plan.weight_decay * scheduled.decay
+            decay = scheduled.multiplier("matrix") * plan.rates["matrix"] * plan.weight_decay * scheduled.decay
             decay *= max((matrix.multiplier for matrix in training.muon.plan.matrices), default=0.0)
             write_json(folder / str(step) / NUMBERS, {"loss": loss.item(), "norm": outcome.norm, "decay": decay})
 

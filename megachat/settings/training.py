@@ -80,6 +80,7 @@ class HorizonConfig(Section):
     )
 
 
+_Factor = Annotated[float, Field(gt=0, le=1e6)]
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 Betas = tuple[_Beta, _Beta]
 
@@ -142,6 +143,12 @@ class OptimizerConfig(Section):
     decay_shape: Literal["cosine", "linear", "constant", "rate"] = setting(
         "cosine", "how Muon's weight decay falls to 0 over the run; rate: as the learning rate"
     )
+    ramp: tuple[_Factor, _Factor] | None = setting(
+        None,
+        "learning-rate range test: rates are multiplied by a factor that rises exponentially from the first number in "
+        "the first step to the second in the last; null: off",
+    )
+    ramp_rates: list[str] = setting([], "rates that the ramp multiplies, such as matrix and embedding; empty: all")
     final_lr_fraction: float = setting(
         0.05,
         "rate multiplier at the end of the decay, which is one step after the last one: also with 0 every step trains",

@@ -2,16 +2,20 @@
 larger one, and gains shrink with size (nanochat's log: d12 for a signal, d20 to validate, d24 to decide).
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from megachat.activity import hours_minutes
 from megachat.studies.comparison import compare_curves
 from megachat.studies.curves import AXES, Curve, curve_of
-from megachat.studies.runs import RunRecord
+from megachat.studies.runs import RunRecord, run_row
 from megachat.studies.trials import Train, Trial
 
 _FIRST_SEED = 42  # run.seed's default: the first runs are those of the config itself
+_READ_S = 1.0  # what takes less was not trained, but read
 
 
 class Rung(NamedTuple):
@@ -50,19 +54,25 @@ def climb(
     seeds: int = 1,
     stop_at: Sequence[str] = ("worse",),
     log: Callable[[str], object] = print,
+    train_base: Train | None = None,
+    flops: Mapping[int, float] | None = None,
 ) -> list[Rung]:
     """Trains the rungs from the lowest depth, and ends after one whose verdict is in `stop_at`.
 
-    Trials that are finished are not trained again, so a ladder that was ended continues.
+    Trials that are finished are not trained again, so a ladder that was ended continues. train_base: trains the
+    baselines, if these are in another folder. flops: of a rung, for the time that is left.
     """
     rungs: list[Rung] = []
-    for number, depth in enumerate(sorted(set(depths)), 1):
+    clock, depths = _Clock(flops or {}), sorted(set(depths))
+    for number, depth in enumerate(depths, 1):
         sides: list[list[RunRecord]] = []
-        for trials in rung_trials(depth, changes, seeds):
+        both = rung_trials(depth, changes, seeds)
+        for side, trials in zip((train_base or train, train), both, strict=True):
             sides.append([])
             for trial in trials:
-                log(f"rung {number} of {len(set(depths))}, depth {depth}: {trial.name}")
-                sides[-1].append(train(trial, None))
+                log(f"rung {number} of {len(depths)}, depth {depth}: {trial.name}{clock.eta(depths[number - 1 :])}")
+                with clock.training(depth, 2 * seeds):
+                    sides[-1].append(side(trial, None))
         rungs.append(Rung(depth, sides[0], sides[1], compare_curves(sides[0], sides[1])))
         log(f"depth {depth}: the change is {rungs[-1].comparison['verdict']}")
         if rungs[-1].verdict in stop_at:
@@ -71,8 +81,34 @@ def climb(
     return rungs
 
 
+class _Clock:
+    """Tells how long a ladder still takes, from the FLOPs per second of its runs so far. flops: of a rung by depth."""
+
+    def __init__(self, flops: Mapping[int, float]) -> None:
+        self.flops, self.done, self.seconds, self.trained = flops, dict.fromkeys(flops, 0.0), 0.0, 0.0
+
+    @contextlib.contextmanager
+    def training(self, depth: int, runs: int) -> Iterator[None]:
+        """Measures one of the runs of a rung."""
+        begin = time.monotonic()
+        yield
+        share, seconds = self.flops.get(depth, 0.0) / runs, time.monotonic() - begin
+        self.done[depth] = self.done.get(depth, 0.0) + share
+        if seconds > _READ_S:
+            self.seconds, self.trained = self.seconds + seconds, self.trained + share
+
+    def eta(self, depths: Sequence[int]) -> str:
+        """Returns the time that the rungs of these depths still take, if it is known."""
+        if not self.trained:
+            return ""
+        left = sum(self.flops[depth] - self.done[depth] for depth in depths)
+        return f", eta {hours_minutes(self.seconds / self.trained * left)}"
+
+
 def ladder_rows(rungs: Sequence[Rung]) -> list[dict[str, Any]]:
-    """Returns a row per rung: mean last bits per byte of both sides, gain, the ratios of the axes, and the verdict."""
+    """Returns a row per rung: mean last bits per byte of both sides, gain, the ratios of the axes, the mean CORE of
+    both sides (None if a run has none), and the verdict.
+    """
     rows = []
     for rung in rungs:
         base, change = ([curve_of(run.lines) for run in side] for side in (rung.base, rung.change))
@@ -84,6 +120,7 @@ def ladder_rows(rungs: Sequence[Rung]) -> list[dict[str, Any]]:
                 "change": _mean_last(change),
                 "gain": _mean_last(base) - _mean_last(change),
                 **{axis: axes[axis] and axes[axis]["value"] for axis in AXES},
+                "core": [_mean_core(rung.base), _mean_core(rung.change)],
                 "verdict": rung.comparison["verdict"],
             }
         )
@@ -118,6 +155,12 @@ def compute_multiplier(rungs: Sequence[Rung]) -> dict[str, Any] | None:
 
 def _mean_last(curves: Sequence[Curve]) -> float:
     return float(sum(curve.values[-1] for curve in curves) / len(curves))
+
+
+def _mean_core(runs: Sequence[RunRecord]) -> float | None:
+    values = [run_row(run)["core"] for run in runs]
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
 
 
 def _log_end(run: RunRecord) -> tuple[float, float]:

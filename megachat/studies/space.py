@@ -83,3 +83,19 @@ def ends(space: Sequence[Dimension]) -> list[list[str]]:
         for dimension in space
         for value in (dimension.values or (dimension.low, dimension.high))
     ]
+
+
+def is_number(value: Any) -> bool:
+    """Returns whether a JSON value is a number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+_SIZES = ("model", "data", "batch", "horizon")  # sections of settings that move the result by themselves
+
+
+def contexts(space: Sequence[Dimension]) -> list[dict[str, Any]]:
+    """Returns the combinations of the listed sizes in a space that has other settings, too: a rate at depth 4 is
+    compared with the config at depth 4. [{}] where there are none.
+    """
+    sizes = [dimension for dimension in space if dimension.values and dimension.key.split(".")[0] in _SIZES]
+    return (grid(sizes) or [{}]) if 0 < len(sizes) < len(space) else [{}]

@@ -6,15 +6,17 @@ import fcntl
 import json
 import math
 import statistics
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megachat.activity import hours_minutes
 from megachat.errors import UserError, summary
 from megachat.studies.runs import RunRecord
 from megachat.studies.space import Dimension, grid
-from megachat.studies.trials import Train, Trial
+from megachat.studies.trials import Diverged, Train, Trial
 
 METRIC = "val/bpb"
 _FIRST_SEED = 42
@@ -60,6 +62,8 @@ def open_study(storage: str, name: str, space: Sequence[Dimension], question: di
         study.ask = _one_at_a_time(study.ask, Path(storage.removeprefix("sqlite:///") + ".lock"))
     saved = study.user_attrs.get("question")
     if saved is None:
+        if study.get_trials(deepcopy=False):
+            raise UserError(f"the study {name} in {storage} is none of megachat's: give another --out or --storage")
         study.set_user_attr("question", question)
         for values in grid(space) or ():
             study.enqueue_trial({key: json.dumps(value) for key, value in values.items()}, skip_if_exists=True)
@@ -90,11 +94,11 @@ def run_trials(
 ) -> None:
     """Trains until the study has `count` ended trials; other processes may work on the same study.
 
-    A trial's value is the mean of the last bits per byte over the seeds. With one seed a trial that is behind the
-    median of the others at the same step is ended early.
+    A trial's value is the mean of the last bits per byte over the seeds; one whose loss is no number has none. With one
+    seed a trial that is behind the median of the others at the same step is ended early.
     """
     optuna = import_optuna()
-    ended, combinations = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED), grid(space)
+    combinations, begin, done = grid(space), time.monotonic(), 0
 
     def objective(trial: Any) -> float:
         values = {dimension.key: _suggest(trial, dimension) for dimension in space}
@@ -106,6 +110,10 @@ def run_trials(
             log(f"{name}: {' '.join(settings)}")
             try:
                 run = train(Trial(name, (*settings, f"run.seed={seed}")), _pruning(trial) if seeds == 1 else None)
+            except Diverged as error:
+                log(f"{name}: {error}")
+                trial.set_user_attr("diverged", True)
+                raise optuna.TrialPruned from None
             except BaseException:
                 _try_again(study, trial)
                 raise
@@ -115,13 +123,22 @@ def run_trials(
             trial.set_user_attr("lasts", lasts)
         return statistics.fmean(lasts)
 
-    while True:
+    while (ended := len(_ended(study, distinct=combinations is not None))) < count:
         states = [trial.state for trial in study.get_trials(deepcopy=False)]
-        if sum(state in ended for state in states) >= count:
-            break
         if combinations and optuna.trial.TrialState.WAITING not in states:
             break  # another process has the last ones
+        if done:
+            left = hours_minutes((time.monotonic() - begin) / done * (count - ended))
+            log(f"{ended} of {count} trials ended; eta {left} with this process alone")
         study.optimize(objective, n_trials=1)
+        done += 1
+
+
+def _ended(study: Any, *, distinct: bool) -> list[Any]:
+    """Returns the trials with a result. distinct: one of each values: two processes that make a study at the same time
+    may both fill its queue."""
+    trials = [trial for trial in study.get_trials(deepcopy=False) if trial.state.name in ("COMPLETE", "PRUNED")]
+    return list({json.dumps(trial.params): trial for trial in trials}.values()) if distinct else trials
 
 
 def _suggest(trial: Any, dimension: Dimension) -> Any:
@@ -159,126 +176,63 @@ def last_value(run: RunRecord) -> float:
 
 
 class Noise(NamedTuple):
-    """The baseline: the config as it is, with several seeds. deviation: of one run."""
+    """The baseline: the config as it is, in a context of the space, with several seeds. deviation: of one run."""
 
     mean: float
     deviation: float
     runs: int
+    context: Mapping[str, Any] = {}
+
+    def verdict(self, difference: float, *runs: int) -> str:
+        """Returns better or worse for a difference of bits per byte beyond two of its deviations, else cannot tell.
+        runs: of each of the means."""
+        limit = 2 * self.deviation * math.sqrt(sum(1 / count for count in runs))
+        return "cannot tell" if abs(difference) <= limit else "better" if difference < 0 else "worse"
 
 
-def baseline_noise(train: Train, runs: int, log: Callable[[str], object]) -> Noise:
-    """Trains the config as it is with `runs` seeds, at least two, and returns mean and deviation of the last values."""
-    lasts = []
-    for seed in range(_FIRST_SEED, _FIRST_SEED + runs):
-        log(f"baseline_s{seed}: the config as it is")
-        lasts.append(last_value(train(Trial(f"baseline_s{seed}", (f"run.seed={seed}",)), None)))
-    return Noise(statistics.fmean(lasts), statistics.stdev(lasts), runs)
-
-
-def sweep_rows(study: Any, noise: Noise) -> list[dict[str, Any]]:
-    """Returns the ended trials as JSON values, best first: values, bits per byte, and the verdict against the baseline:
-    better or worse only beyond two deviations of the difference.
+def baseline_noise(
+    train: Train, runs: int, log: Callable[[str], object], contexts: Sequence[Mapping[str, Any]] = ({},)
+) -> list[Noise]:
+    """Trains the config as it is with `runs` seeds, at least two, in each context of the space (see space.contexts),
+    and returns the means of the last values. The deviation is that within all contexts.
     """
-    rows = []
-    for trial in study.get_trials(deepcopy=False):
-        lasts = trial.user_attrs.get("lasts", [])
-        if trial.state.name not in ("COMPLETE", "PRUNED"):
-            continue
-        row = {
-            "trial": trial.number,
-            "values": _values(trial),
-            "bpb": trial.value,
-            "seeds": lasts,
-            "verdict": "ended early",
-        }
+    baselines = []
+    for number, context in enumerate(contexts):
+        lasts = []
+        settings = tuple(f"{key}={json.dumps(value)}" for key, value in context.items())
+        for seed in range(_FIRST_SEED, _FIRST_SEED + runs):
+            name = "baseline" + (f"_{number}" if context else "") + f"_s{seed}"
+            log(f"{name}: the config as it is{''.join(f', {setting}' for setting in settings)}")
+            lasts.append(last_value(train(Trial(name, (*settings, f"run.seed={seed}")), None)))
+        baselines.append(Noise(statistics.fmean(lasts), statistics.variance(lasts), runs, context))
+    deviation = math.sqrt(statistics.fmean(baseline.deviation for baseline in baselines))
+    return [baseline._replace(deviation=deviation) for baseline in baselines]
+
+
+def sweep_rows(study: Any, baselines: Sequence[Noise]) -> list[dict[str, Any]]:
+    """Returns the ended trials as JSON values, best first: values, bits per byte, and two verdicts.
+
+    verdict: against the baseline of its context; against_best: against the best trial of its context. Better or worse
+    only beyond two deviations of the difference.
+    """
+    rows: list[dict[str, Any]] = []
+    best: dict[str, dict[str, Any]] = {}
+    for trial in sorted(_ended(study, distinct=False), key=lambda trial: (trial.value is None, trial.value)):
+        lasts, values = trial.user_attrs.get("lasts", []), _values(trial)
+        row = {"trial": trial.number, "values": values, "bpb": trial.value, "seeds": lasts}
+        row |= {"verdict": "diverged" if trial.user_attrs.get("diverged") else "ended early", "against_best": None}
         if trial.value is not None and trial.state.name == "COMPLETE":
-            limit = 2 * noise.deviation * math.sqrt(1 / len(lasts) + 1 / noise.runs)
-            difference = trial.value - noise.mean
-            row["verdict"] = "cannot tell" if abs(difference) <= limit else "better" if difference < 0 else "worse"
+            noise = next(one for one in baselines if one.context.items() <= values.items())
+            row["verdict"] = noise.verdict(trial.value - noise.mean, len(lasts), noise.runs)
+            first = best.setdefault(json.dumps(noise.context), row)
+            difference = trial.value - first["bpb"]
+            row["against_best"] = "best" if first is row else noise.verdict(difference, len(lasts), len(first["seeds"]))
         rows.append(row)
-    return sorted(rows, key=lambda row: (row["verdict"] == "ended early", row["bpb"] or math.inf))
+    return sorted(rows, key=lambda row: (row["against_best"] is None, row["bpb"] or math.inf))
 
 
 def _values(trial: Any) -> dict[str, Any]:
     return {key: json.loads(value) if isinstance(value, str) else value for key, value in trial.params.items()}
-
-
-class Optimum(NamedTuple):
-    """The lowest point of a quadratic in the logarithm of a setting, and its 95 % interval (None: not bounded)."""
-
-    value: float
-    low: float | None
-    high: float | None
-    points: int
-
-
-def fit_optimum(values: Sequence[float], results: Sequence[float]) -> Optimum | None:
-    """Returns where a parabola through (log value, result) is lowest; None with fewer than four points or three
-    different values, for values that are not above 0, or if the parabola has no lowest point inside or near the range.
-
-    The interval is that of the delta method with the residuals' deviation.
-    """
-    import numpy as np
-
-    from megachat.studies.curves import student_95
-
-    if len(values) < 4 or len(set(values)) < 3 or min(values) <= 0:
-        return None
-    x = np.log(np.array(values, dtype=np.float64))
-    center = x.mean()
-    design = np.stack([(x - center) ** 2, x - center, np.ones_like(x)], 1)
-    y = np.array(results, dtype=np.float64)
-    (a, b, _), *_ = np.linalg.lstsq(design, y, rcond=None)
-    if a <= 0:
-        return None
-    lowest = -b / (2 * a)
-    if not x.min() - center - 1 <= lowest <= x.max() - center + 1:
-        return None
-    freedom = len(values) - 3
-    residual = y - design @ np.linalg.lstsq(design, y, rcond=None)[0]
-    covariance = np.linalg.inv(design.T @ design) * float(residual @ residual) / freedom
-    slope = np.array([b / (2 * a * a), -1 / (2 * a), 0.0])
-    width = student_95(freedom) * math.sqrt(float(slope @ covariance @ slope))
-    bounded = width < x.max() - x.min()
-    low, high = (math.exp(center + lowest + sign * width) if bounded else None for sign in (-1, 1))
-    return Optimum(math.exp(center + lowest), low, high, len(values))
-
-
-def optima(rows: Sequence[Mapping[str, Any]], space: Sequence[Dimension]) -> list[dict[str, Any]]:
-    """Returns the fitted optimum of each numeric setting, for each combination of the other settings."""
-    fitted = []
-    ended = [row for row in rows if row["verdict"] != "ended early"]
-    for dimension in space:
-        others: dict[str, list[Mapping[str, Any]]] = {}
-        for row in ended:
-            rest = json.dumps({key: value for key, value in row["values"].items() if key != dimension.key})
-            others.setdefault(rest, []).append(row)
-        for rest, group in others.items():
-            points = [(row["values"][dimension.key], last) for row in group for last in row["seeds"] or [row["bpb"]]]
-            if not all(isinstance(value, int | float) and not isinstance(value, bool) for value, _ in points):
-                continue
-            if optimum := fit_optimum([value for value, _ in points], [last for _, last in points]):
-                fitted.append({"key": dimension.key, "others": json.loads(rest), **optimum._asdict()})
-    return fitted
-
-
-def power_laws(fits: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns how the optimum of a setting moves with another one, by a line through the logarithms of three optima or
-    more: {"key", "with", "exponent", "points"}.
-    """
-    import numpy as np
-
-    laws = []
-    for key in dict.fromkeys(fit["key"] for fit in fits):
-        mine = [fit for fit in fits if fit["key"] == key and len(fit["others"]) == 1]
-        for other in {name for fit in mine for name in fit["others"]}:
-            points = [(fit["others"][other], fit["value"]) for fit in mine if other in fit["others"]]
-            numbers = [x for x, _ in points if isinstance(x, int | float) and not isinstance(x, bool) and x > 0]
-            if len(set(numbers)) >= 3 and len(numbers) == len(points):
-                logs = np.log(np.array(points, dtype=np.float64))
-                exponent = float(np.polyfit(logs[:, 0], logs[:, 1], 1)[0])
-                laws.append({"key": key, "with": other, "exponent": exponent, "points": len(points)})
-    return laws
 
 
 def importance(study: Any) -> dict[str, float] | None:

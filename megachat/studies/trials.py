@@ -1,6 +1,7 @@
 """One training of a study: an ordinary run folder, trained by its own process, continued if it was stopped."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from megachat.errors import UserError
 from megachat.studies.runs import RunRecord, is_run, load_run
 
 _POLL_S = 0.5
+_DIVERGED = re.compile(r"step \d+: the loss is (nan|inf|-inf) ")  # how train/step.py ends such a run
 LOGS = "logs"  # folder of what the trainings print
 
 
@@ -23,6 +25,14 @@ class Trial(NamedTuple):
     settings: tuple[str, ...]
 
 
+class Diverged(UserError):
+    """A training whose loss was no number: a result of a study, where any other failure is none. run: so far."""
+
+    def __init__(self, message: str, run: RunRecord) -> None:
+        super().__init__(message)
+        self.run = run
+
+
 Watch = Callable[[RunRecord], bool]  # gets the run when it has new metrics; returns whether it should end
 Train = Callable[[Trial, Watch | None], RunRecord]
 
@@ -31,7 +41,8 @@ def trainer(config: str, folder: Path, settings: Sequence[str] = (), *, ranks: i
     """Returns a function that trains a trial to its end, and returns its run; a finished one is not trained again.
 
     config: of all trials. folder: where their run folders are. settings: of all trials. ranks: processes per trial on
-    this machine, under torchrun. The function raises UserError when a training fails, with its first error.
+    this machine, under torchrun. The function raises UserError when a training fails, with its first error; Diverged
+    if its loss was no number.
     """
 
     def train(trial: Trial, watch: Watch | None = None) -> RunRecord:
@@ -52,7 +63,9 @@ def trainer(config: str, folder: Path, settings: Sequence[str] = (), *, ranks: i
             )
         stopped = _wait(process, run, watch)
         if process.returncode and not stopped:
-            raise UserError(f"the training of {trial.name} failed: {_first_error(log)} ({log} has all it printed)")
+            error = _first_error(log)
+            message = f"the training of {trial.name} failed: {error} ({log} has all it printed)"
+            raise Diverged(message, load_run(run)) if _DIVERGED.match(error) else UserError(message)
         return load_run(run)
 
     return train

@@ -43,14 +43,14 @@ def set_schedules(run: TrainingModel, step: int) -> float:
     plan = run.plan
     values = scheduled_values(run.config.optimizer, step, plan.steps)
     for group in run.engine.adamw.param_groups:
-        group["lr"] = plan.rates[_RATE_OF_GROUP[group["name"]]] * values.rate
+        group["lr"] = plan.rates[_RATE_OF_GROUP[group["name"]]] * values.multiplier(_RATE_OF_GROUP[group["name"]])
     run.muon.set_hyper(
-        lr=plan.rates["matrix"] * values.rate,
+        lr=plan.rates["matrix"] * values.multiplier("matrix"),
         weight_decay=plan.weight_decay * values.decay,
         momentum=values.momentum,
     )
     for table in run.rows.tables.values():
-        run.rows.set_lr(table.name, plan.rates[table.rate] * values.rate)
+        run.rows.set_lr(table.name, plan.rates[table.rate] * values.multiplier(table.rate))
     return values.rate
 
 

@@ -16,8 +16,10 @@ from megachat.studies.comparison import compare_curves, load_runs
 from megachat.studies.runs import find_runs
 from tests.runs.forked import environment, run_forked
 from tests.runs.job import STEPS, command, make_place
+from tests.unit.studies.test_runs import make_run
 
 _FAILS = "import sys; print('start'); print('error: no such folder', file=sys.stderr); sys.exit(2)"
+_DIVERGES = "import sys; print('error: step 7: the loss is nan on rank 0 (host); this step'); sys.exit(2)"
 _DIES = "print('start'); print('Killed by something'); raise SystemExit(137)"
 
 
@@ -71,9 +73,20 @@ def test_a_job_of_two_ranks_writes_its_report_and_survives_a_failure(one, shared
     assert done.status == 0 and f"{report} is not written (IsADirectoryError" in done.out, (done.out, done.err)
 
 
-@pytest.mark.parametrize("program, problem", [(_FAILS, "no such folder"), (_DIES, "Killed by something")])
-def test_a_training_that_fails_is_named_with_its_error(program, problem, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "program, problem, kind",
+    [
+        (_FAILS, "no such folder", UserError),
+        (_DIES, "Killed by something", UserError),
+        (_DIVERGES, "step 7: the loss is nan on rank 0 .host.; this step", trials.Diverged),
+    ],
+)
+def test_a_training_that_fails_is_named_with_its_error(program, problem, kind, tmp_path, monkeypatch):
     monkeypatch.setattr(trials, "_launcher", lambda ranks: [sys.executable, "-c", program])
     train = trials.trainer("demo", tmp_path)
-    with pytest.raises(UserError, match=rf"the training of first failed: {problem} \(.*first.log has all it printed\)"):
+    make_run(tmp_path / "first", done=3, saved=())
+    with pytest.raises(
+        UserError, match=rf"the training of first failed: {problem} \(.*first.log has all it printed\)"
+    ) as caught:
         train(trials.Trial("first", ()), None)
+    assert caught.type is kind

@@ -250,9 +250,14 @@ def _with_error(mean: float, error: float | None, sign: str = "") -> str:
     return f"{mean:{sign}.4f}" + ("" if error is None else f" +- {error:.4f}")
 
 
+def _verdict(mean: float, error: float | None) -> str:
+    """Returns better or worse for a difference beyond two standard errors of the paired seeds, else cannot tell."""
+    return "cannot tell" if error is None or abs(mean) <= 2 * error else "better" if mean < 0 else "worse"
+
+
 def ablation_table(variants: Mapping[str, Mapping]) -> list[str]:
     """Returns one line per variant: bits per byte, difference to the baseline, and what it costs."""
-    rows = [("variant", "seeds", "bits per byte", "difference to none", "step time", "FLOPs", "parameters", "MB")]
+    rows = [("variant", "seeds", "bits per byte", "difference to none", "verdict", "step time", "FLOPs", "parameters", "MB")]
     reference = variants[BASELINE]
     for name, variant in variants.items():
         rows.append(
@@ -261,10 +266,11 @@ def ablation_table(variants: Mapping[str, Mapping]) -> list[str]:
                 str(variant["seeds"]),
                 _with_error(*variant["bpb"]),
                 "" if name == BASELINE else _with_error(*variant["difference"], "+"),
+                "" if name == BASELINE else _verdict(*variant["difference"]),
                 f"{variant['ratio']:.2f}" if "ratio" in variant else "",
                 f"{variant['flops'] / reference['flops']:.3f}",
                 f"{variant['parameters']['total']:,}",
                 f"{variant.get('estimated_bytes', variant['peak_bytes']) / 1e6:,.0f}",
             )
         )
-    return text_table(rows, right=range(1, 8))
+    return text_table(rows, right=(1, 2, 3, 5, 6, 7, 8))

@@ -8,7 +8,10 @@ import pytest
 
 from megachat.commands import ladder as command
 from megachat.commands import main as cli
+from megachat.config import load_config
 from megachat.errors import UserError
+from megachat.installation import config_path
+from megachat.programs.dry_run import Hardware, timed_plan
 from megachat.studies.ladder import climb, compute_multiplier, ladder_rows
 from megachat.studies.runs import load_run
 from tests.unit.studies.test_runs import make_run
@@ -70,15 +73,47 @@ def test_the_compute_multiplier_of_planted_laws(tmp_path):
 def test_the_command_prints_and_keeps_the_table_and_refuses_another_question(tmp_path, monkeypatch, capsys):
     out, seen = tmp_path / "ladder", []
     monkeypatch.setattr("megachat.studies.trials.trainer", lambda *_, **__: planted(out, {2: 1.4, 3: 1.2}, seen))
-    words = ["--config", "demo", "--set", "optimizer.warmdown_ratio=0.85", "--depths", "3,2", "--out", str(out)]
+    words = ["--config", "demo", "--set", "optimizer.warmdown_ratio=0.85", "--both", "model.vocab_size=4096"]
+    words += ["--depths", "3,2", "--out", str(out)]
     cli.start("ladder", words, "megachat")
     shown = capsys.readouterr()
     assert "rung 1 of 2, depth 2: d2_base_s42" in shown.err
     assert "compute multiplier over 2 rungs" in shown.out and "a guess" in shown.out and "one run per side" in shown.out
     saved = json.loads((out / "ladder.json").read_text())
     assert [row["depth"] for row in saved["rungs"]] == [2, 3] and math.isfinite(saved["compute_multiplier"]["value"])
+    assert "depth  runs  tokens" in shown.err and "hours are not known before the first run" in shown.err
+    other = [*words[:3], "optimizer.warmdown_ratio=0.5", *words[4:]]
     with pytest.raises(UserError, match="has the ladder of .*warmdown_ratio=0.85: give another --out"):
-        cli.start("ladder", [*words[:3], "optimizer.warmdown_ratio=0.5", *words[4:]], "megachat")
+        cli.start("ladder", other, "megachat")
+    folders = []
+    monkeypatch.setattr(
+        "megachat.studies.trials.trainer",
+        lambda _, folder, *__, **___: folders.append(folder) or planted(out, {2: 1.4, 3: 1.2}, seen),
+    )
+    other[-1] = str(tmp_path / "second")
+    cli.start("ladder", [*other, "--base", str(out)], "megachat")
+    assert folders == [tmp_path / "second", out], "the change and the baseline"
+    with pytest.raises(UserError, match="has the ladder of another config or --both: leave --base out"):
+        cli.start("ladder", [*other, "--base", str(out), "--both", "batch.tokens=4096"], "megachat")
+
+
+def test_hours_and_price_of_each_rung_are_planned(tmp_path, monkeypatch, capsys):
+    """The same numbers as the planner's of each run, and nothing starts."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--config", "d12", "--set", "optimizer.warmdown_ratio=0.85", "--depths", "12,20", "--seeds", "2"]
+    words += ["--both", "model.vocab_size=32768", "--gpu", "H100", "--price", "2.5", "--dry-run"]
+    cli.start("ladder", words, "megachat")
+    text = capsys.readouterr().out
+    cli.start("ladder", [*words, "--json"], "megachat")
+    rungs = json.loads(capsys.readouterr().out)["plan"]
+    assert "a plan, not measured: hours by the data sheet of H100" in text and list(tmp_path.iterdir()) == []
+    for rung in rungs:
+        config = load_config(config_path("d12"), [words[9], f"model.depth={rung['depth']}"])
+        plan, one = timed_plan(config, 1, Hardware(gpu="H100", price=2.5))
+        assert rung["runs"] == 4 and rung["hours"] == pytest.approx(4 * one["wall_hours"])
+        assert rung["price"] == pytest.approx(2.5 * rung["hours"]) and rung["flops"] == pytest.approx(
+            4 * plan.total_flops
+        )
 
 
 @pytest.mark.parametrize(
@@ -90,10 +125,13 @@ def test_the_command_prints_and_keeps_the_table_and_refuses_another_question(tmp
         (["--depths", "2", "--set", "run.seed=1", "--stop-at", "bad"], "'bad' is none of worse"),
         (["--depths", "2", "--set", "run.seed=1", "--seeds", "0"], "--seeds is 0"),
         (["--depths", "2", "--set", "optimizer.lr=1"], "unknown key optimizer.lr"),
+        (["--depths", "2", "--set", "run.seed=1", "--price", "2"], "--price needs a time"),
+        (["--depths", "2", "--set", "run.seed=1", "--price", "-2"], "--price is -2"),
+        (["--depths", "2", "--set", "run.seed=1", "--base", "nowhere"], "--base nowhere has no ladder"),
     ],
 )
 def test_mistakes_come_before_any_training(words, problem, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=problem):
-        cli.start("ladder", ["--config", "demo", *words], "megachat")
+        cli.start("ladder", ["--config", "demo", "--both", "model.vocab_size=4096", *words], "megachat")
     assert not list(tmp_path.rglob("d2_*")) and command.run

@@ -1,8 +1,14 @@
 """Sweeps with planted results: the optimum, verdicts with noise, early ends, continued and shared studies, mistakes."""
 
+import importlib.util
 import json
+import multiprocessing
+import os
+import pwd
+import shutil
 import subprocess
-import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +17,13 @@ from megachat.commands import main as cli
 from megachat.errors import UserError
 from megachat.studies.runs import load_run
 from megachat.studies.space import grid, load_space
+from megachat.studies.trials import Diverged
 from tests.limits import limit_s
 from tests.unit.studies.test_runs import make_run
 
-pytest.importorskip("optuna", reason="optuna is not installed: pip install 'megachat[sweep]'")
-from megachat.studies.sweep import Noise, fit_optimum, open_study, power_laws, run_trials, sweep_rows  # noqa: E402
+optuna = pytest.importorskip("optuna", reason="optuna is not installed: pip install 'megachat[sweep]'")
+from megachat.studies.fits import fit_optimum, power_laws  # noqa: E402
+from megachat.studies.sweep import Noise, open_study, run_trials, sweep_rows  # noqa: E402
 
 KEY = "optimizer.matrix_lr"
 
@@ -62,17 +70,27 @@ def test_a_grid_finds_the_planted_optimum_and_how_it_moves(tmp_path, monkeypatch
     rates = [0.005, 0.01, 0.02, 0.04]
     space = write_space(tmp_path, optimizer__matrix_lr=rates, model__depth=[2, 4, 8])
     text, seen, result = sweep(monkeypatch, capsys, tmp_path, "--space", space, "--seeds", 2)
-    assert len(result["trials"]) == 12 and len(seen) == 2 + 24 and seen[:2] == ["baseline_s42", "baseline_s43"]
+    assert len(result["trials"]) == 12 and len(seen) == 6 + 24
+    assert seen[:3] == ["baseline_0_s42", "baseline_0_s43", "baseline_1_s42"], "at each depth"
+    for base, depth in zip(result["baselines"], (2, 4, 8), strict=True):
+        (same,) = [row for row in result["trials"] if row["values"] == {KEY: 0.02, "model.depth": depth}]
+        assert base["context"] == {"model.depth": depth} and base["mean"] == pytest.approx(same["bpb"])
+        assert same["verdict"] == "cannot tell", "the config as it is"
+        assert [row["against_best"] for row in result["trials"] if row["values"]["model.depth"] == depth][0] == "best"
     for fit in (fit for fit in result["optima"] if fit["key"] == KEY):
         assert fit["low"] < 0.02 / (fit["others"]["model.depth"] / 2) ** 0.5 < fit["high"]
     (law,) = (law for law in result["power_laws"] if law["key"] == KEY)
     assert law["exponent"] == pytest.approx(-0.5, abs=0.05) and "moves as model.depth^-0.5" in text
+    assert law["low"] < -0.5 < law["high"]
     verdicts = {row["verdict"] for row in result["trials"]}
-    assert verdicts == {"cannot tell", "worse"} and set(result["importance"]) == {KEY, "model.depth"}
+    assert verdicts == {"better", "cannot tell", "worse"} and set(result["importance"]) == {KEY, "model.depth"}
     best = json.loads((tmp_path / "out/best.json").read_text())
     assert best["optimizer"]["matrix_lr"] == result["trials"][0]["values"][KEY] and best["batch"]["tokens"] == 8192
     again, seen, _ = sweep(monkeypatch, capsys, tmp_path, "--space", space, "--seeds", 2)
-    assert again == text and len(seen) == 2, "only the baseline is read again"
+    assert again == text and len(seen) == 6, "only the baseline is read again"
+    if importlib.util.find_spec("matplotlib"):
+        picture = (tmp_path / "out/sweep.svg").read_text()
+        assert "bits per byte" in picture and "exponent -0.5" in picture and len(picture) < 300_000
     other = write_space(tmp_path, optimizer__matrix_lr=rates)
     with pytest.raises(UserError, match="another space or config: give another --out"):
         sweep(monkeypatch, capsys, tmp_path, "--space", other)
@@ -85,28 +103,52 @@ def test_ranges_are_sampled_and_trials_that_are_behind_end_early(tmp_path, monke
     assert all(0.002 <= row["values"][KEY] <= 0.2 for row in result["trials"]) and "ended early" in text
 
 
-def test_two_processes_share_a_study(tmp_path):
-    program = """
-import sys
-from pathlib import Path
-from megachat.studies.space import load_space
-from megachat.studies.sweep import open_study, run_trials
-from tests.unit.studies.test_sweep import planted
-folder, seen = Path(sys.argv[1]), []
-space = load_space(folder / "space.json")
-study = open_study(f"sqlite:///{folder}/study.db", "shared", space, {}, seed=1)
-run_trials(study, space, planted(folder, seen), 12, seeds=1, log=lambda line: None)
-print(len(seen))
-"""
+@pytest.fixture(scope="module")
+def postgresql():
+    """The URL of a PostgreSQL server of its own, reached by a socket in its folder; root may not run one."""
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if not programs:
+        pytest.skip("no PostgreSQL: apt install postgresql")
+    pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'megachat[postgresql]'")
+    try:
+        user = pwd.getpwnam("postgres" if os.getuid() == 0 else pwd.getpwuid(os.getuid()).pw_name)
+    except KeyError:
+        pytest.skip("root may not run PostgreSQL, and there is no user postgres")
+    folder = tempfile.mkdtemp(prefix="pg")  # a socket's path has at most 107 bytes
+    os.chown(folder, user.pw_uid, user.pw_gid)
+    how = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []} if os.getuid() == 0 else {}
+    data, log = f"{folder}/data", f"{folder}/log"
+    subprocess.run([programs[-1], "-D", data, "-A", "trust", "-U", "studies", "-N"], check=True, **how)
+    control = [programs[-1].with_name("pg_ctl"), "-D", data, "-l", log, "-w", "-t", str(limit_s())]
+    control += ["-o", f"-c listen_addresses= -c unix_socket_directories={folder} -c fsync=off"]
+    subprocess.run([*control, "start"], check=True, stdout=subprocess.DEVNULL, **how)
+    yield f"postgresql+psycopg://studies@/postgres?host={folder}"
+    subprocess.run([*control, "-m", "immediate", "stop"], check=True, **how)
+    shutil.rmtree(folder)
+
+
+def _work_on_it(storage, folder):
+    space, seen = load_space(folder / "space.json"), []
+    study = open_study(storage, "shared", space, {}, seed=os.getpid())
+    run_trials(study, space, planted(folder, seen), 12, seeds=1, log=lambda line: None)
+    (folder / f"seen_{os.getpid()}.json").write_text(json.dumps(seen))
+
+
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+def test_two_processes_share_a_study(database, tmp_path, request):
+    url = f"sqlite:///{tmp_path}/study.db" if database == "sqlite" else request.getfixturevalue(database)
     space = load_space(write_space(tmp_path, optimizer__matrix_lr=[0.001 * number for number in range(1, 13)]))
-    open_study(f"sqlite:///{tmp_path}/study.db", "shared", space, {}, seed=1)
-    line = [sys.executable, "-c", program, str(tmp_path)]
-    both = [subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    done = [process.communicate(timeout=limit_s()) for process in both]
-    assert [process.returncode for process in both] == [0, 0], done
-    study = open_study(f"sqlite:///{tmp_path}/study.db", "shared", space, {}, seed=1)
-    values = [row["values"][KEY] for row in sweep_rows(study, Noise(0, 0, 2))]
-    assert set(values) == set(space[0].values), "each combination was tried"
+    fork = multiprocessing.get_context("fork")
+    both = [fork.Process(target=_work_on_it, args=(url, tmp_path)) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(limit_s())
+    assert [process.exitcode for process in both] == [0, 0]
+    rows = sweep_rows(open_study(url, "shared", space, {}, seed=1), [Noise(0, 0, 2)])
+    assert {row["values"][KEY] for row in rows} == set(space[0].values), "each combination was tried"
+    seen = [name for path in tmp_path.glob("seen_*") for name in json.loads(path.read_text())]
+    assert len(seen) == len(set(seen)), "no trial was taken twice"
 
 
 def test_a_failed_training_ends_the_sweep_and_is_tried_again(tmp_path):
@@ -119,7 +161,21 @@ def test_a_failed_training_ends_the_sweep_and_is_tried_again(tmp_path):
     with pytest.raises(UserError, match="the training failed"):
         run_trials(study, space, fail, 2, seeds=1, log=lambda line: None)
     run_trials(study, space, planted(tmp_path, []), 2, seeds=1, log=lambda line: None)
-    assert {row["values"][KEY] for row in sweep_rows(study, Noise(0, 0, 2))} == {0.01, 0.02}
+    assert {row["values"][KEY] for row in sweep_rows(study, [Noise(0, 0, 2)])} == {0.01, 0.02}
+
+
+def test_a_diverged_trial_is_a_result(tmp_path):
+    space = load_space(write_space(tmp_path, optimizer__matrix_lr=[0.01, 0.02]))
+    study, trains = open_study(f"sqlite:///{tmp_path}/study.db", "diverging", space, {}, seed=1), planted(tmp_path, [])
+
+    def train(trial, watch=None):
+        if f"{KEY}=0.02" in trial.settings:
+            raise Diverged("step 3: the loss is nan on rank 0", trains(trial))
+        return trains(trial, watch)
+
+    run_trials(study, space, train, 2, seeds=1, log=lambda line: None)
+    rows = sweep_rows(study, [Noise(0, 0, 2)])
+    assert [(row["values"][KEY], row["verdict"]) for row in rows] == [(0.01, "better"), (0.02, "diverged")]
 
 
 def test_the_fitted_optimum_and_its_interval():
@@ -160,5 +216,9 @@ def test_an_impossible_space_is_refused_before_anything_starts(space, problem, t
 def test_a_space_of_ranges_is_no_grid_and_a_database_is_needed(tmp_path):
     whole = load_space(write_space(tmp_path, model__depth={"low": 2, "high": 4}))
     assert grid(whole) is None and whole[0].whole
+    url = f"sqlite:///{tmp_path}/other.db"
+    optuna.create_study(storage=url, study_name="mine").optimize(lambda trial: trial.suggest_float("x", 0, 1), 1)
+    with pytest.raises(UserError, match="the study mine in .* is none of megachat's: give another --out or --storage"):
+        open_study(url, "mine", whole, {}, seed=1)
     with pytest.raises(UserError, match="cannot be opened"):
         open_study("sqlite:////nowhere/at/all.db", "name", whole, {}, seed=1)
