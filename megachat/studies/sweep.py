@@ -2,13 +2,14 @@
 noise. The only module that imports optuna.
 """
 
+import contextlib
 import fcntl
 import json
 import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,47 +41,68 @@ def open_study(storage: str, name: str, space: Sequence[Dimension], question: di
     storage: any URL that Optuna takes. question: what the study asks; a study of the same name with another one is
     refused with UserError, and so is a database that cannot be opened.
     """
-    optuna = import_optuna()
-    try:
-        backend = optuna.storages.RDBStorage(
-            storage,
-            heartbeat_interval=_HEARTBEAT_S,
-            grace_period=4 * _HEARTBEAT_S,
-            heartbeat_stale_trial_callback=_try_again,
-        )
-        study = optuna.create_study(
-            storage=backend,
-            study_name=name,
-            direction="minimize",
-            sampler=optuna.samplers.TPESampler(seed=seed, multivariate=True),
-            pruner=optuna.pruners.MedianPruner(n_startup_trials=4),
-            load_if_exists=True,
-        )
-    except Exception as error:  # of any database driver
-        raise UserError(f"the study's database {storage} cannot be opened ({summary(error)})") from None
-    if storage.startswith("sqlite:///"):
-        study.ask = _one_at_a_time(study.ask, Path(storage.removeprefix("sqlite:///") + ".lock"))
-    saved = study.user_attrs.get("question")
-    if saved is None:
-        if study.get_trials(deepcopy=False):
-            raise UserError(f"the study {name} in {storage} is none of megachat's: give another --out or --storage")
-        study.set_user_attr("question", question)
-        for values in grid(space) or ():
-            study.enqueue_trial({key: json.dumps(value) for key, value in values.items()}, skip_if_exists=True)
-    elif saved != json.loads(json.dumps(question)):
-        raise UserError(f"{storage} has a study {name} of another space or config: give another --out or --storage")
+    with _one_at_a_time(storage):
+        try:
+            study = _create(storage, name, seed)
+        except Exception as error:  # of any database driver
+            raise UserError(f"the study's database {storage} cannot be opened ({summary(error)})") from None
+        trials, saved = study.get_trials(deepcopy=False), study.user_attrs.get("question")
+        if saved is None:
+            if trials:
+                raise UserError(f"the study {name} in {storage} is none of megachat's: give another --out or --storage")
+            study.set_user_attr("question", question)
+            for values in grid(space) or ():
+                study.enqueue_trial({key: json.dumps(value) for key, value in values.items()}, skip_if_exists=True)
+        elif saved != json.loads(json.dumps(question)):
+            raise UserError(f"{storage} has a study {name} of another space or config: give another --out or --storage")
+    ask = study.ask
+
+    def ask_alone(*args: Any, **kwargs: Any) -> Any:
+        with _one_at_a_time(storage):
+            return ask(*args, **kwargs)
+
+    study.ask = ask_alone
     return study
 
 
-def _one_at_a_time(ask: Callable, lock: Path) -> Callable:
-    """Returns `ask` for one process at a time: SQLite locks no rows, so two could take the same waiting trial."""
+def _create(storage: str, name: str, seed: int) -> Any:
+    optuna = import_optuna()
+    for attempts_left in (2, 1, 0):
+        try:
+            backend = optuna.storages.RDBStorage(
+                storage,
+                heartbeat_interval=_HEARTBEAT_S,
+                grace_period=4 * _HEARTBEAT_S,
+                heartbeat_stale_trial_callback=_try_again,
+            )
+            return optuna.create_study(
+                storage=backend,
+                study_name=name,
+                direction="minimize",
+                sampler=optuna.samplers.TPESampler(seed=seed, multivariate=True),
+                pruner=optuna.pruners.MedianPruner(n_startup_trials=4),
+                load_if_exists=True,
+            )
+        except Exception:
+            if not attempts_left or storage.startswith("sqlite:"):
+                raise
+            time.sleep(1)  # another process may be making the same tables
+    raise AssertionError
 
-    def locked(*args: Any, **kwargs: Any) -> Any:
-        with lock.open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            return ask(*args, **kwargs)
 
-    return locked
+@contextlib.contextmanager
+def _one_at_a_time(storage: str) -> Iterator[None]:
+    """Lets one process at a time use an SQLite file: it locks no rows, so two could take the same waiting trial."""
+    if not storage.startswith("sqlite:///"):
+        yield
+        return
+    try:
+        file = Path(storage.removeprefix("sqlite:///") + ".lock").open("a")
+    except OSError as error:
+        raise UserError(f"the study's database {storage} cannot be opened ({summary(error)})") from None
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _try_again(study: Any, trial: Any) -> None:

@@ -1,5 +1,6 @@
 """One training of a study: an ordinary run folder, trained by its own process, continued if it was stopped."""
 
+import fcntl
 import os
 import re
 import signal
@@ -46,13 +47,18 @@ def trainer(config: str, folder: Path, settings: Sequence[str] = (), *, ranks: i
     """
 
     def train(trial: Trial, watch: Watch | None = None) -> RunRecord:
+        log = folder / LOGS / f"{trial.name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.with_suffix(".lock").open("a") as lock:  # another process of the study may train it, as the baseline
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            return train_alone(trial, watch, log)
+
+    def train_alone(trial: Trial, watch: Watch | None, log: Path) -> RunRecord:
         run = folder / trial.name
         if is_run(run) and (record := load_run(run)).state in ("finished", "running"):
             if record.state == "running":
                 raise UserError(f"{run} is trained by another job at this moment: wait, or use another folder")
             return record
-        log = folder / LOGS / f"{trial.name}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
         place = (f"run.folder={folder}", f"run.name={trial.name}")
         overrides = [word for setting in (*settings, *trial.settings, *place) for word in ("--set", setting)]
         with log.open("ab") as out:

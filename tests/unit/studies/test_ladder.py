@@ -81,7 +81,7 @@ def test_the_command_prints_and_keeps_the_table_and_refuses_another_question(tmp
     assert "compute multiplier over 2 rungs" in shown.out and "a guess" in shown.out and "one run per side" in shown.out
     saved = json.loads((out / "ladder.json").read_text())
     assert [row["depth"] for row in saved["rungs"]] == [2, 3] and math.isfinite(saved["compute_multiplier"]["value"])
-    assert "depth  runs  tokens" in shown.err and "hours are not known before the first run" in shown.err
+    assert "depth  runs " in shown.err and "hours are not known before the first run" in shown.err
     other = [*words[:3], "optimizer.warmdown_ratio=0.5", *words[4:]]
     with pytest.raises(UserError, match="has the ladder of .*warmdown_ratio=0.85: give another --out"):
         cli.start("ladder", other, "megachat")

@@ -175,7 +175,7 @@ def test_a_diverged_trial_is_a_result(tmp_path):
 
     run_trials(study, space, train, 2, seeds=1, log=lambda line: None)
     rows = sweep_rows(study, [Noise(0, 0, 2)])
-    assert [(row["values"][KEY], row["verdict"]) for row in rows] == [(0.01, "better"), (0.02, "diverged")]
+    assert [(row["values"][KEY], row["verdict"]) for row in rows] == [(0.01, "worse"), (0.02, "diverged")]
 
 
 def test_the_fitted_optimum_and_its_interval():
