@@ -257,7 +257,9 @@ def _verdict(mean: float, error: float | None) -> str:
 
 def ablation_table(variants: Mapping[str, Mapping]) -> list[str]:
     """Returns one line per variant: bits per byte, difference to the baseline, and what it costs."""
-    rows = [("variant", "seeds", "bits per byte", "difference to none", "verdict", "step time", "FLOPs", "parameters", "MB")]
+    rows = [
+        ("variant", "seeds", "bits per byte", "difference to none", "verdict", "step time", "FLOPs", "parameters", "MB")
+    ]
     reference = variants[BASELINE]
     for name, variant in variants.items():
         rows.append(
