@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # On a machine with one H100 or H200: sets up, runs tests/gpu and the performance matrix, and writes docs/benchmarks.md and docs/benchmarks_gpu.json,
-# in at most 20 minutes after the installation.
+# with the three recipes of the speedrun (tokens per second, MFU, peak memory) beside nanochat's, in at most 20 minutes after the installation.
 # Usage: bash tests/run_gpu.sh [--wheels FOLDER] [--nanochat FOLDER] [--minutes N] [--part checks|performance]
 # --wheels: what is missing is installed from here, for a machine without a network (../shared/gpu/wheels if it is there). To fill it elsewhere, with
 # the same Python: pip wheel --no-deps -w FOLDER deepspeed==VERSION_OF_setup.py hjson; and Transformer Engine's wheels. --nanochat: a clone of

@@ -27,6 +27,7 @@ _SMALL = (
     *("precision.fp8=off", "precision.compile=false", "batch.recompute=none"),
     *("model.vocab_size=4096", "evaluate.core_every=0"),
 )
+TOKENIZER_SHARDS = 8  # of climbmix, as nanochat: more than the 2e9 characters that are read
 RECORD_NAME, REPORT_NAME = "record.md", "report.html"
 Start = Callable[[list[str]], int]  # runs `megachat ARGUMENTS` and returns its exit status
 
@@ -103,8 +104,10 @@ def stages(speedrun: Speedrun) -> Iterator[Stage]:
         shards = str(speedrun.shards)
         yield Stage("data", "", ["data", "--source", "climbmix", "--shards", shards, "--out", str(folder)])
     done = f"{tokenizer} exists" if (tokenizer / METADATA_FILE).exists() else ""
-    size = ["--vocab-size", str(config.model.vocab_size)]
-    yield Stage("tokenizer", done, ["tokenizer", "--data", str(folder), *size, "--out", str(tokenizer)])
+    training = ["tokenizer", "--data", str(folder), "--vocab-size", str(config.model.vocab_size)]
+    if speedrun.shards:  # the same tokenizer however many are downloaded
+        training += ["--shards", f"0-{min(TOKENIZER_SHARDS, speedrun.shards) - 1}"]
+    yield Stage("tokenizer", done, [*training, "--out", str(tokenizer)])
     for run in range(speedrun.runs):
         run_folder = speedrun.folder_of(run)
         chosen = [word for setting in speedrun.settings_of(run) for word in ("--set", setting)]

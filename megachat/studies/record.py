@@ -24,6 +24,7 @@ from megachat.studies.runs import RunRecord, flat_config, read_starts
 _FREE_SECTIONS = ("run.", "log.", "checkpoint.", "evaluate.")
 _FREE_KEYS = ("data.folder", "data.tokenizer", "data.tokenizer_threads", "data.prefetch_steps", "data.resume")
 _ROWS = {"tokens": 80 * 2**19, "sequence_len": 2048, "streams": 8, "buffer_documents": 1000}  # of nanochat's validation
+_HASH = re.compile("[0-9a-f]{40,64}")
 _SHARD = re.compile(r"shard_(\d+)\.parquet")
 # What must be the same in all runs of a record -> what it is called.
 _EQUAL = {
@@ -265,7 +266,7 @@ def _short(one: Mapping[str, Any], key: str, first: Mapping[str, Any], other: Ma
 def _short_value(value: Any) -> str:
     if value is None:
         return "not set"
-    return value[:12] if isinstance(value, str) and len(value) >= 40 else str(value)
+    return value[:12] if isinstance(value, str) and _HASH.fullmatch(value) else str(value)
 
 
 # ---- the text
@@ -342,8 +343,10 @@ def _rows_text(one: Mapping[str, Any]) -> str:
     return f"{rows}, not the leaderboard's: {listed}"
 
 
-def _origin_text(origin: Mapping[str, Any]) -> str:
-    listed = ", ".join(f"{key} {_short_value(value)}" for key, value in origin.items())
+def _origin_text(origin: dict[str, Any]) -> str:
+    shards = list(origin.get("shards") or ())
+    values = origin | ({"shards": f"{shards[0]} to {shards[-1]}"} if shards else {})
+    listed = ", ".join(f"{key} {_short_value(value)}" for key, value in values.items())
     return listed or "of unknown origin"
 
 

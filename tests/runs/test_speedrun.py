@@ -116,7 +116,7 @@ def test_recipes_at_other_depths():
     assert Speedrun("public-2026").name == "speedrun-public-2026"
     first, second = list(stages(Speedrun("public-2026", ("data.tokenizer=none",))))[:2]
     assert first.arguments[:5] == ["data", "--source", "climbmix", "--shards", "170"]
-    assert second.arguments[3:5] == ["--vocab-size", "49152"] and not second.done
+    assert second.arguments[3:7] == ["--vocab-size", "49152", "--shards", "0-7"] and not second.done
 
 
 def test_bad_input(options, tmp_path):

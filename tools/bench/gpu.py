@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from megachat.config import Config  # noqa: E402
+from megachat.config import Config, load_config  # noqa: E402
 from megachat.device import peak_flops, synchronize  # noqa: E402
 from megachat.errors import UserError  # noqa: E402
 from megachat.job.launch import bootstrap_environment, choose_device  # noqa: E402
@@ -35,6 +35,7 @@ LINEARS = {  # name -> settings of precision
     "torch tensorwise": {"compile": True, "fp8": "tensorwise", "fp8_backend": "torch"},
 }
 KERNELS = ("te", "flash3", "flex", "flash2", "flash4", "sdpa")
+RECIPES = {"speedrun_run6": 24, "speedrun_public": 22, "speedrun": 22}  # configs of the speedrun -> depth
 BATCH = {24: (16, 2), 12: (32, 1)}  # depth -> rows per micro-batch, micro-batches: 65,536 tokens per step
 ABOUT = (
     f"bfloat16, rows of {SEQUENCE} tokens, vocabulary {VOCAB}, windows SSSL, {WARM_UP} steps of warm-up, medians of "
@@ -57,6 +58,9 @@ def cases(nanochat: str | None) -> list[dict]:
         case("torch compiled", depth=12),
         case("te tensorwise", depth=12),
     ]
+    matrix += [case("recipe", depth=depth, recipe=name) for name, depth in RECIPES.items()]
+    if nanochat:  # run 6 is the case above
+        matrix += [case("nanochat fp8", depth=22, recipe="speedrun_public", micro_rows=16, path=nanochat)]
     if "recompute" in BatchConfig.model_fields:
         matrix += [case("torch compiled", recompute=kind) for kind in ("selective", "block")]
     matrix += [case("te bf16"), case("torch eager"), case("te blockwise"), case("torch tensorwise", depth=12)]
@@ -74,13 +78,22 @@ def cases(nanochat: str | None) -> list[dict]:
 
 
 def case_config(case: dict) -> Config:
-    """Returns the config of a case, for one rank."""
+    """Returns the config of a case, for one rank: a recipe's with two micro-batches, or one of the matrix."""
+    if "recipe" in case:
+        changes = ["batch.accumulation=2", "horizon.steps=100"]
+        changes += [f"batch.micro_rows={case['micro_rows']}"] if "micro_rows" in case else []
+        return load_config(ROOT / "configs" / f"{case['recipe']}.json", changes)
     rows, accumulation = BATCH[case["depth"]]
     batch = {"micro_rows": case.get("micro_rows", rows), "accumulation": accumulation}
     batch |= {"recompute": case["recompute"]} if "recompute" in case else {}
     precision = {"compute": "bfloat16", "attention": case["attention"]} | LINEARS[case["linears"]]
     model = {"depth": case["depth"], "sequence_len": SEQUENCE, "window_pattern": case.get("pattern", "SSSL")}
     return Config.model_validate({"model": model, "batch": batch, "horizon": {"steps": 100}, "precision": precision})
+
+
+def case_vocabulary(case: dict) -> int:
+    """Returns the tokens of a case's vocabulary."""
+    return case_config(case).model.vocab_size or VOCAB
 
 
 def build_megachat_step(case: dict, device):
@@ -104,9 +117,9 @@ def build_megachat_step(case: dict, device):
     from megachat.train.step import set_schedules, update
 
     start_collectives(device, collective_backend(device), timedelta(seconds=600))
-    config = case_config(case)
-    plan = resolve(config, 1, VOCAB)
-    training = build_training_model(config, plan, build_mesh(device), torch.ones(VOCAB, dtype=torch.int64))
+    config, vocabulary = case_config(case), case_vocabulary(case)
+    plan = resolve(config, 1, vocabulary)
+    training = build_training_model(config, plan, build_mesh(device), torch.ones(vocabulary, dtype=torch.int64))
     if case["linears"] == "te bf16":
         for linear in (
             module
@@ -115,7 +128,7 @@ def build_megachat_step(case: dict, device):
         ):
             linear.product = TELinears(None).build(linear.weight)
     set_schedules(training, 10)
-    rows, optimizer_s = related_rows(0, plan.rows_per_step, SEQUENCE + 1, VOCAB), []
+    rows, optimizer_s = related_rows(0, plan.rows_per_step, SEQUENCE + 1, vocabulary), []
     engine = training.engine
 
     def timed(function):
@@ -147,10 +160,12 @@ def build_nanochat_step(case: dict, device):
     from megachat.planning.plan import resolve
     from megachat.programs.verify_layout import related_rows
 
-    plan = resolve(case_config(case | {"linears": "torch compiled"}), 1, VOCAB)
+    sizes = case | {"linears": "torch compiled"}  # a recipe's config has them without
+    vocabulary = case_vocabulary(sizes)
+    plan = resolve(case_config(sizes), 1, vocabulary)
     _, kernels = open_nanochat(case["path"])
     model, run, optimizer = build_nanochat(case["path"], plan, "SSSL", device, fp8=case["linears"] == "nanochat fp8")
-    rows, optimizer_s = related_rows(0, plan.rows_per_step, SEQUENCE + 1, VOCAB), []
+    rows, optimizer_s = related_rows(0, plan.rows_per_step, SEQUENCE + 1, vocabulary), []
 
     def step(separate: bool = False) -> float:
         loss = accumulate(run, rows, plan.micro_rows, device)

@@ -21,7 +21,7 @@ PACKAGES = (
     "deepspeed",
     "kernels",
 )
-OPTIONS = ("pattern", "micro_rows", "recompute")  # settings in which a case differs from the others
+OPTIONS = ("recipe", "pattern", "micro_rows", "recompute")  # settings in which a case differs from the others
 _COUNTED = re.compile(r"(\d+) (passed|failed|skipped|errors?)\b")
 
 

@@ -13,7 +13,7 @@ from megachat.evals.core_bundle import CORE_TASKS
 from megachat.evals.results import evaluation_stamp, results_path
 from megachat.planning.explain import plan_values
 from megachat.planning.plan import resolve
-from megachat.studies.record import build_record
+from megachat.studies.record import build_record, record_text
 from megachat.studies.runs import load_run
 from tests.unit.evals.test_comparison import evaluated
 
@@ -92,6 +92,13 @@ def test_the_clock_the_means_and_the_verdict(make, capsys):
     assert "run.seed" not in text, "the seed is no part of the recipe"
     cli._run(["record", str(folders[0]), "--json"])
     assert json.loads(capsys.readouterr().out)["minutes"]["run_deviation"] is None
+
+
+def test_the_shards_of_the_tokenizer_are_shown(make):
+    shards = {f"shard_{number:05d}.parquet": HASH["d"] for number in range(8)}
+    folder = make(change=lambda parts: parts["environment"][0]["tokenizer"]["origin"].update(shards=shards))
+    text = record_text(recorded(folder), "one")
+    assert "data bbbbbbbbbbbb, shards shard_00000.parquet to shard_00007.parquet |" in text
 
 
 def test_rows_of_the_leaderboard_are_recognized(make):

@@ -14,7 +14,7 @@ from tests.harness import run_ranks
 from tests.limits import limit_s
 from tests.runs.job import ROOT
 from tools.bench import gpu as bench
-from tools.bench.gpu import ABOUT, VOCAB, bench_gpu, case_config, cases
+from tools.bench.gpu import ABOUT, VOCAB, bench_gpu, case_config, case_vocabulary, cases
 from tools.bench.gpu_report import BEGIN, END, build_report, checks_summary, gpu_facts, judge_goals, label, write_report
 
 WHERE = {
@@ -43,13 +43,33 @@ def test_every_case_is_a_run_that_fits():
     named = cases("clone")
     assert len({label(case) for case in named}) == len(named)
     for case in named:
-        if "path" not in case and case["linears"] != "attention":
+        if "recipe" in case:
+            plan = resolve(case_config(case), 1, case_vocabulary(case))
+            assert plan.accumulation == 2 and plan.dims.depth == case["depth"] and case["attention"] == "auto"
+        elif "path" not in case and case["linears"] != "attention":
             plan = resolve(case_config(case), 1, VOCAB)
             assert plan.tokens_per_step == (2**14 if "micro_rows" in case else 2**16)
     assert {case["linears"] for case in named} - {case["linears"] for case in cases(None)} == {
         "nanochat",
         "nanochat fp8",
     }
+
+
+def test_the_recipes_of_the_speedrun_are_among_the_cases_beside_nanochats():
+    recipes = {label(case): case for case in cases("clone") if "recipe" in case}
+    assert list(recipes) == [
+        "d24, recipe, attention auto, recipe speedrun_run6",
+        "d22, recipe, attention auto, recipe speedrun_public",
+        "d22, recipe, attention auto, recipe speedrun",
+        "d22, nanochat fp8, attention auto, recipe speedrun_public, micro_rows 16",
+    ]
+    config = case_config(recipes["d22, recipe, attention auto, recipe speedrun"])
+    assert (config.batch.micro_rows, config.precision.fp8, bool(config.ngram.blocks)) == (32, "tensorwise", True)
+    theirs = next(case for name, case in recipes.items() if "nanochat" in name)
+    assert case_config(theirs).batch.micro_rows == 16 and case_vocabulary(theirs) == 49152
+    assert case_vocabulary(recipes["d24, recipe, attention auto, recipe speedrun_run6"]) == VOCAB
+    entry = {"case": theirs, "tokens_per_sec": 1.0} | NUMBERS
+    assert "| d22, recipe speedrun_public, micro_rows 16 | nanochat fp8 |" in build_report([entry], WHERE, ABOUT, LOG)
 
 
 def test_the_tables_stand_between_the_markers_and_the_numbers_beside_them(tmp_path):
