@@ -24,7 +24,8 @@ def add_arguments(parser: Parser) -> None:
     add("--depth", type=int, help="another depth; below 8 also short rows, small batches and no FP8, for a CPU")
     add("--data", type=Path, metavar="FOLDER", help="a data folder that exists, in place of a download")
     add("--shards", type=int, default=170, help="train shards of climbmix to download (default 170)")
-    add("--tokenizer", type=Path, metavar="FOLDER", help="a tokenizer folder; it is trained if it does not exist")
+    tokenizer = "a tokenizer folder, trained if it does not exist (default: the recipe's; with --data beside it)"
+    add("--tokenizer", type=Path, metavar="FOLDER", help=tokenizer)
     add("--bundle", type=Path, metavar="BUNDLE", help="the CORE bundle (default: nanochat's, downloaded once)")
     add("--ranks", type=int, help="on this machine; default: all GPUs, 2 without GPUs")
     add("--hostfile", type=Path, metavar="FILE", help="train on these hosts, over ssh; CORE runs on this one")
@@ -55,6 +56,9 @@ def run(options: argparse.Namespace) -> int:
     settings += [f"evaluate.core_bundle={options.bundle}"] if options.bundle else []
     shards = None if options.data else options.shards
     speedrun = Speedrun(options.recipe, (*settings, *options.set), options.runs, shards)
+    if options.data and not options.tokenizer:
+        place = f"{options.data}_tokenizer{speedrun.config.model.vocab_size}"
+        speedrun = Speedrun(options.recipe, (*settings, f"data.tokenizer={place}", *options.set), options.runs, shards)
 
     def start_here(arguments: list[str]) -> int:
         return start(arguments[0], [*arguments[1:], *passed_on(options)], f"megachat {arguments[0]}")

@@ -73,12 +73,16 @@ def settings_of_depth(recipe: str, depth: int) -> list[str]:
     ngram = load_config(config_folder() / f"{RECIPES[recipe]}.json").ngram
     settings = [f"model.depth={depth}"]
     if ngram.blocks:
-        settings.append(f"ngram.blocks={[block for block in ngram.blocks if block < depth] or [0]}")
+        settings.append(f"ngram.blocks={_dumps([block for block in ngram.blocks if block < depth] or [0])}")
     if depth >= SMALL_DEPTH:
         return settings
     demo = load_config(config_folder() / "demo.json").model_dump(mode="json")
-    settings += [f"{key}={json.dumps(demo[key.partition('.')[0]][key.partition('.')[2]])}" for key in _FROM_DEMO]
+    settings += [f"{key}={_dumps(demo[key.partition('.')[0]][key.partition('.')[2]])}" for key in _FROM_DEMO]
     return settings + list(_SMALL) + (["ngram.rows=4096", "ngram.width=null"] if ngram.blocks else [])
+
+
+def _dumps(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"))  # pdsh would split at a blank
 
 
 @dataclass(frozen=True)

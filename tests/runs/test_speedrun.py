@@ -119,6 +119,15 @@ def test_recipes_at_other_depths():
     assert second.arguments[3:7] == ["--vocab-size", "49152", "--shards", "0-7"] and not second.done
 
 
+def test_a_tokenizer_of_other_data_is_beside_it(options, capsys):
+    folder = options[options.index("--data") + 1]
+    cli._run(["speedrun", "--depth", "3", "--data", folder, "--dry-run"])
+    out = capsys.readouterr().out
+    assert f"tokenizer: megachat tokenizer --data {folder} --vocab-size 4096 --out {folder}_tokenizer4096\n" in out
+    assert "layout = data 2 x tensor 1 x pipeline 1; 240 steps of 8,192 tokens" in out
+    assert "record: runs/speedrun-megachat-d3.record.md\n" in out
+
+
 def test_bad_input(options, tmp_path):
     with pytest.raises(UserError, match="none does not exist"):
         cli._run(["speedrun", "--data", str(tmp_path / "none")])
