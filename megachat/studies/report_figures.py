@@ -12,6 +12,7 @@ from megachat.studies.runs import RunRecord
 
 _COLORS = ("#2563a8", "#c2571a")  # told apart in gray and by color-blind readers
 _SHADES = ("#174a7c", "#2563a8", "#5b93d1", "#a9c8ea", "#c2571a", "#e9b18c")  # of parts of one bar
+_MOST_POINTS = 1000  # of a curve, so that the report of a long run stays small
 _MOST_RANKS = 64  # rows of a picture of the ranks
 _LABELS = {"steps": "step", "seconds": "training time (s)", "flops": "training FLOPs"}
 _KEYS = {"steps": "step", "seconds": "total_training_time", "flops": "total_training_flops"}
@@ -42,6 +43,13 @@ def plotly_script() -> str:
     return plotly.offline.get_plotlyjs()
 
 
+def thinned(lines: Sequence[dict], most: int = _MOST_POINTS) -> list[dict]:
+    """Returns at most `most` of the lines at equal distances, with the first and the last."""
+    if len(lines) <= most:
+        return list(lines)
+    return [lines[round(number * (len(lines) - 1) / (most - 1))] for number in range(most)]
+
+
 def curve_figure(runs: Sequence[RunRecord], key: str, title: str) -> Any:
     """Returns a metric of the runs over steps, with buttons for the other axes; None if no run has two values."""
     go = import_plotly()
@@ -50,6 +58,7 @@ def curve_figure(runs: Sequence[RunRecord], key: str, title: str) -> Any:
         lines = [line for line in run.lines if isinstance(line.get(key), int | float) and _KEYS["seconds"] in line]
         if len(lines) < 2:
             continue
+        lines = thinned(lines)
         axes = {axis: [line[_KEYS[axis]] for line in lines] for axis in AXES}
         shown.append(axes)
         mode = "lines+markers" if len(lines) < 60 else "lines"
@@ -81,7 +90,7 @@ def step_figure(run: RunRecord) -> Any:
     median = statistics.median(line["train/dt"] for line in lines)
     figure = go.Figure()
     for name, color, slow in (("steps", _COLORS[0], False), ("above 1.5 medians", _COLORS[1], True)):
-        some = [line for line in lines if (line["train/dt"] > 1.5 * median) == slow]
+        some = thinned([line for line in lines if (line["train/dt"] > 1.5 * median) == slow])
         if some:
             figure.add_scatter(
                 x=[line["step"] for line in some],
@@ -100,7 +109,7 @@ def step_figure(run: RunRecord) -> Any:
 def ranks_figure(run: RunRecord) -> Any:
     """Returns the ranks' work per step in each window of steps (ranks/work_s_*): the median rank and the 95th
     percentile, with the slowest rank under the pointer; None where no window is recorded."""
-    lines = [line for line in run.lines if "ranks/work_s_median" in line and "ranks/work_s_p95" in line]
+    lines = thinned([line for line in run.lines if "ranks/work_s_median" in line and "ranks/work_s_p95" in line])
     if not lines:
         return None
     go = import_plotly()

@@ -1,5 +1,6 @@
 """A report is one file that needs no network; a real browser draws it where there is one."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -16,14 +17,14 @@ from megachat.planning.explain import plan_values
 from megachat.planning.plan import resolve
 from megachat.settings import LogConfig
 from megachat.studies.predicted import predict, try_predict, wall_clock
-from megachat.studies.report import report_line
+from megachat.studies.report import report_html, report_line
 from megachat.studies.runs import load_run
 from tests.limits import limit_s
 from tests.unit.planning.test_probe import document
 from tests.unit.studies.test_runs import make_run
 
 pytest.importorskip("plotly", reason="plotly is not installed: pip install 'megachat[report]'")
-from megachat.studies.report_figures import check_report, plotly_script  # noqa: E402
+from megachat.studies.report_figures import check_report, plotly_script, thinned  # noqa: E402
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -114,6 +115,16 @@ def test_predicted_beside_measured(page):
     assert sum(wall_clock(later, between).values()) == pytest.approx(23.1, abs=0.6), "the time between two jobs"
     old, why = try_predict(load_run(make_run(page.parent.parent / "old", model__depth="x")))
     assert old is None and why.startswith("no prediction: ") and "model.depth" in why
+
+
+def test_the_report_of_a_long_run_stays_small(page):
+    """30,000 steps; of a curve its first and its last point are there."""
+    run = load_run(page.parent)
+    (first,) = [line for line in run.lines if line["step"] == 0 and "train/loss" in line]
+    lines = [first | {"step": step, "train/loss": 3 + 1 / (1 + step) ** 0.5} for step in range(30_000)]
+    assert len(report_html(dataclasses.replace(run, lines=lines))) < 6e6
+    assert [line["step"] for line in thinned(lines, 5)] == [0, 7500, 15000, 22499, 29999]
+    assert thinned(lines[:5], 5) == lines[:5]
 
 
 def test_what_prevents_a_report_is_one_line_at_the_end_of_a_job(tmp_path):
