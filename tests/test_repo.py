@@ -23,7 +23,7 @@ LEVELS = (
     ("planning.dimensions",),
     ("settings",),
     ("config", "schedule", "device"),
-    ("planning.sizes",),
+    ("planning.sizes", "planning.execution"),
     ("planning.plan",),
     ("kernels",),
     ("model", "parallel"),

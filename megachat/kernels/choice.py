@@ -28,7 +28,8 @@ from megachat.kernels.gradient_norm import (
     torch_sum_of_squares,
 )
 from megachat.kernels.te import TEAttention, te_attention_problem, te_problem, te_version
-from megachat.planning.dimensions import FP8_LEAST_SIDE, FP8_TILES, Dimensions, fits_fp8, head_fits_fp8, linear_shapes
+from megachat.planning.dimensions import Dimensions
+from megachat.planning.execution import describe_fp8_matrices
 from megachat.planning.plan import Plan
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -78,6 +79,10 @@ def choose_kernels(config: Config, plan: Plan, device: torch.device) -> Kernels:
     dtype, reason = choose_compute_dtype(precision.compute, device)
     if precision.compile and (problem := compile_problem(device)):
         raise UserError(f"precision.compile is true, but {problem}: install it, or set precision.compile=false")
+    if precision.optimizer_graph and device.type != "cuda":
+        raise UserError(
+            "precision.optimizer_graph is true, but a CPU has no CUDA graphs: set precision.optimizer_graph=false"
+        )
     return Kernels(
         choose_attention(precision.attention, device, dtype, plan.dims),
         choose_fp8(precision.fp8, precision.fp8_backend, device, dtype, reason),
@@ -262,16 +267,8 @@ def choose_fp8(
 
 def describe_fp8(choice: Fp8Choice, dims: Dimensions, tensor: int, *, head: bool) -> str:
     """Returns which matrices are in FP8 and which are not, for the log. head: whether FP8 is configured for lm_head."""
-    fits = {name: fits_fp8(*shape, choice.recipe) for name, shape in linear_shapes(dims, tensor).items()}
-    if head:
-        fits["lm_head"] = head_fits_fp8(dims, tensor, choice.recipe)
-    in_fp8 = ", ".join(name for name in fits if fits[name])
-    plain = ", ".join(name for name in fits if not fits[name])
-    line = f"fp8 {choice.recipe} by {choice.backend} ({choice.reason}) for {in_fp8} in training"
-    if plain:
-        tile = FP8_TILES[choice.recipe]
-        line += f"; not for {plain}: their sides are not multiples of {tile} of at least {FP8_LEAST_SIDE}"
-    return line
+    matrices = describe_fp8_matrices(dims, tensor, choice.recipe, head=head)
+    return f"fp8 {choice.recipe} by {choice.backend} ({choice.reason}) for {matrices}"
 
 
 def choose_gradient_norm(device: torch.device) -> GradientNormChoice:

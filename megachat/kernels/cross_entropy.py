@@ -22,12 +22,14 @@ class VocabularyPart:
 
     start: the token of the first row. add: sums a tensor in place over all holders. most_rows: the largest number of
     rows of any holder, 0 if there is one holder. All holders derive the same chunks from it, because `add` is called
-    once per chunk.
+    once per chunk. chunk_bytes: of float32 logits per chunk; 0 is the device's default. The size changes the order of
+    float32 sums.
     """
 
     start: int = 0
     add: Callable[[torch.Tensor], object] = lambda tensor: None
     most_rows: int = 0
+    chunk_bytes: int = 0
 
     def rows(self, table_rows: int, vocab_size: int) -> int:
         """Returns how many of the local rows are tokens and not padding."""
@@ -123,14 +125,15 @@ def token_nats(
     rows, flat = hidden.flatten(0, -2), targets.flatten()
     table = weight[: part.rows(len(weight), vocab_size)].to(hidden.dtype)
     nats = []
-    for chunk in _chunks(rows, part.most_rows or max(1, len(table))):
+    for chunk in _chunks(rows, part, len(table)):
         sums, at_target, *_ = _chunk_terms(F.linear(rows[chunk], table), flat[chunk], cap, part)
         nats.append((sums.log() - at_target).squeeze(1) * (flat[chunk] >= 0))
     return torch.cat(nats)
 
 
-def _chunks(rows: torch.Tensor, columns: int, multiple: int = 1) -> list[slice]:
-    size = (GPU_CHUNK_BYTES if rows.is_cuda else CHUNK_BYTES) // (4 * columns)
+def _chunks(rows: torch.Tensor, part: VocabularyPart, columns: int, multiple: int = 1) -> list[slice]:
+    size = part.chunk_bytes or (GPU_CHUNK_BYTES if rows.is_cuda else CHUNK_BYTES)
+    size //= 4 * (part.most_rows or max(1, columns))
     size = max(multiple, size // multiple * multiple)
     return [slice(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
 
@@ -163,7 +166,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             table_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         total = torch.zeros((), device=hidden.device)
         multiply = products(hidden, table)
-        for chunk in _chunks(hidden, part.most_rows or max(1, count), products.row_multiple):
+        for chunk in _chunks(hidden, part, count, products.row_multiple):
             target = targets[chunk]
             counted = (target >= 0).float().unsqueeze(1)
             sums, at_target, squashed, share, index, held = _chunk_terms(multiply.logits(chunk), target, cap, part)

@@ -72,8 +72,11 @@ def optimizer_step(
         squares = sum_of_squares(adamw.local_gradients() + rows.gradients(), muon.sum_of_squares())
         joint = torch.cat((squares.view(1), torch.tensor(requests, dtype=torch.float32, device=mesh.device)))
         all_reduce(joint, mesh.world, name="gradient norm")
-        scaled_norm = joint[0].sqrt()  # the loss scale is still in it
-        finite = bool(torch.isfinite(scaled_norm))  # the host waits here for the device, once per step
+        # The host waits here for the device, once per step. What follows is computed on the host: reading the device
+        # again would wait for Muon's update, which is launched by then.
+        squared, *requested = joint.tolist()
+        scaled_norm = torch.tensor(squared).sqrt()  # the loss scale is still in it
+        finite = math.isfinite(squared)
 
     # 3. If the norm is finite, update. One factor undoes the loss scale and clips; ZeRO computes the same for AdamW.
     #    Muon only launches the gathers of its weights: each layer waits for them in the next forward pass.
@@ -93,5 +96,4 @@ def optimizer_step(
         muon.discard_gradients()
         rows.discard_gradients()
         adamw.apply(torch.full_like(scaled_norm, torch.inf))
-    requested = Requests(*(ranks > 0 for ranks in joint[1:].tolist()))
-    return StepOutcome(norm.item() if finite else math.inf, not finite, requested)
+    return StepOutcome(norm.item() if finite else math.inf, not finite, Requests(*(ranks > 0 for ranks in requested)))

@@ -93,11 +93,14 @@ class Functions:
     apply_update: Callable = apply_update
 
 
-def compiled_functions() -> Functions:
-    """Compiles the functions. Each matrix shape gets its own code, because there are few; rectangles share one."""
+def compiled_functions(mode: str | None = None) -> Functions:
+    """Compiles the functions. Each matrix shape gets its own code, because there are few; rectangles share one.
+
+    mode: of torch.compile.
+    """
     return Functions(
-        torch.compile(momentum_update, dynamic=False),
-        torch.compile(update_direction, dynamic=False),
-        torch.compile(update_scales, dynamic=False),
-        torch.compile(apply_update, dynamic=True),
+        torch.compile(momentum_update, dynamic=False, mode=mode),
+        torch.compile(update_direction, dynamic=False, mode=mode),
+        torch.compile(update_scales, dynamic=False, mode=mode),
+        torch.compile(apply_update, dynamic=True, mode=mode),
     )

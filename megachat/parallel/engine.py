@@ -107,7 +107,8 @@ class ZeroAdamW(DeepSpeedZeroOptimizer):
     def apply(self, scaled_norm: torch.Tensor) -> None:
         """Clips and updates this rank's shares, then gathers the weights; if the norm is inf, changes nothing.
 
-        scaled_norm: 0-d, of the whole gradient, including the loss scale. The loss scale is updated last, because the
+        scaled_norm: 0-d, of the whole gradient, including the loss scale; on the CPU, because DeepSpeed reads its value
+        while the device works on Muon's update. The loss scale is updated last, because the
         gradients include the old one.
         """
         self._scaled_norm = scaled_norm

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 
 from megachat.config import Config
-from megachat.errors import UserError
 from megachat.kernels.cross_entropy import CHUNK_BYTES, GPU_CHUNK_BYTES
 from megachat.planning.dimensions import (
     MLP_RATIO,
@@ -23,7 +22,7 @@ from megachat.planning.dimensions import (
     lookup_shapes,
     up_to_multiple,
 )
-from megachat.planning.plan import Plan, resolve
+from megachat.planning.plan import Plan
 from megachat.planning.row_tables import row_bytes
 from megachat.planning.stage_state import StageState, StateCount, stage_parameters, stage_state
 
@@ -62,29 +61,67 @@ class Memory:
 
 
 def memory_of_stages(
-    config: Config, plan: Plan, dtype: torch.dtype, *, on_gpu: bool = True, state_of: StateCount = stage_state
+    config: Config,
+    plan: Plan,
+    dtype: torch.dtype,
+    *,
+    on_gpu: bool = True,
+    state_of: StateCount = stage_state,
+    device_bytes: int | None = None,
 ) -> list[Memory]:
     """Returns the memory of the fullest rank of each pipeline stage.
 
     dtype: of activations. on_gpu: the head works in larger chunks there than on a CPU. state_of: exact, or
-    estimated_stage_state, which is much faster.
+    estimated_stage_state, which is much faster. device_bytes: see head_chunk_bytes.
     """
-    return [_stage_memory(config, plan, dtype, stage, on_gpu, state_of) for stage in range(len(plan.stages))]
+    chunk = head_chunk_bytes(config, plan, dtype, on_gpu=on_gpu, state_of=state_of, device_bytes=device_bytes)
+    return [_stage_memory(config, plan, dtype, stage, on_gpu, state_of, chunk) for stage in range(len(plan.stages))]
+
+
+def head_chunk_bytes(
+    config: Config,
+    plan: Plan,
+    dtype: torch.dtype,
+    *,
+    on_gpu: bool = True,
+    state_of: StateCount = stage_state,
+    device_bytes: int | None = None,
+) -> int:
+    """Returns the bytes of float32 logits that head and loss work on at a time.
+
+    This is precision.head_chunk_mb, by default the device's size. On a GPU whose memory is known it is halved, at most
+    four times, where the last stage fits with the smaller chunk only.
+    """
+    if config.precision.head_chunk_mb:
+        return config.precision.head_chunk_mb << 20
+    if not on_gpu:
+        return CHUNK_BYTES
+    last, limit = len(plan.stages) - 1, FILLS * (device_bytes or math.inf)
+
+    def fits(chunk: int) -> bool:
+        return _stage_memory(config, plan, dtype, last, on_gpu, state_of, chunk).total <= limit
+
+    chunks = [GPU_CHUNK_BYTES >> halvings for halvings in range(5)]
+    if device_bytes is None or fits(chunks[0]) or not fits(chunks[-1]):
+        return GPU_CHUNK_BYTES
+    return next(chunk for chunk in chunks if fits(chunk))
 
 
 def _stage_memory(
-    config: Config, plan: Plan, dtype: torch.dtype, stage: int, on_gpu: bool, state_of: StateCount
+    config: Config, plan: Plan, dtype: torch.dtype, stage: int, on_gpu: bool, state_of: StateCount, chunk: int
 ) -> Memory:
     data = plan.layout.data
     state = state_of(plan.dims, plan.stages[stage], plan.layout, dtype, config.optimizer.muon_multiplier)
     narrow = dtype == torch.bfloat16  # else float32 weights are their own masters
     activations = stage_activations(config, plan, stage, dtype)
-    forward = _forward_workspace(config, plan, stage, dtype, on_gpu) + _pipeline_buffers(config, plan, stage, dtype)
+    forward = _forward_workspace(config, plan, stage, dtype, chunk) + _pipeline_buffers(config, plan, stage, dtype)
     forward += 4 * state.largest_adamw  # DeepSpeed's reduction buffer
     if narrow and data > 1:  # gradients of two buckets on the wire, as sent and as received
         forward += 2 * 2 * 2 * data * state.largest_shard
     parameters = stage_parameters(plan.dims, plan.stages[stage], dtype) if plan.dims.ngram else []
     rows = row_bytes(config, plan, parameters, dtype)
+    update = _muon_workspace(state, narrow)
+    kept = update if config.precision.optimizer_graph else 0  # a CUDA graph keeps its memory
     tables, beside = rows.masters + rows.moments, on_gpu and rows.on_host
     return Memory(
         stage,
@@ -93,7 +130,8 @@ def _stage_memory(
         moments=8 * state.adamw_shard + state.muon_moments + (0 if beside else rows.moments),
         gradients=4 * (state.adamw_elements + data * state.shards) + rows.gradients,
         activations=activations,
-        workspace=max(forward, rows.workspace, _update_workspace(state, narrow) - activations),
+        # of the passes, or of the optimizer step, when no activation exists: AdamW's flat gradient, or Muon's tensors
+        workspace=max(forward, rows.workspace, max(4 * state.largest_share, update) - activations) + kept,
         tables=0 if beside else tables,
         host=tables if beside else 0,
         wire=rows.wire,
@@ -262,7 +300,7 @@ def _pipeline_buffers(config: Config, plan: Plan, stage: int, dtype: torch.dtype
     return (received + sent) * tokens * dims.width * dtype.itemsize
 
 
-def _forward_workspace(config: Config, plan: Plan, stage: int, dtype: torch.dtype, on_gpu: bool) -> int:
+def _forward_workspace(config: Config, plan: Plan, stage: int, dtype: torch.dtype, chunk: int) -> int:
     """Returns the larger of what the head needs for a chunk of logits and what a block's backward pass needs beside its
     activations.
     """
@@ -282,20 +320,17 @@ def _forward_workspace(config: Config, plan: Plan, stage: int, dtype: torch.dtyp
     if last != dims.depth + 2:
         return block
     table = dims.padded_vocab * dims.width // tensor
-    chunk = min(GPU_CHUNK_BYTES if on_gpu else CHUNK_BYTES, 4 * tokens * dims.padded_vocab // tensor)
+    chunk = min(chunk, 4 * tokens * dims.padded_vocab // tensor)
     # two float32 forms of the logits, and logits and their gradient in the compute dtype
     head = table * size * 2 + 2 * chunk + chunk * size // 2
     return max(block, head, 4 * table)
 
 
-def _update_workspace(state: StageState, narrow: bool) -> int:
-    """Returns the bytes of the optimizer step, when no activation exists.
-
-    These are the flat gradient of one AdamW group, or Muon's updates, directions and the matrix being orthogonalized.
-    """
+def _muon_workspace(state: StageState, narrow: bool) -> int:
+    """Returns the bytes of Muon's updates, directions and the matrix being orthogonalized."""
     size = 2 if narrow else 4
-    muon = (state.shards * size if narrow else 0) + state.exchanged * size
-    return max(4 * state.largest_share, muon + state.largest_matrix * _NEWTON_SCHULZ_BYTES)
+    updates = (state.shards * size if narrow else 0) + state.exchanged * size
+    return updates + state.largest_matrix * _NEWTON_SCHULZ_BYTES
 
 
 def describe_memory(stages: list[Memory], device_bytes: int | None) -> str:
@@ -309,79 +344,6 @@ def describe_memory(stages: list[Memory], device_bytes: int | None) -> str:
     beside = f"; sparse tables: {format_bytes(host)} of host memory per rank" if host else ""
     sent = f"; sparse tables: at most {format_bytes(wire)} sent per rank and step" if wire else ""
     return f"estimated memory per rank{where}: {format_bytes(fullest.total)} ({parts}){device}{beside}{sent}"
-
-
-def memory_warning(
-    config: Config,
-    plan: Plan,
-    dtype: torch.dtype,
-    device_bytes: int,
-    *,
-    on_gpu: bool = True,
-    stages: list[Memory] | None = None,
-) -> str | None:
-    """Returns a warning for a run that will not fit, with what each setting that helps would reduce it to; None if it
-    fits. stages: its memory_of_stages, if it is known.
-    """
-    largest = max(stage.total for stage in stages or memory_of_stages(config, plan, dtype, on_gpu=on_gpu))
-    if largest <= FILLS * device_bytes:
-        return None
-    fitting: dict[str, str] = {}  # setting -> its first value that is enough
-    lightest: dict[str, str] = {}  # setting -> its value that needs least
-    for section, key, value in lighter_settings(config, plan):
-        values = {key: value} | ({"accumulation": None} if key == "micro_rows" else {})  # solved from the rows
-        changed = config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
-        try:
-            other = resolve(changed, plan.layout.world, plan.dims.vocab_size, plan.dims.lookup)
-        except UserError:
-            continue
-        total = max(stage.total for stage in memory_of_stages(changed, other, dtype, on_gpu=on_gpu))
-        if total < largest:
-            setting = f"{section}.{key}"
-            lightest[setting] = f"{setting}={value} ({format_bytes(total)})"
-            if total <= FILLS * device_bytes:
-                fitting.setdefault(setting, lightest[setting])
-    advice = "use more ranks, or a smaller model"
-    if fitting:
-        advice = f"set {', or '.join(fitting.values())}"
-    elif lightest:
-        advice = f"not enough alone is {', or '.join(lightest.values())}; set several of them, or use more ranks"
-    return (
-        f"WARNING: estimated memory per rank is {format_bytes(largest)}, but the device has "
-        f"{format_bytes(device_bytes)}. The run will run out of memory: {advice}"
-    )
-
-
-def lighter_settings(config: Config, plan: Plan) -> list[tuple[str, str, object]]:
-    """Returns (section, key, value) of the settings that need less memory, the cheapest in time first."""
-    fewer = [rows for rows in range(plan.micro_rows // 2, 0, -1) if plan.micro_rows % rows == 0]
-    recompute = {"none": ("selective", "block"), "selective": ("block",), "block": ()}[config.batch.recompute]
-    return [
-        *(("batch", "micro_rows", rows) for rows in fewer),
-        *(("batch", "recompute", kind) for kind in recompute),
-        ("parallel", "tensor", plan.layout.tensor * 2),
-        ("parallel", "pipeline", plan.layout.pipeline * 2),
-    ]
-
-
-def check_state_fits(stages: list[Memory], device_bytes: int, host_bytes: int | None = None) -> None:
-    """Raises UserError if weights and optimizer state alone exceed the device: then no batch is small enough. Also if
-    sparse tables in host memory exceed this rank's share of it, host_bytes.
-    """
-    most = max(stage.host for stage in stages)
-    if host_bytes is not None and most > host_bytes:
-        raise UserError(
-            f"the n-gram tables and their optimizer state need {format_bytes(most)} of host memory per rank, but a "
-            f"rank's share is {format_bytes(host_bytes)}: use more ranks, or lower ngram.rows or ngram.width"
-        )
-    fullest = max(stages, key=lambda stage: stage.state)
-    if fullest.state > device_bytes:
-        with_tables = f" ({format_bytes(fullest.tables)} of them for n-gram tables)" if fullest.tables else ""
-        raise UserError(
-            f"weights and optimizer state need {format_bytes(fullest.state)} per rank on stage {fullest.stage}"
-            f"{with_tables}, but the device has {format_bytes(device_bytes)}: use more ranks, raise parallel.tensor "
-            f"or parallel.pipeline, or lower {'ngram.rows, ngram.width or ' if with_tables else ''}model.depth"
-        )
 
 
 def format_bytes(count: float) -> str:

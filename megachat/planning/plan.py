@@ -24,6 +24,7 @@ from megachat.planning.dimensions import (
     scaling_parameters,
     up_to_multiple,
 )
+from megachat.planning.execution import check_execution
 from megachat.planning.sizes import resolve_dimensions
 from megachat.schedule import check_schedule
 
@@ -93,6 +94,7 @@ def resolve(config: Config, world: int, vocab_size: int, allocated: LookupDimens
     dims = resolve_dimensions(config, vocab_size, why=why, allocated=allocated)
     _check_qk_clip(config, dims)
     layout = resolve_layout(config, dims, world)
+    check_execution(config, layout.data * layout.tensor)
     stages = resolve_stages(dims, layout.pipeline, layout.data * layout.tensor)
     target_tokens, reference_tokens = _token_horizon(config, dims, vocab_size, why)
     step_tokens = _step_tokens(config, dims, layout, target_tokens / reference_tokens, why)

@@ -14,7 +14,8 @@ from megachat.device import DTYPES
 from megachat.errors import UserError
 from megachat.planning.dimensions import Dimensions
 from megachat.planning.hardware import Machine, load_hardware
-from megachat.planning.memory import FILLS, lighter_settings, memory_of_stages
+from megachat.planning.memory import FILLS, memory_of_stages
+from megachat.planning.memory_advice import lighter_settings
 from megachat.planning.plan import Plan, resolve
 from megachat.planning.sizes import resolve_dimensions
 from megachat.planning.speeds import Speeds
@@ -100,7 +101,7 @@ def search(
             except UserError as error:
                 refused.setdefault(name, str(error))
                 continue
-            size = _fullest(variant, plan, exact=False, on_gpu=on_gpu)
+            size = _fullest(variant, plan, machine.gpu.memory_bytes, exact=False, on_gpu=on_gpu)
             if size > limit:
                 outside.append((size, variant, plan))
                 continue
@@ -116,7 +117,7 @@ def search(
             too_large.append(Candidate(variant, plan, size, predict_step(variant, plan, speeds)))
     ranked: list[Candidate] = []
     for candidate in sorted(fits, key=_order):
-        size = _fullest(candidate.config, candidate.plan, on_gpu=on_gpu)
+        size = _fullest(candidate.config, candidate.plan, machine.gpu.memory_bytes, on_gpu=on_gpu)
         exact = Candidate(candidate.config, candidate.plan, size, candidate.step)
         if exact.bytes <= limit:
             ranked.append(exact)
@@ -176,10 +177,11 @@ def _variants(config: Config, tensor: int, pipeline: int, free: frozenset[str], 
                     )
 
 
-def _fullest(config: Config, plan: Plan, *, exact: bool = True, on_gpu: bool = True) -> int:
-    dtype = gpu_dtype(config)
-    state_of = stage_state if exact else estimated_stage_state
-    return max(stage.total for stage in memory_of_stages(config, plan, dtype, on_gpu=on_gpu, state_of=state_of))
+def _fullest(
+    config: Config, plan: Plan, device_bytes: int | None = None, *, exact: bool = True, on_gpu: bool = True
+) -> int:
+    how = {"on_gpu": on_gpu, "state_of": stage_state if exact else estimated_stage_state, "device_bytes": device_bytes}
+    return max(stage.total for stage in memory_of_stages(config, plan, gpu_dtype(config), **how))
 
 
 def gpu_dtype(config: Config) -> torch.dtype:

@@ -11,10 +11,12 @@ from megachat.config import Config
 from megachat.data.tokenizer import load_tokenizer
 from megachat.device import choose_compute_dtype, device_name, memory_bytes, this_device
 from megachat.errors import UserError
+from megachat.planning.execution import describe_fp8_matrices
 from megachat.planning.explain import describe_config, describe_plan, plan_values, setting_warnings
 from megachat.planning.hardware import Machine, known_gpu, parse_gpus
 from megachat.planning.manifest import describe_ownership, ownership
-from megachat.planning.memory import FILLS, Memory, describe_memory, format_bytes, memory_of_stages, memory_warning
+from megachat.planning.memory import FILLS, Memory, describe_memory, format_bytes, memory_of_stages
+from megachat.planning.memory_advice import memory_warning
 from megachat.planning.plan import Plan, resolve
 from megachat.planning.probe import Probe, read_probe
 from megachat.planning.step_time import RunTime, predict_run
@@ -53,6 +55,7 @@ def describe_job(config: Config, world: int, hardware: Hardware = THIS_MACHINE, 
         _verdict(stages, device_bytes, checks),
         *(describe_time(time) if time else []),
         f"{describe_memory(stages, device_bytes)}; computed in {str(dtype).removeprefix('torch.')}",
+        *_fp8_line(config, plan),
         *warnings,
         *describe_checks(checks),
     ]
@@ -67,6 +70,13 @@ def describe_job(config: Config, world: int, hardware: Hardware = THIS_MACHINE, 
             "--verbose shows every setting, every derived number with its formula, and the owners of all parameters"
         )
     return "\n\n".join(parts)
+
+
+def _fp8_line(config: Config, plan: Plan) -> list[str]:
+    recipe, head = config.precision.fp8, config.precision.fp8_head
+    if recipe == "off":
+        return []
+    return [f"fp8 {recipe} for {describe_fp8_matrices(plan.dims, plan.layout.tensor, recipe, head=head)}"]
 
 
 def _verdict(stages: list[Memory], device_bytes: int | None, checks: list[Check]) -> str:
@@ -173,7 +183,8 @@ def _stage_memory(config: Config, plan: Plan, memory_gb: float | None) -> tuple[
     on_gpu, precision = memory_gb is not None or this.type == "cuda", config.precision.compute
     dtype = torch.bfloat16 if on_gpu and precision == "auto" else choose_compute_dtype(precision, this)[0]
     device_bytes = int(memory_gb * 1e9) if memory_gb else memory_bytes(this, 1) if on_gpu else None
-    return memory_of_stages(config, plan, dtype, on_gpu=on_gpu), dtype, device_bytes
+    stages = memory_of_stages(config, plan, dtype, on_gpu=on_gpu, device_bytes=device_bytes)
+    return stages, dtype, device_bytes
 
 
 def _warnings(

@@ -39,7 +39,8 @@ from megachat.kernels.choice import Kernels, choose_kernels, describe_kernels
 from megachat.parallel.collectives import all_gather_objects, barrier
 from megachat.parallel.mesh import Mesh
 from megachat.planning.explain import describe_stages, plan_values, setting_warnings
-from megachat.planning.memory import check_state_fits, describe_memory, memory_of_stages, memory_warning
+from megachat.planning.memory import describe_memory, memory_of_stages
+from megachat.planning.memory_advice import check_state_fits, memory_warning
 from megachat.planning.plan import Plan, resolve, usable_world
 from megachat.programs.dry_run import THIS_MACHINE, Hardware, describe_job, job_values
 from megachat.studies.report import report_line
@@ -335,7 +336,7 @@ def described_memory(config: Config, plan: Plan, device: torch.device, local_ran
     """
     device_bytes = memory_bytes(device, local_ranks)
     dtype, on_gpu = choose_compute_dtype(config.precision.compute, device)[0], device.type == "cuda"
-    stages = memory_of_stages(config, plan, dtype, on_gpu=on_gpu)
+    stages = memory_of_stages(config, plan, dtype, on_gpu=on_gpu, device_bytes=device_bytes)
     if on_gpu or plan.dims.ngram:
         check_state_fits(stages, device_bytes, host_memory_bytes(local_ranks))
     warning = memory_warning(config, plan, dtype, device_bytes, on_gpu=on_gpu, stages=stages)

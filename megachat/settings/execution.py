@@ -22,6 +22,18 @@ class PrecisionConfig(Section):
         1000, "steps without overflow before float16's loss scale doubles", ge=1, most=STEPS
     )
     compile: bool = setting(False, "torch.compile the blocks; the first step takes long")
+    compile_mode: Literal["default", "max-autotune"] = setting(
+        "default", "with compile: max-autotune times several kernels for each matrix product and keeps the fastest"
+    )
+    head_chunk_mb: int | None = setting(
+        None,
+        "MiB of float32 logits that head and loss work on at a time; null: 8 on a CPU, 256 on a GPU or what fits",
+        ge=1,
+        most=Most(2**16, "no device has that much memory for the logits alone"),
+    )
+    optimizer_graph: bool = setting(
+        False, "replay Muon's update as a CUDA graph; needs a GPU and one rank per pipeline stage"
+    )
     fp8: Literal["off", "tensorwise", "blockwise"] = setting(
         "off", "train in FP8 with one scale per tensor or per tile of 128 numbers; needs bfloat16"
     )

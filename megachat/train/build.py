@@ -12,7 +12,7 @@ from torch import nn
 from megachat.config import Config
 from megachat.data.loader import Loader
 from megachat.data.tokenizer import Tokenizer
-from megachat.device import choose_compute_dtype, gradient_wire
+from megachat.device import choose_compute_dtype, gradient_wire, memory_bytes
 from megachat.errors import UserError
 from megachat.evals.core_bundle import Bundle
 from megachat.kernels.attention import Attend, attention
@@ -21,6 +21,7 @@ from megachat.kernels.fp8 import apply_fp8, head_products
 from megachat.model.gpt import Loss, ModelOptions, build_layers, layer_builders
 from megachat.model.ngram import NgramTable
 from megachat.model.parameters import initialize, placed_parameters
+from megachat.optim.graph import StepGraph
 from megachat.optim.groups import (
     adamw_groups,
     assign_groups,
@@ -42,8 +43,9 @@ from megachat.parallel.engine import (
 from megachat.parallel.mesh import Mesh
 from megachat.parallel.tensor import apply_tensor, vocabulary_part
 from megachat.place import Place, place_of, set_place
+from megachat.planning.memory import head_chunk_bytes
 from megachat.planning.plan import Plan
-from megachat.train.compiled import apply_compile
+from megachat.train.compiled import apply_compile, torch_mode
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def build_training_model(
     matrices = muon_matrices(
         dict.fromkeys(place_of(parameter) for parameter in parameters), groups, config.optimizer.muon_multiplier
     )
-    names = {matrix.name for matrix in matrices}
+    names, mode = {matrix.name for matrix in matrices}, torch_mode(config.precision.compile_mode)
     muon = MuonPartition(
         {place_of(parameter).name: parameter for parameter in parameters if place_of(parameter).name in names},
         matrices,
@@ -116,10 +118,12 @@ def build_training_model(
         gradient_wire=gradient_wire(config.optimizer.gradient_wire, dtype),
         beta2=config.optimizer.muon_beta2,
         squares=kernels.norm.sum_of_squares,
-        functions=compiled_functions() if config.precision.compile else None,
+        functions=compiled_functions(mode) if config.precision.compile else None,
+        graph=StepGraph() if config.precision.optimizer_graph else None,
     )
     products = head_products(kernels.fp8 if config.precision.fp8_head else None, plan.dims, mesh.tensor.size)
     part = vocabulary_part(plan.dims.padded_vocab, mesh.tensor)
+    part = dataclasses.replace(part, chunk_bytes=agreed_head_chunk(config, plan, mesh, dtype))
     loss = Loss(plan.dims, token_bytes, part, products, config.optimizer.z_loss)
     module = build_module(with_gather_waits(layers, muon), loss, mesh)
     adamw = adamw_groups(parameters, groups, plan.rates, config.optimizer)
@@ -137,8 +141,16 @@ def build_training_model(
         loss_scaler=scaler,
     )
     if config.precision.compile:
-        apply_compile(layers)
+        apply_compile(layers, mode)
     return TrainingModel(config, plan, mesh, layers, engine, muon, rows, dtype, reason, kernels)
+
+
+def agreed_head_chunk(config: Config, plan: Plan, mesh: Mesh, dtype: torch.dtype) -> int:
+    """Returns planning.memory.head_chunk_bytes, on GPUs of different memory the smallest; all ranks call it."""
+    on_gpu = mesh.device.type == "cuda"
+    device_bytes = memory_bytes(mesh.device, 1) if on_gpu else None
+    chunk = head_chunk_bytes(config, plan, dtype, on_gpu=on_gpu, device_bytes=device_bytes)
+    return min(all_gather_objects(chunk, mesh.world)) if on_gpu else chunk
 
 
 def build_stage(

@@ -9,7 +9,16 @@ from megachat.model.gpt import Block
 _GRAPHS_PER_LAYER = 8
 
 
-def apply_compile(layers: nn.ModuleList) -> None:
+def torch_mode(compile_mode: str) -> str | None:
+    """Returns torch.compile's mode for precision.compile_mode.
+
+    Never one with CUDA graphs: they overwrite outputs that pipeline stages and evaluations keep (the residual stream
+    of the first layer is read by all blocks).
+    """
+    return "max-autotune-no-cudagraphs" if compile_mode == "max-autotune" else None
+
+
+def apply_compile(layers: nn.ModuleList, mode: str | None = None) -> None:
     """Compiles the layers in place, each block within the part that it recomputes in the backward pass.
 
     Blocks of one kind (window, value embedding, position) share their code. torch silently stops compiling a function
@@ -20,12 +29,10 @@ def apply_compile(layers: nn.ModuleList) -> None:
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 8 * limits.recompile_limit)
     for layer in layers:
         if not isinstance(layer, Block):
-            layer.compile(dynamic=False)
-        elif layer.recompute == "selective":
-            layer.mix_and_attend = torch.compile(layer.mix_and_attend, dynamic=False)  # type: ignore[method-assign]
-            layer.add_mlp = torch.compile(layer.add_mlp, dynamic=False)  # type: ignore[method-assign]
-        else:
-            layer.whole = torch.compile(layer.whole, dynamic=False)  # type: ignore[method-assign]
+            layer.compile(dynamic=False, mode=mode)
+            continue
+        for name in ("mix_and_attend", "add_mlp") if layer.recompute == "selective" else ("whole",):
+            setattr(layer, name, torch.compile(getattr(layer, name), dynamic=False, mode=mode))
 
 
 class NewGraphs:

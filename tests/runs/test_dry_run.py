@@ -74,11 +74,20 @@ def test_a_dry_run_plans_for_any_number_of_ranks(place):
         "model.vocab_size=265",
         "--verbose",
     )
+    assert "fp8" not in out.split("config (*")[0]
     assert "; 1 problem on this machine" in out and f"PROBLEM data folder: the data folder {place.data}" in out
     assert "layout = data 3 x tensor 1 x pipeline 1" in out and "accumulation = 2 " in out
     owners = [re.split(r"  +", line) for line in out.splitlines() if re.search(r" (muon|adamw) ", line)]
     assert {row[6] for row in owners if row[2] == "muon"} == {"0", "1", "2"}, "all ranks own some matrices"
     assert all(row[6] == "-" for row in owners if row[2] == "adamw")
+
+
+def test_a_dry_run_lists_the_matrices_in_fp8(place):
+    settings = ("model.aspect_ratio=128", "model.head_size=128", "precision.fp8=tensorwise", "precision.fp8_head=false")
+    options = [part for setting in settings for part in ("--set", setting)]
+    out = dry_run(place, *options, "--set", "precision.compute=bfloat16", "--memory-gb", "80")
+    assert "\nfp8 tensorwise for attn.c_q, attn.c_k, attn.c_v, attn.c_proj, mlp.c_fc, mlp.c_proj in training; " in out
+    assert "not for lm_head: precision.fp8_head is false" in out
 
 
 def held(config):

@@ -11,7 +11,8 @@ from megachat.config import Config, load_config
 from megachat.errors import UserError
 from megachat.planning.explain import describe_config, describe_plan, setting_warnings
 from megachat.planning.manifest import describe_ownership, ownership
-from megachat.planning.memory import memory_of_stages, memory_warning
+from megachat.planning.memory import memory_of_stages
+from megachat.planning.memory_advice import memory_warning
 from megachat.planning.plan import resolve
 
 CASES, BOX_S, MOST_S = 3000, 15.0, 5.0

@@ -2,7 +2,13 @@ import pytest
 import torch
 
 from megachat.kernels import cross_entropy
-from megachat.kernels.cross_entropy import CHUNK_BYTES, capped_cross_entropy, reference_cross_entropy, token_nats
+from megachat.kernels.cross_entropy import (
+    CHUNK_BYTES,
+    VocabularyPart,
+    capped_cross_entropy,
+    reference_cross_entropy,
+    token_nats,
+)
 from tools.bench.live_bytes import LiveBytes
 
 
@@ -52,6 +58,30 @@ def test_z_loss_is_in_the_gradients_and_not_in_the_value(chunk_rows, monkeypatch
     without = torch.autograd.grad(plain, (hidden, weight))
     for one, other, less in zip(torch.autograd.grad(result, (hidden, weight)), expected, without, strict=True):
         assert (one - other).norm() < 1e-6 * other.norm() and (less - other).norm() > 0.1 * other.norm()
+
+
+def test_the_size_of_chunks_may_be_set_and_is_the_devices_otherwise(monkeypatch):
+    hidden, weight, targets, vocab = case(torch.float32)
+    sizes, multiply = [], cross_entropy.PlainProducts.logits
+    monkeypatch.setattr(
+        cross_entropy.PlainProducts,
+        "logits",
+        lambda s, chunk: sizes.append(chunk.stop - chunk.start) or multiply(s, chunk),
+    )
+
+    def results(part):
+        sizes.clear()
+        loss = capped_cross_entropy(hidden, weight, targets, vocab, 15.0, part)
+        nats = token_nats(hidden.detach(), weight.detach(), targets, vocab, 15.0, part)
+        return [loss, nats, *torch.autograd.grad(loss, (hidden, weight))], list(sizes)
+
+    whole, all_rows = results(VocabularyPart())
+    chunked, rows = results(VocabularyPart(chunk_bytes=4 * vocab * 32 + 100))
+    assert (all_rows, rows) == ([70], [32, 32, 6])
+    for one, other in zip(whole, chunked, strict=True):
+        assert (one - other).norm() <= 1e-6 * other.norm()
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 4 * vocab * 32)
+    assert all(torch.equal(one, other) for one, other in zip(results(VocabularyPart())[0], chunked, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

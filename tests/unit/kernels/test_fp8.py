@@ -15,6 +15,9 @@ from megachat.model.gpt import Loss, ModelOptions, build_layers, logits, run_lay
 from megachat.model.parameters import load_whole, placed_parameters, starting_value
 from megachat.place import place_of
 from megachat.planning.dimensions import Dimensions, window_sizes
+from megachat.planning.execution import fp8_fits
+from megachat.planning.plan import resolve_without_text
+from tests.training import small_config
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -234,6 +237,23 @@ def test_only_matrices_that_fit_are_in_fp8():
     )  # 320 tokens
     assert head_products(Fp8Choice("tensorwise", "torch", ""), dims, 1) is HEADS["tensorwise"]
     assert head_products(Fp8Choice("tensorwise", "torch", ""), dims, 3) is PlainProducts
+
+
+def test_the_list_of_matrices_is_that_of_the_model_with_tables():
+    model = {"aspect_ratio": 128, "head_size": 128, "kv_heads": 3, "sequence_len": 64}
+    lookup = {"after_blocks": (0,), "rows": 400, "max_rows_per_token": 60, "up_width": 256}
+    config = small_config(
+        model=model, batch={"tokens": 64 * 12}, lookup=lookup, ngram={"blocks": (0, 2), "rows": 60, "width": 128}
+    )
+    dims = resolve_without_text(config, 1, 97).dims
+    layers = build_layers(dims, ModelOptions(torch.bfloat16))
+    apply_fp8(list(layers), Fp8Choice("blockwise", "torch", ""))
+    names = {name.split(".", 1)[1] for name, module in layers.named_modules() if getattr(module, "product", None)}
+    listed = {name for name, fits in fp8_fits(dims, 1, "blockwise", head=False).items() if fits}
+    assert {name.replace(".mix.", ".") for name in names if not name.startswith("ngram")} == listed - {"ngram.up"}
+    assert any(name.startswith("ngram") for name in names) and "ngram.up" in listed
+    line = describe_fp8(Fp8Choice("blockwise", "torch", "requested"), dims, 1, head=False)
+    assert "not for lm_head: precision.fp8_head is false; never for embeddings, gates and attention's scores" in line
 
 
 @pytest.mark.parametrize(

@@ -8,17 +8,12 @@ import re
 import pytest
 import torch
 
+from megachat.config import Config
 from megachat.errors import UserError
 from megachat.model.gpt import Block, ModelOptions, Rotary
 from megachat.model.ngram import NgramHashes
-from megachat.planning.memory import (
-    check_state_fits,
-    describe_memory,
-    kept_bytes_per_block,
-    lighter_settings,
-    memory_of_stages,
-    memory_warning,
-)
+from megachat.planning.memory import FILLS, describe_memory, head_chunk_bytes, kept_bytes_per_block, memory_of_stages
+from megachat.planning.memory_advice import check_state_fits, lighter_settings, memory_warning
 from megachat.planning.plan import resolve, resolve_without_text
 from tests.harness import run_ranks
 from tests.training import SMALL_VOCAB, build, random_rows, rows_of_rank, small_config, take_step
@@ -211,3 +206,47 @@ def test_a_run_that_does_not_fit_is_warned_about_with_what_helps():
     check_state_fits([stage], stage.state)
     with pytest.raises(UserError, match=r"need ([\d.]+ MB) per rank on stage 0, but the device has \1: .*model.depth"):
         check_state_fits([stage], stage.state - 1)
+
+
+def test_the_head_takes_smaller_chunks_where_the_run_fits_only_with_them():
+    """A wide vocabulary and one short row, so that the head and not a block has the most workspace."""
+    config = small_config(model=MODEL, batch={"tokens": 256 * 24, "micro_rows": 24})
+    plan = resolve(config, 1, 49152)
+
+    def total(**how):
+        return max(stage.total for stage in memory_of_stages(config, plan, torch.float32, **how))
+
+    def chosen(settings=config, **how):
+        return head_chunk_bytes(settings, plan, torch.float32, **how) >> 20
+
+    largest = total()
+    assert chosen() == chosen(device_bytes=10**12) == 256 and chosen(on_gpu=False) == 8
+    least = config.model_copy(update={"precision": config.precision.model_copy(update={"head_chunk_mb": 16})})
+    (smallest,) = memory_of_stages(least, plan, torch.float32)
+    assert largest - smallest.total == 2 * (240 << 20) + (240 << 20) * 4 // 2, "logits twice, and in the compute dtype"
+    for chunk in (128, 64, 32, 16):
+        needed = largest - 4 * ((256 - chunk) << 20)
+        device = int(needed / FILLS) + 2
+        assert chosen(device_bytes=device) == chunk and total(device_bytes=device) == needed
+    assert chosen(device_bytes=smallest.total) == 256, "no chunk helps"
+    assert chosen(least, on_gpu=False) == chosen(least) == chosen(least, device_bytes=10**12) == 16
+
+
+def test_the_public_recipe_fits_a_gpu_of_80_gb_with_32_rows():
+    """Depth 22, vocabulary 49,152, 32 rows of 2,048: the logits of a micro-batch would be 12.9 GB, a chunk is 0.27."""
+    sections = {"model": {"depth": 22}, "batch": {"tokens": 2**20, "micro_rows": 32, "recompute": "selective"}}
+    for fp8 in ("off", "tensorwise"):
+        config = Config.model_validate(sections | {"precision": {"compute": "bfloat16", "fp8": fp8}})
+        plan = resolve(config, 8, 49152)
+        (stage,) = memory_of_stages(config, plan, torch.bfloat16, device_bytes=80 * 10**9)
+        assert stage.total < FILLS * 80e9, fp8
+        assert head_chunk_bytes(config, plan, torch.bfloat16, device_bytes=80 * 10**9) == 256 << 20, (
+            "and is the default"
+        )
+
+
+def test_a_graph_of_the_update_keeps_its_memory():
+    config = small_config(model=MODEL, batch={"tokens": 256 * 24, "micro_rows": 2})
+    graph = config.model_copy(update={"precision": config.precision.model_copy(update={"optimizer_graph": True})})
+    plain, kept = (memory_of_stages(one, resolve(one, 1, SMALL_VOCAB), torch.float32)[0] for one in (config, graph))
+    assert kept.total - plain.total >= 24 * 128 * 512 and kept.state == plain.state

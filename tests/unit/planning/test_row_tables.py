@@ -7,7 +7,8 @@ import torch
 
 from megachat.errors import UserError
 from megachat.planning.manifest import describe_ownership, ownership
-from megachat.planning.memory import check_state_fits, describe_memory, memory_of_stages
+from megachat.planning.memory import describe_memory, memory_of_stages
+from megachat.planning.memory_advice import check_state_fits
 from megachat.planning.plan import resolve
 from tests.harness import run_ranks
 from tests.training import SMALL_VOCAB, build, random_rows, small_config, take_step

@@ -9,7 +9,10 @@ import torch
 
 from megachat.errors import UserError
 from megachat.kernels.choice import choose_kernels, compile_problem
+from megachat.model.gpt import ModelOptions, build_layers
+from megachat.optim.muon import compiled_functions
 from megachat.planning.plan import resolve
+from megachat.train.compiled import apply_compile, torch_mode
 from tests.training import small_config
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -52,3 +55,27 @@ def test_a_gpu_needs_triton(monkeypatch):
     monkeypatch.setattr("sys.path", [])
     monkeypatch.delitem(sys.modules, "triton", raising=False)
     assert compile_problem(GPU) == "the package triton is not installed"
+
+
+def test_the_mode_reaches_everything_that_is_compiled_and_has_no_cuda_graphs(monkeypatch):
+    modes = []
+
+    def compile_function(function, **options):
+        modes.append(options["mode"])
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_function)
+    for recompute, blocks in (("none", 3), ("selective", 6), ("block", 3)):
+        config = small_config(batch={"recompute": recompute})
+        layers = build_layers(resolve(config, 1, 97).dims, ModelOptions(recompute=recompute))
+        for name in ("default", "max-autotune"):
+            modes.clear()
+            apply_compile(layers, torch_mode(name))
+            compiled_functions(torch_mode(name))
+            # Module.compile makes those of embed and head
+            assert modes == [{"default": None, "max-autotune": "max-autotune-no-cudagraphs"}[name]] * (blocks + 2 + 4)
+
+
+def test_a_mode_without_compilation_is_refused():
+    with pytest.raises(UserError, match="compile_mode is max-autotune, but precision.compile is false.*compile=true"):
+        resolve(small_config(precision={"compile_mode": "max-autotune"}), 1, 97)

@@ -1,0 +1,175 @@
+"""A training step does not make the host wait for a GPU, but for what SYNCHRONIZES lists.
+
+On a CPU the same operations run, so the test needs no GPU. A read of a tensor's value, an operation whose result's
+shape depends on values, and a copy to the CPU are waits there.
+"""
+
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import megachat.train.step as step_module
+from megachat.train.build import Run
+from megachat.train.step import train_step
+from tests.harness import run_ranks
+from tests.oracle import ROWS, TOKENS
+from tests.training import SMALL_VOCAB, build, random_rows, rows_of_rank, small_config
+
+# (file, function, operation) -> why the step may wait there, or why it does not wait on a GPU
+WAITS = {
+    ("megachat/train/step.py", "train_step", "synchronize"): "a step's clock starts and stops when all work is done",
+    ("megachat/train/step.py", "train_step", "item"): "the loss for the log, as the last thing of a step",
+    ("megachat/optim/joint.py", "optimizer_step", "tolist"): "norm and requests: whether to skip the step",
+    ("megachat/optim/joint.py", "optimizer_step", "item"): "no wait: the norm is on the host",
+    ("deepspeed/runtime/utils.py", "is_invalid_grad_norm", "item"): "no wait: the norm is on the host",
+    (
+        "deepspeed/runtime/pipe/engine.py",
+        "_exec_load_micro_batch",
+        "to",
+    ): "no wait: to the rank's device",
+    ("deepspeed/runtime/pipe/engine.py", "_aggregate_total_loss", "to"): "no wait: to the rank's device, where it is",
+}
+_LOOKUP, _ROWS = "megachat/kernels/lookup.py", "megachat/optim/row_tables.py"
+WAITS_OF_TABLES = {
+    (_LOOKUP, "_groups", "cpu"): "tokens with as many rows are read together; the host makes the groups",
+    (_LOOKUP, "_groups", "numpy"): "the same",
+    (_LOOKUP, "_make_groups", "cpu"): "the same",
+    (_LOOKUP, "_make_groups", "numpy"): "the same",
+    (_LOOKUP, "_to", "to"): "no wait: to the rank's device",
+    (_ROWS, "_exchange_requests", "_unique2"): "how many distinct rows there are decides the size of what is sent",
+    (_ROWS, "_exchange_requests", "item"): "the same",
+    (_ROWS, "_exchange_requests", "tolist"): "the same",
+    (_ROWS, "_exchange_requests", "repeat_interleave"): "the same",
+    (_ROWS, "_exchange_requests", "to"): "no wait: to the rank's device",
+    (_ROWS, "_add_pending", "_unique2"): "how many distinct rows have a gradient",
+}
+READS = "item tolist numpy cpu __contains__ is_nonzero equal allclose".split()
+ITEMS = "__bool__ __int__ __float__ __index__ _local_scalar_dense".split()  # other forms of item()
+SHAPED_BY_VALUES = {
+    "nonzero", "argwhere", "masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive", "bincount",
+    "repeat_interleave", "item", "is_nonzero", "equal", "histc",
+}  # fmt: skip
+
+
+def place() -> tuple[str, str]:
+    """The innermost frame outside of torch and this file: (file, function)."""
+    for frame in reversed(traceback.extract_stack()):
+        if "/torch/" not in frame.filename and frame.filename != __file__:
+            path = Path(frame.filename).as_posix()
+            for part in ("/megachat/", "/deepspeed/"):
+                if part in path:
+                    return path[path.rindex(part) + 1 :], frame.name
+            return path, frame.name
+    raise AssertionError("no frame")
+
+
+class Operations(TorchDispatchMode):
+    """Notes operations whose result the host must know."""
+
+    def __init__(self, found: list):
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        masks = name in ("index", "index_put", "index_put_") and any(
+            isinstance(one, torch.Tensor) and one.dtype in (torch.bool, torch.uint8) for one in tree_leaves(args[1])
+        )
+        if (
+            name in SHAPED_BY_VALUES
+            and not (name == "repeat_interleave" and (kwargs or {}).get("output_size"))
+            or masks
+        ):
+            self.found.append((*place(), f"{name} by a mask" if masks else name))
+        return function(*args, **(kwargs or {}))
+
+
+class Reads(TorchFunctionMode):
+    """Notes values that the host reads, and copies to the CPU, which are none on a CPU."""
+
+    def __init__(self, found: list):
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        name = "item" if name in ITEMS else name
+        devices = [*args[1:], *(kwargs or {}).values()] if name == "to" else []
+        if name in READS or any(str(one) == "cpu" for one in devices):
+            self.found.append((*place(), name))
+        return function(*args, **(kwargs or {}))
+
+
+def observed(config):
+    """What makes the host wait in the third step."""
+    training = build(config, SMALL_VOCAB)
+    rows = [rows_of_rank(training, random_rows(step, ROWS, TOKENS, SMALL_VOCAB)) for step in range(3)]
+    run = Run(**vars(training), folder=None, tokenizer=None, loader=iter(rows), bundle=None)
+    for step in range(2):
+        train_step(run, step)
+    found: list = []
+
+    def synchronize(*_):
+        found.append((*place(), "synchronize"))
+
+    step_module.synchronize = synchronize
+    get_accelerator().synchronize = synchronize
+    with Operations(found), Reads(found):
+        train_step(run, 2)
+    return found
+
+
+TABLES = {
+    "lookup": {"after_blocks": (0,), "rows": 400, "max_rows_per_token": 60},
+    "ngram": {"blocks": (0, 2), "rows": 60},
+}
+SEQUENCE = {"tensor": 2, "pipeline": 2, "sequence": True}
+CASES = {
+    "dp2": (2, {}, {"optimizer": {"clip_norm": 0.2}}),
+    "tp2 pp2 sequence": (4, SEQUENCE, {"model": {"aspect_ratio": 32, "kv_heads": 2}}),
+    "lookup and ngram": (1, {}, TABLES),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_host_waits_for_the_device_only_where_that_is_listed(case):
+    world, parallel, changes = CASES[case]
+    config = small_config(**changes, parallel=parallel)
+    found = {one for rank in run_ranks(observed, world, config) for one in rank}
+    listed = set(WAITS) | (set(WAITS_OF_TABLES) if changes is TABLES else set())
+    assert found <= listed, "\n".join(map(str, sorted(found - listed)))
+    assert set(WAITS) - {one for one in WAITS if one[2] == "to"} <= found, "a wait that is gone stays listed"
+    if changes is TABLES:
+        assert set(WAITS_OF_TABLES) <= found
+
+
+def test_what_waits_is_noticed():
+    x = torch.arange(4.0)
+    waits = {
+        "item": [lambda: x[0].item(), lambda: float(x[1]), lambda: bool(x[1]), lambda: [0, 1][x.long()[1]]],
+        "tolist": [x.tolist],
+        "cpu": [x.cpu],
+        "to": [lambda: x.to("cpu"), lambda: x.to(device=torch.device("cpu"))],
+        "nonzero": [x.nonzero],
+        "_unique2": [x.unique],
+        "masked_select": [lambda: x.masked_select(x > 1)],
+        "index by a mask": [lambda: x[x > 1]],
+        "index_put_ by a mask": [lambda: x.index_put_((x > 9,), torch.zeros(()))],
+        "repeat_interleave": [lambda: x.repeat_interleave(x.long())],
+    }
+    for name, functions in waits.items():
+        for function in functions:
+            found: list = []
+            with Operations(found), Reads(found):
+                function()
+            assert name in {operation for *_, operation in found}, name
+    found = []
+    with Operations(found), Reads(found):
+        x.to(torch.float64).mul_(2).sum().clamp_min(1), x[torch.tensor([1, 2])], x.repeat_interleave(2)
+    assert found == []
