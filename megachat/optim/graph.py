@@ -17,7 +17,8 @@ class StepGraph:
     """
 
     def __init__(self, cuda: Any = torch.cuda):
-        self._cuda, self._calls, self._graph = cuda, 0, None
+        self._cuda, self._calls = cuda, 0
+        self._graph: Any = None
 
     def run(self, function: Callable[[], object]) -> None:
         """Does the work of one call of the function."""

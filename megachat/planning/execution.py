@@ -1,5 +1,7 @@
 """How a step executes: refuses settings that do not work together, and lists the matrices that FP8 multiplies."""
 
+import math
+
 from megachat.config import Config
 from megachat.errors import UserError
 from megachat.planning.dimensions import (
@@ -10,6 +12,7 @@ from megachat.planning.dimensions import (
     head_fits_fp8,
     linear_shapes,
     lookup_shapes,
+    up_to_multiple,
 )
 
 
@@ -29,6 +32,37 @@ def check_execution(config: Config, ranks_of_stage: int) -> None:
             f"precision.optimizer_graph is true, but the {ranks_of_stage} data x tensor ranks of a pipeline stage "
             "exchange Muon's updates, and collectives are not captured: use one rank per stage, or set "
             "precision.optimizer_graph=false"
+        )
+
+
+def nearest_multiples(value: int, unit: int) -> str:
+    """Returns the multiples of `unit` on both sides of `value`, for messages."""
+    return " or ".join(str(count) for count in (value // unit * unit, up_to_multiple(value, unit)) if count)
+
+
+def check_fp8(config: Config, dims: Dimensions, tensor: int, micro_rows: int) -> None:
+    """Raises UserError if FP8 is configured but the dtype, the micro-batch or every matrix does not allow it."""
+    recipe, compute = config.precision.fp8, config.precision.compute
+    if recipe == "off":
+        return
+    if compute not in ("auto", "bfloat16"):
+        raise UserError(
+            f"precision.fp8 is {recipe}, which needs bfloat16, but precision.compute is {compute}: "
+            "set precision.compute=bfloat16, or precision.fp8=off"
+        )
+    tile, length = FP8_TILES[recipe], dims.sequence_len
+    if micro_rows * length % tile:
+        rows = nearest_multiples(micro_rows, tile // math.gcd(tile, length))
+        raise UserError(
+            f"precision.fp8={recipe} needs a multiple of {tile} tokens in a micro-batch, but {micro_rows} rows of "
+            f"{length} are {micro_rows * length}: set batch.micro_rows to {rows}, or model.sequence_len to "
+            f"{nearest_multiples(length, tile)}"
+        )
+    if not any(fits_fp8(*shape, recipe) for shape in linear_shapes(dims, tensor).values()):
+        cut = f" cut in {tensor}" if tensor > 1 else ""
+        raise UserError(
+            f"precision.fp8={recipe} would change nothing: no matrix of width {dims.width}{cut} has sides of at least "
+            f"{FP8_LEAST_SIDE} in multiples of {tile}: set precision.fp8=off, or use a wider model"
         )
 
 

@@ -10,21 +10,16 @@ from types import MappingProxyType
 from megachat.config import Config
 from megachat.errors import UserError
 from megachat.planning.dimensions import (
-    FP8_LEAST_SIDE,
-    FP8_TILES,
     Dimensions,
     LookupDimensions,
     bubble_share,
-    fits_fp8,
     flops_per_token,
     layer_costs,
-    linear_shapes,
     parameter_counts,
     resolve_stages,
     scaling_parameters,
-    up_to_multiple,
 )
-from megachat.planning.execution import check_execution
+from megachat.planning.execution import check_execution, check_fp8, nearest_multiples
 from megachat.planning.sizes import resolve_dimensions
 from megachat.schedule import check_schedule
 
@@ -99,7 +94,7 @@ def resolve(config: Config, world: int, vocab_size: int, allocated: LookupDimens
     target_tokens, reference_tokens = _token_horizon(config, dims, vocab_size, why)
     step_tokens = _step_tokens(config, dims, layout, target_tokens / reference_tokens, why)
     rows, micro_rows, accumulation = _solve_batch(config, dims.sequence_len, layout, step_tokens, why)
-    _check_fp8(config, dims, layout, micro_rows)
+    check_fp8(config, dims, layout.tensor, micro_rows)
     tokens = rows * dims.sequence_len
     steps = _steps(config, dims, tokens, target_tokens, why)
     rates, decay = _rates(config, dims, tokens, reference_tokens / target_tokens, why)
@@ -177,10 +172,6 @@ def usable_world(config: Config, world: int, vocab_size: int) -> int:
     return resolve(config, world, vocab_size).layout.world  # raises the reason
 
 
-def _nearest_multiples(value: int, unit: int) -> str:
-    return " or ".join(str(count) for count in (value // unit * unit, up_to_multiple(value, unit)) if count)
-
-
 def resolve_layout(config: Config, dims: Dimensions, world: int) -> Layout:
     """Returns the axes of a world of `world` ranks.
 
@@ -191,7 +182,7 @@ def resolve_layout(config: Config, dims: Dimensions, world: int) -> Layout:
         started = f"{world} ranks that were started" if world > 1 else "1 rank that was started"
         raise UserError(
             f"parallel.tensor {tensor} x parallel.pipeline {pipeline} does not divide the {started}: "
-            f"start {_nearest_multiples(world, tensor * pipeline)} ranks, or lower one of the two"
+            f"start {nearest_multiples(world, tensor * pipeline)} ranks, or lower one of the two"
         )
     for what, count in (("query heads", dims.heads), ("key/value heads", dims.kv_heads)):
         if count % tensor:
@@ -203,7 +194,7 @@ def resolve_layout(config: Config, dims: Dimensions, world: int) -> Layout:
     if dims.lookup and dims.lookup.up_width % tensor:
         raise UserError(
             f"lookup.up_width is {dims.lookup.up_width}, which parallel.tensor {tensor} does not divide: set it to "
-            f"{_nearest_multiples(dims.lookup.up_width, tensor)}"
+            f"{nearest_multiples(dims.lookup.up_width, tensor)}"
         )
     if config.parallel.sequence and tensor == 1:
         raise UserError("parallel.sequence requires parallel.tensor above 1: raise it, or set parallel.sequence=false")
@@ -228,32 +219,6 @@ def _check_qk_clip(config: Config, dims: Dimensions) -> None:
             f"optimizer.qk_clip is {config.optimizer.qk_clip:g}, but it can only change learned scales of queries and "
             "keys: without them no attention logit exceeds model.qk_scale^2 * sqrt(model.head_size) = "
             f"{largest:.3g}, because both are normed; add query and key to model.norm_scales, or set it to 0"
-        )
-
-
-def _check_fp8(config: Config, dims: Dimensions, layout: Layout, micro_rows: int) -> None:
-    """Raises UserError if FP8 is configured but the dtype, the micro-batch or every matrix does not allow it."""
-    recipe, compute = config.precision.fp8, config.precision.compute
-    if recipe == "off":
-        return
-    if compute not in ("auto", "bfloat16"):
-        raise UserError(
-            f"precision.fp8 is {recipe}, which needs bfloat16, but precision.compute is {compute}: "
-            "set precision.compute=bfloat16, or precision.fp8=off"
-        )
-    tile, length = FP8_TILES[recipe], dims.sequence_len
-    if micro_rows * length % tile:
-        rows = _nearest_multiples(micro_rows, tile // math.gcd(tile, length))
-        raise UserError(
-            f"precision.fp8={recipe} needs a multiple of {tile} tokens in a micro-batch, but {micro_rows} rows of "
-            f"{length} are {micro_rows * length}: set batch.micro_rows to {rows}, or model.sequence_len to "
-            f"{_nearest_multiples(length, tile)}"
-        )
-    if not any(fits_fp8(*shape, recipe) for shape in linear_shapes(dims, layout.tensor).values()):
-        cut = f" cut in {layout.tensor}" if layout.tensor > 1 else ""
-        raise UserError(
-            f"precision.fp8={recipe} would change nothing: no matrix of width {dims.width}{cut} has sides of at least "
-            f"{FP8_LEAST_SIDE} in multiples of {tile}: set precision.fp8=off, or use a wider model"
         )
 
 

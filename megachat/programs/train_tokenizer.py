@@ -28,7 +28,7 @@ def make_tokenizer(options: argparse.Namespace) -> bool:
     shards = shard_range(open_shards(options.data), *options.shards) if options.shards else None
     if options.import_nanochat:
         tokenizer = import_nanochat(options.import_nanochat)
-        origin = {"imported_from": "nanochat", "fingerprint": tokenizer.fingerprint}
+        origin: dict = {"imported_from": "nanochat", "fingerprint": tokenizer.fingerprint}
     else:
         assert data  # the command requires it here
         origin = {

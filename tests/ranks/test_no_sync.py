@@ -130,8 +130,9 @@ TABLES = {
     "ngram": {"blocks": (0, 2), "rows": 60},
 }
 SEQUENCE = {"tensor": 2, "pipeline": 2, "sequence": True}
+SCALES = ("query", "key", "mlp")
 CASES = {
-    "dp2": (2, {}, {"optimizer": {"clip_norm": 0.2}}),
+    "dp2": (2, {}, {"optimizer": {"clip_norm": 0.2, "z_loss": 1e-4, "qk_clip": 4.0}, "model": {"norm_scales": SCALES}}),
     "tp2 pp2 sequence": (4, SEQUENCE, {"model": {"aspect_ratio": 32, "kv_heads": 2}}),
     "lookup and ngram": (1, {}, TABLES),
 }
