@@ -72,9 +72,9 @@ def place() -> tuple[str, str]:
 class Operations(TorchDispatchMode):
     """Notes operations whose result the host must know."""
 
-    def __init__(self, found: list):
+    def __init__(self, noted: list):
         super().__init__()
-        self.found = found
+        self.noted = noted
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
@@ -86,23 +86,23 @@ class Operations(TorchDispatchMode):
             and not (name == "repeat_interleave" and (kwargs or {}).get("output_size"))
             or masks
         ):
-            self.found.append((*place(), f"{name} by a mask" if masks else name))
+            self.noted.append((*place(), f"{name} by a mask" if masks else name))
         return function(*args, **(kwargs or {}))
 
 
 class Reads(TorchFunctionMode):
     """Notes values that the host reads, and copies to the CPU, which are none on a CPU."""
 
-    def __init__(self, found: list):
+    def __init__(self, noted: list):
         super().__init__()
-        self.found = found
+        self.noted = noted
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         name = getattr(function, "__name__", "")
         name = "item" if name in ITEMS else name
         devices = [*args[1:], *(kwargs or {}).values()] if name == "to" else []
         if name in READS or any(str(one) == "cpu" for one in devices):
-            self.found.append((*place(), name))
+            self.noted.append((*place(), name))
         return function(*args, **(kwargs or {}))
 
 
@@ -113,16 +113,16 @@ def observed(config):
     run = Run(**vars(training), folder=None, tokenizer=None, loader=iter(rows), bundle=None)
     for step in range(2):
         train_step(run, step)
-    found: list = []
+    noted: list = []
 
     def synchronize(*_):
-        found.append((*place(), "synchronize"))
+        noted.append((*place(), "synchronize"))
 
     step_module.synchronize = synchronize
     get_accelerator().synchronize = synchronize
-    with Operations(found), Reads(found):
+    with Operations(noted), Reads(noted):
         train_step(run, 2)
-    return found
+    return noted
 
 
 TABLES = {
@@ -142,12 +142,12 @@ CASES = {
 def test_the_host_waits_for_the_device_only_where_that_is_listed(case):
     world, parallel, changes = CASES[case]
     config = small_config(**changes, parallel=parallel)
-    found = {one for rank in run_ranks(observed, world, config) for one in rank}
+    noted = {one for rank in run_ranks(observed, world, config) for one in rank}
     listed = set(WAITS) | (set(WAITS_OF_TABLES) if changes is TABLES else set())
-    assert found <= listed, "\n".join(map(str, sorted(found - listed)))
-    assert set(WAITS) - {one for one in WAITS if one[2] == "to"} <= found, "a wait that is gone stays listed"
+    assert noted <= listed, "\n".join(map(str, sorted(noted - listed)))
+    assert set(WAITS) - {one for one in WAITS if one[2] == "to"} <= noted, "a wait that is gone stays listed"
     if changes is TABLES:
-        assert set(WAITS_OF_TABLES) <= found
+        assert set(WAITS_OF_TABLES) <= noted
 
 
 def test_what_waits_is_noticed():
@@ -166,11 +166,11 @@ def test_what_waits_is_noticed():
     }
     for name, functions in waits.items():
         for function in functions:
-            found: list = []
-            with Operations(found), Reads(found):
+            noted: list = []
+            with Operations(noted), Reads(noted):
                 function()
-            assert name in {operation for *_, operation in found}, name
-    found = []
-    with Operations(found), Reads(found):
+            assert name in {operation for *_, operation in noted}, name
+    noted = []
+    with Operations(noted), Reads(noted):
         x.to(torch.float64).mul_(2).sum().clamp_min(1), x[torch.tensor([1, 2])], x.repeat_interleave(2)
-    assert found == []
+    assert noted == []
