@@ -1,6 +1,7 @@
 """What all tests share: one thread, the order of the files, and which tests `tests/run.sh --quick` leaves out."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # OpenMP's idle threads sleep; read when torch is loaded
@@ -11,6 +12,12 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import megachat.device  # noqa: E402, F401  # sets environment variables before a test has torch compile anything
+
+# Started with nohup or `&`, the tests ignore these signals, and so would every program that they start. A handler of
+# Python's does nothing here either, and programs start with the default.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
 
 HERE = Path(__file__).parent
 # A worker takes the next file when it is done with one: the longest come first, so that all workers end at about the
