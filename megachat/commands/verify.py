@@ -26,6 +26,13 @@ def add_arguments(parser: Parser) -> None:
         default=[],
         help="axes and sizes, for example tp=2,pp=2,dp=2; repeatable; with --resume one process by default",
     )
+    add(
+        "--dry",
+        action="store_true",
+        help="walk a step of every kind of rank on this machine, of any number of ranks and any size, without their "
+        "processes and memory: do all collectives meet, and are bytes and FLOPs as planned",
+    )
+    add("--every-rank", action="store_true", help="with --dry: walk all ranks, not one of each kind")
     add("--resume", action="store_true", help="compare stopping, saving, loading and continuing with not stopping")
     add(
         "--onto",
@@ -48,6 +55,10 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("--rows and --depth must be 1 or more")
     if not options.resume and (options.onto or options.keep):
         raise UserError("--onto and --keep require --resume")
+    if options.dry and (options.resume or options.depth):
+        raise UserError("--dry takes neither --resume nor --depth: it walks the config's own size")
+    if options.every_rank and not options.dry:
+        raise UserError("--every-rank requires --dry")
     if not options.resume and not options.layout:
         raise UserError("give a --layout to compare with one process")
     if options.keep and options.keep.exists():

@@ -269,7 +269,7 @@ def stage_activations(config: Config, plan: Plan, stage: int, dtype: torch.dtype
     if first == 0:
         kept += 2 * tokens * dims.width * size + 4 * tokens  # the rows of the table and their norm
     else:  # x is counted as the first block's input, if there is one
-        kept += (_passed_tensors(dims, first) - bool(blocks)) * local * dims.width * size
+        kept += (passed_tensors(dims, first) - bool(blocks)) * local * dims.width * size
     if last == dims.depth + 2:
         # the norm's input and result, and the gradients of result and table
         kept += (local + 2 * tokens) * dims.width * size + 4 * table
@@ -280,7 +280,7 @@ def stage_activations(config: Config, plan: Plan, stage: int, dtype: torch.dtype
     return min(layout.pipeline - stage, plan.accumulation) * kept
 
 
-def _passed_tensors(dims: Dimensions, layer: int) -> int:
+def passed_tensors(dims: Dimensions, layer: int) -> int:
     """Returns how many tensors of the stream's size a layer receives from another stage.
 
     These are x, x0 unless only the head follows, and x_backout after the middle block.
@@ -295,8 +295,8 @@ def _pipeline_buffers(config: Config, plan: Plan, stage: int, dtype: torch.dtype
     dims, layout, (first, last) = plan.dims, plan.layout, plan.stages[stage]
     tokens = plan.micro_rows * dims.sequence_len // (layout.tensor if config.parallel.sequence else 1)
     in_flight = max(2, min(layout.pipeline - stage, plan.accumulation))
-    received = (2 + in_flight) * _passed_tensors(dims, first) if first else 0
-    sent = _passed_tensors(dims, last) if last < dims.depth + 2 else 0
+    received = (2 + in_flight) * passed_tensors(dims, first) if first else 0
+    sent = passed_tensors(dims, last) if last < dims.depth + 2 else 0
     return (received + sent) * tokens * dims.width * dtype.itemsize
 
 

@@ -119,8 +119,10 @@ def block_work(config: Config, plan: Plan, block: int, dtype: str) -> Work:
     passes = PASSES[config.precision.compile]
     work = Work(kernels=KERNELS_PER_BLOCK[config.precision.compile] * (4 / 3 if whole else 1))
     for name, shape in linear_shapes(dims, tensor).items():
-        # a recomputed pass ends with the last tensor that backward needs, so mlp.c_proj is not multiplied again
-        again = (whole and name != "mlp.c_proj") or (recompute == "selective" and name == "mlp.c_fc")
+        # a recomputed pass ends with the last tensor that backward needs, so the block's last product is not repeated
+        again = (whole and (name != "mlp.c_proj" or dims.has_lookup(block))) or (
+            recompute == "selective" and name == "mlp.c_fc"
+        )
         work = work.plus(_linear(tokens, shape, dtype, recipe, 2 if again else 1))
     inner, kv_inner = dims.heads * dims.head_size // tensor, dims.kv_width // tensor
     stream = passes["stream"] * local * dims.width + passes["heads"] * tokens * (inner + kv_inner)
@@ -143,26 +145,32 @@ def block_work(config: Config, plan: Plan, block: int, dtype: str) -> Work:
         attention=(attention,),
         moved=work.moved + size * (forward + BACKWARD * (stream + hidden)),
         streamed=_parameter_bytes(config, dims, block, tensor, dtype),
-        collectives=_tensor_collectives(config, plan, size, 3 if whole else 2, 2),
+        collectives=_tensor_collectives(config, plan, size, int(whole), int(whole and not dims.has_lookup(block))),
     )
     if dims.has_lookup(block):
         work = work.plus(_lookup_work(config, plan, dtype, 2 if whole else 1))
     return work.plus(_ngram_work(config, plan, dtype)) if dims.has_ngram(block) else work
 
 
-def _tensor_collectives(config: Config, plan: Plan, size: int, forward: int, backward: int) -> tuple[Collective, ...]:
-    """Returns the collectives of regions of the tensor axis: sums of the stream. parallel.sequence replaces each by a
-    gather and a reduce-scatter, which together send as many bytes."""
+def _tensor_collectives(
+    config: Config, plan: Plan, size: int, again: int = 0, unused: int = 0
+) -> tuple[Collective, ...]:
+    """Returns the collectives of two regions of the tensor axis: sums of the stream where the forward pass leaves a
+    region and where the backward pass does. parallel.sequence makes each of them a reduce-scatter, and gathers the
+    stream where a pass enters one.
+
+    again: forward passes that are computed again. unused: regions that the last of them does not leave.
+    """
     if plan.layout.tensor == 1:
         return ()
     stream = plan.micro_rows * plan.dims.sequence_len * plan.dims.width * size
-    count = forward + backward
+    entered, left = 2 * (1 + again), 2 * (1 + again) - unused
     if config.parallel.sequence:
         return (
-            Collective("all_gather", stream, "tensor", count),
-            Collective("reduce_scatter", stream, "tensor", count),
+            Collective("all_gather", stream, "tensor", entered + 2),
+            Collective("reduce_scatter", stream, "tensor", left + 2),
         )
-    return (Collective("all_reduce", stream, "tensor", count),)
+    return (Collective("all_reduce", stream, "tensor", left + 2),)
 
 
 def _parameter_bytes(config: Config, dims: Dimensions, block: int, tensor: int, dtype: str) -> float:
@@ -181,13 +189,18 @@ def _lookup_work(config: Config, plan: Plan, dtype: str, forward: int) -> Work:
     assert lookup is not None
     tokens = plan.micro_rows * dims.sequence_len
     work = Work()
-    for shape in lookup_shapes(dims, lookup, tensor):
+    *repeated, last = lookup_shapes(dims, lookup, tensor)
+    for shape in repeated:
         work = work.plus(_linear(tokens, shape, dtype, config.precision.fp8, forward))
+    work = work.plus(_linear(tokens, last, dtype, config.precision.fp8))
     tables = (1 if lookup.tied else 2) * lookup.rows * dims.width // tensor
     # the products of a query with its rows: as a matrix-vector product per token, so it is the rows' bytes that count
     read = tokens * lookup.mean_rows * dims.width * size * (2 * forward + 4) / tensor
     channels = tokens * (4 * dims.width + 3 * lookup.up_width // tensor) * (forward + BACKWARD)
-    sums = _tensor_collectives(config, plan, size, 2 * forward, 2)
+    sums = _tensor_collectives(config, plan, size, forward - 1, forward - 1)
+    if tensor > 1:  # the second region is entered with what was read beside the stream, both of the stream's width
+        stream = tokens * dims.width * size
+        sums += _stream_sum(config, stream, gathers=forward)
     return work._replace(
         moved=work.moved + read + channels * size,
         streamed=tables * (2 * size + 12),
@@ -227,8 +240,16 @@ def embedding_work(config: Config, plan: Plan, dtype: str) -> Work:
     table = dims.padded_vocab * dims.width // tensor
     work = Work(moved=tokens * dims.width * size * 14 * (1 + BACKWARD), streamed=table * (2 * size + 8), kernels=40)
     if tensor > 1:
-        work = work._replace(collectives=(Collective("all_reduce", tokens * dims.width * size, "tensor"),))
+        work = work._replace(collectives=_stream_sum(config, tokens * dims.width * size))
     return work
+
+
+def _stream_sum(config: Config, stream: int, gathers: int = 1) -> tuple[Collective, ...]:
+    """Returns the collectives of one end of a region: the stream is summed in one direction. gathers: passes in the
+    other, in which parallel.sequence gathers it."""
+    if config.parallel.sequence:
+        return Collective("all_gather", stream, "tensor", gathers), Collective("reduce_scatter", stream, "tensor")
+    return (Collective("all_reduce", stream, "tensor"),)
 
 
 def head_work(config: Config, plan: Plan, dtype: str) -> Work:
@@ -254,7 +275,7 @@ def head_work(config: Config, plan: Plan, dtype: str) -> Work:
         kernels=40,
     )
     if tensor > 1:
-        work = work._replace(collectives=_tensor_collectives(config, plan, size, int(config.parallel.sequence), 1))
+        work = work._replace(collectives=_stream_sum(config, tokens * dims.width * size))
     return work
 
 

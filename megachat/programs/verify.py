@@ -43,12 +43,16 @@ def verify(arguments: argparse.Namespace) -> dict:
     if vocab_size is None:
         exists = (Path(config.data.tokenizer) / METADATA_FILE).exists()
         vocab_size = load_tokenizer(config.data.tokenizer).vocab_size if exists else DEFAULT_VOCABULARY
-    import torch
 
     check_writable(arguments.out)
     from megachat.programs.verify_layout import verify_layout  # imports DeepSpeed, which takes seconds: after parsing
     from megachat.programs.verify_resume import verify_resumes
 
+    if arguments.dry:
+        from megachat.programs.verify_dry import verify_dry
+
+        walked = [verify_dry(config, layout, vocab_size, every_rank=arguments.every_rank) for layout in layouts]
+        return _finish(arguments, "layouts", walked)
     sizes = {"depth": arguments.depth, "rows": arguments.rows}
     certificates = []
     with contextlib.ExitStack() as stack:
@@ -60,8 +64,13 @@ def verify(arguments: argparse.Namespace) -> dict:
                 certificates += verify_resumes(config, layout, targets, vocab_size, folder, **sizes)
             else:
                 certificates.append(verify_layout(config, layout, vocab_size, folder, run_ranks, **sizes))
+    return _finish(arguments, "resumes" if arguments.resume else "layouts", certificates)
+
+
+def _finish(arguments: argparse.Namespace, kind: str, certificates: list[dict]) -> dict:
+    import torch
+
     passed = all(entry["passed"] for entry in certificates)
-    kind = "resumes" if arguments.resume else "layouts"
     document = {"passed": passed, "environment": describe_environment(torch.device("cpu")), kind: certificates}
     write_atomically(arguments.out, (json.dumps(document, indent=1) + "\n").encode())
     print(f"certificate: {arguments.out}")

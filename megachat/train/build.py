@@ -167,8 +167,14 @@ def build_stage(
     apply_tensor(list(layers), mesh.tensor, sequence=config.parallel.sequence)
     if start:
         initialize(layers, config.run.seed)
+    require_whole_model(layers, plan, model_options(config, dtype), mesh)
+    return layers.to(mesh.device)
+
+
+def require_whole_model(layers: nn.ModuleList, plan: Plan, options: ModelOptions, mesh: Mesh) -> None:
+    """Raises RuntimeError on all ranks when the stages of all ranks together are not the model; all ranks call it."""
     with torch.device("meta"):
-        whole = placed_parameters(build_layers(plan.dims, model_options(config, dtype)))
+        whole = placed_parameters(build_layers(plan.dims, options))
     places = [place_of(parameter) for parameter in placed_parameters(layers)]
     places += [module.place for module in layers.modules() if isinstance(module, NgramTable)]
     stages = all_gather_objects([(place.name, place.block) for place in places], mesh.pipeline)
@@ -178,7 +184,6 @@ def build_stage(
             f"the pipeline stages {plan.stages} together are not the model: they have {len(built)} of its "
             f"{len(whole)} parameters"
         )
-    return layers.to(mesh.device)
 
 
 def attach_row_tables(

@@ -30,7 +30,7 @@ from megachat.parallel import collectives
 from megachat.parallel.mesh import Axis, Mesh
 from megachat.parallel.tensor import apply_tensor, vocabulary_part
 from megachat.place import place_of
-from megachat.planning.memory import _passed_tensors
+from megachat.planning.memory import passed_tensors
 from megachat.planning.plan import Plan
 from megachat.train.build import attach_row_tables, model_options
 from tools.bench.live_bytes import LiveBytes
@@ -171,7 +171,7 @@ def tracked(config: Config, plan: Plan, stage: int, dtype: torch.dtype) -> dict[
         local = shape[1] // (plan.layout.tensor if config.parallel.sequence else 1)
         with LiveBytes() as live:
             for ids in batches:
-                sizes, count = (shape[0], local, plan.dims.width), _passed_tensors(plan.dims, first) if first else 0
+                sizes, count = (shape[0], local, plan.dims.width), passed_tensors(plan.dims, first) if first else 0
                 received = [torch.empty(sizes, dtype=dtype, requires_grad=True) for _ in range(count)]
                 stream = (*received, ids) if first else ids
                 for layer in made.layers:

@@ -1,0 +1,228 @@
+"""Walks one training step of one rank of any world in this process, without its peers and without memory.
+
+torch's fake process group stands for the other ranks, and FakeTensorMode for all numbers: model, tensor axis,
+DeepSpeed's pipeline engine and ZeRO, the Muon partition and the optimizer step are those of a run, and only shapes are
+computed. Every collective is recorded with its group, kind, bytes and dtype. What a value decides is assumed: the
+gradient is finite, the step is not skipped, nobody requests a stop, tokens read as many rows of sparse tables as there
+are, and the attention of lookup layers has no groups.
+
+torch offers the fake process group for its own tests (torch.testing._internal.distributed.fake_pg).
+"""
+
+import contextlib
+import datetime
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._C._distributed_c10d import ProcessGroup
+from torch._subclasses import fake_impls
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megachat.config import Config
+from megachat.kernels import lookup
+from megachat.optim import row_tables
+from megachat.optim.row_tables import RowTables, _Request
+from megachat.parallel import engine as engine_module
+from megachat.parallel.collectives import all_to_all
+from megachat.parallel.engine import Engine, start_collectives
+from megachat.parallel.mesh import Mesh, build_mesh
+from megachat.planning.call_order import Call
+from megachat.planning.memory import passed_tensors
+from megachat.planning.plan import Plan
+from megachat.train import build
+from megachat.train.step import update
+
+_KINDS = {  # operator of torch's namespace c10d -> kind
+    "allreduce_": "all_reduce",
+    "_allgather_base_": "all_gather",
+    "allgather_": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "reduce_scatter_": "reduce_scatter",
+    "alltoall_base_": "all_to_all",
+    "broadcast_": "broadcast",
+    "send": "send",
+    "recv_": "receive",
+    "barrier": "barrier",
+}
+
+
+_PRODUCTS = {"mm": 0, "_scaled_mm": 0, "addmm": 1}  # operator -> the argument that is its left factor
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What one rank does in a training step.
+
+    calls: its collectives, in order. product_flops: of matrix products in forward and backward passes, 2 per
+    multiplication. state: bytes by kind: weights, masters, moments.
+    """
+
+    calls: tuple[Call, ...]
+    product_flops: int
+    state: dict[str, int]
+
+
+class _Recorder(TorchDispatchMode):
+    """Records collectives, and the FLOPs of matrix products until the gradients are reduced. `mesh` is set once it is
+    built: only then is anything recorded.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self.mesh: Mesh | None = None
+        self.product_flops, self._counts = 0, True
+
+    def end_of_backward(self) -> None:
+        self._counts = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d" and self.mesh is not None:
+            self._record(func._opname, args)
+        elif func._opname in _PRODUCTS and self._counts:
+            left, right = args[_PRODUCTS[func._opname] :][:2]
+            self.product_flops += 2 * left.shape[0] * left.shape[1] * right.shape[1]
+        return func(*args, **(kwargs or {}))
+
+    def _record(self, operator: str, args: tuple) -> None:
+        kind, mesh = _KINDS[operator], self.mesh
+        assert mesh is not None
+        boxes = [value for value in args if isinstance(value, torch.ScriptObject)]
+        (group,) = [ProcessGroup.unbox(box) for box in boxes if "ProcessGroup" in box._type().name()]
+        ranks = tuple(dist.get_process_group_ranks(group))
+        axes = (mesh.data, mesh.tensor, mesh.pipeline, mesh.stage, mesh.world)
+        axis = next((axis.name for axis in axes if axis.ranks == ranks and axis.size > 1), "world")
+        tensors = [value for value in tree_leaves(args) if isinstance(value, torch.Tensor)]
+        if len(ranks) == 1 or not tensors:
+            return
+        whole = max(tensors, key=lambda tensor: tensor.nbytes)
+        peers = [value for value in args if type(value) is int]
+        splits = [tuple(value) for value in args if isinstance(value, list | tuple) and value and type(value[0]) is int]
+        size, dtype = whole.nbytes, str(whole.dtype).removeprefix("torch.")
+        if kind == "all_to_all":  # (output, input, group, output splits, input splits, ...)
+            received, sent = tensors[:2]
+            size = sent.nbytes
+            equal = lambda tensor: (tensor.numel() // len(ranks),) * len(ranks)  # noqa: E731
+            splits = splits if len(splits) == 2 else [equal(received), equal(sent)]
+        self.calls.append(
+            Call(
+                kind=kind,
+                axis=axis,
+                ranks=ranks,
+                bytes=size,
+                dtype=dtype,
+                name=mesh.world.progress.now.text,
+                peer=peers[0] if kind in ("send", "receive") else None,
+                received=splits[0] if kind == "all_to_all" else (),
+                sent=splits[1] if kind == "all_to_all" else (),
+            )
+        )
+
+
+@contextlib.contextmanager
+def _assumed_values() -> Iterator[None]:
+    """A fake tensor has no value. Where the host reads one: flags are as of a finite step, numbers are 1."""
+    read = torch.ops.aten._local_scalar_dense.default
+    table = fake_impls.op_implementations_dict
+    before = table[read]
+    table[read] = lambda mode, func, tensor: tensor.dtype == torch.bool or (1.0 if tensor.is_floating_point() else 1)
+    try:
+        yield
+    finally:
+        table[read] = before
+
+
+def walk(config: Config, plan: Plan, rank: int) -> Walk:
+    """Walks a step of world rank `rank`. To be called once in a process, whose launch variables are those of the rank.
+
+    torch.compile is left out: it changes no collective. Raises what the step raises.
+    """
+    config = config.model_copy(update={"precision": config.precision.model_copy(update={"compile": False})})
+    world = plan.layout.data * plan.layout.tensor * plan.layout.pipeline
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    recorder, device = _Recorder(), torch.device("cpu")
+    new_group = dist.new_group
+    warnings.filterwarnings("ignore", message=r"Accessing the data pointer of FakeTensor", category=UserWarning)
+    with contextlib.ExitStack() as stack:
+        replaced = {
+            (dist, "new_group"): lambda ranks=None, **options: new_group(ranks),  # the saving group asks for gloo
+            (dist, "all_gather_object"): _gather_object,
+            (nn.Module, "to"): lambda module, *args, **options: module,  # fake tensors cannot be swapped
+            (build, "require_whole_model"): lambda *args: None,
+            (engine_module.ZeroAdamW, "scaled_global_norm"): lambda *args, **options: 1.0,
+            (lookup, "_groups"): lambda *args: [],
+            (RowTables, "_exchange_requests"): _exchange_even_requests,
+            (row_tables, "_add_pending"): lambda collected: None,
+        }
+        for (owner, name), function in replaced.items():
+            stack.enter_context(mock.patch.object(owner, name, function))
+        start_collectives(device, "fake", datetime.timedelta(seconds=60))
+        mesh = build_mesh(device, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
+        stack.enter_context(_assumed_values())
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        token_bytes = torch.empty(plan.dims.vocab_size, dtype=torch.int64)
+        training = build.build_training_model(config, plan, mesh, token_bytes)
+        _know_received_shapes(training)
+        rows = torch.empty(plan.micro_rows * plan.accumulation, plan.dims.sequence_len + 1, dtype=torch.int64)
+        recorder.mesh = mesh
+        stack.enter_context(recorder)
+        update(training, rows, inspect_gradients=recorder.end_of_backward)
+        state = _state_bytes(training)
+    return Walk(tuple(recorder.calls), recorder.product_flops, state)
+
+
+def _exchange_even_requests(tables: RowTables, name: str, rows: int, index: torch.Tensor) -> _Request:
+    """Stands for RowTables._exchange_requests, whose counts depend on ids: every token reads another row, if there are
+    so many, and each rank of the stage owns as many of them."""
+    stage = tables.mesh.stage
+    each = min(index.numel(), rows) // stage.size
+    counts = [each] * stage.size
+    numbers, wanted = index.new_empty((2, stage.size)), index.new_empty((2, each * stage.size))
+    all_to_all(numbers[0], numbers[1], stage, name=f"numbers of rows of {name}")
+    options = {"receive_counts": counts, "send_counts": counts}
+    all_to_all(wanted[0], wanted[1], stage, name=f"requests for rows of {name}", **options)
+    return _Request(torch.empty_like(index), each * stage.size, counts, counts, wanted[0], wanted[1])
+
+
+def _gather_object(values: list, value: object, group=None) -> None:
+    values[:] = [value] * len(values)
+
+
+def _know_received_shapes(training: build.TrainingModel) -> None:
+    """Gives the engine its buffers for what the stage before sends; otherwise the first step exchanges shapes."""
+    plan, first = training.plan, training.plan.stages[training.mesh.pipeline.rank][0]
+    tokens = plan.dims.sequence_len
+    width = plan.dims.width
+    if training.config.parallel.sequence:
+        tokens //= training.mesh.tensor.size
+    shape = plan.micro_rows, tokens, width
+
+    def send_nothing(self, buffer, stage) -> None:
+        pass
+
+    def allocate(self, stage) -> tuple[torch.Tensor, ...]:
+        buffers = [torch.empty(shape, dtype=training.compute_dtype) for _ in range(passed_tensors(plan.dims, first))]
+        ids = torch.empty(plan.micro_rows, plan.dims.sequence_len, dtype=torch.int64)
+        return (*buffers, ids)
+
+    Engine._send_tensor_meta, Engine._recv_tensor_meta = send_nothing, allocate  # type: ignore[method-assign]
+
+
+def _state_bytes(training: build.TrainingModel) -> dict[str, int]:
+    muon = training.muon.state_bytes()
+    shares = [tensors for *_, tensors in training.engine.adamw.fragments()]
+    adamw = sum(tensors["master"].nbytes for tensors in shares)
+    moments = sum(tensors[kind].nbytes for tensors in shares for kind in ("exp_avg", "exp_avg_sq"))
+    return {
+        "weights": sum(parameter.nbytes for parameter in training.engine.module.parameters()),
+        "masters": muon["master"] + adamw,
+        "moments": muon["momentum"] + muon["second_moment"] + moments,
+    }
