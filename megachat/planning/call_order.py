@@ -1,5 +1,5 @@
-"""The collectives of all ranks in a step: do the ranks of each group agree, and does every call meet its partners? Pure;
-no torch.
+"""The collectives of all ranks in a step: do the ranks of each group agree, does every call meet its partners, and are
+their bytes those of the plan? Pure.
 """
 
 from collections import defaultdict
@@ -11,6 +11,16 @@ from megachat.planning.memory import passed_tensors
 from megachat.planning.plan import Plan
 from megachat.planning.step_time import planned_dtype
 from megachat.planning.step_work import ITEMSIZE, optimizer_work, stage_work
+
+PURPOSES = (
+    "tensor axis",
+    "between stages",
+    "Muon gradients",
+    "Muon weights",
+    "AdamW gradients",
+    "AdamW weights",
+    "other",
+)
 
 
 class Call(NamedTuple):
@@ -64,8 +74,8 @@ def find_mismatch(calls: Mapping[int, Sequence[Call]]) -> str | None:
     theirs = calls[other][at[other]] if at[other] < len(calls[other]) else None
     doing = f'is in "{theirs.name}" ({theirs.kind}, {theirs.axis})' if theirs else "has finished its step"
     return (
-        f'deadlock: rank {rank} waits in "{call.name}" ({call.kind}, {call.axis}, its call {at[rank]}) for rank {other}, '
-        f"which {doing}"
+        f'deadlock: rank {rank} waits in "{call.name}" ({call.kind}, {call.axis}, its call {at[rank]}) for '
+        f"rank {other}, which {doing}"
     )
 
 
@@ -116,7 +126,8 @@ def planned_flops(config: Config, plan: Plan, stage: int) -> float:
 
 
 def planned_bytes(config: Config, plan: Plan, stage: int) -> dict[str, float]:
-    """Returns the bytes of a rank's collectives in a step, as the planner counts them, by purpose: whole tensors."""
+    """Returns the bytes of a rank's collectives in a step, as the planner counts them, by purpose; what is in
+    PURPOSES but not here is not planned."""
     dtype, layout, dims = planned_dtype(config), plan.layout, plan.dims
     body, head = stage_work(config, plan, stage, dtype)
     optimizer, size = optimizer_work(plan, stage, dtype), ITEMSIZE[dtype]
@@ -138,19 +149,8 @@ def planned_bytes(config: Config, plan: Plan, stage: int) -> dict[str, float]:
 
 
 def walked_bytes(calls: Sequence[Call]) -> dict[str, int]:
-    """Returns the bytes of a rank's collectives by the purposes of planned_bytes; "other" for the rest."""
-    totals = dict.fromkeys(
-        (
-            "tensor axis",
-            "between stages",
-            "Muon gradients",
-            "Muon weights",
-            "AdamW gradients",
-            "AdamW weights",
-            "other",
-        ),
-        0,
-    )
+    """Returns the bytes of a rank's collectives by PURPOSES."""
+    totals = dict.fromkeys(PURPOSES, 0)
     for call in calls:
         if call.axis == "tensor":
             purpose = "tensor axis"

@@ -240,7 +240,10 @@ def embedding_work(config: Config, plan: Plan, dtype: str) -> Work:
     table = dims.padded_vocab * dims.width // tensor
     work = Work(moved=tokens * dims.width * size * 14 * (1 + BACKWARD), streamed=table * (2 * size + 8), kernels=40)
     if tensor > 1:
-        work = work._replace(collectives=_stream_sum(config, tokens * dims.width * size))
+        # whole: the smear needs each token's neighbor
+        stream = Collective("all_reduce", tokens * dims.width * size, "tensor")
+        gather = (stream._replace(kind="all_gather"),) if config.parallel.sequence else ()
+        work = work._replace(collectives=(stream, *gather))
     return work
 
 

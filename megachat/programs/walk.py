@@ -98,8 +98,16 @@ class _Recorder(TorchDispatchMode):
         boxes = [value for value in args if isinstance(value, torch.ScriptObject)]
         (group,) = [ProcessGroup.unbox(box) for box in boxes if "ProcessGroup" in box._type().name()]
         ranks = tuple(dist.get_process_group_ranks(group))
-        axes = (mesh.data, mesh.tensor, mesh.pipeline, mesh.stage, mesh.world)
-        axis = next((axis.name for axis in axes if axis.ranks == ranks and axis.size > 1), "world")
+        now = mesh.world.progress.now
+        axes = (
+            mesh.data,
+            mesh.tensor,
+            mesh.pipeline,
+            mesh.stage,
+            mesh.world,
+        )  # of DeepSpeed's, only the ranks are known
+        named = now.axis if now.ranks == ranks else ""
+        axis = named or next((axis.name for axis in axes if axis.ranks == ranks), "world")
         tensors = [value for value in tree_leaves(args) if isinstance(value, torch.Tensor)]
         if len(ranks) == 1 or not tensors:
             return
@@ -119,7 +127,7 @@ class _Recorder(TorchDispatchMode):
                 ranks=ranks,
                 bytes=size,
                 dtype=dtype,
-                name=mesh.world.progress.now.text,
+                name=now.text,
                 peer=peers[0] if kind in ("send", "receive") else None,
                 received=splits[0] if kind == "all_to_all" else (),
                 sent=splits[1] if kind == "all_to_all" else (),
