@@ -34,7 +34,7 @@ def test_the_calls_of_all_ranks_meet_and_have_the_planned_bytes(layout, settings
     assert names >= {"tensor axis", "products", "between stages" if "pp" in layout else "Muon gradients"}
 
 
-def test_a_collective_that_one_rank_leaves_out_is_found(monkeypatch):
+def test_a_collective_that_one_rank_leaves_out_is_named(monkeypatch):
     real = joint.all_reduce
     monkeypatch.setattr(joint, "all_reduce", lambda *args, **names: dist.get_rank() == 1 or real(*args, **names))
     failed = certificate("dp=2", every_rank=True)
@@ -42,7 +42,7 @@ def test_a_collective_that_one_rank_leaves_out_is_found(monkeypatch):
     assert "rank 0 waits" in failed["problems"][0] and "gradient norm" in failed["problems"][0]
 
 
-def test_a_wrong_plan_is_found(monkeypatch):
+def test_a_wrong_plan_is_named(monkeypatch):
     from megachat.planning import step_work
 
     step_work._stages.clear()
