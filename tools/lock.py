@@ -22,7 +22,7 @@ from megachat.errors import UserError, user_errors_end_the_program  # noqa: E402
 
 LOCK = ROOT / "requirements.lock"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu/torch/"
-EXTRAS = ("hf", "mpi", "wandb", "sweep", "postgresql", "report", "test", "notebook", "completion", "docs")
+EXTRAS = ("hf", "mpi", "wandb", "trackers", "sweep", "postgresql", "report", "test", "notebook", "completion", "docs")
 _CUDA = re.compile(r"(nvidia|cuda)-[a-z0-9-]+|triton")
 
 

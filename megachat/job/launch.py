@@ -236,7 +236,9 @@ _DIFF_CHARACTERS = 100_000  # of the uncommitted changes that are kept: what mad
 
 def describe_environment(device: torch.device) -> dict[str, object]:
     """Returns commit, uncommitted changes, versions, command and hardware, for environment.json."""
-    names = "torch deepspeed numpy pyarrow tiktoken pydantic mpi4py transformer-engine wandb".split()
+    names = (
+        "torch deepspeed numpy pyarrow tiktoken pydantic mpi4py transformer-engine wandb tensorboard trackio".split()
+    )
     return {
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(changes := git("status", "--porcelain")),

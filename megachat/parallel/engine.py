@@ -189,12 +189,16 @@ _INSTRUCTIONS = {
 
 
 def _recorded(instruction, function):
-    """Returns `function`, wrapped to note its start in the rank's progress and to run in a profile range."""
+    """Returns `function`, wrapped to note its start in the rank's progress, to run in a profile range, and to measure
+    the time of forward and backward passes.
+    """
     text, waits, range_name = _INSTRUCTIONS[instruction]
+    computes = instruction in (schedule.ForwardPass, schedule.BackwardPass)
 
     def execute(self, **arguments):
-        self.mesh.world.progress.note(text, waits=waits)
-        with profile_range(range_name):
+        progress = self.mesh.world.progress
+        progress.note(text, waits=waits)
+        with profile_range(range_name), progress.work.working() if computes else contextlib.nullcontext():
             return function(self, **arguments)
 
     return execute

@@ -65,7 +65,7 @@ def build_mesh(device: torch.device, *, tensor: int = 1, pipeline: int = 1) -> M
     if world % (tensor * pipeline):
         raise ValueError(f"tensor {tensor} x pipeline {pipeline} does not divide a world of {world}")
     topology = PipeModelDataParallelTopology(num_pp=pipeline, num_mp=tensor, num_dp=world // (tensor * pipeline))
-    axes, progress = {}, Progress()
+    axes, progress = {}, Progress(cuda=device.type == "cuda")
     names = {"data": "data", "tensor": "model", "pipeline": "pipe"}  # ours -> DeepSpeed's
     groups = {name: topology.get_axis_comm_lists(theirs) for name, theirs in names.items()}
     groups["stage"] = [topology.get_axis_list("pipe", stage) for stage in range(pipeline)]

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from torch.profiler import record_function
 
+from megachat.parallel.work_time import WorkTime
+
 PROFILE_PREFIX = "part "  # of the ranges of a profile that are a part of the step
 
 
@@ -41,9 +43,11 @@ class Progress:
     Every write is one assignment. counts: axis name -> collectives begun there. The ranks of an axis begin the same
     collectives in the same order, so their counts compare.
     slow: legitimately long work that is under way (compiling, saving), else ""; the failure monitor then waits longer.
+    work: measures how long the training thread works in a step. cuda: whether it computes on a GPU.
     """
 
-    def __init__(self):
+    def __init__(self, *, cuda: bool = False):
+        self.work = WorkTime(cuda=cuda)
         self.counts: dict[str, int] = {}
         self.slow = ""
         self.note("starting")
@@ -56,14 +60,17 @@ class Progress:
         """Records the begin of a collective. An error in it leaves the record so."""
         number = self.counts[axis] = self.counts.get(axis, 0) + 1
         entry = self.now = Entry(text, axis, ranks, number, True, time.monotonic(), threading.get_ident())
+        self.work.pause(launches=True)
         return entry
 
     def wait(self, entry: Entry) -> None:
         """Records that an asynchronous collective, begun before, is now waited for."""
         self.now = entry._replace(waits=True, since=time.monotonic(), thread=threading.get_ident())
+        self.work.pause(launches=False)
 
     def end(self) -> None:
         """Returns to the note in which a collective began: it has returned, or continues in the background."""
+        self.work.resume()
         done = self.now
         after = (done.text, done.axis, done.number)
         self.now = self._note._replace(since=time.monotonic(), thread=done.thread, after=after)

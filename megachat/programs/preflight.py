@@ -15,7 +15,7 @@ from megachat.evals.core_bundle import describe_bundle, open_configured_bundle
 from megachat.evals.core_download import BUNDLE_PATH
 from megachat.planning.memory import format_bytes
 from megachat.planning.plan import Plan
-from megachat.train.metrics import check_wandb
+from megachat.train.trackers import check_trackers, configured_trackers
 
 STATE_BYTES = 12  # of a checkpoint per parameter: float32 masters and two moments; Muon's matrices have one
 
@@ -29,11 +29,11 @@ class Check(NamedTuple):
 
 
 def preflight(config: Config, plan: Plan) -> list[Check]:
-    """Returns the checks of data folder, tokenizer, CORE bundle, wandb, disk space and port on this machine."""
+    """Returns the checks of data folder, tokenizer, CORE bundle, trackers, disk space and port on this machine."""
     checks: list[tuple[str, Callable[[], str]]] = [
         ("data folder", lambda: str(check_data_folder(config.data.folder))),
         ("tokenizer", lambda: _tokenizer(config)),
-        ("wandb", lambda: _wandb(config)),
+        ("trackers", lambda: _trackers(config)),
         ("disk", lambda: _disk(config, plan)),
         ("port", _port),
     ]
@@ -71,9 +71,9 @@ def _bundle(config: Config) -> str:
     return describe_bundle(bundle)
 
 
-def _wandb(config: Config) -> str:
-    check_wandb(config.log)
-    return "not used" if config.log.wandb == "off" else f"installed, {config.log.wandb}"
+def _trackers(config: Config) -> str:
+    check_trackers(config.log)
+    return ", ".join(kind.name for kind in configured_trackers(config.log)) or "none is used"
 
 
 def checkpoint_bytes(config: Config, plan: Plan) -> tuple[int, int]:

@@ -49,10 +49,11 @@ from megachat.train.build import Run, build_run
 from megachat.train.changes import describe_changes
 from megachat.train.documents import resume_documents
 from megachat.train.lookup_rows import allocated_lookup
-from megachat.train.metrics import Metrics, check_wandb
+from megachat.train.metrics import Metrics
 from megachat.train.prediction import predict_training, predicted_lines, predicted_rows
 from megachat.train.state import LoopState, check_checkpoint, load_state
 from megachat.train.summary import log_end, next_commands, summary_rows
+from megachat.train.trackers import check_trackers
 from megachat.train.trainer import Trainer
 
 
@@ -190,7 +191,7 @@ def _check_inputs(
         limit, most = row_limit(plan.dims, config.evaluate), configured_examples(config.evaluate)
         left_out = check_questions(bundle, tokenizer, limit, most)
     if environment.rank == 0:
-        check_wandb(config.log)
+        check_trackers(config.log)
         check_report(config.log)
     device = choose_device(environment)
     kernels = choose_kernels(config, plan, device)

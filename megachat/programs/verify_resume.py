@@ -70,7 +70,7 @@ def resume_config(config: Config, base: Config, rows: int, layout: dict[str, int
     if exact:
         sections["precision"] = available_precision(config)
     sections["evaluate"] |= {"every": 0}
-    sections["log"] |= {"every": 1, "wandb": "off"}
+    sections["log"] |= {"every": 1, "wandb": "off", "tensorboard": False, "trackio": False}
     sections["data"]["resume"] = "exact"
     return config_from_values(sections, "the scaled config")
 

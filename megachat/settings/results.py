@@ -91,5 +91,8 @@ class LogConfig(Section):
     every: int = setting(1, "steps between console lines and metrics", ge=1, most=STEPS)
     wandb: Literal["off", "online", "offline"] = setting("off", "also send metrics to Weights & Biases")
     wandb_project: str = setting("megachat", "Weights & Biases project")
+    tensorboard: bool = setting(False, "also write metrics to tensorboard/ in the run folder")
+    trackio: bool = setting(False, "also send metrics to Trackio: its local database, or TRACKIO_SPACE_ID")
+    trackio_project: str = setting("megachat", "Trackio project")
     report: bool = setting(False, "write report.html into the run folder at the end of a job; needs plotly")
     probe: str | None = setting(None, "file of `megachat probe` to predict the step; null: a known GPU's data sheet")

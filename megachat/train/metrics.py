@@ -1,27 +1,23 @@
-"""The outputs of a run: metrics.jsonl, console lines, a progress bar on a terminal, and Weights & Biases if configured.
+"""The outputs of a run: metrics.jsonl, console lines, a progress bar on a terminal, and the configured trackers.
 
 One dictionary of values feeds all of them.
 """
 
-import contextlib
 import json
 import math
 import os
-import re
-import secrets
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from tqdm import tqdm
 
 from megachat.activity import hours_minutes
 from megachat.console import console_error
-from megachat.errors import UserError, summary
-from megachat.files import METRICS_NAME, Log, read_side_file, set_aside, write_atomically
+from megachat.files import METRICS_NAME, set_aside, write_atomically
 from megachat.settings import LogConfig
+from megachat.train.trackers import TrackedRun, Trackers
 
 
 class Metrics:
@@ -46,7 +42,7 @@ class Metrics:
         self.writes = writes
         self._file: TextIO | None = None
         self._bar: tqdm | None = None
-        self._wandb: Any = None
+        self._trackers: Trackers | None = None
         self._console_lost = False
         if not writes:
             return
@@ -57,12 +53,10 @@ class Metrics:
             self._bar = tqdm(total=steps, initial=first_step, unit="step", file=sys.stdout, dynamic_ncols=True)
         if problem:
             self.log(problem)
-        if log.wandb != "off":
-            with self._tracker_errors():
-                self._wandb = _start_wandb(folder, log, run_name, settings, self.log, new=first_step == 0)
+        self._trackers = Trackers(log, TrackedRun(folder, run_name, settings, first_step, self.log))
 
     def record(self, values: dict) -> None:
-        """Appends one JSON object, which has "step", to metrics.jsonl and sends it to wandb.
+        """Appends one JSON object, which has "step", to metrics.jsonl and sends it to the trackers.
 
         Adds "time": seconds since 1970-01-01 UTC.
         """
@@ -75,9 +69,8 @@ class Metrics:
                 lines.append(stamp | {"console": f"stdout takes no more output ({error.strerror})"})
             self._file.write("".join(json.dumps(line) + "\n" for line in lines))
             self._file.flush()
-            if self._wandb is not None:
-                with self._tracker_errors():
-                    self._wandb.log(values)  # without step=: wandb ignores steps that are not above its last one
+            if self._trackers is not None:
+                self._trackers.log(values)
 
     def log(self, line: str) -> None:
         """Prints a line on the console."""
@@ -105,21 +98,8 @@ class Metrics:
             os.fsync(self._file.fileno())
             self._file.close()
         self.close_bar()
-        if self._wandb is not None:
-            with self._tracker_errors():
-                self._wandb.finish()
-
-    @contextlib.contextmanager
-    def _tracker_errors(self) -> Iterator[None]:
-        """Logs an error of wandb and continues without it: the training is worth more than its plots."""
-        try:
-            yield
-        except Exception as error:
-            self._wandb = None
-            self.log(
-                f"wandb failed ({summary(error)}): the run continues without it, and {METRICS_NAME} has everything; "
-                "run `wandb login`, or set log.wandb=offline or off"
-            )
+        if self._trackers is not None:
+            self._trackers.finish()
 
 
 def _drop_lines_from(path: Path, step: int) -> str | None:
@@ -154,49 +134,6 @@ def _drop_lines_from(path: Path, step: int) -> str | None:
         f"{path} has damaged lines ({len(damaged)}; the first is line {damaged[0]}): it is kept as {aside.name}, "
         "and its other lines are continued"
     )
-
-
-def check_wandb(log: LogConfig) -> None:
-    """Raises UserError when wandb is configured but cannot be imported."""
-    if log.wandb != "off":
-        _import_wandb(log)
-
-
-def _import_wandb(log: LogConfig):
-    try:
-        import wandb
-    except Exception as error:
-        problem = "is not installed" if isinstance(error, ImportError) else f"cannot be imported ({summary(error)})"
-        raise UserError(
-            f'log.wandb is "{log.wandb}" but wandb {problem}: pip install wandb, or set log.wandb=off'
-        ) from None
-    return wandb
-
-
-def _wandb_id(folder: Path, write_line: Log, *, new: bool) -> str:
-    """Returns the id in the run folder; makes one for a new run."""
-
-    def parse(content: bytes) -> str:
-        if not re.fullmatch(r"[\w-]+", text := content.decode("ascii").strip()):
-            raise ValueError("no id")
-        return text
-
-    path = folder / "wandb_id.txt"
-    saved = read_side_file(path, parse, write_line)
-    if new or saved is None:
-        saved = secrets.token_hex(4)
-        write_atomically(path, saved.encode() + b"\n")
-    return saved
-
-
-def _start_wandb(folder: Path, log: LogConfig, run_name: str, settings: dict, write_line: Log, *, new: bool):
-    """Starts or resumes the wandb run whose id is in the run folder, so that a resumed run continues its curves."""
-    wandb = _import_wandb(log)
-    name = {"project": log.wandb_project, "name": run_name, "id": _wandb_id(folder, write_line, new=new)}
-    run = wandb.init(**name, resume="allow", mode=log.wandb, config=settings, dir=str(folder))
-    run.define_metric("step")
-    run.define_metric("*", step_metric="step")
-    return run
 
 
 def console_line(values: dict, steps: int, eta_s: float | None) -> str:

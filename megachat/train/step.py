@@ -27,7 +27,8 @@ class StepResult:
     """The result of one training step.
 
     loss: mean over tokens and ranks, nats. norm: of the whole gradient before clipping, inf if it was not finite.
-    seconds: wall time. requests: those that any rank made.
+    seconds: wall time. work_s: seconds that this rank worked for its rows and in forward and backward passes, without
+    waits for other ranks (parallel/work_time.py). requests: those that any rank made.
     """
 
     loss: float
@@ -35,6 +36,7 @@ class StepResult:
     skipped: bool
     rate_multiplier: float
     seconds: float
+    work_s: float
     requests: Requests
 
 
@@ -98,9 +100,10 @@ def train_step(
 ) -> StepResult:
     """Runs step `step`. Raises UserError on all ranks if the loss is not finite; in that case no weight has changed."""
     progress = run.mesh.world.progress
+    progress.work.start()
     progress.note(f"rows of step {step}")
     synchronize(run.mesh.device)  # before next(), which starts a copy that runs beside the step
-    with profile_range("data"):
+    with profile_range("data"), progress.work.working():
         rows = next(run.loader)
     begin = time.perf_counter()
     multiplier = set_schedules(run, step)
@@ -112,7 +115,9 @@ def train_step(
     synchronize(run.mesh.device)
     progress.note(f"after step {step}")
     seconds = time.perf_counter() - begin
-    return StepResult(loss, outcome.norm, outcome.skipped, multiplier, seconds, outcome.requests)
+    return StepResult(
+        loss, outcome.norm, outcome.skipped, multiplier, seconds, progress.work.finish(), outcome.requests
+    )
 
 
 def _stop_for_loss(run: Run, step: int, loss: float) -> None:

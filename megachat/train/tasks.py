@@ -1,10 +1,13 @@
-"""Periodic work of a training run: five tasks, in the order in which they run after a step.
+"""Periodic work of a training run: the tasks, in the order in which they run after a step.
 
 Validation, samples and CORE may fail or take minutes, so they run after the checkpoint: by then the step is saved.
 At that time they are listed in LoopState.pending. A resumed job first runs those of them that have left no result.
 """
 
 import math
+import socket
+import statistics
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -20,12 +23,13 @@ from megachat.evals.core_bundle import configured_examples
 from megachat.evals.engine_model import sample_prompts
 from megachat.evals.results import core_lines, recorded_validation, results_path, save_results
 from megachat.files import SAMPLES, is_readable_json, write_side_json
-from megachat.parallel.collectives import all_reduce
+from megachat.parallel.collectives import all_gather, all_gather_objects, all_reduce
 from megachat.schedule import due
 from megachat.train.build import Run, build_loader
 from megachat.train.metrics import Metrics, Pace, console_line
 from megachat.train.state import LoopState, save_state
 from megachat.train.step import StepResult
+from megachat.train.stragglers import WINDOW, RankPlace, SlowRanks, rank_values
 
 UNTIMED_STEPS = 10  # the speedrun's clock starts after them
 
@@ -40,6 +44,8 @@ class TaskContext(Protocol):
     saver: Saver
     last_result: StepResult
     saved_step: int | None
+    first_step: int
+    work_s: deque[float]
     stop_requested: Callable[[], bool]
 
     @property
@@ -114,6 +120,32 @@ class Log(Task):
             self._epoch = run.loader.epoch
             trainer.metrics.log(f"step {step:05d} | epoch {self._epoch} of the data")
         trainer.metrics.record(values)
+        return True
+
+
+class RankTimes(Task):
+    """Records how long the ranks work in a step, every WINDOW steps of the job, and names a rank that gets slow."""
+
+    name, runs_on_stop = "rank times", True
+
+    def __init__(self) -> None:
+        self._ranks: list[RankPlace] = []
+        self._slow = SlowRanks()
+
+    def due(self, trainer: TaskContext) -> bool:
+        return trainer.run.mesh.world.size > 1 and due(trainer.state.step - trainer.first_step, WINDOW)
+
+    def run(self, trainer: TaskContext) -> bool:
+        mesh, step = trainer.run.mesh, trainer.state.step
+        if not self._ranks:
+            self._ranks = all_gather_objects(RankPlace(socket.gethostname(), mesh.pipeline.rank), mesh.world)
+        gathered = torch.empty(mesh.world.size, device=mesh.device)
+        local = torch.tensor([statistics.median(trainer.work_s)], device=mesh.device)
+        all_gather(gathered, local, mesh.world, name="working times of the ranks")
+        work_s = gathered.tolist()
+        trainer.metrics.record(totals(trainer.run, trainer.state, step) | rank_values(work_s, self._ranks))
+        if line := self._slow.line(work_s, self._ranks):
+            trainer.metrics.log(styled(f"step {step:05d} | {line}", "yellow"))
         return True
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from megachat.train.compiled import NewGraphs
 from megachat.train.metrics import Metrics, Pace
 from megachat.train.state import LoopState, state_pieces
 from megachat.train.step import StepResult, train_step
-from megachat.train.tasks import UNTIMED_STEPS, Checkpoint, Core, Log, Samples, Task, Validation
+from megachat.train.stragglers import WINDOW
+from megachat.train.tasks import UNTIMED_STEPS, Checkpoint, Core, Log, RankTimes, Samples, Task, Validation
 
 SETTLED_STEPS = 2  # by then everything in a step is compiled: a new graph is worth a log line
 MAX_SKIPS_IN_A_ROW = 20
@@ -27,7 +29,8 @@ class Trainer:
 
     stop_requested: returns whether this rank was requested to stop. before_step: called with the number of each step.
     source: the run folder that `state` was loaded from. Pending tasks that have a result there do not run again.
-    first_step and steps_s: the first step of this job, and the seconds that its steps have taken.
+    first_step and steps_s: the first step of this job, and the seconds that its steps have taken. work_s: how long this
+    rank worked in each of the last steps.
     """
 
     last_result: StepResult
@@ -45,10 +48,11 @@ class Trainer:
         self.stop_requested, self.before_step = stop_requested, before_step
         self.checkpoint = Checkpoint()
         # The checkpoint comes before everything that can fail or take minutes.
-        self.tasks: tuple[Task, ...] = (Log(), self.checkpoint, Validation(), Samples(), Core())
+        self.tasks: tuple[Task, ...] = (Log(), RankTimes(), self.checkpoint, Validation(), Samples(), Core())
         self.saver = Saver(run.mesh.saving, background=run.config.checkpoint.background)
         self.saved_step: int | None = None  # step of the last checkpoint that this job began to write
         self.first_step, self._skips_in_a_row, self.steps_s = state.step, 0, 0.0
+        self.work_s = deque[float](maxlen=WINDOW)
         self.pace = Pace(state.step)
         self._graphs = NewGraphs(compiles=run.config.precision.compile)
 
@@ -112,6 +116,7 @@ class Trainer:
         if state.step > UNTIMED_STEPS:
             state.training_s += result.seconds
         self.steps_s += result.seconds
+        self.work_s.append(result.work_s)
         state.skipped_steps += result.skipped
         state.add_loss(result.loss)
         state.step += 1

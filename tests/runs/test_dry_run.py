@@ -28,7 +28,7 @@ def test_a_dry_run_prints_config_plan_owners_and_memory(place):
     first, memory, *checks = verdict.splitlines()
     assert first.startswith("needs ") and first.endswith(" MB per rank; no problem on this machine")
     assert [line.split(":")[0] for line in checks] == [
-        f"ok      {name}" for name in ("data folder", "tokenizer", "wandb", "disk", "port", "CORE bundle")
+        f"ok      {name}" for name in ("data folder", "tokenizer", "trackers", "disk", "port", "CORE bundle")
     ]
     assert re.fullmatch(
         r"estimated memory per rank: [\d.]+ MB \(weights 0\.2 MB, .*, workspace [\d.]+ MB\); computed in float32",

@@ -178,9 +178,13 @@ def test_a_rank_uses_the_gpu_of_its_local_rank_or_the_only_one(monkeypatch):
         choose_device(LaunchEnvironment(5, 5, 8, 8, "srun", "localhost", 29500))
 
 
-def test_the_environment_is_json():
+def test_the_environment_is_json_and_keeps_the_begin_of_long_changes(monkeypatch):
     cpu = torch.device("cpu")
     described = describe_environment(cpu)
     json.dumps(described)
+    monkeypatch.setattr(
+        "megachat.job.launch.git", lambda *arguments: "-+" * 100_000 if arguments[0] == "diff" else "M file"
+    )
+    assert describe_environment(cpu)["diff"] == "-+" * 50_000
     assert described["packages"]["torch"] == torch.__version__ and described["packages"]["wandb"] is None
     assert described["device"] == device_name(cpu)

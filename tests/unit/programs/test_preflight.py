@@ -43,7 +43,7 @@ def test_each_check_finds_its_problem(monkeypatch):
     assert "has 0.0 MB free: set checkpoint.keep_last" in problems()["disk"]
     wandb = CONFIG.model_copy(update={"log": CONFIG.log.model_copy(update={"wandb": "offline"})})
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
-    assert "pip install wandb" in problems(wandb)["wandb"]
+    assert "pip install wandb" in problems(wandb)["trackers"]
 
 
 def test_the_most_checkpoints_at_a_time():

@@ -1,4 +1,4 @@
-"""metrics.jsonl as one curve, the console's line, the progress bar, and wandb's share of the same dictionary."""
+"""metrics.jsonl as one curve, the console's line, and the progress bar."""
 
 import contextlib
 import fcntl
@@ -14,37 +14,13 @@ import time
 import pytest
 
 from megachat.console import Console
-from megachat.errors import UserError
 from megachat.settings import LogConfig
 from megachat.train import metrics as metrics_module
-from megachat.train.metrics import Metrics, Pace, check_wandb, console_line
-
-STAND_IN = """
-starts, logged, finished = [], [], []
-refuse = ""
-def fail(call):
-    if refuse == call: raise RuntimeError("no account")
-class Run:
-    last, axis, step_metric = -1, None, {}
-    def define_metric(self, name, step_metric=None): self.step_metric[name] = step_metric
-    def log(self, values, step=None):
-        fail("log")
-        step = self.last + 1 if step is None else step
-        if step > self.last:  # wandb ignores others, with a warning
-            logged.append((values.get(self.step_metric.get("*")), values))
-        self.last = max(step, self.last)
-    def finish(self):
-        fail("finish")
-        finished.append(True)
-def init(**settings):
-    starts.append(settings)
-    fail("init")
-    return Run()
-"""
+from megachat.train.metrics import Metrics, Pace, console_line
 
 
-def open_metrics(folder, first_step=0, *, writes=True, wandb="off"):
-    log = LogConfig(wandb=wandb, wandb_project="project")
+def open_metrics(folder, first_step=0, *, writes=True, **trackers):
+    log = LogConfig(wandb_project="project", trackio_project="project", **trackers)
     return Metrics(
         folder, log, writes=writes, first_step=first_step, steps=10, run_name="name", settings={"plan": {"steps": 10}}
     )
@@ -186,74 +162,6 @@ def test_a_terminal_gets_a_bar_and_the_lines_above_it(tmp_path, monkeypatch):
     assert b"hello\r\n" in shown and shown.index(b"4/10") < shown.index(b"6/10")
 
 
-@pytest.fixture
-def wandb(tmp_path, monkeypatch):
-    """A module of this name in front of any that is installed."""
-    (tmp_path / "modules").mkdir()
-    (tmp_path / "modules" / "wandb.py").write_text(STAND_IN)
-    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    import wandb
-
-    yield wandb
-    del sys.modules["wandb"]
-
-
-def test_wandb_gets_the_same_dictionary(wandb, tmp_path):
-    metrics = open_metrics(tmp_path, wandb="offline")
-    metrics.record(train_line(0))
-    metrics.record({"step": 1, "val/bpb": 1.5})
-    metrics.close()
-    assert all(values.pop("time") for _, values in wandb.logged)
-    assert [values for _, values in wandb.logged] == lines(tmp_path) == [train_line(0), {"step": 1, "val/bpb": 1.5}]
-    assert [step for step, _ in wandb.logged] == [0, 1]
-    (start,) = wandb.starts
-    assert (start["project"], start["name"], start["mode"], start["config"]) == (
-        "project",
-        "name",
-        "offline",
-        {"plan": {"steps": 10}},
-    )
-    assert start["dir"] == str(tmp_path) and wandb.finished == [True]
-
-
-def test_wandb_drops_nothing_that_is_run_again(wandb, tmp_path):
-    metrics = open_metrics(tmp_path, wandb="offline")
-    for step in (0, 1, 2, 3, 2, 3, 3):
-        metrics.record(train_line(step))
-    metrics.close()
-    assert [step for step, _ in wandb.logged] == [0, 1, 2, 3, 2, 3, 3], "in their places on the axis `step`"
-
-
-def test_wandb_continues_the_curve_of_a_resumed_run_only(wandb, tmp_path):
-    for first_step in (0, 4, 0):
-        open_metrics(tmp_path, first_step, wandb="online").close()
-    first, resumed, anew = [start["id"] for start in wandb.starts]
-    assert first == resumed != anew and len(first) >= 8 and all(start["resume"] == "allow" for start in wandb.starts)
-
-
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"two words", b"a/b"])
-def test_an_id_of_wandb_that_is_none_is_set_aside(content, wandb, tmp_path, capsys):
-    (tmp_path / "wandb_id.txt").write_bytes(content)
-    open_metrics(tmp_path, 4, wandb="online").close()
-    assert (tmp_path / "wandb_id.txt.damaged").read_bytes() == content and "is damaged" in capsys.readouterr().out
-    assert wandb.starts[0]["id"] == (tmp_path / "wandb_id.txt").read_text().strip() != ""
-
-
-@pytest.mark.parametrize("call", ["init", "log", "finish"])
-def test_a_wandb_that_fails_ends_no_training(call, wandb, tmp_path, capsys):
-    wandb.refuse = call
-    metrics = open_metrics(tmp_path, wandb="online")
-    for step in range(3):
-        metrics.record(train_line(step))
-    metrics.close()
-    assert lines(tmp_path) == [train_line(step) for step in range(3)]
-    assert capsys.readouterr().out == (
-        "wandb failed (RuntimeError: no account): the run continues without it, and metrics.jsonl has everything; "
-        "run `wandb login`, or set log.wandb=offline or off\n"
-    )
-
-
 def test_a_console_that_fails_is_recorded_once(tmp_path, monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)
@@ -267,18 +175,6 @@ def test_a_console_that_fails_is_recorded_once(tmp_path, monkeypatch):
     os.close(writer)
     lost = {"step": 0, "console": "stdout takes no more output (Broken pipe)"}
     assert lines(tmp_path) == [train_line(0), lost, train_line(1), train_line(2)]
-
-
-def test_a_wandb_that_is_not_installed_is_reported(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # what Python keeps for "there is none"
-    check_wandb(LogConfig())
-    with pytest.raises(UserError, match='log.wandb is "online" but wandb is not installed'):
-        check_wandb(LogConfig(wandb="online"))
-    (tmp_path / "wandb.py").write_text("raise TypeError('protobuf')")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "wandb")
-    with pytest.raises(UserError, match=r"wandb cannot be imported \(TypeError: protobuf\)"):
-        check_wandb(LogConfig(wandb="online"))
 
 
 VALUES = {
