@@ -54,7 +54,19 @@ def test_the_wheel_has_what_a_package_index_shows(programs):
     assert re.search("^License: Apache-2.0", text, re.MULTILINE) and (metadata / "licenses" / "LICENSE").exists()
     assert "Description-Content-Type: text/markdown" in text and "# megachat" in text
     extras = set(re.findall("^Provides-Extra: (.*)", text, re.MULTILINE))
-    assert extras == {"test", "hf", "mpi", "wandb", "trackers", "sweep", "postgresql", "report", "notebook", "completion", "docs"}
+    assert extras == {
+        "test",
+        "hf",
+        "mpi",
+        "wandb",
+        "trackers",
+        "sweep",
+        "postgresql",
+        "report",
+        "notebook",
+        "completion",
+        "docs",
+    }
     configs = metadata.parent / "megachat" / "configs"
     assert {path.name for path in configs.iterdir()} == {path.name for path in (ROOT / "configs").glob("*.json")}
 
