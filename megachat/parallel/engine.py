@@ -189,16 +189,12 @@ _INSTRUCTIONS = {
 
 
 def _recorded(instruction, function):
-    """Returns `function`, wrapped to note its start in the rank's progress, to run in a profile range, and to measure
-    the time of forward and backward passes.
-    """
+    """Returns `function`, wrapped to note its start, to run in a profile range, and to measure its work."""
     text, waits, range_name = _INSTRUCTIONS[instruction]
-    computes = instruction in (schedule.ForwardPass, schedule.BackwardPass)
 
     def execute(self, **arguments):
-        progress = self.mesh.world.progress
-        progress.note(text, waits=waits)
-        with profile_range(range_name), progress.work.working() if computes else contextlib.nullcontext():
+        self.mesh.world.progress.note(text, waits=waits)
+        with profile_range(range_name), self.mesh.world.progress.work.working(range_name in ("forward", "backward")):
             return function(self, **arguments)
 
     return execute

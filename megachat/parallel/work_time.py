@@ -36,14 +36,15 @@ class WorkTime:
         return sum(sign * (end - begin) for sign, begin, end in self._spans)
 
     @contextlib.contextmanager
-    def working(self) -> Iterator[None]:
-        """Measures the block as work; blocks may not nest."""
-        begin, self._works = self._now(), self._measures
+    def working(self, counts: bool = True) -> Iterator[None]:
+        """Measures the block as work; blocks may not nest. counts: False does nothing."""
+        begin, self._works = self._now() if counts else None, counts and self._measures
         try:
             yield
         finally:
             self._works = False
-        self._add(1, begin)
+        if counts:
+            self._add(1, begin)
 
     def pause(self, *, launches: bool) -> None:
         """Begins a wait, if this rank is at work. launches: a collective, which may be in the middle of a layer."""
