@@ -90,6 +90,7 @@ def _without_norm_scales(source: CheckpointReader) -> CheckpointReader:
     names = [name for name in source.entries if name.split("/")[1] not in scales]
     config = copy.deepcopy(source.facts.get("config", {}))
     config.get("model", {}).pop("norm_scales", None)
+    config.get("optimizer", {}).pop("qk_clip", None)  # which only changes them
     facts = source.facts | {"model": source.facts["model"] | {"norm_scales": ()}, "config": config}
     return source.select(names, facts=facts)
 

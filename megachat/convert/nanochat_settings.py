@@ -57,7 +57,7 @@ RATES = {
     "smear": ("smear_lr", False),
     "matrix": ("matrix_lr", False),
 }
-_UNKNOWN_TO_NANOCHAT = """clip_norm muon_multiplier warmup_ratio warmdown_shape decay_shape ramp ramp_rates
+_UNKNOWN_TO_NANOCHAT = """clip_norm muon_multiplier warmup_ratio warmdown_shape decay_shape ramp ramp_rates z_loss
     momentum_start momentum_top momentum_end momentum_warmup_steps""".split()  # of the optimizer section
 _RATE = {group.name: group.rate for group in GROUPS}
 

@@ -41,7 +41,7 @@ STOP, END = 2, 4
 # nanochat's zero matrices. A moment that was lost or mixed up differs by its own size.
 TENSOR_TOLERANCE = 1e-4
 SECOND_MOMENT_TOLERANCE = 1e-2
-RATES = ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "smear_lr")
+RATES = ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "smear_lr", "norm_scale_lr")
 
 
 @dataclass(frozen=True)

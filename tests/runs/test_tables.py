@@ -1,15 +1,18 @@
-"""Whole jobs with n-gram tables and a lookup layer: resumed twice in a row, with other text, evaluated on other
-layouts.
+"""Whole jobs with n-gram tables, a lookup layer, learned scales of norms, z-loss and QK clip: resumed twice in a row,
+with other text, evaluated on other layouts.
 """
 
 import pytest
 
+from megachat.planning.dimensions import NORMS
 from tests.runs.job import STEPS, bits_per_byte, checkpoint, different, facts, losses, refused, train
 from tests.runs.test_evaluate import evaluated
 
 TABLES = {
     "ngram": {"blocks": [0, 1], "rows": 400, "storage": "host", "bos": 256},
     "lookup": {"after_blocks": [0], "sample_tokens": 3000},
+    "model": {"norm_scales": list(NORMS)},
+    "optimizer": {"z_loss": 1e-3, "qk_clip": 5.78},  # scales of 1 allow logits of 5.76
 }
 
 

@@ -361,11 +361,12 @@ def test_learned_scales_of_norms_are_refused_unless_all_are_one(tmp_path):
             if name.startswith("model/") and name.endswith("_scale"):
                 tensor.fill_(1.0)
 
-    scales = {"norm_scales": ["mlp", "query"]}
+    scales = {"norm_scales": ["mlp", "query", "key"]}
     learned = make_run(tmp_path / "runs" / "learned", model=scales)
     with pytest.raises(UserError, match="learned scales of norms .*_scale is not 1.*nanochat does not have: convert"):
         export_checkpoint("nanochat", learned, tmp_path / "nanochat")
-    export_checkpoint("nanochat", make_run(tmp_path / "runs" / "one", model=scales, change=ones), tmp_path / "nanochat")
+    run = make_run(tmp_path / "runs" / "one", model=scales, change=ones, optimizer={"qk_clip": 90.0})
+    export_checkpoint("nanochat", run, tmp_path / "nanochat")
     import_checkpoint("nanochat", tmp_path / "nanochat", tmp_path / "back")
     back = open_checkpoint(tmp_path / "back")
     assert back.dims.norm_scales == () and not any(name.endswith("_scale") for name in back.entries)
