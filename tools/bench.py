@@ -14,6 +14,7 @@ kinds:
     start        seconds from the start of pretrain.py to the end of its first step
     layouts      loss curves of several layouts against one process
     lookup       bits per byte with and without lookup and n-gram tables, against steps, seconds and FLOPs
+    recipe       bits per byte of the parts of the speedrun's recipe, and the time of their steps, in one process
     loader       tokens per second of packing and of the whole loader, beside plain implementations
     checkpoint   seconds of saving and loading beside torch.save and torch.load
     generation   tokens per second with the KV cache and without
@@ -48,6 +49,7 @@ KINDS = {
     "start": "whole_runs",
     "layouts": "whole_runs",
     "lookup": "lookup_ablation",
+    "recipe": "recipe_ablation",
     "loader": "packing",
     "checkpoint": "checkpoint",
     "generation": "generation",
@@ -57,7 +59,6 @@ KINDS = {
     "plan": "plan",
     "core": "core",
 }
-LOOKUP_VARIANTS = "none lzw frequency uniform bigram bigram-trigram both"
 LAYOUTS = "dp=2 tp=2 pp=2 dp=2,tp=2 dp=2,pp=2 tp=2,pp=2 dp=2,tp=2,pp=2"
 
 
@@ -72,7 +73,7 @@ def add_arguments(parser: Parser) -> None:
         "--rounds",
         type=int,
         default=5,
-        help="rounds in turn; for profile: profiled steps; lookup: 0 times nothing (default 5)",
+        help="rounds in turn; for profile: profiled steps; lookup, recipe: 0 times nothing (default 5)",
     )
     option("--data", default="data/python", help="loader, layouts, lookup*: data folder (default data/python)")
     option("--tokenizer", default="data/tokenizer", help="loader, layouts, lookup*: default data/tokenizer")
@@ -86,9 +87,12 @@ def add_arguments(parser: Parser) -> None:
     option("--bundle", help="core: the CORE bundle, a folder or zip")
     option("--max-per-task", type=int, default=-1, help="core: examples per task at most (default all)")
     option("--ranks", type=int, default=2, help="checkpoint, tables: default 2")
-    option("--folder", help="checkpoint: on the storage to measure (default: a temporary folder); lookup: of its runs")
-    option("--variants", default=LOOKUP_VARIANTS, help=f"lookup: default '{LOOKUP_VARIANTS}'")
-    option("--seeds", default="1 2 3", help="lookup: seeds of the initial weights (default '1 2 3')")
+    option(
+        "--folder",
+        help="checkpoint: on the storage to measure (default: a temporary folder); lookup, recipe: of the runs",
+    )
+    option("--variants", help="lookup, recipe: names of variants (default: the usual ones)")
+    option("--seeds", default="1 2 3", help="lookup, recipe: seeds of the initial weights (default '1 2 3')")
     option(
         "--minutes",
         type=float,

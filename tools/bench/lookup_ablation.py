@@ -43,6 +43,7 @@ from tools.bench.turns import time_in_turn
 from tools.bench.whole_runs import PRETRAIN
 
 BASELINE = "none"
+DEFAULT = "none lzw frequency uniform bigram bigram-trigram both"
 # A model that one core trains in about a minute, far below the unigram entropy; --set overrides.
 SIZE = (
     "model.aspect_ratio=24",
@@ -72,6 +73,16 @@ def _ngram(orders: str, rows: int = 16384) -> list[str]:
     return ["ngram.blocks=[1]", f"ngram.orders=[{orders}]", f"ngram.rows={rows}"]
 
 
+_SCALES = 'model.norm_scales=["attention","mlp","query","key"]'
+# The parts of the speedrun's recipe. batch-1.5 has the tokens of --set horizon.steps=96.
+RECIPE: dict[str, list[str]] = {
+    "scales": ['model.norm_scales=["attention","mlp"]'],
+    "qk-clip": ['model.norm_scales=["query","key"]', "optimizer.qk_clip=10"],  # 8.1 with scales of 1
+    "z-loss": ["optimizer.z_loss=0.0001"],
+    "batch-1.5": ["batch.tokens=3072", "batch.micro_rows=12", "horizon.steps=64"],
+    "final-0": ["optimizer.final_lr_fraction=0"],
+    "warmdown-0.85": ["optimizer.warmdown_ratio=0.85"],
+}
 # Variant -> what it changes. The last settings of a list override earlier ones.
 VARIANTS: dict[str, list[str]] = {
     BASELINE: [],
@@ -90,12 +101,14 @@ VARIANTS: dict[str, list[str]] = {
     "late": _l3(after=4),
     "middle-sqrt": _l3("lookup.score_scale=sqrt", after=2),
     "middle-untied": _l3("lookup.tied=false", after=2),
+    **RECIPE,
+    "together": [*(setting for settings in RECIPE.values() for setting in settings), _SCALES, *_ngram("2,3")],
 }
 
 
 def bench_lookup(arguments: Namespace) -> dict:
     """Trains what is not trained yet in --folder, times steps, prints the table, and draws the curves into --out."""
-    variants = arguments.variants.split()
+    variants = (arguments.variants or DEFAULT).split()
     if unknown := [name for name in variants if name not in VARIANTS]:
         raise UserError(f"--variants has {unknown[0]}, which is not one of {', '.join(VARIANTS)}")
     if BASELINE not in variants:

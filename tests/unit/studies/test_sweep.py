@@ -7,6 +7,7 @@ import os
 import pwd
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -222,3 +223,13 @@ def test_a_space_of_ranges_is_no_grid_and_a_database_is_needed(tmp_path):
         open_study(url, "mine", whole, {}, seed=1)
     with pytest.raises(UserError, match="cannot be opened"):
         open_study("sqlite:////nowhere/at/all.db", "name", whole, {}, seed=1)
+
+
+def test_without_optuna_or_matplotlib_one_sentence_says_what_to_install(tmp_path, monkeypatch, capsys):
+    space = write_space(tmp_path, optimizer__matrix_lr=[0.01, 0.02])
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    sweep(monkeypatch, capsys, tmp_path, "--space", space)
+    assert not (tmp_path / "out/sweep.svg").exists() and (tmp_path / "out/sweep.json").exists()
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(UserError, match="sweeps need optuna, which is not installed: pip install 'megachat.sweep.'"):
+        sweep(monkeypatch, capsys, tmp_path, "--space", space)

@@ -14,6 +14,7 @@ from megachat.planning.plan import resolve
 from tests.runs.job import ROOT
 from tools.bench import lookup_ablation
 from tools.bench.lookup_ablation import (
+    RECIPE,
     VARIANTS,
     ablation_table,
     bench_lookup,
@@ -117,6 +118,18 @@ def test_each_variant_has_a_plan_at_depth_6(variant, tmp_path):
 
 def test_both_is_the_sum_of_its_parts():
     assert VARIANTS["both"] == VARIANTS["lzw"] + VARIANTS["bigram-trigram"]
+
+
+def test_the_larger_batch_trains_on_the_same_tokens_and_together_is_all_parts(tmp_path):
+    given = arguments(tmp_path, set=["model.depth=3", "horizon.steps=96"])
+    plans = {
+        name: resolve(load_config(ROOT / "configs" / "d4_cpu.json", settings_of(given, name, 1)), 1, 1024)
+        for name in ("none", "batch-1.5", "together")
+    }
+    assert len({plan.total_tokens for plan in plans.values()}) == 1, "the same rows"
+    assert plans["batch-1.5"].tokens_per_step == 1.5 * plans["none"].tokens_per_step
+    assert set(VARIANTS["together"]) > {setting for name in ("z-loss", "final-0") for setting in RECIPE[name]}
+    assert plans["together"].dims.norm_scales == ("attention", "mlp", "query", "key") and plans["together"].dims.ngram
 
 
 def test_turns_are_timed_by_the_given_clock():

@@ -1,0 +1,99 @@
+"""The parts of the speedrun's recipe, one at a time and all together, against the default recipe: bits per byte at
+equal tokens, and the time of a step.
+
+All variants train in one process, one after the other, on the same rows in the same order, and are validated on the
+rows that follow them: nothing but the settings and the seed of the weights differs, and no start-up is paid.
+"""
+
+import gc
+import json
+import sys
+from argparse import Namespace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+from megachat.config import load_config
+from megachat.data.tokenizer import Tokenizer, load_tokenizer
+from megachat.device import collective_backend
+from megachat.errors import UserError
+from megachat.evals.bpb import ValidationRows, bits_per_byte
+from megachat.files import write_atomically
+from megachat.job.launch import bootstrap_environment, choose_device
+from megachat.parallel.engine import start_collectives
+from megachat.parallel.mesh import Mesh, build_mesh
+from megachat.planning.plan import resolve
+from megachat.train.build import build_training_model
+from megachat.train.step import set_schedules, update
+from tools.bench.lookup_ablation import (
+    BASELINE,
+    RECIPE,
+    VARIANTS,
+    ablation_table,
+    first_rows,
+    settings_of,
+    summarize,
+    time_variants,
+)
+from tools.bench.lookup_picture import draw_curves
+
+_POINTS = 4  # of each curve
+
+
+def bench_recipe(arguments: Namespace) -> dict:
+    """Trains what is not in --folder yet, times steps, prints the table, and draws the curves into --out."""
+    if not arguments.folder:
+        raise UserError("--folder is missing: name a folder for the results; what is there is not trained again")
+    names = [BASELINE, *RECIPE, "bigram-trigram", "together"]
+    if arguments.variants:
+        names = [BASELINE, *(name for name in arguments.variants.split() if name != BASELINE)]
+    if unknown := [name for name in names if name not in VARIANTS]:
+        raise UserError(f"--variants has {unknown[0]}, which is not one of {', '.join(VARIANTS)}")
+    device, tokenizer = choose_device(bootstrap_environment()), load_tokenizer(arguments.tokenizer)
+    start_collectives(device, collective_backend(device), timedelta(seconds=600))
+    mesh = build_mesh(device)
+    runs = [_run(arguments, name, int(seed), tokenizer, mesh) for seed in arguments.seeds.split() for name in names]
+    ratios = time_variants(arguments, names) if arguments.rounds else {}
+    result = {"what": f"bits per byte on {arguments.data}", "variants": summarize(runs, ratios), "runs": runs}
+    print(*ablation_table(result["variants"]), sep="\n", file=sys.stderr)
+    if arguments.out:
+        write_atomically(Path(arguments.out), draw_curves(result["what"], result["variants"]).encode())
+    return result
+
+
+def _run(arguments: Namespace, variant: str, seed: int, tokenizer: Tokenizer, mesh: Mesh) -> dict:
+    """Returns what a variant reached, from --folder if it is there."""
+    settings, record = settings_of(arguments, variant, seed), Path(arguments.folder) / f"{variant}-{seed}.json"
+    if record.exists():
+        finished = json.loads(record.read_text())
+        if finished["settings"] != settings:
+            raise UserError(f"{record} is of other settings: give another --folder, or remove it")
+        return finished
+    finished = {"variant": variant, "seed": seed, "settings": settings}
+    finished |= train_in_process(arguments, settings, tokenizer, mesh)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(record, json.dumps(finished).encode())
+    print(f"{record.stem}: {finished['curve'][-1]['bpb']:.4f} bits per byte", file=sys.stderr, flush=True)
+    return finished
+
+
+def train_in_process(arguments: Namespace, settings: list[str], tokenizer: Tokenizer, mesh: Mesh) -> dict:
+    """Trains one model to its horizon; returns its validation curve and parameters."""
+    config = load_config(arguments.config, settings)
+    plan = resolve(config, 1, tokenizer.vocab_size)
+    training = build_training_model(config, plan, mesh, torch.from_numpy(tokenizer.token_bytes()))
+    trained, held = plan.steps * plan.rows_per_step, plan.evaluation_rows
+    micro = plan.micro_rows  # the last micro-batch of the validation may be in part beyond the rows that count
+    rows = first_rows(arguments.data, tokenizer, (trained + held + micro, plan.dims.sequence_len + 1))
+    validation = ValidationRows(rows[trained:].split(micro), held, micro, mesh)
+    curve = []
+    for step in range(plan.steps):
+        set_schedules(training, step)
+        update(training, rows[step * plan.rows_per_step : (step + 1) * plan.rows_per_step])
+        if (step + 1) * _POINTS // plan.steps > step * _POINTS // plan.steps:
+            bpb = bits_per_byte(training.engine, validation, mesh)
+            curve.append({"step": step + 1, "flops": (step + 1) * plan.flops_per_step, "bpb": bpb})
+    del training
+    gc.collect()
+    return {"curve": curve, "parameters": dict(plan.parameters), "peak_bytes": 0}
