@@ -74,12 +74,13 @@ def _ngram(orders: str, rows: int = 16384) -> list[str]:
 
 
 _SCALES = 'model.norm_scales=["attention","mlp","query","key"]'
-# The parts of the speedrun's recipe. batch-1.5 has the tokens of --set horizon.steps=96.
+# The parts of the speedrun's recipe, for models of RECIPE_SIZE. batch-1.5 sees as many tokens.
+RECIPE_SIZE = ("batch.tokens=1024", "batch.micro_rows=4", "horizon.steps=120", "evaluate.tokens=16384")
 RECIPE: dict[str, list[str]] = {
     "scales": ['model.norm_scales=["attention","mlp"]'],
     "qk-clip": ['model.norm_scales=["query","key"]', "optimizer.qk_clip=10"],  # 8.1 with scales of 1
     "z-loss": ["optimizer.z_loss=0.0001"],
-    "batch-1.5": ["batch.tokens=3072", "batch.micro_rows=12", "horizon.steps=64"],
+    "batch-1.5": ["batch.tokens=1536", "batch.micro_rows=6", "horizon.steps=80"],
     "final-0": ["optimizer.final_lr_fraction=0"],
     "warmdown-0.85": ["optimizer.warmdown_ratio=0.85"],
 }

@@ -29,6 +29,7 @@ from megachat.train.step import set_schedules, update
 from tools.bench.lookup_ablation import (
     BASELINE,
     RECIPE,
+    RECIPE_SIZE,
     VARIANTS,
     ablation_table,
     first_rows,
@@ -50,6 +51,7 @@ def bench_recipe(arguments: Namespace) -> dict:
         names = [BASELINE, *(name for name in arguments.variants.split() if name != BASELINE)]
     if unknown := [name for name in names if name not in VARIANTS]:
         raise UserError(f"--variants has {unknown[0]}, which is not one of {', '.join(VARIANTS)}")
+    arguments = Namespace(**vars(arguments) | {"set": [*RECIPE_SIZE, *arguments.set]})
     device, tokenizer = choose_device(bootstrap_environment()), load_tokenizer(arguments.tokenizer)
     start_collectives(device, collective_backend(device), timedelta(seconds=600))
     mesh = build_mesh(device)

@@ -15,6 +15,7 @@ from tests.runs.job import ROOT
 from tools.bench import lookup_ablation
 from tools.bench.lookup_ablation import (
     RECIPE,
+    RECIPE_SIZE,
     VARIANTS,
     ablation_table,
     bench_lookup,
@@ -121,7 +122,7 @@ def test_both_is_the_sum_of_its_parts():
 
 
 def test_the_larger_batch_trains_on_the_same_tokens_and_together_is_all_parts(tmp_path):
-    given = arguments(tmp_path, set=["model.depth=3", "horizon.steps=96"])
+    given = arguments(tmp_path, set=["model.depth=3", *RECIPE_SIZE])
     plans = {
         name: resolve(load_config(ROOT / "configs" / "d4_cpu.json", settings_of(given, name, 1)), 1, 1024)
         for name in ("none", "batch-1.5", "together")
