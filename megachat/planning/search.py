@@ -180,8 +180,9 @@ def _variants(config: Config, tensor: int, pipeline: int, free: frozenset[str], 
 def _fullest(
     config: Config, plan: Plan, device_bytes: int | None = None, *, exact: bool = True, on_gpu: bool = True
 ) -> int:
-    how = {"on_gpu": on_gpu, "state_of": stage_state if exact else estimated_stage_state, "device_bytes": device_bytes}
-    return max(stage.total for stage in memory_of_stages(config, plan, gpu_dtype(config), **how))
+    dtype, state_of = gpu_dtype(config), stage_state if exact else estimated_stage_state
+    stages = memory_of_stages(config, plan, dtype, on_gpu=on_gpu, state_of=state_of, device_bytes=device_bytes)
+    return max(stage.total for stage in stages)
 
 
 def gpu_dtype(config: Config) -> torch.dtype:

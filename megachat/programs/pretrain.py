@@ -36,6 +36,7 @@ from megachat.job.launch import (
 )
 from megachat.job.run_lock import lock_run_folder
 from megachat.kernels.choice import Kernels, choose_kernels, describe_kernels
+from megachat.kernels.cross_entropy import CHUNK_BYTES, GPU_CHUNK_BYTES
 from megachat.parallel.collectives import all_gather_objects, barrier
 from megachat.parallel.mesh import Mesh
 from megachat.planning.explain import describe_stages, plan_values, setting_warnings
@@ -378,7 +379,7 @@ def _banner(run: Run, environment: LaunchEnvironment) -> list[str]:
     threads = f" with {count} thread{'s' * (count > 1)}" if device.type == "cpu" else ""
     axes = f"data {layout.data} x tensor {layout.tensor} x pipeline {layout.pipeline}"
     peak = peak_flops(device) or "unknown, no MFU is printed"
-    ngram = plan.dims.ngram
+    ngram, chunk = plan.dims.ngram, run.engine.module.loss_fn.part.chunk_bytes
     tables = f"{len(ngram.blocks) * len(ngram.orders)} n-gram tables are divided by rows, " if ngram else ""
     pipeline = [f"pipeline {describe_stages(plan)}; bubble {plan.bubble:.1%} of a step, by FLOPs"]
     return [
@@ -391,4 +392,9 @@ def _banner(run: Run, environment: LaunchEnvironment) -> list[str]:
         f"{plan.steps} steps of {plan.tokens_per_step:,} tokens = {plan.rows_per_step} rows of "
         f"{plan.dims.sequence_len} ({plan.micro_rows} rows x {plan.accumulation} micro-batches per rank)",
         *(pipeline if layout.pipeline > 1 else []),
+        *(
+            []
+            if chunk in (CHUNK_BYTES, GPU_CHUNK_BYTES)
+            else [f"head and loss in chunks of {chunk >> 20} MiB of logits"]
+        ),
     ]
