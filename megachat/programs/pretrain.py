@@ -46,7 +46,7 @@ from megachat.planning.plan import Plan, resolve, usable_world
 from megachat.programs.dry_run import THIS_MACHINE, Hardware, describe_job, job_values
 from megachat.studies.report import report_line
 from megachat.studies.report_figures import check_report
-from megachat.train.build import Run, build_run
+from megachat.train.build import Run, agreed_head_chunk, build_run
 from megachat.train.changes import describe_changes
 from megachat.train.documents import resume_documents
 from megachat.train.lookup_rows import allocated_lookup
@@ -379,7 +379,7 @@ def _banner(run: Run, environment: LaunchEnvironment) -> list[str]:
     threads = f" with {count} thread{'s' * (count > 1)}" if device.type == "cpu" else ""
     axes = f"data {layout.data} x tensor {layout.tensor} x pipeline {layout.pipeline}"
     peak = peak_flops(device) or "unknown, no MFU is printed"
-    ngram, chunk = plan.dims.ngram, run.engine.module.loss_fn.part.chunk_bytes
+    ngram, chunk = plan.dims.ngram, agreed_head_chunk(run.config, plan, run.mesh, run.compute_dtype)
     tables = f"{len(ngram.blocks) * len(ngram.orders)} n-gram tables are divided by rows, " if ngram else ""
     pipeline = [f"pipeline {describe_stages(plan)}; bubble {plan.bubble:.1%} of a step, by FLOPs"]
     return [
