@@ -13,18 +13,18 @@ COEFFICIENTS = (
 
 
 def polar_express(x: torch.Tensor) -> torch.Tensor:
-    """Returns `x` [..., m, n] (bfloat16 or float32) with its singular values replaced by values near 1; same dtype,
-    same singular vectors.
+    """Returns `x` [m, n] (bfloat16 or float32) with its singular values replaced by values near 1; same dtype, same
+    singular vectors.
 
-    The Gram matrix is formed on the smaller side. A batch may give other bits than its matrices one by one, because
-    libraries choose other kernels for it. The Muon partition therefore passes two-dimensional matrices.
+    The Gram matrix is formed on the smaller side. It takes no batch: libraries may choose other kernels for a batch,
+    with other bits than for its matrices one by one.
     """
     # 1.01 keeps the largest singular value, with its rounding, inside the interval for which the first quintic was
     # computed
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-6)
-    tall = x.size(-2) > x.size(-1)
+    x = x / (x.norm() * 1.01 + 1e-6)
+    tall = x.size(0) > x.size(1)
     for a, b, c in COEFFICIENTS:
         gram = x.mT @ x if tall else x @ x.mT
-        factor = b * gram + c * (gram @ gram)
-        x = a * x + (x @ factor if tall else factor @ x)
+        factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.addmm(x, x, factor, beta=a) if tall else torch.addmm(x, factor, x, beta=a)
     return x

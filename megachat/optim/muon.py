@@ -2,7 +2,8 @@
 
 Momentum and orthogonalization: Muon (kellerjordan.github.io/posts/muon). Row equilibration: MuonEq (arXiv 2603.28254).
 Frobenius norm: Muon+ (arXiv 2602.21545). Variance reduction: NorMuon (arXiv 2510.05491). Cautious decay: arXiv
-2411.16085 and 2510.12402. The order of operations and of dtype casts is nanochat's, so both give the same bits.
+2411.16085 and 2510.12402. The order of operations and of dtype casts is nanochat's; the polar factor adds within its
+matrix products, so both give the same up to rounding.
 Hyperparameters are 0-d float32 tensors on the device of the data.
 """
 

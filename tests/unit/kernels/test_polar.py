@@ -50,10 +50,5 @@ def test_a_transposed_matrix_gives_the_transposed_result():
     torch.testing.assert_close(polar_express(x.mT.contiguous()), polar_express(x).mT, rtol=0, atol=2e-5)
 
 
-def test_a_batch_is_its_matrices():
-    batch = torch.stack([_matrix((24, 56), decay).float() for decay in (1.0, 0.1, 0.01)])
-    torch.testing.assert_close(polar_express(batch), torch.stack([polar_express(x) for x in batch]), rtol=0, atol=1e-5)
-
-
 def test_zeros_stay_zeros():
     assert not polar_express(torch.zeros(8, 16)).any()
