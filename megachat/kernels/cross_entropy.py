@@ -39,10 +39,31 @@ class VocabularyPart:
 WHOLE = VocabularyPart()
 
 
+def squash(logits: torch.Tensor, cap: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns tanh of logits [n, columns] / cap, the exponentials of the capped logits, and their sums [n, 1], in
+    float32. Overwrites float32 logits.
+    """
+    squashed = logits.float().div_(cap).tanh_()
+    share = torch.mul(squashed, cap).exp_()
+    return squashed, share, share.sum(dim=1, keepdim=True)
+
+
+def logits_gradient(
+    squashed: torch.Tensor, share: torch.Tensor, factor: torch.Tensor, index: torch.Tensor, at_index: torch.Tensor
+) -> torch.Tensor:
+    """Returns the gradient of the raw logits [n, columns], float32, from `squash`'s results, which it overwrites.
+
+    The gradient of the capped logits is share * factor, plus at_index in the column `index`; all three are [n, 1].
+    """
+    share.mul_(factor).scatter_add_(1, index, at_index)
+    return share.mul_(squashed.square_().neg_().add_(1.0))
+
+
 class PlainProducts:
     """The matrix products of head and loss by chunks of rows. hidden [rows, width], table [columns, width]."""
 
     row_multiple = 1  # the number of rows of every chunk, the last one included, is a multiple of this
+    squash, logits_gradient = staticmethod(squash), staticmethod(logits_gradient)
 
     def __init__(self, hidden: torch.Tensor, table: torch.Tensor):
         self.hidden, self.table = hidden, table
@@ -59,6 +80,23 @@ class PlainProducts:
         """
         torch.mm(gradient, self.table, out=hidden_gradient)
         table_gradient += gradient.T @ self.hidden[chunk]
+
+
+def compiled_products(products: type[PlainProducts]) -> type[PlainProducts]:
+    """Returns the products with compiled elementwise functions, which pass over the logits fewer times."""
+
+    def fused_squash(logits, cap):  # in place, or with a scatter, compiled code is slower than eager code
+        squashed = torch.tanh(logits.float() / cap)
+        share = torch.exp(squashed * cap)
+        return squashed, share, share.sum(dim=1, keepdim=True)
+
+    def fused_gradient(squashed, share, factor, index, at_index):
+        at_target = torch.arange(share.size(1), device=share.device) == index
+        return (share * factor + torch.where(at_target, at_index, 0.0)) * (1.0 - squashed * squashed)
+
+    functions = {"squash": fused_squash, "logits_gradient": fused_gradient}
+    compiled = {name: staticmethod(torch.compile(function, dynamic=False)) for name, function in functions.items()}
+    return type(f"Compiled{products.__name__}", (products,), compiled)
 
 
 def capped_logits(
@@ -138,7 +176,7 @@ def _chunks(rows: torch.Tensor, part: VocabularyPart, columns: int, multiple: in
     return [slice(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
 
 
-def _chunk_terms(logits: torch.Tensor, targets: torch.Tensor, cap: float, part: VocabularyPart):
+def _chunk_terms(logits: torch.Tensor, targets: torch.Tensor, cap: float, part: VocabularyPart, squash=squash):
     """Returns the terms of a chunk's loss: (sums of exponentials [n, 1] and capped logit at the target [n, 1], both
     over the whole vocabulary; tanh of the scaled logits [n, columns], their exponentials, each target's column, and 1
     where it is in this part).
@@ -147,10 +185,9 @@ def _chunk_terms(logits: torch.Tensor, targets: torch.Tensor, cap: float, part: 
     columns = logits.size(1)
     held = ((local >= 0) & (local < columns)).float().unsqueeze(1)
     index = local.clamp(0, max(0, columns - 1)).unsqueeze(1)
-    squashed = logits.float().div_(cap).tanh_()
-    share = torch.mul(squashed, cap).exp_()
+    squashed, share, sums = squash(logits, cap)
     at_target = cap * squashed.gather(1, index) * held if columns else torch.zeros_like(held)
-    both = torch.cat((share.sum(dim=1, keepdim=True), at_target), dim=1)
+    both = torch.cat((sums, at_target), dim=1)
     part.add(both)
     return both[:, :1], both[:, 1:], squashed, share, index, held
 
@@ -169,7 +206,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for chunk in _chunks(hidden, part, count, products.row_multiple):
             target = targets[chunk]
             counted = (target >= 0).float().unsqueeze(1)
-            sums, at_target, squashed, share, index, held = _chunk_terms(multiply.logits(chunk), target, cap, part)
+            terms = _chunk_terms(multiply.logits(chunk), target, cap, part, multiply.squash)
+            sums, at_target, squashed, share, index, held = terms
             total += ((sums.log() - at_target) * counted).sum()
             if hidden_gradient is None or table_gradient is None:
                 continue
@@ -181,9 +219,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             factor = counted / sums
             if z_loss:  # d z-loss / d capped logit = z_loss * 2 log(sum) * softmax
                 factor *= 1.0 + 2.0 * z_loss * sums.log()
-            share.mul_(factor).scatter_add_(1, index, -counted * held)
-            gradient = share.mul_(squashed.square_().neg_().add_(1.0)).to(hidden.dtype)
-            multiply.write_gradients(gradient, chunk, hidden_gradient[chunk], table_gradient[:count])
+            gradient = multiply.logits_gradient(squashed, share, factor, index, -counted * held)
+            multiply.write_gradients(gradient.to(hidden.dtype), chunk, hidden_gradient[chunk], table_gradient[:count])
         targets_counted = (targets >= 0).sum()
         ctx.weight_dtype = weight.dtype
         ctx.save_for_backward(hidden_gradient, table_gradient, targets_counted)

@@ -17,6 +17,7 @@ from megachat.errors import UserError
 from megachat.evals.core_bundle import Bundle
 from megachat.kernels.attention import Attend, attention
 from megachat.kernels.choice import Kernels, choose_kernels
+from megachat.kernels.cross_entropy import compiled_products
 from megachat.kernels.fp8 import apply_fp8, head_products
 from megachat.model.gpt import Loss, ModelOptions, build_layers, layer_builders
 from megachat.model.ngram import NgramTable
@@ -122,6 +123,8 @@ def build_training_model(
         graph=StepGraph() if config.precision.optimizer_graph else None,
     )
     products = head_products(kernels.fp8 if config.precision.fp8_head else None, plan.dims, mesh.tensor.size)
+    if config.precision.compile:
+        products = compiled_products(products)
     part = vocabulary_part(plan.dims.padded_vocab, mesh.tensor)
     part = dataclasses.replace(part, chunk_bytes=agreed_head_chunk(config, plan, mesh, dtype))
     loss = Loss(plan.dims, token_bytes, part, products, config.optimizer.z_loss)
