@@ -31,7 +31,7 @@ PARTS = {
 }
 Parts = dict[str, list[dict[str, float]]]  # by side, for each round: the seconds of each part of a step
 _PEAK_SIDE, _PEAK_PRODUCTS = 1024, 4  # matrix products that measure the peak: their sides, and how many in a round
-_EXPECTED_SHARE = 0.4  # of the peak that a step is expected to reach, to choose its tokens
+_EXPECTED_SHARE = 0.5  # of the peak that a step is expected to reach, to choose its tokens
 _STEPS_SHARE = 0.6  # of the time limit that steps may take; building and compiling take the rest
 
 
@@ -211,7 +211,8 @@ def time_parts(
         left = end - time.monotonic()
         if number:
             left = min(left, (rounds - number) * took)
-            show(f"round {number} of {rounds} took {took:.1f} s, at most {max(0, left):.0f} s left")
+            each = "; ".join(f"{name} {1e3 * sum(times[-1].values()):.0f} ms" for name, times in parts.items())
+            show(f"round {number} of {rounds}: {each}; at most {max(0, left):.0f} s left")
             if took > end - time.monotonic():
                 break
     return parts
