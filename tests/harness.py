@@ -25,6 +25,8 @@ PRELOADED = [
     "torch",
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "megachat.programs.pretrain",
+    "megachat.checkpoint.storage",
+    "torch._dynamo",
     "megachat.programs.evaluate",
     "megachat.programs.verify_layout",
     "setuptools",  # this and the next two: imported when an engine is built

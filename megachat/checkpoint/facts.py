@@ -26,6 +26,14 @@ def checkpoint_step(path: Path) -> int | None:
     return int(digits) if path.name.startswith("step_") and digits.isdecimal() else None
 
 
+def require_checkpoint_folder(path: Path) -> None:
+    """Raises UserError if the path cannot be a checkpoint of any format or a run, because it is no folder."""
+    if path_kind(path) != "folder":
+        raise UserError(
+            f"{path} is not a folder: give a checkpoint's step folder, a run folder, or a folder of another format"
+        )
+
+
 def write_facts(checkpoint: Path, facts: dict) -> None:
     """Writes checkpoint.json with the versions and a hash of its content.
 

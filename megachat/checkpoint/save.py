@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megachat.checkpoint.facts import FACTS_NAME, checkpoint_name, checkpoint_step, hash_files, read_facts, write_facts
-from megachat.checkpoint.storage import RectanglesByName, save_rectangles
 from megachat.errors import UserError
 from megachat.files import free_name, sync_to_disk
 from megachat.parallel.collectives import all_gather_objects, barrier, on_all_ranks_or_raise
 from megachat.parallel.mesh import Axis
+from megachat.parallel.rectangles import RectanglesByName
 
 SPACE_MARGIN = 1.05  # containers and indices around the tensors' bytes
 _TEMPORARY, _REPLACED = ".tmp", ".old"
@@ -30,6 +30,8 @@ def save_checkpoint(
     rank's other files into the given folder. Raises UserError when the disk is full or cannot be written; earlier
     checkpoints stay as they are.
     """
+    from megachat.checkpoint.storage import save_rectangles  # loads torch.distributed.checkpoint, 0.7 s
+
     final = folder / checkpoint_name(step)
     temporary = folder / (checkpoint_name(step) + _TEMPORARY)
     needed_bytes = int(SPACE_MARGIN * sum(all_gather_objects(rectangle_bytes(tensors), world)))

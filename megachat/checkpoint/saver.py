@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 
 from megachat.checkpoint.save import rectangle_bytes
-from megachat.checkpoint.storage import RectanglesByName
 from megachat.parallel.mesh import Axis
+from megachat.parallel.rectangles import RectanglesByName
 
 # Writes the copied rectangles with collectives of the given axis, which nothing else uses; returns the checkpoint.
 Write = Callable[[RectanglesByName, Axis], Path]

@@ -8,7 +8,7 @@ read with weights_only.
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,25 +30,27 @@ from megachat.checkpoint.index import INDEX_NAME, read_index
 from megachat.device import DTYPES
 from megachat.errors import UserError, raise_if_unreadable, summary
 from megachat.files import write_json
+from megachat.parallel.collectives import FailedOnRank
 from megachat.parallel.mesh import Axis
-from megachat.parallel.rectangles import Rectangle
-
-# name -> (whole shape, this rank's rectangles of the tensor)
-RectanglesByName = Mapping[str, tuple[tuple[int, ...], list[Rectangle]]]
+from megachat.parallel.rectangles import Rectangle, RectanglesByName
 
 
 def save_rectangles(folder: Path, tensors: RectanglesByName, world: Axis) -> None:
     """Writes every rank's rectangles; all ranks of `world` call it, and no element is on two ranks.
 
-    Raises torch's CheckpointException on any failure.
+    Raises FailedOnRank, the same on every rank, on any failure.
     """
-    with torch.no_grad(), _without_group_warning():
-        dcp.save(
-            {name: _WholeTensor(shape, rectangles) for name, (shape, rectangles) in tensors.items()},
-            storage_writer=_Writer(folder),
-            process_group=world.group if world.size > 1 else None,
-            no_dist=world.size == 1,
-        )
+    try:
+        with torch.no_grad(), _without_group_warning():
+            dcp.save(
+                {name: _WholeTensor(shape, rectangles) for name, (shape, rectangles) in tensors.items()},
+                storage_writer=_Writer(folder),
+                process_group=world.group if world.size > 1 else None,
+                no_dist=world.size == 1,
+            )
+    except CheckpointException as error:  # no Exception; it has one error per failed rank
+        rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
+        raise FailedOnRank(rank, cause) from error
 
 
 def load_checkpoint(checkpoint: Path, tensors: RectanglesByName) -> None:

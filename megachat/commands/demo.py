@@ -23,10 +23,11 @@ def run(options: argparse.Namespace) -> int:
     """Prepares, trains and compares the result with the unigram entropy; returns the exit status."""
     require_minimum(options, ranks=1)
     from megachat.commands.main import check_passed_on, start
-    from megachat.job.local_job import run_with_deepspeed
 
     config = str(config_folder() / "demo.json")
     pretraining, settings = check_passed_on(["--config", config, *options.rest])
+    from megachat.job.local_job import run_with_deepspeed
+
     start("data", ["--source", "python", "--out", str(DATA)], "megachat data")
     if not (TOKENIZER / "tokenizer.json").exists():
         training = ["--data", str(DATA), "--vocab-size", "4096", "--out", str(TOKENIZER)]

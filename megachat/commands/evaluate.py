@@ -47,6 +47,8 @@ def add_arguments(parser: Parser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Evaluates."""
+    if options.core is None and options.bpb is None and not options.sample:
+        raise UserError("nothing to evaluate: give one or more of --core, --bpb and --sample")
     check_layout_ranks(options.layout)
     check_launcher_hostfile()
     if options.controls and options.core is None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from megachat.commands.options import Parser, add_no_color, add_quiet, layout_settings
+from megachat.commands.options import Parser, add_no_color, add_quiet, check_inputs, layout_settings
 from megachat.console import allow_color
 from megachat.errors import UserError, user_errors_end_the_program
 from megachat.installation import CHECKOUT, version_text
@@ -136,6 +136,7 @@ def start(name: str, arguments: list[str], prog: str) -> int:
         options.rest = rest
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    check_inputs(options)
     silent = options.quiet and not getattr(options, "json", None)  # a document is printed with --quiet, too
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if silent else sys.stdout):
         return _module(name).run(options) or 0

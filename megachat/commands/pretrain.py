@@ -6,7 +6,6 @@ import argparse
 import math
 from pathlib import Path
 
-from megachat.activity import announced
 from megachat.commands.options import (
     Parser,
     add_config,
@@ -14,12 +13,12 @@ from megachat.commands.options import (
     add_local_rank,
     add_set,
     check_layout_ranks,
+    importing,
     layout_ranks,
     layout_settings,
 )
 from megachat.errors import UserError
 from megachat.job.hosts import check_launcher_hostfile
-from megachat.job.launchers import launcher_rank
 from megachat.planning.hardware import parse_gpus
 
 
@@ -92,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
     elif not options.elastic:
         check_layout_ranks(options.layout)
     check_launcher_hostfile()
-    with announced("importing torch and DeepSpeed", shown=launcher_rank() == 0 and not options.dry_run):
+    with importing(logged=not options.dry_run):
         from megachat.programs.dry_run import Hardware
         from megachat.programs.pretrain import pretrain
 

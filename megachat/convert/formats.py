@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megachat.checkpoint.facts import FACTS_NAME
+from megachat.checkpoint.facts import FACTS_NAME, require_checkpoint_folder
 from megachat.convert.declaration import Format
 from megachat.convert.huggingface import export_huggingface, import_huggingface, is_huggingface, open_huggingface
 from megachat.convert.megachat import find_step_folder, open_megachat
@@ -10,7 +10,6 @@ from megachat.convert.nanochat import export_nanochat, import_nanochat_run, open
 from megachat.convert.plain import FACTS_FILE, export_plain, import_plain, is_plain, open_plain
 from megachat.convert.reader import CheckpointReader
 from megachat.errors import UserError
-from megachat.files import path_kind
 
 FORMATS = (
     Format("safetensors", "safetensors", FACTS_FILE, is_plain, open_plain, export_plain, import_plain),
@@ -46,10 +45,7 @@ def open_checkpoint(path: Path, step: int | None = None) -> CheckpointReader:
     Raises UserError if it is none of them or cannot be read.
     """
     path = Path(path)
-    if path_kind(path) != "folder":
-        raise UserError(
-            f"{path} is not a folder: give a checkpoint's step folder, a run folder, or a folder of another format"
-        )
+    require_checkpoint_folder(path)
     reader = _open(path, step)
     if step is not None and reader.facts["step"] != step:
         raise UserError(f"{path} has step {reader.facts['step']}, not {step}: give that one, or none")

@@ -134,7 +134,7 @@ def _save(new: Import, folder: Path, config: dict) -> None:
 
 
 def whole_piece(tensor: torch.Tensor):
-    """Returns a tensor as one rectangle, see `megachat.checkpoint.storage.RectanglesByName`."""
+    """Returns a tensor as one rectangle, see `megachat.parallel.rectangles.RectanglesByName`."""
     shape = tuple(tensor.shape)
     return shape, [((0,) * tensor.ndim, shape, tensor)]
 

@@ -110,7 +110,9 @@ class DocumentReader:
         needed = np.flatnonzero(numbers >= self._first_needed[numbers % self._corpus.documents % self._streams])
         documents: dict[int, Future | None] = {}
         decoded: dict[int, str] = {}
-        for number, text in zip((first + needed).tolist(), decode_texts(texts.take(pa.array(needed))), strict=True):
+        # not pa.array: to recognize a Series, it would import pandas where that is installed
+        indices = pa.Array.from_buffers(pa.int64(), len(needed), [None, pa.py_buffer(needed)])
+        for number, text in zip((first + needed).tolist(), decode_texts(texts.take(indices)), strict=True):
             if isinstance(text, bytes):
                 self._bad_texts[self._stream_of(number)].add(self._corpus.place(number), text)
             elif text:

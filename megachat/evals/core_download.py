@@ -7,7 +7,6 @@ from pathlib import Path
 
 from megachat.errors import UserError
 from megachat.files import PART, file_sha256, sync_and_rename, write_atomically
-from megachat.prepare.download import download_file
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # nanochat's source
 BUNDLE_PATH = Path("data") / "eval_bundle.zip"
@@ -22,6 +21,8 @@ def download_bundle(
     compared at every use. Raises UserError if the download fails or is not a zip file, or if the file has changed
     since.
     """
+    from megachat.prepare.download import download_file  # loads requests
+
     hash_file = path.with_name(path.name + ".sha256")
     if not (path.exists() and hash_file.exists()):
         try:

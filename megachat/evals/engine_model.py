@@ -10,6 +10,7 @@ from megachat.config import Config
 from megachat.data.tokenizer import Tokenizer
 from megachat.evals.generation import Choose, Passes, generate
 from megachat.evals.local_engine import EvaluationEngine
+from megachat.kernels.uncompiled import compiles_nothing
 from megachat.model.cache import Chunk, set_past
 from megachat.model.gpt import last_logits
 from megachat.parallel.collectives import all_reduce
@@ -32,7 +33,7 @@ def evaluate_chunks(
     stage and its heads compute.
     """
     try:
-        with torch.compiler.set_stance("force_eager"):  # otherwise every new shape would be compiled
+        with compiles_nothing():  # otherwise every new shape would be compiled
             return engine.evaluate(
                 list(micro_batches), measure, before_forward=lambda number: set_past(engine.module, chunks[number])
             )

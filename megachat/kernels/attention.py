@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from megachat.kernels.uncompiled import uncompiled
+
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 # Queries per tile of windowed_attention. Each tile is multiplied with window + TILE keys: a smaller one wastes less and
 # starts more kernels.
@@ -89,7 +91,7 @@ class FlashAttention:
     def __init__(self, name: str):
         self._function, self._unlimited = flash_function(name), None if name == "flash4" else -1
 
-    @torch.compiler.disable
+    @uncompiled
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
         full = window >= q.size(1) - 1
         window_size = (self._unlimited, self._unlimited) if full else (window, 0)
@@ -107,7 +109,7 @@ class FlexAttention:
         self._create_mask, self._tokens = create_block_mask, tokens
         self._masks: dict[int, Any] = {}
 
-    @torch.compiler.disable
+    @uncompiled
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
         if q.size(1) != self._tokens:
             return attention(q, k, v, window)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from megachat.kernels.uncompiled import uncompiled
+
 Add = Callable[[torch.Tensor], object]  # sums a tensor in place over all holders of the channels
 
 
@@ -56,7 +58,7 @@ class ChannelNorm(nn.Module):
         return _divided_norm(x, self.channels, self.epsilon, self.add)
 
 
-@torch.compiler.disable
+@uncompiled
 def _divided_norm(x: torch.Tensor, channels: int, epsilon: float, add: Add) -> torch.Tensor:
     return _DividedNorm.apply(x, channels, epsilon, add)
 

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from megachat.kernels.uncompiled import uncompiled
+
 _WORKSPACE_BYTES = 1 << 20  # of one operand on a CPU: what its cache holds
 _GPU_WORKSPACE_BYTES = 32 << 20
 # Tokens x rows from which an id is a batch of its own, which reads the table without a copy: smaller products take less
@@ -42,7 +44,7 @@ class TableRows(NamedTuple):
         return TableRows(torch.cat([zero, allocation.to(torch.int64).cumsum(0)]))
 
 
-@torch.compiler.disable
+@uncompiled
 def lookup_attention(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, ids: torch.Tensor, rows: TableRows, scale: float
 ) -> torch.Tensor:

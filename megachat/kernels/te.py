@@ -17,6 +17,7 @@ from megachat.device import compute_capability
 from megachat.errors import summary
 from megachat.kernels.attention import attention
 from megachat.kernels.linear import Product
+from megachat.kernels.uncompiled import uncompiled
 from megachat.planning.dimensions import FP8_TILES, check_fp8_multiples
 
 OLDEST = (2, 9)  # the first version with `autocast`; the code was written against 2.20.2
@@ -117,7 +118,7 @@ class _TEProduct:
     def __init__(self, linear: nn.Module, tile: int, context: Callable):
         self._linear, self._tile, self._context = linear, tile, context
 
-    @torch.compiler.disable
+    @uncompiled
     def __call__(self, x: torch.Tensor, weight: nn.Parameter) -> torch.Tensor:
         check_fp8_multiples(x.numel() // x.size(-1), weight.shape, self._tile)
         self._linear._parameters["weight"] = weight
@@ -136,7 +137,7 @@ class TEAttention:
         self._tokens = tokens
         self._modules: dict[tuple[int, int, int], Any] = {}
 
-    @torch.compiler.disable
+    @uncompiled
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
         if q.size(1) != self._tokens:
             return attention(q, k, v, window)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from megachat.kernels.uncompiled import uncompiled
 from megachat.optim.row_store import RowStore
 from megachat.optim.row_update import MASTER, row_state_shapes, update_rows
 from megachat.parallel.collectives import all_to_all
@@ -125,7 +126,7 @@ class RowTables:
 
     # ---- forward and backward
 
-    @torch.compiler.disable
+    @uncompiled
     def read(self, name: str, index: torch.Tensor) -> torch.Tensor:
         """Returns rows [..., width] in the wire's dtype; of a cut table this tensor rank's columns. All ranks of the
         stage call it, those of a tensor axis with equal indices.

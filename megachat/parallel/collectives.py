@@ -8,13 +8,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megachat.errors import UserError
 from megachat.parallel.mesh import Axis
 from megachat.parallel.progress import Entry
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+
+
+class FailedOnRank(Exception):
+    """An action that all ranks take together has failed on `rank`. It is the same on every rank."""
+
+    def __init__(self, rank: int, cause: BaseException):
+        super().__init__(rank, cause)
+        self.rank, self.cause = rank, cause
 
 
 class Pending:
@@ -116,9 +123,8 @@ def on_all_ranks_or_raise(
     problem = None
     try:
         action()
-    except CheckpointException as error:  # no Exception; the same on every rank, with one error per failed rank
-        rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
-        problem = rank, _describe_error(cause)
+    except FailedOnRank as error:
+        problem = error.rank, _describe_error(error.cause)
     except Exception as error:  # of any kind: no rank may be left waiting for the others
         problem = world.rank, _describe_error(error)
     problems = [problem for problem in all_gather_objects(problem, world) if problem]

@@ -28,6 +28,7 @@ from megachat.parallel.collectives import all_reduce
 from megachat.parallel.deepspeed_version import check_deepspeed
 from megachat.parallel.mesh import Mesh
 from megachat.parallel.progress import profile_range
+from megachat.parallel.without_compiler import AdamW, import_deepspeed_muon
 from megachat.place import is_partial_over_tensor, is_tensor_shard
 
 # What we rely on beyond DeepSpeed's documented interface: methods that we call or override, and attributes that its
@@ -361,7 +362,7 @@ def build_engine(
         },
         "communication_data_type": "fp32",
     }
-    engine = _initialize(module, mesh, settings, torch.optim.AdamW(adamw_groups, fused=True), parameters)
+    engine = _initialize(module, mesh, settings, AdamW(adamw_groups, fused=True), parameters)
     zero = engine.optimizer
     if type(zero) is not DeepSpeedZeroOptimizer or zero.partition_gradients:
         raise RuntimeError(f"DeepSpeed made a {type(zero).__name__}, but ZeRO stage 1 was configured")
@@ -385,6 +386,7 @@ def build_evaluation_engine(module: PipelineModule, mesh: Mesh) -> Engine:
 
 def _initialize(module: PipelineModule, mesh: Mesh, settings: dict, optimizer=None, parameters=None) -> Engine:
     settings = settings | {"steps_per_print": 2**31 - 1} | PIPELINE_SETTINGS
+    import_deepspeed_muon()
     with quiet_output():
         engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, model_parameters=parameters, config=settings, dist_init_required=False

@@ -2,9 +2,13 @@
 whole shape.
 """
 
+from collections.abc import Mapping
+
 import torch
 
 Rectangle = tuple[tuple[int, ...], tuple[int, ...], torch.Tensor]  # (offsets in the whole, sizes, view)
+# name -> (whole shape, this rank's rectangles of the tensor)
+RectanglesByName = Mapping[str, tuple[tuple[int, ...], list[Rectangle]]]
 
 
 def flat_rectangles(

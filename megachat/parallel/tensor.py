@@ -14,6 +14,7 @@ from torch import nn
 from megachat.kernels.channel_norm import ChannelNorm
 from megachat.kernels.cross_entropy import WHOLE, VocabularyPart
 from megachat.kernels.linear import Table
+from megachat.kernels.uncompiled import uncompiled
 from megachat.parallel.collectives import all_gather, all_reduce, reduce_scatter
 from megachat.parallel.mesh import Axis
 from megachat.place import Place, mark_partial_over_tensor, mark_tensor_shard, place_of, set_place
@@ -114,7 +115,7 @@ def _add_region_hooks(module: nn.Module, axis: Axis, sequence: bool) -> None:
         module.register_forward_hook(lambda _, inputs, output: _apply(leave, output, axis))
 
 
-@torch.compiler.disable
+@uncompiled
 def _apply(function, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
     return function.apply(tensor, axis)
 

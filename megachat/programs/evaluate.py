@@ -64,8 +64,6 @@ def evaluate(request: EvaluationRequest) -> dict | None:
     Returns the JSON file's content on rank 0, None on the others. Raises UserError for an invalid request,
     if possible before the ranks meet.
     """
-    if request.core is None and request.bpb is None and not request.sample:
-        raise UserError("nothing to evaluate: give one or more of --core, --bpb and --sample")
     environment = bootstrap_environment()
     saved = open_saved_model(request.checkpoint, list(request.overrides), request.tokenizer)
     if request.bpb:

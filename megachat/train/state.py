@@ -14,7 +14,6 @@ import torch
 from megachat.checkpoint.facts import read_facts
 from megachat.checkpoint.save import remove_old_checkpoints, save_checkpoint
 from megachat.checkpoint.saver import Saver
-from megachat.checkpoint.storage import RectanglesByName, load_checkpoint
 from megachat.config import Config
 from megachat.data.loader_state import combined_ledger, save_loader_state
 from megachat.data.packing import saving_rank, streams_of_rank
@@ -24,7 +23,7 @@ from megachat.files import CHECKPOINTS, LOADER, RANDOM
 from megachat.job.join import random_seed
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.mesh import Axis
-from megachat.parallel.rectangles import flat_rectangles
+from megachat.parallel.rectangles import RectanglesByName, flat_rectangles
 from megachat.place import place_of
 from megachat.planning.dimensions import saved_dimensions
 from megachat.planning.plan import Plan
@@ -143,6 +142,8 @@ def save_state(run: Run, state: LoopState, saver: Saver) -> None:
 
 def load_state(run: Run, checkpoint: Path) -> LoopState:
     """Reads a checkpoint of any layout into the run; all ranks call it. The loader got its state when it was built."""
+    from megachat.checkpoint.storage import load_checkpoint  # loads torch.distributed.checkpoint, 0.7 s
+
     facts, adamw = read_facts(checkpoint), run.engine.adamw
     load_checkpoint(checkpoint, state_pieces(run))
     for counter in adamw.step_counters():

@@ -123,6 +123,9 @@ class Trainer:
         self.pace.finish(state.step)
         state.training_flops += self.run.plan.flops_per_step
         if first:
+            # what the first save needs, but no step: a package may be replaced while training runs
+            import megachat.checkpoint.storage  # noqa: F401
+
             gc.collect()  # objects that exist now live until the end; do not scan them at every collection
             gc.freeze()
         return result

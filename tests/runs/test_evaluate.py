@@ -220,7 +220,6 @@ def test_bad_input(core_run, bundle, tmp_path, one_rank):
     few = {"core": str(bundle), "max_per_task": 1}
     blocked = {"sample": True, "out": tmp_path / "file" / "a.json"}
     for message, expected in (
-        (refused(core_run), "--core, --bpb and --sample"),
         (refused(tmp_path / "none", sample=True), f"{tmp_path / 'none'} is not a folder"),
         (refused(tmp_path, sample=True), f"{tmp_path} is not a complete checkpoint"),
         (refused(core_run, core=str(bundle), tasks=("copa", "essay")), "essay is not a task of"),

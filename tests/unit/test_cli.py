@@ -37,6 +37,20 @@ main.help_text()
 print([name for name in ("torch", "deepspeed", "numpy", "pyarrow", "pydantic", "requests") if name in sys.modules])
 """
 
+LIGHT_MISTAKES = """
+import json
+import sys
+from megachat.commands import main
+from megachat.errors import UserError
+for words in json.loads(sys.argv[1]):
+    try:
+        main._run(words)
+    except UserError:
+        continue
+    print(words, "are no mistake")
+print([name for name in ("torch", "deepspeed", "numpy", "pyarrow", "requests") if name in sys.modules])
+"""
+
 
 def run(*words: str) -> int:
     """Returns the exit status of a command in this process. Raises UserError where the command would end with 2."""
@@ -75,6 +89,25 @@ def test_no_help_loads_a_heavy_package():
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
+def test_a_mistake_is_reported_before_a_heavy_package_is_imported():
+    """Config, settings, layout, and a checkpoint that does not exist. Only a config needs pydantic."""
+    mistakes = [
+        ["pretrain", "--config", "none.json"],
+        ["pretrain", "--config", "d4_cpu", "--set", "model.depht=3"],
+        ["pretrain", "--config", "d4_cpu", "--layout", "dp=3"],
+        ["plan", "--config", "d4_cpu", "--set", "model.depth=-1", "--gpus", "8xH100"],
+        ["verify", "--config", "d4_cpu", "--layout", "tp=2", "--set", "a.b=1"],
+        ["demo", "--set", "model.depht=3"],
+        ["supervise", "--config", "d4_cpu", "--set", "model.depht=3"],
+        ["evaluate", "--checkpoint", "none", "--sample"],
+        ["evaluate", "--checkpoint", "."],
+        ["generate", "--checkpoint", "none"],
+        ["inspect", "none"],
+    ]
+    done = python("-c", LIGHT_MISTAKES, json.dumps(mistakes))
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
 def test_the_version_has_the_commit(capsys, monkeypatch):
     run("--version")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
@@ -103,6 +136,7 @@ def test_the_version_has_the_commit(capsys, monkeypatch):
         (["plan", "--config", "d12", "--layout", "xp=3"], "layout xp=3: 'xp=3' is not an axis"),
         (["plan", "--config", "d12", "--world", "0"], "--world is the number of ranks"),
         (["supervise", "--resume", "runs/x", "--config", "d12"], "--resume runs/x would go back there"),
+        (["evaluate", "--checkpoint", "{empty}"], "nothing to evaluate: give one or more of --core, --bpb"),
         (["evaluate", "--checkpoint", "{none}", "--bpb"], "{none}"),
         (["generate", "--checkpoint", "{none}", "--prompt", "x"], "{none} is not a folder"),
         (["generate", "--checkpoint", "{empty}", "--prompt", "x"], "{empty} is not a complete checkpoint"),
