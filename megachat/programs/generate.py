@@ -9,7 +9,7 @@ from pathlib import Path
 from megachat.convert.architecture import build_model
 from megachat.convert.reader import CheckpointReader
 from megachat.data.tokenizer import Tokenizer
-from megachat.device import choose_compute_dtype
+from megachat.device import choose_compute_dtype, slow_dtype_warning
 from megachat.errors import UserError, raise_if_unreadable
 from megachat.evals.generation import LocalModel, check_prompt, generate
 from megachat.evals.growing_text import GrowingText
@@ -22,6 +22,8 @@ from megachat.model.gpt import ModelOptions
 def load_model(reader: CheckpointReader, dtype: str) -> LocalModel:
     """Loads a checkpoint's model onto this process's device. dtype: "auto", "float32" or "bfloat16"."""
     device = choose_device(bootstrap_environment())
+    if warning := slow_dtype_warning(dtype, device):
+        print(warning, file=sys.stderr, flush=True)
     options = ModelOptions(compute_dtype=choose_compute_dtype(dtype, device)[0])
     return LocalModel(build_model(reader, options).to(device), reader.dims)
 

@@ -18,7 +18,14 @@ from megachat.console import styled
 from megachat.data.shards import DataSummary, check_data_folder, shard_hashes
 from megachat.data.texts import BadTexts
 from megachat.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_facts
-from megachat.device import choose_compute_dtype, device_name, host_memory_bytes, memory_bytes, peak_flops
+from megachat.device import (
+    choose_compute_dtype,
+    device_name,
+    host_memory_bytes,
+    memory_bytes,
+    peak_flops,
+    slow_dtype_warning,
+)
 from megachat.errors import SAVED_STATUS, UserError
 from megachat.evals.core_bundle import Bundle, configured_examples, describe_bundle, open_configured_bundle
 from megachat.evals.core_prompts import check_questions, row_limit
@@ -342,7 +349,8 @@ def described_memory(config: Config, plan: Plan, device: torch.device, local_ran
     if on_gpu or plan.dims.ngram:
         check_state_fits(stages, device_bytes, host_memory_bytes(local_ranks))
     warning = memory_warning(config, plan, dtype, device_bytes, on_gpu=on_gpu, stages=stages)
-    warnings = [*([warning] if warning else []), *setting_warnings(config, plan)]
+    slow = slow_dtype_warning(config.precision.compute, device)
+    warnings = [*(line for line in (warning, slow) if line), *setting_warnings(config, plan)]
     return [describe_memory(stages, device_bytes), *warnings]
 
 

@@ -1,6 +1,7 @@
 """Devices: dtypes, names and peak rates."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megachat.device import choose_compute_dtype, peak_flops, peak_of_name
+from megachat import device
+from megachat.device import choose_compute_dtype, peak_flops, peak_of_name, slow_dtype_warning
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,6 +29,20 @@ def test_dtype_is_requested_or_explained():
 def test_a_gpu_without_bfloat16_computes_in_float16_if_that_is_fast(capability, dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert choose_compute_dtype("auto", torch.device("cuda", 0))[0] == dtype
+
+
+def test_auto_is_bfloat16_on_a_cpu_only_if_that_is_native_and_used(monkeypatch):
+    cpu, flags, used = torch.device("cpu"), {"flags": "fpu avx2 avx512f avx512_bf16"}, [True]
+    monkeypatch.setattr(device, "_cpu_info", lambda key: flags.get(key, ""))
+    monkeypatch.setattr(device, "_onednn_computes_bfloat16", lambda: used[0])
+    assert choose_compute_dtype("auto", cpu)[0] == torch.bfloat16 and not slow_dtype_warning("bfloat16", cpu)
+    used[0] = False
+    assert choose_compute_dtype("auto", cpu)[0] == torch.float32
+    used[0], flags["flags"] = True, "fpu avx2 avx512f"  # oneDNN emulates it there
+    assert choose_compute_dtype("auto", cpu)[0] == torch.float32
+    assert slow_dtype_warning("auto", cpu) is slow_dtype_warning("float32", cpu) is None
+    warning = slow_dtype_warning("bfloat16", cpu)
+    assert warning and re.search(r"no native bfloat16: .* takes \d+\.\d times as long as in float32", warning)
 
 
 def test_unknown_hardware_has_no_peak():
