@@ -70,8 +70,8 @@ def slow_dtype_warning(requested: str, device: torch.device) -> str | None:
         return None
     factor = _product_s(DTYPES[requested]) / _product_s(torch.float32)
     return (
-        f"WARNING: this CPU has no native {requested}: a product of {_SIDE} x {_SIDE} matrices takes {factor:.1f} times "
-        "as long as in float32, measured now; auto chooses a fast dtype"
+        f"WARNING: this CPU has no native {requested}: a product of {_SIDE} x {_SIDE} matrices takes {factor:.1f} "
+        "times as long as in float32, measured now; auto chooses a fast dtype"
     )
 
 

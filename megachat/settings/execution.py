@@ -13,7 +13,8 @@ class PrecisionConfig(Section):
     """Dtypes, kernels and compilation."""
 
     compute: Literal["auto", "bfloat16", "float16", "float32"] = setting(
-        "auto", "dtype of activations; auto: bfloat16 if the device has it"
+        "auto",
+        "dtype of activations; auto: bfloat16 if the device computes it natively, else float16 on a GPU or float32",
     )
     loss_scale: float = setting(
         65536.0, "initial loss scale of float16", gt=0, most=Most(2**40, "every float16 gradient would overflow")
