@@ -1,6 +1,7 @@
 """Shows what a program is doing: a line for an activity of more than a second, and the progress of long work."""
 
 import contextlib
+import subprocess
 import sys
 import threading
 import time
@@ -34,6 +35,29 @@ def announced(activity: str, *, shown: bool = True, write: Callable[[str], objec
         yield
     finally:
         timer.cancel()
+
+
+_TICKS = """
+import select, sys, time
+begin = time.monotonic()
+while not select.select([sys.stdin], [], [], float(sys.argv[2]))[0]:
+    print(f"{sys.argv[1]}: {(time.monotonic() - begin) / 60:.1f} minutes so far", flush=True)
+"""
+
+
+@contextlib.contextmanager
+def ticking(activity: str, every_s: float = 30.0) -> Iterator[None]:
+    """Prints the time so far, every 30 s, during a call that no thread of this process interrupts. A process prints it,
+    and ends with this one.
+    """
+    try:
+        output = sys.stdout.fileno()
+    except (OSError, ValueError):  # a stream in memory
+        yield
+        return
+    line = [sys.executable, "-c", _TICKS, activity, str(every_s)]
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=output):  # leaving closes its input
+        yield
 
 
 class Progress:

@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> None:
     check_launcher_hostfile()
     if options.controls and options.core is None:
         raise UserError("--controls repeats CORE with other contexts: give --core as well")
-    with importing():
+    with text_moved(options), importing(logged=True):
         from megachat.programs.evaluate import EvaluationRequest, evaluate
 
     chosen = ["evaluate.core_crop=true"] if options.core_crop else []

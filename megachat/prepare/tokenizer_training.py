@@ -1,5 +1,6 @@
 """Training a tokenizer on a data folder, and nanochat's pickled tokenizer: read without executing it, and written."""
 
+import contextlib
 import io
 import itertools
 import pickle
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import tiktoken
 
-from megachat.activity import Progress, print_line
+from megachat.activity import Progress, print_line, ticking
 from megachat.data.shards import Shard, open_shards, split_shards
 from megachat.data.texts import REFUSE, BadTexts, read_shard_texts
 from megachat.data.tokenizer import LONGEST_RUN, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, split_long_runs
@@ -69,7 +70,13 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     import rustbpe
 
     trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(_with_short_runs(texts), vocab_size - special, pattern=SPLIT_PATTERN)
+    with contextlib.ExitStack() as learning:
+
+        def read() -> Iterator[str]:
+            yield from _with_short_runs(texts)
+            learning.enter_context(ticking("learning merges"))  # rustbpe calls nothing back and keeps Python's lock
+
+        trainer.train_from_iterator(read(), vocab_size - special, pattern=SPLIT_PATTERN)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
     if len(ranks) + special < vocab_size:
         raise UserError(

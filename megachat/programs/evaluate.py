@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megachat.activity import announced
 from megachat.checkpoint.resume import find_damage
 from megachat.convert.saved_model import SavedModel, open_saved_model
 from megachat.errors import UserError
@@ -91,7 +92,8 @@ def evaluate(request: EvaluationRequest) -> dict | None:
     with join_job(environment, saved.config, facts, saved.run_folder, restart_hint=hint) as (mesh, _):
         log: Log = functools.partial(print, flush=True) if mesh.world.rank == 0 else lambda line: None
         folder = saved.reader.folder
-        with mesh.world.progress.long_running("loading the checkpoint"):
+        loading = f"loading {folder}"
+        with mesh.world.progress.long_running("loading the checkpoint"), announced(loading, write=log):
             if saved.reader.format == "megachat" and (problem := find_damage(folder, mesh.world)):
                 raise UserError(f"{folder} is damaged: {problem}; evaluate another step")
             model = build_evaluation_model(saved, plan, mesh)
@@ -147,14 +149,14 @@ def _evaluate_model(model: EvaluationModel, request: EvaluationRequest, bundle: 
     results: dict[str, dict] = {}
     long_running = model.mesh.world.progress.long_running
     if request.bpb is not None:
-        with long_running("evaluation"):
+        with long_running("evaluation"), announced("computing bits per byte", write=log):
             results["bpb"] = bpb = _bits_per_byte(model)
         log(f"validation bpb {bpb['bpb']:.6f} over {bpb['rows']:,} rows of {bpb['folder']}")
         for name, source in bpb.get("sources", {}).items():
             value = f"bpb {source['bpb']:.6f} over {source['rows']:,} rows" if source["rows"] else "no document"
             log(f"  {name}: {value} in the validation shard")
     if request.sample:
-        with long_running("sampling"):
+        with long_running("sampling"), announced("sampling", write=log):
             results["samples"] = sample_prompts(model.config, model.plan, model.mesh, model.engine, model.tokenizer)
         for text in results["samples"].values():
             log(f"sample: {text!r}")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megachat.activity import announced
 from megachat.convert.architecture import build_model
 from megachat.convert.reader import CheckpointReader
 from megachat.data.tokenizer import Tokenizer
@@ -25,7 +26,8 @@ def load_model(reader: CheckpointReader, dtype: str) -> LocalModel:
     if warning := slow_dtype_warning(dtype, device):
         print(warning, file=sys.stderr, flush=True)
     options = ModelOptions(compute_dtype=choose_compute_dtype(dtype, device)[0])
-    return LocalModel(build_model(reader, options).to(device), reader.dims)
+    with announced(f"loading {reader.folder}", write=lambda line: print(line, file=sys.stderr, flush=True)):
+        return LocalModel(build_model(reader, options).to(device), reader.dims)
 
 
 def read_prompts(path: str) -> list[str]:

@@ -1,11 +1,13 @@
 """What a program says about long work: an activity that takes time, and progress without a terminal."""
 
 import threading
+import time
 
 import pytest
 
 from megachat import activity
-from megachat.activity import Progress, announced, duration, hours_minutes
+from megachat.activity import Progress, announced, duration, hours_minutes, ticking
+from tests.limits import limit_s
 
 
 def test_only_what_takes_long_is_announced(monkeypatch):
@@ -40,6 +42,14 @@ def test_an_announcement_survives_a_console_that_fails(monkeypatch):
             if isinstance(thread, threading.Timer):
                 thread.join(60)
     assert ended == []
+
+
+def test_a_call_that_no_thread_interrupts_shows_its_time(capfd):
+    shown, end = "", time.monotonic() + limit_s()
+    with ticking("learning merges", every_s=0.01):
+        while "learning merges: 0.0 minutes so far\n" not in shown and time.monotonic() < end:
+            shown += capfd.readouterr().out
+    assert "learning merges: 0.0 minutes so far\n" in shown
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, capsys):
