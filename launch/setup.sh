@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv in the project folder and installs megachat into it, once. A later call with the same extras does nothing.
-# Usage: [PYTHON=python3] [LOCKED=no] source launch/setup.sh [EXTRAS]      EXTRAS as in setup.py, for example test.
-# PYTHON: the interpreter that .venv is based on.
+# Usage: [PYTHON=python3] [LOCKED=no] [PROGRESS_S=10] source launch/setup.sh [EXTRAS]      EXTRAS as in setup.py, for example test.
+# PYTHON: the interpreter that .venv is based on. PROGRESS_S: seconds between two lines of progress.
 # LOCKED: by default every package has the version and a hash of requirements.lock; "no" takes what setup.py allows.
 # Without nvidia-smi, torch's CPU build is installed where its index can be reached. A torch in .venv is kept.
 
@@ -60,6 +60,26 @@ install_all() {
     fi
 }
 
+# Reads pip's output and prints the time and what pip is doing, every ${PROGRESS_S:-10} seconds.
+show_progress() {
+    local line doing="starting pip" shown=$SECONDS begin=$SECONDS status
+    while true; do
+        status=0
+        IFS= read -r -t 1 line || status=$?
+        if [ "$status" = 0 ]; then
+            case $line in *Collecting\ * | *Downloading\ * | *Building\ * | *Preparing\ * | *Installing\ *) doing=$line ;; esac
+        elif [ "$status" -le 128 ]; then # not the time limit: the end, or a bash before 4, which does not tell
+            break
+        fi
+        if [ $((SECONDS - shown)) -ge "${PROGRESS_S:-10}" ]; then
+            shown=$SECONDS
+            doing=${doing#"${doing%%[! ]*}"}
+            echo "  $((SECONDS - begin)) s: ${doing:0:90}"
+        fi
+    done
+    cat >/dev/null
+}
+
 stamp="$root/.venv/megachat-${extras:-core}-$locked-$(cat "$root/setup.py" "$root/requirements.lock" | cksum | cut -d' ' -f1)"
 if [ ! -e "$stamp" ]; then
     if [ ! -x "$root/.venv/bin/python" ]; then
@@ -70,7 +90,7 @@ if [ ! -e "$stamp" ]; then
     fi
     log="$root/.venv/install.log"
     echo "installing into $root/.venv (log: $log)"
-    install_all 3>&1 >"$log" 2>&1 || {
+    { install_all 2>&1 | tee "$log" | show_progress >&3; } 3>&1 || {
         tail -n 15 "$log" >&2
         hint="check the network and run this again"
         [ "$locked" = no ] || hint="$hint, or install unlocked versions with LOCKED=no (docs/install.md)"

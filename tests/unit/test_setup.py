@@ -1,5 +1,6 @@
 """launch/setup.sh and demo.sh with stubs for python and deepspeed: what is installed from where, what is passed on."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,7 +13,7 @@ echo "python $*" >>"$LOG"
 case "$*" in
   *"-c import torch"*) exit "$NO_TORCH" ;;
   *whl/cpu*) exit "$NO_INDEX" ;;
-  *requirements.txt*) cat "$VENV/requirements.txt" >>"$LOG.lock" ;;
+  *requirements.txt*) sleep "${PIP_S:-0}"; cat "$VENV/requirements.txt" >>"$LOG.lock" ;;
   *import\\ socket*) echo 4321 ;;
 esac
 """
@@ -34,7 +35,7 @@ class Project:
             path.chmod(0o755)
         for (
             name
-        ) in "awk bash cat cksum cut dirname grep od rm sed tail tee touch tr uname".split():  # and no nvidia-smi
+        ) in "awk bash cat cksum cut dirname grep od rm sed sleep tail tee touch tr uname".split():  # and no nvidia-smi
             (programs / name).symlink_to(shutil.which(name))
 
     def run(self, script: str, *arguments: str, **variables: str) -> tuple[int, str, list[str]]:
@@ -77,6 +78,12 @@ def test_everything_is_installed_by_hash_and_torch_from_one_index(project):
     lock = (project.folder / "log.lock").read_text()
     assert "\nwandb==" in lock and "\npytest==" in lock and "\nnvidia-" not in lock and "\ntorch==" not in lock
     assert project.run("setup.sh", "test,wandb")[2] == [calls[0]], "a second call only asks for python's version"
+
+
+def test_a_long_installation_shows_what_pip_does(project):
+    status, output, _ = project.run("setup.sh", PIP_S="2", PROGRESS_S="1")
+    assert status == 0 and re.search(r"^  \d+ s: starting pip$", output, re.MULTILINE), output
+    assert "python" not in output, "the rest is in the log"
 
 
 def test_without_the_cpu_index_the_gpu_build_is_installed_by_hash(project):
