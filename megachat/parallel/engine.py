@@ -1,5 +1,4 @@
-"""DeepSpeed as megachat uses it: one PipelineEngine for every layout, in float32 mode, with ZeRO-1 for AdamW's
-parameters only.
+"""DeepSpeed as megachat uses it: one PipelineEngine for every layout, in float32 mode, with ZeRO-1 for AdamW only.
 
 Only this file and optim/joint.py use DeepSpeed's private names. Each one is listed in PRIVATE_NAMES and checked at
 import.
@@ -28,7 +27,7 @@ from megachat.parallel.collectives import all_reduce
 from megachat.parallel.deepspeed_version import check_deepspeed
 from megachat.parallel.mesh import Mesh
 from megachat.parallel.progress import profile_range
-from megachat.parallel.without_compiler import AdamW, import_deepspeed_muon
+from megachat.parallel.without_compiler import AdamW
 from megachat.place import is_partial_over_tensor, is_tensor_shard
 
 # What we rely on beyond DeepSpeed's documented interface: methods that we call or override, and attributes that its
@@ -386,7 +385,6 @@ def build_evaluation_engine(module: PipelineModule, mesh: Mesh) -> Engine:
 
 def _initialize(module: PipelineModule, mesh: Mesh, settings: dict, optimizer=None, parameters=None) -> Engine:
     settings = settings | {"steps_per_print": 2**31 - 1} | PIPELINE_SETTINGS
-    import_deepspeed_muon()
     with quiet_output():
         engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, model_parameters=parameters, config=settings, dist_init_required=False

@@ -43,3 +43,6 @@ def import_deepspeed_muon() -> None:
             importlib.import_module(_MUON)
     finally:
         compiler.compile = original
+
+
+import_deepspeed_muon()

@@ -349,9 +349,8 @@ def described_memory(config: Config, plan: Plan, device: torch.device, local_ran
     if on_gpu or plan.dims.ngram:
         check_state_fits(stages, device_bytes, host_memory_bytes(local_ranks))
     warning = memory_warning(config, plan, dtype, device_bytes, on_gpu=on_gpu, stages=stages)
-    slow = slow_dtype_warning(config.precision.compute, device)
-    warnings = [*(line for line in (warning, slow) if line), *setting_warnings(config, plan)]
-    return [describe_memory(stages, device_bytes), *warnings]
+    warnings = [warning, slow_dtype_warning(config.precision.compute, device), *setting_warnings(config, plan)]
+    return [describe_memory(stages, device_bytes), *filter(None, warnings)]
 
 
 def _write_run_folder(run: Run, state: LoopState, environment: LaunchEnvironment, log: Log) -> None:
