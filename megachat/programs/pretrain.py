@@ -181,10 +181,9 @@ def _check_inputs(
     if elastic:
         used = usable_world(config, environment.world_size, vocab_size)
         if environment.rank == 0 and used < environment.world_size:
-            rest = environment.world_size - used
             print(
                 f"{environment.world_size} ranks were started, but the batch can only be split over {used}; "
-                f"the other {rest} exit",
+                f"the other {environment.world_size - used} exit",
                 flush=True,
             )
         if environment.rank >= used:
