@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from megachat import device as devices
 from megachat.activity import announced
 from megachat.checkpoint.resume import choose_checkpoint, find_checkpoint
 from megachat.checkpoint.run_folder import config_in_place, follow_checkpoint
@@ -18,14 +19,7 @@ from megachat.console import styled
 from megachat.data.shards import DataSummary, check_data_folder, shard_hashes
 from megachat.data.texts import BadTexts
 from megachat.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_facts
-from megachat.device import (
-    choose_compute_dtype,
-    device_name,
-    host_memory_bytes,
-    memory_bytes,
-    peak_flops,
-    slow_dtype_warning,
-)
+from megachat.device import choose_compute_dtype, device_name, host_memory_bytes, memory_bytes, peak_flops
 from megachat.errors import SAVED_STATUS, UserError
 from megachat.evals.core_bundle import Bundle, configured_examples, describe_bundle, open_configured_bundle
 from megachat.evals.core_prompts import check_questions, row_limit
@@ -348,7 +342,7 @@ def described_memory(config: Config, plan: Plan, device: torch.device, local_ran
     if on_gpu or plan.dims.ngram:
         check_state_fits(stages, device_bytes, host_memory_bytes(local_ranks))
     warning = memory_warning(config, plan, dtype, device_bytes, on_gpu=on_gpu, stages=stages)
-    warnings = [warning, slow_dtype_warning(config.precision.compute, device), *setting_warnings(config, plan)]
+    warnings = [warning, devices.slow_dtype_warning(config.precision.compute, device), *setting_warnings(config, plan)]
     return [describe_memory(stages, device_bytes), *filter(None, warnings)]
 
 
