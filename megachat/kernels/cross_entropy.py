@@ -94,7 +94,7 @@ def compiled_products(products: type[PlainProducts]) -> type[PlainProducts]:
         at_target = torch.arange(share.size(1), device=share.device) == index
         return (share * factor + torch.where(at_target, at_index, 0.0)) * (1.0 - squashed * squashed)
 
-    functions = {"squash": fused_squash, "logits_gradient": fused_gradient}
+    functions: dict[str, Callable] = {"squash": fused_squash, "logits_gradient": fused_gradient}
     compiled = {name: staticmethod(torch.compile(function, dynamic=False)) for name, function in functions.items()}
     return type(f"Compiled{products.__name__}", (products,), compiled)
 
