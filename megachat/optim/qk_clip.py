@@ -48,10 +48,10 @@ def clip_scales(layers: nn.ModuleList, adamw: ZeroAdamW, dims: Dimensions, limit
     keys = [block.key_scale for block in blocks if block.key_scale is not None]
     if not blocks:  # a pipeline stage without any
         return
-    pair = clip_factors(torch.stack(queries), torch.stack(keys), largest_logit(dims), limit)
+    pair = clip_factors(torch.stack((*queries,)), torch.stack((*keys,)), largest_logit(dims), limit)
     factors = dict(zip(queries + keys, (*pair[0], *pair[1]), strict=True))
     for parameter, start, length, state in adamw.fragments():  # this rank's share of the masters
         if parameter in factors:
             state["master"] *= factors[parameter].expand_as(parameter).flatten()[start : start + length]
     for parameter, factor in factors.items():
-        parameter *= factor
+        parameter.mul_(factor)
