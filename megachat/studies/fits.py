@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megachat.studies.curves import student_95
-from megachat.studies.space import Dimension, is_number
+from megachat.studies.space import Dimension, contexts, is_number
 
 
 class Optimum(NamedTuple):
@@ -57,10 +57,14 @@ def parabola(values: Sequence[float], results: Sequence[float]) -> tuple[list[fl
 
 
 def optima(rows: Sequence[Mapping[str, Any]], space: Sequence[Dimension]) -> list[dict[str, Any]]:
-    """Returns the fitted optimum of each numeric setting, for each combination of the other settings."""
-    fitted = []
+    """Returns the fitted optimum of each numeric setting, for each combination of the other settings; of sizes only
+    where nothing else varies (see space.contexts).
+    """
+    fitted, sizes = [], contexts(space)[0].keys()
     ended = [row for row in rows if row["bpb"] is not None and row["verdict"] != "ended early"]
     for dimension in space:
+        if dimension.key in sizes:
+            continue
         others: dict[str, list[Mapping[str, Any]]] = {}
         for row in ended:
             rest = json.dumps({key: value for key, value in row["values"].items() if key != dimension.key})

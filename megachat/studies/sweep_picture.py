@@ -11,7 +11,7 @@ from typing import Any
 
 from megachat.errors import UserError
 from megachat.studies.fits import parabola
-from megachat.studies.space import Dimension, is_number
+from megachat.studies.space import Dimension, contexts, is_number
 
 _MOST_LINES = 8  # with more combinations of the other settings, their points have one color
 
@@ -29,6 +29,8 @@ def draw_sweep(result: Mapping[str, Any], space: Sequence[Dimension], path: Path
     """Draws bits per byte against each setting, one color for each combination of the others, with the fitted parabola
     and its optimum, and a panel for each power law. result: what `megachat sweep` writes to sweep.json.
     """
+    sizes = contexts(space)[0].keys()
+    space = [dimension for dimension in space if dimension.key not in sizes]
     panels = len(space) + len(result["power_laws"])
     with _figure(path, panels, "bits per byte against each setting; bars: 95 % interval of the optimum") as all_axes:
         for dimension, axes in zip(space, all_axes, strict=False):
