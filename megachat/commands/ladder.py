@@ -84,8 +84,16 @@ def run(options: argparse.Namespace) -> None:
         for folder in (options.out, options.base or options.out)
     )
     flops = {row["depth"]: row["flops"] for row in plan}
-    how = {"stop_at": stop_at, "log": log, "train_base": train_base, "flops": flops}
-    rungs = climb(train, options.set, depths, seeds=options.seeds, **how)
+    rungs = climb(
+        train,
+        options.set,
+        depths,
+        seeds=options.seeds,
+        stop_at=stop_at,
+        log=log,
+        train_base=train_base,
+        flops=flops,
+    )
     rows, multiplier = ladder_rows(rungs), compute_multiplier(rungs)
     result = {"change": options.set, "seeds": options.seeds, "plan": plan, "rungs": rows}
     result["compute_multiplier"] = multiplier

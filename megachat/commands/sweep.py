@@ -24,6 +24,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from megachat.commands.options import Parser, add_config, add_set, require_minimum
 from megachat.errors import UserError
@@ -61,7 +62,8 @@ def run(options: argparse.Namespace) -> None:
     if options.space is None and options.lr_range_test is None:
         raise UserError("give --space FILE with the settings that vary, or --lr-range-test")
     search = _prepare_sweep(options) if options.space else None
-    result, lines = {}, []
+    result: dict[str, Any] = {}
+    lines: list[str] = []
     if options.lr_range_test is not None:
         result["range_test"] = _range_test(options)
     if search:

@@ -96,10 +96,14 @@ class Rotary(nn.Module):
     def __init__(self, dims: Dimensions, options: ModelOptions):
         super().__init__()
         # computed on the CPU: on the meta device torch would import torch._dynamo for these operations
-        how = {"dtype": torch.float32, "device": "cpu"}
+        cpu = torch.device("cpu")
         # 1 / x, not a negative power, which is rounded differently: nanochat's tables to the bit
-        frequencies = 1 / dims.rotary_base ** (torch.arange(0, dims.head_size, 2, **how) / dims.head_size)
-        angles = torch.outer(torch.arange(dims.longest_row, **how), frequencies)[None, :, None, :]
+        frequencies = 1 / dims.rotary_base ** (
+            torch.arange(0, dims.head_size, 2, dtype=torch.float32, device=cpu) / dims.head_size
+        )
+        angles = torch.outer(torch.arange(dims.longest_row, dtype=torch.float32, device=cpu), frequencies)[
+            None, :, None, :
+        ]
         self.chunk, device = options.rotary == "chunk", torch.get_default_device()
         self.register_buffer("cos", angles.cos().to(device, options.compute_dtype), persistent=False)
         self.register_buffer("sin", angles.sin().to(device, options.compute_dtype), persistent=False)

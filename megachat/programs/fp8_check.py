@@ -132,7 +132,9 @@ def measure_matrices(
     for (name, rows, columns), count in counted(shapes.items(), "measuring products", len(shapes), " shapes"):
         if name == HEAD:
             fits = head_fits_fp8(plan.dims, plan.layout.tensor, choice.recipe)
-            classes = [PlainProducts, *([head_products(choice, plan.dims, plan.layout.tensor)] if fits else [])]
+            classes = [PlainProducts]
+            if fits:
+                classes.append(head_products(choice, plan.dims, plan.layout.tensor))
             kinds = [dtype, torch.bfloat16]
             # the loss of one rank's tokens: a shard of the table is a vocabulary of its size
             actions = [
@@ -218,7 +220,7 @@ def time_in_turn(
 
 def check_question(question: Question) -> None:
     """Notes in the folder what its runs are for. Raises UserError if it has the runs of another question."""
-    here = {"config": question.config, "settings": [*question.settings], "recipe": question.recipe}
+    here: dict[str, object] = {"config": question.config, "settings": [*question.settings], "recipe": question.recipe}
     here["steps"] = question.steps
     path = question.out / "question.json"
     question.out.mkdir(parents=True, exist_ok=True)

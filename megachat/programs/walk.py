@@ -96,7 +96,7 @@ class _Recorder(TorchDispatchMode):
         kind, mesh = _KINDS[operator], self.mesh
         assert mesh is not None
         boxes = [value for value in args if isinstance(value, torch.ScriptObject)]
-        (group,) = [ProcessGroup.unbox(box) for box in boxes if "ProcessGroup" in box._type().name()]
+        (group,) = [ProcessGroup.unbox(box) for box in boxes if "ProcessGroup" in str(box._type())]
         ranks = tuple(dist.get_process_group_ranks(group))
         now = mesh.world.progress.now
         axes = (
@@ -195,8 +195,14 @@ def _exchange_even_requests(tables: RowTables, name: str, rows: int, index: torc
     counts = [each] * stage.size
     numbers, wanted = index.new_empty((2, stage.size)), index.new_empty((2, each * stage.size))
     all_to_all(numbers[0], numbers[1], stage, name=f"numbers of rows of {name}")
-    options = {"receive_counts": counts, "send_counts": counts}
-    all_to_all(wanted[0], wanted[1], stage, name=f"requests for rows of {name}", **options)
+    all_to_all(
+        wanted[0],
+        wanted[1],
+        stage,
+        receive_counts=counts,
+        send_counts=counts,
+        name=f"requests for rows of {name}",
+    )
     return _Request(torch.empty_like(index), each * stage.size, counts, counts, wanted[0], wanted[1])
 
 
@@ -221,7 +227,7 @@ def _know_received_shapes(training: build.TrainingModel) -> None:
         ids = torch.empty(plan.micro_rows, plan.dims.sequence_len, dtype=torch.int64)
         return (*buffers, ids)
 
-    Engine._send_tensor_meta, Engine._recv_tensor_meta = send_nothing, allocate  # type: ignore[method-assign]
+    Engine._send_tensor_meta, Engine._recv_tensor_meta = send_nothing, allocate
 
 
 def _state_bytes(training: build.TrainingModel) -> dict[str, int]:

@@ -31,7 +31,7 @@ class MatrixTime(NamedTuple):
     name: str
     rows: int
     columns: int
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple has a method count
     plain: Sequence[float]
     fp8: Sequence[float]
 
