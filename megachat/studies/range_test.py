@@ -14,7 +14,7 @@ import numpy as np
 from megachat.config import Config
 from megachat.errors import UserError
 from megachat.schedule import ramp_multiplier
-from megachat.studies.runs import RunRecord, is_run, load_run
+from megachat.studies.runs import RunRecord, flat_config, is_run, load_run
 from megachat.studies.trials import Diverged, Train, Trial
 
 _LEAST = 20  # points without which there is no slope
@@ -42,13 +42,15 @@ def run_range_test(train: Train, trial: Trial, config: Config, folder: Path) -> 
     """Trains a test in `folder` until its loss diverges, unless it has, and returns what it says as JSON values: see
     _read, and "suggested": "optimizer.key" -> its value times the factor of the steepest fall.
 
-    config: of the trial. Raises UserError if the run is too short.
+    config: of the trial. Raises UserError if the run is too short, or if one of another config is there.
     """
 
     def diverged(record: RunRecord) -> bool:
         return _read(record, config)["diverged"] is not None
 
     run, burst = load_run(folder / trial.name) if is_run(folder / trial.name) else None, False
+    if run is not None:
+        _check_same_config(run, config)
     if run is None or not diverged(run):
         try:
             run = train(trial, diverged)
@@ -63,6 +65,15 @@ def run_range_test(train: Train, trial: Trial, config: Config, folder: Path) -> 
     keys = dict.fromkeys(_FOLLOWS.get(rate, f"{rate}_lr") for rate in rates)
     factor = result["steepest"]
     return result | {"suggested": {f"optimizer.{key}": getattr(config.optimizer, key) * factor for key in keys}}
+
+
+def _check_same_config(run: RunRecord, config: Config) -> None:
+    """Raises UserError if the run was trained with other settings: its losses belong to other factors then."""
+    here, saved = flat_config(config.model_dump(mode="json", exclude_defaults=True)), flat_config(run.config)
+    differ = [key for key in sorted(here.keys() | saved.keys()) if here.get(key) != saved.get(key)]
+    if differ := [key for key in differ if key not in ("run.name", "run.folder")]:
+        value = json.dumps(saved.get(differ[0])) if differ[0] in saved else "the default"
+        raise UserError(f"{run.folder} has a range test of other settings ({differ[0]} is {value}): give another --out")
 
 
 def _read(run: RunRecord, config: Config) -> dict[str, Any]:

@@ -7,7 +7,9 @@ import math
 import pytest
 
 from megachat.commands import main as cli
+from megachat.config import load_config, save_config
 from megachat.errors import UserError
+from megachat.installation import config_path
 from megachat.schedule import scheduled_values
 from megachat.settings import OptimizerConfig
 from megachat.studies.runs import load_run
@@ -34,7 +36,9 @@ def planted(folder, seen, nan=False):
     def train(trial, watch=None):
         seen.append(trial)
         run = folder / trial.name
-        make_run(run)
+        if not run.exists():
+            make_run(run)
+            save_config(load_config(config_path("demo"), trial.settings), run / "config.json")
         plan = json.loads((run / "plan.json").read_text()) | {"steps": STEPS, "rates": {"matrix": 1, "x0": 1}}
         (run / "plan.json").write_text(json.dumps(plan))
         lines = []
@@ -75,6 +79,14 @@ def test_it_stops_at_divergence_and_suggests_the_steepest_fall(nan, tmp_path, mo
     if not nan:
         cli.start("sweep", [*words, "--json"], "megachat")
         assert json.loads(capsys.readouterr().out)["range_test"] == result and len(seen) == 1, "read, not trained"
+    before = (tmp_path / "out/range_test.json").read_bytes()
+    for other, key in (
+        (["--ramp", "0.1,10"], r"optimizer.ramp is \[0.01, 100.0\]"),
+        (["--set", "optimizer.matrix_lr=0.5"], "optimizer.matrix_lr is the default"),
+    ):
+        with pytest.raises(UserError, match=f"range_test_matrix has a range test of other settings .{key}.: give anot"):
+            cli.start("sweep", [*words, *other], "megachat")
+    assert len(seen) == 1 and (tmp_path / "out/range_test.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(
