@@ -54,13 +54,15 @@ def run(options: argparse.Namespace) -> None:
     from megachat.programs.dry_run import Hardware
     from megachat.programs.ladder_plan import plan_lines, plan_rungs
     from megachat.studies.ladder import climb, compute_multiplier, ladder_rows
-    from megachat.studies.trials import trainer
+    from megachat.studies.trials import continued_later, refuse_fixed, trainer
 
     require_minimum(options, seeds=1, ranks=1)
     check_price(options.price)
     depths, stop_at = _depths(options.depths), _stop_at(options.stop_at)
     if not options.set:
         raise UserError("a ladder compares a config with a change of it: give the change with --set")
+    for name, settings in (("--set", options.set), ("--both", options.both)):
+        refuse_fixed(settings, ["run", "model.depth"], name)
     for depth in depths:  # a wrong setting is reported before anything is trained
         load_config(options.config, [*options.both, *options.set, f"model.depth={depth}"])
     hardware = Hardware(gpu=options.gpu, probe=options.probe, price=options.price)
@@ -84,16 +86,17 @@ def run(options: argparse.Namespace) -> None:
         for folder in (options.out, options.base or options.out)
     )
     flops = {row["depth"]: row["flops"] for row in plan}
-    rungs = climb(
-        train,
-        options.set,
-        depths,
-        seeds=options.seeds,
-        stop_at=stop_at,
-        log=log,
-        train_base=train_base,
-        flops=flops,
-    )
+    with continued_later(log):
+        rungs = climb(
+            train,
+            options.set,
+            depths,
+            seeds=options.seeds,
+            stop_at=stop_at,
+            log=log,
+            train_base=train_base,
+            flops=flops,
+        )
     rows, multiplier = ladder_rows(rungs), compute_multiplier(rungs)
     result = {"change": options.set, "seeds": options.seeds, "plan": plan, "rungs": rows}
     result["compute_multiplier"] = multiplier
@@ -125,7 +128,10 @@ def _check_base(options: argparse.Namespace, values: dict) -> None:
     path = options.base / _QUESTION
     if not path.exists():
         raise UserError(f"--base {options.base} has no ladder: give the --out of one")
-    if json.loads(path.read_bytes()).get("values") != values:
+    saved = json.loads(path.read_bytes())
+    if saved.get("study", "ladder") != "ladder" or "change" not in saved:
+        raise UserError(f"--base {options.base} has another study, no ladder: give the --out of a ladder")
+    if saved.get("values") != values:
         raise UserError(f"--base {options.base} has the ladder of another config or --both: leave --base out")
 
 
@@ -133,10 +139,18 @@ def _check_same_study(options: argparse.Namespace, values: dict) -> None:
     """Writes the study's question, or raises UserError if the folder has another one."""
     from megachat.files import write_json
 
-    question = {"config": options.config, "values": values, "change": options.set, "both": options.both}
+    question = {
+        "study": "ladder",
+        "config": options.config,
+        "values": values,
+        "change": options.set,
+        "both": options.both,
+    }
     path = options.out / _QUESTION
     if path.exists():
         saved = json.loads(path.read_bytes())
+        if saved.get("study", "ladder") != "ladder" or "change" not in saved:
+            raise UserError(f"{options.out} has the runs of another study, no ladder: give another --out")
         if any(saved.get(key, question[key]) != question[key] for key in ("values", "change")):
             settings = shlex.join(saved["change"])
             raise UserError(f"{options.out} has the ladder of {saved['config']} with {settings}: give another --out")
@@ -147,8 +161,8 @@ def _lines(result: dict) -> list[str]:
     rows = [("depth", "base", "change", "gain", "steps", "time", "FLOPs", "verdict")]
     for row in result["rungs"]:
         ratios = ("-" if row[axis] is None else f"{row[axis]:.3f}" for axis in ("steps", "seconds", "flops"))
-        values = (f"{row[key]:.4f}" for key in ("base", "change"))
-        rows.append((str(row["depth"]), *values, f"{row['gain']:+.4f}", *ratios, row["verdict"]))
+        change, gain = ("-", "-") if row["change"] is None else (f"{row['change']:.4f}", f"{row['gain']:+.4f}")
+        rows.append((str(row["depth"]), f"{row['base']:.4f}", change, gain, *ratios, row["verdict"]))
     lines = text_table(rows, right=range(7))
     for row in result["rungs"]:
         if None not in row["core"]:

@@ -64,15 +64,20 @@ def run(options: argparse.Namespace) -> None:
     search = _prepare_sweep(options) if options.space else None
     result: dict[str, Any] = {}
     lines: list[str] = []
-    if options.lr_range_test is not None:
-        result["range_test"] = _range_test(options)
+    from megachat.studies.trials import continued_later
+
+    with continued_later(_log):
+        if options.lr_range_test is not None:
+            result["range_test"] = _range_test(options)
+        if search:
+            result |= search()
     if search:
-        result |= search()
         lines += _lines(result, options.out)
     if "range_test" in result:
         from megachat.studies.range_test import range_lines
 
         lines += range_lines(result["range_test"], result.get("optima") or _earlier_optima(options.out))
+        lines.append(f"all points are in {options.out / 'range_test.json'}, drawn in range_test.svg")
     print(json.dumps(result, indent=1) if options.json else "\n".join(lines))
 
 
@@ -90,8 +95,9 @@ def _range_test(options: argparse.Namespace) -> dict:
     from megachat.config import load_config
     from megachat.studies.range_test import range_trial, run_range_test
     from megachat.studies.sweep_picture import draw_range_test
-    from megachat.studies.trials import trainer
+    from megachat.studies.trials import refuse_fixed, trainer
 
+    refuse_fixed(options.set, ["run.name", "run.folder"], "--set")
     try:
         low, high = (float(word) for word in options.ramp.split(","))
     except ValueError:
@@ -119,14 +125,19 @@ def _prepare_sweep(options: argparse.Namespace) -> Callable[[], dict]:
     """Checks everything and returns what runs the sweep, writes its files, and returns its result."""
     from megachat.config import load_config
     from megachat.studies import fits, sweep, sweep_picture
-    from megachat.studies.space import contexts, ends, grid, load_space
-    from megachat.studies.trials import trainer
+    from megachat.studies.space import contexts, grid, load_space, points_to_check
+    from megachat.studies.trials import refuse_fixed, trainer
 
     sweep.import_optuna()
     space = load_space(options.space)
-    for settings in ends(space):  # an impossible value is refused before anything is trained
-        load_config(options.config, [*options.set, *settings])
+    refuse_fixed(options.set, ["run"], "--set")
     config = load_config(options.config, options.set).model_dump(mode="json", exclude_defaults=True)
+    for settings in points_to_check(space):  # an impossible point is refused before anything is trained
+        try:
+            load_config(options.config, [*options.set, *settings])
+        except UserError as error:
+            problem = str(error).replace("--set: ", "")
+            raise UserError(f"{options.space}, at {' '.join(settings)}: {problem}") from None
     combinations = grid(space)
     count = options.trials or (len(combinations) if combinations else 20)
     if combinations and count > len(combinations):

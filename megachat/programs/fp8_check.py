@@ -36,9 +36,10 @@ from megachat.studies.fp8 import (
     settings_time,
     time_to_equal_loss,
     verdict_of,
+    verdict_of_products,
 )
 from megachat.studies.runs import RunRecord
-from megachat.studies.trials import Trial, trainer
+from megachat.studies.trials import Diverged, Trial, trainer
 
 ROUND_SEC = 0.01  # of one side in a round, at least: a launch or a clock tick must not matter
 SHAPE_SEC, LEAST_ROUNDS = 20.0, 3  # after which a shape's rounds end, so that a slow device ends, too
@@ -72,7 +73,8 @@ def fp8_check(question: Question) -> dict[str, Any]:
     settings = [f"precision.fp8={question.recipe}", *to_bfloat16]
     choice = choose_fp8(question.recipe, config.precision.fp8_backend, device, torch.bfloat16, reason)
     assert choice is not None, "the recipe is not off"
-    load_config(question.config, [*question.settings, *settings])
+    # refuses a model without a matrix that qualifies before anything is measured
+    resolve_without_text(load_config(question.config, [*question.settings, *settings]), question.ranks, vocab_size)
     result: dict[str, Any] = {
         "config": question.config,
         "settings": [*question.settings],
@@ -84,23 +86,29 @@ def fp8_check(question: Question) -> dict[str, Any]:
         "tokens": plan.micro_rows * plan.dims.sequence_len,
     }
     check_writable(question.out / "fp8_check.json")
-    if question.steps:
-        check_question(question)
+    saved_head = check_question(question) if question.steps else None
     matrices = measure_matrices(config, plan, choice, device, dtype, question.rounds)
     result |= {"matrices": [matrix_row(each) for each in matrices], "products_s": settings_time(matrices)}
     result["advice"] = advice(matrices, question.recipe)
     if not question.steps:
-        times = result["products_s"]
-        factor = min(seconds for name, seconds in times.items() if name != "off") / times["off"]
-        why = f"of products alone (no runs: --steps 0), FP8 takes {factor:.2f} times as long"
-        return result | {"verdict": "go" if factor < 1 else "no-go", "why": why}
-    head = any(each.gains for each in matrices if each.name == HEAD)
-    runs = train_pair(question, [*settings, f"precision.fp8_head={'true' if head else 'false'}"])
+        verdict, why = verdict_of_products(matrices)
+        return result | {"verdict": verdict, "why": why}
+    head = saved_head
+    if head is None:  # a later call continues these runs, whatever it measures then
+        head = any(each.gains for each in matrices if each.name == HEAD)
+        check_question(question, head)
+    result |= {"fp8_head": head}
+    try:
+        runs = train_pair(question, [*settings, f"precision.fp8_head={'true' if head else 'false'}"])
+    except Diverged as error:
+        if error.run.folder.name != "fp8":
+            raise
+        return result | {"verdict": "no-go", "why": f"FP8 diverged at step {error.run.step}: its loss is no number"}
     gate = gate_result(runs["base"], runs["fp8"], question.gate, runs.get("base_seed"))
     equal = time_to_equal_loss(runs["base"], runs["fp8"])
     verdict, why = verdict_of(gate, equal)
     equal |= {key: equal[key] and equal[key]._asdict() for key in ("steps", "step_time", "time")}
-    result |= {"runs": {name: str(run.folder) for name, run in runs.items()}, "fp8_head": head}
+    result |= {"runs": {name: str(run.folder) for name, run in runs.items()}}
     return result | {"gate": gate, "equal_loss": equal, "verdict": verdict, "why": why}
 
 
@@ -129,7 +137,7 @@ def measure_matrices(
     """Measures every matrix of the model in turn without and with FP8. dtype: of the model without FP8."""
     shapes, tokens = matrix_shapes(plan), plan.micro_rows * plan.dims.sequence_len
     results = []
-    for (name, rows, columns), count in counted(shapes.items(), "measuring products", len(shapes), " shapes"):
+    for (name, rows, columns), count in counted(shapes.items(), "measuring products", len(shapes)):
         if name == HEAD:
             fits = head_fits_fp8(plan.dims, plan.layout.tensor, choice.recipe)
             classes = [PlainProducts]
@@ -218,18 +226,26 @@ def time_in_turn(
 # ---- the paired runs
 
 
-def check_question(question: Question) -> None:
-    """Notes in the folder what its runs are for. Raises UserError if it has the runs of another question."""
-    here: dict[str, object] = {"config": question.config, "settings": [*question.settings], "recipe": question.recipe}
-    here["steps"] = question.steps
+def check_question(question: Question, fp8_head: bool | None = None) -> bool | None:
+    """Notes in the folder what its runs are for, and returns precision.fp8_head of its runs, None if it is not decided.
+
+    fp8_head: decides it. Raises UserError if the folder has the runs of another question.
+    """
+    values = load_config(question.config, [*question.settings]).model_dump(mode="json", exclude_defaults=True)
+    here: dict[str, Any] = {"study": "fp8-check", "recipe": question.recipe, "steps": question.steps}
+    here |= {"ranks": question.ranks, "config": question.config, "settings": [*question.settings], "values": values}
     path = question.out / "question.json"
     question.out.mkdir(parents=True, exist_ok=True)
-    if path.exists() and (saved := json.loads(path.read_bytes())) != here:
-        differs = next(key for key in here if saved.get(key) != here[key])
-        raise UserError(
-            f"{question.out} has the runs of another check ({differs} {saved.get(differs)}): give another --out"
-        )
-    write_json(path, here)
+    if path.exists():
+        saved = json.loads(path.read_bytes())
+        differs = [key for key in ("study", "recipe", "steps", "ranks", "values") if saved.get(key) != here[key]]
+        if differs:
+            was = json.dumps(saved.get(differs[0]))
+            raise UserError(f"{question.out} has the runs of another check ({differs[0]} {was}): give another --out")
+        if fp8_head is None:
+            fp8_head = saved.get("fp8_head")
+    write_json(path, here | {"fp8_head": fp8_head})
+    return fp8_head
 
 
 def train_pair(question: Question, fp8: Sequence[str]) -> dict[str, RunRecord]:

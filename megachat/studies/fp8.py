@@ -14,9 +14,6 @@ from megachat.studies.runs import RunRecord
 from megachat.text import text_table
 
 HEAD = "lm_head"
-# The loss of FP8 may be above the baseline's by this part of it. DeepSeek-V3 (arXiv 2412.19437, section 3.3) reports a
-# relative error of the loss below 0.25 % for its FP8 recipe against bfloat16.
-GATE = 0.0025
 LAST_SHARE = 0.25  # of the steps, whose losses are averaged at the end
 WARM_UP_STEPS = 3  # of each run, which allocate and compile
 
@@ -157,8 +154,36 @@ def time_to_equal_loss(base: RunRecord, fp8: RunRecord) -> dict[str, Any]:
     return result | {"time": result["steps"].times(result["step_time"]), "value": comparison["value"]}
 
 
+def verdict_of_products(matrices: Sequence[MatrixTime]) -> tuple[str, str]:
+    """Returns ("go" or "no-go", why) of the products of a micro-batch alone, for the fastest choice of the settings."""
+    times = settings_time(matrices)
+    best = min((name for name in times if name != "off"), key=lambda name: times[name])
+    in_fp8 = [bool(each.fp8) and (each.name != HEAD or best != "fp8") for each in matrices]
+    rounds = min(len(each.plain) for each in matrices)
+    plain, fp8 = (
+        [
+            sum(
+                each.count * (each.fp8 if on and chosen else each.plain)[turn]
+                for each, on in zip(matrices, in_fp8, strict=True)
+            )
+            for turn in range(rounds)
+        ]
+        for chosen in (False, True)
+    )
+    factor = interval_of_ratios([each / other for each, other in zip(fp8, plain, strict=True)])
+    text = (
+        f"of products alone (no runs: --steps 0), FP8 takes {factor.value:.2f} times as long "
+        f"({factor.low:.2f} to {factor.high:.2f})"
+    )
+    if factor.verdict == "cannot tell":
+        return "no-go", f"{text}; that it is faster is not shown"
+    return ("go" if factor.verdict == "better" else "no-go"), text
+
+
 def verdict_of(gate: dict[str, Any], equal: dict[str, Any]) -> tuple[str, str]:
     """Returns ("go" or "no-go", why)."""
+    if not math.isfinite(gate["difference"]):
+        return "no-go", "a loss is no number"
     if not gate["passed"]:
         return (
             "no-go",

@@ -12,14 +12,14 @@ from megachat.activity import hours_minutes
 from megachat.studies.comparison import compare_curves
 from megachat.studies.curves import AXES, Curve, curve_of
 from megachat.studies.runs import RunRecord, run_row
-from megachat.studies.trials import Train, Trial
+from megachat.studies.trials import FIRST_SEED, Diverged, Train, Trial
 
-_FIRST_SEED = 42  # run.seed's default: the first runs are those of the config itself
+_DIVERGED = {"verdict": "worse (diverged)", "axes": dict.fromkeys(AXES)}  # instead of a comparison
 _READ_S = 1.0  # what takes less was not trained, but read
 
 
 class Rung(NamedTuple):
-    """The runs of one depth and their comparison (see compare_curves)."""
+    """The runs of one depth and their comparison (see compare_curves). change: empty if one of its losses diverged."""
 
     depth: int
     base: list[RunRecord]
@@ -29,7 +29,7 @@ class Rung(NamedTuple):
     @property
     def verdict(self) -> str:
         """better, worse or cannot tell."""
-        return self.comparison["verdict"].split(":")[0]
+        return self.comparison["verdict"].split(":")[0].split(" (")[0]
 
 
 def rung_trials(depth: int, changes: Sequence[str], seeds: int) -> tuple[list[Trial], list[Trial]]:
@@ -40,7 +40,7 @@ def rung_trials(depth: int, changes: Sequence[str], seeds: int) -> tuple[list[Tr
         sides.append(
             [
                 Trial(f"d{depth}_{name}_s{seed}", (*common, f"run.seed={seed}"))
-                for seed in range(_FIRST_SEED, _FIRST_SEED + seeds)
+                for seed in range(FIRST_SEED, FIRST_SEED + seeds)
             ]
         )
     return sides[0], sides[1]
@@ -59,7 +59,8 @@ def climb(
 ) -> list[Rung]:
     """Trains the rungs from the lowest depth, and ends after one whose verdict is in `stop_at`.
 
-    Trials that are finished are not trained again, so a ladder that was ended continues. train_base: trains the
+    A change whose loss is no number is worse at that depth; a baseline's raises Diverged. Trials that are finished are
+    not trained again, so a ladder that was ended continues. train_base: trains the
     baselines, if these are in another folder. flops: of a rung, for the time that is left.
     """
     rungs: list[Rung] = []
@@ -71,9 +72,16 @@ def climb(
             sides.append([])
             for trial in trials:
                 log(f"rung {number} of {len(depths)}, depth {depth}: {trial.name}{clock.eta(depths[number - 1 :])}")
-                with clock.training(depth, 2 * seeds):
-                    sides[-1].append(side(trial, None))
-        rungs.append(Rung(depth, sides[0], sides[1], compare_curves(sides[0], sides[1])))
+                try:
+                    with clock.training(depth, 2 * seeds):
+                        sides[-1].append(side(trial, None))
+                except Diverged as error:
+                    if len(sides) == 1:
+                        raise
+                    log(str(error))
+                    sides[-1] = []
+                    break
+        rungs.append(Rung(depth, *sides, compare_curves(*sides) if sides[1] else _DIVERGED))
         log(f"depth {depth}: the change is {rungs[-1].comparison['verdict']}")
         if rungs[-1].verdict in stop_at:
             log(f"the ladder ends here: --stop-at {','.join(stop_at)}")
@@ -107,7 +115,7 @@ class _Clock:
 
 def ladder_rows(rungs: Sequence[Rung]) -> list[dict[str, Any]]:
     """Returns a row per rung: mean last bits per byte of both sides, gain, the ratios of the axes, the mean CORE of
-    both sides (None if a run has none), and the verdict.
+    both sides (None if a run has none), and the verdict. A change that diverged has no values.
     """
     rows = []
     for rung in rungs:
@@ -117,10 +125,10 @@ def ladder_rows(rungs: Sequence[Rung]) -> list[dict[str, Any]]:
             {
                 "depth": rung.depth,
                 "base": _mean_last(base),
-                "change": _mean_last(change),
-                "gain": _mean_last(base) - _mean_last(change),
+                "change": _mean_last(change) if change else None,
+                "gain": _mean_last(base) - _mean_last(change) if change else None,
                 **{axis: axes[axis] and axes[axis]["value"] for axis in AXES},
-                "core": [_mean_core(rung.base), _mean_core(rung.change)],
+                "core": [_mean_core(rung.base), _mean_core(rung.change) if change else None],
                 "verdict": rung.comparison["verdict"],
             }
         )
@@ -134,6 +142,7 @@ def compute_multiplier(rungs: Sequence[Rung]) -> dict[str, Any] | None:
     residual: the largest distance of a baseline's rung from the line, in log bits per byte. With two rungs the line has
     no residual, and with few rungs the value is a guess.
     """
+    rungs = [rung for rung in rungs if rung.change]  # none of a change that diverged
     if len(rungs) < 2:
         return None
     points = [[_log_end(run) for run in rung.base] for rung in rungs]

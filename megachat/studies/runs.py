@@ -30,8 +30,6 @@ from megachat.files import (
 )
 from megachat.studies.metrics import read_metrics, steps_recorded
 
-STATES = ("running", "finished", "stopped", "crashed", "new")
-
 
 @dataclass(frozen=True)
 class RunRecord:

@@ -6,11 +6,12 @@ import math
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
-from megachat.config import known_keys
+from megachat.config import Config, known_keys
 from megachat.errors import UserError
 from megachat.files import refuse_damaged
+from megachat.studies.trials import refuse_fixed
 
 _RANGE_KEYS = {"low", "high", "log", "step"}
 
@@ -27,15 +28,18 @@ class Dimension(NamedTuple):
 
     @property
     def whole(self) -> bool:
-        """Whether the range has whole numbers only."""
-        return isinstance(self.low, int) and isinstance(self.high, int)
+        """Whether the setting takes whole numbers only."""
+        section, _, name = self.key.partition(".")
+        kind = type(getattr(Config(), section)).model_fields[name].annotation
+        kinds = {kind, *get_args(kind)}
+        return int in kinds and float not in kinds
 
 
 def load_space(path: Path) -> tuple[Dimension, ...]:
     """Reads {"section.key": [values] or {"low": a, "high": b, "log": true}}.
 
-    A range of two whole numbers has whole numbers; "step" makes equal steps. Raises UserError for unknown keys and
-    empty lists or ranges.
+    A range of a setting of whole numbers has whole numbers; "step" makes equal steps. Raises UserError for unknown
+    keys, those that a sweep sets itself, and empty or impossible lists or ranges.
     """
     if not path.exists():
         raise UserError(f"--space {path} does not exist: give a JSON file of section.key -> list or range")
@@ -50,6 +54,7 @@ def _dimension(path: Path, key: str, values: Any) -> Dimension:
     if key not in known_keys():
         near = difflib.get_close_matches(key, known_keys(), n=1)
         raise UserError(f"{path}: unknown key {key}{f'; did you mean {near[0]}?' if near else ''}")
+    refuse_fixed([key], ["run"], str(path))
     if isinstance(values, list):
         if not values or len({json.dumps(value) for value in values}) < len(values):
             raise UserError(f"{path}: {key} has {json.dumps(values)}: give a list of different values")
@@ -57,9 +62,13 @@ def _dimension(path: Path, key: str, values: Any) -> Dimension:
     if not isinstance(values, dict) or not {"low", "high"} <= values.keys() <= _RANGE_KEYS:
         raise UserError(f"{path}: {key} is {json.dumps(values)}: give a list, or a range with low, high, log and step")
     dimension = Dimension(key, **values)
-    numbers = [dimension.low, dimension.high, dimension.step or 0]
-    if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+    numbers = [values[name] for name in ("low", "high", "step") if values.get(name) is not None]
+    if not all(is_number(number) and math.isfinite(number) for number in numbers):
         raise UserError(f"{path}: {key} is {json.dumps(values)}: low, high and step are numbers")
+    if dimension.whole and not all(isinstance(number, int) for number in numbers):
+        raise UserError(f"{path}: {key} is {json.dumps(values)}: {key} takes whole numbers, so give whole ones")
+    if not isinstance(dimension.log, bool) or (dimension.step is not None and dimension.step <= 0):
+        raise UserError(f"{path}: {key} is {json.dumps(values)}: log is true or false, and step is above 0")
     if not dimension.low < dimension.high or (dimension.log and not (dimension.low > 0 and dimension.step is None)):
         raise UserError(
             f"{path}: {key} is {json.dumps(values)}: low must be below high, and a log range needs a low above 0 and "
@@ -76,13 +85,14 @@ def grid(space: Sequence[Dimension]) -> list[dict[str, Any]] | None:
     return [dict(zip(keys, values, strict=True)) for values in product(*(dimension.values for dimension in space))]
 
 
-def ends(space: Sequence[Dimension]) -> list[list[str]]:
-    """Returns settings at which each value or end of a range is tried once, to refuse impossible ones at the start."""
-    return [
-        [f"{dimension.key}={json.dumps(value)}"]
-        for dimension in space
-        for value in (dimension.values or (dimension.low, dimension.high))
+def points_to_check(space: Sequence[Dimension]) -> list[list[str]]:
+    """Returns the settings to load at the start, so that impossible ones are refused: all points of a grid, else each
+    value and end of a range alone; and those of the baselines."""
+    alone = [
+        {dimension.key: value} for dimension in space for value in (dimension.values or (dimension.low, dimension.high))
     ]
+    points = [*(grid(space) or alone), *contexts(space)]
+    return [[f"{key}={json.dumps(value)}" for key, value in point.items()] for point in points]
 
 
 def is_number(value: Any) -> bool:

@@ -17,10 +17,9 @@ from megachat.activity import hours_minutes
 from megachat.errors import UserError, summary
 from megachat.studies.runs import RunRecord
 from megachat.studies.space import Dimension, grid
-from megachat.studies.trials import Diverged, Train, Trial
+from megachat.studies.trials import FIRST_SEED, Diverged, Train, Trial
 
 METRIC = "val/bpb"
-_FIRST_SEED = 42
 _HEARTBEAT_S = 30  # a process that is silent for four of them has died, and its trial is tried again
 
 
@@ -127,7 +126,7 @@ def run_trials(
         number = trial.user_attrs.get("continues", trial.number)
         settings = tuple(f"{key}={json.dumps(value)}" for key, value in values.items())
         lasts = []
-        for seed in range(_FIRST_SEED, _FIRST_SEED + seeds):
+        for seed in range(FIRST_SEED, FIRST_SEED + seeds):
             name = f"trial_{number:04d}" + (f"_s{seed}" if seeds > 1 else "")
             log(f"{name}: {' '.join(settings)}")
             try:
@@ -218,17 +217,18 @@ def baseline_noise(
     """Trains the config as it is with `runs` seeds, at least two, in each context of the space (see space.contexts),
     and returns the means of the last values. The deviation is that within all contexts.
     """
-    baselines = []
+    baselines, variances = [], []
     for number, context in enumerate(contexts):
         lasts = []
         settings = tuple(f"{key}={json.dumps(value)}" for key, value in context.items())
-        for seed in range(_FIRST_SEED, _FIRST_SEED + runs):
+        for seed in range(FIRST_SEED, FIRST_SEED + runs):
             name = "baseline" + (f"_{number}" if context else "") + f"_s{seed}"
             log(f"{name}: the config as it is{''.join(f', {setting}' for setting in settings)}")
             lasts.append(last_value(train(Trial(name, (*settings, f"run.seed={seed}")), None)))
-        baselines.append(Noise(statistics.fmean(lasts), statistics.variance(lasts), runs, context))
-    deviation = math.sqrt(statistics.fmean(baseline.deviation for baseline in baselines))
-    return [baseline._replace(deviation=deviation) for baseline in baselines]
+        baselines.append((statistics.fmean(lasts), context))
+        variances.append(statistics.variance(lasts))
+    deviation = math.sqrt(statistics.fmean(variances))
+    return [Noise(mean, deviation, runs, context) for mean, context in baselines]
 
 
 def sweep_rows(study: Any, baselines: Sequence[Noise]) -> list[dict[str, Any]]:

@@ -1,10 +1,10 @@
 """A run as lines of text for a terminal. The only module that imports plotext."""
 
 import time
-from typing import Any
 
 from megachat.errors import UserError
 from megachat.studies.runs import RunRecord, run_row
+from megachat.studies.space import is_number
 
 _NEWEST = ("val/bpb", "train/loss", "train/grad_norm", "train/lrm", "train/tok_per_sec", "train/mfu", "core_metric")
 
@@ -14,14 +14,14 @@ def run_lines(run: RunRecord, metric: str, *, width: int, height: int) -> list[s
 
     width, height: characters and lines of the terminal. Raises UserError for a metric that no line has.
     """
-    row, points = run_row(run), [(line["step"], line[metric]) for line in run.lines if _is_number(line.get(metric))]
-    known = sorted({key for line in run.lines for key, value in line.items() if _is_number(value)} - {"step"})
+    row, points = run_row(run), [(line["step"], line[metric]) for line in run.lines if is_number(line.get(metric))]
+    known = sorted({key for line in run.lines for key, value in line.items() if is_number(value)} - {"step"})
     if not points and run.lines and metric != "val/bpb":
         raise UserError(f"{run.folder} has no {metric}: it has {', '.join(known)}")
     steps = row["steps"] or 0
     share = f" ({100 * row['step'] / steps:.1f} %)" if steps else ""
     head = f"{run.folder.name}: {run.state}, step {row['step']:,} of {steps:,}{share}, {row['layout']}"
-    newest = {key: value for line in run.lines for key, value in line.items() if key in _NEWEST and _is_number(value)}
+    newest = {key: value for line in run.lines for key, value in line.items() if key in _NEWEST and is_number(value)}
     values = "  ".join(f"{key} {value:,.6g}" for key, value in newest.items())
     stamp = f"{time.strftime('%H:%M:%S')}  {values}"
     if len(points) < 2:
@@ -44,7 +44,3 @@ def _plot(points: list[tuple[int, float]], metric: str, width: int, height: int)
     plotext.xticks(ticks, [f"{tick:,}" for tick in ticks])
     plotext.xlabel("step")
     return plotext.uncolorize(plotext.build()).splitlines()
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,5 +1,6 @@
 """One training of a study: an ordinary run folder, trained by its own process, continued if it was stopped."""
 
+import contextlib
 import fcntl
 import os
 import re
@@ -7,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from megachat.studies.runs import RunRecord, is_run, load_run
 
 _POLL_S = 0.5
 _DIVERGED = re.compile(r"step \d+: the loss is (nan|inf|-inf) ")  # how train/step.py ends such a run
+FIRST_SEED = 42  # run.seed's default: the first runs are those of the config itself
 LOGS = "logs"  # folder of what the trainings print
 
 
@@ -34,6 +36,25 @@ class Diverged(UserError):
         self.run = run
 
 
+def refuse_fixed(settings: Sequence[str], fixed: Sequence[str], source: str) -> None:
+    """Raises UserError for a setting that a study gives its runs itself. fixed: sections or section.key. source: where
+    the settings are from."""
+    for setting in settings:
+        key = setting.partition("=")[0].strip()
+        if key in fixed or key.partition(".")[0] in fixed:
+            raise UserError(f"{source} has {key}, which this study sets for each of its runs: leave it out")
+
+
+@contextlib.contextmanager
+def continued_later(log: Callable[[str], object]) -> Iterator[None]:
+    """Logs how a study goes on that Ctrl-C ends in the block."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        log("interrupted: the same command continues from here; finished runs are not trained again")
+        raise
+
+
 Watch = Callable[[RunRecord], bool]  # gets the run when it has new metrics; returns whether it should end
 Train = Callable[[Trial, Watch | None], RunRecord]
 
@@ -42,7 +63,7 @@ def trainer(config: str, folder: Path, settings: Sequence[str] = (), *, ranks: i
     """Returns a function that trains a trial to its end, and returns its run; a finished one is not trained again.
 
     config: of all trials. folder: where their run folders are. settings: of all trials. ranks: processes per trial on
-    this machine, under torchrun. The function raises UserError when a training fails, with its first error; Diverged
+    this machine, under torchrun. The function raises UserError when a training fails, with its last error; Diverged
     if its loss was no number.
     """
 
@@ -59,6 +80,7 @@ def trainer(config: str, folder: Path, settings: Sequence[str] = (), *, ranks: i
             if record.state == "running":
                 raise UserError(f"{run} is trained by another job at this moment: wait, or use another folder")
             return record
+        printed_before = log.stat().st_size if log.exists() else 0
         place = (f"run.folder={folder}", f"run.name={trial.name}")
         overrides = [word for setting in (*settings, *trial.settings, *place) for word in ("--set", setting)]
         with log.open("ab") as out:
@@ -69,7 +91,7 @@ def trainer(config: str, folder: Path, settings: Sequence[str] = (), *, ranks: i
             )
         stopped = _wait(process, run, watch)
         if process.returncode and not stopped:
-            error = _first_error(log)
+            error = _last_error(log, printed_before)
             message = f"the training of {trial.name} failed: {error} ({log} has all it printed)"
             raise Diverged(message, load_run(run)) if _DIVERGED.match(error) else UserError(message)
         return load_run(run)
@@ -101,7 +123,8 @@ def _wait(process: subprocess.Popen, run: Path, watch: Watch | None) -> bool:
     return stopped
 
 
-def _first_error(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+def _last_error(log: Path, begin: int) -> str:
+    """Returns the last error in the log behind byte `begin`, where this start's output begins; else its last line."""
+    lines = log.read_bytes()[begin:].decode(errors="replace").splitlines()
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error:")]
     return errors[-1] if errors else next(iter(lines[-1:]), f"it printed nothing to {os.fspath(log)}")

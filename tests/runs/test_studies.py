@@ -85,6 +85,8 @@ def test_a_training_that_fails_is_named_with_its_error(program, problem, kind, t
     monkeypatch.setattr(trials, "_launcher", lambda ranks: [sys.executable, "-c", program])
     train = trials.trainer("demo", tmp_path)
     make_run(tmp_path / "first", done=3, saved=())
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/first.log").write_text("error: step 3: the loss is nan on rank 0, of an earlier start\n")
     with pytest.raises(
         UserError, match=rf"the training of first failed: {problem} \(.*first.log has all it printed\)"
     ) as caught:

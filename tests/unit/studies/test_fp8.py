@@ -10,6 +10,7 @@ import torch
 from megachat.commands import main as cli
 from megachat.config import Config
 from megachat.errors import UserError
+from megachat.installation import config_path
 from megachat.kernels.fp8 import Fp8Choice
 from megachat.planning.plan import resolve_without_text
 from megachat.programs import fp8_check
@@ -23,8 +24,10 @@ from megachat.studies.fp8 import (
     settings_time,
     time_to_equal_loss,
     verdict_of,
+    verdict_of_products,
 )
 from megachat.studies.runs import load_run
+from megachat.studies.trials import Diverged
 from tests.unit.studies.test_runs import make_run
 
 ROUNDS = (0.98, 1.0, 1.02, 1.01, 0.99, 1.0, 1.0)
@@ -99,7 +102,7 @@ def test_each_way_to_a_no_go(tmp_path):
     verdict, why = verdict_of(gate_result(base, base, 0.0025, None), time_to_equal_loss(base, base))
     assert verdict == "no-go" and why.endswith("that it is faster is not shown")
     lost = planted(tmp_path / "lost", base=math.nan)
-    assert not gate_result(base, lost, 0.0025, None)["passed"]
+    assert verdict_of(gate_result(base, lost, 0.0025, None), {}) == ("no-go", "a loss is no number")
     raw = planted(tmp_path / "raw", base=9.0, raw=2.5)
     assert gate_result(base, raw, 0.0025, None)["difference"] == 0, "the moving average is not compared"
 
@@ -123,6 +126,42 @@ def test_the_products_of_a_config_are_measured_as_a_rank_holds_them():
     assert all(len(each.plain) == 3 and min(each.plain) > 0 for each in measured.values()) and len(measured) > 7
 
 
+def test_products_alone_are_a_go_only_beyond_their_interval():
+    noisy = MatrixTime("mlp.c_fc", 1, 1, 1, [1.0] * 7, [0.5, 0.9, 0.9, 0.9, 1.2, 1.2, 0.9])
+    verdict, why = verdict_of_products([noisy])
+    assert verdict == "no-go" and "0.90 times as long (0.50 to 1.20); that it is faster is not shown" in why
+    assert verdict_of_products([matrix("mlp.c_fc", 1.5), matrix("attn.ve_gate", 0)])[0] == "go"
+    slower = [matrix("mlp.c_fc", 0.5), matrix("lm_head", 0.9)]
+    assert verdict_of_products(slower)[0] == "no-go" and "1.50 times" in verdict_of_products(slower)[1]
+
+
+def test_divergence_is_a_no_go_and_a_decided_head_is_kept(tmp_path, monkeypatch):
+    question = fp8_check.Question(
+        config_path("d4_cpu"), ["model.vocab_size=4096"], "tensorwise", 9, 1, 0.01, 3, 1, tmp_path
+    )
+    gains = {"head": 1.5}
+    monkeypatch.setattr(fp8_check, "measure_matrices", lambda *_: [matrix("a", 1.2), matrix("lm_head", gains["head"])])
+    seen = []
+
+    def train(trial, watch=None):
+        seen.append(trial)
+        if trial.name == "fp8":
+            raise Diverged("step 40: the loss is nan", planted(tmp_path / "runs" / f"{len(seen)}" / "fp8"))
+        return planted(tmp_path / "runs" / f"{len(seen)}" / trial.name)
+
+    monkeypatch.setattr(fp8_check, "trainer", lambda *_, **__: train)
+    result = fp8_check.fp8_check(question)
+    assert (result["verdict"], result["fp8_head"]) == ("no-go", True) and "FP8 diverged at step 40" in result["why"]
+    assert check_lines(result)[-1].startswith("no-go: FP8 diverged at step 40")
+    gains["head"] = 0.5
+    assert fp8_check.fp8_check(question)["fp8_head"] is True
+    assert "precision.fp8_head=true" in seen[-1].settings, "not what is measured now"
+    narrow = dataclasses.replace(question, settings=[*question.settings, "model.aspect_ratio=16", "model.head_size=16"])
+    monkeypatch.setattr(fp8_check, "measure_matrices", lambda *_: pytest.fail("measured"))
+    with pytest.raises(UserError, match="would change nothing: no matrix of width 64"):
+        fp8_check.fp8_check(dataclasses.replace(narrow, out=tmp_path / "other"))
+
+
 def test_turns_give_every_action_its_rounds():
     calls = []
     seconds = fp8_check.time_in_turn([lambda: calls.append("a"), lambda: calls.append("b")], 4, torch.device("cpu"), 0)
@@ -143,11 +182,22 @@ def test_mistakes(words, problem):
 
 
 def test_the_folder_of_another_check_is_refused_and_the_text_shows_all(tmp_path):
-    question = fp8_check.Question("d4_cpu", [], "tensorwise", 9, 1, 0.01, 3, 1, tmp_path / "out")
+    question = fp8_check.Question(config_path("d4_cpu"), [], "tensorwise", 9, 1, 0.01, 3, 1, tmp_path / "out")
     fp8_check.check_question(question)
     fp8_check.check_question(dataclasses.replace(question, gate=0.02))
     with pytest.raises(UserError, match=r"runs of another check \(steps 9\): give another --out"):
         fp8_check.check_question(dataclasses.replace(question, steps=10))
+    with pytest.raises(UserError, match=r"runs of another check \(values "):
+        fp8_check.check_question(dataclasses.replace(question, settings=["optimizer.matrix_lr=0.5"]))
+    with pytest.raises(UserError, match=r"runs of another check \(ranks 1\)"):
+        fp8_check.check_question(dataclasses.replace(question, ranks=2))
+    assert fp8_check.check_question(question) is None and fp8_check.check_question(question, True)
+    assert fp8_check.check_question(question) is True, "decided once"
+    saved = json.loads((question.out / "question.json").read_text())
+    assert saved["study"] == "fp8-check" and saved["fp8_head"] is True
+    (question.out / "question.json").write_text(json.dumps(saved | {"study": "ladder"}))
+    with pytest.raises(UserError, match=r"another check .study .ladder"):
+        fp8_check.check_question(question)
     base, fp8 = planted(tmp_path / "base"), planted(tmp_path / "fp8", dt=0.9)
     matrices = [matrix("mlp.c_fc", 0.5), matrix("attn.ve_gate", 0)]
     gate, equal = gate_result(base, fp8, 0.0025, base), time_to_equal_loss(base, fp8)

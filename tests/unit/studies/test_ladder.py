@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from unittest.mock import Mock
 
 import pytest
 
@@ -14,6 +15,7 @@ from megachat.installation import config_path
 from megachat.programs.dry_run import Hardware, timed_plan
 from megachat.studies.ladder import climb, compute_multiplier, ladder_rows
 from megachat.studies.runs import load_run
+from megachat.studies.trials import Diverged
 from tests.unit.studies.test_runs import make_run
 
 
@@ -49,6 +51,27 @@ def test_the_cheapest_rung_is_first_and_a_worse_one_is_the_last(tmp_path):
     assert len(climb(train, change, [2, 4, 6], stop_at=(), log=lines.append)) == 3
 
 
+def test_a_change_that_diverges_is_worse_and_the_ladder_goes_on_or_stops(tmp_path):
+    seen, change = [], ["optimizer.warmdown_ratio=0.85"]
+    trains = planted(tmp_path, {2: 1.4, 3: 1.2, 4: 1.1}, seen)
+
+    def train(trial, watch=None):
+        if trial.name == "d3_change_s43":
+            raise Diverged("step 7: the loss is nan on rank 0", trains(trial))
+        return trains(trial, watch)
+
+    rungs = climb(train, change, [2, 3, 4], seeds=2, stop_at=(), log=lambda line: None)
+    rows = ladder_rows(rungs)
+    assert [row["verdict"].split(":")[0] for row in rows] == ["better", "worse (diverged)", "better"]
+    assert rows[1]["change"] is None and rows[1]["gain"] is None and rows[1]["base"] > 0
+    assert compute_multiplier(rungs)["rungs"] == 2
+    result = {"rungs": rows, "compute_multiplier": None, "seeds": 2}
+    assert any(
+        line.split()[:4:3] == ["3", "-"] and line.endswith("worse (diverged)") for line in command._lines(result)
+    )
+    assert [rung.depth for rung in climb(train, change, [2, 3, 4], seeds=2, log=lambda line: None)] == [2, 3]
+
+
 def test_the_compute_multiplier_of_planted_laws(tmp_path):
     """bits per byte = 3 FLOPs^-0.1 for the baseline; the change gets the value of 1.25 times its FLOPs."""
 
@@ -82,6 +105,10 @@ def test_the_command_prints_and_keeps_the_table_and_refuses_another_question(tmp
     saved = json.loads((out / "ladder.json").read_text())
     assert [row["depth"] for row in saved["rungs"]] == [2, 3] and math.isfinite(saved["compute_multiplier"]["value"])
     assert "depth  runs " in shown.err and "hours are not known before the first run" in shown.err
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("megachat.studies.ladder.compare_curves", Mock(side_effect=KeyboardInterrupt))
+        cli.start("ladder", words, "megachat")
+    assert "interrupted: the same command continues from here" in capsys.readouterr().err
     other = [*words[:3], "optimizer.warmdown_ratio=0.5", *words[4:]]
     with pytest.raises(UserError, match="has the ladder of .*warmdown_ratio=0.85: give another --out"):
         cli.start("ladder", other, "megachat")
@@ -95,6 +122,11 @@ def test_the_command_prints_and_keeps_the_table_and_refuses_another_question(tmp
     assert folders == [tmp_path / "second", out], "the change and the baseline"
     with pytest.raises(UserError, match="has the ladder of another config or --both: leave --base out"):
         cli.start("ladder", [*other, "--base", str(out), "--both", "batch.tokens=4096"], "megachat")
+    (out / "question.json").write_text(json.dumps({"study": "fp8-check", "steps": 9}))
+    with pytest.raises(UserError, match="has the runs of another study, no ladder: give another --out"):
+        cli.start("ladder", words, "megachat")
+    with pytest.raises(UserError, match="has another study, no ladder: give the --out of a ladder"):
+        cli.start("ladder", [*other, "--base", str(out)], "megachat")
 
 
 def test_hours_and_price_of_each_rung_are_planned(tmp_path, monkeypatch, capsys):
@@ -120,14 +152,20 @@ def test_hours_and_price_of_each_rung_are_planned(tmp_path, monkeypatch, capsys)
     "words, problem",
     [
         (["--depths", "2"], "give the change with --set"),
-        (["--depths", "2,x", "--set", "run.seed=1"], "--depths is '2,x'"),
-        (["--depths", "0", "--set", "run.seed=1"], "--depths is '0'"),
-        (["--depths", "2", "--set", "run.seed=1", "--stop-at", "bad"], "'bad' is none of worse"),
-        (["--depths", "2", "--set", "run.seed=1", "--seeds", "0"], "--seeds is 0"),
+        (["--depths", "2,x", "--set", "optimizer.warmup_steps=1"], "--depths is '2,x'"),
+        (["--depths", "0", "--set", "optimizer.warmup_steps=1"], "--depths is '0'"),
+        (["--depths", "2", "--set", "optimizer.warmup_steps=1", "--stop-at", "bad"], "'bad' is none of worse"),
+        (["--depths", "2", "--set", "optimizer.warmup_steps=1", "--seeds", "0"], "--seeds is 0"),
         (["--depths", "2", "--set", "optimizer.lr=1"], "unknown key optimizer.lr"),
-        (["--depths", "2", "--set", "run.seed=1", "--price", "2"], "--price needs a time"),
-        (["--depths", "2", "--set", "run.seed=1", "--price", "-2"], "--price is -2"),
-        (["--depths", "2", "--set", "run.seed=1", "--base", "nowhere"], "--base nowhere has no ladder"),
+        (["--depths", "2", "--set", "run.seed=7"], "--set has run.seed, which this study sets for each of its runs"),
+        (["--depths", "2", "--set", "model.depth=3"], "--set has model.depth, which this study sets"),
+        (
+            ["--depths", "2", "--set", "optimizer.warmup_steps=1", "--both", "run.folder=x"],
+            "--both has run.folder, which this study sets",
+        ),
+        (["--depths", "2", "--set", "optimizer.warmup_steps=1", "--price", "2"], "--price needs a time"),
+        (["--depths", "2", "--set", "optimizer.warmup_steps=1", "--price", "-2"], "--price is -2"),
+        (["--depths", "2", "--set", "optimizer.warmup_steps=1", "--base", "nowhere"], "--base nowhere has no ladder"),
     ],
 )
 def test_mistakes_come_before_any_training(words, problem, tmp_path, monkeypatch):

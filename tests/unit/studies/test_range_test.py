@@ -67,6 +67,7 @@ def test_it_stops_at_divergence_and_suggests_the_steepest_fall(nan, tmp_path, mo
     cli.start("sweep", words, "megachat")
     text = capsys.readouterr().out
     assert "optimizer.matrix_lr: 0.0" in text and "the sweep's optimum is 0.03 at model.depth=4" in text
+    assert f"in {tmp_path / 'out/range_test.json'}" in text
     assert "unreliable for transformers" in text and len(seen) == 1
     assert {"optimizer.ramp=[0.01, 100.0]", 'optimizer.ramp_rates=["matrix"]'} < set(seen[0].settings)
     result = json.loads((tmp_path / "out/range_test.json").read_text())

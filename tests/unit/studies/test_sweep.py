@@ -205,7 +205,17 @@ def test_the_fitted_optimum_and_its_interval():
         ({"optimizer__matrix_lr": {"low": 0, "high": 1, "log": True}}, "a log range needs a low above 0"),
         ({"optimizer__matrix_lr": {"low": "a", "high": 1}}, "low, high and step are numbers"),
         ({"optimizer__matrix_lr": {"from": 0, "to": 1}}, "a range with low, high, log and step"),
-        ({"optimizer__matrix_lr": [-1]}, "optimizer.matrix_lr is -1"),
+        ({"optimizer__matrix_lr": [-1]}, r"space.json, at optimizer.matrix_lr=-1: optimizer.matrix_lr is -1"),
+        ({"run__seed": [1, 2]}, "space.json has run.seed, which this study sets for each of its runs: leave it out"),
+        ({"optimizer__matrix_lr": {"low": 0.1, "high": 1, "log": "no"}}, "log is true or false"),
+        ({"optimizer__matrix_lr": {"low": 0.1, "high": 1, "step": 0}}, "step is above 0"),
+        ({"model__depth": {"low": 2, "high": 8, "step": 1.5}}, "model.depth takes whole numbers"),
+        ({"model__depth": {"low": 2.0, "high": 8}}, "model.depth takes whole numbers"),
+        ({"model__depth": {"low": True, "high": 8}}, "low, high and step are numbers"),
+        (
+            {"optimizer__warmdown_shape": ["linear", "step"], "optimizer__final_lr_fraction": [0.1, 0]},
+            r"space.json, at optimizer.warmdown_shape=\"step\" optimizer.final_lr_fraction=0: ",
+        ),
     ],
 )
 def test_an_impossible_space_is_refused_before_anything_starts(space, problem, tmp_path):
@@ -218,6 +228,8 @@ def test_an_impossible_space_is_refused_before_anything_starts(space, problem, t
 def test_a_space_of_ranges_is_no_grid_and_a_database_is_needed(tmp_path):
     whole = load_space(write_space(tmp_path, model__depth={"low": 2, "high": 4}))
     assert grid(whole) is None and whole[0].whole
+    rate = {"low": 1, "high": 2}
+    assert not load_space(write_space(tmp_path, optimizer__matrix_lr=rate))[0].whole, "by the setting, not the numbers"
     url = f"sqlite:///{tmp_path}/other.db"
     optuna.create_study(storage=url, study_name="mine").optimize(lambda trial: trial.suggest_float("x", 0, 1), 1)
     with pytest.raises(UserError, match="the study mine in .* is none of megachat's: give another --out or --storage"):
