@@ -14,7 +14,7 @@ from megachat.studies.curves import AXES, Curve, curve_of
 from megachat.studies.runs import RunRecord, run_row
 from megachat.studies.trials import FIRST_SEED, Diverged, Train, Trial
 
-_DIVERGED = {"verdict": "worse (diverged)", "axes": dict.fromkeys(AXES)}  # instead of a comparison
+_DIVERGED: dict[str, Any] = {"verdict": "worse (diverged)", "axes": dict.fromkeys(AXES)}  # instead of a comparison
 _READ_S = 1.0  # what takes less was not trained, but read
 
 
@@ -81,7 +81,8 @@ def climb(
                     log(str(error))
                     sides[-1] = []
                     break
-        rungs.append(Rung(depth, *sides, compare_curves(*sides) if sides[1] else _DIVERGED))
+        base, change = sides
+        rungs.append(Rung(depth, base, change, compare_curves(base, change) if change else _DIVERGED))
         log(f"depth {depth}: the change is {rungs[-1].comparison['verdict']}")
         if rungs[-1].verdict in stop_at:
             log(f"the ladder ends here: --stop-at {','.join(stop_at)}")

@@ -217,7 +217,8 @@ def baseline_noise(
     """Trains the config as it is with `runs` seeds, at least two, in each context of the space (see space.contexts),
     and returns the means of the last values. The deviation is that within all contexts.
     """
-    baselines, variances = [], []
+    means: list[float] = []
+    variances: list[float] = []
     for number, context in enumerate(contexts):
         lasts = []
         settings = tuple(f"{key}={json.dumps(value)}" for key, value in context.items())
@@ -225,10 +226,10 @@ def baseline_noise(
             name = "baseline" + (f"_{number}" if context else "") + f"_s{seed}"
             log(f"{name}: the config as it is{''.join(f', {setting}' for setting in settings)}")
             lasts.append(last_value(train(Trial(name, (*settings, f"run.seed={seed}")), None)))
-        baselines.append((statistics.fmean(lasts), context))
+        means.append(statistics.fmean(lasts))
         variances.append(statistics.variance(lasts))
     deviation = math.sqrt(statistics.fmean(variances))
-    return [Noise(mean, deviation, runs, context) for mean, context in baselines]
+    return [Noise(mean, deviation, runs, context) for mean, context in zip(means, contexts, strict=True)]
 
 
 def sweep_rows(study: Any, baselines: Sequence[Noise]) -> list[dict[str, Any]]:
