@@ -24,12 +24,15 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megachat.commands.options import Parser, add_config, add_set, require_minimum
 from megachat.errors import UserError
 from megachat.files import write_json
 from megachat.text import text_table
+
+if TYPE_CHECKING:
+    from megachat.config import Config
 
 SWEEP = "sweep.json"
 
@@ -134,7 +137,7 @@ def _prepare_sweep(options: argparse.Namespace) -> Callable[[], dict]:
     config = load_config(options.config, options.set).model_dump(mode="json", exclude_defaults=True)
     for settings in points_to_check(space):  # an impossible point is refused before anything is trained
         try:
-            load_config(options.config, [*options.set, *settings])
+            _check_point(load_config(options.config, [*options.set, *settings]), options.ranks)
         except UserError as error:
             problem = str(error).replace("--set: ", "")
             raise UserError(f"{options.space}, at {' '.join(settings)}: {problem}") from None
@@ -170,6 +173,16 @@ def _prepare_sweep(options: argparse.Namespace) -> Callable[[], dict]:
         return result
 
     return search
+
+
+def _check_point(config: "Config", ranks: int) -> None:
+    """Raises UserError for settings that do not fit together, as far as it can be told without a tokenizer."""
+    from megachat.planning.plan import resolve_without_text
+    from megachat.schedule import check_schedule
+
+    check_schedule(config.optimizer)
+    if config.model.vocab_size:
+        resolve_without_text(config, ranks, config.model.vocab_size)
 
 
 def _lines(result: dict, out: Path) -> list[str]:

@@ -214,7 +214,7 @@ def test_the_fitted_optimum_and_its_interval():
         ({"model__depth": {"low": True, "high": 8}}, "low, high and step are numbers"),
         (
             {"optimizer__warmdown_shape": ["linear", "step"], "optimizer__final_lr_fraction": [0.1, 0]},
-            r"space.json, at optimizer.warmdown_shape=\"step\" optimizer.final_lr_fraction=0: ",
+            r"space.json, at optimizer.warmdown_shape=.step. optimizer.final_lr_fraction=0: ",
         ),
     ],
 )
