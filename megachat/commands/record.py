@@ -2,7 +2,7 @@
 
     megachat record runs/speedrun-1 runs/speedrun-2 runs/speedrun-3
 
-Time is the leaderboard's: training steps after the tenth, without evaluation, sampling and saving. CORE has its error
+Time is the leaderboard's: training steps after step 10, without evaluation, sampling and saving. CORE has its error
 and the verdict against GPT-2's value. If a piece of evidence is missing, or differs between the runs, there is no
 record: docs/speedrun.md lists the pieces.
 """

@@ -4,8 +4,8 @@
 
 Compares layouts with one process on this machine's CPU, in two steps in float32: losses, every gradient, and every
 weight after updates from equal gradients. With --resume, compares a run that is saved, ended, loaded and continued with
-one that never stopped: losses, documents, weights, optimizers' state and counters. Exit status: 0 equal, 1 different, 2
-could not be compared.
+one that never stopped: losses, documents, weights, optimizers' state and counters. With --dry, walks a step of each
+kind of rank without the others and compares the collectives. Exit status: 0 equal, 1 different, 2 could not be compared.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     if options.every_rank and not options.dry:
         raise UserError("--every-rank requires --dry")
     if not options.resume and not options.layout:
-        raise UserError("give a --layout to compare with one process")
+        raise UserError("give a --layout")
     if options.keep and options.keep.exists():
         raise UserError(f"--keep {options.keep} exists: name a folder that does not")
     from megachat.programs.verify import verify

@@ -24,20 +24,19 @@ def norm(x: torch.Tensor, epsilon: float, scale: torch.Tensor | None = None) -> 
 
 
 class _FewerPasses(torch.autograd.Function):
-    """Computes rms_norm in fewer passes where torch has no fused kernel. Keeps its output, as the next product does."""
+    """Computes rms_norm in fewer passes where torch has no fused kernel. Keeps its input, as the fused kernels do."""
 
     @staticmethod
     def forward(ctx, x, epsilon):
         inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(epsilon).rsqrt_()
-        y = x * inverse
-        ctx.save_for_backward(y, inverse)
-        return y
+        ctx.save_for_backward(x, inverse)
+        return x * inverse
 
     @staticmethod
     def backward(ctx, gradient):
-        y, inverse = ctx.saved_tensors
-        along = (gradient * y).sum(-1, keepdim=True).div_(-y.size(-1))
-        return torch.addcmul(gradient, y, along).mul_(inverse), None
+        x, inverse = ctx.saved_tensors
+        along = (gradient * x).sum(-1, keepdim=True).mul_(inverse.square()).div_(-x.size(-1))
+        return torch.addcmul(gradient, x, along).mul_(inverse), None
 
 
 class ChannelNorm(nn.Module):

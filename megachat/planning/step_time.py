@@ -27,7 +27,7 @@ PARTS = (
     "pipeline bubble",
     "host",
 )
-UNTIMED_STEPS = 10  # the speedrun's clock starts after them
+UNTIMED_STEPS = 11  # 0 to 10, as nanochat: the speedrun's clock starts after them
 FORWARD_SHARE = 1 / 3  # of a micro-batch's time
 # Bytes per element of the optimizer's elementwise work: momentum, directions and decay of Muon's shard; the moments and
 # masters of AdamW's share; sums and copies of AdamW's whole gradients; squares of all reduced gradients.
@@ -82,7 +82,7 @@ class StepTime(NamedTuple):
 
 
 class RunTime(NamedTuple):
-    """Predicted hours. clock_hours: by the speedrun's rule, steps after the tenth only. wall_hours: with the first
+    """Predicted hours. clock_hours: by the speedrun's rule, steps after step 10 only. wall_hours: with the first
     steps, validations and saves, roughly; without start-up, compiling, samples and CORE.
     """
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from megachat.config import Config, load_config
 from megachat.data.shards import check_data_folder
-from megachat.data.tokenizer import METADATA_FILE
+from megachat.data.tokenizer import METADATA_FILE, load_origin, load_tokenizer
 from megachat.errors import UserError
+from megachat.evals.core_bundle import open_bundle
 from megachat.files import write_atomically
 from megachat.installation import CHECKOUT, config_folder
-from megachat.studies.record import build_record, core_problems, record_text
+from megachat.studies.record import build_record, core_problems, recipe_of, record_text
 from megachat.studies.runs import is_run, load_run
 
 RECIPES = {"nanochat-run6": "speedrun_run6", "public-2026": "speedrun_public", "megachat": "speedrun"}
@@ -101,13 +102,15 @@ class Stage:
 def stages(speedrun: Speedrun) -> Iterator[Stage]:
     """Yields the stages in order, each looked at when the one before it has ended. Raises UserError."""
     config = speedrun.config
+    if config.evaluate.core_bundle:
+        open_bundle(config.evaluate.core_bundle)  # refused before days of training
     folder, tokenizer = Path(config.data.folder), Path(config.data.tokenizer)
     if speedrun.shards is None:
         yield Stage("data", str(check_data_folder(folder)), [])
     else:  # the command itself keeps what is complete
         shards = str(speedrun.shards)
         yield Stage("data", "", ["data", "--source", "climbmix", "--shards", shards, "--out", str(folder)])
-    done = f"{tokenizer} exists" if (tokenizer / METADATA_FILE).exists() else ""
+    done = describe_tokenizer(tokenizer, config) if (tokenizer / METADATA_FILE).exists() else ""
     training = ["tokenizer", "--data", str(folder), "--vocab-size", str(config.model.vocab_size)]
     if speedrun.shards:  # the same tokenizer however many are downloaded
         training += ["--shards", f"0-{min(TOKENIZER_SHARDS, speedrun.shards) - 1}"]
@@ -116,17 +119,40 @@ def stages(speedrun: Speedrun) -> Iterator[Stage]:
         run_folder = speedrun.folder_of(run)
         chosen = [word for setting in speedrun.settings_of(run) for word in ("--set", setting)]
         pretrain = ["pretrain", "--config", str(speedrun.config_file), *chosen, "--resume", "auto"]
-        yield Stage(f"training {run_folder.name}", finished(run_folder), pretrain, ranks=True)
+        trained = finished(run_folder, load_config(speedrun.config_file, speedrun.settings_of(run)))
+        yield Stage(f"training {run_folder.name}", trained, pretrain, ranks=True)
         bundle = [config.evaluate.core_bundle] if config.evaluate.core_bundle else []
         evaluate = ["evaluate", "--checkpoint", str(run_folder), "--core", *bundle]
         yield Stage(f"CORE of {run_folder.name}", evaluated(run_folder), evaluate, ranks=True)
         yield Stage(f"report of {run_folder.name}", reported(run_folder), ["report", str(run_folder)])
 
 
-def finished(run_folder: Path) -> str:
-    """Returns that a run is finished, or ""."""
+def describe_tokenizer(folder: Path, config: Config) -> str:
+    """Returns where a tokenizer comes from. Raises UserError if it has not the recipe's vocabulary."""
+    size, origin = load_tokenizer(folder).vocab_size, load_origin(folder)
+    if size != config.model.vocab_size:
+        raise UserError(f"{folder} has {size} tokens, not {config.model.vocab_size}: give another --tokenizer")
+    shards = origin.get("shards")
+    return f"{folder} exists, trained on {f'{len(shards)} shards' if shards else 'a whole data folder'}"
+
+
+def finished(run_folder: Path, config: Config) -> str:
+    """Returns that a run is finished, or "". Raises UserError if it was trained with another recipe."""
     run = load_run(run_folder) if is_run(run_folder) else None
-    return f"all {run.plan['steps']} steps are done" if run and run.state == "finished" else ""
+    if run is None or run.state != "finished":
+        return ""
+    trained, wanted = recipe_of(run.config), recipe_of(config.model_dump(mode="json", exclude_defaults=True))
+    for key in sorted(trained.keys() | wanted.keys()):
+        if trained.get(key) != wanted.get(key):
+            raise UserError(
+                f"{run_folder} was trained with {key}={_shown(trained, key)}, not {_shown(wanted, key)}: give another "
+                "--set run.folder, or remove that run"
+            )
+    return f"all {run.plan['steps']} steps are done"
+
+
+def _shown(recipe: dict, key: str) -> str:
+    return json.dumps(recipe[key]) if key in recipe else "its default"
 
 
 def evaluated(run_folder: Path) -> str:

@@ -62,12 +62,11 @@ class Walk:
     """What one rank does in a training step.
 
     calls: its collectives, in order. product_flops: of matrix products in forward and backward passes, 2 per
-    multiplication. state: bytes by kind: weights, masters, moments.
+    multiplication.
     """
 
     calls: tuple[Call, ...]
     product_flops: int
-    state: dict[str, int]
 
 
 class _Recorder(TorchDispatchMode):
@@ -183,8 +182,7 @@ def walk(config: Config, plan: Plan, rank: int) -> Walk:
         recorder.mesh = mesh
         stack.enter_context(recorder)
         update(training, rows, inspect_gradients=recorder.end_of_backward)
-        state = _state_bytes(training)
-    return Walk(tuple(recorder.calls), recorder.product_flops, state)
+    return Walk(tuple(recorder.calls), recorder.product_flops)
 
 
 def _exchange_even_requests(tables: RowTables, name: str, rows: int, index: torch.Tensor) -> _Request:
@@ -228,15 +226,3 @@ def _know_received_shapes(training: build.TrainingModel) -> None:
         return (*buffers, ids)
 
     Engine._send_tensor_meta, Engine._recv_tensor_meta = send_nothing, allocate
-
-
-def _state_bytes(training: build.TrainingModel) -> dict[str, int]:
-    muon = training.muon.state_bytes()
-    shares = [tensors for *_, tensors in training.engine.adamw.fragments()]
-    adamw = sum(tensors["master"].nbytes for tensors in shares)
-    moments = sum(tensors[kind].nbytes for tensors in shares for kind in ("exp_avg", "exp_avg_sq"))
-    return {
-        "weights": sum(parameter.nbytes for parameter in training.engine.module.parameters()),
-        "masters": muon["master"] + adamw,
-        "moments": muon["momentum"] + muon["second_moment"] + moments,
-    }

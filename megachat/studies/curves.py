@@ -28,7 +28,7 @@ class Curve(NamedTuple):
 def curve_of(lines: Sequence[dict], key: str = "val/bpb") -> Curve:
     """Returns the curve of a metric from the lines of metrics.jsonl.
 
-    seconds: nanochat's clock, training steps after the tenth without evaluation and saving. A point at which an axis
+    seconds: nanochat's clock, training steps after step 10 without evaluation and saving. A point at which an axis
     has not moved yet has the value 0 there. Raises UserError if fewer than two points are recorded.
     """
     points = [
@@ -122,7 +122,7 @@ def common_value(first: Sequence[Curve], second: Sequence[Curve]) -> float:
 
 def axis_ratio(first: Sequence[Curve], second: Sequence[Curve], value: float, axis: str) -> Ratio | None:
     """Returns the ratio of what the sides need to reach a value that every curve reaches; several curves on a side are
-    runs of one recipe with other seeds. None where an axis is 0 there (no second is counted before the tenth step).
+    runs of one recipe with other seeds. None where an axis is 0 there (no second is counted before step 11).
 
     The interval: with two runs or more on each side, Welch's t on the logarithms. With fewer, how far the noise of the
     values moves the places (two deviations of each curve, added in squares); then the noise from run to run is not in

@@ -93,7 +93,7 @@ def predicted_rows(
         text = f"{1000 * time.step.total:,.0f} ms +-{time.step.error:.0%}"
         rows.append(("time per step", text, f"{1000 * step_s:,.0f} ms (median)", _off(time.step.total, step_s)))
     for label, hours, measured in (
-        ("steps after the tenth", time and time.clock_hours, clock),
+        ("steps after step 10", time and time.clock_hours, clock),
         ("wall clock", time and time.wall_hours, wall),
     ):
         if hours and measured:

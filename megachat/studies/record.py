@@ -1,6 +1,6 @@
 """A record of the speedrun: runs of one recipe with time, CORE, bits per byte, and the evidence for each number.
 
-The clock is the leaderboard's (https://github.com/karpathy/nanochat): training steps after the tenth; evaluation,
+The clock is the leaderboard's (https://github.com/karpathy/nanochat): training steps after step 10; evaluation,
 sampling and saving do not count.
 """
 
@@ -82,7 +82,7 @@ def _spread(values: list[float]) -> dict[str, Any]:
 def gather_evidence(run: RunRecord) -> tuple[dict[str, Any], list[str]]:
     """Returns the evidence of a run as JSON values, and one sentence for each piece that is missing."""
     parts = [_training(run), _start(run), _tokenizer(run), _shards(run), _core(run)]
-    evidence: dict[str, Any] = {"run": str(run.folder), "recipe": _recipe(run), "seed": _config(run).run.seed}
+    evidence: dict[str, Any] = {"run": str(run.folder), "recipe": recipe_of(run.config), "seed": _config(run).run.seed}
     problems = []
     for values, missing in parts:
         evidence |= values
@@ -98,9 +98,9 @@ def _config(run: RunRecord) -> Config:
     return Config.model_validate_json(json.dumps(run.config))
 
 
-def _recipe(run: RunRecord) -> dict[str, Any]:
-    """Returns the settings that differ from the defaults and that a result depends on."""
-    flat = flat_config(run.config)
+def recipe_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings on which a result depends. config: those that differ from the defaults, by section."""
+    flat = flat_config(config)
     return {key: value for key, value in flat.items() if not key.startswith(_FREE_SECTIONS) and key not in _FREE_KEYS}
 
 
@@ -111,8 +111,8 @@ def _training(run: RunRecord) -> tuple[dict[str, Any], list[str]]:
         return {}, ["plan.json has no number of steps: the run folder is damaged"]
     if run.step < steps:
         return {}, [f"it has done {run.step} of {steps} steps: finish it with --resume auto"]
-    if steps <= UNTIMED_STEPS + 1:
-        return {}, [f"it has {steps} steps, of which the clock counts none: those after the first {UNTIMED_STEPS + 1}"]
+    if steps <= UNTIMED_STEPS:
+        return {}, [f"it has {steps} steps, of which the clock counts none: those after the first {UNTIMED_STEPS}"]
     last = [line for line in run.lines if line["step"] == steps and "val/bpb" in line]
     if not last or "total_training_time" not in last[-1]:
         return {}, ["metrics.jsonl has no validation at the last step: resume it with --resume auto, which makes it up"]
@@ -218,7 +218,7 @@ def _core(run: RunRecord) -> tuple[dict[str, Any], list[str]]:
         file = newest_results(run.folder)
         results = load_results(file)
     except UserError as error:
-        return {}, [str(error).removeprefix(f"{run.folder} ")]
+        return {}, [f"it {str(error).removeprefix(f'{run.folder} ')}"]
     core, problems = results["core"], []
     if results["step"] != run.plan.get("steps"):
         problems.append(f"its newest CORE is of step {results['step']}, not of the last step: {again}")
@@ -280,9 +280,9 @@ def record_text(record: Mapping[str, Any], name: str) -> str:
     above = sum(value > GPT2_CORE for value in core["values"])
     skipped = sum(run["skipped_steps"] for run in runs)
     rows = [
-        ("time, minutes", _with_deviation(record["minutes"], 2) + f"; training steps after step {UNTIMED_STEPS}"),
+        ("time, minutes", _with_deviation(record["minutes"], 2) + f"; training steps after step {UNTIMED_STEPS - 1}"),
         (
-            "GPU-hours" if "cpu" not in one["hardware"].lower() else "rank-hours",
+            "GPU-hours" if one["on_gpus"] else "rank-hours",
             _with_deviation(record["gpu_hours"], 2),
         ),
         ("hardware", f"{one['world']} rank{'s' * (one['world'] > 1)}{hosts}, {one['hardware']}; {_layout(one)}"),

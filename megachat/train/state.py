@@ -38,7 +38,7 @@ LOSS_DECAY = 0.9  # of the moving average of the losses, as nanochat's
 class LoopState:
     """The loop's counters, saved in every checkpoint.
 
-    step: the next to run, from 0. training_s: seconds in steps after the tenth, as the speedrun counts them.
+    step: the next to run, from 0. training_s: seconds in steps after step 10, as the speedrun counts them.
     training_flops: of all steps so far, each with the batch that it had. smooth_loss: exponential moving average of
     the losses of smoothed_steps steps (nats), which starts at 0: `shown_loss` corrects that. pending: names of the
     tasks of this step (train/tasks.py) that were due and not done when the checkpoint was made; a resumed job runs them

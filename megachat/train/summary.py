@@ -14,9 +14,9 @@ from megachat.console import styled
 from megachat.files import CONFIG_NAME, METRICS_NAME
 from megachat.kernels.choice import Kernels
 from megachat.planning.plan import Plan
+from megachat.planning.step_time import UNTIMED_STEPS
 from megachat.text import text_table
 from megachat.train.build import Run
-from megachat.train.tasks import UNTIMED_STEPS
 from megachat.train.trainer import Trainer
 
 LOW_MFU = 40.0  # per cent, below which likely causes are listed
@@ -56,7 +56,7 @@ def read_curve(run_folder: Path) -> Curve:
                 peak = max(values.get("train/peak_memory_bytes", 0), peak or 0) or None
                 if "train/mfu" in values:
                     timed.append((values["step"], values["train/mfu"], values["train/dt"]))
-    timed = [entry for entry in timed if entry[0] > UNTIMED_STEPS] or timed
+    timed = [entry for entry in timed if entry[0] >= UNTIMED_STEPS] or timed
     seconds = sum(dt for _, _, dt in timed)
     mfu = sum(mfu * dt for _, mfu, dt in timed) / seconds if seconds else None
     return Curve(bpb, core, mfu, peak)

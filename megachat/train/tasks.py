@@ -31,8 +31,6 @@ from megachat.train.state import LoopState, save_state
 from megachat.train.step import StepResult
 from megachat.train.stragglers import WINDOW, RankPlace, SlowRanks, rank_values
 
-UNTIMED_STEPS = 10  # the speedrun's clock starts after them
-
 
 class TaskContext(Protocol):
     """The part of train.trainer.Trainer that tasks use. Trainer imports this file, so tasks cannot import Trainer."""

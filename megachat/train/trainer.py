@@ -12,13 +12,14 @@ from megachat.checkpoint.saver import Saver
 from megachat.errors import UserError
 from megachat.optim.joint import Requests
 from megachat.parallel.collectives import all_gather_objects
+from megachat.planning.step_time import UNTIMED_STEPS
 from megachat.train.build import Run
 from megachat.train.compiled import NewGraphs
 from megachat.train.metrics import Metrics, Pace
 from megachat.train.state import LoopState, state_pieces
 from megachat.train.step import StepResult, train_step
 from megachat.train.stragglers import WINDOW
-from megachat.train.tasks import UNTIMED_STEPS, Checkpoint, Core, Log, RankTimes, Samples, Task, Validation
+from megachat.train.tasks import Checkpoint, Core, Log, RankTimes, Samples, Task, Validation
 
 SETTLED_STEPS = 2  # by then everything in a step is compiled: a new graph is worth a log line
 MAX_SKIPS_IN_A_ROW = 20
@@ -113,7 +114,7 @@ class Trainer:
                 f"step {state.step:05d} | torch.compile made {made} new graphs, which takes time: "
                 "TORCH_LOGS=recompiles shows why"
             )
-        if state.step > UNTIMED_STEPS:
+        if state.step >= UNTIMED_STEPS:
             state.training_s += result.seconds
         self.steps_s += result.seconds
         self.work_s.append(result.work_s)

@@ -78,6 +78,13 @@ def test_the_script_continues_after_a_kill_and_ends_with_a_record(options, runs,
     assert {path: path.stat().st_mtime for path in run.rglob("*")} == before
     assert len(read_metrics(run)) and cli._run(["speedrun", *options, "--dry-run"]) == 0
     assert "training speedrun-megachat-d3-1: done" in capfd.readouterr().out
+    for setting, words in {
+        "optimizer.matrix_lr=0.5": f"{run} was trained with optimizer.matrix_lr=its default, not 0.5",
+        "model.vocab_size=400": "/tokenizer has 300 tokens, not 400",
+        "evaluate.core_bundle=no-bundle": "no-bundle",
+    }.items():
+        with pytest.raises(UserError, match=words):
+            cli._run(["speedrun", *options, "--set", setting])
 
 
 def speedrun(options: list[str], **more) -> Speedrun:

@@ -149,7 +149,7 @@ def test_the_version_has_the_commit(capsys, monkeypatch):
         (["data", "--source", "python", "--out", "x", "--shards", "0"], "--shards is 0: give 1 or more"),
         (["tokenizer", "--data", "{none}", "--out", "x"], "the data folder {none} does not exist"),
         (["lookup", "--data", "{none}", "--tokenizer", "{none}"], "no tokenizer at {none}"),
-        (["verify", "--config", "d12"], "give a --layout to compare with one process"),
+        (["verify", "--config", "d12"], "give a --layout"),
         (["doctor", "--set", "a=b"], "--set overrides a setting of --config"),
         (["doctor", "--hostfile", "{none}"], "the hostfile {none} cannot be read"),
         (["demo", "--ranks", "0"], "--ranks is 0"),

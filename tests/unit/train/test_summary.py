@@ -48,7 +48,7 @@ def test_the_whole_run_beside_this_job(trainer):
     assert rows["CORE"] == "0.1250" and rows["MFU"] == "34.0 % mean of the logged steps"
     assert rows["tokens"] == "8,000 in 16 steps (4 of them in this job); 250 per second"
     assert rows["time"] == "0:00:20: start-up 0:00:04, steps 0:00:08, rest evaluation and saving"
-    assert rows["whole run"] == "1:00:00 in steps after the first 10, earlier jobs included"
+    assert rows["whole run"] == "1:00:00 in steps after the first 11, earlier jobs included"
     assert rows["peak memory"] == "5.00 GB on rank 0" and rows["skipped"].startswith("1 step")
     assert rows["cropped"] == "12.5% of the tokens that rank 0 has read"
 
