@@ -49,10 +49,10 @@ def run(options: argparse.Namespace) -> None:
     """Evaluates."""
     if options.core is None and options.bpb is None and not options.sample:
         raise UserError("nothing to evaluate: give one or more of --core, --bpb and --sample")
-    check_layout_ranks(options.layout)
-    check_launcher_hostfile()
     if options.controls and options.core is None:
         raise UserError("--controls repeats CORE with other contexts: give --core as well")
+    check_layout_ranks(options.layout)
+    check_launcher_hostfile()
     with text_moved(options), importing(logged=True):
         from megachat.programs.evaluate import EvaluationRequest, evaluate
 

@@ -5,7 +5,8 @@
 Compares layouts with one process on this machine's CPU, in two steps in float32: losses, every gradient, and every
 weight after updates from equal gradients. With --resume, compares a run that is saved, ended, loaded and continued with
 one that never stopped: losses, documents, weights, optimizers' state and counters. With --dry, walks a step of each
-kind of rank without the others and compares the collectives. Exit status: 0 equal, 1 different, 2 could not be compared.
+kind of rank without the others and compares the collectives. Exit status: 0 equal, 1 different, 2 could not be
+compared.
 """
 
 import argparse

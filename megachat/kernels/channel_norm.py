@@ -16,8 +16,9 @@ def norm(x: torch.Tensor, epsilon: float, scale: torch.Tensor | None = None) -> 
 
     scale [channels], or [heads, channels] for x [..., heads, channels].
     """
-    if scale is None and x.dtype == torch.float32 and not x.is_cuda and not torch.compiler.is_compiling():
-        return _FewerPasses.apply(x, epsilon)
+    if x.dtype == torch.float32 and not x.is_cuda and not torch.compiler.is_compiling():
+        y = _FewerPasses.apply(x, epsilon)
+        return y if scale is None else y * scale
     if scale is None or scale.ndim == 1:
         return F.rms_norm(x, (x.size(-1),), None if scale is None else scale.to(x.dtype), epsilon)
     return F.rms_norm(x, (x.size(-1),), None, epsilon) * scale.to(x.dtype)

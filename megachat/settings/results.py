@@ -93,6 +93,6 @@ class LogConfig(Section):
     wandb_project: str = setting("megachat", "Weights & Biases project")
     tensorboard: bool = setting(False, "also write metrics to tensorboard/ in the run folder")
     trackio: bool = setting(False, "also send metrics to Trackio: its local database, or TRACKIO_SPACE_ID")
-    trackio_project: str = setting("megachat", "Trackio project")
+    trackio_project: str = setting("megachat", "project in Trackio's database")
     report: bool = setting(False, "write report.html into the run folder at the end of a job; needs plotly")
     probe: str | None = setting(None, "file of `megachat probe` to predict the step; null: a known GPU's data sheet")

@@ -62,7 +62,7 @@ def place() -> tuple[str, str]:
     for frame in reversed(traceback.extract_stack()):
         if "/torch/" not in frame.filename and frame.filename != __file__:
             path = Path(frame.filename).as_posix()
-            for part in ("/megachat/", "/deepspeed/"):
+            for part in ("/deepspeed/", "/megachat/"):
                 if part in path:
                     return path[path.rindex(part) + 1 :], frame.name
             return path, frame.name

@@ -74,7 +74,9 @@ class Contender:
         """Updates a whole matrix or a stack of them by megachat's functions, float32, in place. state: momentum and
         second moment."""
         update = muon.momentum_update(state["momentum"], gradient, torch.tensor(MOMENTUM))
-        direction = muon.update_direction(update.bfloat16())
+        updates = update.bfloat16()
+        stacked = update.ndim == 3
+        direction = torch.stack([*map(muon.update_direction, updates)]) if stacked else muon.update_direction(updates)
         norm, scale = muon.update_scales(direction, state["second"], torch.tensor(BETA2))
         muon.apply_update(weight, direction, norm, scale, torch.tensor(LR * matrix.multiplier), torch.tensor(0.0))
 

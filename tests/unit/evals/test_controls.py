@@ -54,6 +54,6 @@ def test_only_examples_that_both_have_are_compared():
     assert control_section((some,), plain, {"some": Answers((), left_out=tuple(range(5)))}) == {"tasks": {}}
 
 
-def test_controls_need_core():
+def test_controls_need_core(tmp_path):
     with pytest.raises(UserError, match="give --core"):
-        cli._run(["evaluate", "--checkpoint", "x", "--controls", "--bpb"])
+        cli._run(["evaluate", "--checkpoint", str(tmp_path), "--controls", "--bpb"])

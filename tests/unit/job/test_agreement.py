@@ -30,7 +30,7 @@ def mine() -> dict:
 def test_equal_ranks_agree_wherever_their_files_lie(mine):
     moved = Config(run=RunConfig(folder="/x"), data=DataConfig(folder="/y", tokenizer="/z"))
     assert disagreement(mine, rank_facts(moved, TOKENIZER, DATA)) is None
-    assert len(json.dumps(mine)) < 16_000, "every rank of the job sends this to rank 0"
+    assert len(json.dumps(mine)) < 20_000, "every rank of the job sends this to rank 0"
 
 
 def test_settings_are_named(mine):
