@@ -18,8 +18,8 @@ def pictures() -> dict[str, str]:
 
 
 def test_the_committed_pictures_are_up_to_date(pictures):
-    # by tools/bench.py lookup, tools/draw_curve.py and megachat sweep
-    measured = {"lookup_english.svg", "lookup_python.svg", "demo.svg", "sweep.svg", "range_test.svg"}
+    # by tools/bench.py lookup, tools/draw_curve.py, megachat sweep and report
+    measured = {"lookup_english.svg", "lookup_python.svg", "demo.svg", "sweep.svg", "range_test.svg", "report.png"}
     assert {path.name for path in FOLDER.iterdir()} == set(pictures) | measured
     for name, picture in pictures.items():
         committed = (FOLDER / name).read_text(encoding="utf-8")
