@@ -36,6 +36,9 @@ def run(options: argparse.Namespace) -> None:
     if options.against is None and len(options.runs) != 2:
         raise UserError(f"{len(options.runs)} runs were given: give two, or a second side after --against")
     first, second = (options.runs, options.against) if options.against else (options.runs[:1], options.runs[1:])
+    for path in (*first, *second):
+        if not path.exists() and path != Path("gpt2"):
+            raise UserError(f"{path} does not exist: give run folders, or files of evaluations")
     report: dict[str, Any] = {}
     lines: list[str] = []
     if all(path.is_dir() for path in (*first, *second)):

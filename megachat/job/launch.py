@@ -241,7 +241,7 @@ def describe_environment(device: torch.device) -> dict[str, object]:
     )
     return {
         "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(changes := git("status", "--porcelain")),
+        "uncommitted_changes": bool(changes := git("status", "--porcelain", "--untracked-files=no")),
         "diff": (git("diff", "HEAD") or "")[:_DIFF_CHARACTERS] if changes else "",
         "command": sys.argv,
         "host": socket.gethostname(),

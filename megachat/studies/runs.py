@@ -142,7 +142,7 @@ def flat_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def config_differences(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
     """Returns the settings that are not the same in all runs -> their values per run, None for the default.
 
-    The names and places of runs, and where the data is, are no differences of recipes.
+    The names and places of runs are no differences of recipes.
     """
     flat = [flat_config(run.config) for run in runs]
     keys = sorted({key for settings in flat for key in settings} - {"run.name", "run.folder"})
