@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from megachat.config import Config
-from megachat.planning.memory import passed_tensors
+from megachat.planning.dimensions import passed_tensors
 from megachat.planning.plan import Plan
 from megachat.planning.step_time import planned_dtype
 from megachat.planning.step_work import ITEMSIZE, optimizer_work, stage_work

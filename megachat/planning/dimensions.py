@@ -362,3 +362,11 @@ def balanced_cuts(first: Sequence[int], ranks: int) -> tuple[int, ...]:
         after = bisect_left(first, ideal)
         cuts.append(min((int(first[max(0, after - 1)]), int(first[after])), key=lambda cut: abs(cut - ideal)))
     return tuple(cuts)
+
+
+def passed_tensors(dims: Dimensions, layer: int) -> int:
+    """Returns how many tensors of the stream's size a layer receives from another stage.
+
+    These are x, x0 unless only the head follows, and x_backout after the middle block.
+    """
+    return 1 + (layer <= dims.depth) + (layer - 1 > dims.depth // 2)

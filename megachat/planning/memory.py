@@ -20,6 +20,7 @@ from megachat.planning.dimensions import (
     fits_fp8,
     linear_shapes,
     lookup_shapes,
+    passed_tensors,
     up_to_multiple,
 )
 from megachat.planning.plan import Plan
@@ -278,14 +279,6 @@ def stage_activations(config: Config, plan: Plan, stage: int, dtype: torch.dtype
     else:
         kept += local * dims.width * size  # the output to the next stage
     return min(layout.pipeline - stage, plan.accumulation) * kept
-
-
-def passed_tensors(dims: Dimensions, layer: int) -> int:
-    """Returns how many tensors of the stream's size a layer receives from another stage.
-
-    These are x, x0 unless only the head follows, and x_backout after the middle block.
-    """
-    return 1 + (layer <= dims.depth) + (layer - 1 > dims.depth // 2)
 
 
 def _pipeline_buffers(config: Config, plan: Plan, stage: int, dtype: torch.dtype) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megachat.config import Config
-from megachat.planning.dimensions import up_to_multiple
+from megachat.planning.dimensions import passed_tensors, up_to_multiple
 from megachat.planning.hardware import Machine
 from megachat.planning.plan import Plan
 from megachat.planning.probe import Probe
@@ -221,9 +221,8 @@ def _pipeline_sec(config: Config, plan: Plan, stage: int, dtype: str, speeds: Sp
     seconds = 0.0
     for layer, earlier in ((first, stage - 1), (last, stage)):
         if 0 < layer < dims.depth + 2:
-            tensors = 1 + (layer <= dims.depth) + (layer - 1 > dims.depth // 2)  # x, x0, x_backout
             stride = layout.data * layout.tensor
-            seconds += 2 * tensors * speeds.collective("send", size, 2, stride, earlier * stride)
+            seconds += 2 * passed_tensors(dims, layer) * speeds.collective("send", size, 2, stride, earlier * stride)
     return seconds
 
 

@@ -5,7 +5,6 @@ checks that the collectives of all ranks meet and that bytes and FLOPs are those
 import multiprocessing
 import os
 from collections.abc import Iterable
-from multiprocessing.context import ForkContext
 
 from megachat.activity import Progress
 from megachat.config import Config, config_from_values
@@ -72,12 +71,11 @@ def _walk_rank(work: tuple[Config, int, int, int]) -> tuple[int, Walk | None, st
 
 def walk_ranks(config: Config, plan: Plan, ranks: list[int]) -> dict[int, Walk]:
     """Walks each rank in a process of its own, as many at a time as there are cores. Raises UserError."""
-    context: ForkContext = multiprocessing.get_context("fork")
     walks: dict[int, Walk] = {}
     work = [(config, plan.layout.world, plan.dims.vocab_size, rank) for rank in ranks]
     activity = f"walking {len(ranks)} of {plan.layout.world} ranks"
     with (
-        context.Pool(len(os.sched_getaffinity(0)), maxtasksperchild=1) as pool,
+        multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0)), maxtasksperchild=1) as pool,
         Progress(activity, len(ranks), "") as bar,
     ):
         for rank, result, problem in pool.imap_unordered(_walk_rank, work, chunksize=1):

@@ -35,7 +35,7 @@ from megachat.parallel.collectives import all_to_all
 from megachat.parallel.engine import Engine, start_collectives
 from megachat.parallel.mesh import Mesh, build_mesh
 from megachat.planning.call_order import Call
-from megachat.planning.memory import passed_tensors
+from megachat.planning.dimensions import passed_tensors
 from megachat.planning.plan import Plan
 from megachat.train import build
 from megachat.train.step import update
@@ -153,8 +153,7 @@ def walk(config: Config, plan: Plan, rank: int) -> Walk:
     torch.compile is left out: it changes no collective. Raises what the step raises.
     """
     config = config.model_copy(update={"precision": config.precision.model_copy(update={"compile": False})})
-    world = plan.layout.data * plan.layout.tensor * plan.layout.pipeline
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=plan.layout.world)
     recorder, device = _Recorder(), torch.device("cpu")
     new_group = dist.new_group
     warnings.filterwarnings("ignore", message=r"Accessing the data pointer of FakeTensor", category=UserWarning)
@@ -212,10 +211,9 @@ def _know_received_shapes(training: build.TrainingModel) -> None:
     """Gives the engine its buffers for what the stage before sends; otherwise the first step exchanges shapes."""
     plan, first = training.plan, training.plan.stages[training.mesh.pipeline.rank][0]
     tokens = plan.dims.sequence_len
-    width = plan.dims.width
     if training.config.parallel.sequence:
         tokens //= training.mesh.tensor.size
-    shape = plan.micro_rows, tokens, width
+    shape = plan.micro_rows, tokens, plan.dims.width
 
     def send_nothing(self, buffer, stage) -> None:
         pass

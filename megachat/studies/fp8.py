@@ -175,9 +175,7 @@ def verdict_of_products(matrices: Sequence[MatrixTime]) -> tuple[str, str]:
         f"of products alone (no runs: --steps 0), FP8 takes {factor.value:.2f} times as long "
         f"({factor.low:.2f} to {factor.high:.2f})"
     )
-    if factor.verdict == "cannot tell":
-        return "no-go", f"{text}; that it is faster is not shown"
-    return ("go" if factor.verdict == "better" else "no-go"), text
+    return _decided(factor, text)
 
 
 def verdict_of(gate: dict[str, Any], equal: dict[str, Any]) -> tuple[str, str]:
@@ -196,6 +194,11 @@ def verdict_of(gate: dict[str, Any], equal: dict[str, Any]) -> tuple[str, str]:
         f"FP8 needs {time.value:.2f} times the time ({time.low:.2f} to {time.high:.2f}) to an equal loss: "
         f"{equal['steps'].value:.3f} of the steps, each {equal['step_time'].value:.2f} times as long"
     )
+    return _decided(time, text)
+
+
+def _decided(time: Ratio, text: str) -> tuple[str, str]:
+    """Returns the decision by a ratio of times: "go" only where FP8 is shown to be faster."""
     if time.verdict == "cannot tell":
         return "no-go", f"{text}; that it is faster is not shown"
     return ("go" if time.verdict == "better" else "no-go"), text

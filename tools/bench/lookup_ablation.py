@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -121,6 +121,11 @@ def bench_lookup(arguments: Namespace) -> dict:
     runs = [train_variant(arguments, folder, name, seed) for seed in seeds for name in variants]
     with contextlib.redirect_stdout(sys.stderr):  # stdout has the JSON only
         ratios = time_variants(arguments, variants) if arguments.rounds else {}
+    return ablation_result(arguments, runs, ratios)
+
+
+def ablation_result(arguments: Namespace, runs: list[dict], ratios: dict) -> dict:
+    """Returns the result of an ablation; prints its table, and draws the curves into --out."""
     result = {"what": f"bits per byte on {arguments.data}", "variants": summarize(runs, ratios), "runs": runs}
     print(*ablation_table(result["variants"]), sep="\n", file=sys.stderr)
     if arguments.out:
@@ -134,30 +139,44 @@ def settings_of(arguments: Namespace, variant: str, seed: int) -> list[str]:
     return [*SIZE, *data, *arguments.set, *VARIANTS[variant], f"run.seed={seed}"]
 
 
-def train_variant(arguments: Namespace, folder: Path, variant: str, seed: int) -> dict:
-    """Trains one model in `folder`, unless a run with the same settings is finished there. Returns what it reached.
+def train_once(arguments: Namespace, folder: Path, variant: str, seed: int, train: Callable[[list[str]], dict]) -> dict:
+    """Returns what a variant reached: from `folder` if it is there, else by `train(settings)`, and keeps it there.
 
-    Raises UserError if the run fails, or if `folder` has a run of this name with other settings.
+    Raises UserError if `folder` has a run of this name with other settings.
     """
-    run, settings = folder / f"{variant}-{seed}", settings_of(arguments, variant, seed)
-    record = folder / f"{variant}-{seed}.json"
+    settings, record = settings_of(arguments, variant, seed), folder / f"{variant}-{seed}.json"
     if record.exists():
         finished = json.loads(record.read_text())
         if finished["settings"] != settings:
             raise UserError(f"{record} is of a run with other settings: give another --folder, or remove it")
         return finished
-    shutil.rmtree(run, ignore_errors=True)  # an interrupted run
-    named = [*settings, f"run.folder={folder}", f"run.name={run.name}"]
-    command = [sys.executable, PRETRAIN, "--config", arguments.config, *set_options(named)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        lines = (done.stderr or done.stdout).strip().splitlines()
-        raise UserError(f"{run.name} failed: {lines[-1] if lines else done.returncode}")
-    finished = {"variant": variant, "seed": seed, "settings": settings} | collect_run(run)
-    shutil.rmtree(run / "checkpoints")
+    finished = {"variant": variant, "seed": seed, "settings": settings} | train(settings)
+    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(record, json.dumps(finished).encode())
-    print(f"{run.name}: {finished['curve'][-1]['bpb']:.4f} bits per byte", file=sys.stderr, flush=True)
+    print(f"{record.stem}: {finished['curve'][-1]['bpb']:.4f} bits per byte", file=sys.stderr, flush=True)
     return finished
+
+
+def train_variant(arguments: Namespace, folder: Path, variant: str, seed: int) -> dict:
+    """Trains one model in `folder`, unless a run with the same settings is finished there. Returns what it reached.
+
+    Raises UserError if the run fails, or if `folder` has a run of this name with other settings.
+    """
+
+    def train(settings: list[str]) -> dict:
+        run = folder / f"{variant}-{seed}"
+        shutil.rmtree(run, ignore_errors=True)  # an interrupted run
+        named = [*settings, f"run.folder={folder}", f"run.name={run.name}"]
+        command = [sys.executable, PRETRAIN, "--config", arguments.config, *set_options(named)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            lines = (done.stderr or done.stdout).strip().splitlines()
+            raise UserError(f"{run.name} failed: {lines[-1] if lines else done.returncode}")
+        result = collect_run(run)
+        shutil.rmtree(run / "checkpoints")
+        return result
+
+    return train_once(arguments, folder, variant, seed, train)
 
 
 def collect_run(run: Path) -> dict:

@@ -5,9 +5,8 @@ All variants train in one process, one after the other, on the same rows in the 
 rows that follow them: nothing but the settings and the seed of the weights differs, and no start-up is paid.
 """
 
+import functools
 import gc
-import json
-import sys
 from argparse import Namespace
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +18,6 @@ from megachat.data.tokenizer import Tokenizer, load_tokenizer
 from megachat.device import collective_backend
 from megachat.errors import UserError
 from megachat.evals.bpb import ValidationRows, bits_per_byte
-from megachat.files import write_atomically
 from megachat.job.launch import bootstrap_environment, choose_device
 from megachat.parallel.engine import start_collectives
 from megachat.parallel.mesh import Mesh, build_mesh
@@ -31,13 +29,11 @@ from tools.bench.lookup_ablation import (
     RECIPE,
     RECIPE_SIZE,
     VARIANTS,
-    ablation_table,
+    ablation_result,
     first_rows,
-    settings_of,
-    summarize,
     time_variants,
+    train_once,
 )
-from tools.bench.lookup_picture import draw_curves
 
 _POINTS = 4  # of each curve
 
@@ -55,32 +51,14 @@ def bench_recipe(arguments: Namespace) -> dict:
     device, tokenizer = choose_device(bootstrap_environment()), load_tokenizer(arguments.tokenizer)
     start_collectives(device, collective_backend(device), timedelta(seconds=600))
     mesh = build_mesh(device)
-    runs = [_run(arguments, name, int(seed), tokenizer, mesh) for seed in arguments.seeds.split() for name in names]
+    folder, train = Path(arguments.folder), functools.partial(train_in_process, arguments, tokenizer, mesh)
+    seeds = [int(seed) for seed in arguments.seeds.split()]
+    runs = [train_once(arguments, folder, name, seed, train) for seed in seeds for name in names]
     ratios = time_variants(arguments, names) if arguments.rounds else {}
-    result = {"what": f"bits per byte on {arguments.data}", "variants": summarize(runs, ratios), "runs": runs}
-    print(*ablation_table(result["variants"]), sep="\n", file=sys.stderr)
-    if arguments.out:
-        write_atomically(Path(arguments.out), draw_curves(result["what"], result["variants"]).encode())
-    return result
+    return ablation_result(arguments, runs, ratios)
 
 
-def _run(arguments: Namespace, variant: str, seed: int, tokenizer: Tokenizer, mesh: Mesh) -> dict:
-    """Returns what a variant reached, from --folder if it is there."""
-    settings, record = settings_of(arguments, variant, seed), Path(arguments.folder) / f"{variant}-{seed}.json"
-    if record.exists():
-        finished = json.loads(record.read_text())
-        if finished["settings"] != settings:
-            raise UserError(f"{record} is of other settings: give another --folder, or remove it")
-        return finished
-    finished = {"variant": variant, "seed": seed, "settings": settings}
-    finished |= train_in_process(arguments, settings, tokenizer, mesh)
-    record.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(record, json.dumps(finished).encode())
-    print(f"{record.stem}: {finished['curve'][-1]['bpb']:.4f} bits per byte", file=sys.stderr, flush=True)
-    return finished
-
-
-def train_in_process(arguments: Namespace, settings: list[str], tokenizer: Tokenizer, mesh: Mesh) -> dict:
+def train_in_process(arguments: Namespace, tokenizer: Tokenizer, mesh: Mesh, settings: list[str]) -> dict:
     """Trains one model to its horizon; returns its validation curve and parameters."""
     config = load_config(arguments.config, settings)
     plan = resolve(config, 1, tokenizer.vocab_size)

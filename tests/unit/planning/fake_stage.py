@@ -30,7 +30,7 @@ from megachat.parallel import collectives
 from megachat.parallel.mesh import Axis, Mesh
 from megachat.parallel.tensor import apply_tensor, vocabulary_part
 from megachat.place import place_of
-from megachat.planning.memory import passed_tensors
+from megachat.planning.dimensions import passed_tensors
 from megachat.planning.plan import Plan
 from megachat.train.build import attach_row_tables, model_options
 from tools.bench.live_bytes import LiveBytes
