@@ -23,6 +23,7 @@ from megachat.settings import (
     OptimizerConfig,
     ParallelConfig,
     PrecisionConfig,
+    ReliabilityConfig,
     RunConfig,
 )
 
@@ -40,6 +41,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     precision: PrecisionConfig = PrecisionConfig()
     parallel: ParallelConfig = ParallelConfig()
+    reliability: ReliabilityConfig = ReliabilityConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()

@@ -1,4 +1,4 @@
-"""Settings of how a run executes: precision, kernels, compilation, the mesh."""
+"""Settings of how a run executes: precision, kernels, compilation, the mesh, and what it does when it goes wrong."""
 
 from typing import Literal
 
@@ -71,4 +71,30 @@ class ParallelConfig(Section):
     rendezvous_s: int = setting(120, "seconds that ranks wait for the others at start-up", ge=1, most=SECONDS)
     timeout_s: int = setting(
         600, "torch's limit for one collective; start-up, evaluation and saving may take 90 % of it", ge=1, most=SECONDS
+    )
+
+
+class ReliabilityConfig(Section):
+    """What a run does about a loss or gradient that is not finite, and what it keeps as evidence."""
+
+    on_nonfinite: Literal["auto", "stop", "skip", "rewind"] = setting(
+        "auto",
+        "after a loss or gradient that is not finite; auto: stop for a loss, skip the update for a gradient; rewind: "
+        "continue from the last checkpoint without the rows of the step",
+    )
+    nonfinite_limit: int = setting(
+        20, "updates skipped in a row, or rewinds of the run, after which it stops", ge=0, most=STEPS
+    )
+    capsules: int = setting(
+        3,
+        "steps with a loss or gradient that is not finite of which a run keeps rows and weights for `megachat replay`",
+        ge=0,
+        most=Most(1000, "each takes the space of the weights in float32"),
+    )
+    spike_sigma: float = setting(
+        0.0,
+        "log the documents of a step whose loss or gradient norm is this many deviations above the median of the last "
+        "64 steps; 0: off",
+        ge=0,
+        most=Most(1000, "no step is that far off; 0 is off"),
     )
