@@ -177,7 +177,7 @@ def test_the_types_of_the_package_are_right():
 
 
 def test_the_type_check_does_not_depend_on_what_is_installed():
-    """mypy refuses an import that it cannot see, so packages that are not installed everywhere stand in pyproject.toml."""
+    """mypy refuses an import that it cannot see: packages that are not installed everywhere stand in pyproject.toml."""
     with_types = {"numpy", "pydantic", "pydantic_core", "safetensors", "tiktoken", "tokenizers", "torch"}
     settings = (ROOT / "pyproject.toml").read_text()
     overrides = settings.partition("[[tool.mypy.overrides]]")[2]
