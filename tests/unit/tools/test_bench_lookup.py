@@ -63,7 +63,20 @@ def test_differences_are_paired_by_seed():
     assert variants["lzw"]["difference"] == pytest.approx((-0.15, 0.05))  # -0.1 and -0.2
     assert [point["bpb"] for point in variants["lzw"]["curve"]] == pytest.approx([2.25, 2.1, 2.05])
     header, none, lzw = ablation_table(variants)
-    assert "-0.1500 +- 0.0500  better" in lzw and "1.50" in lzw and "+-" in none and header.startswith("variant")
+    assert "-0.1500 +- 0.0500  cannot tell" in lzw and "1.50" in lzw and "+-" in none and header.startswith("variant")
+
+
+@pytest.mark.parametrize(
+    ("spread", "verdict"), [(0.07, "better"), (0.09, "cannot tell")], ids=["4.3 errors", "less than 4.3"]
+)
+def test_a_difference_counts_beyond_students_interval(spread, verdict):
+    differences = dict(zip((1, 2, 3), (-0.1 - spread / 2, -0.1, -0.1 + spread / 2), strict=True))
+    runs = [run_of("none", 1) | {"seed": seed} for seed in differences]
+    for seed, difference in differences.items():
+        run = run_of("lzw", 1) | {"seed": seed}
+        run["curve"] = [point | {"bpb": 2 + 3 / point["step"] + difference} for point in run["curve"]]
+        runs.append(run)
+    assert f"  {verdict}  " in ablation_table(summarize(runs, {}))[2]
 
 
 def test_a_single_seed_has_no_error():
