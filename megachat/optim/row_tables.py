@@ -24,7 +24,7 @@ from megachat.parallel.collectives import all_to_all
 from megachat.parallel.mesh import Mesh
 from megachat.parallel.progress import profile_range
 from megachat.parallel.rectangles import Rectangle
-from megachat.parallel.tensor import cut_range
+from megachat.parallel.tensor import CHANNELS, REPLICATED, Type, cut_range
 
 ROWS_PER_UPDATE = 2**16  # rows that step() updates at a time, which bounds its workspace
 
@@ -43,6 +43,11 @@ class RowTable:
     start: float = 0.0
     cut: bool = False
     rate: str = ""
+
+    @property
+    def type(self) -> Type:
+        """Returns how the rows that read() returns, and their gradients, are spread over the tensor axis."""
+        return CHANNELS if self.cut else REPLICATED
 
 
 class RowShard(NamedTuple):

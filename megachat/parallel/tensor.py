@@ -4,9 +4,13 @@
 The model does not know about it. A module with a child cut by row, or between tokens, is a region. Its first input is
 the same on every rank of the axis, inside it each rank has its local heads, hidden channels or table rows, and its
 output is summed. With sequence parallelism, the stream outside of regions is cut by tokens.
+
+Every function that communicates declares the types of what it takes and returns; CUT_TYPES has those of cut weights.
+tests/tensor_types.py checks real steps against them.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -21,6 +25,29 @@ from megachat.place import Place, mark_partial_over_tensor, mark_tensor_shard, p
 from megachat.planning.dimensions import balanced_cuts
 
 _CUT_DIM = {"column": 0, "row": 1, "vocabulary": 0, "feature": 1, "tokens": 0, "heads": 0}
+
+
+class Type(NamedTuple):
+    """How a value and its gradient are spread over the tensor axis.
+
+    Each is "replicated" (equal on every rank), "partial" (the sum over the ranks is the value) or the dim along which
+    every rank has its part. The four combinations below are those of github.com/meta-pytorch/spmd_types.
+    """
+
+    value: str | int
+    gradient: str | int
+
+
+INVARIANT = Type("replicated", "replicated")
+REPLICATED = Type("replicated", "partial")  # every rank continues with its part of the weights
+PARTIAL = Type("partial", "replicated")
+CHANNELS, TOKENS = Type(-1, -1), Type(1, 1)
+# cut of a weight -> types of what its layer takes (None: ids) and returns
+CUT_TYPES: dict[str, tuple[Type | None, Type]] = {
+    "column": (REPLICATED, CHANNELS),
+    "row": (CHANNELS, PARTIAL),
+    "feature": (None, CHANNELS),
+}
 
 
 def cut_range(size: int, ranks: int, rank: int) -> tuple[int, int]:
@@ -150,6 +177,8 @@ class _VocabularyTable(nn.Module):
 class _Enter(torch.autograd.Function):
     """Forward: identity. Backward: the sum of the ranks' gradients."""
 
+    types = INVARIANT, REPLICATED
+
     @staticmethod
     def forward(ctx, tensor, axis):
         ctx.axis = axis
@@ -162,6 +191,8 @@ class _Enter(torch.autograd.Function):
 
 class _Leave(torch.autograd.Function):
     """Forward: the sum over ranks. Backward: identity."""
+
+    types = PARTIAL, INVARIANT
 
     @staticmethod
     def forward(ctx, tensor, axis):
@@ -178,6 +209,8 @@ class _Slice(torch.autograd.Function):
     Backward: gathers the ranks' gradients.
     """
 
+    types = INVARIANT, TOKENS
+
     @staticmethod
     def forward(ctx, tensor, axis):
         ctx.axis = axis
@@ -191,6 +224,8 @@ class _Slice(torch.autograd.Function):
 class _GatherTokens(torch.autograd.Function):
     """Forward: this rank's tokens to all tokens. Backward: the sum over ranks, cut to this rank's tokens."""
 
+    types = TOKENS, REPLICATED
+
     @staticmethod
     def forward(ctx, tensor, axis):
         ctx.axis = axis
@@ -203,6 +238,8 @@ class _GatherTokens(torch.autograd.Function):
 
 class _ScatterTokens(torch.autograd.Function):
     """Forward: all tokens to the sum over ranks, cut to this rank's tokens. Backward: gathers."""
+
+    types = PARTIAL, TOKENS
 
     @staticmethod
     def forward(ctx, tensor, axis):
