@@ -69,7 +69,7 @@ def without_mask(self, ids):
     return tensor._apply(tensor._Leave, torch.nn.functional.embedding(local, self.weight), self.axis)
 
 
-def own_chunk_only(ctx, value, axis):
+def chunk_without_sum(ctx, value, axis):
     ctx.axis = axis
     return value.chunk(axis.size, dim=1)[axis.rank].contiguous()
 
@@ -122,7 +122,7 @@ FAULTS = {
         "what _Leave on the output of embed wte takes should be partial, but",
     ),
     "a region's output that is cut and not summed": (
-        *(tensor._ScatterTokens, "forward", staticmethod(own_chunk_only), True),
+        *(tensor._ScatterTokens, "forward", staticmethod(chunk_without_sum), True),
         "what _ScatterTokens on the output of block 0 attn returns should be cut along dim 1, but is cut into parts",
     ),
     "a loss without its sum": (
