@@ -55,6 +55,8 @@ def add_arguments(parser: Parser) -> None:
     add_plan_arguments(parser, "with --dry-run: ")
     elastic = "train on as many of the started ranks as fit the batch; set by supervise"
     add("--elastic", action="store_true", help=elastic)
+    self_test = "before training: take some steps, and the same with two resumes; train only if all is equal to the bit"
+    add("--self-test", action="store_true", help=self_test)
     add_local_rank(parser)
 
 
@@ -79,6 +81,10 @@ def run(options: argparse.Namespace) -> int:
                 "--gpu names the GPU to plan for with --dry-run, in place of --memory-gb: give one of the two"
             )
         memory_gb = parse_gpus(options.gpu).gpu.memory_bytes / 1e9
+    if options.self_test and options.dry_run:
+        raise UserError(
+            "--self-test takes steps before a training, --dry-run shows the plan of one: give one of the two"
+        )
     for name in ("probe", "price"):
         if getattr(options, name) is not None and not options.dry_run:
             raise UserError(f"--{name} predicts time and price with --dry-run; a job's prediction is by log.probe")
@@ -102,6 +108,7 @@ def run(options: argparse.Namespace) -> int:
         dry_run=options.dry_run,
         world=world,
         elastic=options.elastic,
+        self_test=options.self_test,
         hardware=Hardware(memory_gb, options.gpu, options.probe, options.price),
         as_json=options.json,
         verbose=options.verbose,

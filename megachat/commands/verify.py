@@ -42,6 +42,12 @@ def add_arguments(parser: Parser) -> None:
         default=[],
         help="with --resume: continue on this layout instead, in float32; repeatable",
     )
+    add("--times", type=int, help="with --resume: how many resumes in a row (default 1)")
+    profile = (
+        "with --resume: strict requires every bit on the same layout, standard allows rounding on it, too; without it "
+        "strict on the same layout, standard on another"
+    )
+    add("--profile", choices=("strict", "standard"), help=profile)
     add("--keep", type=Path, metavar="FOLDER", help="with --resume: new folder in which the runs are kept")
     add("--depth", type=int, help="scale the model down to this depth")
     add("--rows", type=int, default=4, help="rows per data-parallel rank and step (default 4)")
@@ -54,8 +60,15 @@ def run(options: argparse.Namespace) -> int:
     """Verifies; returns the exit status."""
     if options.rows < 1 or (options.depth is not None and options.depth < 1):
         raise UserError("--rows and --depth must be 1 or more")
-    if not options.resume and (options.onto or options.keep):
-        raise UserError("--onto and --keep require --resume")
+    if not options.resume and (options.onto or options.keep or options.profile or options.times is not None):
+        raise UserError("--onto, --times, --profile and --keep require --resume")
+    if options.times is not None and not 1 <= options.times <= 9:
+        raise UserError(f"--times is {options.times}: from 1 to 9 resumes in a row are compared")
+    if options.profile == "strict" and options.onto:
+        raise UserError(
+            "--profile strict requires every bit, which another layout rounds differently: leave out --onto, or use "
+            "--profile standard"
+        )
     if options.dry and (options.resume or options.depth):
         raise UserError("--dry takes neither --resume nor --depth: it walks the config's own size")
     if options.every_rank and not options.dry:

@@ -28,6 +28,7 @@ class CrashGuard:
         self._folder, self._writes = folder, writes
         self._running, self._crashes = folder / "running", folder / "crashes.json"
         self._file: int | None = None
+        self.interrupted_at: float | None = None  # time.time() at which the step began in which the job before crashed
 
     def begin(self, log: Log, *, forget: bool = False) -> None:
         """Records the crash of the job before. forget: earlier crashes do not count, because the user chose it.
@@ -88,8 +89,9 @@ class CrashGuard:
         crashes = read_side_file(self._crashes, parse_crashes, log) or []
         step = read_side_file(self._running, int, log)
         if step is not None:
-            seen = time.localtime(self._running.stat().st_mtime)
-            crashes.append({"step": step, "seen": time.strftime("%Y-%m-%d %H:%M:%S", seen)})
+            self.interrupted_at = self._running.stat().st_mtime
+            seen = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.interrupted_at))
+            crashes.append({"step": step, "seen": seen})
         return crashes
 
 

@@ -3,6 +3,8 @@
 import os
 import signal
 import sys
+import time
+from datetime import timedelta
 
 from torch.distributed import run
 from torch.distributed.elastic.agent.server import WorkerState
@@ -15,9 +17,14 @@ from torch.distributed.launcher import api
 from megachat.errors import EXIT_STATUS, LOST_RANK_STATUS, SAVED_STATUS, UserError
 from megachat.job.links import secret_for_ranks
 from megachat.job.monitor_links import handled_signals
+from megachat.job.recovery import give_restart_times
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)  # forwarded to the ranks
-_RENDEZVOUS = "last_call_timeout=10,join_timeout=1800,keep_alive_interval=5,keep_alive_max_attempt=3"
+# A host without a sign of life for 8 s is lost. At the first start, enough hosts wait 10 s for those that may be late.
+_RENDEZVOUS = "last_call_timeout=10,join_timeout=1800,keep_alive_interval=2,keep_alive_max_attempt=4"
+# At a restart the living hosts join at once, after the last of them has left the round before and the lost ones are
+# dropped. They look once a second.
+_LAST_CALL_AGAIN = timedelta(seconds=3)
 
 
 class Agent(api.LocalElasticAgent):
@@ -26,6 +33,7 @@ class Agent(api.LocalElasticAgent):
     final_statuses = frozenset({EXIT_STATUS})
     interrupted = False
     ended: frozenset[int | None] = frozenset()  # exit statuses of the ranks that a signal has ended
+    noticed: float | None = None  # time.time() at which this restart became necessary; None at the first start
 
     def _shutdown(self, death_sig=signal.SIGTERM, timeout=30):
         # At a second Ctrl-C torch would send SIGTERM. The ranks end at once if it is SIGINT again.
@@ -33,6 +41,17 @@ class Agent(api.LocalElasticAgent):
         super()._shutdown(signal.SIGINT if self.interrupted else death_sig, timeout)
         if ranks := getattr(self._pcontext, "subprocess_handlers", {}):
             Agent.ended = frozenset(rank.proc.poll() for rank in ranks.values())
+
+    def _restart_workers(self, group):
+        self.noticed = time.time()
+        group.spec.rdzv_handler.settings.timeout._last_call = _LAST_CALL_AGAIN
+        super()._restart_workers(group)
+
+    def _rendezvous(self, group):
+        ended = time.time()
+        super()._rendezvous(group)
+        if self.noticed is not None:
+            give_restart_times(self.noticed, ended, time.time())
 
     def _monitor_workers(self, group):
         result = super()._monitor_workers(group)

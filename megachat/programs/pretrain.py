@@ -14,16 +14,15 @@ from megachat import device as devices
 from megachat.activity import announced
 from megachat.checkpoint.resume import choose_checkpoint, find_checkpoint
 from megachat.checkpoint.run_folder import config_in_place, follow_checkpoint
-from megachat.config import Config, load_config, save_config
+from megachat.config import Config, load_config
 from megachat.console import styled
-from megachat.data.shards import DataSummary, check_data_folder, shard_hashes
+from megachat.data.shards import DataSummary, check_data_folder
 from megachat.data.texts import BadTexts
-from megachat.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_facts
-from megachat.device import choose_compute_dtype, device_name, host_memory_bytes, memory_bytes, peak_flops
+from megachat.data.tokenizer import Tokenizer, load_tokenizer
+from megachat.device import choose_compute_dtype, host_memory_bytes, memory_bytes
 from megachat.errors import SAVED_STATUS, UserError
 from megachat.evals.core_bundle import Bundle, configured_examples, describe_bundle, open_configured_bundle
 from megachat.evals.core_prompts import check_questions, row_limit
-from megachat.files import CONFIG_NAME, ENVIRONMENT_NAME, PLAN_NAME, Log, read_side_file, write_side_json
 from megachat.job.agreement import rank_facts
 from megachat.job.crash_guard import CrashGuard, guard_crashes
 from megachat.job.failure_monitor import FailureMonitor
@@ -32,22 +31,23 @@ from megachat.job.launch import (
     LaunchEnvironment,
     bootstrap_environment,
     choose_device,
-    describe_environment,
     with_fewer_ranks,
 )
+from megachat.job.recovery import Recovery
 from megachat.job.run_lock import lock_run_folder
-from megachat.kernels.choice import Kernels, choose_kernels, describe_kernels
-from megachat.kernels.cross_entropy import CHUNK_BYTES, GPU_CHUNK_BYTES
-from megachat.parallel.collectives import all_gather_objects, barrier
+from megachat.kernels.choice import Kernels, choose_kernels
+from megachat.parallel.collectives import barrier
 from megachat.parallel.mesh import Mesh
-from megachat.planning.explain import describe_stages, plan_values, setting_warnings
+from megachat.planning.explain import plan_values, setting_warnings
 from megachat.planning.memory import describe_memory, memory_of_stages
 from megachat.planning.memory_advice import check_state_fits, memory_warning
 from megachat.planning.plan import Plan, resolve, usable_world
 from megachat.programs.dry_run import THIS_MACHINE, Hardware, describe_job, job_values
+from megachat.programs.run_start import banner, write_run_folder
+from megachat.programs.self_test import run_self_test
 from megachat.studies.report import report_line
 from megachat.studies.report_figures import check_report
-from megachat.train.build import Run, agreed_head_chunk, build_run
+from megachat.train.build import Run, build_run
 from megachat.train.changes import describe_changes
 from megachat.train.documents import resume_documents
 from megachat.train.lookup_rows import allocated_lookup
@@ -90,6 +90,7 @@ def pretrain(
     world: int | None = None,
     hardware: Hardware = THIS_MACHINE,
     elastic: bool = False,
+    self_test: bool = False,
     as_json: bool = False,
     verbose: bool = False,
 ) -> int:
@@ -99,6 +100,7 @@ def pretrain(
     numbers and owners.
     elastic: if the batch cannot be split over all ranks that were started, the last ranks exit with status 0 and the
     others train.
+    self_test: before training, compare some steps with the same steps resumed twice, see programs/self_test.py.
     """
     begin = time.perf_counter()
     config, notes = open_job_config(config_path, overrides)
@@ -111,7 +113,7 @@ def pretrain(
             else:
                 print(describe_job(config, ranks, hardware, verbose=verbose))
         return 0
-    return run_job(config, notes, resume=resume, elastic=elastic, begin=begin)
+    return run_job(config, notes, resume=resume, elastic=elastic, self_test=self_test, begin=begin)
 
 
 def open_job_config(path: str, overrides: list[str]) -> tuple[Config, list[str]]:
@@ -126,10 +128,11 @@ def run_job(
     *,
     resume: str | None = None,
     elastic: bool = False,
+    self_test: bool = False,
     begin: float | None = None,
 ) -> int:
     """Runs the job of a config that has a run name; see `pretrain`. begin: time.perf_counter() at its start."""
-    begin, environment = begin or time.perf_counter(), bootstrap_environment()
+    begin, environment, recovery = begin or time.perf_counter(), bootstrap_environment(), Recovery()
     with announced("checking config, tokenizer, data and kernels", shown=environment.rank == 0):
         job = _check_inputs(config, environment, resume, elastic)
     if job is None:
@@ -138,12 +141,18 @@ def run_job(
         join_job(job.environment, config, job.facts, job.folder) as (mesh, monitor),
         lock_run_folder(job.folder, mesh.world) as notes,
     ):
+        if self_test and not recovery.restarted:  # a restart had it before
+            with _starting("self-test", mesh):
+                notes.append(run_self_test(job, mesh, _plan_with_allocation, _build))
         checkpoint, facts, chosen_notes = _agreed_checkpoint(job, resume, mesh)
         job = dataclasses.replace(job, plan=_plan_with_allocation(job, facts, mesh))
         named = resume not in (None, "auto")
         with guard_crashes(job.folder, mesh.world, notes.append, forget=named) as guard:
             monitor.before_stop = guard.end
+            recovery.interrupted(guard.interrupted_at)
+            recovery.finish("joining")
             run, data_notes = _build(job, checkpoint, facts, mesh)
+            recovery.finish("building")
             data_line = f"data {job.data}"
             bundle_line = [describe_bundle(job.bundle)] if job.bundle else []
             if job.core_left_out:
@@ -151,7 +160,7 @@ def run_job(
                 bundle_line.append(f"CORE leaves out questions that do not fit the model: {listed}")
             notes += [*config_notes, *chosen_notes, job.memory, data_line, *bundle_line, *data_notes]
             with run.loader:
-                stopped = _train(run, checkpoint, named, job.environment, notes, begin, monitor, guard)
+                stopped = _train(run, checkpoint, named, job.environment, notes, begin, monitor, guard, recovery)
     if config.log.report and job.environment.rank == 0 and not stopped:  # no rank waits, and nothing holds the folder
         print(report_line(job.folder), flush=True)
     return SAVED_STATUS if stopped else 0
@@ -249,6 +258,7 @@ def _train(
     begin: float,
     monitor: FailureMonitor,
     guard: CrashGuard,
+    recovery: Recovery,
 ) -> bool:
     """Loads the checkpoint and trains; returns whether the job stopped on request.
 
@@ -256,14 +266,15 @@ def _train(
     """
     with _starting(f"loading {checkpoint}", run.mesh):
         state = load_state(run, checkpoint) if checkpoint else LoopState()
+    recovery.finish("loading")
     if run.is_writer:
         if checkpoint and named and state.step < run.plan.stop_step:
             notes += follow_checkpoint(run.folder, checkpoint, state.step)
-        _write_run_folder(run, state, environment, notes.append)
+        write_run_folder(run, state, environment, notes.append)
     barrier(run.mesh.world)
     metrics = _open_metrics(run, state)
     try:
-        for line in [*notes, *_banner(run, environment), *predicted_lines(run, environment.local_size)]:
+        for line in [*notes, *banner(run, environment), *predicted_lines(run, environment.local_size)]:
             metrics.log(line)
         if checkpoint:
             metrics.log(f"resumed from {checkpoint} at step {state.step}")
@@ -272,6 +283,7 @@ def _train(
         source = checkpoint.parent.parent if checkpoint else None
         first_step = state.step
         trainer = Trainer(run, state, metrics, lambda: bool(monitor.stop_requested), guard.record_step, source)
+        trainer.after_first_step = lambda: _log_recovery(recovery, metrics, first_step)
         with monitor.defer_stop(run.config.checkpoint.stop_s):
             stopped = trainer.fit()
         if not stopped:
@@ -284,6 +296,14 @@ def _train(
         return stopped
     finally:
         metrics.close()
+
+
+def _log_recovery(recovery: Recovery, metrics: Metrics, step: int) -> None:
+    """Logs after the first step how long the job had not trained, if a supervisor has restarted it."""
+    recovery.finish("first step")
+    if recovery.restarted:
+        metrics.log(recovery.line)
+        metrics.record({"step": step} | recovery.values)
 
 
 def _open_metrics(run: Run, state: LoopState) -> Metrics:
@@ -344,57 +364,3 @@ def described_memory(config: Config, plan: Plan, device: torch.device, local_ran
     warning = memory_warning(config, plan, dtype, device_bytes, on_gpu=on_gpu, stages=stages)
     warnings = [warning, devices.slow_dtype_warning(config.precision.compute, device), *setting_warnings(config, plan)]
     return [describe_memory(stages, device_bytes), *filter(None, warnings)]
-
-
-def _write_run_folder(run: Run, state: LoopState, environment: LaunchEnvironment, log: Log) -> None:
-    if state.step < run.plan.stop_step:  # else they describe the job that trained the last step
-        read_side_file(run.folder / CONFIG_NAME, json.loads, log)  # sets a damaged one aside
-        save_config(run.config, run.folder / CONFIG_NAME)
-        write_side_json(run.folder / PLAN_NAME, plan_values(run.plan), log)
-    path = run.folder / ENVIRONMENT_NAME
-    earlier = read_side_file(path, _parse_list, log) or []
-    now = describe_environment(run.mesh.device) | {
-        "launch": dataclasses.asdict(environment),
-        "compute_dtype": str(run.compute_dtype),
-        "tokenizer": tokenizer_facts(run.config.data.tokenizer, run.tokenizer),
-        "data": shard_hashes(Path(run.config.data.folder)),
-    }
-    now |= {"time": round(time.time(), 3)}
-    now |= {"core_bundle": run.bundle.digest} if run.bundle else {}
-    write_side_json(path, [*earlier, now], log)
-
-
-def _parse_list(content: bytes) -> list:
-    if not isinstance(records := json.loads(content), list):
-        raise ValueError("not a list")
-    return records
-
-
-def _banner(run: Run, environment: LaunchEnvironment) -> list[str]:
-    """Returns the first lines of the log; all ranks call it."""
-    matrices = sum(all_gather_objects(len(run.muon.plan.matrices), run.mesh.pipeline))
-    plan, layout, device = run.plan, run.plan.layout, run.mesh.device
-    dtype = str(run.compute_dtype).removeprefix("torch.")
-    count = torch.get_num_threads()
-    threads = f" with {count} thread{'s' * (count > 1)}" if device.type == "cpu" else ""
-    axes = f"data {layout.data} x tensor {layout.tensor} x pipeline {layout.pipeline}"
-    peak = peak_flops(device) or "unknown, no MFU is printed"
-    ngram, chunk = plan.dims.ngram, agreed_head_chunk(run.config, plan, run.mesh, run.compute_dtype)
-    tables = f"{len(ngram.blocks) * len(ngram.orders)} n-gram tables are divided by rows, " if ngram else ""
-    pipeline = [f"pipeline {describe_stages(plan)}; bubble {plan.bubble:.1%} of a step, by FLOPs"]
-    return [
-        f"megachat: {run.folder.name} on {layout.world} rank{'s' * (layout.world > 1)} ({axes}), started by "
-        f"{environment.launcher}",
-        f"device {device_name(device)}{threads}; compute {dtype} ({run.dtype_reason}); peak FLOPs {peak}",
-        *describe_kernels(run.config, run.kernels, plan),
-        f"depth {plan.dims.depth}, width {plan.dims.width}, {plan.parameters['total']:,} parameters; "
-        f"Muon has {matrices} matrices, {tables}AdamW the rest",
-        f"{plan.steps} steps of {plan.tokens_per_step:,} tokens = {plan.rows_per_step} rows of "
-        f"{plan.dims.sequence_len} ({plan.micro_rows} rows x {plan.accumulation} micro-batches per rank)",
-        *(pipeline if layout.pipeline > 1 else []),
-        *(
-            []
-            if chunk in (CHUNK_BYTES, GPU_CHUNK_BYTES)
-            else [f"head and loss in chunks of {chunk >> 20} MiB of logits"]
-        ),
-    ]

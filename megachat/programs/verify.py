@@ -61,7 +61,8 @@ def verify(arguments: argparse.Namespace) -> dict:
             folder = Path(parent) / str(number)
             folder.mkdir(parents=True)
             if arguments.resume:
-                certificates += verify_resumes(config, layout, targets, vocab_size, folder, **sizes)
+                how = {"times": arguments.times or 1, "profile": arguments.profile}
+                certificates += verify_resumes(config, layout, targets, vocab_size, folder, **sizes, **how)
             else:
                 certificates.append(verify_layout(config, layout, vocab_size, folder, run_ranks, **sizes))
     return _finish(arguments, "resumes" if arguments.resume else "layouts", certificates)

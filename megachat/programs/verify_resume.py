@@ -35,7 +35,7 @@ from megachat.programs.verify_layout import (
     verification_config,
 )
 
-STOP, END = 2, 4
+STOP = 2  # steps before the first resume, and of each job after it
 # Relative to the largest element of a moment that is linear in gradients, and of Muon's second moment. Without the
 # warming up of verify_layout, gradients and their orthogonalization magnify rounding: the steps are the first ones from
 # nanochat's zero matrices. A moment that was lost or mixed up differs by its own size.
@@ -112,7 +112,7 @@ def run_job(
         f"run.name={run.name}",
         f"horizon.stop_step={stop_step}",
         f"checkpoint.every={every}",
-        f"checkpoint.keep_last={END - STOP + 1}",
+        f"checkpoint.keep_last={stop_step - STOP + 1}",
         "checkpoint.keep_every=null",
         *(f"optimizer.{rate}=0" for rate in RATES if still),
     ]
@@ -127,18 +127,18 @@ def read_losses(run: Path) -> dict[int, float]:
 
 
 def compare_resumed_run(
-    whole: Path, half: Path, resumed: Path, order: list[str], *, exact: bool
+    whole: Path, half: Path, resumed: Path, order: list[str], *, exact: bool, end: int = 2 * STOP
 ) -> tuple[str, list[ResumeDifference]]:
     """Returns ("bit-equal", "token-equal" or "different", everything that is not equal to the bit, in the order of
     training).
 
     whole: the run that never stopped, or the copy of `half` that continued with rates of 0 on the same layout; half:
     the one that stopped; resumed: its copy that continued. order: parameter names from the first layer to the last.
-    exact: the layout is the same, so that no rounding is allowed.
+    exact: no rounding is allowed. end: steps of all jobs together.
     """
     differences = []
     whole_losses, half_losses, resumed_losses = (read_losses(run) for run in (whole, half, resumed))
-    for step in range(END):
+    for step in range(end):
         expected, loss = whole_losses[step], (half_losses if step < STOP else resumed_losses).get(step, float("nan"))
         if loss != expected:
             relative, name = abs(loss - expected) / abs(expected), f"loss of step {step}"
@@ -225,13 +225,18 @@ def verify_resumes(
     *,
     depth: int | None,
     rows: int,
+    times: int = 1,
+    profile: str | None = None,
 ) -> list[dict]:
-    """Runs the job on a layout whole and in two halves, the second on each layout of `onto`, or on the same one with
-    the configured precision if there is none. Returns the certificates.
+    """Runs the job on a layout whole and in parts, those after the first on each layout of `onto`, or on the same one
+    if there is none. Returns the certificates.
 
-    rows: per data-parallel rank and step. Raises UserError if a layout does not fit or a job fails.
+    rows: per data-parallel rank and step. times: resumes in a row. profile: "strict" compares to the bit, with the
+    configured precision; "standard" allows rounding and runs in float32; None: strict on the same layout, standard on
+    another. Raises UserError if a layout does not fit or a job fails.
     """
-    exact, targets = not onto, onto or [layout]
+    exact, targets, end = not onto and profile != "standard", onto or [layout], STOP * (1 + times)
+    strict = [sizes == layout and profile != "standard" for sizes in targets]
     total_rows = rows * math.lcm(*(sizes["data"] for sizes in (layout, *targets)))
     base = verification_config(config, **layout, depth=depth, rows_per_rank=1)  # for its model and horizon
     jobs = []
@@ -245,37 +250,39 @@ def verify_resumes(
     print(
         f"{layout_name(layout)}: {plan.layout.world} ranks; depth {plan.dims.depth}, "
         f"{plan.parameters['total']:,} parameters, {total_rows} rows of {plan.dims.sequence_len} tokens per step; "
-        f"{END} steps whole, and stopped after {STOP}",
+        f"{end} steps whole, and stopped after {' and '.join(str(step) for step in range(STOP, end, STOP))}",
         flush=True,
     )
     whole, half, still = folder / "whole", folder / "half", folder / "still"
     run_job(first, half, plan.layout.world, STOP, every=0)
-    if layout in targets:
-        run_job(first, whole, plan.layout.world, END, every=1)
-    if any(sizes != layout for sizes in targets):
+    if any(strict):
+        run_job(first, whole, plan.layout.world, end, every=1)
+    if not all(strict):
         shutil.copytree(half, still)
-        run_job(first, still, plan.layout.world, END, every=1, resume=True, still=True)
+        run_job(first, still, plan.layout.world, end, every=1, resume=True, still=True)
     order, certificates = list(weight_shapes(plan.dims)), []
-    for sizes, (job, target) in zip(targets, jobs[1:], strict=True):
+    for sizes, same, (job, target) in zip(targets, strict, jobs[1:], strict=True):
         print(f"continued on {layout_name(sizes)}", flush=True)
         resumed = half.with_name("onto-" + layout_name(sizes).replace("=", "").replace(",", "-"))
         shutil.copytree(half, resumed)
-        same = sizes == layout
-        run_job(job, resumed, target.layout.world, END, every=1, resume=True, still=not same)
-        verdict, differences = compare_resumed_run(whole if same else still, half, resumed, order, exact=same)
+        for stop in range(2 * STOP, end + 1, STOP):
+            run_job(job, resumed, target.layout.world, stop, every=1, resume=True, still=not same)
+        reference = whole if same else still
+        verdict, differences = compare_resumed_run(reference, half, resumed, order, exact=same, end=end)
         settings = job.model_dump(mode="json", exclude_defaults=True)
         facts = {"layout": layout, "onto": sizes, "config": settings, "vocab_size": vocab_size}
-        certificates.append(facts | report_verdict(verdict, differences, exact=same))
+        facts |= {"profile": "strict" if same else "standard", "times": times}
+        certificates.append(facts | report_verdict(verdict, differences, exact=same, end=end))
     return certificates
 
 
-def report_verdict(verdict: str, differences: list[ResumeDifference], *, exact: bool) -> dict:
+def report_verdict(verdict: str, differences: list[ResumeDifference], *, exact: bool, end: int) -> dict:
     """Prints the verdict of a pair and returns it as JSON values."""
     first = next((entry for entry in differences if not entry.within), differences[0] if differences else None)
     if first is None:
         print(
             "  bit-equal: losses, documents, weights, both optimizers' state and counters after "
-            f"{STOP}, {STOP + 1} and {END} steps"
+            f"{', '.join(map(str, range(STOP, end)))} and {end} steps"
         )
     elif verdict == "token-equal":
         print(

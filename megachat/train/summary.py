@@ -91,6 +91,8 @@ def summary_rows(trainer: Trainer, startup_s: float, total_s: float) -> list[tup
         rows.append(("peak memory", f"{curve.peak_bytes / 1e9:.2f} GB on rank 0"))
     reader = "rank 0 has read" if run.mesh.data.size > 1 else "were read"
     rows.append(("cropped", f"{run.loader.cropped_share:.1%} of the tokens that {reader}"))
+    if saving := trainer.save_cost.row:
+        rows.append(("saving", saving))
     if state.skipped_steps:
         rows.append(("skipped", f"{state.skipped_steps} step(s), whose gradient was not finite"))
     rows.append(("run folder", str(run.folder)))

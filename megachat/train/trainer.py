@@ -16,6 +16,7 @@ from megachat.planning.step_time import UNTIMED_STEPS
 from megachat.train.build import Run
 from megachat.train.compiled import NewGraphs
 from megachat.train.metrics import Metrics, Pace
+from megachat.train.save_cost import SaveCost
 from megachat.train.state import LoopState, state_pieces
 from megachat.train.step import StepResult, train_step
 from megachat.train.stragglers import WINDOW
@@ -32,6 +33,7 @@ class Trainer:
     source: the run folder that `state` was loaded from. Pending tasks that have a result there do not run again.
     first_step and steps_s: the first step of this job, and the seconds that its steps have taken. work_s: how long this
     rank worked in each of the last steps.
+    after_first_step: called once. save_cost: what this job's saves cost its steps.
     """
 
     last_result: StepResult
@@ -55,6 +57,8 @@ class Trainer:
         self.first_step, self._skips_in_a_row, self.steps_s = state.step, 0, 0.0
         self.work_s = deque[float](maxlen=WINDOW)
         self.pace = Pace(state.step)
+        self.after_first_step: Callable[[], object] = lambda: None
+        self.save_cost = SaveCost()
         self._graphs = NewGraphs(compiles=run.config.precision.compile)
 
     def fit(self) -> bool:
@@ -98,6 +102,8 @@ class Trainer:
     def _step(self) -> StepResult:
         """Runs step state.step and advances the counters."""
         state, first = self.state, self.state.step == self.first_step
+        if self.saved_step == state.step:
+            self.save_cost.begin(state.step)
         self.before_step(state.step)
         self._graphs.count()  # leave out the graphs that evaluation compiled since the last step
         with self._first_step() if first else contextlib.nullcontext():
@@ -123,7 +129,11 @@ class Trainer:
         state.step += 1
         self.pace.finish(state.step)
         state.training_flops += self.run.plan.flops_per_step
+        if state.step - self.first_step > SETTLED_STEPS and self.save_cost.add(result.seconds):
+            self.metrics.log(f"step {state.step - 1:05d} | {self.save_cost.line}")
+            self.metrics.record({"step": state.step} | self.save_cost.values)
         if first:
+            self.after_first_step()
             # what the first save needs, but no step: a package may be replaced while training runs
             import megachat.checkpoint.storage  # noqa: F401
 
@@ -212,6 +222,7 @@ class Trainer:
 
     def _log_saves(self) -> None:
         for saved in self.saver.finished():
+            self.save_cost.finish(saved.blocked_s, saved.total_s)
             self.metrics.log(f"saved {saved.path} (training waited {saved.blocked_s:.2f} s of {saved.total_s:.2f} s)")
             seconds = {"checkpoint/blocked_s": saved.blocked_s, "checkpoint/total_s": saved.total_s}
             # "step" is the current step; the save finished some steps after "checkpoint/step"

@@ -3,11 +3,13 @@ number.
 """
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 
+from megachat.errors import EXIT_STATUS
 from tests.runs.forked import run_forked
 from tests.runs.job import (
     STEPS,
@@ -136,6 +138,37 @@ def test_float16_resumes_from_another_dtype_with_the_configured_scale(one, place
     assert facts(checkpoint(run, 4))["loss_scaler"]["cur_scale"] == 1.0
     train(place, run.name, "--resume", "auto", config={"precision": {"compute": "float16", "loss_scale": 2.0**10}})
     assert facts(checkpoint(run, STEPS))["loss_scaler"]["cur_scale"] == 2.0**10
+
+
+RESTARTS_DOCUMENTS = """
+from megachat.programs import pretrain
+
+documents, resumes = pretrain.resume_documents, []
+
+def resume_documents(*given):
+    resumes.append(given)
+    state, notes = documents(*given)
+    return (state if len(resumes) < 2 else None), notes
+
+pretrain.resume_documents = resume_documents
+from megachat.commands.main import door
+door("pretrain")()
+"""
+
+
+def test_a_self_test_changes_nothing_and_refuses_a_loader_that_restarts_at_the_second_resume(two, place, tmp_path):
+    program = command(place, "self_tested", "--self-test")
+    done = run_forked(program, world=2)
+    assert done.status == 0, done.out + done.err
+    assert re.search(r"self-test passed in [0-9.]+ s: 6 steps, .* with 2 resumes, are equal to the bit\n", done.out)
+    check_equal(place.runs / "self_tested", two)
+    (tmp_path / "broken.py").write_text(RESTARTS_DOCUMENTS)
+    done = run_forked([str(tmp_path / "broken.py"), *command(place, "self_test_fails", "--self-test")[1:]])
+    assert done.status == EXIT_STATUS and len(done.errors) == 1, done.err
+    assert "the self-test failed: after resume 2 the loss of step 4 is " in done.errors[0]
+    left = [path.name for path in place.runs.iterdir()]
+    assert not any(name.endswith(".self-test") for name in left)
+    assert [path.name for path in (place.runs / "self_test_fails").iterdir()] in ([], ["lock"])
 
 
 def test_starting_over_in_the_folder_of_another_run_is_refused(one, shared_place):

@@ -6,6 +6,7 @@ The supervisor that gets SIGTERM is executed, the others are forked from a warm 
 import contextlib
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -130,17 +131,31 @@ def test_when_a_host_is_gone_the_other_goes_on(tmp_path, place):
     """
     config = {"horizon": {"steps": 24}, "evaluate": {"every": 0, "prompts": []}, "checkpoint": {"every": 2}}
     whole = train(place, "whole", world=2, config=config)
+    steps = random.randint(4, 12)
     with two_hosts(tmp_path) as network, contextlib.ExitStack() as stack:
         line = supervised(place, "left", 1, "--hosts", "1:2", "--meet", "host-a:29400", config=config)
         here, there = (network.warm(host, line) for host in ("host-a", "host-b"))
         stack.callback(there.communicate)
         stack.callback(there.kill)
         run = place.runs / "left"
-        until_running(here, run, checkpoint(run, 4).is_dir, "a checkpoint")
+        curve = run / "metrics.jsonl"
+        until_running(here, run, lambda: curve.exists() and curve.read_text().count("train/lrm") >= steps, "a step")
         stack.enter_context(open(f"/proc/{network.pids['host-b']}/ns/net"))
         os.kill(network.pids["host-b"], signal.SIGKILL)
         done = finish(here)
     assert done.status == 0, done.out + done.err
     assert "left on 2 ranks" in done.out and "left on 1 rank " in done.out and "resumed from" in done.out
     assert "rows x 3 micro-batches" in done.out and "rows x 6 micro-batches" in done.out
-    assert losses(run) == pytest.approx(losses(whole), rel=1e-6)
+    assert losses(run) == pytest.approx(losses(whole), rel=1e-4)
+    (step,) = (int(number) for number in re.findall(r"resumed from \S+ at step (\d+)", done.out))
+    undisturbed = train(place, "undisturbed", "--resume", str(checkpoint(whole, step)), config=config)
+    assert losses(run) == {n: loss for n, loss in losses(whole).items() if n < step} | losses(undisturbed)
+    assert different(checkpoint(run, 24), checkpoint(undisturbed, 24)) == []
+    phases = "detection, end, meeting, import, joining, building, loading, first step".split(", ")
+    line = ", ".join(f"{phase} [0-9.]+ s" for phase in phases)
+    assert re.search(f"recovered in [0-9.]+ s, from the begin of the interrupted step .*: {line}\n", done.out), done.out
+    (measured,) = (values for values in metrics(run) if "recovery/total_s" in values)
+    seconds = [measured[f"recovery/{phase.replace(' ', '_')}_s"] for phase in phases]
+    assert (
+        measured["step"] == step and min(seconds) >= 0 and sum(seconds) == pytest.approx(measured["recovery/total_s"])
+    )

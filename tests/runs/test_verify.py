@@ -88,6 +88,8 @@ def resumed(place, tmp_path_factory) -> tuple[str, dict, Path, Path]:
         "dp=2",
         "--onto",
         "pp=2",
+        "--times",
+        2,
         "--rows",
         3,
         "--out",
@@ -103,7 +105,11 @@ def resumed(place, tmp_path_factory) -> tuple[str, dict, Path, Path]:
 
 def test_a_resume_is_bit_equal_on_its_layout_and_token_equal_on_another(resumed):
     output, document, runs, _ = resumed
-    assert "2 ranks; depth 2" in output and "6 rows of 64 tokens per step; 4 steps whole, and stopped after 2" in output
+    assert (
+        "2 ranks; depth 2" in output
+        and "6 rows of 64 tokens per step; 6 steps whole, and stopped after 2 and 4" in output
+    )
+    assert [(entry["times"], entry["profile"]) for entry in document["resumes"]] == [(2, "strict"), (2, "standard")]
     same, other = document["resumes"]
     assert (
         document["passed"]
@@ -119,9 +125,9 @@ def test_a_resume_is_bit_equal_on_its_layout_and_token_equal_on_another(resumed)
     assert min(entry["step"] for entry in other["differences"]) >= 2, "what is loaded is what was saved"
     assert "  bit-equal: " in output and "rates of 0, losses within 1e-06" in output
     assert [sorted(losses(runs / name)) for name in ("whole", "half", "onto-dp2-tp1-pp1")] == [
-        [0, 1, 2, 3],
+        [0, 1, 2, 3, 4, 5],
         [0, 1],
-        [0, 1, 2, 3],
+        [0, 1, 2, 3, 4, 5],
     ]
 
 

@@ -32,6 +32,7 @@ from megachat.parallel.collectives import all_gather_objects, barrier  # noqa: E
 from megachat.planning.plan import resolve  # noqa: E402
 from megachat.programs.verify_layout import related_rows  # noqa: E402
 from megachat.train.build import TrainingModel, build_training_model  # noqa: E402
+from megachat.train.save_cost import STEPS  # noqa: E402
 from megachat.train.state import state_pieces  # noqa: E402
 from megachat.train.step import set_schedules, update  # noqa: E402
 
@@ -54,6 +55,12 @@ def take_step(training: TrainingModel, before_update=None) -> None:
     plan, data = training.plan, training.mesh.data
     rows = related_rows(0, plan.rows_per_step, plan.dims.sequence_len + 1, plan.dims.vocab_size)[data.rank :: data.size]
     update(training, rows, before_update=before_update)[0].item()
+
+
+def take_steps(training: TrainingModel, count: int = STEPS, before_update=None) -> None:
+    """Takes some steps."""
+    for _ in range(count):
+        take_step(training, before_update=before_update)
 
 
 class Timings:
@@ -97,16 +104,17 @@ def measure_round(training: TrainingModel, saver: Saver, state: dict, folder: Pa
     barrier(world)
     torch_bytes = sum(path.stat().st_size for path in folder.glob("rank_*.pt"))
     timings.time("step", lambda: take_step(training))
-    for name, trains in (("ours_beside_a_step", True), ("ours", False)):
+    timings.time("steps_before_save", lambda: take_steps(training))
+    for name, steps in (("ours_beside_a_step", 1), (f"ours_beside_{STEPS}_steps", STEPS), ("ours", 0)):
         if world.rank == 0:
             shutil.rmtree(folder / checkpoint_name(1), ignore_errors=True)
             os.sync()
         barrier(world)
         saver.begin(pieces, lambda copies, axis: save_checkpoint(folder, 1, copies, {}, lambda _: None, axis))
-        if trains:
+        if steps:
             begin = time.perf_counter()
-            take_step(training, before_update=saver.wait_copied)
-            timings.add("step_beside_it", time.perf_counter() - begin)
+            take_steps(training, steps, before_update=saver.wait_copied)
+            timings.add("step_beside_it" if steps == 1 else "steps_after_save", time.perf_counter() - begin)
         else:
             saver.wait_copied()  # as if the next update followed immediately
         saver.wait()
@@ -184,12 +192,21 @@ def main() -> None:
             for ours in ("ours_beside_a_step_blocked", "ours_blocked")
             for theirs in ("torch.save", "torch.save_and_fsync")
         }
+        # "ours_total" is a save for which training waits: what checkpoint.background=false costs
+        shares = {
+            f"{share}_over_{whole}": [mine / other for mine, other in zip(seconds[share], seconds[whole], strict=True)]
+            for share, whole in (
+                (f"ours_beside_{STEPS}_steps_blocked", "ours_total"),
+                ("steps_after_save", "steps_before_save"),
+            )
+        }
         result = {
             "parameters": training.plan.parameters["total"],
             "ranks": training.mesh.world.size,
             "rounds": arguments.rounds,
             "median_s": {name: statistics.median(values) for name, values in seconds.items()},
-            "ratios": ratios,
+            "ratios": ratios | {name: statistics.median(values) for name, values in shares.items()},
+            "spread": {name: [min(values), max(values)] for name, values in shares.items()},
             "bytes": sizes | {"least": least},
             "bytes_over_least": sizes["ours"] / least,
             "all_s": seconds,

@@ -7,6 +7,7 @@ import pytest
 
 from megachat.config import Config
 from megachat.train import summary
+from megachat.train.save_cost import SaveCost
 from megachat.train.state import LoopState
 from megachat.train.summary import likely_causes, log_end, next_commands, read_curve, summary_rows
 
@@ -39,7 +40,8 @@ def trainer(tmp_path):
     config = Config()
     run = SimpleNamespace(folder=tmp_path, plan=plan, mesh=mesh, kernels=kernels, loader=loader, config=config)
     state = LoopState(step=16, training_s=3600.0, training_flops=16 * 5000, skipped_steps=1)
-    return SimpleNamespace(run=run, state=state, first_step=12, steps_s=8.0)
+    cost = SaveCost()
+    return SimpleNamespace(run=run, state=state, first_step=12, steps_s=8.0, save_cost=cost)
 
 
 def test_the_whole_run_beside_this_job(trainer):
@@ -51,6 +53,12 @@ def test_the_whole_run_beside_this_job(trainer):
     assert rows["whole run"] == "1:00:00 in steps after the first 11, earlier jobs included"
     assert rows["peak memory"] == "5.00 GB on rank 0" and rows["skipped"].startswith("1 step")
     assert rows["cropped"] == "12.5% of the tokens that rank 0 has read"
+
+
+def test_what_saving_cost_the_steps(trainer):
+    assert "saving" not in dict(summary_rows(trainer, 4.0, 20.0))
+    trainer.save_cost.finish(0.25, 5.0)
+    assert dict(summary_rows(trainer, 4.0, 20.0))["saving"] == "1 save; training waited 0.25 s, 5.0% of their 5.00 s"
 
 
 def test_a_low_mfu_has_likely_causes(trainer):
