@@ -16,6 +16,11 @@ def text_table(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> list
     ]
 
 
+def plural(count: int, noun: str) -> str:
+    """Returns "1 rank", "2 ranks"."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def shortened(names: Iterable[str], most: int = 5) -> str:
     """Returns the first names, separated by commas, and how many more there are."""
     names = list(names)

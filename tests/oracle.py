@@ -64,6 +64,7 @@ class Oracle:
             "betas": betas_of(group, self.config.optimizer),
             "weight_decay": group.weight_decay,
             "rate": self.plan.rates[group.rate],
+            "kind": group.rate,
             "lr": 0.0,
         }
 
@@ -87,17 +88,18 @@ class Oracle:
             for p in self.parameters:
                 p.grad.mul_(settings.clip_norm / norm)
         scheduled = scheduled_values(settings, number, plan.steps)
-        lrm, epsilon = scheduled.rate, settings.adamw_epsilon
+        epsilon = settings.adamw_epsilon
         for group in self.adamw.param_groups:
-            group["lr"] = group["rate"] * lrm
+            group["lr"] = group["rate"] * scheduled.multiplier(group["kind"])
         self.adamw.step()
         for p, table in self.tables.items():
             of_table, index = self._settings(p), self.read[place_of(p).name]
             read = torch.zeros(len(p), dtype=torch.bool).index_fill_(0, index[index >= 0], True)
-            table.step(p.grad, read, lr=of_table["rate"] * lrm, betas=of_table["betas"], epsilon=epsilon)
+            lr = of_table["rate"] * scheduled.multiplier(of_table["kind"])
+            table.step(p.grad, read, lr=lr, betas=of_table["betas"], epsilon=epsilon)
         with torch.no_grad():
             for p in self.muon:
-                lr = plan.rates["matrix"] * lrm * self.multiplier[place_of(p).name]
+                lr = plan.rates["matrix"] * scheduled.multiplier("matrix") * self.multiplier[place_of(p).name]
                 decay = plan.weight_decay * scheduled.decay
                 self.decay += lr * decay / len(self.muon) * max(1.0, *self.multiplier.values())
                 rates = {

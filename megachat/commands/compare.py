@@ -50,6 +50,7 @@ def run(options: argparse.Namespace) -> None:
     except UserError as error:
         if not lines:
             raise
+        report["core_not_compared"] = str(error)
         lines.append(f"CORE is not compared: {error}")
     if options.strict and report.get("warnings"):
         raise UserError(f"--strict: {report['warnings'][0]}")

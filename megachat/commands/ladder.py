@@ -20,7 +20,6 @@ from megachat.commands.pretrain import check_price
 from megachat.errors import UserError
 from megachat.text import text_table
 
-_QUESTION = "question.json"
 _VERDICTS = ("worse", "cannot tell", "better")
 
 
@@ -54,20 +53,22 @@ def run(options: argparse.Namespace) -> None:
     from megachat.programs.dry_run import Hardware
     from megachat.programs.ladder_plan import plan_lines, plan_rungs
     from megachat.studies.ladder import climb, compute_multiplier, ladder_rows
-    from megachat.studies.trials import continued_later, refuse_fixed, trainer
+    from megachat.studies.trials import continued_later, first_seed, refuse_fixed, trainer
 
     require_minimum(options, seeds=1, ranks=1)
     check_price(options.price)
     depths, stop_at = _depths(options.depths), _stop_at(options.stop_at)
     if not options.set:
         raise UserError("a ladder compares a config with a change of it: give the change with --set")
-    for name, settings in (("--set", options.set), ("--both", options.both)):
-        refuse_fixed(settings, ["run", "model.depth"], name)
+    refuse_fixed(options.set, ["run", "model.depth"], "--set")
+    refuse_fixed(options.both, ["run.name", "run.folder", "model.depth"], "--both")
     for depth in depths:  # a wrong setting is reported before anything is trained
         load_config(options.config, [*options.both, *options.set, f"model.depth={depth}"])
+    first = first_seed(load_config(options.config, options.both).run.seed, options.base or options.out)
+    seeds = range(first, first + options.seeds)
     hardware = Hardware(gpu=options.gpu, probe=options.probe, price=options.price)
     plan = plan_rungs(
-        options.config, options.both, options.set, depths, seeds=options.seeds, ranks=options.ranks, hardware=hardware
+        options.config, options.both, options.set, depths, seeds=seeds, ranks=options.ranks, hardware=hardware
     )
     if options.dry_run:
         print(json.dumps({"plan": plan}, indent=1) if options.json else "\n".join(plan_lines(plan)))
@@ -91,7 +92,7 @@ def run(options: argparse.Namespace) -> None:
             train,
             options.set,
             depths,
-            seeds=options.seeds,
+            seeds=seeds,
             stop_at=stop_at,
             log=log,
             train_base=train_base,
@@ -125,12 +126,14 @@ def _check_base(options: argparse.Namespace, values: dict) -> None:
     """Raises UserError if --base is no folder of a ladder of the same config."""
     if options.base is None:
         return
-    path = options.base / _QUESTION
-    if not path.exists():
+    from megachat.studies.trials import saved_question
+
+    try:
+        saved = saved_question(options.base, "ladder")
+    except UserError as error:
+        raise UserError(f"--base {error}".replace("another --out", "the --out of a ladder")) from None
+    if saved is None:
         raise UserError(f"--base {options.base} has no ladder: give the --out of one")
-    saved = json.loads(path.read_bytes())
-    if saved.get("study", "ladder") != "ladder" or "change" not in saved:
-        raise UserError(f"--base {options.base} has another study, no ladder: give the --out of a ladder")
     if saved.get("values") != values:
         raise UserError(f"--base {options.base} has the ladder of another config or --both: leave --base out")
 
@@ -138,6 +141,7 @@ def _check_base(options: argparse.Namespace, values: dict) -> None:
 def _check_same_study(options: argparse.Namespace, values: dict) -> None:
     """Writes the study's question, or raises UserError if the folder has another one."""
     from megachat.files import write_json
+    from megachat.studies.trials import QUESTION, saved_question
 
     question = {
         "study": "ladder",
@@ -146,15 +150,11 @@ def _check_same_study(options: argparse.Namespace, values: dict) -> None:
         "change": options.set,
         "both": options.both,
     }
-    path = options.out / _QUESTION
-    if path.exists():
-        saved = json.loads(path.read_bytes())
-        if saved.get("study", "ladder") != "ladder" or "change" not in saved:
-            raise UserError(f"{options.out} has the runs of another study, no ladder: give another --out")
-        if any(saved.get(key, question[key]) != question[key] for key in ("values", "change")):
-            settings = shlex.join(saved["change"])
-            raise UserError(f"{options.out} has the ladder of {saved['config']} with {settings}: give another --out")
-    write_json(path, question)
+    saved = saved_question(options.out, "ladder")
+    if saved and any(saved.get(key, question[key]) != question[key] for key in ("values", "change")):
+        settings = shlex.join(saved.get("change", []))
+        raise UserError(f"{options.out} has the ladder of {saved.get('config')} with {settings}: give another --out")
+    write_json(options.out / QUESTION, question)
 
 
 def _lines(result: dict) -> list[str]:

@@ -1,6 +1,6 @@
 """Make a record of the speedrun from finished runs of one recipe: a text for a pull request, with the evidence.
 
-    megachat record runs/speedrun-1 runs/speedrun-2 runs/speedrun-3
+    megachat record runs/speedrun-public-2026-1 runs/speedrun-public-2026-2
 
 Time is the leaderboard's: training steps after step 10, without evaluation, sampling and saving. CORE has its error
 and the verdict against GPT-2's value. If a piece of evidence is missing, or differs between the runs, there is no

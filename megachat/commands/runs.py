@@ -4,8 +4,9 @@
     megachat runs runs --filter 'd4*' --filter state=finished --sort bpb
     megachat runs --clean                          what may be removed, with its size; asks before it removes
 
-States: running (a job holds the folder), finished, stopped (the last step is saved: `--resume auto` continues), crashed
-(steps after the newest checkpoint are lost), new (no step yet). It may be used while runs train.
+States: running (a job holds the folder), finished (all steps, or those until horizon.stop_step), stopped (the last step
+is saved: `--resume auto` continues), crashed (steps after the newest checkpoint are lost), new (no step yet). It may be
+used while runs train.
 """
 
 import argparse
@@ -68,6 +69,8 @@ def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
     for row in rows:
         cells = ["-" if row[name] is None else formats.get(name, "{}").format(row[name]) for name in shown]
         cells[shown.index("step")] = f"{row['step']}/{row['steps'] or '?'}"
+        if row["state"] == "finished" and row["step"] < (row["steps"] or 0):
+            cells[shown.index("state")] = "finished (stop_step)"
         settings = (f"{key}={json.dumps(value)}" for key, value in row["settings"].items() if value is not None)
         lines.append((*cells, " ".join(settings)))
     right = [number for number, name in enumerate(shown) if name not in ("name", "state", "layout")]

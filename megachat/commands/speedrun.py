@@ -12,7 +12,10 @@ import argparse
 from pathlib import Path
 
 from megachat.commands.options import Parser, add_set, passed_on, require_minimum
+from megachat.commands.pretrain import check_price
+from megachat.errors import UserError
 
+PRICE, SHARDS = 3.0, 170
 RECIPES = ("nanochat-run6", "public-2026", "megachat")  # of megachat.programs.speedrun
 
 
@@ -23,21 +26,22 @@ def add_arguments(parser: Parser) -> None:
     add("--runs", type=int, default=1, help="runs with different seeds, for a record with a deviation (default 1)")
     add("--depth", type=int, help="another depth; below 8 also short rows, small batches and no FP8, for a CPU")
     add("--data", type=Path, metavar="FOLDER", help="a data folder that exists, in place of a download")
-    add("--shards", type=int, default=170, help="train shards of climbmix to download (default 170)")
+    add("--shards", type=int, help=f"train shards of climbmix to download (default {SHARDS}); without --data only")
     tokenizer = "a tokenizer folder, trained if it does not exist (default: the recipe's; with --data beside it)"
     add("--tokenizer", type=Path, metavar="FOLDER", help=tokenizer)
     add("--bundle", type=Path, metavar="BUNDLE", help="the CORE bundle (default: nanochat's, downloaded once)")
-    add("--ranks", type=int, help="on this machine; default: all GPUs, 2 without GPUs")
+    add("--ranks", type=int, help="on this machine, with --hostfile for CORE only; default: all GPUs, 2 without GPUs")
     add("--hostfile", type=Path, metavar="FILE", help="train on these hosts, over ssh; CORE runs on this one")
     add("--dry-run", action="store_true", help="print stages, plan, time and price; start nothing")
     add("--gpus", metavar="8xH100", help="with --dry-run: the machine; default 8xH100, with a small --depth this one")
-    add("--price", type=float, default=3.0, help="with --dry-run: of a GPU-hour (default 3)")
+    add("--price", type=float, help=f"with --dry-run: of a GPU-hour, in any currency (default {PRICE:g})")
     add_set(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs the stages; returns the exit status."""
     require_minimum(options, runs=1, depth=1, shards=1, ranks=1)
+    _refuse_without_effect(options)
     from megachat.commands.main import start
     from megachat.job.local_job import run_with_deepspeed
     from megachat.programs.speedrun import (
@@ -54,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
     for key, value in {"data.folder": options.data, "data.tokenizer": options.tokenizer}.items():
         settings += [f"{key}={value}"] if value else []
     settings += [f"evaluate.core_bundle={options.bundle}"] if options.bundle else []
-    shards = None if options.data else options.shards
+    shards = None if options.data else options.shards or SHARDS
     speedrun = Speedrun(options.recipe, (*settings, *options.set), options.runs, shards)
     if options.data and not options.tokenizer:
         place = f"{options.data}_tokenizer{speedrun.config.model.vocab_size}"
@@ -70,8 +74,24 @@ def run(options: argparse.Namespace) -> int:
 
     if not options.dry_run:
         return run_speedrun(speedrun, start_here, start_ranks)
-    print(describe(speedrun) + "\n", flush=True)
-    machine = options.gpus or (None if small else "8xH100")
-    wanted = ["--gpus", machine, "--price", str(options.price)] if machine else ["--world", str(options.ranks or 2)]
+    machine, price = options.gpus or (None if small else "8xH100"), options.price or PRICE
+    print(describe(speedrun, price if machine else None) + "\n", flush=True)
+    wanted = ["--gpus", machine, "--price", str(price)] if machine else ["--world", str(options.ranks or 2)]
     chosen = [word for setting in speedrun.settings for word in ("--set", setting)]
     return start_here(["plan", "--config", str(speedrun.config_file), *chosen, *wanted])
+
+
+def _refuse_without_effect(options: argparse.Namespace) -> None:
+    """Raises UserError for options that would be ignored."""
+    from megachat.programs.speedrun import SMALL_DEPTH
+
+    check_price(options.price)
+    if options.data and options.shards:
+        raise UserError("--shards are downloaded, but --data gives a folder that exists: give one of the two")
+    for name in ("gpus", "price"):
+        if getattr(options, name) is not None and not options.dry_run:
+            raise UserError(f"--{name} is for a plan only: add --dry-run, or leave it out")
+    if options.price is not None and options.gpus is None and (options.depth or SMALL_DEPTH) < SMALL_DEPTH:
+        raise UserError(
+            f"--price is of a GPU-hour, but depth {options.depth} is planned for this CPU: give --gpus, too"
+        )

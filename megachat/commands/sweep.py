@@ -129,12 +129,14 @@ def _prepare_sweep(options: argparse.Namespace) -> Callable[[], dict]:
     from megachat.config import load_config
     from megachat.studies import fits, sweep, sweep_picture
     from megachat.studies.space import contexts, grid, load_space, points_to_check
-    from megachat.studies.trials import refuse_fixed, trainer
+    from megachat.studies.trials import QUESTION, first_seed, refuse_fixed, saved_question, trainer
 
     sweep.import_optuna()
     space = load_space(options.space)
-    refuse_fixed(options.set, ["run"], "--set")
-    config = load_config(options.config, options.set).model_dump(mode="json", exclude_defaults=True)
+    refuse_fixed(options.set, ["run.name", "run.folder"], "--set")
+    saved_question(options.out, "sweep")
+    resolved = load_config(options.config, options.set)
+    config, first = resolved.model_dump(mode="json", exclude_defaults=True), first_seed(resolved.run.seed, options.out)
     for settings in points_to_check(space):  # an impossible point is refused before anything is trained
         try:
             _check_point(load_config(options.config, [*options.set, *settings]), options.ranks)
@@ -153,10 +155,12 @@ def _prepare_sweep(options: argparse.Namespace) -> Callable[[], dict]:
         options.out.mkdir(parents=True, exist_ok=True)
         storage = options.storage or f"sqlite:///{options.out / 'study.db'}"
         study = sweep.open_study(storage, sweep.study_name(options.out), space, question, seed=42)
+        write_json(options.out / QUESTION, {"study": "sweep"} | question)
         train = trainer(options.config, options.out, options.set, ranks=options.ranks)
-        baselines = sweep.baseline_noise(train, options.baseline, _log, contexts(space))
+        baselines = sweep.baseline_noise(train, range(first, first + options.baseline), _log, contexts(space))
         _log("\n".join(_baseline_lines([noise._asdict() for noise in baselines])))
-        sweep.run_trials(study, space, train, count, seeds=options.seeds, log=_log)
+        seeds = range(first, first + options.seeds)
+        sweep.run_trials(study, space, train, count, seeds=seeds, log=_log)
         rows = sweep.sweep_rows(study, baselines)
         optima = fits.optima(rows, space)
         result = {

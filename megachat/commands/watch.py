@@ -3,8 +3,9 @@
     megachat watch runs/d12
     megachat watch runs/d12 --metric train/loss --every 5
 
-It reads the run folder only and works over ssh. It ends by itself when the run is finished, or with Ctrl-C. It needs
-plotext: pip install 'megachat[report]'.
+It reads the run folder only and works over ssh. It ends with Ctrl-C, or by itself with one line that says why: the run
+is finished, or no job holds it and it has written nothing for a minute (a supervisor may start it again until then). It
+needs plotext: pip install 'megachat[report]'.
 """
 
 import argparse
@@ -13,8 +14,11 @@ import sys
 import time
 from pathlib import Path
 
+from megachat.activity import duration
 from megachat.commands.options import Parser
 from megachat.errors import UserError
+
+QUIET_S = 60  # without a job and a new line: a supervisor or a queue starts a run again sooner
 
 
 def add_arguments(parser: Parser) -> None:
@@ -27,8 +31,8 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Draws until the run is finished or the user ends it."""
-    from megachat.studies.runs import load_run
+    """Draws until the run has ended or the user ends it."""
+    from megachat.studies.runs import load_run, quiet_s, state_text
     from megachat.studies.terminal import run_lines
 
     if options.every <= 0:
@@ -39,6 +43,11 @@ def run(options: argparse.Namespace) -> None:
         lines = run_lines(record, options.metric, width=min(width, 120), height=min(height, 40))
         refreshes = sys.stdout.isatty() and not options.once
         print(("\033[H\033[2J" if refreshes else "") + "\n".join(lines), flush=True)
-        if options.once or record.state == "finished":
+        silent = quiet_s(options.run)
+        ended = record.state == "finished" or (record.state != "running" and silent > QUIET_S)
+        if ended:
+            since = "" if record.state == "finished" else f"; no job holds it, no new line for {duration(silent)}"
+            print(f"{record.folder.name}: {state_text(record)}{since}")
+        if options.once or ended:
             return
         time.sleep(options.every)

@@ -4,9 +4,10 @@ import contextlib
 import io
 import itertools
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import tiktoken
 
 from megachat.activity import Progress, print_line, ticking
@@ -56,17 +57,41 @@ def with_progress(texts: Iterator[str], documents: int, max_chars: int, merges: 
     print_line(f"read {count:,} documents, {chars:,} characters; learning {merges:,} merges ...")
 
 
+def check_vocabulary(vocab_size: int, shards: Iterable[Shard] = ()) -> None:
+    """Raises UserError for a vocabulary that is too small, or that the texts of these shards cannot give because they
+    have fewer bytes than it needs merges. Footers are read only; what is refused is impossible, what passes may be.
+    """
+    least = 256 + len(SPECIAL_TOKENS)
+    if vocab_size < least:
+        raise UserError(
+            f"a vocabulary of {vocab_size} tokens is too small: it needs the 256 bytes and {len(SPECIAL_TOKENS)} "
+            f"special tokens, so give --vocab-size {least} or more"
+        )
+    paths = [shard.path for shard in shards]
+    most = least + sum(map(_text_bytes, paths))
+    if paths and vocab_size > most:
+        raise UserError(
+            f"the text in {paths[0].parent} has about {most - least:,} bytes, too few for a vocabulary of "
+            f"{vocab_size:,} tokens: give more text or a smaller --vocab-size (model.vocab_size)"
+        )
+
+
+def _text_bytes(path: Path) -> int:
+    """Returns the bytes of the text column, uncompressed; equal texts may count once."""
+    with pq.ParquetFile(path) as file:
+        metadata, column = file.metadata, file.schema.names.index("text")
+    return sum(
+        metadata.row_group(group).column(column).total_uncompressed_size for group in range(metadata.num_row_groups)
+    )
+
+
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     """Trains byte-level BPE with `vocab_size` tokens, including the special ones.
 
     Raises UserError if that is too few, or too many for the text.
     """
+    check_vocabulary(vocab_size)
     special = len(SPECIAL_TOKENS)
-    if vocab_size < 256 + special:
-        raise UserError(
-            f"a vocabulary of {vocab_size} tokens is too small: it needs the 256 bytes and {special} special tokens, "
-            f"so give --vocab-size {256 + special} or more"
-        )
     import rustbpe
 
     trainer = rustbpe.Tokenizer()

@@ -39,10 +39,15 @@ from megachat.studies.fp8 import (
     verdict_of_products,
 )
 from megachat.studies.runs import RunRecord
-from megachat.studies.trials import Diverged, Trial, trainer
+from megachat.studies.trials import QUESTION, Diverged, Trial, refuse_fixed, saved_question, trainer
 
 ROUND_SEC = 0.01  # of one side in a round, at least: a launch or a clock tick must not matter
 SHAPE_SEC, LEAST_ROUNDS = 20.0, 3  # after which a shape's rounds end, so that a slow device ends, too
+# settings that the check gives its runs; the steps are --steps
+_SET_BY_CHECK = (
+    *("run.name", "run.folder", "horizon.steps", "precision.fp8_head"),
+    *("evaluate.every", "evaluate.core_every", "evaluate.prompts", "log.every"),
+)
 EVALUATIONS = 10  # of a paired run: points of the curves that are compared
 
 
@@ -64,6 +69,7 @@ class Question:
 
 def fp8_check(question: Question) -> dict[str, Any]:
     """Measures, trains, and returns the result as JSON values. Raises UserError for a config that cannot be in FP8."""
+    refuse_fixed(question.settings, _SET_BY_CHECK, "--set")
     config, device = load_config(question.config, [*question.settings]), this_device()
     vocab_size = config.model.vocab_size or load_tokenizer(config.data.tokenizer).vocab_size
     plan = resolve_without_text(config, question.ranks, vocab_size)
@@ -234,17 +240,16 @@ def check_question(question: Question, fp8_head: bool | None = None) -> bool | N
     values = load_config(question.config, [*question.settings]).model_dump(mode="json", exclude_defaults=True)
     here: dict[str, Any] = {"study": "fp8-check", "recipe": question.recipe, "steps": question.steps}
     here |= {"ranks": question.ranks, "config": question.config, "settings": [*question.settings], "values": values}
-    path = question.out / "question.json"
+    saved = saved_question(question.out, "fp8-check")
     question.out.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        saved = json.loads(path.read_bytes())
-        differs = [key for key in ("study", "recipe", "steps", "ranks", "values") if saved.get(key) != here[key]]
+    if saved:
+        differs = [key for key in ("recipe", "steps", "ranks", "values") if saved.get(key) != here[key]]
         if differs:
             was = json.dumps(saved.get(differs[0]))
             raise UserError(f"{question.out} has the runs of another check ({differs[0]} {was}): give another --out")
         if fp8_head is None:
             fp8_head = saved.get("fp8_head")
-    write_json(path, here | {"fp8_head": fp8_head})
+    write_json(question.out / QUESTION, here | {"fp8_head": fp8_head})
     return fp8_head
 
 

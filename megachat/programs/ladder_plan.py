@@ -15,7 +15,7 @@ def plan_rungs(
     changes: Sequence[str],
     depths: Sequence[int],
     *,
-    seeds: int,
+    seeds: Sequence[int],
     ranks: int,
     hardware: Hardware = THIS_MACHINE,
 ) -> list[dict[str, Any]]:

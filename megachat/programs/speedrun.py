@@ -9,14 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megachat.config import Config, load_config
-from megachat.data.shards import check_data_folder
+from megachat.data.shards import check_data_folder, open_shards, split_shards
 from megachat.data.tokenizer import METADATA_FILE, load_origin, load_tokenizer
 from megachat.errors import UserError
 from megachat.evals.core_bundle import open_bundle
 from megachat.files import write_atomically
 from megachat.installation import CHECKOUT, config_folder
+from megachat.prepare.download import HUB_SOURCES, shard_names
+from megachat.prepare.tokenizer_training import check_vocabulary
 from megachat.studies.record import build_record, core_problems, recipe_of, record_text
 from megachat.studies.runs import is_run, load_run
+from megachat.text import plural
 
 RECIPES = {"nanochat-run6": "speedrun_run6", "public-2026": "speedrun_public", "megachat": "speedrun"}
 SMALL_DEPTH = 8  # models below it are for a CPU, and take row length, batch and horizon from demo.json
@@ -29,6 +32,7 @@ _SMALL = (
     *("model.vocab_size=4096", "evaluate.core_every=0"),
 )
 TOKENIZER_SHARDS = 8  # of climbmix, as nanochat: more than the 2e9 characters that are read
+SHARD_BYTES = 100e6  # of a shard of climbmix, by nanochat's runs/speedrun.sh
 RECORD_NAME, REPORT_NAME = "record.md", "report.html"
 Start = Callable[[list[str]], int]  # runs `megachat ARGUMENTS` and returns its exit status
 
@@ -105,6 +109,9 @@ def stages(speedrun: Speedrun) -> Iterator[Stage]:
     if config.evaluate.core_bundle:
         open_bundle(config.evaluate.core_bundle)  # refused before days of training
     folder, tokenizer = Path(config.data.folder), Path(config.data.tokenizer)
+    if config.model.vocab_size and not (tokenizer / METADATA_FILE).exists():
+        there = split_shards(open_shards(folder), "train") if speedrun.shards is None else ()
+        check_vocabulary(config.model.vocab_size, there)
     if speedrun.shards is None:
         yield Stage("data", str(check_data_folder(folder)), [])
     else:  # the command itself keeps what is complete
@@ -189,13 +196,25 @@ def run_speedrun(speedrun: Speedrun, start: Start, start_ranks: Start) -> int:
     return 0
 
 
-def describe(speedrun: Speedrun) -> str:
-    """Returns the stages and which of them are done, as lines of text. Nothing is started."""
+def describe(speedrun: Speedrun, price: float | None = None) -> str:
+    """Returns the stages and which of them are done, what is downloaded, and what the plan that follows is about, as
+    lines of text. Nothing is started. price: of a GPU-hour, if the plan has one.
+    """
     lines = []
     for stage in stages(speedrun):
         command = f"megachat {shlex.join(stage.arguments)}" + (" (on all ranks)" if stage.ranks else "")
         lines.append(f"{stage.name}: {f'done, {stage.done}' if stage.done else command}")
-    return "\n".join([*lines, f"record: {speedrun.config.run.folder}/{speedrun.name}.{RECORD_NAME}"])
+    lines.append(f"record: {speedrun.config.run.folder}/{speedrun.name}.{RECORD_NAME}")
+    if speedrun.shards:
+        names = shard_names(HUB_SOURCES["climbmix"], speedrun.shards)
+        missing = sum(not (Path(speedrun.config.data.folder) / name).exists() for name in names)
+        size = f"about {missing * SHARD_BYTES / 1e9:.1f} GB (nanochat's shards have about 100 MB)"
+        lines.append(f"download: {plural(missing, 'shard')} of climbmix, {size}; the bundle of CORE, once")
+    several = f"; {speedrun.runs} runs take {speedrun.runs} times that" if speedrun.runs > 1 else ""
+    lines.append(f"the plan is of one run, without data, tokenizer and CORE{several}")
+    if price:
+        lines.append(f"its price is in the currency of --price, {price:g} per GPU-hour")
+    return "\n".join(lines)
 
 
 def start_on_hosts(hostfile: Path, arguments: Sequence[str]) -> int:

@@ -3,13 +3,14 @@
 import argparse
 import time
 
-from megachat.data.shards import check_data_folder, open_shards, shard_range, shards_fingerprint
+from megachat.data.shards import check_data_folder, open_shards, shard_range, shards_fingerprint, split_shards
 from megachat.data.texts import BadTexts
 from megachat.data.tokenizer import METADATA_FILE, SPECIAL_TOKENS, load_origin, load_tokenizer, save_tokenizer
 from megachat.errors import UserError
 from megachat.files import file_sha256
 from megachat.prepare.tokenizer_training import (
     bytes_per_token,
+    check_vocabulary,
     import_nanochat,
     read_texts,
     train_tokenizer,
@@ -45,6 +46,7 @@ def make_tokenizer(options: argparse.Namespace) -> bool:
             return False
         raise UserError(f"{options.out} holds another tokenizer: give another --out, or --overwrite to replace it")
     if not options.import_nanochat:
+        check_vocabulary(options.vocab_size, shards or split_shards(open_shards(options.data), "train"))
         start = time.perf_counter()
         bad_texts = BadTexts(options.on_bad_text, "give --on-bad-text skip", log=print)
         texts = read_texts(options.data, "train", options.max_chars, options.doc_cap, bad_texts, shards)

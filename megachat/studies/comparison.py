@@ -12,7 +12,7 @@ from megachat.text import text_table
 
 _WORDS = {"steps": "steps", "seconds": "time", "flops": "FLOPs"}
 _CONSEQUENCES = {  # what differs -> what follows
-    "tokenizer": "bits per byte stay comparable, the training loss and tokens do not",
+    "tokenizer": "bits per byte stay comparable, train/loss (per token) and numbers of tokens do not",
     "validation rows": "values of other rows are not comparable",
     "row length": "longer rows have more context, which lowers the loss by itself",
     "packing": "rows are made of other parts of the text, in another order",
@@ -39,7 +39,11 @@ def compare_curves(first: Sequence[RunRecord], second: Sequence[RunRecord], key:
     Raises UserError if a run has no curve or the curves share no values.
     """
     sides = left, right = tuple([_curve(run, key) for run in side] for side in (first, second))
-    value = common_value(left, right)
+    warnings = fairness_warnings(first, second)
+    try:
+        value = common_value(left, right)
+    except UserError as error:
+        raise UserError("; ".join([str(error), *warnings])) from None
     ratios = {axis: axis_ratio(left, right, value, axis) for axis in AXES}
     return {
         "runs": [[str(run.folder) for run in side] for side in (first, second)],
@@ -50,7 +54,7 @@ def compare_curves(first: Sequence[RunRecord], second: Sequence[RunRecord], key:
         "axes": {axis: ratio and {**ratio._asdict(), "verdict": ratio.verdict} for axis, ratio in ratios.items()},
         "verdict": overall_verdict(ratios),
         "seeds": [len(side) for side in sides],
-        "warnings": fairness_warnings(first, second),
+        "warnings": warnings,
     }
 
 
@@ -66,7 +70,8 @@ def fairness_warnings(first: Sequence[RunRecord], second: Sequence[RunRecord]) -
     traits = {run.folder: _traits(run) for run in (*first, *second)}
     reference, *others = traits.values()
     folder = first[0].folder
-    warnings = []
+    both = {run.folder.resolve() for run in first} & {run.folder.resolve() for run in second}
+    warnings = [f"run: {each} is on both sides; give another run, or its difference says nothing" for each in both]
     for name, text in _CONSEQUENCES.items():
         for other_folder, other in zip(list(traits)[1:], others, strict=True):
             if not _same(reference[name], other[name]):

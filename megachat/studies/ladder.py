@@ -32,17 +32,12 @@ class Rung(NamedTuple):
         return self.comparison["verdict"].split(":")[0].split(" (")[0]
 
 
-def rung_trials(depth: int, changes: Sequence[str], seeds: int) -> tuple[list[Trial], list[Trial]]:
+def rung_trials(depth: int, changes: Sequence[str], seeds: Sequence[int]) -> tuple[list[Trial], list[Trial]]:
     """Returns the trials of the baseline and of the change at a depth, one per seed."""
     sides = []
     for name, settings in (("base", ()), ("change", tuple(changes))):
         common = (f"model.depth={depth}", *settings)
-        sides.append(
-            [
-                Trial(f"d{depth}_{name}_s{seed}", (*common, f"run.seed={seed}"))
-                for seed in range(FIRST_SEED, FIRST_SEED + seeds)
-            ]
-        )
+        sides.append([Trial(f"d{depth}_{name}_s{seed}", (*common, f"run.seed={seed}")) for seed in seeds])
     return sides[0], sides[1]
 
 
@@ -51,7 +46,7 @@ def climb(
     changes: Sequence[str],
     depths: Sequence[int],
     *,
-    seeds: int = 1,
+    seeds: Sequence[int] = (FIRST_SEED,),
     stop_at: Sequence[str] = ("worse",),
     log: Callable[[str], object] = print,
     train_base: Train | None = None,
@@ -73,7 +68,7 @@ def climb(
             for trial in trials:
                 log(f"rung {number} of {len(depths)}, depth {depth}: {trial.name}{clock.eta(depths[number - 1 :])}")
                 try:
-                    with clock.training(depth, 2 * seeds):
+                    with clock.training(depth, 2 * len(seeds)):
                         sides[-1].append(side(trial, None))
                 except Diverged as error:
                     if len(sides) == 1:

@@ -5,7 +5,8 @@ environment; with a second run also the comparison.
 import html
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from megachat.studies.report_figures import (
     ranks_figure,
     step_figure,
 )
-from megachat.studies.runs import RunRecord, flat_config, load_run, newest_facts, read_starts, run_row
+from megachat.studies.runs import RunRecord, flat_config, load_run, newest_facts, read_starts, run_row, state_text
+from megachat.text import plural
 
 _STYLE = """
 :root { color-scheme: light }
@@ -49,6 +51,10 @@ pre { white-space: pre-wrap; background: #f6f6f6; padding: .6rem; border-radius:
 
 
 REPORT_NAME = "report.html"
+_TERMS = (
+    "Bits per byte: what the model needs to encode a byte of the validation text; lower is better. CORE: mean score "
+    "over 22 tasks; 0 is guessing, 1 is perfect. MFU: the share of the device's peak FLOPs that the model uses."
+)
 _SAMPLES = 20  # earlier steps whose samples are shown
 
 
@@ -160,7 +166,7 @@ def _summary(runs: Sequence[RunRecord]) -> str:
         row, bpb = run_row(run), run.values("val/bpb")
         peaks, step_times = run.values("train/peak_memory_bytes"), run.values("train/dt")
         values = {
-            "state": row["state"],
+            "state": state_text(run),
             "steps": f"{row['step']:,} of {row['steps'] or 0:,}",
             "bits per byte": f"{bpb[0]:.4f} to {bpb[-1]:.4f}, lowest {min(bpb):.4f}" if bpb else "not evaluated",
             "CORE": "not evaluated" if row["core"] is None else f"{row['core']:.4f}",
@@ -170,17 +176,19 @@ def _summary(runs: Sequence[RunRecord]) -> str:
             "MFU": "not known for this device" if row["mfu"] is None else f"mean {row['mfu']:.1f} %",
             "peak memory": f"{max(peaks) / 1e9:.2f} GB on a rank" if peaks else "",
             "layout": row["layout"],
-            "token ledger": _ledger(run),
+            "documents read": _ledger(run),
         }
         for key, value in values.items():
             rows.setdefault(key, []).append(value)
     notes = "".join(f'<p class="warning">{html.escape(note)}</p>' for run in runs for note in run.notes)
-    return _table([[key, *values] for key, values in rows.items() if any(values)]) + notes
+    return _table([[key, *values] for key, values in rows.items() if any(values)]) + f"<p>{_TERMS}</p>" + notes
 
 
 def _ledger(run: RunRecord) -> str:
     facts = newest_facts(run.folder)
-    return f"{facts.get('ledger') or 'none'} at step {facts['step']:,}" if facts else ""
+    if not facts.get("ledger"):
+        return ""
+    return f"{facts['ledger'][:16]} at step {facts['step']:,}: runs with the same one read the same documents in order"
 
 
 def _comparison(run: RunRecord, against: RunRecord) -> str:
@@ -228,8 +236,9 @@ def _saves(run: RunRecord) -> str:
         return ""
     blocked, total = ([line[f"checkpoint/{key}"] for line in saves] for key in ("blocked_s", "total_s"))
     return (
-        f"<p>{len(saves)} checkpoints: each blocked the training for {statistics.median(blocked):.3f} s (median; "
-        f"longest {max(blocked):.3f} s) and was written in {statistics.median(total):.2f} s.</p>"
+        f"<p>{plural(len(saves), 'checkpoint')}, each of which blocked the training for "
+        f"{statistics.median(blocked):.3f} s (median; longest {max(blocked):.3f} s) and was written in "
+        f"{statistics.median(total):.2f} s.</p>"
     )
 
 
@@ -281,8 +290,8 @@ def _environment(run: RunRecord) -> str:
         return '<p class="warning">environment.json cannot be read</p>'
     newest = starts[-1]
     diff = newest.pop("diff", None)
-    rows = [(key, _words(value)) for key, value in newest.items()]
-    text = f"<p>{len(starts)} start{'s' * (len(starts) > 1)}; the last:</p>{_table(rows)}"
+    rows = [(_LABELS.get(key, key.replace("_", " ")), _shown(key, value)) for key, value in newest.items()]
+    text = f"<p>{plural(len(starts), 'start')}; the last:</p>{_table(row for row in rows if row[1])}"
     if diff:
         text += f"<details><summary>uncommitted changes</summary><pre>{html.escape(str(diff))}</pre></details>"
     return text
@@ -290,5 +299,51 @@ def _environment(run: RunRecord) -> str:
 
 def _words(value: object) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {each}" for key, each in value.items() if each is not None)
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        return ", ".join(f"{key.replace('_', ' ')} {_words(each)}" for key, each in value.items() if each is not None)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return " ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
+
+
+def _shown(key: str, value: Any) -> str:
+    try:
+        return _SHOWN.get(key, _words)(value)
+    except (AttributeError, LookupError, TypeError, ValueError):  # of another version, or edited
+        return _words(value)
+
+
+def _tokenizer(value: Mapping[str, Any]) -> str:
+    text = f"{value.get('vocab_size') or 0:,} tokens, fingerprint {str(value.get('fingerprint'))[:12]}"
+    origin = value.get("origin") or {}
+    shards = f" in {len(origin['shards'])} shards" if origin.get("shards") else ""
+    chars = f", trained on up to {origin['max_chars']:,} characters{shards}" if "max_chars" in origin else ""
+    return text + chars + (f", imported from {origin['imported_from']}" if "imported_from" in origin else "")
+
+
+def _data(value: Mapping[str, Any]) -> str:
+    shards = list(value.get("shards") or {})
+    parts = [f"{value.get('folder')}, from {value.get('source')}"]
+    if shards:
+        parts.append(f"{plural(len(shards) - 1, 'train shard')} and {shards[-1]} for validation")
+    return "; ".join(parts)
+
+
+def _launch(value: Mapping[str, Any]) -> str:
+    world, local = value.get("world_size") or 1, value.get("local_size") or 1
+    hosts = f" on hosts of {local}" if local < world else ""
+    restart = f", restarted {plural(value['attempt'], 'time')}" if value.get("attempt") else ""
+    return f"{plural(world, 'rank')}{hosts}, started by {value.get('launcher')}{restart}"
+
+
+def _time(value: float) -> str:
+    return datetime.fromtimestamp(value, timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+_LABELS = {"time": "started", "device_count": "GPUs of this host", "commit": "commit of megachat"}
+_SHOWN: Mapping[str, Callable[[Any], str]] = {
+    "time": _time,
+    "tokenizer": _tokenizer,
+    "data": _data,
+    "launch": _launch,
+    "compute_dtype": lambda value: str(value).removeprefix("torch."),
+}

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import statistics
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +36,9 @@ from megachat.studies.metrics import read_metrics, steps_recorded
 class RunRecord:
     """A run folder. lines: of metrics.jsonl. config: what differs from the defaults. plan: plan.json.
 
-    state: running (a job holds the folder), finished (all steps are done), stopped (the last step is saved), crashed
-    (steps after the newest checkpoint, or of a run without one, are lost), new (no step is recorded). notes: what could
-    not be read.
+    state: running (a job holds the folder), finished (all steps are done, or those until horizon.stop_step), stopped
+    (the last step is saved), crashed (steps after the newest checkpoint, or of a run without one, are lost), new (no
+    step is recorded). notes: what could not be read.
     """
 
     folder: Path
@@ -92,6 +93,31 @@ def _state(folder: Path, plan: Mapping, lines: list[dict]) -> str:
     if not step:
         return "new"
     return "stopped" if saved and max(saved) >= step else "crashed"
+
+
+def state_text(run: RunRecord) -> str:
+    """Returns the state of a run as a sentence for somebody who does not know megachat: how far it is, and how to
+    continue it.
+    """
+    steps, stop = run.plan.get("steps", 0), run.plan.get("stop_step", 0)
+    place, saved = f"at step {run.step:,} of {steps:,}", complete_checkpoints(run.folder)
+    whole = f"finished: all {steps:,} steps are done"
+    again = "start it again with --resume auto"
+    if run.state == "crashed":
+        kept = f"to continue from its newest checkpoint, of step {max(saved):,}" if saved else "to begin again"
+        return f"crashed {place}{'' if saved else ' without a checkpoint'}: {again} {kept}"
+    return {
+        "running": f"running, {place}",
+        "finished": f"stopped {place} by horizon.stop_step" if stop < steps else whole,
+        "stopped": f"stopped {place}, which is saved: {again} to continue",
+        "new": "no step is recorded yet",
+    }[run.state]
+
+
+def quiet_s(folder: Path) -> float:
+    """Returns the seconds since a run wrote a line of its metrics or was started."""
+    paths = [path for name in (METRICS_NAME, ENVIRONMENT_NAME, PLAN_NAME) if (path := folder / name).exists()]
+    return time.time() - max(path.stat().st_mtime for path in paths)
 
 
 def complete_checkpoints(folder: Path) -> dict[int, Path]:

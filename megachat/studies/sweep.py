@@ -17,7 +17,7 @@ from megachat.activity import hours_minutes
 from megachat.errors import UserError, summary
 from megachat.studies.runs import RunRecord
 from megachat.studies.space import Dimension, grid
-from megachat.studies.trials import FIRST_SEED, Diverged, Train, Trial
+from megachat.studies.trials import Diverged, Train, Trial
 
 METRIC = "val/bpb"
 _HEARTBEAT_S = 30  # a process that is silent for four of them has died, and its trial is tried again
@@ -111,7 +111,13 @@ def _try_again(study: Any, trial: Any) -> None:
 
 
 def run_trials(
-    study: Any, space: Sequence[Dimension], train: Train, count: int, *, seeds: int, log: Callable[[str], object]
+    study: Any,
+    space: Sequence[Dimension],
+    train: Train,
+    count: int,
+    *,
+    seeds: Sequence[int],
+    log: Callable[[str], object],
 ) -> None:
     """Trains until the study has `count` ended trials; other processes may work on the same study.
 
@@ -126,11 +132,11 @@ def run_trials(
         number = trial.user_attrs.get("continues", trial.number)
         settings = tuple(f"{key}={json.dumps(value)}" for key, value in values.items())
         lasts = []
-        for seed in range(FIRST_SEED, FIRST_SEED + seeds):
-            name = f"trial_{number:04d}" + (f"_s{seed}" if seeds > 1 else "")
+        for seed in seeds:
+            name = f"trial_{number:04d}" + (f"_s{seed}" if len(seeds) > 1 else "")
             log(f"{name}: {' '.join(settings)}")
             try:
-                run = train(Trial(name, (*settings, f"run.seed={seed}")), _pruning(trial) if seeds == 1 else None)
+                run = train(Trial(name, (*settings, f"run.seed={seed}")), _pruning(trial) if len(seeds) == 1 else None)
             except Diverged as error:
                 log(f"{name}: {error}")
                 trial.set_user_attr("diverged", True)
@@ -212,9 +218,12 @@ class Noise(NamedTuple):
 
 
 def baseline_noise(
-    train: Train, runs: int, log: Callable[[str], object], contexts: Sequence[Mapping[str, Any]] = ({},)
+    train: Train,
+    seeds: Sequence[int],
+    log: Callable[[str], object],
+    contexts: Sequence[Mapping[str, Any]] = ({},),
 ) -> list[Noise]:
-    """Trains the config as it is with `runs` seeds, at least two, in each context of the space (see space.contexts),
+    """Trains the config as it is with the seeds, at least two, in each context of the space (see space.contexts),
     and returns the means of the last values. The deviation is that within all contexts.
     """
     means: list[float] = []
@@ -222,14 +231,14 @@ def baseline_noise(
     for number, context in enumerate(contexts):
         lasts = []
         settings = tuple(f"{key}={json.dumps(value)}" for key, value in context.items())
-        for seed in range(FIRST_SEED, FIRST_SEED + runs):
+        for seed in seeds:
             name = "baseline" + (f"_{number}" if context else "") + f"_s{seed}"
             log(f"{name}: the config as it is{''.join(f', {setting}' for setting in settings)}")
             lasts.append(last_value(train(Trial(name, (*settings, f"run.seed={seed}")), None)))
         means.append(statistics.fmean(lasts))
         variances.append(statistics.variance(lasts))
     deviation = math.sqrt(statistics.fmean(variances))
-    return [Noise(mean, deviation, runs, context) for mean, context in zip(means, contexts, strict=True)]
+    return [Noise(mean, deviation, len(seeds), context) for mean, context in zip(means, contexts, strict=True)]
 
 
 def sweep_rows(study: Any, baselines: Sequence[Noise]) -> list[dict[str, Any]]:

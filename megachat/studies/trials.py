@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import re
 import signal
@@ -13,11 +14,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megachat.errors import UserError
+from megachat.files import list_folder, refuse_damaged
 from megachat.studies.runs import RunRecord, is_run, load_run
 
 _POLL_S = 0.5
 _DIVERGED = re.compile(r"step \d+: the loss is (nan|inf|-inf) ")  # how train/step.py ends such a run
-FIRST_SEED = 42  # run.seed's default: the first runs are those of the config itself
+FIRST_SEED = 42  # of studies that versions before run.seed was respected have begun
 LOGS = "logs"  # folder of what the trainings print
 
 
@@ -28,12 +30,38 @@ class Trial(NamedTuple):
     settings: tuple[str, ...]
 
 
+QUESTION = "question.json"  # what a study's folder is for
+
+
+def saved_question(folder: Path, study: str) -> dict | None:
+    """Returns what the runs of a study's folder are for, None for a new one. Raises UserError if another study has it:
+    both would have runs of the same names.
+    """
+    path = folder / QUESTION
+    if not path.exists():
+        return None
+    with refuse_damaged(path, "cannot be read ({}): give another --out"):
+        saved = dict(json.loads(path.read_bytes()))
+    if (other := saved.get("study", study)) != study:
+        raise UserError(f"{folder} has the runs of {other}, not of {study}: give another --out")
+    return saved
+
+
 class Diverged(UserError):
     """A training whose loss was no number: a result of a study, where any other failure is none. run: so far."""
 
     def __init__(self, message: str, run: RunRecord) -> None:
         super().__init__(message)
         self.run = run
+
+
+def first_seed(seed: int, folder: Path) -> int:
+    """Returns the seed of a study's first runs: the config's run.seed. A folder whose runs began at 42 whatever the
+    config said, as earlier versions did, continues with that.
+    """
+    names = [path.name for path in list_folder(folder)] if folder.is_dir() else []
+    begun = {each for each in (seed, FIRST_SEED) if any(name.endswith(f"_s{each}") for name in names)}
+    return FIRST_SEED if begun == {FIRST_SEED} else seed
 
 
 def refuse_fixed(settings: Sequence[str], fixed: Sequence[str], source: str) -> None:

@@ -255,7 +255,10 @@ class Core(Task):
 
 
 def totals(run: Run, state: LoopState, step: int) -> dict:
-    """Returns the step, and the FLOPs and seconds of training until then, which every metrics record has."""
+    """Returns what every metrics record has: step, the FLOPs of the steps before it, and the seconds of all steps that
+    the speedrun's clock has timed so far. A training line has the number of its step, counted from 0, so its FLOPs are
+    without that step and its seconds with it.
+    """
     return {
         "step": step,
         "total_training_flops": float(state.training_flops - (state.step - step) * run.plan.flops_per_step),

@@ -36,6 +36,7 @@ OTHER_MOMENTS = {
     "warmdown_shape": "cosine",
     "decay_shape": "rate",
 }
+RAMP = {"ramp": (0.5, 2.0)}  # of all rates
 SCALES = {"norm_scales": NORMS}
 CLIPS = {"z_loss": 0.01, "qk_clip": 6.6}  # without clipping, most heads of the warm model have larger logits, some not
 NARROW = NGRAM | {"width": 12, "sign_trick": False}  # projected up
@@ -51,12 +52,16 @@ CASES = {
     "dp4": (4, {}, {"batch": {"micro_rows": 3}, "ngram": NGRAM | {"storage": "host"}}),
     "tp2": (2, {"tensor": 2}, {"model": GQA, "ngram": NGRAM, "batch": {"micro_rows": 4}}),
     "tp2 sequence": (2, {"tensor": 2, "sequence": True}, {"model": GQA | SCALES, "optimizer": CLIPS}),
-    "tp4": (4, {"tensor": 4}, {"model": EQUAL_HEADS, "optimizer": {"clip_norm": 0.2}}),
+    "tp4": (4, {"tensor": 4}, {"model": EQUAL_HEADS, "optimizer": RAMP | {"clip_norm": 0.2}}),
     "tp3, which does not divide the table": (3, {"tensor": 3}, {"batch": {"micro_rows": 2}, "ngram": NARROW}),
     "pp2": (2, {"pipeline": 2}, {"model": SCALES, "optimizer": CLIPS | {"clip_norm": 0.2}}),
     # fewer micro-batches than stages
     "pp3, one block a stage": (3, {"pipeline": 3}, {"batch": {"micro_rows": 6}, "ngram": NGRAM}),
-    "pp2, five blocks": (2, {"pipeline": 2}, {"model": {"depth": 5, "kv_heads": None}}),
+    "pp2, five blocks": (
+        2,
+        {"pipeline": 2},
+        {"model": {"depth": 5, "kv_heads": None}, "optimizer": RAMP | {"ramp_rates": ["matrix", "embedding"]}},
+    ),
     "pp3, seven blocks": (3, {"pipeline": 3}, {"model": {"depth": 7, "kv_heads": None, "aspect_ratio": 8}}),
     "dp2 tp2": (
         4,

@@ -121,6 +121,9 @@ def test_recipes_at_other_depths():
         large = Speedrun(recipe, tuple(settings_of_depth(recipe, 12))).config
         assert (large.model.depth, large.precision.fp8, large.model.sequence_len) == (12, "tensorwise", 2048)
     assert Speedrun("public-2026").name == "speedrun-public-2026"
+    several = describe(Speedrun("public-2026", ("data.folder=none", "data.tokenizer=none"), runs=3), 2.5).splitlines()
+    assert several[-3].startswith("download: 171 shards of climbmix, about 17.1 GB ")
+    assert several[-2].endswith("; 3 runs take 3 times that") and "--price, 2.5 per GPU-hour" in several[-1]
     first, second = list(stages(Speedrun("public-2026", ("data.tokenizer=none",))))[:2]
     assert first.arguments[:5] == ["data", "--source", "climbmix", "--shards", "170"]
     assert second.arguments[3:7] == ["--vocab-size", "49152", "--shards", "0-7"] and not second.done
@@ -140,6 +143,18 @@ def test_bad_input(options, tmp_path):
         cli._run(["speedrun", "--data", str(tmp_path / "none")])
     with pytest.raises(UserError, match="--runs is 0"):
         cli._run(["speedrun", "--runs", "0"])
+    for words, problem in {
+        "--data here --shards 3": "--shards are downloaded, but --data gives a folder that exists",
+        "--gpus 8xH100": "--gpus is for a plan only: add --dry-run",
+        "--price 2": "--price is for a plan only",
+        "--price 2 --dry-run --depth 3": "depth 3 is planned for this CPU: give --gpus, too",
+        "--dry-run --set model.vocab_size=100": "a vocabulary of 100 tokens is too small",
+    }.items():
+        with pytest.raises(UserError, match=problem):
+            cli._run(["speedrun", *words.split()])
+    with pytest.raises(UserError, match="the text in .*data has about [0-9,]+ bytes, too few for .* 16,000,000 tokens"):
+        words = [*options, "--set", "model.vocab_size=16000000", "--tokenizer", str(tmp_path / "other"), "--dry-run"]
+        cli._run(["speedrun", *words])
     with pytest.raises(UserError, match="a vocabulary of [0-9]+ tokens, not 20000.*--vocab-size"):
         words = [*options, "--set", "model.vocab_size=20000", "--tokenizer", str(tmp_path / "other")]
         cli._run(["speedrun", *words])

@@ -174,6 +174,8 @@ def test_turns_give_every_action_its_rounds():
         (["--gate", "2"], "--gate is 2"),
         (["--rounds", "1"], "--rounds is 1"),
         (["--steps", "-1"], "--steps is -1"),
+        (["--set", "run.name=mine"], "--set has run.name, which this study sets for each of its runs: leave it out"),
+        (["--set", "horizon.steps=20"], "--set has horizon.steps, which this study sets"),
     ],
 )
 def test_mistakes(words, problem):
@@ -196,7 +198,7 @@ def test_the_folder_of_another_check_is_refused_and_the_text_shows_all(tmp_path)
     saved = json.loads((question.out / "question.json").read_text())
     assert saved["study"] == "fp8-check" and saved["fp8_head"] is True
     (question.out / "question.json").write_text(json.dumps(saved | {"study": "ladder"}))
-    with pytest.raises(UserError, match=r"another check .study .ladder"):
+    with pytest.raises(UserError, match="has the runs of ladder, not of fp8-check: give another --out"):
         fp8_check.check_question(question)
     base, fp8 = planted(tmp_path / "base"), planted(tmp_path / "fp8", dt=0.9)
     matrices = [matrix("mlp.c_fc", 0.5), matrix("attn.ve_gate", 0)]

@@ -15,7 +15,7 @@ from megachat.installation import config_path
 from megachat.programs.dry_run import Hardware, timed_plan
 from megachat.studies.ladder import climb, compute_multiplier, ladder_rows
 from megachat.studies.runs import load_run
-from megachat.studies.trials import Diverged
+from megachat.studies.trials import Diverged, first_seed
 from tests.unit.studies.test_runs import make_run
 
 
@@ -38,7 +38,7 @@ def planted(folder, speeds, seen):
 def test_the_cheapest_rung_is_first_and_a_worse_one_is_the_last(tmp_path):
     seen, lines, change = [], [], ["optimizer.warmdown_ratio=0.85"]
     train = planted(tmp_path, {2: 1.4, 3: 1.2, 4: 0.7, 6: 2.0}, seen)
-    rungs = climb(train, change, [4, 2, 6, 3], seeds=2, log=lines.append)
+    rungs = climb(train, change, [4, 2, 6, 3], seeds=(42, 43), log=lines.append)
     assert [rung.depth for rung in rungs] == [2, 3, 4]
     assert [rung.verdict for rung in rungs] == ["better", "better", "worse"]
     assert [trial.name for trial in seen[:4]] == ["d2_base_s42", "d2_base_s43", "d2_change_s42", "d2_change_s43"]
@@ -60,7 +60,7 @@ def test_a_change_that_diverges_is_worse_and_the_ladder_goes_on_or_stops(tmp_pat
             raise Diverged("step 7: the loss is nan on rank 0", trains(trial))
         return trains(trial, watch)
 
-    rungs = climb(train, change, [2, 3, 4], seeds=2, stop_at=(), log=lambda line: None)
+    rungs = climb(train, change, [2, 3, 4], seeds=(42, 43), stop_at=(), log=lambda line: None)
     rows = ladder_rows(rungs)
     assert [row["verdict"].split(":")[0] for row in rows] == ["better", "worse (diverged)", "better"]
     assert rows[1]["change"] is None and rows[1]["gain"] is None and rows[1]["base"] > 0
@@ -69,7 +69,7 @@ def test_a_change_that_diverges_is_worse_and_the_ladder_goes_on_or_stops(tmp_pat
     assert any(
         line.split()[:4:3] == ["3", "-"] and line.endswith("worse (diverged)") for line in command._lines(result)
     )
-    assert [rung.depth for rung in climb(train, change, [2, 3, 4], seeds=2, log=lambda line: None)] == [2, 3]
+    assert [rung.depth for rung in climb(train, change, [2, 3, 4], seeds=(42, 43), log=lambda line: None)] == [2, 3]
 
 
 def test_the_compute_multiplier_of_planted_laws(tmp_path):
@@ -118,14 +118,20 @@ def test_the_command_prints_and_keeps_the_table_and_refuses_another_question(tmp
         lambda _, folder, *__, **___: folders.append(folder) or planted(out, {2: 1.4, 3: 1.2}, seen),
     )
     other[-1] = str(tmp_path / "second")
+    seeded = [*words[:-1], str(tmp_path / "seeded"), "--seeds", "2", "--both", "run.seed=7"]
+    cli.start("ladder", seeded, "megachat")
+    assert [trial.name for trial in seen[-4:]] == ["d3_base_s7", "d3_base_s8", "d3_change_s7", "d3_change_s8"]
+    assert first_seed(9, out) == 42 and first_seed(9, tmp_path / "none") == 9, "a folder that was begun at 42"
     cli.start("ladder", [*other, "--base", str(out)], "megachat")
-    assert folders == [tmp_path / "second", out], "the change and the baseline"
+    assert folders[-2:] == [tmp_path / "second", out], "the change and the baseline"
     with pytest.raises(UserError, match="has the ladder of another config or --both: leave --base out"):
         cli.start("ladder", [*other, "--base", str(out), "--both", "batch.tokens=4096"], "megachat")
     (out / "question.json").write_text(json.dumps({"study": "fp8-check", "steps": 9}))
-    with pytest.raises(UserError, match="has the runs of another study, no ladder: give another --out"):
+    with pytest.raises(UserError, match="has the runs of fp8-check, not of ladder: give another --out"):
         cli.start("ladder", words, "megachat")
-    with pytest.raises(UserError, match="has another study, no ladder: give the --out of a ladder"):
+    with pytest.raises(
+        UserError, match="--base .* has the runs of fp8-check, not of ladder: give the --out of a ladder"
+    ):
         cli.start("ladder", [*other, "--base", str(out)], "megachat")
 
 

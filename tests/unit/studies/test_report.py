@@ -52,7 +52,10 @@ def planned_run(folder, **how):
     slow = {"ranks/slowest": 3, "ranks/slowest_host": "node7", "ranks/slowest_ratio": 1.4}
     lines.append(json.dumps({"step": 40, "ranks/work_s_median": 0.4, "ranks/work_s_p95": 0.5} | slow | {"time": now}))
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    start = {"commit": "abc", "packages": {"torch": "2"}, "diff": "+ a", "time": 999.0}
+    start = {"commit": "abc", "packages": {"torch": "2", "wandb": None}, "diff": "+ a", "time": 999.0, "cuda": None}
+    start["tokenizer"] = {"fingerprint": "f" * 64, "vocab_size": 512, "origin": {"max_chars": 9000}}
+    start["data"] = {"folder": "data/x", "source": "text", "shards": {"shard_0": "1" * 64, "shard_1": "2" * 64}}
+    start["launch"] = {"world_size": 4, "local_size": 2, "launcher": "torchrun", "attempt": 1}
     write_json(run / "environment.json", [start | {"device": "a CPU", "compute_dtype": "torch.bfloat16"}])
     return run
 
@@ -96,6 +99,16 @@ def test_the_page_is_complete_and_refers_to_nothing_outside(page):
         assert f"<td>{row}</td>" in text
     assert "Work of the ranks per step" in text and '[3,"node7",1.4]' in text
     assert "A step by part, predicted, not measured" in text and "rank %{y}, layer %{x}" in text
+    for value in (
+        "1970-01-01 00:16:39 UTC",
+        "512 tokens, fingerprint ffffffffffff, trained on up to 9,000 characters",
+        "data/x, from text; 1 train shard and shard_1 for validation",
+        "4 ranks on hosts of 2, started by torchrun, restarted 1 time",
+        "torch 2",
+        "finished: all 40 steps are done",
+    ):
+        assert f"<td>{value}</td>" in text
+    assert "None" not in text.split("<h2>Environment")[1] and "lower is better" in text
     assert "verdict on faster: better" in text and "uncommitted changes" in text and "<th>setting</th>" in text
 
 

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 
 import pytest
 
@@ -9,7 +10,7 @@ from megachat.checkpoint.facts import write_facts
 from megachat.commands import main as cli
 from megachat.errors import UserError
 from megachat.studies.comparison import compare_curves, curve_lines, load_runs
-from megachat.studies.runs import config_differences, filter_runs, find_runs, load_run, run_row
+from megachat.studies.runs import config_differences, filter_runs, find_runs, load_run, run_row, state_text
 
 
 def make_run(folder, *, steps=40, done=40, saved=(40,), speed=1.0, seconds=0.5, flops=1e9, **settings):
@@ -95,6 +96,50 @@ def test_a_faster_recipe_is_better_on_steps_and_flops_alone(runs):
     assert "verdict on faster: better" in text and "a side has one run" in text
     with pytest.raises(UserError, match="given twice"):
         load_runs([runs / "base", runs / "base"])
+
+
+def test_a_state_is_a_sentence_and_the_watch_of_a_run_that_has_ended_ends(runs, monkeypatch, capsys):
+    early = make_run(runs / "early", done=20, saved=(20,))
+    _change(early, "plan.json", lambda plan: plan | {"stop_step": 20})
+    sentences = {
+        "base": "finished: all 40 steps are done",
+        "early": "stopped at step 20 of 40 by horizon.stop_step",
+        "half": "stopped at step 20 of 40, which is saved: start it again with --resume auto to continue",
+        "dead": "crashed at step 30 of 40: start it again with --resume auto to continue from its newest checkpoint, "
+        "of step 20",
+        "fresh": "no step is recorded yet",
+    }
+    assert {name: state_text(load_run(runs / name)) for name in sentences} == sentences
+
+    def restarted(seconds):
+        """Where the watch would wait: the run is trained to its end meanwhile."""
+        _change(runs / "half", "plan.json", lambda plan: plan | {"stop_step": 20})
+
+    monkeypatch.setattr("time.sleep", restarted)
+    cli.start("watch", [str(runs / "half")], "megachat")
+    assert capsys.readouterr().out.splitlines()[-1] == "half: stopped at step 20 of 40 by horizon.stop_step"
+    for path in (runs / "dead").iterdir():
+        os.utime(path, (1, 1))
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("still waiting"))
+    cli.start("watch", [str(runs / "dead")], "megachat")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("dead: crashed at step 30 of 40: ") and "; no job holds it, no new line for " in last
+    cli.start("runs", [str(runs), "--filter", "early"], "megachat")
+    assert "finished (stop_step)" in capsys.readouterr().out
+
+
+def test_a_run_beside_itself_and_losses_of_other_tokenizers_are_warned_about(tmp_path, capsys):
+    base, other = (make_run(tmp_path / name, speed=speed) for name, speed in (("base", 1.0), ("other", 1.2)))
+    assert compare_curves(load_runs([base]), load_runs([base]))["warnings"][0].startswith(f"run: {base} is on both")
+    UNFAIR["tokenizer"](other)
+    text = (other / "metrics.jsonl").read_text()
+    (other / "metrics.jsonl").write_text(text.replace('"train/loss": 5.0', '"train/loss": 4.0'))
+    with pytest.raises(
+        UserError, match="tokenizer: .*base has a, .*other has b; .* train/loss .per token. and numbers"
+    ):
+        cli.start("compare", [str(base), str(other), "--metric", "train/loss"], "megachat")
+    cli.start("compare", [str(base), str(other), "--json"], "megachat")
+    assert "evaluation" in json.loads(capsys.readouterr().out)["core_not_compared"]
 
 
 def _change(run, name, change):

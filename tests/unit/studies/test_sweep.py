@@ -132,7 +132,7 @@ def postgresql():
 def _work_on_it(storage, folder):
     space, seen = load_space(folder / "space.json"), []
     study = open_study(storage, "shared", space, {}, seed=os.getpid())
-    run_trials(study, space, planted(folder, seen), 12, seeds=1, log=lambda line: None)
+    run_trials(study, space, planted(folder, seen), 12, seeds=[42], log=lambda line: None)
     (folder / f"seen_{os.getpid()}.json").write_text(json.dumps(seen))
 
 
@@ -161,8 +161,8 @@ def test_a_failed_training_ends_the_sweep_and_is_tried_again(tmp_path):
         raise UserError("the training failed")
 
     with pytest.raises(UserError, match="the training failed"):
-        run_trials(study, space, fail, 2, seeds=1, log=lambda line: None)
-    run_trials(study, space, planted(tmp_path, []), 2, seeds=1, log=lambda line: None)
+        run_trials(study, space, fail, 2, seeds=[42], log=lambda line: None)
+    run_trials(study, space, planted(tmp_path, []), 2, seeds=[42], log=lambda line: None)
     assert {row["values"][KEY] for row in sweep_rows(study, [Noise(0, 0, 2)])} == {0.01, 0.02}
 
 
@@ -175,7 +175,7 @@ def test_a_diverged_trial_is_a_result(tmp_path):
             raise Diverged("step 3: the loss is nan on rank 0", trains(trial))
         return trains(trial, watch)
 
-    run_trials(study, space, train, 2, seeds=1, log=lambda line: None)
+    run_trials(study, space, train, 2, seeds=[42], log=lambda line: None)
     rows = sweep_rows(study, [Noise(0, 0, 2)])
     assert [(row["values"][KEY], row["verdict"]) for row in rows] == [(0.01, "worse"), (0.02, "diverged")]
 
@@ -241,8 +241,13 @@ def test_a_space_of_ranges_is_no_grid_and_a_database_is_needed(tmp_path):
 def test_without_optuna_or_matplotlib_one_sentence_says_what_to_install(tmp_path, monkeypatch, capsys):
     space = write_space(tmp_path, optimizer__matrix_lr=[0.01, 0.02])
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    sweep(monkeypatch, capsys, tmp_path, "--space", space)
+    _, seen, _ = sweep(monkeypatch, capsys, tmp_path, "--space", space, "--set", "run.seed=7")
+    assert seen[:2] == ["baseline_s7", "baseline_s8"]
     assert not (tmp_path / "out/sweep.svg").exists() and (tmp_path / "out/sweep.json").exists()
+    question = tmp_path / "out/question.json"
+    question.write_text(json.dumps(json.loads(question.read_text()) | {"study": "ladder"}))
+    with pytest.raises(UserError, match="out has the runs of ladder, not of sweep: give another --out"):
+        sweep(monkeypatch, capsys, tmp_path, "--space", space)
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(UserError, match="sweeps need optuna, which is not installed: pip install 'megachat.sweep.'"):
         sweep(monkeypatch, capsys, tmp_path, "--space", space)
