@@ -70,7 +70,8 @@ def test_another_tokenizer_is_refused_unless_overwritten(tmp_path, data, capsys)
         (["--import-nanochat", "nowhere"], "tokenizer.pkl is missing"),
         (["--data", "nowhere"], "nowhere does not exist"),
         (["--data", "DATA", "--vocab-size", 264], "264 tokens is too small"),
-        (["--data", "DATA", "--vocab-size", 30000], "give more text or --vocab-size"),
+        (["--data", "DATA", "--vocab-size", 3000], "give more text or --vocab-size"),
+        (["--data", "DATA", "--vocab-size", 30000], "bytes, too few for a vocabulary of 30,000 tokens"),
         (["--data", "DATA", "--max-chars", 0], "--max-chars is 0"),
     ],
 )
@@ -107,7 +108,7 @@ def test_a_stated_range_of_shards_is_what_it_learns_from_and_is_recorded(tmp_pat
     }.items():
         assert words in refused(capsys, "--data", data, "--shards", given, "--out", tmp_path / "no"), given
     assert "more text or --vocab-size" in refused(
-        capsys, "--data", data, "--shards", "0", "--vocab-size", 30000, "--out", tmp_path / "no"
+        capsys, "--data", data, "--shards", "0", "--vocab-size", 3000, "--out", tmp_path / "no"
     )
     (data / "other_00001.parquet").write_bytes((data / "shard_00001.parquet").read_bytes())
     assert "two shards 00001" in refused(capsys, "--data", data, "--shards", "0-1", "--out", tmp_path / "no")
