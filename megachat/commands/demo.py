@@ -2,15 +2,23 @@
 deepspeed launcher (two ranks on a CPU machine, all GPUs on a GPU machine). A second call reuses what exists.
 
 The files are written below the current folder: data/python, data/tokenizer and runs/demo. Other options are passed to
-pretrain, for example --set horizon.steps=20. MASTER_PORT: default a free port.
+pretrain, for example --set horizon.steps=20. On a CPU two seconds of passes decide whether the run is shortened, unless
+--config, or --set with a key of horizon or batch, is given. MASTER_PORT: default a free port.
 """
 
 import argparse
+import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megachat.commands.options import Parser, passed_on, require_minimum
+from megachat.commands.options import Parser, importing, passed_on, require_minimum
+from megachat.files import CONFIG_NAME
 from megachat.installation import config_folder
 
+if TYPE_CHECKING:
+    from megachat.config import Config
+
+VOCAB_SIZE = 4096
 DATA, TOKENIZER = Path("data/python"), Path("data/tokenizer")
 
 
@@ -30,13 +38,23 @@ def run(options: argparse.Namespace) -> int:
 
     start("data", ["--source", "python", "--out", str(DATA)], "megachat data")
     if not (TOKENIZER / "tokenizer.json").exists():
-        training = ["--data", str(DATA), "--vocab-size", "4096", "--out", str(TOKENIZER)]
+        training = ["--data", str(DATA), "--vocab-size", str(VOCAB_SIZE), "--out", str(TOKENIZER)]
         start("tokenizer", training, "megachat tokenizer")
-    status = run_with_deepspeed(
-        ["pretrain", "--config", config, "--resume", "auto", *passed_on(options), *options.rest], options.ranks
-    )
+    run_folder = Path(settings.run.folder) / (settings.run.name or Path(pretraining.config).stem)
+    size = _size(settings, run_folder, pretraining, config)
+    words = ["pretrain", "--config", config, "--resume", "auto", *passed_on(options), *size, *options.rest]
+    status = run_with_deepspeed(words, options.ranks)
     if status or pretraining.dry_run:
         return status
-    run_folder = str(Path(settings.run.folder) / (settings.run.name or Path(pretraining.config).stem))
-    paths = ["--data", settings.data.folder, "--tokenizer", settings.data.tokenizer, "--run", run_folder]
+    paths = ["--data", settings.data.folder, "--tokenizer", settings.data.tokenizer, "--run", str(run_folder)]
     return start("unigram", [*paths, *passed_on(options)], "megachat unigram")
+
+
+def _size(settings: "Config", run_folder: Path, pretraining: argparse.Namespace, config: str) -> list[str]:
+    """Returns options that give the run the size for this machine, which the user's come after."""
+    chosen = any(word.startswith(("horizon.", "batch.")) for word in pretraining.set) or shutil.which("nvidia-smi")
+    if pretraining.config != config or (chosen and not (run_folder / CONFIG_NAME).exists()):
+        return []
+    with importing():
+        from megachat.programs.demo_size import size_settings
+    return [word for setting in size_settings(settings, run_folder, VOCAB_SIZE) for word in ("--set", setting)]

@@ -73,4 +73,5 @@ def banner(run: Run, environment: LaunchEnvironment) -> list[str]:
             if chunk in (CHUNK_BYTES, GPU_CHUNK_BYTES)
             else [f"head and loss in chunks of {chunk >> 20} MiB of logits"]
         ),
+        *([f"note: {run.config.run.note}"] if run.config.run.note else []),
     ]

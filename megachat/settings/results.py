@@ -16,6 +16,8 @@ class RunConfig(Section):
     )
     folder: str = setting("runs", "parent of the run folders")
 
+    note: str | None = setting(None, "a remark, such as why the run has its settings: kept and logged", max_length=1000)
+
     _check_name = field_validator("name")(config_checks.check_run_name)
     seed: int = setting(
         42, "seed of initial weights and sampling", ge=0, most=Most(2**63 - 1, "torch's generators take 63 bits")

@@ -299,8 +299,10 @@ def test_megachats_configs_have_names(tmp_path, monkeypatch):
 def test_the_demo_starts_ranks_and_compares(tmp_path, monkeypatch):
     """The launcher and what comes before and after it, with stand-ins for the work."""
     from megachat.commands import demo
+    from megachat.programs import demo_size
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo_size, "passes_per_second", lambda config, vocab_size: 1000.0)
     lines, status = [], 0
 
     class Process:
@@ -332,6 +334,8 @@ def test_the_demo_starts_ranks_and_compares(tmp_path, monkeypatch):
     lines.clear()
     assert begun("demo", ["--set", "run.name=mine", "--set", "data.folder=texts"], "demo") == 1
     assert lines[-1] == ["unigram", "--data", "texts", "--tokenizer", "data/tokenizer", "--run", "runs/mine"]
+    words = lines[1][lines[1].index("pretrain") :]
+    assert words.index("horizon.steps=200") < words.index("run.name=mine"), "a slow machine; the user's come after"
     lines.clear()
     assert begun("demo", ["--dry-run"], "demo") == 0 and len(lines) == 2, "there is no run to compare"
     lines.clear()
