@@ -31,7 +31,7 @@ from tests.unit.checkpoint.test_checkpoint import ALONE, whole
 
 SOURCES, ROOT = Path(megachat.__file__).parent, Path(__file__).resolve().parents[2]
 GPU, HERE = torch.device("cuda", 1), "tests/unit/test_cuda_calls.py::"
-_DEVICE = f"{HERE}test_what_a_gpu_is_asked_for"
+_DEVICE = f"{HERE}test_the_properties_of_a_gpu"
 # file -> call -> the test that runs it. "": torch.cuda is passed on, and the test passes a stand-in.
 CALLS = {
     "api/model.py": {"device_count": "tests/unit/test_api.py::test_bad_arguments_are_one_sentence_with_the_value"},
@@ -110,7 +110,7 @@ def cuda(monkeypatch):
     return replace
 
 
-def test_what_a_gpu_is_asked_for(cuda):
+def test_the_properties_of_a_gpu(cuda):
     properties = SimpleNamespace(uuid="GPU-1234")
     called = cuda(
         is_available=lambda: True,
