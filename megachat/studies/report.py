@@ -171,7 +171,7 @@ def _summary(runs: Sequence[RunRecord]) -> str:
             "bits per byte": f"{bpb[0]:.4f} to {bpb[-1]:.4f}, lowest {min(bpb):.4f}" if bpb else "not evaluated",
             "CORE": "not evaluated" if row["core"] is None else f"{row['core']:.4f}",
             "tokens": f"{row['tokens'] or 0:,}",
-            "training time": "" if row["hours"] is None else f"{row['hours']:.2f} h after step 10",
+            "training time": "" if row["hours"] is None else f"{duration(3600 * row['hours'])} after step 10",
             "time per step": f"median {1000 * statistics.median(step_times):,.0f} ms" if step_times else "",
             "MFU": "not known for this device" if row["mfu"] is None else f"mean {row['mfu']:.1f} %",
             "peak memory": f"{max(peaks) / 1e9:.2f} GB on a rank" if peaks else "",

@@ -83,10 +83,13 @@ class _TensorBoard:
     def __init__(self, log: LogConfig, run: TrackedRun):
         from torch.utils.tensorboard import SummaryWriter
 
-        # an evaluation after `first_step` steps, which is not repeated, has the number of the step that comes next
-        purge = run.first_step and run.first_step + 1
-        self._writer = SummaryWriter(str(run.folder / TENSORBOARD), purge_step=purge, flush_secs=30)
+        # readers drop all points from purge_step on
+        self._writer = SummaryWriter(str(run.folder / TENSORBOARD), purge_step=run.first_step, flush_secs=30)
         self._writer.add_text("settings", f"```\n{json.dumps(run.settings, indent=1)}\n```", run.first_step)
+        # an evaluation after `first_step` steps has the number of the step that comes next, and is not repeated
+        for line in (run.folder / METRICS_NAME).read_bytes().splitlines() if run.first_step else ():
+            if (values := json.loads(line))["step"] == run.first_step and "time" in values:
+                self.log(values)
 
     def log(self, values: dict) -> None:
         for key, value in numbers_in(values):

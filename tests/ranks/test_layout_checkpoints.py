@@ -39,7 +39,13 @@ def config_of(layout: str, data: Path | None = None):
     documents = {"folder": str(data), "streams": 5, "tokenizer_threads": 1}
     batch = {"micro_rows": 3}  # 4 micro-batches on one data rank, 1 on each of 4
     return small_config(
-        model=MODEL, parallel=LAYOUTS[layout][1], batch=batch, ngram=ngram, lookup=LOOKUP, data=documents
+        model=MODEL,
+        parallel=LAYOUTS[layout][1],
+        batch=batch,
+        ngram=ngram,
+        lookup=LOOKUP,
+        data=documents,
+        optimizer={"ramp": (0.5, 2.0)},
     )
 
 
