@@ -25,7 +25,7 @@ _OTHER_RANKS_WAIT_S = 3.0
 class UserError(Exception):
     """A mistake that the user can fix. The message is one sentence: what is wrong, where, and what to change.
 
-    A message has several lines if several mistakes were found at once, one per line.
+    A message has several lines for several mistakes, one per line.
     """
 
 

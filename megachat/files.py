@@ -112,7 +112,7 @@ def read_side_file(path: Path, parse: Callable[[bytes], _Content], log: Log) -> 
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (IsADirectoryError, *_DAMAGE) as error:
-        log(f"{path} is damaged ({summary(error)}): it is set aside as {set_aside(path).name} and begun anew")
+        log(f"{path} is damaged ({summary(error)}): it is set aside as {set_aside(path).name} and a new one is started")
         return None
 
 

@@ -4,7 +4,9 @@ import os
 import signal
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # OpenMP's idle threads sleep; read when torch is loaded
+# One thread in every process that a test starts; read when torch is loaded. With two threads on two busy cores, each
+# waits for the other, and a step of these small models takes up to ten times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # torch.compile compiles three programs to try the CPU's vector instructions, 20 s; which ones it takes does not change
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 

@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import socket
 import tempfile
 import threading
 import time
@@ -17,6 +16,7 @@ import traceback
 from multiprocessing.connection import wait
 from pathlib import Path
 
+from megachat.job.launch import free_port
 from tests.limits import limit_s
 
 PRELOADED = [
@@ -32,6 +32,7 @@ PRELOADED = [
     "setuptools",  # this and the next two: imported when an engine is built
     "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.ops.op_builder.all_ops",
+    "tests.frozen",  # the last
 ]
 _GRACE_SEC = 1.0  # after the first failure: the others' own failures are worth reading
 
@@ -57,7 +58,7 @@ def run_ranks(function, world: int, *args, timeout_s: float | None = None) -> li
     """
     context, timeout_s = warm_context(), timeout_s or limit_s()
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-        port = _free_port()
+        port = free_port()
         processes, pipes = [], []
         for rank in range(world):
             receiver, sender = context.Pipe(duplex=False)
@@ -87,12 +88,6 @@ def end_with_the_tests() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _rank(sender, folder: str, rank: int, world: int, port: int, timeout_s: float, function, args) -> None:

@@ -40,7 +40,7 @@ def resolve(torch: str, extras: tuple[str, ...], pins: str) -> dict[str, str]:
             [*line, "--constraints", constraints, ROOT / "setup.py"], capture_output=True, text=True, cwd=folder
         )
     if done.returncode:
-        raise UserError(f"uv found no set of packages: {' '.join(done.stderr.split())}")
+        raise UserError(f"uv cannot choose a set of packages: {' '.join(done.stderr.split())}")
     entries = re.findall(r"^\S.*(?:\n\s+.*)*", done.stdout, re.MULTILINE)
     return {entry.partition(" \\\n")[0]: entry for entry in entries}
 

@@ -99,7 +99,7 @@ def _clean(leftovers: Sequence[Any], *, as_json: bool, yes: bool) -> None:
                 print(f"{sum(each.size for each in inside) / 1e6:10,.1f} MB  {folder}: {names}")
         total = f"{len(kind)} of the kind: {why}, {sum(each.size for each in kind) / 1e6:,.1f} MB"
         if not yes and not sys.stdin.isatty():
-            print(f"{total}: kept, because nobody can be asked here; --yes removes them")
+            print(f"{total}: kept, because this is no terminal for an answer; --yes removes them")
         elif yes or input(f"remove {total}? [y/N] ").strip().lower() in ("y", "yes"):
             for each in kind:
                 remove_leftover(each)

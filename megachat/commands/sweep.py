@@ -180,7 +180,7 @@ def _prepare_sweep(options: argparse.Namespace) -> Callable[[], dict]:
 
 
 def _check_point(config: "Config", ranks: int) -> None:
-    """Raises UserError for settings that do not fit together, as far as it can be told without a tokenizer."""
+    """Raises UserError for settings that do not fit together, where that shows without a tokenizer."""
     from megachat.planning.plan import resolve_without_text
     from megachat.schedule import check_schedule
 

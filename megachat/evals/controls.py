@@ -1,6 +1,6 @@
 """Counterfactual controls of CORE: does a model answer because it reads, or could it without?
 
-Each example is asked again with what the answer should follow from taken from another example of its task: the passage
+Each example is evaluated again with another example's text in place of what the answer should follow from: the passage
 before a question, else the question or the context. What a model loses is what it gains from reading. The idea is of
 nanochat's pull request 806 (https://github.com/karpathy/nanochat).
 """

@@ -37,7 +37,7 @@ Progress = Callable[[int, int], object]  # called with (examples done, all examp
 class Evaluator:
     """A model to evaluate. sequence: the setting parallel.sequence. tokens_per_pass: approximate size of a batch.
 
-    controls: whether each example is also asked with another one's context (evals/controls.py).
+    controls: whether each example is also evaluated with another one's context (evals/controls.py).
     """
 
     engine: EvaluationEngine

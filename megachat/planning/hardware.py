@@ -142,7 +142,7 @@ def load_hardware(spec: Path | None = None) -> tuple[Mapping[str, Gpu], Mapping[
             document = json.loads(path.read_text(encoding="utf-8"))
             if document["format"] != FORMAT:
                 raise UserError(
-                    f"{path} has format {document['format']}, but this version reads {FORMAT}: write it anew"
+                    f"{path} has format {document['format']}, but this version reads {FORMAT}: write it again"
                 )
             for name, entry in document.get("links", {}).items():
                 links[name] = _link(name, entry)

@@ -10,7 +10,7 @@ from megachat.settings import LogConfig
 from megachat.studies.curves import AXES
 from megachat.studies.runs import RunRecord
 
-_COLORS = ("#2563a8", "#c2571a")  # told apart in gray and by color-blind readers
+_COLORS = ("#2563a8", "#c2571a")  # differ in gray and for color-blind readers
 _SHADES = ("#174a7c", "#2563a8", "#5b93d1", "#a9c8ea", "#c2571a", "#e9b18c")  # of parts of one bar
 _MOST_POINTS = 1000  # of a curve, so that the report of a long run stays small
 _MOST_RANKS = 64  # rows of a picture of the ranks

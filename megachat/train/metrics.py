@@ -109,7 +109,7 @@ def _drop_lines_from(path: Path, step: int) -> str | None:
     Returns a line for the log if other lines cannot be read. They are dropped, and the file as it was is set aside.
     """
     if path.is_dir():
-        return f"{path} is a folder: it is set aside as {set_aside(path).name} and begun anew"
+        return f"{path} is a folder: it is set aside as {set_aside(path).name} and a new one is started"
     if not path.exists():
         return None
     kept, damaged = [], []

@@ -23,8 +23,7 @@ from tests.limits import limit_s
 
 ROOT = Path(__file__).resolve().parents[2]
 _LAUNCH_VARIABLES = (
-    "RANK WORLD LOCAL MASTER OMPI PMIX PMI MPI MV2 HOROVOD FLUX PALS PET SLURM OMP TORCHELASTIC GROUP ROLE CROSS "
-    "MEGACHAT"
+    "RANK WORLD LOCAL MASTER OMPI PMIX PMI MPI MV2 HOROVOD FLUX PALS PET SLURM TORCHELASTIC GROUP ROLE CROSS MEGACHAT"
 ).split()
 
 
@@ -43,11 +42,9 @@ class Done:
 
 
 def environment() -> dict[str, str]:
-    """Returns the variables without those of a launcher or a GPU. OpenMP's idle threads sleep, so that processes share
-    few cores.
-    """
+    """Returns the variables without those of a launcher or a GPU."""
     clean = {key: value for key, value in os.environ.items() if key.split("_")[0] not in _LAUNCH_VARIABLES}
-    return clean | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "PASSIVE"}
+    return clean | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 
 def free_port() -> int:
@@ -82,7 +79,7 @@ class Ranks:
     """The ranks of one job, started without a launcher. One rank alone gets no launch variables, as under plain python.
 
     extra: more arguments for single ranks. start: the ranks to start, all by default. variables: more environment
-    variables. cores: those that the ranks may use, all by default.
+    variables.
     """
 
     def __init__(
@@ -93,7 +90,6 @@ class Ranks:
         extra: dict[int, list[str]] | None = None,
         start: list[int] | None = None,
         variables: dict[str, str] | None = None,
-        cores: set[int] | None = None,
     ):
         context = warm_context()
         self.world, port, self.processes, self.pids = world, free_port(), [], []
@@ -105,7 +101,7 @@ class Ranks:
             line = [str(part) for part in [*program, *(extra or {}).get(rank, [])]]
             process: BaseProcess = context.Process(
                 target=_rank,
-                args=(line, launch_variables | (variables or {}), cores, self._out.sender, self._err.sender),
+                args=(line, launch_variables | (variables or {}), self._out.sender, self._err.sender),
             )
             process.start()
             self.processes.append(process)
@@ -179,16 +175,13 @@ def run_without_torchrun(line: list, **how) -> subprocess.CompletedProcess:
     if "torch.distributed.run" not in line:
         return _run_process(line, **how)
     start = line.index("torch.distributed.run")
-    cores = {0} if line[:3] == ["taskset", "-c", "0"] else None
     world, program = int(line[start + 1].removeprefix("--nproc-per-node=")), line[start + 3 :]
-    done = run_forked(program, world, variables={"TORCHELASTIC_RUN_ID": "forked"}, cores=cores)
+    done = run_forked(program, world, variables={"TORCHELASTIC_RUN_ID": "forked"})
     return subprocess.CompletedProcess(line, done.status, done.out, done.err)
 
 
-def _rank(program: list[str], variables: dict[str, str], cores: set[int] | None, out, err) -> None:
+def _rank(program: list[str], variables: dict[str, str], out, err) -> None:
     end_with_the_tests()
-    if cores:
-        os.sched_setaffinity(0, cores)
     os.dup2(out.fileno(), 1)
     os.dup2(err.fileno(), 2)
     out.close()

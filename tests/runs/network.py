@@ -31,9 +31,11 @@ PasswordAuthentication no
 PermitRootLogin yes
 MaxStartups 100
 """
-# Variables that select CPU instructions, and with them the last bits of results. Commands that come over ssh need those
-# of the tests, because ssh passes none.
-_ARITHMETIC = "ATEN_CPU_CAPABILITY MKL_CBWR MKL_ENABLE_INSTRUCTIONS ONEDNN_MAX_CPU_ISA DNNL_MAX_CPU_ISA".split()
+# Variables that select threads and CPU instructions, and with them the last bits of results. Commands that come over
+# ssh need those of the tests, because ssh passes none.
+_ARITHMETIC = (
+    "OMP_NUM_THREADS ATEN_CPU_CAPABILITY MKL_CBWR MKL_ENABLE_INSTRUCTIONS ONEDNN_MAX_CPU_ISA DNNL_MAX_CPU_ISA"
+).split()
 _SSH = """\
 Host *
   User root

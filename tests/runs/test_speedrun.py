@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from megachat.files import is_locked
 from megachat.programs.speedrun import RECIPES, Speedrun, describe, run_speedrun, settings_of_depth, stages
 from megachat.studies.metrics import read_metrics
 from tests.runs.job import begin, finish, metrics, until
+from tests.runs.warm import Launcher
 from tests.unit.evals.bundle import THREE, write_bundle
 from tools.prepare_data import main as prepare
 
@@ -56,14 +58,13 @@ def runs(options):
 @pytest.mark.slow
 def test_the_script_continues_after_a_kill_and_ends_with_a_record(options, runs, capfd):
     run = runs / "speedrun-megachat-d3-1"
-    script = ["bash", "launch/speedrun.sh", *options]
-    process = begin(script)
+    process = Launcher([sys.executable, "-m", "megachat", "speedrun", *options])
     until(lambda: (run / "checkpoints" / f"step_{SAVED:06d}" / "checkpoint.json").exists(), "first checkpoint")
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     until(lambda: not is_locked(run), "end of the killed ranks")
     assert not (run / "evaluations").exists(), "killed too late"
-    done = finish(begin(script))
+    done = finish(begin(["bash", "launch/speedrun.sh", *options]))
     assert done.status == 0, done.out + done.err
     assert re.search("== data: .*2 train shards", done.out) and "/tokenizer exists" in done.out
     steps = [line["step"] for line in metrics(run) if "train/loss" in line]

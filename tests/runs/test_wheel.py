@@ -71,29 +71,39 @@ def test_the_wheel_has_what_a_package_index_shows(programs):
     assert {path.name for path in configs.iterdir()} == {path.name for path in (ROOT / "configs").glob("*.json")}
 
 
+# The commands that a newcomer types after the demo, by the console script's function in one process.
+LOOKS = """
+import contextlib, io, json, megachat
+from megachat.commands import main
+
+def printed(*words):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main._run(list(words)) == 0
+    return out.getvalue()
+
+assert "import os" in printed("generate", "--checkpoint", "runs/demo", "--prompt", "import os")
+bpb = json.loads(printed("evaluate", "--checkpoint", "runs/demo", "--bpb", "--json"))["bpb"]["bpb"]
+traps = json.loads(printed("doctor", "--json"))["traps"]
+facts = json.loads(printed("inspect", "runs/far", "--json", "--quiet"))
+model = megachat.load("runs/demo")
+print(json.dumps([bpb, traps, facts["folder"], facts["form"], model.step, model.logits("a b").shape[1]]))
+"""
+
+
 def test_a_newcomer_in_an_empty_folder(programs, tmp_path):
-    """A short demo, its model in Python and on the command line, then two ranks under `torchrun -m megachat`."""
+    """A short demo, two ranks under `torchrun -m megachat`, then the checkpoints on the command line and in Python."""
     command, python = programs / "megachat", programs / "python"
     assert re.fullmatch(r"megachat \d+\.\d+\.\d+\n", run(command, "--version", folder=tmp_path))
     assert "bench" not in run(command, "--help", folder=tmp_path)
-    assert json.loads(run(command, "doctor", "--json", folder=tmp_path))["traps"] == []
     settings = ["batch.tokens=1024", "batch.micro_rows=2", "horizon.steps=2", "evaluate.tokens=1024"]
     words = [word for setting in settings for word in ("--set", setting)]
     out = run(command, "demo", "--ranks", 1, *words, folder=tmp_path, status=1)  # two steps beat no unigram
     assert "of the unigram entropy" in out and "finished step 2" in out
-    assert "import os" in run(
-        command, "generate", "--checkpoint", "runs/demo", "--prompt", "import os", folder=tmp_path
-    )
-    results = json.loads(run(command, "evaluate", "--checkpoint", "runs/demo", "--bpb", "--json", folder=tmp_path))
-    program = (
-        "import megachat; model = megachat.load('runs/demo'); print(model.step, tuple(model.logits('a b').shape)[1])"
-    )
-    assert run(python, "-c", program, folder=tmp_path) == "2 4096\n" and 2 < results["bpb"]["bpb"] < 5
     ranks = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port(), "-m", "megachat"]
     settings = ["run.name=far", "model.aspect_ratio=128"]  # 6 heads: the demo's 3 cannot be divided by 2
     words += [word for setting in settings for word in ("--set", setting)]
     run(python, *ranks, "pretrain", "--config", "demo", "--layout", "dp=1,tp=2", *words, folder=tmp_path)
     plan = json.loads((tmp_path / "runs/far/plan.json").read_text())
     assert plan["layout"] == {"data": 1, "tensor": 2, "pipeline": 1}
-    facts = json.loads(run(command, "inspect", "runs/far", "--json", "--quiet", folder=tmp_path))
-    assert facts["folder"] == "runs/far/checkpoints/step_000002" and facts["form"] == "megachat"
+    bpb, *others = json.loads(run(python, "-c", LOOKS, folder=tmp_path))
+    assert 2 < bpb < 5 and others == [[], "runs/far/checkpoints/step_000002", "megachat", 2, 4096]

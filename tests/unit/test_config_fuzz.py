@@ -21,7 +21,7 @@ NUMBERS = [0, 1, 2, 3, 7, 16, 64, 127, 1000, 4096, 10**6, 10**9, 10**12, 2**31, 
 NUMBERS += [-number for number in NUMBERS]
 FLOATS = [0.0, 1e-300, 1e-12, 1e-7, 0.5, 1.5, 12.0, 1e6, 1e30, 1e300, -1e-9, -1.0]
 RAW = ["NaN", "Infinity", "-Infinity", "1e999", "9" * 5000, "[" * 2000, '{"a":' * 300 + "1" + "}" * 300, "-0", "1e5"]
-TEXTS = ["", "x", "SL", "L" * 500, "a\0b", "\ud800", "../..", "new\nline", "x" * 300, "auto", "🙂", "true", "bfloat16"]
+TEXTS = ["", "x", "SL", "L" * 500, "a\0b", "\ud800", "../..", "a\nb", "x" * 300, "auto", "🙂", "true", "bfloat16"]
 KEYS = ["", "depht", "activation", "x0_beta1", "moe", "a.b", "model", "__class__", "\0", "\n", "k" * 999, "Depth"]
 SECTIONS = {name: list(field.annotation.model_fields) for name, field in Config.model_fields.items()}
 

@@ -12,6 +12,7 @@ import pytest
 from megachat.errors import UserError
 from megachat.job.host_probe import code_hashes
 from megachat.job.hosts import ROOT, Host, check_hosts, parse_hostfile, ssh_command
+from megachat.job.launch import free_port
 
 SSH = """#!/bin/sh
 for command; do before=$name; name=$host; host=$command; done
@@ -30,9 +31,7 @@ exec sh -c "$command"
 
 @pytest.fixture
 def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
+    return free_port()
 
 
 @pytest.fixture

@@ -13,18 +13,12 @@ import pytest
 from torch.distributed import TCPStore
 
 from megachat.errors import UserError
-from megachat.job.launch import LaunchEnvironment
+from megachat.job.launch import LaunchEnvironment, free_port
 from megachat.job.links import JobKey, Link, introduce, receive_greeting
 from megachat.job.rendezvous import _name_ranks, _parse_address, meet
 from tests.limits import limit_s
 
 HOST = socket.gethostname()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
 
 
 def connect(port: int) -> socket.socket:

@@ -221,7 +221,7 @@ def test_the_command_lists_compares_and_cleans(runs, capsys, monkeypatch):
     (runs / "base/config.json.part").write_text("x" * 1000)
     monkeypatch.setattr("sys.stdin", open("/dev/null"))
     said = call("runs", runs, "--clean")
-    assert said.count("nobody can be asked here") == 3 and (runs / "base/checkpoints/step_000020").exists()
+    assert said.count("no terminal for an answer; --yes") == 3 and (runs / "base/checkpoints/step_000020").exists()
     with open(runs / "base/lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert call("runs", runs, "--clean") == "nothing to remove\n"
