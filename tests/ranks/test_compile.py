@@ -25,7 +25,7 @@ TABLES = {
 }
 SCALES = {"norm_scales": NORMS}
 CASES = {
-    "one, all kinds of blocks": (1, {}, {"depth": 10, "aspect_ratio": 8} | SCALES, {}, {}),
+    "one, all kinds of blocks": (1, {}, {"depth": 12, "aspect_ratio": 8} | SCALES, {}, {}),
     "one, selective": (1, {}, {"depth": 2}, {"recompute": "selective"}, TABLES),
     "tp2 sequence, block": (2, {"tensor": 2, "sequence": True}, {"depth": 2} | SCALES, {"recompute": "block"}, TABLES),
     "pp2": (2, {"pipeline": 2}, {"depth": 2}, {}, TABLES),

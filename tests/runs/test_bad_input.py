@@ -11,7 +11,8 @@ import pytest
 
 from megachat.data.tokenizer import Tokenizer, save_tokenizer
 from tests.runs.forked import run_forked
-from tests.runs.job import begin, checkpoint, command, different, finish, launched, losses, refused
+from tests.runs.job import checkpoint, command, different, finish, launched, losses, refused
+from tests.runs.warm import Launcher
 
 # name -> (arguments; {folder} stands for the inputs of this module, {one} for a finished run; what the sentence must
 # say)
@@ -171,7 +172,7 @@ def test_a_config_that_is_no_json_names_the_line(place):
 
 
 def test_two_ranks_tell_a_mistake_once(place):
-    done = finish(begin(launched("deepspeed", 2, command(place, "twice", "--set", "data.folder=nowhere"))))
+    done = finish(Launcher(launched("deepspeed", 2, command(place, "twice", "--set", "data.folder=nowhere"))))
     assert done.status == 2
     assert done.errors == [
         "error: the data folder nowhere does not exist: create it with `megachat data --source KIND --out nowhere`"

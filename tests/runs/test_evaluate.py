@@ -20,7 +20,6 @@ from tests.limits import limit_s
 from tests.runs.forked import Ranks, run_forked
 from tests.runs.job import (
     STEPS,
-    begin,
     bits_per_byte,
     checkpoint,
     command,
@@ -32,6 +31,7 @@ from tests.runs.job import (
     train,
     until,
 )
+from tests.runs.warm import Launcher
 from tests.unit.evals.bundle import ALL, write_bundle
 from tools.prepare_data import main as prepare
 
@@ -58,7 +58,7 @@ def core_run(place, bundle):
 def evaluated(launcher: str | None, world: int, saved, out, *arguments) -> dict:
     """Runs launch/evaluate.py, which must succeed. Returns the JSON file's content, and the output under "log"."""
     program = ["launch/evaluate.py", "--checkpoint", saved, "--out", out, *arguments]
-    done = finish(begin(launched(launcher, world, program))) if launcher else run_forked(program, world)
+    done = finish(Launcher(launched(launcher, world, program))) if launcher else run_forked(program, world)
     assert done.status == 0, f"{launcher} on {world} ended with {done.status}:\n{done.out}\n{done.err}"
     return json.loads(out.read_text()) | {"log": done.out}
 

@@ -19,18 +19,15 @@ import pytest
 from megachat.checkpoint.facts import find_file_problems, read_facts
 from megachat.checkpoint.resume import newest_complete
 from megachat.errors import EXIT_STATUS, LOST_RANK_STATUS, SAVED_STATUS
-from tests.runs.forked import Ranks, run_forked
+from tests.runs.forked import Done, Ranks, run_forked
 from tests.runs.job import (
     STEPS,
-    begin,
     bits_per_byte,
     checkpoint,
     checkpoints,
     command,
     different,
     facts,
-    finish,
-    launched,
     losses,
     train,
     until,
@@ -126,14 +123,26 @@ def test_a_failing_validation_on_one_rank_loses_nothing(two, place):
     assert facts(checkpoint(run, STEPS))["loop"]["min_val_bpb"] == bits_per_byte(run)[5]
 
 
+LIMITED = """
+import resource, runpy, sys
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)
+runpy.run_path("launch/pretrain.py", run_name="__main__")
+"""
+
+
+def run_limited(place, file_bytes: int, program: list[str]) -> Done:
+    """Runs launch/pretrain.py on one rank, which cannot write a larger file."""
+    path = place.runs / "limited.py"
+    path.write_text(LIMITED)
+    return run_forked([path, file_bytes, *program[1:]])
+
+
 def test_no_space_while_saving_is_reported_and_leaves_no_trace(one, place):
     run = copy_until(one, place, "full", 2)
     before = file_bytes(checkpoint(run, 2))
-    line = launched("python", 1, command(place, "full", "--resume", "auto"))
-    limited = (
-        f"ulimit -f 200; exec {' '.join(map(str, line))}"  # no file above 200 KiB: metrics fit, a checkpoint does not
-    )
-    done = finish(begin(["bash", "-c", limited]))
+    limit = 200 << 10  # metrics fit into such a file, a checkpoint does not
+    done = run_limited(place, limit, command(place, "full", "--resume", "auto"))
     assert done.status == 2
     final = checkpoint(run, 4)
     assert done.err.startswith(f"error: checkpoint {final} could not be saved by rank 0: [Errno 27] File too large; ")
@@ -145,8 +154,7 @@ def test_no_space_while_saving_is_reported_and_leaves_no_trace(one, place):
 
 
 def test_no_space_for_the_run_folder_is_reported(place):
-    line = launched("python", 1, command(place, "fuller"))
-    done = finish(begin(["bash", "-c", f"ulimit -f 1; exec {' '.join(map(str, line))}"]))
+    done = run_limited(place, 1 << 10, command(place, "fuller"))
     assert done.status == 2
     assert done.err == (
         f"error: rank 0 could not read or write {place.runs / 'fuller'} (File too large): "
