@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 
 from megachat.data import loader_state
-from megachat.data.packing import Stream, StreamState, buffer_sizes, saving_rank, streams_of_rank
+from megachat.data.packing import PlacedDocument, Stream, StreamState, buffer_sizes, saving_rank, streams_of_rank
 from megachat.data.shards import Corpus, open_shards, split_shards
 from megachat.data.staging import Staging, staging_for
 from megachat.data.texts import BadTexts, decode_texts
@@ -130,10 +130,11 @@ class DocumentReader:
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """The state of the loader after a step."""
+    """The state of the loader after a step. documents: of each of this rank's rows of that step, in their order."""
 
     step: int
     streams: dict[int, StreamState]
+    documents: list[list[PlacedDocument]]
 
 
 class Loader:
@@ -148,7 +149,8 @@ class Loader:
 
     row_tokens: sequence length + 1; each row starts with BOS. rows: rows per step over all ranks. buffer_documents:
     minimum of documents in a stream's buffer, see `packing.buffer_sizes`. seed: None visits the row groups in file
-    order. state: from `state()` or `load_loader_state` of a run on any number of ranks, or from `restarted_state`.
+    order. state: from `state()` or `load_loader_state` of a run on any number of ranks, or from `restarted_state`; rows
+    of the steps in its header's "left_out" are packed but not returned.
     on_bad_text: "refuse" or "skip" texts that are not UTF-8. device: where the rows are returned. log: gets a line for
     each skipped text, on one rank only.
     """
@@ -187,6 +189,8 @@ class Loader:
         order |= {"buffer_documents": buffer_documents, "seed": seed}
         self._settings = loader_state.loader_settings(shards, tokenizer, order)
         self._restarts = state["header"].get("restarts", []) if state else []
+        self.left_out: list[int] = state["header"].get("left_out", []) if state else []
+        self._corpus = corpus
         self._now = self._first_snapshot(state, streams_of_rank(rank, ranks, streams, rows))
         cursors = {stream: saved.next_document for stream, saved in self._now.streams.items()}
         logged, counted = BadTexts(on_bad_text, log=log), BadTexts(on_bad_text)
@@ -215,12 +219,13 @@ class Loader:
 
     def _first_snapshot(self, state: dict | None, streams: list[int]) -> _Snapshot:
         if state is None or state["streams"] is None:
-            return _Snapshot(0, dict.fromkeys(streams, loader_state.initial_stream_state(self._restarts)))
+            return _Snapshot(0, dict.fromkeys(streams, loader_state.initial_stream_state(self._restarts)), [])
         loader_state.require_same_settings(state["header"], self._settings)
         saved = state["streams"]
         return _Snapshot(
             state["header"]["step"],
             {stream: loader_state.stream_from_arrays(saved[stream], self._row_tokens) for stream in streams},
+            [],
         )
 
     def _stream_documents(self, stream: int) -> int:
@@ -258,7 +263,7 @@ class Loader:
 
     @property
     def step(self) -> int:
-        """Steps since the first document, including those before a resume."""
+        """Steps since the first document, including those before a resume and those that are left out."""
         return self._now.step
 
     @property
@@ -275,6 +280,24 @@ class Loader:
         streams = self._now.streams.values()
         return sum(saved.cropped_tokens for saved in streams) / max(1, sum(saved.read_tokens for saved in streams))
 
+    def documents(self) -> list[list[dict]]:
+        """Returns the documents of each of this rank's rows of the last step: epoch (from 1), document (its index in
+        the epoch), place (file, row group and row), and start and tokens of its part in the row.
+        """
+        return [
+            [
+                {
+                    "epoch": document.number // self._documents + 1,
+                    "document": document.number % self._documents,
+                    "place": self._corpus.place(document.number),
+                    "start": document.start,
+                    "tokens": document.tokens,
+                }
+                for document in row
+            ]
+            for row in self._now.documents
+        ]
+
     def ledger(self) -> dict[int, str]:
         """Returns stream -> running SHA-256 (hex) of the (epoch, document) pairs used; equal on every layout."""
         return {stream: saved.ledger.hex() for stream, saved in self._now.streams.items()}
@@ -288,6 +311,8 @@ class Loader:
         header = {"step": self._now.step, "epoch": self.epoch, **self._settings, "documents": self._documents}
         if self._restarts:
             header["restarts"] = self._restarts
+        if self.left_out:
+            header["left_out"] = self.left_out
         streams = self._now.streams.items()
         return {
             "header": header,
@@ -313,19 +338,27 @@ class Loader:
     def _pack_ahead(self, step: int) -> None:
         try:
             while not self._stopped.is_set():
-                batch = self._pack(step)
+                batch, documents = self._pack(step)
                 step += 1
+                if step - 1 in self.left_out:
+                    for stream in self._streams.values():
+                        stream.leave_out(step - 1)
+                    continue
                 states = {stream: packer.state() for stream, packer in self._streams.items()}
-                self._packed.put((batch, _Snapshot(step, states)))
+                self._packed.put((batch, _Snapshot(step, states, documents)))
         except BaseException as error:  # raised by __next__
             self._packed.put(error)
 
-    def _pack(self, step: int) -> np.ndarray:
+    def _pack(self, step: int) -> tuple[np.ndarray, list[list[PlacedDocument]]]:
         batch = np.empty((self._rows // self._ranks, self._row_tokens), dtype=np.int64)
         other_ranks_row = np.empty(self._row_tokens, dtype=np.int64)
+        documents = []
         for row in range(self._rows):
             stream = self._streams.get((step * self._rows + row) % self._stream_count)
             if stream is not None:
                 index, owner_rank = divmod(row, self._ranks)
-                stream.pack(batch[index] if owner_rank == self._rank else other_ranks_row)
-        return batch
+                if owner_rank == self._rank:
+                    documents.append(stream.pack(batch[index]))
+                else:
+                    stream.pack(other_ranks_row)
+        return batch, documents

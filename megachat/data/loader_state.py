@@ -128,8 +128,11 @@ def initial_stream_state(restarts: list[dict]) -> StreamState:
 
 
 def step_of_run(header: dict) -> int:
-    """Returns the run's step of a saved loader state; the header counts steps since the documents were restarted."""
-    return header["step"] + sum(restart["step"] for restart in header.get("restarts", [])[-1:])
+    """Returns the run's step of a saved loader state; the header counts steps since the documents were restarted, and
+    those whose rows were left out.
+    """
+    trained = header["step"] - sum(step < header["step"] for step in header.get("left_out", []))
+    return trained + sum(restart["step"] for restart in header.get("restarts", [])[-1:])
 
 
 def save_loader_state(folder: str | Path, state: dict, streams: Iterable[int]) -> None:
@@ -155,6 +158,7 @@ def load_header(folder: str | Path) -> dict:
         optional = {"documents": 1} if "documents" in header else {}
         counts = [(header[key], least) for key, least in (_LEAST | optional).items()]
         counts += [(restart["step"], 0) for restart in header.get("restarts", [])]
+        counts += [(step, 0) for step in header.get("left_out", [])]
         if not all(type(value) is int and value >= least for value, least in counts):
             raise ValueError("a count is no integer or too small")
         return header

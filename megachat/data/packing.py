@@ -16,6 +16,7 @@ import struct
 from bisect import bisect_left, insort
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -52,6 +53,14 @@ class BufferedDocument:
     number: int  # in the endless sequence of epochs
     length: int  # tokens of the whole document, with BOS
     tokens: np.ndarray  # at most the first row_tokens tokens: no row can take more
+
+
+class PlacedDocument(NamedTuple):
+    """A document in a row: its number in the endless sequence of epochs, and where its tokens are in the row."""
+
+    number: int
+    start: int
+    tokens: int
 
 
 @dataclass
@@ -107,9 +116,10 @@ class Stream:
         """Returns a copy of the current state. It takes microseconds: only references are copied."""
         return replace(self._state, buffer=self._state.buffer.copy())
 
-    def pack(self, row: np.ndarray) -> None:
-        """Fills `row` (int64 [row_tokens]) with the stream's next row."""
+    def pack(self, row: np.ndarray) -> list[PlacedDocument]:
+        """Fills `row` (int64 [row_tokens]) with the stream's next row; returns its documents in order."""
         state, keys, start, end = self._state, self._keys, 0, self._row_tokens
+        documents = []
         while start < end:
             while len(keys) < self._minimum:
                 for _ in range(self._refill):
@@ -122,12 +132,18 @@ class Stream:
             document = state.buffer.pop(keys.pop(at) & (1 << _SEQUENCE_BITS) - 1)
             placed = min(document.length, space)
             row[start : start + placed] = document.tokens[:placed]
+            documents.append(PlacedDocument(document.number, start, placed))
             start += placed
             state.read_tokens += document.length
             state.cropped_tokens += document.length - placed
             epoch_and_index = struct.pack("<qq", *divmod(document.number, self._epoch_documents))
             state.ledger = hashlib.sha256(state.ledger + epoch_and_index).digest()
         state.rows += 1
+        return documents
+
+    def leave_out(self, step: int) -> None:
+        """Records in the ledger that the rows of a step were packed, but are not trained on."""
+        self._state.ledger = hashlib.sha256(self._state.ledger + b"left out" + struct.pack("<q", step)).digest()
 
     def _add_to_buffer(self, number: int, tokens: np.ndarray, skipped_texts: int = 0) -> None:
         state, length = self._state, len(tokens)
