@@ -19,6 +19,7 @@ PART = ".part"  # suffix of a file that is not complete yet
 CONFIG_NAME, PLAN_NAME, METRICS_NAME = "config.json", "plan.json", "metrics.jsonl"
 ENVIRONMENT_NAME = "environment.json"
 CHECKPOINTS, EVALUATIONS, SAMPLES, TOKENIZER = "checkpoints", "evaluations", "samples", "tokenizer"
+CAPSULES, SPIKES = "capsules", "spikes"
 TENSORBOARD = "tensorboard"
 LOADER, RANDOM, LOCK_NAME = "loader", "random", "lock"
 _CHUNK_BYTES = 4 << 20

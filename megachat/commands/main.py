@@ -68,6 +68,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "inspect": Command("show what a checkpoint of any format contains"),
         "convert": Command("convert checkpoints with a proof; compare or check them"),
         "verify": Command("does a layout compute what one process computes?"),
+        "replay": Command("which module, rows and documents made a loss or gradient not finite?"),
     },
     "measure": {
         "probe": Command("measure this machine, for `megachat plan --probe`"),

@@ -1,6 +1,6 @@
 """What a checkpoint must hold, from the model's sizes alone; and the model, built from a checkpoint's tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -124,16 +124,34 @@ def build_model(checkpoint: CheckpointReader, options: ModelOptions | None = Non
     With another compute dtype the matrices are stored in it, which gives the same numbers as casting them at each use.
     Raises UserError if the tensors are not those of the architecture, or have elements that are NaN or infinite.
     """
+
+    def refuse_bad_values(name: str, whole: torch.Tensor) -> None:
+        if problem := value_problem(name, whole):
+            raise UserError(f"{checkpoint.folder}: {problem}: {DIVERGED}")
+
+    layers = build_trainable(checkpoint, options or ModelOptions(), refuse_bad_values)
+    for parameter in placed_parameters(layers) if options else ():
+        if parameter.ndim == 2:
+            parameter.data = parameter.data.to(options.compute_dtype)
+    return layers.requires_grad_(False).eval()
+
+
+def build_trainable(
+    checkpoint: CheckpointReader,
+    options: ModelOptions,
+    check: Callable[[str, torch.Tensor], object] = lambda name, whole: None,
+) -> torch.nn.ModuleList:
+    """Returns the whole model on the CPU as training has it: in training mode, with float32 matrices.
+
+    check: called with the name and values of each tensor. Raises UserError as require_architecture.
+    """
     require_architecture(checkpoint)
-    layers = build_layers(checkpoint.dims, options or ModelOptions())
+    layers = build_layers(checkpoint.dims, options)
     by_name: dict[str, list] = {}
     for parameter in placed_parameters(layers):
         by_name.setdefault(f"model/{place_of(parameter).name}", []).append(parameter)
     for name, whole in checkpoint.tensors(by_name):
-        if problem := value_problem(name, whole):
-            raise UserError(f"{checkpoint.folder}: {problem}: {DIVERGED}")
+        check(name, whole)
         for parameter in by_name[name]:
             load_whole(parameter, whole)
-            if options and parameter.ndim == 2:
-                parameter.data = parameter.data.to(options.compute_dtype)
-    return layers.requires_grad_(False).eval()
+    return layers

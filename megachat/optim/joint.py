@@ -34,12 +34,14 @@ class StepOutcome:
     """The result of a step, equal on all ranks.
 
     norm: of the whole gradient, without loss scale, before clipping; inf if it was not finite. skipped: whether the
-    gradient was not finite, so that nothing was changed. requests: those that any rank made.
+    gradient was not finite, so that nothing was changed. requests: those that any rank made. loss_scale: that the
+    gradients had; 1 but in float16.
     """
 
     norm: float
     skipped: bool
     requests: Requests
+    loss_scale: float
 
 
 @torch.no_grad()
@@ -54,13 +56,16 @@ def optimizer_step(
     before_update: Callable[[], object] | None = None,
     after_update: Callable[[], object] | None = None,
     inspect_gradients: Callable[[], object] | None = None,
+    inspect_discarded: Callable[[], object] | None = None,
 ) -> StepOutcome:
     """Updates the weights with the reduced gradients, or skips the step on all ranks; all ranks call it.
 
     requests: of this rank; the all-reduce of the norm carries them. inspect_gradients: called when all gradients are
     reduced, and not yet clipped or discarded. before_update: called before the first weight or state changes, on all
     ranks or, in a skipped step, on none. after_update: called then too, when AdamW's weights are gathered.
+    inspect_discarded: called in a skipped step only, before the gradients are discarded.
     """
+    loss_scale = adamw.loss_scale
     # 1. Gradients: ZeRO has averaged AdamW's shares; Muon's last buckets may still be in flight.
     muon.wait_for_reduce()
     rows.wait_for_reduce()
@@ -80,11 +85,11 @@ def optimizer_step(
 
     # 3. If the norm is finite, update. One factor undoes the loss scale and clips; ZeRO computes the same for AdamW.
     #    Muon only launches the gathers of its weights: each layer waits for them in the next forward pass.
-    norm = scaled_norm / adamw.loss_scale
+    norm = scaled_norm / loss_scale
     if finite:
         if before_update:
             before_update()
-        gradient_scale = 1.0 / adamw.loss_scale
+        gradient_scale = 1.0 / loss_scale
         if adamw.clip_grad > 0:
             gradient_scale = gradient_scale / ((norm + 1e-6) / adamw.clip_grad).clamp_min(1.0)
         rows.step(gradient_scale)
@@ -93,7 +98,10 @@ def optimizer_step(
         if after_update:
             after_update()
     else:  # 4. Otherwise no rank changes a weight or a state; float16's loss scale decreases.
+        if inspect_discarded:
+            inspect_discarded()
         muon.discard_gradients()
         rows.discard_gradients()
         adamw.apply(torch.full_like(scaled_norm, torch.inf))
-    return StepOutcome(norm.item() if finite else math.inf, not finite, Requests(*(ranks > 0 for ranks in requested)))
+    requests = Requests(*(ranks > 0 for ranks in requested))
+    return StepOutcome(norm.item() if finite else math.inf, not finite, requests, loss_scale)

@@ -232,20 +232,20 @@ class RowTables:
     def gradient_shards(self) -> list[RowShard]:
         """Returns copies of gradients() as the rows of whole tables, zero for rows that were not read."""
         shards = []
-        for name, (index, gradients) in self._gradient_rows().items():
+        for name, (index, gradients) in self.gradient_rows().items():
             first, last = self._range(name)
             dense = gradients.new_zeros(last - first, gradients.size(1)).index_copy_(0, index, gradients)
             shards.append(self._shard("gradient", name, dense))
         return shards
 
     def set_gradient_shards(self, shards: list[RowShard]) -> None:  # from gradient_shards()
-        rows = self._gradient_rows()
+        rows = self.gradient_rows()
         for _, name, _, rectangles in shards:
             index, gradients = rows[name]
             for _, _, dense in rectangles:
                 gradients.copy_(dense[index])
 
-    def _gradient_rows(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    def gradient_rows(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Returns (local rows that were read [n] ascending, their gradients [n, width], live) of every table."""
         # the ranks of the tensor axis read the same rows, so all parts of a row are there
         return {
@@ -264,7 +264,7 @@ class RowTables:
     @torch.no_grad()
     def step(self, gradient_scale: float | torch.Tensor) -> None:
         """Updates the rows that were read, with their gradients times `gradient_scale`."""
-        for name, (rows, gradients) in self._gradient_rows().items():
+        for name, (rows, gradients) in self.gradient_rows().items():
             state = self._state[name]
             for index, gradient in zip(rows.split(ROWS_PER_UPDATE), gradients.split(ROWS_PER_UPDATE), strict=True):
                 values = dict(zip(state, self._store.read(list(state.values()), index), strict=True))

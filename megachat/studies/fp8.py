@@ -127,9 +127,9 @@ def gate_result(base: RunRecord, fp8: RunRecord, gate: float, noise: RunRecord |
 def step_losses(run: RunRecord) -> dict[int, float]:
     """Returns step -> the step's mean loss in nats; train/loss is a moving average where train/loss_raw exists."""
     return {
-        line["step"]: float(line.get("train/loss_raw", line["train/loss"]))
+        line["step"]: float(loss)
         for line in run.lines
-        if isinstance(line.get("train/loss"), int | float)
+        if isinstance(loss := line.get("train/loss_raw", line.get("train/loss")), int | float)
     }
 
 

@@ -40,15 +40,15 @@ class Metrics:
         trains: bool = True,
     ):
         self.writes = writes
+        self._path = folder / METRICS_NAME
         self._file: TextIO | None = None
         self._bar: tqdm | None = None
         self._trackers: Trackers | None = None
         self._console_lost = False
         if not writes:
             return
-        path = folder / METRICS_NAME
-        problem = _drop_lines_from(path, first_step) if trains else None
-        self._file = open(path, "a", encoding="utf-8")
+        problem = _drop_lines_from(self._path, first_step) if trains else None
+        self._file = open(self._path, "a", encoding="utf-8")
         if sys.stdout.isatty():
             self._bar = tqdm(total=steps, initial=first_step, unit="step", file=sys.stdout, dynamic_ncols=True)
         if problem:
@@ -71,6 +71,14 @@ class Metrics:
             self._file.flush()
             if self._trackers is not None:
                 self._trackers.log(values)
+
+    def rewind(self, step: int) -> None:
+        """Drops the lines of `step` and later ones from metrics.jsonl, because these steps run again."""
+        if self._file is not None:
+            self._file.close()
+            _drop_lines_from(self._path, step)
+            self._file = open(self._path, "a", encoding="utf-8")
+            self.advance(step)
 
     def log(self, line: str) -> None:
         """Prints a line on the console."""

@@ -3,6 +3,7 @@ counters.
 """
 
 import dataclasses
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +43,8 @@ class LoopState:
     training_flops: of all steps so far, each with the batch that it had. smooth_loss: exponential moving average of
     the losses of smoothed_steps steps (nats), which starts at 0: `shown_loss` corrects that. pending: names of the
     tasks of this step (train/tasks.py) that were due and not done when the checkpoint was made; a resumed job runs them
-    first.
+    first. rewinds: how often the run went back to a checkpoint (reliability.on_nonfinite). recent: the last losses and
+    gradient norms, if spikes are reported.
     """
 
     step: int = 0
@@ -54,6 +56,8 @@ class LoopState:
     smooth_loss: float = 0.0
     smoothed_steps: int = 0
     pending: list[str] = field(default_factory=list)
+    rewinds: int = 0
+    recent: dict[str, list[float]] = field(default_factory=dict)
 
     @classmethod
     def from_saved(cls, saved: dict) -> "LoopState":
@@ -63,6 +67,11 @@ class LoopState:
         values.setdefault("pending", [task for task, flag in flags.items() if flag])
         return cls(**values)
 
+    def saved(self) -> dict[str, Any]:
+        """Returns the counters for a checkpoint."""
+        values = dataclasses.asdict(self)
+        return {key: value for key, value in values.items() if value or key not in ("rewinds", "recent")}
+
     def add_loss(self, loss: float) -> None:
         """Adds the loss of a step to the moving average."""
         self.smooth_loss = LOSS_DECAY * self.smooth_loss + (1 - LOSS_DECAY) * loss
@@ -71,7 +80,7 @@ class LoopState:
     @property
     def shown_loss(self) -> float:
         """The moving average without the bias of its start, after one step or more, as nanochat's base_train shows."""
-        return self.smooth_loss / (1 - LOSS_DECAY**self.smoothed_steps)
+        return self.smooth_loss / (1 - LOSS_DECAY**self.smoothed_steps) if self.smoothed_steps else math.nan
 
 
 def state_pieces(run: TrainingModel, *, replicas: bool = True) -> dict:
@@ -96,21 +105,33 @@ def state_pieces(run: TrainingModel, *, replicas: bool = True) -> dict:
     return pieces
 
 
-def save_state(run: Run, state: LoopState, saver: Saver) -> None:
-    """Starts saving checkpoint step_NNNNNN of the run as it is now; all ranks call it. Raises UserError when an earlier
-    save failed.
-    """
-    since = time.perf_counter()
-    step, folder, adamw = state.step, run.folder / CHECKPOINTS, run.engine.adamw
-    facts = {
+def checkpoint_facts(run: Run, state: LoopState) -> dict:
+    """Returns what checkpoint.json has beside the documents and files."""
+    adamw = run.engine.adamw
+    return {
         "model": dataclasses.asdict(run.plan.dims),
         "tokenizer": {"fingerprint": run.tokenizer.fingerprint, "vocab_size": run.tokenizer.vocab_size},
-        "loop": dataclasses.asdict(state),
+        "loop": state.saved(),
         "adamw_steps": int(adamw.step_counters()[0].item()),
         "loss_scaler": adamw.loss_scaler_state(),
         "config": run.config.model_dump(mode="json", exclude_defaults=True),
         "layout": dataclasses.asdict(run.plan.layout),
     }
+
+
+def save_random_state(folder: Path, run: Run, state: dict[str, Any] | None = None) -> None:
+    """Writes the random numbers' state of this rank, by default the current one, into the folder of a checkpoint."""
+    random_file = _random_file(folder, run.mesh.world.rank)
+    random_file.parent.mkdir(exist_ok=True)
+    np.savez(random_file, **(state or _random_state(run.mesh.device)))
+
+
+def save_state(run: Run, state: LoopState, saver: Saver) -> None:
+    """Starts saving checkpoint step_NNNNNN of the run as it is now; all ranks call it. Raises UserError when an earlier
+    save failed.
+    """
+    since = time.perf_counter()
+    step, folder, facts = state.step, run.folder / CHECKPOINTS, checkpoint_facts(run, state)
     loader_state, random_state = run.loader.state(), _random_state(run.mesh.device)
     by_stream = run.loader.ledger(), run.loader.skipped_texts()
     data, streams, keep = run.mesh.data, run.config.data.streams, run.config.checkpoint
@@ -121,9 +142,7 @@ def save_state(run: Run, state: LoopState, saver: Saver) -> None:
             candidates = streams_of_rank(data.rank, data.size, streams, rows)
             mine = [stream for stream in candidates if saving_rank(stream, data.size, streams, rows) == data.rank]
             save_loader_state(temporary / LOADER, loader_state, mine)
-        random_file = _random_file(temporary, run.mesh.world.rank)
-        random_file.parent.mkdir(exist_ok=True)
-        np.savez(random_file, **random_state)
+        save_random_state(temporary, run, random_state)
 
     def write(pieces: RectanglesByName, axis: Axis) -> Path:
         ranks = all_gather_objects(by_stream, axis)
@@ -164,6 +183,11 @@ def load_state(run: Run, checkpoint: Path) -> LoopState:
 def check_checkpoint(checkpoint: Path, plan: Plan, tokenizer: Tokenizer, config: Config) -> dict:
     """Returns the checkpoint's facts. Raises UserError when it belongs to another model or tokenizer."""
     facts = read_facts(checkpoint)
+    if "capsule" in facts:
+        raise UserError(
+            f"{checkpoint} is a capsule, which has no optimizer state: run it with `megachat replay`, or resume from a "
+            "checkpoint of the run"
+        )
     if facts["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
         saved = facts["tokenizer"]
         raise UserError(

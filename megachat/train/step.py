@@ -1,7 +1,5 @@
 """One training step: schedules, rows, forward and backward, and the optimizer step (optim/joint.py)."""
 
-import math
-import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,14 +8,13 @@ from functools import partial
 import torch
 
 from megachat.device import synchronize
-from megachat.errors import UserError
 from megachat.optim.groups import GROUPS
 from megachat.optim.joint import NO_REQUESTS, Requests, StepOutcome, optimizer_step
 from megachat.optim.qk_clip import clip_scales
-from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.progress import profile_range
 from megachat.schedule import scheduled_values
 from megachat.train.build import Run, TrainingModel
+from megachat.train.sightings import GradientSighting, gradient_sighting
 
 _RATE_OF_GROUP = {group.name: group.rate for group in GROUPS}
 
@@ -26,9 +23,11 @@ _RATE_OF_GROUP = {group.name: group.rate for group in GROUPS}
 class StepResult:
     """The result of one training step.
 
-    loss: mean over tokens and ranks, nats. norm: of the whole gradient before clipping, inf if it was not finite.
-    seconds: wall time. work_s: seconds that this rank worked for its rows and in forward and backward passes, without
-    waits for other ranks (parallel/work_time.py). requests: those that any rank made.
+    loss: mean over tokens and ranks, nats. norm: of the whole gradient before clipping, inf if it was not finite; then
+    no weight was changed (skipped), and gradients is what this rank saw. loss_scale: of the step's gradients. rows: of
+    this rank, int64 [rows, tokens + 1], until the next step reads its rows. seconds: wall time. work_s: seconds that
+    this rank worked for its rows and in forward and backward passes, without waits for other ranks
+    (parallel/work_time.py). requests: those that any rank made.
     """
 
     loss: float
@@ -38,6 +37,9 @@ class StepResult:
     seconds: float
     work_s: float
     requests: Requests
+    loss_scale: float
+    rows: torch.Tensor
+    gradients: GradientSighting | None
 
 
 def set_schedules(run: TrainingModel, step: int) -> float:
@@ -69,6 +71,7 @@ def update(
     requests: Requests = NO_REQUESTS,
     before_update: Callable[[], object] | None = None,
     inspect_gradients: Callable[[], object] | None = None,
+    inspect_discarded: Callable[[], object] | None = None,
 ) -> tuple[torch.Tensor, StepOutcome]:
     """Trains on this rank's rows of a step, int64 [rows, tokens + 1]; all ranks call it.
 
@@ -90,6 +93,7 @@ def update(
             before_update=before_update,
             after_update=clip if limit else None,
             inspect_gradients=inspect_gradients,
+            inspect_discarded=inspect_discarded,
         )
 
     return run.engine.train_step(micro_batches(rows, run.plan.micro_rows), step_optimizers)
@@ -98,7 +102,7 @@ def update(
 def train_step(
     run: Run, step: int, *, requests: Requests = NO_REQUESTS, before_update: Callable[[], object] | None = None
 ) -> StepResult:
-    """Runs step `step`. Raises UserError on all ranks if the loss is not finite; in that case no weight has changed."""
+    """Runs step `step`; all ranks call it."""
     progress = run.mesh.world.progress
     progress.work.start()
     progress.note(f"rows of step {step}")
@@ -107,25 +111,28 @@ def train_step(
         rows = next(run.loader)
     begin = time.perf_counter()
     multiplier = set_schedules(run, step)
-    loss_tensor, outcome = update(run, rows, requests=requests, before_update=before_update)
+    seen: list[GradientSighting] = []
+    loss_tensor, outcome = update(
+        run,
+        rows,
+        requests=requests,
+        before_update=before_update,
+        inspect_discarded=lambda: seen.append(gradient_sighting(run)),
+    )
     progress.note(f"loss of step {step}", waits=True)  # a GPU may still be working or waiting for other ranks
     loss = loss_tensor.item()
-    if not math.isfinite(loss):
-        _stop_for_loss(run, step, loss)
     synchronize(run.mesh.device)
     progress.note(f"after step {step}")
     seconds = time.perf_counter() - begin
     return StepResult(
-        loss, outcome.norm, outcome.skipped, multiplier, seconds, progress.work.finish(), outcome.requests
-    )
-
-
-def _stop_for_loss(run: Run, step: int, loss: float) -> None:
-    local_loss = run.engine.local_loss
-    finite = local_loss is None or math.isfinite(local_loss.item())
-    rank = None if finite else f"rank {run.mesh.world.rank} ({socket.gethostname()})"
-    ranks = [name for name in all_gather_objects(rank, run.mesh.world) if name]
-    raise UserError(
-        f"step {step}: the loss is {loss} on {', '.join(ranks) or 'no single rank'}; this step changed no weight and "
-        "the checkpoints are untouched: continue with --resume auto and lower rates, or look at the rows of this step"
+        loss,
+        outcome.norm,
+        outcome.skipped,
+        multiplier,
+        seconds,
+        progress.work.finish(),
+        outcome.requests,
+        outcome.loss_scale,
+        rows,
+        seen[0] if seen else None,
     )

@@ -94,7 +94,12 @@ def summary_rows(trainer: Trainer, startup_s: float, total_s: float) -> list[tup
     if saving := trainer.save_cost.row:
         rows.append(("saving", saving))
     if state.skipped_steps:
-        rows.append(("skipped", f"{state.skipped_steps} step(s), whose gradient was not finite"))
+        rows.append(("skipped", f"{state.skipped_steps} step(s), whose loss or gradient was not finite"))
+    if state.rewinds:
+        left_out = len(run.loader.left_out)
+        rows.append(
+            ("rewound", f"{state.rewinds} time(s) to a checkpoint; the rows of {left_out} step(s) are left out")
+        )
     rows.append(("run folder", str(run.folder)))
     return rows
 

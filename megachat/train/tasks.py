@@ -93,14 +93,15 @@ class Log(Task):
         run, state, result = trainer.run, trainer.state, trainer.last_result
         step, tokens = state.step - 1, run.plan.tokens_per_step
         values = totals(run, state, step) | {
-            "train/loss": state.shown_loss,
-            "train/loss_raw": result.loss,
+            "train/loss": state.shown_loss if math.isfinite(state.shown_loss) else None,
+            "train/loss_raw": result.loss if math.isfinite(result.loss) else None,
             "train/grad_norm": result.norm if math.isfinite(result.norm) else None,
             "train/lrm": result.rate_multiplier,
             "train/dt": result.seconds,
             "train/tok_per_sec": int(tokens / result.seconds),
             "train/epoch": run.loader.epoch,
             "train/skipped": result.skipped,
+            "train/skipped_steps": state.skipped_steps,
             "train/muon_matrices": run.muon.matrices_updated,
             "train/peak_memory_bytes": peak_memory_bytes(run.mesh.device),
             "data/cropped_share": run.loader.cropped_share,
@@ -110,9 +111,11 @@ class Log(Task):
                 100 * run.plan.flops_per_token * tokens / result.seconds / (peak * run.mesh.world.size)
             )
         eta_s = trainer.pace.left_s(state.step, run.plan.stop_step)
-        trainer.metrics.log(console_line(values | {"train/grad_norm": result.norm}, run.plan.steps, eta_s))
+        shown = {"train/loss": state.shown_loss, "train/grad_norm": result.norm}
+        trainer.metrics.log(console_line(values | shown, run.plan.steps, eta_s))
         if result.skipped:
-            line = f"step {step:05d} | SKIPPED: the gradient was not finite; no weight has changed"
+            what = "gradient" if math.isfinite(result.loss) else "loss"
+            line = f"step {step:05d} | SKIPPED: the {what} was not finite; no weight has changed"
             trainer.metrics.log(styled(line, "yellow"))
         if run.loader.epoch != self._epoch:
             self._epoch = run.loader.epoch

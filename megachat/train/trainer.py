@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,17 +14,22 @@ from megachat.errors import UserError
 from megachat.optim.joint import Requests
 from megachat.parallel.collectives import all_gather_objects
 from megachat.planning.step_time import UNTIMED_STEPS
+from megachat.text import shortened
 from megachat.train.build import Run
+from megachat.train.capsule import write_capsule, write_spike
 from megachat.train.compiled import NewGraphs
 from megachat.train.metrics import Metrics, Pace
+from megachat.train.nonfinite import WINDOW as SPIKE_WINDOW
+from megachat.train.nonfinite import Fault, advice, chosen_action, fault_sentence, find_fault, spike
+from megachat.train.rewind import rewind
 from megachat.train.save_cost import SaveCost
+from megachat.train.sightings import rank_sightings
 from megachat.train.state import LoopState, state_pieces
 from megachat.train.step import StepResult, train_step
 from megachat.train.stragglers import WINDOW
 from megachat.train.tasks import Checkpoint, Core, Log, RankTimes, Samples, Task, Validation
 
 SETTLED_STEPS = 2  # by then everything in a step is compiled: a new graph is worth a log line
-MAX_SKIPS_IN_A_ROW = 20
 
 
 class Trainer:
@@ -64,17 +70,22 @@ class Trainer:
     def fit(self) -> bool:
         """Trains until the stop step, or until a rank is requested to stop. Returns whether it stopped on request.
 
-        In both cases the state is saved. Raises UserError on all ranks when a save fails or the loss is not finite.
-        Whatever this raises, a save that had begun is complete.
+        In both cases the state is saved. Raises UserError on all ranks when a save fails, or for a loss or gradient
+        that is not finite, as reliability.on_nonfinite says. Whatever this raises, a save that had begun is complete.
         """
+        run = self.run
         try:
             return self._fit()
         except Exception:
             self._finish_save_after_error()
             raise
+        finally:
+            if self.run is not run:  # rewound: the caller closes the loader that it made
+                self.run.loader.close()
 
     def _fit(self) -> bool:
-        run, state, tasks = self.run, self.state, self._first_tasks()
+        run, tasks = self.run, self._first_tasks()
+        state = self.state
         if state.step >= run.plan.stop_step and not tasks:
             self.metrics.log(
                 f"nothing to do: step {state.step} is not before the last step {run.plan.stop_step}; "
@@ -83,12 +94,15 @@ class Trainer:
         self.saver.reserve(state_pieces(run, replicas=False))
         with announced("evaluation before the first step", shown=bool(tasks) and run.is_writer, write=self.metrics.log):
             stopped = self._run_tasks(tasks, stop=False)
-        while state.step < run.plan.stop_step and not stopped:
+        while self.state.step < run.plan.stop_step and not stopped:
+            state = self.state
             self.last_result = self._step()
             requests = self.last_result.requests
             if requests.save_failed:
                 self.saver.wait()  # raises on every rank: a save fails on all ranks or on none
-            stopped = self._run_tasks([task for task in self.tasks if task.due(self)], requests.stop)
+            rewound = self.state is not state
+            tasks = self._pending_tasks() if rewound else [task for task in self.tasks if task.due(self)]
+            stopped = self._run_tasks(tasks, requests.stop)
         with run.mesh.world.progress.long_running("saving the checkpoint"):
             self.saver.wait(blocks=True)
         self._log_saves()
@@ -109,8 +123,13 @@ class Trainer:
         with self._first_step() if first else contextlib.nullcontext():
             requests = Requests(stop=self.stop_requested(), save_failed=self.saver.failed)
             result = train_step(self.run, state.step, requests=requests, before_update=self.saver.wait_copied)
-        self._skips_in_a_row = self._skips_in_a_row + 1 if result.skipped else 0
-        if self._skips_in_a_row > MAX_SKIPS_IN_A_ROW:
+        reliability = self.run.config.reliability
+        fault = find_fault(result.loss, result.norm, result.loss_scale)
+        counts = result.skipped if reliability.on_nonfinite == "auto" else fault is not None
+        self._skips_in_a_row = self._skips_in_a_row + 1 if counts else 0
+        if fault and self._rewound(result, fault):
+            return result
+        if self._skips_in_a_row > reliability.nonfinite_limit:
             raise UserError(
                 f"step {state.step}: the gradient was not finite for {self._skips_in_a_row} steps in a row, none of "
                 "which changed a weight: lower the rates or use bfloat16"
@@ -125,7 +144,10 @@ class Trainer:
         self.steps_s += result.seconds
         self.work_s.append(result.work_s)
         state.skipped_steps += result.skipped
-        state.add_loss(result.loss)
+        if math.isfinite(result.loss):
+            state.add_loss(result.loss)
+        if reliability.spike_sigma:
+            self._report_spike(result, reliability.spike_sigma)
         state.step += 1
         self.pace.finish(state.step)
         state.training_flops += self.run.plan.flops_per_step
@@ -140,6 +162,69 @@ class Trainer:
             gc.collect()  # objects that exist now live until the end; do not scan them at every collection
             gc.freeze()
         return result
+
+    def _rewound(self, result: StepResult, fault: Fault) -> bool:
+        """Acts on a step whose loss or gradient is not finite; returns whether the run went back to a checkpoint.
+
+        Raises UserError if the run has to stop.
+        """
+        run, state, reliability = self.run, self.state, self.run.config.reliability
+        sightings = rank_sightings(run, result.gradients)
+        sentence = fault_sentence(state.step, result.loss, fault, sightings, skipped=result.skipped)
+        capsule = None
+        if self._skips_in_a_row <= 1:  # the steps after it have the same weights
+            with self._long_running("writing a capsule"):
+                capsule, problem = write_capsule(run, state, result, sightings, sentence)
+            if problem:
+                self.metrics.log(problem)
+        action = chosen_action(reliability.on_nonfinite, fault, skipped=result.skipped)
+        if action == "stop":
+            raise UserError(f"{sentence}: {advice(capsule)}")
+        if capsule:
+            self.metrics.log(f"{sentence}: `megachat replay {capsule}` names the cause")
+        if action == "skip":
+            return False
+        if state.rewinds >= reliability.nonfinite_limit:
+            raise UserError(f"{sentence}; the run went back {state.rewinds} times already: {advice(capsule)}")
+        with self._long_running("going back to the last checkpoint"):
+            self.saver.wait(blocks=True)
+            self._log_saves()
+            left_out = run.loader.step - 1
+            self.run, self.state, checkpoint = rewind(run, state)
+            run.loader.close()
+        self.source, self._skips_in_a_row, self.pace = None, 0, Pace(self.state.step)
+        self.metrics.rewind(self.state.step)
+        self.metrics.log(
+            f"step {state.step:05d} | REWOUND to {checkpoint}: the rows of this step are left out "
+            f"(rewind {self.state.rewinds} of at most {reliability.nonfinite_limit})"
+        )
+        self.metrics.record(
+            {"step": self.state.step, "rewind/from_step": state.step, "rewind/left_out": left_out}
+            | {"rewind/count": self.state.rewinds}
+        )
+        return True
+
+    def _report_spike(self, result: StepResult, sigma: float) -> None:
+        """Logs the documents of a step whose loss or gradient norm is a spike."""
+        state, above = self.state, dict[str, float]()
+        for name, value in (("loss", result.loss), ("norm", result.norm)):
+            recent = state.recent.setdefault(name, [])
+            if math.isfinite(value):
+                if deviations := spike(value, recent, sigma):
+                    above[name] = deviations
+                state.recent[name] = [*recent, value][-SPIKE_WINDOW:]
+        if not above:
+            return
+        values = {f"spike/{name}_sigma": deviations for name, deviations in above.items()}
+        path, places = write_spike(
+            self.run, state.step, result.rows, {"loss": result.loss, "norm": result.norm} | values
+        )
+        listed = " and ".join(f"{name} {deviations:.1f} deviations above" for name, deviations in above.items())
+        self.metrics.log(
+            f"step {state.step:05d} | SPIKE: {listed} the median of the last {SPIKE_WINDOW} steps; documents: "
+            f"{shortened(places)}{f'; rows in {path}' if path else ''}"
+        )
+        self.metrics.record({"step": state.step} | values | {"spike/documents": places})
 
     def _run_tasks(self, due: list[Task], stop: bool) -> bool:
         """Runs the due tasks in order; returns whether a stop was requested.

@@ -1,0 +1,66 @@
+"""What a run does about a loss or gradient that is not finite, and which steps are spikes. Pure functions."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from megachat.parallel.engine import LOSS_SCALE_MINIMUM
+from megachat.train.sightings import RankSighting
+
+Fault = Literal["loss", "gradient"]
+WINDOW = 64  # steps that a spike is compared with
+LEAST = 20  # of them
+_NORMAL = 1.4826  # deviation of a normal distribution in units of its median absolute deviation
+
+
+def find_fault(loss: float, norm: float, loss_scale: float) -> Fault | None:
+    """Returns what is not finite. An overflow of float16's gradients is no fault while the loss scale can fall."""
+    if not math.isfinite(loss):
+        return "loss"
+    return "gradient" if not math.isfinite(norm) and loss_scale <= LOSS_SCALE_MINIMUM else None
+
+
+def chosen_action(policy: str, fault: Fault, *, skipped: bool) -> str:
+    """Returns "stop", "skip" or "rewind". policy: reliability.on_nonfinite. skipped: no weight has changed."""
+    if policy == "auto":
+        policy = "stop" if fault == "loss" else "skip"
+    return "stop" if policy == "skip" and not skipped else policy
+
+
+def fault_sentence(step: int, loss: float, fault: Fault, sightings: Sequence[RankSighting], *, skipped: bool) -> str:
+    """Returns what is not finite, on which ranks, and that no weight has changed."""
+    if fault == "loss":
+        ranks = [rank for rank in sightings if rank.loss is not None and not math.isfinite(rank.loss)]
+        what = f"the loss is {loss} on {_names(ranks)}"
+    else:
+        ranks = [rank for rank in sightings if rank.gradients and rank.gradients.parameter]
+        names = {rank.gradients.parameter for rank in ranks if rank.gradients}
+        of = f" of {', '.join(sorted(filter(None, names))[:3])}" if names else ""
+        what = f"the gradient{of} is not finite on {_names(ranks)}"
+    changed = "this step changed no weight and the checkpoints are" if skipped else "the checkpoints are"
+    return f"step {step}: {what}; {changed} untouched"
+
+
+def _names(ranks: Sequence[RankSighting]) -> str:
+    return ", ".join(f"rank {rank.rank} ({rank.host})" for rank in ranks) or "no single rank"
+
+
+def advice(capsule: Path | None) -> str:
+    """Returns how to continue after a fault has ended the run."""
+    look = f"run `megachat replay {capsule}`, which names the cause" if capsule else "look at the rows of this step"
+    return f"continue with --resume auto and lower rates, or {look}"
+
+
+def spike(value: float, recent: Sequence[float], sigma: float) -> float | None:
+    """Returns by how many deviations the value is above the median of the recent ones, if by more than sigma.
+
+    The deviation is 1.4826 times the median absolute deviation, which earlier spikes hardly change.
+    """
+    if len(recent) < LEAST:
+        return None
+    median = statistics.median(recent)
+    deviation = _NORMAL * statistics.median(abs(other - median) for other in recent)
+    above = (value - median) / deviation if deviation else 0.0
+    return above if above > sigma else None
