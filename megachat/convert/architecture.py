@@ -130,9 +130,10 @@ def build_model(checkpoint: CheckpointReader, options: ModelOptions | None = Non
             raise UserError(f"{checkpoint.folder}: {problem}: {DIVERGED}")
 
     layers = build_trainable(checkpoint, options or ModelOptions(), refuse_bad_values)
-    for parameter in placed_parameters(layers) if options else ():
-        if parameter.ndim == 2:
-            parameter.data = parameter.data.to(options.compute_dtype)
+    if options:
+        for parameter in placed_parameters(layers):
+            if parameter.ndim == 2:
+                parameter.data = parameter.data.to(options.compute_dtype)
     return layers.requires_grad_(False).eval()
 
 

@@ -183,20 +183,19 @@ class Loader:
         shards = split_shards(open_shards(folder, min_shards=1 if split == "validation" else 2), split)
         corpus = Corpus(shards, seed)
         self._rows, self._ranks, self._rank = rows, ranks, rank
-        self._row_tokens, self._stream_count = row_tokens, streams
-        self._documents, self._dtype = corpus.documents, tokenizer.dtype
+        self._row_tokens, self._stream_count, self._dtype = row_tokens, streams, tokenizer.dtype
         order = {"split": split, "row_tokens": row_tokens, "rows": rows, "streams": streams}
         order |= {"buffer_documents": buffer_documents, "seed": seed}
         self._settings = loader_state.loader_settings(shards, tokenizer, order)
         self._restarts = state["header"].get("restarts", []) if state else []
         self.left_out: list[int] = state["header"].get("left_out", []) if state else []
-        self._corpus = corpus
         self._now = self._first_snapshot(state, streams_of_rank(rank, ranks, streams, rows))
         cursors = {stream: saved.next_document for stream, saved in self._now.streams.items()}
         logged, counted = BadTexts(on_bad_text, log=log), BadTexts(on_bad_text)
         bad_texts = {
             stream: logged if saving_rank(stream, ranks, streams, rows) == rank else counted for stream in cursors
         }
+        self._corpus = corpus
         self._reader = DocumentReader(corpus, tokenizer, cursors, streams, tokenizer_threads, bad_texts)
         self._streams = {
             stream: Stream(
@@ -230,7 +229,7 @@ class Loader:
 
     def _stream_documents(self, stream: int) -> int:
         """Returns the number of documents of a stream in an epoch."""
-        return len(range(stream, self._documents, self._stream_count))
+        return len(range(stream, self._corpus.documents, self._stream_count))
 
     def __iter__(self) -> "Loader":
         return self
@@ -287,8 +286,8 @@ class Loader:
         return [
             [
                 {
-                    "epoch": document.number // self._documents + 1,
-                    "document": document.number % self._documents,
+                    "epoch": document.number // self._corpus.documents + 1,
+                    "document": document.number % self._corpus.documents,
                     "place": self._corpus.place(document.number),
                     "start": document.start,
                     "tokens": document.tokens,
@@ -308,7 +307,7 @@ class Loader:
 
     def state(self) -> dict:
         """Returns the state after the last returned batch: {"header": JSON-able, "streams": {stream: arrays}}."""
-        header = {"step": self._now.step, "epoch": self.epoch, **self._settings, "documents": self._documents}
+        header = {"step": self._now.step, "epoch": self.epoch, **self._settings, "documents": self._corpus.documents}
         if self._restarts:
             header["restarts"] = self._restarts
         if self.left_out:

@@ -84,23 +84,29 @@ class Trace:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Watches the passes that run inside."""
-        handles = [
-            module.register_forward_hook(self._hook(name), with_kwargs=True) for name, module in self._modules.items()
-        ]
+        handles: list = []
+        for name, module in self._modules.items():
+            handles.append(module.register_forward_pre_hook(self._entered(name), with_kwargs=True))
+            handles.append(module.register_forward_hook(self._finished(name), with_kwargs=True))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, name: str):
+    def _entered(self, name: str):
+        def entered(module: nn.Module, args, kwargs) -> None:
+            if not (self._forward or self._passed or _finite(inputs := _floats((args, kwargs)))):
+                self._passed = name, inputs
+
+        return entered
+
+    def _finished(self, name: str):
         def finished(module: nn.Module, args, kwargs, output) -> None:
             if self._forward:
                 return
             inputs, outputs = _floats((args, kwargs)), _floats(output)
-            if not _finite(inputs):
-                self._passed = self._passed or (name, inputs)
-            elif not _finite(outputs):
+            if _finite(inputs) and not _finite(outputs):
                 self._forward = self._forward_culprit(name, module, inputs, outputs)
             self._watch_gradients(_Visit(module, name), inputs, outputs)
 

@@ -52,7 +52,7 @@ class _Model(NamedTuple):
 def _named_modules(layers: nn.ModuleList) -> dict[str, nn.Module]:
     """Returns every module by a name such as blocks.3.mlp.c_fc, but for those that several layers share."""
     uses = Counter(module for layer in layers for module in layer.modules())
-    named = {}
+    named: dict[str, nn.Module] = {}
     for number, layer in enumerate(layers):
         head = "head" if number == len(layers) - 1 else f"blocks.{number - 1}" if number else "embed"
         named |= {

@@ -195,6 +195,7 @@ NOT_THERE = [
     (["compare", "{empty}", "{file}"], "{empty}"),
     (["record", "{empty}"], "{empty}"),
     (["speedrun", "--data", "{none}"], "{none}"),
+    (["replay", "{none}"], "{none} is no capsule"),
     (["unigram", "--data", "{none}", "--tokenizer", "{none}"], "{none}"),
     (["generate", "--checkpoint", "{file}", "--prompt", "x"], "{file}"),
     (["inspect", "{file}"], "{file}"),
