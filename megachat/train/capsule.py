@@ -105,7 +105,8 @@ def write_capsule(
 def write_spike(run: Run, step: int, rows: torch.Tensor, facts: dict) -> tuple[Path | None, list[str]]:
     """Writes spikes/step_N with the rows of a step; all ranks call it.
 
-    Returns its path, None if there is none because of the limit or a failure, and the places of the documents.
+    Returns its path, None if there is none because of the limit or a failure, and the places of the documents. Raises
+    UserError if a rank cannot name its documents.
     """
     whole, documents = gather_rows(run, rows)
     places = list(dict.fromkeys(each["place"] for row in documents for each in row))

@@ -125,9 +125,10 @@ def _drop_lines_from(path: Path, step: int) -> str | None:
     for number, line in enumerate([*lines, cut_short], 1):
         try:
             values = json.loads(line)
-            # a training line has the number of its step, an evaluation the number of steps before it
+            # a training line or spike has the number of its step, an evaluation the number of steps before it
             # (a new run repeats that of step 0)
-            keep = values["step"] < step or (values["step"] == step > 0 and "train/loss" not in values)
+            of_step = "train/loss" in values or "spike/documents" in values
+            keep = values["step"] < step or (values["step"] == step > 0 and not of_step)
         except (ValueError, TypeError, LookupError, RecursionError):
             if line.strip() and number <= len(lines):
                 damaged.append(number)

@@ -60,7 +60,8 @@ class Trainer:
         self.tasks: tuple[Task, ...] = (Log(), RankTimes(), self.checkpoint, Validation(), Samples(), Core())
         self.saver = Saver(run.mesh.saving, background=run.config.checkpoint.background)
         self.saved_step: int | None = None  # step of the last checkpoint that this job began to write
-        self.first_step, self._skips_in_a_row, self.steps_s = state.step, 0, 0.0
+        self.first_step, self.steps_s = state.step, 0.0
+        self._skips_in_a_row = self._faults_in_a_row = 0
         self.work_s = deque[float](maxlen=WINDOW)
         self.pace = Pace(state.step)
         self.after_first_step: Callable[[], object] = lambda: None
@@ -127,6 +128,7 @@ class Trainer:
         fault = find_fault(result.loss, result.norm, result.loss_scale)
         counts = result.skipped if reliability.on_nonfinite == "auto" else fault is not None
         self._skips_in_a_row = self._skips_in_a_row + 1 if counts else 0
+        self._faults_in_a_row = self._faults_in_a_row + 1 if fault else 0
         if fault and self._rewound(result, fault):
             return result
         if self._skips_in_a_row > reliability.nonfinite_limit:
@@ -172,7 +174,7 @@ class Trainer:
         sightings = rank_sightings(run, result.gradients)
         sentence = fault_sentence(state.step, result.loss, fault, sightings, skipped=result.skipped)
         capsule = None
-        if self._skips_in_a_row <= 1:  # the steps after it have the same weights
+        if self._faults_in_a_row == 1:  # the steps after it have the same weights
             with self._long_running("writing a capsule"):
                 capsule, problem = write_capsule(run, state, result, sightings, sentence)
             if problem:
@@ -191,8 +193,8 @@ class Trainer:
             self._log_saves()
             left_out = run.loader.step - 1
             self.run, self.state, checkpoint = rewind(run, state)
-            run.loader.close()
-        self.source, self._skips_in_a_row, self.pace = None, 0, Pace(self.state.step)
+        self.source, self.pace = None, Pace(self.state.step)
+        self._skips_in_a_row = self._faults_in_a_row = 0
         self.metrics.rewind(self.state.step)
         self.metrics.log(
             f"step {state.step:05d} | REWOUND to {checkpoint}: the rows of this step are left out "

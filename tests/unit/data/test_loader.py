@@ -10,7 +10,7 @@ import torch
 
 from megachat.data import loader as loader_module
 from megachat.data.loader import Loader
-from megachat.data.loader_state import load_loader_state, save_loader_state
+from megachat.data.loader_state import load_loader_state, save_loader_state, step_of_run
 from megachat.data.packing import REFILL_DOCUMENTS, saving_rank, streams_of_rank
 from megachat.data.shards import open_shards, split_shards
 from megachat.data.tokenizer import Tokenizer
@@ -403,3 +403,32 @@ def test_a_stream_of_texts_that_are_not_utf8_ends(tmp_path):
     with build(tmp_path, streams=2, on_bad_text="skip") as loader:
         with pytest.raises(UserError, match="all documents of packing stream 1 .* are empty"):
             next(loader)
+
+
+def test_steps_that_are_left_out_are_packed_recorded_and_resumed_on_any_number_of_ranks(folder, tmp_path):
+    whole, ledgers, _ = global_rows(folder, 1, 7)
+    left = [{"header": {"step": 0, "left_out": [2, 3]}, "streams": None}] * 2
+    rows, changed, states = global_rows(folder, 2, 5, left)
+    assert torch.equal(rows, whole[[0, 1, 4, 5, 6]]) and all(changed[stream] != ledgers[stream] for stream in ledgers)
+    assert states[0]["header"]["step"] == 7 and step_of_run(states[0]["header"]) == 5
+    _, _, before = global_rows(folder, 2, 2, left)
+    for rank, state in enumerate(before):
+        save_loader_state(tmp_path, state, streams_of_rank(rank, 2, 3, ROWS))
+    resumed = load_loader_state(tmp_path, range(3))
+    assert step_of_run(resumed["header"]) == 2
+    again, ledgers_again, _ = global_rows(folder, 3, 3, [resumed] * 3)
+    assert torch.equal(again, rows[2:]) and ledgers_again == changed
+
+
+def test_the_documents_of_each_row(folder):
+    texts = [text for path in sorted(folder.glob("*.parquet"))[:-1] for text in pq.read_table(path)["text"].to_pylist()]
+    tokenizer = byte_tokenizer()
+    with build(folder, ranks=2, rank=1) as loader:
+        for _ in range(3):
+            rows, documents = next(loader), loader.documents()
+            assert len(documents) == len(rows) == ROWS // 2
+            for row, parts in zip(rows, documents, strict=True):
+                tokens = [tokenizer.encode(texts[part["document"]], bos=True)[: part["tokens"]] for part in parts]
+                assert np.array_equal(np.concatenate(tokens), row.numpy())
+                assert [part["start"] for part in parts] == [0, *np.cumsum([len(each) for each in tokens])[:-1]]
+                assert all(part["epoch"] == 1 and ".parquet" in part["place"] for part in parts)

@@ -1,0 +1,36 @@
+"""What counts as a fault, what is done about it, and which values are spikes."""
+
+import math
+
+import pytest
+
+from megachat.train.nonfinite import chosen_action, find_fault, spike
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "loss_scale", "fault"),
+    [
+        (2.0, 1.0, 1.0, None),
+        (2.0, math.inf, 1.0, "gradient"),
+        (2.0, math.inf, 2.0, None),  # float16's scale can still fall
+        (math.nan, math.inf, 2.0**16, "loss"),  # the scale is no part of the forward pass
+    ],
+)
+def test_an_overflow_is_a_fault_at_the_least_loss_scale(loss, norm, loss_scale, fault):
+    assert find_fault(loss, norm, loss_scale) == fault
+
+
+def test_the_policy_decides_and_an_update_that_was_made_cannot_be_skipped():
+    actions = {fault: chosen_action("auto", fault, skipped=True) for fault in ("loss", "gradient")}
+    assert actions == {"loss": "stop", "gradient": "skip"}
+    for policy in ("stop", "skip", "rewind"):
+        assert {chosen_action(policy, fault, skipped=True) for fault in ("loss", "gradient")} == {policy}
+    assert chosen_action("skip", "loss", skipped=False) == "stop"
+
+
+def test_a_spike_is_far_above_the_median_and_earlier_spikes_do_not_hide_it():
+    quiet = [3.0 + 0.01 * (step % 5) for step in range(60)]
+    assert spike(3.05, quiet, 6) is None and spike(2.0, quiet, 6) is None
+    assert spike(9.0, quiet, 6) == pytest.approx((9.0 - 3.02) / (1.4826 * 0.01))
+    assert spike(9.0, [*quiet, 50.0, 50.0, 50.0], 6) == pytest.approx(spike(9.0, quiet, 6))
+    assert spike(9.0, quiet[:19], 6) is None and spike(9.0, [3.0] * 64, 6) is None
