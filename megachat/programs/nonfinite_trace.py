@@ -149,15 +149,15 @@ class Trace:
         return self._forward or self._backward_culprit()
 
     def _backward_culprit(self) -> Culprit | None:
-        found: list[Culprit] = []
+        culprits: list[Culprit] = []
         for visit in reversed(self._visits):
-            own = dict(visit.module.named_parameters(recurse=False))
-            bad = {key: each.grad for key, each in own.items() if each.grad is not None and not _finite([each.grad])}
+            local = dict(visit.module.named_parameters(recurse=False))
+            bad = {key: each.grad for key, each in local.items() if each.grad is not None and not _finite([each.grad])}
             enters = all(facts["not_finite"] == 0 for facts in visit.outputs)
             leaves = all(facts["not_finite"] == 0 for facts in visit.inputs)
             if enters and visit.outputs and (bad or not leaves):
                 parameters = {key: tensor_facts(gradient) for key, gradient in bad.items()}
-                found.append(
+                culprits.append(
                     Culprit(
                         "backward",
                         visit.name,
@@ -171,6 +171,6 @@ class Trace:
                     )
                 )
         innermost = (
-            each for each in found if not any(other.name.startswith(f"{each.name}.") for other in found)
+            each for each in culprits if not any(other.name.startswith(f"{each.name}.") for other in culprits)
         )  # the last one of the forward pass is the first one of the backward pass
         return next(innermost, None)

@@ -68,11 +68,11 @@ def find_rows(rows: Sequence[int], finite: Callable[[Sequence[int]], bool], most
     """
     if len(rows) == 1:
         return [list(rows)]
-    found: list[list[int]] = []
+    causes: list[list[int]] = []
     for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
-        if len(found) < most and not finite(half):
-            found += find_rows(half, finite, most - len(found))
-    return found or [list(rows)]
+        if len(causes) < most and not finite(half):
+            causes += find_rows(half, finite, most - len(causes))
+    return causes or [list(rows)]
 
 
 def micro_batches_of_step(rows: int, data_ranks: int, micro_rows: int) -> list[list[int]]:
