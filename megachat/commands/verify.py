@@ -31,7 +31,7 @@ def add_arguments(parser: Parser) -> None:
         "--dry",
         action="store_true",
         help="walk a step of every kind of rank on this machine, of any number of ranks and any size, without their "
-        "processes and memory: do all collectives meet, and are bytes and FLOPs as planned",
+        "processes and memory: do all collectives meet, and are bytes, FLOPs and memory as planned",
     )
     add("--every-rank", action="store_true", help="with --dry: walk all ranks, not one of each kind")
     add("--resume", action="store_true", help="compare stopping, saving, loading and continuing with not stopping")

@@ -214,7 +214,8 @@ class _Slice(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor, axis):
         ctx.axis = axis
-        return tensor.chunk(axis.size, dim=1)[axis.rank].contiguous()
+        # a copy: with one row the part would be a view, and keep the whole stream
+        return tensor.chunk(axis.size, dim=1)[axis.rank].clone(memory_format=torch.contiguous_format)
 
     @staticmethod
     def backward(ctx, gradient):

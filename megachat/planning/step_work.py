@@ -119,9 +119,11 @@ def block_work(config: Config, plan: Plan, block: int, dtype: str) -> Work:
     passes = PASSES[config.precision.compile]
     work = Work(kernels=KERNELS_PER_BLOCK[config.precision.compile] * (4 / 3 if whole else 1))
     for name, shape in linear_shapes(dims, tensor).items():
-        # a recomputed pass ends with the last tensor that backward needs, so the block's last product is not repeated
-        again = (whole and (name != "mlp.c_proj" or dims.has_lookup(block))) or (
-            recompute == "selective" and name == "mlp.c_fc"
+        # a recomputed pass ends with the last tensor that backward needs: the last product is repeated only in FP8,
+        # which saves rounded factors after its product
+        last = name == "mlp.c_proj" and not (whole and dims.has_lookup(block))
+        again = (whole or (recompute == "selective" and name.startswith("mlp"))) and (
+            not last or (recipe != "off" and fits_fp8(*shape, recipe))
         )
         work = work.plus(_linear(tokens, shape, dtype, recipe, 2 if again else 1))
     inner, kv_inner = dims.heads * dims.head_size // tensor, dims.kv_width // tensor
@@ -192,7 +194,8 @@ def _lookup_work(config: Config, plan: Plan, dtype: str, forward: int) -> Work:
     *repeated, last = lookup_shapes(dims, lookup, tensor)
     for shape in repeated:
         work = work.plus(_linear(tokens, shape, dtype, config.precision.fp8, forward))
-    work = work.plus(_linear(tokens, last, dtype, config.precision.fp8))
+    rounded = config.precision.fp8 != "off" and fits_fp8(*last, config.precision.fp8)
+    work = work.plus(_linear(tokens, last, dtype, config.precision.fp8, forward if rounded else 1))  # as in block_work
     tables = (1 if lookup.tied else 2) * lookup.rows * dims.width // tensor
     # the products of a query with its rows: as a matrix-vector product per token, so it is the rows' bytes that count
     read = tokens * lookup.mean_rows * dims.width * size * (2 * forward + 4) / tensor

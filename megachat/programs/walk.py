@@ -12,12 +12,14 @@ torch offers the fake process group for its own tests (torch.testing._internal.d
 import contextlib
 import datetime
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from unittest import mock
 
 import torch
+import torch._dynamo  # FakeTensorMode needs it; imported here, before a process per rank is forked, it is once
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from torch._C._distributed_c10d import ProcessGroup
 from torch._subclasses import fake_impls
@@ -28,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 from megachat.config import Config
 from megachat.kernels import lookup
+from megachat.kernels.choice import choose_kernels
 from megachat.optim import row_tables
 from megachat.optim.row_tables import RowTables, _Request
 from megachat.parallel import engine as engine_module
@@ -36,7 +39,9 @@ from megachat.parallel.engine import Engine, start_collectives
 from megachat.parallel.mesh import Mesh, build_mesh
 from megachat.planning.call_order import Call
 from megachat.planning.dimensions import passed_tensors
+from megachat.planning.memory import head_chunk_bytes
 from megachat.planning.plan import Plan
+from megachat.programs.walk_memory import StepMemory, attend, rms_norm
 from megachat.train import build
 from megachat.train.step import update
 
@@ -62,11 +67,13 @@ class Walk:
     """What one rank does in a training step.
 
     calls: its collectives, in order. product_flops: of matrix products in forward and backward passes, 2 per
-    multiplication.
+    multiplication. memory: bytes by use as in planning.memory.Memory: weights, masters, moments, gradients (without
+    those of rows of sparse tables), and activations before the first backward pass; "peak": all at a time.
     """
 
     calls: tuple[Call, ...]
     product_flops: int
+    memory: dict[str, int]
 
 
 class _Recorder(TorchDispatchMode):
@@ -155,33 +162,56 @@ def walk(config: Config, plan: Plan, rank: int) -> Walk:
     config = config.model_copy(update={"precision": config.precision.model_copy(update={"compile": False})})
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=plan.layout.world)
     recorder, device = _Recorder(), torch.device("cpu")
-    new_group = dist.new_group
     warnings.filterwarnings("ignore", message=r"Accessing the data pointer of FakeTensor", category=UserWarning)
     with contextlib.ExitStack() as stack:
-        replaced = {
-            (dist, "new_group"): lambda ranks=None, **options: new_group(ranks),  # the saving group asks for gloo
-            (dist, "all_gather_object"): _gather_object,
-            (nn.Module, "to"): lambda module, *args, **options: module,  # fake tensors cannot be swapped
-            (build, "require_whole_model"): lambda *args: None,
-            (engine_module.ZeroAdamW, "scaled_global_norm"): lambda *args, **options: 1.0,
-            (lookup, "_groups"): lambda *args: [],
-            (RowTables, "_exchange_requests"): _exchange_even_requests,
-            (row_tables, "_add_pending"): lambda collected: None,
-        }
-        for (owner, name), function in replaced.items():
+        for (owner, name), function in _replacements().items():
             stack.enter_context(mock.patch.object(owner, name, function))
         start_collectives(device, "fake", datetime.timedelta(seconds=60))
         mesh = build_mesh(device, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
+        kernels = choose_kernels(config, plan, device)
+        kernels = replace(kernels, attention=replace(kernels.attention, attend=attend))
         stack.enter_context(_assumed_values())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         token_bytes = torch.empty(plan.dims.vocab_size, dtype=torch.int64)
-        training = build.build_training_model(config, plan, mesh, token_bytes)
+        training = build.build_training_model(config, plan, mesh, token_bytes, kernels)
         _know_received_shapes(training)
         rows = torch.empty(plan.micro_rows * plan.accumulation, plan.dims.sequence_len + 1, dtype=torch.int64)
+        memory = StepMemory(training)
+        for owner, name, before in (
+            (torch.autograd, "backward", memory.before_backward),
+            (engine_module.ZeroAdamW, "reduce", memory.after_backward),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, _after(before, getattr(owner, name))))
         recorder.mesh = mesh
         stack.enter_context(recorder)
+        stack.enter_context(memory)
         update(training, rows, inspect_gradients=recorder.end_of_backward)
-    return Walk(tuple(recorder.calls), recorder.product_flops)
+    return Walk(tuple(recorder.calls), recorder.product_flops, memory.bytes)
+
+
+def _replacements() -> dict[tuple[object, str], Callable]:
+    """Returns what a walk has in place of a run's functions, by owner and name."""
+    new_group = dist.new_group
+    return {
+        (dist, "new_group"): lambda ranks=None, **options: new_group(ranks),  # the saving group asks for gloo
+        (dist, "all_gather_object"): _gather_object,
+        (nn.Module, "to"): lambda module, *args, **options: module,  # fake tensors cannot be swapped
+        (build, "require_whole_model"): lambda *args: None,
+        (build, "agreed_head_chunk"): lambda config, plan, mesh, dtype: head_chunk_bytes(config, plan, dtype),
+        (engine_module.ZeroAdamW, "scaled_global_norm"): lambda *args, **options: 1.0,
+        (F, "rms_norm"): rms_norm,
+        (lookup, "_groups"): lambda *args: [],
+        (RowTables, "_exchange_requests"): _exchange_even_requests,
+        (row_tables, "_add_pending"): lambda collected: None,
+    }
+
+
+def _after(before: Callable[[], object], function: Callable) -> Callable:
+    def both(*args, **options):
+        before()
+        return function(*args, **options)
+
+    return both
 
 
 def _exchange_even_requests(tables: RowTables, name: str, rows: int, index: torch.Tensor) -> _Request:

@@ -24,6 +24,7 @@ from megachat.evals.engine_model import sample_prompts
 from megachat.evals.results import core_lines, recorded_validation, results_path, save_results
 from megachat.files import SAMPLES, is_readable_json, write_side_json
 from megachat.parallel.collectives import all_gather, all_gather_objects, all_reduce
+from megachat.planning.step_work import stage_matrices
 from megachat.schedule import due
 from megachat.train.build import Run, build_loader
 from megachat.train.metrics import Metrics, Pace, console_line
@@ -91,7 +92,7 @@ class Log(Task):
 
     def run(self, trainer: TaskContext) -> bool:
         run, state, result = trainer.run, trainer.state, trainer.last_result
-        step, tokens = state.step - 1, run.plan.tokens_per_step
+        step, tokens, dims = state.step - 1, run.plan.tokens_per_step, run.plan.dims
         values = totals(run, state, step) | {
             "train/loss": state.shown_loss if math.isfinite(state.shown_loss) else None,
             "train/loss_raw": result.loss if math.isfinite(result.loss) else None,
@@ -102,7 +103,7 @@ class Log(Task):
             "train/epoch": run.loader.epoch,
             "train/skipped": result.skipped,
             "train/skipped_steps": state.skipped_steps,
-            "train/muon_matrices": run.muon.matrices_updated,
+            "train/muon_matrices": 0 if result.skipped else len(stage_matrices(dims, 0, dims.depth + 2)),
             "train/peak_memory_bytes": peak_memory_bytes(run.mesh.device),
             "data/cropped_share": run.loader.cropped_share,
         }

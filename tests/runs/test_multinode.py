@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.limits import limit_s
-from tests.runs.job import BIN, ROOT, Done, begin, bits_per_byte, checkpoint, command, finish, losses, train
+from tests.runs.job import BIN, ROOT, Done, begin, bits_per_byte, checkpoint, command, finish, losses, train, until
 from tests.runs.network import SUBNET, Network, two_hosts, why_not
 
 REASON = why_not()
@@ -121,6 +121,25 @@ def test_a_killed_rank_is_named_first_and_ends_the_other_host_too(hosts, both, p
     while left := hosts.processes(program[2]):
         assert time.monotonic() < deadline, left
         time.sleep(0.2)
+
+
+def test_a_stalled_rank_is_named_with_its_host_and_ends_both(hosts, both, place):
+    """Stopped, it answers nobody. Its launcher on the other host knows nothing of it."""
+    program = command(place, "stalled_there", "--set", "parallel.stall_s=6", config=LONG)
+    started = [
+        hosts.warm(host, without_ssh(both, node, program, f"{SUBNET}.1")) for node, host in enumerate(hosts.pids)
+    ]
+    until(lambda: started[0].poll() is not None or checkpoint(place.runs / "stalled_there", 4).is_dir(), "a checkpoint")
+    hosts.do("host-b", "bash", "-c", f"kill -STOP $(pgrep -f '^[^ ]*python[^ ]* -u launch/pretrain.py.*{program[2]}')")
+    here, there = [finish(process) for process in started]
+    assert here.status != 0 and there.status != 0
+    error = next(line for line in (here.err + here.out).splitlines() if "error:" in line)
+    assert re.search(r"error: rank 1 \(host host-b, pid \d+\) does not answer, stopped or stuck in C code", error), (
+        error
+    )
+    table = (place.runs / "stalled_there" / "stall.txt").read_text()
+    assert re.search(r"(?m)^1 +host-b +\d+ +no answer", table), table
+    until(lambda: not hosts.processes(program[2]), "end of the ranks")
 
 
 def test_hosts_that_cannot_be_used_are_reported_before_anything_starts(hosts, place):

@@ -16,8 +16,8 @@ from megachat.planning.dimensions import LookupDimensions, flops_per_token
 from megachat.planning.plan import Plan, resolve
 from megachat.planning.sizes import LOOKUP_ROWS_PER_TOKEN, resolve_dimensions
 from megachat.prepare.lookup_allocation import sample_documents
+from megachat.programs.walk_memory import LiveBytes
 from megachat.train.lookup_rows import read_or_allocate, with_allocation
-from tools.bench.live_bytes import LiveBytes
 from tools.bench.turns import time_in_turn
 
 TOKENS = 8192

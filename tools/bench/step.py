@@ -13,9 +13,9 @@ from megachat.kernels.attention import attention, windowed_attention
 from megachat.parallel.engine import start_collectives
 from megachat.parallel.mesh import build_mesh
 from megachat.planning.plan import Plan, resolve
+from megachat.programs.walk_memory import LiveBytes
 from megachat.train.build import build_training_model
 from megachat.train.step import set_schedules, update
-from tools.bench.live_bytes import LiveBytes
 from tools.bench.turns import compare_rates, time_in_turn
 
 

@@ -1,6 +1,7 @@
 """The rendezvous, with ranks as threads over real sockets: all arrive, one is missing, arrives twice, dies, differs."""
 
 import contextlib
+import multiprocessing
 import os
 import socket
 import threading
@@ -128,6 +129,19 @@ def test_a_rank_that_dies_while_the_others_wait_is_named():
     link.close()
     started.join(limit_s())
     assert results == ["rank 1 on other ended before all ranks had arrived: look for its error message"]
+
+
+def test_a_rank_0_that_dies_before_its_verdict_is_reported():
+    """Killed when rank 1 has arrived: the earliest moment that the test knows."""
+    port = free_port()
+    rank_0 = multiprocessing.get_context("fork").Process(
+        target=gather, args=([0], 2), kwargs={"port": port, "judge": lambda arrivals: os.kill(os.getpid(), 9)}
+    )
+    rank_0.start()
+    (error,) = gather([1], 2, port=port)
+    rank_0.join()
+    where = f"rank 0 at 127.0.0.1:{port}"
+    assert error == f"{where} ended or fell silent during the rendezvous: look for its error message"
 
 
 class RankZero:

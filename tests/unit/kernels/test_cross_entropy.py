@@ -9,7 +9,7 @@ from megachat.kernels.cross_entropy import (
     reference_cross_entropy,
     token_nats,
 )
-from tools.bench.live_bytes import LiveBytes
+from megachat.programs.walk_memory import LiveBytes
 
 
 def case(dtype, rows=70, width=24, vocab=97, padded=128):

@@ -5,8 +5,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from megachat.kernels import lookup
 from megachat.kernels.lookup import TableRows, lookup_attention
 from megachat.planning.dimensions import balanced_cuts
+from megachat.programs.walk_memory import LiveBytes
 from megachat.train.compiled import NewGraphs
-from tools.bench.live_bytes import LiveBytes
 from tools.bench.lookup import gathered_attention
 
 

@@ -32,33 +32,8 @@ from megachat.parallel.tensor import apply_tensor, vocabulary_part
 from megachat.place import place_of
 from megachat.planning.dimensions import passed_tensors
 from megachat.planning.plan import Plan
+from megachat.programs.walk_memory import LiveBytes, attend, rms_norm, storages
 from megachat.train.build import attach_row_tables, model_options
-from tools.bench.live_bytes import LiveBytes
-
-
-class _Flash(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v):
-        result = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, result, q.new_empty(q.shape[:-1], dtype=torch.float32))
-        return result
-
-    @staticmethod
-    def backward(ctx, gradient):
-        q, k, v, *_ = ctx.saved_tensors
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-class _Norm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, x.new_empty(x.shape[:-1], dtype=torch.float32), weight)
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        *_, weight = ctx.saved_tensors
-        return torch.empty_like(gradient), None if weight is None else torch.empty_like(weight)
 
 
 def _request(tables: RowTables, name: str, index: torch.Tensor) -> _Request:
@@ -76,7 +51,7 @@ def _request(tables: RowTables, name: str, index: torch.Tensor) -> _Request:
 def fake_run():
     """Everything inside is computed by shapes only."""
     launch = mock.patch.object(collectives, "_launch", lambda *args, **options: collectives.Pending())
-    norm = mock.patch.object(F, "rms_norm", lambda x, shape, weight=None, eps=None: _Norm.apply(x, weight))
+    norm = mock.patch.object(F, "rms_norm", rms_norm)
     groups = mock.patch.object(lookup, "_groups", lambda *args: [])
     gather = mock.patch("megachat.optim.partition.all_gather_objects", lambda value, axis, name: [value])
     requests = mock.patch.object(RowTables, "_request", _request)
@@ -108,14 +83,10 @@ class FakeStage:
     rows: RowTables
 
 
-def _bytes(tensors) -> dict[int, int]:
-    return {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
-
-
 def build_fake_stage(config: Config, plan: Plan, mesh: Mesh, dtype: torch.dtype) -> FakeStage:
     """Builds what train.build.build_training_model builds, without DeepSpeed's engine."""
     first, last = plan.stages[mesh.pipeline.rank]
-    options = model_options(config, dtype, lambda q, k, v, window: _Flash.apply(q, k, v))
+    options = model_options(config, dtype, attend)
     options = type(options)(**vars(options) | {"holds_ngrams": False})
     layers = torch.nn.ModuleList(build() for build in layer_builders(plan.dims, options)[first:last])
     apply_tensor(list(layers), mesh.tensor, sequence=config.parallel.sequence)
@@ -144,9 +115,9 @@ def build_fake_stage(config: Config, plan: Plan, mesh: Mesh, dtype: torch.dtype)
         moments += [torch.empty_like(masters[-1]) for _ in range(2)]
     masters += [state[MASTER] for state in rows._state.values()]
     moments += [tensor for state in rows._state.values() for kind, tensor in state.items() if kind != MASTER]
-    weights = _bytes(parameters)
-    state = {"weights": sum(weights.values()), "moments": sum(_bytes(moments).values())}
-    state["masters"] = sum(size for place, size in _bytes(masters).items() if place not in weights)
+    weights = storages(parameters)
+    state = {"weights": sum(weights.values()), "moments": sum(storages(moments).values())}
+    state["masters"] = sum(size for place, size in storages(masters).items() if place not in weights)
     products = head_products(fp8 if config.precision.fp8_head else None, plan.dims, mesh.tensor.size)
     part = vocabulary_part(plan.dims.padded_vocab, mesh.tensor)
     loss = Loss(plan.dims, torch.empty(plan.dims.vocab_size, dtype=torch.int64), part, products)
@@ -192,6 +163,6 @@ def tracked(config: Config, plan: Plan, stage: int, dtype: torch.dtype) -> dict[
         gradients += [parameter.grad_accum for parameter in parameters if hasattr(parameter, "grad_accum")]
         return made.state | {
             "activations": activations,
-            "gradients": sum(_bytes(gradients).values()),
+            "gradients": sum(storages(gradients).values()),
             "peak": peak,
         }

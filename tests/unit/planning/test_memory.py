@@ -15,9 +15,9 @@ from megachat.model.ngram import NgramHashes
 from megachat.planning.memory import FILLS, describe_memory, head_chunk_bytes, kept_bytes_per_block, memory_of_stages
 from megachat.planning.memory_advice import check_state_fits, lighter_settings, memory_warning
 from megachat.planning.plan import resolve, resolve_without_text
+from megachat.programs.walk_memory import LiveBytes
 from tests.harness import run_ranks
 from tests.training import SMALL_VOCAB, build, random_rows, rows_of_rank, small_config, take_step
-from tools.bench.live_bytes import LiveBytes
 
 LOOKUP = {"after_blocks": (1,), "rows": 400, "max_rows_per_token": 60}
 MODEL = {"depth": 4, "aspect_ratio": 32, "head_size": 16, "kv_heads": 4, "sequence_len": 256, "window_pattern": "L"}
