@@ -129,7 +129,7 @@ class StepMemory(LiveBytes):
         if "activations" in self.bytes:
             return
         engine = self.training.engine
-        buffers = [tensor for tensor in tree_iter((engine.pipe_recv_buf, engine.grad_layer)) if tensor is not None]
+        buffers = [tensor for tensor in tree_iter((engine.pipe_recv_buf, engine._grad_layer_buf)) if tensor is not None]
         self.bytes["activations"] = self.now - sum(storages(buffers).values())
 
     def after_backward(self) -> None:
