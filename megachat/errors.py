@@ -16,6 +16,7 @@ from megachat.console import console_error, protect_console, styled
 EXIT_STATUS = 2
 LOST_RANK_STATUS = 3  # another rank died, failed or cannot be reached
 STALL_STATUS = 4  # the job made no progress for parallel.stall_s
+CORRUPTION_STATUS = 5  # a rank computed or stored wrong numbers without an error: its host needs a test
 SAVED_STATUS = 75  # stopped by a signal after saving; sysexits.h: a temporary failure, try again
 UNREAD_STATUS = 141  # the reader of a tool's output has closed it (128 + 13, as a shell reports SIGPIPE)
 STOPPED_STATUS = 143  # stopped by a signal at once (128 + 15, as a shell reports SIGTERM), or the launcher has ended
@@ -25,12 +26,20 @@ _OTHER_RANKS_WAIT_S = 3.0
 class UserError(Exception):
     """A mistake that the user can fix. The message is one sentence: what is wrong, where, and what to change.
 
-    A message has several lines for several mistakes, one per line.
+    A message has several lines for several mistakes, one per line. exit_status: of the program.
     """
+
+    exit_status = EXIT_STATUS
 
 
 class UnreadableError(UserError):
     """The system refused to read a file or folder, which may be intact: nothing has to be made again."""
+
+
+class CorruptionError(UserError):
+    """Numbers that must be equal are not: a device computes or stores wrong numbers without an error."""
+
+    exit_status = CORRUPTION_STATUS
 
 
 _NO_ANSWER = (None, errno.ENOENT, errno.EINVAL)  # nothing is there, or a library's complaint about the content
@@ -72,7 +81,7 @@ def summary(error: BaseException) -> str:
 
 
 def user_errors_end_the_program(main: Callable | None = None, *, rank: Callable[[], int] | None = None) -> Callable:
-    """Wraps a program's `main()`: a `UserError` is printed as `error: ...` on stderr and ends it with exit status 2.
+    """Wraps a program's `main()`: a `UserError` is printed as `error: ...` on stderr and ends it with its exit status.
 
     main: returns its exit status, or None for 0. rank: returns the process's rank; marks the program as one of several
     ranks. Ranks after the first wait a moment before they print. A mistake that all ranks report is printed once,
@@ -102,7 +111,7 @@ def user_errors_end_the_program(main: Callable | None = None, *, rank: Callable[
             for line in str(error).splitlines():
                 mark = styled("error:", "red", sys.stderr)
                 print(f"{mark} {f'[rank {number}] ' if number else ''}{line}", file=sys.stderr, flush=True)
-            status = EXIT_STATUS
+            status = error.exit_status
         except KeyboardInterrupt:
             print("error: interrupted", file=sys.stderr, flush=True)
             status = 130

@@ -14,7 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
 from torch.distributed.launcher import api
 
-from megachat.errors import EXIT_STATUS, LOST_RANK_STATUS, SAVED_STATUS, UserError
+from megachat.errors import CORRUPTION_STATUS, EXIT_STATUS, LOST_RANK_STATUS, SAVED_STATUS, UserError
 from megachat.job.links import secret_for_ranks
 from megachat.job.monitor_links import handled_signals
 from megachat.job.recovery import give_restart_times
@@ -30,7 +30,7 @@ _LAST_CALL_AGAIN = timedelta(seconds=3)
 class Agent(api.LocalElasticAgent):
     """The agent of one of several hosts. final_statuses: exit statuses of a rank after which nothing is restarted."""
 
-    final_statuses = frozenset({EXIT_STATUS})
+    final_statuses = frozenset({EXIT_STATUS, CORRUPTION_STATUS})
     interrupted = False
     ended: frozenset[int | None] = frozenset()  # exit statuses of the ranks that a signal has ended
     noticed: float | None = None  # time.time() at which this restart became necessary; None at the first start
@@ -70,7 +70,7 @@ class Agent(api.LocalElasticAgent):
 class AgentOfOneHost(Agent):
     """The agent of the only host: no other host could continue, so a stop of one rank is a stop of the job."""
 
-    final_statuses = frozenset({EXIT_STATUS, SAVED_STATUS})
+    final_statuses = frozenset({EXIT_STATUS, CORRUPTION_STATUS, SAVED_STATUS})
 
 
 def supervise(program: list[str], *, hosts: str, ranks: int, meet: str | None, restarts: int) -> int:

@@ -11,9 +11,9 @@ from megachat.parallel.mesh import Mesh
 class BucketMemory:
     """The flat buffers of one bucket.
 
-    weights: [data ranks x shard], bfloat16 or float32; the parameters are views of it. master, momentum: float32
-    [shard], of this data rank. If the weights are float32, the master is a view of them. wire_dtype: dtype in which
-    gradients are sent.
+    weights: [data ranks x shard], bfloat16 or float32; the parameters are views of it. shard: this data rank's part of
+    the flat buffers. master, momentum: float32 [shard], of this data rank. If the weights are float32, the master is a
+    view of them. wire_dtype: dtype in which gradients are sent.
     """
 
     def __init__(
@@ -34,10 +34,10 @@ class BucketMemory:
             for index, offset in zip(self.layout.matrices, self.layout.offsets, strict=True)
         }
         size = self.layout.shard_size
-        self._shard = slice(mesh.data.rank * size, (mesh.data.rank + 1) * size)
+        self.shard = slice(mesh.data.rank * size, (mesh.data.rank + 1) * size)
         self.weights = torch.zeros(mesh.data.size * size, dtype=weight_dtype, device=device)
         separate = weight_dtype != torch.float32
-        self.master = torch.zeros(size, device=device) if separate else self.weights[self._shard]
+        self.master = torch.zeros(size, device=device) if separate else self.weights[self.shard]
         self.momentum = torch.zeros(size, device=device)
         self.gather = Pending()  # of the weights
         self._wire_dtype = wire_dtype if mesh.data.size > 1 else torch.float32  # one rank sends nothing
@@ -55,7 +55,7 @@ class BucketMemory:
     @property
     def reduced(self) -> torch.Tensor:
         """float32 [shard], this data rank's part of `gradients`. Holds the mean of the ranks after finish_reduce()."""
-        return self.gradients[self._shard]
+        return self.gradients[self.shard]
 
     def local_matrix(self, flat: torch.Tensor, index: int) -> torch.Tensor:
         """Returns a local matrix as a view [m, n] of `flat`, which is `weights` or `gradients`."""
@@ -87,7 +87,7 @@ class BucketMemory:
 
     def start_gather(self) -> None:
         """Starts to copy the masters to the weights of every rank. Wait with `gather.wait()`."""
-        shard, name = self.weights[self._shard], f"Muon bucket {self.number}, weights"
+        shard, name = self.weights[self.shard], f"Muon bucket {self.number}, weights"
         if shard.dtype != torch.float32:
             shard.copy_(self.master)
         self.gather = all_gather(self.weights, shard, self.data, name=name, asynchronous=True)

@@ -175,6 +175,15 @@ class MuonPartition:
 
         return collect
 
+    def collected_gradients(self) -> dict[str, torch.Tensor]:
+        """Returns this rank's gradients of the micro-batches so far by matrix, live float32, before start_reduce()."""
+        self._require("collected_gradients", Phase.BACKWARD)
+        buckets = {index: bucket for bucket in self._buckets for index in bucket.layout.matrices}
+        return {
+            self.plan.matrices[index].name: buckets[index].local_matrix(buckets[index].gradients, index)
+            for index in sorted(self._collected)
+        }
+
     @torch.no_grad()
     def start_reduce(self) -> None:
         """Starts the mean of the gradients over the data axis for all buckets that the hooks have not started yet."""
@@ -332,6 +341,17 @@ class MuonPartition:
             shape, offset = matrix.local_shape(tensor.size), matrix.local_offset(tensor.size, tensor.rank)
             rectangles = flat_rectangles(shape, flat[fragment.in_shard], fragment.start, offset)
         return MuonShard(kind, matrix.name, matrix.shape, rectangles)
+
+    def masters_and_weights(self) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+        """Returns (matrix, masters, weights) of this rank's shards, live; nothing if the weights are the masters."""
+        self.wait_for_gather()
+        pairs = []
+        for bucket in self._buckets:
+            weights = bucket.weights[bucket.shard]
+            for index, fragment in bucket.exchange.fragments.items() if weights.dtype != torch.float32 else ():
+                here = fragment.in_shard
+                pairs.append((self.plan.matrices[index].name, bucket.master[here], weights[here]))
+        return pairs
 
     @torch.no_grad()
     def refresh_weights(self) -> None:

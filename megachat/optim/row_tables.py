@@ -246,7 +246,10 @@ class RowTables:
                 gradients.copy_(dense[index])
 
     def gradient_rows(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Returns (local rows that were read [n] ascending, their gradients [n, width], live) of every table."""
+        """Returns (local rows that were read [n] ascending, their gradients [n, width], live) of every table.
+
+        Valid as gradients() is.
+        """
         # the ranks of the tensor axis read the same rows, so all parts of a row are there
         return {
             name: (collected.index[:: self._parts[name]] // self._parts[name], collected.sums.view(-1, table.width))

@@ -40,6 +40,7 @@ class Pending:
 
 
 def _launch(name: str, axis: Axis, collective, *args, asynchronous: bool = False, **options) -> Pending:
+    axis.progress.record_sent(name, args[:2][-1:])  # where there are two tensors, the first one is received
     entry = axis.progress.begin(name, axis.name, axis.ranks)
     work = collective(*args, group=axis.group, async_op=asynchronous, **options)
     axis.progress.end()

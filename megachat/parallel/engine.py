@@ -25,8 +25,8 @@ from torch import nn
 from megachat.installation import DEEPSPEED_VERSION
 from megachat.parallel.collectives import all_reduce
 from megachat.parallel.deepspeed_version import check_deepspeed
+from megachat.parallel.instructions import ForwardAndBackward, recorded
 from megachat.parallel.mesh import Mesh
-from megachat.parallel.progress import profile_range
 from megachat.parallel.without_compiler import AdamW
 from megachat.place import is_partial_over_tensor, is_tensor_shard
 
@@ -34,8 +34,9 @@ from megachat.place import is_partial_over_tensor, is_tensor_shard
 # methods use.
 PRIVATE_NAMES = {
     PipelineEngine: """
-        _INSTRUCTION_MAP _exec_backward_pass is_last_stage reset_activation_shape eval_batch micro_batches grad_layer
-        pipe_buffers _running_engine_backward total_loss global_steps global_samples""".split(),
+        _INSTRUCTION_MAP _exec_backward_pass _exec_schedule _compute_loss num_stages stage_id is_last_stage
+        reset_activation_shape eval_batch micro_batches grad_layer pipe_buffers _running_engine_backward total_loss
+        global_steps global_samples""".split(),
     PipelineModule: "_partition_layers _set_bounds _layer_specs parts loss_fn".split(),
     DeepSpeedZeroOptimizer: """
         setup_buckets reduce_gradients get_gradient_for_reduction backward_epilogue step zero_grad scaled_global_norm
@@ -132,6 +133,15 @@ class ZeroAdamW(DeepSpeedZeroOptimizer):
                 moments = {kind: state[kind][here] for kind in ("exp_avg", "exp_avg_sq")}
                 yield parameter, start, here.stop - here.start, {"master": flat.detach()[here]} | moments
 
+    def accumulated_gradients(self) -> list[tuple[nn.Parameter, torch.Tensor]]:
+        """Returns each parameter with its gradient of the micro-batches so far, live float32, before reduce()."""
+        pairs = [(p, self.get_gradient_for_reduction(p)) for group in self.bit16_groups for p in group]
+        return [(parameter, gradient) for parameter, gradient in pairs if gradient is not None]
+
+    def discard_gradients(self) -> None:
+        """Forgets the gradients of the micro-batches so far, before reduce()."""
+        self.zero_grad()
+
     def gradient_shares(self) -> list[torch.Tensor]:
         """Returns copies of this rank's share of each group's gradients, flat float32, between reduce() and apply()."""
         groups = range(len(self.single_partition_of_fp32_groups))
@@ -172,34 +182,6 @@ class ZeroAdamW(DeepSpeedZeroOptimizer):
                 setattr(self.loss_scaler, key, state[key])
 
 
-# Instruction of DeepSpeed's schedule -> its name in the failure monitor's report, whether it waits for another rank,
-# and its range in a profile.
-_INSTRUCTIONS = {
-    schedule.LoadMicroBatch: ("loading a micro-batch", False, "data"),
-    schedule.ForwardPass: ("forward", False, "forward"),
-    schedule.BackwardPass: ("backward", False, "backward"),
-    schedule.SendActivation: ("sending activations to the next stage", True, "stages"),
-    schedule.RecvActivation: ("receiving activations from the stage before", True, "stages"),
-    schedule.SendGrad: ("sending gradients to the stage before", True, "stages"),
-    schedule.RecvGrad: ("receiving gradients from the next stage", True, "stages"),
-    schedule.ReduceTiedGrads: ("reducing tied gradients", False, "reduce"),
-    schedule.ReduceGrads: ("reducing AdamW's gradients", True, "reduce"),
-    schedule.OptimizerStep: ("optimizer step", True, "optimizer"),
-}
-
-
-def _recorded(instruction, function):
-    """Returns `function`, wrapped to note its start, to run in a profile range, and to measure its work."""
-    text, waits, range_name = _INSTRUCTIONS[instruction]
-
-    def execute(self, **arguments):
-        self.mesh.world.progress.note(text, waits=waits)
-        with profile_range(range_name), self.mesh.world.progress.work.working(range_name in ("forward", "backward")):
-            return function(self, **arguments)
-
-    return execute
-
-
 class Engine(PipelineEngine):
     """PipelineEngine whose schedule calls our backward pass, our gradient reduction and our optimizer step."""
 
@@ -222,6 +204,19 @@ class Engine(PipelineEngine):
         self._backwards, self._optimizer_step = 0, optimizer_step
         loss = self.train_batch(micro_batches)
         return loss, cast(Outcome, self._outcome)  # the schedule calls optimizer_step once
+
+    def run_micro_batch(self, micro_batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor | None:
+        """Runs forward and backward of one (ids, targets) as train_step does, and reduces nothing; all ranks call it.
+
+        Returns the loss of this rank's rows (0-d, nats) on the last stage, else None.
+        """
+        self._backwards, self.total_loss = -1, None  # no backward pass is the last one, which would start reductions
+        self._compute_loss = True
+        self.module.train()
+        self.set_dataiterator(iter([micro_batch]))
+        self._exec_schedule(ForwardAndBackward(micro_batches=1, stages=self.num_stages, stage_id=self.stage_id))
+        loss, self.total_loss = self.total_loss, None
+        return loss
 
     def _exec_backward_pass(self, buffer_id):
         """One backward over all tensors of a stage's output, so that every gradient hook fires once per micro-batch."""
@@ -252,7 +247,7 @@ class Engine(PipelineEngine):
 
     # DeepSpeed calls the functions of this map, not the methods, so an override alone would do nothing
     _INSTRUCTION_MAP = {
-        instruction: _recorded(instruction, function)
+        instruction: recorded(instruction, function)
         for instruction, function in {
             **PipelineEngine._INSTRUCTION_MAP,
             schedule.BackwardPass: _exec_backward_pass,

@@ -3,11 +3,13 @@
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+import torch
 from torch.profiler import record_function
 
+from megachat.kernels.bit_hash import bit_hash
 from megachat.parallel.work_time import WorkTime
 
 PROFILE_PREFIX = "part "  # of the ranges of a profile that are a part of the step
@@ -43,6 +45,7 @@ class Progress:
     Every write is one assignment. counts: axis name -> collectives begun there. The ranks of an axis begin the same
     collectives in the same order, so their counts compare.
     slow: legitimately long work that is under way (compiling, saving), else ""; the failure monitor then waits longer.
+    sent: while it is a list, the hash of everything that this rank sends to others is added to it, with a name.
     work: measures how long the training thread works in a step. cuda: whether it computes on a GPU.
     """
 
@@ -50,6 +53,7 @@ class Progress:
         self.work = WorkTime(cuda=cuda)
         self.counts: dict[str, int] = {}
         self.slow = ""
+        self.sent: list[tuple[str, torch.Tensor]] | None = None
         self.note("starting")
 
     def note(self, text: str, *, waits: bool = False) -> None:
@@ -74,6 +78,11 @@ class Progress:
         done = self.now
         after = (done.text, done.axis, done.number)
         self.now = self._note._replace(since=time.monotonic(), thread=done.thread, after=after)
+
+    def record_sent(self, text: str, tensors: Iterable[torch.Tensor]) -> None:
+        """Adds the hashes of what this rank sends to `sent`, if that is recorded."""
+        if self.sent is not None:
+            self.sent += [(text, bit_hash(tensor)) for tensor in tensors]
 
     @contextlib.contextmanager
     def long_running(self, what: str) -> Iterator[None]:

@@ -75,7 +75,7 @@ class ParallelConfig(Section):
 
 
 class ReliabilityConfig(Section):
-    """What a run does about a loss or gradient that is not finite, and what it keeps as evidence."""
+    """Losses and gradients that are not finite, spikes, and checks of what the devices compute and store."""
 
     on_nonfinite: Literal["auto", "stop", "skip", "rewind"] = setting(
         "auto",
@@ -97,4 +97,23 @@ class ReliabilityConfig(Section):
         "64 steps; 0: off",
         ge=0,
         most=Most(1000, "no step is that far off; 0 is off"),
+    )
+    replay_every: int = setting(
+        0,
+        "steps between replays: one micro-batch runs twice, and loss and gradients must be equal to the bit; 0: never",
+        ge=0,
+        most=STEPS,
+    )
+    replay_tolerance: float = setting(
+        0.0,
+        "largest difference that a replay accepts, as a share of a tensor's largest magnitude; above 0 only for "
+        "kernels that are not deterministic",
+        ge=0,
+        most=Most(0.1, "a replay that accepts more hardly finds anything"),
+    )
+    hash_every: int = setting(
+        0,
+        "steps between comparisons of the ranks' copies of weights and optimizer state by their hashes; 0: never",
+        ge=0,
+        most=STEPS,
     )

@@ -14,6 +14,7 @@ from megachat.optim.qk_clip import clip_scales
 from megachat.parallel.progress import profile_range
 from megachat.schedule import scheduled_values
 from megachat.train.build import Run, TrainingModel
+from megachat.train.replay import replay_micro_batch
 from megachat.train.sightings import GradientSighting, gradient_sighting
 
 _RATE_OF_GROUP = {group.name: group.rate for group in GROUPS}
@@ -110,6 +111,9 @@ def train_step(
     with profile_range("data"), progress.work.working():
         rows = next(run.loader)
     begin = time.perf_counter()
+    checks = run.config.reliability
+    if checks.replay_every and step % checks.replay_every == 0:
+        replay_micro_batch(run, rows, step, run.folder)
     multiplier = set_schedules(run, step)
     seen: list[GradientSighting] = []
     loss_tensor, outcome = update(

@@ -1,0 +1,82 @@
+"""Silent data corruption: the report of numbers that should be equal, its evidence, and the end of the job."""
+
+import math
+import socket
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megachat.errors import CorruptionError
+from megachat.files import write_json
+from megachat.parallel.collectives import all_gather_objects, all_reduce
+from megachat.parallel.mesh import Mesh
+
+FOLDER = "corruption"  # in the run folder
+MAX_TENSORS = 8  # whose values each rank keeps
+_ADVICE = (
+    "test {where} before it computes again, and continue from a checkpoint on other hosts with --resume auto; "
+    "docs/reliability.md says how to read the evidence"
+)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A tensor whose two versions differ. different: of its elements, in a bit. largest: absolute difference, inf if
+    one of two different elements is not finite or the shapes differ.
+    """
+
+    tensor: str
+    elements: int
+    different: int
+    largest: float
+
+    def __str__(self) -> str:
+        return f"{self.tensor}: {self.different:,} of {self.elements:,} elements by at most {self.largest:.3g}"
+
+
+def on_any_rank(problems: int, mesh: Mesh, name: str) -> bool:
+    """Returns whether any rank has problems; all ranks call it. One small all-reduce, and the host waits for it."""
+    worst = torch.tensor(float(problems), device=mesh.device)
+    all_reduce(worst, mesh.world, "max", name=name)
+    return worst.item() > 0
+
+
+def ranks_text(reports: list[dict[str, Any]], ranks: list[int]) -> str:
+    """Returns the ranks with host and device."""
+    return ", ".join(f"rank {rank} ({reports[rank]['host']}, {reports[rank]['device']})" for rank in ranks)
+
+
+def gather_reports(mesh: Mesh, **values: Any) -> list[dict[str, Any]]:
+    """Returns every rank's values, with its host, device and place in the mesh, in rank order; all ranks call it."""
+    place = {"rank": mesh.world.rank, "host": socket.gethostname(), "device": str(mesh.device)}
+    place |= {axis.name: axis.rank for axis in (mesh.data, mesh.tensor, mesh.pipeline)}
+    return all_gather_objects(place | values, mesh.world, name="reports of corruption")
+
+
+def keep_evidence(folder: Path, mesh: Mesh, report: dict[str, Any], tensors: dict[str, Any]) -> str:
+    """Writes rank 0's report.json and this rank's tensors below `folder`; returns a sentence on where they are.
+
+    tensors: plain values and tensors, for torch.load(weights_only=True); nothing is written if it is empty.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if mesh.world.rank == 0:
+            write_json(folder / "report.json", report)
+        if tensors:
+            torch.save(tensors, folder / f"rank_{mesh.world.rank:05d}.pt")
+    except OSError as error:  # the verdict does not depend on it
+        return f"the evidence could not be written to {folder} ({error.strerror})"
+    return f"the evidence is in {folder}"
+
+
+def corrupted(step: int, what: str, suspects: str, evidence: str) -> CorruptionError:
+    """Returns the error of all ranks."""
+    return CorruptionError(f"step {step}: {what}; {evidence}; {_ADVICE.format(where=suspects)}")
+
+
+def as_values(differences: list[Difference]) -> list[dict[str, Any]]:
+    """Returns the differences as JSON values, with their sentence; a largest difference that is not finite is null."""
+    values = [asdict(difference) | {"text": str(difference)} for difference in differences]
+    return [value | {"largest": value["largest"] if math.isfinite(value["largest"]) else None} for value in values]
