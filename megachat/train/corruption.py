@@ -12,6 +12,7 @@ from megachat.errors import CorruptionError
 from megachat.files import write_json
 from megachat.parallel.collectives import all_gather_objects, all_reduce
 from megachat.parallel.mesh import Mesh
+from megachat.place import place_of
 
 FOLDER = "corruption"  # in the run folder
 MAX_TENSORS = 8  # whose values each rank keeps
@@ -36,11 +37,23 @@ class Difference:
         return f"{self.tensor}: {self.different:,} of {self.elements:,} elements by at most {self.largest:.3g}"
 
 
-def on_any_rank(problems: int, mesh: Mesh, name: str) -> bool:
-    """Returns whether any rank has problems; all ranks call it. One small all-reduce, and the host waits for it."""
-    worst = torch.tensor(float(problems), device=mesh.device)
+def on_any_rank(problem: torch.Tensor, mesh: Mesh, name: str) -> bool:
+    """Returns whether any rank has a problem, 0-d bool; all ranks call it, and the host waits for the device."""
+    worst = problem.to(mesh.device, torch.float32)
     all_reduce(worst, mesh.world, "max", name=name)
     return worst.item() > 0
+
+
+def parameter_name(parameter: torch.nn.Parameter) -> str:
+    """Returns the checkpoint name of a parameter, with its index if it is one element of a named tensor."""
+    place = place_of(parameter)
+    part = place.offset if place.cut == "whole" and place.offset else ()
+    return place.name + (f"[{', '.join(map(str, part))}]" if part else "")
+
+
+def evidence_folder(folder: Path, step: int) -> Path:
+    """Returns the folder of the evidence of a step in a run folder."""
+    return folder / FOLDER / f"step_{step:06d}"
 
 
 def ranks_text(reports: list[dict[str, Any]], ranks: list[int]) -> str:

@@ -14,17 +14,17 @@ import torch
 from megachat.kernels.bit_hash import bits_differ
 from megachat.parallel.instructions import BACKWARD
 from megachat.parallel.mesh import Mesh
-from megachat.place import place_of
 from megachat.train.build import TrainingModel
 from megachat.train.corruption import (
-    FOLDER,
     MAX_TENSORS,
     Difference,
     as_values,
     corrupted,
+    evidence_folder,
     gather_reports,
     keep_evidence,
     on_any_rank,
+    parameter_name,
     ranks_text,
 )
 
@@ -49,7 +49,7 @@ def replay_micro_batch(run: TrainingModel, rows: torch.Tensor, step: int, folder
     _discard_gradients(run, state)
     second, second_sent = _run(run, micro_batch)
     differences = compare_results(first, second, tolerance)
-    if not on_any_rank(len(differences), run.mesh, "replay compared"):
+    if not on_any_rank(torch.tensor(bool(differences)), run.mesh, "replay compared"):
         _discard_gradients(run, state)
         return
     kept = {difference.tensor for difference in differences[:MAX_TENSORS]}
@@ -62,14 +62,9 @@ def replay_micro_batch(run: TrainingModel, rows: torch.Tensor, step: int, folder
     report = {"check": "replay", "step": step, "tolerance": tolerance}
     report |= {"suspects": suspects(reports, coupled=bool(run.rows.tables)), "ranks": reports}
     where = keep_evidence(
-        run_folder_of(folder, step), run.mesh, report, {"rows": rows.cpu(), **evidence} if differences else {}
+        evidence_folder(folder, step), run.mesh, report, {"rows": rows.cpu(), **evidence} if differences else {}
     )
     raise corrupted(step, _sentence(report), ranks_text(reports, report["suspects"]), where)
-
-
-def run_folder_of(folder: Path, step: int) -> Path:
-    """Returns the folder of the evidence of a step in a run folder."""
-    return folder / FOLDER / f"step_{step:06d}"
 
 
 def compare_results(first: Results, second: Results, tolerance: float) -> list[Difference]:
@@ -167,13 +162,6 @@ def _run(run: TrainingModel, micro_batch: tuple[torch.Tensor, torch.Tensor]) -> 
     hashes = torch.stack([value for _, value in sent]).tolist() if sent else []
     names = [name for name, _ in sent]
     return results | _random_states(run.mesh.device), list(zip(names, hashes, strict=True))
-
-
-def parameter_name(parameter: torch.nn.Parameter) -> str:
-    """Returns the checkpoint name of a parameter, with its index if it is one element of a named tensor."""
-    place = place_of(parameter)
-    part = place.offset if place.cut == "whole" and place.offset else ()
-    return place.name + (f"[{', '.join(map(str, part))}]" if part else "")
 
 
 def _first_difference(first: Sent, second: Sent, mesh: Mesh) -> dict[str, Any] | None:

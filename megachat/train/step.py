@@ -15,6 +15,7 @@ from megachat.parallel.progress import profile_range
 from megachat.schedule import scheduled_values
 from megachat.train.build import Run, TrainingModel
 from megachat.train.replay import replay_micro_batch
+from megachat.train.replicas import compare_replicas
 from megachat.train.sightings import GradientSighting, gradient_sighting
 
 _RATE_OF_GROUP = {group.name: group.rate for group in GROUPS}
@@ -125,6 +126,8 @@ def train_step(
     )
     progress.note(f"loss of step {step}", waits=True)  # a GPU may still be working or waiting for other ranks
     loss = loss_tensor.item()
+    if checks.hash_every and (step + 1) % checks.hash_every == 0:
+        compare_replicas(run, step + 1, run.folder)
     synchronize(run.mesh.device)
     progress.note(f"after step {step}")
     seconds = time.perf_counter() - begin

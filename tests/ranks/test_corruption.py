@@ -4,15 +4,20 @@ A run with both checks is equal to the bit to one without.
 """
 
 import contextlib
+import json
+import math
+import socket
 from pathlib import Path
 
 import pytest
 import torch
 
-from megachat.errors import CORRUPTION_STATUS, CorruptionError
+from megachat.errors import CorruptionError
+from megachat.kernels.bit_hash import bit_hash
 from megachat.planning.dimensions import NORMS
-from megachat.train.corruption import FOLDER
-from megachat.train.replay import parameter_name, replay_micro_batch
+from megachat.train.corruption import Difference, parameter_name
+from megachat.train.replay import compare_results, replay_micro_batch, suspects
+from megachat.train.replicas import compare_replicas, disagreements
 from megachat.train.step import set_schedules
 from tests.harness import run_ranks
 from tests.oracle import ROWS, TOKENS
@@ -36,7 +41,7 @@ CASES = {
 
 def step_of(training, step: int) -> torch.Tensor:
     set_schedules(training, step)
-    return random_rows(step, ROWS, TOKENS + 1, SMALL_VOCAB)
+    return random_rows(step, ROWS, TOKENS, SMALL_VOCAB)
 
 
 def flip(tensor: torch.Tensor, bit: int = 12) -> torch.Tensor:
@@ -92,6 +97,8 @@ def all_checks(parallel: dict, changes: dict, folder: str):
             if training is checked:
                 replay_micro_batch(training, rows_of_rank(training, rows), step, Path(folder))
             outcome = take_step(training, rows)
+            if training is checked:
+                compare_replicas(training, step + 1, Path(folder))
         results.append((outcome, whole_state(training)))
     assert not Path(folder).exists()
     (before, state), (after, same) = results
@@ -110,14 +117,110 @@ def all_checks(parallel: dict, changes: dict, folder: str):
         checked.muon.discard_gradients()
         checked.rows.discard_gradients()
         checked.engine.adamw.discard_gradients()
-    return said
+    parameters = {"weight": block.mlp.c_fc.weight, "scalar": next(p for p in block.parameters() if p.numel() == 1)}
+    for number, (name, parameter) in enumerate(parameters.items()):
+        before = parameter.detach().clone()
+        if last:
+            parameter.data.copy_(flip(parameter, 3))
+        if name == "scalar" or "tensor" not in parallel:  # a float32 shard exists once
+            said[name] = verdict(lambda n=number: compare_replicas(checked, 10 + n, Path(folder)))
+        parameter.data.copy_(before)
+    compare_replicas(checked, 12, Path(folder))
+    place = Path(folder) / "corruption"
+    evidence = {number: json.loads((place / f"step_{number:06d}" / "report.json").read_text()) for number in (0, 2, 11)}
+    kept = torch.load(place / "step_000000" / "rank_00001.pt", weights_only=True)
+    return said, evidence, kept
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_wrong_bit_is_found_and_its_rank_is_named(case, tmp_path):
     world, parallel, changes = CASES[case]
-    both = run_ranks(all_checks, world, parallel, changes, str(tmp_path / "run"))
-    for said in both:
-        for fault in ("gradient", "scalar gradient", "activation"):
-            assert said[fault] == both[0][fault]
-            print(said[fault])
+    (others, *_), (said, evidence, kept) = run_ranks(all_checks, world, parallel, changes, str(tmp_path / "run"))
+    assert {**others, "name": ""} == {**said, "name": ""}
+    matrix, host = said.pop("name"), f"({socket.gethostname()}, cpu)"
+    for fault in ("gradient", "scalar gradient", "activation"):
+        assert f": rank 1 {host} computed another result" in said[fault], said[fault]
+    assert f"rank 1 differs in gradient of {matrix}: 1 of" in said["gradient"]
+    assert "rank 1 differs in gradient of resid_lambdas[" in said["scalar gradient"]
+    assert evidence[0]["suspects"] == evidence[2]["suspects"] == [1]
+    (difference,) = evidence[0]["ranks"][1]["differences"]
+    first, second = (kept[side][difference["tensor"]].float() for side in ("first", "second"))
+    assert difference["different"] == (first != second).sum() == 1
+    assert difference["largest"] == (first - second).abs().max()
+    assert kept["rows"].shape[1] == TOKENS
+    if case == "dp2":  # two copies: nobody knows which one is right
+        assert f"copies of {matrix} on rank 0 {host}, rank 1 {host} differ, without a majority" in said["weight"]
+    else:
+        assert f"on rank 1 {host} the weights of resid_lambdas[" in said["scalar"]
+        assert evidence[11]["suspects"] == [1]
+    if "pp2" in case:
+        assert (
+            f"on rank 1 {host} the weights of {matrix}, shard of Muon are not their rounded masters" in said["weight"]
+        )
+
+
+def report(rank: int, hashes: dict, **place) -> dict:
+    return {
+        "rank": rank,
+        "data": rank,
+        "tensor": 0,
+        "pipeline": 0,
+        "host": "h",
+        "device": "cpu",
+        "hashes": hashes,
+    } | place
+
+
+def test_the_minority_of_copies_is_suspected():
+    three = [report(rank, {"data": {"w": 7 if rank == 1 else 5}}) for rank in range(3)]
+    (entry,) = disagreements(three)
+    assert entry == {"tensor": "w", "axis": "data", "hashes": {0: 5, 1: 7, 2: 5}, "suspects": [1], "decided": True}
+    two_groups = [report(rank, {"data": {"w": rank}}, data=rank % 2, tensor=rank // 2) for rank in range(4)]
+    assert [entry["suspects"] for entry in disagreements(two_groups)] == [[0, 1], [2, 3]]
+
+
+def event(*order: int) -> dict:
+    return {"order": list(order)}
+
+
+@pytest.mark.parametrize(
+    "events, coupled, ranks",
+    [
+        ({0: None, 1: None}, False, [0, 1]),  # nothing was sent
+        ({0: event(0, 0, 4), 1: event(0, 0, 3)}, True, [1]),  # one stage, coupled by tables
+        ({0: event(0, 0, 4), 1: event(0, 0, 3)}, False, [0, 1]),  # two data ranks that send each other nothing
+    ],
+)
+def test_the_rank_that_sent_a_wrong_value_first_is_suspected(events, coupled, ranks):
+    reports = [report(rank, {}, event=each, differences=[1]) for rank, each in events.items()]
+    assert suspects(reports, coupled=coupled) == ranks
+
+
+def test_a_later_stage_is_suspected_in_the_backward_pass_and_an_earlier_one_in_the_forward_pass():
+    def stages(*events):
+        return [report(n, {}, data=0, pipeline=n, event=each, differences=[1]) for n, each in enumerate(events)]
+
+    assert suspects(stages(event(1, 0, 9), event(1, -1, 8)), coupled=False) == [1]
+    assert suspects(stages(event(0, 0, 9), event(0, 1, 2)), coupled=False) == [0]
+
+
+def test_every_bit_counts_but_for_a_tolerance():
+    first = {"x": torch.tensor([1.0, -2.0, torch.nan]), "y": torch.zeros(2), "z": torch.ones(1)}
+    assert compare_results(first, {name: tensor.clone() for name, tensor in first.items()}, 0.0) == []
+    second = first | {"x": torch.tensor([1.0, -2.5, torch.nan]), "y": torch.tensor([0.0, -0.0])}
+    del second["z"]
+    assert compare_results(first, second, 0.0) == [
+        Difference("x", 3, 1, 0.5), Difference("y", 2, 1, 0.0), Difference("z", 1, 1, math.inf),
+    ]  # fmt: skip
+    first["x"][2] = second["x"][2] = 10.0
+    assert [each.tensor for each in compare_results(first, second, 0.06)] == ["z"]
+    assert [each.tensor for each in compare_results(first, second, 0.04)] == ["x", "z"]
+
+
+def test_the_hash_sees_every_bit_and_every_place():
+    words = torch.randn(300, dtype=torch.float64).to(torch.bfloat16)
+    plain = bit_hash(words)
+    for bit in range(16):
+        assert bit_hash(flip(words, bit)) != plain
+    assert bit_hash(words.flip(0)) != plain
+    assert bit_hash(words.view(30, 10).t().contiguous().t()) == plain

@@ -18,7 +18,8 @@ import pytest
 
 from megachat.checkpoint.facts import find_file_problems, read_facts
 from megachat.checkpoint.resume import newest_complete
-from megachat.errors import EXIT_STATUS, LOST_RANK_STATUS, SAVED_STATUS
+from megachat.errors import CORRUPTION_STATUS, EXIT_STATUS, LOST_RANK_STATUS, SAVED_STATUS
+from megachat.job.elastic import Agent, AgentOfOneHost
 from tests.runs.forked import Done, Ranks, run_forked
 from tests.runs.job import (
     STEPS,
@@ -199,8 +200,42 @@ def test_a_loss_that_is_no_number_stops_all_ranks_and_spares_the_checkpoint(two,
     assert "Traceback" not in done.out + done.err
     assert checkpoints(run) == ["step_000002"] and file_bytes(checkpoint(run, 2)) == before
     assert 3 not in losses(run), "the metrics end with the last good step"
-    train(place, "diverged", "--resume", "auto", world=2)
+    checks = ["--set", "reliability.replay_every=1", "--set", "reliability.hash_every=1"]  # which change no bit
+    train(place, "diverged", "--resume", "auto", *checks, world=2)
     assert different(checkpoint(run, STEPS), checkpoint(two, STEPS)) == [] and losses(run) == losses(two)
+
+
+WRONG_BIT = """
+import runpy
+
+import megachat.train.step as step_module
+
+update = step_module.update
+
+def wrong(run, *arguments, **options):
+    result = update(run, *arguments, **options)
+    if run.mesh.world.rank == 1 and run.engine.global_steps == 3:
+        run.muon.wait_for_gather()
+        run.layers[1].mlp.c_fc.weight.data[3, 5] *= -1
+    return result
+
+step_module.update = wrong
+runpy.run_path("launch/pretrain.py", run_name="__main__")
+"""
+
+
+def test_a_wrong_bit_on_one_rank_ends_the_job_before_it_is_saved(two, place):
+    (place.runs / "wrong_bit.py").write_text(WRONG_BIT)
+    config = {"checkpoint": {"every": 1}, "reliability": {"hash_every": 1}}
+    done = run_forked([place.runs / "wrong_bit.py", *command(place, "wrong_bit", config=config)[1:]], 2)
+    assert (
+        done.status == CORRUPTION_STATUS and CORRUPTION_STATUS in Agent.final_statuses & AgentOfOneHost.final_statuses
+    )
+    (error,) = done.errors
+    assert "step 3: the copies of transformer.h.0.mlp.c_fc.weight on rank 0 (" in error
+    run = place.runs / "wrong_bit"
+    assert checkpoints(run) == ["step_000001", "step_000002"] and not (run / "running").exists()
+    assert (run / "corruption" / "step_000003" / "report.json").is_file()
 
 
 def forked(place, name: str, *arguments: str, config: dict, world: int = 2) -> Ranks:

@@ -1,0 +1,159 @@
+"""Copies of weights and optimizer state are compared by hashes of their bits.
+
+Copies are: the weights on all data ranks, what the tensor axis does not cut (weights, and AdamW's state), and on each
+rank the weights beside the masters that were rounded to them. Shards of ZeRO and of the Muon partition and rows of
+sparse tables exist once. A pipeline stage has no copy of another stage's parameters.
+"""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megachat.kernels.bit_hash import bit_hash
+from megachat.optim.row_update import MASTER
+from megachat.parallel.collectives import all_reduce
+from megachat.parallel.mesh import Axis
+from megachat.place import is_tensor_shard
+from megachat.train.build import TrainingModel
+from megachat.train.corruption import (
+    MAX_TENSORS,
+    corrupted,
+    evidence_folder,
+    gather_reports,
+    keep_evidence,
+    on_any_rank,
+    parameter_name,
+    ranks_text,
+)
+
+ROUNDED = "master"  # in place of an axis: the masters, rounded, and the weights of one rank
+
+
+@torch.no_grad()
+def compare_replicas(run: TrainingModel, step: int, folder: Path) -> None:
+    """Compares all copies before step `step`; all ranks call it between two steps.
+
+    folder: the run folder, which gets the evidence. Raises CorruptionError on all ranks if copies differ.
+    """
+    run.mesh.world.progress.note(f"hashes of copies before step {step}")
+    copies, differs = _data_copies(run)
+    compared = [("data", copies, differs), ("tensor", *_tensor_copies(run)), (ROUNDED, *_masters(run))]
+    if not on_any_rank(torch.cat([differs for *_, differs in compared]).any(), run.mesh, "hashes compared"):
+        return
+    different = {
+        axis: {name: tensor for (name, tensor), flag in zip(copies.items(), differs.tolist(), strict=True) if flag}
+        for axis, copies, differs in compared
+    }
+    hashes = {axis: {name: bit_hash(t).item() for name, t in copies.items()} for axis, copies in different.items()}
+    reports = gather_reports(run.mesh, hashes=hashes)
+    differences = disagreements(reports)
+    decided = [entry for entry in differences if entry["decided"]] or differences
+    suspects = sorted({rank for entry in decided for rank in entry["suspects"]})
+    kept = {f"{axis}: {name}": t.cpu().clone() for axis, copies in different.items() for name, t in copies.items()}
+    report = {"check": "hashes", "step": step, "suspects": suspects, "differences": differences, "ranks": reports}
+    where = keep_evidence(evidence_folder(folder, step), run.mesh, report, dict(list(kept.items())[:MAX_TENSORS]))
+    more = f"; {len(differences) - 1} more tensors differ" if len(differences) > 1 else ""
+    raise corrupted(step, f"{_sentence(decided[0], reports)}{more}", ranks_text(reports, suspects), where)
+
+
+def disagreements(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns each tensor whose copies differ: its axis, the hash on each rank, the suspects, and whether they are
+    decided.
+
+    The suspects are the ranks without the hash that most ranks have; all of them, undecided, if no hash has a majority.
+    Where the weights are not their rounded masters, one of both is wrong, on that rank.
+    """
+    copies: dict[tuple, dict[int, int]] = {}
+    for report in reports:
+        for axis, hashes in report["hashes"].items():
+            place = tuple(report[other] for other in ("data", "tensor", "pipeline") if other != axis)
+            for name, value in hashes.items():
+                copies.setdefault((axis, name, place), {})[report["rank"]] = value
+    result = []
+    for (axis, name, _), ranks in copies.items():
+        value, count = Counter(ranks.values()).most_common(1)[0]
+        majority = axis != ROUNDED and 2 * count > len(ranks)
+        suspects = [rank for rank in ranks if not majority or ranks[rank] != value]
+        result.append(
+            {
+                "tensor": name,
+                "axis": axis,
+                "hashes": ranks,
+                "suspects": suspects,
+                "decided": majority or axis == ROUNDED,
+            }
+        )
+    return result
+
+
+def _sentence(entry: dict[str, Any], reports: list[dict[str, Any]]) -> str:
+    ranks, others = entry["suspects"], [rank for rank in entry["hashes"] if rank not in entry["suspects"]]
+    if entry["axis"] == ROUNDED:
+        return f"on {ranks_text(reports, ranks)} the weights of {entry['tensor']} are not their rounded masters"
+    if others:
+        return f"{entry['tensor']} on {ranks_text(reports, ranks)} differs from its copies on ranks {others}"
+    return f"the copies of {entry['tensor']} on {ranks_text(reports, ranks)} differ, without a majority"
+
+
+Copies = tuple[dict[str, torch.Tensor], torch.Tensor]  # by name, and for each whether it differs, bool on the device
+
+
+def _data_copies(run: TrainingModel) -> Copies:
+    if run.mesh.data.size == 1:
+        return {}, _none_of(run)
+    weights = {parameter_name(parameter): parameter.detach() for parameter in run.layers.parameters()}
+    return weights, _differ(_hashes(run, weights), run.mesh.data)
+
+
+def _tensor_copies(run: TrainingModel) -> Copies:
+    """Returns what the tensor axis does not cut: weights, then this data rank's share of their AdamW state.
+
+    Where the axis cuts another parameter unevenly, the shares of its ranks may begin at other elements. These are not
+    compared.
+    """
+    if run.mesh.tensor.size == 1:
+        return {}, _none_of(run)
+    whole = {parameter_name(p): p for p in run.layers.parameters() if not is_tensor_shard(p)}
+    shares = {parameter_name(p): (begin, length, state) for p, begin, length, state in run.engine.adamw.fragments()}
+    kinds = MASTER, "exp_avg", "exp_avg_sq"
+    nothing = torch.empty(0, device=run.mesh.device)
+    copies = {name: parameter.detach() for name, parameter in whole.items()}
+    spans = []
+    for name in whole:
+        begin, length, state = shares.get(name, (0, 0, {}))
+        copies |= {f"AdamW's {kind} of {name}": state.get(kind, nothing) for kind in kinds}
+        spans.append(begin << 32 | length)
+    hashes = torch.cat((_hashes(run, copies), torch.tensor(spans, device=run.mesh.device)))
+    differs = _differ(hashes, run.mesh.tensor)
+    count = len(whole)
+    of_state = differs[count : len(copies)].view(count, len(kinds)) & ~differs[len(copies) :, None]
+    return copies, torch.cat((differs[:count], of_state.flatten()))
+
+
+def _masters(run: TrainingModel) -> Copies:
+    """Returns this rank's shards of the weights, and which of them are not their rounded masters."""
+    pairs = [(f"{name}, shard of Muon", master, weight) for name, master, weight in run.muon.masters_and_weights()]
+    for parameter, begin, length, state in run.engine.adamw.fragments():
+        weight = parameter.detach().flatten()[begin : begin + length]
+        pairs.append((f"{parameter_name(parameter)}, share of ZeRO", state[MASTER], weight))
+    weights = {name: weight for name, _, weight in pairs}
+    masters = {name: master.to(weight.dtype) for name, master, weight in pairs}
+    return weights, _hashes(run, weights) != _hashes(run, masters)
+
+
+def _hashes(run: TrainingModel, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    empty = torch.empty(0, dtype=torch.int64, device=run.mesh.device)
+    return torch.stack([bit_hash(tensor) for tensor in tensors.values()]) if tensors else empty
+
+
+def _none_of(run: TrainingModel) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.bool, device=run.mesh.device)
+
+
+def _differ(values: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """Returns for each of the values, int64 [n], whether the ranks of the axis have different ones."""
+    both = torch.stack((values, ~values))  # the largest complement is that of the smallest value
+    all_reduce(both, axis, "max", name="hashes of copies")
+    return both[0] != ~both[1]
