@@ -133,7 +133,7 @@ def all_checks(parallel: dict, changes: dict, folder: str):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_wrong_bit_is_found_and_its_rank_is_named(case, tmp_path):
+def test_a_wrong_bit_stops_the_run_and_its_rank_is_named(case, tmp_path):
     world, parallel, changes = CASES[case]
     (others, *_), (said, evidence, kept) = run_ranks(all_checks, world, parallel, changes, str(tmp_path / "run"))
     assert {**others, "name": ""} == {**said, "name": ""}
