@@ -6,6 +6,7 @@ The alternatives take turns in one run, and ratios are medians over rounds: they
 
 kinds:
     dtype        tokens per second of training steps in bfloat16 and in float32
+    checks       what a replay and a comparison of hashes take, in steps (docs/reliability.md)
     recompute    tokens per second and peak bytes of a training step for each batch.recompute
     attention    passes per second of attention with windows on a CPU: with a mask, in tiles, without windows
     nanochat     tokens per second and parts of training steps beside nanochat's own model and optimizer on a CPU
@@ -42,6 +43,7 @@ from megachat.errors import UserError  # noqa: E402
 KINDS = {
     "dtype": "step",
     "recompute": "step",
+    "checks": "step",
     "attention": "step",
     "nanochat": "nanochat",
     "profile": "step_profile",

@@ -4,6 +4,8 @@ Graphs are traced and differentiated as ever, but run without a C++ compiler's m
 the real thing.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch._dynamo.backends.debugging import aot_eager
@@ -13,9 +15,10 @@ from megachat.planning.dimensions import NORMS
 from megachat.planning.plan import resolve
 from megachat.programs.verify_layout import warm_up
 from megachat.train.compiled import NewGraphs
+from megachat.train.replay import replay_micro_batch
 from megachat.train.step import set_schedules
 from tests.harness import run_ranks
-from tests.training import build, random_rows, small_config, take_step
+from tests.training import build, random_rows, rows_of_rank, small_config, take_step
 
 VOCAB, ROWS, LENGTH, STEPS = 97, 4, 160, 4
 MODEL = {"aspect_ratio": 16, "head_size": 16, "kv_heads": None, "sequence_len": LENGTH, "window_pattern": "SSSL"}
@@ -40,7 +43,10 @@ def trained(config):
     for step in range(STEPS):
         set_schedules(training, step)
         graphs.count()
-        outcomes.append(take_step(training, random_rows(step, ROWS, LENGTH + 1, VOCAB)))
+        rows = random_rows(step, ROWS, LENGTH + 1, VOCAB)
+        if step:
+            replay_micro_batch(training, rows_of_rank(training, rows), step, Path("no evidence"))
+        outcomes.append(take_step(training, rows))
         made.append(graphs.count())
         if step == 2:  # rows of two lengths, of which one is not training's
             rows = [random_rows(9, 2, length, VOCAB) for length in (LENGTH + 1, 97)]

@@ -2,6 +2,8 @@
 its state loads without FP8.
 """
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,9 +12,19 @@ from megachat.evals.bpb import ValidationRows, bits_per_byte
 from megachat.place import place_of
 from megachat.programs.verify_layout import gradient_pieces, warm_up
 from megachat.train.build import build_training_model
+from megachat.train.replay import replay_micro_batch
 from megachat.train.step import set_schedules
 from tests.harness import run_ranks
-from tests.training import assembled, build, load_whole_state, random_rows, small_config, take_step, whole_state
+from tests.training import (
+    assembled,
+    build,
+    load_whole_state,
+    random_rows,
+    rows_of_rank,
+    small_config,
+    take_step,
+    whole_state,
+)
 
 VOCAB, ROWS, TOKENS, STEPS = 256, 8, 65, 2
 MODEL = {"depth": 2, "aspect_ratio": 128, "head_size": 64, "kv_heads": 4, "sequence_len": 64, "window_pattern": "L"}
@@ -48,7 +60,9 @@ def train(config, plant=lambda training: None):
     for step in range(STEPS):
         set_schedules(training, step)
         inspect = None if step else lambda: gradients.update(gradient_pieces(training))
-        loss, norm, skipped = take_step(training, random_rows(step, ROWS, TOKENS, VOCAB), inspect_gradients=inspect)
+        rows = random_rows(step, ROWS, TOKENS, VOCAB)
+        replay_micro_batch(training, rows_of_rank(training, rows), step, Path("no evidence"))
+        loss, norm, skipped = take_step(training, rows, inspect_gradients=inspect)
         assert not skipped
         losses.append(loss)
         norms.append(norm)

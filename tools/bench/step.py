@@ -1,8 +1,10 @@
 """Measures training steps of one model with different settings, and attention alone."""
 
+import statistics
 from argparse import Namespace
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 
@@ -15,6 +17,8 @@ from megachat.parallel.mesh import build_mesh
 from megachat.planning.plan import Plan, resolve
 from megachat.programs.walk_memory import LiveBytes
 from megachat.train.build import build_training_model
+from megachat.train.replay import replay_micro_batch
+from megachat.train.replicas import compare_replicas
 from megachat.train.step import set_schedules, update
 from tools.bench.turns import compare_rates, time_in_turn
 
@@ -106,6 +110,37 @@ def bench_recompute(arguments: Namespace) -> dict:
     for kind, action in actions.items():
         rates[kind]["bytes_in_a_step"] = step_bytes(action)
     return {"what": "training step, tokens per second and bytes", "rows_at_a_time": plan.micro_rows} | rates
+
+
+def bench_checks(arguments: Namespace) -> dict:
+    """Measures what a replay and a comparison of hashes take, in steps, on this process."""
+    config = load_config(arguments.config, arguments.set)
+    plan = resolve(config, 1, config.model.vocab_size or arguments.vocab_size)
+    device = choose_device(bootstrap_environment())
+    start_collectives(device, collective_backend(device), timedelta(seconds=600))
+    tokens = torch.ones(plan.dims.vocab_size, dtype=torch.int64)
+    training, rows = build_training_model(config, plan, build_mesh(device), tokens), random_rows(plan)
+    set_schedules(training, 0)
+    actions = {
+        "step": lambda: update(training, rows)[0].item(),
+        "replay": lambda: replay_micro_batch(training, rows, 0, Path("no evidence")),
+        "hashes": lambda: compare_replicas(training, 0, Path("no evidence")),
+    }
+    seconds = time_in_turn(actions, arguments.rounds)
+    steps = {
+        name: [other / step for other, step in zip(seconds[name], seconds["step"], strict=True)]
+        for name in ("replay", "hashes")
+    }
+    return {
+        "what": "a replay and a comparison of hashes, in steps of the same round",
+        "micro_batches_per_step": plan.accumulation,
+        "parameters": plan.parameters["total"],
+        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        "steps": {
+            name: {"median": statistics.median(values), "from": min(values), "to": max(values)}
+            for name, values in steps.items()
+        },
+    }
 
 
 def bench_attention(arguments: Namespace) -> dict:
