@@ -47,3 +47,12 @@ def test_attention_is_compared_for_each_shape():
     assert len(shapes) == 8
     for ways in shapes.values():
         assert ways["mask"]["times_faster_than_mask"] == 1 and ways["windowed"]["per_sec"] > 0
+
+
+@pytest.mark.slow
+def test_the_checks_are_measured_in_steps_of_their_round():
+    result = measured("checks", *(word for setting in SMALL for word in ("--set", setting)))
+    for check in ("replay", "hashes"):
+        steps = result["steps"][check]
+        assert 0 < steps["from"] == steps["median"] == steps["to"]  # one round
+        assert steps["median"] == pytest.approx(result["seconds"][check] / result["seconds"]["step"])
