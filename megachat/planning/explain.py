@@ -10,6 +10,8 @@ from megachat.planning.dimensions import Dimensions, layer_costs
 from megachat.planning.plan import Plan
 from megachat.schedule import warmup_length
 
+REPLAY_SHARE = 0.01  # of a training's passes, above which replays are worth a warning
+
 
 def describe_config(config: Config) -> str:
     """Returns every setting, one per line; those that differ from the default are marked."""
@@ -73,6 +75,12 @@ def setting_warnings(config: Config, plan: Plan) -> list[str]:
         lines.append(
             f"WARNING: checkpoint.keep_every ({keep.keep_every}) has no effect without checkpoint.keep_last: all "
             "checkpoints are kept"
+        )
+    every, stages = config.reliability.replay_every, plan.layout.pipeline
+    if every and (share := 2 * stages / (every * (plan.accumulation + stages - 1))) > REPLAY_SHARE:
+        lines.append(
+            f"WARNING: reliability.replay_every ({every}) makes the training about {share:.0%} longer: two more "
+            f"micro-batches per {every} steps of {plan.accumulation}"
         )
     return lines
 

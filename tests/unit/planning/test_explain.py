@@ -77,6 +77,22 @@ def test_stages_are_described_with_their_shares():
             "checkpoint.keep_every (5) has no effect without",
         ),
         ({"horizon": {"steps": 400}, "checkpoint": {"keep_every": 5, "keep_last": 2}}, None),
+        (
+            {
+                "horizon": {"steps": 400},
+                "batch": {"tokens": 4 * 2048, "micro_rows": 1},
+                "reliability": {"replay_every": 5},
+            },
+            "reliability.replay_every (5) makes the training about 10% longer",
+        ),
+        (
+            {
+                "horizon": {"steps": 400},
+                "batch": {"tokens": 4 * 2048, "micro_rows": 1},
+                "reliability": {"replay_every": 50},
+            },
+            None,
+        ),
     ],
 )
 def test_settings_that_are_seldom_wanted_together_are_reported(sections, part):
