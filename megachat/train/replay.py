@@ -59,7 +59,7 @@ def replay_micro_batch(run: TrainingModel, rows: torch.Tensor, step: int, folder
     }
     event = None if tolerance else _first_difference(first_sent, second_sent, run.mesh)
     reports = gather_reports(run.mesh, differences=as_values(differences), event=event)
-    report = {"check": "replay", "step": step, "tolerance": tolerance}
+    report: dict[str, Any] = {"check": "replay", "step": step, "tolerance": tolerance}
     report |= {"suspects": suspects(reports, coupled=bool(run.rows.tables)), "ranks": reports}
     where = keep_evidence(
         evidence_folder(folder, step), run.mesh, report, {"rows": rows.cpu(), **evidence} if differences else {}
