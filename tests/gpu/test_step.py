@@ -66,3 +66,18 @@ def test_a_step_waits_for_the_gpu_no_more_than_is_listed(mesh):  # noqa: F811
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len([one for one in waits if "synchronizing" in str(one.message)]) <= 3  # norm, and the test's loss
+
+
+def test_the_kernels_that_max_autotune_chooses_compute_the_same(mesh, report):  # noqa: F811
+    losses = []
+    for mode in ("default", "max-autotune"):
+        torch.manual_seed(0)
+        precision = {"compute": "bfloat16", "attention": "sdpa", "compile": True, "compile_mode": mode}
+        config = small_config(precision=precision)
+        training = build_training_model(config, resolve(config, 1, SMALL_VOCAB), mesh, torch.ones(SMALL_VOCAB).long())
+        for step in range(3):
+            set_schedules(training, step)
+            loss, *_ = take_step(training, random_rows(step, 12, 161, SMALL_VOCAB).to(mesh.device))
+        losses.append(loss)
+    report("loss of the third step, default and max-autotune", losses)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)

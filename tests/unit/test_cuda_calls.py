@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,7 +33,8 @@ from tests.unit.checkpoint.test_checkpoint import ALONE, whole
 SOURCES, ROOT = Path(megachat.__file__).parent, Path(__file__).resolve().parents[2]
 GPU, HERE = torch.device("cuda", 1), "tests/unit/test_cuda_calls.py::"
 _DEVICE = f"{HERE}test_the_properties_of_a_gpu"
-# file -> call -> the test that runs it. "": torch.cuda is passed on, and the test passes a stand-in.
+# file -> call -> the test that runs it, or why there is none. "": torch.cuda is passed on, and the test passes a
+# stand-in.
 CALLS = {
     "api/model.py": {"device_count": "tests/unit/test_api.py::test_bad_arguments_are_one_sentence_with_the_value"},
     "checkpoint/saver.py": {"synchronize": f"{HERE}test_a_save_waits_for_its_copies_from_the_gpu"},
@@ -60,6 +62,7 @@ CALLS = {
     "optim/graph.py": {"": "tests/unit/optim/test_graph.py::test_a_replayed_update_is_equal_to_the_bit"},
     "parallel/work_time.py": {"Event": f"{HERE}test_the_time_of_work_is_that_between_events"},
     "programs/probe.py": {"device_count": f"{HERE}test_a_probe_starts_a_rank_per_gpu"},
+    "programs/self_test.py": {"empty_cache": "it returns unused memory to the GPU and has no result"},
     "train/state.py": dict.fromkeys(
         ("get_rng_state", "set_rng_state"), f"{HERE}test_the_random_numbers_of_a_gpu_continue"
     ),
@@ -87,9 +90,17 @@ def test_every_call_has_a_test():
         path: set(names) for path, names in CALLS.items()
     }
     for tests in CALLS.values():
-        for test in tests.values():
+        for test in (test for test in tests.values() if "::" in test):
             path, name = test.split("::")
             assert f"def {name}(" in (ROOT / path).read_text(), test
+
+
+def test_the_page_names_all_tests_that_need_a_gpu():
+    """docs/performance.md, "What no GPU has proved"; tests/run_gpu.sh runs the whole folder."""
+    page = (ROOT / "docs/performance.md").read_text().partition("## What no GPU has proved")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`(tests/gpu/\w+\.py)`", page))
+    assert named == {path.relative_to(ROOT).as_posix() for path in (ROOT / "tests/gpu").glob("test_*.py")}
+    assert "-m pytest tests/gpu " in (ROOT / "tests/run_gpu.sh").read_text()
 
 
 @pytest.fixture
