@@ -23,7 +23,7 @@ def certificate(layout: str, *settings: str, every_rank: bool = True) -> dict:
 @pytest.mark.parametrize(
     ("layout", "settings"),
     [
-        ("tp=2,pp=2", ("parallel.sequence=true", "batch.recompute=block")),
+        ("tp=2,pp=2", ("parallel.sequence=true", "batch.recompute=block", "precision.fp8=tensorwise")),
         ("tp=2,dp=2", ("lookup.after_blocks=[1]", "ngram.blocks=[1]", "precision.compute=float32")),
     ],
 )
