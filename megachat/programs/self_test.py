@@ -101,7 +101,7 @@ def _train(job, mesh: Mesh, build: Callable, stop: int, checkpoint: Path | None)
         Trainer(run, state, metrics, lambda: False, lambda step: None).fit()
     del run, state
     if job.config.precision.compile:
-        torch._dynamo.reset()  # type: ignore[no-untyped-call]
+        torch.compiler.reset()
     gc.unfreeze()  # the trainer froze what existed; the model of this part must go before the next one is built
     gc.collect()
     if mesh.device.type == "cuda":
