@@ -49,7 +49,7 @@ def add_arguments(parser: Parser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Climbs the ladder and prints its table."""
     from megachat.config import load_config
-    from megachat.files import write_json
+    from megachat.files import check_writable, write_json
     from megachat.programs.dry_run import Hardware
     from megachat.programs.ladder_plan import plan_lines, plan_rungs
     from megachat.studies.ladder import climb, compute_multiplier, ladder_rows
@@ -64,6 +64,8 @@ def run(options: argparse.Namespace) -> None:
     refuse_fixed(options.both, ["run.name", "run.folder", "model.depth"], "--both")
     for depth in depths:  # a wrong setting is reported before anything is trained
         load_config(options.config, [*options.both, *options.set, f"model.depth={depth}"])
+    if load_config(options.config, options.both) == load_config(options.config, [*options.both, *options.set]):
+        raise UserError(f"{shlex.join(options.set)} is what the config has already: give a change with --set")
     first = first_seed(load_config(options.config, options.both).run.seed, options.base or options.out)
     seeds = range(first, first + options.seeds)
     hardware = Hardware(gpu=options.gpu, probe=options.probe, price=options.price)
@@ -75,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
         return
     values = load_config(options.config, options.both).model_dump(mode="json", exclude_defaults=True)
     _check_base(options, values)
-    options.out.mkdir(parents=True, exist_ok=True)
+    check_writable(options.out / "ladder.json")
     _check_same_study(options, values)
 
     def log(line: str) -> None:

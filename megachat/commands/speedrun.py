@@ -86,6 +86,8 @@ def _refuse_without_effect(options: argparse.Namespace) -> None:
     from megachat.programs.speedrun import SMALL_DEPTH
 
     check_price(options.price)
+    if options.hostfile and not options.hostfile.is_file():
+        raise UserError(f"--hostfile {options.hostfile} is no file: write one as in launch/hostfile.example")
     if options.data and options.shards:
         raise UserError("--shards are downloaded, but --data gives a folder that exists: give one of the two")
     for name in ("gpus", "price"):

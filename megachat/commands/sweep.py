@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from megachat.commands.options import Parser, add_config, add_set, require_minimum
 from megachat.errors import UserError
-from megachat.files import write_json
+from megachat.files import check_writable, write_json
 from megachat.text import text_table
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def run(options: argparse.Namespace) -> None:
     if options.space is None and options.lr_range_test is None:
         raise UserError("give --space FILE with the settings that vary, or --lr-range-test")
     search = _prepare_sweep(options) if options.space else None
+    check_writable(options.out / SWEEP)
     result: dict[str, Any] = {}
     lines: list[str] = []
     from megachat.studies.trials import continued_later
@@ -152,7 +153,6 @@ def _prepare_sweep(options: argparse.Namespace) -> Callable[[], dict]:
     question = {"space": [dimension._asdict() for dimension in space], "config": config}
 
     def search() -> dict:
-        options.out.mkdir(parents=True, exist_ok=True)
         storage = options.storage or f"sqlite:///{options.out / 'study.db'}"
         study = sweep.open_study(storage, sweep.study_name(options.out), space, question, seed=42)
         write_json(options.out / QUESTION, {"study": "sweep"} | question)

@@ -37,7 +37,9 @@ def curve_of(lines: Sequence[dict], key: str = "val/bpb") -> Curve:
         if isinstance(line.get(key), int | float) and "total_training_time" in line and math.isfinite(line[key])
     ]
     if len(points) < 2:
-        raise UserError(f"{len(points)} values of {key} are recorded, and a curve needs 2: train longer")
+        known = sorted({name for line in lines for name in line if name.startswith(("train/", "val/"))} - {key})
+        fix = "train longer" if points or not known else f"train longer, or give one of {', '.join(known)}"
+        raise UserError(f"{len(points)} values of {key} are recorded, and a curve needs 2: {fix}")
     table = np.array(sorted(points), dtype=np.float64)
     return Curve({name: table[:, number] for number, name in enumerate(AXES)}, table[:, 3])
 

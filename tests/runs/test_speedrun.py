@@ -146,6 +146,7 @@ def test_bad_input(options, tmp_path):
         cli._run(["speedrun", "--runs", "0"])
     for words, problem in {
         "--data here --shards 3": "--shards are downloaded, but --data gives a folder that exists",
+        "--hostfile nowhere": "--hostfile nowhere is no file: write one as in launch/hostfile.example",
         "--gpus 8xH100": "--gpus is for a plan only: add --dry-run",
         "--price 2": "--price is for a plan only",
         "--price 2 --dry-run --depth 3": "depth 3 is planned for this CPU: give --gpus, too",

@@ -225,6 +225,18 @@ def test_an_impossible_space_is_refused_before_anything_starts(space, problem, t
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "out").touch()
+    for name, words in {
+        "sweep": ["--space", str(write_space(tmp_path, optimizer__matrix_lr=[0.1, 0.2]))],
+        "ladder": ["--set", "optimizer.matrix_lr=0.1", "--depths", "2", "--both", "model.vocab_size=4096"],
+    }.items():
+        with pytest.raises(UserError, match="out/.*.json cannot be written .*: give another file with --out"):
+            cli.start(name, ["--config", "demo", *words, "--out", str(tmp_path / "out")], "megachat")
+    with pytest.raises(UserError, match="optimizer.matrix_lr=0.02 is what the config has already: give a change"):
+        cli.start("ladder", ["--config", "demo", "--set", "optimizer.matrix_lr=0.02", "--depths", "2"], "megachat")
+
+
 def test_a_space_of_ranges_is_no_grid_and_a_database_is_needed(tmp_path):
     whole = load_space(write_space(tmp_path, model__depth={"low": 2, "high": 4}))
     assert grid(whole) is None and whole[0].whole
