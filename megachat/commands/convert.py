@@ -59,6 +59,10 @@ def add_arguments(parser: Parser) -> None:
 
 def run(options: argparse.Namespace) -> int | None:
     """Runs the command; returns the exit status."""
+    if "to_format" in options:
+        from megachat.checkpoint.facts import require_checkpoint_folder
+
+        require_checkpoint_folder(options.source)
     with importing():
         from megachat.programs import convert
 

@@ -19,6 +19,7 @@ from megachat.commands.options import (
 )
 from megachat.errors import UserError
 from megachat.job.hosts import check_launcher_hostfile
+from megachat.job.launchers import launcher_world
 from megachat.planning.hardware import parse_gpus
 
 
@@ -97,6 +98,8 @@ def run(options: argparse.Namespace) -> int:
     elif not options.elastic:
         check_layout_ranks(options.layout)
     check_launcher_hostfile()
+    if not (options.dry_run or options.elastic):
+        _check_plan(options.config, settings)
     with importing(logged=not options.dry_run):
         from megachat.programs.dry_run import Hardware
         from megachat.programs.pretrain import pretrain
@@ -113,3 +116,15 @@ def run(options: argparse.Namespace) -> int:
         as_json=options.json,
         verbose=options.verbose,
     )
+
+
+def _check_plan(path: str, settings: list[str]) -> None:
+    """Raises UserError for a tokenizer that is missing and a plan that is impossible, seconds before torch is there."""
+    from megachat.checkpoint.run_folder import config_in_place
+    from megachat.config import load_config
+    from megachat.data.tokenizer import load_tokenizer
+    from megachat.planning.plan import resolve
+
+    config, _ = config_in_place(load_config(path, settings), Path(path), settings)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    resolve(config, launcher_world(), config.model.vocab_size or tokenizer.vocab_size)

@@ -31,7 +31,6 @@ def add_arguments(parser: Parser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Writes the report."""
     from megachat.files import check_writable
-    from megachat.studies.report import REPORT_NAME, write_report
     from megachat.studies.report_figures import import_plotly
     from megachat.studies.runs import load_run
 
@@ -39,6 +38,8 @@ def run(options: argparse.Namespace) -> None:
     import_plotly()
     record = load_run(options.run)
     against = load_run(options.against) if options.against else None
+    from megachat.studies.report import REPORT_NAME, write_report  # imports torch
+
     out = options.out or options.run / REPORT_NAME
     check_writable(out)
     size = write_report(record, out, against, probe=options.probe, price=options.price)
