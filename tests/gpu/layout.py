@@ -13,7 +13,7 @@ from megachat.parallel.mesh import build_mesh
 from megachat.planning.plan import resolve_without_text
 from megachat.train.build import build_training_model
 from megachat.train.step import set_schedules
-from tests.training import SMALL_VOCAB, random_rows, rows_of_rank, small_config, take_step
+from tests.training import SMALL_VOCAB, random_rows, small_config, take_step
 
 AXES = {
     "data": {},
@@ -41,7 +41,7 @@ def main(axis: str) -> None:
     for step in range(3):
         set_schedules(training, step)
         rows = random_rows(step, plan.rows_per_step, config.model.sequence_len + 1, SMALL_VOCAB)
-        results.append(take_step(training, rows_of_rank(training, rows).to(device))[:2])
+        results.append(take_step(training, rows.to(device))[:2])
     if environment.rank == 0:
         print(json.dumps(results))
     torch.distributed.destroy_process_group()
