@@ -10,6 +10,7 @@ import gc
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -69,8 +70,9 @@ def run_self_test(job, mesh: Mesh, plan_of: Callable, build: Callable) -> str:
             losses = _train(resumed, mesh, build, stop, checkpoint)
             name = checkpoint_name(stop)
             expected, checkpoint = (each.folder / CHECKPOINTS / name for each in (job, resumed))
-            pair = expected, checkpoint, {step: whole[step] for step in losses}, losses
-            on_all_ranks_or_raise(lambda pair=pair, number=number: _require_equal(*pair, number), mesh.world)
+            without_stop = {step: whole[step] for step in losses}
+            compare = partial(_require_equal, expected, checkpoint, without_stop, losses, number)
+            on_all_ranks_or_raise(compare, mesh.world)
     finally:
         if mesh.world.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
