@@ -54,7 +54,7 @@ def size_settings(config: Config, run_folder: Path, vocab_size: int) -> list[str
 
 def choose_size(config: Config, tokens_per_s: float) -> list[str]:
     """Returns the settings of the size and of run.note. tokens_per_s: of passes, on all cores."""
-    tokens = config.horizon.steps * config.batch.tokens
+    tokens = (config.horizon.steps or 0) * (config.batch.tokens or 0)  # configs/demo.json has both
     whole_s = OVERHEAD * tokens / tokens_per_s
     note = (
         f"forward and backward of {tokens_per_s:,.0f} tokens per second, so {tokens:,} take {whole_s / 60:.1f} minutes"
