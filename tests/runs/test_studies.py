@@ -66,7 +66,7 @@ def test_a_job_of_two_ranks_writes_its_report_and_survives_a_failure(one, shared
     done, report = run_forked(program, 2), tmp_path / "runs/one/report.html"
     assert done.status == 0, done.err
     assert done.out.count(f"wrote {report}, ") == 1 and report.stat().st_size < 6e6
-    assert "<td>finished</td>" in report.read_text() and "Matrices that each rank orthogonalizes" in report.read_text()
+    assert "<td>finished: all " in report.read_text() and "Matrices that each rank orthogonalizes" in report.read_text()
     report.unlink()
     report.mkdir()
     done = run_forked(program, 2)
