@@ -64,6 +64,7 @@ def run(options: argparse.Namespace) -> None:
     require_minimum(options, seeds=1, ranks=1, baseline=2, trials=1)
     if options.space is None and options.lr_range_test is None:
         raise UserError("give --space FILE with the settings that vary, or --lr-range-test")
+    test_range = _prepare_range_test(options) if options.lr_range_test is not None else None
     search = _prepare_sweep(options) if options.space else None
     check_writable(options.out / SWEEP)
     result: dict[str, Any] = {}
@@ -71,8 +72,8 @@ def run(options: argparse.Namespace) -> None:
     from megachat.studies.trials import continued_later
 
     with continued_later(_log):
-        if options.lr_range_test is not None:
-            result["range_test"] = _range_test(options)
+        if test_range:
+            result["range_test"] = test_range()
         if search:
             result |= search()
     if search:
@@ -94,8 +95,8 @@ def _earlier_optima(out: Path) -> list[dict]:
     return json.loads(path.read_bytes())["optima"] if path.exists() else []
 
 
-def _range_test(options: argparse.Namespace) -> dict:
-    """Trains the range test and writes range_test.json and its picture."""
+def _prepare_range_test(options: argparse.Namespace) -> Callable[[], dict]:
+    """Checks the settings and returns what trains the range test, writes its files, and returns its result."""
     from megachat.config import load_config
     from megachat.studies.range_test import range_trial, run_range_test
     from megachat.studies.sweep_picture import draw_range_test
@@ -110,12 +111,16 @@ def _range_test(options: argparse.Namespace) -> dict:
         raise UserError(f"--ramp is {options.ramp!r}: give two factors above 0, the lower first, such as 0.01,100")
     trial = range_trial([word for word in options.lr_range_test.split(",") if word], low, high)
     config = load_config(options.config, [*options.set, *trial.settings])
-    _log(f"{trial.name}: factors {low:g} to {high:g}")
-    train = trainer(options.config, options.out, options.set, ranks=options.ranks)
-    result = run_range_test(train, trial, config, options.out)
-    write_json(options.out / "range_test.json", result)
-    _draw(lambda: draw_range_test(result, options.out / "range_test.svg"))
-    return result
+
+    def test_range() -> dict:
+        _log(f"{trial.name}: factors {low:g} to {high:g}")
+        train = trainer(options.config, options.out, options.set, ranks=options.ranks)
+        result = run_range_test(train, trial, config, options.out)
+        write_json(options.out / "range_test.json", result)
+        _draw(lambda: draw_range_test(result, options.out / "range_test.svg"))
+        return result
+
+    return test_range
 
 
 def _draw(draw: Callable[[], None]) -> None:

@@ -44,7 +44,6 @@ from megachat.planning.memory_advice import check_state_fits, memory_warning
 from megachat.planning.plan import Plan, resolve, usable_world
 from megachat.programs.dry_run import THIS_MACHINE, Hardware, describe_job, job_values
 from megachat.programs.run_start import banner, write_run_folder
-from megachat.programs.self_test import run_self_test
 from megachat.studies.report import report_line
 from megachat.studies.report_figures import check_report
 from megachat.train.build import Run, build_run
@@ -142,6 +141,8 @@ def run_job(
         lock_run_folder(job.folder, mesh.world) as notes,
     ):
         if self_test and not recovery.restarted:  # a restart had it before
+            from megachat.programs.self_test import run_self_test  # loads torch.distributed.checkpoint, 0.7 s
+
             with _starting("self-test", mesh):
                 notes.append(run_self_test(job, mesh, _plan_with_allocation, _build))
         checkpoint, facts, chosen_notes = _agreed_checkpoint(job, resume, mesh)

@@ -47,7 +47,7 @@ class Metrics:
         self._console_lost = False
         if not writes:
             return
-        problem = _drop_lines_from(self._path, first_step) if trains else None
+        problem = _drop_lines_from(self._path, first_step, rewinds=True) if trains else None
         self._file = open(self._path, "a", encoding="utf-8")
         if sys.stdout.isatty():
             self._bar = tqdm(total=steps, initial=first_step, unit="step", file=sys.stdout, dynamic_ncols=True)
@@ -76,7 +76,7 @@ class Metrics:
         """Drops the lines of `step` and later ones from metrics.jsonl, because these steps run again."""
         if self._file is not None:
             self._file.close()
-            _drop_lines_from(self._path, step)
+            _drop_lines_from(self._path, step, rewinds=False)
             self._file = open(self._path, "a", encoding="utf-8")
             self.advance(step)
 
@@ -110,9 +110,9 @@ class Metrics:
             self._trackers.finish()
 
 
-def _drop_lines_from(path: Path, step: int) -> str | None:
+def _drop_lines_from(path: Path, step: int, *, rewinds: bool) -> str | None:
     """Drops the lines of steps that will run again, and a line that a crash cut short: a resumed run continues one
-    curve.
+    curve. rewinds: also the lines of rewinds to this step: a job that begins there meets their faults again.
 
     Returns a line for the log if other lines cannot be read. They are dropped, and the file as it was is set aside.
     """
@@ -127,7 +127,7 @@ def _drop_lines_from(path: Path, step: int) -> str | None:
             values = json.loads(line)
             # a training line or spike has the number of its step, an evaluation the number of steps before it
             # (a new run repeats that of step 0)
-            of_step = "train/loss" in values or "spike/documents" in values
+            of_step = "train/loss" in values or "spike/documents" in values or (rewinds and "rewind/count" in values)
             keep = values["step"] < step or (values["step"] == step > 0 and not of_step)
         except (ValueError, TypeError, LookupError, RecursionError):
             if line.strip() and number <= len(lines):

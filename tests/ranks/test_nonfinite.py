@@ -1,4 +1,5 @@
-"""A loss or gradient that is not finite, on layouts of two ranks: the capsule, its replay, and what the run does next.
+"""A loss or gradient that is not finite, on layouts of two and four ranks: the capsule, its replay, and what the run
+does next.
 
 The cause is real: one value embedding of the token "~", which one document has, is too large for float16.
 """
@@ -16,6 +17,7 @@ import torch
 from megachat.checkpoint.facts import checkpoint_name
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError
+from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.engine import start_collectives
 from megachat.parallel.mesh import build_mesh
 from megachat.planning.plan import resolve_without_text
@@ -28,10 +30,14 @@ from megachat.train.state import LoopState, check_checkpoint, load_state, state_
 from megachat.train.trainer import Trainer
 from tests.harness import run_ranks
 from tests.runs.job import different, facts, losses, metrics, write_shard
-from tests.training import small_config
+from tests.training import small_config, whole_state
 
 MODEL = {"depth": 2, "aspect_ratio": 16, "kv_heads": 2, "sequence_len": 64, "window_pattern": "L"}
 STEPS, TILDE = 5, ord("~")
+TABLES = {
+    "ngram": {"blocks": (0,), "rows": 60},
+    "lookup": {"after_blocks": (0,), "rows": 400, "max_rows_per_token": 60},
+}
 
 
 def config_of(place: Path, **changes):
@@ -50,18 +56,24 @@ def config_of(place: Path, **changes):
 
 
 @torch.no_grad()
-def plant(run) -> None:
+def plant(run, value: float = 1e5) -> None:
     """Makes a value embedding of TILDE too large for float16, in the masters."""
     for name, (_, rectangles) in state_pieces(run).items():
         if name == "model/value_embeds.1.weight":
             for (row, _), (rows, _), values in rectangles:
                 if row <= TILDE < row + rows:
-                    values[TILDE - row] = 1e5
+                    values[TILDE - row] = value
     run.engine.adamw.refresh_weights()
 
 
-def train(place: Path, name: str, checkpoint: Path | None = None, *, damage=plant, **changes) -> str | None:
-    """Trains a run as a job does, and returns the sentence with which it ended, None at the last step."""
+def train(
+    place: Path, name: str, checkpoint: Path | None = None, *, damage=plant, stop_at=-1, states=None, **changes
+) -> str | bool:
+    """Trains a run as a job does, and returns the sentence with which it ended, or whether it stopped on request.
+
+    stop_at: the step in which a stop is requested. states: gets the whole state before each step, and at the end that
+    and the loader's place on each rank; copies on several ranks are equal.
+    """
     config, tokenizer = config_of(place, **changes), Tokenizer({bytes([byte]): byte for byte in range(256)})
     start_collectives(torch.device("cpu"), "gloo", timedelta(seconds=600))
     mesh = build_mesh(torch.device("cpu"), tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
@@ -76,25 +88,66 @@ def train(place: Path, name: str, checkpoint: Path | None = None, *, damage=plan
         damage(run)
     values = {"first_step": state.step, "steps": STEPS, "run_name": name, "settings": {}}
     lines = Metrics(folder, config.log, writes=run.is_writer, **values)
+
+    def before_step(step: int) -> None:
+        if states is not None:
+            states.setdefault(step, []).append(whole_state(trainer.run))
+
+    trainer = Trainer(run, state, lines, lambda: trainer.state.step == stop_at, before_step)
     with run.loader:
         try:
-            Trainer(run, state, lines, lambda: False, lambda step: None).fit()
+            stopped = trainer.fit()
+            before_step(trainer.state.step)
+            places = all_gather_objects((trainer.run.loader.step, trainer.run.loader.left_out), mesh.world)
+            assert places == [places[0]] * mesh.world.size
+            return stopped
         except UserError as error:
             return str(error)
         finally:
             lines.close()
-    return None
+
+
+def train_and_rewind(place: Path, name: str, **changes) -> None:
+    """Trains with a rewind, and resumes the run from its checkpoint after that."""
+    changes |= {"reliability": {"on_nonfinite": "rewind"}} | TABLES
+    states: dict = {}
+    assert train(place, name, states=states, **changes) is False
+    twice = {step: seen for step, seen in states.items() if len(seen) > 1}
+    assert min(twice) == 2 and [equal(*seen) for seen in twice.values()] == [True, True]
+    assert not equal(states[2][0], states[3][0]), "there was a step to undo"
+    after = place / name / "checkpoints" / checkpoint_name(4)
+    assert train(place, f"{name} resumed", after, **changes) is False
+
+
+def equal(one: dict, other: dict) -> bool:
+    assert one.keys() == other.keys() and any(name.startswith("rows/ngram") for name in one) and len(one) > 20
+    return all(torch.equal(one[name], other[name]) for name in one)
 
 
 def layouts_of_two(place: Path) -> list:
-    """Trains on all layouts of two ranks in the same processes; one policy each."""
-    rewind, skip = ({"reliability": {"on_nonfinite": policy}} for policy in ("rewind", "skip"))
-    ended = [train(place, "dp2", **rewind)]
-    after = place / "dp2" / "checkpoints" / checkpoint_name(4)
-    ended.append(train(place, "resumed", after, **rewind))
-    ended.append(train(place, "tp2", parallel={"tensor": 2, "sequence": True}, **skip))
-    ended.append(train(place, "pp2", parallel={"pipeline": 2}))
+    """Trains on all layouts of two ranks in the same processes, with every policy."""
+    train_and_rewind(place, "dp2")
+    train_and_rewind(place, "tp2 rewind", parallel={"tensor": 2})
+    train_and_rewind(place, "pp2 rewind", parallel={"pipeline": 2})
+    skip, states = {"reliability": {"on_nonfinite": "skip"}} | TABLES, {}
+    ended = [train(place, "tp2", parallel={"tensor": 2, "sequence": True}, states=states, **skip)]
+    assert [equal(states[step][0], states[step + 1][0]) for step in range(STEPS)] == [
+        step == 3 for step in range(STEPS)
+    ]
+    after = place / "tp2" / "checkpoints" / checkpoint_name(4)
+    ended.append(train(place, "tp2 resumed", after, parallel={"tensor": 2, "sequence": True}, **skip))
+    ended.append(train(place, "pp2", parallel={"pipeline": 2}, **TABLES))
     return ended
+
+
+def layout_of_four(place: Path) -> list:
+    """Rewinds; then a stop is requested in the step that rewinds, and the run is resumed, in the same folder."""
+    changes = {"parallel": {"tensor": 2, "pipeline": 2}, "reliability": {"on_nonfinite": "rewind"}} | TABLES
+    train_and_rewind(place, "tp2 pp2", parallel=changes["parallel"])
+    ended = [train(place, "tp2 pp2 stopped", stop_at=3, **changes)]
+    ended.append(sorted(path.name for path in (place / "tp2 pp2 stopped" / "checkpoints").glob("step_*")))
+    checkpoint = place / "tp2 pp2 stopped" / "checkpoints" / checkpoint_name(2)
+    return [*ended, train(place, "tp2 pp2 stopped", checkpoint, **changes)]
 
 
 def overflow_in_backward(run) -> None:
@@ -108,7 +161,11 @@ def one_rank(place: Path) -> list:
     changes = {"precision": {"compute": "float32"}, "reliability": {"on_nonfinite": "stop", "spike_sigma": 0.1}}
     (place / "blocked").mkdir()
     (place / "blocked" / "capsules").touch()
-    return [train(place, name, damage=overflow_in_backward, **changes) for name in ("one", "blocked")]
+    ended = [train(place, name, damage=overflow_in_backward, **changes) for name in ("one", "blocked")]
+    ended.append(train(place, "one resumed", place / "one" / "checkpoints" / checkpoint_name(2), **changes))
+    limit = changes | {"reliability": {"on_nonfinite": "rewind", "nonfinite_limit": 1}}
+    ended.append(train(place, "limit", damage=overflow_in_backward, **limit))
+    return ended
 
 
 @pytest.fixture(scope="module")
@@ -151,21 +208,22 @@ def bad_step(place: Path) -> int:
 
 def test_stop_names_the_capsule(ended, place):
     step = bad_step(place)
-    assert ended[3].startswith(f"step {step}: the loss is nan on rank ") and f"capsules/step_{step:06d}`" in ended[3]
+    assert ended[2].startswith(f"step {step}: the loss is nan on rank ") and f"capsules/step_{step:06d}`" in ended[2]
     assert sorted(losses(place / "pp2")) == list(range(step)), "the metrics end with the last good step"
 
 
 def test_skip_counts_and_continues(ended, place):
     step, lines = bad_step(place), {line["step"]: line for line in metrics(place / "tp2") if "train/loss" in line}
-    assert ended[2] is None and sorted(lines) == list(range(STEPS))
+    assert ended[:2] == [False, False] and sorted(lines) == list(range(STEPS))
     assert [number for number, line in lines.items() if line["train/loss_raw"] is None] == [step]
     assert lines[step]["train/skipped"] and lines[STEPS - 1]["train/skipped_steps"] == 1
+    last = Path("checkpoints", checkpoint_name(STEPS))
+    assert different(place / "tp2 resumed" / last, place / "tp2" / last) == [], "no gradient of the step is left"
 
 
-def test_rewind_leaves_out_the_rows_and_resumes_to_the_bit(ended, place):
-    step, last = bad_step(place), Path("checkpoints", checkpoint_name(STEPS))
-    assert ended[:2] == [None, None] and 2 <= step < 4
-    (rewound,) = (line for line in metrics(place / "dp2") if "rewind/count" in line)
+def check_rewind(place: Path, name: str, step: int) -> None:
+    last = Path("checkpoints", checkpoint_name(STEPS))
+    (rewound,) = (line for line in metrics(place / name) if "rewind/count" in line)
     assert rewound | {"time": 0} == {
         "step": step // 2 * 2,
         "time": 0,
@@ -173,15 +231,56 @@ def test_rewind_leaves_out_the_rows_and_resumes_to_the_bit(ended, place):
         "rewind/left_out": step,
         "rewind/count": 1,
     }
-    saved = facts(place / "dp2" / last)
-    header = json.loads((place / "dp2" / last / "loader" / "loader.json").read_text())
+    saved = facts(place / name / last)
+    header = json.loads((place / name / last / "loader" / "loader.json").read_text())
     assert header["left_out"] == [step] and header["step"] == STEPS + 1 and saved["loop"]["rewinds"] == 1
-    assert different(place / "resumed" / last, place / "dp2" / last) == []
-    assert facts(place / "resumed" / last)["ledger"] == saved["ledger"] != facts(place / "tp2" / last)["ledger"]
+    assert facts(place / "tp2" / last)["ledger"] != saved["ledger"]
 
 
-def test_a_gradient_stops_one_rank_and_spikes_leave_their_rows(place):
-    ((sentence, without),) = run_ranks(one_rank, 1, place)
+@pytest.mark.parametrize("layout", ["dp2", "tp2 rewind", "pp2 rewind"])
+def test_rewind_leaves_out_the_rows_and_resumes_to_the_bit(layout, ended, place):
+    check_rewind(place, layout, bad_step(place))
+    check_equal_runs(place, layout, f"{layout} resumed")
+
+
+def check_equal_runs(place: Path, one: str, other: str) -> None:
+    paths = [place / name / "checkpoints" / checkpoint_name(STEPS) for name in (one, other)]
+    assert different(*paths) == [] and facts(paths[0])["ledger"] == facts(paths[1])["ledger"]
+
+
+def test_a_mixture_rewinds_and_a_stop_in_that_step_loses_nothing(ended, place):
+    stopped, kept, resumed = run_ranks(layout_of_four, 4, place)[0]
+    assert (stopped, kept, resumed) == (True, ["step_000002"], False)
+    check_equal_runs(place, "tp2 pp2", "tp2 pp2 resumed")
+    for name in ("tp2 pp2", "tp2 pp2 stopped"):
+        check_rewind(place, name, bad_step(place))
+    check_equal_runs(place, "tp2 pp2", "tp2 pp2 stopped")
+
+
+@pytest.fixture(scope="module")
+def alone(place) -> list:
+    return run_ranks(one_rank, 1, place)[0]
+
+
+def test_a_run_that_went_back_too_often_stops(alone, place):
+    assert alone[3].startswith("step 4: the gradient of") and "the run went back 1 times already" in alone[3]
+    assert [line["rewind/count"] for line in metrics(place / "limit") if "rewind/count" in line] == [1]
+
+
+def test_a_resumed_run_reports_the_same_spikes(alone, place):
+    assert alone[2] is False
+    lines = [
+        [line | {"time": 0} for line in metrics(place / name) if "spike/documents" in line and 2 <= line["step"] < 4]
+        for name in ("one", "one resumed")
+    ]
+    recent = [
+        facts(place / name / "checkpoints" / checkpoint_name(4))["loop"]["recent"] for name in ("one", "one resumed")
+    ]
+    assert lines[0] == lines[1] != [] and recent[0] == recent[1] and len(recent[0]["loss"]) == 4
+
+
+def test_a_gradient_stops_one_rank_and_spikes_leave_their_rows(alone, place):
+    sentence, without = alone[:2]
     assert without == sentence.replace(re.search(r"run `.+", sentence)[0], "look at the rows of this step")
     assert sentence.startswith("step 4: the gradient of transformer.h.0.attn.c_") and "megachat replay" in sentence
     report = replay_capsule(place / "one" / "capsules" / "step_000004")

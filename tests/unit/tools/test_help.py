@@ -10,7 +10,8 @@ from tests.runs.job import ROOT
 
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
 PROGRAMS = [*TOOLS, *sorted((ROOT / "launch").glob("*.py"))]
-STARTED_BY_BENCH = {"checkpoint.py", "gpu.py", "step_profile.py"}  # on each rank, or for each case
+# started by bench on each rank, or for each case; certificates takes hours, so it is started by name
+STARTED_BY_BENCH = {"certificates.py", "checkpoint.py", "gpu.py", "step_profile.py"}
 
 
 SLOW_IMPORTS = {"torch", "deepspeed", "transformers"}  # seconds each
