@@ -51,11 +51,6 @@ def parameter_name(parameter: torch.nn.Parameter) -> str:
     return place.name + (f"[{', '.join(map(str, part))}]" if part else "")
 
 
-def evidence_folder(folder: Path, step: int) -> Path:
-    """Returns the folder of the evidence of a step in a run folder."""
-    return folder / FOLDER / f"step_{step:06d}"
-
-
 def ranks_text(reports: list[dict[str, Any]], ranks: list[int]) -> str:
     """Returns the ranks with host and device."""
     return ", ".join(f"rank {rank} ({reports[rank]['host']}, {reports[rank]['device']})" for rank in ranks)
@@ -68,25 +63,24 @@ def gather_reports(mesh: Mesh, **values: Any) -> list[dict[str, Any]]:
     return all_gather_objects(place | values, mesh.world, name="reports of corruption")
 
 
-def keep_evidence(folder: Path, mesh: Mesh, report: dict[str, Any], tensors: dict[str, Any]) -> str:
-    """Writes rank 0's report.json and this rank's tensors below `folder`; returns a sentence on where they are.
+def corrupted(mesh: Mesh, folder: Path, what: str, report: dict[str, Any], tensors: dict[str, Any]) -> CorruptionError:
+    """Returns the error of all ranks, after each has kept its evidence in the run folder.
 
-    tensors: plain values and tensors, for torch.load(weights_only=True); nothing is written if it is empty.
+    report: with the keys step, suspects and ranks; rank 0 writes it as report.json. tensors: this rank's plain values
+    and tensors, for torch.load(weights_only=True); nothing is written if it is empty.
     """
+    path = folder / FOLDER / f"step_{report['step']:06d}"
+    evidence = f"the evidence is in {path}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
         if mesh.world.rank == 0:
-            write_json(folder / "report.json", report)
+            write_json(path / "report.json", report)
         if tensors:
-            torch.save(tensors, folder / f"rank_{mesh.world.rank:05d}.pt")
+            torch.save(tensors, path / f"rank_{mesh.world.rank:05d}.pt")
     except OSError as error:  # the verdict does not depend on it
-        return f"the evidence could not be written to {folder} ({error.strerror})"
-    return f"the evidence is in {folder}"
-
-
-def corrupted(step: int, what: str, suspects: str, evidence: str) -> CorruptionError:
-    """Returns the error of all ranks."""
-    return CorruptionError(f"step {step}: {what}; {evidence}; {_ADVICE.format(where=suspects)}")
+        evidence = f"the evidence could not be written to {path} ({error.strerror})"
+    advice = _ADVICE.format(where=ranks_text(report["ranks"], report["suspects"]))
+    return CorruptionError(f"step {report['step']}: {what}; {evidence}; {advice}")
 
 
 def as_values(differences: list[Difference]) -> list[dict[str, Any]]:

@@ -17,16 +17,7 @@ from megachat.parallel.collectives import all_reduce
 from megachat.parallel.mesh import Axis
 from megachat.place import is_tensor_shard
 from megachat.train.build import TrainingModel
-from megachat.train.corruption import (
-    MAX_TENSORS,
-    corrupted,
-    evidence_folder,
-    gather_reports,
-    keep_evidence,
-    on_any_rank,
-    parameter_name,
-    ranks_text,
-)
+from megachat.train.corruption import MAX_TENSORS, corrupted, gather_reports, on_any_rank, parameter_name, ranks_text
 
 ROUNDED = "master"  # in place of an axis: the masters, rounded, and the weights of one rank
 
@@ -53,9 +44,9 @@ def compare_replicas(run: TrainingModel, step: int, folder: Path) -> None:
     suspects = sorted({rank for entry in decided for rank in entry["suspects"]})
     kept = {f"{axis}: {name}": t.cpu().clone() for axis, copies in different.items() for name, t in copies.items()}
     report = {"check": "hashes", "step": step, "suspects": suspects, "differences": differences, "ranks": reports}
-    where = keep_evidence(evidence_folder(folder, step), run.mesh, report, dict(list(kept.items())[:MAX_TENSORS]))
     more = f"; {len(differences) - 1} more tensors differ" if len(differences) > 1 else ""
-    raise corrupted(step, f"{_sentence(decided[0], reports)}{more}", ranks_text(reports, suspects), where)
+    what = f"{_sentence(decided[0], reports)}{more}"
+    raise corrupted(run.mesh, folder, what, report, dict(list(kept.items())[:MAX_TENSORS]))
 
 
 def disagreements(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:

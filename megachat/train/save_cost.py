@@ -3,6 +3,8 @@
 import statistics
 from collections import deque
 
+from megachat.text import plural
+
 STEPS = 10  # compared on each side of a save
 
 
@@ -63,8 +65,7 @@ class SaveCost:
         if not self._saves:
             return None
         blocked, total = (sum(times) for times in zip(*self._saves, strict=True))
-        many = len(self._saves)
-        text = f"{many} save{'s' * (many > 1)}; training waited {blocked:.2f} s"
+        text = f"{plural(len(self._saves), 'save')}; training waited {blocked:.2f} s"
         text += f", {blocked / total:.1%} of their {total:.2f} s"
         if self._ratios:
             ratio = statistics.median(self._ratios)

@@ -14,7 +14,7 @@ from megachat.optim.qk_clip import clip_scales
 from megachat.parallel.progress import profile_range
 from megachat.schedule import scheduled_values
 from megachat.train.build import Run, TrainingModel
-from megachat.train.replay import replay_micro_batch
+from megachat.train.micro_batch_replay import replay_micro_batch
 from megachat.train.replicas import compare_replicas
 from megachat.train.sightings import GradientSighting, gradient_sighting
 

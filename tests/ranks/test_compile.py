@@ -15,7 +15,7 @@ from megachat.planning.dimensions import NORMS
 from megachat.planning.plan import resolve
 from megachat.programs.verify_layout import warm_up
 from megachat.train.compiled import NewGraphs
-from megachat.train.replay import replay_micro_batch
+from megachat.train.micro_batch_replay import replay_micro_batch
 from megachat.train.step import set_schedules
 from tests.harness import run_ranks
 from tests.training import build, random_rows, rows_of_rank, small_config, take_step

@@ -16,7 +16,7 @@ from megachat.errors import CorruptionError
 from megachat.kernels.bit_hash import bit_hash
 from megachat.planning.dimensions import NORMS
 from megachat.train.corruption import Difference, parameter_name
-from megachat.train.replay import compare_results, replay_micro_batch, suspects
+from megachat.train.micro_batch_replay import compare_results, replay_micro_batch, suspects
 from megachat.train.replicas import compare_replicas, disagreements
 from megachat.train.step import set_schedules
 from tests.harness import run_ranks

@@ -12,7 +12,7 @@ from megachat.evals.bpb import ValidationRows, bits_per_byte
 from megachat.place import place_of
 from megachat.programs.verify_layout import gradient_pieces, warm_up
 from megachat.train.build import build_training_model
-from megachat.train.replay import replay_micro_batch
+from megachat.train.micro_batch_replay import replay_micro_batch
 from megachat.train.step import set_schedules
 from tests.harness import run_ranks
 from tests.training import (

@@ -63,7 +63,7 @@ CALLS = {
     "parallel/work_time.py": {"Event": f"{HERE}test_the_time_of_work_is_that_between_events"},
     "programs/probe.py": {"device_count": f"{HERE}test_a_probe_starts_a_rank_per_gpu"},
     "programs/self_test.py": {"empty_cache": "it returns unused memory to the GPU and has no result"},
-    "train/replay.py": dict.fromkeys(
+    "train/micro_batch_replay.py": dict.fromkeys(
         ("get_rng_state", "set_rng_state"), "as in train/state.py; tests/ranks/test_corruption.py has the CPU's"
     ),
     "train/state.py": dict.fromkeys(

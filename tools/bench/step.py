@@ -17,7 +17,7 @@ from megachat.parallel.mesh import build_mesh
 from megachat.planning.plan import Plan, resolve
 from megachat.programs.walk_memory import LiveBytes
 from megachat.train.build import build_training_model
-from megachat.train.replay import replay_micro_batch
+from megachat.train.micro_batch_replay import replay_micro_batch
 from megachat.train.replicas import compare_replicas
 from megachat.train.step import set_schedules, update
 from tools.bench.turns import compare_rates, time_in_turn

@@ -20,9 +20,7 @@ from megachat.train.corruption import (
     Difference,
     as_values,
     corrupted,
-    evidence_folder,
     gather_reports,
-    keep_evidence,
     on_any_rank,
     parameter_name,
     ranks_text,
@@ -61,10 +59,8 @@ def replay_micro_batch(run: TrainingModel, rows: torch.Tensor, step: int, folder
     reports = gather_reports(run.mesh, differences=as_values(differences), event=event)
     report: dict[str, Any] = {"check": "replay", "step": step, "tolerance": tolerance}
     report |= {"suspects": suspects(reports, coupled=bool(run.rows.tables)), "ranks": reports}
-    where = keep_evidence(
-        evidence_folder(folder, step), run.mesh, report, {"rows": rows.cpu(), **evidence} if differences else {}
-    )
-    raise corrupted(step, _sentence(report), ranks_text(reports, report["suspects"]), where)
+    tensors = {"rows": rows.cpu(), **evidence} if differences else {}
+    raise corrupted(run.mesh, folder, _sentence(report), report, tensors)
 
 
 def compare_results(first: Results, second: Results, tolerance: float) -> list[Difference]:
