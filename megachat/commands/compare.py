@@ -49,6 +49,11 @@ def run(options: argparse.Namespace) -> None:
         lines += core_lines
     except UserError as error:
         if not lines:
+            from megachat.studies.runs import is_run
+
+            others = [path for path in (*first, *second) if path.is_dir() and not is_run(path)]
+            if others:  # such as the folder above the runs
+                raise UserError(f"{others[0]} is no run folder, so curves are not compared; {error}") from None
             raise
         report["core_not_compared"] = str(error)
         lines.append(f"CORE is not compared: {error}")

@@ -210,6 +210,8 @@ def test_the_command_lists_compares_and_cleans(runs, capsys, monkeypatch):
     table = call("runs", runs, "--sort", "bpb").splitlines()
     assert table[1].startswith("faster") and "optimizer.matrix_lr=0.03" in table[1]
     assert [row["name"] for row in json.loads(call("runs", runs, "--filter", "fr*", "--json"))] == ["fresh"]
+    with pytest.raises(UserError, match=f"^{runs} is no run folder"):
+        call("compare", runs / "base", runs)
     said = call("compare", runs / "base", runs / "long_rows")
     assert "warning: row length" in said and "warning: validation rows" in said and "CORE is not compared" in said
     assert json.loads(call("compare", runs / "base", runs / "faster", "--json"))["curves"]["verdict"] == "better"
