@@ -19,6 +19,11 @@ def print_line(line: str) -> None:
     print(line, flush=True)
 
 
+def log_line(line: str) -> None:
+    """Prints a line on standard error at once; standard output is for a result."""
+    print(line, file=sys.stderr, flush=True)
+
+
 @contextlib.contextmanager
 def announced(activity: str, *, shown: bool = True, write: Callable[[str], object] = print_line) -> Iterator[None]:
     """Writes "ACTIVITY ..." if the block takes longer than a second. shown: False does nothing."""

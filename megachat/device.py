@@ -24,9 +24,15 @@ _PEAK_BF16_FLOPS = {
     r"(GeForce )?RTX 4090": 165.2e12,
 }
 
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Returns the name of a dtype in configs and files: "float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 # Every dtype that a config or a file may name. A name that was read is looked up here, never among torch's attributes.
 DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
+    dtype_name(dtype): dtype
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8)
 }
 

@@ -1,4 +1,4 @@
-"""Text layout for people: tables with aligned columns, short lists of numbers."""
+"""Text layout for people: tables, short lists of numbers."""
 
 from collections.abc import Iterable, Sequence
 
@@ -14,6 +14,12 @@ def text_table(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> list
         ).rstrip()
         for row in rows
     ]
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns a Markdown table, one line per row and one below the first, which has the titles."""
+    titles, *others = rows
+    return [f"| {' | '.join(row)} |" for row in (titles, ["---"] * len(titles), *others)]
 
 
 def plural(count: int, noun: str) -> str:

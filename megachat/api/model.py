@@ -14,7 +14,7 @@ from megachat.config import Config
 from megachat.convert.architecture import build_model
 from megachat.convert.saved_model import SavedModel, open_saved_model
 from megachat.data.tokenizer import Tokenizer
-from megachat.device import choose_compute_dtype, this_device
+from megachat.device import choose_compute_dtype, dtype_name, this_device
 from megachat.errors import UserError
 from megachat.evals.bpb import bits_per_byte
 from megachat.evals.core import Evaluator, evaluate_bundle
@@ -67,7 +67,7 @@ class Model:
         self.device = next(layers.parameters()).device
 
     def __repr__(self) -> str:
-        dims, dtype = self.plan.dims, str(self.dtype).removeprefix("torch.")
+        dims, dtype = self.plan.dims, dtype_name(self.dtype)
         return f"<megachat.Model {self.folder}: depth {dims.depth}, width {dims.width}, {dtype} on {self.device}>"
 
     @torch.no_grad()
@@ -187,7 +187,7 @@ def load(
     Raises megachat.UserError if there is no such checkpoint or tokenizer, ValueError for another device or dtype.
     """
     where = _device(device)
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     if name not in _DTYPES:
         raise ValueError(f"dtype is {dtype!r}: give {', '.join(_DTYPES)}")
     compute_dtype = choose_compute_dtype(name, where)[0]

@@ -12,9 +12,9 @@ ladder that was ended. --base takes the baseline's runs of another ladder, so th
 import argparse
 import json
 import shlex
-import sys
 from pathlib import Path
 
+from megachat.activity import log_line
 from megachat.commands.options import Parser, add_config, add_set, require_minimum
 from megachat.commands.pretrain import check_price
 from megachat.errors import UserError
@@ -80,23 +80,20 @@ def run(options: argparse.Namespace) -> None:
     check_writable(options.out / "ladder.json")
     _check_same_study(options, values)
 
-    def log(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
-    log("\n".join(plan_lines(plan)))
+    log_line("\n".join(plan_lines(plan)))
     train, train_base = (
         trainer(options.config, folder, options.both, ranks=options.ranks)
         for folder in (options.out, options.base or options.out)
     )
     flops = {row["depth"]: row["flops"] for row in plan}
-    with continued_later(log):
+    with continued_later(log_line):
         rungs = climb(
             train,
             options.set,
             depths,
             seeds=seeds,
             stop_at=stop_at,
-            log=log,
+            log=log_line,
             train_base=train_base,
             flops=flops,
         )

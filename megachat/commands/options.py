@@ -7,11 +7,10 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from megachat.activity import announced, print_line
+from megachat.activity import announced, log_line, print_line
 from megachat.errors import UserError
 from megachat.installation import CHECKOUT, config_path
 from megachat.job.launchers import launcher_rank, launcher_world
@@ -86,7 +85,7 @@ def importing(*, logged: bool = False) -> Iterator[None]:
     Garbage is not collected meanwhile: scanning the new objects, which all stay, would take a sixth of the time.
     """
     first, shown = "torch" not in sys.modules, launcher_rank() == 0
-    write = print_line if logged else partial(print, file=sys.stderr, flush=True)
+    write = print_line if logged else log_line
     if first:
         gc.disable()
     try:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from megachat.commands.options import Parser, add_checkout_to_path, require_minimum, text_moved
 from megachat.files import check_writable, write_json
+from megachat.text import markdown_table
 
 RANKS = tuple(2**power for power in range(1, 11))
 
@@ -25,13 +26,6 @@ def rank_counts(text: str) -> tuple[int, ...]:
     if min(counts) < 2:
         raise argparse.ArgumentTypeError(f"{min(counts)} is below 2 ranks")
     return counts
-
-
-def print_table(header: list[str], rows: dict[str, list[str]]) -> None:
-    """Prints a Markdown table, one row per rule."""
-    print(f"\n| {' | '.join(header)} |\n|{'---|' * len(header)}")
-    for name, cells in rows.items():
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 def add_arguments(parser: Parser) -> None:
@@ -68,15 +62,15 @@ def measured_document(options: argparse.Namespace) -> dict:
     planned, measured = rules.planned_table(options.ranks), {}
     for model, rows_by_rule in planned.items():
         header = [f"{model}: load, bytes", *(f"{count:,}" for count in options.ranks)]
-        rows = {
-            rule: ["{load:.2f}, {bytes:.2f}".format(**values[count]) for count in options.ranks]
+        rows = [
+            [rule, *("{load:.2f}, {bytes:.2f}".format(**values[count]) for count in options.ranks)]
             for rule, values in rows_by_rule.items()
-        }
-        print_table(header, rows)
+        ]
+        print("", *markdown_table([header, *rows]), sep="\n", flush=True)
     for world in options.measure:
         contenders = importlib.import_module("tools.bench.partition_contenders")  # loads DeepSpeed
         measured[world] = contenders.measure(world, options.rounds)
         keys = ("bytes", "load", "work", "state", "time", "seconds")
-        rows = {name: [f"{values[key]:.3g}" for key in keys] for name, values in measured[world].items()}
-        print_table([f"{world} gloo ranks", *keys], rows)
+        rows = [[name, *(f"{values[key]:.3g}" for key in keys)] for name, values in measured[world].items()]
+        print("", *markdown_table([[f"{world} gloo ranks", *keys], *rows]), sep="\n", flush=True)
     return {"environment": describe_environment(torch.device("cpu")), "planned": planned, "measured": measured}

@@ -21,11 +21,11 @@ processes at once. It needs optuna and matplotlib: pip install 'megachat[sweep]'
 import argparse
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megachat.activity import log_line
 from megachat.commands.options import Parser, add_config, add_set, require_minimum
 from megachat.errors import UserError
 from megachat.files import check_writable, write_json
@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> None:
     lines: list[str] = []
     from megachat.studies.trials import continued_later
 
-    with continued_later(_log):
+    with continued_later(log_line):
         if test_range:
             result["range_test"] = test_range()
         if search:
@@ -86,10 +86,6 @@ def run(options: argparse.Namespace) -> None:
     print(json.dumps(result, indent=1) if options.json else "\n".join(lines))
 
 
-def _log(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def _earlier_optima(out: Path) -> list[dict]:
     path = out / SWEEP
     return json.loads(path.read_bytes())["optima"] if path.exists() else []
@@ -98,6 +94,7 @@ def _earlier_optima(out: Path) -> list[dict]:
 def _prepare_range_test(options: argparse.Namespace) -> Callable[[], dict]:
     """Checks the settings and returns what trains the range test, writes its files, and returns its result."""
     from megachat.config import load_config
+    from megachat.programs.explain import planned_vocabulary
     from megachat.studies.range_test import range_trial, run_range_test
     from megachat.studies.sweep_picture import draw_range_test
     from megachat.studies.trials import refuse_fixed, trainer
@@ -111,9 +108,10 @@ def _prepare_range_test(options: argparse.Namespace) -> Callable[[], dict]:
         raise UserError(f"--ramp is {options.ramp!r}: give two factors above 0, the lower first, such as 0.01,100")
     trial = range_trial([word for word in options.lr_range_test.split(",") if word], low, high)
     config = load_config(options.config, [*options.set, *trial.settings])
+    _check_plan(config, options.ranks, planned_vocabulary(config)[0])
 
     def test_range() -> dict:
-        _log(f"{trial.name}: factors {low:g} to {high:g}")
+        log_line(f"{trial.name}: factors {low:g} to {high:g}")
         train = trainer(options.config, options.out, options.set, ranks=options.ranks)
         result = run_range_test(train, trial, config, options.out)
         write_json(options.out / "range_test.json", result)
@@ -127,12 +125,13 @@ def _draw(draw: Callable[[], None]) -> None:
     try:
         draw()
     except UserError as error:  # all else is there
-        _log(f"no picture: {error}")
+        log_line(f"no picture: {error}")
 
 
 def _prepare_sweep(options: argparse.Namespace) -> Callable[[], dict]:
     """Checks everything and returns what runs the sweep, writes its files, and returns its result."""
     from megachat.config import load_config
+    from megachat.programs.explain import planned_vocabulary
     from megachat.studies import fits, sweep, sweep_picture
     from megachat.studies.space import contexts, grid, load_space, points_to_check
     from megachat.studies.trials import QUESTION, first_seed, refuse_fixed, saved_question, trainer
@@ -143,9 +142,10 @@ def _prepare_sweep(options: argparse.Namespace) -> Callable[[], dict]:
     saved_question(options.out, "sweep")
     resolved = load_config(options.config, options.set)
     config, first = resolved.model_dump(mode="json", exclude_defaults=True), first_seed(resolved.run.seed, options.out)
+    vocab_size, _ = planned_vocabulary(resolved)
     for settings in points_to_check(space):  # an impossible point is refused before anything is trained
         try:
-            _check_point(load_config(options.config, [*options.set, *settings]), options.ranks)
+            _check_plan(load_config(options.config, [*options.set, *settings]), options.ranks, vocab_size)
         except UserError as error:
             problem = str(error).replace("--set: ", "")
             raise UserError(f"{options.space}, at {' '.join(settings)}: {problem}") from None
@@ -162,10 +162,10 @@ def _prepare_sweep(options: argparse.Namespace) -> Callable[[], dict]:
         study = sweep.open_study(storage, sweep.study_name(options.out), space, question, seed=42)
         write_json(options.out / QUESTION, {"study": "sweep"} | question)
         train = trainer(options.config, options.out, options.set, ranks=options.ranks)
-        baselines = sweep.baseline_noise(train, range(first, first + options.baseline), _log, contexts(space))
-        _log("\n".join(_baseline_lines([noise._asdict() for noise in baselines])))
+        baselines = sweep.baseline_noise(train, range(first, first + options.baseline), log_line, contexts(space))
+        log_line("\n".join(_baseline_lines([noise._asdict() for noise in baselines])))
         seeds = range(first, first + options.seeds)
-        sweep.run_trials(study, space, train, count, seeds=seeds, log=_log)
+        sweep.run_trials(study, space, train, count, seeds=seeds, log=log_line)
         rows = sweep.sweep_rows(study, baselines)
         optima = fits.optima(rows, space)
         result = {
@@ -184,14 +184,13 @@ def _prepare_sweep(options: argparse.Namespace) -> Callable[[], dict]:
     return search
 
 
-def _check_point(config: "Config", ranks: int) -> None:
-    """Raises UserError for settings that do not fit together, where that shows without a tokenizer."""
+def _check_plan(config: "Config", ranks: int, vocab_size: int) -> None:
+    """Raises UserError for settings that do not fit together. vocab_size: the tokenizer's, unless the config has it."""
     from megachat.planning.plan import resolve_without_text
     from megachat.schedule import check_schedule
 
     check_schedule(config.optimizer)
-    if config.model.vocab_size:
-        resolve_without_text(config, ranks, config.model.vocab_size)
+    resolve_without_text(config, ranks, config.model.vocab_size or vocab_size)
 
 
 def _lines(result: dict, out: Path) -> list[str]:

@@ -1,6 +1,5 @@
 """Converts checkpoints: writes a temporary folder, reads it back, proves it, renames it. A failure leaves nothing."""
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from megachat.convert.megachat import write_megachat
 from megachat.convert.proof import megachat_logits, prove
 from megachat.convert.reader import CheckpointReader
 from megachat.errors import UserError
-from megachat.files import sync_to_disk, write_atomically
+from megachat.files import sync_to_disk, write_json
 
 
 def certificate_path(target: Path) -> Path:
@@ -100,12 +99,9 @@ def _write_proved(kind: str, source: CheckpointReader, target: Path, make: Calla
             raise UserError(f"{target} was not written, because what was read back is not the source: {problem}")
         side = certificate["target"]
         side["folder"] = side["folder"].replace(str(temporary), str(target))
-        for path in (
-            *sorted(temporary.rglob("*"), reverse=True),
-            temporary,
-        ):  # the rename reaches the disk last
+        for path in (*sorted(temporary.rglob("*"), reverse=True), temporary):  # the folder last
             sync_to_disk(path)
-        write_atomically(certificate_path(target), (json.dumps(certificate, indent=1) + "\n").encode())
+        write_json(certificate_path(target), certificate)
         temporary.rename(target)
         done = True
     except OSError as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from megachat.convert.architecture import neutral_tensors, shape_problems, table_names, weight_shapes
+from megachat.convert.architecture import Shape, neutral_tensors, shape_problems, table_names, weight_shapes
 from megachat.convert.declaration import Export, Import, Tolerance
 from megachat.convert.megachat import first_facts
 from megachat.convert.nanochat_optimizer import read_optimizer, state_of_rank
@@ -30,7 +30,7 @@ from megachat.convert.plain import writing
 from megachat.convert.reader import CheckpointReader, TensorInfo
 from megachat.convert.tokenizers import load_tokenizer_of
 from megachat.data.tokenizer import Tokenizer
-from megachat.device import DTYPES
+from megachat.device import DTYPES, dtype_name
 from megachat.errors import UserError, raise_if_unreadable
 from megachat.files import lfs_problem, refuse_damaged
 from megachat.planning.dimensions import Dimensions
@@ -129,49 +129,62 @@ def open_nanochat(folder: Path, step: int | None = None) -> CheckpointReader:
 
     Raises UserError for what is missing, damaged, of another model, or would execute code.
     """
-    steps = saved_steps(folder)
-    if not steps or (step is not None and step not in steps):
-        has = f"it has steps {', '.join(map(str, steps))}" if steps else "it has no model_NNNNNN.pt"
-        raise UserError(f"{folder} has no nanochat checkpoint{f' of step {step}' if step is not None else ''}: {has}")
-    step = steps[-1] if step is None else step
-    path = folder / f"meta_{step:06d}.json"
-    with refuse_damaged(path, "cannot be read ({}): copy it next to the weights"):
-        meta = json.loads(path.read_text(encoding="utf-8")) | {"step": step}
-    weights = folder / f"model_{step:06d}.pt"
-    model = {name.removeprefix(_COMPILED): tensor for name, tensor in _load_tensors(weights).items()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.items()}
-    version = version_of_tensors(shapes, weights)
-    dims = dims_of_meta(meta, path, version)
-    parts = _complete_parts(model, dims, version)
-    shapes = {name: (sum(map(len, each)), *each[0].shape[1:]) if each[0].ndim else () for name, each in parts.items()}
-    if problems := shape_problems(shapes, weight_shapes(dims)):
-        raise UserError(f"{weights} is not of the model that {path.name} describes: {problems[0]}")
-    parts = {f"model/{name}": each for name, each in parts.items()}
+    step = _choose_step(folder, step)
+    meta_file, weights_file = folder / f"meta_{step:06d}.json", folder / f"model_{step:06d}.pt"
+    with refuse_damaged(meta_file, "cannot be read ({}): copy it next to the weights"):
+        meta = json.loads(meta_file.read_text(encoding="utf-8")) | {"step": step}
+    model = {name.removeprefix(_COMPILED): tensor for name, tensor in _load_tensors(weights_file).items()}
+    version = version_of_tensors({name: tuple(tensor.shape) for name, tensor in model.items()}, weights_file)
+    dims = dims_of_meta(meta, meta_file, version)
+    weights = _complete_parts(model, dims, version)
+    if problems := shape_problems({name: _joined_shape(each) for name, each in weights.items()}, weight_shapes(dims)):
+        raise UserError(f"{weights_file} is not of the model that {meta_file.name} describes: {problems[0]}")
+
+    parts = {f"model/{name}": each for name, each in weights.items()}
     facts: dict = {"step": step, "model": asdict(dims)}
-    groups, shards = None, _optimizer_files(folder, step) if version.is_current else []
-    if shards:
-        state, facts["adamw_steps"], groups = read_optimizer([_load_file(shard) for shard in shards], dims, shards)
-        parts |= state
-    facts["imported"] = {"form": "nanochat", "step": step, "meta": meta, "param_groups": groups}
-    remarks = [] if groups else ["no optimizer state: there is no optim file of this step"]
+    imported = {"form": "nanochat", "step": step, "meta": meta, "param_groups": None}
+    optimizer_files, remark = [], None
     if not version.is_current:
-        facts["imported"]["version"] = version.dates
-        remarks = [f"of a nanochat {version.dates}: what it lacks has values without effect; its optimizer is not read"]
+        imported["version"] = version.dates
+        remark = f"of a nanochat {version.dates}: what it lacks has values without effect; its optimizer is not read"
+    elif optimizer_files := _optimizer_files(folder, step):
+        ranks = [_load_file(file) for file in optimizer_files]
+        state, facts["adamw_steps"], imported["param_groups"] = read_optimizer(ranks, dims, optimizer_files)
+        parts |= state
+    else:
+        remark = "no optimizer state: there is no optim file of this step"
+    facts["imported"] = imported
 
-    def read(names: list[str]) -> dict[str, torch.Tensor]:
-        return {name: torch.cat(parts[name]) if len(parts[name]) > 1 else parts[name][0] for name in names}
+    return CheckpointReader(
+        "nanochat",
+        folder,
+        facts,
+        {name: TensorInfo(_joined_shape(each), dtype_name(each[0].dtype)) for name, each in parts.items()},
+        lambda names: {name: torch.cat(parts[name]) if len(parts[name]) > 1 else parts[name][0] for name in names},
+        files=tuple(file.name for file in (meta_file, weights_file, *optimizer_files)),
+        # in an export, or in nanochat's base folder
+        tokenizer_folders=(folder / "tokenizer", folder.parent.parent / "tokenizer"),
+        remarks=(remark,) if remark else (),
+    )
 
-    entries = {
-        name: TensorInfo((sum(map(len, each)), *each[0].shape[1:]), str(each[0].dtype).removeprefix("torch."))
-        for name, each in parts.items()
-    }
-    files = tuple(file.name for file in (path, weights, *shards))
-    # in an export, or in nanochat's base folder
-    tokenizers = folder / "tokenizer", folder.parent.parent / "tokenizer"
-    return CheckpointReader("nanochat", folder, facts, entries, read, files, tokenizers, tuple(remarks))
+
+def _choose_step(folder: Path, step: int | None) -> int:
+    """Returns the step, the newest if none is given. Raises UserError if the folder does not have it."""
+    steps = saved_steps(folder)
+    if steps and (step is None or step in steps):
+        return steps[-1] if step is None else step
+    has = f"it has steps {', '.join(map(str, steps))}" if steps else "it has no model_NNNNNN.pt"
+    raise UserError(f"{folder} has no nanochat checkpoint{f' of step {step}' if step is not None else ''}: {has}")
 
 
-def _complete_parts(model: dict[str, torch.Tensor], dims: Dimensions, version: Version) -> dict[str, list]:
+def _joined_shape(parts: list[torch.Tensor]) -> Shape:
+    """Returns the shape of a tensor that consists of these parts along dim 0."""
+    return (sum(map(len, parts)), *parts[0].shape[1:]) if parts[0].ndim else ()
+
+
+def _complete_parts(
+    model: dict[str, torch.Tensor], dims: Dimensions, version: Version
+) -> dict[str, list[torch.Tensor]]:
     """Returns the parts of each tensor along dim 0, with neutral values for what an older version lacks."""
     parts = {name: [tensor] for name, tensor in model.items()}
     if not version.is_current:
@@ -187,7 +200,7 @@ def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Loads a dictionary of tensors. Raises UserError if it holds anything else, or a dtype that our table lacks."""
     loaded = _load_file(path)
     for name, tensor in loaded.items():
-        kind = str(tensor.dtype).removeprefix("torch.") if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        kind = dtype_name(tensor.dtype) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
         if kind not in DTYPES or not isinstance(name, str):
             raise UserError(f"{path} has {name} as {kind}, and not as a tensor of {', '.join(DTYPES)}: copy it again")
     return loaded

@@ -116,7 +116,7 @@ def _read_muon(names: list[str], ranks: list[dict], shape: Shape, files: list[Pa
 
 
 def _check_shape(tensor: torch.Tensor, shape: Shape, what: str, file: Path) -> None:
-    if str(tensor.dtype).removeprefix("torch.") not in DTYPES:
+    if tensor.dtype not in DTYPES.values():
         raise UserError(f"{file} has {what} as {tensor.dtype}, which is none of {', '.join(DTYPES)}: copy it again")
     if tuple(tensor.shape) != shape:
         problem = f"{file} has {what} as {list(tensor.shape)}, not {list(shape)}"

@@ -4,7 +4,6 @@ import hashlib
 import platform
 from dataclasses import asdict
 from functools import partial
-from importlib import metadata
 
 import torch
 
@@ -13,6 +12,7 @@ from megachat.convert.architecture import build_model
 from megachat.convert.declaration import BuildLogits, Logits, Tolerance
 from megachat.convert.differences import compare_checkpoints, compare_settings
 from megachat.convert.reader import CheckpointReader
+from megachat.job.host_probe import installed_version
 from megachat.model.gpt import logits, run_layers
 from megachat.planning.dimensions import Dimensions
 
@@ -109,7 +109,7 @@ def prove(
         "source": _describe_side(source),
         "target": _describe_side(target),
         "remarks": [*source.remarks, *remarks],
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _VERSIONS},
+        "versions": {"python": platform.python_version()} | {name: installed_version(name) for name in _VERSIONS},
     }
 
 
@@ -121,10 +121,3 @@ def _describe_side(checkpoint: CheckpointReader) -> dict:
         "step": checkpoint.facts.get("step"),
         "files": hash_files(checkpoint.folder, checkpoint.files),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -12,11 +12,10 @@ import shutil
 import socket
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 
 from megachat.errors import summary
-from megachat.job.host_probe import PACKAGES, code_hashes
+from megachat.job.host_probe import PACKAGES, code_hashes, installed_version
 
 ROOT = Path(__file__).resolve().parents[2]
 TE_PACKAGES = ("transformer_engine", "transformer_engine_torch", "transformer_engine_cu12", "transformer_engine_cu13")
@@ -27,7 +26,7 @@ _COMMAND_S = 20
 def installed_facts() -> dict:
     """Returns all facts. Imports torch and no other large package."""
     gpus, driver = _gpus_and_driver()
-    versions = {name: package_version(name) for name in (*PACKAGES, *TE_PACKAGES, *_OPTIONAL)}
+    versions = {name: installed_version(name) for name in (*PACKAGES, *TE_PACKAGES, *_OPTIONAL)}
     modules = {name: importlib.util.find_spec(name) is not None for name in ("amp_C", "flash_attn_interface")}
     return {
         "host": socket.gethostname(),
@@ -117,14 +116,6 @@ def _variable(name: str) -> str | None:
     except Exception:  # it imports torch, which may be broken
         return None
     return variable(name)
-
-
-def package_version(package: str) -> str | None:
-    """Returns the version of an installed package, or None."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _is_nvidia_apex() -> bool:

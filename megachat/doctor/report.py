@@ -9,7 +9,7 @@ from megachat.config import Config
 from megachat.doctor.installed import installed_facts
 from megachat.doctor.traps import find_traps
 from megachat.errors import UserError, summary
-from megachat.text import text_table
+from megachat.text import plural, text_table
 
 _VOCAB = 32768  # if the vocabulary comes from a tokenizer
 _ATTENTION = ("te", "flash3", "flash4", "flash2", "flex", "windowed", "sdpa")
@@ -45,11 +45,11 @@ def _device_and_dtype(config: Config):
 
 
 def _compute_choices(config: Config) -> Choices:
-    from megachat.device import device_name, peak_flops
+    from megachat.device import device_name, dtype_name, peak_flops
 
     device, dtype, reason = _device_and_dtype(config)
     yield "device", device_name(device), f"dense bf16 peak {peak_flops(device) or 'unknown'}"
-    yield "compute", str(dtype).removeprefix("torch."), reason
+    yield "compute", dtype_name(dtype), reason
 
 
 def _attention_choices(config: Config) -> Choices:
@@ -129,7 +129,7 @@ def describe_examination(examination: dict) -> str:
     for trap in examination["traps"]:
         lines += [f"trap {trap['name']}: {trap['what']}", f"    repair: {trap['repair']}"]
     count = len(examination["traps"])
-    return "\n".join([*lines, f"{count} trap{'s' * (count > 1)}" if count else "no traps"])
+    return "\n".join([*lines, plural(count, "trap") if count else "no traps"])
 
 
 def _format_fact(name: str, value) -> str:

@@ -18,7 +18,7 @@ from megachat.evals.uncertainty import (
     score_tasks,
 )
 from megachat.files import path_kind
-from megachat.text import text_table
+from megachat.text import plural, text_table
 
 _MODES = (
     "{} and {} treat long prompts differently (core_crop; evaluations of older versions cropped): evaluate one of them "
@@ -174,7 +174,7 @@ def compare_with_gpt2(side: Side) -> dict:
 def gpt2_lines(comparison: dict) -> list[str]:
     """Returns lines of text for the result of `compare_with_gpt2`."""
     lines = [
-        f"mean CORE of {_plural_runs(comparison['runs'])}: {comparison['core_metric']:.6f} "
+        f"mean CORE of {plural(len(comparison['runs']), 'run')}: {comparison['core_metric']:.6f} "
         f"{error_text(comparison['deviation'], digits=6)}",
         f"against GPT-2's {GPT2_CORE}: {comparison['verdict']['text']}",
     ]
@@ -197,7 +197,7 @@ def comparison_lines(comparison: dict) -> list[str]:
         *_crop_lines(comparison["crop"]),
         *(f"left out, because not all evaluations have it: {label}" for label in comparison["left_out"]),
         f"{what}: {comparison['difference']:+.6f} {error_text(deviation, digits=6)}; "
-        + " against ".join(map(_plural_runs, comparison["runs"])),
+        + " against ".join(plural(len(side), "run") for side in comparison["runs"]),
         f"{comparison['verdict']} (at {CONFIDENCE:.0%} confidence; "
         f"the smallest detectable difference is {SIGMAS * deviation['both']:.6f})",
         *_warning_lines(comparison),
@@ -212,7 +212,3 @@ def _crop_lines(modes: Sequence[bool]) -> list[str]:
     if modes[0] == modes[1]:
         return [CROPPED] if modes[0] else []
     return [f"{CROPPED} in the {'first' if modes[0] else 'second'} evaluation only"]
-
-
-def _plural_runs(runs: Sequence[str]) -> str:
-    return f"{len(runs)} run{'s' * (len(runs) > 1)}"

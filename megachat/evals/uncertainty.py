@@ -13,6 +13,8 @@ from statistics import NormalDist
 
 import numpy as np
 
+from megachat.text import plural
+
 RUN_DEVIATION = 0.0052  # of CORE over its 22 tasks
 CORE_TASK_COUNT = 22
 GPT2_CORE = 0.256525  # GPT-2 XL's value, which the speedrun has to exceed
@@ -162,7 +164,7 @@ def judge_against(recipe: Estimate, runs: int) -> Verdict:
 
     def more_runs(needed: float) -> tuple[int, str]:
         count = max(0, math.ceil(needed - 1e-9) - runs)
-        return count, f"{count:,} more run{'s' * (count != 1)} needed"
+        return count, f"{plural(count, 'more run')} needed"
 
     room = (distance / SIGMAS) ** 2 - recipe.example_error**2
     if room > 0:

@@ -9,11 +9,12 @@ import torch
 
 from megachat.config import Config
 from megachat.data.tokenizer import load_tokenizer
-from megachat.device import choose_compute_dtype, device_name, memory_bytes, this_device
+from megachat.device import choose_compute_dtype, device_name, dtype_name, memory_bytes, this_device
 from megachat.errors import UserError
 from megachat.planning.execution import describe_fp8_matrices
 from megachat.planning.explain import describe_config, describe_plan, plan_values, setting_warnings
 from megachat.planning.hardware import Machine, known_gpu, parse_gpus
+from megachat.planning.layouts import describe_layout
 from megachat.planning.manifest import describe_ownership, ownership
 from megachat.planning.memory import FILLS, Memory, describe_memory, format_bytes, memory_of_stages
 from megachat.planning.memory_advice import memory_warning
@@ -21,6 +22,7 @@ from megachat.planning.plan import Plan, resolve
 from megachat.planning.probe import Probe, read_probe
 from megachat.planning.step_time import RunTime, predict_run
 from megachat.programs.preflight import Check, describe_checks, preflight, rank_checkpoint_bytes
+from megachat.text import plural
 from megachat.train.lookup_rows import planned_lookup
 
 
@@ -54,7 +56,7 @@ def describe_job(config: Config, world: int, hardware: Hardware = THIS_MACHINE, 
     lines = [
         _verdict(stages, device_bytes, checks),
         *(describe_time(time) if time else []),
-        f"{describe_memory(stages, device_bytes)}; computed in {str(dtype).removeprefix('torch.')}",
+        f"{describe_memory(stages, device_bytes)}; computed in {dtype_name(dtype)}",
         *_fp8_line(config, plan),
         *warnings,
         *describe_checks(checks),
@@ -63,10 +65,10 @@ def describe_job(config: Config, world: int, hardware: Hardware = THIS_MACHINE, 
     if verbose:
         parts += [describe_config(config), describe_plan(plan), describe_ownership(ownership(config, plan))]
     else:
-        layout = f"data {plan.layout.data} x tensor {plan.layout.tensor} x pipeline {plan.layout.pipeline}"
         batch = f"{plan.micro_rows} rows x {plan.accumulation} micro-batches per rank"
+        steps = f"{plan.steps:,} steps of {plan.tokens_per_step:,} tokens ({batch})"
         parts.append(
-            f"layout = {layout}; {plan.steps:,} steps of {plan.tokens_per_step:,} tokens ({batch})\n"
+            f"layout = {describe_layout(vars(plan.layout))}; {steps}\n"
             "--verbose shows every setting, every derived number with its formula, and the owners of all parameters"
         )
     return "\n\n".join(parts)
@@ -86,10 +88,7 @@ def _verdict(stages: list[Memory], device_bytes: int | None, checks: list[Check]
     if device_bytes:
         fits = most <= FILLS * device_bytes
         fit = f"{'fits' if fits else 'does not fit'}: {format_bytes(most)} of {format_bytes(device_bytes)} per rank"
-    on_machine = (
-        f"{problems} problem{'s' * (problems > 1)} on this machine" if problems else "no problem on this machine"
-    )
-    return f"{fit}; {on_machine}"
+    return f"{fit}; {plural(problems, 'problem') if problems else 'no problem'} on this machine"
 
 
 def predicted_time(config: Config, plan: Plan, hardware: Hardware, dtype: torch.dtype) -> dict | None:
@@ -101,7 +100,7 @@ def predicted_time(config: Config, plan: Plan, hardware: Hardware, dtype: torch.
     if not path and not hardware.gpu and config.log.probe:
         path = Path(config.log.probe)
     machine: Machine | Probe | None = None
-    name, units, source = str(dtype).removeprefix("torch."), world, ""
+    name, units, source = dtype_name(dtype), world, ""
     if path:
         machine = probe = read_probe(path)
         name = probe.config_for(config, plan.dims.vocab_size).precision.compute
@@ -115,7 +114,7 @@ def predicted_time(config: Config, plan: Plan, hardware: Hardware, dtype: torch.
     if machine is None:
         if hardware.price is not None:
             raise UserError(
-                f"--price needs a time, and that of {world} rank{'s' * (world > 1)} on this machine is not known: give "
+                f"--price needs a time, and that of {plural(world, 'rank')} on this machine is not known: give "
                 "--gpus 8xH100 to `megachat plan`, --gpu KIND for one node, or --probe FILE"
             )
         return None
@@ -165,7 +164,7 @@ def job_values(config: Config, world: int, hardware: Hardware = THIS_MACHINE) ->
         "memory": [dataclasses.asdict(stage) for stage in stages],
         "device_bytes": device_bytes,
         "time": predicted_time(config, plan, hardware, dtype),
-        "compute_dtype": str(dtype).removeprefix("torch."),
+        "compute_dtype": dtype_name(dtype),
         "warnings": _warnings(config, plan, stages, dtype, device_bytes),
     }
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from megachat.activity import announced
 from megachat.checkpoint.resume import find_damage
 from megachat.convert.saved_model import SavedModel, open_saved_model
+from megachat.device import dtype_name
 from megachat.errors import UserError
 from megachat.evals.bpb import ValidationRows, bits_per_byte
 from megachat.evals.core import build_evaluator, evaluate_bundle
@@ -26,7 +27,9 @@ from megachat.files import check_writable
 from megachat.job.agreement import rank_facts
 from megachat.job.join import join_job
 from megachat.job.launch import bootstrap_environment
+from megachat.planning.layouts import describe_layout
 from megachat.programs.pretrain import check_data
+from megachat.text import plural
 from megachat.train.build import build_loader
 from megachat.train.weights import (
     EvaluationModel,
@@ -117,17 +120,12 @@ def _open_bundle(request: EvaluationRequest) -> Bundle | None:
     return bundle
 
 
-def _dtype_name(model: EvaluationModel) -> str:
-    return str(model.compute_dtype).removeprefix("torch.")
-
-
 def _banner(saved: SavedModel, model: EvaluationModel) -> str:
     layout = model.plan.layout
     return (
         f"{saved.reader.folder}: step {saved.step}, depth {model.plan.dims.depth}, "
-        f"on {layout.world} rank{'s' * (layout.world > 1)} "
-        f"(data {layout.data} x tensor {layout.tensor} x pipeline {layout.pipeline}); "
-        f"compute {_dtype_name(model)} ({model.dtype_reason}); "
+        f"on {plural(layout.world, 'rank')} ({describe_layout(vars(layout))}); "
+        f"compute {dtype_name(model.compute_dtype)} ({model.dtype_reason}); "
         f"attention {model.attention.name} ({model.attention.reason})"
     )
 
@@ -140,7 +138,7 @@ def _identity(saved: SavedModel, model: EvaluationModel) -> dict:
         "checkpoint_sha256": saved.sha256,
         "tokenizer": saved.tokenizer.fingerprint,
         "layout": dataclasses.asdict(model.plan.layout),
-        "compute_dtype": _dtype_name(model),
+        "compute_dtype": dtype_name(model.compute_dtype),
     }
 
 

@@ -15,7 +15,7 @@ import torch
 from megachat.activity import Progress, counted
 from megachat.config import Config, load_config
 from megachat.data.tokenizer import load_tokenizer
-from megachat.device import choose_compute_dtype, device_name, synchronize, this_device
+from megachat.device import choose_compute_dtype, device_name, dtype_name, synchronize, this_device
 from megachat.errors import UserError
 from megachat.files import check_writable, write_json
 from megachat.kernels.choice import choose_fp8, describe_fp8
@@ -86,7 +86,7 @@ def fp8_check(question: Question) -> dict[str, Any]:
         "settings": [*question.settings],
         "device": device_name(device),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "recipe": question.recipe,
         "backend": describe_fp8(choice, plan.dims, plan.layout.tensor, head=True),
         "tokens": plan.micro_rows * plan.dims.sequence_len,

@@ -10,6 +10,7 @@ from pathlib import Path
 from megachat.config import Config, load_config, save_config
 from megachat.errors import UserError
 from megachat.planning.hardware import Machine
+from megachat.planning.layouts import layout_name
 from megachat.planning.memory import FILLS, format_bytes
 from megachat.planning.plan import resolve
 from megachat.planning.probe import Probe
@@ -28,7 +29,7 @@ from megachat.planning.step_time import PARTS, predict_run
 from megachat.programs.dry_run import describe_time, price_values
 from megachat.programs.explain import planned_vocabulary
 from megachat.programs.preflight import rank_checkpoint_bytes
-from megachat.text import text_table
+from megachat.text import plural, text_table
 
 # nanochat's runs that reached GPT-2's CORE, by depth: tokens per scaling parameter (docs/performance.md).
 CORE_RATIOS = {24: 8.0, 26: 8.25}
@@ -65,11 +66,7 @@ class Request:
     @property
     def name(self) -> str:
         """Returns the machine for people."""
-        return (
-            f"{self.machine.world} rank{'s' * (self.machine.world > 1)} on {self.machine.gpu.name}"
-            if self.probe
-            else self.machine.name
-        )
+        return f"{plural(self.machine.world, 'rank')} on {self.machine.gpu.name}" if self.probe else self.machine.name
 
     def layouts(self, top: int = 10) -> Layouts:
         """Returns the layouts of the machine, fastest first."""
@@ -190,7 +187,7 @@ def candidate_values(request: Request, candidate: Candidate, machine: Machine) -
 def _large_values(request: Request, candidate: Candidate) -> dict:
     changes = savings(candidate, request.vocab_size, on_gpu=request.on_gpu)
     return {
-        "layout": _layout_name(candidate.plan.layout),
+        "layout": layout_name(vars(candidate.plan.layout)),
         "settings": candidate.settings,
         "bytes": candidate.bytes,
         "changes": [{"set": setting, "saves": saved} for setting, saved in changes],
@@ -216,10 +213,6 @@ def scaling_values(request: Request) -> list[dict]:
         value |= {"efficiency": rate / first, "cause": cause, "cause_share": waiting[cause] / value["step_sec"]}
         values.append({"nodes": machine.nodes, "gpus": machine.world} | value)
     return values
-
-
-def _layout_name(layout) -> str:
-    return f"dp={layout.data},tp={layout.tensor},pp={layout.pipeline}"
 
 
 def describe_plan_values(values: Mapping, *, verbose: bool = False) -> str:
@@ -292,10 +285,9 @@ def _scaling_table(values: list[dict]) -> list[str]:
         if "reason" in one:
             rows.append((str(one["nodes"]), str(one["gpus"]), "-", "-", "-", "-", one["reason"]))
             continue
-        name = "dp={data},tp={tensor},pp={pipeline}".format(**one["layout"])
         waits = f"{one['cause']} ({one['cause_share']:.0%} of the step)" if one["cause_share"] >= 0.005 else "-"
         times = f"{one['step_sec']:.3f}", f"{one['wall_hours']:.2f}", f"{one['efficiency']:.0%}"
-        rows.append((str(one["nodes"]), str(one["gpus"]), name, *times, waits))
+        rows.append((str(one["nodes"]), str(one["gpus"]), layout_name(one["layout"]), *times, waits))
         if one["efficiency"] < HALF and not breaks:
             breaks = (
                 f"  breaks at {one['nodes']} nodes: efficiency {one['efficiency']:.0%}, because of the {one['cause']}"

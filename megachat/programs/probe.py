@@ -8,7 +8,6 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megachat.config import Config, load_config
-from megachat.data.tokenizer import METADATA_FILE, load_tokenizer
-from megachat.device import choose_compute_dtype, memory_bytes, synchronize, this_device
+from megachat.device import choose_compute_dtype, dtype_name, memory_bytes, synchronize, this_device
 from megachat.files import check_writable, write_json
 from megachat.job.join import end_collectives, start_mesh
 from megachat.job.launch import bootstrap_environment, choose_device, describe_environment
@@ -33,10 +31,10 @@ from megachat.planning.plan import Plan, resolve_without_text
 from megachat.planning.probe import FORMAT, VERSION, WIDTHS, Probe
 from megachat.planning.step_work import ITEMSIZE, Product, block_work, head_work
 from megachat.programs.probe_step import calibrate, measure_step
+from megachat.programs.verify import vocabulary_without_text
 from megachat.train.build import build_training_model, model_options
 from megachat.train.compiled import apply_compile
 
-DEFAULT_VOCABULARY = 4096
 ROWS = 1.0, 0.5, 2.0, 0.25  # factors on rows per micro-batch
 COLLECTIVE_BYTES = 1 << 12, 1 << 16, 1 << 20, 1 << 23
 SECTION_SEC = 8.0  # at most for each section of one number of ranks: what is measured first matters most
@@ -132,7 +130,7 @@ def _row_counts(plan: Plan) -> list[int]:
 def _products(clock: Clock, config: Config, plan: Plan, dtype: torch.dtype) -> list[list]:
     """Measures the products of the passes of linears, as [rows, columns, inner, dtype, seconds]."""
     shapes: dict[Product, None] = {}
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     kinds = [name, *(["float8"] if config.precision.fp8 != "off" else [])]
     for factor in WIDTHS:
         for tensor in (1, 2) if factor == 1 else (1,):
@@ -195,7 +193,7 @@ def _attention(clock: Clock, plan: Plan, dtype: torch.dtype, attend: Callable) -
 
                 forward = clock.seconds(functools.partial(attend, *inputs, window))
                 backward = max(clock.seconds(both) - forward, forward)
-                kind = str(dtype).removeprefix("torch.")
+                kind = dtype_name(dtype)
                 shape = [rows, dims.sequence_len, heads, kv_heads, dims.head_size, window, kind]
                 results.append([*shape, forward, backward])
     return results
@@ -245,7 +243,7 @@ def _blocks(clock: Clock, config: Config, plan: Plan, dtype: torch.dtype, known)
     if config.precision.compile:
         apply_compile(layers)
     layers.train()
-    name, curve = str(dtype).removeprefix("torch."), list[list]()
+    name, curve = dtype_name(dtype), list[list]()
     clock.section()
     for rows in _row_counts(plan)[: 1 if config.precision.compile else None]:
         if curve and clock.over:
@@ -281,7 +279,7 @@ def _block_action(clock: Clock, block: nn.Module, plan: Plan, dtype: torch.dtype
 
 def _heads(clock: Clock, config: Config, plan: Plan, dtype: torch.dtype, known) -> list[list]:
     """Measures head and loss and returns, without their products, [tokens, seconds per logit]."""
-    dims, name, curve = plan.dims, str(dtype).removeprefix("torch."), list[list]()
+    dims, name, curve = plan.dims, dtype_name(dtype), list[list]()
     table = torch.randn(dims.padded_vocab, dims.width, device=clock.device).mul_(0.02).requires_grad_()
     clock.section()
     for rows in _row_counts(plan):
@@ -340,7 +338,7 @@ def measure_machine(
     device, given = this_device(), (config, vocab_size, section_sec)
     sets = [run_local_ranks(probe_rank, count, *given, preload=[__name__])[0] for count in sorted({1, *ranks})]
     plan = real_step_plan(config, vocab_size)
-    dtype = str(choose_compute_dtype(config.precision.compute, device)[0]).removeprefix("torch.")
+    dtype = dtype_name(choose_compute_dtype(config.precision.compute, device)[0])
     document: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -383,14 +381,10 @@ def describe_probe(document: dict[str, Any]) -> list[str]:
 def probe(options: argparse.Namespace) -> dict[str, Any]:
     """Measures this machine, writes the document and returns it. options: of `megachat probe`."""
     config = load_config(options.config, options.set)
-    vocab_size = config.model.vocab_size
-    if vocab_size is None:
-        exists = (Path(config.data.tokenizer) / METADATA_FILE).exists()
-        vocab_size = load_tokenizer(config.data.tokenizer).vocab_size if exists else DEFAULT_VOCABULARY
     check_writable(options.out)
     count = torch.cuda.device_count() or 2
     begin = time.perf_counter()
-    document = measure_machine(config, vocab_size, options.ranks or (1, count))
+    document = measure_machine(config, vocabulary_without_text(config), options.ranks or (1, count))
     write_json(options.out, document)
     print("\n".join([*describe_probe(document), f"{options.out} written in {time.perf_counter() - begin:.0f} s"]))
     return document

@@ -10,13 +10,15 @@ import torch
 from megachat.config import save_config
 from megachat.data.shards import shard_hashes
 from megachat.data.tokenizer import tokenizer_facts
-from megachat.device import device_name, peak_flops
+from megachat.device import device_name, dtype_name, peak_flops
 from megachat.files import CONFIG_NAME, ENVIRONMENT_NAME, PLAN_NAME, Log, read_side_file, write_side_json
 from megachat.job.launch import LaunchEnvironment, describe_environment
 from megachat.kernels.choice import describe_kernels
 from megachat.kernels.cross_entropy import CHUNK_BYTES, GPU_CHUNK_BYTES
 from megachat.parallel.collectives import all_gather_objects
 from megachat.planning.explain import describe_stages, plan_values
+from megachat.planning.layouts import describe_layout
+from megachat.text import plural
 from megachat.train.build import Run, agreed_head_chunk
 from megachat.train.state import LoopState
 
@@ -50,16 +52,14 @@ def banner(run: Run, environment: LaunchEnvironment) -> list[str]:
     """Returns the first lines of the log; all ranks call it."""
     matrices = sum(all_gather_objects(len(run.muon.plan.matrices), run.mesh.pipeline))
     plan, layout, device = run.plan, run.plan.layout, run.mesh.device
-    dtype = str(run.compute_dtype).removeprefix("torch.")
-    count = torch.get_num_threads()
-    threads = f" with {count} thread{'s' * (count > 1)}" if device.type == "cpu" else ""
-    axes = f"data {layout.data} x tensor {layout.tensor} x pipeline {layout.pipeline}"
+    dtype = dtype_name(run.compute_dtype)
+    threads = f" with {plural(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
     peak = peak_flops(device) or "unknown, no MFU is printed"
     ngram, chunk = plan.dims.ngram, agreed_head_chunk(run.config, plan, run.mesh, run.compute_dtype)
     tables = f"{len(ngram.blocks) * len(ngram.orders)} n-gram tables are divided by rows, " if ngram else ""
     pipeline = [f"pipeline {describe_stages(plan)}; bubble {plan.bubble:.1%} of a step, by FLOPs"]
     return [
-        f"megachat: {run.folder.name} on {layout.world} rank{'s' * (layout.world > 1)} ({axes}), started by "
+        f"megachat: {run.folder.name} on {plural(layout.world, 'rank')} ({describe_layout(vars(layout))}), started by "
         f"{environment.launcher}",
         f"device {device_name(device)}{threads}; compute {dtype} ({run.dtype_reason}); peak FLOPs {peak}",
         *describe_kernels(run.config, run.kernels, plan),

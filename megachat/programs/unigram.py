@@ -1,6 +1,5 @@
 """The unigram entropy of the validation text, the best result of a model without context, beside a run's loss."""
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,8 +9,8 @@ import numpy as np
 
 from megachat.data.tokenizer import Tokenizer, load_tokenizer
 from megachat.errors import UserError
-from megachat.files import METRICS_NAME
 from megachat.prepare.tokenizer_training import read_texts
+from megachat.studies.metrics import read_metrics
 
 _SAMPLE_CHARS = 10_000_000
 
@@ -31,11 +30,7 @@ def unigram_entropy(folder: Path, tokenizer: Tokenizer) -> tuple[float, float]:
 
 def final_bpb(run: Path) -> float:
     """Returns the last validation bits per byte of a run. Raises UserError if it has none."""
-    try:
-        lines = (run / METRICS_NAME).read_text(encoding="utf-8").splitlines()
-        values = [metrics["val/bpb"] for metrics in map(json.loads, lines) if "val/bpb" in metrics]
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{run / METRICS_NAME} cannot be read ({error}): give a run folder like runs/demo") from None
+    values = [line["val/bpb"] for line in read_metrics(run) if "val/bpb" in line]
     if not values:
         raise UserError(f"{run} has no validation yet: let it run for evaluate.every steps or to its end")
     return values[-1]

@@ -2,18 +2,25 @@
 
 import argparse
 import contextlib
-import json
 import tempfile
 from pathlib import Path
 
 from megachat.config import Config, load_config
 from megachat.data.tokenizer import METADATA_FILE, load_tokenizer
-from megachat.files import check_writable, write_atomically
+from megachat.files import check_writable, write_json
 from megachat.job.launch import describe_environment
 from megachat.job.local_ranks import run_local_ranks
 from megachat.planning.layouts import parse_layout
 
 DEFAULT_VOCABULARY = 4096
+
+
+def vocabulary_without_text(config: Config) -> int:
+    """Returns the size of the vocabulary for random tokens: the config's, else the tokenizer's, if there is one."""
+    if config.model.vocab_size is not None:
+        return config.model.vocab_size
+    exists = (Path(config.data.tokenizer) / METADATA_FILE).exists()
+    return load_tokenizer(config.data.tokenizer).vocab_size if exists else DEFAULT_VOCABULARY
 
 
 def _run_rank(*arguments) -> None:
@@ -39,11 +46,7 @@ def verify(arguments: argparse.Namespace) -> dict:
     config = load_config(arguments.config, arguments.set)
     layouts = [parse_layout(text) for text in arguments.layout or ["dp=1"]]
     targets = [parse_layout(text) for text in arguments.onto]
-    vocab_size = config.model.vocab_size
-    if vocab_size is None:
-        exists = (Path(config.data.tokenizer) / METADATA_FILE).exists()
-        vocab_size = load_tokenizer(config.data.tokenizer).vocab_size if exists else DEFAULT_VOCABULARY
-
+    vocab_size = vocabulary_without_text(config)
     check_writable(arguments.out)
     from megachat.programs.verify_layout import verify_layout  # imports DeepSpeed, which takes seconds: after parsing
     from megachat.programs.verify_resume import verify_resumes
@@ -73,6 +76,6 @@ def _finish(arguments: argparse.Namespace, kind: str, certificates: list[dict]) 
 
     passed = all(entry["passed"] for entry in certificates)
     document = {"passed": passed, "environment": describe_environment(torch.device("cpu")), kind: certificates}
-    write_atomically(arguments.out, (json.dumps(document, indent=1) + "\n").encode())
+    write_json(arguments.out, document)
     print(f"certificate: {arguments.out}")
     return document

@@ -14,12 +14,12 @@ from megachat.errors import UserError, summary
 from megachat.job.launch import become_rank
 from megachat.planning.call_order import Call, find_mismatch, planned_bytes, planned_flops, sums, walked_bytes
 from megachat.planning.dimensions import passed_tensors
+from megachat.planning.layouts import layout_name
 from megachat.planning.memory import memory_of_stages
 from megachat.planning.plan import Layout, Plan, resolve_without_text
 from megachat.planning.row_tables import row_bytes
 from megachat.planning.stage_state import stage_parameters
 from megachat.planning.step_time import planned_dtype
-from megachat.programs.verify_layout import layout_name
 from megachat.programs.walk import Walk, walk
 from megachat.text import text_table
 

@@ -29,6 +29,7 @@ from megachat.optim.row_tables import RowShard
 from megachat.parallel.rectangles import flat_rectangles
 from megachat.place import Place, place_of
 from megachat.planning.dimensions import up_to_multiple
+from megachat.planning.layouts import layout_name
 from megachat.planning.plan import resolve_without_text
 from megachat.schedule import scheduled_values
 from megachat.train.build import TrainingModel, build_training_model
@@ -346,8 +347,3 @@ def verify_layout(
     print_verdict(comparisons)
     settings = config.model_dump(mode="json", exclude_defaults=True)
     return certificate(comparisons, layout=layout, config=settings, vocab_size=vocab_size)
-
-
-def layout_name(layout: dict[str, int]) -> str:
-    """Returns a layout as it is given on the command line: "dp=1,tp=2,pp=1"."""
-    return f"dp={layout['data']},tp={layout['tensor']},pp={layout['pipeline']}"

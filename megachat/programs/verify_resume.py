@@ -7,7 +7,6 @@ takes a step of full size where a gradient is rounding noise, so that the verdic
 stay those that were saved, to the bit, and the losses and moments of each step are those of equal weights.
 """
 
-import json
 import math
 import shutil
 from dataclasses import asdict, dataclass
@@ -21,19 +20,20 @@ from megachat.convert.megachat import open_megachat
 from megachat.convert.reader import CheckpointReader
 from megachat.device import choose_compute_dtype, this_device
 from megachat.errors import UserError
-from megachat.files import CHECKPOINTS, LOADER, METRICS_NAME, RANDOM
+from megachat.files import CHECKPOINTS, LOADER, RANDOM
 from megachat.installation import pretrain_program
 from megachat.job.local_ranks import run_with_torchrun, set_options
 from megachat.kernels.choice import choose_fp8, compile_problem
+from megachat.planning.layouts import layout_name
 from megachat.planning.plan import Plan, resolve
 from megachat.programs.verify_layout import (
     LEAST_SCALE,
     LOSS_TOLERANCE,
     Comparison,
     compare_values,
-    layout_name,
     verification_config,
 )
+from megachat.studies.metrics import read_metrics
 
 STOP = 2  # steps before the first resume, and of each job after it
 # Relative to the largest element of a moment that is linear in gradients, and of Muon's second moment. Without the
@@ -120,12 +120,6 @@ def run_job(
     run_with_torchrun(f"the job {run.name}", world, program + set_options(settings))
 
 
-def read_losses(run: Path) -> dict[int, float]:
-    """Returns step -> loss of that step alone from the run's metrics."""
-    lines = [json.loads(line) for line in (run / METRICS_NAME).read_text(encoding="utf-8").splitlines()]
-    return {line["step"]: line["train/loss_raw"] for line in lines if "train/loss_raw" in line}
-
-
 def compare_resumed_run(
     whole: Path, half: Path, resumed: Path, order: list[str], *, exact: bool, end: int = 2 * STOP
 ) -> tuple[str, list[ResumeDifference]]:
@@ -137,7 +131,10 @@ def compare_resumed_run(
     exact: no rounding is allowed. end: steps of all jobs together.
     """
     differences = []
-    whole_losses, half_losses, resumed_losses = (read_losses(run) for run in (whole, half, resumed))
+    whole_losses, half_losses, resumed_losses = (
+        {line["step"]: line["train/loss_raw"] for line in read_metrics(run) if "train/loss_raw" in line}
+        for run in (whole, half, resumed)
+    )
     for step in range(end):
         expected, loss = whole_losses[step], (half_losses if step < STOP else resumed_losses).get(step, float("nan"))
         if loss != expected:

@@ -7,7 +7,7 @@ from typing import Any
 from megachat.config import Config
 from megachat.errors import UserError
 from megachat.studies.curves import AXES, Curve, axis_ratio, common_value, curve_of, noise_of, overall_verdict
-from megachat.studies.runs import RunRecord, load_run, newest_facts, read_starts
+from megachat.studies.runs import RunRecord, given_twice, load_run, newest_facts, newest_start
 from megachat.text import text_table
 
 _WORDS = {"steps": "steps", "seconds": "time", "flops": "FLOPs"}
@@ -25,10 +25,8 @@ _CROPPED_TOLERANCE = 0.02  # each rank counts the rows that it has read
 
 def load_runs(folders: Sequence[Path]) -> list[RunRecord]:
     """Loads one side's runs. Raises UserError if one is no run or is given twice."""
-    resolved = [folder.resolve() for folder in folders]
-    for number, folder in enumerate(folders):
-        if resolved[number] in resolved[:number]:
-            raise UserError(f"{folder} is given twice on one side: give each run once")
+    if twice := given_twice(folders):
+        raise UserError(f"{twice[0]} is given twice on one side: give each run once")
     return [load_run(folder) for folder in folders]
 
 
@@ -90,8 +88,7 @@ def _same(one: Any, other: Any) -> bool:
 def _traits(run: RunRecord) -> dict[str, Any]:
     """Returns what is compared; None where the run has no such value."""
     plan, data = run.plan, Config().data.model_copy(update=dict(run.config.get("data", {})))
-    cropped, starts = run.values("data/cropped_share"), read_starts(run.folder)
-    start = starts[-1] if starts else {}
+    cropped, start = run.values("data/cropped_share"), newest_start(run.folder)
     shards = (start.get("data") or {}).get("shards") or {}
     shard, digest = next(reversed(shards.items()), (None, None))  # the last one is for validation
     fingerprint = newest_facts(run.folder).get("tokenizer", {}).get("fingerprint")

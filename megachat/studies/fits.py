@@ -32,14 +32,15 @@ def fit_optimum(values: Sequence[float], results: Sequence[float]) -> Optimum | 
     center = x.mean()
     design = np.stack([(x - center) ** 2, x - center, np.ones_like(x)], 1)
     y = np.array(results, dtype=np.float64)
-    (a, b, _), *_ = np.linalg.lstsq(design, y, rcond=None)
+    fit, *_ = np.linalg.lstsq(design, y, rcond=None)
+    a, b, _ = fit
     if a <= 0:
         return None
     lowest = -b / (2 * a)
     if not x.min() - center - 1 <= lowest <= x.max() - center + 1:
         return None
     freedom = len(values) - 3
-    residual = y - design @ np.linalg.lstsq(design, y, rcond=None)[0]
+    residual = y - design @ fit
     covariance = np.linalg.inv(design.T @ design) * float(residual @ residual) / freedom
     slope = np.array([b / (2 * a * a), -1 / (2 * a), 0.0])
     width = student_95(freedom) * math.sqrt(float(slope @ covariance @ slope))

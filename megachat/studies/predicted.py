@@ -16,7 +16,7 @@ from megachat.planning.memory import Memory, memory_of_stages
 from megachat.planning.plan import resolve_without_text
 from megachat.planning.probe import read_probe
 from megachat.planning.step_time import RunTime, predict_run
-from megachat.studies.runs import RunRecord, read_starts
+from megachat.studies.runs import RunRecord, newest_start, read_starts
 
 MEMORY_KINDS = ("weights", "masters", "moments", "gradients", "activations", "workspace")
 
@@ -43,8 +43,7 @@ def predict(run: RunRecord, probe: Path | None = None) -> Predicted:
     probe: a file of `megachat probe` of that device; default: log.probe of the run, if the file exists, else the data
     sheet of a known GPU. Raises UserError if this version cannot plan the run's config, or for an unreadable probe.
     """
-    starts = read_starts(run.folder)
-    start = starts[-1] if starts else {}
+    start = newest_start(run.folder)
     config = config_from_values(dict(run.config), str(run.folder))
     layout: dict[str, int] = run.plan["layout"]
     world = layout["data"] * layout["tensor"] * layout["pipeline"]

@@ -18,7 +18,8 @@ from megachat.evals.core_bundle import CORE_TASKS
 from megachat.evals.results import error_text, load_results, newest_results
 from megachat.evals.uncertainty import GPT2_CORE
 from megachat.planning.step_time import UNTIMED_STEPS
-from megachat.studies.runs import RunRecord, flat_config, read_starts
+from megachat.studies.runs import RunRecord, flat_config, given_twice, read_starts
+from megachat.text import markdown_table, plural
 
 # Settings that change neither the result nor what is timed: names, places, logs, saving, evaluations during training.
 _FREE_SECTIONS = ("run.", "log.", "checkpoint.", "evaluate.")
@@ -45,7 +46,7 @@ def build_record(runs: Sequence[RunRecord]) -> dict[str, Any]:
 
     Raises UserError with one sentence for each piece of evidence that is missing, or that differs between the runs.
     """
-    problems = [f"{run.folder} is given twice: give each run once" for run in _repeated(runs)]
+    problems = [f"{folder} is given twice: give each run once" for folder in given_twice([run.folder for run in runs])]
     gathered = []
     for run in runs:
         evidence, missing = gather_evidence(run)
@@ -63,11 +64,6 @@ def build_record(runs: Sequence[RunRecord]) -> dict[str, Any]:
         "bpb": _spread([one["bpb"] for one in gathered]),
         "core": {**_spread([one["core"] for one in gathered]), **core},
     }
-
-
-def _repeated(runs: Sequence[RunRecord]) -> list[RunRecord]:
-    folders = [run.folder.resolve() for run in runs]
-    return [run for number, run in enumerate(runs) if folders[number] in folders[:number]]
 
 
 def _spread(values: list[float]) -> dict[str, Any]:
@@ -274,56 +270,57 @@ def _short_value(value: Any) -> str:
 
 def record_text(record: Mapping[str, Any], name: str) -> str:
     """Returns the record as Markdown for a pull request. name: of the recipe."""
-    runs, one = record["runs"], record["runs"][0]
-    count, core = len(runs), record["core"]
-    hosts = f" on {one['nodes']} node{'s' * (one['nodes'] > 1)}" if one["nodes"] else ""
-    above = sum(value > GPT2_CORE for value in core["values"])
-    skipped = sum(run["skipped_steps"] for run in runs)
-    rows = [
-        ("time, minutes", _with_deviation(record["minutes"], 2) + f"; training steps after step {UNTIMED_STEPS - 1}"),
-        (
-            "GPU-hours" if one["on_gpus"] else "rank-hours",
-            _with_deviation(record["gpu_hours"], 2),
-        ),
-        ("hardware", f"{one['world']} rank{'s' * (one['world'] > 1)}{hosts}, {one['hardware']}; {_layout(one)}"),
-        ("CORE", f"{core['core_metric']:.4f} {error_text(core['deviation'], digits=4)}"),
-        (f"against GPT-2's {GPT2_CORE}", f"{core['verdict']['text']}; {above} of {count} runs above"),
-        ("validation bpb", f"{_with_deviation(record['bpb'], 5)}; {_rows_text(one)}"),
-        ("model", f"depth {one['depth']}, {one['parameters']:,} parameters, vocabulary {one['vocab_size']:,}"),
-        ("training", f"{one['steps']:,} steps, {one['tokens']:,} tokens, {one['flops']:.3e} FLOPs; {skipped} skipped"),
-        ("tokenizer", f"`{one['tokenizer_fingerprint']}`, {_origin_text(one['tokenizer_origin'])}"),
-        ("CORE bundle", f"`{one['bundle_digest']}`"),
-        ("harness", f"version {one['harness']}, {one['megachat']}"),
-        ("commit", f"{one['commit']}{' with uncommitted changes' if _dirty(runs) else ''}"),
-        ("packages", ", ".join(f"{package} {version}" for package, version in one["packages"].items())),
-        ("shards", f"{len(one['shards'])}, the last one for validation; hashes below"),
-    ]
-    each = [("run", "minutes", "CORE", "bpb", "seed", "starts")]
-    each += [
-        (
-            Path(run["run"]).name,
-            f"{run['minutes']:.2f}",
-            f"{run['core']:.6f}",
-            f"{run['bpb']:.6f}",
-            str(run["seed"]),
-            str(run["starts"]),
-        )
-        for run in runs
-    ]
-    shards = [f"{digest}  {shard}" for shard, digest in one["shards"].items()]
+    runs = record["runs"]
+    first = runs[0]  # what must be equal in all runs is read from it
     parts = [
-        f"## {name}: {count} run{'s' * (count > 1)}",
-        _markdown([("", "value"), *rows]),
-        _markdown(each),
-        *([] if count > 1 else ["One run has no deviation from run to run: the leaderboard's records have several."]),
-        _details("Settings that differ from the defaults", json.dumps(one["recipe"], indent=1)),
-        _details("Shards (SHA-256)", "\n".join(shards)),
+        f"## {name}: {plural(len(runs), 'run')}",
+        "\n".join(markdown_table([("", "value"), *_result_rows(record), *_recipe_rows(runs)])),
+        "\n".join(markdown_table([("run", "minutes", "CORE", "bpb", "seed", "starts"), *map(_run_cells, runs)])),
     ]
+    if len(runs) == 1:
+        parts.append("One run has no deviation from run to run: the leaderboard's records have several.")
+    shards = "\n".join(f"{digest}  {shard}" for shard, digest in first["shards"].items())
+    parts.append(_details("Settings that differ from the defaults", json.dumps(first["recipe"], indent=1)))
+    parts.append(_details("Shards (SHA-256)", shards))
     return "\n\n".join(parts)
 
 
-def _dirty(runs: Sequence[Mapping[str, Any]]) -> bool:
-    return any(run["uncommitted_changes"] for run in runs)
+def _result_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns (what, value) of the results: time, hardware, CORE and bits per byte."""
+    runs, first, core = record["runs"], record["runs"][0], record["core"]
+    hosts = f" on {plural(first['nodes'], 'node')}" if first["nodes"] else ""
+    layout = " x ".join(f"{axis} {size}" for axis, size in (first["layout"] or {}).items())
+    above = sum(value > GPT2_CORE for value in core["values"])
+    return [
+        ("time, minutes", f"{_with_deviation(record['minutes'], 2)}; training steps after step {UNTIMED_STEPS - 1}"),
+        ("GPU-hours" if first["on_gpus"] else "rank-hours", _with_deviation(record["gpu_hours"], 2)),
+        ("hardware", f"{plural(first['world'], 'rank')}{hosts}, {first['hardware']}; {layout}"),
+        ("CORE", f"{core['core_metric']:.4f} {error_text(core['deviation'], digits=4)}"),
+        (f"against GPT-2's {GPT2_CORE}", f"{core['verdict']['text']}; {above} of {len(runs)} runs above"),
+        ("validation bpb", f"{_with_deviation(record['bpb'], 5)}; {_rows_text(first)}"),
+    ]
+
+
+def _recipe_rows(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Returns (what, value) of what was trained, and of the code and data that it was trained with."""
+    first, skipped = runs[0], sum(run["skipped_steps"] for run in runs)
+    changed = " with uncommitted changes" if any(run["uncommitted_changes"] for run in runs) else ""
+    training = f"{first['steps']:,} steps, {first['tokens']:,} tokens, {first['flops']:.3e} FLOPs; {skipped} skipped"
+    return [
+        ("model", f"depth {first['depth']}, {first['parameters']:,} parameters, vocabulary {first['vocab_size']:,}"),
+        ("training", training),
+        ("tokenizer", f"`{first['tokenizer_fingerprint']}`, {_origin_text(first['tokenizer_origin'])}"),
+        ("CORE bundle", f"`{first['bundle_digest']}`"),
+        ("harness", f"version {first['harness']}, {first['megachat']}"),
+        ("commit", f"{first['commit']}{changed}"),
+        ("packages", ", ".join(f"{package} {version}" for package, version in first["packages"].items())),
+        ("shards", f"{len(first['shards'])}, the last one for validation; hashes below"),
+    ]
+
+
+def _run_cells(run: Mapping[str, Any]) -> tuple[str, ...]:
+    numbers = (f"{run['minutes']:.2f}", f"{run['core']:.6f}", f"{run['bpb']:.6f}")
+    return Path(run["run"]).name, *numbers, str(run["seed"]), str(run["starts"])
 
 
 def _with_deviation(spread: Mapping[str, Any], digits: int) -> str:
@@ -331,12 +328,8 @@ def _with_deviation(spread: Mapping[str, Any], digits: int) -> str:
     return f"{spread['mean']:.{digits}f}" + (f" +- {deviation:.{digits}f}" if deviation is not None else "")
 
 
-def _layout(one: Mapping[str, Any]) -> str:
-    return " x ".join(f"{axis} {size}" for axis, size in (one["layout"] or {}).items())
-
-
-def _rows_text(one: Mapping[str, Any]) -> str:
-    rows, different = f"{one['validation_rows']:,} rows", one["row_differences"]
+def _rows_text(run: Mapping[str, Any]) -> str:
+    rows, different = f"{run['validation_rows']:,} rows", run["row_differences"]
     if not different:
         return f"{rows}, the leaderboard's"
     listed = ", ".join(f"{key} {value} in place of {wanted}" for key, (value, wanted) in different.items())
@@ -348,11 +341,6 @@ def _origin_text(origin: dict[str, Any]) -> str:
     values = origin | ({"shards": f"{shards[0]} to {shards[-1]}"} if shards else {})
     listed = ", ".join(f"{key} {_short_value(value)}" for key, value in values.items())
     return listed or "of unknown origin"
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = rows
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body))
 
 
 def _details(title: str, text: str) -> str:

@@ -161,27 +161,31 @@ def _curves(runs: Sequence[RunRecord]) -> list[Any]:
 
 
 def _summary(runs: Sequence[RunRecord]) -> str:
-    rows = {"run folder": [str(run.folder) for run in runs]}
-    for run in runs:
-        row, bpb = run_row(run), run.values("val/bpb")
-        peaks, step_times = run.values("train/peak_memory_bytes"), run.values("train/dt")
-        values = {
-            "state": state_text(run),
-            "steps": f"{row['step']:,} of {row['steps'] or 0:,}",
-            "bits per byte": f"{bpb[0]:.4f} to {bpb[-1]:.4f}, lowest {min(bpb):.4f}" if bpb else "not evaluated",
-            "CORE": "not evaluated" if row["core"] is None else f"{row['core']:.4f}",
-            "tokens": f"{row['tokens'] or 0:,}",
-            "training time": "" if row["hours"] is None else f"{duration(3600 * row['hours'])} after step 10",
-            "time per step": f"median {1000 * statistics.median(step_times):,.0f} ms" if step_times else "",
-            "MFU": "not known for this device" if row["mfu"] is None else f"mean {row['mfu']:.1f} %",
-            "peak memory": f"{max(peaks) / 1e9:.2f} GB on a rank" if peaks else "",
-            "layout": row["layout"],
-            "documents read": _ledger(run),
-        }
-        for key, value in values.items():
-            rows.setdefault(key, []).append(value)
+    """Returns a table with one column per run, without the rows that no run has a value for."""
+    columns = [_summary_column(run) for run in runs]
+    rows = [(name, *(column[name] for column in columns)) for name in columns[0]]
     notes = "".join(f'<p class="warning">{html.escape(note)}</p>' for run in runs for note in run.notes)
-    return _table([[key, *values] for key, values in rows.items() if any(values)]) + f"<p>{_TERMS}</p>" + notes
+    return _table(row for row in rows if any(row[1:])) + f"<p>{_TERMS}</p>" + notes
+
+
+def _summary_column(run: RunRecord) -> dict[str, str]:
+    """Returns the text of each row of the summary; "" where the run has no such value."""
+    row, bpb = run_row(run), run.values("val/bpb")
+    peaks, step_times = run.values("train/peak_memory_bytes"), run.values("train/dt")
+    return {
+        "run folder": str(run.folder),
+        "state": state_text(run),
+        "steps": f"{row['step']:,} of {row['steps'] or 0:,}",
+        "bits per byte": f"{bpb[0]:.4f} to {bpb[-1]:.4f}, lowest {min(bpb):.4f}" if bpb else "not evaluated",
+        "CORE": "not evaluated" if row["core"] is None else f"{row['core']:.4f}",
+        "tokens": f"{row['tokens'] or 0:,}",
+        "training time": "" if row["hours"] is None else f"{duration(3600 * row['hours'])} after step 10",
+        "time per step": f"median {1000 * statistics.median(step_times):,.0f} ms" if step_times else "",
+        "MFU": "not known for this device" if row["mfu"] is None else f"mean {row['mfu']:.1f} %",
+        "peak memory": f"{max(peaks) / 1e9:.2f} GB on a rank" if peaks else "",
+        "layout": row["layout"],
+        "documents read": _ledger(run),
+    }
 
 
 def _ledger(run: RunRecord) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megachat.errors import UserError
+from megachat.planning.layouts import describe_layout
 from megachat.settings import LogConfig
 from megachat.studies.curves import AXES
 from megachat.studies.runs import RunRecord
@@ -234,7 +235,7 @@ def layout_figure(plan: dict[str, Any]) -> Any:
             insidetextanchor="middle",
             hovertemplate=held + "<extra></extra>",
         )
-    title = f"Layers by stage: data {layout['data']} x tensor {layout['tensor']} x pipeline {layout['pipeline']}"
+    title = f"Layers by stage: {describe_layout(layout)}"
     figure.update_layout(**_layout(title, "layer", "", bars=len(stages)), showlegend=False)
     figure.update_yaxes(autorange="reversed")
     return figure

@@ -142,6 +142,17 @@ def read_starts(folder: Path) -> list[dict[str, Any]]:
         return []
 
 
+def newest_start(folder: Path) -> dict[str, Any]:
+    """Returns what environment.json has of the last start of the run; {} if it cannot be read."""
+    return next(reversed(read_starts(folder)), {})
+
+
+def given_twice(folders: Sequence[Path]) -> list[Path]:
+    """Returns the folders that an earlier one of the list is, too."""
+    resolved = [folder.resolve() for folder in folders]
+    return [folder for number, folder in enumerate(folders) if resolved[number] in resolved[:number]]
+
+
 def find_runs(folder: Path) -> list[RunRecord]:
     """Returns the runs in a folder, by name; a run's own folder is one run. Raises UserError if there is none."""
     if not folder.is_dir():

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, get_args
 from megachat.config import Config, known_keys
 from megachat.errors import UserError
 from megachat.files import refuse_damaged
-from megachat.studies.trials import refuse_fixed
+from megachat.studies.trials import as_settings, refuse_fixed
 
 _RANGE_KEYS = {"low", "high", "log", "step"}
 
@@ -43,10 +43,13 @@ def load_space(path: Path) -> tuple[Dimension, ...]:
     """
     if not path.exists():
         raise UserError(f"--space {path} does not exist: give a JSON file of section.key -> list or range")
-    with refuse_damaged(path, "is no space ({}): give a JSON object of section.key -> list or range"):
-        space = dict(json.loads(path.read_bytes()))
+    fix = "give a JSON object of section.key -> list or range"
+    with refuse_damaged(path, f"is no space ({{}}): {fix}"):
+        space = json.loads(path.read_bytes())
+    if not isinstance(space, dict):
+        raise UserError(f"{path} is no JSON object: {fix}")
     if not space:
-        raise UserError(f"{path} is empty: give a JSON object of section.key -> list or range")
+        raise UserError(f"{path} is empty: {fix}")
     return tuple(_dimension(path, key, values) for key, values in space.items())
 
 
@@ -85,14 +88,13 @@ def grid(space: Sequence[Dimension]) -> list[dict[str, Any]] | None:
     return [dict(zip(keys, values, strict=True)) for values in product(*(dimension.values for dimension in space))]
 
 
-def points_to_check(space: Sequence[Dimension]) -> list[list[str]]:
+def points_to_check(space: Sequence[Dimension]) -> list[tuple[str, ...]]:
     """Returns the settings to load at the start, so that impossible ones are refused: all points of a grid, else each
     value and end of a range alone; and those of the baselines."""
     alone = [
         {dimension.key: value} for dimension in space for value in (dimension.values or (dimension.low, dimension.high))
     ]
-    points = [*(grid(space) or alone), *contexts(space)]
-    return [[f"{key}={json.dumps(value)}" for key, value in point.items()] for point in points]
+    return [as_settings(point) for point in (*(grid(space) or alone), *contexts(space))]
 
 
 def is_number(value: Any) -> bool:

@@ -17,7 +17,7 @@ from megachat.activity import hours_minutes
 from megachat.errors import UserError, summary
 from megachat.studies.runs import RunRecord
 from megachat.studies.space import Dimension, grid
-from megachat.studies.trials import Diverged, Train, Trial
+from megachat.studies.trials import Diverged, Train, Trial, as_settings
 
 METRIC = "val/bpb"
 _HEARTBEAT_S = 30  # a process that is silent for four of them has died, and its trial is tried again
@@ -130,8 +130,7 @@ def run_trials(
     def objective(trial: Any) -> float:
         values = {dimension.key: _suggest(trial, dimension) for dimension in space}
         number = trial.user_attrs.get("continues", trial.number)
-        settings = tuple(f"{key}={json.dumps(value)}" for key, value in values.items())
-        lasts = []
+        lasts, settings = [], as_settings(values)
         for seed in seeds:
             name = f"trial_{number:04d}" + (f"_s{seed}" if len(seeds) > 1 else "")
             log(f"{name}: {' '.join(settings)}")
@@ -229,8 +228,7 @@ def baseline_noise(
     means: list[float] = []
     variances: list[float] = []
     for number, context in enumerate(contexts):
-        lasts = []
-        settings = tuple(f"{key}={json.dumps(value)}" for key, value in context.items())
+        lasts, settings = [], as_settings(context)
         for seed in seeds:
             name = "baseline" + (f"_{number}" if context else "") + f"_s{seed}"
             log(f"{name}: the config as it is{''.join(f', {setting}' for setting in settings)}")

@@ -9,9 +9,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megachat.errors import UserError
 from megachat.files import list_folder, refuse_damaged
@@ -28,6 +28,11 @@ class Trial(NamedTuple):
 
     name: str
     settings: tuple[str, ...]
+
+
+def as_settings(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns {"section.key": JSON value} as overrides of a config."""
+    return tuple(f"{key}={json.dumps(value)}" for key, value in values.items())
 
 
 QUESTION = "question.json"  # what a study's folder is for

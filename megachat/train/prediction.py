@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from megachat.config import Config
-from megachat.device import device_name
+from megachat.device import device_name, dtype_name
 from megachat.files import METRICS_NAME
 from megachat.planning.hardware import known_gpu, parse_gpus
 from megachat.planning.plan import Plan
@@ -36,7 +36,7 @@ def predict_training(
 
     local_ranks: on this node. Raises UserError for a probe that cannot be read or measured fewer ranks.
     """
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     if config.log.probe:
         step = predict_step(config, plan, read_probe(Path(config.log.probe)), dtype=name)
         return Prediction(step, f"probe {config.log.probe}")

@@ -35,6 +35,7 @@ from megachat.train.build import TrainingModel, build_training_model  # noqa: E4
 from megachat.train.save_cost import STEPS  # noqa: E402
 from megachat.train.state import state_pieces  # noqa: E402
 from megachat.train.step import set_schedules, update  # noqa: E402
+from tools.bench.turns import round_ratios  # noqa: E402
 
 
 def build_and_step(arguments: Namespace) -> TrainingModel:
@@ -186,15 +187,13 @@ def main() -> None:
     seconds, least = timings.seconds, least_bytes(training)
     if training.mesh.world.rank == 0:
         ratios = {
-            f"{ours}_over_{theirs}": statistics.median(
-                mine / other for mine, other in zip(seconds[ours], seconds[theirs], strict=True)
-            )
+            f"{ours}_over_{theirs}": statistics.median(round_ratios(seconds[ours], seconds[theirs]))
             for ours in ("ours_beside_a_step_blocked", "ours_blocked")
             for theirs in ("torch.save", "torch.save_and_fsync")
         }
         # "ours_total" is a save for which training waits: what checkpoint.background=false costs
         shares = {
-            f"{share}_over_{whole}": [mine / other for mine, other in zip(seconds[share], seconds[whole], strict=True)]
+            f"{share}_over_{whole}": round_ratios(seconds[share], seconds[whole])
             for share, whole in (
                 (f"ours_beside_{STEPS}_steps_blocked", "ours_total"),
                 ("steps_after_save", "steps_before_save"),

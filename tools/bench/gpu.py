@@ -11,12 +11,12 @@ import statistics
 import subprocess
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from megachat.activity import log_line  # noqa: E402
 from megachat.config import Config, load_config  # noqa: E402
 from megachat.device import peak_flops, synchronize  # noqa: E402
 from megachat.errors import UserError  # noqa: E402
@@ -105,21 +105,18 @@ def build_megachat_step(case: dict, device):
     import torch
     from deepspeed.runtime.pipe import schedule
 
-    from megachat.device import collective_backend
+    from megachat.job.join import start_mesh
     from megachat.kernels.choice import describe_kernels
     from megachat.kernels.linear import Linear
     from megachat.kernels.te import TELinears
-    from megachat.parallel.engine import start_collectives
-    from megachat.parallel.mesh import build_mesh
     from megachat.planning.plan import resolve
     from megachat.programs.verify_layout import related_rows
     from megachat.train.build import build_training_model
     from megachat.train.step import set_schedules, update
 
-    start_collectives(device, collective_backend(device), timedelta(seconds=600))
     config, vocabulary = case_config(case), case_vocabulary(case)
     plan = resolve(config, 1, vocabulary)
-    training = build_training_model(config, plan, build_mesh(device), torch.ones(vocabulary, dtype=torch.int64))
+    training = build_training_model(config, plan, start_mesh(config, device), torch.ones(vocabulary, dtype=torch.int64))
     if case["linears"] == "te bf16":
         for linear in (
             module
@@ -273,7 +270,7 @@ def measure_all(requested: list[dict], minutes: float, after=lambda results: Non
         numbers = _measure_in_process(case, left) if left > 0 else {"left_out": "no time was left"}
         rate = f"{numbers['tokens_per_sec']:,.0f} tokens per second" if "mfu" in numbers else "done"
         outcome = numbers.get("failed") or numbers.get("left_out") or rate
-        print(f"{label(case)}: {outcome}", file=sys.stderr, flush=True)
+        log_line(f"{label(case)}: {outcome}")
         results.append({"case": case} | numbers)
         after(results)
     return results

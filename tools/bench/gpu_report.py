@@ -1,14 +1,14 @@
 """Writes the report of tools/bench/gpu.py: tables between two comments of a Markdown file, and all numbers as JSON."""
 
-import json
 import platform
 import re
 import subprocess
 from pathlib import Path
 
-from megachat.doctor.installed import package_version
 from megachat.errors import UserError
-from megachat.files import write_atomically
+from megachat.files import write_atomically, write_json
+from megachat.job.host_probe import installed_version
+from megachat.text import markdown_table
 
 BEGIN, END = "<!-- measured by tools/bench.py gpu: begin -->", "<!-- measured by tools/bench.py gpu: end -->"
 PACKAGES = (
@@ -47,7 +47,7 @@ def gpu_facts() -> dict:
         gpus = done.stdout.strip().splitlines()
     except (OSError, subprocess.SubprocessError):
         gpus = None
-    packages = {package: package_version(package) for package in PACKAGES}
+    packages = {package: installed_version(package) for package in PACKAGES}
     cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
     return {
         "gpus": gpus,
@@ -136,13 +136,8 @@ def checks_summary(log: str) -> str:
 
 
 def _table(head: list[str], rows) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join(
-        [
-            *lines,
-            *("| " + " | ".join(str(cell).replace("|", "/").replace("\n", " ") for cell in row) + " |" for row in rows),
-        ]
-    )
+    cells = [[str(cell).replace("|", "/").replace("\n", " ") for cell in row] for row in rows]
+    return "\n".join(markdown_table([head, *cells]))
 
 
 def _steps(results: list[dict]) -> str:
@@ -198,4 +193,4 @@ def write_report(path: Path, text: str, raw: dict) -> None:
         raise UserError(f"{path} lacks the lines {BEGIN!r} and {END!r}: add them where the tables belong")
     before, _, rest = page.partition(BEGIN)
     write_atomically(path, f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}".encode())
-    write_atomically(path.with_name(path.stem + "_gpu.json"), json.dumps(raw, indent=1).encode() + b"\n")
+    write_json(path.with_name(path.stem + "_gpu.json"), raw)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from megachat.config import Config, load_config
 from megachat.data.tokenizer import Tokenizer, load_tokenizer
+from megachat.device import dtype_name
 from megachat.errors import UserError
 from megachat.kernels.lookup import TableRows, lookup_attention
 from megachat.planning.dimensions import LookupDimensions, flops_per_token
@@ -18,7 +19,7 @@ from megachat.planning.sizes import LOOKUP_ROWS_PER_TOKEN, resolve_dimensions
 from megachat.prepare.lookup_allocation import sample_documents
 from megachat.programs.walk_memory import LiveBytes
 from megachat.train.lookup_rows import read_or_allocate, with_allocation
-from tools.bench.turns import time_in_turn
+from tools.bench.turns import round_ratios, time_in_turn
 
 TOKENS = 8192
 ORACLE_TOKENS = 256  # gathered at a time: 134 MB at 512 rows and width 256
@@ -91,13 +92,13 @@ def bench_lookup_read(arguments: Namespace) -> dict:
         with LiveBytes() as live:
             actions["kernel"]()
         ratios = {
-            f"kernel_over_{name}": statistics.median(a / b for a, b in zip(seconds["kernel"], others, strict=True))
+            f"kernel_over_{name}": statistics.median(round_ratios(seconds["kernel"], others))
             for name, others in seconds.items()
             if name != "kernel"
         }
         medians = {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
         tables = allocation.rows * width * dtype.itemsize
-        dtypes[str(dtype).removeprefix("torch.")] = (
+        dtypes[dtype_name(dtype)] = (
             {"median_ms": medians}
             | ratios
             | {

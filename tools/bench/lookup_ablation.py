@@ -15,32 +15,30 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from megachat.activity import log_line
 from megachat.config import load_config
 from megachat.data.tokenizer import Tokenizer, load_tokenizer
-from megachat.device import collective_backend
 from megachat.errors import UserError
-from megachat.evals.results import METRICS_NAME
 from megachat.files import write_atomically
+from megachat.job.join import start_mesh
 from megachat.job.launch import bootstrap_environment, choose_device
 from megachat.job.local_ranks import set_options
-from megachat.parallel.engine import start_collectives
-from megachat.parallel.mesh import build_mesh
 from megachat.planning.memory import memory_of_stages
 from megachat.planning.plan import resolve
 from megachat.prepare.lookup_allocation import sample_documents
 from megachat.studies.curves import student_95
+from megachat.studies.metrics import read_metrics
 from megachat.text import text_table
 from megachat.train.build import build_training_model
 from megachat.train.lookup_rows import read_or_allocate, with_allocation
 from megachat.train.step import set_schedules, update
 from tools.bench.lookup_picture import draw_curves
-from tools.bench.turns import time_in_turn
+from tools.bench.turns import round_ratios, time_in_turn
 from tools.bench.whole_runs import PRETRAIN
 
 BASELINE = "none"
@@ -128,7 +126,7 @@ def bench_lookup(arguments: Namespace) -> dict:
 def ablation_result(arguments: Namespace, runs: list[dict], ratios: dict) -> dict:
     """Returns the result of an ablation; prints its table, and draws the curves into --out."""
     result = {"what": f"bits per byte on {arguments.data}", "variants": summarize(runs, ratios), "runs": runs}
-    print(*ablation_table(result["variants"]), sep="\n", file=sys.stderr)
+    log_line("\n".join(ablation_table(result["variants"])))
     if arguments.out:
         write_atomically(Path(arguments.out), draw_curves(result["what"], result["variants"]).encode())
     return result
@@ -154,7 +152,7 @@ def train_once(arguments: Namespace, folder: Path, variant: str, seed: int, trai
     finished = {"variant": variant, "seed": seed, "settings": settings} | train(settings)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(record, json.dumps(finished).encode())
-    print(f"{record.stem}: {finished['curve'][-1]['bpb']:.4f} bits per byte", file=sys.stderr, flush=True)
+    log_line(f"{record.stem}: {finished['curve'][-1]['bpb']:.4f} bits per byte")
     return finished
 
 
@@ -182,7 +180,7 @@ def train_variant(arguments: Namespace, folder: Path, variant: str, seed: int) -
 
 def collect_run(run: Path) -> dict:
     """Returns the validation curve, parameters by kind, bytes and commit of a finished run."""
-    metrics = [json.loads(line) for line in (run / METRICS_NAME).read_text().splitlines()]
+    metrics = read_metrics(run)
     plan = json.loads((run / "plan.json").read_text())
     return {
         "curve": [
@@ -203,8 +201,8 @@ def time_variants(arguments: Namespace, variants: Sequence[str]) -> dict[str, di
     one thread (OMP_NUM_THREADS=1) on a CPU these are processor seconds, which other work on the machine disturbs less.
     """
     device, tokenizer = choose_device(bootstrap_environment()), load_tokenizer(arguments.tokenizer)
-    start_collectives(device, collective_backend(device), timedelta(seconds=600))
-    mesh, actions, memory = build_mesh(device), {}, {}
+    mesh = start_mesh(load_config(arguments.config, settings_of(arguments, BASELINE, seed=1)), device)
+    actions, memory = {}, {}
     for name in variants:
         config = load_config(arguments.config, settings_of(arguments, name, seed=1))
         plan = resolve(config, 1, tokenizer.vocab_size)
@@ -220,10 +218,7 @@ def time_variants(arguments: Namespace, variants: Sequence[str]) -> dict[str, di
         )
     alone = device.type == "cpu" and torch.get_num_threads() == 1
     seconds = time_in_turn(actions, arguments.rounds, time.process_time if alone else time.perf_counter)
-    ratios = {
-        name: [one / base for one, base in zip(values, seconds[BASELINE], strict=True)]
-        for name, values in seconds.items()
-    }
+    ratios = {name: round_ratios(values, seconds[BASELINE]) for name, values in seconds.items()}
     baseline = statistics.median(seconds[BASELINE])
     return {
         name: {

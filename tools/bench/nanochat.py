@@ -13,8 +13,9 @@ from types import ModuleType
 
 import torch
 
+from megachat.activity import log_line
 from megachat.config import load_config
-from megachat.device import choose_compute_dtype
+from megachat.device import choose_compute_dtype, dtype_name
 from megachat.errors import UserError
 from megachat.optim.matrix import Matrix
 from megachat.planning.dimensions import scaling_parameters
@@ -181,11 +182,6 @@ def tokens_that_fit(plan: Plan, seconds: float, flops_per_sec: list[float]) -> i
     return tokens
 
 
-def show(line: str) -> None:
-    """Prints a line of progress; standard output is for the result."""
-    print(line, file=sys.stderr, flush=True)
-
-
 def time_parts(
     actions: dict[str, Callable], rounds: int, end: float, clock: PartClock, peaks: dict[torch.dtype, float]
 ) -> Parts:
@@ -204,7 +200,7 @@ def time_parts(
             if number:
                 parts[name].append(clock.seconds)
             else:
-                show(f"{name}: first step, with compilation, took {sum(clock.seconds.values()):.1f} s")
+                log_line(f"{name}: first step, with compilation, took {sum(clock.seconds.values()):.1f} s")
         for dtype in peaks:
             peaks[dtype] = max(peaks[dtype], products_per_sec(dtype))
         took = time.monotonic() - begin
@@ -212,7 +208,7 @@ def time_parts(
         if number:
             left = min(left, (rounds - number) * took)
             each = "; ".join(f"{name} {1e3 * sum(times[-1].values()):.0f} ms" for name, times in parts.items())
-            show(f"round {number} of {rounds}: {each}; at most {max(0, left):.0f} s left")
+            log_line(f"round {number} of {rounds}: {each}; at most {max(0, left):.0f} s left")
             if took > end - time.monotonic():
                 break
     return parts
@@ -223,7 +219,7 @@ def megachat_sides(arguments: argparse.Namespace, computes_in: torch.dtype) -> d
     requested = load_config(arguments.config, arguments.set).precision.compute
     chosen, _ = choose_compute_dtype(requested, torch.device("cpu"))
     return {
-        f"megachat, {str(dtype).removeprefix('torch.')}{compiled}": dtype
+        f"megachat, {dtype_name(dtype)}{compiled}": dtype
         for dtype in dict.fromkeys((computes_in, chosen))
         for compiled in (", compiled", "")
     }
@@ -253,10 +249,10 @@ def bench_nanochat(arguments: argparse.Namespace) -> dict:
     rates = [peaks[dtype] for dtype in [computes_in] * len(counts) + list(dtypes.values())]
     tokens = tokens_that_fit(plan, 60 * (arguments.minutes or 10) * _STEPS_SHARE / (arguments.rounds + 1), rates)
     if tokens < plan.tokens_per_step:
-        show(f"steps of {tokens} tokens instead of {plan.tokens_per_step}, to end within the time limit")
+        log_line(f"steps of {tokens} tokens instead of {plan.tokens_per_step}, to end within the time limit")
     sides = {}
     for side, dtype in dtypes.items():
-        changes = [f"precision.compute={str(dtype).removeprefix('torch.')}", f"batch.tokens={tokens}"]
+        changes = [f"precision.compute={dtype_name(dtype)}", f"batch.tokens={tokens}"]
         sides[side] = plan_side(arguments, [*changes, f"precision.compile={str('compiled' in side).lower()}"])
     _, plan = next(iter(sides.values()))
     counts = row_counts(" ".join(map(str, counts)), plan.rows_per_step)

@@ -18,6 +18,7 @@ from megachat.parallel.collectives import all_gather, all_to_all, reduce_scatter
 from megachat.parallel.engine import quiet_output, start_collectives
 from megachat.parallel.mesh import Mesh, build_mesh
 from tools.bench.partition_rules import by_shape, dealt_by_cost, lower_bound, model_matrices
+from tools.bench.turns import round_ratios
 
 MEASURED = (6, 42)  # depth, width per block
 LR, MOMENTUM, BETA2 = 0.02, 0.95, 0.9
@@ -286,7 +287,7 @@ def _ratios(by_rank: list[dict]) -> dict:
     for name in by_rank[0]:
         each = [measured[name] for measured in by_rank]
         flops, seconds = [one["flops"] for one in each], each[0]["seconds"]
-        times = [slow / fast for slow, fast in zip(seconds, by_rank[0]["megachat"]["seconds"], strict=True)]
+        times = round_ratios(seconds, by_rank[0]["megachat"]["seconds"])
         ratios[name] = {
             "bytes": statistics.mean(one["bytes"] for one in each) / lower_bound(matrices, world),
             "load": max(flops) * world / sum(flops),

@@ -3,12 +3,12 @@ others.
 """
 
 import statistics
-import sys
 from argparse import Namespace
 from datetime import timedelta
 
 import torch
 
+from megachat.activity import log_line
 from megachat.config import load_config
 from megachat.device import collective_backend
 from megachat.errors import UserError
@@ -70,13 +70,13 @@ def bench_plan(arguments: Namespace) -> dict:
     config = load_config(arguments.config, arguments.set)
     vocab_size = config.model.vocab_size or arguments.vocab_size
     document = measure_machine(config, vocab_size, (1, 2), SECTION_SEC)
-    print("\n".join(describe_probe(document)), file=sys.stderr)
+    log_line("\n".join(describe_probe(document)))
     measured: dict[str, list[dict]] = {}
     for ranks in (1, 2):
         cases = {name: [*arguments.set, *settings] for name, (count, settings) in CASES.items() if count == ranks}
         given = arguments.config, cases, vocab_size, arguments.rounds
         measured |= run_local_ranks(measure_cases, ranks, *given, preload=[__name__])[0]
-        print(f"measured with {ranks} ranks", file=sys.stderr, flush=True)
+        log_line(f"measured with {ranks} ranks")
     # the step of the calibration is measured again in turn with the others, so that a slower minute changes both
     base = min(measured[BASE], key=lambda one: sum(one.values()))
     calibrate(document, config, resolve_without_text(config, 1, vocab_size), base)
@@ -101,7 +101,7 @@ def bench_plan(arguments: Namespace) -> dict:
         cells = f"{1000 * step.total:.1f}", f"{1000 * total:.1f}", f"{error:+.1%}"
         rows.append((name, *cells, f"{errors['passes']:+.1%}", f"{errors['optimizer']:+.1%}"))
     sizes = sorted(abs(result["error"]) for name, result in results.items() if name != BASE)
-    print("\n".join(text_table(rows, right=range(1, 6))), file=sys.stderr)
+    log_line("\n".join(text_table(rows, right=range(1, 6))))
     return {
         "what": "predicted against measured step, calibrated on the config with one process",
         "median_error": statistics.median(sizes),

@@ -8,19 +8,17 @@ rows that follow them: nothing but the settings and the seed of the weights diff
 import functools
 import gc
 from argparse import Namespace
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 
 from megachat.config import load_config
 from megachat.data.tokenizer import Tokenizer, load_tokenizer
-from megachat.device import collective_backend
 from megachat.errors import UserError
 from megachat.evals.bpb import ValidationRows, bits_per_byte
+from megachat.job.join import start_mesh
 from megachat.job.launch import bootstrap_environment, choose_device
-from megachat.parallel.engine import start_collectives
-from megachat.parallel.mesh import Mesh, build_mesh
+from megachat.parallel.mesh import Mesh
 from megachat.planning.plan import resolve
 from megachat.train.build import build_training_model
 from megachat.train.step import set_schedules, update
@@ -49,8 +47,7 @@ def bench_recipe(arguments: Namespace) -> dict:
         raise UserError(f"--variants has {unknown[0]}, which is not one of {', '.join(VARIANTS)}")
     arguments = Namespace(**vars(arguments) | {"set": [*RECIPE_SIZE, *arguments.set]})
     device, tokenizer = choose_device(bootstrap_environment()), load_tokenizer(arguments.tokenizer)
-    start_collectives(device, collective_backend(device), timedelta(seconds=600))
-    mesh = build_mesh(device)
+    mesh = start_mesh(load_config(arguments.config, arguments.set), device)
     folder, train = Path(arguments.folder), functools.partial(train_in_process, arguments, tokenizer, mesh)
     seeds = [int(seed) for seed in arguments.seeds.split()]
     runs = [train_once(arguments, folder, name, seed, train) for seed in seeds for name in names]

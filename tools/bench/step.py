@@ -3,24 +3,22 @@
 import statistics
 from argparse import Namespace
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 
 from megachat.config import Config, load_config
-from megachat.device import collective_backend, synchronize
+from megachat.device import dtype_name, synchronize
+from megachat.job.join import start_mesh
 from megachat.job.launch import bootstrap_environment, choose_device
 from megachat.kernels.attention import attention, windowed_attention
-from megachat.parallel.engine import start_collectives
-from megachat.parallel.mesh import build_mesh
 from megachat.planning.plan import Plan, resolve
 from megachat.programs.walk_memory import LiveBytes
 from megachat.train.build import build_training_model
 from megachat.train.micro_batch_replay import replay_micro_batch
 from megachat.train.replicas import compare_replicas
 from megachat.train.step import set_schedules, update
-from tools.bench.turns import compare_rates, time_in_turn
+from tools.bench.turns import compare_rates, round_ratios, time_in_turn
 
 
 def random_rows(plan: Plan) -> torch.Tensor:
@@ -37,9 +35,8 @@ def build_steps(
     rows: of each step, int64 [rows, tokens + 1]; random if None. note: replaces the note of the progress recorder,
     which names each part of a step at its begin.
     """
-    device = choose_device(bootstrap_environment())
-    start_collectives(device, collective_backend(device), timedelta(seconds=600))
-    mesh, actions = build_mesh(device), {}
+    first_config, _ = next(iter(sides.values()))
+    mesh, actions = start_mesh(first_config, choose_device(bootstrap_environment())), {}
     if note:
         mesh.world.progress.note = note
     for name, (config, plan) in sides.items():
@@ -85,7 +82,7 @@ def attention_actions(tokens: int, windows: tuple[int, ...], heads: int, head_si
             def passes(attend, reach, inputs=inputs, gradient=gradient):
                 return lambda: torch.autograd.grad(attend(*inputs, reach), inputs, gradient)
 
-            name = f"{str(dtype).removeprefix('torch.')}, {shape[0]} rows of {tokens}, window {window}"
+            name = f"{dtype_name(dtype)}, {shape[0]} rows of {tokens}, window {window}"
             actions[name] = {
                 "mask": passes(attention, window),
                 "windowed": passes(windowed_attention, window),
@@ -116,10 +113,8 @@ def bench_checks(arguments: Namespace) -> dict:
     """Measures what a replay and a comparison of hashes take, in steps, on this process."""
     config = load_config(arguments.config, arguments.set)
     plan = resolve(config, 1, config.model.vocab_size or arguments.vocab_size)
-    device = choose_device(bootstrap_environment())
-    start_collectives(device, collective_backend(device), timedelta(seconds=600))
-    tokens = torch.ones(plan.dims.vocab_size, dtype=torch.int64)
-    training, rows = build_training_model(config, plan, build_mesh(device), tokens), random_rows(plan)
+    mesh, rows = start_mesh(config, choose_device(bootstrap_environment())), random_rows(plan)
+    training = build_training_model(config, plan, mesh, torch.ones(plan.dims.vocab_size, dtype=torch.int64))
     set_schedules(training, 0)
     actions = {
         "step": lambda: update(training, rows)[0].item(),
@@ -127,10 +122,7 @@ def bench_checks(arguments: Namespace) -> dict:
         "hashes": lambda: compare_replicas(training, 0, Path("no evidence")),
     }
     seconds = time_in_turn(actions, arguments.rounds)
-    steps = {
-        name: [other / step for other, step in zip(seconds[name], seconds["step"], strict=True)]
-        for name in ("replay", "hashes")
-    }
+    steps = {name: round_ratios(seconds[name], seconds["step"]) for name in ("replay", "hashes")}
     return {
         "what": "a replay and a comparison of hashes, in steps of the same round",
         "micro_batches_per_step": plan.accumulation,

@@ -23,6 +23,7 @@ from torch.autograd import DeviceType  # noqa: E402
 from torch.profiler import ProfilerActivity, profile, record_function  # noqa: E402
 
 from megachat.config import load_config  # noqa: E402
+from megachat.device import dtype_name  # noqa: E402
 from megachat.errors import UserError, user_errors_end_the_program  # noqa: E402
 from megachat.files import write_atomically  # noqa: E402
 from megachat.job.join import end_collectives, start_mesh  # noqa: E402
@@ -221,7 +222,7 @@ def measure(config_path: str, settings: list[str], vocab_size: int, rounds: int,
     }
     facts |= {
         "micro_batches": plan.accumulation,
-        "compute": str(run.compute_dtype).removeprefix("torch."),
+        "compute": dtype_name(run.compute_dtype),
         "steps": rounds,
     }
     facts |= {

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 
 def time_in_turn(
@@ -22,14 +22,18 @@ def time_in_turn(
     return seconds
 
 
+def round_ratios(seconds: Sequence[float], others: Sequence[float]) -> list[float]:
+    """Returns the ratio of two actions' seconds in each round."""
+    return [one / other for one, other in zip(seconds, others, strict=True)]
+
+
 def compare_rates(seconds: dict[str, list[float]], baseline: str, amount: int = 1) -> dict[str, dict]:
     """Returns each action's median rate in `amount` per second, and the median of its ratios to the baseline."""
     rates = {}
     for name, values in seconds.items():
-        ratios = [slow / fast for slow, fast in zip(seconds[baseline], values, strict=True)]
         rates[name] = {
             "per_sec": amount / statistics.median(values),
             "rounds": len(values),
-            f"times_faster_than_{baseline}": round(statistics.median(ratios), 3),
+            f"times_faster_than_{baseline}": round(statistics.median(round_ratios(seconds[baseline], values)), 3),
         }
     return rates

@@ -1,6 +1,5 @@
 """Measures launch/pretrain.py from outside: the time to the first step, and the loss curves of several layouts."""
 
-import json
 import math
 import statistics
 import subprocess
@@ -11,10 +10,10 @@ from argparse import Namespace
 from pathlib import Path
 
 from megachat.errors import UserError
-from megachat.files import METRICS_NAME
 from megachat.job.launch import free_port
 from megachat.job.local_ranks import set_options
 from megachat.planning.layouts import parse_layout
+from megachat.studies.metrics import read_metrics
 
 PRETRAIN = str(Path(__file__).resolve().parents[2] / "launch" / "pretrain.py")
 
@@ -43,9 +42,9 @@ def bench_layouts(arguments: Namespace) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         for layout in ("dp=1", *arguments.layouts.split()):
             train_layout(arguments, layout, folder)
-            metrics = [json.loads(line) for line in (Path(folder) / layout / METRICS_NAME).read_text().splitlines()]
-            losses[layout] = [line["train/loss_raw"] for line in metrics if "train/loss" in line]
-            seconds[layout] = statistics.median(line["train/dt"] for line in metrics if "train/loss" in line)
+            steps = [line for line in read_metrics(Path(folder) / layout) if "train/loss" in line]
+            losses[layout] = [line["train/loss_raw"] for line in steps]
+            seconds[layout] = statistics.median(line["train/dt"] for line in steps)
     results = {}
     for layout, curve in losses.items():
         differences = [abs(loss - reference) for loss, reference in zip(curve, losses["dp=1"], strict=True)]

@@ -97,6 +97,7 @@ def test_it_stops_at_divergence_and_suggests_the_steepest_fall(nan, tmp_path, mo
         (["--lr-range-test", "--ramp", "1,0.1"], "--ramp is '1,0.1'"),
         (["--lr-range-test", "--ramp", "x"], "--ramp is 'x'"),
         (["--lr-range-test", "--ramp", "1,1e9"], "optimizer.ramp"),
+        (["--lr-range-test", "matrix,matrx"], "optimizer.ramp_rates has matrx, which is none of matrix, "),
     ],
 )
 def test_mistakes_come_before_any_training(words, problem, tmp_path):

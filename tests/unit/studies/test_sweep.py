@@ -225,6 +225,14 @@ def test_an_impossible_space_is_refused_before_anything_starts(space, problem, t
     assert not (tmp_path / "out").exists()
 
 
+def test_a_space_that_is_a_list_is_refused_with_one_sentence(tmp_path):
+    (tmp_path / "space.json").write_text('["optimizer.matrix_lr"]')
+    with pytest.raises(
+        UserError, match=r"space.json is no JSON object: give a JSON object of section.key -> list or r"
+    ):
+        load_space(tmp_path / "space.json")
+
+
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
     (tmp_path / "out").touch()
     for name, words in {
