@@ -91,10 +91,10 @@ def check_unique(values: tuple) -> tuple:
     return values
 
 
-def shown(text: str, most: int = 80) -> str:
-    """Returns the text on one line, shortened."""
+def shown(text: str) -> str:
+    """Returns the text on one line, at most 80 characters of it."""
     line = text if text.isprintable() else text.encode("unicode_escape").decode()
-    return line if len(line) <= most else f"{line[:most]}..."
+    return line if len(line) <= 80 else f"{line[:80]}..."
 
 
 def describe_mistake(source: str, problem: ErrorDetails, sections: Mapping[str, Mapping[str, FieldInfo]]) -> str:

@@ -97,9 +97,9 @@ def free_name(path: Path, suffix: str) -> Path:
     return next(free for name in names if not os.path.lexists(free := path.with_name(name)))
 
 
-def set_aside(path: Path, suffix: str = ".damaged") -> Path:
+def set_aside(path: Path) -> Path:
     """Renames a file or folder to NAME.damaged, or to NAME.damaged.2 and so on if that exists; returns the new path."""
-    return path.rename(free_name(path, suffix))
+    return path.rename(free_name(path, ".damaged"))
 
 
 def read_side_file(path: Path, parse: Callable[[bytes], _Content], log: Log) -> _Content | None:

@@ -14,7 +14,7 @@ import lzma
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -72,15 +72,13 @@ class Bundle:
     digest: str
 
 
-def open_bundle(
-    path: str | Path | None, only: Collection[str] | None = None, *, log: Callable[[str], None] = print
-) -> Bundle:
+def open_bundle(path: str | Path | None, only: Collection[str] | None = None) -> Bundle:
     """Reads the tasks of a folder or a zip file, in order; None downloads nanochat's bundle once.
 
     only: labels of the tasks to read. Every line of them is checked. Raises UserError that names the file and line that
     are wrong, or an unknown label.
     """
-    path = download_bundle(log) if path is None else Path(path)
+    path = download_bundle() if path is None else Path(path)
     root = _find_root(path)
     try:
         entries, baselines = _read_entries(root), _read_baselines(root / _BASELINES)

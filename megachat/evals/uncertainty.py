@@ -91,7 +91,6 @@ def estimate_difference(
     *,
     same_examples: Mapping[str, bool],
     same_weights: bool,
-    seed: int = 0,
 ) -> Estimate:
     """Estimates first - second over the same tasks.
 
@@ -99,7 +98,7 @@ def estimate_difference(
     example's difference (paired bootstrap), so that an example's difficulty cancels. same_weights: both sides evaluate
     the same weights; the run-to-run error is then 0.
     """
-    rng, values, draws = np.random.default_rng(seed), {}, {}
+    rng, values, draws = np.random.default_rng(0), {}, {}
     for label in first:
         scale = 1 - first[label].baseline
         left, right = (side[label].right.mean(axis=0) for side in (first, second))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megachat.activity import announced
+from megachat.activity import announced, log_line
 from megachat.convert.architecture import build_model
 from megachat.convert.reader import CheckpointReader
 from megachat.data.tokenizer import Tokenizer
@@ -24,9 +24,9 @@ def load_model(reader: CheckpointReader, dtype: str) -> LocalModel:
     """Loads a checkpoint's model onto this process's device. dtype: "auto", "float32" or "bfloat16"."""
     device = choose_device(bootstrap_environment())
     if warning := slow_dtype_warning(dtype, device):
-        print(warning, file=sys.stderr, flush=True)
+        log_line(warning)
     options = ModelOptions(compute_dtype=choose_compute_dtype(dtype, device)[0])
-    with announced(f"loading {reader.folder}", write=lambda line: print(line, file=sys.stderr, flush=True)):
+    with announced(f"loading {reader.folder}", write=log_line):
         return LocalModel(build_model(reader, options).to(device), reader.dims)
 
 
@@ -85,7 +85,7 @@ class PromptContinuer:
             try:
                 self.continue_prompts([prompt], number, show=True)
             except UserError as error:
-                print(f"error: {error}", file=sys.stderr, flush=True)
+                log_line(f"error: {error}")
             number += 1
 
     def continue_prompts(self, prompts: Sequence[str], first: int, *, show: bool) -> list[dict]:
@@ -117,7 +117,7 @@ class PromptContinuer:
             if row.end_reason == "length":
                 limit = f"the model's {self.model.dims.sequence_len} tokens"
                 remark = f"remark: prompt {number} and its continuation fill {limit}; the text ends there"
-                print(remark, file=sys.stderr, flush=True)
+                log_line(remark)
             results.append({"prompt": prompt, "text": text.text, "tokens": row.tokens, "why": row.end_reason})
         return results
 
