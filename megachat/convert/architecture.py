@@ -31,16 +31,19 @@ def places(dims: Dimensions) -> list[Place]:
 
 def weight_shapes(dims: Dimensions) -> dict[str, Shape]:
     """Returns parameter name -> whole shape, in model order; per-layer scalars come with their first layer."""
-    return {where.name: where.whole for where in places(dims)}
+    return {place.name: place.whole for place in places(dims)}
 
 
 def neutral_tensors(dims: Dimensions) -> dict[str, torch.Tensor]:
     """Returns name -> values without effect, for the residual mix, smear and backout."""
-    neutral = {where.name: where for where in places(replace(dims, lambdas="neutral")) if where.cut == "whole"}
-    return {
-        name: torch.full(where.whole, where.start[1] if where.start[0] == "constant" else 0.0)
-        for name, where in neutral.items()
-    }
+    neutral = places(replace(dims, lambdas="neutral"))
+    return {place.name: neutral_tensor(place) for place in neutral if place.cut == "whole"}
+
+
+def neutral_tensor(place: Place) -> torch.Tensor:
+    """Returns the values without effect of a tensor of a model with neutral lambdas."""
+    kind, *value = place.start
+    return torch.full(place.whole, value[0] if kind == "constant" else 0.0)
 
 
 def table_names(dims: Dimensions) -> frozenset[str]:
@@ -54,9 +57,9 @@ def state_shapes(dims: Dimensions, row_optimizer: str = "adamw") -> dict[str, Sh
 
     row_optimizer: ngram.optimizer.
     """
-    wheres = places(dims)
-    shapes = {f"model/{where.name}": where.whole for where in wheres}
-    for name, group in assign_groups(wheres).items():
+    all_places = places(dims)
+    shapes = {f"model/{place.name}": place.whole for place in all_places}
+    for name, group in assign_groups(all_places).items():
         whole = shapes[f"model/{name}"]
         if group.optimizer == "muon":
             shapes |= {f"muon/{name}/{kind}": shape for kind, shape in muon_shapes(whole).items()}

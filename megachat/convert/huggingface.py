@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from megachat.convert import huggingface_native as native
-from megachat.convert.architecture import places
+from megachat.convert.architecture import neutral_tensor, places
 from megachat.convert.declaration import Export, Import, Logits, Tolerance
 from megachat.convert.huggingface_tokenizer import TOKENIZER_FILES, write_tokenizer
 from megachat.convert.megachat import first_facts
@@ -26,7 +26,6 @@ from megachat.convert.tokenizers import load_tokenizer_of
 from megachat.data.tokenizer import save_tokenizer
 from megachat.errors import UserError, summary
 from megachat.files import path_kind, refuse_damaged, write_json
-from megachat.place import Place
 from megachat.planning.dimensions import Dimensions, saved_dimensions
 
 CONFIG_FILE, INDEX_FILE, WHOLE_FILE = "config.json", "model.safetensors.index.json", "model.safetensors"
@@ -63,7 +62,7 @@ def export_huggingface(source: CheckpointReader, requested_tokenizer: Path | Non
         written = expected = source.select(names)
     else:
         names = [name for name in names if native.key_of(name)]
-        tables = {f"model/{where.name}" for where in places(dims) if where.cut == "vocabulary"}  # a row per token
+        tables = {f"model/{place.name}" for place in places(dims) if place.cut == "vocabulary"}  # a row per token
         written = source.select(names, lambda name, x: x[: dims.vocab_size] if name in tables else x)
         expected = source.select(names, lambda name, x: _pad(x[: dims.vocab_size], len(x)) if name in tables else x)
         lost.append(f"{dims.padded_vocab - dims.vocab_size} padding rows per table")
@@ -167,28 +166,25 @@ def open_huggingface(folder: Path, step: int | None = None) -> CheckpointReader:
     index = _read_json(folder / INDEX_FILE)
     files = sorted(set(index["weight_map"].values())) if index else [WHOLE_FILE]
     stored, read_stored = open_tensors(folder, files, lambda _, key: key)
-    wheres = {f"model/{where.name}": where for where in places(dims)}
-    keys = {name: key for name in wheres if (key := key_of(name))}
+    places_by_name = {f"model/{place.name}": place for place in places(dims)}
+    keys = {name: key for name in places_by_name if (key := key_of(name))}
     for key in set(keys.values()) ^ stored.keys():
         problem = "not among" if key not in stored else "too much for"
         raise UserError(f"{folder}: {key} is {problem} the weights of the model in config.json")
     for name, key in keys.items():
-        shape = (rows, dims.width) if wheres[name].cut == "vocabulary" else wheres[name].whole
+        shape = (rows, dims.width) if places_by_name[name].cut == "vocabulary" else places_by_name[name].whole
         if stored[key].shape != shape:
             actual = list(stored[key].shape)
             raise UserError(f"{folder}: {key} is {actual}, and the model in config.json has {list(shape)}")
 
-    def neutral(where: Place) -> torch.Tensor:  # dims.lambdas is "neutral": the scalars start at neutral values
-        return torch.full(where.whole, where.start[1] if where.start[0] == "constant" else 0.0)
-
     def read(names: list[str]) -> dict[str, torch.Tensor]:
         tensors = read_stored([keys[name] for name in names if name in keys])
-        tensors |= {name: neutral(wheres[name]) for name in names if name not in keys}
-        return {name: _pad(tensors[keys.get(name, name)], wheres[name].whole[0]) for name in names}
+        tensors |= {name: neutral_tensor(places_by_name[name]) for name in names if name not in keys}
+        return {name: _pad(tensors[keys.get(name, name)], places_by_name[name].whole[0]) for name in names}
 
     entries = {
-        name: TensorInfo(where.whole, stored[keys[name]].dtype if name in keys else "float32")
-        for name, where in wheres.items()
+        name: TensorInfo(place.whole, stored[keys[name]].dtype if name in keys else "float32")
+        for name, place in places_by_name.items()
     }
     imported = {"form": "huggingface", "step": 0} | ({} if settings is None else {"settings": settings})
     facts = {"step": 0, "model": asdict(dims), "imported": imported}

@@ -74,8 +74,8 @@ def find_obstacles(source: CheckpointReader) -> list[str]:
         obstacles.append(f"the factor {dims.qk_scale:g} on normed queries and keys")
     if short := sorted({window for window in dims.windows if window < dims.sequence_len}):
         obstacles.append(f"attention windows of {short[0]} tokens")
-    wheres = places(replace(dims, lambdas="neutral", norm_scales=()))
-    neutral = {f"model/{where.name}": where.start[1] for where in wheres if len(where.whole) == 1}
+    all_places = places(replace(dims, lambdas="neutral", norm_scales=()))
+    neutral = {f"model/{place.name}": place.start[1] for place in all_places if len(place.whole) == 1}
     for name, scalar in source.tensors(neutral):
         if not bool((scalar == neutral[name]).all()):
             obstacles.append(f"{name.removeprefix('model/')} other than {neutral[name]:g}")
