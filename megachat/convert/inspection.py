@@ -1,6 +1,7 @@
 """What a checkpoint contains, in figures and words, and whether it is intact."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 from megachat.checkpoint.facts import FACTS_NAME, find_file_problems, read_facts
@@ -53,10 +54,8 @@ def read_ledgers(checkpoint: CheckpointReader) -> dict:
 
 def format_summary(values: dict) -> str:
     """Returns the values of `inspect_checkpoint` in a few lines; what a format does not have is left out."""
-    facts, ledger, counts = values["facts"], values["ledger"], dict[str, int]()
-    for name in values["tensors"]:
-        kind = name.partition("/")[0]
-        counts[kind] = counts.get(kind, 0) + 1
+    facts, ledger = values["facts"], values["ledger"]
+    counts = Counter(name.partition("/")[0] for name in values["tensors"])
     model, loop, layout = facts.get("model", {}), facts.get("loop", {}), facts.get("layout", {})
     rows = [("parameters", f"{values['parameters']:,}")]
     if {"depth", "width", "sequence_len"} <= model.keys():
@@ -75,12 +74,9 @@ def format_summary(values: dict) -> str:
         read = sum(entry["rows"] for entry in ledger["streams"].values())
         rows.append(("documents", f"{len(ledger['streams'])} streams, {read:,} rows packed, {ledger['combined'][:12]}"))
     rows += [("remark", remark) for remark in values["remarks"]]
-    return "\n".join([_heading(values), *text_table([(f"  {label}", text) for label, text in rows])])
-
-
-def _heading(values: dict) -> str:
     size = f"{len(values['files'])} files, {values['bytes'] / 1e6:,.1f} MB of tensors"
-    return f"{values['folder']}: {values['form']}, {size}"
+    heading = f"{values['folder']}: {values['form']}, {size}"
+    return "\n".join([heading, *text_table([(f"  {label}", text) for label, text in rows])])
 
 
 def format_details(values: dict) -> str:

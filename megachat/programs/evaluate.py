@@ -4,14 +4,11 @@ import contextlib
 import dataclasses
 import functools
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
-from megachat.activity import announced
+from megachat.activity import Progress, announced
 from megachat.checkpoint.resume import find_damage
 from megachat.convert.saved_model import SavedModel, open_saved_model
 from megachat.device import dtype_name
@@ -37,7 +34,6 @@ from megachat.train.weights import (
     evaluation_plan,
 )
 
-LINE_EVERY_S = 30.0
 DEFAULT = ""  # --core or --bpb without a value
 
 Log = Callable[[str], object]
@@ -160,16 +156,14 @@ def _evaluate_model(model: EvaluationModel, request: EvaluationRequest, bundle: 
             log(f"sample: {text!r}")
     if bundle:
         log(describe_bundle(bundle))
-        with (
-            long_running("evaluation of CORE"),
-            contextlib.closing(_ProgressBar(shown=model.mesh.world.rank == 0)) as bar,
-        ):
+        shown = contextlib.nullcontext() if model.mesh.world.rank else Progress("CORE", None, " examples")
+        with long_running("evaluation of CORE"), shown as progress:
             section = evaluate_bundle(
                 build_evaluator(model),
                 bundle,
                 model.tokenizer,
                 max_per_task=request.max_per_task,
-                on_progress=bar.update,
+                on_progress=lambda done, total: progress and progress.update(done - progress.done, total),
             )
         assert section is not None  # no stop was given
         results["core"] = section
@@ -196,28 +190,3 @@ def _bits_per_byte(model: EvaluationModel) -> dict:
         value = bits_per_byte(model.engine, source, model.mesh) if source.rows else None
         sources[name] = {"bpb": value, "rows": source.rows}
     return section | ({"sources": sources} if sources else {}) | {"seconds": time.perf_counter() - begin}
-
-
-class _ProgressBar:
-    """Shows examples done, their rate and the time left: a bar on a terminal, else a line every LINE_EVERY_S."""
-
-    def __init__(self, *, shown: bool):
-        self.shown, self.begin, self.next_s = shown, time.monotonic(), LINE_EVERY_S
-        self.bar = tqdm(desc="CORE", unit=" examples", dynamic_ncols=True) if shown and sys.stderr.isatty() else None
-
-    def update(self, done: int, total: int) -> None:
-        """Shows the new number of examples done."""
-        elapsed_s = time.monotonic() - self.begin
-        if self.bar is not None:
-            self.bar.total = total
-            self.bar.update(done - self.bar.n)
-        elif self.shown and elapsed_s > self.next_s and done:
-            self.next_s = elapsed_s + LINE_EVERY_S
-            minutes = elapsed_s / done * (total - done) / 60
-            rate = f"{done / elapsed_s:,.1f} per second, {minutes:.1f} minutes left"
-            print(f"CORE: {done:,} of {total:,} examples, {rate}", flush=True)
-
-    def close(self) -> None:
-        """Ends the bar's line."""
-        if self.bar is not None:
-            self.bar.close()

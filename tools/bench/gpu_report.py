@@ -73,7 +73,7 @@ def judge_goals(results: list[dict]) -> list[tuple[str, str, str]]:
         return (
             what,
             "not measured" if value is None else shown.format(value),
-            "unknown" if value is None or reached is None else _yes(reached),
+            "unknown" if value is None or reached is None else "yes" if reached else "no",
         )
 
     def ratio(one: float | None, other: float | None) -> float | None:
@@ -107,10 +107,6 @@ def _plain(entry: dict, depth: int) -> bool:
     """Returns True for a case of this depth without options and with the default kernel."""
     case = entry["case"]
     return case["depth"] == depth and case["attention"] == "auto" and not options(case)
-
-
-def _yes(reached: bool) -> str:
-    return "yes" if reached else "no"
 
 
 def build_report(results: list[dict], where: dict, about: str, checks_log: str) -> str:
