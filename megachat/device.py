@@ -5,6 +5,7 @@ import platform
 import re
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -160,6 +161,15 @@ def synchronize(device: torch.device) -> None:
     """Waits for the device's queue, so that a clock read next measures finished work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def seconds_of(action: Callable[[], object], device: torch.device) -> float:
+    """Returns the seconds of a call, with the work that it gives the device."""
+    synchronize(device)
+    begin = time.perf_counter()
+    action()
+    synchronize(device)
+    return time.perf_counter() - begin
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -4,7 +4,6 @@ import contextlib
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # works from a clone that was not installed
 
-from megachat.device import collective_backend, synchronize  # noqa: E402
+from megachat.device import collective_backend, seconds_of  # noqa: E402
 from megachat.errors import user_errors_end_the_program  # noqa: E402
 from megachat.job.agreement import meet_ranks  # noqa: E402
 from megachat.job.launch import bootstrap_environment, choose_device  # noqa: E402
@@ -28,14 +27,7 @@ _MEET_S = 60.0
 
 def median_seconds(action: Callable[[], None], device: torch.device) -> float:
     """Returns the median time of _TIMES calls, after one that is not counted."""
-    seconds = []
-    for _ in range(_TIMES + 1):
-        synchronize(device)
-        begin = time.perf_counter()
-        action()
-        synchronize(device)
-        seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds[1:])
+    return statistics.median([seconds_of(action, device) for _ in range(_TIMES + 1)][1:])
 
 
 def matrix_rates(device: torch.device) -> list[float]:

@@ -2,6 +2,7 @@
 turn, and trains the config with and without FP8 (megachat/studies/fp8.py has the arithmetic).
 """
 
+import functools
 import json
 import math
 import time
@@ -15,7 +16,7 @@ import torch
 from megachat.activity import Progress, counted
 from megachat.config import Config, load_config
 from megachat.data.tokenizer import load_tokenizer
-from megachat.device import choose_compute_dtype, device_name, dtype_name, synchronize, this_device
+from megachat.device import choose_compute_dtype, device_name, dtype_name, seconds_of, this_device
 from megachat.errors import UserError
 from megachat.files import check_writable, write_json
 from megachat.kernels.choice import choose_fp8, describe_fp8
@@ -201,31 +202,29 @@ def _random(device: torch.device, *shape: int) -> torch.Tensor:
     return torch.randn(shape, device=device)
 
 
+def _repeat(action: Callable[[], object], calls: int) -> None:
+    for _ in range(calls):
+        action()
+
+
 def time_in_turn(
     actions: Sequence[Callable[[], object]], rounds: int, device: torch.device, round_sec: float = ROUND_SEC
 ) -> list[list[float]]:
     """Returns the seconds per call of each action in each round. All actions run in each round, because the speed of a
     shared machine changes; each as often as `round_sec` needs."""
 
-    def timed(action: Callable[[], object], calls: int) -> float:
-        synchronize(device)
-        begin = time.perf_counter()
-        for _ in range(calls):
-            action()
-        synchronize(device)
-        return (time.perf_counter() - begin) / calls
-
     calls = []
     for action in actions:
         action()  # allocates, and chooses kernels
-        calls.append(max(1, math.ceil(round_sec / timed(action, 1))))
+        calls.append(max(1, math.ceil(round_sec / seconds_of(action, device))))
     seconds: list[list[float]] = [[] for _ in actions]
     end = time.perf_counter() + SHAPE_SEC
     for done in range(rounds):
         if done >= LEAST_ROUNDS and time.perf_counter() > end:
             break
         for number, action in enumerate(actions):
-            seconds[number].append(timed(action, calls[number]))
+            repeated = functools.partial(_repeat, action, calls[number])
+            seconds[number].append(seconds_of(repeated, device) / calls[number])
     return seconds
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megachat.config import Config, load_config
-from megachat.device import choose_compute_dtype, dtype_name, memory_bytes, synchronize, this_device
+from megachat.device import choose_compute_dtype, dtype_name, memory_bytes, seconds_of, this_device
 from megachat.files import check_writable, write_json
 from megachat.job.join import end_collectives, start_mesh
 from megachat.job.launch import bootstrap_environment, choose_device, describe_environment
@@ -65,13 +65,9 @@ class Clock:
         """Returns the least seconds of an action after its first call, of at least three calls or `repeats`: other
         processes only add time."""
         action()
-        synchronize(self.device)
         times: list[float] = []
         while len(times) < (repeats or 3) or (not repeats and sum(times) < most_sec):
-            begin = time.perf_counter()
-            action()
-            synchronize(self.device)
-            times.append(time.perf_counter() - begin)
+            times.append(seconds_of(action, self.device))
         return min(times)
 
 

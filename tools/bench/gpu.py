@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from megachat.activity import log_line  # noqa: E402
 from megachat.config import Config, load_config  # noqa: E402
-from megachat.device import peak_flops, synchronize  # noqa: E402
+from megachat.device import peak_flops, seconds_of, synchronize  # noqa: E402
 from megachat.errors import UserError  # noqa: E402
 from megachat.job.launch import bootstrap_environment, choose_device  # noqa: E402
 from megachat.settings import BatchConfig  # noqa: E402
@@ -196,13 +196,8 @@ def measure(case: dict) -> dict:
 
     def timed(count: int, separate: bool) -> tuple[list[float], list[float]]:
         """Returns the seconds and losses of steps."""
-        seconds, losses = [], []
-        for _ in range(count):
-            synchronize(device)
-            begin = time.perf_counter()
-            losses.append(step(separate))
-            synchronize(device)
-            seconds.append(time.perf_counter() - begin)
+        losses: list[float] = []
+        seconds = [seconds_of(lambda: losses.append(step(separate)), device) for _ in range(count)]
         return seconds, losses
 
     seconds, losses = timed(TIMED, separate=False)
