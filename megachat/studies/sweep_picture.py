@@ -32,7 +32,9 @@ def draw_sweep(result: Mapping[str, Any], space: Sequence[Dimension], path: Path
     sizes = contexts(space)[0].keys()
     space = [dimension for dimension in space if dimension.key not in sizes]
     panels = len(space) + len(result["power_laws"])
-    with _figure(path, panels, "bits per byte against each setting; bars: 95 % interval of the optimum") as all_axes:
+    with saved_figure(
+        path, panels, "bits per byte against each setting; bars: 95 % interval of the optimum"
+    ) as all_axes:
         for dimension, axes in zip(space, all_axes, strict=False):
             _draw_setting(axes, dimension, result)
         for law, axes in zip(result["power_laws"], all_axes[len(space) :], strict=True):
@@ -41,7 +43,7 @@ def draw_sweep(result: Mapping[str, Any], space: Sequence[Dimension], path: Path
 
 def draw_range_test(result: Mapping[str, Any], path: Path) -> None:
     """Draws the loss of each step against the factor of the rates, smoothed, with the three places that it gives."""
-    with _figure(path, 1, "learning-rate range test: a guess, unreliable for transformers") as (axes,):
+    with saved_figure(path, 1, "learning-rate range test: a guess, unreliable for transformers") as (axes,):
         factors, losses, smooth = zip(*result["points"], strict=True)
         axes.plot(factors, losses, ".", color="gray", markersize=3, label="loss of a step")
         axes.plot(factors, smooth, color="C0", label="smoothed")
@@ -53,7 +55,8 @@ def draw_range_test(result: Mapping[str, Any], path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _figure(path: Path, panels: int, title: str) -> Iterator[list[Any]]:
+def saved_figure(path: Path, panels: int, title: str) -> Iterator[list[Any]]:
+    """Yields the axes of a figure, from left to right, and saves it at the end of the block. Raises UserError."""
     figure = import_figure()(figsize=(4.6 * panels, 3.8), layout="constrained")
     all_axes = list(figure.subplots(1, panels, squeeze=False)[0])
     for axes in all_axes:

@@ -128,7 +128,7 @@ def ablation_result(arguments: Namespace, runs: list[dict], ratios: dict) -> dic
     result = {"what": f"bits per byte on {arguments.data}", "variants": summarize(runs, ratios), "runs": runs}
     log_line("\n".join(ablation_table(result["variants"])))
     if arguments.out:
-        write_atomically(Path(arguments.out), draw_curves(result["what"], result["variants"]).encode())
+        draw_curves(Path(arguments.out), result["what"], result["variants"])
     return result
 
 

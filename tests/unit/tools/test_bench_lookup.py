@@ -4,7 +4,6 @@ a plan for each variant.
 
 import json
 from argparse import Namespace
-from xml.etree import ElementTree
 
 import pytest
 
@@ -23,11 +22,26 @@ from tools.bench.lookup_ablation import (
     summarize,
     train_variant,
 )
-from tools.bench.lookup_picture import draw_curves
+from tools.bench.lookup_picture import draw_curves, plot_curves
 from tools.bench.turns import time_in_turn
 
-SVG = "{http://www.w3.org/2000/svg}"
 FINAL = {("none", 1): 2.0, ("none", 2): 2.2, ("lzw", 1): 1.9, ("lzw", 2): 2.0}
+
+
+class Panel:
+    """Takes the place of matplotlib's axes: name -> places, values and errors of a curve."""
+
+    def __init__(self):
+        self.curves = {}
+
+    def errorbar(self, *points, label, linestyle):
+        self.curves[label] = points
+
+    def set(self, **labels):
+        assert labels["ylabel"] == "bits per byte"
+
+    def legend(self, **how):
+        pass
 
 
 def run_of(variant: str, seed: int) -> dict:
@@ -88,15 +102,22 @@ def test_a_single_seed_has_no_error():
 @pytest.mark.parametrize("timed", [False, True])
 def test_the_picture_has_a_curve_per_variant_and_axis(timed):
     seconds = {"none": {"step_s": 2.0, "ratio": 1.0}, "lzw": {"step_s": 3.0, "ratio": 1.5}} if timed else {}
-    root = ElementTree.fromstring(draw_curves("a < b", summarize([run_of(*key) for key in FINAL], seconds)))
-    lines = [line.get("points").split() for line in root.iter(f"{SVG}polyline")]
-    assert len(lines) == 2 * (3 if timed else 2)
-    assert all(len(points) == 2 for points in lines), "of three points the first is left out"
-    ends = [float(points[-1].split(",")[0]) for points in lines]
-    if timed:  # from 20 * 2 to 30 * 3 seconds, of which 30 steps without tables take 60
-        none, lzw = ends[2:4]
-        left = lzw - 300
-        assert (none - left) / 300 == pytest.approx((60 - 40) / (90 - 40), abs=0.01)
+    panels = [Panel() for _ in range(3 if timed else 2)]
+    variants = summarize([run_of(*key) for key in FINAL], seconds)
+    plot_curves(panels, variants)
+    assert [len(panel.curves) for panel in panels] == [2] * len(panels)
+    steps, bpb, errors = panels[0].curves["lzw"]
+    assert steps == [20, 30] and bpb == pytest.approx([2.1, 2.05]), "of three points the first is left out"
+    assert errors == pytest.approx([0.05, 0.05])
+    if timed:
+        assert [panels[1].curves[name][0] for name in ("none", "lzw")] == [[40, 60], [60, 90]], "seconds"
+    assert panels[-1].curves["none"][0] == pytest.approx([0.02, 0.03]), "FLOPs"
+
+
+def test_the_picture_is_a_file(tmp_path):
+    pytest.importorskip("matplotlib")
+    draw_curves(tmp_path / "curves.svg", "a < b", summarize([run_of(*key) for key in FINAL], {}))
+    assert "a &lt; b" in (tmp_path / "curves.svg").read_text()
 
 
 def test_a_finished_run_is_not_repeated_and_other_settings_are_refused(tmp_path, monkeypatch):
