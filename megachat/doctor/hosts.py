@@ -126,7 +126,7 @@ def describe_hosts(examination: dict, slots: Mapping[str, int]) -> str:
         same = [f"{name} {value}" for name, value in facts.items() if name not in examination["unlike"]]
         lines += ["", "the same on all: " + ", ".join(same)]
     for fact, by_host in examination["unlike"].items():
-        lines.append(f"unlike: {fact}: " + ", ".join(f"{host} {value}" for host, value in by_host.items()))
+        lines.append(f"differs: {fact}: " + ", ".join(f"{host} {value}" for host, value in by_host.items()))
     if len(pairs) > 2:
         grid = [("", *reports)]
         grid += [(sender, *(_pair_rate(examination, f"{sender} {name}") for name in reports)) for sender in reports]

@@ -182,7 +182,7 @@ def _noise_in_place(curve: Curve, value: float, axis: str) -> float:
     middle = reach(curve, value, axis)
     if not early or not middle:
         return 0.0
-    if late is None:  # the curve ends before: the slope on the other side stands for it
+    if late is None:  # the curve ends before: the slope on the other side is used
         return math.log(middle / early)
     return math.log(late / early) / 2
 

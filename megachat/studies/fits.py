@@ -81,8 +81,8 @@ def optima(rows: Sequence[Mapping[str, Any]], space: Sequence[Dimension]) -> lis
 
 def power_laws(fits: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Returns how the optimum of a setting moves with another one, by a line through the logarithms of three optima or
-    more: {"key", "with", "exponent", "low", "high", "points"}. low, high: what the intervals of the optima make of the
-    exponent's, None if one is not bounded.
+    more: {"key", "with", "exponent", "low", "high", "points"}. low, high: the exponent's interval, which follows from
+    those of the optima; None if one of them is not bounded.
     """
     laws = []
     for key in dict.fromkeys(fit["key"] for fit in fits):

@@ -108,10 +108,10 @@ def _training(run: RunRecord) -> tuple[dict[str, Any], list[str]]:
     if run.step < steps:
         return {}, [f"it has done {run.step} of {steps} steps: finish it with --resume auto"]
     if steps <= UNTIMED_STEPS:
-        return {}, [f"it has {steps} steps, of which the clock counts none: those after the first {UNTIMED_STEPS}"]
+        return {}, [f"it has {steps} steps, and the clock counts those after the first {UNTIMED_STEPS}: train longer"]
     last = [line for line in run.lines if line["step"] == steps and "val/bpb" in line]
     if not last or "total_training_time" not in last[-1]:
-        return {}, ["metrics.jsonl has no validation at the last step: resume it with --resume auto, which makes it up"]
+        return {}, ["metrics.jsonl has no validation at the last step: resume it with --resume auto, which runs it"]
     dims, tokens = plan["dims"], plan["evaluation_rows"] * plan["dims"]["sequence_len"]
     data = _config(run).data
     rows = {"tokens": tokens, "sequence_len": dims["sequence_len"]}

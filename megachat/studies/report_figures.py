@@ -242,7 +242,7 @@ def layout_figure(plan: dict[str, Any]) -> Any:
 
 
 def _layout(title: str, x: str, y: str, *, bars: int = 0) -> dict[str, Any]:
-    """Returns the layout of a figure; with `bars`, as high as so many bars below each other need."""
+    """Returns the layout of a figure. bars: horizontal bars that its height must fit; 0 for a curve."""
     top = 45 if bars else 70  # with the buttons of a curve
     return {
         "title": {"text": title, "x": 0, "xref": "paper", "y": 0.98, "yanchor": "top", "font": {"size": 15}},

@@ -32,9 +32,8 @@ def draw_sweep(result: Mapping[str, Any], space: Sequence[Dimension], path: Path
     sizes = contexts(space)[0].keys()
     space = [dimension for dimension in space if dimension.key not in sizes]
     panels = len(space) + len(result["power_laws"])
-    with saved_figure(
-        path, panels, "bits per byte against each setting; bars: 95 % interval of the optimum"
-    ) as all_axes:
+    title = "bits per byte against each setting; bars: 95 % interval of the optimum"
+    with saved_figure(path, panels, title) as all_axes:
         for dimension, axes in zip(space, all_axes, strict=False):
             _draw_setting(axes, dimension, result)
         for law, axes in zip(result["power_laws"], all_axes[len(space) :], strict=True):

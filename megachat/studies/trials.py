@@ -80,7 +80,7 @@ def refuse_fixed(settings: Sequence[str], fixed: Sequence[str], source: str) -> 
 
 @contextlib.contextmanager
 def continued_later(log: Callable[[str], object]) -> Iterator[None]:
-    """Logs how a study goes on that Ctrl-C ends in the block."""
+    """Logs how to continue a study if Ctrl-C interrupts the block."""
     try:
         yield
     except KeyboardInterrupt:
@@ -125,7 +125,7 @@ def trainer(config: str, folder: Path, settings: Sequence[str] = (), *, ranks: i
         stopped = _wait(process, run, watch)
         if process.returncode and not stopped:
             error = _last_error(log, printed_before)
-            message = f"the training of {trial.name} failed: {error} ({log} has all it printed)"
+            message = f"the training of {trial.name} failed: {error} (its output is in {log})"
             raise Diverged(message, load_run(run)) if _DIVERGED.match(error) else UserError(message)
         return load_run(run)
 

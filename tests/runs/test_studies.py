@@ -88,7 +88,7 @@ def test_a_training_that_fails_is_named_with_its_error(program, problem, kind, t
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs/first.log").write_text("error: step 3: the loss is nan on rank 0, of an earlier start\n")
     with pytest.raises(
-        UserError, match=rf"the training of first failed: {problem} \(.*first.log has all it printed\)"
+        UserError, match=rf"the training of first failed: {problem} \(.*its output is in .*first.log\)"
     ) as caught:
         train(trials.Trial("first", ()), None)
     assert caught.type is kind

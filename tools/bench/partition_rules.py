@@ -49,8 +49,8 @@ def planned_megachat(matrices: list[Matrix], ranks: int) -> tuple[list[int], flo
 
 
 def planned_chunks(matrices: list[Matrix], ranks: int) -> tuple[list[int], float]:
-    """Returns the same of nanochat's rule (nanochat/optim.py): matrices are stacked by shape, each rank updates
-    ceil(count / ranks) of each stack, stacks are padded, both wires are float32."""
+    """Returns FLOPs and bytes, as planned_megachat, of nanochat's rule (nanochat/optim.py): matrices are stacked by
+    shape, each rank updates ceil(count / ranks) of each stack, stacks are padded, both wires are float32."""
     loads, sent = [0] * ranks, 0
     for stack in by_shape(matrices):
         chunk = -(-len(stack) // ranks)
@@ -61,8 +61,8 @@ def planned_chunks(matrices: list[Matrix], ranks: int) -> tuple[list[int], float
 
 
 def planned_whole(matrices: list[Matrix], ranks: int) -> tuple[list[int], float]:
-    """Returns the same of whole matrices dealt by cost: every rank's buffer has the size of the fullest, both wires are
-    bfloat16."""
+    """Returns FLOPs and bytes, as planned_megachat, of whole matrices dealt by cost: every rank's buffer has the size
+    of the fullest, both wires are bfloat16."""
     dealt = dealt_by_cost(matrices, ranks)
     fullest = max(sum(matrix.elements for matrix in members) for members in dealt)
     return [sum(matrix.flops for matrix in members) for members in dealt], 2 * 2 * (ranks - 1) * fullest

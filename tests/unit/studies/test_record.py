@@ -133,7 +133,7 @@ MISSING = {
     "validation": (planted("metrics", 1, "val/bpb"), "no validation at the last step"),
     "steps": (lambda parts: parts["metrics"].pop(), "has done 20 of 20|no validation at the last step"),
     "half": (planted("plan", "steps", value=40), "has done 20 of 40 steps"),
-    "untimed": (planted("plan", "steps", value=11), "11 steps, of which the clock counts none"),
+    "untimed": (planted("plan", "steps", value=11), "11 steps, and the clock counts those after the first 11"),
     "core": (lambda parts: parts["core"].clear(), "contains no evaluation with CORE"),
     "core of an earlier step": (planted("core", "step", value=10), "CORE is of step 10"),
     "all examples": (planted("core", "core", "whole", value=False), "has not all examples"),
