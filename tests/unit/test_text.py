@@ -1,11 +1,15 @@
 """Tables and number ranges."""
 
-from megachat.text import number_ranges, text_table
+from megachat.text import markdown_table, number_ranges, text_table
 
 
 def test_columns_are_aligned():
     assert text_table([("task", "n", ""), ("a", "1,000", "new")], right=[1]) == ["task      n", "a     1,000  new"]
     assert text_table([("a", "b"), ("long", "")]) == ["a     b", "long"]
+
+
+def test_a_markdown_table_has_a_line_below_its_titles():
+    assert markdown_table([("task", "n"), ("a", "1,000")]) == ["| task | n |", "| --- | --- |", "| a | 1,000 |"]
 
 
 def test_number_ranges():
