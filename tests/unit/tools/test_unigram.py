@@ -43,8 +43,8 @@ def test_entropy_of_the_validation_text(arguments, tmp_path, capsys):
 def test_bad_input(arguments, tmp_path, capsys):
     empty = write_folder(tmp_path / "empty", [["a"], []])
     for bad, words in (
-        ([*arguments, "--run", str(tmp_path / "nowhere")], "metrics.jsonl cannot be read"),
-        ([*arguments, *run_with(tmp_path / "damaged", "{")], "metrics.jsonl cannot be read"),
+        ([*arguments, "--run", str(tmp_path / "nowhere")], "nowhere has no metrics.jsonl"),
+        ([*arguments, *run_with(tmp_path / "damaged", "{")], "metrics.jsonl line 1 is damaged"),
         ([*arguments, *run_with(tmp_path / "young", '{"step": 1}')], "no validation yet"),
         (["--data", str(empty), *arguments[2:]], "no validation text"),
         (["--data", str(tmp_path / "none"), *arguments[2:]], "does not exist"),
