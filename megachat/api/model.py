@@ -187,7 +187,7 @@ def load(
     Raises megachat.UserError if there is no such checkpoint or tokenizer, ValueError for another device or dtype.
     """
     where = _device(device)
-    name = dtype_name(dtype)
+    name = str(dtype).removeprefix("torch.")
     if name not in _DTYPES:
         raise ValueError(f"dtype is {dtype!r}: give {', '.join(_DTYPES)}")
     compute_dtype = choose_compute_dtype(name, where)[0]

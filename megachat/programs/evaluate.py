@@ -158,12 +158,17 @@ def _evaluate_model(model: EvaluationModel, request: EvaluationRequest, bundle: 
         log(describe_bundle(bundle))
         shown = contextlib.nullcontext() if model.mesh.world.rank else Progress("CORE", None, " examples")
         with long_running("evaluation of CORE"), shown as progress:
+
+            def on_progress(done: int, total: int) -> None:
+                if progress:
+                    progress.update(done - progress.done, total)
+
             section = evaluate_bundle(
                 build_evaluator(model),
                 bundle,
                 model.tokenizer,
                 max_per_task=request.max_per_task,
-                on_progress=lambda done, total: progress and progress.update(done - progress.done, total),
+                on_progress=on_progress,
             )
         assert section is not None  # no stop was given
         results["core"] = section
