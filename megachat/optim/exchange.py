@@ -82,25 +82,20 @@ class Exchange:
 
         Returns a function that waits and returns the results for this rank's fragments, by matrix index.
         """
-        cut: dict[tuple[int, int], Result] = {}  # by matrix index and grid rank
-        for index, result in results.items():
-            directions = [self._local_direction(index, rank, result.direction) for rank in range(self.plan.tensor)]
-            for rank, fragment in self.plan.stored(index):
-                direction = directions[rank % self.plan.tensor][fragment.start : fragment.stop]
-                cut[index, rank] = Result(direction, result.norm, self._scale(index, rank, fragment, result.scale))
-        parts = [
-            [part for index, _ in fragments for part in self._pack(cut[index, rank])]
-            for rank, fragments in enumerate(self._received)
-        ]
+        parts = [self._pack(rank, results) for rank in range(self.grid.size)]
         sizes = [[self._packed_size(index, fragment) for index, fragment in fragments] for fragments in self._sent]
         wait = self._all_to_all(parts, sizes, "directions from owners")
+        local = {
+            index: self._cut(results[index], index, self.grid.rank, fragment)
+            for index, fragment in self.fragments.items()
+            if index in results
+        }
 
         def receive() -> dict[int, Result]:
-            here = {index: result for (index, rank), result in cut.items() if rank == self.grid.rank}
             for fragments, received in zip(self._sent, wait(), strict=True):
                 for (index, fragment), packed in zip(fragments, received, strict=True):
-                    here[index] = self._unpack(index, fragment, packed)
-            return here
+                    local[index] = self._unpack(index, fragment, packed)
+            return local
 
         return receive
 
@@ -140,25 +135,27 @@ class Exchange:
             return flat.view(matrix.shape)
         return torch.cat(flat.view(tensor, *matrix.local_shape(tensor)).unbind(), dim=1)
 
-    def _local_direction(self, index: int, tensor_rank: int, direction: torch.Tensor) -> torch.Tensor:
-        """Returns a tensor rank's part of the whole direction [m, n], flat."""
-        matrix, tensor = self.plan.matrices[index], self.plan.tensor
-        row, column = matrix.local_offset(tensor, tensor_rank)
-        rows, columns = matrix.local_shape(tensor)
-        return direction[row : row + rows, column : column + columns].reshape(-1)
-
-    def _scale(self, index: int, rank: int, fragment: Fragment, scale: torch.Tensor) -> torch.Tensor:
-        """Returns the part of the whole matrix's scale that a fragment on a grid rank needs."""
+    def _cut(self, result: Result, index: int, rank: int, fragment: Fragment) -> Result:
+        """Returns the part of a whole matrix's result that its fragment on a grid rank needs."""
         matrix, tensor = self.plan.matrices[index], self.plan.tensor
         row, column = matrix.local_offset(tensor, rank % tensor)
         columns = matrix.local_shape(tensor)[1]
-        first, last = fragment.rows(columns)
-        return scale[row + first : row + last] if matrix.scaled_by_row else scale[:, column : column + columns]
+        first, last = fragment.rows(columns)  # of the local matrix
+        touched_rows, local_columns = slice(row + first, row + last), slice(column, column + columns)
+        start = fragment.start - first * columns  # in these rows
+        direction = result.direction[touched_rows, local_columns].reshape(-1)[start : start + fragment.size]
+        scale = result.scale[touched_rows] if matrix.scaled_by_row else result.scale[:, local_columns]
+        return Result(direction, result.norm, scale)
 
-    def _pack(self, result: Result) -> list[torch.Tensor]:
-        """Returns flat tensors of the wire's dtype: the direction, and the bytes of norm and scale."""
-        scales = torch.cat([result.norm.reshape(-1), result.scale.reshape(-1)])
-        return [result.direction, scales.view(self.dtype)]
+    def _pack(self, rank: int, results: dict[int, Result]) -> list[torch.Tensor]:
+        """Returns what goes back to a grid rank as flat tensors of the wire's dtype: for each fragment that came from
+        it, the direction, and the bytes of norm and scale."""
+        packed = []
+        for index, fragment in self._received[rank]:
+            part = self._cut(results[index], index, rank, fragment)
+            scales = torch.cat([part.norm.reshape(-1), part.scale.reshape(-1)])
+            packed += [part.direction, scales.view(self.dtype)]
+        return packed
 
     def _packed_size(self, index: int, fragment: Fragment) -> int:
         return fragment.size + self.plan.returned_scales(index, fragment) * (4 // self.dtype.itemsize)

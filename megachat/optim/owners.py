@@ -8,15 +8,37 @@ from typing import NamedTuple
 from megachat.optim.buckets import Fragment
 from megachat.optim.matrix import Matrix
 
-_BALANCE_TOLERANCE = (
-    1.02  # of the busiest rank's load over the LPT load, for aligned matrices to stay on their data rank
-)
+# Of the busiest rank's load over the LPT load, for aligned matrices to stay on their data rank
+_BALANCE_TOLERANCE = 1.02
 
 
 class _Assignment(NamedTuple):
     owners: list[int]  # grid rank of each matrix
     heaviest: int  # FLOPs of the busiest rank
     kept: int  # elements that the data ranks of the owners store already
+
+
+class _Loads:
+    """flops: assigned to each grid rank so far. Of equally loaded ranks, the first counts as the lightest."""
+
+    def __init__(self, data: int, tensor: int):
+        self.tensor, self.flops = tensor, [0] * (data * tensor)
+        self._heap = [(0, rank) for rank in range(data * tensor)]  # (load, rank); entries of lower loads are outdated
+
+    def lightest(self) -> int:
+        """Returns the least loaded rank of the grid."""
+        while self._heap[0][0] != self.flops[self._heap[0][1]]:
+            heapq.heappop(self._heap)
+        return self._heap[0][1]
+
+    def lightest_of(self, data_rank: int) -> int:
+        """Returns the least loaded tensor rank of a data rank, as a grid rank."""
+        first = data_rank * self.tensor
+        return min(range(first, first + self.tensor), key=self.flops.__getitem__)
+
+    def add(self, rank: int, flops: int) -> None:
+        self.flops[rank] += flops
+        heapq.heappush(self._heap, (self.flops[rank], rank))
 
 
 def lightest_makespan(costs: list[int], ranks: int) -> int:
@@ -36,28 +58,29 @@ def assign_owners(
 ) -> list[int]:
     """Returns the owner of each matrix as a grid rank: data rank x tensor ranks + tensor rank.
 
-    fragments: of each matrix, over the data ranks. aligned: indices of matrices that one data rank stores whole. Their
-    owner is the least loaded tensor rank of that data rank, unless the balance suffers. Several load limits are tried.
-    Among assignments that are equally balanced, to 0.1 %, the one that moves the fewest elements wins.
+    fragments: of each matrix, over the data ranks. aligned: indices of matrices that one data rank stores whole. These
+    stay on their data rank, unless the balance suffers. The other matrices go where most of them is stored, as long as
+    that rank's load is below a limit. Several limits are tried. Of the assignments that are equally balanced, to 0.1 %,
+    the one that moves the fewest elements wins.
     """
     if not matrices:
         return []
     costs = [matrix.flops for matrix in matrices]
     makespan = lightest_makespan(costs, data * tensor)
-    least = max(math.ceil(sum(costs) / (data * tensor)), max(costs))
+    least = max(math.ceil(sum(costs) / (data * tensor)), max(costs))  # no assignment has a lower busiest load
     limits = dict.fromkeys((least, least * 1.05, max(least * 1.1, makespan), makespan, 0))
     largest_first = [sorted(parts, key=lambda part: (-part.size, part.rank)) for parts in fragments]
 
     def best_assignment(pinned: Collection[int]) -> _Assignment:
         order = sorted(range(len(costs)), key=lambda index: (index not in pinned, -costs[index], index))
-        tried = [_assign_below(limit, order, costs, largest_first, pinned, data, tensor) for limit in limits]
+        tried = [_assign_below(limit, order, costs, largest_first, pinned, _Loads(data, tensor)) for limit in limits]
         lightest = min(assignment.heaviest for assignment in tried)
         balanced = [assignment for assignment in tried if assignment.heaviest <= 1.001 * lightest]
         return max(balanced, key=lambda assignment: (assignment.kept, -assignment.heaviest))
 
-    best = best_assignment(aligned)
+    best = best_assignment(pinned=aligned)
     if aligned and best.heaviest > _BALANCE_TOLERANCE * makespan:
-        best = min(best, best_assignment(()), key=lambda assignment: assignment.heaviest)
+        best = min(best, best_assignment(pinned=()), key=lambda assignment: assignment.heaviest)
     return best.owners
 
 
@@ -67,33 +90,21 @@ def _assign_below(
     costs: list[int],
     largest_first: list[list[Fragment]],
     pinned: Collection[int],
-    data: int,
-    tensor: int,
+    loads: _Loads,
 ) -> _Assignment:
-    """Assigns the matrices in `order`.
-
-    The owner is the rank that stores the largest fragment and whose load stays within the limit. If there is none, it
-    is the least loaded rank of the grid. A pinned matrix stays on its data rank.
+    """Assigns the matrices in `order`. A pinned one goes to the data rank with its largest fragment, whatever the load
+    there. Any other one goes to the data rank with the largest fragment that stays within the limit; if there is none,
+    to the least loaded rank of the grid.
     """
-    loads = [0] * (data * tensor)
-    heap = [(0, rank) for rank in range(data * tensor)]  # (load, grid rank); an entry may be outdated, `loads` decides
-    least_loaded = [rank * tensor for rank in range(data)]  # by data rank: the grid rank with the smallest load
     owners, kept = [0] * len(costs), 0
     for index in order:
-        while loads[heap[0][1]] != heap[0][0]:
-            heapq.heappop(heap)
-        cost, owner = costs[index], heap[0][1]
-        candidates = [least_loaded[fragment.rank] for fragment in largest_first[index]]
+        cost, owner = costs[index], loads.lightest()
+        candidates = (loads.lightest_of(fragment.rank) for fragment in largest_first[index])
         if index in pinned:
-            owner = candidates[0]
-        elif loads[owner] + cost <= limit:  # else every candidate is full, too
-            owner = next((rank for rank in candidates if loads[rank] + cost <= limit), owner)
-        loads[owner] += cost
-        heapq.heappush(heap, (loads[owner], owner))
+            owner = next(candidates)
+        elif loads.flops[owner] + cost <= limit:  # else no rank has room
+            owner = next((rank for rank in candidates if loads.flops[rank] + cost <= limit), owner)
+        loads.add(owner, cost)
         owners[index] = owner
-        data_rank = owner // tensor
-        kept += next((fragment.size for fragment in largest_first[index] if fragment.rank == data_rank), 0)
-        if tensor > 1 and owner == least_loaded[data_rank]:
-            of_data_rank = range(data_rank * tensor, (data_rank + 1) * tensor)
-            least_loaded[data_rank] = min(of_data_rank, key=lambda rank: (loads[rank], rank))
-    return _Assignment(owners, max(loads), kept)
+        kept += sum(fragment.size for fragment in largest_first[index] if fragment.rank == owner // loads.tensor)
+    return _Assignment(owners, max(loads.flops), kept)

@@ -10,7 +10,6 @@ changes before step(), so a step can be abandoned until then.
 """
 
 from enum import Enum, auto
-from typing import NamedTuple
 
 import torch
 
@@ -24,7 +23,7 @@ from megachat.optim.partition_plan import make_plan
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.mesh import Mesh
 from megachat.parallel.progress import profile_range
-from megachat.parallel.rectangles import Rectangle, flat_rectangles
+from megachat.parallel.rectangles import Rectangle, TensorShard, flat_rectangles
 
 _REDUCES_IN_FLIGHT = 2  # buckets with wire buffers at a time: one is in flight while the next is packed
 
@@ -36,15 +35,6 @@ class Phase(Enum):
     LAST_BACKWARD = auto()  # start_async_reduce(): hooks also start the reduce of each bucket that is complete
     REDUCING = auto()  # start_reduce(): all reduces are started, no gradient may arrive
     REDUCED = auto()  # wait_for_reduce(): the reduced gradients may be read
-
-
-class MuonShard(NamedTuple):
-    """This rank's part of a tensor. name: the matrix. shape: the whole tensor. rectangles: views of local parts."""
-
-    kind: str
-    name: str
-    shape: tuple[int, int]
-    rectangles: list[Rectangle]
 
 
 class MuonPartition:
@@ -306,7 +296,7 @@ class MuonPartition:
 
     # ---- state
 
-    def state_shards(self) -> list[MuonShard]:
+    def state_shards(self) -> list[TensorShard]:
         """Returns the float32 "master", "momentum" and "second_moment" of every matrix, after gathers in progress.
 
         Only the rectangles differ between ranks. Together, those of all ranks of the stage cover each tensor once. They
@@ -321,10 +311,10 @@ class MuonPartition:
                 matrix, moment = self.plan.matrices[index], self._second_moment.get(index)
                 shape = second_moment_shape(matrix.shape)
                 whole: list[Rectangle] = [] if moment is None else [((0, 0), shape, moment)]
-                shards.append(MuonShard("second_moment", matrix.name, shape, whole))
+                shards.append(TensorShard("second_moment", matrix.name, shape, whole))
         return shards
 
-    def gradient_shards(self) -> list[MuonShard]:
+    def gradient_shards(self) -> list[TensorShard]:
         """Returns the reduced "gradient" of every matrix as views of live memory. Valid between wait_for_reduce() and
         step() or discard_gradients()."""
         self._require("gradient_shards", Phase.REDUCED)
@@ -334,13 +324,13 @@ class MuonPartition:
             for index in bucket.layout.matrices
         ]
 
-    def _shard(self, kind: str, index: int, bucket: BucketMemory, flat: torch.Tensor) -> MuonShard:
+    def _shard(self, kind: str, index: int, bucket: BucketMemory, flat: torch.Tensor) -> TensorShard:
         matrix, fragment, tensor = self.plan.matrices[index], bucket.exchange.fragments.get(index), self.mesh.tensor
         rectangles: list[Rectangle] = []
         if fragment:
             shape, offset = matrix.local_shape(tensor.size), matrix.local_offset(tensor.size, tensor.rank)
             rectangles = flat_rectangles(shape, flat[fragment.in_shard], fragment.start, offset)
-        return MuonShard(kind, matrix.name, matrix.shape, rectangles)
+        return TensorShard(kind, matrix.name, matrix.shape, rectangles)
 
     def masters_and_weights(self) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
         """Returns (matrix, masters, weights) of this rank's shards, live; nothing if the weights are the masters."""

@@ -8,7 +8,6 @@ be any rank of the grid, and back.
 """
 
 import hashlib
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -120,25 +119,32 @@ class PartitionPlan:
         fixed = {"reduce": gradient_bytes * shards, "gather": weight_bytes * shards}
         return [fixed | {"exchange": sent} for sent in exchange]
 
-    def exposed_sec(self) -> tuple[float, bool]:
-        """Returns the modelled time that forward and backward cannot hide, and whether the owner of a large matrix
-        receives fragments from another data rank.
+    @property
+    def crosses_data_ranks(self) -> bool:
+        """Whether the owner of a large matrix receives fragments of it from another data rank."""
+        return any(
+            fragment.rank != self.owners[index] // self.tensor
+            for bucket in self.buckets
+            if bucket.kind != "tiny"
+            for index in bucket.matrices
+            for fragment in self.fragments[index]
+        )
 
-        The time is that of one bucket's reduce and gather, of the exchange of the owner that receives most, and a
-        start-up cost per bucket. Wires are bfloat16.
+    def exposed_sec(self) -> float:
+        """Returns the modelled time per step that forward and backward passes cannot hide.
+
+        It is the reduce and gather of one bucket, the exchange of the owner that receives most, and a start-up cost per
+        bucket. Whatever is sent is bfloat16, and sent twice: gradients and weights, updates and directions.
         """
-        rate = _NODE_BYTES_PER_SEC if self.grid_size <= _RANKS_PER_NODE else _NETWORK_BYTES_PER_SEC
-        received, crosses = [(0, 0)] * self.grid_size, False  # elements from the owner's data rank, from the others
-        for bucket in self.buckets:
-            for index in bucket.matrices:
-                owner = self.owners[index]
-                stored = sum(part.size for part in self.fragments[index] if part.rank == owner // self.tensor)
-                far = self.matrices[index].elements - self.tensor * stored
-                received[owner] = received[owner][0] + (self.tensor - 1) * stored, received[owner][1] + far
-                crosses |= far > 0 and bucket.kind != "tiny"
-        exchange = max(2 * 2 * near / _NODE_BYTES_PER_SEC + 2 * 2 * far / rate for near, far in received)
-        wires = 2 * 2 * self.shard_elements * (self.data - 1)
-        return wires / rate / max(1, len(self.buckets)) + exchange + _BUCKET_SEC * len(self.buckets), crosses
+        across = _NODE_BYTES_PER_SEC if self.grid_size <= _RANKS_PER_NODE else _NETWORK_BYTES_PER_SEC
+        near, far = [0] * self.grid_size, [0] * self.grid_size  # elements received from the same data rank, from others
+        for matrix, owner, fragments in zip(self.matrices, self.owners, self.fragments, strict=True):
+            stored = sum(fragment.size for fragment in fragments if fragment.rank == owner // self.tensor)
+            near[owner] += (self.tensor - 1) * stored  # tensor ranks of a data rank store equally much
+            far[owner] += matrix.elements - self.tensor * stored
+        exchange = max(4 * a / _NODE_BYTES_PER_SEC + 4 * b / across for a, b in zip(near, far, strict=True))
+        bucket = 4 * self.shard_elements * (self.data - 1) / across / max(1, len(self.buckets))
+        return bucket + exchange + _BUCKET_SEC * len(self.buckets)
 
 
 def make_plan(
@@ -161,11 +167,10 @@ def make_plan(
     depth = len({matrix.layer for matrix in matrices}) or 1
     choices = {2**power for power in range(depth.bit_length())} | {n for n in range(1, depth + 1) if depth % n == 0}
     plans = [_plan(matrices, data, tensor, choice) for choice in sorted(choices)]
-    costs = [plan.exposed_sec() for plan in plans]
-    best = min(sec for sec, _ in costs)
-    best_local = min((sec for sec, crosses in costs if not crosses), default=math.inf)
-    chosen = best_local if best_local <= _LOCAL_WINS_WITHIN * best else best
-    return next(plan for plan, (sec, _) in zip(plans, costs, strict=True) if sec == chosen)
+    ranked = sorted(((plan.exposed_sec(), plan) for plan in plans), key=lambda pair: pair[0])
+    best_sec, best = ranked[0]
+    fast = [plan for sec, plan in ranked if sec <= _LOCAL_WINS_WITHIN * best_sec]
+    return next((plan for plan in fast if not plan.crosses_data_ranks), best)
 
 
 def _plan(matrices: tuple[Matrix, ...], data: int, tensor: int, layers_per_bucket: int) -> PartitionPlan:

@@ -10,7 +10,6 @@ No weight or state changes before step(), so a step can be abandoned until then.
 
 import math
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +22,7 @@ from megachat.optim.row_update import MASTER, row_state_shapes, update_rows
 from megachat.parallel.collectives import all_to_all
 from megachat.parallel.mesh import Mesh
 from megachat.parallel.progress import profile_range
-from megachat.parallel.rectangles import Rectangle
+from megachat.parallel.rectangles import TensorShard
 from megachat.parallel.tensor import CHANNELS, REPLICATED, Type, cut_range
 
 ROWS_PER_UPDATE = 2**16  # rows that step() updates at a time, which bounds its workspace
@@ -50,30 +49,18 @@ class RowTable:
         return CHANNELS if self.cut else REPLICATED
 
 
-class RowShard(NamedTuple):
-    """This rank's part of a table's state. name: the table. shape: of the whole. rectangles: views of local rows."""
-
-    kind: str
-    name: str
-    shape: tuple[int, ...]
-    rectangles: list[Rectangle]
-
-
 @dataclass(frozen=True)
 class _Request:
-    """The rows that each rank of the stage reads for one index tensor.
+    """Which rows travel between the ranks of the stage for one index tensor."""
 
-    positions: like the index, where each row is among this rank's `count` distinct ones; `count` itself for no row.
-    send_counts, receive_counts: rows requested from and by each rank. wanted: the rows requested from this rank,
-    counted from its first one, by rank and ascending. tensor_ranks: for each of them, that of the rank that reads it.
-    """
-
-    positions: torch.Tensor
-    count: int
-    send_counts: list[int]
-    receive_counts: list[int]
-    wanted: torch.Tensor
-    tensor_ranks: torch.Tensor
+    # the rows that this rank reads
+    positions: torch.Tensor  # shape of the index: where each row is among the distinct ones; `count` for no row
+    count: int  # of distinct rows
+    send_counts: list[int]  # how many of them each rank owns
+    # the rows that this rank owns and ranks read
+    receive_counts: list[int]  # how many each rank reads
+    wanted: torch.Tensor  # these, counted from the first row of this rank; by reading rank and ascending
+    tensor_ranks: torch.Tensor  # for each of them, the tensor rank of the reading rank
 
 
 @dataclass
@@ -149,24 +136,24 @@ class RowTables:
         return requests[rows]
 
     def _exchange_requests(self, name: str, rows: int, index: torch.Tensor) -> _Request:
+        """Finds the distinct rows of the index, and tells each owner which of its rows this rank reads."""
         stage, device = self.mesh.stage, index.device
-        # no row comes last, as row `rows`, which belongs to no rank
-        ids, positions = torch.unique(torch.where(index < 0, rows, index), return_inverse=True)
-        bounds = torch.tensor([cut_range(rows, stage.size, rank)[0] for rank in range(stage.size)] + [rows])
-        ends = torch.searchsorted(ids, bounds.to(device))
-        sent_counts = ends.diff()
-        received_counts = torch.empty_like(sent_counts)
-        all_to_all(received_counts, sent_counts, stage, name=f"numbers of rows of {name}")
-        send_counts, receive_counts = torch.stack((sent_counts, received_counts)).tolist()
-        count = sum(send_counts)
-        wanted = ids.new_empty(sum(receive_counts))
+        # Ascending. An index of -1 becomes row `rows`, which comes last and has no owner.
+        distinct, positions = torch.unique(torch.where(index < 0, rows, index), return_inverse=True)
+        # Each rank owns a contiguous range of rows, so each owner's part of `distinct` is contiguous too.
+        first_rows = [cut_range(rows, stage.size, rank)[0] for rank in range(stage.size)]
+        requested = torch.searchsorted(distinct, torch.tensor([*first_rows, rows]).to(device)).diff()
+        requested_here = torch.empty_like(requested)
+        all_to_all(requested_here, requested, stage, name=f"numbers of rows of {name}")
+        send_counts, receive_counts = torch.stack((requested, requested_here)).tolist()
+        count, wanted = sum(send_counts), distinct.new_empty(sum(receive_counts))
         name = f"requests for rows of {name}"
-        all_to_all(wanted, ids[:count], stage, receive_counts=receive_counts, send_counts=send_counts, name=name)
-        wanted -= int(bounds[stage.rank])
-        tensor_ranks = torch.arange(stage.size, device=device) % self.mesh.tensor.size
-        return _Request(
-            positions, count, send_counts, receive_counts, wanted, tensor_ranks.repeat_interleave(received_counts)
+        all_to_all(wanted, distinct[:count], stage, receive_counts=receive_counts, send_counts=send_counts, name=name)
+        wanted -= first_rows[stage.rank]
+        tensor_ranks = (torch.arange(stage.size, device=device) % self.mesh.tensor.size).repeat_interleave(
+            requested_here
         )
+        return _Request(positions, count, send_counts, receive_counts, wanted, tensor_ranks)
 
     def _wanted_parts(self, name: str, request: _Request) -> torch.Tensor:
         """Returns the index of each requested part in a table viewed as [rows * parts, width / parts]."""
@@ -229,7 +216,7 @@ class RowTables:
         """
         return [collected.sums for collected in self._gradients.values() if len(collected.index)]
 
-    def gradient_shards(self) -> list[RowShard]:
+    def gradient_shards(self) -> list[TensorShard]:
         """Returns copies of gradients() as the rows of whole tables, zero for rows that were not read."""
         shards = []
         for name, (index, gradients) in self.gradient_rows().items():
@@ -238,7 +225,7 @@ class RowTables:
             shards.append(self._shard("gradient", name, dense))
         return shards
 
-    def set_gradient_shards(self, shards: list[RowShard]) -> None:  # from gradient_shards()
+    def set_gradient_shards(self, shards: list[TensorShard]) -> None:  # from gradient_shards()
         rows = self.gradient_rows()
         for _, name, _, rectangles in shards:
             index, gradients = rows[name]
@@ -290,17 +277,17 @@ class RowTables:
 
     # ---- state
 
-    def state_shards(self) -> list[RowShard]:
+    def state_shards(self) -> list[TensorShard]:
         """Returns every state of every table, float32, after all writes. The rectangles are views: load into them."""
         self._store.wait()
         return [
             self._shard(kind, name, tensor) for name, state in self._state.items() for kind, tensor in state.items()
         ]
 
-    def _shard(self, kind: str, name: str, tensor: torch.Tensor) -> RowShard:
+    def _shard(self, kind: str, name: str, tensor: torch.Tensor) -> TensorShard:
         (first, _), table = self._range(name), self.tables[name]
         offset, shape = (first, 0)[: tensor.ndim], (table.rows, table.width)[: tensor.ndim]
-        return RowShard(kind, name, shape, [(offset, tuple(tensor.shape), tensor)] if len(tensor) else [])
+        return TensorShard(kind, name, shape, [(offset, tuple(tensor.shape), tensor)] if len(tensor) else [])
 
     def state_bytes(self) -> int:
         """Returns the bytes of weights and state on this rank."""

@@ -3,12 +3,22 @@ whole shape.
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 
 Rectangle = tuple[tuple[int, ...], tuple[int, ...], torch.Tensor]  # (offsets in the whole, sizes, view)
 # name -> (whole shape, this rank's rectangles of the tensor)
 RectanglesByName = Mapping[str, tuple[tuple[int, ...], list[Rectangle]]]
+
+
+class TensorShard(NamedTuple):
+    """This rank's part of a state or gradient. kind: which. name: of the parameter. shape: of the whole tensor."""
+
+    kind: str
+    name: str
+    shape: tuple[int, ...]
+    rectangles: list[Rectangle]  # live views, unless the function that returns them says otherwise
 
 
 def flat_rectangles(

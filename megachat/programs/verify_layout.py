@@ -25,8 +25,7 @@ from megachat.errors import UserError
 from megachat.files import write_json
 from megachat.job.join import start_mesh
 from megachat.model.parameters import starting_value
-from megachat.optim.row_tables import RowShard
-from megachat.parallel.rectangles import flat_rectangles
+from megachat.parallel.rectangles import TensorShard, flat_rectangles
 from megachat.place import Place, place_of
 from megachat.planning.dimensions import up_to_multiple
 from megachat.planning.layouts import layout_name
@@ -132,7 +131,7 @@ def gradient_pieces(training: TrainingModel) -> dict:
     return _copied(pieces)
 
 
-def _live_gradients(training: TrainingModel, shares: list[torch.Tensor], row_gradients: list[RowShard]) -> dict:
+def _live_gradients(training: TrainingModel, shares: list[torch.Tensor], row_gradients: list[TensorShard]) -> dict:
     """Returns this rank's mean gradients as named rectangles. Muon's are live; AdamW's and those of rows are views of
     the arguments.
     """

@@ -125,7 +125,7 @@ def test_a_matrix_has_one_owner_anywhere_in_the_grid():
         assert sum(rank == plan.owners[index] for rank, _ in plan.stored(index)) == 1, "the owner stores a fragment"
         data_ranks = {rank // plan.tensor for rank, _ in plan.stored(index)}
         assert data_ranks == {plan.owners[index] // plan.tensor}, "fragments come from the owner's data rank only"
-    assert not plan.exposed_sec()[1]
+    assert not plan.crosses_data_ranks
     assert _moved(plan, large) == sum(plan.matrices[index].elements for index in large) * 3 // 4
 
 
