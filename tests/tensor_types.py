@@ -253,14 +253,14 @@ def _recorded_sum(name: str, add: Callable) -> Callable:
     return recorded
 
 
-def _apply(function, value: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """Calls a function of megachat.parallel.tensor and records what it takes and returns."""
+def _apply(border, value: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """Crosses a border of megachat.parallel.tensor and records what it takes and returns."""
     recorder = _local.recorder
-    (name, call, begun), (before, after) = recorder.modules[-1], function.types
+    (name, call, begun), (before, after) = recorder.modules[-1], border.types
     key = name, call, "output" if begun else "input", 0
-    label = f"{function.__name__} on the {key[2]} of {name}"
+    label = f"{border.name} on the {key[2]} of {name}"
     recorder.with_gradient(key, f"what {label} takes", before, value)
-    result = function.apply(value, axis)
+    result = border.apply(value, axis)
     recorder.with_gradient(key, f"what {label} returns", after, result)
     return result
 

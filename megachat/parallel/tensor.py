@@ -10,6 +10,7 @@ tests/tensor_types.py checks real steps against them.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -127,7 +128,7 @@ def _cut_parameters(layer: nn.Module, axis: Axis) -> bool:
 
 def _add_region_hooks(module: nn.Module, axis: Axis, sequence: bool) -> None:
     """Adds hooks where a region begins and ends, and where the head's hidden states meet the cut vocabulary."""
-    enter, leave = (_GatherTokens, _ScatterTokens) if sequence else (_Enter, _Leave)
+    enter, leave = (_GATHER_TOKENS, _SCATTER_TOKENS) if sequence else (_ENTER, _LEAVE)
     if isinstance(module, ChannelNorm):
         module.add = lambda tensor: all_reduce(tensor, axis, name="sum of squares of a norm")
     cuts = set()
@@ -143,8 +144,8 @@ def _add_region_hooks(module: nn.Module, axis: Axis, sequence: bool) -> None:
 
 
 @uncompiled
-def _apply(function, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
-    return function.apply(tensor, axis)
+def _apply(border: "_Border", tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+    return border.apply(tensor, axis)
 
 
 def _slice_stream(stream: tuple[torch.Tensor, ...], axis: Axis) -> tuple[torch.Tensor, ...]:
@@ -154,7 +155,7 @@ def _slice_stream(stream: tuple[torch.Tensor, ...], axis: Axis) -> tuple[torch.T
     """
     slices: dict[int, torch.Tensor] = {}
     return tuple(
-        slices.setdefault(id(tensor), _apply(_Slice, tensor, axis)) if tensor.is_floating_point() else tensor
+        slices.setdefault(id(tensor), _apply(_SLICE, tensor, axis)) if tensor.is_floating_point() else tensor
         for tensor in stream
     )
 
@@ -171,85 +172,7 @@ class _VocabularyTable(nn.Module):
         local = ids - self.start
         held = (local >= 0) & (local < len(self.weight))
         rows = nn.functional.embedding(torch.where(held, local, 0), self.weight)
-        return _apply(_Leave, rows * held.unsqueeze(-1), self.axis)
-
-
-class _Enter(torch.autograd.Function):
-    """Forward: identity. Backward: the sum of the ranks' gradients."""
-
-    types = INVARIANT, REPLICATED
-
-    @staticmethod
-    def forward(ctx, tensor, axis):
-        ctx.axis = axis
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return _sum_over_ranks(gradient, ctx.axis, "gradient into a tensor-parallel region"), None
-
-
-class _Leave(torch.autograd.Function):
-    """Forward: the sum over ranks. Backward: identity."""
-
-    types = PARTIAL, INVARIANT
-
-    @staticmethod
-    def forward(ctx, tensor, axis):
-        return _sum_over_ranks(tensor, axis, "sum out of a tensor-parallel region")
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient, None
-
-
-class _Slice(torch.autograd.Function):
-    """Forward: [batch, tokens, ...], the same on every rank, to this rank's tokens.
-
-    Backward: gathers the ranks' gradients.
-    """
-
-    types = INVARIANT, TOKENS
-
-    @staticmethod
-    def forward(ctx, tensor, axis):
-        ctx.axis = axis
-        # a copy: with one row the part would be a view, and keep the whole stream
-        return tensor.chunk(axis.size, dim=1)[axis.rank].clone(memory_format=torch.contiguous_format)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return _gather_tokens(gradient, ctx.axis), None
-
-
-class _GatherTokens(torch.autograd.Function):
-    """Forward: this rank's tokens to all tokens. Backward: the sum over ranks, cut to this rank's tokens."""
-
-    types = TOKENS, REPLICATED
-
-    @staticmethod
-    def forward(ctx, tensor, axis):
-        ctx.axis = axis
-        return _gather_tokens(tensor, axis)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return _scatter_tokens(gradient, ctx.axis), None
-
-
-class _ScatterTokens(torch.autograd.Function):
-    """Forward: all tokens to the sum over ranks, cut to this rank's tokens. Backward: gathers."""
-
-    types = PARTIAL, TOKENS
-
-    @staticmethod
-    def forward(ctx, tensor, axis):
-        ctx.axis = axis
-        return _scatter_tokens(tensor, axis)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return _gather_tokens(gradient, ctx.axis), None
+        return _apply(_LEAVE, rows * held.unsqueeze(-1), self.axis)
 
 
 def _sum_over_ranks(tensor: torch.Tensor, axis: Axis, name: str) -> torch.Tensor:
@@ -259,6 +182,7 @@ def _sum_over_ranks(tensor: torch.Tensor, axis: Axis, name: str) -> torch.Tensor
 
 
 def _gather_tokens(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """Returns all tokens from each rank's tokens."""
     local = tensor.transpose(0, 1).contiguous()
     whole = local.new_empty(axis.size * local.size(0), *local.shape[1:])
     all_gather(whole.view(-1), local.view(-1), axis, name="tokens into a tensor-parallel region")
@@ -266,7 +190,59 @@ def _gather_tokens(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
 
 
 def _scatter_tokens(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """Returns this rank's tokens of the sum over the ranks."""
     whole = tensor.transpose(0, 1).contiguous()
     local = whole.new_empty(whole.size(0) // axis.size, *whole.shape[1:])
     reduce_scatter(local.view(-1), whole.view(-1), axis, name="tokens out of a tensor-parallel region")
     return local.transpose(0, 1).contiguous()
+
+
+def _local_tokens(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """Returns this rank's tokens of a tensor that all ranks have."""
+    # a copy: with one row the part would be a view, and keep the whole stream
+    return tensor.chunk(axis.size, dim=1)[axis.rank].clone(memory_format=torch.contiguous_format)
+
+
+@dataclasses.dataclass
+class _Border:
+    """What happens to a tensor [batch, tokens, ...] at the border of a region, and to its gradient.
+
+    types: of what it takes and returns. forward(tensor, axis), backward(gradient, axis): return the result.
+    """
+
+    name: str
+    types: tuple[Type, Type]
+    forward: Callable[[torch.Tensor, Axis], torch.Tensor]
+    backward: Callable[[torch.Tensor, Axis], torch.Tensor]
+
+    def apply(self, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+        return _Cross.apply(tensor, self, axis)
+
+
+class _Cross(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor, border: _Border, axis: Axis):
+        ctx.border, ctx.axis = border, axis
+        return border.forward(tensor, axis)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.border.backward(gradient, ctx.axis), None, None
+
+
+_ENTER = _Border(
+    "enter",
+    (INVARIANT, REPLICATED),
+    lambda tensor, axis: tensor.view_as(tensor),
+    lambda gradient, axis: _sum_over_ranks(gradient, axis, "gradient into a tensor-parallel region"),
+)
+_LEAVE = _Border(
+    "leave",
+    (PARTIAL, INVARIANT),
+    lambda tensor, axis: _sum_over_ranks(tensor, axis, "sum out of a tensor-parallel region"),
+    lambda gradient, axis: gradient,
+)
+# with sequence parallelism
+_SLICE = _Border("slice", (INVARIANT, TOKENS), _local_tokens, _gather_tokens)
+_GATHER_TOKENS = _Border("gather_tokens", (TOKENS, REPLICATED), _gather_tokens, _scatter_tokens)
+_SCATTER_TOKENS = _Border("scatter_tokens", (PARTIAL, TOKENS), _scatter_tokens, _gather_tokens)

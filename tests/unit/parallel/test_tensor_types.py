@@ -45,14 +45,13 @@ def doubled_sum(value, axis, name, real=tensor._sum_over_ranks):
     return real(real(value, axis, name), axis, name)
 
 
-def identity(ctx, value, axis):
-    ctx.axis = axis
+def identity(value, axis):
     return value.view_as(value)
 
 
-def summed_gradient(ctx, gradient):
+def summed_gradient(gradient, axis):
     """The gradient of a sum, summed again over equal gradients."""
-    return gradient * 2, None
+    return gradient * 2
 
 
 def forgotten_in_backward(ctx, gradient, real=channel_norm._DividedNorm.backward):
@@ -66,11 +65,10 @@ def mlp_with_residual(self, x):
 
 def without_mask(self, ids):
     local = (ids - self.start).clamp(0, len(self.weight) - 1)
-    return tensor._apply(tensor._Leave, torch.nn.functional.embedding(local, self.weight), self.axis)
+    return tensor._apply(tensor._LEAVE, torch.nn.functional.embedding(local, self.weight), self.axis)
 
 
-def chunk_without_sum(ctx, value, axis):
-    ctx.axis = axis
+def local_tokens(value, axis):
     return value.chunk(axis.size, dim=1)[axis.rank].contiguous()
 
 
@@ -99,31 +97,27 @@ def reduce_twice(self, real=ZeroAdamW.reduce):
     real(self)
 
 
-def gather_first(ctx, gradient):
-    return gradient.chunk(ctx.axis.size, dim=1)[ctx.axis.rank].contiguous(), None
-
-
 # fault -> (what is replaced, its name, by what, whether with sequence parallelism, the message)
 FAULTS = {
     "a partial value + a replicated one": (
         *(MLP, "forward", mlp_with_residual, False),
-        "what _Leave on the output of block 0 mlp takes should be partial, but is different on each rank",
+        "what leave on the output of block 0 mlp takes should be partial, but is different on each rank",
     ),
     "a forgotten sum out of a region": (
-        *(tensor._Leave, "forward", staticmethod(identity), False),
-        "what _Leave on the output of embed wte returns should be replicated, but is partial",
+        *(tensor._LEAVE, "forward", identity, False),
+        "what leave on the output of embed wte returns should be replicated, but is partial",
     ),
     "a sum that is done twice": (
         *(tensor, "_sum_over_ranks", doubled_sum, False),
-        "what _Leave on the output of embed wte returns should be replicated, but is equal on all ranks, but 2 times",
+        "what leave on the output of embed wte returns should be replicated, but is equal on all ranks, but 2 times",
     ),
     "a table that does not mask the ids of other ranks": (
         *(tensor._VocabularyTable, "forward", without_mask, False),
-        "what _Leave on the output of embed wte takes should be partial, but",
+        "what leave on the output of embed wte takes should be partial, but",
     ),
     "a region's output that is cut and not summed": (
-        *(tensor._ScatterTokens, "forward", staticmethod(chunk_without_sum), True),
-        "what _ScatterTokens on the output of block 0 attn returns should be cut along dim 1, but is cut into parts",
+        *(tensor._SCATTER_TOKENS, "forward", local_tokens, True),
+        "what scatter_tokens on the output of block 0 attn returns should be cut along dim 1, but is cut into parts",
     ),
     "a loss without its sum": (
         *(tensor, "all_reduce", no_sum("sum over the vocabulary"), False),
@@ -139,27 +133,27 @@ FAULTS = {
     ),
     "a lookup that reads the rows of rank 0": (
         *(LookupRead, "forward", lookup_without_offset, False),
-        "what _Leave on the output of block 0 lookup.read takes should be partial, but",
+        "what leave on the output of block 0 lookup.read takes should be partial, but",
     ),
     "n-gram columns of another rank": (
         *(RowTables, "_wanted_parts", parts_of_the_other_rank, False),
         "rows read from ngram.0.2.weight should be cut along dim 2, but is cut into parts that are not those",
     ),
     "a forgotten sum of gradients into a region": (
-        *(tensor._Enter, "backward", staticmethod(lambda ctx, gradient: (gradient, None)), False),
-        "the gradient of what _Enter on the output of head takes should be replicated, but is partial",
+        *(tensor._ENTER, "backward", lambda gradient, axis: gradient, False),
+        "the gradient of what enter on the output of head takes should be replicated, but is partial",
     ),
     "gradients that are summed twice": (
-        *(tensor._Leave, "backward", staticmethod(summed_gradient), False),
+        *(tensor._LEAVE, "backward", summed_gradient, False),
         "the gradient of the output of block 2 mlp.c_proj should be replicated, but is equal on all ranks, but 2 times",
     ),
     "gradients of tokens that are cut and not summed": (
-        *(tensor._GatherTokens, "backward", staticmethod(gather_first), True),
-        "the gradient of what _GatherTokens on the output of head takes should be cut along dim 1, but",
+        *(tensor._GATHER_TOKENS, "backward", local_tokens, True),
+        "the gradient of what gather_tokens on the output of head takes should be cut along dim 1, but",
     ),
     "gradients of tokens that are not gathered": (
-        *(tensor._Slice, "backward", staticmethod(lambda ctx, g: (torch.cat([g] * ctx.axis.size, 1), None)), True),
-        "the gradient of what _Slice on the output of embed takes should be replicated, but is different",
+        *(tensor._SLICE, "backward", lambda gradient, axis: torch.cat([gradient] * axis.size, 1), True),
+        "the gradient of what slice on the output of embed takes should be replicated, but is different",
     ),
     "a norm over channels whose gradient lacks its sum": (
         *(channel_norm._DividedNorm, "backward", staticmethod(forgotten_in_backward), False),
