@@ -80,8 +80,11 @@ class FailureMonitor:
         self._interrupted_at = math.inf  # time.monotonic() of the first SIGINT
         self._failed_rank: int | None = None  # a rank that ended with an error
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # for the monitor's thread
-        # times of time.monotonic() at which this process ends for one of four reasons; inf: not due
-        self._hub_lost_at = self._failed_rank_at = self._stop_late_at = self._stop_alone_at = math.inf
+        # how this process ends if nothing else happens -> when (time.monotonic()); inf: there is no such reason now
+        self._deadlines: dict[Callable[[], None], float] = dict.fromkeys(
+            (self._end_without_hub, self._end_with_failed_rank, self._end_late_stop, self._end_unanswered_stop),
+            math.inf,
+        )
         self._last_report = 0.0
         self._leaving = ""  # "done" or "failed" once the block is left
         self._selector = selectors.DefaultSelector()
@@ -154,7 +157,7 @@ class FailureMonitor:
         """
         self._stop_is_deferred, self._grace_s = True, grace_s
         yield
-        self._stop_late_at = math.inf
+        self._deadlines[self._end_late_stop] = math.inf
 
     def _after_fork(self) -> None:
         """Detaches a forked child. Its signals are not this rank's, and its copy of a connection would hide a death."""
@@ -208,15 +211,10 @@ class FailureMonitor:
                 self._end_with_job(*self._hub.end)
         while not self._calls.empty():
             self._calls.get()()
-        if now >= self._hub_lost_at:
-            self._end_without_hub()
-        if now >= self._failed_rank_at:
-            self._end_with_failed_rank()
-        if now >= self._stop_late_at:
-            self._stop_late_at = math.inf
-            self._stop(f"{self.stop_requested}, and step and save took longer than checkpoint.stop_s={self._grace_s:g}")
-        if now >= self._stop_alone_at:
-            self._end(STOPPED_STATUS, f"error: {self._name} was requested to stop, and no other rank answers")
+        for end, deadline in self._deadlines.items():
+            if now >= deadline:
+                self._deadlines[end] = math.inf
+                end()
         if any(self._hub_links) and (entry := self._progress.now).waits:
             limit = self._job.slow_s if self._progress.slow else self._job.stall_s
             if now - max(entry.since, self._last_report) >= limit:
@@ -312,12 +310,12 @@ class FailureMonitor:
         primary, backup = self._hub_links
         self._hub_links = [None if other is link else other for other in self._hub_links]
         if link is primary and not said_goodbye:
-            self._hub_lost_at = time.monotonic() + (HUB_S if backup else 0.0)
+            self._deadlines[self._end_without_hub] = time.monotonic() + (HUB_S if backup else 0.0)
 
     def _on_failed_rank(self, rank: int) -> None:
         if self._failed_rank is None and rank != self.rank:
             self._failed_rank = rank
-            self._failed_rank_at = time.monotonic() + GOODBYE_S
+            self._deadlines[self._end_with_failed_rank] = time.monotonic() + GOODBYE_S
 
     # ---- the end of this process, for each reason
 
@@ -337,22 +335,22 @@ class FailureMonitor:
         self._end(status)
 
     def _end_without_hub(self) -> None:
-        """Ends because rank 0 is gone and no hub has said why."""
+        """Ends because rank 0 is gone and no hub has reported why."""
         text = (
             f"error: {self._job.addresses[0]} died or cannot be reached, so {self._name} stops: "
             f"look at its host, then {self.restart_hint}"
         )
-        self._end(LOST_RANK_STATUS, text if self._speaks_for_machine() else "")
+        self._end(LOST_RANK_STATUS, text if self._is_first_of_machine() else "")
 
     def _end_with_failed_rank(self) -> None:
         """Ends because another rank failed. That rank printed its error on its host's console."""
         assert self._failed_rank is not None
         failed = self._job.addresses[self._failed_rank]
-        elsewhere = failed.machine != self._job.addresses[self.rank].machine
+        on_other_machine = failed.machine != self._job.addresses[self.rank].machine
         text = f"error: {failed} stopped with an error, see its host's log; {self._name} stops too"
-        self._end(LOST_RANK_STATUS, text if elsewhere and self._speaks_for_machine() else "")
+        self._end(LOST_RANK_STATUS, text if on_other_machine and self._is_first_of_machine() else "")
 
-    def _speaks_for_machine(self) -> bool:
+    def _is_first_of_machine(self) -> bool:
         """Returns whether no lower rank of this machine is alive, so that one rank per machine prints the error."""
         here = self._job.addresses[self.rank]
         lower = self._job.addresses[: self.rank]
@@ -378,8 +376,8 @@ class FailureMonitor:
                 link.send(stop_notice=notice)
             else:
                 write_stderr(notice)
-        if limited and self._stop_late_at == math.inf:
-            self._stop_late_at = time.monotonic() + self._grace_s
+        if limited and self._deadlines[self._end_late_stop] == math.inf:
+            self._deadlines[self._end_late_stop] = time.monotonic() + self._grace_s
 
     def _stop(self, reason: str) -> None:
         """Ends this process through a hub, which ends the others as well, or alone where there is none."""
@@ -388,6 +386,14 @@ class FailureMonitor:
         link = next(filter(None, self._hub_links), None)
         if link is None:
             self._end(STOPPED_STATUS, f"error: {reason}, so the job stops: {self.restart_hint}")
-        elif self._stop_alone_at == math.inf:
-            self._stop_alone_at = time.monotonic() + HUB_S
+        elif self._deadlines[self._end_unanswered_stop] == math.inf:
+            self._deadlines[self._end_unanswered_stop] = time.monotonic() + HUB_S
             link.send(stop=reason)
+
+    def _end_late_stop(self) -> None:
+        """Stops at once, because the training thread has not saved and ended in time."""
+        self._stop(f"{self.stop_requested}, and step and save took longer than checkpoint.stop_s={self._grace_s:g}")
+
+    def _end_unanswered_stop(self) -> None:
+        """Ends because no hub has answered this rank's request to stop."""
+        self._end(STOPPED_STATUS, f"error: {self._name} was requested to stop, and no other rank answers")

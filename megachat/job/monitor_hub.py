@@ -1,7 +1,8 @@
-"""The failure monitor's hub hears all ranks, names the one that is missing or blocks the others, and ends the job.
+"""The hub of the failure monitor: receives the messages of all ranks, reports which rank has died or blocks the others,
+and ends the job.
 
 Rank 0 has the hub. A second rank, the backup monitor, has another one, to which all ranks are connected as well. It
-speaks only when rank 0 has died or does not answer. A death is a connection that closes without a goodbye, which the
+acts only when rank 0 has died or does not answer. A death is a connection that closes without a goodbye, which the
 kernel reports within milliseconds, whatever Python does. A hub stops listening when all ranks are connected.
 """
 
@@ -49,7 +50,7 @@ def hub_ranks(addresses: tuple[RankAddress, ...]) -> tuple[int, int]:
 
 
 class MonitorHub:
-    """The side of the monitor that decides. Its rank's monitor thread calls everything here, and nothing blocks.
+    """Decides when the job ends. The thread of its rank's failure monitor calls everything here, and nothing blocks.
 
     links: rank -> its connection. lost, left: ranks whose connection closed without and after a goodbye.
     end: (status, silent ranks) once the job ends, for this rank as for all.
@@ -61,7 +62,7 @@ class MonitorHub:
         self.lost: set[int] = set()
         self.left: set[int] = set()
         self.end: tuple[int, tuple[int, ...]] | None = None
-        self._take_over_at = self._name_lost_at = self._judge_at = 0.0  # times at which to act; 0: not due
+        self._take_over_at = self._report_lost_at = self._decide_at = 0.0  # times at which to act; 0: not due
         self._states: dict[int, dict] = {}
         self._broken: tuple[int, str] | None = None
         self._stop_noticed = False  # a launcher stops all ranks; it is reported once
@@ -70,8 +71,8 @@ class MonitorHub:
         self._stop_listening_at = time.monotonic() + JOIN_S
 
     @property
-    def speaks(self) -> bool:
-        """Whether deaths are this hub's to report."""
+    def reports_deaths(self) -> bool:
+        """Whether this hub, and not another one, reports deaths."""
         return self.rank == 0 or 0 in self.lost
 
     def _let_in(self, link: Link, rank: int, _: dict) -> bool:
@@ -91,7 +92,7 @@ class MonitorHub:
             self.links.pop(rank, None)
             if rank not in self.left:
                 self.lost.add(rank)
-                self._name_lost_at = self._name_lost_at or time.monotonic() + TOGETHER_S
+                self._report_lost_at = self._report_lost_at or time.monotonic() + TOGETHER_S
 
     def _handle(self, rank: int, message: dict) -> None:
         if "bye" in message:
@@ -101,17 +102,17 @@ class MonitorHub:
         elif "state" in message:
             self._states[rank] = message["state"]
         elif "stalled" in message:
-            self._ask_soon()
+            self._request_states_soon()
         elif "broken" in message:
             self._broken = self._broken or (rank, message["broken"])
-            self._ask_soon()
+            self._request_states_soon()
         elif "stop_notice" in message:
             if not self._stop_noticed:
                 write_stderr(message["stop_notice"])
             self._stop_noticed = True
-        elif "stop" in message and self._name_lost_at and self.speaks:
-            self._name_lost()  # a launcher that ends the others for the same reason does not wait
-        elif "stop" in message and not self._name_lost_at:
+        elif "stop" in message and self._report_lost_at and self.reports_deaths:
+            self._report_lost()  # a launcher that ends the others for the same reason does not wait
+        elif "stop" in message and not self._report_lost_at:
             self._finish(f"error: {message['stop']}, so the job stops: {self.job.restart_hint}", STOPPED_STATUS)
 
     def tick(self, now: float) -> None:
@@ -120,20 +121,20 @@ class MonitorHub:
             self._entrance.close()
         self._entrance.tick(now)
         if self._take_over_at and (now >= self._take_over_at or 0 in self.lost | self.left):
-            self._ask()
-        if self._name_lost_at:  # a backup monitor that has taken over reports deaths as well: rank 0 does not answer
-            if now >= self._name_lost_at and (self.speaks or self._judge_at):
-                self._name_lost()
-        elif self._judge_at and (now >= self._judge_at or self._states.keys() >= self.links.keys()):
-            self._judge_at = 0.0
-            self._judge()
+            self._request_states()
+        if self._report_lost_at:  # a backup monitor that has taken over reports deaths as well: rank 0 does not answer
+            if now >= self._report_lost_at and (self.reports_deaths or self._decide_at):
+                self._report_lost()
+        elif self._decide_at and (now >= self._decide_at or self._states.keys() >= self.links.keys()):
+            self._decide_at = 0.0
+            self._decide()
 
     def stand_down(self) -> None:
-        """Leaves the stall to rank 0's hub, from which this rank has just heard."""
+        """Leaves the stall to rank 0's hub, which has just sent this rank a message."""
         self._take_over_at = 0.0
 
     def leave(self, how: str) -> None:
-        """Says goodbye as this rank leaves, so that nobody takes it for a death. how: "done" or "failed"."""
+        """Sends a goodbye as this rank leaves, so that no rank takes it for a death. how: "done" or "failed"."""
         self._send_all(bye=how, rank=self.rank)
         self._entrance.close()
         for link in self.links.values():
@@ -143,17 +144,17 @@ class MonitorHub:
         for link in list(self.links.values()):
             link.send(**message)
 
-    def _ask_soon(self) -> None:
+    def _request_states_soon(self) -> None:
         """Asks all ranks for their state: rank 0's hub at once, the backup monitor once rank 0's has had its time."""
         if self.rank == 0:
-            self._ask()
-        elif not self._judge_at:
+            self._request_states()
+        elif not self._decide_at:
             self._take_over_at = self._take_over_at or time.monotonic() + ANSWER_S + BACKUP_S
 
-    def _ask(self) -> None:
+    def _request_states(self) -> None:
         self._take_over_at = 0.0
-        if not self._judge_at:
-            self._states, self._judge_at = {}, time.monotonic() + ANSWER_S
+        if not self._decide_at:
+            self._states, self._decide_at = {}, time.monotonic() + ANSWER_S
             self._send_all(report_state=True)
 
     def _finish(self, text: str, status: int, silent: tuple[int, ...] = ()) -> None:
@@ -162,7 +163,7 @@ class MonitorHub:
             self._send_all(end=status, silent=silent)
             self.end = status, silent
 
-    def _name_lost(self) -> None:
+    def _report_lost(self) -> None:
         named = " and ".join(str(self.job.addresses[rank]) for rank in sorted(self.lost))
         self._finish(
             f"error: {named} died or cannot be reached; the other ranks stop: "
@@ -171,7 +172,7 @@ class MonitorHub:
             LOST_RANK_STATUS,
         )
 
-    def _judge(self) -> None:
+    def _decide(self) -> None:
         """Decides whether the job is stalled, once all ranks have reported their state or had their time."""
         states, job = self._states, self.job
         limit = job.slow_s if any(state["slow"] for state in states.values()) else job.stall_s

@@ -38,7 +38,7 @@ _MOST_HOST = 255  # characters
 _OTHER_PORT = "--master_port (deepspeed), --master-port (torchrun) or MASTER_PORT (srun, mpirun)"
 
 RankFacts = Mapping[str, Mapping[str, str]]  # kind -> name -> hash or short text, compared between ranks
-Judge = Callable[[list["Arrival"]], str | None]
+FindProblem = Callable[[list["Arrival"]], str | None]
 Address = tuple[str, int]
 
 
@@ -63,22 +63,23 @@ class Meeting:
     store: TCPStore | None = None
 
 
-def meet(environment: LaunchEnvironment, facts: RankFacts, judge: Judge, limit_s: float) -> Meeting:
-    """Waits for all ranks; each calls this once. judge gets the arrivals in rank order on rank 0, and returns an error.
+def meet(environment: LaunchEnvironment, facts: RankFacts, find_problem: FindProblem, limit_s: float) -> Meeting:
+    """Waits for all ranks; each calls this once.
 
-    Raises UserError with the same sentence on every rank that is here: ranks that did not arrive within limit_s, that
-    arrived twice or died, or judge's error. On a single rank: the port is in use, rank 0 cannot be reached, or this
-    rank's secret is not rank 0's.
+    find_problem: gets the arrivals in rank order, on rank 0, and returns what is wrong with them. Raises UserError with
+    the same sentence on every rank that is here: find_problem's, or which ranks did not arrive within limit_s, arrived
+    twice or died. Raises UserError on a single rank if the port is in use, rank 0 cannot be reached, or this rank's
+    secret is not rank 0's.
     """
     if environment.world_size == 1:
         return Meeting(None)
-    begin, desk = time.monotonic(), None
+    begin, registration = time.monotonic(), None
     key = JobKey(shared_secret(), f"rendezvous {environment.master_port} {environment.attempt}")
     address, listener = _meeting_point(environment, limit_s)
     if listener:
         store_port = None if environment.agent_has_store else address[1]
-        desk = _Desk(listener, store_port, environment.world_size, key, judge, limit_s)
-        threading.Thread(target=desk.run, name="rendezvous", daemon=True).start()
+        registration = _Registration(listener, store_port, environment.world_size, key, find_problem, limit_s)
+        threading.Thread(target=registration.run, name="rendezvous", daemon=True).start()
     link = _reach(address, environment, begin, limit_s)
     with link.socket:
         _check_in(link, address, environment, key, facts)
@@ -87,18 +88,18 @@ def meet(environment: LaunchEnvironment, facts: RankFacts, judge: Judge, limit_s
         raise _fell_silent(address)
     if "error" in verdict:
         raise UserError(str(verdict["error"]))
-    return Meeting(_checked_ip(verdict.get("address")), desk.store if desk else None)
+    return Meeting(_checked_ip(verdict.get("address")), registration.store if registration else None)
 
 
 @dataclass
-class _Desk:
+class _Registration:
     """Rank 0's side, in a thread of its own: registers all ranks and sends them the verdict."""
 
     listener: socket.socket
     store_port: int | None
     world: int
     key: JobKey
-    judge: Judge
+    find_problem: FindProblem
     limit_s: float
     store: TCPStore | None = None
     error: str | None = None
@@ -112,7 +113,7 @@ class _Desk:
         entrance = Entrance(self.listener, self.selector, self.key, self._let_in, self._log_refused)
         try:
             self._gather(entrance)
-            error = self.error or self.judge([arrival for _, arrival in sorted(self.arrivals.items())])
+            error = self.error or self.find_problem([arrival for _, arrival in sorted(self.arrivals.items())])
         except Exception as exception:  # sent to all ranks, because they wait for a verdict
             error = f"rank 0 could not gather the ranks ({type(exception).__name__}: {exception})"
         if error and len(self.arrivals) < self.world:
@@ -185,7 +186,7 @@ class _Desk:
         return True
 
     def _receive(self, link: Link) -> None:
-        if link.receive() is not None:  # a rank says nothing more; it waits
+        if link.receive() is not None:  # a rank sends nothing more; it waits
             return
         self.selector.unregister(link)
         link.close()
