@@ -35,12 +35,10 @@ def config_in_place(config: Config, path: Path, overrides: list[str]) -> tuple[C
         inside = Path(value).absolute()
         return str(here / inside.relative_to(named)) if inside.is_relative_to(named) else value
 
-    run = config.run.model_copy(update={"name": here.name, "folder": str(here.parent)})
-    data = config.data.model_copy(
-        update={"tokenizer": moved(config.data.tokenizer), "folder": moved(config.data.folder)}
-    )
+    config = config.changed("run", name=here.name, folder=str(here.parent))
+    config = config.changed("data", tokenizer=moved(config.data.tokenizer), folder=moved(config.data.folder))
     line = f"{path} names the run folder {named}, but lies in {here}: the run continues in {here}"
-    return config.model_copy(update={"run": run, "data": data}), [line]
+    return config, [line]
 
 
 def follow_checkpoint(run_folder: Path, checkpoint: Path, step: int) -> list[str]:
@@ -54,34 +52,49 @@ def follow_checkpoint(run_folder: Path, checkpoint: Path, step: int) -> list[str
     folder = run_folder / CHECKPOINTS
     home = folder / checkpoint_name(step)
     inside = checkpoint.resolve().parent == folder.resolve()
-    returned = checkpoint.name.removeprefix(home.name) if inside else ""
-    metrics, suffix, renamed = run_folder / METRICS_NAME, _free_suffix(run_folder), []
-    for path in _of_steps(run_folder):
-        if match := _OF_A_STEP.fullmatch(path.name):
-            of_other = bool(returned) or (path.parent == folder and path.resolve() != checkpoint.resolve())
-            if int(match[1]) > step or (of_other and int(match[1]) == step):
-                renamed.append(path.rename(path.with_name(path.name + suffix)))
+    suffix = checkpoint.name.removeprefix(home.name) if inside else ""  # of a checkpoint that was set aside before
     lines = []
-    if renamed:
-        if metrics.is_file():
-            renamed.append(Path(shutil.copyfile(metrics, metrics.with_name(metrics.name + suffix))))
+    if renamed := _set_others_aside(run_folder, checkpoint, step, whole_step=bool(suffix)):
         listed = ", ".join(str(path.relative_to(run_folder)) for path in renamed)
         lines = [f"the run continues from step {step}, so what others left is set aside: {listed}"]
-    if returned:
-        for path in _of_steps(run_folder):
-            before = path.with_name(path.name.removesuffix(returned))
-            match = _OF_A_STEP.fullmatch(before.name)
-            if path != before and match and int(match[1]) <= step and not os.path.lexists(before):
-                path.rename(before)
-        curve = metrics.with_name(metrics.name + returned)
-        if returned.startswith(".aside") and curve.is_file():
-            shutil.copyfile(curve, metrics)
+    if suffix:
+        _bring_back(run_folder, suffix, step)
         lines.append(f"{checkpoint} was set aside and is {home.name} again")
     elif not inside:
         folder.mkdir(exist_ok=True)
         with contextlib.suppress(OSError):  # a storage without links: auto follows from the first save on
             home.symlink_to(checkpoint.resolve())
     return lines
+
+
+def _set_others_aside(run_folder: Path, checkpoint: Path, step: int, *, whole_step: bool) -> list[Path]:
+    """Renames what belongs to later steps, and another checkpoint of this step. Copies metrics.jsonl.
+
+    whole_step: renames the results of this step, too. Returns the new paths.
+    """
+    suffix, renamed = _free_suffix(run_folder), []
+    for path in _of_steps(run_folder):
+        if match := _OF_A_STEP.fullmatch(path.name):
+            is_other = path.parent == run_folder / CHECKPOINTS and path.resolve() != checkpoint.resolve()
+            if int(match[1]) > step or (int(match[1]) == step and (is_other or whole_step)):
+                renamed.append(path.rename(path.with_name(path.name + suffix)))
+    metrics = run_folder / METRICS_NAME
+    if renamed and metrics.is_file():
+        renamed.append(Path(shutil.copyfile(metrics, metrics.with_name(metrics.name + suffix))))
+    return renamed
+
+
+def _bring_back(run_folder: Path, suffix: str, step: int) -> None:
+    """Gives what was set aside with a suffix its names back, up to this step, and restores metrics.jsonl of then."""
+    for path in _of_steps(run_folder):
+        before = path.with_name(path.name.removesuffix(suffix))
+        match = _OF_A_STEP.fullmatch(before.name)
+        if path != before and match and int(match[1]) <= step and not os.path.lexists(before):
+            path.rename(before)
+    metrics = run_folder / METRICS_NAME
+    copy = metrics.with_name(metrics.name + suffix)
+    if suffix.startswith(".aside") and copy.is_file():
+        shutil.copyfile(copy, metrics)
 
 
 def _of_steps(run_folder: Path) -> list[Path]:

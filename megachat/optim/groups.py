@@ -1,6 +1,6 @@
 """Assigns parameters to optimizers by name pattern. A parameter that matches no group or several is an error."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -124,15 +124,29 @@ def muon_matrices(
     return [replace(matrix, multiplier=multipliers[name]) for name, matrix in matrices.items()]
 
 
-def adamw_groups(
-    parameters: list[nn.Parameter], groups: Mapping[str, Group], rates: Mapping[str, float], config: OptimizerConfig
-) -> list[dict]:
-    """Returns the parameter groups for torch.optim.AdamW in the order of GROUPS, without empty ones."""
-    adamw = []
+def adamw_members(
+    parameters: list[nn.Parameter], groups: Mapping[str, Group]
+) -> Iterator[tuple[Group, list[nn.Parameter]]]:
+    """Yields the groups on AdamW with their parameters, in the order of GROUPS, without empty ones. groups: of each
+    parameter name."""
     for group in GROUPS:
         members = [parameter for parameter in parameters if groups[place_of(parameter).name] is group]
         if group.optimizer == "adamw" and members:
-            settings = {"lr": rates[group.rate], "weight_decay": group.weight_decay}
-            moments = {"betas": betas_of(group, config), "eps": config.adamw_epsilon}
-            adamw.append({"name": group.name, "params": members} | settings | moments)
-    return adamw
+            yield group, members
+
+
+def adamw_groups(
+    parameters: list[nn.Parameter], groups: Mapping[str, Group], rates: Mapping[str, float], config: OptimizerConfig
+) -> list[dict]:
+    """Returns the parameter groups for torch.optim.AdamW. groups: see adamw_members. rates: Plan.rates."""
+    return [
+        {
+            "name": group.name,
+            "params": members,
+            "lr": rates[group.rate],
+            "weight_decay": group.weight_decay,
+            "betas": betas_of(group, config),
+            "eps": config.adamw_epsilon,
+        }
+        for group, members in adamw_members(parameters, groups)
+    ]

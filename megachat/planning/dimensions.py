@@ -50,6 +50,11 @@ class LookupDimensions:
     mean_rows: float
     rows_per_token: str = field(default="", repr=False)
 
+    @property
+    def table_rows(self) -> int:
+        """Returns the rows of a layer's tables together, keys and values."""
+        return self.rows * (1 if self.tied else 2)
+
     def first_rows(self) -> tuple[int, ...]:
         """Returns offsets [vocabulary + 1]: token t has the rows from offset t to offset t + 1; () until they are
         allocated.
@@ -203,7 +208,7 @@ def ngram_elements(dims: Dimensions, block: int) -> int:
 
 def _lookup_rows(dims: Dimensions, block: int) -> int:
     """Returns the rows of a block's lookup tables, keys and values."""
-    return dims.lookup.rows * (1 if dims.lookup.tied else 2) if dims.lookup and dims.has_lookup(block) else 0
+    return dims.lookup.table_rows if dims.lookup and dims.has_lookup(block) else 0
 
 
 def lookup_flops(dims: Dimensions, block: int) -> int:
@@ -239,6 +244,25 @@ def parameter_counts(dims: Dimensions) -> dict[str, int]:
         + dims.depth * _norm_scale_elements(dims, _BLOCK_NORMS),
     }
     return counts | {"total": sum(counts.values())}
+
+
+def blocks_of(dims: Dimensions, first: int, last: int) -> range:
+    """Returns the blocks in the layers [first, last): layer 0 embeds, the blocks follow, then the head."""
+    return range(max(first, 1) - 1, min(last, dims.depth + 1) - 1)
+
+
+def adamw_tables(dims: Dimensions, first: int, last: int, tensor: int = 1) -> dict[str, list[int]]:
+    """Returns the elements of each AdamW table in the layers [first, last) by optimizer group, on one of `tensor` ranks
+    of the tensor axis. lm_head ("unembedding") is float32, the others have the dtype of tables.
+    """
+    blocks, table = blocks_of(dims, first, last), dims.padded_vocab * dims.width // tensor
+    values = dims.padded_vocab * dims.kv_width // tensor
+    return {
+        "embedding": [table] if first == 0 else [],
+        "value_embedding": [values for block in blocks if dims.has_value_embedding(block)],
+        "lookup": [_lookup_rows(dims, block) * dims.width // tensor for block in blocks if dims.has_lookup(block)],
+        "unembedding": [table] if last == dims.depth + 2 else [],
+    }
 
 
 @lru_cache(maxsize=1024)
@@ -287,7 +311,7 @@ def resolve_stages(dims: Dimensions, stages: int, grid: int = 1) -> tuple[tuple[
     for count in range(stages, 0, -1):
         cuts.append(best[count][cuts[-1]][1])
     cuts.reverse()
-    return tuple(zip(cuts, cuts[1:], strict=False))
+    return tuple(pairwise(cuts))
 
 
 def bubble_share(stage_flops: list[int], micro_batches: int) -> float:

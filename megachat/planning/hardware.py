@@ -89,7 +89,7 @@ def parse_gpus(
     if len(counts) == 2 and nodes is not None and nodes != counts[0]:
         raise UserError(f"--gpus {text} has {counts[0]} nodes, but --nodes is {nodes}: give one of the two")
     gpus, networks = load_hardware(spec)
-    gpu = _lookup(match[3], gpus, "GPU", "--gpu-spec FILE with its numbers")
+    gpu = _lookup(match[3], gpus, "GPU")
     per_node = counts[-1] if counts else 1
     if nodes is None and len(counts) == 1 and per_node > gpu.gpus_per_node:
         counts, left_over = [per_node // gpu.gpus_per_node, gpu.gpus_per_node], per_node % gpu.gpus_per_node
@@ -100,7 +100,7 @@ def parse_gpus(
             )
         per_node = gpu.gpus_per_node
     nodes = counts[0] if len(counts) == 2 else nodes or 1
-    link, shared = _lookup(network, networks, "network", "--gpu-spec FILE with its numbers")
+    link, shared = _lookup(network, networks, "network")
     if shared:
         link = link._replace(bytes_per_sec=link.bytes_per_sec / per_node)
     return Machine(gpu, nodes, per_node, link)
@@ -115,15 +115,14 @@ def _key(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower().removeprefix("nvidia "))
 
 
-def _lookup(name: str, known: Mapping, what: str, otherwise: str):
+def _lookup(name: str, known: Mapping, what: str):
     """Returns the entry of a name. Raises UserError with the near names."""
     if (entry := known.get(_key(name))) is not None:
         return entry
     titles = {key: getattr(value, "name", None) or value[0].name for key, value in known.items()}
     near = list(dict.fromkeys(titles[key] for key in difflib.get_close_matches(_key(name), titles, 3, 0.5)))
-    listed = "the near ones are" if near else "known are"
-    names = ", ".join(near or dict.fromkeys(titles.values()))
-    raise UserError(f"{name} is no known {what}: {listed} {names}; for another one give {otherwise}")
+    names = f"the near ones are {', '.join(near)}" if near else f"known are {', '.join(dict.fromkeys(titles.values()))}"
+    raise UserError(f"{name} is no known {what}: {names}; for another one give --gpu-spec FILE with its numbers")
 
 
 @functools.cache

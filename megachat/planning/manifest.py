@@ -1,8 +1,10 @@
-"""Who owns what: the ranks that hold each parameter's optimizer state, from config and plan; no memory is taken for the
+"""The manifest: which ranks store the optimizer state of each parameter, from config and plan. Takes no memory for the
 model.
 """
 
 import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 from megachat.config import Config
 from megachat.model.gpt import ModelOptions, build_layers
 from megachat.model.parameters import placed_parameters
-from megachat.optim.groups import GROUPS, assign_groups, group_of, muon_matrices
+from megachat.optim.groups import adamw_members, assign_groups, group_of, muon_matrices
 from megachat.optim.matrix import Matrix
 from megachat.optim.partition_plan import PartitionPlan, make_plan
 from megachat.parallel.tensor import cut_shape
@@ -71,28 +73,22 @@ def zero1_shares(sizes: list[int], ranks: int) -> tuple[int, list[tuple[int, ...
 
 def adamw_shares(parameters: list[nn.Parameter], layout: Layout, tensor_rank: int) -> list[AdamWShares]:
     """Returns the AdamW groups of a stage's whole (uncut) parameters on one tensor rank, without empty groups."""
-    assigned = assign_groups([place_of(parameter) for parameter in parameters])
-    shares = []
-    for group in GROUPS:
-        members = [parameter for parameter in parameters if assigned[place_of(parameter).name] is group]
-        if group.optimizer == "adamw" and members:
-            sizes = [
-                parameter.numel()
-                if place_of(parameter).cut == "whole"  # may be a part of the named tensor
-                else math.prod(cut_shape(place_of(parameter), layout.tensor, tensor_rank)[0])
-                for parameter in members
-            ]
-            shares.append(AdamWShares(members, sizes, *zero1_shares(sizes, layout.data)))
+    groups, shares = assign_groups(map(place_of, parameters)), []
+    for _, members in adamw_members(parameters, groups):
+        sizes = [
+            parameter.numel()
+            if place_of(parameter).cut == "whole"  # may be a part of the named tensor
+            else math.prod(cut_shape(place_of(parameter), layout.tensor, tensor_rank)[0])
+            for parameter in members
+        ]
+        shares.append(AdamWShares(members, sizes, *zero1_shares(sizes, layout.data)))
     return shares
 
 
-def muon_plan(config: Config, layout: Layout, parameters: list[nn.Parameter]) -> PartitionPlan:
-    """Returns the Muon partition of a stage's whole (uncut) parameters."""
-    return muon_partition(config.optimizer.muon_multiplier, layout, parameters)
-
-
-def muon_partition(multiplier: str | dict[str, float], layout: Layout, parameters: list[nn.Parameter]) -> PartitionPlan:
-    """Returns the same for a rule or pattern of rate multipliers (optimizer.muon_multiplier)."""
+def muon_partition(
+    multiplier: str | Mapping[str, float], layout: Layout, parameters: list[nn.Parameter]
+) -> PartitionPlan:
+    """Returns the Muon partition of a stage's whole (uncut) parameters. multiplier: optimizer.muon_multiplier."""
     places = dict.fromkeys(place_of(parameter) for parameter in parameters)
     matrices = muon_matrices(places, assign_groups(places), multiplier)
     return make_plan(matrices, layout.data, tensor=layout.tensor)
@@ -102,43 +98,48 @@ def ownership(config: Config, plan: Plan) -> list[Ownership]:
     """Returns every parameter with its optimizer and the ranks that hold its state, in model order."""
     with torch.device("meta"):
         layers = build_layers(plan.dims, ModelOptions())
-    tensor, stage_size = plan.layout.tensor, plan.layout.data * plan.layout.tensor
-    state_ranks: dict[str, set[int]] = {}
+    stage_size = plan.layout.data * plan.layout.tensor
+    state_ranks: dict[str, set[int]] = defaultdict(set)
     muon: dict[str, tuple[Matrix, int]] = {}  # with the owner rank
     for stage, (first, last) in enumerate(plan.stages):
         parameters = placed_parameters(layers[first:last])
-        partition = muon_plan(config, plan.layout, parameters)
-        for index, matrix in enumerate(partition.matrices):
-            muon[matrix.name] = matrix, stage * stage_size + partition.owners[index]
-            state_ranks[matrix.name] = {stage * stage_size + rank for rank, _ in partition.stored(index)}
-        for place in map(place_of, parameters):
-            if group_of(place.name).optimizer == "rows":
-                filled = min(stage_size, place.whole[0])
-                state_ranks[place.name] = {stage * stage_size + rank for rank in range(filled)}
-        for rank in range(tensor):
-            for shares in adamw_shares(parameters, plan.layout, rank):
-                for parameter, owners in zip(shares.parameters, shares.owners, strict=True):
-                    state_ranks.setdefault(place_of(parameter).name, set()).update(
-                        stage * stage_size + owner * tensor + rank for owner in owners
-                    )
+        partition = muon_partition(config.optimizer.muon_multiplier, plan.layout, parameters)
+        for matrix, owner in zip(partition.matrices, partition.owners, strict=True):
+            muon[matrix.name] = matrix, stage * stage_size + owner
+        for name, rank in _state_ranks(plan.layout, parameters, partition):
+            state_ranks[name].add(stage * stage_size + rank)
     lines = []
     for place in {place_of(parameter).name: place_of(parameter) for parameter in layers.parameters()}.values():
-        group, ranks = group_of(place.name), sorted(state_ranks[place.name])
-        on_muon = muon.get(place.name)
+        group, ranks = group_of(place.name), tuple(sorted(state_ranks[place.name]))
+        muon_matrix, owner_rank = muon.get(place.name, (None, None))
         lines.append(
             Ownership(
                 name=place.name,
                 shape=place.whole,
                 optimizer=group.optimizer,
                 stages=tuple(sorted({rank // stage_size for rank in ranks})),
-                cut=place.cut if tensor > 1 or place.cut == "rows" else "whole",
-                state_ranks=tuple(ranks),
-                owner=on_muon[1] if on_muon else None,
-                lr=plan.rates[group.rate] * (on_muon[0].multiplier if on_muon else 1.0),
-                decay=plan.weight_decay if on_muon else group.weight_decay,
+                cut=place.cut if plan.layout.tensor > 1 or place.cut == "rows" else "whole",
+                state_ranks=ranks,
+                owner=owner_rank,
+                lr=plan.rates[group.rate] * (muon_matrix.multiplier if muon_matrix else 1.0),
+                decay=plan.weight_decay if muon_matrix else group.weight_decay,
             )
         )
     return lines
+
+
+def _state_ranks(layout: Layout, parameters: list[nn.Parameter], partition: PartitionPlan) -> Iterator[tuple[str, int]]:
+    """Yields (parameter name, grid rank that holds some of its state) for a stage's whole (uncut) parameters."""
+    for index, matrix in enumerate(partition.matrices):
+        yield from ((matrix.name, rank) for rank, _ in partition.stored(index))
+    for place in map(place_of, parameters):
+        if group_of(place.name).optimizer == "rows":  # each rank has a range of the rows, if there are enough
+            yield from ((place.name, rank) for rank in range(min(partition.grid_size, place.whole[0])))
+    for tensor_rank in range(layout.tensor):
+        for shares in adamw_shares(parameters, layout, tensor_rank):
+            for parameter, data_ranks in zip(shares.parameters, shares.owners, strict=True):
+                name = place_of(parameter).name
+                yield from ((name, data_rank * layout.tensor + tensor_rank) for data_rank in data_ranks)
 
 
 def describe_ownership(lines: list[Ownership]) -> str:

@@ -112,7 +112,7 @@ def _stage_memory(
     config: Config, plan: Plan, dtype: torch.dtype, stage: int, on_gpu: bool, state_of: StateCount, chunk: int
 ) -> Memory:
     data = plan.layout.data
-    state = state_of(plan.dims, plan.stages[stage], plan.layout, dtype, config.optimizer.muon_multiplier)
+    state = state_of(config, plan, stage, dtype)
     narrow = dtype == torch.bfloat16  # else float32 weights are their own masters
     activations = stage_activations(config, plan, stage, dtype)
     forward = _forward_workspace(config, plan, stage, dtype, chunk) + _pipeline_buffers(config, plan, stage, dtype)

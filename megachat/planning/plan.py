@@ -77,6 +77,16 @@ class Plan:
     def flops_per_step(self) -> int:
         return self.flops_per_token * self.tokens_per_step
 
+    @property
+    def micro_tokens(self) -> int:
+        """Returns the tokens of a micro-batch on one rank of the data axis."""
+        return self.micro_rows * self.dims.sequence_len
+
+
+def stream_tokens(config: Config, plan: Plan) -> int:
+    """Returns the tokens of a micro-batch that the stream has on one rank: parallel.sequence divides them."""
+    return plan.micro_tokens // plan.layout.tensor if config.parallel.sequence else plan.micro_tokens
+
 
 def resolve(config: Config, world: int, vocab_size: int, allocated: LookupDimensions | None = None) -> Plan:
     """Derives every number of a run on `world` ranks with a vocabulary of `vocab_size` tokens.
@@ -258,9 +268,8 @@ def _solve_batch(
     why["rows_per_step"] = "tokens_per_step / sequence_len"
     why["micro_rows"] = "batch.micro_rows" if micro else "rows_per_step / (ranks * accumulation)"
     why["accumulation"] = "batch.accumulation" if accumulation else "rows_per_step / (micro_rows * ranks)"
-    unit = (
-        ranks * (micro or 1) * (accumulation or 1)
-    )  # rows must be a multiple of it, and equal to it if both are given
+    # rows must be a multiple of it, and equal to it if both are given
+    unit = ranks * (micro or 1) * (accumulation or 1)
     if tokens is None:
         tokens = unit * sequence_len
     rows, left_over = divmod(tokens, sequence_len)

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from megachat.config import Config, config_from_values
 from megachat.errors import UserError
 from megachat.planning.communication import Kind
@@ -28,9 +30,9 @@ class Neighbors(NamedTuple):
 
     points: Sequence[tuple[tuple[float, ...], float]]
 
-    def at(self, place: tuple[float, ...]) -> float:
-        """Returns the speed at a place: the mean of the nearest logarithms, weighted by 1 / distance squared."""
-        distances = sorted((math.dist(place, point), value) for point, value in self.points)[:_NEAREST]
+    def at(self, point: tuple[float, ...]) -> float:
+        """Returns the speed at a point: the mean of the nearest logarithms, weighted by 1 / distance squared."""
+        distances = sorted((math.dist(point, measured), value) for measured, value in self.points)[:_NEAREST]
         if distances[0][0] < 1e-9:
             exact = [value for distance, value in distances if distance < 1e-9]
             return math.exp(sum(exact) / len(exact))
@@ -44,16 +46,18 @@ def _logarithms(*sizes: float) -> tuple[float, ...]:
 
 
 def _line(points: list[list[float]], size: float) -> float:
-    """Returns the value at a size between measured (size, value), straight in logarithms, and beyond them with the
-    slope 1 of the last point: seconds that are proportional to the size."""
-    points = sorted(points)
-    if size <= points[0][0]:
-        return points[0][1]
-    for (low, first), (high, last) in zip(points, points[1:], strict=False):
-        if size <= high:
-            along = math.log(size / low) / math.log(high / low)
-            return math.exp((1 - along) * math.log(first) + along * math.log(last))
-    return points[-1][1] * size / points[-1][0]
+    """Returns the seconds for a size between measured (size, seconds), on straight lines in logarithms. Below the first
+    point they are constant, beyond the last proportional to the size.
+    """
+    inside = min(size, max(measured for measured, _ in points))
+    logarithms = [(math.log(measured), math.log(seconds)) for measured, seconds in points]
+    return math.exp(_between(logarithms, math.log(inside))) * (size / inside)
+
+
+def _between(points: list[tuple[float, float]], at: float) -> float:
+    """Returns the value at a coordinate on straight lines between points, and the nearest point's value outside."""
+    coordinates, values = zip(*sorted(points), strict=True)
+    return float(np.interp(at, coordinates, values))
 
 
 class ProbeSpeeds:
@@ -76,9 +80,9 @@ class ProbeSpeeds:
         passes: dict[str, list] = {"forward": [], "backward": []}
         for *shape, forward, backward in measured["attention"]:
             attention = Attention._make((*shape, 1, 1))
-            place = self._attention_place(attention)
+            point = self._attention_point(attention)
             for direction, seconds in (("forward", forward), ("backward", backward)):
-                passes[direction].append((place, math.log(seconds / self._attention_flops(attention))))
+                passes[direction].append((point, math.log(seconds / self._attention_flops(attention))))
         self._attention = {direction: Neighbors(points) for direction, points in passes.items()}
         polar = [(_logarithms(min(m, n), max(m, n)), math.log(sec / (m * n))) for m, n, sec in measured["polar"]]
         self._polar = Neighbors(polar)
@@ -99,12 +103,12 @@ class ProbeSpeeds:
         return 4 * attention.rows * attention.heads * attention.head_size * visible_pairs(attention)
 
     @staticmethod
-    def _attention_place(attention: Attention) -> tuple[float, ...]:
+    def _attention_point(attention: Attention) -> tuple[float, ...]:
         return _logarithms(attention.rows * attention.heads, attention.window, attention.tokens, attention.head_size)
 
     def attention(self, attention: Attention) -> float:
-        place, flops = self._attention_place(attention), self._attention_flops(attention)
-        forward, backward = (self._attention[direction].at(place) * flops for direction in ("forward", "backward"))
+        point, flops = self._attention_point(attention), self._attention_flops(attention)
+        forward, backward = (self._attention[direction].at(point) * flops for direction in ("forward", "backward"))
         return attention.forward * forward + attention.backward * backward
 
     def moved(self, size: float, tensor_bytes: float, kernels: float) -> float:
@@ -132,15 +136,6 @@ class ProbeSpeeds:
 
     def host(self, kernels: float, steps: float) -> float:
         return 0.0  # is in what was measured
-
-
-def _between(points: list[tuple[float, float]], place: float) -> float:
-    """Returns the value at a place on straight lines between points, and the nearest point's value outside."""
-    points = sorted(points)
-    for (low, first), (high, last) in zip(points, points[1:], strict=False):
-        if low <= place <= high:
-            return first + (last - first) * (place - low) / (high - low)
-    return points[0][1] if place < points[0][0] else points[-1][1]
 
 
 class Probe(NamedTuple):
@@ -218,8 +213,7 @@ class Probe(NamedTuple):
                 f"{self.source} was measured at width {widths[1]}, which predicts widths from {low:.0f} to {high:.0f}, "
                 f"and this model's is {widths[0]}: {again}"
             )
-        precision = config.precision.model_copy(update={"compute": dtype})
-        return config.model_copy(update={"precision": precision})
+        return config.changed("precision", compute=dtype)
 
 
 def read_probe(path: Path) -> Probe:

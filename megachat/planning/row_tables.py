@@ -35,7 +35,7 @@ class RowBytes:
 def row_bytes(config: Config, plan: Plan, parameters: list[nn.Parameter], dtype: torch.dtype) -> RowBytes:
     """Returns the bytes for a stage's whole (uncut) parameters. dtype: of activations."""
     layout, settings = plan.layout, config.ngram
-    ranks, tokens = layout.data * layout.tensor, plan.micro_rows * plan.dims.sequence_len
+    ranks, tokens = layout.data * layout.tensor, plan.micro_tokens
     row_bytes_sent = ModelOptions(compute_dtype=dtype).table_dtype.itemsize
     gradient_bytes_sent = gradient_wire(config.optimizer.gradient_wire, dtype).itemsize
     masters = moments = gradients = largest = wire = update = 0

@@ -5,9 +5,8 @@ model (FP8 rounds differently). The list is the same every time: equal times are
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-
-import torch
+from dataclasses import dataclass, replace
+from itertools import product
 
 from megachat.config import Config
 from megachat.device import DTYPES
@@ -31,7 +30,7 @@ SEARCHED = (
     "precision.fp8",
 )
 MOST_NODES = 64
-SURELY = 0.85  # of what is usable: the estimate of the search counts the least buckets of Muon's gradients
+SURELY = 0.85  # of what is usable: below it, the exact count fits too, although the estimate has smaller Muon buckets
 _RECOMPUTE = ("none", "selective", "block")  # each needs less memory and more time than the one before
 _MICRO_ROWS = (1, 2, 4, 8, 16, 32, 64)  # and what divides a batch that is no power of two
 
@@ -91,10 +90,12 @@ def search(
     refused: dict[str, str] = {}
     for tensor, pipeline in _axes(config, machine.world, dims, free):
         name = f"tp={tensor},pp={pipeline}"
-        inside, outside = set[tuple](), list[tuple[int, Config, Plan]]()
+        surely_fit: set[tuple] = set()  # variants that need not recompute more, which only costs time
+        over_limit: list[tuple[int, Config, Plan]] = []
+        fitting_before = len(fits)
         for variant in _variants(config, tensor, pipeline, free, machine):
             key = variant.parallel.sequence, variant.batch.micro_rows, variant.precision.fp8
-            if key in inside:  # fits without recomputing more
+            if key in surely_fit:
                 continue
             try:
                 plan = resolve(variant, machine.world, vocab_size)
@@ -103,22 +104,20 @@ def search(
                 continue
             size = _fullest(variant, plan, machine.gpu.memory_bytes, exact=False, on_gpu=on_gpu)
             if size > limit:
-                outside.append((size, variant, plan))
+                over_limit.append((size, variant, plan))
                 continue
             if size <= SURELY * limit:
-                inside.add(key)
+                surely_fit.add(key)
             fits.append(Candidate(variant, plan, size, predict_step(variant, plan, speeds)))
-        if inside or outside:
+        if surely_fit or over_limit:
             refused.pop(name, None)
-        if outside and not any(
-            one.plan.layout.tensor == tensor and one.plan.layout.pipeline == pipeline for one in fits
-        ):
-            size, variant, plan = min(outside, key=lambda one: one[0])
+        if over_limit and len(fits) == fitting_before:
+            size, variant, plan = min(over_limit, key=lambda one: one[0])
             too_large.append(Candidate(variant, plan, size, predict_step(variant, plan, speeds)))
     ranked: list[Candidate] = []
     for candidate in sorted(fits, key=_order):
         size = _fullest(candidate.config, candidate.plan, machine.gpu.memory_bytes, on_gpu=on_gpu)
-        exact = Candidate(candidate.config, candidate.plan, size, candidate.step)
+        exact = replace(candidate, bytes=size)
         if exact.bytes <= limit:
             ranked.append(exact)
         else:
@@ -160,34 +159,27 @@ def _variants(config: Config, tensor: int, pipeline: int, free: frozenset[str], 
         fp8 = ["off", "tensorwise"]
     sequences = [False, *([True] if tensor > 1 else [])] if "parallel.sequence" in free else [parallel.sequence]
     kinds = _RECOMPUTE if "batch.recompute" in free else (batch.recompute,)
-    for sequence in sequences:
-        axes = parallel.model_copy(update={"tensor": tensor, "pipeline": pipeline, "sequence": sequence})
-        for micro in rows:
-            for recipe in fp8:
-                for kind in kinds:
-                    changed: dict[str, object] = {"micro_rows": micro, "recompute": kind}
-                    if "batch.micro_rows" in free and not by_rows:
-                        changed["accumulation"] = None
-                    yield config.model_copy(
-                        update={
-                            "parallel": axes,
-                            "batch": batch.model_copy(update=changed),
-                            "precision": precision.model_copy(update={"fp8": recipe}),
-                        }
-                    )
+    axes = [
+        parallel.model_copy(update={"tensor": tensor, "pipeline": pipeline, "sequence": sequence})
+        for sequence in sequences
+    ]
+    solved: dict[str, object] = {"accumulation": None} if "batch.micro_rows" in free and not by_rows else {}
+    for axis_sizes, micro, recipe, kind in product(axes, rows, fp8, kinds):
+        yield config.model_copy(
+            update={
+                "parallel": axis_sizes,
+                "batch": batch.model_copy(update={"micro_rows": micro, "recompute": kind} | solved),
+                "precision": precision.model_copy(update={"fp8": recipe}),
+            }
+        )
 
 
 def _fullest(
     config: Config, plan: Plan, device_bytes: int | None = None, *, exact: bool = True, on_gpu: bool = True
 ) -> int:
-    dtype, state_of = gpu_dtype(config), stage_state if exact else estimated_stage_state
+    dtype, state_of = DTYPES[planned_dtype(config)], stage_state if exact else estimated_stage_state
     stages = memory_of_stages(config, plan, dtype, on_gpu=on_gpu, state_of=state_of, device_bytes=device_bytes)
     return max(stage.total for stage in stages)
-
-
-def gpu_dtype(config: Config) -> torch.dtype:
-    """Returns the dtype of activations on a GPU that is planned for: bfloat16 unless configured."""
-    return DTYPES[planned_dtype(config)]
 
 
 def savings(candidate: Candidate, vocab_size: int, *, on_gpu: bool = True) -> list[tuple[str, int]]:

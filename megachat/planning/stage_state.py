@@ -1,39 +1,56 @@
-"""Counts what a pipeline stage's state needs on its fullest rank. Cached: a search counts the same stages often."""
+"""Counts the state of a pipeline stage on its fullest rank, exactly or, for a search, by an estimate. Both are cached,
+because a search counts the same stages often.
+"""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import nn
 
+from megachat.config import Config
 from megachat.model.gpt import ModelOptions, build_layers
 from megachat.model.parameters import placed_parameters
-from megachat.planning.dimensions import Dimensions
+from megachat.planning.dimensions import Dimensions, adamw_tables, blocks_of
 from megachat.planning.manifest import adamw_shares, muon_partition
-from megachat.planning.plan import Layout
+from megachat.planning.plan import Layout, Plan
 from megachat.planning.step_work import stage_matrices
 
 
 @dataclass(frozen=True)
 class StageState:
-    """Elements on the fullest rank of a stage, except where bytes are named.
+    """Elements on the fullest rank of a stage, or bytes where that is written."""
 
-    adamw_elements, adamw_shard, largest_share: of AdamW's parameters on a rank, their share by ZeRO-1, and that of the
-    largest group. adamw_weights: bytes of the weights of a share. largest_adamw: AdamW's largest parameter. shards: of
-    Muon's buckets. largest_shard: of one bucket. muon_moments: bytes. exchanged: of fragments and directions.
-    """
-
-    adamw_elements: int
-    adamw_shard: int
-    adamw_weights: int
-    largest_adamw: int
-    largest_share: int
-    shards: int
-    largest_shard: int
-    muon_moments: int
-    exchanged: int
+    adamw_elements: int  # AdamW's parameters
+    adamw_shard: int  # the rank's share of them by ZeRO-1
+    adamw_weights: int  # bytes of the weights of that share
+    largest_adamw: int  # AdamW's largest parameter
+    largest_share: int  # the rank's share of AdamW's largest group
+    shards: int  # the rank's shards of all Muon buckets
+    largest_shard: int  # its shard of the largest bucket
+    muon_moments: int  # bytes of momentum and second moments
+    exchanged: int  # updates that the rank receives as an owner, and their directions if any are sent
     largest_matrix: int
+
+
+# (config, plan, stage, dtype of activations) -> the state of the stage
+StateCount = Callable[[Config, Plan, int, torch.dtype], StageState]
+
+
+def stage_state(config: Config, plan: Plan, stage: int, dtype: torch.dtype) -> StageState:
+    """Counts the state of a stage as its ranks will divide it. dtype: of activations."""
+    rule = config.optimizer.muon_multiplier
+    hashable = rule if isinstance(rule, str) else tuple(rule.items())
+    return _exact_state(plan.dims, plan.stages[stage], plan.layout.data, plan.layout.tensor, dtype, hashable)
+
+
+def estimated_stage_state(config: Config, plan: Plan, stage: int, dtype: torch.dtype) -> StageState:
+    """Estimates the same as if everything were divided evenly: no shard is padded, and all owners have equal work.
+
+    For a search, which counts exactly what it shows.
+    """
+    return _even_state(plan.dims, plan.stages[stage], plan.layout.data, plan.layout.tensor, dtype)
 
 
 @lru_cache(maxsize=8)
@@ -48,71 +65,8 @@ def stage_parameters(dims: Dimensions, layers: tuple[int, int], dtype: torch.dty
     return placed_parameters(_meta_layers(dims, dtype)[slice(*layers)])
 
 
-def stage_state(
-    dims: Dimensions,
-    layers: tuple[int, int],
-    layout: Layout,
-    dtype: torch.dtype,
-    multiplier: str | Mapping[str, float],
-) -> StageState:
-    """Returns the state of the layers [first, last) on a stage of the layout. multiplier: optimizer.muon_multiplier."""
-    key = multiplier if isinstance(multiplier, str) else tuple(multiplier.items())
-    return _stage_state(dims, layers, layout.data, layout.tensor, dtype, key)
-
-
-StateCount = Callable[[Dimensions, tuple[int, int], Layout, torch.dtype, str | Mapping[str, float]], StageState]
-
-
-def estimated_stage_state(
-    dims: Dimensions,
-    layers: tuple[int, int],
-    layout: Layout,
-    dtype: torch.dtype,
-    multiplier: str | Mapping[str, float],
-) -> StageState:
-    """Returns the same with state that is divided evenly: without the padding of shards and the choice of owners.
-
-    For a search, which counts exactly what it shows. multiplier: has no effect.
-    """
-    return _estimated_state(dims, layers, layout.data, layout.tensor, dtype)
-
-
 @lru_cache(maxsize=4096)
-def _estimated_state(
-    dims: Dimensions, layers: tuple[int, int], data: int, tensor: int, dtype: torch.dtype
-) -> StageState:
-    first, last = layers
-    matrices = stage_matrices(dims, first, last)
-    blocks = range(max(first, 1) - 1, min(last, dims.depth + 1) - 1)
-    table = -(-dims.padded_vocab * dims.width // tensor)
-    values = [-(-dims.padded_vocab * dims.kv_width // tensor) for block in blocks if dims.has_value_embedding(block)]
-    lookups = [
-        (1 if dims.lookup.tied else 2) * dims.lookup.rows * dims.width // tensor
-        for block in blocks
-        if dims.lookup and dims.has_lookup(block)
-    ]
-    narrow = [*([table] if first == 0 else []), *values, *lookups]  # in the dtype of tables
-    head = [table] if last == dims.depth + 2 else []
-    elements, shard = sum(narrow) + sum(head), -(-(sum(narrow) + sum(head)) // data)
-    size = 4 if dtype == torch.float16 else dtype.itemsize
-    muon, grid = sum(rows * columns for rows, columns in matrices), data * tensor
-    shards, largest = -(-muon // grid), max((rows * columns for rows, columns in matrices), default=0)
-    return StageState(
-        adamw_elements=elements,
-        adamw_shard=shard,
-        adamw_weights=(size * sum(narrow) + 4 * sum(head)) // data,
-        largest_adamw=max((*narrow, *head), default=0),
-        largest_share=max(sum(values), *narrow, *head, 0) // data,
-        shards=shards,
-        largest_shard=-(-shards // max(1, 2 * len(blocks))),  # two buckets per block: hardly any plan has more
-        muon_moments=4 * shards + 4 * sum(map(max, matrices)) // grid,
-        exchanged=(2 if grid > 1 else 1) * max(shards, largest),
-        largest_matrix=largest,
-    )
-
-
-@lru_cache(maxsize=4096)
-def _stage_state(
+def _exact_state(
     dims: Dimensions,
     layers: tuple[int, int],
     data: int,
@@ -140,4 +94,27 @@ def _stage_state(
         muon_moments=max(state["momentum"] + state["second_moment"] for state in states),
         exchanged=(2 if partition.grid_size > 1 else 1) * max(owned),
         largest_matrix=max((matrix.elements for matrix in partition.matrices), default=0),
+    )
+
+
+@lru_cache(maxsize=4096)
+def _even_state(dims: Dimensions, layers: tuple[int, int], data: int, tensor: int, dtype: torch.dtype) -> StageState:
+    tables, grid = adamw_tables(dims, *layers, tensor), data * tensor
+    values, head = sum(tables["value_embedding"]), sum(tables["unembedding"])
+    elements, largest = sum(map(sum, tables.values())), max(map(max, filter(None, tables.values())), default=0)
+    table_bytes = 4 if dtype == torch.float16 else dtype.itemsize
+    matrices = stage_matrices(dims, *layers)
+    sizes = [rows * columns for rows, columns in matrices]
+    shards, largest_matrix = -(-sum(sizes) // grid), max(sizes, default=0)
+    return StageState(
+        adamw_elements=elements,
+        adamw_shard=-(-elements // data),
+        adamw_weights=(table_bytes * (elements - head) + 4 * head) // data,
+        largest_adamw=largest,
+        largest_share=max(values, largest) // data,  # value embeddings are one group
+        shards=shards,
+        largest_shard=-(-shards // max(1, 2 * len(blocks_of(dims, *layers)))),  # hardly any plan has more buckets
+        muon_moments=4 * shards + 4 * sum(map(max, matrices)) // grid,
+        exchanged=(2 if grid > 1 else 1) * max(shards, largest_matrix),
+        largest_matrix=largest_matrix,
     )

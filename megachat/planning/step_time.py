@@ -3,16 +3,17 @@ torch, no measurement: a prediction is no result.
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from megachat.config import Config
 from megachat.planning.dimensions import passed_tensors, up_to_multiple
 from megachat.planning.hardware import Machine
-from megachat.planning.plan import Plan
+from megachat.planning.plan import Plan, stream_tokens
 from megachat.planning.probe import Probe
 from megachat.planning.speeds import SheetSpeeds, Speeds
-from megachat.planning.step_work import ITEMSIZE, Product, Work, optimizer_work, stage_matrices, stage_work
+from megachat.planning.step_work import ITEMSIZE, Product, Work, muon_dtype, optimizer_work, stage_matrices, stage_work
 
 # In the order in which they are shown. They are exclusive: hidden communication is in StepTime.hidden.
 PARTS = (
@@ -164,8 +165,7 @@ def predict_run(
 
 def _stage_time(config: Config, plan: Plan, stage: int, dtype: str, speeds: Speeds, rules: Rules) -> _StageTime:
     body, head = stage_work(config, plan, stage, dtype)
-    tokens = plan.micro_rows * plan.dims.sequence_len
-    tensor_bytes = tokens * plan.dims.width * ITEMSIZE[dtype]
+    tensor_bytes = plan.micro_tokens * plan.dims.width * ITEMSIZE[dtype]
     products = _product_times(body, speeds)
     parts = {
         "matrix products": sum(time.seconds for time in products),
@@ -182,7 +182,7 @@ def _stage_time(config: Config, plan: Plan, stage: int, dtype: str, speeds: Spee
         head_products = _product_times(head, speeds)
         parts["head and loss"] = sum(time.seconds for time in head_products)
         parts["head and loss"] += speeds.moved(head.moved, tensor_bytes, head.kernels) + speeds.streamed(head.streamed)
-        parts["head and loss"] += speeds.logits(head.logits, tokens, rules.logit_bytes)
+        parts["head and loss"] += speeds.logits(head.logits, plan.micro_tokens, rules.logit_bytes)
         products += head_products
     parts = {name: speeds.factor(name) * seconds for name, seconds in parts.items()}
     busy = sum(parts.values())
@@ -215,8 +215,7 @@ def _pipeline_sec(config: Config, plan: Plan, stage: int, dtype: str, speeds: Sp
     layout, dims = plan.layout, plan.dims
     if layout.pipeline == 1:
         return 0.0
-    size = plan.micro_rows * dims.sequence_len * dims.width * ITEMSIZE[dtype]
-    size //= layout.tensor if config.parallel.sequence else 1
+    size = stream_tokens(config, plan) * dims.width * ITEMSIZE[dtype]
     first, last = plan.stages[stage]
     seconds = 0.0
     for layer, earlier in ((first, stage - 1), (last, stage)):
@@ -229,8 +228,8 @@ def _pipeline_sec(config: Config, plan: Plan, stage: int, dtype: str, speeds: Sp
 def stacked_padding(plan: Plan, stage: int) -> float:
     """Returns the elements of stacks of equal matrices, padded to a multiple of the data ranks, per element."""
     shapes = stage_matrices(plan.dims, *plan.stages[stage])
-    counts = {shape: shapes.count(shape) for shape in dict.fromkeys(shapes)}
-    padded = sum(up_to_multiple(count, plan.layout.data) * math.prod(shape) for shape, count in counts.items())
+    counts = Counter(shapes).items()
+    padded = sum(up_to_multiple(count, plan.layout.data) * math.prod(shape) for shape, count in counts)
     return padded / sum(map(math.prod, shapes))
 
 
@@ -240,7 +239,7 @@ def _end_of_step(
     """Returns the exposed seconds of a stage's optimizer step by part, and the hidden ones. micro_sec: of a
     micro-batch."""
     work = optimizer_work(plan, stage, dtype)
-    size = ITEMSIZE["bfloat16" if dtype == "bfloat16" else "float32"]
+    size = ITEMSIZE[muon_dtype(dtype)]
     gradient_bytes, weight_bytes = rules.matrix_wire or (size, size)
     padding = stacked_padding(plan, stage) if rules.stacked else 1.0
     reduce = _axis_sec(plan, speeds, "reduce_scatter", gradient_bytes * work.reduced * padding, "data")
@@ -256,8 +255,7 @@ def _end_of_step(
         tables += _axis_sec(plan, speeds, "all_gather", itemsize * elements, "data")
     exchange = work.exchanged and _axis_sec(plan, speeds, "all_to_all", work.exchanged, "stage")
     adamw = sum(work.adamw.values())
-    orthogonal = "bfloat16" if dtype == "bfloat16" else "float32"
-    optimizer = sum(count * speeds.polar(rows, columns, orthogonal) for rows, columns, count in work.matrices)
+    optimizer = sum(count * speeds.polar(rows, columns, muon_dtype(dtype)) for rows, columns, count in work.matrices)
     optimizer += speeds.streamed(
         (MUON_BYTES + NORM_BYTES) * work.shard
         + (ADAMW_BYTES + NORM_BYTES) * adamw / plan.layout.data

@@ -3,6 +3,7 @@ move, logits, collectives. From config and plan alone. Pure; no torch.
 """
 
 import functools
+from collections import Counter
 from typing import Any, NamedTuple
 
 from megachat.config import Config
@@ -13,12 +14,14 @@ from megachat.planning.dimensions import (
     GATE_CHANNELS,
     MLP_RATIO,
     Dimensions,
+    adamw_tables,
+    blocks_of,
     fits_fp8,
     head_fits_fp8,
     linear_shapes,
     lookup_shapes,
 )
-from megachat.planning.plan import Plan
+from megachat.planning.plan import Plan, stream_tokens
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 # Tensors of [tokens, channels] that the kernels of a block read and write in a micro-batch, counted from
@@ -34,6 +37,11 @@ FP8_BYTES = 5  # per element that is rounded to FP8: read twice in two bytes (la
 _MOST_STAGES = 4096  # whose work is kept
 _stages: dict[tuple, tuple["Work", "Work"]] = {}
 KERNELS_PER_BLOCK = {False: 150, True: 50}  # launches of forward and backward
+
+
+def muon_dtype(dtype: str) -> str:
+    """Returns the dtype of Muon's weights, updates and directions, and of what is sent of it. dtype: of activations."""
+    return "bfloat16" if dtype == "bfloat16" else "float32"
 
 
 class Product(NamedTuple):
@@ -73,8 +81,7 @@ class Work(NamedTuple):
     """Work of a micro-batch, forward and backward, on a rank.
 
     moved: bytes of elementwise kernels on activations. streamed: bytes of kernels on whole parameters and tables, which
-    no cache holds. logits: numbers of the head's output that the loss reads. chunked: bytes of the head's table that
-    each chunk of rows adds to. kernels: launches.
+    no cache holds. logits: numbers of the head's output that the loss reads. kernels: launches.
     """
 
     products: tuple[Product, ...] = ()
@@ -93,19 +100,20 @@ class Work(NamedTuple):
 
 def _linear(tokens: int, shape: tuple[int, int], dtype: str, recipe: str, forward: float = 1) -> Work:
     """Returns the products of a linear's passes, with rounding to FP8 where it fits. forward: forward passes."""
-    rows, columns = shape
+    (rows, columns), moved = shape, 0.0
     if recipe != "off" and fits_fp8(rows, columns, recipe):
         rounded = forward * (tokens * columns + rows * columns) + tokens * rows
         dtype, moved = "float8", FP8_BYTES * rounded
-    else:
-        moved = 0
-    return Work(
-        (
-            Product(tokens, rows, columns, dtype, forward),
-            Product(tokens, columns, rows, dtype),
-            Product(rows, columns, tokens, dtype),
-        ),
-        moved=moved,
+    return Work(_products(tokens, shape, dtype, forward), moved=moved)
+
+
+def _products(tokens: int, shape: tuple[int, int], dtype: str, forward: float = 1) -> tuple[Product, ...]:
+    """Returns the products of a weight [rows, columns]: forward, and for the gradients of its input and of itself."""
+    rows, columns = shape
+    return (
+        Product(tokens, rows, columns, dtype, forward),
+        Product(tokens, columns, rows, dtype),
+        Product(rows, columns, tokens, dtype),
     )
 
 
@@ -113,9 +121,9 @@ def block_work(config: Config, plan: Plan, block: int, dtype: str) -> Work:
     """Returns the work of a block in a micro-batch. dtype: of activations, a key of ITEMSIZE."""
     dims, layout, recompute = plan.dims, plan.layout, config.batch.recompute
     tensor, size = layout.tensor, ITEMSIZE[dtype]
-    tokens = plan.micro_rows * dims.sequence_len
-    local = tokens // tensor if config.parallel.sequence else tokens
+    tokens, local = plan.micro_tokens, stream_tokens(config, plan)
     recipe, whole = config.precision.fp8, recompute == "block"
+    forwards = 2 if whole else 1
     passes = PASSES[config.precision.compile]
     work = Work(kernels=KERNELS_PER_BLOCK[config.precision.compile] * (4 / 3 if whole else 1))
     for name, shape in linear_shapes(dims, tensor).items():
@@ -131,7 +139,7 @@ def block_work(config: Config, plan: Plan, block: int, dtype: str) -> Work:
     if dims.has_value_embedding(block):
         stream += passes["values"] * tokens * kv_inner
     hidden = passes["hidden"] * tokens * MLP_RATIO * dims.width // tensor
-    forward = stream * (2 if whole else 1) + hidden * (1 if recompute == "none" else 2)
+    forward = stream * forwards + hidden * (1 if recompute == "none" else 2)
     attention = Attention(
         plan.micro_rows,
         dims.sequence_len,
@@ -140,42 +148,38 @@ def block_work(config: Config, plan: Plan, block: int, dtype: str) -> Work:
         dims.head_size,
         min(dims.windows[block], dims.sequence_len),
         dtype,
-        2 if whole else 1,
-        1,
+        forward=forwards,
+        backward=1,
     )
+    # Two regions of the tensor axis: each forward pass gathers where it enters one and sums where it leaves one, the
+    # backward pass the other way round. A repeated pass leaves the last region only if a lookup layer follows.
+    unused_sums = int(whole and not dims.has_lookup(block))
     work = work._replace(
         attention=(attention,),
         moved=work.moved + size * (forward + BACKWARD * (stream + hidden)),
-        streamed=_parameter_bytes(config, dims, block, tensor, dtype),
-        collectives=_tensor_collectives(config, plan, size, int(whole), int(whole and not dims.has_lookup(block))),
+        streamed=_parameter_bytes(dims, block, tensor, dtype),
+        collectives=_tensor_collectives(config, plan, size, 2 * forwards + 2, 2 * forwards + 2 - unused_sums),
     )
     if dims.has_lookup(block):
-        work = work.plus(_lookup_work(config, plan, dtype, 2 if whole else 1))
+        work = work.plus(_lookup_work(config, plan, dtype, forwards))
     return work.plus(_ngram_work(config, plan, dtype)) if dims.has_ngram(block) else work
 
 
-def _tensor_collectives(
-    config: Config, plan: Plan, size: int, again: int = 0, unused: int = 0
-) -> tuple[Collective, ...]:
-    """Returns the collectives of two regions of the tensor axis: sums of the stream where the forward pass leaves a
-    region and where the backward pass does. parallel.sequence makes each of them a reduce-scatter, and gathers the
-    stream where a pass enters one.
+def _tensor_collectives(config: Config, plan: Plan, size: int, gathers: int, sums: int) -> tuple[Collective, ...]:
+    """Returns the collectives on the stream where passes enter and leave regions of the tensor axis.
 
-    again: forward passes that are computed again. unused: regions that the last of them does not leave.
+    sums: over the ranks; parallel.sequence makes them reduce-scatters. gathers: only with parallel.sequence.
     """
     if plan.layout.tensor == 1:
         return ()
-    stream = plan.micro_rows * plan.dims.sequence_len * plan.dims.width * size
-    entered, left = 2 * (1 + again), 2 * (1 + again) - unused
+    stream = plan.micro_tokens * plan.dims.width * size
     if config.parallel.sequence:
-        return (
-            Collective("all_gather", stream, "tensor", entered + 2),
-            Collective("reduce_scatter", stream, "tensor", left + 2),
-        )
-    return (Collective("all_reduce", stream, "tensor", left + 2),)
+        gather = Collective("all_gather", stream, "tensor", gathers)
+        return gather, Collective("reduce_scatter", stream, "tensor", sums)
+    return (Collective("all_reduce", stream, "tensor", sums),)
 
 
-def _parameter_bytes(config: Config, dims: Dimensions, block: int, tensor: int, dtype: str) -> float:
+def _parameter_bytes(dims: Dimensions, block: int, tensor: int, dtype: str) -> float:
     """Returns the bytes of a micro-batch's kernels on a block's parameters: gradients of matrices added to float32
     buckets, and gradients of value embeddings, zeroed, written and added to float32 sums."""
     size = ITEMSIZE[dtype]
@@ -189,25 +193,25 @@ def _lookup_work(config: Config, plan: Plan, dtype: str, forward: int) -> Work:
     dims, tensor, size = plan.dims, plan.layout.tensor, ITEMSIZE[dtype]
     lookup = dims.lookup
     assert lookup is not None
-    tokens = plan.micro_rows * dims.sequence_len
+    tokens = plan.micro_tokens
     work = Work()
     *repeated, last = lookup_shapes(dims, lookup, tensor)
     for shape in repeated:
         work = work.plus(_linear(tokens, shape, dtype, config.precision.fp8, forward))
     rounded = config.precision.fp8 != "off" and fits_fp8(*last, config.precision.fp8)
     work = work.plus(_linear(tokens, last, dtype, config.precision.fp8, forward if rounded else 1))  # as in block_work
-    tables = (1 if lookup.tied else 2) * lookup.rows * dims.width // tensor
+    tables = lookup.table_rows * dims.width // tensor
     # the products of a query with its rows: as a matrix-vector product per token, so it is the rows' bytes that count
     read = tokens * lookup.mean_rows * dims.width * size * (2 * forward + 4) / tensor
     channels = tokens * (4 * dims.width + 3 * lookup.up_width // tensor) * (forward + BACKWARD)
-    sums = _tensor_collectives(config, plan, size, forward - 1, forward - 1)
-    if tensor > 1:  # the second region is entered with what was read beside the stream, both of the stream's width
-        stream = tokens * dims.width * size
-        sums += _stream_sum(config, stream, gathers=forward)
+    # as in block_work, and a repeated pass never leaves the last region
+    collectives = _tensor_collectives(config, plan, size, 2 * forward + 2, 2 * forward + 2 - (forward - 1))
+    # the second region is entered with what was read beside the stream, both of the stream's width
+    collectives += _tensor_collectives(config, plan, size, forward, 1)
     return work._replace(
         moved=work.moved + read + channels * size,
         streamed=tables * (2 * size + 12),
-        collectives=sums,
+        collectives=collectives,
         kernels=KERNELS_PER_BLOCK[False],
     )
 
@@ -217,7 +221,7 @@ def _ngram_work(config: Config, plan: Plan, dtype: str) -> Work:
     dims, layout, size = plan.dims, plan.layout, ITEMSIZE[dtype]
     ngram = dims.ngram
     assert ngram is not None
-    tokens, orders = plan.micro_rows * dims.sequence_len, len(ngram.orders)
+    tokens, orders = plan.micro_tokens, len(ngram.orders)
     work = Work()
     if ngram.width < dims.kv_width:
         for _ in ngram.orders:
@@ -239,7 +243,7 @@ def _ngram_work(config: Config, plan: Plan, dtype: str) -> Work:
 def embedding_work(config: Config, plan: Plan, dtype: str) -> Work:
     """Returns the work of the embedding: reading, norm and smear, and the gradient of the table."""
     dims, tensor, size = plan.dims, plan.layout.tensor, ITEMSIZE[dtype]
-    tokens = plan.micro_rows * dims.sequence_len
+    tokens = plan.micro_tokens
     table = dims.padded_vocab * dims.width // tensor
     work = Work(moved=tokens * dims.width * size * 14 * (1 + BACKWARD), streamed=table * (2 * size + 8), kernels=40)
     if tensor > 1:
@@ -250,39 +254,23 @@ def embedding_work(config: Config, plan: Plan, dtype: str) -> Work:
     return work
 
 
-def _stream_sum(config: Config, stream: int, gathers: int = 1) -> tuple[Collective, ...]:
-    """Returns the collectives of one end of a region: the stream is summed in one direction. gathers: passes in the
-    other, in which parallel.sequence gathers it."""
-    if config.parallel.sequence:
-        return Collective("all_gather", stream, "tensor", gathers), Collective("reduce_scatter", stream, "tensor")
-    return (Collective("all_reduce", stream, "tensor"),)
-
-
 def head_work(config: Config, plan: Plan, dtype: str) -> Work:
     """Returns the work of head and loss: the products, the logits, and the gradient of the table."""
     dims, tensor, size = plan.dims, plan.layout.tensor, ITEMSIZE[dtype]
-    tokens, columns = plan.micro_rows * dims.sequence_len, dims.padded_vocab // tensor
+    tokens, columns = plan.micro_tokens, dims.padded_vocab // tensor
     precision = config.precision
     kind = dtype
     if precision.fp8 != "off" and precision.fp8_head and head_fits_fp8(dims, tensor, precision.fp8):
         kind = "float8"
-    products = (
-        Product(tokens, columns, dims.width, kind),
-        Product(tokens, dims.width, columns, kind),
-        Product(columns, dims.width, tokens, kind),
-    )
-    local = tokens // tensor if config.parallel.sequence else tokens
     rounding = FP8_BYTES * (tokens * (dims.width + columns) + 2 * columns * dims.width) if kind == "float8" else 0
-    work = Work(
-        products,
-        moved=local * dims.width * size * 8 * (1 + BACKWARD) + rounding,
+    return Work(
+        _products(tokens, (columns, dims.width), kind),
+        moved=stream_tokens(config, plan) * dims.width * size * 8 * (1 + BACKWARD) + rounding,
         streamed=columns * dims.width * (4 + size + 4 + 12),
         logits=tokens * columns,
+        collectives=_tensor_collectives(config, plan, size, 1, 1),
         kernels=40,
     )
-    if tensor > 1:
-        work = work._replace(collectives=_stream_sum(config, tokens * dims.width * size))
-    return work
 
 
 def stage_work(config: Config, plan: Plan, stage: int, dtype: str) -> tuple[Work, Work]:
@@ -302,7 +290,7 @@ def _stage_work(config: Config, plan: Plan, first: int, last: int, dtype: str) -
     dims = plan.dims
     work = embedding_work(config, plan, dtype) if first == 0 else Work()
     kinds: dict[tuple, Work] = {}
-    for block in range(max(first, 1) - 1, min(last, dims.depth + 1) - 1):
+    for block in blocks_of(dims, first, last):
         key = dims.windows[block], dims.has_value_embedding(block), dims.has_lookup(block), dims.has_ngram(block)
         kinds.setdefault(key, block_work(config, plan, block, dtype))
         work = work.plus(kinds[key])
@@ -329,16 +317,15 @@ class OptimizerWork(NamedTuple):
 def stage_matrices(dims: Dimensions, first: int, last: int) -> tuple[tuple[int, int], ...]:
     """Returns the whole shapes of Muon's matrices in the layers [first, last)."""
     shapes: list[tuple[int, int]] = []
-    for block in range(max(first, 1) - 1, min(last, dims.depth + 1) - 1):
+    for block in blocks_of(dims, first, last):
         shapes += linear_shapes(dims).values()
-        gates = int(dims.has_value_embedding(block)) + (
-            len(dims.ngram.orders) if dims.ngram and dims.has_ngram(block) else 0
-        )
+        orders = dims.ngram.orders if dims.ngram and dims.has_ngram(block) else ()
+        gates = int(dims.has_value_embedding(block)) + len(orders)
         shapes += [(dims.kv_heads, GATE_CHANNELS)] * gates
         if dims.lookup and dims.has_lookup(block):
             shapes += lookup_shapes(dims, dims.lookup)
-        if dims.ngram and dims.has_ngram(block) and dims.ngram.width < dims.kv_width:
-            shapes += [(dims.kv_width, dims.ngram.width)] * len(dims.ngram.orders)
+        if dims.ngram and dims.ngram.width < dims.kv_width:
+            shapes += [(dims.kv_width, dims.ngram.width)] * len(orders)
     return tuple(shapes)
 
 
@@ -350,8 +337,7 @@ def _busiest_rank(shapes: tuple[tuple[int, int], ...], ranks: int) -> tuple[tupl
         return ()
     costs = [Matrix("", shape, 0).flops for shape in shapes]
     scale = lightest_makespan(costs, ranks) / sum(costs)
-    counts = {shape: shapes.count(shape) for shape in dict.fromkeys(shapes)}
-    return tuple((*shape, count * scale) for shape, count in counts.items())
+    return tuple((*shape, count * scale) for shape, count in Counter(shapes).items())
 
 
 def optimizer_work(plan: Plan, stage: int, dtype: str) -> OptimizerWork:
@@ -359,29 +345,18 @@ def optimizer_work(plan: Plan, stage: int, dtype: str) -> OptimizerWork:
     their cost, shards equal, tables over the data axis."""
     dims, layout, (first, last) = plan.dims, plan.layout, plan.stages[stage]
     shapes = stage_matrices(dims, first, last)
-    elements = sum(rows * columns for rows, columns in shapes) // layout.tensor
-    grid = layout.data * layout.tensor
-    size = ITEMSIZE["bfloat16" if dtype == "bfloat16" else "float32"]
-    # tensor shards travel to the owner and back; over the data axis only matrices that do not divide evenly
     whole = sum(rows * columns for rows, columns in shapes)
+    elements, grid = whole // layout.tensor, layout.data * layout.tensor
+    size = ITEMSIZE[muon_dtype(dtype)]
+    # tensor shards travel to the owner and back; over the data axis only matrices that do not divide evenly
     exchanged = 2 * size * whole / grid * (layout.tensor - 1) / layout.tensor
     if layout.data > 1:
-        counts: dict[tuple[int, int], int] = {}
-        for shape in shapes:
-            key = (min(shape), max(shape))
-            counts[key] = counts.get(key, 0) + 1
+        counts = Counter((min(shape), max(shape)) for shape in shapes)
         uneven = sum(count % layout.data * short * long for (short, long), count in counts.items())
         exchanged += 2 * size * uneven / grid
+    tables = adamw_tables(dims, first, last, layout.tensor)
+    adamw = {4: sum(tables.pop("unembedding"))}
     table_size = ITEMSIZE["float32" if dtype == "float16" else dtype]
-    adamw = dict.fromkeys((4, table_size), 0)
-    for block in range(max(first, 1) - 1, min(last, dims.depth + 1) - 1):
-        if dims.has_value_embedding(block):
-            adamw[table_size] += dims.padded_vocab * dims.kv_width // layout.tensor
-        if dims.lookup and dims.has_lookup(block):
-            adamw[table_size] += (1 if dims.lookup.tied else 2) * dims.lookup.rows * dims.width // layout.tensor
-    if first == 0:
-        adamw[table_size] += dims.padded_vocab * dims.width // layout.tensor
-    if last == dims.depth + 2:
-        adamw[4] += dims.padded_vocab * dims.width // layout.tensor
+    adamw[table_size] = adamw.get(table_size, 0) + sum(map(sum, tables.values()))
     matrices = _busiest_rank(shapes, grid)
     return OptimizerWork(matrices, elements / layout.data, adamw, exchanged, elements)

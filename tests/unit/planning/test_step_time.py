@@ -12,7 +12,7 @@ from megachat.model.parameters import placed_parameters
 from megachat.planning.communication import Group, axis_group, collective_sec, sent_bytes
 from megachat.planning.dimensions import flops_per_token
 from megachat.planning.hardware import parse_gpus
-from megachat.planning.manifest import adamw_shares, muon_plan
+from megachat.planning.manifest import adamw_shares, muon_partition
 from megachat.planning.plan import resolve
 from megachat.planning.speeds import PRODUCT_SHARE, SheetSpeeds, visible_pairs
 from megachat.planning.step_time import MEGACHAT, NANOCHAT, PARTS, UNTIMED_STEPS, predict_run, predict_step
@@ -103,7 +103,8 @@ def test_the_optimizer_divides_as_the_partition_and_zero_do(settings):
         layers = build_layers(plan.dims, ModelOptions(compute_dtype=torch.bfloat16))
     for stage, (first, last) in enumerate(plan.stages):
         parameters = placed_parameters(layers[first:last])
-        partition, work = muon_plan(config, plan.layout, parameters), optimizer_work(plan, stage, "bfloat16")
+        partition = muon_partition(config.optimizer.muon_multiplier, plan.layout, parameters)
+        work = optimizer_work(plan, stage, "bfloat16")
         assert work.shard == pytest.approx(partition.shard_elements, rel=0.01)
         flops = sum(
             count * 5 * (4 * min(shape) ** 2 * max(shape) + 2 * min(shape) ** 3) for *shape, count in work.matrices
