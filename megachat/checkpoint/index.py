@@ -5,6 +5,7 @@ used only if every element is stored exactly once.
 """
 
 import functools
+import itertools
 import json
 import math
 from collections.abc import Callable, Collection
@@ -53,7 +54,7 @@ def index_problems(folder: Path, index: dict | None = None, files: Collection[st
             ranges.setdefault(piece["file"], []).append((piece["at"], piece["at"] + piece["bytes"], name))
     for pieces in ranges.values():
         pieces.sort()
-        for (_, end, first), (begin, _, second) in zip(pieces, pieces[1:], strict=False):
+        for (_, end, first), (begin, _, second) in itertools.pairwise(pieces):
             if begin < end:
                 problems.append(f"{second} has a rectangle in the same bytes of a file as {first}")
     return problems

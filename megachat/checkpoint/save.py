@@ -137,7 +137,7 @@ def _remove(path: Path) -> None:
 
 
 def repair_checkpoints_folder(folder: Path) -> None:
-    """Removes or restore what a killed save or removal left. Only for the job that holds the run folder's lock."""
+    """Removes or restores what a killed save or removal left. Only for the job that holds the run folder's lock."""
     for path in folder.glob("step_*"):
         name = path.name.removesuffix(_REPLACED)
         if path.name.endswith(_TEMPORARY) or (path.name != name and (folder / name).exists()):

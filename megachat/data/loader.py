@@ -114,7 +114,7 @@ class DocumentReader:
         indices = pa.Array.from_buffers(pa.int64(), len(needed), [None, pa.py_buffer(needed)])
         for number, text in zip((first + needed).tolist(), decode_texts(texts.take(indices)), strict=True):
             if isinstance(text, bytes):
-                self._bad_texts[self._stream_of(number)].add(self._corpus.place(number), text)
+                self._bad_texts[self._stream_of(number)].add(self._corpus.location(number), text)
             elif text:
                 decoded[number] = text
             if text:
@@ -288,7 +288,7 @@ class Loader:
                 {
                     "epoch": document.number // self._corpus.documents + 1,
                     "document": document.number % self._corpus.documents,
-                    "place": self._corpus.place(document.number),
+                    "place": self._corpus.location(document.number),
                     "start": document.start,
                     "tokens": document.tokens,
                 }

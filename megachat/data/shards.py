@@ -1,6 +1,6 @@
 """Parquet shards of text: checking a data folder, reading texts, and the order in which the documents are visited.
 
-A data folder holds `*.parquet` files with a string column `text`; the suffix may be in upper case, and hidden files are
+A data folder has `*.parquet` files with a string column `text`; the suffix may be in upper case, and hidden files are
 not read. Sorted by name, the last file is the validation split and the others are the train split, as in nanochat,
 whose folders can be used as they are. If there is a manifest.json, the files must agree with it.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megachat.data.texts import REFUSE, BadTexts, decode_texts, holds_strings, read_batches, row_place
+from megachat.data.texts import REFUSE, BadTexts, decode_texts, holds_strings, read_batches, row_location
 from megachat.errors import UserError
 from megachat.files import file_sha256, lfs_problem, list_folder, path_kind, refuse_damaged
 from megachat.text import shortened
@@ -45,7 +45,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What a data folder holds. source: from the manifest, None if there is no manifest."""
+    """The content of a data folder. source: from the manifest, None if there is no manifest."""
 
     folder: Path
     train_shards: int
@@ -232,7 +232,7 @@ def _check_validation_texts(shard: Shard, streams: int, bad_texts: BadTexts) -> 
             if isinstance(text, str) and text:
                 missing.discard(number % streams)
             elif isinstance(text, bytes) and bad_texts.policy == "refuse":
-                bad_texts.add(row_place(shard.path, group, row), text)
+                bad_texts.add(row_location(shard.path, group, row), text)
             number += 1
         checked_bytes += batch.nbytes
         if not missing and (bad_texts.policy == "skip" or checked_bytes > _CHECKED_BYTES):
@@ -324,13 +324,13 @@ class Corpus:
                 first += rows
             epoch += 1
 
-    def place(self, number: int) -> str:
+    def location(self, number: int) -> str:
         """Returns file, row group and row of a document, for messages."""
         epoch, row = divmod(number, self.documents)
         for index, group in self.groups(epoch):
             rows = self.shards[index].group_rows[group]
             if row < rows:
-                return row_place(self.shards[index].path, group, row)
+                return row_location(self.shards[index].path, group, row)
             row -= rows
         raise AssertionError("the groups hold all documents")
 

@@ -36,20 +36,20 @@ class BadTexts:
         self.policy, self.option, self.log, self.count = policy, option, log, 0
         self._lock, self._logged = threading.Lock(), set[str]()
 
-    def add(self, place: str, content: bytes) -> None:
-        """Counts a bad text. Raises UserError with its place if such texts are refused."""
+    def add(self, location: str, content: bytes) -> None:
+        """Counts a bad text. Raises UserError with its location if such texts are refused."""
         try:
             content.decode()
-            raise ValueError(f"{place} is UTF-8 text")
+            raise ValueError(f"{location} is UTF-8 text")
         except UnicodeDecodeError as error:
-            problem = f"{place} is not UTF-8 text (byte 0x{content[error.start]:02x} at position {error.start})"
+            problem = f"{location} is not UTF-8 text (byte 0x{content[error.start]:02x} at position {error.start})"
         if self.policy == "refuse":
             raise UserError(f"{problem}: repair or remove it, or {self.option} to leave such texts out")
         with self._lock:
             self.count += 1
-            if place in self._logged or len(self._logged) > _LOGGED:
+            if location in self._logged or len(self._logged) > _LOGGED:
                 return
-            self._logged.add(place)
+            self._logged.add(location)
             if len(self._logged) > _LOGGED:
                 self.log(f"skipped more than {_LOGGED} texts that are not UTF-8: further ones are counted, not listed")
             else:
@@ -59,7 +59,7 @@ class BadTexts:
 REFUSE = BadTexts()
 
 
-def row_place(path: Path, group: int, row: int) -> str:
+def row_location(path: Path, group: int, row: int) -> str:
     """Returns how messages name a row of a parquet file."""
     return f"{path}, row group {group}, row {row} (counted from 0)"
 
@@ -99,7 +99,7 @@ def read_shard_texts(path: Path, batch_documents: int, bad_texts: BadTexts) -> I
         texts = []
         for row, text in enumerate(decode_texts(batch.column("text")), first):
             if isinstance(text, bytes):
-                bad_texts.add(row_place(path, group, row), text)
+                bad_texts.add(row_location(path, group, row), text)
             elif text:
                 texts.append(text)
         yield texts

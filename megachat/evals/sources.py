@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 
 from megachat.data.shards import load_manifest, open_shards, split_shards
-from megachat.data.texts import BadTexts, decode_texts, read_batches, row_place
+from megachat.data.texts import BadTexts, decode_texts, read_batches, row_location
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError
 from megachat.evals.bpb import IGNORED, ValidationRows
@@ -100,7 +100,7 @@ def _read_documents(folder: Path, source: str, bad_texts: BadTexts) -> Iterator[
         for row in np.flatnonzero(of_source).tolist():
             text = decoded[row]
             if isinstance(text, bytes):
-                bad_texts.add(row_place(path, group, first + row), text)
+                bad_texts.add(row_location(path, group, first + row), text)
             elif text:
                 texts.append(text)
         yield texts

@@ -131,7 +131,7 @@ def common_address(ranks: list[tuple[str, list[str]]]) -> str:
 
 
 def use_network_of(address: str, environment: LaunchEnvironment) -> None:
-    """Have gloo and NCCL use the interface that leads to rank 0's host at the IP `address`, unless the user chose one.
+    """Makes gloo and NCCL use the interface that leads to rank 0's host at the IP `address`, unless the user chose one.
 
     Gloo would take the interface of this host's name, which Debian maps to 127.0.1.1, and NCCL the first that is up.
     Where MASTER_ADDR is a loopback name, because it names this host, it becomes this host's address in that network.

@@ -1,4 +1,4 @@
-"""Ranks that a tool starts on this machine, and what the programs have in common that it starts there."""
+"""Ranks that a tool starts on this machine, and what the programs have in common that it starts."""
 
 import argparse
 import multiprocessing

@@ -95,7 +95,7 @@ def _describe_holder(descriptor: int) -> str:
 
 @contextlib.contextmanager
 def lock_run_folder(folder: Path, world: Axis) -> Iterator[list[str]]:
-    """Locks the run folder on rank 0 and repair its checkpoints folder; yields remarks. All ranks enter together.
+    """Locks the run folder on rank 0 and repairs its checkpoints folder; yields remarks. All ranks enter together.
 
     Raises UserError on all ranks when another job holds it.
     """

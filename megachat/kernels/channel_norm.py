@@ -8,7 +8,7 @@ from torch import nn
 
 from megachat.kernels.uncompiled import uncompiled
 
-Add = Callable[[torch.Tensor], object]  # sums a tensor in place over all holders of the channels
+Add = Callable[[torch.Tensor], object]  # sums a tensor in place over the processes that divide the channels
 
 
 def norm(x: torch.Tensor, epsilon: float, scale: torch.Tensor | None = None) -> torch.Tensor:
@@ -43,8 +43,8 @@ class _FewerPasses(torch.autograd.Function):
 class ChannelNorm(nn.Module):
     """Computes F.rms_norm over `channels` channels, without a weight.
 
-    add: None if this process holds all channels; else each holds channels / holders of them, and sums of squares are
-    added over the holders, in float32.
+    add: None if this process has all channels. Otherwise each process has an equal share of them, and sums of squares
+    are added over the processes, in float32.
     """
 
     def __init__(self, channels: int, epsilon: float, add: Add | None = None):
@@ -52,7 +52,7 @@ class ChannelNorm(nn.Module):
         self.channels, self.epsilon, self.add = channels, epsilon, add
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., channels held here] -> its shape and dtype."""
+        """x [..., local channels] -> its shape and dtype."""
         if self.add is None:
             return F.rms_norm(x, (self.channels,), eps=self.epsilon)
         return _divided_norm(x, self.channels, self.epsilon, self.add)
@@ -64,7 +64,7 @@ def _divided_norm(x: torch.Tensor, channels: int, epsilon: float, add: Add) -> t
 
 
 class _DividedNorm(torch.autograd.Function):
-    """Each direction adds one float32 number per token over the holders."""
+    """Each direction adds one float32 number per token over the processes."""
 
     @staticmethod
     def forward(ctx, x, channels, epsilon, add):

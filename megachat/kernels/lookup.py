@@ -98,15 +98,15 @@ class _Group(NamedTuple):
         return torch.softmax(scores, dim=2)
 
 
-def _gather(table: torch.Tensor, places: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
-    """Returns table[places] in float32, some row for padding. table [rows, width], places [ids, n]."""
-    flat = places.flatten() if padding is None else places.flatten().clamp(max=len(table) - 1)
-    return table.index_select(0, flat).view(*places.shape, -1).float()
+def _gather(table: torch.Tensor, positions: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+    """Returns table[positions] in float32, some row for padding. table [rows, width], positions [ids, n]."""
+    flat = positions.flatten() if padding is None else positions.flatten().clamp(max=len(table) - 1)
+    return table.index_select(0, flat).view(*positions.shape, -1).float()
 
 
-def _scatter(table: torch.Tensor, places: torch.Tensor, values: torch.Tensor) -> None:
-    """Writes values [ids, n, width] to the rows `places` [ids, n] of `table`."""
-    table.index_copy_(0, places.flatten(), values.flatten(0, 1).to(table.dtype))
+def _scatter(table: torch.Tensor, positions: torch.Tensor, values: torch.Tensor) -> None:
+    """Writes values [ids, n, width] to the rows `positions` [ids, n] of `table`."""
+    table.index_copy_(0, positions.flatten(), values.flatten(0, 1).to(table.dtype))
 
 
 def _add_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -147,12 +147,12 @@ def _make_groups(ids: torch.Tensor, first: np.ndarray, width: int) -> list[_Grou
         members = np.flatnonzero(kinds == kind)
         step = max(1, rows_per_batch // int(max(counts[members].max(), sizes[members].max())))
         for part in np.split(members, range(step, len(members), step)):
-            places, no_token = _ranges(starts[part], counts[part])
+            positions, no_token = _ranges(starts[part], counts[part])
             rows, no_row = _ranges(firsts[part], sizes[part])
-            places = np.where(no_token, len(order), order[np.where(no_token, 0, places)])
+            positions = np.where(no_token, len(order), order[np.where(no_token, 0, positions)])
             rows[no_row] = first[-1]
             masks = [_to(mask, device) if mask.any() else None for mask in (no_token[:, :, None], no_row[:, None, :])]
-            groups.append(_Group((_to(places, device),), _to(rows, device), *masks))
+            groups.append(_Group((_to(positions, device),), _to(rows, device), *masks))
     return groups
 
 

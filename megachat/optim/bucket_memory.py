@@ -54,7 +54,7 @@ class BucketMemory:
 
     @property
     def reduced(self) -> torch.Tensor:
-        """float32 [shard], this data rank's part of `gradients`. Holds the mean of the ranks after finish_reduce()."""
+        """float32 [shard], this data rank's part of `gradients`. It is the mean of the ranks after finish_reduce()."""
         return self.gradients[self.shard]
 
     def local_matrix(self, flat: torch.Tensor, index: int) -> torch.Tensor:

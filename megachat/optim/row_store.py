@@ -13,14 +13,14 @@ class RowStore:
     """
 
     def __init__(self, device: torch.device, *, host: bool):
-        self.device, self._place = device, torch.device("cpu") if host else device
+        self.device, self._memory = device, torch.device("cpu") if host else device
         self._pinned = host and device.type == "cuda"
         self._worker = ThreadPoolExecutor(1, "rows") if host else None
         self._writes: list[Future] = []
 
     def full(self, shape: tuple[int, ...], value: float) -> torch.Tensor:
         """Returns a new tensor."""
-        return torch.full(shape, value, dtype=torch.float32, device=self._place, pin_memory=self._pinned)
+        return torch.full(shape, value, dtype=torch.float32, device=self._memory, pin_memory=self._pinned)
 
     def read(self, tensors: list[torch.Tensor], index: torch.Tensor) -> list[torch.Tensor]:
         """Returns copies of the rows on the device. index: int64 [n], on the device."""

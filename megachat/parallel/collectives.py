@@ -1,6 +1,6 @@
 """Communication along one axis, recorded for the failure monitor. An axis of size 1 skips it, here and nowhere else.
 
-Every function takes a `name`, by which the report of a stall says where each rank waits.
+Every function takes a `name`, which the report of a stall shows for each rank that waits in it.
 """
 
 from collections.abc import Callable
