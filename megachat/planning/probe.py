@@ -25,20 +25,18 @@ WIDTHS = 1.0, 0.5, 1.5  # factors on the model's width at which products are mea
 _NEAREST = 6  # measured shapes from which the speed of another shape is interpolated
 
 
-class Neighbors(NamedTuple):
-    """Measured points: coordinates (logarithms of sizes) with the logarithm of a speed."""
+def _speed_at(point: tuple[float, ...], measured: Sequence[tuple[tuple[float, ...], float]]) -> float:
+    """Returns the speed at a point: the mean of the nearest logarithms, weighted by 1 / distance squared.
 
-    points: Sequence[tuple[tuple[float, ...], float]]
-
-    def at(self, point: tuple[float, ...]) -> float:
-        """Returns the speed at a point: the mean of the nearest logarithms, weighted by 1 / distance squared."""
-        distances = sorted((math.dist(point, measured), value) for measured, value in self.points)[:_NEAREST]
-        if distances[0][0] < 1e-9:
-            exact = [value for distance, value in distances if distance < 1e-9]
-            return math.exp(sum(exact) / len(exact))
-        weights = [1 / distance**2 for distance, _ in distances]
-        total = sum(weight * value for weight, (_, value) in zip(weights, distances, strict=True))
-        return math.exp(total / sum(weights))
+    measured: points, which are logarithms of sizes, with the logarithm of their speed.
+    """
+    distances = sorted((math.dist(point, other), value) for other, value in measured)[:_NEAREST]
+    if distances[0][0] < 1e-9:
+        exact = [value for distance, value in distances if distance < 1e-9]
+        return math.exp(sum(exact) / len(exact))
+    weights = [1 / distance**2 for distance, _ in distances]
+    total = sum(weight * value for weight, (_, value) in zip(weights, distances, strict=True))
+    return math.exp(total / sum(weights))
 
 
 def _logarithms(*sizes: float) -> tuple[float, ...]:
@@ -72,20 +70,17 @@ class ProbeSpeeds:
         self.ranks, self._measured, self._factors = measured["ranks"], measured, factors
         self.products = measured["products"]
         # a product's speed in seconds per FLOP, by dtype
-        products: dict[str, list] = {}
+        self._products: dict[str, list] = {}
         for rows, columns, inner, dtype, seconds in measured["products"]:
             value = math.log(seconds / (2 * rows * columns * inner))
-            products.setdefault(dtype, []).append((_logarithms(rows, columns, inner), value))
-        self._products = {dtype: Neighbors(points) for dtype, points in products.items()}
-        passes: dict[str, list] = {"forward": [], "backward": []}
+            self._products.setdefault(dtype, []).append((_logarithms(rows, columns, inner), value))
+        self._attention: dict[str, list] = {"forward": [], "backward": []}
         for *shape, forward, backward in measured["attention"]:
             attention = Attention._make((*shape, 1, 1))
             point = self._attention_point(attention)
             for direction, seconds in (("forward", forward), ("backward", backward)):
-                passes[direction].append((point, math.log(seconds / self._attention_flops(attention))))
-        self._attention = {direction: Neighbors(points) for direction, points in passes.items()}
-        polar = [(_logarithms(min(m, n), max(m, n)), math.log(sec / (m * n))) for m, n, sec in measured["polar"]]
-        self._polar = Neighbors(polar)
+                self._attention[direction].append((point, math.log(seconds / self._attention_flops(attention))))
+        self._polar = [(_logarithms(min(m, n), max(m, n)), math.log(sec / (m * n))) for m, n, sec in measured["polar"]]
         self._product_sec = functools.lru_cache(maxsize=4096)(self._interpolated_product)
 
     def factor(self, part: str) -> float:
@@ -93,7 +88,7 @@ class ProbeSpeeds:
 
     def _interpolated_product(self, rows: int, columns: int, inner: int, dtype: str) -> float:
         known = self._products.get(dtype) or next(iter(self._products.values()))
-        return 2 * rows * columns * inner * known.at(_logarithms(rows, columns, inner))
+        return 2 * rows * columns * inner * _speed_at(_logarithms(rows, columns, inner), known)
 
     def product(self, product: Product) -> float:
         return product.count * self._product_sec(*product[:4])
@@ -108,7 +103,9 @@ class ProbeSpeeds:
 
     def attention(self, attention: Attention) -> float:
         point, flops = self._attention_point(attention), self._attention_flops(attention)
-        forward, backward = (self._attention[direction].at(point) * flops for direction in ("forward", "backward"))
+        forward, backward = (
+            _speed_at(point, self._attention[direction]) * flops for direction in ("forward", "backward")
+        )
         return attention.forward * forward + attention.backward * backward
 
     def moved(self, size: float, tensor_bytes: float, kernels: float) -> float:
@@ -123,7 +120,7 @@ class ProbeSpeeds:
         return count * _between(curve, math.log(tokens))
 
     def polar(self, rows: int, columns: int, dtype: str) -> float:
-        return rows * columns * self._polar.at(_logarithms(*sorted((rows, columns))))
+        return rows * columns * _speed_at(_logarithms(*sorted((rows, columns))), self._polar)
 
     def collective(self, kind: Kind, size: float, ranks: int, stride: int, first: int = 0) -> float:
         points = self._measured["collectives"].get(kind)
