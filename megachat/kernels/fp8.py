@@ -197,8 +197,8 @@ def apply_fp8(layers: list[nn.Module], choice: Fp8Choice) -> int:
 
     lm_head is multiplied in the loss: see `head_products`.
     """
-    named = [named for layer in layers for named in layer.named_modules()]
-    linears = [module for name, module in named if isinstance(module, Linear) and name != "lm_head"]
+    modules = (named for layer in layers for named in layer.named_modules())
+    linears = [module for name, module in modules if isinstance(module, Linear) and name != "lm_head"]
     fitting = [linear for linear in linears if fits_fp8(linear.weight.size(0), linear.weight.size(1), choice.recipe)]
     te_linears = TELinears(choice.recipe) if choice.backend == "te" and fitting else None
     for linear in fitting:

@@ -150,9 +150,8 @@ class RowTables:
         name = f"requests for rows of {name}"
         all_to_all(wanted, distinct[:count], stage, receive_counts=receive_counts, send_counts=send_counts, name=name)
         wanted -= first_rows[stage.rank]
-        tensor_ranks = (torch.arange(stage.size, device=device) % self.mesh.tensor.size).repeat_interleave(
-            requested_here
-        )
+        tensor_ranks = torch.arange(stage.size, device=device) % self.mesh.tensor.size
+        tensor_ranks = tensor_ranks.repeat_interleave(requested_here)
         return _Request(positions, count, send_counts, receive_counts, wanted, tensor_ranks)
 
     def _wanted_parts(self, name: str, request: _Request) -> torch.Tensor:
@@ -172,14 +171,11 @@ class RowTables:
     def _exchange(
         self, received: torch.Tensor, sent: torch.Tensor, request: _Request, what: str, *, to_owners: bool = False
     ) -> None:
-        """Sends rows from their owners to the readers, or back. Counts of requests are of the first way."""
-        to_me, from_me = (
-            [count * sent.size(1) for count in counts] for counts in (request.send_counts, request.receive_counts)
-        )
-        if to_owners:
-            to_me, from_me = from_me, to_me
+        """Sends rows from their owners to the ranks that read them; to_owners: the other way."""
+        counts = [[count * sent.size(1) for count in each] for each in (request.send_counts, request.receive_counts)]
+        send_counts, receive_counts = counts if to_owners else reversed(counts)
         flat = received.view(-1), sent.view(-1)
-        all_to_all(*flat, self.mesh.stage, receive_counts=to_me, send_counts=from_me, name=what)
+        all_to_all(*flat, self.mesh.stage, receive_counts=receive_counts, send_counts=send_counts, name=what)
 
     @torch.no_grad()
     def _collect(self, name: str, request: _Request, gradient: torch.Tensor) -> None:
