@@ -34,7 +34,7 @@ PASSES = {
 }
 BACKWARD = 2.0  # bytes of the backward pass relative to the forward pass
 FP8_BYTES = 5  # per element that is rounded to FP8: read twice in two bytes (largest magnitude, value), written in one
-_MOST_STAGES = 4096  # whose work is kept
+_MOST_STAGES = 4096  # in the cache
 _stages: dict[tuple, tuple["Work", "Work"]] = {}
 KERNELS_PER_BLOCK = {False: 150, True: 50}  # launches of forward and backward
 
@@ -275,8 +275,9 @@ def head_work(config: Config, plan: Plan, dtype: str) -> Work:
 
 def stage_work(config: Config, plan: Plan, stage: int, dtype: str) -> tuple[Work, Work]:
     """Returns the work of a pipeline stage in a micro-batch: of its embedding and blocks, and of the head (empty on
-    other stages than the last). A search asks for the same again and again: everything that counts is in the key."""
+    other stages than the last). Cached, because a search counts the same stages often."""
     dims, layout, (first, last) = plan.dims, plan.layout, plan.stages[stage]
+    # everything that the work depends on
     sizes = layout.tensor, layout.data * layout.tensor > 1, plan.micro_rows, config.parallel.sequence
     key = dims, sizes, config.batch.recompute, config.precision, first, last, dtype
     if key not in _stages:
