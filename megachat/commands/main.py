@@ -24,12 +24,11 @@ if TYPE_CHECKING:
 class Command(NamedTuple):
     """A command. Its module in megachat/commands/ has a docstring, `add_arguments(parser)` and `run(options)`.
 
-    module: default: the name. ranks: several processes may run it, each as one rank of a job. passes_on: options that
+    ranks: several processes may run it, each as one rank of a job. passes_on: options that
     it does not know are passed to `run` as `options.rest`.
     """
 
     about: str
-    module: str = ""
     ranks: bool = False
     passes_on: bool = False
     clone: bool = False  # needs the repository's tools/
@@ -72,7 +71,7 @@ GROUPS: dict[str, dict[str, Command]] = {
     },
     "measure": {
         "probe": Command("measure this machine, for `megachat plan --probe`"),
-        "fp8-check": Command("does FP8 pay for a config here? the time to an equal loss", module="fp8_check"),
+        "fp8-check": Command("does FP8 pay for a config here? the time to an equal loss"),
         "bench": Command("speed of training, loading, saving and generation", clone=True),
         "partition": Command("the Muon partition beside other ways to distribute Muon", clone=True),
     },
@@ -182,7 +181,7 @@ def _run(words: list[str]) -> int:
 
 
 def _module(name: str):
-    return importlib.import_module(f"megachat.commands.{COMMANDS[name].module or name}")
+    return importlib.import_module(f"megachat.commands.{name.replace('-', '_')}")
 
 
 def _complete() -> None:

@@ -80,7 +80,7 @@ def _read(run: RunRecord, config: Config) -> dict[str, Any]:
     """Returns the factors of a ramp as JSON values: where the smoothed loss falls fastest, is lowest, and has risen
     from there by half of what it fell (null: never), and the points as [factor, loss, smoothed loss].
     """
-    lines = [line for line in run.lines if isinstance(line.get("train/loss"), int | float)]
+    lines = run.lines_with("train/loss")
     factors = np.array([ramp_multiplier(config.optimizer, line["step"], run.plan["steps"]) for line in lines])
     losses = np.array([line.get("train/loss_raw", line["train/loss"]) for line in lines], dtype=np.float64)
     result: dict[str, Any] = {"steepest": None, "lowest": None, "diverged": None, "points": []}

@@ -235,12 +235,11 @@ def _layouts(run: RunRecord, predicted: Predicted | None) -> list[Any]:
 
 
 def _saves(run: RunRecord) -> str:
-    saves = [line for line in run.lines if "checkpoint/blocked_s" in line]
-    if not saves:
+    blocked, total = run.values("checkpoint/blocked_s"), run.values("checkpoint/total_s")
+    if not blocked:
         return ""
-    blocked, total = ([line[f"checkpoint/{key}"] for line in saves] for key in ("blocked_s", "total_s"))
     return (
-        f"<p>{plural(len(saves), 'checkpoint')}, each of which blocked the training for "
+        f"<p>{plural(len(blocked), 'checkpoint')}, each of which blocked the training for "
         f"{statistics.median(blocked):.3f} s (median; longest {max(blocked):.3f} s) and was written in "
         f"{statistics.median(total):.2f} s.</p>"
     )

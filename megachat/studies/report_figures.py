@@ -56,7 +56,7 @@ def curve_figure(runs: Sequence[RunRecord], key: str, title: str) -> Any:
     go = import_plotly()
     figure, shown = go.Figure(), []
     for run, color in zip(runs, _COLORS, strict=False):
-        lines = [line for line in run.lines if isinstance(line.get(key), int | float) and _KEYS["seconds"] in line]
+        lines = [line for line in run.lines_with(key) if _KEYS["seconds"] in line]
         if len(lines) < 2:
             continue
         lines = thinned(lines)
@@ -85,7 +85,7 @@ def curve_figure(runs: Sequence[RunRecord], key: str, title: str) -> Any:
 def step_figure(run: RunRecord) -> Any:
     """Returns the step times with the slow steps marked (above 1.5 medians); None without steps."""
     go = import_plotly()
-    lines = [line for line in run.lines if isinstance(line.get("train/dt"), int | float)]
+    lines = run.lines_with("train/dt")
     if len(lines) < 2:
         return None
     median = statistics.median(line["train/dt"] for line in lines)

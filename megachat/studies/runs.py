@@ -52,9 +52,13 @@ class RunRecord:
     def step(self) -> int:
         return steps_recorded(list(self.lines))
 
+    def lines_with(self, key: str) -> list[dict]:
+        """Returns the lines that have a number for a metric, in order."""
+        return [line for line in self.lines if isinstance(line.get(key), int | float)]
+
     def values(self, key: str) -> list[float]:
         """Returns the recorded values of a metric, in order."""
-        return [line[key] for line in self.lines if isinstance(line.get(key), int | float)]
+        return [line[key] for line in self.lines_with(key)]
 
 
 def is_run(folder: Path) -> bool:
