@@ -9,11 +9,12 @@ flex_attention's kernel.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import sys
 from types import SimpleNamespace
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -26,7 +27,9 @@ from megachat.kernels.choice import AttentionChoice, choose_attention, choose_fp
 from megachat.kernels.cross_entropy import WHOLE, _ChunkedCrossEntropy
 from megachat.kernels.gradient_norm import torch_sum_of_squares
 from megachat.model.gpt import LOGIT_CAP, ModelOptions, Rotary, build_layers, last_logits, run_layers
+from megachat.optim.graph import UpdateGraph
 from megachat.optim.muon import Functions
+from megachat.parallel.without_compiler import AdamW
 from megachat.planning.dimensions import Dimensions
 from tests.unit.kernels.test_te import StandIn
 
@@ -181,6 +184,25 @@ def run_muon() -> None:
     expect(torch_sum_of_squares([gradient, weight]), (), torch.float32)
 
 
+def run_update_graph() -> None:
+    """AdamW's part of the captured update, in a call before the capture: rates and factor are on the GPU."""
+    flat = torch.nn.Parameter(*tensors_like((384,), dtype=torch.float32))
+    optimizer = AdamW([flat], fused=True)
+    adamw = MagicMock(optimizer=optimizer, param_groups=optimizer.param_groups, single_partition_of_fp32_groups=[flat])
+    adamw.averaged_gradients = {0: tensors_like((256,), (8, 16), dtype=torch.float32)}
+    muon = MagicMock(mesh=SimpleNamespace(device=CUDA, stage=SimpleNamespace(size=1)))
+
+    def fused_adamw(weights, gradients, *moments, lr, **numbers):  # torch knows no shapes of the kernel
+        *moments, none, steps = moments
+        for tensor in (*weights, *gradients, *itertools.chain(*moments)):
+            expect(tensor, (384,), torch.float32)
+        for tensor in (*steps, lr, *muon.update.call_args.args):
+            expect(tensor, (), torch.float32)
+
+    with patch.object(torch, "_fused_adamw_", fused_adamw):
+        UpdateGraph(adamw, muon).step(torch.tensor(0.5))
+
+
 def _on_cpu(function):
     """The function, without its argument `device`: a forgotten device=."""
     return lambda *args, device=None, **options: function(*args, **options)
@@ -214,7 +236,7 @@ def cases() -> dict:
     result |= {f"head {name}": (run_head, products) for name, products in heads.items()}
     result |= {f"model {name}": (run_model, name, "off", "torch") for name in ATTENTIONS}
     result |= {f"model {recipe} {backend}": (run_model, "auto", recipe, backend) for recipe, backend in BACKENDS}
-    return result | {"Muon's update": (run_muon,)}
+    return result | {"Muon's update": (run_muon,), "the captured update": (run_update_graph,)}
 
 
 def faults() -> dict:
@@ -236,6 +258,7 @@ def faults() -> dict:
         "a side that 16 does not divide": (unchecked, run_product, "tensorwise", "torch", 264),
         "a chunk of the head that 16 does not divide": (rows, run_head, fp8.TensorwiseHead, 250),
         "a scale on the CPU": (cpu_scale, run_product, "blockwise", "torch"),
+        "a rate on the CPU": (patch.object(torch, "zeros", _on_cpu(torch.zeros)), run_update_graph),
     }
 
 

@@ -5,6 +5,9 @@ from typing import Any
 
 import torch
 
+from megachat.optim.partition import MuonPartition
+from megachat.parallel.engine import ZeroAdamW
+
 EAGER_CALLS = 2  # before the capture: they compile kernels and make the libraries' workspaces
 
 
@@ -32,3 +35,51 @@ class StepGraph:
             with self._cuda.graph(self._graph, capture_error_mode="thread_local"):
                 function()
         self._graph.replay()
+
+
+class UpdateGraph:
+    """The update of Muon and AdamW, and what follows it, as one CUDA graph. For one data x tensor rank per pipeline
+    stage, because collectives are not captured.
+
+    DeepSpeed's ZeRO step makes a new gradient of each group and reads the clipping factor and the rates on the host.
+    Here each step copies AdamW's gradients to memory that stays, and factor and rates are 0-d float32 tensors. A rate
+    is rounded to float32; the rest is what ZeRO computes.
+    """
+
+    def __init__(self, adamw: ZeroAdamW, muon: MuonPartition, graph: StepGraph | None = None):
+        if muon.mesh.stage.size > 1:
+            raise ValueError(f"the exchange between {muon.mesh.stage.size} ranks of a stage cannot be captured")
+        self._adamw, self._muon, self._graph = adamw, muon, graph or StepGraph()
+        self._gradient_scale = torch.ones((), device=muon.mesh.device)
+        adamw.step_counters()  # creates AdamW's state
+        adamw.optimizer._warned_capturable_if_run_uncaptured = True  # the first calls are not captured, on purpose
+        for flat in adamw.single_partition_of_fp32_groups:
+            flat.grad = torch.zeros_like(flat)
+        for group in adamw.param_groups:
+            group["lr"], group["capturable"] = torch.zeros((), device=muon.mesh.device), True
+
+    def step(self, gradient_scale: float | torch.Tensor, after_update: Callable[[], object] | None = None) -> None:
+        """Does what MuonPartition.step and ZeroAdamW.apply do, with a gradient that is finite, then calls
+        `after_update`, which must be the same in every step."""
+        adamw = self._adamw
+        self._muon.begin_update()
+        for index, flat in enumerate(adamw.single_partition_of_fp32_groups):
+            gradients = [gradient.flatten() for gradient in adamw.averaged_gradients[index]]
+            torch._foreach_copy_(list(flat.grad.split([gradient.numel() for gradient in gradients])), gradients)
+            adamw.averaged_gradients[index] = None
+        adamw.zero_grad()
+        self._gradient_scale.fill_(gradient_scale)
+        self._graph.run(lambda: self._update(after_update))
+        self._muon.end_update()
+        adamw.overflow = False
+        adamw.loss_scaler.update_scale(False)
+
+    def _update(self, after_update: Callable[[], object] | None) -> None:
+        """Does the work on the device; nothing but tensors changes."""
+        self._muon.update(self._gradient_scale)
+        for flat in self._adamw.single_partition_of_fp32_groups:
+            flat.grad.mul_(self._gradient_scale)
+        self._adamw.optimizer.step()
+        self._adamw.refresh_weights()
+        if after_update:
+            after_update()

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from megachat.kernels.gradient_norm import SumOfSquares
+from megachat.optim.graph import UpdateGraph
 from megachat.optim.partition import MuonPartition
 from megachat.optim.row_tables import RowTables
 from megachat.parallel.collectives import all_reduce
@@ -52,6 +53,7 @@ def optimizer_step(
     mesh: Mesh,
     sum_of_squares: SumOfSquares,
     *,
+    graph: UpdateGraph | None = None,
     requests: Requests = NO_REQUESTS,
     before_update: Callable[[], object] | None = None,
     after_update: Callable[[], object] | None = None,
@@ -60,9 +62,10 @@ def optimizer_step(
 ) -> StepOutcome:
     """Updates the weights with the reduced gradients, or skips the step on all ranks; all ranks call it.
 
-    requests: of this rank; the all-reduce of the norm carries them. inspect_gradients: called when all gradients are
-    reduced, and not yet clipped or discarded. before_update: called before the first weight or state changes, on all
-    ranks or, in a skipped step, on none. after_update: called then too, when AdamW's weights are gathered.
+    graph: replays the updates of Muon and AdamW, and after_update. requests: of this rank; the all-reduce of the norm
+    carries them. inspect_gradients: called when all gradients are reduced, and not yet clipped or discarded.
+    before_update: called before the first weight or state changes, on all ranks or, in a skipped step, on none.
+    after_update: called then too, when AdamW's weights are gathered.
     inspect_discarded: called in a skipped step only, before the gradients are discarded.
     """
     loss_scale = adamw.loss_scale
@@ -93,10 +96,13 @@ def optimizer_step(
         if adamw.clip_grad > 0:
             gradient_scale = gradient_scale / ((norm + 1e-6) / adamw.clip_grad).clamp_min(1.0)
         rows.step(gradient_scale)
-        muon.step(gradient_scale)
-        adamw.apply(scaled_norm)
-        if after_update:
-            after_update()
+        if graph:
+            graph.step(gradient_scale, after_update)
+        else:
+            muon.step(gradient_scale)
+            adamw.apply(scaled_norm)
+            if after_update:
+                after_update()
     else:  # 4. Otherwise no rank changes a weight or a state; float16's loss scale decreases.
         if inspect_discarded:
             inspect_discarded()

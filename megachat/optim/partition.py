@@ -16,7 +16,6 @@ import torch
 from megachat.kernels.gradient_norm import SumOfSquares, torch_sum_of_squares
 from megachat.optim.bucket_memory import BucketMemory
 from megachat.optim.exchange import Result
-from megachat.optim.graph import StepGraph
 from megachat.optim.matrix import Matrix
 from megachat.optim.muon import Functions, orthogonalization_dtype, second_moment_shape
 from megachat.optim.partition_plan import make_plan
@@ -43,8 +42,7 @@ class MuonPartition:
     parameters: float32, by name: the local matrices of this tensor rank, equal on all data ranks. Their storage is
     replaced: they become views of buckets, bfloat16 if compute_dtype is bfloat16, else float32. matrices: the same
     names, with whole shapes. gradient_wire: dtype in which gradients are sent. bfloat16 gradients are summed in
-    float32 and in rank order. One data rank sends and rounds nothing. graph: replays the update; for one rank per
-    stage, because the exchange is not captured.
+    float32 and in rank order. One data rank sends and rounds nothing.
 
     Hooks collect the gradients during backward and set `grad` to None. A missing gradient counts as zero. The caller
     begins each Phase of a step; start_async_reduce() is optional: without it, all reduces start after backward. Before
@@ -65,13 +63,10 @@ class MuonPartition:
         layers_per_bucket: int | None = None,
         squares: SumOfSquares = torch_sum_of_squares,
         functions: Functions | None = None,
-        graph: StepGraph | None = None,
     ):
         self.mesh, self._squares, self._functions = mesh, squares, functions or Functions()
         self.plan = make_plan(matrices, mesh.data.size, tensor=mesh.tensor.size, layers_per_bucket=layers_per_bucket)
         _validate(parameters, matrices, mesh.tensor.size, gradient_wire)
-        if graph and mesh.stage.size > 1:
-            raise ValueError(f"the exchange between {mesh.stage.size} ranks of a stage cannot be captured")
         if len(set(all_gather_objects(self.plan.digest, mesh.stage, name="Muon plans compared"))) > 1:
             raise RuntimeError(
                 "the ranks of a pipeline stage planned different Muon partitions: their parameters or settings differ"
@@ -98,7 +93,6 @@ class MuonPartition:
         self._lr = {matrix.multiplier: torch.zeros((), device=device) for matrix in self.plan.matrices}
         self._weight_decay, self._momentum = torch.zeros((), device=device), torch.zeros((), device=device)
         self._beta2 = torch.tensor(beta2, dtype=torch.float32, device=device)
-        self._graph, self._gradient_scale = graph, torch.ones((), device=device)
         self._begin_step()
         self._move_into_buckets(parameters)
 
@@ -223,17 +217,21 @@ class MuonPartition:
     def step(self, gradient_scale: float | torch.Tensor) -> None:
         """Updates the masters with the reduced gradients times `gradient_scale` and starts the gathers of the weights.
         The gathers follow the order of the forward pass; buckets without exchange come first."""
+        self.begin_update()
+        self.update(gradient_scale)
+        self.end_update()
+
+    def begin_update(self) -> None:
+        """Returns when update() may change the weights."""
         self._require("step", Phase.REDUCED)
         self.wait_for_gather()  # gathers of the previous step still read the weights
-        if self._graph is None:
-            self._update(gradient_scale)
-        else:
-            self._gradient_scale.fill_(gradient_scale)
-            self._graph.run(lambda: self._update(self._gradient_scale))
+
+    def end_update(self) -> None:
+        """Ends the step after update()."""
         self._begin_step()
         self.matrices_updated = len(self._second_moment)
 
-    def _update(self, gradient_scale: float | torch.Tensor) -> None:
+    def update(self, gradient_scale: float | torch.Tensor) -> None:
         """Does the work of step() on the device. On one rank per stage it changes nothing but tensors."""
         sent, returned = [], []
         for bucket in reversed(self._buckets):

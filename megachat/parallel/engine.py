@@ -1,7 +1,7 @@
 """DeepSpeed as megachat uses it: one PipelineEngine for every layout, in float32 mode, with ZeRO-1 for AdamW only.
 
-Only this file, instructions.py and optim/joint.py use DeepSpeed's private names. Each one is listed in PRIVATE_NAMES
-and checked at import.
+Only this file, instructions.py, optim/joint.py and optim/graph.py use DeepSpeed's private names. Each one is listed in
+PRIVATE_NAMES and checked at import.
 """
 
 import contextlib

@@ -122,7 +122,8 @@ def _stage_memory(
     parameters = stage_parameters(plan.dims, plan.stages[stage], dtype) if plan.dims.ngram else []
     rows = row_bytes(config, plan, parameters, dtype)
     update = _muon_workspace(state, narrow)
-    kept = update if config.precision.optimizer_graph else 0  # a CUDA graph keeps its memory
+    # a CUDA graph keeps its memory, and AdamW's gradients are copied to where it reads them
+    kept = update + 4 * state.adamw_shard if config.precision.optimizer_graph else 0
     tables, beside = rows.masters + rows.moments, on_gpu and rows.on_host
     return Memory(
         stage,

@@ -33,7 +33,12 @@ def timed_step(training: TrainingModel, rows: torch.Tensor) -> dict[str, float]:
         synchronize(device)
         begin = time.perf_counter()
         outcome = optimizer_step(
-            training.engine.adamw, training.muon, training.rows, training.mesh, training.kernels.norm.sum_of_squares
+            training.engine.adamw,
+            training.muon,
+            training.rows,
+            training.mesh,
+            training.kernels.norm.sum_of_squares,
+            graph=training.graph,
         )
         synchronize(device)
         spent = time.perf_counter() - begin

@@ -33,7 +33,7 @@ class PrecisionConfig(Section):
         most=Most(2**16, "no device has that much memory for the logits alone"),
     )
     optimizer_graph: bool = setting(
-        False, "replay Muon's update as a CUDA graph; needs a GPU and one rank per pipeline stage"
+        False, "replay the update of Muon and AdamW as a CUDA graph; needs a GPU and one rank per pipeline stage"
     )
     fp8: Literal["off", "tensorwise", "blockwise"] = setting(
         "off", "train in FP8 with one scale per tensor or per tile of 128 numbers; needs bfloat16"

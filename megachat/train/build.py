@@ -22,7 +22,7 @@ from megachat.kernels.fp8 import apply_fp8, head_products
 from megachat.model.gpt import Loss, ModelOptions, build_layers, layer_builders
 from megachat.model.ngram import NgramTable
 from megachat.model.parameters import initialize, placed_parameters
-from megachat.optim.graph import StepGraph
+from megachat.optim.graph import UpdateGraph
 from megachat.optim.groups import (
     adamw_groups,
     assign_groups,
@@ -66,6 +66,7 @@ class TrainingModel:
     compute_dtype: torch.dtype
     dtype_reason: str
     kernels: Kernels
+    graph: UpdateGraph | None  # of the optimizers, with precision.optimizer_graph
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,6 @@ def build_training_model(
         beta2=config.optimizer.muon_beta2,
         squares=kernels.norm.sum_of_squares,
         functions=compiled_functions(mode) if config.precision.compile else None,
-        graph=StepGraph() if config.precision.optimizer_graph else None,
     )
     products = head_products(kernels.fp8 if config.precision.fp8_head else None, plan.dims, mesh.tensor.size)
     if config.precision.compile:
@@ -145,7 +145,8 @@ def build_training_model(
     )
     if config.precision.compile:
         apply_compile(layers, mode)
-    return TrainingModel(config, plan, mesh, layers, engine, muon, rows, dtype, reason, kernels)
+    graph = UpdateGraph(engine.adamw, muon) if precision.optimizer_graph else None
+    return TrainingModel(config, plan, mesh, layers, engine, muon, rows, dtype, reason, kernels, graph)
 
 
 def agreed_head_chunk(config: Config, plan: Plan, mesh: Mesh, dtype: torch.dtype) -> int:

@@ -49,7 +49,11 @@ def set_schedules(run: TrainingModel, step: int) -> float:
     plan = run.plan
     values = scheduled_values(run.config.optimizer, step, plan.steps)
     for group in run.engine.adamw.param_groups:
-        group["lr"] = plan.rates[_RATE_OF_GROUP[group["name"]]] * values.multiplier(_RATE_OF_GROUP[group["name"]])
+        rate = plan.rates[_RATE_OF_GROUP[group["name"]]] * values.multiplier(_RATE_OF_GROUP[group["name"]])
+        if run.graph:
+            group["lr"].fill_(rate)  # the tensor that the graph reads
+        else:
+            group["lr"] = rate
     run.muon.set_hyper(
         lr=plan.rates["matrix"] * values.multiplier("matrix"),
         weight_decay=plan.weight_decay * values.decay,
@@ -91,6 +95,7 @@ def update(
             run.rows,
             run.mesh,
             run.kernels.norm.sum_of_squares,
+            graph=run.graph,
             requests=requests,
             before_update=before_update,
             after_update=clip if limit else None,

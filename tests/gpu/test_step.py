@@ -1,4 +1,4 @@
-"""What only a GPU has in a step: rows staged beside it, Muon's update as a CUDA graph, and waits of the host."""
+"""What only a GPU has in a step: rows staged beside it, the update as a CUDA graph, and waits of the host."""
 
 import numpy as np
 import pytest
@@ -29,22 +29,27 @@ def test_staged_rows_are_those_of_their_step_while_the_gpu_is_behind(device):
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_captured_update_is_equal_to_the_bit(compute, compiled, mesh):  # noqa: F811
-    """Muon's part alone: its inputs are equal as long as the weights are, so one more bit would show in the loss."""
+    """The same update with the graph, and without a capture."""
     weights = []
-    for graph in (False, True):
+    for captured in (False, True):
         torch.manual_seed(0)
-        precision = {"compute": compute, "compile": compiled, "optimizer_graph": graph, "attention": "sdpa"}
+        precision = {"compute": compute, "compile": compiled, "optimizer_graph": True, "attention": "sdpa"}
         config = small_config(precision=precision, optimizer={"clip_norm": 0.2})
         training = build_training_model(config, resolve(config, 1, SMALL_VOCAB), mesh, torch.ones(SMALL_VOCAB).long())
-        generator = torch.Generator(mesh.device).manual_seed(1)
+        if not captured:
+            training.graph._graph.run = lambda function: function()
+        generator, adamw = torch.Generator(mesh.device).manual_seed(1), training.engine.adamw
         for step in range(6):  # gradients of the test, because those of a model on a GPU are not reproducible
             set_schedules(training, step)
             for bucket in training.muon._buckets:
                 bucket.gradients.normal_(generator=generator)
             training.muon._phase = Phase.REDUCED  # start_reduce() would clear what no hook has collected
-            training.muon.step(torch.tensor(0.5**step))
+            for index, flat in enumerate(adamw.single_partition_of_fp32_groups):
+                adamw.averaged_gradients[index] = [torch.empty_like(flat).normal_(generator=generator)]
+            training.graph.step(torch.tensor(0.5**step))
         training.muon.wait_for_gather()
-        weights.append([bucket.weights.clone() for bucket in training.muon._buckets])
+        masters = [flat.clone() for flat in adamw.single_partition_of_fp32_groups]
+        weights.append([bucket.weights.clone() for bucket in training.muon._buckets] + masters)
         loss, _, skipped = take_step(training, random_rows(9, 12, 161, SMALL_VOCAB))
         assert np.isfinite(loss) and not skipped
     assert all(map(torch.equal, *weights))

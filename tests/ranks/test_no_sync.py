@@ -4,7 +4,10 @@ On a CPU the same operations run, so the test needs no GPU. A read of a tensor's
 shape depends on values, and a copy to the CPU are waits there.
 """
 
+import dataclasses
+import functools
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,11 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import megachat.train.step as step_module
+from megachat.optim.graph import StepGraph, UpdateGraph
 from megachat.train.build import Run
-from megachat.train.step import train_step
+from megachat.train.step import set_schedules, train_step
 from tests.harness import run_ranks
 from tests.oracle import ROWS, TOKENS
-from tests.training import SMALL_VOCAB, build, random_rows, rows_of_rank, small_config
+from tests.training import SMALL_VOCAB, build, random_rows, rows_of_rank, small_config, take_step, whole_state
+from tests.unit.optim.test_graph import FakeCuda
 
 # (file, function, operation) -> why the step may wait there, or why it does not wait on a GPU
 WAITS = {
@@ -148,6 +153,67 @@ def test_the_host_waits_for_the_device_only_where_that_is_listed(case):
     assert set(WAITS) - {one for one in WAITS if one[2] == "to"} <= noted, "a wait that is gone stays listed"
     if changes is TABLES:
         assert set(WAITS_OF_TABLES) <= noted
+
+
+class WatchedCuda(FakeCuda):
+    """Notes what makes the host wait during a capture."""
+
+    def __init__(self):
+        super().__init__()
+        self.noted: list = []
+
+    @contextmanager
+    def graph(self, graph, capture_error_mode):
+        with Operations(self.noted), Reads(self.noted), super().graph(graph, capture_error_mode):
+            yield
+
+
+def spoil(adamw) -> None:
+    adamw.local_gradients()[0].view(-1)[:1].fill_(torch.inf)
+
+
+def updated():
+    """The state after six steps, the fourth with a gradient that is not finite: as ZeRO does the update, with a graph,
+    and with a graph and rates that are no tensors. Also the captures, the replays, and what made the host wait in the
+    captures, of the graphs."""
+    states, graphs = [], []
+    for case in ("ZeRO", "graph", "rates"):
+        training = build(small_config(**GRAPH), SMALL_VOCAB)
+        if case != "ZeRO":
+            graphs.append(WatchedCuda())
+            of_cuda = UpdateGraph(training.engine.adamw, training.muon, StepGraph(graphs[-1]))
+            training = dataclasses.replace(training, graph=of_cuda)
+        adamw = training.engine.adamw
+        for step in range(6):
+            set_schedules(training, step)
+            for group in adamw.param_groups if case == "ZeRO" else ():
+                group["lr"] = torch.tensor(group["lr"]).item()  # rounded to float32
+            for group in adamw.param_groups if case == "rates" else ():
+                group["lr"] = torch.tensor(group["lr"].item())  # another tensor in each step
+            how = {"inspect_gradients": functools.partial(spoil, adamw)} if step == 3 else {}
+            *_, skipped = take_step(training, random_rows(step, ROWS, TOKENS, SMALL_VOCAB), **how)
+            assert skipped == (step == 3)
+        states.append(whole_state(training))
+    differences = [
+        [name for name in states[0] if not torch.equal(states[0][name], other[name])] for other in states[1:]
+    ]
+    return differences, [(one.captures, one.replays, one.noted) for one in graphs]
+
+
+GRAPH = {
+    "parallel": {"pipeline": 2},
+    "precision": {"compute": "bfloat16"},
+    "optimizer": {"clip_norm": 0.2, "qk_clip": 2.0, "warmup_steps": 8},  # every step has another rate
+    "model": {"norm_scales": SCALES},
+    "ngram": {"blocks": (0, 2), "rows": 60},
+    "batch": {"micro_rows": 4},
+}
+
+
+def test_the_update_as_a_graph_waits_for_nothing_and_is_equal_to_the_bit():
+    for (of_graph, of_fault), graphs in run_ranks(updated, 2):
+        assert of_graph == [] and graphs == [(1, 3, [])] * 2
+        assert of_fault, "a rate in another tensor is noticed"
 
 
 def test_what_waits_is_noticed():

@@ -17,6 +17,7 @@ FAULTS = {
     "a block mask on the CPU": "operands and mask of flex_attention are on ",
     "positions on the CPU": "at least two devices, cuda:0 and cpu",
     "a scale on the CPU": "at least two devices, cuda:0 and cpu",
+    "a rate on the CPU": "on cpu, expected torch.float32 () on cuda:0",
     "a second factor by rows": "mat2 must be col_major",
     "a second factor of the head by rows": "mat2 must be col_major",
     "a side that 16 does not divide": "to be divisible by 16, but got self.size(1)=264",

@@ -1,6 +1,9 @@
-"""Muon's update as a CUDA graph, emulated on a CPU: a replay repeats the recorded operations on the recorded memory."""
+"""Muon's update as a CUDA graph, emulated on a CPU: a replay repeats the recorded operations on the recorded memory.
+tests/ranks/test_no_sync.py does so with the whole update.
+"""
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from megachat.errors import UserError
 from megachat.kernels.choice import choose_kernels
-from megachat.optim.graph import EAGER_CALLS, StepGraph
+from megachat.optim.graph import EAGER_CALLS, StepGraph, UpdateGraph
 from megachat.optim.muon import Functions, momentum_update
 from megachat.parallel.mesh import Axis
 from megachat.planning.plan import resolve
@@ -60,8 +63,8 @@ class Recording(TorchDispatchMode):
 
 def trained(compute, cuda=None, functions=None):
     """Weights, momentum and second moments after steps whose gradients, rates, momentum and scale all change."""
-    graph = StepGraph(cuda) if cuda else None
-    parameters, partition = _build(compute, graph=graph, functions=functions)
+    graph, gradient_scale = StepGraph(cuda), torch.ones(())
+    parameters, partition = _build(compute, functions=functions)
     for step in range(STEPS):
         _backward(parameters, 1.0 + step)
         partition.set_hyper(0.02 / (1 + step), 0.1 * step, 0.8 + 0.02 * step)
@@ -70,8 +73,14 @@ def trained(compute, cuda=None, functions=None):
         if step == 4:
             partition.discard_gradients()
             continue
-        partition.step(torch.tensor(0.5**step) if step % 2 else 0.5**step)
-        assert partition.matrices_updated == len(MATRICES)
+        if cuda is None:
+            partition.step(torch.tensor(0.5**step) if step % 2 else 0.5**step)
+            continue
+        partition.begin_update()
+        gradient_scale.fill_(0.5**step)
+        graph.run(lambda: partition.update(gradient_scale))
+        partition.end_update()
+    assert partition.matrices_updated == len(MATRICES)
     partition.wait_for_gather()
     state = [view for shard in partition.state_shards() for _, _, view in shard.rectangles]
     return [*(parameter.detach() for parameter in parameters.values()), *state]
@@ -103,8 +112,4 @@ def test_what_cannot_be_captured_is_refused():
         choose_kernels(pipeline, resolve(pipeline, 2, 97), torch.device("cpu"))
     two = ALONE.__class__(**vars(ALONE) | {"stage": Axis("stage", 2, 0, None, (0, 1))})
     with pytest.raises(ValueError, match="2 ranks of a stage cannot be captured"):
-        from megachat.optim.partition import MuonPartition
-
-        MuonPartition(
-            {}, [], two, compute_dtype=torch.float32, gradient_wire=torch.float32, beta2=0.9, graph=StepGraph()
-        )
+        UpdateGraph(None, SimpleNamespace(mesh=two))
