@@ -94,7 +94,8 @@ def add_arguments(parser: Parser) -> None:
         help="checkpoint: on the storage to measure (default: a temporary folder); lookup, recipe: of the runs",
     )
     option("--variants", help="lookup, recipe: names of variants (default: the usual ones)")
-    option("--seeds", default="1 2 3", help="lookup, recipe: seeds of the initial weights (default '1 2 3')")
+    seeds = "lookup, recipe: seeds of the initial weights (default '1 2 3'); recipe: '' trains nothing and times only"
+    option("--seeds", default="1 2 3", help=seeds)
     option(
         "--minutes",
         type=float,

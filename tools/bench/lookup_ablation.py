@@ -31,7 +31,7 @@ from megachat.job.local_ranks import set_options
 from megachat.planning.memory import memory_of_stages
 from megachat.planning.plan import resolve
 from megachat.prepare.lookup_allocation import sample_documents
-from megachat.studies.curves import student_95
+from megachat.studies.curves import interval_of_ratios, student_95
 from megachat.studies.metrics import read_metrics
 from megachat.text import text_table
 from megachat.train.build import build_training_model
@@ -124,7 +124,10 @@ def bench_lookup(arguments: Namespace) -> dict:
 
 
 def ablation_result(arguments: Namespace, runs: list[dict], ratios: dict) -> dict:
-    """Returns the result of an ablation; prints its table, and draws the curves into --out."""
+    """Returns the result of an ablation; prints its table, and draws the curves into --out. Without runs: of times."""
+    if not runs:
+        log_line("\n".join(times_table(ratios)))
+        return {"what": "time per token, relative to none", "variants": ratios}
     result = {"what": f"bits per byte on {arguments.data}", "variants": summarize(runs, ratios), "runs": runs}
     log_line("\n".join(ablation_table(result["variants"])))
     if arguments.out:
@@ -195,14 +198,15 @@ def collect_run(run: Path) -> dict:
 
 
 def time_variants(arguments: Namespace, variants: Sequence[str]) -> dict[str, dict]:
-    """Returns for each variant the seconds of a step, its ratio to the baseline, and the estimated bytes of a rank.
+    """Returns for each variant the seconds of a step, their ratio to the baseline's, the same per token with its
+    interval (studies.curves.interval_of_ratios), and the estimated bytes of a rank.
 
     All variants take turns on the first rows of the training text, whose frequencies decide what a lookup costs. With
     one thread (OMP_NUM_THREADS=1) on a CPU these are processor seconds, which other work on the machine disturbs less.
     """
     device, tokenizer = choose_device(bootstrap_environment()), load_tokenizer(arguments.tokenizer)
     mesh = start_mesh(load_config(arguments.config, settings_of(arguments, BASELINE, seed=1)), device)
-    actions, memory = {}, {}
+    actions, memory, tokens = {}, {}, {}
     for name in variants:
         config = load_config(arguments.config, settings_of(arguments, name, seed=1))
         plan = resolve(config, 1, tokenizer.vocab_size)
@@ -211,6 +215,7 @@ def time_variants(arguments: Namespace, variants: Sequence[str]) -> dict[str, di
             plan = resolve(config, 1, tokenizer.vocab_size, with_allocation(plan.dims.lookup, allocation))
         training = build_training_model(config, plan, mesh, torch.from_numpy(tokenizer.token_bytes()))
         set_schedules(training, 0)
+        tokens[name] = plan.tokens_per_step
         rows = first_rows(arguments.data, tokenizer, (plan.rows_per_step, plan.dims.sequence_len + 1))
         actions[name] = lambda training=training, rows=rows: update(training, rows)[0].item()
         memory[name] = sum(
@@ -220,11 +225,16 @@ def time_variants(arguments: Namespace, variants: Sequence[str]) -> dict[str, di
     seconds = time_in_turn(actions, arguments.rounds, time.process_time if alone else time.perf_counter)
     ratios = {name: round_ratios(values, seconds[BASELINE]) for name, values in seconds.items()}
     baseline = statistics.median(seconds[BASELINE])
+    per_token = {
+        name: interval_of_ratios([ratio * tokens[BASELINE] / tokens[name] for ratio in values])
+        for name, values in ratios.items()
+    }
     return {
         name: {
             "step_s": baseline * statistics.median(ratios[name]),
             "ratio": statistics.median(ratios[name]),
             "ratios": ratios[name],
+            "per_token": per_token[name],
             "estimated_bytes": memory[name],
         }
         for name in variants
@@ -289,11 +299,21 @@ def _verdict(mean: float, error: float | None, seeds: int) -> str:
     return "better" if mean < 0 else "worse"
 
 
+def _time(variant: Mapping) -> str:
+    """Returns the time per token relative to the baseline's, with its interval."""
+    ratio = variant["per_token"]
+    return f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
+
+
+def times_table(variants: Mapping[str, Mapping]) -> list[str]:
+    """Returns one line per variant: the time per token relative to the baseline's, with its 95 % interval."""
+    rows = [(name, _time(variant), variant["per_token"].verdict) for name, variant in variants.items()]
+    return text_table([("variant", "time per token", "verdict"), *rows], right=(1,))
+
+
 def ablation_table(variants: Mapping[str, Mapping]) -> list[str]:
     """Returns one line per variant: bits per byte, difference to the baseline, and what it costs."""
-    rows = [
-        ("variant", "seeds", "bits per byte", "difference to none", "verdict", "step time", "FLOPs", "parameters", "MB")
-    ]
+    rows = [("variant", "seeds", "bits per byte", "difference to none", "verdict", "time", "FLOPs", "parameters", "MB")]
     reference = variants[BASELINE]
     for name, variant in variants.items():
         rows.append(
@@ -303,7 +323,7 @@ def ablation_table(variants: Mapping[str, Mapping]) -> list[str]:
                 _with_error(*variant["bpb"]),
                 "" if name == BASELINE else _with_error(*variant["difference"], "+"),
                 "" if name == BASELINE else _verdict(*variant["difference"], variant["seeds"]),
-                f"{variant['ratio']:.2f}" if "ratio" in variant else "",
+                _time(variant) if "per_token" in variant else "",
                 f"{variant['flops'] / reference['flops']:.3f}",
                 f"{variant['parameters']['total']:,}",
                 f"{variant.get('estimated_bytes', variant['peak_bytes']) / 1e6:,.0f}",

@@ -3,6 +3,8 @@ equal tokens, and the time of a step.
 
 All variants train in one process, one after the other, on the same rows in the same order, and are validated on the
 rows that follow them: nothing but the settings and the seed of the weights differs, and no start-up is paid.
+
+    OMP_NUM_THREADS=1 python tools/bench.py recipe --seeds "" --rounds 41      # trains nothing, times steps in turn
 """
 
 import functools
@@ -38,7 +40,10 @@ _POINTS = 4  # of each curve
 
 def bench_recipe(arguments: Namespace) -> dict:
     """Trains what is not in --folder yet, times steps, prints the table, and draws the curves into --out."""
-    if not arguments.folder:
+    seeds = [int(seed) for seed in arguments.seeds.split()]
+    if not seeds and not arguments.rounds:
+        raise UserError("--seeds names no seed and --rounds is 0: there is nothing to do")
+    if not arguments.folder and seeds:
         raise UserError("--folder is missing: name a folder for the results; what is there is not trained again")
     names = [BASELINE, *RECIPE, "bigram-trigram", "together"]
     if arguments.variants:
@@ -48,8 +53,7 @@ def bench_recipe(arguments: Namespace) -> dict:
     arguments = Namespace(**vars(arguments) | {"set": [*RECIPE_SIZE, *arguments.set]})
     device, tokenizer = choose_device(bootstrap_environment()), load_tokenizer(arguments.tokenizer)
     mesh = start_mesh(load_config(arguments.config, arguments.set), device)
-    folder, train = Path(arguments.folder), functools.partial(train_in_process, arguments, tokenizer, mesh)
-    seeds = [int(seed) for seed in arguments.seeds.split()]
+    folder, train = Path(arguments.folder or ""), functools.partial(train_in_process, arguments, tokenizer, mesh)
     runs = [train_once(arguments, folder, name, seed, train) for seed in seeds for name in names]
     ratios = time_variants(arguments, names) if arguments.rounds else {}
     return ablation_result(arguments, runs, ratios)

@@ -10,19 +10,23 @@ import pytest
 from megachat.config import load_config
 from megachat.errors import UserError
 from megachat.planning.plan import resolve
+from megachat.studies.curves import Ratio
 from tests.runs.job import ROOT
 from tools.bench import lookup_ablation
 from tools.bench.lookup_ablation import (
     RECIPE,
     RECIPE_SIZE,
     VARIANTS,
+    ablation_result,
     ablation_table,
     bench_lookup,
     settings_of,
     summarize,
+    times_table,
     train_variant,
 )
 from tools.bench.lookup_picture import draw_curves, plot_curves
+from tools.bench.recipe_ablation import bench_recipe
 from tools.bench.turns import time_in_turn
 
 FINAL = {("none", 1): 2.0, ("none", 2): 2.2, ("lzw", 1): 1.9, ("lzw", 2): 2.0}
@@ -71,13 +75,21 @@ def arguments(folder, **changes) -> Namespace:
 
 
 def test_differences_are_paired_by_seed():
-    variants = summarize([run_of(*key) for key in FINAL], {"lzw": {"step_s": 3.0, "ratio": 1.5}})
+    times = {"step_s": 3.0, "ratio": 1.5, "per_token": Ratio(1.5, 1.25, 1.75)}
+    variants = summarize([run_of(*key) for key in FINAL], {"lzw": times})
     assert variants["none"]["bpb"] == pytest.approx((2.2, 0.1))
     assert variants["none"]["difference"] == pytest.approx((0, 0))
     assert variants["lzw"]["difference"] == pytest.approx((-0.15, 0.05))  # -0.1 and -0.2
     assert [point["bpb"] for point in variants["lzw"]["curve"]] == pytest.approx([2.25, 2.1, 2.05])
     header, none, lzw = ablation_table(variants)
-    assert "-0.1500 +- 0.0500  cannot tell" in lzw and "1.50" in lzw and "+-" in none and header.startswith("variant")
+    assert (
+        "-0.1500 +- 0.0500  cannot tell" in lzw
+        and "1.500 (1.250 to 1.750)" in lzw
+        and "+-" in none
+        and header.startswith("variant")
+    )
+    assert times_table({"lzw": times})[1].split() == "lzw 1.500 (1.250 to 1.750) worse".split()
+    assert ablation_result(arguments(None), [], {"lzw": times})["variants"] == {"lzw": times}, "times alone"
 
 
 @pytest.mark.parametrize(
@@ -143,6 +155,8 @@ def test_a_finished_run_is_not_repeated_and_other_settings_are_refused(tmp_path,
 def test_refusals(changes, message, tmp_path):
     with pytest.raises(UserError, match=message):
         bench_lookup(arguments(**({"folder": tmp_path} | changes)))
+    with pytest.raises(UserError, match="there is nothing to do"):
+        bench_recipe(arguments(tmp_path, seeds="", variants=None))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
