@@ -58,6 +58,9 @@ layout_ranks() {
     echo "$ranks"
 }
 
+# Runs deepspeed or torchrun in place of the script. Ctrl-C while it is imported ends it with one line.
+start_launcher() { exec python -m megachat.job.launcher_process "$@"; }
+
 use_venv() { command -v "$1" >/dev/null || PATH="$root/.venv/bin:$PATH"; }
 
 # Gives the ranks that the script starts a new secret, unless the user gave them one (docs/multinode.md).

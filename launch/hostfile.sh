@@ -23,6 +23,11 @@ if [ -n "${MEGACHAT_SECRET_FILE:-}" ]; then
     for file in ~/.deepspeed_env .deepspeed_env; do [ ! -f "$file" ] || awk 1 "$file"; done >"$DS_ENV_FILE"
     echo "MEGACHAT_SECRET_FILE=$(locate "$MEGACHAT_SECRET_FILE")" >>"$DS_ENV_FILE"
 fi
+# pdsh passes the words to a shell on each host, where brackets and quotes would be lost; deepspeed quotes those with blanks
+words=()
+for word in "$@"; do
+    case $word in *" "*) words+=("$word") ;; *) words+=("$(printf %q "$word")") ;; esac
+done
 # force_multi: with a single host in the file, deepspeed would otherwise train on this machine, whatever its name
-exec deepspeed --quiet --force_multi --hostfile "$hostfile" ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} \
-    --master_port "$port" launch/pretrain.py --config "$config" "$@"
+start_launcher deepspeed --quiet --force_multi --hostfile "$hostfile" ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} \
+    --master_port "$port" launch/pretrain.py --config "$config" ${words[@]+"${words[@]}"}

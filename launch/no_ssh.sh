@@ -13,6 +13,6 @@ hostfile=$(locate "$1") node_rank=$2 address=$3 config=$(locate "$4")
 shift 4
 python launch/check_hosts.py --no_ssh --node_rank "$node_rank" -- "$hostfile"
 hostfile=$(plain_hostfile "$hostfile")
-exec deepspeed --quiet --no_ssh --hostfile "$hostfile" --node_rank "$node_rank" \
+start_launcher deepspeed --quiet --no_ssh --hostfile "$hostfile" --node_rank "$node_rank" \
     --master_addr "$address" --master_port "${MASTER_PORT:-29500}" \
     launch/pretrain.py --config "$config" "$@"

@@ -28,5 +28,5 @@ if ! command -v nvidia-smi >/dev/null; then
     RANKS=${RANKS:-$ranks}
 fi
 port=$(master_port)
-exec deepspeed --quiet ${RANKS:+--num_accelerators "$RANKS"} --master_port "$port" \
+start_launcher deepspeed --quiet ${RANKS:+--num_accelerators "$RANKS"} --master_port "$port" \
     launch/pretrain.py --config "$config" "$@"

@@ -18,5 +18,5 @@ shift 2
 [ -z "${TENSOR:-}" ] || set -- --set parallel.tensor="$TENSOR" "$@"
 [ "${NODES:-1}" != 1 ] || share_secret # several machines: docs/multinode.md
 if command -v nvidia-smi >/dev/null; then RANKS=${RANKS:-gpu}; fi
-exec torchrun --nnodes "${NODES:-1}" --nproc-per-node "${RANKS:-1}" --rdzv-backend c10d --rdzv-endpoint "$endpoint" \
+start_launcher torchrun --nnodes "${NODES:-1}" --nproc-per-node "${RANKS:-1}" --rdzv-backend c10d --rdzv-endpoint "$endpoint" \
     --rdzv-id "${JOB:-megachat}" launch/pretrain.py --config "$config" "$@"

@@ -33,7 +33,8 @@ def add_arguments(parser: Parser) -> None:
     add("--ranks", type=int, help="on this machine, with --hostfile for CORE only; default: all GPUs, 2 without GPUs")
     add("--hostfile", type=Path, metavar="FILE", help="train on these hosts, over ssh; CORE runs on this one")
     add("--dry-run", action="store_true", help="print stages, plan, time and price; start nothing")
-    add("--gpus", metavar="8xH100", help="with --dry-run: the machine; default 8xH100, with a small --depth this one")
+    machine = "with --dry-run: the machine; default 8xH100, or by --hostfile or --ranks; with a small --depth this one"
+    add("--gpus", metavar="8xH100", help=machine)
     add("--price", type=float, help=f"with --dry-run: of a GPU-hour, in any currency (default {PRICE:g})")
     add_set(parser)
 
@@ -69,25 +70,39 @@ def run(options: argparse.Namespace) -> int:
 
     def start_ranks(arguments: list[str]) -> int:
         if options.hostfile and arguments[0] == "pretrain":
-            return start_on_hosts(options.hostfile, arguments)
+            return start_on_hosts(options.hostfile, [*arguments, *passed_on(options)])
         return run_with_deepspeed([*arguments, *passed_on(options)], options.ranks)
 
     if not options.dry_run:
         return run_speedrun(speedrun, start_here, start_ranks)
-    machine, price = options.gpus or (None if small else "8xH100"), options.price or PRICE
-    print(describe(speedrun, price if machine else None) + "\n", flush=True)
-    wanted = ["--gpus", machine, "--price", str(price)] if machine else ["--world", str(options.ranks or 2)]
+    machine = _planned_machine(options, small)
+    print(describe(speedrun, options.price or PRICE if "--gpus" in machine else None) + "\n", flush=True)
     chosen = [word for setting in speedrun.settings for word in ("--set", setting)]
-    return start_here(["plan", "--config", str(speedrun.config_file), *chosen, *wanted])
+    return start_here(["plan", "--config", str(speedrun.config_file), *chosen, *machine])
+
+
+def _planned_machine(options: argparse.Namespace, small: bool) -> list[str]:
+    """Returns the options of `megachat plan` that name the machine. Raises UserError."""
+    from megachat.job.hosts import parse_hostfile
+
+    hosts = parse_hostfile(options.hostfile) if options.hostfile else []
+    slots = [host.slots for host in hosts] or [options.ranks or (2 if small else 8)]
+    if small and not options.gpus:
+        return ["--world", str(sum(slots))]
+    if len(set(slots)) > 1 and not options.gpus:
+        raise UserError(f"the hosts of {options.hostfile} have different slots: name the machine of the plan by --gpus")
+    nodes = f"{len(slots)}x" if len(slots) > 1 else ""
+    return ["--gpus", options.gpus or f"{nodes}{slots[0]}xH100", "--price", str(options.price or PRICE)]
 
 
 def _refuse_without_effect(options: argparse.Namespace) -> None:
     """Raises UserError for options that would be ignored."""
+    from megachat.job.hosts import parse_hostfile
     from megachat.programs.speedrun import SMALL_DEPTH
 
     check_price(options.price)
-    if options.hostfile and not options.hostfile.is_file():
-        raise UserError(f"--hostfile {options.hostfile} is no file: write one as in launch/hostfile.example")
+    if options.hostfile:
+        parse_hostfile(options.hostfile)  # its mistakes are reported before a download, too
     if options.data and options.shards:
         raise UserError("--shards are downloaded, but --data gives a folder that exists: give one of the two")
     for name in ("gpus", "price"):

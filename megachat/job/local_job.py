@@ -4,9 +4,10 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
+from collections.abc import Mapping
 
 from megachat.job.launch import free_port
+from megachat.job.launcher_process import launcher_line
 from megachat.job.links import secret_for_ranks
 
 
@@ -21,8 +22,13 @@ def run_with_deepspeed(arguments: list[str], ranks: int | None = None) -> int:
         environment["DS_ACCELERATOR"] = "cpu"  # otherwise the launcher searches for an accelerator and warns
     count = ["--num_accelerators", str(ranks)] if ranks else []
     port = os.environ.get("MASTER_PORT") or str(free_port())
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", *count, "--master_port", port]
-    process = subprocess.Popen([*launcher, "--module", "megachat", *arguments], env=environment)
+    launcher = [*launcher_line("deepspeed"), "--quiet", *count, "--master_port", port]
+    return run_launcher([*launcher, "--module", "megachat", *arguments], environment)
+
+
+def run_launcher(line: list[str], environment: Mapping[str, str]) -> int:
+    """Runs a launcher and returns its exit status. Ctrl-C and SIGTERM are left to it: its ranks save first."""
+    process = subprocess.Popen(line, env=environment)
     # The terminal sends Ctrl-C to the launcher, too, which ends after the ranks have saved.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))

@@ -2,8 +2,8 @@
 
 import importlib.util
 import json
+import os
 import shlex
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from megachat.errors import UserError
 from megachat.evals.core_bundle import open_bundle
 from megachat.files import write_atomically
 from megachat.installation import CHECKOUT, config_folder
+from megachat.job.local_job import run_launcher
 from megachat.prepare.download import HUB_SOURCES, shard_names
 from megachat.prepare.tokenizer_training import check_vocabulary
 from megachat.studies.record import build_record, core_problems, recipe_of, record_text
@@ -109,7 +110,9 @@ def stages(speedrun: Speedrun) -> Iterator[Stage]:
     if config.evaluate.core_bundle:
         open_bundle(config.evaluate.core_bundle)  # refused before days of training
     folder, tokenizer = Path(config.data.folder), Path(config.data.tokenizer)
-    if config.model.vocab_size and not (tokenizer / METADATA_FILE).exists():
+    if config.model.vocab_size is None:
+        raise UserError("model.vocab_size is null, but the tokenizer needs a size: leave it as the recipe has it")
+    if not (tokenizer / METADATA_FILE).exists():
         there = split_shards(open_shards(folder), "train") if speedrun.shards is None else ()
         check_vocabulary(config.model.vocab_size, there)
     if speedrun.shards is None:
@@ -212,6 +215,8 @@ def describe(speedrun: Speedrun, price: float | None = None) -> str:
         lines.append(f"download: {plural(missing, 'shard')} of climbmix, {size}; the bundle of CORE, once")
     several = f"; {speedrun.runs} runs take {speedrun.runs} times that" if speedrun.runs > 1 else ""
     lines.append(f"the plan is of one run, without data, tokenizer and CORE{several}")
+    if not (Path(speedrun.config.data.tokenizer) / METADATA_FILE).exists():
+        lines.append("a tokenizer that is missing there is made by its stage")
     if price:
         lines.append(f"its price is in the currency of --price, {price:g} per GPU-hour")
     return "\n".join(lines)
@@ -226,4 +231,4 @@ def start_on_hosts(hostfile: Path, arguments: Sequence[str]) -> int:
         raise UserError("--hostfile needs launch/hostfile.sh, which is in a clone of megachat only: use a clone")
     config, *rest = arguments[2:]
     script = CHECKOUT / "launch" / "hostfile.sh"
-    return subprocess.run(["bash", str(script), str(hostfile.resolve()), config, *rest]).returncode
+    return run_launcher(["bash", str(script), str(hostfile.resolve()), config, *rest], os.environ)

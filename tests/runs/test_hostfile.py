@@ -96,14 +96,16 @@ def test_every_script_helps_before_anything_is_installed(path, tmp_path):
 
 @pytest.fixture
 def stubs(tmp_path):
-    """A folder with a deepspeed that prints its arguments, and all that the scripts may use without GPUs."""
+    """A folder with a python that prints a launcher's arguments, and all that the scripts may use without GPUs."""
     folder = tmp_path / "stubs"
     folder.mkdir()
     for name in "bash dirname sed head tail tr mktemp od".split():
         (folder / name).symlink_to(shutil.which(name))
-    (folder / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-    (folder / "deepspeed").write_text('#!/bin/sh\necho "$DS_ACCELERATOR" "$@"\n')
-    for name in ("python", "deepspeed"):
+    launcher = 'megachat.job.launcher_process) shift 3; echo "$DS_ACCELERATOR${TEST:+${#MEGACHAT_SECRET}}" "$@"; exit'
+    (folder / "python").write_text(f'#!/bin/sh\ncase "$2" in {launcher} ;; esac\nexec {sys.executable} "$@"\n')
+    for name in ("deepspeed", "torchrun"):  # searched only
+        (folder / name).write_text("")
+    for name in ("python", "deepspeed", "torchrun"):
         (folder / name).chmod(0o755)
     return folder
 
@@ -134,8 +136,6 @@ def test_what_each_script_starts_on_a_machine_without_gpus(stubs):
 
 
 def test_what_torchrun_starts_on_each_machine(stubs):
-    (stubs / "torchrun").write_text('#!/bin/sh\necho "${#MEGACHAT_SECRET} $*"\n')
-    (stubs / "torchrun").chmod(0o755)
     line = [stubs / "bash", ROOT / "launch/torchrun.sh", "worker-1:29400", "x.json", "--set", "log.every=2"]
     meet = "--rdzv-backend c10d --rdzv-endpoint worker-1:29400 --rdzv-id"
     program, last = "launch/pretrain.py --config x.json", "--set log.every=2"
@@ -144,7 +144,7 @@ def test_what_torchrun_starts_on_each_machine(stubs):
         ({"NODES": "2", "RANKS": "4", "JOB": "b"}, f"0 --nnodes 2 --nproc-per-node 4 {meet} b", ""),
         ({"NODES": "2", "TENSOR": "2"}, f"0 --nnodes 2 --nproc-per-node 1 {meet} megachat", "--set parallel.tensor=2"),
     ):
-        done = subprocess.run(line, env={"PATH": str(stubs)} | variables, capture_output=True, text=True)
+        done = subprocess.run(line, env={"PATH": str(stubs), "TEST": "1"} | variables, capture_output=True, text=True)
         assert (done.stdout.split(), done.stderr) == (f"{start} {program} {layout} {last}".split(), "")
 
 

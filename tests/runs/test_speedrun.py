@@ -16,11 +16,13 @@ from megachat.files import is_locked
 from megachat.programs.speedrun import RECIPES, Speedrun, describe, run_speedrun, settings_of_depth, stages
 from megachat.studies.metrics import read_metrics
 from tests.runs.job import begin, finish, metrics, until
+from tests.runs.network import two_hosts, why_not
 from tests.runs.warm import Launcher
 from tests.unit.evals.bundle import THREE, write_bundle
 from tools.prepare_data import main as prepare
 
 STEPS, SAVED = 30, 10
+REASON = why_not()
 WORDS = "the old river carried small boats past seven quiet towns while people on its banks sang about rain".split()
 SIZES = {
     "model": {"aspect_ratio": 16, "head_size": 16, "sequence_len": 64, "vocab_size": 300},
@@ -88,6 +90,19 @@ def test_the_script_continues_after_a_kill_and_ends_with_a_record(options, runs,
             cli._run(["speedrun", *options, "--set", setting])
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(REASON is not None, reason=str(REASON))
+def test_two_hosts_train_and_the_first_evaluates(options, tmp_path):
+    with two_hosts(tmp_path) as network:
+        both = network.hostfile("both", "host-a slots=1\nhost-b slots=1\n")
+        more = ["--hostfile", both, "--set", f"run.folder={tmp_path}/runs", "--set", 'model.norm_scales=["mlp"]']
+        done = finish(network.warm("host-a", [sys.executable, "-m", "megachat", "speedrun", *options, *more]))
+        assert done.status == 0 and network.processes("pretrain.py") == [], done.out + done.err
+    run = tmp_path / "runs" / "speedrun-megachat-d3-1"
+    record = (tmp_path / "runs" / "speedrun-megachat-d3.record.md").read_text()
+    assert len(metrics(run)) and "| hardware | 2 ranks on 2 nodes, " in record and '"mlp"' in record
+
+
 def speedrun(options: list[str], **more) -> Speedrun:
     parsed = cli.build_parser("speedrun", "speedrun").parse_args(options)
     places = [f"data.folder={parsed.data}", f"data.tokenizer={parsed.tokenizer}"]
@@ -139,6 +154,24 @@ def test_a_tokenizer_of_other_data_is_beside_it(options, capsys):
     assert "record: runs/speedrun-megachat-d3.record.md\n" in out
 
 
+def test_the_plan_is_of_the_hosts(tmp_path, monkeypatch, capsys):
+    planned, hosts = [], tmp_path / "hosts"
+    monkeypatch.setattr(cli, "start", lambda name, arguments, prog: planned.append(arguments) or 0)
+    line = ["speedrun", "--dry-run", "--hostfile", str(hosts), "--set", "data.tokenizer=none"]
+    hosts.write_text("a slots=4\nb slots=4\n")
+    for more in ([], ["--gpus", "4xH100"], ["--depth", "3"]):
+        options = cli.build_parser("speedrun", "").parse_args([*line[1:], *more])
+        assert cli._module("speedrun").run(options) == 0
+    assert [words[-4:] for words in planned[:2]] == [
+        ["--gpus", machine, "--price", "3.0"] for machine in ("2x4xH100", "4xH100")
+    ]
+    assert planned[2][-2:] == ["--world", "8"]
+    for text, problem in {"a slots=4\nb slots=2\n": "different slots", "a slot=4": "line 1: .*NAME slots=N"}.items():
+        hosts.write_text(text)
+        with pytest.raises(UserError, match=problem):
+            cli._module("speedrun").run(cli.build_parser("speedrun", "").parse_args(line[1:]))
+
+
 def test_bad_input(options, tmp_path):
     with pytest.raises(UserError, match="none does not exist"):
         cli._run(["speedrun", "--data", str(tmp_path / "none")])
@@ -146,11 +179,12 @@ def test_bad_input(options, tmp_path):
         cli._run(["speedrun", "--runs", "0"])
     for words, problem in {
         "--data here --shards 3": "--shards are downloaded, but --data gives a folder that exists",
-        "--hostfile nowhere": "--hostfile nowhere is no file: write one as in launch/hostfile.example",
+        "--hostfile nowhere": "the hostfile nowhere cannot be read .*see launch/hostfile.example",
         "--gpus 8xH100": "--gpus is for a plan only: add --dry-run",
         "--price 2": "--price is for a plan only",
         "--price 2 --dry-run --depth 3": "depth 3 is planned for this CPU: give --gpus, too",
         "--dry-run --set model.vocab_size=100": "a vocabulary of 100 tokens is too small",
+        "--dry-run --set model.vocab_size=null": "model.vocab_size is null, but the tokenizer needs a size",
     }.items():
         with pytest.raises(UserError, match=problem):
             cli._run(["speedrun", *words.split()])

@@ -297,9 +297,11 @@ def test_a_supervisor_of_one_host_gives_its_ranks_a_secret(hosts, given, monkeyp
 @pytest.mark.parametrize("script", ["run.sh config", "mpirun.sh hostfile config", "slurm.sbatch config"])
 def test_scripts_that_start_all_ranks_give_them_a_secret(script, given, tmp_path):
     """Programs of the same names stand in for the launchers."""
-    for name in ("deepspeed", "mpirun", "srun"):
-        (tmp_path / name).write_text('#!/bin/sh\nprintf "%s|%s" "$MEGACHAT_SECRET" "$*"\n')
-    for name in ("python", "scontrol"):
+    shown = 'printf "%s|%s" "$MEGACHAT_SECRET" "$*"'
+    for name in ("mpirun", "srun"):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{shown}\n")
+    (tmp_path / "python").write_text(f'#!/bin/sh\n[ "$2" != megachat.job.launcher_process ] || {shown}\n')
+    for name in ("deepspeed", "scontrol"):  # the first one is searched only
         (tmp_path / name).write_text("#!/bin/sh\n")
     for path in tmp_path.iterdir():
         path.chmod(0o755)
@@ -314,15 +316,28 @@ def test_scripts_that_start_all_ranks_give_them_a_secret(script, given, tmp_path
 
 
 def test_the_hosts_of_a_hostfile_get_the_secrets_file_and_never_the_secret(tmp_path):
-    (tmp_path / "deepspeed").write_text('#!/bin/sh\ncat "$DS_ENV_FILE"\n')
-    (tmp_path / "python").write_text("#!/bin/sh\n")
-    for path in tmp_path.iterdir():
-        path.chmod(0o755)
+    shown = """cat "$DS_ENV_FILE"; printf "%s\\n" "$*" | sed 's/.*config //'"""
+    launcher = f'#!/bin/sh\n[ "$2" != megachat.job.launcher_process ] || {{ {shown}; }}\n'
+    (tmp_path / "python").write_text(launcher)
+    (tmp_path / "deepspeed").write_text("")  # searched only
+    for name in ("python", "deepspeed"):
+        (tmp_path / name).chmod(0o755)
     (tmp_path / ".deepspeed_env").write_text("OTHER=1")
     variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
-    line = ["bash", ROOT / "launch/hostfile.sh", "hosts", "config"]
+    line = [
+        "bash",
+        ROOT / "launch/hostfile.sh",
+        "hosts",
+        "config",
+        "--set",
+        'norms=["mlp"]',
+        "--set",
+        'prompts=["a b"]',
+    ]
     how = {"cwd": ROOT, "capture_output": True, "text": True}
     done = subprocess.run(line, env=variables | {"MEGACHAT_SECRET_FILE": "/etc/secret"}, **how)
-    assert done.stdout.splitlines() == ["OTHER=1", "MEGACHAT_SECRET_FILE=/etc/secret"], done.stderr
+    *variables_of_hosts, words = done.stdout.splitlines()
+    assert variables_of_hosts == ["OTHER=1", "MEGACHAT_SECRET_FILE=/etc/secret"], done.stderr
+    assert words == r"""--set norms=\[\"mlp\"\] --set prompts=["a b"]""", "deepspeed quotes what has blanks"
     done = subprocess.run(line, env=variables | {"MEGACHAT_SECRET": "0123456789abcdef"}, **how)
     assert done.returncode == 2 and done.stderr.startswith("error: pdsh would show MEGACHAT_SECRET: put it into a file")
