@@ -153,8 +153,8 @@ def shard_range(shards: list[Shard], first: int, last: int) -> list[Shard]:
         there = f"the folder has {min(numbered)} to {max(numbered)}" if numbered else "no name there ends with a number"
         listed = ", ".join(missing) + ", ..." * (len(missing) == _LISTED)
         raise UserError(
-            f"of the shards {first}-{last}, {listed} are not in {folder} ({there}): download what is missing, or "
-            "give another range"
+            f"{folder} lacks shard{'s' * (len(missing) > 1)} {listed} of {first}-{last} ({there}): download what is "
+            "missing, or give another range"
         )
     chosen = [numbered[number] for number in range(first, last + 1)]
     if shards[-1] in chosen:

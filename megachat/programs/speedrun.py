@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megachat.config import Config, load_config
-from megachat.data.shards import check_data_folder, open_shards, split_shards
+from megachat.data.shards import check_data_folder, open_shards, shard_hashes, split_shards
 from megachat.data.tokenizer import METADATA_FILE, load_origin, load_tokenizer
 from megachat.errors import UserError
 from megachat.evals.core_bundle import open_bundle
@@ -18,7 +18,7 @@ from megachat.installation import CHECKOUT, config_folder
 from megachat.job.local_job import run_launcher
 from megachat.prepare.download import HUB_SOURCES, shard_names
 from megachat.prepare.tokenizer_training import check_vocabulary
-from megachat.studies.record import build_record, core_problems, recipe_of, record_text
+from megachat.studies.record import build_record, core_problems, recipe_of, record_text, shard_problems
 from megachat.studies.runs import is_run, load_run
 from megachat.text import plural
 
@@ -116,7 +116,10 @@ def stages(speedrun: Speedrun) -> Iterator[Stage]:
         there = split_shards(open_shards(folder), "train") if speedrun.shards is None else ()
         check_vocabulary(config.model.vocab_size, there)
     if speedrun.shards is None:
-        yield Stage("data", str(check_data_folder(folder)), [])
+        summary = str(check_data_folder(folder))
+        if problems := shard_problems(shard_hashes(folder)["shards"]):  # before a training whose record is refused
+            raise UserError("\n".join(f"{folder}: {problem}" for problem in problems))
+        yield Stage("data", summary, [])
     else:  # the command itself keeps what is complete
         shards = str(speedrun.shards)
         yield Stage("data", "", ["data", "--source", "climbmix", "--shards", shards, "--out", str(folder)])

@@ -184,18 +184,28 @@ def _shards(run: RunRecord) -> tuple[dict[str, Any], list[str]]:
     problems = []
     if any(start["shards"] != shards for start in starts):
         problems.append("it was resumed with other shards: train it again with one data folder")
+    problems += [f"{problem}, and train again" for problem in shard_problems(shards)]
+    return {"shards": shards, "source": starts[-1].get("source")}, problems
+
+
+def shard_problems(shards: Mapping[str, str | None]) -> list[str]:
+    """Returns one sentence for each reason for which a record does not accept the shards of a data folder.
+
+    shards: name -> SHA-256, None if it is unknown, as data.shards.shard_hashes returns them.
+    """
+    problems = []
     if unknown := [name for name, digest in shards.items() if not digest]:
         problems.append(
             f"{len(unknown)} of its shards have no hash ({unknown[0]}): prepare the folder with `megachat data`, which "
-            "writes a manifest, and train again"
+            "writes a manifest"
         )
     numbers = [int(match[1]) for name in list(shards)[:-1] if (match := _SHARD.fullmatch(name))]
     if gaps := sorted(set(range(numbers[0], numbers[-1])) - set(numbers)) if numbers else []:
         problems.append(
             f"shard_{gaps[0]:05d}.parquet is missing in the middle of its training shards, {numbers[0]} to "
-            f"{numbers[-1]}: others cannot repeat the run; prepare the folder again and train again"
+            f"{numbers[-1]}, so that others cannot repeat the run: prepare the folder again"
         )
-    return {"shards": shards, "source": starts[-1].get("source")}, problems
+    return problems
 
 
 def _starts_with(run: RunRecord, key: str) -> list[Mapping[str, Any]]:

@@ -175,6 +175,14 @@ def test_the_plan_is_of_the_hosts(tmp_path, monkeypatch, capsys):
 def test_bad_input(options, tmp_path):
     with pytest.raises(UserError, match="none does not exist"):
         cli._run(["speedrun", "--data", str(tmp_path / "none")])
+    data, gap = Path(options[options.index("--data") + 1]), tmp_path / "gap"
+    gap.mkdir()
+    for number in (0, 2, 9):
+        (gap / f"shard_{number:05d}.parquet").symlink_to(data / "shard_00000.parquet")
+    with pytest.raises(
+        UserError, match="gap: 3 of its shards have no hash .*\n.*gap: shard_00001.parquet is missing in"
+    ):
+        cli._run(["speedrun", "--depth", "3", "--data", str(gap)])
     with pytest.raises(UserError, match="--runs is 0"):
         cli._run(["speedrun", "--runs", "0"])
     for words, problem in {

@@ -99,9 +99,9 @@ def test_a_stated_range_of_shards_is_what_it_learns_from_and_is_recorded(tmp_pat
     assert "another tokenizer" in refused(capsys, "--data", data, "--shards", "0-2", "--vocab-size", 270, "--out", out)
     (data / "shard_00002.parquet").unlink()
     for given, words in {
-        "0-3": f"of the shards 0-3, 2 are not in {data} (the folder has 0 to 4): download what is missing, or give",
-        "3-6": "of the shards 3-6, 5, 6 are not in",
-        "3-999999999": "5, 6, 7, 8, 9, 10, ... are not in",
+        "0-3": f"{data} lacks shard 2 of 0-3 (the folder has 0 to 4): download what is missing, or give",
+        "3-6": "lacks shards 5, 6 of 3-6",
+        "3-999999999": "lacks shards 5, 6, 7, 8, 9, 10, ... of 3-999999999",
         "3-4": "shard_00004.parquet is the last shard of its folder, which is for validation",
         "3-1": "--shards is '3-1', but must be two numbers of shards in order, such as 0-7",
         "0:3": "--shards is '0:3', but must be",
