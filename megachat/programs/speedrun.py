@@ -217,9 +217,7 @@ def describe(speedrun: Speedrun, price: float | None = None) -> str:
         size = f"about {missing * SHARD_BYTES / 1e9:.1f} GB (nanochat's shards have about 100 MB)"
         lines.append(f"download: {plural(missing, 'shard')} of climbmix, {size}; the bundle of CORE, once")
     several = f"; {speedrun.runs} runs take {speedrun.runs} times that" if speedrun.runs > 1 else ""
-    lines.append(f"the plan is of one run, without data, tokenizer and CORE{several}")
-    if not (Path(speedrun.config.data.tokenizer) / METADATA_FILE).exists():
-        lines.append("a tokenizer that is missing there is made by its stage")
+    lines.append(f"the plan is of one run, without CORE, and without data and tokenizer, which are made before{several}")
     if price:
         lines.append(f"its price is in the currency of --price, {price:g} per GPU-hour")
     return "\n".join(lines)

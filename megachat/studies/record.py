@@ -252,7 +252,7 @@ def _differences(gathered: Sequence[Mapping[str, Any]]) -> list[str]:
             if other[key] != first[key]:
                 one, two = (_short(each, key, first, other) for each in (first, other))
                 problems.append(
-                    f"{first['run']} and {other['run']} have different values of {name} ({one}; {two}): a record has "
+                    f"{first['run']} and {other['run']} differ in {name} ({one}; {two}): a record has "
                     "runs of one recipe, code, data and machine"
                 )
         same = [key for key in ("minutes", "bpb", "core") if other[key] == first[key]]

@@ -208,7 +208,7 @@ def test_runs_of_different_tokenizers_are_refused(make):
         parts["environment"][0]["tokenizer"]["fingerprint"] = parts["core"]["core"]["tokenizer"] = HASH["b"]
 
     one = make()
-    with pytest.raises(UserError, match="different values of tokenizer .a{12}; b{12}"):
+    with pytest.raises(UserError, match="differ in tokenizer .a{12}; b{12}"):
         recorded(one, make("two", 121.0, another))
     with pytest.raises(UserError, match="is given twice"):
         recorded(one, one)
