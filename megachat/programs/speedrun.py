@@ -217,7 +217,9 @@ def describe(speedrun: Speedrun, price: float | None = None) -> str:
         size = f"about {missing * SHARD_BYTES / 1e9:.1f} GB (nanochat's shards have about 100 MB)"
         lines.append(f"download: {plural(missing, 'shard')} of climbmix, {size}; the bundle of CORE, once")
     several = f"; {speedrun.runs} runs take {speedrun.runs} times that" if speedrun.runs > 1 else ""
-    lines.append(f"the plan is of one run, without CORE, and without data and tokenizer, which are made before{several}")
+    lines.append(
+        f"the plan is of one run, without CORE, and without data and tokenizer, which are made before{several}"
+    )
     if price:
         lines.append(f"its price is in the currency of --price, {price:g} per GPU-hour")
     return "\n".join(lines)
