@@ -26,7 +26,7 @@ def run_with_deepspeed(arguments: list[str], ranks: int | None = None) -> int:
     return run_launcher([*launcher, "--module", "megachat", *arguments], environment)
 
 
-def run_launcher(line: list[str], environment: Mapping[str, str]) -> int:
+def run_launcher(line: list[str], environment: Mapping[str, str] | None = None) -> int:
     """Runs a launcher and returns its exit status. Ctrl-C and SIGTERM are left to it: its ranks save first."""
     process = subprocess.Popen(line, env=environment)
     # The terminal sends Ctrl-C to the launcher, too, which ends after the ranks have saved.

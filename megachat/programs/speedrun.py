@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -234,4 +233,4 @@ def start_on_hosts(hostfile: Path, arguments: Sequence[str]) -> int:
         raise UserError("--hostfile needs launch/hostfile.sh, which is in a clone of megachat only: use a clone")
     config, *rest = arguments[2:]
     script = CHECKOUT / "launch" / "hostfile.sh"
-    return run_launcher(["bash", str(script), str(hostfile.resolve()), config, *rest], os.environ)
+    return run_launcher(["bash", str(script), str(hostfile.resolve()), config, *rest])
