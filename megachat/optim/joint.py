@@ -96,13 +96,7 @@ def optimizer_step(
         if adamw.clip_grad > 0:
             gradient_scale = gradient_scale / ((norm + 1e-6) / adamw.clip_grad).clamp_min(1.0)
         rows.step(gradient_scale)
-        if graph:
-            graph.step(gradient_scale, after_update)
-        else:
-            muon.step(gradient_scale)
-            adamw.apply(scaled_norm)
-            if after_update:
-                after_update()
+        _update(adamw, muon, graph, gradient_scale, scaled_norm, after_update)
     else:  # 4. Otherwise no rank changes a weight or a state; float16's loss scale decreases.
         if inspect_discarded:
             inspect_discarded()
@@ -111,3 +105,21 @@ def optimizer_step(
         adamw.apply(torch.full_like(scaled_norm, torch.inf))
     requests = Requests(*(ranks > 0 for ranks in requested))
     return StepOutcome(norm.item() if finite else math.inf, not finite, requests, loss_scale)
+
+
+def _update(
+    adamw: ZeroAdamW,
+    muon: MuonPartition,
+    graph: UpdateGraph | None,
+    gradient_scale: float | torch.Tensor,
+    scaled_norm: torch.Tensor,
+    after_update: Callable[[], object] | None,
+) -> None:
+    """Updates the weights of both optimizers, which `graph` replays. Then calls after_update."""
+    if graph:
+        graph.step(gradient_scale, after_update)
+        return
+    muon.step(gradient_scale)
+    adamw.apply(scaled_norm)
+    if after_update:
+        after_update()
