@@ -306,9 +306,16 @@ def _time(variant: Mapping) -> str:
 
 
 def times_table(variants: Mapping[str, Mapping]) -> list[str]:
-    """Returns one line per variant: the time per token relative to the baseline's, with its 95 % interval."""
-    rows = [(name, _time(variant), variant["per_token"].verdict) for name, variant in variants.items()]
-    return text_table([("variant", "time per token", "verdict"), *rows], right=(1,))
+    """Returns one line per variant: the time per token relative to the baseline's, with its 95 % interval, and slower
+    or faster if that is beyond 1. With fewer than six rounds the interval is narrower, and nothing is said.
+    """
+    words = {"better": "faster", "worse": "slower"}
+    rows = [("variant", "time per token", "verdict")]
+    for name, variant in variants.items():
+        certain = name != BASELINE and len(variant["ratios"]) >= 6
+        verdict = variant["per_token"].verdict if certain else ""
+        rows.append((name, _time(variant), words.get(verdict, verdict)))
+    return text_table(rows, right=(1,))
 
 
 def ablation_table(variants: Mapping[str, Mapping]) -> list[str]:

@@ -75,7 +75,7 @@ def arguments(folder, **changes) -> Namespace:
 
 
 def test_differences_are_paired_by_seed():
-    times = {"step_s": 3.0, "ratio": 1.5, "per_token": Ratio(1.5, 1.25, 1.75)}
+    times = {"step_s": 3.0, "ratio": 1.5, "ratios": [1.5] * 6, "per_token": Ratio(1.5, 1.25, 1.75)}
     variants = summarize([run_of(*key) for key in FINAL], {"lzw": times})
     assert variants["none"]["bpb"] == pytest.approx((2.2, 0.1))
     assert variants["none"]["difference"] == pytest.approx((0, 0))
@@ -88,7 +88,8 @@ def test_differences_are_paired_by_seed():
         and "+-" in none
         and header.startswith("variant")
     )
-    assert times_table({"lzw": times})[1].split() == "lzw 1.500 (1.250 to 1.750) worse".split()
+    assert times_table({"lzw": times})[1].split() == "lzw 1.500 (1.250 to 1.750) slower".split()
+    assert times_table({"lzw": times | {"ratios": [1.5] * 5}})[1].endswith(")"), "too few for a verdict"
     assert ablation_result(arguments(None), [], {"lzw": times})["variants"] == {"lzw": times}, "times alone"
 
 
