@@ -63,6 +63,13 @@ def is_tensor_shard(parameter: nn.Parameter) -> bool:
     return getattr(parameter, _IS_SHARD, False)
 
 
+def is_counted_copy(parameter: nn.Parameter, tensor_rank: int) -> bool:
+    """Returns whether the parameter counts on this rank of the tensor axis where each element counts once: of what the
+    axis does not cut, only the copy of rank 0 does.
+    """
+    return tensor_rank == 0 or is_tensor_shard(parameter)
+
+
 def mark_partial_over_tensor(parameter: nn.Parameter) -> None:
     """Marks a replicated parameter that sees this tensor rank's tokens only: its gradients must be summed over the
     tensor axis.

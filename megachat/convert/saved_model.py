@@ -13,7 +13,7 @@ from megachat.convert.reader import CheckpointReader
 from megachat.convert.tokenizers import load_tokenizer_of
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError
-from megachat.files import CHECKPOINTS
+from megachat.files import CAPSULES, CHECKPOINTS
 from megachat.planning.plan import Layout, Plan, resolve
 from megachat.planning.sizes import resolve_dimensions
 
@@ -65,7 +65,7 @@ def open_saved_model(
         )
     of_others = reader.format in ("nanochat", "huggingface")
     run_folder = folder if of_others else folder.parent
-    if run_folder.name == CHECKPOINTS and not of_others:
+    if run_folder.name in (CHECKPOINTS, CAPSULES) and not of_others:
         run_folder = run_folder.parent
     layout = Layout(**reader.facts.get("layout", {"data": 1, "tensor": 1, "pipeline": 1}))
     training = resolve(config_from_values(settings, str(folder)), layout.world, dims.vocab_size, dims.lookup)

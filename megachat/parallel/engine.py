@@ -28,7 +28,7 @@ from megachat.parallel.deepspeed_version import check_deepspeed
 from megachat.parallel.instructions import ForwardAndBackward, recorded
 from megachat.parallel.mesh import Mesh
 from megachat.parallel.without_compiler import AdamW
-from megachat.place import is_partial_over_tensor, is_tensor_shard
+from megachat.place import is_counted_copy, is_partial_over_tensor
 
 # What we rely on beyond DeepSpeed's documented interface: methods that we call or override, and attributes that its
 # methods use.
@@ -101,7 +101,7 @@ class ZeroAdamW(DeepSpeedZeroOptimizer):
         for index, parameters in enumerate(self.params_in_partition):
             gradients = [g for g in self.averaged_gradients[index] if not getattr(g, "_zero_padding", False)]
             for gradient, parameter in zip(gradients, parameters, strict=False):  # drops trailing padding
-                if is_tensor_shard(parameter) or self.mesh.tensor.rank == 0:
+                if is_counted_copy(parameter, self.mesh.tensor.rank):
                     local.append(gradient)
         return local
 

@@ -75,6 +75,8 @@ def evaluate(request: EvaluationRequest) -> dict | None:
         limit = row_limit(plan.dims, saved.config.evaluate)
         check_questions(bundle, saved.tokenizer, limit, request.max_per_task)
     data = check_data(saved.config, least_shards=1) if request.bpb is not None else None
+    if request.out is None and "capsule" in saved.reader.facts:
+        raise UserError(f"{saved.reader.folder} is a capsule and no checkpoint of its run: give --out FILE")
     out = request.out or results_path(saved.run_folder, saved.step)
     if environment.rank == 0:
         check_writable(out)

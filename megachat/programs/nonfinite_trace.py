@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 
 def tensor_facts(tensor: torch.Tensor) -> dict:
@@ -55,6 +55,13 @@ class Culprit:
     tokens: torch.Tensor | None
 
 
+def _alias(value: Any) -> Any:
+    """Returns a view of a tensor that has a gradient. The gradient of the view is what one module contributes to it,
+    or gets, however many modules use the tensor.
+    """
+    return value.view_as(value) if isinstance(value, torch.Tensor) and value.requires_grad else value
+
+
 def _floats(values: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
 
@@ -95,20 +102,21 @@ class Trace:
                 handle.remove()
 
     def _entered(self, name: str):
-        def entered(module: nn.Module, args, kwargs) -> None:
+        def entered(module: nn.Module, args, kwargs) -> tuple:
             if not (self._forward or self._passed or _finite(inputs := _floats((args, kwargs)))):
                 self._passed = name, inputs
+            return tree_map(_alias, (args, kwargs))
 
         return entered
 
     def _finished(self, name: str):
-        def finished(module: nn.Module, args, kwargs, output) -> None:
-            if self._forward:
-                return
+        def finished(module: nn.Module, args, kwargs, output) -> Any:
+            output = tree_map(_alias, output)
             inputs, outputs = _floats((args, kwargs)), _floats(output)
-            if _finite(inputs) and not _finite(outputs):
+            if not self._forward and _finite(inputs) and not _finite(outputs):
                 self._forward = self._forward_culprit(name, module, inputs, outputs)
             self._watch_gradients(_Visit(module, name), inputs, outputs)
+            return output
 
         return finished
 
@@ -140,7 +148,7 @@ class Trace:
 
         for tensors, note in ((outputs, of_output), (inputs, of_input)):
             for tensor in tensors:
-                if tensor.requires_grad and not isinstance(tensor, nn.Parameter):
+                if tensor.requires_grad:
                     tensor.register_hook(note)
 
     @property

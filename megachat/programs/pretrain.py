@@ -314,6 +314,7 @@ def _open_metrics(run: Run, state: LoopState) -> Metrics:
         run.config.log,
         writes=run.is_writer,
         first_step=state.step,
+        rewinds=state.rewinds,
         trains=state.step < run.plan.stop_step,
         steps=run.plan.steps,
         run_name=run.folder.name,

@@ -26,7 +26,7 @@ from megachat.files import write_json
 from megachat.job.join import start_mesh
 from megachat.model.parameters import starting_value
 from megachat.parallel.rectangles import TensorShard, flat_rectangles
-from megachat.place import Place, place_of
+from megachat.place import Place, is_counted_copy, place_of
 from megachat.planning.dimensions import up_to_multiple
 from megachat.planning.layouts import layout_name
 from megachat.planning.plan import resolve_without_text
@@ -126,9 +126,8 @@ def gradient_pieces(training: TrainingModel) -> dict:
     train.step.update. Over all ranks, each element exists once."""
     shares, row_gradients = training.engine.adamw.gradient_shares(), training.rows.gradient_shards()
     pieces = _live_gradients(training, shares, row_gradients)
-    if training.mesh.tensor.rank:
-        pieces = {name: piece for name, piece in pieces.items() if name not in _replicated(training)}
-    return _copied(pieces)
+    copies = _names_of_copies(training)
+    return _copied({name: piece for name, piece in pieces.items() if name not in copies})
 
 
 def _live_gradients(training: TrainingModel, shares: list[torch.Tensor], row_gradients: list[TensorShard]) -> dict:
@@ -159,10 +158,10 @@ def _copied(pieces: dict) -> dict:
     }
 
 
-def _replicated(training: TrainingModel) -> set[str]:
-    """Returns the names of the parameters of which each rank of the tensor axis has a copy."""
-    fragments = training.engine.adamw.fragments()
-    return {place_of(parameter).name for parameter, *_ in fragments if place_of(parameter).cut == "whole"}
+def _names_of_copies(training: TrainingModel) -> set[str]:
+    """Returns the names of the parameters of which this rank has a copy, and tensor rank 0 the one that counts."""
+    fragments, rank = training.engine.adamw.fragments(), training.mesh.tensor.rank
+    return {place_of(parameter).name for parameter, *_ in fragments if not is_counted_copy(parameter, rank)}
 
 
 def run_rank(config: Config, vocab_size: int, device: torch.device, folder: Path, reference: Path | None) -> None:
@@ -175,7 +174,7 @@ def run_rank(config: Config, vocab_size: int, device: torch.device, folder: Path
     plan = resolve_without_text(config, mesh.world.size, vocab_size)
     training = build_training_model(config, plan, mesh, torch.ones(vocab_size, dtype=torch.int64))
     warm_up(training)
-    copies = _replicated(training) if mesh.tensor.rank else set()
+    copies = _names_of_copies(training)
     for step in range(STEPS):
         pieces: dict[str, tuple] = {}
 

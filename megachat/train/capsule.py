@@ -20,7 +20,7 @@ from megachat.files import CAPSULES, SPIKES, list_folder, write_atomically, writ
 from megachat.parallel.collectives import all_gather_objects, on_all_ranks_or_raise
 from megachat.planning.explain import plan_values
 from megachat.train.build import Run
-from megachat.train.sightings import RankSighting
+from megachat.train.rank_reports import Report
 from megachat.train.state import LoopState, checkpoint_facts, save_random_state, state_pieces
 from megachat.train.step import StepResult
 
@@ -53,7 +53,7 @@ def _write_rows(folder: Path, rows: np.ndarray, facts: dict) -> None:
 
 
 def write_capsule(
-    run: Run, state: LoopState, result: StepResult, sightings: Sequence[RankSighting], sentence: str
+    run: Run, state: LoopState, result: StepResult, sightings: Sequence[Report], sentence: str
 ) -> tuple[Path | None, str | None]:
     """Writes capsules/step_N of the step that has just been taken; all ranks call it.
 
@@ -83,7 +83,7 @@ def write_capsule(
             "compute_dtype": str(run.compute_dtype).removeprefix("torch."),
             "micro_rows": run.plan.micro_rows,
             "loader_step": run.loader.step - 1,
-            "ranks": [rank.values() for rank in sightings],
+            "ranks": sightings,
             "documents": documents,
             "config": run.config.model_dump(mode="json"),
             "plan": plan_values(run.plan),

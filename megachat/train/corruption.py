@@ -1,7 +1,6 @@
 """Silent data corruption: the report of numbers that should be equal, its evidence, and the end of the job."""
 
 import math
-import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,10 +8,11 @@ from typing import Any
 import torch
 
 from megachat.errors import CorruptionError
-from megachat.files import write_json
-from megachat.parallel.collectives import all_gather_objects, all_reduce
+from megachat.files import free_name, write_json
+from megachat.parallel.collectives import all_gather_objects, all_reduce, barrier
 from megachat.parallel.mesh import Mesh
 from megachat.place import place_of
+from megachat.train.rank_reports import ranks_text
 
 FOLDER = "corruption"  # in the run folder
 MAX_TENSORS = 8  # whose values each rank keeps
@@ -51,25 +51,13 @@ def parameter_name(parameter: torch.nn.Parameter) -> str:
     return place.name + (f"[{', '.join(map(str, part))}]" if part else "")
 
 
-def ranks_text(reports: list[dict[str, Any]], ranks: list[int]) -> str:
-    """Returns the ranks with host and device."""
-    return ", ".join(f"rank {rank} ({reports[rank]['host']}, {reports[rank]['device']})" for rank in ranks)
-
-
-def gather_reports(mesh: Mesh, **values: Any) -> list[dict[str, Any]]:
-    """Returns every rank's values, with its host, device and place in the mesh, in rank order; all ranks call it."""
-    place = {"rank": mesh.world.rank, "host": socket.gethostname(), "device": str(mesh.device)}
-    place |= {axis.name: axis.rank for axis in (mesh.data, mesh.tensor, mesh.pipeline)}
-    return all_gather_objects(place | values, mesh.world, name="reports of corruption")
-
-
 def corrupted(mesh: Mesh, folder: Path, what: str, report: dict[str, Any], tensors: dict[str, Any]) -> CorruptionError:
-    """Returns the error of all ranks, after each has kept its evidence in the run folder.
+    """Returns the error of all ranks, after each has kept its evidence in the run folder, beside earlier evidence.
 
     report: with the keys step, suspects and ranks; rank 0 writes it as report.json. tensors: this rank's plain values
     and tensors, for torch.load(weights_only=True); nothing is written if it is empty.
     """
-    path = folder / FOLDER / f"step_{report['step']:06d}"
+    path = all_gather_objects(free_name(folder / FOLDER / f"step_{report['step']:06d}", ""), mesh.world)[0]
     evidence = f"the evidence is in {path}"
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -79,7 +67,8 @@ def corrupted(mesh: Mesh, folder: Path, what: str, report: dict[str, Any], tenso
             torch.save(tensors, path / f"rank_{mesh.world.rank:05d}.pt")
     except OSError as error:  # the verdict does not depend on it
         evidence = f"the evidence could not be written to {path} ({error.strerror})"
-    advice = _ADVICE.format(where=ranks_text(report["ranks"], report["suspects"]))
+    barrier(mesh.world, name="evidence of corruption")  # a launcher ends all ranks when the first has ended
+    advice = _ADVICE.format(where=ranks_text(report["ranks"][rank] for rank in report["suspects"]))
     return CorruptionError(f"step {report['step']}: {what}; {evidence}; {advice}")
 
 

@@ -24,6 +24,7 @@ class Metrics:
     """The outputs of the rank that writes; on other ranks (`writes` false) every call does nothing.
 
     first_step: the step from which this job trains; lines of it and of later steps are dropped from metrics.jsonl.
+    rewinds: how often the run had gone back when its checkpoint was made; the lines of later rewinds are dropped.
     trains: False for a job that has no step to train; then no line is dropped.
     """
 
@@ -37,6 +38,7 @@ class Metrics:
         steps: int,
         run_name: str,
         settings: dict,
+        rewinds: int = 0,
         trains: bool = True,
     ):
         self.writes = writes
@@ -47,7 +49,7 @@ class Metrics:
         self._console_lost = False
         if not writes:
             return
-        problem = _drop_lines_from(self._path, first_step, rewinds=True) if trains else None
+        problem = _drop_lines_from(self._path, first_step, rewinds) if trains else None
         self._file = open(self._path, "a", encoding="utf-8")
         if sys.stdout.isatty():
             self._bar = tqdm(total=steps, initial=first_step, unit="step", file=sys.stdout, dynamic_ncols=True)
@@ -72,11 +74,13 @@ class Metrics:
             if self._trackers is not None:
                 self._trackers.log(values)
 
-    def rewind(self, step: int) -> None:
-        """Drops the lines of `step` and later ones from metrics.jsonl, because these steps run again."""
+    def rewind(self, step: int, rewinds: int) -> None:
+        """Drops the lines of `step` and later ones from metrics.jsonl, because these steps run again. rewinds: so far,
+        this one included.
+        """
         if self._file is not None:
             self._file.close()
-            _drop_lines_from(self._path, step, rewinds=False)
+            _drop_lines_from(self._path, step, rewinds)
             self._file = open(self._path, "a", encoding="utf-8")
             self.advance(step)
 
@@ -110,9 +114,10 @@ class Metrics:
             self._trackers.finish()
 
 
-def _drop_lines_from(path: Path, step: int, *, rewinds: bool) -> str | None:
+def _drop_lines_from(path: Path, step: int, rewinds: int) -> str | None:
     """Drops the lines of steps that will run again, and a line that a crash cut short: a resumed run continues one
-    curve. rewinds: also the lines of rewinds to this step: a job that begins there meets their faults again.
+    curve. Also those of rewinds to this step after the first `rewinds`: a job that begins there meets their faults
+    again.
 
     Returns a line for the log if other lines cannot be read. They are dropped, and the file as it was is set aside.
     """
@@ -127,7 +132,7 @@ def _drop_lines_from(path: Path, step: int, *, rewinds: bool) -> str | None:
             values = json.loads(line)
             # a training line or spike has the number of its step, an evaluation the number of steps before it
             # (a new run repeats that of step 0)
-            of_step = "train/loss" in values or "spike/documents" in values or (rewinds and "rewind/count" in values)
+            of_step = "train/loss" in values or "spike/documents" in values or values.get("rewind/count", 0) > rewinds
             keep = values["step"] < step or (values["step"] == step > 0 and not of_step)
         except (ValueError, TypeError, LookupError, RecursionError):
             if line.strip() and number <= len(lines):

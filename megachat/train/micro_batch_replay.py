@@ -20,11 +20,10 @@ from megachat.train.corruption import (
     Difference,
     as_values,
     corrupted,
-    gather_reports,
     on_any_rank,
     parameter_name,
-    ranks_text,
 )
+from megachat.train.rank_reports import gather_reports, ranks_text
 
 LOSS = "loss"
 Results = dict[str, torch.Tensor]
@@ -185,7 +184,7 @@ def _sentence(report: dict[str, Any]) -> str:
     if len(ranks) == len(reports) > 1:
         hint = "; all ranks differ, so the kernels may not be deterministic: see reliability.replay_tolerance"
     return (
-        f"{ranks_text(reports, ranks)} computed another result when a micro-batch was replayed{began}; rank "
-        f"{example['rank']} differs in {text}{f' and {more} more tensors' if more else ''}; {len(differing)} of "
-        f"{len(reports)} ranks differ; no weight was changed by this step{hint}"
+        f"{ranks_text(reports[rank] for rank in ranks)} computed another result when a micro-batch was replayed"
+        f"{began}; rank {example['rank']} differs in {text}{f' and {more} more tensors' if more else ''}; "
+        f"{len(differing)} of {len(reports)} ranks differ; no weight was changed by this step{hint}"
     )

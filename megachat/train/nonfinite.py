@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from megachat.parallel.engine import LOSS_SCALE_MINIMUM
-from megachat.train.sightings import RankSighting
+from megachat.train.rank_reports import Report, ranks_text
 
 Fault = Literal["loss", "gradient"]
 WINDOW = 64  # steps that a spike is compared with
@@ -29,22 +29,17 @@ def chosen_action(policy: str, fault: Fault, *, skipped: bool) -> str:
     return "stop" if policy == "skip" and not skipped else policy
 
 
-def fault_sentence(step: int, loss: float, fault: Fault, sightings: Sequence[RankSighting], *, skipped: bool) -> str:
-    """Returns what is not finite, on which ranks, and that no weight has changed."""
+def fault_sentence(step: int, loss: float, fault: Fault, sightings: Sequence[Report], *, skipped: bool) -> str:
+    """Returns what is not finite, on which ranks, and that no weight has changed. sightings: see train/sightings.py."""
     if fault == "loss":
-        ranks = [rank for rank in sightings if rank.loss is not None and not math.isfinite(rank.loss)]
-        what = f"the loss is {loss} on {_names(ranks)}"
+        ranks = [seen for seen in sightings if isinstance(seen["loss"], str)]
+        what = f"the loss is {loss}"
     else:
-        ranks = [rank for rank in sightings if rank.gradients and rank.gradients.parameter]
-        names = {rank.gradients.parameter for rank in ranks if rank.gradients}
-        of = f" of {', '.join(sorted(filter(None, names))[:3])}" if names else ""
-        what = f"the gradient{of} is not finite on {_names(ranks)}"
+        ranks = [seen for seen in sightings if seen["gradient"]]
+        names = ", ".join(sorted({seen["gradient"] for seen in ranks})[:3])
+        what = f"the gradient{' of ' if names else ''}{names} is not finite"
     changed = "this step changed no weight and the checkpoints are" if skipped else "the checkpoints are"
-    return f"step {step}: {what}; {changed} untouched"
-
-
-def _names(ranks: Sequence[RankSighting]) -> str:
-    return ", ".join(f"rank {rank.rank} ({rank.host})" for rank in ranks) or "no single rank"
+    return f"step {step}: {what} on {ranks_text(ranks) or 'no single rank'}; {changed} untouched"
 
 
 def advice(capsule: Path | None) -> str:

@@ -1,8 +1,9 @@
 """Copies of weights and optimizer state are compared by hashes of their bits.
 
-Copies are: the weights on all data ranks, what the tensor axis does not cut (weights, and AdamW's state), and on each
-rank the weights beside the masters that were rounded to them. Shards of ZeRO and of the Muon partition and rows of
-sparse tables exist once. A pipeline stage has no copy of another stage's parameters.
+Copies are: the weights on all data ranks, and on all ranks of the stage if the tensor axis does not cut them; AdamW's
+state of these on all tensor ranks; and on each rank the weights beside the masters that were rounded to them. Shards of
+ZeRO and of the Muon partition and rows of sparse tables exist once. A pipeline stage has no copy of another stage's
+parameters.
 """
 
 from collections import Counter
@@ -17,9 +18,17 @@ from megachat.parallel.collectives import all_reduce
 from megachat.parallel.mesh import Axis
 from megachat.place import is_tensor_shard
 from megachat.train.build import TrainingModel
-from megachat.train.corruption import MAX_TENSORS, corrupted, gather_reports, on_any_rank, parameter_name, ranks_text
+from megachat.train.corruption import MAX_TENSORS, corrupted, on_any_rank, parameter_name
+from megachat.train.rank_reports import gather_reports, ranks_text
 
 ROUNDED = "master"  # in place of an axis: the masters, rounded, and the weights of one rank
+# Axis along which copies are compared -> the axes along which there are others with the same name.
+_APART = {
+    "data": ("tensor", "pipeline"),
+    "tensor": ("data", "pipeline"),
+    "stage": ("pipeline",),
+    ROUNDED: ("data", "tensor", "pipeline"),
+}
 
 
 @torch.no_grad()
@@ -29,8 +38,12 @@ def compare_replicas(run: TrainingModel, step: int, folder: Path) -> None:
     folder: the run folder, which gets the evidence. Raises CorruptionError on all ranks if copies differ.
     """
     run.mesh.world.progress.note(f"hashes of copies before step {step}")
-    copies, differs = _data_copies(run)
-    compared = [("data", copies, differs), ("tensor", *_tensor_copies(run)), (ROUNDED, *_masters(run))]
+    compared = [
+        ("data", *_weights(run, run.mesh.data, cut=True)),
+        ("stage", *_weights(run, run.mesh.stage, cut=False)),
+        ("tensor", *_adamw_state(run)),
+        (ROUNDED, *_masters(run)),
+    ]
     if not on_any_rank(torch.cat([differs for *_, differs in compared]).any(), run.mesh, "hashes compared"):
         return
     different = {
@@ -59,7 +72,7 @@ def disagreements(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
     copies: dict[tuple, dict[int, int]] = {}
     for report in reports:
         for axis, hashes in report["hashes"].items():
-            place = tuple(report[other] for other in ("data", "tensor", "pipeline") if other != axis)
+            place = tuple(report[other] for other in _APART[axis])
             for name, value in hashes.items():
                 copies.setdefault((axis, name, place), {})[report["rank"]] = value
     result = []
@@ -80,47 +93,43 @@ def disagreements(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _sentence(entry: dict[str, Any], reports: list[dict[str, Any]]) -> str:
-    ranks, others = entry["suspects"], [rank for rank in entry["hashes"] if rank not in entry["suspects"]]
+    ranks = ranks_text(reports[rank] for rank in entry["suspects"])
+    others = [rank for rank in entry["hashes"] if rank not in entry["suspects"]]
     if entry["axis"] == ROUNDED:
-        return f"on {ranks_text(reports, ranks)} the weights of {entry['tensor']} are not their rounded masters"
+        return f"on {ranks} the weights of {entry['tensor']} are not their rounded masters"
     if others:
-        return f"{entry['tensor']} on {ranks_text(reports, ranks)} differs from its copies on ranks {others}"
-    return f"the copies of {entry['tensor']} on {ranks_text(reports, ranks)} differ, without a majority"
+        return f"{entry['tensor']} on {ranks} differs from its copies on ranks {others}"
+    return f"the copies of {entry['tensor']} on {ranks} differ, without a majority"
 
 
 Copies = tuple[dict[str, torch.Tensor], torch.Tensor]  # by name, and for each whether it differs, bool on the device
 
 
-def _data_copies(run: TrainingModel) -> Copies:
-    if run.mesh.data.size == 1:
-        return {}, _none_of(run)
-    weights = {parameter_name(parameter): parameter.detach() for parameter in run.layers.parameters()}
-    return weights, _differ(_hashes(run, weights), run.mesh.data)
+def _weights(run: TrainingModel, axis: Axis, *, cut: bool) -> Copies:
+    """Returns the weights that the tensor axis cuts, or those that it does not cut. axis: of their copies."""
+    parameters = [p for p in run.layers.parameters() if axis.size > 1 and is_tensor_shard(p) == cut]
+    weights = {parameter_name(parameter): parameter.detach() for parameter in parameters}
+    return weights, _differ(_hashes(run, weights), axis)
 
 
-def _tensor_copies(run: TrainingModel) -> Copies:
-    """Returns what the tensor axis does not cut: weights, then this data rank's share of their AdamW state.
+def _adamw_state(run: TrainingModel) -> Copies:
+    """Returns this data rank's share of AdamW's state of parameters that the tensor axis does not cut.
 
     Where the axis cuts another parameter unevenly, the shares of its ranks may begin at other elements. These are not
     compared.
     """
-    if run.mesh.tensor.size == 1:
-        return {}, _none_of(run)
-    whole = {parameter_name(p): p for p in run.layers.parameters() if not is_tensor_shard(p)}
+    mesh = run.mesh
+    names = [parameter_name(p) for p in run.layers.parameters() if mesh.tensor.size > 1 and not is_tensor_shard(p)]
     shares = {parameter_name(p): (begin, length, state) for p, begin, length, state in run.engine.adamw.fragments()}
-    kinds = MASTER, "exp_avg", "exp_avg_sq"
-    nothing = torch.empty(0, device=run.mesh.device)
-    copies = {name: parameter.detach() for name, parameter in whole.items()}
-    spans = []
-    for name in whole:
+    kinds, copies, spans = (MASTER, "exp_avg", "exp_avg_sq"), dict[str, torch.Tensor](), list[int]()
+    nothing = torch.empty(0, device=mesh.device)
+    for name in names:
         begin, length, state = shares.get(name, (0, 0, {}))
         copies |= {f"AdamW's {kind} of {name}": state.get(kind, nothing) for kind in kinds}
-        spans.append(begin << 32 | length)
-    hashes = torch.cat((_hashes(run, copies), torch.tensor(spans, device=run.mesh.device)))
-    differs = _differ(hashes, run.mesh.tensor)
-    count = len(whole)
-    of_state = differs[count : len(copies)].view(count, len(kinds)) & ~differs[len(copies) :, None]
-    return copies, torch.cat((differs[:count], of_state.flatten()))
+        spans += [begin << 32 | length] * len(kinds)
+    values = torch.cat((_hashes(run, copies), torch.tensor(spans, dtype=torch.int64, device=mesh.device)))
+    differs, apart = _differ(values, mesh.tensor).chunk(2)
+    return copies, differs & ~apart
 
 
 def _masters(run: TrainingModel) -> Copies:
@@ -137,10 +146,6 @@ def _masters(run: TrainingModel) -> Copies:
 def _hashes(run: TrainingModel, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     empty = torch.empty(0, dtype=torch.int64, device=run.mesh.device)
     return torch.stack([bit_hash(tensor) for tensor in tensors.values()]) if tensors else empty
-
-
-def _none_of(run: TrainingModel) -> torch.Tensor:
-    return torch.empty(0, dtype=torch.bool, device=run.mesh.device)
 
 
 def _differ(values: torch.Tensor, axis: Axis) -> torch.Tensor:

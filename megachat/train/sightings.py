@@ -1,50 +1,24 @@
 """What each rank saw of a step whose loss or gradient is not finite."""
 
 import math
-import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from megachat.model.parameters import placed_parameters
-from megachat.parallel.collectives import all_gather_objects
 from megachat.place import place_of
 from megachat.train.build import TrainingModel
+from megachat.train.rank_reports import Report, gather_reports
 
 
-@dataclass(frozen=True)
-class GradientSighting:
+class GradientSighting(NamedTuple):
     """A rank's share of the reduced gradients. norm: with the loss scale. parameter: the first one, in the order of the
     backward pass, whose gradient is not finite.
     """
 
     norm: float
     parameter: str | None
-
-
-@dataclass(frozen=True)
-class RankSighting:
-    """What a rank saw. loss: the mean over its rows in nats, None where no loss is computed. weight: the first
-    parameter on this rank, in model order, that is not finite.
-    """
-
-    rank: int
-    host: str
-    data: int
-    tensor: int
-    pipeline: int
-    loss: float | None
-    gradients: GradientSighting | None
-    weight: str | None
-
-    def values(self) -> dict:
-        """Returns everything as JSON; numbers that are not finite are texts."""
-        gradients = self.gradients or GradientSighting(0.0, None)
-        seen = {"loss": self.loss, "gradient_norm": gradients.norm if self.gradients else None}
-        shown = {key: value if value is None or math.isfinite(value) else str(value) for key, value in seen.items()}
-        place = {key: getattr(self, key) for key in ("rank", "host", "data", "tensor", "pipeline")}
-        return place | shown | {"gradient": gradients.parameter, "weight": self.weight}
 
 
 @torch.no_grad()
@@ -74,21 +48,18 @@ def _read(numbers: list[torch.Tensor]) -> list[float]:
 
 
 @torch.no_grad()
-def rank_sightings(training: TrainingModel, gradients: GradientSighting | None) -> list[RankSighting]:
-    """Returns what every rank saw, in rank order; all ranks call it after the step."""
-    mesh, parameters = training.mesh, placed_parameters(training.layers)
+def rank_sightings(training: TrainingModel, gradients: GradientSighting | None) -> list[Report]:
+    """Returns what every rank saw, in rank order; all ranks call it after the step.
+
+    The keys beside those of gather_reports: loss, the mean over the rank's rows in nats, None where no loss is
+    computed; gradient_norm and gradient as in GradientSighting, None if they were not read; weight, the first parameter
+    on the rank, in model order, that is not finite. Numbers that are not finite are texts, as in JSON files.
+    """
+    parameters = placed_parameters(training.layers)
     training.muon.wait_for_gather()
     finite = _read([parameter.detach().isfinite().all() for parameter in parameters])
     bad = (place_of(parameter).name for parameter, good in zip(parameters, finite, strict=True) if not good)
-    loss = training.engine.local_loss
-    local = RankSighting(
-        mesh.world.rank,
-        socket.gethostname(),
-        mesh.data.rank,
-        mesh.tensor.rank,
-        mesh.pipeline.rank,
-        None if loss is None else loss.item(),
-        gradients,
-        next(bad, None),
-    )
-    return all_gather_objects(local, mesh.world)
+    loss, (norm, gradient) = training.engine.local_loss, gradients or (None, None)
+    numbers = {"loss": None if loss is None else loss.item(), "gradient_norm": norm}
+    shown = {key: value if value is None or math.isfinite(value) else str(value) for key, value in numbers.items()}
+    return gather_reports(training.mesh, **shown, gradient=gradient, weight=next(bad, None))

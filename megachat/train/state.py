@@ -25,7 +25,7 @@ from megachat.job.join import random_seed
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.mesh import Axis
 from megachat.parallel.rectangles import RectanglesByName, flat_rectangles
-from megachat.place import place_of
+from megachat.place import is_counted_copy, place_of
 from megachat.planning.dimensions import saved_dimensions
 from megachat.planning.plan import Plan
 from megachat.settings import NgramConfig
@@ -33,6 +33,7 @@ from megachat.train.build import Run, TrainingModel
 from megachat.train.changes import saved_flops
 
 LOSS_DECAY = 0.9  # of the moving average of the losses, as nanochat's
+_LATER = "rewinds", "recent", "skips_in_a_row", "faults_in_a_row"  # counters that a checkpoint has where they are not 0
 
 
 @dataclass
@@ -44,7 +45,8 @@ class LoopState:
     the losses of smoothed_steps steps (nats), which starts at 0: `shown_loss` corrects that. pending: names of the
     tasks of this step (train/tasks.py) that were due and not done when the checkpoint was made; a resumed job runs them
     first. rewinds: how often the run went back to a checkpoint (reliability.on_nonfinite). recent: the last losses and
-    gradient norms, if spikes are reported.
+    gradient norms, if spikes are reported. skips_in_a_row: the last steps whose updates were skipped, as
+    reliability.nonfinite_limit counts them. faults_in_a_row: the last steps whose loss or gradient was not finite.
     """
 
     step: int = 0
@@ -58,6 +60,8 @@ class LoopState:
     pending: list[str] = field(default_factory=list)
     rewinds: int = 0
     recent: dict[str, list[float]] = field(default_factory=dict)
+    skips_in_a_row: int = 0
+    faults_in_a_row: int = 0
 
     @classmethod
     def from_saved(cls, saved: dict) -> "LoopState":
@@ -70,7 +74,7 @@ class LoopState:
     def saved(self) -> dict[str, Any]:
         """Returns the counters for a checkpoint."""
         values = dataclasses.asdict(self)
-        return {key: value for key, value in values.items() if value or key not in ("rewinds", "recent")}
+        return {key: value for key, value in values.items() if value or key not in _LATER}
 
     def add_loss(self, loss: float) -> None:
         """Adds the loss of a step to the moving average."""
@@ -95,9 +99,9 @@ def state_pieces(run: TrainingModel, *, replicas: bool = True) -> dict:
     for kind, name, whole, rectangles in run.rows.state_shards():
         pieces["model/" + name if kind == "master" else f"rows/{name}/{kind}"] = (whole, rectangles)
     for parameter, begin, _, views in run.engine.adamw.fragments():
-        place = place_of(parameter)
-        if not replicas and place.cut == "whole" and run.mesh.tensor.rank > 0:
+        if not (replicas or is_counted_copy(parameter, run.mesh.tensor.rank)):
             continue
+        place = place_of(parameter)
         for kind, view in views.items():
             name = f"model/{place.name}" if kind == "master" else f"adamw/{place.name}/{kind}"
             rectangles = flat_rectangles(tuple(parameter.shape), view, begin, place.offset or None)

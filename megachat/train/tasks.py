@@ -26,8 +26,12 @@ from megachat.files import SAMPLES, is_readable_json, write_side_json
 from megachat.parallel.collectives import all_gather, all_gather_objects, all_reduce
 from megachat.planning.step_work import stage_matrices
 from megachat.schedule import due
+from megachat.text import shortened
 from megachat.train.build import Run, build_loader
+from megachat.train.capsule import write_spike
 from megachat.train.metrics import Metrics, Pace, console_line
+from megachat.train.nonfinite import WINDOW as SPIKE_WINDOW
+from megachat.train.nonfinite import spike
 from megachat.train.state import LoopState, save_state
 from megachat.train.step import StepResult
 from megachat.train.stragglers import WINDOW, RankPlace, SlowRanks, rank_values
@@ -122,6 +126,36 @@ class Log(Task):
             self._epoch = run.loader.epoch
             trainer.metrics.log(f"step {step:05d} | epoch {self._epoch} of the data")
         trainer.metrics.record(values)
+        return True
+
+
+class Spikes(Task):
+    """Logs the documents of a step whose loss or gradient norm is a spike, and keeps its rows."""
+
+    name, runs_on_stop = "spikes", True
+
+    def due(self, trainer: TaskContext) -> bool:
+        return bool(trainer.run.config.reliability.spike_sigma)
+
+    def run(self, trainer: TaskContext) -> bool:
+        run, state, result = trainer.run, trainer.state, trainer.last_result
+        step, above = state.step - 1, dict[str, float]()
+        for name, value in (("loss", result.loss), ("norm", result.norm)):
+            recent = state.recent.setdefault(name, [])
+            if math.isfinite(value):
+                if deviations := spike(value, recent, run.config.reliability.spike_sigma):
+                    above[name] = deviations
+                state.recent[name] = [*recent, value][-SPIKE_WINDOW:]
+        if not above:
+            return True
+        values = {f"spike/{name}_sigma": deviations for name, deviations in above.items()}
+        path, places = write_spike(run, step, result.rows, {"loss": result.loss, "norm": result.norm} | values)
+        listed = " and ".join(f"{name} {deviations:.1f} deviations above" for name, deviations in above.items())
+        trainer.metrics.log(
+            f"step {step:05d} | SPIKE: {listed} the median of the last {SPIKE_WINDOW} steps; documents: "
+            f"{shortened(places)}{f'; rows in {path}' if path else ''}"
+        )
+        trainer.metrics.record({"step": step} | values | {"spike/documents": places})
         return True
 
 

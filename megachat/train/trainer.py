@@ -14,20 +14,18 @@ from megachat.errors import UserError
 from megachat.optim.joint import Requests
 from megachat.parallel.collectives import all_gather_objects
 from megachat.planning.step_time import UNTIMED_STEPS
-from megachat.text import shortened
 from megachat.train.build import Run
-from megachat.train.capsule import write_capsule, write_spike
+from megachat.train.capsule import write_capsule
 from megachat.train.compiled import NewGraphs
 from megachat.train.metrics import Metrics, Pace
-from megachat.train.nonfinite import WINDOW as SPIKE_WINDOW
-from megachat.train.nonfinite import Fault, advice, chosen_action, fault_sentence, find_fault, spike
+from megachat.train.nonfinite import Fault, advice, chosen_action, fault_sentence, find_fault
 from megachat.train.rewind import rewind
 from megachat.train.save_cost import SaveCost
 from megachat.train.sightings import rank_sightings
 from megachat.train.state import LoopState, state_pieces
 from megachat.train.step import StepResult, train_step
 from megachat.train.stragglers import WINDOW
-from megachat.train.tasks import Checkpoint, Core, Log, RankTimes, Samples, Task, Validation
+from megachat.train.tasks import Checkpoint, Core, Log, RankTimes, Samples, Spikes, Task, Validation
 
 SETTLED_STEPS = 2  # by then everything in a step is compiled: a new graph is worth a log line
 
@@ -57,11 +55,11 @@ class Trainer:
         self.stop_requested, self.before_step = stop_requested, before_step
         self.checkpoint = Checkpoint()
         # The checkpoint comes before everything that can fail or take minutes.
-        self.tasks: tuple[Task, ...] = (Log(), RankTimes(), self.checkpoint, Validation(), Samples(), Core())
+        first: list[Task] = [Spikes(), Log(), RankTimes()]
+        self.tasks = [*first, self.checkpoint, Validation(), Samples(), Core()]
         self.saver = Saver(run.mesh.saving, background=run.config.checkpoint.background)
         self.saved_step: int | None = None  # step of the last checkpoint that this job began to write
         self.first_step, self.steps_s = state.step, 0.0
-        self._skips_in_a_row = self._faults_in_a_row = 0
         self.work_s = deque[float](maxlen=WINDOW)
         self.pace = Pace(state.step)
         self.after_first_step: Callable[[], object] = lambda: None
@@ -115,8 +113,8 @@ class Trainer:
         return self.state.step == self.run.plan.stop_step == self.run.plan.steps
 
     def _step(self) -> StepResult:
-        """Runs step state.step and advances the counters."""
-        state, first = self.state, self.state.step == self.first_step
+        """Runs step state.step and advances the counters, or goes back to a checkpoint."""
+        state, first = self.state, self.steps_s == 0
         if self.saved_step == state.step:
             self.save_cost.begin(state.step)
         self.before_step(state.step)
@@ -124,18 +122,8 @@ class Trainer:
         with self._first_step() if first else contextlib.nullcontext():
             requests = Requests(stop=self.stop_requested(), save_failed=self.saver.failed)
             result = train_step(self.run, state.step, requests=requests, before_update=self.saver.wait_copied)
-        reliability = self.run.config.reliability
-        fault = find_fault(result.loss, result.norm, result.loss_scale)
-        counts = result.skipped if reliability.on_nonfinite == "auto" else fault is not None
-        self._skips_in_a_row = self._skips_in_a_row + 1 if counts else 0
-        self._faults_in_a_row = self._faults_in_a_row + 1 if fault else 0
-        if fault and self._rewound(result, fault):
+        if self._rewound(result):
             return result
-        if self._skips_in_a_row > reliability.nonfinite_limit:
-            raise UserError(
-                f"step {state.step}: the gradient was not finite for {self._skips_in_a_row} steps in a row, none of "
-                "which changed a weight: lower the rates or use bfloat16"
-            )
         if (made := self._graphs.count()) and state.step - self.first_step >= SETTLED_STEPS:
             self.metrics.log(
                 f"step {state.step:05d} | torch.compile made {made} new graphs, which takes time: "
@@ -148,8 +136,6 @@ class Trainer:
         state.skipped_steps += result.skipped
         if math.isfinite(result.loss):
             state.add_loss(result.loss)
-        if reliability.spike_sigma:
-            self._report_spike(result, reliability.spike_sigma)
         state.step += 1
         self.pace.finish(state.step)
         state.training_flops += self.run.plan.flops_per_step
@@ -165,68 +151,63 @@ class Trainer:
             gc.freeze()
         return result
 
-    def _rewound(self, result: StepResult, fault: Fault) -> bool:
+    def _rewound(self, result: StepResult) -> bool:
         """Acts on a step whose loss or gradient is not finite; returns whether the run went back to a checkpoint.
 
         Raises UserError if the run has to stop.
         """
-        run, state, reliability = self.run, self.state, self.run.config.reliability
+        state, reliability = self.state, self.run.config.reliability
+        fault = find_fault(result.loss, result.norm, result.loss_scale)
+        counts = result.skipped if reliability.on_nonfinite == "auto" else fault is not None
+        state.skips_in_a_row = state.skips_in_a_row + 1 if counts else 0
+        state.faults_in_a_row = state.faults_in_a_row + 1 if fault else 0
+        if fault:
+            sentence, capsule = self._report_fault(result, fault)
+            action = chosen_action(reliability.on_nonfinite, fault, skipped=result.skipped)
+            if action == "stop":
+                raise UserError(f"{sentence}: {advice(capsule)}")
+            if capsule:
+                self.metrics.log(f"{sentence}: `megachat replay {capsule}` names the cause")
+            if action == "rewind":
+                if state.rewinds >= reliability.nonfinite_limit:
+                    raise UserError(f"{sentence}; the run went back {state.rewinds} times already: {advice(capsule)}")
+                self._rewind()
+                return True
+        if state.skips_in_a_row > reliability.nonfinite_limit:
+            raise UserError(
+                f"step {state.step}: the gradient was not finite for {state.skips_in_a_row} steps in a row, none of "
+                "which changed a weight: lower the rates or use bfloat16"
+            )
+        return False
+
+    def _report_fault(self, result: StepResult, fault: Fault) -> tuple[str, Path | None]:
+        """Returns what is not finite, and the capsule; of faults in a row only the first has one."""
+        run, state, capsule = self.run, self.state, None
         sightings = rank_sightings(run, result.gradients)
         sentence = fault_sentence(state.step, result.loss, fault, sightings, skipped=result.skipped)
-        capsule = None
-        if self._faults_in_a_row == 1:  # the steps after it have the same weights
+        if state.faults_in_a_row == 1:  # the steps after it have the same weights
             with self._long_running("writing a capsule"):
                 capsule, problem = write_capsule(run, state, result, sightings, sentence)
             if problem:
                 self.metrics.log(problem)
-        action = chosen_action(reliability.on_nonfinite, fault, skipped=result.skipped)
-        if action == "stop":
-            raise UserError(f"{sentence}: {advice(capsule)}")
-        if capsule:
-            self.metrics.log(f"{sentence}: `megachat replay {capsule}` names the cause")
-        if action == "skip":
-            return False
-        if state.rewinds >= reliability.nonfinite_limit:
-            raise UserError(f"{sentence}; the run went back {state.rewinds} times already: {advice(capsule)}")
+        return sentence, capsule
+
+    def _rewind(self) -> None:
+        """Goes back to the last checkpoint, to continue without the rows of the step that was just taken."""
+        step, left_out = self.state.step, self.run.loader.step - 1
         with self._long_running("going back to the last checkpoint"):
             self.saver.wait(blocks=True)
             self._log_saves()
-            left_out = run.loader.step - 1
-            self.run, self.state, checkpoint = rewind(run, state)
+            self.run, self.state, checkpoint = rewind(self.run, self.state)
         self.source, self.pace = None, Pace(self.state.step)
-        self._skips_in_a_row = self._faults_in_a_row = 0
-        self.metrics.rewind(self.state.step)
+        self.saved_step = None  # the checkpoint does not say what is left out: a stop now has to save
+        self.metrics.rewind(self.state.step, self.state.rewinds)
         self.metrics.log(
-            f"step {state.step:05d} | REWOUND to {checkpoint}: the rows of this step are left out "
-            f"(rewind {self.state.rewinds} of at most {reliability.nonfinite_limit})"
+            f"step {step:05d} | REWOUND to {checkpoint}: the rows of this step are left out "
+            f"(rewind {self.state.rewinds} of at most {self.run.config.reliability.nonfinite_limit})"
         )
-        self.metrics.record(
-            {"step": self.state.step, "rewind/from_step": state.step, "rewind/left_out": left_out}
-            | {"rewind/count": self.state.rewinds}
-        )
-        return True
-
-    def _report_spike(self, result: StepResult, sigma: float) -> None:
-        """Logs the documents of a step whose loss or gradient norm is a spike."""
-        state, above = self.state, dict[str, float]()
-        for name, value in (("loss", result.loss), ("norm", result.norm)):
-            recent = state.recent.setdefault(name, [])
-            if math.isfinite(value):
-                if deviations := spike(value, recent, sigma):
-                    above[name] = deviations
-                state.recent[name] = [*recent, value][-SPIKE_WINDOW:]
-        if not above:
-            return
-        values = {f"spike/{name}_sigma": deviations for name, deviations in above.items()}
-        path, places = write_spike(
-            self.run, state.step, result.rows, {"loss": result.loss, "norm": result.norm} | values
-        )
-        listed = " and ".join(f"{name} {deviations:.1f} deviations above" for name, deviations in above.items())
-        self.metrics.log(
-            f"step {state.step:05d} | SPIKE: {listed} the median of the last {SPIKE_WINDOW} steps; documents: "
-            f"{shortened(places)}{f'; rows in {path}' if path else ''}"
-        )
-        self.metrics.record({"step": state.step} | values | {"spike/documents": places})
+        values = {"rewind/from_step": step, "rewind/left_out": left_out, "rewind/count": self.state.rewinds}
+        self.metrics.record({"step": self.state.step} | values)
 
     def _run_tasks(self, due: list[Task], stop: bool) -> bool:
         """Runs the due tasks in order; returns whether a stop was requested.

@@ -36,6 +36,11 @@ CASES = {
     ),
     "tp2 sequence": (2, {"tensor": 2, "sequence": True}, {"model": {"kv_heads": None, "aspect_ratio": 32}}),
     "pp2": (2, {"pipeline": 2}, TABLES | {"precision": {"compute": "bfloat16"}}),
+    "dp2 tp2 pp2": (
+        8,
+        {"tensor": 2, "pipeline": 2, "sequence": True},
+        {"model": {"kv_heads": None, "aspect_ratio": 32}, "precision": {"compute": "bfloat16"}},
+    ),
 }
 
 
@@ -103,7 +108,7 @@ def all_checks(parallel: dict, changes: dict, folder: str):
     assert not Path(folder).exists()
     (before, state), (after, same) = results
     assert before == after and all(torch.equal(state[name], same[name]) for name in state)
-    rows, last = rows_of_rank(checked, step_of(checked, 2)), checked.mesh.world.rank == 1
+    rows, last = rows_of_rank(checked, step_of(checked, 2)), checked.mesh.world.rank == checked.mesh.world.size - 1
     block = next(layer for layer in checked.layers if hasattr(layer, "mlp"))
     faults = {
         "gradient": second_gradient_flipped(block.mlp.c_fc.weight),
@@ -111,39 +116,42 @@ def all_checks(parallel: dict, changes: dict, folder: str):
         "activation": second_activation_flipped(block.mlp.c_proj),
     }
     said = {"name": parameter_name(block.mlp.c_fc.weight)}
-    for number, (name, fault) in enumerate(faults.items()):
+    for name, fault in faults.items():
         with fault if last else contextlib.nullcontext():
-            said[name] = verdict(lambda n=number: replay_micro_batch(checked, rows, n, Path(folder)))
+            said[name] = verdict(lambda: replay_micro_batch(checked, rows, 0, Path(folder)))
         checked.muon.discard_gradients()
         checked.rows.discard_gradients()
         checked.engine.adamw.discard_gradients()
-    parameters = {"weight": block.mlp.c_fc.weight, "scalar": next(p for p in block.parameters() if p.numel() == 1)}
-    for number, (name, parameter) in enumerate(parameters.items()):
-        before = parameter.detach().clone()
+    shards = {name: weight for name, _, weight in checked.muon.masters_and_weights()}
+    weights = {"weight": shards.get(f"{said['name']}, shard of Muon", block.mlp.c_fc.weight.detach())}
+    weights["scalar"] = next(p.detach() for p in block.parameters() if p.numel() == 1)
+    for name, weight in weights.items():
+        before = weight.clone()
         if last:
-            parameter.data.copy_(flip(parameter, 3))
-        if name == "scalar" or "tensor" not in parallel:  # a float32 shard exists once
-            said[name] = verdict(lambda n=number: compare_replicas(checked, 10 + n, Path(folder)))
-        parameter.data.copy_(before)
+            weight.copy_(flip(weight, 3))
+        if name == "scalar" or shards or "tensor" not in parallel:  # a float32 shard exists once
+            said[name] = verdict(lambda n=name: compare_replicas(checked, 10 + (n == "scalar"), Path(folder)))
+        weight.copy_(before)
     compare_replicas(checked, 12, Path(folder))
     place = Path(folder) / "corruption"
-    evidence = {number: json.loads((place / f"step_{number:06d}" / "report.json").read_text()) for number in (0, 2, 11)}
-    kept = torch.load(place / "step_000000" / "rank_00001.pt", weights_only=True)
+    names = ("step_000000", "step_000000.3", "step_000011")
+    evidence = [json.loads((place / name / "report.json").read_text()) for name in names]
+    kept = torch.load(place / "step_000000" / f"rank_{checked.mesh.world.size - 1:05d}.pt", weights_only=True)
     return said, evidence, kept
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_wrong_bit_stops_the_run_and_its_rank_is_named(case, tmp_path):
     world, parallel, changes = CASES[case]
-    (others, *_), (said, evidence, kept) = run_ranks(all_checks, world, parallel, changes, str(tmp_path / "run"))
+    (others, *_), *_, (said, evidence, kept) = run_ranks(all_checks, world, parallel, changes, str(tmp_path / "run"))
     assert {**others, "name": ""} == {**said, "name": ""}
-    matrix, host = said.pop("name"), f"({socket.gethostname()}, cpu)"
+    matrix, bad, host = said.pop("name"), world - 1, f"({socket.gethostname()}, cpu)"
     for fault in ("gradient", "scalar gradient", "activation"):
-        assert f": rank 1 {host} computed another result" in said[fault], said[fault]
-    assert f"rank 1 differs in gradient of {matrix}: 1 of" in said["gradient"]
-    assert "rank 1 differs in gradient of resid_lambdas[" in said["scalar gradient"]
-    assert evidence[0]["suspects"] == evidence[2]["suspects"] == [1]
-    (difference,) = evidence[0]["ranks"][1]["differences"]
+        assert f": rank {bad} {host} computed another result" in said[fault], said[fault]
+    assert f"rank {bad} differs in gradient of {matrix}: 1 of" in said["gradient"]
+    assert f"rank {bad} differs in gradient of resid_lambdas[" in said["scalar gradient"]
+    assert evidence[0]["suspects"] == evidence[1]["suspects"] == [bad]
+    (difference,) = evidence[0]["ranks"][bad]["differences"]
     first, second = (kept[side][difference["tensor"]].float() for side in ("first", "second"))
     assert difference["different"] == (first != second).sum() == 1
     assert difference["largest"] == (first - second).abs().max()
@@ -151,12 +159,14 @@ def test_a_wrong_bit_stops_the_run_and_its_rank_is_named(case, tmp_path):
     if case == "dp2":  # two copies: nobody knows which one is right
         assert f"copies of {matrix} on rank 0 {host}, rank 1 {host} differ, without a majority" in said["weight"]
     else:
+        assert evidence[2]["suspects"] == [bad]
+    if case == "dp2 tp2 pp2":
+        assert f" on rank 7 {host} differs from its copies on ranks [4, 5, 6]" in said["scalar"]
+    elif case != "dp2":
         assert f"on rank 1 {host} the weights of resid_lambdas[" in said["scalar"]
-        assert evidence[11]["suspects"] == [1]
     if "pp2" in case:
-        assert (
-            f"on rank 1 {host} the weights of {matrix}, shard of Muon are not their rounded masters" in said["weight"]
-        )
+        name = f"{matrix}, shard of Muon"
+        assert f"on rank {bad} {host} the weights of {name} are not their rounded masters" in said["weight"]
 
 
 def report(rank: int, hashes: dict, **place) -> dict:

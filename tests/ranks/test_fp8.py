@@ -13,6 +13,7 @@ from megachat.place import place_of
 from megachat.programs.verify_layout import gradient_pieces, warm_up
 from megachat.train.build import build_training_model
 from megachat.train.micro_batch_replay import replay_micro_batch
+from megachat.train.replicas import compare_replicas
 from megachat.train.step import set_schedules
 from tests.harness import run_ranks
 from tests.training import (
@@ -31,7 +32,7 @@ MODEL = {"depth": 2, "aspect_ratio": 128, "head_size": 64, "kv_heads": 4, "seque
 # E4M3 rounds to 2^-4; a token's logits, of size 1, as much; the mean over all tokens varies by the square root of their
 # number less. Twice five standard deviations, for two steps.
 LOSS_NOISE = 10 * 2**-4 / (ROWS * (TOKENS - 1)) ** 0.5
-LAYOUTS = [(1, {}), (2, {"tensor": 2}), (2, {"tensor": 2, "sequence": True}), (2, {"pipeline": 2})]
+LAYOUTS = [(1, {}), (2, {}), (2, {"tensor": 2}), (2, {"tensor": 2, "sequence": True}), (2, {"pipeline": 2})]
 
 
 def fp8_config(fp8: str, parallel: dict, **batch):
@@ -61,9 +62,9 @@ def train(config, plant=lambda training: None):
         set_schedules(training, step)
         inspect = None if step else lambda: gradients.update(gradient_pieces(training))
         rows = random_rows(step, ROWS, TOKENS, VOCAB)
-        if training.mesh.world.size == 1:
-            replay_micro_batch(training, rows_of_rank(training, rows), step, Path("no evidence"))
+        replay_micro_batch(training, rows_of_rank(training, rows), step, Path("no evidence"))
         loss, norm, skipped = take_step(training, rows, inspect_gradients=inspect)
+        compare_replicas(training, step + 1, Path("no evidence"))
         assert not skipped
         losses.append(loss)
         norms.append(norm)
@@ -132,7 +133,7 @@ def noise(alone) -> dict[str, float]:
 @pytest.mark.parametrize(("world", "parallel"), LAYOUTS)
 def test_every_layout_trains_in_fp8_and_evaluates_in_bfloat16(world, parallel, alone, noise):
     ranks = [alone]
-    if parallel:
+    if world > 1:
         configs = fp8_config("tensorwise", parallel), fp8_config("off", parallel)
         ranks = run_ranks(train_then_evaluate_without, world, *configs)
     assert sum(products for *_, products, _ in ranks) == (12 if "pipeline" in parallel else 12 * world)

@@ -6,6 +6,7 @@ The cause is real: one value embedding of the token "~", which one document has,
 
 import json
 import re
+import shutil
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,13 +14,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.nn.functional as F
 
 from megachat.checkpoint.facts import checkpoint_name
-from megachat.data.tokenizer import Tokenizer
+from megachat.data.tokenizer import Tokenizer, save_tokenizer
 from megachat.errors import UserError
+from megachat.kernels.linear import Linear
+from megachat.model.gpt import Embed
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.engine import start_collectives
 from megachat.parallel.mesh import build_mesh
+from megachat.place import place_of
 from megachat.planning.plan import resolve_without_text
 from megachat.programs.replay import replay_capsule, report_lines
 from megachat.train import nonfinite
@@ -29,11 +34,13 @@ from megachat.train.metrics import Metrics
 from megachat.train.state import LoopState, check_checkpoint, load_state, state_pieces
 from megachat.train.trainer import Trainer
 from tests.harness import run_ranks
+from tests.runs.forked import run_forked
 from tests.runs.job import different, facts, losses, metrics, write_shard
 from tests.training import small_config, whole_state
 
 MODEL = {"depth": 2, "aspect_ratio": 16, "kv_heads": 2, "sequence_len": 64, "window_pattern": "L"}
 STEPS, TILDE = 5, ord("~")
+TOKENIZER = Tokenizer({bytes([byte]): byte for byte in range(256)})
 TABLES = {
     "ngram": {"blocks": (0,), "rows": 60},
     "lookup": {"after_blocks": (0,), "rows": 400, "max_rows_per_token": 60},
@@ -74,7 +81,7 @@ def train(
     stop_at: the step in which a stop is requested. states: gets the whole state before each step, and at the end that
     and the loader's place on each rank; copies on several ranks are equal.
     """
-    config, tokenizer = config_of(place, **changes), Tokenizer({bytes([byte]): byte for byte in range(256)})
+    config, tokenizer = config_of(place, **changes), TOKENIZER
     start_collectives(torch.device("cpu"), "gloo", timedelta(seconds=600))
     mesh = build_mesh(torch.device("cpu"), tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
     plan, documents, folder = resolve_without_text(config, mesh.world.size, tokenizer.vocab_size), None, place / name
@@ -84,9 +91,9 @@ def train(
         documents, _ = resume_documents(checkpoint, saved, config, plan, mesh, tokenizer)
     run = build_run(config, plan, mesh, tokenizer, folder, documents)
     state = load_state(run, checkpoint) if checkpoint else LoopState()
-    if not checkpoint:
+    if not checkpoint or damage is not plant:
         damage(run)
-    values = {"first_step": state.step, "steps": STEPS, "run_name": name, "settings": {}}
+    values = {"first_step": state.step, "rewinds": state.rewinds, "steps": STEPS, "run_name": name, "settings": {}}
     lines = Metrics(folder, config.log, writes=run.is_writer, **values)
 
     def before_step(step: int) -> None:
@@ -145,15 +152,19 @@ def layout_of_four(place: Path) -> list:
     changes = {"parallel": {"tensor": 2, "pipeline": 2}, "reliability": {"on_nonfinite": "rewind"}} | TABLES
     train_and_rewind(place, "tp2 pp2", parallel=changes["parallel"])
     ended = [train(place, "tp2 pp2 stopped", stop_at=3, **changes)]
-    ended.append(sorted(path.name for path in (place / "tp2 pp2 stopped" / "checkpoints").glob("step_*")))
-    checkpoint = place / "tp2 pp2 stopped" / "checkpoints" / checkpoint_name(2)
+    (checkpoint,) = (place / "tp2 pp2 stopped" / "checkpoints").glob("step_*")
+    ended += [checkpoint.name, facts(checkpoint)["loop"]["rewinds"], left_out(checkpoint)]
     return [*ended, train(place, "tp2 pp2 stopped", checkpoint, **changes)]
 
 
-def overflow_in_backward(run) -> None:
-    """At step 4 the gradient of a matrix is not finite, and no loss scale cures it."""
+def left_out(checkpoint: Path) -> list[int]:
+    return json.loads((checkpoint / "loader" / "loader.json").read_text())["left_out"]
+
+
+def overflow_in_backward(run, first: int = 4) -> None:
+    """From step `first` on the gradient of a matrix is not finite, and no loss scale cures it."""
     matrix = next(each for each in run.layers.parameters() if each.ndim == 2 and each.shape[0] == each.shape[1])
-    matrix.register_hook(lambda gradient: gradient * torch.inf if run.loader.step > 4 else gradient)
+    matrix.register_hook(lambda gradient: gradient * torch.inf if run.loader.step > first else gradient)
 
 
 def one_rank(place: Path) -> list:
@@ -165,6 +176,9 @@ def one_rank(place: Path) -> list:
     ended.append(train(place, "one resumed", place / "one" / "checkpoints" / checkpoint_name(2), **changes))
     limit = changes | {"reliability": {"on_nonfinite": "rewind", "nonfinite_limit": 1}}
     ended.append(train(place, "limit", damage=overflow_in_backward, **limit))
+    skips = changes | {"reliability": {"on_nonfinite": "skip", "nonfinite_limit": 2}}
+    for name, checkpoint in (("skips", None), ("skips resumed", place / "skips" / "checkpoints" / checkpoint_name(2))):
+        ended.append(train(place, name, checkpoint, damage=lambda run: overflow_in_backward(run, 1), **skips))
     return ended
 
 
@@ -233,7 +247,7 @@ def check_rewind(place: Path, name: str, step: int) -> None:
     }
     saved = facts(place / name / last)
     header = json.loads((place / name / last / "loader" / "loader.json").read_text())
-    assert header["left_out"] == [step] and header["step"] == STEPS + 1 and saved["loop"]["rewinds"] == 1
+    assert left_out(place / name / last) == [step] and header["step"] == STEPS + 1 and saved["loop"]["rewinds"] == 1
     assert facts(place / "tp2" / last)["ledger"] != saved["ledger"]
 
 
@@ -249,8 +263,8 @@ def check_equal_runs(place: Path, one: str, other: str) -> None:
 
 
 def test_a_mixture_rewinds_and_a_stop_in_that_step_loses_nothing(ended, place):
-    stopped, kept, resumed = run_ranks(layout_of_four, 4, place)[0]
-    assert (stopped, kept, resumed) == (True, ["step_000002"], False)
+    stopped, saved, rewinds, rows, resumed = run_ranks(layout_of_four, 4, place)[0]
+    assert (stopped, saved, rewinds, rows, resumed) == (True, "step_000002", 1, [bad_step(place)], False)
     check_equal_runs(place, "tp2 pp2", "tp2 pp2 resumed")
     for name in ("tp2 pp2", "tp2 pp2 stopped"):
         check_rewind(place, name, bad_step(place))
@@ -265,6 +279,12 @@ def alone(place) -> list:
 def test_a_run_that_went_back_too_often_stops(alone, place):
     assert alone[3].startswith("step 4: the gradient of") and "the run went back 1 times already" in alone[3]
     assert [line["rewind/count"] for line in metrics(place / "limit") if "rewind/count" in line] == [1]
+
+
+def test_skips_in_a_row_are_counted_across_a_resume(alone, place):
+    whole, resumed = alone[4:]
+    assert whole == resumed and whole.startswith("step 3: the gradient was not finite for 3 steps in a row")
+    assert (place / "skips" / "capsules").is_dir() and not (place / "skips resumed" / "capsules").exists()
 
 
 def test_a_resumed_run_reports_the_same_spikes(alone, place):
@@ -290,3 +310,73 @@ def test_a_gradient_stops_one_rank_and_spikes_leave_their_rows(alone, place):
     assert spikes and [line["step"] for line in spikes] == [int(path.name.split("_")[1]) for path in folders]
     documents = json.loads((folders[0] / "capsule.json").read_text())["documents"]
     assert len(documents) == 8 and spikes[0]["spike/documents"][0] == documents[0][0]["place"]
+
+
+class Overflow(torch.autograd.Function):
+    """Returns a copy; the gradient of what is marked is infinite."""
+
+    @staticmethod
+    def forward(ctx, tensor, marked):
+        ctx.save_for_backward(marked)
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (marked,) = ctx.saved_tensors
+        return gradient.masked_fill(marked, torch.inf), None
+
+
+@pytest.mark.parametrize("parameter", [False, True])
+@pytest.mark.parametrize("block", [0, 1])
+def test_a_fault_in_the_backward_pass_names_its_module(block, parameter, ended, place, monkeypatch):
+    """The stream's first values reach every block, so what one block makes infinite is a gradient of others, too."""
+    embed, linear, ids = Embed.forward, Linear.forward, []
+
+    def keep_ids(module, given):
+        ids[:] = [given]
+        return embed(module, given)
+
+    def overflow(module, x):
+        weight, tilde = module.weight, ids[0] == TILDE
+        if place_of(weight).name == f"transformer.h.{block}.mlp.c_fc.weight":
+            if not parameter:
+                return linear(module, Overflow.apply(x, tilde.unsqueeze(-1)))
+            return F.linear(x, Overflow.apply(weight, tilde.any()).to(x.dtype))
+        return linear(module, x)
+
+    monkeypatch.setattr(Embed, "forward", keep_ids)
+    monkeypatch.setattr(Linear, "forward", overflow)
+    (capsule,) = (place / "dp2" / "capsules").iterdir()
+    report = replay_capsule(capsule, dtype="float32")
+    text = "\n".join(report_lines(report))
+    culprit, (row,) = report["culprit"], report["rows"]
+    assert (culprit["during"], culprit["name"], culprit["kind"]) == ("backward", f"blocks.{block}.mlp.c_fc", "Linear")
+    assert culprit["outputs"][0]["not_finite"] == 0 and list(culprit["parameters"]) == ["weight"] * parameter, text
+    assert (culprit["inputs"][0]["not_finite"] > 0) is not parameter
+    assert 17 in [each["document"] for each in row["documents"]]
+    assert (row["document"] or {}).get("document") == (None if parameter else 17), text
+
+
+def test_a_gradient_that_overflows_in_float16_is_replayed(alone, place, tmp_path):
+    """The capsule of a float32 run, with a loss scale that float16's largest number does not reach."""
+    capsule = tmp_path / "step_000004"
+    shutil.copytree(place / "one" / "capsules" / capsule.name, capsule)
+    values = json.loads((capsule / "capsule.json").read_text())
+    (capsule / "capsule.json").write_text(json.dumps(values | {"loss_scale": 2.0**40}))
+    report = replay_capsule(capsule, dtype="float16")
+    culprit = report["culprit"]
+    assert (culprit["during"], culprit["name"], report["float32_is_finite"]) == ("backward", "loss", True), culprit
+
+
+def test_a_capsule_is_evaluated_but_not_among_the_runs_results(ended, place):
+    (capsule,), tokenizer, out = (place / "dp2" / "capsules").iterdir(), place / "tokenizer", place / "out.json"
+    save_tokenizer(tokenizer, TOKENIZER, {"source": "tests"})
+    program = ["launch/evaluate.py", "--checkpoint", capsule, "--tokenizer", tokenizer, "--bpb"]
+    refused = run_forked(program)
+    assert refused.status == 2 and f"{capsule} is a capsule and no checkpoint of its run: give --out" in refused.err
+    done = run_forked([*program, "--out", out], 2)
+    assert done.status == 0, done.err
+    result = json.loads(out.read_text())
+    assert (result["run"], result["step"]) == ("dp2", bad_step(place)) and result["bpb"]["bpb"] > 0
+    assert [each.name for each in capsule.parent.iterdir()] == [capsule.name]
+    assert not (place / "dp2" / "evaluations").exists()

@@ -3,6 +3,7 @@ second job, a loss that is not a number.
 """
 
 import contextlib
+import json
 import os
 import random
 import re
@@ -10,16 +11,18 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from megachat.checkpoint.facts import find_file_problems, read_facts
 from megachat.checkpoint.resume import newest_complete
 from megachat.errors import CORRUPTION_STATUS, EXIT_STATUS, LOST_RANK_STATUS, SAVED_STATUS
-from megachat.job.elastic import Agent, AgentOfOneHost
+from megachat.job.elastic import Agent
 from tests.runs.forked import Done, Ranks, run_forked
 from tests.runs.job import (
     STEPS,
@@ -29,10 +32,12 @@ from tests.runs.job import (
     command,
     different,
     facts,
+    finish,
     losses,
     train,
     until,
 )
+from tests.runs.warm import Launcher
 
 LONG = {"horizon": {"steps": 5000}, "evaluate": {"every": 0}}  # ended by the test
 
@@ -205,12 +210,20 @@ def test_a_loss_that_is_no_number_stops_all_ranks_and_spares_the_checkpoint(two,
     assert different(checkpoint(run, STEPS), checkpoint(two, STEPS)) == [] and losses(run) == losses(two)
 
 
+# As a supervisor's program: megachat supervise with ranks that run this file; there a weight gets one wrong number.
 WRONG_BIT = """
-import runpy
+import os, runpy, time
 
+if "RANK" not in os.environ:
+    from megachat.commands import supervise
+
+    supervise.pretrain_program = lambda: [__file__]
+    runpy.run_path("launch/supervise.py", run_name="__main__")
+
+import torch
 import megachat.train.step as step_module
 
-update = step_module.update
+update, save = step_module.update, torch.save
 
 def wrong(run, *arguments, **options):
     result = update(run, *arguments, **options)
@@ -219,23 +232,33 @@ def wrong(run, *arguments, **options):
         run.layers[1].mlp.c_fc.weight.data[3, 5] *= -1
     return result
 
-step_module.update = wrong
+def slow(values, path, *arguments, **options):
+    if "corruption" in str(path) and os.environ["RANK"] == "1":
+        time.sleep(2)  # the first rank that ends would have this one killed
+    save(values, path, *arguments, **options)
+
+step_module.update, torch.save = wrong, slow
 runpy.run_path("launch/pretrain.py", run_name="__main__")
 """
 
 
-def test_a_wrong_bit_on_one_rank_ends_the_job_before_it_is_saved(two, place):
+def test_a_wrong_bit_ends_a_supervised_job_before_it_is_saved_and_all_evidence_is_kept(two, place):
     (place.runs / "wrong_bit.py").write_text(WRONG_BIT)
     config = {"checkpoint": {"every": 1}, "reliability": {"hash_every": 1}}
-    done = run_forked([place.runs / "wrong_bit.py", *command(place, "wrong_bit", config=config)[1:]], 2)
-    assert (
-        done.status == CORRUPTION_STATUS and CORRUPTION_STATUS in Agent.final_statuses & AgentOfOneHost.final_statuses
-    )
-    (error,) = done.errors
-    assert "step 3: the copies of transformer.h.0.mlp.c_fc.weight on rank 0 (" in error
+    program = [place.runs / "wrong_bit.py", "--ranks", 2, *command(place, "wrong_bit", config=config)[1:]]
+    done, name = finish(Launcher([sys.executable, *program])), "transformer.h.0.mlp.c_fc.weight"
+    assert done.status == CORRUPTION_STATUS and "resumed" not in done.out, done.out + done.err
+    assert CORRUPTION_STATUS in Agent.final_statuses  # of several hosts
+    (error,) = [error for error in done.errors if "[rank" not in error]
+    assert f"step 3: the copies of {name} on rank 0 (" in error
     run = place.runs / "wrong_bit"
-    assert checkpoints(run) == ["step_000001", "step_000002"] and not (run / "running").exists()
-    assert (run / "corruption" / "step_000003" / "report.json").is_file()
+    assert checkpoints(run) == ["step_000001", "step_000002"]
+    assert not (run / "running").exists() and not (run / "crashes.json").exists()
+    evidence = run / "corruption" / "step_000003"
+    assert json.loads((evidence / "report.json").read_text())["suspects"] == [0, 1]
+    right, wrong = (torch.load(evidence / f"rank_0000{rank}.pt", weights_only=True) for rank in range(2))
+    ((key, weight),) = right.items()
+    assert key.endswith(name) and (weight != wrong[key]).nonzero().tolist() == [[3, 5]]
 
 
 def forked(place, name: str, *arguments: str, config: dict, world: int = 2) -> Ranks:
