@@ -132,7 +132,8 @@ def _drop_lines_from(path: Path, step: int, rewinds: int) -> str | None:
             values = json.loads(line)
             # a training line or spike has the number of its step, an evaluation the number of steps before it
             # (a new run repeats that of step 0)
-            of_step = "train/loss" in values or "spike/documents" in values or values.get("rewind/count", 0) > rewinds
+            of_step = "train/loss" in values or "spike/documents" in values
+            of_step |= "rewind/count" in values and values["rewind/count"] > rewinds
             keep = values["step"] < step or (values["step"] == step > 0 and not of_step)
         except (ValueError, TypeError, LookupError, RecursionError):
             if line.strip() and number <= len(lines):
