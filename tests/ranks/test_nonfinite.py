@@ -353,7 +353,7 @@ def test_a_fault_in_the_backward_pass_names_its_module(block, parameter, ended, 
     assert (culprit["during"], culprit["name"], culprit["kind"]) == ("backward", f"blocks.{block}.mlp.c_fc", "Linear")
     assert culprit["outputs"][0]["not_finite"] == 0 and list(culprit["parameters"]) == ["weight"] * parameter, text
     assert (culprit["inputs"][0]["not_finite"] > 0) is not parameter
-    assert 17 in [each["document"] for each in row["documents"]]
+    assert 17 in [each["document"] for each in row["documents"][0]]
     assert (row["document"] or {}).get("document") == (None if parameter else 17), text
 
 
