@@ -10,13 +10,14 @@ _CHUNK = 2**20  # elements at a time, which bounds the workspace
 def bit_hash(tensor: torch.Tensor) -> torch.Tensor:
     """Returns the sum, modulo 2^64, of the elements' bits as integers, each times an odd number of its position.
 
-    0-d int64, not read by the host. A change of one element is always seen: an odd factor loses no bit of it.
+    0-d int64, not read by the host; 0 for a tensor without elements. A change of one element is always seen: an odd
+    factor loses no bit of it.
     """
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     bits = tensor.detach().reshape(-1).view(_INTEGERS[tensor.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    factors = torch.arange(1, 2 * min(len(bits), _CHUNK), 2, device=tensor.device)
+    factors = 2 * torch.arange(min(len(bits), _CHUNK), device=tensor.device) + 1
     for first, chunk in enumerate(bits.split(_CHUNK)):
         total += (chunk * (factors[: len(chunk)] + 2 * _CHUNK * first)).sum()
     return total
