@@ -34,7 +34,6 @@ CASES = {
         {"tensor": 2},
         TABLES | {"model": {"kv_heads": None, "aspect_ratio": 32}, "batch": {"recompute": "block"}},
     ),
-    "tp2 sequence": (2, {"tensor": 2, "sequence": True}, {"model": {"kv_heads": None, "aspect_ratio": 32}}),
     "pp2": (2, {"pipeline": 2}, TABLES | {"precision": {"compute": "bfloat16"}}),
     "dp2 tp2 pp2": (
         8,
