@@ -2,21 +2,25 @@
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megachat.checkpoint.facts import checkpoint_step, files_of_rank, find_file_problems, read_facts
 from megachat.errors import UnreadableError, UserError
 from megachat.files import CHECKPOINTS, list_folder, path_kind
-from megachat.parallel.collectives import all_gather_objects, on_all_ranks_or_raise
-from megachat.parallel.mesh import Axis
+
+if TYPE_CHECKING:
+    from megachat.parallel.mesh import Axis
 
 
-def choose_checkpoint(run_folder: Path, resume: str | None, world: Axis) -> tuple[Path | None, list[str]]:
+def choose_checkpoint(run_folder: Path, resume: str | None, world: "Axis") -> tuple[Path | None, list[str]]:
     """Returns (the checkpoint to resume from or None, remarks for the log), the same on all ranks; all ranks call it.
 
     Rank 0 finds the checkpoint as `find_checkpoint` does, then each rank hashes a share of its files. With "auto", a
     damaged checkpoint is skipped for the one before. Raises UserError on all ranks when `find_checkpoint` does, when a
     checkpoint given by its path is damaged, and when a rank cannot see the files that rank 0 sees.
     """
+    from megachat.parallel.collectives import all_gather_objects, on_all_ranks_or_raise  # import torch
+
     damaged: dict[Path, str] = {}
     choice: tuple[Path | None, list[str]] = None, []
 
@@ -42,12 +46,14 @@ def choose_checkpoint(run_folder: Path, resume: str | None, world: Axis) -> tupl
         damaged[checkpoint] = problem
 
 
-def find_damage(checkpoint: Path, world: Axis) -> str | None:
+def find_damage(checkpoint: Path, world: "Axis") -> str | None:
     """Returns a problem with a checkpoint's files, None when all match their hashes.
 
     All ranks call it and get the same result; each hashes a share of the files. Raises UnreadableError on all ranks if
     one of them may not read a file now: the checkpoint may be intact.
     """
+    from megachat.parallel.collectives import all_gather_objects
+
     problems: list[str] = []
     refusal = None
     try:

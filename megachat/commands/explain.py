@@ -36,11 +36,14 @@ def run(options: argparse.Namespace) -> None:
     """Prints the explanation."""
     if options.world is not None and options.world < 1:
         raise UserError(f"--world is {options.world}: give 1 or more")
-    from megachat.programs.explain import describe_explanation, describe_names, explain, machine_timing
+    from megachat.planning.names import describe_names, explained_as
 
     if options.name is None:
         print(describe_names())
         return
+    explained_as(options.name)
+    from megachat.programs.explain import describe_explanation, explain, machine_timing
+
     check_price(options.price)
     world = options.world or layout_ranks(options.layout)
     world, timing = machine_timing(options.gpus, options.probe, options.price, world)

@@ -98,8 +98,8 @@ def run(options: argparse.Namespace) -> int:
     elif not options.elastic:
         check_layout_ranks(options.layout)
     check_launcher_hostfile()
-    if not (options.dry_run or options.elastic):
-        _check_plan(options.config, settings)
+    if not options.elastic:
+        _check_plan(options, settings, world)
     with importing(logged=not options.dry_run):
         from megachat.programs.dry_run import Hardware
         from megachat.programs.pretrain import pretrain
@@ -118,13 +118,21 @@ def run(options: argparse.Namespace) -> int:
     )
 
 
-def _check_plan(path: str, settings: list[str]) -> None:
-    """Raises UserError for a tokenizer that is missing and a plan that is impossible, seconds before torch is there."""
+def _check_plan(options: argparse.Namespace, settings: list[str], world: int | None) -> None:
+    """Raises UserError for a tokenizer or checkpoint that is missing and a plan that is impossible, seconds before
+    torch is there. world: ranks to plan for with --dry-run."""
+    from megachat.checkpoint.resume import find_checkpoint
     from megachat.checkpoint.run_folder import config_in_place
     from megachat.config import load_config
     from megachat.data.tokenizer import load_tokenizer
     from megachat.planning.plan import resolve
 
-    config, _ = config_in_place(load_config(path, settings), Path(path), settings)
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    resolve(config, launcher_world(), config.model.vocab_size or tokenizer.vocab_size)
+    path = Path(options.config)
+    config, _ = config_in_place(load_config(path, settings), path, settings)
+    vocab_size = config.model.vocab_size
+    if not (options.dry_run and vocab_size):
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        vocab_size = vocab_size or tokenizer.vocab_size
+    resolve(config, world or launcher_world(), vocab_size)
+    if not options.dry_run:
+        find_checkpoint(Path(config.run.folder) / (config.run.name or path.stem), options.resume)

@@ -96,9 +96,13 @@ def _planned_machine(options: argparse.Namespace, small: bool) -> list[str]:
 
 
 def _refuse_without_effect(options: argparse.Namespace) -> None:
-    """Raises UserError for options that would be ignored."""
+    """Raises UserError for settings that do not exist and options that would be ignored."""
+    from megachat.config import config_from_values, known_keys
+
+    keys = known_keys()
+    config_from_values({}, "--set", [one for one in options.set if one.partition("=")[0].strip() not in keys])
     from megachat.job.hosts import parse_hostfile
-    from megachat.programs.speedrun import SMALL_DEPTH
+    from megachat.programs.speedrun import SMALL_DEPTH  # imports torch
 
     check_price(options.price)
     if options.hostfile:

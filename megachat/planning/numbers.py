@@ -4,10 +4,13 @@ import ast
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from megachat.planning.explain import plan_values
-from megachat.planning.memory import Memory
 from megachat.planning.plan import Plan
+
+if TYPE_CHECKING:
+    from megachat.planning.memory import Memory  # imports torch
 
 _NANOCHAT = "nanochat's rule"
 _POWER_LINES = "Power Lines, arXiv 2505.13738, as nanochat applies it"
@@ -131,7 +134,7 @@ def plan_numbers(plan: Plan) -> dict[str, object]:
     return numbers
 
 
-def memory_numbers(stages: list[Memory]) -> dict[str, int]:
+def memory_numbers(stages: "list[Memory]") -> dict[str, int]:
     """Returns the bytes of the fullest rank by their names in NUMBERS."""
     fullest = max(stages, key=lambda stage: stage.total)
     kinds = ("weights", "masters", "moments", "gradients", "activations", "workspace", "total")

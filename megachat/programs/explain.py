@@ -2,17 +2,17 @@
 change would do.
 """
 
-import difflib
 import json
 from functools import partial
 from pathlib import Path
 
-from megachat.config import Config, config_from_values, known_keys, load_config
+from megachat.config import Config, config_from_values, load_config
 from megachat.data.tokenizer import load_tokenizer
 from megachat.errors import UserError
 from megachat.planning.hardware import parse_gpus
 from megachat.planning.influence import influenced, influencing, moved, numbers_of
 from megachat.planning.key_docs import describe_key
+from megachat.planning.names import explained_as
 from megachat.planning.numbers import NUMBERS, formula_of, names_in, with_numbers
 from megachat.planning.plan import resolve
 from megachat.planning.probe import read_probe
@@ -38,9 +38,7 @@ def explain(
     it is compared with. world: ranks; None: as many as fit. timing: of a machine, for predicted numbers. Raises
     UserError for a name that does not exist, and for a predicted number without a machine or price.
     """
-    key, number = _settings_named(name), _number_named(name)
-    if key is None and number is None:
-        raise UserError(_unknown(name))
+    key, number = explained_as(name)
     if number in TIME_NUMBERS and timing is None:
         raise UserError(f"{number} depends on the machine: give --gpus 8xH100, or --probe FILE")
     if number == "price" and timing and timing.price is None:
@@ -95,30 +93,6 @@ def machine_timing(
 
 def _loaded(path: str | None, overrides: list[str]) -> Config:
     return load_config(path, overrides) if path else config_from_values({}, "--set", overrides)
-
-
-def _settings_named(name: str) -> str | None:
-    """Returns the setting of this name, or the only one whose key is this; None if there is none, or a number is."""
-    keys = known_keys()
-    same = [key for key in keys if key.partition(".")[2] == name]
-    return name if name in keys else same[0] if len(same) == 1 and name not in NUMBERS else None
-
-
-def _number_named(name: str) -> str | None:
-    known = NUMBERS | TIME_NUMBERS
-    same = [number for number in NUMBERS if number.rpartition(".")[2] == name]
-    return name if name in known else same[0] if len(same) == 1 and not _settings_named(name) else None
-
-
-def _unknown(name: str) -> str:
-    names = [*known_keys(), *NUMBERS, *TIME_NUMBERS]
-    last = name.rpartition(".")[2]
-    near = [one for one in names if one.rpartition(".")[2] == last]
-    near = near or difflib.get_close_matches(name, names, 4, 0.6)
-    near += [one for one in names if difflib.get_close_matches(last, [one.rpartition(".")[2]], 1, 0.8)]
-    listed = ", ".join(list(dict.fromkeys(near))[:5])
-    hint = f"did you mean {listed}?" if near else "`megachat explain` without a name lists all of them"
-    return f"{name} is neither a setting nor a number of the plan: {hint}"
 
 
 def planned_vocabulary(config: Config) -> tuple[int, list[str]]:
@@ -225,18 +199,6 @@ def describe_explanation(shown: dict) -> str:
         table = text_table([("number", "before", "after"), *rows], right=(1, 2))
         lines += [f"  {line}" for line in table] if rows else ["  no number of the plan moves"]
     return "\n".join([*lines, *shown["notes"]])
-
-
-def describe_names() -> str:
-    """Returns all names that can be explained."""
-    return "\n".join(
-        [
-            "settings",
-            *(f"  {key}" for key in known_keys()),
-            "numbers of the plan",
-            *(f"  {n}" for n in NUMBERS | TIME_NUMBERS),
-        ]
-    )
 
 
 def _text(value: object) -> str:

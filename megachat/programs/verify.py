@@ -8,9 +8,8 @@ from pathlib import Path
 from megachat.config import Config, load_config
 from megachat.data.tokenizer import METADATA_FILE, load_tokenizer
 from megachat.files import check_writable, write_json
-from megachat.job.launch import describe_environment
-from megachat.job.local_ranks import run_local_ranks
 from megachat.planning.layouts import parse_layout
+from megachat.programs.verify_config import check_layout
 
 DEFAULT_VOCABULARY = 4096
 
@@ -36,6 +35,8 @@ def _run_rank(*arguments) -> None:
 
 def run_ranks(config: Config, world: int, vocab_size: int, folder: Path, reference: Path | None) -> None:
     """Runs `verify_layout.run_rank` on `world` new processes. Raises UserError naming the first rank that failed."""
+    from megachat.job.local_ranks import run_local_ranks
+
     folder.mkdir()
     preload = ["megachat.programs.verify_layout"]
     run_local_ranks(_run_rank, world, config, vocab_size, folder, reference, preload=preload)
@@ -47,6 +48,8 @@ def verify(arguments: argparse.Namespace) -> dict:
     layouts = [parse_layout(text) for text in arguments.layout or ["dp=1"]]
     targets = [parse_layout(text) for text in arguments.onto]
     vocab_size = vocabulary_without_text(config)
+    for layout in (*layouts, *targets):
+        check_layout(config, layout, vocab_size, depth=arguments.depth, dry=arguments.dry)
     check_writable(arguments.out)
     from megachat.programs.verify_layout import verify_layout  # imports DeepSpeed, which takes seconds: after parsing
     from megachat.programs.verify_resume import verify_resumes
@@ -73,6 +76,8 @@ def verify(arguments: argparse.Namespace) -> dict:
 
 def _finish(arguments: argparse.Namespace, kind: str, certificates: list[dict]) -> dict:
     import torch
+
+    from megachat.job.launch import describe_environment
 
     passed = all(entry["passed"] for entry in certificates)
     document = {"passed": passed, "environment": describe_environment(torch.device("cpu")), kind: certificates}

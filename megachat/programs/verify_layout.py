@@ -18,7 +18,7 @@ import torch
 
 from megachat.checkpoint.index import read_index
 from megachat.checkpoint.storage import load_checkpoint, save_rectangles
-from megachat.config import Config, config_from_values
+from megachat.config import Config
 from megachat.convert.architecture import weight_shapes
 from megachat.convert.megachat import whole_piece
 from megachat.errors import UserError
@@ -27,18 +27,16 @@ from megachat.job.join import start_mesh
 from megachat.model.parameters import starting_value
 from megachat.parallel.rectangles import TensorShard, flat_rectangles
 from megachat.place import Place, is_counted_copy, place_of
-from megachat.planning.dimensions import up_to_multiple
 from megachat.planning.layouts import layout_name
 from megachat.planning.plan import resolve_without_text
+from megachat.programs.verify_config import STEPS, verification_config
 from megachat.schedule import scheduled_values
 from megachat.train.build import TrainingModel, build_training_model
 from megachat.train.state import state_pieces
 from megachat.train.step import set_schedules, update
 
-STEPS = 2
 NUMBERS = "numbers.json"  # of a step
 COPY = " on tensor rank "  # in the name of a copy: its rank follows
-HEAD_MULTIPLE = 16  # channels per head of a model that is scaled down
 LOSS_TOLERANCE = 1e-6  # relative
 TENSOR_TOLERANCE = 1e-5  # relative to the tensor's scale, which is its largest element
 # A gradient that is zero but for rounding has no scale; at least this share of the largest element of all gradients (or
@@ -65,34 +63,6 @@ class Comparison:
     outside: float
     tolerance: float
     passed: bool
-
-
-def verification_config(
-    config: Config, *, data: int, tensor: int, pipeline: int, depth: int | None, rows_per_rank: int
-) -> Config:
-    """Returns the config to run on a layout: float32, micro-batches of one row (the same shape on every layout), a
-    short horizon.
-
-    Another depth scales the model with its numbers of heads kept, so that it can be cut over every tensor axis that
-    fits the config's model.
-    """
-    sections = config.model_dump(mode="json")
-    if depth and depth != config.model.depth:
-        model = config.model
-        heads = -(-model.depth * model.aspect_ratio // model.head_size)
-        scaled = depth * model.aspect_ratio // heads // HEAD_MULTIPLE * HEAD_MULTIPLE
-        # at least the number of blocks: aspect_ratio times depth is rounded up to the width
-        head_size = max(scaled, up_to_multiple(depth, HEAD_MULTIPLE))
-        sections["model"] |= {"depth": depth, "head_size": head_size, "aspect_ratio": heads * head_size // depth}
-    last = (depth or config.model.depth) - 1
-    sections["lookup"] |= {"after_blocks": sorted({min(block, last) for block in config.lookup.after_blocks})}
-    sections["precision"] |= {"compute": "float32", "compile": False, "fp8": "off", "attention": "auto"}
-    sections["parallel"] |= {"tensor": tensor, "pipeline": pipeline}
-    if tensor == 1:
-        sections["parallel"]["sequence"] = False
-    sections["batch"] |= {"tokens": None, "micro_rows": 1, "accumulation": rows_per_rank}
-    sections["horizon"] |= {"steps": 20 * STEPS, "flops": None, "stop_step": None}
-    return config_from_values(sections, "the scaled config")
 
 
 def warm_up(training: TrainingModel) -> None:

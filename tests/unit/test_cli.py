@@ -91,6 +91,7 @@ def test_no_help_loads_a_heavy_package():
 
 def test_a_mistake_is_reported_before_a_heavy_package_is_imported():
     """Config, settings, layout, and a tokenizer or checkpoint that does not exist. A tokenizer needs numpy, 0.1 s."""
+    tokenizer = f"data.tokenizer={ROOT / 'tests/fixtures/tokenizer'}"
     mistakes = [
         ["pretrain", "--config", "none.json"],
         ["pretrain", "--config", "d4_cpu", "--set", "model.depht=3"],
@@ -106,6 +107,12 @@ def test_a_mistake_is_reported_before_a_heavy_package_is_imported():
         ["evaluate", "--checkpoint", "."],
         ["generate", "--checkpoint", "none"],
         ["inspect", "none"],
+        ["pretrain", "--config", "d4_cpu", "--resume", "none", "--set", tokenizer],
+        ["plan", "--config", "d4_cpu", "--world", "3", "--set", tokenizer],
+        ["verify", "--config", "d4_cpu", "--layout", "tp=3"],
+        ["verify", "--config", "d4_cpu", "--layout", "pp=5", "--dry"],
+        ["explain", "model.depht"],
+        ["speedrun", "--set", "a.b=1"],
     ]
     done = python("-c", LIGHT_MISTAKES, json.dumps(mistakes))
     assert (done.stdout, done.stderr) == ("[]\n", "")

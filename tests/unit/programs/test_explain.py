@@ -11,11 +11,12 @@ from megachat.errors import UserError
 from megachat.planning.hardware import parse_gpus
 from megachat.planning.influence import influenced, moved, numbers_of, with_value
 from megachat.planning.memory import Memory
+from megachat.planning.names import describe_names
 from megachat.planning.numbers import NUMBERS, with_numbers
 from megachat.planning.plan import resolve
 from megachat.planning.probe import read_probe
 from megachat.planning.time_numbers import TIME_NUMBERS, Timing
-from megachat.programs.explain import describe_explanation, describe_names, explain
+from megachat.programs.explain import describe_explanation, explain
 from megachat.programs.preflight import rank_checkpoint_bytes
 from tests.runs.job import ROOT
 from tests.unit.planning.test_probe import written
