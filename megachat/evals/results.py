@@ -172,13 +172,22 @@ def find_newest_results(run_folder: Path, *, whole_core: bool = False) -> Path |
     return max(candidates)[2] if candidates else None
 
 
+CORE_COLUMNS = ("examples", "accuracy", "centered", "+-")
+
+
+def core_rows(section: dict) -> list[tuple[str, ...]]:
+    """Returns each task with its CORE_COLUMNS as text."""
+    values = ("accuracy", "centered", "deviation")
+    return [
+        (label, f"{task['examples']:,}", *(f"{task[key]:.4f}" for key in values))
+        for label, task in section["tasks"].items()
+    ]
+
+
 def core_table(section: dict) -> list[str]:
     """Returns lines of text: each task's accuracy, centered accuracy and error, then `core_lines`."""
-    rows = [("task", "examples", "accuracy", "centered", "+-")]
-    for label, task in section["tasks"].items():
-        values = (f"{task[key]:.4f}" for key in ("accuracy", "centered", "deviation"))
-        rows.append((label, f"{task['examples']:,}", *values))
-    return [*text_table(rows, right=range(1, 5)), *core_lines(section)]
+    table = text_table([("task", *CORE_COLUMNS), *core_rows(section)], right=range(1, 5))
+    return [*table, *core_lines(section)]
 
 
 def core_lines(section: dict) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from megachat.activity import duration
 from megachat.errors import UserError, summary
-from megachat.evals.results import core_lines, find_newest_results, load_results
+from megachat.evals.results import CORE_COLUMNS, core_lines, core_rows, find_newest_results, load_results
 from megachat.files import SAMPLES, list_folder, write_atomically
 from megachat.studies.comparison import compare_curves, curve_lines
 from megachat.studies.predicted import MEMORY_KINDS, Predicted, predicted_rows, try_predict, wall_clock
@@ -252,13 +252,8 @@ def _core(run: RunRecord) -> str:
         section = load_results(newest)["core"]
     except UserError as error:
         return f'<p class="warning">{html.escape(str(error))}</p>'
-    rows = [
-        (label, f"{task['examples']:,}", *(f"{task[key]:.4f}" for key in ("accuracy", "centered", "deviation")))
-        for label, task in section["tasks"].items()
-    ]
-    head = (run.folder.name, "examples", "accuracy", "centered", "+-")
     lines = "".join(f"<p>{html.escape(line)}</p>" for line in core_lines(section))
-    return _table(rows, head=head, right=range(1, 5)) + lines
+    return _table(core_rows(section), head=(run.folder.name, *CORE_COLUMNS), right=range(1, 5)) + lines
 
 
 def _samples(run: RunRecord) -> str:
