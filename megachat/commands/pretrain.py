@@ -22,6 +22,16 @@ from megachat.job.hosts import check_launcher_hostfile
 from megachat.job.launchers import launcher_world
 from megachat.planning.hardware import parse_gpus
 
+_WITH_DRY_RUN = {  # options of a plan -> what they are for
+    "world": "is the number of ranks, 1 or more, to plan for with --dry-run; a launcher sets how many run",
+    "memory_gb": "is the memory of a GPU, above 0, to plan for with --dry-run; a job reads its GPU's",
+    "json": "prints the plan of --dry-run; a job's numbers are in metrics.jsonl of the run folder",
+    "verbose": "shows all of a plan with --dry-run; a job logs what it does",
+    "gpu": "names the GPU to plan for with --dry-run, in place of --memory-gb: give one of the two",
+    "probe": "predicts time and price with --dry-run; a job's prediction is by log.probe",
+    "price": "predicts time and price with --dry-run; a job's prediction is by log.probe",
+}
+
 
 def add_plan_arguments(parser: Parser, where: str = "") -> None:
     """Adds the options of a plan. where: "with --dry-run: " where they need it."""
@@ -63,35 +73,10 @@ def add_arguments(parser: Parser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Pretrains, or shows the plan; returns the exit status."""
+    _check_plan_options(options)
     world, memory_gb = options.world, options.memory_gb
-    if world is not None and (world < 1 or not options.dry_run):
-        raise UserError(
-            "--world is the number of ranks, 1 or more, to plan for with --dry-run; a launcher sets how many run"
-        )
-    if memory_gb is not None and (not memory_gb > 0 or not options.dry_run):
-        raise UserError(
-            "--memory-gb is the memory of a GPU, above 0, to plan for with --dry-run; a job reads its GPU's"
-        )
-    if options.json and not options.dry_run:
-        raise UserError("--json prints the plan of --dry-run; a job's numbers are in metrics.jsonl of the run folder")
-    if options.verbose and not options.dry_run:
-        raise UserError("--verbose shows all of a plan with --dry-run; a job logs what it does")
     if options.gpu:
-        if memory_gb is not None or not options.dry_run:
-            raise UserError(
-                "--gpu names the GPU to plan for with --dry-run, in place of --memory-gb: give one of the two"
-            )
         memory_gb = parse_gpus(options.gpu).gpu.memory_bytes / 1e9
-    if options.self_test and options.dry_run:
-        raise UserError(
-            "--self-test takes steps before a training, --dry-run shows the plan of one: give one of the two"
-        )
-    for name in ("probe", "price"):
-        if getattr(options, name) is not None and not options.dry_run:
-            raise UserError(f"--{name} predicts time and price with --dry-run; a job's prediction is by log.probe")
-    if options.probe and options.gpu:
-        raise UserError("--gpu and --probe name two machines: give one of the two")
-    check_price(options.price)
     settings = options.set + layout_settings(options.layout)
     if options.dry_run:
         world = world or layout_ranks(options.layout)
@@ -116,6 +101,24 @@ def run(options: argparse.Namespace) -> int:
         as_json=options.json,
         verbose=options.verbose,
     )
+
+
+def _check_plan_options(options: argparse.Namespace) -> None:
+    """Raises UserError for options of a plan without --dry-run, or that contradict each other."""
+    for name, meaning in _WITH_DRY_RUN.items():
+        value = getattr(options, name)
+        impossible = name in ("world", "memory_gb") and value is not None and not value > 0
+        if impossible or (value not in (None, False) and not options.dry_run):
+            raise UserError(f"--{name.replace('_', '-')} {meaning}")
+    if options.gpu and options.memory_gb is not None:
+        raise UserError(f"--gpu {_WITH_DRY_RUN['gpu']}")
+    if options.self_test and options.dry_run:
+        raise UserError(
+            "--self-test takes steps before a training, --dry-run shows the plan of one: give one of the two"
+        )
+    if options.probe and options.gpu:
+        raise UserError("--gpu and --probe name two machines: give one of the two")
+    check_price(options.price)
 
 
 def _check_plan(options: argparse.Namespace, settings: list[str], world: int | None) -> None:
