@@ -11,11 +11,10 @@ intervals. Runs may still train. Exit status: 0 whatever the verdict, 2 if the r
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from megachat.commands.options import Parser
+from megachat.commands.options import Parser, print_result
 from megachat.errors import UserError
 
 
@@ -59,7 +58,7 @@ def run(options: argparse.Namespace) -> None:
         lines.append(f"CORE is not compared: {error}")
     if options.strict and report.get("warnings"):
         raise UserError(f"--strict: {report['warnings'][0]}")
-    print(json.dumps(report, indent=1) if options.json else "\n".join(lines))
+    print_result(options, report, *lines)
 
 
 def _curves(first: list[Path], second: list[Path], metric: str, *, strict: bool) -> tuple[dict | None, list[str]]:

@@ -7,10 +7,17 @@ source, what depends on it, and what a change would do. Without a name it lists 
 """
 
 import argparse
-import json
 from pathlib import Path
 
-from megachat.commands.options import Parser, add_config, add_layout, add_set, layout_ranks, layout_settings
+from megachat.commands.options import (
+    Parser,
+    add_config,
+    add_layout,
+    add_set,
+    layout_ranks,
+    layout_settings,
+    print_result,
+)
 from megachat.commands.pretrain import check_price
 from megachat.errors import UserError
 
@@ -49,4 +56,4 @@ def run(options: argparse.Namespace) -> None:
     world, timing = machine_timing(options.gpus, options.probe, options.price, world)
     settings = [*options.set, *layout_settings(options.layout)]
     shown = explain(options.name, options.config, settings, options.change, world, timing)
-    print(json.dumps(shown, indent=1) if options.json else describe_explanation(shown))
+    print_result(options, shown, describe_explanation(shown))

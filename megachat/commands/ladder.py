@@ -10,12 +10,11 @@ ladder that was ended. --base takes the baseline's runs of another ladder, so th
 """
 
 import argparse
-import json
 import shlex
 from pathlib import Path
 
 from megachat.activity import log_line
-from megachat.commands.options import Parser, add_config, add_set, require_minimum
+from megachat.commands.options import Parser, add_config, add_set, print_result, require_minimum
 from megachat.commands.pretrain import check_price
 from megachat.errors import UserError
 from megachat.text import text_table
@@ -73,8 +72,7 @@ def run(options: argparse.Namespace) -> None:
         options.config, options.both, options.set, depths, seeds=seeds, ranks=options.ranks, hardware=hardware
     )
     if options.dry_run:
-        print(json.dumps({"plan": plan}, indent=1) if options.json else "\n".join(plan_lines(plan)))
-        return
+        return print_result(options, {"plan": plan}, *plan_lines(plan))
     values = load_config(options.config, options.both).model_dump(mode="json", exclude_defaults=True)
     _check_base(options, values)
     check_writable(options.out / "ladder.json")
@@ -101,7 +99,7 @@ def run(options: argparse.Namespace) -> None:
     result = {"change": options.set, "seeds": options.seeds, "plan": plan, "rungs": rows}
     result["compute_multiplier"] = multiplier
     write_json(options.out / "ladder.json", result)
-    print(json.dumps(result, indent=1) if options.json else "\n".join(_lines(result)))
+    print_result(options, result, *_lines(result))
 
 
 def _depths(text: str) -> list[int]:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import gc
+import json
 import math
 import os
 import sys
@@ -140,6 +141,11 @@ def require_minimum(options: argparse.Namespace, **minimum: int) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}: give {least} or more")
+
+
+def print_result(options: argparse.Namespace, values: object, *lines: str) -> None:
+    """Prints the values as one JSON document with --json, else the lines."""
+    print(json.dumps(values, indent=1) if options.json else "\n".join(lines))
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ Without: the plan of one layout on this machine, as `megachat pretrain --dry-run
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from megachat.commands import pretrain
@@ -21,6 +20,7 @@ from megachat.commands.options import (
     add_set,
     layout_ranks,
     layout_settings,
+    print_result,
     require_minimum,
 )
 from megachat.errors import UserError
@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
             check_writable(Path(path), f"--{option.replace('_', '-')}")
     request = make_request(options.config, settings, machine, price=options.price, target=target, probe=probe)
     values = plan_values_of(request)
-    print(json.dumps(values, indent=1) if options.json else describe_plan_values(values, verbose=options.verbose))
+    print_result(options, values, describe_plan_values(values, verbose=options.verbose))
     if options.write_config:
         write_best(request, options.write_config)
     if options.plot:

@@ -8,10 +8,9 @@ record: docs/speedrun.md lists the pieces.
 """
 
 import argparse
-import json
 from pathlib import Path
 
-from megachat.commands.options import Parser
+from megachat.commands.options import Parser, print_result
 
 
 def add_arguments(parser: Parser) -> None:
@@ -31,4 +30,4 @@ def run(options: argparse.Namespace) -> None:
 
     record = build_record([load_run(folder) for folder in options.runs])
     name = options.name or options.runs[0].resolve().name
-    print(json.dumps(record, indent=1) if options.json else record_text(record, name))
+    print_result(options, record, record_text(record, name))

@@ -7,10 +7,9 @@ it; and whether float32 cures it. Exit status: 1 if all is finite here.
 """
 
 import argparse
-import json
 from pathlib import Path
 
-from megachat.commands.options import Parser
+from megachat.commands.options import Parser, print_result
 
 
 def add_arguments(parser: Parser) -> None:
@@ -27,5 +26,5 @@ def run(options: argparse.Namespace) -> int:
     from megachat.programs.replay import replay_capsule, report_lines
 
     report = replay_capsule(options.capsule, options.device, options.dtype)
-    print(json.dumps(report, indent=1) if options.json else "\n".join(report_lines(report)))
+    print_result(options, report, *report_lines(report))
     return 0 if report["reproduced"] else 1

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megachat.activity import log_line
-from megachat.commands.options import Parser, add_config, add_set, require_minimum
+from megachat.commands.options import Parser, add_config, add_set, print_result, require_minimum
 from megachat.errors import UserError
 from megachat.files import check_writable, write_json
 from megachat.text import text_table
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> None:
 
         lines += range_lines(result["range_test"], result.get("optima") or _earlier_optima(options.out))
         lines.append(f"all points are in {options.out / 'range_test.json'}, drawn in range_test.svg")
-    print(json.dumps(result, indent=1) if options.json else "\n".join(lines))
+    print_result(options, result, *lines)
 
 
 def _earlier_optima(out: Path) -> list[dict]:

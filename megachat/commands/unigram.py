@@ -7,10 +7,9 @@ the run is not below it.
 """
 
 import argparse
-import json
 from pathlib import Path
 
-from megachat.commands.options import Parser
+from megachat.commands.options import Parser, print_result
 
 
 def add_arguments(parser: Parser) -> None:
@@ -26,5 +25,5 @@ def run(options: argparse.Namespace) -> int:
     from megachat.programs.unigram import comparison_lines, unigram_comparison
 
     comparison = unigram_comparison(options.data, options.tokenizer, options.run)
-    print(json.dumps(comparison, indent=1) if options.json else "\n".join(comparison_lines(comparison)))
+    print_result(options, comparison, *comparison_lines(comparison))
     return 1 if comparison["below"] is False else 0
