@@ -18,6 +18,7 @@ from megachat.errors import UserError, summary
 from megachat.files import lfs_problem, write_atomically
 
 NANOCHAT_FILE = "tokenizer.pkl"  # a pickled tiktoken.Encoding
+SAMPLE_CHARS = 10_000_000  # of a text whose statistics are reported
 
 
 def read_texts(

@@ -9,6 +9,7 @@ from megachat.data.tokenizer import METADATA_FILE, SPECIAL_TOKENS, load_origin, 
 from megachat.errors import UserError
 from megachat.files import file_sha256
 from megachat.prepare.tokenizer_training import (
+    SAMPLE_CHARS,
     bytes_per_token,
     check_vocabulary,
     import_nanochat,
@@ -16,8 +17,6 @@ from megachat.prepare.tokenizer_training import (
     train_tokenizer,
     with_progress,
 )
-
-_SAMPLE_CHARS = 10_000_000
 
 
 def make_tokenizer(options: argparse.Namespace) -> bool:
@@ -65,8 +64,6 @@ def make_tokenizer(options: argparse.Namespace) -> bool:
     tokenizer = load_tokenizer(options.out)
     print(f"{options.out}: {tokenizer.vocab_size:,} tokens, fingerprint {tokenizer.fingerprint[:12]}")
     for split in ("train", "validation") if options.data else ():
-        texts = read_texts(
-            options.data, split, min(_SAMPLE_CHARS, options.max_chars), options.doc_cap, BadTexts("skip")
-        )
+        texts = read_texts(options.data, split, min(SAMPLE_CHARS, options.max_chars), options.doc_cap, BadTexts("skip"))
         print(f"{split}: {bytes_per_token(tokenizer, texts):.3f} bytes per token")
     return True

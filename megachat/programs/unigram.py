@@ -9,16 +9,14 @@ import numpy as np
 
 from megachat.data.tokenizer import Tokenizer, load_tokenizer
 from megachat.errors import UserError
-from megachat.prepare.tokenizer_training import read_texts
+from megachat.prepare.tokenizer_training import SAMPLE_CHARS, read_texts
 from megachat.studies.metrics import read_metrics
-
-_SAMPLE_CHARS = 10_000_000
 
 
 def unigram_entropy(folder: Path, tokenizer: Tokenizer) -> tuple[float, float]:
     """Returns (nats per token, bits per byte) of the validation text under its token frequencies."""
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-    for text in read_texts(folder, "validation", _SAMPLE_CHARS, _SAMPLE_CHARS):
+    for text in read_texts(folder, "validation", SAMPLE_CHARS, SAMPLE_CHARS):
         counts += np.bincount(tokenizer.encode(text), minlength=tokenizer.vocab_size)
     if not counts.any():
         raise UserError(f"{folder} has no validation text: prepare it again with more text")

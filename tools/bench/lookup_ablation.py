@@ -32,7 +32,7 @@ from megachat.planning.memory import memory_of_stages
 from megachat.planning.plan import resolve
 from megachat.prepare.lookup_allocation import sample_documents
 from megachat.studies.curves import interval_of_ratios, student_95
-from megachat.studies.metrics import read_metrics
+from megachat.studies.runs import load_run, newest_start
 from megachat.text import text_table
 from megachat.train.build import build_training_model
 from megachat.train.lookup_rows import read_or_allocate, with_allocation
@@ -183,17 +183,15 @@ def train_variant(arguments: Namespace, folder: Path, variant: str, seed: int) -
 
 def collect_run(run: Path) -> dict:
     """Returns the validation curve, parameters by kind, bytes and commit of a finished run."""
-    metrics = read_metrics(run)
-    plan = json.loads((run / "plan.json").read_text())
+    record = load_run(run)
     return {
         "curve": [
             {"step": line["step"], "flops": line["total_training_flops"], "bpb": line["val/bpb"]}
-            for line in metrics
-            if "val/bpb" in line
+            for line in record.lines_with("val/bpb")
         ],
-        "parameters": plan["parameters"],
-        "peak_bytes": max(line["train/peak_memory_bytes"] for line in metrics if "train/loss" in line),
-        "commit": json.loads((run / "environment.json").read_text())[-1]["commit"],
+        "parameters": record.plan["parameters"],
+        "peak_bytes": max(record.values("train/peak_memory_bytes")),
+        "commit": newest_start(run)["commit"],
     }
 
 
