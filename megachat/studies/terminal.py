@@ -14,7 +14,7 @@ def run_lines(run: RunRecord, metric: str, *, width: int, height: int) -> list[s
 
     width, height: characters and lines of the terminal. Raises UserError for a metric that no line has.
     """
-    row, points = run_row(run), [(line["step"], line[metric]) for line in run.lines if is_number(line.get(metric))]
+    row, points = run_row(run), [(line["step"], line[metric]) for line in run.lines_with(metric)]
     known = sorted({key for line in run.lines for key, value in line.items() if is_number(value)} - {"step"})
     if not points and run.lines and metric != "val/bpb":
         raise UserError(f"{run.folder} has no {metric}: it has {', '.join(known)}")
