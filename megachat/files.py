@@ -141,6 +141,18 @@ def write_side_json(path: Path, value: object, log: Log) -> None:
     write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
 
 
+def readable_metrics(run_folder: Path, containing: str = "") -> Iterator[dict]:
+    """Yields the lines of a run's metrics.jsonl that can be read, in order; none if the file cannot be read.
+
+    containing: text without which a line is passed over unread.
+    """
+    with contextlib.suppress(OSError), (run_folder / METRICS_NAME).open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if containing in line:
+                with contextlib.suppress(ValueError, TypeError, RecursionError):
+                    yield dict(json.loads(line))
+
+
 def is_readable_json(path: Path) -> bool:
     """Returns whether there is a JSON file."""
     try:

@@ -11,7 +11,15 @@ from pathlib import Path
 from megachat.errors import UserError
 from megachat.evals.core_bundle import CORE_TASKS, Bundle
 from megachat.evals.uncertainty import estimate, judge_against, score_tasks
-from megachat.files import EVALUATIONS, METRICS_NAME, Log, list_folder, read_side_file, refuse_damaged, write_side_json
+from megachat.files import (
+    EVALUATIONS,
+    Log,
+    list_folder,
+    read_side_file,
+    readable_metrics,
+    refuse_damaged,
+    write_side_json,
+)
 from megachat.installation import version_text
 from megachat.text import text_table
 
@@ -33,12 +41,9 @@ def recorded_validation(run_folder: Path, step: int) -> float | None:
     The checkpoint of a step is made before its validation, so it does not contain this value.
     """
     value = None
-    with contextlib.suppress(OSError), (run_folder / METRICS_NAME).open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            if '"val/bpb"' in line:
-                with contextlib.suppress(ValueError, TypeError, KeyError):
-                    record = json.loads(line)
-                    value = float(record["val/bpb"]) if record["step"] == step else value
+    for line in readable_metrics(run_folder, containing='"val/bpb"'):
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            value = float(line["val/bpb"]) if line["step"] == step else value
     return value
 
 

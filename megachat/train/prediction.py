@@ -1,7 +1,6 @@
 """The predicted step in a training's log: before the first step, and beside the measured step at the end."""
 
 import contextlib
-import json
 import statistics
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +9,7 @@ import torch
 
 from megachat.config import Config
 from megachat.device import device_name, dtype_name
-from megachat.files import METRICS_NAME
+from megachat.files import readable_metrics
 from megachat.planning.hardware import known_gpu, parse_gpus
 from megachat.planning.plan import Plan
 from megachat.planning.probe import read_probe
@@ -51,12 +50,10 @@ def measured_seconds(run_folder: Path, first_step: int) -> list[float]:
     """Returns the seconds of the logged steps of a job that began after `first_step`, from metrics.jsonl, without its
     first two, which allocate and compile. Lines that cannot be read are left out."""
     seconds = []
-    with contextlib.suppress(OSError), (run_folder / METRICS_NAME).open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            with contextlib.suppress(ValueError, TypeError, LookupError):
-                values = json.loads(line)
-                if values["step"] > first_step + WARM_UP_STEPS:
-                    seconds.append(float(values["train/dt"]))
+    for line in readable_metrics(run_folder):
+        with contextlib.suppress(ValueError, TypeError, LookupError):
+            if line["step"] > first_step + WARM_UP_STEPS:
+                seconds.append(float(line["train/dt"]))
     return seconds
 
 

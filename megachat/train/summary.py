@@ -1,7 +1,6 @@
 """The end of a job's log: what was trained, how fast, where it is, and commands to continue with."""
 
 import contextlib
-import json
 import shlex
 import shutil
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 from megachat.activity import duration
 from megachat.config import Config
 from megachat.console import styled
-from megachat.files import CONFIG_NAME, METRICS_NAME
+from megachat.files import CONFIG_NAME, readable_metrics
 from megachat.kernels.choice import Kernels
 from megachat.planning.plan import Plan
 from megachat.planning.step_time import UNTIMED_STEPS
@@ -46,16 +45,14 @@ def read_curve(run_folder: Path) -> Curve:
     """Reads metrics.jsonl; lines that cannot be read are left out."""
     bpb, core, peak = list[tuple[int, float]](), None, None
     timed = list[tuple[int, float, float]]()  # step, MFU, seconds
-    with contextlib.suppress(OSError), (run_folder / METRICS_NAME).open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            with contextlib.suppress(ValueError, TypeError, LookupError):
-                values = dict(json.loads(line))
-                if "val/bpb" in values:
-                    bpb.append((values["step"], float(values["val/bpb"])))
-                core = values.get("core_metric", core)
-                peak = max(values.get("train/peak_memory_bytes", 0), peak or 0) or None
-                if "train/mfu" in values:
-                    timed.append((values["step"], values["train/mfu"], values["train/dt"]))
+    for line in readable_metrics(run_folder):
+        with contextlib.suppress(ValueError, TypeError, LookupError):
+            if "val/bpb" in line:
+                bpb.append((line["step"], float(line["val/bpb"])))
+            core = line.get("core_metric", core)
+            peak = max(line.get("train/peak_memory_bytes", 0), peak or 0) or None
+            if "train/mfu" in line:
+                timed.append((line["step"], line["train/mfu"], line["train/dt"]))
     timed = [entry for entry in timed if entry[0] >= UNTIMED_STEPS] or timed
     seconds = sum(dt for _, _, dt in timed)
     mfu = sum(mfu * dt for _, mfu, dt in timed) / seconds if seconds else None
