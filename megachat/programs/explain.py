@@ -18,6 +18,7 @@ from megachat.planning.plan import resolve
 from megachat.planning.probe import read_probe
 from megachat.planning.time_numbers import TIME_NUMBERS, Timing
 from megachat.programs.preflight import rank_checkpoint_bytes
+from megachat.studies.runs import flat_config
 from megachat.text import text_table
 
 ASSUMED_VOCABULARY = 32_768  # nanochat's
@@ -145,10 +146,11 @@ def _number(config: Config, name: str, world: int, vocab_size: int, timing: Timi
         part, switch = ("lookup layers", "lookup.after_blocks") if lookup else ("n-gram values", "ngram.blocks")
         raise UserError(f"this plan has no {name}: it belongs to {part}, which {switch} turns on")
     formula = known[name].formula if timing else formula_of(name, plan)
-    short = {key.partition(".")[2]: value for key, value in _flat(config).items()}
+    settings = flat_config(config.model_dump(mode="json"))
+    short = {key.partition(".")[2]: value for key, value in settings.items()}
     short |= {one.rpartition(".")[2]: value for one, value in numbers.items() if memory and one.startswith("memory.")}
     short |= timing.constants(plan) if timing else {}
-    names = short | _flat(config) | numbers | {"world": world, "ranks": plan.layout.data}
+    names = short | settings | numbers | {"world": world, "ranks": plan.layout.data}
     others = {
         other: names_in(TIME_NUMBERS[other].formula if other in TIME_NUMBERS else formula_of(other, plan))
         for other in numbers
@@ -163,14 +165,6 @@ def _number(config: Config, name: str, world: int, vocab_size: int, timing: Timi
         "source": timing.source if timing else known[name].source or None,
         "moved_by": [] if memory else influencing(config, name, world, vocab_size, timing),
         "used_by": [other for other, words in others.items() if name in words or name.rpartition(".")[2] in words],
-    }
-
-
-def _flat(config: Config) -> dict[str, object]:
-    return {
-        f"{section}.{key}": value
-        for section, keys in config.model_dump(mode="json").items()
-        for key, value in keys.items()
     }
 
 

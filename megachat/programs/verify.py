@@ -22,13 +22,12 @@ def vocabulary_without_text(config: Config) -> int:
     return load_tokenizer(config.data.tokenizer).vocab_size if exists else DEFAULT_VOCABULARY
 
 
-def _run_rank(*arguments) -> None:
+def _run_rank(config: Config, vocab_size: int, folder: Path, reference: Path | None) -> None:
     import torch
 
     from megachat.job.join import end_collectives
     from megachat.programs.verify_layout import run_rank
 
-    config, vocab_size, folder, reference = arguments
     run_rank(config, vocab_size, torch.device("cpu"), folder, reference)
     end_collectives()
 

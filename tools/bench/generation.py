@@ -10,7 +10,7 @@ from megachat.job.launch import bootstrap_environment, choose_device
 from megachat.model.cache import cache_bytes
 from megachat.model.gpt import ModelOptions, build_layers, last_logits, run_layers
 from megachat.model.parameters import load_whole, placed_parameters, starting_value
-from megachat.place import place_of
+from megachat.place import Place, place_of
 from megachat.planning.dimensions import Dimensions
 from megachat.planning.sizes import resolve_dimensions
 from megachat.programs.verify_layout import related_rows
@@ -25,7 +25,7 @@ def random_model(dims: Dimensions) -> LocalModel:
     layers = build_layers(dims, ModelOptions()).requires_grad_(False)
     for parameter in placed_parameters(layers):
         place = place_of(parameter)
-        load_whole(parameter, starting_value(place.__class__(place.name, place.whole, 0, ("normal", 0.1)), seed=1))
+        load_whole(parameter, starting_value(Place(place.name, place.whole, 0, ("normal", 0.1)), seed=1))
     return LocalModel(layers, dims)
 
 
