@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class Command(NamedTuple):
     """A command. Its module in megachat/commands/ has a docstring, `add_arguments(parser)` and `run(options)`.
 
-    ranks: several processes may run it, each as one rank of a job. passes_on: options that
-    it does not know are passed to `run` as `options.rest`.
+    ranks: several processes may run it, each as one rank of a job. passes_on: options that it does not know are passed
+    to `run` as `options.rest`.
     """
 
     about: str
