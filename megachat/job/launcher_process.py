@@ -50,7 +50,7 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else a shell ignores it, as for `&`
         signal.signal(signal.SIGINT, _end)
     if sys.argv[0] == "deepspeed":
-        subprocess.Popen = _Popen  # type: ignore[misc]
+        subprocess.Popen = _Popen  # type: ignore[misc, assignment]
     try:
         runpy.run_module(_MODULES.get(sys.argv[0], sys.argv[0]), run_name="__main__", alter_sys=True)
     finally:
