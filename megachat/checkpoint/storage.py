@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from megachat.checkpoint.index import INDEX_NAME, read_index
-from megachat.device import DTYPES
+from megachat.device import DTYPES, dtype_name
 from megachat.errors import UserError, raise_if_unreadable, summary
 from megachat.files import write_json
 from megachat.parallel.collectives import FailedOnRank
@@ -153,7 +153,7 @@ class _Writer(dcp.FileSystemWriter):
                         "bytes": location.length,
                     }
                 )
-            dtype = str(entry.properties.dtype).removeprefix("torch.")
+            dtype = dtype_name(entry.properties.dtype)
             index[name] = {"shape": list(entry.size), "dtype": dtype, "pieces": pieces}
         write_json(Path(self.path) / INDEX_NAME, index)
 

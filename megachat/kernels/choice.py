@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from megachat.config import Config
-from megachat.device import choose_compute_dtype, compute_capability, device_name, variable
+from megachat.device import choose_compute_dtype, compute_capability, device_name, dtype_name, variable
 from megachat.errors import UserError, summary
 from megachat.kernels.attention import (
     FLASH_MODULES,
@@ -159,7 +159,7 @@ def _attention_problem(name: str, device: torch.device, dtype: torch.dtype, dims
     if device.type != "cuda":
         return "flex_attention has no backward pass on a CPU" if name == "flex" else "it needs a CUDA device"
     if dtype not in _HALF:
-        return f"it computes in bfloat16 or float16, not in {str(dtype).removeprefix('torch.')}"
+        return f"it computes in bfloat16 or float16, not in {dtype_name(dtype)}"
     if name == "te":
         return te_attention_problem(device) or _trial(TEAttention(_TRIAL_TOKENS), device, dtype, dims)
     capability = compute_capability(device)
@@ -238,7 +238,7 @@ def choose_fp8(
     if recipe == "off":
         return None
     if dtype != torch.bfloat16:
-        name = str(dtype).removeprefix("torch.")
+        name = dtype_name(dtype)
         raise UserError(
             f"precision.fp8 is {recipe}, which needs bfloat16, but this run computes in {name} ({dtype_reason}): "
             "set precision.compute=bfloat16 or precision.fp8=off"

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from megachat.config import Config
 from megachat.planning.dimensions import passed_tensors
-from megachat.planning.plan import Plan
+from megachat.planning.plan import Plan, stream_tokens
 from megachat.planning.step_time import planned_dtype
-from megachat.planning.step_work import ITEMSIZE, optimizer_work, stage_work
+from megachat.planning.step_work import ITEMSIZE, muon_dtype, optimizer_work, stage_work
 
 PURPOSES = (
     "tensor axis",
@@ -132,8 +132,7 @@ def planned_bytes(config: Config, plan: Plan, stage: int) -> dict[str, float]:
     body, head = stage_work(config, plan, stage, dtype)
     optimizer, size = optimizer_work(plan, stage, dtype), ITEMSIZE[dtype]
     collectives = [*body.collectives, *head.collectives]
-    stream = plan.micro_rows * dims.sequence_len * dims.width * size
-    stream //= layout.tensor if config.parallel.sequence else 1
+    stream = stream_tokens(config, plan) * dims.width * size
     first, last = plan.stages[stage]
     passed = sum(passed_tensors(dims, layer) for layer in (first, last) if 0 < layer < dims.depth + 2)
     planned = {
@@ -141,7 +140,7 @@ def planned_bytes(config: Config, plan: Plan, stage: int) -> dict[str, float]:
         "between stages": 2.0 * plan.accumulation * passed * stream,
     }
     if layout.data > 1:
-        wire = ITEMSIZE["bfloat16" if dtype == "bfloat16" else "float32"]
+        wire = ITEMSIZE[muon_dtype(dtype)]
         planned["Muon gradients"] = planned["Muon weights"] = wire * optimizer.reduced
         planned["AdamW gradients"] = 4.0 * sum(optimizer.adamw.values())
         planned["AdamW weights"] = float(sum(size * count for size, count in optimizer.adamw.items()))

@@ -17,13 +17,14 @@ from megachat.planning.dimensions import (
     Dimensions,
     LookupDimensions,
     NgramDimensions,
+    blocks_of,
     fits_fp8,
     linear_shapes,
     lookup_shapes,
     passed_tensors,
     up_to_multiple,
 )
-from megachat.planning.plan import Plan
+from megachat.planning.plan import Plan, stream_tokens
 from megachat.planning.row_tables import row_bytes
 from megachat.planning.stage_state import StageState, StateCount, stage_parameters, stage_state
 
@@ -242,10 +243,9 @@ def stage_activations(config: Config, plan: Plan, stage: int, dtype: torch.dtype
     2006.09503).
     """
     dims, layout, (first, last) = plan.dims, plan.layout, plan.stages[stage]
-    tokens, size = plan.micro_rows * dims.sequence_len, dtype.itemsize
+    tokens, local, size = plan.micro_tokens, stream_tokens(config, plan), dtype.itemsize
     table = dims.padded_vocab * dims.width // layout.tensor
-    local = tokens // layout.tensor if config.parallel.sequence else tokens
-    blocks = range(max(first, 1) - 1, min(last, dims.depth + 1) - 1)
+    blocks = blocks_of(dims, first, last)
     kept = sum(
         kept_bytes_per_block(
             dims,
@@ -287,7 +287,7 @@ def _pipeline_buffers(config: Config, plan: Plan, stage: int, dtype: torch.dtype
     sides.
     """
     dims, layout, (first, last) = plan.dims, plan.layout, plan.stages[stage]
-    tokens = plan.micro_rows * dims.sequence_len // (layout.tensor if config.parallel.sequence else 1)
+    tokens = stream_tokens(config, plan)
     in_flight = max(2, min(layout.pipeline - stage, plan.accumulation))
     received = (2 + in_flight) * passed_tensors(dims, first) if first else 0
     sent = passed_tensors(dims, last) if last < dims.depth + 2 else 0
@@ -299,7 +299,7 @@ def _forward_workspace(config: Config, plan: Plan, stage: int, dtype: torch.dtyp
     activations.
     """
     dims, tensor, size = plan.dims, plan.layout.tensor, dtype.itemsize
-    tokens = plan.micro_rows * dims.sequence_len
+    tokens = plan.micro_tokens
     hidden = tokens * MLP_RATIO * dims.width // tensor
     block = (2 * hidden + 6 * tokens * dims.width) * size + 4 * MLP_RATIO * dims.width**2 // tensor
     if config.batch.recompute != "none":
@@ -309,7 +309,7 @@ def _forward_workspace(config: Config, plan: Plan, stage: int, dtype: torch.dtyp
     first, last = plan.stages[stage]
     if dims.lookup and any(first <= 1 + at < last for at in dims.lookup.blocks):
         # the gradient of the whole table, in float32 and in the table's dtype, beside the kernel's workspace
-        tables = dims.lookup.rows * dims.width // tensor * (1 if dims.lookup.tied else 2)
+        tables = dims.lookup.table_rows * dims.width // tensor
         block = max(block, (4 + size) * tables + _LOOKUP_WORKSPACE_BYTES)
     if last != dims.depth + 2:
         return block

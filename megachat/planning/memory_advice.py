@@ -1,5 +1,8 @@
 """What to do about a run that does not fit a device: a warning with the settings that help, or an error."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 from megachat.config import Config
@@ -26,17 +29,10 @@ def memory_warning(
         return None
     fitting: dict[str, str] = {}  # setting -> its first value that is enough
     lightest: dict[str, str] = {}  # setting -> its value that needs least
-    for section, key, value in lighter_settings(config, plan):
-        values = {key: value} | ({"accumulation": None} if key == "micro_rows" else {})  # solved from the rows
-        changed = config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
-        try:
-            other = resolve(changed, plan.layout.world, plan.dims.vocab_size, plan.dims.lookup)
-        except UserError:
-            continue
+    for setting, value, changed, other in lighter_plans(config, plan):
         others = memory_of_stages(changed, other, dtype, on_gpu=on_gpu, device_bytes=device_bytes)
         total = max(stage.total for stage in others)
         if total < largest:
-            setting = f"{section}.{key}"
             lightest[setting] = f"{setting}={value} ({format_bytes(total)})"
             if total <= FILLS * device_bytes:
                 fitting.setdefault(setting, lightest[setting])
@@ -61,6 +57,20 @@ def lighter_settings(config: Config, plan: Plan) -> list[tuple[str, str, object]
         ("parallel", "tensor", plan.layout.tensor * 2),
         ("parallel", "pipeline", plan.layout.pipeline * 2),
     ]
+
+
+def lighter_plans(config: Config, plan: Plan) -> Iterator[tuple[str, object, Config, Plan]]:
+    """Yields (section.key, value, config with it, its plan) for the lighter_settings that are allowed."""
+    for section, key, value in lighter_settings(config, plan):
+        solved = {"accumulation": None} if key == "micro_rows" else {}  # from the rows
+        changed = config.changed(section, **{key: value}, **solved)
+        with contextlib.suppress(UserError):
+            yield (
+                f"{section}.{key}",
+                value,
+                changed,
+                resolve(changed, plan.layout.world, plan.dims.vocab_size, plan.dims.lookup),
+            )
 
 
 def check_state_fits(stages: list[Memory], device_bytes: int, host_bytes: int | None = None) -> None:

@@ -14,7 +14,7 @@ from megachat.errors import UserError
 from megachat.planning.dimensions import Dimensions
 from megachat.planning.hardware import Machine, load_hardware
 from megachat.planning.memory import FILLS, memory_of_stages
-from megachat.planning.memory_advice import lighter_settings
+from megachat.planning.memory_advice import lighter_plans
 from megachat.planning.plan import Plan, resolve
 from megachat.planning.sizes import resolve_dimensions
 from megachat.planning.speeds import Speeds
@@ -182,21 +182,13 @@ def _fullest(
     return max(stage.total for stage in stages)
 
 
-def savings(candidate: Candidate, vocab_size: int, *, on_gpu: bool = True) -> list[tuple[str, int]]:
+def savings(candidate: Candidate, *, on_gpu: bool = True) -> list[tuple[str, int]]:
     """Returns (setting=value, bytes saved) of each change that makes a layout smaller, the largest saving first."""
     changes: dict[str, tuple[str, int]] = {}
-    for section, key, value in lighter_settings(candidate.config, candidate.plan):
-        values = {key: value} | ({"accumulation": None} if key == "micro_rows" else {})
-        changed = getattr(candidate.config, section).model_copy(update=values)
-        config = candidate.config.model_copy(update={section: changed})
-        try:
-            plan = resolve(config, candidate.plan.layout.world, vocab_size)
-        except UserError:
-            continue
+    for setting, value, config, plan in lighter_plans(candidate.config, candidate.plan):
         saved = candidate.bytes - _fullest(config, plan, exact=False, on_gpu=on_gpu)
-        name = f"{section}.{key}"
-        if saved > changes.get(name, ("", 0))[1]:
-            changes[name] = f"{name}={value}", saved
+        if saved > changes.get(setting, ("", 0))[1]:
+            changes[setting] = f"{setting}={value}", saved
     return sorted(changes.values(), key=lambda change: -change[1])
 
 

@@ -185,7 +185,7 @@ def candidate_values(request: Request, candidate: Candidate, machine: Machine) -
 
 
 def _large_values(request: Request, candidate: Candidate) -> dict:
-    changes = savings(candidate, request.vocab_size, on_gpu=request.on_gpu)
+    changes = savings(candidate, on_gpu=request.on_gpu)
     return {
         "layout": layout_name(vars(candidate.plan.layout)),
         "settings": candidate.settings,

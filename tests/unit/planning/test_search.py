@@ -91,7 +91,7 @@ def test_a_config_that_is_too_large_says_what_helps():
     layouts = search(config, machine, 32768, free)
     assert not layouts.ranked and len(layouts.too_large) == 3
     (one,) = [one for one in layouts.too_large if one.plan.layout.tensor == 2]
-    assert all(saved > 0 for _, saved in savings(one, 32768))
+    assert all(saved > 0 for _, saved in savings(one))
     least = least_hardware(config, machine, 32768, free)
     assert [one.name for one in least][0] == "2x2xRTX-4090" and least[1].gpu.memory_bytes > machine.gpu.memory_bytes
     assert all(search(config, one, 32768, free, top=1).ranked for one in least)
