@@ -354,11 +354,7 @@ def meta_of(facts: dict, dims: Dimensions) -> dict:
 def _scaling(config: Config, plan: Plan) -> tuple[float, float]:
     """Returns the factors that the scaling to the batch puts on the rates and on Muon's decay."""
     ones = {"scale_to_batch": True, "matrix_lr": 1.0, "weight_decay": 1.0}
-    scaled = resolve(
-        config.model_copy(update={"optimizer": config.optimizer.model_copy(update=ones)}),
-        plan.layout.world,
-        plan.dims.vocab_size,
-    )
+    scaled = resolve(config.changed("optimizer", **ones), plan.layout.world, plan.dims.vocab_size)
     return scaled.rates["matrix"], scaled.weight_decay
 
 

@@ -66,8 +66,7 @@ def choose_size(config: Config, tokens_per_s: float) -> list[str]:
 
 def passes_per_second(config: Config, vocab_size: int, seconds: float = 2.0) -> float:
     """Returns the tokens per second of forward and backward passes on this process's CPU cores, after the first."""
-    cpu, alone = torch.device("cpu"), config.parallel.model_copy(update={"tensor": 1, "pipeline": 1})
-    config = config.model_copy(update={"parallel": alone})
+    cpu, config = torch.device("cpu"), config.changed("parallel", tensor=1, pipeline=1)
     plan = resolve_without_text(config, 1, vocab_size)
     attend = choose_kernels(config, plan, cpu).attention.attend
     options = model_options(config, choose_compute_dtype(config.precision.compute, cpu)[0], attend)

@@ -67,8 +67,7 @@ def evaluate(request: EvaluationRequest) -> dict | None:
     environment = bootstrap_environment()
     saved = open_saved_model(request.checkpoint, list(request.overrides), request.tokenizer)
     if request.bpb:
-        data_config = saved.config.data.model_copy(update={"folder": request.bpb})
-        saved = dataclasses.replace(saved, config=saved.config.model_copy(update={"data": data_config}))
+        saved = dataclasses.replace(saved, config=saved.config.changed("data", folder=request.bpb))
     plan = evaluation_plan(saved, environment.world_size)
     bundle = _open_bundle(request)
     if bundle:

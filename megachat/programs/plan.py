@@ -123,7 +123,7 @@ def with_target(config: Config, target: str) -> Config:
         )
     else:
         horizon = nothing | {"ratio": ratio}
-    return config.model_copy(update={"horizon": config.horizon.model_copy(update=horizon)})
+    return config.changed("horizon", **horizon)
 
 
 def plan_values_of(request: Request) -> dict:

@@ -169,7 +169,7 @@ def run_job(
 
 def _named_config(config: Config, default: str) -> Config:
     """Returns the config with a run name, so that the saved config runs under the same name."""
-    return config.model_copy(update={"run": config.run.model_copy(update={"name": config.run.name or default})})
+    return config.changed("run", name=config.run.name or default)
 
 
 def _check_inputs(

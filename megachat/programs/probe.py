@@ -226,7 +226,7 @@ def _polar(clock: Clock, dims: Dimensions, dtype: torch.dtype) -> list[list]:
 def _blocks(clock: Clock, config: Config, plan: Plan, dtype: torch.dtype, known) -> list[list]:
     """Measures whole blocks and returns, without their products and attention, [bytes of the stream, seconds per byte
     that elementwise kernels move]."""
-    plain = config.model_copy(update={"batch": config.batch.model_copy(update={"recompute": "none"})})
+    plain = config.changed("batch", recompute="none")
     dims = dataclasses.replace(plan.dims, lookup=None, ngram=None)
     kernels = choose_kernels(plain, plan, clock.device)
     layers = build_layers(dims, model_options(plain, dtype, kernels.attention.attend)).to(clock.device)

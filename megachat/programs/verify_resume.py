@@ -91,7 +91,7 @@ def available_precision(config: Config) -> dict:
 def resolve_without_fp8_if_needed(config: Config, world: int, vocab_size: int) -> tuple[Config, Plan]:
     """Returns (config, plan), without FP8 if micro-batches of one row or the scaled model do not allow it. Raises
     UserError."""
-    without = config.model_copy(update={"precision": config.precision.model_copy(update={"fp8": "off"})})
+    without = config.changed("precision", fp8="off")
     plan = resolve(without, world, vocab_size)
     try:
         return config, resolve(config, world, vocab_size)
