@@ -46,7 +46,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
 
-    def changed(self, section: str, **values: object) -> "Config":
+    def changed(self, section: str, /, **values: object) -> "Config":
         """Returns the config with other values in a section. They are not validated."""
         return self.model_copy(update={section: getattr(self, section).model_copy(update=values)})
 
