@@ -29,7 +29,9 @@ def monitor(monkeypatch):
     monkeypatch.setattr(failure_monitor, "time", made.clock)
     made._request_stop = lambda reason, limited: made.seen.append(("save", reason.split(" received ")[1], limited))
     made._stop = lambda reason: made.seen.append(("end", reason.split(" received ")[1]))
-    return made
+    yield made
+    for opened in (made._wakeup_in, made._wakeup_out, made._selector):  # else the garbage collector warns in some test
+        opened.close()
 
 
 def receive(monitor, *numbers):
