@@ -56,7 +56,6 @@ LONGEST_FIRST = [
     "runs/test_doctor_hosts.py",
     "unit/planning/test_memory.py",
     "unit/convert/test_huggingface_code.py",
-    "unit/planning/test_fake_memory.py",
     "runs/test_studies.py",
     "runs/test_documented_commands.py",
     "unit/optim/test_row_tables.py",

@@ -203,24 +203,34 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             table_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         total = torch.zeros((), device=hidden.device)
         multiply = products(hidden, table)
-        for chunk in _chunks(hidden, part, count, products.row_multiple):
+
+        def add_loss(chunk: slice) -> torch.Tensor | None:
+            """Adds a chunk's loss; returns the gradient of its logits. Their float32 forms live no longer than this."""
             target = targets[chunk]
             counted = (target >= 0).float().unsqueeze(1)
             terms = _chunk_terms(multiply.logits(chunk), target, cap, part, multiply.squash)
             sums, at_target, squashed, share, index, held = terms
-            total += ((sums.log() - at_target) * counted).sum()
-            if hidden_gradient is None or table_gradient is None:
-                continue
-            if not count:  # this part holds padding only
-                hidden_gradient[chunk] = 0
-                continue
+            total.add_(((sums.log() - at_target) * counted).sum())
+            if hidden_gradient is None or not count:  # without rows, this part holds padding only
+                return None
             # d loss / d raw logit = (softmax - one at the target) * (1 - tanh^2). The division by the mean's count
             # happens in backward, where float16's loss scale is multiplied in and keeps small values from underflowing.
             factor = counted / sums
             if z_loss:  # d z-loss / d capped logit = z_loss * 2 log(sum) * softmax
                 factor *= 1.0 + 2.0 * z_loss * sums.log()
             gradient = multiply.logits_gradient(squashed, share, factor, index, -counted * held)
-            multiply.write_gradients(gradient.to(hidden.dtype), chunk, hidden_gradient[chunk], table_gradient[:count])
+            del terms, squashed, share
+            return gradient.to(hidden.dtype)
+
+        for chunk in _chunks(hidden, part, count, products.row_multiple):
+            gradient = add_loss(chunk)
+            if hidden_gradient is None or table_gradient is None:
+                continue
+            if gradient is None:
+                hidden_gradient[chunk] = 0
+                continue
+            multiply.write_gradients(gradient, chunk, hidden_gradient[chunk], table_gradient[:count])
+            del gradient
         targets_counted = (targets >= 0).sum()
         ctx.weight_dtype = weight.dtype
         ctx.save_for_backward(hidden_gradient, table_gradient, targets_counted)

@@ -6,6 +6,7 @@ A matrix that its owner alone stores is not sent; a bucket of such matrices does
 the whole matrix from the fragments of all data and tensor ranks, so its results do not depend on the cuts.
 """
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -119,9 +120,9 @@ class Exchange:
 
         def wait() -> list[Iterable[torch.Tensor]]:
             pending.wait()
-            return [
-                flat.split(from_rank) for flat, from_rank in zip(received.split(receive_counts), sizes, strict=True)
-            ]
+            # one call: most of many ranks send nothing, and each of them would take its own
+            tensors = iter(received.split([size for from_rank in sizes for size in from_rank]))
+            return [list(itertools.islice(tensors, len(from_rank))) for from_rank in sizes]
 
         return wait
 

@@ -2,6 +2,7 @@
 checks that the collectives of all ranks meet and that bytes, FLOPs and memory are those of the plan.
 """
 
+import gc
 import multiprocessing
 import os
 from collections.abc import Iterable
@@ -13,7 +14,6 @@ from megachat.config import Config, config_from_values
 from megachat.errors import UserError, summary
 from megachat.job.launch import become_rank
 from megachat.planning.call_order import Call, find_mismatch, planned_bytes, planned_flops, sums, walked_bytes
-from megachat.planning.dimensions import passed_tensors
 from megachat.planning.layouts import layout_name
 from megachat.planning.memory import memory_of_stages
 from megachat.planning.plan import Layout, Plan, resolve_without_text
@@ -21,10 +21,10 @@ from megachat.planning.row_tables import row_bytes
 from megachat.planning.stage_state import stage_parameters
 from megachat.planning.step_time import planned_dtype
 from megachat.programs.walk import Walk, walk
-from megachat.text import text_table
+from megachat.text import plural, text_table
 
 TOLERANCE, UNPLANNED_BYTES = 0.01, 2**16  # ids, sums of norms and padding are not planned
-PEAK = "memory: peak"
+PEAK, PRODUCTS = "memory: peak", "products"
 
 
 def coordinates(layout: Layout, rank: int) -> tuple[int, int, int]:
@@ -79,18 +79,29 @@ def _walk_rank(work: tuple[Config, int, int, int]) -> tuple[int, Walk | None, st
 def walk_ranks(config: Config, plan: Plan, ranks: list[int]) -> dict[int, Walk]:
     """Walks each rank in a process of its own, as many at a time as there are cores. Raises UserError."""
     walks: dict[int, Walk] = {}
-    work = [(config, plan.layout.world, plan.dims.vocab_size, rank) for rank in ranks]
-    activity = f"walking {len(ranks)} of {plan.layout.world} ranks"
+    gc.collect()
+    gc.freeze()  # else each process goes through all of torch's objects again
     with (
         multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0)), maxtasksperchild=1) as pool,
-        Progress(activity, len(ranks), "") as bar,
+        Progress(f"walking {plural(len(ranks), 'rank')} of {plan.layout.world}", len(ranks), "") as bar,
     ):
-        for rank, result, problem in pool.imap_unordered(_walk_rank, work, chunksize=1):
+        work = [(config, plan.layout.world, plan.dims.vocab_size, rank) for rank in ranks]
+        for rank, result, error in pool.imap_unordered(_walk_rank, work, chunksize=1):
             if result is None:
-                raise UserError(f"rank {rank} of {layout_name(vars(plan.layout))} failed in its step: {problem}")
+                raise UserError(f"rank {rank} of {layout_name(vars(plan.layout))} failed in its step: {error}")
             walks[rank] = result
             bar.update(1)
     return walks
+
+
+def setup(config: Config, layout: dict[str, int], vocab_size: int) -> tuple[Config, Plan]:
+    """Returns the config and the plan of a layout, as of parse_layout. Raises UserError if it does not fit."""
+    values = config.model_dump()
+    values["parallel"] |= {"tensor": layout["tensor"], "pipeline": layout["pipeline"]}
+    values["precision"]["compute"] = planned_dtype(config)
+    config = config_from_values(values, "verify --dry")
+    ranks = layout["data"] * layout["tensor"] * layout["pipeline"]
+    return config, resolve_without_text(config, ranks, vocab_size)
 
 
 def verify_dry(config: Config, layout: dict[str, int], vocab_size: int, *, every_rank: bool) -> dict:
@@ -98,29 +109,22 @@ def verify_dry(config: Config, layout: dict[str, int], vocab_size: int, *, every
 
     every_rank: else the ranks of representative(). Raises UserError if the layout does not fit.
     """
-    values = config.model_dump()
-    values["parallel"] |= {"tensor": layout["tensor"], "pipeline": layout["pipeline"]}
-    values["precision"]["compute"] = planned_dtype(config)
-    config = config_from_values(values, "verify --dry")
-    ranks = layout["data"] * layout["tensor"] * layout["pipeline"]
-    plan = resolve_without_text(config, ranks, vocab_size)
+    config, plan = setup(config, layout, vocab_size)
+    ranks = range(plan.layout.world)
     print(
-        f"{layout_name(layout)}: {ranks} ranks, depth {plan.dims.depth}, {plan.parameters['total']:,} parameters, "
-        f"{plan.micro_rows} rows x {plan.accumulation} micro-batches per data rank, {values['precision']['compute']}",
+        f"{layout_name(layout)}: {plural(len(ranks), 'rank')}, depth {plan.dims.depth}, "
+        f"{plan.parameters['total']:,} parameters, {plan.micro_rows} rows x {plan.accumulation} micro-batches per data "
+        f"rank, {config.precision.compute}",
         flush=True,
     )
-    kind = {rank: rank if every_rank else representative(plan.layout, rank) for rank in range(ranks)}
+    kind = {rank: rank if every_rank else representative(plan.layout, rank) for rank in ranks}
     walks = walk_ranks(config, plan, sorted(set(kind.values())))
     calls = {
         rank: walks[rank].calls if every_rank else transferred(plan.layout, walks[kind[rank]].calls, rank)
-        for rank in range(ranks)
+        for rank in ranks
     }
-    mismatch = find_mismatch(calls)
-    rows, problems = [], [mismatch] if mismatch else []
-    for stage in range(plan.layout.pipeline):
-        stage_rows, stage_problems = _compare_stage(config, plan, stage, walks)
-        rows += stage_rows
-        problems += stage_problems
+    rows = [row for stage in range(plan.layout.pipeline) for row in _compare_stage(config, plan, stage, walks)]
+    problems = list(filter(None, (find_mismatch(calls), *map(problem, rows))))
     _print(plan, walks, rows, problems)
     return {
         "layout": layout,
@@ -150,57 +154,66 @@ def planned_memory(config: Config, plan: Plan, stage: int) -> dict[str, float]:
     }
 
 
-def received_bytes(config: Config, plan: Plan, stage: int) -> float:
-    """Returns the bytes of the streams that a stage has received for its micro-batches in flight."""
-    first, dims, dtype = plan.stages[stage][0], plan.dims, planned_dtype(config)
-    streams = passed_tensors(dims, first) if first else 0
-    tokens = plan.micro_rows * dims.sequence_len // (plan.layout.tensor if config.parallel.sequence else 1)
-    in_flight = min(plan.layout.pipeline - stage, plan.accumulation)
-    return float(in_flight * streams * tokens * dims.width * getattr(torch, dtype).itemsize)
+def planned_of_stage(config: Config, plan: Plan, stage: int) -> dict[str, float]:
+    """Returns what the planner counts for a rank of the stage: bytes of its collectives in a step by purpose, FLOPs of
+    its products, and bytes of its memory.
+    """
+    planned = planned_bytes(config, plan, stage) | {PRODUCTS: planned_flops(config, plan, stage)}
+    return planned | {f"memory: {kind}": size for kind, size in planned_memory(config, plan, stage).items()}
 
 
-def _compare_stage(config: Config, plan: Plan, stage: int, walks: dict[int, Walk]) -> tuple[list[dict], list[str]]:
-    """Returns rows of what was planned and walked on the stage's ranks, and a sentence on each that differs."""
-    here = {rank: result for rank, result in walks.items() if coordinates(plan.layout, rank)[0] == stage}
-    planned = planned_bytes(config, plan, stage) | {"products": planned_flops(config, plan, stage)}
-    planned |= {f"memory: {kind}": size for kind, size in planned_memory(config, plan, stage).items()}
-    walked = {rank: _walked(result) for rank, result in here.items()}
-    # DeepSpeed holds what a stage received beside its copies: the plan has that in its workspace, which is an estimate
-    more = {"memory: activations": received_bytes(config, plan, stage), PEAK: TOLERANCE * planned[PEAK]}
-    rows, problems = [], []
-    for name, expected in planned.items():
-        each = {rank: values[name] for rank, values in walked.items()}
-        low, high = min(each.values()), max(each.values())
-        rows.append({"stage": stage, "what": name, "planned": expected, "least": low, "most": high})
-        allowed = TOLERANCE * expected + UNPLANNED_BYTES
-        # the peak may be below the plan: gradients and activations of one micro-batch never meet
-        below = 0.0 if name == PEAK else expected - low
-        if below > allowed or high - expected > allowed + more.get(name, 0.0):
-            rank = max(each, key=lambda rank: abs(each[rank] - expected))
-            problems.append(f"stage {stage}, {name}: planned {expected:.6g}, but rank {rank} has {each[rank]:.6g}")
-    return rows, problems
+def _compare_stage(config: Config, plan: Plan, stage: int, walks: dict[int, Walk]) -> list[dict]:
+    """Returns a row for everything that is planned: the least and most of the stage's ranks, and the farthest rank."""
+    walked = {rank: _walked(each) for rank, each in walks.items() if coordinates(plan.layout, rank)[0] == stage}
+    rows = []
+    for what, planned in planned_of_stage(config, plan, stage).items():
+        each = {rank: values[what] for rank, values in walked.items()}
+        farthest = max(each, key=lambda rank: abs(each[rank] - planned))
+        ends = {"least": min(each.values()), "most": max(each.values())}
+        rows.append({"stage": stage, "what": what, "planned": planned, **ends, "rank": farthest})
+    return rows
+
+
+def problem(row: dict) -> str | None:
+    """Returns a sentence on a row of _compare_stage that is not as planned, else None.
+
+    The peak may be below the plan: with one micro-batch, gradients and activations never meet.
+    """
+    allowed, least = TOLERANCE * row["planned"] + UNPLANNED_BYTES, row["least"]
+    below = 0.0 if row["what"] == PEAK else row["planned"] - least
+    if below <= allowed and row["most"] - row["planned"] <= allowed:
+        return None
+    walked = max(least, row["most"], key=lambda value: abs(value - row["planned"]))
+    return (
+        f"stage {row['stage']}, {row['what']}: planned {_amount(row, row['planned'])}, but rank {row['rank']} has "
+        f"{_amount(row, walked)}"
+    )
+
+
+def _amount(row: dict, value: float) -> str:
+    scale, unit = (1e12, "TFLOPs") if row["what"] == PRODUCTS else (1e9, "GB")
+    return f"{value / scale:.3f} {unit}"
 
 
 def _walked(result: Walk) -> dict[str, int]:
     memory = result.memory
     state = sum(memory[kind] for kind in ("weights", "masters", "moments"))
     sizes = {"state": state} | {kind: memory[kind] for kind in ("gradients", "activations", "peak")}
-    walked = walked_bytes(result.calls) | {"products": result.product_flops}
+    walked = walked_bytes(result.calls) | {PRODUCTS: result.product_flops}
     return walked | {f"memory: {kind}": size for kind, size in sizes.items()}
 
 
 def _print(plan: Plan, walks: dict[int, Walk], rows: list[dict], problems: list[str]) -> None:
     table = [("stage", "per rank and step", "planned", "walked")]
     for row in rows:
-        scale, name = (1e12, "TFLOPs") if row["what"] == "products" else (1e9, "GB")
-        walked = sorted({f"{row[key] / scale:.3f}" for key in ("least", "most")}, key=float)
-        table.append((str(row["stage"]), row["what"], f"{row['planned'] / scale:.3f} {name}", " to ".join(walked)))
+        walked = dict.fromkeys(_amount(row, row[end]) for end in ("least", "most"))
+        table.append((str(row["stage"]), row["what"], _amount(row, row["planned"]), " to ".join(walked)))
     print("\n".join("  " + line for line in text_table(table)))
-    count = {rank: len(result.calls) for rank, result in walks.items()}
-    for problem in problems:
-        print(f"  DIFFERENT: {problem}")
+    count = [len(result.calls) for result in walks.values()]
+    for each in problems:
+        print(f"  DIFFERENT: {each}")
     if not problems:
         print(
-            f"  passed: {min(count.values())} to {max(count.values())} collectives per rank; on all "
-            f"{plan.layout.world} ranks each meets its partners in order"
+            f"  passed: {min(count)} to {max(count)} collectives per rank; on all {plan.layout.world} ranks each meets "
+            "its partners in order"
         )

@@ -12,7 +12,7 @@ torch offers the fake process group for its own tests (torch.testing._internal.d
 import contextlib
 import datetime
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from unittest import mock
 
@@ -20,6 +20,7 @@ import torch
 import torch._dynamo  # FakeTensorMode needs it; imported here, before a process per rank is forked, it is once
 import torch.distributed as dist
 import torch.nn.functional as F
+from deepspeed.runtime.zero import stage_1_and_2
 from torch import nn
 from torch._C._distributed_c10d import ProcessGroup
 from torch._subclasses import fake_impls
@@ -105,13 +106,8 @@ class _Recorder(TorchDispatchMode):
         (group,) = [ProcessGroup.unbox(box) for box in boxes if "ProcessGroup" in str(box._type())]
         ranks = tuple(dist.get_process_group_ranks(group))
         now = mesh.world.progress.now
-        axes = (
-            mesh.data,
-            mesh.tensor,
-            mesh.pipeline,
-            mesh.stage,
-            mesh.world,
-        )  # of DeepSpeed's, only the ranks are known
+        # of DeepSpeed's, only the ranks are known
+        axes = mesh.data, mesh.tensor, mesh.pipeline, mesh.stage, mesh.world
         named = now.axis if now.ranks == ranks else ""
         axis = named or next((axis.name for axis in axes if axis.ranks == ranks), "world")
         tensors = [value for value in tree_leaves(args) if isinstance(value, torch.Tensor)]
@@ -203,6 +199,8 @@ def _replacements() -> dict[tuple[object, str], Callable]:
         (lookup, "_groups"): lambda *args: [],
         (RowTables, "_exchange_requests"): _exchange_even_requests,
         (row_tables, "_add_pending"): lambda collected: None,
+        (stage_1_and_2, "_unflatten_dense_tensors"): _unflatten,
+        (stage_1_and_2.DeepSpeedZeroOptimizer, "get_data_parallel_partitions"): _cut_for_ranks,
     }
 
 
@@ -231,6 +229,20 @@ def _exchange_even_requests(tables: RowTables, name: str, rows: int, index: torc
         name=f"requests for rows of {name}",
     )
     return _Request(torch.empty_like(index), each * stage.size, counts, counts, wanted[0], wanted[1])
+
+
+def _unflatten(
+    flat: torch.Tensor, tensors: list[torch.Tensor], real=stage_1_and_2._unflatten_dense_tensors
+) -> Sequence[torch.Tensor]:
+    """Stands for torch's function where DeepSpeed has summed gradients, in slices for all data ranks, of which it reads
+    its own: what was summed has the same shapes. Views of each slice would take most of a walk's time.
+    """
+    return real(flat, tensors) if tensors[0].device.type == "meta" else tensors  # meta: of the weights
+
+
+def _cut_for_ranks(zero: stage_1_and_2.DeepSpeedZeroOptimizer, tensor: torch.Tensor, group: int) -> list[torch.Tensor]:
+    """Stands for DeepSpeed's loop over the data ranks, which divide a group's flat weights: equal views in one call."""
+    return list(tensor.split(tensor.numel() // dist.get_world_size(zero.real_dp_process_group[group])))
 
 
 def _gather_object(values: list, value: object, group=None) -> None:

@@ -3,7 +3,7 @@ GPU keep, and the state of model and optimizers by use.
 """
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -11,6 +11,14 @@ from torch.utils._pytree import tree_iter
 
 from megachat.optim.row_update import MASTER
 from megachat.train.build import TrainingModel
+
+
+def _tensors(values: Iterable) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -22,12 +30,13 @@ class LiveBytes(TorchDispatchMode):
         self._known: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {
-            tensor.untyped_storage()._cdata for tensor in tree_iter((args, kwargs)) if isinstance(tensor, torch.Tensor)
-        }
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in given:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func.is_view:  # makes no storage
+            return result
+        given = {tensor.untyped_storage()._cdata for tensor in _tensors((*args, *kwargs.values()))}
+        for tensor in _tensors((result,)):
+            if tensor.untyped_storage()._cdata not in given:
                 self._count(tensor.untyped_storage())
         return result
 
@@ -129,7 +138,9 @@ class StepMemory(LiveBytes):
         if "activations" in self.bytes:
             return
         engine = self.training.engine
-        buffers = [tensor for tensor in tree_iter((engine.pipe_recv_buf, engine._grad_layer_buf)) if tensor is not None]
+        # what DeepSpeed received, which the plan has in its workspace: the passes have copies
+        received = engine.pipe_recv_buf, engine._grad_layer_buf, engine.pipe_buffers["inputs"]
+        buffers = [tensor for tensor in tree_iter(received) if tensor is not None]
         self.bytes["activations"] = self.now - sum(storages(buffers).values())
 
     def after_backward(self) -> None:

@@ -2,6 +2,8 @@
 memory.
 """
 
+import json
+
 import pytest
 import torch.distributed as dist
 
@@ -9,10 +11,15 @@ from megachat.config import load_config
 from megachat.errors import UserError
 from megachat.optim import joint
 from megachat.planning.call_order import Call
+from megachat.planning.dimensions import NORMS
 from megachat.planning.layouts import parse_layout
 from megachat.programs import verify_dry as dry
 
 SMALL = "model.depth=2 model.head_size=64 model.sequence_len=128 batch.tokens=null batch.micro_rows=1".split()
+TABLES = (
+    *("lookup.after_blocks=[1]", "lookup.rows=40000", "lookup.max_rows_per_token=60"),
+    *("ngram.blocks=[0,1]", "ngram.rows=50000", f"model.norm_scales={json.dumps(NORMS)}"),
+)
 
 
 def certificate(layout: str, *settings: str, every_rank: bool = True) -> dict:
@@ -34,6 +41,23 @@ def test_the_calls_of_all_ranks_meet_and_have_the_planned_bytes(layout, settings
     names = {row["what"] for row in passed["compared"] if row["most"]}
     assert names >= {"tensor axis", "products", "between stages" if "pp" in layout else "Muon gradients"}
     assert names >= {"memory: state", "memory: gradients", "memory: activations", "memory: peak"}
+    state = [row for row in passed["compared"] if row["what"] == "memory: state"]
+    assert all(row["planned"] == row["most"] for row in state), "of the fullest rank, to the byte"
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "settings"),
+    [
+        ("d12", "dp=1", TABLES),
+        ("d24_fp8", "tp=2", ("parallel.sequence=true", "batch.recompute=selective")),
+        ("d24_fp8", "pp=2", ("batch.micro_rows=8", "batch.accumulation=2")),
+    ],
+)
+def test_a_step_of_real_size_holds_what_is_counted(name, layout, settings):
+    """tools/bench/certificates.py walks all files in configs/ on 64 and 512 ranks."""
+    config = load_config(f"configs/{name}.json", ["batch.tokens=null", "batch.accumulation=1", *settings])
+    result = dry.verify_dry(config, parse_layout(layout), 32768, every_rank=False)
+    assert result["problems"] == []
 
 
 def test_a_collective_that_one_rank_leaves_out_is_named(monkeypatch):

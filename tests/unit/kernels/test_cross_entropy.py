@@ -108,6 +108,6 @@ def test_the_logits_of_all_tokens_never_exist():
         with LiveBytes() as live:
             torch.autograd.grad(function(hidden, weight, targets, vocab, 15.0), (hidden, weight))
         if chunked:
-            assert live.largest <= CHUNK_BYTES and live.most < 4 * CHUNK_BYTES + 2 * held < logits
+            assert live.largest <= CHUNK_BYTES and live.most < 2.5 * CHUNK_BYTES + 2 * held < logits
         else:
             assert live.largest >= logits, "the count does not see them"
