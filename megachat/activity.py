@@ -73,13 +73,14 @@ class Progress:
 
     def __init__(self, activity: str, total: float | None, unit: str):
         self.activity, self.unit, self.total, self.done, self._skipped = activity, unit, total, 0.0, 0.0
+        self._scaled = unit == "B" or total is None or total >= 1000  # "3.00k", where "3.00 of 6.00" would puzzle
         from tqdm import tqdm  # a launch script shows its help before anything is installed
 
         self._bar = tqdm(
             desc=activity,
             total=total,
             unit=unit,
-            unit_scale=True,
+            unit_scale=self._scaled,
             delay=ANNOUNCED_AFTER_S,
             file=sys.stdout,
             disable=None,  # shown on a terminal only
@@ -120,13 +121,14 @@ class Progress:
 
     def line(self, elapsed_s: float) -> str:
         """Returns the progress after `elapsed_s` of this work as one line."""
-        done = f"{self._bar.format_sizeof(self.done)}{self.unit}"
+        size = self._bar.format_sizeof if self._scaled else "{:.0f}".format
+        done = f"{size(self.done)}{self.unit}"
         if self.total is None:
             return f"{self.activity}: {done}"
         rate = (self.done - self._skipped) / elapsed_s if elapsed_s > 0 else 0.0
         left = f", eta {hours_minutes(max(0.0, self.total - self.done) / rate)}" if rate > 0 else ""
         share = f" ({100 * self.done / self.total:.0f}%)" if self.total else ""
-        return f"{self.activity}: {done} of {self._bar.format_sizeof(self.total)}{self.unit}{share}{left}"
+        return f"{self.activity}: {done} of {size(self.total)}{self.unit}{share}{left}"
 
 
 def counted(

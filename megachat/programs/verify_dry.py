@@ -21,7 +21,7 @@ from megachat.planning.row_tables import row_bytes
 from megachat.planning.stage_state import stage_parameters
 from megachat.planning.step_time import planned_dtype
 from megachat.programs.walk import Walk, walk
-from megachat.text import plural, text_table
+from megachat.text import number_ranges, plural, text_table
 
 TOLERANCE, UNPLANNED_BYTES = 0.01, 2**16  # ids, sums of norms and padding are not planned
 PEAK, PRODUCTS = "memory: peak", "products"
@@ -206,14 +206,13 @@ def _walked(result: Walk) -> dict[str, int]:
 def _print(plan: Plan, walks: dict[int, Walk], rows: list[dict], problems: list[str]) -> None:
     table = [("stage", "per rank and step", "planned", "walked")]
     for row in rows:
+        if not row["planned"] and not row["most"]:
+            continue
         walked = dict.fromkeys(_amount(row, row[end]) for end in ("least", "most"))
         table.append((str(row["stage"]), row["what"], _amount(row, row["planned"]), " to ".join(walked)))
     print("\n".join("  " + line for line in text_table(table)))
-    count = [len(result.calls) for result in walks.values()]
     for each in problems:
         print(f"  DIFFERENT: {each}")
     if not problems:
-        print(
-            f"  passed: {min(count)} to {max(count)} collectives per rank; on all {plan.layout.world} ranks each meets "
-            "its partners in order"
-        )
+        counts, world = number_ranges(sorted({len(result.calls) for result in walks.values()})), plan.layout.world
+        print(f"  passed: {counts} collectives per rank; on all {world} ranks each meets its partners in order")

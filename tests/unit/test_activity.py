@@ -76,6 +76,9 @@ def test_progress_of_an_unknown_total(capsys):
     with Progress("counting", None, " texts") as progress:
         progress.update(1500)
         assert progress.line(3.0) == "counting: 1.50k texts"
+    with Progress("walking", 6, "") as progress:
+        progress.update(2)
+        assert progress.line(60.0) == "walking: 2 of 6 (33%), eta 0:02"
     assert capsys.readouterr() == ("", "")
 
 

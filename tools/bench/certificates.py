@@ -1,6 +1,6 @@
 """Walks every config of configs/README.md with its layouts on 64 and 512 ranks: the certificates of docs/planning.md.
 
-    nice python -m tools.bench.certificates --out certificates.json [--ranks 64 512] [--only d24 d12]
+    python tools/bench/certificates.py --out certificates.json [--ranks 64 512] [--only d24 d12]
 
 FILE is written after each layout, and a table beside it, certificates.md. Another call goes on where one was ended;
 what is in FILE is not walked again, but compared with the plan of now.
@@ -23,6 +23,7 @@ from megachat.files import write_atomically, write_json
 from megachat.installation import config_folder, git
 from megachat.planning.plan import resolve
 from megachat.programs.verify_dry import PEAK, planned_of_stage, problem, setup, verify_dry
+from megachat.text import number_ranges
 
 LINE = re.compile(r"^\| \[(\w+)\]\(\1\.json\) \| (?:`--set (.+)` )?\|", re.M)
 HEADER = "config|layout|ranks|rows|walked|calls|bytes|FLOPs|memory|peak GB|seconds|verdict".split("|")
@@ -102,14 +103,15 @@ def table_line(entry: dict) -> list[str]:
         return [entry["config"], " ".join(entry["settings"]), str(entry["ranks"]), *[""] * 8, verdict]
     rows, layout = entry["compared"], entry["layout"]
     calls = [sum(call[2] for call in each) for each in entry["calls"].values()]
+    other = [setting for setting in entry["settings"] if not setting.startswith(("parallel.", "batch.micro_rows="))]
     fullest = max((row for row in rows if row["what"] == PEAK), key=lambda row: row["most"])
     return [
         entry["config"],
-        "dp={data},tp={tensor},pp={pipeline}".format(**layout),
+        ", ".join(["dp={data},tp={tensor},pp={pipeline}".format(**layout), *other]),
         str(entry["ranks"]),
         entry["rows"],
         str(len(entry["walked"])),
-        "-".join(map(str, sorted({min(calls), max(calls)}))),
+        number_ranges(sorted(set(calls))),
         largest_difference(rows, COMMUNICATION),
         largest_difference(rows, ("products",)),
         largest_difference(rows, ("memory",)),

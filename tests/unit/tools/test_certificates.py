@@ -37,7 +37,7 @@ def test_another_call_goes_on_and_compares_with_the_plan_of_now(monkeypatch, tmp
     call = ["certificates.py", "--out", str(out), "--only", "d2_cpu", "--ranks"]
     monkeypatch.setattr("sys.argv", [*call, "4"])
     assert certificates.main() == 0 and walked == [plan.Layout(4, 1, 1)]
-    assert "| d2_cpu | dp=4,tp=1,pp=1 | 4 | 1 x 1 | 2 | 2 | 0.00 % |" in out.with_suffix(".md").read_text()
+    assert "| d2_cpu | dp=4,tp=1,pp=1 | 4 | 8 x 1 | 2 | 2 | 0.00 % |" in out.with_suffix(".md").read_text()
 
     real = dry.planned_memory
     monkeypatch.setattr(dry, "planned_memory", lambda *args: real(*args) | {"gradients": 9.9e9})
