@@ -160,7 +160,7 @@ def kept_bytes_per_block(
     """
     local = tokens // tensor if sequence else tokens  # tokens of the stream on this rank
     width, heads, kv_heads = dims.width, dims.heads // tensor, dims.kv_heads // tensor
-    ngrams = _kept_ngram_bytes(dims, block, tokens, itemsize, kv_heads)
+    ngrams = _kept_ngram_bytes(dims, block, tokens, itemsize, kv_heads, fp8)
     if recompute == "block":
         return local * width * itemsize + ngrams
     inner, kv_inner = heads * dims.head_size, kv_heads * dims.head_size
@@ -199,16 +199,19 @@ def _has_gates(dims: Dimensions, block: int) -> bool:
     return dims.has_value_embedding(block) or bool(dims.ngram and dims.has_ngram(block))
 
 
-def _kept_ngram_bytes(dims: Dimensions, block: int, tokens: int, itemsize: int, kv_heads: int) -> int:
+def _kept_ngram_bytes(dims: Dimensions, block: int, tokens: int, itemsize: int, kv_heads: int, fp8: str) -> int:
     """Returns the bytes that a block keeps of its n-gram values, whatever it recomputes, on one rank.
 
-    Of each order: the values, before and after an up-projection, and what all blocks share.
+    Of each order: the values, what an up-projection multiplies, and what all blocks share.
     """
     ngram = dims.ngram
     if ngram is None or not dims.has_ngram(block):
         return 0
-    channels = kv_heads * dims.head_size + (ngram.width if ngram.width < dims.kv_width else 0)
-    return len(ngram.orders) * tokens * channels * itemsize + _shared_ngram_bytes(ngram, tokens)
+    channels, kept = kv_heads * dims.head_size, 0
+    if ngram.width < dims.kv_width:
+        rounded = fp8 != "off" and fits_fp8(channels, ngram.width, fp8)  # one byte per number of input and weight
+        kept = (tokens + channels) * ngram.width if rounded else tokens * ngram.width * itemsize
+    return len(ngram.orders) * (tokens * channels * itemsize + kept) + _shared_ngram_bytes(ngram, tokens)
 
 
 def _shared_ngram_bytes(ngram: NgramDimensions, tokens: int) -> int:

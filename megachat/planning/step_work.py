@@ -152,13 +152,15 @@ def block_work(config: Config, plan: Plan, block: int, dtype: str) -> Work:
         backward=1,
     )
     # Two regions of the tensor axis: each forward pass gathers where it enters one and sums where it leaves one, the
-    # backward pass the other way round. A repeated pass leaves the last region only if a lookup layer follows.
+    # backward pass the other way round. A repeated pass leaves the last region only if a lookup layer follows; a
+    # repeated MLP never does.
     unused_sums = int(whole and not dims.has_lookup(block))
+    gathers = 2 * forwards + 2 + (recompute == "selective")
     work = work._replace(
         attention=(attention,),
         moved=work.moved + size * (forward + BACKWARD * (stream + hidden)),
         streamed=_parameter_bytes(dims, block, tensor, dtype),
-        collectives=_tensor_collectives(config, plan, size, 2 * forwards + 2, 2 * forwards + 2 - unused_sums),
+        collectives=_tensor_collectives(config, plan, size, gathers, 2 * forwards + 2 - unused_sums),
     )
     if dims.has_lookup(block):
         work = work.plus(_lookup_work(config, plan, dtype, forwards))
