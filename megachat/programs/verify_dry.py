@@ -79,18 +79,20 @@ def _walk_rank(work: tuple[Config, int, int, int]) -> tuple[int, Walk | None, st
 def walk_ranks(config: Config, plan: Plan, ranks: list[int]) -> dict[int, Walk]:
     """Walks each rank in a process of its own, as many at a time as there are cores. Raises UserError."""
     walks: dict[int, Walk] = {}
-    gc.collect()
+    work = [(config, plan.layout.world, plan.dims.vocab_size, rank) for rank in ranks]
     gc.freeze()  # else each process goes through all of torch's objects again
-    with (
-        multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0)), maxtasksperchild=1) as pool,
-        Progress(f"walking {plural(len(ranks), 'rank')} of {plan.layout.world}", len(ranks), "") as bar,
-    ):
-        work = [(config, plan.layout.world, plan.dims.vocab_size, rank) for rank in ranks]
-        for rank, result, error in pool.imap_unordered(_walk_rank, work, chunksize=1):
-            if result is None:
-                raise UserError(f"rank {rank} of {layout_name(vars(plan.layout))} failed in its step: {error}")
-            walks[rank] = result
-            bar.update(1)
+    try:
+        with (
+            multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0)), maxtasksperchild=1) as pool,
+            Progress(f"walking {plural(len(ranks), 'rank')} of {plan.layout.world}", len(ranks), "") as bar,
+        ):
+            for rank, result, error in pool.imap_unordered(_walk_rank, work, chunksize=1):
+                if result is None:
+                    raise UserError(f"rank {rank} of {layout_name(vars(plan.layout))} failed in its step: {error}")
+                walks[rank] = result
+                bar.update(1)
+    finally:
+        gc.unfreeze()
     return walks
 
 
