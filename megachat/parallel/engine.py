@@ -21,6 +21,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
+from torch.utils._pytree import tree_iter
 
 from megachat.installation import DEEPSPEED_VERSION
 from megachat.parallel.collectives import all_reduce
@@ -36,7 +37,7 @@ PRIVATE_NAMES = {
     PipelineEngine: """
         _INSTRUCTION_MAP _exec_backward_pass _exec_schedule _compute_loss num_stages stage_id is_last_stage
         reset_activation_shape eval_batch micro_batches grad_layer pipe_buffers _running_engine_backward total_loss
-        global_steps global_samples""".split(),
+        global_steps global_samples pipe_recv_buf _grad_layer_buf""".split(),
     PipelineModule: "_partition_layers _set_bounds _layer_specs parts loss_fn".split(),
     DeepSpeedZeroOptimizer: """
         setup_buckets reduce_gradients get_gradient_for_reduction backward_epilogue step zero_grad scaled_global_norm
@@ -289,6 +290,11 @@ class Engine(PipelineEngine):
         self.module.train()
         return outputs or []
 
+    def received(self) -> list[torch.Tensor]:
+        """Returns what this stage holds of what others sent: buffers, and inputs beside the copies that passes use."""
+        held = self.pipe_recv_buf, self._grad_layer_buf, self.pipe_buffers["inputs"]
+        return list(filter(torch.is_tensor, tree_iter(held)))
+
     @property
     def local_loss(self) -> torch.Tensor | None:
         """This rank's mean loss of the last step before averaging over ranks; None where no loss is computed."""
@@ -300,8 +306,7 @@ def start_collectives(device: torch.device, backend: str, timeout) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # torch 2.13 renames collectives; DeepSpeed and megachat call them by their old names
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+. is deprecated", category=FutureWarning)
-    # DeepSpeed would compile a shared-memory op for CPU collectives at the first start. gloo does not need it, and a
-    # machine may have no compiler.
+    # DeepSpeed would compile an op for CPU collectives, which gloo does not need; a machine may have no compiler
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     with quiet_output():
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)

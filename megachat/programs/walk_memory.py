@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from megachat.optim.row_update import MASTER
 from megachat.train.build import TrainingModel
@@ -137,11 +136,8 @@ class StepMemory(LiveBytes):
         """To be called before each backward pass. The first counts: then all micro-batches in flight are kept."""
         if "activations" in self.bytes:
             return
-        engine = self.training.engine
-        # what DeepSpeed received, which the plan has in its workspace: the passes have copies
-        received = engine.pipe_recv_buf, engine._grad_layer_buf, engine.pipe_buffers["inputs"]
-        buffers = [tensor for tensor in tree_iter(received) if tensor is not None]
-        self.bytes["activations"] = self.now - sum(storages(buffers).values())
+        received = storages(self.training.engine.received())  # the plan has it in its workspace
+        self.bytes["activations"] = self.now - sum(received.values())
 
     def after_backward(self) -> None:
         """To be called after the last backward pass, before gradients are reduced."""
