@@ -91,11 +91,10 @@ def rate_multipliers(shapes: Mapping[str, tuple[int, int]], rule: str | Mapping[
 
     rule: "rows_over_cols" is sqrt(max(1, rows / columns)). "flipped" exchanges the factors of the MLP's two matrices
     (nanochat pull request 492). A mapping of name patterns to numbers overrides rows_over_cols.
-    Raises UserError for a pattern that matches no matrix and for a matrix that matches two patterns.
+    Raises UserError for a matrix that matches two patterns.
     """
     multipliers = {}
     explicit = {} if isinstance(rule, str) else dict(rule)
-    unused = set(explicit)
     for name, (rows, columns) in shapes.items():
         ratio = columns / rows if rule == "flipped" and ".mlp." in name else rows / columns
         matches = [pattern for pattern in explicit if fnmatchcase(name, pattern)]
@@ -103,11 +102,20 @@ def rate_multipliers(shapes: Mapping[str, tuple[int, int]], rule: str | Mapping[
             patterns = " and ".join(repr(match) for match in matches)
             raise UserError(f"optimizer.muon_multiplier: {name} matches {patterns}; keep only one of these patterns")
         multipliers[name] = explicit[matches[0]] if matches else max(1.0, ratio) ** 0.5
-        unused -= set(matches)
-    if unused:
-        pattern, example = sorted(unused)[0], next(iter(shapes))
-        raise UserError(f"optimizer.muon_multiplier: pattern {pattern!r} matches no matrix; an example name: {example}")
     return multipliers
+
+
+def require_used_patterns(rule: str | Mapping[str, float], places: Iterable[Place]) -> None:
+    """Raises UserError for a pattern of the rule (see rate_multipliers) that matches no matrix on Muon.
+
+    places: of the whole model, because a pattern may match the matrices of one pipeline stage only.
+    """
+    names = [place.name for place in places if group_of(place.name).optimizer == "muon"]
+    for pattern in () if isinstance(rule, str) else rule:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise UserError(
+                f"optimizer.muon_multiplier: pattern {pattern!r} matches no matrix; an example name: {names[0]}"
+            )
 
 
 def muon_matrices(

@@ -13,7 +13,7 @@ from torch import nn
 from megachat.config import Config
 from megachat.model.gpt import ModelOptions, build_layers
 from megachat.model.parameters import placed_parameters
-from megachat.optim.groups import adamw_members, assign_groups, group_of, muon_matrices
+from megachat.optim.groups import adamw_members, assign_groups, group_of, muon_matrices, require_used_patterns
 from megachat.optim.matrix import Matrix
 from megachat.optim.partition_plan import PartitionPlan, make_plan
 from megachat.parallel.tensor import cut_shape
@@ -95,7 +95,10 @@ def muon_partition(
 
 
 def ownership(config: Config, plan: Plan) -> list[Ownership]:
-    """Returns every parameter with its optimizer and the ranks that hold its state, in model order."""
+    """Returns every parameter with its optimizer and the ranks that hold its state, in model order.
+
+    Raises UserError if a pattern of optimizer.muon_multiplier matches no matrix.
+    """
     with torch.device("meta"):
         layers = build_layers(plan.dims, ModelOptions())
     stage_size = plan.layout.data * plan.layout.tensor
@@ -109,7 +112,9 @@ def ownership(config: Config, plan: Plan) -> list[Ownership]:
         for name, rank in _state_ranks(plan.layout, parameters, partition):
             state_ranks[name].add(stage * stage_size + rank)
     lines = []
-    for place in {place_of(parameter).name: place_of(parameter) for parameter in layers.parameters()}.values():
+    places = {place_of(parameter).name: place_of(parameter) for parameter in layers.parameters()}
+    require_used_patterns(config.optimizer.muon_multiplier, places.values())
+    for place in places.values():
         group, ranks = group_of(place.name), tuple(sorted(state_ranks[place.name]))
         muon_matrix, owner_rank = muon.get(place.name, (None, None))
         lines.append(

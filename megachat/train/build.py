@@ -29,6 +29,7 @@ from megachat.optim.groups import (
     betas_of,
     group_of,
     muon_matrices,
+    require_used_patterns,
 )
 from megachat.optim.muon import compiled_functions
 from megachat.optim.partition import MuonPartition
@@ -46,6 +47,7 @@ from megachat.parallel.tensor import apply_tensor, vocabulary_part
 from megachat.place import Place, place_of, set_place
 from megachat.planning.memory import head_chunk_bytes
 from megachat.planning.plan import Plan
+from megachat.planning.stage_state import stage_parameters
 from megachat.train.compiled import apply_compile, torch_mode
 
 
@@ -108,9 +110,10 @@ def build_training_model(
     rows = attach_row_tables(layers, config, mesh, dtype)
     parameters = placed_parameters(layers)
     groups = assign_groups([place_of(parameter) for parameter in parameters])
-    matrices = muon_matrices(
-        dict.fromkeys(place_of(parameter) for parameter in parameters), groups, config.optimizer.muon_multiplier
-    )
+    rule = config.optimizer.muon_multiplier
+    if not isinstance(rule, str):  # a pattern may be meant for another stage
+        require_used_patterns(rule, map(place_of, stage_parameters(plan.dims, (0, plan.stages[-1][1]), dtype)))
+    matrices = muon_matrices(dict.fromkeys(place_of(parameter) for parameter in parameters), groups, rule)
     names, mode = {matrix.name for matrix in matrices}, torch_mode(config.precision.compile_mode)
     muon = MuonPartition(
         {place_of(parameter).name: parameter for parameter in parameters if place_of(parameter).name in names},

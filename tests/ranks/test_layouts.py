@@ -62,7 +62,15 @@ CASES = {
         {"pipeline": 2},
         {"model": {"depth": 5, "kv_heads": None}, "optimizer": RAMP | {"ramp_rates": ["matrix", "embedding"]}},
     ),
-    "pp3, seven blocks": (3, {"pipeline": 3}, {"model": {"depth": 7, "kv_heads": None, "aspect_ratio": 8}}),
+    # the patterns match matrices of one stage each
+    "pp3, seven blocks": (
+        3,
+        {"pipeline": 3},
+        {
+            "model": {"depth": 7, "kv_heads": None, "aspect_ratio": 8},
+            "optimizer": {"muon_multiplier": {"*.h.0.*": 2.0, "*.h.6.mlp.*": 0.5}},
+        },
+    ),
     "dp2 tp2": (
         4,
         {"tensor": 2},

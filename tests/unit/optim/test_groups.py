@@ -6,7 +6,7 @@ import pytest
 from megachat.errors import UserError
 from megachat.model.gpt import ModelOptions, build_layers
 from megachat.model.parameters import placed_parameters
-from megachat.optim.groups import GROUPS, Group, assign_groups, rate_multipliers
+from megachat.optim.groups import GROUPS, Group, assign_groups, rate_multipliers, require_used_patterns
 from megachat.place import place_of
 from megachat.planning.dimensions import NORMS, Dimensions, window_sizes
 
@@ -63,7 +63,11 @@ def test_multipliers_by_rule_and_by_name():
     assert list(rate_multipliers(shapes, "rows_over_cols").values()) == [1.0, 2.0, 1.0, 1.0]
     assert list(rate_multipliers(shapes, "flipped").values()) == [1.0, 1.0, 2.0, 1.0]
     assert list(rate_multipliers(shapes, {"*.c_q.*": 3.0}).values()) == [3.0, 2.0, 1.0, 1.0]
-    with pytest.raises(UserError, match=r"muon_multiplier.*typo.*matches no matrix.*h.0.attn.c_q.weight"):
-        rate_multipliers(shapes, {"*.typo.*": 3.0})
     with pytest.raises(UserError, match=r"muon_multiplier.*h.0.attn.c_q.weight.*c_q.*attn.*one"):
         rate_multipliers(shapes, {"*.c_q.*": 3.0, "*attn*": 1.0})
+    places = [_place("transformer.h.0.attn.c_q.weight", cut="column"), _place("transformer.wte.weight", cut="rows")]
+    require_used_patterns({"*.c_q.*": 3.0}, places)
+    with pytest.raises(UserError, match=r"muon_multiplier.*typo.*matches no matrix.*h.0.attn.c_q.weight"):
+        require_used_patterns({"*.c_q.*": 3.0, "*.typo.*": 3.0}, places)
+    with pytest.raises(UserError, match=r"muon_multiplier.*wte.*matches no matrix"):
+        require_used_patterns({"*.wte.*": 3.0}, places)
