@@ -328,9 +328,11 @@ class Overflow(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("parameter", [False, True])
-@pytest.mark.parametrize("block", [0, 1])
-def test_a_fault_in_the_backward_pass_names_its_module(block, parameter, ended, place, monkeypatch):
-    """The stream's first values reach every block, so what one block makes infinite is a gradient of others, too."""
+@pytest.mark.parametrize(("block", "matrix"), [(0, "mlp.c_fc"), (1, "attn.c_q")])
+def test_a_fault_in_the_backward_pass_names_its_module(block, matrix, parameter, ended, place, monkeypatch):
+    """What one module makes infinite is a gradient of others, too: the stream's first values reach every block, and
+    queries, keys and values have one input.
+    """
     embed, linear, ids = Embed.forward, Linear.forward, []
 
     def keep_ids(module, given):
@@ -339,7 +341,7 @@ def test_a_fault_in_the_backward_pass_names_its_module(block, parameter, ended, 
 
     def overflow(module, x):
         weight, tilde = module.weight, ids[0] == TILDE
-        if place_of(weight).name == f"transformer.h.{block}.mlp.c_fc.weight":
+        if place_of(weight).name == f"transformer.h.{block}.{matrix}.weight":
             if not parameter:
                 return linear(module, Overflow.apply(x, tilde.unsqueeze(-1)))
             return F.linear(x, Overflow.apply(weight, tilde.any()).to(x.dtype))
@@ -351,7 +353,7 @@ def test_a_fault_in_the_backward_pass_names_its_module(block, parameter, ended, 
     report = replay_capsule(capsule, dtype="float32")
     text = "\n".join(report_lines(report))
     culprit, (row,) = report["culprit"], report["rows"]
-    assert (culprit["during"], culprit["name"], culprit["kind"]) == ("backward", f"blocks.{block}.mlp.c_fc", "Linear")
+    assert (culprit["during"], culprit["name"], culprit["kind"]) == ("backward", f"blocks.{block}.{matrix}", "Linear")
     assert culprit["outputs"][0]["not_finite"] == 0 and list(culprit["parameters"]) == ["weight"] * parameter, text
     assert (culprit["inputs"][0]["not_finite"] > 0) is not parameter
     assert 17 in [each["document"] for each in row["documents"][0]]
