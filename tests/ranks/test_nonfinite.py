@@ -370,7 +370,7 @@ def test_a_gradient_that_overflows_in_float16_is_replayed(alone, place, monkeypa
     assert (culprit["during"], culprit["name"], report["float32_is_finite"]) == ("backward", "loss", True), culprit
 
 
-def test_a_capsule_is_evaluated_but_not_among_the_runs_results(ended, place):
+def test_a_run_that_went_back_is_evaluated_and_its_capsule_is_not_among_its_results(ended, place):
     (capsule,), tokenizer, out = (place / "dp2" / "capsules").iterdir(), place / "tokenizer", place / "out.json"
     save_tokenizer(tokenizer, TOKENIZER, {"source": "tests"})
     program = ["launch/evaluate.py", "--checkpoint", capsule, "--tokenizer", tokenizer, "--bpb"]
@@ -382,3 +382,7 @@ def test_a_capsule_is_evaluated_but_not_among_the_runs_results(ended, place):
     assert (result["run"], result["step"]) == ("dp2", bad_step(place)) and result["bpb"]["bpb"] > 0
     assert [each.name for each in capsule.parent.iterdir()] == [capsule.name]
     assert not (place / "dp2" / "evaluations").exists()
+    program[2] = place / "dp2"
+    done = run_forked(program)
+    assert done.status == 0, done.err
+    assert [each.name for each in (place / "dp2" / "evaluations").iterdir()] == [f"step_{STEPS:06d}.json"]
