@@ -40,23 +40,26 @@ WHOLE = VocabularyPart()
 
 
 def squash(logits: torch.Tensor, cap: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns tanh of logits [n, columns] / cap, the exponentials of the capped logits, and their sums [n, 1], in
-    float32. Overwrites float32 logits.
+    """Returns the gate sigmoid(-2 logits / cap) of logits [n, columns], the exponentials of the capped logits, and
+    their sums [n, 1], in float32. Overwrites float32 logits.
+
+    A capped logit is cap * tanh(logit / cap) = cap - 2 cap * gate. On a CPU a sigmoid takes less time than a tanh.
     """
-    squashed = logits.float().div_(cap).tanh_()
-    share = torch.mul(squashed, cap).exp_()
-    return squashed, share, share.sum(dim=1, keepdim=True)
+    gate = logits.float().mul_(-2 / cap).sigmoid_()
+    share = torch.rsub(gate, cap, alpha=2 * cap).exp_()
+    return gate, share, share.sum(dim=1, keepdim=True)
 
 
 def logits_gradient(
-    squashed: torch.Tensor, share: torch.Tensor, factor: torch.Tensor, index: torch.Tensor, at_index: torch.Tensor
+    gate: torch.Tensor, share: torch.Tensor, factor: torch.Tensor, index: torch.Tensor, at_index: torch.Tensor
 ) -> torch.Tensor:
     """Returns the gradient of the raw logits [n, columns], float32, from `squash`'s results, which it overwrites.
 
-    The gradient of the capped logits is share * factor, plus at_index in the column `index`; all three are [n, 1].
+    The gradient of the capped logits is share * factor, plus at_index in the column `index`; all three are [n, 1]. That
+    of capping is 1 - tanh^2 = 4 (gate - gate^2).
     """
-    share.mul_(factor).scatter_add_(1, index, at_index)
-    return share.mul_(squashed.square_().neg_().add_(1.0))
+    share.mul_(4 * factor).scatter_add_(1, index, 4 * at_index)
+    return share.mul_(gate.addcmul_(gate, gate, value=-1))
 
 
 class PlainProducts:
@@ -86,13 +89,13 @@ def compiled_products(products: type[PlainProducts]) -> type[PlainProducts]:
     """Returns the products with compiled elementwise functions, which pass over the logits fewer times."""
 
     def fused_squash(logits, cap):  # in place, or with a scatter, compiled code is slower than eager code
-        squashed = torch.tanh(logits.float() / cap)
-        share = torch.exp(squashed * cap)
-        return squashed, share, share.sum(dim=1, keepdim=True)
+        gate = torch.sigmoid(logits.float() * (-2 / cap))
+        share = torch.exp(cap - 2 * cap * gate)
+        return gate, share, share.sum(dim=1, keepdim=True)
 
-    def fused_gradient(squashed, share, factor, index, at_index):
+    def fused_gradient(gate, share, factor, index, at_index):
         at_target = torch.arange(share.size(1), device=share.device) == index
-        return (share * factor + torch.where(at_target, at_index, 0.0)) * (1.0 - squashed * squashed)
+        return (share * factor + torch.where(at_target, at_index, 0.0)) * (4 * (gate - gate * gate))
 
     functions: dict[str, Callable] = {"squash": fused_squash, "logits_gradient": fused_gradient}
     compiled = {name: staticmethod(torch.compile(function, dynamic=False)) for name, function in functions.items()}
@@ -178,18 +181,18 @@ def _chunks(rows: torch.Tensor, part: VocabularyPart, columns: int, multiple: in
 
 def _chunk_terms(logits: torch.Tensor, targets: torch.Tensor, cap: float, part: VocabularyPart, squash=squash):
     """Returns the terms of a chunk's loss: (sums of exponentials [n, 1] and capped logit at the target [n, 1], both
-    over the whole vocabulary; tanh of the scaled logits [n, columns], their exponentials, each target's column, and 1
+    over the whole vocabulary; the gates of the logits [n, columns], their exponentials, each target's column, and 1
     where it is in this part).
     """
     local = targets - part.start
     columns = logits.size(1)
     held = ((local >= 0) & (local < columns)).float().unsqueeze(1)
     index = local.clamp(0, max(0, columns - 1)).unsqueeze(1)
-    squashed, share, sums = squash(logits, cap)
-    at_target = cap * squashed.gather(1, index) * held if columns else torch.zeros_like(held)
+    gate, share, sums = squash(logits, cap)
+    at_target = (cap - 2 * cap * gate.gather(1, index)) * held if columns else torch.zeros_like(held)
     both = torch.cat((sums, at_target), dim=1)
     part.add(both)
-    return both[:, :1], both[:, 1:], squashed, share, index, held
+    return both[:, :1], both[:, 1:], gate, share, index, held
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -209,7 +212,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             target = targets[chunk]
             counted = (target >= 0).float().unsqueeze(1)
             terms = _chunk_terms(multiply.logits(chunk), target, cap, part, multiply.squash)
-            sums, at_target, squashed, share, index, held = terms
+            sums, at_target, gate, share, index, held = terms
             total.add_(((sums.log() - at_target) * counted).sum())
             if hidden_gradient is None or not count:  # without rows, this part holds padding only
                 return None
@@ -218,8 +221,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             factor = counted / sums
             if z_loss:  # d z-loss / d capped logit = z_loss * 2 log(sum) * softmax
                 factor *= 1.0 + 2.0 * z_loss * sums.log()
-            gradient = multiply.logits_gradient(squashed, share, factor, index, -counted * held)
-            del terms, squashed, share
+            gradient = multiply.logits_gradient(gate, share, factor, index, -counted * held)
+            del terms, gate, share
             return gradient.to(hidden.dtype)
 
         for chunk in _chunks(hidden, part, count, products.row_multiple):
