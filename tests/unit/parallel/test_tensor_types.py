@@ -172,11 +172,11 @@ FAULTS = {
         "the reduced gradient of resid_lambdas should be replicated, but is equal on all ranks, but 2 times",
     ),
     "a replicated gradient that the norm counts on every rank": (
-        *(engine, "is_tensor_shard", lambda parameter: True, False),
+        *(engine, "is_counted_copy", lambda parameter, rank: True, False),
         "the squares of AdamW's gradients in the norm should be partial, but",
     ),
     "a cut gradient that the norm counts on one rank": (
-        *(engine, "is_tensor_shard", lambda parameter: False, False),
+        *(engine, "is_counted_copy", lambda parameter, rank: rank == 0, False),
         "the squares of AdamW's gradients in the norm should be partial, but",
     ),
 }
