@@ -76,11 +76,31 @@ def setting_warnings(config: Config, plan: Plan) -> list[str]:
             f"WARNING: checkpoint.keep_every ({keep.keep_every}) has no effect without checkpoint.keep_last: all "
             "checkpoints are kept"
         )
-    every, stages = config.reliability.replay_every, plan.layout.pipeline
+    return lines + _reliability_warnings(config, plan)
+
+
+def _reliability_warnings(config: Config, plan: Plan) -> list[str]:
+    settings, stages, lines = config.reliability, plan.layout.pipeline, list[str]()
+    every = settings.replay_every
     if every and (share := 2 * stages / (every * (plan.accumulation + stages - 1))) > REPLAY_SHARE:
         lines.append(
             f"WARNING: reliability.replay_every ({every}) makes the training about {share:.0%} longer: two more "
             f"micro-batches per {every} steps of {plan.accumulation}"
+        )
+    if settings.replay_tolerance and not every:
+        lines.append(
+            f"WARNING: reliability.replay_tolerance ({settings.replay_tolerance:g}) has no effect without "
+            "reliability.replay_every: nothing is replayed"
+        )
+    if settings.hash_every and plan.layout.world == 1:
+        lines.append(
+            f"WARNING: reliability.hash_every ({settings.hash_every}) compares only weights with their masters on one "
+            "rank, which has no copies of other ranks"
+        )
+    if settings.on_nonfinite == "rewind" and not config.checkpoint.every:
+        lines.append(
+            "WARNING: reliability.on_nonfinite=rewind has nothing to go back to with checkpoint.every=0, unless the "
+            "run is resumed: set checkpoint.every"
         )
     return lines
 

@@ -2,6 +2,7 @@
 change would do.
 """
 
+import contextlib
 import json
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from megachat.config import Config, config_from_values, load_config
 from megachat.data.tokenizer import load_tokenizer
 from megachat.errors import UserError
+from megachat.planning.explain import setting_warnings
 from megachat.planning.hardware import parse_gpus
 from megachat.planning.influence import influenced, influencing, moved, numbers_of
 from megachat.planning.key_docs import describe_key
@@ -55,6 +57,9 @@ def explain(
     if key:
         shown["setting"] = _setting(config, key, file_config, path, bool(given))
         shown["setting"]["moves"] = influenced(config, key, partial(numbers, memory=True))
+        with contextlib.suppress(UserError):  # not every setting needs a plan that exists
+            warnings = setting_warnings(config, resolve(config, world, vocab_size))
+            shown["notes"] += [line for line in warnings if key in line]
     if number:
         shown["number"] = _number(config, number, world, vocab_size, timing)
     if given or changes:

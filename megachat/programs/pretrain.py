@@ -292,7 +292,7 @@ def _train(
         if run.is_writer:
             rows = summary_rows(trainer, startup_s, time.perf_counter() - begin)
             rows += predicted_rows(run, first_step, environment.local_size)
-            commands = next_commands(run, environment.launcher, environment.local_size, stopped=stopped)
+            commands = next_commands(trainer, environment.launcher, environment.local_size, stopped=stopped)
             log_end(trainer, rows, commands, stopped=stopped)
         return stopped
     finally:

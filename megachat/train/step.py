@@ -27,8 +27,9 @@ class StepResult:
 
     loss: mean over tokens and ranks, nats. norm: of the whole gradient before clipping, inf if it was not finite; then
     no weight was changed (skipped), and gradients is what this rank saw. loss_scale: of the step's gradients. rows: of
-    this rank, int64 [rows, tokens + 1], until the next step reads its rows. seconds: wall time. work_s: seconds that
-    this rank worked for its rows and in forward and backward passes, without waits for other ranks
+    this rank, int64 [rows, tokens + 1], until the next step reads its rows. seconds: wall time without the checks.
+    replay_s, hashes_s: wall time of the checks of reliability.replay_every and hash_every, 0 if the step had none.
+    work_s: seconds that this rank worked for its rows and in forward and backward passes, without waits for other ranks
     (parallel/work_time.py). requests: those that any rank made.
     """
 
@@ -42,6 +43,8 @@ class StepResult:
     loss_scale: float
     rows: torch.Tensor
     gradients: GradientSighting | None
+    replay_s: float
+    hashes_s: float
 
 
 def set_schedules(run: TrainingModel, step: int) -> float:
@@ -116,10 +119,12 @@ def train_step(
     synchronize(run.mesh.device)  # before next(), which starts a copy that runs beside the step
     with profile_range("data"), progress.work.working():
         rows = next(run.loader)
+    checks, replay_s, hashes_s = run.config.reliability, 0.0, 0.0
     begin = time.perf_counter()
-    checks = run.config.reliability
     if checks.replay_every and step % checks.replay_every == 0:
         replay_micro_batch(run, rows, step, run.folder)
+        synchronize(run.mesh.device)
+        replay_s = time.perf_counter() - begin
     multiplier = set_schedules(run, step)
     seen: list[GradientSighting] = []
     loss_tensor, outcome = update(
@@ -132,10 +137,13 @@ def train_step(
     progress.note(f"loss of step {step}", waits=True)  # a GPU may still be working or waiting for other ranks
     loss = loss_tensor.item()
     if checks.hash_every and (step + 1) % checks.hash_every == 0:
+        synchronize(run.mesh.device)
+        hashes_begin = time.perf_counter()
         compare_replicas(run, step + 1, run.folder)
+        hashes_s = time.perf_counter() - hashes_begin
     synchronize(run.mesh.device)
     progress.note(f"after step {step}")
-    seconds = time.perf_counter() - begin
+    seconds = time.perf_counter() - begin - replay_s - hashes_s
     return StepResult(
         loss,
         outcome.norm,
@@ -147,4 +155,6 @@ def train_step(
         outcome.loss_scale,
         rows,
         seen[0] if seen else None,
+        replay_s,
+        hashes_s,
     )

@@ -15,7 +15,6 @@ from megachat.kernels.choice import Kernels
 from megachat.planning.plan import Plan
 from megachat.planning.step_time import UNTIMED_STEPS
 from megachat.text import text_table
-from megachat.train.build import Run
 from megachat.train.trainer import Trainer
 
 LOW_MFU = 40.0  # per cent, below which likely causes are listed
@@ -73,7 +72,7 @@ def summary_rows(trainer: Trainer, startup_s: float, total_s: float) -> list[tup
     rate = f"; {steps * plan.tokens_per_step / trainer.steps_s:,.0f} per second" if trainer.steps_s else ""
     part = f" ({steps} of them in this job)" if trainer.first_step else ""
     rows.append(("tokens", f"{state.training_flops // plan.flops_per_token:,} in {state.step} steps{part}{rate}"))
-    times = f"start-up {duration(startup_s)}, steps {duration(trainer.steps_s)}, rest evaluation and saving"
+    times = f"start-up {duration(startup_s)}, steps {duration(trainer.steps_s)}, rest evaluation, saving and checks"
     rows.append(("time", f"{duration(total_s)}: {times}"))
     if trainer.first_step:
         timed = f"{duration(state.training_s)} in steps after the first {UNTIMED_STEPS}"
@@ -90,6 +89,8 @@ def summary_rows(trainer: Trainer, startup_s: float, total_s: float) -> list[tup
     rows.append(("cropped", f"{run.loader.cropped_share:.1%} of the tokens that {reader}"))
     if saving := trainer.save_cost.row:
         rows.append(("saving", saving))
+    if checks := trainer.check_cost.row:
+        rows.append(("checks", checks))
     if state.skipped_steps:
         rows.append(("skipped", f"{state.skipped_steps} step(s), whose loss or gradient was not finite"))
     if state.rewinds:
@@ -120,15 +121,16 @@ def likely_causes(config: Config, plan: Plan, kernels: Kernels) -> list[str]:
     return causes or ["the model is small for this GPU, or it waits for other ranks"]
 
 
-def next_commands(run: Run, launcher: str, local_ranks: int, *, stopped: bool) -> list[str]:
-    """Returns three commands to copy; the first one continues a stopped run."""
+def next_commands(trainer: Trainer, launcher: str, local_ranks: int, *, stopped: bool) -> list[str]:
+    """Returns three commands to copy; the first one continues a run that is not finished. stopped: on request."""
+    run, finished = trainer.run, trainer.state.step >= trainer.run.plan.steps
     program = "megachat" if shutil.which("megachat") else "python -m megachat"
     folder, world = shlex.quote(str(run.folder)), run.mesh.world.size
     evaluate = f"{program} evaluate --checkpoint {folder} --bpb"
     generate = f'{program} generate --checkpoint {folder} --prompt "..."'
-    if not stopped:
+    if finished and not stopped:
         return [generate, evaluate, f"{program} inspect {folder}"]
-    config = shlex.quote(str(run.folder / CONFIG_NAME))
+    config = shlex.quote(str(run.folder / CONFIG_NAME)) + ("" if stopped else " --set horizon.stop_step=null")
     if world == 1:
         start = program
     elif local_ranks == world and launcher in _LAUNCHED:
@@ -144,6 +146,8 @@ def log_end(trainer: Trainer, rows: Sequence[tuple[str, str]], commands: Sequenc
     trainer.metrics.close_bar()
     best = "" if state.min_val_bpb is None else f", best validation bpb {state.min_val_bpb:.6f}"
     end = f"finished step {state.step}{best}"
+    if state.step < (steps := trainer.run.plan.steps):
+        end = f"stopped at horizon.stop_step, after step {state.step} of {steps}{best}: --resume auto continues"
     if stopped:
         end = f"stopped after step {state.step}, which is saved: continue with --resume auto"
     log(styled(end, "bold"))

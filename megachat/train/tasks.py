@@ -111,6 +111,8 @@ class Log(Task):
             "train/peak_memory_bytes": peak_memory_bytes(run.mesh.device),
             "data/cropped_share": run.loader.cropped_share,
         }
+        checks = {"train/replay_s": result.replay_s, "train/hashes_s": result.hashes_s}
+        values |= {key: seconds for key, seconds in checks.items() if seconds}
         if peak := peak_flops(run.mesh.device):
             values["train/mfu"] = (
                 100 * run.plan.flops_per_token * tokens / result.seconds / (peak * run.mesh.world.size)

@@ -16,6 +16,7 @@ from megachat.parallel.collectives import all_gather_objects
 from megachat.planning.step_time import UNTIMED_STEPS
 from megachat.train.build import Run
 from megachat.train.capsule import write_capsule
+from megachat.train.check_cost import CheckCost
 from megachat.train.compiled import NewGraphs
 from megachat.train.metrics import Metrics, Pace
 from megachat.train.nonfinite import Fault, advice, chosen_action, fault_sentence, find_fault
@@ -37,7 +38,7 @@ class Trainer:
     source: the run folder that `state` was loaded from. Pending tasks that have a result there do not run again.
     first_step and steps_s: the first step of this job, and the seconds that its steps have taken. work_s: how long this
     rank worked in each of the last steps.
-    after_first_step: called once. save_cost: what this job's saves cost its steps.
+    after_first_step: called once. save_cost: what this job's saves cost its steps. check_cost: of the devices' checks.
     """
 
     last_result: StepResult
@@ -63,7 +64,7 @@ class Trainer:
         self.work_s = deque[float](maxlen=WINDOW)
         self.pace = Pace(state.step)
         self.after_first_step: Callable[[], object] = lambda: None
-        self.save_cost = SaveCost()
+        self.save_cost, self.check_cost = SaveCost(), CheckCost()
         self._graphs = NewGraphs(compiles=run.config.precision.compile)
 
     def fit(self) -> bool:
@@ -122,6 +123,7 @@ class Trainer:
         with self._first_step() if first else contextlib.nullcontext():
             requests = Requests(stop=self.stop_requested(), save_failed=self.saver.failed)
             result = train_step(self.run, state.step, requests=requests, before_update=self.saver.wait_copied)
+        self.check_cost.add(result.replay_s, result.hashes_s)
         if self._rewound(result):
             return result
         if (made := self._graphs.count()) and state.step - self.first_step >= SETTLED_STEPS:

@@ -93,6 +93,13 @@ def test_stages_are_described_with_their_shares():
             },
             None,
         ),
+        ({"horizon": {"steps": 400}, "reliability": {"replay_tolerance": 1e-3}}, "(0.001) has no effect without"),
+        ({"horizon": {"steps": 400}, "reliability": {"hash_every": 7}}, "(7) compares only weights with their masters"),
+        (
+            {"horizon": {"steps": 400}, "reliability": {"on_nonfinite": "rewind"}, "checkpoint": {"every": 0}},
+            "nothing to go back to with checkpoint.every=0",
+        ),
+        ({"horizon": {"steps": 400}, "reliability": {"on_nonfinite": "rewind"}, "checkpoint": {"every": 9}}, None),
     ],
 )
 def test_settings_that_are_seldom_wanted_together_are_reported(sections, part):

@@ -52,6 +52,11 @@ def test_every_setting_is_explained(section, config, monkeypatch):
             assert text.startswith(f"{key} = ") and ("a change moves: " in text or "no number of this plan" in text)
 
 
+def test_a_setting_that_moves_no_number_shows_its_warning(config):
+    shown = explain("reliability.replay_every", config, ["reliability.replay_every=1"], [], 4)
+    assert "reliability.replay_every (1) makes the training about 50% longer" in describe_explanation(shown)
+
+
 @pytest.mark.parametrize("name", NUMBERS)
 def test_every_number_is_explained(name, config):
     shown = explain(name, config, [], [], 4)

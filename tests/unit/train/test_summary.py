@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 from megachat.config import Config
+from megachat.settings import ReliabilityConfig
 from megachat.train import summary
+from megachat.train.check_cost import CheckCost, describe_checks
 from megachat.train.save_cost import SaveCost
 from megachat.train.state import LoopState
 from megachat.train.summary import likely_causes, log_end, next_commands, read_curve, summary_rows
@@ -31,6 +33,7 @@ def trainer(tmp_path):
         tokens_per_step=500,
         micro_rows=2,
         bubble=0.3,
+        steps=16,
         dims=SimpleNamespace(sequence_len=1024),
         layout=SimpleNamespace(pipeline=2, tensor=2),
     )
@@ -41,7 +44,8 @@ def trainer(tmp_path):
     run = SimpleNamespace(folder=tmp_path, plan=plan, mesh=mesh, kernels=kernels, loader=loader, config=config)
     state = LoopState(step=16, training_s=3600.0, training_flops=16 * 5000, skipped_steps=1)
     cost = SaveCost()
-    return SimpleNamespace(run=run, state=state, first_step=12, steps_s=8.0, save_cost=cost)
+    times = {"first_step": 12, "steps_s": 8.0, "save_cost": cost, "check_cost": CheckCost()}
+    return SimpleNamespace(run=run, state=state, **times)
 
 
 def test_the_whole_run_beside_this_job(trainer):
@@ -49,7 +53,7 @@ def test_the_whole_run_beside_this_job(trainer):
     assert rows["validation bpb"] == "3.5000 at step 4 to 1.5000 at step 16 (best 1.2500)"
     assert rows["CORE"] == "0.1250" and rows["MFU"] == "34.0 % mean of the logged steps"
     assert rows["tokens"] == "8,000 in 16 steps (4 of them in this job); 250 per second"
-    assert rows["time"] == "0:00:20: start-up 0:00:04, steps 0:00:08, rest evaluation and saving"
+    assert rows["time"] == "0:00:20: start-up 0:00:04, steps 0:00:08, rest evaluation, saving and checks"
     assert rows["whole run"] == "1:00:00 in steps after the first 11, earlier jobs included"
     assert rows["peak memory"] == "5.00 GB on rank 0" and rows["skipped"].startswith("1 step")
     assert rows["cropped"] == "12.5% of the tokens that rank 0 has read"
@@ -59,6 +63,16 @@ def test_what_saving_cost_the_steps(trainer):
     assert "saving" not in dict(summary_rows(trainer, 4.0, 20.0))
     trainer.save_cost.finish(0.25, 5.0)
     assert dict(summary_rows(trainer, 4.0, 20.0))["saving"] == "1 save; training waited 0.25 s, 5.0% of their 5.00 s"
+
+
+def test_what_the_checks_did_and_cost(trainer):
+    assert "checks" not in dict(summary_rows(trainer, 4.0, 20.0)) and describe_checks(ReliabilityConfig()) is None
+    for replay_s, hashes_s in ((1.5, 0.0), (0.0, 0.5), (0.0, 0.25), (0.0, 0.0)):
+        trainer.check_cost.add(replay_s, hashes_s)
+    expected = "1 replay and 2 hash comparisons: all passed; 2.2 s"
+    assert dict(summary_rows(trainer, 4.0, 20.0))["checks"] == expected
+    line = describe_checks(ReliabilityConfig(replay_every=50, hash_every=1))
+    assert line == "checks of the devices: a micro-batch is replayed every 50 steps, hashes are compared every 1 step"
 
 
 def test_a_low_mfu_has_likely_causes(trainer):
@@ -97,12 +111,22 @@ def test_a_run_without_metrics_has_a_summary(trainer):
 def test_a_stopped_run_is_continued_by_the_first_command(world, local, launcher, begin, trainer, monkeypatch):
     monkeypatch.setattr(summary.shutil, "which", lambda name: "/bin/megachat")
     trainer.run.mesh.world.size = world
-    commands = next_commands(trainer.run, launcher, local, stopped=True)
+    commands = next_commands(trainer, launcher, local, stopped=True)
     assert commands[0].startswith(begin) and commands[0].endswith("--resume auto") and len(commands) == 3
-    finished = next_commands(trainer.run, launcher, local, stopped=False)
+    finished = next_commands(trainer, launcher, local, stopped=False)
     assert [command.split()[1] for command in finished] == ["generate", "evaluate", "inspect"]
     lines = []
     trainer.metrics = SimpleNamespace(log=lines.append, close_bar=lambda: None)
     log_end(trainer, summary_rows(trainer, 4.0, 20.0), commands, stopped=True)
     assert lines[0].startswith("stopped after step 16, ") and lines[1].startswith("  validation bpb  3.5")
     assert lines[-4:] == ["next:", *(f"  {command}" for command in commands)]
+
+
+def test_a_run_that_reached_stop_step_is_continued_without_it(trainer):
+    trainer.run.mesh.world.size, trainer.run.plan.steps = 1, 60
+    commands = next_commands(trainer, "python", 1, stopped=False)
+    assert commands[0].endswith("config.json --set horizon.stop_step=null --resume auto")
+    lines = []
+    trainer.metrics = SimpleNamespace(log=lines.append, close_bar=lambda: None)
+    log_end(trainer, [], commands, stopped=False)
+    assert lines[0].startswith("stopped at horizon.stop_step, after step 16 of 60")
