@@ -9,7 +9,8 @@ it; and whether float32 cures it. Exit status: 1 if all is finite here.
 import argparse
 from pathlib import Path
 
-from megachat.commands.options import Parser, print_result
+from megachat.activity import announced, log_line
+from megachat.commands.options import Parser, importing, print_result
 
 
 def add_arguments(parser: Parser) -> None:
@@ -23,8 +24,10 @@ def add_arguments(parser: Parser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Replays the capsule and prints the report; returns the exit status."""
-    from megachat.programs.replay import replay_capsule, report_lines
+    with importing():
+        from megachat.programs.replay import replay_capsule, report_lines
 
-    report = replay_capsule(options.capsule, options.device, options.dtype)
+    with announced(f"running the rows of {options.capsule}, then searching for those that cause it", write=log_line):
+        report = replay_capsule(options.capsule, options.device, options.dtype)
     print_result(options, report, *report_lines(report))
     return 0 if report["reproduced"] else 1

@@ -143,7 +143,7 @@ def run_job(
         if self_test and not recovery.restarted:  # a restart had it before
             from megachat.programs.self_test import run_self_test  # loads torch.distributed.checkpoint, 0.7 s
 
-            with _starting("self-test", mesh):
+            with mesh.world.progress.long_running("self-test"):
                 notes.append(run_self_test(job, mesh, _plan_with_allocation, _build))
         checkpoint, facts, chosen_notes = _agreed_checkpoint(job, resume, mesh)
         job = dataclasses.replace(job, plan=_plan_with_allocation(job, facts, mesh))

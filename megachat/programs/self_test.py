@@ -10,11 +10,13 @@ import gc
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from megachat.activity import announced
 from megachat.checkpoint.facts import checkpoint_name, read_facts
 from megachat.config import Config, config_from_values
 from megachat.convert.differences import compare_checkpoints
@@ -63,11 +65,18 @@ def run_self_test(job, mesh: Mesh, plan_of: Callable, build: Callable) -> str:
     on_all_ranks_or_raise(make_folders, mesh.world)
     job = dataclasses.replace(job, config=_test_config(job.config), folder=folder / "whole", bundle=None)
     job = dataclasses.replace(job, plan=plan_of(job, None, mesh))
+
+    def part(name: str) -> AbstractContextManager[None]:
+        return announced(f"self-test, {name}", shown=mesh.world.rank == 0)
+
     try:
-        whole, checkpoint = _train(job, mesh, build, last, None), folder / "whole" / CHECKPOINTS / checkpoint_name(PART)
+        with part(f"whole run of {last} steps"):
+            whole = _train(job, mesh, build, last, None)
+        checkpoint = folder / "whole" / CHECKPOINTS / checkpoint_name(PART)
         for number in range(1, RESUMES + 1):
             resumed, stop = dataclasses.replace(job, folder=folder / f"resume_{number}"), (number + 1) * PART
-            losses = _train(resumed, mesh, build, stop, checkpoint)
+            with part(f"resume {number} of {RESUMES}"):
+                losses = _train(resumed, mesh, build, stop, checkpoint)
             name = checkpoint_name(stop)
             expected, checkpoint = (each.folder / CHECKPOINTS / name for each in (job, resumed))
             without_stop = {step: whole[step] for step in losses}

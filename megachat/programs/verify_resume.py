@@ -12,6 +12,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megachat.activity import announced
 from megachat.checkpoint.facts import checkpoint_name
 from megachat.config import Config, config_from_values, save_config
 from megachat.convert.architecture import weight_shapes
@@ -117,7 +118,8 @@ def run_job(
         *(f"optimizer.{rate}=0" for rate in RATES if still),
     ]
     program = [*pretrain_program(), "--config", str(path), *(["--resume", "auto"] if resume else [])]
-    run_with_torchrun(f"the job {run.name}", world, program + set_options(settings))
+    with announced(f"  the job {run.name}, to step {stop_step}"):
+        run_with_torchrun(f"the job {run.name}", world, program + set_options(settings))
 
 
 def compare_resumed_run(

@@ -206,7 +206,13 @@ def test_a_loss_that_is_no_number_stops_all_ranks_and_spares_the_checkpoint(two,
     assert checkpoints(run) == ["step_000002"] and file_bytes(checkpoint(run, 2)) == before
     assert 3 not in losses(run), "the metrics end with the last good step"
     checks = ["--set", "reliability.replay_every=1", "--set", "reliability.hash_every=1"]  # which change no bit
-    train(place, "diverged", "--resume", "auto", *checks, world=2)
+    done = run_forked(command(place, "diverged", "--resume", "auto", *checks), 2)
+    assert done.status == 0, done.err
+    assert (
+        "checks of the devices: a micro-batch is replayed every 1 step, hashes are compared every 1 step\n" in done.out
+    )
+    assert f"{STEPS - 2} replays and {STEPS - 2} hash comparisons: all passed; " in done.out
+    assert [*losses(run, "train/replay_s")] == [*losses(run, "train/hashes_s")] == [*range(2, STEPS)]
     assert different(checkpoint(run, STEPS), checkpoint(two, STEPS)) == [] and losses(run) == losses(two)
 
 
