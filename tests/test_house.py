@@ -16,8 +16,8 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 STEP_PATH = """
     train/step.py optim/joint.py optim/partition.py optim/exchange.py optim/bucket_memory.py optim/muon.py
     parallel/engine.py parallel/collectives.py parallel/mesh.py parallel/tensor.py parallel/progress.py
-    model/gpt.py kernels/attention.py  kernels/polar.py kernels/cross_entropy.py
-     kernels/linear.py kernels/gradient_norm.py
+    model/gpt.py kernels/attention.py kernels/polar.py kernels/cross_entropy.py
+    kernels/linear.py kernels/gradient_norm.py kernels/squared_relu.py
 """.split()
 # Dialect that the field does not use, as a name or as a word in one (for data that was looked up, requested, reported,
 # local).

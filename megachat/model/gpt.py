@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,6 +23,7 @@ from megachat.kernels.cross_entropy import (
     token_nats,
 )
 from megachat.kernels.linear import Linear, Table
+from megachat.kernels.squared_relu import squared_relu
 from megachat.model.lookup import Lookup
 from megachat.model.ngram import NgramHashes, NgramValues
 from megachat.model.parameters import declare, initialize
@@ -202,7 +202,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linears with a squared ReLU between them (Primer, arXiv 2109.08668)."""
+    """Two linears with a squared ReLU between them."""
 
     def __init__(self, dims: Dimensions, block: int):
         super().__init__()
@@ -213,7 +213,7 @@ class MLP(nn.Module):
         declare(self.c_proj.weight, f"{prefix}.c_proj.weight", block, ("constant", 0.0), "row")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.c_proj(F.relu(self.c_fc(x)).square())
+        return self.c_proj(squared_relu(self.c_fc(x)))
 
 
 class Block(nn.Module):
