@@ -54,7 +54,7 @@ def describe_job(config: Config, world: int, hardware: Hardware = THIS_MACHINE, 
     time = predicted_time(config, plan, hardware, dtype)
     checks = preflight(config, plan)
     lines = [
-        _verdict(stages, device_bytes, checks),
+        _verdict(stages, device_bytes, checks) + (f"; {plural(len(warnings), 'warning')}" if warnings else ""),
         *(describe_time(time) if time else []),
         f"{describe_memory(stages, device_bytes)}; computed in {dtype_name(dtype)}",
         *_fp8_line(config, plan),

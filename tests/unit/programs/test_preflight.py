@@ -78,6 +78,8 @@ def test_the_verdict_is_first():
     assert [line[:7] for line in lines[2:4]] == ["PROBLEM"] * 2 and len(lines) < 15
     assert job_values(CONFIG, 1)["time"] is None or torch.cuda.is_available()
     assert describe_job(CONFIG, 1, Hardware(0.01)).startswith("does not fit: ")
+    verdict = describe_job(CONFIG.changed("reliability", hash_every=1), 1, Hardware(80)).splitlines()[0]
+    assert verdict.endswith("2 problems on this machine; 1 warning")
     assert len(describe_job(CONFIG, 1, Hardware(80), verbose=True).splitlines()) > 100
     assert [check["name"] for check in job_values(CONFIG, 1)["checks"] if check["problem"]] == [
         "data folder",
