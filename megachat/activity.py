@@ -142,9 +142,11 @@ def counted(
 
 
 def hours_minutes(seconds: float) -> str:
-    """Returns a time that is left as h:mm, rounded up to a minute; from 100 hours on as hours, "123h"."""
-    minutes = -int(-seconds // 60)
-    return f"{minutes // 60}h" if minutes >= 6000 else f"{minutes // 60}:{minutes % 60:02}"
+    """Returns a time that is left, rounded up to a minute: "5min", "1h05", and from 100 hours on "123h"."""
+    hours, minutes = divmod(-int(-seconds // 60), 60)
+    if hours >= 100:
+        return f"{hours}h"
+    return f"{hours}h{minutes:02}" if hours else f"{minutes}min"
 
 
 def duration(seconds: float) -> str:

@@ -23,8 +23,9 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def plural(count: int, noun: str) -> str:
-    """Returns "1 rank", "2 ranks"."""
-    return f"{count:,} {noun}{'s' * (count != 1)}"
+    """Returns "1 rank", "2 ranks", "2 micro-batches"."""
+    ending = "es" if noun.endswith("ch") else "s"
+    return f"{count:,} {noun}{ending * (count != 1)}"
 
 
 def shortened(names: Iterable[str], most: int = 5) -> str:

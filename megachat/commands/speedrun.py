@@ -9,6 +9,7 @@ current folder. docs/speedrun.md explains the recipes.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from megachat.commands.options import Parser, add_set, passed_on, require_minimum
@@ -60,10 +61,11 @@ def run(options: argparse.Namespace) -> int:
         settings += [f"{key}={value}"] if value else []
     settings += [f"evaluate.core_bundle={options.bundle}"] if options.bundle else []
     shards = None if options.data else options.shards or SHARDS
-    speedrun = Speedrun(options.recipe, (*settings, *options.set), options.runs, shards)
+    ranks = _ranks_of_training(options)
+    speedrun = Speedrun(options.recipe, (*settings, *options.set), options.runs, shards, ranks)
     if options.data and not options.tokenizer:
         place = f"{options.data}_tokenizer{speedrun.config.model.vocab_size}"
-        speedrun = Speedrun(options.recipe, (*settings, f"data.tokenizer={place}", *options.set), options.runs, shards)
+        speedrun = replace(speedrun, settings=(*settings, f"data.tokenizer={place}", *options.set))
 
     def start_here(arguments: list[str]) -> int:
         return start(arguments[0], [*arguments[1:], *passed_on(options)], f"megachat {arguments[0]}")
@@ -79,6 +81,19 @@ def run(options: argparse.Namespace) -> int:
     print(describe(speedrun, options.price or PRICE if "--gpus" in machine else None) + "\n", flush=True)
     chosen = [word for setting in speedrun.settings for word in ("--set", setting)]
     return start_here(["plan", "--config", str(speedrun.config_file), *chosen, *machine])
+
+
+def _ranks_of_training(options: argparse.Namespace) -> int | None:
+    """Returns the number of ranks that train, None for a plan, which has a machine."""
+    from megachat.job.hosts import parse_hostfile
+
+    if options.dry_run:
+        return None
+    if options.hostfile:
+        return sum(host.slots for host in parse_hostfile(options.hostfile))
+    import torch
+
+    return options.ranks or torch.cuda.device_count() or 2  # as run_with_deepspeed
 
 
 def _planned_machine(options: argparse.Namespace, small: bool) -> list[str]:

@@ -122,7 +122,9 @@ def _lookup(name: str, known: Mapping, what: str):
     titles = {key: getattr(value, "name", None) or value[0].name for key, value in known.items()}
     near = list(dict.fromkeys(titles[key] for key in difflib.get_close_matches(_key(name), titles, 3, 0.5)))
     names = f"the near ones are {', '.join(near)}" if near else f"known are {', '.join(dict.fromkeys(titles.values()))}"
-    raise UserError(f"{name} is no known {what}: {names}; for another one give --gpu-spec FILE with its numbers")
+    raise UserError(
+        f"{name} is no known {what}: {names}; for another one give its numbers to `megachat plan` by --gpu-spec FILE"
+    )
 
 
 @functools.cache

@@ -14,7 +14,9 @@ def parse_layout(text: str) -> dict[str, int]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(dp|tp|pp)\s*=\s*([1-9][0-9]{0,5})\s*", part)
         if not match:
-            raise UserError(f"layout {text}: {part!r} is not an axis and its size; give them as tp=2,pp=2,dp=2")
+            raise UserError(
+                f"layout {text}: {part!r} is not an axis and its size of at least 1; give them as tp=2,pp=2,dp=2"
+            )
         if _AXES[match[1]] in sizes:
             raise UserError(f"layout {text}: {match[1]} is given twice; keep one")
         sizes[_AXES[match[1]]] = int(match[2])

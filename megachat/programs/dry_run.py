@@ -65,7 +65,7 @@ def describe_job(config: Config, world: int, hardware: Hardware = THIS_MACHINE, 
     if verbose:
         parts += [describe_config(config), describe_plan(plan), describe_ownership(ownership(config, plan))]
     else:
-        batch = f"{plan.micro_rows} rows x {plan.accumulation} micro-batches per rank"
+        batch = f"{plural(plan.micro_rows, 'row')} x {plural(plan.accumulation, 'micro-batch')} per rank"
         steps = f"{plan.steps:,} steps of {plan.tokens_per_step:,} tokens ({batch})"
         parts.append(
             f"layout = {describe_layout(vars(plan.layout))}; {steps}\n"

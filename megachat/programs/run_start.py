@@ -67,7 +67,8 @@ def banner(run: Run, environment: LaunchEnvironment) -> list[str]:
         f"depth {plan.dims.depth}, width {plan.dims.width}, {plan.parameters['total']:,} parameters; "
         f"Muon has {matrices} matrices, {tables}AdamW the rest",
         f"{plan.steps} steps of {plan.tokens_per_step:,} tokens = {plan.rows_per_step} rows of "
-        f"{plan.dims.sequence_len} ({plan.micro_rows} rows x {plan.accumulation} micro-batches per rank)",
+        f"{plan.dims.sequence_len} ({plural(plan.micro_rows, 'row')} x {plural(plan.accumulation, 'micro-batch')} "
+        "per rank)",
         *(pipeline if layout.pipeline > 1 else []),
         *(
             []

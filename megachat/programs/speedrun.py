@@ -15,6 +15,7 @@ from megachat.evals.core_bundle import open_bundle
 from megachat.files import write_atomically
 from megachat.installation import CHECKOUT, config_folder
 from megachat.job.local_job import run_launcher
+from megachat.planning.plan import resolve
 from megachat.prepare.download import HUB_SOURCES, shard_names
 from megachat.prepare.tokenizer_training import check_vocabulary
 from megachat.studies.record import build_record, core_problems, recipe_of, record_text, shard_problems
@@ -41,13 +42,14 @@ Start = Callable[[list[str]], int]  # runs `megachat ARGUMENTS` and returns its 
 class Speedrun:
     """What is trained and where. settings: overrides of the recipe's config, for all runs.
 
-    shards: to download, None for a data folder that exists.
+    shards: to download, None for a data folder that exists. ranks: of the training, None where a plan names a machine.
     """
 
     recipe: str
     settings: tuple[str, ...] = ()
     runs: int = 1
     shards: int | None = 170
+    ranks: int | None = None
 
     @property
     def config_file(self) -> Path:
@@ -111,6 +113,8 @@ def stages(speedrun: Speedrun) -> Iterator[Stage]:
     folder, tokenizer = Path(config.data.folder), Path(config.data.tokenizer)
     if config.model.vocab_size is None:
         raise UserError("model.vocab_size is null, but the tokenizer needs a size: leave it as the recipe has it")
+    if speedrun.ranks:
+        resolve(config, speedrun.ranks, config.model.vocab_size)  # a layout that does not fit is refused now
     if not (tokenizer / METADATA_FILE).exists():
         there = split_shards(open_shards(folder), "train") if speedrun.shards is None else ()
         check_vocabulary(config.model.vocab_size, there)

@@ -115,8 +115,8 @@ def verify_dry(config: Config, layout: dict[str, int], vocab_size: int, *, every
     ranks = range(plan.layout.world)
     print(
         f"{layout_name(layout)}: {plural(len(ranks), 'rank')}, depth {plan.dims.depth}, "
-        f"{plan.parameters['total']:,} parameters, {plan.micro_rows} rows x {plan.accumulation} micro-batches per data "
-        f"rank, {config.precision.compute}",
+        f"{plan.parameters['total']:,} parameters, {plural(plan.micro_rows, 'row')} x "
+        f"{plural(plan.accumulation, 'micro-batch')} per data rank, {config.precision.compute}",
         flush=True,
     )
     kind = {rank: rank if every_rank else representative(plan.layout, rank) for rank in ranks}
@@ -165,27 +165,35 @@ def planned_of_stage(config: Config, plan: Plan, stage: int) -> dict[str, float]
 
 
 def _compare_stage(config: Config, plan: Plan, stage: int, walks: dict[int, Walk]) -> list[dict]:
-    """Returns a row for everything that is planned: the least and most of the stage's ranks, and the farthest rank."""
+    """Returns a row for everything that is planned: what is allowed, the least and most of the stage's ranks, and the
+    farthest rank.
+    """
     walked = {rank: _walked(each) for rank, each in walks.items() if coordinates(plan.layout, rank)[0] == stage}
     rows = []
     for what, planned in planned_of_stage(config, plan, stage).items():
         each = {rank: values[what] for rank, values in walked.items()}
         farthest = max(each, key=lambda rank: abs(each[rank] - planned))
         ends = {"least": min(each.values()), "most": max(each.values())}
-        rows.append({"stage": stage, "what": what, "planned": planned, **ends, "rank": farthest})
+        row = {"stage": stage, "what": what, "planned": planned, "allowed": allowed(what, planned)}
+        rows.append(row | ends | {"rank": farthest})
     return rows
 
 
-def problem(row: dict) -> str | None:
-    """Returns a sentence on a row of _compare_stage that is not as planned, else None.
+def allowed(what: str, planned: float) -> tuple[float, float]:
+    """Returns the least and the most that passes.
 
     The peak may be below the plan: with one micro-batch, gradients and activations never meet.
     """
-    allowed, least = TOLERANCE * row["planned"] + UNPLANNED_BYTES, row["least"]
-    below = 0.0 if row["what"] == PEAK else row["planned"] - least
-    if below <= allowed and row["most"] - row["planned"] <= allowed:
+    more = TOLERANCE * planned + UNPLANNED_BYTES
+    return 0.0 if what == PEAK else planned - more, planned + more
+
+
+def problem(row: dict) -> str | None:
+    """Returns a sentence on a row of _compare_stage that is not as planned, else None."""
+    least, most = allowed(row["what"], row["planned"])
+    if least <= row["least"] and row["most"] <= most:
         return None
-    walked = max(least, row["most"], key=lambda value: abs(value - row["planned"]))
+    walked = max(row["least"], row["most"], key=lambda value: abs(value - row["planned"]))
     return (
         f"stage {row['stage']}, {row['what']}: planned {_amount(row, row['planned'])}, but rank {row['rank']} has "
         f"{_amount(row, walked)}"
@@ -206,12 +214,13 @@ def _walked(result: Walk) -> dict[str, int]:
 
 
 def _print(plan: Plan, walks: dict[int, Walk], rows: list[dict], problems: list[str]) -> None:
-    table = [("stage", "per rank and step", "planned", "walked")]
+    table = [("stage", "per rank and step", "planned", "walked", "allowed")]
     for row in rows:
         if not row["planned"] and not row["most"]:
             continue
         walked = dict.fromkeys(_amount(row, row[end]) for end in ("least", "most"))
-        table.append((str(row["stage"]), row["what"], _amount(row, row["planned"]), " to ".join(walked)))
+        within = f"{'at most +' if row['what'] == PEAK else 'within '}{100 * TOLERANCE:g} %"
+        table.append((str(row["stage"]), row["what"], _amount(row, row["planned"]), " to ".join(walked), within))
     print("\n".join("  " + line for line in text_table(table)))
     for each in problems:
         print(f"  DIFFERENT: {each}")

@@ -177,7 +177,7 @@ def walk(config: Config, plan: Plan, rank: int) -> Walk:
             (torch.autograd, "backward", memory.before_backward),
             (engine_module.ZeroAdamW, "reduce", memory.after_backward),
         ):
-            stack.enter_context(mock.patch.object(owner, name, _after(before, getattr(owner, name))))
+            stack.enter_context(mock.patch.object(owner, name, _calling_first(before, getattr(owner, name))))
         recorder.mesh = mesh
         stack.enter_context(recorder)
         stack.enter_context(memory)
@@ -204,7 +204,7 @@ def _replacements() -> dict[tuple[object, str], Callable]:
     }
 
 
-def _after(before: Callable[[], object], function: Callable) -> Callable:
+def _calling_first(before: Callable[[], object], function: Callable) -> Callable:
     def both(*args, **options):
         before()
         return function(*args, **options)

@@ -1,4 +1,4 @@
-"""What every rank reports about a fault, with the rank's host, device and place in the mesh."""
+"""What every rank reports, with its host, device and place in the mesh."""
 
 import socket
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ def gather_reports(mesh: Mesh, **values: Any) -> list[Report]:
     """Returns every rank's values, with its host, device and place in the mesh, in rank order; all ranks call it."""
     report = {"rank": mesh.world.rank, "host": socket.gethostname(), "device": str(mesh.device)}
     report |= {axis.name: axis.rank for axis in (mesh.data, mesh.tensor, mesh.pipeline)}
-    return all_gather_objects(report | values, mesh.world, name="reports of a fault")
+    return all_gather_objects(report | values, mesh.world, name="reports of the ranks")
 
 
 def ranks_text(reports: Iterable[Report]) -> str:

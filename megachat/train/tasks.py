@@ -5,7 +5,6 @@ At that time they are listed in LoopState.pending. A resumed job first runs thos
 """
 
 import math
-import socket
 import statistics
 from collections import deque
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from megachat.evals.core_bundle import configured_examples
 from megachat.evals.engine_model import sample_prompts
 from megachat.evals.results import core_lines, recorded_validation, results_path, save_results
 from megachat.files import SAMPLES, is_readable_json, write_side_json
-from megachat.parallel.collectives import all_gather, all_gather_objects, all_reduce
+from megachat.parallel.collectives import all_gather, all_reduce
 from megachat.planning.step_work import stage_matrices
 from megachat.schedule import due
 from megachat.text import shortened
@@ -32,9 +31,10 @@ from megachat.train.capsule import write_spike
 from megachat.train.metrics import Metrics, Pace, console_line
 from megachat.train.nonfinite import WINDOW as SPIKE_WINDOW
 from megachat.train.nonfinite import spike
+from megachat.train.rank_reports import Report, gather_reports
 from megachat.train.state import LoopState, save_state
 from megachat.train.step import StepResult
-from megachat.train.stragglers import WINDOW, RankPlace, SlowRanks, rank_values
+from megachat.train.stragglers import WINDOW, SlowRanks, rank_values
 
 
 class TaskContext(Protocol):
@@ -167,7 +167,7 @@ class RankTimes(Task):
     name, runs_on_stop = "rank times", True
 
     def __init__(self) -> None:
-        self._ranks: list[RankPlace] = []
+        self._ranks: list[Report] = []
         self._slow = SlowRanks()
 
     def due(self, trainer: TaskContext) -> bool:
@@ -176,7 +176,7 @@ class RankTimes(Task):
     def run(self, trainer: TaskContext) -> bool:
         mesh, step = trainer.run.mesh, trainer.state.step
         if not self._ranks:
-            self._ranks = all_gather_objects(RankPlace(socket.gethostname(), mesh.pipeline.rank), mesh.world)
+            self._ranks = gather_reports(mesh)
         gathered = torch.empty(mesh.world.size, device=mesh.device)
         local = torch.tensor([statistics.median(trainer.work_s)], device=mesh.device)
         all_gather(gathered, local, mesh.world, name="working times of the ranks")

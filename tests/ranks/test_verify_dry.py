@@ -42,6 +42,7 @@ def test_the_calls_of_all_ranks_meet_and_have_the_planned_bytes(layout, settings
     names = {row["what"] for row in passed["compared"] if row["most"]}
     assert names >= {"tensor axis", "products", "between stages" if "pp" in layout else "Muon gradients"}
     assert names >= {"memory: state", "memory: gradients", "memory: activations", "memory: peak"}
+    assert all(row["allowed"][0] <= row["least"] <= row["most"] <= row["allowed"][1] for row in passed["compared"])
     state = [row for row in passed["compared"] if row["what"] == "memory: state"]
     assert all(row["planned"] == row["most"] for row in state), "of the fullest rank, to the byte"
 
@@ -90,6 +91,17 @@ def test_a_rank_that_fails_is_named(monkeypatch):
     monkeypatch.setattr(joint, "all_reduce", fail)
     with pytest.raises(UserError, match=r"rank 0 of dp=1,tp=1,pp=1 failed in its step: .*planted"):
         certificate("dp=1")
+
+
+def test_what_is_allowed():
+    row = {"stage": 0, "what": "memory: state", "planned": 1e10, "least": 9.91e9, "most": 1.009e10, "rank": 0}
+    low, high = dry.allowed("memory: state", 1e10)
+    assert dry.problem(row) is None and low == 9.9e9 - dry.UNPLANNED_BYTES and high == 1.01e10 + dry.UNPLANNED_BYTES
+    below, above = row | {"least": 9.8e9}, row | {"most": 1.02e10}
+    assert dry.problem(below) == "stage 0, memory: state: planned 10.000 GB, but rank 0 has 9.800 GB"
+    assert dry.problem(below | {"what": dry.PEAK}) is None and "10.200 GB" in str(
+        dry.problem(above | {"what": dry.PEAK})
+    )
 
 
 def test_kinds_of_ranks():

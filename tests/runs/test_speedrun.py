@@ -183,6 +183,10 @@ def test_bad_input(options, tmp_path):
         UserError, match="gap: 3 of its shards have no hash .*\n.*gap: shard_00001.parquet is missing in"
     ):
         cli._run(["speedrun", "--depth", "3", "--data", str(gap)])
+    unfit = [*options, "--tokenizer", str(tmp_path / "other"), "--set", "parallel.tensor=2"]
+    with pytest.raises(UserError, match="parallel.tensor 2 x parallel.pipeline 1 does not divide the 1 rank "):
+        cli._run(["speedrun", *unfit])
+    assert not (tmp_path / "other").exists(), "refused before the tokenizer is trained"
     with pytest.raises(UserError, match="--runs is 0"):
         cli._run(["speedrun", "--runs", "0"])
     for words, problem in {

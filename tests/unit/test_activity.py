@@ -65,9 +65,9 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, capsys)
         progress.update(50e6)
     out, err = capsys.readouterr()
     assert out.splitlines() == [
-        "reading: 200MB of 400MB (50%), eta 0:01",
-        "reading: 300MB of 400MB (75%), eta 0:01",
-        "reading: 350MB of 600MB (58%), eta 0:01",
+        "reading: 200MB of 400MB (50%), eta 1min",
+        "reading: 300MB of 400MB (75%), eta 1min",
+        "reading: 350MB of 600MB (58%), eta 1min",
     ]
     assert err == ""
 
@@ -78,12 +78,12 @@ def test_progress_of_an_unknown_total(capsys):
         assert progress.line(3.0) == "counting: 1.50k texts"
     with Progress("walking", 6, "") as progress:
         progress.update(2)
-        assert progress.line(60.0) == "walking: 2 of 6 (33%), eta 0:02"
+        assert progress.line(60.0) == "walking: 2 of 6 (33%), eta 2min"
     assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(
-    "seconds, left", [(0, "0:00"), (1, "0:01"), (61, "0:02"), (359_999, "100h"), (86_400, "24:00")]
+    "seconds, left", [(0, "0min"), (1, "1min"), (61, "2min"), (3_899, "1h05"), (359_999, "100h"), (86_400, "24h00")]
 )
 def test_times(seconds, left):
     assert hours_minutes(seconds) == left

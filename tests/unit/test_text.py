@@ -1,6 +1,6 @@
 """Tables and number ranges."""
 
-from megachat.text import markdown_table, number_ranges, text_table
+from megachat.text import markdown_table, number_ranges, plural, text_table
 
 
 def test_columns_are_aligned():
@@ -14,3 +14,8 @@ def test_a_markdown_table_has_a_line_below_its_titles():
 
 def test_number_ranges():
     assert [number_ranges(numbers) for numbers in ([], [5], [0, 1, 2, 4, 6, 7])] == ["", "5", "0-2,4,6-7"]
+
+
+def test_plurals():
+    assert [plural(count, "micro-batch") for count in (1, 2)] == ["1 micro-batch", "2 micro-batches"]
+    assert plural(1000, "rank") == "1,000 ranks"

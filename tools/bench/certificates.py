@@ -22,7 +22,7 @@ from megachat.errors import UserError
 from megachat.files import write_atomically, write_json
 from megachat.installation import config_folder, git
 from megachat.planning.plan import resolve
-from megachat.programs.verify_dry import PEAK, planned_of_stage, problem, setup, verify_dry
+from megachat.programs.verify_dry import PEAK, allowed, planned_of_stage, problem, setup, verify_dry
 from megachat.text import number_ranges
 
 LINE = re.compile(r"^\| \[(\w+)\]\(\1\.json\) \| (?:`--set (.+)` )?\|", re.M)
@@ -84,7 +84,10 @@ def replanned(entry: dict) -> dict:
     config, vocab_size, _ = fitted(entry["config"], entry["settings"], entry["ranks"])
     config, plan = setup(config, entry["layout"], vocab_size)
     planned = [planned_of_stage(config, plan, stage) for stage in range(plan.layout.pipeline)]
-    rows = [row | {"planned": planned[row["stage"]][row["what"]]} for row in entry["compared"]]
+    rows = []
+    for row in entry["compared"]:
+        size = planned[row["stage"]][row["what"]]
+        rows.append(row | {"planned": size, "allowed": allowed(row["what"], size)})
     unmet = [each for each in entry["problems"] if not each.startswith("stage ")]
     return entry | {"compared": rows, "problems": [*unmet, *filter(None, map(problem, rows))]}
 

@@ -36,7 +36,7 @@ def test_layouts_are_read():
         parse_layout("tp=2,pp=4,dp=8") == {"data": 8, "tensor": 2, "pipeline": 4} and parse_layout("pp=2")["data"] == 1
     )
     for text in ("tp", "tp=0", "cp=2", "tp=2;pp=2", "", "dp=2,", "tp=two", "dp=" + "9" * 5000):
-        with pytest.raises(UserError, match="give them as tp=2,pp=2,dp=2"):
+        with pytest.raises(UserError, match="of at least 1; give them as tp=2,pp=2,dp=2"):
             parse_layout(text)
     with pytest.raises(UserError, match="dp is given twice"):
         parse_layout("dp=2,dp=2")

@@ -66,7 +66,7 @@ def test_a_file_of_the_user_adds_a_gpu_and_mistakes_in_it_are_one_sentence(tmp_p
     spec = tmp_path / "spec.json"
     spec.write_text(json.dumps({"format": 1, "gpus": {"X1": entry}}))
     assert parse_gpus("4xX1", spec=spec).gpu.source == "measured"
-    with pytest.raises(UserError, match="X1 is no known GPU"):
+    with pytest.raises(UserError, match="X1 is no known GPU: .* to `megachat plan` by --gpu-spec FILE"):
         parse_gpus("4xX1")
     for number, (wrong, message) in enumerate(
         [

@@ -45,4 +45,5 @@ def test_another_call_goes_on_and_compares_with_the_plan_of_now(monkeypatch, tmp
     assert certificates.main() == 1 and [layout.data for layout in walked] == [4, 8]
     first, second = json.loads(out.read_text())
     assert first["ranks"] == 4 and second["problems"] == []
+    assert first["compared"][0]["allowed"] and "allowed" not in second["compared"][0], "added to what was walked before"
     assert [problem.split(",")[1] for problem in first["problems"]] == [" memory: gradients: planned 9.900 GB"]
