@@ -120,7 +120,7 @@ def test_more_ranks_than_fit_the_batch_end_and_the_others_train(place):
     done = finish(Launcher(supervised(place, "five", 2, config=five)))
     assert done.status == 0, done.out + done.err
     assert re.search(r"2 ranks were started, .* over 1; the other 1 exit", done.out), done.out
-    assert "five on 1 rank " in done.out and "rows x 5 micro-batches" in done.out
+    assert "five on 1 rank " in done.out and "(1 row x 5 micro-batches per rank)" in done.out
     assert losses(place.runs / "five") == pytest.approx(losses(train(place, "alone", config=five)), rel=1e-6)
 
 
@@ -145,7 +145,7 @@ def test_when_a_host_is_gone_the_other_goes_on(tmp_path, place):
         done = finish(here)
     assert done.status == 0, done.out + done.err
     assert "left on 2 ranks" in done.out and "left on 1 rank " in done.out and "resumed from" in done.out
-    assert "rows x 3 micro-batches" in done.out and "rows x 6 micro-batches" in done.out
+    assert "1 row x 3 micro-batches" in done.out and "1 row x 6 micro-batches" in done.out
     assert losses(run) == pytest.approx(losses(whole), rel=1e-4)
     (step,) = (int(number) for number in re.findall(r"resumed from \S+ at step (\d+)", done.out))
     undisturbed = train(place, "undisturbed", "--resume", str(checkpoint(whole, step)), config=config)
