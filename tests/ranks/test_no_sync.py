@@ -48,7 +48,6 @@ WAITS_OF_TABLES = {
     (_LOOKUP, "_make_groups", "numpy"): "the same",
     (_LOOKUP, "_to", "to"): "no wait: to the rank's device",
     (_ROWS, "_exchange_requests", "_unique2"): "how many distinct rows there are decides the size of what is sent",
-    (_ROWS, "_exchange_requests", "item"): "the same",
     (_ROWS, "_exchange_requests", "tolist"): "the same",
     (_ROWS, "_exchange_requests", "repeat_interleave"): "the same",
     (_ROWS, "_exchange_requests", "to"): "no wait: to the rank's device",
