@@ -1,5 +1,6 @@
 """Choosing the checkpoint that a job resumes from: all ranks agree, and its files are compared with their hashes."""
 
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,12 +13,15 @@ if TYPE_CHECKING:
     from megachat.parallel.mesh import Axis
 
 
-def choose_checkpoint(run_folder: Path, resume: str | None, world: "Axis") -> tuple[Path | None, list[str]]:
+def choose_checkpoint(
+    run_folder: Path, resume: str | None, world: "Axis", *, before: float = math.inf
+) -> tuple[Path | None, list[str]]:
     """Returns (the checkpoint to resume from or None, remarks for the log), the same on all ranks; all ranks call it.
 
     Rank 0 finds the checkpoint as `find_checkpoint` does, then each rank hashes a share of its files. With "auto", a
-    damaged checkpoint is skipped for the one before. Raises UserError on all ranks when `find_checkpoint` does, when a
-    checkpoint given by its path is damaged, and when a rank cannot see the files that rank 0 sees.
+    damaged checkpoint is skipped for the one before, and those of step `before` and later are not considered. Raises
+    UserError on all ranks when `find_checkpoint` does, when a checkpoint given by its path is damaged, and when a rank
+    cannot see the files that rank 0 sees.
     """
     from megachat.parallel.collectives import all_gather_objects, on_all_ranks_or_raise  # import torch
 
@@ -27,7 +31,7 @@ def choose_checkpoint(run_folder: Path, resume: str | None, world: "Axis") -> tu
     def find_on_rank_0() -> None:
         nonlocal choice
         if world.rank == 0:
-            choice = find_checkpoint(run_folder, resume, damaged)
+            choice = find_checkpoint(run_folder, resume, damaged, before=before)
 
     while True:
         on_all_ranks_or_raise(find_on_rank_0, world)
@@ -69,15 +73,19 @@ def find_damage(checkpoint: Path, world: "Axis") -> str | None:
     return next((rank_problems[0] for rank_problems, _ in everyone if rank_problems), None)
 
 
-def newest_complete(folder: Path, skip: Collection[Path] = ()) -> tuple[Path | None, list[str]]:
+def newest_complete(
+    folder: Path, skip: Collection[Path] = (), *, before: float = math.inf
+) -> tuple[Path | None, list[str]]:
     """Returns (the newest complete checkpoint in the folder or None, why each newer one is not complete).
 
-    skip: checkpoints that are not considered. Raises UnreadableError rather than pass over a newer one that the system
-    refuses to read, or that is a link to a storage that is not there now.
+    skip: checkpoints that are not considered; nor are those of step `before` and later. Raises UnreadableError rather
+    than pass over a newer one that the system refuses to read, or that is a link to a storage that is not there now.
     """
     problems: list[str] = []
     checkpoints = {
-        step: path for path in list_folder(folder) if (step := checkpoint_step(path)) is not None and path not in skip
+        step: path
+        for path in list_folder(folder)
+        if (step := checkpoint_step(path)) is not None and step < before and path not in skip
     }
     for _, checkpoint in sorted(checkpoints.items(), reverse=True):
         if (kind := path_kind(checkpoint)) != "folder":
@@ -113,13 +121,14 @@ def _named_checkpoint(resume: str) -> Path:
 
 
 def find_checkpoint(
-    run_folder: Path, resume: str | None, damaged: Mapping[Path, str] | None = None
+    run_folder: Path, resume: str | None, damaged: Mapping[Path, str] | None = None, *, before: float = math.inf
 ) -> tuple[Path | None, list[str]]:
     """Returns (the checkpoint to resume from or None, remarks for the log).
 
     resume: None for a new run, a checkpoint's path, or "auto" for the newest complete checkpoint, if there is one.
-    damaged: checkpoints that "auto" skips, and why. Raises UserError when a new run would start in a folder that
-    already holds checkpoints, when the path is not a complete checkpoint, or when "auto" finds only bad ones.
+    damaged: checkpoints that "auto" skips, and why; it also skips those of step `before` and later. Raises UserError
+    when a new run would start in a folder that already holds checkpoints, when the path is not a complete checkpoint,
+    or when "auto" finds only bad ones.
     """
     damaged = damaged or {}
     if resume is not None and resume != "auto":
@@ -128,7 +137,7 @@ def find_checkpoint(
         path_kind(run_folder)
     except UnreadableError as error:
         raise UnreadableError(f"the run folder {error}, or set run.folder to another path") from None
-    newest, remarks = newest_complete(run_folder / CHECKPOINTS, damaged)
+    newest, remarks = newest_complete(run_folder / CHECKPOINTS, damaged, before=before)
     if newest is not None and resume is None:
         raise UserError(
             f"{run_folder} already holds checkpoints up to {newest.name}: continue with --resume auto, "

@@ -23,17 +23,18 @@ def save_checkpoint(
     facts: dict,
     write_rank_files: Callable[[Path], None],
     world: Axis,
+    suffix: str = "",
 ) -> Path:
     """Writes `folder`/step_NNNNNN and returns its path. All ranks call it; either all return or all raise.
 
     tensors: this rank's rectangles. facts: small JSON values, the same on all ranks. write_rank_files: writes this
-    rank's other files into the given folder. Raises UserError when the disk is full or cannot be written; earlier
-    checkpoints stay as they are.
+    rank's other files into the given folder. suffix: is added to the name. Raises UserError when the disk is full or
+    cannot be written; earlier checkpoints stay as they are.
     """
     from megachat.checkpoint.storage import save_rectangles  # loads torch.distributed.checkpoint, 0.7 s
 
-    final = folder / checkpoint_name(step)
-    temporary = folder / (checkpoint_name(step) + _TEMPORARY)
+    final = folder / (checkpoint_name(step) + suffix)
+    temporary = final.with_name(final.name + _TEMPORARY)
     needed_bytes = int(SPACE_MARGIN * sum(all_gather_objects(rectangle_bytes(tensors), world)))
 
     def failure(problem: str) -> str:

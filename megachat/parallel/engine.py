@@ -116,7 +116,8 @@ class ZeroAdamW(DeepSpeedZeroOptimizer):
         self._scaled_norm = scaled_norm
         self.step()
         self.zero_grad()
-        super()._update_scale(self.overflow)
+        if self.dynamic_loss_scale:  # at an overflow a constant scale would only log a line, before ours
+            super()._update_scale(self.overflow)
 
     def fragments(self) -> Iterator[tuple[nn.Parameter, int, int, dict[str, torch.Tensor]]]:
         """Yields (parameter, start, length, {"master" | "exp_avg" | "exp_avg_sq": flat float32 view}) of this rank's

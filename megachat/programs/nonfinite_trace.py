@@ -26,16 +26,16 @@ def tensor_facts(tensor: torch.Tensor) -> dict:
 
 @dataclass
 class _Visit:
-    """A module in the order in which the modules finished, and the facts of the gradients that passed it."""
+    """A call of a module, and the facts of the gradients of its outputs and inputs, as the backward pass makes them."""
 
     module: nn.Module
     name: str
-    outputs: list[dict] = field(default_factory=list)
-    inputs: list[dict] = field(default_factory=list)
+    output_gradients: list[dict] = field(default_factory=list)
+    input_gradients: list[dict] = field(default_factory=list)
     tokens: torch.Tensor | None = None  # bool [tokens], of the first input gradient that is not finite
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Culprit:
     """Where values first are not finite, though all that went in were finite.
 
@@ -49,8 +49,8 @@ class Culprit:
     kind: str
     inputs: list[dict]
     outputs: list[dict]
-    passed_to: str | None
-    passed: list[dict]
+    passed_to: str | None = None
+    passed: list[dict] = field(default_factory=list)
     parameters: dict[str, dict]
     tokens: torch.Tensor | None
 
@@ -124,27 +124,27 @@ class Trace:
         passed_to, passed = self._passed or (None, [])
         bad = {key: tensor for key, tensor in module.named_parameters(recurse=False) if not _finite([tensor])}
         return Culprit(
-            "forward",
-            name,
-            type(module).__name__,
-            [tensor_facts(tensor) for tensor in inputs],
-            [tensor_facts(tensor) for tensor in outputs],
-            passed_to,
-            [tensor_facts(tensor) for tensor in passed],
-            {key: tensor_facts(tensor) for key, tensor in bad.items()},
-            _bad_tokens([*passed, *outputs]),
+            during="forward",
+            name=name,
+            kind=type(module).__name__,
+            inputs=[tensor_facts(tensor) for tensor in inputs],
+            outputs=[tensor_facts(tensor) for tensor in outputs],
+            passed_to=passed_to,
+            passed=[tensor_facts(tensor) for tensor in passed],
+            parameters={key: tensor_facts(tensor) for key, tensor in bad.items()},
+            tokens=_bad_tokens([*passed, *outputs]),
         )
 
     def _watch_gradients(self, visit: _Visit, inputs: list, outputs: list) -> None:
         self._visits.append(visit)
 
         def of_input(gradient: torch.Tensor) -> None:
-            visit.inputs.append(tensor_facts(gradient))
+            visit.input_gradients.append(tensor_facts(gradient))
             if visit.tokens is None:
                 visit.tokens = _bad_tokens([gradient])
 
         def of_output(gradient: torch.Tensor) -> None:
-            visit.outputs.append(tensor_facts(gradient))
+            visit.output_gradients.append(tensor_facts(gradient))
 
         for tensors, note in ((outputs, of_output), (inputs, of_input)):
             for tensor in tensors:
@@ -161,21 +161,18 @@ class Trace:
         for visit in reversed(self._visits):
             local = dict(visit.module.named_parameters(recurse=False))
             bad = {key: each.grad for key, each in local.items() if each.grad is not None and not _finite([each.grad])}
-            enters = all(facts["not_finite"] == 0 for facts in visit.outputs)
-            leaves = all(facts["not_finite"] == 0 for facts in visit.inputs)
-            if enters and visit.outputs and (bad or not leaves):
-                parameters = {key: tensor_facts(gradient) for key, gradient in bad.items()}
+            got, gave = visit.output_gradients, visit.input_gradients
+            got_finite, gave_finite = (all(facts["not_finite"] == 0 for facts in each) for each in (got, gave))
+            if got and got_finite and (bad or not gave_finite):
                 culprits.append(
                     Culprit(
-                        "backward",
-                        visit.name,
-                        type(visit.module).__name__,
-                        visit.inputs,
-                        visit.outputs,
-                        None,
-                        [],
-                        parameters,
-                        visit.tokens,
+                        during="backward",
+                        name=visit.name,
+                        kind=type(visit.module).__name__,
+                        inputs=gave,
+                        outputs=got,
+                        parameters={key: tensor_facts(gradient) for key, gradient in bad.items()},
+                        tokens=visit.tokens,
                     )
                 )
         innermost = (

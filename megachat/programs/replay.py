@@ -62,7 +62,7 @@ def _named_modules(layers: nn.ModuleList) -> dict[str, nn.Module]:
 
 
 def find_rows(rows: Sequence[int], finite: Callable[[Sequence[int]], bool], most: int = MOST_ROWS) -> list[list[int]]:
-    """Returns the rows, at most about `most`, that are not finite alone, by bisection of rows that are not together.
+    """Returns the rows that are not finite alone, by bisection of rows that are not together. Stops at `most` entries.
 
     If no half of some rows is the cause, they are one entry: they are not finite only together.
     """
@@ -94,10 +94,16 @@ def replay_capsule(folder: Path, device: str = "auto", dtype: str = "auto") -> d
     batches = micro_batches_of_step(len(rows), data_ranks, capsule["micro_rows"])
     scale = capsule["loss_scale"] / (len(batches) / data_ranks)
     model = _build(reader, numbers, where, compute, scale)
-    bad: list[list[int]] = []
+    bad, good = list[list[int]](), 0
+
+    def finite(numbers: Sequence[int]) -> bool:
+        nonlocal good
+        good += (is_finite := model.run(numbers))
+        return is_finite
+
     for batch in batches:
-        if len(bad) < MOST_ROWS and not model.run(batch):
-            bad += find_rows(batch, model.run, MOST_ROWS - len(bad))
+        if len(bad) < MOST_ROWS and not finite(batch):
+            bad += find_rows(batch, finite, MOST_ROWS - len(bad))
     culprit = model.trace(bad[0]) if bad else None
     cured = None
     if bad and compute != torch.float32:
@@ -111,11 +117,14 @@ def replay_capsule(folder: Path, device: str = "auto", dtype: str = "auto") -> d
         "what": capsule["what"],
         "device": str(where),
         "dtype": str(compute).removeprefix("torch."),
+        "run_device": torch.device(capsule["ranks"][0]["device"]).type,
+        "run_dtype": capsule["compute_dtype"],
         "reproduced": bool(bad),
         "culprit": _culprit_values(culprit),
         "rows": [_row_values(group, capsule["documents"], culprit if group is bad[0] else None) for group in bad],
         "rows_of_step": len(rows),
-        "more_rows": len(bad) >= MOST_ROWS,
+        "all_rows": len(bad) > 1 and not good,
+        "more_rows": len(bad) >= MOST_ROWS and bad[-1][-1] != batches[-1][-1],
         "float32_is_finite": cured,
         "ranks": capsule["ranks"],
         "notes": _notes(reader, capsule),
@@ -137,7 +146,10 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"--device {name}: torch cannot use it here; give cpu, cuda, or cuda:1 and so on") from None
+        gpus = (
+            f"has {torch.cuda.device_count()} GPU(s)" if torch.cuda.is_available() else "has no GPU that torch can use"
+        )
+        raise UserError(f"--device {name}: torch cannot use it; this machine {gpus}: give cpu, or cuda:N") from None
     return device
 
 
@@ -180,20 +192,54 @@ def report_lines(report: dict) -> list[str]:
     """Returns the report as text."""
     lines = [report["what"], f"replayed on {report['device']} in {report['dtype']}, {report['rows_of_step']} rows"]
     if not report["reproduced"]:
-        lines.append(
-            "NOT REPRODUCED: loss and gradients of all rows are finite. The saved weights and rows do not cause it; "
-            "look at the ranks below, and repeat with the run's device and dtype"
+        lines.append(_not_reproduced(report))
+    if report["culprit"]:
+        lines += _culprit_lines(report["culprit"])
+    lines += _row_lines(report)
+    if report["float32_is_finite"] is not None:
+        cure = "these rows are finite in float32" if report["all_rows"] else "float32 cures it"
+        lines.append(cure if report["float32_is_finite"] else "float32 does not cure it")
+    for rank in report["ranks"]:
+        seen = f"loss {rank['loss']}, " if rank["loss"] is not None else ""
+        bad = f"gradient of {rank['gradient']} not finite" if rank["gradient"] else "its gradients finite or not read"
+        lines.append(f"rank {rank['rank']} ({rank['host']}) saw: {seen}{bad}")
+    return lines + report["notes"]
+
+
+def _not_reproduced(report: dict) -> str:
+    computed = [(report[key], report[f"run_{key}"]) for key in ("dtype", "device")]
+    if others := [run for here, run in computed if here.partition(":")[0] != run]:
+        return (
+            f"FINITE in {report['dtype']} on {report['device']}, but the run computed in {' on '.join(others)}: repeat "
+            "with the run's device and dtype (without --dtype)"
         )
-    culprit = report["culprit"]
-    if culprit:
-        side = ("input", "output") if culprit["during"] == "forward" else ("gradient of input", "gradient of output")
-        lines.append(f"{culprit['during']} pass: {culprit['name']} ({culprit['kind']}) is the first that is not finite")
-        lines += [f"  {side[0]}: {_facts(facts)}" for facts in culprit["inputs"]]
-        lines += [f"  {side[1]}: {_facts(facts)}" for facts in culprit["outputs"]]
-        if culprit["passed_to"]:
-            lines.append(f"  computed in {culprit['name']} itself, before {culprit['passed_to']}")
-            lines += [f"  passed on: {_facts(facts)}" for facts in culprit["passed"]]
-        lines += [f"  parameter {name}: {_facts(facts)}" for name, facts in culprit["parameters"].items()]
+    return (
+        "NOT REPRODUCED: loss and gradients of all rows are finite. The saved weights and rows do not cause it; look "
+        "at the ranks below"
+    )
+
+
+def _culprit_lines(culprit: dict) -> list[str]:
+    of = "" if culprit["during"] == "forward" else "gradient of "
+    lines = [f"{culprit['during']} pass: {culprit['name']} ({culprit['kind']}) is the first that is not finite"]
+    lines += _numbered(f"{of}input", culprit["inputs"]) + _numbered(f"{of}output", culprit["outputs"])
+    if culprit["passed_to"]:
+        lines.append(f"  computed in {culprit['name']} itself, before {culprit['passed_to']}")
+        lines += _numbered("passed on", culprit["passed"])
+    return lines + [f"  parameter {name}: {_facts(facts)}" for name, facts in culprit["parameters"].items()]
+
+
+def _numbered(what: str, tensors: Sequence[dict]) -> list[str]:
+    numbers = [f" {number}" for number in range(1, len(tensors) + 1)] if len(tensors) > 1 else [""]
+    return [f"  {what}{number}: {_facts(facts)}" for number, facts in zip(numbers, tensors, strict=False)]
+
+
+def _row_lines(report: dict) -> list[str]:
+    if report["all_rows"]:
+        count = sum(len(entry["rows"]) for entry in report["rows"])
+        rows = f"all {count} rows of the step" if not report["more_rows"] else f"all {count} rows that were searched"
+        return [f"{rows} are not finite: the weights are the likely cause, not a document"]
+    lines = []
     for entry in report["rows"]:
         listed = ", ".join(map(str, entry["rows"]))
         lines.append(f"row {listed}" if len(entry["rows"]) == 1 else f"rows {listed}, only together")
@@ -202,20 +248,15 @@ def report_lines(report: dict) -> list[str]:
         elif len(entry["rows"]) == 1:
             lines += [f"  {_document(each)}" for each in entry["documents"][0]]
     if report["more_rows"]:
-        lines.append(f"the search ended after {MOST_ROWS} rows")
-    if report["float32_is_finite"] is not None:
-        lines.append("float32 cures it" if report["float32_is_finite"] else "float32 does not cure it")
-    for rank in report["ranks"]:
-        seen = f"loss {rank['loss']}, " if rank["loss"] is not None else ""
-        bad = f"gradient of {rank['gradient']} not finite" if rank["gradient"] else "its gradients finite or not read"
-        lines.append(f"rank {rank['rank']} ({rank['host']}) saw: {seen}{bad}")
-    return lines + report["notes"]
+        lines.append(f"the search ended after {len(report['rows'])} rows; others were not searched")
+    return lines
 
 
 def _facts(facts: dict) -> str:
     shape = "x".join(map(str, facts["shape"]))
     limits = "no finite element" if facts["min"] is None else f"{facts['min']:.4g} to {facts['max']:.4g}"
-    return f"{facts['dtype']} {shape}, {limits}, {facts['not_finite']:.2%} not finite"
+    largest = torch.finfo(DTYPES[facts["dtype"]]).max
+    return f"{facts['dtype']} {shape}, {limits} (largest possible {largest:.5g}), {facts['not_finite']:.2%} not finite"
 
 
 def _document(document: dict) -> str:

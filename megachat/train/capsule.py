@@ -4,6 +4,7 @@ A capsule is a checkpoint of the step's weights, without optimizer state, with r
 Every layout writes the same one, so `megachat replay` runs it on one process.
 """
 
+import contextlib
 import io
 import json
 from collections.abc import Sequence
@@ -13,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from megachat.checkpoint.facts import checkpoint_name, checkpoint_step
+from megachat.checkpoint.facts import checkpoint_name
 from megachat.checkpoint.save import repair_checkpoints_folder, save_checkpoint
 from megachat.errors import UserError
-from megachat.files import CAPSULES, SPIKES, list_folder, write_atomically, write_json
+from megachat.files import CAPSULES, SPIKES, free_name, list_folder, write_atomically, write_json
 from megachat.parallel.collectives import all_gather_objects, on_all_ranks_or_raise
 from megachat.planning.explain import plan_values
 from megachat.train.build import Run
@@ -52,40 +53,55 @@ def _write_rows(folder: Path, rows: np.ndarray, facts: dict) -> None:
     write_json(folder / CAPSULE_NAME, facts)
 
 
+def _is_of(branch: dict, capsule: Path) -> bool:
+    """Returns whether an earlier capsule has these values, so that its rows and weights are those of the step."""
+    with contextlib.suppress(OSError, ValueError):
+        values = json.loads((capsule / CAPSULE_NAME).read_text(encoding="utf-8"))
+        return all(values.get(key) == value for key, value in branch.items())
+    return False
+
+
 def write_capsule(
     run: Run, state: LoopState, result: StepResult, sightings: Sequence[Report], sentence: str
 ) -> tuple[Path | None, str | None]:
-    """Writes capsules/step_N of the step that has just been taken; all ranks call it.
+    """Writes capsules/step_N of the step that has just been taken; all ranks call it. If that is of another branch of
+    the run, whose rows or rates were others, it is step_N.2 and so on. One of this branch is not written again.
 
     Returns its path, None if there is none, and a line for the log. A failure is such a line and raises nothing.
     """
     folder, world, most = run.folder / CAPSULES, run.mesh.world, run.config.reliability.capsules
-    path, existing = folder / checkpoint_name(state.step), list[Path]()
+    branch = {
+        "step": state.step,
+        "loader_step": run.loader.step - 1,
+        "left_out": sorted(run.loader.left_out),
+        "config": run.config.model_dump(mode="json"),
+    }
+    free, count, same = folder, 0, None
 
-    def list_existing() -> None:
+    def look() -> None:
+        nonlocal free, count, same
         if world.rank == 0:
             repair_checkpoints_folder(folder)
-            existing.extend(each for each in list_folder(folder) if checkpoint_step(each) is not None)
+            existing = [path for path in list_folder(folder) if (path / CAPSULE_NAME).is_file()]
+            free, count = free_name(folder / checkpoint_name(state.step), ""), len(existing)
+            same = next((path for path in existing if _is_of(branch, path)), None)
 
     try:
-        on_all_ranks_or_raise(list_existing, world)
-        existing = all_gather_objects(existing, world)[0]
-        if path in existing:
-            return path, None
-        if len(existing) >= most:
+        on_all_ranks_or_raise(look, world)
+        free, count, same = all_gather_objects((free, count, same), world)[0]
+        if same:
+            return same, None
+        if count >= most:
             return None, f"no capsule is written: reliability.capsules is {most}" if most else None
         rows, documents = gather_rows(run, result.rows)
-        capsule = {
-            "step": state.step,
+        capsule = branch | {
             "what": sentence,
             "loss_scale": result.loss_scale,
             "weights_changed": not result.skipped,
             "compute_dtype": str(run.compute_dtype).removeprefix("torch."),
             "micro_rows": run.plan.micro_rows,
-            "loader_step": run.loader.step - 1,
             "ranks": sightings,
             "documents": documents,
-            "config": run.config.model_dump(mode="json"),
             "plan": plan_values(run.plan),
         }
 
@@ -97,7 +113,8 @@ def write_capsule(
         pieces = state_pieces(run, replicas=False)
         weights = {name: piece for name, piece in pieces.items() if name.startswith("model/")}
         facts = checkpoint_facts(run, state) | {"capsule": sentence}
-        return save_checkpoint(folder, state.step, weights, facts, write_rank_files, world), None
+        suffix = free.name.removeprefix(checkpoint_name(state.step))
+        return save_checkpoint(folder, state.step, weights, facts, write_rank_files, world, suffix), None
     except UserError as error:
         return None, f"the capsule of step {state.step} could not be written: {error}"
 
@@ -130,8 +147,11 @@ def read_capsule(folder: Path) -> tuple[np.ndarray, dict]:
         with np.load(folder / ROWS_NAME, allow_pickle=False) as file:
             rows = file["rows"].astype(np.int64)
         return rows, json.loads((folder / CAPSULE_NAME).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        problem = f"it has no {ROWS_NAME} and {CAPSULE_NAME}"
+    except (FileNotFoundError, NotADirectoryError):
+        problem = f"it has no {ROWS_NAME} and {CAPSULE_NAME}" if folder.is_dir() else "there is no such folder"
     except (OSError, ValueError, KeyError, EOFError) as error:
         problem = f"its rows cannot be read ({type(error).__name__})"
-    raise UserError(f"{folder} is no capsule: {problem}; give a folder of RUN/{CAPSULES}/")
+    home = folder if folder.name == CAPSULES else folder / CAPSULES
+    capsules = sorted(str(path.parent) for path in home.glob(f"*/{CAPSULE_NAME}"))
+    listed = f": {', '.join(capsules)}" if capsules else ""
+    raise UserError(f"{folder} is no capsule: {problem}; give a folder of RUN/{CAPSULES}/{listed}")

@@ -116,8 +116,8 @@ class Metrics:
 
 def _drop_lines_from(path: Path, step: int, rewinds: int) -> str | None:
     """Drops the lines of steps that will run again, and a line that a crash cut short: a resumed run continues one
-    curve. Also those of rewinds to this step after the first `rewinds`: a job that begins there meets their faults
-    again.
+    curve. Of the lines of rewinds the first `rewinds` are kept, and no other: a job that begins at `step` meets the
+    faults of the others again.
 
     Returns a line for the log if other lines cannot be read. They are dropped, and the file as it was is set aside.
     """
@@ -133,8 +133,9 @@ def _drop_lines_from(path: Path, step: int, rewinds: int) -> str | None:
             # a training line or spike has the number of its step, an evaluation the number of steps before it
             # (a new run repeats that of step 0)
             of_step = "train/loss" in values or "spike/documents" in values
-            of_step |= "rewind/count" in values and values["rewind/count"] > rewinds
             keep = values["step"] < step or (values["step"] == step > 0 and not of_step)
+            if "rewind/count" in values:
+                keep = values["rewind/count"] <= rewinds
         except (ValueError, TypeError, LookupError, RecursionError):
             if line.strip() and number <= len(lines):
                 damaged.append(number)

@@ -39,15 +39,15 @@ def replay_micro_batch(run: TrainingModel, rows: torch.Tensor, step: int, folder
     rows, tolerance = rows[: run.plan.micro_rows], run.config.reliability.replay_tolerance
     micro_batch = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
     run.mesh.world.progress.note(f"replay of a micro-batch before step {step}")
-    state = _state(run)
-    first, first_sent = _run(run, micro_batch)
+    state = _saved_state(run)
+    first, first_sent = _run_once(run, micro_batch)
     # on the host, so that the device needs no more memory than in a step
     first = {name: tensor.to("cpu", copy=True) for name, tensor in first.items()}
-    _discard_gradients(run, state)
-    second, second_sent = _run(run, micro_batch)
+    _restore(run, state)
+    second, second_sent = _run_once(run, micro_batch)
     differences = compare_results(first, second, tolerance)
     if not on_any_rank(torch.tensor(bool(differences)), run.mesh, "replay compared"):
-        _discard_gradients(run, state)
+        _restore(run, state)
         return
     kept = {difference.tensor for difference in differences[:MAX_TENSORS]}
     evidence = {
@@ -104,7 +104,7 @@ def suspects(reports: list[dict[str, Any]], *, coupled: bool) -> list[int]:
     return sorted(ranks)
 
 
-def _state(run: TrainingModel) -> Results:
+def _saved_state(run: TrainingModel) -> Results:
     """Returns copies of what a forward pass may change: the model's buffers and the generators' states."""
     state = {f"buffer {name}": buffer.clone() for name, buffer in _buffers(run).items()}
     return state | _random_states(run.mesh.device)
@@ -122,7 +122,7 @@ def _random_states(device: torch.device) -> Results:
 
 
 @torch.no_grad()
-def _discard_gradients(run: TrainingModel, state: Results) -> None:
+def _restore(run: TrainingModel, state: Results) -> None:
     """Forgets the gradients of a pass and restores the state before it."""
     run.engine.adamw.discard_gradients()
     run.muon.discard_gradients()
@@ -134,7 +134,7 @@ def _discard_gradients(run: TrainingModel, state: Results) -> None:
         torch.cuda.set_rng_state(state["random numbers (cuda)"], run.mesh.device)
 
 
-def _run(run: TrainingModel, micro_batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[Results, Sent]:
+def _run_once(run: TrainingModel, micro_batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[Results, Sent]:
     """Returns this rank's results of forward and backward, gradients in the order of the backward pass, and the hashes
     of what it sent. The tensors are live.
     """
@@ -166,9 +166,10 @@ def _first_difference(first: Sent, second: Sent, mesh: Mesh) -> dict[str, Any] |
     backward = first.index((BACKWARD, 0))
     for number, (before, now) in enumerate(zip(first, second, strict=False)):
         if before != now:
-            later = number > backward
-            order = [int(later), -mesh.pipeline.rank if later else mesh.pipeline.rank, number]
-            return {"sent": now[0], "pass": BACKWARD if later else "forward", "number": number, "order": order}
+            in_backward = number > backward
+            stage = -mesh.pipeline.rank if in_backward else mesh.pipeline.rank  # the last stage is first in backward
+            order = [int(in_backward), stage, number]
+            return {"sent": now[0], "pass": BACKWARD if in_backward else "forward", "number": number, "order": order}
     return None
 
 

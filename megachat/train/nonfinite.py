@@ -3,7 +3,6 @@
 import math
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 from megachat.parallel.engine import LOSS_SCALE_MINIMUM
@@ -23,7 +22,10 @@ def find_fault(loss: float, norm: float, loss_scale: float) -> Fault | None:
 
 
 def chosen_action(policy: str, fault: Fault, *, skipped: bool) -> str:
-    """Returns "stop", "skip" or "rewind". policy: reliability.on_nonfinite. skipped: no weight has changed."""
+    """Returns "stop", "skip" or "rewind". policy: reliability.on_nonfinite. skipped: no weight has changed.
+
+    An update that was made cannot be skipped: then "skip" is "stop".
+    """
     if policy == "auto":
         policy = "stop" if fault == "loss" else "skip"
     return "stop" if policy == "skip" and not skipped else policy
@@ -42,14 +44,8 @@ def fault_sentence(step: int, loss: float, fault: Fault, sightings: Sequence[Rep
     return f"step {step}: {what} on {ranks_text(ranks) or 'no single rank'}; {changed} untouched"
 
 
-def advice(capsule: Path | None) -> str:
-    """Returns how to continue after a fault has ended the run."""
-    look = f"run `megachat replay {capsule}`, which names the cause" if capsule else "look at the rows of this step"
-    return f"continue with --resume auto and lower rates, or {look}"
-
-
-def spike(value: float, recent: Sequence[float], sigma: float) -> float | None:
-    """Returns by how many deviations the value is above the median of the recent ones, if by more than sigma.
+def deviations_above(value: float, recent: Sequence[float], sigma: float) -> float | None:
+    """Returns how many deviations the value is above the median of the recent ones, or None if at most sigma.
 
     The deviation is 1.4826 times the median absolute deviation, which earlier spikes hardly change.
     """

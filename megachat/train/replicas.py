@@ -21,8 +21,9 @@ from megachat.train.build import TrainingModel
 from megachat.train.corruption import MAX_TENSORS, corrupted, on_any_rank, parameter_name
 from megachat.train.rank_reports import gather_reports, ranks_text
 
-ROUNDED = "master"  # in place of an axis: the masters, rounded, and the weights of one rank
-# Axis along which copies are compared -> the axes along which there are others with the same name.
+ROUNDED = "master"  # kind of copies on one rank: its weights, and its masters rounded to their dtype
+# Kind of copies (the axis along which they are compared, or ROUNDED) -> the axes along which there are others with the
+# same name.
 _APART = {
     "data": ("tensor", "pipeline"),
     "tensor": ("data", "pipeline"),
@@ -47,46 +48,47 @@ def compare_replicas(run: TrainingModel, step: int, folder: Path) -> None:
     if not on_any_rank(torch.cat([differs for *_, differs in compared]).any(), run.mesh, "hashes compared"):
         return
     different = {
-        axis: {name: tensor for (name, tensor), flag in zip(copies.items(), differs.tolist(), strict=True) if flag}
-        for axis, copies, differs in compared
+        kind: {name: tensor for (name, tensor), flag in zip(copies.items(), differs.tolist(), strict=True) if flag}
+        for kind, copies, differs in compared
     }
-    hashes = {axis: {name: bit_hash(t).item() for name, t in copies.items()} for axis, copies in different.items()}
+    hashes = {kind: {name: bit_hash(t).item() for name, t in copies.items()} for kind, copies in different.items()}
     reports = gather_reports(run.mesh, hashes=hashes)
     differences = disagreements(reports)
-    decided = [entry for entry in differences if entry["decided"]] or differences
-    suspects = sorted({rank for entry in decided for rank in entry["suspects"]})
-    kept = {f"{axis}: {name}": t.cpu().clone() for axis, copies in different.items() for name, t in copies.items()}
+    # Suspects without a majority would accuse ranks that others clear: they count only where nothing is decided.
+    accusing = [entry for entry in differences if entry["decided"]] or differences
+    suspects = sorted({rank for entry in accusing for rank in entry["suspects"]})
+    kept = {f"{kind}: {name}": t.cpu().clone() for kind, copies in different.items() for name, t in copies.items()}
     report = {"check": "hashes", "step": step, "suspects": suspects, "differences": differences, "ranks": reports}
     more = f"; {len(differences) - 1} more tensors differ" if len(differences) > 1 else ""
-    what = f"{_sentence(decided[0], reports)}{more}"
+    what = f"{_sentence(accusing[0], reports)}{more}"
     raise corrupted(run.mesh, folder, what, report, dict(list(kept.items())[:MAX_TENSORS]))
 
 
 def disagreements(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns each tensor whose copies differ: its axis, the hash on each rank, the suspects, and whether they are
-    decided.
+    """Returns each tensor whose copies differ: their kind as "axis", the hash on each rank, the suspects, and whether
+    they are decided.
 
     The suspects are the ranks without the hash that most ranks have; all of them, undecided, if no hash has a majority.
     Where the weights are not their rounded masters, one of both is wrong, on that rank.
     """
     copies: dict[tuple, dict[int, int]] = {}
     for report in reports:
-        for axis, hashes in report["hashes"].items():
-            place = tuple(report[other] for other in _APART[axis])
+        for kind, hashes in report["hashes"].items():
+            place = tuple(report[axis] for axis in _APART[kind])
             for name, value in hashes.items():
-                copies.setdefault((axis, name, place), {})[report["rank"]] = value
+                copies.setdefault((kind, name, place), {})[report["rank"]] = value
     result = []
-    for (axis, name, _), ranks in copies.items():
+    for (kind, name, _), ranks in copies.items():
         value, count = Counter(ranks.values()).most_common(1)[0]
-        majority = axis != ROUNDED and 2 * count > len(ranks)
+        majority = kind != ROUNDED and 2 * count > len(ranks)
         suspects = [rank for rank in ranks if not majority or ranks[rank] != value]
         result.append(
             {
                 "tensor": name,
-                "axis": axis,
+                "axis": kind,
                 "hashes": ranks,
                 "suspects": suspects,
-                "decided": majority or axis == ROUNDED,
+                "decided": majority or kind == ROUNDED,
             }
         )
     return result
@@ -126,10 +128,10 @@ def _adamw_state(run: TrainingModel) -> Copies:
     for name in names:
         begin, length, state = shares.get(name, (0, 0, {}))
         copies |= {f"AdamW's {kind} of {name}": state.get(kind, nothing) for kind in kinds}
-        spans += [begin << 32 | length] * len(kinds)
+        spans += [begin << 32 | length] * len(kinds)  # both in one number, so that ranks can compare them like hashes
     values = torch.cat((_hashes(run, copies), torch.tensor(spans, dtype=torch.int64, device=mesh.device)))
-    differs, apart = _differ(values, mesh.tensor).chunk(2)
-    return copies, differs & ~apart
+    differs, other_span = _differ(values, mesh.tensor).chunk(2)
+    return copies, differs & ~other_span
 
 
 def _masters(run: TrainingModel) -> Copies:

@@ -33,7 +33,8 @@ from megachat.train.build import Run, TrainingModel
 from megachat.train.changes import saved_flops
 
 LOSS_DECAY = 0.9  # of the moving average of the losses, as nanochat's
-_LATER = "rewinds", "recent", "skips_in_a_row", "faults_in_a_row"  # counters that a checkpoint has where they are not 0
+# counters that a checkpoint has where they are not 0
+_LATER = "rewinds", "rewound_to", "recent", "skips_in_a_row", "faults_in_a_row"
 
 
 @dataclass
@@ -44,7 +45,8 @@ class LoopState:
     training_flops: of all steps so far, each with the batch that it had. smooth_loss: exponential moving average of
     the losses of smoothed_steps steps (nats), which starts at 0: `shown_loss` corrects that. pending: names of the
     tasks of this step (train/tasks.py) that were due and not done when the checkpoint was made; a resumed job runs them
-    first. rewinds: how often the run went back to a checkpoint (reliability.on_nonfinite). recent: the last losses and
+    first. rewinds: how often the run went back to a checkpoint (reliability.on_nonfinite). rewound_to: the step of the
+    last one. recent: the last losses and
     gradient norms, if spikes are reported. skips_in_a_row: the last steps whose updates were skipped, as
     reliability.nonfinite_limit counts them. faults_in_a_row: the last steps whose loss or gradient was not finite.
     """
@@ -59,6 +61,7 @@ class LoopState:
     smoothed_steps: int = 0
     pending: list[str] = field(default_factory=list)
     rewinds: int = 0
+    rewound_to: int | None = None
     recent: dict[str, list[float]] = field(default_factory=dict)
     skips_in_a_row: int = 0
     faults_in_a_row: int = 0

@@ -30,7 +30,7 @@ from megachat.train.build import Run, build_loader
 from megachat.train.capsule import write_spike
 from megachat.train.metrics import Metrics, Pace, console_line
 from megachat.train.nonfinite import WINDOW as SPIKE_WINDOW
-from megachat.train.nonfinite import spike
+from megachat.train.nonfinite import deviations_above
 from megachat.train.rank_reports import Report, gather_reports
 from megachat.train.state import LoopState, save_state
 from megachat.train.step import StepResult
@@ -145,7 +145,7 @@ class Spikes(Task):
         for name, value in (("loss", result.loss), ("norm", result.norm)):
             recent = state.recent.setdefault(name, [])
             if math.isfinite(value):
-                if deviations := spike(value, recent, run.config.reliability.spike_sigma):
+                if deviations := deviations_above(value, recent, run.config.reliability.spike_sigma):
                     above[name] = deviations
                 state.recent[name] = [*recent, value][-SPIKE_WINDOW:]
         if not above:

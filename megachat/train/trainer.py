@@ -19,8 +19,8 @@ from megachat.train.capsule import write_capsule
 from megachat.train.check_cost import CheckCost
 from megachat.train.compiled import NewGraphs
 from megachat.train.metrics import Metrics, Pace
-from megachat.train.nonfinite import Fault, advice, chosen_action, fault_sentence, find_fault
-from megachat.train.rewind import rewind
+from megachat.train.nonfinite import Fault, chosen_action, fault_sentence, find_fault
+from megachat.train.rewind import earlier_checkpoint, resume_advice, rewind
 from megachat.train.save_cost import SaveCost
 from megachat.train.sightings import rank_sightings
 from megachat.train.state import LoopState, state_pieces
@@ -124,7 +124,8 @@ class Trainer:
             requests = Requests(stop=self.stop_requested(), save_failed=self.saver.failed)
             result = train_step(self.run, state.step, requests=requests, before_update=self.saver.wait_copied)
         self.check_cost.add(result.replay_s, result.hashes_s)
-        if self._rewound(result):
+        self._handle_fault(result)
+        if self.state is not state:  # the run went back to a checkpoint
             return result
         if (made := self._graphs.count()) and state.step - self.first_step >= SETTLED_STEPS:
             self.metrics.log(
@@ -153,13 +154,14 @@ class Trainer:
             gc.freeze()
         return result
 
-    def _rewound(self, result: StepResult) -> bool:
-        """Acts on a step whose loss or gradient is not finite; returns whether the run went back to a checkpoint.
+    def _handle_fault(self, result: StepResult) -> None:
+        """Acts on a step whose loss or gradient is not finite: reports it, and rewinds if that is configured.
 
         Raises UserError if the run has to stop.
         """
         state, reliability = self.state, self.run.config.reliability
         fault = find_fault(result.loss, result.norm, result.loss_scale)
+        # auto limits every skipped update, also those that only lower float16's loss scale
         counts = result.skipped if reliability.on_nonfinite == "auto" else fault is not None
         state.skips_in_a_row = state.skips_in_a_row + 1 if counts else 0
         state.faults_in_a_row = state.faults_in_a_row + 1 if fault else 0
@@ -167,20 +169,20 @@ class Trainer:
             sentence, capsule = self._report_fault(result, fault)
             action = chosen_action(reliability.on_nonfinite, fault, skipped=result.skipped)
             if action == "stop":
-                raise UserError(f"{sentence}: {advice(capsule)}")
+                raise self._stop(sentence, capsule)
             if capsule:
                 self.metrics.log(f"{sentence}: `megachat replay {capsule}` names the cause")
             if action == "rewind":
-                if state.rewinds >= reliability.nonfinite_limit:
-                    raise UserError(f"{sentence}; the run went back {state.rewinds} times already: {advice(capsule)}")
-                self._rewind()
-                return True
+                return self._rewind(sentence, capsule)
         if state.skips_in_a_row > reliability.nonfinite_limit:
             raise UserError(
                 f"step {state.step}: the gradient was not finite for {state.skips_in_a_row} steps in a row, none of "
                 "which changed a weight: lower the rates or use bfloat16"
             )
-        return False
+
+    def _stop(self, problem: str, capsule: Path | None) -> UserError:
+        saving = self.saved_step == self.state.step
+        return UserError(f"{problem}: {resume_advice(self.run, self.state, capsule, saving=saving)}")
 
     def _report_fault(self, result: StepResult, fault: Fault) -> tuple[str, Path | None]:
         """Returns what is not finite, and the capsule; of faults in a row only the first has one."""
@@ -194,20 +196,30 @@ class Trainer:
                 self.metrics.log(problem)
         return sentence, capsule
 
-    def _rewind(self) -> None:
-        """Goes back to the last checkpoint, to continue without the rows of the step that was just taken."""
-        step, left_out = self.state.step, self.run.loader.step - 1
-        with self._long_running("going back to the last checkpoint"):
+    def _rewind(self, sentence: str, capsule: Path | None) -> None:
+        """Goes back to an earlier checkpoint, to continue without the rows of the step that was just taken.
+
+        Raises UserError with the sentence if no checkpoint or rewind is left.
+        """
+        step, left_out, limit = self.state.step, self.run.loader.step - 1, self.run.config.reliability.nonfinite_limit
+        if self.state.rewinds >= limit:
+            raise self._stop(f"{sentence}; the run went back {self.state.rewinds} times already", capsule)
+        with self._long_running("going back to a checkpoint"):
             self.saver.wait(blocks=True)
             self._log_saves()
-            self.run, self.state, checkpoint = rewind(self.run, self.state)
+            checkpoint = earlier_checkpoint(self.run, self.state)
+            if checkpoint is None:
+                raise self._stop(f"{sentence}; there is no earlier checkpoint to go back to", capsule)
+            self.run, self.state, lines = rewind(self.run, self.state, checkpoint)
         self.source, self.pace = None, Pace(self.state.step)
         self.saved_step = None  # the checkpoint does not say what is left out: a stop now has to save
         self.metrics.rewind(self.state.step, self.state.rewinds)
         self.metrics.log(
             f"step {step:05d} | REWOUND to {checkpoint}: the rows of this step are left out "
-            f"(rewind {self.state.rewinds} of at most {self.run.config.reliability.nonfinite_limit})"
+            f"(rewind {self.state.rewinds} of at most {limit})"
         )
+        for line in lines:
+            self.metrics.log(line)
         values = {"rewind/from_step": step, "rewind/left_out": left_out, "rewind/count": self.state.rewinds}
         self.metrics.record({"step": self.state.step} | values)
 

@@ -175,8 +175,11 @@ def one_rank(place: Path) -> list:
     (place / "blocked" / "capsules").touch()
     ended = [train(place, name, damage=overflow_in_backward, **changes) for name in ("one", "blocked")]
     ended.append(train(place, "one resumed", place / "one" / "checkpoints" / checkpoint_name(2), **changes))
-    limit = changes | {"reliability": {"on_nonfinite": "rewind", "nonfinite_limit": 1}}
-    ended.append(train(place, "limit", damage=overflow_in_backward, **limit))
+    limit = changes | {"reliability": {"on_nonfinite": "rewind", "nonfinite_limit": 2}}
+    ended.append(train(place, "limit", damage=overflow_in_backward, **limit | {"checkpoint": {"every": 1}}))
+    first, of_4 = limit | {"checkpoint": {"every": 4}}, place / "first" / "checkpoints" / checkpoint_name(4)
+    for checkpoint in (None, of_4):
+        ended.append(train(place, "first", checkpoint, damage=overflow_in_backward, **first))
     skips = changes | {"reliability": {"on_nonfinite": "skip", "nonfinite_limit": 2}}
     for name, checkpoint in (("skips", None), ("skips resumed", place / "skips" / "checkpoints" / checkpoint_name(2))):
         ended.append(train(place, name, checkpoint, damage=lambda run: overflow_in_backward(run, 1), **skips))
@@ -213,7 +216,12 @@ def test_a_capsule_of_any_layout_names_module_row_document_and_cure(layout, ende
     assert row["document"]["document"] == 17 and "shard_00000.parquet" in row["document"]["place"], text
     assert len(row["rows"]) == 1 and {rank["rank"] for rank in report["ranks"]} == {0, 1}
     assert any(rank["loss"] == "nan" for rank in report["ranks"]) and all(rank["gradient"] for rank in report["ranks"])
-    assert not replay_capsule(capsule, dtype="float32")["reproduced"]
+    assert re.search(r"^  passed on 1: .*\n  passed on 2: float16 .*largest possible 65504", text, re.MULTILINE), text
+    other = replay_capsule(capsule, dtype="float32")
+    assert not other["reproduced"] and "FINITE in float32 on cpu, but the run computed in float16:" in (
+        text := "\n".join(report_lines(other))
+    )
+    assert "do not cause it" not in text
 
 
 def bad_step(place: Path) -> int:
@@ -277,13 +285,40 @@ def alone(place) -> list:
     return run_ranks(one_rank, 1, place)[0]
 
 
-def test_a_run_that_went_back_too_often_stops(alone, place):
-    assert alone[3].startswith("step 4: the gradient of") and "the run went back 1 times already" in alone[3]
-    assert [line["rewind/count"] for line in metrics(place / "limit") if "rewind/count" in line] == [1]
+def test_a_run_goes_back_further_and_stops_when_it_went_back_too_often(alone, place):
+    """The checkpoint of the step that fails has its weights, and that before it led to the same fault."""
+    run, stopped = place / "limit", alone[3]
+    rewinds = [line for line in metrics(run) if "rewind/count" in line]
+    assert [(line["step"], line["rewind/from_step"], line["rewind/left_out"]) for line in rewinds] == [
+        (3, 4, 4),
+        (2, 4, 5),
+    ]
+    assert [line["rewind/count"] for line in rewinds] == [1, 2]
+    assert stopped.startswith("step 4: the gradient of") and "the run went back 2 times already" in stopped
+    assert f"continue with --resume {run / 'checkpoints' / checkpoint_name(3)} and lower rates" in stopped
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names[-4:] == ["step_000003.aside.2", "step_000004", "step_000004.aside", "step_000004.aside.2"]
+    assert sorted(losses(run)) == [0, 1, 2, 3]
+
+
+def test_each_branch_of_a_run_has_its_capsule(alone, place):
+    folder = place / "limit" / "capsules"
+    capsules = [folder / f"step_000004{suffix}" for suffix in ("", ".2", ".3")]
+    assert sorted(folder.iterdir()) == capsules and f"megachat replay {capsules[2]}`" in alone[3]
+    rows = [read_capsule(path)[0] for path in capsules]
+    assert len({each.tobytes() for each in rows}) == 3, "the rows of the step before were left out"
+
+
+def test_a_run_without_an_earlier_checkpoint_stops(alone, place):
+    stopped, resumed = alone[4:6]
+    assert stopped == resumed and "; there is no earlier checkpoint to go back to: the weights of this" in stopped
+    assert "start again with lower rates" in stopped and "--resume" not in stopped
+    (capsule,) = (place / "first" / "capsules").iterdir()  # that of the resumed run is the same
+    assert f"megachat replay {capsule}`" in stopped
 
 
 def test_skips_in_a_row_are_counted_across_a_resume(alone, place):
-    whole, resumed = alone[4:]
+    whole, resumed = alone[6:]
     assert whole == resumed and whole.startswith("step 3: the gradient was not finite for 3 steps in a row")
     assert (place / "skips" / "capsules").is_dir() and not (place / "skips resumed" / "capsules").exists()
 
@@ -306,6 +341,7 @@ def test_a_gradient_stops_one_rank_and_spikes_leave_their_rows(alone, place):
     assert sentence.startswith("step 4: the gradient of transformer.h.0.attn.c_") and "megachat replay" in sentence
     report = replay_capsule(place / "one" / "capsules" / "step_000004")
     assert not report["reproduced"] and report["ranks"][0]["loss"] and report["culprit"] is None
+    assert "saved weights and rows do not cause it" in "\n".join(report_lines(report))
     spikes = [line for line in metrics(place / "one") if "spike/documents" in line]
     folders = sorted((place / "one" / "spikes").iterdir())
     assert spikes and [line["step"] for line in spikes] == [int(path.name.split("_")[1]) for path in folders]
@@ -368,6 +404,24 @@ def test_a_gradient_that_overflows_in_float16_is_replayed(alone, place, monkeypa
     report = replay_capsule(folder, dtype="float16")
     culprit = report["culprit"]
     assert (culprit["during"], culprit["name"], report["float32_is_finite"]) == ("backward", "loss", True), culprit
+    text = "\n".join(report_lines(report))
+    assert "\nall 8 rows of the step are not finite: the weights are the likely cause, not a document\n" in text
+    assert "these rows are finite in float32" in text and ".parquet" not in text and "search" not in text
+    monkeypatch.setattr(replay, "MOST_ROWS", 4)
+    text = "\n".join(report_lines(replay_capsule(folder, dtype="float16")))
+    assert "\nall 4 rows that were searched are not finite: " in text
+
+
+def test_a_path_that_is_no_capsule_is_refused(alone, place):
+    capsule = place / "one" / "capsules" / "step_000004"
+    for folder in (place / "one", place / "one" / "capsules"):
+        with pytest.raises(UserError, match=re.escape(f"give a folder of RUN/capsules/: {capsule}")):
+            replay_capsule(folder)
+    with pytest.raises(UserError, match="step_000005 is no capsule: there is no such folder"):
+        replay_capsule(capsule.with_name("step_000005"))
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="--device cuda: .* has no GPU that torch can use: give cpu"):
+            replay_capsule(capsule, device="cuda")
 
 
 def test_a_run_that_went_back_is_evaluated_and_its_capsule_is_not_among_its_results(ended, place):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from megachat.train.nonfinite import chosen_action, find_fault, spike
+from megachat.train.nonfinite import chosen_action, deviations_above, find_fault
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_the_policy_decides_and_an_update_that_was_made_cannot_be_skipped():
 
 def test_a_spike_is_far_above_the_median_and_earlier_spikes_do_not_hide_it():
     quiet = [3.0 + 0.01 * (step % 5) for step in range(60)]
-    assert spike(3.05, quiet, 6) is None and spike(2.0, quiet, 6) is None
-    assert spike(9.0, quiet, 6) == pytest.approx((9.0 - 3.02) / (1.4826 * 0.01))
-    assert spike(9.0, [*quiet, 50.0, 50.0, 50.0], 6) == pytest.approx(spike(9.0, quiet, 6))
-    assert spike(9.0, quiet[:19], 6) is None and spike(9.0, [3.0] * 64, 6) is None
+    assert deviations_above(3.05, quiet, 6) is None and deviations_above(2.0, quiet, 6) is None
+    assert deviations_above(9.0, quiet, 6) == pytest.approx((9.0 - 3.02) / (1.4826 * 0.01))
+    assert deviations_above(9.0, [*quiet, 50.0, 50.0, 50.0], 6) == pytest.approx(deviations_above(9.0, quiet, 6))
+    assert deviations_above(9.0, quiet[:19], 6) is None and deviations_above(9.0, [3.0] * 64, 6) is None
