@@ -117,7 +117,7 @@ def replay_capsule(folder: Path, device: str = "auto", dtype: str = "auto") -> d
         "what": capsule["what"],
         "device": str(where),
         "dtype": str(compute).removeprefix("torch."),
-        "run_device": torch.device(capsule["ranks"][0]["device"]).type,
+        "run_device": torch.device(capsule["ranks"][0].get("device", where)).type,
         "run_dtype": capsule["compute_dtype"],
         "reproduced": bool(bad),
         "culprit": _culprit_values(culprit),

@@ -80,7 +80,7 @@ class ReliabilityConfig(Section):
     on_nonfinite: Literal["auto", "stop", "skip", "rewind"] = setting(
         "auto",
         "after a loss or gradient that is not finite; auto: stop for a loss, skip the update for a gradient; rewind: "
-        "continue from the last checkpoint without the rows of the step",
+        "continue from the last checkpoint before the step, without its rows",
     )
     nonfinite_limit: int = setting(
         20, "updates skipped in a row, or rewinds of the run, after which it stops", ge=0, most=STEPS

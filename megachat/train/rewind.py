@@ -36,14 +36,17 @@ def rewind(run: Run, state: LoopState, checkpoint: Path) -> tuple[Run, LoopState
     again.
     """
     left_out = {*run.loader.left_out, run.loader.step - 1}
-    documents, _ = resume_documents(checkpoint, read_facts(checkpoint), run.config, run.plan, run.mesh, run.tokenizer)
+    facts = read_facts(checkpoint)
+    documents, _ = resume_documents(checkpoint, facts, run.config, run.plan, run.mesh, run.tokenizer)
     header = documents["header"] if documents else {"step": 0}
     header["left_out"] = sorted(left_out)
-    lines: list[str] = []
-    step = read_facts(checkpoint)["step"]
-    on_all_ranks_or_raise(
-        lambda: lines.extend(follow_checkpoint(run.folder, checkpoint, step)) if run.is_writer else None, run.mesh.world
-    )
+    step, lines = facts["step"], list[str]()
+
+    def set_aside() -> None:
+        if run.is_writer:
+            lines.extend(follow_checkpoint(run.folder, checkpoint, step))
+
+    on_all_ranks_or_raise(set_aside, run.mesh.world)
     run.loader.close()
     loader = build_loader(
         run.config, run.plan, run.mesh, run.tokenizer, (documents or {"streams": None}) | {"header": header}

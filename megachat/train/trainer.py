@@ -173,7 +173,8 @@ class Trainer:
             if capsule:
                 self.metrics.log(f"{sentence}: `megachat replay {capsule}` names the cause")
             if action == "rewind":
-                return self._rewind(sentence, capsule)
+                self._rewind(sentence, capsule)
+                return
         if state.skips_in_a_row > reliability.nonfinite_limit:
             raise UserError(
                 f"step {state.step}: the gradient was not finite for {state.skips_in_a_row} steps in a row, none of "

@@ -4,7 +4,9 @@ does next.
 The cause is real: one value embedding of the token "~", which one document has, is too large for float16.
 """
 
+import io
 import json
+import logging
 import re
 from datetime import timedelta
 from pathlib import Path
@@ -57,7 +59,6 @@ def config_of(place: Path, **changes):
             "precision": {"compute": "float16", "loss_scale": 64.0},
             "data": {"folder": str(place / "data"), "streams": 4, "tokenizer_threads": 1},
             "evaluate": {"every": 0, "tokens": 64 * 8, "prompts": ()},
-            "checkpoint": {"every": 2},
         }
         | changes
     )
@@ -75,14 +76,14 @@ def plant(run, value: float = 1e5) -> None:
 
 
 def train(
-    place: Path, name: str, checkpoint: Path | None = None, *, damage=plant, stop_at=-1, states=None, **changes
+    place: Path, name: str, checkpoint: Path | None = None, *, damage=plant, stop_at=-1, states=None, every=2, **changes
 ) -> str | bool:
     """Trains a run as a job does, and returns the sentence with which it ended, or whether it stopped on request.
 
-    stop_at: the step in which a stop is requested. states: gets the whole state before each step, and at the end that
-    and the loader's place on each rank; copies on several ranks are equal.
+    stop_at: the step in which a stop is requested. every: steps between checkpoints. states: gets the whole state
+    before each step, and at the end that and the loader's place on each rank; copies on several ranks are equal.
     """
-    config, tokenizer = config_of(place, **changes), TOKENIZER
+    config, tokenizer = config_of(place, checkpoint={"every": every}, **changes), TOKENIZER
     start_collectives(torch.device("cpu"), "gloo", timedelta(seconds=600))
     mesh = build_mesh(torch.device("cpu"), tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
     plan, documents, folder = resolve_without_text(config, mesh.world.size, tokenizer.vocab_size), None, place / name
@@ -170,20 +171,21 @@ def overflow_in_backward(run, first: int = 4) -> None:
 
 def one_rank(place: Path) -> list:
     nonfinite.LEAST = 2
+    deepspeed_lines = io.StringIO()
+    logging.getLogger("DeepSpeed").addHandler(logging.StreamHandler(deepspeed_lines))
     changes = {"precision": {"compute": "float32"}, "reliability": {"on_nonfinite": "stop", "spike_sigma": 0.1}}
     (place / "blocked").mkdir()
     (place / "blocked" / "capsules").touch()
     ended = [train(place, name, damage=overflow_in_backward, **changes) for name in ("one", "blocked")]
     ended.append(train(place, "one resumed", place / "one" / "checkpoints" / checkpoint_name(2), **changes))
     limit = changes | {"reliability": {"on_nonfinite": "rewind", "nonfinite_limit": 2}}
-    ended.append(train(place, "limit", damage=overflow_in_backward, **limit | {"checkpoint": {"every": 1}}))
-    first, of_4 = limit | {"checkpoint": {"every": 4}}, place / "first" / "checkpoints" / checkpoint_name(4)
-    for checkpoint in (None, of_4):
-        ended.append(train(place, "first", checkpoint, damage=overflow_in_backward, **first))
+    ended.append(train(place, "limit", damage=overflow_in_backward, every=1, **limit))
+    for checkpoint in (None, place / "first" / "checkpoints" / checkpoint_name(4)):
+        ended.append(train(place, "first", checkpoint, damage=overflow_in_backward, every=4, **limit))
     skips = changes | {"reliability": {"on_nonfinite": "skip", "nonfinite_limit": 2}}
     for name, checkpoint in (("skips", None), ("skips resumed", place / "skips" / "checkpoints" / checkpoint_name(2))):
         ended.append(train(place, name, checkpoint, damage=lambda run: overflow_in_backward(run, 1), **skips))
-    return ended
+    return [*ended, deepspeed_lines.getvalue()]
 
 
 @pytest.fixture(scope="module")
@@ -307,6 +309,7 @@ def test_each_branch_of_a_run_has_its_capsule(alone, place):
     assert sorted(folder.iterdir()) == capsules and f"megachat replay {capsules[2]}`" in alone[3]
     rows = [read_capsule(path)[0] for path in capsules]
     assert len({each.tobytes() for each in rows}) == 3, "the rows of the step before were left out"
+    assert replay_capsule(capsules[2])["step"] == 4
 
 
 def test_a_run_without_an_earlier_checkpoint_stops(alone, place):
@@ -318,8 +321,9 @@ def test_a_run_without_an_earlier_checkpoint_stops(alone, place):
 
 
 def test_skips_in_a_row_are_counted_across_a_resume(alone, place):
-    whole, resumed = alone[6:]
+    whole, resumed, deepspeed_lines = alone[6:]
     assert whole == resumed and whole.startswith("step 3: the gradient was not finite for 3 steps in a row")
+    assert "OVERFLOW" not in deepspeed_lines, "DeepSpeed reports the fault as well"
     assert (place / "skips" / "capsules").is_dir() and not (place / "skips resumed" / "capsules").exists()
 
 
