@@ -88,7 +88,7 @@ def replay_capsule(folder: Path, device: str = "auto", dtype: str = "auto") -> d
     """
     rows, capsule = read_capsule(folder)
     reader = open_megachat(folder)
-    where = _device(device)
+    where = _usable_device(device)
     compute = DTYPES[capsule["compute_dtype"]] if dtype == "auto" else choose_compute_dtype(dtype, where)[0]
     numbers, data_ranks = torch.from_numpy(rows), reader.facts["layout"]["data"]
     batches = micro_batches_of_step(len(rows), data_ranks, capsule["micro_rows"])
@@ -127,7 +127,7 @@ def replay_capsule(folder: Path, device: str = "auto", dtype: str = "auto") -> d
         "more_rows": len(bad) >= MOST_ROWS and bad[-1][-1] != batches[-1][-1],
         "float32_is_finite": cured,
         "ranks": capsule["ranks"],
-        "notes": _notes(reader, capsule),
+        "notes": _limits_of_replay(capsule),
     }
 
 
@@ -139,7 +139,8 @@ def _build(reader: CheckpointReader, rows: torch.Tensor, device: torch.device, d
     return _Model(layers.to(device).train(), loss.to(device).train(), rows, scale)
 
 
-def _device(name: str) -> torch.device:
+def _usable_device(name: str) -> torch.device:
+    """Returns the device, after a first tensor on it. Raises UserError if torch cannot use it."""
     if name == "auto":
         return this_device()
     try:
@@ -153,7 +154,8 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _notes(reader: CheckpointReader, capsule: dict) -> list[str]:
+def _limits_of_replay(capsule: dict) -> list[str]:
+    """Returns lines on what the replay cannot repeat, and on ranks whose copy of the weights was not finite."""
     notes = []
     if capsule["weights_changed"]:
         notes.append("the step changed the weights before the loss was read: these are those after it")

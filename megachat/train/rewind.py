@@ -22,8 +22,8 @@ def earlier_checkpoint(run: Run, state: LoopState) -> Path | None:
     again, so only those before it count.
     """
     checkpoint, _ = choose_checkpoint(run.folder, "auto", run.mesh.world, before=state.step)
-    if checkpoint and checkpoint_step(checkpoint) == state.rewound_to:
-        checkpoint, _ = choose_checkpoint(run.folder, "auto", run.mesh.world, before=state.rewound_to)
+    if checkpoint and (last := state.rewound_to) is not None and checkpoint_step(checkpoint) == last:
+        checkpoint, _ = choose_checkpoint(run.folder, "auto", run.mesh.world, before=last)
     return checkpoint
 
 
