@@ -147,10 +147,7 @@ def _usable_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError):
-        gpus = (
-            f"has {torch.cuda.device_count()} GPU(s)" if torch.cuda.is_available() else "has no GPU that torch can use"
-        )
-        raise UserError(f"--device {name}: torch cannot use it; this machine {gpus}: give cpu, or cuda:N") from None
+        raise UserError(f"--device {name}: torch cannot use it on this machine; give cpu, or leave it out") from None
     return device
 
 
