@@ -172,9 +172,10 @@ def _compare_stage(config: Config, plan: Plan, stage: int, walks: dict[int, Walk
     rows = []
     for what, planned in planned_of_stage(config, plan, stage).items():
         each = {rank: values[what] for rank, values in walked.items()}
-        farthest = max(each, key=lambda rank: abs(each[rank] - planned))
+        low, high = allowed(what, planned)
+        farthest = max(each, key=lambda rank: max(low - each[rank], each[rank] - high))
         ends = {"least": min(each.values()), "most": max(each.values())}
-        row = {"stage": stage, "what": what, "planned": planned, "allowed": allowed(what, planned)}
+        row = {"stage": stage, "what": what, "planned": planned, "allowed": (low, high)}
         rows.append(row | ends | {"rank": farthest})
     return rows
 
@@ -190,10 +191,10 @@ def allowed(what: str, planned: float) -> tuple[float, float]:
 
 def problem(row: dict) -> str | None:
     """Returns a sentence on a row of _compare_stage that is not as planned, else None."""
-    least, most = allowed(row["what"], row["planned"])
-    if least <= row["least"] and row["most"] <= most:
+    low, high = allowed(row["what"], row["planned"])
+    if low <= row["least"] and row["most"] <= high:
         return None
-    walked = max(row["least"], row["most"], key=lambda value: abs(value - row["planned"]))
+    walked = max(row["least"], row["most"], key=lambda value: max(low - value, value - high))
     return (
         f"stage {row['stage']}, {row['what']}: planned {_amount(row, row['planned'])}, but rank {row['rank']} has "
         f"{_amount(row, walked)}"
