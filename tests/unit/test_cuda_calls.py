@@ -53,6 +53,7 @@ CALLS = {
     "doctor/installed.py": dict.fromkeys(
         ("is_available", "get_device_name", "device_count", "nccl.version"), f"{HERE}test_the_doctor_lists_the_gpus"
     ),
+    "commands/speedrun.py": {"device_count": "as in job/launch.py; it only chooses the layout that is planned"},
     "doctor/rank.py": dict.fromkeys(("device_count", "get_device_name"), f"{HERE}test_the_doctor_measures_every_gpu"),
     "job/launch.py": {
         "is_available": "tests/unit/job/test_launch.py::test_a_rank_uses_the_gpu_of_its_local_rank_or_the_only_one",
