@@ -115,7 +115,7 @@ def _update(
     scaled_norm: torch.Tensor,
     after_update: Callable[[], object] | None,
 ) -> None:
-    """Updates the weights of both optimizers, which `graph` replays. Then calls after_update."""
+    """Updates the weights of Muon and AdamW, then calls after_update; a graph replays both."""
     if graph:
         graph.step(gradient_scale, after_update)
         return

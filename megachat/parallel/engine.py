@@ -110,7 +110,7 @@ class ZeroAdamW(DeepSpeedZeroOptimizer):
         """Clips and updates this rank's shares, then gathers the weights; if the norm is inf, changes nothing.
 
         scaled_norm: 0-d, of the whole gradient, including the loss scale; on the CPU, because DeepSpeed reads its value
-        while the device works on Muon's update. The loss scale is updated last, because the gradients include the old.
+        while the device works on Muon's update. The loss scale is updated last: the gradients include the old one.
         """
         self._scaled_norm = scaled_norm
         self.step()

@@ -49,9 +49,8 @@ class Plan:
     """The derived numbers of one run.
 
     stages: layers [first, last) of each pipeline stage; layer 0 embeds, the blocks follow, then the head. bubble: share
-    of a step that pipeline ranks wait for each other, from FLOPs alone. rates: matrix, unembedding, embedding,
-    value_embedding, resid, x0, smear, before the schedule's multiplier. weight_decay: Muon's, before its cosine. why:
-    the formula of each number, by field name.
+    of a step that pipeline ranks wait for each other, from FLOPs alone. rates: by Group.rate (optim/groups.py), before
+    the schedule's multiplier. weight_decay: Muon's, before its cosine. why: the formula of each number, by field name.
     """
 
     dims: Dimensions
@@ -244,7 +243,7 @@ def _token_horizon(config: Config, dims: Dimensions, vocab_size: int, why: dict[
 def _step_tokens(
     config: Config, dims: Dimensions, layout: Layout, relative_horizon: float, why: dict[str, str]
 ) -> int | None:
-    """Returns the tokens per step by the config or the scaling rule; None if micro_rows x accumulation settle them."""
+    """Returns the tokens per step by the config or the scaling rule; None if micro_rows x accumulation is the batch."""
     batch = config.batch
     if batch.tokens:
         why["tokens_per_step"] = "batch.tokens"
@@ -263,7 +262,7 @@ def _step_tokens(
 def _solve_batch(
     config: Config, sequence_len: int, layout: Layout, tokens: int | None, why: dict[str, str]
 ) -> tuple[int, int, int]:
-    """Returns (rows per step, rows per micro-batch, micro-batches per step); any two of the three settle the third."""
+    """Returns (rows per step, rows per micro-batch, micro-batches per step); any two of them determine the third."""
     ranks, micro, accumulation = layout.data, config.batch.micro_rows, config.batch.accumulation
     why["rows_per_step"] = "tokens_per_step / sequence_len"
     why["micro_rows"] = "batch.micro_rows" if micro else "rows_per_step / (ranks * accumulation)"

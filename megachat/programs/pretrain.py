@@ -155,11 +155,11 @@ def run_job(
             run, data_notes = _build(job, checkpoint, facts, mesh)
             recovery.finish("building")
             data_line = f"data {job.data}"
-            bundle_line = [describe_bundle(job.bundle)] if job.bundle else []
+            bundle_lines = [describe_bundle(job.bundle)] if job.bundle else []
             if job.core_left_out:
                 listed = ", ".join(f"{label} {count}" for label, count in job.core_left_out.items())
-                bundle_line.append(f"CORE leaves out questions that do not fit the model: {listed}")
-            notes += [*config_notes, *chosen_notes, job.memory, data_line, *bundle_line, *data_notes]
+                bundle_lines.append(f"CORE leaves out questions that do not fit the model: {listed}")
+            notes += [*config_notes, *chosen_notes, job.memory, data_line, *bundle_lines, *data_notes]
             with run.loader:
                 stopped = _train(run, checkpoint, named, job.environment, notes, begin, monitor, guard, recovery)
     if config.log.report and job.environment.rank == 0 and not stopped:  # no rank waits, and nothing holds the folder
@@ -354,7 +354,8 @@ def check_data(config: Config, *, least_shards: int = 2) -> DataSummary:
 
 
 def described_memory(config: Config, plan: Plan, device: torch.device, local_ranks: int) -> list[str]:
-    """Returns the estimated memory per rank, and a warning if the device has less. local_ranks: on this machine.
+    """Returns the estimated memory per rank as a log line, then warnings: of memory that a device does not have, of a
+    dtype that is slow on it, and of settings. local_ranks: on this machine.
 
     Raises UserError when a GPU is too small for the weights and the optimizer state, or any memory for n-gram tables.
     """

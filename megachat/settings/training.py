@@ -37,7 +37,7 @@ class DataConfig(Section):
 
 
 class BatchConfig(Section):
-    """Batch size: any two of tokens, micro_rows and accumulation settle the third."""
+    """Batch size: any two of tokens, micro_rows and accumulation determine the third."""
 
     tokens: int | None = setting(
         None,

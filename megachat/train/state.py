@@ -33,8 +33,8 @@ from megachat.train.build import Run, TrainingModel
 from megachat.train.changes import saved_flops
 
 LOSS_DECAY = 0.9  # of the moving average of the losses, as nanochat's
-# counters that a checkpoint has where they are not 0
-_LATER = "rewinds", "rewound_to", "recent", "skips_in_a_row", "faults_in_a_row"
+# left out of a checkpoint where they are 0 or empty, so that a version without them can read it
+_SAVED_IF_SET = "rewinds", "rewound_to", "recent", "skips_in_a_row", "faults_in_a_row"
 
 
 @dataclass
@@ -77,7 +77,7 @@ class LoopState:
     def saved(self) -> dict[str, Any]:
         """Returns the counters for a checkpoint."""
         values = dataclasses.asdict(self)
-        return {key: value for key, value in values.items() if value or key not in _LATER}
+        return {key: value for key, value in values.items() if value or key not in _SAVED_IF_SET}
 
     def add_loss(self, loss: float) -> None:
         """Adds the loss of a step to the moving average."""

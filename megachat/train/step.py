@@ -87,7 +87,6 @@ def update(
     Returns the mean loss over tokens and ranks (0-d, nats) and the outcome. The other arguments are passed to
     optim.joint.optimizer_step.
     """
-
     limit = run.config.optimizer.qk_clip
     clip = partial(clip_scales, run.layers, run.engine.adamw, run.plan.dims, limit)
 
@@ -145,16 +144,16 @@ def train_step(
     progress.note(f"after step {step}")
     seconds = time.perf_counter() - begin - replay_s - hashes_s
     return StepResult(
-        loss,
-        outcome.norm,
-        outcome.skipped,
-        multiplier,
-        seconds,
-        progress.work.finish(),
-        outcome.requests,
-        outcome.loss_scale,
-        rows,
-        seen[0] if seen else None,
-        replay_s,
-        hashes_s,
+        loss=loss,
+        norm=outcome.norm,
+        skipped=outcome.skipped,
+        rate_multiplier=multiplier,
+        seconds=seconds,
+        work_s=progress.work.finish(),
+        requests=outcome.requests,
+        loss_scale=outcome.loss_scale,
+        rows=rows,
+        gradients=seen[0] if seen else None,
+        replay_s=replay_s,
+        hashes_s=hashes_s,
     )
