@@ -46,9 +46,9 @@ class LoopState:
     the losses of smoothed_steps steps (nats), which starts at 0: `shown_loss` corrects that. pending: names of the
     tasks of this step (train/tasks.py) that were due and not done when the checkpoint was made; a resumed job runs them
     first. rewinds: how often the run went back to a checkpoint (reliability.on_nonfinite). rewound_to: the step of the
-    last one. recent: the last losses and
-    gradient norms, if spikes are reported. skips_in_a_row: the last steps whose updates were skipped, as
-    reliability.nonfinite_limit counts them. faults_in_a_row: the last steps whose loss or gradient was not finite.
+    last one. recent: the last losses and gradient norms, if spikes are reported. skips_in_a_row: the last steps whose
+    updates were skipped, as reliability.nonfinite_limit counts them. faults_in_a_row: the last steps whose loss or
+    gradient was not finite.
     """
 
     step: int = 0
