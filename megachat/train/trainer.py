@@ -132,8 +132,8 @@ class Trainer:
                 f"step {state.step:05d} | torch.compile made {made} new graphs, which takes time: "
                 "TORCH_LOGS=recompiles shows why"
             )
-        if state.step >= UNTIMED_STEPS:
-            state.training_s += result.seconds
+        if state.step >= UNTIMED_STEPS:  # with the checks: a record's clock excludes evaluation and saving only
+            state.training_s += result.seconds + result.replay_s + result.hashes_s
         self.steps_s += result.seconds
         self.work_s.append(result.work_s)
         state.skipped_steps += result.skipped
