@@ -6,9 +6,12 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import torch
+
 from megachat.config import Config
 from megachat.planning.dimensions import passed_tensors
 from megachat.planning.plan import Plan, stream_tokens
+from megachat.planning.stage_state import stage_state
 from megachat.planning.step_time import planned_dtype
 from megachat.planning.step_work import ITEMSIZE, muon_dtype, optimizer_work, stage_work
 
@@ -140,8 +143,9 @@ def planned_bytes(config: Config, plan: Plan, stage: int) -> dict[str, float]:
         "between stages": 2.0 * plan.accumulation * passed * stream,
     }
     if layout.data > 1:
-        wire = ITEMSIZE[muon_dtype(dtype)]
-        planned["Muon gradients"] = planned["Muon weights"] = wire * optimizer.reduced
+        # the shards with their padding, which is 4 % of a small model on 512 ranks
+        shards = layout.data * stage_state(config, plan, stage, getattr(torch, dtype)).shards
+        planned["Muon gradients"] = planned["Muon weights"] = ITEMSIZE[muon_dtype(dtype)] * shards
         planned["AdamW gradients"] = 4.0 * sum(optimizer.adamw.values())
         planned["AdamW weights"] = float(sum(size * count for size, count in optimizer.adamw.items()))
     return planned

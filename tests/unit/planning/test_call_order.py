@@ -1,6 +1,12 @@
 """Do the collectives of all ranks meet? On sequences written by hand."""
 
-from megachat.planning.call_order import Call, find_mismatch, sums, walked_bytes
+import torch
+
+from megachat.config import Config
+from megachat.planning.call_order import Call, find_mismatch, planned_bytes, sums, walked_bytes
+from megachat.planning.manifest import muon_partition
+from megachat.planning.plan import resolve
+from megachat.planning.stage_state import stage_parameters
 
 
 def all_reduce(axis: str, *ranks: int, size: int = 8, dtype: str = "float32", name: str = "sum") -> Call:
@@ -70,3 +76,21 @@ def test_bytes_are_summed_by_purpose():
     totals = {name: size for name, size in walked_bytes(calls).items() if size}
     assert totals == {"tensor axis": 8, "between stages": 8, "Muon gradients": 8, "AdamW weights": 32}
     assert sums(calls)["data", "all_gather"] == (1, 32)
+
+
+def test_the_padding_of_shards_is_planned():
+    """A small model on many ranks: every bucket is divided into equal shards, so what is sent is larger than it."""
+    config = Config.model_validate(
+        {
+            "model": {"depth": 3, "head_size": 32, "sequence_len": 64},
+            "batch": {"tokens": 500 * 64, "micro_rows": 1},
+            "horizon": {"steps": 1},
+            "evaluate": {"tokens": 500 * 64},
+            "precision": {"compute": "bfloat16"},
+        }
+    )
+    plan = resolve(config, 500, 512)
+    parameters = stage_parameters(plan.dims, plan.stages[0], torch.bfloat16)
+    partition = muon_partition(config.optimizer.muon_multiplier, plan.layout, parameters)
+    sent = 2 * sum(500 * bucket.shard_size for bucket in partition.buckets)
+    assert planned_bytes(config, plan, 0)["Muon gradients"] == sent > 2.01 * partition.elements
