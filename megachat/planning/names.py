@@ -42,11 +42,5 @@ def _unknown(name: str) -> str:
 
 def describe_names() -> str:
     """Returns all names that can be explained."""
-    return "\n".join(
-        [
-            "settings",
-            *(f"  {key}" for key in known_keys()),
-            "numbers of the plan",
-            *(f"  {n}" for n in NUMBERS | TIME_NUMBERS),
-        ]
-    )
+    settings, numbers = ([f"  {name}" for name in names] for names in (known_keys(), NUMBERS | TIME_NUMBERS))
+    return "\n".join(["settings", *settings, "numbers of the plan", *numbers])

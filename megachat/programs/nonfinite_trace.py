@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from megachat.device import dtype_name
+
 
 def tensor_facts(tensor: torch.Tensor) -> dict:
     """Returns shape, dtype, min and max of the finite elements (None without any), and the share that is not finite."""
@@ -17,7 +19,7 @@ def tensor_facts(tensor: torch.Tensor) -> dict:
     inside = values[finite].float()
     return {
         "shape": list(values.shape),
-        "dtype": str(values.dtype).removeprefix("torch."),
+        "dtype": dtype_name(values.dtype),
         "min": inside.min().item() if inside.numel() else None,
         "max": inside.max().item() if inside.numel() else None,
         "not_finite": 1 - finite.float().mean().item() if values.numel() else 0.0,

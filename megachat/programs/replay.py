@@ -13,7 +13,7 @@ from megachat.config import config_from_values
 from megachat.convert.architecture import build_trainable
 from megachat.convert.megachat import open_megachat
 from megachat.convert.reader import CheckpointReader
-from megachat.device import DTYPES, choose_compute_dtype, this_device
+from megachat.device import DTYPES, choose_compute_dtype, dtype_name, this_device
 from megachat.errors import UserError
 from megachat.model.gpt import Loss, ModelOptions, run_layers
 from megachat.programs.nonfinite_trace import Culprit, Trace
@@ -116,7 +116,7 @@ def replay_capsule(folder: Path, device: str = "auto", dtype: str = "auto") -> d
         "step": capsule["step"],
         "what": capsule["what"],
         "device": str(where),
-        "dtype": str(compute).removeprefix("torch."),
+        "dtype": dtype_name(compute),
         "run_device": torch.device(capsule["ranks"][0].get("device", where)).type,
         "run_dtype": capsule["compute_dtype"],
         "reproduced": bool(bad),

@@ -38,12 +38,14 @@ def verification_config(
     return config_from_values(sections, "the scaled config")
 
 
-def check_layout(config: Config, layout: dict[str, int], vocab_size: int, *, depth: int | None, dry: bool) -> None:
-    """Raises UserError if a layout does not fit. layout: as of parse_layout. dry: the config keeps its own size."""
+def on_layout(config: Config, layout: dict[str, int]) -> Config:
+    """Returns the config, in its size, on a layout, as of parse_layout. Raises UserError if settings contradict it."""
     values = config.model_dump(mode="json")
     values["parallel"] |= {"tensor": layout["tensor"], "pipeline": layout["pipeline"]}
-    if not dry:
-        config = verification_config(config, **layout, depth=depth, rows_per_rank=1)
-    else:
-        config = config_from_values(values, "verify --dry")
+    return config_from_values(values, "verify --dry")
+
+
+def check_layout(config: Config, layout: dict[str, int], vocab_size: int, *, depth: int | None, dry: bool) -> None:
+    """Raises UserError if a layout does not fit. layout: as of parse_layout. dry: the config keeps its own size."""
+    config = on_layout(config, layout) if dry else verification_config(config, **layout, depth=depth, rows_per_rank=1)
     resolve(config, math.prod(layout.values()), vocab_size)

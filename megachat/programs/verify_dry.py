@@ -3,6 +3,7 @@ checks that the collectives of all ranks meet and that bytes, FLOPs and memory a
 """
 
 import gc
+import math
 import multiprocessing
 import os
 from collections.abc import Iterable
@@ -10,7 +11,7 @@ from collections.abc import Iterable
 import torch
 
 from megachat.activity import Progress
-from megachat.config import Config, config_from_values
+from megachat.config import Config
 from megachat.errors import UserError, summary
 from megachat.job.launch import become_rank
 from megachat.planning.call_order import Call, find_mismatch, planned_bytes, planned_flops, sums, walked_bytes
@@ -20,6 +21,7 @@ from megachat.planning.plan import Layout, Plan, resolve_without_text
 from megachat.planning.row_tables import row_bytes
 from megachat.planning.stage_state import stage_parameters
 from megachat.planning.step_time import planned_dtype
+from megachat.programs.verify_config import on_layout
 from megachat.programs.walk import Walk, walk
 from megachat.text import number_ranges, plural, text_table
 
@@ -98,12 +100,8 @@ def walk_ranks(config: Config, plan: Plan, ranks: list[int]) -> dict[int, Walk]:
 
 def setup(config: Config, layout: dict[str, int], vocab_size: int) -> tuple[Config, Plan]:
     """Returns the config and the plan of a layout, as of parse_layout. Raises UserError if it does not fit."""
-    values = config.model_dump()
-    values["parallel"] |= {"tensor": layout["tensor"], "pipeline": layout["pipeline"]}
-    values["precision"]["compute"] = planned_dtype(config)
-    config = config_from_values(values, "verify --dry")
-    ranks = layout["data"] * layout["tensor"] * layout["pipeline"]
-    return config, resolve_without_text(config, ranks, vocab_size)
+    config = on_layout(config, layout).changed("precision", compute=planned_dtype(config))
+    return config, resolve_without_text(config, math.prod(layout.values()), vocab_size)
 
 
 def verify_dry(config: Config, layout: dict[str, int], vocab_size: int, *, every_rank: bool) -> dict:

@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megachat.config import Config
+from megachat.device import dtype_name
 from megachat.kernels import lookup
 from megachat.kernels.choice import choose_kernels
 from megachat.optim import row_tables
@@ -116,7 +117,7 @@ class _Recorder(TorchDispatchMode):
         whole = max(tensors, key=lambda tensor: tensor.nbytes)
         peers = [value for value in args if type(value) is int]
         splits = [tuple(value) for value in args if isinstance(value, list | tuple) and value and type(value[0]) is int]
-        size, dtype = whole.nbytes, str(whole.dtype).removeprefix("torch.")
+        size, dtype = whole.nbytes, dtype_name(whole.dtype)
         if kind == "all_to_all":  # (output, input, group, output splits, input splits, ...)
             received, sent = tensors[:2]
             size = sent.nbytes

@@ -16,6 +16,7 @@ import torch
 
 from megachat.checkpoint.facts import checkpoint_name
 from megachat.checkpoint.save import repair_checkpoints_folder, save_checkpoint
+from megachat.device import dtype_name
 from megachat.errors import UserError
 from megachat.files import CAPSULES, SPIKES, free_name, list_folder, write_atomically, write_json
 from megachat.parallel.collectives import all_gather_objects, on_all_ranks_or_raise
@@ -98,7 +99,7 @@ def write_capsule(
             "what": sentence,
             "loss_scale": result.loss_scale,
             "weights_changed": not result.skipped,
-            "compute_dtype": str(run.compute_dtype).removeprefix("torch."),
+            "compute_dtype": dtype_name(run.compute_dtype),
             "micro_rows": run.plan.micro_rows,
             "ranks": sightings,
             "documents": documents,
