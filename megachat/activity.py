@@ -65,7 +65,7 @@ def ticking(activity: str, every_s: float = 30.0) -> Iterator[None]:
         yield
 
 
-class Progress:
+class ProgressBar:
     """Shows how much of long work is done and how long the rest will take: a bar on a terminal, else some lines.
 
     total: the amount of work in `unit` ("B" for bytes); None while it is not known, and it may change.
@@ -87,7 +87,7 @@ class Progress:
         )
         self._begin = self._last = time.monotonic()
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ProgressBar":
         return self
 
     def __exit__(self, *_) -> None:
@@ -135,7 +135,7 @@ def counted(
     items: Iterable[T], activity: str, total: float, unit: str = "", size: Callable[[T], float] = lambda item: 1
 ) -> Iterator[T]:
     """Yields the items and shows the progress. size: how much of `total` an item is."""
-    with Progress(activity, total, unit) as progress:
+    with ProgressBar(activity, total, unit) as progress:
         for item in items:
             yield item
             progress.update(size(item))

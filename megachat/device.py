@@ -77,17 +77,17 @@ def slow_dtype_warning(requested: str, device: torch.device) -> str | None:
         return None
     factor = _product_s(DTYPES[requested]) / _product_s(torch.float32)
     return (
-        f"WARNING: this CPU has no native {requested}: a product of {_SIDE} x {_SIDE} matrices takes {factor:.1f} "
-        "times as long as in float32, measured now; auto chooses a fast dtype"
+        f"WARNING: this CPU has no native {requested}: a product of {_TRIAL_SIDE} x {_TRIAL_SIDE} matrices takes "
+        f"{factor:.1f} times as long as in float32, measured now; auto chooses a fast dtype"
     )
 
 
-_SIDE = 256
+_TRIAL_SIDE = 256
 
 
 def _product_s(dtype: torch.dtype) -> float:
     """Returns the least time of five products, the first of which starts threads and makes the kernel."""
-    left = right = torch.ones(_SIDE, _SIDE, dtype=dtype)
+    left = right = torch.ones(_TRIAL_SIDE, _TRIAL_SIDE, dtype=dtype)
     times = []
     for _ in range(5):
         begin = time.perf_counter()

@@ -17,7 +17,7 @@ from megachat.errors import UserError, raise_if_unreadable, summary
 PART = ".part"  # suffix of a file that is not complete yet
 # Names in a run folder and in a step's checkpoint that more than one module uses.
 CONFIG_NAME, PLAN_NAME, METRICS_NAME = "config.json", "plan.json", "metrics.jsonl"
-ENVIRONMENT_NAME = "environment.json"
+ENVIRONMENT_NAME, REPORT_NAME = "environment.json", "report.html"
 CHECKPOINTS, EVALUATIONS, SAMPLES, TOKENIZER = "checkpoints", "evaluations", "samples", "tokenizer"
 CAPSULES, SPIKES = "capsules", "spikes"
 TENSORBOARD = "tensorboard"

@@ -7,8 +7,9 @@ import megachat
 
 DEEPSPEED_VERSION = "0.19.8"  # the version that setup.py pins
 PACKAGE = Path(megachat.__file__).resolve().parent
+ROOT = PACKAGE.parent  # relative to it, files of the code have the same names on every host
 # The clone that the package is used from, None for a package that was installed without it.
-CHECKOUT = PACKAGE.parent if (PACKAGE.parent / "setup.py").is_file() else None
+CHECKOUT = ROOT if (ROOT / "setup.py").is_file() else None
 
 
 def config_folder() -> Path:

@@ -27,7 +27,7 @@ from megachat.parallel import collectives, tensor
 from megachat.parallel.engine import ZeroAdamW
 from megachat.parallel.mesh import Axis, Mesh, local_mesh
 from megachat.parallel.progress import Progress
-from megachat.parallel.tensor import CUT_TYPES, INVARIANT, TOKENS, Type
+from megachat.parallel.tensor import CUT_TYPES, INVARIANT, TOKEN_SLICES, Type
 from megachat.place import is_partial_over_tensor, is_tensor_shard, place_of
 from megachat.planning.plan import resolve_without_text
 from megachat.settings import ParallelConfig
@@ -180,7 +180,7 @@ def _name(number: int, name: str, layers: int) -> str:
 
 def _observe(model: SimpleNamespace, config: Config) -> None:
     """Adds hooks to all modules that record what they take and return."""
-    stream = TOKENS if config.parallel.sequence else INVARIANT
+    stream = TOKEN_SLICES if config.parallel.sequence else INVARIANT
     for number, layer in enumerate(model.layers):
         for path, module in layer.named_modules():
             name = _name(number, path, len(model.layers))

@@ -24,6 +24,11 @@ STEP_PATH = """
 # local).
 BANNED_WORDS = {"found", "asked", "told", "own", "mend"}
 
+# What several files define by convention: the functions of commands and programs, and a type variable.
+CONVENTIONAL_NAMES = {"add_arguments", "run", "main", "__all__", "T"}
+# Is copied beside a converted model, where megachat is missing: it has names of model/ and kernels/ again.
+STANDALONE = ROOT / "megachat/convert/modeling_megachat.py"
+
 
 def functions(path: Path) -> dict[str, int]:
     """Name of each function and method -> its lines."""
@@ -64,6 +69,28 @@ def identifiers(path: Path) -> set[str]:
 def test_names_are_the_fields(paths):
     for path in paths:
         assert not {name for name in identifiers(path) if BANNED_WORDS & set(name.split("_"))}, path
+
+
+def top_level_names(path: Path) -> set[str]:
+    """Names of the functions, classes and constants that a module defines."""
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)}
+    return names
+
+
+def test_a_name_is_defined_in_one_file():
+    """So that a search for a name leads to one definition. Where two are the same, merge them; else say what each
+    acts on."""
+    files: dict[str, list[str]] = {}
+    for path in SOURCES:
+        for name in top_level_names(path) - CONVENTIONAL_NAMES if path != STANDALONE else ():
+            files.setdefault(name, []).append(str(path.relative_to(ROOT)))
+    assert not {name: paths for name, paths in files.items() if len(paths) > 1}
 
 
 ENGINE_FILES = ("parallel/engine.py", "parallel/instructions.py", "optim/joint.py", "optim/graph.py")

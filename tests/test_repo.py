@@ -156,11 +156,11 @@ def test_public_functions_say_what_they_do():
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("d*.json")), ids=lambda path: path.name)
 def test_every_config_resolves(path):
     from megachat.config import load_config
-    from megachat.planning.plan import resolve
+    from megachat.planning.plan import resolve_plan
 
     json.loads(path.read_text())
     config = load_config(path)
-    assert resolve(config, max(2, config.parallel.tensor * config.parallel.pipeline), 4096).steps > 0
+    assert resolve_plan(config, max(2, config.parallel.tensor * config.parallel.pipeline), 4096).steps > 0
 
 
 @pytest.mark.parametrize("check", [("ruff", "format", "--check", "."), ("ruff", "check", ".")], ids=" ".join)

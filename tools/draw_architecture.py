@@ -86,10 +86,10 @@ def load(name: str, overrides: list[str], ranks: int):
     from megachat.optim.groups import assign_groups, muon_matrices
     from megachat.optim.partition_plan import make_plan
     from megachat.place import place_of
-    from megachat.planning.plan import resolve
+    from megachat.planning.plan import resolve_plan
 
     config = load_config(ROOT / "configs" / f"{name}.json", overrides)
-    plan = resolve(config, ranks, config.model.vocab_size or 4096)
+    plan = resolve_plan(config, ranks, config.model.vocab_size or 4096)
     with torch.device("meta"):
         places = [place_of(parameter) for parameter in placed_parameters(build_layers(plan.dims, ModelOptions()))]
     matrices = muon_matrices(places, assign_groups(places), config.optimizer.muon_multiplier)

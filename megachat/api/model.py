@@ -162,7 +162,7 @@ class Model:
         if ids.ndim == 1 and not len(ids):
             return ids.astype(np.int64)
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise TypeError(f"give a text or a sequence of token ids, not {type(text).__name__} {_shown(text)}")
+            raise TypeError(f"give a text or a sequence of token ids, not {type(text).__name__} {_argument_text(text)}")
         low, high, size = int(ids.min()), int(ids.max()), self.plan.dims.vocab_size
         if low < 0 or high >= size:
             raise ValueError(f"the ids have {low if low < 0 else high}: give ids from 0 to {size - 1}")
@@ -192,7 +192,7 @@ def load(
         raise ValueError(f"dtype is {dtype!r}: give {', '.join(_DTYPES)}")
     compute_dtype = choose_compute_dtype(name, where)[0]
     if step is not None and type(step) is not int:
-        raise TypeError(f"step is {type(step).__name__} {_shown(step)}: give an int")
+        raise TypeError(f"step is {type(step).__name__} {_argument_text(step)}: give an int")
     saved = open_saved_model(Path(path), [], None if tokenizer is None else Path(tokenizer), step)
     layers = build_model(saved.reader, ModelOptions(compute_dtype=compute_dtype))
     return Model(saved, layers.to(where), compute_dtype)
@@ -259,17 +259,17 @@ def _texts(name: str, value: str | Collection[str]) -> list[str]:
     """Returns one text or several as a list. Raises TypeError if the value is something else."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, Collection) or not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"{name} is {type(value).__name__} {_shown(value)}: give a str, or a list of str")
+        raise TypeError(f"{name} is {type(value).__name__} {_argument_text(value)}: give a str, or a list of str")
     return list(texts)
 
 
 def _require_count(name: str, value: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} is {type(value).__name__} {_shown(value)}: give an int")
+        raise TypeError(f"{name} is {type(value).__name__} {_argument_text(value)}: give an int")
     if value < 1:
         raise ValueError(f"{name} is {value}: give 1 or more")
 
 
-def _shown(value: object) -> str:
+def _argument_text(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -9,8 +9,7 @@ from megachat.config import Config, config_from_values, load_config
 from megachat.data.tokenizer import load_tokenizer
 from megachat.errors import UserError
 from megachat.installation import config_path
-from megachat.planning.plan import Plan
-from megachat.planning.plan import resolve as resolve_plan
+from megachat.planning.plan import Plan, resolve_plan
 
 AnyConfig = str | os.PathLike | Mapping[str, Any] | Config
 

@@ -56,7 +56,7 @@ def save_checkpoint(
         on_all_ranks_or_raise(lambda: write_rank_files(temporary), world, failure)
         on_all_ranks_or_raise(lambda: save_rectangles(temporary, tensors, world), world, failure)
         files = _hash_all_files(temporary, world, failure)
-        on_rank_0(lambda: _complete(temporary, final, facts | {"step": step, "files": files}))
+        on_rank_0(lambda: _move_into_place(temporary, final, facts | {"step": step, "files": files}))
     except UserError:
         if world.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -107,7 +107,7 @@ def _hash_all_files(folder: Path, world: Axis, failure: Callable[[str], str]) ->
     return dict(sorted(entry for entries in all_gather_objects(local, world) for entry in entries.items()))
 
 
-def _complete(temporary: Path, final: Path, facts: dict) -> None:
+def _move_into_place(temporary: Path, final: Path, facts: dict) -> None:
     """Writes checkpoint.json and renames the folder. If the step was saved before, the old folder is removed last; a
     damaged one is kept as NAME.damaged, because it may be repaired."""
     write_facts(temporary, facts)

@@ -41,9 +41,9 @@ def run(options: argparse.Namespace) -> None:
     report: dict[str, Any] = {}
     lines: list[str] = []
     if all(path.is_dir() for path in (*first, *second)):
-        report["curves"], lines = _curves(first, second, options.metric, strict=options.strict)
+        report["curves"], lines = _compare_curves(first, second, options.metric, strict=options.strict)
     try:
-        core, core_lines = _core(first, second, same_weights=options.same_weights)
+        core, core_lines = _compare_core(first, second, same_weights=options.same_weights)
         report |= core
         lines += core_lines
     except UserError as error:
@@ -61,7 +61,9 @@ def run(options: argparse.Namespace) -> None:
     print_result(options, report, *lines)
 
 
-def _curves(first: list[Path], second: list[Path], metric: str, *, strict: bool) -> tuple[dict | None, list[str]]:
+def _compare_curves(
+    first: list[Path], second: list[Path], metric: str, *, strict: bool
+) -> tuple[dict | None, list[str]]:
     """Returns the comparison of the curves, and its lines. Runs that only have evaluations give none.
 
     Raises UserError for runs whose curves have nothing in common, and with `strict` where there is a warning.
@@ -77,7 +79,7 @@ def _curves(first: list[Path], second: list[Path], metric: str, *, strict: bool)
     return comparison, curve_lines(comparison)
 
 
-def _core(first: list[Path], second: list[Path], *, same_weights: bool) -> tuple[dict, list[str]]:
+def _compare_core(first: list[Path], second: list[Path], *, same_weights: bool) -> tuple[dict, list[str]]:
     """Returns the comparison of the evaluations, and its lines."""
     from megachat.evals.comparison import (
         compare_evaluations,

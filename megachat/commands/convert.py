@@ -13,7 +13,7 @@ from megachat.commands import inspect
 from megachat.commands.options import Parser, add_no_color, add_quiet, importing
 
 # Format's command -> (help of "to", help of "from").
-FORMATS = {
+FORMAT_HELP = {
     "nanochat": ("to nanochat's files", "from nanochat's files"),
     "hf": ("to a folder that transformers loads anywhere", "from such a folder, or one of transformers' NanoChat"),
     "safetensors": ("everything as plain safetensors and JSON", "back from to-safetensors"),
@@ -40,7 +40,7 @@ def add_arguments(parser: Parser) -> None:
     command = add("diff", "show which tensors and facts differ", call="diff_command", left="LEFT", right="RIGHT")
     command.add_argument("--json", action="store_true", help="as JSON")
     command.add_argument("--verbose", action="store_true", help="also each difference")
-    for name, (about_export, about_import) in FORMATS.items():
+    for name, (about_export, about_import) in FORMAT_HELP.items():
         export = add(f"to-{name}", about_export, source="CHECKPOINT", target="FOLDER")
         export.set_defaults(to_format=name)
         imported = add(f"from-{name}", about_import, source="FOLDER", target="TARGET")

@@ -18,8 +18,8 @@ from megachat.installation import config_folder
 if TYPE_CHECKING:
     from megachat.config import Config
 
-VOCAB_SIZE = 4096
-DATA, TOKENIZER = Path("data/python"), Path("data/tokenizer")
+DEMO_VOCAB_SIZE = 4096
+DEMO_DATA, DEMO_TOKENIZER = Path("data/python"), Path("data/tokenizer")
 
 
 def add_arguments(parser: Parser) -> None:
@@ -36,9 +36,9 @@ def run(options: argparse.Namespace) -> int:
     pretraining, settings = check_passed_on(["--config", config, *options.rest])
     from megachat.job.local_job import run_with_deepspeed
 
-    start("data", ["--source", "python", "--out", str(DATA)], "megachat data")
-    if not (TOKENIZER / "tokenizer.json").exists():
-        training = ["--data", str(DATA), "--vocab-size", str(VOCAB_SIZE), "--out", str(TOKENIZER)]
+    start("data", ["--source", "python", "--out", str(DEMO_DATA)], "megachat data")
+    if not (DEMO_TOKENIZER / "tokenizer.json").exists():
+        training = ["--data", str(DEMO_DATA), "--vocab-size", str(DEMO_VOCAB_SIZE), "--out", str(DEMO_TOKENIZER)]
         start("tokenizer", training, "megachat tokenizer")
     run_folder = Path(settings.run.folder) / (settings.run.name or Path(pretraining.config).stem)
     size = _size(settings, run_folder, pretraining, config)
@@ -57,4 +57,4 @@ def _size(settings: "Config", run_folder: Path, pretraining: argparse.Namespace,
         return []
     with importing():
         from megachat.programs.demo_size import size_settings
-    return [word for setting in size_settings(settings, run_folder, VOCAB_SIZE) for word in ("--set", setting)]
+    return [word for setting in size_settings(settings, run_folder, DEMO_VOCAB_SIZE) for word in ("--set", setting)]

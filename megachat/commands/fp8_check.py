@@ -49,10 +49,10 @@ def run(options: argparse.Namespace) -> None:
     fp8 = load_config(options.config, options.set).precision.fp8
     recipe = options.recipe or (fp8 if fp8 != "off" else "tensorwise")
     with importing():
-        from megachat.programs.fp8_check import Question, fp8_check
+        from megachat.programs.fp8_check import Fp8Question, fp8_check
         from megachat.studies.fp8 import check_lines
     names = ("config", "steps", "baselines", "gate", "rounds", "ranks", "out")
-    question = Question(**{name: getattr(options, name) for name in names}, settings=options.set, recipe=recipe)
+    question = Fp8Question(**{name: getattr(options, name) for name in names}, settings=options.set, recipe=recipe)
     with text_moved(options):
         result = fp8_check(question)
         write_json(options.out / "fp8_check.json", result)

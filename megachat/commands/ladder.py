@@ -99,7 +99,7 @@ def run(options: argparse.Namespace) -> None:
     result = {"change": options.set, "seeds": options.seeds, "plan": plan, "rungs": rows}
     result["compute_multiplier"] = multiplier
     write_json(options.out / "ladder.json", result)
-    print_result(options, result, *_lines(result))
+    print_result(options, result, *_ladder_lines(result))
 
 
 def _depths(text: str) -> list[int]:
@@ -154,7 +154,7 @@ def _check_same_study(options: argparse.Namespace, values: dict) -> None:
     write_json(options.out / QUESTION, question)
 
 
-def _lines(result: dict) -> list[str]:
+def _ladder_lines(result: dict) -> list[str]:
     rows = [("depth", "base", "change", "gain", "steps", "time", "FLOPs", "verdict")]
     for row in result["rungs"]:
         ratios = ("-" if row[axis] is None else f"{row[axis]:.3f}" for axis in ("steps", "seconds", "flops"))

@@ -34,7 +34,7 @@ class Command(NamedTuple):
     clone: bool = False  # needs the repository's tools/
 
 
-GROUPS: dict[str, dict[str, Command]] = {
+COMMAND_GROUPS: dict[str, dict[str, Command]] = {
     "get started": {
         "demo": Command("corpus, tokenizer and a small model from nothing, on this machine", passes_on=True),
         "doctor": Command("what is installed, what a run would choose, what is wrong"),
@@ -79,7 +79,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "completion": Command("print what makes a shell complete commands and options"),
     },
 }
-COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
+COMMANDS = {name: command for group in COMMAND_GROUPS.values() for name, command in group.items()}
 _LOCAL_RANK = re.compile(r"--local[-_]rank=\d+")  # `deepspeed --module megachat` puts it before the command
 
 
@@ -87,7 +87,7 @@ def listed_groups() -> dict[str, dict[str, Command]]:
     """Returns the commands that this installation has, by group."""
     listed = {
         title: {name: command for name, command in group.items() if CHECKOUT or not command.clone}
-        for title, group in GROUPS.items()
+        for title, group in COMMAND_GROUPS.items()
     }
     return {title: group for title, group in listed.items() if group}
 
@@ -158,7 +158,7 @@ def main(arguments: list[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     allow_color(True)
     if completion_requested():
-        _complete()
+        _answer_completion()
     while words and _LOCAL_RANK.fullmatch(words[0]):
         del words[0]
     ranks = bool(words) and words[0] in COMMANDS and COMMANDS[words[0]].ranks
@@ -184,7 +184,7 @@ def _module(name: str):
     return importlib.import_module(f"megachat.commands.{name.replace('-', '_')}")
 
 
-def _complete() -> None:
+def _answer_completion() -> None:
     """Answers a shell that asks for completions, and ends the process. Does nothing without argcomplete."""
     try:
         import argcomplete

@@ -17,7 +17,7 @@ from megachat.commands.options import Parser, add_checkout_to_path, require_mini
 from megachat.files import check_writable, write_json
 from megachat.text import markdown_table
 
-RANKS = tuple(2**power for power in range(1, 11))
+RANK_COUNTS = tuple(2**power for power in range(1, 11))
 
 
 def rank_counts(text: str) -> tuple[int, ...]:
@@ -31,7 +31,7 @@ def rank_counts(text: str) -> tuple[int, ...]:
 def add_arguments(parser: Parser) -> None:
     """Adds the options of `megachat partition`."""
     add = parser.add_argument
-    add("--ranks", type=rank_counts, default=RANKS, help="rank counts of the planned table, as 2,4,8")
+    add("--ranks", type=rank_counts, default=RANK_COUNTS, help="rank counts of the planned table, as 2,4,8")
     add("--measure", type=rank_counts, default=(), help="numbers of gloo ranks to run here, as 2,4,8")
     add("--rounds", type=int, default=7, help="timed rounds (default 7)")
     add("--json", type=Path, metavar="FILE", help="also write everything to this file; - prints it instead of tables")

@@ -84,12 +84,12 @@ def run(options: argparse.Namespace) -> int:
         check_layout_ranks(options.layout)
     check_launcher_hostfile()
     if not options.elastic:
-        _check_plan(options, settings, world)
+        _check_early(options, settings, world)
     with importing(logged=not options.dry_run):
         from megachat.programs.dry_run import Hardware
-        from megachat.programs.pretrain import pretrain
+        from megachat.programs.pretrain import run_pretrain
 
-    return pretrain(
+    return run_pretrain(
         options.config,
         settings,
         resume=options.resume,
@@ -121,14 +121,14 @@ def _check_plan_options(options: argparse.Namespace) -> None:
     check_price(options.price)
 
 
-def _check_plan(options: argparse.Namespace, settings: list[str], world: int | None) -> None:
+def _check_early(options: argparse.Namespace, settings: list[str], world: int | None) -> None:
     """Raises UserError for a tokenizer or checkpoint that is missing and a plan that is impossible, seconds before
     torch is there. world: ranks to plan for with --dry-run."""
     from megachat.checkpoint.resume import find_checkpoint
     from megachat.checkpoint.run_folder import config_in_place
     from megachat.config import load_config
     from megachat.data.tokenizer import load_tokenizer
-    from megachat.planning.plan import resolve
+    from megachat.planning.plan import resolve_plan
 
     path = Path(options.config)
     config, _ = config_in_place(load_config(path, settings), path, settings)
@@ -136,6 +136,6 @@ def _check_plan(options: argparse.Namespace, settings: list[str], world: int | N
     if not (options.dry_run and vocab_size):
         tokenizer = load_tokenizer(config.data.tokenizer)
         vocab_size = vocab_size or tokenizer.vocab_size
-    resolve(config, world or launcher_world(), vocab_size)
+    resolve_plan(config, world or launcher_world(), vocab_size)
     if not options.dry_run:
         find_checkpoint(Path(config.run.folder) / (config.run.name or path.stem), options.resume)

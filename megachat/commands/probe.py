@@ -34,9 +34,9 @@ def add_arguments(parser: Parser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Measures, and writes the file."""
-    from megachat.programs.probe import probe
+    from megachat.programs.probe import probe_this_machine
 
     with text_moved(options):
-        document = probe(options)
+        document = probe_this_machine(options)
     if options.json:
         print(json.dumps(document, indent=1))

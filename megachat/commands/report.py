@@ -38,7 +38,8 @@ def run(options: argparse.Namespace) -> None:
     import_plotly()
     record = load_run(options.run)
     against = load_run(options.against) if options.against else None
-    from megachat.studies.report import REPORT_NAME, write_report  # imports torch
+    from megachat.files import REPORT_NAME
+    from megachat.studies.report import write_report  # imports torch
 
     out = options.out or options.run / REPORT_NAME
     check_writable(out)

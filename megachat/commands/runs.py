@@ -53,14 +53,14 @@ def run(options: argparse.Namespace) -> None:
     rows.sort(key=lambda row: (row[options.sort] is None, row[options.sort]))
     if options.json:
         return print(json.dumps(rows, indent=1))
-    for line in _table(rows):
+    for line in _runs_table(rows):
         print(line)
     for note in (note for row in rows for note in row["notes"]):
         print(f"note: {note}")
     return None
 
 
-def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
+def _runs_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     if not rows:
         return ["no run passes the filters"]
     formats = {"bpb": "{:.4f}", "core": "{:.4f}", "tokens": "{:,}", "hours": "{:.2f}", "mfu": "{:.1f}%"}

@@ -17,13 +17,13 @@ from megachat.commands.pretrain import check_price
 from megachat.errors import UserError
 
 PRICE, SHARDS = 3.0, 170
-RECIPES = ("nanochat-run6", "public-2026", "megachat")  # of megachat.programs.speedrun
+RECIPE_NAMES = ("nanochat-run6", "public-2026", "megachat")  # of megachat.programs.speedrun
 
 
 def add_arguments(parser: Parser) -> None:
     """Adds the options of `megachat speedrun`."""
     add = parser.add_argument
-    add("--recipe", choices=RECIPES, default="megachat", help="default megachat")
+    add("--recipe", choices=RECIPE_NAMES, default="megachat", help="default megachat")
     add("--runs", type=int, default=1, help="runs with different seeds, for a record with a deviation (default 1)")
     add("--depth", type=int, help="another depth; below 8 also short rows, small batches and no FP8, for a CPU")
     add("--data", type=Path, metavar="FOLDER", help="a data folder that exists, in place of a download")
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     from megachat.programs.speedrun import (
         SMALL_DEPTH,
         Speedrun,
-        describe,
+        describe_speedrun,
         run_speedrun,
         settings_of_depth,
         start_on_hosts,
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
     if not options.dry_run:
         return run_speedrun(speedrun, start_here, start_ranks)
     machine = _planned_machine(options, small)
-    print(describe(speedrun, options.price or PRICE if "--gpus" in machine else None) + "\n", flush=True)
+    print(describe_speedrun(speedrun, options.price or PRICE if "--gpus" in machine else None) + "\n", flush=True)
     chosen = [word for setting in speedrun.settings for word in ("--set", setting)]
     return start_here(["plan", "--config", str(speedrun.config_file), *chosen, *machine])
 

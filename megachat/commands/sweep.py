@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
         if search:
             result |= search()
     if search:
-        lines += _lines(result, options.out)
+        lines += _sweep_lines(result, options.out)
     if "range_test" in result:
         from megachat.studies.range_test import range_lines
 
@@ -108,7 +108,7 @@ def _prepare_range_test(options: argparse.Namespace) -> Callable[[], dict]:
         raise UserError(f"--ramp is {options.ramp!r}: give two factors above 0, the lower first, such as 0.01,100")
     trial = range_trial([word for word in options.lr_range_test.split(",") if word], low, high)
     config = load_config(options.config, [*options.set, *trial.settings])
-    _check_plan(config, options.ranks, planned_vocabulary(config)[0])
+    _check_trial(config, options.ranks, planned_vocabulary(config)[0])
 
     def test_range() -> dict:
         log_line(f"{trial.name}: factors {low:g} to {high:g}")
@@ -145,7 +145,7 @@ def _prepare_sweep(options: argparse.Namespace) -> Callable[[], dict]:
     vocab_size, _ = planned_vocabulary(resolved)
     for settings in points_to_check(space):  # an impossible point is refused before anything is trained
         try:
-            _check_plan(load_config(options.config, [*options.set, *settings]), options.ranks, vocab_size)
+            _check_trial(load_config(options.config, [*options.set, *settings]), options.ranks, vocab_size)
         except UserError as error:
             problem = str(error).replace("--set: ", "")
             raise UserError(f"{options.space}, at {' '.join(settings)}: {problem}") from None
@@ -184,7 +184,7 @@ def _prepare_sweep(options: argparse.Namespace) -> Callable[[], dict]:
     return search
 
 
-def _check_plan(config: "Config", ranks: int, vocab_size: int) -> None:
+def _check_trial(config: "Config", ranks: int, vocab_size: int) -> None:
     """Raises UserError for settings that do not fit together. vocab_size: the tokenizer's, unless the config has it."""
     from megachat.planning.plan import resolve_without_text
     from megachat.schedule import check_schedule
@@ -193,7 +193,7 @@ def _check_plan(config: "Config", ranks: int, vocab_size: int) -> None:
     resolve_without_text(config, ranks, config.model.vocab_size or vocab_size)
 
 
-def _lines(result: dict, out: Path) -> list[str]:
+def _sweep_lines(result: dict, out: Path) -> list[str]:
     keys = list(result["trials"][0]["values"])
     rows = [("trial", *keys, "bits per byte", "seeds", "against the baseline", "the best")]
     for row in result["trials"]:

@@ -15,14 +15,14 @@ from pathlib import Path
 from megachat.commands.options import Parser, require_minimum
 from megachat.errors import UserError
 
-VOCAB_SIZE = 32768
+DEFAULT_VOCAB_SIZE = 32768
 
 
 def add_arguments(parser: Parser) -> None:
     """Adds the options of `megachat tokenizer`."""
     add = parser.add_argument
     add("--data", type=Path, help="data folder to train on; with --import-nanochat only to report compression")
-    add("--vocab-size", type=int, help=f"tokens, including the 9 special ones (default {VOCAB_SIZE})")
+    add("--vocab-size", type=int, help=f"tokens, including the 9 special ones (default {DEFAULT_VOCAB_SIZE})")
     add("--out", type=Path, required=True, help="the tokenizer folder to make")
     add("--max-chars", type=int, default=2_000_000_000, help="characters to train on at most (default 2e9)")
     add("--doc-cap", type=int, default=10_000, help="characters per document at most (default 10000)")
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> None:
     if options.shards and options.import_nanochat:
         raise UserError("--shards is for training, but --import-nanochat does not train: leave one of them out")
     require_minimum(options, max_chars=1, doc_cap=1)
-    options.vocab_size = VOCAB_SIZE if options.vocab_size is None else options.vocab_size
+    options.vocab_size = DEFAULT_VOCAB_SIZE if options.vocab_size is None else options.vocab_size
     from megachat.programs.train_tokenizer import make_tokenizer
 
     if not make_tokenizer(options):

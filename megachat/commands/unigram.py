@@ -22,8 +22,8 @@ def add_arguments(parser: Parser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Prints the comparison; returns the exit status."""
-    from megachat.programs.unigram import comparison_lines, unigram_comparison
+    from megachat.programs.unigram import unigram_comparison, unigram_lines
 
     comparison = unigram_comparison(options.data, options.tokenizer, options.run)
-    print_result(options, comparison, *comparison_lines(comparison))
+    print_result(options, comparison, *unigram_lines(comparison))
     return 1 if comparison["below"] is False else 0

@@ -16,7 +16,7 @@ _FACTS = ("step", "model", "tokenizer", "adamw_steps", "loss_scaler", "loop", "l
 _NOTES = ("config", "layout", "format_version", "architecture_version")
 _PLACES = ("config.run.name", "config.run.folder", "config.data.tokenizer")  # a conversion gives a run new ones
 _DURATIONS = ("loop.training_s",)
-_KINDS = {  # for people
+_KIND_TITLES = {  # for people
     "tensor": "tensors with other values",
     "shape": "tensors with other shapes",
     "only": "only in one of the two",
@@ -26,7 +26,7 @@ _KINDS = {  # for people
 
 
 @dataclass(frozen=True)
-class Difference:
+class CheckpointDifference:
     """One difference between two checkpoints.
 
     kind: "tensor" (values), "shape", "only" (present in one of the two), "loader" and "random" (saved arrays), "fact",
@@ -56,7 +56,7 @@ class Difference:
         return f"{self.name}: {self.left} and {self.right}"
 
 
-def summarize(differences: list[Difference]) -> str:
+def summarize(differences: list[CheckpointDifference]) -> str:
     """Returns how many differences count, and a line for each kind: how many and the largest of tensors, or names."""
     counted = sum(difference.counts for difference in differences)
     lines = [f"{counted} differences" if counted else "equal"]
@@ -65,11 +65,11 @@ def summarize(differences: list[Difference]) -> str:
         names = shortened((each.name for each in of_kind), 3)
         if kind == "tensor":
             names = f"most in {max(of_kind, key=lambda each: each.relative)}"
-        lines.append(f"  {len(of_kind)} {_KINDS.get(kind, kind)}: {names}")
+        lines.append(f"  {len(of_kind)} {_KIND_TITLES.get(kind, kind)}: {names}")
     return "\n".join(lines)
 
 
-def compare_checkpoints(left: CheckpointReader, right: CheckpointReader) -> list[Difference]:
+def compare_checkpoints(left: CheckpointReader, right: CheckpointReader) -> list[CheckpointDifference]:
     """Returns every difference, notes last; an empty list if both are the same to the bit. Reads a few tensors at a
     time.
 
@@ -80,12 +80,14 @@ def compare_checkpoints(left: CheckpointReader, right: CheckpointReader) -> list
         one, other = left.entries.get(name), right.entries.get(name)
         if one is None or other is None:
             differences.append(
-                Difference("only", name, "the first" if other is None else "", "the second" if one is None else "")
+                CheckpointDifference(
+                    "only", name, "the first" if other is None else "", "the second" if one is None else ""
+                )
             )
         elif one.shape != other.shape:
-            differences.append(Difference("shape", name, str(list(one.shape)), str(list(other.shape))))
+            differences.append(CheckpointDifference("shape", name, str(list(one.shape)), str(list(other.shape))))
         elif one.dtype != other.dtype:
-            differences.append(Difference("note", f"{name} dtype", one.dtype, other.dtype))
+            differences.append(CheckpointDifference("note", f"{name} dtype", one.dtype, other.dtype))
     common = [name for name in left.entries if name in right.entries]
     common = [name for name in common if left.entries[name].shape == right.entries[name].shape]
     for (name, first), (_, second) in zip(left.tensors(common), right.tensors(common), strict=True):
@@ -95,7 +97,7 @@ def compare_checkpoints(left: CheckpointReader, right: CheckpointReader) -> list
     return sorted(differences, key=lambda difference: not difference.counts)
 
 
-def compare_tensors(name: str, left: torch.Tensor, right: torch.Tensor) -> Difference | None:
+def compare_tensors(name: str, left: torch.Tensor, right: torch.Tensor) -> CheckpointDifference | None:
     """Returns None if both are equal to the bit in the wider dtype. NaN equals NaN, and no number."""
     dtype = torch.promote_types(left.dtype, right.dtype)
     left, right = left.to(dtype).contiguous(), right.to(dtype).contiguous()
@@ -107,7 +109,9 @@ def compare_tensors(name: str, left: torch.Tensor, right: torch.Tensor) -> Diffe
     norm = torch.linalg.vector_norm(left.float(), dtype=torch.float64).item()
     size = torch.linalg.vector_norm(distance, dtype=torch.float64).item()
     relative = size / norm if norm > 0 else float("inf") if size else 0.0
-    return Difference("tensor", name, "", "", relative, distance.abs().max().item(), int((distance != 0).sum()))
+    return CheckpointDifference(
+        "tensor", name, "", "", relative, distance.abs().max().item(), int((distance != 0).sum())
+    )
 
 
 def _flatten(value, prefix: str) -> dict[str, object]:
@@ -121,7 +125,7 @@ def _flatten(value, prefix: str) -> dict[str, object]:
     return {prefix: value}
 
 
-def _compare_facts(left: dict, right: dict) -> list[Difference]:
+def _compare_facts(left: dict, right: dict) -> list[CheckpointDifference]:
     differences = []
     for key in (*_FACTS, *_NOTES):
         if left.get(key) is None or right.get(key) is None:
@@ -130,11 +134,11 @@ def _compare_facts(left: dict, right: dict) -> list[Difference]:
         for name in dict.fromkeys((*one, *other)):
             if one.get(name) != other.get(name) and name not in _DURATIONS:
                 kind = "fact" if key in _FACTS else "note"
-                differences.append(Difference(kind, name, str(one.get(name)), str(other.get(name))))
+                differences.append(CheckpointDifference(kind, name, str(one.get(name)), str(other.get(name))))
     return differences
 
 
-def compare_settings(left: dict, right: dict) -> tuple[int, list[Difference]]:
+def compare_settings(left: dict, right: dict) -> tuple[int, list[CheckpointDifference]]:
     """Returns (how many settings the facts of both checkpoints have, each that differs).
 
     Settings are a config's, with its defaults, but not those that say where a run is (_PLACES), and what nanochat's
@@ -151,7 +155,7 @@ def compare_settings(left: dict, right: dict) -> tuple[int, list[Difference]]:
         count += len(names)
         for name in names:
             if name not in one or name not in other or json.dumps(one[name]) != json.dumps(other[name]):
-                differences.append(Difference("setting", name, str(one.get(name)), str(other.get(name))))
+                differences.append(CheckpointDifference("setting", name, str(one.get(name)), str(other.get(name))))
     return count, differences
 
 
@@ -159,7 +163,7 @@ def _with_defaults(config: dict) -> dict:
     return config_from_values(config, "the checkpoint's config").model_dump(mode="json")
 
 
-def _compare_arrays(left: CheckpointReader, right: CheckpointReader) -> list[Difference]:
+def _compare_arrays(left: CheckpointReader, right: CheckpointReader) -> list[CheckpointDifference]:
     differences = []
     for kind in (LOADER, RANDOM):
         prefix = f"{kind}/"
@@ -170,7 +174,7 @@ def _compare_arrays(left: CheckpointReader, right: CheckpointReader) -> list[Dif
             continue  # a format without such files
         if one != other:  # random state belongs to ranks, and another layout has other ranks
             counted = "note" if kind == RANDOM else LOADER
-            differences.append(Difference(counted, kind, f"{len(one)} files", f"{len(other)} files"))
+            differences.append(CheckpointDifference(counted, kind, f"{len(one)} files", f"{len(other)} files"))
             continue
         for name in sorted(one):
             first, second = load_arrays(left.folder / name), load_arrays(right.folder / name)
@@ -178,7 +182,7 @@ def _compare_arrays(left: CheckpointReader, right: CheckpointReader) -> list[Dif
                 pair = first.get(key), second.get(key)
                 if pair[0] is None or pair[1] is None or not np.array_equal(pair[0], pair[1]):
                     shown = [_array_in_words(array) for array in pair]
-                    differences.append(Difference(kind, f"{name}: {key}", shown[0], shown[1]))
+                    differences.append(CheckpointDifference(kind, f"{name}: {key}", shown[0], shown[1]))
     return differences
 
 

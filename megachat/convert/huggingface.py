@@ -21,7 +21,7 @@ from megachat.convert.huggingface_tokenizer import TOKENIZER_FILES, write_tokeni
 from megachat.convert.megachat import first_facts
 from megachat.convert.nanochat_settings import make_resolvable
 from megachat.convert.plain import open_tensors, save_tensors
-from megachat.convert.reader import CheckpointReader, TensorInfo
+from megachat.convert.reader import SHARD_BYTES, CheckpointReader, TensorInfo
 from megachat.convert.tokenizers import load_tokenizer_of
 from megachat.data.tokenizer import save_tokenizer
 from megachat.errors import UserError, summary
@@ -31,9 +31,8 @@ from megachat.planning.dimensions import Dimensions, saved_dimensions
 CONFIG_FILE, INDEX_FILE, WHOLE_FILE = "config.json", "model.safetensors.index.json", "model.safetensors"
 MODEL_CODE = "modeling_megachat.py"
 TOKENIZER_FOLDER = "megachat_tokenizer"
-SHARD_BYTES = 2 << 30
-TOLERANCE = Tolerance(logit=5e-4, kl=1e-7, argmax=0.99)  # transformers' kernels add up in another order
-_SECTIONS = ("model", "lookup", "ngram")  # of a config: what determines the model's sizes
+TRANSFORMERS_TOLERANCE = Tolerance(logit=5e-4, kl=1e-7, argmax=0.99)  # transformers' kernels add up in another order
+_MODEL_SECTIONS = ("model", "lookup", "ngram")  # of a config: what determines the model's sizes
 _CODE_CACHE = "transformers_modules"
 _INSTALL = "pip install 'megachat[hf]', or pip install 'transformers>=5'"
 
@@ -81,7 +80,7 @@ def export_huggingface(source: CheckpointReader, requested_tokenizer: Path | Non
     return Export(
         write,
         lambda folder: open_huggingface(folder).select(names, facts={}),
-        TOLERANCE,
+        TRANSFORMERS_TOLERANCE,
         expected,
         lambda folder: transformers_logits(folder, dims.vocab_size),
         (f"not carried: {', '.join(lost)}", remark, "tokenizer.json gives megachat's ids for all texts of its check"),
@@ -100,7 +99,7 @@ def _config_with_code(source: CheckpointReader) -> dict:
         },
         "dtype": "float32",
         "tie_word_embeddings": False,
-        "megachat_settings": {name: settings[name] for name in _SECTIONS if name in settings},
+        "megachat_settings": {name: settings[name] for name in _MODEL_SECTIONS if name in settings},
     }
 
 
@@ -126,7 +125,7 @@ def import_huggingface(source: CheckpointReader, requested_tokenizer: Path | Non
         first_facts(source, {name: section for name, section in config.items() if section}, {}),
         tokenizer,
         origin,
-        tolerance=TOLERANCE,
+        tolerance=TRANSFORMERS_TOLERANCE,
         source_logits=partial(transformers_logits, source.folder, dims.vocab_size),
         remarks=("the optimizer, the schedule and the documents start from the beginning", *remarks),
     )

@@ -28,7 +28,7 @@ TENSORS = {
     "lm_head.weight": "lm_head.weight",
 }
 # Keys of config.json -> our sizes.
-SIZES = {
+NATIVE_SIZES = {
     "vocab_size": "vocab_size",
     "hidden_size": "width",
     "num_hidden_layers": "depth",
@@ -86,7 +86,7 @@ def config_of_dims(dims: Dimensions) -> dict:
     """Returns transformers' config.json without the tokens."""
     return {
         **FIXED,
-        **{key: getattr(dims, ours) for key, ours in SIZES.items()},
+        **{key: getattr(dims, ours) for key, ours in NATIVE_SIZES.items()},
         "architectures": ["NanoChatForCausalLM"],
         "model_type": "nanochat",
         "dtype": "float32",
@@ -103,7 +103,7 @@ def dims_of_config(config: dict, path: Path) -> Dimensions:
         if key in FIXED and value != FIXED[key] and not (key == "attention_dropout" and not value):
             ours = f"megachat's model has {json.dumps(FIXED[key])}"
             raise UserError(f"{path}: {key} is {json.dumps(value)}, and {ours}: it cannot be converted")
-        if key not in {*FIXED, *SIZES, *OTHERS}:
+        if key not in {*FIXED, *NATIVE_SIZES, *OTHERS}:
             problem = f"{key} is unknown to megachat for transformers' nanochat"
             raise UserError(f"{path}: {problem}: remove it if it does not change the model")
     rope = dict(config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", _ROTARY_BASE)})
@@ -111,7 +111,7 @@ def dims_of_config(config: dict, path: Path) -> Dimensions:
         kind = rope.get("rope_type") or config["rope_scaling"]
         raise UserError(f"{path}: rotary positions of type {kind} are not megachat's: it cannot be converted")
     try:
-        sizes = {ours: int(config[key]) for key, ours in SIZES.items()}
+        sizes = {ours: int(config[key]) for key, ours in NATIVE_SIZES.items()}
         width, heads, length = sizes["width"], sizes["heads"], sizes["sequence_len"]
         head_size = config.get("head_dim") or width // heads
         if config.get("intermediate_size") != MLP_RATIO * width or head_size * heads != width:

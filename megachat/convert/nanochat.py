@@ -34,7 +34,7 @@ from megachat.device import DTYPES, dtype_name
 from megachat.errors import UserError, raise_if_unreadable
 from megachat.files import lfs_problem, refuse_damaged
 from megachat.planning.dimensions import Dimensions
-from megachat.prepare.tokenizer_training import export_nanochat as write_tokenizer
+from megachat.prepare.tokenizer_training import export_nanochat_tokenizer as write_tokenizer
 
 # Rounding the tables was requested, so the logits may differ from the source's; the certificate states by how much.
 ROUNDED_TABLES = Tolerance(logit=0.25, kl=1e-3, argmax=0.95)
@@ -133,7 +133,7 @@ def open_nanochat(folder: Path, step: int | None = None) -> CheckpointReader:
     meta_file, weights_file = folder / f"meta_{step:06d}.json", folder / f"model_{step:06d}.pt"
     with refuse_damaged(meta_file, "cannot be read ({}): copy it next to the weights"):
         meta = json.loads(meta_file.read_text(encoding="utf-8")) | {"step": step}
-    model = {name.removeprefix(_COMPILED): tensor for name, tensor in _load_tensors(weights_file).items()}
+    model = {name.removeprefix(_COMPILED): tensor for name, tensor in _load_tensor_file(weights_file).items()}
     version = version_of_tensors({name: tuple(tensor.shape) for name, tensor in model.items()}, weights_file)
     dims = dims_of_meta(meta, meta_file, version)
     weights = _complete_parts(model, dims, version)
@@ -196,7 +196,7 @@ def _complete_parts(
     return parts
 
 
-def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
+def _load_tensor_file(path: Path) -> dict[str, torch.Tensor]:
     """Loads a dictionary of tensors. Raises UserError if it holds anything else, or a dtype that our table lacks."""
     loaded = _load_file(path)
     for name, tensor in loaded.items():

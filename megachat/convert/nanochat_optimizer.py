@@ -37,7 +37,7 @@ def optimizer_groups(dims: Dimensions) -> list[tuple[Group, list[str]]]:
     return groups + [(group_of(names[0]), names) for _, names in sorted(by_shape.items())]
 
 
-def adamw_shares(whole: Shape, ranks: int) -> list[tuple[int, int]]:
+def nanochat_shares(whole: Shape, ranks: int) -> list[tuple[int, int]]:
     """Returns rows [first, end) of dim 0 of each rank's moments. Raises UserError if nanochat cannot divide them."""
     if ranks == 1 or torch.Size(whole).numel() < SMALL_ELEMENTS:
         return [(0, whole[0])] * ranks
@@ -91,7 +91,7 @@ def read_optimizer(
 
 
 def _read_adamw(name: str, ranks: list[dict], whole: Shape, files: list[Path]) -> dict[str, list[torch.Tensor]]:
-    tensors, shares = {}, adamw_shares(whole, len(ranks))
+    tensors, shares = {}, nanochat_shares(whole, len(ranks))
     for kind in MOMENTS:
         parts = [rank[kind] for rank in ranks]
         for part, (begin, end), file in zip(parts, shares, files, strict=True):
@@ -132,7 +132,7 @@ def state_of_rank(source: CheckpointReader, rank: int, ranks: int) -> dict[int, 
             state[number] = _stacks_of_rank(source, names, shapes[names[0]], rank, ranks)
         else:
             for index, name in enumerate(names, start=number):
-                begin, end = adamw_shares(shapes[name], ranks)[rank]
+                begin, end = nanochat_shares(shapes[name], ranks)[rank]
                 whole = source.tensors([f"adamw/{name}/{kind}" for kind in MOMENTS])
                 shares = {key.split("/")[-1]: tensor[begin:end].clone() for key, tensor in whole}
                 state[index] = {"step": int(source.facts["adamw_steps"])} | shares

@@ -14,11 +14,11 @@ from megachat.errors import UserError
 from megachat.optim.groups import GROUPS, betas_of
 from megachat.optim.matrix import NEWTON_SCHULZ_STEPS
 from megachat.planning.dimensions import Dimensions, window_sizes
-from megachat.planning.plan import REFERENCE_TOKENS, Layout, Plan, resolve
+from megachat.planning.plan import REFERENCE_TOKENS, Layout, Plan, resolve_plan
 from megachat.schedule import ScheduledValues, scheduled_values, weight_decay_multiplier
 
 # Keys of model_config -> our sizes; window_pattern is its one other key.
-SIZES = {
+NANOCHAT_SIZES = {
     "sequence_len": "sequence_len",
     "vocab_size": "vocab_size",
     "n_layer": "depth",
@@ -50,7 +50,7 @@ FINE_TUNING = "init_lr_frac"  # an argument of nanochat's scripts/chat_sft.py on
 ZERO_IS_NEVER = ("evaluate.every", "checkpoint.every")
 # Groups of parameters whose rates determine all others -> the setting of the rate, and its scaling with the model's
 # width.
-RATES = {
+NANOCHAT_RATES = {
     "unembedding": ("unembedding_lr", True),
     "embedding": ("embedding_lr", True),
     "x0": ("scalar_lr", False),
@@ -66,10 +66,10 @@ def dims_of_meta(meta: dict, path: Path, version: Version = CURRENT) -> Dimensio
     """Returns the model's sizes. Raises UserError for missing or unknown keys, and other windows than megachat's."""
     try:
         model = dict(meta["model_config"])
-        if unknown := sorted(model.keys() - SIZES.keys() - {"window_pattern"}):
+        if unknown := sorted(model.keys() - NANOCHAT_SIZES.keys() - {"window_pattern"}):
             problem = f"model_config has {unknown[0]}, which no nanochat model that megachat knows has"
             raise UserError(f"{path}: {problem}: it cannot be converted")
-        sizes = {ours: model[theirs] for theirs, ours in SIZES.items()}
+        sizes = {ours: model[theirs] for theirs, ours in NANOCHAT_SIZES.items()}
         pattern = _window_pattern(model)
         if not all(type(size) is int and 0 < size < 1 << 31 for size in sizes.values()) or sizes["depth"] > 1000:
             raise ValueError("a size is no integer, or beyond every model")
@@ -158,7 +158,7 @@ def _take_arguments(config: dict, arguments: dict, meta: dict) -> list[str]:
 
 
 def _plan_of(config: dict, dims: Dimensions) -> Plan:
-    return resolve(config_from_values(config, "the converted config"), 1, dims.vocab_size)
+    return resolve_plan(config_from_values(config, "the converted config"), 1, dims.vocab_size)
 
 
 def make_resolvable(config: dict, dims: Dimensions, step: int) -> list[str]:
@@ -259,7 +259,7 @@ def _settings_of_groups(groups: list[dict], dims: Dimensions) -> dict:
     by_name = _groups_by_name(groups, dims)
     by_width = (dims.width / 768) ** -0.5
     settings: dict[str, float | bool] = {}
-    for name, (setting, scaled) in RATES.items():
+    for name, (setting, scaled) in NANOCHAT_RATES.items():
         rate = by_name[name]["initial_lr"] / (by_width if scaled else 1)
         settings[setting] = float(f"{rate:.12g}")  # 0.008, not 0.00799..98
     return settings | {"scale_to_batch": False, "weight_decay": by_name["matrix"]["weight_decay"]}
@@ -303,7 +303,7 @@ def imported_and_unchanged(facts: dict) -> dict | None:
 
 def _config_and_plan(facts: dict, dims: Dimensions) -> tuple[Config, Plan]:
     config = config_from_values(facts["config"], "the checkpoint's config")
-    return config, resolve(config, Layout(**facts["layout"]).world, dims.vocab_size)
+    return config, resolve_plan(config, Layout(**facts["layout"]).world, dims.vocab_size)
 
 
 def meta_of(facts: dict, dims: Dimensions) -> dict:
@@ -334,7 +334,8 @@ def meta_of(facts: dict, dims: Dimensions) -> dict:
     return {
         "step": facts["step"],
         "val_bpb": loop.get("val_bpb"),
-        "model_config": {key: getattr(dims, ours) for key, ours in SIZES.items()} | {"window_pattern": pattern},
+        "model_config": {key: getattr(dims, ours) for key, ours in NANOCHAT_SIZES.items()}
+        | {"window_pattern": pattern},
         "user_config": arguments
         | settings
         | {"eval_tokens": plan.evaluation_rows * dims.sequence_len, "total_batch_size": plan.tokens_per_step},
@@ -354,7 +355,7 @@ def meta_of(facts: dict, dims: Dimensions) -> dict:
 def _scaling(config: Config, plan: Plan) -> tuple[float, float]:
     """Returns the factors that the scaling to the batch puts on the rates and on Muon's decay."""
     ones = {"scale_to_batch": True, "matrix_lr": 1.0, "weight_decay": 1.0}
-    scaled = resolve(config.changed("optimizer", **ones), plan.layout.world, plan.dims.vocab_size)
+    scaled = resolve_plan(config.changed("optimizer", **ones), plan.layout.world, plan.dims.vocab_size)
     return scaled.rates["matrix"], scaled.weight_decay
 
 

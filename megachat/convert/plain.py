@@ -20,17 +20,16 @@ from safetensors.torch import save_file
 from megachat.checkpoint.facts import ARCHITECTURE_VERSION, hash_files, upgrade_architecture
 from megachat.convert.declaration import Export, Import
 from megachat.convert.megachat import tokenizer_folders
-from megachat.convert.reader import CheckpointReader, TensorInfo
+from megachat.convert.reader import SHARD_BYTES, CheckpointReader, TensorInfo
 from megachat.convert.tokenizers import find_tokenizer, load_tokenizer_of
 from megachat.errors import UserError
 from megachat.files import LOADER, RANDOM, TOKENIZER, path_kind, refuse_damaged, write_json
 
 FACTS_FILE = "checkpoint_facts.json"
-VERSION = 1
-SHARD_BYTES = 2 << 30
+PLAIN_VERSION = 1
 # safetensors' names -> torch's
-DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-DTYPES |= {"I64": "int64", "I32": "int32", "U8": "uint8"}
+SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+SAFETENSORS_DTYPES |= {"I64": "int64", "I32": "int32", "U8": "uint8"}
 _COPIED = (f"{LOADER}/", f"{RANDOM}/")
 _SAVED_ANEW = ("files", "sha256", "format_version", "architecture_version", "step", "tokenizer")
 
@@ -74,7 +73,9 @@ def write_plain(source: CheckpointReader, folder: Path, tokenizer: Path | None) 
         for name, digest in hash_files(folder, names).items()
     }
     facts = {key: value for key, value in source.facts.items() if key not in ("files", "sha256")}
-    write_json(folder / FACTS_FILE, {"plain_version": VERSION, "facts": facts, "tensors": file_of, "files": files})
+    write_json(
+        folder / FACTS_FILE, {"plain_version": PLAIN_VERSION, "facts": facts, "tensors": file_of, "files": files}
+    )
 
 
 def open_plain(folder: Path, step: int | None = None) -> CheckpointReader:
@@ -87,7 +88,7 @@ def open_plain(folder: Path, step: int | None = None) -> CheckpointReader:
         facts = document["facts"] | {"files": document["files"]}
     if any(Path(name).is_absolute() or ".." in Path(name).parts for name in (*files, *file_of.values())):
         raise UserError(f"{path} names a file outside its folder: convert the checkpoint again")
-    if version > VERSION or architecture > ARCHITECTURE_VERSION:
+    if version > PLAIN_VERSION or architecture > ARCHITECTURE_VERSION:
         versions = f"version {version} and architecture {architecture}"
         raise UserError(f"{folder} has {versions}, newer than this version reads: update megachat")
     facts = upgrade_architecture(facts, architecture)
@@ -130,10 +131,10 @@ def open_tensors(
             if (name := rename(file, key)) is None:
                 continue
             stored = tensors.get_slice(key)
-            if (dtype := stored.get_dtype()) not in DTYPES:
-                problem = f"{folder / file} has {key} as {dtype}, which is none of {', '.join(DTYPES)}"
+            if (dtype := stored.get_dtype()) not in SAFETENSORS_DTYPES:
+                problem = f"{folder / file} has {key} as {dtype}, which is none of {', '.join(SAFETENSORS_DTYPES)}"
                 raise UserError(f"{problem}: save it in one of these")
-            entries[name] = TensorInfo(tuple(stored.get_shape()), DTYPES[dtype])
+            entries[name] = TensorInfo(tuple(stored.get_shape()), SAFETENSORS_DTYPES[dtype])
             locations[name] = tensors, key
 
     def read(names: list[str]) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ from megachat.device import DTYPES
 from megachat.files import refuse_damaged
 from megachat.planning.dimensions import Dimensions, saved_dimensions
 
+SHARD_BYTES = 2 << 30  # most in one file that is written for other programs
 BATCH_BYTES = 256 << 20  # tensors are read in batches of this size, because each read has a fixed cost
 
 

@@ -14,7 +14,7 @@ from megachat.convert.tokenizers import load_tokenizer_of
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError
 from megachat.files import CAPSULES, CHECKPOINTS
-from megachat.planning.plan import Layout, Plan, resolve
+from megachat.planning.plan import Layout, Plan, resolve_plan
 from megachat.planning.sizes import resolve_dimensions
 
 
@@ -68,5 +68,5 @@ def open_saved_model(
     if run_folder.name in (CHECKPOINTS, CAPSULES) and not of_others:
         run_folder = run_folder.parent
     layout = Layout(**reader.facts.get("layout", {"data": 1, "tensor": 1, "pipeline": 1}))
-    training = resolve(config_from_values(settings, str(folder)), layout.world, dims.vocab_size, dims.lookup)
+    training = resolve_plan(config_from_values(settings, str(folder)), layout.world, dims.vocab_size, dims.lookup)
     return SavedModel(reader, config, loaded_tokenizer, run_folder, training)

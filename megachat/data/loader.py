@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 
 from megachat.data import loader_state
-from megachat.data.packing import PlacedDocument, Stream, StreamState, buffer_sizes, saving_rank, streams_of_rank
+from megachat.data.packing import PackingStream, PlacedDocument, StreamState, buffer_sizes, saving_rank, streams_of_rank
 from megachat.data.shards import Corpus, open_shards, split_shards
 from megachat.data.staging import Staging, staging_for
 from megachat.data.texts import BadTexts, decode_texts
@@ -198,7 +198,7 @@ class Loader:
         self._corpus = corpus
         self._reader = DocumentReader(corpus, tokenizer, cursors, streams, tokenizer_threads, bad_texts)
         self._streams = {
-            stream: Stream(
+            stream: PackingStream(
                 partial(self._reader.next_document, stream),
                 row_tokens,
                 buffer_sizes(self._stream_documents(stream), buffer_documents),

@@ -24,7 +24,7 @@ HEADER_FILE = "loader.json"
 _COUNTERS = ("next_document", "next_sequence", "rows", "read_tokens", "cropped_tokens")
 _SKIPPED_TEXTS = "skipped_texts"
 _ARRAYS = ("counters", "ledger", "sequence", "documents", "lengths", "tokens")
-_LEAST = {"step": 0, "rows": 1, "streams": 1, "row_tokens": 2}  # header keys that are counted with, and their least
+_MINIMA = {"step": 0, "rows": 1, "streams": 1, "row_tokens": 2}  # header keys that are counted with, and their least
 # Header keys that must not change, because the rows depend on them; and what the user changes to restore them.
 _SAME = {
     "split": "split",
@@ -156,7 +156,7 @@ def load_header(folder: str | Path) -> dict:
     with _errors_to_user(path):
         header = json.loads(path.read_text(encoding="utf-8"))
         optional = {"documents": 1} if "documents" in header else {}
-        counts = [(header[key], least) for key, least in (_LEAST | optional).items()]
+        counts = [(header[key], least) for key, least in (_MINIMA | optional).items()]
         counts += [(restart["step"], 0) for restart in header.get("restarts", [])]
         counts += [(step, 0) for step in header.get("left_out", [])]
         if not all(type(value) is int and value >= least for value, least in counts):

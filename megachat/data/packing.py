@@ -92,7 +92,7 @@ def buffer_sizes(stream_documents: int, buffer_documents: int) -> tuple[int, int
     return min(buffer_documents, stream_documents - refill + 1), refill
 
 
-class Stream:
+class PackingStream:
     """One packing stream.
 
     read_document: returns (number, tokens: uint [n] with BOS first, texts skipped before it) of the stream's next

@@ -23,7 +23,8 @@ from megachat.files import file_sha256, lfs_problem, list_folder, path_kind, ref
 from megachat.text import shortened
 
 MANIFEST = "manifest.json"
-UNFINISHED = "unfinished.json"  # marks a folder whose preparation was interrupted, so that nothing trains on half of it
+# Marks a folder whose preparation was interrupted, so that nothing trains on half of it.
+UNFINISHED_FILE = "unfinished.json"
 _OPEN_THREADS = 16
 _LISTED = 6  # missing shards that are listed one by one
 _CHECKED_BYTES = 1 << 28  # of a validation shard's text, which are read before training: less than a second
@@ -113,7 +114,7 @@ def open_shards(folder: str | Path, *, min_shards: int = 2) -> list[Shard]:
         raise UserError(
             f"the data folder {folder} does not exist: create it with `megachat data --source KIND --out {folder}`"
         )
-    if path_kind(folder / UNFINISHED):
+    if path_kind(folder / UNFINISHED_FILE):
         raise UserError(f"the preparation of {folder} has not finished: run the same `megachat data` command again")
     paths = shard_paths(folder)
     if not paths:

@@ -11,7 +11,7 @@ from megachat.errors import UserError
 from megachat.job.hosts import Host, run_on_host, ssh_command
 from megachat.text import text_table
 
-SLOW = 0.9  # of the median
+SLOW_RATE = 0.9  # of the median
 _EXAMINE_S, _MEASURE_S = 180, 300
 _HEALTHY_OR_NOT = (0, 1)  # exit statuses of the doctor
 _COMPARED = ("code", "python", "driver", "cuda", "cudnn", "nccl", "nvcc", "mpirun", "compiler")
@@ -22,7 +22,7 @@ def examine_hosts(hosts: Sequence[Host], options: Sequence[str], *, port: int, s
 
     "hosts": host -> its report; "mistakes": why a host has no report or was not measured;
     "unlike": fact -> host -> value, where hosts differ; "matrix": host -> FLOPs per second of each device;
-    "pairs": "a b" -> bytes per second from a to b; "slow": the devices and pairs below SLOW times their median.
+    "pairs": "a b" -> bytes per second from a to b; "slow": the devices and pairs below SLOW_RATE times their median.
     """
 
     def examine_host(host: Host) -> dict | str:
@@ -62,9 +62,9 @@ def examine_hosts(hosts: Sequence[Host], options: Sequence[str], *, port: int, s
 
 
 def slow_names(rates: Mapping[str, float]) -> list[str]:
-    """Returns the names whose rate is below SLOW times the median of all."""
+    """Returns the names whose rate is below SLOW_RATE times the median of all."""
     median = statistics.median(rates.values()) if rates else 0.0
-    return [name for name, rate in rates.items() if rate < SLOW * median]
+    return [name for name, rate in rates.items() if rate < SLOW_RATE * median]
 
 
 def comparable_facts(facts: dict) -> dict[str, str]:
@@ -120,7 +120,7 @@ def describe_hosts(examination: dict, slots: Mapping[str, int]) -> str:
         cells = (name, str(slots[name]), str(facts["cores"]), memory, gpus, " ".join(products) or "-")
         names_of_traps = ", ".join(trap["name"] for trap in report["traps"]) or "none"
         rows.append((*cells, pair.split()[1], _pair_rate(examination, pair), names_of_traps))
-    lines = [*text_table(rows), f"(* below {SLOW} of the median of all)"]
+    lines = [*text_table(rows), f"(* below {SLOW_RATE} of the median of all)"]
     if len(reports) > 1:
         facts = comparable_facts(next(iter(reports.values()))["facts"])
         same = [f"{name} {value}" for name, value in facts.items() if name not in examination["unlike"]]

@@ -18,8 +18,8 @@ from megachat.errors import user_errors_end_the_program  # noqa: E402
 from megachat.job.agreement import meet_ranks  # noqa: E402
 from megachat.job.launch import bootstrap_environment, choose_device  # noqa: E402
 
-_SIDE = {"cuda": 8192, "cpu": 1024}
-_PRODUCTS = {"cuda": 20, "cpu": 4}
+_MATRIX_SIDE = {"cuda": 8192, "cpu": 1024}
+_PRODUCT_COUNT = {"cuda": 20, "cpu": 4}
 _SENT_BYTES = {"cuda": 256 * 2**20, "cpu": 16 * 2**20}
 _TIMES = 5
 _MEET_S = 60.0
@@ -33,7 +33,7 @@ def median_seconds(action: Callable[[], None], device: torch.device) -> float:
 def matrix_rates(device: torch.device) -> list[float]:
     """Returns FLOPs per second of square products, in bfloat16 for each GPU of this host or in float32 for its CPU."""
     kind, rates = device.type, []
-    side, products, gpu = _SIDE[kind], _PRODUCTS[kind], kind == "cuda"
+    side, products, gpu = _MATRIX_SIDE[kind], _PRODUCT_COUNT[kind], kind == "cuda"
     for index in range(torch.cuda.device_count() if gpu else 1):
         where = torch.device(kind, index) if gpu else device
         matrix = torch.ones(side, side, device=where, dtype=torch.bfloat16 if gpu else torch.float32)

@@ -39,7 +39,7 @@ def find_traps(facts: dict, config: Config) -> list[Trap]:
 
 def _torch_traps(facts: dict) -> list[Trap]:
     cuda, gpus = facts["cuda"], facts["gpus"]
-    torch, driver = facts["packages"].get("torch"), _numbers(facts["driver"] or "")
+    torch, driver = facts["packages"].get("torch"), _version_numbers(facts["driver"] or "")
     if facts["torch_error"]:
         repair = "pip install --force-reinstall torch" if torch else "source launch/setup.sh"
         return [Trap("torch", f"torch {torch or '(none)'} cannot be imported: {facts['torch_error']}", repair)]
@@ -132,7 +132,7 @@ def _cudnn_traps(facts: dict) -> list[Trap]:
         return []
     for variable, file in facts["cudnn_elsewhere"].items():
         version = Path(file).name.partition(".so.")[2]
-        if version.count(".") >= 2 and _numbers(version)[:3] != _numbers(of_torch)[:3]:
+        if version.count(".") >= 2 and _version_numbers(version)[:3] != _version_numbers(of_torch)[:3]:
             where = f"CUDA_HOME={facts['CUDA_HOME']}" if variable == "CUDA_HOME" else variable or "/usr/local/cuda"
             what = f"Transformer Engine loads cuDNN {version} ({file}, from {where}) before torch's {of_torch}"
             folder = "$(python -c 'import nvidia.cudnn as c; print(c.__path__[0])')"
@@ -175,5 +175,5 @@ def _import_error(module: str) -> str | None:
     return None
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def _version_numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version))

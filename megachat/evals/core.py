@@ -30,7 +30,7 @@ from megachat.parallel.tensor import vocabulary_part
 from megachat.planning.dimensions import Dimensions
 
 TOKENS_PER_PASS = 4096
-Progress = Callable[[int, int], object]  # called with (examples done, all examples)
+ReportProgress = Callable[[int, int], object]  # called with (examples done, all examples)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def evaluate_bundle(
     tokenizer: Tokenizer,
     *,
     max_per_task: int,
-    on_progress: Progress = lambda done, total: None,
+    on_progress: ReportProgress = lambda done, total: None,
     stop: Callable[[], bool] | None = None,
 ) -> dict | None:
     """Evaluates the bundle and returns the "core" section of an evaluation's JSON; all ranks call it and get the same.
@@ -96,7 +96,7 @@ def evaluate_tasks(
     tokenizer: Tokenizer,
     *,
     max_per_task: int,
-    on_progress: Progress = lambda done, total: None,
+    on_progress: ReportProgress = lambda done, total: None,
     swap: bool = False,
 ) -> tuple[dict[str, Answers], float]:
     """Answers the examples of the tasks; all ranks call it and get the same. max_per_task: -1 for all examples. swap:

@@ -34,7 +34,7 @@ CORE_TASKS = tuple(
     """.split()
 )
 # kind -> (the key of its choices, its text keys)
-_KINDS: dict[str, tuple[str | None, tuple[str, ...]]] = {
+_TASK_KEYS: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "multiple_choice": ("choices", ("query",)),
     "schema": ("context_options", ("continuation",)),
     "language_modeling": (None, ("context", "continuation")),
@@ -203,9 +203,9 @@ def _read_entries(root: _Folder) -> list[dict[str, Any]]:
     for entry in entries:
         if labels.count(entry["label"]) > 1:
             raise UserError(f"{file} lists {entry['label']} twice: keep one")
-        if entry["kind"] not in _KINDS:
+        if entry["kind"] not in _TASK_KEYS:
             raise UserError(
-                f"{file}: {entry['label']} has the unknown type {entry['kind']!r}: use one of {', '.join(_KINDS)}"
+                f"{file}: {entry['label']} has the unknown type {entry['kind']!r}: use one of {', '.join(_TASK_KEYS)}"
             )
         if entry["shots"] < 0:
             raise UserError(f"{file}: {entry['label']} has {entry['shots']} shots: give 0 or more")
@@ -272,7 +272,7 @@ def _parse_example(line: str, where: str, kind: str) -> dict:
         raise UserError(f"{where} cannot be read ({error}): {fix}") from None
     if not isinstance(example, dict):
         raise UserError(f"{where} is not a JSON object: {fix}")
-    choices, text_keys = _KINDS[kind]
+    choices, text_keys = _TASK_KEYS[kind]
     for key in text_keys:
         if not isinstance(example.get(key), str):
             raise UserError(f"{where} has no text `{key}`, which a {kind} task needs: {fix}")

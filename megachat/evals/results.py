@@ -23,7 +23,7 @@ from megachat.files import (
 from megachat.installation import version_text
 from megachat.text import text_table
 
-FORMAT = "megachat-evaluation-1"
+RESULTS_FORMAT = "megachat-evaluation-1"
 # Raise it with every change by which the same weights, tokenizer and bundle could get other answers or another bpb.
 HARNESS_VERSION = 1
 _program = functools.cache(version_text)
@@ -109,7 +109,7 @@ def save_results(path: Path, results: dict, log: Log = print) -> None:
 
     log: gets a line if the earlier file is not an evaluation; it is set aside.
     """
-    results = {"format": FORMAT} | results
+    results = {"format": RESULTS_FORMAT} | results
     earlier = read_side_file(path, _parse_results, log) or {}
     if earlier.get("checkpoint_sha256") == results.get("checkpoint_sha256") is not None:
         results = earlier | results
@@ -118,7 +118,7 @@ def save_results(path: Path, results: dict, log: Log = print) -> None:
 
 def _parse_results(content: bytes) -> dict:
     results = json.loads(content)
-    if results["format"] != FORMAT:
+    if results["format"] != RESULTS_FORMAT:
         raise ValueError(f"format {results['format']!r}")
     core = results.get("core", {})
     if type(results["step"]) is not int or not isinstance(core.get("crop", True), bool):

@@ -23,7 +23,7 @@ from megachat.evals.bpb import IGNORED, ValidationRows
 from megachat.parallel.mesh import Mesh
 from megachat.planning.dimensions import up_to_multiple
 
-_BATCH_DOCUMENTS = 256
+_READ_DOCUMENTS = 256
 
 
 def source_names(folder: Path) -> tuple[str, ...]:
@@ -94,7 +94,7 @@ def read_tokens(batches: Iterable[Sequence[str]], tokenizer: Tokenizer, most: fl
 def _read_documents(folder: Path, source: str, bad_texts: BadTexts) -> Iterator[list[str]]:
     """Yields the texts of the source's validation documents."""
     path = _validation_shard(folder)
-    for group, first, batch in read_batches(path, _BATCH_DOCUMENTS, ("text", "source")):
+    for group, first, batch in read_batches(path, _READ_DOCUMENTS, ("text", "source")):
         of_source = pc.equal(batch.column("source").cast(pa.string()), source).to_numpy(zero_copy_only=False)
         decoded, texts = decode_texts(batch.column("text")), []
         for row in np.flatnonzero(of_source).tolist():

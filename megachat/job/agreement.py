@@ -9,14 +9,14 @@ from pathlib import Path
 from megachat.config import Config
 from megachat.data.shards import DataSummary
 from megachat.data.tokenizer import Tokenizer
+from megachat.installation import ROOT
 from megachat.job.host_probe import code_hashes, versions
 from megachat.job.launch import LaunchEnvironment, use_network_of
 from megachat.job.rendezvous import Arrival, RankFacts, meet
 
-_ROOT = Path(__file__).resolve().parents[2]
 _PATHS = ("run.folder", "data.folder", "data.tokenizer", "evaluate.core_bundle")  # may differ between hosts
 # kind of fact -> (what differs, the fix); a kind comes before those that differ because of it
-_KINDS = {
+_DISAGREEMENTS = {
     "code": ("other code than", "copy the same files of the project to every host"),
     "versions": ("other packages than", "install the same versions on every host"),
     "config": ("another config than", "start all ranks with the same --config and --set"),
@@ -44,7 +44,7 @@ def meet_ranks(environment: LaunchEnvironment, facts: RankFacts, rendezvous_s: f
 
 
 def rank_facts(
-    config: Config, tokenizer: Tokenizer, data: DataSummary | None, root: Path = _ROOT, **others: dict[str, str]
+    config: Config, tokenizer: Tokenizer, data: DataSummary | None, root: Path = ROOT, **others: dict[str, str]
 ) -> RankFacts:
     """Returns what this rank has, for find_disagreement. others: facts of further kinds."""
     settings = {
@@ -73,7 +73,7 @@ def find_disagreement(arrivals: list[Arrival]) -> str | None:
     None when all are equal.
     """
     first = arrivals[0]
-    for kind, (has, fix) in _KINDS.items():
+    for kind, (has, fix) in _DISAGREEMENTS.items():
         expected = first.facts.get(kind, {})
         for other in arrivals:
             facts = other.facts.get(kind, {})

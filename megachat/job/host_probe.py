@@ -61,7 +61,7 @@ def port_is_free(port: int) -> bool:
     return True
 
 
-def probe(root: Path, port: int) -> dict:
+def probe_host(root: Path, port: int) -> dict:
     """Returns all of it as JSON values. memory_bytes is the host's physical memory."""
     return {
         "host": socket.gethostname(),
@@ -75,4 +75,4 @@ def probe(root: Path, port: int) -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps(probe(Path(sys.argv[1]), int(sys.argv[2]))))
+    print(json.dumps(probe_host(Path(sys.argv[1]), int(sys.argv[2]))))

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from megachat.errors import UserError, raise_if_unreadable
 from megachat.files import path_kind
+from megachat.installation import ROOT
 from megachat.job import host_probe
 
-ROOT = Path(__file__).resolve().parents[2]
 RANK_MEMORY_BYTES = 500 * 2**20  # what python, torch and DeepSpeed take before there is a model
-_CONNECT_S, _PROBE_S = 5, 60
+_SSH_CONNECT_S, _PROBE_S = 5, 60
 # Names reach ssh, pdsh and shells. A name that begins with "-" would be an option, e.g. -oProxyCommand=...
 _HOST_NAME = re.compile(r"[\w:][\w.:%-]*(@[\w:][\w.:%-]*)?")
 
@@ -158,7 +158,7 @@ def ssh_command(name: str, words: Sequence[str], ssh_port: int | None = None, ro
     """Returns the command that runs `words` on a host over ssh, in the project's folder there, without questions."""
     port = ["-p", str(ssh_port)] if ssh_port else []
     remote = shlex.join(["cd", str(root)]) + " && exec " + shlex.join(words)
-    return ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_S}", *port, "--", name, remote]
+    return ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_SSH_CONNECT_S}", *port, "--", name, remote]
 
 
 def run_on_host(

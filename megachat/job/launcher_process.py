@@ -13,7 +13,7 @@ import sys
 from types import FrameType
 
 _HOST = "deepspeed.launcher.launch"  # deepspeed's process on each host
-_MODULES = {"deepspeed": "deepspeed.launcher.runner", "torchrun": "torch.distributed.run"}
+_LAUNCHER_MODULES = {"deepspeed": "deepspeed.launcher.runner", "torchrun": "torch.distributed.run"}
 _INTERRUPTED_STATUS = 130
 
 
@@ -36,11 +36,11 @@ class _Popen(subprocess.Popen):
         if isinstance(args, list) and args[0] == sys.executable and _HOST in args:
             args = [*launcher_line(_HOST), *args[args.index(_HOST) + 1 :]]
             if signal.getsignal(signal.SIGINT) is _end:
-                signal.signal(signal.SIGINT, _note)  # not SIG_IGN, which a child inherits
+                signal.signal(signal.SIGINT, _note_interrupt)  # not SIG_IGN, which a child inherits
         super().__init__(args, **options)
 
 
-def _note(number: int, frame: FrameType | None) -> None:
+def _note_interrupt(number: int, frame: FrameType | None) -> None:
     _Popen.interrupted = True
 
 
@@ -52,7 +52,7 @@ def main() -> None:
     if sys.argv[0] == "deepspeed":
         subprocess.Popen = _Popen  # type: ignore[misc, assignment]
     try:
-        runpy.run_module(_MODULES.get(sys.argv[0], sys.argv[0]), run_name="__main__", alter_sys=True)
+        runpy.run_module(_LAUNCHER_MODULES.get(sys.argv[0], sys.argv[0]), run_name="__main__", alter_sys=True)
     finally:
         if _Popen.interrupted:
             sys.exit(_INTERRUPTED_STATUS)

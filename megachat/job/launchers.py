@@ -65,11 +65,11 @@ def find_launch(env: Mapping[str, str]) -> Launch | None:
     otherwise every rank would train alone.
     """
     if all(name in env for name in _COMPLETE):
-        return _read(_TORCH, env)
+        return _read_variables(_TORCH, env)
     alone = None
     for variables in _LAUNCHERS:
         if (variables.sign or variables.rank) in env and not (alone and not variables.world):
-            launch = _read(variables, env)
+            launch = _read_variables(variables, env)
             if launch.world > 1:
                 return launch
             alone = alone or launch
@@ -83,10 +83,10 @@ def find_launch(env: Mapping[str, str]) -> Launch | None:
             f"{' and '.join(name for name in _PODS if name in env)} of this pod are for torchrun: start "
             "`torchrun launch/pretrain.py ...` in it, not python"
         )
-    return _read(_TORCH, env) if one_rank else alone
+    return _read_variables(_TORCH, env) if one_rank else alone
 
 
-def _read(variables: _Variables, env: Mapping[str, str]) -> Launch:
+def _read_variables(variables: _Variables, env: Mapping[str, str]) -> Launch:
     rank_name, world_name, local_name, size_name = (
         next((name for name in names.split() if name in env), "")
         for names in (variables.rank, variables.world, variables.local_rank, variables.local_size)

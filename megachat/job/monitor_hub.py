@@ -246,10 +246,10 @@ def describe_stall(
         return f"all ranks wait for one another, the first in {waiting}{error}"
     one = len(blocking) == 1
     if silent:
-        named = _named(addresses[rank] for rank in silent)
+        named = _listed_ranks(addresses[rank] for rank in silent)
         what = f"{'does' if one else 'do'} not answer, stopped or stuck in C code,"
     else:
-        named = _named(f"rank {rank} (host {addresses[rank].host})" for rank in blocking)
+        named = _listed_ranks(f"rank {rank} (host {addresses[rank].host})" for rank in blocking)
         state = states[blocking[0]]
         doing = f', waiting in "{state["text"]}",' if state["waits"] else ""
         subject = "is holding up the others: it is" if one else "are holding up the others: the first is"
@@ -257,6 +257,6 @@ def describe_stall(
     return f"{named} {what} while the other ranks wait in {waiting}{error}"
 
 
-def _named(ranks: Iterable[object]) -> str:
+def _listed_ranks(ranks: Iterable[object]) -> str:
     names = [str(rank) for rank in ranks]
     return " and ".join(names[:_NAMED]) + (" and more" if len(names) > _NAMED else "")

@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import psutil  # a dependency of DeepSpeed
 
-_PACKAGE = Path(__file__).resolve().parents[1]
+from megachat.installation import PACKAGE
+
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")} | {"<"})
-_COLLECTIVES = str(_PACKAGE / "parallel" / "collectives.py")  # every wait is there, so its caller says more
-_LAUNCHERS = frozenset(
+_COLLECTIVES = str(PACKAGE / "parallel" / "collectives.py")  # every wait is there, so its caller says more
+_LAUNCHER_PROGRAMS = frozenset(
     "deepspeed deepspeed.launcher.launch deepspeed.launcher.runner torchrun torch.distributed.run supervise.py "
     "supervise mpirun mpiexec prterun prted orted".split()
 )
@@ -58,7 +59,7 @@ def launchers_above() -> list[tuple[int, str]]:
     with contextlib.suppress(psutil.Error):
         for process in psutil.Process().parents():
             names = [Path(word).name for word in process.cmdline()[:5]]
-            launchers += [(process.pid, name) for name in names if name in _LAUNCHERS][:1]
+            launchers += [(process.pid, name) for name in names if name in _LAUNCHER_PROGRAMS][:1]
     return launchers
 
 
@@ -76,16 +77,16 @@ def code_lines(thread: int | None) -> tuple[str, str]:
     frame, innermost = sys._current_frames().get(thread or 0), ""
     while frame:
         file = frame.f_code.co_filename
-        line = f"{_short(file)}:{frame.f_lineno} {frame.f_code.co_name}"
+        line = f"{_short_path(file)}:{frame.f_lineno} {frame.f_code.co_name}"
         innermost = innermost or line
-        if file != _COLLECTIVES and (file.startswith(str(_PACKAGE)) or not file.startswith(_LIBRARIES)):
+        if file != _COLLECTIVES and (file.startswith(str(PACKAGE)) or not file.startswith(_LIBRARIES)):
             return line, innermost
         frame = frame.f_back
     return innermost or "unknown", innermost or "unknown"
 
 
-def _short(file: str) -> str:
-    for root in (str(_PACKAGE), os.getcwd(), *_LIBRARIES):
+def _short_path(file: str) -> str:
+    for root in (str(PACKAGE), os.getcwd(), *_LIBRARIES):
         if root != "<" and file.startswith(root + os.sep):
             return file[len(root) + 1 :]
     return file

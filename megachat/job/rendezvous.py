@@ -167,7 +167,7 @@ class _Registration:
     def _let_in(self, link: Link, rank: int, message: dict) -> bool:
         """Registers a rank; returns False if its introduction is none."""
         world, host, facts = (message.get(name) for name in ("world", "host", "facts"))
-        if type(world) is not int or not _is_text(host) or len(host) > _MOST_HOST or not _are_facts(facts):
+        if type(world) is not int or not _is_printable(host) or len(host) > _MOST_HOST or not _are_facts(facts):
             return False
         self.links[link] = None
         self.selector.modify(link, selectors.EVENT_READ, self._receive)
@@ -217,11 +217,11 @@ class _Registration:
 def _are_facts(facts: object) -> TypeGuard[RankFacts]:
     """Returns whether the value, parsed from JSON, is of the type RankFacts."""
     return isinstance(facts, dict) and all(
-        isinstance(values, dict) and all(map(_is_text, [*values, *values.values()])) for values in facts.values()
+        isinstance(values, dict) and all(map(_is_printable, [*values, *values.values()])) for values in facts.values()
     )
 
 
-def _is_text(value: object) -> TypeGuard[str]:
+def _is_printable(value: object) -> TypeGuard[str]:
     """Returns whether the value can be part of a message on the console."""
     return isinstance(value, str) and value.isprintable()
 

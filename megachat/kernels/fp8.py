@@ -21,7 +21,7 @@ from megachat.kernels.te import TELinears
 from megachat.planning.dimensions import FP8_TILES, Dimensions, check_fp8_multiples, fits_fp8, head_fits_fp8
 
 INPUT, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
-TILE = FP8_TILES["blockwise"]
+FP8_TILE = FP8_TILES["blockwise"]
 
 
 def quantized(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,18 +102,18 @@ class _Blockwise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight):
-        w = block_rounded(weight, TILE, TILE).to(x.dtype)
+        w = block_rounded(weight, FP8_TILE, FP8_TILE).to(x.dtype)
         ctx.save_for_backward(x, w)
         ctx.weight_dtype = weight.dtype
-        return F.linear(block_rounded(x, 1, TILE), w)
+        return F.linear(block_rounded(x, 1, FP8_TILE), w)
 
     @staticmethod
     def backward(ctx, gradient):
         x, w = ctx.saved_tensors
-        x_gradient = block_rounded(gradient, 1, TILE) @ w if ctx.needs_input_grad[0] else None
+        x_gradient = block_rounded(gradient, 1, FP8_TILE) @ w if ctx.needs_input_grad[0] else None
         weight_gradient = None
         if ctx.needs_input_grad[1]:  # summed over tokens, so the tiles run along tokens
-            product = block_rounded(gradient, TILE, 1).t() @ block_rounded(x, TILE, 1)
+            product = block_rounded(gradient, FP8_TILE, 1).t() @ block_rounded(x, FP8_TILE, 1)
             weight_gradient = product.to(ctx.weight_dtype)
         return x_gradient, weight_gradient
 
@@ -129,7 +129,7 @@ def blockwise(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Computes x [..., in] weight^T [in, out] with one scale per tile, in x's dtype (bfloat16). Raises ValueError as
     `tensorwise`.
     """
-    return _multiply(_Blockwise, x, weight, TILE)
+    return _multiply(_Blockwise, x, weight, FP8_TILE)
 
 
 def _multiply(function, x: torch.Tensor, weight: torch.Tensor, tile: int) -> torch.Tensor:
@@ -164,19 +164,19 @@ class TensorwiseHead(PlainProducts):
 class BlockwiseHead(PlainProducts):
     """Multiplies as `blockwise`, chunk by chunk."""
 
-    row_multiple = TILE
+    row_multiple = FP8_TILE
 
     def __init__(self, hidden: torch.Tensor, table: torch.Tensor):
-        self.hidden, self.table = hidden, block_rounded(table, TILE, TILE)
+        self.hidden, self.table = hidden, block_rounded(table, FP8_TILE, FP8_TILE)
 
     def logits(self, chunk: slice) -> torch.Tensor:
-        return F.linear(block_rounded(self.hidden[chunk], 1, TILE), self.table)
+        return F.linear(block_rounded(self.hidden[chunk], 1, FP8_TILE), self.table)
 
     def write_gradients(
         self, gradient: torch.Tensor, chunk: slice, hidden_gradient: torch.Tensor, table_gradient: torch.Tensor
     ) -> None:
-        torch.mm(block_rounded(gradient, 1, TILE), self.table, out=hidden_gradient)
-        table_gradient += block_rounded(gradient, TILE, 1).T @ block_rounded(self.hidden[chunk], TILE, 1)
+        torch.mm(block_rounded(gradient, 1, FP8_TILE), self.table, out=hidden_gradient)
+        table_gradient += block_rounded(gradient, FP8_TILE, 1).T @ block_rounded(self.hidden[chunk], FP8_TILE, 1)
 
 
 PRODUCTS = {"tensorwise": tensorwise, "blockwise": blockwise}

@@ -39,7 +39,7 @@ class Pending:
             self._launched = None
 
 
-def _launch(name: str, axis: Axis, collective, *args, asynchronous: bool = False, **options) -> Pending:
+def _launch_collective(name: str, axis: Axis, collective, *args, asynchronous: bool = False, **options) -> Pending:
     axis.progress.record_sent(name, args[:2][-1:])  # where there are two tensors, the first one is received
     entry = axis.progress.begin(name, axis.name, axis.ranks)
     work = collective(*args, group=axis.group, async_op=asynchronous, **options)
@@ -50,7 +50,7 @@ def _launch(name: str, axis: Axis, collective, *args, asynchronous: bool = False
 def all_reduce(tensor: torch.Tensor, axis: Axis, op: str = "sum", *, name: str = "all_reduce") -> None:
     """Reduces `tensor` in place over the axis; op is "sum" or "max"."""
     if axis.size > 1:
-        _launch(name, axis, dist.all_reduce, tensor, op=_OPS[op])
+        _launch_collective(name, axis, dist.all_reduce, tensor, op=_OPS[op])
 
 
 def reduce_scatter(
@@ -64,7 +64,7 @@ def reduce_scatter(
         if shard.data_ptr() != whole.data_ptr():
             shard.copy_(whole)
         return Pending()
-    return _launch(name, axis, dist.reduce_scatter_tensor, shard, whole, asynchronous=asynchronous)
+    return _launch_collective(name, axis, dist.reduce_scatter_tensor, shard, whole, asynchronous=asynchronous)
 
 
 def all_gather(
@@ -75,7 +75,7 @@ def all_gather(
         if whole.data_ptr() != shard.data_ptr():
             whole.copy_(shard)
         return Pending()
-    return _launch(name, axis, dist.all_gather_into_tensor, whole, shard, asynchronous=asynchronous)
+    return _launch_collective(name, axis, dist.all_gather_into_tensor, whole, shard, asynchronous=asynchronous)
 
 
 def all_to_all(
@@ -93,7 +93,7 @@ def all_to_all(
         received.copy_(sent)
         return Pending()
     tensors_and_counts = received, sent, receive_counts, send_counts
-    return _launch(name, axis, dist.all_to_all_single, *tensors_and_counts, asynchronous=asynchronous)
+    return _launch_collective(name, axis, dist.all_to_all_single, *tensors_and_counts, asynchronous=asynchronous)
 
 
 def all_gather_objects(value, axis: Axis, *, name: str = "all_gather_objects") -> list:
@@ -113,7 +113,7 @@ def all_gather_objects(value, axis: Axis, *, name: str = "all_gather_objects") -
 def barrier(axis: Axis, *, name: str = "barrier") -> None:
     """Waits until every rank of the axis arrives."""
     if axis.size > 1:
-        _launch(name, axis, dist.barrier)
+        _launch_collective(name, axis, dist.barrier)
 
 
 def on_all_ranks_or_raise(

@@ -42,7 +42,7 @@ class Type(NamedTuple):
 INVARIANT = Type("replicated", "replicated")
 REPLICATED = Type("replicated", "partial")  # every rank continues with its part of the weights
 PARTIAL = Type("partial", "replicated")
-CHANNELS, TOKENS = Type(-1, -1), Type(1, 1)
+CHANNELS, TOKEN_SLICES = Type(-1, -1), Type(1, 1)
 # cut of a weight -> types of what its layer takes (None: ids) and returns
 CUT_TYPES: dict[str, tuple[Type | None, Type]] = {
     "column": (REPLICATED, CHANNELS),
@@ -243,6 +243,6 @@ _LEAVE = _Border(
     lambda gradient, axis: gradient,
 )
 # with sequence parallelism
-_SLICE = _Border("slice", (INVARIANT, TOKENS), _local_tokens, _gather_tokens)
-_GATHER_TOKENS = _Border("gather_tokens", (TOKENS, REPLICATED), _gather_tokens, _scatter_tokens)
-_SCATTER_TOKENS = _Border("scatter_tokens", (PARTIAL, TOKENS), _scatter_tokens, _gather_tokens)
+_SLICE = _Border("slice", (INVARIANT, TOKEN_SLICES), _local_tokens, _gather_tokens)
+_GATHER_TOKENS = _Border("gather_tokens", (TOKEN_SLICES, REPLICATED), _gather_tokens, _scatter_tokens)
+_SCATTER_TOKENS = _Border("scatter_tokens", (PARTIAL, TOKEN_SLICES), _scatter_tokens, _gather_tokens)

@@ -11,23 +11,23 @@ LINK_SHARE = 0.8  # of the data sheet's bandwidth that collectives of many megab
 Kind = Literal["all_reduce", "reduce_scatter", "all_gather", "all_to_all", "send"]
 
 
-class Group(NamedTuple):
+class RankGroup(NamedTuple):
     """The ranks of a collective: how many, and on how many nodes."""
 
     ranks: int
     nodes: int = 1
 
 
-def axis_group(machine: Machine, size: int, stride: int, first: int = 0) -> Group:
+def axis_group(machine: Machine, size: int, stride: int, first: int = 0) -> RankGroup:
     """Returns the group of an axis of `size` ranks whose neighbors are `stride` world ranks apart.
 
     World ranks fill a node before the next one. first: the first world rank of a pair of pipeline stages; the pair is
     over two nodes if any of its ranks sends to another node.
     """
     if size == 2 and first // machine.gpus_per_node < (first + 2 * stride - 1) // machine.gpus_per_node:
-        return Group(2, 2)
+        return RankGroup(2, 2)
     per_node = max(1, min(size, machine.gpus_per_node // stride))
-    return Group(size, -(-size // per_node))
+    return RankGroup(size, -(-size // per_node))
 
 
 def sent_bytes(kind: Kind, size: float, ranks: int) -> float:
@@ -37,7 +37,7 @@ def sent_bytes(kind: Kind, size: float, ranks: int) -> float:
     return size if kind == "send" else size * (ranks - 1) / ranks * (2 if kind == "all_reduce" else 1)
 
 
-def collective_sec(machine: Machine, kind: Kind, size: float, group: Group) -> float:
+def collective_sec(machine: Machine, kind: Kind, size: float, group: RankGroup) -> float:
     """Returns the seconds of a collective of `size` bytes (of the whole tensor) over the group; 0 for one rank.
 
     Over several nodes, tensors are reduced or gathered in two levels: inside the node first, so that each rank sends

@@ -31,16 +31,16 @@ def describe_plan(plan: Plan) -> str:
         if name == "dims":
             sizes = _sizes(value)
             lookup, ngram = sizes.pop("lookup"), sizes.pop("ngram")
-            lines += _numbers("", sizes, plan.why) + _numbers("lookup.", lookup or {}, plan.why)
-            lines += _numbers("ngram.", ngram or {}, plan.why)
+            lines += _number_lines("", sizes, plan.why) + _number_lines("lookup.", lookup or {}, plan.why)
+            lines += _number_lines("ngram.", ngram or {}, plan.why)
         elif name == "layout":
             lines.append(f"  layout = data {value.data} x tensor {value.tensor} x pipeline {value.pipeline}")
         elif name == "stages":
             lines.append(f"  stages = {describe_stages(plan)}   [{plan.why['stages']}]")
         elif name in ("rates", "parameters"):
-            lines += _numbers(f"{name}.", value, plan.why)
+            lines += _number_lines(f"{name}.", value, plan.why)
         elif name != "why":
-            lines += _numbers("", {name: value}, plan.why)
+            lines += _number_lines("", {name: value}, plan.why)
     return "\n".join(lines)
 
 
@@ -123,7 +123,7 @@ def _fields(value) -> dict:
     return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
 
 
-def _numbers(prefix: str, values: Mapping[str, object], why: Mapping[str, str]) -> list[str]:
+def _number_lines(prefix: str, values: Mapping[str, object], why: Mapping[str, str]) -> list[str]:
     lines = []
     for name, value in values.items():
         text = f"{value:,}" if type(value) is int else f"{value:.6g}" if isinstance(value, float) else str(value)

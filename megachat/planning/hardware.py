@@ -16,13 +16,13 @@ from typing import NamedTuple
 
 from megachat.errors import UserError
 
-FORMAT = 1  # of hardware.json
+HARDWARE_FORMAT = 1  # of hardware.json
 DEFAULT_NETWORK = "InfiniBand NDR"
-_DATA = Path(__file__).with_name("hardware.json")
+_HARDWARE_FILE = Path(__file__).with_name("hardware.json")
 _GPUS = re.compile(r"(?:(\d+)\s*x\s*)?(?:(\d+)\s*x\s*)?([A-Za-z][^x]*.*|\d{4}\D*)", re.IGNORECASE)
 
 
-class Link(NamedTuple):
+class Interconnect(NamedTuple):
     """What joins GPUs. bytes_per_sec: of one GPU in one direction. latency_sec: of one step of a ring."""
 
     name: str
@@ -41,7 +41,7 @@ class Gpu:
     memory_bytes_per_sec: float
     multiprocessors: int
     flops: Mapping[str, float]
-    link: Link
+    link: Interconnect
     gpus_per_node: int
     source: str
 
@@ -53,7 +53,7 @@ class Machine:
     gpu: Gpu
     nodes: int
     gpus_per_node: int
-    network: Link
+    network: Interconnect
 
     @property
     def world(self) -> int:
@@ -128,22 +128,22 @@ def _lookup(name: str, known: Mapping, what: str):
 
 
 @functools.cache
-def load_hardware(spec: Path | None = None) -> tuple[Mapping[str, Gpu], Mapping[str, tuple[Link, bool]]]:
+def load_hardware(spec: Path | None = None) -> tuple[Mapping[str, Gpu], Mapping[str, tuple[Interconnect, bool]]]:
     """Returns GPUs by each of their names, and networks with whether the GPUs of a node share one adapter, by name.
 
     Names are lower-case letters and digits. Raises UserError for a spec file that is missing, damaged or incomplete.
     """
     gpus: dict[str, Gpu] = {}
-    links: dict[str, Link] = {}
-    networks: dict[str, tuple[Link, bool]] = {}
-    for path in (_DATA, spec):
+    links: dict[str, Interconnect] = {}
+    networks: dict[str, tuple[Interconnect, bool]] = {}
+    for path in (_HARDWARE_FILE, spec):
         if path is None:
             continue
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
-            if document["format"] != FORMAT:
+            if document["format"] != HARDWARE_FORMAT:
                 raise UserError(
-                    f"{path} has format {document['format']}, but this version reads {FORMAT}: write it again"
+                    f"{path} has format {document['format']}, but this version reads {HARDWARE_FORMAT}: write it again"
                 )
             for name, entry in document.get("links", {}).items():
                 links[name] = _link(name, entry)
@@ -156,17 +156,17 @@ def load_hardware(spec: Path | None = None) -> tuple[Mapping[str, Gpu], Mapping[
             raise UserError(f"--gpu-spec {path} cannot be read ({error.strerror}): give a file") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"--gpu-spec {path} is not a hardware file ({type(error).__name__}: {error}): write it as {_DATA.name} "
-                "in megachat/planning"
+                f"--gpu-spec {path} is not a hardware file ({type(error).__name__}: {error}): write it as "
+                f"{_HARDWARE_FILE.name} in megachat/planning"
             ) from None
     return MappingProxyType(gpus), MappingProxyType(networks)
 
 
-def _link(name: str, entry: dict) -> Link:
-    return Link(name, _positive(entry["bytes_per_sec"]), _positive(entry["latency_sec"]))
+def _link(name: str, entry: dict) -> Interconnect:
+    return Interconnect(name, _positive(entry["bytes_per_sec"]), _positive(entry["latency_sec"]))
 
 
-def _gpu(name: str, entry: dict, links: Mapping[str, Link]) -> Gpu:
+def _gpu(name: str, entry: dict, links: Mapping[str, Interconnect]) -> Gpu:
     if not entry["source"]:
         raise ValueError(f"{name} has no source")
     return Gpu(

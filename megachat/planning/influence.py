@@ -12,7 +12,7 @@ from megachat.errors import UserError
 from megachat.planning.key_docs import key_schema, other_values
 from megachat.planning.memory import memory_of_stages
 from megachat.planning.numbers import memory_numbers, plan_numbers
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from megachat.planning.time_numbers import Timing
 
 Numbers = dict[str, object]
@@ -24,7 +24,7 @@ def numbers_of(config: Config, world: int, vocab_size: int, *, memory: bool, tim
 
     Raises UserError for settings that fit no plan.
     """
-    plan = resolve(config, world, config.model.vocab_size or vocab_size)
+    plan = resolve_plan(config, world, config.model.vocab_size or vocab_size)
     numbers = plan_numbers(plan) | (timing.numbers(config, plan) if timing else {})
     if not memory:
         return numbers

@@ -25,7 +25,7 @@ class KeyDescription(NamedTuple):
 def describe_key(key: str) -> KeyDescription:
     """Returns the description of `section.key`. Raises UserError for an unknown key, with the nearest one."""
     schema = key_schema(key)
-    kind, allowed = _words(schema)
+    kind, allowed = _schema_words(schema)
     if reason := schema.get("reason"):
         allowed += f" ({reason})"
     return KeyDescription(key, schema["description"], kind, json.dumps(schema["default"]), allowed)
@@ -40,15 +40,15 @@ def key_schema(key: str) -> dict[str, Any]:
     return type(getattr(Config(), section)).model_json_schema()["properties"][name]
 
 
-def _words(schema: dict[str, Any]) -> tuple[str, str]:
+def _schema_words(schema: dict[str, Any]) -> tuple[str, str]:
     """Returns the type and the range of a JSON schema in words."""
     if choices := schema.get("anyOf"):
-        parts = [_words(choice) for choice in choices]
+        parts = [_schema_words(choice) for choice in choices]
         return " or ".join(kind for kind, _ in parts), "; ".join(allowed for _, allowed in parts if allowed)
     if values := schema.get("enum"):
         return " or ".join(json.dumps(value) for value in values), ""
     if inner := schema.get("items", schema.get("additionalProperties")):
-        kind, allowed = _words(inner)
+        kind, allowed = _schema_words(inner)
         kind = kind.replace("number", "numbers").replace("text", "texts")
         return f"{'list' if 'items' in schema else 'object'} of {kind}", allowed
     kinds = {"integer": "whole number", "string": "text", "boolean": "true or false"}
@@ -61,11 +61,11 @@ def _words(schema: dict[str, Any]) -> tuple[str, str]:
         "pattern": "matches `{}`",
         "maximum": "at most {}",
     }
-    ranges = [text.format(_number(schema[limit])) for limit, text in limits.items() if limit in schema]
+    ranges = [text.format(_limit_text(schema[limit])) for limit, text in limits.items() if limit in schema]
     return kinds.get(schema["type"], schema["type"]), ", ".join(ranges)
 
 
-def _number(value: Any) -> str:
+def _limit_text(value: Any) -> str:
     if not isinstance(value, (int, float)):
         return str(value)
     power = len(str(int(value))) - 1

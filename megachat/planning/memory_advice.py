@@ -8,7 +8,7 @@ import torch
 from megachat.config import Config
 from megachat.errors import UserError
 from megachat.planning.memory import FILLS, Memory, format_bytes, memory_of_stages
-from megachat.planning.plan import Plan, resolve
+from megachat.planning.plan import Plan, resolve_plan
 
 
 def memory_warning(
@@ -69,7 +69,7 @@ def lighter_plans(config: Config, plan: Plan) -> Iterator[tuple[str, object, Con
                 f"{section}.{key}",
                 value,
                 changed,
-                resolve(changed, plan.layout.world, plan.dims.vocab_size, plan.dims.lookup),
+                resolve_plan(changed, plan.layout.world, plan.dims.vocab_size, plan.dims.lookup),
             )
 
 

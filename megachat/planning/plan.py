@@ -87,7 +87,7 @@ def stream_tokens(config: Config, plan: Plan) -> int:
     return plan.micro_tokens // plan.layout.tensor if config.parallel.sequence else plan.micro_tokens
 
 
-def resolve(config: Config, world: int, vocab_size: int, allocated: LookupDimensions | None = None) -> Plan:
+def resolve_plan(config: Config, world: int, vocab_size: int, allocated: LookupDimensions | None = None) -> Plan:
     """Derives every number of a run on `world` ranks with a vocabulary of `vocab_size` tokens.
 
     allocated: see resolve_dimensions. Raises UserError for a layout or batch that does not fit, with the nearest values
@@ -146,7 +146,7 @@ def resolve_without_text(config: Config, world: int, vocab_size: int) -> Plan:
     """Returns the plan for checks and benchmarks on random tokens: the rows of lookup tables are allocated unevenly,
     the first tokens have the most.
     """
-    plan = resolve(config, world, vocab_size)
+    plan = resolve_plan(config, world, vocab_size)
     lookup = plan.dims.lookup
     if lookup is None:
         return plan
@@ -156,7 +156,7 @@ def resolve_without_text(config: Config, world: int, vocab_size: int) -> Plan:
         rows.append(1 + share)
         left -= share
     example = replace(lookup, mean_rows=lookup.rows / vocab_size, rows_per_token=" ".join(map(str, rows)))
-    return resolve(config, world, vocab_size, example)
+    return resolve_plan(config, world, vocab_size, example)
 
 
 def usable_world(config: Config, world: int, vocab_size: int) -> int:
@@ -174,11 +174,11 @@ def usable_world(config: Config, world: int, vocab_size: int) -> int:
     unit = config.parallel.tensor * config.parallel.pipeline
     for ranks in range(world // unit * unit, 0, -unit):
         try:
-            resolve(config, ranks, vocab_size)
+            resolve_plan(config, ranks, vocab_size)
         except UserError:
             continue
         return ranks
-    return resolve(config, world, vocab_size).layout.world  # raises the reason
+    return resolve_plan(config, world, vocab_size).layout.world  # raises the reason
 
 
 def resolve_layout(config: Config, dims: Dimensions, world: int) -> Layout:

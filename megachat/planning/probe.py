@@ -14,12 +14,12 @@ import numpy as np
 from megachat.config import Config, config_from_values
 from megachat.errors import UserError
 from megachat.planning.communication import Kind
-from megachat.planning.hardware import Gpu, Link, Machine
+from megachat.planning.hardware import Gpu, Interconnect, Machine
 from megachat.planning.sizes import resolve_dimensions
 from megachat.planning.speeds import visible_pairs
-from megachat.planning.step_work import Attention, Product
+from megachat.planning.step_work import AttentionWork, MatrixProduct
 
-FORMAT, VERSION = "megachat probe", 1
+PROBE_FORMAT, PROBE_VERSION = "megachat probe", 1
 OF_PASSES = ("matrix products", "attention", "elementwise", "head and loss")
 WIDTHS = 1.0, 0.5, 1.5  # factors on the model's width at which products are measured
 _NEAREST = 6  # measured shapes from which the speed of another shape is interpolated
@@ -76,7 +76,7 @@ class ProbeSpeeds:
             self._products.setdefault(dtype, []).append((_logarithms(rows, columns, inner), value))
         self._attention: dict[str, list] = {"forward": [], "backward": []}
         for *shape, forward, backward in measured["attention"]:
-            attention = Attention._make((*shape, 1, 1))
+            attention = AttentionWork._make((*shape, 1, 1))
             point = self._attention_point(attention)
             for direction, seconds in (("forward", forward), ("backward", backward)):
                 self._attention[direction].append((point, math.log(seconds / self._attention_flops(attention))))
@@ -90,18 +90,18 @@ class ProbeSpeeds:
         known = self._products.get(dtype) or next(iter(self._products.values()))
         return 2 * rows * columns * inner * _speed_at(_logarithms(rows, columns, inner), known)
 
-    def product(self, product: Product) -> float:
+    def product(self, product: MatrixProduct) -> float:
         return product.count * self._product_sec(*product[:4])
 
     @staticmethod
-    def _attention_flops(attention: Attention) -> float:
+    def _attention_flops(attention: AttentionWork) -> float:
         return 4 * attention.rows * attention.heads * attention.head_size * visible_pairs(attention)
 
     @staticmethod
-    def _attention_point(attention: Attention) -> tuple[float, ...]:
+    def _attention_point(attention: AttentionWork) -> tuple[float, ...]:
         return _logarithms(attention.rows * attention.heads, attention.window, attention.tokens, attention.head_size)
 
-    def attention(self, attention: Attention) -> float:
+    def attention(self, attention: AttentionWork) -> float:
         point, flops = self._attention_point(attention), self._attention_flops(attention)
         forward, backward = (
             _speed_at(point, self._attention[direction]) * flops for direction in ("forward", "backward")
@@ -181,7 +181,7 @@ class Probe(NamedTuple):
         memory = memory_bytes or machine["memory_bytes"] // (1 if self.on_gpu else ranks)
         for rows, columns, inner, dtype, seconds in speeds.products:
             flops[dtype] = max(flops.get(dtype, 0.0), 2 * rows * columns * inner / seconds)
-        link = Link("measured", math.inf, 0.0)  # collectives are looked up in the measured points
+        link = Interconnect("measured", math.inf, 0.0)  # collectives are looked up in the measured points
         gpu = Gpu(machine["device"], memory, 1 / speeds.streamed(1), 1, flops, link, ranks, self.source)
         return Machine(gpu, 1, ranks, link)
 
@@ -217,20 +217,20 @@ def read_probe(path: Path) -> Probe:
     """Returns the probe in a file. Raises UserError if it cannot be read, is no probe, or is of another version."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        if document["format"] != FORMAT:
+        if document["format"] != PROBE_FORMAT:
             raise ValueError(f"format {document['format']}")
         version = document["version"]
-        if version == VERSION:
+        if version == PROBE_VERSION:
             _check_document(document)
     except OSError as error:
         raise UserError(f"probe {path} cannot be read ({error.strerror}): run `megachat probe --out {path}`") from None
     except (ValueError, LookupError, TypeError, ArithmeticError, AttributeError, StopIteration) as error:
         what = f"{type(error).__name__}: {error}"
         raise UserError(f"{path} is not a file of `megachat probe` ({what}): run `megachat probe` again") from None
-    if version != VERSION:
+    if version != PROBE_VERSION:
         raise UserError(
-            f"{path} is of probe version {version}, but this megachat reads version {VERSION}: run `megachat probe` "
-            "again"
+            f"{path} is of probe version {version}, but this megachat reads version {PROBE_VERSION}: run "
+            "`megachat probe` again"
         )
     return Probe(document, str(path))
 
@@ -244,9 +244,9 @@ def _check_document(document: dict[str, Any]) -> None:
     results += [machine["device_count"] + 1, machine.get("memory_bytes", 1), *document["factors"].values()]
     for one in document["sets"]:
         speeds, kind = probe.speeds(one["ranks"]), one["products"][0][3]
-        results += [speeds.product(Product(64, 64, 64, kind)), speeds.polar(64, 64, kind), speeds.streamed(1)]
+        results += [speeds.product(MatrixProduct(64, 64, 64, kind)), speeds.polar(64, 64, kind), speeds.streamed(1)]
         results += [speeds.moved(1, 1, 1), speeds.logits(1, 1, 1)]
-        results.append(speeds.attention(Attention._make((*one["attention"][0][:7], 1, 1))))
+        results.append(speeds.attention(AttentionWork._make((*one["attention"][0][:7], 1, 1))))
         results += [speeds.collective(kind, 1, one["ranks"], 1) for kind in one["collectives"]]
     if not document["config"]["model"] or not all(0 < result < math.inf for result in results):
         raise ValueError("a number that is not above 0")

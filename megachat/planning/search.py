@@ -15,7 +15,7 @@ from megachat.planning.dimensions import Dimensions
 from megachat.planning.hardware import Machine, load_hardware
 from megachat.planning.memory import FILLS, memory_of_stages
 from megachat.planning.memory_advice import lighter_plans
-from megachat.planning.plan import Plan, resolve
+from megachat.planning.plan import Plan, resolve_plan
 from megachat.planning.sizes import resolve_dimensions
 from megachat.planning.speeds import Speeds
 from megachat.planning.stage_state import estimated_stage_state, stage_state
@@ -98,7 +98,7 @@ def search(
             if key in surely_fit:
                 continue
             try:
-                plan = resolve(variant, machine.world, vocab_size)
+                plan = resolve_plan(variant, machine.world, vocab_size)
             except UserError as error:
                 refused.setdefault(name, str(error))
                 continue

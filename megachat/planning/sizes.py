@@ -16,7 +16,7 @@ from megachat.planning.dimensions import (
 LOOKUP_ROWS_PER_TOKEN = 4  # the paper's largest models have 3.9 (arXiv 2601.21461)
 LOOKUP_UP_RATIO = 4
 NGRAM_ROWS_PER_TOKEN = 4  # as lookup tables; modded-nanogpt began with 5 (its pull request 201)
-SPECIAL_TOKENS = 9  # of nanochat's vocabularies; they come last, and the first of them is BOS
+SPECIAL_TOKEN_COUNT = 9  # of nanochat's vocabularies; they come last, and the first of them is BOS
 
 
 def resolve_dimensions(
@@ -128,12 +128,12 @@ def _resolve_ngram(config: Config, vocab_size: int, kv_width: int, why: dict[str
             f"ngram.width is {settings.width}, but the key/value heads have {kv_width} channels, to which the rows are "
             f"added: set it to {kv_width} or less"
         )
-    bos = max(0, vocab_size - SPECIAL_TOKENS) if settings.bos is None else settings.bos
+    bos = max(0, vocab_size - SPECIAL_TOKEN_COUNT) if settings.bos is None else settings.bos
     if bos >= vocab_size:
         raise UserError(f"ngram.bos is {bos}, but the vocabulary has the ids 0 to {vocab_size - 1}: give BOS's id")
     why["ngram.rows"] = "ngram.rows" if settings.rows else f"{NGRAM_ROWS_PER_TOKEN} * vocabulary, as lookup tables"
     why["ngram.width"] = "ngram.width" if settings.width else "kv_heads * head_size"
-    why["ngram.bos"] = "ngram.bos" if settings.bos is not None else f"vocabulary - {SPECIAL_TOKENS} special tokens"
+    why["ngram.bos"] = "ngram.bos" if settings.bos is not None else f"vocabulary - {SPECIAL_TOKEN_COUNT} special tokens"
     return NgramDimensions(
         blocks=tuple(sorted(settings.blocks)),
         orders=tuple(sorted(settings.orders)),

@@ -11,7 +11,7 @@ from typing import Protocol
 from megachat.optim.matrix import NEWTON_SCHULZ_STEPS
 from megachat.planning.communication import Kind, axis_group, collective_sec
 from megachat.planning.hardware import Machine
-from megachat.planning.step_work import ITEMSIZE, Attention, Product
+from megachat.planning.step_work import ITEMSIZE, AttentionWork, MatrixProduct
 
 # Shares of a data sheet's peaks that kernels reach. That of float8 follows from one published run (nanochat's run 6,
 # see docs/performance.md); the others are assumed, of the order that published kernels reach.
@@ -40,11 +40,11 @@ class Speeds(Protocol):
     error: float
     overlap: float
 
-    def product(self, product: Product) -> float:
+    def product(self, product: MatrixProduct) -> float:
         """Returns the seconds of the products of one shape, all of them."""
         ...
 
-    def attention(self, attention: Attention) -> float:
+    def attention(self, attention: AttentionWork) -> float:
         """Returns the seconds of the passes of one kind, all of them."""
         ...
 
@@ -88,7 +88,7 @@ class SheetSpeeds:
         self.machine, self.share, self.name = machine, share, machine.name
         self._product = functools.lru_cache(maxsize=4096)(self._product_sec)
 
-    def product(self, product: Product) -> float:
+    def product(self, product: MatrixProduct) -> float:
         rows, columns, inner, dtype, count = product
         return count * self._product(rows, columns, inner, dtype)
 
@@ -109,7 +109,7 @@ class SheetSpeeds:
         moved = size * (rows * inner + inner * columns) + max(2, size) * rows * columns
         return max(flops, moved / (MEMORY_SHARE * gpu.memory_bytes_per_sec)) + KERNEL_SEC
 
-    def attention(self, attention: Attention) -> float:
+    def attention(self, attention: AttentionWork) -> float:
         gpu = self.machine.gpu
         flops = 4 * attention.rows * attention.heads * attention.head_size * visible_pairs(attention)
         flops *= attention.forward + BACKWARD_FLOPS * attention.backward
@@ -145,7 +145,7 @@ class SheetSpeeds:
         return kernels * LAUNCH_SEC + steps * STEP_SEC
 
 
-def visible_pairs(attention: Attention) -> float:
+def visible_pairs(attention: AttentionWork) -> float:
     """Returns the pairs of query and visible key in a row: query i sees keys i - window .. i."""
     tokens, window = attention.tokens, min(attention.window, attention.tokens - 1)
     return tokens * (window + 1) - window * (window + 1) / 2
@@ -155,4 +155,4 @@ def polar_products_sec(speeds: Speeds, rows: int, columns: int, dtype: str) -> f
     """Returns the seconds of the products of Polar Express on a matrix."""
     short, long = min(rows, columns), max(rows, columns)
     kinds = (short, short, long), (short, short, short), (short, long, short)
-    return sum(speeds.product(Product(*shape, dtype, NEWTON_SCHULZ_STEPS)) for shape in kinds)
+    return sum(speeds.product(MatrixProduct(*shape, dtype, NEWTON_SCHULZ_STEPS)) for shape in kinds)

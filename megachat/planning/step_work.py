@@ -32,7 +32,7 @@ PASSES = {
     False: {"stream": 19.0, "heads": 13.0, "values": 8.0, "hidden": 4.0},
     True: {"stream": 11.0, "heads": 2.0, "values": 3.0, "hidden": 2.0},
 }
-BACKWARD = 2.0  # bytes of the backward pass relative to the forward pass
+BACKWARD_RATIO = 2.0  # bytes of the backward pass relative to the forward pass
 FP8_BYTES = 5  # per element that is rounded to FP8: read twice in two bytes (largest magnitude, value), written in one
 _MOST_STAGES = 4096  # in the cache
 _stages: dict[tuple, tuple["Work", "Work"]] = {}
@@ -44,7 +44,7 @@ def muon_dtype(dtype: str) -> str:
     return "bfloat16" if dtype == "bfloat16" else "float32"
 
 
-class Product(NamedTuple):
+class MatrixProduct(NamedTuple):
     """`count` products of [rows, inner] with [inner, columns] in a dtype of ITEMSIZE or "float8"."""
 
     rows: int
@@ -54,7 +54,7 @@ class Product(NamedTuple):
     count: float = 1  # type: ignore[assignment]  # a tuple has a method count
 
 
-class Attention(NamedTuple):
+class AttentionWork(NamedTuple):
     """Attention of rows of `tokens` tokens. forward, backward: how often each pass runs, summed over blocks."""
 
     rows: int
@@ -84,8 +84,8 @@ class Work(NamedTuple):
     no cache holds. logits: numbers of the head's output that the loss reads. kernels: launches.
     """
 
-    products: tuple[Product, ...] = ()
-    attention: tuple[Attention, ...] = ()
+    products: tuple[MatrixProduct, ...] = ()
+    attention: tuple[AttentionWork, ...] = ()
     moved: float = 0.0
     streamed: float = 0.0
     logits: float = 0.0
@@ -104,16 +104,16 @@ def _linear(tokens: int, shape: tuple[int, int], dtype: str, recipe: str, forwar
     if recipe != "off" and fits_fp8(rows, columns, recipe):
         rounded = forward * (tokens * columns + rows * columns) + tokens * rows
         dtype, moved = "float8", FP8_BYTES * rounded
-    return Work(_products(tokens, shape, dtype, forward), moved=moved)
+    return Work(_weight_products(tokens, shape, dtype, forward), moved=moved)
 
 
-def _products(tokens: int, shape: tuple[int, int], dtype: str, forward: float = 1) -> tuple[Product, ...]:
+def _weight_products(tokens: int, shape: tuple[int, int], dtype: str, forward: float = 1) -> tuple[MatrixProduct, ...]:
     """Returns the products of a weight [rows, columns]: forward, and for the gradients of its input and of itself."""
     rows, columns = shape
     return (
-        Product(tokens, rows, columns, dtype, forward),
-        Product(tokens, columns, rows, dtype),
-        Product(rows, columns, tokens, dtype),
+        MatrixProduct(tokens, rows, columns, dtype, forward),
+        MatrixProduct(tokens, columns, rows, dtype),
+        MatrixProduct(rows, columns, tokens, dtype),
     )
 
 
@@ -140,7 +140,7 @@ def block_work(config: Config, plan: Plan, block: int, dtype: str) -> Work:
         stream += passes["values"] * tokens * kv_inner
     hidden = passes["hidden"] * tokens * MLP_RATIO * dims.width // tensor
     forward = stream * forwards + hidden * (1 if recompute == "none" else 2)
-    attention = Attention(
+    attention = AttentionWork(
         plan.micro_rows,
         dims.sequence_len,
         dims.heads // tensor,
@@ -158,7 +158,7 @@ def block_work(config: Config, plan: Plan, block: int, dtype: str) -> Work:
     gathers = 2 * forwards + 2 + (recompute == "selective")
     work = work._replace(
         attention=(attention,),
-        moved=work.moved + size * (forward + BACKWARD * (stream + hidden)),
+        moved=work.moved + size * (forward + BACKWARD_RATIO * (stream + hidden)),
         streamed=_parameter_bytes(dims, block, tensor, dtype),
         collectives=_tensor_collectives(config, plan, size, gathers, 2 * forwards + 2 - unused_sums),
     )
@@ -205,7 +205,7 @@ def _lookup_work(config: Config, plan: Plan, dtype: str, forward: int) -> Work:
     tables = lookup.table_rows * dims.width // tensor
     # the products of a query with its rows: as a matrix-vector product per token, so it is the rows' bytes that count
     read = tokens * lookup.mean_rows * dims.width * size * (2 * forward + 4) / tensor
-    channels = tokens * (4 * dims.width + 3 * lookup.up_width // tensor) * (forward + BACKWARD)
+    channels = tokens * (4 * dims.width + 3 * lookup.up_width // tensor) * (forward + BACKWARD_RATIO)
     # as in block_work, and a repeated pass never leaves the last region
     collectives = _tensor_collectives(config, plan, size, 2 * forward + 2, 2 * forward + 2 - (forward - 1))
     # the second region is entered with what was read beside the stream, both of the stream's width
@@ -247,7 +247,9 @@ def embedding_work(config: Config, plan: Plan, dtype: str) -> Work:
     dims, tensor, size = plan.dims, plan.layout.tensor, ITEMSIZE[dtype]
     tokens = plan.micro_tokens
     table = dims.padded_vocab * dims.width // tensor
-    work = Work(moved=tokens * dims.width * size * 14 * (1 + BACKWARD), streamed=table * (2 * size + 8), kernels=40)
+    work = Work(
+        moved=tokens * dims.width * size * 14 * (1 + BACKWARD_RATIO), streamed=table * (2 * size + 8), kernels=40
+    )
     if tensor > 1:
         # whole: the smear needs each token's neighbor
         stream = Collective("all_reduce", tokens * dims.width * size, "tensor")
@@ -266,8 +268,8 @@ def head_work(config: Config, plan: Plan, dtype: str) -> Work:
         kind = "float8"
     rounding = FP8_BYTES * (tokens * (dims.width + columns) + 2 * columns * dims.width) if kind == "float8" else 0
     return Work(
-        _products(tokens, (columns, dims.width), kind),
-        moved=stream_tokens(config, plan) * dims.width * size * 8 * (1 + BACKWARD) + rounding,
+        _weight_products(tokens, (columns, dims.width), kind),
+        moved=stream_tokens(config, plan) * dims.width * size * 8 * (1 + BACKWARD_RATIO) + rounding,
         streamed=columns * dims.width * (4 + size + 4 + 12),
         logits=tokens * columns,
         collectives=_tensor_collectives(config, plan, size, 1, 1),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import requests
 
-from megachat.activity import Progress
+from megachat.activity import ProgressBar
 from megachat.errors import UserError, summary
 from megachat.files import PART, sync_and_rename
 from megachat.prepare.manifest import ShardEntry, measure_shard, shard_name
@@ -65,7 +65,7 @@ def download_shards(
     """
     names = shard_names(source, train_shards)
     stop = threading.Event()
-    with Progress(f"0/{len(names)} shards", None, "B") as progress, ThreadPoolExecutor(workers) as pool:
+    with ProgressBar(f"0/{len(names)} shards", None, "B") as progress, ThreadPoolExecutor(workers) as pool:
         downloader = _Downloader(retry_wait_s, stop, progress, "--base-url and --shards", len(names))
         base_url = source.base_url.rstrip("/")
         futures = [pool.submit(_download_shard, downloader, f"{base_url}/{name}", folder / name) for name in names]
@@ -87,7 +87,7 @@ def download_file(url: str, part: Path, *, retry_wait_s: float = 1.0) -> None:
 
     The caller checks the content. Raises UserError.
     """
-    with Progress(part.name, None, "B") as progress:
+    with ProgressBar(part.name, None, "B") as progress:
         _Downloader(retry_wait_s, threading.Event(), progress, "the address").download(url, part)
 
 
@@ -123,7 +123,7 @@ class _Downloader:
 
     retry_wait_s: float
     stop: threading.Event
-    progress: Progress
+    progress: ProgressBar
     options: str
     files: int = 1
     sizes: dict[str, int] = field(default_factory=dict)

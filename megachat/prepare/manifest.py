@@ -9,7 +9,7 @@ from typing import NoReturn
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from megachat.data.shards import MANIFEST, UNFINISHED, check_data_folder, load_manifest, open_shard, shard_paths
+from megachat.data.shards import MANIFEST, UNFINISHED_FILE, check_data_folder, load_manifest, open_shard, shard_paths
 from megachat.data.texts import read_batches
 from megachat.errors import UserError
 from megachat.files import PART, file_sha256, write_atomically, write_json
@@ -57,7 +57,7 @@ def is_prepared(folder: Path, request: dict, *, overwrite: bool, names: Collecti
         return False
     interrupted = _unfinished_request(folder)
     if interrupted is None:
-        manifest = None if (folder / UNFINISHED).exists() else load_manifest(folder)
+        manifest = None if (folder / UNFINISHED_FILE).exists() else load_manifest(folder)
         # a manifest of an earlier version has no hash of its input
         before = manifest and {key: request[key] for key in ("input_sha256",) if key in request} | manifest["request"]
         if before != request:
@@ -81,7 +81,7 @@ def begin_preparation(folder: Path, request: dict, *, keep_shards: bool = False)
     """
     folder.mkdir(parents=True, exist_ok=True)
     reuse = keep_shards and _has_same_origin(folder, request)
-    write_atomically(folder / UNFINISHED, json.dumps(request, indent=1).encode())
+    write_atomically(folder / UNFINISHED_FILE, json.dumps(request, indent=1).encode())
     (folder / MANIFEST).unlink(missing_ok=True)
     if not reuse:
         for path in (*shard_paths(folder), *folder.glob("*" + PART)):
@@ -95,7 +95,7 @@ def _refuse(folder: Path, existing: dict | None, request: dict) -> NoReturn:
             "or --overwrite to replace its .parquet files"
         )
     changed = [
-        f"{key} is {_short(existing.get(key))} there, but {_short(request.get(key))} is requested"
+        f"{key} is {_short_repr(existing.get(key))} there, but {_short_repr(request.get(key))} is requested"
         for key in sorted({*existing, *request})
         if existing.get(key) != request.get(key)
     ]
@@ -104,14 +104,14 @@ def _refuse(folder: Path, existing: dict | None, request: dict) -> NoReturn:
     )
 
 
-def _short(value: object) -> str:
+def _short_repr(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
 
 
 def _unfinished_request(folder: Path) -> dict | None:
     try:
-        return json.loads((folder / UNFINISHED).read_text(encoding="utf-8"))
+        return json.loads((folder / UNFINISHED_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 
@@ -145,5 +145,5 @@ def finish_preparation(folder: Path, request: dict, entries: list[ShardEntry], s
         "shards": [vars(entry) for entry in entries],
     }
     write_json(folder / MANIFEST, manifest)
-    (folder / UNFINISHED).unlink()
+    (folder / UNFINISHED_FILE).unlink()
     return manifest

@@ -64,7 +64,7 @@ def cut_module(text: str, document_bytes: int) -> list[str]:
     documents, current = [], ""
     cuts = [0, *_cuts(tree.body, document_bytes, lines), len(lines)]
     for start, end in zip(cuts, cuts[1:], strict=False):
-        piece = "".join(filter(_is_text, lines[start:end]))
+        piece = "".join(filter(_is_prose, lines[start:end]))
         if current and len((current + piece).encode()) > document_bytes:
             documents.append(current)
             current = ""
@@ -87,7 +87,7 @@ def _lines_of(statement: ast.stmt) -> tuple[int, int]:
     return statement.lineno - 1, statement.end_lineno
 
 
-def _is_text(line: str) -> bool:
+def _is_prose(line: str) -> bool:
     """Returns False for lines of tables or escaped bytes and for very long lines."""
     if len(line) > _MAX_LINE or _UNPRINTABLE.search(line) or line.count("\\x") + line.count("\\u") > 4:
         return False

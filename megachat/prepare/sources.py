@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megachat.activity import Progress
+from megachat.activity import ProgressBar
 from megachat.data.shards import open_shard
 from megachat.data.texts import REFUSE, BadTexts, read_shard_texts
 from megachat.errors import UserError, raise_if_unreadable
@@ -24,7 +24,7 @@ _MIN_SHARDS = 4
 _GROUP_DOCUMENTS = 1024
 _MIN_GROUPS = 8  # in a shard of a small corpus, because shuffling works on row groups
 _VALIDATION_SHARE = 0.05
-_BATCH_DOCUMENTS = 4096
+_WRITTEN_DOCUMENTS = 4096
 
 
 def find_input_files(inputs: Iterable[str | Path], suffixes: tuple[str, ...]) -> list[Path]:
@@ -150,7 +150,7 @@ def write_shards(
         columns["source"] = pa.chunked_array([pa.array(sources, pa.string()).dictionary_encode()])
     before_writing()
     entries = []
-    with Progress("writing documents", len(order), "") as progress:
+    with ProgressBar("writing documents", len(order), "") as progress:
         for index, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
             documents_of_shard = pa.array(order[start:end])
             shard = {name: column.take(documents_of_shard) for name, column in columns.items()}
@@ -162,7 +162,7 @@ def write_shards(
 def _to_arrow(documents: Iterable[str]) -> pa.ChunkedArray:
     """Collects all documents in one Arrow column, which is far smaller than Python strings."""
     documents, chunks = iter(documents), []
-    while batch := list(itertools.islice(documents, _BATCH_DOCUMENTS)):
+    while batch := list(itertools.islice(documents, _WRITTEN_DOCUMENTS)):
         chunks.append(pa.array(batch, pa.large_string()))
     return pa.chunked_array(chunks, pa.large_string())
 

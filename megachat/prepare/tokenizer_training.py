@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import tiktoken
 
-from megachat.activity import Progress, print_line, ticking
+from megachat.activity import ProgressBar, print_line, ticking
 from megachat.data.shards import Shard, open_shards, split_shards
 from megachat.data.texts import REFUSE, BadTexts, read_shard_texts
 from megachat.data.tokenizer import LONGEST_RUN, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, split_long_runs
@@ -49,7 +49,7 @@ def with_progress(texts: Iterator[str], documents: int, max_chars: int, merges: 
 
     documents: in the split. max_chars: where `texts` ends.
     """
-    with Progress("reading documents", documents, "") as progress:
+    with ProgressBar("reading documents", documents, "") as progress:
         count = chars = 0
         for count, text in enumerate(texts, 1):
             chars += len(text)
@@ -182,7 +182,7 @@ def import_nanochat(folder: str | Path) -> Tokenizer:
     return Tokenizer(ranks, order, pattern, name)
 
 
-def export_nanochat(tokenizer: Tokenizer, folder: str | Path) -> None:
+def export_nanochat_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     """Writes nanochat's tokenizer folder: tokenizer.pkl, a tiktoken.Encoding, and token_bytes.pt, int32 [vocab]."""
     import torch  # here: the other functions do not need it, and importing it takes seconds
 

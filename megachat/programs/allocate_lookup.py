@@ -20,7 +20,7 @@ from megachat.text import text_table
 LONGEST_WORDS = 20
 
 
-def describe(allocation: Allocation) -> list[str]:
+def describe_allocation(allocation: Allocation) -> list[str]:
     """Return lines on how many tokens, and how much of the text, have how many rows."""
     rows, counts = allocation.rows_per_token, allocation.token_counts
     table = [("rows per token", "tokens", "share of the text")]
@@ -75,7 +75,7 @@ def allocate_rows(options: argparse.Namespace) -> None:
     rows = options.rows or LOOKUP_ROWS_PER_TOKEN * tokenizer.vocab_size
     documents = list(sample_documents(options.data, tokenizer, options.sample_tokens))
     allocation = allocate(options.method, documents, tokenizer, rows, options.max_rows_per_token)
-    lines = describe(allocation)
+    lines = describe_allocation(allocation)
     if options.words:
         published = options.method == "lzw_published"
         lines += ["the longest words of the sample:", *longest_words(documents, tokenizer, published=published)]

@@ -31,10 +31,10 @@ class Size(NamedTuple):
         """Returns the size as settings of a config, with the reason for it."""
         values = {"horizon.steps": self.steps, "batch.tokens": self.tokens, "evaluate.every": self.every}
         values["checkpoint.every"] = 2 * self.every
-        return [*(f"{key}={value}" for key, value in values.items()), _note(note)]
+        return [*(f"{key}={value}" for key, value in values.items()), _note_setting(note)]
 
 
-def _note(text: str | None) -> str:
+def _note_setting(text: str | None) -> str:
     return f"run.note={json.dumps(text)}"
 
 
@@ -48,7 +48,7 @@ def size_settings(config: Config, run_folder: Path, vocab_size: int) -> list[str
     """
     if (path := run_folder / CONFIG_NAME).exists():
         saved = load_config(path)
-        return SHORT.settings(saved.run.note) if saved.batch.tokens == SHORT.tokens else [_note(saved.run.note)]
+        return SHORT.settings(saved.run.note) if saved.batch.tokens == SHORT.tokens else [_note_setting(saved.run.note)]
     return choose_size(config, passes_per_second(config, vocab_size))
 
 
@@ -60,7 +60,7 @@ def choose_size(config: Config, tokens_per_s: float) -> list[str]:
         f"forward and backward of {tokens_per_s:,.0f} tokens per second, so {tokens:,} take {whole_s / 60:.1f} minutes"
     )
     if whole_s <= LIMIT_S:
-        return [_note(note)]
+        return [_note_setting(note)]
     return SHORT.settings(f"{note}: shortened to {SHORT.steps * SHORT.tokens:,} tokens")
 
 

@@ -18,7 +18,7 @@ from megachat.planning.layouts import describe_layout
 from megachat.planning.manifest import describe_ownership, ownership
 from megachat.planning.memory import FILLS, Memory, describe_memory, format_bytes, memory_of_stages
 from megachat.planning.memory_advice import memory_warning
-from megachat.planning.plan import Plan, resolve
+from megachat.planning.plan import Plan, resolve_plan
 from megachat.planning.probe import Probe, read_probe
 from megachat.planning.step_time import RunTime, predict_run
 from megachat.programs.preflight import Check, describe_checks, preflight, rank_checkpoint_bytes
@@ -49,12 +49,12 @@ def describe_job(config: Config, world: int, hardware: Hardware = THIS_MACHINE, 
     exist, for a bundle that cannot be used, and for a price where no time is known.
     """
     plan = _resolve(config, world)
-    stages, dtype, device_bytes = _stage_memory(config, plan, hardware.memory_gb)
+    stages, dtype, device_bytes = _memory_here(config, plan, hardware.memory_gb)
     warnings = _warnings(config, plan, stages, dtype, device_bytes)
     time = predicted_time(config, plan, hardware, dtype)
     checks = preflight(config, plan)
     lines = [
-        _verdict(stages, device_bytes, checks) + (f"; {plural(len(warnings), 'warning')}" if warnings else ""),
+        _job_verdict(stages, device_bytes, checks) + (f"; {plural(len(warnings), 'warning')}" if warnings else ""),
         *(describe_time(time) if time else []),
         f"{describe_memory(stages, device_bytes)}; computed in {dtype_name(dtype)}",
         *_fp8_line(config, plan),
@@ -81,7 +81,7 @@ def _fp8_line(config: Config, plan: Plan) -> list[str]:
     return [f"fp8 {recipe} for {describe_fp8_matrices(plan.dims, plan.layout.tensor, recipe, head=head)}"]
 
 
-def _verdict(stages: list[Memory], device_bytes: int | None, checks: list[Check]) -> str:
+def _job_verdict(stages: list[Memory], device_bytes: int | None, checks: list[Check]) -> str:
     """Returns the first line: whether the job fits the device, and how many checks of this machine have a problem."""
     most, problems = max(stage.total for stage in stages), sum(check.problem for check in checks)
     fit = f"needs {format_bytes(most)} per rank"
@@ -127,7 +127,7 @@ def predicted_time(config: Config, plan: Plan, hardware: Hardware, dtype: torch.
 def timed_plan(config: Config, world: int, hardware: Hardware = THIS_MACHINE) -> tuple[Plan, dict | None]:
     """Returns the plan of a job with its predicted time (see predicted_time)."""
     plan = _resolve(config, world)
-    return plan, predicted_time(config, plan, hardware, _stage_memory(config, plan, hardware.memory_gb)[1])
+    return plan, predicted_time(config, plan, hardware, _memory_here(config, plan, hardware.memory_gb)[1])
 
 
 def price_values(run: RunTime, units: int, price: float | None) -> dict:
@@ -155,7 +155,7 @@ def describe_time(values: Mapping) -> list[str]:
 def job_values(config: Config, world: int, hardware: Hardware = THIS_MACHINE) -> dict:
     """Returns the same as JSON values; memory: of a rank of each pipeline stage, in bytes; time: null if not known."""
     plan = _resolve(config, world)
-    stages, dtype, device_bytes = _stage_memory(config, plan, hardware.memory_gb)
+    stages, dtype, device_bytes = _memory_here(config, plan, hardware.memory_gb)
     return {
         "config": config.model_dump(mode="json"),
         "plan": plan_values(plan),
@@ -171,10 +171,10 @@ def job_values(config: Config, world: int, hardware: Hardware = THIS_MACHINE) ->
 
 def _resolve(config: Config, world: int) -> Plan:
     vocab_size = config.model.vocab_size or load_tokenizer(config.data.tokenizer).vocab_size
-    return resolve(config, world, vocab_size, planned_lookup(config, vocab_size))
+    return resolve_plan(config, world, vocab_size, planned_lookup(config, vocab_size))
 
 
-def _stage_memory(config: Config, plan: Plan, memory_gb: float | None) -> tuple[list[Memory], torch.dtype, int | None]:
+def _memory_here(config: Config, plan: Plan, memory_gb: float | None) -> tuple[list[Memory], torch.dtype, int | None]:
     """Returns the estimate for each stage, the compute dtype, and the device's bytes; in bfloat16 on GPUs unless
     configured.
     """

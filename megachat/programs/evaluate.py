@@ -5,10 +5,10 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from megachat.activity import Progress, announced
+from megachat.activity import ProgressBar, announced
 from megachat.checkpoint.resume import find_damage
 from megachat.convert.saved_model import SavedModel, open_saved_model
 from megachat.device import dtype_name
@@ -20,7 +20,7 @@ from megachat.evals.core_prompts import check_questions, row_limit
 from megachat.evals.engine_model import sample_prompts
 from megachat.evals.results import core_table, evaluation_stamp, results_path, save_results
 from megachat.evals.sources import SourceRows, source_names
-from megachat.files import check_writable
+from megachat.files import Log, check_writable
 from megachat.job.agreement import rank_facts
 from megachat.job.join import join_job
 from megachat.job.launch import bootstrap_environment
@@ -35,8 +35,6 @@ from megachat.train.weights import (
 )
 
 DEFAULT = ""  # --core or --bpb without a value
-
-Log = Callable[[str], object]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +155,7 @@ def _evaluate_model(model: EvaluationModel, request: EvaluationRequest, bundle: 
             log(f"sample: {text!r}")
     if bundle:
         log(describe_bundle(bundle))
-        shown = contextlib.nullcontext() if model.mesh.world.rank else Progress("CORE", None, " examples")
+        shown = contextlib.nullcontext() if model.mesh.world.rank else ProgressBar("CORE", None, " examples")
         with long_running("evaluation of CORE"), shown as progress:
 
             def on_progress(done: int, total: int) -> None:

@@ -16,7 +16,7 @@ from megachat.planning.influence import influenced, influencing, moved, numbers_
 from megachat.planning.key_docs import describe_key
 from megachat.planning.names import explained_as
 from megachat.planning.numbers import NUMBERS, formula_of, names_in, with_numbers
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from megachat.planning.probe import read_probe
 from megachat.planning.time_numbers import TIME_NUMBERS, Timing
 from megachat.programs.preflight import rank_checkpoint_bytes
@@ -58,10 +58,10 @@ def explain(
         shown["setting"] = _setting(config, key, file_config, path, bool(given))
         shown["setting"]["moves"] = influenced(config, key, partial(numbers, memory=True))
         with contextlib.suppress(UserError):  # not every setting needs a plan that exists
-            warnings = setting_warnings(config, resolve(config, world, vocab_size))
+            warnings = setting_warnings(config, resolve_plan(config, world, vocab_size))
             shown["notes"] += [line for line in warnings if key in line]
     if number:
-        shown["number"] = _number(config, number, world, vocab_size, timing)
+        shown["number"] = _explained_number(config, number, world, vocab_size, timing)
     if given or changes:
         known = partial(numbers, memory=True)
         try:
@@ -116,7 +116,7 @@ def _fitting_world(config: Config, vocab_size: int) -> int:
     unit = config.parallel.tensor * config.parallel.pipeline
     for count in _WORLDS:
         try:
-            resolve(config, unit * count, vocab_size)
+            resolve_plan(config, unit * count, vocab_size)
         except UserError:
             continue
         return unit * count
@@ -141,8 +141,8 @@ def _setting(config: Config, key: str, file_config: Config, path: str | None, ov
     }
 
 
-def _number(config: Config, name: str, world: int, vocab_size: int, timing: Timing | None) -> dict:
-    plan, known = resolve(config, world, vocab_size), NUMBERS | TIME_NUMBERS
+def _explained_number(config: Config, name: str, world: int, vocab_size: int, timing: Timing | None) -> dict:
+    plan, known = resolve_plan(config, world, vocab_size), NUMBERS | TIME_NUMBERS
     timing = timing if name in TIME_NUMBERS else None
     memory = name.startswith("memory.")
     numbers = numbers_of(config, world, vocab_size, memory=memory, timing=timing)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megachat.activity import Progress, counted
+from megachat.activity import ProgressBar, counted
 from megachat.config import Config, load_config
 from megachat.data.tokenizer import load_tokenizer
 from megachat.device import choose_compute_dtype, device_name, dtype_name, seconds_of, this_device
@@ -49,11 +49,11 @@ _SET_BY_CHECK = (
     *("run.name", "run.folder", "horizon.steps", "precision.fp8_head"),
     *("evaluate.every", "evaluate.core_every", "evaluate.prompts", "log.every"),
 )
-EVALUATIONS = 10  # of a paired run: points of the curves that are compared
+CURVE_POINTS = 10  # of a paired run: points of the curves that are compared
 
 
 @dataclass(frozen=True)
-class Question:
+class Fp8Question:
     """What is checked. settings: of all runs. steps: of each paired run, 0 for none. baselines: 1, or 2 for the noise
     of the seed. gate: relative loss that FP8 may lose. rounds: turns of the measurement. ranks: processes per run."""
 
@@ -68,7 +68,7 @@ class Question:
     out: Path
 
 
-def fp8_check(question: Question) -> dict[str, Any]:
+def fp8_check(question: Fp8Question) -> dict[str, Any]:
     """Measures, trains, and returns the result as JSON values. Raises UserError for a config that cannot be in FP8."""
     refuse_fixed(question.settings, _SET_BY_CHECK, "--set")
     config, device = load_config(question.config, [*question.settings]), this_device()
@@ -173,11 +173,11 @@ def _linear_action(
     """Returns forward and both backward products of a linear, as in training. shape: tokens, rows, columns."""
     tokens, rows, columns = shape
     linear = Linear(columns, rows).to(device)
-    linear.weight.data = _random(device, rows, columns).mul_(columns**-0.5).to(dtype)
+    linear.weight.data = _random_tensor(device, rows, columns).mul_(columns**-0.5).to(dtype)
     if choice:
         apply_fp8([linear], choice)
     function: Callable = torch.compile(linear) if compiles else linear
-    x, gradient = (_random(device, tokens, size).to(dtype) for size in (columns, rows))
+    x, gradient = (_random_tensor(device, tokens, size).to(dtype) for size in (columns, rows))
     x.requires_grad_()
     return lambda: torch.autograd.grad(function(x), (x, linear.weight), gradient)
 
@@ -187,8 +187,8 @@ def _head_action(
 ) -> Callable[[], object]:
     """Returns head and loss, whose forward pass computes the gradients, too. shape: tokens, rows, columns."""
     tokens, rows, columns = shape
-    hidden = _random(device, tokens, columns).to(dtype).requires_grad_()
-    table = _random(device, rows, columns).mul_(0.02).requires_grad_()
+    hidden = _random_tensor(device, tokens, columns).to(dtype).requires_grad_()
+    table = _random_tensor(device, rows, columns).mul_(0.02).requires_grad_()
     targets = torch.randint(0, rows, (tokens,), device=device)
 
     def action():
@@ -198,7 +198,7 @@ def _head_action(
     return action
 
 
-def _random(device: torch.device, *shape: int) -> torch.Tensor:
+def _random_tensor(device: torch.device, *shape: int) -> torch.Tensor:
     return torch.randn(shape, device=device)
 
 
@@ -231,7 +231,7 @@ def time_in_turn(
 # ---- the paired runs
 
 
-def check_question(question: Question, fp8_head: bool | None = None) -> bool | None:
+def check_question(question: Fp8Question, fp8_head: bool | None = None) -> bool | None:
     """Notes in the folder what its runs are for, and returns precision.fp8_head of its runs, None if it is not decided.
 
     fp8_head: decides it. Raises UserError if the folder has the runs of another question.
@@ -252,11 +252,11 @@ def check_question(question: Question, fp8_head: bool | None = None) -> bool | N
     return fp8_head
 
 
-def train_pair(question: Question, fp8: Sequence[str]) -> dict[str, RunRecord]:
+def train_pair(question: Fp8Question, fp8: Sequence[str]) -> dict[str, RunRecord]:
     """Trains the baseline and FP8 from the same seed on the same rows; returns the runs by name. What is finished is
     not trained again. fp8: the settings of FP8."""
     seed = load_config(question.config, [*question.settings]).run.seed
-    every = max(1, question.steps // EVALUATIONS)
+    every = max(1, question.steps // CURVE_POINTS)
     common = [f"horizon.steps={question.steps}", f"evaluate.every={every}", "log.every=1"]
     common += ["evaluate.core_every=0", "evaluate.prompts=[]"]
     trials = [Trial("base", ("precision.fp8=off",)), Trial("fp8", tuple(fp8))]
@@ -264,7 +264,7 @@ def train_pair(question: Question, fp8: Sequence[str]) -> dict[str, RunRecord]:
         trials.append(Trial("base_seed", ("precision.fp8=off", f"run.seed={seed + 1}")))
     train = trainer(question.config, question.out, [*question.settings, *common], ranks=question.ranks)
     runs = {}
-    with Progress("training", len(trials) * question.steps, " steps") as progress:
+    with ProgressBar("training", len(trials) * question.steps, " steps") as progress:
         for number, trial in enumerate(trials):
             progress.rename(f"training {trial.name} ({number + 1} of {len(trials)})")
             already = number * question.steps

@@ -12,7 +12,7 @@ from megachat.errors import UserError
 from megachat.planning.hardware import Machine
 from megachat.planning.layouts import layout_name
 from megachat.planning.memory import FILLS, format_bytes
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from megachat.planning.probe import Probe
 from megachat.planning.search import (
     SEARCHED,
@@ -157,7 +157,7 @@ def plan_values_of(request: Request) -> dict:
 
 
 def _no_layout(request: Request, layouts: Layouts) -> str:
-    rows = resolve(request.config.model_copy(update={"parallel": Config().parallel}), 1, request.vocab_size)
+    rows = resolve_plan(request.config.model_copy(update={"parallel": Config().parallel}), 1, request.vocab_size)
     reason = layouts.refused[0][1] if layouts.refused else "no sizes of the axes divide it"
     what = f"{request.machine.world} {'GPUs' if request.on_gpu else 'ranks'}"
     return f"{what} fit no layout of this config, whose step has {rows.rows_per_step} rows: {reason}"
@@ -217,7 +217,7 @@ def scaling_values(request: Request) -> list[dict]:
 
 def describe_plan_values(values: Mapping, *, verbose: bool = False) -> str:
     """Returns the plan for people: the verdict first."""
-    lines = _verdict(values)
+    lines = _machine_verdict(values)
     if values["layouts"]:
         lines += ["", f"best layouts of {values['fitting_layouts']} that fit", *_layout_table(values["layouts"])]
     if values["too_large"]:
@@ -240,7 +240,7 @@ def describe_plan_values(values: Mapping, *, verbose: bool = False) -> str:
     return "\n".join([*lines, *values["notes"], f"predicted, not measured; {source}"])
 
 
-def _verdict(values: Mapping) -> list[str]:
+def _machine_verdict(values: Mapping) -> list[str]:
     usable = f"{format_bytes(values['usable_bytes'])} of {format_bytes(values['gpu_bytes'])} usable"
     if not values["fits"]:
         least = ", or ".join(values["least_hardware"])

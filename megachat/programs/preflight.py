@@ -32,7 +32,7 @@ def preflight(config: Config, plan: Plan) -> list[Check]:
     """Returns the checks of data folder, tokenizer, CORE bundle, trackers, disk space and port on this machine."""
     checks: list[tuple[str, Callable[[], str]]] = [
         ("data folder", lambda: str(check_data_folder(config.data.folder))),
-        ("tokenizer", lambda: _tokenizer(config)),
+        ("tokenizer", lambda: _check_tokenizer(config)),
         ("trackers", lambda: _trackers(config)),
         ("disk", lambda: _disk(config, plan)),
         ("port", _port),
@@ -54,7 +54,7 @@ def _checked(name: str, check: Callable[[], str]) -> Check:
         return Check(name, True, str(error))
 
 
-def _tokenizer(config: Config) -> str:
+def _check_tokenizer(config: Config) -> str:
     size, configured = load_tokenizer(config.data.tokenizer).vocab_size, config.model.vocab_size
     if configured not in (None, size):
         raise UserError(f"{config.data.tokenizer} has {size:,} tokens, but model.vocab_size is {configured:,}")

@@ -41,7 +41,7 @@ from megachat.parallel.mesh import Mesh
 from megachat.planning.explain import plan_values, setting_warnings
 from megachat.planning.memory import describe_memory, memory_of_stages
 from megachat.planning.memory_advice import check_state_fits, memory_warning
-from megachat.planning.plan import Plan, resolve, usable_world
+from megachat.planning.plan import Plan, resolve_plan, usable_world
 from megachat.programs.dry_run import THIS_MACHINE, Hardware, describe_job, job_values
 from megachat.programs.run_start import banner, write_run_folder
 from megachat.studies.report import report_line
@@ -51,7 +51,7 @@ from megachat.train.changes import describe_changes
 from megachat.train.documents import resume_documents
 from megachat.train.lookup_rows import allocated_lookup
 from megachat.train.metrics import Metrics
-from megachat.train.prediction import predict_training, predicted_lines, predicted_rows
+from megachat.train.prediction import predict_training, predicted_lines, predicted_step_rows
 from megachat.train.state import LoopState, check_checkpoint, load_state
 from megachat.train.summary import log_end, next_commands, summary_rows
 from megachat.train.trackers import check_trackers
@@ -80,7 +80,7 @@ class JobInputs:
         return rank_facts(self.config, self.tokenizer, self.data, bundle=bundle)
 
 
-def pretrain(
+def run_pretrain(
     config_path: str,
     overrides: list[str],
     *,
@@ -130,7 +130,7 @@ def run_job(
     self_test: bool = False,
     begin: float | None = None,
 ) -> int:
-    """Runs the job of a config that has a run name; see `pretrain`. begin: time.perf_counter() at its start."""
+    """Runs the job of a config that has a run name; see `run_pretrain`. begin: time.perf_counter() at its start."""
     begin, environment, recovery = begin or time.perf_counter(), bootstrap_environment(), Recovery()
     with announced("checking config, tokenizer, data and kernels", shown=environment.rank == 0):
         job = _check_inputs(config, environment, resume, elastic)
@@ -144,7 +144,7 @@ def run_job(
             from megachat.programs.self_test import run_self_test  # loads torch.distributed.checkpoint, 0.7 s
 
             with mesh.world.progress.long_running("self-test"):
-                notes.append(run_self_test(job, mesh, _plan_with_allocation, _build))
+                notes.append(run_self_test(job, mesh, _plan_with_allocation, build_job_run))
         checkpoint, facts, chosen_notes = _agreed_checkpoint(job, resume, mesh)
         job = dataclasses.replace(job, plan=_plan_with_allocation(job, facts, mesh))
         named = resume not in (None, "auto")
@@ -152,7 +152,7 @@ def run_job(
             monitor.before_stop = guard.end
             recovery.interrupted(guard.interrupted_at)
             recovery.finish("joining")
-            run, data_notes = _build(job, checkpoint, facts, mesh)
+            run, data_notes = build_job_run(job, checkpoint, facts, mesh)
             recovery.finish("building")
             data_line = f"data {job.data}"
             bundle_lines = [describe_bundle(job.bundle)] if job.bundle else []
@@ -193,7 +193,7 @@ def _check_inputs(
         if environment.rank >= used:
             return None
         environment = with_fewer_ranks(environment, used)
-    plan = resolve(config, environment.world_size, vocab_size)
+    plan = resolve_plan(config, environment.world_size, vocab_size)
     check_document_start(plan, tokenizer)
     find_checkpoint(folder, resume)
     data, bundle = check_data(config), open_configured_bundle(config.evaluate)
@@ -237,10 +237,10 @@ def _plan_with_allocation(job: JobInputs, facts: dict | None, mesh: Mesh) -> Pla
         return job.plan
     with _starting("allocating the rows of the lookup table", mesh):
         lookup = allocated_lookup(job.config, job.plan.dims.lookup, job.tokenizer, job.folder, facts, mesh.world)
-    return resolve(job.config, mesh.world.size, job.plan.dims.vocab_size, lookup)
+    return resolve_plan(job.config, mesh.world.size, job.plan.dims.vocab_size, lookup)
 
 
-def _build(job: JobInputs, checkpoint: Path | None, facts: dict | None, mesh: Mesh) -> tuple[Run, list[str]]:
+def build_job_run(job: JobInputs, checkpoint: Path | None, facts: dict | None, mesh: Mesh) -> tuple[Run, list[str]]:
     """Returns the run with initial weights and its loader at the checkpoint's documents, and notes for the log."""
     with _starting("building model, optimizers and loader", mesh):
         documents, notes = None, list[str]()
@@ -291,7 +291,7 @@ def _train(
             guard.forget()
         if run.is_writer:
             rows = summary_rows(trainer, startup_s, time.perf_counter() - begin)
-            rows += predicted_rows(run, first_step, environment.local_size)
+            rows += predicted_step_rows(run, first_step, environment.local_size)
             commands = next_commands(trainer, environment.launcher, environment.local_size, stopped=stopped)
             log_end(trainer, rows, commands, stopped=stopped)
         return stopped

@@ -28,8 +28,8 @@ from megachat.model.parameters import initialize
 from megachat.optim.muon import orthogonalization_dtype, second_moment_shape, update_direction, update_scales
 from megachat.planning.dimensions import MLP_RATIO, Dimensions, linear_shapes
 from megachat.planning.plan import Plan, resolve_without_text
-from megachat.planning.probe import FORMAT, VERSION, WIDTHS, Probe
-from megachat.planning.step_work import ITEMSIZE, Product, block_work, head_work
+from megachat.planning.probe import PROBE_FORMAT, PROBE_VERSION, WIDTHS, Probe
+from megachat.planning.step_work import ITEMSIZE, MatrixProduct, block_work, head_work
 from megachat.programs.probe_step import calibrate, measure_step
 from megachat.programs.verify import vocabulary_without_text
 from megachat.train.build import build_training_model, model_options
@@ -80,7 +80,7 @@ def probe_rank(config: Config, vocab_size: int, section_sec: float) -> dict[str,
     clock, ranks = Clock(device, section_sec), mesh.world.size
     attend = choose_kernels(config, plan, device).attention.attend
     measured: dict[str, Any] = {"ranks": ranks, "threads": torch.get_num_threads()}
-    measured["products"] = _products(clock, config, plan, dtype)
+    measured["products"] = _measure_products(clock, config, plan, dtype)
     measured["attention"] = _attention(clock, plan, dtype, attend)
     measured["streamed"] = _streamed(clock)
     measured["polar"] = _polar(clock, plan.dims, orthogonalization_dtype(dtype))
@@ -115,7 +115,7 @@ def _speeds(measured: dict[str, Any]):
     return Probe(document).speeds(measured["ranks"])
 
 
-def _random(clock: Clock, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+def _random_input(clock: Clock, *shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(shape, device=clock.device).to(dtype)
 
 
@@ -123,9 +123,9 @@ def _row_counts(plan: Plan) -> list[int]:
     return list(dict.fromkeys(max(1, round(factor * plan.micro_rows)) for factor in ROWS))
 
 
-def _products(clock: Clock, config: Config, plan: Plan, dtype: torch.dtype) -> list[list]:
+def _measure_products(clock: Clock, config: Config, plan: Plan, dtype: torch.dtype) -> list[list]:
     """Measures the products of the passes of linears, as [rows, columns, inner, dtype, seconds]."""
-    shapes: dict[Product, None] = {}
+    shapes: dict[MatrixProduct, None] = {}
     name = dtype_name(dtype)
     kinds = [name, *(["float8"] if config.precision.fp8 != "off" else [])]
     for factor in WIDTHS:
@@ -140,7 +140,7 @@ def _products(clock: Clock, config: Config, plan: Plan, dtype: torch.dtype) -> l
                 for kind in kinds:
                     for out, into in sorted(weights):
                         for shape in ((tokens, out, into), (tokens, into, out), (out, into, tokens)):
-                            shapes[Product(*shape, kind)] = None
+                            shapes[MatrixProduct(*shape, kind)] = None
     clock.section()
     results: list[list] = []
     for product in shapes:
@@ -150,19 +150,19 @@ def _products(clock: Clock, config: Config, plan: Plan, dtype: torch.dtype) -> l
     return results
 
 
-def _product_action(clock: Clock, product: Product) -> Callable[[], object]:
+def _product_action(clock: Clock, product: MatrixProduct) -> Callable[[], object]:
     rows, columns, inner, kind, _ = product
     if kind == "float8":
         left, right = (
-            _random(clock, size, inner, dtype=torch.bfloat16).to(torch.float8_e4m3fn) for size in (rows, columns)
+            _random_input(clock, size, inner, dtype=torch.bfloat16).to(torch.float8_e4m3fn) for size in (rows, columns)
         )
         one = torch.ones((), device=clock.device)
         return lambda: torch._scaled_mm(left, right.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
     dtype = getattr(torch, kind)
     if inner > max(rows, columns):  # the gradient of a weight: both factors have the tokens as rows
-        left, right = (_random(clock, inner, size, dtype=dtype) for size in (rows, columns))
+        left, right = (_random_input(clock, inner, size, dtype=dtype) for size in (rows, columns))
         return lambda: torch.mm(left.t(), right)
-    left, right = _random(clock, rows, inner, dtype=dtype), _random(clock, columns, inner, dtype=dtype)
+    left, right = _random_input(clock, rows, inner, dtype=dtype), _random_input(clock, columns, inner, dtype=dtype)
     return lambda: torch.mm(left, right.t())
 
 
@@ -180,7 +180,7 @@ def _attention(clock: Clock, plan: Plan, dtype: torch.dtype, attend: Callable) -
                 if results and clock.over:
                     return results
                 shapes = [(rows, dims.sequence_len, count, dims.head_size) for count in (heads, kv_heads, kv_heads)]
-                inputs = [_random(clock, *shape, dtype=dtype).requires_grad_() for shape in shapes]
+                inputs = [_random_input(clock, *shape, dtype=dtype).requires_grad_() for shape in shapes]
                 output = attend(*inputs, window)
                 gradient = torch.randn_like(output)
 
@@ -211,7 +211,7 @@ def _polar(clock: Clock, dims: Dimensions, dtype: torch.dtype) -> list[list]:
         for shape in ((width, width), (MLP_RATIO * width, width)):
             if results and clock.over:
                 return results
-            update = _random(clock, *shape, dtype=dtype)
+            update = _random_input(clock, *shape, dtype=dtype)
             moment = torch.ones(second_moment_shape(shape), device=clock.device)
             beta2 = torch.tensor(0.9, device=clock.device)
 
@@ -260,7 +260,7 @@ def _blocks(clock: Clock, config: Config, plan: Plan, dtype: torch.dtype, known)
 
 def _block_action(clock: Clock, block: nn.Module, plan: Plan, dtype: torch.dtype) -> Callable[[], object]:
     shape = plan.micro_rows, plan.dims.sequence_len, plan.dims.width
-    x, x0 = (_random(clock, *shape, dtype=dtype).requires_grad_() for _ in range(2))
+    x, x0 = (_random_input(clock, *shape, dtype=dtype).requires_grad_() for _ in range(2))
     ids = torch.randint(0, plan.dims.vocab_size, shape[:2], device=clock.device)
     gradient = torch.randn_like(x)
 
@@ -282,7 +282,7 @@ def _heads(clock: Clock, config: Config, plan: Plan, dtype: torch.dtype, known) 
         if curve and clock.over:
             break
         there = dataclasses.replace(plan, micro_rows=rows)
-        hidden = _random(clock, rows * dims.sequence_len, dims.width, dtype=dtype).requires_grad_()
+        hidden = _random_input(clock, rows * dims.sequence_len, dims.width, dtype=dtype).requires_grad_()
         targets = torch.randint(0, dims.vocab_size, (rows * dims.sequence_len,), device=clock.device)
 
         def action(hidden=hidden, targets=targets):
@@ -336,8 +336,8 @@ def measure_machine(
     plan = real_step_plan(config, vocab_size)
     dtype = dtype_name(choose_compute_dtype(config.precision.compute, device)[0])
     document: dict[str, Any] = {
-        "format": FORMAT,
-        "version": VERSION,
+        "format": PROBE_FORMAT,
+        "version": PROBE_VERSION,
         "machine": describe_environment(device) | {"memory_bytes": memory_bytes(device, 1)},
         "config": config.model_dump(mode="json"),
         "vocab_size": vocab_size,
@@ -374,7 +374,7 @@ def describe_probe(document: dict[str, Any]) -> list[str]:
     return lines
 
 
-def probe(options: argparse.Namespace) -> dict[str, Any]:
+def probe_this_machine(options: argparse.Namespace) -> dict[str, Any]:
     """Measures this machine, writes the document and returns it. options: of `megachat probe`."""
     config = load_config(options.config, options.set)
     check_writable(options.out)

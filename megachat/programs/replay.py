@@ -93,7 +93,7 @@ def replay_capsule(folder: Path, device: str = "auto", dtype: str = "auto") -> d
     numbers, data_ranks = torch.from_numpy(rows), reader.facts["layout"]["data"]
     batches = micro_batches_of_step(len(rows), data_ranks, capsule["micro_rows"])
     scale = capsule["loss_scale"] / (len(batches) / data_ranks)
-    model = _build(reader, numbers, where, compute, scale)
+    model = _build_model(reader, numbers, where, compute, scale)
     bad, good = list[list[int]](), 0
 
     def finite(numbers: Sequence[int]) -> bool:
@@ -109,7 +109,7 @@ def replay_capsule(folder: Path, device: str = "auto", dtype: str = "auto") -> d
     if bad and compute != torch.float32:
         del model
         gc.collect()
-        exact = _build(reader, numbers, where, torch.float32, 1.0)
+        exact = _build_model(reader, numbers, where, torch.float32, 1.0)
         cured = all(exact.run(group) for group in bad)
     return {
         "capsule": str(folder),
@@ -131,7 +131,7 @@ def replay_capsule(folder: Path, device: str = "auto", dtype: str = "auto") -> d
     }
 
 
-def _build(reader: CheckpointReader, rows: torch.Tensor, device: torch.device, dtype: torch.dtype, scale: float):
+def _build_model(reader: CheckpointReader, rows: torch.Tensor, device: torch.device, dtype: torch.dtype, scale: float):
     config = config_from_values(reader.facts["config"], str(reader.folder))
     layers = build_trainable(reader, ModelOptions(compute_dtype=dtype, rotary=config.model.rotary))
     token_bytes = torch.zeros(reader.dims.vocab_size, dtype=torch.int64)

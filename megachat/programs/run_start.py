@@ -20,7 +20,7 @@ from megachat.planning.explain import describe_stages, plan_values
 from megachat.planning.layouts import describe_layout
 from megachat.text import plural
 from megachat.train.build import Run, agreed_head_chunk
-from megachat.train.check_cost import describe_checks
+from megachat.train.check_cost import describe_device_checks
 from megachat.train.state import LoopState
 
 
@@ -75,6 +75,6 @@ def banner(run: Run, environment: LaunchEnvironment) -> list[str]:
             if chunk in (CHUNK_BYTES, GPU_CHUNK_BYTES)
             else [f"head and loss in chunks of {chunk >> 20} MiB of logits"]
         ),
-        *([checks] if (checks := describe_checks(run.config.reliability)) else []),
+        *([checks] if (checks := describe_device_checks(run.config.reliability)) else []),
         *([f"note: {run.config.run.note}"] if run.config.run.note else []),
     ]

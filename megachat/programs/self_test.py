@@ -30,7 +30,7 @@ from megachat.train.metrics import Metrics
 from megachat.train.state import LoopState, load_state
 from megachat.train.trainer import Trainer
 
-RESUMES, PART = 2, 2  # resumes in a row; steps of each part
+RESUMES, PART_STEPS = 2, 2  # resumes in a row; steps of each part
 
 
 class Losses(Metrics):
@@ -51,7 +51,7 @@ def run_self_test(job, mesh: Mesh, plan_of: Callable, build: Callable) -> str:
     job: JobInputs of programs/pretrain.py. plan_of, build: its functions of the same names. Raises UserError on all
     ranks if the resumed steps differ.
     """
-    begin, last = time.perf_counter(), (RESUMES + 1) * PART
+    begin, last = time.perf_counter(), (RESUMES + 1) * PART_STEPS
     if job.plan.steps < last:
         raise UserError(f"--self-test takes {last} steps, but horizon.steps is {job.plan.steps}: leave it out")
     folder = job.folder.with_name(job.folder.name + ".self-test")
@@ -71,12 +71,12 @@ def run_self_test(job, mesh: Mesh, plan_of: Callable, build: Callable) -> str:
 
     try:
         with part(f"whole run of {last} steps"):
-            whole = _train(job, mesh, build, last, None)
-        checkpoint = folder / "whole" / CHECKPOINTS / checkpoint_name(PART)
+            whole = _train_part(job, mesh, build, last, None)
+        checkpoint = folder / "whole" / CHECKPOINTS / checkpoint_name(PART_STEPS)
         for number in range(1, RESUMES + 1):
-            resumed, stop = dataclasses.replace(job, folder=folder / f"resume_{number}"), (number + 1) * PART
+            resumed, stop = dataclasses.replace(job, folder=folder / f"resume_{number}"), (number + 1) * PART_STEPS
             with part(f"resume {number} of {RESUMES}"):
-                losses = _train(resumed, mesh, build, stop, checkpoint)
+                losses = _train_part(resumed, mesh, build, stop, checkpoint)
             name = checkpoint_name(stop)
             expected, checkpoint = (each.folder / CHECKPOINTS / name for each in (job, resumed))
             without_stop = {step: whole[step] for step in losses}
@@ -97,12 +97,12 @@ def _test_config(config: Config) -> Config:
     """Returns the config without evaluation, with a checkpoint after each part."""
     sections = config.model_dump(mode="json")
     sections["evaluate"] |= {"every": 0, "core_every": 0, "sample_every": 0, "prompts": []}
-    sections["checkpoint"] |= {"every": PART, "keep_last": None, "keep_every": None}
+    sections["checkpoint"] |= {"every": PART_STEPS, "keep_last": None, "keep_every": None}
     sections["log"] |= {"every": 1}
     return config_from_values(sections, "the self-test's config")
 
 
-def _train(job, mesh: Mesh, build: Callable, stop: int, checkpoint: Path | None) -> dict[int, float]:
+def _train_part(job, mesh: Mesh, build: Callable, stop: int, checkpoint: Path | None) -> dict[int, float]:
     """Trains in the job's folder to step `stop`, from the checkpoint or from the start; returns the losses."""
     job = dataclasses.replace(job, plan=dataclasses.replace(job.plan, stop_step=stop))
     run, _ = build(job, checkpoint, read_facts(checkpoint) if checkpoint else None, mesh)

@@ -12,10 +12,10 @@ from megachat.data.shards import check_data_folder, open_shards, shard_hashes, s
 from megachat.data.tokenizer import METADATA_FILE, load_origin, load_tokenizer
 from megachat.errors import UserError
 from megachat.evals.core_bundle import open_bundle
-from megachat.files import write_atomically
+from megachat.files import REPORT_NAME, write_atomically
 from megachat.installation import CHECKOUT, config_folder
 from megachat.job.local_job import run_launcher
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from megachat.prepare.download import HUB_SOURCES, shard_names
 from megachat.prepare.tokenizer_training import check_vocabulary
 from megachat.studies.record import build_record, core_problems, recipe_of, record_text, shard_problems
@@ -33,8 +33,8 @@ _SMALL = (
     *("model.vocab_size=4096", "evaluate.core_every=0"),
 )
 TOKENIZER_SHARDS = 8  # of climbmix, as nanochat: more than the 2e9 characters that are read
-SHARD_BYTES = 100e6  # of a shard of climbmix, by nanochat's runs/speedrun.sh
-RECORD_NAME, REPORT_NAME = "record.md", "report.html"
+CLIMBMIX_SHARD_BYTES = 100e6  # of a shard of climbmix, by nanochat's runs/speedrun.sh
+RECORD_NAME = "record.md"
 Start = Callable[[list[str]], int]  # runs `megachat ARGUMENTS` and returns its exit status
 
 
@@ -114,7 +114,7 @@ def stages(speedrun: Speedrun) -> Iterator[Stage]:
     if config.model.vocab_size is None:
         raise UserError("model.vocab_size is null, but the tokenizer needs a size: leave it as the recipe has it")
     if speedrun.ranks:
-        resolve(config, speedrun.ranks, config.model.vocab_size)  # a layout that does not fit is refused now
+        resolve_plan(config, speedrun.ranks, config.model.vocab_size)  # a layout that does not fit is refused now
     if not (tokenizer / METADATA_FILE).exists():
         there = split_shards(open_shards(folder), "train") if speedrun.shards is None else ()
         check_vocabulary(config.model.vocab_size, there)
@@ -161,13 +161,13 @@ def finished(run_folder: Path, config: Config) -> str:
     for key in sorted(trained.keys() | wanted.keys()):
         if trained.get(key) != wanted.get(key):
             raise UserError(
-                f"{run_folder} was trained with {key}={_shown(trained, key)}, not {_shown(wanted, key)}: give another "
-                "--set run.folder, or remove that run"
+                f"{run_folder} was trained with {key}={_recipe_text(trained, key)}, not "
+                f"{_recipe_text(wanted, key)}: give another --set run.folder, or remove that run"
             )
     return f"all {run.plan['steps']} steps are done"
 
 
-def _shown(recipe: dict, key: str) -> str:
+def _recipe_text(recipe: dict, key: str) -> str:
     return json.dumps(recipe[key]) if key in recipe else "its default"
 
 
@@ -205,7 +205,7 @@ def run_speedrun(speedrun: Speedrun, start: Start, start_ranks: Start) -> int:
     return 0
 
 
-def describe(speedrun: Speedrun, price: float | None = None) -> str:
+def describe_speedrun(speedrun: Speedrun, price: float | None = None) -> str:
     """Returns the stages and which of them are done, what is downloaded, and what the plan that follows is about, as
     lines of text. Nothing is started. price: of a GPU-hour, if the plan has one.
     """
@@ -217,7 +217,7 @@ def describe(speedrun: Speedrun, price: float | None = None) -> str:
     if speedrun.shards:
         names = shard_names(HUB_SOURCES["climbmix"], speedrun.shards)
         missing = sum(not (Path(speedrun.config.data.folder) / name).exists() for name in names)
-        size = f"about {missing * SHARD_BYTES / 1e9:.1f} GB (nanochat's shards have about 100 MB)"
+        size = f"about {missing * CLIMBMIX_SHARD_BYTES / 1e9:.1f} GB (nanochat's shards have about 100 MB)"
         lines.append(f"download: {plural(missing, 'shard')} of climbmix, {size}; the bundle of CORE, once")
     several = f"; {speedrun.runs} runs take {speedrun.runs} times that" if speedrun.runs > 1 else ""
     lines.append(

@@ -45,7 +45,7 @@ def unigram_comparison(data: Path, tokenizer: Path, run: Path | None) -> dict[st
     return {"nats_per_token": nats, "bits_per_byte": bits, "run_bits_per_byte": bpb, "below": below}
 
 
-def comparison_lines(comparison: Mapping[str, Any]) -> list[str]:
+def unigram_lines(comparison: Mapping[str, Any]) -> list[str]:
     """Returns the comparison as lines of text."""
     nats, bits, bpb = (comparison[key] for key in ("nats_per_token", "bits_per_byte", "run_bits_per_byte"))
     lines = [f"unigram entropy of the validation text: {nats:.4f} nats per token, {bits:.4f} bits per byte"]

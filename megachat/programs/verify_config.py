@@ -4,9 +4,9 @@ import math
 
 from megachat.config import Config, config_from_values
 from megachat.planning.dimensions import up_to_multiple
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 
-STEPS = 2
+VERIFY_STEPS = 2
 HEAD_MULTIPLE = 16  # channels per head of a model that is scaled down
 
 
@@ -34,7 +34,7 @@ def verification_config(
     if tensor == 1:
         sections["parallel"]["sequence"] = False
     sections["batch"] |= {"tokens": None, "micro_rows": 1, "accumulation": rows_per_rank}
-    sections["horizon"] |= {"steps": 20 * STEPS, "flops": None, "stop_step": None}
+    sections["horizon"] |= {"steps": 20 * VERIFY_STEPS, "flops": None, "stop_step": None}
     return config_from_values(sections, "the scaled config")
 
 
@@ -48,4 +48,4 @@ def on_layout(config: Config, layout: dict[str, int]) -> Config:
 def check_layout(config: Config, layout: dict[str, int], vocab_size: int, *, depth: int | None, dry: bool) -> None:
     """Raises UserError if a layout does not fit. layout: as of parse_layout. dry: the config keeps its own size."""
     config = on_layout(config, layout) if dry else verification_config(config, **layout, depth=depth, rows_per_rank=1)
-    resolve(config, math.prod(layout.values()), vocab_size)
+    resolve_plan(config, math.prod(layout.values()), vocab_size)

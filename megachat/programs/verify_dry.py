@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import torch
 
-from megachat.activity import Progress
+from megachat.activity import ProgressBar
 from megachat.config import Config
 from megachat.errors import UserError, summary
 from megachat.job.launch import become_rank
@@ -25,8 +25,8 @@ from megachat.programs.verify_config import on_layout
 from megachat.programs.walk import Walk, walk
 from megachat.text import number_ranges, plural, text_table
 
-TOLERANCE, UNPLANNED_BYTES = 0.01, 2**16  # ids, sums of norms and padding are not planned
-PEAK, PRODUCTS = "memory: peak", "products"
+WALK_TOLERANCE, UNPLANNED_BYTES = 0.01, 2**16  # ids, sums of norms and padding are not planned
+PEAK, PRODUCT_FLOPS = "memory: peak", "products"
 
 
 def coordinates(layout: Layout, rank: int) -> tuple[int, int, int]:
@@ -86,7 +86,7 @@ def walk_ranks(config: Config, plan: Plan, ranks: list[int]) -> dict[int, Walk]:
     try:
         with (
             multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0)), maxtasksperchild=1) as pool,
-            Progress(f"walking {plural(len(ranks), 'rank')} of {plan.layout.world}", len(ranks), "") as bar,
+            ProgressBar(f"walking {plural(len(ranks), 'rank')} of {plan.layout.world}", len(ranks), "") as bar,
         ):
             for rank, result, error in pool.imap_unordered(_walk_rank, work, chunksize=1):
                 if result is None:
@@ -158,7 +158,7 @@ def planned_of_stage(config: Config, plan: Plan, stage: int) -> dict[str, float]
     """Returns what the planner counts for a rank of the stage: bytes of its collectives in a step by purpose, FLOPs of
     its products, and bytes of its memory.
     """
-    planned = planned_bytes(config, plan, stage) | {PRODUCTS: planned_flops(config, plan, stage)}
+    planned = planned_bytes(config, plan, stage) | {PRODUCT_FLOPS: planned_flops(config, plan, stage)}
     return planned | {f"memory: {kind}": size for kind, size in planned_memory(config, plan, stage).items()}
 
 
@@ -183,7 +183,7 @@ def allowed(what: str, planned: float) -> tuple[float, float]:
 
     The peak may be below the plan: with one micro-batch, gradients and activations never meet.
     """
-    more = TOLERANCE * planned + UNPLANNED_BYTES
+    more = WALK_TOLERANCE * planned + UNPLANNED_BYTES
     return 0.0 if what == PEAK else planned - more, planned + more
 
 
@@ -200,7 +200,7 @@ def problem(row: dict) -> str | None:
 
 
 def _amount(row: dict, value: float) -> str:
-    scale, unit = (1e12, "TFLOPs") if row["what"] == PRODUCTS else (1e9, "GB")
+    scale, unit = (1e12, "TFLOPs") if row["what"] == PRODUCT_FLOPS else (1e9, "GB")
     return f"{value / scale:.3f} {unit}"
 
 
@@ -208,7 +208,7 @@ def _walked(result: Walk) -> dict[str, int]:
     memory = result.memory
     state = sum(memory[kind] for kind in ("weights", "masters", "moments"))
     sizes = {"state": state} | {kind: memory[kind] for kind in ("gradients", "activations", "peak")}
-    walked = walked_bytes(result.calls) | {PRODUCTS: result.product_flops}
+    walked = walked_bytes(result.calls) | {PRODUCT_FLOPS: result.product_flops}
     return walked | {f"memory: {kind}": size for kind, size in sizes.items()}
 
 
@@ -218,7 +218,7 @@ def _print(plan: Plan, walks: dict[int, Walk], rows: list[dict], problems: list[
         if not row["planned"] and not row["most"]:
             continue
         walked = dict.fromkeys(_amount(row, row[end]) for end in ("least", "most"))
-        within = f"{'at most +' if row['what'] == PEAK else 'within '}{100 * TOLERANCE:g} %"
+        within = f"{'at most +' if row['what'] == PEAK else 'within '}{100 * WALK_TOLERANCE:g} %"
         table.append((str(row["stage"]), row["what"], _amount(row, row["planned"]), " to ".join(walked), within))
     print("\n".join("  " + line for line in text_table(table)))
     for each in problems:

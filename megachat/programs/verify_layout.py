@@ -29,13 +29,13 @@ from megachat.parallel.rectangles import TensorShard, flat_rectangles
 from megachat.place import Place, is_counted_copy, place_of
 from megachat.planning.layouts import layout_name
 from megachat.planning.plan import resolve_without_text
-from megachat.programs.verify_config import STEPS, verification_config
+from megachat.programs.verify_config import VERIFY_STEPS, verification_config
 from megachat.schedule import scheduled_values
 from megachat.train.build import TrainingModel, build_training_model
 from megachat.train.state import state_pieces
 from megachat.train.step import set_schedules, update
 
-NUMBERS = "numbers.json"  # of a step
+NUMBERS_FILE = "numbers.json"  # of a step
 COPY = " on tensor rank "  # in the name of a copy: its rank follows
 LOSS_TOLERANCE = 1e-6  # relative
 TENSOR_TOLERANCE = 1e-5  # relative to the tensor's scale, which is its largest element
@@ -135,7 +135,7 @@ def _names_of_copies(training: TrainingModel) -> set[str]:
 
 
 def run_rank(config: Config, vocab_size: int, device: torch.device, folder: Path, reference: Path | None) -> None:
-    """Takes STEPS steps and writes what each computed into `folder`/STEP. All ranks call it, with their launch
+    """Takes VERIFY_STEPS steps and writes what each computed into `folder`/STEP. All ranks call it, with their launch
     variables set.
 
     reference: the folder of another run, whose gradients the optimizers get instead of these.
@@ -145,7 +145,7 @@ def run_rank(config: Config, vocab_size: int, device: torch.device, folder: Path
     training = build_training_model(config, plan, mesh, torch.ones(vocab_size, dtype=torch.int64))
     warm_up(training)
     copies = _names_of_copies(training)
-    for step in range(STEPS):
+    for step in range(VERIFY_STEPS):
         pieces: dict[str, tuple] = {}
 
         def keep(kind: str, tensors: dict, pieces=pieces) -> None:
@@ -177,7 +177,7 @@ def run_rank(config: Config, vocab_size: int, device: torch.device, folder: Path
             scheduled = scheduled_values(training.config.optimizer, step, plan.steps)
             decay = scheduled.multiplier("matrix") * plan.rates["matrix"] * plan.weight_decay * scheduled.decay
             decay *= max((matrix.multiplier for matrix in training.muon.plan.matrices), default=0.0)
-            write_json(folder / str(step) / NUMBERS, {"loss": loss.item(), "norm": outcome.norm, "decay": decay})
+            write_json(folder / str(step) / NUMBERS_FILE, {"loss": loss.item(), "norm": outcome.norm, "decay": decay})
 
 
 def compare_runs(run: Path, reference: Path, order: list[str]) -> Iterator[Comparison]:
@@ -186,12 +186,12 @@ def compare_runs(run: Path, reference: Path, order: list[str]) -> Iterator[Compa
 
     Raises UserError if the runs do not hold the same tensors.
     """
-    for step in range(STEPS):
+    for step in range(VERIFY_STEPS):
         yield from _compare_step(step, run / str(step), reference / str(step), order)
 
 
 def _compare_step(step: int, run: Path, reference: Path, order: list[str]) -> Iterator[Comparison]:
-    numbers, expected = (json.loads((folder / NUMBERS).read_text()) for folder in (run, reference))
+    numbers, expected = (json.loads((folder / NUMBERS_FILE).read_text()) for folder in (run, reference))
     index, reference_index = read_index(run), read_index(reference)
     names = {f"{kind}/{name}" for kind in ("gradient", "weight", "update") for name in order}
     for missing in sorted(({name.partition(COPY)[0] for name in index} ^ names) | (reference_index.keys() ^ names)):
@@ -199,7 +199,7 @@ def _compare_step(step: int, run: Path, reference: Path, order: list[str]) -> It
 
     def pairs(kind: str) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
         """Yields (name, the run's tensor, the reference's), also for copies on other ranks of the tensor axis."""
-        whole, values = _load_tensors(reference, kind, reference_index), _load_tensors(run, kind, index)
+        whole, values = _load_saved_tensors(reference, kind, reference_index), _load_saved_tensors(run, kind, index)
         for name in order:
             for copy in sorted(key for key in values if key.partition(COPY)[0] == f"{kind}/{name}"):
                 yield f"{copy}, step {step}", values[copy], whole[f"{kind}/{name}"]
@@ -220,7 +220,7 @@ def _compare_numbers(name: str, number: float, reference: float, tolerance: floa
     return Comparison(name, error, float(not passed), tolerance, passed)
 
 
-def _load_tensors(folder: Path, kind: str, index: dict) -> dict[str, torch.Tensor]:
+def _load_saved_tensors(folder: Path, kind: str, index: dict) -> dict[str, torch.Tensor]:
     shapes = {name: tuple(entry["shape"]) for name, entry in index.items() if name.startswith(f"{kind}/")}
     tensors = {name: torch.full(shape, torch.nan) for name, shape in shapes.items()}
     load_checkpoint(folder, {name: whole_piece(tensor) for name, tensor in tensors.items()})
@@ -235,7 +235,7 @@ def compare_values(
     if values.ndim == 1 and tolerance:
         tolerance, least_scale = SCALAR_GRADIENT_TOLERANCE, SCALAR_LEAST_SCALE * least_scale
     error = (values - reference).abs() / reference.abs().max().clamp_min(max(least_scale, 1e-12))
-    return _comparison(name, error, tolerance)
+    return _compared(name, error, tolerance)
 
 
 def compare_weights(
@@ -250,10 +250,10 @@ def compare_weights(
     rest = ((weight - expected).abs() - WEIGHT_ROUNDING * expected.abs()).clamp_min(0)
     least = torch.minimum(updates[0].abs(), updates[1].abs()) - WEIGHT_ROUNDING * expected.abs()
     decayed = (least <= UPDATE_TOLERANCE * scale) * decay * expected.abs()
-    return _comparison(name, (rest - decayed).clamp_min(0) / scale, UPDATE_TOLERANCE)
+    return _compared(name, (rest - decayed).clamp_min(0) / scale, UPDATE_TOLERANCE)
 
 
-def _comparison(name: str, error: torch.Tensor, tolerance: float) -> Comparison:
+def _compared(name: str, error: torch.Tensor, tolerance: float) -> Comparison:
     error = torch.where(error.isnan(), torch.inf, error)
     outside = int((error > tolerance).sum())
     return Comparison(name, error.max().item(), outside / error.numel(), tolerance, not outside)
@@ -284,7 +284,7 @@ def print_verdict(comparisons: list[Comparison]) -> None:
         share = f"{first.outside:.3%} of its elements outside {first.tolerance:g}"
         print(f"  DIFFERENT: {first.name} first: error {first.error:.3g}, {share}")
     else:
-        print(f"  equal: {STEPS} steps, the weights after updates from equal gradients")
+        print(f"  equal: {VERIFY_STEPS} steps, the weights after updates from equal gradients")
 
 
 def verify_layout(

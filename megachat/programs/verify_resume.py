@@ -16,7 +16,7 @@ from megachat.activity import announced
 from megachat.checkpoint.facts import checkpoint_name
 from megachat.config import Config, config_from_values, save_config
 from megachat.convert.architecture import weight_shapes
-from megachat.convert.differences import Difference, compare_checkpoints
+from megachat.convert.differences import CheckpointDifference, compare_checkpoints
 from megachat.convert.megachat import open_megachat
 from megachat.convert.reader import CheckpointReader
 from megachat.device import choose_compute_dtype, this_device
@@ -26,7 +26,7 @@ from megachat.installation import pretrain_program
 from megachat.job.local_ranks import run_with_torchrun, set_options
 from megachat.kernels.choice import choose_fp8, compile_problem
 from megachat.planning.layouts import layout_name
-from megachat.planning.plan import Plan, resolve
+from megachat.planning.plan import Plan, resolve_plan
 from megachat.programs.verify_layout import (
     LEAST_SCALE,
     LOSS_TOLERANCE,
@@ -40,10 +40,10 @@ STOP = 2  # steps before the first resume, and of each job after it
 # Relative to the largest element of a moment that is linear in gradients, and of Muon's second moment. Without the
 # warming up of verify_layout, gradients and their orthogonalization magnify rounding: the steps are the first ones from
 # nanochat's zero matrices. A moment that was lost or mixed up differs by its own size.
-TENSOR_TOLERANCE = 1e-4
+STATE_TOLERANCE = 1e-4
 AVERAGE_LOSS = "loop.smooth_loss"
 SECOND_MOMENT_TOLERANCE = 1e-2
-RATES = ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "smear_lr", "norm_scale_lr")
+RATE_KEYS = ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "smear_lr", "norm_scale_lr")
 
 
 @dataclass(frozen=True)
@@ -93,14 +93,14 @@ def resolve_without_fp8_if_needed(config: Config, world: int, vocab_size: int) -
     """Returns (config, plan), without FP8 if micro-batches of one row or the scaled model do not allow it. Raises
     UserError."""
     without = config.changed("precision", fp8="off")
-    plan = resolve(without, world, vocab_size)
+    plan = resolve_plan(without, world, vocab_size)
     try:
-        return config, resolve(config, world, vocab_size)
+        return config, resolve_plan(config, world, vocab_size)
     except UserError:
         return without, plan
 
 
-def run_job(
+def train_to_step(
     config: Config, run: Path, world: int, stop_step: int, *, every: int, resume: bool = False, still: bool = False
 ) -> None:
     """Trains in the run folder to `stop_step`, saving there and every `every` steps. Raises UserError with the job's
@@ -115,7 +115,7 @@ def run_job(
         f"checkpoint.every={every}",
         f"checkpoint.keep_last={stop_step - STOP + 1}",
         "checkpoint.keep_every=null",
-        *(f"optimizer.{rate}=0" for rate in RATES if still),
+        *(f"optimizer.{rate}=0" for rate in RATE_KEYS if still),
     ]
     program = [*pretrain_program(), "--config", str(path), *(["--resume", "auto"] if resume else [])]
     with announced(f"  the job {run.name}, to step {stop_step}"):
@@ -201,10 +201,10 @@ def _compare_with_tolerance(
 def _tolerance(name: str) -> float:
     if name.startswith("model/"):
         return 0.0
-    return SECOND_MOMENT_TOLERANCE if name.endswith("/second_moment") else TENSOR_TOLERANCE
+    return SECOND_MOMENT_TOLERANCE if name.endswith("/second_moment") else STATE_TOLERANCE
 
 
-def _training_order(entry: Difference, order: list[str]) -> tuple:
+def _training_order(entry: CheckpointDifference, order: list[str]) -> tuple:
     """Returns a sort key: when in a step it is computed. Documents come first, then each layer's moments and weights,
     then counters."""
     if entry.kind == LOADER or entry.name == "ledger":
@@ -253,19 +253,19 @@ def verify_resumes(
         flush=True,
     )
     whole, half, still = folder / "whole", folder / "half", folder / "still"
-    run_job(first, half, plan.layout.world, STOP, every=0)
+    train_to_step(first, half, plan.layout.world, STOP, every=0)
     if any(strict):
-        run_job(first, whole, plan.layout.world, end, every=1)
+        train_to_step(first, whole, plan.layout.world, end, every=1)
     if not all(strict):
         shutil.copytree(half, still)
-        run_job(first, still, plan.layout.world, end, every=1, resume=True, still=True)
+        train_to_step(first, still, plan.layout.world, end, every=1, resume=True, still=True)
     order, certificates = list(weight_shapes(plan.dims)), []
     for sizes, same, (job, target) in zip(targets, strict, jobs[1:], strict=True):
         print(f"continued on {layout_name(sizes)}", flush=True)
         resumed = half.with_name("onto-" + layout_name(sizes).replace("=", "").replace(",", "-"))
         shutil.copytree(half, resumed)
         for stop in range(2 * STOP, end + 1, STOP):
-            run_job(job, resumed, target.layout.world, stop, every=1, resume=True, still=not same)
+            train_to_step(job, resumed, target.layout.world, stop, every=1, resume=True, still=not same)
         reference = whole if same else still
         verdict, differences = compare_resumed_run(reference, half, resumed, order, exact=same, end=end)
         settings = job.model_dump(mode="json", exclude_defaults=True)
@@ -286,12 +286,12 @@ def report_verdict(verdict: str, differences: list[ResumeDifference], *, exact: 
     elif verdict == "token-equal":
         print(
             "  token-equal: the same documents, the saved weights to the bit; with rates of 0, losses within "
-            f"{LOSS_TOLERANCE:g}, moments within {TENSOR_TOLERANCE:g} (Muon's second {SECOND_MOMENT_TOLERANCE:g}); "
+            f"{LOSS_TOLERANCE:g}, moments within {STATE_TOLERANCE:g} (Muon's second {SECOND_MOMENT_TOLERANCE:g}); "
             f"first after {first.step} steps, {first.name}: {first.relative:.1e}"
         )
     else:
         print(f"  DIFFERENT: after {first.step} steps, first {first.description}")
-    tolerances = {"loss": LOSS_TOLERANCE, "tensor": TENSOR_TOLERANCE, "second_moment": SECOND_MOMENT_TOLERANCE}
+    tolerances = {"loss": LOSS_TOLERANCE, "tensor": STATE_TOLERANCE, "second_moment": SECOND_MOMENT_TOLERANCE}
     return {
         "verdict": verdict,
         "passed": verdict == "bit-equal" or (verdict == "token-equal" and not exact),

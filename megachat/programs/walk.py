@@ -47,7 +47,7 @@ from megachat.programs.walk_memory import StepMemory, attend, rms_norm
 from megachat.train import build
 from megachat.train.step import update
 
-_KINDS = {  # operator of torch's namespace c10d -> kind
+_COLLECTIVE_KINDS = {  # operator of torch's namespace c10d -> kind
     "allreduce_": "all_reduce",
     "_allgather_base_": "all_gather",
     "allgather_": "all_gather",
@@ -61,7 +61,7 @@ _KINDS = {  # operator of torch's namespace c10d -> kind
 }
 
 
-_PRODUCTS = {"mm": 0, "_scaled_mm": 0, "addmm": 1}  # operator -> the argument that is its left factor
+_PRODUCT_OPERATORS = {"mm": 0, "_scaled_mm": 0, "addmm": 1}  # operator -> the argument that is its left factor
 
 
 @dataclass(frozen=True)
@@ -95,13 +95,13 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "c10d" and self.mesh is not None:
             self._record(func._opname, args)
-        elif func._opname in _PRODUCTS and self._counts:
-            left, right = args[_PRODUCTS[func._opname] :][:2]
+        elif func._opname in _PRODUCT_OPERATORS and self._counts:
+            left, right = args[_PRODUCT_OPERATORS[func._opname] :][:2]
             self.product_flops += 2 * left.shape[0] * left.shape[1] * right.shape[1]
         return func(*args, **(kwargs or {}))
 
     def _record(self, operator: str, args: tuple) -> None:
-        kind, mesh = _KINDS[operator], self.mesh
+        kind, mesh = _COLLECTIVE_KINDS[operator], self.mesh
         assert mesh is not None
         boxes = [value for value in args if isinstance(value, torch.ScriptObject)]
         (group,) = [ProcessGroup.unbox(box) for box in boxes if "ProcessGroup" in str(box._type())]
@@ -197,7 +197,7 @@ def _replacements() -> dict[tuple[object, str], Callable]:
         (build, "agreed_head_chunk"): lambda config, plan, mesh, dtype: head_chunk_bytes(config, plan, dtype),
         (engine_module.ZeroAdamW, "scaled_global_norm"): lambda *args, **options: 1.0,
         (F, "rms_norm"): rms_norm,
-        (lookup, "_groups"): lambda *args: [],
+        (lookup, "_token_groups"): lambda *args: [],
         (RowTables, "_exchange_requests"): _exchange_even_requests,
         (row_tables, "_add_pending"): lambda collected: None,
         (stage_1_and_2, "_unflatten_dense_tensors"): _unflatten,

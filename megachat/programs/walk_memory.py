@@ -53,7 +53,7 @@ class LiveBytes(TorchDispatchMode):
         self.most, self.largest = max(self.most, self.now), max(self.largest, size)
 
 
-class FlashAttention(torch.autograd.Function):
+class KeptByAttention(torch.autograd.Function):
     """Keeps what flash-attention keeps: queries, keys, values, result and float32 sums. Computes nothing."""
 
     @staticmethod
@@ -68,7 +68,7 @@ class FlashAttention(torch.autograd.Function):
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-class FusedNorm(torch.autograd.Function):
+class KeptByNorm(torch.autograd.Function):
     """Keeps what torch's fused norm keeps: its input and a float32 factor. Computes nothing."""
 
     @staticmethod
@@ -84,12 +84,12 @@ class FusedNorm(torch.autograd.Function):
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
     """Stands for an attention kernel of a GPU."""
-    return FlashAttention.apply(q, k, v)
+    return KeptByAttention.apply(q, k, v)
 
 
 def rms_norm(x: torch.Tensor, shape: tuple[int, ...], weight: torch.Tensor | None = None, eps: float | None = None):
     """Stands for torch.nn.functional.rms_norm on a GPU."""
-    return FusedNorm.apply(x, weight)
+    return KeptByNorm.apply(x, weight)
 
 
 def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:

@@ -73,7 +73,7 @@ def fairness_warnings(first: Sequence[RunRecord], second: Sequence[RunRecord]) -
     for name, text in _CONSEQUENCES.items():
         for other_folder, other in zip(list(traits)[1:], others, strict=True):
             if not _same(reference[name], other[name]):
-                one, two = _short(reference[name]), _short(other[name])
+                one, two = _short_fact(reference[name]), _short_fact(other[name])
                 warnings.append(f"{name}: {folder} has {one}, {other_folder} has {two}; {text}")
                 break
     return warnings
@@ -130,7 +130,7 @@ def curve_lines(comparison: dict[str, Any]) -> list[str]:
     return lines + [f"warning: {text}" for text in comparison["warnings"]]
 
 
-def _short(value: object) -> str:
+def _short_fact(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.2f}"
     return "none recorded" if value is None else value[:12] if isinstance(value, str) else str(value)

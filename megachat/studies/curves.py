@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from megachat.errors import UserError
+from megachat.evals.uncertainty import CONFIDENCE
 
 AXES = ("steps", "seconds", "flops")
-CONFIDENCE = 0.95
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; scipy is not installed for this.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 

@@ -15,7 +15,7 @@ from megachat.text import text_table
 
 HEAD = "lm_head"
 LAST_SHARE = 0.25  # of the steps, whose losses are averaged at the end
-WARM_UP_STEPS = 3  # of each run, which allocate and compile
+UNTIMED_RUN_STEPS = 3  # of each run, which allocate and compile
 
 
 class MatrixTime(NamedTuple):
@@ -140,7 +140,7 @@ def time_to_equal_loss(base: RunRecord, fp8: RunRecord) -> dict[str, Any]:
     time = steps x step_time, with the median time of the logged steps.
     """
     result: dict[str, Any] = {"step_time": None, "steps": None, "time": None, "value": None, "why": None}
-    seconds = [run.values("train/dt")[WARM_UP_STEPS:] for run in (base, fp8)]
+    seconds = [run.values("train/dt")[UNTIMED_RUN_STEPS:] for run in (base, fp8)]
     if min(map(len, seconds)) >= 2:
         result["step_time"] = median_ratio(*seconds)
     try:

@@ -14,7 +14,8 @@ from megachat.studies.curves import AXES, Curve, curve_of
 from megachat.studies.runs import RunRecord, run_row
 from megachat.studies.trials import FIRST_SEED, Diverged, Train, Trial
 
-_DIVERGED: dict[str, Any] = {"verdict": "worse (diverged)", "axes": dict.fromkeys(AXES)}  # instead of a comparison
+# Instead of a comparison.
+_DIVERGED_RESULT: dict[str, Any] = {"verdict": "worse (diverged)", "axes": dict.fromkeys(AXES)}
 _READ_S = 1.0  # what takes less was not trained, but read
 
 
@@ -77,7 +78,7 @@ def climb(
                     sides[-1] = []
                     break
         base, change = sides
-        rungs.append(Rung(depth, base, change, compare_curves(base, change) if change else _DIVERGED))
+        rungs.append(Rung(depth, base, change, compare_curves(base, change) if change else _DIVERGED_RESULT))
         log(f"depth {depth}: the change is {rungs[-1].comparison['verdict']}")
         if rungs[-1].verdict in stop_at:
             log(f"the ladder ends here: --stop-at {','.join(stop_at)}")

@@ -77,7 +77,7 @@ def try_predict(run: RunRecord, probe: Path | None = None) -> tuple[Predicted | 
         return None, f"no prediction: {str(error).splitlines()[0]}"
 
 
-def predicted_rows(
+def predicted_run_rows(
     predicted: Predicted, run: RunRecord, step_s: float | None, price: float | None
 ) -> list[tuple[str, str, str, str]]:
     """Returns (label, predicted, measured, difference) of a step, the speedrun's clock, the wall clock with its price,

@@ -17,7 +17,7 @@ from megachat.schedule import ramp_multiplier
 from megachat.studies.runs import RunRecord, flat_config, is_run, load_run
 from megachat.studies.trials import Diverged, Train, Trial
 
-_LEAST = 20  # points without which there is no slope
+_LEAST_POINTS = 20  # points without which there is no slope
 _FOLLOWS = {"value_embedding": "embedding_lr", "resid": "scalar_lr", "x0": "scalar_lr"}  # rate -> its setting
 
 
@@ -46,7 +46,7 @@ def run_range_test(train: Train, trial: Trial, config: Config, folder: Path) -> 
     """
 
     def diverged(record: RunRecord) -> bool:
-        return _read(record, config)["diverged"] is not None
+        return _ramp_results(record, config)["diverged"] is not None
 
     run, burst = load_run(folder / trial.name) if is_run(folder / trial.name) else None, False
     if run is not None:
@@ -56,11 +56,13 @@ def run_range_test(train: Train, trial: Trial, config: Config, folder: Path) -> 
             run = train(trial, diverged)
         except Diverged as error:
             run, burst = error.run, True
-    result = _read(run, config)
+    result = _ramp_results(run, config)
     if burst and result["points"] and result["diverged"] is None:
         result["diverged"] = result["points"][-1][0]
     if result["steepest"] is None:
-        raise UserError(f"{run.folder} has fewer than {_LEAST} steps, too few for a slope: give more horizon.steps")
+        raise UserError(
+            f"{run.folder} has fewer than {_LEAST_POINTS} steps, too few for a slope: give more horizon.steps"
+        )
     rates = config.optimizer.ramp_rates or list(run.plan["rates"])
     keys = dict.fromkeys(_FOLLOWS.get(rate, f"{rate}_lr") for rate in rates)
     factor = result["steepest"]
@@ -76,7 +78,7 @@ def _check_same_config(run: RunRecord, config: Config) -> None:
         raise UserError(f"{run.folder} has a range test of other settings ({differ[0]} is {value}): give another --out")
 
 
-def _read(run: RunRecord, config: Config) -> dict[str, Any]:
+def _ramp_results(run: RunRecord, config: Config) -> dict[str, Any]:
     """Returns the factors of a ramp as JSON values: where the smoothed loss falls fastest, is lowest, and has risen
     from there by half of what it fell (null: never), and the points as [factor, loss, smoothed loss].
     """
@@ -84,7 +86,7 @@ def _read(run: RunRecord, config: Config) -> dict[str, Any]:
     factors = np.array([ramp_multiplier(config.optimizer, line["step"], run.plan["steps"]) for line in lines])
     losses = np.array([line.get("train/loss_raw", line["train/loss"]) for line in lines], dtype=np.float64)
     result: dict[str, Any] = {"steepest": None, "lowest": None, "diverged": None, "points": []}
-    if len(lines) < _LEAST:
+    if len(lines) < _LEAST_POINTS:
         return result
     width = max(2, len(lines) // 20)  # smoothed in a window around each point, which does not lag behind
     smooth = np.array([losses[max(0, n - width) : n + width + 1].mean() for n in range(len(losses))])

@@ -24,7 +24,8 @@ from megachat.text import markdown_table, plural
 # Settings that change neither the result nor what is timed: names, places, logs, saving, evaluations during training.
 _FREE_SECTIONS = ("run.", "log.", "checkpoint.", "evaluate.")
 _FREE_KEYS = ("data.folder", "data.tokenizer", "data.tokenizer_threads", "data.prefetch_steps", "data.resume")
-_ROWS = {"tokens": 80 * 2**19, "sequence_len": 2048, "streams": 8, "buffer_documents": 1000}  # of nanochat's validation
+# Of nanochat's validation.
+_NANOCHAT_ROWS = {"tokens": 80 * 2**19, "sequence_len": 2048, "streams": 8, "buffer_documents": 1000}
 _HASH = re.compile("[0-9a-f]{40,64}")
 _SHARD = re.compile(r"shard_(\d+)\.parquet")
 # What must be the same in all runs of a record -> what it is called.
@@ -53,20 +54,20 @@ def build_record(runs: Sequence[RunRecord]) -> dict[str, Any]:
         gathered.append(evidence)
         problems += missing
     if not problems:
-        problems = _differences(gathered)
+        problems = _unequal_facts(gathered)
     if problems:
         raise UserError("\n".join(problems))
     core = compare_with_gpt2([(Path(one["core_file"]), load_results(Path(one["core_file"]))) for one in gathered])
     return {
         "runs": gathered,
-        "minutes": _spread([one["minutes"] for one in gathered]),
-        "gpu_hours": _spread([one["gpu_hours"] for one in gathered]),
-        "bpb": _spread([one["bpb"] for one in gathered]),
-        "core": {**_spread([one["core"] for one in gathered]), **core},
+        "minutes": _mean_and_deviation([one["minutes"] for one in gathered]),
+        "gpu_hours": _mean_and_deviation([one["gpu_hours"] for one in gathered]),
+        "bpb": _mean_and_deviation([one["bpb"] for one in gathered]),
+        "core": {**_mean_and_deviation([one["core"] for one in gathered]), **core},
     }
 
 
-def _spread(values: list[float]) -> dict[str, Any]:
+def _mean_and_deviation(values: list[float]) -> dict[str, Any]:
     """Returns the mean, and the deviation from run to run, None for one run."""
     return {
         "mean": statistics.fmean(values),
@@ -77,7 +78,7 @@ def _spread(values: list[float]) -> dict[str, Any]:
 
 def gather_evidence(run: RunRecord) -> tuple[dict[str, Any], list[str]]:
     """Returns the evidence of a run as JSON values, and one sentence for each piece that is missing."""
-    parts = [_training(run), _start(run), _tokenizer(run), _shards(run), _core(run)]
+    parts = [_training(run), _start(run), _tokenizer_evidence(run), _shards(run), _core_evidence(run)]
     evidence: dict[str, Any] = {"run": str(run.folder), "recipe": recipe_of(run.config), "seed": _config(run).run.seed}
     problems = []
     for values, missing in parts:
@@ -120,7 +121,7 @@ def _training(run: RunRecord) -> tuple[dict[str, Any], list[str]]:
         "minutes": last[-1]["total_training_time"] / 60,
         "bpb": last[-1]["val/bpb"],
         "validation_rows": plan["evaluation_rows"],
-        "row_differences": {key: [rows[key], value] for key, value in _ROWS.items() if rows[key] != value},
+        "row_differences": {key: [rows[key], value] for key, value in _NANOCHAT_ROWS.items() if rows[key] != value},
         "depth": dims["depth"],
         "steps": steps,
         "tokens": plan["total_tokens"],
@@ -161,7 +162,7 @@ def _start(run: RunRecord) -> tuple[dict[str, Any], list[str]]:
     }, problems
 
 
-def _tokenizer(run: RunRecord) -> tuple[dict[str, Any], list[str]]:
+def _tokenizer_evidence(run: RunRecord) -> tuple[dict[str, Any], list[str]]:
     starts = [start["tokenizer"] for start in _starts_with(run, "tokenizer")]
     if not starts:
         return {}, ["environment.json has no tokenizer hash: it was written by an older version; train again"]
@@ -214,10 +215,10 @@ def _starts_with(run: RunRecord, key: str) -> list[Mapping[str, Any]]:
 
 def core_problems(run: RunRecord) -> list[str]:
     """Returns one sentence for each reason for which a record does not accept the run's newest CORE."""
-    return _core(run)[1]
+    return _core_evidence(run)[1]
 
 
-def _core(run: RunRecord) -> tuple[dict[str, Any], list[str]]:
+def _core_evidence(run: RunRecord) -> tuple[dict[str, Any], list[str]]:
     """Returns CORE of the last step, over all tasks and examples."""
     again = f"run `megachat evaluate --checkpoint {run.folder} --core`"
     try:
@@ -244,13 +245,13 @@ def _core(run: RunRecord) -> tuple[dict[str, Any], list[str]]:
     return {**values, **stamp, "core_tokenizer": stamp["tokenizer"]}, problems
 
 
-def _differences(gathered: Sequence[Mapping[str, Any]]) -> list[str]:
+def _unequal_facts(gathered: Sequence[Mapping[str, Any]]) -> list[str]:
     """Returns one sentence for each thing that must be equal in all runs and is not."""
     first, problems = gathered[0], []
     for other in gathered[1:]:
         for key, name in _EQUAL.items():
             if other[key] != first[key]:
-                one, two = (_short(each, key, first, other) for each in (first, other))
+                one, two = (_differing_text(each, key, first, other) for each in (first, other))
                 problems.append(
                     f"{first['run']} and {other['run']} differ in {name} ({one}; {two}): a record has "
                     "runs of one recipe, code, data and machine"
@@ -261,7 +262,7 @@ def _differences(gathered: Sequence[Mapping[str, Any]]) -> list[str]:
     return problems
 
 
-def _short(one: Mapping[str, Any], key: str, first: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+def _differing_text(one: Mapping[str, Any], key: str, first: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     value = one[key]
     if isinstance(value, dict):
         keys = [name for name in {**first[key], **other[key]} if first[key].get(name) != other[key].get(name)]

@@ -13,9 +13,9 @@ from typing import Any
 from megachat.activity import duration
 from megachat.errors import UserError, summary
 from megachat.evals.results import CORE_COLUMNS, core_lines, core_rows, find_newest_results, load_results
-from megachat.files import SAMPLES, list_folder, write_atomically
+from megachat.files import REPORT_NAME, SAMPLES, list_folder, write_atomically
 from megachat.studies.comparison import compare_curves, curve_lines
-from megachat.studies.predicted import MEMORY_KINDS, Predicted, predicted_rows, try_predict, wall_clock
+from megachat.studies.predicted import MEMORY_KINDS, Predicted, predicted_run_rows, try_predict, wall_clock
 from megachat.studies.report_figures import (
     bar_figure,
     curve_figure,
@@ -50,7 +50,6 @@ pre { white-space: pre-wrap; background: #f6f6f6; padding: .6rem; border-radius:
 """
 
 
-REPORT_NAME = "report.html"
 _TERMS = (
     "Bits per byte: what the model needs to encode a byte of the validation text; lower is better. CORE: mean score "
     "over 22 tasks; 0 is guessing, 1 is perfect. MFU: the share of the device's peak FLOPs that the model uses."
@@ -97,14 +96,14 @@ def report_html(
     title = f"Parameters by kind, {sum(parameters.values()):,} in all"
     sections = [
         _section("Summary", _summary(runs)),
-        *([_section("Comparison", _comparison(run, against))] if against else []),
-        _section("Curves", _figures(_curves(runs))),
+        *([_section("Comparison", _comparison_section(run, against))] if against else []),
+        _section("Curves", _figures(_curve_figures(runs))),
         _section("Predicted and measured", _predicted(run, predicted, why, price)),
         _section("Time", _figures(_times(run, predicted)) + _saves(run)),
         _section("Layout and parameters", _figures([*_layouts(run, predicted), bar_figure(title, parameters)])),
-        _section("CORE", "".join(map(_core, runs))),
+        _section("CORE", "".join(map(_core_section, runs))),
         _section("Samples", _samples(run)),
-        _section("Settings that differ from the defaults", _settings(runs)),
+        _section("Settings that differ from the defaults", _settings_section(runs)),
         _section("Environment", _environment(run)),
     ]
     return (
@@ -121,7 +120,7 @@ def _section(title: str, body: str) -> str:
     return f"<h2>{html.escape(title)}</h2>\n{body}" if body else ""
 
 
-def _table(rows: Iterable[Sequence[object]], *, head: Sequence[str] = (), right: Iterable[int] = ()) -> str:
+def _html_table(rows: Iterable[Sequence[object]], *, head: Sequence[str] = (), right: Iterable[int] = ()) -> str:
     right = set(right)
 
     def line(cells: Sequence[object], tag: str) -> str:
@@ -148,7 +147,7 @@ _RESIZE = "addEventListener('load', () => document.querySelectorAll('.js-plotly-
 _CONFIG = {"responsive": True, "displaylogo": False, "displayModeBar": False}
 
 
-def _curves(runs: Sequence[RunRecord]) -> list[Any]:
+def _curve_figures(runs: Sequence[RunRecord]) -> list[Any]:
     smooth = any(line.get("train/loss_raw") is not None for run in runs for line in run.lines)  # older runs: the step's
     wanted = (
         ("val/bpb", "Validation, bits per byte"),
@@ -165,7 +164,7 @@ def _summary(runs: Sequence[RunRecord]) -> str:
     columns = [_summary_column(run) for run in runs]
     rows = [(name, *(column[name] for column in columns)) for name in columns[0]]
     notes = "".join(f'<p class="warning">{html.escape(note)}</p>' for run in runs for note in run.notes)
-    return _table(row for row in rows if any(row[1:])) + f"<p>{_TERMS}</p>" + notes
+    return _html_table(row for row in rows if any(row[1:])) + f"<p>{_TERMS}</p>" + notes
 
 
 def _summary_column(run: RunRecord) -> dict[str, str]:
@@ -195,7 +194,7 @@ def _ledger(run: RunRecord) -> str:
     return f"{facts['ledger'][:16]} at step {facts['step']:,}: runs with the same one read the same documents in order"
 
 
-def _comparison(run: RunRecord, against: RunRecord) -> str:
+def _comparison_section(run: RunRecord, against: RunRecord) -> str:
     try:
         lines = curve_lines(compare_curves([against], [run]))
     except UserError as error:
@@ -207,13 +206,15 @@ def _predicted(run: RunRecord, predicted: Predicted | None, why: str, price: flo
     if predicted is None:
         return f'<p class="warning">{html.escape(why)}</p>'
     steps, peaks = run.values("train/dt"), run.values("train/peak_memory_bytes")
-    rows = predicted_rows(predicted, run, statistics.median(steps) if steps else None, price)
+    rows = predicted_run_rows(predicted, run, statistics.median(steps) if steps else None, price)
     origin = f"time by the {predicted.source}" if predicted.time else f"time {predicted.source}"
     uses = [{kind: getattr(stage, kind) for kind in MEMORY_KINDS} for stage in predicted.memory]
     figure = memory_figure(uses, max(peaks) if peaks and predicted.on_gpu else None)
     process = "" if predicted.on_gpu else " The measured memory is the whole process's, with python and torch."
     text = f"<p>Memory is counted from config and layout; {html.escape(origin)}.{process}</p>"
-    return _table(rows, head=("", "predicted", "measured", "difference"), right=(1, 2, 3)) + text + _figures([figure])
+    return (
+        _html_table(rows, head=("", "predicted", "measured", "difference"), right=(1, 2, 3)) + text + _figures([figure])
+    )
 
 
 def _times(run: RunRecord, predicted: Predicted | None) -> list[Any]:
@@ -245,7 +246,7 @@ def _saves(run: RunRecord) -> str:
     )
 
 
-def _core(run: RunRecord) -> str:
+def _core_section(run: RunRecord) -> str:
     try:
         if (newest := find_newest_results(run.folder)) is None:
             return ""
@@ -253,7 +254,7 @@ def _core(run: RunRecord) -> str:
     except UserError as error:
         return f'<p class="warning">{html.escape(str(error))}</p>'
     lines = "".join(f"<p>{html.escape(line)}</p>" for line in core_lines(section))
-    return _table(core_rows(section), head=(run.folder.name, *CORE_COLUMNS), right=range(1, 5)) + lines
+    return _html_table(core_rows(section), head=(run.folder.name, *CORE_COLUMNS), right=range(1, 5)) + lines
 
 
 def _samples(run: RunRecord) -> str:
@@ -273,13 +274,13 @@ def _samples(run: RunRecord) -> str:
     return f"<p>{title}</p>{newest}{folded}"
 
 
-def _settings(runs: Sequence[RunRecord]) -> str:
+def _settings_section(runs: Sequence[RunRecord]) -> str:
     flat = [flat_config(run.config) for run in runs]
     rows = [
         (key, *(json.dumps(settings[key]) if key in settings else "default" for settings in flat))
         for key in sorted({key for settings in flat for key in settings})
     ]
-    return _table(rows, head=("setting", *(run.folder.name for run in runs)))
+    return _html_table(rows, head=("setting", *(run.folder.name for run in runs)))
 
 
 def _environment(run: RunRecord) -> str:
@@ -288,29 +289,31 @@ def _environment(run: RunRecord) -> str:
         return '<p class="warning">environment.json cannot be read</p>'
     newest = starts[-1]
     diff = newest.pop("diff", None)
-    rows = [(_LABELS.get(key, key.replace("_", " ")), _shown(key, value)) for key, value in newest.items()]
-    text = f"<p>{plural(len(starts), 'start')}; the last:</p>{_table(row for row in rows if row[1])}"
+    rows = [(_FACT_LABELS.get(key, key.replace("_", " ")), _fact_text(key, value)) for key, value in newest.items()]
+    text = f"<p>{plural(len(starts), 'start')}; the last:</p>{_html_table(row for row in rows if row[1])}"
     if diff:
         text += f"<details><summary>uncommitted changes</summary><pre>{html.escape(str(diff))}</pre></details>"
     return text
 
 
-def _words(value: object) -> str:
+def _value_text(value: object) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key.replace('_', ' ')} {_words(each)}" for key, each in value.items() if each is not None)
+        return ", ".join(
+            f"{key.replace('_', ' ')} {_value_text(each)}" for key, each in value.items() if each is not None
+        )
     if isinstance(value, bool):
         return "yes" if value else "no"
     return " ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
 
 
-def _shown(key: str, value: Any) -> str:
+def _fact_text(key: str, value: Any) -> str:
     try:
-        return _SHOWN.get(key, _words)(value)
+        return _FACT_TEXTS.get(key, _value_text)(value)
     except (AttributeError, LookupError, TypeError, ValueError):  # of another version, or edited
-        return _words(value)
+        return _value_text(value)
 
 
-def _tokenizer(value: Mapping[str, Any]) -> str:
+def _tokenizer_text(value: Mapping[str, Any]) -> str:
     text = f"{value.get('vocab_size') or 0:,} tokens, fingerprint {str(value.get('fingerprint'))[:12]}"
     origin = value.get("origin") or {}
     shards = f" in {len(origin['shards'])} shards" if origin.get("shards") else ""
@@ -326,7 +329,7 @@ def _data(value: Mapping[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _launch(value: Mapping[str, Any]) -> str:
+def _launch_text(value: Mapping[str, Any]) -> str:
     world, local = value.get("world_size") or 1, value.get("local_size") or 1
     hosts = f" on hosts of {local}" if local < world else ""
     restart = f", restarted {plural(value['attempt'], 'time')}" if value.get("attempt") else ""
@@ -337,11 +340,11 @@ def _time(value: float) -> str:
     return datetime.fromtimestamp(value, timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-_LABELS = {"time": "started", "device_count": "GPUs of this host", "commit": "commit of megachat"}
-_SHOWN: Mapping[str, Callable[[Any], str]] = {
+_FACT_LABELS = {"time": "started", "device_count": "GPUs of this host", "commit": "commit of megachat"}
+_FACT_TEXTS: Mapping[str, Callable[[Any], str]] = {
     "time": _time,
-    "tokenizer": _tokenizer,
+    "tokenizer": _tokenizer_text,
     "data": _data,
-    "launch": _launch,
+    "launch": _launch_text,
     "compute_dtype": lambda value: str(value).removeprefix("torch."),
 }

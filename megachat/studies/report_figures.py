@@ -15,7 +15,7 @@ _COLORS = ("#2563a8", "#c2571a")  # differ in gray and for color-blind readers
 _SHADES = ("#174a7c", "#2563a8", "#5b93d1", "#a9c8ea", "#c2571a", "#e9b18c")  # of parts of one bar
 _MOST_POINTS = 1000  # of a curve, so that the report of a long run stays small
 _MOST_RANKS = 64  # rows of a picture of the ranks
-_LABELS = {"steps": "step", "seconds": "training time (s)", "flops": "training FLOPs"}
+_AXIS_LABELS = {"steps": "step", "seconds": "training time (s)", "flops": "training FLOPs"}
 _KEYS = {"steps": "step", "seconds": "total_training_time", "flops": "total_training_flops"}
 
 
@@ -72,12 +72,12 @@ def curve_figure(runs: Sequence[RunRecord], key: str, title: str) -> Any:
         {
             "label": {"steps": "steps", "seconds": "time", "flops": "FLOPs"}[axis],
             "method": "update",
-            "args": [{"x": [axes[axis] for axes in shown]}, {"xaxis.title.text": _LABELS[axis]}],
+            "args": [{"x": [axes[axis] for axes in shown]}, {"xaxis.title.text": _AXIS_LABELS[axis]}],
         }
         for axis in AXES
     ]
     menu = {"type": "buttons", "direction": "right", "buttons": buttons, "x": 1, "xanchor": "right", "y": 1.13}
-    figure.update_layout(**_layout(title, _LABELS["steps"], ""), updatemenus=[menu | {"pad": {"r": 0, "t": 0}}])
+    figure.update_layout(**_layout(title, _AXIS_LABELS["steps"], ""), updatemenus=[menu | {"pad": {"r": 0, "t": 0}}])
     figure.update_layout(showlegend=len(shown) > 1)
     return figure
 

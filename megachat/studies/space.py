@@ -102,12 +102,12 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-_SIZES = ("model", "data", "batch", "horizon")  # sections of settings that move the result by themselves
+_SIZE_SECTIONS = ("model", "data", "batch", "horizon")  # sections of settings that move the result by themselves
 
 
 def contexts(space: Sequence[Dimension]) -> list[dict[str, Any]]:
     """Returns the combinations of the listed sizes in a space that has other settings, too: a rate at depth 4 is
     compared with the config at depth 4. [{}] where there are none.
     """
-    sizes = [dimension for dimension in space if dimension.values and dimension.key.split(".")[0] in _SIZES]
+    sizes = [dimension for dimension in space if dimension.values and dimension.key.split(".")[0] in _SIZE_SECTIONS]
     return (grid(sizes) or [{}]) if 0 < len(sizes) < len(space) else [{}]

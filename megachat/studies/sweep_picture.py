@@ -68,24 +68,24 @@ def saved_figure(path: Path, panels: int, title: str) -> Iterator[list[Any]]:
         raise UserError(f"the picture {path} cannot be written ({error})") from None
 
 
-def _groups(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, list[Mapping[str, Any]]]:
+def _grouped_rows(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, list[Mapping[str, Any]]]:
     """Returns the rows with a result by the values of the other settings, as text."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         if row["bpb"] is not None:
             others = {name: value for name, value in row["values"].items() if name != key}
-            groups.setdefault(_named(others), []).append(row)
+            groups.setdefault(_settings_text(others), []).append(row)
     return groups if len(groups) <= _MOST_LINES else {"": [row for group in groups.values() for row in group]}
 
 
-def _named(values: Mapping[str, Any]) -> str:
+def _settings_text(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name.split('.')[-1]}={json.dumps(value)}" for name, value in sorted(values.items()))
 
 
 def _draw_setting(axes: Any, dimension: Dimension, result: Mapping[str, Any]) -> None:
-    fits = {_named(fit["others"]): fit for fit in result["optima"] if fit["key"] == dimension.key}
+    fits = {_settings_text(fit["others"]): fit for fit in result["optima"] if fit["key"] == dimension.key}
     numeric = True
-    for number, (name, group) in enumerate(sorted(_groups(result["trials"], dimension.key).items())):
+    for number, (name, group) in enumerate(sorted(_grouped_rows(result["trials"], dimension.key).items())):
         color = f"C{number}"
         points = [(row["values"][dimension.key], last) for row in group for last in row["seeds"] or [row["bpb"]]]
         numeric = all(is_number(value) for value, _ in points)
@@ -102,14 +102,14 @@ def _draw_setting(axes: Any, dimension: Dimension, result: Mapping[str, Any]) ->
         base = result["baselines"][0]
         limits = (base["mean"] - 2 * base["deviation"], base["mean"] + 2 * base["deviation"])
         axes.axhspan(*limits, color="gray", alpha=0.25, linewidth=0, label="baseline, 2 deviations")
-    if numeric and _spread([row["values"][dimension.key] for row in result["trials"]]):
+    if numeric and _needs_log_axis([row["values"][dimension.key] for row in result["trials"]]):
         axes.set_xscale("log")
     axes.set(xlabel=dimension.key, ylabel="bits per byte")
     if axes.get_legend_handles_labels()[1]:
         axes.legend(fontsize="small", frameon=False)
 
 
-def _spread(values: Sequence[float]) -> bool:
+def _needs_log_axis(values: Sequence[float]) -> bool:
     return min(values) > 0 and max(values) / min(values) >= 8
 
 

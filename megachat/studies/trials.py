@@ -18,7 +18,7 @@ from megachat.files import list_folder, refuse_damaged
 from megachat.studies.runs import RunRecord, is_run, load_run
 
 _POLL_S = 0.5
-_DIVERGED = re.compile(r"step \d+: the loss is (nan|inf|-inf) ")  # how train/step.py ends such a run
+_DIVERGED_MESSAGE = re.compile(r"step \d+: the loss is (nan|inf|-inf) ")  # how train/step.py ends such a run
 FIRST_SEED = 42  # of studies that versions before run.seed was respected have begun
 LOGS = "logs"  # folder of what the trainings print
 
@@ -126,7 +126,7 @@ def trainer(config: str, folder: Path, settings: Sequence[str] = (), *, ranks: i
         if process.returncode and not stopped:
             error = _last_error(log, printed_before)
             message = f"the training of {trial.name} failed: {error} (its output is in {log})"
-            raise Diverged(message, load_run(run)) if _DIVERGED.match(error) else UserError(message)
+            raise Diverged(message, load_run(run)) if _DIVERGED_MESSAGE.match(error) else UserError(message)
         return load_run(run)
 
     return train

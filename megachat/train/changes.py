@@ -8,9 +8,9 @@ from pydantic import ValidationError
 from megachat.config import Config
 from megachat.errors import UserError
 from megachat.planning.dimensions import saved_dimensions
-from megachat.planning.plan import Plan, resolve
+from megachat.planning.plan import Plan, resolve_plan
 
-_SECTIONS = ("batch", "horizon", "optimizer")
+_REPORTED_SECTIONS = ("batch", "horizon", "optimizer")
 _UNREPORTED = {"horizon.stop_step"}  # where a job pauses changes no step
 _OF_ALLOCATION = ("allocation", "allocation_file", "sample_tokens", "max_rows_per_token")
 _DERIVED = ("tokens_per_step", "steps", "weight_decay")
@@ -23,7 +23,7 @@ def saved_settings(facts: dict) -> tuple[Config, Plan] | None:
         layout = facts["layout"]
         world = layout["data"] * layout["tensor"] * layout["pipeline"]
         lookup = saved_dimensions(facts["model"]).lookup
-        return config, resolve(config, world, facts["tokenizer"]["vocab_size"], lookup)
+        return config, resolve_plan(config, world, facts["tokenizer"]["vocab_size"], lookup)
     except (ValidationError, UserError, KeyError, TypeError):
         return None
 
@@ -45,7 +45,7 @@ def describe_changes(facts: dict, config: Config, plan: Plan) -> list[str]:
     before, now = saved[0].lookup, config.lookup
     kept = [key for key in _OF_ALLOCATION if getattr(before, key) != getattr(now, key)]
     notes = [f"lookup.{key} has changed; the allocation of the checkpoint stays" for key in kept if now.after_blocks]
-    pairs = [*zip(_settings(saved[0]), _settings(config), strict=True)]
+    pairs = [*zip(_reported_settings(saved[0]), _reported_settings(config), strict=True)]
     pairs += zip(_derived(saved[1]), _derived(plan), strict=True)
     return notes + [
         f"changed since the checkpoint: {name} was {before} and is {now}"
@@ -54,8 +54,8 @@ def describe_changes(facts: dict, config: Config, plan: Plan) -> list[str]:
     ]
 
 
-def _settings(config: Config) -> Iterator[tuple[str, object]]:
-    for section in _SECTIONS:
+def _reported_settings(config: Config) -> Iterator[tuple[str, object]]:
+    for section in _REPORTED_SECTIONS:
         for key, value in getattr(config, section):
             if f"{section}.{key}" not in _UNREPORTED:
                 yield f"{section}.{key}", value

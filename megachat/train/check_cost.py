@@ -4,7 +4,7 @@ from megachat.settings import ReliabilityConfig
 from megachat.text import plural
 
 
-def describe_checks(settings: ReliabilityConfig) -> str | None:
+def describe_device_checks(settings: ReliabilityConfig) -> str | None:
     """Returns the checks that are on, as a line of the log; None without one."""
     checks = (("a micro-batch is replayed", settings.replay_every), ("hashes are compared", settings.hash_every))
     listed = [f"{what} every {plural(every, 'step')}" for what, every in checks if every]

@@ -23,7 +23,7 @@ _ADVICE = (
 
 
 @dataclass(frozen=True)
-class Difference:
+class TensorDifference:
     """A tensor whose two versions differ. different: of its elements, in a bit. largest: absolute difference, inf if
     one of two different elements is not finite or the shapes differ.
     """
@@ -72,7 +72,7 @@ def corrupted(mesh: Mesh, folder: Path, what: str, report: dict[str, Any], tenso
     return CorruptionError(f"step {report['step']}: {what}; {evidence}; {advice}")
 
 
-def as_values(differences: list[Difference]) -> list[dict[str, Any]]:
+def as_values(differences: list[TensorDifference]) -> list[dict[str, Any]]:
     """Returns the differences as JSON values, with their sentence; a largest difference that is not finite is null."""
     values = [asdict(difference) | {"text": str(difference)} for difference in differences]
     return [value | {"largest": value["largest"] if math.isfinite(value["largest"]) else None} for value in values]

@@ -17,7 +17,7 @@ from megachat.parallel.mesh import Mesh
 from megachat.train.build import TrainingModel
 from megachat.train.corruption import (
     MAX_TENSORS,
-    Difference,
+    TensorDifference,
     as_values,
     corrupted,
     on_any_rank,
@@ -59,10 +59,10 @@ def replay_micro_batch(run: TrainingModel, rows: torch.Tensor, step: int, folder
     report: dict[str, Any] = {"check": "replay", "step": step, "tolerance": tolerance}
     report |= {"suspects": suspects(reports, coupled=bool(run.rows.tables)), "ranks": reports}
     tensors = {"rows": rows.cpu(), **evidence} if differences else {}
-    raise corrupted(run.mesh, folder, _sentence(report), report, tensors)
+    raise corrupted(run.mesh, folder, _replay_sentence(report), report, tensors)
 
 
-def compare_results(first: Results, second: Results, tolerance: float) -> list[Difference]:
+def compare_results(first: Results, second: Results, tolerance: float) -> list[TensorDifference]:
     """Returns the tensors whose difference is above the tolerance, in the order of `second`, then those it lacks.
 
     The tensors of `second` may be on a device: those of `first` are moved there one by one. tolerance: as a share of
@@ -72,7 +72,7 @@ def compare_results(first: Results, second: Results, tolerance: float) -> list[D
     for name in [*second, *(first.keys() - second.keys())]:
         if name not in first or name not in second or first[name].shape != second[name].shape:
             elements = max(results[name].numel() for results in (first, second) if name in results)
-            differences.append(Difference(name, elements, elements, math.inf))
+            differences.append(TensorDifference(name, elements, elements, math.inf))
             continue
         now = second[name]
         before = first[name].to(now.device)
@@ -82,7 +82,7 @@ def compare_results(first: Results, second: Results, tolerance: float) -> list[D
         largest = (now[where].double() - before[where].double()).abs().max().item()
         if not tolerance or not largest <= tolerance * before.double().abs().max().item():
             largest = largest if math.isfinite(largest) else math.inf
-            differences.append(Difference(name, now.numel(), count, largest))
+            differences.append(TensorDifference(name, now.numel(), count, largest))
     return differences
 
 
@@ -173,7 +173,7 @@ def _first_difference(first: Sent, second: Sent, mesh: Mesh) -> dict[str, Any] |
     return None
 
 
-def _sentence(report: dict[str, Any]) -> str:
+def _replay_sentence(report: dict[str, Any]) -> str:
     """Returns what differs, on which rank it began, and what that means."""
     reports, ranks = report["ranks"], report["suspects"]
     differing = [entry for entry in reports if entry["differences"]]

@@ -9,7 +9,7 @@ from megachat.parallel.engine import LOSS_SCALE_MINIMUM
 from megachat.train.rank_reports import Report, ranks_text
 
 Fault = Literal["loss", "gradient"]
-WINDOW = 64  # steps that a spike is compared with
+SPIKE_WINDOW = 64  # steps that a spike is compared with
 LEAST = 20  # of them
 _NORMAL = 1.4826  # deviation of a normal distribution in units of its median absolute deviation
 

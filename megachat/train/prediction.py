@@ -16,8 +16,8 @@ from megachat.planning.probe import read_probe
 from megachat.planning.step_time import StepTime, predict_step
 from megachat.train.build import Run, TrainingModel
 
-WARM_UP_STEPS = 2
-_SHOWN = 0.02  # parts below this share of the step are not listed
+UNMEASURED_STEPS = 2
+_LISTED_SHARE = 0.02  # parts below this share of the step are not listed
 
 
 class Prediction(NamedTuple):
@@ -52,7 +52,7 @@ def measured_seconds(run_folder: Path, first_step: int) -> list[float]:
     seconds = []
     for line in readable_metrics(run_folder):
         with contextlib.suppress(ValueError, TypeError, LookupError):
-            if line["step"] > first_step + WARM_UP_STEPS:
+            if line["step"] > first_step + UNMEASURED_STEPS:
                 seconds.append(float(line["train/dt"]))
     return seconds
 
@@ -64,12 +64,12 @@ def predicted_lines(run: TrainingModel, local_ranks: int) -> list[str]:
         return []
     step = prediction.step
     parts = sorted(step.parts.items(), key=lambda part: -part[1])
-    listed = ", ".join(f"{name} {sec / step.total:.0%}" for name, sec in parts if sec > _SHOWN * step.total)
+    listed = ", ".join(f"{name} {sec / step.total:.0%}" for name, sec in parts if sec > _LISTED_SHARE * step.total)
     text = f"predicted step: {1000 * step.total:,.0f} ms +-{step.error:.0%}, not measured, by the {prediction.source}"
     return [f"{text} ({listed})"]
 
 
-def predicted_rows(run: Run, first_step: int, local_ranks: int) -> list[tuple[str, str]]:
+def predicted_step_rows(run: Run, first_step: int, local_ranks: int) -> list[tuple[str, str]]:
     """Returns (label, text) for the end of the log of a job that began after `first_step`: the predicted beside the
     median measured step, if there are both."""
     prediction = predict_training(run.config, run.plan, run.mesh.device, run.compute_dtype, local_ranks)

@@ -60,7 +60,7 @@ def compare_replicas(run: TrainingModel, step: int, folder: Path) -> None:
     kept = {f"{kind}: {name}": t.cpu().clone() for kind, copies in different.items() for name, t in copies.items()}
     report = {"check": "hashes", "step": step, "suspects": suspects, "differences": differences, "ranks": reports}
     more = f"; {len(differences) - 1} more tensors differ" if len(differences) > 1 else ""
-    what = f"{_sentence(accusing[0], reports)}{more}"
+    what = f"{_replica_sentence(accusing[0], reports)}{more}"
     raise corrupted(run.mesh, folder, what, report, dict(list(kept.items())[:MAX_TENSORS]))
 
 
@@ -94,7 +94,7 @@ def disagreements(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return result
 
 
-def _sentence(entry: dict[str, Any], reports: list[dict[str, Any]]) -> str:
+def _replica_sentence(entry: dict[str, Any], reports: list[dict[str, Any]]) -> str:
     ranks = ranks_text(reports[rank] for rank in entry["suspects"])
     others = [rank for rank in entry["hashes"] if rank not in entry["suspects"]]
     if entry["axis"] == ROUNDED:

@@ -5,11 +5,11 @@ from collections import deque
 
 from megachat.text import plural
 
-STEPS = 10  # compared on each side of a save
+COMPARED_STEPS = 10  # compared on each side of a save
 
 
 class SaveCost:
-    """Compares the steps after a save with those before it. Saves that are closer than 2 x STEPS steps are not
+    """Compares the steps after a save with those before it. Saves that are closer than 2 x COMPARED_STEPS steps are not
     compared, because the steps between them are after one and before the other.
 
     last: (step of the save, ratio) of the last comparison.
@@ -18,7 +18,7 @@ class SaveCost:
     last: tuple[int, float]
 
     def __init__(self) -> None:
-        self._before = deque[float](maxlen=STEPS)  # seconds of steps that are not after a save
+        self._before = deque[float](maxlen=COMPARED_STEPS)  # seconds of steps that are not after a save
         self._after: list[float] | None = None  # of the steps after one; None once they are complete
         self._compares = False  # whether they can be compared
         self._step = 0
@@ -27,7 +27,7 @@ class SaveCost:
 
     def begin(self, step: int) -> None:
         """A save of `step` steps was begun, before the step that follows."""
-        self._step, self._compares = step, self._after is None and len(self._before) == STEPS
+        self._step, self._compares = step, self._after is None and len(self._before) == COMPARED_STEPS
         self._after = []
 
     def add(self, seconds: float) -> bool:
@@ -36,7 +36,7 @@ class SaveCost:
             self._before.append(seconds)
             return False
         self._after.append(seconds)
-        if len(self._after) < STEPS:
+        if len(self._after) < COMPARED_STEPS:
             return False
         if self._compares:  # sums: a median would hide a save that delays one step a lot
             self.last = self._step, sum(self._after) / sum(self._before)
@@ -52,7 +52,7 @@ class SaveCost:
     @property
     def line(self) -> str:
         """The last comparison as a line of the log."""
-        return f"the {STEPS} steps since the save took {self.last[1]:.3f} times the {STEPS} before it"
+        return f"the {COMPARED_STEPS} steps since the save took {self.last[1]:.3f} times the {COMPARED_STEPS} before it"
 
     @property
     def values(self) -> dict[str, float]:
@@ -69,6 +69,6 @@ class SaveCost:
         text += f", {blocked / total:.1%} of their {total:.2f} s"
         if self._ratios:
             ratio = statistics.median(self._ratios)
-            text += f"; {STEPS} steps since a save took {ratio:.3f} times the {STEPS} before it"
+            text += f"; {COMPARED_STEPS} steps since a save took {ratio:.3f} times the {COMPARED_STEPS} before it"
             text += " (median)" * (len(self._ratios) > 1)
         return text

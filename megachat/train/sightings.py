@@ -26,7 +26,7 @@ def gradient_sighting(training: TrainingModel) -> GradientSighting:
     """Returns what this rank sees of the reduced gradients, before they are discarded; the host waits for it."""
     order = {place_of(each).name: number for number, each in enumerate(placed_parameters(training.layers))}
     named = sorted(_gradients(training), key=lambda pair: order.get(pair[0], -1), reverse=True)
-    squares = _read([gradient.float().square().sum() for _, gradient in named])
+    squares = _to_floats([gradient.float().square().sum() for _, gradient in named])
     bad = (name for (name, _), square in zip(named, squares, strict=True) if not math.isfinite(square))
     return GradientSighting(math.sqrt(sum(squares)), next(bad, None))
 
@@ -43,7 +43,7 @@ def _gradients(training: TrainingModel) -> Iterator[tuple[str, torch.Tensor]]:
             yield place_of(parameter).name, share[here]
 
 
-def _read(numbers: list[torch.Tensor]) -> list[float]:
+def _to_floats(numbers: list[torch.Tensor]) -> list[float]:
     return torch.stack(numbers).tolist() if numbers else []
 
 
@@ -57,7 +57,7 @@ def rank_sightings(training: TrainingModel, gradients: GradientSighting | None) 
     """
     parameters = placed_parameters(training.layers)
     training.muon.wait_for_gather()
-    finite = _read([parameter.detach().isfinite().all() for parameter in parameters])
+    finite = _to_floats([parameter.detach().isfinite().all() for parameter in parameters])
     bad = (place_of(parameter).name for parameter, good in zip(parameters, finite, strict=True) if not good)
     loss, (norm, gradient) = training.engine.local_loss, gradients or (None, None)
     numbers = {"loss": None if loss is None else loss.item(), "gradient_norm": norm}

@@ -208,7 +208,7 @@ def check_checkpoint(checkpoint: Path, plan: Plan, tokenizer: Tokenizer, config:
             configured.lookup, rows_per_token=saved.lookup.rows_per_token, mean_rows=saved.lookup.mean_rows
         )
         configured = dataclasses.replace(configured, lookup=lookup)
-    if listed := _differences(dataclasses.asdict(saved), dataclasses.asdict(configured)):
+    if listed := _size_differences(dataclasses.asdict(saved), dataclasses.asdict(configured)):
         raise UserError(
             f"{checkpoint} holds another model: {', '.join(listed)}; use the config it was trained with, or another "
             "run.name"
@@ -222,13 +222,13 @@ def check_checkpoint(checkpoint: Path, plan: Plan, tokenizer: Tokenizer, config:
     return facts
 
 
-def _differences(saved: dict, configured: dict, prefix: str = "") -> list[str]:
+def _size_differences(saved: dict, configured: dict, prefix: str = "") -> list[str]:
     """Returns a phrase for each size of two models that differs; of layers that only one of them has, just that."""
     phrases = []
     for key, value in configured.items():
         other = saved[key]
         if isinstance(value, dict) and isinstance(other, dict):
-            phrases += _differences(other, value, f"{prefix}{key}.")
+            phrases += _size_differences(other, value, f"{prefix}{key}.")
         elif value != other:
             words = ["yes" if isinstance(each, dict) else "no" if each is None else each for each in (other, value)]
             phrases.append(f"{prefix}{key} {words[0]} (configured: {words[1]})")

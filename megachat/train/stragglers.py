@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from megachat.train.rank_reports import Report
 
-WINDOW = 50  # steps: the ranks' times are compared once per window
-SLOW = 1.2  # times the median of the ranks with equal work
+RANK_TIMES_WINDOW = 50  # steps: the ranks' times are compared once per window
+SLOW_RATIO = 1.2  # times the median of the ranks with equal work
 
 
 def ratios_to_median(work_s: Sequence[float], ranks: Sequence[Report]) -> list[float]:
@@ -46,13 +46,14 @@ class SlowRanks:
     def line(self, work_s: Sequence[float], ranks: Sequence[Report]) -> str | None:
         """Returns a line if ranks have become slow in this window, about the slowest of them."""
         ratios = ratios_to_median(work_s, ranks)
-        slow = {rank for rank, ratio in enumerate(ratios) if ratio > SLOW}
+        slow = {rank for rank, ratio in enumerate(ratios) if ratio > SLOW_RATIO}
         new, self._slow = slow - self._slow, slow
         if not new:
             return None
         worst = max(new, key=lambda rank: ratios[rank])
         others = ", ".join(str(rank) for rank in sorted(new - {worst}))
         return (
-            f"rank {worst} ({ranks[worst]['host']}) is slow: it worked {work_s[worst]:.3f} s per step for {WINDOW} "
-            f"steps, {ratios[worst]:.2f} times the median rank of its stage{f'; also ranks {others}' if others else ''}"
+            f"rank {worst} ({ranks[worst]['host']}) is slow: it worked {work_s[worst]:.3f} s per step for "
+            f"{RANK_TIMES_WINDOW} steps, {ratios[worst]:.2f} times the median rank of its stage"
+            + (f"; also ranks {others}" if others else "")
         )

@@ -27,7 +27,7 @@ _LAUNCHED = {
 
 
 @dataclass(frozen=True)
-class Curve:
+class RunHistory:
     """What a run's metrics.jsonl has of the whole run, earlier jobs included.
 
     bpb: (step, value) of each validation. core: the last CORE metric. mfu: the mean over the time of logged steps, in
@@ -40,7 +40,7 @@ class Curve:
     peak_bytes: int | None
 
 
-def read_curve(run_folder: Path) -> Curve:
+def read_history(run_folder: Path) -> RunHistory:
     """Reads metrics.jsonl; lines that cannot be read are left out."""
     bpb, core, peak = list[tuple[int, float]](), None, None
     timed = list[tuple[int, float, float]]()  # step, MFU, seconds
@@ -55,19 +55,19 @@ def read_curve(run_folder: Path) -> Curve:
     timed = [entry for entry in timed if entry[0] >= UNTIMED_STEPS] or timed
     seconds = sum(dt for _, _, dt in timed)
     mfu = sum(mfu * dt for _, mfu, dt in timed) / seconds if seconds else None
-    return Curve(bpb, core, mfu, peak)
+    return RunHistory(bpb, core, mfu, peak)
 
 
 def summary_rows(trainer: Trainer, startup_s: float, total_s: float) -> list[tuple[str, str]]:
     """Returns (label, text) of the run as it is now. startup_s, total_s: of this job."""
-    run, state, plan, curve = trainer.run, trainer.state, trainer.run.plan, read_curve(trainer.run.folder)
+    run, state, plan, history = trainer.run, trainer.state, trainer.run.plan, read_history(trainer.run.folder)
     rows = []
-    if curve.bpb:
-        (first, begin), (last, end), best = curve.bpb[0], curve.bpb[-1], min(value for _, value in curve.bpb)
-        text = f"{begin:.4f} at step {first} to {end:.4f} at step {last}" if len(curve.bpb) > 1 else f"{end:.4f}"
+    if history.bpb:
+        (first, begin), (last, end), best = history.bpb[0], history.bpb[-1], min(value for _, value in history.bpb)
+        text = f"{begin:.4f} at step {first} to {end:.4f} at step {last}" if len(history.bpb) > 1 else f"{end:.4f}"
         rows.append(("validation bpb", text + (f" (best {best:.4f})" if best < end else "")))
-    if curve.core is not None:
-        rows.append(("CORE", f"{curve.core:.4f}"))
+    if history.core is not None:
+        rows.append(("CORE", f"{history.core:.4f}"))
     steps = state.step - trainer.first_step
     rate = f"; {steps * plan.tokens_per_step / trainer.steps_s:,.0f} per second" if trainer.steps_s else ""
     part = f" ({steps} of them in this job)" if trainer.first_step else ""
@@ -77,14 +77,14 @@ def summary_rows(trainer: Trainer, startup_s: float, total_s: float) -> list[tup
     if trainer.first_step:
         timed = f"{duration(state.training_s)} in steps after the first {UNTIMED_STEPS}"
         rows.append(("whole run", f"{timed}, earlier jobs included"))
-    if curve.mfu is not None:
-        rows.append(("MFU", f"{curve.mfu:.1f} % mean of the logged steps"))
-        if curve.mfu < LOW_MFU:
+    if history.mfu is not None:
+        rows.append(("MFU", f"{history.mfu:.1f} % mean of the logged steps"))
+        if history.mfu < LOW_MFU:
             causes = likely_causes(run.config, plan, run.kernels)
             rows += [("", f"below {LOW_MFU:.0f} %; a likely cause: {cause}") for cause in causes]
             rows.append(("", "in a clone, `megachat bench profile` shows where the time of a step goes"))
-    if curve.peak_bytes:
-        rows.append(("peak memory", f"{curve.peak_bytes / 1e9:.2f} GB on rank 0"))
+    if history.peak_bytes:
+        rows.append(("peak memory", f"{history.peak_bytes / 1e9:.2f} GB on rank 0"))
     reader = "rank 0 has read" if run.mesh.data.size > 1 else "were read"
     rows.append(("cropped", f"{run.loader.cropped_share:.1%} of the tokens that {reader}"))
     if saving := trainer.save_cost.row:

@@ -29,12 +29,11 @@ from megachat.text import shortened
 from megachat.train.build import Run, build_loader
 from megachat.train.capsule import write_spike
 from megachat.train.metrics import Metrics, Pace, console_line
-from megachat.train.nonfinite import WINDOW as SPIKE_WINDOW
-from megachat.train.nonfinite import deviations_above
+from megachat.train.nonfinite import SPIKE_WINDOW, deviations_above
 from megachat.train.rank_reports import Report, gather_reports
 from megachat.train.state import LoopState, save_state
 from megachat.train.step import StepResult
-from megachat.train.stragglers import WINDOW, SlowRanks, rank_values
+from megachat.train.stragglers import RANK_TIMES_WINDOW, SlowRanks, rank_values
 
 
 class TaskContext(Protocol):
@@ -82,7 +81,7 @@ class Task:
         """Changes the state as run() did when it had this result; all ranks call it."""
 
 
-class Log(Task):
+class LogStep(Task):
     """Logs a step to the console and to metrics.jsonl: every log.every steps, each skipped step and the last one."""
 
     name, runs_on_stop = "log", True
@@ -171,7 +170,7 @@ class RankTimes(Task):
         self._slow = SlowRanks()
 
     def due(self, trainer: TaskContext) -> bool:
-        return trainer.run.mesh.world.size > 1 and due(trainer.state.step - trainer.first_step, WINDOW)
+        return trainer.run.mesh.world.size > 1 and due(trainer.state.step - trainer.first_step, RANK_TIMES_WINDOW)
 
     def run(self, trainer: TaskContext) -> bool:
         mesh, step = trainer.run.mesh, trainer.state.step

@@ -25,8 +25,8 @@ from megachat.train.save_cost import SaveCost
 from megachat.train.sightings import rank_sightings
 from megachat.train.state import LoopState, state_pieces
 from megachat.train.step import StepResult, train_step
-from megachat.train.stragglers import WINDOW
-from megachat.train.tasks import Checkpoint, Core, Log, RankTimes, Samples, Spikes, Task, Validation
+from megachat.train.stragglers import RANK_TIMES_WINDOW
+from megachat.train.tasks import Checkpoint, Core, LogStep, RankTimes, Samples, Spikes, Task, Validation
 
 SETTLED_STEPS = 2  # by then everything in a step is compiled: a new graph is worth a log line
 
@@ -56,12 +56,12 @@ class Trainer:
         self.stop_requested, self.before_step = stop_requested, before_step
         self.checkpoint = Checkpoint()
         # The checkpoint comes before everything that can fail or take minutes.
-        first: list[Task] = [Spikes(), Log(), RankTimes()]
+        first: list[Task] = [Spikes(), LogStep(), RankTimes()]
         self.tasks = [*first, self.checkpoint, Validation(), Samples(), Core()]
         self.saver = Saver(run.mesh.saving, background=run.config.checkpoint.background)
         self.saved_step: int | None = None  # step of the last checkpoint that this job began to write
         self.first_step, self.steps_s = state.step, 0.0
-        self.work_s = deque[float](maxlen=WINDOW)
+        self.work_s = deque[float](maxlen=RANK_TIMES_WINDOW)
         self.pace = Pace(state.step)
         self.after_first_step: Callable[[], object] = lambda: None
         self.save_cost, self.check_cost = SaveCost(), CheckCost()

@@ -22,7 +22,7 @@ from megachat.parallel.engine import Engine, build_evaluation_engine, build_modu
 from megachat.parallel.mesh import Mesh
 from megachat.parallel.tensor import vocabulary_part
 from megachat.place import place_of
-from megachat.planning.plan import Plan, resolve
+from megachat.planning.plan import Plan, resolve_plan
 from megachat.train.build import attach_row_tables, build_stage, row_parameters
 
 
@@ -53,7 +53,7 @@ def evaluation_plan(saved: SavedModel, world: int) -> Plan:
     sections["precision"]["fp8"] = "off"  # only for training; its requirements need not hold here
     sections["evaluate"]["tokens"] = config.evaluate.tokens or training.evaluation_rows * training.dims.sequence_len
     config, dims = Config.model_validate_json(json.dumps(sections)), training.dims
-    return resolve(config, world, dims.vocab_size, dims.lookup)
+    return resolve_plan(config, world, dims.vocab_size, dims.lookup)
 
 
 def build_evaluation_model(saved: SavedModel, plan: Plan, mesh: Mesh) -> EvaluationModel:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megachat.planning.memory import memory_of_stages
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from megachat.programs.verify_layout import related_rows
 from megachat.train.build import build_training_model
 from megachat.train.step import set_schedules
@@ -27,7 +27,7 @@ def test_a_step_needs_what_is_estimated(fp8, rows, mesh, report):  # noqa: F811
     }
     precision = {"compute": "bfloat16", "fp8": fp8, "fp8_backend": "torch", "attention": "sdpa"}
     config = small_config(model=model, batch={"tokens": 32 * 2048, "micro_rows": rows}, precision=precision)
-    plan = resolve(config, 1, 32768)
+    plan = resolve_plan(config, 1, 32768)
     (estimate,) = memory_of_stages(config, plan, torch.bfloat16)
     before = torch.cuda.memory_allocated()
     training = build_training_model(config, plan, mesh, torch.ones(32768, dtype=torch.int64))

@@ -89,7 +89,7 @@ def test_7_checkpoints_are_the_same_for_every_backend(plain):
 
 
 def trained(fp8: str, backend: str, mesh, steps: int = 50) -> list[float]:
-    from megachat.planning.plan import resolve
+    from megachat.planning.plan import resolve_plan
     from megachat.programs.verify_layout import related_rows
     from megachat.train.build import build_training_model
     from megachat.train.step import set_schedules
@@ -106,7 +106,7 @@ def trained(fp8: str, backend: str, mesh, steps: int = 50) -> list[float]:
     config = small_config(
         model=sizes, batch={"tokens": 16 * 512, "micro_rows": 8}, horizon={"steps": steps}, precision=precision
     )
-    plan = resolve(config, 1, 4096)
+    plan = resolve_plan(config, 1, 4096)
     training = build_training_model(config, plan, mesh, torch.ones(4096, dtype=torch.int64))
     losses = []
     for step in range(steps):

@@ -6,7 +6,7 @@ import torch
 
 from megachat.data.staging import staging_for
 from megachat.optim.partition import Phase
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from megachat.train.build import build_training_model
 from megachat.train.step import set_schedules
 from tests.gpu.test_model import mesh  # noqa: F401
@@ -35,7 +35,9 @@ def test_a_captured_update_is_equal_to_the_bit(compute, compiled, mesh):  # noqa
         torch.manual_seed(0)
         precision = {"compute": compute, "compile": compiled, "optimizer_graph": True, "attention": "sdpa"}
         config = small_config(precision=precision, optimizer={"clip_norm": 0.2})
-        training = build_training_model(config, resolve(config, 1, SMALL_VOCAB), mesh, torch.ones(SMALL_VOCAB).long())
+        training = build_training_model(
+            config, resolve_plan(config, 1, SMALL_VOCAB), mesh, torch.ones(SMALL_VOCAB).long()
+        )
         if not captured:
             training.graph._graph.run = lambda function: function()
         generator, adamw = torch.Generator(mesh.device).manual_seed(1), training.engine.adamw
@@ -58,7 +60,7 @@ def test_a_captured_update_is_equal_to_the_bit(compute, compiled, mesh):  # noqa
 def test_a_step_waits_for_the_gpu_no_more_than_is_listed(mesh):  # noqa: F811
     """tests/ranks/test_no_sync.py lists the waits; torch raises at every other one on a GPU."""
     config = small_config(precision={"compute": "bfloat16", "attention": "sdpa"})
-    training = build_training_model(config, resolve(config, 1, SMALL_VOCAB), mesh, torch.ones(SMALL_VOCAB).long())
+    training = build_training_model(config, resolve_plan(config, 1, SMALL_VOCAB), mesh, torch.ones(SMALL_VOCAB).long())
     rows = [random_rows(step, 12, 161, SMALL_VOCAB).to(mesh.device) for step in range(3)]
     for step in range(2):
         set_schedules(training, step)
@@ -79,7 +81,9 @@ def test_the_kernels_that_max_autotune_chooses_compute_the_same(mesh, report):  
         torch.manual_seed(0)
         precision = {"compute": "bfloat16", "attention": "sdpa", "compile": True, "compile_mode": mode}
         config = small_config(precision=precision)
-        training = build_training_model(config, resolve(config, 1, SMALL_VOCAB), mesh, torch.ones(SMALL_VOCAB).long())
+        training = build_training_model(
+            config, resolve_plan(config, 1, SMALL_VOCAB), mesh, torch.ones(SMALL_VOCAB).long()
+        )
         for step in range(3):
             set_schedules(training, step)
             loss, *_ = take_step(training, random_rows(step, 12, 161, SMALL_VOCAB).to(mesh.device))

@@ -12,7 +12,7 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from megachat.evals.bpb import ValidationRows, bits_per_byte
 from megachat.planning.dimensions import NORMS
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from megachat.programs.verify_layout import warm_up
 from megachat.train.compiled import NewGraphs
 from megachat.train.micro_batch_replay import replay_micro_batch
@@ -86,7 +86,7 @@ def test_nothing_is_compiled_after_the_second_step_and_nothing_changes(case):
             assert loss == pytest.approx(wanted, rel=1e-5) and norm == pytest.approx(norm_wanted, rel=1e-4)
         assert compiled[1] == pytest.approx(plain[1], rel=1e-5)
         if world == 1 and not batch.get("recompute"):  # one graph for all blocks of a kind
-            dims = resolve(config, 1, VOCAB).dims
+            dims = resolve_plan(config, 1, VOCAB).dims
             middle = (
                 dims.depth // 2
             )  # from which the stream has a tensor more; before the first block two of it are one

@@ -22,7 +22,7 @@ from megachat.model.parameters import load_whole, placed_parameters, starting_va
 from megachat.parallel.engine import build_evaluation_engine, build_module, start_collectives
 from megachat.parallel.mesh import build_mesh
 from megachat.place import Place, place_of
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from megachat.train.build import attach_row_tables, build_stage
 from tests.harness import run_ranks
 from tests.reference import FOLDER as REFERENCE
@@ -110,7 +110,7 @@ def gains_from_reading(bundle: Path, parallel: dict) -> list[dict]:
     config, letters = small_config(model=MODEL, batch=BATCH, parallel=parallel), tokenizer()
     start_collectives(torch.device("cpu"), "gloo", timedelta(seconds=600))
     mesh = build_mesh(torch.device("cpu"), tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
-    plan = resolve(config, mesh.world.size, letters.vocab_size)
+    plan = resolve_plan(config, mesh.world.size, letters.vocab_size)
     layers = build_stage(config, plan, mesh, torch.float32, start=False)
     engine = build_evaluation_engine(build_module(list(layers), torch.nn.Identity(), mesh), mesh)
     model = Evaluator(engine, plan.dims, mesh, limits(plan.dims)[0], controls=True)
@@ -138,7 +138,7 @@ def on_ranks(bundle: Path, parallel: dict):
     config, letters = small_config(model=MODEL, batch=BATCH, ngram=NGRAM, parallel=parallel), tokenizer()
     start_collectives(torch.device("cpu"), "gloo", timedelta(seconds=600))
     mesh = build_mesh(torch.device("cpu"), tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
-    plan = resolve(config, mesh.world.size, letters.vocab_size)
+    plan = resolve_plan(config, mesh.world.size, letters.vocab_size)
     layers = build_stage(config, plan, mesh, torch.float32, start=False)
     fill_tables(attach_row_tables(layers, config, mesh, torch.float32, train=False), some_table)
     engine = build_evaluation_engine(build_module(list(layers), torch.nn.Identity(), mesh), mesh)
@@ -173,7 +173,7 @@ def oracle(bundle) -> dict[bool | str, dict[str, tuple[bool, ...]]]:
     cropping and swapped contexts.
     """
     letters = tokenizer()
-    dims = resolve(small_config(model=MODEL, batch=BATCH, ngram=NGRAM), 1, letters.vocab_size).dims
+    dims = resolve_plan(small_config(model=MODEL, batch=BATCH, ngram=NGRAM), 1, letters.vocab_size).dims
     layers = build_layers(dims, ModelOptions()).requires_grad_(False)
     right: dict[bool | str, dict] = {}
     for tasks in (open_bundle(bundle).tasks, (copying_task(),)):

@@ -19,7 +19,7 @@ from megachat.model.parameters import load_whole, placed_parameters
 from megachat.parallel.engine import build_evaluation_engine, build_module, start_collectives
 from megachat.parallel.mesh import build_mesh
 from megachat.place import place_of
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from megachat.train.build import build_stage
 from tests.harness import run_ranks
 from tests.ranks.test_core import tokenizer
@@ -191,7 +191,7 @@ def both_ways():
     config, letters = small_config(model=MODEL, batch={"tokens": ROW * 12}), tokenizer()
     start_collectives(torch.device("cpu"), "gloo", timedelta(seconds=600))
     mesh = build_mesh(torch.device("cpu"), tensor=1, pipeline=1)
-    plan = resolve(config, 1, letters.vocab_size)
+    plan = resolve_plan(config, 1, letters.vocab_size)
     layers = build_stage(config, plan, mesh, torch.float32, start=False)
     weights = trained_weights(layers)
     engine = build_evaluation_engine(build_module(list(layers), torch.nn.Identity(), mesh), mesh)

@@ -15,7 +15,7 @@ import torch
 from megachat.errors import CorruptionError
 from megachat.kernels.bit_hash import bit_hash
 from megachat.planning.dimensions import NORMS
-from megachat.train.corruption import Difference, parameter_name
+from megachat.train.corruption import TensorDifference, parameter_name
 from megachat.train.micro_batch_replay import compare_results, replay_micro_batch, suspects
 from megachat.train.replicas import compare_replicas, disagreements
 from megachat.train.step import set_schedules
@@ -219,7 +219,7 @@ def test_every_bit_counts_but_for_a_tolerance():
     second = first | {"x": torch.tensor([1.0, -2.5, torch.nan]), "y": torch.tensor([0.0, -0.0])}
     del second["z"]
     assert compare_results(first, second, 0.0) == [
-        Difference("x", 3, 1, 0.5), Difference("y", 2, 1, 0.0), Difference("z", 1, 1, math.inf),
+        TensorDifference("x", 3, 1, 0.5), TensorDifference("y", 2, 1, 0.0), TensorDifference("z", 1, 1, math.inf),
     ]  # fmt: skip
     first["x"][2] = second["x"][2] = 10.0
     assert [each.tensor for each in compare_results(first, second, 0.06)] == ["z"]

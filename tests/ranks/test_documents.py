@@ -17,7 +17,7 @@ from megachat.errors import UserError
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.engine import start_collectives
 from megachat.parallel.mesh import build_mesh
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from megachat.train.build import build_loader
 from megachat.train.documents import resume_documents
 from tests.harness import run_ranks
@@ -40,7 +40,7 @@ class Ranks:
         self.mesh = build_mesh(torch.device("cpu"))
         data = {"folder": str(folder / "data"), "streams": STREAMS} | changes.pop("data", {})
         self.config = small_config(data=data, **changes)
-        self.plan = resolve(self.config, self.mesh.world.size, 257)
+        self.plan = resolve_plan(self.config, self.mesh.world.size, 257)
 
     def documents(self, checkpoint: Path):
         return resume_documents(checkpoint, facts(checkpoint), self.config, self.plan, self.mesh, tokenizer())

@@ -42,8 +42,8 @@ WAITS = {
 }
 _LOOKUP, _ROWS = "megachat/kernels/lookup.py", "megachat/optim/row_tables.py"
 WAITS_OF_TABLES = {
-    (_LOOKUP, "_groups", "cpu"): "tokens with as many rows are read together; the host makes the groups",
-    (_LOOKUP, "_groups", "numpy"): "the same",
+    (_LOOKUP, "_token_groups", "cpu"): "tokens with as many rows are read together; the host makes the groups",
+    (_LOOKUP, "_token_groups", "numpy"): "the same",
     (_LOOKUP, "_make_groups", "cpu"): "the same",
     (_LOOKUP, "_make_groups", "numpy"): "the same",
     (_LOOKUP, "_to", "to"): "no wait: to the rank's device",

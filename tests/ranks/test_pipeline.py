@@ -18,7 +18,7 @@ from megachat.evals.generation import generate
 from megachat.parallel.engine import PIPELINE_SETTINGS, Engine, start_collectives
 from megachat.parallel.mesh import build_mesh
 from megachat.place import place_of
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from megachat.programs.verify_layout import warm_up
 from megachat.train.build import build_stage
 from megachat.train.step import set_schedules
@@ -143,7 +143,7 @@ def test_a_layer_waits_for_the_gather_of_its_matrices_before_it_runs(world, para
 def build_with_a_hole(config):
     start_collectives(torch.device("cpu"), "gloo", timedelta(seconds=60))
     mesh = build_mesh(torch.device("cpu"), pipeline=config.parallel.pipeline)
-    plan = resolve(config, mesh.world.size, SMALL_VOCAB)
+    plan = resolve_plan(config, mesh.world.size, SMALL_VOCAB)
     build_stage(config, dataclasses.replace(plan, stages=((0, 2), (3, 5))), mesh, torch.float32)
 
 

@@ -13,7 +13,7 @@ from megachat.parallel import collectives, tensor
 from megachat.parallel.mesh import build_mesh
 from megachat.parallel.tensor import apply_tensor, cut_range, vocabulary_part
 from megachat.place import is_partial_over_tensor, is_tensor_shard, place_of
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from megachat.settings import ParallelConfig
 from tests.harness import run_ranks
 from tests.training import SMALL_VOCAB, random_rows, small_config
@@ -43,7 +43,7 @@ def measured(layers, dims, part, rows):
 def cut_model(config, sequence: bool, tokens: int, vocab_size: int):
     rows = random_rows(0, 2, tokens, vocab_size)
     mesh = build_mesh(torch.device("cpu"), tensor=config.parallel.tensor)
-    dims = resolve(config, mesh.world.size, vocab_size).dims
+    dims = resolve_plan(config, mesh.world.size, vocab_size).dims
     layers = build_layers(dims, ModelOptions())
     apply_tensor(list(layers), mesh.tensor, sequence=sequence)
     some_values(layers)
@@ -68,7 +68,7 @@ def cut_model(config, sequence: bool, tokens: int, vocab_size: int):
 )
 def test_a_cut_model_has_the_loss_and_every_gradient_of_the_whole_one(tensor_size, model, vocab_size, sequence):
     config = small_config(model=model, parallel={"tensor": tensor_size}, batch={"tokens": None, "accumulation": 1})
-    dims = resolve(config.model_copy(update={"parallel": ParallelConfig()}), 1, vocab_size).dims
+    dims = resolve_plan(config.model_copy(update={"parallel": ParallelConfig()}), 1, vocab_size).dims
     whole = build_layers(dims, ModelOptions())
     some_values(whole)
     rows = random_rows(0, 2, 160 // tensor_size * tensor_size + 1, vocab_size)
@@ -95,7 +95,7 @@ def test_a_cut_model_has_the_loss_and_every_gradient_of_the_whole_one(tensor_siz
 
 def count_collectives(config, sequence: bool):
     mesh = build_mesh(torch.device("cpu"), tensor=config.parallel.tensor)
-    dims = resolve(config, mesh.world.size, SMALL_VOCAB).dims
+    dims = resolve_plan(config, mesh.world.size, SMALL_VOCAB).dims
     layers = build_layers(dims, ModelOptions(), seed=1)
     apply_tensor(list(layers), mesh.tensor, sequence=sequence)
     some_values(layers)

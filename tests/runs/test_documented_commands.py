@@ -15,7 +15,7 @@ from megachat.commands.main import COMMANDS, build_parser
 from megachat.commands.options import layout_settings
 from megachat.config import load_config
 from megachat.planning.layouts import parse_layout
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from tests.documented import Line, documented_lines
 from tests.runs.job import CONFIG, ROOT
 from tests.runs.test_api import executed
@@ -140,7 +140,7 @@ def check_command(name: str, arguments: list[str], world: int) -> None:
         parse_layout(text)
     config = load_config(path, [*options.set, *(layout_settings(layout) if isinstance(layout, str) else ())])
     if name in ("plan", "pretrain"):
-        resolve(config, getattr(options, "world", None) or world, config.model.vocab_size or 4096)
+        resolve_plan(config, getattr(options, "world", None) or world, config.model.vocab_size or 4096)
 
 
 @pytest.mark.parametrize("line", [each for each in LINES if not begins(each, NOT_OURS)], ids=line_id)

@@ -7,7 +7,7 @@ import pytest
 from megachat.optim.groups import assign_groups
 from megachat.place import place_of
 from megachat.planning.manifest import ownership
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from megachat.train.step import set_schedules
 from tests.harness import run_ranks
 from tests.runs.forked import run_forked
@@ -124,7 +124,7 @@ def test_the_owners_are_those_of_the_running_optimizers(world, parallel):
     )
     ranks = run_ranks(held, world, config)
     groups = {name: group for *_, parameters in ranks for name, group in parameters.items()}
-    lines = ownership(config, resolve(config, world, SMALL_VOCAB))
+    lines = ownership(config, resolve_plan(config, world, SMALL_VOCAB))
     assert {line.name for line in lines} == set(groups) and len(lines) == len(groups)
     for line in lines:
         assert line.optimizer == groups[line.name].optimizer

@@ -11,7 +11,7 @@ import pytest
 from megachat.checkpoint.facts import read_facts, write_facts
 from megachat.config import Config
 from megachat.convert.conversion import export_checkpoint
-from megachat.planning.plan import Layout, resolve
+from megachat.planning.plan import Layout, resolve_plan
 from megachat.programs.verify_resume import resolve_without_fp8_if_needed, resume_config
 from tests.runs.forked import run_forked
 from tests.runs.job import STEPS, bits_per_byte, checkpoint, command, losses, train
@@ -95,4 +95,4 @@ def test_its_resumption_is_verified_with_the_kernels_that_are_here():
     config, again = resolve_without_fp8_if_needed(
         resume_config(tensorwise, tensorwise, 4, vars(Layout(1, 1, 1)), exact=True), 1, 300
     )
-    assert config.precision.fp8 == "tensorwise" and again == plan == resolve(config, 1, 300)
+    assert config.precision.fp8 == "tensorwise" and again == plan == resolve_plan(config, 1, 300)

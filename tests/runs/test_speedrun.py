@@ -13,7 +13,7 @@ from megachat.commands import main as cli
 from megachat.errors import UserError
 from megachat.evals.core_bundle import CORE_TASKS
 from megachat.files import is_locked
-from megachat.programs.speedrun import RECIPES, Speedrun, describe, run_speedrun, settings_of_depth, stages
+from megachat.programs.speedrun import RECIPES, Speedrun, describe_speedrun, run_speedrun, settings_of_depth, stages
 from megachat.studies.metrics import read_metrics
 from tests.runs.job import begin, finish, metrics, until
 from tests.runs.network import two_hosts, why_not
@@ -121,7 +121,7 @@ def test_a_failed_stage_ends_the_call_with_its_status(options, capsys):
     assert "pretrain" == started[-1] and "training speedrun-public-2026-d3-1 ended with status 137" in (
         capsys.readouterr().out
     )
-    listed = describe(speedrun(options, runs=2)).splitlines()
+    listed = describe_speedrun(speedrun(options, runs=2)).splitlines()
     assert [line.partition(":")[0] for line in listed if "-d3-2" in line] == [
         f"{name} speedrun-public-2026-d3-2" for name in ("training", "CORE of", "report of")
     ]
@@ -137,7 +137,9 @@ def test_recipes_at_other_depths():
         large = Speedrun(recipe, tuple(settings_of_depth(recipe, 12))).config
         assert (large.model.depth, large.precision.fp8, large.model.sequence_len) == (12, "tensorwise", 2048)
     assert Speedrun("public-2026").name == "speedrun-public-2026"
-    several = describe(Speedrun("public-2026", ("data.folder=none", "data.tokenizer=none"), runs=3), 2.5).splitlines()
+    several = describe_speedrun(
+        Speedrun("public-2026", ("data.folder=none", "data.tokenizer=none"), runs=3), 2.5
+    ).splitlines()
     assert several[-3].startswith("download: 171 shards of climbmix, about 17.1 GB ")
     assert several[-2].endswith("; 3 runs take 3 times that") and "--price, 2.5 per GPU-hour" in several[-1]
     first, second = list(stages(Speedrun("public-2026", ("data.tokenizer=none",))))[:2]

@@ -16,8 +16,8 @@ from megachat.convert.architecture import weight_shapes
 from megachat.errors import UserError
 from megachat.files import file_sha256
 from megachat.parallel.mesh import Axis
-from megachat.planning.plan import resolve
-from megachat.programs.verify_resume import compare_resumed_run, run_job
+from megachat.planning.plan import resolve_plan
+from megachat.programs.verify_resume import compare_resumed_run, train_to_step
 from tests.runs.forked import run_forked, run_without_torchrun
 from tests.runs.job import checkpoint, command, losses
 
@@ -167,7 +167,7 @@ def copied(runs: Path, name: str, into: Path) -> Path:
 
 
 def order_of(config: Path) -> list[str]:
-    return list(weight_shapes(resolve(load_config(config), 1, 257).dims))
+    return list(weight_shapes(resolve_plan(load_config(config), 1, 257).dims))
 
 
 def test_a_momentum_changed_between_the_halves_is_named(resumed, tmp_path):
@@ -175,7 +175,7 @@ def test_a_momentum_changed_between_the_halves_is_named(resumed, tmp_path):
     half = copied(runs, "half", tmp_path)
     changed(checkpoint(half, 2), "muon/transformer.h.1.mlp.c_fc.weight/momentum")
     after = copied(tmp_path, "half", tmp_path / "after")
-    run_job(load_config(runs / "half.json"), after, 2, 4, every=1, resume=True)
+    train_to_step(load_config(runs / "half.json"), after, 2, 4, every=1, resume=True)
     verdict, differences = compare_resumed_run(runs / "whole", half, after, order_of(config), exact=True)
     assert (
         verdict == "different"
@@ -203,7 +203,7 @@ def test_swapped_streams_of_documents_are_named(resumed, tmp_path):
     rehashed(checkpoint(half, 2))
     refused = "the job half failed: .*stream_00001.npz .*documents that do not belong to stream 1"
     with pytest.raises(UserError, match=refused):
-        run_job(load_config(runs / "half.json"), half, 2, 4, every=1, resume=True)
+        train_to_step(load_config(runs / "half.json"), half, 2, 4, every=1, resume=True)
     verdict, differences = compare_resumed_run(
         runs / "whole", half, runs / "onto-dp2-tp1-pp1", order_of(config), exact=True
     )

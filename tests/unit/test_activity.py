@@ -6,7 +6,7 @@ import time
 import pytest
 
 from megachat import activity
-from megachat.activity import Progress, announced, duration, hours_minutes, ticking
+from megachat.activity import ProgressBar, announced, duration, hours_minutes, ticking
 from tests.limits import limit_s
 
 
@@ -55,7 +55,7 @@ def test_a_call_that_no_thread_interrupts_shows_its_time(capfd):
 def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, capsys):
     now = [100.0]
     monkeypatch.setattr(activity.time, "monotonic", lambda: now[0])
-    with Progress("reading", 400e6, "B") as progress:
+    with ProgressBar("reading", 400e6, "B") as progress:
         progress.skip(100e6)
         for _ in range(4):
             now[0] += 8.0
@@ -73,10 +73,10 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, capsys)
 
 
 def test_progress_of_an_unknown_total(capsys):
-    with Progress("counting", None, " texts") as progress:
+    with ProgressBar("counting", None, " texts") as progress:
         progress.update(1500)
         assert progress.line(3.0) == "counting: 1.50k texts"
-    with Progress("walking", 6, "") as progress:
+    with ProgressBar("walking", 6, "") as progress:
         progress.update(2)
         assert progress.line(60.0) == "walking: 2 of 6 (33%), eta 2min"
     assert capsys.readouterr() == ("", "")

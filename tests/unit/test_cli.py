@@ -340,8 +340,8 @@ def test_the_demo_starts_ranks_and_compares(tmp_path, monkeypatch):
         ["--num_accelerators", "2", "--master_port", "4321", "--module", "megachat", "pretrain", "--config", config]
         + ["--resume", "auto", "--quiet", "--no-color", "--set", "horizon.steps=20"]
     )
-    demo.TOKENIZER.mkdir(parents=True)
-    (demo.TOKENIZER / "tokenizer.json").touch()
+    demo.DEMO_TOKENIZER.mkdir(parents=True)
+    (demo.DEMO_TOKENIZER / "tokenizer.json").touch()
     lines.clear()
     assert begun("demo", ["--set", "run.name=mine", "--set", "data.folder=texts"], "demo") == 1
     assert lines[-1] == ["unigram", "--data", "texts", "--tokenizer", "data/tokenizer", "--run", "runs/mine"]
@@ -385,7 +385,7 @@ def test_without_argcomplete_the_command_works(monkeypatch):
     monkeypatch.setitem(sys.modules, "argcomplete", None)
     with pytest.raises(UserError, match="pip install 'megachat.completion.'"):
         run("completion", "bash")
-    cli._complete()  # a shell that asks gets no answer
+    cli._answer_completion()  # a shell that asks gets no answer
 
 
 def program_in(folder: Path) -> dict[str, str]:

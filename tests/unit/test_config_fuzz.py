@@ -13,7 +13,7 @@ from megachat.planning.explain import describe_config, describe_plan, setting_wa
 from megachat.planning.manifest import describe_ownership, ownership
 from megachat.planning.memory import memory_of_stages
 from megachat.planning.memory_advice import memory_warning
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 
 CASES, BOX_S, MOST_S = 3000, 15.0, 5.0
 MEMORY_EVERY = 8  # it takes ten times as long as the rest
@@ -79,7 +79,7 @@ def plan_or_refuse(path, seed: int) -> bool:
     path.write_text(text, encoding="utf-8")
     try:
         config = load_config(path, overrides)
-        plan = resolve(config, world, config.model.vocab_size or 4096)
+        plan = resolve_plan(config, world, config.model.vocab_size or 4096)
         assert describe_config(config) and describe_plan(plan) and isinstance(setting_warnings(config, plan), list)
         if seed % MEMORY_EVERY == 0:
             stages = memory_of_stages(config, plan, torch.bfloat16)

@@ -8,7 +8,7 @@ import torch
 
 from megachat.config import Config, load_config
 from megachat.planning.memory import FILLS, memory_of_stages
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from megachat.programs.dry_run import Hardware, describe_job
 from tests.runs.forked import run_forked
 from tests.runs.job import ROOT
@@ -63,7 +63,7 @@ def test_a_dry_run_on_the_documented_devices(line):
     config = config_of(name, options)
     text = describe_job(config, int(devices), Hardware(GPU_GB if kind == "GPU" else None), verbose=True)
     assert "memory" in text and "WARNING" not in text
-    plan = resolve(config, int(devices), config.model.vocab_size)
+    plan = resolve_plan(config, int(devices), config.model.vocab_size)
     assert f"{plan.micro_rows} x {plan.accumulation}" == shape
     assert (f"{plan.tokens_per_step:,}", f"{plan.steps:,}") == (tokens, steps)
     assert f"accumulation = {plan.accumulation}   [" in text
@@ -73,7 +73,7 @@ def test_a_dry_run_on_the_documented_devices(line):
 def test_it_fits_one_gpu_and_keeps_its_pipeline_busy(line):
     name, options, devices, _, _, _, _, documented_gb = line
     config = config_of(name, options)
-    plan = resolve(config, int(devices), config.model.vocab_size)
+    plan = resolve_plan(config, int(devices), config.model.vocab_size)
     total = max(stage.total for stage in memory_of_stages(config, plan, torch.bfloat16))
     assert total <= FILLS * GPU_GB * 1e9 and f"{total / 1e9:.0f}" == documented_gb
     assert plan.bubble < 0.2
@@ -87,8 +87,8 @@ def test_a_variant_changes_only_the_layout_and_the_rows_per_micro_batch(line):
     keys = [setting.partition("=")[0] for setting in settings_of(line[1])]
     assert set(keys) <= {"parallel.tensor", "parallel.pipeline", "batch.micro_rows", "batch.recompute"}
     vocab_size = config_of(line[0], "").model.vocab_size
-    base = resolve(config_of(line[0], ""), 8, vocab_size)
-    variant = resolve(config_of(*line[:2]), int(line[2]), vocab_size)
+    base = resolve_plan(config_of(line[0], ""), 8, vocab_size)
+    variant = resolve_plan(config_of(*line[:2]), int(line[2]), vocab_size)
     assert (variant.tokens_per_step, variant.steps) == (base.tokens_per_step, base.steps)
 
 
@@ -97,7 +97,7 @@ def test_run_6_is_nanochats_plan_number_by_number():
     formulas of its scripts/base_train.py and nanochat/gpt.py.
     """
     config = config_of("speedrun_run6", "")
-    plan = resolve(config, 8, 32768)
+    plan = resolve_plan(config, 8, 32768)
     dims = plan.dims
     width, heads, layers, vocabulary = 1536, 12, 24, 32768
     assert (dims.width, dims.heads, dims.kv_heads, dims.depth, dims.vocab_size) == (

@@ -239,5 +239,5 @@ def test_a_probe_starts_a_rank_per_gpu(cuda, monkeypatch, tmp_path):
     for count in (8, 0):
         cuda(device_count=lambda count=count: count)
         options = SimpleNamespace(config=ROOT / "configs/d4_cpu.json", set=[], out=tmp_path / "probe.json", ranks=None)
-        probe.probe(options)
+        probe.probe_this_machine(options)
     assert seen == [(1, 8), (1, 2)]

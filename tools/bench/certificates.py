@@ -16,12 +16,12 @@ import sys
 import time
 from pathlib import Path
 
-from megachat.activity import Progress
+from megachat.activity import ProgressBar
 from megachat.config import Config, load_config
 from megachat.errors import UserError
 from megachat.files import write_atomically, write_json
 from megachat.installation import config_folder, git
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from megachat.programs.verify_dry import PEAK, allowed, planned_of_stage, problem, setup, verify_dry
 from megachat.text import number_ranges
 
@@ -52,7 +52,7 @@ def fitted(name: str, settings: list[str], ranks: int) -> tuple[Config, int, str
     config = load_config(config_folder() / f"{name}.json", settings)
     vocab_size = config.model.vocab_size or 4096
     data = ranks // (config.parallel.tensor * config.parallel.pipeline)
-    one = resolve(config, config.parallel.tensor * config.parallel.pipeline, vocab_size)
+    one = resolve_plan(config, config.parallel.tensor * config.parallel.pipeline, vocab_size)
     share, note = one.rows_per_step // data, ""
     changed = [*settings]
     if not share:
@@ -134,7 +134,7 @@ def main() -> int:
     made = {(entry["config"], *entry["settings"], entry["ranks"]) for entry in entries}
     wanted = [(name, settings, ranks) for ranks in options.ranks for name, settings in variants(options.only)]
     left = [(name, settings, ranks) for name, settings, ranks in wanted if (name, *settings, ranks) not in made]
-    with Progress("certificates", len(wanted), "") as bar:
+    with ProgressBar("certificates", len(wanted), "") as bar:
         bar.skip(len(wanted) - len(left))
         for number in range(len(left) + 1):
             write_json(options.out, entries)

@@ -29,10 +29,10 @@ from megachat.job.join import end_collectives, start_mesh  # noqa: E402
 from megachat.job.launch import bootstrap_environment, choose_device  # noqa: E402
 from megachat.job.local_ranks import rank_parser, require_ranks, run_with_torchrun, set_options  # noqa: E402
 from megachat.parallel.collectives import all_gather_objects, barrier  # noqa: E402
-from megachat.planning.plan import resolve  # noqa: E402
+from megachat.planning.plan import resolve_plan  # noqa: E402
 from megachat.programs.verify_layout import related_rows  # noqa: E402
 from megachat.train.build import TrainingModel, build_training_model  # noqa: E402
-from megachat.train.save_cost import STEPS  # noqa: E402
+from megachat.train.save_cost import COMPARED_STEPS  # noqa: E402
 from megachat.train.state import state_pieces  # noqa: E402
 from megachat.train.step import set_schedules, update  # noqa: E402
 from tools.bench.turns import round_ratios  # noqa: E402
@@ -43,7 +43,7 @@ def build_and_step(arguments: Namespace) -> TrainingModel:
     environment = bootstrap_environment()
     config = load_config(arguments.config, arguments.set)
     # before the mesh, so that a layout that does not fit is refused first
-    plan = resolve(config, environment.world_size, config.model.vocab_size or arguments.vocab_size)
+    plan = resolve_plan(config, environment.world_size, config.model.vocab_size or arguments.vocab_size)
     mesh = start_mesh(config, choose_device(environment))
     training = build_training_model(config, plan, mesh, torch.ones(plan.dims.vocab_size, dtype=torch.int64))
     set_schedules(training, 0)
@@ -58,7 +58,7 @@ def take_step(training: TrainingModel, before_update=None) -> None:
     update(training, rows, before_update=before_update)[0].item()
 
 
-def take_steps(training: TrainingModel, count: int = STEPS, before_update=None) -> None:
+def take_steps(training: TrainingModel, count: int = COMPARED_STEPS, before_update=None) -> None:
     """Takes some steps."""
     for _ in range(count):
         take_step(training, before_update=before_update)
@@ -106,7 +106,11 @@ def measure_round(training: TrainingModel, saver: Saver, state: dict, folder: Pa
     torch_bytes = sum(path.stat().st_size for path in folder.glob("rank_*.pt"))
     timings.time("step", lambda: take_step(training))
     timings.time("steps_before_save", lambda: take_steps(training))
-    for name, steps in (("ours_beside_a_step", 1), (f"ours_beside_{STEPS}_steps", STEPS), ("ours", 0)):
+    for name, steps in (
+        ("ours_beside_a_step", 1),
+        (f"ours_beside_{COMPARED_STEPS}_steps", COMPARED_STEPS),
+        ("ours", 0),
+    ):
         if world.rank == 0:
             shutil.rmtree(folder / checkpoint_name(1), ignore_errors=True)
             os.sync()
@@ -195,7 +199,7 @@ def main() -> None:
         shares = {
             f"{share}_over_{whole}": round_ratios(seconds[share], seconds[whole])
             for share, whole in (
-                (f"ours_beside_{STEPS}_steps_blocked", "ours_total"),
+                (f"ours_beside_{COMPARED_STEPS}_steps_blocked", "ours_total"),
                 ("steps_after_save", "steps_before_save"),
             )
         }

@@ -109,13 +109,13 @@ def build_megachat_step(case: dict, device):
     from megachat.kernels.choice import describe_kernels
     from megachat.kernels.linear import Linear
     from megachat.kernels.te import TELinears
-    from megachat.planning.plan import resolve
+    from megachat.planning.plan import resolve_plan
     from megachat.programs.verify_layout import related_rows
     from megachat.train.build import build_training_model
     from megachat.train.step import set_schedules, update
 
     config, vocabulary = case_config(case), case_vocabulary(case)
-    plan = resolve(config, 1, vocabulary)
+    plan = resolve_plan(config, 1, vocabulary)
     training = build_training_model(config, plan, start_mesh(config, device), torch.ones(vocabulary, dtype=torch.int64))
     if case["linears"] == "te bf16":
         for linear in (
@@ -154,12 +154,12 @@ def build_megachat_step(case: dict, device):
 
 def build_nanochat_step(case: dict, device):
     """Does the same for nanochat's own model and optimizer, compiled and set up as in its training script."""
-    from megachat.planning.plan import resolve
+    from megachat.planning.plan import resolve_plan
     from megachat.programs.verify_layout import related_rows
 
     sizes = case | {"linears": "torch compiled"}  # a recipe's config has them without
     vocabulary = case_vocabulary(sizes)
-    plan = resolve(case_config(sizes), 1, vocabulary)
+    plan = resolve_plan(case_config(sizes), 1, vocabulary)
     _, kernels = open_nanochat(case["path"])
     model, run, optimizer = build_nanochat(case["path"], plan, "SSSL", device, fp8=case["linears"] == "nanochat fp8")
     rows, optimizer_s = related_rows(0, plan.rows_per_step, SEQUENCE + 1, vocabulary), []
@@ -225,9 +225,9 @@ def measure_attention(case: dict, device) -> dict:
     import torch
 
     from megachat.kernels.choice import choose_attention
-    from megachat.planning.plan import resolve
+    from megachat.planning.plan import resolve_plan
 
-    plan = resolve(case_config(case | {"linears": "torch compiled", "attention": "auto"}), 1, VOCAB)
+    plan = resolve_plan(case_config(case | {"linears": "torch compiled", "attention": "auto"}), 1, VOCAB)
     dims, layers = plan.dims, {}
     shapes = [
         (plan.micro_rows, SEQUENCE, heads, dims.head_size) for heads in (dims.heads, dims.kv_heads, dims.kv_heads)

@@ -14,7 +14,7 @@ from megachat.device import dtype_name
 from megachat.errors import UserError
 from megachat.kernels.lookup import TableRows, lookup_attention
 from megachat.planning.dimensions import LookupDimensions, flops_per_token
-from megachat.planning.plan import Plan, resolve
+from megachat.planning.plan import Plan, resolve_plan
 from megachat.planning.sizes import LOOKUP_ROWS_PER_TOKEN, resolve_dimensions
 from megachat.prepare.lookup_allocation import sample_documents
 from megachat.programs.walk_memory import LiveBytes
@@ -123,13 +123,13 @@ def step_plans(config: Config, lookup: LookupDimensions, vocab_size: int) -> dic
     """Returns {side: config and plan}: with tables, without them, and with so many more blocks of the same width that
     the FLOPs per token are not fewer than with tables.
     """
-    with_tables = resolve(config, 1, vocab_size, lookup)
+    with_tables = resolve_plan(config, 1, vocab_size, lookup)
     flops, width = flops_per_token(with_tables.dims), with_tables.dims.width
     plain = replace_model(config, config.model.depth, width)
-    sides = {"tables": (config, with_tables), "plain": (plain, resolve(plain, 1, vocab_size))}
+    sides = {"tables": (config, with_tables), "plain": (plain, resolve_plan(plain, 1, vocab_size))}
     for depth in itertools.count(config.model.depth + 1):
         deeper = replace_model(config, depth, width)
-        plan = resolve(deeper, 1, vocab_size)
+        plan = resolve_plan(deeper, 1, vocab_size)
         if flops_per_token(plan.dims) >= flops:
             return sides | {"deeper": (deeper, plan)}
     raise AssertionError

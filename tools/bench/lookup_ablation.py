@@ -29,7 +29,7 @@ from megachat.job.join import start_mesh
 from megachat.job.launch import bootstrap_environment, choose_device
 from megachat.job.local_ranks import set_options
 from megachat.planning.memory import memory_of_stages
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from megachat.prepare.lookup_allocation import sample_documents
 from megachat.studies.curves import interval_of_ratios, student_95
 from megachat.studies.runs import load_run, newest_start
@@ -207,10 +207,10 @@ def time_variants(arguments: Namespace, variants: Sequence[str]) -> dict[str, di
     actions, memory, tokens = {}, {}, {}
     for name in variants:
         config = load_config(arguments.config, settings_of(arguments, name, seed=1))
-        plan = resolve(config, 1, tokenizer.vocab_size)
+        plan = resolve_plan(config, 1, tokenizer.vocab_size)
         if plan.dims.lookup:
             allocation = read_or_allocate(config, plan.dims.lookup.rows, tokenizer)
-            plan = resolve(config, 1, tokenizer.vocab_size, with_allocation(plan.dims.lookup, allocation))
+            plan = resolve_plan(config, 1, tokenizer.vocab_size, with_allocation(plan.dims.lookup, allocation))
         training = build_training_model(config, plan, mesh, torch.from_numpy(tokenizer.token_bytes()))
         set_schedules(training, 0)
         tokens[name] = plan.tokens_per_step

@@ -19,7 +19,7 @@ from megachat.device import choose_compute_dtype, dtype_name
 from megachat.errors import UserError
 from megachat.optim.matrix import Matrix
 from megachat.planning.dimensions import scaling_parameters
-from megachat.planning.plan import Plan, resolve
+from megachat.planning.plan import Plan, resolve_plan
 from tools.bench.turns import compare_rates
 
 # The part of a step that begins with a note of megachat's schedule; other notes begin no part
@@ -228,7 +228,7 @@ def megachat_sides(arguments: argparse.Namespace, computes_in: torch.dtype) -> d
 def plan_side(arguments: argparse.Namespace, changes: list[str]):
     """Returns config and plan of the config with some changes, on one process."""
     config = load_config(arguments.config, [*arguments.set, *changes])
-    return config, resolve(config, 1, config.model.vocab_size or arguments.vocab_size)
+    return config, resolve_plan(config, 1, config.model.vocab_size or arguments.vocab_size)
 
 
 def bench_nanochat(arguments: argparse.Namespace) -> dict:

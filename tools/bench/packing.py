@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import torch
 
 from megachat.data.loader import Loader
-from megachat.data.packing import REFILL_DOCUMENTS, Stream
+from megachat.data.packing import REFILL_DOCUMENTS, PackingStream
 from megachat.data.shards import open_shards, split_shards
 from megachat.data.tokenizer import Tokenizer, load_tokenizer
 from tools.bench.scan_packing import scan_rows
@@ -49,7 +49,7 @@ def time_plain_packing(documents, row_tokens, buffer_documents, rows):
 def time_our_packing(documents, row_tokens, buffer_documents, rows):
     """Returns the same for one stream over tokenized documents."""
     numbered = enumerate(documents)
-    stream = Stream(lambda: next(numbered), row_tokens, (buffer_documents, REFILL_DOCUMENTS), 1 << 40)
+    stream = PackingStream(lambda: next(numbered), row_tokens, (buffer_documents, REFILL_DOCUMENTS), 1 << 40)
     row = np.empty(row_tokens, dtype=np.int64)
     stream.pack(row)
     start = time.perf_counter()

@@ -21,7 +21,7 @@ from megachat.evals.bpb import ValidationRows, bits_per_byte
 from megachat.job.join import start_mesh
 from megachat.job.launch import bootstrap_environment, choose_device
 from megachat.parallel.mesh import Mesh
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from megachat.train.build import build_training_model
 from megachat.train.step import set_schedules, update
 from tools.bench.lookup_ablation import (
@@ -62,7 +62,7 @@ def bench_recipe(arguments: Namespace) -> dict:
 def train_in_process(arguments: Namespace, tokenizer: Tokenizer, mesh: Mesh, settings: list[str]) -> dict:
     """Trains one model to its horizon; returns its validation curve and parameters."""
     config = load_config(arguments.config, settings)
-    plan = resolve(config, 1, tokenizer.vocab_size)
+    plan = resolve_plan(config, 1, tokenizer.vocab_size)
     training = build_training_model(config, plan, mesh, torch.from_numpy(tokenizer.token_bytes()))
     trained, held = plan.steps * plan.rows_per_step, plan.evaluation_rows
     micro = plan.micro_rows  # the last micro-batch of the validation may be in part beyond the rows that count

@@ -12,7 +12,7 @@ from megachat.device import dtype_name, synchronize
 from megachat.job.join import start_mesh
 from megachat.job.launch import bootstrap_environment, choose_device
 from megachat.kernels.attention import attention, windowed_attention
-from megachat.planning.plan import Plan, resolve
+from megachat.planning.plan import Plan, resolve_plan
 from megachat.programs.walk_memory import LiveBytes
 from megachat.train.build import build_training_model
 from megachat.train.micro_batch_replay import replay_micro_batch
@@ -51,7 +51,7 @@ def training_steps(arguments: Namespace, settings: dict[str, list[str]]) -> tupl
     """Builds a model per entry of `settings`. Returns {name: function that takes a step on random rows} and a plan."""
     configs = {name: load_config(arguments.config, [*arguments.set, *changes]) for name, changes in settings.items()}
     sides = {
-        name: (config, resolve(config, 1, config.model.vocab_size or arguments.vocab_size))
+        name: (config, resolve_plan(config, 1, config.model.vocab_size or arguments.vocab_size))
         for name, config in configs.items()
     }
     return build_steps(sides), next(reversed(sides.values()))[1]
@@ -112,7 +112,7 @@ def bench_recompute(arguments: Namespace) -> dict:
 def bench_checks(arguments: Namespace) -> dict:
     """Measures what a replay and a comparison of hashes take, in steps, on this process."""
     config = load_config(arguments.config, arguments.set)
-    plan = resolve(config, 1, config.model.vocab_size or arguments.vocab_size)
+    plan = resolve_plan(config, 1, config.model.vocab_size or arguments.vocab_size)
     mesh, rows = start_mesh(config, choose_device(bootstrap_environment())), random_rows(plan)
     training = build_training_model(config, plan, mesh, torch.ones(plan.dims.vocab_size, dtype=torch.int64))
     set_schedules(training, 0)

@@ -37,7 +37,7 @@ from megachat.job.local_ranks import (  # noqa: E402
 from megachat.kernels.choice import describe_kernels  # noqa: E402
 from megachat.parallel.progress import PROFILE_PREFIX, profile_range  # noqa: E402
 from megachat.planning.layouts import parse_layout  # noqa: E402
-from megachat.planning.plan import resolve  # noqa: E402
+from megachat.planning.plan import resolve_plan  # noqa: E402
 from megachat.train.build import Run, build_training_model  # noqa: E402
 from megachat.train.step import train_step  # noqa: E402
 from tools.bench.profile_picture import draw_profile  # noqa: E402
@@ -191,7 +191,7 @@ def measure(config_path: str, settings: list[str], vocab_size: int, rounds: int,
     device = choose_device(bootstrap_environment())
     config = load_config(config_path, settings)
     mesh = start_mesh(config, device)
-    plan = resolve(config, mesh.world.size, config.model.vocab_size or vocab_size)
+    plan = resolve_plan(config, mesh.world.size, config.model.vocab_size or vocab_size)
     training = build_training_model(config, plan, mesh, torch.ones(plan.dims.vocab_size, dtype=torch.int64))
     generator = torch.Generator().manual_seed(mesh.data.rank)
     rows = torch.randint(

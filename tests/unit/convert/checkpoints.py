@@ -10,7 +10,7 @@ import torch
 from megachat.checkpoint.save import save_checkpoint
 from megachat.config import Config
 from megachat.convert.architecture import state_shapes
-from megachat.convert.differences import Difference, compare_checkpoints
+from megachat.convert.differences import CheckpointDifference, compare_checkpoints
 from megachat.convert.formats import open_checkpoint
 from megachat.convert.nanochat_settings import EMBEDDED
 from megachat.data.loader_state import combined_ledger, save_loader_state
@@ -146,7 +146,7 @@ def tool(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
     return status, said.out, said.err
 
 
-def differences_between(left: Path, right: Path) -> list[Difference]:
+def differences_between(left: Path, right: Path) -> list[CheckpointDifference]:
     """What compare_checkpoints finds in two folders of any format."""
     return compare_checkpoints(open_checkpoint(left), open_checkpoint(right))
 

@@ -18,7 +18,7 @@ from megachat.convert.nanochat import open_nanochat
 from megachat.convert.nanochat_versions import VERSIONS
 from megachat.convert.proof import compare_logits
 from megachat.errors import UserError
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from megachat.prepare.tokenizer_training import import_nanochat
 from tests import reference
 from tests.unit.convert.checkpoints import (
@@ -152,7 +152,7 @@ def test_the_settings_come_along(run, exported, tmp_path):
         0.8,
         0.96,
     )  # step 6 of 20 is between warm-up and warm-down
-    plan = resolve(load_config(run / "config.json"), 1, VOCAB_SIZE)
+    plan = resolve_plan(load_config(run / "config.json"), 1, VOCAB_SIZE)
     assert groups[-1]["momentum"] == pytest.approx(0.85 + 6 / 400 * 0.12)
     assert groups[-1]["weight_decay"] == pytest.approx(plan.weight_decay * 0.5 * (1 + math.cos(math.pi * 6 / 20)))
     assert rates_of(tmp_path / "back") == pytest.approx(rates_of(run), rel=1e-9)
@@ -162,7 +162,7 @@ def test_the_settings_come_along(run, exported, tmp_path):
 
 
 def rates_of(run):
-    plan = resolve(load_config(run / "config.json"), 1, VOCAB_SIZE)
+    plan = resolve_plan(load_config(run / "config.json"), 1, VOCAB_SIZE)
     return dict(plan.rates) | {"weight_decay": plan.weight_decay}
 
 
@@ -220,7 +220,7 @@ def test_older_versions_load_as_what_they_are(version, exported, tmp_path):
     for name, tensor in model.items():
         whole = tensors[f"model/{name}"]
         assert torch.equal(whole[: len(tensor)], tensor) and not whole[len(tensor) :].any()
-    plan = resolve(load_config(tmp_path / "run" / "config.json"), 1, VOCAB_SIZE)
+    plan = resolve_plan(load_config(tmp_path / "run" / "config.json"), 1, VOCAB_SIZE)
     assert plan.rates["smear"] == 0  # the neutral values stay
     certificate = export_checkpoint("nanochat", tmp_path / "run", tmp_path / "out")
     assert f"written as a nanochat {version.dates} has it, without the optimizer's state" in certificate["remarks"]

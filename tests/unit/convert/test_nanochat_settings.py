@@ -15,7 +15,7 @@ from megachat.convert.differences import compare_settings
 from megachat.convert.nanochat_settings import EMBEDDED, config_of, loop_of, meta_of, param_groups_of
 from megachat.convert.reader import CheckpointReader
 from megachat.errors import UserError
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from tests.unit.convert.checkpoints import STEP, VOCAB_SIZE, edit_meta, edit_optimizer, make_run
 
 # nanochat's scripts/chat_sft.py: its arguments; the meta file has no total_batch_size, and the decay is zero.
@@ -90,7 +90,7 @@ def opened(meta: dict, groups: list[dict], model: dict, step: int) -> Checkpoint
 def numbers_of(config: dict) -> dict:
     """Returns everything that training computes from the settings that nanochat has."""
     config = config_from_values(config, "test")
-    plan, optimizer = resolve(config, 1, VOCAB_SIZE), config.optimizer
+    plan, optimizer = resolve_plan(config, 1, VOCAB_SIZE), config.optimizer
     numbers = {f"rate {name}": rate for name, rate in plan.rates.items()} | {"decay": plan.weight_decay}
     numbers |= {
         "steps": plan.steps,
@@ -109,7 +109,7 @@ def test_random_settings_come_back(seed):
     """
     rng = random.Random(seed)
     config = config_from_values(random_config(rng), "test").model_dump(mode="json", exclude_defaults=True)
-    plan = resolve(config_from_values(config, "test"), 1, VOCAB_SIZE)
+    plan = resolve_plan(config_from_values(config, "test"), 1, VOCAB_SIZE)
     dims, step = plan.dims, rng.randint(1, plan.steps)
     facts = {"step": step, "config": config, "layout": {"data": 1, "tensor": 1, "pipeline": 1}}
     facts["loop"] = {"smooth_loss": 2.75, "smoothed_steps": step - seed % 2}
@@ -157,7 +157,7 @@ def test_random_arguments_of_nanochat_come_back(seed):
         "save_every": rng.choice([-1, 100]),
     }
     config = {"model": {"depth": 3, "aspect_ratio": 16, "head_size": 16, "sequence_len": 160}}
-    dims = resolve(config_from_values(config | {"batch": {"tokens": 160}}, "test"), 1, VOCAB_SIZE).dims
+    dims = resolve_plan(config_from_values(config | {"batch": {"tokens": 160}}, "test"), 1, VOCAB_SIZE).dims
     sizes = {"sequence_len": 160, "vocab_size": 330, "n_layer": 3, "n_head": 3, "n_kv_head": 3, "n_embd": 48}
     arguments |= {"total_batch_size": 160 * arguments["device_batch_size"] * rng.randint(1, 3)}
     meta = {"model_config": sizes | {"window_pattern": "SSSL"}, "user_config": arguments}
@@ -247,7 +247,7 @@ def test_what_goes_in_without_a_batch_comes_out(user_config, fresh, tmp_path):
     edit_meta(tmp_path / "in", edit)
     certificate = import_checkpoint("nanochat", tmp_path / "in", tmp_path / "there", fresh_optimizer=fresh)
     assert any("so set others if you train on" in remark for remark in certificate["remarks"])
-    resolve(config_from_values(config_in(tmp_path / "there"), "test"), 1, VOCAB_SIZE)
+    resolve_plan(config_from_values(config_in(tmp_path / "there"), "test"), 1, VOCAB_SIZE)
     export_checkpoint("nanochat", tmp_path / "there", tmp_path / "out")
     for name in (f"meta_{STEP:06d}.json",):
         assert json.loads((tmp_path / "in" / name).read_text()) == json.loads((tmp_path / "out" / name).read_text())

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from megachat.data.packing import REFILL_DOCUMENTS, Stream, buffer_sizes, saving_rank, streams_of_rank
+from megachat.data.packing import REFILL_DOCUMENTS, PackingStream, buffer_sizes, saving_rank, streams_of_rank
 from tools.bench.scan_packing import scan_rows
 
 
@@ -17,7 +17,7 @@ def documents_of(seed, lengths, count=3000):
 
 def stream_over(documents, row_tokens, buffer):
     numbered = iter(enumerate(np.array(document, dtype=np.uint32) for document in documents))
-    return Stream(lambda: next(numbered), row_tokens, buffer, len(documents))
+    return PackingStream(lambda: next(numbered), row_tokens, buffer, len(documents))
 
 
 def packed(stream, row_tokens, rows):
@@ -47,7 +47,7 @@ def test_a_state_stays_as_it_was_while_packing_goes_on():
     numbered = iter(
         [(index, np.array(documents[index], dtype=np.uint32)) for index in range(state.next_document, len(documents))]
     )
-    again = Stream(lambda: next(numbered), 33, (50, 8), len(documents), state)
+    again = PackingStream(lambda: next(numbered), 33, (50, 8), len(documents), state)
     assert packed(again, 33, 30) == expected
     assert again.state().ledger == stream.state().ledger != state.ledger
 
@@ -56,7 +56,7 @@ def test_ledger_tells_other_orders_and_epochs_apart():
     ledgers = set()
     for order, epoch_documents in (([0, 1], 2), ([1, 0], 2), ([0, 1], 1), ([0, 3], 2)):
         numbered = iter([(number, np.ones(4, dtype=np.uint16)) for number in (*order, 5, 6)])
-        stream = Stream(lambda numbered=numbered: next(numbered), 8, (1, 1), epoch_documents)
+        stream = PackingStream(lambda numbered=numbered: next(numbered), 8, (1, 1), epoch_documents)
         packed(stream, 8, 1)
         ledgers.add(stream.state().ledger)
     assert len(ledgers) == 4
@@ -116,7 +116,7 @@ def test_packing_is_at_least_three_times_as_fast_as_looking_through_the_buffer()
     plain = scan_rows(itertools.cycle(documents), 1025, 1000, REFILL_DOCUMENTS)
     numbered = enumerate(itertools.cycle(arrays))
     stream, row = (
-        Stream(lambda: next(numbered), 1025, (1000, REFILL_DOCUMENTS), len(documents)),
+        PackingStream(lambda: next(numbered), 1025, (1000, REFILL_DOCUMENTS), len(documents)),
         np.empty(1025, dtype=np.int64),
     )
     assert seconds(lambda: next(plain)) > 3 * seconds(lambda: stream.pack(row))

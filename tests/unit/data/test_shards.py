@@ -6,7 +6,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megachat.data.shards import UNFINISHED, Corpus, check_data_folder, open_shards, shards_fingerprint, split_shards
+from megachat.data.shards import (
+    UNFINISHED_FILE,
+    Corpus,
+    check_data_folder,
+    open_shards,
+    shards_fingerprint,
+    split_shards,
+)
 from megachat.errors import UserError
 from megachat.prepare.manifest import finish_preparation, measure_shard
 from tests.unit.data.corpus import random_texts, write_folder
@@ -46,7 +53,7 @@ def test_folders_that_are_refused(tmp_path, folder, check):
     with pytest.raises(UserError) as caught:
         check(write_folder(tmp_path / "one", [["a"]]))
     one_sentence(caught, "only one shard", "shard_00000.parquet", "at least 2")
-    (folder / UNFINISHED).write_text("{}")
+    (folder / UNFINISHED_FILE).write_text("{}")
     with pytest.raises(UserError) as caught:
         check(folder)
     one_sentence(caught, folder, "has not finished")
@@ -92,7 +99,7 @@ def test_shards_that_are_refused_by_name(folder, kind, words):
 
 def test_manifest_must_agree_with_the_files(folder):
     entries = [measure_shard(path) for path in sorted(folder.glob("*.parquet"))]
-    (folder / UNFINISHED).write_text("{}")
+    (folder / UNFINISHED_FILE).write_text("{}")
     finish_preparation(folder, {"source": "test"}, entries)
     assert check_data_folder(folder, hashes=True).source == "test"
     path = folder / "shard_00000.parquet"

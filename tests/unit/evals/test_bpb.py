@@ -11,7 +11,7 @@ from megachat.evals.bpb import ValidationRows, bits_per_byte
 from megachat.model.gpt import logits, run_layers
 from megachat.parallel.engine import start_collectives
 from megachat.parallel.mesh import Axis, Mesh, build_mesh
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from megachat.train.build import build_training_model
 from megachat.train.step import set_schedules
 from tests.harness import run_ranks
@@ -64,7 +64,7 @@ def evaluate(rows):
     config = small_config(batch={"micro_rows": MICRO_ROWS})
     start_collectives(torch.device("cpu"), "gloo", timedelta(seconds=60))
     mesh = build_mesh(torch.device("cpu"))
-    training = build_training_model(config, resolve(config, mesh.world.size, SMALL_VOCAB), mesh, TOKEN_BYTES)
+    training = build_training_model(config, resolve_plan(config, mesh.world.size, SMALL_VOCAB), mesh, TOKEN_BYTES)
     # weights that differ between rows, without training
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():

@@ -20,7 +20,7 @@ from megachat.evals.core_prompts import (
     row_limit,
     shuffle_examples,
 )
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from megachat.settings import EvaluateConfig
 from tests.training import small_config
 from tests.unit.evals.bundle import examples
@@ -165,7 +165,7 @@ def test_uncropped_questions_beyond_the_limit_are_refused_or_left_out_and_counte
 
 
 def test_the_limit_is_ten_rows_or_one_when_cropped():
-    dims = resolve(small_config(), 1, 97).dims
+    dims = resolve_plan(small_config(), 1, 97).dims
     assert row_limit(dims, EvaluateConfig()) == RowLimit(1600)
     assert row_limit(dims, EvaluateConfig(core_crop=True, core_unfit="leave_out")) == RowLimit(160, True, True)
 

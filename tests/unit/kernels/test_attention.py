@@ -10,7 +10,7 @@ from megachat.kernels import attention as attention_module
 from megachat.kernels.attention import TILE, FlashAttention, FlexAttention, attention, windowed_attention
 from megachat.model.gpt import Loss, ModelOptions, build_layers, run_layers
 from megachat.place import place_of
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from tests.training import small_config
 
 
@@ -113,7 +113,7 @@ def test_windowed_attention_computes_only_the_tiles_of_the_window():
 
 
 def test_a_model_with_windowed_attention_has_the_same_loss_and_gradients():
-    dims = resolve(small_config(model={"sequence_len": 512}, batch={"tokens": 1024}), 1, 97).dims
+    dims = resolve_plan(small_config(model={"sequence_len": 512}, batch={"tokens": 1024}), 1, 97).dims
     assert min(dims.windows) + TILE < dims.sequence_len
     rows = torch.randint(0, 97, (2, 513), generator=torch.Generator().manual_seed(1))
     results = []

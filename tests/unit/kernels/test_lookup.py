@@ -82,13 +82,13 @@ def test_float16_with_float32_tables():
 def test_layers_share_the_groups_of_a_batch():
     _, ids, rows = case(True)
     held = int(rows.first[-1])
-    groups = lookup._groups(ids, rows, held, 16)
-    assert lookup._groups(ids, TableRows(rows.first.clone()), held, 16) is groups
-    assert lookup._groups(ids, TableRows(rows.first, int(rows.first[9])), held, 16) is not groups
-    assert lookup._groups(ids, TableRows(rows.first // 2), held, 16) is not groups
-    lookup._groups(ids, rows, held, 16)
+    groups = lookup._token_groups(ids, rows, held, 16)
+    assert lookup._token_groups(ids, TableRows(rows.first.clone()), held, 16) is groups
+    assert lookup._token_groups(ids, TableRows(rows.first, int(rows.first[9])), held, 16) is not groups
+    assert lookup._token_groups(ids, TableRows(rows.first // 2), held, 16) is not groups
+    lookup._token_groups(ids, rows, held, 16)
     ids.fill_(3)  # in place, as a buffer that is used for every batch
-    (group,) = lookup._groups(ids, rows, held, 16)
+    (group,) = lookup._token_groups(ids, rows, held, 16)
     assert torch.cat(group.tokens, dim=1).flatten().tolist() == list(range(len(ids)))
     size = len(lookup._grouped)
     del ids

@@ -10,12 +10,12 @@ from megachat.model.gpt import Loss, ModelOptions, build_layers
 from megachat.model.parameters import placed_parameters
 from megachat.optim.groups import GROUPS, assign_groups
 from megachat.place import place_of
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from tests.training import SMALL_VOCAB, random_rows, small_config
 
 
 def small(depth: int):
-    dims = resolve(small_config(model={"depth": depth, "aspect_ratio": 32, "kv_heads": None}), 1, SMALL_VOCAB).dims
+    dims = resolve_plan(small_config(model={"depth": depth, "aspect_ratio": 32, "kv_heads": None}), 1, SMALL_VOCAB).dims
     return dims, build_layers(dims, ModelOptions(), seed=1)
 
 

@@ -15,7 +15,7 @@ from megachat.kernels.choice import choose_kernels
 from megachat.optim.graph import EAGER_CALLS, StepGraph, UpdateGraph
 from megachat.optim.muon import Functions, momentum_update
 from megachat.parallel.mesh import Axis
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from tests.training import small_config
 from tests.unit.optim.test_partition import ALONE, MATRICES, _backward, _build
 
@@ -106,10 +106,10 @@ def test_the_emulation_finds_a_number_that_is_not_in_a_tensor():
 def test_what_cannot_be_captured_is_refused():
     graph = small_config(precision={"optimizer_graph": True})
     with pytest.raises(UserError, match="the 2 data x tensor ranks of a pipeline stage exchange Muon's updates"):
-        resolve(graph, 2, 97)
+        resolve_plan(graph, 2, 97)
     pipeline = small_config(precision={"optimizer_graph": True}, parallel={"pipeline": 2})
     with pytest.raises(UserError, match="a CPU has no CUDA graphs: set precision.optimizer_graph=false"):
-        choose_kernels(pipeline, resolve(pipeline, 2, 97), torch.device("cpu"))
+        choose_kernels(pipeline, resolve_plan(pipeline, 2, 97), torch.device("cpu"))
     two = ALONE.__class__(**vars(ALONE) | {"stage": Axis("stage", 2, 0, None, (0, 1))})
     with pytest.raises(ValueError, match="2 ranks of a stage cannot be captured"):
         UpdateGraph(None, SimpleNamespace(mesh=two))

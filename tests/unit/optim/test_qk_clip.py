@@ -7,7 +7,7 @@ from megachat.errors import UserError
 from megachat.kernels.channel_norm import norm
 from megachat.optim.qk_clip import clip_factors, largest_logit
 from megachat.planning.dimensions import Dimensions
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from tests.training import SMALL_VOCAB, small_config
 
 DIMS = Dimensions(1, 96, 6, 2, 16, 160, 97, (160,))  # 3 heads share a key
@@ -52,4 +52,4 @@ def test_heads_below_the_limit_keep_their_logits():
 def test_it_is_refused_where_it_could_change_nothing(norms):
     config = small_config(model={"norm_scales": norms}, optimizer={"qk_clip": 9.0})
     with pytest.raises(UserError, match=r"optimizer.qk_clip is 9.*no attention logit exceeds .* = 5.76.*norm_scales"):
-        resolve(config, 1, SMALL_VOCAB)
+        resolve_plan(config, 1, SMALL_VOCAB)

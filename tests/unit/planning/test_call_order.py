@@ -5,7 +5,7 @@ import torch
 from megachat.config import Config
 from megachat.planning.call_order import Call, find_mismatch, planned_bytes, sums, walked_bytes
 from megachat.planning.manifest import muon_partition
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from megachat.planning.stage_state import stage_parameters
 
 
@@ -89,7 +89,7 @@ def test_the_padding_of_shards_is_planned():
             "precision": {"compute": "bfloat16"},
         }
     )
-    plan = resolve(config, 500, 512)
+    plan = resolve_plan(config, 500, 512)
     parameters = stage_parameters(plan.dims, plan.stages[0], torch.bfloat16)
     partition = muon_partition(config.optimizer.muon_multiplier, plan.layout, parameters)
     sent = 2 * sum(500 * bucket.shard_size for bucket in partition.buckets)

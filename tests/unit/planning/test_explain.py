@@ -6,7 +6,7 @@ import pytest
 
 from megachat.config import Config
 from megachat.planning.explain import describe_config, describe_plan, describe_stages, plan_values, setting_warnings
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from megachat.settings import ParallelConfig
 
 CONFIG = Config.model_validate(
@@ -22,7 +22,7 @@ def test_the_config_marks_what_differs():
 
 
 def test_the_plan_has_every_number_once_with_its_formula():
-    plan = resolve(CONFIG, 2, 1000)
+    plan = resolve_plan(CONFIG, 2, 1000)
     lines = describe_plan(plan).splitlines()
     names = [line.split(" = ")[0].strip() for line in lines[1:]]
     assert len(set(names)) == len(names)
@@ -47,14 +47,14 @@ def test_the_plan_has_every_number_once_with_its_formula():
 
 
 def test_plan_values_are_json():
-    plan = resolve(CONFIG, 2, 1000)
+    plan = resolve_plan(CONFIG, 2, 1000)
     values = json.loads(json.dumps(plan_values(plan)))
     assert values["layout"] == {"data": 2, "tensor": 1, "pipeline": 1} and values["rates"] == dict(plan.rates)
     assert values["dims"]["windows"] == list(plan.dims.windows) and values["why"]["steps"] == "horizon.steps"
 
 
 def test_stages_are_described_with_their_shares():
-    plan = resolve(CONFIG.model_copy(update={"parallel": ParallelConfig(pipeline=3)}), 3, 1000)
+    plan = resolve_plan(CONFIG.model_copy(update={"parallel": ParallelConfig(pipeline=3)}), 3, 1000)
     stages = describe_stages(plan).split("), ")
     assert (
         len(stages) == 3
@@ -104,5 +104,5 @@ def test_stages_are_described_with_their_shares():
 )
 def test_settings_that_are_seldom_wanted_together_are_reported(sections, part):
     config = Config.model_validate({"model": {"depth": 2}} | sections)
-    lines = setting_warnings(config, resolve(config, 1, 97))
+    lines = setting_warnings(config, resolve_plan(config, 1, 97))
     assert (not lines and part is None) or (len(lines) == 1 and part in lines[0] and lines[0].startswith("WARNING: "))

@@ -49,7 +49,7 @@ def test_mistakes(text, options, message):
 
 
 def test_every_entry_has_a_source_and_agrees_with_the_peaks_of_mfu():
-    document = json.loads(hardware._DATA.read_text())
+    document = json.loads(hardware._HARDWARE_FILE.read_text())
     for kind in ("gpus", "links", "networks"):
         for name, entry in document[kind].items():
             assert len(entry["source"]) > 10, name
@@ -62,7 +62,7 @@ def test_every_entry_has_a_source_and_agrees_with_the_peaks_of_mfu():
 
 
 def test_a_file_of_the_user_adds_a_gpu_and_mistakes_in_it_are_one_sentence(tmp_path):
-    entry = json.loads(hardware._DATA.read_text())["gpus"]["H100"] | {"names": [], "source": "measured"}
+    entry = json.loads(hardware._HARDWARE_FILE.read_text())["gpus"]["H100"] | {"names": [], "source": "measured"}
     spec = tmp_path / "spec.json"
     spec.write_text(json.dumps({"format": 1, "gpus": {"X1": entry}}))
     assert parse_gpus("4xX1", spec=spec).gpu.source == "measured"

@@ -7,7 +7,7 @@ import pytest
 from megachat.config import Config
 from megachat.place import place_of
 from megachat.planning.manifest import Ownership, describe_ownership, ownership, zero1_shares
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from megachat.settings import BatchConfig, ParallelConfig
 from tests.harness import run_ranks
 from tests.training import SMALL_VOCAB, build, small_config
@@ -23,7 +23,7 @@ CONFIG = Config.model_validate(
 def test_every_parameter_has_owners(world, tensor, pipeline):
     rows = BatchConfig(tokens=world // (tensor * pipeline) * 128)
     config = CONFIG.model_copy(update={"batch": rows, "parallel": ParallelConfig(tensor=tensor, pipeline=pipeline)})
-    plan = resolve(config, world, 1000)
+    plan = resolve_plan(config, world, 1000)
     lines = ownership(config, plan)
     assert sum(math.prod(line.shape) for line in lines) == plan.parameters["total"]
     assert len({line.name for line in lines}) == len(lines)

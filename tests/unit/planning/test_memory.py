@@ -15,7 +15,7 @@ from megachat.model.gpt import Block, ModelOptions, Rotary
 from megachat.model.ngram import NgramHashes
 from megachat.planning.memory import FILLS, describe_memory, head_chunk_bytes, kept_bytes_per_block, memory_of_stages
 from megachat.planning.memory_advice import check_state_fits, lighter_settings, memory_warning
-from megachat.planning.plan import resolve, resolve_without_text
+from megachat.planning.plan import resolve_plan, resolve_without_text
 from megachat.programs.walk_memory import LiveBytes
 from tests.harness import run_ranks
 from tests.training import SMALL_VOCAB, build, random_rows, rows_of_rank, small_config, take_step
@@ -198,7 +198,7 @@ def test_a_block_keeps_what_is_estimated(block, recompute, ngram, fp8):
 
 def test_a_run_that_does_not_fit_is_warned_about_with_what_helps():
     config = small_config(model=MODEL, batch={"tokens": 256 * 24, "micro_rows": 8})
-    plan = resolve(config, 1, SMALL_VOCAB)
+    plan = resolve_plan(config, 1, SMALL_VOCAB)
     (stage,) = memory_of_stages(config, plan, torch.float32)
     assert memory_warning(config, plan, torch.float32, 2 * stage.total) is None
     warning = memory_warning(config, plan, torch.float32, stage.total // 2)
@@ -208,9 +208,11 @@ def test_a_run_that_does_not_fit_is_warned_about_with_what_helps():
     assert "not enough alone is batch.micro_rows=1 (" in warning and warning.endswith("use more ranks")
     for rows, fits in ((4, False), (2, True)):
         less = config.model_copy(update={"batch": config.batch.model_copy(update={"micro_rows": rows})})
-        assert (memory_warning(less, resolve(less, 1, SMALL_VOCAB), torch.float32, stage.total // 2) is None) == fits
+        assert (
+            memory_warning(less, resolve_plan(less, 1, SMALL_VOCAB), torch.float32, stage.total // 2) is None
+        ) == fits
     twelve = small_config(model=MODEL, batch={"tokens": 256 * 24, "micro_rows": 12})
-    plan = resolve(twelve, 1, SMALL_VOCAB)
+    plan = resolve_plan(twelve, 1, SMALL_VOCAB)
     fewer = [value for _, key, value in lighter_settings(twelve, plan) if key == "micro_rows"]
     assert fewer == [6, 4, 3, 2, 1], "all divisors, also where the batch is no power of two"
     assert describe_memory([stage], 80_000_000_000).endswith("; the device has 80.0 GB")
@@ -222,7 +224,7 @@ def test_a_run_that_does_not_fit_is_warned_about_with_what_helps():
 def test_the_head_takes_smaller_chunks_where_the_run_fits_only_with_them():
     """A wide vocabulary and one short row, so that the head and not a block has the most workspace."""
     config = small_config(model=MODEL, batch={"tokens": 256 * 24, "micro_rows": 24})
-    plan = resolve(config, 1, 49152)
+    plan = resolve_plan(config, 1, 49152)
 
     def total(**how):
         return max(stage.total for stage in memory_of_stages(config, plan, torch.float32, **how))
@@ -248,7 +250,7 @@ def test_the_public_recipe_fits_a_gpu_of_80_gb_with_32_rows():
     sections = {"model": {"depth": 22}, "batch": {"tokens": 2**20, "micro_rows": 32, "recompute": "selective"}}
     for fp8 in ("off", "tensorwise"):
         config = Config.model_validate(sections | {"precision": {"compute": "bfloat16", "fp8": fp8}})
-        plan = resolve(config, 8, 49152)
+        plan = resolve_plan(config, 8, 49152)
         (stage,) = memory_of_stages(config, plan, torch.bfloat16, device_bytes=80 * 10**9)
         assert stage.total < FILLS * 80e9, fp8
         assert head_chunk_bytes(config, plan, torch.bfloat16, device_bytes=80 * 10**9) == 256 << 20, (
@@ -259,5 +261,7 @@ def test_the_public_recipe_fits_a_gpu_of_80_gb_with_32_rows():
 def test_a_graph_of_the_update_keeps_its_memory():
     config = small_config(model=MODEL, batch={"tokens": 256 * 24, "micro_rows": 2})
     graph = config.model_copy(update={"precision": config.precision.model_copy(update={"optimizer_graph": True})})
-    plain, kept = (memory_of_stages(one, resolve(one, 1, SMALL_VOCAB), torch.float32)[0] for one in (config, graph))
+    plain, kept = (
+        memory_of_stages(one, resolve_plan(one, 1, SMALL_VOCAB), torch.float32)[0] for one in (config, graph)
+    )
     assert kept.total - plain.total >= 24 * 128 * 512 and kept.state == plain.state

@@ -19,7 +19,7 @@ from megachat.planning.dimensions import (
     saved_dimensions,
 )
 from megachat.planning.explain import describe_plan
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from megachat.planning.sizes import resolve_dimensions
 
 
@@ -28,7 +28,7 @@ def config(**sections) -> Config:
 
 
 def test_the_speedrun_is_nanochats():
-    plan = resolve(config(model={"depth": 24}, horizon={"ratio": 8.0}, batch={"micro_rows": 16}), 8, 32768)
+    plan = resolve_plan(config(model={"depth": 24}, horizon={"ratio": 8.0}, batch={"micro_rows": 16}), 8, 32768)
     assert (plan.dims.width, plan.dims.heads, plan.steps, plan.tokens_per_step, plan.accumulation) == (
         1536,
         12,
@@ -49,7 +49,7 @@ def test_batches_are_nanochats_at_every_depth():
     """nanochat/scripts/base_train.py: B = B_ref * (D / D_ref)^0.383 up to the nearest power of two, D the target
     tokens.
     """
-    batches = {depth: resolve(config(model={"depth": depth}), 1, 32768).tokens_per_step for depth in range(4, 35)}
+    batches = {depth: resolve_plan(config(model={"depth": depth}), 1, 32768).tokens_per_step for depth in range(4, 35)}
     # block matrices (12 w^2 per block, and 12 channels per head for the gates of every other block) and lm_head
     sizes = {
         depth: 12 * depth * (64 * depth) ** 2 + 12 * -(-depth // 2) * -(-depth // 2) + 32768 * 64 * depth
@@ -68,7 +68,7 @@ def test_a_batch_that_is_no_power_of_two():
 
     def planned(world=8, tokens=786_432, parallel=None, **batch):
         more = {"batch": {"tokens": tokens, **batch}, "parallel": parallel or {}}
-        return resolve(config(**sections, **more), world, 49152)
+        return resolve_plan(config(**sections, **more), world, 49152)
 
     plan, power = planned(micro_rows=16), planned(tokens=2**19)
     assert (plan.rows_per_step, plan.micro_rows, plan.accumulation) == (384, 16, 3)
@@ -92,12 +92,12 @@ def test_a_batch_that_is_no_power_of_two():
         UserError, match=r"to 524288 \(256 rows\) or 1048576 \(512 rows\), or batch.micro_rows to 24 or 48"
     ):
         planned(micro_rows=32)
-    automatic = resolve(config(**sections), 8, 49152).tokens_per_step
+    automatic = resolve_plan(config(**sections), 8, 49152).tokens_per_step
     assert automatic & (automatic - 1) == 0
 
 
 def test_every_derived_number_has_its_formula():
-    plan = resolve(config(), 1, 32768)
+    plan = resolve_plan(config(), 1, 32768)
     expected = {
         "width",
         "heads",
@@ -117,15 +117,16 @@ def test_every_derived_number_has_its_formula():
 
 def test_steps_win_over_flops_which_win_over_the_ratio():
     batch = {"tokens": 2048 * 8}
-    by_ratio = resolve(config(model={"depth": 2}, batch=batch), 1, 1024)
-    by_flops = resolve(
+    by_ratio = resolve_plan(config(model={"depth": 2}, batch=batch), 1, 1024)
+    by_flops = resolve_plan(
         config(model={"depth": 2}, batch=batch, horizon={"flops": by_ratio.flops_per_token * 2048 * 8 * 7.4}), 1, 1024
     )
-    by_steps = resolve(config(model={"depth": 2}, batch=batch, horizon={"flops": 1e9, "steps": 5}), 1, 1024)
+    by_steps = resolve_plan(config(model={"depth": 2}, batch=batch, horizon={"flops": 1e9, "steps": 5}), 1, 1024)
     assert by_ratio.steps == int(12 * (by_ratio.parameters["matrices"] + by_ratio.parameters["lm_head"])) // (2048 * 8)
     assert (by_flops.steps, by_steps.steps) == (7, 5)
     assert (
-        resolve(config(model={"depth": 2}, batch=batch, horizon={"steps": 5, "stop_step": 3}), 1, 1024).stop_step == 3
+        resolve_plan(config(model={"depth": 2}, batch=batch, horizon={"steps": 5, "stop_step": 3}), 1, 1024).stop_step
+        == 3
     )
 
 
@@ -141,7 +142,7 @@ def test_steps_win_over_flops_which_win_over_the_ratio():
     ],
 )
 def test_any_two_of_batch_micro_and_accumulation_settle_the_third(batch, world, solved):
-    plan = resolve(config(model={"depth": 2, "sequence_len": 64}, batch=batch, horizon={"steps": 1}), world, 100)
+    plan = resolve_plan(config(model={"depth": 2, "sequence_len": 64}, batch=batch, horizon={"steps": 1}), world, 100)
     assert (plan.rows_per_step, plan.micro_rows, plan.accumulation) == solved
 
 
@@ -160,7 +161,7 @@ def test_any_two_of_batch_micro_and_accumulation_settle_the_third(batch, world, 
 )
 def test_a_batch_that_does_not_fit_names_the_nearest_that_do(batch, world, parts):
     with pytest.raises(UserError) as caught:
-        resolve(config(model={"depth": 2, "sequence_len": 64}, batch=batch, horizon={"steps": 1}), world, 100)
+        resolve_plan(config(model={"depth": 2, "sequence_len": 64}, batch=batch, horizon={"steps": 1}), world, 100)
     for part in parts:
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -182,12 +183,12 @@ def test_a_batch_that_does_not_fit_names_the_nearest_that_do(batch, world, parts
 )
 def test_what_cannot_be_is_refused_in_one_sentence(sections, part):
     with pytest.raises(UserError, match=part):
-        resolve(config(**sections), 1, 32768)
+        resolve_plan(config(**sections), 1, 32768)
 
 
 def test_ngram_tables_have_derived_sizes_and_change_no_scaling_rule():
     settings = {"blocks": (3, 1), "orders": (3, 2)}
-    without, plan = (resolve(config(**sections), 1, 32768) for sections in ({}, {"ngram": settings}))
+    without, plan = (resolve_plan(config(**sections), 1, 32768) for sections in ({}, {"ngram": settings}))
     assert plan.dims.ngram == NgramDimensions((1, 3), (2, 3), 4 * 32768, 768, True, 0, 32768 - 9)
     assert plan.parameters["ngram"] == 4 * 4 * 32768 * 768 and without.parameters["ngram"] == 0
     assert {"ngram.rows", "ngram.width", "ngram.bos"} <= set(plan.why) and "without tables" in plan.why["target_tokens"]
@@ -202,7 +203,7 @@ def test_ngram_tables_have_derived_sizes_and_change_no_scaling_rule():
     assert saved_dimensions(saved) == without.dims
     described = describe_plan(plan)
     assert "  ngram.rows = 131,072   [4 * vocabulary" in described and "ngram" not in describe_plan(without).split("\n")
-    other_seed = resolve(config(ngram=settings, run={"seed": 7}), 1, 32768)
+    other_seed = resolve_plan(config(ngram=settings, run={"seed": 7}), 1, 32768)
     assert other_seed.dims == plan.dims  # samples may have another seed than the tables
 
 
@@ -230,7 +231,7 @@ def test_ngram_tables_have_derived_sizes_and_change_no_scaling_rule():
 )
 def test_a_layout_that_does_not_fit_names_the_nearest_that_does(sections, world, part):
     with pytest.raises(UserError, match=part):
-        resolve(config(**sections), world, 32768)
+        resolve_plan(config(**sections), world, 32768)
 
 
 WIDE = {"depth": 2, "head_size": 128, "aspect_ratio": 128, "sequence_len": 64}
@@ -275,7 +276,7 @@ def test_fp8_that_does_not_fit_is_refused_with_what_does(sections, world, part):
     }
     merged = {name: {**merged.get(name, {}), **sections.get(name, {})} for name in merged | sections}
     with pytest.raises(UserError) as caught:
-        resolve(config(**merged), world, 100)
+        resolve_plan(config(**merged), world, 100)
     assert part in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -328,5 +329,5 @@ def test_the_bubble_of_equal_stages_is_the_textbooks_and_unequal_ones_wait_longe
 
 
 def test_a_pipeline_gets_enough_micro_batches_by_default():
-    plan = resolve(config(parallel={"pipeline": 2}, batch={"tokens": 2048 * 64}, horizon={"steps": 1}), 4, 32768)
+    plan = resolve_plan(config(parallel={"pipeline": 2}, batch={"tokens": 2048 * 64}, horizon={"steps": 1}), 4, 32768)
     assert (plan.micro_rows, plan.accumulation) == (4, 8)

@@ -7,10 +7,10 @@ import pytest
 
 from megachat.config import load_config
 from megachat.errors import UserError
-from megachat.planning.plan import resolve
-from megachat.planning.probe import FORMAT, VERSION, read_probe
+from megachat.planning.plan import resolve_plan
+from megachat.planning.probe import PROBE_FORMAT, PROBE_VERSION, read_probe
 from megachat.planning.step_time import predict_step
-from megachat.planning.step_work import Attention, Product
+from megachat.planning.step_work import AttentionWork, MatrixProduct
 
 RATE = 1e10  # FLOPs per second of every product
 
@@ -36,8 +36,8 @@ def document(**changes) -> dict:
         }
 
     return {
-        "format": FORMAT,
-        "version": VERSION,
+        "format": PROBE_FORMAT,
+        "version": PROBE_VERSION,
         "machine": {"device": "a CPU", "device_count": 0, "memory_bytes": 16 * 10**9},
         "config": load_config("configs/d4_cpu.json").model_dump(mode="json"),
         "dtype": "bfloat16",
@@ -57,16 +57,16 @@ def written(tmp_path, **changes):
 def test_speeds_are_exact_where_measured_and_smooth_between(tmp_path):
     one = read_probe(written(tmp_path)).speeds(1)
     for shape in ((2048, 256, 256), (1024, 384, 256), (4096, 4096, 512)):  # a constant rate stays so
-        assert one.product(Product(*shape, "bfloat16", 3)) == pytest.approx(3 * 2 * math.prod(shape) / RATE)
-    attention = Attention(4, 512, 2, 2, 128, 512, "bfloat16", 1, 1)
+        assert one.product(MatrixProduct(*shape, "bfloat16", 3)) == pytest.approx(3 * 2 * math.prod(shape) / RATE)
+    attention = AttentionWork(4, 512, 2, 2, 128, 512, "bfloat16", 1, 1)
     assert one.attention(attention) == pytest.approx(6e-3)
     assert one.attention(attention._replace(forward=2)) == pytest.approx(8e-3)
     assert one.moved(1e6, 1 << 20, 0) == pytest.approx(1e-4)
     assert 1e-4 < one.moved(1e6, 1 << 19, 0) < 2e-4
     assert one.logits(1e6, 512, 0) == pytest.approx(2e-3)
     assert one.polar(256, 1024, "bfloat16") == pytest.approx(4e-3)
-    assert read_probe(written(tmp_path)).speeds(2).product(Product(512, 256, 256, "bfloat16")) == pytest.approx(
-        2 * one.product(Product(512, 256, 256, "bfloat16"))
+    assert read_probe(written(tmp_path)).speeds(2).product(MatrixProduct(512, 256, 256, "bfloat16")) == pytest.approx(
+        2 * one.product(MatrixProduct(512, 256, 256, "bfloat16"))
     )
 
 
@@ -79,21 +79,24 @@ def test_collectives_lie_on_a_line_and_follow_the_ring_for_fewer_ranks(tmp_path)
 
 def test_a_step_is_predicted_with_the_factors_of_the_real_step(tmp_path):
     config = load_config("configs/d4_cpu.json", [])
-    plan = resolve(config, 1, 4096)
+    plan = resolve_plan(config, 1, 4096)
     plain = predict_step(config, plan, read_probe(written(tmp_path)))
     path = written(tmp_path, factors={"passes": 2.0, "optimizer": 3.0})
     corrected = predict_step(config, plan, read_probe(path))
     assert plain.error == 0.08
     for part, seconds in corrected.parts.items():
         assert seconds == pytest.approx(plain.parts[part] * (3 if part == "optimizer" else 2)), part
-    two = predict_step(config, resolve(config, 2, 4096), read_probe(path))
+    two = predict_step(config, resolve_plan(config, 2, 4096), read_probe(path))
     assert two.parts["data axis"] > 0 and not any(two.hidden.values())
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": VERSION + 1}, f"is of probe version {VERSION + 1}, but this megachat reads version {VERSION}"),
+        (
+            {"version": PROBE_VERSION + 1},
+            f"is of probe version {PROBE_VERSION + 1}, but this megachat reads version {PROBE_VERSION}",
+        ),
         ({"format": "other"}, "is not a file of `megachat probe`"),
         ({"sets": []}, "is not a file of `megachat probe`"),
         ({"error": None}, "is not a file of `megachat probe`"),

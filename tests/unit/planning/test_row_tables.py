@@ -9,7 +9,7 @@ from megachat.errors import UserError
 from megachat.planning.manifest import describe_ownership, ownership
 from megachat.planning.memory import describe_memory, memory_of_stages
 from megachat.planning.memory_advice import check_state_fits
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from tests.harness import run_ranks
 from tests.training import SMALL_VOCAB, build, random_rows, small_config, take_step
 
@@ -21,7 +21,7 @@ def config_of(**ngram):
 
 
 def stages_of(config, world: int, **how):
-    return memory_of_stages(config, resolve(config, world, SMALL_VOCAB), torch.float32, **how)
+    return memory_of_stages(config, resolve_plan(config, world, SMALL_VOCAB), torch.float32, **how)
 
 
 def held(config) -> tuple[int, int]:
@@ -72,7 +72,7 @@ def test_the_manifest_lists_who_owns_rows():
     config = small_config(
         model={"aspect_ratio": 32, "kv_heads": 2}, ngram=NGRAM | {"rows": 3}, parallel={"pipeline": 2}
     )
-    lines = ownership(config, resolve(config, 8, SMALL_VOCAB))
+    lines = ownership(config, resolve_plan(config, 8, SMALL_VOCAB))
     tables = {line.name: line for line in lines if line.optimizer == "rows"}
     assert list(tables) == [f"ngram.{block}.{order}.weight" for block in (0, 2) for order in (2, 3)]
     ranks = {line.stages: line.state_ranks for line in tables.values()}

@@ -12,7 +12,7 @@ from megachat.config import config_from_values, load_config
 from megachat.errors import UserError
 from megachat.planning.hardware import parse_gpus
 from megachat.planning.memory import FILLS, memory_of_stages
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from megachat.planning.probe import read_probe
 from megachat.planning.search import SEARCHED, free_settings, least_hardware, savings, search
 from megachat.planning.stage_state import estimated_stage_state
@@ -38,7 +38,7 @@ def test_the_list_is_ranked_fits_and_trains_the_same_batch():
     times = [one.step.total for one in layouts.ranked]
     assert times == sorted(times) and len(times) == 30 and layouts.fitting > 30
     for one in layouts.ranked:
-        assert resolve(one.config, 8, 4096) == one.plan and one.plan.tokens_per_step == 64 * 512
+        assert resolve_plan(one.config, 8, 4096) == one.plan and one.plan.tokens_per_step == 64 * 512
         exact = max(stage.total for stage in memory_of_stages(one.config, one.plan, torch.bfloat16))
         assert exact == one.bytes <= FILLS * NODE.gpu.memory_bytes
         assert abs(sum(one.step.parts.values()) - one.step.total) < 1e-9
@@ -74,7 +74,7 @@ def test_memory_falls_with_tensor_and_pipeline_and_the_estimate_is_near(sections
             parallel = config.parallel.model_copy(update={axis: size})
             batch = config.batch.model_copy(update={"micro_rows": 2, "tokens": 512 * 96})
             changed = config.model_copy(update={"parallel": parallel, "batch": batch})
-            plan = resolve(changed, 12, 4096)
+            plan = resolve_plan(changed, 12, 4096)
             exact = memory_of_stages(changed, plan, torch.bfloat16)
             near = memory_of_stages(changed, plan, torch.bfloat16, state_of=estimated_stage_state)
             totals.append(max(stage.total for stage in exact))
@@ -126,7 +126,7 @@ def test_the_command_has_the_verdict_first_and_adds_up(small, capsys, tmp_path):
     assert values["scaling"][0]["efficiency"] == 1 and all("reason" in one or one["cause"] for one in values["scaling"])
     hours = [one["wall_hours"] for one in values["scaling"] if "reason" not in one]
     assert len(hours) > 2
-    plan = resolve(load_config(written), 8, 4096)
+    plan = resolve_plan(load_config(written), 8, 4096)
     assert vars(plan.layout) == best["layout"] and plan.micro_rows == best["settings"]["batch.micro_rows"]
     assert run(*words, "--layout", "tp=2,dp=4", "--verbose") == 0
     out = capsys.readouterr().out
@@ -148,7 +148,7 @@ def test_a_probe_plans_for_the_machine_that_it_measured(probe, capsys, tmp_path)
     first = values["layouts"][0]
     assert values["gpus"] == 2 and values["scaling"] == [] and first["error"] == 0.08, "the probe's ranks and error"
     config = load_config(best)
-    plan = resolve(config, 2, 4096)
+    plan = resolve_plan(config, 2, 4096)
     assert config.precision.compute == "bfloat16", "as measured"
     assert first["step_sec"] == pytest.approx(predict_step(config, plan, read_probe(Path(probe))).total)
     assert first["price"] == pytest.approx(first["wall_hours"] * 2), "of the CPU, not of each rank"

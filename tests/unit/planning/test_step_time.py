@@ -9,11 +9,11 @@ import torch
 from megachat.config import load_config
 from megachat.model.gpt import ModelOptions, build_layers
 from megachat.model.parameters import placed_parameters
-from megachat.planning.communication import Group, axis_group, collective_sec, sent_bytes
+from megachat.planning.communication import RankGroup, axis_group, collective_sec, sent_bytes
 from megachat.planning.dimensions import flops_per_token
 from megachat.planning.hardware import parse_gpus
 from megachat.planning.manifest import adamw_shares, muon_partition
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from megachat.planning.speeds import PRODUCT_SHARE, SheetSpeeds, visible_pairs
 from megachat.planning.step_time import MEGACHAT, NANOCHAT, PARTS, UNTIMED_STEPS, predict_run, predict_step
 from megachat.planning.step_work import optimizer_work, stage_work
@@ -41,7 +41,7 @@ LAYOUTS = [
 def planned(settings: list[str], gpus: str = "8xH100", config: str = "configs/d24_fp8.json"):
     machine = parse_gpus(gpus)
     loaded = load_config(config, ["batch.micro_rows=4", "model.depth=8", "batch.tokens=1048576", *settings])
-    return loaded, resolve(loaded, machine.world, VOCABULARY), machine
+    return loaded, resolve_plan(loaded, machine.world, VOCABULARY), machine
 
 
 @pytest.mark.parametrize("settings", LAYOUTS, ids=lambda settings: ",".join(settings) or "data")
@@ -123,11 +123,11 @@ def test_collectives_follow_the_ring():
     assert sent_bytes("reduce_scatter", size, 8) + sent_bytes("all_gather", size, 8) == sent_bytes(
         "all_reduce", size, 8
     )
-    assert collective_sec(machine, "all_reduce", size, Group(1)) == 0
-    inside, across = (collective_sec(machine, "all_gather", size, group) for group in (Group(8), Group(32, 4)))
+    assert collective_sec(machine, "all_reduce", size, RankGroup(1)) == 0
+    inside, across = (collective_sec(machine, "all_gather", size, group) for group in (RankGroup(8), RankGroup(32, 4)))
     assert inside == pytest.approx(size * 7 / 8 / (0.8 * 450e9), rel=0.05)
     assert across == pytest.approx(max(size * 31 / 32 / (0.8 * 450e9), size * 3 / 4 / 8 / (0.8 * 50e9)), rel=0.05)
-    assert collective_sec(machine, "all_gather", 8, Group(32, 4)) < 1e-3
+    assert collective_sec(machine, "all_gather", 8, RankGroup(32, 4)) < 1e-3
 
 
 def test_attention_counts_visible_pairs():
@@ -154,7 +154,7 @@ PUBLISHED = {
 def predicted_minutes(settings: list[str], share: float = PRODUCT_SHARE["float8"]) -> float:
     machine = parse_gpus("8xH100")
     config = load_config("configs/d24_fp8.json", settings)
-    plan = resolve(config, machine.world, config.model.vocab_size)
+    plan = resolve_plan(config, machine.world, config.model.vocab_size)
     speeds = SheetSpeeds(machine, {**PRODUCT_SHARE, "float8": share})
     return 60 * predict_run(config, plan, speeds, rules=NANOCHAT).clock_hours
 

@@ -13,7 +13,7 @@ from megachat.planning.influence import influenced, moved, numbers_of, with_valu
 from megachat.planning.memory import Memory
 from megachat.planning.names import describe_names
 from megachat.planning.numbers import NUMBERS, with_numbers
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from megachat.planning.probe import read_probe
 from megachat.planning.time_numbers import TIME_NUMBERS, Timing
 from megachat.programs.explain import describe_explanation, explain
@@ -144,7 +144,7 @@ def test_predicted_numbers_are_explained(config, tmp_path):
     """Formulas of what is arithmetic give the number; what moves a number is not written down; a probe works alike."""
     timing = Timing(parse_gpus("4xH100"), 2.5, rank_checkpoint_bytes)
     loaded = load_config(config)
-    numbers = timing.numbers(loaded, resolve(loaded, 4, 97))
+    numbers = timing.numbers(loaded, resolve_plan(loaded, 4, 97))
     assert numbers.keys() == TIME_NUMBERS.keys()
     for name in ("time.step", "time.clock_hours", "price"):
         number = explain(name, config, [], [], 4, timing)["number"]

@@ -8,7 +8,7 @@ import torch
 from megachat.config import config_from_values, load_config
 from megachat.errors import UserError
 from megachat.planning.hardware import parse_gpus
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from megachat.planning.step_time import predict_run
 from megachat.programs import preflight
 from megachat.programs.dry_run import Hardware, describe_job, job_values, predicted_time
@@ -25,7 +25,7 @@ CONFIG = config_from_values(
     },
     "small",
 )
-PLAN = resolve(CONFIG, 1, 97)
+PLAN = resolve_plan(CONFIG, 1, 97)
 MEASURED = load_config("configs/d4_cpu.json", ["batch.micro_rows=2"])
 
 
@@ -59,17 +59,17 @@ def test_time_and_price_where_the_speeds_are_known(tmp_path):
     assert text[1].startswith("time: ") and "by the data sheet of H100" in text[1] and "(assumed)" in text[1]
     assert text[2].startswith("price: ")
     time = job_values(CONFIG, 8, Hardware(80, "H100", price=2.0))["time"]
-    step = predict_run(CONFIG, resolve(CONFIG, 8, 97), parse_gpus("8xH100"))
+    step = predict_run(CONFIG, resolve_plan(CONFIG, 8, 97), parse_gpus("8xH100"))
     assert time["step_sec"] == step.step.total and time["price"] == pytest.approx(time["wall_hours"] * 8 * 2)
     path = written(tmp_path)
-    plan = resolve(MEASURED, 2, 4096)
+    plan = resolve_plan(MEASURED, 2, 4096)
     by_file = predicted_time(MEASURED, plan, Hardware(probe=path, price=3.0), torch.bfloat16)
     config = MEASURED.model_copy(update={"log": MEASURED.log.model_copy(update={"probe": str(path)})})
     assert by_file["error"] == 0.08 and by_file["price"] == pytest.approx(3 * by_file["wall_hours"]), "of the CPU"
     assert predicted_time(config, plan, Hardware(price=3.0), torch.bfloat16) == by_file
     for hardware in (Hardware(80, price=2.0), Hardware(80, "H100", price=2.0)):
         with pytest.raises(UserError, match="--price needs a time, and that of 16 ranks"):
-            predicted_time(MEASURED, resolve(MEASURED, 16, 4096), hardware, torch.bfloat16)
+            predicted_time(MEASURED, resolve_plan(MEASURED, 16, 4096), hardware, torch.bfloat16)
 
 
 def test_the_verdict_is_first():

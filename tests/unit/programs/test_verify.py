@@ -10,7 +10,7 @@ from megachat.config import Config
 from megachat.convert.architecture import weight_shapes
 from megachat.errors import UserError
 from megachat.parallel.mesh import Axis
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from megachat.planning.sizes import resolve_dimensions
 from megachat.programs.verify_layout import certificate, compare_runs, verification_config
 from megachat.programs.verify_resume import resume_config
@@ -94,7 +94,7 @@ def test_runs_with_other_tensors_cannot_be_compared(tmp_path):
 
 
 def test_the_order_is_the_models():
-    names = list(weight_shapes(resolve(small_config(), 1, SMALL_VOCAB).dims))
+    names = list(weight_shapes(resolve_plan(small_config(), 1, SMALL_VOCAB).dims))
     assert (
         names[0] == "transformer.wte.weight"
         or names[0].startswith("smear")

@@ -136,7 +136,7 @@ def test_products_alone_are_a_go_only_beyond_their_interval():
 
 
 def test_divergence_is_a_no_go_and_a_decided_head_is_kept(tmp_path, monkeypatch):
-    question = fp8_check.Question(
+    question = fp8_check.Fp8Question(
         config_path("d4_cpu"), ["model.vocab_size=4096"], "tensorwise", 9, 1, 0.01, 3, 1, tmp_path
     )
     gains = {"head": 1.5}
@@ -184,7 +184,7 @@ def test_mistakes(words, problem):
 
 
 def test_the_folder_of_another_check_is_refused_and_the_text_shows_all(tmp_path):
-    question = fp8_check.Question(config_path("d4_cpu"), [], "tensorwise", 9, 1, 0.01, 3, 1, tmp_path / "out")
+    question = fp8_check.Fp8Question(config_path("d4_cpu"), [], "tensorwise", 9, 1, 0.01, 3, 1, tmp_path / "out")
     fp8_check.check_question(question)
     fp8_check.check_question(dataclasses.replace(question, gate=0.02))
     with pytest.raises(UserError, match=r"runs of another check \(steps 9\): give another --out"):

@@ -67,7 +67,7 @@ def test_a_change_that_diverges_is_worse_and_the_ladder_goes_on_or_stops(tmp_pat
     assert compute_multiplier(rungs)["rungs"] == 2
     result = {"rungs": rows, "compute_multiplier": None, "seeds": 2}
     assert any(
-        line.split()[:4:3] == ["3", "-"] and line.endswith("worse (diverged)") for line in command._lines(result)
+        line.split()[:4:3] == ["3", "-"] and line.endswith("worse (diverged)") for line in command._ladder_lines(result)
     )
     assert [rung.depth for rung in climb(train, change, [2, 3, 4], seeds=(42, 43), log=lambda line: None)] == [2, 3]
 

@@ -12,7 +12,7 @@ from megachat.errors import UserError
 from megachat.evals.core_bundle import CORE_TASKS
 from megachat.evals.results import evaluation_stamp, results_path
 from megachat.planning.explain import plan_values
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from megachat.studies.record import build_record, record_text
 from megachat.studies.runs import load_run
 from tests.unit.evals.test_comparison import evaluated
@@ -41,7 +41,7 @@ def make(tmp_path):
         (folder / "evaluations").mkdir(parents=True)
         evaluated(results_path(folder, STEPS), chance, seed, step=STEPS, **evaluation_stamp(HASH["a"]))
         (tmp_path / f"{name}.json").write_text(json.dumps(CONFIG | {"run": {"seed": seed}}))
-        plan = plan_values(resolve(load_config(tmp_path / f"{name}.json"), 16, 32768))
+        plan = plan_values(resolve_plan(load_config(tmp_path / f"{name}.json"), 16, 32768))
         last = {"step": STEPS, "total_training_time": seconds, "val/bpb": 0.9 + 0.001 * seed}
         parts = {
             "config": json.loads((tmp_path / f"{name}.json").read_text()),

@@ -14,7 +14,7 @@ from megachat.config import Config
 from megachat.errors import UserError
 from megachat.files import write_json
 from megachat.planning.explain import plan_values
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from megachat.settings import LogConfig
 from megachat.studies.predicted import predict, try_predict, wall_clock
 from megachat.studies.report import report_html, report_line
@@ -42,7 +42,7 @@ def planned_run(folder, **how):
     """A run of four ranks whose plan is real, with time stamps: a step takes 0.5 s, a validation 0.1 s."""
     run = make_run(folder, **how)
     write_json(run / "config.json", CONFIG | {"run": {"name": folder.name}})
-    write_json(run / "plan.json", plan_values(resolve(Config.model_validate(CONFIG), 4, 512)))
+    write_json(run / "plan.json", plan_values(resolve_plan(Config.model_validate(CONFIG), 4, 512)))
     lines, now = [], 1000.0
     for text in (run / "metrics.jsonl").read_text().splitlines()[:-1]:
         line = json.loads(text)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megachat.errors import UserError
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from tests.gpu.missing import missing
 from tests.harness import run_ranks
 from tests.limits import limit_s
@@ -44,10 +44,10 @@ def test_every_case_is_a_run_that_fits():
     assert len({label(case) for case in named}) == len(named)
     for case in named:
         if "recipe" in case:
-            plan = resolve(case_config(case), 1, case_vocabulary(case))
+            plan = resolve_plan(case_config(case), 1, case_vocabulary(case))
             assert plan.accumulation == 2 and plan.dims.depth == case["depth"] and case["attention"] == "auto"
         elif "path" not in case and case["linears"] != "attention":
-            plan = resolve(case_config(case), 1, VOCAB)
+            plan = resolve_plan(case_config(case), 1, VOCAB)
             assert plan.tokens_per_step == (2**14 if "micro_rows" in case else 2**16)
     assert {case["linears"] for case in named} - {case["linears"] for case in cases(None)} == {
         "nanochat",

@@ -9,7 +9,7 @@ import pytest
 
 from megachat.config import load_config
 from megachat.errors import UserError
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from megachat.studies.curves import Ratio
 from tests.runs.job import ROOT
 from tools.bench import lookup_ablation
@@ -163,7 +163,7 @@ def test_refusals(changes, message, tmp_path):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_each_variant_has_a_plan_at_depth_6(variant, tmp_path):
     given = arguments(tmp_path, set=["model.depth=6", "model.aspect_ratio=16"])
-    resolve(load_config(ROOT / "configs" / "d4_cpu.json", settings_of(given, variant, 1)), 1, 4096)
+    resolve_plan(load_config(ROOT / "configs" / "d4_cpu.json", settings_of(given, variant, 1)), 1, 4096)
 
 
 def test_both_is_the_sum_of_its_parts():
@@ -173,7 +173,7 @@ def test_both_is_the_sum_of_its_parts():
 def test_the_larger_batch_trains_on_the_same_tokens_and_together_is_all_parts(tmp_path):
     given = arguments(tmp_path, set=["model.depth=3", *RECIPE_SIZE])
     plans = {
-        name: resolve(load_config(ROOT / "configs" / "d4_cpu.json", settings_of(given, name, 1)), 1, 1024)
+        name: resolve_plan(load_config(ROOT / "configs" / "d4_cpu.json", settings_of(given, name, 1)), 1, 1024)
         for name in ("none", "batch-1.5", "together")
     }
     assert len({plan.total_tokens for plan in plans.values()}) == 1, "the same rows"

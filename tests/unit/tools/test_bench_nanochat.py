@@ -9,7 +9,7 @@ import torch
 
 from megachat.config import load_config
 from megachat.errors import UserError
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from tests.runs.forked import run_forked
 from tools.bench import nanochat
 from tools.bench.nanochat import PartClock, accumulate, open_nanochat, row_counts
@@ -61,7 +61,7 @@ def test_gradients_do_not_depend_on_rows_at_a_time():
 
 
 def plan(*settings: str):
-    return resolve(load_config("configs/d4_cpu.json", list(settings)), 1, 4096)
+    return resolve_plan(load_config("configs/d4_cpu.json", list(settings)), 1, 4096)
 
 
 def test_steps_have_fewer_tokens_only_where_time_is_short():

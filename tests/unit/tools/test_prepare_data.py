@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from megachat.data.shards import MANIFEST, UNFINISHED, check_data_folder, load_manifest
+from megachat.data.shards import MANIFEST, UNFINISHED_FILE, check_data_folder, load_manifest
 from megachat.files import file_sha256
 from megachat.prepare.manifest import begin_preparation
 from tests.unit.data.corpus import SHARED, random_texts, write_folder
@@ -149,7 +149,7 @@ def test_an_interrupted_preparation_is_finished_by_the_same_call(tmp_path, texts
         with pytest.raises(SystemExit):
             run(*arguments)
     assert "interrupted" in capsys.readouterr().err
-    assert (out / UNFINISHED).exists() and not (out / MANIFEST).exists()
+    assert (out / UNFINISHED_FILE).exists() and not (out / MANIFEST).exists()
     run(*arguments)
     assert check_data_folder(out, hashes=True).train_shards == 4 and not list(out.glob("*.part"))
 
@@ -160,7 +160,7 @@ def test_download_and_growing_it(tmp_path, mirror, capsys):  # noqa: F811
     arguments = ["--source", "fineweb-edu", "--base-url", mirror.source.base_url, "--out", out, "--shards"]
     mirror.faults["shard_00001.parquet"] = ["404"]
     assert "shard_00001.parquet answers HTTP 404" in refused(capsys, *arguments, 2, "--workers", 1)
-    assert (out / UNFINISHED).exists() and (out / "shard_00000.parquet").exists()
+    assert (out / UNFINISHED_FILE).exists() and (out / "shard_00000.parquet").exists()
     run(*arguments, 2)
     assert [entry["name"] for entry in load_manifest(out)["shards"]] == [
         "shard_00000.parquet",
@@ -182,7 +182,7 @@ def test_shards_of_another_address_are_not_reused(tmp_path):
     out = write_folder(tmp_path, [["a"], ["b"]])
     one, two = ({"source": "climbmix", "base_url": f"http://{name}", "shards": 1} for name in ("one", "two"))
     begin_preparation(out, one, keep_shards=True)
-    assert [path.name for path in out.iterdir()] == [UNFINISHED]
+    assert [path.name for path in out.iterdir()] == [UNFINISHED_FILE]
     write_folder(out, [["a"]])
     begin_preparation(out, one | {"shards": 2}, keep_shards=True)
     assert (out / "shard_00000.parquet").exists()
@@ -249,7 +249,7 @@ def test_an_unfinished_folder_is_no_obstacle(tmp_path, texts, capsys, monkeypatc
     out = tmp_path / "out"
     write_folder(out, [["half"]])
     (out / "shard_00009.parquet.part").write_bytes(b"half")
-    (out / UNFINISHED).write_text('{"source": "text", "seed": 3, "input": ["a name"]}')
+    (out / UNFINISHED_FILE).write_text('{"source": "text", "seed": 3, "input": ["a name"]}')
     run("--source", "text", "--input", texts, "--out", out)
     assert check_data_folder(out, hashes=True).train_shards == 4 and len(list(out.iterdir())) == 6
 
@@ -269,7 +269,7 @@ def test_a_download_that_was_refused_is_corrected_and_complete_shards_are_kept(t
     mirror.files["shard_01822.parquet"] = mirror.files["shard_00009.parquet"]
     arguments = ["--source", "fineweb-edu", "--out", out, "--workers", 1, "--shards"]
     refused(capsys, *arguments, 2, "--base-url", mirror.source.base_url + "/wrong")
-    assert (out / UNFINISHED).exists()
+    assert (out / UNFINISHED_FILE).exists()
     address = ["--base-url", mirror.source.base_url]
     refused(capsys, *arguments, 9, *address)  # the mirror has three
     message = refused(capsys, "--source", "python", "--out", out)

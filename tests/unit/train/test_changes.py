@@ -2,13 +2,13 @@
 
 import dataclasses
 
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from megachat.train.changes import describe_changes, saved_flops
 from tests.training import SMALL, SMALL_VOCAB, small_config
 
 FACTS = {
     "step": 5,
-    "model": dataclasses.asdict(resolve(small_config(), 1, SMALL_VOCAB).dims),
+    "model": dataclasses.asdict(resolve_plan(small_config(), 1, SMALL_VOCAB).dims),
     "config": SMALL,
     "layout": {"data": 2, "tensor": 1, "pipeline": 1},
     "tokenizer": {"vocab_size": SMALL_VOCAB},
@@ -17,7 +17,7 @@ FACTS = {
 
 def changes(**sections) -> list[str]:
     config = small_config(**sections)
-    return describe_changes(FACTS, config, resolve(config, 1, SMALL_VOCAB))
+    return describe_changes(FACTS, config, resolve_plan(config, 1, SMALL_VOCAB))
 
 
 def test_each_changed_rate_schedule_horizon_and_batch_is_a_line():
@@ -37,10 +37,10 @@ def test_other_ranks_or_a_pause_are_no_change():
 
 def test_a_checkpoint_of_unknown_settings_reports_nothing():
     for facts in ({}, FACTS | {"config": {"model": {"odd": 1}}}, FACTS | {"layout": None}):
-        assert describe_changes(facts, small_config(), resolve(small_config(), 1, SMALL_VOCAB)) == []
+        assert describe_changes(facts, small_config(), resolve_plan(small_config(), 1, SMALL_VOCAB)) == []
 
 
 def test_flops_of_an_early_checkpoint_are_of_its_batch():
-    plan = resolve(small_config(batch={"tokens": 320}), 1, SMALL_VOCAB)
+    plan = resolve_plan(small_config(batch={"tokens": 320}), 1, SMALL_VOCAB)
     assert saved_flops(FACTS, plan) == plan.flops_per_token * 1920 * 5
     assert saved_flops({"step": 5}, plan) == plan.flops_per_token * 320 * 5

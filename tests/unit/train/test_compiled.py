@@ -11,7 +11,7 @@ from megachat.errors import UserError
 from megachat.kernels.choice import choose_kernels, compile_problem
 from megachat.model.gpt import ModelOptions, build_layers
 from megachat.optim.muon import compiled_functions
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from megachat.train.compiled import apply_compile, torch_mode
 from tests.training import small_config
 
@@ -36,7 +36,7 @@ def test_without_a_compiler_it_is_refused(empty):
         UserError,
         match=r"precision.compile is true.* no g[+][+]: .*precision.compile=false$",
     ):
-        choose_kernels(config, resolve(config, 1, 97), CPU)
+        choose_kernels(config, resolve_plan(config, 1, 97), CPU)
     assert compile_problem(GPU) == "this machine has no gcc or clang"
 
 
@@ -67,7 +67,7 @@ def test_the_mode_reaches_everything_that_is_compiled_and_has_no_cuda_graphs(mon
     monkeypatch.setattr(torch, "compile", compile_function)
     for recompute, blocks in (("none", 3), ("selective", 6), ("block", 3)):
         config = small_config(batch={"recompute": recompute})
-        layers = build_layers(resolve(config, 1, 97).dims, ModelOptions(recompute=recompute))
+        layers = build_layers(resolve_plan(config, 1, 97).dims, ModelOptions(recompute=recompute))
         for name in ("default", "max-autotune"):
             modes.clear()
             apply_compile(layers, torch_mode(name))
@@ -78,4 +78,4 @@ def test_the_mode_reaches_everything_that_is_compiled_and_has_no_cuda_graphs(mon
 
 def test_a_mode_without_compilation_is_refused():
     with pytest.raises(UserError, match="compile_mode is max-autotune, but precision.compile is false.*compile=true"):
-        resolve(small_config(precision={"compile_mode": "max-autotune"}), 1, 97)
+        resolve_plan(small_config(precision={"compile_mode": "max-autotune"}), 1, 97)

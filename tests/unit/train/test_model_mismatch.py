@@ -5,7 +5,7 @@ import pytest
 from megachat.config import load_config
 from megachat.data.tokenizer import load_tokenizer
 from megachat.errors import UserError
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from megachat.programs.pretrain import check_document_start
 from megachat.train.state import check_checkpoint
 from tests.unit.convert.checkpoints import VOCAB_SIZE, make_run, step_folder
@@ -21,7 +21,7 @@ def runs(tmp_path_factory):
 
 def check(run, *settings):
     config = load_config(run / "config.json", settings)
-    plan, tokenizer = resolve(config, 1, VOCAB_SIZE), load_tokenizer(run / "tokenizer")
+    plan, tokenizer = resolve_plan(config, 1, VOCAB_SIZE), load_tokenizer(run / "tokenizer")
     check_document_start(plan, tokenizer)
     return check_checkpoint(step_folder(run), plan, tokenizer, config)
 

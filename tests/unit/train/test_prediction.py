@@ -9,9 +9,9 @@ import torch
 from megachat.config import load_config
 from megachat.errors import UserError
 from megachat.files import METRICS_NAME
-from megachat.planning.plan import resolve
+from megachat.planning.plan import resolve_plan
 from megachat.train import prediction
-from megachat.train.prediction import measured_seconds, predict_training, predicted_lines, predicted_rows
+from megachat.train.prediction import measured_seconds, predict_training, predicted_lines, predicted_step_rows
 from tests.unit.planning.test_probe import written
 
 CPU = torch.device("cpu")
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 def planned(settings=(), world=1):
     config = load_config("configs/d4_cpu.json", list(settings))
-    return config, resolve(config, world, 4096)
+    return config, resolve_plan(config, world, 4096)
 
 
 def run_of(settings, world=1, device=CPU, folder=None):
@@ -51,7 +51,7 @@ def test_the_end_compares_with_steps_after_the_first_ones(tmp_path):
     settings = [f"log.probe={written(tmp_path)}"]
     total = predict_training(*planned(settings), CPU, torch.bfloat16, 1).step.total
     run = run_of(settings, folder=tmp_path)
-    assert predicted_rows(run, 0, 1) == []
+    assert predicted_step_rows(run, 0, 1) == []
 
     def write(seconds):
         lines = [{"step": step, "train/dt": 9.0 if step <= 12 else seconds} for step in range(1, 20)]
@@ -61,7 +61,7 @@ def test_the_end_compares_with_steps_after_the_first_ones(tmp_path):
 
     write(total / 1.05)
     assert len(measured_seconds(tmp_path, 10)) == 7
-    ((label, text),) = predicted_rows(run, 10, 1)
+    ((label, text),) = predicted_step_rows(run, 10, 1)
     assert label == "step" and "+5.0%" in text and "outside" not in text
     write(total / 2)
-    assert "+100.0%, outside of its +-8%" in predicted_rows(run, 10, 1)[0][1]
+    assert "+100.0%, outside of its +-8%" in predicted_step_rows(run, 10, 1)[0][1]

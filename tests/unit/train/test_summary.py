@@ -8,10 +8,10 @@ import pytest
 from megachat.config import Config
 from megachat.settings import ReliabilityConfig
 from megachat.train import summary
-from megachat.train.check_cost import CheckCost, describe_checks
+from megachat.train.check_cost import CheckCost, describe_device_checks
 from megachat.train.save_cost import SaveCost
 from megachat.train.state import LoopState
-from megachat.train.summary import likely_causes, log_end, next_commands, read_curve, summary_rows
+from megachat.train.summary import likely_causes, log_end, next_commands, read_history, summary_rows
 
 LINES = [
     {"step": 0, "train/mfu": 1.0, "train/dt": 90.0, "train/peak_memory_bytes": 5_000_000_000},
@@ -66,12 +66,14 @@ def test_what_saving_cost_the_steps(trainer):
 
 
 def test_what_the_checks_did_and_cost(trainer):
-    assert "checks" not in dict(summary_rows(trainer, 4.0, 20.0)) and describe_checks(ReliabilityConfig()) is None
+    assert (
+        "checks" not in dict(summary_rows(trainer, 4.0, 20.0)) and describe_device_checks(ReliabilityConfig()) is None
+    )
     for replay_s, hashes_s in ((1.5, 0.0), (0.0, 0.5), (0.0, 0.25), (0.0, 0.0)):
         trainer.check_cost.add(replay_s, hashes_s)
     expected = "1 replay and 2 hash comparisons: all passed; 2.2 s"
     assert dict(summary_rows(trainer, 4.0, 20.0))["checks"] == expected
-    line = describe_checks(ReliabilityConfig(replay_every=50, hash_every=1))
+    line = describe_device_checks(ReliabilityConfig(replay_every=50, hash_every=1))
     assert line == "checks of the devices: a micro-batch is replayed every 50 steps, hashes are compared every 1 step"
 
 
@@ -92,7 +94,7 @@ def test_a_low_mfu_has_likely_causes(trainer):
 
 def test_a_run_without_metrics_has_a_summary(trainer):
     (trainer.run.folder / "metrics.jsonl").unlink()
-    assert read_curve(trainer.run.folder).bpb == []
+    assert read_history(trainer.run.folder).bpb == []
     trainer.first_step, trainer.steps_s = 0, 0.0
     rows = dict(summary_rows(trainer, 4.0, 20.0))
     assert rows["tokens"] == "8,000 in 16 steps" and "MFU" not in rows and "whole run" not in rows

@@ -10,7 +10,7 @@ from megachat.errors import UserError
 from megachat.parallel.mesh import Axis
 from megachat.settings import EvaluateConfig
 from megachat.train.state import LoopState
-from megachat.train.tasks import Checkpoint, Core, Log, Samples, Task, Validation
+from megachat.train.tasks import Checkpoint, Core, LogStep, Samples, Task, Validation
 from megachat.train.trainer import Trainer
 
 
@@ -47,7 +47,7 @@ def trainer(tmp_path, saver=None, **state):
     made.saver, made.saved_step, made.lines = saver or FakeSaver(), None, []
     made.metrics = SimpleNamespace(log=made.lines.append, advance=lambda step: None)
     made.checkpoint = Checkpoint()
-    made.tasks = (Log(), made.checkpoint, Validation(), Samples(), Core())
+    made.tasks = (LogStep(), made.checkpoint, Validation(), Samples(), Core())
     return made
 
 
