@@ -25,7 +25,7 @@ from megachat.job.agreement import rank_facts
 from megachat.job.join import join_job
 from megachat.job.launch import bootstrap_environment
 from megachat.planning.layouts import describe_layout
-from megachat.programs.pretrain import check_data
+from megachat.programs.job_inputs import check_data
 from megachat.text import plural
 from megachat.train.build import build_loader
 from megachat.train.weights import (

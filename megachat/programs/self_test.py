@@ -9,7 +9,6 @@ import dataclasses
 import gc
 import shutil
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from megachat.files import CHECKPOINTS
 from megachat.job.join import random_seed
 from megachat.parallel.collectives import barrier, on_all_ranks_or_raise
 from megachat.parallel.mesh import Mesh
+from megachat.programs.job_inputs import JobInputs, build_job_run, plan_with_allocation
 from megachat.train.metrics import Metrics
 from megachat.train.state import LoopState, load_state
 from megachat.train.trainer import Trainer
@@ -45,11 +45,10 @@ class Losses(Metrics):
             self.by_step[values["step"]] = values["train/loss_raw"]
 
 
-def run_self_test(job, mesh: Mesh, plan_of: Callable, build: Callable) -> str:
+def run_self_test(job: JobInputs, mesh: Mesh) -> str:
     """Tests the job's resumes and returns a line for the log; all ranks call it.
 
-    job: JobInputs of programs/pretrain.py. plan_of, build: its functions of the same names. Raises UserError on all
-    ranks if the resumed steps differ.
+    Raises UserError on all ranks if the resumed steps differ.
     """
     begin, last = time.perf_counter(), (RESUMES + 1) * PART_STEPS
     if job.plan.steps < last:
@@ -64,19 +63,19 @@ def run_self_test(job, mesh: Mesh, plan_of: Callable, build: Callable) -> str:
 
     on_all_ranks_or_raise(make_folders, mesh.world)
     job = dataclasses.replace(job, config=_test_config(job.config), folder=folder / "whole", bundle=None)
-    job = dataclasses.replace(job, plan=plan_of(job, None, mesh))
+    job = dataclasses.replace(job, plan=plan_with_allocation(job, None, mesh))
 
     def part(name: str) -> AbstractContextManager[None]:
         return announced(f"self-test, {name}", shown=mesh.world.rank == 0)
 
     try:
         with part(f"whole run of {last} steps"):
-            whole = _train_part(job, mesh, build, last, None)
+            whole = _train_part(job, mesh, last, None)
         checkpoint = folder / "whole" / CHECKPOINTS / checkpoint_name(PART_STEPS)
         for number in range(1, RESUMES + 1):
             resumed, stop = dataclasses.replace(job, folder=folder / f"resume_{number}"), (number + 1) * PART_STEPS
             with part(f"resume {number} of {RESUMES}"):
-                losses = _train_part(resumed, mesh, build, stop, checkpoint)
+                losses = _train_part(resumed, mesh, stop, checkpoint)
             name = checkpoint_name(stop)
             expected, checkpoint = (each.folder / CHECKPOINTS / name for each in (job, resumed))
             without_stop = {step: whole[step] for step in losses}
@@ -102,10 +101,10 @@ def _test_config(config: Config) -> Config:
     return config_from_values(sections, "the self-test's config")
 
 
-def _train_part(job, mesh: Mesh, build: Callable, stop: int, checkpoint: Path | None) -> dict[int, float]:
+def _train_part(job: JobInputs, mesh: Mesh, stop: int, checkpoint: Path | None) -> dict[int, float]:
     """Trains in the job's folder to step `stop`, from the checkpoint or from the start; returns the losses."""
     job = dataclasses.replace(job, plan=dataclasses.replace(job.plan, stop_step=stop))
-    run, _ = build(job, checkpoint, read_facts(checkpoint) if checkpoint else None, mesh)
+    run, _ = build_job_run(job, checkpoint, read_facts(checkpoint) if checkpoint else None, mesh)
     with run.loader:
         state = load_state(run, checkpoint) if checkpoint else LoopState()
         metrics = Losses(job.folder, job.config)

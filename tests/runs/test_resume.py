@@ -141,16 +141,16 @@ def test_float16_resumes_from_another_dtype_with_the_configured_scale(one, place
 
 
 RESTARTS_DOCUMENTS = """
-from megachat.programs import pretrain
+from megachat.programs import job_inputs
 
-documents, resumes = pretrain.resume_documents, []
+documents, resumes = job_inputs.resume_documents, []
 
 def resume_documents(*given):
     resumes.append(given)
     state, notes = documents(*given)
     return (state if len(resumes) < 2 else None), notes
 
-pretrain.resume_documents = resume_documents
+job_inputs.resume_documents = resume_documents
 from megachat.commands.main import door
 door("pretrain")()
 """

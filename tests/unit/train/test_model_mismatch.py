@@ -6,7 +6,7 @@ from megachat.config import load_config
 from megachat.data.tokenizer import load_tokenizer
 from megachat.errors import UserError
 from megachat.planning.plan import resolve_plan
-from megachat.programs.pretrain import check_document_start
+from megachat.programs.job_inputs import check_document_start
 from megachat.train.state import check_checkpoint
 from tests.unit.convert.checkpoints import VOCAB_SIZE, make_run, step_folder
 
