@@ -130,22 +130,23 @@ def find_checkpoint(
     when a new run would start in a folder that already holds checkpoints, when the path is not a complete checkpoint,
     or when "auto" finds only bad ones.
     """
-    damaged = damaged or {}
     if resume is not None and resume != "auto":
         return _named_checkpoint(resume), []
     try:
         path_kind(run_folder)
     except UnreadableError as error:
         raise UnreadableError(f"the run folder {error}, or set run.folder to another path") from None
+    damaged = damaged or {}
     newest, remarks = newest_complete(run_folder / CHECKPOINTS, damaged, before=before)
-    if newest is not None and resume is None:
-        raise UserError(
-            f"{run_folder} already holds checkpoints up to {newest.name}: continue with --resume auto, "
-            "or start another run with --set run.name=NAME"
-        )
-    if newest is None and (remarks or damaged) and resume == "auto":
-        problems = [f"{path} is damaged: {problem}" for path, problem in damaged.items()] + remarks
-        raise UserError(f"{run_folder} holds no complete checkpoint to resume from: {problems[0]}")
-    if newest is None and resume == "auto":
+    if resume is None:
+        if newest is not None:
+            raise UserError(
+                f"{run_folder} already holds checkpoints up to {newest.name}: continue with --resume auto, "
+                "or start another run with --set run.name=NAME"
+            )
+        return None, remarks
+    if newest is None:
+        if problems := [*(f"{path} is damaged: {problem}" for path, problem in damaged.items()), *remarks]:
+            raise UserError(f"{run_folder} holds no complete checkpoint to resume from: {problems[0]}")
         remarks = [f"--resume auto: no checkpoint in {run_folder / CHECKPOINTS}, training starts at step 0"]
     return newest, remarks

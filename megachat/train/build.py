@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from megachat.model.ngram import NgramTable
 from megachat.model.parameters import initialize, placed_parameters
 from megachat.optim.graph import UpdateGraph
 from megachat.optim.groups import (
+    Group,
     adamw_groups,
     assign_groups,
     betas_of,
@@ -101,7 +103,8 @@ def build_training_model(
     token_bytes: int [vocab_size], for bits per byte. kernels: as choose_kernels returned them, chosen here by default.
     Raises UserError when a setting does not work on this machine or the ranks chose different kernels.
     """
-    dtype, reason = choose_compute_dtype(config.precision.compute, mesh.device)
+    precision, optimizer = config.precision, config.optimizer
+    dtype, reason = choose_compute_dtype(precision.compute, mesh.device)
     kernels = kernels or choose_kernels(config, plan, mesh.device)
     require_same_kernels(kernels, mesh)
     layers = build_stage(config, plan, mesh, dtype, attend=kernels.attention.attend)
@@ -110,46 +113,64 @@ def build_training_model(
     rows = attach_row_tables(layers, config, mesh, dtype)
     parameters = placed_parameters(layers)
     groups = assign_groups([place_of(parameter) for parameter in parameters])
-    rule = config.optimizer.muon_multiplier
-    if not isinstance(rule, str):  # a pattern may be meant for another stage
-        require_used_patterns(rule, map(place_of, stage_parameters(plan.dims, (0, plan.stages[-1][1]), dtype)))
-    matrices = muon_matrices(dict.fromkeys(place_of(parameter) for parameter in parameters), groups, rule)
-    names, mode = {matrix.name for matrix in matrices}, torch_mode(config.precision.compile_mode)
-    muon = MuonPartition(
-        {place_of(parameter).name: parameter for parameter in parameters if place_of(parameter).name in names},
+    muon = _build_muon(config, plan, mesh, parameters, groups, dtype, kernels)
+    loss = _build_loss(config, plan, mesh, token_bytes, dtype, kernels)
+    scaled = dtype == torch.float16
+    engine = build_engine(
+        build_module(with_gather_waits(layers, muon), loss, mesh),
+        adamw_groups(parameters, groups, plan.rates, optimizer),
+        muon,
+        mesh,
+        micro_rows=plan.micro_rows,
+        accumulation=plan.accumulation,
+        clip_norm=optimizer.clip_norm,
+        loss_scaler=build_loss_scaler(precision.loss_scale, precision.loss_scale_window) if scaled else None,
+    )
+    if precision.compile:
+        apply_compile(layers, torch_mode(precision.compile_mode))
+    graph = UpdateGraph(engine.adamw, muon) if precision.optimizer_graph else None
+    return TrainingModel(config, plan, mesh, layers, engine, muon, rows, dtype, reason, kernels, graph)
+
+
+def _build_muon(
+    config: Config,
+    plan: Plan,
+    mesh: Mesh,
+    parameters: list[nn.Parameter],
+    groups: Mapping[str, Group],
+    dtype: torch.dtype,
+    kernels: Kernels,
+) -> MuonPartition:
+    """Returns the partition of this stage's matrices; their parameters become views of its buckets. Raises UserError
+    for a pattern of optimizer.muon_multiplier that fits no matrix."""
+    optimizer, precision = config.optimizer, config.precision
+    if not isinstance(optimizer.muon_multiplier, str):
+        whole_model = stage_parameters(plan.dims, (0, plan.stages[-1][1]), dtype)  # a pattern may be for another stage
+        require_used_patterns(optimizer.muon_multiplier, map(place_of, whole_model))
+    matrices = muon_matrices(map(place_of, parameters), groups, optimizer.muon_multiplier)
+    by_name = {place_of(parameter).name: parameter for parameter in parameters}
+    return MuonPartition(
+        {matrix.name: by_name[matrix.name] for matrix in matrices},
         matrices,
         mesh,
         compute_dtype=dtype,
-        gradient_wire=gradient_wire(config.optimizer.gradient_wire, dtype),
-        beta2=config.optimizer.muon_beta2,
+        gradient_wire=gradient_wire(optimizer.gradient_wire, dtype),
+        beta2=optimizer.muon_beta2,
         squares=kernels.norm.sum_of_squares,
-        functions=compiled_functions(mode) if config.precision.compile else None,
+        functions=compiled_functions(torch_mode(precision.compile_mode)) if precision.compile else None,
     )
+
+
+def _build_loss(
+    config: Config, plan: Plan, mesh: Mesh, token_bytes: torch.Tensor, dtype: torch.dtype, kernels: Kernels
+) -> Loss:
+    """Returns the loss of this tensor rank's part of the vocabulary; all ranks call it."""
     products = head_products(kernels.fp8 if config.precision.fp8_head else None, plan.dims, mesh.tensor.size)
     if config.precision.compile:
         products = compiled_products(products)
     part = vocabulary_part(plan.dims.padded_vocab, mesh.tensor)
     part = dataclasses.replace(part, chunk_bytes=agreed_head_chunk(config, plan, mesh, dtype))
-    loss = Loss(plan.dims, token_bytes, part, products, config.optimizer.z_loss)
-    module = build_module(with_gather_waits(layers, muon), loss, mesh)
-    adamw = adamw_groups(parameters, groups, plan.rates, config.optimizer)
-    precision, scaler = config.precision, None
-    if dtype == torch.float16:
-        scaler = build_loss_scaler(precision.loss_scale, precision.loss_scale_window)
-    engine = build_engine(
-        module,
-        adamw,
-        muon,
-        mesh,
-        micro_rows=plan.micro_rows,
-        accumulation=plan.accumulation,
-        clip_norm=config.optimizer.clip_norm,
-        loss_scaler=scaler,
-    )
-    if config.precision.compile:
-        apply_compile(layers, mode)
-    graph = UpdateGraph(engine.adamw, muon) if precision.optimizer_graph else None
-    return TrainingModel(config, plan, mesh, layers, engine, muon, rows, dtype, reason, kernels, graph)
+    return Loss(plan.dims, token_bytes, part, products, config.optimizer.z_loss)
 
 
 def agreed_head_chunk(config: Config, plan: Plan, mesh: Mesh, dtype: torch.dtype) -> int:

@@ -133,37 +133,55 @@ def save_random_state(folder: Path, run: Run, state: dict[str, Any] | None = Non
     np.savez(random_file, **(state or _random_state(run.mesh.device)))
 
 
+@dataclass(frozen=True)
+class SavedBeside:
+    """What a save writes beside the tensors, as it was when the save began: training continues meanwhile."""
+
+    run: Run
+    step: int
+    facts: dict
+    loader: dict[str, Any]
+    random: dict[str, Any]
+    by_stream: tuple[dict, dict[int, int]]  # of this rank: the ledger, and the texts that were skipped
+
+    def write(self, pieces: RectanglesByName, axis: Axis) -> Path:
+        """Writes the checkpoint and removes old ones; all ranks call it, in the thread of the save."""
+        folder, keep = self.run.folder / CHECKPOINTS, self.run.config.checkpoint
+        ranks = all_gather_objects(self.by_stream, axis)
+        facts = self.facts | {"ledger": combined_ledger({k: v for ledger, _ in ranks for k, v in ledger.items()})}
+        if skipped := sum({stream: count for _, counts in ranks for stream, count in counts.items()}.values()):
+            facts["skipped_texts"] = skipped
+            if axis.rank == 0:
+                print(f"step {self.step:05d} | {skipped:,} texts that are not UTF-8 were skipped so far", flush=True)
+        path = save_checkpoint(folder, self.step, pieces, facts, self._write_rank_files, axis)
+        if axis.rank == 0:
+            remove_old_checkpoints(folder, keep.keep_last, keep.keep_every, self.step)
+        return path
+
+    def _write_rank_files(self, folder: Path) -> None:
+        mesh, streams, rows = self.run.mesh, self.run.config.data.streams, self.run.plan.rows_per_step
+        if mesh.tensor.rank == 0 and mesh.pipeline.rank == 0:
+            rank, ranks = mesh.data.rank, mesh.data.size
+            candidates = streams_of_rank(rank, ranks, streams, rows)
+            saved_here = [stream for stream in candidates if saving_rank(stream, ranks, streams, rows) == rank]
+            save_loader_state(folder / LOADER, self.loader, saved_here)
+        save_random_state(folder, self.run, self.random)
+
+
 def save_state(run: Run, state: LoopState, saver: Saver) -> None:
     """Starts saving checkpoint step_NNNNNN of the run as it is now; all ranks call it. Raises UserError when an earlier
     save failed.
     """
     since = time.perf_counter()
-    step, folder, facts = state.step, run.folder / CHECKPOINTS, checkpoint_facts(run, state)
-    loader_state, random_state = run.loader.state(), _random_state(run.mesh.device)
-    by_stream = run.loader.ledger(), run.loader.skipped_texts()
-    data, streams, keep = run.mesh.data, run.config.data.streams, run.config.checkpoint
-
-    def write_rank_files(temporary: Path) -> None:
-        if run.mesh.tensor.rank == 0 and run.mesh.pipeline.rank == 0:
-            rows = run.plan.rows_per_step
-            candidates = streams_of_rank(data.rank, data.size, streams, rows)
-            mine = [stream for stream in candidates if saving_rank(stream, data.size, streams, rows) == data.rank]
-            save_loader_state(temporary / LOADER, loader_state, mine)
-        save_random_state(temporary, run, random_state)
-
-    def write(pieces: RectanglesByName, axis: Axis) -> Path:
-        ranks = all_gather_objects(by_stream, axis)
-        all_facts = facts | {"ledger": combined_ledger({k: v for ledger, _ in ranks for k, v in ledger.items()})}
-        if skipped := sum({stream: count for _, counts in ranks for stream, count in counts.items()}.values()):
-            all_facts["skipped_texts"] = skipped
-            if axis.rank == 0:
-                print(f"step {step:05d} | {skipped:,} texts that are not UTF-8 were skipped so far", flush=True)
-        path = save_checkpoint(folder, step, pieces, all_facts, write_rank_files, axis)
-        if axis.rank == 0:
-            remove_old_checkpoints(folder, keep.keep_last, keep.keep_every, step)
-        return path
-
-    saver.begin(state_pieces(run, replicas=False), write, since)
+    beside = SavedBeside(
+        run,
+        state.step,
+        checkpoint_facts(run, state),
+        loader=run.loader.state(),
+        random=_random_state(run.mesh.device),
+        by_stream=(run.loader.ledger(), run.loader.skipped_texts()),
+    )
+    saver.begin(state_pieces(run, replicas=False), beside.write, since)
 
 
 def load_state(run: Run, checkpoint: Path) -> LoopState:

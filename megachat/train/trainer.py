@@ -116,43 +116,64 @@ class Trainer:
     def _step(self) -> StepResult:
         """Runs step state.step and advances the counters, or goes back to a checkpoint."""
         state, first = self.state, self.steps_s == 0
-        if self.saved_step == state.step:
-            self.save_cost.begin(state.step)
-        self.before_step(state.step)
-        self._graphs.count()  # leave out the graphs that evaluation compiled since the last step
-        with self._first_step() if first else contextlib.nullcontext():
-            requests = Requests(stop=self.stop_requested(), save_failed=self.saver.failed)
-            result = train_step(self.run, state.step, requests=requests, before_update=self.saver.wait_copied)
+        result = self._take_step(first)
         self.check_cost.add(result.replay_s, result.hashes_s)
         self._handle_fault(result)
         if self.state is not state:  # the run went back to a checkpoint
             return result
-        if (made := self._graphs.count()) and state.step - self.first_step >= SETTLED_STEPS:
+        self._report_new_graphs()
+        self._advance(result)
+        self._measure_save_cost(result)
+        if first:
+            self._end_first_step()
+        return result
+
+    def _take_step(self, first: bool) -> StepResult:
+        step = self.state.step
+        if self.saved_step == step:
+            self.save_cost.begin(step)
+        self.before_step(step)
+        self._graphs.count()  # leave out the graphs that evaluation compiled since the last step
+        with self._announced_first_step() if first else contextlib.nullcontext():
+            requests = Requests(stop=self.stop_requested(), save_failed=self.saver.failed)
+            return train_step(self.run, step, requests=requests, before_update=self.saver.wait_copied)
+
+    def _report_new_graphs(self) -> None:
+        made = self._graphs.count()
+        if made and self.state.step - self.first_step >= SETTLED_STEPS:
             self.metrics.log(
-                f"step {state.step:05d} | torch.compile made {made} new graphs, which takes time: "
+                f"step {self.state.step:05d} | torch.compile made {made} new graphs, which takes time: "
                 "TORCH_LOGS=recompiles shows why"
             )
+
+    def _advance(self, result: StepResult) -> None:
+        """Counts the step that was taken."""
+        state = self.state
         if state.step >= UNTIMED_STEPS:  # with the checks: a record's clock excludes evaluation and saving only
             state.training_s += result.seconds + result.replay_s + result.hashes_s
-        self.steps_s += result.seconds
-        self.work_s.append(result.work_s)
         state.skipped_steps += result.skipped
         if math.isfinite(result.loss):
             state.add_loss(result.loss)
-        state.step += 1
-        self.pace.finish(state.step)
         state.training_flops += self.run.plan.flops_per_step
-        if state.step - self.first_step > SETTLED_STEPS and self.save_cost.add(result.seconds):
-            self.metrics.log(f"step {state.step - 1:05d} | {self.save_cost.line}")
-            self.metrics.record({"step": state.step} | self.save_cost.values)
-        if first:
-            self.after_first_step()
-            # what the first save needs, but no step: a package may be replaced while training runs
-            import megachat.checkpoint.storage  # noqa: F401
+        state.step += 1
+        self.steps_s += result.seconds
+        self.work_s.append(result.work_s)
+        self.pace.finish(state.step)
 
-            gc.collect()  # objects that exist now live until the end; do not scan them at every collection
-            gc.freeze()
-        return result
+    def _measure_save_cost(self, result: StepResult) -> None:
+        """Compares steps after a save with those before it, and logs the comparison when it is complete."""
+        step = self.state.step
+        if step - self.first_step > SETTLED_STEPS and self.save_cost.add(result.seconds):
+            self.metrics.log(f"step {step - 1:05d} | {self.save_cost.line}")
+            self.metrics.record({"step": step} | self.save_cost.values)
+
+    def _end_first_step(self) -> None:
+        self.after_first_step()
+        # what the first save needs, but no step: a package may be replaced while training runs
+        import megachat.checkpoint.storage  # noqa: F401
+
+        gc.collect()  # objects that exist now live until the end; do not scan them at every collection
+        gc.freeze()
 
     def _handle_fault(self, result: StepResult) -> None:
         """Acts on a step whose loss or gradient is not finite: reports it, and rewinds if that is configured.
@@ -285,7 +306,7 @@ class Trainer:
         return self.run.mesh.world.progress.long_running(activity) if activity else contextlib.nullcontext()
 
     @contextlib.contextmanager
-    def _first_step(self) -> Iterator[None]:
+    def _announced_first_step(self) -> Iterator[None]:
         """Announces the first step, which may compile for minutes; other ranks may wait longer than usual."""
         activity = "first step, with torch.compile" if self.run.config.precision.compile else "first step"
         shown = announced(activity, shown=self.run.is_writer, write=self.metrics.log)
