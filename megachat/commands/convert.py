@@ -7,6 +7,7 @@ different (diff); 2 not good (verify) or refused.
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from megachat.commands import inspect
@@ -22,22 +23,19 @@ FORMAT_HELP = {
 
 def add_arguments(parser: Parser) -> None:
     """Adds the commands of `megachat convert`."""
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="action")
 
-    def add(name: str, about: str, *, call: str = "convert_command", **paths: str):
+    def add(name: str, about: str, **paths: str):
         command = commands.add_parser(name, help=about, description=about)
-        command.set_defaults(call=call)
         add_quiet(command, default=argparse.SUPPRESS)
         add_no_color(command, default=argparse.SUPPRESS)
         for path, metavar in paths.items():
             command.add_argument(path, metavar=metavar, type=Path)
         return command
 
-    inspect.add_options(
-        add("inspect", "show what a checkpoint contains", call="inspect_command", checkpoint="CHECKPOINT")
-    )
-    command = add("verify", "check that all files are as saved", call="verify_command", checkpoint="CHECKPOINT")
-    command = add("diff", "show which tensors and facts differ", call="diff_command", left="LEFT", right="RIGHT")
+    inspect.add_options(add("inspect", "show what a checkpoint contains", checkpoint="CHECKPOINT"))
+    add("verify", "check that all files are as saved", checkpoint="CHECKPOINT")
+    command = add("diff", "show which tensors and facts differ", left="LEFT", right="RIGHT")
     command.add_argument("--json", action="store_true", help="as JSON")
     command.add_argument("--verbose", action="store_true", help="also each difference")
     for name, (about_export, about_import) in FORMAT_HELP.items():
@@ -66,7 +64,13 @@ def run(options: argparse.Namespace) -> int | None:
     with importing():
         from megachat.programs import convert
 
-    values = {name: value for name, value in vars(options).items() if name not in ("quiet", "no_color", "call", "json")}
+    calls: dict[str, Callable[..., int | None]] = {
+        "inspect": convert.inspect_command,
+        "verify": convert.verify_command,
+        "diff": convert.diff_command,
+    }
+    left_out = ("quiet", "no_color", "action", "json")
+    values = {name: value for name, value in vars(options).items() if name not in left_out}
     if "json" in options:
         values["as_json"] = options.json
-    return getattr(convert, options.call)(**values)
+    return calls.get(options.action, convert.convert_command)(**values)

@@ -166,9 +166,8 @@ class Attention(nn.Module):
         self.c_v = Linear(dims.width, dims.kv_width)
         self.c_proj = Linear(dims.heads * dims.head_size, dims.width)
         prefix, bound = f"transformer.h.{block}.attn", (3 / dims.width) ** 0.5
-        for name in ("c_q", "c_k", "c_v"):
-            weight = getattr(self, name).weight
-            declare(weight, f"{prefix}.{name}.weight", block, ("uniform", -bound, bound), "column")
+        for name, linear in (("c_q", self.c_q), ("c_k", self.c_k), ("c_v", self.c_v)):
+            declare(linear.weight, f"{prefix}.{name}.weight", block, ("uniform", -bound, bound), "column")
         declare(self.c_proj.weight, f"{prefix}.c_proj.weight", block, ("constant", 0.0), "row")
         self.ve_gate = None
         if dims.has_value_embedding(block):
@@ -238,9 +237,9 @@ class Block(nn.Module):
         self.resid_lambda, self.x0_lambda = nn.Parameter(torch.empty(1)), nn.Parameter(torch.empty(1))
         along = block / max(dims.depth - 1, 1)
         resid, x0 = (1.0, 0.0) if dims.lambdas == "neutral" else (1.15 - 0.10 * along, 0.20 - 0.15 * along)
-        for name, value in (("resid_lambda", resid), ("x0_lambda", x0)):
-            place = Place(f"{name}s", (dims.depth,), block, ("constant", value), offset=(block,))
-            set_place(getattr(self, name), place)
+        for name, parameter, value in (("resid", self.resid_lambda, resid), ("x0", self.x0_lambda, x0)):
+            place = Place(f"{name}_lambdas", (dims.depth,), block, ("constant", value), offset=(block,))
+            set_place(parameter, place)
         self.value_embed = None
         if dims.has_value_embedding(block):
             bound = (3 / dims.width) ** 0.5

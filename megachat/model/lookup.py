@@ -45,8 +45,8 @@ class LookupMix(nn.Module):
         self.w_mix_up, self.w_mix_x = Linear(lookup.up_width, dims.width), Linear(dims.width, dims.width)
         bound = (3 / dims.width) ** 0.5
         declare(self.w_up.weight, f"lookup.{block}.w_up.weight", block, ("uniform", -bound, bound), "column")
-        for name in ("w_mix_up", "w_mix_x"):  # zero: no effect at the start
-            declare(getattr(self, name).weight, f"lookup.{block}.{name}.weight", block, ("constant", 0.0), "row")
+        for name, linear in (("w_mix_up", self.w_mix_up), ("w_mix_x", self.w_mix_x)):  # zero: no effect at the start
+            declare(linear.weight, f"lookup.{block}.{name}.weight", block, ("constant", 0.0), "row")
 
     def forward(self, read_and_x: torch.Tensor) -> torch.Tensor:
         """read_and_x [batch, tokens, 2 * width] -> [batch, tokens, width]."""

@@ -6,9 +6,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import torch
-
 from megachat.config import Config
+from megachat.device import DTYPES
 from megachat.planning.dimensions import passed_tensors
 from megachat.planning.plan import Plan, stream_tokens
 from megachat.planning.stage_state import stage_state
@@ -144,7 +143,7 @@ def planned_bytes(config: Config, plan: Plan, stage: int) -> dict[str, float]:
     }
     if layout.data > 1:
         # the shards with their padding, which is 4 % of a small model on 512 ranks
-        shards = layout.data * stage_state(config, plan, stage, getattr(torch, dtype)).shards
+        shards = layout.data * stage_state(config, plan, stage, DTYPES[dtype]).shards
         planned["Muon gradients"] = planned["Muon weights"] = ITEMSIZE[muon_dtype(dtype)] * shards
         planned["AdamW gradients"] = 4.0 * sum(optimizer.adamw.values())
         planned["AdamW weights"] = float(sum(size * count for size, count in optimizer.adamw.items()))

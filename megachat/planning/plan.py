@@ -94,7 +94,7 @@ def resolve_plan(config: Config, world: int, vocab_size: int, allocated: LookupD
     that do.
     """
     check_schedule(config.optimizer)
-    why: dict[str, str] = {}
+    why: dict[str, str] = {}  # each function adds the formulas of its numbers
     dims = resolve_dimensions(config, vocab_size, why=why, allocated=allocated)
     _check_qk_clip(config, dims)
     layout = resolve_layout(config, dims, world)
@@ -106,19 +106,8 @@ def resolve_plan(config: Config, world: int, vocab_size: int, allocated: LookupD
     check_fp8(config, dims, layout.tensor, micro_rows)
     tokens = rows * dims.sequence_len
     steps = _steps(config, dims, tokens, target_tokens, why)
-    rates, decay = _rates(config, dims, tokens, reference_tokens / target_tokens, why)
+    rates, weight_decay = _rates(config, dims, tokens, reference_tokens / target_tokens, why)
     flops = flops_per_token(dims)
-    why |= {
-        "stages": "contiguous layers that minimize the largest stage's share of FLOPs plus its share of parameters",
-        "bubble": "1 - m * sum / p / ((m - 1) * max + sum) of the p stages' FLOPs over m micro-batches; "
-        "(p - 1) / (m + p - 1) if all are equal",
-        "total_tokens": f"steps * tokens_per_step = {steps} * {tokens}",
-        "flops_per_token": "6 * (block matrices + lm_head + smear gate) "
-        "+ sum of 12 * heads * head_size * min(window, sequence_len)"
-        + (" + 12 * mean_rows * width per lookup layer" if dims.lookup else ""),
-        "total_flops": f"flops_per_token * total_tokens = {flops:.4g} * {steps * tokens:.4g}",
-        "evaluation_rows": "evaluate.tokens / sequence_len" if config.evaluate.tokens else "20 batches",
-    }
     stage_flops = [sum(flops for _, flops in layer_costs(dims)[first:last]) for first, last in stages]
     return Plan(
         dims=dims,
@@ -135,11 +124,27 @@ def resolve_plan(config: Config, world: int, vocab_size: int, allocated: LookupD
         flops_per_token=flops,
         total_flops=float(flops) * steps * tokens,
         rates=MappingProxyType(rates),
-        weight_decay=decay,
+        weight_decay=weight_decay,
         evaluation_rows=max(1, (config.evaluate.tokens or 20 * tokens) // dims.sequence_len),
         parameters=MappingProxyType(parameter_counts(dims)),
-        why=MappingProxyType(why),
+        why=MappingProxyType(why | _formulas_of_totals(config, dims, steps, tokens)),
     )
+
+
+def _formulas_of_totals(config: Config, dims: Dimensions, steps: int, tokens: int) -> dict[str, str]:
+    """Returns the formulas of the numbers that follow from all others. tokens: per step."""
+    flops = flops_per_token(dims)
+    lookup = " + 12 * mean_rows * width per lookup layer" if dims.lookup else ""
+    return {
+        "stages": "contiguous layers that minimize the largest stage's share of FLOPs plus its share of parameters",
+        "bubble": "1 - m * sum / p / ((m - 1) * max + sum) of the p stages' FLOPs over m micro-batches; "
+        "(p - 1) / (m + p - 1) if all are equal",
+        "total_tokens": f"steps * tokens_per_step = {steps} * {tokens}",
+        "flops_per_token": "6 * (block matrices + lm_head + smear gate) "
+        f"+ sum of 12 * heads * head_size * min(window, sequence_len){lookup}",
+        "total_flops": f"flops_per_token * total_tokens = {flops:.4g} * {steps * tokens:.4g}",
+        "evaluation_rows": "evaluate.tokens / sequence_len" if config.evaluate.tokens else "20 batches",
+    }
 
 
 def resolve_without_text(config: Config, world: int, vocab_size: int) -> Plan:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megachat.config import Config, load_config
-from megachat.device import choose_compute_dtype, dtype_name, memory_bytes, seconds_of, this_device
+from megachat.device import DTYPES, choose_compute_dtype, dtype_name, memory_bytes, seconds_of, this_device
 from megachat.files import check_writable, write_json
 from megachat.job.join import end_collectives, start_mesh
 from megachat.job.launch import bootstrap_environment, choose_device, describe_environment
@@ -158,7 +158,7 @@ def _product_action(clock: Clock, product: MatrixProduct) -> Callable[[], object
         )
         one = torch.ones((), device=clock.device)
         return lambda: torch._scaled_mm(left, right.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
-    dtype = getattr(torch, kind)
+    dtype = DTYPES[kind]
     if inner > max(rows, columns):  # the gradient of a weight: both factors have the tokens as rows
         left, right = (_random_input(clock, inner, size, dtype=dtype) for size in (rows, columns))
         return lambda: torch.mm(left.t(), right)

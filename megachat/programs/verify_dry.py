@@ -8,10 +8,9 @@ import multiprocessing
 import os
 from collections.abc import Iterable
 
-import torch
-
 from megachat.activity import ProgressBar
 from megachat.config import Config
+from megachat.device import DTYPES
 from megachat.errors import UserError, summary
 from megachat.job.launch import become_rank
 from megachat.planning.call_order import Call, find_mismatch, planned_bytes, planned_flops, sums, walked_bytes
@@ -143,7 +142,7 @@ def planned_memory(config: Config, plan: Plan, stage: int) -> dict[str, float]:
 
     The gradients of rows of sparse tables are left out: they depend on how often ids repeat.
     """
-    dtype = getattr(torch, planned_dtype(config))
+    dtype = DTYPES[planned_dtype(config)]
     memory = memory_of_stages(config, plan, dtype)[stage]
     parameters = stage_parameters(plan.dims, plan.stages[stage], dtype) if plan.dims.ngram else []
     return {

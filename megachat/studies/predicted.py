@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megachat.config import config_from_values
+from megachat.device import DTYPES
 from megachat.errors import UserError
 from megachat.planning.hardware import known_gpu, parse_gpus
 from megachat.planning.manifest import Ownership, ownership
@@ -61,7 +60,7 @@ def predict(run: RunRecord, probe: Path | None = None) -> Predicted:
     elif gpu and world <= local:
         time = predict_run(config, plan, parse_gpus(f"1x{local}x{gpu.name}"), dtype=name)
         source = f"data sheet of {gpu.name}"
-    memory = memory_of_stages(config, plan, getattr(torch, name), on_gpu=on_gpu)
+    memory = memory_of_stages(config, plan, DTYPES[name], on_gpu=on_gpu)
     return Predicted(memory, ownership(config, plan), time, source, world if on_gpu else 1, on_gpu)
 
 
