@@ -17,7 +17,7 @@ from megachat.planning.communication import Kind
 from megachat.planning.hardware import Gpu, Interconnect, Machine
 from megachat.planning.sizes import resolve_dimensions
 from megachat.planning.speeds import visible_pairs
-from megachat.planning.step_work import AttentionWork, MatrixProduct
+from megachat.planning.step_work import AttentionWork, Gemm
 
 PROBE_FORMAT, PROBE_VERSION = "megachat probe", 1
 OF_PASSES = ("matrix products", "attention", "elementwise", "head and loss")
@@ -90,7 +90,7 @@ class ProbeSpeeds:
         known = self._products.get(dtype) or next(iter(self._products.values()))
         return 2 * rows * columns * inner * _speed_at(_logarithms(rows, columns, inner), known)
 
-    def product(self, product: MatrixProduct) -> float:
+    def product(self, product: Gemm) -> float:
         return product.count * self._product_sec(*product[:4])
 
     @staticmethod
@@ -244,7 +244,7 @@ def _check_document(document: dict[str, Any]) -> None:
     results += [machine["device_count"] + 1, machine.get("memory_bytes", 1), *document["factors"].values()]
     for one in document["sets"]:
         speeds, kind = probe.speeds(one["ranks"]), one["products"][0][3]
-        results += [speeds.product(MatrixProduct(64, 64, 64, kind)), speeds.polar(64, 64, kind), speeds.streamed(1)]
+        results += [speeds.product(Gemm(64, 64, 64, kind)), speeds.polar(64, 64, kind), speeds.streamed(1)]
         results += [speeds.moved(1, 1, 1), speeds.logits(1, 1, 1)]
         results.append(speeds.attention(AttentionWork._make((*one["attention"][0][:7], 1, 1))))
         results += [speeds.collective(kind, 1, one["ranks"], 1) for kind in one["collectives"]]

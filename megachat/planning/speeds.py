@@ -11,7 +11,7 @@ from typing import Protocol
 from megachat.optim.matrix import NEWTON_SCHULZ_STEPS
 from megachat.planning.communication import Kind, axis_group, collective_sec
 from megachat.planning.hardware import Machine
-from megachat.planning.step_work import ITEMSIZE, AttentionWork, MatrixProduct
+from megachat.planning.step_work import ITEMSIZE, AttentionWork, Gemm
 
 # Shares of a data sheet's peaks that kernels reach. That of float8 follows from one published run (nanochat's run 6,
 # see docs/performance.md); the others are assumed, of the order that published kernels reach.
@@ -40,7 +40,7 @@ class Speeds(Protocol):
     error: float
     overlap: float
 
-    def product(self, product: MatrixProduct) -> float:
+    def product(self, product: Gemm) -> float:
         """Returns the seconds of the products of one shape, all of them."""
         ...
 
@@ -88,7 +88,7 @@ class SheetSpeeds:
         self.machine, self.share, self.name = machine, share, machine.name
         self._product = functools.lru_cache(maxsize=4096)(self._product_sec)
 
-    def product(self, product: MatrixProduct) -> float:
+    def product(self, product: Gemm) -> float:
         rows, columns, inner, dtype, count = product
         return count * self._product(rows, columns, inner, dtype)
 
@@ -155,4 +155,4 @@ def polar_products_sec(speeds: Speeds, rows: int, columns: int, dtype: str) -> f
     """Returns the seconds of the products of Polar Express on a matrix."""
     short, long = min(rows, columns), max(rows, columns)
     kinds = (short, short, long), (short, short, short), (short, long, short)
-    return sum(speeds.product(MatrixProduct(*shape, dtype, NEWTON_SCHULZ_STEPS)) for shape in kinds)
+    return sum(speeds.product(Gemm(*shape, dtype, NEWTON_SCHULZ_STEPS)) for shape in kinds)

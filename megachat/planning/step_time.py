@@ -13,15 +13,7 @@ from megachat.planning.hardware import Machine
 from megachat.planning.plan import Plan, stream_tokens
 from megachat.planning.probe import Probe
 from megachat.planning.speeds import SheetSpeeds, Speeds
-from megachat.planning.step_work import (
-    ITEMSIZE,
-    MatrixProduct,
-    Work,
-    muon_dtype,
-    optimizer_work,
-    stage_matrices,
-    stage_work,
-)
+from megachat.planning.step_work import ITEMSIZE, Gemm, Work, muon_dtype, optimizer_work, stage_matrices, stage_work
 
 # In the order in which they are shown. They are exclusive: hidden communication is in StepTime.hidden.
 PARTS = (
@@ -74,7 +66,7 @@ NANOCHAT = Rules("nanochat", 24, (4, 4), None, False, False, True)
 class ProductTime(NamedTuple):
     """The products of one shape in a step: on the rank with most work."""
 
-    product: MatrixProduct
+    product: Gemm
     seconds: float
 
 
@@ -202,7 +194,7 @@ def _product_times(work: Work, speeds: Speeds) -> list[ProductTime]:
     shapes: dict[tuple, float] = {}
     for product in work.products:
         shapes[product[:4]] = shapes.get(product[:4], 0) + product.count
-    products = [MatrixProduct._make((*shape, count)) for shape, count in shapes.items()]
+    products = [Gemm._make((*shape, count)) for shape, count in shapes.items()]
     return [ProductTime(product, speeds.product(product)) for product in products]
 
 

@@ -44,7 +44,7 @@ def muon_dtype(dtype: str) -> str:
     return "bfloat16" if dtype == "bfloat16" else "float32"
 
 
-class MatrixProduct(NamedTuple):
+class Gemm(NamedTuple):
     """`count` products of [rows, inner] with [inner, columns] in a dtype of ITEMSIZE or "float8"."""
 
     rows: int
@@ -84,7 +84,7 @@ class Work(NamedTuple):
     no cache holds. logits: numbers of the head's output that the loss reads. kernels: launches.
     """
 
-    products: tuple[MatrixProduct, ...] = ()
+    products: tuple[Gemm, ...] = ()
     attention: tuple[AttentionWork, ...] = ()
     moved: float = 0.0
     streamed: float = 0.0
@@ -107,13 +107,13 @@ def _linear(tokens: int, shape: tuple[int, int], dtype: str, recipe: str, forwar
     return Work(_weight_products(tokens, shape, dtype, forward), moved=moved)
 
 
-def _weight_products(tokens: int, shape: tuple[int, int], dtype: str, forward: float = 1) -> tuple[MatrixProduct, ...]:
+def _weight_products(tokens: int, shape: tuple[int, int], dtype: str, forward: float = 1) -> tuple[Gemm, ...]:
     """Returns the products of a weight [rows, columns]: forward, and for the gradients of its input and of itself."""
     rows, columns = shape
     return (
-        MatrixProduct(tokens, rows, columns, dtype, forward),
-        MatrixProduct(tokens, columns, rows, dtype),
-        MatrixProduct(rows, columns, tokens, dtype),
+        Gemm(tokens, rows, columns, dtype, forward),
+        Gemm(tokens, columns, rows, dtype),
+        Gemm(rows, columns, tokens, dtype),
     )
 
 

@@ -29,7 +29,7 @@ from megachat.optim.muon import orthogonalization_dtype, second_moment_shape, up
 from megachat.planning.dimensions import MLP_RATIO, Dimensions, linear_shapes
 from megachat.planning.plan import Plan, resolve_without_text
 from megachat.planning.probe import PROBE_FORMAT, PROBE_VERSION, WIDTHS, Probe
-from megachat.planning.step_work import ITEMSIZE, MatrixProduct, block_work, head_work
+from megachat.planning.step_work import ITEMSIZE, Gemm, block_work, head_work
 from megachat.programs.probe_step import calibrate, measure_step
 from megachat.programs.verify import vocabulary_without_text
 from megachat.train.build import build_training_model, model_options
@@ -125,7 +125,7 @@ def _row_counts(plan: Plan) -> list[int]:
 
 def _measure_products(clock: Clock, config: Config, plan: Plan, dtype: torch.dtype) -> list[list]:
     """Measures the products of the passes of linears, as [rows, columns, inner, dtype, seconds]."""
-    shapes: dict[MatrixProduct, None] = {}
+    shapes: dict[Gemm, None] = {}
     name = dtype_name(dtype)
     kinds = [name, *(["float8"] if config.precision.fp8 != "off" else [])]
     for factor in WIDTHS:
@@ -140,7 +140,7 @@ def _measure_products(clock: Clock, config: Config, plan: Plan, dtype: torch.dty
                 for kind in kinds:
                     for out, into in sorted(weights):
                         for shape in ((tokens, out, into), (tokens, into, out), (out, into, tokens)):
-                            shapes[MatrixProduct(*shape, kind)] = None
+                            shapes[Gemm(*shape, kind)] = None
     clock.section()
     results: list[list] = []
     for product in shapes:
@@ -150,7 +150,7 @@ def _measure_products(clock: Clock, config: Config, plan: Plan, dtype: torch.dty
     return results
 
 
-def _product_action(clock: Clock, product: MatrixProduct) -> Callable[[], object]:
+def _product_action(clock: Clock, product: Gemm) -> Callable[[], object]:
     rows, columns, inner, kind, _ = product
     if kind == "float8":
         left, right = (

@@ -10,7 +10,7 @@ from megachat.errors import UserError
 from megachat.planning.plan import resolve_plan
 from megachat.planning.probe import PROBE_FORMAT, PROBE_VERSION, read_probe
 from megachat.planning.step_time import predict_step
-from megachat.planning.step_work import AttentionWork, MatrixProduct
+from megachat.planning.step_work import AttentionWork, Gemm
 
 RATE = 1e10  # FLOPs per second of every product
 
@@ -57,7 +57,7 @@ def written(tmp_path, **changes):
 def test_speeds_are_exact_where_measured_and_smooth_between(tmp_path):
     one = read_probe(written(tmp_path)).speeds(1)
     for shape in ((2048, 256, 256), (1024, 384, 256), (4096, 4096, 512)):  # a constant rate stays so
-        assert one.product(MatrixProduct(*shape, "bfloat16", 3)) == pytest.approx(3 * 2 * math.prod(shape) / RATE)
+        assert one.product(Gemm(*shape, "bfloat16", 3)) == pytest.approx(3 * 2 * math.prod(shape) / RATE)
     attention = AttentionWork(4, 512, 2, 2, 128, 512, "bfloat16", 1, 1)
     assert one.attention(attention) == pytest.approx(6e-3)
     assert one.attention(attention._replace(forward=2)) == pytest.approx(8e-3)
@@ -65,8 +65,8 @@ def test_speeds_are_exact_where_measured_and_smooth_between(tmp_path):
     assert 1e-4 < one.moved(1e6, 1 << 19, 0) < 2e-4
     assert one.logits(1e6, 512, 0) == pytest.approx(2e-3)
     assert one.polar(256, 1024, "bfloat16") == pytest.approx(4e-3)
-    assert read_probe(written(tmp_path)).speeds(2).product(MatrixProduct(512, 256, 256, "bfloat16")) == pytest.approx(
-        2 * one.product(MatrixProduct(512, 256, 256, "bfloat16"))
+    assert read_probe(written(tmp_path)).speeds(2).product(Gemm(512, 256, 256, "bfloat16")) == pytest.approx(
+        2 * one.product(Gemm(512, 256, 256, "bfloat16"))
     )
 
 
