@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 
-from megachat.checkpoint.save import rectangle_bytes
 from megachat.parallel.mesh import Axis
 from megachat.parallel.rectangles import RectanglesByName
 
@@ -25,7 +24,6 @@ class Saved(NamedTuple):
     path: Path
     blocked_s: float  # how long training waited
     total_s: float  # from begin() until the checkpoint was complete
-    local_bytes: int  # size of this rank's tensors
 
 
 class Saver:
@@ -60,20 +58,17 @@ class Saver:
         """
         start = time.perf_counter() if since is None else since
         self.wait()
-        pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        to_copy: list[tuple[torch.Tensor, torch.Tensor]] = []  # by the thread, during the next step
         if self._background:
-            pairs = list(self._pairs(tensors))
-            if any(view.is_cuda for _, view in pairs):  # copy now, after the kernels in the device's queue
-                self._copy(pairs)
+            to_copy = list(self._pairs(tensors))
+            tensors = self._with_copies(tensors)
+            if any(view.is_cuda for _, view in to_copy):  # copy now, after the kernels in the device's queue
+                self._copy(to_copy)
                 torch.cuda.synchronize()
-                pairs = []
-            tensors = {
-                name: (shape, [(offsets, sizes, self._copies[name, i]) for i, (offsets, sizes, _) in enumerate(parts)])
-                for name, (shape, parts) in tensors.items()
-            }
+                to_copy = []
         self._copied.clear()
         self._blocked_s = time.perf_counter() - start
-        self._thread = threading.Thread(target=self._run, args=(pairs, tensors, write, start), name="saver")
+        self._thread = threading.Thread(target=self._run, args=(to_copy, tensors, write, start), name="saver")
         self._thread.start()
         if not self._background:
             self.wait(blocks=True)
@@ -116,18 +111,25 @@ class Saver:
                     self._copies[name, index] = torch.empty(view.shape, dtype=view.dtype, pin_memory=view.is_cuda)
                 yield self._copies[name, index], view
 
+    def _with_copies(self, tensors: RectanglesByName) -> RectanglesByName:
+        """Returns the rectangles with the copies in place of the views, which training changes."""
+        return {
+            name: (shape, [(offsets, sizes, self._copies[name, i]) for i, (offsets, sizes, _) in enumerate(parts)])
+            for name, (shape, parts) in tensors.items()
+        }
+
     @staticmethod
     def _copy(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         for copy, view in pairs:
             copy.copy_(view.detach(), non_blocking=True)
 
-    def _run(self, pairs: list, tensors: RectanglesByName, write: Write, start: float) -> None:
+    def _run(self, to_copy: list, tensors: RectanglesByName, write: Write, start: float) -> None:
         try:
             try:
-                self._copy(pairs)
+                self._copy(to_copy)
             finally:
                 self._copied.set()
             path = write(tensors, self._axis)
-            self._saved.append(Saved(path, self._blocked_s, time.perf_counter() - start, rectangle_bytes(tensors)))
+            self._saved.append(Saved(path, self._blocked_s, time.perf_counter() - start))
         except BaseException as error:  # raised by wait(), in the training's thread
             self._error = error

@@ -14,14 +14,14 @@ from megachat.optim.muon import second_moment_shape
 from megachat.optim.row_update import MASTER, row_state_shapes
 from megachat.place import Place, place_of
 from megachat.planning.dimensions import Dimensions
+from megachat.planning.stage_state import stage_parameters
 
 Shape = tuple[int, ...]
 DIVERGED = "its training had diverged, so use an earlier checkpoint"
 
 
 def _declared_parameters(dims: Dimensions, dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
-    with torch.device("meta"):
-        return placed_parameters(build_layers(dims, ModelOptions(compute_dtype=dtype)))
+    return stage_parameters(dims, (0, dims.depth + 2), dtype)
 
 
 def places(dims: Dimensions) -> list[Place]:
