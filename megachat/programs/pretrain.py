@@ -173,9 +173,15 @@ def _train(
         _log_start(run, start, state, environment, notes, metrics)
         startup_s = time.perf_counter() - begin
         metrics.log(f"start-up took {startup_s:.1f} s")
-        source = start.checkpoint.parent.parent if start.checkpoint else None
-        trainer = Trainer(run, state, metrics, lambda: bool(monitor.stop_requested), guard.record_step, source)
-        trainer.after_first_step = functools.partial(_log_recovery, recovery, metrics, state.step)
+        trainer = Trainer(
+            run,
+            state,
+            metrics,
+            stop_requested=lambda: bool(monitor.stop_requested),
+            before_step=guard.record_step,
+            source=start.checkpoint.parent.parent if start.checkpoint else None,
+            after_first_step=functools.partial(_log_recovery, recovery, metrics, state.step),
+        )
         with monitor.defer_stop(run.config.checkpoint.stop_s):
             stopped = trainer.fit()
         if not stopped:

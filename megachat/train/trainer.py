@@ -37,8 +37,7 @@ class Trainer:
     stop_requested: returns whether this rank was requested to stop. before_step: called with the number of each step.
     source: the run folder that `state` was loaded from. Pending tasks that have a result there do not run again.
     first_step and steps_s: the first step of this job, and the seconds that its steps have taken. work_s: how long this
-    rank worked in each of the last steps.
-    after_first_step: called once. save_cost: what this job's saves cost its steps. check_cost: of the devices' checks.
+    rank worked in each of the last steps. save_cost: what saves cost the steps. check_cost: of the devices' checks.
     """
 
     last_result: StepResult
@@ -51,9 +50,10 @@ class Trainer:
         stop_requested: Callable[[], bool],
         before_step: Callable[[int], object],
         source: Path | None = None,
+        after_first_step: Callable[[], object] = lambda: None,
     ):
         self.run, self.state, self.metrics, self.source = run, state, metrics, source
-        self.stop_requested, self.before_step = stop_requested, before_step
+        self.stop_requested, self.before_step, self.after_first_step = stop_requested, before_step, after_first_step
         self.checkpoint = Checkpoint()
         # The checkpoint comes before everything that can fail or take minutes.
         first: list[Task] = [Spikes(), LogStep(), RankTimes()]
@@ -63,7 +63,6 @@ class Trainer:
         self.first_step, self.steps_s = state.step, 0.0
         self.work_s = deque[float](maxlen=RANK_TIMES_WINDOW)
         self.pace = Pace(state.step)
-        self.after_first_step: Callable[[], object] = lambda: None
         self.save_cost, self.check_cost = SaveCost(), CheckCost()
         self._graphs = NewGraphs(compiles=run.config.precision.compile)
 
