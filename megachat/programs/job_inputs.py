@@ -68,7 +68,9 @@ class JobInputs:
         return lines
 
 
-def check_inputs(config: Config, environment: LaunchEnvironment, resume: str | None, elastic: bool) -> JobInputs | None:
+def check_job_inputs(
+    config: Config, environment: LaunchEnvironment, resume: str | None, elastic: bool
+) -> JobInputs | None:
     """Checks everything that this rank can check alone. Returns the job, or None if the rank is not needed (elastic).
 
     Raises UserError.

@@ -22,7 +22,7 @@ from megachat.parallel.collectives import barrier
 from megachat.parallel.mesh import Mesh
 from megachat.planning.explain import plan_values
 from megachat.programs.dry_run import THIS_MACHINE, Hardware, describe_job, job_values
-from megachat.programs.job_inputs import JobInputs, build_job_run, check_inputs, plan_with_allocation, starting
+from megachat.programs.job_inputs import JobInputs, build_job_run, check_job_inputs, plan_with_allocation, starting
 from megachat.programs.run_start import banner, write_run_folder
 from megachat.studies.report import report_line
 from megachat.train.build import Run
@@ -106,7 +106,7 @@ def run_job(
 ) -> int:
     """Runs the job of a config that has a run name; see `run_pretrain`. begin: time.perf_counter() at its start."""
     begin, environment, recovery = begin or time.perf_counter(), bootstrap_environment(), Recovery()
-    job = check_inputs(config, environment, resume, elastic)
+    job = check_job_inputs(config, environment, resume, elastic)
     if job is None:  # the batch cannot be split over this rank, too
         return 0
     with (
