@@ -309,7 +309,7 @@ def test_other_errors_of_the_thread_keep_their_type(folder, monkeypatch):
     def fail(*_):
         raise ZeroDivisionError("in the thread")
 
-    monkeypatch.setattr(loader_module.Stream, "pack", fail)
+    monkeypatch.setattr(loader_module.PackingStream, "pack", fail)
     with build(folder) as loader, pytest.raises(ZeroDivisionError, match="in the thread"):
         next(loader)
 
