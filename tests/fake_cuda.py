@@ -20,11 +20,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from megachat.kernels import attention as attention_module
-from megachat.kernels import choice, fp8, te
-from megachat.kernels.attention import FLASH_MODULES
+from megachat.kernels import choice, fp8, gpu_attention, te
 from megachat.kernels.choice import AttentionChoice, choose_attention, choose_fp8
 from megachat.kernels.cross_entropy import WHOLE, _ChunkedCrossEntropy
+from megachat.kernels.gpu_attention import FLASH_MODULES
 from megachat.kernels.gradient_norm import torch_sum_of_squares
 from megachat.model.gpt import LOGIT_CAP, ModelOptions, Rotary, build_layers, last_logits, run_layers
 from megachat.optim.graph import UpdateGraph
@@ -212,7 +211,7 @@ def _mask_on_cpu(self, window, device):
     return _REAL_MASK(self, window, torch.device("cpu"))
 
 
-_REAL_MASK = attention_module.FlexAttention._mask
+_REAL_MASK = gpu_attention.FlexAttention._mask
 
 
 @contextlib.contextmanager
@@ -248,7 +247,7 @@ def faults() -> dict:
     return {
         "a mask on the CPU": (patch.object(torch, "arange", _on_cpu(torch.arange)), run_attention, "sdpa"),
         "a block mask on the CPU": (
-            patch.object(attention_module.FlexAttention, "_mask", _mask_on_cpu),
+            patch.object(gpu_attention.FlexAttention, "_mask", _mask_on_cpu),
             run_attention,
             "flex",
         ),

@@ -9,24 +9,11 @@ import torch
 from megachat.config import Config
 from megachat.device import choose_compute_dtype, compute_capability, device_name, dtype_name, variable
 from megachat.errors import UserError, summary
-from megachat.kernels.attention import (
-    FLASH_MODULES,
-    Attend,
-    FlashAttention,
-    FlexAttention,
-    attention,
-    flash_function,
-    windowed_attention,
-)
+from megachat.kernels.attention import Attend, attention, windowed_attention
 from megachat.kernels.fp8 import Fp8Choice
-from megachat.kernels.gradient_norm import (
-    KernelUnavailable,
-    SumOfSquares,
-    check_sums,
-    load_apex,
-    load_te,
-    torch_sum_of_squares,
-)
+from megachat.kernels.gpu_attention import FLASH_MODULES, FlashAttention, FlexAttention, flash_function
+from megachat.kernels.gradient_norm import SumOfSquares, torch_sum_of_squares
+from megachat.kernels.multi_tensor import KernelUnavailable, check_sums, load_apex, load_te
 from megachat.kernels.te import TEAttention, te_attention_problem, te_problem, te_version
 from megachat.planning.dimensions import Dimensions
 from megachat.planning.execution import describe_fp8_matrices

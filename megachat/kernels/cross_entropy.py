@@ -85,23 +85,6 @@ class PlainProducts:
         table_gradient += gradient.T @ self.hidden[chunk]
 
 
-def compiled_products(products: type[PlainProducts]) -> type[PlainProducts]:
-    """Returns the products with compiled elementwise functions, which pass over the logits fewer times."""
-
-    def fused_squash(logits, cap):  # in place, or with a scatter, compiled code is slower than eager code
-        gate = torch.sigmoid(logits.float() * (-2 / cap))
-        share = torch.exp(cap - 2 * cap * gate)
-        return gate, share, share.sum(dim=1, keepdim=True)
-
-    def fused_gradient(gate, share, factor, index, at_index):
-        at_target = torch.arange(share.size(1), device=share.device) == index
-        return (share * factor + torch.where(at_target, at_index, 0.0)) * (4 * (gate - gate * gate))
-
-    functions: dict[str, Callable] = {"squash": fused_squash, "logits_gradient": fused_gradient}
-    compiled = {name: staticmethod(torch.compile(function, dynamic=False)) for name, function in functions.items()}
-    return type(f"Compiled{products.__name__}", (products,), compiled)
-
-
 def capped_logits(
     hidden: torch.Tensor, weight: torch.Tensor, vocab_size: int, cap: float, part: VocabularyPart = WHOLE
 ) -> torch.Tensor:

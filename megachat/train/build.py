@@ -18,7 +18,6 @@ from megachat.errors import UserError
 from megachat.evals.core_bundle import Bundle
 from megachat.kernels.attention import Attend, attention
 from megachat.kernels.choice import Kernels, choose_kernels
-from megachat.kernels.cross_entropy import compiled_products
 from megachat.kernels.fp8 import apply_fp8, head_products
 from megachat.model.gpt import Loss, ModelOptions, build_layers, layer_builders
 from megachat.model.ngram import NgramTable
@@ -50,7 +49,7 @@ from megachat.place import Place, place_of, set_place
 from megachat.planning.memory import head_chunk_bytes
 from megachat.planning.plan import Plan
 from megachat.planning.stage_state import stage_parameters
-from megachat.train.compiled import apply_compile, torch_mode
+from megachat.train.compiled import apply_compile, compiled_products, torch_mode
 
 
 @dataclass(frozen=True)

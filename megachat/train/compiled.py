@@ -1,8 +1,11 @@
 """torch.compile for training: all blocks of a kind share a graph; graphs that are compiled late are counted."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
+from megachat.kernels.cross_entropy import PlainProducts
 from megachat.model.gpt import Block
 
 # At most: a layer is cut at kernels that a graph cannot hold, and evaluation has graphs of its own.
@@ -33,6 +36,23 @@ def apply_compile(layers: nn.ModuleList, mode: str | None = None) -> None:
             continue
         for name in ("mix_and_attend", "add_mlp") if layer.recompute == "selective" else ("whole",):
             setattr(layer, name, torch.compile(getattr(layer, name), dynamic=False, mode=mode))
+
+
+def compiled_products(products: type[PlainProducts]) -> type[PlainProducts]:
+    """Returns the products with compiled elementwise functions, which pass over the logits fewer times."""
+
+    def fused_squash(logits, cap):  # in place, or with a scatter, compiled code is slower than eager code
+        gate = torch.sigmoid(logits.float() * (-2 / cap))
+        share = torch.exp(cap - 2 * cap * gate)
+        return gate, share, share.sum(dim=1, keepdim=True)
+
+    def fused_gradient(gate, share, factor, index, at_index):
+        at_target = torch.arange(share.size(1), device=share.device) == index
+        return (share * factor + torch.where(at_target, at_index, 0.0)) * (4 * (gate - gate * gate))
+
+    functions: dict[str, Callable] = {"squash": fused_squash, "logits_gradient": fused_gradient}
+    compiled = {name: staticmethod(torch.compile(function, dynamic=False)) for name, function in functions.items()}
+    return type(f"Compiled{products.__name__}", (products,), compiled)
 
 
 class NewGraphs:

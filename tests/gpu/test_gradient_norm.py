@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from megachat.kernels.choice import choose_gradient_norm
-from megachat.kernels.gradient_norm import KernelUnavailable, load_apex, load_te, torch_sum_of_squares
+from megachat.kernels.gradient_norm import torch_sum_of_squares
+from megachat.kernels.multi_tensor import KernelUnavailable, load_apex, load_te
 from megachat.kernels.te import te_problem
 
 DEVICE = torch.device("cuda")

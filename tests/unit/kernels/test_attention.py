@@ -7,7 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megachat.kernels import attention as attention_module
-from megachat.kernels.attention import TILE, FlashAttention, FlexAttention, attention, windowed_attention
+from megachat.kernels import gpu_attention
+from megachat.kernels.attention import TILE, attention, windowed_attention
+from megachat.kernels.gpu_attention import FlashAttention, FlexAttention
 from megachat.model.gpt import Loss, ModelOptions, build_layers, run_layers
 from megachat.place import place_of
 from megachat.planning.plan import resolve_plan
@@ -158,7 +160,7 @@ def test_flash_attention_gets_windows_in_its_convention(name, unlimited, monkeyp
         calls.append((causal, window_size))
         return (q, "sums") if name != "flash2" else q
 
-    monkeypatch.setattr(attention_module, "flash_function", lambda name: flash_attn_func)
+    monkeypatch.setattr(gpu_attention, "flash_function", lambda name: flash_attn_func)
     q, k, v = qkv(20, 2)
     attend = FlashAttention(name)
     assert all(attend(q, k, v, window) is q for window in (7, 18, 19, 20))
@@ -177,7 +179,7 @@ def test_compiled_functions_call_flash_attention_untraced(monkeypatch):
         graphs.append(graph)
         return graph
 
-    monkeypatch.setattr(attention_module, "flash_function", lambda name: flash_attn_func)
+    monkeypatch.setattr(gpu_attention, "flash_function", lambda name: flash_attn_func)
     attend, inputs = FlashAttention("flash3"), qkv(20, 2)
     torch._dynamo.reset()
     result = torch.compile(lambda q, k, v: attend(q.sin(), k, v, 7).cos(), backend=count, dynamic=False)(*inputs)

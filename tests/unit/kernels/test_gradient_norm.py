@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from megachat.kernels.choice import choose_gradient_norm
-from megachat.kernels.gradient_norm import multi_tensor_sum_of_squares, torch_sum_of_squares
+from megachat.kernels.gradient_norm import torch_sum_of_squares
+from megachat.kernels.multi_tensor import multi_tensor_sum_of_squares
 from tests.limits import limit_s
 from tests.runs.job import ROOT
 
@@ -70,7 +71,8 @@ root, folder, *cases = sys.argv[1:]
 sys.path.insert(0, root)
 import torch
 from megachat.kernels import choice
-from megachat.kernels.gradient_norm import check_sums, torch_sum_of_squares
+from megachat.kernels.gradient_norm import torch_sum_of_squares
+from megachat.kernels.multi_tensor import check_sums
 
 def check():
     choice.check_sums = lambda function, device: check_sums(function, torch.device("cpu"))
@@ -131,7 +133,7 @@ def test_torch_sums_are_exact_and_in_order():
 
 
 def test_a_long_tensor_is_split(monkeypatch):
-    monkeypatch.setattr("megachat.kernels.gradient_norm._LARGEST", 100)
+    monkeypatch.setattr("megachat.kernels.multi_tensor._LARGEST", 100)
     sizes = []
 
     def applier(kernel, flag, lists, per_tensor):
