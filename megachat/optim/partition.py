@@ -17,12 +17,11 @@ from megachat.kernels.gradient_norm import SumOfSquares, torch_sum_of_squares
 from megachat.optim.bucket_memory import BucketMemory
 from megachat.optim.exchange import Result
 from megachat.optim.matrix import Matrix
-from megachat.optim.muon import Functions, orthogonalization_dtype, second_moment_shape
-from megachat.optim.partition_plan import make_plan
-from megachat.parallel.collectives import all_gather_objects
+from megachat.optim.muon import Functions
+from megachat.optim.partition_state import PartitionState
 from megachat.parallel.mesh import Mesh
 from megachat.parallel.progress import profile_range
-from megachat.parallel.rectangles import Rectangle, TensorShard, flat_rectangles
+from megachat.parallel.rectangles import TensorShard, flat_rectangles
 
 _REDUCES_IN_FLIGHT = 2  # buckets with wire buffers at a time: one is in flight while the next is packed
 
@@ -36,7 +35,7 @@ class Phase(Enum):
     REDUCED = auto()  # wait_for_reduce(): the reduced gradients may be read
 
 
-class MuonPartition:
+class MuonPartition(PartitionState):
     """Muon over the data and tensor axes.
 
     parameters: float32, by name: the local matrices of this tensor rank, equal on all data ranks. Their storage is
@@ -64,37 +63,24 @@ class MuonPartition:
         squares: SumOfSquares = torch_sum_of_squares,
         functions: Functions | None = None,
     ):
-        self.mesh, self._squares, self._functions = mesh, squares, functions or Functions()
-        self.plan = make_plan(matrices, mesh.data.size, tensor=mesh.tensor.size, layers_per_bucket=layers_per_bucket)
-        _validate(parameters, matrices, mesh.tensor.size, gradient_wire)
-        if len(set(all_gather_objects(self.plan.digest, mesh.stage, name="Muon plans compared"))) > 1:
-            raise RuntimeError(
-                "the ranks of a pipeline stage planned different Muon partitions: their parameters or settings differ"
-            )
-        self.direction_dtype = orthogonalization_dtype(compute_dtype)
+        super().__init__(
+            parameters,
+            matrices,
+            mesh,
+            compute_dtype=compute_dtype,
+            gradient_wire=gradient_wire,
+            layers_per_bucket=layers_per_bucket,
+        )
+        self._squares, self._functions = squares, functions or Functions()
+        self._lr = {matrix.multiplier: torch.zeros((), device=self.device) for matrix in self.plan.matrices}
+        self._weight_decay, self._momentum = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        self._beta2 = torch.tensor(beta2, dtype=torch.float32, device=self.device)
         self.matrices_updated = 0  # by this rank in its last step
-        device = next(iter(parameters.values())).device if parameters else mesh.device
-        dtypes = {
-            "weight_dtype": torch.bfloat16 if compute_dtype == torch.bfloat16 else torch.float32,
-            "wire_dtype": gradient_wire,
-            "direction_dtype": self.direction_dtype,
-        }
-        numbers = range(len(self.plan.buckets))
-        self._buckets = [BucketMemory(self.plan, number, mesh, device, **dtypes) for number in numbers]
-        self._layer_buckets: dict[int, list[BucketMemory]] = {}
-        for bucket in reversed(self._buckets):
-            for layer in {self.plan.matrices[index].layer for index in bucket.layout.matrices}:
-                self._layer_buckets.setdefault(layer, []).append(bucket)
-        self._second_moment = {
-            index: torch.zeros(second_moment_shape(matrix.shape), device=device)
-            for index, matrix in enumerate(self.plan.matrices)
-            if self.plan.owners[index] == mesh.stage.rank
-        }
-        self._lr = {matrix.multiplier: torch.zeros((), device=device) for matrix in self.plan.matrices}
-        self._weight_decay, self._momentum = torch.zeros((), device=device), torch.zeros((), device=device)
-        self._beta2 = torch.tensor(beta2, dtype=torch.float32, device=device)
         self._begin_step()
-        self._move_into_buckets(parameters)
+        for bucket in self._buckets:
+            for index in bucket.layout.matrices:
+                parameter = parameters[self.plan.matrices[index].name]
+                parameter.register_post_accumulate_grad_hook(self._gradient_hook(bucket, index))
 
     def _begin_step(self) -> None:
         self._phase = Phase.BACKWARD
@@ -102,19 +88,6 @@ class MuonPartition:
         # by bucket: matrices whose gradient of the last micro-batch has not arrived
         self._missing = [set(bucket.layout.matrices) for bucket in self._buckets]
         self._reduces_started = 0  # buckets start in order, so these are the first ones
-
-    @torch.no_grad()
-    def _move_into_buckets(self, parameters: dict[str, torch.nn.Parameter]) -> None:
-        for bucket in self._buckets:
-            for index in bucket.layout.matrices:
-                parameter = parameters[self.plan.matrices[index].name]
-                if fragment := bucket.exchange.fragments.get(index):
-                    bucket.master[fragment.in_shard] = parameter.reshape(-1)[fragment.start : fragment.stop]
-                view = bucket.local_matrix(bucket.weights, index)
-                view.copy_(parameter)
-                parameter.data = view
-                parameter.grad = None
-                parameter.register_post_accumulate_grad_hook(self._gradient_hook(bucket, index))
 
     # ---- one step, in the order of the calls
 
@@ -204,6 +177,16 @@ class MuonPartition:
         reduced = [bucket.reduced for bucket in self._buckets]
         return self._squares(reduced) if reduced else torch.zeros_like(self._momentum)
 
+    def gradient_shards(self) -> list[TensorShard]:
+        """Returns the reduced "gradient" of every matrix as views of live memory. Valid between wait_for_reduce() and
+        step() or discard_gradients()."""
+        self._require("gradient_shards", Phase.REDUCED)
+        return [
+            self._shard("gradient", index, bucket, bucket.reduced)
+            for bucket in self._buckets
+            for index in bucket.layout.matrices
+        ]
+
     def discard_gradients(self) -> None:
         """Ends the step without an update; no state changes. Like step(), all ranks must call it."""
         if self._phase is Phase.LAST_BACKWARD:
@@ -291,82 +274,3 @@ class MuonPartition:
         if self._phase not in phases:
             expected = " or ".join(phase.name for phase in phases)
             raise RuntimeError(f"{call}() was called in phase {self._phase.name} of a step, expected {expected}")
-
-    # ---- state
-
-    def state_shards(self) -> list[TensorShard]:
-        """Returns the float32 "master", "momentum" and "second_moment" of every matrix, after gathers in progress.
-
-        Only the rectangles differ between ranks. Together, those of all ranks of the stage cover each tensor once. They
-        are views of the live state: load into them in place, then call refresh_weights().
-        """
-        self.wait_for_gather()
-        shards = []
-        for bucket in self._buckets:
-            for index in bucket.layout.matrices:
-                shards.append(self._shard("master", index, bucket, bucket.master))
-                shards.append(self._shard("momentum", index, bucket, bucket.momentum))
-                matrix, moment = self.plan.matrices[index], self._second_moment.get(index)
-                shape = second_moment_shape(matrix.shape)
-                whole: list[Rectangle] = [] if moment is None else [((0, 0), shape, moment)]
-                shards.append(TensorShard("second_moment", matrix.name, shape, whole))
-        return shards
-
-    def gradient_shards(self) -> list[TensorShard]:
-        """Returns the reduced "gradient" of every matrix as views of live memory. Valid between wait_for_reduce() and
-        step() or discard_gradients()."""
-        self._require("gradient_shards", Phase.REDUCED)
-        return [
-            self._shard("gradient", index, bucket, bucket.reduced)
-            for bucket in self._buckets
-            for index in bucket.layout.matrices
-        ]
-
-    def _shard(self, kind: str, index: int, bucket: BucketMemory, flat: torch.Tensor) -> TensorShard:
-        matrix, fragment, tensor = self.plan.matrices[index], bucket.exchange.fragments.get(index), self.mesh.tensor
-        rectangles: list[Rectangle] = []
-        if fragment:
-            shape, offset = matrix.local_shape(tensor.size), matrix.local_offset(tensor.size, tensor.rank)
-            rectangles = flat_rectangles(shape, flat[fragment.in_shard], fragment.start, offset)
-        return TensorShard(kind, matrix.name, matrix.shape, rectangles)
-
-    def masters_and_weights(self) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
-        """Returns (matrix, masters, weights) of this rank's shards, live; nothing if the weights are the masters."""
-        self.wait_for_gather()
-        pairs = []
-        for bucket in self._buckets:
-            weights = bucket.weights[bucket.shard]
-            for index, fragment in bucket.exchange.fragments.items() if weights.dtype != torch.float32 else ():
-                here = fragment.in_shard
-                pairs.append((self.plan.matrices[index].name, bucket.master[here], weights[here]))
-        return pairs
-
-    @torch.no_grad()
-    def refresh_weights(self) -> None:
-        """Copies the masters to the parameters on every rank. Call it after loading the masters."""
-        self.wait_for_gather()
-        for bucket in reversed(self._buckets):
-            bucket.start_gather()
-        self.wait_for_gather()
-
-    def state_bytes(self) -> dict[str, int]:
-        """Returns the bytes of state on this rank by kind. With float32 weights, the masters are part of them."""
-        kinds = {
-            "master": [bucket.master for bucket in self._buckets],
-            "momentum": [bucket.momentum for bucket in self._buckets],
-            "second_moment": list(self._second_moment.values()),
-        }
-        return {kind: sum(tensor.nbytes for tensor in tensors) for kind, tensors in kinds.items()}
-
-
-def _validate(
-    parameters: dict[str, torch.nn.Parameter], matrices: list[Matrix], tensor: int, gradient_wire: torch.dtype
-) -> None:
-    if different := sorted(set(parameters) ^ {matrix.name for matrix in matrices}):
-        raise ValueError(f"parameters and matrices differ in {', '.join(different[:5])}")
-    for matrix in matrices:
-        parameter, shape = parameters[matrix.name], matrix.local_shape(tensor)
-        if tuple(parameter.shape) != shape or parameter.dtype != torch.float32:
-            raise ValueError(f"{matrix.name} is {tuple(parameter.shape)} {parameter.dtype}, expected {shape} float32")
-    if gradient_wire not in (torch.bfloat16, torch.float32):
-        raise ValueError(f"gradient_wire is {gradient_wire}, expected bfloat16 or float32")
