@@ -4,6 +4,7 @@ Every function takes a `name`, which the report of a stall shows for each rank t
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,10 +40,13 @@ class Pending:
             self._launched = None
 
 
-def _launch_collective(name: str, axis: Axis, collective, *args, asynchronous: bool = False, **options) -> Pending:
-    axis.progress.record_sent(name, args[:2][-1:])  # where there are two tensors, the first one is received
+def _launch_collective(
+    name: str, axis: Axis, collective: Callable, *sent: torch.Tensor, asynchronous: bool = False
+) -> Pending:
+    """Calls a function of torch.distributed that has all arguments but these. sent: what this rank sends."""
+    axis.progress.record_sent(name, sent)
     entry = axis.progress.begin(name, axis.name, axis.ranks)
-    work = collective(*args, group=axis.group, async_op=asynchronous, **options)
+    work = collective(group=axis.group, async_op=asynchronous)
     axis.progress.end()
     return Pending(None if work is None else (work, axis, entry))
 
@@ -50,7 +54,7 @@ def _launch_collective(name: str, axis: Axis, collective, *args, asynchronous: b
 def all_reduce(tensor: torch.Tensor, axis: Axis, op: str = "sum", *, name: str = "all_reduce") -> None:
     """Reduces `tensor` in place over the axis; op is "sum" or "max"."""
     if axis.size > 1:
-        _launch_collective(name, axis, dist.all_reduce, tensor, op=_OPS[op])
+        _launch_collective(name, axis, partial(dist.all_reduce, tensor, op=_OPS[op]), tensor)
 
 
 def reduce_scatter(
@@ -64,7 +68,9 @@ def reduce_scatter(
         if shard.data_ptr() != whole.data_ptr():
             shard.copy_(whole)
         return Pending()
-    return _launch_collective(name, axis, dist.reduce_scatter_tensor, shard, whole, asynchronous=asynchronous)
+    return _launch_collective(
+        name, axis, partial(dist.reduce_scatter_tensor, shard, whole), whole, asynchronous=asynchronous
+    )
 
 
 def all_gather(
@@ -75,7 +81,9 @@ def all_gather(
         if whole.data_ptr() != shard.data_ptr():
             whole.copy_(shard)
         return Pending()
-    return _launch_collective(name, axis, dist.all_gather_into_tensor, whole, shard, asynchronous=asynchronous)
+    return _launch_collective(
+        name, axis, partial(dist.all_gather_into_tensor, whole, shard), shard, asynchronous=asynchronous
+    )
 
 
 def all_to_all(
@@ -92,8 +100,8 @@ def all_to_all(
     if axis.size == 1:
         received.copy_(sent)
         return Pending()
-    tensors_and_counts = received, sent, receive_counts, send_counts
-    return _launch_collective(name, axis, dist.all_to_all_single, *tensors_and_counts, asynchronous=asynchronous)
+    collective = partial(dist.all_to_all_single, received, sent, receive_counts, send_counts)
+    return _launch_collective(name, axis, collective, sent, asynchronous=asynchronous)
 
 
 def all_gather_objects(value, axis: Axis, *, name: str = "all_gather_objects") -> list:

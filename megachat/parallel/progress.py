@@ -23,19 +23,19 @@ def profile_range(name: str) -> record_function:
 class Entry(NamedTuple):
     """One operation of the process.
 
-    axis, ranks, number: a collective's axis, its world ranks, and its count there, from 1; else "", () and 0.
+    axis, ranks, number: of a collective: its axis, that axis's world ranks, and its count there, from 1.
     waits: the process cannot continue before another rank does something. since: time.monotonic() when this became so.
     thread: the one that does it (PyTorch runs the gradient hooks of a GPU in threads of its own).
     after: of a note, text, axis and number of the last collective that returned within it.
     """
 
     text: str
-    axis: str
-    ranks: tuple[int, ...]
-    number: int
-    waits: bool
-    since: float
-    thread: int
+    axis: str = ""
+    ranks: tuple[int, ...] = ()
+    number: int = 0
+    waits: bool = False
+    since: float = 0.0
+    thread: int = 0
     after: tuple[str, str, int] | None = None
 
 
@@ -58,26 +58,30 @@ class Progress:
 
     def note(self, text: str, *, waits: bool = False) -> None:
         """Records the begin of other work than a collective. waits: until another rank or the device does its part."""
-        self.now = self._note = Entry(text, "", (), 0, waits, time.monotonic(), threading.get_ident())
+        self._note = self._begin_now(Entry(text, waits=waits))
 
     def begin(self, text: str, axis: str, ranks: tuple[int, ...]) -> Entry:
         """Records the begin of a collective. An error in it leaves the record so."""
         number = self.counts[axis] = self.counts.get(axis, 0) + 1
-        entry = self.now = Entry(text, axis, ranks, number, True, time.monotonic(), threading.get_ident())
+        entry = self._begin_now(Entry(text, axis, ranks, number, waits=True))
         self.work.pause(launches=True)
         return entry
 
     def wait(self, entry: Entry) -> None:
         """Records that an asynchronous collective, begun before, is now waited for."""
-        self.now = entry._replace(waits=True, since=time.monotonic(), thread=threading.get_ident())
+        self._begin_now(entry)
         self.work.pause(launches=False)
 
     def end(self) -> None:
         """Returns to the note in which a collective began: it has returned, or continues in the background."""
         self.work.resume()
         done = self.now
-        after = (done.text, done.axis, done.number)
-        self.now = self._note._replace(since=time.monotonic(), thread=done.thread, after=after)
+        self._begin_now(self._note._replace(after=(done.text, done.axis, done.number)))
+
+    def _begin_now(self, entry: Entry) -> Entry:
+        """Makes the entry what this thread does from now on, and returns it."""
+        self.now = entry._replace(since=time.monotonic(), thread=threading.get_ident())
+        return self.now
 
     def record_sent(self, text: str, tensors: Iterable[torch.Tensor]) -> None:
         """Adds the hashes of what this rank sends to `sent`, if that is recorded."""
