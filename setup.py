@@ -49,7 +49,7 @@ setup(
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.11",
-        "deepspeed==0.19.8",  # private methods of its ZeRO-1 optimizer are overridden: see megachat/parallel/engine.py
+        "deepspeed==0.19.8",  # private names of it are used: megachat/parallel/deepspeed_version.py
         "numpy",
         "pyarrow",
         "pydantic>=2",

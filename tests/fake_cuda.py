@@ -13,6 +13,7 @@ import itertools
 import json
 import logging
 import sys
+from functools import partial
 from types import SimpleNamespace
 from unittest.mock import MagicMock, patch
 
@@ -29,6 +30,7 @@ from megachat.model.gpt import LOGIT_CAP, ModelOptions, Rotary, build_layers, la
 from megachat.optim.graph import UpdateGraph
 from megachat.optim.muon import Functions
 from megachat.parallel.without_compiler import AdamW
+from megachat.parallel.zero_state import ZeroState
 from megachat.planning.dimensions import Dimensions
 from tests.unit.kernels.test_te import StandIn
 
@@ -187,9 +189,11 @@ def run_update_graph() -> None:
     """AdamW's part of the captured update, in a call before the capture: rates and factor are on the GPU."""
     flat = torch.nn.Parameter(*tensors_like((384,), dtype=torch.float32))
     optimizer = AdamW([flat], fused=True)
-    adamw = MagicMock(optimizer=optimizer, param_groups=optimizer.param_groups, single_partition_of_fp32_groups=[flat])
-    adamw.averaged_gradients = {0: tensors_like((256,), (8, 16), dtype=torch.float32)}
     muon = MagicMock(mesh=SimpleNamespace(device=CUDA, stage=SimpleNamespace(size=1)))
+    adamw = MagicMock(optimizer=optimizer, param_groups=optimizer.param_groups, single_partition_of_fp32_groups=[flat])
+    adamw.mesh, adamw.averaged_gradients = muon.mesh, {0: tensors_like((256,), (8, 16), dtype=torch.float32)}
+    for name in ("prepare_capture", "keep_gradients", "update_captured"):
+        getattr(adamw, name).side_effect = partial(getattr(ZeroState, name), adamw)
 
     def fused_adamw(weights, gradients, *moments, lr, **numbers):  # torch knows no shapes of the kernel
         *moments, none, steps = moments

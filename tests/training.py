@@ -9,8 +9,8 @@ from megachat.checkpoint.index import read_index
 from megachat.checkpoint.storage import load_checkpoint
 from megachat.config import Config
 from megachat.convert.megachat import whole_piece
+from megachat.parallel.build import start_collectives
 from megachat.parallel.collectives import all_gather_objects
-from megachat.parallel.engine import start_collectives
 from megachat.parallel.mesh import build_mesh
 from megachat.planning.plan import resolve_without_text
 from megachat.programs.verify_layout import related_rows

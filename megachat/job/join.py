@@ -16,7 +16,7 @@ from megachat.job.agreement import RankFacts, meet_ranks
 from megachat.job.failure_monitor import FailureMonitor
 from megachat.job.launch import LaunchEnvironment, choose_device, rank_0_address
 from megachat.job.monitor_hub import RESUME_HINT
-from megachat.parallel.engine import start_collectives
+from megachat.parallel.build import start_collectives
 from megachat.parallel.mesh import Mesh, build_mesh
 
 _STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}

@@ -51,35 +51,21 @@ class UpdateGraph:
             raise ValueError(f"the exchange between {muon.mesh.stage.size} ranks of a stage cannot be captured")
         self._adamw, self._muon, self._graph = adamw, muon, graph or StepGraph()
         self._gradient_scale = torch.ones((), device=muon.mesh.device)
-        adamw.step_counters()  # creates AdamW's state
-        adamw.optimizer._warned_capturable_if_run_uncaptured = True  # the first calls are not captured, on purpose
-        for flat in adamw.single_partition_of_fp32_groups:
-            flat.grad = torch.zeros_like(flat)
-        for group in adamw.param_groups:
-            group["lr"], group["capturable"] = torch.zeros((), device=muon.mesh.device), True
+        adamw.prepare_capture()
 
     def step(self, gradient_scale: float | torch.Tensor, after_update: Callable[[], object] | None = None) -> None:
         """Does what MuonPartition.step and ZeroAdamW.apply do, with a gradient that is finite, then calls
         `after_update`, which must be the same in every step."""
-        adamw = self._adamw
         self._muon.begin_update()
-        for index, flat in enumerate(adamw.single_partition_of_fp32_groups):
-            gradients = [gradient.flatten() for gradient in adamw.averaged_gradients[index]]
-            torch._foreach_copy_(list(flat.grad.split([gradient.numel() for gradient in gradients])), gradients)
-            adamw.averaged_gradients[index] = None
-        adamw.zero_grad()
+        self._adamw.keep_gradients()
         self._gradient_scale.fill_(gradient_scale)
         self._graph.run(lambda: self._update(after_update))
         self._muon.end_update()
-        adamw.overflow = False
-        adamw.loss_scaler.update_scale(False)
+        self._adamw.update_loss_scale(skipped=False)
 
     def _update(self, after_update: Callable[[], object] | None) -> None:
         """Does the work on the device; nothing but tensors changes."""
         self._muon.update(self._gradient_scale)
-        for flat in self._adamw.single_partition_of_fp32_groups:
-            flat.grad.mul_(self._gradient_scale)
-        self._adamw.optimizer.step()
-        self._adamw.refresh_weights()
+        self._adamw.update_captured(self._gradient_scale)
         if after_update:
             after_update()

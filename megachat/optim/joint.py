@@ -102,7 +102,7 @@ def optimizer_step(
             inspect_discarded()
         muon.discard_gradients()
         rows.discard_gradients()
-        adamw.apply(torch.full_like(scaled_norm, torch.inf))
+        adamw.apply(None)
     requests = Requests(*(ranks > 0 for ranks in requested))
     return StepOutcome(norm.item() if finite else math.inf, not finite, requests, loss_scale)
 

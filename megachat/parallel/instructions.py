@@ -34,20 +34,11 @@ def recorded(instruction, function):
         if progress.sent is not None:
             if text == BACKWARD:
                 progress.sent.append((BACKWARD, torch.zeros((), dtype=torch.int64, device=self.mesh.device)))
-            progress.record_sent(text, _sent(instruction, self.pipe_buffers, **arguments))
+            progress.record_sent(text, self.sent(instruction, **arguments))
         with profile_range(range_name), progress.work.working(range_name in ("forward", "backward")):
             return function(self, **arguments)
 
     return execute
-
-
-def _sent(instruction, buffers, buffer_id: int = 0) -> list[torch.Tensor]:
-    """Returns the tensors that an instruction sends to another stage."""
-    if instruction is schedule.SendActivation:
-        return list(buffers["outputs"][buffer_id])
-    if instruction is schedule.SendGrad:
-        return [tensor.grad for tensor in buffers["inputs"][buffer_id] if tensor.is_floating_point()]
-    return []
 
 
 class ForwardAndBackward(schedule.TrainSchedule):

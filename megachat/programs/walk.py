@@ -36,8 +36,9 @@ from megachat.kernels.choice import choose_kernels
 from megachat.optim import row_tables
 from megachat.optim.row_tables import RowTables, _Request
 from megachat.parallel import engine as engine_module
+from megachat.parallel.build import start_collectives
 from megachat.parallel.collectives import all_to_all
-from megachat.parallel.engine import Engine, start_collectives
+from megachat.parallel.engine import Engine
 from megachat.parallel.mesh import Mesh, build_mesh
 from megachat.planning.call_order import Call
 from megachat.planning.dimensions import passed_tensors

@@ -36,13 +36,9 @@ from megachat.optim.muon import compiled_functions
 from megachat.optim.partition import MuonPartition
 from megachat.optim.row_tables import RowTable, RowTables
 from megachat.optim.row_update import MASTER
+from megachat.parallel.build import build_engine, build_loss_scaler, build_module
 from megachat.parallel.collectives import all_gather_objects
-from megachat.parallel.engine import (
-    Engine,
-    build_engine,
-    build_loss_scaler,
-    build_module,
-)
+from megachat.parallel.engine import Engine
 from megachat.parallel.mesh import Mesh
 from megachat.parallel.tensor import apply_tensor, vocabulary_part
 from megachat.place import Place, place_of, set_place

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Literal
 
-from megachat.parallel.engine import LOSS_SCALE_MINIMUM
+from megachat.parallel.build import LOSS_SCALE_MINIMUM
 from megachat.train.rank_reports import Report, ranks_text
 
 Fault = Literal["loss", "gradient"]

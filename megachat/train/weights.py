@@ -17,8 +17,9 @@ from megachat.kernels.choice import AttentionChoice, choose_attention
 from megachat.model.gpt import Loss
 from megachat.model.parameters import placed_parameters
 from megachat.optim.groups import assign_groups
+from megachat.parallel.build import build_evaluation_engine, build_module
 from megachat.parallel.collectives import on_all_ranks_or_raise
-from megachat.parallel.engine import Engine, build_evaluation_engine, build_module
+from megachat.parallel.engine import Engine
 from megachat.parallel.mesh import Mesh
 from megachat.parallel.tensor import vocabulary_part
 from megachat.place import place_of

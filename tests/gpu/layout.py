@@ -8,7 +8,7 @@ import torch
 
 from megachat.device import collective_backend
 from megachat.job.launch import bootstrap_environment, choose_device
-from megachat.parallel.engine import start_collectives
+from megachat.parallel.build import start_collectives
 from megachat.parallel.mesh import build_mesh
 from megachat.planning.plan import resolve_without_text
 from megachat.train.build import build_training_model

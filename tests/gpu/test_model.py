@@ -118,7 +118,7 @@ def trained(fp8: str, backend: str, mesh, steps: int = 50) -> list[float]:
 @pytest.fixture(scope="module")
 def mesh():
     from megachat.job.launch import bootstrap_environment, choose_device
-    from megachat.parallel.engine import start_collectives
+    from megachat.parallel.build import start_collectives
     from megachat.parallel.mesh import build_mesh
 
     device = choose_device(bootstrap_environment())

@@ -19,7 +19,7 @@ from megachat.evals.core_prompts import RowLimit
 from megachat.evals.results import Answers, core_lines, core_section
 from megachat.model.gpt import ModelOptions, build_layers
 from megachat.model.parameters import load_whole, placed_parameters, starting_value
-from megachat.parallel.engine import build_evaluation_engine, build_module, start_collectives
+from megachat.parallel.build import build_evaluation_engine, build_module, start_collectives
 from megachat.parallel.mesh import build_mesh
 from megachat.place import Place, place_of
 from megachat.planning.plan import resolve_plan

@@ -16,7 +16,7 @@ from megachat.evals.core import Evaluator, evaluate_tasks
 from megachat.evals.core_bundle import CoreTask
 from megachat.evals.core_prompts import RowLimit
 from megachat.model.parameters import load_whole, placed_parameters
-from megachat.parallel.engine import build_evaluation_engine, build_module, start_collectives
+from megachat.parallel.build import build_evaluation_engine, build_module, start_collectives
 from megachat.parallel.mesh import build_mesh
 from megachat.place import place_of
 from megachat.planning.plan import resolve_plan

@@ -14,8 +14,8 @@ from megachat.data.loader_state import combined_ledger, save_loader_state
 from megachat.data.packing import saving_rank, streams_of_rank
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError
+from megachat.parallel.build import start_collectives
 from megachat.parallel.collectives import all_gather_objects
-from megachat.parallel.engine import start_collectives
 from megachat.parallel.mesh import build_mesh
 from megachat.planning.plan import resolve_plan
 from megachat.train.build import build_loader

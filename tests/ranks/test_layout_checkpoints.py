@@ -9,8 +9,8 @@ import torch
 
 from megachat.checkpoint.saver import Saver
 from megachat.data.tokenizer import Tokenizer
+from megachat.parallel.build import build_loss_scaler, start_collectives
 from megachat.parallel.collectives import all_gather_objects
-from megachat.parallel.engine import build_loss_scaler, start_collectives
 from megachat.parallel.mesh import build_mesh
 from megachat.planning.plan import resolve_without_text
 from megachat.programs.verify_layout import warm_up
@@ -64,10 +64,7 @@ def job(config, folder: Path, checkpoint: Path | None = None):
         )
         assert remarks == []
     run = build_run(config, plan, mesh, tokenizer, folder, documents)
-    run.engine.adamw.loss_scaler, run.engine.adamw.dynamic_loss_scale = (
-        build_loss_scaler(2.0**4 if checkpoint else 2.0**10, 2),
-        True,
-    )
+    run.engine.adamw.loss_scaler = build_loss_scaler(2.0**4 if checkpoint else 2.0**10, 2)
     return run, load_state(run, checkpoint) if checkpoint else LoopState()
 
 

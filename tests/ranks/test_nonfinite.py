@@ -22,8 +22,8 @@ from megachat.data.tokenizer import Tokenizer, save_tokenizer
 from megachat.errors import UserError
 from megachat.kernels.linear import Linear
 from megachat.model.gpt import Embed
+from megachat.parallel.build import start_collectives
 from megachat.parallel.collectives import all_gather_objects
-from megachat.parallel.engine import start_collectives
 from megachat.parallel.mesh import build_mesh
 from megachat.place import place_of
 from megachat.planning.plan import resolve_without_text

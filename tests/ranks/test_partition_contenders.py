@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megachat.optim.matrix import Matrix
-from megachat.parallel.engine import start_collectives
+from megachat.parallel.build import start_collectives
 from tests.harness import run_ranks
 from tests.muon import on_cpu
 from tools.bench.partition_contenders import CONTENDERS, Wire

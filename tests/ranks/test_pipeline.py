@@ -15,7 +15,8 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from megachat.evals.bpb import ValidationRows, bits_per_byte
 from megachat.evals.engine_model import EngineModel
 from megachat.evals.generation import generate
-from megachat.parallel.engine import PIPELINE_SETTINGS, Engine, start_collectives
+from megachat.parallel.build import PIPELINE_SETTINGS, start_collectives
+from megachat.parallel.engine import Engine
 from megachat.parallel.mesh import build_mesh
 from megachat.place import place_of
 from megachat.planning.plan import resolve_plan

@@ -10,7 +10,7 @@ from megachat.checkpoint.resume import choose_checkpoint
 from megachat.checkpoint.save import save_checkpoint
 from megachat.errors import UserError
 from megachat.job.run_lock import lock_run_folder
-from megachat.parallel.engine import start_collectives
+from megachat.parallel.build import start_collectives
 from megachat.parallel.mesh import build_mesh
 from tests.harness import run_ranks
 from tests.unit.checkpoint.test_checkpoint import ALONE, damage, some_tensors, whole

@@ -229,11 +229,12 @@ if "RANK" not in os.environ:
 import torch
 import megachat.train.step as step_module
 
-update, save = step_module.update, torch.save
+update, save, steps = step_module.update, torch.save, []
 
 def wrong(run, *arguments, **options):
     result = update(run, *arguments, **options)
-    if run.mesh.world.rank == 1 and run.engine.global_steps == 3:
+    steps.append(result)
+    if run.mesh.world.rank == 1 and len(steps) == 3:
         run.muon.wait_for_gather()
         run.layers[1].mlp.c_fc.weight.data[3, 5] *= -1
     return result

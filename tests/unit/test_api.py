@@ -85,7 +85,7 @@ def engine_logits(folder, ids: torch.Tensor) -> torch.Tensor:
     """The logits of launch/evaluate.py's engine, on one rank."""
     from datetime import timedelta
 
-    from megachat.parallel.engine import start_collectives
+    from megachat.parallel.build import start_collectives
     from megachat.parallel.mesh import build_mesh
 
     class Logits(torch.nn.Module):

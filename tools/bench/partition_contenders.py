@@ -14,8 +14,8 @@ from megachat.job.local_ranks import run_local_ranks
 from megachat.optim import muon
 from megachat.optim.matrix import Matrix
 from megachat.optim.partition import MuonPartition
+from megachat.parallel.build import quiet_output, start_collectives
 from megachat.parallel.collectives import all_gather, all_to_all, reduce_scatter
-from megachat.parallel.engine import quiet_output, start_collectives
 from megachat.parallel.mesh import Mesh, build_mesh
 from tools.bench.partition_rules import by_shape, dealt_by_cost, lower_bound, model_matrices
 from tools.bench.turns import round_ratios

@@ -14,7 +14,7 @@ from megachat.device import collective_backend
 from megachat.errors import UserError
 from megachat.job.launch import bootstrap_environment, choose_device
 from megachat.job.local_ranks import run_local_ranks
-from megachat.parallel.engine import start_collectives
+from megachat.parallel.build import start_collectives
 from megachat.parallel.mesh import build_mesh
 from megachat.planning.plan import resolve_without_text
 from megachat.planning.probe import Probe

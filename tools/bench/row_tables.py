@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 from megachat.job.local_ranks import run_local_ranks
 from megachat.optim.row_tables import RowTable, RowTables
+from megachat.parallel.build import start_collectives
 from megachat.parallel.collectives import all_gather, reduce_scatter
-from megachat.parallel.engine import start_collectives
 from megachat.parallel.mesh import Mesh, build_mesh
 from tools.bench.partition_contenders import Wire
 from tools.bench.turns import compare_rates, time_in_turn

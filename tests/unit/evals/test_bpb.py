@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from megachat.evals.bpb import ValidationRows, bits_per_byte
 from megachat.model.gpt import logits, run_layers
-from megachat.parallel.engine import start_collectives
+from megachat.parallel.build import start_collectives
 from megachat.parallel.mesh import Axis, Mesh, build_mesh
 from megachat.planning.plan import resolve_plan
 from megachat.train.build import build_training_model
