@@ -21,7 +21,7 @@ from megachat.config import Config
 from megachat.kernels.channel_norm import ChannelNorm
 from megachat.model.gpt import Head
 from megachat.model.parameters import load_whole, placed_parameters, starting_value
-from megachat.optim.joint import optimizer_step
+from megachat.optim.joint import Optimizers, optimizer_step
 from megachat.optim.row_tables import RowTables
 from megachat.parallel import collectives, tensor
 from megachat.parallel.engine import ZeroAdamW
@@ -140,7 +140,7 @@ def _mesh(rank: int, size: int, group: Group) -> Mesh:
 class AdamW:
     """Stands for DeepSpeed's optimizer: the two methods under test are those of ZeroAdamW."""
 
-    loss_scale, clip_grad = 1.0, 0.0
+    loss_scale = 1.0
 
     def __init__(self, groups: list[dict], mesh: Mesh):
         self.mesh, self.params_in_partition = mesh, [group["params"] for group in groups]
@@ -296,9 +296,8 @@ def _step(config: Config, mesh: Mesh, recorder: Recorder) -> None:
             recorder.add(("parameter", place.name, place.block), label, "replicated", parameter.grad)
     model.muon.start_reduce()
     with patch.object(model.muon, "step"), patch.object(model.rows, "step"):
-        outcome = optimizer_step(
-            model.adamw, model.muon, model.rows, mesh, _sum_of_squares, inspect_gradients=lambda: _inspect(model)
-        )
+        optimizers = Optimizers(model.adamw, model.muon, model.rows, mesh, _sum_of_squares, clip_norm=0.0)
+        outcome = optimizer_step(optimizers, inspect_gradients=lambda: _inspect(model))
     recorder.add(("norm",), "the norm of the whole gradient", "replicated", torch.tensor(outcome.norm))
 
 

@@ -45,29 +45,53 @@ class StepOutcome:
     loss_scale: float
 
 
+@dataclass(frozen=True)
+class Optimizers:
+    """What the steps of a run update on this rank, and how.
+
+    sum_of_squares: under the gradient norm. clip_norm: the largest norm of the whole gradient, 0 for any. after_update:
+    called after the updates, when AdamW's weights are gathered. graph: replays Muon's and AdamW's update and
+    after_update.
+    """
+
+    adamw: ZeroAdamW
+    muon: MuonPartition
+    rows: RowTables
+    mesh: Mesh
+    sum_of_squares: SumOfSquares
+    clip_norm: float
+    graph: UpdateGraph | None = None
+    after_update: Callable[[], object] | None = None
+
+    def update(self, gradient_scale: float | torch.Tensor, scaled_norm: torch.Tensor) -> None:
+        """Updates the weights. gradient_scale: factor on the gradients. scaled_norm: ZeRO computes the factor of it."""
+        self.rows.step(gradient_scale)
+        if self.graph:
+            self.graph.step(gradient_scale, self.after_update)
+            return
+        self.muon.step(gradient_scale)
+        self.adamw.apply(scaled_norm)
+        if self.after_update:
+            self.after_update()
+
+
 @torch.no_grad()
 def optimizer_step(
-    adamw: ZeroAdamW,
-    muon: MuonPartition,
-    rows: RowTables,
-    mesh: Mesh,
-    sum_of_squares: SumOfSquares,
+    optimizers: Optimizers,
     *,
-    graph: UpdateGraph | None = None,
     requests: Requests = NO_REQUESTS,
     before_update: Callable[[], object] | None = None,
-    after_update: Callable[[], object] | None = None,
     inspect_gradients: Callable[[], object] | None = None,
     inspect_discarded: Callable[[], object] | None = None,
 ) -> StepOutcome:
     """Updates the weights with the reduced gradients, or skips the step on all ranks; all ranks call it.
 
-    graph: replays the updates of Muon and AdamW, and after_update. requests: of this rank; the all-reduce of the norm
-    carries them. inspect_gradients: called when all gradients are reduced, and not yet clipped or discarded.
-    before_update: called before the first weight or state changes, on all ranks or, in a skipped step, on none.
-    after_update: called then too, when AdamW's weights are gathered.
-    inspect_discarded: called in a skipped step only, before the gradients are discarded.
+    requests: of this rank; the all-reduce of the norm carries them. inspect_gradients: called when all gradients are
+    reduced, and not yet clipped or discarded. before_update: called before the first weight or state changes, on all
+    ranks or, in a skipped step, on none. inspect_discarded: called in a skipped step only, before the gradients are
+    discarded.
     """
+    adamw, muon, rows, mesh = optimizers.adamw, optimizers.muon, optimizers.rows, optimizers.mesh
     loss_scale = adamw.loss_scale
     # 1. Gradients: ZeRO has averaged AdamW's shares; Muon's last buckets may still be in flight.
     muon.wait_for_reduce()
@@ -77,7 +101,7 @@ def optimizer_step(
 
     # 2. One all-reduce over all ranks carries the squared norm of the whole gradient and the requests.
     with profile_range("norm"):
-        squares = sum_of_squares(adamw.local_gradients() + rows.gradients(), muon.sum_of_squares())
+        squares = optimizers.sum_of_squares(adamw.local_gradients() + rows.gradients(), muon.sum_of_squares())
         joint = torch.cat((squares.view(1), torch.tensor(requests, dtype=torch.float32, device=mesh.device)))
         all_reduce(joint, mesh.world, name="gradient norm")
         # The host waits here for the device, once per step. What follows is computed on the host: reading the device
@@ -93,10 +117,9 @@ def optimizer_step(
         if before_update:
             before_update()
         gradient_scale = 1.0 / loss_scale
-        if adamw.clip_grad > 0:
-            gradient_scale = gradient_scale / ((norm + 1e-6) / adamw.clip_grad).clamp_min(1.0)
-        rows.step(gradient_scale)
-        _update(adamw, muon, graph, gradient_scale, scaled_norm, after_update)
+        if optimizers.clip_norm > 0:
+            gradient_scale = gradient_scale / ((norm + 1e-6) / optimizers.clip_norm).clamp_min(1.0)
+        optimizers.update(gradient_scale, scaled_norm)
     else:  # 4. Otherwise no rank changes a weight or a state; float16's loss scale decreases.
         if inspect_discarded:
             inspect_discarded()
@@ -105,21 +128,3 @@ def optimizer_step(
         adamw.apply(None)
     requests = Requests(*(ranks > 0 for ranks in requested))
     return StepOutcome(norm.item() if finite else math.inf, not finite, requests, loss_scale)
-
-
-def _update(
-    adamw: ZeroAdamW,
-    muon: MuonPartition,
-    graph: UpdateGraph | None,
-    gradient_scale: float | torch.Tensor,
-    scaled_norm: torch.Tensor,
-    after_update: Callable[[], object] | None,
-) -> None:
-    """Updates the weights of Muon and AdamW, then calls after_update; a graph replays both."""
-    if graph:
-        graph.step(gradient_scale, after_update)
-        return
-    muon.step(gradient_scale)
-    adamw.apply(scaled_norm)
-    if after_update:
-        after_update()

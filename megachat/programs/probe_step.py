@@ -12,7 +12,7 @@ from megachat.planning.plan import Plan
 from megachat.planning.probe import OF_PASSES, Probe
 from megachat.planning.step_time import StepTime, predict_step
 from megachat.train.build import TrainingModel
-from megachat.train.step import micro_batches, set_schedules
+from megachat.train.step import micro_batches, optimizers_of, set_schedules
 
 LEAST_ERROR = 0.05  # relative: steps of one run vary by as much
 
@@ -32,14 +32,7 @@ def timed_step(training: TrainingModel, rows: torch.Tensor) -> dict[str, float]:
         nonlocal spent
         synchronize(device)
         begin = time.perf_counter()
-        outcome = optimizer_step(
-            training.engine.adamw,
-            training.muon,
-            training.rows,
-            training.mesh,
-            training.kernels.norm.sum_of_squares,
-            graph=training.graph,
-        )
+        outcome = optimizer_step(optimizers_of(training))
         synchronize(device)
         spent = time.perf_counter() - begin
         return outcome

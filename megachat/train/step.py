@@ -9,7 +9,7 @@ import torch
 
 from megachat.device import synchronize
 from megachat.optim.groups import GROUPS
-from megachat.optim.joint import NO_REQUESTS, Requests, StepOutcome, optimizer_step
+from megachat.optim.joint import NO_REQUESTS, Optimizers, Requests, StepOutcome, optimizer_step
 from megachat.optim.qk_clip import clip_scales
 from megachat.parallel.progress import profile_range
 from megachat.schedule import scheduled_values
@@ -73,38 +73,29 @@ def micro_batches(rows: torch.Tensor, micro_rows: int) -> Iterator[tuple[torch.T
         yield chunk[:, :-1].contiguous(), chunk[:, 1:].contiguous()
 
 
-def update(
-    run: TrainingModel,
-    rows: torch.Tensor,
-    *,
-    requests: Requests = NO_REQUESTS,
-    before_update: Callable[[], object] | None = None,
-    inspect_gradients: Callable[[], object] | None = None,
-    inspect_discarded: Callable[[], object] | None = None,
-) -> tuple[torch.Tensor, StepOutcome]:
+def optimizers_of(run: TrainingModel) -> Optimizers:
+    """Returns what the optimizer step of the run updates."""
+    settings = run.config.optimizer
+    clip = partial(clip_scales, run.layers, run.engine.adamw, run.plan.dims, settings.qk_clip)
+    return Optimizers(
+        adamw=run.engine.adamw,
+        muon=run.muon,
+        rows=run.rows,
+        mesh=run.mesh,
+        sum_of_squares=run.kernels.norm.sum_of_squares,
+        clip_norm=settings.clip_norm,
+        graph=run.graph,
+        after_update=clip if settings.qk_clip else None,
+    )
+
+
+def update(run: TrainingModel, rows: torch.Tensor, **this_step) -> tuple[torch.Tensor, StepOutcome]:
     """Trains on this rank's rows of a step, int64 [rows, tokens + 1]; all ranks call it.
 
-    Returns the mean loss over tokens and ranks (0-d, nats) and the outcome. The other arguments are passed to
-    optim.joint.optimizer_step.
+    this_step: more arguments of optim.joint.optimizer_step. Returns the mean loss over tokens and ranks (0-d, nats) and
+    the outcome.
     """
-    limit = run.config.optimizer.qk_clip
-    clip = partial(clip_scales, run.layers, run.engine.adamw, run.plan.dims, limit)
-
-    def step_optimizers() -> StepOutcome:
-        return optimizer_step(
-            run.engine.adamw,
-            run.muon,
-            run.rows,
-            run.mesh,
-            run.kernels.norm.sum_of_squares,
-            graph=run.graph,
-            requests=requests,
-            before_update=before_update,
-            after_update=clip if limit else None,
-            inspect_gradients=inspect_gradients,
-            inspect_discarded=inspect_discarded,
-        )
-
+    step_optimizers = partial(optimizer_step, optimizers_of(run), **this_step)
     return run.engine.train_step(micro_batches(rows, run.plan.micro_rows), step_optimizers)
 
 
