@@ -11,15 +11,27 @@ from tests.test_repo import ROOT, SOURCES
 
 PROGRAMS = sorted([*(ROOT / "launch").glob("*.py"), *(ROOT / "tools").rglob("*.py")])
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
-# What a training step passes through, the reference kernels included; builders, planners, choosers, GPU backends, and
-# the parts that a step has only by option (tables by rows, checks, CUDA graphs, QK clip) are not in it.
+# What a training step passes through, the reference kernels included. tests/ranks/test_no_sync.py compares this list
+# with the files that real steps run.
 STEP_PATH = """
     train/step.py optim/joint.py optim/partition.py optim/exchange.py optim/bucket_memory.py optim/muon.py
-    parallel/engine.py parallel/collectives.py parallel/mesh.py parallel/tensor.py parallel/progress.py
-    parallel/instructions.py parallel/work_time.py schedule.py
+    optim/matrix.py parallel/engine.py parallel/collectives.py parallel/mesh.py parallel/tensor.py
+    parallel/progress.py parallel/instructions.py parallel/work_time.py parallel/rectangles.py schedule.py
     model/gpt.py kernels/attention.py kernels/polar.py kernels/cross_entropy.py
     kernels/linear.py kernels/gradient_norm.py kernels/squared_relu.py kernels/channel_norm.py
 """.split()
+# A step also runs these. (GPU kernels, checks and CUDA graphs, which a step has only by option, are in neither.)
+BESIDE_STEP_PATH = {
+    "data": "the rows of the step: reading is a subject of its own",
+    "device.py": "synchronize() for the step's clock",
+    "place.py": "whether a gradient counts in the norm on this rank",
+    "optim/buckets.py": "sizes of fragments",
+    "optim/partition_plan.py": "which rank stores a fragment",
+    "optim/row_tables.py": "sparse tables, by option: without them, loops over nothing",
+    "optim/qk_clip.py": "by option",
+    "parallel/without_compiler.py": "torch's AdamW without its decorators",
+    "train/build.py": "the function before each layer that waits for its weights",
+}
 # Dialect that the field does not use, as a name or as a word in one (for data that was looked up, requested, reported,
 # local).
 BANNED_WORDS = {"found", "asked", "told", "own", "mend"}
@@ -47,8 +59,7 @@ def test_step_and_loop_are_on_one_screen():
 
 
 def test_the_path_of_a_training_step_is_short():
-    """The aim is 3,000 lines. The bound is what there is."""
-    assert lines(ROOT / "megachat" / name for name in STEP_PATH) <= 3_400
+    assert lines(ROOT / "megachat" / name for name in STEP_PATH) <= 3_000
 
 
 def test_the_training_core_does_not_grow():

@@ -6,6 +6,7 @@ shape depends on values, and a copy to the CPU are waits there.
 
 import dataclasses
 import functools
+import sys
 import traceback
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from megachat.train.build import Run
 from megachat.train.step import set_schedules, train_step
 from tests.harness import run_ranks
 from tests.oracle import ROWS, TOKENS
+from tests.test_house import BESIDE_STEP_PATH, STEP_PATH
 from tests.training import SMALL_VOCAB, build, random_rows, rows_of_rank, small_config, take_step, whole_state
 from tests.unit.optim.test_graph import FakeCuda
 
@@ -111,12 +113,15 @@ class Reads(TorchFunctionMode):
 
 
 def observed(config):
-    """What makes the host wait in the third step."""
+    """What makes the host wait in the third step, and the files of megachat/ that the second one runs."""
     training = build(config, SMALL_VOCAB)
     rows = [rows_of_rank(training, random_rows(step, ROWS, TOKENS, SMALL_VOCAB)) for step in range(3)]
     run = Run(**vars(training), folder=None, tokenizer=None, loader=iter(rows), bundle=None)
-    for step in range(2):
-        train_step(run, step)
+    train_step(run, 0)
+    files = set()
+    sys.setprofile(lambda frame, *_: files.add(frame.f_code.co_filename))
+    train_step(run, 1)
+    sys.setprofile(None)
     noted: list = []
 
     def synchronize(*_):
@@ -126,7 +131,8 @@ def observed(config):
     get_accelerator().synchronize = synchronize
     with Operations(noted), Reads(noted):
         train_step(run, 2)
-    return noted
+    package = Path(step_module.__file__).parents[1]
+    return noted, {Path(file).relative_to(package).as_posix() for file in files if file.startswith(f"{package}/")}
 
 
 TABLES = {
@@ -143,15 +149,21 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_host_waits_for_the_device_only_where_that_is_listed(case):
+def test_a_step_waits_for_the_device_and_runs_files_only_as_listed(case):
     world, parallel, changes = CASES[case]
     config = small_config(**changes, parallel=parallel)
-    noted = {one for rank in run_ranks(observed, world, config) for one in rank}
+    ranks = run_ranks(observed, world, config)
+    noted = {one for waits, _ in ranks for one in waits}
     listed = set(WAITS) | (set(WAITS_OF_TABLES) if changes is TABLES else set())
     assert noted <= listed, "\n".join(map(str, sorted(noted - listed)))
     assert set(WAITS) - {one for one in WAITS if one[2] == "to"} <= noted, "a wait that is gone stays listed"
     if changes is TABLES:
         assert set(WAITS_OF_TABLES) <= noted
+        return
+    files = {"data" if file.startswith("data/") else file for _, rank in ranks for file in rank}
+    assert files <= {*STEP_PATH, *BESIDE_STEP_PATH}
+    # a step reads the values of mesh.py; only a tensor axis communicates as tensor.py says
+    assert set(STEP_PATH) - files == {"parallel/mesh.py"} | ({"parallel/tensor.py"} if not parallel else set())
 
 
 class WatchedCuda(FakeCuda):
