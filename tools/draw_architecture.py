@@ -205,65 +205,59 @@ def draw_partition(name: str, overrides: list[str], ranks: int, notes: list[str]
     return page(bottom + 30 + 20 * len(notes), f"The Muon partition on {grid}", subtitle, parts)
 
 
-# The cards of draw_gradient: rows of (Muon's, AdamW's), each a heading and its lines.
+# The cards of draw_gradient: rows of (Muon's, AdamW's, the sparse tables'), each a heading and its lines.
 _BEFORE = (
     (
-        (
-            "Backward",
-            "hooks add each gradient to its bucket's buffer",
-            "`optim/partition.py: MuonPartition._gradient_hook`",
-        ),
+        ("Backward", "hooks add each gradient to its bucket", "`MuonPartition._gradient_hook`"),
         ("Backward", "gradients add up over the micro-batches", "`DeepSpeedZeroOptimizer`"),
+        ("Backward", "the sum of each row travels to its owner", "`RowTables._collect`"),
     ),
     (
-        (
-            "Reduce, while backward runs",
-            "complete buckets: data axis -> shards",
-            "`start_async_reduce, start_reduce`",
-        ),
-        ("Reduce, after backward", "mean over the data axis -> this rank's ZeRO share", "`ZeroAdamW.reduce`"),
+        ("Reduce, while backward runs", "complete buckets: data axis -> shards", "`start_async_reduce, start_reduce`"),
+        ("Reduce, after backward", "mean over the data axis -> ZeRO shares", "`ZeroAdamW.reduce`"),
+        ("Reduce, on the owner", "sums by micro-batch and rank -> their mean", "`RowTables.wait_for_reduce`"),
     ),
 )
 _JOINT = (
     "one all-reduce over all ranks carries the squared norm of the whole gradient and the requests to stop",
-    "not finite: discard both sets and lower the loss scale; finite: one clipping factor and loss scale for both",
+    "not finite: discard all gradients and lower the loss scale; finite: one clipping factor and loss scale for all",
     "`optim/joint.py: optimizer_step`",
 )
 _AFTER = (
     (
         (
             "Update",
-            "momentum on shards; fragments travel to the owner",
+            "momentum on shards -> the matrix's owner",
             "the owner orthogonalizes the whole matrix",
-            "directions travel back and change the shards",
+            "directions travel back to the shards",
             "`MuonPartition.step, Exchange`",
         ),
-        (
-            "Update",
-            "AdamW on this rank's share of masters and moments",
-            "",
-            "",
-            "`ZeroAdamW.apply`",
-        ),
+        ("Update", "this rank's share of masters and moments", "", "", "`ZeroAdamW.apply`"),
+        ("Update", "the owner's rows that were read", "in this step; no others change", "", "`RowTables.step`"),
     ),
     (
-        (
-            "Gather, lazily",
-            "each block waits for its weights in the next forward",
-            "`MuonPartition.wait_for_layer`",
-        ),
+        ("Gather, lazily", "each block waits in the next forward", "`MuonPartition.wait_for_layer`"),
         ("Gather", "all new weights, before apply() returns", "`DeepSpeedZeroOptimizer.step`"),
+        ("Fetch, when read", "the next forward fetches the rows it reads", "`RowTables.read`"),
     ),
 )
 
 
 def draw_gradient() -> str:
-    """The way of a gradient through a step, for Muon's and for AdamW's parameters."""
-    _, plan, partition = load("d4_cpu", ["parallel.tensor=2"], 4)
-    width, lanes, y = 478, (28, 534), 108.0
-    others = plan.parameters["total"] - partition.elements
-    parts = [text(lanes[0], 94, f"Muon: {len(partition.matrices)} matrices, {partition.elements:,} elements", "head")]
-    parts.append(text(lanes[1], 94, f"AdamW: tables, head, scalars; {others:,} elements", "head"))
+    """The way of a gradient through a step, for the parameters of Muon and AdamW and for sparse tables."""
+    overrides = ["parallel.tensor=2", "ngram.blocks=[1,3]"]
+    _, plan, partition = load("d4_cpu", overrides, 4)
+    width, lanes, y = 316, (28, 362, 696), 128.0
+    tables = plan.parameters["ngram"]
+    others = plan.parameters["total"] - partition.elements - tables
+    counts = (
+        ("Muon", f"{len(partition.matrices)} matrices, {partition.elements:,} elements"),
+        ("AdamW", f"tables, head, scalars; {others:,} elements"),
+        ("Sparse tables", f"n-gram values; {tables:,} elements"),
+    )
+    parts = []
+    for x, (head, count) in zip(lanes, counts, strict=True):
+        parts += [text(x, 94, head, "head"), text(x, 114, count)]
 
     def draw_rows(rows, y: float, arrow_above: bool) -> float:
         for row in rows:
@@ -277,10 +271,10 @@ def draw_gradient() -> str:
 
     y = draw_rows(_BEFORE, y, arrow_above=False)
     parts += [arrow(x + width / 2, y - 26, x + width / 2, y - 2) for x in lanes]
-    content, height = card(lanes[0], y, lanes[1] + width - lanes[0], "The joint decision", _JOINT)
+    content, height = card(lanes[0], y, lanes[-1] + width - lanes[0], "The joint decision", _JOINT)
     parts.append(content)
     y = draw_rows(_AFTER, y + height + 28, arrow_above=True)
-    subtitle = "counts from the plan of configs/d4_cpu.json with parallel.tensor=2 on 4 ranks"
+    subtitle = f"counts from the plan of configs/d4_cpu.json with {' '.join(overrides)} on 4 ranks"
     return page(y, "Where a gradient goes", subtitle, parts)
 
 
