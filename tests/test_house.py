@@ -1,5 +1,5 @@
-"""What a reader was promised: the step and the loop on one screen, sizes, plain names, and DeepSpeed's insides in one
-file.
+"""What a reader was promised: the step and the loop on one screen, sizes, plain names, and DeepSpeed's insides in three
+files.
 """
 
 import ast
