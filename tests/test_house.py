@@ -20,15 +20,16 @@ STEP_PATH = """
     model/gpt.py kernels/attention.py kernels/polar.py kernels/cross_entropy.py
     kernels/linear.py kernels/gradient_norm.py kernels/squared_relu.py kernels/channel_norm.py
 """.split()
-# A step also runs these. (GPU kernels, checks and CUDA graphs, which a step has only by option, are in neither.)
+# A step also runs these. In neither list: how data/ reads the rows, and GPU kernels, checks and CUDA graphs, which a
+# step has only by option.
 BESIDE_STEP_PATH = {
-    "data": "the rows of the step: reading is a subject of its own",
     "device.py": "synchronize() for the step's clock",
     "place.py": "whether a gradient counts in the norm on this rank",
     "optim/buckets.py": "sizes of fragments",
     "optim/partition_plan.py": "which rank stores a fragment",
     "optim/row_tables.py": "sparse tables, by option: without them, loops over nothing",
     "optim/qk_clip.py": "by option",
+    "parallel/zero_state.py": "AdamW's masters, for the QK clip",
     "parallel/without_compiler.py": "torch's AdamW without its decorators",
     "train/build.py": "the function before each layer that waits for its weights",
 }

@@ -252,7 +252,7 @@ def draw_gradient() -> str:
     others = plan.parameters["total"] - partition.elements - tables
     counts = (
         ("Muon", f"{len(partition.matrices)} matrices, {partition.elements:,} elements"),
-        ("AdamW", f"tables, head, scalars; {others:,} elements"),
+        ("AdamW", f"dense tables, head, scalars; {others:,} elements"),
         ("Sparse tables", f"n-gram values; {tables:,} elements"),
     )
     parts = []

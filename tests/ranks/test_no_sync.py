@@ -161,7 +161,7 @@ def test_a_step_waits_for_the_device_and_runs_files_only_as_listed(case):
     if changes is TABLES:
         assert set(WAITS_OF_TABLES) <= noted
         return
-    files = {"data" if file.startswith("data/") else file for _, rank in ranks for file in rank}
+    files = {file for _, rank in ranks for file in rank}
     assert files <= {*STEP_PATH, *BESIDE_STEP_PATH}
     # a step reads the values of mesh.py; only a tensor axis communicates as tensor.py says
     assert set(STEP_PATH) - files == {"parallel/mesh.py"} | ({"parallel/tensor.py"} if not parallel else set())
