@@ -78,6 +78,13 @@ def _runs_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [line[:width] for line in text_table(lines, right=right)]
 
 
+def _list_by_folder(leftovers: Sequence[Any]) -> None:
+    for folder in dict.fromkeys(each.path.parent for each in leftovers):
+        inside = [each for each in leftovers if each.path.parent == folder]
+        names = shortened((each.path.name for each in inside), most=3)
+        print(f"{sum(each.size for each in inside) / 1e6:10,.1f} MB  {folder}: {names}")
+
+
 def _clean(leftovers: Sequence[Any], *, as_json: bool, yes: bool) -> None:
     """Lists the leftovers by kind, and removes the kinds that the user confirms."""
     from megachat.studies.runs import remove_leftover
@@ -93,10 +100,7 @@ def _clean(leftovers: Sequence[Any], *, as_json: bool, yes: bool) -> None:
     for why in Counter(each.why for each in leftovers):
         kind = [each for each in leftovers if each.why == why]
         if not as_json:
-            for folder in dict.fromkeys(each.path.parent for each in kind):
-                inside = [each for each in kind if each.path.parent == folder]
-                names = shortened((each.path.name for each in inside), most=3)
-                print(f"{sum(each.size for each in inside) / 1e6:10,.1f} MB  {folder}: {names}")
+            _list_by_folder(kind)
         total = f"{len(kind)} of the kind: {why}, {sum(each.size for each in kind) / 1e6:,.1f} MB"
         if not yes and not sys.stdin.isatty():
             print(f"{total}: kept, because this is no terminal for an answer; --yes removes them")

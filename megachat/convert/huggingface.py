@@ -7,7 +7,7 @@ written for megachat's class in modeling_megachat.py, which is copied into the f
 import inspect
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -150,31 +150,17 @@ def open_huggingface(folder: Path, step: int | None = None) -> CheckpointReader:
 
     Raises UserError for what is missing, damaged or of another model.
     """
-    path = folder / CONFIG_FILE
-    config = _read_json(path) or {}
-    kind, settings, key_of = config.get("model_type"), None, native.key_of
-    if kind == "nanochat":
-        dims = native.dims_of_config(config, path)
-        rows = dims.vocab_size
-    elif kind == "megachat":
-        names = {field.name for field in fields(Dimensions)}
-        dims = saved_dimensions({name: value for name, value in config.items() if name in names})
-        rows, key_of, settings = dims.padded_vocab, _plain_key, config.get("megachat_settings", {})
-    else:
-        raise UserError(f"{path} describes a {kind} model: only transformers' nanochat and megachat can be converted")
+    dims, rows, key_of, settings = _described_model(folder / CONFIG_FILE)
     index = _read_json(folder / INDEX_FILE)
     files = sorted(set(index["weight_map"].values())) if index else [WHOLE_FILE]
     stored, read_stored = open_tensors(folder, files, lambda _, key: key)
     places_by_name = {f"model/{place.name}": place for place in places(dims)}
     keys = {name: key for name in places_by_name if (key := key_of(name))}
-    for key in set(keys.values()) ^ stored.keys():
-        problem = "not among" if key not in stored else "too much for"
-        raise UserError(f"{folder}: {key} is {problem} the weights of the model in config.json")
-    for name, key in keys.items():
-        shape = (rows, dims.width) if places_by_name[name].cut == "vocabulary" else places_by_name[name].whole
-        if stored[key].shape != shape:
-            actual = list(stored[key].shape)
-            raise UserError(f"{folder}: {key} is {actual}, and the model in config.json has {list(shape)}")
+    shapes = {
+        key: (rows, dims.width) if places_by_name[name].cut == "vocabulary" else places_by_name[name].whole
+        for name, key in keys.items()
+    }
+    _check_stored(folder, stored, shapes)
 
     def read(names: list[str]) -> dict[str, torch.Tensor]:
         tensors = read_stored([keys[name] for name in names if name in keys])
@@ -190,6 +176,32 @@ def open_huggingface(folder: Path, step: int | None = None) -> CheckpointReader:
     others = [name for name in (INDEX_FILE, MODEL_CODE, *TOKENIZER_FILES) if (folder / name).is_file()]
     files = [CONFIG_FILE, *files, *others]
     return CheckpointReader("huggingface", folder, facts, entries, read, tuple(files), (folder / TOKENIZER_FOLDER,))
+
+
+def _described_model(path: Path) -> tuple[Dimensions, int, KeyOf, dict | None]:
+    """Returns what config.json describes: sizes, rows of the tables, names of tensors, and megachat's settings if it
+    has them. Raises UserError for another model."""
+    config = _read_json(path) or {}
+    kind = config.get("model_type")
+    if kind == "nanochat":
+        dims = native.dims_of_config(config, path)
+        return dims, dims.vocab_size, native.key_of, None
+    if kind == "megachat":
+        names = {field.name for field in fields(Dimensions)}
+        dims = saved_dimensions({name: value for name, value in config.items() if name in names})
+        return dims, dims.padded_vocab, _plain_key, config.get("megachat_settings", {})
+    raise UserError(f"{path} describes a {kind} model: only transformers' nanochat and megachat can be converted")
+
+
+def _check_stored(folder: Path, stored: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises UserError if the tensors in the folder are not those of the model in config.json."""
+    for key in shapes.keys() ^ stored.keys():
+        problem = "not among" if key not in stored else "too much for"
+        raise UserError(f"{folder}: {key} is {problem} the weights of the model in config.json")
+    for key, shape in shapes.items():
+        if stored[key].shape != shape:
+            actual = list(stored[key].shape)
+            raise UserError(f"{folder}: {key} is {actual}, and the model in config.json has {list(shape)}")
 
 
 def _pad(tensor: torch.Tensor, rows: int) -> torch.Tensor:
