@@ -42,6 +42,26 @@ class CorruptionError(UserError):
     exit_status = CORRUPTION_STATUS
 
 
+RESUME_AUTO = "--resume auto"
+_continued_with = RESUME_AUTO
+
+
+def start_by(command: str) -> None:
+    """Sets that megachat's `command` has started this job: messages name it as what continues the job."""
+    global _continued_with
+    _continued_with = same_command(command)
+
+
+def same_command(command: str) -> str:
+    """Returns how messages name the command that has started a job, where the user did not start `pretrain`."""
+    return f"the same `megachat {command}` command"
+
+
+def continued_with() -> str:
+    """Returns what continues this job after a stop, for messages: --resume auto, or the command that has started it."""
+    return _continued_with
+
+
 _NO_ANSWER = (None, errno.ENOENT, errno.EINVAL)  # nothing is there, or a library's complaint about the content
 _FIXES = {
     errno.EACCES: "give this user access to it",

@@ -6,8 +6,9 @@
 
 RUN is a run's folder (its curve of bits per byte, and its newest evaluation with CORE) or a JSON file of an evaluation
 (CORE alone). A curve's ratio says how much of the steps, the time and the FLOPs the second side needs to reach the
-lowest value that both reach; better is what is better on all three. docs/studies.md and docs/evaluation.md explain the
-intervals. Runs may still train. Exit status: 0 whatever the verdict, 2 if the runs cannot be compared.
+lowest value that both reach; better is what is better on all three. Where a run has a single value, the last values
+are compared. docs/studies.md and docs/evaluation.md explain the intervals. Runs may still train. Exit status: 0
+whatever the verdict, 2 if the runs cannot be compared.
 """
 
 import argparse
@@ -68,15 +69,17 @@ def _compare_curves(
 
     Raises UserError for runs whose curves have nothing in common, and with `strict` where there is a warning.
     """
-    from megachat.studies.comparison import compare_curves, curve_lines, load_runs
+    from megachat.studies.comparison import compare_curves, compare_last, curve_lines, last_lines, load_runs
     from megachat.studies.runs import is_run
 
     if not all(map(is_run, (*first, *second))):
         return None, []
-    comparison = compare_curves(load_runs(first), load_runs(second), metric)
+    sides = load_runs(first), load_runs(second)
+    last = compare_last(*sides, metric)
+    comparison = last or compare_curves(*sides, metric)
     if strict and comparison["warnings"]:
         raise UserError(f"--strict: {comparison['warnings'][0]}")
-    return comparison, curve_lines(comparison)
+    return comparison, last_lines(last) if last else curve_lines(comparison)
 
 
 def _compare_core(first: list[Path], second: list[Path], *, same_weights: bool) -> tuple[dict, list[str]]:

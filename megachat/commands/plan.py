@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
             name = name.replace("_", "-")
             raise UserError(f"--{name} belongs to --gpus: give the machine, as --gpus 8xH100{otherwise}")
     if not searched:
-        absent = {"resume": None, "elastic": False, "self_test": False}
+        absent = {"resume": None, "elastic": False, "self_test": False, "started_by": None}
         return pretrain.run(argparse.Namespace(**vars(options), dry_run=True, **absent))
     require_minimum(options, nodes=1, world=1)
     pretrain.check_price(options.price)

@@ -17,7 +17,7 @@ from megachat.commands.options import (
     layout_ranks,
     layout_settings,
 )
-from megachat.errors import UserError
+from megachat.errors import UserError, start_by
 from megachat.job.hosts import check_launcher_hostfile
 from megachat.job.launchers import launcher_world
 from megachat.planning.hardware import parse_gpus
@@ -68,12 +68,15 @@ def add_arguments(parser: Parser) -> None:
     add("--elastic", action="store_true", help=elastic)
     self_test = "before training: take some steps, and the same with two resumes; train only if all is equal to the bit"
     add("--self-test", action="store_true", help=self_test)
+    add("--started-by", help=argparse.SUPPRESS)  # the command that continues the job, set by speedrun
     add_local_rank(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Pretrains, or shows the plan; returns the exit status."""
     _check_plan_options(options)
+    if options.started_by:
+        start_by(options.started_by)
     world, memory_gb = options.world, options.memory_gb
     if options.gpu:
         memory_gb = parse_gpus(options.gpu).gpu.memory_bytes / 1e9

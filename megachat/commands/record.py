@@ -4,7 +4,7 @@
 
 Time is the leaderboard's: training steps after step 10, without evaluation, sampling and saving. CORE has its error
 and the verdict against GPT-2's value. If a piece of evidence is missing, or differs between the runs, there is no
-record: docs/speedrun.md lists the pieces.
+record: docs/speedrun.md lists the pieces. --draft shows the text anyway, marked as no record, with what it lacks.
 """
 
 import argparse
@@ -20,14 +20,17 @@ def add_arguments(parser: Parser) -> None:
         "runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs that differ in nothing but the seed"
     )
     add("--name", help="name of the recipe (default: of the first run)")
+    draft = "where a record is refused: its text without a verdict, marked as no record, with the reasons"
+    add("--draft", action="store_true", help=draft)
     add("--json", action="store_true", help="print JSON")
 
 
 def run(options: argparse.Namespace) -> None:
     """Prints the record."""
-    from megachat.studies.record import build_record, record_text
+    from megachat.studies.record import build_record
+    from megachat.studies.record_text import record_text
     from megachat.studies.runs import load_run
 
-    record = build_record([load_run(folder) for folder in options.runs])
+    record = build_record([load_run(folder) for folder in options.runs], draft=options.draft)
     name = options.name or options.runs[0].resolve().name
     print_result(options, record, record_text(record, name))

@@ -3,21 +3,27 @@
     megachat speedrun --recipe public-2026 --dry-run          stages, plan, time and price; nothing is started
     megachat speedrun --recipe public-2026 --runs 3
     megachat speedrun --depth 3 --data data/python            the same on a CPU, with a small model
+    megachat speedrun --depth 3 --data data/python --bundle eval_bundle --max-per-task 20 --draft    and a part of CORE
 
 The same command again continues where it was: a stage with a complete result is skipped. Files are written below the
 current folder. docs/speedrun.md explains the recipes.
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megachat.commands.options import Parser, add_set, passed_on, require_minimum
 from megachat.commands.pretrain import check_price
-from megachat.errors import UserError
+from megachat.errors import EXIT_STATUS, UserError
+
+if TYPE_CHECKING:
+    from megachat.programs.speedrun_recipe import Speedrun
 
 PRICE, SHARDS = 3.0, 170
-RECIPE_NAMES = ("nanochat-run6", "public-2026", "megachat")  # of megachat.programs.speedrun
+RECIPE_NAMES = ("nanochat-run6", "public-2026", "megachat")  # of megachat.programs.speedrun_recipe
 
 
 def add_arguments(parser: Parser) -> None:
@@ -28,9 +34,18 @@ def add_arguments(parser: Parser) -> None:
     add("--depth", type=int, help="another depth; below 8 also short rows, small batches and no FP8, for a CPU")
     add("--data", type=Path, metavar="FOLDER", help="a data folder that exists, in place of a download")
     add("--shards", type=int, help=f"train shards of climbmix to download (default {SHARDS}); without --data only")
+    add(
+        "--base-url",
+        metavar="URL",
+        help="download the shards from this mirror, which has shard_00000.parquet and so on",
+    )
     tokenizer = "a tokenizer folder, trained if it does not exist (default: the recipe's; with --data beside it)"
     add("--tokenizer", type=Path, metavar="FOLDER", help=tokenizer)
     add("--bundle", type=Path, metavar="BUNDLE", help="the CORE bundle (default: nanochat's, downloaded once)")
+    limit = "CORE's examples per task at most, for a draft; default -1: all, which a record needs"
+    add("--max-per-task", type=int, default=-1, metavar="N", help=limit)
+    draft = "where no record can come of it: train anyway, and write a draft that is marked as no record"
+    add("--draft", action="store_true", help=draft)
     add("--ranks", type=int, help="on this machine, with --hostfile for CORE only; default: all GPUs, 2 without GPUs")
     add("--hostfile", type=Path, metavar="FILE", help="train on these hosts, over ssh; CORE runs on this one")
     add("--dry-run", action="store_true", help="print stages, plan, time and price; start nothing")
@@ -46,41 +61,66 @@ def run(options: argparse.Namespace) -> int:
     _refuse_without_effect(options)
     from megachat.commands.main import start
     from megachat.job.local_job import run_with_deepspeed
-    from megachat.programs.speedrun import (
-        SMALL_DEPTH,
-        Speedrun,
-        describe_speedrun,
-        run_speedrun,
-        settings_of_depth,
-        start_on_hosts,
-    )
+    from megachat.programs.speedrun import run_speedrun, start_on_hosts
 
-    small = options.depth is not None and options.depth < SMALL_DEPTH
-    settings = settings_of_depth(options.recipe, options.depth) if options.depth else []
-    for key, value in {"data.folder": options.data, "data.tokenizer": options.tokenizer}.items():
-        settings += [f"{key}={value}"] if value else []
-    settings += [f"evaluate.core_bundle={options.bundle}"] if options.bundle else []
-    shards = None if options.data else options.shards or SHARDS
-    ranks = _ranks_of_training(options)
-    speedrun = Speedrun(options.recipe, (*settings, *options.set), options.runs, shards, ranks)
-    if options.data and not options.tokenizer:
-        place = f"{options.data}_tokenizer{speedrun.config.model.vocab_size}"
-        speedrun = replace(speedrun, settings=(*settings, f"data.tokenizer={place}", *options.set))
+    speedrun = _speedrun(options)
 
     def start_here(arguments: list[str]) -> int:
         return start(arguments[0], [*arguments[1:], *passed_on(options)], f"megachat {arguments[0]}")
 
     def start_ranks(arguments: list[str]) -> int:
-        if options.hostfile and arguments[0] == "pretrain":
-            return start_on_hosts(options.hostfile, [*arguments, *passed_on(options)])
-        return run_with_deepspeed([*arguments, *passed_on(options)], options.ranks)
+        training = arguments[0] == "pretrain"
+        arguments = [*arguments, *(["--started-by", "speedrun"] if training else []), *passed_on(options)]
+        if options.hostfile and training:
+            return start_on_hosts(options.hostfile, arguments)
+        return run_with_deepspeed(arguments, options.ranks)
 
-    if not options.dry_run:
-        return run_speedrun(speedrun, start_here, start_ranks)
-    machine = _planned_machine(options, small)
-    print(describe_speedrun(speedrun, options.price or PRICE if "--gpus" in machine else None) + "\n", flush=True)
-    chosen = [word for setting in speedrun.settings for word in ("--set", setting)]
-    return start_here(["plan", "--config", str(speedrun.config_file), *chosen, *machine])
+    if options.dry_run:
+        return _plan(options, speedrun, start_here)
+    return run_speedrun(speedrun, start_here, start_ranks)
+
+
+def _speedrun(options: argparse.Namespace) -> "Speedrun":
+    from megachat.programs.speedrun_recipe import Speedrun, settings_of_depth
+
+    settings = settings_of_depth(options.recipe, options.depth) if options.depth else []
+    for key, value in {"data.folder": options.data, "data.tokenizer": options.tokenizer}.items():
+        settings += [f"{key}={value}"] if value else []
+    settings += [f"evaluate.core_bundle={options.bundle}"] if options.bundle else []
+    shards = None if options.data else options.shards or SHARDS
+    speedrun = Speedrun(
+        options.recipe,
+        (*settings, *options.set),
+        options.runs,
+        shards,
+        _ranks_of_training(options),
+        base_url=options.base_url,
+        draft=options.draft,
+        max_per_task=options.max_per_task,
+    )
+    if options.data and not options.tokenizer:
+        place = f"{options.data}_tokenizer{speedrun.config.model.vocab_size}"
+        speedrun = replace(speedrun, settings=(*settings, f"data.tokenizer={place}", *options.set))
+    return speedrun
+
+
+def _plan(options: argparse.Namespace, speedrun: "Speedrun", start_here: Callable[[list[str]], int]) -> int:
+    """Prints stages and plan. Returns the exit status: as of an error if nothing would be started."""
+    from megachat.programs.dry_run import describe_job
+    from megachat.programs.speedrun import describe_speedrun
+    from megachat.programs.speedrun_checks import made_by_stages, obstacles
+
+    machine, problems = _planned_machine(options), obstacles(speedrun)
+    price = None if isinstance(machine, int) else options.price or PRICE
+    print(describe_speedrun(speedrun, problems, price) + "\n", flush=True)
+    if isinstance(machine, int):
+        print(describe_job(speedrun.config, machine, made=made_by_stages(speedrun)))
+        status = 0
+    else:
+        chosen = [word for setting in speedrun.settings for word in ("--set", setting)]
+        plan = ["plan", "--config", str(speedrun.config_file), *chosen, "--gpus", machine, "--price", str(price)]
+        status = start_here(plan)
+    return EXIT_STATUS if problems and not speedrun.draft else status
 
 
 def _ranks_of_training(options: argparse.Namespace) -> int | None:
@@ -96,18 +136,20 @@ def _ranks_of_training(options: argparse.Namespace) -> int | None:
     return options.ranks or torch.cuda.device_count() or 2  # as run_with_deepspeed
 
 
-def _planned_machine(options: argparse.Namespace, small: bool) -> list[str]:
-    """Returns the options of `megachat plan` that name the machine. Raises UserError."""
+def _planned_machine(options: argparse.Namespace) -> str | int:
+    """Returns the machine to plan for, as 8xH100, or a number of ranks on this one. Raises UserError."""
     from megachat.job.hosts import parse_hostfile
+    from megachat.programs.speedrun_recipe import SMALL_DEPTH
 
+    small = (options.depth or SMALL_DEPTH) < SMALL_DEPTH
     hosts = parse_hostfile(options.hostfile) if options.hostfile else []
     slots = [host.slots for host in hosts] or [options.ranks or (2 if small else 8)]
     if small and not options.gpus:
-        return ["--world", str(sum(slots))]
+        return sum(slots)
     if len(set(slots)) > 1 and not options.gpus:
         raise UserError(f"the hosts of {options.hostfile} have different slots: name the machine of the plan by --gpus")
     nodes = f"{len(slots)}x" if len(slots) > 1 else ""
-    return ["--gpus", options.gpus or f"{nodes}{slots[0]}xH100", "--price", str(options.price or PRICE)]
+    return options.gpus or f"{nodes}{slots[0]}xH100"
 
 
 def _refuse_without_effect(options: argparse.Namespace) -> None:
@@ -117,13 +159,15 @@ def _refuse_without_effect(options: argparse.Namespace) -> None:
     keys = known_keys()
     config_from_values({}, "--set", [one for one in options.set if one.partition("=")[0].strip() not in keys])
     from megachat.job.hosts import parse_hostfile
-    from megachat.programs.speedrun import SMALL_DEPTH  # imports torch
+    from megachat.programs.speedrun_recipe import SMALL_DEPTH
 
     check_price(options.price)
     if options.hostfile:
         parse_hostfile(options.hostfile)  # its mistakes are reported before a download, too
     if options.data and options.shards:
         raise UserError("--shards are downloaded, but --data gives a folder that exists: give one of the two")
+    if options.data and options.base_url:
+        raise UserError("--base-url is for a download, but --data gives a folder that exists: give one of the two")
     for name in ("gpus", "price"):
         if getattr(options, name) is not None and not options.dry_run:
             raise UserError(f"--{name} is for a plan only: add --dry-run, or leave it out")

@@ -151,19 +151,35 @@ def shard_range(shards: list[Shard], first: int, last: int) -> list[Shard]:
             raise UserError(f"{folder} has two shards {digits[0]}, {other.path.name} and {shard.path.name}: remove one")
     absent = (str(number) for number in range(first, last + 1) if number not in numbered)
     if missing := list(itertools.islice(absent, _LISTED)):
-        there = f"the folder has {min(numbered)} to {max(numbered)}" if numbered else "no name there ends with a number"
         listed = ", ".join(missing) + ", ..." * (len(missing) == _LISTED)
         raise UserError(
-            f"{folder} lacks shard{'s' * (len(missing) > 1)} {listed} of {first}-{last} ({there}): download what is "
-            "missing, or give another range"
+            f"{folder} lacks shard{'s' * (len(missing) > 1)} {listed} of {first}-{last}: {_train_numbers(shards)}; "
+            "download what is missing, or give another range"
         )
     chosen = [numbered[number] for number in range(first, last + 1)]
     if shards[-1] in chosen:
         raise UserError(
-            f"{shards[-1].path} is the last shard of its folder, which is for validation: give a range that ends "
-            "before it, or add shards"
+            f"{shards[-1].path} is the last shard of its folder, which is for validation: {_train_numbers(shards)}; "
+            "give a range of these, or add shards"
         )
     return chosen
+
+
+def _train_numbers(shards: list[Shard]) -> str:
+    """Returns which train shards a range may have: "its train shards are 0 to 3, 7 (8 is for validation)"."""
+    names = [re.search(r"[0-9]+$", shard.path.stem) for shard in shards]
+    numbers = sorted(int(name[0]) for name in names[:-1] if name)
+    if not numbers:
+        return "no name of its train shards ends with a number"
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    listed = ", ".join(" to ".join(map(str, run)) for run in runs[:_LISTED]) + ", ..." * (len(runs) > _LISTED)
+    validation = f" ({int(names[-1][0])} is for validation)" if names[-1] else ""
+    return f"its train shards are {listed}{validation}"
 
 
 def shards_fingerprint(shards: list[Shard]) -> str:

@@ -171,6 +171,15 @@ def compare_with_gpt2(side: Side) -> dict:
     }
 
 
+def mean_of_tasks(side: Side) -> dict:
+    """Returns as JSON values the mean centered accuracy of a recipe's runs over the tasks that all of them have, and
+    its error. Raises UserError if they answered different examples.
+    """
+    tasks = [results["core"]["tasks"] for _, results in side]
+    shared = [label for label in tasks[0] if all(label in others for others in tasks)]
+    return {"deviation": estimate(_score_side(side, tasks, shared)).deviation_json()}
+
+
 def gpt2_lines(comparison: dict) -> list[str]:
     """Returns lines of text for the result of `compare_with_gpt2`."""
     lines = [

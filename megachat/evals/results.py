@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from megachat.errors import UserError
 from megachat.evals.core_bundle import CORE_TASKS, Bundle
 from megachat.evals.uncertainty import estimate, judge_against, score_tasks
 from megachat.files import (
+    CONFIG_NAME,
     EVALUATIONS,
     Log,
     list_folder,
@@ -144,11 +146,17 @@ def load_results(path: Path) -> dict:
 def newest_results(run_folder: Path) -> Path:
     """Returns the run's last evaluation with CORE; see `find_newest_results`. Raises UserError if the run has none."""
     if (newest := find_newest_results(run_folder)) is None:
-        raise UserError(
-            f"{run_folder} contains no evaluation with CORE: "
-            f"run `megachat evaluate --checkpoint {run_folder} --core` first"
-        )
+        raise UserError(f"{run_folder} contains no evaluation with CORE: run `{core_command(run_folder)}` first")
     return newest
+
+
+def core_command(run_folder: Path) -> str:
+    """Returns the command that evaluates CORE of a run's newest checkpoint, with the bundle of its config."""
+    bundle: object = None
+    with contextlib.suppress(OSError, ValueError, TypeError, LookupError):
+        bundle = json.loads((run_folder / CONFIG_NAME).read_bytes())["evaluate"]["core_bundle"]
+    words = ["megachat", "evaluate", "--checkpoint", str(run_folder), "--core"]
+    return shlex.join(words + ([bundle] if isinstance(bundle, str) else []))
 
 
 def find_newest_results(run_folder: Path, *, whole_core: bool = False) -> Path | None:

@@ -66,15 +66,19 @@ def check_vocabulary(vocab_size: int, shards: Iterable[Shard] = ()) -> None:
     if vocab_size < least:
         raise UserError(
             f"a vocabulary of {vocab_size} tokens is too small: it needs the 256 bytes and {len(SPECIAL_TOKENS)} "
-            f"special tokens, so give --vocab-size {least} or more"
+            f"special tokens, so {_give(least)} or more"
         )
     paths = [shard.path for shard in shards]
     most = least + sum(map(_text_bytes, paths))
     if paths and vocab_size > most:
         raise UserError(
             f"the text in {paths[0].parent} has about {most - least:,} bytes, too few for a vocabulary of "
-            f"{vocab_size:,} tokens: give more text or a smaller --vocab-size (model.vocab_size)"
+            f"{vocab_size:,} tokens: give more text, or a smaller --vocab-size (of a speedrun: --set model.vocab_size)"
         )
+
+
+def _give(size: int) -> str:
+    return f"give --vocab-size {size} (of a speedrun: --set model.vocab_size={size})"
 
 
 def _text_bytes(path: Path) -> int:
@@ -107,7 +111,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     if len(ranks) + special < vocab_size:
         raise UserError(
             f"the text gives only {len(ranks) - 256} merges, a vocabulary of {len(ranks) + special} tokens, "
-            f"not {vocab_size}: give more text or --vocab-size {len(ranks) + special} or less"
+            f"not {vocab_size}: give more text, or {_give(len(ranks) + special)} or less"
         )
     return Tokenizer(ranks, name="megachat")
 

@@ -20,7 +20,7 @@ from megachat.planning.memory import FILLS, Memory, describe_memory, format_byte
 from megachat.planning.memory_advice import memory_warning
 from megachat.planning.plan import Plan, resolve_plan
 from megachat.planning.probe import Probe, read_probe
-from megachat.planning.step_time import RunTime, predict_run
+from megachat.planning.step_time import UNTIMED_STEPS, RunTime, predict_run
 from megachat.programs.preflight import Check, describe_checks, preflight, rank_checkpoint_bytes
 from megachat.text import plural
 from megachat.train.lookup_rows import planned_lookup
@@ -40,22 +40,30 @@ class Hardware(NamedTuple):
 THIS_MACHINE = Hardware()
 
 
-def describe_job(config: Config, world: int, hardware: Hardware = THIS_MACHINE, *, verbose: bool = False) -> str:
+def describe_job(
+    config: Config,
+    world: int,
+    hardware: Hardware = THIS_MACHINE,
+    *,
+    verbose: bool = False,
+    made: Mapping[str, str] | None = None,
+) -> str:
     """Returns the verdict of the job on `world` ranks: estimated memory, predicted time and price where the machine's
     speeds are known, warnings and checks of this machine.
 
     Reads the data folder's footers, the tokenizer, and the CORE bundle and an existing allocation of lookup rows, if
-    configured. verbose: also config, plan, and owners of every parameter. Raises UserError for a plan that does not
-    exist, for a bundle that cannot be used, and for a price where no time is known.
+    configured. verbose: also config, plan, and owners of every parameter. made: checks that other commands answer, with
+    what these do. Raises UserError for a plan that does not exist, for a bundle that cannot be used, and for a price
+    where no time is known.
     """
     plan = _resolve(config, world)
     stages, dtype, device_bytes = _memory_here(config, plan, hardware.memory_gb)
     warnings = _warnings(config, plan, stages, dtype, device_bytes)
     time = predicted_time(config, plan, hardware, dtype)
-    checks = preflight(config, plan)
+    checks = preflight(config, plan, made or {})
     lines = [
         _job_verdict(stages, device_bytes, checks) + (f"; {plural(len(warnings), 'warning')}" if warnings else ""),
-        *(describe_time(time) if time else []),
+        *(describe_time(time) if time else [_no_time(world, hardware)]),
         f"{describe_memory(stages, device_bytes)}; computed in {dtype_name(dtype)}",
         *_fp8_line(config, plan),
         *warnings,
@@ -124,6 +132,15 @@ def predicted_time(config: Config, plan: Plan, hardware: Hardware, dtype: torch.
     return values | price_values(run, units, hardware.price)
 
 
+def _no_time(world: int, hardware: Hardware) -> str:
+    """Returns why no time and price are predicted, and what to do about it."""
+    where = f"of {hardware.gpu}" if hardware.gpu else "on this machine"
+    return (
+        f"time and price: not predicted, because the speed of {plural(world, 'rank')} {where} is not known; `megachat "
+        "probe` measures it for --set log.probe=FILE, and `megachat plan --gpus 8xH100` plans for GPUs"
+    )
+
+
 def timed_plan(config: Config, world: int, hardware: Hardware = THIS_MACHINE) -> tuple[Plan, dict | None]:
     """Returns the plan of a job with its predicted time (see predicted_time)."""
     plan = _resolve(config, world)
@@ -141,14 +158,18 @@ def price_values(run: RunTime, units: int, price: float | None) -> dict:
 def describe_time(values: Mapping) -> list[str]:
     """Returns lines with predicted time and price."""
     origin = "assumed" if values["assumed"] else "error of the probe"
-    source = f"; predicted, not measured, by the {values['source']}" if values["source"] else ""
+    by = f", by the {values['source']}" if values["source"] else ""
     lines = [
         f"time: {values['wall_hours']:,.2f} h for {values['steps']:,} steps of {values['step_sec']:.3f} s, "
-        f"+-{values['error']:.0%} ({origin}); {values['clock_hours']:,.2f} h by the speedrun's clock{source}"
+        f"+-{values['error']:.0%} ({origin}); predicted, not measured{by}"
     ]
     if "price" in values:
         low, high = values["price_interval"]
         lines.append(f"price: {values['price']:,.2f}, between {low:,.2f} and {high:,.2f}")
+    lines.append(
+        f"by the speedrun's clock: {values['clock_hours']:,.2f} h, without the first {UNTIMED_STEPS} steps, evaluation "
+        "and saving"
+    )
     return lines
 
 

@@ -237,7 +237,7 @@ def describe_plan_values(values: Mapping, *, verbose: bool = False) -> str:
     if values["kept"]:
         lines += ["", f"kept as set: {', '.join(values['kept'])}"]
     source = f"speeds: {values['source']}" if values["probe"] else f"numbers of the hardware: {values['source']}"
-    return "\n".join([*lines, *values["notes"], f"predicted, not measured; {source}"])
+    return "\n".join([*lines, *values["notes"], source])
 
 
 def _machine_verdict(values: Mapping) -> list[str]:

@@ -2,7 +2,7 @@
 
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,8 +28,12 @@ class Check(NamedTuple):
     detail: str
 
 
-def preflight(config: Config, plan: Plan) -> list[Check]:
-    """Returns the checks of data folder, tokenizer, CORE bundle, trackers, disk space and port on this machine."""
+def preflight(config: Config, plan: Plan, made: Mapping[str, str] | None = None) -> list[Check]:
+    """Returns the checks of data folder, tokenizer, CORE bundle, trackers, disk space and port on this machine.
+
+    made: checks that are not done, because other commands make what is checked -> what these do.
+    """
+    made = made or {}
     checks: list[tuple[str, Callable[[], str]]] = [
         ("data folder", lambda: str(check_data_folder(config.data.folder))),
         ("tokenizer", lambda: _check_tokenizer(config)),
@@ -37,8 +41,9 @@ def preflight(config: Config, plan: Plan) -> list[Check]:
         ("disk", lambda: _disk(config, plan)),
         ("port", _port),
     ]
-    bundle = Check("CORE bundle", False, _bundle(config))  # raises: its settings would be refused
-    return [*(_checked(name, check) for name, check in checks), bundle]
+    bundle = made.get("CORE bundle") or _bundle(config)  # raises: its settings would be refused
+    answered = [Check(name, False, made[name]) if name in made else _checked(name, check) for name, check in checks]
+    return [*answered, Check("CORE bundle", False, bundle.removeprefix("CORE bundle: "))]
 
 
 def describe_checks(checks: list[Check]) -> list[str]:

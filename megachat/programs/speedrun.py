@@ -1,95 +1,29 @@
 """The speedrun in one call: data, tokenizer, training, CORE, report, record. A second call continues where it was."""
 
 import importlib.util
-import json
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megachat.config import Config, load_config
-from megachat.data.shards import check_data_folder, open_shards, shard_hashes, split_shards
-from megachat.data.tokenizer import METADATA_FILE, load_origin, load_tokenizer
-from megachat.errors import UserError
-from megachat.evals.core_bundle import open_bundle
+from megachat.data.shards import check_data_folder
+from megachat.data.tokenizer import METADATA_FILE
+from megachat.errors import UserError, same_command
 from megachat.files import REPORT_NAME, write_atomically
-from megachat.installation import CHECKOUT, config_folder
+from megachat.installation import CHECKOUT
 from megachat.job.local_job import run_launcher
-from megachat.planning.plan import resolve_plan
 from megachat.prepare.download import HUB_SOURCES, shard_names
-from megachat.prepare.tokenizer_training import check_vocabulary
-from megachat.studies.record import build_record, core_problems, recipe_of, record_text, shard_problems
+from megachat.programs.speedrun_checks import describe_tokenizer, finished, local_bundle, obstacles, unfit_questions
+from megachat.programs.speedrun_recipe import Speedrun
+from megachat.studies.record import build_record, core_problems, has_partial_core
+from megachat.studies.record_text import record_text
 from megachat.studies.runs import is_run, load_run
 from megachat.text import plural
 
-RECIPES = {"nanochat-run6": "speedrun_run6", "public-2026": "speedrun_public", "megachat": "speedrun"}
-SMALL_DEPTH = 8  # models below it are for a CPU, and take row length, batch and horizon from demo.json
-_FROM_DEMO = (
-    *("model.head_size", "model.sequence_len", "data.streams", "batch.tokens", "batch.micro_rows", "horizon.steps"),
-    *("optimizer.scale_to_batch", "optimizer.warmup_steps", "evaluate.every", "evaluate.tokens", "checkpoint.every"),
-)
-_SMALL = (
-    *("precision.fp8=off", "precision.compile=false", "batch.recompute=none"),
-    *("model.vocab_size=4096", "evaluate.core_every=0"),
-)
 TOKENIZER_SHARDS = 8  # of climbmix, as nanochat: more than the 2e9 characters that are read
 CLIMBMIX_SHARD_BYTES = 100e6  # of a shard of climbmix, by nanochat's runs/speedrun.sh
-RECORD_NAME = "record.md"
+DRAFT_HINT = "with --draft it trains anyway, and ends with the text of a record that is marked as none"
 Start = Callable[[list[str]], int]  # runs `megachat ARGUMENTS` and returns its exit status
-
-
-@dataclass(frozen=True)
-class Speedrun:
-    """What is trained and where. settings: overrides of the recipe's config, for all runs.
-
-    shards: to download, None for a data folder that exists. ranks: of the training, None where a plan names a machine.
-    """
-
-    recipe: str
-    settings: tuple[str, ...] = ()
-    runs: int = 1
-    shards: int | None = 170
-    ranks: int | None = None
-
-    @property
-    def config_file(self) -> Path:
-        return config_folder() / f"{RECIPES[self.recipe]}.json"
-
-    @property
-    def name(self) -> str:
-        """The record's name: of the recipe, and of the depth if that is another."""
-        depth, recipe_depth = (config.model.depth for config in (self.config, load_config(self.config_file)))
-        return f"speedrun-{self.recipe}" + (f"-d{depth}" if depth != recipe_depth else "")
-
-    @property
-    def config(self) -> Config:
-        return load_config(self.config_file, self.settings)
-
-    def settings_of(self, run: int) -> list[str]:
-        """Returns the overrides of a run, counted from 0; the runs have different seeds."""
-        seed = self.config.run.seed + run
-        return [*self.settings, f"run.name={self.name}-{run + 1}", f"run.seed={seed}"]
-
-    def folder_of(self, run: int) -> Path:
-        """Returns the run folder."""
-        return Path(self.config.run.folder) / f"{self.name}-{run + 1}"
-
-
-def settings_of_depth(recipe: str, depth: int) -> list[str]:
-    """Returns the overrides of another depth than the recipe's; of a small one also those that a CPU needs."""
-    ngram = load_config(config_folder() / f"{RECIPES[recipe]}.json").ngram
-    settings = [f"model.depth={depth}"]
-    if ngram.blocks:
-        settings.append(f"ngram.blocks={_dumps([block for block in ngram.blocks if block < depth] or [0])}")
-    if depth >= SMALL_DEPTH:
-        return settings
-    demo = load_config(config_folder() / "demo.json").model_dump(mode="json")
-    settings += [f"{key}={_dumps(demo[key.partition('.')[0]][key.partition('.')[2]])}" for key in _FROM_DEMO]
-    return settings + list(_SMALL) + (["ngram.rows=4096", "ngram.width=null"] if ngram.blocks else [])
-
-
-def _dumps(value: object) -> str:
-    return json.dumps(value, separators=(",", ":"))  # pdsh would split at a blank
 
 
 @dataclass(frozen=True)
@@ -108,24 +42,12 @@ class Stage:
 def stages(speedrun: Speedrun) -> Iterator[Stage]:
     """Yields the stages in order, each looked at when the one before it has ended. Raises UserError."""
     config = speedrun.config
-    if config.evaluate.core_bundle:
-        open_bundle(config.evaluate.core_bundle)  # refused before days of training
     folder, tokenizer = Path(config.data.folder), Path(config.data.tokenizer)
-    if config.model.vocab_size is None:
-        raise UserError("model.vocab_size is null, but the tokenizer needs a size: leave it as the recipe has it")
-    if speedrun.ranks:
-        resolve_plan(config, speedrun.ranks, config.model.vocab_size)  # a layout that does not fit is refused now
-    if not (tokenizer / METADATA_FILE).exists():
-        there = split_shards(open_shards(folder), "train") if speedrun.shards is None else ()
-        check_vocabulary(config.model.vocab_size, there)
     if speedrun.shards is None:
-        summary = str(check_data_folder(folder))
-        if problems := shard_problems(shard_hashes(folder)["shards"]):  # before a training whose record is refused
-            raise UserError("\n".join(f"{folder}: {problem}" for problem in problems))
-        yield Stage("data", summary, [])
+        yield Stage("data", str(check_data_folder(folder)), [])
     else:  # the command itself keeps what is complete
-        shards = str(speedrun.shards)
-        yield Stage("data", "", ["data", "--source", "climbmix", "--shards", shards, "--out", str(folder)])
+        download = ["data", "--source", "climbmix", "--shards", str(speedrun.shards), "--out", str(folder)]
+        yield Stage("data", "", download + (["--base-url", speedrun.base_url] if speedrun.base_url else []))
     done = describe_tokenizer(tokenizer, config) if (tokenizer / METADATA_FILE).exists() else ""
     training = ["tokenizer", "--data", str(folder), "--vocab-size", str(config.model.vocab_size)]
     if speedrun.shards:  # the same tokenizer however many are downloaded
@@ -135,45 +57,25 @@ def stages(speedrun: Speedrun) -> Iterator[Stage]:
         run_folder = speedrun.folder_of(run)
         chosen = [word for setting in speedrun.settings_of(run) for word in ("--set", setting)]
         pretrain = ["pretrain", "--config", str(speedrun.config_file), *chosen, "--resume", "auto"]
-        trained = finished(run_folder, load_config(speedrun.config_file, speedrun.settings_of(run)))
+        trained = finished(run_folder, speedrun.config_of(run))
         yield Stage(f"training {run_folder.name}", trained, pretrain, ranks=True)
         bundle = [config.evaluate.core_bundle] if config.evaluate.core_bundle else []
         evaluate = ["evaluate", "--checkpoint", str(run_folder), "--core", *bundle]
-        yield Stage(f"CORE of {run_folder.name}", evaluated(run_folder), evaluate, ranks=True)
+        evaluate += [] if speedrun.max_per_task == -1 else ["--max-per-task", str(speedrun.max_per_task)]
+        yield Stage(f"CORE of {run_folder.name}", evaluated(run_folder, speedrun), evaluate, ranks=True)
         yield Stage(f"report of {run_folder.name}", reported(run_folder), ["report", str(run_folder)])
 
 
-def describe_tokenizer(folder: Path, config: Config) -> str:
-    """Returns where a tokenizer comes from. Raises UserError if it has not the recipe's vocabulary."""
-    size, origin = load_tokenizer(folder).vocab_size, load_origin(folder)
-    if size != config.model.vocab_size:
-        raise UserError(f"{folder} has {size} tokens, not {config.model.vocab_size}: give another --tokenizer")
-    shards = origin.get("shards")
-    return f"{folder} exists, trained on {f'{len(shards)} shards' if shards else 'a whole data folder'}"
-
-
-def finished(run_folder: Path, config: Config) -> str:
-    """Returns that a run is finished, or "". Raises UserError if it was trained with another recipe."""
-    run = load_run(run_folder) if is_run(run_folder) else None
-    if run is None or run.state != "finished":
+def evaluated(run_folder: Path, speedrun: Speedrun) -> str:
+    """Returns that the last step has a CORE that a record accepts, or that the draft requests, or ""."""
+    if not is_run(run_folder):
         return ""
-    trained, wanted = recipe_of(run.config), recipe_of(config.model_dump(mode="json", exclude_defaults=True))
-    for key in sorted(trained.keys() | wanted.keys()):
-        if trained.get(key) != wanted.get(key):
-            raise UserError(
-                f"{run_folder} was trained with {key}={_recipe_text(trained, key)}, not "
-                f"{_recipe_text(wanted, key)}: give another --set run.folder, or remove that run"
-            )
-    return f"all {run.plan['steps']} steps are done"
-
-
-def _recipe_text(recipe: dict, key: str) -> str:
-    return json.dumps(recipe[key]) if key in recipe else "its default"
-
-
-def evaluated(run_folder: Path) -> str:
-    """Returns that the last step has a CORE that a record accepts, or ""."""
-    return "evaluated" if is_run(run_folder) and not core_problems(load_run(run_folder)) else ""
+    run = load_run(run_folder)
+    if not core_problems(run):
+        return "evaluated"
+    bundle = local_bundle(speedrun.config)
+    partial = speedrun.draft and bundle and has_partial_core(run, speedrun.max_per_task, bundle.digest)
+    return "evaluated for a draft" if partial else ""
 
 
 def reported(run_folder: Path) -> str:
@@ -190,30 +92,49 @@ def run_speedrun(speedrun: Speedrun, start: Start, start_ranks: Start) -> int:
 
     start: runs a command in this process. start_ranks: on all ranks. Raises UserError.
     """
+    known, ready = obstacles(speedrun), False
+    _report_obstacles(known, speedrun)
     for stage in stages(speedrun):
         if stage.done:
             print(f"== {stage.name}: {stage.done}", flush=True)
             continue
+        if stage.ranks and not ready:  # the tokenizer is there: before hours of training
+            _report_obstacles([problem for problem in unfit_questions(speedrun) if problem not in known], speedrun)
+            ready = True
         print(f"== {stage.name}: megachat {shlex.join(stage.arguments)}", flush=True)
         if status := (start_ranks if stage.ranks else start)(stage.arguments):
-            print(f"== {stage.name} ended with status {status}: the same command continues here", flush=True)
+            print(f"== {stage.name} ended with status {status}: {same_command('speedrun')} continues here", flush=True)
             return status
-    record = build_record([load_run(speedrun.folder_of(run)) for run in range(speedrun.runs)])
-    path = Path(speedrun.config.run.folder) / f"{speedrun.name}.{RECORD_NAME}"
+    record = build_record([load_run(speedrun.folder_of(run)) for run in range(speedrun.runs)], draft=speedrun.draft)
+    path = speedrun.text_file(draft=bool(record["problems"]))
     write_atomically(path, record_text(record, speedrun.name).encode() + b"\n")
-    print(f"== record: {path}\n\n{path.read_text(encoding='utf-8')}", end="", flush=True)
+    kind = "draft, which is no record" if record["problems"] else "record"
+    print(f"== {kind}: {path}\n\n{path.read_text(encoding='utf-8')}", end="", flush=True)
     return 0
 
 
-def describe_speedrun(speedrun: Speedrun, price: float | None = None) -> str:
+def _report_obstacles(problems: list[str], speedrun: Speedrun) -> None:
+    """Prints what a record will refuse, before a draft. Raises UserError where a record is requested."""
+    lines = [f"no record can come of this: {problem}" for problem in problems]
+    if lines and not speedrun.draft:
+        raise UserError("\n".join([*lines, DRAFT_HINT]))
+    for line in lines:
+        print(f"== {line}", flush=True)
+
+
+def describe_speedrun(speedrun: Speedrun, problems: Sequence[str] = (), price: float | None = None) -> str:
     """Returns the stages and which of them are done, what is downloaded, and what the plan that follows is about, as
-    lines of text. Nothing is started. price: of a GPU-hour, if the plan has one.
+    lines of text. Nothing is started. problems: `obstacles`. price: of a GPU-hour, if the plan has one.
     """
     lines = []
     for stage in stages(speedrun):
         command = f"megachat {shlex.join(stage.arguments)}" + (" (on all ranks)" if stage.ranks else "")
         lines.append(f"{stage.name}: {f'done, {stage.done}' if stage.done else command}")
-    lines.append(f"record: {speedrun.config.run.folder}/{speedrun.name}.{RECORD_NAME}")
+    lines += [f"no record can come of this: {problem}" for problem in problems]
+    if speedrun.draft or not problems:
+        lines.append(f"{'draft' if problems else 'record'}: {speedrun.text_file(draft=bool(problems))}")
+    else:
+        lines.append(f"so nothing would be started; {DRAFT_HINT}")
     if speedrun.shards:
         names = shard_names(HUB_SOURCES["climbmix"], speedrun.shards)
         missing = sum(not (Path(speedrun.config.data.folder) / name).exists() for name in names)

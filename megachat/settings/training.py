@@ -119,7 +119,8 @@ class OptimizerConfig(Section):
     )
     qk_clip: float = setting(
         0.0,
-        "largest attention logit that the learned scales of queries and keys may allow; 0: off",
+        "largest attention logit that the learned scales of queries and keys may allow; it needs query and key in "
+        "model.norm_scales, because logits of normed queries and keys without scales are bounded; 0: off",
         ge=0,
         most=Most(1e6, "such a logit clips nothing; 0 is off"),
     )

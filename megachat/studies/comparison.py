@@ -56,6 +56,28 @@ def compare_curves(first: Sequence[RunRecord], second: Sequence[RunRecord], key:
     }
 
 
+def compare_last(
+    first: Sequence[RunRecord], second: Sequence[RunRecord], key: str = "val/bpb"
+) -> dict[str, Any] | None:
+    """Returns the last values as JSON values, and why curves cannot be compared, where a run has a single value.
+
+    None if every run has a curve, or one has no value at all.
+    """
+    values = {run.folder: run.values(key) for run in (*first, *second)}
+    short = [folder for folder, recorded in values.items() if len(recorded) == 1]
+    if not short or not all(values.values()):
+        return None
+    often = "validate more often (evaluate.every)" if key.startswith("val/") else "train longer"
+    return {
+        "runs": [[str(run.folder) for run in side] for side in (first, second)],
+        "metric": key,
+        "last": [[values[run.folder][-1] for run in side] for side in (first, second)],
+        "no_curve": f"{short[0]} has one value of {key}, and a curve needs 2: {often}",
+        "verdict": "cannot tell",
+        "warnings": fairness_warnings(first, second),
+    }
+
+
 def _curve(run: RunRecord, key: str) -> Curve:
     try:
         return curve_of(run.lines, key)
@@ -128,6 +150,19 @@ def curve_lines(comparison: dict[str, Any]) -> list[str]:
             "give several seeds per side"
         )
     return lines + [f"warning: {text}" for text in comparison["warnings"]]
+
+
+def last_lines(comparison: dict[str, Any]) -> list[str]:
+    """Returns the comparison of last values as lines of text."""
+    names = [", ".join(Path(run).name for run in side) for side in comparison["runs"]]
+    lasts = [sum(side) / len(side) for side in comparison["last"]]
+    rows = [(comparison["metric"], "last"), *zip(names, (f"{last:.4f}" for last in lasts), strict=True)]
+    return [
+        *text_table(rows, right=(1,)),
+        f"{names[1]} ends {lasts[1] - lasts[0]:+.4f} from {names[0]}; whether that is more than noise cannot be told",
+        f"curves are not compared: {comparison['no_curve']}",
+        *(f"warning: {text}" for text in comparison["warnings"]),
+    ]
 
 
 def _short_fact(value: object) -> str:

@@ -13,13 +13,11 @@ from typing import Any
 
 from megachat.config import Config
 from megachat.errors import UserError
-from megachat.evals.comparison import compare_with_gpt2, stamp_of
-from megachat.evals.core_bundle import CORE_TASKS
-from megachat.evals.results import error_text, load_results, newest_results
-from megachat.evals.uncertainty import GPT2_CORE
+from megachat.evals.comparison import compare_with_gpt2, mean_of_tasks, stamp_of
+from megachat.evals.core_bundle import CORE_TASKS, Bundle
+from megachat.evals.results import core_command, load_results, newest_results
 from megachat.planning.step_time import UNTIMED_STEPS
-from megachat.studies.runs import RunRecord, flat_config, given_twice, read_starts
-from megachat.text import markdown_table, plural
+from megachat.studies.runs import RunRecord, flat_config, given_twice, read_starts, resumed_with
 
 # Settings that change neither the result nor what is timed: names, places, logs, saving, evaluations during training.
 _FREE_SECTIONS = ("run.", "log.", "checkpoint.", "evaluate.")
@@ -42,29 +40,37 @@ _EQUAL = {
 }
 
 
-def build_record(runs: Sequence[RunRecord]) -> dict[str, Any]:
+def build_record(runs: Sequence[RunRecord], *, draft: bool = False) -> dict[str, Any]:
     """Returns the record of the runs as JSON values.
 
     Raises UserError with one sentence for each piece of evidence that is missing, or that differs between the runs.
+    draft: these sentences are `problems` of the values instead, if time, bits per byte and an evaluation of CORE's
+    tasks are there.
     """
-    problems = [f"{folder} is given twice: give each run once" for folder in given_twice([run.folder for run in runs])]
-    gathered = []
+    twice = [f"{folder} is given twice: give each run once" for folder in given_twice([run.folder for run in runs])]
+    problems, gathered = list(twice), []
     for run in runs:
         evidence, missing = gather_evidence(run)
         gathered.append(evidence)
         problems += missing
-    if not problems:
-        problems = _unequal_facts(gathered)
-    if problems:
+    problems += [] if twice else _unequal_facts(gathered)
+    if problems and (not draft or twice or not all(map(_has_numbers, gathered))):
         raise UserError("\n".join(problems))
-    core = compare_with_gpt2([(Path(one["core_file"]), load_results(Path(one["core_file"]))) for one in gathered])
+    side = [(Path(one["core_file"]), load_results(Path(one["core_file"]))) for one in gathered]
+    core = mean_of_tasks(side) if problems else compare_with_gpt2(side)
     return {
+        "problems": problems,
         "runs": gathered,
         "minutes": _mean_and_deviation([one["minutes"] for one in gathered]),
         "gpu_hours": _mean_and_deviation([one["gpu_hours"] for one in gathered]),
         "bpb": _mean_and_deviation([one["bpb"] for one in gathered]),
         "core": {**_mean_and_deviation([one["core"] for one in gathered]), **core},
     }
+
+
+def _has_numbers(evidence: Mapping[str, Any]) -> bool:
+    """Returns whether a draft can show the run."""
+    return all(evidence.get(key) for key in ("minutes", "core_file", "world", "tokenizer_fingerprint", "shards"))
 
 
 def _mean_and_deviation(values: list[float]) -> dict[str, Any]:
@@ -84,10 +90,11 @@ def gather_evidence(run: RunRecord) -> tuple[dict[str, Any], list[str]]:
     for values, missing in parts:
         evidence |= values
         problems += [f"{run.folder}: {text}" for text in missing]
-    if not problems:
+    if _has_numbers(evidence):
         evidence["gpu_hours"] = evidence["minutes"] / 60 * evidence["world"]
-        if (core := evidence["core_tokenizer"]) != evidence["tokenizer_fingerprint"]:
-            problems.append(f"{run.folder}: CORE was evaluated with another tokenizer ({core[:12]}): evaluate again")
+    core = evidence.get("core_tokenizer")
+    if core and core != evidence.get("tokenizer_fingerprint", core):
+        problems.append(f"{run.folder}: CORE was evaluated with another tokenizer ({core[:12]}): evaluate again")
     return evidence, problems
 
 
@@ -107,12 +114,13 @@ def _training(run: RunRecord) -> tuple[dict[str, Any], list[str]]:
     if steps is None:
         return {}, ["plan.json has no number of steps: the run folder is damaged"]
     if run.step < steps:
-        return {}, [f"it has done {run.step} of {steps} steps: finish it with --resume auto"]
-    if steps <= UNTIMED_STEPS:
-        return {}, [f"it has {steps} steps, and the clock counts those after the first {UNTIMED_STEPS}: train longer"]
+        return {}, [f"it has done {run.step} of {steps} steps: finish it with {resumed_with(run.folder)}"]
+    if problem := horizon_problem(steps):
+        return {}, [f"it {problem}"]
     last = [line for line in run.lines if line["step"] == steps and "val/bpb" in line]
     if not last or "total_training_time" not in last[-1]:
-        return {}, ["metrics.jsonl has no validation at the last step: resume it with --resume auto, which runs it"]
+        again = resumed_with(run.folder)
+        return {}, [f"metrics.jsonl has no validation at the last step: resume it with {again}, which runs it"]
     dims, tokens = plan["dims"], plan["evaluation_rows"] * plan["dims"]["sequence_len"]
     data = _config(run).data
     rows = {"tokens": tokens, "sequence_len": dims["sequence_len"]}
@@ -129,6 +137,13 @@ def _training(run: RunRecord) -> tuple[dict[str, Any], list[str]]:
         "parameters": plan["parameters"]["total"],
         "skipped_steps": sum(run.values("train/skipped")),
     }, []
+
+
+def horizon_problem(steps: int) -> str | None:
+    """Returns why a record cannot have a time of so many steps, or None."""
+    if steps > UNTIMED_STEPS:
+        return None
+    return f"has {steps} steps, and the clock counts those after the first {UNTIMED_STEPS}: train longer"
 
 
 def _start(run: RunRecord) -> tuple[dict[str, Any], list[str]]:
@@ -218,9 +233,29 @@ def core_problems(run: RunRecord) -> list[str]:
     return _core_evidence(run)[1]
 
 
+def has_partial_core(run: RunRecord, max_per_task: int, digest: str) -> bool:
+    """Returns whether the run's newest evaluation is that of a draft: of the last step, with so many examples per task
+    (-1: all), of the bundle with this digest.
+    """
+    values, _ = _core_evidence(run)
+    of_draft = {"core_step": run.plan.get("steps"), "core_limit": max_per_task, "bundle_digest": digest}
+    return all(values.get(key) == value for key, value in of_draft.items())
+
+
+def bundle_problem(bundle: Bundle) -> str | None:
+    """Returns why a record accepts no CORE of a bundle, or None."""
+    if not bundle.missing:
+        return None
+    listed = ", ".join(bundle.missing[:3]) + ", ..." * (len(bundle.missing) > 3)
+    return (
+        f"{len(bundle.missing)} of CORE's {len(CORE_TASKS)} tasks are missing ({listed}), and a record needs all: "
+        "give the full bundle"
+    )
+
+
 def _core_evidence(run: RunRecord) -> tuple[dict[str, Any], list[str]]:
     """Returns CORE of the last step, over all tasks and examples."""
-    again = f"run `megachat evaluate --checkpoint {run.folder} --core`"
+    again = f"run `{core_command(run.folder)}`"
     try:
         file = newest_results(run.folder)
         results = load_results(file)
@@ -230,7 +265,10 @@ def _core_evidence(run: RunRecord) -> tuple[dict[str, Any], list[str]]:
     if results["step"] != run.plan.get("steps"):
         problems.append(f"its newest CORE is of step {results['step']}, not of the last step: {again}")
     if core.get("core_metric") is None:
-        problems.append(f"{file.name} has not all {len(CORE_TASKS)} tasks of CORE: {again} with the full bundle")
+        problems.append(
+            f"{file.name} has not all {len(CORE_TASKS)} tasks of CORE: run `megachat evaluate --checkpoint "
+            f"{run.folder} --core BUNDLE` with a full bundle"
+        )
     if not core["whole"]:
         problems.append(f"{file.name} has not all examples of CORE's tasks: {again}")
     if core.get("crop", True):
@@ -241,7 +279,15 @@ def _core_evidence(run: RunRecord) -> tuple[dict[str, Any], list[str]]:
         for key, value in stamp.items()
         if not value
     ]
-    values = {"core": core.get("core_metric"), "core_file": str(file), "core_deviation": core["deviation"]}
+    values = {
+        "core": core["mean_centered"] if core.get("core_metric") is None else core["core_metric"],
+        "core_file": str(file),
+        "core_deviation": core["deviation"],
+        "core_step": results["step"],
+        "core_limit": core.get("max_per_task"),
+        "core_tasks": len(core["tasks"]),
+        "core_examples": sum(task["examples"] for task in core["tasks"].values()),
+    }
     return {**values, **stamp, "core_tokenizer": stamp["tokenizer"]}, problems
 
 
@@ -250,14 +296,16 @@ def _unequal_facts(gathered: Sequence[Mapping[str, Any]]) -> list[str]:
     first, problems = gathered[0], []
     for other in gathered[1:]:
         for key, name in _EQUAL.items():
+            if None in (first.get(key), other.get(key)):  # which is reported as missing
+                continue
             if other[key] != first[key]:
                 one, two = (_differing_text(each, key, first, other) for each in (first, other))
                 problems.append(
                     f"{first['run']} and {other['run']} differ in {name} ({one}; {two}): a record has "
                     "runs of one recipe, code, data and machine"
                 )
-        same = [key for key in ("minutes", "bpb", "core") if other[key] == first[key]]
-        if len(same) == 3:
+        results = [key for key in ("minutes", "bpb", "core") if key in first and key in other]
+        if "minutes" in results and all(other[key] == first[key] for key in results):
             problems.append(f"{other['run']} is a copy of {first['run']}: equal to the last digit in time and results")
     return problems
 
@@ -266,93 +314,12 @@ def _differing_text(one: Mapping[str, Any], key: str, first: Mapping[str, Any], 
     value = one[key]
     if isinstance(value, dict):
         keys = [name for name in {**first[key], **other[key]} if first[key].get(name) != other[key].get(name)]
-        return ", ".join(f"{name} {_short_value(value.get(name))}" for name in keys[:3])
-    return _short_value(value)
+        return ", ".join(f"{name} {short_value(value.get(name))}" for name in keys[:3])
+    return short_value(value)
 
 
-def _short_value(value: Any) -> str:
+def short_value(value: Any) -> str:
+    """Returns a value of the evidence for people: hashes by their first 12 characters."""
     if value is None:
         return "not set"
     return value[:12] if isinstance(value, str) and _HASH.fullmatch(value) else str(value)
-
-
-# ---- the text
-
-
-def record_text(record: Mapping[str, Any], name: str) -> str:
-    """Returns the record as Markdown for a pull request. name: of the recipe."""
-    runs = record["runs"]
-    first = runs[0]  # what must be equal in all runs is read from it
-    parts = [
-        f"## {name}: {plural(len(runs), 'run')}",
-        "\n".join(markdown_table([("", "value"), *_result_rows(record), *_recipe_rows(runs)])),
-        "\n".join(markdown_table([("run", "minutes", "CORE", "bpb", "seed", "starts"), *map(_run_cells, runs)])),
-    ]
-    if len(runs) == 1:
-        parts.append("One run has no deviation from run to run: the leaderboard's records have several.")
-    shards = "\n".join(f"{digest}  {shard}" for shard, digest in first["shards"].items())
-    parts.append(_details("Settings that differ from the defaults", json.dumps(first["recipe"], indent=1)))
-    parts.append(_details("Shards (SHA-256)", shards))
-    return "\n\n".join(parts)
-
-
-def _result_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Returns (what, value) of the results: time, hardware, CORE and bits per byte."""
-    runs, first, core = record["runs"], record["runs"][0], record["core"]
-    hosts = f" on {plural(first['nodes'], 'node')}" if first["nodes"] else ""
-    layout = " x ".join(f"{axis} {size}" for axis, size in (first["layout"] or {}).items())
-    above = sum(value > GPT2_CORE for value in core["values"])
-    return [
-        ("time, minutes", f"{_with_deviation(record['minutes'], 2)}; training steps after step {UNTIMED_STEPS - 1}"),
-        ("GPU-hours" if first["on_gpus"] else "rank-hours", _with_deviation(record["gpu_hours"], 2)),
-        ("hardware", f"{plural(first['world'], 'rank')}{hosts}, {first['hardware']}; {layout}"),
-        ("CORE", f"{core['core_metric']:.4f} {error_text(core['deviation'], digits=4)}"),
-        (f"against GPT-2's {GPT2_CORE}", f"{core['verdict']['text']}; {above} of {len(runs)} runs above"),
-        ("validation bpb", f"{_with_deviation(record['bpb'], 5)}; {_rows_text(first)}"),
-    ]
-
-
-def _recipe_rows(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """Returns (what, value) of what was trained, and of the code and data that it was trained with."""
-    first, skipped = runs[0], sum(run["skipped_steps"] for run in runs)
-    changed = " with uncommitted changes" if any(run["uncommitted_changes"] for run in runs) else ""
-    training = f"{first['steps']:,} steps, {first['tokens']:,} tokens, {first['flops']:.3e} FLOPs; {skipped} skipped"
-    return [
-        ("model", f"depth {first['depth']}, {first['parameters']:,} parameters, vocabulary {first['vocab_size']:,}"),
-        ("training", training),
-        ("tokenizer", f"`{first['tokenizer_fingerprint']}`, {_origin_text(first['tokenizer_origin'])}"),
-        ("CORE bundle", f"`{first['bundle_digest']}`"),
-        ("harness", f"version {first['harness']}, {first['megachat']}"),
-        ("commit", f"{first['commit']}{changed}"),
-        ("packages", ", ".join(f"{package} {version}" for package, version in first["packages"].items())),
-        ("shards", f"{len(first['shards'])}, the last one for validation; hashes below"),
-    ]
-
-
-def _run_cells(run: Mapping[str, Any]) -> tuple[str, ...]:
-    numbers = (f"{run['minutes']:.2f}", f"{run['core']:.6f}", f"{run['bpb']:.6f}")
-    return Path(run["run"]).name, *numbers, str(run["seed"]), str(run["starts"])
-
-
-def _with_deviation(spread: Mapping[str, Any], digits: int) -> str:
-    deviation = spread["run_deviation"]
-    return f"{spread['mean']:.{digits}f}" + (f" +- {deviation:.{digits}f}" if deviation is not None else "")
-
-
-def _rows_text(run: Mapping[str, Any]) -> str:
-    rows, different = f"{run['validation_rows']:,} rows", run["row_differences"]
-    if not different:
-        return f"{rows}, the leaderboard's"
-    listed = ", ".join(f"{key} {value} in place of {wanted}" for key, (value, wanted) in different.items())
-    return f"{rows}, not the leaderboard's: {listed}"
-
-
-def _origin_text(origin: dict[str, Any]) -> str:
-    shards = list(origin.get("shards") or ())
-    values = origin | ({"shards": f"{shards[0]} to {shards[-1]}"} if shards else {})
-    listed = ", ".join(f"{key} {_short_value(value)}" for key, value in values.items())
-    return listed or "of unknown origin"
-
-
-def _details(title: str, text: str) -> str:
-    return f"<details><summary>{title}</summary>\n\n```\n{text}\n```\n\n</details>"

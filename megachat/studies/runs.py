@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megachat.checkpoint.facts import FACTS_NAME, checkpoint_step, read_facts
-from megachat.errors import UserError
+from megachat.errors import RESUME_AUTO, UserError, same_command
 from megachat.evals.results import find_newest_results, load_results
 from megachat.files import (
     CHECKPOINTS,
@@ -106,7 +106,7 @@ def state_text(run: RunRecord) -> str:
     steps, stop = run.plan.get("steps", 0), run.plan.get("stop_step", 0)
     place, saved = f"at step {run.step:,} of {steps:,}", complete_checkpoints(run.folder)
     whole = f"finished: all {steps:,} steps are done"
-    again = "start it again with --resume auto"
+    again = f"start it again with {resumed_with(run.folder)}"
     if run.state == "crashed":
         kept = f"to continue from its newest checkpoint, of step {max(saved):,}" if saved else "to begin again"
         return f"crashed {place}{'' if saved else ' without a checkpoint'}: {again} {kept}"
@@ -149,6 +149,13 @@ def read_starts(folder: Path) -> list[dict[str, Any]]:
 def newest_start(folder: Path) -> dict[str, Any]:
     """Returns what environment.json has of the last start of the run; {} if it cannot be read."""
     return next(reversed(read_starts(folder)), {})
+
+
+def resumed_with(folder: Path) -> str:
+    """Returns what continues a run, for messages: --resume auto, or the command that has started `pretrain`."""
+    words = newest_start(folder).get("command") or []
+    place = words.index("--started-by") + 1 if "--started-by" in words else len(words)
+    return same_command(words[place]) if place < len(words) else RESUME_AUTO
 
 
 def given_twice(folders: Sequence[Path]) -> list[Path]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from megachat.activity import duration
 from megachat.config import Config
 from megachat.console import styled
+from megachat.errors import RESUME_AUTO, continued_with
 from megachat.files import CONFIG_NAME, readable_metrics
 from megachat.kernels.choice import Kernels
 from megachat.planning.plan import Plan
@@ -130,6 +131,8 @@ def next_commands(trainer: Trainer, launcher: str, local_ranks: int, *, stopped:
     generate = f'{program} generate --checkpoint {folder} --prompt "..."'
     if finished and not stopped:
         return [generate, evaluate, f"{program} inspect {folder}"]
+    if (again := continued_with()) != RESUME_AUTO:
+        return [again, generate, f"{program} inspect {folder}"]
     config = shlex.quote(str(run.folder / CONFIG_NAME)) + ("" if stopped else " --set horizon.stop_step=null")
     if world == 1:
         start = program
@@ -147,9 +150,9 @@ def log_end(trainer: Trainer, rows: Sequence[tuple[str, str]], commands: Sequenc
     best = "" if state.min_val_bpb is None else f", best validation bpb {state.min_val_bpb:.6f}"
     end = f"finished step {state.step}{best}"
     if state.step < (steps := trainer.run.plan.steps):
-        end = f"stopped at horizon.stop_step, after step {state.step} of {steps}{best}: --resume auto continues"
+        end = f"stopped at horizon.stop_step, after step {state.step} of {steps}{best}: {continued_with()} continues"
     if stopped:
-        end = f"stopped after step {state.step}, which is saved: continue with --resume auto"
+        end = f"stopped after step {state.step}, which is saved: continue with {continued_with()}"
     log(styled(end, "bold"))
     table = text_table([(f"  {label}", text) for label, text in rows])
     for line in (*table, "next:", *(f"  {command}" for command in commands)):

@@ -32,7 +32,10 @@ LONG = {"horizon": {"steps": 5000}, "evaluate": {"every": 1, "prompts": []}, "ch
 def test_a_stop_costs_nothing(world, rank, number, place):
     name = f"stopped_{world}_{rank}_{number.name}"
     run = place.runs / name
-    with Ranks(command(place, name, config=LONG), world) as ranks:
+    by_speedrun = number == signal.SIGUSR1
+    started_by = ["--started-by", "speedrun"] if by_speedrun else []
+    again = "the same `megachat speedrun` command" if by_speedrun else "--resume auto"
+    with Ranks(command(place, name, *started_by, config=LONG), world) as ranks:
         until(lambda: not ranks.alive or (run / "metrics.jsonl").exists() and len(metrics(run)) > 6, "step 3")
         os.kill(ranks.pids[rank], number)
         assert ranks.end() == [SAVED_STATUS] * world, ranks.printed
@@ -44,13 +47,14 @@ def test_a_stop_costs_nothing(world, rank, number, place):
     saved, _ = newest_complete(run / "checkpoints")
     step = facts(saved)["step"]
     assert (
-        f"stopped after step {step}, which is saved: continue with --resume auto" in ranks.out
+        f"stopped after step {step}, which is saved: continue with {again}" in ranks.out
         and facts(saved)["loop"]["pending"][0] == "validation"
     )
     summary = ranks.out.partition("which is saved")[2]
     assert f" in {step} steps" in summary and f"run folder      {run}\n" in summary
     continued = "pretrain --config" if world == 1 else "the command that started the job"
-    assert re.search(rf"\nnext:\n  .*{continued}.* --resume auto\n", summary), summary
+    continued = again if by_speedrun else rf".*{continued}.* {again}"
+    assert re.search(rf"\nnext:\n  {continued}\n", summary), summary
     assert max(bits_per_byte(run)) == step - 1 and max(losses(run)) == step - 1
     until_step = {"horizon": LONG["horizon"] | {"stop_step": step + 2}}
     train(place, name, "--resume", "auto", world=world, config=LONG | until_step)
@@ -77,12 +81,12 @@ def test_a_step_that_takes_too_long_is_not_waited_for(place):
 
 def test_before_it_trains_a_job_ends_at_once(place):
     port = free_port()
-    program = command(place, "early", config={"parallel": {"rendezvous_s": 600}})
+    program = command(place, "early", "--started-by", "speedrun", config={"parallel": {"rendezvous_s": 600}})
     with Ranks(program, 2, start=[0], variables={"MASTER_PORT": str(port)}) as job:
         until(lambda: not job.alive or listens(job.pids[0], port), "rank 0 to listen")
         os.kill(job.pids[0], signal.SIGUSR1)
         assert job.end() == [STOPPED_STATUS], job.printed
-    assert "received SIGUSR1, so the job stops" in job.errors[0]
+    assert "SIGUSR1, so the job stops: continue with the same `megachat speedrun` command" in job.errors[0]
     assert not (place.runs / "early").exists()
 
 

@@ -2,6 +2,8 @@
 and with published runs."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -165,6 +167,32 @@ def test_published_runs_are_predicted_within_ten_percent(name):
     tolerance = 0.005 if name == "run 6" else 0.10  # the share of FP8 products is what run 6 needs
     assert predicted_minutes(settings) == pytest.approx(minutes, rel=tolerance)
     assert MEGACHAT.logit_bytes > NANOCHAT.logit_bytes
+
+
+SPEEDRUNS = {  # a row of docs/speedrun.md -> config, settings, settings of nanochat's implementation if others
+    "nanochat-run6": ("speedrun_run6", [], []),
+    "public-2026": ("speedrun_public", [], ["batch.recompute=none"]),
+    "public-2026, 16 rows, no recomputation": ("speedrun_public", ["batch.micro_rows=16", "batch.recompute=none"], []),
+    "megachat": ("speedrun", [], None),
+    "megachat, 16 rows, no recomputation": ("speedrun", ["batch.micro_rows=16", "batch.recompute=none"], None),
+}
+
+
+@pytest.mark.parametrize("row", SPEEDRUNS)
+def test_the_planned_times_of_the_speedrun_are_those_of_its_page(row):
+    name, settings, implementation = SPEEDRUNS[row]
+    page = Path("docs/speedrun.md").read_text(encoding="utf-8")
+    (line,) = [line for line in page.splitlines() if line.startswith(f"| {row} | ")][-1:]
+    shown = [re.findall(r"[0-9.]+", cell)[:1] for cell in line.split("|")[2:6]]
+
+    def minutes(gpus: str, rules, more: list[str]) -> float:
+        machine, config = parse_gpus(gpus), load_config(f"configs/{name}.json", [*settings, *more])
+        plan = resolve_plan(config, machine.world, config.model.vocab_size)
+        return 60 * predict_run(config, plan, machine, rules=rules).clock_hours
+
+    assert shown[:2] == [[f"{minutes(gpus, MEGACHAT, []):.0f}"] for gpus in ("8xH100", "2x8xH100")]
+    assert shown[2] == ([] if implementation is None else [f"{minutes('8xH100', NANOCHAT, implementation):.1f}"])
+    assert shown[3] == {"nanochat-run6": ["99.0"], "public-2026": ["81.84"]}.get(row, [])
 
 
 def test_pipeline_stages_that_send_between_nodes_are_slower():

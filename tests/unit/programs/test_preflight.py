@@ -57,7 +57,7 @@ def test_time_and_price_where_the_speeds_are_known(tmp_path):
     """Of a named GPU, of a probe and of log.probe; a price without a time is refused."""
     text = describe_job(CONFIG, 8, Hardware(80, "H100", price=2.0)).splitlines()
     assert text[1].startswith("time: ") and "by the data sheet of H100" in text[1] and "(assumed)" in text[1]
-    assert text[2].startswith("price: ")
+    assert text[2].startswith("price: ") and text[3].endswith(" h, without the first 11 steps, evaluation and saving")
     time = job_values(CONFIG, 8, Hardware(80, "H100", price=2.0))["time"]
     step = predict_run(CONFIG, resolve_plan(CONFIG, 8, 97), parse_gpus("8xH100"))
     assert time["step_sec"] == step.step.total and time["price"] == pytest.approx(time["wall_hours"] * 8 * 2)
@@ -75,7 +75,12 @@ def test_time_and_price_where_the_speeds_are_known(tmp_path):
 def test_the_verdict_is_first():
     lines = describe_job(CONFIG, 1, Hardware(80)).splitlines()
     assert lines[0].startswith("fits: ") and lines[0].endswith(" of 80.0 GB per rank; 2 problems on this machine")
-    assert [line[:7] for line in lines[2:4]] == ["PROBLEM"] * 2 and len(lines) < 15
+    assert lines[1].startswith(
+        "time and price: not predicted, because the speed of 1 rank on this machine is not known"
+    )
+    assert [line[:7] for line in lines[3:5]] == ["PROBLEM"] * 2 and len(lines) < 15
+    made = describe_job(CONFIG, 1, Hardware(80), made={"tokenizer": "trained before"})
+    assert "; 1 problem on this machine" in made and "\nok      tokenizer: trained before\n" in made
     assert job_values(CONFIG, 1)["time"] is None or torch.cuda.is_available()
     assert describe_job(CONFIG, 1, Hardware(0.01)).startswith("does not fit: ")
     verdict = describe_job(CONFIG.changed("reliability", hash_every=1), 1, Hardware(80)).splitlines()[0]

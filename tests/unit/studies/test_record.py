@@ -13,7 +13,8 @@ from megachat.evals.core_bundle import CORE_TASKS
 from megachat.evals.results import evaluation_stamp, results_path
 from megachat.planning.explain import plan_values
 from megachat.planning.plan import resolve_plan
-from megachat.studies.record import build_record, record_text
+from megachat.studies.record import build_record, has_partial_core
+from megachat.studies.record_text import record_text
 from megachat.studies.runs import load_run
 from tests.unit.evals.test_comparison import evaluated
 
@@ -176,6 +177,64 @@ def test_core_needs_all_tasks_and_several_mistakes_are_all_named(make):
         recorded(folder)
     commit, tasks = str(error.value).splitlines()
     assert "no commit" in commit and "has not all 22 tasks of CORE" in tasks
+
+
+def test_a_copy_is_named_while_core_is_missing_and_a_command_has_the_bundle(make):
+    def without_core(parts):
+        parts["core"].clear()
+        parts["config"]["evaluate"] = {"core_bundle": "my bundle"}
+        parts["environment"][0]["command"] = ["pretrain.py", "--started-by", "speedrun"]
+
+    def unfinished(parts):
+        without_core(parts)
+        parts["metrics"] = parts["metrics"][:1]
+        parts["plan"]["steps"] = 40
+
+    one, two = make("one", change=without_core), make("two", change=without_core)
+    with pytest.raises(UserError) as error:
+        recorded(one, two)
+    *missing, copied = str(error.value).splitlines()
+    assert [line.partition(" --core ")[2] for line in missing] == ["'my bundle'` first"] * 2
+    assert copied.startswith(f"{two} is a copy of {one}: ")
+    with pytest.raises(UserError, match="20 of 40 steps: finish it with the same `megachat speedrun` command"):
+        recorded(make("half", change=unfinished))
+
+
+def partial(parts):
+    """CORE of seven tasks."""
+    core = parts["core"]["core"]
+    core["tasks"] = {label: core["tasks"][label] for label in CORE_TASKS[:7]}
+    core |= {"core_metric": None, "verdict": None, "missing": list(CORE_TASKS[7:]), "mean_centered": 0.125}
+    core["max_per_task"] = 50
+
+
+def test_a_draft_is_no_record(make, capsys):
+    folders = [make("a", 120.0, partial), make("b", 126.0, partial, seed=2)]
+    with pytest.raises(UserError, match="a: step_000020.json has not all 22 tasks of CORE"):
+        recorded(*folders)
+    cli._run(["record", *map(str, folders), "--draft", "--name", "ours"])
+    text = capsys.readouterr().out.rstrip("\n")
+    cli._run(["record", *map(str, folders), "--draft", "--json"])
+    record = json.loads(capsys.readouterr().out)
+    assert len(record["problems"]) == 2 and record["core"]["mean"] == 0.125 and "verdict" not in record["core"]
+    assert text == record_text(record, "ours")
+    title, heading, reasons, table, *_ = text.split("\n\n")
+    assert title == "## NOT A RECORD, a draft of ours: 2 runs" and heading == "A record refuses these runs:"
+    assert [line.partition(": ")[0] for line in reasons.splitlines()] == [f"- {folder}" for folder in folders]
+    assert "| mean of 7 of CORE's 22 tasks | 0.1250 +- " in table and "examples; not judged |" in table
+    assert "GPT-2" not in text and "| time, minutes | 2.05 +- 0.07;" in table
+    run = load_run(folders[0])
+    digest = record["runs"][0]["bundle_digest"]
+    requests = [(50, digest), (-1, digest), (50, "f" * 64)]
+    assert [has_partial_core(run, *request) for request in requests] == [True, False, False]
+
+
+def test_a_draft_needs_numbers(make):
+    untimed = make("untimed", change=planted("metrics", 1, "total_training_time"))
+    for folders in ([untimed], [make("whole")] * 2, [make("none", change=lambda parts: parts["core"].clear())]):
+        with pytest.raises(UserError):
+            build_record([load_run(folder) for folder in folders], draft=True)
+    assert build_record([load_run(make("record"))], draft=True)["problems"] == []
 
 
 @pytest.mark.parametrize(

@@ -233,6 +233,23 @@ def test_the_command_lists_compares_and_cleans(runs, capsys, monkeypatch):
     assert {run.state for run in find_runs(runs)} == {"finished", "stopped", "crashed", "new"}
 
 
+def test_of_a_run_with_one_value_the_last_values_are_compared(runs, capsys):
+    file = runs / "faster/metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()[:-1]]
+    kept = [line for line in lines if "val/bpb" not in line or line["step"] == 40]
+    file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    cli.start("compare", [str(runs / "base"), str(runs / "faster")], "megachat")
+    out = capsys.readouterr().out
+    last = [0.8 + 2 * (1 + speed * 10) ** -0.5 for speed in (1.0, 1.3)]
+    assert f"faster   {last[1]:.4f}\nfaster ends {last[1] - last[0]:+.4f} from base; whether that is more than" in out
+    assert f"{runs}/faster has one value of val/bpb, and a curve needs 2: validate more often (evaluate.every)" in out
+    cli.start("compare", [str(runs / "base"), str(runs / "faster"), "--json"], "megachat")
+    curves = json.loads(capsys.readouterr().out)["curves"]
+    assert curves["verdict"] == "cannot tell" and curves["last"] == [[pytest.approx(value)] for value in last]
+    with pytest.raises(UserError, match="fresh: 0 values"):
+        cli.start("compare", [str(runs / "fresh"), str(runs / "faster")], "megachat")
+
+
 @pytest.mark.parametrize(
     "words, problem",
     [

@@ -70,7 +70,7 @@ def test_another_tokenizer_is_refused_unless_overwritten(tmp_path, data, capsys)
         (["--import-nanochat", "nowhere"], "tokenizer.pkl is missing"),
         (["--data", "nowhere"], "nowhere does not exist"),
         (["--data", "DATA", "--vocab-size", 264], "264 tokens is too small"),
-        (["--data", "DATA", "--vocab-size", 3000], "give more text or --vocab-size"),
+        (["--data", "DATA", "--vocab-size", 3000], "give more text, or give --vocab-size"),
         (["--data", "DATA", "--vocab-size", 30000], "bytes, too few for a vocabulary of 30,000 tokens"),
         (["--data", "DATA", "--max-chars", 0], "--max-chars is 0"),
     ],
@@ -99,15 +99,15 @@ def test_a_stated_range_of_shards_is_what_it_learns_from_and_is_recorded(tmp_pat
     assert "another tokenizer" in refused(capsys, "--data", data, "--shards", "0-2", "--vocab-size", 270, "--out", out)
     (data / "shard_00002.parquet").unlink()
     for given, words in {
-        "0-3": f"{data} lacks shard 2 of 0-3 (the folder has 0 to 4): download what is missing, or give",
+        "0-3": f"{data} lacks shard 2 of 0-3: its train shards are 0 to 1, 3 (4 is for validation); download what is",
         "3-6": "lacks shards 5, 6 of 3-6",
         "3-999999999": "lacks shards 5, 6, 7, 8, 9, 10, ... of 3-999999999",
-        "3-4": "shard_00004.parquet is the last shard of its folder, which is for validation",
+        "3-4": "shard_00004.parquet is the last shard of its folder, which is for validation: its train shards are 0 ",
         "3-1": "--shards is '3-1', but must be two numbers of shards in order, such as 0-7",
         "0:3": "--shards is '0:3', but must be",
     }.items():
         assert words in refused(capsys, "--data", data, "--shards", given, "--out", tmp_path / "no"), given
-    assert "more text or --vocab-size" in refused(
+    assert "(of a speedrun: --set model.vocab_size=" in refused(
         capsys, "--data", data, "--shards", "0", "--vocab-size", 3000, "--out", tmp_path / "no"
     )
     (data / "other_00001.parquet").write_bytes((data / "shard_00001.parquet").read_bytes())

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from megachat.config import Config
+from megachat.errors import start_by
 from megachat.settings import ReliabilityConfig
 from megachat.train import summary
 from megachat.train.check_cost import CheckCost, describe_device_checks
@@ -122,6 +123,16 @@ def test_a_stopped_run_is_continued_by_the_first_command(world, local, launcher,
     log_end(trainer, summary_rows(trainer, 4.0, 20.0), commands, stopped=True)
     assert lines[0].startswith("stopped after step 16, ") and lines[1].startswith("  validation bpb  3.5")
     assert lines[-4:] == ["next:", *(f"  {command}" for command in commands)]
+
+
+def test_a_run_of_the_speedrun_is_continued_by_it(trainer, monkeypatch):
+    monkeypatch.setattr("megachat.errors._continued_with", "")
+    start_by("speedrun")
+    again, lines = "the same `megachat speedrun` command", []
+    assert next_commands(trainer, "deepspeed", 8, stopped=True)[0] == again
+    trainer.metrics = SimpleNamespace(log=lines.append, close_bar=lambda: None)
+    log_end(trainer, [], [], stopped=True)
+    assert lines[0] == f"stopped after step 16, which is saved: continue with {again}"
 
 
 def test_a_run_that_reached_stop_step_is_continued_without_it(trainer):
