@@ -150,8 +150,8 @@ def finished(run_folder: Path, config: Config) -> str:
     for key in sorted(trained.keys() | wanted.keys()):
         if trained.get(key) != wanted.get(key):
             raise UserError(
-                f"{run_folder} was trained with {key}={_recipe_text(trained, key)}, not {_recipe_text(wanted, key)}: give another "
-                "--set run.folder, or remove that run"
+                f"{run_folder} was trained with {key}={_recipe_text(trained, key)}, not "
+                f"{_recipe_text(wanted, key)}: give another --set run.folder, or remove that run"
             )
     return f"all {run.plan['steps']} steps are done"
 
