@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
         return run_with_deepspeed(arguments, options.ranks)
 
     if options.dry_run:
-        return _plan(options, speedrun, start_here)
+        return _dry_run(options, speedrun, start_here)
     return run_speedrun(speedrun, start_here, start_ranks)
 
 
@@ -104,7 +104,7 @@ def _speedrun(options: argparse.Namespace) -> "Speedrun":
     return speedrun
 
 
-def _plan(options: argparse.Namespace, speedrun: "Speedrun", start_here: Callable[[list[str]], int]) -> int:
+def _dry_run(options: argparse.Namespace, speedrun: "Speedrun", start_here: Callable[[list[str]], int]) -> int:
     """Prints stages and plan. Returns the exit status: as of an error if nothing would be started."""
     from megachat.programs.dry_run import describe_job
     from megachat.programs.speedrun import describe_speedrun
