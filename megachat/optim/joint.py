@@ -64,7 +64,7 @@ class Optimizers:
     after_update: Callable[[], object] | None = None
 
     def update(self, gradient_scale: float | torch.Tensor, scaled_norm: torch.Tensor) -> None:
-        """Updates the weights. gradient_scale: factor on the gradients. scaled_norm: ZeRO computes the factor of it."""
+        """Updates the weights with the gradients times gradient_scale. scaled_norm: see ZeroAdamW.apply."""
         self.rows.step(gradient_scale)
         if self.graph:
             self.graph.step(gradient_scale, self.after_update)

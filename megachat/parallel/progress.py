@@ -80,8 +80,9 @@ class Progress:
 
     def _begin_now(self, entry: Entry) -> Entry:
         """Makes the entry what this thread does from now on, and returns it."""
-        self.now = entry._replace(since=time.monotonic(), thread=threading.get_ident())
-        return self.now
+        entry = entry._replace(since=time.monotonic(), thread=threading.get_ident())
+        self.now = entry
+        return entry
 
     def record_sent(self, text: str, tensors: Iterable[torch.Tensor]) -> None:
         """Adds the hashes of what this rank sends to `sent`, if that is recorded."""
