@@ -1,131 +1,23 @@
 """Packs the rows of one data-parallel rank ahead of time in a thread, and keeps an exact state after each step."""
 
-import itertools
 import queue
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from megachat.data import loader_state
 from megachat.data.packing import PackingStream, PlacedDocument, StreamState, buffer_sizes, saving_rank, streams_of_rank
+from megachat.data.reader import DocumentReader
 from megachat.data.shards import Corpus, open_shards, split_shards
 from megachat.data.staging import Staging, staging_for
-from megachat.data.texts import BadTexts, decode_texts
+from megachat.data.texts import BadTexts
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError
-from megachat.text import shortened
-
-_BATCH_DOCUMENTS = 256  # small, so that a file with one huge row group starts without delay
-_BATCHES_AHEAD = 2  # so that the threads never wait
-_TASK_DOCUMENTS = 8  # per thread task: few, because one document may be as long as a hundred others
-
-
-class DocumentReader:
-    """Reads each row group once, tokenizes ahead in threads and distributes the documents to this rank's streams.
-
-    cursors: stream -> number of the first document that it needs. Only documents of these streams are tokenized.
-    bad_texts: stream -> what happens to its texts that are not UTF-8. Skipped texts are like empty ones, but counted.
-    """
-
-    def __init__(
-        self,
-        corpus: Corpus,
-        tokenizer: Tokenizer,
-        cursors: dict[int, int],
-        streams: int,
-        threads: int,
-        bad_texts: dict[int, BadTexts],
-    ):
-        if corpus.documents < streams:
-            names = shortened(shard.path.name for shard in corpus.shards)
-            raise UserError(
-                f"{corpus.shards[0].path.parent} has {corpus.documents} documents in {names}, fewer than "
-                f"{streams} packing streams: set data.streams to {corpus.documents} or fewer, or add text"
-            )
-        self._corpus, self._tokenizer, self._streams = corpus, tokenizer, streams
-        self._first_needed = np.full(streams, np.iinfo(np.int64).max)
-        for stream, cursor in cursors.items():
-            self._first_needed[stream] = cursor
-        self._ready: dict[int, deque[tuple[int, np.ndarray, int]]] = {stream: deque() for stream in cursors}
-        self._bad_texts, self._skipped = bad_texts, dict.fromkeys(cursors, 0)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tokenizer")
-        self._batches = self._batches_from(min(cursors.values()))
-        self._submitted: deque[tuple[int, dict[int, Future | None]]] = deque()
-
-    def next_document(self, stream: int) -> tuple[int, np.ndarray, int]:
-        """Returns the number and tokens (uint [n] with BOS first) of the stream's next document that is not empty, and
-        the number of texts that are not UTF-8 and were skipped before it.
-
-        Raises UserError if all documents of an epoch are empty, or for a text that is not UTF-8 if these are refused.
-        """
-        ready, visited = self._ready[stream], 0
-        while not ready:
-            if visited > 2 * self._corpus.documents:
-                raise UserError(
-                    f"all documents of packing stream {stream} in {self._corpus.shards[0].path.parent} are empty "
-                    "or skipped: prepare the data again or set fewer data.streams"
-                )
-            visited += self._distribute_batch()
-        return ready.popleft()
-
-    def close(self) -> None:
-        """Stops the threads."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-    def _batches_from(self, number: int) -> Iterator[tuple[int, pa.ChunkedArray]]:
-        for first, texts in self._corpus.read_from(number):
-            for start in range(0, len(texts), _BATCH_DOCUMENTS):
-                yield first + start, texts.slice(start, _BATCH_DOCUMENTS)
-
-    def _distribute_batch(self) -> int:
-        """Gives the documents of the oldest batch to their streams; returns the size of the batch."""
-        while len(self._submitted) <= _BATCHES_AHEAD:
-            self._submitted.append(self._submit(*next(self._batches)))
-        size, documents = self._submitted.popleft()
-        for number, task in documents.items():
-            stream = self._stream_of(number)
-            if task is None:
-                self._skipped[stream] += 1
-            else:
-                self._ready[stream].append((number, task.result()[number], self._skipped[stream]))
-                self._skipped[stream] = 0
-        return size
-
-    def _stream_of(self, number: int) -> int:
-        return number % self._corpus.documents % self._streams
-
-    def _submit(self, first: int, texts: pa.ChunkedArray) -> tuple[int, dict[int, Future | None]]:
-        """Starts to tokenize a batch. Returns its size, and for the number of each needed document that is not empty
-        the task that tokenizes it, None if it is not UTF-8.
-        """
-        numbers = np.arange(first, first + len(texts))
-        needed = np.flatnonzero(numbers >= self._first_needed[numbers % self._corpus.documents % self._streams])
-        documents: dict[int, Future | None] = {}
-        decoded: dict[int, str] = {}
-        # not pa.array: to recognize a Series, it would import pandas where that is installed
-        indices = pa.Array.from_buffers(pa.int64(), len(needed), [None, pa.py_buffer(needed)])
-        for number, text in zip((first + needed).tolist(), decode_texts(texts.take(indices)), strict=True):
-            if isinstance(text, bytes):
-                self._bad_texts[self._stream_of(number)].add(self._corpus.location(number), text)
-            elif text:
-                decoded[number] = text
-            if text:
-                documents[number] = None
-        for start in range(0, len(decoded), _TASK_DOCUMENTS):
-            part = dict(itertools.islice(decoded.items(), start, start + _TASK_DOCUMENTS))
-            documents |= dict.fromkeys(part, self._pool.submit(self._encode, part))
-        return len(texts), documents
-
-    def _encode(self, texts: dict[int, str]) -> dict[int, np.ndarray]:
-        return dict(zip(texts, self._tokenizer.encode_batch(list(texts.values())), strict=True))
 
 
 @dataclass(frozen=True)
@@ -196,7 +88,7 @@ class Loader:
             stream: logged if saving_rank(stream, ranks, streams, rows) == rank else counted for stream in cursors
         }
         self._corpus = corpus
-        self._reader = DocumentReader(corpus, tokenizer, cursors, streams, tokenizer_threads, bad_texts)
+        self._reader = DocumentReader(corpus, tokenizer, cursors, streams, tokenizer_threads, bad_texts, row_tokens)
         self._streams = {
             stream: PackingStream(
                 partial(self._reader.next_document, stream),
@@ -237,6 +129,8 @@ class Loader:
     def __next__(self) -> torch.Tensor:
         if self._stopped.is_set():
             raise StopIteration
+        if self._now.documents:  # the first step is over: its cores are not needed for its rows
+            self._reader.tokenize_postponed()
         if self._staging is None:
             batch, self._now = self._take_packed()
             return torch.from_numpy(batch)

@@ -13,6 +13,7 @@ index % streams == s in their epoch.
 import hashlib
 import math
 import struct
+import threading
 from bisect import bisect_left, insort
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -55,6 +56,42 @@ class BufferedDocument:
     tokens: np.ndarray  # at most the first row_tokens tokens: no row can take more
 
 
+class PostponedDocument:
+    """A document that is surely longer than a row, tokenized when its length or tokens are needed for the first time.
+
+    No row needs them until the document is cropped. least: it has at least as many tokens. encode: returns all of them.
+    Threads may share an instance.
+    """
+
+    def __init__(self, number: int, least: int, encode: Callable[[], np.ndarray], row_tokens: int):
+        self.number, self.least = number, least
+        self._encode: Callable[[], np.ndarray] | None = encode
+        self._row_tokens, self._lock = row_tokens, threading.Lock()
+
+    def document(self) -> BufferedDocument:
+        """Returns the document with its tokens. Raises what tokenizing its text raises."""
+        with self._lock:
+            if self._encode:
+                self._document = buffered_document(self.number, self._encode(), self._row_tokens)
+                self._encode = None  # it holds the text
+            return self._document
+
+    @property
+    def length(self) -> int:
+        return self.document().length
+
+    @property
+    def tokens(self) -> np.ndarray:
+        return self.document().tokens
+
+
+def buffered_document(number: int, tokens: np.ndarray, row_tokens: int) -> BufferedDocument:
+    """Returns a document for rows of row_tokens tokens. tokens: all of its tokens, uint [n]."""
+    # The end of a long document is dropped with a copy: a view would keep it in memory and in every checkpoint.
+    kept = tokens if len(tokens) <= row_tokens else tokens[:row_tokens].copy()
+    return BufferedDocument(number, len(tokens), kept)
+
+
 class PlacedDocument(NamedTuple):
     """A document in a row: its number in the endless sequence of epochs, and where its tokens are in the row."""
 
@@ -73,7 +110,9 @@ class StreamState:
     read_tokens: int  # of the documents that were placed or cropped
     cropped_tokens: int  # the part of read_tokens that was dropped
     ledger: bytes  # running SHA-256 of the documents that were placed or cropped
-    buffer: dict[int, BufferedDocument]  # by sequence number, which counts the documents as they are read
+    buffer: dict[
+        int, BufferedDocument | PostponedDocument
+    ]  # by sequence number, which counts the documents as they are read
     skipped_texts: int = 0  # documents before next_document that are not UTF-8
 
 
@@ -96,12 +135,13 @@ class PackingStream:
     """One packing stream.
 
     read_document: returns (number, tokens: uint [n] with BOS first, texts skipped before it) of the stream's next
-    document. buffer: from `buffer_sizes`. epoch_documents: documents per epoch of the whole corpus.
+    document, with a PostponedDocument in place of its tokens if they are postponed. buffer: from `buffer_sizes`.
+    epoch_documents: documents per epoch of the whole corpus.
     """
 
     def __init__(
         self,
-        read_document: Callable[[], tuple[int, np.ndarray, int]],
+        read_document: Callable[[], tuple[int, np.ndarray | PostponedDocument, int]],
         row_tokens: int,
         buffer: tuple[int, int],
         epoch_documents: int,
@@ -111,6 +151,7 @@ class PackingStream:
         self._minimum, self._refill = buffer
         self._state = replace(state, buffer=state.buffer.copy())
         self._keys = sorted(document.length << _SEQUENCE_BITS | sequence for sequence, document in state.buffer.items())
+        self._postponed: list[int] = []  # keys with the least lengths of documents that are not in _keys yet
 
     def state(self) -> StreamState:
         """Returns a copy of the current state. It takes microseconds: only references are copied."""
@@ -121,11 +162,13 @@ class PackingStream:
         state, keys, start, end = self._state, self._keys, 0, self._row_tokens
         documents = []
         while start < end:
-            while len(keys) < self._minimum:
+            while len(state.buffer) < self._minimum:
                 for _ in range(self._refill):
                     self._add_to_buffer(*self._read_document())
             space = end - start
             after = bisect_left(keys, space + 1 << _SEQUENCE_BITS)
+            if not after:
+                self._admit_postponed()
             # after == 0: nothing fits, and the first key, the shortest document, is cropped.
             # Otherwise: the oldest document of the largest length that fits.
             at = bisect_left(keys, keys[after - 1] >> _SEQUENCE_BITS << _SEQUENCE_BITS) if after else 0
@@ -145,11 +188,19 @@ class PackingStream:
         """Records in the ledger that the rows of a step were packed, but are not trained on."""
         self._state.ledger = hashlib.sha256(self._state.ledger + b"left out" + struct.pack("<q", step)).digest()
 
-    def _add_to_buffer(self, number: int, tokens: np.ndarray, skipped_texts: int = 0) -> None:
-        state, length = self._state, len(tokens)
-        # The end of a long document is dropped with a copy: a view would keep it in memory and in every checkpoint.
-        kept = tokens if length <= self._row_tokens else tokens[: self._row_tokens].copy()
-        state.buffer[state.next_sequence] = BufferedDocument(number, length, kept)
-        insort(self._keys, length << _SEQUENCE_BITS | state.next_sequence)
-        state.next_document, state.next_sequence = number + 1, state.next_sequence + 1
+    def _add_to_buffer(self, number: int, tokens: np.ndarray | PostponedDocument, skipped_texts: int = 0) -> None:
+        state, sequence = self._state, self._state.next_sequence
+        if isinstance(tokens, PostponedDocument):
+            state.buffer[sequence] = tokens
+            insort(self._postponed, tokens.least << _SEQUENCE_BITS | sequence)
+        else:
+            state.buffer[sequence] = buffered_document(number, tokens, self._row_tokens)
+            insort(self._keys, len(tokens) << _SEQUENCE_BITS | sequence)
+        state.next_document, state.next_sequence = number + 1, sequence + 1
         state.skipped_texts += skipped_texts
+
+    def _admit_postponed(self) -> None:
+        """Lets each postponed document be cropped that may be the shortest of the buffer; none of them fits a row."""
+        while self._postponed and not (self._keys and self._keys[0] < self._postponed[0]):
+            sequence = self._postponed.pop(0) & (1 << _SEQUENCE_BITS) - 1
+            insort(self._keys, self._state.buffer[sequence].length << _SEQUENCE_BITS | sequence)

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -71,6 +72,25 @@ def decode_texts(texts: pa.Array | pa.ChunkedArray) -> list[str | bytes | None]:
         return texts.to_pylist()
     except UnicodeDecodeError:
         return [_decode(content) for content in texts.cast(pa.large_binary()).to_pylist()]
+
+
+def count_words(texts: pa.ChunkedArray) -> np.ndarray:
+    """Returns for each text (large_string) how many words it has at least, int64 [n], without decoding it.
+
+    Words are separated by whitespace of ASCII. A byte with which other whitespace may begin takes one off, because a
+    word may consist of it. The first word is not counted if no whitespace is before it, at the end of another text.
+    """
+    counts = [np.empty(0, np.int64)]
+    for chunk in texts.chunks:
+        _, ends, content = chunk.buffers()
+        offsets = np.frombuffer(ends, np.int64, len(chunk) + 1, 8 * chunk.offset)
+        at = offsets - offsets[0]
+        text = np.frombuffer(content, np.uint8, at[-1], offsets[0]) if at[-1] else np.empty(0, np.uint8)
+        blank = (text == 0x20) | (text - 9 < 5)  # space, \t, \n, \v, \f, \r
+        first = 1 + np.flatnonzero(blank[:-1] > blank[1:])  # letters of words
+        other = np.flatnonzero((text == 0xC2) | (text - 0xE1 < 3))
+        counts.append(np.diff(np.searchsorted(first, at)) - np.diff(np.searchsorted(other, at)))
+    return np.concatenate(counts)
 
 
 def _decode(content: bytes | None) -> str | bytes | None:

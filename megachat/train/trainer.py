@@ -94,7 +94,7 @@ class Trainer:
         with announced("evaluation before the first step", shown=bool(tasks) and run.is_writer, write=self.metrics.log):
             stopped = self._run_tasks(tasks, stop=False)
         while self.state.step < run.plan.stop_step and not stopped:
-            state = self.state
+            state, first = self.state, self.steps_s == 0
             self.last_result = self._step()
             requests = self.last_result.requests
             if requests.save_failed:
@@ -102,6 +102,8 @@ class Trainer:
             rewound = self.state is not state
             tasks = self._pending_tasks() if rewound else [task for task in self.tasks if task.due(self)]
             stopped = self._run_tasks(tasks, requests.stop)
+            if first:
+                self._settle()
         with run.mesh.world.progress.long_running("saving the checkpoint"):
             self.saver.wait(blocks=True)
         self._log_saves()
@@ -124,7 +126,7 @@ class Trainer:
         self._advance(result)
         self._measure_save_cost(result)
         if first:
-            self._end_first_step()
+            self.after_first_step()
         return result
 
     def _take_step(self, first: bool) -> StepResult:
@@ -166,8 +168,9 @@ class Trainer:
             self.metrics.log(f"step {step - 1:05d} | {self.save_cost.line}")
             self.metrics.record({"step": step} | self.save_cost.values)
 
-    def _end_first_step(self) -> None:
-        self.after_first_step()
+    @staticmethod
+    def _settle() -> None:
+        """Does what the following steps need, after the first one is logged: it takes half a second."""
         # what the first save needs, but no step: a package may be replaced while training runs
         import megachat.checkpoint.storage  # noqa: F401
 

@@ -1,5 +1,6 @@
 import itertools
 import json
+import random
 import threading
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from megachat.data import loader as loader_module
+from megachat.data import reader as reader_module
 from megachat.data.loader import Loader
 from megachat.data.loader_state import load_loader_state, save_loader_state, step_of_run
 from megachat.data.packing import REFILL_DOCUMENTS, saving_rank, streams_of_rank
@@ -253,6 +255,51 @@ def test_validation_is_the_last_shard_and_begins_anew(tmp_path):
     assert set(byte_tokenizer().decode(first.flatten()).split("<|bos|>")) <= {"", *("valid"[:end] for end in range(6))}
     with build(folder, split="validation", ranks=2, rank=1) as loader:
         assert torch.equal(steps_of(loader, 3), first[:, 1::2])
+
+
+def short_words(count, seed):
+    """Texts of one-letter words, so that many are surely longer than a row; some are empty."""
+    rng = random.Random(seed)
+    return [" ".join(rng.choice("abcdefgh") for _ in range(rng.choice((0, 3, 9, 25, 60, 60)))) for _ in range(count)]
+
+
+def state_of(loader):
+    """The state as something that can be compared."""
+    state = loader.state()
+    arrays = {stream: {name: (a.dtype, a.tolist()) for name, a in s.items()} for stream, s in state["streams"].items()}
+    return state["header"], arrays
+
+
+@pytest.mark.parametrize("stop", [1, 2, 6])
+@pytest.mark.parametrize("kept", [0, 2000, 1 << 25])
+def test_documents_that_are_tokenized_later_change_no_row_and_no_state(tmp_path, monkeypatch, kept, stop):
+    folder, encoded = write_folder(tmp_path, [short_words(500, 1), ["b"] * 40]), []
+    encode = Tokenizer._ids
+    monkeypatch.setattr(Tokenizer, "_encode_joined", lambda *_: None)
+    monkeypatch.setattr(Tokenizer, "_ids", lambda self, text: encoded.append(text) or encode(self, text))
+    monkeypatch.setattr(reader_module, "_POSTPONED_CHARACTERS", 0)
+    with build(folder) as loader:
+        wanted = steps_of(loader, stop), state_of(loader), steps_of(loader, 20), state_of(loader)
+    monkeypatch.setattr(reader_module, "_POSTPONED_CHARACTERS", kept)
+    encoded.clear()
+    with build(folder, prefetch_steps=1) as loader:
+        rows = [next(loader)]
+        late = sum(len(text) > 2 * ROW for text in encoded)
+        assert late == 0 if kept > 2000 else late > 5, "none of them is in the first rows"
+        rows = torch.stack([*rows, *(next(loader) for _ in range(stop - 1))])
+        found = rows, state_of(loader), steps_of(loader, 20), state_of(loader)
+        assert all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in zip(found, wanted, strict=True))
+
+
+def test_what_was_postponed_is_tokenized_after_the_first_step(tmp_path):
+    folder = write_folder(tmp_path, [short_words(500, 1), ["b"] * 40])
+    with build(folder, tokenizer_threads=1) as loader:
+        next(loader)
+        postponed = [d for s in loader._streams.values() for d in s.state().buffer.values() if hasattr(d, "least")]
+        assert any(document._encode for document in postponed)
+        next(loader)
+        while any(document._encode for document in postponed):
+            threading.Event().wait(0.005)
 
 
 def test_no_batch_is_shared_and_rows_are_int64(folder):

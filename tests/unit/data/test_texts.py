@@ -1,11 +1,15 @@
 """Columns and files as people have them: string types, texts that are not UTF-8, hidden files, links, empty texts."""
 
+import random
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import regex  # a dependency of tiktoken
 
 from megachat.data.shards import check_data_folder, open_shard, open_shards
-from megachat.data.texts import BadTexts, decode_texts, read_shard_texts
+from megachat.data.texts import BadTexts, count_words, decode_texts, read_shard_texts
+from megachat.data.tokenizer import SPLIT_PATTERN
 from megachat.errors import UserError
 from megachat.prepare.manifest import measure_shard
 from tests.unit.data.corpus import write_folder, write_texts
@@ -133,3 +137,16 @@ def test_validation_with_skipped_texts(tmp_path):
     write_texts(tmp_path / "shard.parquet", [], group=7)
     with pytest.raises(UserError, match="shard.parquet has no document"):
         check_data_folder(tmp_path, min_shards=1, validation_streams=1)
+
+
+def test_no_text_has_fewer_pieces_than_words_are_counted():
+    rng, letters = random.Random(3), "ab!'s1\x1c\x1d\x1e\x1f \t\n\r\x0b\x0c\x85\xa0\u1680\u2003\u3000é中"
+    texts = ["".join(rng.choice(letters) for _ in range(rng.randint(0, 12))) for _ in range(5000)]
+    column = pa.chunked_array([texts[:100], texts[100:]], pa.large_string())
+    for first in (0, 30):
+        counts = count_words(column.slice(first)).tolist()
+        for text, count in zip(texts[first:], counts, strict=True):
+            assert count <= len(regex.findall(SPLIT_PATTERN, text)), repr(text)  # a piece has one token or more
+    texts = ["to be  or\nnot ", "", "to be", None, "café \xa0 olé"]
+    assert count_words(pa.chunked_array([texts], pa.large_string())).tolist() == [3, 0, 2, 0, 1]
+    assert not len(count_words(pa.chunked_array([], pa.large_string())))
