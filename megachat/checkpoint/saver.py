@@ -45,7 +45,7 @@ class Saver:
         self._blocked_s = 0.0
 
     def reserve(self, tensors: RectanglesByName) -> None:
-        """Allocates the memory of the copies, so that a job with too little memory fails at its start."""
+        """Allocates the memory of the copies, so that a job with too little memory fails before its first save."""
         if self._background:
             for copy, _ in self._pairs(tensors):
                 copy.zero_()

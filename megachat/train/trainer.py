@@ -13,6 +13,7 @@ from megachat.checkpoint.saver import Saver
 from megachat.errors import UserError
 from megachat.optim.joint import Requests
 from megachat.parallel.collectives import all_gather_objects
+from megachat.parallel.rectangles import RectanglesByName
 from megachat.planning.step_time import UNTIMED_STEPS
 from megachat.train.build import Run
 from megachat.train.capsule import write_capsule
@@ -90,7 +91,7 @@ class Trainer:
                 f"nothing to do: step {state.step} is not before the last step {run.plan.stop_step}; "
                 "raise horizon.steps or horizon.stop_step to continue"
             )
-        self.saver.reserve(state_pieces(run, replicas=False))
+        pieces = state_pieces(run, replicas=False)  # makes the optimizers' state
         with announced("evaluation before the first step", shown=bool(tasks) and run.is_writer, write=self.metrics.log):
             stopped = self._run_tasks(tasks, stop=False)
         while self.state.step < run.plan.stop_step and not stopped:
@@ -103,7 +104,7 @@ class Trainer:
             tasks = self._pending_tasks() if rewound else [task for task in self.tasks if task.due(self)]
             stopped = self._run_tasks(tasks, requests.stop)
             if first:
-                self._settle()
+                self._settle(pieces)
         with run.mesh.world.progress.long_running("saving the checkpoint"):
             self.saver.wait(blocks=True)
         self._log_saves()
@@ -168,9 +169,11 @@ class Trainer:
             self.metrics.log(f"step {step - 1:05d} | {self.save_cost.line}")
             self.metrics.record({"step": step} | self.save_cost.values)
 
-    @staticmethod
-    def _settle() -> None:
-        """Does what the following steps need, after the first one is logged: it takes half a second."""
+    def _settle(self, pieces: RectanglesByName) -> None:
+        """Does what later steps and saves need, which may take a second, after the first step is logged. pieces: of the
+        state.
+        """
+        self.saver.reserve(pieces)
         # what the first save needs, but no step: a package may be replaced while training runs
         import megachat.checkpoint.storage  # noqa: F401
 
