@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,19 @@ def test_tensors_come_back_and_the_index_is_json(tmp_path):
     assert load_model_weights(path).keys() == {"a", "b"} and torch.equal(
         load_model_weights(path, ["b"])["b"], tensors["model/b"]
     )
+
+
+def test_tensors_have_no_second_checksum_and_other_files_of_torch_keep_theirs(tmp_path):
+    path = save(tmp_path)
+    (piece,) = read_index(path)["model/a"]["pieces"]
+    content = (path / piece["file"]).read_bytes()[piece["at"] :][: piece["bytes"]]
+    others = io.BytesIO()
+    torch.save(some_tensors(), others)
+    checksums = [
+        [entry.CRC for entry in zipfile.ZipFile(file).infolist() if "/data/" in entry.filename]
+        for file in (io.BytesIO(content), others)
+    ]
+    assert not any(checksums[0]) and all(checksums[1])
 
 
 def test_rectangles_of_a_whole_are_read_alone(tmp_path):
