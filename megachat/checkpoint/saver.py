@@ -45,8 +45,10 @@ class Saver:
         self._blocked_s = 0.0
 
     def reserve(self, tensors: RectanglesByName) -> None:
-        """Allocates the memory of the copies, so that a job with too little memory fails before its first save."""
-        if self._background:
+        """Allocates the memory of the copies, so that a job with too little memory fails soon after its start. Does
+        nothing after begin(), which made them.
+        """
+        if self._background and not self._copies:
             for copy, _ in self._pairs(tensors):
                 copy.zero_()
 

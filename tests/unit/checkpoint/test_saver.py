@@ -28,6 +28,7 @@ def test_training_continues_and_the_copy_does_not_change(tmp_path):
     saver, write, weight = Saver(ALONE), Writer(), torch.arange(6.0).view(2, 3)
     saver.begin(whole({"model/a": weight}), write)
     saver.wait_copied()
+    saver.reserve(whole({"model/a": weight}))  # a save of the first step was begun before
     weight += 1
     assert write.began.wait(30) and saver.finished() == [] and not saver.failed
     write.go.set()
