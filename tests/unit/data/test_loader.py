@@ -287,8 +287,8 @@ def test_documents_that_are_tokenized_later_change_no_row_and_no_state(tmp_path,
         late = sum(len(text) > 2 * ROW for text in encoded)
         assert late == 0 if kept > 2000 else late > 5, "none of them is in the first rows"
         rows = torch.stack([*rows, *(next(loader) for _ in range(stop - 1))])
-        found = rows, state_of(loader), steps_of(loader, 20), state_of(loader)
-        assert all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in zip(found, wanted, strict=True))
+        actual = rows, state_of(loader), steps_of(loader, 20), state_of(loader)
+        assert all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in zip(actual, wanted, strict=True))
 
 
 def test_what_was_postponed_is_tokenized_after_the_first_step(tmp_path):
