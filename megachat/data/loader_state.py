@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megachat.data.packing import EMPTY_STREAM, BufferedDocument, StreamState
+from megachat.data.packing import EMPTY_STREAM, BufferedDocument, PostponedDocument, StreamState
 from megachat.data.shards import Shard, footers_digest, shards_fingerprint
 from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError, raise_if_unreadable
@@ -73,7 +73,7 @@ def stream_from_arrays(arrays: dict[str, np.ndarray], row_tokens: int) -> Stream
         raise ValueError("documents and tokens do not fit together")
     tokens = np.split(arrays["tokens"], np.cumsum(kept)[:-1]) if len(kept) else []
     columns = (arrays[name].tolist() for name in ("sequence", "documents", "lengths"))
-    buffer = {
+    buffer: dict[int, BufferedDocument | PostponedDocument] = {
         sequence: BufferedDocument(number, length, kept_tokens)
         for sequence, number, length, kept_tokens in zip(*columns, tokens, strict=True)
     }
