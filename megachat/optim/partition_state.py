@@ -117,14 +117,21 @@ class PartitionState(ABC):
             bucket.start_gather()
         self.wait_for_gather()
 
-    def state_bytes(self) -> dict[str, int]:
-        """Returns the bytes of state on this rank by kind. With float32 weights, the masters are part of them."""
-        kinds = {
+    def state_tensors(self) -> dict[str, list[torch.Tensor]]:
+        """Returns the state on this rank by kind, live. With float32 weights, the masters are part of them."""
+        return {
             "master": [bucket.master for bucket in self._buckets],
             "momentum": [bucket.momentum for bucket in self._buckets],
             "second_moment": list(self._second_moment.values()),
         }
-        return {kind: sum(tensor.nbytes for tensor in tensors) for kind, tensors in kinds.items()}
+
+    def state_bytes(self) -> dict[str, int]:
+        """Returns the bytes of state_tensors() by kind."""
+        return {kind: sum(tensor.nbytes for tensor in tensors) for kind, tensors in self.state_tensors().items()}
+
+    def gradient_buffers(self) -> list[torch.Tensor]:
+        """Returns the buffers in which the gradients of this rank are summed, live float32."""
+        return [bucket.gradients for bucket in self._buckets]
 
 
 def _validate(

@@ -8,7 +8,6 @@ adds them in the order of micro-batches, then of ranks. Nothing depends on timin
 No weight or state changes before step(), so a step can be abandoned until then. On one rank nothing is sent.
 """
 
-import math
 from dataclasses import dataclass, field
 
 import torch
@@ -284,10 +283,6 @@ class RowTables:
         (first, _), table = self._range(name), self.tables[name]
         offset, shape = (first, 0)[: tensor.ndim], (table.rows, table.width)[: tensor.ndim]
         return TensorShard(kind, name, shape, [(offset, tuple(tensor.shape), tensor)] if len(tensor) else [])
-
-    def state_bytes(self) -> int:
-        """Returns the bytes of weights and state on this rank."""
-        return sum(4 * math.prod(tensor.shape) for state in self._state.values() for tensor in state.values())
 
 
 class _Read(torch.autograd.Function):

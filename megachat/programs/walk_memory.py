@@ -99,14 +99,13 @@ def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
 
 def state_bytes(training: TrainingModel) -> dict[str, int]:
     """Returns the bytes of a rank's weights, masters and moments."""
-    zero, buckets, rows = training.engine.adamw, training.muon._buckets, training.rows
-    masters = [bucket.master for bucket in buckets]
-    moments = [*(bucket.momentum for bucket in buckets), *training.muon._second_moment.values()]
-    for _, _, _, state in zero.fragments():
+    muon = training.muon.state_tensors()
+    masters, moments = muon["master"], muon["momentum"] + muon["second_moment"]
+    for _, _, _, state in training.engine.adamw.fragments():
         masters.append(state["master"])
         moments += [state["exp_avg"], state["exp_avg_sq"]]
-    masters += [state[MASTER] for state in rows._state.values()]
-    moments += [tensor for state in rows._state.values() for kind, tensor in state.items() if kind != MASTER]
+    for kind, _, _, rectangles in training.rows.state_shards():
+        (masters if kind == MASTER else moments).extend(tensor for *_, tensor in rectangles)
     weights = storages(training.layers.parameters())
     return {
         "weights": sum(weights.values()),
@@ -117,8 +116,7 @@ def state_bytes(training: TrainingModel) -> dict[str, int]:
 
 def gradient_bytes(training: TrainingModel) -> int:
     """Returns the bytes of a rank's gradients after its backward passes, without those of rows of sparse tables."""
-    gradients = [bucket.gradients for bucket in training.muon._buckets]
-    gradients += [
+    gradients = training.muon.gradient_buffers() + [
         parameter.grad_accum for parameter in training.layers.parameters() if hasattr(parameter, "grad_accum")
     ]
     return sum(storages(tensor for tensor in gradients if tensor is not None).values())
