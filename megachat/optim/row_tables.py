@@ -19,10 +19,11 @@ from megachat.kernels.uncompiled import uncompiled
 from megachat.optim.row_store import RowStore
 from megachat.optim.row_update import MASTER, row_state_shapes, update_rows
 from megachat.parallel.collectives import all_to_all
+from megachat.parallel.cuts import cut_range
 from megachat.parallel.mesh import Mesh
 from megachat.parallel.progress import profile_range
 from megachat.parallel.rectangles import TensorShard
-from megachat.parallel.tensor import CHANNELS, REPLICATED, Type, cut_range
+from megachat.parallel.tensor import CHANNELS, REPLICATED, Type
 
 ROWS_PER_UPDATE = 2**16  # rows that step() updates at a time, which bounds its workspace
 

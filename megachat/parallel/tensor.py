@@ -21,11 +21,9 @@ from megachat.kernels.cross_entropy import WHOLE, VocabularyPart
 from megachat.kernels.linear import Table
 from megachat.kernels.uncompiled import uncompiled
 from megachat.parallel.collectives import all_gather, all_reduce, reduce_scatter
+from megachat.parallel.cuts import cut_range, cut_shape
 from megachat.parallel.mesh import Axis
-from megachat.place import Place, mark_partial_over_tensor, mark_tensor_shard, place_of, set_place
-from megachat.planning.dimensions import balanced_cuts
-
-_CUT_DIM = {"column": 0, "row": 1, "vocabulary": 0, "feature": 1, "tokens": 0, "heads": 0}
+from megachat.place import mark_partial_over_tensor, mark_tensor_shard, place_of, set_place
 
 
 class Type(NamedTuple):
@@ -49,25 +47,6 @@ CUT_TYPES: dict[str, tuple[Type | None, Type]] = {
     "row": (CHANNELS, PARTIAL),
     "feature": (None, CHANNELS),
 }
-
-
-def cut_range(size: int, ranks: int, rank: int) -> tuple[int, int]:
-    """Returns [first, last) of a rank's part of a dim; parts differ by at most one if the axis does not divide it."""
-    share, longer = divmod(size, ranks)
-    first = rank * share + min(rank, longer)
-    return first, first + share + (rank < longer)
-
-
-def cut_shape(place: Place, ranks: int, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns (shape, offset in the whole) of a rank's shard of a tensor that the axis cuts as its place says."""
-    shape, offset = list(place.whole), [0] * len(place.whole)
-    if place.cut in _CUT_DIM:
-        dim = _CUT_DIM[place.cut]
-        offset[dim], last = cut_range(place.whole[dim], ranks, rank)
-        if place.first_rows:
-            offset[dim], last = balanced_cuts(place.first_rows, ranks)[rank : rank + 2]
-        shape[dim] = last - offset[dim]
-    return tuple(shape), tuple(offset)
 
 
 def vocabulary_part(table_rows: int, axis: Axis) -> VocabularyPart:

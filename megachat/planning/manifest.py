@@ -16,7 +16,7 @@ from megachat.model.parameters import placed_parameters
 from megachat.optim.groups import adamw_members, assign_groups, group_of, muon_matrices, require_used_patterns
 from megachat.optim.matrix import Matrix
 from megachat.optim.partition_plan import PartitionPlan, make_plan
-from megachat.parallel.tensor import cut_shape
+from megachat.parallel.cuts import cut_shape
 from megachat.place import place_of
 from megachat.planning.plan import Layout, Plan
 from megachat.text import number_ranges, text_table

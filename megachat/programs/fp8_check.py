@@ -24,7 +24,7 @@ from megachat.kernels.cross_entropy import PlainProducts, capped_cross_entropy
 from megachat.kernels.fp8 import Fp8Choice, apply_fp8, head_products
 from megachat.kernels.linear import Linear
 from megachat.model.gpt import LOGIT_CAP, ModelOptions, build_layers
-from megachat.parallel.tensor import cut_shape
+from megachat.parallel.cuts import cut_shape
 from megachat.place import place_of
 from megachat.planning.dimensions import fits_fp8, head_fits_fp8
 from megachat.planning.plan import Plan, resolve_without_text

@@ -10,8 +10,9 @@ import torch
 from megachat.model.gpt import Loss, ModelOptions, build_layers, last_logits, run_layers
 from megachat.model.parameters import load_whole, placed_parameters, starting_value
 from megachat.parallel import collectives, tensor
+from megachat.parallel.cuts import cut_range
 from megachat.parallel.mesh import build_mesh
-from megachat.parallel.tensor import apply_tensor, cut_range, vocabulary_part
+from megachat.parallel.tensor import apply_tensor, vocabulary_part
 from megachat.place import is_partial_over_tensor, is_tensor_shard, place_of
 from megachat.planning.plan import resolve_plan
 from megachat.settings import ParallelConfig
