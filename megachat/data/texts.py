@@ -81,7 +81,7 @@ def count_words(texts: pa.ChunkedArray) -> np.ndarray:
     word may consist of it. The first word is not counted if no whitespace is before it, at the end of another text.
     """
     counts = [np.empty(0, np.int64)]
-    for chunk in texts.chunks:
+    for chunk in filter(len, texts.chunks):
         _, ends, content = chunk.buffers()
         offsets = np.frombuffer(ends, np.int64, len(chunk) + 1, 8 * chunk.offset)
         at = offsets - offsets[0]
