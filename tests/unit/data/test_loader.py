@@ -275,7 +275,6 @@ def state_of(loader):
 def test_documents_that_are_tokenized_later_change_no_row_and_no_state(tmp_path, monkeypatch, kept, stop):
     folder, encoded = write_folder(tmp_path, [short_words(500, 1), ["b"] * 40]), []
     encode = Tokenizer._ids
-    monkeypatch.setattr(Tokenizer, "_encode_joined", lambda *_: None)
     monkeypatch.setattr(Tokenizer, "_ids", lambda self, text: encoded.append(text) or encode(self, text))
     monkeypatch.setattr(reader_module, "_POSTPONED_CHARACTERS", 0)
     with build(folder) as loader:

@@ -61,20 +61,6 @@ def test_token_bytes():
     assert counts.dtype == np.int32 and counts.tolist() == [1] * 256 + [2, 3, 4] + [0] * 9
 
 
-def test_texts_that_are_encoded_in_one_call_have_the_tokens_that_they_have_alone(monkeypatch):
-    pairs = {bytes(pair): 256 + index for index, pair in enumerate(itertools.product(b" ab<|os>\n", repeat=2))}
-    tokenizer, rng = Tokenizer({bytes([byte]): byte for byte in range(256)} | pairs), random.Random(1)
-    parts = ["a", "b", " ", "\n", "'s", "<|bo", "s|>", "<|user_start|>", "<", "12", "é"]
-    for _ in range(300):
-        texts = ["".join(rng.choices(parts, k=rng.randint(0, 6))) for _ in range(rng.randint(1, 5))]
-        expected = [tokenizer.encode(text, bos=True) for text in texts]
-        for tokens, wanted in zip(tokenizer.encode_batch(texts), expected, strict=True):
-            assert tokens.dtype == wanted.dtype and tokens.base is None and tokens.tolist() == wanted.tolist()
-    assert tokenizer.encode_batch([]) == [] and len(tokenizer.encode_batch(["a", "<|bos|>b", "\ud800"])) == 3
-    monkeypatch.setattr(Tokenizer, "encode", None)
-    assert len(tokenizer.encode_batch(["a", "", "b"])) == 3, "one call"
-
-
 def test_a_large_vocabulary_needs_32_bits():
     pairs = (bytes(pair) for pair in itertools.product(range(256), repeat=2))
     ranks = {bytes([byte]): byte for byte in range(256)} | {pair: 256 + index for index, pair in enumerate(pairs)}
