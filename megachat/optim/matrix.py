@@ -4,6 +4,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 NEWTON_SCHULZ_STEPS = 5
+_LONG = 2  # as in kernels/polar.py
+
+
+def polar_products(rows: int, columns: int, dtype: str) -> list[tuple[tuple[int, int, int], int]]:
+    """Returns the products of the orthogonalization of a matrix in a dtype: ((rows, columns, inner), how many)."""
+    short, long = sorted((rows, columns))
+    gram, square, apply = (short, short, long), (short, short, short), (short, long, short)
+    if dtype == "float32" and long >= _LONG * short:
+        return [(gram, 3), (square, 11), (apply, 3)]
+    return [(gram, NEWTON_SCHULZ_STEPS), (square, NEWTON_SCHULZ_STEPS), (apply, NEWTON_SCHULZ_STEPS)]
 
 
 @dataclass(frozen=True)
@@ -30,9 +40,9 @@ class Matrix:
 
     @property
     def flops(self) -> int:
-        """FLOPs of the orthogonalization, whose Gram matrix has the size of the shorter side."""
-        short, long = min(self.shape), max(self.shape)
-        return NEWTON_SCHULZ_STEPS * (4 * short * short * long + 2 * short**3)
+        """FLOPs of the orthogonalization in bfloat16. Owners are balanced by it in all dtypes, so that a plan does not
+        depend on the dtype; long matrices take less in float32."""
+        return sum(2 * m * n * k * count for (m, n, k), count in polar_products(*self.shape, "bfloat16"))
 
     @property
     def scaled_by_row(self) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Protocol
 
-from megachat.optim.matrix import NEWTON_SCHULZ_STEPS
+from megachat.optim.matrix import NEWTON_SCHULZ_STEPS, polar_products
 from megachat.planning.communication import Kind, axis_group, collective_sec
 from megachat.planning.hardware import Machine
 from megachat.planning.step_work import ITEMSIZE, AttentionWork, Gemm
@@ -153,6 +153,4 @@ def visible_pairs(attention: AttentionWork) -> float:
 
 def polar_products_sec(speeds: Speeds, rows: int, columns: int, dtype: str) -> float:
     """Returns the seconds of the products of Polar Express on a matrix."""
-    short, long = min(rows, columns), max(rows, columns)
-    kinds = (short, short, long), (short, short, short), (short, long, short)
-    return sum(speeds.product(Gemm(*shape, dtype, NEWTON_SCHULZ_STEPS)) for shape in kinds)
+    return sum(speeds.product(Gemm(*shape, dtype, count)) for shape, count in polar_products(rows, columns, dtype))

@@ -9,10 +9,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from megachat.kernels.polar import COEFFICIENTS
+from megachat.device import dtype_name
+from megachat.kernels.polar import COEFFICIENTS, polar_express
 from megachat.optim.buckets import ALIGNMENT, TINY_ELEMENTS
-from megachat.optim.matrix import NEWTON_SCHULZ_STEPS, Matrix
+from megachat.optim.matrix import NEWTON_SCHULZ_STEPS, Matrix, polar_products
 from megachat.optim.owners import lightest_makespan
 from megachat.optim.partition_plan import make_plan
 from tests.limits import calls_of
@@ -235,6 +238,13 @@ def test_state_is_eight_bytes_per_element_divided_by_the_ranks_of_the_grid():
 
 def test_flops_are_those_of_the_kernel_and_the_same_for_tall_and_wide():
     assert len(COEFFICIENTS) == NEWTON_SCHULZ_STEPS
+    for dtype in (torch.bfloat16, torch.float32):
+        for shape in ((48, 48), (48, 95), (96, 48), (48, 160)):
+            with FlopCounterMode(display=False) as counter:
+                polar_express(torch.ones(shape, dtype=dtype))
+            products = polar_products(*shape, dtype_name(dtype))
+            assert counter.get_total_flops() == sum(2 * m * n * k * count for (m, n, k), count in products)
+            assert dtype == torch.float32 or counter.get_total_flops() == Matrix("", shape, 0).flops
     assert Matrix("", (768, 3072), 0).flops == Matrix("", (3072, 768), 0).flops == NEWTON_SCHULZ_STEPS * 18 * 768**3
 
 
