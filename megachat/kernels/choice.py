@@ -7,7 +7,14 @@ from dataclasses import dataclass
 import torch
 
 from megachat.config import Config
-from megachat.device import choose_compute_dtype, compute_capability, device_name, dtype_name, variable
+from megachat.device import (
+    choose_compute_dtype,
+    compute_capability,
+    device_name,
+    dtype_name,
+    onednn_multiplies_faster,
+    variable,
+)
 from megachat.errors import UserError, summary
 from megachat.kernels.attention import Attend, attention, windowed_attention
 from megachat.kernels.fp8 import Fp8Choice
@@ -48,11 +55,13 @@ class GradientNormChoice:
 
 @dataclass(frozen=True)
 class Kernels:
-    """The kernels of a run. fp8 is None if it is off."""
+    """The kernels of a run. fp8 is None if it is off. onednn: whether this process can train its linears with oneDNN's
+    products, and is faster with them."""
 
     attention: AttentionChoice
     fp8: Fp8Choice | None
     norm: GradientNormChoice
+    onednn: bool = False
 
     @property
     def names(self) -> tuple[str, str]:
@@ -74,6 +83,7 @@ def choose_kernels(config: Config, plan: Plan, device: torch.device) -> Kernels:
         choose_attention(precision.attention, device, dtype, plan.dims),
         choose_fp8(precision.fp8, precision.fp8_backend, device, dtype, reason),
         choose_gradient_norm(device),
+        onednn_multiplies_faster(device, dtype),
     )
 
 
@@ -85,6 +95,8 @@ def describe_kernels(config: Config, kernels: Kernels, plan: Plan) -> list[str]:
         lines.append(f"warning: {attention.warning}")
     if kernels.fp8:
         lines.append(describe_fp8(kernels.fp8, plan.dims, plan.layout.tensor, head=config.precision.fp8_head))
+    if kernels.onednn:
+        lines.append("linears by oneDNN (float32 on an AMD CPU with AVX512)")
     return [*lines, f"gradient norm by {kernels.norm.name} ({kernels.norm.reason})"]
 
 

@@ -81,8 +81,12 @@ class PlainProducts:
         """Given the gradient of the chunk's logits, writes its hidden rows' gradient and adds the table's in
         float32.
         """
-        torch.mm(gradient, self.table, out=hidden_gradient)
+        self.write_hidden_gradient(gradient, hidden_gradient)
         table_gradient += gradient.T @ self.hidden[chunk]
+
+    def write_hidden_gradient(self, gradient: torch.Tensor, hidden_gradient: torch.Tensor) -> None:
+        """Given the gradient of the chunk's logits, writes its hidden rows' gradient."""
+        torch.mm(gradient, self.table, out=hidden_gradient)
 
 
 def capped_logits(

@@ -206,8 +206,10 @@ def apply_fp8(layers: list[nn.Module], choice: Fp8Choice) -> int:
     return len(fitting)
 
 
-def head_products(choice: Fp8Choice | None, dims: Dimensions, tensor: int) -> type[PlainProducts]:
+def head_products(
+    choice: Fp8Choice | None, dims: Dimensions, tensor: int, plain: type[PlainProducts] = PlainProducts
+) -> type[PlainProducts]:
     """Returns how the head multiplies in training. FP8 is always torch's here: Transformer Engine's layers cannot make
-    logits in chunks.
+    logits in chunks. plain: without FP8.
     """
-    return HEADS[choice.recipe] if choice and head_fits_fp8(dims, tensor, choice.recipe) else PlainProducts
+    return HEADS[choice.recipe] if choice and head_fits_fp8(dims, tensor, choice.recipe) else plain

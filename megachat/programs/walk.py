@@ -99,6 +99,9 @@ class _Recorder(TorchDispatchMode):
         elif func._opname in _PRODUCT_OPERATORS and self._counts:
             left, right = args[_PRODUCT_OPERATORS[func._opname] :][:2]
             self.product_flops += 2 * left.shape[0] * left.shape[1] * right.shape[1]
+        elif func._opname == "onednn_product" and self._counts:
+            x, weight = args
+            self.product_flops += 2 * x.numel() * weight.shape[0]
         return func(*args, **(kwargs or {}))
 
     def _record(self, operator: str, args: tuple) -> None:

@@ -18,7 +18,9 @@ from megachat.errors import UserError
 from megachat.evals.core_bundle import Bundle
 from megachat.kernels.attention import Attend, attention
 from megachat.kernels.choice import Kernels, choose_kernels
+from megachat.kernels.cross_entropy import PlainProducts
 from megachat.kernels.fp8 import apply_fp8, head_products
+from megachat.kernels.onednn import OneDnnProducts, apply_onednn
 from megachat.model.gpt import Loss, ModelOptions, build_layers, layer_builders
 from megachat.model.ngram import NgramTable
 from megachat.model.parameters import initialize, placed_parameters
@@ -101,15 +103,18 @@ def build_training_model(
     precision, optimizer = config.precision, config.optimizer
     dtype, reason = choose_compute_dtype(precision.compute, mesh.device)
     kernels = kernels or choose_kernels(config, plan, mesh.device)
-    require_same_kernels(kernels, mesh)
+    onednn = agree_on_kernels(kernels, mesh)
     layers = build_stage(config, plan, mesh, dtype, attend=kernels.attention.attend)
+    if onednn:
+        apply_onednn(list(layers))
     if kernels.fp8:
         apply_fp8(list(layers), kernels.fp8)
     rows = attach_row_tables(layers, config, mesh, dtype)
     parameters = placed_parameters(layers)
     groups = assign_groups([place_of(parameter) for parameter in parameters])
     muon = _build_muon(config, plan, mesh, parameters, groups, dtype, kernels)
-    loss = _build_loss(config, plan, mesh, token_bytes, dtype, kernels)
+    plain = OneDnnProducts if onednn else PlainProducts
+    loss = _build_loss(config, plan, mesh, token_bytes, dtype, kernels, plain)
     scaled = dtype == torch.float16
     engine = build_engine(
         build_module(with_gather_waits(layers, muon), loss, mesh),
@@ -157,10 +162,17 @@ def _build_muon(
 
 
 def _build_loss(
-    config: Config, plan: Plan, mesh: Mesh, token_bytes: torch.Tensor, dtype: torch.dtype, kernels: Kernels
+    config: Config,
+    plan: Plan,
+    mesh: Mesh,
+    token_bytes: torch.Tensor,
+    dtype: torch.dtype,
+    kernels: Kernels,
+    plain: type[PlainProducts],
 ) -> Loss:
-    """Returns the loss of this tensor rank's part of the vocabulary; all ranks call it."""
-    products = head_products(kernels.fp8 if config.precision.fp8_head else None, plan.dims, mesh.tensor.size)
+    """Returns the loss of this tensor rank's part of the vocabulary; all ranks call it. plain: products without FP8."""
+    fp8_head = kernels.fp8 if config.precision.fp8_head else None
+    products = head_products(fp8_head, plan.dims, mesh.tensor.size, plain)
     if config.precision.compile:
         products = compiled_products(products)
     part = vocabulary_part(plan.dims.padded_vocab, mesh.tensor)
@@ -318,14 +330,18 @@ def _print_line(line: str) -> None:
     print(line, flush=True)  # on any rank: the rank that reads a document reports it
 
 
-def require_same_kernels(kernels: Kernels, mesh: Mesh) -> None:
-    """Raises UserError on all ranks when one chose other kernels than rank 0; all ranks call it."""
-    ranks = all_gather_objects((kernels.names, socket.gethostname()), mesh.world)
-    (attention_0, fp8_0), host_0 = ranks[0]
-    for rank, ((kernel, fp8), host) in enumerate(ranks):
+def agree_on_kernels(kernels: Kernels, mesh: Mesh) -> bool:
+    """Returns whether all ranks multiply with oneDNN; all ranks call it.
+
+    Raises UserError on all ranks when one chose other kernels than rank 0.
+    """
+    ranks = all_gather_objects((kernels.names, socket.gethostname(), kernels.onednn), mesh.world)
+    (attention_0, fp8_0), host_0, _ = ranks[0]
+    for rank, ((kernel, fp8), host, _) in enumerate(ranks):
         if (kernel, fp8) != (attention_0, fp8_0):
             raise UserError(
                 f"rank {rank} on {host} would train with attention {kernel} and fp8 {fp8}, but rank 0 on {host_0} "
                 f"with {attention_0} and {fp8_0}: install the same packages on every host, or name the kernels in "
                 "precision.attention and precision.fp8_backend"
             )
+    return all(onednn for _, _, onednn in ranks)
