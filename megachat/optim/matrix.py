@@ -4,14 +4,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 NEWTON_SCHULZ_STEPS = 5
-_LONG = 2  # as in kernels/polar.py
+_LONG_RATIO = 2  # as in kernels/polar.py: of the sides, from which a matrix is long
 
 
 def polar_products(rows: int, columns: int, dtype: str) -> list[tuple[tuple[int, int, int], int]]:
     """Returns the products of the orthogonalization of a matrix in a dtype: ((rows, columns, inner), how many)."""
     short, long = sorted((rows, columns))
     gram, square, apply = (short, short, long), (short, short, short), (short, long, short)
-    if dtype == "float32" and long >= _LONG * short:
+    if dtype == "float32" and long >= _LONG_RATIO * short:
         return [(gram, 3), (square, 11), (apply, 3)]
     return [(gram, NEWTON_SCHULZ_STEPS), (square, NEWTON_SCHULZ_STEPS), (apply, NEWTON_SCHULZ_STEPS)]
 
