@@ -99,9 +99,6 @@ class _Recorder(TorchDispatchMode):
         elif func._opname in _PRODUCT_OPERATORS and self._counts:
             left, right = args[_PRODUCT_OPERATORS[func._opname] :][:2]
             self.product_flops += 2 * left.shape[0] * left.shape[1] * right.shape[1]
-        elif func._opname == "onednn_product" and self._counts:
-            x, weight = args
-            self.product_flops += 2 * x.numel() * weight.shape[0]
         return func(*args, **(kwargs or {}))
 
     def _record(self, operator: str, args: tuple) -> None:
@@ -170,7 +167,8 @@ def walk(config: Config, plan: Plan, rank: int) -> Walk:
         start_collectives(device, "fake", datetime.timedelta(seconds=60))
         mesh = build_mesh(device, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
         kernels = choose_kernels(config, plan, device)
-        kernels = replace(kernels, attention=replace(kernels.attention, attend=attend))
+        # _PRODUCTS counts the plain products
+        kernels = replace(kernels, attention=replace(kernels.attention, attend=attend), onednn=False)
         stack.enter_context(_assumed_values())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         token_bytes = torch.empty(plan.dims.vocab_size, dtype=torch.int64)
