@@ -18,8 +18,8 @@ def resolve(config: AnyConfig, world: int = 1, overrides: Sequence[str] = (), *,
     """Returns the plan of a run on `world` ranks: every derived number, with its formula in `plan.why`.
 
     config: a JSON file, the name of one of megachat's ("d24"), a dictionary of its sections, or a
-    megachat.config.Config. overrides: "section.key=value", as
-    after --set. vocab_size: if not given, the config's or that of its tokenizer.
+    megachat.config.Config. overrides: "section.key=value", as after --set. vocab_size: if not given, the config's or
+    that of its tokenizer.
 
     Raises megachat.UserError for invalid settings, and a layout or batch that does not fit.
     """

@@ -12,7 +12,6 @@ from megachat.errors import UserError, summary
 from megachat.text import plural, text_table
 
 _VOCAB = 32768  # if the vocabulary comes from a tokenizer
-_ATTENTION = ("te", "flash3", "flash4", "flash2", "flex", "windowed", "sdpa")
 
 Choices = Iterator[tuple[str, str, str]]  # what is chosen, the choice, the reason
 
@@ -53,14 +52,14 @@ def _compute_choices(config: Config) -> Choices:
 
 
 def _attention_choices(config: Config) -> Choices:
-    from megachat.kernels.choice import choose_attention
+    from megachat.kernels.choice import ATTENTION_REASONS, choose_attention
     from megachat.planning.sizes import resolve_dimensions
 
     device, dtype, _ = _device_and_dtype(config)
     dims = resolve_dimensions(config, config.model.vocab_size or _VOCAB)
     choice = choose_attention(config.precision.attention, device, dtype, dims)
     yield "attention", choice.name, choice.reason + (f"; {choice.warning}" if choice.warning else "")
-    for name in _ATTENTION:
+    for name in ATTENTION_REASONS:
         if name != choice.name:
             yield f"attention {name}", *_availability(partial(choose_attention, name, device, dtype, dims))
 

@@ -2,7 +2,7 @@
 
 Anyone on the network can connect to a listening port. Such a connection is a stranger until its first message proves,
 by an HMAC over fresh random numbers of both sides, that it knows the job's secret. Strangers are limited in number,
-time and bytes. Without a secret the key is empty: the handshake then only tells ranks from other programs.
+time and bytes. Without a secret the key is empty: the handshake then only distinguishes ranks from other programs.
 """
 
 import contextlib

@@ -56,7 +56,7 @@ class Recovery:
     @property
     def line(self) -> str:
         """The phases as a line of the log."""
-        begin = "the begin of the interrupted step" if "detection" in self._seconds else "the end of the ranks"
+        begin = "the start of the interrupted step" if "detection" in self._seconds else "the end of the ranks"
         phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in self._seconds.items())
         total = sum(self._seconds.values())
         return f"recovered in {total:.1f} s, from {begin} to the end of the first new step: {phases}"

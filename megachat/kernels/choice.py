@@ -100,7 +100,7 @@ def describe_kernels(config: Config, kernels: Kernels, plan: Plan) -> list[str]:
     return [*lines, f"gradient norm by {kernels.norm.name} ({kernels.norm.reason})"]
 
 
-_WHY = {
+ATTENTION_REASONS = {  # every kernel -> why it is chosen where it is the first available
     "te": "cuDNN's kernel through Transformer Engine",
     "flash3": "flash-attention 3, made for Hopper",
     "flash4": "flash-attention 4",
@@ -127,7 +127,7 @@ def choose_attention(
         problem = _attention_problem(name, device, dtype, dims)
         if problem is None:
             not_available = f"; not available: {', '.join(rejected)}" if rejected else ""
-            reason = "requested" if name == requested else f"auto: {_WHY[name]}{not_available}"
+            reason = "requested" if name == requested else f"auto: {ATTENTION_REASONS[name]}{not_available}"
             return _build_attention(name, reason, device, dtype, dims, windows)
         if name == requested and must:
             raise UserError(

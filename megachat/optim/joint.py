@@ -35,8 +35,8 @@ class StepOutcome:
     """The result of a step, equal on all ranks.
 
     norm: of the whole gradient, without loss scale, before clipping; inf if it was not finite. skipped: whether the
-    gradient was not finite, so that nothing was changed. requests: those that any rank made. loss_scale: that the
-    gradients had; 1 but in float16.
+    gradient was not finite, so that nothing was changed. requests: those that any rank made. loss_scale: the factor
+    that was in the gradients; 1 unless the run computes in float16.
     """
 
     norm: float
@@ -49,9 +49,9 @@ class StepOutcome:
 class Optimizers:
     """What the steps of a run update on this rank, and how.
 
-    sum_of_squares: under the gradient norm. clip_norm: the largest norm of the whole gradient, 0 for any. after_update:
-    called after the updates, when AdamW's weights are gathered. graph: replays Muon's and AdamW's update and
-    after_update.
+    sum_of_squares: the kernel of the gradient norm. clip_norm: a larger norm of the whole gradient is scaled down to
+    it; 0 turns clipping off. graph: replays the update of Muon and AdamW, and after_update. after_update: called after
+    the updates, when AdamW's weights are gathered.
     """
 
     adamw: ZeroAdamW

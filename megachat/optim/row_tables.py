@@ -136,7 +136,7 @@ class RowTables:
         return requests[rows]
 
     def _exchange_requests(self, name: str, rows: int, index: torch.Tensor) -> _Request:
-        """Finds the distinct rows of the index, and tells each owner which of its rows this rank reads."""
+        """Sends each owner the numbers of those of its rows that this rank reads, distinct and ascending."""
         stage, device = self.mesh.stage, index.device
         # Ascending. An index of -1 becomes row `rows`, which comes last and has no owner.
         distinct, positions = torch.unique(torch.where(index < 0, rows, index), return_inverse=True)
@@ -221,7 +221,8 @@ class RowTables:
             shards.append(self._shard("gradient", name, dense))
         return shards
 
-    def set_gradient_shards(self, shards: list[TensorShard]) -> None:  # from gradient_shards()
+    def set_gradient_shards(self, shards: list[TensorShard]) -> None:
+        """Replaces the gradients of the rows that were read with those in shards from gradient_shards()."""
         rows = self.gradient_rows()
         for _, name, _, rectangles in shards:
             index, gradients = rows[name]

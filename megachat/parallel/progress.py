@@ -57,11 +57,11 @@ class Progress:
         self.note("starting")
 
     def note(self, text: str, *, waits: bool = False) -> None:
-        """Records the begin of other work than a collective. waits: until another rank or the device does its part."""
+        """Records the start of work that is no collective. waits: until another rank or the device does its part."""
         self._note = self._begin_now(Entry(text, waits=waits))
 
     def begin(self, text: str, axis: str, ranks: tuple[int, ...]) -> Entry:
-        """Records the begin of a collective. An error in it leaves the record so."""
+        """Records the start of a collective. After an error in it, the record still shows it."""
         number = self.counts[axis] = self.counts.get(axis, 0) + 1
         entry = self._begin_now(Entry(text, axis, ranks, number, waits=True))
         self.work.pause(launches=True)

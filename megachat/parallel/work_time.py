@@ -20,7 +20,7 @@ class WorkTime:
 
     def __init__(self, *, cuda: bool = False):
         self._cuda, self._measures, self._works = cuda, False, False
-        self._pause: Any = None  # the begin of a wait
+        self._pause: Any = None  # the start of a wait
         self._spans: list[tuple[int, Any, Any]] = []  # 1 for work or -1 for a wait, begin, end
 
     def start(self) -> None:

@@ -78,7 +78,8 @@ class ZeroState(DeepSpeedZeroOptimizer):
         groups = range(len(self.single_partition_of_fp32_groups))
         return [torch.cat([gradient.flatten() for gradient in self.averaged_gradients[i]]).float() for i in groups]
 
-    def set_gradient_shares(self, shares: list[torch.Tensor]) -> None:  # from gradient_shares()
+    def set_gradient_shares(self, shares: list[torch.Tensor]) -> None:
+        """Replaces the reduced gradients with shares from gradient_shares()."""
         for index, share in enumerate(shares):
             sizes = [gradient.numel() for gradient in self.averaged_gradients[index]]
             for gradient, part in zip(self.averaged_gradients[index], share.split(sizes), strict=True):

@@ -1,6 +1,4 @@
-"""Derives the plan of a run from its config: resolve(config, world, vocab_size) -> Plan, pure, each number with its
-formula.
-"""
+"""Derives the plan of a run from its config: `resolve_plan` is a pure function that gives each number its formula."""
 
 import math
 from collections.abc import Mapping

@@ -78,7 +78,7 @@ def check_job_inputs(
     with announced("checking config, tokenizer, data and kernels", shown=environment.rank == 0):
         folder = Path(config.run.folder) / str(config.run.name)
         tokenizer = load_tokenizer(config.data.tokenizer)
-        vocab_size = vocabulary(config, tokenizer)
+        vocab_size = _checked_vocab_size(config, tokenizer)
         if elastic:
             used = _used_ranks(config, environment, vocab_size)
             if environment.rank >= used:
@@ -96,7 +96,7 @@ def check_job_inputs(
         kernels = choose_kernels(config, plan, device)
         dtype, _ = choose_compute_dtype(config.precision.compute, device)
         predict_training(config, plan, device, dtype, environment.local_size)
-        memory, *warnings = described_memory(config, plan, device, environment.local_size)
+        memory, *warnings = _memory_and_warnings(config, plan, device, environment.local_size)
         if environment.rank == 0 and warnings:
             # printed now: a job that runs out of memory during the build has no log
             print(*(styled(line, "yellow") for line in warnings), sep="\n", flush=True)
@@ -149,7 +149,7 @@ def build_job_run(job: JobInputs, checkpoint: Path | None, facts: dict | None, m
     return run, notes
 
 
-def vocabulary(config: Config, tokenizer: Tokenizer) -> int:
+def _checked_vocab_size(config: Config, tokenizer: Tokenizer) -> int:
     """Returns the tokenizer's vocabulary size. Raises UserError if model.vocab_size differs from it."""
     configured = config.model.vocab_size
     if configured is not None and configured != tokenizer.vocab_size:
@@ -180,7 +180,7 @@ def check_data(config: Config, *, least_shards: int = 2) -> DataSummary:
     )
 
 
-def described_memory(config: Config, plan: Plan, device: torch.device, local_ranks: int) -> list[str]:
+def _memory_and_warnings(config: Config, plan: Plan, device: torch.device, local_ranks: int) -> list[str]:
     """Returns the estimated memory per rank as a log line, then warnings: of memory that a device does not have, of a
     dtype that is slow on it, and of settings. local_ranks: on this machine.
 

@@ -47,7 +47,7 @@ class StartPoint(NamedTuple):
 
 
 class Supervision(NamedTuple):
-    """What watches over a job while it trains."""
+    """What monitors a job while it trains, records its crashes, and times its restart."""
 
     monitor: FailureMonitor
     guard: CrashGuard
@@ -107,7 +107,7 @@ def run_job(
     """Runs the job of a config that has a run name; see `run_pretrain`. begin: time.perf_counter() at its start."""
     begin, environment, recovery = begin or time.perf_counter(), bootstrap_environment(), Recovery()
     job = check_job_inputs(config, environment, resume, elastic)
-    if job is None:  # the batch cannot be split over this rank, too
+    if job is None:  # elastic: the batch is split over fewer ranks, without this one
         return 0
     hint = f"continue with {continued_with()}"
     with (

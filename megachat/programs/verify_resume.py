@@ -34,6 +34,7 @@ from megachat.programs.verify_layout import (
     compare_values,
     verification_config,
 )
+from megachat.settings import OptimizerConfig
 from megachat.studies.metrics import read_metrics
 
 STOP = 2  # steps before the first resume, and of each job after it
@@ -43,7 +44,7 @@ STOP = 2  # steps before the first resume, and of each job after it
 STATE_TOLERANCE = 1e-4
 AVERAGE_LOSS = "loop.smooth_loss"
 SECOND_MOMENT_TOLERANCE = 1e-2
-RATE_KEYS = ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "smear_lr", "norm_scale_lr")
+_RATE_KEYS = tuple(key for key in OptimizerConfig.model_fields if key.endswith("_lr"))
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def train_to_step(
         f"checkpoint.every={every}",
         f"checkpoint.keep_last={stop_step - STOP + 1}",
         "checkpoint.keep_every=null",
-        *(f"optimizer.{rate}=0" for rate in RATE_KEYS if still),
+        *(f"optimizer.{rate}=0" for rate in _RATE_KEYS if still),
     ]
     program = [*pretrain_program(), "--config", str(path), *(["--resume", "auto"] if resume else [])]
     with announced(f"  the job {run.name}, to step {stop_step}"):

@@ -87,7 +87,7 @@ def climb(
 
 
 class _Clock:
-    """Tells how long a ladder still takes, from the FLOPs per second of its runs so far. flops: of a rung by depth."""
+    """Estimates how long a ladder still takes, by the FLOPs per second of its runs. flops: of a rung by depth."""
 
     def __init__(self, flops: Mapping[int, float]) -> None:
         self.flops, self.done, self.seconds, self.trained = flops, dict.fromkeys(flops, 0.0), 0.0, 0.0

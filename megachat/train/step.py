@@ -25,9 +25,10 @@ _RATE_OF_GROUP = {group.name: group.rate for group in GROUPS}
 class StepResult:
     """The result of one training step.
 
-    loss: mean over tokens and ranks, nats. norm: of the whole gradient before clipping, inf if it was not finite; then
-    no weight was changed (skipped), and gradients is what this rank saw. loss_scale: of the step's gradients. rows: of
-    this rank, int64 [rows, tokens + 1], until the next step reads its rows. seconds: wall time without the checks.
+    loss: mean over tokens and ranks, nats. norm: of the whole gradient before clipping, inf if it was not finite.
+    skipped: whether it was not finite, so that no weight was changed; gradients is then what this rank saw, else None.
+    loss_scale: of the step's gradients. rows: this rank's, int64 [rows, tokens + 1], valid until the next step reads
+    its rows. rate_multiplier: of all rates, by the schedule. seconds: wall time without the checks.
     replay_s, hashes_s: wall time of the checks of reliability.replay_every and hash_every, 0 if the step had none.
     work_s: seconds that this rank worked for its rows and in forward and backward passes, without waits for other ranks
     (parallel/work_time.py). requests: those that any rank made.

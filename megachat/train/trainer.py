@@ -36,9 +36,10 @@ class Trainer:
     """Trains a run from `state` to the plan's stop step. All ranks build one and call fit().
 
     stop_requested: returns whether this rank was requested to stop. before_step: called with the number of each step.
-    source: the run folder that `state` was loaded from. Pending tasks that have a result there do not run again.
-    first_step and steps_s: the first step of this job, and the seconds that its steps have taken. work_s: how long this
-    rank worked in each of the last steps. save_cost: what saves cost the steps. check_cost: of the devices' checks.
+    after_first_step: called when the first step of this job is counted. source: the run folder that `state` was loaded
+    from. Pending tasks that have a result there do not run again.
+    first_step and steps_s: the first step of this job, and the seconds that its steps have taken. work_s: the seconds
+    that this rank worked in each of the last steps. save_cost, check_cost: what saves, and checks of the devices, cost.
     """
 
     last_result: StepResult

@@ -153,7 +153,7 @@ def test_when_a_host_is_gone_the_other_goes_on(tmp_path, place):
     assert different(checkpoint(run, 24), checkpoint(undisturbed, 24)) == []
     phases = "detection, end, meeting, import, joining, building, loading, first step".split(", ")
     line = ", ".join(f"{phase} [0-9.]+ s" for phase in phases)
-    assert re.search(f"recovered in [0-9.]+ s, from the begin of the interrupted step .*: {line}\n", done.out), done.out
+    assert re.search(f"recovered in [0-9.]+ s, from the start of the interrupted step .*: {line}\n", done.out), done.out
     (measured,) = (values for values in metrics(run) if "recovery/total_s" in values)
     seconds = [measured[f"recovery/{phase.replace(' ', '_')}_s"] for phase in phases]
     assert (

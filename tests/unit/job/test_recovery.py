@@ -23,7 +23,7 @@ def test_the_phases_add_up_to_the_time_without_training(monkeypatch):
         clock[0] = at
         recovery.finish(phase)
     assert recovery.line == (
-        "recovered in 13.0 s, from the begin of the interrupted step to the end of the first new step: "
+        "recovered in 13.0 s, from the start of the interrupted step to the end of the first new step: "
         "detection 1.0 s, end 0.5 s, meeting 7.5 s, import 2.0 s, joining 0.2 s, loading 0.8 s, first step 1.0 s"
     )
     assert recovery.values["recovery/total_s"] == 13.0 and recovery.values["recovery/first_step_s"] == 1.0
