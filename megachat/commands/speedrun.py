@@ -10,7 +10,6 @@ current folder. docs/speedrun.md explains the recipes.
 """
 
 import argparse
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +22,17 @@ if TYPE_CHECKING:
     from megachat.programs.speedrun_recipe import Speedrun
 
 PRICE, SHARDS = 3.0, 170
+# Options that set a setting, and settings that only CORE during the training reads -> what the CORE after it has.
+_OPTION_OF = {
+    "model.depth": "depth",
+    "data.folder": "data",
+    "data.tokenizer": "tokenizer",
+    "evaluate.core_bundle": "bundle",
+}
+_OF_TRAINING = {
+    "evaluate.core_max_per_task": "--max-per-task N",
+    "evaluate.core_tasks": "--bundle BUNDLE with these tasks",
+}
 RECIPE_NAMES = ("nanochat-run6", "public-2026", "megachat")  # of megachat.programs.speedrun_recipe
 
 
@@ -49,8 +59,8 @@ def add_arguments(parser: Parser) -> None:
     add("--ranks", type=int, help="on this machine, with --hostfile for CORE only; default: all GPUs, 2 without GPUs")
     add("--hostfile", type=Path, metavar="FILE", help="train on these hosts, over ssh; CORE runs on this one")
     add("--dry-run", action="store_true", help="print stages, plan, time and price; start nothing")
-    machine = "with --dry-run: the machine; default 8xH100, or by --hostfile or --ranks; with a small --depth this one"
-    add("--gpus", metavar="8xH100", help=machine)
+    machine = "with --dry-run: a machine, as 8xH100, 16xH100 or 2x8xH100 (nodes x GPUs x kind); default 8xH100, or by "
+    add("--gpus", metavar="8xH100", help=machine + "--hostfile or --ranks; with a small --depth this one")
     add("--price", type=float, help=f"with --dry-run: of a GPU-hour, in any currency (default {PRICE:g})")
     add_set(parser)
 
@@ -64,6 +74,7 @@ def run(options: argparse.Namespace) -> int:
     from megachat.programs.speedrun import run_speedrun, start_on_hosts
 
     speedrun = _speedrun(options)
+    _refuse_dropped_settings(options, speedrun)
 
     def start_here(arguments: list[str]) -> int:
         return start(arguments[0], [*arguments[1:], *passed_on(options)], f"megachat {arguments[0]}")
@@ -76,14 +87,14 @@ def run(options: argparse.Namespace) -> int:
         return run_with_deepspeed(arguments, options.ranks)
 
     if options.dry_run:
-        return _dry_run(options, speedrun, start_here)
+        return _dry_run(options, speedrun)
     return run_speedrun(speedrun, start_here, start_ranks)
 
 
 def _speedrun(options: argparse.Namespace) -> "Speedrun":
     from megachat.programs.speedrun_recipe import Speedrun, settings_of_depth
 
-    settings = settings_of_depth(options.recipe, options.depth) if options.depth else []
+    settings = settings_of_depth(options.recipe, options.depth, options.set) if options.depth else []
     for key, value in {"data.folder": options.data, "data.tokenizer": options.tokenizer}.items():
         settings += [f"{key}={value}"] if value else []
     settings += [f"evaluate.core_bundle={options.bundle}"] if options.bundle else []
@@ -104,23 +115,24 @@ def _speedrun(options: argparse.Namespace) -> "Speedrun":
     return speedrun
 
 
-def _dry_run(options: argparse.Namespace, speedrun: "Speedrun", start_here: Callable[[list[str]], int]) -> int:
+def _dry_run(options: argparse.Namespace, speedrun: "Speedrun") -> int:
     """Prints stages and plan. Returns the exit status: as of an error if nothing would be started."""
+    from megachat.planning.hardware import parse_gpus
     from megachat.programs.dry_run import describe_job
+    from megachat.programs.plan import describe_printed_plan
     from megachat.programs.speedrun import describe_speedrun
     from megachat.programs.speedrun_checks import made_by_stages, obstacles
 
-    machine, problems = _planned_machine(options), obstacles(speedrun)
-    price = None if isinstance(machine, int) else options.price or PRICE
-    print(describe_speedrun(speedrun, problems, price) + "\n", flush=True)
-    if isinstance(machine, int):
-        print(describe_job(speedrun.config, machine, made=made_by_stages(speedrun)))
-        status = 0
+    ranks, machine = _planned_machine(options)
+    problems, fits = obstacles(speedrun), True
+    price = (options.price or PRICE) if machine else None
+    if machine is None:
+        plan = describe_job(speedrun.config, ranks, made=made_by_stages(speedrun))
     else:
-        chosen = [word for setting in speedrun.settings for word in ("--set", setting)]
-        plan = ["plan", "--config", str(speedrun.config_file), *chosen, "--gpus", machine, "--price", str(price)]
-        status = start_here(plan)
-    return EXIT_STATUS if problems and not speedrun.draft else status
+        path, settings = str(speedrun.config_file), list(speedrun.settings)
+        plan, fits = describe_printed_plan(path, settings, parse_gpus(machine), price)
+    print(f"{describe_speedrun(speedrun, problems, price)}\n\n{plan}", flush=True)
+    return EXIT_STATUS if problems and not speedrun.draft else int(not fits)
 
 
 def _ranks_of_training(options: argparse.Namespace) -> int | None:
@@ -136,8 +148,8 @@ def _ranks_of_training(options: argparse.Namespace) -> int | None:
     return options.ranks or torch.cuda.device_count() or 2  # as run_with_deepspeed
 
 
-def _planned_machine(options: argparse.Namespace) -> str | int:
-    """Returns the machine to plan for, as 8xH100, or a number of ranks on this one. Raises UserError."""
+def _planned_machine(options: argparse.Namespace) -> tuple[int, str | None]:
+    """Returns the ranks to plan for, and their machine, as 8xH100, None for this one. Raises UserError."""
     from megachat.job.hosts import parse_hostfile
     from megachat.programs.speedrun_recipe import SMALL_DEPTH
 
@@ -145,11 +157,11 @@ def _planned_machine(options: argparse.Namespace) -> str | int:
     hosts = parse_hostfile(options.hostfile) if options.hostfile else []
     slots = [host.slots for host in hosts] or [options.ranks or (2 if small else 8)]
     if small and not options.gpus:
-        return sum(slots)
+        return sum(slots), None
     if len(set(slots)) > 1 and not options.gpus:
         raise UserError(f"the hosts of {options.hostfile} have different slots: name the machine of the plan by --gpus")
     nodes = f"{len(slots)}x" if len(slots) > 1 else ""
-    return options.gpus or f"{nodes}{slots[0]}xH100"
+    return sum(slots), options.gpus or f"{nodes}{slots[0]}xH100"
 
 
 def _refuse_without_effect(options: argparse.Namespace) -> None:
@@ -175,3 +187,22 @@ def _refuse_without_effect(options: argparse.Namespace) -> None:
         raise UserError(
             f"--price is of a GPU-hour, but depth {options.depth} is planned for this CPU: give --gpus, too"
         )
+
+
+def _refuse_dropped_settings(options: argparse.Namespace, speedrun: "Speedrun") -> None:
+    """Raises UserError for a --set that an option or the speedrun itself would override, or that nothing would read."""
+    given = {one.partition("=")[0].strip() for one in options.set}
+    for key, option in _OPTION_OF.items():
+        if key in given and getattr(options, option) is not None:
+            raise UserError(f"--{option} and --set {key} say the same: give one of the two")
+    if "run.name" in given:
+        raise UserError(
+            "run.name is the recipe's name and the run's number, by which the command finds its runs: use --set "
+            "run.folder=FOLDER for other places"
+        )
+    for key, instead in _OF_TRAINING.items():
+        if key in given and not speedrun.config.evaluate.core_every:
+            raise UserError(
+                f"{key} is of CORE during the training, of which there is none (evaluate.core_every is 0): for the "
+                f"CORE after it give {instead}"
+            )

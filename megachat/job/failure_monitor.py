@@ -226,7 +226,7 @@ class FailureMonitor:
         for number in STOP_SIGNALS:
             if number not in numbers:
                 continue
-            now, reason = time.monotonic(), f"{self._name} received {number.name}"
+            now, reason = time.monotonic(), f"{self._name} was requested to stop ({number.name})"
             if number == signal.SIGINT and now - self._interrupted_at > SECOND_S:
                 self._stop(f"{reason} again")
                 continue

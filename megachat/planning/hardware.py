@@ -120,7 +120,7 @@ def _lookup(name: str, known: Mapping, what: str):
     if (entry := known.get(_key(name))) is not None:
         return entry
     titles = {key: getattr(value, "name", None) or value[0].name for key, value in known.items()}
-    near = list(dict.fromkeys(titles[key] for key in difflib.get_close_matches(_key(name), titles, 3, 0.5)))
+    near = list(dict.fromkeys(titles[key] for key in difflib.get_close_matches(_key(name), titles, 3, 0.6)))
     names = f"the near ones are {', '.join(near)}" if near else f"known are {', '.join(dict.fromkeys(titles.values()))}"
     raise UserError(
         f"{name} is no known {what}: {names}; for another one give its numbers to `megachat plan` by --gpu-spec FILE"

@@ -198,10 +198,12 @@ def resolve_layout(config: Config, dims: Dimensions, world: int) -> Layout:
         )
     for what, count in (("query heads", dims.heads), ("key/value heads", dims.kv_heads)):
         if count % tensor:
-            near = max(size for size in range(1, tensor) if dims.heads % size == 0 and dims.kv_heads % size == 0)
+            sizes = [size for size in range(1, tensor) if dims.heads % size == 0 and dims.kv_heads % size == 0]
+            near = max(size for size in sizes if world // pipeline % size == 0)
+            ranks = f" on a multiple of {sizes[-1] * pipeline} ranks" if near == 1 < sizes[-1] else ""
             raise UserError(
                 f"parallel.tensor is {tensor}, which does not divide the model's {count} {what}: "
-                f"set parallel.tensor to {near}"
+                f"set parallel.tensor to {sizes[-1] if ranks else near}{ranks}"
             )
     if dims.lookup and dims.lookup.up_width % tensor:
         raise UserError(

@@ -160,17 +160,24 @@ def describe_time(values: Mapping) -> list[str]:
     origin = "assumed" if values["assumed"] else "error of the probe"
     by = f", by the {values['source']}" if values["source"] else ""
     lines = [
-        f"time: {values['wall_hours']:,.2f} h for {values['steps']:,} steps of {values['step_sec']:.3f} s, "
+        f"time: {hours_text(values['wall_hours'])} for {values['steps']:,} steps of {values['step_sec']:.3f} s, "
         f"+-{values['error']:.0%} ({origin}); predicted, not measured{by}"
     ]
     if "price" in values:
         low, high = values["price_interval"]
         lines.append(f"price: {values['price']:,.2f}, between {low:,.2f} and {high:,.2f}")
     lines.append(
-        f"by the speedrun's clock: {values['clock_hours']:,.2f} h, without the first {UNTIMED_STEPS} steps, evaluation "
-        "and saving"
+        f"by the speedrun's clock: {hours_text(values['clock_hours'])}, without the first {UNTIMED_STEPS} steps, "
+        "evaluation and saving"
     )
     return lines
+
+
+def hours_text(hours: float) -> str:
+    """Returns hours for people; in minutes or seconds where two decimals of an hour would say little."""
+    if hours >= 0.1:
+        return f"{hours:,.2f} h"
+    return f"{60 * hours:.1f} min" if hours >= 1 / 60 else f"{3600 * hours:.1f} s"
 
 
 def job_values(config: Config, world: int, hardware: Hardware = THIS_MACHINE) -> dict:

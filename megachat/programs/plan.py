@@ -3,8 +3,9 @@ nothing is started or measured.
 """
 
 import functools
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megachat.config import Config, load_config, save_config
@@ -26,7 +27,7 @@ from megachat.planning.search import (
 )
 from megachat.planning.speeds import Speeds
 from megachat.planning.step_time import PARTS, predict_run
-from megachat.programs.dry_run import describe_time, price_values
+from megachat.programs.dry_run import describe_time, hours_text, price_values
 from megachat.programs.explain import planned_vocabulary
 from megachat.programs.preflight import rank_checkpoint_bytes
 from megachat.text import plural, text_table
@@ -35,6 +36,7 @@ from megachat.text import plural, text_table
 CORE_RATIOS = {24: 8.0, 26: 8.25}
 CORE_FLOPS = 2.788e19  # of its d24 at ratio 8, by our count
 WORKING = ("matrix products", "attention", "elementwise", "head and loss", "optimizer")  # parts that more ranks share
+FASTER = 0.99  # of the time: what is worth a hint
 HALF = 0.5  # the efficiency below which scaling is said to break
 
 
@@ -156,6 +158,31 @@ def plan_values_of(request: Request) -> dict:
     return values | {"scaling": scaling_values(request)}
 
 
+def describe_printed_plan(path: str, overrides: list[str], machine: Machine, price: float) -> tuple[str, bool]:
+    """Returns the plan of exactly the layout that a config with overrides has, and whether it fits.
+
+    Another layout, of the settings that are not set, is a hint where it is predicted to be faster. Raises UserError.
+    """
+    request = make_request(path, overrides, machine, price=price)
+    values = plan_values_of(replace(request, free=frozenset(), kept=())) | {"scaling": []}
+    lines = [describe_plan_values(values)]
+    best, config = request.layouts(top=1).ranked, request.config
+    if best:
+        other = candidate_values(request, best[0], machine)
+        this = values["layouts"][0] if values["fits"] else None
+        if this is None or other["wall_hours"] < FASTER * this["wall_hours"]:
+            planned = (this or values["too_large"][0])["settings"]
+            changed = {key: value for key, value in other["settings"].items() if value != planned[key]}
+            if "batch.micro_rows" in changed and config.batch.accumulation:
+                changed["batch.accumulation"] = None
+            chosen = " ".join(f"--set {key}={json.dumps(value)}" for key, value in changed.items())
+            lines.append(
+                f"hint: with {chosen} the prediction is {hours_text(other['wall_hours'])} and "
+                f"{format_bytes(other['bytes'])} per GPU; `megachat plan --gpus {machine.name}` compares all"
+            )
+    return "\n".join(lines), values["fits"]
+
+
 def _no_layout(request: Request, layouts: Layouts) -> str:
     rows = resolve_plan(request.config.model_copy(update={"parallel": Config().parallel}), 1, request.vocab_size)
     reason = layouts.refused[0][1] if layouts.refused else "no sizes of the axes divide it"
@@ -219,7 +246,7 @@ def describe_plan_values(values: Mapping, *, verbose: bool = False) -> str:
     """Returns the plan for people: the verdict first."""
     lines = _machine_verdict(values)
     if values["layouts"]:
-        lines += ["", f"best layouts of {values['fitting_layouts']} that fit", *_layout_table(values["layouts"])]
+        lines += ["", _layouts_title(values["fitting_layouts"]), *_layout_table(values["layouts"])]
     if values["too_large"]:
         lines += ["", f"too large, with {format_bytes(values['usable_bytes'])} usable per {values['rank']}"]
         for one in values["too_large"][: None if verbose else 4]:
@@ -258,6 +285,10 @@ def _machine_verdict(values: Mapping) -> list[str]:
     return [fits, *describe_time(best | {"assumed": values["probe"] is None, "source": None})]
 
 
+def _layouts_title(fitting: int) -> str:
+    return f"best layouts of {fitting} that fit" if fitting > 1 else "the layout"
+
+
 def _layout_table(layouts: list[dict]) -> list[str]:
     priced = "price" in layouts[0]
     title = ("dp", "tp", "pp", "sequence", "rows x batches", "recompute", "fp8", "s/step", "hours", "GB")
@@ -271,7 +302,7 @@ def _layout_table(layouts: list[dict]) -> list[str]:
             settings["batch.recompute"],
             settings["precision.fp8"],
             f"{one['step_sec']:.3f}",
-            f"{one['wall_hours']:.2f}",
+            f"{one['wall_hours']:.2f}" if one["wall_hours"] >= 0.1 else f"{one['wall_hours']:.1g}",
             f"{one['bytes'] / 1e9:.1f}",
         )
         rows.append(row + ((f"{one['price']:,.2f}",) if priced else ()))

@@ -1,6 +1,7 @@
 """The recipes of the speedrun, and what one call of it trains and where."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,9 +74,13 @@ class Speedrun:
         return Path(self.config.run.folder) / f"{self.name}-{run + 1}"
 
 
-def settings_of_depth(recipe: str, depth: int) -> list[str]:
-    """Returns the overrides of another depth than the recipe's; of a small one also those that a CPU needs."""
-    ngram = load_config(config_folder() / f"{RECIPES[recipe]}.json").ngram
+def settings_of_depth(recipe: str, depth: int, chosen: Sequence[str] = ()) -> list[str]:
+    """Returns the overrides of another depth than the recipe's; of a small one also those that a CPU needs.
+
+    chosen: overrides that follow them. The warm-up of a small depth ends before the warm-down of these begins.
+    """
+    path = config_folder() / f"{RECIPES[recipe]}.json"
+    ngram = load_config(path).ngram
     settings = [f"model.depth={depth}"]
     if ngram.blocks:
         settings.append(f"ngram.blocks={_dumps([block for block in ngram.blocks if block < depth] or [0])}")
@@ -83,7 +88,11 @@ def settings_of_depth(recipe: str, depth: int) -> list[str]:
         return settings
     demo = load_config(config_folder() / "demo.json").model_dump(mode="json")
     settings += [f"{key}={_dumps(demo[key.partition('.')[0]][key.partition('.')[2]])}" for key in _FROM_DEMO]
-    return settings + list(_SMALL) + (["ngram.rows=4096", "ngram.width=null"] if ngram.blocks else [])
+    settings += [*_SMALL, *(["ngram.rows=4096", "ngram.width=null"] if ngram.blocks else [])]
+    config = load_config(path, [*settings, *chosen])
+    steps, optimizer = config.horizon.steps or demo["horizon"]["steps"], config.optimizer
+    most = steps - round(optimizer.warmdown_ratio * steps)
+    return settings + ([f"optimizer.warmup_steps={most}"] if most < demo["optimizer"]["warmup_steps"] else [])
 
 
 def _dumps(value: object) -> str:

@@ -212,8 +212,8 @@ def shard_problems(shards: Mapping[str, str | None]) -> list[str]:
     problems = []
     if unknown := [name for name, digest in shards.items() if not digest]:
         problems.append(
-            f"{len(unknown)} of its shards have no hash ({unknown[0]}): prepare the folder with `megachat data`, which "
-            "writes a manifest"
+            f"{len(unknown)} of its shards have no hash (the first is {unknown[0]}): prepare the folder with "
+            "`megachat data`, which writes a manifest"
         )
     numbers = [int(match[1]) for name in list(shards)[:-1] if (match := _SHARD.fullmatch(name))]
     if gaps := sorted(set(range(numbers[0], numbers[-1])) - set(numbers)) if numbers else []:
@@ -256,19 +256,18 @@ def bundle_problem(bundle: Bundle) -> str | None:
 def _core_evidence(run: RunRecord) -> tuple[dict[str, Any], list[str]]:
     """Returns CORE of the last step, over all tasks and examples."""
     again = f"run `{core_command(run.folder)}`"
+    full = f"run `megachat evaluate --checkpoint {run.folder} --core BUNDLE` with a full bundle"
     try:
         file = newest_results(run.folder)
         results = load_results(file)
     except UserError as error:
         return {}, [f"it {str(error).removeprefix(f'{run.folder} ')}"]
     core, problems = results["core"], []
+    again = again if core.get("core_metric") is not None else full  # the run's config may name the partial bundle
     if results["step"] != run.plan.get("steps"):
         problems.append(f"its newest CORE is of step {results['step']}, not of the last step: {again}")
     if core.get("core_metric") is None:
-        problems.append(
-            f"{file.name} has not all {len(CORE_TASKS)} tasks of CORE: run `megachat evaluate --checkpoint "
-            f"{run.folder} --core BUNDLE` with a full bundle"
-        )
+        problems.append(f"{file.name} has not all {len(CORE_TASKS)} tasks of CORE: {full}")
     if not core["whole"]:
         problems.append(f"{file.name} has not all examples of CORE's tasks: {again}")
     if core.get("crop", True):

@@ -92,7 +92,7 @@ def test_the_script_continues_after_a_kill_and_ends_with_a_record(options, runs,
     for setting, words in {
         "optimizer.matrix_lr=0.5": f"{run} was trained with optimizer.matrix_lr=its default, not 0.5",
         "model.vocab_size=400": "/tokenizer has 300 tokens, not 400",
-        "evaluate.core_bundle=no-bundle": "no-bundle",
+        "evaluate.core_bundle=no-bundle": "--bundle and --set evaluate.core_bundle say the same",
     }.items():
         with pytest.raises(UserError, match=words):
             cli._run(["speedrun", *options, "--set", setting])
@@ -281,16 +281,21 @@ def test_a_tokenizer_of_other_data_is_beside_it(options, capsys):
 
 def test_the_plan_is_of_the_hosts(tmp_path, monkeypatch, capsys):
     planned, hosts = [], tmp_path / "hosts"
-    monkeypatch.setattr(cli, "start", lambda name, arguments, prog: planned.append(arguments) or 0)
+
+    def plan(path, settings, machine, price):
+        planned.append((machine.name, price))
+        return "", True
+
+    monkeypatch.setattr("megachat.programs.plan.describe_printed_plan", plan)
     line = ["speedrun", "--dry-run", "--hostfile", str(hosts), "--set", "data.tokenizer=none"]
     hosts.write_text("a slots=4\nb slots=4\n")
     for more in ([], ["--gpus", "4xH100"], ["--depth", "3", "--set", "batch.micro_rows=4"]):
         options = cli.build_parser("speedrun", "").parse_args([*line[1:], *more])
         assert cli._module("speedrun").run(options) == 0
-    assert [words[-4:] for words in planned[:2]] == [
-        ["--gpus", machine, "--price", "3.0"] for machine in ("2x4xH100", "4xH100")
-    ]
-    assert len(planned) == 2 and "layout = data 8 x tensor 1 x pipeline 1; " in capsys.readouterr().out
+    assert (
+        planned == [("2x4xH100", 3.0), ("4xH100", 3.0)]
+        and "layout = data 8 x tensor 1 x pipeline 1; " in capsys.readouterr().out
+    )
     for text, problem in {"a slots=4\nb slots=2\n": "different slots", "a slot=4": "line 1: .*NAME slots=N"}.items():
         hosts.write_text(text)
         with pytest.raises(UserError, match=problem):

@@ -111,7 +111,8 @@ def test_an_ended_launcher_leaves_no_rank_behind(launcher, kill, place):
     notices = [line for line in done.err.splitlines() if ": the job saves after this step and ends" in line]
     assert len(notices) == 1 and done.errors == [], done.err
     assert re.match(
-        r"(rank \d .+ received SIG(TERM|INT)|the launcher \w+ \(pid \d+\) of rank \d .+ has ended): ", notices[0]
+        r"(rank \d .+ was requested to stop \(SIG(TERM|INT)\)|the launcher \w+ \(pid \d+\) of rank \d .+ has ended): ",
+        notices[0],
     )
     newest, passed_over = newest_complete(job.run / "checkpoints")
     assert newest is not None and passed_over == []

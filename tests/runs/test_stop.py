@@ -40,7 +40,8 @@ def test_a_stop_costs_nothing(world, rank, number, place):
         os.kill(ranks.pids[rank], number)
         assert ranks.end() == [SAVED_STATUS] * world, ranks.printed
     assert re.fullmatch(
-        rf"rank {rank} \(.*pid {ranks.pids[rank]}\) received {number.name}: the job saves after this step and ends"
+        rf"rank {rank} \(.*pid {ranks.pids[rank]}\) was requested to stop \({number.name}\): "
+        "the job saves after this step and ends"
         rf"{'; a second Ctrl-C ends it at once' * (number == signal.SIGINT)}\n",
         ranks.err,
     )
@@ -73,7 +74,7 @@ def test_a_step_that_takes_too_long_is_not_waited_for(place):
         assert job.end() == [STOPPED_STATUS], job.printed
     (error,) = job.errors
     assert error.endswith(
-        "received SIGTERM, and step and save took longer than checkpoint.stop_s=0.1, so the job "
+        "was requested to stop (SIGTERM), and step and save took longer than checkpoint.stop_s=0.1, so the job "
         "stops: continue with --resume auto"
     )
     assert not list((run / "checkpoints").glob("step_*"))

@@ -27,8 +27,8 @@ def monitor(monkeypatch):
     made = FailureMonitor(0)
     made.clock, made.seen = Clock(), []
     monkeypatch.setattr(failure_monitor, "time", made.clock)
-    made._request_stop = lambda reason, limited: made.seen.append(("save", reason.split(" received ")[1], limited))
-    made._stop = lambda reason: made.seen.append(("end", reason.split(" received ")[1]))
+    made._request_stop = lambda reason, limited: made.seen.append(("save", reason.split(" stop ")[1], limited))
+    made._stop = lambda reason: made.seen.append(("end", reason.split(" stop ")[1]))
     yield made
     for opened in (made._wakeup_in, made._wakeup_out, made._selector):  # else the garbage collector warns in some test
         opened.close()
@@ -46,17 +46,17 @@ def test_a_second_interrupt_ends_the_job_and_a_repeated_one_does_not(monitor):
     receive(monitor, signal.SIGINT)
     monitor.clock.now += 0.9 * SECOND_S
     receive(monitor, signal.SIGINT, signal.SIGTERM)  # the launcher passes on the same Ctrl-C
-    first = [("save", "SIGINT", True)]
-    assert monitor.seen == [*first, *first, ("save", "SIGTERM", True)]
+    first = [("save", "(SIGINT)", True)]
+    assert monitor.seen == [*first, *first, ("save", "(SIGTERM)", True)]
     monitor.clock.now += 0.2 * SECOND_S
     receive(monitor, signal.SIGTERM)
     receive(monitor, signal.SIGINT)
-    assert monitor.seen[3:] == [("save", "SIGTERM", True), ("end", "SIGINT again")]
+    assert monitor.seen[3:] == [("save", "(SIGTERM)", True), ("end", "(SIGINT) again")]
 
 
 def test_only_the_warning_of_slurm_has_no_time_limit(monitor):
     receive(monitor, *STOP_SIGNALS)
-    assert monitor.seen == [("save", number.name, number != signal.SIGUSR1) for number in STOP_SIGNALS]
+    assert monitor.seen == [("save", f"({number.name})", number != signal.SIGUSR1) for number in STOP_SIGNALS]
 
 
 @pytest.mark.parametrize(
