@@ -87,7 +87,7 @@ def test_before_it_trains_a_job_ends_at_once(place):
         until(lambda: not job.alive or listens(job.pids[0], port), "rank 0 to listen")
         os.kill(job.pids[0], signal.SIGUSR1)
         assert job.end() == [STOPPED_STATUS], job.printed
-    assert "SIGUSR1, so the job stops: continue with the same `megachat speedrun` command" in job.errors[0]
+    assert "(SIGUSR1), so the job stops: continue with the same `megachat speedrun` command" in job.errors[0]
     assert not (place.runs / "early").exists()
 
 
