@@ -19,12 +19,15 @@ class Place:
 
     name: nanochat's checkpoint name. whole: shape of the tensor with that name. offset: where this parameter starts in
     it (per-layer scalars are one element each). block: index of the block that the parameter belongs to, -1 before the
-    blocks, depth after them. cut: how the tensor axis may divide it. Matrices are cut by "column" (output features, dim
-    0) or "row" (input features, dim 1), tables by "vocabulary" (dim 0), "feature" (dim 1, by key/value
-    head) or "tokens" (dim 0, between the rows of different tokens), scales of heads by "heads" (dim 0). A table cut by
-    "rows" (dim 0) is divided over all ranks of its pipeline stage; the tensor axis alone does not cut it. "whole" is
-    never cut. start: the initial value, ("normal", std), ("uniform", low, high) or ("constant", value). first_rows: of
-    a table cut by "tokens", where the rows of each token start; empty until they are allocated.
+    blocks, depth after them. start: the initial value, ("normal", std), ("uniform", low, high) or ("constant", value).
+    first_rows: of a table cut by "tokens", where the rows of each token start; empty until they are allocated.
+
+    cut: how the tensor axis divides it:
+    - "column" (dim 0, output features) and "row" (dim 1, input features): matrices
+    - "vocabulary" (dim 0), "feature" (dim 1, by key/value head), "tokens" (dim 0, between rows of two tokens): tables
+    - "heads" (dim 0): scales of queries and keys
+    - "rows" (dim 0): a table that all ranks of its pipeline stage divide, not the tensor axis alone
+    - "whole": not at all
     """
 
     name: str

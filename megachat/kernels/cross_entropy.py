@@ -167,9 +167,11 @@ def _chunks(rows: torch.Tensor, part: VocabularyPart, columns: int, multiple: in
 
 
 def _chunk_terms(logits: torch.Tensor, targets: torch.Tensor, cap: float, part: VocabularyPart, squash=squash):
-    """Returns the terms of a chunk's loss: (sums of exponentials [n, 1] and capped logit at the target [n, 1], both
-    over the whole vocabulary; the gates of the logits [n, columns], their exponentials, each target's column, and 1
-    where it is in this part).
+    """Returns the terms of a chunk's loss: (sums, at_target, gate, share, index, held).
+
+    sums of exponentials and capped logit at_target, float32 [n, 1], are over the whole vocabulary. gate and share,
+    [n, columns]: the gates of this part's logits, and their exponentials. index [n, 1]: each target's column. held
+    [n, 1]: 1 where that is in this part, else 0.
     """
     local = targets - part.start
     columns = logits.size(1)

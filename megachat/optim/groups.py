@@ -72,8 +72,8 @@ def group_of(name: str, groups: Iterable[Group] = GROUPS) -> Group:
 def assign_groups(places: Iterable[Place], groups: Iterable[Group] = GROUPS) -> dict[str, Group]:
     """Returns the group of each parameter name.
 
-    Raises ValueError for a name in no group or in several, for a matrix of the blocks (cut by column or row) that is
-    not on Muon, and for a parameter on Muon that is not a matrix.
+    Raises ValueError for a name in no group or in several. It also does so for a matrix of the blocks (cut by column or
+    row) that is not on Muon, and for a parameter on Muon that is not a matrix.
     """
     assigned = {}
     for place in places:

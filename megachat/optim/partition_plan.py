@@ -83,8 +83,11 @@ class PartitionPlan:
         ]
 
     def returned_scales(self, index: int, fragment: Fragment) -> int:
-        """Returns how many float32 values the owner sends back with the direction of a fragment: the norm, and the
-        scales of the rows that it touches (tall or square matrices) or of all local columns (wide matrices)."""
+        """Returns how many float32 values the owner sends back with the direction of a fragment.
+
+        These are the norm, and the scales of the rows that the fragment touches (tall or square matrices) or of all
+        local columns (wide matrices).
+        """
         matrix = self.matrices[index]
         columns = matrix.local_shape(self.tensor)[1]
         first, last = fragment.rows(columns)
@@ -98,8 +101,8 @@ class PartitionPlan:
         return flops
 
     def state_bytes(self, rank: int) -> dict[str, int]:
-        """Returns the bytes of float32 state on a grid rank: masters and momentum of its shards, and the second moments
-        of the matrices that it owns, which have one value per row or column, whichever are more."""
+        """Returns the bytes of float32 state on a grid rank: of masters and momentum of its shards, and of the second
+        moments of the matrices that it owns. A second moment has one value per row or column, whichever are more."""
         owned = [matrix for matrix, owner in zip(self.matrices, self.owners, strict=True) if owner == rank]
         shards = 4 * self.shard_elements
         return {"master": shards, "momentum": shards, "second_moment": 4 * sum(max(matrix.shape) for matrix in owned)}

@@ -1,10 +1,10 @@
 """Walks one training step of one rank of any world in this process, without its peers and without memory.
 
-torch's fake process group stands for the other ranks, and FakeTensorMode for all numbers: model, tensor axis,
-DeepSpeed's pipeline engine and ZeRO, the Muon partition and the optimizer step are those of a run, and only shapes are
-computed. Every collective is recorded with its group, kind, bytes and dtype. What a value decides is assumed: the
-gradient is finite, the step is not skipped, nobody requests a stop, tokens read as many rows of sparse tables as there
-are, and the attention of lookup layers has no groups.
+torch's fake process group stands for the other ranks, and FakeTensorMode for all numbers, so only shapes are computed.
+Model, tensor axis, DeepSpeed's pipeline engine and ZeRO, the Muon partition and the optimizer step are those of a run.
+Every collective is recorded with its group, kind, bytes and dtype. What a value decides is assumed: the gradient is
+finite, so the step is not skipped, and no rank requests a stop. Tokens read as many rows of sparse tables as there are.
+The attention of lookup layers has no groups.
 
 torch offers the fake process group for its own tests (torch.testing._internal.distributed.fake_pg).
 """

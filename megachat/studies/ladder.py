@@ -1,5 +1,7 @@
-"""The ladder: a change is tried at growing depths, cheapest first, because settings tuned on a small model may hurt a
-larger one, and gains shrink with size (nanochat's log: d12 for a signal, d20 to validate, d24 to decide).
+"""The ladder: a change is tried at growing depths, cheapest first.
+
+Settings tuned on a small model may hurt a larger one, and gains shrink with size. nanochat's log uses d12 for a signal,
+d20 to validate and d24 to decide.
 """
 
 import contextlib

@@ -1,9 +1,12 @@
 """Copies of weights and optimizer state are compared by hashes of their bits.
 
-Copies are: the weights on all data ranks, and on all ranks of the stage if the tensor axis does not cut them; AdamW's
-state of these on all tensor ranks; and on each rank the weights beside the masters that were rounded to them. Shards of
-ZeRO and of the Muon partition and rows of sparse tables exist once. A pipeline stage has no copy of another stage's
-parameters.
+These are copies:
+- the weights, on all data ranks; on all ranks of the stage if the tensor axis does not cut them
+- AdamW's state of weights that the tensor axis does not cut, on all tensor ranks
+- on each rank the weights and their masters, once these are rounded to the weights' dtype
+
+Shards of ZeRO and of the Muon partition, and rows of sparse tables, exist once. A pipeline stage has no copy of another
+stage's parameters.
 """
 
 from collections import Counter

@@ -51,9 +51,12 @@ def _to_floats(numbers: list[torch.Tensor]) -> list[float]:
 def rank_sightings(training: TrainingModel, gradients: GradientSighting | None) -> list[Report]:
     """Returns what every rank saw, in rank order; all ranks call it after the step.
 
-    The keys beside those of gather_reports: loss, the mean over the rank's rows in nats, None where no loss is
-    computed; gradient_norm and gradient as in GradientSighting, None if they were not read; weight, the first parameter
-    on the rank, in model order, that is not finite. Numbers that are not finite are texts, as in JSON files.
+    The keys beside those of gather_reports:
+    - loss: the mean over the rank's rows in nats, None where no loss is computed
+    - gradient_norm, gradient: norm and parameter of GradientSighting, None if they were not read
+    - weight: the first parameter on the rank, in model order, that is not finite
+
+    Numbers that are not finite are texts, as in JSON files.
     """
     parameters = placed_parameters(training.layers)
     training.muon.wait_for_gather()
