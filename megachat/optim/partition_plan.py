@@ -83,11 +83,8 @@ class PartitionPlan:
         ]
 
     def returned_scales(self, index: int, fragment: Fragment) -> int:
-        """Returns how many float32 values the owner sends back with the direction of a fragment.
-
-        These are the norm, and the scales of the rows that the fragment touches (tall or square matrices) or of all
-        local columns (wide matrices).
-        """
+        """Returns how many float32 values the owner sends back with the direction of a fragment: one for the norm, and
+        one for each row that it touches (tall or square matrices) or each local column (wide matrices)."""
         matrix = self.matrices[index]
         columns = matrix.local_shape(self.tensor)[1]
         first, last = fragment.rows(columns)

@@ -90,9 +90,12 @@ def run_pretrain(
 
 
 def open_job_config(path: str, overrides: list[str]) -> tuple[Config, list[str]]:
-    """Returns the config of a file with overrides and a run name, and lines for the log. Raises UserError."""
+    """Returns the config of a file with overrides, and lines for the log. Raises UserError.
+
+    A run without a name gets that of the file, so that the saved config runs under the same name.
+    """
     config, notes = config_in_place(load_config(path, overrides), Path(path), overrides)
-    return _named_config(config, Path(path).stem), notes
+    return config.changed("run", name=config.run.name or Path(path).stem), notes
 
 
 def run_job(
@@ -132,11 +135,6 @@ def run_job(
     return SAVED_STATUS if stopped else 0
 
 
-def _named_config(config: Config, default: str) -> Config:
-    """Returns the config with a run name, so that the saved config runs under the same name."""
-    return config.changed("run", name=config.run.name or default)
-
-
 def _self_test(job: JobInputs, mesh: Mesh) -> str:
     """Tests saving and resuming, and returns a line for the log; all ranks call it."""
     from megachat.programs.self_test import run_self_test  # loads torch.distributed.checkpoint, 0.7 s
@@ -167,7 +165,8 @@ def _train(
     notes: lines for the log. begin: time.perf_counter() at the start of the job.
     """
     monitor, guard, recovery = supervision
-    state = _start_state(run, start)
+    with starting(f"loading {start.checkpoint}", run.mesh):
+        state = load_state(run, start.checkpoint) if start.checkpoint else LoopState()
     recovery.finish("loading")
     _prepare_run_folder(run, start, state, environment, notes)
     with contextlib.closing(_open_metrics(run, state)) as metrics:
@@ -190,12 +189,6 @@ def _train(
         if run.is_writer:
             _log_summary(trainer, environment, startup_s, time.perf_counter() - begin, stopped)
         return stopped
-
-
-def _start_state(run: Run, start: StartPoint) -> LoopState:
-    """Loads the checkpoint into the run and returns the loop's counters; all ranks call it."""
-    with starting(f"loading {start.checkpoint}", run.mesh):
-        return load_state(run, start.checkpoint) if start.checkpoint else LoopState()
 
 
 def _prepare_run_folder(

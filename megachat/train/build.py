@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from megachat.activity import print_line
 from megachat.config import Config
 from megachat.data.loader import Loader
 from megachat.data.tokenizer import Tokenizer
@@ -322,12 +323,9 @@ def build_loader(
         state=state,
         on_bad_text=data.on_bad_text,
         device="cpu" if validation else mesh.device,  # validation keeps the rows of several steps
-        log=_print_line if mesh.tensor.rank == mesh.pipeline.rank == 0 else lambda line: None,
+        # on any data rank: the rank that reads a document reports it
+        log=print_line if mesh.tensor.rank == mesh.pipeline.rank == 0 else lambda line: None,
     )
-
-
-def _print_line(line: str) -> None:
-    print(line, flush=True)  # on any rank: the rank that reads a document reports it
 
 
 def agree_on_kernels(kernels: Kernels, mesh: Mesh) -> bool:

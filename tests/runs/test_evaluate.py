@@ -15,7 +15,6 @@ from megachat.job.launch import bootstrap_environment
 from megachat.programs.dry_run import describe_job
 from megachat.programs.evaluate import EvaluationRequest, evaluate
 from megachat.programs.job_inputs import check_job_inputs
-from megachat.programs.pretrain import _named_config
 from tests import reference
 from tests.limits import limit_s
 from tests.runs.forked import Ranks, run_forked
@@ -268,7 +267,7 @@ def test_questions_that_do_not_fit_are_refused_before_training_or_left_out(place
     def check(unfit):
         config["evaluate"]["core_unfit"] = unfit
         loaded = load_config(command(place, "long", config=config)[2])
-        return check_job_inputs(_named_config(loaded, "long"), bootstrap_environment(), None, False)
+        return check_job_inputs(loaded.changed("run", name="long"), bootstrap_environment(), None, False)
 
     with pytest.raises(UserError, match="lambada_openai.* the model takes at most 640"):
         check("refuse")
