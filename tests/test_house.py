@@ -24,6 +24,7 @@ STEP_PATH = """
 # step has only by option.
 BESIDE_STEP_PATH = {
     "device.py": "synchronize() for the step's clock",
+    "kernels/onednn.py": "float32 products on AMD's CPUs with AVX512",
     "place.py": "whether a gradient counts in the norm on this rank",
     "optim/buckets.py": "sizes of fragments",
     "optim/partition_plan.py": "which rank stores a fragment",
