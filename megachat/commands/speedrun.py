@@ -130,7 +130,7 @@ def _dry_run(options: argparse.Namespace, speedrun: "Speedrun") -> int:
         plan = describe_job(speedrun.config, ranks, made=made_by_stages(speedrun))
     else:
         path, settings = str(speedrun.config_file), list(speedrun.settings)
-        plan, fits = describe_printed_plan(path, settings, parse_gpus(machine), price)
+        plan, fits = describe_printed_plan(path, settings, parse_gpus(machine), price or PRICE)
     print(f"{describe_speedrun(speedrun, problems, price)}\n\n{plan}", flush=True)
     return EXIT_STATUS if problems and not speedrun.draft else int(not fits)
 
