@@ -158,7 +158,7 @@ def plan_values_of(request: Request) -> dict:
     return values | {"scaling": scaling_values(request)}
 
 
-def describe_printed_plan(path: str, overrides: list[str], machine: Machine, price: float) -> tuple[str, bool]:
+def describe_printed_plan(path: str, overrides: list[str], machine: Machine, price: float | None) -> tuple[str, bool]:
     """Returns the plan of exactly the layout that a config with overrides has, and whether it fits.
 
     Another layout, of the settings that are not set, is a hint where it is predicted to be faster. Raises UserError.

@@ -23,8 +23,8 @@ from megachat.text import plural
 
 TOKENIZER_SHARDS = 8  # of climbmix, as nanochat: more than the 2e9 characters that are read
 CLIMBMIX_SHARD_BYTES = 100e6  # of a shard of climbmix, by nanochat's runs/speedrun.sh
-_BY_SIGNAL = (130, STOPPED_STATUS)  # of a launcher
 CLIMBMIX_SHARD_TOKENS = 250e6 / 4.8  # characters of a shard by characters of a token, by older versions of that script
+_BY_SIGNAL = (130, STOPPED_STATUS)  # statuses of a launcher that a signal has ended
 DRAFT_HINT = "with --draft it trains anyway, and ends with the text of a record that is marked as none"
 Start = Callable[[list[str]], int]  # runs `megachat ARGUMENTS` and returns its exit status
 

@@ -43,8 +43,8 @@ SIZES = {
 
 
 @pytest.fixture(scope="module")
-def options(tmp_path_factory) -> list[str]:
-    """The options of a small speedrun, with its data and its bundle."""
+def prepared(tmp_path_factory) -> Path:
+    """A folder with the data and the bundle of a small speedrun."""
     folder = tmp_path_factory.mktemp("speedrun")
     (folder / "texts").mkdir()
     for number in range(120):
@@ -52,10 +52,16 @@ def options(tmp_path_factory) -> list[str]:
         (folder / "texts" / f"{number}.txt").write_text(text)
     prepare(["--source", "text", "--input", f"{folder}/texts", "--shards", "2", "--out", f"{folder}/data"])
     write_bundle(folder / "bundle", dict.fromkeys(CORE_TASKS, THREE["lambada_openai"]))
+    return folder
+
+
+@pytest.fixture
+def options(prepared, tmp_path) -> list[str]:
+    """The options of a small speedrun. Runs and tokenizer are the test's alone: a finished run changes what follows."""
     chosen = {f"{section}.{key}": value for section, keys in SIZES.items() for key, value in keys.items()}
     settings = [word for key, value in chosen.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-    places = ["--data", f"{folder}/data", "--tokenizer", f"{folder}/tokenizer", "--bundle", f"{folder}/bundle"]
-    return ["--depth", "3", "--ranks", "1", *places, *settings, "--set", f"run.folder={folder}/runs"]
+    places = ["--data", f"{prepared}/data", "--tokenizer", f"{tmp_path}/tokenizer", "--bundle", f"{prepared}/bundle"]
+    return ["--depth", "3", "--ranks", "1", *places, *settings, "--set", f"run.folder={tmp_path}/runs"]
 
 
 @pytest.fixture
@@ -137,7 +143,9 @@ def speedrun(options: list[str], *settings: str, recipe="public-2026", bundle=No
     places = [f"data.folder={parsed.data}", f"data.tokenizer={parsed.tokenizer}"]
     places.append(f"evaluate.core_bundle={bundle or parsed.bundle}")
     return Speedrun(
-        recipe, (*settings_of_depth(recipe, 3), *places, *parsed.set, *settings), **({"shards": None} | more)
+        recipe,
+        (*settings_of_depth(recipe, 3, parsed.set), *places, *parsed.set, *settings),
+        **({"shards": None} | more),
     )
 
 

@@ -172,11 +172,17 @@ def test_a_missing_piece_of_evidence_is_one_sentence(make, change, sentence):
 
 def test_core_needs_all_tasks_and_several_mistakes_are_all_named(make):
     folder = make(change=planted("environment", 0, "commit"))
-    evaluated(results_path(folder, STEPS), 0.7, 1, labels=CORE_TASKS[:3], step=STEPS, **evaluation_stamp(HASH["a"]))
+    file = results_path(folder, STEPS)
+    evaluated(file, 0.7, 1, labels=CORE_TASKS[:3], step=STEPS, **evaluation_stamp(HASH["a"]))
+    results = json.loads(file.read_text())
+    results["core"]["crop"] = True
+    file.write_text(json.dumps(results))
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"evaluate": {"core_bundle": "three"}}))
     with pytest.raises(UserError) as error:
         recorded(folder)
-    commit, tasks = str(error.value).splitlines()
+    commit, tasks, cropped = str(error.value).splitlines()
     assert "no commit" in commit and "has not all 22 tasks of CORE" in tasks
+    assert "--core three" not in cropped and "--core BUNDLE` with a full bundle" in cropped
 
 
 def test_a_copy_is_named_while_core_is_missing_and_a_command_has_the_bundle(make):
