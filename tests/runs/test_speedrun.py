@@ -65,6 +65,13 @@ def options(prepared, tmp_path) -> list[str]:
 
 
 @pytest.fixture
+def apart(monkeypatch, tmp_path):
+    """The checkout's data and runs do not count, nor does its commit, which may change, and is None if git is slow."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("megachat.programs.speedrun_checks.git", lambda *words: "c" * 40)
+
+
+@pytest.fixture
 def runs(options):
     """The folder of the runs."""
     return Path(options[-1].partition("=")[2])
@@ -153,6 +160,7 @@ def start_here(arguments: list[str]) -> int:
     return cli.start(arguments[0], arguments[1:], "megachat")
 
 
+@pytest.mark.usefixtures("apart")
 def test_a_failed_stage_ends_the_call_with_its_status(options, capsys, monkeypatch, tmp_path):
     options, started = [*options, "--tokenizer", str(tmp_path / "tokenizer")], []
     monkeypatch.setattr("megachat.job.local_job.run_with_deepspeed", lambda *line: started.append(line) or 137)
@@ -171,6 +179,7 @@ def test_a_failed_stage_ends_the_call_with_its_status(options, capsys, monkeypat
     assert any("run.seed=43" in line for line in listed) and "(on all ranks)" in listed[2]
 
 
+@pytest.mark.usefixtures("apart")
 def test_recipes_at_other_depths():
     assert set(RECIPES) == set(cli.build_parser("speedrun", "")._option_string_actions["--recipe"].choices)
     for recipe in RECIPES:
@@ -189,6 +198,7 @@ def test_recipes_at_other_depths():
     assert second.arguments[3:7] == ["--vocab-size", "49152", "--shards", "0-7"] and not second.done
 
 
+@pytest.mark.usefixtures("apart")
 def test_the_shards_are_downloaded_once(options, mirror, tmp_path, capsys):  # noqa: F811
     """Data and tokenizer of a call, from an HTTP server on this machine that has one shard later than the others."""
     mirror.files["shard_06542.parquet"] = mirror.files["shard_00009.parquet"]
@@ -229,6 +239,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("change, more, problem", REFUSED.values(), ids=REFUSED)
+@pytest.mark.usefixtures("apart")
 def test_what_a_record_will_refuse_is_reported_first(change, more, problem, options, tmp_path, capsys):
     settings = [f"run.folder={tmp_path}/runs", f"data.tokenizer={tmp_path}/tokenizer"]
     bundle = write_bundle(tmp_path / "three", THREE) if change == "three" else None
@@ -247,6 +258,7 @@ def test_what_a_record_will_refuse_is_reported_first(change, more, problem, opti
     assert f"== no record can come of this: {reason}\n== data" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("apart")
 def test_questions_that_do_not_fit_are_counted_before_the_training(options, tmp_path, capsys):
     settings = [f"run.folder={tmp_path}/runs", f"data.tokenizer={tmp_path}/tokenizer", "model.sequence_len=16"]
     settings += ["batch.tokens=256", "evaluate.tokens=256"]
@@ -264,6 +276,7 @@ def test_questions_that_do_not_fit_are_counted_before_the_training(options, tmp_
         obstacles(speedrun(options, *settings, "evaluate.core_unfit=refuse", bundle=bundle))
 
 
+@pytest.mark.usefixtures("apart")
 def test_a_dry_run_has_no_problem_that_a_stage_solves(options, tmp_path, capsys):
     words = ["speedrun", *options, "--tokenizer", str(tmp_path / "none"), "--dry-run"]
     assert cli._run(words) == 0
@@ -278,6 +291,7 @@ def test_a_dry_run_has_no_problem_that_a_stage_solves(options, tmp_path, capsys)
     assert cli._run([*words, "--max-per-task", "4", "--draft"]) == 0
 
 
+@pytest.mark.usefixtures("apart")
 def test_a_tokenizer_of_other_data_is_beside_it(options, capsys):
     folder = options[options.index("--data") + 1]
     cli._run(["speedrun", "--depth", "3", "--data", folder, "--dry-run"])
@@ -287,6 +301,7 @@ def test_a_tokenizer_of_other_data_is_beside_it(options, capsys):
     assert "record: runs/speedrun-megachat-d3.record.md\n" in out
 
 
+@pytest.mark.usefixtures("apart")
 def test_the_plan_is_of_the_hosts(tmp_path, monkeypatch, capsys):
     planned, hosts = [], tmp_path / "hosts"
 
@@ -310,6 +325,7 @@ def test_the_plan_is_of_the_hosts(tmp_path, monkeypatch, capsys):
             cli._module("speedrun").run(cli.build_parser("speedrun", "").parse_args(line[1:]))
 
 
+@pytest.mark.usefixtures("apart")
 def test_bad_input(options, tmp_path):
     with pytest.raises(UserError, match="none does not exist"):
         cli._run(["speedrun", "--data", str(tmp_path / "none")])

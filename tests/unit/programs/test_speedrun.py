@@ -21,6 +21,13 @@ from megachat.programs.speedrun_recipe import Speedrun, settings_of_depth
 DRY = ["speedrun", "--dry-run", "--recipe", "nanochat-run6", "--set", "parallel.tensor=2"]
 
 
+@pytest.fixture(autouse=True)
+def apart(monkeypatch, tmp_path):
+    """The checkout's data, runs and commit do not count."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("megachat.programs.speedrun_checks.git", lambda *words: "c" * 40)
+
+
 def verdict(out: str) -> tuple[str, str, str]:
     """Returns gigabytes, time and price of the head."""
     return re.search(r"fits[^:]*: ([0-9.]+ GB).*\ntime: ([0-9.]+ h) .*\nprice: ([0-9.]+)", out).groups()
