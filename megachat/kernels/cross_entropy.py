@@ -82,7 +82,10 @@ class PlainProducts:
         float32.
         """
         self.write_hidden_gradient(gradient, hidden_gradient)
-        table_gradient += gradient.T @ self.hidden[chunk]
+        if gradient.dtype == table_gradient.dtype:
+            table_gradient.addmm_(gradient.T, self.hidden[chunk])
+        else:
+            table_gradient += gradient.T @ self.hidden[chunk]
 
     def write_hidden_gradient(self, gradient: torch.Tensor, hidden_gradient: torch.Tensor) -> None:
         """Given the gradient of the chunk's logits, writes its hidden rows' gradient."""

@@ -62,7 +62,8 @@ _COLLECTIVE_KINDS = {  # operator of torch's namespace c10d -> kind
 }
 
 
-_PRODUCT_OPERATORS = {"mm": 0, "_scaled_mm": 0, "addmm": 1}  # operator -> the argument that is its left factor
+# operator -> the argument that is its left factor
+_PRODUCT_OPERATORS = {"mm": 0, "_scaled_mm": 0, "addmm": 1, "addmm_": 1}
 
 
 @dataclass(frozen=True)
