@@ -200,10 +200,10 @@ def resolve_layout(config: Config, dims: Dimensions, world: int) -> Layout:
         if count % tensor:
             sizes = [size for size in range(1, tensor) if dims.heads % size == 0 and dims.kv_heads % size == 0]
             near = max(size for size in sizes if world // pipeline % size == 0)
-            ranks = f" on a multiple of {sizes[-1] * pipeline} ranks" if near == 1 < sizes[-1] else ""
+            more = f", or to {sizes[-1]} on a multiple of {sizes[-1] * pipeline} ranks" if sizes[-1] > near else ""
             raise UserError(
                 f"parallel.tensor is {tensor}, which does not divide the model's {count} {what}: "
-                f"set parallel.tensor to {sizes[-1] if ranks else near}{ranks}"
+                f"set parallel.tensor to {near}{more}"
             )
     if dims.lookup and dims.lookup.up_width % tensor:
         raise UserError(

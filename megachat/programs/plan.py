@@ -164,7 +164,7 @@ def describe_printed_plan(path: str, overrides: list[str], machine: Machine, pri
     Another layout, of the settings that are not set, is a hint where it is predicted to be faster. Raises UserError.
     """
     request = make_request(path, overrides, machine, price=price)
-    values = plan_values_of(replace(request, free=frozenset(), kept=())) | {"scaling": []}
+    values = plan_values_of(replace(request, free=frozenset(), kept=())) | {"scaling": [], "printed": True}
     lines = [describe_plan_values(values)]
     best, config = request.layouts(top=1).ranked, request.config
     if best:
@@ -269,6 +269,8 @@ def describe_plan_values(values: Mapping, *, verbose: bool = False) -> str:
 
 def _machine_verdict(values: Mapping) -> list[str]:
     usable = f"{format_bytes(values['usable_bytes'])} of {format_bytes(values['gpu_bytes'])} usable"
+    if not values["fits"] and values.get("printed"):  # there may be others
+        return [f"does not fit {values['machine']}: {format_bytes(values['too_large'][0]['bytes'])} per GPU, {usable}"]
     if not values["fits"]:
         least = ", or ".join(values["least_hardware"])
         needs = f"{format_bytes(min(one['bytes'] for one in values['too_large']))} per {values['rank']}"

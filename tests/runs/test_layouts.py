@@ -95,7 +95,7 @@ def test_a_run_goes_on_where_another_layout_stopped(place, grid):
             3,
             layout(3, 1),
             "parallel.tensor is 3, which does not divide the model's 2 query heads: "
-            "set parallel.tensor to 2 on a multiple of 2 ranks",
+            "set parallel.tensor to 1, or to 2 on a multiple of 2 ranks",
         ),
         (
             3,

@@ -63,8 +63,8 @@ def test_what_cannot_be_laid_out_is_refused_before_anything_starts(tmp_path):
     assert done.status == 2 and not out.exists()
     assert (
         done.err
-        == "error: parallel.tensor is 3, which does not divide the model's 8 query heads: set parallel.tensor to 2 on "
-        "a multiple of 2 ranks\n"
+        == "error: parallel.tensor is 3, which does not divide the model's 8 query heads: set parallel.tensor to 1, "
+        "or to 2 on a multiple of 2 ranks\n"
     )
 
 

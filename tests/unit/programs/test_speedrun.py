@@ -46,6 +46,13 @@ def test_the_plan_is_of_the_printed_command_and_a_better_layout_is_a_hint(capsys
     assert verdict(better)[:2] == (hint[3], hint[2]) and "hint" not in better
 
 
+def test_a_printed_layout_that_does_not_fit_has_a_hint_of_one_that_does(capsys):
+    assert cli._run(["speedrun", "--dry-run", "--recipe", "megachat", "--gpus", "8xL40S"]) == 1
+    out = capsys.readouterr().out
+    assert re.search(r"does not fit 8xL40S: [0-9.]+ GB per GPU", out) and "least hardware" not in out
+    assert re.search(r"hint: with --set batch.micro_rows=[0-9]+ the prediction is ", out)
+
+
 def test_a_machine_or_layout_that_cannot_be_is_reported_before_the_stages(capsys):
     for words, problem in {"--gpus lots": "known are A100", "--set parallel.tensor=5": "does not divide"}.items():
         with pytest.raises(UserError, match=problem):
