@@ -57,7 +57,7 @@ def test_time_and_price_where_the_speeds_are_known(tmp_path):
     """Of a named GPU, of a probe and of log.probe; a price without a time is refused."""
     text = describe_job(CONFIG, 8, Hardware(80, "H100", price=2.0)).splitlines()
     assert text[1].startswith("time: ") and "by the data sheet of H100" in text[1] and "(assumed)" in text[1]
-    assert text[2].startswith("price: ") and text[3].endswith(" h, without the first 11 steps, evaluation and saving")
+    assert text[2].startswith("price: ") and text[3].endswith(" s, without the first 11 steps, evaluation and saving")
     time = job_values(CONFIG, 8, Hardware(80, "H100", price=2.0))["time"]
     step = predict_run(CONFIG, resolve_plan(CONFIG, 8, 97), parse_gpus("8xH100"))
     assert time["step_sec"] == step.step.total and time["price"] == pytest.approx(time["wall_hours"] * 8 * 2)
