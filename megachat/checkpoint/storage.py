@@ -182,7 +182,7 @@ class _Reader(dcp.FileSystemReader):
 
 @contextlib.contextmanager
 def _without_crc32() -> Iterator[None]:
-    """Leaves out the CRC-32 of each tensor, which takes a third of torch.save's time. torch.load does not compare it,
+    """Leaves out the CRC-32 of each tensor, which takes a third of torch.save's time. torch.load does not need it,
     and checkpoint.json has a SHA-256 of each file.
     """
     before = torch.serialization.get_crc32_options()
