@@ -199,7 +199,7 @@ def comparison_lines(comparison: dict) -> list[str]:
         means = (f"{mean:.4f}" for mean in task["means"])
         note = "" if task["paired"] else "different examples"
         rows.append((label, *means, f"{task['difference']:+.4f}", f"{task['deviation']:.4f}", note))
-    what = "CORE" if comparison["is_core"] else f"mean of {len(comparison['tasks'])} tasks, which is not CORE"
+    what = "CORE" if comparison["is_core"] else f"mean of {plural(len(comparison['tasks']), 'task')}, which is not CORE"
     deviation = comparison["deviation"]
     return [
         *text_table(rows, right=range(1, 5)),

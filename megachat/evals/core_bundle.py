@@ -25,6 +25,7 @@ from megachat.errors import UserError, raise_if_unreadable
 from megachat.evals.core_download import download_bundle
 from megachat.files import lfs_problem, path_kind, refuse_damaged
 from megachat.settings import EvaluateConfig
+from megachat.text import plural
 
 CORE_TASKS = tuple(
     """
@@ -124,7 +125,7 @@ def check_max_per_task(bundle: Bundle, max_per_task: int, option: str) -> None:
 def describe_bundle(bundle: Bundle) -> str:
     """Returns one line for the log."""
     examples = sum(len(task.examples) for task in bundle.tasks)
-    line = f"CORE bundle: {len(bundle.tasks)} tasks, {examples:,} examples, digest {bundle.digest[:12]}"
+    line = f"CORE bundle: {plural(len(bundle.tasks), 'task')}, {examples:,} examples, digest {bundle.digest[:12]}"
     if bundle.missing:
         line += f"; {len(bundle.missing)} of CORE's {len(CORE_TASKS)} tasks are missing, so the mean is not CORE"
     return line

@@ -23,7 +23,7 @@ from megachat.files import (
     write_side_json,
 )
 from megachat.installation import version_text
-from megachat.text import text_table
+from megachat.text import plural, text_table
 
 RESULTS_FORMAT = "megachat-evaluation-1"
 # Raise it with every change by which the same weights, tokenizer and bundle could get other answers or another bpb.
@@ -211,7 +211,7 @@ def core_lines(section: dict) -> list[str]:
         return [
             *notes,
             *controls,
-            f"mean of {len(section['tasks'])} tasks {section['mean_centered']:.6f} {error}; "
+            f"mean of {plural(len(section['tasks']), 'task')} {section['mean_centered']:.6f} {error}; "
             f"this is not CORE: {len(section['missing'])} of its {len(CORE_TASKS)} tasks are missing",
         ]
     lines = [
@@ -233,7 +233,10 @@ def _control_lines(section: dict) -> list[str]:
     each = ", ".join(
         f"{label} {task['difference']:+.3f} ({task['swapped']})" for label, task in section["tasks"].items()
     )
-    return [f"gain from reading, over {len(section['tasks'])} tasks: {value} of the centered accuracy", f"  {each}"]
+    return [
+        f"gain from reading, over {plural(len(section['tasks']), 'task')}: {value} of the centered accuracy",
+        f"  {each}",
+    ]
 
 
 def _notes(section: dict) -> list[str]:

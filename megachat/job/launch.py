@@ -76,6 +76,9 @@ def bootstrap_environment() -> LaunchEnvironment:
     env.update({name: str(value) for name, value in ranks.items()})
     port = check_master(env["MASTER_ADDR"], env["MASTER_PORT"])
     agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if launch.world == 1 and not agent and not _is_free(port):  # no other rank needs to know the port
+        port = free_port()
+        env["MASTER_PORT"] = str(port)
     attempt = number("TORCHELASTIC_RESTART_COUNT", env.get("TORCHELASTIC_RESTART_COUNT", "0"))
     return LaunchEnvironment(launch.rank, local, launch.world, size, launcher, env["MASTER_ADDR"], port, agent, attempt)
 
@@ -170,6 +173,16 @@ def become_rank(rank: int, world: int, port: int) -> None:
     """Sets the launch variables of rank `rank` of `world` on this machine, for a tool that starts its own ranks."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("", port))
+        except OSError:
+            return False
+    return True
 
 
 def free_port() -> int:

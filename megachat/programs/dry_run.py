@@ -75,9 +75,10 @@ def describe_job(
     else:
         batch = f"{plural(plan.micro_rows, 'row')} x {plural(plan.accumulation, 'micro-batch')} per rank"
         steps = f"{plan.steps:,} steps of {plan.tokens_per_step:,} tokens ({batch})"
+        command = "--verbose" if made is None else "`megachat pretrain --dry-run --verbose`"
         parts.append(
             f"layout = {describe_layout(vars(plan.layout))}; {steps}\n"
-            "--verbose shows every setting, every derived number with its formula, and the owners of all parameters"
+            f"{command} shows every setting, every derived number with its formula, and the owners of all parameters"
         )
     return "\n\n".join(parts)
 

@@ -61,12 +61,14 @@ def _core_rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _recipe_rows(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """Returns (what, value) of what was trained, and of the code and data that it was trained with."""
     first, skipped = runs[0], sum(run["skipped_steps"] for run in runs)
+    models = [f"depth {r['depth']}, {r['parameters']:,} parameters, vocabulary {r['vocab_size']:,}" for r in runs]
+    tokenizers = [f"`{r['tokenizer_fingerprint']}`, {_origin_text(r['tokenizer_origin'])}" for r in runs]
     changed = " with uncommitted changes" if any(run["uncommitted_changes"] for run in runs) else ""
     training = f"{first['steps']:,} steps, {first['tokens']:,} tokens, {first['flops']:.3e} FLOPs; {skipped} skipped"
     return [
-        ("model", f"depth {first['depth']}, {first['parameters']:,} parameters, vocabulary {first['vocab_size']:,}"),
+        ("model", "; ".join(dict.fromkeys(models))),  # runs of a draft may differ
         ("training", training),
-        ("tokenizer", f"`{first['tokenizer_fingerprint']}`, {_origin_text(first['tokenizer_origin'])}"),
+        ("tokenizer", "; ".join(dict.fromkeys(tokenizers))),
         ("CORE bundle", f"`{first['bundle_digest']}`"),
         ("harness", f"version {first['harness']}, {first['megachat']}"),
         ("commit", f"{first['commit']}{changed}"),

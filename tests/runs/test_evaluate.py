@@ -254,7 +254,7 @@ def test_bad_bundles_are_refused_before_training(place, bundle, tmp_path):
         describe_job(load_config(command(place, "dry", config=core(bundle, core_max_per_task=1))[2]), 1)
     config = load_config(command(place, "dry", config=core(bundle, core_tasks=["copa"]))[2])
     (line,) = (line for line in describe_job(config, 1).splitlines() if "CORE bundle" in line)
-    assert re.search("CORE bundle: 1 tasks, 6 examples, digest .*21 of CORE's 22 tasks", line)
+    assert re.search("CORE bundle: 1 task, 6 examples, digest .*21 of CORE's 22 tasks", line)
 
 
 def test_questions_that_do_not_fit_are_refused_before_training_or_left_out(place, tmp_path, one_rank):

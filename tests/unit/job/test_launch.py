@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,6 +48,14 @@ def test_one_process_takes_a_free_port():
         "127.0.0.1",
     )
     assert int(env["MASTER_PORT"]) > 0
+
+
+def test_a_job_of_one_rank_takes_another_port_if_the_given_one_is_in_use():
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        environment, env = bootstrapped(**alone, MASTER_PORT=str(port))
+    assert environment["master_port"] == int(env["MASTER_PORT"]) != port
 
 
 def test_torch_variables_are_taken_as_they_are():

@@ -235,6 +235,13 @@ def test_a_draft_is_no_record(make, capsys):
     assert [has_partial_core(run, *request) for request in requests] == [True, False, False]
 
 
+def test_a_draft_of_different_models_shows_each(make):
+    other = make("other", change=planted("environment", 0, "tokenizer", "vocab_size", value=48))
+    record = build_record([load_run(folder) for folder in (make("one"), other)], draft=True)
+    table = record_text(record, "ours")
+    assert re.search(r"\| model \| depth [0-9]+, .* vocabulary [0-9,]+; depth [0-9]+, .* vocabulary 48 \|", table)
+
+
 def test_a_draft_needs_numbers(make):
     untimed = make("untimed", change=planted("metrics", 1, "total_training_time"))
     for folders in ([untimed], [make("whole")] * 2, [make("none", change=lambda parts: parts["core"].clear())]):
