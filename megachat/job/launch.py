@@ -76,9 +76,12 @@ def bootstrap_environment() -> LaunchEnvironment:
     env.update({name: str(value) for name, value in ranks.items()})
     port = check_master(env["MASTER_ADDR"], env["MASTER_PORT"])
     agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if launch.world == 1 and not agent and not _is_free(port):  # no other rank needs to know the port
-        port = free_port()
-        env["MASTER_PORT"] = str(port)
+    if launch.world == 1 and not agent:
+        try:
+            try_port(port)
+        except OSError:  # no other rank needs to know the port
+            port = free_port()
+            env["MASTER_PORT"] = str(port)
     attempt = number("TORCHELASTIC_RESTART_COUNT", env.get("TORCHELASTIC_RESTART_COUNT", "0"))
     return LaunchEnvironment(launch.rank, local, launch.world, size, launcher, env["MASTER_ADDR"], port, agent, attempt)
 
@@ -175,14 +178,11 @@ def become_rank(rank: int, world: int, port: int) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
-def _is_free(port: int) -> bool:
+def try_port(port: int) -> None:
+    """Raises OSError, or OverflowError for no port number, if nothing can listen at `port` on every interface now."""
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(("", port))
-        except OSError:
-            return False
-    return True
+        listener.bind(("", port))
 
 
 def free_port() -> int:

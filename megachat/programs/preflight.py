@@ -1,7 +1,6 @@
 """The checks of a preflight: what a job would fail on after its ranks have started, examined before anything is."""
 
 import shutil
-import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from megachat.device import variable
 from megachat.errors import UserError
 from megachat.evals.core_bundle import describe_bundle, open_configured_bundle
 from megachat.evals.core_download import BUNDLE_PATH
+from megachat.job.launch import try_port
 from megachat.planning.memory import format_bytes
 from megachat.planning.plan import Plan
 from megachat.train.trackers import check_trackers, configured_trackers
@@ -119,9 +119,7 @@ def _port() -> str:
     if text is None:
         return "chosen by the launcher (MASTER_PORT is not set)"
     try:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("", int(text)))
+        try_port(int(text))
     except (OSError, ValueError, OverflowError) as error:
         raise UserError(f"MASTER_PORT={text} cannot be bound on this machine ({error}): set another one") from None
     return f"{text} is free on this machine"
