@@ -4,9 +4,9 @@
 
 Without --prompt and --prompts, prompts are read from standard input, one per line; on a terminal, after "> ". A single
 text is shown as it grows; several are computed together and shown in their order. A continuation ends after --tokens,
-at a --stop, where the model starts another document, or where the model's sequence length is full (reported on standard
-error; --slide continues with the last tokens only, which are then computed again for every token). The same seed gives
-the same tokens.
+at a --stop, where the model starts another document, or where the model's sequence length is full. The last is reported
+on standard error. --slide continues with the last tokens only, which are then computed again for every token. The same
+seed gives the same tokens.
 """
 
 import argparse

@@ -3,9 +3,9 @@
     megachat partition [--ranks 2,4,8] [--measure 2,4,8] [--json FILE]
 
 From the plans alone it prints, for 2 to 1,024 ranks, the load of the busiest rank over the mean, and the bytes sent per
-rank over the lower bound: (ranks - 1) / ranks x 4 bytes per element, bfloat16 gradients in and bfloat16 weights out.
-With --measure, gloo ranks on this machine also run the matrices of a small model through megachat, DeepSpeed's built-in
-Muon under ZeRO-1 and the two other rules.
+rank over the lower bound. That is (ranks - 1) / ranks x 4 bytes per element: bfloat16 gradients in and bfloat16 weights
+out. With --measure, gloo ranks on this machine also run the matrices of a small model through megachat, DeepSpeed's
+built-in Muon under ZeRO-1 and the two other rules.
 """
 
 import argparse

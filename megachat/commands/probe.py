@@ -3,8 +3,8 @@
     megachat probe --config configs/d4_cpu.json --out probe.json
 
 Measures matrix products at the config's shapes, attention, memory, head and loss, the optimizer, collectives between
-ranks on this machine, and one real step, and prints by how much a prediction from these parts misses that step. The
-file is for this machine, and for models of about the config's size.
+ranks on this machine, and one real step. Prints by how much a prediction from these parts misses that step. The file is
+for this machine, and for models of about the config's size.
 """
 
 import argparse

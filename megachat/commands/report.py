@@ -1,5 +1,5 @@
-"""Write a run as one HTML file that opens without a network: summary, curves on steps, time and FLOPs, memory, time and
-price as predicted and measured, step times, layout, parameters, CORE, samples, settings and environment.
+"""Write a run as one HTML file that opens without a network. It has summary, curves on steps, time and FLOPs, memory,
+time and price as predicted and measured, step times, layout, parameters, CORE, samples, settings and environment.
 
     megachat report runs/d12                           writes runs/d12/report.html
     megachat report runs/d12 --against runs/base       with the comparison of `megachat compare`

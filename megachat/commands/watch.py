@@ -4,7 +4,7 @@
     megachat watch runs/d12 --metric train/loss --every 5
 
 It reads the run folder only and works over ssh. It ends with Ctrl-C, or by itself with one line that says why: the run
-is finished, or no job holds it and it has written nothing for a minute (a supervisor may start it again until then). It
+is finished, or no job holds it and it has written nothing for a minute. Until then a supervisor may start it again. It
 needs plotext: pip install 'megachat[report]'.
 """
 

@@ -174,8 +174,8 @@ class Loader:
         return sum(saved.cropped_tokens for saved in streams) / max(1, sum(saved.read_tokens for saved in streams))
 
     def documents(self) -> list[list[dict]]:
-        """Returns the documents of each of this rank's rows of the last step: epoch (from 1), document (its index in
-        the epoch), place (file, row group and row), and start and tokens of its part in the row.
+        """Returns the documents of each of this rank's rows of the last step. epoch: from 1. document: its index in the
+        epoch. place: file, row group and row. start, tokens: of its part in the row.
         """
         return [
             [

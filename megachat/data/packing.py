@@ -124,8 +124,8 @@ def buffer_sizes(stream_documents: int, buffer_documents: int) -> tuple[int, int
 
     stream_documents: the stream's documents per epoch. A small corpus gets a smaller buffer, which never holds more
     than one epoch. Refilling one by one would crop far more: documents longer than a row accumulate in the buffer,
-    and only the last refill offers a choice (6,400 rows of 2,049 tokens of English: 39 % cropped with refills of 1,
-    9 % with refills of 128).
+    and only the last refill offers a choice. Of 6,400 rows of 2,049 tokens of English, refills of 1 cropped 39 %, and
+    refills of 128 cropped 9 %.
     """
     refill = min(REFILL_DOCUMENTS, max(1, stream_documents // 2))
     return min(buffer_documents, stream_documents - refill + 1), refill

@@ -67,8 +67,8 @@ class DocumentReader:
         self._postponed: list[PostponedDocument] | None = []  # None: nothing is postponed anymore
 
     def next_document(self, stream: int) -> tuple[int, np.ndarray | PostponedDocument, int]:
-        """Returns the number and tokens (uint [n] with BOS first, or postponed) of the stream's next document that is
-        not empty, and the number of texts that are not UTF-8 and were skipped before it.
+        """Returns (number, tokens, skipped) of the stream's next document that is not empty. tokens: uint [n] with BOS
+        first, or postponed. skipped: the number of texts before it that are not UTF-8 and were left out.
 
         Raises UserError if all documents of an epoch are empty, or for a text that is not UTF-8 if these are refused.
         """

@@ -18,7 +18,7 @@ _PROMPT_KEYS = {"multiple_choice": "query", "schema": "continuation", "language_
 
 
 def swapped_part(task: CoreTask) -> str:
-    """Returns what another example's is put in place of: "passage" if all of its prompts have one, else "stem" of a
+    """Returns what another example's is put in place of: "passage" if all of its prompts have one. If not, "stem" of a
     multiple choice, "continuation" of a schema (whose contexts are its choices), "context" of language modeling.
     """
     key = _PROMPT_KEYS[task.kind]

@@ -79,9 +79,9 @@ def parse_hostfile(path: str | Path) -> list[Host]:
 def check_hosts(hosts: Sequence[Host], *, port: int, ssh_port: int | None = None, root: Path = ROOT) -> list[str]:
     """Probes every host over ssh, all at once, and compares it with this machine. Returns remarks that need no change.
 
-    port: where rank 0, on the first host, will listen. Raises UserError with a line for each mistake: a host that is
-    unknown, unreachable or refuses the key; no project or python at this machine's paths; other code or versions; more
-    slots than GPUs or memory; the port in use.
+    port: where rank 0, on the first host, will listen. Raises UserError with a line for each mistake. A host may be
+    unknown, be unreachable or refuse the key. It may lack the project or python at this machine's paths, or have other
+    code or versions. It may have more slots than GPUs or memory, and the port may be in use.
     """
     with ThreadPoolExecutor(min(64, len(hosts))) as pool:
         # port 0 is free on any host; two names of one host would otherwise find the port taken by each other's probe

@@ -1,9 +1,9 @@
 """Hashes of n-grams: the table row and the sign pattern that belong to the last `order` ids at each position.
 
 Pure functions of ids in int64 arithmetic that wraps around, so they are equal on every device and under torch.compile.
-An n-gram is hashed by a multiply-xor of its ids: ((id + 1) * m_0) ^ ((id before + 1) * m_1) ^ ..., with odd 64-bit
-multipliers from a seed, then MurmurHash3's finalizer. Sources: hashed values Engram (arXiv 2601.07372) and nanochat's
-pull request 854; signs: Hashing Trick (arXiv 1504.04788), for bigrams modded-nanogpt's pull request 299.
+An n-gram is hashed by a multiply-xor of its ids: ((id + 1) * m_0) ^ ((id before + 1) * m_1) ^ ... The multipliers are
+odd 64-bit numbers from a seed; MurmurHash3's finalizer follows. Sources: hashed values Engram (arXiv 2601.07372) and
+nanochat's pull request 854; signs: Hashing Trick (arXiv 1504.04788), for bigrams modded-nanogpt's pull request 299.
 """
 
 import torch

@@ -1,9 +1,9 @@
 """The Muon partition: distributes Muon over the data x tensor grid of a pipeline stage.
 
 float32 masters and momentum are stored in equal shards, one per data rank. The owner rank of a matrix orthogonalizes
-it. One step: collect the gradients of all micro-batches, reduce-scatter them to shards, update the momentum of the
-shards, send the updates to the owners, orthogonalize whole matrices, send the directions back, apply them to the
-masters, all-gather the weights.
+it. A step collects the gradients of all micro-batches, reduce-scatters them to shards and updates the momentum of the
+shards. It sends the updates to the owners, orthogonalizes whole matrices and sends the directions back. Then it applies
+them to the masters and all-gathers the weights.
 
 The result depends only on the gradients. Buckets, owners and the tensor axis do not change a single bit. No state
 changes before step(), so a step can be abandoned until then.

@@ -83,8 +83,8 @@ class PartitionPlan:
         ]
 
     def returned_scales(self, index: int, fragment: Fragment) -> int:
-        """Returns how many float32 values the owner sends back with the direction of a fragment: one for the norm, and
-        one for each row that it touches (tall or square matrices) or each local column (wide matrices)."""
+        """Returns how many float32 values the owner sends back with the direction of a fragment. One is the norm. Tall
+        and square matrices have one more for each row that the fragment touches, wide ones for each local column."""
         matrix = self.matrices[index]
         columns = matrix.local_shape(self.tensor)[1]
         first, last = fragment.rows(columns)

@@ -1,7 +1,7 @@
 """Estimates the bytes that one rank holds while it trains, by use, from the plan alone: no tensor is made.
 
 Weights, masters, optimizer state and gradients are exact. Activations are what eager torch keeps for the backward pass,
-with an attention kernel that keeps no scores and norms that keep their input; they agree within 1 % with what torch's
+with an attention kernel that keeps no scores and norms that keep their input. They agree within 1 % with what torch's
 FakeTensorMode tracks. Workspace is an estimate of what else exists at the peak.
 """
 

@@ -148,7 +148,7 @@ def allocate(
     """Allocates `rows` rows to the tokenizer's tokens, from 1 to `max_rows_per_token` each.
 
     "lzw": in the order of Words.order(), each word of two or more tokens gives one row to its last token while that has
-    fewer than the maximum; the order is repeated when all words are used. "lzw_published": with the published scan.
+    fewer than the maximum. The order is repeated when all words are used. "lzw_published": with the published scan.
     "frequency": in proportion to the tokens' frequencies. "uniform": equal numbers. The last two are for comparison:
     the paper reports that uniform loses nearly all of the gain.
     Raises UserError if `rows` cannot be divided so, or if the sample has no text.

@@ -173,8 +173,8 @@ def _culprit_values(culprit: Culprit | None) -> dict | None:
 
 
 def _row_values(group: list[int], documents: list[list[dict]], culprit: Culprit | None) -> dict:
-    """Returns the rows that are not finite (several only if they are so together), their documents, and the one in
-    which values first are not finite: in the forward pass the first token, in the backward pass the last.
+    """Returns the rows that are not finite (several only if they are so together) and their documents. "document" is
+    the one in which values first are not finite: in the forward pass the first token, in the backward pass the last.
     """
     values: dict = {"rows": group, "documents": [documents[row] for row in group], "token": None, "document": None}
     if culprit is not None and culprit.tokens is not None and len(group) == 1 and not culprit.tokens.all():

@@ -1,5 +1,5 @@
-"""What `megachat verify --dry` does: walks a training step of a layout's ranks on this machine, without the ranks, and
-checks that the collectives of all ranks meet and that bytes, FLOPs and memory are those of the plan.
+"""What `megachat verify --dry` does: walks a training step of a layout's ranks on this machine, without the ranks. It
+checks that the collectives of all ranks meet, and that bytes, FLOPs and memory are those of the plan.
 """
 
 import gc
@@ -40,8 +40,8 @@ def world_rank(layout: Layout, stage: int, data: int, tensor: int) -> int:
 
 
 def representative(layout: Layout, rank: int) -> int:
-    """Returns the rank that is walked for this one: of its stage, and on each axis the first, the second or the last,
-    because only ends of an axis are treated in a way of their own.
+    """Returns the rank that is walked for this one. It is of its stage, and on each axis the first, the second or the
+    last rank, because only the ends of an axis are treated in a way of their own.
     """
     stage, data, tensor = coordinates(layout, rank)
     at = [index if index in (0, size - 1) else 1 for index, size in ((data, layout.data), (tensor, layout.tensor))]

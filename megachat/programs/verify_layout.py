@@ -1,8 +1,8 @@
 """Compares a layout with one process, in float32, tensor by tensor: losses, every gradient, and every weight.
 
-Both take two steps. The layout's optimizers get the gradients of the one process after its own gradients were written,
-because AdamW takes a step of full size where a gradient is rounding noise around zero (its epsilon is 1e-10). Given
-equal gradients the new weights are equal, so that the verdict does not depend on the rates.
+Both take two steps. The layout's optimizers get the gradients of the one process after its own gradients were written:
+AdamW takes a step of full size where a gradient is rounding noise around zero, as its epsilon is 1e-10. Given equal
+gradients the new weights are equal, so that the verdict does not depend on the rates.
 
 Each run writes its gradients and weights as named rectangles, as a checkpoint does. The comparison reads whole tensors,
 so it does not depend on how they were cut.

@@ -2,9 +2,9 @@
 
 Real jobs: torchrun starts launch/pretrain.py on the config's data, with every file, hash and check of a long run.
 
-A run that continues on another layout is compared with its continuation on the first one, both with rates of 0: AdamW
-takes a step of full size where a gradient is rounding noise, so that the verdict would depend on the rates. The weights
-stay those that were saved, to the bit, and the losses and moments of each step are those of equal weights.
+A run that continues on another layout is compared with its continuation on the first one, both with rates of 0. AdamW
+takes a step of full size where a gradient is rounding noise, so otherwise the verdict would depend on the rates. The
+weights stay those that were saved, to the bit. The losses and moments of each step are those of equal weights.
 """
 
 import math

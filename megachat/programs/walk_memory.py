@@ -1,5 +1,5 @@
-"""What a rank of a run on GPUs holds, measured on tensors without memory: live bytes, kernels that keep what those of a
-GPU keep, and the state of model and optimizers by use.
+"""Measures what a rank of a run on GPUs holds, on tensors without memory: live bytes, and the state of model and
+optimizers by use. The kernels here keep what those of a GPU keep.
 """
 
 import weakref

@@ -31,8 +31,8 @@ def load_runs(folders: Sequence[Path]) -> list[RunRecord]:
 
 
 def compare_curves(first: Sequence[RunRecord], second: Sequence[RunRecord], key: str = "val/bpb") -> dict[str, Any]:
-    """Returns as JSON values: the value that all curves reach, per axis the ratio second / first with its interval and
-    verdict, the overall verdict, the noise of each curve, and warnings where the comparison is not fair.
+    """Returns as JSON values: the value that all curves reach, and per axis the ratio second / first with its interval
+    and verdict. Also the overall verdict, the noise of each curve, and warnings where the comparison is not fair.
 
     Raises UserError if a run has no curve or the curves share no values.
     """

@@ -146,8 +146,8 @@ def axis_ratio(first: Sequence[Curve], second: Sequence[Curve], value: float, ax
 
 
 def interval_of_ratios(ratios: Sequence[float]) -> Ratio:
-    """Returns the median of ratios that were measured in pairs, with an interval of 95 % or more for it between two of
-    them by the sign test; with fewer than 6 pairs, all that was measured, which is less than 95 %.
+    """Returns the median of ratios that were measured in pairs, with an interval for it between two of them by the sign
+    test. It is of 95 % or more. With fewer than 6 pairs it is all that was measured, which is less than 95 %.
     """
     ordered = sorted(ratios)
     count, cut, tail = len(ordered), 0, 0.5 ** len(ordered)
@@ -172,8 +172,8 @@ def median_ratio(first: Sequence[float], second: Sequence[float]) -> Ratio:
 
 
 def _noise_in_place(curve: Curve, value: float, axis: str) -> float:
-    """Returns by how much two deviations of the values move the logarithm of the place where a curve reaches a value:
-    half of the way between reaching it two deviations above and two below.
+    """Returns by how much two deviations of the values move the logarithm of the place where a curve reaches a value.
+    It is half of the way between reaching it two deviations above and two below.
     """
     noise = 2 * noise_of(curve)
     fit = falling_fit(curve.values)
@@ -194,8 +194,8 @@ def _welch_freedom(variances: Sequence[float], counts: Sequence[int]) -> float:
 
 
 def student_95(freedom: float) -> float:
-    """Returns the two-sided 95 % quantile of Student's t, for the next lower whole number of degrees of freedom up to
-    15; above, by the first terms of its expansion around the normal quantile (Abramowitz and Stegun 26.7.5).
+    """Returns the two-sided 95 % quantile of Student's t, up to 15 degrees of freedom of the next lower whole number.
+    Above it is the first terms of the expansion around the normal quantile (Abramowitz and Stegun 26.7.5).
     """
     if freedom < len(_T95) + 1:
         return _T95[max(1, int(freedom)) - 1]

@@ -21,10 +21,10 @@ class Optimum(NamedTuple):
 
 
 def fit_optimum(values: Sequence[float], results: Sequence[float]) -> Optimum | None:
-    """Returns where a parabola through (log value, result) is lowest; None with fewer than four points or three
-    different values, for values that are not above 0, or if the parabola has no lowest point inside or near the range.
+    """Returns where a parabola through (log value, result) is lowest.
 
-    The interval is that of the delta method with the residuals' deviation.
+    The interval is that of the delta method with the residuals' deviation. None with fewer than four points or three
+    different values, for values not above 0, or for a parabola without a lowest point inside or near the range.
     """
     if len(values) < 4 or len(set(values)) < 3 or min(values) <= 0:
         return None

@@ -113,8 +113,8 @@ class _Clock:
 
 
 def ladder_rows(rungs: Sequence[Rung]) -> list[dict[str, Any]]:
-    """Returns a row per rung: mean last bits per byte of both sides, gain, the ratios of the axes, the mean CORE of
-    both sides (None if a run has none), and the verdict. A change that diverged has no values.
+    """Returns a row per rung. It has the mean last bits per byte of both sides, gain, the ratios of the axes, the mean
+    CORE of both sides (None if a run has none), and the verdict. A change that diverged has no values.
     """
     rows = []
     for rung in rungs:
@@ -135,8 +135,8 @@ def ladder_rows(rungs: Sequence[Rung]) -> list[dict[str, Any]]:
 
 
 def compute_multiplier(rungs: Sequence[Rung]) -> dict[str, Any] | None:
-    """Returns by how much fewer FLOPs the change needs on the whole ladder, from a line through log FLOPs and log bits
-    per byte of the baseline's rungs: {"value", "rungs", "residual"}; None with fewer than two rungs.
+    """Returns {"value", "rungs", "residual"}, None with fewer than two rungs. value: by how much fewer FLOPs the change
+    needs on the whole ladder, from a line through log FLOPs and log bits per byte of the baseline's rungs.
 
     residual: the largest distance of a baseline's rung from the line, in log bits per byte. With two rungs the line has
     no residual, and with few rungs the value is a guess.

@@ -117,9 +117,9 @@ def _hours(hours: float) -> str:
 
 
 def wall_clock(lines: Sequence[dict], starts: Sequence[dict] = ()) -> dict[str, float]:
-    """Returns the seconds of a run's wall clock by what they went to, from the time stamps of its lines: "training
-    steps", "validation", "CORE", "checkpoints" (what blocked the training), and "rest": start of a job, data, samples,
-    what no line shows. {} without time stamps.
+    """Returns the seconds of a run's wall clock by what they went to, from the time stamps of its lines; {} without
+    time stamps. "checkpoints" is what blocked the training. "rest" is the start of a job, data, samples and what no
+    line shows.
 
     starts: of its jobs; the time between a job's last line and the start of the next is left out.
     """

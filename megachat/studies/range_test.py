@@ -39,8 +39,8 @@ def range_trial(rates: Sequence[str], low: float, high: float) -> Trial:
 
 
 def run_range_test(train: Train, trial: Trial, config: Config, folder: Path) -> dict[str, Any]:
-    """Trains a test in `folder` until its loss diverges, unless it has, and returns what it says as JSON values: see
-    _read, and "suggested": "optimizer.key" -> its value times the factor of the steepest fall.
+    """Trains a test in `folder` until its loss diverges, unless it has. Returns its result as JSON values: see _read,
+    and "suggested": "optimizer.key" -> its value times the factor of the steepest fall.
 
     config: of the trial. Raises UserError if the run is too short, or if one of another config is there.
     """
@@ -79,8 +79,8 @@ def _check_same_config(run: RunRecord, config: Config) -> None:
 
 
 def _ramp_results(run: RunRecord, config: Config) -> dict[str, Any]:
-    """Returns the factors of a ramp as JSON values: where the smoothed loss falls fastest, is lowest, and has risen
-    from there by half of what it fell (null: never), and the points as [factor, loss, smoothed loss].
+    """Returns the factors of a ramp, as JSON values, where the smoothed loss falls fastest, is lowest, and has risen
+    from there by half of what it fell (null: never). "points" are [factor, loss, smoothed loss].
     """
     lines = run.lines_with("train/loss")
     factors = np.array([ramp_multiplier(config.optimizer, line["step"], run.plan["steps"]) for line in lines])

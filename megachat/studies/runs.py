@@ -36,9 +36,9 @@ from megachat.studies.metrics import read_metrics, steps_recorded
 class RunRecord:
     """A run folder. lines: of metrics.jsonl. config: what differs from the defaults. plan: plan.json.
 
-    state: running (a job holds the folder), finished (all steps are done, or those until horizon.stop_step), stopped
-    (the last step is saved), crashed (steps after the newest checkpoint, or of a run without one, are lost), new (no
-    step is recorded). notes: what could not be read.
+    state: "running" if a job holds the folder, "new" if no step is recorded. "finished": all steps are done, or those
+    until horizon.stop_step. "stopped": the last step is saved. "crashed": steps after the newest checkpoint, or of a
+    run without one, are lost. notes: what could not be read.
     """
 
     folder: Path
