@@ -14,7 +14,7 @@ from megachat.config import Config
 from megachat.console import styled
 from megachat.data.shards import DataSummary, check_data_folder
 from megachat.data.texts import BadTexts
-from megachat.data.tokenizer import Tokenizer, load_tokenizer
+from megachat.data.tokenizer import Tokenizer
 from megachat.device import choose_compute_dtype, host_memory_bytes, memory_bytes
 from megachat.errors import UserError
 from megachat.evals.core_bundle import Bundle, configured_examples, describe_bundle, open_configured_bundle
@@ -27,6 +27,7 @@ from megachat.planning.explain import setting_warnings
 from megachat.planning.memory import describe_memory, memory_of_stages
 from megachat.planning.memory_advice import check_state_fits, memory_warning
 from megachat.planning.plan import Plan, resolve_plan, usable_world
+from megachat.programs.preflight import configured_tokenizer
 from megachat.studies.report_figures import check_report
 from megachat.train.build import Run, build_run
 from megachat.train.documents import resume_documents
@@ -77,14 +78,13 @@ def check_job_inputs(
     """
     with announced("checking config, tokenizer, data and kernels", shown=environment.rank == 0):
         folder = Path(config.run.folder) / str(config.run.name)
-        tokenizer = load_tokenizer(config.data.tokenizer)
-        vocab_size = _checked_vocab_size(config, tokenizer)
+        tokenizer = configured_tokenizer(config)
         if elastic:
-            used = _used_ranks(config, environment, vocab_size)
+            used = _used_ranks(config, environment, tokenizer.vocab_size)
             if environment.rank >= used:
                 return None
             environment = with_fewer_ranks(environment, used)
-        plan = resolve_plan(config, environment.world_size, vocab_size)
+        plan = resolve_plan(config, environment.world_size, tokenizer.vocab_size)
         check_document_start(plan, tokenizer)
         find_checkpoint(folder, resume)
         data, bundle = check_data(config), open_configured_bundle(config.evaluate)
@@ -147,17 +147,6 @@ def build_job_run(job: JobInputs, checkpoint: Path | None, facts: dict | None, m
             documents, notes = resume_documents(checkpoint, facts, job.config, job.plan, mesh, job.tokenizer)
         run = build_run(job.config, job.plan, mesh, job.tokenizer, job.folder, documents, job.bundle, job.kernels)
     return run, notes
-
-
-def _checked_vocab_size(config: Config, tokenizer: Tokenizer) -> int:
-    """Returns the tokenizer's vocabulary size. Raises UserError if model.vocab_size differs from it."""
-    configured = config.model.vocab_size
-    if configured is not None and configured != tokenizer.vocab_size:
-        raise UserError(
-            f"model.vocab_size is {configured} but the tokenizer in {config.data.tokenizer} has {tokenizer.vocab_size} "
-            "tokens: remove model.vocab_size, or use the tokenizer that belongs to it"
-        )
-    return tokenizer.vocab_size
 
 
 def check_document_start(plan: Plan, tokenizer: Tokenizer) -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from megachat.config import Config
 from megachat.data.shards import check_data_folder
-from megachat.data.tokenizer import load_tokenizer
+from megachat.data.tokenizer import Tokenizer, load_tokenizer
 from megachat.device import variable
 from megachat.errors import UserError
 from megachat.evals.core_bundle import describe_bundle, open_configured_bundle
@@ -36,7 +36,7 @@ def preflight(config: Config, plan: Plan, made: Mapping[str, str] | None = None)
     made = made or {}
     checks: list[tuple[str, Callable[[], str]]] = [
         ("data folder", lambda: str(check_data_folder(config.data.folder))),
-        ("tokenizer", lambda: _check_tokenizer(config)),
+        ("tokenizer", lambda: f"{config.data.tokenizer}, {configured_tokenizer(config).vocab_size:,} tokens"),
         ("trackers", lambda: _trackers(config)),
         ("disk", lambda: _disk(config, plan)),
         ("port", _port),
@@ -59,11 +59,15 @@ def _checked(name: str, check: Callable[[], str]) -> Check:
         return Check(name, True, str(error))
 
 
-def _check_tokenizer(config: Config) -> str:
-    size, configured = load_tokenizer(config.data.tokenizer).vocab_size, config.model.vocab_size
-    if configured not in (None, size):
-        raise UserError(f"{config.data.tokenizer} has {size:,} tokens, but model.vocab_size is {configured:,}")
-    return f"{config.data.tokenizer}, {size:,} tokens"
+def configured_tokenizer(config: Config) -> Tokenizer:
+    """Loads the tokenizer of data.tokenizer. Raises UserError if model.vocab_size differs from its size."""
+    tokenizer, configured = load_tokenizer(config.data.tokenizer), config.model.vocab_size
+    if configured not in (None, tokenizer.vocab_size):
+        raise UserError(
+            f"model.vocab_size is {configured} but the tokenizer in {config.data.tokenizer} has {tokenizer.vocab_size} "
+            "tokens: remove model.vocab_size, or use the tokenizer that belongs to it"
+        )
+    return tokenizer
 
 
 def _bundle(config: Config) -> str:

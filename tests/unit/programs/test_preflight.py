@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megachat.config import config_from_values, load_config
+from megachat.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from megachat.errors import UserError
 from megachat.planning.hardware import parse_gpus
 from megachat.planning.plan import resolve_plan
@@ -44,6 +45,15 @@ def test_each_check_finds_its_problem(monkeypatch):
     wandb = CONFIG.model_copy(update={"log": CONFIG.log.model_copy(update={"wandb": "offline"})})
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     assert "pip install wandb" in problems(wandb)["trackers"]
+
+
+def test_a_tokenizer_of_another_size_is_a_problem(tmp_path):
+    save_tokenizer(tmp_path, Tokenizer({bytes([byte]): byte for byte in range(256)}), {"source": "tests"})
+    config = CONFIG.changed("data", tokenizer=str(tmp_path))
+    size = load_tokenizer(tmp_path).vocab_size
+    assert f"model.vocab_size is 97 but the tokenizer in {tmp_path} has {size} tokens" in problems(config)["tokenizer"]
+    assert "tokenizer" not in problems(config.changed("model", vocab_size=size))
+    assert "tokenizer" not in problems(config.changed("model", vocab_size=None))
 
 
 def test_the_most_checkpoints_at_a_time():
