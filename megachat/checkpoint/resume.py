@@ -26,16 +26,12 @@ def choose_checkpoint(
     from megachat.parallel.collectives import all_gather_objects, on_all_ranks_or_raise  # import torch
 
     damaged: dict[Path, str] = {}
-    choice: tuple[Path | None, list[str]] = None, []
 
-    def find_on_rank_0() -> None:
-        nonlocal choice
-        if world.rank == 0:
-            choice = find_checkpoint(run_folder, resume, damaged, before=before)
+    def find_on_rank_0() -> tuple[Path | None, list[str]]:
+        return find_checkpoint(run_folder, resume, damaged, before=before) if world.rank == 0 else (None, [])
 
     while True:
-        on_all_ranks_or_raise(find_on_rank_0, world)
-        checkpoint, remarks = all_gather_objects(choice, world)[0]
+        checkpoint, remarks = all_gather_objects(on_all_ranks_or_raise(find_on_rank_0, world), world)[0]
         remarks = [*remarks, *(f"{path} is damaged and was skipped: {problem}" for path, problem in damaged.items())]
         if checkpoint is None:
             return None, remarks

@@ -94,16 +94,14 @@ def _hash_all_files(folder: Path, world: Axis, failure: Callable[[str], str]) ->
     for rank, seen in enumerate(all_gather_objects(names, world)):
         for name in seen:
             seen_by.setdefault(name, []).append(rank)
-    local: dict[str, dict] = {}
 
-    def hash_local() -> None:
+    def hash_local() -> dict[str, dict]:
         ordered = enumerate(sorted(seen_by.items()))
-        for name, digest in hash_files(
-            folder, [name for index, (name, ranks) in ordered if ranks[index % len(ranks)] == world.rank]
-        ).items():
-            local[name] = {"bytes": (folder / name).stat().st_size, "sha256": digest}
+        share = [name for index, (name, ranks) in ordered if ranks[index % len(ranks)] == world.rank]
+        digests = hash_files(folder, share).items()
+        return {name: {"bytes": (folder / name).stat().st_size, "sha256": digest} for name, digest in digests}
 
-    on_all_ranks_or_raise(hash_local, world, failure)
+    local = on_all_ranks_or_raise(hash_local, world, failure)
     return dict(sorted(entry for entries in all_gather_objects(local, world) for entry in entries.items()))
 
 

@@ -5,7 +5,7 @@ Every function takes a `name`, which the report of a stall shows for each rank t
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from megachat.errors import UserError
 from megachat.parallel.mesh import Axis
 from megachat.parallel.progress import Entry
 
+T = TypeVar("T")
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
@@ -124,14 +125,12 @@ def barrier(axis: Axis, *, name: str = "barrier") -> None:
         _launch_collective(name, axis, dist.barrier)
 
 
-def on_all_ranks_or_raise(
-    action: Callable[[], object], world: Axis, sentence: Callable[[str], str] | None = None
-) -> None:
-    """Runs the action on every rank. If it fails on one, all raise UserError with sentence("rank R: what failed"), by
-    default with what failed alone."""
+def on_all_ranks_or_raise(action: Callable[[], T], world: Axis, sentence: Callable[[str], str] | None = None) -> T:
+    """Runs the action on every rank, and returns this rank's result. If it fails on one, all raise UserError with
+    sentence("rank R: what failed"), by default with what failed alone."""
     problem = None
     try:
-        action()
+        result = action()
     except FailedOnRank as error:
         problem = error.rank, _describe_error(error.cause)
     except Exception as error:  # of any kind: no rank may be left waiting for the others
@@ -140,6 +139,7 @@ def on_all_ranks_or_raise(
     if problems:
         rank, text = problems[0]
         raise UserError(sentence(f"rank {rank}: {text}") if sentence else text)
+    return result
 
 
 def _describe_error(error: BaseException) -> str:

@@ -34,14 +34,13 @@ def gather_rows(run: Run, rows: torch.Tensor) -> tuple[np.ndarray, list[list[dic
     """Returns the rows of all data ranks in the order of the step, int32 [rows, tokens + 1], and the documents of each
     (see Loader.documents); all ranks call it.
     """
-    mine: Any = None
 
-    def read() -> None:
-        nonlocal mine
+    def read() -> Any:
         if run.mesh.tensor.rank == run.mesh.pipeline.rank == 0:
-            mine = rows.cpu().numpy().astype(np.int32), run.loader.documents(), run.mesh.data.rank
+            return rows.cpu().numpy().astype(np.int32), run.loader.documents(), run.mesh.data.rank
+        return None
 
-    on_all_ranks_or_raise(read, run.mesh.world)
+    mine = on_all_ranks_or_raise(read, run.mesh.world)
     parts = sorted((part for part in all_gather_objects(mine, run.mesh.world) if part), key=lambda part: part[2])
     whole = np.stack([part[0] for part in parts], axis=1).reshape(-1, rows.shape[1])  # row k of rank r: k * ranks + r
     return whole, [documents for same_row in zip(*(part[1] for part in parts), strict=True) for documents in same_row]
@@ -77,19 +76,17 @@ def write_capsule(
         "left_out": sorted(run.loader.left_out),
         "config": run.config.model_dump(mode="json"),
     }
-    free, count, same = folder, 0, None
 
-    def look() -> None:
-        nonlocal free, count, same
-        if world.rank == 0:
-            repair_checkpoints_folder(folder)
-            existing = [path for path in list_folder(folder) if (path / CAPSULE_NAME).is_file()]
-            free, count = free_name(folder / checkpoint_name(state.step), ""), len(existing)
-            same = next((path for path in existing if _is_of(branch, path)), None)
+    def look() -> tuple[Path, int, Path | None]:
+        if world.rank:
+            return folder, 0, None
+        repair_checkpoints_folder(folder)
+        existing = [path for path in list_folder(folder) if (path / CAPSULE_NAME).is_file()]
+        same = next((path for path in existing if _is_of(branch, path)), None)
+        return free_name(folder / checkpoint_name(state.step), ""), len(existing), same
 
     try:
-        on_all_ranks_or_raise(look, world)
-        free, count, same = all_gather_objects((free, count, same), world)[0]
+        free, count, same = all_gather_objects(on_all_ranks_or_raise(look, world), world)[0]
         if same:
             return same, None
         if count >= most:

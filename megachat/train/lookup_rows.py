@@ -35,17 +35,15 @@ def allocated_lookup(
                 "hosts see the same run folder"
             )
         return saved
-    result = lookup
 
-    def allocate_on_rank_0() -> None:
-        nonlocal result
-        if world.rank == 0:
-            allocation = read_or_allocate(config, lookup.rows, tokenizer)
-            save_allocation(allocation, folder / ALLOCATION_NAME)
-            result = with_allocation(lookup, allocation)
+    def allocate_on_rank_0() -> LookupDimensions:
+        if world.rank:
+            return lookup
+        allocation = read_or_allocate(config, lookup.rows, tokenizer)
+        save_allocation(allocation, folder / ALLOCATION_NAME)
+        return with_allocation(lookup, allocation)
 
-    on_all_ranks_or_raise(allocate_on_rank_0, world)
-    return all_gather_objects(result, world)[0]
+    return all_gather_objects(on_all_ranks_or_raise(allocate_on_rank_0, world), world)[0]
 
 
 def read_or_allocate(config: Config, rows: int, tokenizer: Tokenizer) -> Allocation:
