@@ -43,13 +43,13 @@ class CorruptionError(UserError):
 
 
 RESUME_AUTO = "--resume auto"
-_continued_with = RESUME_AUTO
+_how_to_resume = RESUME_AUTO
 
 
 def start_by(command: str) -> None:
     """Sets that megachat's `command` has started this job: messages name it as what continues the job."""
-    global _continued_with
-    _continued_with = same_command(command)
+    global _how_to_resume
+    _how_to_resume = same_command(command)
 
 
 def same_command(command: str) -> str:
@@ -57,9 +57,9 @@ def same_command(command: str) -> str:
     return f"the same `megachat {command}` command"
 
 
-def continued_with() -> str:
+def how_to_resume() -> str:
     """Returns what continues this job after a stop, for messages: --resume auto, or the command that has started it."""
-    return _continued_with
+    return _how_to_resume
 
 
 _NO_ANSWER = (None, errno.ENOENT, errno.EINVAL)  # nothing is there, or a library's complaint about the content

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megachat.checkpoint.facts import FACTS_NAME, checkpoint_name, checkpoint_step, hash_files, read_facts, write_facts
-from megachat.errors import UserError, continued_with
+from megachat.errors import UserError, how_to_resume
 from megachat.files import free_name, sync_to_disk
 from megachat.parallel.collectives import all_gather_objects, barrier, on_all_ranks_or_raise
 from megachat.parallel.mesh import Axis
@@ -45,7 +45,7 @@ def save_checkpoint(
             )
         return (
             f"checkpoint {final} could not be saved by {problem}; earlier checkpoints are untouched: "
-            f"free space there and continue with {continued_with()}"
+            f"free space there and continue with {how_to_resume()}"
         )
 
     def on_rank_0(action: Callable[[], None]) -> None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from megachat.errors import UserError, continued_with
+from megachat.errors import UserError, how_to_resume
 from megachat.files import METRICS_NAME, Log, read_side_file, write_json
 from megachat.parallel.collectives import on_all_ranks_or_raise
 from megachat.parallel.mesh import Axis
@@ -64,7 +64,7 @@ class CrashGuard:
                 return
         raise UserError(
             f"step {step}: the run folder {self._folder} no longer exists: restore it from a copy and "
-            f"continue with {continued_with()}, or start again"
+            f"continue with {how_to_resume()}, or start again"
         )
 
     def end(self) -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from megachat.checkpoint.resume import choose_checkpoint
 from megachat.checkpoint.run_folder import config_in_place, follow_checkpoint
 from megachat.config import Config, load_config
-from megachat.errors import SAVED_STATUS, continued_with
+from megachat.errors import SAVED_STATUS, how_to_resume
 from megachat.job.crash_guard import CrashGuard, guard_crashes
 from megachat.job.failure_monitor import FailureMonitor
 from megachat.job.join import join_job
@@ -112,7 +112,7 @@ def run_job(
     job = check_job_inputs(config, environment, resume, elastic)
     if job is None:  # elastic: the batch is split over fewer ranks, without this one
         return 0
-    hint = f"continue with {continued_with()}"
+    hint = f"continue with {how_to_resume()}"
     with (
         join_job(job.environment, config, job.facts, job.folder, restart_hint=hint) as (mesh, monitor),
         lock_run_folder(job.folder, mesh.world) as notes,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megachat.errors import CorruptionError, continued_with, summary
+from megachat.errors import CorruptionError, how_to_resume, summary
 from megachat.files import free_name, write_json
 from megachat.parallel.collectives import all_gather_objects, all_reduce, barrier
 from megachat.parallel.mesh import Mesh
@@ -68,9 +68,7 @@ def corrupted(mesh: Mesh, folder: Path, what: str, report: dict[str, Any], tenso
     except (OSError, RuntimeError) as error:  # torch.save raises both; the verdict does not depend on it
         evidence = f"the evidence could not be written to {path} ({summary(error)})"
     barrier(mesh.world, name="evidence of corruption")  # a launcher ends all ranks when the first has ended
-    advice = _ADVICE.format(
-        where=ranks_text(report["ranks"][rank] for rank in report["suspects"]), how=continued_with()
-    )
+    advice = _ADVICE.format(where=ranks_text(report["ranks"][rank] for rank in report["suspects"]), how=how_to_resume())
     return CorruptionError(f"step {report['step']}: {what}; {evidence}; {advice}")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from megachat.checkpoint.facts import checkpoint_name, checkpoint_step, read_facts
 from megachat.checkpoint.resume import choose_checkpoint, newest_complete
 from megachat.checkpoint.run_folder import follow_checkpoint
-from megachat.errors import UserError, continued_with
+from megachat.errors import UserError, how_to_resume
 from megachat.files import CHECKPOINTS
 from megachat.parallel.collectives import on_all_ranks_or_raise
 from megachat.train.build import Run, build_loader
@@ -60,7 +60,7 @@ def rewind(run: Run, state: LoopState, checkpoint: Path) -> tuple[Run, LoopState
 def resume_advice(run: Run, state: LoopState, capsule: Path | None, *, saving: bool) -> str:
     """Returns how to continue after a fault has ended the run. saving: the state before the step is being saved."""
     look = f"run `megachat replay {capsule}`, which names the cause" if capsule else "look at the rows of this step"
-    start = f"continue with {continued_with()} and lower rates"
+    start = f"continue with {how_to_resume()} and lower rates"
     if saving or (run.folder / CHECKPOINTS / checkpoint_name(state.step)).exists():
         start = "start again with lower rates (no earlier checkpoint is left)"
         with contextlib.suppress(UserError):

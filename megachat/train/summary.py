@@ -10,7 +10,7 @@ from pathlib import Path
 from megachat.activity import duration
 from megachat.config import Config
 from megachat.console import styled
-from megachat.errors import RESUME_AUTO, continued_with
+from megachat.errors import RESUME_AUTO, how_to_resume
 from megachat.files import CONFIG_NAME, readable_metrics
 from megachat.kernels.choice import Kernels
 from megachat.planning.plan import Plan
@@ -131,7 +131,7 @@ def next_commands(trainer: Trainer, launcher: str, local_ranks: int, *, stopped:
     generate = f'{program} generate --checkpoint {folder} --prompt "..."'
     if finished and not stopped:
         return [generate, evaluate, f"{program} inspect {folder}"]
-    if (again := continued_with()) != RESUME_AUTO:
+    if (again := how_to_resume()) != RESUME_AUTO:
         return [again, generate, f"{program} inspect {folder}"]
     config = shlex.quote(str(run.folder / CONFIG_NAME)) + ("" if stopped else " --set horizon.stop_step=null")
     if world == 1:
@@ -150,9 +150,9 @@ def log_end(trainer: Trainer, rows: Sequence[tuple[str, str]], commands: Sequenc
     best = "" if state.min_val_bpb is None else f", best validation bpb {state.min_val_bpb:.6f}"
     end = f"finished step {state.step}{best}"
     if state.step < (steps := trainer.run.plan.steps):
-        end = f"stopped at horizon.stop_step, after step {state.step} of {steps}{best}: {continued_with()} continues"
+        end = f"stopped at horizon.stop_step, after step {state.step} of {steps}{best}: {how_to_resume()} continues"
     if stopped:
-        end = f"stopped after step {state.step}, which is saved: continue with {continued_with()}"
+        end = f"stopped after step {state.step}, which is saved: continue with {how_to_resume()}"
     log(styled(end, "bold"))
     table = text_table([(f"  {label}", text) for label, text in rows])
     for line in (*table, "next:", *(f"  {command}" for command in commands)):

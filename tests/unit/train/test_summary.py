@@ -126,7 +126,7 @@ def test_a_stopped_run_is_continued_by_the_first_command(world, local, launcher,
 
 
 def test_a_run_of_the_speedrun_is_continued_by_it(trainer, monkeypatch):
-    monkeypatch.setattr("megachat.errors._continued_with", "")
+    monkeypatch.setattr("megachat.errors._how_to_resume", "")
     start_by("speedrun")
     again, lines = "the same `megachat speedrun` command", []
     assert next_commands(trainer, "deepspeed", 8, stopped=True)[0] == again
