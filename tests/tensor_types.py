@@ -31,7 +31,7 @@ from megachat.parallel.tensor import CUT_TYPES, INVARIANT, TOKEN_SLICES, Type
 from megachat.place import is_partial_over_tensor, is_tensor_shard, place_of
 from megachat.planning.plan import resolve_without_text
 from megachat.settings import ParallelConfig
-from megachat.train import build
+from megachat.train import build, stage
 from tests.training import SMALL_VOCAB, random_rows
 
 TOLERANCE = 1e-3  # of a tensor's norm; faults are off by much more, float32's rounding by less
@@ -167,7 +167,7 @@ def _build(config: Config, mesh: Mesh) -> SimpleNamespace:
     """Returns the model and optimizers of a rank, as a training builds them, with values without zeros."""
     plan = resolve_without_text(config, mesh.world.size, SMALL_VOCAB)
     training = build.build_training_model(config, plan, mesh, torch.ones(SMALL_VOCAB, dtype=torch.int64))
-    for parameter in placed_parameters(training.layers) + build.row_parameters(training.rows):
+    for parameter in placed_parameters(training.layers) + stage.row_parameters(training.rows):
         load_whole(parameter, starting_value(dataclasses.replace(place_of(parameter), start=("normal", 0.1)), seed=3))
     loss, adamw = training.engine
     return SimpleNamespace(layers=training.layers, loss=loss, adamw=adamw, muon=training.muon, rows=training.rows)

@@ -55,8 +55,8 @@ class GradientNormChoice:
 
 @dataclass(frozen=True)
 class Kernels:
-    """The kernels of a run. fp8 is None if it is off. onednn: whether this process can train its linears with oneDNN's
-    products, and is faster with them."""
+    """The kernels of a run. fp8 is None if it is off. onednn: whether this process (in a TrainingModel: every rank) can
+    train its linears with oneDNN's products, and is faster with them."""
 
     attention: AttentionChoice
     fp8: Fp8Choice | None

@@ -14,7 +14,7 @@ from megachat.kernels.choice import choose_kernels
 from megachat.model.gpt import Loss, build_layers, run_layers
 from megachat.planning.plan import resolve_without_text
 from megachat.programs.probe_step import random_rows
-from megachat.train.build import model_options
+from megachat.train.stage import model_options
 
 LIMIT_S = 200  # predicted seconds of the config's training, above which the short one is chosen
 OVERHEAD = 1.4  # the time of a run relative to its passes: optimizer, validation, samples

@@ -27,7 +27,7 @@ from megachat.job.launch import bootstrap_environment
 from megachat.planning.layouts import describe_layout
 from megachat.programs.job_inputs import check_data
 from megachat.text import plural
-from megachat.train.build import build_loader
+from megachat.train.documents import build_loader
 from megachat.train.weights import (
     EvaluationModel,
     build_evaluation_model,

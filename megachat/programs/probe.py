@@ -32,8 +32,9 @@ from megachat.planning.probe import PROBE_FORMAT, PROBE_VERSION, WIDTHS, Probe
 from megachat.planning.step_work import ITEMSIZE, Gemm, block_work, head_work
 from megachat.programs.probe_step import calibrate, measure_step
 from megachat.programs.verify import vocabulary_without_text
-from megachat.train.build import build_training_model, model_options
+from megachat.train.build import build_training_model
 from megachat.train.compiled import apply_compile
+from megachat.train.stage import model_options
 
 ROWS = 1.0, 0.5, 2.0, 0.25  # factors on rows per micro-batch
 COLLECTIVE_BYTES = 1 << 12, 1 << 16, 1 << 20, 1 << 23

@@ -46,6 +46,7 @@ from megachat.planning.memory import head_chunk_bytes
 from megachat.planning.plan import Plan
 from megachat.programs.walk_memory import StepMemory, attend, rms_norm
 from megachat.train import build
+from megachat.train import stage as stage_module
 from megachat.train.step import update
 
 _COLLECTIVE_KINDS = {  # operator of torch's namespace c10d -> kind
@@ -196,7 +197,7 @@ def _replacements() -> dict[tuple[object, str], Callable]:
         (dist, "new_group"): lambda ranks=None, **options: new_group(ranks),  # the saving group asks for gloo
         (dist, "all_gather_object"): _gather_object,
         (nn.Module, "to"): lambda module, *args, **options: module,  # fake tensors cannot be swapped
-        (build, "require_whole_model"): lambda *args: None,
+        (stage_module, "require_whole_model"): lambda *args: None,
         (build, "agreed_head_chunk"): lambda config, plan, mesh, dtype: head_chunk_bytes(config, plan, dtype),
         (engine_module.ZeroAdamW, "scaled_global_norm"): lambda *args, **options: 1.0,
         (F, "rms_norm"): rms_norm,

@@ -1,54 +1,44 @@
-"""Builds a run that can train, from config and plan: here the model meets the parallel axes and the optimizers."""
+"""Builds what trains: the model on this rank, its optimizers and its engine, and a run around them."""
 
 import dataclasses
-import functools
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from megachat.activity import print_line
 from megachat.config import Config
 from megachat.data.loader import Loader
 from megachat.data.tokenizer import Tokenizer
 from megachat.device import choose_compute_dtype, gradient_wire, memory_bytes
 from megachat.errors import UserError
 from megachat.evals.core_bundle import Bundle
-from megachat.kernels.attention import Attend, attention
 from megachat.kernels.choice import Kernels, choose_kernels
 from megachat.kernels.cross_entropy import PlainProducts
 from megachat.kernels.fp8 import apply_fp8, head_products
 from megachat.kernels.onednn import OneDnnProducts, apply_onednn
-from megachat.model.gpt import Loss, ModelOptions, build_layers, layer_builders
-from megachat.model.ngram import NgramTable
-from megachat.model.parameters import initialize, placed_parameters
+from megachat.model.gpt import Loss
+from megachat.model.parameters import placed_parameters
 from megachat.optim.graph import UpdateGraph
-from megachat.optim.groups import (
-    Group,
-    adamw_groups,
-    assign_groups,
-    betas_of,
-    group_of,
-    muon_matrices,
-    require_used_patterns,
-)
+from megachat.optim.groups import Group, adamw_groups, assign_groups, muon_matrices, require_used_patterns
 from megachat.optim.muon import compiled_functions
 from megachat.optim.partition import MuonPartition
-from megachat.optim.row_tables import RowTable, RowTables
-from megachat.optim.row_update import MASTER
+from megachat.optim.row_tables import RowTables
 from megachat.parallel.build import build_engine, build_loss_scaler, build_module
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.engine import Engine
 from megachat.parallel.mesh import Mesh
-from megachat.parallel.tensor import apply_tensor, vocabulary_part
-from megachat.place import Place, place_of, set_place
+from megachat.parallel.tensor import vocabulary_part
+from megachat.place import place_of
 from megachat.planning.memory import head_chunk_bytes
 from megachat.planning.plan import Plan
 from megachat.planning.stage_state import stage_parameters
 from megachat.train.compiled import apply_compile, compiled_products, torch_mode
+from megachat.train.documents import build_loader
+from megachat.train.stage import attach_row_tables, build_stage
 
 
 @dataclass(frozen=True)
@@ -86,11 +76,23 @@ class Run(TrainingModel):
         return self.mesh.world.rank == 0
 
 
-def model_options(config: Config, compute_dtype: torch.dtype, attend: Attend = attention) -> ModelOptions:
-    """Returns how the model computes. attend: the attention kernel, by default the reference."""
-    return ModelOptions(
-        compute_dtype=compute_dtype, rotary=config.model.rotary, attend=attend, recompute=config.batch.recompute
-    )
+def build_run(
+    config: Config,
+    plan: Plan,
+    mesh: Mesh,
+    tokenizer: Tokenizer,
+    folder: Path,
+    loader_state: dict | None = None,
+    bundle: Bundle | None = None,
+    kernels: Kernels | None = None,
+) -> Run:
+    """Builds the run on every rank; a checkpoint may be loaded into it afterwards.
+
+    loader_state: of this rank, as resume_documents returned it. kernels: see build_training_model. Raises UserError.
+    """
+    training = build_training_model(config, plan, mesh, torch.from_numpy(tokenizer.token_bytes()), kernels)
+    loader = build_loader(config, plan, mesh, tokenizer, loader_state)
+    return Run(**vars(training), folder=folder, tokenizer=tokenizer, loader=loader, bundle=bundle)
 
 
 def build_training_model(
@@ -103,22 +105,20 @@ def build_training_model(
     """
     precision, optimizer = config.precision, config.optimizer
     dtype, reason = choose_compute_dtype(precision.compute, mesh.device)
-    kernels = kernels or choose_kernels(config, plan, mesh.device)
-    onednn = agree_on_kernels(kernels, mesh)
+    kernels = _agree_on_kernels(kernels or choose_kernels(config, plan, mesh.device), mesh)
     layers = build_stage(config, plan, mesh, dtype, attend=kernels.attention.attend)
-    if onednn:
+    if kernels.onednn:
         apply_onednn(list(layers))
     if kernels.fp8:
         apply_fp8(list(layers), kernels.fp8)
     rows = attach_row_tables(layers, config, mesh, dtype)
     parameters = placed_parameters(layers)
-    groups = assign_groups([place_of(parameter) for parameter in parameters])
+    groups = assign_groups(map(place_of, parameters))
     muon = _build_muon(config, plan, mesh, parameters, groups, dtype, kernels)
-    plain = OneDnnProducts if onednn else PlainProducts
-    loss = _build_loss(config, plan, mesh, token_bytes, dtype, kernels, plain)
+    loss = _build_loss(config, plan, mesh, token_bytes, dtype, kernels)
     scaled = dtype == torch.float16
     engine = build_engine(
-        build_module(with_gather_waits(layers, muon), loss, mesh),
+        build_module(_with_gather_waits(layers, muon), loss, mesh),
         adamw_groups(parameters, groups, plan.rates, optimizer),
         muon,
         mesh,
@@ -131,6 +131,23 @@ def build_training_model(
         apply_compile(layers, torch_mode(precision.compile_mode))
     graph = UpdateGraph(engine.adamw, muon) if precision.optimizer_graph else None
     return TrainingModel(config, plan, mesh, layers, engine, muon, rows, dtype, reason, kernels, graph)
+
+
+def _agree_on_kernels(kernels: Kernels, mesh: Mesh) -> Kernels:
+    """Returns the kernels of all ranks, with oneDNN if all can train with it; all ranks call it.
+
+    Raises UserError on all ranks when one chose other kernels than rank 0.
+    """
+    ranks = all_gather_objects((kernels.names, socket.gethostname(), kernels.onednn), mesh.world)
+    (attention_0, fp8_0), host_0, _ = ranks[0]
+    for rank, ((kernel, fp8), host, _) in enumerate(ranks):
+        if (kernel, fp8) != (attention_0, fp8_0):
+            raise UserError(
+                f"rank {rank} on {host} would train with attention {kernel} and fp8 {fp8}, but rank 0 on {host_0} "
+                f"with {attention_0} and {fp8_0}: install the same packages on every host, or name the kernels in "
+                "precision.attention and precision.fp8_backend"
+            )
+    return dataclasses.replace(kernels, onednn=all(onednn for _, _, onednn in ranks))
 
 
 def _build_muon(
@@ -163,17 +180,11 @@ def _build_muon(
 
 
 def _build_loss(
-    config: Config,
-    plan: Plan,
-    mesh: Mesh,
-    token_bytes: torch.Tensor,
-    dtype: torch.dtype,
-    kernels: Kernels,
-    plain: type[PlainProducts],
+    config: Config, plan: Plan, mesh: Mesh, token_bytes: torch.Tensor, dtype: torch.dtype, kernels: Kernels
 ) -> Loss:
-    """Returns the loss of this tensor rank's part of the vocabulary; all ranks call it. plain: products without FP8."""
+    """Returns the loss of this tensor rank's part of the vocabulary; all ranks call it."""
     fp8_head = kernels.fp8 if config.precision.fp8_head else None
-    products = head_products(fp8_head, plan.dims, mesh.tensor.size, plain)
+    products = head_products(fp8_head, plan.dims, mesh.tensor.size, OneDnnProducts if kernels.onednn else PlainProducts)
     if config.precision.compile:
         products = compiled_products(products)
     part = vocabulary_part(plan.dims.padded_vocab, mesh.tensor)
@@ -189,157 +200,12 @@ def agreed_head_chunk(config: Config, plan: Plan, mesh: Mesh, dtype: torch.dtype
     return min(all_gather_objects(chunk, mesh.world)) if on_gpu else chunk
 
 
-def build_stage(
-    config: Config, plan: Plan, mesh: Mesh, dtype: torch.dtype, *, start: bool = True, attend: Attend = attention
-) -> nn.ModuleList:
-    """Builds this rank's layers, cut by the tensor axis, without their sparse tables; all ranks call it. start: whether
-    to set initial values.
-
-    Raises RuntimeError when the stages of all ranks together are not the model.
-    """
-    first, last = plan.stages[mesh.pipeline.rank]
-    options = dataclasses.replace(model_options(config, dtype, attend), holds_ngrams=False)
-    layers = nn.ModuleList(build() for build in layer_builders(plan.dims, options)[first:last])
-    apply_tensor(list(layers), mesh.tensor, sequence=config.parallel.sequence)
-    if start:
-        initialize(layers, config.run.seed)
-    require_whole_model(layers, plan, model_options(config, dtype), mesh)
-    return layers.to(mesh.device)
-
-
-def require_whole_model(layers: nn.ModuleList, plan: Plan, options: ModelOptions, mesh: Mesh) -> None:
-    """Raises RuntimeError on all ranks when the stages of all ranks together are not the model; all ranks call it."""
-    with torch.device("meta"):
-        whole = placed_parameters(build_layers(plan.dims, options))
-    places = [place_of(parameter) for parameter in placed_parameters(layers)]
-    places += [module.place for module in layers.modules() if isinstance(module, NgramTable)]
-    stages = all_gather_objects([(place.name, place.block) for place in places], mesh.pipeline)
-    built = [entry for stage in stages for entry in stage]
-    if sorted(built) != sorted((place_of(parameter).name, place_of(parameter).block) for parameter in whole):
-        raise RuntimeError(
-            f"the pipeline stages {plan.stages} together are not the model: they have {len(built)} of its "
-            f"{len(whole)} parameters"
-        )
-
-
-def attach_row_tables(
-    layers: nn.ModuleList, config: Config, mesh: Mesh, dtype: torch.dtype, *, train: bool = True
-) -> RowTables:
-    """Returns the sparse tables of this rank's layers, which read them from now on; with initial values.
-
-    train: False makes no optimizer state.
-    """
-    modules = {module.place.name: module for module in layers.modules() if isinstance(module, NgramTable)}
-    (betas,) = {betas_of(group_of(name), config.optimizer) for name in modules} or {(0.0, 0.0)}
-    tables = []
-    for name, module in modules.items():
-        count, width = module.place.whole
-        start, rate = module.place.start[1], group_of(name).rate
-        tables.append(RowTable(name, count, width, start=start, cut=module.divided, rate=rate))
-    rows = RowTables(
-        tables,
-        mesh,
-        optimizer=config.ngram.optimizer if train else None,
-        host=config.ngram.storage == "host",
-        wire=model_options(config, dtype).table_dtype,
-        gradient_wire=gradient_wire(config.optimizer.gradient_wire, dtype),
-        betas=betas,
-        epsilon=config.optimizer.adamw_epsilon,
-    )
-    for name, module in modules.items():
-        module.attach(functools.partial(rows.read, name), mesh.tensor.size, mesh.tensor.rank)
-    return rows
-
-
-def row_parameters(rows: RowTables) -> list[nn.Parameter]:
-    """Returns this rank's rows of each table, live, as parameters with places: weights are loaded into them."""
-    parameters = []
-    for kind, name, whole, rectangles in rows.state_shards():
-        for offset, _, tensor in rectangles if kind == MASTER else ():
-            parameters.append(nn.Parameter(tensor, requires_grad=False))
-            set_place(parameters[-1], Place(name, whole, -1, ("constant", 0.0), "rows", offset))
-    return parameters
-
-
-def with_gather_waits(layers: nn.ModuleList, muon: MuonPartition) -> list:
+def _with_gather_waits(layers: nn.ModuleList, muon: MuonPartition) -> list:
     """Returns the layers, each after a function that waits for its matrices: gathers overlap the forward pass."""
 
-    def wait_for(block: int):
-        def wait(stream):
-            muon.wait_for_layer(block)
-            return stream
+    def wait(block: int, stream):
+        muon.wait_for_layer(block)
+        return stream
 
-        return wait
-
-    return [step for layer in layers for step in (wait_for(place_of(next(layer.parameters())).block), layer)]
-
-
-def build_run(
-    config: Config,
-    plan: Plan,
-    mesh: Mesh,
-    tokenizer: Tokenizer,
-    folder: Path,
-    loader_state: dict | None = None,
-    bundle: Bundle | None = None,
-    kernels: Kernels | None = None,
-) -> Run:
-    """Builds the run on every rank; a checkpoint may be loaded into it afterwards.
-
-    loader_state: of this rank, as train.documents returned it. kernels: see build_training_model. Raises UserError.
-    """
-    training = build_training_model(config, plan, mesh, torch.from_numpy(tokenizer.token_bytes()), kernels)
-    loader = build_loader(config, plan, mesh, tokenizer, loader_state)
-    return Run(**vars(training), folder=folder, tokenizer=tokenizer, loader=loader, bundle=bundle)
-
-
-def order_of_rows(config: Config, plan: Plan) -> dict:
-    """Returns the Loader's settings on which the training rows depend."""
-    data = config.data
-    sizes = {
-        "row_tokens": plan.dims.sequence_len + 1,
-        "rows": plan.rows_per_step,
-        "streams": data.streams,
-        "buffer_documents": data.buffer_documents,
-    }
-    return {"split": "train", "seed": config.run.seed if data.shuffle else None} | sizes
-
-
-def build_loader(
-    config: Config, plan: Plan, mesh: Mesh, tokenizer: Tokenizer, state: dict | None = None, *, validation: bool = False
-) -> Loader:
-    """Returns the loader of this rank's rows. A step of validation rows is one micro-batch per rank."""
-    data, order = config.data, order_of_rows(config, plan)
-    if validation:
-        order |= {"split": "validation", "rows": plan.micro_rows * mesh.data.size, "seed": None}
-    return Loader(
-        data.folder,
-        tokenizer,
-        **order,
-        ranks=mesh.data.size,
-        rank=mesh.data.rank,
-        tokenizer_threads=data.tokenizer_threads,
-        prefetch_steps=data.prefetch_steps,
-        state=state,
-        on_bad_text=data.on_bad_text,
-        device="cpu" if validation else mesh.device,  # validation keeps the rows of several steps
-        # on any data rank: the rank that reads a document reports it
-        log=print_line if mesh.tensor.rank == mesh.pipeline.rank == 0 else lambda line: None,
-    )
-
-
-def agree_on_kernels(kernels: Kernels, mesh: Mesh) -> bool:
-    """Returns whether all ranks multiply with oneDNN; all ranks call it.
-
-    Raises UserError on all ranks when one chose other kernels than rank 0.
-    """
-    ranks = all_gather_objects((kernels.names, socket.gethostname(), kernels.onednn), mesh.world)
-    (attention_0, fp8_0), host_0, _ = ranks[0]
-    for rank, ((kernel, fp8), host, _) in enumerate(ranks):
-        if (kernel, fp8) != (attention_0, fp8_0):
-            raise UserError(
-                f"rank {rank} on {host} would train with attention {kernel} and fp8 {fp8}, but rank 0 on {host_0} "
-                f"with {attention_0} and {fp8_0}: install the same packages on every host, or name the kernels in "
-                "precision.attention and precision.fp8_backend"
-            )
-    return all(onednn for _, _, onednn in ranks)
+    blocks = [place_of(next(layer.parameters())).block for layer in layers]
+    return [step for block, layer in zip(blocks, layers, strict=True) for step in (partial(wait, block), layer)]

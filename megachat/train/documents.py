@@ -1,8 +1,10 @@
-"""Where the documents continue after a resume: where they stopped, or from the first one if the user allows it."""
+"""The documents of a run: the loader of this rank's rows, and where it continues after a resume."""
 
 from pathlib import Path
 
+from megachat.activity import print_line
 from megachat.config import Config
+from megachat.data.loader import Loader
 from megachat.data.loader_state import (
     combined_ledger,
     load_header,
@@ -20,7 +22,41 @@ from megachat.files import LOADER
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.mesh import Mesh
 from megachat.planning.plan import Plan
-from megachat.train.build import order_of_rows
+
+
+def _order_of_rows(config: Config, plan: Plan) -> dict:
+    """Returns the Loader's settings on which the training rows depend."""
+    return {
+        "split": "train",
+        "seed": config.run.seed if config.data.shuffle else None,
+        "row_tokens": plan.dims.sequence_len + 1,
+        "rows": plan.rows_per_step,
+        "streams": config.data.streams,
+        "buffer_documents": config.data.buffer_documents,
+    }
+
+
+def build_loader(
+    config: Config, plan: Plan, mesh: Mesh, tokenizer: Tokenizer, state: dict | None = None, *, validation: bool = False
+) -> Loader:
+    """Returns the loader of this rank's rows. A step of validation rows is one micro-batch per rank."""
+    data, order = config.data, _order_of_rows(config, plan)
+    if validation:
+        order |= {"split": "validation", "rows": plan.micro_rows * mesh.data.size, "seed": None}
+    return Loader(
+        data.folder,
+        tokenizer,
+        **order,
+        ranks=mesh.data.size,
+        rank=mesh.data.rank,
+        tokenizer_threads=data.tokenizer_threads,
+        prefetch_steps=data.prefetch_steps,
+        state=state,
+        on_bad_text=data.on_bad_text,
+        device="cpu" if validation else mesh.device,  # validation keeps the rows of several steps
+        # on any data rank: the rank that reads a document reports it
+        log=print_line if mesh.tensor.rank == mesh.pipeline.rank == 0 else lambda line: None,
+    )
 
 
 def resume_documents(
@@ -37,7 +73,7 @@ def resume_documents(
     try:
         header = load_header(folder)
         train = split_shards(open_shards(config.data.folder), "train")
-        require_same_settings(header, loader_settings(train, tokenizer, order_of_rows(config, plan)))
+        require_same_settings(header, loader_settings(train, tokenizer, _order_of_rows(config, plan)))
         if (step := step_of_run(header)) != facts["step"]:
             raise UserError(
                 f"{folder} is of step {step}, but the checkpoint of step {facts['step']}: load another checkpoint"

@@ -10,8 +10,8 @@ from megachat.checkpoint.run_folder import follow_checkpoint
 from megachat.errors import UserError, how_to_resume
 from megachat.files import CHECKPOINTS
 from megachat.parallel.collectives import on_all_ranks_or_raise
-from megachat.train.build import Run, build_loader
-from megachat.train.documents import resume_documents
+from megachat.train.build import Run
+from megachat.train.documents import build_loader, resume_documents
 from megachat.train.state import LoopState, load_state
 
 

@@ -26,8 +26,9 @@ from megachat.parallel.collectives import all_gather, all_reduce
 from megachat.planning.step_work import stage_matrices
 from megachat.schedule import due
 from megachat.text import shortened
-from megachat.train.build import Run, build_loader
+from megachat.train.build import Run
 from megachat.train.capsule import write_spike
+from megachat.train.documents import build_loader
 from megachat.train.metrics import Metrics, Pace, console_line
 from megachat.train.nonfinite import SPIKE_WINDOW, deviations_above
 from megachat.train.rank_reports import Report, gather_reports

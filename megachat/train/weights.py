@@ -24,7 +24,7 @@ from megachat.parallel.mesh import Mesh
 from megachat.parallel.tensor import vocabulary_part
 from megachat.place import place_of
 from megachat.planning.plan import Plan, resolve_plan
-from megachat.train.build import attach_row_tables, build_stage, row_parameters
+from megachat.train.stage import attach_row_tables, build_stage, row_parameters
 
 
 @dataclass(frozen=True)

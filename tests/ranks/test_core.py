@@ -23,7 +23,7 @@ from megachat.parallel.build import build_evaluation_engine, build_module, start
 from megachat.parallel.mesh import build_mesh
 from megachat.place import Place, place_of
 from megachat.planning.plan import resolve_plan
-from megachat.train.build import attach_row_tables, build_stage
+from megachat.train.stage import attach_row_tables, build_stage
 from tests.harness import run_ranks
 from tests.reference import FOLDER as REFERENCE
 from tests.reference import needs_reference

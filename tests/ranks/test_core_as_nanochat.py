@@ -20,7 +20,7 @@ from megachat.parallel.build import build_evaluation_engine, build_module, start
 from megachat.parallel.mesh import build_mesh
 from megachat.place import place_of
 from megachat.planning.plan import resolve_plan
-from megachat.train.build import build_stage
+from megachat.train.stage import build_stage
 from tests.harness import run_ranks
 from tests.ranks.test_core import tokenizer
 from tests.training import small_config

@@ -18,8 +18,7 @@ from megachat.parallel.build import start_collectives
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.mesh import build_mesh
 from megachat.planning.plan import resolve_plan
-from megachat.train.build import build_loader
-from megachat.train.documents import resume_documents
+from megachat.train.documents import build_loader, resume_documents
 from tests.harness import run_ranks
 from tests.runs.job import write_shard
 from tests.training import small_config

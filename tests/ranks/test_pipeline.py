@@ -21,7 +21,7 @@ from megachat.parallel.mesh import build_mesh
 from megachat.place import place_of
 from megachat.planning.plan import resolve_plan
 from megachat.programs.verify_layout import warm_up
-from megachat.train.build import build_stage
+from megachat.train.stage import build_stage
 from megachat.train.step import set_schedules
 from tests.harness import RankError, run_ranks
 from tests.oracle import ROWS, TOKENS
