@@ -7,7 +7,7 @@ At that time they are listed in LoopState.pending. A resumed job first runs thos
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -30,11 +30,14 @@ from megachat.train.build import Run
 from megachat.train.capsule import write_spike
 from megachat.train.documents import build_loader
 from megachat.train.metrics import Metrics, Pace, console_line
-from megachat.train.nonfinite import SPIKE_WINDOW, deviations_above
 from megachat.train.rank_reports import Report, gather_reports
 from megachat.train.state import LoopState, save_state
 from megachat.train.step import StepResult
 from megachat.train.stragglers import RANK_TIMES_WINDOW, SlowRanks, rank_values
+
+SPIKE_WINDOW = 64  # steps that a spike is compared with
+SPIKE_LEAST = 20  # of them
+_NORMAL = 1.4826  # deviation of a normal distribution in units of its median absolute deviation
 
 
 class TaskContext(Protocol):
@@ -159,6 +162,19 @@ class Spikes(Task):
         )
         trainer.metrics.record({"step": step} | values | {"spike/documents": places})
         return True
+
+
+def deviations_above(value: float, recent: Sequence[float], sigma: float) -> float | None:
+    """Returns how many deviations the value is above the median of the recent ones, or None if at most sigma.
+
+    The deviation is 1.4826 times the median absolute deviation, which earlier spikes hardly change.
+    """
+    if len(recent) < SPIKE_LEAST:
+        return None
+    median = statistics.median(recent)
+    deviation = _NORMAL * statistics.median(abs(other - median) for other in recent)
+    above = (value - median) / deviation if deviation else 0.0
+    return above if above > sigma else None
 
 
 class RankTimes(Task):

@@ -10,20 +10,16 @@ from pathlib import Path
 from megachat.activity import announced
 from megachat.checkpoint.facts import checkpoint_step
 from megachat.checkpoint.saver import Saver
-from megachat.errors import UserError
 from megachat.optim.joint import Requests
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.rectangles import RectanglesByName
 from megachat.planning.step_time import UNTIMED_STEPS
 from megachat.train.build import Run
-from megachat.train.capsule import write_capsule
 from megachat.train.check_cost import CheckCost
 from megachat.train.compiled import NewGraphs
 from megachat.train.metrics import Metrics, Pace
-from megachat.train.nonfinite import Fault, chosen_action, fault_sentence, find_fault
-from megachat.train.rewind import earlier_checkpoint, resume_advice, rewind
+from megachat.train.nonfinite import Fault, handle_fault, rewind
 from megachat.train.save_cost import SaveCost
-from megachat.train.sightings import rank_sightings
 from megachat.train.state import LoopState, state_pieces
 from megachat.train.step import StepResult, train_step
 from megachat.train.stragglers import RANK_TIMES_WINDOW
@@ -85,28 +81,25 @@ class Trainer:
                 self.run.loader.close()
 
     def _fit(self) -> bool:
-        run, tasks = self.run, self._first_tasks()
-        state = self.state
-        if state.step >= run.plan.stop_step and not tasks:
-            self.metrics.log(
-                f"nothing to do: step {state.step} is not before the last step {run.plan.stop_step}; "
-                "raise horizon.steps or horizon.stop_step to continue"
-            )
-        pieces = state_pieces(run, replicas=False)  # makes the optimizers' state
-        with announced("evaluation before the first step", shown=bool(tasks) and run.is_writer, write=self.metrics.log):
-            stopped = self._run_tasks(tasks, stop=False)
-        while self.state.step < run.plan.stop_step and not stopped:
-            state, first = self.state, self.steps_s == 0
-            self.last_result = self._step()
-            requests = self.last_result.requests
-            if requests.save_failed:
+        """The loop: take a step, act on a fault or count the step, run the tasks that are due."""
+        pieces = state_pieces(self.run, replicas=False)  # makes the optimizers' state
+        stopped = self._run_first_tasks()
+        while self.state.step < self.run.plan.stop_step and not stopped:
+            first = self.steps_s == 0
+            result = self.last_result = self._take_step(first)
+            fault = handle_fault(self.run, self.state, result, self.metrics, self.saved_step)
+            if fault:
+                self._rewind(fault)
+                tasks = self._pending_tasks()
+            else:
+                self._count(result, first)
+                tasks = [task for task in self.tasks if task.due(self)]
+            if result.requests.save_failed:
                 self.saver.wait()  # raises on every rank: a save fails on all ranks or on none
-            rewound = self.state is not state
-            tasks = self._pending_tasks() if rewound else [task for task in self.tasks if task.due(self)]
-            stopped = self._run_tasks(tasks, requests.stop)
+            stopped = self._run_tasks(tasks, result.requests.stop)
             if first:
                 self._settle(pieces)
-        with run.mesh.world.progress.long_running("saving the checkpoint"):
+        with self._long_running("saving the checkpoint"):
             self.saver.wait(blocks=True)
         self._log_saves()
         return stopped
@@ -116,22 +109,8 @@ class Trainer:
         """Whether training is complete (plan.steps). With horizon.stop_step a job ends earlier."""
         return self.state.step == self.run.plan.stop_step == self.run.plan.steps
 
-    def _step(self) -> StepResult:
-        """Runs step state.step and advances the counters, or goes back to a checkpoint."""
-        state, first = self.state, self.steps_s == 0
-        result = self._take_step(first)
-        self.check_cost.add(result.replay_s, result.hashes_s)
-        self._handle_fault(result)
-        if self.state is not state:  # the run went back to a checkpoint
-            return result
-        self._report_new_graphs()
-        self._advance(result)
-        self._measure_save_cost(result)
-        if first:
-            self.after_first_step()
-        return result
-
     def _take_step(self, first: bool) -> StepResult:
+        """Runs step state.step, and counts what its checks cost. first: of this job."""
         step = self.state.step
         if self.saved_step == step:
             self.save_cost.begin(step)
@@ -139,18 +118,22 @@ class Trainer:
         self._graphs.count()  # leave out the graphs that evaluation compiled since the last step
         with self._announced_first_step() if first else contextlib.nullcontext():
             requests = Requests(stop=self.stop_requested(), save_failed=self.saver.failed)
-            return train_step(self.run, step, requests=requests, before_update=self.saver.wait_copied)
+            result = train_step(self.run, step, requests=requests, before_update=self.saver.wait_copied)
+        self.check_cost.add(result.replay_s, result.hashes_s)
+        return result
 
-    def _report_new_graphs(self) -> None:
-        made = self._graphs.count()
-        if made and self.state.step - self.first_step >= SETTLED_STEPS:
-            self.metrics.log(
-                f"step {self.state.step:05d} | torch.compile made {made} new graphs, which takes time: "
-                "TORCH_LOGS=recompiles shows why"
-            )
+    def _rewind(self, fault: Fault) -> None:
+        """Goes back to an earlier checkpoint, to continue without the rows of the step that was just taken."""
+        with self._long_running("going back to a checkpoint"):
+            self.saver.wait(blocks=True)
+            self._log_saves()
+            self.run, self.state = rewind(self.run, self.state, fault, self.metrics)
+        self.source, self.pace = None, Pace(self.state.step)
+        self.saved_step = None  # the checkpoint does not say what is left out: a stop now has to save
 
-    def _advance(self, result: StepResult) -> None:
-        """Counts the step that was taken."""
+    def _count(self, result: StepResult, first: bool) -> None:
+        """Counts the step that was taken, and logs what it shows of compilation and of saving."""
+        self._report_new_graphs()
         state = self.state
         if state.step >= UNTIMED_STEPS:  # with the checks: a record's clock excludes evaluation and saving only
             state.training_s += result.seconds + result.replay_s + result.hashes_s
@@ -162,6 +145,17 @@ class Trainer:
         self.steps_s += result.seconds
         self.work_s.append(result.work_s)
         self.pace.finish(state.step)
+        self._measure_save_cost(result)
+        if first:
+            self.after_first_step()
+
+    def _report_new_graphs(self) -> None:
+        made = self._graphs.count()
+        if made and self.state.step - self.first_step >= SETTLED_STEPS:
+            self.metrics.log(
+                f"step {self.state.step:05d} | torch.compile made {made} new graphs, which takes time: "
+                "TORCH_LOGS=recompiles shows why"
+            )
 
     def _measure_save_cost(self, result: StepResult) -> None:
         """Compares steps after a save with those before it, and logs the comparison when it is complete."""
@@ -180,76 +174,6 @@ class Trainer:
 
         gc.collect()  # objects that exist now live until the end; do not scan them at every collection
         gc.freeze()
-
-    def _handle_fault(self, result: StepResult) -> None:
-        """Acts on a step whose loss or gradient is not finite: reports it, and rewinds if that is configured.
-
-        Raises UserError if the run has to stop.
-        """
-        state, reliability = self.state, self.run.config.reliability
-        fault = find_fault(result.loss, result.norm, result.loss_scale)
-        # auto limits every skipped update, also those that only lower float16's loss scale
-        counts = result.skipped if reliability.on_nonfinite == "auto" else fault is not None
-        state.skips_in_a_row = state.skips_in_a_row + 1 if counts else 0
-        state.faults_in_a_row = state.faults_in_a_row + 1 if fault else 0
-        if fault:
-            sentence, capsule = self._report_fault(result, fault)
-            action = chosen_action(reliability.on_nonfinite, fault, skipped=result.skipped)
-            if action == "stop":
-                raise self._stop(sentence, capsule)
-            if capsule:
-                self.metrics.log(f"{sentence}: `megachat replay {capsule}` names the cause")
-            if action == "rewind":
-                self._rewind(sentence, capsule)
-                return
-        if state.skips_in_a_row > reliability.nonfinite_limit:
-            raise UserError(
-                f"step {state.step}: the gradient was not finite for {state.skips_in_a_row} steps in a row, none of "
-                "which changed a weight: lower the rates or use bfloat16"
-            )
-
-    def _stop(self, problem: str, capsule: Path | None) -> UserError:
-        saving = self.saved_step == self.state.step
-        return UserError(f"{problem}: {resume_advice(self.run, self.state, capsule, saving=saving)}")
-
-    def _report_fault(self, result: StepResult, fault: Fault) -> tuple[str, Path | None]:
-        """Returns what is not finite, and the capsule; of faults in a row only the first has one."""
-        run, state, capsule = self.run, self.state, None
-        sightings = rank_sightings(run, result.gradients)
-        sentence = fault_sentence(state.step, result.loss, fault, sightings, skipped=result.skipped)
-        if state.faults_in_a_row == 1:  # the steps after it have the same weights
-            with self._long_running("writing a capsule"):
-                capsule, problem = write_capsule(run, state, result, sightings, sentence)
-            if problem:
-                self.metrics.log(problem)
-        return sentence, capsule
-
-    def _rewind(self, sentence: str, capsule: Path | None) -> None:
-        """Goes back to an earlier checkpoint, to continue without the rows of the step that was just taken.
-
-        Raises UserError with the sentence if no checkpoint or rewind is left.
-        """
-        step, left_out, limit = self.state.step, self.run.loader.step - 1, self.run.config.reliability.nonfinite_limit
-        if self.state.rewinds >= limit:
-            raise self._stop(f"{sentence}; the run went back {self.state.rewinds} times already", capsule)
-        with self._long_running("going back to a checkpoint"):
-            self.saver.wait(blocks=True)
-            self._log_saves()
-            checkpoint = earlier_checkpoint(self.run, self.state)
-            if checkpoint is None:
-                raise self._stop(f"{sentence}; there is no earlier checkpoint to go back to", capsule)
-            self.run, self.state, lines = rewind(self.run, self.state, checkpoint)
-        self.source, self.pace = None, Pace(self.state.step)
-        self.saved_step = None  # the checkpoint does not say what is left out: a stop now has to save
-        self.metrics.rewind(self.state.step, self.state.rewinds)
-        self.metrics.log(
-            f"step {step:05d} | REWOUND to {checkpoint}: the rows of this step are left out "
-            f"(rewind {self.state.rewinds} of at most {limit})"
-        )
-        for line in lines:
-            self.metrics.log(line)
-        values = {"rewind/from_step": step, "rewind/left_out": left_out, "rewind/count": self.state.rewinds}
-        self.metrics.record({"step": self.state.step} | values)
 
     def _run_tasks(self, due: list[Task], stop: bool) -> bool:
         """Runs the due tasks in order; returns whether a stop was requested.
@@ -284,6 +208,18 @@ class Trainer:
     def _run(self, task: Task) -> bool:
         with self._long_running(task.activity):
             return task.run(self)
+
+    def _run_first_tasks(self) -> bool:
+        """Runs the tasks before the first step of this job; returns whether a stop was requested."""
+        step, last, tasks = self.state.step, self.run.plan.stop_step, self._first_tasks()
+        if step >= last and not tasks:
+            self.metrics.log(
+                f"nothing to do: step {step} is not before the last step {last}; raise horizon.steps or "
+                "horizon.stop_step to continue"
+            )
+        shown = bool(tasks) and self.run.is_writer
+        with announced("evaluation before the first step", shown=shown, write=self.metrics.log):
+            return self._run_tasks(tasks, stop=False)
 
     def _first_tasks(self) -> list[Task]:
         """Returns the tasks before the first step of this job: of a new run the validation, as in nanochat; of a

@@ -29,7 +29,7 @@ from megachat.place import place_of
 from megachat.planning.plan import resolve_without_text
 from megachat.programs import replay
 from megachat.programs.replay import replay_capsule, report_lines
-from megachat.train import nonfinite
+from megachat.train import tasks
 from megachat.train.build import build_run
 from megachat.train.capsule import read_capsule
 from megachat.train.documents import resume_documents
@@ -172,7 +172,7 @@ def overflow_in_backward(run, first: int = 4) -> None:
 
 
 def one_rank(place: Path) -> list:
-    nonfinite.LEAST = 2
+    tasks.SPIKE_LEAST = 2
     deepspeed_lines = io.StringIO()
     logging.getLogger("DeepSpeed").addHandler(logging.StreamHandler(deepspeed_lines))
     changes = {"precision": {"compute": "float32"}, "reliability": {"on_nonfinite": "stop", "spike_sigma": 0.1}}

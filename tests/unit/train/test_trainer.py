@@ -10,7 +10,7 @@ from megachat.errors import UserError
 from megachat.parallel.mesh import Axis
 from megachat.settings import EvaluateConfig
 from megachat.train.state import LoopState
-from megachat.train.tasks import Checkpoint, Core, LogStep, Samples, Task, Validation
+from megachat.train.tasks import Checkpoint, Core, LogStep, Samples, Task, Validation, deviations_above
 from megachat.train.trainer import Trainer
 
 
@@ -108,6 +108,14 @@ def test_samples_are_due_every_so_many_steps_and_at_the_end():
         return [trainer.state.step for trainer in at if Samples().due(trainer)]
 
     assert due_steps() == [7] and due_steps(sample_every=3) == [3, 6, 7] and due_steps(sample_every=3, prompts=()) == []
+
+
+def test_a_spike_is_far_above_the_median_and_earlier_spikes_do_not_hide_it():
+    quiet = [3.0 + 0.01 * (step % 5) for step in range(60)]
+    assert deviations_above(3.05, quiet, 6) is None and deviations_above(2.0, quiet, 6) is None
+    assert deviations_above(9.0, quiet, 6) == pytest.approx((9.0 - 3.02) / (1.4826 * 0.01))
+    assert deviations_above(9.0, [*quiet, 50.0, 50.0, 50.0], 6) == pytest.approx(deviations_above(9.0, quiet, 6))
+    assert deviations_above(9.0, quiet[:19], 6) is None and deviations_above(9.0, [3.0] * 64, 6) is None
 
 
 @pytest.mark.parametrize(("step", "every", "names"), [(0, 3, ["validation"]), (0, 0, []), (6, 3, ["core"])])
