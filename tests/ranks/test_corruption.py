@@ -15,6 +15,7 @@ import torch
 from megachat.errors import CorruptionError
 from megachat.kernels.bit_hash import bit_hash
 from megachat.planning.dimensions import NORMS
+from megachat.train import replicas
 from megachat.train.corruption import TensorDifference, parameter_name
 from megachat.train.micro_batch_replay import compare_results, replay_micro_batch, suspects
 from megachat.train.replicas import compare_replicas, disagreements
@@ -131,7 +132,12 @@ def all_checks(parallel: dict, changes: dict, folder: str):
         if name == "scalar" or shards or "tensor" not in parallel:  # a float32 shard exists once
             said[name] = verdict(lambda n=name: compare_replicas(checked, 10 + (n == "scalar"), Path(folder)))
         weight.copy_(before)
-    compare_replicas(checked, 12, Path(folder))
+    calls, wait = [], checked.muon.wait_for_gather
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checked.muon, "wait_for_gather", lambda: (calls.append("wait"), wait()))
+        patch.setattr(replicas, "bit_hash", lambda tensor: (calls.append("hash"), bit_hash(tensor))[1])
+        compare_replicas(checked, 12, Path(folder))
+    assert calls[0] == "wait", "weights that still arrive from other ranks would be hashed"
     place = Path(folder) / "corruption"
     names = ("step_000000", "step_000000.3", "step_000011")
     evidence = [json.loads((place / name / "report.json").read_text()) for name in names]
