@@ -81,7 +81,7 @@ def add_arguments(parser: Parser) -> None:
     option("--tokenizer", default="data/tokenizer", help="loader, layouts, lookup*: default data/tokenizer")
     option("--layouts", default=LAYOUTS, help=f"layouts: default '{LAYOUTS}'")
     option("--steps", type=int, default=30, help="layouts: default 30")
-    option("--layout", default="dp=1", help="profile: one layout, as dp=2,tp=2 (default dp=1)")
+    option("--layout", default="dp=1", help="profile, nanochat: one layout, as dp=2,tp=2 (default dp=1)")
     option("--row-tokens", type=int, default=513, help="loader: tokens per row (default 513)")
     option("--rows", type=int, default=2000, help="loader: default 2000")
     option("--tokens", type=int, default=16, help="generation: new tokens per row (default 16)")

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import functools
 import importlib
+import math
 import statistics
 import sys
 import time
@@ -19,6 +20,7 @@ from megachat.device import choose_compute_dtype, dtype_name
 from megachat.errors import UserError
 from megachat.optim.matrix import Matrix
 from megachat.planning.dimensions import scaling_parameters
+from megachat.planning.layouts import parse_layout
 from megachat.planning.plan import Plan, resolve_plan
 from tools.bench.turns import compare_rates
 
@@ -108,6 +110,10 @@ class PartClock:
         self.seconds[self._part] += now - self._since
         self._part, self._since = part, now
 
+    def set(self, seconds: dict[str, float]) -> None:
+        """Takes the parts of a step that another process measured."""
+        self.seconds, self._since = seconds, self._clock()
+
     def note(self, text: str, *, waits: bool = False) -> None:
         """Takes the place of the note of megachat's progress recorder."""
         if text in PARTS:
@@ -143,7 +149,7 @@ def nanochat_steps(
     clone: str, counts: list[int], plan: Plan, pattern: str, clock: PartClock
 ) -> tuple[dict[str, Callable], int]:
     """Returns {side: function that takes a step} for each number of rows per pass, and the FLOPs of Muon's products."""
-    from tools.bench.step import random_rows  # imports DeepSpeed, which tools/bench/gpu.py must not import here
+    from megachat.programs.probe_step import random_rows  # imports DeepSpeed, which tools/bench/gpu.py must not
 
     device, rows = torch.device("cpu"), random_rows(plan)
     model, run, optimizer = build_nanochat(clone, plan, pattern, device)
@@ -179,6 +185,17 @@ def tokens_that_fit(plan: Plan, seconds: float, flops_per_sec: list[float]) -> i
     per_token = sum(plan.flops_per_token / (_EXPECTED_SHARE * rate) for rate in flops_per_sec)
     while tokens % (2 * least) == 0 and tokens * per_token > seconds:
         tokens //= 2
+    return tokens
+
+
+def tokens_within(arguments: argparse.Namespace, plan: Plan, dtypes: list[torch.dtype]) -> int:
+    """Returns the tokens of a step with which a step per dtype in each round is expected to end within the time
+    limit."""
+    seconds = 60 * (arguments.minutes or 10) * _STEPS_SHARE / (arguments.rounds + 1)
+    peaks = {dtype: products_per_sec(dtype) for dtype in dtypes}
+    tokens = tokens_that_fit(plan, seconds, [peaks[dtype] for dtype in dtypes])
+    if tokens < plan.tokens_per_step:
+        log_line(f"steps of {tokens} tokens instead of {plan.tokens_per_step}, to end within the time limit")
     return tokens
 
 
@@ -225,40 +242,56 @@ def megachat_sides(arguments: argparse.Namespace, computes_in: torch.dtype) -> d
     }
 
 
-def plan_side(arguments: argparse.Namespace, changes: list[str]):
-    """Returns config and plan of the config with some changes, on one process."""
-    config = load_config(arguments.config, [*arguments.set, *changes])
-    return config, resolve_plan(config, 1, config.model.vocab_size or arguments.vocab_size)
+def plan_side(arguments: argparse.Namespace, changes: list[str], sizes: dict[str, int] | None = None):
+    """Returns config and plan of the config with some changes, on one process or in a layout."""
+    sizes = sizes or parse_layout("dp=1")
+    axes = [f"parallel.{axis}={sizes[axis]}" for axis in ("tensor", "pipeline")]
+    config = load_config(arguments.config, [*arguments.set, *axes, *changes])
+    return config, resolve_plan(config, math.prod(sizes.values()), config.model.vocab_size or arguments.vocab_size)
 
 
 def bench_nanochat(arguments: argparse.Namespace) -> dict:
     """Measures tokens per second of whole training steps on this CPU, of megachat and of nanochat at the same shapes.
 
     First both compute in nanochat's dtype: float32 on a CPU, or the one in NANOCHAT_DTYPE. If the config chooses
-    another, megachat also computes in that. nanochat is compiled, as its script does; megachat both ways. Steps have
+    another, megachat also computes in that. nanochat is compiled, as its script does; megachat both ways. With
+    --layout, megachat also runs on as many ranks with one thread each; nanochat has one process on a CPU. Steps have
     fewer tokens than the config's if the time limit is too short for them.
     """
+    from tools.bench.rank_steps import waiting_ranks  # this and the next import DeepSpeed
     from tools.bench.step import build_steps
 
-    end, clock = time.monotonic() + 60 * (arguments.minutes or 10), PartClock()
+    sizes = parse_layout(arguments.layout)
+    ranks = math.prod(sizes.values())
+    clock = PartClock(seconds_now if ranks == 1 else time.perf_counter)
+    end = time.monotonic() + 60 * (arguments.minutes or 10)
     computes_in: torch.dtype = open_nanochat(arguments.nanochat)[0].COMPUTE_DTYPE
     dtypes = megachat_sides(arguments, computes_in)
     config, plan = plan_side(arguments, [])
     counts = row_counts(arguments.nanochat_rows or str(plan.micro_rows), plan.rows_per_step)
-    peaks = {dtype: products_per_sec(dtype) for dtype in dtypes.values()}
-    rates = [peaks[dtype] for dtype in [computes_in] * len(counts) + list(dtypes.values())]
-    tokens = tokens_that_fit(plan, 60 * (arguments.minutes or 10) * _STEPS_SHARE / (arguments.rounds + 1), rates)
-    if tokens < plan.tokens_per_step:
-        log_line(f"steps of {tokens} tokens instead of {plan.tokens_per_step}, to end within the time limit")
-    sides = {}
-    for side, dtype in dtypes.items():
-        changes = [f"precision.compute={dtype_name(dtype)}", f"batch.tokens={tokens}"]
-        sides[side] = plan_side(arguments, [*changes, f"precision.compile={str('compiled' in side).lower()}"])
+    tokens = tokens_within(arguments, plan, [computes_in] * len(counts) + list(dtypes.values()) * min(2, ranks))
+    changes = {
+        side: [
+            f"precision.compute={dtype_name(dtype)}",
+            f"precision.compile={str('compiled' in side).lower()}",
+            f"batch.tokens={tokens}",
+        ]
+        for side, dtype in dtypes.items()
+    }
+    sides = {side: plan_side(arguments, settings) for side, settings in changes.items()}
+    in_layout = {f"{side}, {arguments.layout}": settings for side, settings in changes.items() if ranks > 1}
+    for settings in in_layout.values():
+        plan_side(arguments, settings, sizes)  # a layout that does not fit is refused before anything starts
     _, plan = next(iter(sides.values()))
     counts = row_counts(" ".join(map(str, counts)), plan.rows_per_step)
     actions, muon_flops = nanochat_steps(arguments.nanochat, counts, plan, config.model.window_pattern, clock)
-    dtypes = dict.fromkeys(actions, computes_in) | dtypes
-    parts = time_parts(actions | build_steps(sides, note=clock.note), arguments.rounds, end, clock, peaks)
+    dtypes |= dict.fromkeys(actions, computes_in) | {
+        f"{side}, {arguments.layout}": dtype for side, dtype in dtypes.items()
+    }
+    peaks = {dtype: products_per_sec(dtype) for dtype in dtypes.values()}
+    actions |= build_steps(sides, note=clock.note)
+    with waiting_ranks(arguments, in_layout, clock) as actions_in_layout:
+        parts = time_parts(actions | actions_in_layout, arguments.rounds, end, clock, peaks)
     facts = {
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

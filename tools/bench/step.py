@@ -13,18 +13,13 @@ from megachat.job.join import start_mesh
 from megachat.job.launch import bootstrap_environment, choose_device
 from megachat.kernels.attention import attention, windowed_attention
 from megachat.planning.plan import Plan, resolve_plan
+from megachat.programs.probe_step import random_rows
 from megachat.programs.walk_memory import LiveBytes
 from megachat.train.build import build_training_model
 from megachat.train.micro_batch_replay import replay_micro_batch
 from megachat.train.replicas import compare_replicas
 from megachat.train.step import set_schedules, update
 from tools.bench.turns import compare_rates, round_ratios, time_in_turn
-
-
-def random_rows(plan: Plan) -> torch.Tensor:
-    """Returns the rows of a step, int64 [rows, tokens + 1], the same in each call."""
-    shape = (plan.rows_per_step, plan.dims.sequence_len + 1)
-    return torch.randint(0, plan.dims.vocab_size, shape, generator=torch.Generator().manual_seed(0))
 
 
 def build_steps(
