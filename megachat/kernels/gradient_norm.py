@@ -5,6 +5,8 @@ from typing import Protocol
 
 import torch
 
+_CPU_PART = 1 << 16  # elements: float64 squares of more would be new pages of memory in every step
+
 
 class SumOfSquares(Protocol):
     """Computes what `torch_sum_of_squares` computes."""
@@ -19,7 +21,8 @@ def torch_sum_of_squares(tensors: Sequence[torch.Tensor], before: torch.Tensor |
     tensor; sums are float64, so that the result does not depend on the order.
     """
     if before is None:
-        return torch.stack([tensor.float().square().sum(dtype=torch.float64) for tensor in tensors]).sum().float()
+        parts = (part for one in tensors for part in ([one] if one.is_cuda else one.reshape(-1).split(_CPU_PART)))
+        return torch.stack([part.float().square().sum(dtype=torch.float64) for part in parts]).sum().float()
     for tensor in tensors:
         before = before + tensor.float().square().sum()
     return before
