@@ -194,7 +194,7 @@ def gpt2_lines(comparison: dict) -> list[str]:
 
 def comparison_lines(comparison: dict) -> list[str]:
     """Returns lines of text for the result of `compare_evaluations`."""
-    rows = [("task", "first", "second", "centered difference", "+-", "")]
+    rows = [("task", "first", "second", "centered difference", "standard error", "")]
     for label, task in comparison["tasks"].items():
         means = (f"{mean:.4f}" for mean in task["means"])
         note = "" if task["paired"] else "different examples"

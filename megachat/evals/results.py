@@ -185,7 +185,7 @@ def find_newest_results(run_folder: Path, *, whole_core: bool = False) -> Path |
     return max(candidates)[2] if candidates else None
 
 
-CORE_COLUMNS = ("examples", "accuracy", "centered", "+-")
+CORE_COLUMNS = ("examples", "accuracy", "centered", "standard error")
 
 
 def core_rows(section: dict) -> list[tuple[str, ...]]:
@@ -229,7 +229,7 @@ def _control_lines(section: dict) -> list[str]:
     """Returns lines of text: what reading gains (evals/controls.py), over all tasks and in each."""
     if not section["tasks"]:
         return ["controls: no example fits the model when its context is swapped"]
-    value = f"{section['difference']:+.4f} +- {section['deviation']:.4f}"
+    value = f"{section['difference']:+.4f} +- {section['deviation']:.4f} (standard error)"
     each = ", ".join(
         f"{label} {task['difference']:+.3f} ({task['swapped']})" for label, task in section["tasks"].items()
     )
@@ -254,6 +254,6 @@ def _notes(section: dict) -> list[str]:
 
 
 def error_text(deviation: Mapping[str, float], digits: int) -> str:
-    """Returns the total error and its two parts as text."""
+    """Returns the standard error and its two parts as text."""
     both, examples, runs = (f"{deviation[key]:.{digits}f}" for key in ("both", "examples", "runs"))
-    return f"+- {both} (examples {examples}, from run to run {runs})"
+    return f"+- {both} (standard error: examples {examples}, from run to run {runs})"

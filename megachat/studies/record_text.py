@@ -83,8 +83,8 @@ def _run_cells(run: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _with_deviation(spread: Mapping[str, Any], digits: int) -> str:
-    deviation = spread["run_deviation"]
-    return f"{spread['mean']:.{digits}f}" + (f" +- {deviation:.{digits}f}" if deviation is not None else "")
+    mean, deviation = f"{spread['mean']:.{digits}f}", spread["run_deviation"]
+    return mean if deviation is None else f"{mean} +- {deviation:.{digits}f} (run deviation)"
 
 
 def _rows_text(run: Mapping[str, Any]) -> str:

@@ -78,8 +78,8 @@ def test_the_clock_the_means_and_the_verdict(make, capsys):
     text = capsys.readouterr().out
     assert text.startswith("## ours: 3 runs\n")
     for fact in (
-        "| time, minutes | 2.10 +- 0.10; training steps after step 10 |",
-        "| GPU-hours | 0.56 +- 0.03 |",
+        "| time, minutes | 2.10 +- 0.10 (run deviation); training steps after step 10 |",
+        "| GPU-hours | 0.56 +- 0.03 (run deviation) |",
         "16 ranks on 2 nodes, NVIDIA H100 80GB HBM3; data 16 x tensor 1 x pipeline 1",
         "| against GPT-2's 0.256525 | above; 3 of 3 runs above |",
         "not the leaderboard's: tokens ",
@@ -227,8 +227,9 @@ def test_a_draft_is_no_record(make, capsys):
     title, heading, reasons, table, *_ = text.split("\n\n")
     assert title == "## NOT A RECORD, a draft of ours: 2 runs" and heading == "A record refuses these runs:"
     assert [line.partition(": ")[0] for line in reasons.splitlines()] == [f"- {folder}" for folder in folders]
-    assert "| mean of 7 of CORE's 22 tasks | 0.1250 +- " in table and "examples; not judged |" in table
-    assert "GPT-2" not in text and "| time, minutes | 2.05 +- 0.07;" in table
+    (mean,) = (line for line in table.splitlines() if line.startswith("| mean of 7 of CORE's 22 tasks | 0.1250 +- "))
+    assert " (standard error: examples " in mean and mean.endswith(" examples; not judged |")
+    assert "GPT-2" not in text and "| time, minutes | 2.05 +- 0.07 (run deviation);" in table
     run = load_run(folders[0])
     digest = record["runs"][0]["bundle_digest"]
     requests = [(50, digest), (-1, digest), (50, "f" * 64)]
