@@ -27,6 +27,14 @@ def limit_s(usual_s: float = 60.0) -> float:
     return 10 * usual_s * slowness()
 
 
+def until(true: Callable[[], object], what: str, every_s: float = 0.05) -> None:
+    """Waits for true()."""
+    deadline = time.monotonic() + limit_s()
+    while not true():
+        assert time.monotonic() < deadline, f"no {what} in {limit_s():.0f} s"
+        time.sleep(every_s)
+
+
 def calls_of(function: Callable[[], object]) -> int:
     """Returns how many Python and C functions are called: the same number on every machine, busy or not."""
     count = 0

@@ -84,9 +84,7 @@ class Loader:
         self._now = self._first_snapshot(state, streams_of_rank(rank, ranks, streams, rows))
         cursors = {stream: saved.next_document for stream, saved in self._now.streams.items()}
         logged, counted = BadTexts(on_bad_text, log=log), BadTexts(on_bad_text)
-        bad_texts = {
-            stream: logged if saving_rank(stream, ranks, streams, rows) == rank else counted for stream in cursors
-        }
+        bad_texts = {s: logged if saving_rank(s, ranks, streams, rows) == rank else counted for s in cursors}
         self._corpus = corpus
         self._reader = DocumentReader(corpus, tokenizer, cursors, streams, tokenizer_threads, bad_texts, row_tokens)
         self._streams = {
@@ -207,20 +205,19 @@ class Loader:
         if self.left_out:
             header["left_out"] = self.left_out
         streams = self._now.streams.items()
-        return {
-            "header": header,
-            "streams": {stream: loader_state.stream_to_arrays(saved, self._dtype) for stream, saved in streams},
-        }
+        arrays = {stream: loader_state.stream_to_arrays(saved, self._dtype) for stream, saved in streams}
+        return {"header": header, "streams": arrays}
 
     def close(self) -> None:
-        """Stops the background threads."""
+        """Ends the background threads."""
         self._stopped.set()
-        self._reader.close()  # a thread that waits for tokens stops waiting
+        self._reader.close(wait=False)  # a thread that waits for tokens stops waiting
         while self._thread.is_alive():
             try:
                 self._packed.get_nowait()  # the thread may be waiting for space in the queue
             except queue.Empty:
                 self._thread.join(0.01)
+        self._reader.close(wait=True)
 
     def __enter__(self) -> "Loader":
         return self

@@ -95,9 +95,9 @@ class DocumentReader:
             with contextlib.suppress(RuntimeError):  # the reader was closed
                 self._pool.submit(self._tokenize_some, postponed)  # after the documents that rows may wait for
 
-    def close(self) -> None:
-        """Stops the threads."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+    def close(self, *, wait: bool) -> None:
+        """Drops the tasks that have not begun. wait: returns when the threads have ended."""
+        self._pool.shutdown(wait=wait, cancel_futures=True)
 
     def _batches_from(self, number: int) -> Iterator[tuple[int, pa.ChunkedArray]]:
         for first, texts in self._corpus.read_from(number):

@@ -3,9 +3,9 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import torch
 from megachat.checkpoint.index import read_index
 from megachat.checkpoint.storage import load_checkpoint
 from megachat.data.tokenizer import Tokenizer, save_tokenizer
-from tests.limits import limit_s
+from tests.limits import limit_s, until
 from tests.runs.forked import ROOT, Done, environment, free_port, run_forked
 
 PROGRAM = "launch/pretrain.py"
@@ -150,12 +150,25 @@ def processes_of(config: str) -> dict[int, str | None]:
     return ranks
 
 
-def until(true, what: str, every_s: float = 0.05) -> None:
-    """Wait for true()."""
-    deadline = time.monotonic() + limit_s()
-    while not true():
-        assert time.monotonic() < deadline, f"no {what} in {limit_s():.0f} s"
-        time.sleep(every_s)
+def freeze(pid: int) -> None:
+    """Stops a process, and waits until all of its threads stand still."""
+    os.kill(pid, signal.SIGSTOP)
+
+    def stands_still() -> bool:
+        try:
+            stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+        except OSError:  # one of them has just ended
+            return False
+        return {stat.rpartition(")")[2].split()[0] for stat in stats} == {"T"}
+
+    until(stands_still, f"stop of process {pid}", every_s=0.001)
+
+
+def logged(run: Path) -> list[dict]:
+    """The lines of metrics.jsonl so far, of a job that may be writing one now."""
+    path = run / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 # ---- what a run left behind

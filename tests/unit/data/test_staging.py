@@ -9,6 +9,7 @@ import torch
 
 from megachat.data import loader as loader_module
 from megachat.data.staging import Staging, staging_for
+from tests.limits import limit_s, until
 from tests.unit.data.corpus import byte_tokenizer, random_texts, write_folder
 
 SHAPE, STEPS = (3, 5), 12
@@ -175,8 +176,7 @@ def test_the_loader_stages_a_step_ahead_and_its_state_is_that_of_the_rows_return
             gpu.read(next(loader), seen)
             assert loader.step == loader.state()["header"]["step"] == step + 1
             gpu.run(gpu.random.randrange(4))
-            while not loader._packed.full():
-                loader._stopped.wait(0.005)
+            until(loader._packed.full, "rows that are packed ahead", every_s=0.005)
         assert loader._staged.step == 5, "the next step's rows are on their way"
         state = loader.state()
     gpu.run(10**6)
@@ -201,7 +201,7 @@ def test_an_error_behind_staged_rows_is_raised_in_its_turn(tmp_path, monkeypatch
     monkeypatch.setattr(loader_module.Loader, "_pack", fail_at_two)
     settings = {"split": "train", "row_tokens": 20, "rows": 4, "streams": 2, "prefetch_steps": 4}
     with loader_module.Loader(folder, byte_tokenizer(), **settings, device="cuda") as loader:
-        loader._thread.join(20)
+        loader._thread.join(limit_s())
         next(loader)
         next(loader)
         with pytest.raises(ZeroDivisionError, match="in the thread"):
