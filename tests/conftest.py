@@ -1,19 +1,27 @@
 """What all tests share: one thread, the order of the files, and which tests `tests/run.sh --quick` leaves out."""
 
 import os
+import random
 import signal
 from pathlib import Path
 
+from tests.variables import remove_variables
+
+remove_variables()
 # One thread in every process that a test starts; read when torch is loaded. With two threads on two busy cores, each
 # waits for the other, and a step of these small models takes up to ten times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # torch.compile compiles three programs to try the CPU's vector instructions, 20 s; which ones it takes does not change
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import megachat.device  # noqa: E402, F401  # sets environment variables before a test has torch compile anything
+from megachat import activity  # noqa: E402
+
+activity.ANNOUNCED_AFTER_S = 3600.0  # a busy machine adds no lines
 
 # Started with nohup or `&`, the tests ignore these signals, and so would every program that they start. A handler of
 # Python's does nothing here either, and programs start with the default.
@@ -96,3 +104,21 @@ def one_thread():
     and give other bits.
     """
     torch.set_num_threads(1)
+
+
+def seed_all() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def same_random_numbers_in_fixtures():
+    """As same_random_numbers, for the fixtures of a file."""
+    seed_all()
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    """Gives a test the same random numbers whatever ran before it."""
+    seed_all()

@@ -34,6 +34,7 @@ PRELOADED = [
     "deepspeed.ops.op_builder.all_ops",
     "tests.frozen",  # the last
 ]
+_SHOW_STACK = signal.SIGUSR2  # has a rank write its stack, wherever it is
 _GRACE_SEC = 1.0  # after the first failure: the others' own failures are worth reading
 
 
@@ -63,14 +64,14 @@ def run_ranks(function, world: int, *args, timeout_s: float | None = None) -> li
         for rank in range(world):
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(
-                target=_rank, args=(sender, folder, rank, world, port, timeout_s, function, args), daemon=True
+                target=_rank, args=(sender, folder, rank, world, port, function, args), daemon=True
             )
             process.start()
             sender.close()
             processes.append(process)
             pipes.append(receiver)
         try:
-            return _collect(pipes, time.monotonic() + timeout_s, Path(folder))
+            return _collect(pipes, processes, time.monotonic() + timeout_s, Path(folder))
         finally:
             for process in processes:
                 process.kill()
@@ -90,7 +91,7 @@ def end_with_the_tests() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _rank(sender, folder: str, rank: int, world: int, port: int, timeout_s: float, function, args) -> None:
+def _rank(sender, folder: str, rank: int, world: int, port: int, function, args) -> None:
     end_with_the_tests()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
@@ -99,7 +100,7 @@ def _rank(sender, folder: str, rank: int, world: int, port: int, timeout_s: floa
 
     try:
         with open(Path(folder, f"stack{rank}"), "w") as stack:
-            faulthandler.dump_traceback_later(max(0.1, timeout_s - 1), file=stack)
+            faulthandler.register(_SHOW_STACK, file=stack)
             torch.set_num_threads(1)
             dist.init_process_group(
                 "gloo", store=dist.FileStore(str(Path(folder, "store")), world), rank=rank, world_size=world
@@ -109,14 +110,14 @@ def _rank(sender, folder: str, rank: int, world: int, port: int, timeout_s: floa
                 (True, result)
             )  # plain pickle: tensors by value, because this process ends before they are read
             dist.barrier()  # nobody leaves while another still talks to it
-            faulthandler.cancel_dump_traceback_later()
+            faulthandler.unregister(_SHOW_STACK)
         sender.send_bytes(answer)
         dist.destroy_process_group()
     except BaseException:
         sender.send_bytes(pickle.dumps((False, traceback.format_exc())))
 
 
-def _collect(pipes: list, deadline: float, folder: Path) -> list:
+def _collect(pipes: list, processes: list, deadline: float, folder: Path) -> list:
     waiting, results, failures = dict(zip(pipes, range(len(pipes)), strict=True)), {}, {}
     while waiting and (ready := wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))):
         for pipe in ready:
@@ -131,12 +132,21 @@ def _collect(pipes: list, deadline: float, folder: Path) -> list:
     if failures:
         raise RankError("\n".join(f"rank {rank} of {len(pipes)}:\n{text}" for rank, text in failures.items()))
     if waiting:
-        stacks = "".join(f"\nrank {rank}:\n{_read(folder / f'stack{rank}')}" for rank in sorted(waiting.values()))
+        stacks = "".join(
+            f"\nrank {rank}:\n{_stack(processes[rank], folder / f'stack{rank}')}" for rank in sorted(waiting.values())
+        )
         raise RankError(
             f"no answer from ranks {sorted(waiting.values())} of {len(pipes)} in time; where they were:{stacks}"
         )
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _read(path: Path) -> str:
-    return path.read_text() if path.exists() else "(not started)"
+def _stack(process, path: Path) -> str:
+    """Where a process is that answers nobody."""
+    if not path.exists():
+        return "(not started)"
+    os.kill(process.pid, _SHOW_STACK)
+    deadline = time.monotonic() + limit_s(1)
+    while "in <module>" not in path.read_text() and time.monotonic() < deadline:  # the end of the main thread, the last
+        time.sleep(0.01)
+    return path.read_text()

@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import threading
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ from megachat.installation import git
 from megachat.job.host_probe import installed_version
 from megachat.job.launchers import TORCH, Launch, check_master, find_launch, number
 from megachat.job.monitor_links import local_address
+
+_holders: deque[socket.socket] = deque(maxlen=16)  # of the last ports that free_port() gave out
 
 
 @dataclass(frozen=True)
@@ -186,10 +189,12 @@ def try_port(port: int) -> None:
 
 
 def free_port() -> int:
-    """Returns a port that no process listens on at this moment."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """Returns a port on which nobody listens, and which nobody else is given while this process lives."""
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # so that a listener may bind it, too
+    holder.bind(("127.0.0.1", 0))
+    _holders.append(holder)
+    return holder.getsockname()[1]
 
 
 @contextlib.contextmanager
@@ -249,9 +254,7 @@ _DIFF_CHARACTERS = 100_000  # of the uncommitted changes that are kept: what mad
 
 def describe_environment(device: torch.device) -> dict[str, object]:
     """Returns commit, uncommitted changes, versions, command and hardware, for environment.json."""
-    names = (
-        "torch deepspeed numpy pyarrow tiktoken pydantic mpi4py transformer-engine wandb tensorboard trackio".split()
-    )
+    names = "torch deepspeed numpy pyarrow tiktoken pydantic mpi4py transformer-engine wandb tensorboard trackio"
     return {
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(changes := git("status", "--porcelain", "--untracked-files=no")),
@@ -264,5 +267,5 @@ def describe_environment(device: torch.device) -> dict[str, object]:
         "python": platform.python_version(),
         "system": platform.platform(),
         "cuda": torch.version.cuda,
-        "packages": {name: installed_version(name) for name in names},
+        "packages": {name: installed_version(name) for name in names.split()},
     }

@@ -6,9 +6,7 @@ A test of a launcher starts that launcher (tests/runs/job.py, `begin`); every ot
 
 import contextlib
 import os
-import random
 import runpy
-import socket
 import subprocess
 import sys
 import threading
@@ -18,13 +16,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from megachat import activity
+from megachat.job.launch import free_port
 from tests.harness import end_with_the_tests, warm_context
 from tests.limits import limit_s
+from tests.variables import is_of_launcher
 
 ROOT = Path(__file__).resolve().parents[2]
-_LAUNCH_VARIABLES = (
-    "RANK WORLD LOCAL MASTER OMPI PMIX PMI MPI MV2 HOROVOD FLUX PALS PET SLURM TORCHELASTIC GROUP ROLE CROSS MEGACHAT"
-).split()
+STUBS = ROOT / "tests" / "runs" / "stubs"  # programs in place of others
 
 
 @dataclass(frozen=True)
@@ -42,20 +40,10 @@ class Done:
 
 
 def environment() -> dict[str, str]:
-    """Returns the variables without those of a launcher or a GPU."""
-    clean = {key: value for key, value in os.environ.items() if key.split("_")[0] not in _LAUNCH_VARIABLES}
-    return clean | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-
-
-def free_port() -> int:
-    """Returns a port below those that the kernel gives to connections: it stays free for the seconds that a launcher
-    takes to bind it.
-    """
-    while True:
-        port = random.randint(20_000, 32_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
+    """Returns the variables without those of a launcher or a GPU, and with STUBS first in PATH."""
+    clean = {key: value for key, value in os.environ.items() if not is_of_launcher(key)}
+    path = f"{STUBS}{os.pathsep}{clean['PATH']}"
+    return clean | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "PATH": path}
 
 
 class Output:
@@ -194,4 +182,5 @@ def _rank(program: list[str], variables: dict[str, str], out, err) -> None:
     sys.argv = program
     subprocess.run = run_without_torchrun
     activity.ANNOUNCED_AFTER_S = 3600.0  # a busy machine adds no lines
+    exec(variables.get("TESTS_FIRST", ""))  # tests/runs/pause.py
     runpy.run_path(program[0], run_name="__main__")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.limits import limit_s
+from tests.runs.forked import STUBS
 from tests.runs.job import BIN, ROOT, environment
 from tests.runs.warm import Launcher
 
@@ -115,7 +116,7 @@ class Network:
     @property
     def paths(self) -> dict[str, str]:
         """The variables with which programs on a host find ssh, pdsh and the launchers."""
-        return {"PATH": f"{self.folder}/bin:{BIN}:{_path()}"}
+        return {"PATH": f"{self.folder}/bin:{STUBS}:{BIN}:{_path()}"}
 
     def do(self, host: str, *line: str) -> str:
         """Run a short command on a host and return what it printed."""

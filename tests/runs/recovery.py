@@ -19,16 +19,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.runs.job import Place, begin, command, make_place, until
+from tests.runs.job import Place, begin, command, logged, make_place, until
 from tests.runs.network import Network, two_hosts
 
 CONFIG = {"horizon": {"steps": 5000}, "evaluate": {"every": 0, "prompts": []}, "checkpoint": {"every": 2}}
-
-
-def lines_of(run: Path) -> list[dict]:
-    path = run / "metrics.jsonl"
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def measure(place: Place, network: Network, step: int) -> dict:
@@ -42,12 +36,12 @@ def measure(place: Place, network: Network, step: int) -> dict:
             jobs.append(begin(network.at(host, line)))
             stack.callback(jobs[-1].communicate)
             stack.callback(os.killpg, jobs[-1].pid, signal.SIGKILL)
-        until(lambda: any(values["step"] >= step for values in lines_of(run)), "a step")
+        until(lambda: any(values["step"] >= step for values in logged(run)), "a step")
         stack.enter_context(open(f"/proc/{network.pids['host-b']}/ns/net"))  # its end of the cable stays
         killed = time.time()
         os.kill(network.pids["host-b"], signal.SIGKILL)
-        until(lambda: any("recovery/total_s" in values for values in lines_of(run)), "a step after the restart")
-        lines = lines_of(run)
+        until(lambda: any("recovery/total_s" in values for values in logged(run)), "a step after the restart")
+        lines = logged(run)
     position = next(index for index, values in enumerate(lines) if "recovery/total_s" in values)
     phases = {key: value for key, value in lines[position].items() if key.startswith("recovery/")}
     return {"kill_to_step_s": lines[position]["time"] - killed, "step": step, "load": os.getloadavg()[0]} | phases

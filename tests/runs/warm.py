@@ -166,6 +166,7 @@ def _run_as(words: list[str], variables: dict[str, str]) -> None:
         stream.reconfigure(write_through=True)
     status: object = 0
     try:
+        exec(variables.get("TESTS_FIRST", ""))  # tests/runs/pause.py
         if words[0] == "-m":
             sys.argv = words[1:]
             sys.modules.pop(words[1], None)

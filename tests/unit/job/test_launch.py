@@ -13,7 +13,8 @@ import torch
 
 from megachat.device import device_name
 from megachat.errors import UserError
-from megachat.job.launch import LaunchEnvironment, choose_device, common_address, describe_environment
+from megachat.job.launch import LaunchEnvironment, choose_device, common_address, describe_environment, free_port
+from megachat.job.links import listen
 from tests.runs.forked import run_forked
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -56,6 +57,16 @@ def test_a_job_of_one_rank_takes_another_port_if_the_given_one_is_in_use():
         port = other.getsockname()[1]
         environment, env = bootstrapped(**alone, MASTER_PORT=str(port))
     assert environment["master_port"] == int(env["MASTER_PORT"]) != port
+
+
+def test_a_free_port_is_given_to_nobody_else_and_can_be_listened_on():
+    port = free_port()
+    for address in ("127.0.0.1", ""):
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind((address, port))
+    with listen(port), socket.create_connection(("127.0.0.1", port)):
+        pass
+    assert len({free_port() for _ in range(16)}) == 16
 
 
 def test_torch_variables_are_taken_as_they_are():
