@@ -32,6 +32,7 @@ from megachat.place import is_partial_over_tensor, is_tensor_shard, place_of
 from megachat.planning.plan import resolve_without_text
 from megachat.settings import ParallelConfig
 from megachat.train import build, stage
+from tests.limits import limit_s
 from tests.training import SMALL_VOCAB, random_rows
 
 TOLERANCE = 1e-3  # of a tensor's norm; faults are off by much more, float32's rounding by less
@@ -84,7 +85,7 @@ class Group:
 
     def __init__(self, size: int):
         self.size, self._values = size, [None] * size
-        self._barrier = threading.Barrier(size, timeout=60)
+        self._barrier = threading.Barrier(size, timeout=limit_s())
         self.abort = self._barrier.abort
 
     def exchange(self, what: str, value) -> list:

@@ -35,7 +35,7 @@ class Ranks:
     """One of the ranks that resume, without a model."""
 
     def __init__(self, folder: Path, **changes: dict):
-        start_collectives(torch.device("cpu"), "gloo", timedelta(seconds=60))
+        start_collectives(torch.device("cpu"), "gloo", timedelta(seconds=600))
         self.mesh = build_mesh(torch.device("cpu"))
         data = {"folder": str(folder / "data"), "streams": STREAMS} | changes.pop("data", {})
         self.config = small_config(data=data, **changes)

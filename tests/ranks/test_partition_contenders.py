@@ -24,7 +24,7 @@ MATRICES = [Matrix(f"{layer}.{name}", shape, layer, 1.0) for layer in range(3) f
 def _two_steps():
     torch._dynamo.config.disable = True
     wire = Wire()
-    start_collectives(torch.device("cpu"), "gloo", timedelta(seconds=60))
+    start_collectives(torch.device("cpu"), "gloo", timedelta(seconds=600))
     mesh = on_cpu((torch.distributed.get_world_size(), 1))
     answers = {}
     for name, build in CONTENDERS.items():

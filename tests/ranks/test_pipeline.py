@@ -142,7 +142,7 @@ def test_a_layer_waits_for_the_gather_of_its_matrices_before_it_runs(world, para
 
 
 def build_with_a_hole(config):
-    start_collectives(torch.device("cpu"), "gloo", timedelta(seconds=60))
+    start_collectives(torch.device("cpu"), "gloo", timedelta(seconds=600))
     mesh = build_mesh(torch.device("cpu"), pipeline=config.parallel.pipeline)
     plan = resolve_plan(config, mesh.world.size, SMALL_VOCAB)
     build_stage(config, dataclasses.replace(plan, stages=((0, 2), (3, 5))), mesh, torch.float32)

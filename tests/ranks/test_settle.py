@@ -33,7 +33,7 @@ def made(run: Path, steps=(2, 4)) -> Path:
 
 
 def world_of_all():
-    start_collectives(torch.device("cpu"), "gloo", timedelta(seconds=60))
+    start_collectives(torch.device("cpu"), "gloo", timedelta(seconds=600))
     return build_mesh(torch.device("cpu")).world
 
 

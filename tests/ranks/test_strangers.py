@@ -4,7 +4,6 @@ import json
 import os
 import resource
 import socket
-import time
 from pathlib import Path
 
 import psutil
@@ -14,6 +13,7 @@ from megachat.job.failure_monitor import TICK_S, FailureMonitor
 from megachat.parallel.collectives import all_reduce, barrier
 from megachat.parallel.mesh import build_mesh
 from tests.harness import run_ranks
+from tests.limits import until
 
 STRANGERS = 2000
 FILES = 300  # that rank 0 may have open: far fewer than strangers
@@ -88,13 +88,10 @@ def attacked(folder: str) -> dict:
         monitor.connect(mesh, address="127.0.0.1", stall_s=20, slow_s=20, folder=Path(folder))
         seen["monitored"] = all(monitor._hub_links)
         barrier(mesh.world)
-        deadline = time.monotonic() + 60
-        while listening() != before["listening"] and time.monotonic() < deadline:
-            time.sleep(TICK_S)
-        seen["listening"] = listening() == before["listening"]
+        until(lambda: listening() == before["listening"], "end of listening, as once all are connected", TICK_S)
         for _ in range(100):
             all_reduce(torch.ones(1), mesh.world, name="step")
-        seen["kept"] = sum(not is_dropped(stranger) for stranger in strangers)
+        until(lambda: all(map(is_dropped, strangers)), "end of all strangers", TICK_S)
         seen["crowd"] = len(strangers)
         barrier(mesh.world)
     for stranger in strangers:
@@ -107,6 +104,5 @@ def test_a_crowd_takes_nothing_from_a_job(tmp_path):
     zero, one = run_ranks(attacked, 2, str(tmp_path))
     assert one["crowd"] >= 500 and one["address"] == "127.0.0.1"
     assert zero["monitored"] and one["monitored"], "both ranks are connected to both hubs"
-    assert zero["listening"] and one["listening"], "nobody listens once all are connected"
-    assert one["kept"] == 0 and zero["files"] <= 0 and one["files"] <= 0
+    assert zero["files"] <= 0 and one["files"] <= 0
     assert [path.read_text() for path in sorted(tmp_path.glob("err*"))] == ["", ""], json.dumps([zero, one])

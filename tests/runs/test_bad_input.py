@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megachat.data.tokenizer import Tokenizer, save_tokenizer
+from tests.limits import limit_s
 from tests.runs.forked import run_forked
 from tests.runs.job import checkpoint, command, different, finish, launched, losses, refused
 from tests.runs.warm import Launcher
@@ -172,7 +173,10 @@ def test_a_config_that_is_no_json_names_the_line(place):
 
 
 def test_two_ranks_tell_a_mistake_once(place):
-    done = finish(Launcher(launched("deepspeed", 2, command(place, "twice", "--set", "data.folder=nowhere"))))
+    # rank 1 waits until the launcher ends it, however long that takes
+    patient = {"TESTS_FIRST": f"from megachat import errors; errors._OTHER_RANKS_WAIT_S = {limit_s()}"}
+    line = launched("deepspeed", 2, command(place, "twice", "--set", "data.folder=nowhere"))
+    done = finish(Launcher(line, patient))
     assert done.status == 2
     assert done.errors == [
         "error: the data folder nowhere does not exist: create it with `megachat data --source KIND --out nowhere`"

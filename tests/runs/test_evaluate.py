@@ -1,9 +1,7 @@
 """launch/evaluate.py, and CORE during training: equal on every launcher and layout, through stop and resume."""
 
 import json
-import os
 import re
-import signal
 
 import pytest
 
@@ -17,7 +15,7 @@ from megachat.programs.evaluate import EvaluationRequest, evaluate
 from megachat.programs.job_inputs import check_job_inputs
 from tests import reference
 from tests.limits import limit_s
-from tests.runs.forked import Ranks, run_forked
+from tests.runs.forked import run_forked
 from tests.runs.job import (
     STEPS,
     bits_per_byte,
@@ -29,7 +27,6 @@ from tests.runs.job import (
     losses,
     metrics,
     train,
-    until,
 )
 from tests.runs.warm import Launcher
 from tests.unit.evals.bundle import ALL, write_bundle
@@ -146,15 +143,35 @@ def test_every_launcher_and_layout_repeats_what_training_logged(core_run, bundle
     assert "prompts are cropped" in cut["log"] and "prompts are cropped" not in alone["log"]
 
 
+# launch/pretrain.py, whose rank is requested to stop after the first task of CORE
+STOPPED_IN_CORE = """
+import os, runpy, signal, time
+from megachat.train import tasks
+
+evaluate, checks = tasks.evaluate_bundle, []
+
+def stopped(*arguments, stop, **options):
+    def stop_now():
+        checks.append(stop())
+        if len(checks) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not stop():
+                time.sleep(0.01)
+        return stop()
+
+    return evaluate(*arguments, stop=stop_now, **options)
+
+tasks.evaluate_bundle = stopped
+runpy.run_path("launch/pretrain.py", run_name="__main__")
+"""
+
+
 def test_a_stop_interrupts_core_and_the_resumed_run_repeats_it(place, bundle, core_run, one):
     tasks = list(ALL)[:9]
-    # bits per byte over many tokens come before CORE, so that the signal arrives in time
-    config = core(bundle, tokens=1000 * 64, core_tasks=tasks) | {"checkpoint": {"stop_s": limit_s()}}
-    with Ranks(command(place, "stopped", config=config)) as job:
-        # a stop is checked only before each task of CORE
-        until(lambda: not job.alive or "\nstep 00002/" in job.out, "step 2", every_s=0.005)
-        os.kill(job.pids[0], signal.SIGTERM)
-        done, stopped = job.done(), place.runs / "stopped"
+    config = core(bundle, core_tasks=tasks) | {"checkpoint": {"stop_s": limit_s()}}
+    (place.runs / "stopped.py").write_text(STOPPED_IN_CORE)
+    done = run_forked([place.runs / "stopped.py", *command(place, "stopped", config=config)[1:]])
+    stopped = place.runs / "stopped"
     assert done.status == SAVED_STATUS, done
     saved, _ = newest_complete(stopped / "checkpoints")
     loop = facts(saved)["loop"]

@@ -62,7 +62,8 @@ def test_scripts_say_how_they_are_used(script):
 
 def test_the_script_for_data_parallelism_trains_as_any_launcher(two, place):
     program = command(place, "script")
-    done = finish(begin(["bash", "launch/data.sh", program[2], "--set", "log.every=2"], IN_PATH | {"RANKS": "2"}))
+    variables = IN_PATH | {"RANKS": "2", "MASTER_PORT": str(free_port())}
+    done = finish(begin(["bash", "launch/data.sh", program[2], "--set", "log.every=2"], variables))
     assert done.status == 0, done.err
     assert losses(place.runs / "script") == {
         step: loss for step, loss in losses(two).items() if step % 2 == 0 or step == max(losses(two))
@@ -178,11 +179,23 @@ def test_a_hostfile_cannot_give_options_to_ssh(stubs, tmp_path):
         assert not (tmp_path / "owned").exists()
 
 
+# launch/pretrain.py, of which rank 0 waits until two ranks are there
+ABSENT = """
+import runpy
+from tests.unit.job.clock import Clock
+
+Clock(2)
+runpy.run_path("launch/pretrain.py", run_name="__main__")
+"""
+
+
 def test_a_rank_that_is_never_started_is_named(place):
-    with Ranks(command(place, "absent", "--set", "parallel.rendezvous_s=5"), 3, start=[0, 2]) as ranks:
+    (place.runs / "absent.py").write_text(ABSENT)
+    program = [place.runs / "absent.py", *command(place, "absent", "--set", "parallel.rendezvous_s=600")[1:]]
+    with Ranks(program, 3, start=[0, 2]) as ranks:
         assert ranks.end() == [2, 2] and "Traceback" not in ranks.err, ranks.err
     errors = [line for line in ranks.err.splitlines() if line.startswith("error:")]
     assert len(errors) == 2, "each rank reports it"
     for error in errors:
-        assert "rank 1 of 3 did not arrive within 5 s, here are ranks 0,2 on " in error
+        assert "rank 1 of 3 did not arrive within 600 s, here are ranks 0,2 on " in error
     assert not (place.runs / "absent").exists()

@@ -1,7 +1,9 @@
 """The same config under every launcher: equal losses, and what a run folder holds."""
 
+import fcntl
 import json
 import math
+import os
 import shutil
 import socket
 
@@ -117,7 +119,8 @@ def test_the_saved_config_runs_again_under_plain_python_without_a_console(one, p
     arguments = ["--config", str(one / "config.json"), "--set", "run.folder=" + str(place.runs / "again")]
     program = [command(place, "unused")[0], *arguments, "--set", 'evaluate.prompts=["caf\u00e9"]']
     job = begin(launched("python", 1, program), {"PYTHONIOENCODING": "ascii"})
-    job.stdout.readline()
+    fcntl.fcntl(job.stdout, fcntl.F_SETPIPE_SZ, 4096)  # less than it prints, so that it still prints when it is closed
+    os.read(job.stdout.fileno(), 1)
     job.stdout.close()  # as `| head -1` does
     assert job.wait(limit_s()) == 0, job.stderr.read()
     lost = "stdout takes no more output (Broken pipe)"

@@ -150,7 +150,9 @@ def test_hosts_that_cannot_be_used_are_reported_before_anything_starts(hosts, pl
     text = "host-a slots=1\nhost-b slots=1\nhost-c slots=1\nhost-d slots=1\n"
     key = hosts.folder / "user_key.pub"
     good = key.read_text()
-    hosts.do("host-a", "sh", "-c", "python3 -m http.server 29500 >/dev/null 2>&1 & sleep 1; true")
+    answers = "python3 -c 'import socket; socket.create_connection((\"127.0.0.1\", 29500))' 2>/dev/null"
+    server = "python3 -m http.server 29500 >/dev/null 2>&1 &"
+    hosts.do("host-a", "sh", "-c", f"{server} until {answers}; do sleep 0.1; done")
     try:
         key.write_text(good.replace("AAAA", "AAAB"))  # what sshd compares with
         done = ended(
@@ -246,7 +248,7 @@ def test_other_code_on_a_host_is_refused(tmp_path, place):
 
 
 def test_a_port_in_use_ends_both_hosts(hosts, both, place):
-    holds = "import socket, time; held = socket.create_server(('', 29500)); print(1, flush=True); time.sleep(200)"
+    holds = "import socket, time; held = socket.create_server(('', 29500)); print(1, flush=True); time.sleep(3600)"
     holder = begin(hosts.at("host-a", [sys.executable, "-c", holds]))
     assert holder.stdout.readline() == "1\n"
     program = command(place, "taken", "--set", "parallel.rendezvous_s=8")

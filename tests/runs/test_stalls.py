@@ -17,7 +17,7 @@ from megachat.checkpoint.resume import newest_complete
 from megachat.errors import LOST_RANK_STATUS, STALL_STATUS
 from tests.limits import limit_s
 from tests.runs.forked import Ranks
-from tests.runs.job import ROOT, Done, Place, begin, command, finish, launched, metrics, processes_of, until
+from tests.runs.job import ROOT, Done, Place, begin, command, finish, launched, logged, processes_of, until
 from tests.runs.warm import Launcher
 
 LONG = {
@@ -34,7 +34,7 @@ OUR_FRAME = re.compile(
 
 def until_training(process: subprocess.Popen | Launcher, run: Path) -> None:
     """The first step, in which the watch is more patient, is over."""
-    until(lambda: process.poll() is not None or (run / "metrics.jsonl").exists() and len(metrics(run)) > 1, "step 20")
+    until(lambda: process.poll() is not None or len(logged(run)) > 1, "step 20")
     assert process.poll() is None, finish(process)
 
 
@@ -124,7 +124,7 @@ def ranks_alone(place: Place, name: str, **parallel) -> Iterator[tuple[Ranks, Pa
     """Two ranks without a launcher that train, whose exit statuses can be read."""
     run = place.runs / name
     with Ranks(command(place, name, config=LONG | {"parallel": parallel}), 2) as ranks:
-        until(lambda: not ranks.alive or (run / "metrics.jsonl").exists() and len(metrics(run)) > 1, "step 20")
+        until(lambda: not ranks.alive or len(logged(run)) > 1, "step 20")
         yield ranks, run
 
 

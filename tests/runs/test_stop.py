@@ -18,11 +18,12 @@ from tests.runs.job import (
     different,
     facts,
     free_port,
+    logged,
     losses,
-    metrics,
     train,
     until,
 )
+from tests.runs.pause import Pause
 
 # an evaluation after every step, so that every stop comes before one that is due
 LONG = {"horizon": {"steps": 5000}, "evaluate": {"every": 1, "prompts": []}, "checkpoint": {"every": 0}}
@@ -36,7 +37,7 @@ def test_a_stop_costs_nothing(world, rank, number, place):
     started_by = ["--started-by", "speedrun"] if by_speedrun else []
     again = "the same `megachat speedrun` command" if by_speedrun else "--resume auto"
     with Ranks(command(place, name, *started_by, config=LONG), world) as ranks:
-        until(lambda: not ranks.alive or (run / "metrics.jsonl").exists() and len(metrics(run)) > 6, "step 3")
+        until(lambda: not ranks.alive or len(logged(run)) > 6, "step 3")
         os.kill(ranks.pids[rank], number)
         assert ranks.end() == [SAVED_STATUS] * world, ranks.printed
     assert re.fullmatch(
@@ -66,10 +67,10 @@ def test_a_stop_costs_nothing(world, rank, number, place):
 
 
 def test_a_step_that_takes_too_long_is_not_waited_for(place):
-    slow = LONG | {"batch": {"tokens": 6 * 64 * 300}, "checkpoint": {"every": 0, "stop_s": 0.1}}
-    run = place.runs / "slow_step"
-    with Ranks(command(place, "slow_step", config=slow)) as job:
-        until(lambda: not job.alive or (run / "metrics.jsonl").exists() and metrics(run), "the first step")
+    slow = LONG | {"checkpoint": {"every": 0, "stop_s": 0.1}}
+    run, pause = place.runs / "slow_step", Pause(place.runs / "slow_step_pause", 1)
+    with Ranks(command(place, "slow_step", config=slow), variables=pause.variables) as job:
+        until(lambda: not job.alive or pause.ranks, "step 1, which takes minutes")
         job.processes[0].terminate()
         assert job.end() == [STOPPED_STATUS], job.printed
     (error,) = job.errors

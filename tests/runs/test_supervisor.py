@@ -24,6 +24,7 @@ from tests.runs.job import (
     command,
     different,
     finish,
+    logged,
     losses,
     metrics,
     processes_of,
@@ -31,6 +32,7 @@ from tests.runs.job import (
     until,
 )
 from tests.runs.network import two_hosts, why_not
+from tests.runs.pause import Pause
 from tests.runs.warm import Launcher
 
 LONG = {"horizon": {"steps": 5000}, "evaluate": {"every": 0}}
@@ -57,8 +59,9 @@ def until_running(job: subprocess.Popen | Launcher, run: Path, what, what_failed
 
 def test_a_killed_rank_costs_one_restart_and_no_step(place, two):
     line = supervised(place, "killed", 2, config=EVERY_STEP)
-    job, run = Launcher(line, ignored=[signal.SIGHUP]), place.runs / "killed"  # as under nohup
-    until_running(job, run, checkpoint(run, 1).is_dir, "a checkpoint")
+    run, pause = place.runs / "killed", Pause(place.runs / "killed_pause", 3)
+    job = Launcher(line, pause.variables, ignored=[signal.SIGHUP])  # as under nohup
+    until_running(job, run, lambda: pause.ranks == 2, "step 3")
     for process in processes_of(line[line.index("--config") + 1]):
         os.kill(process, signal.SIGHUP)  # its terminal has ended
     (pid,) = rank_1(line[line.index("--config") + 1])
@@ -77,16 +80,17 @@ def test_a_mistake_is_reported_once_and_not_tried_again(place):
 
 
 def test_a_step_that_crashes_every_time_is_given_up(place):
-    slow = LONG | {"batch": {"tokens": 6 * 64 * 400}}
-    line = supervised(place, "hopeless", 2, config=slow)
-    job, run = Launcher(line), place.runs / "hopeless"
+    line = supervised(place, "hopeless", 2, config=LONG)
+    run, pause = place.runs / "hopeless", Pause(place.runs / "hopeless_pause", 0)
+    job = Launcher(line, pause.variables)
     for times in range(3):
         until_running(
             job,
             run,
-            lambda times=times: crashes(run) == times and (run / "running").exists(),
+            lambda times=times: crashes(run) == times and pause.ranks == 2 and (run / "running").exists(),
             f"step 0 with {times} crashes",
         )
+        pause.again()
         (pid,) = rank_1(line[line.index("--config") + 1])
         os.kill(pid, signal.SIGKILL)
     done = finish(job)
@@ -104,7 +108,7 @@ def test_however_it_ends_the_ranks_save_and_none_lives_on(number, place):
     line = supervised(place, f"told_{number.name}", 2, config=LONG | {"checkpoint": {"every": 0}})
     job = (begin if number == signal.SIGTERM else Launcher)(line)
     run = place.runs / f"told_{number.name}"
-    until_running(job, run, lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) > 2, "step 2")
+    until_running(job, run, lambda: len(logged(run)) > 2, "step 2")
     job.send_signal(number)
     done = finish(job)
     assert done.status == (SAVED_STATUS if number == signal.SIGTERM else -number)
@@ -134,12 +138,12 @@ def test_when_a_host_is_gone_the_other_goes_on(tmp_path, place):
     steps = random.randint(4, 12)
     with two_hosts(tmp_path) as network, contextlib.ExitStack() as stack:
         line = supervised(place, "left", 1, "--hosts", "1:2", "--meet", "host-a:29400", config=config)
-        here, there = (network.warm(host, line) for host in ("host-a", "host-b"))
+        pause = Pause(tmp_path / "pause", steps)
+        here, there = (network.warm(host, line, **pause.variables) for host in ("host-a", "host-b"))
         stack.callback(there.communicate)
         stack.callback(there.kill)
         run = place.runs / "left"
-        curve = run / "metrics.jsonl"
-        until_running(here, run, lambda: curve.exists() and curve.read_text().count("train/lrm") >= steps, "a step")
+        until_running(here, run, lambda: pause.ranks == 2, f"step {steps}")
         stack.enter_context(open(f"/proc/{network.pids['host-b']}/ns/net"))
         os.kill(network.pids["host-b"], signal.SIGKILL)
         done = finish(here)

@@ -33,9 +33,12 @@ def programs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"  # a build leaves files beside its source
     source.mkdir()
+    caches = shutil.ignore_patterns("__pycache__")  # other processes write into them now
     for name in PACKAGED:
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
-        copy(ROOT / name, source / name)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, ignore=caches)
+        else:
+            shutil.copyfile(ROOT / name, source / name)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     run(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, source, folder=folder)
     venv.create(folder / "env", with_pip=False)

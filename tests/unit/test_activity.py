@@ -17,13 +17,14 @@ def test_only_what_takes_long_is_announced(monkeypatch):
         lines.append(line)
         written.set()
 
+    monkeypatch.setattr(activity, "ANNOUNCED_AFTER_S", 3600.0)
     with announced("short", write=write):
         pass
     monkeypatch.setattr(activity, "ANNOUNCED_AFTER_S", 0.001)
     with announced("on another rank", shown=False, write=write):
         pass
     with announced("long", write=write):
-        assert written.wait(60)
+        assert written.wait(limit_s())
     assert lines == ["long ..."]
 
 
@@ -37,10 +38,10 @@ def test_an_announcement_survives_a_console_that_fails(monkeypatch):
         raise BrokenPipeError
 
     with announced("long", write=write):
-        assert failed.wait(60)
+        assert failed.wait(limit_s())
         for thread in threading.enumerate():
             if isinstance(thread, threading.Timer):
-                thread.join(60)
+                thread.join(limit_s())
     assert ended == []
 
 

@@ -14,6 +14,7 @@ from megachat.planning.manifest import describe_ownership, ownership
 from megachat.planning.memory import memory_of_stages
 from megachat.planning.memory_advice import memory_warning
 from megachat.planning.plan import resolve_plan
+from tests.limits import slowness
 
 CASES, BOX_S, MOST_S = 3000, 15.0, 5.0
 MEMORY_EVERY = 8  # it takes ten times as long as the rest
@@ -94,7 +95,7 @@ def plan_or_refuse(path, seed: int) -> bool:
 
 def test_thousands_of_configs_are_planned_or_refused_in_sentences(tmp_path):
     planned = done = 0
-    first = time.process_time()
+    most_s, first = MOST_S * slowness(), time.process_time()
     for seed in range(CASES):
         begin = time.process_time()
         try:
@@ -103,7 +104,7 @@ def test_thousands_of_configs_are_planned_or_refused_in_sentences(tmp_path):
             pytest.fail(f"seed {seed}: {type(error).__name__}: {str(error)[:300]}; its config: {case(seed)!r:.600}")
         done += 1
         now = time.process_time()
-        assert now - begin < MOST_S, f"seed {seed} took {now - begin:.1f} s: {case(seed)!r:.600}"
+        assert now - begin < most_s, f"seed {seed} took {now - begin:.1f} s: {case(seed)!r:.600}"
         if now - first > BOX_S:  # a slower machine tries fewer
             break
     assert planned > done / 10 and planned < done, "both kinds must be tried"

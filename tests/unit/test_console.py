@@ -1,14 +1,15 @@
 """Text that a console cannot show, and consoles that fail, each in its own process."""
 
+import fcntl
 import os
 import pty
 import subprocess
 import sys
-import time
+import termios
 
 import pytest
 
-from tests.limits import limit_s
+from tests.limits import limit_s, until
 from tests.runs.job import ROOT
 
 PROGRAM = """
@@ -118,12 +119,18 @@ def test_a_tool_ends_quietly_without_its_reader(console, status, error, tmp_path
     assert done.returncode == 0 and done.stdout == b"0\n1\n2\nend\n"
 
 
+def unread(reader: int) -> int:
+    """How many bytes lie in a pipe."""
+    return int.from_bytes(fcntl.ioctl(reader, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+
 def test_all_is_written_to_a_console_that_does_not_block(tmp_path):
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
+    room = fcntl.fcntl(writer, fcntl.F_GETPIPE_SZ)
     job = subprocess.Popen(line(RANK, "print('x' * 1_000_000)"), cwd=ROOT, stdout=writer)
     os.close(writer)
-    time.sleep(0.1)
+    until(lambda: job.poll() is not None or unread(reader) == room, "full pipe", every_s=0.01)
     with os.fdopen(reader, "rb") as file:
         assert file.read() == b"x" * 1_000_000 + b"\n"
     assert job.wait(limit_s()) == 0

@@ -67,7 +67,7 @@ def test_a_tool_whose_reader_has_closed_the_output_ends_silently(lines, printed)
     )
     read = tool.stdout.read(len(printed))
     tool.stdout.close()
-    assert read == printed and tool.stderr.read() == "" and tool.wait(30) == 141
+    assert read == printed and tool.stderr.read() == "" and tool.wait(limit_s()) == 141
 
 
 def test_another_broken_pipe_is_an_error():

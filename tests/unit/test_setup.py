@@ -7,13 +7,19 @@ from pathlib import Path
 
 import pytest
 
+from tests.limits import limit_s
+
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = """#!/bin/bash
 echo "python $*" >>"$LOG"
 case "$*" in
   *"-c import torch"*) exit "$NO_TORCH" ;;
   *whl/cpu*) exit "$NO_INDEX" ;;
-  *requirements.txt*) sleep "${PIP_S:-0}"; cat "$VENV/requirements.txt" >>"$LOG.lock" ;;
+  *requirements.txt*)
+    tries=0
+    until [ -z "${SHOWN:-}" ] || grep -q "starting pip" "$SHOWN" || [ $((tries++)) = 3000 ]; do sleep 0.1; done
+    cat "$VENV/requirements.txt" >>"$LOG.lock"
+    ;;
   *import\\ socket*) echo 4321 ;;
 esac
 """
@@ -24,7 +30,7 @@ class Project:
     """A copy of the scripts with a .venv of stubs."""
 
     def __init__(self, folder: Path):
-        self.folder, self.log = folder, folder / "log"
+        self.folder, self.log, self.output = folder, folder / "log", folder / "output"
         for name in ("setup.py", "requirements.lock", "launch", "configs"):
             (folder / name).symlink_to(ROOT / name)
         programs = folder / ".venv" / "bin"
@@ -44,13 +50,10 @@ class Project:
         venv = self.folder / ".venv"
         given = {"LOG": str(self.log), "VENV": str(venv), "PYTHON": str(venv / "bin/python")}
         given |= {"PATH": str(venv / "bin"), "NO_TORCH": "0", "NO_INDEX": "0"} | variables
-        done = subprocess.run(
-            ["bash", self.folder / "launch" / script, *arguments],
-            env=given,
-            capture_output=True,
-            text=True,
-        )
-        return done.returncode, done.stdout + done.stderr, self.log.read_text().splitlines()
+        line = ["bash", self.folder / "launch" / script, *arguments]
+        with self.output.open("w") as output:
+            done = subprocess.run(line, env=given, stdout=output, stderr=subprocess.PIPE, text=True, timeout=limit_s())
+        return done.returncode, self.output.read_text() + done.stderr, self.log.read_text().splitlines()
 
 
 @pytest.fixture
@@ -81,7 +84,7 @@ def test_everything_is_installed_by_hash_and_torch_from_one_index(project):
 
 
 def test_a_long_installation_shows_what_pip_does(project):
-    status, output, _ = project.run("setup.sh", PIP_S="2", PROGRESS_S="1")
+    status, output, _ = project.run("setup.sh", SHOWN=str(project.output), PROGRESS_S="1")
     assert status == 0 and re.search(r"^  \d+ s: starting pip$", output, re.MULTILINE), output
     assert "python" not in output, "the rest is in the log"
 

@@ -8,6 +8,7 @@ import torch
 
 from megachat.checkpoint.saver import Saver
 from megachat.errors import UserError
+from tests.limits import limit_s
 from tests.unit.checkpoint.test_checkpoint import ALONE, whole
 
 
@@ -19,7 +20,7 @@ class Writer:
 
     def __call__(self, pieces, axis) -> Path:
         self.began.set()
-        assert self.go.wait(30) and axis is ALONE
+        assert self.go.wait(limit_s()) and axis is ALONE
         self.wrote.append({name: rectangles[0][2].clone() for name, (_, rectangles) in pieces.items()})
         return Path(f"saved {len(self.wrote)}")
 
@@ -30,7 +31,7 @@ def test_training_continues_and_the_copy_does_not_change(tmp_path):
     saver.wait_copied()
     saver.reserve(whole({"model/a": weight}))  # a save of the first step was begun before
     weight += 1
-    assert write.began.wait(30) and saver.finished() == [] and not saver.failed
+    assert write.began.wait(limit_s()) and saver.finished() == [] and not saver.failed
     write.go.set()
     saver.begin(whole({"model/a": weight}), write)  # waits for the first
     assert len(write.wrote) >= 1

@@ -22,6 +22,7 @@ from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError
 from megachat.evals.generation import LocalModel, generate
 from megachat.prepare.tokenizer_training import train_tokenizer
+from tests.limits import limit_s
 from tests.unit.convert.checkpoints import VOCAB_SIZE, left_in, make_run, tokenizer, tool
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
@@ -194,7 +195,13 @@ def test_a_machine_without_megachat(run, exported, tmp_path):
     command = [sys.executable, "-I", "-c", USER, str(exported)]
     environment = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=500
+        command,
+        cwd=tmp_path,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=limit_s(),
     )
     assert done.returncode == 0, done.stderr
     ids, greedy, sampled, last = json.loads(done.stdout.splitlines()[-1])

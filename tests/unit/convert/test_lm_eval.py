@@ -13,6 +13,7 @@ import megachat
 from megachat.convert.conversion import export_checkpoint, import_checkpoint
 from megachat.evals.core_bundle import open_bundle
 from megachat.evals.core_prompts import shuffle_examples
+from tests.limits import limit_s
 from tests.reference import FOLDER, needs_reference
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'transformers>=5'")
@@ -98,7 +99,7 @@ def test_each_answer_is_megachats(tmp_path):
     command += ["--output_path", str(tmp_path / "out"), "--log_samples"]
     environment = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment |= {"HF_DATASETS_OFFLINE": "1", "PYTHONPATH": "", "PATH": ""}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=550)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=limit_s())
     assert done.returncode == 0, done.stderr[-3000:]
     for task in open_bundle(tmp_path / "bundle").tasks:
         (samples,) = (tmp_path / "out").rglob(f"samples_local_{task.label}_*.jsonl")

@@ -7,6 +7,7 @@ import subprocess
 import pytest
 
 from megachat.job.launcher_process import launcher_line
+from tests.limits import limit_s
 from tests.runs.forked import ROOT, environment
 
 WAITS = "import time; print('here', flush=True); time.sleep(600)\n"
@@ -41,4 +42,4 @@ def test_an_interrupt_is_one_line_and_a_status(runner, host, error, tmp_path):
     )
     assert process.stdout.readline() == "here\n"
     os.killpg(process.pid, signal.SIGINT)  # a terminal's Ctrl-C
-    assert (process.communicate(timeout=60)[1], process.returncode) == (error, 130)
+    assert (process.communicate(timeout=limit_s())[1], process.returncode) == (error, 130)

@@ -213,7 +213,9 @@ def test_silent_and_slow_strangers_are_dropped_after_their_time(monkeypatch):
             while time.monotonic() < ended:
                 slow.sendall(b" ")
                 time.sleep(0.05)
-        assert is_dropped(silent) and is_dropped(slow) and host.enter(1)
+        assert is_dropped(silent) and is_dropped(slow)
+        monkeypatch.setattr(links, "STRANGER_S", limit_s())  # for a rank that a busy machine slows down
+        assert host.enter(1)
         silent.close()
         slow.close()
 

@@ -17,7 +17,8 @@ from megachat.errors import UserError
 from megachat.job.launch import LaunchEnvironment, free_port
 from megachat.job.links import JobKey, Link, introduce, receive_greeting
 from megachat.job.rendezvous import _name_ranks, _parse_address, meet
-from tests.limits import limit_s
+from tests.limits import limit_s, until
+from tests.unit.job.clock import Clock
 
 HOST = socket.gethostname()
 
@@ -77,7 +78,8 @@ def test_all_arrive_in_any_order_and_the_store_takes_the_port():
         (rank, HOST, {"kind": {"rank": str(rank)}}) for rank in range(3)
     ]
     results[2].store.set("key", "value")
-    assert TCPStore("127.0.0.1", port, None, False, timedelta(seconds=5), wait_for_workers=False).get("key") == b"value"
+    client = TCPStore("127.0.0.1", port, None, False, timedelta(seconds=600), wait_for_workers=False)
+    assert client.get("key") == b"value"
 
 
 def test_one_process_meets_nobody():
@@ -85,13 +87,14 @@ def test_one_process_meets_nobody():
 
 
 def test_missing_ranks_are_named_to_all_that_are_here(monkeypatch, capsys):
-    monkeypatch.setattr("megachat.job.rendezvous.NOTICE_S", 0.5)
-    results = gather([0, 1, 3], 6, rendezvous_s=2)
+    monkeypatch.setattr("megachat.job.rendezvous.NOTICE_S", 1000.0)
+    Clock(3, monkeypatch.setattr)
+    results = gather([0, 1, 3], 6)
     assert len(set(results)) == 1
     assert results[0].startswith(
-        f"ranks 2,4-5 of 6 did not arrive within 2 s, here are ranks 0-1,3 on {HOST}: look for "
+        f"ranks 2,4-5 of 6 did not arrive within 600 s, here are ranks 0-1,3 on {HOST}: look for "
     )
-    assert capsys.readouterr().out == "waiting for ranks 2,4-5 of 6, up to 2 s (parallel.rendezvous_s)\n"
+    assert capsys.readouterr().out == "waiting for ranks 2,4-5 of 6, up to 600 s (parallel.rendezvous_s)\n"
 
 
 def test_a_rank_that_arrives_twice_is_reported_at_once():
@@ -182,7 +185,7 @@ def test_a_crowd_of_strangers_at_the_port_disturbs_nobody():
         (one,) = gather([1], 2, port=zero.port)
     assert zero.end().store is not None and one.address is None
     del zero.results[:]
-    assert len(os.listdir("/proc/self/fd")) <= before + 4, "torch's store has some"
+    assert len(os.listdir("/proc/self/fd")) <= before + 5, "torch's store has some, and one is of free_port()"
 
 
 def test_a_rank_is_not_admitted_with_impossible_facts():
@@ -232,27 +235,31 @@ def test_ranks_of_one_host_listen_on_loopback_only():
     ],
 )
 def test_a_rank_without_the_secret_is_not_admitted(first, others, monkeypatch, capsys):
-    mine = threading.local()
+    mine, clock = threading.local(), Clock(replace=monkeypatch.setattr)
+    monkeypatch.setattr("megachat.job.rendezvous.NOTICE_S", float("inf"))
     monkeypatch.setattr("megachat.job.rendezvous.shared_secret", lambda: (mine.secret or "").encode())
     monkeypatch.setattr("megachat.job.rendezvous._LATE_S", 0.1)
     port, results = free_port(), {}
 
-    def rank(number: int, secret: str | None, rendezvous_s: float) -> None:
+    def rank(number: int, secret: str | None) -> None:
         mine.secret = secret
         environment = LaunchEnvironment(number, number, 2, 2, "test", "127.0.0.1", port, False, 0)
         try:
-            results[number] = meet(environment, {}, lambda arrivals: None, rendezvous_s)
+            results[number] = meet(environment, {}, lambda arrivals: None, 600.0)
         except UserError as error:
             results[number] = str(error)
 
-    zero = threading.Thread(target=rank, args=(0, first, 3.0), daemon=True)
+    zero = threading.Thread(target=rank, args=(0, first), daemon=True)
     zero.start()
     for secret, said in others.items():
-        rank(1, secret, 600.0)
+        rank(1, secret)
         assert results[1].startswith(said.format(HOST, f"127.0.0.1:{port}")) and "MEGACHAT_SECRET_FILE" in results[1]
+    until(lambda: clock.arrivals == 1, "rank 0")
+    clock.end_waits()
     zero.join(limit_s())
     assert results[0].startswith(
-        "rank 1 of 2 did not arrive within 3 s (rank 1 from 127.0.0.1 was refused, its secret is not this job's), here"
+        "rank 1 of 2 did not arrive within 600 s "
+        "(rank 1 from 127.0.0.1 was refused, its secret is not this job's), here is rank 0 on "
     )
     refused = "refused rank 1 from 127.0.0.1: its secret is not this job's (docs/multinode.md)"
     assert capsys.readouterr().out.splitlines() == [refused], "once, however many come"
@@ -302,7 +309,7 @@ def test_a_rank_0_that_cannot_be_reached_is_reported(address, why):
 
 
 def test_torchruns_agent_keeps_its_port():
-    agent = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=20), wait_for_workers=False)
+    agent = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=600), wait_for_workers=False)
     results = gather([0, 1, 2], 3, port=agent.port, agent=True)
     assert [(meeting.address, meeting.store) for meeting in results] == [(None, None)] * 3
 

@@ -7,12 +7,13 @@ import pytest
 
 from megachat.errors import UserError
 from megachat.job.run_lock import run_lock
+from tests.limits import limit_s
 
 
 def hold(folder, taken, end) -> None:
     with run_lock(folder):
         taken.set()
-        end.wait(30)
+        end.wait(limit_s())
 
 
 def test_the_second_learns_who_has_it_until_the_first_ends_however(tmp_path):
@@ -20,7 +21,7 @@ def test_the_second_learns_who_has_it_until_the_first_ends_however(tmp_path):
     taken, end = context.Event(), context.Event()
     holder = context.Process(target=hold, args=(tmp_path / "run", taken, end))
     holder.start()
-    assert taken.wait(30)
+    assert taken.wait(limit_s())
     with pytest.raises(
         UserError, match=rf"run is in use by another job, with rank 0 on \S+ \(pid {holder.pid}\) since "
     ) as error:

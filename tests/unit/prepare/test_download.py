@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from megachat import activity
 from megachat.errors import UserError
+from megachat.job.launch import free_port
 from megachat.prepare import download as download_module
 from megachat.prepare.download import _PIECE_BYTES, HUB_SOURCES, HubSource, download_shards
 from tests.unit.data.corpus import random_texts
@@ -251,11 +252,10 @@ def test_no_more_bytes_than_announced_or_free(tmp_path, mirror, monkeypatch):
     assert part.stat().st_size < 6 << 20 < free
 
 
-def test_no_server(tmp_path, mirror):
-    mirror.shutdown()
-    mirror.server_close()
+def test_no_server(tmp_path):
+    nobody = HubSource(f"http://127.0.0.1:{free_port()}", 9)
     with pytest.raises(UserError, match="failed 5 times, the last time with ConnectionError"):
-        download(tmp_path, mirror)
+        download_shards(tmp_path, nobody, 2, retry_wait_s=0.001, log=lambda line: None)
 
 
 def test_the_addresses_are_nanochats():
