@@ -1,11 +1,13 @@
 """A tiny job as a user starts it: text, a tokenizer, a config file, the launchers, and what a run leaves behind."""
 
+import fcntl
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import termios
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,11 +97,11 @@ def launched(launcher: str, world: int, program: list[str]) -> list[str]:
     }[launcher] + program
 
 
-def begin(line: list, variables: dict[str, str] | None = None) -> subprocess.Popen:
+def begin(line: list, variables: dict[str, str] | None = None, stdout: int = subprocess.PIPE) -> subprocess.Popen:
     """Start a command line from the repository's root, in a session of its own, with more environment variables."""
     line, variables = [str(part) for part in line], environment() | (variables or {})
     return subprocess.Popen(
-        line, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        line, cwd=ROOT, env=variables, stdout=stdout, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
 
 
@@ -148,6 +150,11 @@ def processes_of(config: str) -> dict[int, str | None]:
         if config.encode() in words:
             ranks[int(folder.name)] = rank.decode() if rank else None
     return ranks
+
+
+def unread(reader: int) -> int:
+    """Returns how many bytes lie in a pipe."""
+    return int.from_bytes(fcntl.ioctl(reader, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
 def freeze(pid: int) -> None:

@@ -12,7 +12,19 @@ import pytest
 from megachat.data.tokenizer import load_tokenizer
 from tests.limits import limit_s
 from tests.runs.forked import run_forked
-from tests.runs.job import STEPS, begin, bits_per_byte, checkpoints, command, launched, losses, metrics, train
+from tests.runs.job import (
+    STEPS,
+    begin,
+    bits_per_byte,
+    checkpoints,
+    command,
+    launched,
+    losses,
+    metrics,
+    train,
+    unread,
+    until,
+)
 
 HYDRA = shutil.which("mpiexec.hydra")
 LAUNCHERS = ["torchrun", "deepspeed", "mpirun"]
@@ -118,10 +130,13 @@ def test_metrics_have_the_dashboard_keys(one):
 def test_the_saved_config_runs_again_under_plain_python_without_a_console(one, place):
     arguments = ["--config", str(one / "config.json"), "--set", "run.folder=" + str(place.runs / "again")]
     program = [command(place, "unused")[0], *arguments, "--set", 'evaluate.prompts=["caf\u00e9"]']
-    job = begin(launched("python", 1, program), {"PYTHONIOENCODING": "ascii"})
-    fcntl.fcntl(job.stdout, fcntl.F_SETPIPE_SZ, 4096)  # less than it prints, so that it still prints when it is closed
-    os.read(job.stdout.fileno(), 1)
-    job.stdout.close()  # as `| head -1` does
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    os.write(writer, b"." * 3072)  # it prints twice as much as there is room now, and waits
+    job = begin(launched("python", 1, program), {"PYTHONIOENCODING": "ascii"}, stdout=writer)
+    os.close(writer)
+    until(lambda: job.poll() is not None or unread(reader) > 3072, "output")
+    os.close(reader)  # as `| head -1` does
     assert job.wait(limit_s()) == 0, job.stderr.read()
     lost = "stdout takes no more output (Broken pipe)"
     assert job.stderr.read() == f"note: {lost}: continuing without it\n"

@@ -5,12 +5,11 @@ import os
 import pty
 import subprocess
 import sys
-import termios
 
 import pytest
 
 from tests.limits import limit_s, until
-from tests.runs.job import ROOT
+from tests.runs.job import ROOT, unread
 
 PROGRAM = """
 import sys, time
@@ -117,11 +116,6 @@ def test_a_tool_ends_quietly_without_its_reader(console, status, error, tmp_path
     # a dead stderr, for example of a progress bar, does not end it
     done = subprocess.run(line(TOOL, WORK, tmp_path / "file"), cwd=ROOT, stdout=subprocess.PIPE, stderr=dead_pipe())
     assert done.returncode == 0 and done.stdout == b"0\n1\n2\nend\n"
-
-
-def unread(reader: int) -> int:
-    """How many bytes lie in a pipe."""
-    return int.from_bytes(fcntl.ioctl(reader, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
 def test_all_is_written_to_a_console_that_does_not_block(tmp_path):
