@@ -37,12 +37,6 @@ class TableRows(NamedTuple):
     first: torch.Tensor
     start: int = 0
 
-    @staticmethod
-    def from_allocation(allocation: torch.Tensor) -> "TableRows":
-        """allocation: rows of each token, integers [vocabulary]."""
-        zero = torch.zeros(1, dtype=torch.int64, device=allocation.device)
-        return TableRows(torch.cat([zero, allocation.to(torch.int64).cumsum(0)]))
-
 
 @uncompiled
 def lookup_attention(
@@ -54,7 +48,7 @@ def lookup_attention(
     Result [..., value width] in the dtype of `queries`. Products, softmax and sums are float32. Calls with the same
     tensor `ids` and equal rows share the grouping of tokens.
     """
-    groups = _token_groups(ids, rows, len(keys), max(keys.size(1), values.size(1)))
+    groups = token_groups(ids, rows, len(keys), max(keys.size(1), values.size(1)))
     result = _LookupAttention.apply(queries.flatten(0, -2), keys, values, groups, scale)
     return result.unflatten(0, ids.shape)
 
@@ -118,7 +112,7 @@ def _add_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Te
 _grouped: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def _token_groups(ids: torch.Tensor, rows: TableRows, table_rows: int, width: int) -> list[_Group]:
+def token_groups(ids: torch.Tensor, rows: TableRows, table_rows: int, width: int) -> list[_Group]:
     """Returns the groups of tokens: the same list as before while `ids` is not written and the rows are equal."""
     key, known = (ids._version, rows.start, table_rows, width), _grouped.get(ids)
     if known and known[0] == key and (known[1] is rows.first or torch.equal(known[1], rows.first)):

@@ -17,12 +17,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from megachat.kernels.uncompiled import uncompiled
 from megachat.optim.row_store import RowStore
-from megachat.optim.row_update import MASTER, row_state_shapes, update_rows
+from megachat.optim.row_update import row_state_shapes, update_rows
 from megachat.parallel.collectives import all_to_all
 from megachat.parallel.cuts import cut_range
 from megachat.parallel.mesh import Mesh
 from megachat.parallel.progress import profile_range
-from megachat.parallel.rectangles import TensorShard
+from megachat.parallel.rectangles import MASTER, TensorShard
 from megachat.parallel.tensor import CHANNELS, REPLICATED, Type
 
 ROWS_PER_UPDATE = 2**16  # rows that step() updates at a time, which bounds its workspace
@@ -50,7 +50,7 @@ class RowTable:
 
 
 @dataclass(frozen=True)
-class _Request:
+class RowRequest:
     """Which rows travel between the ranks of the stage for one index tensor."""
 
     # the rows that this rank reads
@@ -80,7 +80,8 @@ class RowTables:
     rank rounds nothing. Raises ValueError if the tensor axis does not divide the width of a cut table.
 
     One step: read() in the forward passes, wait_for_reduce() after the last backward pass, gradients() for the norm,
-    then step() or discard_gradients().
+    then step() or discard_gradients(). Only exchange_requests() and add_pending() need the values of indices; a
+    subclass that overrides them takes steps without values.
     """
 
     def __init__(
@@ -129,13 +130,13 @@ class RowTables:
         with profile_range("rows"):
             return _Read.apply(self._anchor, self, name, index)
 
-    def _request(self, name: str, index: torch.Tensor) -> _Request:
+    def _request(self, name: str, index: torch.Tensor) -> RowRequest:
         requests, rows = self._requests.setdefault(index, {}), self.tables[name].rows
         if rows not in requests:
-            requests[rows] = self._exchange_requests(name, rows, index)
+            requests[rows] = self.exchange_requests(name, rows, index)
         return requests[rows]
 
-    def _exchange_requests(self, name: str, rows: int, index: torch.Tensor) -> _Request:
+    def exchange_requests(self, name: str, rows: int, index: torch.Tensor) -> RowRequest:
         """Sends each owner the numbers of those of its rows that this rank reads, distinct and ascending."""
         stage, device = self.mesh.stage, index.device
         # Ascending. An index of -1 becomes row `rows`, which comes last and has no owner.
@@ -152,14 +153,14 @@ class RowTables:
         wanted -= first_rows[stage.rank]
         tensor_ranks = torch.arange(stage.size, device=device) % self.mesh.tensor.size
         tensor_ranks = tensor_ranks.repeat_interleave(requested_here)
-        return _Request(positions, count, send_counts, receive_counts, wanted, tensor_ranks)
+        return RowRequest(positions, count, send_counts, receive_counts, wanted, tensor_ranks)
 
-    def _wanted_parts(self, name: str, request: _Request) -> torch.Tensor:
+    def _wanted_parts(self, name: str, request: RowRequest) -> torch.Tensor:
         """Returns the index of each requested part in a table viewed as [rows * parts, width / parts]."""
         parts = self._parts[name]
         return request.wanted if parts == 1 else request.wanted * parts + request.tensor_ranks
 
-    def _fetch(self, name: str, request: _Request) -> torch.Tensor:
+    def _fetch(self, name: str, request: RowRequest) -> torch.Tensor:
         """Returns the distinct rows [count + 1, part width] that this rank reads; the last is zero, for no row."""
         width = self.tables[name].width // self._parts[name]
         (wanted,) = self._store.read([self._state[name][MASTER].view(-1, width)], self._wanted_parts(name, request))
@@ -169,7 +170,7 @@ class RowTables:
         return rows
 
     def _exchange(
-        self, received: torch.Tensor, sent: torch.Tensor, request: _Request, what: str, *, to_owners: bool = False
+        self, received: torch.Tensor, sent: torch.Tensor, request: RowRequest, what: str, *, to_owners: bool = False
     ) -> None:
         """Sends rows from their owners to the ranks that read them; to_owners: the other way."""
         counts = [[count * sent.size(1) for count in each] for each in (request.send_counts, request.receive_counts)]
@@ -178,7 +179,7 @@ class RowTables:
         all_to_all(*flat, self.mesh.stage, receive_counts=receive_counts, send_counts=send_counts, name=what)
 
     @torch.no_grad()
-    def _collect(self, name: str, request: _Request, gradient: torch.Tensor) -> None:
+    def _collect(self, name: str, request: RowRequest, gradient: torch.Tensor) -> None:
         """Sends the gradient of what a read returned to the owners, summed by row, and keeps what this rank owns."""
         if self._reduced:
             raise RuntimeError(f"a gradient of {name} arrived after wait_for_reduce() and before the step's end")
@@ -192,7 +193,16 @@ class RowTables:
         collected.pending.append((self._wanted_parts(name, request), received.float()))
         # waiting for as many rows as there are sums bounds both memory and work
         if sum(len(index) for index, _ in collected.pending) >= len(collected.index):
-            _add_pending(collected)
+            self.add_pending(name)
+
+    def add_pending(self, name: str) -> None:
+        """Adds the gradients of a table that wait to the sums of their rows."""
+        collected = self._gradients[name]
+        if collected.pending:
+            indices, values = zip((collected.index, collected.sums), *collected.pending, strict=True)
+            collected.index, positions = torch.unique(torch.cat(indices), return_inverse=True)
+            collected.sums = _sum_by_position(torch.cat(values), positions, len(collected.index))
+            collected.pending.clear()
 
     # ---- the end of a step
 
@@ -200,8 +210,8 @@ class RowTables:
     def wait_for_reduce(self) -> None:
         """Completes the mean of the gradients over the data axis. All backward passes of the step are done."""
         if not self._reduced:
-            for collected in self._gradients.values():
-                _add_pending(collected)
+            for name, collected in self._gradients.items():
+                self.add_pending(name)
                 collected.sums.div_(self.mesh.data.size)
         self._reduced = True
 
@@ -310,11 +320,3 @@ def _sum_by_position(values: torch.Tensor, positions: torch.Tensor, count: int) 
     backward pass of an embedding, which sorts.
     """
     return torch.ops.aten.embedding_dense_backward(values, positions, count, -1, False)
-
-
-def _add_pending(collected: _Gradients) -> None:
-    if collected.pending:
-        indices, values = zip((collected.index, collected.sums), *collected.pending, strict=True)
-        collected.index, positions = torch.unique(torch.cat(indices), return_inverse=True)
-        collected.sums = _sum_by_position(torch.cat(values), positions, len(collected.index))
-        collected.pending.clear()

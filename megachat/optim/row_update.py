@@ -12,8 +12,10 @@ from collections.abc import Sequence
 
 import torch
 
-MASTER, COUNT = "master", "count"
-_MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "rowwise": ("mean_square",)}
+from megachat.parallel.rectangles import MASTER, MOMENTS
+
+COUNT = "count"
+_MOMENTS = {"adamw": MOMENTS, "rowwise": ("mean_square",)}
 
 
 def row_state_shapes(optimizer: str | None, rows: int, width: int) -> dict[str, tuple[int, ...]]:

@@ -15,13 +15,13 @@ from megachat.installation import DEEPSPEED_VERSION
 PRIVATE_NAMES = {
     PipelineEngine: """
         _INSTRUCTION_MAP _exec_schedule _compute_loss grad_layer pipe_buffers _running_engine_backward total_loss
-        pipe_recv_buf _grad_layer_buf""".split(),
+        pipe_recv_buf _grad_layer_buf first_output_send""".split(),
     PipelineModule: "_partition_layers _set_bounds _layer_specs loss_fn".split(),
     DeepSpeedZeroOptimizer: """
         setup_buckets reduce_gradients get_gradient_for_reduction backward_epilogue scaled_global_norm _update_scale
         update_lp_params set_gradient_accumulation_boundary loss_scale loss_scaler averaged_gradients
         params_in_partition bit16_groups round_robin_bit16_offsets single_partition_of_fp32_groups
-        use_grad_accum_attribute""".split(),
+        use_grad_accum_attribute unflatten""".split(),
     DynamicLossScaler: "cur_scale cur_iter last_overflow_iter cur_hysteresis".split(),
 }
 OVERRIDE = "MEGACHAT_ANY_DEEPSPEED"  # environment variable: 1 accepts another version that has all private names

@@ -199,6 +199,12 @@ class Engine(PipelineEngine):
         held = self.pipe_recv_buf, self._grad_layer_buf, self.pipe_buffers["inputs"]
         return list(filter(torch.is_tensor, tree_iter(held)))
 
+    def prepare_walk(self, received: tuple[torch.Tensor, ...]) -> None:
+        """Prepares a step without values and other ranks. received: buffers for what the stage before sends."""
+        # else the first step exchanges shapes, and gradients are copied from a view for each data rank: that takes long
+        self.pipe_recv_buf, self.first_output_send = received, False
+        self.adamw.unflatten = lambda flat, tensors: tensors
+
     def sent(self, instruction, buffer_id: int = 0) -> list[torch.Tensor]:
         """Returns the tensors that an instruction of the schedule sends to another stage."""
         if instruction is schedule.SendActivation:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+MASTER = "master"  # kind of the float32 weights, which every optimizer has
+MOMENTS = ("exp_avg", "exp_avg_sq")  # kinds of the rest of AdamW's state, as torch and nanochat name them
 Rectangle = tuple[tuple[int, ...], tuple[int, ...], torch.Tensor]  # (offsets in the whole, sizes, view)
 # name -> (whole shape, this rank's rectangles of the tensor)
 RectanglesByName = Mapping[str, tuple[tuple[int, ...], list[Rectangle]]]

@@ -12,7 +12,7 @@ torch offers the fake process group for its own tests (torch.testing._internal.d
 import contextlib
 import datetime
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from unittest import mock
 
@@ -20,7 +20,6 @@ import torch
 import torch._dynamo  # FakeTensorMode needs it; imported here, before a process per rank is forked, it is once
 import torch.distributed as dist
 import torch.nn.functional as F
-from deepspeed.runtime.zero import stage_1_and_2
 from torch import nn
 from torch._C._distributed_c10d import ProcessGroup
 from torch._subclasses import fake_impls
@@ -33,17 +32,15 @@ from megachat.config import Config
 from megachat.device import dtype_name
 from megachat.kernels import lookup
 from megachat.kernels.choice import choose_kernels
-from megachat.optim import row_tables
-from megachat.optim.row_tables import RowTables, _Request
-from megachat.parallel import engine as engine_module
+from megachat.optim.row_tables import RowRequest, RowTables
 from megachat.parallel.build import start_collectives
 from megachat.parallel.collectives import all_to_all
-from megachat.parallel.engine import Engine
+from megachat.parallel.engine import ZeroAdamW
 from megachat.parallel.mesh import Mesh, build_mesh
 from megachat.planning.call_order import Call
 from megachat.planning.dimensions import passed_tensors
 from megachat.planning.memory import head_chunk_bytes
-from megachat.planning.plan import Plan
+from megachat.planning.plan import Plan, stream_tokens
 from megachat.programs.walk_memory import StepMemory, attend, rms_norm
 from megachat.train import build
 from megachat.train import stage as stage_module
@@ -169,23 +166,23 @@ def walk(config: Config, plan: Plan, rank: int) -> Walk:
         start_collectives(device, "fake", datetime.timedelta(seconds=60))
         mesh = build_mesh(device, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
         kernels = choose_kernels(config, plan, device)
-        # _PRODUCTS counts the plain products
+        # _PRODUCT_OPERATORS are those of the plain products
         kernels = replace(kernels, attention=replace(kernels.attention, attend=attend), onednn=False)
         stack.enter_context(_assumed_values())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         token_bytes = torch.empty(plan.dims.vocab_size, dtype=torch.int64)
         training = build.build_training_model(config, plan, mesh, token_bytes, kernels)
-        _know_received_shapes(training)
         rows = torch.empty(plan.micro_rows * plan.accumulation, plan.dims.sequence_len + 1, dtype=torch.int64)
         memory = StepMemory(training)
         for owner, name, before in (
             (torch.autograd, "backward", memory.before_backward),
-            (engine_module.ZeroAdamW, "reduce", memory.after_backward),
+            (ZeroAdamW, "reduce", memory.after_backward),
         ):
             stack.enter_context(mock.patch.object(owner, name, _calling_first(before, getattr(owner, name))))
         recorder.mesh = mesh
         stack.enter_context(recorder)
         stack.enter_context(memory)
+        training.engine.prepare_walk(_received_buffers(training))
         update(training, rows, inspect_gradients=recorder.end_of_backward)
     return Walk(tuple(recorder.calls), recorder.product_flops, memory.bytes)
 
@@ -199,13 +196,11 @@ def _replacements() -> dict[tuple[object, str], Callable]:
         (nn.Module, "to"): lambda module, *args, **options: module,  # fake tensors cannot be swapped
         (stage_module, "require_whole_model"): lambda *args: None,
         (build, "agreed_head_chunk"): lambda config, plan, mesh, dtype: head_chunk_bytes(config, plan, dtype),
-        (engine_module.ZeroAdamW, "scaled_global_norm"): lambda *args, **options: 1.0,
+        (build, "RowTables"): _EvenRowTables,
+        # a number, because any comparison with a fake norm is true
+        (ZeroAdamW, "apply"): lambda adamw, norm, apply=ZeroAdamW.apply: apply(adamw, 1.0),
         (F, "rms_norm"): rms_norm,
-        (lookup, "_token_groups"): lambda *args: [],
-        (RowTables, "_exchange_requests"): _exchange_even_requests,
-        (row_tables, "_add_pending"): lambda collected: None,
-        (stage_1_and_2, "_unflatten_dense_tensors"): _unflatten,
-        (stage_1_and_2.DeepSpeedZeroOptimizer, "get_data_parallel_partitions"): _cut_for_ranks,
+        (lookup, "token_groups"): lambda *args: [],
     }
 
 
@@ -217,57 +212,34 @@ def _calling_first(before: Callable[[], object], function: Callable) -> Callable
     return both
 
 
-def _exchange_even_requests(tables: RowTables, name: str, rows: int, index: torch.Tensor) -> _Request:
-    """Stands for RowTables._exchange_requests, whose counts depend on ids: every token reads another row, if there are
-    so many, and each rank of the stage owns as many of them."""
-    stage = tables.mesh.stage
-    each = min(index.numel(), rows) // stage.size
-    counts = [each] * stage.size
-    numbers, wanted = index.new_empty((2, stage.size)), index.new_empty((2, each * stage.size))
-    all_to_all(numbers[0], numbers[1], stage, name=f"numbers of rows of {name}")
-    all_to_all(
-        wanted[0],
-        wanted[1],
-        stage,
-        receive_counts=counts,
-        send_counts=counts,
-        name=f"requests for rows of {name}",
-    )
-    return _Request(torch.empty_like(index), each * stage.size, counts, counts, wanted[0], wanted[1])
+class _EvenRowTables(RowTables):
+    """Assumes that every token reads another row, if there are so many, and that each rank owns as many of them."""
 
+    def exchange_requests(self, name: str, rows: int, index: torch.Tensor) -> RowRequest:
+        stage = self.mesh.stage
+        each = min(index.numel(), rows) // stage.size
+        counts = [each] * stage.size
+        numbers, wanted = index.new_empty((2, stage.size)), index.new_empty((2, each * stage.size))
+        all_to_all(numbers[0], numbers[1], stage, name=f"numbers of rows of {name}")
+        name = f"requests for rows of {name}"
+        all_to_all(wanted[0], wanted[1], stage, receive_counts=counts, send_counts=counts, name=name)
+        return RowRequest(torch.empty_like(index), each * stage.size, counts, counts, wanted[0], wanted[1])
 
-def _unflatten(
-    flat: torch.Tensor, tensors: list[torch.Tensor], real=stage_1_and_2._unflatten_dense_tensors
-) -> Sequence[torch.Tensor]:
-    """Stands for torch's function where DeepSpeed has summed gradients, in slices for all data ranks, of which it reads
-    its own: what was summed has the same shapes. Views of each slice would take most of a walk's time.
-    """
-    return real(flat, tensors) if tensors[0].device.type == "meta" else tensors  # meta: of the weights
-
-
-def _cut_for_ranks(zero: stage_1_and_2.DeepSpeedZeroOptimizer, tensor: torch.Tensor, group: int) -> list[torch.Tensor]:
-    """Stands for DeepSpeed's loop over the data ranks, which divide a group's flat weights: equal views in one call."""
-    return list(tensor.split(tensor.numel() // dist.get_world_size(zero.real_dp_process_group[group])))
+    def add_pending(self, name: str) -> None:
+        pass
 
 
 def _gather_object(values: list, value: object, group=None) -> None:
     values[:] = [value] * len(values)
 
 
-def _know_received_shapes(training: build.TrainingModel) -> None:
-    """Gives the engine its buffers for what the stage before sends; otherwise the first step exchanges shapes."""
+def _received_buffers(training: build.TrainingModel) -> tuple[torch.Tensor, ...]:
+    """Returns tensors like those that the stage before sends; none on the first stage."""
     plan, first = training.plan, training.plan.stages[training.mesh.pipeline.rank][0]
-    tokens = plan.dims.sequence_len
-    if training.config.parallel.sequence:
-        tokens //= training.mesh.tensor.size
-    shape = plan.micro_rows, tokens, plan.dims.width
-
-    def send_nothing(self, buffer, stage) -> None:
-        pass
-
-    def allocate(self, stage) -> tuple[torch.Tensor, ...]:
-        buffers = [torch.empty(shape, dtype=training.compute_dtype) for _ in range(passed_tensors(plan.dims, first))]
-        ids = torch.empty(plan.micro_rows, plan.dims.sequence_len, dtype=torch.int64)
-        return (*buffers, ids)
-
-    Engine._send_tensor_meta, Engine._recv_tensor_meta = send_nothing, allocate
+    if first == 0:
+        return ()
+    tokens = stream_tokens(training.config, plan)
+    shape = plan.micro_rows, tokens // plan.micro_rows, plan.dims.width
+    ids = torch.empty(plan.micro_rows, plan.dims.sequence_len, dtype=torch.int64)
+    streams = [torch.empty(shape, dtype=training.compute_dtype) for _ in range(passed_tensors(plan.dims, first))]
+    return (*streams, ids)

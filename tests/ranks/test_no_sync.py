@@ -45,16 +45,16 @@ WAITS = {
 }
 _LOOKUP, _ROWS = "megachat/kernels/lookup.py", "megachat/optim/row_tables.py"
 WAITS_OF_TABLES = {
-    (_LOOKUP, "_token_groups", "cpu"): "tokens with as many rows are read together; the host makes the groups",
-    (_LOOKUP, "_token_groups", "numpy"): "the same",
+    (_LOOKUP, "token_groups", "cpu"): "tokens with as many rows are read together; the host makes the groups",
+    (_LOOKUP, "token_groups", "numpy"): "the same",
     (_LOOKUP, "_make_groups", "cpu"): "the same",
     (_LOOKUP, "_make_groups", "numpy"): "the same",
     (_LOOKUP, "_to", "to"): "no wait: to the rank's device",
-    (_ROWS, "_exchange_requests", "_unique2"): "how many distinct rows there are decides the size of what is sent",
-    (_ROWS, "_exchange_requests", "tolist"): "the same",
-    (_ROWS, "_exchange_requests", "repeat_interleave"): "the same",
-    (_ROWS, "_exchange_requests", "to"): "no wait: to the rank's device",
-    (_ROWS, "_add_pending", "_unique2"): "how many distinct rows have a gradient",
+    (_ROWS, "exchange_requests", "_unique2"): "how many distinct rows there are decides the size of what is sent",
+    (_ROWS, "exchange_requests", "tolist"): "the same",
+    (_ROWS, "exchange_requests", "repeat_interleave"): "the same",
+    (_ROWS, "exchange_requests", "to"): "no wait: to the rank's device",
+    (_ROWS, "add_pending", "_unique2"): "how many distinct rows have a gradient",
 }
 READS = "item tolist numpy cpu __contains__ is_nonzero equal allclose".split()
 ITEMS = "__bool__ __int__ __float__ __index__ _local_scalar_dense".split()  # other forms of item()

@@ -84,7 +84,8 @@ def bench_lookup_read(arguments: Namespace) -> dict:
     """Measures forward and backward of attention over table rows for 8,192 tokens of --data."""
     config, tokenizer = lookup_config(arguments)
     allocation = read_or_allocate(config, LOOKUP_ROWS_PER_TOKEN * tokenizer.vocab_size, tokenizer)
-    rows = TableRows.from_allocation(torch.from_numpy(allocation.rows_per_token))
+    last = torch.from_numpy(allocation.rows_per_token).long().cumsum(0)
+    rows = TableRows(torch.nn.functional.pad(last, (1, 0)))
     ids, width, dtypes = text_ids(config, tokenizer, TOKENS), 256, {}
     for dtype in (torch.float32, torch.bfloat16):
         actions = read_actions(width, dtype, ids, rows)

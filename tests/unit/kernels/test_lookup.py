@@ -10,12 +10,17 @@ from megachat.train.compiled import NewGraphs
 from tools.bench.lookup import gathered_attention
 
 
+def table_rows(allocation: torch.Tensor) -> TableRows:
+    """allocation: rows of each token, integers [vocabulary]."""
+    return TableRows(torch.nn.functional.pad(allocation.long().cumsum(0), (1, 0)))
+
+
 def case(tied, *, tokens=300, vocabulary=40, width=16, seed=0):
     """Frequent and rare ids, with 1 to 40 rows. Returns inputs with gradients, keys being values if tied."""
     generator = torch.Generator().manual_seed(seed)
     allocation = torch.randint(1, 41, (vocabulary,), generator=generator)
     allocation[::3] = 1
-    rows = TableRows.from_allocation(allocation)
+    rows = table_rows(allocation)
     frequencies = 1 / torch.arange(1.0, vocabulary + 1)
     ids = torch.multinomial(frequencies, tokens, replacement=True, generator=generator)
     sizes = [(tokens, width), *[(int(rows.first[-1]), width)] * (1 if tied else 2)]
@@ -82,13 +87,13 @@ def test_float16_with_float32_tables():
 def test_layers_share_the_groups_of_a_batch():
     _, ids, rows = case(True)
     held = int(rows.first[-1])
-    groups = lookup._token_groups(ids, rows, held, 16)
-    assert lookup._token_groups(ids, TableRows(rows.first.clone()), held, 16) is groups
-    assert lookup._token_groups(ids, TableRows(rows.first, int(rows.first[9])), held, 16) is not groups
-    assert lookup._token_groups(ids, TableRows(rows.first // 2), held, 16) is not groups
-    lookup._token_groups(ids, rows, held, 16)
+    groups = lookup.token_groups(ids, rows, held, 16)
+    assert lookup.token_groups(ids, TableRows(rows.first.clone()), held, 16) is groups
+    assert lookup.token_groups(ids, TableRows(rows.first, int(rows.first[9])), held, 16) is not groups
+    assert lookup.token_groups(ids, TableRows(rows.first // 2), held, 16) is not groups
+    lookup.token_groups(ids, rows, held, 16)
     ids.fill_(3)  # in place, as a buffer that is used for every batch
-    (group,) = lookup._token_groups(ids, rows, held, 16)
+    (group,) = lookup.token_groups(ids, rows, held, 16)
     assert torch.cat(group.tokens, dim=1).flatten().tolist() == list(range(len(ids)))
     size = len(lookup._grouped)
     del ids
@@ -116,7 +121,7 @@ def test_compiled_callers_have_the_same_graphs_for_all_ids():
 
 def multiplications(function, sizes, ids, width=16) -> int:
     """FLOPs of forward and backward that torch counts."""
-    rows = TableRows.from_allocation(sizes)
+    rows = table_rows(sizes)
     queries, table = (
         torch.randn(len(ids), width).requires_grad_(),
         torch.randn(int(sizes.sum()), width).requires_grad_(),
@@ -147,7 +152,7 @@ def test_flops_are_those_that_the_plan_counts():
 def test_the_workspace_is_bounded():
     """512 rows, width 256, 8,192 tokens: gathering would take 4.3 GB; half of the tokens are rare and half frequent."""
     tokens, width, most = 8192, 256, 512
-    rows = TableRows.from_allocation(torch.full((2048,), most, dtype=torch.int64).clamp_max(32))
+    rows = table_rows(torch.full((2048,), most, dtype=torch.int64).clamp_max(32))
     rows.first[-8:] += torch.arange(8) * (most - 32)
     ids = torch.cat([torch.arange(tokens // 2) % 2000, 2040 + torch.arange(tokens // 2) % 7])
     queries = torch.randn(tokens, width).requires_grad_()
