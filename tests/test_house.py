@@ -25,6 +25,7 @@ STEP_PATH = """
 BESIDE_STEP_PATH = {
     "device.py": "synchronize() for the step's clock",
     "kernels/onednn.py": "float32 products on AMD's CPUs with AVX512",
+    "planning/dimensions.py": "the largest logit, for the QK clip",
     "place.py": "whether a gradient counts in the norm on this rank",
     "optim/buckets.py": "sizes of fragments",
     "optim/partition_plan.py": "which rank stores a fragment",

@@ -11,10 +11,10 @@ from megachat.convert.nanochat_optimizer import optimizer_groups
 from megachat.convert.nanochat_versions import CURRENT, Version, check_windows
 from megachat.convert.reader import CheckpointReader
 from megachat.errors import UserError
-from megachat.optim.groups import GROUPS, betas_of
+from megachat.optim.groups import RATE_OF_GROUP, betas_of
 from megachat.optim.matrix import NEWTON_SCHULZ_STEPS
 from megachat.planning.dimensions import Dimensions, window_sizes
-from megachat.planning.plan import REFERENCE_TOKENS, Layout, Plan, resolve_plan
+from megachat.planning.plan import RATES, REFERENCE_TOKENS, Layout, Plan, resolve_plan
 from megachat.schedule import ScheduledValues, scheduled_values, weight_decay_multiplier
 
 # Keys of model_config -> our sizes; window_pattern is its one other key.
@@ -48,18 +48,9 @@ SETTINGS = {
 EMBEDDED = "megachat"  # key of the meta file of our exports, with the config and the layout of the run
 FINE_TUNING = "init_lr_frac"  # an argument of nanochat's scripts/chat_sft.py only
 ZERO_IS_NEVER = ("evaluate.every", "checkpoint.every")
-# Groups of parameters whose rates determine all others -> the setting of the rate, and its scaling with the model's
-# width.
-NANOCHAT_RATES = {
-    "unembedding": ("unembedding_lr", True),
-    "embedding": ("embedding_lr", True),
-    "x0": ("scalar_lr", False),
-    "smear": ("smear_lr", False),
-    "matrix": ("matrix_lr", False),
-}
+DETERMINING_RATES = ("unembedding", "embedding", "x0", "smear", "matrix")  # groups whose rates determine all others
 _UNKNOWN_TO_NANOCHAT = """clip_norm muon_multiplier warmup_ratio warmdown_shape decay_shape ramp ramp_rates z_loss
     momentum_start momentum_top momentum_end momentum_warmup_steps""".split()  # of the optimizer section
-_RATE = {group.name: group.rate for group in GROUPS}
 
 
 def dims_of_meta(meta: dict, path: Path, version: Version = CURRENT) -> Dimensions:
@@ -232,7 +223,8 @@ def _take_rates(config: dict, groups: list[dict], dims: Dimensions, step: int, a
     decay = _decay_before_schedule(by_name["matrix"], step, plan.steps, arguments)
     same = decay is None or math.isclose(plan.weight_decay, decay, rel_tol=1e-6)
     for name, group in by_name.items():
-        same = same and (name == "smear" or math.isclose(plan.rates[_RATE[name]], group["initial_lr"], rel_tol=1e-6))
+        rate = plan.rates[RATE_OF_GROUP[name]]
+        same = same and (name == "smear" or math.isclose(rate, group["initial_lr"], rel_tol=1e-6))
     if same:
         return []
     config["optimizer"] |= _settings_of_groups(groups, dims)
@@ -257,11 +249,10 @@ def _groups_by_name(groups: list[dict], dims: Dimensions) -> dict[str, dict]:
 def _settings_of_groups(groups: list[dict], dims: Dimensions) -> dict:
     """Returns the rates of the parameter groups, not to be scaled again; Muon's decay is the one of the last step."""
     by_name = _groups_by_name(groups, dims)
-    by_width = (dims.width / 768) ** -0.5
     settings: dict[str, float | bool] = {}
-    for name, (setting, scaled) in NANOCHAT_RATES.items():
-        rate = by_name[name]["initial_lr"] / (by_width if scaled else 1)
-        settings[setting] = float(f"{rate:.12g}")  # 0.008, not 0.00799..98
+    for name in DETERMINING_RATES:
+        rate = by_name[name]["initial_lr"] / RATES[name].width_factor(dims)
+        settings[RATES[name].setting] = float(f"{rate:.12g}")  # 0.008, not 0.00799..98
     return settings | {"scale_to_batch": False, "weight_decay": by_name["matrix"]["weight_decay"]}
 
 

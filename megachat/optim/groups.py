@@ -43,16 +43,12 @@ GROUPS = (
     Group(
         "matrix",
         "muon",
-        (
-            "transformer.h.*.attn.*.weight",
-            "transformer.h.*.mlp.*.weight",
-            "lookup.*.w_*.weight",
-            "ngram.*.up.weight",
-        ),
+        ("transformer.h.*.attn.*.weight", "transformer.h.*.mlp.*.weight", "lookup.*.w_*.weight", "ngram.*.up.weight"),
         "matrix",
     ),
     Group("ngram", "rows", ("ngram.*.[2-8].weight",), "value_embedding", "embedding_betas", 0.0),
 )
+RATE_OF_GROUP = {group.name: group.rate for group in GROUPS}
 
 
 def betas_of(group: Group, config: OptimizerConfig) -> tuple[float, float]:

@@ -9,8 +9,6 @@ size of logits. So these are rescaled, and not by a measured maximum but by the 
 It follows from the weights alone, so that nothing is reduced over ranks, and the result is the same on every layout.
 """
 
-import math
-
 import torch
 from torch import nn
 
@@ -19,19 +17,14 @@ from megachat.parallel.engine import ZeroAdamW
 from megachat.planning.dimensions import Dimensions
 
 
-def largest_logit(dims: Dimensions) -> float:
-    """Returns the largest attention logit of queries and keys that are normed and have no learned scale."""
-    return dims.qk_scale**2 * math.sqrt(dims.head_size)
-
-
 def clip_factors(
     query: torch.Tensor, key: torch.Tensor, unscaled: float, limit: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the factors on the scales of queries and keys, [..., heads, 1] and [..., kv_heads, 1].
 
-    query [..., heads, head_size], key [..., kv_heads, head_size]: the scales. unscaled: see largest_logit. The product
-    of both factors of a head is limit / its largest logit if that is below 1, else 1. Each gets its square root; a key
-    that several heads share gets that of the smallest, and their queries get the rest.
+    query [..., heads, head_size], key [..., kv_heads, head_size]: the scales. unscaled: Dimensions.largest_logit. The
+    product of both factors of a head is limit / its largest logit if that is below 1, else 1. Each gets its square
+    root; a key that several heads share gets that of the smallest, and their queries get the rest.
     """
     shared = query.size(-2) // key.size(-2)
     largest = unscaled * (query * key.repeat_interleave(shared, -2)).abs().amax(-1, keepdim=True)
@@ -48,7 +41,7 @@ def clip_scales(layers: nn.ModuleList, adamw: ZeroAdamW, dims: Dimensions, limit
     keys = [block.key_scale for block in blocks if block.key_scale is not None]
     if not blocks:  # a pipeline stage without any
         return
-    pair = clip_factors(torch.stack((*queries,)), torch.stack((*keys,)), largest_logit(dims), limit)
+    pair = clip_factors(torch.stack((*queries,)), torch.stack((*keys,)), dims.largest_logit, limit)
     factors = dict(zip(queries + keys, (*pair[0], *pair[1]), strict=True))
     for parameter, start, length, state in adamw.fragments():  # this rank's share of the masters
         if parameter in factors:

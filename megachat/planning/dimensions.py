@@ -121,6 +121,11 @@ class Dimensions:
         """Returns the channels of all key/value heads."""
         return self.kv_heads * self.head_size
 
+    @property
+    def largest_logit(self) -> float:
+        """Returns the largest attention logit of queries and keys that are normed and have no learned scale."""
+        return self.qk_scale**2 * math.sqrt(self.head_size)
+
     def has_value_embedding(self, block: int) -> bool:
         """Returns whether the block has one: every other block and always the last, if the model has any."""
         return self.value_embeddings and block % 2 == (self.depth - 1) % 2
@@ -176,17 +181,22 @@ def window_sizes(pattern: str, depth: int, sequence_len: int, short_share: float
     return (*sizes[:-1], sequence_len)
 
 
-def _block_matrices(dims: Dimensions, block: int) -> int:
-    """Returns the elements of a block's matrices, gates included."""
-    matrices = 2 * dims.width * (dims.heads * dims.head_size + dims.kv_width + MLP_RATIO * dims.width)
-    if dims.lookup and dims.has_lookup(block):  # W_up, and W_mix with its two parts
-        matrices += dims.width * (2 * dims.lookup.up_width + dims.width)
-    gates = int(dims.has_value_embedding(block))
-    if dims.ngram and dims.has_ngram(block):
-        gates += len(dims.ngram.orders)
-        if dims.ngram.width < dims.kv_width:
-            matrices += len(dims.ngram.orders) * dims.kv_width * dims.ngram.width
-    return matrices + gates * GATE_CHANNELS * dims.kv_heads
+def block_matrices(dims: Dimensions, block: int) -> list[tuple[int, int]]:
+    """Returns the whole shapes [rows, columns] of Muon's matrices in a block."""
+    orders = len(dims.ngram.orders) if dims.ngram and dims.has_ngram(block) else 0
+    gates = [(dims.kv_heads, GATE_CHANNELS)] * (dims.has_value_embedding(block) + orders)
+    shapes = [*linear_shapes(dims).values(), *gates]
+    if dims.lookup and dims.has_lookup(block):
+        shapes += lookup_shapes(dims, dims.lookup)
+    if dims.ngram and dims.ngram.width < dims.kv_width:
+        shapes += [(dims.kv_width, dims.ngram.width)] * orders
+    return shapes
+
+
+@lru_cache(maxsize=1024)
+def _matrix_elements(dims: Dimensions) -> tuple[int, ...]:
+    """Returns the elements of each block's matrices."""
+    return tuple(sum(map(math.prod, block_matrices(dims, block))) for block in range(dims.depth))
 
 
 def norm_scale_shape(dims: Dimensions, norm: Norm) -> tuple[int, ...]:
@@ -204,11 +214,6 @@ def ngram_elements(dims: Dimensions, block: int) -> int:
     """Returns the elements of a block's n-gram tables."""
     ngram = dims.ngram
     return len(ngram.orders) * ngram.rows * ngram.width if ngram and dims.has_ngram(block) else 0
-
-
-def _lookup_rows(dims: Dimensions, block: int) -> int:
-    """Returns the rows of a block's lookup tables, keys and values."""
-    return dims.lookup.table_rows if dims.lookup and dims.has_lookup(block) else 0
 
 
 def lookup_flops(dims: Dimensions, block: int) -> int:
@@ -231,14 +236,14 @@ def parameter_counts(dims: Dimensions) -> dict[str, int]:
     """Returns the elements by kind: wte, value_embeds, lookup_tables, ngram, lm_head, matrices (Muon's), scalars,
     norm_scales, total.
     """
-    value_blocks = sum(dims.has_value_embedding(block) for block in range(dims.depth))
+    tables = {group: sum(sizes) for group, sizes in adamw_tables(dims, 0, dims.depth + 2).items()}
     counts = {
-        "wte": dims.padded_vocab * dims.width,
-        "value_embeds": value_blocks * dims.padded_vocab * dims.kv_width,
-        "lookup_tables": dims.width * sum(_lookup_rows(dims, block) for block in range(dims.depth)),
+        "wte": tables["embedding"],
+        "value_embeds": tables["value_embedding"],
+        "lookup_tables": tables["lookup"],
         "ngram": sum(ngram_elements(dims, block) for block in range(dims.depth)),
-        "lm_head": dims.padded_vocab * dims.width,
-        "matrices": sum(_block_matrices(dims, block) for block in range(dims.depth)),
+        "lm_head": tables["unembedding"],
+        "matrices": sum(_matrix_elements(dims)),
         "scalars": 2 * dims.depth + SMEAR_CHANNELS + 2,
         "norm_scales": _norm_scale_elements(dims, ("embedding", "final"))
         + dims.depth * _norm_scale_elements(dims, _BLOCK_NORMS),
@@ -260,7 +265,9 @@ def adamw_tables(dims: Dimensions, first: int, last: int, tensor: int = 1) -> di
     return {
         "embedding": [table] if first == 0 else [],
         "value_embedding": [values for block in blocks if dims.has_value_embedding(block)],
-        "lookup": [_lookup_rows(dims, block) * dims.width // tensor for block in blocks if dims.has_lookup(block)],
+        "lookup": [
+            dims.lookup.table_rows * dims.width // tensor for block in blocks if dims.lookup and dims.has_lookup(block)
+        ],
         "unembedding": [table] if last == dims.depth + 2 else [],
     }
 
@@ -275,10 +282,8 @@ def layer_costs(dims: Dimensions, grid: int = 1) -> tuple[tuple[int, int], ...]:
     table = dims.padded_vocab * dims.width
     scales = _norm_scale_elements(dims, _BLOCK_NORMS)
     costs = [(table + SMEAR_CHANNELS + 1 + _norm_scale_elements(dims, ("embedding",)), 6 * SMEAR_CHANNELS)]
-    for block in range(dims.depth):
-        matrices = _block_matrices(dims, block)
-        tables = dims.padded_vocab * dims.kv_width if dims.has_value_embedding(block) else 0
-        tables += _lookup_rows(dims, block) * dims.width + ngram_elements(dims, block) // grid
+    for block, matrices in enumerate(_matrix_elements(dims)):
+        tables = sum(map(sum, adamw_tables(dims, block + 1, block + 2).values())) + ngram_elements(dims, block) // grid
         flops = 6 * matrices + _attention_flops(dims, block) + lookup_flops(dims, block)
         costs.append((matrices + 2 + scales + tables, flops))
     return *costs, (table + 1 + _norm_scale_elements(dims, ("final",)), 6 * table)
@@ -310,8 +315,7 @@ def resolve_stages(dims: Dimensions, stages: int, grid: int = 1) -> tuple[tuple[
     cuts = [len(costs)]
     for count in range(stages, 0, -1):
         cuts.append(best[count][cuts[-1]][1])
-    cuts.reverse()
-    return tuple(pairwise(cuts))
+    return tuple(pairwise(reversed(cuts)))
 
 
 def bubble_share(stage_flops: list[int], micro_batches: int) -> float:

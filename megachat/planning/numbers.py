@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megachat.planning.explain import plan_values
-from megachat.planning.plan import Plan
+from megachat.planning.plan import RATES, Plan
 
 if TYPE_CHECKING:
     from megachat.planning.memory import Memory  # imports torch
@@ -73,14 +73,7 @@ NUMBERS = {
     "total_tokens": Number("tokens of the whole horizon"),
     "flops_per_token": Number("training FLOPs per token", source="PaLM, arXiv 2204.02311, appendix B, with windows"),
     "total_flops": Number("training FLOPs of the whole horizon"),
-    "rates.matrix": Number("Muon's learning rate", source=_RATES),
-    "rates.unembedding": Number("rate of lm_head", source=_RATES),
-    "rates.embedding": Number("rate of wte", source=_RATES),
-    "rates.value_embedding": Number("rate of the value embeddings", source=_RATES),
-    "rates.resid": Number("rate of the residual lambdas", source=_RATES),
-    "rates.x0": Number("rate of the x0 lambdas", source=_RATES),
-    "rates.smear": Number("rate of smear and backout", source=_RATES),
-    "rates.norm_scale": Number("rate of the learned scales of norms", source=_RATES),
+    **{f"rates.{name}": Number(rule.meaning, source=_RATES) for name, rule in RATES.items()},
     "weight_decay": Number("Muon's weight decay before its cosine", source="arXiv 2405.13698, as nanochat applies it"),
     "evaluation_rows": Number("rows of one validation"),
     "parameters.wte": Number("elements of the embedding table", "vocab_size up to a multiple of 64 * width", _COUNT),
@@ -137,8 +130,7 @@ def plan_numbers(plan: Plan) -> dict[str, object]:
 def memory_numbers(stages: "list[Memory]") -> dict[str, int]:
     """Returns the bytes of the fullest rank by their names in NUMBERS."""
     fullest = max(stages, key=lambda stage: stage.total)
-    kinds = ("weights", "masters", "moments", "gradients", "activations", "workspace", "total")
-    return {f"memory.{kind}": getattr(fullest, kind) for kind in kinds}
+    return {name: getattr(fullest, name.partition(".")[2]) for name in NUMBERS if name.startswith("memory.")}
 
 
 def formula_of(name: str, plan: Plan) -> str:

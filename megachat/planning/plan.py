@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import NamedTuple
 
 from megachat.config import Config
 from megachat.errors import UserError
@@ -27,6 +28,32 @@ BATCH_EXPONENT = 0.383  # Power Lines, arXiv 2505.13738
 REFERENCE_WIDTH = 768
 LARGEST_AUTO_MICRO_ROWS = 16
 AUTO_MICRO_BATCHES_PER_STAGE = 4  # keeps the pipeline's bubble below a fifth
+
+
+class RateRule(NamedTuple):
+    """How a learning rate follows from a setting of the optimizer section. by_width: as AdamW's tables and head."""
+
+    setting: str
+    meaning: str
+    factor: float = 1.0
+    by_batch: bool = True
+    by_width: bool = False
+
+    def width_factor(self, dims: Dimensions) -> float:
+        """Returns the factor on the rate for the model's width."""
+        return (dims.width / REFERENCE_WIDTH) ** -0.5 if self.by_width else 1.0
+
+
+RATES = {  # by Group.rate (optim/groups.py)
+    "matrix": RateRule("matrix_lr", "Muon's learning rate"),
+    "unembedding": RateRule("unembedding_lr", "rate of lm_head", by_width=True),
+    "embedding": RateRule("embedding_lr", "rate of wte", by_width=True),
+    "value_embedding": RateRule("embedding_lr", "rate of the value embeddings", 0.5, by_width=True),
+    "resid": RateRule("scalar_lr", "rate of the residual lambdas", 0.01),
+    "x0": RateRule("scalar_lr", "rate of the x0 lambdas"),
+    "smear": RateRule("smear_lr", "rate of smear and backout", by_batch=False),
+    "norm_scale": RateRule("norm_scale_lr", "rate of the learned scales of norms"),
+}
 
 
 @dataclass(frozen=True)
@@ -228,11 +255,10 @@ def resolve_layout(config: Config, dims: Dimensions, world: int) -> Layout:
 def _check_qk_clip(config: Config, dims: Dimensions) -> None:
     """Raises UserError if QK clip is on and there are no learned scales that it could change."""
     if config.optimizer.qk_clip and not {"query", "key"} <= set(dims.norm_scales):
-        largest = dims.qk_scale**2 * math.sqrt(dims.head_size)
         raise UserError(
             f"optimizer.qk_clip is {config.optimizer.qk_clip:g}, but it can only change learned scales of queries and "
             "keys: without them no attention logit exceeds model.qk_scale^2 * sqrt(model.head_size) = "
-            f"{largest:.3g}, because both are normed; add query and key to model.norm_scales, or set it to 0"
+            f"{dims.largest_logit:.3g}, because both are normed; add query and key to model.norm_scales, or set it to 0"
         )
 
 
@@ -353,27 +379,22 @@ def _rates(
         by_batch = f"sqrt(tokens_per_step / 2^19) = {batch:.4g}"
     else:
         horizon = 1.0
-    shape = (dims.width / REFERENCE_WIDTH) ** -0.5
-    by_shape = f"{by_batch} * (width / {REFERENCE_WIDTH})^-0.5 = {shape:.4g}"
-    rule = optimizer.muon_multiplier if isinstance(optimizer.muon_multiplier, str) else "by name"
-    formulas = {  # name -> (rate, formula)
-        "matrix": (optimizer.matrix_lr * batch, f"matrix_lr * {by_batch}; times each matrix's multiplier ({rule})"),
-        "unembedding": (optimizer.unembedding_lr * batch * shape, f"unembedding_lr * {by_shape}"),
-        "embedding": (optimizer.embedding_lr * batch * shape, f"embedding_lr * {by_shape}"),
-        "value_embedding": (optimizer.embedding_lr * batch * shape * 0.5, f"embedding_lr / 2 * {by_shape}"),
-        "resid": (optimizer.scalar_lr * batch * 0.01, f"scalar_lr / 100 * {by_batch}"),
-        "x0": (optimizer.scalar_lr * batch, f"scalar_lr * {by_batch}"),
-        "smear": (optimizer.smear_lr, "smear_lr"),
-    }
-    if dims.lambdas == "neutral":
-        formulas |= {name: (0.0, "0 (model.lambdas is neutral)") for name in ("resid", "x0", "smear")}
-    if dims.norm_scales:
-        formulas["norm_scale"] = (optimizer.norm_scale_lr * batch, f"norm_scale_lr * {by_batch}")
-    why |= {f"rates.{name}": formula for name, (_, formula) in formulas.items()}
+    rates = {}
+    for name, rule in RATES.items():
+        if name == "norm_scale" and not dims.norm_scales:
+            continue
+        by_width, divisor = rule.width_factor(dims), f" / {1 / rule.factor:g}" if rule.factor < 1 else ""
+        rates[name] = getattr(optimizer, rule.setting) * (batch if rule.by_batch else 1.0) * by_width * rule.factor
+        factors = [by_batch] * rule.by_batch + [f"(width / {REFERENCE_WIDTH})^-0.5 = {by_width:.4g}"] * rule.by_width
+        why[f"rates.{name}"] = " * ".join((rule.setting + divisor, *factors))
+        if dims.lambdas == "neutral" and name in ("resid", "x0", "smear"):
+            rates[name], why[f"rates.{name}"] = 0.0, "0 (model.lambdas is neutral)"
+    multiplier = optimizer.muon_multiplier if isinstance(optimizer.muon_multiplier, str) else "by name"
+    why["rates.matrix"] += f"; times each matrix's multiplier ({multiplier})"
     why["weight_decay"] = (
         f"weight_decay * {by_batch} * target_tokens at depth {REFERENCE_DEPTH} / target_tokens = {horizon:.4g}; "
         "a cosine takes it to 0"
     )
-    if unknown := [name for name in optimizer.ramp_rates if name not in formulas]:
-        raise UserError(f"optimizer.ramp_rates has {unknown[0]}, which is none of {', '.join(formulas)}")
-    return {name: rate for name, (rate, _) in formulas.items()}, optimizer.weight_decay * batch * horizon
+    if unknown := [name for name in optimizer.ramp_rates if name not in rates]:
+        raise UserError(f"optimizer.ramp_rates has {unknown[0]}, which is none of {', '.join(rates)}")
+    return rates, optimizer.weight_decay * batch * horizon

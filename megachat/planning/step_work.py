@@ -11,10 +11,10 @@ from megachat.optim.matrix import Matrix
 from megachat.optim.owners import lightest_makespan
 from megachat.planning.communication import Kind
 from megachat.planning.dimensions import (
-    GATE_CHANNELS,
     MLP_RATIO,
     Dimensions,
     adamw_tables,
+    block_matrices,
     blocks_of,
     fits_fp8,
     head_fits_fp8,
@@ -185,7 +185,7 @@ def _parameter_bytes(dims: Dimensions, block: int, tensor: int, dtype: str) -> f
     """Returns the bytes of a micro-batch's kernels on a block's parameters: gradients of matrices added to float32
     buckets, and gradients of value embeddings, zeroed, written and added to float32 sums."""
     size = ITEMSIZE[dtype]
-    matrices = 2 * dims.width * (dims.heads * dims.head_size + dims.kv_width + MLP_RATIO * dims.width) // tensor
+    matrices = sum(rows * columns for rows, columns in linear_shapes(dims, tensor).values())
     table = dims.padded_vocab * dims.kv_width // tensor if dims.has_value_embedding(block) else 0
     return matrices * (size + 8) + table * (2 * size + 8)
 
@@ -321,17 +321,7 @@ class OptimizerWork(NamedTuple):
 @functools.lru_cache(maxsize=4096)
 def stage_matrices(dims: Dimensions, first: int, last: int) -> tuple[tuple[int, int], ...]:
     """Returns the whole shapes of Muon's matrices in the layers [first, last)."""
-    shapes: list[tuple[int, int]] = []
-    for block in blocks_of(dims, first, last):
-        shapes += linear_shapes(dims).values()
-        orders = dims.ngram.orders if dims.ngram and dims.has_ngram(block) else ()
-        gates = int(dims.has_value_embedding(block)) + len(orders)
-        shapes += [(dims.kv_heads, GATE_CHANNELS)] * gates
-        if dims.lookup and dims.has_lookup(block):
-            shapes += lookup_shapes(dims, dims.lookup)
-        if dims.ngram and dims.ngram.width < dims.kv_width:
-            shapes += [(dims.kv_width, dims.ngram.width)] * len(orders)
-    return tuple(shapes)
+    return tuple(shape for block in blocks_of(dims, first, last) for shape in block_matrices(dims, block))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -26,7 +26,7 @@ from megachat.installation import pretrain_program
 from megachat.job.local_ranks import run_with_torchrun, set_options
 from megachat.kernels.choice import choose_fp8, compile_problem
 from megachat.planning.layouts import layout_name
-from megachat.planning.plan import Plan, resolve_plan
+from megachat.planning.plan import RATES, Plan, resolve_plan
 from megachat.programs.verify_layout import (
     LEAST_SCALE,
     LOSS_TOLERANCE,
@@ -34,7 +34,6 @@ from megachat.programs.verify_layout import (
     compare_values,
     verification_config,
 )
-from megachat.settings import OptimizerConfig
 from megachat.studies.metrics import read_metrics
 
 STOP = 2  # steps before the first resume, and of each job after it
@@ -44,7 +43,7 @@ STOP = 2  # steps before the first resume, and of each job after it
 STATE_TOLERANCE = 1e-4
 AVERAGE_LOSS = "loop.smooth_loss"
 SECOND_MOMENT_TOLERANCE = 1e-2
-_RATE_KEYS = tuple(key for key in OptimizerConfig.model_fields if key.endswith("_lr"))
+_RATE_KEYS = tuple(dict.fromkeys(rule.setting for rule in RATES.values()))
 
 
 @dataclass(frozen=True)

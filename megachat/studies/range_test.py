@@ -13,12 +13,12 @@ import numpy as np
 
 from megachat.config import Config
 from megachat.errors import UserError
+from megachat.planning.plan import RATES
 from megachat.schedule import ramp_multiplier
 from megachat.studies.runs import RunRecord, flat_config, is_run, load_run
 from megachat.studies.trials import Diverged, Train, Trial
 
 _LEAST_POINTS = 20  # points without which there is no slope
-_FOLLOWS = {"value_embedding": "embedding_lr", "resid": "scalar_lr", "x0": "scalar_lr"}  # rate -> its setting
 
 
 def range_trial(rates: Sequence[str], low: float, high: float) -> Trial:
@@ -64,7 +64,7 @@ def run_range_test(train: Train, trial: Trial, config: Config, folder: Path) -> 
             f"{run.folder} has fewer than {_LEAST_POINTS} steps, too few for a slope: give more horizon.steps"
         )
     rates = config.optimizer.ramp_rates or list(run.plan["rates"])
-    keys = dict.fromkeys(_FOLLOWS.get(rate, f"{rate}_lr") for rate in rates)
+    keys = dict.fromkeys(RATES[rate].setting for rate in rates)
     factor = result["steepest"]
     return result | {"suggested": {f"optimizer.{key}": getattr(config.optimizer, key) * factor for key in keys}}
 

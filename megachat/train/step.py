@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from megachat.device import synchronize
-from megachat.optim.groups import GROUPS
+from megachat.optim.groups import RATE_OF_GROUP
 from megachat.optim.joint import NO_REQUESTS, Optimizers, Requests, StepOutcome, optimizer_step
 from megachat.optim.qk_clip import clip_scales
 from megachat.parallel.progress import profile_range
@@ -17,8 +17,6 @@ from megachat.train.build import Run, TrainingModel
 from megachat.train.micro_batch_replay import replay_micro_batch
 from megachat.train.replicas import compare_replicas
 from megachat.train.sightings import GradientSighting, gradient_sighting
-
-_RATE_OF_GROUP = {group.name: group.rate for group in GROUPS}
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,8 @@ def set_schedules(run: TrainingModel, step: int) -> float:
     plan = run.plan
     values = scheduled_values(run.config.optimizer, step, plan.steps)
     for group in run.engine.adamw.param_groups:
-        rate = plan.rates[_RATE_OF_GROUP[group["name"]]] * values.multiplier(_RATE_OF_GROUP[group["name"]])
+        name = RATE_OF_GROUP[group["name"]]
+        rate = plan.rates[name] * values.multiplier(name)
         if run.graph:
             group["lr"].fill_(rate)  # the tensor that the graph reads
         else:

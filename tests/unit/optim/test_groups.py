@@ -9,6 +9,8 @@ from megachat.model.parameters import placed_parameters
 from megachat.optim.groups import GROUPS, Group, assign_groups, rate_multipliers, require_used_patterns
 from megachat.place import place_of
 from megachat.planning.dimensions import NORMS, Dimensions, window_sizes
+from megachat.planning.plan import RATES
+from megachat.settings import OptimizerConfig
 
 DIMS = Dimensions(4, 64, 4, 2, 16, 32, 100, window_sizes("SL", 4, 32))
 
@@ -24,6 +26,12 @@ def test_every_parameter_has_one_group_and_every_matrix_is_on_muon():
     on_muon = {name for name, group in assigned.items() if group.optimizer == "muon"}
     assert on_muon == {name for name in assigned if name.startswith("transformer.h.")}
     assert any(name.endswith("ve_gate.weight") for name in on_muon)
+
+
+def test_every_rate_has_a_setting_and_every_group_a_rate():
+    assert {group.rate for group in GROUPS} == RATES.keys()
+    settings = {key for key in OptimizerConfig.model_fields if key.endswith("_lr")}
+    assert {rule.setting for rule in RATES.values()} == settings
 
 
 def test_scales_of_norms_are_on_adamw_without_decay():

@@ -5,7 +5,7 @@ import torch
 
 from megachat.errors import UserError
 from megachat.kernels.channel_norm import norm
-from megachat.optim.qk_clip import clip_factors, largest_logit
+from megachat.optim.qk_clip import clip_factors
 from megachat.planning.dimensions import Dimensions
 from megachat.planning.plan import resolve_plan
 from tests.training import SMALL_VOCAB, small_config
@@ -24,7 +24,7 @@ def scales():
 
 def test_the_bound_is_reached_by_some_tokens_and_exceeded_by_none():
     query, key = scales()
-    factors = clip_factors(query, key, largest_logit(DIMS), LIMIT)
+    factors = clip_factors(query, key, DIMS.largest_logit, LIMIT)
     generator = torch.Generator().manual_seed(1)
     tokens = torch.cat((torch.randn(500, 16, generator=generator), 1e6 * torch.eye(16))).double()
     for clipped in (False, True):
@@ -33,18 +33,18 @@ def test_the_bound_is_reached_by_some_tokens_and_exceeded_by_none():
             logits = (
                 1.2 * norm(tokens, DIMS.norm_epsilon, q[head]) @ (1.2 * norm(tokens, DIMS.norm_epsilon, k[head // 3])).T
             ) / 4
-            bound = largest_logit(DIMS) * (q[head] * k[head // 3]).abs().max().item()
+            bound = DIMS.largest_logit * (q[head] * k[head // 3]).abs().max().item()
             assert logits.abs().max().item() == pytest.approx(bound, rel=1e-6)
             assert bound == pytest.approx(LIMIT, rel=1e-6) if clipped and head != 1 else bound < LIMIT + 9 * (head != 1)
 
 
 def test_heads_below_the_limit_keep_their_logits():
     query, key = scales()
-    of_query, of_key = clip_factors(query, key, largest_logit(DIMS), LIMIT)
+    of_query, of_key = clip_factors(query, key, DIMS.largest_logit, LIMIT)
     product = (of_query.view(2, 3) * of_key).flatten()
     assert product[1] == pytest.approx(1, rel=1e-12) and (product[[0, 2, 3, 4, 5]] < 1).all()
-    assert all((each == 1).all() for each in clip_factors(query, key, largest_logit(DIMS), 1e3))
-    alone = clip_factors(query, query, largest_logit(DIMS), LIMIT)
+    assert all((each == 1).all() for each in clip_factors(query, key, DIMS.largest_logit, 1e3))
+    alone = clip_factors(query, query, DIMS.largest_logit, LIMIT)
     assert torch.allclose(*alone, rtol=1e-12) and (alone[0] <= 1).all()
 
 
