@@ -172,6 +172,19 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def random_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """Returns the states of torch's generators by kind of device: of the CPU and, on a GPU, of the GPU."""
+    on_gpu = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    return {"cpu": torch.get_rng_state()} | on_gpu
+
+
+def restore_random_states(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Sets the generators to what random_states returned, perhaps on another kind of device."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
 def seconds_of(action: Callable[[], object], device: torch.device) -> float:
     """Returns the seconds of a call, with the work that it gives the device."""
     synchronize(device)

@@ -36,6 +36,11 @@ SHAPES = {  # every shape and cut of a block; k has fewer heads
 }
 
 
+def state_bytes(partition: MuonPartition) -> dict[str, int]:
+    """The bytes of the state on this rank by kind."""
+    return {kind: sum(tensor.nbytes for tensor in tensors) for kind, tensors in partition.state_tensors().items()}
+
+
 def reference_step(
     weight: torch.Tensor,
     gradient: torch.Tensor,

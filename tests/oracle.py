@@ -14,13 +14,13 @@ from megachat.optim.groups import assign_groups, betas_of, rate_multipliers
 from megachat.optim.muon import second_moment_shape
 from megachat.place import place_of
 from megachat.planning.plan import resolve_without_text
-from megachat.programs.verify_layout import gradient_pieces, warm_noise, warm_up
+from megachat.programs.verify_layout import warm_noise, warm_up
 from megachat.schedule import scheduled_values
 from megachat.settings import ParallelConfig
 from megachat.train.step import set_schedules
 from tests.muon import reference_step
 from tests.rows import DenseRows
-from tests.training import SMALL_VOCAB, assembled, build, random_rows, take_step, whole_state
+from tests.training import SMALL_VOCAB, assembled, build, gradient_pieces, random_rows, take_step, whole_state
 
 ROWS, TOKENS = 12, 161
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from megachat.checkpoint.index import read_index
+from megachat.checkpoint.index import by_tensor, read_index
 from megachat.checkpoint.storage import load_checkpoint
 from megachat.config import Config
 from megachat.convert.megachat import whole_piece
@@ -13,7 +13,7 @@ from megachat.parallel.build import start_collectives
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.mesh import build_mesh
 from megachat.planning.plan import resolve_without_text
-from megachat.programs.verify_layout import related_rows
+from megachat.programs.verify_layout import related_rows, shards_of_shares
 from megachat.train.build import TrainingModel, build_training_model
 from megachat.train.state import state_pieces
 from megachat.train.step import update
@@ -86,6 +86,21 @@ def assembled(pieces: dict, training: TrainingModel) -> dict[str, torch.Tensor]:
                 assert torch.equal(here[~here.isnan()], view[~here.isnan()]), f"ranks keep different values of {name}"
                 here.copy_(view)
     return whole
+
+
+def gradient_pieces(training: TrainingModel) -> dict:
+    """Copies of this rank's part of the step's mean gradients as named rectangles, for `inspect_gradients` of update.
+    Over all ranks, each element exists once.
+    """
+    adamw = training.engine.adamw
+    shards = training.muon.gradient_shards() + training.rows.gradient_shards()
+    shards += shards_of_shares(training, adamw.gradient_shares())
+    copies = adamw.names_of_copies()
+    pieces = by_tensor((shard.name, shard) for shard in shards if shard.name not in copies)
+    return {
+        name: (whole, [(offsets, sizes, view.clone()) for offsets, sizes, view in rectangles])
+        for name, (whole, rectangles) in pieces.items()
+    }
 
 
 def load_whole_state(training: TrainingModel, whole: dict[str, torch.Tensor], adamw_step: int) -> None:

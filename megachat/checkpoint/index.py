@@ -8,15 +8,29 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from megachat.device import DTYPES
 from megachat.errors import UserError
 from megachat.files import refuse_damaged
+from megachat.parallel.rectangles import MASTER, Rectangle, TensorShard
 
 INDEX_NAME = "tensors.json"
 _PIECE_KEYS = {"offset", "size", "file", "at", "bytes"}
+
+
+def state_name(optimizer: str, parameter: str, kind: str) -> str:
+    """Returns the name of a state of a parameter, "OPTIMIZER/PARAMETER/KIND"; the masters are "model/PARAMETER"."""
+    return f"model/{parameter}" if kind == MASTER else f"{optimizer}/{parameter}/{kind}"
+
+
+def by_tensor(shards: Iterable[tuple[str, TensorShard]]) -> dict[str, tuple[tuple[int, ...], list[Rectangle]]]:
+    """Returns the rectangles of all shards with a name, see RectanglesByName: a tensor may have several shards."""
+    tensors: dict[str, tuple[tuple[int, ...], list[Rectangle]]] = {}
+    for name, shard in shards:
+        tensors.setdefault(name, (shard.shape, []))[1].extend(shard.rectangles)
+    return tensors
 
 
 def read_index(folder: Path) -> dict[str, dict]:

@@ -5,13 +5,15 @@ from dataclasses import replace
 
 import torch
 
+from megachat.checkpoint.index import state_name
 from megachat.convert.reader import CheckpointReader
 from megachat.errors import UserError
 from megachat.model.gpt import ModelOptions, build_layers
 from megachat.model.parameters import load_whole, placed_parameters
 from megachat.optim.groups import assign_groups
 from megachat.optim.muon import second_moment_shape
-from megachat.optim.row_update import MASTER, row_state_shapes
+from megachat.optim.row_update import row_state_shapes
+from megachat.parallel.rectangles import MASTER, MOMENTS
 from megachat.place import Place, place_of
 from megachat.planning.dimensions import Dimensions
 from megachat.planning.stage_state import stage_parameters
@@ -60,21 +62,18 @@ def state_shapes(dims: Dimensions, row_optimizer: str = "adamw") -> dict[str, Sh
     all_places = places(dims)
     shapes = {f"model/{place.name}": place.whole for place in all_places}
     for name, group in assign_groups(all_places).items():
-        whole = shapes[f"model/{name}"]
-        if group.optimizer == "muon":
-            shapes |= {f"muon/{name}/{kind}": shape for kind, shape in muon_shapes(whole).items()}
-        elif group.optimizer == "rows":
-            kinds = row_state_shapes(row_optimizer, *whole)
-            shapes |= {f"rows/{name}/{kind}": shape for kind, shape in kinds.items() if kind != MASTER}
-        else:
-            shapes |= {f"adamw/{name}/exp_avg": whole, f"adamw/{name}/exp_avg_sq": whole}
+        for kind, shape in moment_shapes(group.optimizer, shapes[f"model/{name}"], row_optimizer).items():
+            shapes[state_name(group.optimizer, name, kind)] = shape
     return shapes
 
 
-def muon_shapes(matrix: Shape) -> dict[str, Shape]:
-    """Returns name -> shape of Muon's state of a matrix."""
-    rows, columns = matrix
-    return {"momentum": matrix, "second_moment": second_moment_shape((rows, columns))}
+def moment_shapes(optimizer: str, whole: Shape, row_optimizer: str = "adamw") -> dict[str, Shape]:
+    """Returns the shape of each state of a parameter beside its master, by kind. optimizer: Group.optimizer."""
+    if optimizer == "muon":
+        return {"momentum": whole, "second_moment": second_moment_shape((whole[0], whole[1]))}
+    if optimizer == "rows":
+        return {kind: each for kind, each in row_state_shapes(row_optimizer, *whole).items() if kind != MASTER}
+    return dict.fromkeys(MOMENTS, whole)
 
 
 def shape_problems(actual: Mapping[str, Shape], expected: Mapping[str, Shape]) -> list[str]:

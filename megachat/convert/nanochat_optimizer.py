@@ -10,17 +10,17 @@ from pathlib import Path
 
 import torch
 
-from megachat.convert.architecture import Shape, muon_shapes, weight_shapes
+from megachat.convert.architecture import Shape, moment_shapes, weight_shapes
 from megachat.convert.reader import CheckpointReader
 from megachat.device import DTYPES
 from megachat.errors import UserError
 from megachat.optim.groups import GROUPS, Group, group_of
+from megachat.parallel.rectangles import MOMENTS
 from megachat.planning.dimensions import Dimensions
 
 SMALL_ELEMENTS = 1024
 # Our groups in the order in which nanochat numbers their parameters. Its Muon groups follow, one per shape.
 GROUP_ORDER = ("unembedding", "embedding", "value_embedding", "resid", "x0", "smear")
-MOMENTS = ("exp_avg", "exp_avg_sq")
 STACKS = {"momentum": "momentum_buffer", "second_moment": "second_momentum_buffer"}  # our names -> nanochat's
 
 
@@ -107,7 +107,7 @@ def _read_adamw(name: str, ranks: list[dict], whole: Shape, files: list[Path]) -
 
 def _read_muon(names: list[str], ranks: list[dict], shape: Shape, files: list[Path]) -> dict[str, list[torch.Tensor]]:
     tensors, chunk = {}, -(-len(names) // len(ranks))
-    for kind, each in muon_shapes(shape).items():
+    for kind, each in moment_shapes("muon", shape).items():
         for rank, file in zip(ranks, files, strict=True):
             _check_shape(rank[STACKS[kind]], (chunk, *each), f"{STACKS[kind]} of {names[0]} and its like", file)
         for index, name in enumerate(names):
@@ -142,7 +142,7 @@ def state_of_rank(source: CheckpointReader, rank: int, ranks: int) -> dict[int, 
 
 def _stacks_of_rank(source: CheckpointReader, names: list[str], shape: Shape, rank: int, ranks: int) -> dict:
     stacks, chunk = {}, -(-len(names) // ranks)
-    for kind, each in muon_shapes(shape).items():
+    for kind, each in moment_shapes("muon", shape).items():
         stack = stacks[STACKS[kind]] = torch.zeros(chunk, *each)
         members = [f"muon/{name}/{kind}" for name in names[rank * chunk : (rank + 1) * chunk]]
         for index, (_, whole) in enumerate(source.tensors(members)):

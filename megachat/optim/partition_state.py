@@ -10,7 +10,7 @@ from megachat.optim.muon import orthogonalization_dtype, second_moment_shape
 from megachat.optim.partition_plan import make_plan
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.mesh import Mesh
-from megachat.parallel.rectangles import Rectangle, TensorShard, flat_rectangles
+from megachat.parallel.rectangles import MASTER, Rectangle, TensorShard, flat_rectangles
 
 
 class PartitionState(ABC):
@@ -82,7 +82,7 @@ class PartitionState(ABC):
         shards = []
         for bucket in self._buckets:
             for index in bucket.layout.matrices:
-                shards.append(self._shard("master", index, bucket, bucket.master))
+                shards.append(self._shard(MASTER, index, bucket, bucket.master))
                 shards.append(self._shard("momentum", index, bucket, bucket.momentum))
                 matrix, moment = self.plan.matrices[index], self._second_moment.get(index)
                 shape = second_moment_shape(matrix.shape)
@@ -120,14 +120,10 @@ class PartitionState(ABC):
     def state_tensors(self) -> dict[str, list[torch.Tensor]]:
         """Returns the state on this rank by kind, live. With float32 weights, the masters are part of them."""
         return {
-            "master": [bucket.master for bucket in self._buckets],
+            MASTER: [bucket.master for bucket in self._buckets],
             "momentum": [bucket.momentum for bucket in self._buckets],
             "second_moment": list(self._second_moment.values()),
         }
-
-    def state_bytes(self) -> dict[str, int]:
-        """Returns the bytes of state_tensors() by kind."""
-        return {kind: sum(tensor.nbytes for tensor in tensors) for kind, tensors in self.state_tensors().items()}
 
     def gradient_buffers(self) -> list[torch.Tensor]:
         """Returns the buffers in which the gradients of this rank are summed, live float32."""

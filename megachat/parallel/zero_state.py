@@ -9,6 +9,8 @@ from torch import nn
 
 from megachat.parallel.deepspeed_version import PRIVATE_NAMES
 from megachat.parallel.mesh import Mesh
+from megachat.parallel.rectangles import MASTER, MOMENTS, TensorShard, flat_rectangles
+from megachat.place import is_counted_copy, place_of
 
 _LOSS_SCALER_STATE = PRIVATE_NAMES[DynamicLossScaler]
 
@@ -28,20 +30,31 @@ class ZeroState(DeepSpeedZeroOptimizer):
                 yield parameter, low - offset, slice(low - begin, high - begin)
 
     def fragments(self) -> Iterator[tuple[nn.Parameter, int, int, dict[str, torch.Tensor]]]:
-        """Yields (parameter, start, length, {"master" | "exp_avg" | "exp_avg_sq": flat float32 view}) of this rank's
-        share.
+        """Yields (parameter, start, length, {MASTER or one of MOMENTS: flat float32 view}) of this rank's share.
 
         start and length count the parameter's elements, row-major. The views are live: a checkpoint is read into them.
         Parameters without elements on this rank are left out.
         """
         for index, flat in enumerate(self.single_partition_of_fp32_groups):
             state = self.optimizer.state[flat]
-            if "exp_avg" not in state:
+            if MOMENTS[0] not in state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(flat), torch.zeros_like(flat)
+                state |= {kind: torch.zeros_like(flat) for kind in MOMENTS}
             for parameter, start, here in self.share_slices(index):
-                moments = {kind: state[kind][here] for kind in ("exp_avg", "exp_avg_sq")}
-                yield parameter, start, here.stop - here.start, {"master": flat.detach()[here]} | moments
+                moments = {kind: state[kind][here] for kind in MOMENTS}
+                yield parameter, start, here.stop - here.start, {MASTER: flat.detach()[here]} | moments
+
+    def state_shards(self) -> list[TensorShard]:
+        """Returns the state in fragments(). Parts of one named tensor have a shard each."""
+        return [
+            parameter_shard(kind, parameter, start, view)
+            for parameter, start, _, views in self.fragments()
+            for kind, view in views.items()
+        ]
+
+    def names_of_copies(self) -> set[str]:
+        """Returns the parameters of which this rank has a copy, and tensor rank 0 the one that counts."""
+        return {place_of(p).name for p, *_ in self.fragments() if not is_counted_copy(p, self.mesh.tensor.rank)}
 
     def step_counters(self) -> list[torch.Tensor]:
         """Returns the live step counters of AdamW's groups."""
@@ -110,3 +123,10 @@ class ZeroState(DeepSpeedZeroOptimizer):
             flat.grad.mul_(gradient_scale)
         self.optimizer.step()
         self.refresh_weights()
+
+
+def parameter_shard(kind: str, parameter: nn.Parameter, start: int, flat: torch.Tensor) -> TensorShard:
+    """Returns elements [start, start + len(flat)) of a parameter as a shard of its named tensor."""
+    place = place_of(parameter)
+    rectangles = flat_rectangles(tuple(parameter.shape), flat, start, place.offset or None)
+    return TensorShard(kind, place.name, place.whole, rectangles)

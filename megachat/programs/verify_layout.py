@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from megachat.checkpoint.index import read_index
+from megachat.checkpoint.index import by_tensor, read_index
 from megachat.checkpoint.storage import load_checkpoint, save_rectangles
 from megachat.config import Config
 from megachat.convert.architecture import weight_shapes
@@ -25,8 +25,9 @@ from megachat.errors import UserError
 from megachat.files import write_json
 from megachat.job.join import start_mesh
 from megachat.model.parameters import starting_value
-from megachat.parallel.rectangles import TensorShard, flat_rectangles
-from megachat.place import Place, is_counted_copy, place_of
+from megachat.parallel.rectangles import TensorShard
+from megachat.parallel.zero_state import parameter_shard
+from megachat.place import Place
 from megachat.planning.layouts import layout_name
 from megachat.planning.plan import resolve_without_text
 from megachat.programs.verify_config import VERIFY_STEPS, verification_config
@@ -91,32 +92,6 @@ def related_rows(step: int, rows: int, tokens: int, vocab_size: int) -> torch.Te
     return (torch.randint(0, vocab_size, (rows, 1), generator=generator) + steps.cumsum(1)) % vocab_size
 
 
-def gradient_pieces(training: TrainingModel) -> dict:
-    """Copies this rank's part of the step's mean gradients as named rectangles; for `inspect_gradients` of
-    train.step.update. Over all ranks, each element exists once."""
-    shares, row_gradients = training.engine.adamw.gradient_shares(), training.rows.gradient_shards()
-    pieces = _live_gradients(training, shares, row_gradients)
-    copies = _names_of_copies(training)
-    return _copied({name: piece for name, piece in pieces.items() if name not in copies})
-
-
-def _live_gradients(training: TrainingModel, shares: list[torch.Tensor], row_gradients: list[TensorShard]) -> dict:
-    """Returns this rank's mean gradients as named rectangles. Muon's are live; AdamW's and those of rows are views of
-    the arguments.
-    """
-    pieces: dict[str, tuple] = {}
-    for _, name, whole, rectangles in training.muon.gradient_shards():
-        pieces[name] = (tuple(whole), rectangles)
-    for _, name, shape, rectangles in row_gradients:
-        pieces[name] = (shape, rectangles)
-    for index, share in enumerate(shares):
-        for parameter, begin, here in training.engine.adamw.share_slices(index):
-            where = place_of(parameter)
-            rectangles = flat_rectangles(tuple(parameter.shape), share[here], begin, where.offset or None)
-            pieces.setdefault(where.name, (where.whole, []))[1].extend(rectangles)
-    return pieces
-
-
 def _live_weights(training: TrainingModel) -> dict:
     return {name.removeprefix("model/"): p for name, p in state_pieces(training).items() if name.startswith("model/")}
 
@@ -128,10 +103,13 @@ def _copied(pieces: dict) -> dict:
     }
 
 
-def _names_of_copies(training: TrainingModel) -> set[str]:
-    """Returns the names of the parameters of which this rank has a copy, and tensor rank 0 the one that counts."""
-    fragments, rank = training.engine.adamw.fragments(), training.mesh.tensor.rank
-    return {place_of(parameter).name for parameter, *_ in fragments if not is_counted_copy(parameter, rank)}
+def shards_of_shares(training: TrainingModel, shares: list[torch.Tensor]) -> list[TensorShard]:
+    """Returns the gradients in shares of ZeroState.gradient_shares() as views of them."""
+    return [
+        parameter_shard("gradient", parameter, start, share[here])
+        for index, share in enumerate(shares)
+        for parameter, start, here in training.engine.adamw.share_slices(index)
+    ]
 
 
 def run_rank(config: Config, vocab_size: int, device: torch.device, folder: Path, reference: Path | None) -> None:
@@ -144,7 +122,7 @@ def run_rank(config: Config, vocab_size: int, device: torch.device, folder: Path
     plan = resolve_without_text(config, mesh.world.size, vocab_size)
     training = build_training_model(config, plan, mesh, torch.ones(vocab_size, dtype=torch.int64))
     warm_up(training)
-    copies = _names_of_copies(training)
+    copies = training.engine.adamw.names_of_copies()
     for step in range(VERIFY_STEPS):
         pieces: dict[str, tuple] = {}
 
@@ -154,7 +132,8 @@ def run_rank(config: Config, vocab_size: int, device: torch.device, folder: Path
 
         def replace_gradients(step=step, keep=keep) -> None:
             shares, row_gradients = training.engine.adamw.gradient_shares(), training.rows.gradient_shards()
-            gradients = _live_gradients(training, shares, row_gradients)
+            shards = training.muon.gradient_shards() + row_gradients + shards_of_shares(training, shares)
+            gradients = by_tensor((shard.name, shard) for shard in shards)  # live for Muon, else views of the copies
             keep("gradient", _copied(gradients))
             if reference:
                 load_checkpoint(reference / str(step), {f"gradient/{name}": piece for name, piece in gradients.items()})

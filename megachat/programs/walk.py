@@ -196,7 +196,7 @@ def _replacements() -> dict[tuple[object, str], Callable]:
         (nn.Module, "to"): lambda module, *args, **options: module,  # fake tensors cannot be swapped
         (stage_module, "require_whole_model"): lambda *args: None,
         (build, "agreed_head_chunk"): lambda config, plan, mesh, dtype: head_chunk_bytes(config, plan, dtype),
-        (build, "RowTables"): _EvenRowTables,
+        (stage_module, "RowTables"): _EvenRowTables,
         # a number, because any comparison with a fake norm is true
         (ZeroAdamW, "apply"): lambda adamw, norm, apply=ZeroAdamW.apply: apply(adamw, 1.0),
         (F, "rms_norm"): rms_norm,

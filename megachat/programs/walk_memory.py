@@ -3,21 +3,14 @@ optimizers by use. The kernels here keep what those of a GPU keep.
 """
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
-from megachat.optim.row_update import MASTER
+from megachat.parallel.rectangles import MASTER
 from megachat.train.build import TrainingModel
-
-
-def _tensors(values: Iterable) -> Iterator[torch.Tensor]:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -33,8 +26,8 @@ class LiveBytes(TorchDispatchMode):
         result = func(*args, **kwargs)
         if func.is_view:  # makes no storage
             return result
-        given = {tensor.untyped_storage()._cdata for tensor in _tensors((*args, *kwargs.values()))}
-        for tensor in _tensors((result,)):
+        given = {tensor.untyped_storage()._cdata for tensor in filter(torch.is_tensor, tree_iter((args, kwargs)))}
+        for tensor in filter(torch.is_tensor, tree_iter(result)):
             if tensor.untyped_storage()._cdata not in given:
                 self._count(tensor.untyped_storage())
         return result
@@ -99,12 +92,9 @@ def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
 
 def state_bytes(training: TrainingModel) -> dict[str, int]:
     """Returns the bytes of a rank's weights, masters and moments."""
-    muon = training.muon.state_tensors()
-    masters, moments = muon["master"], muon["momentum"] + muon["second_moment"]
-    for _, _, _, state in training.engine.adamw.fragments():
-        masters.append(state["master"])
-        moments += [state["exp_avg"], state["exp_avg_sq"]]
-    for kind, _, _, rectangles in training.rows.state_shards():
+    muon = training.muon.state_tensors()  # with the padding of buckets
+    masters, moments = muon[MASTER], muon["momentum"] + muon["second_moment"]
+    for kind, _, _, rectangles in training.rows.state_shards() + training.engine.adamw.state_shards():
         (masters if kind == MASTER else moments).extend(tensor for *_, tensor in rectangles)
     weights = storages(training.layers.parameters())
     return {

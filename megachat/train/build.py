@@ -29,7 +29,7 @@ from megachat.optim.partition import MuonPartition
 from megachat.optim.row_tables import RowTables
 from megachat.parallel.build import build_engine, build_loss_scaler, build_module
 from megachat.parallel.collectives import all_gather_objects
-from megachat.parallel.engine import Engine
+from megachat.parallel.engine import Engine, ZeroAdamW
 from megachat.parallel.mesh import Mesh
 from megachat.parallel.tensor import vocabulary_part
 from megachat.place import place_of
@@ -59,6 +59,11 @@ class TrainingModel:
     dtype_reason: str
     kernels: Kernels
     graph: UpdateGraph | None  # of the optimizers, with precision.optimizer_graph
+
+    @property
+    def optimizers(self) -> dict[str, MuonPartition | RowTables | ZeroAdamW]:
+        """Returns the optimizers by Group.optimizer, which names their state in checkpoints."""
+        return {"muon": self.muon, "rows": self.rows, "adamw": self.engine.adamw}
 
 
 @dataclass(frozen=True)

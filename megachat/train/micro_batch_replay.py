@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from megachat.device import random_states, restore_random_states
 from megachat.kernels.bit_hash import bits_differ
 from megachat.parallel.instructions import BACKWARD
 from megachat.parallel.mesh import Mesh
@@ -115,23 +116,18 @@ def _buffers(run: TrainingModel) -> Results:
 
 
 def _random_states(device: torch.device) -> Results:
-    states = {"random numbers (cpu)": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["random numbers (cuda)"] = torch.cuda.get_rng_state(device)
-    return states
+    return {f"random numbers ({kind})": state for kind, state in random_states(device).items()}
 
 
 @torch.no_grad()
 def _restore(run: TrainingModel, state: Results) -> None:
     """Forgets the gradients of a pass and restores the state before it."""
-    run.engine.adamw.discard_gradients()
-    run.muon.discard_gradients()
-    run.rows.discard_gradients()
+    for optimizer in run.optimizers.values():
+        optimizer.discard_gradients()
     for name, buffer in _buffers(run).items():
         buffer.copy_(state[f"buffer {name}"])
-    torch.set_rng_state(state["random numbers (cpu)"])
-    if run.mesh.device.type == "cuda":
-        torch.cuda.set_rng_state(state["random numbers (cuda)"], run.mesh.device)
+    kinds = {"cpu", run.mesh.device.type}
+    restore_random_states({kind: state[f"random numbers ({kind})"] for kind in kinds}, run.mesh.device)
 
 
 def _run_once(run: TrainingModel, micro_batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[Results, Sent]:

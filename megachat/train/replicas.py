@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from megachat.kernels.bit_hash import bit_hash
-from megachat.optim.row_update import MASTER
 from megachat.parallel.collectives import all_reduce
 from megachat.parallel.mesh import Axis
+from megachat.parallel.rectangles import MASTER, MOMENTS
 from megachat.place import is_tensor_shard
 from megachat.train.build import TrainingModel
 from megachat.train.corruption import MAX_TENSORS, corrupted, on_any_rank, parameter_name
@@ -127,7 +127,7 @@ def _adamw_state(run: TrainingModel) -> Copies:
     mesh = run.mesh
     names = [parameter_name(p) for p in run.layers.parameters() if mesh.tensor.size > 1 and not is_tensor_shard(p)]
     shares = {parameter_name(p): (begin, length, state) for p, begin, length, state in run.engine.adamw.fragments()}
-    kinds, copies, spans = (MASTER, "exp_avg", "exp_avg_sq"), dict[str, torch.Tensor](), list[int]()
+    kinds, copies, spans = (MASTER, *MOMENTS), dict[str, torch.Tensor](), list[int]()
     nothing = torch.empty(0, device=mesh.device)
     for name in names:
         begin, length, state = shares.get(name, (0, 0, {}))

@@ -14,9 +14,9 @@ from megachat.model.ngram import NgramTable
 from megachat.model.parameters import initialize, placed_parameters
 from megachat.optim.groups import betas_of, group_of
 from megachat.optim.row_tables import RowTable, RowTables
-from megachat.optim.row_update import MASTER
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.mesh import Mesh
+from megachat.parallel.rectangles import MASTER
 from megachat.parallel.tensor import apply_tensor
 from megachat.place import Place, place_of, set_place
 from megachat.planning.plan import Plan

@@ -13,19 +13,20 @@ import numpy as np
 import torch
 
 from megachat.checkpoint.facts import read_facts
+from megachat.checkpoint.index import by_tensor, state_name
 from megachat.checkpoint.save import remove_old_checkpoints, save_checkpoint
 from megachat.checkpoint.saver import Saver
 from megachat.config import Config
 from megachat.data.loader_state import combined_ledger, save_loader_state
 from megachat.data.packing import saving_rank, streams_of_rank
 from megachat.data.tokenizer import Tokenizer
+from megachat.device import random_states, restore_random_states
 from megachat.errors import UserError
 from megachat.files import CHECKPOINTS, LOADER, RANDOM
 from megachat.job.join import random_seed
 from megachat.parallel.collectives import all_gather_objects
 from megachat.parallel.mesh import Axis
-from megachat.parallel.rectangles import RectanglesByName, flat_rectangles
-from megachat.place import is_counted_copy, place_of
+from megachat.parallel.rectangles import RectanglesByName
 from megachat.planning.dimensions import saved_dimensions
 from megachat.planning.plan import Plan
 from megachat.settings import NgramConfig
@@ -96,20 +97,13 @@ def state_pieces(run: TrainingModel, *, replicas: bool = True) -> dict:
     Ranks of the tensor axis each hold a copy of what the axis does not cut. With replicas=False only tensor rank 0
     lists it, so that over all ranks each element is listed once.
     """
-    pieces: dict[str, tuple] = {}
-    for kind, name, shape, rectangles in run.muon.state_shards():
-        pieces["model/" + name if kind == "master" else f"muon/{name}/{kind}"] = (tuple(shape), rectangles)
-    for kind, name, whole, rectangles in run.rows.state_shards():
-        pieces["model/" + name if kind == "master" else f"rows/{name}/{kind}"] = (whole, rectangles)
-    for parameter, begin, _, views in run.engine.adamw.fragments():
-        if not (replicas or is_counted_copy(parameter, run.mesh.tensor.rank)):
-            continue
-        place = place_of(parameter)
-        for kind, view in views.items():
-            name = f"model/{place.name}" if kind == "master" else f"adamw/{place.name}/{kind}"
-            rectangles = flat_rectangles(tuple(parameter.shape), view, begin, place.offset or None)
-            pieces.setdefault(name, (place.whole, []))[1].extend(rectangles)
-    return pieces
+    copies = set() if replicas else run.engine.adamw.names_of_copies()
+    return by_tensor(
+        (state_name(optimizer, shard.name, shard.kind), shard)
+        for optimizer, state in run.optimizers.items()
+        for shard in state.state_shards()
+        if shard.name not in copies
+    )
 
 
 def checkpoint_facts(run: Run, state: LoopState) -> dict:
@@ -126,11 +120,12 @@ def checkpoint_facts(run: Run, state: LoopState) -> dict:
     }
 
 
-def save_random_state(folder: Path, run: Run, state: dict[str, Any] | None = None) -> None:
+def save_random_state(folder: Path, run: Run, state: dict[str, torch.Tensor] | None = None) -> None:
     """Writes the random numbers' state of this rank, by default the current one, into the folder of a checkpoint."""
     random_file = _random_file(folder, run.mesh.world.rank)
     random_file.parent.mkdir(exist_ok=True)
-    np.savez(random_file, **(state or _random_state(run.mesh.device)))
+    states: dict[str, Any] = state or random_states(run.mesh.device)
+    np.savez(random_file, **{kind: each.numpy() for kind, each in states.items()})
 
 
 @dataclass(frozen=True)
@@ -141,7 +136,7 @@ class SavedBeside:
     step: int
     facts: dict
     loader: dict[str, Any]
-    random: dict[str, Any]
+    random: dict[str, torch.Tensor]
     by_stream: tuple[dict, dict[int, int]]  # of this rank: the ledger, and the texts that were skipped
 
     def write(self, pieces: RectanglesByName, axis: Axis) -> Path:
@@ -178,7 +173,7 @@ def save_state(run: Run, state: LoopState, saver: Saver) -> None:
         state.step,
         checkpoint_facts(run, state),
         loader=run.loader.state(),
-        random=_random_state(run.mesh.device),
+        random=random_states(run.mesh.device),
         by_stream=(run.loader.ledger(), run.loader.skipped_texts()),
     )
     saver.begin(state_pieces(run, replicas=False), beside.write, since)
@@ -198,7 +193,8 @@ def load_state(run: Run, checkpoint: Path) -> LoopState:
     random_file = _random_file(checkpoint, run.mesh.world.rank)
     if random_file.is_file():
         with np.load(random_file) as saved:
-            _restore_random({key: saved[key] for key in saved.files}, run.mesh.device)
+            states = {kind: torch.from_numpy(saved[kind]) for kind in saved.files}
+        restore_random_states(states, run.mesh.device)
     else:  # the checkpoint was written by fewer ranks: this one starts a stream
         torch.manual_seed(random_seed(run.config.run.seed, facts["step"], run.mesh.world.rank))
     flops = {} if "training_flops" in facts["loop"] else {"training_flops": saved_flops(facts, run.plan)}
@@ -255,16 +251,3 @@ def _size_differences(saved: dict, configured: dict, prefix: str = "") -> list[s
 
 def _random_file(checkpoint: Path, rank: int) -> Path:
     return checkpoint / RANDOM / f"rank_{rank:05d}.npz"
-
-
-def _random_state(device: torch.device) -> dict[str, Any]:
-    states = {"cpu": torch.get_rng_state().numpy()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device).numpy()
-    return states
-
-
-def _restore_random(states: dict[str, np.ndarray], device: torch.device) -> None:
-    torch.set_rng_state(torch.from_numpy(states["cpu"]))
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(torch.from_numpy(states["cuda"]), device)

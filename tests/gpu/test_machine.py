@@ -9,7 +9,6 @@ from megachat.checkpoint.saver import Saver
 from megachat.doctor.installed import _torch_facts
 from megachat.doctor.rank import matrix_rates
 from megachat.parallel.work_time import WorkTime
-from megachat.train.state import _random_state, _restore_random
 from tests.gpu.fp8 import DEVICE
 from tests.unit.checkpoint.test_checkpoint import ALONE, whole
 
@@ -30,9 +29,9 @@ def test_properties_of_the_gpu(report):
 
 
 def test_random_numbers_continue():
-    before = _random_state(DEVICE)
+    before = device_module.random_states(DEVICE)
     first = torch.randn(8, device=DEVICE)
-    _restore_random(before, DEVICE)
+    device_module.restore_random_states(before, DEVICE)
     assert torch.equal(torch.randn(8, device=DEVICE), first)
 
 

@@ -11,6 +11,7 @@ import torch
 from megachat.place import place_of
 from megachat.train.step import set_schedules
 from tests.harness import run_ranks
+from tests.muon import state_bytes
 from tests.oracle import ROWS, TOKENS, train
 from tests.training import SMALL_VOCAB, build, random_rows, small_config, take_step, whole_state
 
@@ -97,7 +98,7 @@ def state_size(config):
         for t in (flat, *zero.optimizer.state[flat].values())
         if t.ndim
     )
-    return training.muon.state_bytes(), adamw, dict(training.plan.parameters)
+    return state_bytes(training.muon), adamw, dict(training.plan.parameters)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

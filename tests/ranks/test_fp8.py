@@ -10,7 +10,7 @@ import torch
 
 from megachat.evals.bpb import ValidationRows, bits_per_byte
 from megachat.place import place_of
-from megachat.programs.verify_layout import gradient_pieces, warm_up
+from megachat.programs.verify_layout import warm_up
 from megachat.train.build import build_training_model
 from megachat.train.micro_batch_replay import replay_micro_batch
 from megachat.train.replicas import compare_replicas
@@ -19,6 +19,7 @@ from tests.harness import run_ranks
 from tests.training import (
     assembled,
     build,
+    gradient_pieces,
     load_whole_state,
     random_rows,
     rows_of_rank,

@@ -18,6 +18,8 @@ from megachat.device import (
     gpu_id,
     memory_bytes,
     peak_memory_bytes,
+    random_states,
+    restore_random_states,
     synchronize,
     this_device,
 )
@@ -27,7 +29,6 @@ from megachat.errors import UserError
 from megachat.job.launch import bootstrap_environment, describe_environment
 from megachat.parallel.work_time import WorkTime
 from megachat.programs import probe
-from megachat.train.state import _random_state, _restore_random
 from tests.unit.checkpoint.test_checkpoint import ALONE, whole
 
 SOURCES, ROOT = Path(megachat.__file__).parent, Path(__file__).resolve().parents[2]
@@ -49,6 +50,8 @@ CALLS = {
         "mem_get_info": _DEVICE,
         "synchronize": _DEVICE,
         "max_memory_allocated": _DEVICE,
+        "get_rng_state": f"{HERE}test_the_random_numbers_of_a_gpu_continue",
+        "set_rng_state": f"{HERE}test_the_random_numbers_of_a_gpu_continue",
     },
     "doctor/installed.py": dict.fromkeys(
         ("is_available", "get_device_name", "device_count", "nccl.version"), f"{HERE}test_the_doctor_lists_the_gpus"
@@ -64,12 +67,6 @@ CALLS = {
     "parallel/work_time.py": {"Event": f"{HERE}test_the_time_of_work_is_that_between_events"},
     "programs/probe.py": {"device_count": f"{HERE}test_a_probe_starts_a_rank_per_gpu"},
     "programs/self_test.py": {"empty_cache": "it returns unused memory to the GPU and has no result"},
-    "train/micro_batch_replay.py": dict.fromkeys(
-        ("get_rng_state", "set_rng_state"), "as in train/state.py; tests/ranks/test_corruption.py has the CPU's"
-    ),
-    "train/state.py": dict.fromkeys(
-        ("get_rng_state", "set_rng_state"), f"{HERE}test_the_random_numbers_of_a_gpu_continue"
-    ),
 }
 
 
@@ -148,7 +145,7 @@ def test_the_random_numbers_of_a_gpu_continue(cuda):
     called = cuda(
         get_rng_state=lambda device: torch.arange(16, dtype=torch.uint8), set_rng_state=lambda state, device: None
     )
-    _restore_random(_random_state(GPU), GPU)
+    restore_random_states(random_states(GPU), GPU)
     (_, read_from), (_, state, written_to) = called
     assert (read_from, written_to, state.tolist()) == (GPU, GPU, list(range(16)))
 
