@@ -6,6 +6,8 @@ from pathlib import Path
 import megachat
 
 DEEPSPEED_VERSION = "0.19.8"  # the version that setup.py pins
+# Transformer Engine and its parts, which must have one version
+TE_PACKAGES = ("transformer_engine", "transformer_engine_torch", "transformer_engine_cu12", "transformer_engine_cu13")
 PACKAGE = Path(megachat.__file__).resolve().parent
 ROOT = PACKAGE.parent  # relative to it, files of the code have the same names on every host
 # The clone that the package is used from, None for a package that was installed without it.

@@ -35,12 +35,17 @@ def shortened(names: Iterable[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + rest
 
 
-def number_ranges(numbers: Iterable[int]) -> str:
-    """Returns sorted numbers with neighbors joined: 0, 1, 2, 5 -> "0-2,5"."""
+def neighbor_ranges(numbers: Iterable[int]) -> list[list[int]]:
+    """Returns the first and the last of each run of neighbors in sorted numbers: 0, 1, 2, 5 -> [[0, 2], [5, 5]]."""
     ranges: list[list[int]] = []
     for number in numbers:
         if ranges and number == ranges[-1][1] + 1:
             ranges[-1][1] = number
         else:
             ranges.append([number, number])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
+    return ranges
+
+
+def number_ranges(numbers: Iterable[int]) -> str:
+    """Returns sorted numbers with neighbors joined: 0, 1, 2, 5 -> "0-2,5"."""
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in neighbor_ranges(numbers))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from megachat.commands.options import Parser, add_config, add_set, importing, require_minimum, text_moved
 from megachat.errors import UserError
+from megachat.planning.dimensions import FP8_TILES
 
 
 def add_arguments(parser: Parser) -> None:
@@ -23,7 +24,7 @@ def add_arguments(parser: Parser) -> None:
     add_config(parser, required=True)
     add_set(parser, "a setting of all runs; values are JSON; repeatable")
     recipe = "default: precision.fp8 of the config, tensorwise if that is off"
-    add("--recipe", choices=["tensorwise", "blockwise"], help=f"how numbers are rounded ({recipe})")
+    add("--recipe", choices=[*FP8_TILES], help=f"how numbers are rounded ({recipe})")
     add("--steps", type=int, default=100, help="steps of each paired run (default 100; 0: no runs, products only)")
     add(
         "--baselines", type=int, default=1, choices=[1, 2], help="2: the baseline also with another seed, for the noise"

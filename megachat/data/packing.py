@@ -110,9 +110,7 @@ class StreamState:
     read_tokens: int  # of the documents that were placed or cropped
     cropped_tokens: int  # the part of read_tokens that was dropped
     ledger: bytes  # running SHA-256 of the documents that were placed or cropped
-    buffer: dict[
-        int, BufferedDocument | PostponedDocument
-    ]  # by sequence number, which counts the documents as they are read
+    buffer: dict[int, BufferedDocument | PostponedDocument]  # by sequence number, which counts documents as read
     skipped_texts: int = 0  # documents before next_document that are not UTF-8
 
 

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from megachat.data.texts import REFUSE, BadTexts, decode_texts, holds_strings, read_batches, row_location
 from megachat.errors import UserError
 from megachat.files import file_sha256, lfs_problem, list_folder, path_kind, refuse_damaged
-from megachat.text import shortened
+from megachat.text import neighbor_ranges, shortened
 
 MANIFEST = "manifest.json"
 # Marks a folder whose preparation was interrupted, so that nothing trains on half of it.
@@ -171,13 +171,8 @@ def _train_numbers(shards: list[Shard]) -> str:
     numbers = sorted(int(name[0]) for name in names[:-1] if name)
     if not numbers:
         return "no name of its train shards ends with a number"
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1][1:] = [number]
-        else:
-            runs.append([number])
-    listed = ", ".join(" to ".join(map(str, run)) for run in runs[:_LISTED]) + ", ..." * (len(runs) > _LISTED)
+    runs = [" to ".join(map(str, dict.fromkeys(run))) for run in neighbor_ranges(numbers)]
+    listed = ", ".join(runs[:_LISTED]) + ", ..." * (len(runs) > _LISTED)
     validation = f" ({int(names[-1][0])} is for validation)" if names[-1] else ""
     return f"its train shards are {listed}{validation}"
 

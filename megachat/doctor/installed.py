@@ -15,10 +15,9 @@ import sys
 from pathlib import Path
 
 from megachat.errors import summary
-from megachat.installation import ROOT
+from megachat.installation import ROOT, TE_PACKAGES
 from megachat.job.host_probe import PACKAGES, code_hashes, installed_version
 
-TE_PACKAGES = ("transformer_engine", "transformer_engine_torch", "transformer_engine_cu12", "transformer_engine_cu13")
 _OPTIONAL = ("flash-attn", "flash-attn-3", "flash-attn-4", "apex", "mpi4py", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
 _COMMAND_S = 20
 

@@ -66,6 +66,7 @@ def _attention_choices(config: Config) -> Choices:
 
 def _fp8_choices(config: Config) -> Choices:
     from megachat.kernels.choice import choose_fp8
+    from megachat.planning.dimensions import FP8_TILES
 
     device, dtype, reason = _device_and_dtype(config)
     recipe = config.precision.fp8
@@ -75,10 +76,10 @@ def _fp8_choices(config: Config) -> Choices:
         choice = choose_fp8(recipe, config.precision.fp8_backend, device, dtype, reason)
         assert choice  # it is None for "off" only
         yield "fp8", choice.backend, choice.reason
-    for recipe in ("tensorwise", "blockwise"):
+    for each in FP8_TILES:
         for backend in ("te", "torch"):
-            arguments = (recipe, backend, device, dtype, reason)
-            yield f"fp8 {recipe} {backend}", *_availability(partial(choose_fp8, *arguments))
+            arguments = (each, backend, device, dtype, reason)
+            yield f"fp8 {each} {backend}", *_availability(partial(choose_fp8, *arguments))
 
 
 def _gradient_norm_choice(config: Config) -> Choices:

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megachat.config import Config
-from megachat.doctor.installed import TE_PACKAGES
 from megachat.errors import summary
-from megachat.installation import DEEPSPEED_VERSION
+from megachat.installation import DEEPSPEED_VERSION, TE_PACKAGES
 
 # The oldest Linux driver for each CUDA major version (NVIDIA CUDA Compatibility, minor version compatibility).
 _OLDEST_DRIVER: dict[int, tuple[int, ...]] = {12: (525, 60), 13: (580,)}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megachat.errors import UserError
 from megachat.evals.core_bundle import CORE_TASKS
-from megachat.evals.results import CROPPED, error_text, load_results, newest_results
+from megachat.evals.results import CROPPED, CROPPED_LINE, error_text, load_results, newest_results
 from megachat.evals.uncertainty import (
     CONFIDENCE,
     GPT2_CORE,
@@ -187,7 +187,7 @@ def gpt2_lines(comparison: dict) -> list[str]:
         f"{error_text(comparison['deviation'], digits=6)}",
         f"against GPT-2's {GPT2_CORE}: {comparison['verdict']['text']}",
     ]
-    lines += [f"{CROPPED}, which nanochat does not do"] if comparison["crop"] else []
+    lines += [CROPPED_LINE] if comparison["crop"] else []
     lines += [] if comparison["whole"] else ["not all examples were evaluated: not the full metric"]
     return [*lines, *_warning_lines(comparison)]
 

@@ -30,6 +30,7 @@ RESULTS_FORMAT = "megachat-evaluation-1"
 HARNESS_VERSION = 1
 _program = functools.cache(version_text)
 CROPPED = "prompts are cropped to the model's sequence_len"
+CROPPED_LINE = f"{CROPPED}, which nanochat does not do"
 
 
 def results_path(run_folder: Path, step: int, *, in_training: bool = False) -> Path:
@@ -241,7 +242,7 @@ def _control_lines(section: dict) -> list[str]:
 
 def _notes(section: dict) -> list[str]:
     """Returns lines of text about the questions that need explanation."""
-    lines = [f"{CROPPED}, which nanochat does not do"] if section["crop"] else []
+    lines = [CROPPED_LINE] if section["crop"] else []
     for key, what in (
         ("left_out", "do not fit the model and are left out: not the full metric"),
         ("ambiguous", "have equal or empty choices; they are scored as in nanochat"),

@@ -15,18 +15,18 @@ from torch import nn
 
 from megachat.device import compute_capability
 from megachat.errors import summary
+from megachat.installation import TE_PACKAGES
 from megachat.kernels.attention import attention
 from megachat.kernels.linear import Product
 from megachat.kernels.uncompiled import uncompiled
 from megachat.planning.dimensions import FP8_TILES, check_fp8_multiples
 
 OLDEST = (2, 9)  # the first version with `autocast`; the code was written against 2.20.2
-_PACKAGES = ("transformer_engine", "transformer_engine_torch", "transformer_engine_cu12", "transformer_engine_cu13")
 
 
 def te_version() -> str | None:
     """Returns the installed version, or None."""
-    return _package_versions().get(_PACKAGES[0])
+    return _package_versions().get(TE_PACKAGES[0])
 
 
 def te_problem(device: torch.device, recipe: str | None = None) -> str | None:
@@ -36,12 +36,12 @@ def te_problem(device: torch.device, recipe: str | None = None) -> str | None:
     if device.type != "cuda":
         return "this machine has no CUDA device"
     versions = _package_versions()
-    if _PACKAGES[0] not in versions:
+    if TE_PACKAGES[0] not in versions:
         return "the package transformer_engine is not installed"
     if len(set(versions.values())) > 1:
         listed = ", ".join(f"{name} {version}" for name, version in versions.items())
         return f"its packages must have one version, but these are installed: {listed}"
-    version = versions[_PACKAGES[0]]
+    version = versions[TE_PACKAGES[0]]
     if tuple(int(number) for number in version.split(".")[:2]) < OLDEST:
         return f"transformer_engine {version} is older than {OLDEST[0]}.{OLDEST[1]}"
     try:
@@ -64,7 +64,7 @@ def te_attention_problem(device: torch.device) -> str | None:
 
 def _package_versions() -> dict[str, str]:
     versions = {}
-    for package in _PACKAGES:
+    for package in TE_PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package).partition("+")[0]
     return versions

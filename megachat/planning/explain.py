@@ -27,7 +27,7 @@ def describe_config(config: Config) -> str:
 def describe_plan(plan: Plan) -> str:
     """Returns every derived number with its formula, one per line."""
     lines = ["plan"]
-    for name, value in _fields(plan).items():
+    for name, value in vars(plan).items():
         if name == "dims":
             sizes = _sizes(value)
             lookup, ngram = sizes.pop("lookup"), sizes.pop("ngram")
@@ -107,7 +107,7 @@ def _reliability_warnings(config: Config, plan: Plan) -> list[str]:
 
 def plan_values(plan: Plan) -> dict:
     """Returns the plan as JSON values."""
-    values = {name: dict(value) if isinstance(value, Mapping) else value for name, value in _fields(plan).items()}
+    values = {name: dict(value) if isinstance(value, Mapping) else value for name, value in vars(plan).items()}
     return values | {"dims": _sizes(plan.dims), "layout": dataclasses.asdict(plan.layout)}
 
 
@@ -117,10 +117,6 @@ def _sizes(dims: Dimensions) -> dict:
     if sizes["lookup"]:
         del sizes["lookup"]["rows_per_token"]
     return sizes
-
-
-def _fields(value) -> dict:
-    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
 
 
 def _number_lines(prefix: str, values: Mapping[str, object], why: Mapping[str, str]) -> list[str]:

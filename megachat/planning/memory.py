@@ -26,9 +26,10 @@ from megachat.planning.dimensions import (
 )
 from megachat.planning.plan import Plan, stream_tokens
 from megachat.planning.row_tables import row_bytes
-from megachat.planning.stage_state import StageState, StateCount, stage_parameters, stage_state
+from megachat.planning.stage_state import StageState, StateCount, stage_state
 
 FILLS = 0.92  # share of a device's memory that a run can use; CUDA, NCCL and gaps between tensors take the rest
+MEMORY_USES = ("weights", "masters", "moments", "gradients", "activations", "workspace")  # what Memory.total is
 _LOOKUP_WORKSPACE_BYTES = 64 << 20  # of the kernel, whose tests hold it below this
 _NEWTON_SCHULZ_BYTES = 24  # per element of the matrix at work: float32 copies, factors of the iteration
 
@@ -120,8 +121,7 @@ def _stage_memory(
     forward += 4 * state.largest_adamw  # DeepSpeed's reduction buffer
     if narrow and data > 1:  # gradients of two buckets on the wire, as sent and as received
         forward += 2 * 2 * 2 * data * state.largest_shard
-    parameters = stage_parameters(plan.dims, plan.stages[stage], dtype) if plan.dims.ngram else []
-    rows = row_bytes(config, plan, parameters, dtype)
+    rows = row_bytes(config, plan, stage, dtype)
     update = _muon_workspace(state, narrow)
     # a CUDA graph keeps its memory, and AdamW's gradients are copied to where it reads them
     kept = update + 4 * state.adamw_shard if config.precision.optimizer_graph else 0
@@ -184,7 +184,7 @@ def kept_bytes_per_block(
     for names in same_input:
         columns = shapes[names[0]][1]
         # one tensor for all; the input of attn.c_proj is attention's result. Gates multiply a part of it without FP8
-        gated = names[0] == "attn.c_q" and _has_gates(dims, block)
+        gated = names[0] == "attn.c_q" and (dims.has_value_embedding(block) or dims.has_ngram(block))
         if names != ("attn.c_proj",) and (gated or not rounded.issuperset(names)):
             kept += tokens * columns * itemsize
         for name in rounded.intersection(names):  # one byte per number of input and weight
@@ -192,11 +192,6 @@ def kept_bytes_per_block(
     if dims.lookup and dims.has_lookup(block):
         kept += _lookup_kept(dims, dims.lookup, tokens, local, itemsize, tensor, fp8)
     return kept
-
-
-def _has_gates(dims: Dimensions, block: int) -> bool:
-    """Returns whether the block gates a value embedding or n-gram values by the input of attention."""
-    return dims.has_value_embedding(block) or bool(dims.ngram and dims.has_ngram(block))
 
 
 def _kept_ngram_bytes(dims: Dimensions, block: int, tokens: int, itemsize: int, kv_heads: int, fp8: str) -> int:
@@ -333,8 +328,7 @@ def _muon_workspace(state: StageState, narrow: bool) -> int:
 def describe_memory(stages: list[Memory], device_bytes: int | None) -> str:
     """Returns one line: the fullest rank, its memory by use, and the device's memory if it is known."""
     fullest = max(stages, key=lambda stage: stage.total)
-    kinds = ("weights", "masters", "moments", "gradients", "activations", "workspace")
-    parts = ", ".join(f"{kind} {format_bytes(getattr(fullest, kind))}" for kind in kinds)
+    parts = ", ".join(f"{use} {format_bytes(getattr(fullest, use))}" for use in MEMORY_USES)
     where = f" on stage {fullest.stage}, the fullest" if len(stages) > 1 else ""
     device = f"; the device has {format_bytes(device_bytes)}" if device_bytes else ""
     host, wire = max(stage.host for stage in stages), max(stage.wire for stage in stages)

@@ -9,6 +9,7 @@ from megachat.config import Config
 from megachat.errors import UserError
 from megachat.planning.memory import FILLS, Memory, format_bytes, memory_of_stages
 from megachat.planning.plan import Plan, resolve_plan
+from megachat.settings.training import RECOMPUTE
 
 
 def memory_warning(
@@ -50,7 +51,7 @@ def memory_warning(
 def lighter_settings(config: Config, plan: Plan) -> list[tuple[str, str, object]]:
     """Returns (section, key, value) of the settings that need less memory, the cheapest in time first."""
     fewer = [rows for rows in range(plan.micro_rows // 2, 0, -1) if plan.micro_rows % rows == 0]
-    recompute = {"none": ("selective", "block"), "selective": ("block",), "block": ()}[config.batch.recompute]
+    recompute = RECOMPUTE[RECOMPUTE.index(config.batch.recompute) + 1 :]
     return [
         *(("batch", "micro_rows", rows) for rows in fewer),
         *(("batch", "recompute", kind) for kind in recompute),

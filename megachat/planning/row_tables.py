@@ -4,16 +4,17 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from megachat.config import Config
 from megachat.device import gradient_wire
 from megachat.model.gpt import ModelOptions
 from megachat.optim.groups import group_of
 from megachat.optim.row_tables import ROWS_PER_UPDATE
-from megachat.optim.row_update import MASTER, row_state_shapes
+from megachat.optim.row_update import row_state_shapes
+from megachat.parallel.rectangles import MASTER
 from megachat.place import place_of
 from megachat.planning.plan import Plan
+from megachat.planning.stage_state import stage_parameters
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,14 @@ class RowBytes:
     on_host: bool = False
 
 
-def row_bytes(config: Config, plan: Plan, parameters: list[nn.Parameter], dtype: torch.dtype) -> RowBytes:
-    """Returns the bytes for a stage's whole (uncut) parameters. dtype: of activations."""
+def row_bytes(config: Config, plan: Plan, stage: int, dtype: torch.dtype) -> RowBytes:
+    """Returns the bytes of a stage. dtype: of activations."""
     layout, settings = plan.layout, config.ngram
     ranks, tokens = layout.data * layout.tensor, plan.micro_tokens
     row_bytes_sent = ModelOptions(compute_dtype=dtype).table_dtype.itemsize
     gradient_bytes_sent = gradient_wire(config.optimizer.gradient_wire, dtype).itemsize
     masters = moments = gradients = largest = wire = update = 0
+    parameters = stage_parameters(plan.dims, plan.stages[stage], dtype) if plan.dims.ngram else ()
     for parameter in parameters:
         place = place_of(parameter)
         if group_of(place.name).optimizer != "rows":

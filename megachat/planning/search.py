@@ -20,18 +20,14 @@ from megachat.planning.sizes import resolve_dimensions
 from megachat.planning.speeds import Speeds
 from megachat.planning.stage_state import estimated_stage_state, stage_state
 from megachat.planning.step_time import StepTime, planned_dtype, predict_step, speeds_of
+from megachat.settings.training import RECOMPUTE
 
 SEARCHED = (
-    "parallel.tensor",
-    "parallel.pipeline",
-    "parallel.sequence",
-    "batch.micro_rows",
-    "batch.recompute",
-    "precision.fp8",
+    *("parallel.tensor", "parallel.pipeline", "parallel.sequence"),
+    *("batch.micro_rows", "batch.recompute", "precision.fp8"),
 )
 MOST_NODES = 64
 SURELY = 0.85  # of what is usable: below it, the exact count fits too, although the estimate has smaller Muon buckets
-_RECOMPUTE = ("none", "selective", "block")  # each needs less memory and more time than the one before
 _MICRO_ROWS = (1, 2, 4, 8, 16, 32, 64)  # and what divides a batch that is no power of two
 
 
@@ -129,7 +125,7 @@ def search(
 
 def _order(candidate: Candidate) -> tuple:
     layout, config = candidate.plan.layout, candidate.config
-    kind = _RECOMPUTE.index(config.batch.recompute)
+    kind = RECOMPUTE.index(config.batch.recompute)
     rest = layout.tensor, layout.pipeline, config.parallel.sequence, kind, -candidate.plan.micro_rows
     return candidate.step.total, *rest, config.precision.fp8
 
@@ -158,7 +154,7 @@ def _variants(config: Config, tensor: int, pipeline: int, free: frozenset[str], 
     if "precision.fp8" in free and "float8" in machine.gpu.flops and precision.compute in ("auto", "bfloat16"):
         fp8 = ["off", "tensorwise"]
     sequences = [False, *([True] if tensor > 1 else [])] if "parallel.sequence" in free else [parallel.sequence]
-    kinds = _RECOMPUTE if "batch.recompute" in free else (batch.recompute,)
+    kinds = RECOMPUTE if "batch.recompute" in free else (batch.recompute,)
     axes = [
         parallel.model_copy(update={"tensor": tensor, "pipeline": pipeline, "sequence": sequence})
         for sequence in sequences

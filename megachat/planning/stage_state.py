@@ -102,7 +102,7 @@ def _even_state(dims: Dimensions, layers: tuple[int, int], data: int, tensor: in
     tables, grid = adamw_tables(dims, *layers, tensor), data * tensor
     values, head = sum(tables["value_embedding"]), sum(tables["unembedding"])
     elements, largest = sum(map(sum, tables.values())), max(map(max, filter(None, tables.values())), default=0)
-    table_bytes = 4 if dtype == torch.float16 else dtype.itemsize
+    table_bytes = ModelOptions(compute_dtype=dtype).table_dtype.itemsize
     matrices = stage_matrices(dims, *layers)
     sizes = [rows * columns for rows, columns in matrices]
     shards, largest_matrix = -(-sum(sizes) // grid), max(sizes, default=0)

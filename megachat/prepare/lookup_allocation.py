@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 
@@ -19,8 +19,8 @@ from megachat.data.tokenizer import Tokenizer
 from megachat.errors import UserError, raise_if_unreadable, summary
 from megachat.files import write_atomically
 from megachat.prepare.tokenizer_training import read_texts
+from megachat.settings.model import AllocationMethod
 
-Method = Literal["lzw", "lzw_published", "frequency", "uniform"]
 _FORMAT = 1
 
 
@@ -102,7 +102,7 @@ class Allocation:
     fingerprint of the tokenizer whose ids these are.
     """
 
-    method: Method
+    method: AllocationMethod
     rows_per_token: np.ndarray
     token_counts: np.ndarray
     tokenizer: str
@@ -139,7 +139,7 @@ def sample_documents(
 
 
 def allocate(
-    method: Method,
+    method: AllocationMethod,
     documents: Iterable[Sequence[int] | np.ndarray],
     tokenizer: Tokenizer,
     rows: int,
@@ -197,7 +197,8 @@ def load_allocation(path: str | Path, tokenizer: Tokenizer) -> Allocation:
         rows = np.array(content["rows_per_token"], dtype=np.int32)
         counts = np.array(content["token_counts"], dtype=np.int64)
         allocation = Allocation(method, rows, counts, fingerprint)
-        intact = method in get_args(Method) and allocation.hash == content["hash"] and rows.shape == counts.shape
+        known = method in get_args(AllocationMethod)
+        intact = known and allocation.hash == content["hash"] and rows.shape == counts.shape
     except OSError as error:
         raise_if_unreadable(path, error)
         raise UserError(f"there is no lookup allocation {path}: make it with megachat lookup --out {path}") from None

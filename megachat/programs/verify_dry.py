@@ -18,7 +18,6 @@ from megachat.planning.layouts import layout_name
 from megachat.planning.memory import memory_of_stages
 from megachat.planning.plan import Layout, Plan, resolve_without_text
 from megachat.planning.row_tables import row_bytes
-from megachat.planning.stage_state import stage_parameters
 from megachat.planning.step_time import planned_dtype
 from megachat.programs.verify_config import on_layout
 from megachat.programs.walk import Walk, walk
@@ -144,10 +143,9 @@ def planned_memory(config: Config, plan: Plan, stage: int) -> dict[str, float]:
     """
     dtype = DTYPES[planned_dtype(config)]
     memory = memory_of_stages(config, plan, dtype)[stage]
-    parameters = stage_parameters(plan.dims, plan.stages[stage], dtype) if plan.dims.ngram else []
     return {
         "state": memory.state + memory.host,
-        "gradients": memory.gradients - row_bytes(config, plan, parameters, dtype).gradients,
+        "gradients": memory.gradients - row_bytes(config, plan, stage, dtype).gradients,
         "activations": memory.activations,
         "peak": memory.total + memory.host,
     }

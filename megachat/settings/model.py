@@ -8,6 +8,8 @@ from megachat import config_checks
 from megachat.config_checks import TOKENS, WIDTH, Most, Section, setting
 from megachat.planning.dimensions import LARGEST_ORDER, NORM_EPSILON, NORMS, QK_SCALE, ROTARY_BASE, Norm
 
+AllocationMethod = Literal["lzw", "lzw_published", "frequency", "uniform"]
+
 
 class ModelConfig(Section):
     """Sizes of the model; nearly all follow from depth."""
@@ -74,7 +76,7 @@ class LookupConfig(Section):
         None, "channels between W_up and W_mix; null: 4 per channel of the model", ge=1, most=WIDTH
     )
     tied: bool = setting(True, "one table serves as keys and as values")
-    allocation: Literal["lzw", "lzw_published", "frequency", "uniform"] = setting(
+    allocation: AllocationMethod = setting(
         "lzw",
         "how rows are allocated to tokens, from a sample of the training text; lzw_published: with the paper's scan",
     )

@@ -1,10 +1,13 @@
 """Settings of the training: data, batch, horizon, optimizer."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
 from megachat.config_checks import BATCH, MOMENT, RANKS, RATE, STEPS, THREADS, Most, Section, setting
+
+_Recompute = Literal["none", "selective", "block"]
+RECOMPUTE: tuple[_Recompute, ...] = get_args(_Recompute)  # each needs less memory and more time than the one before
 
 
 class DataConfig(Section):
@@ -51,7 +54,7 @@ class BatchConfig(Section):
     accumulation: int | None = setting(
         None, "micro-batches per step; null: solved from the other two", ge=1, most=BATCH
     )
-    recompute: Literal["none", "selective", "block"] = setting(
+    recompute: _Recompute = setting(
         "none", "what a block recomputes in the backward pass instead of keeping: nothing, its MLP, or all"
     )
 

@@ -12,12 +12,10 @@ from megachat.errors import UserError
 from megachat.planning.hardware import known_gpu, parse_gpus
 from megachat.planning.manifest import Ownership, ownership
 from megachat.planning.memory import Memory, memory_of_stages
-from megachat.planning.plan import resolve_without_text
+from megachat.planning.plan import Layout, resolve_without_text
 from megachat.planning.probe import read_probe
 from megachat.planning.step_time import RunTime, predict_run
 from megachat.studies.runs import RunRecord, newest_start, read_starts
-
-MEMORY_KINDS = ("weights", "masters", "moments", "gradients", "activations", "workspace")
 
 
 @dataclass(frozen=True)
@@ -44,8 +42,7 @@ def predict(run: RunRecord, probe: Path | None = None) -> Predicted:
     """
     start = newest_start(run.folder)
     config = config_from_values(dict(run.config), str(run.folder))
-    layout: dict[str, int] = run.plan["layout"]
-    world = layout["data"] * layout["tensor"] * layout["pipeline"]
+    world = Layout(**run.plan["layout"]).world
     # rows of lookup tables are allocated as an example: what a rank holds does not depend on it
     plan = resolve_without_text(config, world, run.plan["dims"]["vocab_size"])
     name = str(start.get("compute_dtype", "torch.float32")).removeprefix("torch.")

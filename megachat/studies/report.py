@@ -14,8 +14,9 @@ from megachat.activity import duration
 from megachat.errors import UserError, summary
 from megachat.evals.results import CORE_COLUMNS, core_lines, core_rows, find_newest_results, load_results
 from megachat.files import REPORT_NAME, SAMPLES, list_folder, write_atomically
+from megachat.planning.memory import MEMORY_USES
 from megachat.studies.comparison import compare_curves, curve_lines
-from megachat.studies.predicted import MEMORY_KINDS, Predicted, predicted_run_rows, try_predict, wall_clock
+from megachat.studies.predicted import Predicted, predicted_run_rows, try_predict, wall_clock
 from megachat.studies.report_figures import (
     bar_figure,
     curve_figure,
@@ -208,7 +209,7 @@ def _predicted(run: RunRecord, predicted: Predicted | None, why: str, price: flo
     steps, peaks = run.values("train/dt"), run.values("train/peak_memory_bytes")
     rows = predicted_run_rows(predicted, run, statistics.median(steps) if steps else None, price)
     origin = f"time by the {predicted.source}" if predicted.time else f"time {predicted.source}"
-    uses = [{kind: getattr(stage, kind) for kind in MEMORY_KINDS} for stage in predicted.memory]
+    uses = [{use: getattr(stage, use) for use in MEMORY_USES} for stage in predicted.memory]
     figure = memory_figure(uses, max(peaks) if peaks and predicted.on_gpu else None)
     process = "" if predicted.on_gpu else " The measured memory is the whole process's, with python and torch."
     text = f"<p>Memory is counted from config and layout; {html.escape(origin)}.{process}</p>"

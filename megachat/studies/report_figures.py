@@ -7,6 +7,7 @@ from typing import Any
 
 from megachat.errors import UserError
 from megachat.planning.layouts import describe_layout
+from megachat.planning.plan import Layout
 from megachat.settings import LogConfig
 from megachat.studies.curves import AXES
 from megachat.studies.runs import RunRecord
@@ -184,7 +185,7 @@ def owner_figure(owners: Sequence[Any], layout: Mapping[str, int], layers: int) 
     """Returns ranks x layers: how many matrices each rank orthogonalizes in each layer, with their names under the
     pointer; None if there are none or more ranks than can be seen. owners: of the manifest, layers: embedding and head
     included."""
-    world = layout["data"] * layout["tensor"] * layout["pipeline"]
+    world = Layout(**layout).world
     names: dict[tuple[int, int], list[str]] = {}
     for line in owners:
         if line.owner is not None:

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from megachat.config import Config
 from megachat.errors import UserError
 from megachat.planning.dimensions import saved_dimensions
-from megachat.planning.plan import Plan, resolve_plan
+from megachat.planning.plan import Layout, Plan, resolve_plan
 
 _REPORTED_SECTIONS = ("batch", "horizon", "optimizer")
 _UNREPORTED = {"horizon.stop_step"}  # where a job pauses changes no step
@@ -20,10 +20,8 @@ def saved_settings(facts: dict) -> tuple[Config, Plan] | None:
     """Returns the config and plan that a checkpoint was saved under, None if this version cannot derive them."""
     try:
         config = Config.model_validate_json(json.dumps(facts["config"]))
-        layout = facts["layout"]
-        world = layout["data"] * layout["tensor"] * layout["pipeline"]
         lookup = saved_dimensions(facts["model"]).lookup
-        return config, resolve_plan(config, world, facts["tokenizer"]["vocab_size"], lookup)
+        return config, resolve_plan(config, Layout(**facts["layout"]).world, facts["tokenizer"]["vocab_size"], lookup)
     except (ValidationError, UserError, KeyError, TypeError):
         return None
 

@@ -1,8 +1,13 @@
+from typing import get_args
+
 import numpy as np
 import pytest
 
+from megachat.commands.lookup import add_arguments
+from megachat.commands.options import Parser
 from megachat.data.tokenizer import save_tokenizer
 from megachat.prepare.lookup_allocation import load_allocation
+from megachat.settings.model import AllocationMethod
 from tests.unit.data.corpus import byte_tokenizer, write_folder
 from tools.allocate_lookup import main
 
@@ -24,6 +29,13 @@ def test_shows_and_writes_an_allocation(arguments, tmp_path, capsys):
         assert f"{members.sum():,}" in shown
     assert "the house" in shown  # a long word
     assert np.argmax(allocation.rows_per_token) in tokenizer.encode("the house")
+
+
+def test_the_methods_are_those_of_the_setting():
+    """The command has a list of its own, because its help imports no settings."""
+    add_arguments(parser := Parser())
+    (method,) = [action for action in parser._actions if action.dest == "method"]
+    assert method.choices == get_args(AllocationMethod)
 
 
 def test_default_rows(arguments, capsys):
