@@ -26,6 +26,12 @@ def need_fp8() -> None:
         pytest.skip("this GPU has no FP8")
 
 
+def need(backend: str, recipe: str) -> None:
+    need_fp8()
+    if backend == "te":
+        need_te(recipe)
+
+
 def rel(result: torch.Tensor, expected: torch.Tensor) -> float:
     return ((result.float() - expected.float()).norm() / expected.float().norm()).item()
 

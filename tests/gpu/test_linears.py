@@ -6,16 +6,10 @@ from torch.utils.checkpoint import checkpoint
 
 from megachat.kernels.fp8 import Fp8Choice, apply_fp8
 from megachat.kernels.linear import Linear
-from tests.gpu.fp8 import DEVICE, emulated, linear_case, need_fp8, need_te, product, rel, results
+from tests.gpu.fp8 import DEVICE, emulated, linear_case, need, need_te, product, rel, results
 
 SHAPES = [(768, 768), (768, 3072), (3072, 768), (1536, 6144), (768, 32768)]  # columns, rows
 BACKENDS = [("te", "tensorwise"), ("te", "blockwise"), ("torch", "tensorwise"), ("torch", "blockwise")]
-
-
-def need(backend, recipe):
-    need_fp8()
-    if backend == "te":
-        need_te(recipe)
 
 
 def test_1_installed_packages(report):

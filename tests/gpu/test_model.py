@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megachat.kernels.choice import choose_attention
-from tests.gpu.fp8 import DEVICE, cosine, dims_of, loss_and_gradients, model, most_apart, need_fp8, need_te
+from tests.gpu.fp8 import DEVICE, cosine, dims_of, loss_and_gradients, model, most_apart, need, need_te
 from tests.training import small_config, take_step
 
 
@@ -34,9 +34,7 @@ def test_7_transformer_engine_in_bfloat16_is_torch(plain, report):
 @pytest.mark.parametrize("recompute", ["selective", "block"])
 @pytest.mark.parametrize("backend", ["te", "torch"])
 def test_4_a_recomputed_model_is_in_fp8_again(backend, recompute):
-    need_fp8()
-    if backend == "te":
-        need_te("tensorwise")
+    need(backend, "tensorwise")
     dims = dims_of(4)
     kept, again = (
         loss_and_gradients(*model(dims, backend=backend, recipe="tensorwise", recompute=kind), dims)
@@ -60,9 +58,7 @@ def test_7_a_compiled_model_with_other_attention_is_the_plain_one(name, plain, r
     ("backend", "recipe"), [("te", "tensorwise"), ("te", "blockwise"), ("torch", "tensorwise"), ("torch", "blockwise")]
 )
 def test_7_fp8_is_near_bfloat16_and_is_not_it(backend, recipe, compiled, plain, report):
-    need_fp8()
-    if backend == "te":
-        need_te(recipe)
+    need(backend, recipe)
     dims = dims_of(4)
     value, gradients = loss_and_gradients(*model(dims, backend=backend, recipe=recipe, compiled=compiled), dims)
     matrices = {
@@ -133,9 +129,7 @@ def bf16_losses(mesh):
 
 @pytest.mark.parametrize(("recipe", "backend"), [("tensorwise", "te"), ("blockwise", "te"), ("tensorwise", "torch")])
 def test_8_fifty_steps_in_fp8_end_where_bfloat16_does(recipe, backend, mesh, bf16_losses, report):
-    need_fp8()
-    if backend == "te":
-        need_te(recipe)
+    need(backend, recipe)
     losses = trained(recipe, backend, mesh)
     ends = [sum(curve[-5:]) / 5 for curve in (losses, bf16_losses)]
     report(f"{backend} {recipe}: mean of the last five losses, bfloat16's", ends)

@@ -168,12 +168,17 @@ def run_without_torchrun(line: list, **how) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(line, done.status, done.out, done.err)
 
 
-def _rank(program: list[str], variables: dict[str, str], out, err) -> None:
-    end_with_the_tests()
+def print_to(out, err) -> None:
+    """Sends what this process prints to two open files, and closes these."""
     os.dup2(out.fileno(), 1)
     os.dup2(err.fileno(), 2)
     out.close()
     err.close()
+
+
+def _rank(program: list[str], variables: dict[str, str], out, err) -> None:
+    end_with_the_tests()
+    print_to(out, err)
     os.chdir(ROOT)
     variables = environment() | variables
     os.environ.clear()

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -202,6 +203,16 @@ def checkpoints(run: Path) -> list[str]:
 
 def checkpoint(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step_{step:06d}"
+
+
+def copy_until(run: Path, place, name: str, step: int) -> Path:
+    """A copy of a run folder whose newest checkpoint is of `step`."""
+    copy = place.runs / name
+    shutil.copytree(run, copy)
+    for later in checkpoints(copy):
+        if later > checkpoint(copy, step).name:
+            shutil.rmtree(copy / "checkpoints" / later)
+    return copy
 
 
 def facts(path: Path) -> dict:

@@ -30,6 +30,7 @@ from tests.runs.job import (
     checkpoint,
     checkpoints,
     command,
+    copy_until,
     different,
     facts,
     finish,
@@ -45,16 +46,6 @@ LONG = {"horizon": {"steps": 5000}, "evaluate": {"every": 0}}  # ended by the te
 
 def file_bytes(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def copy_until(run: Path, place, name: str, step: int) -> Path:
-    """A run folder whose newest checkpoint is of `step`."""
-    copy = place.runs / name
-    shutil.copytree(run, copy)
-    for later in checkpoints(copy):
-        if later > checkpoint(copy, step).name:
-            shutil.rmtree(copy / "checkpoints" / later)
-    return copy
 
 
 def test_a_killed_rank_ends_the_job_and_the_next_start_goes_on(place):

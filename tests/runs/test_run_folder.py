@@ -4,22 +4,11 @@ where the user expects it.
 
 import json
 import shutil
-from pathlib import Path
 
 from tests.runs.forked import run_forked
-from tests.runs.job import PROGRAM, STEPS, checkpoint, command, different, losses, metrics
+from tests.runs.job import PROGRAM, STEPS, checkpoint, command, copy_until, different, losses, metrics
 
 GARBAGE = b'\xff{"torn'
-
-
-def copy_until(run: Path, place, name: str, step: int) -> Path:
-    """A run folder whose newest checkpoint is of `step`."""
-    copy = place.runs / name
-    shutil.copytree(run, copy)
-    for path in (copy / "checkpoints").iterdir():
-        if path.name > f"step_{step:06d}":
-            shutil.rmtree(path)
-    return copy
 
 
 def test_damaged_side_files_are_set_aside_and_the_run_continues(one, place):

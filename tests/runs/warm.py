@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tests.harness import end_with_the_tests, warm_context
 from tests.limits import limit_s
-from tests.runs.forked import ROOT, Output, environment
+from tests.runs.forked import ROOT, Output, environment, print_to
 
 _exec_child = subprocess.Popen._execute_child
 _EXEC_SIGNATURE = inspect.signature(_exec_child)
@@ -90,10 +90,7 @@ def _launch(words: list[str], variables: dict[str, str], ignored: tuple, host: i
     if host is not None:
         _enter(host)
     os.chdir(ROOT)
-    os.dup2(out.fileno(), 1)
-    os.dup2(err.fileno(), 2)
-    out.close()
-    err.close()
+    print_to(out, err)
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
     subprocess.Popen._execute_child = _fork_python

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -28,10 +29,12 @@ from megachat.evals.results import (
 )
 from megachat.evals.uncertainty import SIGMAS
 from megachat.installation import version_text
+from tests.refusals import refused_by
 from tests.unit.evals.bundle import write_bundle
 from tools.compare_runs import main
 
 EXAMPLES = 200
+refused = partial(refused_by, main)
 
 
 def bundle(labels=CORE_TASKS, digest: str = "0") -> Bundle:
@@ -61,14 +64,6 @@ def evaluated(
 def compared(capsys, *arguments) -> dict:
     main([str(argument) for argument in (*arguments, "--json")])
     return json.loads(capsys.readouterr().out)
-
-
-def refused(capsys, *arguments) -> str:
-    with pytest.raises(SystemExit) as caught:
-        main([str(argument) for argument in arguments])
-    message = capsys.readouterr().err
-    assert caught.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1, message
-    return message
 
 
 def test_a_file_has_the_metric_its_error_and_the_verdict(tmp_path):

@@ -3,6 +3,7 @@ import os
 import runpy
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -11,11 +12,13 @@ import pytest
 from megachat.data.shards import MANIFEST, UNFINISHED_FILE, check_data_folder, load_manifest
 from megachat.files import file_sha256
 from megachat.prepare.manifest import begin_preparation
+from tests.refusals import refused_by
 from tests.unit.data.corpus import SHARED, random_texts, write_folder
 from tests.unit.prepare.test_download import mirror  # noqa: F401
 from tools.prepare_data import main
 
 ROOT = Path(__file__).parents[3]
+refused = partial(refused_by, main)
 
 
 @pytest.fixture
@@ -25,14 +28,6 @@ def texts(tmp_path):
     for index, text in enumerate(random_texts(40, 0)):
         (folder / f"{index}.txt").write_text(text)
     return folder
-
-
-def refused(capsys, *arguments):
-    with pytest.raises(SystemExit) as caught:
-        main([str(argument) for argument in arguments])
-    message = capsys.readouterr().err
-    assert caught.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1, message
-    return message
 
 
 def run(*arguments):

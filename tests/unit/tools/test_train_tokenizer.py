@@ -1,12 +1,16 @@
 import json
 import re
+from functools import partial
 
 import pytest
 
 from megachat.data.tokenizer import METADATA_FILE, RANK_FILE, load_origin, load_tokenizer
 from megachat.files import file_sha256
+from tests.refusals import refused_by
 from tests.unit.data.corpus import ENGLISH, NANOCHAT, needs_shared, random_texts, write_folder, write_texts
 from tools.train_tokenizer import main
+
+refused = partial(refused_by, main)
 
 
 @pytest.fixture
@@ -17,14 +21,6 @@ def data(tmp_path):
 
 def run(*arguments):
     main([str(argument) for argument in arguments])
-
-
-def refused(capsys, *arguments):
-    with pytest.raises(SystemExit) as caught:
-        run(*arguments)
-    message = capsys.readouterr().err
-    assert caught.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1, message
-    return message
 
 
 def test_training_saves_reports_and_does_nothing_the_second_time(tmp_path, data, capsys):
