@@ -189,12 +189,14 @@ def try_port(port: int) -> None:
 
 
 def free_port() -> int:
-    """Returns a port on which nobody listens, and which nobody else is given while this process lives."""
+    """Returns a port on which nobody listens. On Linux nobody else is given it while this process lives."""
     holder = socket.socket()
     holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # so that a listener may bind it, too
     holder.bind(("127.0.0.1", 0))
-    _holders.append(holder)
-    return holder.getsockname()[1]
+    port = holder.getsockname()[1]
+    if sys.platform == "linux":  # elsewhere the listener might not be able to
+        _holders.append(holder)
+    return port
 
 
 @contextlib.contextmanager
