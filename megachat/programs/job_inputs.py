@@ -142,10 +142,10 @@ def plan_with_allocation(job: JobInputs, facts: dict | None, mesh: Mesh) -> Plan
 def build_job_run(job: JobInputs, checkpoint: Path | None, facts: dict | None, mesh: Mesh) -> tuple[Run, list[str]]:
     """Returns the run with initial weights and its loader at the checkpoint's documents, and notes for the log."""
     with starting("building model, optimizers and loader", mesh):
-        documents, notes = None, list[str]()
+        loader_state, notes = None, list[str]()
         if checkpoint and facts:
-            documents, notes = resume_documents(checkpoint, facts, job.config, job.plan, mesh, job.tokenizer)
-        run = build_run(job.config, job.plan, mesh, job.tokenizer, job.folder, documents, job.bundle, job.kernels)
+            loader_state, notes = resume_documents(checkpoint, facts, job.config, job.plan, mesh, job.tokenizer)
+        run = build_run(job.config, job.plan, mesh, job.tokenizer, job.folder, loader_state, job.bundle, job.kernels)
     return run, notes
 
 

@@ -62,10 +62,11 @@ def _is_of(branch: dict, capsule: Path) -> bool:
 
 
 def write_capsule(
-    run: Run, state: LoopState, result: StepResult, sightings: Sequence[Report], sentence: str
+    run: Run, state: LoopState, result: StepResult, reports: Sequence[Report], sentence: str
 ) -> tuple[Path | None, str | None]:
     """Writes capsules/step_N of the step that has just been taken; all ranks call it. If that is of another branch of
     the run, whose rows or rates were others, it is step_N.2 and so on. One of this branch is not written again.
+    reports, sentence: of the fault, see train/fault_reports.py and train/nonfinite.py.
 
     Returns its path, None if there is none, and a line for the log. A failure is such a line and raises nothing.
     """
@@ -98,7 +99,7 @@ def write_capsule(
             "weights_changed": not result.skipped,
             "compute_dtype": dtype_name(run.compute_dtype),
             "micro_rows": run.plan.micro_rows,
-            "ranks": sightings,
+            "ranks": reports,
             "documents": documents,
             "plan": plan_values(run.plan),
         }

@@ -1,6 +1,7 @@
 """The documents of a run: the loader of this rank's rows, and where it continues after a resume."""
 
 from pathlib import Path
+from typing import Any
 
 from megachat.activity import print_line
 from megachat.config import Config
@@ -61,7 +62,7 @@ def build_loader(
 
 def resume_documents(
     checkpoint: Path, facts: dict, config: Config, plan: Plan, mesh: Mesh, tokenizer: Tokenizer
-) -> tuple[dict | None, list[str]]:
+) -> tuple[dict, list[str]]:
     """Returns (this rank's state for the Loader, remarks for the log). All ranks call it and make the same decision.
 
     facts: the checkpoint's. Raises UserError on all ranks if resuming would repeat or skip a document, unless
@@ -69,7 +70,7 @@ def resume_documents(
     ledger records it.
     """
     folder = checkpoint / LOADER
-    header, state, problem, transient = None, None, None, False
+    header, state, problem, transient = None, dict[str, Any](), None, False
     try:
         header = load_header(folder)
         train = split_shards(open_shards(config.data.folder), "train")

@@ -19,9 +19,9 @@ from megachat.parallel.collectives import on_all_ranks_or_raise
 from megachat.train.build import Run
 from megachat.train.capsule import write_capsule
 from megachat.train.documents import build_loader, resume_documents
+from megachat.train.fault_reports import fault_reports
 from megachat.train.metrics import Metrics
 from megachat.train.rank_reports import Report, ranks_text
-from megachat.train.sightings import rank_sightings
 from megachat.train.state import LoopState, load_state
 from megachat.train.step import StepResult
 
@@ -52,7 +52,7 @@ def handle_fault(
     state.skips_in_a_row = state.skips_in_a_row + 1 if counts else 0
     state.faults_in_a_row = state.faults_in_a_row + 1 if cause else 0
     if cause:
-        fault = Fault(*_report_fault(run, state, result, cause, metrics), saving=saved_step == state.step)
+        fault = _report_fault(run, state, result, cause, metrics, saving=saved_step == state.step)
         action = chosen_action(reliability.on_nonfinite, cause, skipped=result.skipped)
         if action == "stop":
             raise _stop(run, state, fault)
@@ -88,27 +88,27 @@ def chosen_action(policy: str, cause: Cause, *, skipped: bool) -> str:
 
 
 def _report_fault(
-    run: Run, state: LoopState, result: StepResult, cause: Cause, metrics: Metrics
-) -> tuple[str, Path | None]:
-    """Returns what is not finite, and the capsule; of faults in a row only the first has one."""
-    sightings, capsule = rank_sightings(run, result.gradients), None
-    sentence = _fault_sentence(state.step, result, cause, sightings)
+    run: Run, state: LoopState, result: StepResult, cause: Cause, metrics: Metrics, *, saving: bool
+) -> Fault:
+    """Returns the fault, with a capsule; of faults in a row only the first has one."""
+    reports, capsule = fault_reports(run, result.gradients), None
+    sentence = _fault_sentence(state.step, result, cause, reports)
     if state.faults_in_a_row == 1:  # the steps after it have the same weights
         with run.mesh.world.progress.long_running("writing a capsule"):
-            capsule, problem = write_capsule(run, state, result, sightings, sentence)
+            capsule, problem = write_capsule(run, state, result, reports, sentence)
         if problem:
             metrics.log(problem)
-    return sentence, capsule
+    return Fault(sentence, capsule, saving)
 
 
-def _fault_sentence(step: int, result: StepResult, cause: Cause, sightings: Sequence[Report]) -> str:
-    """Returns what is not finite, on which ranks, and that no weight has changed. sightings: see train/sightings.py."""
+def _fault_sentence(step: int, result: StepResult, cause: Cause, reports: Sequence[Report]) -> str:
+    """Returns what is not finite, on which ranks, and whether a weight has changed. reports: of fault_reports."""
     if cause == "loss":
-        ranks = [seen for seen in sightings if isinstance(seen["loss"], str)]
+        ranks = [report for report in reports if isinstance(report["loss"], str)]
         what = f"the loss is {result.loss}"
     else:
-        ranks = [seen for seen in sightings if seen["gradient"]]
-        names = ", ".join(sorted({seen["gradient"] for seen in ranks})[:3])
+        ranks = [report for report in reports if report["gradient"]]
+        names = ", ".join(sorted({report["gradient"] for report in ranks})[:3])
         what = f"the gradient{' of ' if names else ''}{names} is not finite"
     changed = "this step changed no weight and the checkpoints are" if result.skipped else "the checkpoints are"
     return f"step {step}: {what} on {ranks_text(ranks) or 'no single rank'}; {changed} untouched"
@@ -141,17 +141,15 @@ def rewind(run: Run, state: LoopState, fault: Fault, metrics: Metrics) -> tuple[
     if checkpoint is None:
         raise _stop(run, state, fault, "; there is no earlier checkpoint to go back to")
     left_out, facts = run.loader.step - 1, read_facts(checkpoint)
-    documents, _ = resume_documents(checkpoint, facts, run.config, run.plan, run.mesh, run.tokenizer)
-    header = documents["header"] if documents else {"step": 0}
-    header["left_out"] = sorted({*run.loader.left_out, left_out})
+    loader_state, _ = resume_documents(checkpoint, facts, run.config, run.plan, run.mesh, run.tokenizer)
+    loader_state["header"]["left_out"] = sorted({*run.loader.left_out, left_out})
 
     def set_aside() -> list[str]:
         return follow_checkpoint(run.folder, checkpoint, facts["step"]) if run.is_writer else []
 
     lines = on_all_ranks_or_raise(set_aside, run.mesh.world)
     run.loader.close()
-    documents = (documents or {"streams": None}) | {"header": header}
-    run = dataclasses.replace(run, loader=build_loader(run.config, run.plan, run.mesh, run.tokenizer, documents))
+    run = dataclasses.replace(run, loader=build_loader(run.config, run.plan, run.mesh, run.tokenizer, loader_state))
     rewound = load_state(run, checkpoint)
     rewound.rewinds, rewound.rewound_to = state.rewinds + 1, facts["step"]
     metrics.rewind(rewound.step, rewound.rewinds)

@@ -14,9 +14,9 @@ from megachat.optim.qk_clip import clip_scales
 from megachat.parallel.progress import profile_range
 from megachat.schedule import scheduled_values
 from megachat.train.build import Run, TrainingModel
+from megachat.train.fault_reports import GradientReport, gradient_report
 from megachat.train.micro_batch_replay import replay_micro_batch
 from megachat.train.replicas import compare_replicas
-from megachat.train.sightings import GradientSighting, gradient_sighting
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class StepResult:
     """The result of one training step.
 
     loss: mean over tokens and ranks, nats. norm: of the whole gradient before clipping, inf if it was not finite.
-    skipped: whether it was not finite, so that no weight was changed; gradients is then what this rank saw, else None.
+    skipped: whether it was not finite, so that no weight was changed; gradients is then this rank's report, else None.
     loss_scale: of the step's gradients. rows: this rank's, int64 [rows, tokens + 1], valid until the next step reads
     its rows. rate_multiplier: of all rates, by the schedule. seconds: wall time without the checks.
     replay_s, hashes_s: wall time of the checks of reliability.replay_every and hash_every, 0 if the step had none.
@@ -41,7 +41,7 @@ class StepResult:
     requests: Requests
     loss_scale: float
     rows: torch.Tensor
-    gradients: GradientSighting | None
+    gradients: GradientReport | None
     replay_s: float
     hashes_s: float
 
@@ -116,13 +116,13 @@ def train_step(
         synchronize(run.mesh.device)
         replay_s = time.perf_counter() - begin
     multiplier = set_schedules(run, step)
-    seen: list[GradientSighting] = []
+    reports: list[GradientReport] = []
     loss_tensor, outcome = update(
         run,
         rows,
         requests=requests,
         before_update=before_update,
-        inspect_discarded=lambda: seen.append(gradient_sighting(run)),
+        inspect_discarded=lambda: reports.append(gradient_report(run)),
     )
     progress.note(f"loss of step {step}", waits=True)  # a GPU may still be working or waiting for other ranks
     loss = loss_tensor.item()
@@ -144,7 +144,7 @@ def train_step(
         requests=outcome.requests,
         loss_scale=outcome.loss_scale,
         rows=rows,
-        gradients=seen[0] if seen else None,
+        gradients=reports[0] if reports else None,
         replay_s=replay_s,
         hashes_s=hashes_s,
     )

@@ -34,8 +34,9 @@ class Trainer:
     stop_requested: returns whether this rank was requested to stop. before_step: called with the number of each step.
     after_first_step: called when the first step of this job is counted. source: the run folder that `state` was loaded
     from. Pending tasks that have a result there do not run again.
-    first_step and steps_s: the first step of this job, and the seconds that its steps have taken. work_s: the seconds
-    that this rank worked in each of the last steps. save_cost, check_cost: what saves, and checks of the devices, cost.
+
+    Attributes: first_step, steps_s: the first step of this job, and the seconds that its steps have taken. work_s: the
+    seconds that this rank worked in each of the last steps. save_cost, check_cost: of saves and checks of the devices.
     """
 
     last_result: StepResult
@@ -53,9 +54,8 @@ class Trainer:
         self.run, self.state, self.metrics, self.source = run, state, metrics, source
         self.stop_requested, self.before_step, self.after_first_step = stop_requested, before_step, after_first_step
         self.checkpoint = Checkpoint()
-        # The checkpoint comes before everything that can fail or take minutes.
-        first: list[Task] = [Spikes(), LogStep(), RankTimes()]
-        self.tasks = [*first, self.checkpoint, Validation(), Samples(), Core()]
+        # In the order in which they run. The checkpoint comes before everything that can fail or take minutes.
+        self.tasks: list[Task] = [Spikes(), LogStep(), RankTimes(), self.checkpoint, Validation(), Samples(), Core()]
         self.saver = Saver(run.mesh.saving, background=run.config.checkpoint.background)
         self.saved_step: int | None = None  # step of the last checkpoint that this job began to write
         self.first_step, self.steps_s = state.step, 0.0
@@ -110,7 +110,7 @@ class Trainer:
         return self.state.step == self.run.plan.stop_step == self.run.plan.steps
 
     def _take_step(self, first: bool) -> StepResult:
-        """Runs step state.step, and counts what its checks cost. first: of this job."""
+        """Runs step state.step, and counts what its checks cost. first: no step of this job is counted yet."""
         step = self.state.step
         if self.saved_step == step:
             self.save_cost.begin(step)

@@ -1,4 +1,4 @@
-"""What each rank saw of a step whose loss or gradient is not finite."""
+"""What each rank reports of a step whose loss or gradient is not finite."""
 
 import math
 from collections.abc import Iterator
@@ -12,9 +12,9 @@ from megachat.train.build import TrainingModel
 from megachat.train.rank_reports import Report, gather_reports
 
 
-class GradientSighting(NamedTuple):
-    """A rank's share of the reduced gradients. norm: with the loss scale. parameter: the first one, in the order of the
-    backward pass, whose gradient is not finite.
+class GradientReport(NamedTuple):
+    """What a rank reports of its share of the reduced gradients. norm: with the loss scale. parameter: the first one,
+    in the order of the backward pass, whose gradient is not finite.
     """
 
     norm: float
@@ -22,13 +22,13 @@ class GradientSighting(NamedTuple):
 
 
 @torch.no_grad()
-def gradient_sighting(training: TrainingModel) -> GradientSighting:
-    """Returns what this rank sees of the reduced gradients, before they are discarded; the host waits for it."""
+def gradient_report(training: TrainingModel) -> GradientReport:
+    """Reads this rank's share of the reduced gradients, before they are discarded; the host waits for it."""
     order = {place_of(each).name: number for number, each in enumerate(placed_parameters(training.layers))}
     named = sorted(_gradients(training), key=lambda pair: order.get(pair[0], -1), reverse=True)
     squares = _to_floats([gradient.float().square().sum() for _, gradient in named])
     bad = (name for (name, _), square in zip(named, squares, strict=True) if not math.isfinite(square))
-    return GradientSighting(math.sqrt(sum(squares)), next(bad, None))
+    return GradientReport(math.sqrt(sum(squares)), next(bad, None))
 
 
 def _gradients(training: TrainingModel) -> Iterator[tuple[str, torch.Tensor]]:
@@ -48,12 +48,12 @@ def _to_floats(numbers: list[torch.Tensor]) -> list[float]:
 
 
 @torch.no_grad()
-def rank_sightings(training: TrainingModel, gradients: GradientSighting | None) -> list[Report]:
-    """Returns what every rank saw, in rank order; all ranks call it after the step.
+def fault_reports(training: TrainingModel, gradients: GradientReport | None) -> list[Report]:
+    """Returns every rank's report, in rank order; all ranks call it after the step.
 
     The keys beside those of gather_reports:
     - loss: the mean over the rank's rows in nats, None where no loss is computed
-    - gradient_norm, gradient: norm and parameter of GradientSighting, None if they were not read
+    - gradient_norm, gradient: norm and parameter of GradientReport, None if they were not read
     - weight: the first parameter on the rank, in model order, that is not finite
 
     Numbers that are not finite are texts, as in JSON files.
