@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _NANOCHAT = "nanochat's rule"
 _POWER_LINES = "Power Lines, arXiv 2505.13738, as nanochat applies it"
-_RATES = "nanochat's settings, scaled as it scales them: square root of the batch, width^-0.5 for AdamW"
+_RATE_RULES = "nanochat's settings, scaled as it scales them: square root of the batch, width^-0.5 for AdamW"
 _COUNT = "counted from the shapes; a test compares it with the model"
 _NAME = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*")
 _MEMORY = "counted from the plan; tests compare it with what ranks hold"
@@ -73,7 +73,7 @@ NUMBERS = {
     "total_tokens": Number("tokens of the whole horizon"),
     "flops_per_token": Number("training FLOPs per token", source="PaLM, arXiv 2204.02311, appendix B, with windows"),
     "total_flops": Number("training FLOPs of the whole horizon"),
-    **{f"rates.{name}": Number(rule.meaning, source=_RATES) for name, rule in RATES.items()},
+    **{f"rates.{name}": Number(rule.meaning, source=_RATE_RULES) for name, rule in RATES.items()},
     "weight_decay": Number("Muon's weight decay before its cosine", source="arXiv 2405.13698, as nanochat applies it"),
     "evaluation_rows": Number("rows of one validation"),
     "parameters.wte": Number("elements of the embedding table", "vocab_size up to a multiple of 64 * width", _COUNT),

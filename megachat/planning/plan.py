@@ -31,7 +31,8 @@ AUTO_MICRO_BATCHES_PER_STAGE = 4  # keeps the pipeline's bubble below a fifth
 
 
 class RateRule(NamedTuple):
-    """How a learning rate follows from a setting of the optimizer section. by_width: as AdamW's tables and head."""
+    """How a learning rate follows from a setting of the optimizer section: times factor, times the root of the batch
+    (by_batch), times width^-0.5 (by_width). meaning: for `megachat explain`."""
 
     setting: str
     meaning: str
@@ -298,8 +299,7 @@ def _solve_batch(
     why["rows_per_step"] = "tokens_per_step / sequence_len"
     why["micro_rows"] = "batch.micro_rows" if micro else "rows_per_step / (ranks * accumulation)"
     why["accumulation"] = "batch.accumulation" if accumulation else "rows_per_step / (micro_rows * ranks)"
-    # rows must be a multiple of it, and equal to it if both are given
-    unit = ranks * (micro or 1) * (accumulation or 1)
+    unit = ranks * (micro or 1) * (accumulation or 1)  # divides the rows; is equal to them if both are given
     if tokens is None:
         tokens = unit * sequence_len
     rows, left_over = divmod(tokens, sequence_len)
@@ -330,9 +330,9 @@ def _uneven_batch(tokens: int, sequence_len: int, ranks: int, micro: int | None,
     factors += f" x {micro} rows per micro-batch" if micro else ""
     factors += f" x {accumulation} micro-batches" if accumulation else ""
     message = (
-        f"a step of {tokens} tokens is {tokens / sequence_len:g} rows of {sequence_len}, which {factors} cannot share"
+        f"a step of {tokens} tokens is {tokens / sequence_len:g} rows of {sequence_len}, which {factors} cannot share "
+        f"evenly{' in one step' if exact else ''}: set batch.tokens to {near}"
     )
-    message += f" evenly{' in one step' if exact else ''}: set batch.tokens to {near}"
     if micro and not accumulation and tokens % (sequence_len * ranks) == 0:
         message += f", or batch.micro_rows to {_nearest_divisors(tokens // sequence_len // ranks, micro)}"
     if tokens % sequence_len == 0:
@@ -341,7 +341,7 @@ def _uneven_batch(tokens: int, sequence_len: int, ranks: int, micro: int | None,
 
 
 def _nearest_divisors(value: int, near: int) -> str:
-    below, above = [[n for n in side if value % n == 0] for side in (range(1, near), range(near + 1, value + 1))]
+    below, above = ([n for n in side if value % n == 0] for side in (range(1, near), range(near + 1, value + 1)))
     return " or ".join(str(n) for n in (*below[-1:], *above[:1]))
 
 
@@ -368,31 +368,31 @@ def _steps(config: Config, dims: Dimensions, tokens: int, target_tokens: float, 
 def _rates(
     config: Config, dims: Dimensions, tokens: int, horizon: float, why: dict[str, str]
 ) -> tuple[dict[str, float], float]:
-    """Returns the learning rates by optimizer group, and Muon's weight decay.
-
-    horizon: target tokens at the reference depth divided by this run's.
-    """
+    """Returns the learning rates by name in RATES, and Muon's weight decay. horizon: target tokens at the reference
+    depth divided by this run's."""
     optimizer = config.optimizer
-    batch, by_batch = 1.0, "1 (optimizer.scale_to_batch is off)"
+    batch, batch_formula = 1.0, "1 (optimizer.scale_to_batch is off)"
     if optimizer.scale_to_batch:
         batch = math.sqrt(tokens / REFERENCE_TOKENS)
-        by_batch = f"sqrt(tokens_per_step / 2^19) = {batch:.4g}"
+        batch_formula = f"sqrt(tokens_per_step / 2^19) = {batch:.4g}"
     else:
         horizon = 1.0
     rates = {}
     for name, rule in RATES.items():
         if name == "norm_scale" and not dims.norm_scales:
             continue
-        by_width, divisor = rule.width_factor(dims), f" / {1 / rule.factor:g}" if rule.factor < 1 else ""
-        rates[name] = getattr(optimizer, rule.setting) * (batch if rule.by_batch else 1.0) * by_width * rule.factor
-        factors = [by_batch] * rule.by_batch + [f"(width / {REFERENCE_WIDTH})^-0.5 = {by_width:.4g}"] * rule.by_width
-        why[f"rates.{name}"] = " * ".join((rule.setting + divisor, *factors))
+        width = rule.width_factor(dims)
+        rate = getattr(optimizer, rule.setting) * (batch if rule.by_batch else 1.0) * width * rule.factor
+        formula = rule.setting + (f" / {1 / rule.factor:g}" if rule.factor < 1 else "")
+        formula += f" * {batch_formula}" if rule.by_batch else ""
+        formula += f" * (width / {REFERENCE_WIDTH})^-0.5 = {width:.4g}" if rule.by_width else ""
         if dims.lambdas == "neutral" and name in ("resid", "x0", "smear"):
-            rates[name], why[f"rates.{name}"] = 0.0, "0 (model.lambdas is neutral)"
+            rate, formula = 0.0, "0 (model.lambdas is neutral)"
+        rates[name], why[f"rates.{name}"] = rate, formula
     multiplier = optimizer.muon_multiplier if isinstance(optimizer.muon_multiplier, str) else "by name"
     why["rates.matrix"] += f"; times each matrix's multiplier ({multiplier})"
     why["weight_decay"] = (
-        f"weight_decay * {by_batch} * target_tokens at depth {REFERENCE_DEPTH} / target_tokens = {horizon:.4g}; "
+        f"weight_decay * {batch_formula} * target_tokens at depth {REFERENCE_DEPTH} / target_tokens = {horizon:.4g}; "
         "a cosine takes it to 0"
     )
     if unknown := [name for name in optimizer.ramp_rates if name not in rates]:

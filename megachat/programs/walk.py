@@ -58,10 +58,7 @@ _COLLECTIVE_KINDS = {  # operator of torch's namespace c10d -> kind
     "recv_": "receive",
     "barrier": "barrier",
 }
-
-
-# operator -> the argument that is its left factor
-_PRODUCT_OPERATORS = {"mm": 0, "_scaled_mm": 0, "addmm": 1, "addmm_": 1}
+_PRODUCT_OPERATORS = {"mm": 0, "_scaled_mm": 0, "addmm": 1, "addmm_": 1}  # operator -> argument: its left factor
 
 
 @dataclass(frozen=True)
@@ -166,7 +163,7 @@ def walk(config: Config, plan: Plan, rank: int) -> Walk:
         start_collectives(device, "fake", datetime.timedelta(seconds=60))
         mesh = build_mesh(device, tensor=config.parallel.tensor, pipeline=config.parallel.pipeline)
         kernels = choose_kernels(config, plan, device)
-        # _PRODUCT_OPERATORS are those of the plain products
+        # the kernels of a GPU, and the products in _PRODUCT_OPERATORS
         kernels = replace(kernels, attention=replace(kernels.attention, attend=attend), onednn=False)
         stack.enter_context(_assumed_values())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

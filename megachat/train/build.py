@@ -213,4 +213,4 @@ def _with_gather_waits(layers: nn.ModuleList, muon: MuonPartition) -> list:
         return stream
 
     blocks = [place_of(next(layer.parameters())).block for layer in layers]
-    return [step for block, layer in zip(blocks, layers, strict=True) for step in (partial(wait, block), layer)]
+    return [part for block, layer in zip(blocks, layers, strict=True) for part in (partial(wait, block), layer)]
