@@ -111,7 +111,7 @@ def local_matrix(matrix: Matrix, whole: torch.Tensor, tensor: int, rank: int) ->
 
 
 def build(
-    matrices, mesh: Mesh, compute, wire=BF16, layers_per_bucket=None
+    matrices, mesh: Mesh, compute, wire=BF16, blocks_per_bucket=None
 ) -> tuple[dict[str, torch.nn.Parameter], MuonPartition]:
     """Returns parameters with their initial values, and the partition over them."""
     tensor = mesh.tensor
@@ -119,7 +119,7 @@ def build(
         matrix.name: torch.nn.Parameter(local_matrix(matrix, initial(matrix), tensor.size, tensor.rank))
         for matrix in matrices
     }
-    settings = {"compute_dtype": compute, "gradient_wire": wire, "beta2": BETA2, "layers_per_bucket": layers_per_bucket}
+    settings = {"compute_dtype": compute, "gradient_wire": wire, "beta2": BETA2, "blocks_per_bucket": blocks_per_bucket}
     return parameters, MuonPartition(parameters, matrices, mesh, **settings)
 
 

@@ -123,7 +123,7 @@ def draw_step() -> str:
         "one all-reduce: norm and requests",
         "finite? one clipping factor",
         "update with Muon and AdamW",
-        "gather weights, layer by layer",
+        "gather weights, block by block",
     ]
     cards = (
         (28, 190, "Config", settings, ["what was requested;", "never changed"], "config.py"),
@@ -236,7 +236,7 @@ _AFTER = (
         ("Update", "the owner's rows that were read", "in this step; no others change", "", "`RowTables.step`"),
     ),
     (
-        ("Gather, lazily", "each block waits in the next forward", "`MuonPartition.wait_for_layer`"),
+        ("Gather, lazily", "each block waits in the next forward", "`MuonPartition.wait_for_block`"),
         ("Gather", "all new weights, before apply() returns", "`DeepSpeedZeroOptimizer.step`"),
         ("Fetch, when read", "the next forward fetches the rows it reads", "`RowTables.read`"),
     ),

@@ -53,21 +53,21 @@ class Bucket:
     offsets: tuple[int, ...]
 
 
-def lay_out(matrices: Sequence[Matrix], sizes: Sequence[int], data: int, layers_per_bucket: int) -> list[Bucket]:
+def lay_out(matrices: Sequence[Matrix], sizes: Sequence[int], data: int, blocks_per_bucket: int) -> list[Bucket]:
     """Returns the buckets in the order in which the backward pass completes them.
 
-    Every group of layers has an aligned and a flat bucket, either of which may be missing. The tiny bucket is last.
+    Every group of blocks has an aligned and a flat bucket, either of which may be missing. The tiny bucket is last.
     sizes: elements of each local matrix. data: number of data ranks.
     """
     large = [index for index, matrix in enumerate(matrices) if matrix.elements >= TINY_ELEMENTS]
     tiny = [index for index, matrix in enumerate(matrices) if matrix.elements < TINY_ELEMENTS]
-    layers = sorted({matrices[index].layer for index in large}, reverse=True)
+    blocks = sorted({matrices[index].block for index in large}, reverse=True)
     buckets = []
-    for first in range(0, len(layers), layers_per_bucket):
-        group = layers[first : first + layers_per_bucket]
+    for first in range(0, len(blocks), blocks_per_bucket):
+        group = blocks[first : first + blocks_per_bucket]
         classes: dict[tuple[int, int], list[int]] = {}  # matrices of the same bytes and cost
         for index in large:
-            if matrices[index].layer in group:
+            if matrices[index].block in group:
                 classes.setdefault((sizes[index], min(matrices[index].shape)), []).append(index)
         by_rank: list[list[int]] = [[] for _ in range(data)]
         remainder = []

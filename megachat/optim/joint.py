@@ -111,7 +111,7 @@ def optimizer_step(
         finite = math.isfinite(squared)
 
     # 3. If the norm is finite, update. One factor undoes the loss scale and clips; ZeRO computes the same for AdamW.
-    #    Muon only launches the gathers of its weights: each layer waits for them in the next forward pass.
+    #    Muon only launches the gathers of its weights: each block waits for them in the next forward pass.
     norm = scaled_norm / loss_scale
     if finite:
         if before_update:

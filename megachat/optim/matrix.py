@@ -20,16 +20,15 @@ def polar_products(rows: int, columns: int, dtype: str) -> list[tuple[tuple[int,
 class Matrix:
     """One weight matrix of the model.
 
-    shape: of the whole matrix. layer: index of its block, 0 is the first in the forward pass. multiplier: factor on
-    Muon's learning rate.
-    cut: the dimension that the tensor axis divides. "column" divides the output features (dim 0), "row" the input
-    features (dim 1).
-    "whole" is not divided and requires one tensor rank. The part of one tensor rank is called the local matrix.
+    shape: of the whole matrix. block: index of its block, 0 is the first in the forward pass. multiplier: factor on
+    Muon's learning rate. cut: the dimension that the tensor axis divides. "column" divides the output features (dim 0),
+    "row" the input features (dim 1). "whole" is not divided and requires one tensor rank. The part of one tensor rank
+    is called the local matrix.
     """
 
     name: str
     shape: tuple[int, int]
-    layer: int
+    block: int
     multiplier: float = 1.0
     cut: Literal["column", "row", "whole"] = "whole"
 

@@ -45,7 +45,7 @@ class MuonPartition(PartitionState):
 
     Hooks collect the gradients during backward and set `grad` to None. A missing gradient counts as zero. The caller
     begins each Phase of a step; start_async_reduce() is optional: without it, all reduces start after backward. Before
-    it reads parameters, it calls wait_for_gather(), or wait_for_layer() for each block.
+    it reads parameters, it calls wait_for_gather(), or wait_for_block() for each block.
     Raises ValueError for names, shapes, cuts or dtypes that do not match, RuntimeError for calls out of order and for
     plans that differ between ranks.
     """
@@ -59,7 +59,7 @@ class MuonPartition(PartitionState):
         compute_dtype: torch.dtype,
         gradient_wire: torch.dtype,
         beta2: float,
-        layers_per_bucket: int | None = None,
+        blocks_per_bucket: int | None = None,
         squares: SumOfSquares = torch_sum_of_squares,
         functions: Functions | None = None,
     ):
@@ -69,7 +69,7 @@ class MuonPartition(PartitionState):
             mesh,
             compute_dtype=compute_dtype,
             gradient_wire=gradient_wire,
-            layers_per_bucket=layers_per_bucket,
+            blocks_per_bucket=blocks_per_bucket,
         )
         self._squares, self._functions = squares, functions or Functions()
         self._lr = {matrix.multiplier: torch.zeros((), device=self.device) for matrix in self.plan.matrices}
@@ -264,10 +264,10 @@ class MuonPartition(PartitionState):
             for bucket in reversed(self._buckets):
                 bucket.gather.wait()
 
-    def wait_for_layer(self, layer: int) -> None:
+    def wait_for_block(self, block: int) -> None:
         """Returns when one block's parameters have the new weights on this rank. Returns at once for other numbers."""
         with profile_range("gather"):
-            for bucket in self._layer_buckets.get(layer, []):
+            for bucket in self._block_buckets.get(block, []):
                 bucket.gather.wait()
 
     def _require(self, call: str, *phases: Phase) -> None:

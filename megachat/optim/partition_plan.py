@@ -15,7 +15,7 @@ from megachat.optim.buckets import Bucket, Fragment, cut_at_shards, lay_out
 from megachat.optim.matrix import Matrix
 from megachat.optim.owners import assign_owners
 
-# The cost model that chooses layers_per_bucket. Rates are assumed for H100-class machines; only their ratio matters.
+# The cost model that chooses blocks_per_bucket. Rates are assumed for H100-class machines; only their ratio matters.
 _RANKS_PER_NODE = 8
 _NODE_BYTES_PER_SEC = 450e9
 _NETWORK_BYTES_PER_SEC = 50e9
@@ -27,7 +27,7 @@ _LOCAL_WINS_WITHIN = 1.25
 class PartitionPlan:
     """The whole partition, equal on every rank of the grid.
 
-    matrices: sorted by layer and name. data, tensor: ranks of the axes. buckets: in the order in which the backward
+    matrices: sorted by block and name. data, tensor: ranks of the axes. buckets: in the order in which the backward
     pass completes them. owners: grid rank that orthogonalizes each matrix. fragments: of each local matrix, over the
     data ranks; equal on all tensor ranks.
     """
@@ -35,7 +35,7 @@ class PartitionPlan:
     matrices: tuple[Matrix, ...]
     data: int
     tensor: int
-    layers_per_bucket: int
+    blocks_per_bucket: int
     buckets: tuple[Bucket, ...]
     owners: tuple[int, ...]
     fragments: tuple[tuple[Fragment, ...], ...] = field(repr=False)  # follows from the buckets
@@ -148,23 +148,23 @@ class PartitionPlan:
 
 
 def make_plan(
-    matrices: Iterable[Matrix], data: int, *, tensor: int = 1, layers_per_bucket: int | None = None
+    matrices: Iterable[Matrix], data: int, *, tensor: int = 1, blocks_per_bucket: int | None = None
 ) -> PartitionPlan:
     """Plans the partition of the matrices, given in any order, over `data` data ranks x `tensor` tensor ranks.
 
-    layers_per_bucket: number of layers whose matrices share buckets. None tries the powers of two and the divisors of
+    blocks_per_bucket: number of blocks whose matrices share buckets. None tries the powers of two and the divisors of
     the depth and takes the plan with the least modelled exposed time. A plan in which owners of large matrices receive
     nothing from other data ranks wins if it is within 25 % of that.
     Raises ValueError for a duplicate name, a count below 1, and a matrix that the tensor axis does not cut evenly.
     """
-    matrices = tuple(sorted(matrices, key=lambda matrix: (matrix.layer, matrix.name)))
+    matrices = tuple(sorted(matrices, key=lambda matrix: (matrix.block, matrix.name)))
     if len({matrix.name for matrix in matrices}) != len(matrices):
         raise ValueError("two matrices of the Muon partition have the same name")
-    if min(data, tensor, 1 if layers_per_bucket is None else layers_per_bucket) < 1:
-        raise ValueError(f"{data=}, {tensor=} and {layers_per_bucket=} must be at least 1")
-    if layers_per_bucket is not None:
-        return _plan(matrices, data, tensor, layers_per_bucket)
-    depth = len({matrix.layer for matrix in matrices}) or 1
+    if min(data, tensor, 1 if blocks_per_bucket is None else blocks_per_bucket) < 1:
+        raise ValueError(f"{data=}, {tensor=} and {blocks_per_bucket=} must be at least 1")
+    if blocks_per_bucket is not None:
+        return _plan(matrices, data, tensor, blocks_per_bucket)
+    depth = len({matrix.block for matrix in matrices}) or 1
     choices = {2**power for power in range(depth.bit_length())} | {n for n in range(1, depth + 1) if depth % n == 0}
     plans = [_plan(matrices, data, tensor, choice) for choice in sorted(choices)]
     ranked = sorted(((plan.exposed_sec(), plan) for plan in plans), key=lambda pair: pair[0])
@@ -173,14 +173,14 @@ def make_plan(
     return next((plan for plan in fast if not plan.crosses_data_ranks), best)
 
 
-def _plan(matrices: tuple[Matrix, ...], data: int, tensor: int, layers_per_bucket: int) -> PartitionPlan:
+def _plan(matrices: tuple[Matrix, ...], data: int, tensor: int, blocks_per_bucket: int) -> PartitionPlan:
     shapes = [matrix.local_shape(tensor) for matrix in matrices]
     sizes = [rows * columns for rows, columns in shapes]
-    buckets = lay_out(matrices, sizes, data, layers_per_bucket)
+    buckets = lay_out(matrices, sizes, data, blocks_per_bucket)
     fragments: list[tuple[Fragment, ...]] = [()] * len(matrices)
     for bucket in buckets:
         for index, offset in zip(bucket.matrices, bucket.offsets, strict=True):
             fragments[index] = cut_at_shards(offset, sizes[index], bucket.shard_size)
     aligned = {index for bucket in buckets if bucket.kind == "aligned" for index in bucket.matrices}
     owners = assign_owners(matrices, fragments, aligned, data, tensor)
-    return PartitionPlan(matrices, data, tensor, layers_per_bucket, tuple(buckets), tuple(owners), tuple(fragments))
+    return PartitionPlan(matrices, data, tensor, blocks_per_bucket, tuple(buckets), tuple(owners), tuple(fragments))

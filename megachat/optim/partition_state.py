@@ -27,10 +27,10 @@ class PartitionState(ABC):
         *,
         compute_dtype: torch.dtype,
         gradient_wire: torch.dtype,
-        layers_per_bucket: int | None,
+        blocks_per_bucket: int | None,
     ):
         self.mesh = mesh
-        self.plan = make_plan(matrices, mesh.data.size, tensor=mesh.tensor.size, layers_per_bucket=layers_per_bucket)
+        self.plan = make_plan(matrices, mesh.data.size, tensor=mesh.tensor.size, blocks_per_bucket=blocks_per_bucket)
         _validate(parameters, matrices, mesh.tensor.size, gradient_wire)
         if len(set(all_gather_objects(self.plan.digest, mesh.stage, name="Muon plans compared"))) > 1:
             raise RuntimeError(
@@ -45,10 +45,10 @@ class PartitionState(ABC):
         }
         numbers = range(len(self.plan.buckets))
         self._buckets = [BucketMemory(self.plan, number, mesh, self.device, **dtypes) for number in numbers]
-        self._layer_buckets: dict[int, list[BucketMemory]] = {}
+        self._block_buckets: dict[int, list[BucketMemory]] = {}
         for bucket in reversed(self._buckets):
-            for layer in {self.plan.matrices[index].layer for index in bucket.layout.matrices}:
-                self._layer_buckets.setdefault(layer, []).append(bucket)
+            for block in {self.plan.matrices[index].block for index in bucket.layout.matrices}:
+                self._block_buckets.setdefault(block, []).append(bucket)
         self._second_moment = {
             index: torch.zeros(second_moment_shape(matrix.shape), device=self.device)
             for index, matrix in enumerate(self.plan.matrices)

@@ -33,7 +33,7 @@ FORWARD_SHARE = 1 / 3  # of a micro-batch's time
 # Bytes per element of the optimizer's elementwise work: momentum, directions and decay of Muon's shard; the moments and
 # masters of AdamW's share; sums and copies of AdamW's whole gradients; squares of all reduced gradients.
 MUON_BYTES, ADAMW_BYTES, REDUCED_BYTES, NORM_BYTES = 60, 36, 16, 4
-LAYERS_PER_BUCKET = 4  # typical of the Muon partition: the last bucket's collective is not hidden
+BLOCKS_PER_BUCKET = 4  # typical of the Muon partition: the last bucket's collective is not hidden
 EVALUATION_SHARE = 1 / 3  # of a training step's time per token: the forward pass
 SAVE_BYTES_PER_SEC = 1e9  # of a rank that writes a checkpoint to storage; assumed
 
@@ -244,7 +244,7 @@ def _end_of_step(
     padding = stacked_padding(plan, stage) if rules.stacked else 1.0
     reduce = _axis_sec(plan, speeds, "reduce_scatter", gradient_bytes * work.reduced * padding, "data")
     gather = _axis_sec(plan, speeds, "all_gather", weight_bytes * work.reduced * padding, "data")
-    buckets = max(1, plan.dims.depth // plan.layout.pipeline // LAYERS_PER_BUCKET)
+    buckets = max(1, plan.dims.depth // plan.layout.pipeline // BLOCKS_PER_BUCKET)
     hides = speeds.overlap if rules.overlapped else 0.0
     hidden_reduce = min(reduce * (1 - 1 / buckets), micro_sec * (1 - FORWARD_SHARE)) * hides
     hidden_gather = min(gather * (1 - 1 / buckets), micro_sec * FORWARD_SHARE) * hides

@@ -209,7 +209,7 @@ def _with_gather_waits(layers: nn.ModuleList, muon: MuonPartition) -> list:
     """Returns the layers, each after a function that waits for its matrices: gathers overlap the forward pass."""
 
     def wait(block: int, stream):
-        muon.wait_for_layer(block)
+        muon.wait_for_block(block)
         return stream
 
     blocks = [place_of(next(layer.parameters())).block for layer in layers]

@@ -45,12 +45,12 @@ def _ranks(layout):
 
 
 def _train(layout, settings):
-    """Takes three steps for each (compute, wire, layers_per_bucket, micros, asynchronous). Returns the tensor rank, and
+    """Takes three steps for each (compute, wire, blocks_per_bucket, micros, asynchronous). Returns the tensor rank, and
     the state, weights and sums of squares of each."""
     mesh, matrices = on_cpu(layout), small_matrices()
     answers = []
-    for compute, wire, layers_per_bucket, micros, asynchronous in settings:
-        parameters, partition = build(matrices, mesh, compute, wire, layers_per_bucket)
+    for compute, wire, blocks_per_bucket, micros, asynchronous in settings:
+        parameters, partition = build(matrices, mesh, compute, wire, blocks_per_bucket)
         squares = [
             take_step(parameters, partition, matrices, mesh, step, micros, asynchronous=asynchronous)
             for step in range(3)

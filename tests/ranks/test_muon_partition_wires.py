@@ -2,7 +2,7 @@
 computes what.
 
 Seen to fail with: hooks that start whatever is complete, that stay asynchronous in the next step, or that count
-gradients of earlier micro-batches; three reduces in flight; a step that writes while gathers read; wait_for_layer()
+gradients of earlier micro-batches; three reduces in flight; a step that writes while gathers read; wait_for_block()
 that waits for all, state_shards() that waits for none; discard_gradients() that leaves started reduces alone; a plan
 that counts the reduce over the grid instead of the data axis.
 """
@@ -99,8 +99,8 @@ def _measured(layout, settings):
     mesh, matrices = on_cpu(layout), small_matrices()
     recorder = _Recorder(mesh)
     answers = []
-    for compute, wire, layers_per_bucket, asynchronous in settings:
-        parameters, partition = build(matrices, mesh, compute, wire, layers_per_bucket)
+    for compute, wire, blocks_per_bucket, asynchronous in settings:
+        parameters, partition = build(matrices, mesh, compute, wire, blocks_per_bucket)
         plan, rank = partition.plan, mesh.stage.rank
         recorder.take()
         before_last = partition.start_async_reduce if asynchronous else lambda: None
@@ -144,7 +144,7 @@ def _started_during_backward(layout, missing):
     buckets, of reduces in flight at most, of buckets before the missing gradient's, and the calls."""
     mesh, matrices = on_cpu(layout), small_matrices()
     recorder = _Recorder(mesh)
-    parameters, partition = build(matrices, mesh, BF16, layers_per_bucket=1)
+    parameters, partition = build(matrices, mesh, BF16, blocks_per_bucket=1)
     recorder.take()
     backward(parameters, matrices, mesh, int(missing), 2, before_last=partition.start_async_reduce)
     early = len([event for event in recorder.events if event[0] == "start"])
@@ -180,24 +180,24 @@ def _started_by_micro_batch(layout):
 
 
 def _gathers_waited_for(layout, compute):
-    """Takes two steps without wait_for_gather(). Returns the buckets whose gather each wait_for_layer() waits for, the
-    buckets with matrices of each layer, the buckets that step() waits for, whether step() waits before anything else,
+    """Takes two steps without wait_for_gather(). Returns the buckets whose gather each wait_for_block() waits for, the
+    buckets with matrices of each block, the buckets that step() waits for, whether step() waits before anything else,
     how many gathers state_shards() waits for, and the number of buckets."""
     mesh, matrices = on_cpu(layout), small_matrices()
     recorder = _Recorder(mesh)
-    parameters, partition = build(matrices, mesh, compute, layers_per_bucket=1)
+    parameters, partition = build(matrices, mesh, compute, blocks_per_bucket=1)
     plan = partition.plan
     take_step(parameters, partition, matrices, mesh, 0, wait=False)
     gathers = [number for number, _, name, *_ in recorder.take() if name == "all_gather_into_tensor"]
     order = sorted(reversed(range(len(plan.buckets))), key=lambda number: bool(plan.transfers(plan.buckets[number])))
     bucket_of = dict(zip(gathers, order, strict=True))  # buckets without exchange come first
-    by_layer = {}
-    for layer in (-1, 0, 1, 3):
-        partition.wait_for_layer(layer)
-        by_layer[layer] = [bucket_of[number] for number, *_ in recorder.take("wait")]
+    by_block = {}
+    for block in (-1, 0, 1, 3):
+        partition.wait_for_block(block)
+        by_block[block] = [bucket_of[number] for number, *_ in recorder.take("wait")]
     buckets_of = {
-        layer: [n for n, b in enumerate(plan.buckets) if layer in {plan.matrices[i].layer for i in b.matrices}]
-        for layer in (0, 1, 2)
+        block: [n for n, b in enumerate(plan.buckets) if block in {plan.matrices[i].block for i in b.matrices}]
+        for block in (0, 1, 2)
     }
     backward(parameters, matrices, mesh, 2, before_last=partition.start_async_reduce)
     partition.start_reduce()
@@ -207,13 +207,13 @@ def _gathers_waited_for(layout, compute):
     waits_first = recorder.events[0][0] == "wait"
     by_step = [bucket_of[number] for number, *_ in recorder.take("wait") if number in bucket_of]
     partition.state_shards()
-    return by_layer, buckets_of, by_step, waits_first, len(recorder.take("wait")), len(plan.buckets)
+    return by_block, buckets_of, by_step, waits_first, len(recorder.take("wait")), len(plan.buckets)
 
 
 def _discarded_before_start_reduce(layout):
     """Discards a step after the hooks of some ranks have started reduces, then takes a good one."""
     mesh, matrices = on_cpu(layout), small_matrices()
-    parameters, partition = build(matrices, mesh, FP32, layers_per_bucket=1)
+    parameters, partition = build(matrices, mesh, FP32, blocks_per_bucket=1)
     partition.start_async_reduce()
     if mesh.data.rank == 0:
         backward(parameters, matrices, mesh, 0)
@@ -278,10 +278,10 @@ def test_only_the_last_micro_batch_starts_reduces():
 @pytest.mark.parametrize("compute, layout", [(BF16, (2, 1)), (FP32, (2, 2))])
 def test_gathers_are_waited_for_when_their_layer_is_read_or_written(compute, layout):
     answers = run_ranks(_gathers_waited_for, layout[0] * layout[1], layout, compute)
-    for by_layer, buckets_of, by_step, waits_first, by_state_shards, buckets in answers:
-        assert by_layer[-1] == by_layer[3] == []
-        assert sorted(by_layer[0]) == buckets_of[0]
-        assert sorted(by_layer[1]) == [number for number in buckets_of[1] if number not in buckets_of[0]]
+    for by_block, buckets_of, by_step, waits_first, by_state_shards, buckets in answers:
+        assert by_block[-1] == by_block[3] == []
+        assert sorted(by_block[0]) == buckets_of[0]
+        assert sorted(by_block[1]) == [number for number in buckets_of[1] if number not in buckets_of[0]]
         assert by_step and waits_first
         assert sorted(by_step) == [number for number in buckets_of[2] if number not in buckets_of[0] + buckets_of[1]]
         assert by_state_shards == buckets, "state_shards() waits for the gathers in progress"

@@ -106,11 +106,11 @@ def test_evaluating_and_sampling_other_shapes_between_steps_changes_nothing_and_
 class NotedWait:
     """In the place of a gather under way: writes down when it is waited for."""
 
-    def __init__(self, events: list, layers: set[int]):
-        self.events, self.layers = events, layers
+    def __init__(self, events: list, blocks: set[int]):
+        self.events, self.blocks = events, blocks
 
     def wait(self) -> None:
-        self.events.append(("wait", self.layers))
+        self.events.append(("wait", self.blocks))
 
 
 def order_of_waits(config):
@@ -119,22 +119,22 @@ def order_of_waits(config):
     events = []
     for bucket in training.muon._buckets:
         bucket.gather = NotedWait(
-            events, {training.muon.plan.matrices[index].layer for index in bucket.layout.matrices}
+            events, {training.muon.plan.matrices[index].block for index in bucket.layout.matrices}
         )
     for layer in training.layers:
         block = place_of(next(layer.parameters())).block
         layer.register_forward_pre_hook(lambda _, inputs, block=block: events.append(("forward", block)))
     rows = random_rows(1, 12, TOKENS, SMALL_VOCAB)[training.mesh.data.rank :: training.mesh.data.size]
     training.engine.evaluate([(rows[:1, :-1], rows[:1, 1:])])
-    return events, [matrix.layer for matrix in training.muon.plan.matrices]
+    return events, [matrix.block for matrix in training.muon.plan.matrices]
 
 
 @pytest.mark.parametrize(("world", "parallel"), [(1, {}), (2, {"pipeline": 2}), (2, {"tensor": 2})])
 def test_a_layer_waits_for_the_gather_of_its_matrices_before_it_runs(world, parallel):
-    for events, layers in run_ranks(order_of_waits, world, small_config(model=GQA, parallel=parallel)):
+    for events, blocks in run_ranks(order_of_waits, world, small_config(model=GQA, parallel=parallel)):
         forwards = [block for kind, block in events if kind == "forward"]
-        assert set(layers) <= set(forwards)
-        for block in set(layers):
+        assert set(blocks) <= set(forwards)
+        for block in set(blocks):
             before = events[: events.index(("forward", block))]
             assert any(kind == "wait" and block in waited for kind, waited in before if kind == "wait"), (
                 f"block {block} runs with old weights"

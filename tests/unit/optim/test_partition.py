@@ -131,7 +131,7 @@ def test_a_partition_without_matrices():
     partition.wait_for_reduce()
     assert partition.sum_of_squares() == 0
     partition.step(1.0)
-    partition.wait_for_layer(0)
+    partition.wait_for_block(0)
     partition.wait_for_gather()
     assert partition.state_shards() == []
 

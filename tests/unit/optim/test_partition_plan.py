@@ -169,7 +169,7 @@ def test_no_large_matrix_is_cut_or_moved_on_one_node(depth, data):
 
 
 def test_aligned_matrices_stay_on_their_data_rank():
-    plan = make_plan(_model(24, 1536, 1536), 8, layers_per_bucket=4)
+    plan = make_plan(_model(24, 1536, 1536), 8, blocks_per_bucket=4)
     assert [bucket.kind for bucket in plan.buckets] == ["aligned"] * 6 + ["tiny"]
     assert not any(plan.transfers(bucket) for bucket in plan.buckets[:-1])
 
@@ -177,14 +177,14 @@ def test_aligned_matrices_stay_on_their_data_rank():
 def test_aligned_matrices_move_if_that_relieves_the_busiest_rank():
     # the four small matrices divide evenly and are aligned; the big one then has to share a rank with two of them
     matrices = [Matrix(f"a{number}", (256, 256), 0) for number in range(4)] + [Matrix("b", (512, 512), 0)]
-    plan = make_plan(matrices, 2, layers_per_bucket=1)
+    plan = make_plan(matrices, 2, blocks_per_bucket=1)
     assert max(plan.flops()) == lightest_makespan([matrix.flops for matrix in matrices], 2)
 
 
 def test_buckets_follow_backward_and_tiny_matrices_are_last():
-    plan = make_plan(_model(6, 384, 384), 2, layers_per_bucket=2)
-    first_layers = [min(plan.matrices[index].layer for index in bucket.matrices) for bucket in plan.buckets]
-    assert first_layers == [4, 2, 0, 1]
+    plan = make_plan(_model(6, 384, 384), 2, blocks_per_bucket=2)
+    first_blocks = [min(plan.matrices[index].block for index in bucket.matrices) for bucket in plan.buckets]
+    assert first_blocks == [4, 2, 0, 1]
     assert [bucket.kind for bucket in plan.buckets] == ["aligned", "aligned", "aligned", "tiny"]
 
 
@@ -193,11 +193,11 @@ def test_the_order_given_does_not_matter_but_everything_else_does():
     shuffled = random.Random(0).sample(matrices, len(matrices))
     plan = make_plan(matrices, 6)
     assert make_plan(shuffled, 6) == plan and make_plan(shuffled, 6).digest == plan.digest
-    renamed = [Matrix("other", matrices[0].shape, matrices[0].layer)] + matrices[1:]
+    renamed = [Matrix("other", matrices[0].shape, matrices[0].block)] + matrices[1:]
     scaled = [Matrix(matrices[0].name, matrices[0].shape, 0, 2.0)] + matrices[1:]
     others = [
         make_plan(matrices, 5),
-        make_plan(matrices, 6, layers_per_bucket=5),
+        make_plan(matrices, 6, blocks_per_bucket=5),
         make_plan(renamed, 6),
         make_plan(scaled, 6),
     ]
@@ -254,14 +254,14 @@ def test_a_plan_without_matrices():
 
 
 @pytest.mark.parametrize(
-    "matrices, data, tensor, layers, message",
+    "matrices, data, tensor, blocks, message",
     [
         ([Matrix("a", (2, 2), 0)] * 2, 1, 1, None, "same name"),
         ([], 0, 1, None, "data=0.*at least 1"),
         ([], 1, 0, None, "tensor=0.*at least 1"),
-        ([], 1, 1, 0, "layers_per_bucket=0.*at least 1"),
+        ([], 1, 1, 0, "blocks_per_bucket=0.*at least 1"),
     ],
 )
-def test_mistakes_are_refused(matrices, data, tensor, layers, message):
+def test_mistakes_are_refused(matrices, data, tensor, blocks, message):
     with pytest.raises(ValueError, match=message):
-        make_plan(matrices, data, tensor=tensor, layers_per_bucket=layers)
+        make_plan(matrices, data, tensor=tensor, blocks_per_bucket=blocks)
