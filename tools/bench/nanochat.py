@@ -1,4 +1,8 @@
-"""Measures nanochat's own model and optimizer, imported from a clone. Nothing in megachat needs nanochat."""
+"""Measures nanochat's own model and optimizer, imported from a clone. Nothing in megachat needs nanochat.
+
+Sides take their steps in turn: nanochat with each number of rows per pass, and megachat with each dtype, compiled and
+not, on one process and in a layout.
+"""
 
 import argparse
 import contextlib
@@ -111,7 +115,7 @@ class PartClock:
         self._part, self._since = part, now
 
     def set(self, seconds: dict[str, float]) -> None:
-        """Takes the parts of a step that another process measured."""
+        """Replaces the parts of the current step by those that another process measured."""
         self.seconds, self._since = seconds, self._clock()
 
     def note(self, text: str, *, waits: bool = False) -> None:
@@ -243,11 +247,23 @@ def megachat_sides(arguments: argparse.Namespace, computes_in: torch.dtype) -> d
 
 
 def plan_side(arguments: argparse.Namespace, changes: list[str], sizes: dict[str, int] | None = None):
-    """Returns config and plan of the config with some changes, on one process or in a layout."""
+    """Returns the config with the changes of a side and its plan. sizes: of its layout, one process by default."""
     sizes = sizes or parse_layout("dp=1")
     axes = [f"parallel.{axis}={sizes[axis]}" for axis in ("tensor", "pipeline")]
     config = load_config(arguments.config, [*arguments.set, *axes, *changes])
     return config, resolve_plan(config, math.prod(sizes.values()), config.model.vocab_size or arguments.vocab_size)
+
+
+def side_settings(dtypes: dict[str, torch.dtype], tokens: int) -> dict[str, list[str]]:
+    """Returns the settings of each of megachat_sides. tokens: per step."""
+    return {
+        side: [
+            f"precision.compute={dtype_name(dtype)}",
+            f"precision.compile={str('compiled' in side).lower()}",
+            f"batch.tokens={tokens}",
+        ]
+        for side, dtype in dtypes.items()
+    }
 
 
 def bench_nanochat(arguments: argparse.Namespace) -> dict:
@@ -270,24 +286,17 @@ def bench_nanochat(arguments: argparse.Namespace) -> dict:
     config, plan = plan_side(arguments, [])
     counts = row_counts(arguments.nanochat_rows or str(plan.micro_rows), plan.rows_per_step)
     tokens = tokens_within(arguments, plan, [computes_in] * len(counts) + list(dtypes.values()) * min(2, ranks))
-    changes = {
-        side: [
-            f"precision.compute={dtype_name(dtype)}",
-            f"precision.compile={str('compiled' in side).lower()}",
-            f"batch.tokens={tokens}",
-        ]
-        for side, dtype in dtypes.items()
-    }
-    sides = {side: plan_side(arguments, settings) for side, settings in changes.items()}
-    in_layout = {f"{side}, {arguments.layout}": settings for side, settings in changes.items() if ranks > 1}
-    for settings in in_layout.values():
-        plan_side(arguments, settings, sizes)  # a layout that does not fit is refused before anything starts
+    settings = side_settings(dtypes, tokens)
+    in_layout = {f"{side}, {arguments.layout}": settings[side] for side in dtypes if ranks > 1}
+    dtypes |= {f"{side}, {arguments.layout}": dtype for side, dtype in dtypes.items()}
+    # what does not fit is refused before anything is built
+    sides = {side: plan_side(arguments, changes) for side, changes in settings.items()}
+    for changes in in_layout.values():
+        plan_side(arguments, changes, sizes)
     _, plan = next(iter(sides.values()))
-    counts = row_counts(" ".join(map(str, counts)), plan.rows_per_step)
+    counts = row_counts(" ".join(map(str, counts)), plan.rows_per_step)  # of a step that may have become shorter
     actions, muon_flops = nanochat_steps(arguments.nanochat, counts, plan, config.model.window_pattern, clock)
-    dtypes |= dict.fromkeys(actions, computes_in) | {
-        f"{side}, {arguments.layout}": dtype for side, dtype in dtypes.items()
-    }
+    dtypes |= dict.fromkeys(actions, computes_in)
     peaks = {dtype: products_per_sec(dtype) for dtype in dtypes.values()}
     actions |= build_steps(sides, note=clock.note)
     with waiting_ranks(arguments, in_layout, clock) as actions_in_layout:

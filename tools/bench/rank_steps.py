@@ -25,7 +25,7 @@ Sides = dict[str, list[str]]  # name -> settings that only this side has
 
 
 class WaitingRanks:
-    """Ranks that use no core until a step is requested."""
+    """Ranks that use no core until a step is requested. A thread starts them and keeps their error."""
 
     def __init__(self, arguments: Namespace, sides: Sides):
         ranks = math.prod(parse_layout(arguments.layout).values())
@@ -38,9 +38,9 @@ class WaitingRanks:
         self._thread.start()
         self._answers()  # all models are built
 
-    def _run(self, connections: list[Connection], *given) -> None:
+    def _run(self, connections: list[Connection], arguments: Namespace, sides: Sides) -> None:
         try:
-            run_local_ranks(serve_steps, len(connections), connections, *given, preload=[__name__])
+            run_local_ranks(serve_steps, len(connections), connections, arguments, sides, preload=[__name__])
         except Exception as error:
             self._problem = error
 
@@ -92,7 +92,8 @@ def waiting_ranks(arguments: Namespace, sides: Sides, clock: PartClock) -> Itera
 
 
 def serve_steps(connections: list[Connection], arguments: Namespace, sides: Sides) -> None:
-    """Builds the models, then takes a step of each side that is requested; all ranks run it."""
+    """Builds the models, then takes a step of each side that is requested, until None is; all ranks run it. Sends {}
+    when the models are built, and the seconds of the parts of each step."""
     plans = {name: plan_side(arguments, changes, parse_layout(arguments.layout)) for name, changes in sides.items()}
     first_config, _ = next(iter(plans.values()))
     mesh, models = start_mesh(first_config, choose_device(bootstrap_environment())), {}
