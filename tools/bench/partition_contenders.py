@@ -100,7 +100,7 @@ class Megachat(Contender):
         self.partition.wait_for_gather()
 
     def state_bytes(self) -> int:
-        return sum(self.partition.state_bytes().values())
+        return sum(tensor.nbytes for kind in self.partition.state_tensors().values() for tensor in kind)
 
 
 class DeepSpeed(Contender):
