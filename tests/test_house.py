@@ -70,7 +70,7 @@ def test_the_training_core_does_not_grow():
     """The aim is 7,000 lines. The bound is what there is, and goes down with every change that shortens it."""
     parts = "settings planning kernels model parallel optim data checkpoint train".split()
     core = [path for part in parts for path in (ROOT / "megachat" / part).rglob("*.py")]
-    assert lines([*core, ROOT / "megachat/config.py"]) <= 16_958
+    assert lines([*core, ROOT / "megachat/config.py"]) <= 16_957
 
 
 def identifiers(path: Path) -> set[str]:

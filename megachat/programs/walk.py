@@ -118,8 +118,8 @@ class _Recorder(TorchDispatchMode):
         if kind == "all_to_all":  # (output, input, group, output splits, input splits, ...)
             received, sent = tensors[:2]
             size = sent.nbytes
-            equal = lambda tensor: (tensor.numel() // len(ranks),) * len(ranks)  # noqa: E731
-            splits = splits if len(splits) == 2 else [equal(received), equal(sent)]
+            equal = [(tensor.numel() // len(ranks),) * len(ranks) for tensor in (received, sent)]
+            splits = splits if len(splits) == 2 else equal
         self.calls.append(
             Call(
                 kind=kind,

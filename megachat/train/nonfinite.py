@@ -55,12 +55,12 @@ def handle_fault(
         fault = _report_fault(run, state, result, cause, metrics, saving=saved_step == state.step)
         action = chosen_action(reliability.on_nonfinite, cause, skipped=result.skipped)
         if action == "stop":
-            raise _stop(run, state, fault)
+            raise _fault_error(run, state, fault)
         if fault.capsule:
             metrics.log(f"{fault.sentence}: `megachat replay {fault.capsule}` names the cause")
         if action == "rewind":
             if state.rewinds >= reliability.nonfinite_limit:
-                raise _stop(run, state, fault, f"; the run went back {state.rewinds} times already")
+                raise _fault_error(run, state, fault, f"; the run went back {state.rewinds} times already")
             return fault
     if state.skips_in_a_row > reliability.nonfinite_limit:
         raise UserError(
@@ -114,7 +114,7 @@ def _fault_sentence(step: int, result: StepResult, cause: Cause, reports: Sequen
     return f"step {step}: {what} on {ranks_text(ranks) or 'no single rank'}; {changed} untouched"
 
 
-def _stop(run: Run, state: LoopState, fault: Fault, reason: str = "") -> UserError:
+def _fault_error(run: Run, state: LoopState, fault: Fault, reason: str = "") -> UserError:
     """Returns the error that ends the run, with how to continue. reason: why the run does not go back."""
     look = "look at the rows of this step"
     if fault.capsule:
@@ -139,7 +139,7 @@ def rewind(run: Run, state: LoopState, fault: Fault, metrics: Metrics) -> tuple[
     """
     checkpoint = _earlier_checkpoint(run, state)
     if checkpoint is None:
-        raise _stop(run, state, fault, "; there is no earlier checkpoint to go back to")
+        raise _fault_error(run, state, fault, "; there is no earlier checkpoint to go back to")
     left_out, facts = run.loader.step - 1, read_facts(checkpoint)
     loader_state, _ = resume_documents(checkpoint, facts, run.config, run.plan, run.mesh, run.tokenizer)
     loader_state["header"]["left_out"] = sorted({*run.loader.left_out, left_out})

@@ -42,7 +42,7 @@ def compare_replicas(run: TrainingModel, step: int, folder: Path) -> None:
     folder: the run folder, which gets the evidence. Raises CorruptionError on all ranks if copies differ.
     """
     run.mesh.world.progress.note(f"hashes of copies before step {step}")
-    run.muon.wait_for_gather()
+    run.muon.wait_for_gather()  # else weights are hashed while they arrive
     compared = [
         ("data", *_weights(run, run.mesh.data, cut=True)),
         ("stage", *_weights(run, run.mesh.stage, cut=False)),
