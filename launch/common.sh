@@ -26,6 +26,14 @@ locate() {
     if [ "$caller" != "$root" ] && [ "${1#/}" = "$1" ] && [ -e "$caller/$1" ]; then echo "$caller/$1"; else echo "$1"; fi
 }
 
+# Fails unless each of the variables is unset or a whole number of at least 1.
+require_counts() {
+    local name
+    for name in "$@"; do
+        [[ ${!name:-1} =~ ^[1-9][0-9]{0,5}$ ]] || fail "$name is '${!name}': give a whole number of at least 1"
+    done
+}
+
 # Prints a hostfile without a byte order mark, which deepspeed and mpirun take for a part of the first name.
 plain_hostfile() {
     local copy

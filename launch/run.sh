@@ -12,6 +12,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 usage launch/run.sh 1 "$@"
+require_counts RANKS TENSOR PIPELINE
 use_venv deepspeed
 
 config=$(locate "$1")

@@ -61,6 +61,7 @@ KINDS = {
     "plan": "plan",
     "core": "core",
 }
+LARGEST_VOCABULARY = 1 << 20
 LAYOUTS = "dp=2 tp=2 pp=2 dp=2,tp=2 dp=2,pp=2 tp=2,pp=2 dp=2,tp=2,pp=2"
 
 
@@ -118,6 +119,13 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.kind = "profile"
     if arguments.kind is None:
         raise UserError("no KIND was given: name one of " + ", ".join(KINDS))
+    least = 0 if arguments.kind in ("lookup", "recipe") else 1  # these train without rounds
+    if arguments.rounds < least:
+        raise UserError(f"--rounds {arguments.rounds}: {arguments.kind} takes {least} or more")
+    if not 1 < arguments.vocab_size <= LARGEST_VOCABULARY:
+        raise UserError(f"--vocab-size {arguments.vocab_size}: give 2 to {LARGEST_VOCABULARY:,} tokens")
+    if arguments.minutes is not None and not arguments.minutes > 0:
+        raise UserError(f"--minutes {arguments.minutes:g}: give more than 0")
     import torch
 
     from megachat.device import this_device

@@ -370,7 +370,7 @@ class FailureMonitor:
             return
         if not self.stop_requested:
             self.stop_requested = reason
-            notice = f"{reason}: the job saves after this step and ends"
+            notice = f"{reason}: the job saves after this step or the next, and ends"
             notice += "; a second Ctrl-C ends it at once" * (self._interrupted_at < math.inf)
             if link := next(filter(None, self._hub_links), None):
                 link.send(stop_notice=notice)

@@ -38,7 +38,7 @@ def _note_setting(text: str | None) -> str:
     return f"run.note={json.dumps(text)}"
 
 
-SHORT = Size(200, 4096, 50)
+SHORT = Size(240, 4096, 60)
 
 
 def size_settings(config: Config, run_folder: Path, vocab_size: int) -> list[str]:
@@ -57,7 +57,8 @@ def choose_size(config: Config, tokens_per_s: float) -> list[str]:
     tokens = (config.horizon.steps or 0) * (config.batch.tokens or 0)  # configs/demo.json has both
     whole_s = OVERHEAD * tokens / tokens_per_s
     note = (
-        f"forward and backward of {tokens_per_s:,.0f} tokens per second, so {tokens:,} take {whole_s / 60:.1f} minutes"
+        f"forward and backward of {tokens_per_s:,.0f} tokens per second, so {tokens:,} would take about "
+        f"{whole_s / 60:.1f} minutes with all else"
     )
     if whole_s <= LIMIT_S:
         return [_note_setting(note)]

@@ -136,6 +136,15 @@ def test_what_each_script_starts_on_a_machine_without_gpus(stubs):
         assert (done.stdout.split(), done.stderr) == (f"{start} {pretrain} {options} --set log.every=2".split(), "")
 
 
+@pytest.mark.parametrize("counts", [{"RANKS": "0"}, {"RANKS": "-1"}, {"TENSOR": "x"}, {"PIPELINE": "2.5"}])
+def test_ranks_are_whole_numbers(stubs, counts):
+    line = [stubs / "bash", ROOT / "launch/run.sh", "x.json"]
+    done = subprocess.run(line, env={"PATH": str(stubs)} | counts, capture_output=True, text=True)
+    ((name, value),) = counts.items()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {name} is '{value}': give a whole number of at least 1\n"
+
+
 def test_what_torchrun_starts_on_each_machine(stubs):
     line = [stubs / "bash", ROOT / "launch/torchrun.sh", "worker-1:29400", "x.json", "--set", "log.every=2"]
     meet = "--rdzv-backend c10d --rdzv-endpoint worker-1:29400 --rdzv-id"

@@ -42,7 +42,7 @@ def test_a_stop_costs_nothing(world, rank, number, place):
         assert ranks.end() == [SAVED_STATUS] * world, ranks.printed
     assert re.fullmatch(
         rf"rank {rank} \(.*pid {ranks.pids[rank]}\) was requested to stop \({number.name}\): "
-        "the job saves after this step and ends"
+        "the job saves after this step or the next, and ends"
         rf"{'; a second Ctrl-C ends it at once' * (number == signal.SIGINT)}\n",
         ranks.err,
     )

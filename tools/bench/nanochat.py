@@ -221,7 +221,7 @@ def time_parts(
             if number:
                 parts[name].append(clock.seconds)
             else:
-                log_line(f"{name}: first step, with compilation, took {sum(clock.seconds.values()):.1f} s")
+                log_line(f"{name}: first step took {sum(clock.seconds.values()):.1f} s")
         for dtype in peaks:
             peaks[dtype] = max(peaks[dtype], products_per_sec(dtype))
         took = time.monotonic() - begin

@@ -11,7 +11,6 @@ import torch
 from megachat.activity import log_line
 from megachat.config import load_config
 from megachat.device import collective_backend
-from megachat.errors import UserError
 from megachat.job.launch import bootstrap_environment, choose_device
 from megachat.job.local_ranks import run_local_ranks
 from megachat.parallel.build import start_collectives
@@ -65,8 +64,6 @@ def measure_cases(config_path: str, cases: dict[str, list[str]], vocab_size: int
 
 def bench_plan(arguments: Namespace) -> dict:
     """Probes this machine with the config, then measures and predicts the cases in the same run."""
-    if arguments.rounds < 1:
-        raise UserError(f"--rounds {arguments.rounds}: give 1 or more")
     config = load_config(arguments.config, arguments.set)
     vocab_size = config.model.vocab_size or arguments.vocab_size
     document = measure_machine(config, vocab_size, (1, 2), SECTION_SEC)

@@ -262,8 +262,6 @@ def profile_table(result: dict) -> str:
 
 def bench_profile(arguments) -> dict:
     """Measures the parts of a training step and its longest operators, in milliseconds. Draws a picture with --out."""
-    if arguments.rounds < 1:
-        raise UserError(f"--rounds {arguments.rounds} is not a number of steps to profile: give 1 or more")
     if arguments.out and not Path(arguments.out).resolve().parent.is_dir():
         raise UserError(f"the folder of --out {arguments.out} does not exist: create it first")
     sizes = parse_layout(arguments.layout)

@@ -56,3 +56,17 @@ def test_the_checks_are_measured_in_steps_of_their_round():
         steps = result["steps"][check]
         assert 0 < steps["from"] == steps["median"] == steps["to"]  # one round
         assert steps["median"] == pytest.approx(result["seconds"][check] / result["seconds"]["step"])
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("dtype", "--rounds", "0"), "--rounds 0: dtype takes 1 or more"),
+        (("lookup", "--rounds", "-1"), "--rounds -1: lookup takes 0 or more"),
+        (("nanochat", "--vocab-size", "100000000000"), "--vocab-size 100000000000: give 2 to 1,048,576 tokens"),
+        (("nanochat", "--minutes", "0"), "--minutes 0: give more than 0"),
+    ],
+)
+def test_numbers_that_measure_nothing_are_refused(words, sentence):
+    done = run_forked(["tools/bench.py", *words])
+    assert (done.status, done.out, done.err) == (2, "", f"error: {sentence}\n")
