@@ -350,7 +350,7 @@ def test_the_demo_starts_ranks_and_compares(tmp_path, monkeypatch):
     assert begun("demo", ["--set", "run.name=mine", "--set", "data.folder=texts"], "demo") == 1
     assert lines[-1] == ["unigram", "--data", "texts", "--tokenizer", "data/tokenizer", "--run", "runs/mine"]
     words = lines[1][lines[1].index("pretrain") :]
-    assert words.index("horizon.steps=200") < words.index("run.name=mine"), "a slow machine; the user's come after"
+    assert words.index("batch.tokens=4096") < words.index("run.name=mine"), "a slow machine; the user's come after"
     lines.clear()
     assert begun("demo", ["--dry-run"], "demo") == 0 and len(lines) == 2, "there is no run to compare"
     lines.clear()
