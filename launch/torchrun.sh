@@ -10,6 +10,8 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 usage launch/torchrun.sh 2 "$@"
+require_counts NODES TENSOR PIPELINE
+case ${RANKS:-} in gpu | cpu | auto) ;; *) require_counts RANKS ;; esac # torchrun counts by these words
 use_venv torchrun
 
 endpoint=$1 config=$(locate "$2")

@@ -136,9 +136,13 @@ def test_what_each_script_starts_on_a_machine_without_gpus(stubs):
         assert (done.stdout.split(), done.stderr) == (f"{start} {pretrain} {options} --set log.every=2".split(), "")
 
 
-@pytest.mark.parametrize("counts", [{"RANKS": "0"}, {"RANKS": "-1"}, {"TENSOR": "x"}, {"PIPELINE": "2.5"}])
-def test_ranks_are_whole_numbers(stubs, counts):
-    line = [stubs / "bash", ROOT / "launch/run.sh", "x.json"]
+@pytest.mark.parametrize(
+    ("script", "counts"),
+    [("run.sh", {name: value}) for name, value in (("RANKS", "0"), ("RANKS", "-1"), ("TENSOR", "x"))]
+    + [("torchrun.sh", {name: value}) for name, value in (("NODES", "0"), ("RANKS", "x"), ("PIPELINE", "2.5"))],
+)
+def test_ranks_are_whole_numbers(stubs, script, counts):
+    line = [stubs / "bash", ROOT / "launch" / script, "x.json", "x.json"]
     done = subprocess.run(line, env={"PATH": str(stubs)} | counts, capture_output=True, text=True)
     ((name, value),) = counts.items()
     assert (done.returncode, done.stdout) == (2, "")
